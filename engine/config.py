@@ -1,0 +1,269 @@
+"""Every option, declared once: the command line, the environment and docs/options.md derive from here.
+
+Options are grouped by who reads them; `Config` composes the groups, is resolved once at start, travels to
+every process as msgpack, and is never changed. Field names are unique across groups: `max_running` is
+`--max-running` on the command line and `ENGINE_MAX_RUNNING` in the environment, which the command line
+overrules. There is no configuration file.
+"""
+
+from collections.abc import Iterable, Mapping
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import msgspec
+from msgspec import Meta, Struct
+
+from engine.errors import ConfigError, did_you_mean
+
+# A bound on a value that may also be None belongs inside the union, on the number.
+Positive = Annotated[int, Meta(ge=1)]
+Share = Annotated[float, Meta(gt=0, le=1)]
+
+
+class ModelOptions(Struct, frozen=True, kw_only=True):
+    """Model."""
+
+    model: Annotated[
+        str, Meta(description="a safetensors directory, a .gguf file, a Hugging Face id, or an embedded name")
+    ] = "smollm2-135m"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Meta(description="type of weights and activations; auto is float32 on a CPU, the checkpoint's own on a GPU"),
+    ] = "auto"
+    max_model_len: Annotated[
+        Positive | None,
+        Meta(description="longest prompt plus reply, in tokens; default: what the model and the memory allow"),
+    ] = None
+    plugins: Annotated[tuple[str, ...], Meta(description="plugins to load or to prefer, by name: a,b")] = ()
+
+
+class CacheOptions(Struct, frozen=True, kw_only=True):
+    """KV cache."""
+
+    page_size: Annotated[int, Meta(ge=1, le=256, description="tokens in a page of the KV cache")] = 16
+    memory_fraction: Annotated[
+        Share | None,
+        Meta(description="share of the device's memory for weights and KV cache; default: 0.9 on a GPU, 0.3 on a CPU"),
+    ] = None
+    kv_tokens: Annotated[
+        Positive | None, Meta(description="size of the KV cache in tokens; default: what --memory-fraction leaves")
+    ] = None
+    prefix_cache: Annotated[
+        bool, Meta(description="keep finished requests' KV pages for prompts that share a prefix")
+    ] = True
+
+
+class ScheduleOptions(Struct, frozen=True, kw_only=True):
+    """Scheduling."""
+
+    max_running: Annotated[int, Meta(ge=1, le=4096, description="most requests in one step")] = 64
+    max_waiting: Annotated[int, Meta(ge=1, description="most requests in the queue; one more is answered 503")] = 4096
+    max_step_tokens: Annotated[
+        int, Meta(ge=1, description="most tokens computed in one step: prompts are cut into chunks of at most this")
+    ] = 2048
+    policy: Annotated[
+        str,
+        Meta(
+            description="order of the waiting queue: fcfs, lpm (longest cached prefix), or a plugin's; "
+            "auto takes a policy named in --plugins, else fcfs"
+        ),
+    ] = "auto"
+
+
+class ProcessOptions(Struct, frozen=True, kw_only=True):
+    """Processes."""
+
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], Meta(description="where the model runs; auto takes a GPU if there is one")
+    ] = "auto"
+    threads: Annotated[Positive | None, Meta(description="CPU threads of the worker; default: the physical cores")] = (
+        None
+    )
+    placement: Annotated[
+        Literal["auto", "single", "split"],
+        Meta(description="single: HTTP and scheduler share a process; split: one each; auto: single up to 4 cores"),
+    ] = "auto"
+    stall_seconds: Annotated[float, Meta(gt=0, description="seconds of a silent worker before health says stalled")] = (
+        60.0
+    )
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Meta(description="least severe log line shown")
+    ] = "info"
+
+
+class ServerOptions(Struct, frozen=True, kw_only=True):
+    """HTTP server."""
+
+    host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
+    api_key: Annotated[
+        str | None, Meta(description="key that clients must send as `Authorization: Bearer KEY`; default: none asked")
+    ] = None
+    served_model_name: Annotated[
+        str | None, Meta(description="name in /v1/models and in replies; default: the checkpoint's")
+    ] = None
+    drain_seconds: Annotated[float, Meta(ge=0, description="seconds that SIGTERM leaves running requests to end")] = (
+        30.0
+    )
+
+
+class Config(Struct, frozen=True, kw_only=True):
+    """All options of one engine, by group."""
+
+    model: ModelOptions = ModelOptions()
+    cache: CacheOptions = CacheOptions()
+    schedule: ScheduleOptions = ScheduleOptions()
+    process: ProcessOptions = ProcessOptions()
+    server: ServerOptions = ServerOptions()
+
+
+# ── what is derived from the structs ─────────────────────────────────────────────────────────
+
+
+class Option(Struct, frozen=True):
+    """One field of an options struct, as people meet it.
+
+    `annotation` is the field's declared type, `kind` the bare type in it without None and bounds."""
+
+    name: str
+    annotation: Any
+    default: Any
+    kind: Any
+    bounds: str
+    description: str
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return "ENGINE_" + self.name.upper()
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The only values it takes, where they are a fixed list."""
+        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+
+    @property
+    def listed(self) -> bool:
+        """Whether it holds several values."""
+        return get_origin(self.kind) is tuple
+
+    @property
+    def expects(self) -> str:
+        """What a value must be, in words: "an integer from 1 to 256"."""
+        if self.choices:
+            return ", ".join(self.choices[:-1]) + " or " + self.choices[-1]
+        if self.listed:
+            return "a comma-separated list" if get_args(self.kind)[0] is str else "a list of integers"
+        return {bool: "true or false", int: "an integer", float: "a number", str: "text"}[self.kind] + self.bounds
+
+    def read(self, value: Any, origin: str) -> Any:
+        """`value`, text or already of the right type, as the field's type.
+
+        Raises ConfigError naming `origin` (a flag or a variable), the value and what is taken."""
+        if self.listed and isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        try:
+            return msgspec.convert(value, self.annotation, strict=False)
+        except msgspec.ValidationError:
+            hint = did_you_mean(str(value), self.choices)
+            raise ConfigError(f"{origin} is {value!r}, but takes {self.expects}{hint}") from None
+
+
+def options_of(struct: type[Struct]) -> tuple[Option, ...]:
+    """The fields of `struct` as options, in order."""
+    options = []
+    for field in msgspec.structs.fields(struct):
+        kind, metas = _unwrap(field.type)
+        description = next((meta.description for meta in metas if meta.description), "")
+        options.append(Option(field.name, field.type, field.default, kind, _bounds(metas), description))
+    return tuple(options)
+
+
+def groups() -> dict[str, type[Struct]]:
+    """The option groups of Config by field name, in order."""
+    return {field.name: field.type for field in msgspec.structs.fields(Config)}
+
+
+def resolve(given: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Config:
+    """Build the Config from `given` (field name to value), then `environ` (ENGINE_*), then the defaults.
+
+    Values may be text, as a command line gives them, or typed, as Python code gives them.
+    Raises ConfigError for a name that is no option and for a value that its option does not take.
+    """
+    environ = environ or {}
+    by_group = {group: options_of(struct) for group, struct in groups().items()}
+    _refuse_unknown(given, environ, [option for options in by_group.values() for option in options])
+    values: dict[str, Any] = {}
+    for group, options in by_group.items():
+        said = {}
+        for option in options:
+            if option.name in given:
+                said[option.name] = option.read(given[option.name], option.flag)
+            elif option.variable in environ:
+                said[option.name] = option.read(environ[option.variable], option.variable)
+        values[group] = groups()[group](**said)
+    return Config(**values)
+
+
+def options_page() -> str:
+    """docs/options.md, whole."""
+    lines = [
+        "# Options",
+        "",
+        "<!-- Written by `make docs` from engine/config.py; edit there. -->",
+        "",
+        "Each option is a flag of `engine serve` and `engine generate` (those of the HTTP server only of the former),",
+        "and a variable of the environment, which the flag overrules: `--max-running 8` or `ENGINE_MAX_RUNNING=8`.",
+        "A true-or-false option has two flags: `--prefix-cache` and `--no-prefix-cache`.",
+    ]
+    for struct in groups().values():
+        title = (struct.__doc__ or "").rstrip(".")
+        lines += ["", f"## {title}", "", "| flag | variable | takes | default | meaning |", "|---|---|---|---|---|"]
+        for option in options_of(struct):
+            default = "" if option.default in (None, ()) else f"`{str(option.default).lower()}`"
+            cells = (f"`{option.flag}`", f"`{option.variable}`", option.expects, default, option.description)
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _unwrap(annotation: Any) -> tuple[Any, list[Meta]]:
+    """The bare type under `Annotated` and `| None`, and every Meta met on the way."""
+    metas: list[Meta] = []
+    while True:
+        if get_origin(annotation) is Annotated:
+            annotation, *found = get_args(annotation)
+            metas += found
+        elif get_origin(annotation) in (Union, UnionType):
+            (annotation,) = (member for member in get_args(annotation) if member is not NoneType)
+        else:
+            return annotation, metas
+
+
+def _bounds(metas: list[Meta]) -> str:
+    """Bounds in words: " from 1 to 256", " above 0, at most 1", or nothing."""
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    found = {key: getattr(meta, key) for meta in metas for key in words if getattr(meta, key) is not None}
+    if found.keys() == {"ge", "le"}:
+        return f" from {found['ge']} to {found['le']}"
+    return "".join(f", {words[key]} {bound}" for key, bound in found.items())
+
+
+def _refuse_unknown(given: Iterable[str], environ: Iterable[str], known: list[Option]) -> None:
+    """A name that is no option stops the start. Of the environment, where ENGINE_ is not ours alone, only
+    a near miss does: it is a misspelling, and ignoring it would be worse."""
+    names = [option.name for option in known]
+    for name in given:
+        if name not in names:
+            raise ConfigError(f"there is no option {name!r} (docs/options.md lists them){did_you_mean(name, names)}")
+    variables = [option.variable for option in known]
+    for name in environ:
+        hint = did_you_mean(name, variables) if name.startswith("ENGINE_") and name not in variables else ""
+        if hint:
+            raise ConfigError(f"the environment sets {name}, which is no option{hint}")
+
+
+if __name__ == "__main__":
+    print(options_page(), end="")
