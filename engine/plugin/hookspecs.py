@@ -1,0 +1,39 @@
+"""The hooks of a plugin manifest. Each runs once, at start, and fills a registry that is then frozen.
+
+A manifest is a torch-free module named by an entry point of group `engine.plugins`:
+
+    from engine.plugin import hookimpl
+
+    @hookimpl
+    def register_models(register):
+        register("mamba", "my_package.mamba:Mamba", architectures=("MambaForCausalLM",))
+"""
+
+from collections.abc import Callable
+
+import pluggy
+
+hookspec = pluggy.HookspecMarker("engine")
+hookimpl = pluggy.HookimplMarker("engine")
+
+Register = Callable[..., None]
+
+
+@hookspec
+def register_models(register: Register) -> None:
+    """register(name, target, architectures=(...,), description=""): a `layers.Model` subclass."""
+
+
+@hookspec
+def register_attention(register: Register) -> None:
+    """register(name, target, devices=("cpu", "cuda"), preference=0): a `layers.AttentionBackend`."""
+
+
+@hookspec
+def register_checkpoints(register: Register) -> None:
+    """register(name, target, models={}): a `specs.Checkpoint` class."""
+
+
+@hookspec
+def register_policies(register: Register) -> None:
+    """register(name, target): a `specs.Policy` class, constructed without arguments."""

@@ -1,0 +1,345 @@
+"""Find manifests, call their hooks once, and hold what they registered in registries that no one can change.
+
+    entry points of group "engine.plugins"
+      ├─ of our own distribution: always known
+      └─ of others: imported only when --plugins or ENGINE_PLUGINS names them
+
+Every process of an engine loads the same names again and so comes to the same registries; nothing is passed
+between processes but names. Loading needs no torch: an entry's code is imported by `resolve`, where it is used.
+There is no unloading and no reloading.
+"""
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Any, TypeVar
+
+import msgspec
+import pluggy
+from msgspec import Struct
+
+from engine.errors import ConfigError, PluginError, did_you_mean
+from engine.plugin import hookspecs
+from engine.plugin.hub import download, is_hub_id
+from engine.plugin.specs import AttentionEntry, Checkpoint, CheckpointEntry, Entry, ModelEntry, Policy, PolicyEntry
+
+GROUP = "engine.plugins"
+OURS = "engine"  # the distribution whose manifests are built in
+DEFAULT_POLICY = "fcfs"
+TARGET = re.compile(r"[\w.]+:[\w.]+")
+
+KINDS: Mapping[str, type[Entry]] = MappingProxyType(
+    {"models": ModelEntry, "attention": AttentionEntry, "checkpoints": CheckpointEntry, "policies": PolicyEntry}
+)
+HOOKS: Mapping[str, str] = MappingProxyType({f"register_{kind}": kind for kind in KINDS})
+
+AnyEntry = TypeVar("AnyEntry", bound=Entry)
+
+
+class PluginRow(Struct, frozen=True):
+    """One line of `engine plugins`. `state` is loaded, named (by --plugins) or available (to be named)."""
+
+    name: str
+    kind: str
+    version: str
+    distribution: str
+    hooks: tuple[str, ...]
+    state: str
+    description: str = ""
+
+
+@dataclass(frozen=True)
+class Plugins:
+    """What is registered, by kind and name, in order of registration; and which of it the user named."""
+
+    models: Mapping[str, ModelEntry]
+    attention: Mapping[str, AttentionEntry]
+    checkpoints: Mapping[str, CheckpointEntry]
+    policies: Mapping[str, PolicyEntry]
+    named: frozenset[tuple[str, str]]  # (kind, name): to be preferred
+    insisted: frozenset[tuple[str, str]]  # those of `named` that --plugins says by their own name
+    rows: tuple[PluginRow, ...]
+
+    @classmethod
+    def load(cls, named: Sequence[str] = ()) -> "Plugins":
+        """Import the built-in manifests and those of `named`, and run their hooks.
+
+        A name is a registered name ("llama", "torch") or a third-party entry point's; the latter names all that
+        it registers. Raises PluginError for a name that is neither, and for a manifest that does not load.
+        """
+        loader = _Loader()
+        ours, others = _discover()
+        for point in ours:
+            loader.add(point)
+        for name in named:
+            if name in others:
+                loader.add(_only(others[name]))
+        known = [*others, *(name for registry in loader.registries.values() for name in registry)]
+        for name in named:
+            if name not in known:
+                listed = ", ".join(sorted(set(known)))
+                raise PluginError(f"unknown plugin {name!r}{did_you_mean(name, known)}; known: {listed}")
+        return loader.frozen(named, others)
+
+    def model_for(self, architectures: Sequence[str]) -> ModelEntry:
+        """The model family for a checkpoint of these `architectures` (of its config.json)."""
+        fitting = [entry for entry in self.models.values() if set(entry.architectures) & set(architectures)]
+        wanted = [self.models[name] for kind, name in sorted(self.insisted) if kind == "models"]
+        preferred = [entry for entry in fitting if ("models", entry.name) in self.named]
+        if wanted and not preferred:
+            serves = "; ".join(f"{entry.name} serves {', '.join(entry.architectures)}" for entry in wanted)
+            raise PluginError(f"of the models in --plugins, {serves}; the checkpoint is a {' or '.join(architectures)}")
+        chosen = preferred or fitting
+        if not chosen:
+            served = ", ".join(name for entry in self.models.values() for name in entry.architectures)
+            raise PluginError(
+                f"no model plugin serves {' or '.join(architectures) or 'this checkpoint'}; served: {served}"
+            )
+        if len(chosen) > 1:
+            names = " and ".join(entry.name for entry in chosen)
+            raise PluginError(f"{names} all serve {' or '.join(architectures)}; name one of them in --plugins")
+        return chosen[0]
+
+    def attention_for(self, device: str) -> tuple[AttentionEntry, str]:
+        """The attention backend for `device` ("cpu" or "cuda"), and the reason for it, to be logged."""
+        fitting = [entry for entry in self.attention.values() if device in entry.devices]
+        for kind, name in self.insisted:
+            if kind == "attention" and device not in self.attention[name].devices:
+                runs = ", ".join(self.attention[name].devices)
+                raise PluginError(
+                    f"--plugins names the attention backend {name!r}, which runs on {runs}, not on {device}"
+                )
+        if not fitting:
+            listed = ", ".join(f"{entry.name} ({', '.join(entry.devices)})" for entry in self.attention.values())
+            raise PluginError(f"no attention backend runs on {device!r}; registered: {listed}")
+        preferred = [entry for entry in fitting if ("attention", entry.name) in self.named]
+        best = max(preferred or fitting, key=lambda entry: entry.preference)
+        if preferred:
+            return best, "named in --plugins"
+        if len(fitting) == 1:
+            return best, f"the only one for {device}"
+        others = ", ".join(f"{entry.name} ({entry.preference})" for entry in fitting if entry is not best)
+        return best, f"preference {best.preference} on {device}, before {others}"
+
+    def policy(self, name: str = "auto") -> Policy:
+        """The policy `name`, constructed; "auto" is one that --plugins names, else fcfs."""
+        if name == "auto":
+            named = sorted(name for kind, name in self.named if kind == "policies")
+            if len(named) > 1:
+                raise PluginError(f"--plugins names the policies {' and '.join(named)}; choose one with --policy")
+            name = named[0] if named else DEFAULT_POLICY
+        if name not in self.policies:
+            listed = ", ".join(["auto", *self.policies])
+            raise PluginError(f"unknown policy {name!r}{did_you_mean(name, self.policies)}; known: {listed}")
+        policy: Policy = resolve(self.policies[name].target)()
+        return policy
+
+    def open_checkpoint(self, model: str) -> Checkpoint:
+        """Open `model`: an embedded name, then a path that a format knows, then an id of the Hugging Face hub.
+
+        Raises ConfigError that says what `--model` takes when it is none of these."""
+        for entry in self._formats():
+            if model in entry.models:
+                return self._opened(entry, model)
+        found = self._open_path(str(Path(model).expanduser()))
+        if found is not None:
+            return found
+        if Path(model).expanduser().exists():
+            formats = ", ".join(self.checkpoints)
+            raise ConfigError(
+                f"--model {model} exists, but no checkpoint format ({formats}) can read it; {self._takes()}"
+            )
+        if not is_hub_id(model):
+            embedded = [name for entry in self.checkpoints.values() for name in entry.models]
+            raise ConfigError(f"--model {model} does not exist{did_you_mean(model, embedded)}; {self._takes()}")
+        folder = download(model)
+        found = self._open_path(folder)
+        if found is None:
+            raise ConfigError(f"{model} on the Hugging Face hub holds no safetensors weights; {self._takes()}")
+        return found
+
+    def listing(self) -> list[PluginRow]:
+        """What `engine plugins` shows."""
+        return list(self.rows)
+
+    def _formats(self) -> list[CheckpointEntry]:
+        """Checkpoint formats in the order they are asked: those named in --plugins first."""
+        return sorted(self.checkpoints.values(), key=lambda entry: ("checkpoints", entry.name) not in self.named)
+
+    def _open_path(self, path: str) -> Checkpoint | None:
+        for entry in self._formats():
+            opened: Checkpoint | None = resolve(entry.target).open(path)
+            if opened is not None:
+                return opened
+        return None
+
+    def _opened(self, entry: CheckpointEntry, model: str) -> Checkpoint:
+        opened: Checkpoint | None = resolve(entry.target).open(model)
+        if opened is None:
+            raise PluginError(f"the checkpoint plugin {entry.name!r} lists {model!r}, but does not open it")
+        return opened
+
+    def _takes(self) -> str:
+        embedded = ", ".join(name for entry in self.checkpoints.values() for name in entry.models)
+        return (
+            "it takes a safetensors directory, a .gguf file, a Hugging Face id (organization/name), "
+            f"or an embedded name: {embedded or 'none here'}"
+        )
+
+
+def resolve(target: str) -> Any:
+    """Import "module:attribute". Raises PluginError, with what went wrong as its cause."""
+    module, _, attribute = target.partition(":")
+    try:
+        value: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            value = getattr(value, part)
+    except Exception as error:
+        raise PluginError(f"{target} cannot be imported: {type(error).__name__}: {error}") from error
+    return value
+
+
+# ── loading ──────────────────────────────────────────────────────────────────────────────────
+
+
+def _discover() -> tuple[list[EntryPoint], dict[str, list[EntryPoint]]]:
+    """Our own manifests, and those of others by entry-point name; nothing is imported."""
+    ours: list[EntryPoint] = []
+    others: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=GROUP):
+        if point.dist is not None and point.dist.name == OURS:
+            ours.append(point)
+        else:
+            others.setdefault(point.name, []).append(point)
+    if not ours:
+        raise PluginError(f"the distribution {OURS!r} is not installed here, so no plugin is known; run `make install`")
+    return sorted(ours, key=lambda point: point.name), others
+
+
+def _only(points: list[EntryPoint]) -> EntryPoint:
+    if len(points) > 1:
+        raise PluginError(f"two distributions have a plugin {points[0].name!r}: {' and '.join(map(_source, points))}")
+    return points[0]
+
+
+def _source(point: EntryPoint) -> str:
+    """The distribution of an entry point, for people: "engine 0.1.0"."""
+    return f"{point.dist.name} {point.dist.version}" if point.dist is not None else point.value
+
+
+class _Loader:
+    """The registries while they are filled. One per load; frozen at its end."""
+
+    def __init__(self) -> None:
+        self.registries: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
+        self.sources: dict[tuple[str, str], EntryPoint] = {}
+        self.points: list[EntryPoint] = []
+        self._pluggy = pluggy.PluginManager("engine")
+        self._pluggy.add_hookspecs(hookspecs)
+
+    def add(self, point: EntryPoint) -> None:
+        """Import one manifest, check its hooks, and run them. Adding it again does nothing."""
+        if point in self.points:
+            return
+        said = f"plugin {point.name!r} of {_source(point)}"
+        try:
+            manifest = point.load()
+        except Exception as error:
+            raise PluginError(f"{said} fails to load: {type(error).__name__}: {error}") from error
+        if not isinstance(manifest, ModuleType):
+            raise PluginError(f"{said}: the entry point must name a module, not {point.value!r}")
+        _refuse_unknown_hooks(manifest, said)
+        self.points.append(point)
+        try:
+            self._pluggy.register(manifest, name=f"{_source(point)}: {point.name}")
+        except (pluggy.PluginValidationError, ValueError) as error:
+            raise PluginError(f"{said}: {error}") from error
+        for hook, kind in HOOKS.items():
+            self._run(manifest, hook, kind, point, said)
+
+    def _run(self, manifest: ModuleType, hook: str, kind: str, point: EntryPoint, said: str) -> None:
+        rest = [plugin for plugin in self._pluggy.get_plugins() if plugin is not manifest]
+        try:
+            self._pluggy.subset_hook_caller(hook, rest)(register=self._registrar(kind, point, said))
+        except PluginError:
+            raise
+        except Exception as error:
+            raise PluginError(f"{said}: {hook} fails: {type(error).__name__}: {error}") from error
+
+    def _registrar(self, kind: str, point: EntryPoint, said: str) -> Callable[..., None]:
+        """The `register` that one manifest's hook of `kind` is called with."""
+
+        def register(name: str, target: str, **fields: Any) -> None:
+            entry = _entry(KINDS[kind], {"name": name, "target": target, **fields}, f"{said}: register({name!r})")
+            if name in self.registries[kind]:
+                both = f"{_source(self.sources[kind, name])} and {_source(point)}"
+                raise PluginError(f"two plugins register {name!r} among {kind}: {both}; leave one out of --plugins")
+            self.registries[kind][name] = entry
+            self.sources[kind, name] = point
+
+        return register
+
+    def frozen(self, named: Sequence[str], others: Mapping[str, list[EntryPoint]]) -> Plugins:
+        insisted = {key for key in self.sources if key[1] in named and key[1] not in others}
+        preferred = {key for key, point in self.sources.items() if key in insisted or point.name in others}
+        registries: dict[str, Any] = {
+            kind: MappingProxyType(dict(entries)) for kind, entries in self.registries.items()
+        }
+        return Plugins(
+            **registries,
+            named=frozenset(preferred),
+            insisted=frozenset(insisted),
+            rows=(*self._loaded_rows(preferred), *self._available_rows(others)),
+        )
+
+    def _loaded_rows(self, named: set[tuple[str, str]]) -> list[PluginRow]:
+        rows = []
+        for (kind, name), point in self.sources.items():
+            assert point.dist is not None
+            state = "named" if (kind, name) in named else "loaded"
+            about = self.registries[kind][name].description
+            hooks = (f"register_{kind}",)
+            rows.append(PluginRow(name, kind, point.dist.version, point.dist.name, hooks, state, about))
+        return rows
+
+    def _available_rows(self, others: Mapping[str, list[EntryPoint]]) -> list[PluginRow]:
+        """Third-party entry points that were not named: not imported, so their hooks are not known."""
+        waiting = [point for points in others.values() for point in points if point not in self.points]
+        return [
+            PluginRow(point.name, "", point.dist.version, point.dist.name, (), "available")
+            for point in waiting
+            if point.dist is not None
+        ]
+
+
+def _refuse_unknown_hooks(manifest: ModuleType, said: str) -> None:
+    """A misspelled or unmarked hook would be a plugin that silently does nothing."""
+    for name, value in inspect.getmembers(manifest, inspect.isroutine):
+        mark = getattr(value, "engine_impl", None)
+        hook = (mark and mark.get("specname")) or name
+        defined_here = getattr(value, "__module__", None) == manifest.__name__
+        if hook not in HOOKS and (mark or (name.startswith("register_") and defined_here)):
+            listed = ", ".join(HOOKS)
+            raise PluginError(f"{said}: no hook is called {hook!r}{did_you_mean(hook, HOOKS)}; hooks: {listed}")
+        if hook in HOOKS and not mark and defined_here:
+            raise PluginError(f"{said}: {hook} lacks the @hookimpl of engine.plugin, so it would never be called")
+
+
+def _entry(kind: type[AnyEntry], fields: dict[str, Any], said: str) -> AnyEntry:
+    """Build a registry entry from what a manifest passed to `register`, checking every field."""
+    known = kind.__struct_fields__
+    for field in fields:
+        if field not in known:
+            raise PluginError(f"{said} has no field {field!r}{did_you_mean(field, known)}; fields: {', '.join(known)}")
+    try:
+        entry = msgspec.convert(fields, kind)
+    except msgspec.ValidationError as error:
+        raise PluginError(f"{said}: {error}") from error
+    if not TARGET.fullmatch(entry.target):
+        raise PluginError(f"{said}: the target must be 'module:attribute', not {entry.target!r}")
+    return entry

@@ -1,0 +1,153 @@
+"""What a plugin provides, kind by kind: the registry entries and the protocols behind them.
+
+Torch-free, so that the front process can read manifests, tokenizers and configurations without it.
+An entry names its code as "module:attribute"; the code is imported where it is used, once.
+"""
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any, Protocol
+
+from msgspec import Struct
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+
+    from engine.sched.request import Request
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "uint8": 1, "int8": 1}
+
+
+# ── registry entries, filled by the hooks ────────────────────────────────────────────────────
+
+
+class Entry(Struct, frozen=True, kw_only=True):
+    """What every kind shares: a `name` users type and a `target` "module:attribute"."""
+
+    name: str
+    target: str
+    description: str = ""
+
+
+class ModelEntry(Entry, frozen=True, kw_only=True):
+    """A model family. `architectures` are the names of config.json that it answers to."""
+
+    architectures: tuple[str, ...]
+
+
+class AttentionEntry(Entry, frozen=True, kw_only=True):
+    """An attention backend. Of those that run on a device, the highest `preference` is chosen."""
+
+    devices: tuple[str, ...]
+    preference: int = 0
+
+
+class CheckpointEntry(Entry, frozen=True, kw_only=True):
+    """A checkpoint format. `models` maps names that come with it ("smollm2-135m") to what they are."""
+
+    models: dict[str, str] = {}
+
+
+class PolicyEntry(Entry, frozen=True, kw_only=True):
+    """An order of the waiting queue."""
+
+
+# ── KV memory ────────────────────────────────────────────────────────────────────────────────
+
+
+class KVGroup(Struct, frozen=True):
+    """Layers that share one page layout: `shape` and `dtype` of one page of one layer."""
+
+    layers: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all layers of the group."""
+        return self.layers * prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+class KVSpec(Struct, frozen=True):
+    """Bytes and layout of a page, declared by a model together with its attention backend.
+
+    A page is `page_size` consecutive tokens of one request in every layer of every group.
+    """
+
+    page_size: int
+    groups: tuple[KVGroup, ...]
+
+    @property
+    def page_bytes(self) -> int:
+        return sum(group.page_bytes for group in self.groups)
+
+
+# ── checkpoints ──────────────────────────────────────────────────────────────────────────────
+
+
+class TextSpec(Struct, frozen=True):
+    """A checkpoint's tokenizer and what goes with it.
+
+    `eos_ids` end a reply; `bos_token` and `eos_token` are what chat templates refer to. Where the
+    tokenizer's own post-processor does not add the first token, `add_bos` says to do so.
+    """
+
+    tokenizer: "Tokenizer"
+    eos_ids: tuple[int, ...]
+    bos_id: int | None = None
+    add_bos: bool = False
+    bos_token: str = ""
+    eos_token: str = ""
+    chat_template: str | None = None
+
+
+class LazyTensor(Protocol):
+    """A weight not read yet. Indexing with slices reads just that part, as a CPU torch tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, index: "slice | tuple[slice, ...]") -> "torch.Tensor": ...
+
+
+class Checkpoint(Protocol):
+    """One opened model: its configuration, its text and its weights, under Hugging Face names.
+
+    Constructing it and calling `config()` and `text()` need no torch.
+    """
+
+    @classmethod
+    def open(cls, model: str) -> "Checkpoint | None":
+        """Open `model`, a path or a name; None when it is not of this format.
+
+        Raises ConfigError when it is of this format but broken."""
+        ...
+
+    def name(self) -> str:
+        """A short name to serve the model under."""
+        ...
+
+    def config(self) -> dict[str, Any]:
+        """The configuration in config.json's terms, with `architectures`."""
+        ...
+
+    def text(self) -> TextSpec: ...
+
+    def tensors(self) -> Iterator[tuple[str, LazyTensor]]:
+        """Every weight, named as Hugging Face transformers names it, in the file's order."""
+        ...
+
+
+# ── policies ─────────────────────────────────────────────────────────────────────────────────
+
+
+class Policy(Protocol):
+    """Orders the waiting queue before each step. Pure; called with at most a few hundred requests."""
+
+    def order(self, waiting: "Sequence[Request]", matched: "Sequence[int]") -> list[int]:
+        """Indices of `waiting` (given by priority, then arrival), first to run first; `matched[i]` tokens of
+        waiting[i] are cached. `needs_match` False says that `matched` is not looked at."""
+        ...
+
+    needs_match: bool

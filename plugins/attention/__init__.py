@@ -1,0 +1,15 @@
+"""Manifest of the built-in attention backends."""
+
+from engine.plugin import hookimpl
+from engine.plugin.hookspecs import Register
+
+
+@hookimpl
+def register_attention(register: Register) -> None:
+    register(
+        "torch",
+        "engine_plugins.attention.torch:TorchAttention",
+        devices=("cpu", "cuda"),
+        preference=0,
+        description="PyTorch's scaled_dot_product_attention over gathered pages; runs everywhere",
+    )
