@@ -1,0 +1,212 @@
+"""A radix tree from token prefixes to the pages that hold their keys and values.
+
+Everything is whole pages. A key is the int32 bytes of the tokens of whole pages, so that finding a prefix is
+one dictionary look-up and one memcmp a node; nodes split at page borders only.
+
+    root ── A: 3 pages ──┬── B: 1 page        A request that uses B holds a lock on B and on A. What nobody
+                         └── C: 2 pages       locks may be evicted, leaves first, least recently used first.
+
+The idea of caching prefixes in a radix tree is SGLang's (Zheng et al. 2024, arXiv:2312.07104).
+Left out: tiers below device memory; sharing of parts of pages.
+"""
+
+from heapq import heappop, heappush
+
+
+class Node:
+    """An edge and its end: `key` leads here from `parent`, and `pages` hold its keys and values."""
+
+    __slots__ = ("children", "key", "locks", "pages", "parent", "queued", "tick")
+
+    def __init__(self, key: bytes, pages: list[int], parent: "Node | None", locks: int = 0, tick: int = 0) -> None:
+        self.key = key
+        self.pages = pages
+        self.parent = parent
+        self.children: dict[bytes, Node] = {}  # by the bytes of their first page
+        self.locks = locks  # requests that use this node or one below it
+        self.tick = tick  # when the last lock went
+        self.queued = False  # has an entry in the tree's eviction queue
+
+
+class RadixTree:
+    """The pages of prefixes computed before, or planned to be. `size` pages, `evictable` of them not locked."""
+
+    def __init__(self, page_size: int) -> None:
+        self._stride = 4 * page_size  # bytes of key to a page
+        self.root = Node(b"", [], None)
+        self.size = 0
+        self.evictable = 0
+        self._tick = 0
+        # Unlocked leaves as (tick, node). Lazy: an entry may be out of date, and then says too early a tick or
+        # a node that is no unlocked leaf now; but each unlocked leaf has exactly one. Two unlocked leaves never
+        # share a tick, as one unlock walks one path.
+        self._queue: list[tuple[int, Node]] = []
+
+    # ── finding ──────────────────────────────────────────────────────────────────────────────
+
+    def match(self, key: bytes) -> tuple[Node, list[int]]:
+        """The longest cached prefix of `key` in whole pages: the node where it ends, and its pages.
+
+        To use the pages, lock the node before anything else is asked of the tree."""
+        path, _, part = self._descend(self.root, key)
+        if not path:
+            return self.root, []
+        path[-1] = self._cut(path[-1], part)
+        return path[-1], [page for node in path for page in node.pages]
+
+    def match_length(self, key: bytes) -> int:
+        """How many pages `match` would give; changes nothing."""
+        return self._descend(self.root, key)[1] // self._stride
+
+    def _descend(self, node: Node, key: bytes) -> tuple[list[Node], int, int]:
+        """Follow `key` below `node`: the nodes matched, the bytes matched in all, and in the last node."""
+        path: list[Node] = []
+        at = part = 0
+        while child := node.children.get(key[at : at + self._stride]):
+            path.append(child)
+            part = self._common(child.key, key, at)
+            at += part
+            if part < len(child.key):
+                break
+            node = child
+        return path, at, part
+
+    def _common(self, edge: bytes, key: bytes, at: int) -> int:
+        """Bytes of whole pages that `edge` and `key[at:]` share; their first page is known to be equal."""
+        if key.startswith(edge, at):
+            return len(edge)
+        stride = self._stride
+        low, high = 1, min(len(edge), len(key) - at) // stride  # pages known to be shared, and at most shared
+        while low < high:
+            middle = (low + high + 1) // 2
+            if edge[low * stride : middle * stride] == key[at + low * stride : at + middle * stride]:
+                low = middle
+            else:
+                high = middle - 1
+        return low * stride
+
+    def _cut(self, node: Node, length: int) -> Node:
+        """The node that ends `length` bytes into `node`'s key. `node` stays the lower half, so that the
+        requests that point at it still point at the end of their prefix."""
+        if length == len(node.key):
+            return node
+        assert node.parent is not None and 0 < length < len(node.key)
+        count = length // self._stride
+        upper = Node(node.key[:length], node.pages[:count], node.parent, node.locks, node.tick)
+        node.parent.children[upper.key[: self._stride]] = upper
+        node.key, node.pages, node.parent = node.key[length:], node.pages[count:], upper
+        upper.children[node.key[: self._stride]] = node
+        return upper
+
+    # ── using ────────────────────────────────────────────────────────────────────────────────
+
+    def lock(self, node: Node) -> None:
+        """Keep `node` and all above it from being evicted."""
+        while node.parent is not None:
+            if not node.locks:
+                self.evictable -= len(node.pages)
+            node.locks += 1
+            node = node.parent
+
+    def unlock(self, node: Node) -> None:
+        """Undo one `lock`; a prefix that nobody locks any more counts as used just now."""
+        self._tick += 1
+        while node.parent is not None:
+            node.locks -= 1
+            assert node.locks >= 0, "a node is unlocked more often than locked"
+            if not node.locks:
+                self.evictable += len(node.pages)
+                node.tick = self._tick
+                if not node.children and not node.queued:
+                    self._enqueue(node)
+            node = node.parent
+
+    def extend(self, node: Node, key: bytes, pages: list[int]) -> tuple[Node, list[int]]:
+        """Add the prefix that goes on from `node` with `key`, held in `pages`. The caller has locked `node`;
+        its lock moves to the node returned, where the longer prefix ends.
+
+        The list returned is the tree's own pages for the leading part of `key` that it holds already: the
+        caller keeps as many of its `pages`, and the tree owns the rest from now on."""
+        assert len(key) == len(pages) * self._stride
+        path, at, part = self._descend(node, key)
+        if path:
+            path[-1] = self._cut(path[-1], part)
+        for passed in path:
+            if not passed.locks:
+                self.evictable -= len(passed.pages)
+            passed.locks += 1
+        held = [page for passed in path for page in passed.pages]
+        end = path[-1] if path else node
+        key, pages = key[at:], pages[len(held) :]
+        self.size += len(pages)
+        if not pages:
+            return end, held
+        if end is node and node.locks == 1 and not node.children and node is not self.root:
+            node.key += key  # nobody but the caller stands here: a prompt that comes in chunks is one node
+            node.pages += pages
+            return node, held
+        leaf = end.children[key[: self._stride]] = Node(key, pages, end, locks=1)
+        return leaf, held
+
+    # ── giving back ──────────────────────────────────────────────────────────────────────────
+
+    def evict(self, count: int) -> list[int]:
+        """Forget up to `count` pages that nobody locks: the ends of the least recently used leaves."""
+        freed: list[int] = []
+        while self._queue and len(freed) < count:
+            tick, node = heappop(self._queue)
+            node.queued = False
+            if node.locks or node.children:
+                continue  # is queued again when it becomes an unlocked leaf
+            if tick < node.tick:
+                self._enqueue(node)
+                continue
+            keep = max(0, len(node.pages) - (count - len(freed)))
+            freed += node.pages[keep:]
+            parent = node.parent
+            assert parent is not None
+            if keep:
+                node.key, node.pages = node.key[: keep * self._stride], node.pages[:keep]
+                self._enqueue(node)
+            else:
+                del parent.children[node.key[: self._stride]]
+                if parent is not self.root and not parent.locks and not parent.children:
+                    self._enqueue(parent)
+        self.size -= len(freed)
+        self.evictable -= len(freed)
+        return freed
+
+    def _enqueue(self, node: Node) -> None:
+        node.queued = True
+        heappush(self._queue, (node.tick, node))
+
+    # ── looking ──────────────────────────────────────────────────────────────────────────────
+
+    def nodes(self) -> list[Node]:
+        """Every node but the root, parents first."""
+        found = [self.root]
+        for node in found:
+            found += node.children.values()
+        return found[1:]
+
+    def path(self, node: Node) -> list[int]:
+        """The pages from the root to the end of `node`."""
+        parts = []
+        while node.parent is not None:
+            parts.append(node.pages)
+            node = node.parent
+        return [page for pages in reversed(parts) for page in pages]
+
+    def check_integrity(self) -> None:
+        """Assert what always holds: keys, locks, counts and the eviction queue fit together."""
+        nodes = self.nodes()
+        assert self.size == sum(len(node.pages) for node in nodes), "size is not the number of pages"
+        assert self.evictable == sum(len(node.pages) for node in nodes if not node.locks), "evictable is wrong"
+        queue = [node for _, node in self._queue]
+        assert len(queue) == len(set(queue)), "a node is queued twice"
+        for node in nodes:
+            assert node.pages and len(node.key) == len(node.pages) * self._stride, "key and pages differ in length"
+            assert node.parent is not None and node.parent.children[node.key[: self._stride]] is node
+            assert node.locks >= sum(child.locks for child in node.children.values()), "a locked node is unprotected"
+            assert node.queued == (node in queue)
+            assert node.locks or node.children or node.queued, "an unlocked leaf would never be evicted"

@@ -1,0 +1,368 @@
+"""The scheduler: which rows run in the next step, and which pages they write.
+
+`plan` runs ahead of the device by as many steps as its caller allows: it assumes that every row survives, and
+then knows every length. Only a stop id can prove it wrong, and costs one dropped token. `commit` takes the
+results, in the order of the plans. A step is built in four parts:
+
+    1. pages for every running row: from the pool, from the cache, or from the request that loses least
+    2. decode rows: requests whose tokens but the last are computed
+    3. prefill rows: the next chunk of running prompts, while the step's token budget lasts
+    4. admissions: waiting requests that find a slot and pages for their whole prompt
+
+The whole pages of a chunk go into the tree when the chunk is planned, because steps run in order and write
+the keys and values of all their rows before any row attends. A running prompt leaves no budget for admissions
+until its last chunk is planned: thus whoever shares its prefix stays in the queue until the tree offers all of
+it, and a prefix is computed once under every policy.
+
+Left out: preemption by priority while slots and pages last; tiers; more than one device to choose from.
+"""
+
+from array import array
+from collections import Counter, deque
+from collections.abc import Iterator
+from itertools import chain
+
+from engine.cache.pool import PagePool
+from engine.cache.radix import Node, RadixTree
+from engine.errors import RequestError
+from engine.messages import Admit, Finish, SlotAdmit, StepDone, StepPlan, Tokens
+from engine.plugin.specs import Policy
+from engine.sched.columns import ReplyColumns, StepColumns
+from engine.sched.limits import check_fits, pages_for
+from engine.sched.request import Request, rank
+from engine.sched.waiting import WaitingQueue
+
+
+class Scheduler:
+    """Continuous batching of requests over `slots` device rows and `pages` KV pages of `page_size` tokens.
+
+    The caller sends each plan to the device, and commits its result, in order. `policy` orders the queue.
+    Nothing but `admit` refuses.
+    """
+
+    def __init__(
+        self,
+        pages: int,
+        page_size: int,
+        slots: int,
+        max_model_len: int,
+        max_step_tokens: int,
+        policy: Policy,
+        prefix_cache: bool,
+        max_waiting: int,
+    ) -> None:
+        self.page_size = page_size
+        self.slots = slots
+        self.max_model_len = max_model_len
+        self.max_step_tokens = max_step_tokens
+        self.max_waiting = max_waiting
+        self.prefix_cache = prefix_cache
+        self._steps = 0
+        self._prompt_tokens = 0  # of requests that came to run, as are the cached ones among them
+        self._cached_tokens = 0
+        self._generated_tokens = 0
+        self._retractions = 0
+        self._arrivals = 0
+        self._requests: dict[str, Request] = {}  # all that live, by rid
+        self._queue = WaitingQueue(policy, self._cached)
+        self._start_afresh(pages)
+
+    def _start_afresh(self, pages: int) -> None:
+        self._pool = PagePool(pages)
+        self._tree = RadixTree(self.page_size)
+        self._decoding: dict[str, Request] = {}  # running, one token behind
+        self._prefilling: dict[str, Request] = {}  # running, further behind
+        self._free_slots = list(range(self.slots - 1, -1, -1))
+        self._in_flight: deque[tuple[int, list[tuple[Request, int]]]] = deque()
+
+    # ── figures ──────────────────────────────────────────────────────────────────────────────
+
+    def counts(self) -> dict[str, int]:
+        """The figures of messages.Stats that the scheduler knows. `pages_cached` pages are held by the cache
+        alone, and are taken when no page is free."""
+        return {
+            "running": self.running,
+            "waiting": len(self._queue),
+            "pages": self._pool.size,
+            "pages_free": self._pool.free_pages,
+            "pages_cached": self._tree.evictable,
+            "prompt_tokens_total": self._prompt_tokens,
+            "cached_tokens_total": self._cached_tokens,
+            "generated_tokens_total": self._generated_tokens,
+            "retractions_total": self._retractions,
+            "steps": self._steps,
+        }
+
+    @property
+    def running(self) -> int:
+        """Requests that have a slot."""
+        return len(self._decoding) + len(self._prefilling)
+
+    # ── requests come and go ─────────────────────────────────────────────────────────────────
+
+    def admit(self, admit: Admit) -> None:
+        """Queue a request. Raises RequestError: 400 if it can never fit, 409 if its rid lives, 503 if the
+        queue is full."""
+        rid = admit.rid
+        if rid in self._requests:
+            raise RequestError(
+                f"request id {rid!r} is in use by a live request; choose another or wait until it ends",
+                param="rid",
+                code="duplicate_rid",
+                status=409,
+            )
+        request = Request.admitted(admit, self._arrivals)
+        check_fits(request, self.max_model_len, self._pool.size, self.page_size)
+        if len(self._queue) >= self.max_waiting:
+            raise RequestError(
+                f"{len(self._queue)} requests wait, and at most {self.max_waiting} may; try again later",
+                code="queue_full",
+                status=503,
+            )
+        self._arrivals += 1
+        self._requests[rid] = request
+        self._queue.add(request)
+
+    def stop(self, rid: str, keep: int | None = None) -> bool:
+        """End `rid` in silence; nobody waits for tokens after its first `keep`. False if no such request lives."""
+        request = self._requests.pop(rid, None)
+        if request is None:
+            return False
+        if request.slot < 0:
+            self._queue.remove(request)
+        else:
+            self._release(request, None if keep is None else request.prompt_len + keep)
+        return True
+
+    def abort(self, rid: str) -> Tokens | None:
+        """End `rid` now, and what to say of it; None if no such request lives."""
+        if not self.stop(rid):
+            return None
+        no_tokens = array("i", [0]).tobytes()
+        return Tokens(step=self._steps, rids=[rid], counts=no_tokens, tokens=b"", finishes=(Finish(0, "abort"),))
+
+    def reset(self) -> list[str]:
+        """The device lost everything: forget the requests that run, and name them. Waiting ones stay."""
+        lost = [request.rid for request in self._running()]
+        for rid in lost:
+            del self._requests[rid]
+        self._start_afresh(self._pool.size)
+        return lost
+
+    def flush(self) -> tuple[int, int]:
+        """Forget cached prefixes that no running request uses: pages freed, and pages still in use."""
+        freed = self._tree.evict(self._tree.evictable)
+        self._pool.give(freed)
+        return len(freed), self._pool.size - self._pool.free_pages
+
+    # ── a step's plan ────────────────────────────────────────────────────────────────────────
+
+    def plan(self) -> StepPlan | None:
+        """The next step; None if there is nothing to compute before a result or a request comes."""
+        step = StepColumns(self.max_step_tokens)
+        self._grow(step)
+        self._plan_decodes(step)
+        if self._prefilling:
+            self._plan_prefills(step)
+        if self._queue and self._free_slots and step.budget:
+            assert not self._prefilling, "a prompt left budget unused, so that others would compute its prefix again"
+            self._plan_admissions(step)
+        if not step.rows:
+            assert not step.pages and not step.admits
+            return None
+        self._steps += 1
+        self._in_flight.append((self._steps, step.sampled))
+        return step.message(self._steps)
+
+    def _grow(self, step: StepColumns) -> None:
+        """Find the pages that running rows need next. Who must give way does so before any row is planned."""
+        while short := [r for r in self._running() if r.capacity < r.length < r.limit]:
+            if sum(pages_for(r.length, self.page_size) - len(r.pages) for r in short) <= self._available:
+                break
+            self._retract(self._cheapest())
+        for request in short:
+            held = len(request.pages)
+            self._add_pages(request, pages_for(request.length, self.page_size) - held)
+            step.set_pages(request, range(held, len(request.pages)))
+
+    def _plan_decodes(self, step: StepColumns) -> None:
+        """One token for each: they fit, as nobody joins the running requests but with budget to spare."""
+        rows, sampled = step.rows, step.sampled
+        for request in self._decoding.values():
+            length = request.length
+            if length < request.limit:  # else its last token is in flight
+                rows += (request.slot, length - 1, 1, 1)
+                sampled.append((request, length))
+                request.computed = length
+                request.length = length + 1
+        step.budget -= len(sampled)
+
+    def _plan_prefills(self, step: StepColumns) -> None:
+        for request in list(self._prefilling.values()):
+            if not step.budget:
+                return
+            self._plan_chunk(step, request)
+
+    def _plan_chunk(self, step: StepColumns, request: Request) -> None:
+        """Compute as much of `request` as the budget allows; at its end, sample. Its tokens are all known."""
+        start = request.computed
+        end = min(request.length, start + step.budget)
+        step.budget -= end - start
+        ends = end == request.length
+        step.rows += (request.slot, start, end - start, int(ends))
+        request.computed = end
+        step.set_pages(request, self._share(request, end))
+        if ends:
+            step.sampled.append((request, end))
+            request.length = end + 1
+            self._decoding[request.rid] = self._prefilling.pop(request.rid)
+
+    def _plan_admissions(self, step: StepColumns) -> None:
+        for request in self._queue.ordered():
+            if not step.budget or not self._free_slots or not self._place(request):
+                return
+            self._queue.remove(request)
+            step.admits.append(SlotAdmit(request.slot, request.ids.tobytes(), request.sampling))
+            step.set_pages(request, range(len(request.pages)))
+            self._plan_chunk(step, request)
+
+    def _place(self, request: Request) -> bool:
+        """Give a waiting request a slot and pages for all its tokens, if as many are left as running rows:
+        each of those soon needs its next page, and none should be retracted for a newcomer."""
+        if self.prefix_cache:
+            request.node, request.pages = self._tree.match(self._reusable(request))
+            self._tree.lock(request.node)  # before looking at what is available: these pages no longer are
+        missing = pages_for(request.length, self.page_size) - len(request.pages)
+        if missing + self.running > self._available:
+            if request.node is not None:
+                self._tree.unlock(request.node)
+            request.leave()
+            return False
+        request.shared = len(request.pages)
+        request.computed = request.shared * self.page_size
+        self._add_pages(request, missing)
+        if request.cached < 0:
+            request.cached = request.computed
+            self._cached_tokens += request.cached
+            self._prompt_tokens += request.prompt_len
+        request.slot = self._free_slots.pop()
+        request.since = self._steps + 1
+        self._prefilling[request.rid] = request
+        return True
+
+    # ── a step's result ──────────────────────────────────────────────────────────────────────
+
+    def commit(self, done: StepDone) -> Tokens | None:
+        """Take in the result of the oldest step in flight; None if it gives nobody a token."""
+        number, sampled = self._in_flight.popleft()
+        assert done.step == number, f"step {done.step} is done, but step {number} is the oldest in flight"
+        reply = ReplyColumns()
+        tokens = array("i", done.tokens)
+        at = 0
+        for (request, position), count in zip(sampled, array("i", done.counts), strict=True):
+            first, at = at, at + count
+            if number < request.since:
+                continue  # it ended, or lost its slot, after this step was planned
+            first += len(request.ids) - position  # a step that gave several may have given these
+            if first < at and reply.accept(request, tokens[first:at]):
+                del self._requests[request.rid]
+                self._release(request)
+            elif len(request.ids) > request.length:  # more than was foreseen: it has to catch up
+                request.length = len(request.ids)
+                self._decoding.pop(request.rid, None)
+                self._prefilling[request.rid] = request
+        self._generated_tokens += len(reply.tokens)
+        return reply.message(number) if reply.rids else None
+
+    # ── pages ────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def _available(self) -> int:
+        """Pages that can be had without retracting anyone."""
+        return self._pool.free_pages + self._tree.evictable
+
+    def _add_pages(self, request: Request, count: int) -> None:
+        """Append `count` of the available pages to `request`'s own."""
+        shortage = count - self._pool.free_pages
+        if shortage > 0:
+            self._pool.give(self._tree.evict(shortage))
+        pages = self._pool.take(count)
+        assert pages is not None, "more pages are taken than are available"
+        request.pages += pages
+        request.capacity = len(request.pages) * self.page_size
+
+    def _share(self, request: Request, end: int) -> range:
+        """Hand the tree the whole pages before position `end`. Where it has the same already, `request` takes
+        the tree's and frees its own: the indices of pages so changed."""
+        first, last = request.shared, end // self.page_size
+        if request.node is None or last <= first:
+            return range(0)
+        key = request.ids[first * self.page_size : last * self.page_size].tobytes()
+        request.node, held = self._tree.extend(request.node, key, request.pages[first:last])
+        changed = slice(first, first + len(held))
+        self._pool.give(request.pages[changed])
+        request.pages[changed] = held
+        request.shared = last
+        return range(changed.start, changed.stop)
+
+    def _retract(self, request: Request) -> None:
+        """Send a running request back to its place in the queue, its prefix left in the cache."""
+        self._release(request)
+        self._queue.add(request)
+        self._retractions += 1
+
+    def _cheapest(self) -> Request:
+        """Whom to retract: lowest priority, then least computed; never the one that must make progress."""
+        kept = min(self._running(), key=rank)
+        others = (request for request in self._running() if request is not kept)
+        return min(others, key=lambda request: (request.priority, request.computed, -request.arrival))
+
+    def _release(self, request: Request, end: int | None = None) -> None:
+        """The one place where a running request gives back its pages, its locks and its slot. Pages of known
+        tokens (before position `end`, if given) stay in the cache.
+
+        Steps in flight may still read and write what is freed here: they run before any step that reuses it."""
+        known = min(request.computed, len(request.ids))
+        self._share(request, known if end is None else min(known, end))
+        self._pool.give(request.pages[request.shared :])
+        if request.node is not None:
+            self._tree.unlock(request.node)
+        self._free_slots.append(request.slot)
+        self._decoding.pop(request.rid, None)
+        self._prefilling.pop(request.rid, None)
+        request.leave()
+
+    # ── looking ──────────────────────────────────────────────────────────────────────────────
+
+    def _running(self) -> Iterator[Request]:
+        return chain(self._decoding.values(), self._prefilling.values())
+
+    def _reusable(self, request: Request) -> bytes:
+        """The key of the pages that a cache hit may give: one token at least is computed, to sample from."""
+        whole = (request.length - 1) // self.page_size
+        return request.ids[: whole * self.page_size].tobytes()
+
+    def _cached(self, request: Request) -> int:
+        return self._tree.match_length(self._reusable(request)) * self.page_size
+
+    def check_integrity(self) -> None:
+        """Assert that pages, locks, slots and requests fit together. For tests, and when idle."""
+        running = list(self._running())
+        self._tree.check_integrity()
+        self._pool.check_integrity(
+            [node.pages for node in self._tree.nodes()] + [request.pages[request.shared :] for request in running]
+        )
+        locks: Counter[Node] = Counter()
+        for request in running:
+            shared = [] if request.node is None else self._tree.path(request.node)
+            assert shared == request.pages[: request.shared], f"{request.rid} strays from the tree"
+            node = request.node
+            while node is not None and node.parent is not None:
+                locks[node] += 1
+                node = node.parent
+        assert all(node.locks == locks[node] for node in self._tree.nodes()), "a lock outlives its request"
+        slots = [request.slot for request in running] + self._free_slots
+        assert sorted(slots) == list(range(self.slots)), "slots are lost or taken twice"
+        assert sorted(self._requests) == sorted(request.rid for request in chain(running, self._queue))
+        assert all(request.computed == request.length - 1 for request in self._decoding.values())
+        assert all(request.computed < request.length for request in self._prefilling.values())

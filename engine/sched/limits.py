@@ -1,0 +1,38 @@
+"""What the scheduler refuses at once: a request that waiting would never serve, or that cannot be told apart."""
+
+from engine.errors import RequestError
+from engine.sched.request import Request
+
+
+def pages_for(tokens: int, page_size: int) -> int:
+    """Pages that hold `tokens` tokens."""
+    return -(-tokens // page_size)
+
+
+def check_fits(request: Request, max_model_len: int, pages: int, page_size: int) -> None:
+    """Raises RequestError (400) if `request` is empty or longer than the model or the whole KV cache allows."""
+    prompt, new = request.prompt_len, request.limit - request.prompt_len
+    if prompt == 0:
+        raise RequestError("the prompt has 0 tokens; send at least one", param="prompt", code="empty_prompt")
+    if prompt + 1 > max_model_len:
+        raise RequestError(
+            f"the prompt has {prompt} tokens, but prompt and reply together may have {max_model_len}; shorten the "
+            f"prompt to at most {max_model_len - 1} tokens",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+    if prompt + new > max_model_len:
+        raise RequestError(
+            f"the prompt has {prompt} tokens and max_tokens is {new}, but together they may be {max_model_len}; "
+            f"lower max_tokens to at most {max_model_len - prompt}, or shorten the prompt",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+    needed = pages_for(prompt + new - 1, page_size)  # the last token is never computed
+    if needed > pages:
+        raise RequestError(
+            f"{prompt} prompt tokens and max_tokens {new} need {needed} KV pages of {page_size} tokens, but there "
+            f"are {pages}; keep prompt + max_tokens within {pages * page_size + 1}, or start with more KV memory",
+            param="max_tokens",
+            code="kv_capacity_exceeded",
+        )

@@ -1,0 +1,73 @@
+"""One request as the scheduler knows it: its tokens, its place on the device, and how far the plans have got.
+
+                     computed        length
+    ids      ┌──────────┬──────────────┬────────────
+    tokens   │ in cache │ to compute   │ (nothing yet)
+             └──────────┴──────────────┴────────────
+    pages    └shared┴own──────────────────┘
+
+`computed` and `length` run ahead of the device: they count what the plans sent will have done. `length` is
+the number of tokens there will be then, so it is len(ids) plus the samples in flight.
+"""
+
+from array import array
+from dataclasses import dataclass, field
+
+from engine.cache.radix import Node
+from engine.messages import Admit, Sampling
+
+NEVER = 1 << 62
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """The state of one live request. Positions and lengths are in tokens."""
+
+    rid: str
+    arrival: int
+    priority: int
+    ids: "array[int]"  # int32: the prompt and what was sampled and committed
+    prompt_len: int
+    limit: int  # prompt_len + max_new: the length at which it ends
+    sampling: Sampling
+    stop_ids: frozenset[int]
+
+    length: int
+    computed: int = 0
+    cached: int = -1  # prompt tokens the cache held when it first ran; -1 before
+    first: bool = True  # its first token is still to come
+
+    # Its place on the device, while it runs.
+    slot: int = -1
+    since: int = NEVER  # first step of this stay on the device: results of earlier steps are dropped
+    node: Node | None = None  # where its shared prefix ends in the tree; locked by this request
+    shared: int = 0  # leading pages that the tree owns
+    pages: list[int] = field(default_factory=list)
+    capacity: int = 0  # tokens that `pages` can hold
+
+    @classmethod
+    def admitted(cls, admit: Admit, arrival: int) -> "Request":
+        """A waiting request, from what the tokenizer says."""
+        ids = array("i", admit.ids)
+        return cls(
+            rid=admit.rid,
+            arrival=arrival,
+            priority=admit.priority,
+            ids=ids,
+            prompt_len=len(ids),
+            limit=len(ids) + admit.max_new,
+            sampling=admit.sampling,
+            stop_ids=frozenset(admit.stop_ids),
+            length=len(ids),
+        )
+
+    def leave(self) -> None:
+        """Forget the place on the device; what was computed for it is to be found in the cache or done again."""
+        self.slot, self.since = -1, NEVER
+        self.node, self.shared, self.pages, self.capacity = None, 0, [], 0
+        self.computed, self.length = 0, len(self.ids)
+
+
+def rank(request: Request) -> tuple[int, int]:
+    """Sorts higher priority first, then earlier arrival."""
+    return (-request.priority, request.arrival)

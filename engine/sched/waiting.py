@@ -1,0 +1,53 @@
+"""The waiting queue: kept by priority and arrival, offered in the order of a policy.
+
+Higher priority goes first under every policy; a policy orders within a priority. Only the head of the queue is
+offered, so that a step's cost does not grow with the queue.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator
+
+from engine.plugin.specs import Policy
+from engine.sched.request import Request, rank
+
+OFFERED = 256  # most requests a policy is asked to order
+MATCHED = 128  # longest queue whose prefixes are looked up for a policy; beyond, it orders by arrival
+
+
+class WaitingQueue:
+    """Requests without a slot. `matched` says how many tokens of a request the cache holds."""
+
+    def __init__(self, policy: Policy, matched: Callable[[Request], int]) -> None:
+        self._policy = policy
+        self._matched = matched
+        self._requests: list[Request] = []  # by rank
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._requests)
+
+    def add(self, request: Request) -> None:
+        """Put `request` at its place: one that ran before keeps its arrival."""
+        insort(self._requests, request, key=rank)
+
+    def remove(self, request: Request) -> None:
+        """Take out `request`, which waits."""
+        index = bisect_left(self._requests, rank(request), key=rank)
+        assert self._requests[index] is request
+        del self._requests[index]
+
+    def ordered(self) -> list[Request]:
+        """The requests to try now, first to run first."""
+        head = self._requests[:OFFERED]
+        if len(head) <= 1:
+            return head
+        if self._policy.needs_match and len(self._requests) <= MATCHED:
+            matched = [self._matched(request) for request in head]
+        else:
+            matched = [0] * len(head)
+        order = [head[index] for index in self._policy.order(head, matched)]
+        if head[0].priority != head[-1].priority:
+            order.sort(key=lambda request: -request.priority)
+        return order

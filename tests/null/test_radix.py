@@ -1,0 +1,131 @@
+"""The radix tree against a dictionary from prefixes, as tuples of pages of tokens, to pages."""
+
+from array import array
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+
+from engine.cache.radix import RadixTree
+
+PATH = st.lists(st.integers(0, 1), max_size=5).map(tuple)  # few values, so that prefixes meet
+
+
+def prefixes(path):
+    return [path[: end + 1] for end in range(len(path))]
+
+
+class TreeAgainstDictionary(RuleBasedStateMachine):
+    """`pages` is the model: prefix → page, closed under taking prefixes; `used` is when its last lock went."""
+
+    readers = Bundle("readers")
+
+    @initialize(page_size=st.integers(1, 3))
+    def start(self, page_size):
+        self.page_size = page_size
+        self.tree = RadixTree(page_size)
+        self.pages, self.used, self.held = {}, {}, {}
+        self.next_page = self.next_reader = self.now = 0
+
+    def key(self, path, tail=0):
+        tokens = [value for page in path for value in [*[7] * (self.page_size - 1), page]]
+        return array("i", tokens + [7] * tail).tobytes()
+
+    def locked(self):
+        return {prefix for _, path in self.held.values() for prefix in prefixes(path)}
+
+    @rule(target=readers, path=PATH, tail=st.integers(0, 2))
+    def match_and_lock(self, path, tail):
+        expected = [self.pages[prefix] for prefix in prefixes(path) if prefix in self.pages]
+        key = self.key(path, min(tail, self.page_size - 1))
+        assert self.tree.match_length(key) == len(expected)
+        node, pages = self.tree.match(key)
+        assert pages == expected == self.tree.path(node)
+        self.tree.lock(node)
+        self.next_reader += 1
+        self.held[self.next_reader] = (node, path[: len(expected)])
+        return self.next_reader
+
+    @rule(path=PATH)
+    def match_only(self, path):
+        assert len(self.tree.match(self.key(path))[1]) == sum(prefix in self.pages for prefix in prefixes(path))
+
+    @rule(reader=readers, more=PATH)
+    def extend(self, reader, more):
+        node, path = self.held[reader]
+        own = list(range(self.next_page, self.next_page + len(more)))
+        self.next_page += len(more)
+        new = prefixes(path + more)[len(path) :]
+        expected = [self.pages[prefix] for prefix in new if prefix in self.pages]
+        node, held = self.tree.extend(node, self.key(more), own)
+        assert held == expected
+        self.pages |= dict(zip(new[len(held) :], own[len(held) :], strict=True))
+        self.held[reader] = (node, path + more)
+
+    @rule(target=readers, reader=consumes(readers))
+    def unlock(self, reader):
+        node, path = self.held.pop(reader)
+        self.tree.unlock(node)
+        self.now += 1
+        locked = self.locked()
+        self.used |= {prefix: self.now for prefix in prefixes(path) if prefix not in locked}
+        return multiple()
+
+    @rule(count=st.integers(0, 8))
+    def evict(self, count):
+        expected, locked = [], self.locked()
+        while len(expected) < count:
+            inner = {prefix[:-1] for prefix in self.pages}
+            leaves = [prefix for prefix in self.pages if prefix not in inner and prefix not in locked]
+            if not leaves:
+                break
+            oldest = min(leaves, key=self.used.__getitem__)
+            expected.append(self.pages.pop(oldest))
+            del self.used[oldest]
+        assert sorted(self.tree.evict(count)) == sorted(expected)
+
+    @invariant()
+    def tree_is_the_dictionary(self):
+        if not hasattr(self, "tree"):
+            return
+        self.tree.check_integrity()
+        assert self.tree.size == len(self.pages)
+        assert self.tree.evictable == len(self.pages.keys() - self.locked())
+        assert sorted(page for node in self.tree.nodes() for page in node.pages) == sorted(self.pages.values())
+        for node, path in self.held.values():
+            assert self.tree.path(node) == [self.pages[prefix] for prefix in prefixes(path)]
+
+
+TestTree = TreeAgainstDictionary.TestCase
+TestTree.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_a_prompt_inserted_in_chunks_is_one_node():
+    tree = RadixTree(1)
+    node = tree.root
+    for page in range(5):
+        node, held = tree.extend(node, array("i", [page]).tobytes(), [page])
+        assert held == []
+    assert [n.pages for n in tree.nodes()] == [[0, 1, 2, 3, 4]]
+
+
+def test_eviction_takes_no_more_than_asked_of_a_long_leaf():
+    tree = RadixTree(2)
+    key = array("i", range(20)).tobytes()
+    node, _ = tree.extend(tree.root, key, list(range(10)))
+    assert tree.evict(3) == []
+    tree.unlock(node)
+    assert tree.evict(3) == [7, 8, 9]
+    assert tree.match(key)[1] == list(range(7))
+
+
+def test_a_prefix_used_again_outlives_one_used_since():
+    tree = RadixTree(1)
+    first, second = array("i", [1]).tobytes(), array("i", [2]).tobytes()
+    for key, page in ((first, 1), (second, 2)):
+        tree.unlock(tree.extend(tree.root, key, [page])[0])
+    tree.match(second)  # looking is not using
+    node, _ = tree.match(first)
+    tree.lock(node)
+    tree.unlock(node)
+    assert tree.evict(1) == [2]
