@@ -1,0 +1,30 @@
+"""What models are built from. A model states its sharding through these layers and holds no rank arithmetic."""
+
+from engine.layers.activation import silu_and_mul
+from engine.layers.attention import Attention, AttentionBackend, AttentionShape
+from engine.layers.batch import Batch
+from engine.layers.build import Build
+from engine.layers.embedding import Embedding, LMHead
+from engine.layers.linear import ColumnLinear, QKVLinear, RowLinear
+from engine.layers.model import Layer, Model
+from engine.layers.norm import RMSNorm
+from engine.layers.rotary import Rotary, rotate
+
+__all__ = [
+    "Attention",
+    "AttentionBackend",
+    "AttentionShape",
+    "Batch",
+    "Build",
+    "ColumnLinear",
+    "Embedding",
+    "LMHead",
+    "Layer",
+    "Model",
+    "QKVLinear",
+    "RMSNorm",
+    "Rotary",
+    "RowLinear",
+    "rotate",
+    "silu_and_mul",
+]

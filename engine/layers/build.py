@@ -1,0 +1,54 @@
+"""What a model is built with: where, in which type, on which rank, and with which attention.
+
+Layers ask it for their share of a dimension, so models never see a rank. Left out until tensor
+parallelism comes: process groups; `world` is 1.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.layers.attention import AttentionBackend, AttentionShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Build:
+    """The context that every layer's constructor takes first.
+
+    `max_model_len` is the longest sequence that will be asked of the model, in tokens.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    page_size: int
+    max_model_len: int
+    attention_backend: type[AttentionBackend]
+    rank: int = 0
+    world: int = 1
+
+    def share(self, size: int) -> slice:
+        """This rank's part of a dimension that is divided evenly over the ranks."""
+        assert size % self.world == 0, f"{size} does not divide over {self.world} ranks"
+        part = size // self.world
+        return slice(self.rank * part, (self.rank + 1) * part)
+
+    def local(self, size: int) -> int:
+        """How much of a divided dimension this rank holds."""
+        share = self.share(size)
+        return share.stop - share.start
+
+    def attention(
+        self, layers: int, query_heads: int, kv_heads: int, head_dim: int, scale: float | None = None
+    ) -> AttentionBackend:
+        """The backend that serves `layers` attention layers of this shape (head counts of the whole model).
+
+        `scale` multiplies the scores; by default head_dim ** -0.5.
+        """
+        shape = AttentionShape(
+            layers=layers,
+            query_heads=self.local(query_heads),
+            kv_heads=self.local(kv_heads),
+            head_dim=head_dim,
+            scale=head_dim**-0.5 if scale is None else scale,
+        )
+        return self.attention_backend(shape, self.page_size, self.device, self.dtype)

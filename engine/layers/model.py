@@ -1,0 +1,129 @@
+"""The base of layers that hold weights, the base of models, and how a checkpoint finds its way into them.
+
+A weight's name in the checkpoint is its layer's path in the model, where a layer that stacks several
+tensors answers to each one's name in place of its own. So the checkpoint's names are Hugging Face's and
+a model class needs no table of them. Left out: weights that change shape on the way in.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.errors import ConfigError
+from engine.layers.attention import AttentionBackend
+from engine.layers.batch import Batch
+from engine.layers.build import Build
+from engine.plugin.specs import KVSpec, LazyTensor
+
+
+class Layer(nn.Module):
+    """A module with weights. `parts` names the checkpoint's modules that it stacks; "" is its own name."""
+
+    parts: tuple[str, ...] = ("",)
+
+    def load(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> None:
+        """Copies what this rank needs of `tensor`, called `name` in the checkpoint, into `parameter`.
+
+        Raises ConfigError when its shape is not the one that the model's configuration calls for.
+        """
+        target = self.get_parameter(parameter)
+        copy_weight(name, target, tensor, tuple(target.shape), (slice(None),))
+
+
+def empty_weight(build: Build, *shape: int) -> nn.Parameter:
+    """A weight of this rank, to be filled by `Layer.load`."""
+    return nn.Parameter(torch.empty(shape, dtype=build.dtype, device=build.device), requires_grad=False)
+
+
+def copy_weight(
+    name: str, target: Tensor, tensor: LazyTensor, whole: tuple[int, ...], index: tuple[slice, ...]
+) -> None:
+    """Copies `tensor[index]` into `target` if the tensor's full shape is `whole`, else raises ConfigError."""
+    if tuple(tensor.shape) != whole:
+        raise ConfigError(
+            f"weight {name} has shape {tuple(tensor.shape)} in the checkpoint, but its configuration "
+            f"calls for {whole}: the two do not belong together"
+        )
+    target.copy_(tensor[index])
+
+
+class Model(nn.Module, ABC):
+    """A model family: constructed from config.json's terms and a Build, then loaded, then run.
+
+    A subclass sets `vocab_size` and `backends` (one for each KV group), and writes `forward` and `logits`.
+    """
+
+    vocab_size: int
+    backends: tuple[AttentionBackend, ...] = ()
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # ends of names in checkpoints that hold no weight
+
+    @abstractmethod
+    def __init__(self, config: dict[str, Any], build: Build) -> None:
+        """Allocates the weights, unset. Raises ConfigError for a configuration that it cannot run."""
+        super().__init__()
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Tensor:
+        """The hidden states of the step's tokens, [T, H]."""
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits [S, vocab_size] of some of the hidden states, [S, H]."""
+
+    def kv_spec(self) -> KVSpec:
+        """The KV cache that it needs: by default one group a backend."""
+        return KVSpec(
+            page_size=self.backends[0].page_size, groups=tuple(backend.kv_group() for backend in self.backends)
+        )
+
+    def prepare(self, batch: Batch) -> tuple[Any, ...]:
+        """What goes into `batch.plans` before `forward`."""
+        return tuple(backend.prepare(batch) for backend in self.backends)
+
+    def load(self, tensors: Iterable[tuple[str, LazyTensor]]) -> None:
+        """Fills the weights. Raises ConfigError that names unknown and missing ones.
+
+        A parameter shared by two layers (tied embeddings) is loaded under its first name; the other
+        name may appear in the checkpoint and is passed over.
+        """
+        wanted: dict[str, tuple[Layer, str, str]] = {}
+        aliases: set[str] = set()
+        seen: set[int] = set()
+        for path, layer in self.named_modules():
+            if not isinstance(layer, Layer):
+                continue
+            for parameter, weight in layer.named_parameters(recurse=False):
+                names = [(f"{_checkpoint_path(path, part)}.{parameter}", part) for part in layer.parts]
+                if id(weight) in seen:
+                    aliases.update(name for name, _ in names)
+                else:
+                    wanted.update((name, (layer, parameter, part)) for name, part in names)
+                seen.add(id(weight))
+        missing = dict.fromkeys(wanted)
+        unknown = []
+        for name, tensor in tensors:
+            if name in wanted:
+                layer, parameter, part = wanted[name]
+                layer.load(name, parameter, part, tensor)
+                missing.pop(name, None)
+            elif name not in aliases and not name.endswith(self.ignored):
+                unknown.append(name)
+        if missing or unknown:
+            found = (("missing", list(missing)), ("unknown", unknown))
+            complaints = "; ".join(f"{len(names)} {word} ({_some(names)})" for word, names in found if names)
+            raise ConfigError(
+                f"the checkpoint's weights do not fit {type(self).__name__}: {complaints}. "
+                "Is its config.json the right one?"
+            )
+
+
+def _checkpoint_path(path: str, part: str) -> str:
+    """The module path in the checkpoint of `part` of the layer at `path`: its sibling of that name."""
+    return path if not part else ".".join([*path.split(".")[:-1], part])
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

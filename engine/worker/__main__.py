@@ -1,0 +1,78 @@
+"""`python -m engine.worker FD`: a device process on the inherited, connected stream socket FD.
+
+The first frame is Boot; the answer is WorkerReady, or Fatal and exit status 1. Ends with status 0 when the
+peer closes. Ctrl-C is the parent's business, which drains first.
+"""
+
+import os
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from contextlib import suppress
+
+from engine.channel import BlockingFrames
+from engine.errors import EngineError
+from engine.logs import set_up_logging
+from engine.messages import Boot, Fatal, ToWorker
+
+
+# Turns that an idle OpenMP thread spins before it sleeps: about half a millisecond, which bridges the gap between
+# two operations. libgomp's own 300000 burn many milliseconds, on a core that HTTP and the scheduler may be waiting
+# for: measured on two cores, one busy process beside a decode step made it 17 times slower, with this 5 times.
+SPIN_COUNT = "10000"
+
+
+def main(descriptor: int) -> int:
+    """The exit status."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is imported
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with socket.socket(fileno=descriptor) as sock:
+        sock.setblocking(True)
+        frames: BlockingFrames[ToWorker] = BlockingFrames(sock, receives=ToWorker)
+        boot = frames.receive()
+        if boot is None:
+            return 0
+        assert isinstance(boot, Boot), f"the first frame is {type(boot).__name__}, not Boot"
+        set_up_logging(boot.config.process.log_level)
+        try:
+            _run(frames, boot)
+        except PeerGone:
+            return 0
+        except Exception as error:
+            with suppress(ConnectionError):
+                frames.send(Fatal(f"worker {boot.rank}", _cause(error)))
+            return 1
+    return 0
+
+
+class PeerGone(Exception):
+    """Whoever wanted our results has closed the socket."""
+
+
+def _run(frames: BlockingFrames[ToWorker], boot: Boot) -> None:
+    began = time.perf_counter()
+    # Threads that wait by spinning slow a CPU that others use too by ten times and more; sleeping costs microseconds.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from engine.worker.main import serve, start  # imports torch: the first phase of the start
+
+    runner, ready = start(boot, import_seconds=time.perf_counter() - began)
+    try:
+        frames.send(ready)
+        serve(frames, runner)
+    except ConnectionError as error:
+        raise PeerGone from error
+
+
+def _cause(error: Exception) -> str:
+    """What the user is to read: the sentence of an error made for them, the traceback of any other."""
+    if isinstance(error, EngineError) and error.__cause__ is None:
+        return str(error)
+    return "".join(traceback.format_exception(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

@@ -1,0 +1,152 @@
+"""The device process: starts a model, then runs the steps it is sent, one launched ahead of the one it waits for.
+
+Left out: more than one rank.
+"""
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.channel import BlockingFrames
+from engine.config import Config, ProcessOptions
+from engine.errors import ConfigError
+from engine.layers.build import Build
+from engine.layers.model import Model
+from engine.messages import Boot, Ping, Pong, StepPlan, ToWorker, WorkerReady
+from engine.plugin.manager import Plugins, resolve
+from engine.worker.kv import allocate, choose_max_model_len, count_pages
+from engine.worker.runner import Runner, Step
+from engine.worker.weights import load_weights, weight_bytes
+
+logger = logging.getLogger("engine.worker")
+
+WARM_UP_TOKENS = 16  # on a CPU; a GPU is warmed up with the largest step, which also shows that it fits
+
+
+def serve(frames: BlockingFrames[ToWorker], runner: Runner) -> None:
+    """Runs steps until the peer closes.
+
+    A result is sent as soon as it is there, but a plan that is waiting is launched before a result is
+    waited for: so the device goes from one step to the next without a gap.
+    """
+    in_flight: deque[Step] = deque()
+    while True:
+        while in_flight and (in_flight[0].ready() or not frames.waiting()):
+            frames.send(runner.finish(in_flight.popleft()))
+        message = frames.receive()
+        match message:
+            case StepPlan():
+                in_flight.append(runner.launch(message))
+            case Ping():
+                frames.send(Pong())
+            case None:
+                return
+            case _:
+                raise AssertionError(f"a worker that runs got {type(message).__name__}")
+
+
+def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
+    """Brings up the model that `boot` names. Raises ConfigError or PluginError for what cannot work."""
+    assert boot.world == 1, "more than one rank is not built yet"
+    config = boot.config
+    phases = {"import": import_seconds}
+    device = choose_device(config.process)
+    torch.set_num_threads(config.process.threads or physical_cores())
+    with _timed(phases, "checkpoint"):
+        plugins = Plugins.load(config.model.plugins)
+        checkpoint = plugins.open_checkpoint(config.model.model)
+        terms = checkpoint.config()
+        model_entry = plugins.model_for(terms["architectures"])
+        attention_entry, reason = plugins.attention_for(device.type)
+        model_class, backend = resolve(model_entry.target), resolve(attention_entry.target)
+    logger.info("attention backend %s (%s)", attention_entry.name, reason)
+    with _timed(phases, "weights"):
+        limit = _model_limit(terms, config)
+        build = Build(
+            dtype=choose_dtype(config, device, terms),
+            device=device,
+            page_size=config.cache.page_size,
+            max_model_len=min(limit, config.model.max_model_len or limit),
+            attention_backend=backend,
+            rank=boot.rank,
+            world=boot.world,
+        )
+        model: Model = model_class(terms, build).eval()
+        load_weights(model, checkpoint)
+    with _timed(phases, "kv cache"):
+        spec, slots = model.kv_spec(), config.schedule.max_running
+        most_tokens = slots * build.max_model_len
+        pages = count_pages(spec, config.cache, device, weight_bytes(model), most_tokens)
+        max_model_len = choose_max_model_len(config.model.max_model_len, limit, pages * spec.page_size)
+        caches = allocate(spec, pages, device)
+        runner = Runner(model, caches, device, slots=slots, max_model_len=max_model_len, page_size=spec.page_size)
+    with _timed(phases, "warm-up"):
+        runner.warm_up(WARM_UP_TOKENS if device.type == "cpu" else config.schedule.max_step_tokens)
+    logger.info("%.0f MiB of weights in %s on %s", weight_bytes(model) / 2**20, build.dtype, device)
+    ready = WorkerReady(
+        pages=pages,
+        page_size=spec.page_size,
+        slots=slots,
+        max_model_len=max_model_len,
+        vocab_size=model.vocab_size,
+        kv_bytes_per_token=spec.page_bytes // spec.page_size,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        attention=attention_entry.name,
+        phases=phases,
+    )
+    return runner, ready
+
+
+@contextmanager
+def _timed(phases: dict[str, float], name: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    phases[name] = time.perf_counter() - began
+
+
+def choose_device(options: ProcessOptions) -> torch.device:
+    """The device that `options` name; ConfigError for a GPU where torch sees none."""
+    present = torch.cuda.is_available()
+    if options.device == "cuda" and not present:
+        raise ConfigError(
+            f"--device cuda, but torch {torch.__version__} sees no GPU: install a CUDA build of torch and a driver, "
+            "or say --device cpu"
+        )
+    return torch.device("cuda", 0) if present and options.device != "cpu" else torch.device("cpu")
+
+
+def choose_dtype(config: Config, device: torch.device, terms: dict[str, Any]) -> torch.dtype:
+    """The type of weights and activations. `terms` are those of config.json."""
+    name: str = config.model.dtype
+    if name == "auto":
+        said = terms.get("dtype") or terms.get("torch_dtype") or "bfloat16"
+        name = "float32" if device.type == "cpu" else str(said)
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"the checkpoint's dtype {name!r} is not known; say --dtype bfloat16, float16 or float32")
+    return dtype
+
+
+def _model_limit(terms: dict[str, Any], config: Config) -> int:
+    limit = terms.get("max_position_embeddings") or config.model.max_model_len
+    if limit is None:
+        raise ConfigError("the model's configuration has no max_position_embeddings; say --max-model-len")
+    return int(limit)
+
+
+def physical_cores() -> int:
+    """Cores that this process may use, hyper-threads counted once: matrix units are shared between them."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text() if siblings.exists() else cpu)
+    return len(cores)

@@ -1,0 +1,119 @@
+"""Sampling of a whole step on the device: temperature, min-p, top-k, top-p, then one draw by Gumbel noise.
+
+A token is drawn as argmax(scores + noise), where the noise of a vocabulary entry is a function of the row's
+seed, the position and the entry's id alone. So a draw does not depend on the other rows of the step, nor on
+how the request was scheduled. What work a step needs is decided from host copies of the parameters: nothing
+here waits for the device. Left out: penalties, logit bias, log-probabilities, grammars.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.messages import Sampling
+from engine.worker.batch import upload
+
+GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)  # SplitMix64's odd increment, as a signed number
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """How each row is sampled, by slot or by row of a step, on the host. `top_k` 0 is off."""
+
+    temperature: np.ndarray  # float32
+    top_p: np.ndarray  # float32
+    min_p: np.ndarray  # float32
+    top_k: np.ndarray  # int64
+    seed: np.ndarray  # int64: the low 64 bits of the client's
+
+    @classmethod
+    def empty(cls, slots: int) -> "Columns":
+        temperature, top_p, min_p = np.zeros((3, slots), np.float32)
+        top_k, seed = np.zeros((2, slots), np.int64)
+        return cls(temperature, top_p, min_p, top_k, seed)
+
+    def set(self, slot: int, sampling: Sampling) -> None:
+        self.temperature[slot] = sampling.temperature
+        self.top_p[slot] = sampling.top_p
+        self.min_p[slot] = sampling.min_p
+        self.top_k[slot] = max(sampling.top_k, 0)
+        self.seed[slot] = (sampling.seed + (1 << 63)) % (1 << 64) - (1 << 63)
+
+    def rows(self, slots: np.ndarray) -> "Columns":
+        """The columns of a step's rows, in their order."""
+        return Columns(
+            self.temperature[slots], self.top_p[slots], self.min_p[slots], self.top_k[slots], self.seed[slots]
+        )
+
+
+def sample(logits: Tensor, rows: Columns, positions: np.ndarray) -> Tensor:
+    """Draws one token a row: `logits` [S, V] float32 to ids [S] int64.
+
+    `positions` [S] are those of the tokens drawn. Temperature 0 is argmax, the lowest id of equals. Filters
+    apply in the order temperature, min-p, top-k, top-p, each to what the one before left, as in vLLM and
+    Hugging Face: top-k keeps all that equal the k-th, top-p the fewest whose sum reaches p (lower ids of
+    equals first), and the most likely token always stays. The draw is Gumbel-max (arXiv:1411.0030).
+    """
+    greedy = logits.argmax(dim=-1)
+    if not rows.temperature.any():
+        return greedy
+    reals = upload(np.stack((rows.temperature, rows.top_p, rows.min_p)), logits.device)
+    temperature, top_p, min_p = reals[:, :, None]  # each [S, 1]
+    wholes = upload(np.stack((rows.top_k, rows.seed, positions)), logits.device)
+    drawn = temperature > 0
+    scores = logits - logits.amax(dim=-1, keepdim=True)  # the highest is 0: no overflow at any temperature
+    scores /= torch.where(drawn, temperature, 1.0)
+    if rows.min_p.any():
+        scores.masked_fill_(scores < min_p.log(), -torch.inf)
+    largest = int(rows.top_k.max())
+    if largest > 0:
+        _top_k(scores, wholes[0, :, None], min(largest, logits.shape[1]))
+    if (rows.top_p < 1).any():
+        _top_p(scores, top_p)
+    scores += gumbel(wholes[1], wholes[2], logits.shape[1])
+    return torch.where(drawn[:, 0], scores.argmax(dim=-1), greedy)
+
+
+def _top_k(scores: Tensor, top_k: Tensor, largest: int) -> None:
+    """Drops, in place, what is less than the row's k-th score. `top_k` [S, 1], of which `largest` is the most."""
+    best = scores.topk(largest, dim=-1).values
+    threshold = best.gather(1, (top_k - 1).clamp(0, largest - 1))
+    scores.masked_fill_((scores < threshold) & (top_k > 0), -torch.inf)
+
+
+def _top_p(scores: Tensor, top_p: Tensor) -> None:
+    """Nucleus sampling (arXiv:1904.09751): drops, in place, what lies beyond mass p. `top_p` [S, 1], 1 is off."""
+    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+    mass = ordered.exp_()  # not normalised
+    total = mass.cumsum(dim=-1)
+    dropped = (total - mass >= top_p * total[:, -1:]) & (top_p < 1)
+    dropped[:, 0] = False
+    scores.masked_fill_(torch.zeros_like(dropped).scatter_(1, order, dropped), -torch.inf)
+
+
+def gumbel(seeds: Tensor, positions: Tensor, size: int) -> Tensor:
+    """Standard Gumbel noise, float32 [S, size], of int64 `seeds` [S] and `positions` [S].
+
+    Entry i of a row is output i of the SplitMix64 generator (Steele, Lea, Flood: Fast splittable pseudorandom
+    number generators, OOPSLA 2014) whose state is a mix of the row's seed and position.
+    """
+    state = _mix(_mix(seeds) + positions * GAMMA)
+    bits = _mix(state[:, None] + torch.arange(1, size + 1, device=seeds.device) * GAMMA)
+    # 53 bits as a float keep their precision near 0, where log1p turns them into the noise's upper tail.
+    uniform = (_shifted(bits, 11).to(torch.float32) + 0.5) * 2.0**-53
+    exponential = uniform.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_()
+    return exponential.log_().neg_()
+
+
+def _mix(numbers: Tensor) -> Tensor:
+    """SplitMix64's finalizer, on int64 that wraps round."""
+    numbers = (numbers ^ _shifted(numbers, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    numbers = (numbers ^ _shifted(numbers, 27)) * (0x94D049BB133111EB - (1 << 64))
+    return numbers ^ _shifted(numbers, 31)
+
+
+def _shifted(numbers: Tensor, count: int) -> Tensor:
+    """Logical shift to the right: torch's own copies the sign."""
+    return (numbers >> count) & ((1 << (64 - count)) - 1)
