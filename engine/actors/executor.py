@@ -1,0 +1,216 @@
+"""The executor actor: keeps one device process alive and passes steps to and fro.
+
+It starts the worker, hands it the configuration, forwards each `StepPlan` and returns each `StepDone`. When
+the process dies it says why (`WorkerLost`), waits for the scheduler's `Reset`, and starts another; a worker
+that cannot even start, or cannot start again three times in a row, is `Fatal`. A worker that is silent
+for too long is reported but not killed: a first compilation may take minutes.
+"""
+
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import anyio
+import anyio.abc
+import anyio.to_thread
+import msgspec
+from anyio.streams.memory import MemoryObjectReceiveStream
+
+from engine.channel import Frames, Outbox
+from engine.config import Config
+from engine.messages import (
+    Boot,
+    Fatal,
+    FromExecutor,
+    FromWorker,
+    Ping,
+    Pong,
+    Reset,
+    StepDone,
+    StepPlan,
+    ToExecutor,
+    WorkerLost,
+    WorkerReady,
+    WorkerSilent,
+)
+
+log = logging.getLogger("engine.executor")
+
+MOST_RESTARTS = 3
+PING_SECONDS = 1.0
+
+
+class Process(Protocol):
+    """A started process, as subprocess.Popen has it."""
+
+    pid: int
+
+    def wait(self) -> int: ...
+    def kill(self) -> None: ...
+
+
+def spawn(module: str, *, session: bool = True) -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
+    """Start `python -m module FD` with a connected socket as descriptor FD, and return our end of it.
+
+    In a session of its own, so that Ctrl-C in a terminal reaches only the parent, which drains. The
+    child notices a dead parent by the end of the stream, and we a dead child.
+    """
+    ours, theirs = socket.socketpair()
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, str(theirs.fileno())],
+            pass_fds=(theirs.fileno(),),
+            stdin=subprocess.DEVNULL,
+            start_new_session=session,
+        )
+    finally:
+        theirs.close()
+    return ours, process
+
+
+def exit_cause(code: int) -> str:
+    """A process's exit code in words."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = "; the system may have run out of memory (see dmesg)" if name == "SIGKILL" else ""
+        return f"it was killed by {name}{hint}"
+    return f"it exited with code {code}"
+
+
+class ExecutorActor:
+    name = "executor"
+
+    def __init__(
+        self,
+        config: Config,
+        inbox: MemoryObjectReceiveStream[ToExecutor],
+        scheduler: Outbox[FromExecutor],
+        start: Callable[[], tuple[socket.socket, Process]] = lambda: spawn("engine.worker"),
+    ) -> None:
+        self.config = config
+        self.inbox = inbox
+        self.scheduler = scheduler
+        self._start = start
+
+    async def run(self) -> None:
+        restarts = 0
+        first = True
+        while True:
+            was_ready, cause = await self._one_life()
+            if first and not was_ready:
+                await self.scheduler.send(Fatal("worker", cause))
+                return
+            first = False
+            restarts = 0 if was_ready else restarts + 1
+            if restarts >= MOST_RESTARTS:
+                await self.scheduler.send(Fatal("worker", f"it could not be restarted {restarts} times: {cause}"))
+                return
+            log.error("the device worker is gone: %s", cause)
+            await self.scheduler.send(WorkerLost(cause))
+            async for message in self.inbox:
+                if isinstance(message, Reset):
+                    break
+            log.info("restarting the device worker")
+
+    async def _one_life(self) -> tuple[bool, str]:
+        """Run one worker until it ends; whether it ever was ready, and why it ended."""
+        sock, process = self._start()
+        log.debug("device worker is process %d", process.pid)
+        life = _Life()
+        frames: Frames[FromWorker] | None = None
+        try:
+            frames = Frames(await anyio.abc.UNIXSocketStream.from_socket(sock), FromWorker)
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._forward, frames, life)
+                group.start_soon(self._watch, frames, life)
+                await self._listen(frames, life)
+                group.cancel_scope.cancel()
+            code = await _ended(process)
+        finally:
+            with anyio.CancelScope(shield=True):
+                process.kill()
+                await anyio.to_thread.run_sync(process.wait)
+                if frames is not None:
+                    await frames.aclose()
+        return life.ready, life.cause or exit_cause(code)
+
+    async def _listen(self, frames: Frames[FromWorker], life: "_Life") -> None:
+        try:
+            await frames.send(Boot(self.config))
+        except anyio.BrokenResourceError:
+            return
+        async for message in frames:
+            life.heard = time.monotonic()
+            if life.silent:
+                life.silent = False
+                await self.scheduler.send(WorkerSilent(0.0))
+            match message:
+                case StepDone():
+                    life.busy -= 1
+                    await self.scheduler.send(message)
+                case WorkerReady():
+                    life.ready = True
+                    self.config = _fixed(self.config, message)
+                    await self.scheduler.send(message)
+                case Fatal():
+                    life.cause = message.cause
+                case Pong():
+                    pass
+
+    async def _forward(self, frames: Frames[FromWorker], life: "_Life") -> None:
+        async for message in self.inbox:
+            if isinstance(message, StepPlan):
+                life.busy += 1
+                try:
+                    await frames.send(message)
+                except anyio.BrokenResourceError:
+                    return
+
+    async def _watch(self, frames: Frames[FromWorker], life: "_Life") -> None:
+        """Ask an idle worker whether it is there; report one that is silent too long."""
+        limit = self.config.process.stall_seconds
+        while True:
+            await anyio.sleep(PING_SECONDS)
+            if not life.ready:
+                continue
+            if not life.busy:
+                try:
+                    await frames.send(Ping())
+                except anyio.BrokenResourceError:
+                    return
+            quiet = time.monotonic() - life.heard
+            if quiet > limit and not life.silent:
+                life.silent = True
+                log.warning("no word from the device worker for %.0f s", quiet)
+                await self.scheduler.send(WorkerSilent(quiet))
+
+
+class _Life:
+    """What is known of one worker process: steps it holds, when it last spoke, and its last words."""
+
+    def __init__(self) -> None:
+        self.ready = False
+        self.busy = 0
+        self.silent = False
+        self.heard = time.monotonic()
+        self.cause = ""
+
+
+def _fixed(config: Config, ready: WorkerReady) -> Config:
+    """`config` for the next life: the scheduler's pages and lengths hold whatever memory is free by then."""
+    cache = msgspec.structs.replace(config.cache, kv_tokens=ready.pages * ready.page_size)
+    model = msgspec.structs.replace(config.model, max_model_len=ready.max_model_len)
+    return msgspec.structs.replace(config, cache=cache, model=model)
+
+
+async def _ended(process: Process) -> int:
+    """The exit code of a process whose stream has ended; it is killed if it lingers."""
+    with anyio.move_on_after(5):
+        return await anyio.to_thread.run_sync(process.wait, abandon_on_cancel=True)
+    process.kill()
+    return await anyio.to_thread.run_sync(process.wait)

@@ -1,0 +1,171 @@
+"""The scheduler actor: keeps two steps in flight on the device, whatever else arrives.
+
+All decisions are `engine.sched`'s; this file holds the loop, the two credits and the heartbeat. While step n+1
+runs, StepDone(n) arrives, is committed, and n+2 is planned and sent: the device never waits for the host.
+"""
+
+import logging
+from array import array
+from typing import Literal
+
+import anyio
+from anyio.streams.memory import MemoryObjectReceiveStream
+
+from engine.channel import Outbox, received
+from engine.config import Config
+from engine.errors import RequestError
+from engine.messages import (
+    Abort,
+    Admit,
+    Failed,
+    Fatal,
+    Flush,
+    Flushed,
+    Reset,
+    Stats,
+    StepDone,
+    StopHit,
+    ToExecutor,
+    ToFront,
+    ToScheduler,
+    WorkerLost,
+    WorkerReady,
+    WorkerSilent,
+)
+from engine.plugin.specs import Policy
+from engine.sched import Scheduler
+
+log = logging.getLogger("engine.scheduler")
+
+CREDITS = 2
+HEARTBEAT_SECONDS = 1.0
+LOST = "the device worker stopped while this request was running, and is being restarted; send the request again"
+
+
+class SchedulerActor:
+    name = "scheduler"
+
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        inbox: MemoryObjectReceiveStream[ToScheduler],
+        executor: Outbox[ToExecutor],
+        front: Outbox[ToFront],
+    ) -> None:
+        self.config = config
+        self.policy = policy
+        self.inbox = inbox
+        self.executor = executor
+        self.front = front
+        self.scheduler: Scheduler | None = None
+        self.worker: Literal["starting", "ready", "restarting", "stalled", "failed"] = "starting"
+        self.cause = ""
+        self.in_flight = 0
+        self.step_seconds = array("f")
+        self._checked = True
+
+    async def run(self) -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._heartbeat)
+            async for first in self.inbox:
+                for message in received(self.inbox, first):
+                    await self._handle(message)
+                await self._fill_credits()
+            group.cancel_scope.cancel()
+
+    async def _fill_credits(self) -> None:
+        scheduler = self.scheduler
+        if scheduler is None or self.worker not in ("ready", "stalled"):
+            return
+        while self.in_flight < CREDITS and (plan := scheduler.plan()) is not None:
+            self.in_flight += 1
+            self._checked = False
+            await self.executor.send(plan)
+
+    async def _handle(self, message: ToScheduler) -> None:
+        match message:
+            case StepDone():
+                await self._commit(message)
+            case Admit():
+                await self._admit(message)
+            case Abort():
+                if self.scheduler and (tokens := self.scheduler.abort(message.rid)):
+                    await self.front.send(tokens)
+            case StopHit():
+                if self.scheduler:
+                    self.scheduler.stop(message.rid, message.keep)
+            case Flush():
+                freed, in_use = self.scheduler.flush() if self.scheduler else (0, 0)
+                await self.front.send(Flushed(freed, in_use))
+            case WorkerReady():
+                await self._ready(message)
+            case WorkerLost():
+                await self._lost(message.cause)
+            case WorkerSilent():
+                self.worker = "stalled" if message.seconds else "ready"
+                self.cause = f"no word from the device for {message.seconds:.0f} s" if message.seconds else ""
+                await self._send_stats()
+            case Fatal():
+                self.worker, self.cause = "failed", message.cause
+                await self._send_stats()
+                await self.front.send(message)
+
+    async def _commit(self, done: StepDone) -> None:
+        assert self.scheduler is not None
+        self.in_flight -= 1
+        self.step_seconds.append(done.seconds)
+        tokens = self.scheduler.commit(done)
+        # The next plan leaves before the tokens do: the device comes first.
+        await self._fill_credits()
+        if tokens is not None:
+            await self.front.send(tokens)
+        if not self.in_flight:
+            await self._send_stats()
+
+    async def _admit(self, message: Admit) -> None:
+        assert self.scheduler is not None, "the front lets requests in only once the worker is ready"
+        try:
+            self.scheduler.admit(message)
+        except RequestError as error:
+            await self.front.send(Failed(message.rid, error.status, error.code, error.message, error.param))
+
+    async def _ready(self, ready: WorkerReady) -> None:
+        if self.scheduler is None:
+            schedule = self.config.schedule
+            self.scheduler = Scheduler(
+                pages=ready.pages,
+                page_size=ready.page_size,
+                slots=ready.slots,
+                max_model_len=ready.max_model_len,
+                max_step_tokens=schedule.max_step_tokens,
+                policy=self.policy,
+                prefix_cache=self.config.cache.prefix_cache,
+                max_waiting=schedule.max_waiting,
+            )
+        self.worker, self.cause = "ready", ""
+        await self._send_stats()
+        await self.front.send(ready)
+
+    async def _lost(self, cause: str) -> None:
+        """Everything on the device is gone: end what ran there, keep what waits, start afresh."""
+        assert self.scheduler is not None
+        self.worker, self.cause = "restarting", cause
+        self.in_flight = 0
+        await self._send_stats()
+        for rid in self.scheduler.reset():
+            await self.front.send(Failed(rid, 503, "worker_lost", f"{LOST} (cause: {cause})"))
+        await self.executor.send(Reset())
+
+    async def _heartbeat(self) -> None:
+        while True:
+            await self._send_stats()
+            if self.scheduler is not None and not self.in_flight and not self._checked:
+                self.scheduler.check_integrity()
+                self._checked = True
+            await anyio.sleep(HEARTBEAT_SECONDS)
+
+    async def _send_stats(self) -> None:
+        seconds, self.step_seconds = self.step_seconds.tobytes(), array("f")
+        counts = self.scheduler.counts() if self.scheduler else {}
+        await self.front.send(Stats(self.worker, self.cause, step_seconds=seconds, **counts))

@@ -1,0 +1,91 @@
+"""The core: scheduler and executor, in the front's process or in one of their own.
+
+`core_actors` builds the pair. `python -m engine.core FD` runs it behind a socket (placement `split`), and
+`CoreLink` is the front's end of that socket. Which of the two it is, no actor can tell.
+"""
+
+import socket
+import sys
+from contextlib import suppress
+
+import anyio
+import anyio.abc
+import anyio.to_thread
+
+from engine.actor import Actor, supervise
+from engine.actors.executor import ExecutorActor, exit_cause, spawn
+from engine.actors.scheduler import SchedulerActor
+from engine.channel import Frames, Outbox, channel, open_channel
+from engine.config import Config
+from engine.logs import set_up_logging
+from engine.messages import Boot, Fatal, FromFront, ToFront
+from engine.plugin.manager import Plugins
+
+PLANS = 4  # two credits and a Reset: the scheduler never waits to send
+
+
+def core_actors(config: Config, front: Outbox[ToFront]) -> tuple[list[Actor], Outbox[FromFront]]:
+    """The scheduler and the executor, joined; and where to send what is for the scheduler."""
+    policy = Plugins.load(config.model.plugins).policy(config.schedule.policy)
+    to_scheduler, scheduler_inbox = open_channel()
+    to_executor, executor_inbox = channel(PLANS)
+    scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, front)
+    executor = ExecutorActor(config, executor_inbox, to_scheduler)
+    return [scheduler, executor], to_scheduler
+
+
+class CoreLink:
+    """A core in a process of its own: an actor that passes on what it says, and an outbox to it."""
+
+    name = "core"
+
+    def __init__(self, config: Config, front: Outbox[ToFront]) -> None:
+        self._config = config
+        self._front = front
+        self._frames: Frames[ToFront] | None = None
+        self._open = anyio.Event()
+
+    async def send(self, message: FromFront) -> None:
+        await self._open.wait()
+        assert self._frames is not None
+        with suppress(anyio.BrokenResourceError):  # `run` sees the end of the stream and says why
+            await self._frames.send(message)
+
+    async def run(self) -> None:
+        ours, process = spawn("engine.core")
+        try:
+            self._frames = Frames(await anyio.abc.UNIXSocketStream.from_socket(ours), ToFront)
+            await self._frames.send(Boot(self._config))
+            self._open.set()
+            async for message in self._frames:
+                await self._front.send(message)
+            code = await anyio.to_thread.run_sync(process.wait, abandon_on_cancel=True)
+            await self._front.send(Fatal("core process", exit_cause(code)))
+        finally:
+            ours.close()
+            with anyio.CancelScope(shield=True):
+                if self._frames is not None:
+                    await self._frames.aclose()
+
+
+async def _run(descriptor: int) -> None:
+    stream = await anyio.abc.UNIXSocketStream.from_socket(socket.socket(fileno=descriptor))
+    frames: Frames[Boot | FromFront] = Frames(stream, Boot | FromFront)
+    messages = aiter(frames)
+    boot = await anext(messages, None)
+    if not isinstance(boot, Boot):
+        return
+    set_up_logging(boot.config.process.log_level)
+    actors, scheduler = core_actors(boot.config, frames)
+    async with supervise(*actors):
+        async for message in messages:
+            assert not isinstance(message, Boot)
+            await scheduler.send(message)
+
+
+def main() -> None:
+    anyio.run(_run, int(sys.argv[1]), backend_options={"use_uvloop": True})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""The front: what HTTP and the offline API talk to. Requests go in, streams of chunks come out.
+
+Each open request has a mailbox. A slow client's mailbox merges what it has not taken yet, so it never holds
+up the others, and it is bounded by the request's own length. Inside, a request goes by a short number of
+ours, so that a client may reuse its own id as soon as its request has ended.
+"""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import Literal
+
+import anyio
+import msgspec
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+from msgspec import Struct
+
+from engine.channel import Outbox
+from engine.errors import EngineError, RequestError, WorkerError
+from engine.messages import (
+    Abort,
+    Chunk,
+    Chunks,
+    Failed,
+    Fatal,
+    Flush,
+    Flushed,
+    FromFront,
+    Generate,
+    Stats,
+    ToHttp,
+    ToTokenizer,
+    WorkerReady,
+)
+
+log = logging.getLogger("engine.front")
+
+HEARTBEAT_LIMIT = 10.0
+
+Status = Literal["starting", "ready", "restarting", "stalled", "failed", "draining"]
+
+
+class Health(Struct, frozen=True):
+    """What /health says; `ok` while requests are answered."""
+
+    status: Status
+    cause: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ready"
+
+
+class Mailbox:
+    """What one request has been sent and not yet taken.
+
+    A bare future wakes its reader: with hundreds of replies a step, an event made anew for each costs more than
+    all the scheduling.
+    """
+
+    __slots__ = ("_chunk", "_wanted", "error", "key")
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.error: EngineError | None = None
+        self._chunk: Chunk | None = None
+        self._wanted: asyncio.Future[None] | None = None
+
+    def put(self, chunk: Chunk) -> None:
+        old = self._chunk
+        if old is not None:
+            chunk = msgspec.structs.replace(chunk, text=old.text + chunk.text, ids=old.ids + chunk.ids)
+        self._chunk = chunk
+        self._wake()
+
+    def fail(self, error: EngineError) -> None:
+        self.error = error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._wanted is not None and not self._wanted.done():
+            self._wanted.set_result(None)
+
+    async def take(self) -> Chunk:
+        """What has arrived, merged into one chunk; raises the request's error once all else is taken."""
+        while self._chunk is None:
+            if self.error is not None:
+                raise self.error
+            self._wanted = asyncio.get_running_loop().create_future()
+            await self._wanted
+        chunk, self._chunk = self._chunk, None
+        return chunk
+
+
+class Front:
+    """One engine, seen from its clients. Made by `engine.launch.open_front`."""
+
+    name = "front"
+
+    def __init__(
+        self,
+        model_name: str,
+        limit: int,
+        inbox: MemoryObjectReceiveStream[ToHttp],
+        tokenizer: MemoryObjectSendStream[ToTokenizer],
+        scheduler: Outbox[FromFront],
+    ) -> None:
+        self.model_name = model_name
+        self.created = int(time.time())
+        self.info: WorkerReady | None = None
+        self.stats = Stats("starting")
+        self.on_stats: list[Callable[[Stats], None]] = []
+        self.draining = False
+        self.failure: str | None = None
+        self._limit = limit
+        self._inbox = inbox
+        self._tokenizer = tokenizer
+        self._scheduler = scheduler
+        self._numbers = itertools.count()
+        self._open: dict[str, Mailbox] = {}
+        self._keys: dict[str, Mailbox] = {}
+        self._heard = time.monotonic()
+        self._changed = anyio.Event()
+        self._flushed: list[MemoryObjectSendStream[Flushed]] = []
+
+    # ── the actor ────────────────────────────────────────────────────────────────────────────
+
+    async def run(self) -> None:
+        async for message in self._inbox:
+            match message:
+                case Chunks():
+                    for chunk in message.chunks:
+                        if box := self._keys.get(chunk.rid):
+                            box.put(chunk)
+                case Failed():
+                    if box := self._keys.get(message.rid):
+                        box.fail(_error(message))
+                case Stats():
+                    self._heard = time.monotonic()
+                    self.stats = message
+                    for listener in self.on_stats:
+                        listener(message)
+                case Flushed():
+                    if self._flushed:
+                        self._flushed.pop(0).send_nowait(message)
+                case WorkerReady():
+                    await self._tokenizer.send(message)
+                    self.info = message
+                    self._wake()
+                case Fatal():
+                    self.fail(f"the {message.actor} cannot go on: {message.cause}")
+
+    def fail(self, cause: str) -> None:
+        """Nothing more will come: every open request ends with `cause`."""
+        self.failure = cause
+        for box in self._open.values():
+            box.fail(WorkerError(cause))
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    # ── for clients ──────────────────────────────────────────────────────────────────────────
+
+    def health(self) -> Health:
+        if self.failure:
+            return Health("failed", self.failure)
+        if self.draining:
+            return Health("draining", "the server is shutting down")
+        quiet = time.monotonic() - self._heard
+        if quiet > HEARTBEAT_LIMIT:
+            return Health("stalled", f"no heartbeat from the scheduler for {quiet:.0f} s")
+        return Health(self.stats.worker, self.stats.cause)
+
+    async def ready(self) -> WorkerReady:
+        """Wait until the device is ready. Raises WorkerError when it never will be."""
+        while self.info is None:
+            if self.failure:
+                raise WorkerError(self.failure)
+            await self._changed.wait()
+        return self.info
+
+    async def failed(self) -> str:
+        """Wait for the end of the engine's life, and say why it ended."""
+        while not self.failure:
+            await self._changed.wait()
+        return self.failure
+
+    async def generate(self, request: Generate) -> AsyncGenerator[Chunk, None]:
+        """The reply to `request`, chunk by chunk, the last with a finish reason.
+
+        Closing or cancelling the generator aborts the request. Raises RequestError when it is refused,
+        WorkerError when the device fails it.
+        """
+        box = self._admit(request)
+        ended = False
+        try:
+            self._tokenizer.send_nowait(msgspec.structs.replace(request, rid=box.key))
+            while not ended:
+                chunk = await box.take()
+                ended = chunk.finish is not None
+                yield chunk
+        finally:
+            del self._open[request.rid]
+            del self._keys[box.key]
+            if not ended and box.error is None:
+                self._tokenizer.send_nowait(Abort(box.key))
+            self._wake()
+
+    def abort(self, rid: str | None) -> int:
+        """End the request `rid`, or all with None, as its client's `abort`; how many were open."""
+        boxes = list(self._open.values()) if rid is None else [box for box in (self._open.get(rid),) if box]
+        for box in boxes:
+            self._tokenizer.send_nowait(Abort(box.key))
+        return len(boxes)
+
+    async def flush(self) -> Flushed:
+        """Forget the cached prefixes that nothing uses."""
+        answer, inbox = anyio.create_memory_object_stream[Flushed](1)
+        self._flushed.append(answer)
+        await self._scheduler.send(Flush())
+        with inbox:
+            return await inbox.receive()
+
+    async def drain(self, seconds: float) -> int:
+        """Let in nothing more and wait at most `seconds` for open requests; how many are left."""
+        self.draining = True
+        with anyio.move_on_after(seconds):
+            while self._open and not self.failure:
+                await self._changed.wait()
+        return len(self._open)
+
+    def _admit(self, request: Generate) -> Mailbox:
+        if self.failure:
+            raise WorkerError(self.failure)
+        if self.draining:
+            raise RequestError("the server is shutting down; send the request elsewhere", code="draining", status=503)
+        if self.info is None:
+            raise RequestError("the model is still loading; try again in a moment", code="starting", status=503)
+        if len(self._open) >= self._limit:
+            raise RequestError(
+                f"{len(self._open)} requests are open, and {self._limit} is the limit; try again later "
+                "or raise --max-waiting",
+                code="queue_full",
+                status=503,
+            )
+        if request.rid in self._open:
+            raise RequestError(
+                f"a request with rid {request.rid!r} is still running; use another rid",
+                param="rid",
+                code="rid_in_use",
+                status=409,
+            )
+        box = Mailbox(format(next(self._numbers), "x"))
+        self._open[request.rid] = self._keys[box.key] = box
+        return box
+
+
+def _error(failed: Failed) -> EngineError:
+    return RequestError(failed.message, param=failed.param, code=failed.code, status=failed.status)

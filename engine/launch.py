@@ -1,0 +1,157 @@
+"""Start an engine: make the channels, start the actors, join them; `serve` adds HTTP and signals.
+
+open_front(config) ── tokenizer, detokenizer, front ── and the core, here or in its own process
+"""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import anyio
+import anyio.to_thread
+
+from engine.actor import Actor, supervise
+from engine.actors.detokenizer import DetokenizerActor, Replies
+from engine.actors.tokenizer import Admission, TokenizerActor
+from engine.channel import Outbox, channel, open_channel
+from engine.config import Config
+from engine.core import CoreLink, core_actors
+from engine.front import Front
+from engine.logs import set_up_logging
+from engine.messages import Failed, FromFront, ToDetokenizer, ToFront, ToHttp, Tokens
+from engine.plugin.manager import Plugins
+from engine.text import Text
+
+log = logging.getLogger("engine")
+
+SMALL_MACHINE = 4  # processors up to which one process for front and core is the faster placement
+STEPS_AHEAD = 8  # steps of text that may wait before the scheduler does
+REPLIES_AHEAD = 64
+
+
+class FromCore:
+    """Sorts what the core says: tokens and failures to the detokenizer, the rest to the front."""
+
+    def __init__(self, detokenizer: Outbox[ToDetokenizer], front: Outbox[ToHttp]) -> None:
+        self._detokenizer = detokenizer
+        self._front = front
+
+    async def send(self, message: ToFront) -> None:
+        if isinstance(message, Tokens | Failed):
+            await self._detokenizer.send(message)
+        else:
+            await self._front.send(message)
+
+
+def placement(config: Config) -> str:
+    """`single` or `split`, with `auto` decided."""
+    if config.process.placement != "auto":
+        return config.process.placement
+    return "single" if (os.cpu_count() or 1) <= SMALL_MACHINE else "split"
+
+
+Core = Callable[[Config, Outbox[ToFront]], tuple[list[Actor], Outbox[FromFront]]]
+
+
+def linked_core(config: Config, front: Outbox[ToFront]) -> tuple[list[Actor], Outbox[FromFront]]:
+    """As `core_actors`, in a process of its own."""
+    link = CoreLink(config, front)
+    return [link], link
+
+
+@asynccontextmanager
+async def open_front(config: Config, core: Core | None = None) -> AsyncIterator[Front]:
+    """A running engine as its clients see it; the device may still be loading (`await front.ready()`).
+
+    `core` overrules where and of what the core is made; tests drive it without a device.
+    Raises ConfigError and PluginError for what cannot work, before anything is started.
+    """
+    checkpoint = Plugins.load(config.model.plugins).open_checkpoint(config.model.model)
+    to_tokenizer, tokenizer_inbox = open_channel()
+    to_detokenizer, detokenizer_inbox = channel(STEPS_AHEAD)
+    to_front, front_inbox = channel(REPLIES_AHEAD)
+    from_core = FromCore(to_detokenizer, to_front)
+    core = core or (core_actors if placement(config) == "single" else linked_core)
+    actors, to_scheduler = core(config, from_core)
+    limit = config.schedule.max_running + config.schedule.max_waiting
+    name = config.server.served_model_name or checkpoint.name()
+    front = Front(name, limit, front_inbox, to_tokenizer, to_scheduler)
+    # The device process starts first: it loads for seconds while the tokenizer is read here.
+    async with supervise(*actors, front):
+        text = await anyio.to_thread.run_sync(lambda: Text(checkpoint.text()))
+        tokenizer = TokenizerActor(Admission(text), tokenizer_inbox, to_detokenizer, to_scheduler)
+        detokenizer = DetokenizerActor(Replies(text), detokenizer_inbox, to_scheduler, to_front)
+        async with supervise(tokenizer, detokenizer):
+            yield front
+
+
+def serve(config: Config) -> int:
+    """Serve over HTTP until a signal or a failure; the process's exit code."""
+    set_up_logging(config.process.log_level)
+    return anyio.run(_serve, config, backend_options={"use_uvloop": True})
+
+
+async def _serve(config: Config) -> int:
+    from engine.http.app import serve as serve_http
+
+    began = time.monotonic()
+    code = 0
+    async with open_front(config) as front, anyio.create_task_group() as group:
+        listening = anyio.Event()
+        url = ""
+
+        def started(at: str) -> None:
+            nonlocal url
+            url = at
+            listening.set()
+
+        async def http() -> None:
+            await serve_http(front, config.server, started=started)
+
+        async def announce() -> None:
+            await listening.wait()
+            info = await front.ready()
+            phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in info.phases.items())
+            log.info("worker on %s: %s", info.device, phases)
+            log.info(
+                "KV cache: %d tokens in pages of %d; attention: %s",
+                info.pages * info.page_size,
+                info.page_size,
+                info.attention,
+            )
+            log.info("ready after %.1f s on %s", time.monotonic() - began, url)
+            print(try_line(url, front.model_name, config.server.api_key), flush=True)
+
+        async def signals() -> None:
+            with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+                async for _ in received:
+                    if front.draining:
+                        break
+                    log.info("draining: waiting up to %.0f s for open requests", config.server.drain_seconds)
+                    group.start_soon(drain)
+            group.cancel_scope.cancel()
+
+        async def drain() -> None:
+            if left := await front.drain(config.server.drain_seconds):
+                log.warning("%d requests were still open and are cut off", left)
+            group.cancel_scope.cancel()
+
+        async def failure() -> None:
+            nonlocal code
+            log.error("%s", await front.failed())
+            code = 1
+            group.cancel_scope.cancel()
+
+        for task in (http, announce, signals, failure):
+            group.start_soon(task)
+    return code
+
+
+def try_line(url: str, model: str, api_key: str | None) -> str:
+    """A curl command that a newcomer can paste."""
+    key = "-H 'Authorization: Bearer YOUR_KEY' " if api_key else ""
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Say hello."}}], "stream": true}}'
+    return f"\nTry:\n  curl -N {url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'\n"

@@ -1,0 +1,48 @@
+"""The bounds of SamplingParams: both ends are accepted, what is beyond them is refused by name."""
+
+import math
+from typing import Any
+
+import pytest
+
+from engine.errors import RequestError
+from engine.messages import SamplingParams
+from engine.sampling import check_sampling
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"temperature": 0, "top_p": 1e-9, "min_p": 0, "top_k": -1, "max_tokens": 1, "seed": -(2**63)},
+        {"temperature": 2.0, "top_p": 1, "min_p": 1.0, "top_k": 2**31 - 1, "seed": 2**63 - 1, "max_tokens": 2**31 - 1},
+        {"stop": ("a",) * 16, "stop_token_ids": (0, 2**31 - 1), "ignore_eos": True},
+    ],
+)
+def test_accepted(fields: dict[str, Any]) -> None:
+    check_sampling(SamplingParams(**fields))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("temperature", value) for value in (-0.1, 2.1, math.nan, math.inf, -math.inf, True, "1", None)),
+        *(("top_p", value) for value in (0, 0.0, -1, 1.1, math.nan)),
+        *(("min_p", value) for value in (-0.1, 1.1, math.nan)),
+        *(("top_k", value) for value in (-2, 2**31, 1.0, True)),
+        *(("seed", value) for value in (2**63, -(2**63) - 1, 1.5)),
+        *(("max_tokens", value) for value in (0, -1, 2**31, False)),
+        *(("stop", value) for value in (("",), ("a",) * 17, "word", ("a" * 1025,), (b"a",))),
+        *(("stop_token_ids", value) for value in ((-1,), (2**31,), (1.0,), (0,) * 1025)),
+        ("ignore_eos", 1),
+    ],
+)
+def test_refused(field: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=f"^{field} is .*; it must be .* \\(.*\\)$") as caught:
+        check_sampling(SamplingParams(**{field: value}))
+    assert (caught.value.param, caught.value.status) == (field, 400)
+
+
+def test_the_clients_own_name_is_used() -> None:
+    with pytest.raises(RequestError, match=r"^max_new_tokens is 0"):
+        check_sampling(SamplingParams(max_tokens=0), {"max_tokens": "max_new_tokens"})
