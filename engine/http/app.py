@@ -1,0 +1,147 @@
+"""The HTTP server: routes, the API key, one shape for every error, and its life on a port.
+
+A client that disconnects cancels its handler (`handler_cancellation`), which closes the reply's generator and so
+aborts the request. Left out: TLS, CORS and rate limits, which a proxy in front does well.
+"""
+
+import errno
+import hmac
+import math
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import anyio
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from engine.config import ServerOptions
+from engine.errors import ConfigError, RequestError
+from engine.http import admin, native, openai
+from engine.http.service import SERVICE, Service
+from engine.http.sse import describe_error
+from engine.http.wire import MAX_BODY_BYTES, error_object, json_response
+
+if TYPE_CHECKING:
+    from engine.front import Front
+
+OPEN_PATHS = ("/health", "/metrics")  # probes and Prometheus carry no key
+BACKLOG = 2048
+CLOSE_SECONDS = 1.0  # what handlers still running at the end get; draining happens before
+ROUTES = (
+    web.post("/v1/chat/completions", openai.chat_completions),
+    web.post("/v1/completions", openai.completions),
+    web.get("/v1/models", openai.models),
+    web.get("/v1/models/{model:.+}", openai.model),
+    web.post("/generate", native.generate),
+    web.post("/abort_request", admin.abort_request),
+    web.get("/flush_cache", admin.flush_cache),
+    web.post("/flush_cache", admin.flush_cache),
+    web.get("/health", admin.health),
+    web.get("/metrics", admin.metrics),
+)
+
+
+def create_app(front: "Front", options: ServerOptions) -> web.Application:
+    """The application over `front`; it adds its metrics to `front.on_stats`.
+
+    Run it with `handler_cancellation=True`, as `serve` does, or clients that leave are not noticed.
+    """
+    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[shape_errors, check_key])
+    app[SERVICE] = service = Service(front, options)
+    front.on_stats.append(service.metrics.on_stats)
+    app.add_routes(ROUTES)
+    return app
+
+
+async def serve(front: "Front", options: ServerOptions, *, started: Callable[[str], None]) -> None:
+    """Serve until cancelled; `started` gets the URL once the port listens.
+
+    Raises ConfigError if `options.host` and `options.port` cannot be listened on.
+    """
+    app = create_app(front, options)
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=CLOSE_SECONDS)
+    await runner.setup()
+    try:
+        try:
+            await web.TCPSite(runner, options.host, options.port, backlog=BACKLOG).start()
+        except OSError as error:
+            raise _cannot_listen(options, error) from error
+        started(_url(options.host, runner.addresses[0][1]))
+        await anyio.sleep_forever()
+    finally:
+        front.on_stats.remove(app[SERVICE].metrics.on_stats)
+        with anyio.CancelScope(shield=True):
+            await runner.cleanup()
+
+
+def _url(host: str, port: int) -> str:
+    """Where a client on this machine reaches the server."""
+    reachable = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+
+
+def _cannot_listen(options: ServerOptions, error: OSError) -> ConfigError:
+    where = f"{options.host}:{options.port}"
+    if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+        return ConfigError(f"cannot listen on {where}: {error.strerror}; give an address of this machine with --host")
+    if error.errno == errno.EADDRINUSE:
+        return ConfigError(f"cannot listen on {where}: the port is taken; choose another with --port (0: any free one)")
+    return ConfigError(f"cannot listen on {where}: {error.strerror}; choose another port with --port")
+
+
+@web.middleware
+async def shape_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer every error with {"error": {message, type, param, code}}."""
+    try:
+        return await handler(request)
+    except (ConnectionError, web.RequestPayloadError):  # the client is gone: nobody to tell
+        raise
+    except web.HTTPException as error:
+        code, message = _http_words(request, error)
+        status, body = error.status, error_object(message, status=error.status, code=code)
+        headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
+    except Exception as error:
+        status, body = describe_error(error)
+        headers = {}
+    service = request.app[SERVICE]
+    service.metrics.count_error(status)
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if status == 503:
+        draining = service.front.health().status == "draining"
+        headers["Retry-After"] = str(max(1, math.ceil(service.options.drain_seconds)) if draining else 1)
+    return json_response(body, status=status, headers=headers)
+
+
+def _http_words(request: web.Request, error: web.HTTPException) -> tuple[str, str]:
+    """The code and the message of an error that aiohttp itself raises."""
+    match error:
+        case web.HTTPNotFound():
+            return "not_found", f"there is no {request.path}; the routes are {', '.join(_paths(request.app))}"
+        case web.HTTPMethodNotAllowed():
+            allowed = ", ".join(sorted(error.allowed_methods))
+            return "method_not_allowed", f"{request.path} does not take {error.method}; use {allowed}"
+        case web.HTTPRequestEntityTooLarge():
+            return "body_too_large", f"the request body is over {MAX_BODY_BYTES} bytes; send a shorter one"
+        case _:
+            return "http_error", error.reason
+
+
+def _paths(app: web.Application) -> list[str]:
+    return sorted({resource.canonical for resource in app.router.resources()})
+
+
+@web.middleware
+async def check_key(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuse a request without the server's API key, if it has one."""
+    key = request.app[SERVICE].options.api_key
+    if key is None or request.path in OPEN_PATHS:
+        return await handler(request)
+    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    # Compared as bytes, in a time that does not depend on where they differ.
+    if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(errors="surrogateescape"), key.encode()):
+        return await handler(request)
+    said = "wrong" if scheme else "missing"
+    message = f"the API key is {said}; send the server's key as `Authorization: Bearer KEY`"
+    raise RequestError(message, code="invalid_api_key", status=401)

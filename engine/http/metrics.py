@@ -1,0 +1,160 @@
+"""What the server counts, in Prometheus' text format, from two sources.
+
+Latencies are measured here, where a reply passes on its way to its client: `watch` wraps its stream. Figures of
+the scheduler are read from the front's latest Stats when Prometheus asks. Each server has its own registry, so
+two servers in one process do not mix. docs/http.md lists the names.
+"""
+
+from array import array
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from engine.errors import EngineError
+from engine.messages import Chunk, Stats
+
+if TYPE_CHECKING:
+    from engine.front import Front
+
+# Seconds. A step on a fast GPU takes 5 ms, one on a small CPU 100 ms.
+TOKEN_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)
+FIRST_TOKEN_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)
+REQUEST_BUCKETS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600)
+
+
+class Metrics:
+    """The counters and histograms of one server."""
+
+    def __init__(self, front: "Front", model: str) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(SchedulerFigures(front, model))
+        self._requests = Counter(
+            "engine_requests",
+            "Requests that ended, by endpoint and how: stop, length, abort, disconnect, refused, error",
+            ["endpoint", "reason"],
+            registry=self.registry,
+        )
+        self._errors = Counter(
+            "engine_http_errors",
+            "Error answers, by HTTP status; errors inside a stream are not here",
+            ["status"],
+            registry=self.registry,
+        )
+        self._first_token = Histogram(
+            "engine_time_to_first_token_seconds",
+            "From a request's arrival to its first token",
+            buckets=FIRST_TOKEN_BUCKETS,
+            registry=self.registry,
+        )
+        self._inter_token = Histogram(
+            "engine_inter_token_seconds",
+            "Between two tokens of one reply; tokens that come together share the time",
+            buckets=TOKEN_BUCKETS,
+            registry=self.registry,
+        )
+        self._request = Histogram(
+            "engine_request_seconds",
+            "From a request's arrival to the end of its reply",
+            buckets=REQUEST_BUCKETS,
+            registry=self.registry,
+        )
+        self._step = Histogram(
+            "engine_step_seconds", "Time of one step on the device", buckets=TOKEN_BUCKETS, registry=self.registry
+        )
+
+    async def watch(self, stream: AsyncGenerator[Chunk], endpoint: str) -> AsyncGenerator[Chunk]:
+        """`stream` unchanged, its times and its end recorded; closing this closes it."""
+        start = last = perf_counter()
+        tokens = 0
+        reason = "disconnect"
+        try:
+            async with aclosing(stream):
+                async for chunk in stream:
+                    now = perf_counter()
+                    new = chunk.completion_tokens - tokens
+                    if new > 0:
+                        self._observe_tokens(now - last, new, first=tokens == 0)
+                        tokens, last = chunk.completion_tokens, now
+                    if chunk.finish is not None:
+                        reason = chunk.finish
+                        self._request.observe(now - start)
+                    yield chunk
+        except EngineError:
+            reason = "error" if tokens else "refused"
+            raise
+        except Exception:
+            reason = "error"
+            raise
+        finally:
+            self._requests.labels(endpoint, reason).inc()
+
+    def _observe_tokens(self, seconds: float, new: int, *, first: bool) -> None:
+        if first:
+            self._first_token.observe(seconds)
+            return
+        for _ in range(new):
+            self._inter_token.observe(seconds / new)
+
+    def count_error(self, status: int) -> None:
+        """An error answer with HTTP `status` is about to be sent."""
+        self._errors.labels(status).inc()
+
+    def on_stats(self, stats: Stats) -> None:
+        """Drain the step times of a heartbeat; called once for each Stats, as a scrape could miss one."""
+        for seconds in array("f", stats.step_seconds):
+            self._step.observe(seconds)
+
+    def page(self, accept: str) -> tuple[bytes, str]:
+        """All metrics in the format that an Accept header asks for, and its content type."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
+
+
+class SchedulerFigures(Collector):
+    """Gauges and counters that the scheduler keeps, read from `front.stats` at scrape time."""
+
+    def __init__(self, front: "Front", model: str) -> None:
+        self._front = front
+        self._model = model
+
+    def describe(self) -> list[Metric]:
+        """Nothing: the registry then does not scrape at start to learn the names."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """One family for each figure."""
+        stats, info = self._front.stats, self._front.info
+        held = stats.pages - stats.pages_free - stats.pages_cached
+        gauges = (
+            ("engine_ready", "1 while the engine answers, else 0", float(self._front.health().ok)),
+            ("engine_requests_running", "Requests in the running batch", stats.running),
+            ("engine_requests_waiting", "Requests in the queue", stats.waiting),
+            ("engine_kv_pages", "Pages of the KV cache", stats.pages),
+            ("engine_kv_pages_free", "Pages that hold nothing", stats.pages_free),
+            ("engine_kv_pages_cached", "Pages of cached prefixes that no request uses", stats.pages_cached),
+            ("engine_kv_use_ratio", "Share of the pages that running requests use", held / max(stats.pages, 1)),
+            (
+                "engine_cache_hit_ratio",
+                "Share of all prompt tokens so far that the prefix cache held",
+                stats.cached_tokens_total / max(stats.prompt_tokens_total, 1),
+            ),
+        )
+        counters = (
+            ("engine_prompt_tokens", "Prompt tokens of admitted requests", stats.prompt_tokens_total),
+            ("engine_cached_tokens", "Prompt tokens that the prefix cache held", stats.cached_tokens_total),
+            ("engine_generated_tokens", "Tokens sampled", stats.generated_tokens_total),
+            ("engine_retractions", "Requests put back into the queue for want of pages", stats.retractions_total),
+            ("engine_steps", "Steps of the device", stats.steps),
+        )
+        yield from (GaugeMetricFamily(name, text, value=value) for name, text, value in gauges)
+        yield from (CounterMetricFamily(name, text, value=value) for name, text, value in counters)
+        labels = {"model": self._model}
+        if info is not None:
+            labels |= {"device": info.device, "attention": info.attention}
+        yield InfoMetricFamily("engine", "What is served, and where", value=labels)

@@ -1,0 +1,70 @@
+"""Server-sent events: one write for each chunk of a reply.
+
+The status line is sent only when the first chunk is there, so a refused request is still answered with its own
+status. A failure after that can only be one more event: `data: {"error": …}`, and the stream ends without
+`[DONE]`. A slow client blocks its own handler (the transport's buffer is bounded), nobody else's.
+"""
+
+import logging
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+from aiohttp import web
+
+from engine.errors import RequestError, WorkerError
+from engine.http.wire import error_object, to_json
+from engine.messages import Chunk
+
+DONE = b"data: [DONE]\n\n"
+HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # nginx would hold events back
+}
+log = logging.getLogger(__name__)
+
+
+class Events(Protocol):
+    """How one API words a chunk."""
+
+    def event(self, chunk: Chunk) -> bytes:
+        """Bytes to write for `chunk`: no event, one or several, whole; the last ends with DONE."""
+
+
+def data_event(payload: bytes) -> bytes:
+    """One event whose data is `payload`, JSON on one line."""
+    return b"data: %b\n\n" % payload
+
+
+def describe_error(error: Exception) -> tuple[int, dict[str, object]]:
+    """The HTTP status and the OpenAI error object of any exception; unforeseen ones are logged whole."""
+    match error:
+        case RequestError():
+            return error.status, error_object(error.message, status=error.status, code=error.code, param=error.param)
+        case WorkerError():
+            return 503, error_object(str(error), status=503, code="engine_unavailable")
+        case _:
+            log.error("a request failed for a reason that nothing foresaw", exc_info=error)
+            message = f"the server failed on this request ({type(error).__name__}); its log has the traceback"
+            return 500, error_object(message, status=500, code="internal_error")
+
+
+async def send_events(
+    request: web.Request, chunks: AsyncGenerator[Chunk], events: Events, headers: dict[str, str]
+) -> web.StreamResponse:
+    """Answer `request` with `chunks` as they come; what the first chunk raises is raised here."""
+    first = await anext(chunks)
+    response = web.StreamResponse(headers=HEADERS | headers)
+    await response.prepare(request)
+    try:
+        if data := events.event(first):
+            await response.write(data)
+        async for chunk in chunks:
+            if data := events.event(chunk):
+                await response.write(data)
+    except ConnectionError:  # the client is gone: nobody to tell
+        raise
+    except Exception as error:
+        await response.write(data_event(to_json(describe_error(error)[1])))
+    await response.write_eof()
+    return response

@@ -1,0 +1,123 @@
+"""JSON on the wire: bodies decoded strictly, errors shaped as OpenAI shapes them.
+
+A body is one msgspec struct. A field that the struct lacks is refused by name; a field that it has but that
+the engine does not serve yet is listed in the struct's `unserved` with its neutral values, and refused at any
+other. Nothing a client sends is ignored in silence, save the fields documented as ignored.
+"""
+
+import re
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import Any, ClassVar, Generic, TypeVar, get_args, get_type_hints
+
+import msgspec
+from aiohttp import web
+from msgspec import Struct
+
+from engine.errors import RequestError
+
+MAX_BODY_BYTES = 32 * 2**20
+ENCODER = msgspec.json.Encoder()
+
+
+class Body(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Base of every request body and of the objects inside it.
+
+    `unserved` maps fields that are known but not served yet to their neutral values; null is always neutral.
+    """
+
+    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+
+BodyType = TypeVar("BodyType", bound=Body)
+
+
+class BodyDecoder(Generic[BodyType]):
+    """bytes → one kind of body; RequestError says where the bytes are at fault."""
+
+    def __init__(self, kind: type[BodyType]) -> None:
+        self._kind = kind
+        self._decoder = msgspec.json.Decoder(kind)
+
+    def decode(self, data: bytes) -> BodyType:
+        """The body in `data`, checked against its struct and its `unserved` fields."""
+        try:
+            body = self._decoder.decode(data)
+        except msgspec.ValidationError as error:
+            raise _invalid(self._kind, str(error)) from None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            message = f"the request body ({len(data)} bytes) is not valid JSON: {error}"
+            raise RequestError(message, code="invalid_json") from None
+        except RecursionError:
+            raise RequestError("the request body is nested too deeply; flatten it", code="invalid_json") from None
+        check_served(body)
+        return body
+
+
+def check_served(body: Body, path: str = "") -> None:
+    """Raise RequestError if a field in `body.unserved`, named under `path`, is not at a neutral value."""
+    for name, neutral in body.unserved.items():
+        value = getattr(body, name)
+        # 1 == True in Python, but not in JSON.
+        same = (value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral)
+        if value is None or any(same):
+            continue
+        accepted = " or ".join(to_json(other).decode() for other in (*neutral, None))
+        raise RequestError(
+            f"{path}{name} is not supported yet: got {_short(to_json(value).decode())}, accepted is only {accepted}; "
+            "leave it out",
+            param=path + name,
+            code="unsupported_parameter",
+        )
+
+
+def _invalid(kind: type[Body], reason: str) -> RequestError:
+    """A msgspec message, "Expected `int`, got `str` - at `$.seed`", as a RequestError that names the field."""
+    reason, _, where = reason.partition(" - at `$")
+    path = where.rstrip("`").lstrip(".")
+    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", reason, re.DOTALL)
+    if unknown is None:
+        message = f"{path or 'the request body'}: {reason[:1].lower()}{reason[1:]}; correct its type or value"
+        return RequestError(message, param=path or None)
+    name = _short(unknown[1])
+    parent = _struct_at(kind, path)
+    known = [field for field in parent.__struct_fields__ if field not in parent.unserved]
+    close = get_close_matches(name, known, n=1)
+    remedy = f"did you mean {close[0]}?" if close else f"the fields here are {', '.join(known)}"
+    param = f"{path}.{name}" if path else name
+    return RequestError(f"unknown field {param}; {remedy}", param=param, code="unknown_parameter")
+
+
+def _struct_at(kind: type[Body], path: str) -> type[Body]:
+    """The struct that a msgspec error path (messages[0].content) leads to."""
+    for name in re.findall(r"[A-Za-z_]\w*", path):
+        kind = next(_bodies(get_type_hints(kind)[name]))
+    return kind
+
+
+def _bodies(hint: Any) -> Iterator[type[Body]]:
+    if isinstance(hint, type) and issubclass(hint, Body):
+        yield hint
+    for part in get_args(hint):
+        yield from _bodies(part)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def to_json(value: Any) -> bytes:
+    """`value` as compact JSON."""
+    return ENCODER.encode(value)
+
+
+def json_response(value: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    """`value` as a JSON answer; bytes are JSON already."""
+    body = value if isinstance(value, bytes) else to_json(value)
+    return web.Response(body=body, status=status, headers=headers, content_type="application/json")
+
+
+def error_object(message: str, *, status: int, code: str | None, param: str | None = None) -> dict[str, Any]:
+    """The error body of the OpenAI API: {"error": {message, type, param, code}}."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,0 +1,26 @@
+"""Talk to the model through the openai client (`pip install openai`). An empty line ends the talk.
+
+python examples/client/chat_openai.py
+"""
+
+from openai import OpenAI
+from openai.types.chat import ChatCompletionMessageParam
+
+
+def main() -> None:
+    client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+    model = client.models.list().data[0].id
+    messages: list[ChatCompletionMessageParam] = []
+    while question := input("> "):
+        messages.append({"role": "user", "content": question})
+        answer = ""
+        for event in client.chat.completions.create(model=model, messages=messages, stream=True):
+            text = event.choices[0].delta.content or ""
+            print(text, end="", flush=True)
+            answer += text
+        print()
+        messages.append({"role": "assistant", "content": answer})
+
+
+if __name__ == "__main__":
+    main()
