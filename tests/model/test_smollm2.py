@@ -1,0 +1,162 @@
+"""The real model through the real engine: exact greedy ids, however the work is cut up and shared.
+
+Oracle: the two continuations and the logits were computed with transformers in float32 from the same file.
+"""
+
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import aiohttp
+import anyio
+import numpy as np
+import openai
+import pytest
+import torch
+
+from engine import Engine, Reply, SamplingParams
+from engine.config import resolve
+from engine.http.app import serve
+from engine.launch import open_front
+from engine.messages import Boot, Sampling, SlotAdmit, StepPlan
+from engine.plugin.manager import Plugins
+from engine.text import Text
+from engine.worker.main import start
+
+COUNTING = "1, 2, 3, 4, 5, 6, 7,"
+COUNTING_IDS = [216, 40, 28, 216, 41, 28, 216, 33, 32, 28, 216, 33, 33, 28, 216, 33, 34, 28, 216, 33, 35, 28, 216, 33]
+LETTERS = "a b c d e f g h"
+LETTERS_IDS = [
+    2056, 544, 501, 303, 283, 304, 263, 273, 7329, 412, 262, 252,
+    326, 386, 267, 1792, 329, 1892, 1892, 198, 198, 1348, 314, 253,
+]  # fmt: skip
+FRANCE = "The capital of France is"
+FRANCE_LOGITS = {7042: 17.3713, 260: 14.8886, 4528: 13.245, 2250: 13.0095, 1315: 12.9515}
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+OTHERS = ["Once upon a time", "def main():", FRANCE, "x" * 300]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with Engine(model="smollm2-135m", max_model_len=2048) as engine:
+        yield engine
+
+
+def test_exact_ids_alone(engine: Engine) -> None:
+    assert engine.generate(COUNTING, GREEDY).ids == COUNTING_IDS
+    reply = engine.generate(LETTERS, GREEDY)
+    assert reply.ids == LETTERS_IDS
+    assert reply.text == " i j k l m n o p q r s t u v w x y z z\n\nThis is a"
+
+
+def test_exact_ids_among_others(engine: Engine) -> None:
+    sampled = SamplingParams(temperature=1.2, top_p=0.9, max_tokens=40)
+    with ThreadPoolExecutor(8) as pool:
+        others = [pool.submit(engine.generate, prompt, sampled) for prompt in OTHERS]
+        replies: list[Reply] = engine.generate([COUNTING, LETTERS, COUNTING, LETTERS], GREEDY)
+        assert [len(other.result().ids) > 0 for other in others] == [True] * 4
+    assert [reply.ids for reply in replies] == [COUNTING_IDS, LETTERS_IDS] * 2
+
+
+def test_exact_ids_with_the_prefix_cached(engine: Engine) -> None:
+    first = engine.generate(COUNTING + "".join(f" {n}," for n in range(8, 30)), GREEDY)
+    again = engine.generate(COUNTING + "".join(f" {n}," for n in range(8, 30)), GREEDY)
+    assert again.ids == first.ids
+    assert again.cached_tokens >= again.prompt_tokens - 16 > 0
+    reply = engine.generate(COUNTING, GREEDY)
+    assert (reply.ids, reply.cached_tokens) == (COUNTING_IDS, 16)
+
+
+def test_a_seed_gives_the_same_reply_whatever_runs_beside_it(engine: Engine) -> None:
+    params = SamplingParams(temperature=1.0, seed=7, max_tokens=16)
+    alone = engine.generate(FRANCE, params)
+    beside = engine.generate([*OTHERS, FRANCE], params)[-1]
+    assert beside.ids == alone.ids
+    assert engine.generate(FRANCE, SamplingParams(temperature=1.0, seed=8, max_tokens=16)).ids != alone.ids
+
+
+def test_chat_ends_by_itself(engine: Engine) -> None:
+    reply = engine.generate([{"role": "user", "content": "What is the capital of France?"}], GREEDY)
+    assert "Paris" in reply.text
+    assert (reply.finish, reply.matched) == ("stop", 2)
+
+
+CUT: list[dict[str, Any]] = [
+    {"max_step_tokens": 7},
+    {"page_size": 1, "max_step_tokens": 5, "prefix_cache": False},
+    {"kv_tokens": 160, "max_running": 4, "placement": "split"},
+]
+
+
+@pytest.mark.parametrize("options", CUT, ids=["chunked", "single-token pages", "page shortage, split"])
+def test_exact_ids_however_the_work_is_cut(options: dict[str, Any]) -> None:
+    with Engine(model="smollm2-135m", **{"max_model_len": 128, **options}) as engine:
+        replies = engine.generate([COUNTING, LETTERS, COUNTING, LETTERS] * 2, GREEDY)
+        assert [reply.ids for reply in replies] == [COUNTING_IDS, LETTERS_IDS] * 4
+        if "kv_tokens" in options:
+            longer = SamplingParams(temperature=0, max_tokens=60)
+            whole = engine.generate([LETTERS], longer)[0].ids
+            crowded = [reply.ids for reply in engine.generate([LETTERS, COUNTING, LETTERS, FRANCE], longer)]
+            assert engine.stats().retractions_total > 0
+            assert crowded[0] == crowded[2] == whole
+            assert crowded[3] == engine.generate(FRANCE, longer).ids
+
+
+def test_first_step_logits() -> None:
+    config = resolve({"model": "smollm2-135m", "max_model_len": 64})
+    runner, ready = start(Boot(config), 0.0)
+    ids = Text(Plugins.load(()).open_checkpoint("smollm2-135m").text()).encode(FRANCE)
+    sampling = SlotAdmit(0, np.array(ids, "<i4").tobytes(), Sampling(0.0, 0, 1.0, 0.0, 0))
+    runner.apply(StepPlan(1, b"", (sampling,), np.array([[0, 0, 3]], "<i4").tobytes()))
+    with torch.inference_mode():
+        hidden, batch = runner.forward(np.array([[0, 0, len(ids), 1]], np.int64))
+        logits = runner.model.logits(hidden[batch.sampled])[0]
+    assert ready.vocab_size == len(logits) == 49152
+    top = logits.topk(5)
+    assert top.indices.tolist() == list(FRANCE_LOGITS)
+    assert top.values.tolist() == pytest.approx(list(FRANCE_LOGITS.values()), abs=1e-3)
+
+
+# ── over HTTP ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+async def url() -> AsyncIterator[str]:
+    """A server on a free port, with the real model."""
+    config = resolve({"model": "smollm2-135m", "port": 0, "max_model_len": 1024})
+    listening: list[str] = []
+    async with open_front(config) as front, anyio.create_task_group() as group:
+
+        async def http() -> None:
+            await serve(front, config.server, started=listening.append)
+
+        group.start_soon(http)
+        await front.ready()
+        while not listening:
+            await anyio.sleep(0.01)
+        yield listening[0]
+        group.cancel_scope.cancel()
+
+
+@pytest.mark.anyio
+async def test_exact_ids_and_text_over_http(url: str) -> None:
+    async with aiohttp.ClientSession(url) as session:
+        body = {"text": COUNTING, "sampling_params": {"temperature": 0, "max_new_tokens": 24}}
+        async with session.post("/generate", json=body) as response:
+            answer = await response.json()
+        assert response.status == 200, answer
+        assert answer["output_ids"] == COUNTING_IDS
+    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none")
+    stream = await client.completions.create(
+        model="smollm2-135m", prompt=LETTERS, temperature=0, max_tokens=24, stream=True
+    )
+    text = "".join([event.choices[0].text async for event in stream if event.choices])
+    assert text == " i j k l m n o p q r s t u v w x y z z\n\nThis is a"
+    chat = await client.chat.completions.create(
+        model="smollm2-135m",
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        temperature=0,
+    )
+    assert "Paris" in (chat.choices[0].message.content or "")
+    assert chat.choices[0].finish_reason == "stop"
+    await client.close()
