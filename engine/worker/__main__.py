@@ -5,7 +5,6 @@ peer closes. Ctrl-C is the parent's business, which drains first.
 """
 
 import os
-import os
 import signal
 import socket
 import sys
@@ -17,7 +16,6 @@ from engine.channel import BlockingFrames
 from engine.errors import EngineError
 from engine.logs import set_up_logging
 from engine.messages import Boot, Fatal, ToWorker
-
 
 # Turns that an idle OpenMP thread spins before it sleeps: about half a millisecond, which bridges the gap between
 # two operations. libgomp's own 300000 burn many milliseconds, on a core that HTTP and the scheduler may be waiting
@@ -55,8 +53,6 @@ class PeerGone(Exception):
 
 def _run(frames: BlockingFrames[ToWorker], boot: Boot) -> None:
     began = time.perf_counter()
-    # Threads that wait by spinning slow a CPU that others use too by ten times and more; sleeping costs microseconds.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from engine.worker.main import serve, start  # imports torch: the first phase of the start
 
     runner, ready = start(boot, import_seconds=time.perf_counter() - began)

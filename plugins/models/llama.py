@@ -1,7 +1,7 @@
 """Llama and the models that share its shape: SmolLM2, Mistral.
 
     ids ─ embed ─┬─ norm ─ q,k,v ─ rotate ─ attention ─ o ─(+)─┬─ norm ─ gate,up ─ silu·mul ─ down ─(+)─ … ─ norm ─ head
-                 └─────────────────────────────────────────────┘   └────────────────────────────────┘
+                 └──────────────────────────────────────────┘  └─────────────────────────────────────┘
 
 Left out: sliding windows (a Mistral that needs one is refused), mixtures of experts.
 """

@@ -302,7 +302,7 @@ def test_a_newcomer_leaves_a_page_for_each_running_row():
     bench = Bench(pages=8, page_size=2, depth=1)
     bench.admit(request("runs", [0, 1], max_new=5))
     bench.step()
-    bench.admit(request("big", [1] * 12, max_new=1))  # 6 pages: as many as are free
+    bench.admit(request("big", [1] * 12, max_new=2))  # 6 pages: as many as are free
     bench.step()
     assert bench.scheduler.running == 1
     bench.drain()
@@ -436,6 +436,16 @@ def test_request_ids_match_exactly():
     bench.told(bench.scheduler.abort("a"))
     bench.drain()
     assert bench.ends == {"a": "abort", "ab": "length"}
+
+
+def test_a_stop_string_leaves_only_what_was_kept_in_the_cache():
+    bench = Bench(depth=1)
+    bench.admit(request("x", [1, 2, 3], max_new=40))
+    while len(bench.tokens["x"]) < 30:
+        bench.step()
+    assert bench.scheduler.stop("x", keep=6)  # 9 tokens: 2 whole pages of 4
+    assert bench.scheduler.counts()["pages_cached"] == 2
+    assert bench.scheduler.flush() == (2, 0)
 
 
 def test_a_lost_device_fails_what_ran_and_keeps_what_waits():

@@ -1,0 +1,218 @@
+"""Real processes, with the echo model: what a kill, a signal or a client that leaves does, and does not do."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import anyio
+import pytest
+
+from engine import AsyncEngine, Engine, SamplingParams, WorkerError
+
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes through /proc"),
+]
+LONG = {"text": "a", "stream": True, "sampling_params": {"temperature": 0, "max_new_tokens": 4000}}
+
+
+def children(pid: int) -> dict[int, str]:
+    """Process id to module (`engine.worker`) of the engine's processes under `pid`."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if parent == pid and b"-m" in words:
+            child = int(entry.name)
+            found |= {child: words[words.index(b"-m") + 1].decode(), **children(child)}
+    return found
+
+
+class Server:
+    """`engine serve` in a process of its own; `log` is what it has written."""
+
+    def __init__(self, *flags: str) -> None:
+        command = [sys.executable, "-m", "engine.cli", "serve", "--model", "echo", "--port", "0", *flags]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.log = ""
+        self.url = ""
+
+    def wait_ready(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.log += line
+            if found := re.search(r"ready after .* on (http://\S+)", line):
+                self.url = found[1]
+                return
+        raise AssertionError(f"the server ended before it was ready:\n{self.log}")
+
+    def wait_end(self) -> int:
+        rest, _ = self.process.communicate(timeout=30)
+        self.log += rest
+        return self.process.returncode
+
+
+def only(server: Server, module: str) -> int:
+    (pid,) = (pid for pid, name in children(server.process.pid).items() if name == module)
+    return pid
+
+
+@contextmanager
+def serving(*flags: str) -> Iterator[Server]:
+    server = Server(*flags)
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.process.kill()
+        server.process.communicate()
+
+
+@pytest.fixture(scope="module", params=["single", "split"])
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    with serving("--placement", request.param, "--max-running", "8") as server:
+        yield server
+
+
+@asynccontextmanager
+async def streaming(session: aiohttp.ClientSession) -> AsyncIterator[aiohttp.StreamReader]:
+    """A long reply whose first event has come."""
+    async with session.post("/generate", json=LONG) as response:
+        assert response.status == 200, await response.text()
+        assert (await response.content.readline()).startswith(b"data: ")
+        yield response.content
+
+
+def events(stream: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line[6:]) for line in stream.splitlines() if line.startswith(b"data: {")]
+
+
+async def pages_in_use(session: aiohttp.ClientSession) -> int:
+    async with session.post("/flush_cache") as response:
+        return int((await response.json())["in_use"])
+
+
+async def eventually_free(session: aiohttp.ClientSession) -> None:
+    with anyio.fail_after(10):
+        while await pages_in_use(session):
+            await anyio.sleep(0.01)
+
+
+async def test_fifty_clients_killed_in_mid_stream_leave_no_page(server: Server) -> None:
+    async with aiohttp.ClientSession(server.url) as session:
+
+        async def killed() -> None:
+            async with aiohttp.ClientSession(server.url) as own, streaming(own) as stream:
+                await stream.readline()
+                # closing the session cuts the connection
+
+        async with anyio.create_task_group() as group:
+            for _ in range(50):
+                group.start_soon(killed)
+        await eventually_free(session)
+        body = {"text": "a", "sampling_params": {"temperature": 0, "max_new_tokens": 5}}
+        async with session.post("/generate", json=body) as response:
+            assert (await response.json())["text"] == "bcdef"
+
+
+async def test_a_killed_client_process_leaves_no_page(server: Server) -> None:
+    """The same, by SIGKILL of a real process: no goodbye is sent but the kernel's."""
+    curl = f"""
+import http.client, json, os, signal, urllib.parse
+url = urllib.parse.urlsplit({server.url!r})
+connection = http.client.HTTPConnection(url.hostname, url.port)
+connection.request("POST", "/generate", json.dumps({LONG!r}), {{"Content-Type": "application/json"}})
+connection.getresponse().readline()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    for _ in range(3):
+        done = await anyio.run_process([sys.executable, "-c", curl], check=False)
+        assert done.returncode == -signal.SIGKILL
+    async with aiohttp.ClientSession(server.url) as session:
+        await eventually_free(session)
+
+
+async def test_a_killed_worker_is_said_and_restarted(server: Server) -> None:
+    async with aiohttp.ClientSession(server.url) as session, streaming(session) as stream:
+        os.kill(only(server, "engine.worker"), signal.SIGKILL)
+        error = events(await stream.read())[-1]["error"]
+        assert error["code"] == "worker_lost"
+        assert "SIGKILL" in error["message"] and "send the request again" in error["message"]
+        seen = set()
+        with anyio.fail_after(30):
+            while True:
+                async with session.get("/health") as response:
+                    body = await response.json()
+                seen.add((response.status, body["status"]))
+                if response.status == 200:
+                    break
+                assert "SIGKILL" in body["cause"]
+                await anyio.sleep(0.02)
+        assert seen == {(503, "restarting"), (200, "ready")}
+        body = {"text": "a", "sampling_params": {"temperature": 0, "max_new_tokens": 5}}
+        async with session.post("/generate", json=body) as response:
+            assert (await response.json())["text"] == "bcdef"
+        assert not await pages_in_use(session)
+
+
+async def test_sigterm_lets_open_replies_end() -> None:
+    with serving() as server:
+        async with aiohttp.ClientSession(server.url) as session, streaming(session) as stream:
+            server.process.send_signal(signal.SIGTERM)
+            rest = await stream.read()
+        last = events(rest)[-1]
+        assert last["meta_info"]["finish_reason"] == {"type": "length", "length": 4000}
+        assert server.wait_end() == 0, server.log
+        assert not children(server.process.pid)
+
+
+def test_a_core_that_dies_ends_the_server_and_says_why() -> None:
+    with serving("--placement", "split") as server:
+        os.kill(only(server, "engine.core"), signal.SIGKILL)
+        assert server.wait_end() == 1
+        assert "core process cannot go on: it was killed by SIGKILL" in server.log
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--kv-tokens", "8"], "--kv-tokens 8 is less than one page of 16 tokens"),
+        (["--max-model-len", "5000"], "--max-model-len 5000 is over the model's own limit of 4096"),
+        (["--port", "1", "--host", "256.0.0.1"], "256.0.0.1"),
+    ],
+)
+def test_a_start_that_cannot_work_says_why_and_ends(flags: list[str], said: str) -> None:
+    server = Server(*flags)
+    assert server.wait_end() != 0
+    assert said in server.log
+    assert "Traceback" not in server.log, server.log
+
+
+async def test_the_offline_engine_fails_clearly_and_leaves_no_process() -> None:
+    before = children(os.getpid())
+    with pytest.raises(WorkerError, match="--kv-tokens 8 is less than one page"), Engine(model="echo", kv_tokens=8):
+        pass
+    async with AsyncEngine(model="echo") as engine:
+        reply = await engine.generate([97, 98], SamplingParams(temperature=0, max_tokens=3))
+        assert (reply.text, reply.finish) == ("cde", "length")
+        replies = await engine.generate(["a", [98]], SamplingParams(temperature=0, max_tokens=2))
+        assert [reply.text for reply in replies] == ["bc", "cd"]
+        async for chunk in (stream := engine.stream("a", SamplingParams(temperature=0))):
+            assert chunk.text.startswith("b")
+            break
+        await stream.aclose()
+        assert len(children(os.getpid())) > len(before)
+    assert children(os.getpid()) == before

@@ -1,0 +1,38 @@
+"""The public face: exactly these names, found without importing what they do not need."""
+
+import subprocess
+import sys
+
+import engine
+
+PUBLIC = {
+    "AsyncEngine",
+    "Chunk",
+    "Config",
+    "ConfigError",
+    "Engine",
+    "EngineError",
+    "PluginError",
+    "Reply",
+    "RequestError",
+    "SamplingParams",
+    "WorkerError",
+}
+
+
+def test_the_exported_names_are_exactly_these() -> None:
+    assert set(engine.__all__) == PUBLIC
+    assert set(dir(engine)) == PUBLIC | {"__version__"}
+    for name in PUBLIC:
+        assert getattr(engine, name).__name__ == name
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = "import sys, engine; print(len([m for m in sys.modules if m.partition('.')[0] in {'torch', 'anyio', 'aiohttp'}]))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "0\n"
+
+
+def test_the_version_is_the_distributions() -> None:
+    from importlib.metadata import version
+
+    assert engine.__version__ == version("engine")
