@@ -170,14 +170,13 @@ async def test_drain_lets_replies_end_and_nothing_in() -> None:
 
 
 async def test_a_slow_client_holds_nobody_up_and_misses_nothing() -> None:
-    async with open_house() as house:
-        async with aclosing(house.front.generate(prompt("a", rid="slow", max_tokens=100))) as slow:
-            first = await anext(slow)
-            assert await house.text(prompt("b", rid="fast", max_tokens=150)) == counted("b", 150)
-            await house.settled()
-            rest = [chunk async for chunk in slow]
-            assert len(rest) <= 2
-            assert first.text + "".join(chunk.text for chunk in rest) == counted("a", 100)
+    async with open_house() as house, aclosing(house.front.generate(prompt("a", rid="slow", max_tokens=100))) as slow:
+        first = await anext(slow)
+        assert await house.text(prompt("b", rid="fast", max_tokens=150)) == counted("b", 150)
+        await house.settled()
+        rest = [chunk async for chunk in slow]
+        assert len(rest) <= 2
+        assert first.text + "".join(chunk.text for chunk in rest) == counted("a", 100)
 
 
 async def test_more_open_requests_than_the_limit_are_refused() -> None:
