@@ -6,6 +6,7 @@ every process as msgpack, and is never changed. Field names are unique across gr
 overrules. There is no configuration file.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -35,6 +36,9 @@ class ModelOptions(Struct, frozen=True, kw_only=True):
         Meta(description="longest prompt plus reply, in tokens; default: what the model and the memory allow"),
     ] = None
     plugins: Annotated[tuple[str, ...], Meta(description="plugins to load or to prefer, by name: a,b")] = ()
+    chat_template: Annotated[
+        str | None, Meta(description="a file with a Jinja chat template, or the template itself; default: the model's")
+    ] = None
 
 
 class CacheOptions(Struct, frozen=True, kw_only=True):
@@ -97,11 +101,13 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
     host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
     api_key: Annotated[
-        str | None, Meta(description="key that clients must send as `Authorization: Bearer KEY`; default: none asked")
+        Annotated[str, Meta(min_length=1)] | None,
+        Meta(description="key that clients must send as `Authorization: Bearer KEY`; default: none asked"),
     ] = None
     served_model_name: Annotated[
-        str | None, Meta(description="name in /v1/models and in replies; default: the checkpoint's")
-    ] = None
+        tuple[str, ...],
+        Meta(description="names that requests may give, a,b: the first is shown in replies; default: the checkpoint's"),
+    ] = ()
     drain_seconds: Annotated[float, Meta(ge=0, description="seconds that SIGTERM leaves running requests to end")] = (
         30.0
     )
@@ -157,6 +163,8 @@ class Option(Struct, frozen=True):
             return ", ".join(self.choices[:-1]) + " or " + self.choices[-1]
         if self.listed:
             return "a comma-separated list" if get_args(self.kind)[0] is str else "a list of integers"
+        if get_origin(self.kind) is dict:
+            return "a JSON object"
         return {bool: "true or false", int: "an integer", float: "a number", str: "text"}[self.kind] + self.bounds
 
     def read(self, value: Any, origin: str) -> Any:
@@ -166,8 +174,13 @@ class Option(Struct, frozen=True):
         if self.listed and isinstance(value, str):
             value = [part.strip() for part in value.split(",") if part.strip()]
         try:
-            return msgspec.convert(value, self.annotation, strict=False)
-        except msgspec.ValidationError:
+            if get_origin(self.kind) is dict and isinstance(value, str):
+                return msgspec.json.decode(value, type=self.annotation)
+            converted = msgspec.convert(value, self.annotation, strict=False)
+            if isinstance(converted, float) and not math.isfinite(converted):
+                raise msgspec.ValidationError("not finite")
+            return converted
+        except msgspec.DecodeError:  # a ValidationError is one
             hint = did_you_mean(str(value), self.choices)
             raise ConfigError(f"{origin} is {value!r}, but takes {self.expects}{hint}") from None
 
@@ -260,7 +273,8 @@ def _refuse_unknown(given: Iterable[str], environ: Iterable[str], known: list[Op
             raise ConfigError(f"there is no option {name!r} (docs/options.md lists them){did_you_mean(name, names)}")
     variables = [option.variable for option in known]
     for name in environ:
-        hint = did_you_mean(name, variables) if name.startswith("ENGINE_") and name not in variables else ""
+        misspelt = name.startswith("ENGINE_") and name not in variables
+        hint = did_you_mean(name, variables, cutoff=0.87) if misspelt else ""
         if hint:
             raise ConfigError(f"the environment sets {name}, which is no option{hint}")
 

@@ -10,13 +10,13 @@ from contextlib import suppress
 
 import anyio
 import anyio.abc
-import anyio.to_thread
 
 from engine.actor import Actor, supervise
-from engine.actors.executor import ExecutorActor, exit_cause, spawn
+from engine.actors.executor import ExecutorActor, ended, exit_cause, spawn
 from engine.actors.scheduler import SchedulerActor
 from engine.channel import Frames, Outbox, channel, open_channel
 from engine.config import Config
+from engine.errors import EngineError
 from engine.logs import set_up_logging
 from engine.messages import Boot, Fatal, FromFront, ToFront
 from engine.plugin.manager import Plugins
@@ -59,13 +59,13 @@ class CoreLink:
             self._open.set()
             async for message in self._frames:
                 await self._front.send(message)
-            code = await anyio.to_thread.run_sync(process.wait, abandon_on_cancel=True)
-            await self._front.send(Fatal("core process", exit_cause(code)))
+            await self._front.send(Fatal("core process", exit_cause(await ended(process))))
         finally:
             ours.close()
             with anyio.CancelScope(shield=True):
                 if self._frames is not None:
-                    await self._frames.aclose()
+                    await self._frames.aclose()  # which ends it
+                await ended(process)
 
 
 async def _run(descriptor: int) -> None:
@@ -76,7 +76,11 @@ async def _run(descriptor: int) -> None:
     if not isinstance(boot, Boot):
         return
     set_up_logging(boot.config.process.log_level)
-    actors, scheduler = core_actors(boot.config, frames)
+    try:
+        actors, scheduler = core_actors(boot.config, frames)
+    except EngineError as error:
+        await frames.send(Fatal("core process", str(error)))
+        return
     async with supervise(*actors):
         async for message in messages:
             assert not isinstance(message, Boot)

@@ -40,7 +40,7 @@ class RequestError(EngineError):
         self.status = status
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The hint that ends an error about an unknown `name`; empty when none of `known` is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The hint that ends an error about an unknown `name`; empty when none of `known` is near (0 to 1: equal)."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f"; did you mean {near[0]!r}?" if near else ""

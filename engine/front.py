@@ -9,8 +9,8 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
-from typing import Literal
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, Literal
 
 import anyio
 import msgspec
@@ -18,6 +18,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 from msgspec import Struct
 
 from engine.channel import Outbox
+from engine.config import Config
 from engine.errors import EngineError, RequestError, WorkerError
 from engine.messages import (
     Abort,
@@ -29,17 +30,20 @@ from engine.messages import (
     Flushed,
     FromFront,
     Generate,
+    Pause,
+    Paused,
     Stats,
     ToHttp,
     ToTokenizer,
     WorkerReady,
 )
+from engine.text import Text
 
 log = logging.getLogger("engine.front")
 
 HEARTBEAT_LIMIT = 10.0
 
-Status = Literal["starting", "ready", "restarting", "stalled", "failed", "draining"]
+Status = Literal["starting", "ready", "restarting", "stalled", "failed", "draining", "paused"]
 
 
 class Health(Struct, frozen=True):
@@ -51,6 +55,17 @@ class Health(Struct, frozen=True):
     @property
     def ok(self) -> bool:
         return self.status == "ready"
+
+
+def joined(chunks: Sequence[Chunk]) -> Chunk:
+    """Successive chunks of one reply as one."""
+    return msgspec.structs.replace(
+        chunks[-1],
+        text="".join([chunk.text for chunk in chunks]),
+        ids=[id for chunk in chunks for id in chunk.ids],
+        logprobs=tuple([token for chunk in chunks for token in chunk.logprobs]),
+        prompt_logprobs=tuple([token for chunk in chunks for token in chunk.prompt_logprobs]),
+    )
 
 
 class Mailbox:
@@ -70,9 +85,7 @@ class Mailbox:
 
     def put(self, chunk: Chunk) -> None:
         old = self._chunk
-        if old is not None:
-            chunk = msgspec.structs.replace(chunk, text=old.text + chunk.text, ids=old.ids + chunk.ids)
-        self._chunk = chunk
+        self._chunk = chunk if old is None else joined((old, chunk))
         self._wake()
 
     def fail(self, error: EngineError) -> None:
@@ -101,20 +114,22 @@ class Front:
 
     def __init__(
         self,
+        config: Config,
         model_name: str,
-        limit: int,
         inbox: MemoryObjectReceiveStream[ToHttp],
         tokenizer: MemoryObjectSendStream[ToTokenizer],
         scheduler: Outbox[FromFront],
     ) -> None:
+        self.config = config
         self.model_name = model_name
+        self.text: Text | None = None  # once it is read; for what needs no device: counting tokens
         self.created = int(time.time())
         self.info: WorkerReady | None = None
         self.stats = Stats("starting")
         self.on_stats: list[Callable[[Stats], None]] = []
         self.draining = False
         self.failure: str | None = None
-        self._limit = limit
+        self._limit = config.schedule.max_running + config.schedule.max_waiting
         self._inbox = inbox
         self._tokenizer = tokenizer
         self._scheduler = scheduler
@@ -123,7 +138,7 @@ class Front:
         self._keys: dict[str, Mailbox] = {}
         self._heard = time.monotonic()
         self._changed = anyio.Event()
-        self._flushed: list[MemoryObjectSendStream[Flushed]] = []
+        self._asked: dict[int, asyncio.Future[Any]] = {}  # who waits for the answer of that number
 
     # ── the actor ────────────────────────────────────────────────────────────────────────────
 
@@ -142,9 +157,10 @@ class Front:
                     self.stats = message
                     for listener in self.on_stats:
                         listener(message)
-                case Flushed():
-                    if self._flushed:
-                        self._flushed.pop(0).send_nowait(message)
+                case Flushed() | Paused():
+                    answer = self._asked.get(message.number)  # who asked may have left
+                    if answer is not None and not answer.done():
+                        answer.set_result(message)
                 case WorkerReady():
                     await self._tokenizer.send(message)
                     self.info = message
@@ -154,9 +170,12 @@ class Front:
 
     def fail(self, cause: str) -> None:
         """Nothing more will come: every open request ends with `cause`."""
-        self.failure = cause
+        self.failure = self.failure or cause
         for box in self._open.values():
             box.fail(WorkerError(cause))
+        for answer in self._asked.values():
+            if not answer.done():
+                answer.set_exception(WorkerError(cause))
         self._wake()
 
     def _wake(self) -> None:
@@ -173,6 +192,8 @@ class Front:
         quiet = time.monotonic() - self._heard
         if quiet > HEARTBEAT_LIMIT:
             return Health("stalled", f"no heartbeat from the scheduler for {quiet:.0f} s")
+        if self.stats.worker == "ready" and self.stats.paused:
+            return Health("paused", "generation is paused, and requests wait; POST /continue_generation lets them run")
         return Health(self.stats.worker, self.stats.cause)
 
     async def ready(self) -> WorkerReady:
@@ -219,11 +240,23 @@ class Front:
 
     async def flush(self) -> Flushed:
         """Forget the cached prefixes that nothing uses."""
-        answer, inbox = anyio.create_memory_object_stream[Flushed](1)
-        self._flushed.append(answer)
-        await self._scheduler.send(Flush())
-        with inbox:
-            return await inbox.receive()
+        flushed: Flushed = await self._ask(Flush(next(self._numbers)))
+        return flushed
+
+    async def pause(self, paused: bool) -> None:
+        """Plan no more steps, or go on; returns once it is so, and when pausing, nothing runs on the device."""
+        await self._ask(Pause(next(self._numbers), paused))
+
+    async def _ask(self, question: Flush | Pause) -> Any:
+        """The scheduler's answer. Raises WorkerError when there will be none."""
+        if self.failure:
+            raise WorkerError(self.failure)
+        answer = self._asked[question.number] = asyncio.get_running_loop().create_future()
+        try:
+            await self._scheduler.send(question)
+            return await answer
+        finally:
+            del self._asked[question.number]
 
     async def drain(self, seconds: float) -> int:
         """Let in nothing more and wait at most `seconds` for open requests; how many are left."""

@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import anyio
 import anyio.to_thread
@@ -19,11 +19,12 @@ from engine.actors.tokenizer import Admission, TokenizerActor
 from engine.channel import Outbox, channel, open_channel
 from engine.config import Config
 from engine.core import CoreLink, core_actors
+from engine.errors import WorkerError
 from engine.front import Front
 from engine.logs import set_up_logging
-from engine.messages import Failed, FromFront, ToDetokenizer, ToFront, ToHttp, Tokens
+from engine.messages import Failed, FromFront, ToDetokenizer, ToFront, ToHttp, Tokens, WorkerReady
 from engine.plugin.manager import Plugins
-from engine.text import Text
+from engine.text import Text, read_template
 
 log = logging.getLogger("engine")
 
@@ -69,23 +70,29 @@ async def open_front(config: Config, core: Core | None = None) -> AsyncIterator[
     `core` overrules where and of what the core is made; tests drive it without a device.
     Raises ConfigError and PluginError for what cannot work, before anything is started.
     """
-    checkpoint = Plugins.load(config.model.plugins).open_checkpoint(config.model.model)
+    plugins = Plugins.load(config.model.plugins)
+    plugins.policy(config.schedule.policy)
+    # In a thread that a Ctrl-C may leave behind: the model may be on its way from the hub.
+    checkpoint = await anyio.to_thread.run_sync(plugins.open_checkpoint, config.model.model, abandon_on_cancel=True)
+    template = read_template(config.model.chat_template)
     to_tokenizer, tokenizer_inbox = open_channel()
     to_detokenizer, detokenizer_inbox = channel(STEPS_AHEAD)
     to_front, front_inbox = channel(REPLIES_AHEAD)
     from_core = FromCore(to_detokenizer, to_front)
     core = core or (core_actors if placement(config) == "single" else linked_core)
     actors, to_scheduler = core(config, from_core)
-    limit = config.schedule.max_running + config.schedule.max_waiting
-    name = config.server.served_model_name or checkpoint.name()
-    front = Front(name, limit, front_inbox, to_tokenizer, to_scheduler)
+    name = (*config.server.served_model_name, checkpoint.name())[0]
+    front = Front(config, name, front_inbox, to_tokenizer, to_scheduler)
     # The device process starts first: it loads for seconds while the tokenizer is read here.
     async with supervise(*actors, front):
-        text = await anyio.to_thread.run_sync(lambda: Text(checkpoint.text()))
+        front.text = text = await anyio.to_thread.run_sync(lambda: Text(checkpoint.text(), template))
         tokenizer = TokenizerActor(Admission(text), tokenizer_inbox, to_detokenizer, to_scheduler)
         detokenizer = DetokenizerActor(Replies(text), detokenizer_inbox, to_scheduler, to_front)
         async with supervise(tokenizer, detokenizer):
-            yield front
+            try:
+                yield front
+            finally:
+                front.fail("the engine is closed")
 
 
 def serve(config: Config) -> int:
@@ -113,7 +120,10 @@ async def _serve(config: Config) -> int:
 
         async def announce() -> None:
             await listening.wait()
-            info = await front.ready()
+            with suppress(WorkerError):  # `failure` says so
+                say_ready(url, await front.ready())
+
+        def say_ready(url: str, info: WorkerReady) -> None:
             phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in info.phases.items())
             log.info("worker on %s: %s", info.device, phases)
             log.info(

@@ -7,7 +7,7 @@ travel as the bytes of little-endian int32 (`ids`) or float32 arrays: one copy, 
                                 │Admit/Abort        ^      │StopHit
                                 v                   │Tokens v
                              scheduler ─────────────┘<──────┘
-                                │ ^                 ──Stats/Flushed/Fatal──> http
+                                │ ^                 ──Stats/Flushed/Paused/Fatal──> http
                    StepPlan/Reset│ │StepDone, WorkerReady, WorkerLost, …
                                 v │
                              executor <──frames──> worker
@@ -43,12 +43,28 @@ class SamplingParams(Part, frozen=True, kw_only=True):
     stop: Annotated[tuple[str, ...], Meta(description="a string that ends the reply and is not part of it")] = ()
     stop_token_ids: Annotated[tuple[int, ...], Meta(description="a token id that ends the reply")] = ()
     ignore_eos: Annotated[bool, Meta(description="run on past the model's own end tokens")] = False
+    stop_regex: Annotated[tuple[str, ...], Meta(description="a regular expression that ends the reply")] = ()
+    min_tokens: Annotated[int, Meta(description="shortest reply: nothing stops it before")] = 0
+    presence_penalty: Annotated[float, Meta(description="taken from the logit of what the reply has said")] = 0.0
+    frequency_penalty: Annotated[float, Meta(description="the same, for each time it was said")] = 0.0
+    repetition_penalty: Annotated[
+        float, Meta(description="makes what prompt or reply hold less likely, above 1; 1 is off")
+    ] = 1.0
+    logit_bias: Annotated[dict[int, float], Meta(description="added to logits: token id to bias, as JSON")] = {}
+    bad_words: Annotated[tuple[str, ...], Meta(description="a text that the reply must not hold")] = ()
+    allowed_token_ids: Annotated[tuple[int, ...], Meta(description="a token id to sample; others are not")] = ()
+    logprobs: Annotated[
+        int | None, Meta(description="log-probabilities of the reply's tokens, and of so many likeliest ones")
+    ] = None
+    prompt_logprobs: Annotated[int | None, Meta(description="the same for the prompt's tokens")] = None
 
 
 class Generate(Message, frozen=True):
     """http → tokenizer: one request; exactly one of `text`, `ids` (int32) and `messages` is set.
 
-    Where `sampling.max_tokens` is None, `default_max_tokens` bounds the reply if there is that much room.
+    Where `sampling.max_tokens` is None, `default_max_tokens` bounds the reply if there is that much room. Requests
+    share cached prefixes with those of the same `cache_salt` alone. With `echo` the reply's text begins with the
+    prompt.
     """
 
     rid: str
@@ -58,24 +74,55 @@ class Generate(Message, frozen=True):
     messages: list[dict[str, Any]] | None = None
     priority: int = 0
     default_max_tokens: int | None = None
+    # How the chat template writes `messages`: see Text.render_chat.
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    template_kwargs: dict[str, Any] | None = None
+    cache_salt: str = ""
+    echo: bool = False
 
 
 class Open(Message, frozen=True):
-    """tokenizer → detokenizer: tokens of `rid` will come; turn them into text until one of `stop`."""
+    """tokenizer → detokenizer: tokens of `rid` will come; turn them into text until one of `stop` or `stop_regex`.
+
+    Neither is looked for in the first `min_tokens` tokens. `echo` goes before the reply's text. `prompt` (int32) is
+    there where the prompt's log-probabilities are asked for; `prompt_only` says that no token of the reply is.
+    """
 
     rid: str
     prompt_tokens: int
     stop: tuple[str, ...]
+    stop_regex: tuple[str, ...] = ()
+    min_tokens: int = 0
+    echo: str = ""
+    prompt: bytes | None = None
+    prompt_only: bool = False
 
 
 class Sampling(Part, frozen=True):
-    """What the device needs to sample one row. `seed` is always set; `top_k` 0 is off."""
+    """What the device needs to sample one row. `seed` is always set; `top_k` 0 is off.
+
+    All ids are int32. `stop_ids` are not sampled before `min_tokens`; of each of `bad_words`, the last token not
+    after the ones before it; nothing but `allowed_ids`, if there are any. `logprobs` and `prompt_logprobs` are how
+    many of the likeliest tokens to report beside a token's own log-probability; -1 is none at all.
+    """
 
     temperature: float
     top_k: int
     top_p: float
     min_p: float
     seed: int
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    bias_ids: bytes = b""
+    biases: bytes = b""  # float32
+    min_tokens: int = 0
+    stop_ids: bytes = b""
+    bad_words: tuple[bytes, ...] = ()
+    allowed_ids: bytes = b""
+    logprobs: int = -1
+    prompt_logprobs: int = -1
 
 
 class Admit(Message, frozen=True):
@@ -87,6 +134,7 @@ class Admit(Message, frozen=True):
     stop_ids: tuple[int, ...]
     max_new: int
     priority: int = 0
+    cache_salt: str = ""
 
 
 class Abort(Message, frozen=True):
@@ -106,11 +154,14 @@ class StopHit(Message, frozen=True):
 
 
 class SlotAdmit(Part, frozen=True):
-    """A request takes device row `slot`: its tokens so far (int32) and how to sample it."""
+    """A request takes device row `slot`: its tokens so far (int32), of which `prompt_len` are its prompt, and how to
+    sample it. If its prompt's log-probabilities are asked for, those of its first `scored` + 1 tokens are known."""
 
     slot: int
     ids: bytes
     sampling: Sampling
+    prompt_len: int = 0
+    scored: int = 0
 
 
 class StepPlan(Message, frozen=True):
@@ -129,16 +180,31 @@ class StepPlan(Message, frozen=True):
     copies: bytes = b""
 
 
+class Logprobs(Part, frozen=True):
+    """Log-probabilities of n successive tokens of one row, in the model's own distribution: before temperature,
+    penalties, biases and filters. `ranks` says how likely each was, 1 the likeliest; then the k likeliest."""
+
+    row: int
+    logprobs: bytes  # float32 [n]
+    ranks: bytes  # int32 [n]
+    top_ids: bytes = b""  # int32 [n, k]
+    top_logprobs: bytes = b""  # float32 [n, k]
+
+
 class StepDone(Message, frozen=True):
     """rank 0 → scheduler: `counts` (int32) tokens for each sampled row in plan order, `tokens` flat.
 
-    A count may exceed one (speculation). `seconds` is the step's time on the device.
+    A count may exceed one (speculation). `seconds` is the step's time on the device. `logprobs` has an entry for
+    each sampled row that asks, its `row` counted among the sampled ones. `prompt_logprobs` has one for each of all
+    the plan's rows that computes prompt positions p not scored yet: it holds those of the tokens at p + 1.
     """
 
     step: int
     counts: bytes
     tokens: bytes
     seconds: float
+    logprobs: tuple[Logprobs, ...] = ()
+    prompt_logprobs: tuple[Logprobs, ...] = ()
 
 
 class Finish(Part, frozen=True):
@@ -152,7 +218,8 @@ class Finish(Part, frozen=True):
 class Tokens(Message, frozen=True):
     """scheduler → detokenizer: the new tokens of a step; row i is `rids[i]` with `counts[i]` tokens.
 
-    `cached` names, for rows whose first token this is, how many prompt tokens the cache held.
+    `cached` names, for rows whose first token this is, how many prompt tokens the cache held. With the first token
+    come the `prompt_logprobs`, where asked for: those of all prompt tokens but the first, which has none.
     """
 
     step: int
@@ -161,16 +228,31 @@ class Tokens(Message, frozen=True):
     tokens: bytes
     finishes: tuple[Finish, ...] = ()
     cached: tuple[tuple[int, int], ...] = ()
+    logprobs: tuple[Logprobs, ...] = ()
+    prompt_logprobs: tuple[Logprobs, ...] = ()
 
 
 # ── a reply on its way out ───────────────────────────────────────────────────────────────────
 
 
+class TokenLogprob(Part, frozen=True):
+    """One token and its log-probability, None for the first of a prompt. `text` is its bytes as UTF-8, U+FFFD where
+    they are not; `top` are the likeliest at its place, with ranks from 1."""
+
+    id: int
+    text: str
+    bytes: bytes
+    logprob: float | None
+    rank: int = 0
+    top: "tuple[TokenLogprob, ...]" = ()
+
+
 class Chunk(Part, frozen=True):
     """New text and token ids of `rid`; the last chunk has a `finish` reason.
 
-    `matched` is the stop string or stop token id that ended the reply. Token counts are of the
-    request so far. `ids` includes the stop token, `text` never includes what stopped it.
+    `matched` is the stop string, the stop expression or the stop token id that ended the reply. Token counts are of
+    the request so far. `ids` includes the stop token, `text` never includes what stopped it. `logprobs`, where asked
+    for, go with `ids`; `prompt_logprobs` come with the first token.
     """
 
     rid: str
@@ -181,6 +263,8 @@ class Chunk(Part, frozen=True):
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Chunks(Message, frozen=True):
@@ -239,14 +323,31 @@ class Reset(Message, frozen=True):
 
 
 class Flush(Message, frozen=True):
-    """http → scheduler: forget every cached prefix that no running request uses."""
+    """http → scheduler: forget every cached prefix that no running request uses. The answer has the same `number`."""
+
+    number: int
 
 
 class Flushed(Message, frozen=True):
     """scheduler → http: the answer to a Flush: pages freed, and pages still in use."""
 
+    number: int
     freed: int
     in_use: int
+
+
+class Pause(Message, frozen=True):
+    """http → scheduler: plan no new steps, or go on; requests stay open and new ones wait. Numbered as a Flush."""
+
+    number: int
+    paused: bool
+
+
+class Paused(Message, frozen=True):
+    """scheduler → http: the answer to a Pause; if `paused`, nothing runs on the device any more."""
+
+    number: int
+    paused: bool
 
 
 class Boot(Message, frozen=True):
@@ -266,17 +367,18 @@ class Pong(Message, frozen=True):
 
 
 class Fatal(Message, frozen=True):
-    """`actor` cannot go on; `cause` is a traceback or a sentence, for the log and for health."""
+    """`actor` cannot go on; `cause` is a sentence that clients may read, `details` a traceback for the log."""
 
     actor: str
     cause: str
+    details: str = ""
 
 
 class Stats(Message, frozen=True):
     """scheduler → http: the heartbeat of the core, every second and when work ends.
 
     Counters (`*_total`, `steps`) only grow. `step_seconds` holds float32 device times of the steps since
-    the last Stats. `worker` is the state of the device process.
+    the last Stats. `worker` is the state of the device process; `paused` is as the last Pause said.
     """
 
     worker: Literal["starting", "ready", "restarting", "stalled", "failed"]
@@ -292,15 +394,16 @@ class Stats(Message, frozen=True):
     retractions_total: int = 0
     steps: int = 0
     step_seconds: bytes = b""
+    paused: bool = False
 
 
 ToTokenizer = Generate | Abort | WorkerReady
 ToWorker = Boot | StepPlan | Ping
 FromWorker = WorkerReady | StepDone | Pong | Fatal
-FromFront = Admit | Abort | StopHit | Flush
+FromFront = Admit | Abort | StopHit | Flush | Pause
 FromExecutor = StepDone | WorkerReady | WorkerLost | WorkerSilent | Fatal
 ToScheduler = FromFront | FromExecutor
 ToExecutor = StepPlan | Reset
 ToDetokenizer = Open | Tokens | Failed
-ToFront = Tokens | Failed | Stats | Flushed | WorkerReady | Fatal
-ToHttp = Chunks | Failed | Stats | Flushed | WorkerReady | Fatal
+ToFront = Tokens | Failed | Stats | Flushed | Paused | WorkerReady | Fatal
+ToHttp = Chunks | Failed | Stats | Flushed | Paused | WorkerReady | Fatal

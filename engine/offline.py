@@ -11,7 +11,10 @@ A prompt is a string (completed as it is), a list of token ids, or a list of cha
 import uuid
 from array import array
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, ExitStack
+from functools import partial
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
@@ -22,17 +25,20 @@ from msgspec import Struct
 
 from engine.actor import first_failure
 from engine.config import Config, resolve
-from engine.errors import ConfigError, RequestError
-from engine.front import Front
+from engine.errors import ConfigError, EngineError, RequestError
+from engine.front import Front, joined
 from engine.launch import open_front
-from engine.messages import Chunk, Generate, SamplingParams, Stats
+from engine.messages import Chunk, Generate, SamplingParams, Stats, TokenLogprob
 from engine.sampling import check_sampling
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
+Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 class Reply(Struct, frozen=True):
-    """A whole reply. `ids` includes the token that stopped it, `text` does not; `matched` is what stopped it."""
+    """A whole reply. `ids` includes the token that stopped it, `text` does not; `matched` is what stopped it.
+
+    `logprobs` go with `ids`, `prompt_logprobs` with the prompt's tokens, where SamplingParams ask for them."""
 
     text: str
     ids: list[int]
@@ -41,6 +47,8 @@ class Reply(Struct, frozen=True):
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 def is_batch(prompt: Prompt | Sequence[Prompt]) -> bool:
@@ -48,18 +56,21 @@ def is_batch(prompt: Prompt | Sequence[Prompt]) -> bool:
     return not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], int | dict))
 
 
-def to_request(prompt: Prompt, params: SamplingParams | None, priority: int = 0) -> Generate:
+def to_request(prompt: Prompt, params: SamplingParams | None, priority: int = 0, cache_salt: str = "") -> Generate:
     """Raises RequestError for parameters out of range."""
     params = params or SamplingParams()
     check_sampling(params)
+    if not isinstance(priority, int) or not -(1 << 31) <= priority < 1 << 31:
+        raise RequestError(f"priority is {priority!r}; send a 32-bit integer", param="priority")
     rid = uuid.uuid4().hex
     if isinstance(prompt, str):
-        return Generate(rid, params, text=prompt, priority=priority)
+        return Generate(rid, params, text=prompt, priority=priority, cache_salt=cache_salt)
     items: list[Any] = list(prompt)
     if items and isinstance(items[0], dict):
-        return Generate(rid, params, messages=items, priority=priority)
+        return Generate(rid, params, messages=items, priority=priority, cache_salt=cache_salt)
     try:
-        return Generate(rid, params, ids=array("i", items).tobytes(), priority=priority)
+        ids = array("i", items).tobytes()
+        return Generate(rid, params, ids=ids, priority=priority, cache_salt=cache_salt)
     except (TypeError, OverflowError) as error:
         message = f"a prompt is text, int32 token ids or chat messages, not {items!r:.80} ({error})"
         raise RequestError(message, param="prompt") from None
@@ -85,6 +96,11 @@ class AsyncEngine:
             raise RuntimeError("the engine is not running; use it as a context manager")
         return self._front
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether chat messages may be sent."""
+        return self.front.text is not None and self.front.text.has_template
+
     async def __aenter__(self) -> Self:
         self._context = open_front(self.config)
         self._front = await self._context.__aenter__()
@@ -103,72 +119,93 @@ class AsyncEngine:
             await context.__aexit__(kind, error, trace)
 
     @overload
-    async def generate(self, prompt: str, params: SamplingParams | None = ...) -> Reply: ...
+    async def generate(
+        self, prompt: str, params: SamplingParams | None = ..., *, priority: int = ..., cache_salt: str = ...
+    ) -> Reply: ...
     @overload
-    async def generate(self, prompt: Any, params: SamplingParams | None = ...) -> Any: ...
-    async def generate(self, prompt: Any, params: SamplingParams | None = None) -> Any:
+    async def generate(
+        self, prompt: Any, params: Params = ..., *, priority: int = ..., cache_salt: str = ...
+    ) -> Any: ...
+    async def generate(self, prompt: Any, params: Params = None, *, priority: int = 0, cache_salt: str = "") -> Any:
         """The `Reply` to one prompt, or the list of them to a list of prompts, computed together.
 
-        Raises RequestError when a prompt is refused and WorkerError when the device fails.
+        Several prompts have one SamplingParams, or a list of as many. Prompts of different salts share no cached
+        prefix. Raises RequestError when a prompt is refused and WorkerError when the device fails.
         """
-        if not is_batch(prompt):
-            return await self._whole(prompt, params)
-        replies: list[Reply | None] = [None] * len(prompt)
+        batch = is_batch(prompt)
+        prompts = prompt if batch else [prompt]
+        each = params if isinstance(params, list | tuple) else [params] * len(prompts)
+        if len(each) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts and {len(each)} SamplingParams; give one for each, or one")
+        requests = [to_request(*pair, priority, cache_salt) for pair in zip(prompts, each, strict=True)]
+        replies: list[Reply | None] = [None] * len(requests)
 
         async def one(index: int) -> None:
-            replies[index] = await self._whole(prompt[index], params)
+            replies[index] = await self._whole(requests[index])
 
         try:
             async with anyio.create_task_group() as group:
-                for index in range(len(prompt)):
+                for index in range(len(requests)):
                     group.start_soon(one, index)
         except BaseExceptionGroup as failures:
             raise first_failure(failures) from None
-        return replies
+        return replies if batch else replies[0]
 
     async def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
+        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0, cache_salt: str = ""
     ) -> AsyncGenerator[Chunk, None]:
         """The reply as it comes; closing the generator aborts the request."""
-        stream = self.front.generate(to_request(prompt, params, priority))
+        stream = self.front.generate(to_request(prompt, params, priority, cache_salt))
         try:
             async for chunk in stream:
                 yield chunk
         finally:
             await stream.aclose()
 
-    async def _whole(self, prompt: Prompt, params: SamplingParams | None) -> Reply:
-        text: list[str] = []
-        ids: list[int] = []
-        async for chunk in self.front.generate(to_request(prompt, params)):
-            text.append(chunk.text)
-            ids += chunk.ids
-        assert chunk.finish is not None
+    async def _whole(self, request: Generate) -> Reply:
+        reply = joined([chunk async for chunk in self.front.generate(request)])
+        assert reply.finish is not None
         return Reply(
-            "".join(text),
-            ids,
-            chunk.finish,
-            chunk.matched,
-            chunk.prompt_tokens,
-            chunk.cached_tokens,
-            chunk.completion_tokens,
+            reply.text,
+            reply.ids,
+            reply.finish,
+            reply.matched,
+            reply.prompt_tokens,
+            reply.cached_tokens,
+            reply.completion_tokens,
+            reply.logprobs,
+            reply.prompt_logprobs,
         )
 
 
 class Engine:
-    """An engine for a program without an event loop; use it as a context manager, or call `close`."""
+    """An engine for a program without an event loop; use it as a context manager, or call `close`.
+
+    It lives in a thread with an event loop of its own; its methods may be called from any thread.
+    """
 
     def __init__(self, config: Config | None = None, **options: Any) -> None:
         """Starts at once and returns when the device is ready. Raises ConfigError, PluginError, WorkerError."""
         self._engine = AsyncEngine(config, **options)
         self._stack = ExitStack()
+        loop = anyio.from_thread.start_blocking_portal("asyncio", {"use_uvloop": True})
+        self._portal: BlockingPortal = self._stack.enter_context(loop)
+        ready: Future[None] = Future()
+        self._life = self._portal.start_task_soon(self._live, ready)
         try:
-            self._portal: BlockingPortal = self._stack.enter_context(
-                anyio.from_thread.start_blocking_portal("asyncio", {"use_uvloop": True})
-            )
-            self._stack.enter_context(self._portal.wrap_async_context_manager(self._engine))
-        except BaseException:
-            self._stack.close()
+            ready.result()
+        except BaseException:  # a Ctrl-C too
+            self.close()
+            raise
+
+    async def _live(self, ready: "Future[None]") -> None:
+        try:
+            async with self._engine:
+                ready.set_result(None)
+                await anyio.sleep_forever()
+        except BaseException as error:
+            if not ready.done():
+                ready.set_exception(error)
             raise
 
     def __enter__(self) -> Self:
@@ -178,7 +215,8 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Stop the engine; open requests are dropped."""
+        """Stop the engine; open requests end with a WorkerError."""
+        self._life.cancel()
         self._stack.close()
 
     def stats(self) -> Stats:
@@ -188,20 +226,37 @@ class Engine:
     @overload
     def generate(self, prompt: str, params: SamplingParams | None = ...) -> Reply: ...
     @overload
-    def generate(self, prompt: Any, params: SamplingParams | None = ...) -> Any: ...
-    def generate(self, prompt: Any, params: SamplingParams | None = None) -> Any:
+    def generate(self, prompt: str, params: SamplingParams | None = ..., **options: Any) -> Reply: ...
+    @overload
+    def generate(self, prompt: Any, params: Params = ..., **options: Any) -> Any: ...
+    def generate(self, prompt: Any, params: Params = None, **options: Any) -> Any:
         """As AsyncEngine.generate."""
-        return self._portal.call(self._engine.generate, prompt, params)
-
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
-        """The reply as it comes; closing the iterator aborts the request."""
-        chunks = self._engine.stream(prompt, params)
+        replies = self._portal.start_task_soon(partial(self._engine.generate, prompt, params, **options))
         try:
-            while (chunk := self._portal.call(_next, chunks)) is not None:
+            return replies.result()
+        except BaseException:
+            replies.cancel()
+            raise
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Iterator[Chunk]:
+        """As AsyncEngine.stream; closing the iterator aborts the request."""
+        arrived: SimpleQueue[Chunk | BaseException | None] = SimpleQueue()
+
+        async def pump() -> None:
+            end: BaseException | None = None
+            try:
+                async for chunk in self._engine.stream(prompt, params, **options):
+                    arrived.put(chunk)
+            except EngineError as error:
+                end = error
+            finally:
+                arrived.put(end)
+
+        pumping = self._portal.start_task_soon(pump)
+        try:
+            while (chunk := arrived.get()) is not None:
+                if isinstance(chunk, BaseException):
+                    raise chunk
                 yield chunk
         finally:
-            self._portal.call(chunks.aclose)
-
-
-async def _next(chunks: AsyncGenerator[Chunk, None]) -> Chunk | None:
-    return await anext(chunks, None)
+            pumping.cancel()

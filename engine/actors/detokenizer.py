@@ -7,23 +7,44 @@ ended may still get the token of a step that was already in flight.
 
 from array import array
 
+import msgspec
 from anyio.streams.memory import MemoryObjectReceiveStream
 
 from engine.channel import Outbox
-from engine.messages import Chunk, Chunks, Failed, FromFront, Open, StopHit, ToDetokenizer, ToHttp, Tokens
-from engine.text import ReplyDecoder, Text
+from engine.decoding import ReplyDecoder
+from engine.errors import RequestError
+from engine.messages import (
+    Chunk,
+    Chunks,
+    Failed,
+    Finish,
+    FromFront,
+    Logprobs,
+    Open,
+    StopHit,
+    ToDetokenizer,
+    ToHttp,
+    TokenLogprob,
+    Tokens,
+)
+from engine.text import Text
+
+IMPOSSIBLE = -9999.0  # the log-probability of what cannot be, which JSON has no number for
 
 
 class Reply:
     """One request's text so far: what its decoder holds and the counts that go with it."""
 
-    __slots__ = ("cached_tokens", "completion_tokens", "decoder", "prompt_tokens")
+    __slots__ = ("cached_tokens", "completion_tokens", "decoder", "echo", "prompt", "prompt_only", "prompt_tokens")
 
-    def __init__(self, decoder: ReplyDecoder, prompt_tokens: int) -> None:
+    def __init__(self, decoder: ReplyDecoder, opened: Open) -> None:
         self.decoder = decoder
-        self.prompt_tokens = prompt_tokens
+        self.prompt_tokens = opened.prompt_tokens
         self.cached_tokens = 0
         self.completion_tokens = 0
+        self.echo = opened.echo  # until it is sent
+        self.prompt = opened.prompt  # until its log-probabilities are sent
+        self.prompt_only = opened.prompt_only
 
 
 class Replies:
@@ -37,17 +58,21 @@ class Replies:
         return len(self._open)
 
     def open(self, message: Open) -> None:
-        self._open[message.rid] = Reply(self._text.reply(message.stop), message.prompt_tokens)
+        decoder = self._text.reply(message.stop, message.stop_regex, message.min_tokens)
+        self._open[message.rid] = Reply(decoder, message)
 
     def close(self, rid: str) -> None:
         self._open.pop(rid, None)
 
-    def tokens(self, message: Tokens) -> tuple[list[Chunk], list[StopHit]]:
-        """The chunks of one step, and the replies that a stop string has ended in it."""
+    def tokens(self, message: Tokens) -> tuple[list[Chunk], list[StopHit], list[Failed]]:
+        """The chunks of one step, and the replies that a stop string has ended in it, or an error."""
         chunks: list[Chunk] = []
         hits: list[StopHit] = []
+        failures: list[Failed] = []
         finishes = {finish.row: finish for finish in message.finishes}
         cached = dict(message.cached)
+        scores = {part.row: part for part in message.logprobs}
+        prompts = {part.row: part for part in message.prompt_logprobs}
         flat = array("i", message.tokens).tolist()
         at = 0
         for row, (rid, count) in enumerate(zip(message.rids, array("i", message.counts), strict=True)):
@@ -58,39 +83,82 @@ class Replies:
                 continue
             if row in cached:
                 reply.cached_tokens = cached[row]
-            before = reply.completion_tokens
-            reply.completion_tokens += count
-            decoder = reply.decoder
-            finish = finishes.get(row)
-            # The token that ended the reply (an end token, a stop id) is counted and sent but is not text.
-            matched: int | str | None = finish.matched if finish else None
-            reason = finish.reason if finish else None
-            text = decoder.push(ids[:-1] if matched is not None else ids) if ids else ""
-            if reason is not None:
-                text += decoder.flush()
-            if decoder.matched is not None:
-                if reason is None:
-                    hits.append(StopHit(rid, decoder.kept))
-                matched, reason = decoder.matched, "stop"
-                reply.completion_tokens = decoder.used
-                del ids[decoder.used - before :]
-            if reason is not None:
-                del self._open[rid]
-            elif not text and not ids:
+            try:
+                chunk, ended_here = self._advance(rid, reply, ids, finishes.get(row))
+            except RequestError as error:
+                self.close(rid)
+                hits.append(StopHit(rid, reply.decoder.used))
+                failures.append(Failed(rid, error.status, error.code, error.message, error.param))
                 continue
-            chunks.append(
-                Chunk(
-                    rid,
-                    text,
-                    ids,
-                    reason,
-                    matched,
-                    reply.prompt_tokens,
-                    reply.cached_tokens,
-                    reply.completion_tokens,
-                )
+            if ended_here:
+                hits.append(StopHit(rid, reply.decoder.kept))
+            if chunk.finish is not None:
+                self.close(rid)
+            elif not chunk.text and not chunk.ids:
+                continue
+            if reply.echo or reply.prompt is not None or row in scores:
+                chunk = self._completed(chunk, reply, scores.get(row), prompts.get(row))
+            chunks.append(chunk)
+        return chunks, hits, failures
+
+    def _advance(self, rid: str, reply: Reply, ids: list[int], finish: Finish | None) -> tuple[Chunk, bool]:
+        """What the new `ids` of `reply` say, and whether they hold a stop that the scheduler does not know of.
+
+        Raises RequestError when a stop expression takes too long."""
+        if reply.prompt_only and ids:
+            ids, finish = [], Finish(0, "length")
+        before = reply.completion_tokens
+        reply.completion_tokens += len(ids)
+        decoder = reply.decoder
+        # The token that ended the reply (an end token, a stop id) is counted and sent but is not text.
+        matched: int | str | None = finish.matched if finish else None
+        reason = finish.reason if finish else None
+        text = decoder.push(ids[:-1] if matched is not None else ids) if ids else ""
+        if reason is not None:
+            text += decoder.flush()
+        unknown = reason is None and decoder.matched is not None
+        if decoder.matched is not None:
+            matched, reason = decoder.matched, "stop"
+            reply.completion_tokens = decoder.used
+            del ids[decoder.used - before :]
+        chunk = Chunk(
+            rid, text, ids, reason, matched, reply.prompt_tokens, reply.cached_tokens, reply.completion_tokens
+        )
+        return chunk, unknown
+
+    def _completed(self, chunk: Chunk, reply: Reply, scores: Logprobs | None, prompt: Logprobs | None) -> Chunk:
+        """`chunk` with the log-probabilities of its ids, and the first one with what is to be said of the prompt."""
+        text, reply.echo = reply.echo + chunk.text, ""
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if scores is not None:
+            logprobs = self._spelled(chunk.ids, scores)
+        prompt_logprobs: tuple[TokenLogprob, ...] = ()
+        if reply.prompt is not None and (chunk.ids or reply.prompt_only):
+            first, *rest = array("i", reply.prompt)
+            reply.prompt = None
+            prompt_logprobs = (self._token(first, None, 0),)
+            if prompt is not None:
+                prompt_logprobs += self._spelled(rest, prompt)
+        return msgspec.structs.replace(chunk, text=text, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+
+    def _spelled(self, ids: list[int], scores: Logprobs) -> tuple[TokenLogprob, ...]:
+        """The log-probabilities of `ids`, the first that `scores` holds."""
+        own, ranks = array("f", scores.logprobs), array("i", scores.ranks)
+        top_ids, top = array("i", scores.top_ids), array("f", scores.top_logprobs)
+        wide = len(top_ids) // len(ranks)
+        spelled = []
+        for index, id in enumerate(ids):
+            likeliest = tuple(
+                self._token(top_ids[place], top[place], rank)
+                for rank, place in enumerate(range(index * wide, (index + 1) * wide), start=1)
             )
-        return chunks, hits
+            spelled.append(self._token(id, own[index], ranks[index], likeliest))
+        return tuple(spelled)
+
+    def _token(self, id: int, logprob: float | None, rank: int, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+        spelled = self._text.spelling[id]
+        value = None if logprob is None else max(logprob, IMPOSSIBLE)
+        return TokenLogprob(id, spelled.decode(errors="replace"), spelled, value, rank, top)
 
 
 class DetokenizerActor:
@@ -117,8 +185,10 @@ class DetokenizerActor:
                     self.replies.close(message.rid)
                     await self.http.send(message)
                 case Tokens():
-                    chunks, hits = self.replies.tokens(message)
+                    chunks, hits, failures = self.replies.tokens(message)
                     for hit in hits:
                         await self.scheduler.send(hit)
+                    for failure in failures:
+                        await self.http.send(failure)
                     if chunks:
                         await self.http.send(Chunks(chunks))

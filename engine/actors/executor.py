@@ -2,7 +2,7 @@
 
 It starts the worker, hands it the configuration, forwards each `StepPlan` and returns each `StepDone`. When
 the process dies it says why (`WorkerLost`), waits for the scheduler's `Reset`, and starts another; a worker
-that cannot even start, or cannot start again three times in a row, is `Fatal`. A worker that is silent
+that cannot even start, or fails three times in a row to start again, is `Fatal`. A worker that is silent
 for too long is reported but not killed: a first compilation may take minutes.
 """
 
@@ -41,8 +41,9 @@ from engine.messages import (
 
 log = logging.getLogger("engine.executor")
 
-MOST_RESTARTS = 3
+MOST_FAILED_STARTS = 3
 PING_SECONDS = 1.0
+RESTART_SECONDS = 2.0  # longer after each failed start
 
 
 class Process(Protocol):
@@ -54,7 +55,7 @@ class Process(Protocol):
     def kill(self) -> None: ...
 
 
-def spawn(module: str, *, session: bool = True) -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
+def spawn(module: str) -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
     """Start `python -m module FD` with a connected socket as descriptor FD, and return our end of it.
 
     In a session of its own, so that Ctrl-C in a terminal reaches only the parent, which drains. The
@@ -66,7 +67,7 @@ def spawn(module: str, *, session: bool = True) -> tuple[socket.socket, "subproc
             [sys.executable, "-m", module, str(theirs.fileno())],
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
-            start_new_session=session,
+            start_new_session=True,
         )
     finally:
         theirs.close()
@@ -76,7 +77,7 @@ def spawn(module: str, *, session: bool = True) -> tuple[socket.socket, "subproc
 def exit_cause(code: int) -> str:
     """A process's exit code in words."""
     if code < 0:
-        name = signal.Signals(-code).name
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         hint = "; the system may have run out of memory (see dmesg)" if name == "SIGKILL" else ""
         return f"it was killed by {name}{hint}"
     return f"it exited with code {code}"
@@ -98,7 +99,7 @@ class ExecutorActor:
         self._start = start
 
     async def run(self) -> None:
-        restarts = 0
+        failed_starts = 0
         first = True
         while True:
             was_ready, cause = await self._one_life()
@@ -106,15 +107,16 @@ class ExecutorActor:
                 await self.scheduler.send(Fatal("worker", cause))
                 return
             first = False
-            restarts = 0 if was_ready else restarts + 1
-            if restarts >= MOST_RESTARTS:
-                await self.scheduler.send(Fatal("worker", f"it could not be restarted {restarts} times: {cause}"))
+            failed_starts = 0 if was_ready else failed_starts + 1
+            if failed_starts >= MOST_FAILED_STARTS:
+                await self.scheduler.send(Fatal("worker", f"it failed to start {failed_starts} times: {cause}"))
                 return
             log.error("the device worker is gone: %s", cause)
             await self.scheduler.send(WorkerLost(cause))
             async for message in self.inbox:
                 if isinstance(message, Reset):
                     break
+            await anyio.sleep(failed_starts * RESTART_SECONDS)  # a shortage of memory may pass
             log.info("restarting the device worker")
 
     async def _one_life(self) -> tuple[bool, str]:
@@ -130,7 +132,7 @@ class ExecutorActor:
                 group.start_soon(self._watch, frames, life)
                 await self._listen(frames, life)
                 group.cancel_scope.cancel()
-            code = await _ended(process)
+            code = await ended(process)
         finally:
             with anyio.CancelScope(shield=True):
                 process.kill()
@@ -159,6 +161,8 @@ class ExecutorActor:
                     await self.scheduler.send(message)
                 case Fatal():
                     life.cause = message.cause
+                    if message.details:
+                        log.error("%s ended by an exception\n%s", message.actor, message.details)
                 case Pong():
                     pass
 
@@ -208,7 +212,7 @@ def _fixed(config: Config, ready: WorkerReady) -> Config:
     return msgspec.structs.replace(config, cache=cache, model=model)
 
 
-async def _ended(process: Process) -> int:
+async def ended(process: Process) -> int:
     """The exit code of a process whose stream has ended; it is killed if it lingers."""
     with anyio.move_on_after(5):
         return await anyio.to_thread.run_sync(process.wait, abandon_on_cancel=True)

@@ -1,7 +1,8 @@
 """An executor without a device or a process: drives the scheduler in tests and benchmarks.
 
 `FakeDevice` counts upwards from each row's last token, as the `echo` model does, so a lost, doubled or
-reordered step shows as a gap in the count. It keeps tokens only: no KV memory is simulated.
+reordered step shows as a gap in the count. It keeps tokens only: no KV memory is simulated, and no sampling
+parameter but those that ask for log-probabilities is looked at: a token's is made up from its id and its place.
 """
 
 from array import array
@@ -10,9 +11,33 @@ import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream
 
 from engine.channel import Outbox
-from engine.messages import FromExecutor, Reset, StepDone, StepPlan, ToExecutor, WorkerLost, WorkerReady
+from engine.messages import (
+    FromExecutor,
+    Logprobs,
+    Reset,
+    SlotAdmit,
+    StepDone,
+    StepPlan,
+    ToExecutor,
+    WorkerLost,
+    WorkerReady,
+)
 
 BYTES = 256
+
+
+def made_up(row: int, start: int, tokens: "array[int]", top: int) -> Logprobs:
+    """What a fake device says of `tokens` from position `start` on: the likeliest are the next ones in order."""
+    logprobs = array("f", [-(token + start + index) / 1024 for index, token in enumerate(tokens)])
+    likeliest = [(token + rank, logprob - rank) for token, logprob in zip(tokens, logprobs, strict=True)
+                 for rank in range(top)]  # fmt: skip
+    return Logprobs(
+        row,
+        logprobs.tobytes(),
+        array("i", [1] * len(tokens)).tobytes(),
+        array("i", [token % BYTES for token, _ in likeliest]).tobytes(),
+        array("f", [logprob for _, logprob in likeliest]).tobytes(),
+    )
 
 
 class FakeDevice:
@@ -20,22 +45,35 @@ class FakeDevice:
 
     def __init__(self) -> None:
         self.tokens: dict[int, array[int]] = {}
+        self.admits: dict[int, SlotAdmit] = {}
 
     def step(self, plan: StepPlan) -> StepDone:
         for admit in plan.admits:
             self.tokens[admit.slot] = array("i", admit.ids)
+            self.admits[admit.slot] = admit
         rows = array("i", plan.rows)
         sampled = array("i")
-        for slot, start, length, sample in zip(rows[0::4], rows[1::4], rows[2::4], rows[3::4], strict=True):
+        logprobs: list[Logprobs] = []
+        prompt_logprobs: list[Logprobs] = []
+        columns = zip(rows[0::4], rows[1::4], rows[2::4], rows[3::4], strict=True)
+        for row, (slot, start, length, sample) in enumerate(columns):
             ids = self.tokens[slot]
             end = start + length
             assert end <= len(ids), f"slot {slot} is asked for position {end - 1} of {len(ids)} known tokens"
+            admit = self.admits[slot]
+            asked = admit.sampling
+            first, last = max(start, admit.scored) + 1, min(end + 1, admit.prompt_len)
+            if asked.prompt_logprobs >= 0 and first < last:
+                prompt_logprobs.append(made_up(row, first, ids[first:last], asked.prompt_logprobs))
             if sample:
                 token = (ids[end - 1] + 1) % BYTES
                 del ids[end:]
                 ids.append(token)
+                if asked.logprobs >= 0:
+                    logprobs.append(made_up(len(sampled), end, ids[end:], asked.logprobs))
                 sampled.append(token)
-        return StepDone(plan.step, array("i", [1] * len(sampled)).tobytes(), sampled.tobytes(), 0.0)
+        counts = array("i", [1] * len(sampled)).tobytes()
+        return StepDone(plan.step, counts, sampled.tobytes(), 0.0, tuple(logprobs), tuple(prompt_logprobs))
 
 
 class FakeExecutor:

@@ -2,6 +2,7 @@
 
 All decisions are `engine.sched`'s; this file holds the loop, the two credits and the heartbeat. While step n+1
 runs, StepDone(n) arrives, is committed, and n+2 is planned and sent: the device never waits for the host.
+Paused, it plans nothing; what is in flight ends, and only then is the Pause answered.
 """
 
 import logging
@@ -21,6 +22,8 @@ from engine.messages import (
     Fatal,
     Flush,
     Flushed,
+    Pause,
+    Paused,
     Reset,
     Stats,
     StepDone,
@@ -62,6 +65,8 @@ class SchedulerActor:
         self.worker: Literal["starting", "ready", "restarting", "stalled", "failed"] = "starting"
         self.cause = ""
         self.in_flight = 0
+        self.paused = False
+        self._pauses: list[Pause] = []  # not answered yet
         self.step_seconds = array("f")
         self._checked = True
 
@@ -76,7 +81,7 @@ class SchedulerActor:
 
     async def _fill_credits(self) -> None:
         scheduler = self.scheduler
-        if scheduler is None or self.worker not in ("ready", "stalled"):
+        if scheduler is None or self.paused or self.worker not in ("ready", "stalled"):
             return
         while self.in_flight < CREDITS and (plan := scheduler.plan()) is not None:
             self.in_flight += 1
@@ -97,7 +102,11 @@ class SchedulerActor:
                     self.scheduler.stop(message.rid, message.keep)
             case Flush():
                 freed, in_use = self.scheduler.flush() if self.scheduler else (0, 0)
-                await self.front.send(Flushed(freed, in_use))
+                await self.front.send(Flushed(message.number, freed, in_use))
+            case Pause():
+                self.paused = message.paused
+                self._pauses.append(message)
+                await self._answer_pauses()
             case WorkerReady():
                 await self._ready(message)
             case WorkerLost():
@@ -122,6 +131,16 @@ class SchedulerActor:
             await self.front.send(tokens)
         if not self.in_flight:
             await self._send_stats()
+            await self._answer_pauses()
+
+    async def _answer_pauses(self) -> None:
+        """Answer what waits for an answer, in order, unless the device is still to become idle."""
+        if not self._pauses or (self.paused and self.in_flight):
+            return
+        await self._send_stats()
+        pauses, self._pauses = self._pauses, []
+        for pause in pauses:
+            await self.front.send(Paused(pause.number, pause.paused))
 
     async def _admit(self, message: Admit) -> None:
         assert self.scheduler is not None, "the front lets requests in only once the worker is ready"
@@ -153,6 +172,7 @@ class SchedulerActor:
         self.worker, self.cause = "restarting", cause
         self.in_flight = 0
         await self._send_stats()
+        await self._answer_pauses()
         for rid in self.scheduler.reset():
             await self.front.send(Failed(rid, 503, "worker_lost", f"{LOST} (cause: {cause})"))
         await self.executor.send(Reset())
@@ -168,4 +188,4 @@ class SchedulerActor:
     async def _send_stats(self) -> None:
         seconds, self.step_seconds = self.step_seconds.tobytes(), array("f")
         counts = self.scheduler.counts() if self.scheduler else {}
-        await self.front.send(Stats(self.worker, self.cause, step_seconds=seconds, **counts))
+        await self.front.send(Stats(self.worker, self.cause, step_seconds=seconds, paused=self.paused, **counts))

@@ -1,11 +1,12 @@
 """The tokenizer actor: what a client sent becomes token ids and a checked `Admit`.
 
-`Admission` is the logic; the actor moves messages. A long text is encoded in a thread (the tokenizers
-library lets go of the interpreter lock), so it does not delay the text of other requests.
+`Admission` is the logic; the actor moves messages. A long text is encoded in a thread, so that replies and health
+go on meanwhile; other prompts wait their turn behind it, because requests reach the scheduler in order.
 """
 
 import random
 from array import array
+from collections.abc import Iterable
 
 import anyio.to_thread
 from anyio.streams.memory import MemoryObjectReceiveStream
@@ -25,7 +26,7 @@ from engine.messages import (
     ToTokenizer,
     WorkerReady,
 )
-from engine.text import Text
+from engine.text import Text, check_unicode
 
 THREAD_CHARACTERS = 20_000
 
@@ -36,6 +37,7 @@ class Admission:
     def __init__(self, text: Text) -> None:
         self.text = text
         self.max_model_len: int | None = None
+        self.vocab_size = text.vocab_size  # the model's, which may have fewer rows, once the worker says so
         self._seeds = random.SystemRandom()
 
     def admit(self, request: Generate) -> tuple[Open, Admit]:
@@ -43,35 +45,118 @@ class Admission:
         ids = self._encode(request)
         params = request.sampling
         max_new = self._max_new(len(ids), params.max_tokens, request.default_max_tokens)
-        sampling = Sampling(
+        if params.min_tokens > max_new:
+            raise RequestError(
+                f"min_tokens is {params.min_tokens}, but the reply may have {max_new} tokens; lower it",
+                param="min_tokens",
+            )
+        stop_ids = self._stop_ids(params)
+        echo = ""
+        if request.echo:
+            echo = self.text.decode(ids.tolist()) if request.text is None else request.text
+        opened = Open(
+            request.rid,
+            len(ids),
+            params.stop,
+            params.stop_regex,
+            params.min_tokens,
+            echo,
+            None if params.prompt_logprobs is None else ids.tobytes(),
+            prompt_only=max_new == 0,
+        )
+        sampling = self._sampling(params, stop_ids)
+        check_unicode(request.cache_salt, "cache_salt")
+        admitted = Admit(
+            request.rid, ids.tobytes(), sampling, stop_ids, max(max_new, 1), request.priority, request.cache_salt
+        )
+        return opened, admitted
+
+    def _sampling(self, params: SamplingParams, stop_ids: tuple[int, ...]) -> Sampling:
+        """What the device needs to know of `params`."""
+        self._check_known("logit_bias", params.logit_bias)
+        self._check_known("allowed_token_ids", params.allowed_token_ids)
+        bad_words = self._bad_words(params.bad_words)
+        if params.allowed_token_ids:
+            banned = {word[0] for word in bad_words if len(word) == 1}
+            banned |= set(stop_ids) if params.min_tokens else set()
+            if banned.issuperset(params.allowed_token_ids):
+                raise RequestError(
+                    "bad_words and the tokens that min_tokens holds back leave none of allowed_token_ids; allow more",
+                    param="allowed_token_ids",
+                )
+        return Sampling(
             temperature=params.temperature,
             top_k=max(params.top_k, 0),
             top_p=params.top_p,
             min_p=params.min_p,
             seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
-        )
-        stop_ids = self._stop_ids(params)
-        return (
-            Open(request.rid, len(ids), params.stop),
-            Admit(request.rid, ids.tobytes(), sampling, stop_ids, max_new, request.priority),
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            repetition_penalty=params.repetition_penalty,
+            bias_ids=array("i", params.logit_bias).tobytes(),
+            biases=array("f", params.logit_bias.values()).tobytes(),
+            min_tokens=params.min_tokens,
+            stop_ids=array("i", stop_ids if params.min_tokens else ()).tobytes(),
+            bad_words=tuple(array("i", word).tobytes() for word in bad_words),
+            allowed_ids=array("i", params.allowed_token_ids).tobytes(),
+            logprobs=-1 if params.logprobs is None else params.logprobs,
+            prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
         )
 
+    def _bad_words(self, words: tuple[str, ...]) -> list[tuple[int, ...]]:
+        """The token sequences that say one of `words`: at the beginning of a text, and after a space."""
+        for word in words:
+            check_unicode(word, "bad_words")
+        encoded = (
+            tuple(self.text.encode(text, add_special_tokens=False)) for word in words for text in (word, " " + word)
+        )
+        return [word for word in dict.fromkeys(encoded) if word]
+
+    def _check_known(self, name: str, ids: Iterable[int]) -> None:
+        for token in ids:
+            if token >= self.vocab_size:
+                raise RequestError(
+                    f"{name} holds token id {token}, which is outside the model's vocabulary; use ids from 0 to "
+                    f"{self.vocab_size - 1}",
+                    param=name,
+                )
+
     def _encode(self, request: Generate) -> "array[int]":
+        self._refuse_endless(request)
         if request.messages is not None:
-            return array("i", self.text.encode_chat(request.messages))
-        if request.text is not None:
+            conversation = self.text.encode_chat(
+                request.messages,
+                add_generation_prompt=request.add_generation_prompt,
+                continue_final_message=request.continue_final_message,
+                template_kwargs=request.template_kwargs,
+            )
+            ids = array("i", conversation)
+        elif request.text is not None:
             ids = array("i", self.text.encode(request.text))
         else:
             ids = array("i")
             ids.frombytes(request.ids or b"")
-            vocabulary = self.text.vocab_size
-            if wrong := next((token for token in ids if not 0 <= token < vocabulary), None):
-                raise RequestError(
-                    f"token id {wrong} is outside the vocabulary; use ids from 0 to {vocabulary - 1}", param="prompt"
-                )
         if not ids:
             raise RequestError("the prompt is empty; send at least one token", param="prompt")
+        if not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            wrong = next(token for token in ids if not 0 <= token < self.vocab_size)
+            raise RequestError(
+                f"token id {wrong} is outside the model's vocabulary; use ids from 0 to {self.vocab_size - 1}",
+                param="prompt",
+            )
         return ids
+
+    def _refuse_endless(self, request: Generate) -> None:
+        """A text that cannot fit however it is encoded is not encoded: that may take minutes."""
+        assert self.max_model_len is not None, "requests are let in only once the worker is ready"
+        most = self.max_model_len * self.text.longest_token
+        if (length := characters(request)) > most:
+            raise RequestError(
+                f"the prompt has {length} characters, and the model's length of {self.max_model_len} tokens holds at "
+                f"most {most}; shorten it",
+                param="prompt",
+                code="context_length_exceeded",
+            )
 
     def _max_new(self, prompt: int, wanted: int | None, default: int | None) -> int:
         assert self.max_model_len is not None, "requests are let in only once the worker is ready"
@@ -99,6 +184,13 @@ class Admission:
         return tuple(dict.fromkeys((*own, *params.stop_token_ids)))
 
 
+def characters(request: Generate) -> int:
+    """How much text `request` holds."""
+    if request.messages is None:
+        return len(request.text or "")
+    return sum(len(str(message.get("content"))) for message in request.messages)
+
+
 class TokenizerActor:
     name = "tokenizer"
 
@@ -123,10 +215,11 @@ class TokenizerActor:
                     await self.scheduler.send(message)
                 case WorkerReady():
                     self.admission.max_model_len = message.max_model_len
+                    self.admission.vocab_size = message.vocab_size
 
     async def _generate(self, request: Generate) -> None:
         try:
-            if request.text is not None and len(request.text) > THREAD_CHARACTERS:
+            if characters(request) > THREAD_CHARACTERS:
                 opened, admitted = await anyio.to_thread.run_sync(self.admission.admit, request)
             else:
                 opened, admitted = self.admission.admit(request)

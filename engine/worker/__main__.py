@@ -42,7 +42,7 @@ def main(descriptor: int) -> int:
             return 0
         except Exception as error:
             with suppress(ConnectionError):
-                frames.send(Fatal(f"worker {boot.rank}", _cause(error)))
+                frames.send(_fatal(f"worker {boot.rank}", error))
             return 1
     return 0
 
@@ -63,11 +63,12 @@ def _run(frames: BlockingFrames[ToWorker], boot: Boot) -> None:
         raise PeerGone from error
 
 
-def _cause(error: Exception) -> str:
-    """What the user is to read: the sentence of an error made for them, the traceback of any other."""
-    if isinstance(error, EngineError) and error.__cause__ is None:
-        return str(error)
-    return "".join(traceback.format_exception(error))
+def _fatal(actor: str, error: Exception) -> Fatal:
+    """The sentence of an error made for people; of any other its type and message, and the traceback for the log."""
+    if isinstance(error, EngineError):
+        details = "".join(traceback.format_exception(error)) if error.__cause__ is not None else ""
+        return Fatal(actor, str(error), details)
+    return Fatal(actor, f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))
 
 
 if __name__ == "__main__":

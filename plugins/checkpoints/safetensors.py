@@ -4,18 +4,63 @@ Weights stay memory-mapped; a slice reads just its bytes. Left out: pickled weig
 only as Python code, and the hub, which is resolved to a directory before this sees it.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import msgspec
+from msgspec import Struct
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from engine.plugin import ConfigError, LazyTensor, TextSpec
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
+
+BLOCK = 32  # weights that the kernels take at a time
+
+
+# ── what is read of the JSON files ───────────────────────────────────────────────────────────
+
+
+class TokenObject(Struct):
+    content: str
+
+
+class NamedTemplate(Struct):
+    name: str
+    template: str
+
+
+class TokenizerConfig(Struct):
+    """tokenizer_config.json."""
+
+    bos_token: str | TokenObject | None = None
+    eos_token: str | TokenObject | None = None
+    add_bos_token: bool | None = None
+    chat_template: str | list[NamedTemplate] | None = None
+
+
+class Ends(Struct):
+    """What config.json and generation_config.json say of the end of a reply."""
+
+    eos_token_id: int | list[int] | None = None
+
+
+class WeightIndex(Struct):
+    """model.safetensors.index.json."""
+
+    weight_map: dict[str, str] = {}
+
+
+class Architectures(Struct):
+    architectures: list[str] = []
+
+
+Described = TypeVar("Described", TokenizerConfig, Ends, WeightIndex, Architectures)
 
 
 class SafetensorsCheckpoint:
@@ -43,24 +88,24 @@ class SafetensorsCheckpoint:
 
     def config(self) -> dict[str, Any]:
         """config.json. Raises ConfigError when it is damaged or names no architecture."""
-        config = self._json("config.json")
-        if not config.get("architectures"):
+        if not self._read("config.json", Architectures).architectures:
             raise ConfigError(f"{self._path / 'config.json'} names no architectures; add the one the model is of")
+        config: dict[str, Any] = msgspec.json.decode((self._path / "config.json").read_bytes())
         return config
 
     def text(self) -> TextSpec:
         """tokenizer.json, with what tokenizer_config.json and generation_config.json say of it.
 
         Raises ConfigError when tokenizer.json is missing or damaged."""
-        tokenizer, config = self._tokenizer(), self._json("tokenizer_config.json", optional=True)
-        bos, eos = (token_text(config.get(key)) for key in ("bos_token", "eos_token"))
+        tokenizer, config = self._tokenizer(), self._read("tokenizer_config.json", TokenizerConfig, optional=True)
+        bos, eos = token_text(config.bos_token), token_text(config.eos_token)
         bos_id = tokenizer.token_to_id(bos) if bos else None
-        ends = self._json("generation_config.json", optional=True).get("eos_token_id")
+        ends = self._read("generation_config.json", Ends, optional=True).eos_token_id
         if ends is None:
-            ends = self._json("config.json").get("eos_token_id")
+            ends = self._read("config.json", Ends).eos_token_id
         eos_ids = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.token_to_id(eos) if eos else None}
         # what transformers would have added to the post-processor as it loads the tokenizer
-        add_bos = bool(config.get("add_bos_token")) and bos_id is not None and tokenizer.encode("").ids[:1] != [bos_id]
+        add_bos = bool(config.add_bos_token) and bos_id is not None and tokenizer.encode("").ids[:1] != [bos_id]
         return TextSpec(
             tokenizer=tokenizer,
             eos_ids=tuple(sorted(id for id in eos_ids if id is not None)),
@@ -68,7 +113,7 @@ class SafetensorsCheckpoint:
             add_bos=add_bos,
             bos_token=bos,
             eos_token=eos,
-            chat_template=self._chat_template(config.get("chat_template")),
+            chat_template=self._chat_template(config.chat_template),
         )
 
     def tensors(self) -> Iterator[tuple[str, LazyTensor]]:
@@ -85,7 +130,7 @@ class SafetensorsCheckpoint:
         """The weight files: those the index names, else all of them."""
         index = "model.safetensors.index.json"
         if (self._path / index).is_file():
-            named = sorted(set(self._json(index).get("weight_map", {}).values()))
+            named = sorted(set(self._read(index, WeightIndex).weight_map.values()))
             for name in named:
                 if not (self._path / name).is_file():
                     raise ConfigError(f"{self._path} has no {name}, which {index} names; download it again")
@@ -110,33 +155,29 @@ class SafetensorsCheckpoint:
         tokenizer.no_padding()
         return tokenizer
 
-    def _chat_template(self, configured: Any) -> str | None:
+    def _chat_template(self, configured: str | list[NamedTemplate] | None) -> str | None:
         """chat_template.jinja, else tokenizer_config.json's: a string, or a list of named ones."""
         path = self._path / "chat_template.jinja"
         if path.is_file():
             return path.read_text(encoding="utf-8")
         if isinstance(configured, list):
-            return {entry["name"]: entry["template"] for entry in configured}.get("default")
+            return {entry.name: entry.template for entry in configured}.get("default")
         return configured
 
-    def _json(self, name: str, optional: bool = False) -> dict[str, Any]:
+    def _read(self, name: str, kind: type[Described], optional: bool = False) -> Described:
+        """The JSON file `name` as a `kind`. Raises ConfigError when it is missing or says something else."""
         path = self._path / name
         if optional and not path.is_file():
-            return {}
+            return kind()
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            return msgspec.json.decode(path.read_bytes(), type=kind)
+        except (OSError, msgspec.DecodeError) as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error
-        if not isinstance(content, dict):
-            raise ConfigError(f"{path} holds a {type(content).__name__}; an object is needed")
-        return content
 
 
-def token_text(token: Any) -> str:
-    """A special token of tokenizer_config.json as a string; it may be null, a string or an object."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token or ""
+def token_text(token: str | TokenObject | None) -> str:
+    """A special token as a string."""
+    return token.content if isinstance(token, TokenObject) else token or ""
 
 
 class SafetensorsLazyTensor:
@@ -152,3 +193,13 @@ class SafetensorsLazyTensor:
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> "torch.Tensor":
         return self._file.get_slice(self._name)[index]
+
+    def packed(self) -> "tuple[str, NDArray[np.uint8]] | None":
+        """A matrix of 16-bit floats as the blocks of 32 that it is; None for anything else."""
+        stored = self._file.get_slice(self._name)
+        kind = stored.get_dtype()
+        if kind not in ("BF16", "F16") or len(self.shape) != 2 or self.shape[1] % BLOCK:
+            return None
+        import torch
+
+        return kind, stored[:].view(torch.uint8).numpy()

@@ -51,8 +51,10 @@ class House:
 
 
 @asynccontextmanager
-async def open_house(*, pages: int = 1024, seconds: float = 0.0, **options: Any) -> AsyncIterator[House]:
-    """Options as those of the engine; `pages` and `seconds` are the fake device's."""
+async def open_house(
+    *, pages: int = 1024, seconds: float = 0.0, vocab_size: int = 257, **options: Any
+) -> AsyncIterator[House]:
+    """Options as those of the engine; `pages`, `seconds` and `vocab_size` are the fake device's."""
     config = resolve({"model": "echo", "page_size": 4, "max_running": 16, "max_step_tokens": 64, **options})
     house = House()
 
@@ -61,7 +63,7 @@ async def open_house(*, pages: int = 1024, seconds: float = 0.0, **options: Any)
         to_executor, executor_inbox = channel(4)
         policy = Plugins.load(()).policy(config.schedule.policy)
         size = config.cache.page_size
-        ready = WorkerReady(pages, size, config.schedule.max_running, pages * size, 257, 4, "none", "none", {})
+        ready = WorkerReady(pages, size, config.schedule.max_running, pages * size, vocab_size, 4, "none", "none", {})
         house.scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, front)
         house.executor = FakeExecutor(ready, executor_inbox, to_scheduler, seconds)
         return [house.scheduler, house.executor], to_scheduler

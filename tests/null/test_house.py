@@ -1,5 +1,6 @@
 """The actors together, without a device: what a client sees, and what must be left when it is gone."""
 
+from array import array
 from contextlib import aclosing
 
 import anyio
@@ -8,6 +9,7 @@ import pytest
 from house import counted, open_house, prompt
 
 from engine.errors import RequestError
+from engine.messages import Generate, SamplingParams
 
 pytestmark = pytest.mark.anyio
 
@@ -57,6 +59,8 @@ async def test_a_long_prompt_is_cut_into_steps_and_then_cached() -> None:
         ({"max_tokens": 50, "stop": ("xyz", "d")}, "bc", "stop", "d", 3),
         ({"max_tokens": 50, "stop_token_ids": (102,)}, "bcde", "stop", 102, 5),
         ({"max_tokens": 3, "stop": ("cdX",)}, "bcd", "length", None, 3),
+        ({"max_tokens": 50, "stop": ("c", "f"), "min_tokens": 3}, "bcde", "stop", "f", 5),
+        ({"max_tokens": 50, "stop_regex": ("e[a-z]", "gh")}, "bcd", "stop", "e[a-z]", 5),
     ],
 )
 async def test_ends_of_a_reply(params: dict, text: str, finish: str, matched: object, completion: int) -> None:
@@ -66,6 +70,15 @@ async def test_ends_of_a_reply(params: dict, text: str, finish: str, matched: ob
         assert "".join(chunk.text for chunk in chunks) == text
         assert (chunks[-1].finish, chunks[-1].matched) == (finish, matched)
         assert chunks[-1].completion_tokens == sum(len(chunk.ids) for chunk in chunks) == completion
+        await house.settled()
+
+
+async def test_a_stop_expression_that_takes_too_long_fails_its_request_alone() -> None:
+    async with open_house() as house:
+        with pytest.raises(RequestError, match=r"stop_regex .* took over .* simplify") as error:
+            await house.text(prompt("a", max_tokens=100, stop_regex=(r"(\w|\w)*!",)))
+        assert (error.value.status, error.value.param) == (400, "stop_regex")
+        assert await house.text(prompt("a", rid="other", max_tokens=3)) == "bcd"
         await house.settled()
 
 
@@ -113,6 +126,22 @@ async def test_what_can_never_fit_is_refused_with_the_numbers(request_: object, 
         with pytest.raises(RequestError, match=said):
             await house.text(request_)
         await house.settled()
+
+
+async def test_ids_beyond_the_models_rows_are_refused() -> None:
+    """A tokenizer may know more tokens than the model has rows for."""
+    async with open_house(vocab_size=128) as house:
+        with pytest.raises(RequestError, match=r"token id 233 .* from 0 to 127"):
+            await house.text(Generate("r", SamplingParams(), ids=array("i", [5, 233]).tobytes()))
+        with pytest.raises(RequestError, match=r"token id 195 .* from 0 to 127"):
+            await house.text(prompt("é"))
+        assert await house.text(prompt("a", max_tokens=2)) == "bc"
+
+
+async def test_a_text_beyond_all_bounds_is_refused_before_it_is_encoded() -> None:
+    async with open_house() as house:
+        with pytest.raises(RequestError, match="the prompt has 10000000 characters"):
+            await house.text(prompt("a" * 10_000_000))
 
 
 async def test_page_shortage_retracts_and_every_reply_is_whole() -> None:

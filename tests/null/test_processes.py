@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import aiohttp
 import anyio
 import pytest
 
-from engine import AsyncEngine, Engine, SamplingParams, WorkerError
+from engine import AsyncEngine, Engine, RequestError, SamplingParams, WorkerError
 
 pytestmark = [
     pytest.mark.anyio,
@@ -199,6 +200,59 @@ def test_a_start_that_cannot_work_says_why_and_ends(flags: list[str], said: str)
     assert server.wait_end() != 0
     assert said in server.log
     assert "Traceback" not in server.log, server.log
+
+
+def test_a_wrong_policy_is_said_before_anything_starts() -> None:
+    server = Server("--placement", "split", "--policy", "nonsense")
+    assert server.wait_end() == 2
+    assert "'nonsense'" in server.log and "fcfs" in server.log and "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("wait_for", ["loading", "streaming"])
+def test_ctrl_c_ends_generate(wait_for: str) -> None:
+    flags = ["--model", "echo", "--raw", "--max-tokens", "4000", "--temperature", "0"]
+    command = [sys.executable, "-m", "engine.cli", "generate", "a", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    if wait_for == "streaming":
+        assert process.stdout.read(1) == b"b"
+    else:
+        while not children(process.pid):
+            assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert len(output) < 4000
+
+
+async def test_clients_that_leave_during_a_flush_hurt_nobody(server: Server) -> None:
+    async with aiohttp.ClientSession(server.url) as session:
+        for _ in range(100):
+            with anyio.move_on_after(0.0005):
+                await session.post("/flush_cache")
+        assert await pages_in_use(session) == 0
+
+
+def test_closing_the_engine_ends_open_requests() -> None:
+    engine = Engine(model="echo", log_level="error")
+    with ThreadPoolExecutor() as pool:
+        reply = pool.submit(engine.generate, "a", SamplingParams(temperature=0, max_tokens=4000))
+        while not engine.stats().running:
+            assert not reply.done()
+        engine.close()
+        with pytest.raises(WorkerError, match="the engine is closed"):
+            reply.result(timeout=20)
+
+
+async def test_the_split_engine_leaves_no_process() -> None:
+    before = children(os.getpid())
+    async with AsyncEngine(model="echo", placement="split", log_level="error") as engine:
+        assert sorted({*children(os.getpid()).values()} - {*before.values()}) in ([], ["engine.core", "engine.worker"])
+        for priority in (None, 1 << 40, "high"):
+            with pytest.raises(RequestError, match="priority is"):
+                await anext(engine.stream("a", priority=priority))  # type: ignore[arg-type]
+        assert (await engine.generate("a", SamplingParams(temperature=0, max_tokens=2))).text == "bc"
+    assert children(os.getpid()) == before
 
 
 async def test_the_offline_engine_fails_clearly_and_leaves_no_process() -> None:
