@@ -3,21 +3,34 @@
 import torch
 from torch import Tensor, nn
 
+from engine.kernels.cpu import PackedMatrix
 from engine.layers.build import Build
-from engine.layers.linear import ColumnLinear
-from engine.layers.model import Layer, empty_weight
+from engine.layers.linear import ColumnLinear, packed_matrix
+from engine.layers.model import Layer, check_shape, empty_weight
+from engine.plugin.specs import LazyTensor
 
 
 class Embedding(Layer):
-    """A table of one vector a token. Every rank holds it whole."""
+    """A table of one vector a token. Every rank holds it whole; on a CPU it stays packed if the checkpoint's is."""
 
     def __init__(self, build: Build, vocab_size: int, size: int) -> None:
         super().__init__()
         self.weight = empty_weight(build, vocab_size, size)
+        self.matrix: PackedMatrix | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
         """`ids` [T] int64 to [T, size]."""
+        if self.matrix is not None:
+            return self.matrix.select(ids)
         return nn.functional.embedding(ids, self.weight)
+
+    def load(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> None:
+        self.matrix = packed_matrix(self.weight, tensor, 1)
+        if self.matrix is None:
+            return super().load(name, parameter, part, tensor)
+        check_shape(name, tensor, tuple(self.weight.shape))
+        self.register_buffer("packed", self.matrix.data)
+        self.weight = nn.Parameter(self.weight[:0].clone(), requires_grad=False)
 
 
 class LMHead(ColumnLinear):
@@ -25,8 +38,15 @@ class LMHead(ColumnLinear):
 
     def __init__(self, build: Build, size: int, vocab_size: int, tied: Embedding | None = None) -> None:
         super().__init__(build, size, vocab_size if tied is None else 0)
+        self._tied = (tied,) if tied is not None else ()  # in a tuple: it is not a part of this module
         if tied is not None:
             self.weight = tied.weight
+
+    def loaded(self) -> None:
+        super().loaded()
+        for embedding in self._tied:
+            self.weight = embedding.weight
+            self.matrices = (embedding.matrix,) if embedding.matrix is not None else ()
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[S, size] to float32 logits [S, vocab_size]."""

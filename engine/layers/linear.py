@@ -1,20 +1,91 @@
 """Matrix multiplication layers, named by the dimension that tensor parallelism divides.
 
 Projections of the same input are stacked into one matrix, hence one GEMM; each layer declares which
-tensors of the checkpoint are its parts. With one rank every share is the whole. Left out until there
-are more: RowLinear's sum over ranks, and key-value heads repeated where there are more ranks than heads.
+tensors of the checkpoint are its parts. On a CPU parts that the checkpoint holds in packed blocks stay packed
+(engine/kernels/cpu.py). With one rank every share is the whole. Left out until there are more: RowLinear's sum over
+ranks, key-value heads repeated where there are more ranks than heads, and shares of packed parts.
 """
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
+from engine.kernels.cpu import KINDS, PackedMatrix, kernels_for
 from engine.layers.build import Build
-from engine.layers.model import Layer, copy_weight, empty_weight
+from engine.layers.model import Layer, check_shape, copy_weight, empty_weight
 from engine.plugin.specs import LazyTensor
 
 
-class ColumnLinear(Layer):
+def packed_matrix(weight: Tensor, tensor: LazyTensor, world: int) -> PackedMatrix | None:
+    """`tensor` as it is packed in the checkpoint, where it can stay so in place of `weight`; else None."""
+    kernels = kernels_for(weight)
+    packed = getattr(tensor, "packed", None)
+    if kernels is None or packed is None or world != 1 or (found := packed()) is None:
+        return None
+    kind, rows = found
+    return kernels.matrix(kind, torch.from_numpy(rows).contiguous()) if kind in KINDS else None
+
+
+class Linear(Layer):
+    """y = x Wᵀ + b with the weight [rows, inputs] of all parts, one after the other, dense or packed."""
+
+    sizes: Mapping[str, int]  # output features of each part, of the whole model
+
+    def __init__(self, build: Build, inputs: int, rows: int, bias: bool) -> None:
+        super().__init__()
+        self.build = build
+        self.weight = empty_weight(build, rows, inputs)
+        self.bias = empty_weight(build, rows) if bias else None
+        self._packed: dict[str, PackedMatrix] = {}
+        self.matrices: tuple[PackedMatrix, ...] = ()  # all of the weight, once every part has come packed
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[T, inputs] to [T, rows]."""
+        if not self.matrices:
+            return nn.functional.linear(inputs, self.weight, self.bias)
+        inputs = inputs.contiguous()
+        out = torch.empty(inputs.shape[0], sum(matrix.rows for matrix in self.matrices))
+        begin = 0
+        for matrix in self.matrices:
+            matrix.linear(inputs, out[:, begin : begin + matrix.rows])
+            begin += matrix.rows
+        return out if self.bias is None else out.add_(self.bias)
+
+    def keep_packed(self, name: str, part: str, tensor: LazyTensor) -> bool:
+        """Takes `tensor` as it is packed in the checkpoint; False when it cannot stay so."""
+        matrix = packed_matrix(self.weight, tensor, self.build.world)
+        if matrix is None:
+            return False
+        check_shape(name, tensor, (self.sizes[part], self.weight.shape[1]))
+        self._packed[part] = matrix
+        if len(self._packed) == len(self.parts):
+            self.matrices = _joined([self._packed.pop(each) for each in self.parts])
+            for index, matrix in enumerate(self.matrices):
+                self.register_buffer(f"packed_{index}", matrix.data)
+            self.weight = nn.Parameter(self.weight[:0].clone(), requires_grad=False)
+        return True
+
+    def unpack_parts(self) -> None:
+        """Some part did not come packed: those that did take their dense place."""
+        begin = 0
+        for part, size in self.sizes.items():
+            if matrix := self._packed.pop(part, None):
+                self.weight[begin : begin + size] = matrix.unpacked()
+            begin += self.build.local(size)
+
+
+def _joined(matrices: list[PackedMatrix]) -> tuple[PackedMatrix, ...]:
+    """Neighbours of one kind as one matrix: one pass over the threads instead of several."""
+    joined: list[PackedMatrix] = []
+    for matrix in matrices:
+        if joined and joined[-1].kind == matrix.kind:
+            matrix = matrix.below(joined.pop())
+        joined.append(matrix)
+    return tuple(joined)
+
+
+class ColumnLinear(Linear):
     """y = x Wᵀ + b, its output features divided over the ranks.
 
     `outputs` is the number of output features, or of each part's by the part's name in the checkpoint:
@@ -23,19 +94,14 @@ class ColumnLinear(Layer):
     """
 
     def __init__(self, build: Build, inputs: int, outputs: int | Mapping[str, int], bias: bool = False) -> None:
-        super().__init__()
-        self.sizes = {"": outputs} if isinstance(outputs, int) else dict(outputs)
-        self.parts = tuple(self.sizes)
-        self.build = build
-        rows = sum(build.local(size) for size in self.sizes.values())
-        self.weight = empty_weight(build, rows, inputs)
-        self.bias = empty_weight(build, rows) if bias else None
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """[T, inputs] to [T, this rank's outputs of all parts, one after the other]."""
-        return nn.functional.linear(inputs, self.weight, self.bias)
+        sizes = {"": outputs} if isinstance(outputs, int) else dict(outputs)
+        super().__init__(build, inputs, sum(build.local(size) for size in sizes.values()), bias)
+        self.sizes = sizes
+        self.parts = tuple(sizes)
 
     def load(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> None:
+        if parameter == "weight" and self.keep_packed(name, part, tensor):
+            return
         begin = 0
         for each, size in self.sizes.items():
             if each == part:
@@ -45,6 +111,9 @@ class ColumnLinear(Layer):
         whole = (self.sizes[part], self.weight.shape[1])[: 2 if parameter == "weight" else 1]
         target = self.get_parameter(parameter)[begin : begin + rows]
         copy_weight(name, target, tensor, whole, (self.build.share(self.sizes[part]),))
+
+    def loaded(self) -> None:
+        self.unpack_parts()
 
 
 class QKVLinear(ColumnLinear):
@@ -65,23 +134,18 @@ class QKVLinear(ColumnLinear):
         return query, key, value
 
 
-class RowLinear(Layer):
+class RowLinear(Linear):
     """y = x Wᵀ + b, its input features divided over the ranks: it takes what a ColumnLinear returns."""
 
     def __init__(self, build: Build, inputs: int, outputs: int, bias: bool = False) -> None:
-        super().__init__()
         assert build.world == 1, "the sum over ranks is not built yet"
-        self.build = build
+        super().__init__(build, build.local(inputs), outputs, bias)
         self.inputs = inputs
-        self.weight = empty_weight(build, outputs, build.local(inputs))
-        self.bias = empty_weight(build, outputs) if bias else None
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """[T, this rank's inputs] to [T, outputs]."""
-        return nn.functional.linear(inputs, self.weight, self.bias)
+        self.sizes = {"": outputs}
 
     def load(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> None:
         if parameter == "bias":
             return super().load(name, parameter, part, tensor)
-        whole = (self.weight.shape[0], self.inputs)
-        copy_weight(name, self.weight, tensor, whole, (slice(None), self.build.share(self.inputs)))
+        if not self.keep_packed(name, part, tensor):
+            whole = (self.weight.shape[0], self.inputs)
+            copy_weight(name, self.weight, tensor, whole, (slice(None), self.build.share(self.inputs)))

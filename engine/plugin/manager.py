@@ -126,6 +126,13 @@ class Plugins:
         others = ", ".join(f"{entry.name} ({entry.preference})" for entry in fitting if entry is not best)
         return best, f"preference {best.preference} on {device}, before {others}"
 
+    def attention_after(self, entry: AttentionEntry, device: str) -> list[AttentionEntry]:
+        """What takes the place of `entry` where it cannot serve a model: nothing, if it was named."""
+        if ("attention", entry.name) in self.named:
+            return []
+        others = [other for other in self.attention.values() if device in other.devices and other.name != entry.name]
+        return sorted(others, key=lambda other: -other.preference)
+
     def policy(self, name: str = "auto") -> Policy:
         """The policy `name`, constructed; "auto" is one that --plugins names, else fcfs."""
         if name == "auto":

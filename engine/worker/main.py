@@ -17,10 +17,12 @@ import torch
 from engine.channel import BlockingFrames
 from engine.config import Config, ProcessOptions
 from engine.errors import ConfigError
+from engine.layers.attention import AttentionBackend
 from engine.layers.build import Build
 from engine.layers.model import Model
 from engine.messages import Boot, Ping, Pong, StepPlan, ToWorker, WorkerReady
 from engine.plugin.manager import Plugins, resolve
+from engine.plugin.specs import AttentionEntry
 from engine.worker.kv import allocate, choose_max_model_len, count_pages
 from engine.worker.runner import Runner, Step
 from engine.worker.weights import load_weights, weight_bytes
@@ -65,8 +67,8 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
         terms = checkpoint.config()
         model_entry = plugins.model_for(terms["architectures"])
         attention_entry, reason = plugins.attention_for(device.type)
-        model_class, backend = resolve(model_entry.target), resolve(attention_entry.target)
-    logger.info("attention backend %s (%s)", attention_entry.name, reason)
+        model_class = resolve(model_entry.target)
+        backends = _Backends([attention_entry, *plugins.attention_after(attention_entry, device.type)], reason)
     with _timed(phases, "weights"):
         limit = _model_limit(terms, config)
         build = Build(
@@ -74,11 +76,15 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
             device=device,
             page_size=config.cache.page_size,
             max_model_len=min(limit, config.model.max_model_len or limit),
-            attention_backend=backend,
+            attention_backend=backends.build,
             rank=boot.rank,
             world=boot.world,
         )
-        model: Model = model_class(terms, build).eval()
+        try:
+            model: Model = model_class(terms, build).eval()
+        except KeyError as error:
+            name = model_entry.name
+            raise ConfigError(f"the model's configuration has no {error}, which the {name} model needs") from None
         load_weights(model, checkpoint)
     with _timed(phases, "kv cache"):
         spec, slots = model.kv_spec(), config.schedule.max_running
@@ -98,10 +104,35 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
         vocab_size=model.vocab_size,
         kv_bytes_per_token=spec.page_bytes // spec.page_size,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        attention=attention_entry.name,
+        attention=backends.chosen,
         phases=phases,
     )
     return runner, ready
+
+
+class _Backends:
+    """Attention backends in the order to try them: the first that can serve a model's shape does."""
+
+    def __init__(self, entries: list[AttentionEntry], reason: str) -> None:
+        self.entries = entries
+        self.reason = reason
+        self.chosen = ""
+
+    def build(self, *arguments: Any) -> AttentionBackend:
+        """As the backend's constructor. Raises the last one's ConfigError."""
+        for entry in self.entries:
+            try:
+                backend: AttentionBackend = resolve(entry.target)(*arguments)
+            except ConfigError as error:
+                if entry is self.entries[-1]:
+                    raise
+                self.reason = str(error)
+                continue
+            if self.chosen != entry.name:
+                logger.info("attention backend %s (%s)", entry.name, self.reason)
+            self.chosen = entry.name
+            return backend
+        raise AssertionError("there is always a backend to try")
 
 
 @contextmanager

@@ -32,5 +32,5 @@ def load_weights(model: Model, checkpoint: Checkpoint) -> None:
 
 
 def weight_bytes(model: Model) -> int:
-    """Bytes that the model's weights take on its device; tied ones count once."""
-    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    """Bytes that the model's weights take on its device, dense or packed; tied ones count once."""
+    return sum(weight.nbytes for weight in (*model.parameters(), *model.buffers()))

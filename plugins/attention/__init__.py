@@ -7,6 +7,13 @@ from engine.plugin.hookspecs import Register
 @hookimpl
 def register_attention(register: Register) -> None:
     register(
+        "cpu",
+        "engine_plugins.attention.cpu:CpuAttention",
+        devices=("cpu",),
+        preference=10,
+        description="a kernel in C that reads pages where they lie; float32, compiled on first use",
+    )
+    register(
         "torch",
         "engine_plugins.attention.torch:TorchAttention",
         devices=("cpu", "cuda"),

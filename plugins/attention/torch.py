@@ -2,8 +2,9 @@
 
 Decode rows of a step are one call: their pages are gathered, padded to the longest, and masked. Rows of
 more than one token (prefill chunks) are one call each; one that starts at 0 reads its own keys and values
-instead of the pages. Left out: attending in place. A gather copies the context once a layer, and a decode
-step costs rows x longest context, so a kernel that reads pages where they lie beats this on a GPU.
+instead of the pages. With a window, only pages that it touches are gathered. Left out: attending in place. A gather
+copies the context once a layer, and a decode step costs rows x longest context, so a kernel that reads pages where
+they lie beats this on a GPU; and a prefill chunk computes scores that its window masks.
 """
 
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ class Prefill(NamedTuple):
     """A row of several tokens: where its tokens are in the step, the halves of its pages, its mask."""
 
     tokens: slice
-    halves: Tensor | None  # [2, pages]; None when the row has nothing in the cache yet
-    mask: Tensor | None  # [tokens, context] bool, true where seen
+    halves: Tensor | None  # [2, pages] from the first that is seen; None when the row has nothing in the cache yet
+    mask: Tensor | None  # [tokens, context] bool, true where seen; None when that is all up to the token
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,26 +52,49 @@ class TorchAttention(AttentionBackend):
         rows = np.flatnonzero(batch.lengths == 1)
         decodes = halves = mask = None
         if len(rows):
-            contexts = self._tensor(batch.starts[rows] + 1)
-            pages = -(-int(batch.starts[rows].max() + 1) // size)
             if len(rows) < len(batch.lengths):
                 decodes = self._tensor(batch.offsets[rows])
-                halves = _halves(batch.page_table[self._tensor(rows), :pages])
-            else:
-                halves = _halves(batch.page_table[:, :pages])
-            mask = torch.arange(pages * size, device=self.device) < contexts[:, None]
-            mask = mask[:, None, None]
+            halves, mask = self._decode_pages(batch, rows)
         prefills = tuple(self._prefill(batch, row) for row in np.flatnonzero(batch.lengths > 1).tolist())
         return Plan(key_places, key_places + size, prefills, decodes, halves, mask)
 
+    def _first_page(self, positions: np.ndarray) -> np.ndarray:
+        """The first page that queries at `positions` see."""
+        window = self.shape.window
+        return np.zeros_like(positions) if window is None else (positions + 1 - window).clip(0) // self.page_size
+
+    def _seen(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Whether a query sees a key, by their positions."""
+        seen = keys <= queries
+        return seen if self.shape.window is None else seen & (keys > queries - self.shape.window)
+
+    def _decode_pages(self, batch: Batch, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """`halves` and `mask` of the rows that compute one token."""
+        size, ends = self.page_size, batch.starts[rows]
+        first = self._first_page(ends)
+        count = int((ends // size - first).max()) + 1
+        table = batch.page_table if len(rows) == len(batch.lengths) else batch.page_table[self._tensor(rows)]
+        keys = torch.arange(count * size, device=self.device)
+        if first.any():
+            begins = self._tensor(first)[:, None]
+            pages = begins + torch.arange(count, device=self.device)  # past a row's last page some other, masked one
+            table = table.gather(1, pages.clamp_(max=table.shape[1] - 1))
+            keys = keys + begins * size
+        mask = self._seen(self._tensor(ends)[:, None], keys)
+        return _halves(table[:, :count]), mask[:, None, None]
+
     def _prefill(self, batch: Batch, row: int) -> Prefill:
-        start, length = int(batch.starts[row]), int(batch.lengths[row])
+        start, length, window = int(batch.starts[row]), int(batch.lengths[row]), self.shape.window
         tokens = slice(int(batch.offsets[row]), int(batch.offsets[row + 1]))
-        if start == 0:
+        if start == 0 and (window is None or length <= window):
             return Prefill(tokens, None, None)
-        halves = _halves(batch.page_table[row, : -(-(start + length) // self.page_size)])
-        mask = torch.ones(length, start + length, dtype=torch.bool, device=self.device).tril(start)
-        return Prefill(tokens, halves, mask)
+        end = start + length
+        first = int(self._first_page(np.array(start)))
+        positions = torch.arange(first * self.page_size, end, device=self.device)
+        mask = self._seen(positions[-length:, None], positions)
+        if start == 0:
+            return Prefill(tokens, None, mask)
+        return Prefill(tokens, _halves(batch.page_table[row, first : -(-end // self.page_size)]), mask)
 
     def _tensor(self, numbers: np.ndarray) -> Tensor:
         return torch.from_numpy(numbers).to(self.device, non_blocking=True)

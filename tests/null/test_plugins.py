@@ -262,8 +262,11 @@ def test_a_model_named_in_vain_is_refused() -> None:
 def test_attention_is_chosen_by_preference_unless_named(distribute: Distribute) -> None:
     distribute("fast", {"fast": "fast"}, fast=MODELS.replace("-5", "99").replace('"quick"', '"quickest"'))
     entry, reason = Plugins.load().attention_for("cpu")
-    assert entry.name == "torch"
-    assert reason
+    assert entry.name == "cpu"
+    assert "before torch" in reason
+    assert [other.name for other in Plugins.load().attention_after(entry, "cpu")] == ["torch"]
+    named, _ = Plugins.load(["cpu"]).attention_for("cpu")
+    assert Plugins.load(["cpu"]).attention_after(named, "cpu") == []
     entry, reason = Plugins.load(["fast"]).attention_for("cuda")
     assert (entry.name, reason) == ("quickest", "named in --plugins")
     with pytest.raises(PluginError, match="'quickest', which runs on cuda, not on cpu"):

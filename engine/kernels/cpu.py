@@ -1,0 +1,246 @@
+"""The CPU kernels of cpu.c: compiled on first use, called through ctypes, and what they compute in plain torch.
+
+A compiler is asked for once; the library is kept in the user's cache under a name that holds everything it depends
+on. `kernels()` is None where there is no compiler, or ENGINE_CPU_KERNELS=0: layers then do the same in torch. All take
+and return float32 tensors on the CPU.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+log = logging.getLogger("engine.kernels")
+
+SOURCE = Path(__file__).with_name("cpu.c")
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
+WIDE = "-mprefer-vector-width=512"  # compilers for x86 prefer 256 bits by themselves
+
+# GGUF's name of a block type to (number in cpu.c, weights in a block, bytes in a block).
+KINDS = {
+    "F32": (0, 32, 128),
+    "F16": (1, 32, 64),
+    "BF16": (2, 32, 64),
+    "Q4_0": (3, 32, 18),
+    "Q4_1": (4, 32, 20),
+    "Q5_0": (5, 32, 22),
+    "Q5_1": (6, 32, 24),
+    "Q8_0": (7, 32, 34),
+    "Q4_K": (8, 256, 144),
+    "Q5_K": (9, 256, 176),
+    "Q6_K": (10, 256, 210),
+}
+PACKED_TOKENS = 32  # from this many tokens on, unpacking a matrix once and a GEMM is faster
+
+_pointer, _int, _long, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
+SIGNATURES = {
+    "linear": (_int, _pointer, _long, _int, _pointer, _int, _pointer, _long),
+    "unpack": (_int, _pointer, _pointer, _long, _int, _pointer),
+    "rms_norm": (_pointer, _pointer, _int, _int, _float, _pointer),
+    "silu_and_mul": (_pointer, _int, _int, _pointer),
+    "rotate": (_pointer, _pointer, _pointer, _int, _int, _int, _int, _long),
+    "attend": (
+        *(_pointer, _long, _pointer, _pointer, _long, _pointer),
+        *(_int, _int, _int, _int, _int, _float, _int, _pointer),
+    ),
+    "write_cache": (_pointer, _pointer, _long, _long, _pointer, _int, _int, _int, _pointer),
+}
+
+
+# ── building ─────────────────────────────────────────────────────────────────────────────────
+
+
+@functools.cache
+def kernels() -> "Kernels | None":
+    """The compiled kernels; None, with the reason in the log, where they cannot be had."""
+    if os.environ.get("ENGINE_CPU_KERNELS") == "0":
+        return None
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        log.warning("no C compiler: the CPU runs at a fraction of its speed; install gcc or clang")
+        return None
+    try:
+        library = ctypes.CDLL(str(_build(compiler)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        log.warning("the CPU kernels do not compile, so the CPU runs at a fraction of its speed: %s", said.strip())
+        return None
+    for name, arguments in SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, None
+    return Kernels(library)
+
+
+def _build(compiler: str) -> Path:
+    """The library's path; compiled unless it is there. Raises CalledProcessError."""
+    openmp = _openmp()
+    parts = (SOURCE.read_text(), compiler, *FLAGS, str(openmp), platform.machine(), _processor())
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "engine"
+    target = cache / f"cpu-{digest}.so"
+    if target.exists():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    log.info("compiling the CPU kernels, once, with %s", compiler)
+    wide = (WIDE,) if platform.machine() in ("x86_64", "AMD64") else ()
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        compiled, linked = Path(folder, "cpu.o"), Path(folder, "cpu.so")
+        _run(compiler, *FLAGS, *wide, "-c", str(SOURCE), "-o", str(compiled))
+        _run(compiler, "-shared", str(compiled), *([str(openmp)] if openmp else ["-fopenmp"]), "-lm", "-o", str(linked))
+        os.replace(linked, target)  # whole or not at all, whoever else is compiling
+    return target
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def _openmp() -> Path | None:
+    """The OpenMP runtime that torch carries: with another one, two pools of threads would share the cores."""
+    return next(iter(sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))), None)
+
+
+def _processor() -> str:
+    """What -march=native depends on: a cache may be shared by machines."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor()
+    lines = info.read_text().splitlines()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+# ── calling ──────────────────────────────────────────────────────────────────────────────────
+
+
+class Kernels:
+    """What cpu.c exports, on tensors. Use the one that `kernels()` returns."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        self._scratch = torch.empty(0)
+
+    def matrix(self, kind: str, data: Tensor) -> "PackedMatrix":
+        """A weight matrix in blocks of `kind`: `data` uint8 [rows, bytes of a row]."""
+        return PackedMatrix(self, kind, data)
+
+    def scratch(self, rows: int, columns: int) -> Tensor:
+        """Uninitialised [rows, columns], until the next call: fresh memory costs more than filling it."""
+        if self._scratch.numel() < rows * columns:
+            self._scratch = torch.empty(rows * columns)
+        return self._scratch[: rows * columns].view(rows, columns)
+
+    def rms_norm(self, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """torch.nn.functional.rms_norm of `hidden` [..., size] over its last dimension."""
+        hidden = hidden.contiguous()
+        out = torch.empty_like(hidden)
+        size = hidden.shape[-1]
+        tokens = hidden.numel() // size
+        self.library.rms_norm(hidden.data_ptr(), weight.data_ptr(), tokens, size, epsilon, out.data_ptr())
+        return out
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up of `gate_up` [T, 2 * size]: [T, size]."""
+        tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+        out = torch.empty(tokens, size)
+        self.library.silu_and_mul(gate_up.contiguous().data_ptr(), tokens, size, out.data_ptr())
+        return out
+
+    def rotate(self, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        """Rotates `heads` [T, heads, dim] in place, each token's heads dense; `cosines`, `sines` [T, 1, pairs]."""
+        tokens, count, dim = heads.shape
+        pairs = cosines.shape[-1]
+        assert heads.stride()[1:] == (dim, 1)
+        self.library.rotate(
+            *(heads.data_ptr(), cosines.data_ptr(), sines.data_ptr()),
+            *(tokens, count, dim, pairs, heads.stride(0)),
+        )
+        return heads
+
+
+def kernels_for(tensor: Tensor) -> Kernels | None:
+    """The kernels, where they can work on `tensor`: float32 on a CPU."""
+    return kernels() if tensor.dtype == torch.float32 and tensor.device.type == "cpu" else None
+
+
+class PackedMatrix:
+    """A weight matrix [rows, inputs] in the blocks of its file.
+
+    What is computed with it is what would be computed with the float32 matrix that it unpacks to, exactly.
+    """
+
+    def __init__(self, kernels: Kernels, kind: str, data: Tensor) -> None:
+        self._number, weights, size = KINDS[kind]
+        assert data.dtype == torch.uint8 and data.is_contiguous() and data.shape[1] % size == 0
+        self.kind = kind
+        self.data = data
+        self.rows = data.shape[0]
+        self.inputs = data.shape[1] // size * weights
+        self._kernels = kernels
+
+    def below(self, upper: "PackedMatrix") -> "PackedMatrix":
+        """The rows of `upper` and then these, as one matrix."""
+        return PackedMatrix(self._kernels, self.kind, torch.cat((upper.data, self.data)))
+
+    def linear(self, inputs: Tensor, out: Tensor) -> None:
+        """`inputs` [T, inputs], dense, times the transposed matrix into `out` [T, rows], whose rows may be strided."""
+        tokens = inputs.shape[0]
+        if tokens >= PACKED_TOKENS:
+            weight = self._kernels.scratch(self.rows, self.inputs)
+            self._unpack(None, self.rows, weight)
+            torch.mm(inputs, weight.t(), out=out)
+        else:
+            self._kernels.library.linear(
+                *(self._number, self.data.data_ptr(), self.rows, self.inputs),
+                *(inputs.data_ptr(), tokens, out.data_ptr(), out.stride(0)),
+            )
+
+    def select(self, ids: Tensor) -> Tensor:
+        """The rows `ids` [T] int64, as [T, inputs]."""
+        out = torch.empty(ids.shape[0], self.inputs)
+        self._unpack(ids.contiguous().data_ptr(), ids.shape[0], out)
+        return out
+
+    def unpacked(self) -> Tensor:
+        """The whole matrix, [rows, inputs]."""
+        out = torch.empty(self.rows, self.inputs)
+        self._unpack(None, self.rows, out)
+        return out
+
+    def _unpack(self, ids: int | None, count: int, out: Tensor) -> None:
+        self._kernels.library.unpack(self._number, self.data.data_ptr(), ids, count, self.inputs, out.data_ptr())
+
+
+# ── attention ────────────────────────────────────────────────────────────────────────────────
+
+RUN = 16  # tokens that share a pass over the keys
+MOST_QUERIES = 64  # of one task: a limit of `attend` in cpu.c
+
+
+def attention_tasks(starts: np.ndarray, lengths: np.ndarray, offsets: np.ndarray, group: int) -> np.ndarray:
+    """Rows cut into runs of tokens that share a pass over the keys: int32 [n, 4] of first token, tokens, row, position.
+
+    `starts`, `lengths` [R] and `offsets` [R + 1] are a Batch's; `group` is query heads to a key head.
+    """
+    run = max(1, min(RUN, MOST_QUERIES // group))
+    counts = -(-lengths // run)
+    rows = np.repeat(np.arange(len(lengths)), counts)
+    first = (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)) * run
+    tasks = np.stack(
+        (offsets[rows] + first, np.minimum(run, lengths[rows] - first), rows, starts[rows] + first), axis=1
+    )
+    return np.ascontiguousarray(tasks, dtype=np.int32)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    kernels()

@@ -1,0 +1,152 @@
+"""The CPU kernels against their definitions in numpy and torch; what takes their place where there is no compiler."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from engine.kernels import cpu
+from engine.layers import Build, ColumnLinear, Embedding, LMHead, RMSNorm, silu_and_mul
+from engine.layers.rotary import rotate
+from engine_plugins.attention.torch import TorchAttention
+
+KERNELS = cpu.kernels()
+needs_kernels = pytest.mark.skipif(KERNELS is None, reason="there is no C compiler here")
+
+
+def blocks(kind: str, rows: int, inputs: int, seed: int = 0) -> np.ndarray:
+    """Random blocks, uint8 [rows, bytes of a row], whose every bit pattern of weights and scales may occur."""
+    rng = np.random.default_rng(seed)
+    type_ = gguf.GGMLQuantizationType[kind]
+    if kind in ("F32", "F16", "BF16"):
+        floats = rng.standard_normal((rows, inputs)).astype(np.float32)
+        return floats.view(np.uint8) if kind == "F32" else gguf.quantize(floats, type_).view(np.uint8)
+    weights, size = gguf.GGML_QUANT_SIZES[type_]
+    packed = rng.integers(0, 256, (rows, inputs // weights, size), dtype=np.uint8)
+    starts = {"Q6_K": (208,), "Q4_0": (0,), "Q5_0": (0,), "Q8_0": (0,)}.get(kind, (0, 2))
+    for start in starts:  # random bits are no sane float16
+        scales = np.float16(rng.standard_normal((*packed.shape[:2], 1)) * 0.05)
+        packed[:, :, start : start + 2] = scales.view(np.uint8)
+    return packed.reshape(rows, -1)
+
+
+def unpacked(kind: str, packed: np.ndarray) -> torch.Tensor:
+    floats = gguf.dequantize(packed, gguf.GGMLQuantizationType[kind]).astype(np.float32)
+    return torch.from_numpy(floats.reshape(len(packed), -1).copy())
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", cpu.KINDS)
+def test_every_kind_unpacks_exactly_and_multiplies(kind: str) -> None:
+    rows, inputs = 50, 1280 if kind.endswith("_K") else 288
+    packed = blocks(kind, rows, inputs)
+    whole = unpacked(kind, packed)
+    matrix = KERNELS.matrix(kind, torch.from_numpy(packed.copy()))
+    assert (matrix.rows, matrix.inputs) == (rows, inputs)
+    assert torch.equal(matrix.unpacked(), whole)
+    ids = torch.tensor([3, 0, 49, 3])
+    assert torch.equal(matrix.select(ids), whole[ids])
+    for tokens in (1, 2, 3, 7, 8, 21, cpu.PACKED_TOKENS, 40):
+        x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(tokens))
+        out = torch.full((tokens, rows + 5), torch.nan)
+        matrix.linear(x, out[:, 2 : rows + 2])
+        expected = (x.double() @ whole.double().t()).float()
+        scale = (x.abs() @ whole.abs().t()).max()
+        assert (out[:, 2 : rows + 2] - expected).abs().max() < 1e-6 * scale, tokens
+        assert out[:, :2].isnan().all() and out[:, rows + 2 :].isnan().all()
+
+
+@needs_kernels
+def test_what_stands_between_the_matrices() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(5, 3, 40, generator=generator) * 3
+    weight = torch.randn(40, generator=generator)
+    expected = torch.nn.functional.rms_norm(hidden, (40,), weight, 1e-5)
+    assert torch.allclose(KERNELS.rms_norm(hidden, weight, 1e-5), expected, atol=1e-6, rtol=1e-6)
+    gate_up = torch.cat((torch.linspace(-120, 120, 960).view(4, 240), torch.randn(4, 240, generator=generator)), 1)
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    expected = (torch.nn.functional.silu(gate) * up).float()
+    assert torch.allclose(silu_and_mul(gate_up), expected, atol=1e-7, rtol=1e-6)
+    heads, angles = torch.randn(5, 7, 64, generator=generator), torch.randn(5, 1, 16, generator=generator)
+    first, second = heads[..., :16], heads[..., 16:32]
+    rotated = (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin())
+    expected = torch.cat((*rotated, heads[..., 32:]), -1)
+    strided = torch.cat((heads, torch.zeros(5, 2, 64)), 1)[:, :7]
+    assert torch.allclose(rotate(strided, (angles.cos(), angles.sin())), expected, atol=1e-6)
+
+
+class Stored:
+    """A LazyTensor that is packed in its checkpoint."""
+
+    def __init__(self, kind: str, packed: np.ndarray) -> None:
+        self.kind, self.bytes = kind, packed
+        self.whole = unpacked(kind, packed)
+        self.shape = tuple(self.whole.shape)
+
+    def __getitem__(self, index: object) -> torch.Tensor:
+        return self.whole[index]
+
+    def packed(self) -> tuple[str, np.ndarray]:
+        return self.kind, self.bytes.copy()
+
+
+def build(dtype: torch.dtype = torch.float32) -> Build:
+    return Build(
+        dtype=dtype, device=torch.device("cpu"), page_size=16, max_model_len=64, attention_backend=TorchAttention
+    )
+
+
+@pytest.mark.parametrize("kinds", [("Q4_1", "Q4_1"), ("Q4_1", "Q8_0"), ("Q4_1", "Q2_K")], ids="-".join)
+def test_a_layer_keeps_its_parts_packed_if_it_can(kinds: tuple[str, str]) -> None:
+    parts = dict(zip(("gate_proj", "up_proj"), (Stored(kinds[0], blocks(kinds[0], 24, 256)), None), strict=True))
+    if kinds[1] == "Q2_K":  # a kind without a kernel
+        parts["up_proj"] = Stored("Q4_0", blocks("Q4_0", 16, 256, 1))
+        parts["up_proj"].kind = "Q2_K"
+    else:
+        parts["up_proj"] = Stored(kinds[1], blocks(kinds[1], 16, 256, 1))
+    layer = ColumnLinear(build(), 256, {"gate_proj": 24, "up_proj": 16})
+    for part, tensor in reversed(parts.items()):
+        layer.load(f"mlp.{part}.weight", "weight", part, tensor)
+    layer.loaded()
+    x = torch.randn(6, 256)
+    expected = x @ torch.cat([parts["gate_proj"].whole, parts["up_proj"].whole]).t()
+    assert torch.allclose(layer(x), expected, atol=1e-4)
+    if KERNELS is not None:
+        assert len(layer.matrices) == {"Q4_1": 1, "Q8_0": 2, "Q2_K": 0}[kinds[1]]
+
+
+def test_a_tied_head_uses_the_packed_embedding() -> None:
+    stored = Stored("Q8_0", blocks("Q8_0", 40, 64))
+    embedding = Embedding(build(), 40, 64)
+    head = LMHead(build(), 64, 40, tied=embedding)
+    embedding.load("embed_tokens.weight", "weight", "", stored)
+    embedding.loaded(), head.loaded()
+    assert torch.equal(embedding(torch.tensor([7, 39])), stored.whole[[7, 39]])
+    x = torch.randn(3, 64)
+    assert torch.allclose(head(x), x @ stored.whole.t(), atol=1e-4)
+
+
+def test_without_kernels_layers_do_the_same_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = Stored("Q4_1", blocks("Q4_1", 24, 256))
+    x = torch.randn(3, 256)
+
+    def run() -> torch.Tensor:
+        layer, norm = ColumnLinear(build(), 256, 24), RMSNorm(build(), 24, 1e-5)
+        layer.load("proj.weight", "weight", "", stored)
+        norm.weight.fill_(1.5)
+        return silu_and_mul(norm(layer(x)))
+
+    with_kernels = run()
+    monkeypatch.setattr(cpu, "kernels", lambda: None)
+    assert torch.allclose(run(), with_kernels, atol=1e-5)
+
+
+def test_no_compiler_is_a_warning_with_the_remedy(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("ENGINE_CPU_KERNELS", raising=False)
+    assert cpu.kernels.__wrapped__() is None
+    assert "install gcc or clang" in caplog.text
+    monkeypatch.setenv("CC", "/bin/false")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/nonexistent/cache")
+    assert cpu.kernels.__wrapped__() is None
