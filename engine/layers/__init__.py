@@ -1,9 +1,19 @@
 """What models are built from. A model states its sharding through these layers and holds no rank arithmetic."""
 
-from engine.layers.activation import silu_and_mul
+from engine.layers.activation import gated_activation, gelu_and_mul, silu_and_mul
 from engine.layers.attention import Attention, AttentionBackend, AttentionShape
 from engine.layers.batch import Batch
 from engine.layers.build import Build
+from engine.layers.decoder import (
+    AttentionKind,
+    Block,
+    CausalLM,
+    Decoder,
+    DecoderShape,
+    GatedMLP,
+    Rotations,
+    SelfAttention,
+)
 from engine.layers.embedding import Embedding, LMHead
 from engine.layers.linear import ColumnLinear, QKVLinear, RowLinear
 from engine.layers.model import Layer, Model
@@ -13,18 +23,28 @@ from engine.layers.rotary import Rotary, rotate
 __all__ = [
     "Attention",
     "AttentionBackend",
+    "AttentionKind",
     "AttentionShape",
     "Batch",
+    "Block",
     "Build",
+    "CausalLM",
     "ColumnLinear",
+    "Decoder",
+    "DecoderShape",
     "Embedding",
+    "GatedMLP",
     "LMHead",
     "Layer",
     "Model",
     "QKVLinear",
     "RMSNorm",
     "Rotary",
+    "Rotations",
     "RowLinear",
+    "SelfAttention",
+    "gated_activation",
+    "gelu_and_mul",
     "rotate",
     "silu_and_mul",
 ]

@@ -1,7 +1,8 @@
 """The seam between a model and an attention backend: the cache layout is the backend's, the layer is thin.
 
 One backend object serves one KV group: layers that share a shape, so one plan a step serves them all.
-Left out: masks other than causal, windows, latent (MLA) attention, which are backends of another shape.
+Left out: masks other than causal and windows, latent (MLA) attention, which is a backend of another shape; pages
+that all windows have passed stay with their request until it ends.
 """
 
 from abc import ABC, abstractmethod
@@ -17,13 +18,17 @@ from engine.plugin.specs import KVGroup
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionShape:
-    """Causal grouped-query attention as one rank computes it; `scale` multiplies the scores."""
+    """Causal grouped-query attention as one rank computes it; `scale` multiplies the scores.
+
+    With a `window`, a query sees that many positions, its own the last of them.
+    """
 
     layers: int
     query_heads: int
     kv_heads: int
     head_dim: int
     scale: float
+    window: int | None = None
 
 
 class AttentionBackend(ABC):
@@ -31,8 +36,8 @@ class AttentionBackend(ABC):
 
     The contract: `forward` writes K and V of ALL rows of the step into the cache before any row reads
     it, so a row may use pages that another row of the same step fills. Query i of row r sees positions
-    0 .. starts[r]+i of that row and nothing else, whatever else lies in the pages: they start as zeros
-    and are reused without being cleared.
+    0 .. starts[r]+i of that row, with a window the last `window` of them, and nothing else, whatever else lies
+    in the pages: they start as zeros and are reused without being cleared.
     """
 
     def __init__(self, shape: AttentionShape, page_size: int, device: torch.device, dtype: torch.dtype) -> None:

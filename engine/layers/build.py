@@ -4,6 +4,7 @@ Layers ask it for their share of a dimension, so models never see a rank. Left o
 parallelism comes: process groups; `world` is 1.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ class Build:
     device: torch.device
     page_size: int
     max_model_len: int
-    attention_backend: type[AttentionBackend]
+    attention_backend: Callable[..., AttentionBackend]  # a backend class, or what chooses one
     rank: int = 0
     world: int = 1
 
@@ -38,11 +39,17 @@ class Build:
         return share.stop - share.start
 
     def attention(
-        self, layers: int, query_heads: int, kv_heads: int, head_dim: int, scale: float | None = None
+        self,
+        layers: int,
+        query_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        scale: float | None = None,
+        window: int | None = None,
     ) -> AttentionBackend:
         """The backend that serves `layers` attention layers of this shape (head counts of the whole model).
 
-        `scale` multiplies the scores; by default head_dim ** -0.5.
+        `scale` multiplies the scores; by default head_dim ** -0.5. A `window` that holds the longest sequence is none.
         """
         shape = AttentionShape(
             layers=layers,
@@ -50,5 +57,6 @@ class Build:
             kv_heads=self.local(kv_heads),
             head_dim=head_dim,
             scale=head_dim**-0.5 if scale is None else scale,
+            window=window if window is not None and window < self.max_model_len else None,
         )
         return self.attention_backend(shape, self.page_size, self.device, self.dtype)

@@ -32,22 +32,30 @@ class Layer(nn.Module):
         target = self.get_parameter(parameter)
         copy_weight(name, target, tensor, tuple(target.shape), (slice(None),))
 
+    def loaded(self) -> None:
+        """Called once, when every weight of the model has been loaded."""
 
-def empty_weight(build: Build, *shape: int) -> nn.Parameter:
-    """A weight of this rank, to be filled by `Layer.load`."""
-    return nn.Parameter(torch.empty(shape, dtype=build.dtype, device=build.device), requires_grad=False)
+
+def empty_weight(build: Build, *shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
+    """A weight of this rank, to be filled by `Layer.load`; of the build's type unless `dtype` says another."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype or build.dtype, device=build.device), requires_grad=False)
 
 
 def copy_weight(
     name: str, target: Tensor, tensor: LazyTensor, whole: tuple[int, ...], index: tuple[slice, ...]
 ) -> None:
     """Copies `tensor[index]` into `target` if the tensor's full shape is `whole`, else raises ConfigError."""
+    check_shape(name, tensor, whole)
+    target.copy_(tensor[index])
+
+
+def check_shape(name: str, tensor: LazyTensor, whole: tuple[int, ...]) -> None:
+    """Raises ConfigError when `tensor`, called `name` in the checkpoint, is not of shape `whole`."""
     if tuple(tensor.shape) != whole:
         raise ConfigError(
             f"weight {name} has shape {tuple(tensor.shape)} in the checkpoint, but its configuration "
             f"calls for {whole}: the two do not belong together"
         )
-    target.copy_(tensor[index])
 
 
 class Model(nn.Module, ABC):
@@ -118,6 +126,9 @@ class Model(nn.Module, ABC):
                 f"the checkpoint's weights do not fit {type(self).__name__}: {complaints}. "
                 "Is its config.json the right one?"
             )
+        for layer in self.modules():
+            if isinstance(layer, Layer):
+                layer.loaded()
 
 
 def _checkpoint_path(path: str, part: str) -> str:

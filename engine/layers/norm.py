@@ -1,19 +1,34 @@
 """Root-mean-square normalisation."""
 
+import torch
 from torch import Tensor, nn
 
+from engine.kernels.cpu import kernels_for
 from engine.layers.build import Build
 from engine.layers.model import Layer, empty_weight
+from engine.plugin.specs import LazyTensor
 
 
 class RMSNorm(Layer):
-    """RMSNorm (arXiv:1910.07467) over the last dimension; `epsilon` is added to the mean square."""
+    """RMSNorm (arXiv:1910.07467) over the last dimension; `epsilon` is added to the mean square.
 
-    def __init__(self, build: Build, size: int, epsilon: float) -> None:
+    `offset` is added to the weight as it is loaded, which is then kept in float32: some models store weight - 1.
+    """
+
+    def __init__(self, build: Build, size: int, epsilon: float, offset: float = 0.0) -> None:
         super().__init__()
-        self.weight = empty_weight(build, size)
+        self.weight = empty_weight(build, size, dtype=torch.float32 if offset else None)
         self.epsilon = epsilon
+        self.offset = offset
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """`hidden` [T, size] in and out; the mean square is taken in float32."""
-        return nn.functional.rms_norm(hidden, self.weight.shape, self.weight, self.epsilon)
+        """`hidden` [..., size] in and out; the mean square is taken in float32."""
+        if kernels := kernels_for(hidden):
+            return kernels.rms_norm(hidden, self.weight, self.epsilon)
+        normed = nn.functional.rms_norm(hidden.to(self.weight.dtype), self.weight.shape, self.weight, self.epsilon)
+        return normed.to(hidden.dtype)
+
+    def load(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> None:
+        super().load(name, parameter, part, tensor)
+        if self.offset:
+            self.weight.add_(self.offset)

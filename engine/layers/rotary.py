@@ -1,7 +1,7 @@
 """Rotary position embedding (RoFormer, arXiv:2104.09864) and the scalings that stretch it.
 
 Angles are computed once a step, in float32, from positions: no table, so no length limit. Left out:
-partial rotation, yarn, longrope, multi-axis positions.
+yarn, multi-axis positions.
 """
 
 import math
@@ -12,50 +12,89 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
+from engine.kernels.cpu import kernels_for
 from engine.layers.build import Build
+
+# of config.json itself, where its rope options do not say otherwise
+TERMS = ("rope_theta", "partial_rotary_factor", "max_position_embeddings", "original_max_position_embeddings")
 
 
 class Rotary(nn.Module):
     """Turns positions into the cosines and sines that `rotate` applies to queries and keys.
 
-    Reads `rope_theta` and `rope_scaling` of config.json, or `rope_parameters` which holds both (the
-    form of transformers 5). Raises ConfigError for a rope type it does not know.
+    Reads `rope_theta`, `partial_rotary_factor` and `rope_scaling` of config.json, or `rope_parameters` which holds
+    all (the form of transformers 5). Raises ConfigError for a rope type it does not know.
     """
 
     def __init__(self, build: Build, config: Mapping[str, Any], head_dim: int) -> None:
         super().__init__()
-        scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        theta = scaling.get("rope_theta", config.get("rope_theta")) or 10000.0
+        scaling = {key: config[key] for key in TERMS if config.get(key) is not None}
+        scaling |= config.get("rope_parameters") or config.get("rope_scaling") or {}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
-        known = {"default": lambda frequencies, _: frequencies, "linear": _linear, "llama3": _llama3}
+        known = {"default": _default, "linear": _linear, "llama3": _llama3, "longrope": _longrope, "su": _longrope}
         if kind not in known:
             raise ConfigError(f"rope type {kind!r} is not supported; this model class knows {', '.join(known)}")
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        frequencies = known[kind](1.0 / theta**exponents, scaling)
-        self.frequencies = frequencies.to(build.device)  # [head_dim / 2]
+        size = int(head_dim * (scaling.get("partial_rotary_factor") or 1.0))
+        exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
+        frequencies = 1.0 / (scaling.get("rope_theta") or 10000.0) ** exponents
+        frequencies, self.magnitude = known[kind](frequencies, scaling, build.max_model_len)
+        self.frequencies = frequencies.to(build.device)  # [size / 2]
         self.dtype = build.dtype
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """`positions` [T] to (cosines, sines), each [T, 1, head_dim / 2]."""
+        """`positions` [T] to (cosines, sines), each [T, 1, size / 2]: `size` of head_dim dimensions rotate."""
         angles = positions[:, None, None].to(torch.float32) * self.frequencies
-        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        cosines, sines = angles.cos(), angles.sin()
+        if self.magnitude != 1.0:
+            cosines, sines = cosines * self.magnitude, sines * self.magnitude
+        return cosines.to(self.dtype), sines.to(self.dtype)
 
 
 def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates `heads` [T, heads, head_dim], where dimension i pairs with i + head_dim / 2 (as Hugging Face)."""
+    """Rotates `heads` [T, heads, head_dim], where dimension i pairs with i + size / 2 (as Hugging Face).
+
+    `size` is what the rotation covers; dimensions beyond it stay as they are. May work in place."""
     cosines, sines = rotation
-    first, second = heads.chunk(2, dim=-1)
-    return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
+    if kernels := kernels_for(heads):
+        return kernels.rotate(heads, cosines, sines)
+    half = cosines.shape[-1]
+    first, second = heads[..., :half], heads[..., half : 2 * half]
+    parts = [first * cosines - second * sines, second * cosines + first * sines]
+    if 2 * half < heads.shape[-1]:
+        parts.append(heads[..., 2 * half :])
+    return torch.cat(parts, dim=-1)
 
 
-def _linear(frequencies: Tensor, scaling: Mapping[str, Any]) -> Tensor:
+# ── rope types: frequencies, options and the longest sequence to frequencies and the size of the rotated ─────────────
+
+
+def _default(frequencies: Tensor, scaling: Mapping[str, Any], longest: int) -> tuple[Tensor, float]:
+    return frequencies, 1.0
+
+
+def _linear(frequencies: Tensor, scaling: Mapping[str, Any], longest: int) -> tuple[Tensor, float]:
     """Position interpolation (arXiv:2306.15595)."""
-    return frequencies / scaling["factor"]
+    return frequencies / scaling["factor"], 1.0
 
 
-def _llama3(frequencies: Tensor, scaling: Mapping[str, Any]) -> Tensor:
+def _llama3(frequencies: Tensor, scaling: Mapping[str, Any], longest: int) -> tuple[Tensor, float]:
     """Llama 3.1's: long wavelengths are stretched by `factor`, short ones kept, those between blended."""
     factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # over the trained length
     keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return keep * frequencies + (1 - keep) * frequencies / factor
+    return keep * frequencies + (1 - keep) * frequencies / factor, 1.0
+
+
+def _longrope(frequencies: Tensor, scaling: Mapping[str, Any], longest: int) -> tuple[Tensor, float]:
+    """LongRoPE (arXiv:2402.13753): a divisor of its own for each frequency.
+
+    There are two sets of them, for sequences within the trained length and beyond. What is cached for one is of no
+    use to the other, so `longest` chooses for all sequences; Hugging Face chooses anew for each batch.
+    """
+    trained = scaling["original_max_position_embeddings"]
+    divisors = scaling["long_factor" if longest > trained else "short_factor"]
+    magnitude = scaling.get("attention_factor")
+    if magnitude is None:
+        stretch = scaling.get("factor") or scaling["max_position_embeddings"] / trained
+        magnitude = math.sqrt(1 + math.log(stretch) / math.log(trained)) if stretch > 1 else 1.0
+    return frequencies / torch.tensor(divisors), float(magnitude)

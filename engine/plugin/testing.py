@@ -12,6 +12,7 @@ Each raises AssertionError with the numbers. Imports torch. Left out: speed.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.errors import ConfigError
 from engine.layers.attention import AttentionBackend, AttentionShape
 from engine.layers.batch import Batch
 from engine.layers.build import Build
@@ -45,10 +47,12 @@ class AttentionCase:
     rows: tuple[tuple[int, int], ...]
     shares: tuple[tuple[int, int], ...] = ()
     scale: float | None = None
+    window: int | None = None
 
     def __str__(self) -> str:
         rows = ",".join(f"{start}+{length}" for start, length in self.rows)
-        return f"page{self.page_size}-heads{self.heads[0]}/{self.heads[1]}x{self.head_dim}-{rows}"
+        window = "" if self.window is None else f"-window{self.window}"
+        return f"page{self.page_size}-heads{self.heads[0]}/{self.heads[1]}x{self.head_dim}{window}-{rows}"
 
 
 ATTENTION_CASES: tuple[AttentionCase, ...] = (
@@ -61,6 +65,15 @@ ATTENTION_CASES: tuple[AttentionCase, ...] = (
     AttentionCase(page_size=16, heads=(6, 2), head_dim=80, rows=((16, 16), (0, 16), (32, 1))),
     AttentionCase(page_size=4, heads=(6, 3), head_dim=64, rows=((0, 11), (8, 3), (4, 1)), shares=((1, 0), (2, 0))),
     AttentionCase(page_size=16, heads=(9, 3), head_dim=64, rows=((16, 1), (0, 16)), shares=((0, 1),)),
+    # windows: decode rows around the borders of pages, prefill from nothing and from the cache, all of it mixed, a
+    # window of one page, of one token, one larger than any context, a shared prefix that the window has passed
+    AttentionCase(page_size=4, heads=(4, 1), head_dim=64, window=6, rows=((3, 1), (4, 1), (5, 1), (6, 1), (9, 1))),
+    AttentionCase(page_size=16, heads=(4, 4), head_dim=64, window=7, rows=((0, 40),)),
+    AttentionCase(page_size=4, heads=(8, 2), head_dim=32, window=5, rows=((0, 3), (40, 1), (9, 7), (0, 5), (2, 1))),
+    AttentionCase(page_size=16, heads=(6, 2), head_dim=80, window=16, rows=((15, 1), (31, 33), (16, 1), (32, 16))),
+    AttentionCase(page_size=1, heads=(8, 2), head_dim=64, window=1, rows=((5, 1), (3, 7), (0, 9))),
+    AttentionCase(page_size=4, heads=(4, 2), head_dim=64, window=99, rows=((0, 9), (7, 1), (6, 5), (30, 1))),
+    AttentionCase(page_size=4, heads=(6, 3), head_dim=64, window=4, rows=((0, 11), (8, 3), (8, 1)), shares=((1, 0),)),
 )
 
 
@@ -78,7 +91,9 @@ def check_attention(
     generator = torch.Generator().manual_seed(seed)
     (query_heads, kv_heads), dim = case.heads, case.head_dim
     scale = dim**-0.5 if case.scale is None else case.scale
-    shape = AttentionShape(layers=2, query_heads=query_heads, kv_heads=kv_heads, head_dim=dim, scale=scale)
+    shape = AttentionShape(
+        layers=2, query_heads=query_heads, kv_heads=kv_heads, head_dim=dim, scale=scale, window=case.window
+    )
     built = backend(shape, case.page_size, torch.device(device), dtype)
     table, pages = _scattered_pages(case, generator)
     spec = KVSpec(case.page_size, (built.kv_group(),))
@@ -97,7 +112,7 @@ def check_attention(
             filled = [(0, length) for length in before]
             _attend(built, case, filled, contexts, table, caches, layer)
         got = _attend(built, case, case.rows, contexts, table, caches, layer)
-        wanted = torch.cat([_reference(context, *case.heads, scale, start)
+        wanted = torch.cat([_reference(context, case, scale, start)
                             for context, (start, _) in zip(contexts, case.rows, strict=True)])  # fmt: skip
         _assert_close(got.double().cpu(), wanted, tolerance, f"layer {layer} of {case}")
 
@@ -139,11 +154,14 @@ def _attend(
     return out.view(-1, case.heads[0], case.head_dim)
 
 
-def _reference(context: Tensor, query_heads: int, kv_heads: int, scale: float, start: int) -> Tensor:
+def _reference(context: Tensor, case: AttentionCase, scale: float, start: int) -> Tensor:
     """Attention by its definition, in float64: [length, query_heads, head_dim] of one row's last positions."""
+    query_heads, kv_heads = case.heads
     key, value = (part[:, :kv_heads].repeat_interleave(query_heads // kv_heads, dim=1) for part in context[:2])
     scores = torch.einsum("qhd,khd->hqk", context[2][start:], key) * scale
     unseen = torch.ones(scores.shape[1:], dtype=torch.bool).triu(start + 1)
+    if case.window is not None:
+        unseen |= torch.ones_like(unseen).tril(start - case.window)
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(unseen, -torch.inf).softmax(-1), value)
 
 
@@ -177,14 +195,12 @@ class ModelHarness:
         dtype: torch.dtype = torch.float32,
         max_model_len: int = 64,
     ) -> None:
-        if attention is None:
-            attention = resolve(Plugins.load().attention_for(device)[0].target)
         build = Build(
             dtype=dtype,
             device=torch.device(device),
             page_size=self.page_size,
             max_model_len=max_model_len,
-            attention_backend=attention,
+            attention_backend=attention or _built_in(device),
         )
         built = model(dict(config), build)
         with torch.inference_mode():
@@ -212,6 +228,21 @@ class ModelHarness:
         """Logits at every position of a step's rows (slot, start, length): [length, vocab_size] each."""
         hidden, _ = self.runner.forward(np.array([[*row, 0] for row in rows], np.int64))
         return list(self.runner.model.logits(hidden).cpu().split([length for _, _, length in rows]))
+
+
+def _built_in(device: str) -> Callable[..., AttentionBackend]:
+    """The built-in backend for `device` that comes first and can serve the shape it is asked for."""
+    plugins = Plugins.load()
+    first = plugins.attention_for(device)[0]
+    *others, last = (resolve(entry.target) for entry in (first, *plugins.attention_after(first, device)))
+
+    def build(*arguments: Any) -> AttentionBackend:
+        for backend in others:
+            with suppress(ConfigError):
+                return backend(*arguments)
+        return last(*arguments)
+
+    return build
 
 
 def _whole(harness: ModelHarness, reference: Reference, prompts: list[list[int]], tolerance: float) -> None:

@@ -57,6 +57,13 @@ class GGUFFile:
         except (struct.error, ValueError, TypeError, KeyError, ArithmeticError) as error:
             raise ConfigError(f"{path} is damaged near byte {self._position} ({error}); download it again") from error
 
+    def field(self, key: str) -> Any:
+        """The metadata of `key`; ConfigError when there is none."""
+        try:
+            return self.fields[key]
+        except KeyError:
+            raise ConfigError(f"{self.path} has no field {key}; convert the model again") from None
+
     def _scalar(self, format: str) -> Any:
         (value,) = struct.unpack_from(format, self._map, self._position)
         self._position += struct.calcsize(format)

@@ -13,6 +13,24 @@ def register_models(register: Register) -> None:
         description="Llama 1 to 3, SmolLM2, Mistral and what else shares their shape",
     )
     register(
+        "qwen",
+        "engine_plugins.models.qwen:Qwen",
+        architectures=("Qwen2ForCausalLM", "Qwen3ForCausalLM"),
+        description="Qwen2, Qwen2.5 and Qwen3, the dense ones",
+    )
+    register(
+        "gemma",
+        "engine_plugins.models.gemma:Gemma3",
+        architectures=("Gemma3ForCausalLM",),
+        description="Gemma 3, text",
+    )
+    register(
+        "phi",
+        "engine_plugins.models.phi:Phi3",
+        architectures=("Phi3ForCausalLM",),
+        description="Phi-3, Phi-3.5 and Phi-4, the dense ones",
+    )
+    register(
         "echo",
         "engine_plugins.models.echo:Echo",
         architectures=("EchoForTests",),

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from engine.errors import ConfigError
 from engine_plugins.checkpoints import gguf as format
 from engine_plugins.checkpoints.gguf import GGUFCheckpoint, embedded_path
+from engine_plugins.checkpoints.gguf_families import LLAMA
 
 # what the published model says in fp32
 FIRST_LOGITS = {7042: 17.3713, 260: 14.8886, 4528: 13.245, 2250: 13.0095, 1315: 12.9515}
@@ -111,7 +112,7 @@ def test_weights_are_dequantized_as_the_gguf_package_does(checkpoint, reader, na
     if heads:  # rows 2i and 2i+1 of a head of 64 are rows i and i+32 of Hugging Face's
         pairs = [head * 64 + 2 * i + half for head in range(heads) for half in range(2) for i in range(32)]
         expected = expected[pairs]
-    weight = dict(checkpoint.tensors())[format.translate(format.LLAMA, name, embedded_path("smollm2-135m"))]
+    weight = dict(checkpoint.tensors())[LLAMA.translate(name, embedded_path("smollm2-135m"))]
     assert weight.shape == expected.shape
     rows = slice(5, 70)
     for index in [slice(None), rows, slice(3, 100, 7), slice(4, 4)]:

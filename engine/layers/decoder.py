@@ -1,0 +1,189 @@
+"""The decoder that most dense models are, with their differences as data.
+
+    ids ─ embed ─┬─ norm ─ q,k,v ─ rotate ─ attention ─ o ─(+)─┬─ norm ─ gate,up ─ act·mul ─ down ─(+)─ … ─ norm ─ head
+                 └─────────────────────────────────────────────┘  └─────────────────────────────────────┘
+
+A model family is a `CausalLM` that reads its config.json into a `DecoderShape`; one that wires its blocks otherwise
+sets `block`. Module paths are the weights' names in Hugging Face checkpoints. Left out: mixtures of experts, layers
+that do not attend, norms that are not RMS.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from engine.layers.activation import gated_activation
+from engine.layers.attention import Attention
+from engine.layers.batch import Batch
+from engine.layers.build import Build
+from engine.layers.embedding import Embedding, LMHead
+from engine.layers.linear import ColumnLinear, QKVLinear, RowLinear
+from engine.layers.model import Model
+from engine.layers.norm import RMSNorm
+from engine.layers.rotary import Rotary, rotate
+
+Rotations = Sequence[tuple[Tensor, Tensor]]  # per KV group: the cosines and sines of the step's positions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionKind:
+    """What layers of one kind share, hence one KV group: how far they see, and the `rope` options that Rotary reads."""
+
+    rope: Mapping[str, Any]
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderShape:
+    """Sizes and options of a decoder; `layers[i]` says which of `kinds` layer i is."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    epsilon: float
+    kinds: tuple[AttentionKind, ...]
+    layers: tuple[int, ...]
+    activation: str = "silu"
+    tied: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    head_norms: bool = False  # each query and key head passes an RMSNorm before it is rotated
+    norm_offset: float = 0.0  # added to the weights of all norms
+    scale: float | None = None  # of attention scores; by default head_dim ** -0.5
+    embedding_scale: float = 1.0
+    logit_cap: float | None = None  # logits are squeezed into -cap .. cap
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], **differences: Any) -> Self:
+        """From config.json's usual terms, then `differences`, which are fields of this class."""
+        heads = config["num_attention_heads"]
+        usual: dict[str, Any] = {
+            "vocab_size": config["vocab_size"],
+            "hidden_size": config["hidden_size"],
+            "intermediate_size": config["intermediate_size"],
+            "query_heads": heads,
+            "kv_heads": config.get("num_key_value_heads") or heads,
+            "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+            "epsilon": config["rms_norm_eps"],
+            "kinds": (AttentionKind(rope=config),),
+            "layers": (0,) * config["num_hidden_layers"],
+            "activation": config.get("hidden_act") or "silu",
+            "tied": bool(config.get("tie_word_embeddings")),
+        }
+        return cls(**usual | differences)
+
+    def norm(self, build: Build, size: int) -> RMSNorm:
+        return RMSNorm(build, size, self.epsilon, self.norm_offset)
+
+
+class Decoder(nn.Module):
+    def __init__(self, shape: DecoderShape, build: Build, blocks: Sequence["Block"]) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(build, shape.vocab_size, shape.hidden_size)
+        self.layers = nn.ModuleList(blocks)
+        self.norm = shape.norm(build, shape.hidden_size)
+        # rounded as the weights are, because the models were trained so
+        self.embedding_scale = float(torch.tensor(shape.embedding_scale, dtype=build.dtype))
+
+    def forward(self, batch: Batch, rotations: Rotations) -> Tensor:
+        hidden = self.embed_tokens(batch.ids)
+        if self.embedding_scale != 1.0:
+            hidden = hidden * self.embedding_scale
+        for layer in self.layers:
+            hidden = layer(hidden, batch, rotations)
+        return self.norm(hidden)
+
+
+class Block(nn.Module):
+    """Attention, then a gated MLP; each reads a norm of the stream and adds to it."""
+
+    def __init__(self, shape: DecoderShape, build: Build, attention: Attention) -> None:
+        super().__init__()
+        self.input_layernorm = shape.norm(build, shape.hidden_size)
+        self.self_attn = SelfAttention(shape, build, attention)
+        self.post_attention_layernorm = shape.norm(build, shape.hidden_size)
+        self.mlp = GatedMLP(shape, build)
+
+    def forward(self, hidden: Tensor, batch: Batch, rotations: Rotations) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), batch, rotations)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, shape: DecoderShape, build: Build, attention: Attention) -> None:
+        super().__init__()
+        size, heads, head_dim = shape.hidden_size, shape.query_heads, shape.head_dim
+        self.qkv_proj = QKVLinear(build, size, heads, shape.kv_heads, head_dim, shape.qkv_bias)
+        self.o_proj = RowLinear(build, heads * head_dim, size, shape.output_bias)
+        self.q_norm = shape.norm(build, head_dim) if shape.head_norms else None
+        self.k_norm = shape.norm(build, head_dim) if shape.head_norms else None
+        self.attention = attention
+
+    def forward(self, hidden: Tensor, batch: Batch, rotations: Rotations) -> Tensor:
+        query, key, value = self.qkv_proj(hidden)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        rotation = rotations[self.attention.group]
+        return self.o_proj(self.attention(rotate(query, rotation), rotate(key, rotation), value, batch))
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, shape: DecoderShape, build: Build) -> None:
+        super().__init__()
+        size, inner = shape.hidden_size, shape.intermediate_size
+        self.gate_up_proj = ColumnLinear(build, size, {"gate_proj": inner, "up_proj": inner}, shape.mlp_bias)
+        self.activation = gated_activation(shape.activation)
+        self.down_proj = RowLinear(build, inner, size, shape.mlp_bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_up_proj(hidden)))
+
+
+class CausalLM(Model):
+    """A model that is a decoder and a head. A subclass says how its config.json reads."""
+
+    block: type[Block] = Block
+
+    def __init__(self, config: dict[str, Any], build: Build) -> None:
+        super().__init__(config, build)
+        shape = self.shape_of(config)
+        self.vocab_size = shape.vocab_size
+        self.logit_cap = shape.logit_cap
+        groups = sorted(set(shape.layers))  # kinds that no layer is of get no KV group
+        kinds = [shape.kinds[group] for group in groups]
+        heads = (shape.query_heads, shape.kv_heads, shape.head_dim)
+        self.backends = tuple(
+            build.attention(shape.layers.count(group), *heads, scale=shape.scale, window=kind.window)
+            for group, kind in zip(groups, kinds, strict=True)
+        )
+        self.rotaries = nn.ModuleList(Rotary(build, kind.rope, shape.head_dim) for kind in kinds)
+        attentions = []
+        for layer, kind_of_layer in enumerate(shape.layers):
+            group = groups.index(kind_of_layer)
+            place = shape.layers[:layer].count(kind_of_layer)
+            attentions.append(Attention(self.backends[group], place, group))
+        self.model = Decoder(shape, build, [self.block(shape, build, attention) for attention in attentions])
+        tied = self.model.embed_tokens if shape.tied else None
+        self.lm_head = LMHead(build, shape.hidden_size, shape.vocab_size, tied)
+
+    @staticmethod
+    @abstractmethod
+    def shape_of(config: dict[str, Any]) -> DecoderShape:
+        """What `config`, in config.json's terms, says. Raises ConfigError for what would run and be wrong."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.model(batch, [rotary(batch.positions) for rotary in self.rotaries])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = self.lm_head(hidden)
+        if self.logit_cap is not None:
+            logits = logits.div_(self.logit_cap).tanh_().mul_(self.logit_cap)
+        return logits

@@ -1,0 +1,49 @@
+"""Tiny seeded transformers models: the oracles that our model families are held against, in float32."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import transformers
+
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "pad_token_id": None,
+}
+CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+
+
+def tiny_model(family, **changes):
+    """`family`ForCausalLM of transformers, of TINY with `changes`."""
+    config = getattr(transformers, CONFIGS.get(family, f"{family}Config"))(**{**TINY, **changes})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    neutral = 0.0 if family.startswith("Gemma") else 1.0  # what a norm's weight is when it changes nothing
+    for parameter in model.parameters():  # biases and norms too, and large enough for decided answers
+        parameter.data.normal_(mean=0.0 if parameter.ndim > 1 else neutral - 0.5, std=0.2)
+    return model
+
+
+def tiny(family, pad_to=0, **changes):
+    """(config.json's terms, weights, the oracle) of a tiny model of `family`.
+
+    `pad_to` runs the oracle on no fewer ids, of which the last are made up and change nothing before them."""
+    model = tiny_model(family, **changes)
+    tensors = {key: value.detach() for key, value in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+
+    @torch.inference_mode()
+    def reference(ids):
+        padded = ids + [0] * (pad_to - len(ids))
+        return model(torch.tensor([padded])).logits[0, : len(ids)].float()
+
+    return model.config.to_dict(), tensors, reference
