@@ -4,7 +4,9 @@ Nothing is clamped or repaired: what a client asks for is served as asked, or re
 only the model knows (its length, its vocabulary) is checked where the prompt is tokenized.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from math import prod
 from types import MappingProxyType
 
 from engine.errors import RequestError
@@ -14,6 +16,15 @@ INT32_MAX = 2**31 - 1
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024
 MAX_STOP_TOKENS = 1024
+MAX_REGEXES = 4
+MAX_REGEX_SIZE = 1 << 18
+MAX_REGEX_SECONDS = 0.1
+MAX_BIASES = 1024
+MAX_BAD_WORDS = 128
+MAX_LOGPROBS = 20  # likeliest tokens to report beside each
+MAX_PENALTY = 2.0
+MAX_REPETITION = 10.0
+MAX_BIAS = 100.0
 SAME_NAMES: Mapping[str, str] = MappingProxyType({})
 
 
@@ -33,15 +44,37 @@ def check_sampling(params: SamplingParams, names: Mapping[str, str] = SAME_NAMES
     if params.seed is not None:
         _check_whole(name("seed"), params.seed, -(2**63), 2**63 - 1, "leave it out for a fresh one")
     if params.max_tokens is not None:
-        _check_whole(name("max_tokens"), params.max_tokens, 1, INT32_MAX, "leave it out for the default")
-    _check_stops(name("stop"), params.stop)
-    if len(params.stop_token_ids) > MAX_STOP_TOKENS:
-        count = len(params.stop_token_ids)
-        raise _refusal(name("stop_token_ids"), f"{count} ids", f"at most {MAX_STOP_TOKENS}", "send fewer")
-    for token in params.stop_token_ids:
-        _check_whole(name("stop_token_ids"), token, 0, INT32_MAX, "send ids of the model's vocabulary")
+        least = 1 if params.prompt_logprobs is None else 0  # 0: the prompt's log-probabilities and nothing more
+        _check_whole(name("max_tokens"), params.max_tokens, least, INT32_MAX, "leave it out for the default")
+    _check_texts(name("stop"), params.stop, MAX_STOPS)
+    _check_texts(name("stop_regex"), params.stop_regex, MAX_REGEXES)
+    for pattern in params.stop_regex:
+        _check_regex(name("stop_regex"), pattern)
+    _check_ids(name("stop_token_ids"), params.stop_token_ids, MAX_STOP_TOKENS)
     if not isinstance(params.ignore_eos, bool):
         raise _refusal(name("ignore_eos"), repr(params.ignore_eos), "true or false", "leave it out for false")
+    _check_adjustments(params, name)
+    for field in ("logprobs", "prompt_logprobs"):
+        if (wanted := getattr(params, field)) is not None:
+            _check_whole(name(field), wanted, 0, MAX_LOGPROBS, "0 is the tokens' own alone")
+
+
+def _check_adjustments(params: SamplingParams, name: Callable[[str], str]) -> None:
+    """What changes logits before a token is drawn."""
+    longest = INT32_MAX if params.max_tokens is None else params.max_tokens
+    _check_whole(name("min_tokens"), params.min_tokens, 0, longest, "0 is off; max_tokens bounds it")
+    for field in ("presence_penalty", "frequency_penalty"):
+        _check_real(name(field), getattr(params, field), -MAX_PENALTY, MAX_PENALTY, "0 is off")
+    repetition = params.repetition_penalty
+    _check_real(name("repetition_penalty"), repetition, 0, MAX_REPETITION, "1 is off", open_low=True)
+    if not isinstance(params.logit_bias, dict) or len(params.logit_bias) > MAX_BIASES:
+        shown = f"{len(params.logit_bias)} biases" if isinstance(params.logit_bias, dict) else _shown(params.logit_bias)
+        raise _refusal(name("logit_bias"), shown, f"a bias for each of at most {MAX_BIASES} token ids", "send fewer")
+    for token, bias in params.logit_bias.items():
+        _check_whole(name("logit_bias"), token, 0, INT32_MAX, "send ids of the model's vocabulary")
+        _check_real(name("logit_bias"), bias, -MAX_BIAS, MAX_BIAS, "-100 is as good as a ban")
+    _check_texts(name("bad_words"), params.bad_words, MAX_BAD_WORDS)
+    _check_ids(name("allowed_token_ids"), params.allowed_token_ids, INT32_MAX)
 
 
 def _refusal(name: str, value: str, bound: str, remedy: str) -> RequestError:
@@ -62,16 +95,48 @@ def _check_whole(name: str, value: object, low: int, high: int, remedy: str) -> 
         raise _refusal(name, _shown(value), f"a whole number from {low} to {high}", remedy)
 
 
-def _check_stops(name: str, stops: tuple[str, ...]) -> None:
-    if isinstance(stops, str) or len(stops) > MAX_STOPS:
-        shown = _shown(stops) if isinstance(stops, str) else f"{len(stops)} strings"
-        raise _refusal(name, shown, f"a list of at most {MAX_STOPS} strings", "send fewer")
-    for stop in stops:
-        if not isinstance(stop, str) or not stop:
-            raise _refusal(name, _shown(stop), "strings, none of them empty", "leave it out to stop at no string")
-        if len(stop) > MAX_STOP_LENGTH:
-            shown = f"a string of {len(stop)} characters"
-            raise _refusal(name, shown, f"strings of at most {MAX_STOP_LENGTH}", "stop at a shorter string")
+def _check_ids(name: str, ids: tuple[int, ...], most: int) -> None:
+    if len(ids) > most:
+        raise _refusal(name, f"{len(ids)} ids", f"at most {most}", "send fewer")
+    for token in ids:
+        _check_whole(name, token, 0, INT32_MAX, "send ids of the model's vocabulary")
+
+
+def _check_texts(name: str, texts: tuple[str, ...], most: int) -> None:
+    if isinstance(texts, str) or len(texts) > most:
+        shown = _shown(texts) if isinstance(texts, str) else f"{len(texts)} strings"
+        raise _refusal(name, shown, f"a list of at most {most} strings", "send fewer")
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise _refusal(name, _shown(text), "strings, none of them empty", f"leave {name} out, or the empty one")
+        if len(text) > MAX_STOP_LENGTH:
+            shown = f"a string of {len(text)} characters"
+            raise _refusal(name, shown, f"strings of at most {MAX_STOP_LENGTH}", "send a shorter one")
+
+
+def _check_regex(name: str, pattern: str) -> None:
+    import regex  # here, as nobody who sends none should wait for it
+
+    size = _compiled_size(pattern)
+    if size > MAX_REGEX_SIZE:
+        bound = f"an expression of at most {MAX_REGEX_SIZE} characters when its repetitions are written out"
+        raise _refusal(name, _shown(pattern), bound, "repeat less, nest less, leave comments and the flag x out")
+    try:
+        matches_nothing = regex.compile(pattern).search("", timeout=MAX_REGEX_SECONDS) is not None
+    except (regex.error, RecursionError, OverflowError, TimeoutError) as error:
+        raise _refusal(name, _shown(pattern), "a regular expression", f"correct it: {error}") from None
+    if matches_nothing:
+        raise _refusal(name, _shown(pattern), "an expression that matches no empty text", "it would end every reply")
+
+
+def _compiled_size(pattern: str) -> int:
+    """A bound of what compiling `pattern` writes out: X{2} becomes XX, X+ and X{1,} become XX*, at every level, so that
+    a few characters could take all memory there is. Comments, which could hide a repetition, are too much."""
+    if re.search(r"\(\?[\w-]*x|\(\?#", pattern):
+        return MAX_REGEX_SIZE + 1
+    counted = re.findall(r"\{(\d{1,9})(,?)", pattern)
+    repeats = prod(max(1, int(least) + bool(more)) for least, more in counted)
+    return len(pattern) * repeats * 2 ** pattern.count(")+")
 
 
 def _shown(value: object) -> str:

@@ -6,6 +6,7 @@ one dictionary look-up and one memcmp a node; nodes split at page borders only.
     root ── A: 3 pages ──┬── B: 1 page        A request that uses B holds a lock on B and on A. What nobody
                          └── C: 2 pages       locks may be evicted, leaves first, least recently used first.
 
+Each salt has a root of its own, so that requests of different salts never share a page.
 The idea of caching prefixes in a radix tree is SGLang's (Zheng et al. 2024, arXiv:2312.07104).
 Left out: tiers below device memory; sharing of parts of pages.
 """
@@ -14,7 +15,9 @@ from heapq import heappop, heappush
 
 
 class Node:
-    """An edge and its end: `key` leads here from `parent`, and `pages` hold its keys and values."""
+    """An edge and its end: `key` leads here from `parent`, and `pages` hold its keys and values.
+
+    A root has no parent and no pages; its key is its salt."""
 
     __slots__ = ("children", "key", "locks", "pages", "parent", "queued", "tick")
 
@@ -33,7 +36,7 @@ class RadixTree:
 
     def __init__(self, page_size: int) -> None:
         self._stride = 4 * page_size  # bytes of key to a page
-        self.root = Node(b"", [], None)
+        self._roots: dict[bytes, Node] = {}  # by salt; those that have children
         self.size = 0
         self.evictable = 0
         self._tick = 0
@@ -44,19 +47,24 @@ class RadixTree:
 
     # ── finding ──────────────────────────────────────────────────────────────────────────────
 
-    def match(self, key: bytes) -> tuple[Node, list[int]]:
+    def match(self, key: bytes, salt: bytes = b"") -> tuple[Node, list[int]]:
         """The longest cached prefix of `key` in whole pages: the node where it ends, and its pages.
 
         To use the pages, lock the node before anything else is asked of the tree."""
-        path, _, part = self._descend(self.root, key)
+        root = self._root(salt)
+        path, _, part = self._descend(root, key)
         if not path:
-            return self.root, []
+            return root, []
         path[-1] = self._cut(path[-1], part)
         return path[-1], [page for node in path for page in node.pages]
 
-    def match_length(self, key: bytes) -> int:
+    def match_length(self, key: bytes, salt: bytes = b"") -> int:
         """How many pages `match` would give; changes nothing."""
-        return self._descend(self.root, key)[1] // self._stride
+        return self._descend(self._root(salt), key)[1] // self._stride
+
+    def _root(self, salt: bytes) -> Node:
+        """The root of `salt`; a new one counts only once `extend` has given it a child."""
+        return self._roots.get(salt) or Node(salt, [], None)
 
     def _descend(self, node: Node, key: bytes) -> tuple[list[Node], int, int]:
         """Follow `key` below `node`: the nodes matched, the bytes matched in all, and in the last node."""
@@ -128,6 +136,8 @@ class RadixTree:
         The list returned is the tree's own pages for the leading part of `key` that it holds already: the
         caller keeps as many of its `pages`, and the tree owns the rest from now on."""
         assert len(key) == len(pages) * self._stride
+        if node.parent is None:
+            node = self._roots.get(node.key, node)  # somebody else of this salt may have been first
         path, at, part = self._descend(node, key)
         if path:
             path[-1] = self._cut(path[-1], part)
@@ -141,7 +151,9 @@ class RadixTree:
         self.size += len(pages)
         if not pages:
             return end, held
-        if end is node and node.locks == 1 and not node.children and node is not self.root:
+        if end.parent is None:
+            self._roots[end.key] = end
+        elif end is node and node.locks == 1 and not node.children:
             node.key += key  # nobody but the caller stands here: a prompt that comes in chunks is one node
             node.pages += pages
             return node, held
@@ -170,7 +182,10 @@ class RadixTree:
                 self._enqueue(node)
             else:
                 del parent.children[node.key[: self._stride]]
-                if parent is not self.root and not parent.locks and not parent.children:
+                if parent.parent is None:
+                    if not parent.children:
+                        del self._roots[parent.key]
+                elif not parent.locks and not parent.children:
                     self._enqueue(parent)
         self.size -= len(freed)
         self.evictable -= len(freed)
@@ -183,11 +198,11 @@ class RadixTree:
     # ── looking ──────────────────────────────────────────────────────────────────────────────
 
     def nodes(self) -> list[Node]:
-        """Every node but the root, parents first."""
-        found = [self.root]
+        """Every node but the roots, parents first."""
+        found = list(self._roots.values())
         for node in found:
             found += node.children.values()
-        return found[1:]
+        return found[len(self._roots) :]
 
     def path(self, node: Node) -> list[int]:
         """The pages from the root to the end of `node`."""
@@ -200,10 +215,11 @@ class RadixTree:
     def check_integrity(self) -> None:
         """Assert what always holds: keys, locks, counts and the eviction queue fit together."""
         nodes = self.nodes()
+        assert all(root.children and root.key == salt for salt, root in self._roots.items()), "an empty root is kept"
         assert self.size == sum(len(node.pages) for node in nodes), "size is not the number of pages"
         assert self.evictable == sum(len(node.pages) for node in nodes if not node.locks), "evictable is wrong"
-        queue = [node for _, node in self._queue]
-        assert len(queue) == len(set(queue)), "a node is queued twice"
+        queue = {node for _, node in self._queue}
+        assert len(queue) == len(self._queue), "a node is queued twice"
         for node in nodes:
             assert node.pages and len(node.key) == len(node.pages) * self._stride, "key and pages differ in length"
             assert node.parent is not None and node.parent.children[node.key[: self._stride]] is node

@@ -1,10 +1,26 @@
-"""Routes for operators: health, metrics, and the two that act on running work, abort and flush."""
+"""Routes for operators: health, what the server is and does, metrics, and those that act on running work."""
 
+import time
+from typing import Any, Literal
+from uuid import uuid4
+
+import anyio
+import msgspec
 from aiohttp import web
 
+from engine import __version__
 from engine.errors import RequestError
+from engine.http.openapi import Reply
 from engine.http.service import SERVICE
-from engine.http.wire import Body, BodyDecoder, json_response
+from engine.http.wire import Body, json_response
+from engine.messages import Generate, SamplingParams
+from engine.sampling import INT32_MAX
+
+PROBE_SECONDS = 20.0  # a token that takes longer is no sign of health
+SECRET = frozenset({"api_key"})
+
+
+# ── bodies and replies ───────────────────────────────────────────────────────────────────────
 
 
 class AbortBody(Body):
@@ -12,33 +28,149 @@ class AbortBody(Body):
     abort_all: bool = False
 
 
-ABORT = BodyDecoder(AbortBody)
+class PauseBody(Body):
+    """`in_place` keeps requests open, `abort` ends them first."""
+
+    mode: Literal["in_place", "abort"] = "in_place"
+
+
+class HealthReply(Reply, omit_defaults=True):
+    status: str
+    cause: str = ""
+
+
+class ProbeReply(Reply):
+    status: str
+    seconds: float
+
+
+class AbortReply(Reply):
+    aborted: int
+
+
+class FlushReply(Reply):
+    freed: int
+    in_use: int
+
+
+class PauseReply(Reply):
+    paused: bool
+
+
+class ServerInfo(Reply):
+    """`options` are those of docs/options.md, without secrets; `device` and `startup` are null until it is ready.
+
+    `internal_states` has the figures of each scheduler; SGLang names it so."""
+
+    version: str
+    status: str
+    cause: str
+    created: int
+    served_model_names: tuple[str, ...]
+    options: dict[str, dict[str, Any]]
+    device: dict[str, Any] | None
+    startup: dict[str, float] | None
+    internal_states: list[dict[str, Any]]
+
+
+class ModelInfo(Reply):
+    model_path: str
+    tokenizer_path: str
+    served_model_names: tuple[str, ...]
+    is_generation: bool
+    max_model_len: int | None
+    vocab_size: int | None
+    has_chat_template: bool | None
+
+
+# ── looking ──────────────────────────────────────────────────────────────────────────────────
 
 
 async def health(request: web.Request) -> web.Response:
-    """GET /health: 200 when a request would be served now, else 503 with the cause."""
+    """Say whether a request would be served now: 200, else 503 with the cause."""
     state = request.app[SERVICE].front.health()
-    if state.ok:
-        return json_response({"status": state.status})
-    return json_response({"status": state.status, "cause": state.cause}, status=503)
+    return json_response(HealthReply(state.status, state.cause), status=200 if state.ok else 503)
+
+
+async def health_generate(request: web.Request) -> web.Response:
+    """Generate one token, ahead of all that waits: 200 when it came, else 503 with the cause."""
+    front = request.app[SERVICE].front
+    state = front.health()
+    if not state.ok:
+        return json_response(HealthReply(state.status, state.cause), status=503)
+    sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+    probe = Generate(f"health-{uuid4().hex}", sampling, ids=bytes(4), priority=INT32_MAX)
+    began = time.perf_counter()
+    with anyio.move_on_after(PROBE_SECONDS):
+        async for _ in front.generate(probe):
+            pass
+        return json_response(ProbeReply(state.status, time.perf_counter() - began))
+    return json_response(HealthReply("stalled", f"no token within {PROBE_SECONDS:.0f} s"), status=503)
 
 
 async def metrics(request: web.Request) -> web.Response:
-    """GET /metrics, for Prometheus."""
+    """Give all figures in the format of Prometheus."""
     body, content_type = request.app[SERVICE].metrics.page(request.headers.get("Accept", ""))
     return web.Response(body=body, headers={"Content-Type": content_type})
 
 
-async def abort_request(request: web.Request) -> web.Response:
-    """POST /abort_request: end one request by its exact id, or all; unknown ids are no error."""
-    body = ABORT.decode(await request.read())
+async def server_info(request: web.Request) -> web.Response:
+    """Tell the version, the options as resolved, the device, the start and the scheduler's figures."""
+    service = request.app[SERVICE]
+    front = service.front
+    state, stats = front.health(), msgspec.structs.asdict(front.stats)
+    del stats["step_seconds"]
+    device = None if front.info is None else msgspec.structs.asdict(front.info)
+    phases = None if device is None else device.pop("phases")
+    options = {
+        group: {name: value for name, value in fields.items() if name not in SECRET}
+        for group, fields in msgspec.to_builtins(front.config).items()
+    }
+    return json_response(
+        ServerInfo(
+            __version__, state.status, state.cause, front.created, service.models, options, device, phases, [stats]
+        )
+    )
+
+
+async def model_info(request: web.Request) -> web.Response:
+    """Tell what model is served, and its bounds."""
+    service = request.app[SERVICE]
+    front = service.front
+    model, info = front.config.model, front.info
+    chat = None if front.text is None else front.text.has_template
+    length, vocabulary = (None, None) if info is None else (info.max_model_len, info.vocab_size)
+    return json_response(ModelInfo(model.model, model.model, service.models, True, length, vocabulary, chat))
+
+
+# ── acting ───────────────────────────────────────────────────────────────────────────────────
+
+
+async def abort_request(request: web.Request, body: AbortBody) -> web.Response:
+    """End one request by its exact id, or all; unknown ids are no error."""
     if body.abort_all == (body.rid is not None):
-        message = f"rid is {body.rid!r} and abort_all is {body.abort_all}; send a rid, or abort_all: true, not both"
+        rid = None if body.rid is None else body.rid[:200]
+        message = f"rid is {rid!r} and abort_all is {body.abort_all}; send a rid, or abort_all: true, not both"
         raise RequestError(message, param="rid")
-    return json_response({"aborted": request.app[SERVICE].front.abort(body.rid)})
+    return json_response(AbortReply(request.app[SERVICE].abort(body.rid)))
 
 
 async def flush_cache(request: web.Request) -> web.Response:
-    """GET or POST /flush_cache: forget every cached prefix that no running request uses."""
+    """Forget every cached prefix that no running request uses."""
     flushed = await request.app[SERVICE].front.flush()
-    return json_response({"freed": flushed.freed, "in_use": flushed.in_use})
+    return json_response(FlushReply(flushed.freed, flushed.in_use))
+
+
+async def pause_generation(request: web.Request, body: PauseBody) -> web.Response:
+    """Plan no more steps; the answer comes when the device is idle. Requests stay open, new ones wait."""
+    front = request.app[SERVICE].front
+    if body.mode == "abort":
+        front.abort(None)
+    await front.pause(True)
+    return json_response(PauseReply(True))
+
+
+async def continue_generation(request: web.Request) -> web.Response:
+    """Go on where /pause_generation stopped."""
+    await request.app[SERVICE].front.pause(False)
+    return json_response(PauseReply(False))

@@ -6,6 +6,7 @@ aborts the request. Left out: TLS, CORS and rate limits, which a proxy in front 
 
 import errno
 import hmac
+import logging
 import math
 import socket
 from collections.abc import Callable
@@ -17,29 +18,62 @@ from aiohttp.typedefs import Handler
 
 from engine.config import ServerOptions
 from engine.errors import ConfigError, RequestError
-from engine.http import admin, native, openai
+from engine.http import admin, anthropic, native, openai, responses, tokens
+from engine.http.openapi import DOCUMENT, Route, describe, openapi_document
 from engine.http.service import SERVICE, Service
 from engine.http.sse import describe_error
-from engine.http.wire import MAX_BODY_BYTES, error_object, json_response
+from engine.http.stored import STORE, ResponseStore
+from engine.http.wire import MAX_BODY_BYTES, error_object, json_response, to_json
 
 if TYPE_CHECKING:
     from engine.front import Front
 
-OPEN_PATHS = ("/health", "/metrics")  # probes and Prometheus carry no key
 BACKLOG = 2048
 CLOSE_SECONDS = 1.0  # what handlers still running at the end get; draining happens before
 ROUTES = (
-    web.post("/v1/chat/completions", openai.chat_completions),
-    web.post("/v1/completions", openai.completions),
-    web.get("/v1/models", openai.models),
-    web.get("/v1/models/{model:.+}", openai.model),
-    web.post("/generate", native.generate),
-    web.post("/abort_request", admin.abort_request),
-    web.get("/flush_cache", admin.flush_cache),
-    web.post("/flush_cache", admin.flush_cache),
-    web.get("/health", admin.health),
-    web.get("/metrics", admin.metrics),
+    Route("POST", "/v1/chat/completions", openai.chat_completions, takes=openai.ChatBody, streams=True),
+    Route("POST", "/v1/completions", openai.completions, takes=openai.CompletionBody, streams=True),
+    Route("POST", "/v1/responses", responses.create, takes=responses.ResponsesBody, streams=True),
+    Route("GET", "/v1/responses/{response_id}", responses.retrieve, takes=responses.RetrieveQuery, streams=True),
+    Route("DELETE", "/v1/responses/{response_id}", responses.delete, gives=responses.DeletedReply),
+    Route("POST", "/v1/responses/{response_id}/cancel", responses.cancel),
+    Route(
+        "POST",
+        anthropic.PREFIX,
+        anthropic.messages,
+        takes=anthropic.MessagesBody,
+        streams=True,
+        error=anthropic.AnthropicErrorReply,
+    ),
+    Route(
+        "POST",
+        f"{anthropic.PREFIX}/count_tokens",
+        anthropic.count_tokens,
+        takes=anthropic.CountBody,
+        gives=anthropic.CountReply,
+        error=anthropic.AnthropicErrorReply,
+    ),
+    Route("GET", "/v1/models", openai.models),
+    Route("GET", "/v1/models/{model:.+}", openai.model),
+    Route("POST", "/generate", native.generate, takes=native.GenerateBody, streams=True),
+    Route("POST", "/tokenize", tokens.tokenize, takes=tokens.TokenizeBody, gives=tokens.TokenizeReply),
+    Route("POST", "/detokenize", tokens.detokenize, takes=tokens.DetokenizeBody, gives=tokens.DetokenizeReply),
+    Route("POST", "/abort_request", admin.abort_request, takes=admin.AbortBody, gives=admin.AbortReply),
+    Route("GET", "/flush_cache", admin.flush_cache, gives=admin.FlushReply),
+    Route("POST", "/flush_cache", admin.flush_cache, gives=admin.FlushReply),
+    Route("POST", "/pause_generation", admin.pause_generation, takes=admin.PauseBody, gives=admin.PauseReply),
+    Route("POST", "/continue_generation", admin.continue_generation, gives=admin.PauseReply),
+    # Probes and Prometheus carry no key.
+    Route("GET", "/health", admin.health, gives=admin.HealthReply, unready=admin.HealthReply, open=True),
+    Route("GET", "/health_generate", admin.health_generate, gives=admin.ProbeReply, unready=admin.HealthReply),
+    Route("GET", "/metrics", admin.metrics, open=True, content="text/plain"),
+    Route("GET", "/server_info", admin.server_info, gives=admin.ServerInfo),
+    Route("GET", "/get_server_info", admin.server_info, gives=admin.ServerInfo),
+    Route("GET", "/model_info", admin.model_info, gives=admin.ModelInfo),
+    Route("GET", "/get_model_info", admin.model_info, gives=admin.ModelInfo),
+    Route("GET", "/openapi.json", openapi_document),
 )
+OPEN_PATHS = frozenset(route.path for route in ROUTES if route.open)
 
 
 def create_app(front: "Front", options: ServerOptions) -> web.Application:
@@ -50,7 +84,10 @@ def create_app(front: "Front", options: ServerOptions) -> web.Application:
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[shape_errors, check_key])
     app[SERVICE] = service = Service(front, options)
     front.on_stats.append(service.metrics.on_stats)
-    app.add_routes(ROUTES)
+    app[STORE] = store = ResponseStore()
+    app.on_cleanup.append(lambda app: store.close())
+    app[DOCUMENT] = to_json(describe(ROUTES, models=service.models, keyed=options.api_key is not None))
+    app.add_routes([route.served() for route in ROUTES])
     return app
 
 
@@ -60,7 +97,11 @@ async def serve(front: "Front", options: ServerOptions, *, started: Callable[[st
     Raises ConfigError if `options.host` and `options.port` cannot be listened on.
     """
     app = create_app(front, options)
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=CLOSE_SECONDS)
+    # What aiohttp would log is what clients send that is not HTTP; `shape_errors` logs all that is ours.
+    quiet = logging.Logger("engine.http", logging.CRITICAL)
+    runner = web.AppRunner(
+        app, handler_cancellation=True, access_log=None, shutdown_timeout=CLOSE_SECONDS, logger=quiet
+    )
     await runner.setup()
     try:
         try:
@@ -92,11 +133,14 @@ def _cannot_listen(options: ServerOptions, error: OSError) -> ConfigError:
 
 @web.middleware
 async def shape_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer every error with {"error": {message, type, param, code}}."""
+    """Answer every error with {"error": {message, type, param, code}}, or as Anthropic words it on its routes."""
     try:
         return await handler(request)
-    except (ConnectionError, web.RequestPayloadError):  # the client is gone: nobody to tell
+    except ConnectionError:  # the client is gone: nobody to tell
         raise
+    except web.RequestPayloadError as error:  # it is not encoded as its headers say
+        message = f"the request body cannot be read: {' '.join(str(error).split())}; check how it is encoded"
+        status, body, headers = 400, error_object(message, status=400, code="invalid_body"), {}
     except web.HTTPException as error:
         code, message = _http_words(request, error)
         status, body = error.status, error_object(message, status=error.status, code=code)
@@ -111,6 +155,8 @@ async def shape_errors(request: web.Request, handler: Handler) -> web.StreamResp
     if status == 503:
         draining = service.front.health().status == "draining"
         headers["Retry-After"] = str(max(1, math.ceil(service.options.drain_seconds)) if draining else 1)
+    if request.path.startswith(anthropic.PREFIX):
+        body = anthropic.error_of(body, status)
     return json_response(body, status=status, headers=headers)
 
 
@@ -134,14 +180,16 @@ def _paths(app: web.Application) -> list[str]:
 
 @web.middleware
 async def check_key(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Refuse a request without the server's API key, if it has one."""
+    """Refuse a request without the server's API key, if it has one: as a bearer token, or as Anthropic's header."""
     key = request.app[SERVICE].options.api_key
     if key is None or request.path in OPEN_PATHS:
         return await handler(request)
-    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
+    given = [bearer] if scheme.lower() == "bearer" else []
+    given += request.headers.getall("x-api-key", [])
     # Compared as bytes, in a time that does not depend on where they differ.
-    if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(errors="surrogateescape"), key.encode()):
+    if any(hmac.compare_digest(one.strip().encode(errors="surrogateescape"), key.encode()) for one in given):
         return await handler(request)
-    said = "wrong" if scheme else "missing"
+    said = "wrong" if scheme or given else "missing"
     message = f"the API key is {said}; send the server's key as `Authorization: Bearer KEY`"
     raise RequestError(message, code="invalid_api_key", status=401)

@@ -112,7 +112,10 @@ class Metrics:
 
     def page(self, accept: str) -> tuple[bytes, str]:
         """All metrics in the format that an Accept header asks for, and its content type."""
-        encode, content_type = choose_encoder(accept)
+        try:
+            encode, content_type = choose_encoder(accept)
+        except (TypeError, ValueError):  # a version that is no version
+            encode, content_type = choose_encoder("")
         return encode(self.registry), content_type
 
 

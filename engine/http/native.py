@@ -1,25 +1,39 @@
 """/generate, shaped as SGLang's native endpoint: text or token ids in, text and token ids out.
 
-A streamed event holds the reply so far, not what is new: clients of SGLang print the difference. Left out: batches
-in one request, log probabilities, media, and sampling fields that the engine does not serve yet.
+A streamed event holds the reply so far, not what is new: clients of SGLang print the difference. Several prompts in
+one request, or several replies to one, are answered with a list. Left out: media, grammars, token_ids_logprob.
 """
 
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeVar
 from uuid import uuid4
 
 from aiohttp import web
+from msgspec import Struct
 
 from engine.errors import RequestError
-from engine.http.openai import Priority, TokenId, pack_ids, stop_strings
+from engine.http.openai import Priority, TokenId, allowed_ids, pack_ids, salt_of, sampled, stop_strings
 from engine.http.service import answer
 from engine.http.sse import DONE
-from engine.http.wire import Body, BodyDecoder, check_served, to_json
-from engine.messages import Chunk, Generate, SamplingParams
+from engine.http.wire import Body, check_served, to_json
+from engine.messages import Chunk, Generate, SamplingParams, TokenLogprob
 from engine.sampling import check_sampling
 
 MAX_NEW_TOKENS = 128  # SGLang's default
 MAX_RID_LENGTH = 256
-CLIENT_NAMES = {"max_tokens": "max_new_tokens", "seed": "sampling_seed"}
+CLIENT_NAMES = {
+    "max_tokens": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "seed": "sampling_seed",
+    "logprobs": "top_logprobs_num",
+    "prompt_logprobs": "top_logprobs_num",
+}
+
+
+SAME = (
+    "temperature", "top_p", "top_k", "min_p", "ignore_eos", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "logit_bias",
+)  # fmt: skip
 
 
 class NativeSampling(Body):
@@ -34,13 +48,15 @@ class NativeSampling(Body):
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
-    n: Any = None
-    min_new_tokens: Any = None
-    frequency_penalty: Any = None
-    presence_penalty: Any = None
-    repetition_penalty: Any = None
-    logit_bias: Any = None
-    stop_regex: Any = None
+    n: int | None = None
+    min_new_tokens: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    stop_regex: str | list[str] | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
     json_schema: Any = None
     regex: Any = None
     ebnf: Any = None
@@ -51,13 +67,6 @@ class NativeSampling(Body):
     custom_params: Any = None
 
     unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "n": (1,),
-        "min_new_tokens": (0,),
-        "frequency_penalty": (0,),
-        "presence_penalty": (0,),
-        "repetition_penalty": (1,),
-        "logit_bias": ({},),
-        "stop_regex": ([],),
         "json_schema": (),
         "regex": (),
         "ebnf": (),
@@ -70,21 +79,25 @@ class NativeSampling(Body):
 
 
 class GenerateBody(Body):
+    """One request or, where `text` or `input_ids` hold several prompts, a batch: then each of the fields that may be a
+    list has an entry for each prompt, or one value for all."""
+
     text: str | list[str] | None = None
     input_ids: list[TokenId | list[TokenId]] | None = None
-    sampling_params: NativeSampling | None = None
+    sampling_params: NativeSampling | list[NativeSampling] | None = None
     stream: bool | None = None
-    rid: str | None = None
+    rid: str | list[str] | None = None
+    return_logprob: bool | list[bool] | None = None
+    logprob_start_len: int | list[int] | None = None
+    top_logprobs_num: int | list[int] | None = None
+    return_text_in_logprobs: bool | None = None
+    cache_salt: str | None = None
     priority: Priority = 0
     input_embeds: Any = None
     image_data: Any = None
     audio_data: Any = None
     video_data: Any = None
-    return_logprob: Any = None
-    logprob_start_len: Any = None
-    top_logprobs_num: Any = None
     token_ids_logprob: Any = None
-    return_text_in_logprobs: Any = None
     return_hidden_states: Any = None
     lora_path: Any = None
     custom_logit_processor: Any = None
@@ -95,11 +108,7 @@ class GenerateBody(Body):
         "image_data": ([],),
         "audio_data": ([],),
         "video_data": ([],),
-        "return_logprob": (False,),
-        "logprob_start_len": (-1,),
-        "top_logprobs_num": (0,),
         "token_ids_logprob": ([],),
-        "return_text_in_logprobs": (True, False),
         "return_hidden_states": (False,),
         "lora_path": ("",),
         "custom_logit_processor": (),
@@ -107,80 +116,170 @@ class GenerateBody(Body):
     }
 
 
-GENERATE = BodyDecoder(GenerateBody)
-
-
-async def generate(request: web.Request) -> web.StreamResponse:
-    """POST /generate"""
-    body = GENERATE.decode(await request.read())
-    sampling = native_sampling(body.sampling_params or NativeSampling())
-    rid = uuid4().hex if body.rid is None else body.rid
-    if not 1 <= len(rid) <= MAX_RID_LENGTH or not (rid.isascii() and rid.isprintable()):
-        raise RequestError(
-            f"rid is {rid[:80]!r} ({len(rid)} characters); send 1 to {MAX_RID_LENGTH} printable ASCII characters",
-            param="rid",
+async def generate(request: web.Request, body: GenerateBody) -> web.StreamResponse:
+    """Answer texts or token ids with text and token ids, as SGLang does."""
+    prompts, batch = prompts_of(body)
+    count = len(prompts)
+    params = spread(body.sampling_params, count, "sampling_params", NativeSampling())
+    samples = {1 if each.n is None else each.n for each in params}
+    if len(samples) > 1:
+        message = f"n is {sorted(samples)} in sampling_params, and must be one for all; send a request for each"
+        raise RequestError(message, param="sampling_params")
+    scores = scores_of(body, count)
+    rids = spread(body.rid, count, "rid", uuid4().hex)
+    for each in rids:
+        check_rid(each)
+    asked = [
+        Generate(
+            each,
+            native_sampling(sampling, score),
+            text=prompt if isinstance(prompt, str) else None,
+            ids=None if isinstance(prompt, str) else pack_ids(prompt, "input_ids"),
+            priority=body.priority,
+            default_max_tokens=MAX_NEW_TOKENS,
+            cache_salt=salt_of(body.cache_salt),
         )
-    text, ids = prompt_of(body)
-    job = Generate(rid, sampling, text=text, ids=ids, priority=body.priority, default_max_tokens=MAX_NEW_TOKENS)
-    return await answer(request, job, NativeReply(rid), endpoint="generate", stream=bool(body.stream))
+        for each, prompt, sampling, score in zip(rids, prompts, params, scores, strict=True)
+    ]
+    jobs = sampled(asked, samples.pop())
+    whose = [score for score in scores for _ in range(len(jobs) // count)]
+    reply = NativeReply([job.rid for job in jobs], whose, listed=batch or len(jobs) > 1)
+    rid = uuid4().hex if isinstance(body.rid, list) else rids[0]
+    return await answer(request, rid, jobs, reply, endpoint="generate", stream=bool(body.stream))
 
 
-def native_sampling(body: NativeSampling) -> SamplingParams:
+class Scores(Struct, frozen=True):
+    """What log-probabilities one prompt asks for: of the prompt from `start` (-1: none of it), with `top` likeliest."""
+
+    wanted: bool = False
+    start: int = -1
+    top: int = 0
+    text: bool = False
+
+
+def scores_of(body: GenerateBody, count: int) -> list[Scores]:
+    """What each of `count` prompts asks for."""
+    wanted = spread(body.return_logprob, count, "return_logprob", False)
+    starts = spread(body.logprob_start_len, count, "logprob_start_len", -1)
+    tops = spread(body.top_logprobs_num, count, "top_logprobs_num", 0)
+    for start in starts:
+        if start < -1:
+            raise RequestError(
+                f"logprob_start_len is {start}; it must be -1 (none of the prompt) or more", param="logprob_start_len"
+            )
+    text = bool(body.return_text_in_logprobs)
+    return [Scores(*each, text) for each in zip(wanted, starts, tops, strict=True)]
+
+
+def native_sampling(body: NativeSampling, scores: Scores) -> SamplingParams:
     """The checked SamplingParams of a `sampling_params` object, with SGLang's defaults."""
     check_served(body, "sampling_params.")
-    fields = ("temperature", "top_p", "top_k", "min_p", "ignore_eos")
-    given = {name: value for name in fields if (value := getattr(body, name)) is not None}
+    given = {name: value for name in SAME if (value := getattr(body, name)) is not None}
     sampling = SamplingParams(
         max_tokens=body.max_new_tokens,
+        min_tokens=body.min_new_tokens or 0,
         seed=body.sampling_seed,
         stop=stop_strings(body.stop),
+        stop_regex=stop_strings(body.stop_regex),
         stop_token_ids=tuple(body.stop_token_ids or ()),
+        bad_words=tuple(body.bad_words or ()),
+        allowed_token_ids=allowed_ids(body.allowed_token_ids),
+        logprobs=scores.top if scores.wanted else None,
+        prompt_logprobs=scores.top if scores.wanted and scores.start >= 0 else None,
         **given,
     )
     check_sampling(sampling, CLIENT_NAMES)
     return sampling
 
 
-def prompt_of(body: GenerateBody) -> tuple[str | None, bytes | None]:
-    """The prompt as a text or as int32 token ids: exactly one of them."""
+def check_rid(rid: str) -> None:
+    """Raise RequestError unless `rid` can go into a header and a log."""
+    if not 1 <= len(rid) <= MAX_RID_LENGTH or not (rid.isascii() and rid.isprintable()):
+        raise RequestError(
+            f"rid is {rid[:80]!r} ({len(rid)} characters); send 1 to {MAX_RID_LENGTH} printable ASCII characters",
+            param="rid",
+        )
+
+
+def prompts_of(body: GenerateBody) -> tuple[Sequence[str | list[int]], bool]:
+    """The prompts, each a text or token ids, of `text` or of `input_ids`; and whether they came as a batch."""
     if (body.text is None) == (body.input_ids is None):
         both = "both text and input_ids are" if body.text is not None else "neither text nor input_ids is"
         raise RequestError(f"{both} given; send exactly one", param="text" if body.text is None else "input_ids")
-    if isinstance(body.text, list):
-        raise _no_batch("text")
+    if isinstance(body.text, str):
+        return [body.text], False
+    if body.text == []:
+        raise RequestError("text is an empty list; send at least one prompt", param="text")
     if body.text is not None:
-        return body.text, None
+        return body.text, True
     ids = [item for item in body.input_ids or () if isinstance(item, int)]
-    if len(ids) != len(body.input_ids or ()):
-        raise _no_batch("input_ids")
-    return None, pack_ids(ids, "input_ids")
+    lists = [item for item in body.input_ids or () if not isinstance(item, int)]
+    if ids and lists:
+        message = "input_ids mixes token ids with lists of them; send one list of ids, or a list of such lists"
+        raise RequestError(message, param="input_ids")
+    return (lists, True) if lists else ([ids], False)
 
 
-def _no_batch(param: str) -> RequestError:
-    message = f"{param} holds a batch, which is not supported yet; send one request for each prompt"
-    return RequestError(message, param=param, code="unsupported_parameter")
+Value = TypeVar("Value")
+
+
+def spread(value: Value | list[Value] | None, count: int, name: str, default: Value) -> list[Value]:
+    """A value for each of `count` prompts: from a list of as many, or the same for all."""
+    if not isinstance(value, list):
+        return [default if value is None else value] * count
+    if len(value) != count:
+        message = f"{name} has {len(value)} entries for {count} prompts; send as many, or one value for all"
+        raise RequestError(message, param=name)
+    return value
 
 
 class NativeReply:
-    """Chunks as SGLang words them. The text and ids so far are kept encoded, so an event escapes only what is new."""
+    """Chunks as SGLang words them, for one reply or a list of them."""
 
-    def __init__(self, rid: str) -> None:
+    def __init__(self, rids: Sequence[str], scores: Sequence[Scores], *, listed: bool) -> None:
+        self._listed = listed
+        self._replies = [
+            OneReply(rid, asked, index if listed else None)
+            for index, (rid, asked) in enumerate(zip(rids, scores, strict=True))
+        ]
+        self._open = len(self._replies)
+
+    def event(self, part: tuple[int, Chunk]) -> bytes:
+        """One event with all of one reply so far, and DONE after the last reply."""
+        index, chunk = part
+        self._open -= chunk.finish is not None
+        return self._replies[index].event(chunk) + (DONE if not self._open else b"")
+
+    def whole(self, replies: Sequence[Chunk]) -> bytes:
+        """The object of a reply that is not streamed, or the list of them."""
+        objects = [one.whole(chunk) for one, chunk in zip(self._replies, replies, strict=True)]
+        return to_json(objects if self._listed else objects[0])
+
+
+class OneReply:
+    """One reply. Its text and ids so far are kept encoded, so an event escapes only what is new."""
+
+    def __init__(self, rid: str, scores: Scores, index: int | None) -> None:
         self._rid = rid
+        self._scores = scores
+        self._index = index
         self._text = bytearray(b'data: {"text":"')
         self._ids = bytearray()
+        self._prompt: list[TokenLogprob] = []
+        self._tokens: list[TokenLogprob] = []
 
     def event(self, chunk: Chunk) -> bytes:
-        """One event with the whole reply so far."""
+        """One event with the whole reply so far; `index` says which of several it is."""
         self._text += to_json(chunk.text)[1:-1]
         for token in chunk.ids:
             self._ids += b"%d," % token
         meta = to_json(self._meta(chunk))
-        done = b"" if chunk.finish is None else DONE
-        return b"".join((self._text, b'","output_ids":[', self._ids[:-1], b'],"meta_info":', meta, b"}\n\n", done))
+        index = b"" if self._index is None else b',"index":%d' % self._index
+        return b"".join((self._text, b'","output_ids":[', self._ids[:-1], b'],"meta_info":', meta, index, b"}\n\n"))
 
-    def whole(self, text: str, ids: list[int], last: Chunk) -> bytes:
+    def whole(self, chunk: Chunk) -> dict[str, Any]:
         """The object of a reply that is not streamed."""
-        return to_json({"text": text, "output_ids": ids, "meta_info": self._meta(last)})
+        return {"text": chunk.text, "output_ids": chunk.ids, "meta_info": self._meta(chunk)}
 
     def _meta(self, chunk: Chunk) -> dict[str, Any]:
         finish: dict[str, Any] | None
@@ -193,10 +292,28 @@ class NativeReply:
                 finish = {"type": "length", "length": chunk.completion_tokens}
             case "abort":
                 finish = {"type": "abort", "message": "the request was aborted"}
-        return {
+        meta = {
             "id": self._rid,
             "finish_reason": finish,
             "prompt_tokens": chunk.prompt_tokens,
             "completion_tokens": chunk.completion_tokens,
             "cached_tokens": chunk.cached_tokens,
         }
+        return meta | self._logprobs(chunk) if self._scores.wanted else meta
+
+    def _logprobs(self, chunk: Chunk) -> dict[str, Any]:
+        """The log-probabilities of prompt and reply so far, with those of `chunk`."""
+        start, top = self._scores.start, self._scores.top
+        self._prompt += chunk.prompt_logprobs[max(start, 0) :]
+        self._tokens += chunk.logprobs
+        found: dict[str, Any] = {}
+        for name, tokens in (("input", self._prompt), ("output", self._tokens)):
+            found[f"{name}_token_logprobs"] = [self._entry(token) for token in tokens]
+            if top:
+                found[f"{name}_top_logprobs"] = [
+                    None if token.logprob is None else [self._entry(likely) for likely in token.top] for token in tokens
+                ]
+        return found
+
+    def _entry(self, token: TokenLogprob) -> tuple[float | None, int, str | None]:
+        return token.logprob, token.id, token.text if self._scores.text else None

@@ -1,25 +1,27 @@
 """The OpenAI API: /v1/models, /v1/chat/completions and /v1/completions.
 
-Beyond OpenAI's own fields, requests take top_k, min_p, stop_token_ids, ignore_eos and priority. One request has
-one prompt and one reply: `n`, batches of prompts, log probabilities, tools, penalties and response formats are
-refused by name until they are served.
+Beyond OpenAI's own fields, requests take vLLM's: top_k, min_p, stop_regex, prompt_logprobs and so on. What replies
+look like is in choices.py. Tools and response formats are refused by name until they are served.
 """
 
 import struct
-import time
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 from uuid import uuid4
 
+import msgspec
 from aiohttp import web
 from msgspec import Meta
 
 from engine.errors import RequestError
+from engine.http.choices import OpenAIReply, Wording
 from engine.http.service import SERVICE, answer
-from engine.http.sse import DONE
-from engine.http.wire import Body, BodyDecoder, check_served, json_response, to_json
-from engine.messages import Chunk, Generate, SamplingParams
+from engine.http.wire import Body, check_served, json_response
+from engine.messages import Generate, SamplingParams
 from engine.sampling import INT32_MAX, check_sampling
 
+MAX_SAMPLES = 128  # replies to one prompt
+MAX_CHOICES = 1024  # replies to one request
+MAX_SALT_LENGTH = 1024
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions, where a reply seldom ends by itself
 TokenId = Annotated[int, Meta(ge=0, le=INT32_MAX)]
 Priority = Annotated[int, Meta(ge=-INT32_MAX, le=INT32_MAX)]
@@ -30,6 +32,7 @@ Priority = Annotated[int, Meta(ge=-INT32_MAX, le=INT32_MAX)]
 
 class StreamOptions(Body):
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: bool = False  # ignored: no padding is added
 
 
@@ -46,25 +49,20 @@ class SamplingBody(Body):
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    n: int | None = None
+    stop_regex: str | list[str] | None = None
+    min_tokens: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    cache_salt: str | None = None
     priority: Priority = 0
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Any = None  # ignored
-    n: Any = None
-    frequency_penalty: Any = None
-    presence_penalty: Any = None
-    repetition_penalty: Any = None
-    logit_bias: Any = None
-    logprobs: Any = None
-
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "n": (1,),
-        "frequency_penalty": (0,),
-        "presence_penalty": (0,),
-        "repetition_penalty": (1,),
-        "logit_bias": ({},),
-        "logprobs": (False,),
-    }
 
 
 class TextPart(Body):
@@ -97,6 +95,11 @@ class ChatMessage(Body):
 class ChatBody(SamplingBody, kw_only=True):
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     # Ignored: they change nothing that the engine does.
     metadata: Any = None
     store: Any = None
@@ -116,12 +119,10 @@ class ChatBody(SamplingBody, kw_only=True):
     service_tier: Any = None
     tools: Any = None
     tool_choice: Any = None
-    top_logprobs: Any = None
     verbosity: Any = None
     web_search_options: Any = None
 
     unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
-        **SamplingBody.unserved,
         "audio": (),
         "functions": ([],),
         "function_call": ("none", "auto"),
@@ -133,7 +134,6 @@ class ChatBody(SamplingBody, kw_only=True):
         "service_tier": ("auto", "default"),
         "tools": ([],),
         "tool_choice": ("none", "auto"),
-        "top_logprobs": (0,),
         "verbosity": ("medium",),
         "web_search_options": (),
     }
@@ -141,88 +141,121 @@ class ChatBody(SamplingBody, kw_only=True):
 
 class CompletionBody(SamplingBody, kw_only=True):
     prompt: str | list[TokenId | str | list[TokenId]]
-    best_of: Any = None
-    echo: Any = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    echo: bool | None = None
+    best_of: int | None = None
     suffix: Any = None
 
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
-        **SamplingBody.unserved,
-        "best_of": (1,),
-        "echo": (False,),
-        "suffix": ("",),
-        "logprobs": (),  # a count here: 0 would ask for one
-    }
-
-
-CHAT = BodyDecoder(ChatBody)
-COMPLETION = BodyDecoder(CompletionBody)
+    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {"suffix": ("",)}
 
 
 # ── handlers ─────────────────────────────────────────────────────────────────────────────────
 
 
-async def chat_completions(request: web.Request) -> web.StreamResponse:
-    """POST /v1/chat/completions"""
-    body = CHAT.decode(await request.read())
+async def chat_completions(request: web.Request, body: ChatBody) -> web.StreamResponse:
+    """Answer a conversation, whole or streamed."""
     request.app[SERVICE].check_model(body.model)
-    if body.max_completion_tokens is None:
-        sampling = sampling_of(body, body.max_tokens)
-    elif body.max_tokens in (None, body.max_completion_tokens):
-        sampling = sampling_of(body, body.max_completion_tokens, "max_completion_tokens")
-    else:
+    if body.max_completion_tokens not in (None, body.max_tokens) and body.max_tokens is not None:
         raise RequestError(
             f"max_tokens is {body.max_tokens} and max_completion_tokens is {body.max_completion_tokens}; "
             "they mean the same, so send one",
             param="max_completion_tokens",
         )
-    rid = f"chatcmpl-{uuid4().hex}"
-    generate = Generate(rid, sampling, messages=plain_messages(body.messages), priority=body.priority)
-    return await _complete(request, body, generate, chat=True)
-
-
-async def completions(request: web.Request) -> web.StreamResponse:
-    """POST /v1/completions"""
-    body = COMPLETION.decode(await request.read())
-    request.app[SERVICE].check_model(body.model)
-    sampling = sampling_of(body, body.max_tokens)
-    prompt = single_prompt(body.prompt)
-    text, ids = (prompt, None) if isinstance(prompt, str) else (None, pack_ids(prompt, "prompt"))
-    generate = Generate(
-        f"cmpl-{uuid4().hex}",
+    if body.top_logprobs and not body.logprobs:
+        raise RequestError(f"top_logprobs is {body.top_logprobs}; it needs logprobs: true", param="top_logprobs")
+    new, names = body.max_tokens, {"logprobs": "top_logprobs"}
+    if body.max_completion_tokens is not None:
+        new, names["max_tokens"] = body.max_completion_tokens, "max_completion_tokens"
+    sampling = sampling_of(body, names, max_tokens=new, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+    first = Generate(
+        f"chatcmpl-{uuid4().hex}",
         sampling,
-        text=text,
-        ids=ids,
+        messages=plain_messages(body.messages),
         priority=body.priority,
-        default_max_tokens=COMPLETION_MAX_TOKENS,
+        cache_salt=salt_of(body.cache_salt),
+        **template_options(body),
     )
-    return await _complete(request, body, generate, chat=False)
+    return await _complete(request, body, [first], Wording(chat=True, logprobs=bool(body.logprobs)))
 
 
-async def _complete(request: web.Request, body: SamplingBody, generate: Generate, *, chat: bool) -> web.StreamResponse:
+async def completions(request: web.Request, body: CompletionBody) -> web.StreamResponse:
+    """Go on with texts or with token ids, whole or streamed."""
+    request.app[SERVICE].check_model(body.model)
+    if body.best_of not in (None, body.n or 1):
+        raise RequestError(
+            f"best_of is {body.best_of} and n is {body.n or 1}; replies are not ranked here: send n: {body.best_of} "
+            "and logprobs, and choose among them",
+            param="best_of",
+        )
+    about_prompt, names = body.prompt_logprobs, {}
+    if body.echo and body.logprobs is not None and about_prompt is None:
+        about_prompt, names = body.logprobs, {"prompt_logprobs": "logprobs"}
+    sampling = sampling_of(
+        body, names, max_tokens=body.max_tokens, logprobs=body.logprobs, prompt_logprobs=about_prompt
+    )
+    rid, salt = f"cmpl-{uuid4().hex}", salt_of(body.cache_salt)
+    jobs = [
+        Generate(
+            rid,
+            sampling,
+            text=prompt if isinstance(prompt, str) else None,
+            ids=None if isinstance(prompt, str) else pack_ids(prompt, "prompt"),
+            priority=body.priority,
+            default_max_tokens=COMPLETION_MAX_TOKENS,
+            cache_salt=salt,
+            echo=bool(body.echo),
+        )
+        for prompt in prompts_of(body.prompt)
+    ]
+    wording = Wording(
+        chat=False,
+        logprobs=body.logprobs is not None,
+        prompt_logprobs=body.prompt_logprobs is not None,
+        echo=bool(body.echo),
+    )
+    return await _complete(request, body, jobs, wording)
+
+
+async def _complete(
+    request: web.Request, body: SamplingBody, prompts: list[Generate], wording: Wording
+) -> web.StreamResponse:
+    """Answer with `body.n` replies to each of `prompts`, worded as `wording` and the stream's options say."""
+    options = body.stream_options or StreamOptions()
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options needs stream: true", param="stream_options")
-    usage = body.stream_options is not None and body.stream_options.include_usage
-    reply = OpenAIReply(generate.rid, request.app[SERVICE].model, chat=chat, usage=usage)
-    endpoint = "chat" if chat else "completions"
-    return await answer(request, generate, reply, endpoint=endpoint, stream=bool(body.stream))
+    rid, samples = prompts[0].rid, 1 if body.n is None else body.n
+    jobs = sampled(prompts, samples)
+    wording = msgspec.structs.replace(
+        wording,
+        samples=samples,
+        choices=len(jobs),
+        usage=options.include_usage,
+        continuous_usage=options.continuous_usage_stats,
+    )
+    reply = OpenAIReply(rid, request.app[SERVICE].model, wording)
+    endpoint = "chat" if wording.chat else "completions"
+    return await answer(request, rid, jobs, reply, endpoint=endpoint, stream=bool(body.stream))
 
 
 async def models(request: web.Request) -> web.Response:
-    """GET /v1/models"""
-    return json_response({"object": "list", "data": [_model(request)]})
+    """List the names that the model is served under."""
+    names = request.app[SERVICE].models
+    return json_response({"object": "list", "data": [_model(request, name) for name in names]})
 
 
 async def model(request: web.Request) -> web.Response:
-    """GET /v1/models/{model}"""
-    request.app[SERVICE].check_model(request.match_info["model"])
-    return json_response(_model(request))
+    """Describe the model under one of its names."""
+    name = request.match_info["model"]
+    request.app[SERVICE].check_model(name)
+    return json_response(_model(request, name))
 
 
-def _model(request: web.Request) -> dict[str, Any]:
+def _model(request: web.Request, name: str) -> dict[str, Any]:
     service = request.app[SERVICE]
     info = service.front.info
     return {
-        "id": service.model,
+        "id": name,
         "object": "model",
         "created": service.front.created,
         "owned_by": "engine",
@@ -233,18 +266,75 @@ def _model(request: web.Request) -> dict[str, Any]:
 # ── from a body to a Generate ────────────────────────────────────────────────────────────────
 
 
-def sampling_of(body: SamplingBody, max_tokens: int | None, max_tokens_name: str = "max_tokens") -> SamplingParams:
-    """The checked SamplingParams of `body`; `max_tokens_name` is what its client called the limit."""
-    fields = ("temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos")
-    given = {name: value for name in fields if (value := getattr(body, name)) is not None}
+SAME = (
+    "temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos", "min_tokens", "presence_penalty",
+    "frequency_penalty", "repetition_penalty", "logit_bias",
+)  # fmt: skip
+
+
+def sampling_of(
+    body: SamplingBody,
+    names: dict[str, str],
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
+) -> SamplingParams:
+    """The checked SamplingParams of `body`; `names` says what its client called a field, if not by its own name."""
+    given = {name: value for name in SAME if (value := getattr(body, name)) is not None}
     sampling = SamplingParams(
         max_tokens=max_tokens,
         stop=stop_strings(body.stop),
+        stop_regex=stop_strings(body.stop_regex),
         stop_token_ids=tuple(body.stop_token_ids or ()),
+        bad_words=tuple(body.bad_words or ()),
+        allowed_token_ids=allowed_ids(body.allowed_token_ids),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
         **given,
     )
-    check_sampling(sampling, {"max_tokens": max_tokens_name})
+    check_sampling(sampling, names)
     return sampling
+
+
+def allowed_ids(ids: list[int] | None) -> tuple[int, ...]:
+    """`allowed_token_ids`, where an empty list allows nothing."""
+    if ids == []:
+        raise RequestError("allowed_token_ids is empty; allow at least one, or leave it out", param="allowed_token_ids")
+    return tuple(ids or ())
+
+
+def salt_of(salt: str | None) -> str:
+    """`cache_salt`, by default that of everybody."""
+    if salt is not None and not 1 <= len(salt) <= MAX_SALT_LENGTH:
+        raise RequestError(
+            f"cache_salt has {len(salt)} characters; send 1 to {MAX_SALT_LENGTH}, or leave it out", param="cache_salt"
+        )
+    return salt or ""
+
+
+def sampled(prompts: list[Generate], samples: int) -> list[Generate]:
+    """`samples` requests for each of `prompts`, in order. Of a seeded one, sample i has seed + i.
+
+    Those that would share an id have `-` and their number appended to it."""
+    if not 1 <= samples <= MAX_SAMPLES:
+        raise RequestError(f"n is {samples}; it must be from 1 to {MAX_SAMPLES}", param="n")
+    if len(prompts) * samples > MAX_CHOICES:
+        raise RequestError(
+            f"{len(prompts)} prompts with {samples} replies each are over the {MAX_CHOICES} of one request; send less",
+            param="n" if samples > 1 else "prompt",
+        )
+    if samples == 1 and len({prompt.rid for prompt in prompts}) == len(prompts):
+        return prompts
+    jobs: list[Generate] = []
+    for prompt in prompts:
+        for sample in range(samples):
+            params = prompt.sampling
+            if params.seed is not None and sample:
+                seed = (params.seed + sample + (1 << 63)) % (1 << 64) - (1 << 63)
+                params = msgspec.structs.replace(params, seed=seed)
+            jobs.append(msgspec.structs.replace(prompt, rid=f"{prompt.rid}-{len(jobs)}", sampling=params))
+    return jobs
 
 
 def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
@@ -269,19 +359,41 @@ def plain_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
     return plain
 
 
-def single_prompt(prompt: str | list[int | str | list[int]]) -> str | list[int]:
-    """The one prompt in `prompt`: a text, token ids, or a list that holds one of either."""
+class TemplateFields(Protocol):
+    """The fields of a body that say how the chat template writes its messages. Null is the same as absent."""
+
+    add_generation_prompt: bool | None
+    continue_final_message: bool | None
+    chat_template_kwargs: dict[str, Any] | None
+
+
+def template_options(body: TemplateFields) -> dict[str, Any]:
+    """How to render the messages of `body`, as Generate and Text.render_chat take it."""
+    going_on = bool(body.continue_final_message)
+    if going_on and body.add_generation_prompt:
+        raise RequestError(
+            "continue_final_message and add_generation_prompt are both true, and exclude each other; send one",
+            param="add_generation_prompt",
+        )
+    opened = not going_on if body.add_generation_prompt is None else body.add_generation_prompt
+    return {
+        "add_generation_prompt": opened,
+        "continue_final_message": going_on,
+        "template_kwargs": body.chat_template_kwargs,
+    }
+
+
+def prompts_of(prompt: str | list[int | str | list[int]]) -> list[str | list[int]]:
+    """The prompts in `prompt`: a text, token ids, or a list that holds some of either."""
     if isinstance(prompt, str):
-        return prompt
+        return [prompt]
     ids = [item for item in prompt if isinstance(item, int)]
     if len(ids) == len(prompt):
-        return ids
-    if len(prompt) > 1:
-        message = f"prompt holds {len(prompt)} prompts, which is not supported yet; send one request for each"
-        raise RequestError(message, param="prompt", code="unsupported_parameter")
-    only = prompt[0]
-    assert not isinstance(only, int)
-    return only
+        return [ids]
+    if ids:
+        message = "prompt mixes token ids with whole prompts; send one list of ids, or a list of prompts"
+        raise RequestError(message, param="prompt")
+    return [item for item in prompt if not isinstance(item, int)]
 
 
 def pack_ids(ids: list[int], param: str) -> bytes:
@@ -289,66 +401,3 @@ def pack_ids(ids: list[int], param: str) -> bytes:
     if not ids:
         raise RequestError(f"{param} is an empty list; send at least one token id", param=param)
     return struct.pack(f"<{len(ids)}i", *ids)
-
-
-# ── replies ──────────────────────────────────────────────────────────────────────────────────
-
-
-def usage_of(last: Chunk) -> dict[str, Any]:
-    """OpenAI's usage object for a reply that ends with `last`."""
-    return {
-        "prompt_tokens": last.prompt_tokens,
-        "completion_tokens": last.completion_tokens,
-        "total_tokens": last.prompt_tokens + last.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": last.cached_tokens},
-    }
-
-
-class OpenAIReply:
-    """Chunks as chat.completion(.chunk) or text_completion objects.
-
-    All but the text of an event is encoded once, so a chunk costs one string escape and one join.
-    """
-
-    def __init__(self, rid: str, model: str, *, chat: bool, usage: bool) -> None:
-        self._chat = chat
-        self._usage = usage
-        self._head = {"id": rid, "object": "chat.completion" if chat else "text_completion"}
-        self._head |= {"created": int(time.time()), "model": model}  # type: ignore[dict-item]
-        kind = {"object": "chat.completion.chunk" if chat else "text_completion"}
-        opening = to_json(self._head | kind)[:-1]
-        end = b',"usage":null}\n\n' if usage else b"}\n\n"
-        self._before_choices = b"data: " + opening + b',"choices":['
-        self._before = self._before_choices + b'{"index":0,' + (b'"delta":{"content":' if chat else b'"text":')
-        self._after = (b"}" if chat else b"") + b',"logprobs":null,"finish_reason":null}]' + end
-        self._end = b"]" + end
-        self._first = chat
-
-    def event(self, chunk: Chunk) -> bytes:
-        """The events of `chunk`; a chat opens with the role, and ends with finish, usage if asked for, DONE."""
-        events = b""
-        if self._first:
-            self._first = False
-            events = self._choice({"delta": {"role": "assistant", "content": ""}})
-        if chunk.text:
-            events += self._before + to_json(chunk.text) + self._after
-        if chunk.finish is not None:
-            events += self._choice({"delta": {}} if self._chat else {"text": ""}, chunk)
-            if self._usage:
-                events += self._before_choices + b'],"usage":' + to_json(usage_of(chunk)) + b"}\n\n"
-            events += DONE
-        return events
-
-    def _choice(self, fields: dict[str, Any], last: Chunk | None = None) -> bytes:
-        return self._before_choices + to_json(choice(fields, last)) + self._end
-
-    def whole(self, text: str, ids: list[int], last: Chunk) -> bytes:
-        """The object of a reply that is not streamed."""
-        fields = {"message": {"role": "assistant", "content": text, "refusal": None}} if self._chat else {"text": text}
-        return to_json(self._head | {"choices": [choice(fields, last)], "usage": usage_of(last)})
-
-
-def choice(fields: dict[str, Any], last: Chunk | None) -> dict[str, Any]:
-    """The only entry of `choices`; `matched_stop`, an extension, is the stop string or token id that ended it."""
-    shared = {"index": 0, **fields, "logprobs": None, "finish_reason": None}
-    return shared if last is None else shared | {"finish_reason": last.finish, "matched_stop": last.matched}

@@ -1,17 +1,22 @@
-"""What every handler shares, and the one way from a Generate to an answer, whole or streamed.
+"""What every handler shares, and the one way from Generates to an answer, whole or streamed.
 
-A handler makes a `Generate` and a `Reply`, which knows how one API words its answers; `answer` does the rest.
-Leaving `answer` in any way, the handler's cancellation by a vanished client included, closes the front's
-generator, and that aborts the request.
+A handler makes a `Generate` for each reply (`n` of them to each of several prompts) and a `Reply`, which knows how one
+API words its answers; `answer` does the rest. Leaving `answer` in any way, the handler's cancellation by a vanished
+client included, closes the front's generators, and that aborts the requests.
 """
 
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Protocol
 
+import anyio
 from aiohttp import web
+from anyio.streams.memory import MemoryObjectSendStream
 
+from engine.actor import first_failure
 from engine.config import ServerOptions
 from engine.errors import RequestError
+from engine.front import joined
 from engine.http.metrics import Metrics
 from engine.http.sse import Events, send_events
 from engine.http.wire import json_response
@@ -21,11 +26,11 @@ if TYPE_CHECKING:
     from engine.front import Front
 
 
-class Reply(Events, Protocol):
-    """One API's wording of a reply: an event for each chunk, or one JSON object for all."""
+class Reply(Events[tuple[int, Chunk]], Protocol):
+    """One API's wording of the replies to a request: events for each numbered chunk, or one JSON value for all."""
 
-    def whole(self, text: str, ids: list[int], last: Chunk) -> bytes:
-        """The JSON of a reply that is not streamed; `last` is its last chunk."""
+    def whole(self, replies: list[Chunk]) -> bytes:
+        """The JSON of replies that are not streamed, each joined into one chunk."""
 
 
 class Service:
@@ -35,12 +40,32 @@ class Service:
         self.front = front
         self.options = options
         self.model = front.model_name
+        self.models = options.served_model_name or (self.model,)
         self.metrics = Metrics(front, self.model)
+        self._groups: dict[str, list[str]] = {}  # requests of several replies: their own id to those of the replies
+
+    def abort(self, rid: str | None) -> int:
+        """End what runs as `rid`, all its replies, or everything with None; how many replies were open."""
+        if rid is None:
+            return self.front.abort(None)
+        return sum(self.front.abort(one) for one in self._groups.get(rid, [rid]))
+
+    @asynccontextmanager
+    async def known_as(self, rid: str, jobs: Sequence[Generate]) -> AsyncIterator[None]:
+        """While this lasts, `abort(rid)` ends all `jobs`."""
+        ours = {} if len(jobs) == 1 or rid in self._groups else {rid: [job.rid for job in jobs]}
+        self._groups |= ours
+        try:
+            yield
+        finally:
+            for key in ours:
+                del self._groups[key]
 
     def check_model(self, name: str | None) -> None:
-        """Raise RequestError (404) unless `name` is the served model or left out."""
-        if name is not None and name != self.model:
-            message = f"the model {name!r} is not served here; use {self.model!r}, or leave model out"
+        """Raise RequestError (404) unless `name` is one of the served names or left out."""
+        if name is not None and name not in self.models:
+            known = " or ".join(repr(served) for served in self.models)
+            message = f"the model {name[:200]!r} is not served here; use {known}, or leave model out"
             raise RequestError(message, param="model", code="model_not_found", status=404)
 
 
@@ -48,18 +73,54 @@ SERVICE = web.AppKey("service", Service)
 
 
 async def answer(
-    request: web.Request, generate: Generate, reply: Reply, *, endpoint: str, stream: bool
+    request: web.Request, rid: str, jobs: Sequence[Generate], reply: Reply, *, endpoint: str, stream: bool
 ) -> web.StreamResponse:
-    """Run `generate` and answer `request` with it; errors raised before the first chunk reach the caller."""
-    headers = {"X-Request-Id": generate.rid}
+    """Run `jobs` together and answer `request`, known as `rid`, with them; what one raises ends all.
+
+    Errors raised before the first chunk reach the caller."""
+    headers = {"X-Request-Id": rid}
     service = request.app[SERVICE]
-    async with aclosing(service.metrics.watch(service.front.generate(generate), endpoint)) as chunks:
+    streams = [service.metrics.watch(service.front.generate(job), endpoint) for job in jobs]
+    async with service.known_as(rid, jobs), numbered(streams) as chunks:
         if stream:
             return await send_events(request, chunks, reply, headers)
-        texts: list[str] = []
-        ids: list[int] = []
-        async for chunk in chunks:
-            texts.append(chunk.text)
-            ids.extend(chunk.ids)
-    assert chunk.finish is not None, f"the stream of {generate.rid} ended without a finish"
-    return json_response(reply.whole("".join(texts), ids, chunk), headers=headers)
+        replies: list[list[Chunk]] = [[] for _ in jobs]
+        async for index, chunk in chunks:
+            replies[index].append(chunk)
+    return json_response(reply.whole([joined(parts) for parts in replies]), headers=headers)
+
+
+@asynccontextmanager
+async def numbered(streams: Sequence[AsyncGenerator[Chunk]]) -> AsyncIterator[AsyncIterator[tuple[int, Chunk]]]:
+    """The chunks of all `streams` as they come, each with its stream's number; leaving it closes them all."""
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as only:
+            yield ((0, chunk) async for chunk in only)
+        return
+    sender, receiver = anyio.create_memory_object_stream[tuple[int, Chunk | Exception]](0)
+
+    async def pump(index: int, sender: MemoryObjectSendStream[tuple[int, Chunk | Exception]]) -> None:
+        async with aclosing(streams[index]) as stream, sender:
+            try:
+                async for chunk in stream:
+                    await sender.send((index, chunk))
+            except Exception as error:
+                await sender.send((index, error))
+
+    async def chunks() -> AsyncIterator[tuple[int, Chunk]]:
+        async for index, item in receiver:
+            if isinstance(item, Exception):
+                raise item
+            yield index, item
+
+    try:
+        async with anyio.create_task_group() as group, receiver:
+            with sender:
+                for index in range(len(streams)):
+                    group.start_soon(pump, index, sender.clone())
+            try:
+                yield chunks()
+            finally:
+                group.cancel_scope.cancel()
+    except BaseExceptionGroup as failures:
+        raise first_failure(failures) from None

@@ -6,14 +6,13 @@ status. A failure after that can only be one more event: `data: {"error": …}`,
 """
 
 import logging
-from collections.abc import AsyncGenerator
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable
+from typing import Protocol, TypeVar
 
 from aiohttp import web
 
 from engine.errors import RequestError, WorkerError
 from engine.http.wire import error_object, to_json
-from engine.messages import Chunk
 
 DONE = b"data: [DONE]\n\n"
 HEADERS = {
@@ -24,11 +23,15 @@ HEADERS = {
 log = logging.getLogger(__name__)
 
 
-class Events(Protocol):
-    """How one API words a chunk."""
+Item = TypeVar("Item")
+Item_contra = TypeVar("Item_contra", contravariant=True)
 
-    def event(self, chunk: Chunk) -> bytes:
-        """Bytes to write for `chunk`: no event, one or several, whole; the last ends with DONE."""
+
+class Events(Protocol[Item_contra]):
+    """How one API words what comes: chunks of one reply, or of several, numbered."""
+
+    def event(self, item: Item_contra, /) -> bytes:
+        """Bytes to write for `item`: no event, one or several, whole; the last ends with DONE."""
 
 
 def data_event(payload: bytes) -> bytes:
@@ -49,10 +52,22 @@ def describe_error(error: Exception) -> tuple[int, dict[str, object]]:
             return 500, error_object(message, status=500, code="internal_error")
 
 
+def failure_event(error: Exception) -> bytes:
+    """The last event of a stream that fails, as OpenAI's completions word it."""
+    return data_event(to_json(describe_error(error)[1]))
+
+
 async def send_events(
-    request: web.Request, chunks: AsyncGenerator[Chunk], events: Events, headers: dict[str, str]
+    request: web.Request,
+    chunks: AsyncIterator[Item],
+    events: Events[Item],
+    headers: dict[str, str],
+    *,
+    failure: Callable[[Exception], bytes] = failure_event,
 ) -> web.StreamResponse:
-    """Answer `request` with `chunks` as they come; what the first chunk raises is raised here."""
+    """Answer `request` with `chunks` as they come; what the first chunk raises is raised here.
+
+    `failure` words the event of an error after that."""
     first = await anext(chunks)
     response = web.StreamResponse(headers=HEADERS | headers)
     await response.prepare(request)
@@ -65,6 +80,6 @@ async def send_events(
     except ConnectionError:  # the client is gone: nobody to tell
         raise
     except Exception as error:
-        await response.write(data_event(to_json(describe_error(error)[1])))
+        await response.write(failure(error))
     await response.write_eof()
     return response

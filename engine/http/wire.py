@@ -6,7 +6,7 @@ other. Nothing a client sends is ignored in silence, save the fields documented 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, ClassVar, Generic, TypeVar, get_args, get_type_hints
 
@@ -33,16 +33,19 @@ BodyType = TypeVar("BodyType", bound=Body)
 
 
 class BodyDecoder(Generic[BodyType]):
-    """bytes → one kind of body; RequestError says where the bytes are at fault."""
+    """bytes → one kind of body; RequestError says where the bytes are at fault.
+
+    No bytes at all are the same as {} where no field is required."""
 
     def __init__(self, kind: type[BodyType]) -> None:
         self._kind = kind
+        self._optional = not any(field.required for field in msgspec.structs.fields(kind))
         self._decoder = msgspec.json.Decoder(kind)
 
     def decode(self, data: bytes) -> BodyType:
         """The body in `data`, checked against its struct and its `unserved` fields."""
         try:
-            body = self._decoder.decode(data)
+            body = self._decoder.decode(data or b"{}" if self._optional else data)
         except msgspec.ValidationError as error:
             raise _invalid(self._kind, str(error)) from None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -52,6 +55,13 @@ class BodyDecoder(Generic[BodyType]):
             raise RequestError("the request body is nested too deeply; flatten it", code="invalid_json") from None
         check_served(body)
         return body
+
+    def query(self, given: Mapping[str, str]) -> BodyType:
+        """The body whose fields are the parameters of a query."""
+        try:
+            return msgspec.convert(dict(given), self._kind, strict=False)
+        except msgspec.ValidationError as error:
+            raise _invalid(self._kind, str(error)) from None
 
 
 def check_served(body: Body, path: str = "") -> None:
@@ -73,8 +83,9 @@ def check_served(body: Body, path: str = "") -> None:
 
 def _invalid(kind: type[Body], reason: str) -> RequestError:
     """A msgspec message, "Expected `int`, got `str` - at `$.seed`", as a RequestError that names the field."""
-    reason, _, where = reason.partition(" - at `$")
-    path = where.rstrip("`").lstrip(".")
+    parts = re.fullmatch(r"(.*?)(?: - at `(?:key` in `)?\$([^`]*)`)?", reason, re.DOTALL)
+    assert parts is not None
+    reason, path = parts[1], (parts[2] or "").lstrip(".")
     unknown = re.fullmatch(r"Object contains unknown field `(.*)`", reason, re.DOTALL)
     if unknown is None:
         message = f"{path or 'the request body'}: {reason[:1].lower()}{reason[1:]}; correct its type or value"
@@ -91,8 +102,16 @@ def _invalid(kind: type[Body], reason: str) -> RequestError:
 def _struct_at(kind: type[Body], path: str) -> type[Body]:
     """The struct that a msgspec error path (messages[0].content) leads to."""
     for name in re.findall(r"[A-Za-z_]\w*", path):
-        kind = next(_bodies(get_type_hints(kind)[name]))
+        if name not in kind.__struct_fields__:  # a field's name, the client's own, that looks like a path
+            return kind
+        kind = next(_bodies(get_type_hints(kind)[name]), kind)
     return kind
+
+
+def bodies_in(kind: type[Body]) -> Iterator[type[Body]]:
+    """The bodies that the fields of `kind` may hold."""
+    for hint in get_type_hints(kind).values():
+        yield from _bodies(hint)
 
 
 def _bodies(hint: Any) -> Iterator[type[Body]]:

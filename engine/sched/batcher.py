@@ -29,7 +29,7 @@ from engine.messages import Admit, Finish, SlotAdmit, StepDone, StepPlan, Tokens
 from engine.plugin.specs import Policy
 from engine.sched.columns import ReplyColumns, StepColumns
 from engine.sched.limits import check_fits, pages_for
-from engine.sched.request import Request, rank
+from engine.sched.request import NEVER, Request, rank
 from engine.sched.waiting import WaitingQueue
 
 
@@ -73,7 +73,7 @@ class Scheduler:
         self._decoding: dict[str, Request] = {}  # running, one token behind
         self._prefilling: dict[str, Request] = {}  # running, further behind
         self._free_slots = list(range(self.slots - 1, -1, -1))
-        self._in_flight: deque[tuple[int, list[tuple[Request, int]]]] = deque()
+        self._in_flight: deque[tuple[int, StepColumns]] = deque()
 
     # ── figures ──────────────────────────────────────────────────────────────────────────────
 
@@ -171,7 +171,7 @@ class Scheduler:
             assert not step.pages and not step.admits
             return None
         self._steps += 1
-        self._in_flight.append((self._steps, step.sampled))
+        self._in_flight.append((self._steps, step))
         return step.message(self._steps)
 
     def _grow(self, step: StepColumns) -> None:
@@ -209,7 +209,7 @@ class Scheduler:
         end = min(request.length, start + step.budget)
         step.budget -= end - start
         ends = end == request.length
-        step.rows += (request.slot, start, end - start, int(ends))
+        step.add_row(request, start, end - start, sample=ends)
         request.computed = end
         step.set_pages(request, self._share(request, end))
         if ends:
@@ -222,15 +222,18 @@ class Scheduler:
             if not step.budget or not self._free_slots or not self._place(request):
                 return
             self._queue.remove(request)
-            step.admits.append(SlotAdmit(request.slot, request.ids.tobytes(), request.sampling))
+            scored = min(request.scored, request.prompt_len)
+            step.admits.append(
+                SlotAdmit(request.slot, request.ids.tobytes(), request.sampling, request.prompt_len, scored)
+            )
             step.set_pages(request, range(len(request.pages)))
             self._plan_chunk(step, request)
 
     def _place(self, request: Request) -> bool:
         """Give a waiting request a slot and pages for all its tokens, if as many are left as running rows:
         each of those soon needs its next page, and none should be retracted for a newcomer."""
-        if self.prefix_cache:
-            request.node, request.pages = self._tree.match(self._reusable(request))
+        if self._uses_cache(request):
+            request.node, request.pages = self._tree.match(self._reusable(request), request.salt)
             self._tree.lock(request.node)  # before looking at what is available: these pages no longer are
         missing = pages_for(request.length, self.page_size) - len(request.pages)
         if missing + self.running > self._available:
@@ -254,20 +257,30 @@ class Scheduler:
 
     def commit(self, done: StepDone) -> Tokens | None:
         """Take in the result of the oldest step in flight; None if it gives nobody a token."""
-        number, sampled = self._in_flight.popleft()
+        number, step = self._in_flight.popleft()
         assert done.step == number, f"step {done.step} is done, but step {number} is the oldest in flight"
         reply = ReplyColumns()
         tokens = array("i", done.tokens)
+        for scores in done.prompt_logprobs:
+            if number >= (request := step.scoring[scores.row]).since:
+                request.add_scores(scores)
+        scored = {scores.row: scores for scores in done.logprobs}
         at = 0
-        for (request, position), count in zip(sampled, array("i", done.counts), strict=True):
+        for row, ((request, position), count) in enumerate(zip(step.sampled, array("i", done.counts), strict=True)):
             first, at = at, at + count
             if number < request.since:
                 continue  # it ended, or lost its slot, after this step was planned
-            first += len(request.ids) - position  # a step that gave several may have given these
-            if first < at and reply.accept(request, tokens[first:at]):
-                del self._requests[request.rid]
-                self._release(request)
-            elif len(request.ids) > request.length:  # more than was foreseen: it has to catch up
+            known = len(request.ids) - position  # a step that gave several may have given these
+            first += known
+            if first < at:
+                ended = reply.accept(request, tokens[first:at])
+                if row in scored:
+                    reply.add_logprobs(scored[row], known)
+                if ended:
+                    del self._requests[request.rid]
+                    self._release(request)
+                    continue
+            if len(request.ids) > request.length:  # more than was foreseen: it has to catch up
                 request.length = len(request.ids)
                 self._decoding.pop(request.rid, None)
                 self._prefilling[request.rid] = request
@@ -342,8 +355,14 @@ class Scheduler:
         whole = (request.length - 1) // self.page_size
         return request.ids[: whole * self.page_size].tobytes()
 
+    def _uses_cache(self, request: Request) -> bool:
+        """Whether cached pages are of use to `request`: its prompt is computed whole while it is to be scored."""
+        return self.prefix_cache and request.scored == NEVER
+
     def _cached(self, request: Request) -> int:
-        return self._tree.match_length(self._reusable(request)) * self.page_size
+        if not self._uses_cache(request):
+            return 0
+        return self._tree.match_length(self._reusable(request), request.salt) * self.page_size
 
     def check_integrity(self) -> None:
         """Assert that pages, locks, slots and requests fit together. For tests, and when idle."""

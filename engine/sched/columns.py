@@ -1,15 +1,18 @@
-"""The two messages of every step while they are built, column by column."""
+"""The two messages of every step while they are built, column by column.
+
+Log-probabilities are only passed on: cut to the tokens that are kept, or joined where a prompt came in chunks.
+"""
 
 from array import array
 
-from engine.messages import Finish, SlotAdmit, StepPlan, Tokens
+from engine.messages import Finish, Logprobs, SlotAdmit, StepPlan, Tokens
 from engine.sched.request import Request
 
 
 class StepColumns:
     """The columns of a StepPlan while it is built."""
 
-    __slots__ = ("admits", "budget", "pages", "rows", "sampled")
+    __slots__ = ("admits", "budget", "pages", "rows", "sampled", "scoring")
 
     def __init__(self, budget: int) -> None:
         self.budget = budget  # tokens that may still be planned
@@ -17,6 +20,13 @@ class StepColumns:
         self.pages: dict[tuple[int, int], int] = {}  # (slot, index): page
         self.admits: list[SlotAdmit] = []
         self.sampled: list[tuple[Request, int]] = []  # request and position of each token to be sampled
+        self.scoring: dict[int, Request] = {}  # by row: whose prompt's log-probabilities the step yields
+
+    def add_row(self, request: Request, start: int, length: int, *, sample: bool) -> None:
+        """Compute `length` tokens of `request` from position `start`, and sample after them."""
+        if request.scores_in(start, start + length):
+            self.scoring[len(self.rows) // 4] = request
+        self.rows += (request.slot, start, length, int(sample))
 
     def set_pages(self, request: Request, indices: range) -> None:
         """Tell the device which pages `request` has at `indices`."""
@@ -32,7 +42,7 @@ class StepColumns:
 class ReplyColumns:
     """The columns of a Tokens while it is built."""
 
-    __slots__ = ("cached", "counts", "finishes", "rids", "tokens")
+    __slots__ = ("cached", "counts", "finishes", "logprobs", "prompt_logprobs", "rids", "tokens")
 
     def __init__(self) -> None:
         self.rids: list[str] = []
@@ -40,6 +50,8 @@ class ReplyColumns:
         self.tokens = array("i")
         self.finishes: list[Finish] = []
         self.cached: list[tuple[int, int]] = []
+        self.logprobs: list[Logprobs] = []
+        self.prompt_logprobs: list[Logprobs] = []
 
     def accept(self, request: Request, tokens: "array[int]") -> bool:
         """Add `tokens` to `request` and to this reply, up to where the request ends; True if it does."""
@@ -61,7 +73,14 @@ class ReplyColumns:
         if request.first:
             request.first = False
             self.cached.append((row, request.cached))
+            if request.scores:
+                self.prompt_logprobs.append(joined(row, request.scores))
+                request.scores = []
         return ended
+
+    def add_logprobs(self, scores: Logprobs, skip: int) -> None:
+        """Add those of the tokens accepted last, which `scores` holds after `skip` others."""
+        self.logprobs.append(cut(len(self.rids) - 1, scores, skip, skip + self.counts[-1]))
 
     def message(self, number: int) -> Tokens:
         return Tokens(
@@ -71,4 +90,24 @@ class ReplyColumns:
             tokens=self.tokens.tobytes(),
             finishes=tuple(self.finishes),
             cached=tuple(self.cached),
+            logprobs=tuple(self.logprobs),
+            prompt_logprobs=tuple(self.prompt_logprobs),
         )
+
+
+def joined(row: int, parts: list[Logprobs]) -> Logprobs:
+    """Those of successive parts of a prompt, as one, of row `row`."""
+    columns = zip(*((part.logprobs, part.ranks, part.top_ids, part.top_logprobs) for part in parts), strict=True)
+    return Logprobs(row, *map(b"".join, columns))
+
+
+def cut(row: int, scores: Logprobs, first: int, end: int) -> Logprobs:
+    """Those of the tokens `first` .. `end` - 1 of `scores`, of row `row`."""
+    wide = 4 * (len(scores.top_ids) // len(scores.ranks))  # bytes of a token's likeliest
+    return Logprobs(
+        row,
+        scores.logprobs[4 * first : 4 * end],
+        scores.ranks[4 * first : 4 * end],
+        scores.top_ids[wide * first : wide * end],
+        scores.top_logprobs[wide * first : wide * end],
+    )

@@ -14,7 +14,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from engine.cache.radix import Node
-from engine.messages import Admit, Sampling
+from engine.messages import Admit, Logprobs, Sampling
 
 NEVER = 1 << 62
 
@@ -31,11 +31,14 @@ class Request:
     limit: int  # prompt_len + max_new: the length at which it ends
     sampling: Sampling
     stop_ids: frozenset[int]
+    salt: bytes  # its prefix is shared with requests of the same salt alone
 
     length: int
     computed: int = 0
     cached: int = -1  # prompt tokens the cache held when it first ran; -1 before
     first: bool = True  # its first token is still to come
+    scored: int = NEVER  # prompt positions whose log-probabilities have come; NEVER when no more are wanted
+    scores: list[Logprobs] = field(default_factory=list)  # those that have come and were not passed on
 
     # Its place on the device, while it runs.
     slot: int = -1
@@ -49,6 +52,7 @@ class Request:
     def admitted(cls, admit: Admit, arrival: int) -> "Request":
         """A waiting request, from what the tokenizer says."""
         ids = array("i", admit.ids)
+        asks = admit.sampling.prompt_logprobs >= 0 and len(ids) > 1  # nothing predicts a prompt's first token
         return cls(
             rid=admit.rid,
             arrival=arrival,
@@ -58,8 +62,21 @@ class Request:
             limit=len(ids) + admit.max_new,
             sampling=admit.sampling,
             stop_ids=frozenset(admit.stop_ids),
+            salt=admit.cache_salt.encode(),
             length=len(ids),
+            scored=0 if asks else NEVER,
         )
+
+    def scores_in(self, start: int, end: int) -> bool:
+        """Whether a chunk of these positions yields log-probabilities of the prompt that are not known yet."""
+        return max(start, self.scored) < min(end, self.prompt_len - 1)
+
+    def add_scores(self, scores: Logprobs) -> None:
+        """Keep the log-probabilities of the next prompt positions."""
+        self.scores.append(scores)
+        self.scored += len(scores.ranks) // 4
+        if self.scored == self.prompt_len - 1:
+            self.scored = NEVER
 
     def leave(self) -> None:
         """Forget the place on the device; what was computed for it is to be found in the cache or done again."""

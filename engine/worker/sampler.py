@@ -3,7 +3,7 @@
 A token is drawn as argmax(scores + noise), where the noise of a vocabulary entry is a function of the row's
 seed, the position and the entry's id alone. So a draw does not depend on the other rows of the step, nor on
 how the request was scheduled. What work a step needs is decided from host copies of the parameters: nothing
-here waits for the device. Left out: penalties, logit bias, log-probabilities, grammars.
+here waits for the device. What changes the logits first is in logits.py. Left out: grammars.
 """
 
 from dataclasses import dataclass
@@ -27,12 +27,15 @@ class Columns:
     min_p: np.ndarray  # float32
     top_k: np.ndarray  # int64
     seed: np.ndarray  # int64: the low 64 bits of the client's
+    logprobs: np.ndarray  # int64: likeliest tokens to report beside the drawn one; -1 is no log-probabilities at all
+    prompt_logprobs: np.ndarray  # int64: the same for the prompt
 
     @classmethod
     def empty(cls, slots: int) -> "Columns":
         temperature, top_p, min_p = np.zeros((3, slots), np.float32)
         top_k, seed = np.zeros((2, slots), np.int64)
-        return cls(temperature, top_p, min_p, top_k, seed)
+        logprobs, prompt_logprobs = np.full((2, slots), -1, np.int64)
+        return cls(temperature, top_p, min_p, top_k, seed, logprobs, prompt_logprobs)
 
     def set(self, slot: int, sampling: Sampling) -> None:
         self.temperature[slot] = sampling.temperature
@@ -40,11 +43,19 @@ class Columns:
         self.min_p[slot] = sampling.min_p
         self.top_k[slot] = max(sampling.top_k, 0)
         self.seed[slot] = (sampling.seed + (1 << 63)) % (1 << 64) - (1 << 63)
+        self.logprobs[slot] = sampling.logprobs
+        self.prompt_logprobs[slot] = sampling.prompt_logprobs
 
     def rows(self, slots: np.ndarray) -> "Columns":
         """The columns of a step's rows, in their order."""
         return Columns(
-            self.temperature[slots], self.top_p[slots], self.min_p[slots], self.top_k[slots], self.seed[slots]
+            self.temperature[slots],
+            self.top_p[slots],
+            self.min_p[slots],
+            self.top_k[slots],
+            self.seed[slots],
+            self.logprobs[slots],
+            self.prompt_logprobs[slots],
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import anyio
 
-from engine.config import ServerOptions
+from engine.config import Config, ServerOptions
 from engine.front import Health
 from engine.http.app import serve
 from engine.messages import Chunk, Flushed, Generate, Stats, WorkerReady
@@ -34,6 +34,8 @@ class FakeFront:
     """Answers every request with `script`: chunks, or an exception to raise in their place."""
 
     def __init__(self, script: Sequence[Chunk | Exception] = (), *, hangs: bool = False) -> None:
+        self.config = Config()
+        self.text = None
         self.model_name = "fake"
         self.created = 1_700_000_000
         self.info: WorkerReady | None = READY
@@ -71,7 +73,7 @@ class FakeFront:
         return len(self.open) if rid is None else int(rid in self.open)
 
     async def flush(self) -> Flushed:
-        return Flushed(12, 3)
+        return Flushed(0, 12, 3)
 
 
 @asynccontextmanager

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from simulated_device import VOCABULARY, SimulatedDevice, naive, sampling
+from simulated_device import VOCABULARY, SimulatedDevice, naive, sampling, scores
 
 from engine.errors import RequestError
 from engine.messages import Admit, Tokens
@@ -17,8 +17,9 @@ from engine_plugins.policies.order import FirstComeFirstServed, LongestPrefixMat
 POLICIES = {"fcfs": FirstComeFirstServed, "lpm": LongestPrefixMatch}
 
 
-def request(rid, ids, max_new=4, *, stop_ids=(), priority=0, seed=0):
-    return Admit(rid, array("i", ids).tobytes(), sampling(seed), tuple(stop_ids), max_new, priority)
+def request(rid, ids, max_new=4, *, stop_ids=(), priority=0, seed=0, salt="", logprobs=-1, prompt_logprobs=-1):
+    asked = sampling(seed, salt, logprobs, prompt_logprobs)
+    return Admit(rid, array("i", ids).tobytes(), asked, tuple(stop_ids), max_new, priority, salt)
 
 
 class Bench:
@@ -64,6 +65,7 @@ class Bench:
         counts, tokens = array("i", message.counts), deque(array("i", message.tokens))
         assert len(counts) == len(message.rids) == len(set(message.rids)) and sum(counts) == len(tokens)
         cached = dict(message.cached)
+        self.check_scores(message)
         for row, (rid, count) in enumerate(zip(message.rids, counts, strict=True)):
             assert rid not in self.ends, f"{rid} is told more after its end"
             assert (row in cached) == (count > 0 and not self.tokens[rid]), "cached goes with the first token, once"
@@ -77,6 +79,23 @@ class Bench:
                 assert (self.tokens[rid], finish.reason) == naive(self.admitted[rid])
                 assert finish.matched == (self.tokens[rid][-1] if finish.reason == "stop" else None)
         return message
+
+    def check_scores(self, message):
+        """What a row asked for is there, once, of exactly the tokens it is told."""
+        of_reply, of_prompt = (
+            {part.row: part for part in parts} for parts in (message.logprobs, message.prompt_logprobs)
+        )
+        tokens = deque(array("i", message.tokens))
+        for row, (rid, count) in enumerate(zip(message.rids, array("i", message.counts), strict=True)):
+            asked, ids = self.admitted[rid].sampling, array("i", self.admitted[rid].ids).tolist()
+            new = [tokens.popleft() for _ in range(count)]
+            told = len(ids) + len(self.tokens[rid])
+            expected = scores(row, told, new, asked.logprobs) if asked.logprobs >= 0 and new else None
+            assert of_reply.pop(row, None) == expected
+            wanted = asked.prompt_logprobs >= 0 and len(ids) > 1 and new and not self.tokens[rid]
+            expected = scores(row, 1, ids[1:], asked.prompt_logprobs) if wanted else None
+            assert of_prompt.pop(row, None) == expected
+        assert not of_reply and not of_prompt
 
     def step(self):
         """One turn of the loop that keeps `depth` steps in flight; False when there is nothing to do."""
@@ -132,11 +151,14 @@ class AnythingHappens(RuleBasedStateMachine):
         stop_ids=st.sampled_from([(), (), (0,), (1, 3)]),
         priority=st.sampled_from([0, 0, 0, 1, -1]),
         seed=st.integers(0, 3),
+        salt=st.sampled_from(["", "", "a", "b"]),
+        logprobs=st.sampled_from([-1, -1, 0, 2]),
+        prompt_logprobs=st.sampled_from([-1, -1, -1, 0, 1]),
     )
-    def admit(self, stem, tail, max_new, stop_ids, priority, seed):
+    def admit(self, stem, tail, max_new, **options):
         ids = [*STEM[:stem], *tail]
         self.next += 1
-        admit = request(f"r{self.next}", ids, max_new, stop_ids=stop_ids, priority=priority, seed=seed)
+        admit = request(f"r{self.next}", ids, max_new, **options)
         fits = len(ids) >= 1 and len(ids) + max_new <= 24 and len(ids) + max_new - 1 <= self.capacity
         if fits:
             self.bench.admit(admit)
@@ -218,6 +240,35 @@ def test_a_prefix_shared_in_the_queue_is_computed_once(policy, max_step_tokens, 
     assert bench.device.computed == 104 + 5 * 4
     assert sorted(bench.cached.values()) == [0, 100, 100, 100, 100, 100]
     assert bench.scheduler.counts()["cached_tokens_total"] == 500
+
+
+def test_salts_keep_prefixes_apart():
+    bench = Bench()
+    for rid, salt in enumerate(["", "a", "b", "a"]):
+        bench.admit(request(f"r{rid}", [1] * 9, max_new=1, salt=salt))
+    bench.drain()  # the device checks that no row reads a page of another salt
+    assert bench.cached == {"r0": 0, "r1": 0, "r2": 0, "r3": 8}
+
+
+@pytest.mark.parametrize("max_step_tokens", [5, 100])
+def test_a_prompt_to_be_scored_is_computed_whole(max_step_tokens):
+    bench = Bench(max_step_tokens=max_step_tokens)
+    bench.admit(request("cached", [0, 1, 2, 3] * 5, max_new=1))
+    bench.drain()
+    bench.admit(request("scored", [0, 1, 2, 3] * 5, max_new=1, prompt_logprobs=2, logprobs=1))
+    bench.drain()  # Bench.told checks the scores
+    assert (bench.cached["scored"], bench.device.computed) == (0, 40)
+    bench.admit(request("one token", [3], max_new=1, prompt_logprobs=2))
+    bench.drain()
+
+
+def test_scores_survive_retraction_once_each():
+    bench = Bench(pages=12, page_size=2, slots=3, depth=3, max_step_tokens=5)
+    ids = [0, 1, 2, 3, 1, 1]
+    for seed in range(5):
+        bench.admit(request(f"r{seed}", ids, max_new=16, seed=seed, logprobs=1, prompt_logprobs=1))
+    bench.drain()
+    assert bench.scheduler.counts()["retractions_total"] > 2
 
 
 def test_without_the_prefix_cache_nothing_is_shared_or_kept():

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -30,19 +30,21 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
 
 
 class FakeEngine:
-    """Stands in for engine.offline.Engine; answers with what it was asked."""
+    """Stands in for engine.offline.AsyncEngine; answers with what it was asked."""
 
     asked: list[Any] = []  # noqa: RUF012 - reset by the fixture
 
     def __init__(self, config: Config) -> None:
         self.asked.append(config)
 
-    def __enter__(self) -> "FakeEngine":
+    async def __aenter__(self) -> "FakeEngine":
         return self
 
-    def __exit__(self, *_: object) -> None: ...
+    async def __aexit__(self, *_: object) -> None: ...
 
-    def stream(self, prompt: Any, params: SamplingParams) -> Iterator[engine.Chunk]:
+    has_chat_template = True
+
+    async def stream(self, prompt: Any, params: SamplingParams) -> AsyncIterator[engine.Chunk]:
         self.asked += [prompt, params]
         yield engine.Chunk("r", "hello ", [1])
         yield engine.Chunk("r", "there", [2], finish="stop")
@@ -51,7 +53,7 @@ class FakeEngine:
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(FakeEngine, "asked", [])
-    monkeypatch.setattr("engine.offline.Engine", FakeEngine)
+    monkeypatch.setattr("engine.offline.AsyncEngine", FakeEngine)
     return FakeEngine.asked
 
 
@@ -97,6 +99,7 @@ def test_the_command_line_overrules_the_environment(served: list[Config], monkey
         ("generate hi --port 3", ["--port"]),  # the server's options are the server's
         ("generate hi --temperature -1", ["--temperature", "-1", "from 0 to 2"]),
         ("generate hi --seed x", ["--seed", "'x'", "an integer"]),
+        ("generate hi --logit-bias 5", ["--logit-bias", "'5'", "a JSON object"]),
         ("plugins --plugins llamma", ["llamma", "did you mean 'llama'"]),
     ],
 )
@@ -141,7 +144,8 @@ def test_generate_raw_sends_the_prompt_as_it_is(asked: list[Any]) -> None:
 
 def test_every_sampling_parameter_is_a_flag(asked: list[Any]) -> None:
     for option in options_of(SamplingParams):
-        flags = [option.flag] if option.kind is bool else [option.flag, "0.5" if option.kind is float else "7"]
+        value = {float: "0.5", bool: None}.get(option.kind, '{"7": -1}' if option.name == "logit_bias" else "7")
+        flags = [option.flag] if value is None else [option.flag, value]
         assert cli.main(["generate", "--raw", "hi", *flags]) == 0
         assert asked[-1] != SamplingParams(), option.flag
 

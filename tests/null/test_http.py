@@ -18,11 +18,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engine.config import ServerOptions
 from engine.errors import ConfigError
-from engine.front import Health
+from engine.front import Health, joined
 from engine.http.app import ROUTES, serve
-from engine.http.native import GenerateBody, NativeReply, NativeSampling
+from engine.http.native import GenerateBody, NativeReply, NativeSampling, Scores
 from engine.http.openai import ChatBody, ChatMessage, CompletionBody
-from engine.messages import Stats
+from engine.messages import SamplingParams, Stats
 
 pytestmark = pytest.mark.anyio
 HI = [{"role": "user", "content": "hi"}]
@@ -79,11 +79,10 @@ async def test_chat() -> None:
     (asked,) = front.asked
     assert asked.messages == [{"role": "system", "content": "ab"}, {"role": "user", "content": "hi"}]
     assert (asked.rid, asked.priority, asked.text, asked.ids) == (answer.id, 2, None, None)
-    params = msgspec.structs.asdict(asked.sampling)
-    assert params == {
-        "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": -3, "max_tokens": 9,
-        "stop": ("x", "y"), "stop_token_ids": (4,), "ignore_eos": True,
-    }  # fmt: skip
+    assert asked.sampling == SamplingParams(
+        temperature=0.5, top_p=0.9, top_k=5, min_p=0.1, seed=-3, max_tokens=9,
+        stop=("x", "y"), stop_token_ids=(4,), ignore_eos=True,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("usage", [True, False])
@@ -205,14 +204,14 @@ async def test_generate_stream_is_cumulative(finish: str, matched: object, reaso
 
 @given(st.lists(st.text(), min_size=1, max_size=6))
 def test_a_native_event_holds_the_reply_so_far(texts: list[str]) -> None:
-    reply = NativeReply("r")
+    reply = NativeReply(["r"], [Scores()], listed=False)
     made = chunks(*texts, ids_of=lambda text: [ord(letter) for letter in text])
     for number, chunk in enumerate(made, start=1):
-        event = reply.event(chunk).removesuffix(b"data: [DONE]\n\n")
+        event = reply.event((0, chunk)).removesuffix(b"data: [DONE]\n\n")
         decoded = msgspec.json.decode(event.removeprefix(b"data: "))
         assert decoded["text"] == "".join(texts[:number])
         assert decoded["output_ids"] == [ord(letter) for text in texts[:number] for letter in text]
-    assert msgspec.json.decode(reply.whole("".join(texts), decoded["output_ids"], made[-1])) == decoded
+    assert msgspec.json.decode(reply.whole([joined(made)])) == decoded
 
 
 # ── a client that leaves ─────────────────────────────────────────────────────────────────────
@@ -282,7 +281,7 @@ async def test_metrics() -> None:
     async with serving(front) as url:
         await post(f"{url}/generate", {"text": "x"})
         await post(f"{url}/v1/completions", {"prompt": "x"})
-        await post(f"{url}/v1/completions", {"prompt": "x", "n": 2})
+        await post(f"{url}/v1/completions", {"prompt": "x", "n": 0})
         for listener in front.on_stats:
             listener(Stats("ready", step_seconds=struct.pack("<2f", 0.5, 0.25)))
         expected = {

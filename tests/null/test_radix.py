@@ -1,4 +1,4 @@
-"""The radix tree against a dictionary from prefixes, as tuples of pages of tokens, to pages."""
+"""The radix tree against a dictionary from prefixes, as tuples of a salt and pages of tokens, to pages."""
 
 from array import array
 
@@ -8,11 +8,12 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from engine.cache.radix import RadixTree
 
-PATH = st.lists(st.integers(0, 1), max_size=5).map(tuple)  # few values, so that prefixes meet
+PAGES = st.lists(st.integers(0, 1), max_size=5).map(tuple)  # few values, so that prefixes meet
+PATH = st.tuples(st.sampled_from([b"", b"", b"salt"]), PAGES).map(lambda path: (path[0], *path[1]))
 
 
 def prefixes(path):
-    return [path[: end + 1] for end in range(len(path))]
+    return [path[: end + 1] for end in range(1, len(path))]
 
 
 class TreeAgainstDictionary(RuleBasedStateMachine):
@@ -28,7 +29,7 @@ class TreeAgainstDictionary(RuleBasedStateMachine):
         self.next_page = self.next_reader = self.now = 0
 
     def key(self, path, tail=0):
-        tokens = [value for page in path for value in [*[7] * (self.page_size - 1), page]]
+        tokens = [value for page in path if isinstance(page, int) for value in [*[7] * (self.page_size - 1), page]]
         return array("i", tokens + [7] * tail).tobytes()
 
     def locked(self):
@@ -38,24 +39,26 @@ class TreeAgainstDictionary(RuleBasedStateMachine):
     def match_and_lock(self, path, tail):
         expected = [self.pages[prefix] for prefix in prefixes(path) if prefix in self.pages]
         key = self.key(path, min(tail, self.page_size - 1))
-        assert self.tree.match_length(key) == len(expected)
-        node, pages = self.tree.match(key)
+        assert self.tree.match_length(key, path[0]) == len(expected)
+        node, pages = self.tree.match(key, path[0])
         assert pages == expected == self.tree.path(node)
         self.tree.lock(node)
         self.next_reader += 1
-        self.held[self.next_reader] = (node, path[: len(expected)])
+        self.held[self.next_reader] = (node, path[: len(expected) + 1])
         return self.next_reader
 
     @rule(path=PATH)
     def match_only(self, path):
-        assert len(self.tree.match(self.key(path))[1]) == sum(prefix in self.pages for prefix in prefixes(path))
+        assert len(self.tree.match(self.key(path), path[0])[1]) == sum(
+            prefix in self.pages for prefix in prefixes(path)
+        )
 
-    @rule(reader=readers, more=PATH)
+    @rule(reader=readers, more=PAGES)
     def extend(self, reader, more):
         node, path = self.held[reader]
         own = list(range(self.next_page, self.next_page + len(more)))
         self.next_page += len(more)
-        new = prefixes(path + more)[len(path) :]
+        new = prefixes(path + more)[len(path) - 1 :]
         expected = [self.pages[prefix] for prefix in new if prefix in self.pages]
         node, held = self.tree.extend(node, self.key(more), own)
         assert held == expected
@@ -102,7 +105,7 @@ TestTree.settings = settings(max_examples=150, stateful_step_count=40, deadline=
 
 def test_a_prompt_inserted_in_chunks_is_one_node():
     tree = RadixTree(1)
-    node = tree.root
+    node = tree.match(b"")[0]
     for page in range(5):
         node, held = tree.extend(node, array("i", [page]).tobytes(), [page])
         assert held == []
@@ -112,7 +115,7 @@ def test_a_prompt_inserted_in_chunks_is_one_node():
 def test_eviction_takes_no_more_than_asked_of_a_long_leaf():
     tree = RadixTree(2)
     key = array("i", range(20)).tobytes()
-    node, _ = tree.extend(tree.root, key, list(range(10)))
+    node, _ = tree.extend(tree.match(b"")[0], key, list(range(10)))
     assert tree.evict(3) == []
     tree.unlock(node)
     assert tree.evict(3) == [7, 8, 9]
@@ -123,9 +126,23 @@ def test_a_prefix_used_again_outlives_one_used_since():
     tree = RadixTree(1)
     first, second = array("i", [1]).tobytes(), array("i", [2]).tobytes()
     for key, page in ((first, 1), (second, 2)):
-        tree.unlock(tree.extend(tree.root, key, [page])[0])
+        tree.unlock(tree.extend(tree.match(b"")[0], key, [page])[0])
     tree.match(second)  # looking is not using
     node, _ = tree.match(first)
     tree.lock(node)
     tree.unlock(node)
     assert tree.evict(1) == [2]
+
+
+def test_salts_share_nothing_and_leave_nothing():
+    tree = RadixTree(1)
+    key = array("i", [1, 2]).tobytes()
+    first, second = tree.match(key, b"a")[0], tree.match(key, b"a")[0]  # before either has pages
+    ends = [tree.extend(node, key, [page, page + 1]) for node, page in ((first, 0), (second, 2))]
+    assert [held for _, held in ends] == [[], [0, 1]]
+    assert [tree.match_length(key, salt) for salt in (b"a", b"b", b"")] == [2, 0, 0]
+    for node, _ in ends:
+        tree.unlock(node)
+    assert tree.evict(9) == [0, 1]
+    tree.check_integrity()
+    assert not tree._roots

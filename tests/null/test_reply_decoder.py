@@ -4,10 +4,12 @@ from collections.abc import Iterable
 from itertools import chain
 
 import pytest
+import regex
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from engine.decoding import LONGEST_MATCH
 from engine.errors import RequestError
 from engine.plugin.specs import TextSpec
 from engine.text import Text
@@ -47,6 +49,10 @@ def joined(parts: Iterable[list[int]]) -> list[int]:
     return list(chain.from_iterable(parts))
 
 
+def split(ids: list[int], at: list[int]) -> list[list[int]]:
+    return [ids[start:end] for start, end in zip([0, *at], [*at, len(ids)], strict=True)]
+
+
 letters = st.sampled_from(["a", "b", "hello", " hello", "é", "ï", "漢", "😀", "\u200d", "\n", "\ufffd", "\u0301"])
 texts = st.lists(letters, max_size=12).map("".join)
 any_ids = st.lists(st.integers(0, BYTE_LEVEL.vocab_size - 1), max_size=24)
@@ -69,7 +75,7 @@ def replies(draw, text: Text, ids: st.SearchStrategy) -> tuple[list[int], list[l
     """Token ids, a split of them, and stop strings of which some occur."""
     whole = draw(ids)
     splits = sorted(draw(st.lists(st.integers(0, len(whole)), max_size=len(whole))))
-    parts = [whole[start:end] for start, end in zip([0, *splits], [*splits, len(whole)], strict=True)]
+    parts = split(whole, splits)
     said = text.decode(whole)
     inside = st.tuples(st.integers(0, max(len(said) - 1, 0)), st.integers(1, 4)).map(lambda at: said[at[0] : sum(at)])
     words = st.one_of(inside, inside.map(lambda word: word + "x"), st.text("abé😀\ufffd", min_size=1, max_size=3))
@@ -113,6 +119,73 @@ def test_broken_byte_fallback_neither_raises_nor_waits_for_ever(ids):
         decoder.push([id])
         assert len(decoder._decoder._ids) < 64
     decoder.flush()
+
+
+PATTERNS = ["a+b", "h.llo", "[ab]{2,}", r"e\s*h", "(?i)HE|o", r"\bhe", "b|a.*b", "(?<=o)a", "o$", "é|ï+b?", "😀{2}"]
+
+
+def stopped(text: Text, ids: list[int], stop: tuple, patterns: tuple, min_tokens: int) -> tuple[str, str | None]:
+    """The text and what ends it, looked for in all of the text after each token."""
+    decoder = text.reply()
+    said, skipped = "", 0
+    for count, id in enumerate([*ids, None], start=1):
+        said += decoder.flush() if id is None else decoder.push([id])
+        if min(count, len(ids)) <= min_tokens:
+            skipped = len(said)
+            continue
+        found = [(said.find(word, skipped) + len(word), said.find(word, skipped), word) for word in stop]
+        found = [match for match in found if match[1] >= 0]
+        for pattern in patterns:
+            if match := regex.search(pattern, said, pos=skipped):
+                found.append((match.end(), match.start(), pattern))
+        if found:
+            _, start, matched = min(found, key=lambda match: match[:2])
+            return said[:start], matched
+    return said, None
+
+
+@given(
+    byte_level_ids,
+    st.lists(st.integers(0, 24), max_size=5),
+    st.lists(st.sampled_from(["hello", "a", "ob", "hé"]), max_size=1).map(tuple),
+    st.lists(st.sampled_from(PATTERNS), max_size=2).map(tuple),
+    st.sampled_from([0, 0, 1, 5]),
+)
+def test_however_tokens_are_split_the_first_stop_ends_the_reply(ids, at, stop, patterns, min_tokens):
+    parts = split(ids, sorted(min(place, len(ids)) for place in at))
+    decoder = BYTE_LEVEL.reply(stop, patterns, min_tokens)
+    said = "".join([decoder.push(part) for part in parts]) + decoder.flush()
+    assert (said, decoder.matched) == stopped(BYTE_LEVEL, ids, stop, patterns, min_tokens)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "texts", "said", "matched"),
+    [
+        (r"\d{3}", ["a1", "2", "b", "12", "3"], ["a", "", "12b", "", ""], True),
+        ("h.*o", ["ah", "b", "x", "o"], ["a", "", "", ""], True),
+        ("foo|bar", ["fo", "b", "a", "x"], ["", "fo", "", "bax"], False),
+        ("x", ["abc"], ["abc"], False),
+    ],
+)
+def test_an_expression_holds_back_only_what_may_match(pattern, texts, said, matched):
+    decoder = BYTE_LEVEL.reply((), (pattern,))
+    assert [decoder.push(BYTE_LEVEL.encode(text)) for text in texts] == said
+    assert (decoder.matched == pattern) == matched
+
+
+def test_an_expression_holds_back_no_more_than_its_bound():
+    for pattern, said in [("a.*z", LONGEST_MATCH + 50), ("a+z", 50)]:  # the only a is given up; the last ones are held
+        text = ("a" + "b" * (LONGEST_MATCH + 49)) if pattern == "a.*z" else "a" * (LONGEST_MATCH + 50)
+        decoder = BYTE_LEVEL.reply((), (pattern,))
+        assert len(decoder.push(BYTE_LEVEL.encode(text))) == said
+        assert decoder.push(BYTE_LEVEL.encode("z")) == ("z" if pattern == "a.*z" else "")
+
+
+def test_an_expression_that_takes_too_long_is_an_error_of_the_request():
+    decoder = BYTE_LEVEL.reply((), ("(a|a)*c",))
+    with pytest.raises(RequestError, match=r"\(a\|a\)\*c.*simplify") as error:
+        decoder.push(BYTE_LEVEL.encode("a" * 60 + "b"))
+    assert error.value.param == "stop_regex"
 
 
 @given(texts, st.lists(st.text("ab\nhelo", min_size=1, max_size=4), min_size=1, max_size=3))

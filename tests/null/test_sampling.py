@@ -17,6 +17,14 @@ from engine.sampling import check_sampling
         {"temperature": 0, "top_p": 1e-9, "min_p": 0, "top_k": -1, "max_tokens": 1, "seed": -(2**63)},
         {"temperature": 2.0, "top_p": 1, "min_p": 1.0, "top_k": 2**31 - 1, "seed": 2**63 - 1, "max_tokens": 2**31 - 1},
         {"stop": ("a",) * 16, "stop_token_ids": (0, 2**31 - 1), "ignore_eos": True},
+        {
+            "stop_regex": ("a+b", r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}", r"(\w+\s)+\w{3}", "(?i)end"),
+            "min_tokens": 5,
+            "max_tokens": 5,
+            "bad_words": ("x",) * 128,
+        },
+        {"presence_penalty": -2, "frequency_penalty": 2, "repetition_penalty": 10, "logit_bias": {0: -100, 9: 100}},
+        {"allowed_token_ids": (3,), "logprobs": 0, "prompt_logprobs": 20},
     ],
 )
 def test_accepted(fields: dict[str, Any]) -> None:
@@ -35,6 +43,17 @@ def test_accepted(fields: dict[str, Any]) -> None:
         *(("stop", value) for value in (("",), ("a",) * 17, "word", ("a" * 1025,), (b"a",))),
         *(("stop_token_ids", value) for value in ((-1,), (2**31,), (1.0,), (0,) * 1025)),
         ("ignore_eos", 1),
+        *(("stop_regex", value) for value in (("(",), ("a*",), ("",), ("a",) * 5, "a", ("a{99999999999999999999}",))),
+        *(("stop_regex", ("(?:" * 20 + "a" + end * 20,)) for end in (")+", "){1,}", "){2}", ")(?#)+")),
+        *(("stop_regex", (value,)) for value in ("(a{1000}){1000}", "(?ix)a", "(?V1x:a)")),
+        *(("min_tokens", value) for value in (-1, 2**31, 1.0)),
+        *(("presence_penalty", value) for value in (-2.1, 2.1, math.nan, None)),
+        ("frequency_penalty", 3),
+        *(("repetition_penalty", value) for value in (0, -1, 10.1)),
+        *(("logit_bias", value) for value in ({1: 101}, {-1: 0}, {"1": 0}, [1], dict.fromkeys(range(1025), 0.0))),
+        *(("bad_words", value) for value in (("",), "x", ("x",) * 129)),
+        *(("allowed_token_ids", value) for value in ((-1,), (True,))),
+        *((field, value) for field in ("logprobs", "prompt_logprobs") for value in (-1, 21, True)),
     ],
 )
 def test_refused(field: str, value: Any) -> None:
@@ -46,3 +65,8 @@ def test_refused(field: str, value: Any) -> None:
 def test_the_clients_own_name_is_used() -> None:
     with pytest.raises(RequestError, match=r"^max_new_tokens is 0"):
         check_sampling(SamplingParams(max_tokens=0), {"max_tokens": "max_new_tokens"})
+
+
+def test_min_tokens_within_max_tokens() -> None:
+    with pytest.raises(RequestError, match=r"^min_tokens is 6; it must be a whole number from 0 to 5"):
+        check_sampling(SamplingParams(max_tokens=5, min_tokens=6))

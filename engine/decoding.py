@@ -1,0 +1,255 @@
+"""From token ids to the text of a reply: whole characters, as they become certain, up to what stops the reply.
+
+    ids ──> Decoder: characters ──> ReplyDecoder: stop strings and expressions ──> text that may be sent
+
+A stop string or expression is looked for after each token, so that how tokens are split over messages changes
+nothing. What may yet turn out to be one is held back. Pure logic: it knows neither channels nor torch.
+"""
+
+import codecs
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Protocol
+
+import regex
+from tokenizers import Tokenizer
+
+from engine.errors import RequestError
+
+REPLACEMENT = "\ufffd"  # what bytes that are not, or not yet, UTF-8 decode to
+LONGEST_MATCH = 1024  # characters that a stop expression may match, and so holds back at most
+MATCH_SECONDS = 0.1  # longest search for a stop expression after one token
+
+
+class Decoder(Protocol):
+    """Token ids in, text out as soon as it is certain; `flush` gives what never became certain."""
+
+    def push(self, ids: Sequence[int]) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class TokenBytes(dict[int, bytes]):
+    """The bytes of a byte-level token, filled in as ids are seen; special and unknown ones have none."""
+
+    def __init__(self, tokenizer: Tokenizer, special: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._special = special
+        # byte-level vocabularies write each byte as a printable character: itself, or else the next from U+0100 on
+        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = sorted(set(range(256)) - set(printable))
+        self._byte = {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+    def __missing__(self, id: int) -> bytes:
+        token = None if id in self._special else self._tokenizer.id_to_token(id)
+        if token is None:
+            token = ""
+        if all(character in self._byte for character in token):
+            self[id] = bytes(self._byte[character] for character in token)
+        else:  # an added token, which is written as it is
+            self[id] = token.encode()
+        return self[id]
+
+
+class ByteDecoder:
+    """For byte-level tokenizers: tokens are bytes, and text is their UTF-8."""
+
+    def __init__(self, token_bytes: TokenBytes) -> None:
+        self._token_bytes = token_bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, ids: Sequence[int]) -> str:
+        table = self._token_bytes
+        return self._utf8.decode(table[ids[0]] if len(ids) == 1 else b"".join([table[id] for id in ids]))
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+class WindowDecoder:
+    """For any other tokenizer: decodes the last tokens again, after those before them for context.
+
+    A text that ends in U+FFFD may be a character cut in two and waits for more, for at most `PATIENCE` pushes.
+    Byte-fallback tokens that never become UTF-8 may so come out as fewer or more U+FFFD than decoded as a whole.
+    """
+
+    PATIENCE = 16
+
+    def __init__(self, tokenizer: Tokenizer, special: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._special = special
+        self._ids: list[int] = []  # context, then tokens whose text is not released
+        self._context = 0  # how many are context, and what they read
+        self._context_text = ""
+        self._waited = 0
+
+    def push(self, ids: Sequence[int]) -> str:
+        self._ids += [id for id in ids if id not in self._special]
+        text = self._tokenizer.decode(self._ids)
+        new = text[len(self._context_text) :]
+        if not new or (new.endswith(REPLACEMENT) and self._waited < self.PATIENCE):
+            self._waited += 1
+            return ""
+        del self._ids[: self._context]
+        self._context, self._context_text, self._waited = len(self._ids), self._tokenizer.decode(self._ids), 0
+        return new
+
+    def flush(self) -> str:
+        return self._tokenizer.decode(self._ids)[len(self._context_text) :]
+
+
+class Spelling(dict[int, bytes]):
+    """The bytes of any token as a person should see it, filled in as ids are seen: special tokens by their names.
+
+    `token_bytes` are those of a byte-level tokenizer. Ids that the tokenizer does not know are empty."""
+
+    def __init__(self, tokenizer: Tokenizer, special: frozenset[int], token_bytes: TokenBytes | None) -> None:
+        self._tokenizer = tokenizer
+        self._special = special
+        self._token_bytes = token_bytes
+
+    def __missing__(self, id: int) -> bytes:
+        token: str = self._tokenizer.id_to_token(id) or ""
+        if id in self._special:
+            spelled = token.encode()
+        elif self._token_bytes is not None:
+            spelled = self._token_bytes[id]
+        elif byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
+            spelled = bytes([int(byte[1], 16)])
+        else:
+            spelled = token.replace("\u2581", " ").encode()  # SentencePiece writes a space so
+        self[id] = spelled
+        return spelled
+
+
+def beginnings(stop: Sequence[str]) -> dict[str, list[str]]:
+    """All that begins one of `stop` without being all of it, longest first, by its last character."""
+    by_last: dict[str, list[str]] = {}
+    for start in sorted({word[:end] for word in stop for end in range(1, len(word))}, key=len, reverse=True):
+        by_last.setdefault(start[-1], []).append(start)
+    return by_last
+
+
+class Expressions:
+    """The stop expressions of one reply, and where in its text so far a match may still begin.
+
+    A match has at most LONGEST_MATCH characters. Raises RequestError for an expression that takes too long.
+    """
+
+    def __init__(self, patterns: tuple[str, ...]) -> None:
+        self._patterns = [regex.compile(pattern) for pattern in patterns]
+        self._text = ""
+        self.open_from = 0  # a match begins here or later
+
+    def skip(self, new: str) -> None:
+        """Add `new` to the text; no match may begin before its end."""
+        self._text += new
+        self.open_from = len(self._text)
+
+    def search(self, new: str) -> tuple[int, int, str] | None:
+        """Add `new` to the text: end, start and pattern of the match that ends first, if there is one now."""
+        self._text += new
+        matches = []
+        open_from = len(self._text)
+        for pattern in self._patterns:
+            try:
+                match = pattern.search(self._text, self.open_from, partial=True, timeout=MATCH_SECONDS)
+            except TimeoutError:
+                raise RequestError(
+                    f"the stop_regex {pattern.pattern!r:.80} took over {MATCH_SECONDS} s to look for; simplify it",
+                    param="stop_regex",
+                ) from None
+            if match is None:
+                continue
+            if match.partial:
+                open_from = min(open_from, match.start())
+            else:
+                matches.append((match.end(), match.start(), pattern.pattern))
+        self.open_from = max(open_from, len(self._text) - LONGEST_MATCH)
+        return min(matches, key=lambda match: match[:2], default=None)
+
+
+class ReplyDecoder:
+    """Turns one reply's tokens into text that may be sent at once, and ends it at a stop string or expression.
+
+    However the tokens are split over `push`, all that `push` and `flush` return is the text of the tokens up to
+    the stop that is complete first; of several that end at one character, the longest. The first `min_tokens`
+    tokens hold no stop, nor the beginning of one.
+
+    `matched` is that stop, None until there is one. `kept` is then how many tokens hold the text before it.
+    """
+
+    def __init__(
+        self, decoder: Decoder, stop: tuple[str, ...] = (), stop_regex: tuple[str, ...] = (), min_tokens: int = 0
+    ) -> None:
+        self.matched: str | None = None
+        self.kept = 0
+        self._decoder = decoder
+        self._stop = stop
+        self._expressions = Expressions(stop_regex) if stop_regex else None
+        self._min_tokens = min_tokens
+        self._ends_early = bool(stop or stop_regex)
+        self._beginnings = beginnings(stop)
+        self._held = ""  # text that could begin a stop
+        self._length = 0  # characters of text so far, and per token those up to and with it
+        self._ends: list[int] = []
+
+    @property
+    def used(self) -> int:
+        """Tokens read up to and with the one that completed `matched`."""
+        return len(self._ends)
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Take tokens; return the text that they make certain, in whole characters."""
+        if not self._ends_early:
+            return self._decoder.push(ids)
+        released = ""
+        for id in ids:  # one by one, for `kept`
+            if self.matched is not None:
+                break
+            text = self._decoder.push((id,))
+            self._length += len(text)
+            self._ends.append(self._length)
+            released += self._scan(text)
+        return released
+
+    def flush(self) -> str:
+        """The reply has ended: return what is held. `matched` may become set, by a last, broken character."""
+        if self.matched is not None:
+            return ""
+        text = self._decoder.flush()
+        if not self._ends_early:
+            return text
+        released = ""
+        if text:
+            self._length += len(text)
+            self._ends[-1] = self._length
+            released = self._scan(text)
+        held, self._held = self._held, ""
+        return released + held
+
+    def _scan(self, new: str) -> str:
+        """Add `new` to the held text; return what of both is safe, holding back a possible beginning."""
+        if len(self._ends) <= self._min_tokens:
+            if self._expressions is not None:
+                self._expressions.skip(new)
+            return new
+        text = self._held + new
+        start = self._length - len(text)  # of `text` in the reply
+        matches = [(start + at + len(word), start + at, word) for word in self._stop if (at := text.find(word)) >= 0]
+        safe = len(text)
+        for beginning in self._beginnings.get(text[-1:], ()):
+            if text.endswith(beginning):
+                safe -= len(beginning)
+                break
+        if self._expressions is not None:
+            if match := self._expressions.search(new):
+                matches.append(match)
+            safe = min(safe, self._expressions.open_from - start)
+        if matches:
+            _, before, self.matched = min(matches, key=lambda match: match[:2])
+            self.kept = bisect_left(self._ends, before) + 1 if before else 0
+            safe = before - start
+        self._held = "" if matches else text[safe:]
+        return text[:safe]

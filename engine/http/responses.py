@@ -1,0 +1,316 @@
+"""The OpenAI Responses API, for text: /v1/responses with streams, background replies and conversations by reference.
+
+What is stored, and for how long, is `stored.py`'s; this file has the bodies, the handlers and the events. Left out,
+and refused by name: tools, images and files, reasoning, prompt templates, `conversation`.
+"""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated, Any, ClassVar, Literal
+
+from aiohttp import web
+from msgspec import Meta
+
+from engine.errors import RequestError
+from engine.http.openai import Priority, stop_strings
+from engine.http.openapi import Reply
+from engine.http.service import SERVICE, Service
+from engine.http.sse import describe_error, send_events
+from engine.http.stored import STORE, Response
+from engine.http.wire import Body, json_response, to_json
+from engine.messages import Chunk, Generate, SamplingParams
+from engine.sampling import check_sampling
+
+CLIENT_NAMES = {"max_tokens": "max_output_tokens"}
+Metadata = Annotated[
+    dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
+]
+
+
+# ── bodies and replies ───────────────────────────────────────────────────────────────────────
+
+
+class InputPart(Body):
+    type: Literal["input_text", "output_text"]
+    text: str
+    # Ignored: an output item comes back as the client got it.
+    annotations: Any = None
+    logprobs: Any = None
+    prompt_cache_breakpoint: Any = None
+
+
+class InputMessage(Body):
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str | list[InputPart]
+    type: Literal["message"] = "message"
+    # Ignored, for the same reason.
+    id: Any = None
+    status: Any = None
+    phase: Any = None
+
+
+class ResponsesBody(Body):
+    """Null is the same as absent. `top_k`, `min_p`, `seed`, `stop` and `priority` are extensions."""
+
+    input: str | list[InputMessage]
+    model: str | None = None
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    max_output_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    priority: Priority = 0
+    stream: bool | None = None
+    store: bool | None = None
+    background: bool | None = None
+    metadata: Metadata | None = None
+    # Ignored: they change nothing that the engine does.
+    max_tool_calls: Any = None
+    parallel_tool_calls: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+    safety_identifier: Any = None
+    stream_options: Any = None
+    user: Any = None
+    access_programs: Any = None
+    background_options: Any = None
+    context_management: Any = None
+    conversation: Any = None
+    image: Any = None
+    include: Any = None
+    moderation: Any = None
+    prompt: Any = None
+    reasoning: Any = None
+    service_tier: Any = None
+    text: Any = None
+    tool_choice: Any = None
+    tools: Any = None
+    top_logprobs: Any = None
+    truncation: Any = None
+
+    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "access_programs": (),
+        "background_options": (),
+        "context_management": ([],),
+        "conversation": (),
+        "image": (),
+        "include": ([],),
+        "moderation": (),
+        "prompt": (),
+        "reasoning": ({}, {"effort": "none"}),
+        "service_tier": ("auto", "default"),
+        "text": ({}, {"format": {"type": "text"}}),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+        "top_logprobs": (0,),
+        "truncation": ("disabled",),
+    }
+
+
+class RetrieveQuery(Body):
+    """A stream begins after the event with the number `starting_after`."""
+
+    stream: bool = False
+    starting_after: Annotated[int, Meta(ge=-1, le=2**31 - 1)] = -1
+    include_obfuscation: bool = False  # ignored: no padding is added
+
+
+class DeletedReply(Reply):
+    id: str
+    object: Literal["response"]
+    deleted: bool
+
+
+# ── handlers ─────────────────────────────────────────────────────────────────────────────────
+
+
+async def create(request: web.Request, body: ResponsesBody) -> web.StreamResponse:
+    """Answer a conversation as a response: whole, streamed, or in the background."""
+    service, store = request.app[SERVICE], request.app[STORE]
+    service.check_model(body.model)
+    keep = body.store is not False
+    if body.background and not keep:
+        raise RequestError("background is true and store is false; a background response is stored", param="store")
+    sampling = sampling_of(body)
+    earlier = [] if body.previous_response_id is None else store.conversation(body.previous_response_id)
+    conversation = [*earlier, *messages_of(body.input)]
+    response = Response(described(body, sampling, service.model), conversation)
+    spoken = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    job = Generate(response.id, sampling, messages=[*spoken, *conversation], priority=body.priority)
+    if body.background:
+        store.run(response, _generate(service, job))
+        return await _follow(request, response) if body.stream else json_response(response.object())
+    headers = {"X-Request-Id": response.id}
+    async with aclosing(_recorded(request, response, job, keep=keep)) as chunks:
+        if body.stream:
+            events = ResponseEvents(response)
+            return await send_events(request, chunks, events, headers, failure=events.failure)
+        async for _ in chunks:
+            pass
+    return json_response(response.object(), headers=headers)
+
+
+async def retrieve(request: web.Request, query: RetrieveQuery) -> web.StreamResponse:
+    """Give a stored response as it is now, or stream a background one, from its beginning or later."""
+    response = request.app[STORE].get(request.match_info["response_id"])
+    if not query.stream:
+        return json_response(response.object())
+    if not response.background:
+        message = f"the response {response.id!r} was not made with background: true; retrieve it without stream"
+        raise RequestError(message, param="stream")
+    return await _follow(request, response, query.starting_after)
+
+
+async def cancel(request: web.Request) -> web.Response:
+    """End a background response that still runs; one that has ended stays as it is."""
+    response = request.app[STORE].get(request.match_info["response_id"])
+    if not response.background:
+        raise RequestError(
+            f"the response {response.id!r} was not made with background: true; only such responses can be cancelled",
+            code="not_cancellable",
+        )
+    await response.cancel()
+    return json_response(response.object())
+
+
+async def delete(request: web.Request) -> web.Response:
+    """Forget a stored response; one that still runs is cancelled."""
+    response = request.app[STORE].get(request.match_info["response_id"])
+    await response.cancel()
+    request.app[STORE].forget(response.id)
+    return json_response(DeletedReply(response.id, "response", True))
+
+
+def _generate(service: Service, job: Generate) -> AsyncGenerator[Chunk]:
+    return service.metrics.watch(service.front.generate(job), "responses")
+
+
+async def _recorded(request: web.Request, response: Response, job: Generate, *, keep: bool) -> AsyncGenerator[Chunk]:
+    """The reply to `job`, taken down in `response`; stored, if `keep`, before its last chunk is passed on."""
+    async with aclosing(_generate(request.app[SERVICE], job)) as chunks:
+        async for chunk in chunks:
+            response.add(chunk)
+            if keep and response.ended:
+                request.app[STORE].put(response)
+            yield chunk
+
+
+async def _follow(request: web.Request, response: Response, after: int = -1) -> web.StreamResponse:
+    events = ResponseEvents(response, after)
+    headers = {"X-Request-Id": response.id}
+    async with aclosing(response.follow()) as chunks:
+        return await send_events(request, chunks, events, headers, failure=events.failure)
+
+
+# ── from a body to a Generate ────────────────────────────────────────────────────────────────
+
+
+def sampling_of(body: ResponsesBody) -> SamplingParams:
+    """The checked SamplingParams of `body`."""
+    fields = ("temperature", "top_p", "top_k", "min_p", "seed")
+    given = {name: value for name in fields if (value := getattr(body, name)) is not None}
+    sampling = SamplingParams(max_tokens=body.max_output_tokens, stop=stop_strings(body.stop), **given)
+    check_sampling(sampling, CLIENT_NAMES)
+    return sampling
+
+
+def messages_of(input: str | list[InputMessage]) -> list[dict[str, Any]]:
+    """`input` as a chat template takes it."""
+    if isinstance(input, str):
+        return [{"role": "user", "content": input}]
+    if not input:
+        raise RequestError("input is empty; send at least one message", param="input")
+    messages = []
+    for message in input:
+        role = "system" if message.role == "developer" else message.role
+        content = message.content
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        messages.append({"role": role, "content": text})
+    return messages
+
+
+def described(body: ResponsesBody, sampling: SamplingParams, model: str) -> dict[str, Any]:
+    """The fields of a response object that only say what was asked."""
+    return {
+        "model": model,
+        "instructions": body.instructions,
+        "previous_response_id": body.previous_response_id,
+        "max_output_tokens": body.max_output_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "background": bool(body.background),
+        "store": body.store is not False,
+        "metadata": body.metadata or {},
+        "parallel_tool_calls": True,
+        "reasoning": {"effort": None, "summary": None},
+        "service_tier": "default",
+        "text": {"format": {"type": "text"}},
+        "tool_choice": "auto",
+        "tools": [],
+        "top_logprobs": 0,
+        "truncation": "disabled",
+    }
+
+
+# ── events ───────────────────────────────────────────────────────────────────────────────────
+
+
+class ResponseEvents:
+    """Chunks as the events of a response, numbered; those up to number `after` are left out."""
+
+    def __init__(self, response: Response, after: int = -1) -> None:
+        self._response = response
+        self._after = after
+        self._number = 0
+        self._text: list[str] = []
+
+    def event(self, chunk: Chunk) -> bytes:
+        """The events of `chunk`: what opens a response before the first, what closes it after the last."""
+        events = b"" if self._number else self._opening()
+        if chunk.text:
+            self._text.append(chunk.text)
+            events += self._part("output_text.delta", delta=chunk.text, logprobs=[])
+        if chunk.finish is not None:
+            events += self._closing()
+        return events
+
+    def failure(self, error: Exception) -> bytes:
+        """The last event of a stream that fails."""
+        if not self._response.ended:
+            self._response.fail(describe_error(error))
+        return self._event("failed", response=self._response.object())
+
+    def _opening(self) -> bytes:
+        waiting = self._response.object(status="in_progress")
+        events = b""
+        if self._response.background:
+            events = self._event("queued", response=self._response.object(status="queued"))
+        events += self._event("created", response=waiting) + self._event("in_progress", response=waiting)
+        item = self._response.item("in_progress", None)
+        events += self._event("output_item.added", output_index=0, item=item)
+        return events + self._part("content_part.added", part=self._response.part(""))
+
+    def _closing(self) -> bytes:
+        response, text = self._response, "".join(self._text)
+        events = self._part("output_text.done", text=text, logprobs=[])
+        events += self._part("content_part.done", part=response.part(text))
+        status = "completed" if response.status == "completed" else "incomplete"
+        events += self._event("output_item.done", output_index=0, item=response.item(status, text))
+        return events + self._event(status, response=response.object())
+
+    def _part(self, kind: str, **fields: Any) -> bytes:
+        return self._event(kind, item_id=self._response.item_id, output_index=0, content_index=0, **fields)
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        number = self._number
+        self._number += 1
+        if number <= self._after:
+            return b""
+        name = f"response.{kind}"
+        data = to_json({"type": name, "sequence_number": number, **fields})
+        return b"event: %b\ndata: %b\n\n" % (name.encode(), data)

@@ -1,0 +1,233 @@
+"""Responses that are kept in memory: for retrieval, for going on from, and while they are made in the background.
+
+At most `MAX_RESPONSES` with `MAX_CHARACTERS` between them; beyond either, those stored first are forgotten, but none
+that still runs. A restart forgets all.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, Literal
+from uuid import uuid4
+
+import anyio
+import msgspec
+from aiohttp import web
+
+from engine.errors import RequestError
+from engine.http.sse import describe_error
+from engine.messages import Chunk
+
+MAX_RESPONSES = 1000
+MAX_CHARACTERS = 64 * 2**20  # of conversations and replies
+
+Status = Literal["queued", "in_progress", "completed", "incomplete", "cancelled", "failed"]
+STATUSES: dict[str | None, Status] = {"stop": "completed", "length": "incomplete", "abort": "cancelled"}
+
+
+class Response:
+    """One response: what was asked, and the reply as far as it is there.
+
+    `asked` are the fields of its object that never change; `conversation` the messages it answers; `size` how many
+    characters it holds."""
+
+    def __init__(self, asked: dict[str, Any], conversation: list[dict[str, Any]]) -> None:
+        self.id = f"resp_{uuid4().hex}"
+        self.item_id = f"msg_{uuid4().hex}"
+        self.background: bool = asked["background"]
+        self.status: Status = "queued" if self.background else "in_progress"
+        self._asked = asked
+        self._conversation = conversation
+        self._created = int(time.time())
+        self._completed: int | None = None
+        self._error: dict[str, Any] | None = None
+        self._error_status = 0
+        self._chunks: list[Chunk] = []
+        self.size = sum(len(message["content"]) for message in conversation) + len(asked["instructions"] or "")
+        self._changed = anyio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.status not in ("queued", "in_progress")
+
+    @property
+    def text(self) -> str:
+        return "".join(chunk.text for chunk in self._chunks)
+
+    def continued(self) -> list[dict[str, Any]]:
+        """The conversation with the reply at its end."""
+        return [*self._conversation, {"role": "assistant", "content": self.text}]
+
+    # ── becoming ─────────────────────────────────────────────────────────────────────────────
+
+    def add(self, chunk: Chunk) -> None:
+        """Take in the next chunk of the reply."""
+        self._chunks.append(chunk)
+        self.size += len(chunk.text)
+        self.status = "in_progress" if chunk.finish is None else STATUSES[chunk.finish]
+        if chunk.finish is not None:
+            self._completed = int(time.time())
+            if not self.background:  # nobody will follow it chunk by chunk
+                self._chunks = [msgspec.structs.replace(chunk, text=self.text, ids=[])]
+        self._wake()
+
+    def fail(self, described: tuple[int, dict[str, Any]]) -> None:
+        """End with an error: its HTTP status and its OpenAI error object."""
+        status, error = described
+        code = "invalid_prompt" if status < 500 else "server_error"
+        self._error = {"code": code, "message": error["error"]["message"], "param": error["error"]["param"]}
+        self._error_status, self.status = status, "failed"
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    def start(self, chunks: AsyncGenerator[Chunk]) -> "asyncio.Task[None]":
+        """Make the reply in a task of its own."""
+        self._task = asyncio.create_task(self._take(chunks))
+        return self._task
+
+    async def _take(self, chunks: AsyncGenerator[Chunk]) -> None:
+        try:
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    self.add(chunk)
+        except Exception as error:
+            self.fail(describe_error(error))
+
+    async def cancel(self) -> None:
+        """End it if it still runs, and wait until it has ended."""
+        if self._task is not None and not self.ended:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+            last = self._chunks[-1] if self._chunks else Chunk(self.id, "", [])
+            self.add(msgspec.structs.replace(last, text="", ids=[], finish="abort"))
+
+    async def follow(self) -> AsyncGenerator[Chunk]:
+        """Its chunks from the first on, as they come. Raises RequestError where it failed."""
+        index = 0
+        while True:
+            while index < len(self._chunks):
+                yield self._chunks[index]
+                index += 1
+            if self._error is not None:
+                raise RequestError(**self._error, status=self._error_status)
+            if self.ended:
+                return
+            await self._changed.wait()
+
+    # ── as JSON ──────────────────────────────────────────────────────────────────────────────
+
+    def object(self, status: Status | None = None) -> dict[str, Any]:
+        """The response object as it is now, or as it was when it had `status` and no output."""
+        early = status is not None
+        last = self._chunks[-1] if self._chunks and not early else None
+        ended = last is not None and last.finish is not None
+        text = "" if early else self.text
+        cut = ended and self.status == "incomplete"
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self._created,
+            "completed_at": self._completed if ended else None,
+            "status": status or self.status,
+            "error": None if early else self._error,
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            **self._asked,
+            "output": [self.item(_item_status(self.status), text)] if text or ended else [],
+            "usage": _usage(last) if last is not None and ended else None,
+        }
+
+    def item(self, status: str, text: str | None) -> dict[str, Any]:
+        """The output item: a message, without content while `text` is None."""
+        content = [] if text is None else [self.part(text)]
+        return {"id": self.item_id, "type": "message", "status": status, "role": "assistant", "content": content}
+
+    def part(self, text: str) -> dict[str, Any]:
+        """A part of its content."""
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _item_status(status: Status) -> str:
+    return status if status in ("completed", "in_progress") else "incomplete"
+
+
+def _usage(last: Chunk) -> dict[str, Any]:
+    return {
+        "input_tokens": last.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": last.cached_tokens},
+        "output_tokens": last.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": last.prompt_tokens + last.completion_tokens,
+    }
+
+
+class ResponseStore:
+    """The stored responses of one server, oldest first, and the tasks that make those in the background."""
+
+    def __init__(self) -> None:
+        self._responses: dict[str, Response] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def put(self, response: Response) -> None:
+        """Store `response`, and forget the oldest where that is too much."""
+        self._responses[response.id] = response
+        self._trim()
+
+    def run(self, response: Response, chunks: AsyncGenerator[Chunk]) -> None:
+        """Store `response` and make it in the background."""
+        task = response.start(chunks)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        self.put(response)
+
+    def _done(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        self._trim()
+
+    def _trim(self) -> None:
+        held = sum(response.size for response in self._responses.values())
+        for response in [response for response in self._responses.values() if response.ended]:
+            if len(self._responses) <= MAX_RESPONSES and held <= MAX_CHARACTERS:
+                return
+            held -= response.size
+            del self._responses[response.id]
+
+    def get(self, id: str) -> Response:
+        """Raises RequestError (404) where there is no such response, or no more."""
+        if id not in self._responses:
+            message = f"there is no response {id[:200]!r}: it was never stored, was deleted, or is forgotten by now"
+            raise RequestError(message, param="response_id", code="response_not_found", status=404)
+        return self._responses[id]
+
+    def forget(self, id: str) -> None:
+        self._responses.pop(id, None)
+
+    def conversation(self, id: str) -> list[dict[str, Any]]:
+        """What was said up to the end of the response `id`. Raises RequestError where that cannot be gone on from."""
+        if id not in self._responses:
+            raise RequestError(
+                f"previous_response_id is {id[:200]!r}, and no such response is stored; send its messages as input",
+                param="previous_response_id",
+                code="previous_response_not_found",
+            )
+        response = self._responses[id]
+        if response.status not in ("completed", "incomplete"):
+            raise RequestError(
+                f"previous_response_id is {id!r}, which is {response.status}; go on from one that is completed",
+                param="previous_response_id",
+            )
+        return response.continued()
+
+    async def close(self) -> None:
+        """End what still runs."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+
+STORE = web.AppKey("responses", ResponseStore)

@@ -1,0 +1,142 @@
+"""Requests made from our own OpenAPI document, right and wrong ones, against a real server of the echo model.
+
+Whatever is sent, the answer is as the document says and no 5xx but a 503 of our own; afterwards the server is
+healthy, every page is free, and the reply that everyone knows is still the same. `FUZZ_REQUESTS=5000 pytest -s
+--timeout 600 tests/null/test_fuzz.py` sends that many, chosen anew each time; the few of every run are always the same.
+"""
+
+import json
+import os
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import schemathesis
+from house import counted
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from schemathesis import Case, GenerationMode
+from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance
+from test_processes import Server, serving
+
+from engine.http.app import ROUTES
+from engine.http.openapi import describe
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes through /proc")
+REQUESTS = os.environ.get("FUZZ_REQUESTS")
+BY_DESIGN = {"queue_full", "starting", "draining", "engine_unavailable"}
+
+schema = schemathesis.openapi.from_dict(describe(ROUTES, models=["echo"], keyed=False))
+operations = [found.ok() for found in schema.get_all_operations()]
+taking = [operation for operation in operations if operation.body or operation.path_parameters or operation.query]
+
+
+HI = [{"role": "user", "content": "hi"}]
+SERVED: dict[str, dict[str, Any]] = {  # what is answered with 200, for a few fields at a time to be changed
+    "/v1/chat/completions": {"messages": HI, "max_tokens": 8},
+    "/v1/completions": {"prompt": "ab", "max_tokens": 8},
+    "/v1/responses": {"input": "ab", "max_output_tokens": 8},
+    "/v1/messages": {"messages": HI, "max_tokens": 8},
+    "/generate": {"text": "ab", "sampling_params": {"max_new_tokens": 8}},
+    "/tokenize": {"prompt": "ab"},
+    "/detokenize": {"tokens": [97, 98]},
+}
+
+
+def cases() -> st.SearchStrategy[Case]:
+    """Requests of every operation that takes anything: such as the document allows, such as it forbids, and such as
+    are served, but for a few fields."""
+    right = {one.path: one.as_strategy(generation_mode=GenerationMode.POSITIVE) for one in taking}
+    wrong = [one.as_strategy(generation_mode=GenerationMode.NEGATIVE) for one in taking if one.body]
+    near = [st.builds(nearly, right[path], st.randoms(use_true_random=False)) for path in SERVED]
+    return st.one_of(st.one_of(list(right.values())), st.one_of(wrong), st.one_of(near))
+
+
+def nearly(case: Case, random: Random) -> Case:
+    """`case` with at most three of its body's fields, over a body that is served."""
+    given = case.body if isinstance(case.body, dict) else {}  # a body may be left out
+    fields = {name: whole(value) for name, value in given.items()}
+    kept = random.sample(sorted(fields), min(len(fields), random.randrange(4)))
+    case.body = SERVED[case.operation.path] | {name: fields[name] for name in kept}
+    return case
+
+
+def whole(value: Any) -> Any:
+    """`value` with its integers written as such: to a JSON schema 1.0 is one, to the server it is not."""
+    match value:
+        case float() if value.is_integer():
+            return int(value)
+        case list():
+            return [whole(item) for item in value]
+        case dict():
+            return {name: whole(item) for name, item in value.items()}
+        case _:
+            return value
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving("--max-model-len", "64", "--max-running", "8") as server:
+        yield server
+
+
+def post(server: Server, path: str, body: object = None) -> Any:
+    data = b"" if body is None else json.dumps(body).encode()
+    with urllib.request.urlopen(server.url + path, data, timeout=30) as response:
+        return json.load(response)
+
+
+def send(server: Server, case: Case) -> int:
+    """Send `case` and hold the answer against the document."""
+    response = case.call(base_url=server.url, timeout=30)
+    case.validate_response(response, checks=[content_type_conformance, response_schema_conformance])
+    if response.status_code >= 400:
+        error = response.json()["error"]
+        assert error["message"] and "type" in error and "param" in error
+        assert response.status_code < 500 or (response.status_code == 503 and error["code"] in BY_DESIGN), error
+    if case.operation.path == "/pause_generation":
+        post(server, "/continue_generation")
+    return response.status_code
+
+
+def test_no_request_harms_the_server(server: Server) -> None:
+    statuses: Counter[int] = Counter()
+
+    @settings(
+        max_examples=int(REQUESTS or 250),
+        derandomize=REQUESTS is None,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases())
+    def fuzz(case: Case) -> None:
+        statuses[send(server, case)] += 1
+
+    fuzz()
+    for operation in operations:
+        if operation not in taking:
+            statuses[send(server, operation.Case())] += 1
+    print("answers by status:", dict(statuses))
+    assert statuses[200] and statuses[400] and statuses[404]
+    check_all_is_well(server)
+    server.process.terminate()
+    assert server.wait_end() == 0
+    assert "Traceback" not in server.log
+
+
+def check_all_is_well(server: Server) -> None:
+    """All is as before the first request."""
+    known = {"text": "a", "sampling_params": {"temperature": 0, "max_new_tokens": 9}}
+    assert post(server, "/generate", known)["text"] == counted("a", 9)
+    with urllib.request.urlopen(f"{server.url}/health_generate", timeout=30) as response:
+        assert response.status == 200
+    for _ in range(500):
+        if (flushed := post(server, "/flush_cache"))["in_use"] == 0:
+            break
+    assert flushed["in_use"] == 0
