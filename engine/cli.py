@@ -1,6 +1,7 @@
-"""The `engine` command: serve, generate, plugins.
+"""The `engine` command: serve, chat, generate, bench, plugins.
 
-No flag is declared here: those of the engine derive from `engine.config`, those of sampling from SamplingParams.
+No flag is declared here: those of the engine derive from `engine.config`, those of sampling from SamplingParams,
+those of chat and bench from `engine.tool_options`.
 What a command needs is imported when it runs, so that `engine --help` costs a few milliseconds.
 Every error raised on purpose ends as one line on standard error and exit code 2.
 """
@@ -9,17 +10,28 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NoReturn, TypeVar
 
-from msgspec import Struct
+from msgspec import NODEFAULT, Struct
 
 from engine import __version__
-from engine.config import Config, ModelOptions, Option, groups, options_of, resolve
+from engine.config import Config, ModelOptions, Option, ServerOptions, groups, options_of, resolve
 from engine.errors import ConfigError, EngineError, PluginError, did_you_mean
 from engine.messages import SamplingParams
+from engine.tool_options import (
+    BatchOptions,
+    ChatOptions,
+    LengthOptions,
+    LoadOptions,
+    RepeatOptions,
+    ReportOptions,
+    TrafficOptions,
+)
 
 Run = Callable[[argparse.Namespace], int]
+Given = TypeVar("Given", bound=Struct)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,17 +67,62 @@ def generate(arguments: argparse.Namespace) -> int:
     """Print the model's reply to one prompt as it comes."""
     config = _config(arguments)
     params = _sampling(arguments)
-    from engine.offline import Engine
-    from engine.plugin.manager import Plugins
+    import anyio
 
-    checkpoint = Plugins.load(config.model.plugins).open_checkpoint(config.model.model)
-    chat = not arguments.raw and checkpoint.text().chat_template is not None
-    prompt = [{"role": "user", "content": arguments.prompt}] if chat else arguments.prompt
-    with Engine(config) as engine:
-        for chunk in engine.stream(prompt, params):
-            print(chunk.text, end="", flush=True)
-    print()
+    from engine.offline import AsyncEngine
+
+    async def print_reply() -> None:
+        async with AsyncEngine(config) as engine:
+            chat = not arguments.raw and engine.has_chat_template
+            prompt = [{"role": "user", "content": arguments.prompt}] if chat else arguments.prompt
+            async for chunk in engine.stream(prompt, params):
+                print(chunk.text, end="", flush=True)
+        print()
+
+    anyio.run(print_reply, backend_options={"use_uvloop": True})
     return 0
+
+
+def chat(arguments: argparse.Namespace) -> int:
+    """Chat with a model in the terminal."""
+    options = _given(ChatOptions, arguments)
+    model = _remote_model(arguments, options.url)
+    from engine.chat import chat as talk
+
+    quiet = {} if "ENGINE_LOG_LEVEL" in os.environ else {"log_level": "warning"}  # a log line would cut into the chat
+    return talk(_config(arguments, quiet), model, options, _sampling(arguments))
+
+
+def bench_serve(arguments: argparse.Namespace) -> int:
+    """Measure a server under load: ours, or any with OpenAI's /v1/completions."""
+    load = _given(LoadOptions, arguments)
+    model = _remote_model(arguments, load.url)
+    from engine.bench.commands import serve as measure
+
+    traffic = _given(TrafficOptions, arguments)
+    return measure(_config(arguments), model, traffic, load, _given(ReportOptions, arguments))
+
+
+def bench_throughput(arguments: argparse.Namespace) -> int:
+    """Measure the offline engine with all requests at once."""
+    from engine.bench.commands import throughput as measure
+
+    return measure(_config(arguments), _given(TrafficOptions, arguments), _given(ReportOptions, arguments))
+
+
+def bench_latency(arguments: argparse.Namespace) -> int:
+    """Measure the offline engine with one batch after another."""
+    from engine.bench.commands import latency as measure
+
+    lengths, batches = _given(LengthOptions, arguments), _given(BatchOptions, arguments)
+    return measure(_config(arguments), lengths, batches, _given(ReportOptions, arguments))
+
+
+def bench_startup(arguments: argparse.Namespace) -> int:
+    """Measure fresh processes from start to ready and to the first token."""
+    from engine.bench.commands import startup as measure
+
+    return measure(_config(arguments), _given(RepeatOptions, arguments), _given(ReportOptions, arguments))
 
 
 def plugins(arguments: argparse.Namespace) -> int:
@@ -120,28 +177,59 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for struct in groups().values():
         _add_group(command, struct)
 
+    command = _command(commands, chat)
+    _add_group(command, ChatOptions)
+    _add_group(command, SamplingParams, "Sampling")
+    _add_engine(command)
+    _add(command, _option(ServerOptions, "api_key"))
+
     command = _command(commands, generate, " PROMPT")
     command.add_argument("prompt", metavar="PROMPT", help="what to say to the model")
     command.add_argument(
         "--raw", action="store_true", help="complete PROMPT as it is, without the model's chat template"
     )
     _add_group(command, SamplingParams, "Sampling")
-    for name, struct in groups().items():
-        if name != "server":
-            _add_group(command, struct)
+    _add_engine(command)
+    _parse_bench(commands)
 
     command = _command(commands, plugins)
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    _add(command, next(option for option in options_of(ModelOptions) if option.name == "plugins"))
+    _add(command, _option(ModelOptions, "plugins"))
     return parser.parse_args(argv)
 
 
+def _parse_bench(commands: Any) -> None:
+    about = "Measure a server, the offline engine, or the start"
+    bench = commands.add_parser("bench", help=about, description=f"{about}.", usage="engine bench COMMAND [OPTIONS]")
+    measurements = bench.add_subparsers(metavar="COMMAND", required=True)
+    for run, structs in (
+        (bench_serve, (LoadOptions, TrafficOptions)),
+        (bench_throughput, (TrafficOptions,)),
+        (bench_latency, (BatchOptions, LengthOptions)),
+        (bench_startup, (RepeatOptions,)),
+    ):
+        command = _command(measurements, run)
+        for struct in (*structs, ReportOptions):
+            _add_group(command, struct)
+        _add_engine(command)
+        if run is bench_serve:
+            _add(command, _option(ServerOptions, "api_key"))
+
+
 def _command(commands: Any, run: Run, positional: str = "") -> argparse.ArgumentParser:
-    name, about = run.__name__, (run.__doc__ or "").rstrip(".")
-    usage = f"engine {name} [OPTIONS]{positional}"
-    command: argparse.ArgumentParser = commands.add_parser(name, help=about, description=f"{about}.", usage=usage)
+    """The parser of `run`; `bench_serve` is the command `serve` of the command `bench`."""
+    words, about = run.__name__.split("_"), (run.__doc__ or "").rstrip(".")
+    usage = f"engine {' '.join(words)} [OPTIONS]{positional}"
+    command: argparse.ArgumentParser = commands.add_parser(words[-1], help=about, description=f"{about}.", usage=usage)
     command.set_defaults(run=run)
     return command
+
+
+def _add_engine(command: argparse.ArgumentParser) -> None:
+    """The options of an engine without a server."""
+    for name, struct in groups().items():
+        if name != "server":
+            _add_group(command, struct)
 
 
 def _add_group(command: argparse.ArgumentParser, struct: type[Struct], title: str | None = None) -> None:
@@ -152,7 +240,7 @@ def _add_group(command: argparse.ArgumentParser, struct: type[Struct], title: st
 
 def _add(group: Any, option: Option, *, repeated: bool = False) -> None:
     """Add one flag. Its text stays text, for `Option.read`; a flag not given leaves no trace in the namespace."""
-    default = "" if option.default in (None, ()) else f" (default: {str(option.default).lower()})"
+    default = "" if option.default in (None, (), NODEFAULT) else f" (default: {str(option.default).lower()})"
     common: dict[str, Any] = {
         "dest": option.name,
         "default": argparse.SUPPRESS,
@@ -161,27 +249,49 @@ def _add(group: Any, option: Option, *, repeated: bool = False) -> None:
     if option.kind is bool:
         group.add_argument(option.flag, action=argparse.BooleanOptionalAction, **common)
         return
-    word = {int: "N", float: "X", str: "TEXT"}.get(option.kind, "A,B")
+    word = {int: "N", float: "X", str: "TEXT"}.get(option.kind, "A,B" if option.listed else "JSON")
     if option.listed and repeated:
         word = "TEXT" if "str" in str(option.kind) else "N"
         common |= {"action": "append", "help": common["help"] + "; may be repeated"}
     group.add_argument(option.flag, metavar="{" + ",".join(option.choices) + "}" if option.choices else word, **common)
 
 
-def _config(arguments: argparse.Namespace) -> Config:
+def _config(arguments: argparse.Namespace, unless_given: Mapping[str, Any] = MappingProxyType({})) -> Config:
     """The Config that the command line and the environment say."""
     names = {option.name for struct in groups().values() for option in options_of(struct)}
-    return resolve({name: value for name, value in vars(arguments).items() if name in names}, os.environ)
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    return resolve({**unless_given, **given}, os.environ)
+
+
+def _option(struct: type[Struct], name: str) -> Option:
+    return next(option for option in options_of(struct) if option.name == name)
+
+
+def _given(struct: type[Given], arguments: argparse.Namespace) -> Given:
+    """A `struct` of what the command line says; the rest is at its default."""
+    given = [option for option in options_of(struct) if option.name in arguments]
+    return struct(**{option.name: option.read(getattr(arguments, option.name), option.flag) for option in given})
 
 
 def _sampling(arguments: argparse.Namespace) -> SamplingParams:
     from engine.sampling import check_sampling
 
-    given = [option for option in options_of(SamplingParams) if option.name in arguments]
-    values = {option.name: option.read(getattr(arguments, option.name), option.flag) for option in given}
-    params = SamplingParams(**values)
-    check_sampling(params, {option.name: option.flag for option in given})
+    params = _given(SamplingParams, arguments)
+    check_sampling(params, {option.name: option.flag for option in options_of(SamplingParams)})
     return params
+
+
+def _remote_model(arguments: argparse.Namespace, url: str | None) -> str | None:
+    """The --model to ask the server at `url` for. Other options of an engine are that server's own affair."""
+    if url is None:
+        return None
+    for group, struct in groups().items():
+        for option in options_of(struct):
+            if group != "server" and option.name in arguments and option.name != "model":
+                raise ConfigError(
+                    f"{option.flag} is for an engine that starts here, but --url names one that runs; drop one"
+                )
+    return getattr(arguments, "model", None)
 
 
 if __name__ == "__main__":
