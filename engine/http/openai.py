@@ -31,9 +31,9 @@ Priority = Annotated[int, Meta(ge=-INT32_MAX, le=INT32_MAX)]
 
 
 class StreamOptions(Body):
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
-    include_obfuscation: bool = False  # ignored: no padding is added
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None  # ignored: no padding is added
 
 
 class SamplingBody(Body):
@@ -59,7 +59,7 @@ class SamplingBody(Body):
     bad_words: list[str] | None = None
     allowed_token_ids: list[int] | None = None
     cache_salt: str | None = None
-    priority: Priority = 0
+    priority: Priority | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Any = None  # ignored
@@ -172,7 +172,7 @@ async def chat_completions(request: web.Request, body: ChatBody) -> web.StreamRe
         f"chatcmpl-{uuid4().hex}",
         sampling,
         messages=plain_messages(body.messages),
-        priority=body.priority,
+        priority=body.priority or 0,
         cache_salt=salt_of(body.cache_salt),
         **template_options(body),
     )
@@ -201,7 +201,7 @@ async def completions(request: web.Request, body: CompletionBody) -> web.StreamR
             sampling,
             text=prompt if isinstance(prompt, str) else None,
             ids=None if isinstance(prompt, str) else pack_ids(prompt, "prompt"),
-            priority=body.priority,
+            priority=body.priority or 0,
             default_max_tokens=COMPLETION_MAX_TOKENS,
             cache_salt=salt,
             echo=bool(body.echo),
@@ -230,12 +230,15 @@ async def _complete(
         wording,
         samples=samples,
         choices=len(jobs),
-        usage=options.include_usage,
-        continuous_usage=options.continuous_usage_stats,
+        usage=bool(options.include_usage),
+        continuous_usage=bool(options.continuous_usage_stats),
     )
     reply = OpenAIReply(rid, request.app[SERVICE].model, wording)
     endpoint = "chat" if wording.chat else "completions"
-    return await answer(request, rid, jobs, reply, endpoint=endpoint, stream=bool(body.stream))
+    names = {"prompt": "messages"} if wording.chat else {}
+    if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
+        names["max_tokens"] = "max_completion_tokens"
+    return await answer(request, rid, jobs, reply, endpoint=endpoint, stream=bool(body.stream), names=names)
 
 
 async def models(request: web.Request) -> web.Response:

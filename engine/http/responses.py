@@ -63,7 +63,7 @@ class ResponsesBody(Body):
     min_p: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
-    priority: Priority = 0
+    priority: Priority | None = None
     stream: bool | None = None
     store: bool | None = None
     background: bool | None = None
@@ -141,7 +141,7 @@ async def create(request: web.Request, body: ResponsesBody) -> web.StreamRespons
     conversation = [*earlier, *messages_of(body.input)]
     response = Response(described(body, sampling, service.model), conversation)
     spoken = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    job = Generate(response.id, sampling, messages=[*spoken, *conversation], priority=body.priority)
+    job = Generate(response.id, sampling, messages=[*spoken, *conversation], priority=body.priority or 0)
     if body.background:
         store.run(response, _generate(service, job))
         return await _follow(request, response) if body.stream else json_response(response.object())

@@ -5,8 +5,10 @@ API words its answers; `answer` does the rest. Leaving `answer` in any way, the 
 client included, closes the front's generators, and that aborts the requests.
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 import anyio
@@ -73,11 +75,31 @@ SERVICE = web.AppKey("service", Service)
 
 
 async def answer(
-    request: web.Request, rid: str, jobs: Sequence[Generate], reply: Reply, *, endpoint: str, stream: bool
+    request: web.Request,
+    rid: str,
+    jobs: Sequence[Generate],
+    reply: Reply,
+    *,
+    endpoint: str,
+    stream: bool,
+    names: Mapping[str, str] = MappingProxyType({}),
 ) -> web.StreamResponse:
     """Run `jobs` together and answer `request`, known as `rid`, with them; what one raises ends all.
 
-    Errors raised before the first chunk reach the caller."""
+    Errors raised before the first chunk reach the caller; `names` maps our fields to the client's in them."""
+    try:
+        return await _answer(request, rid, jobs, reply, endpoint, stream)
+    except RequestError as error:
+        param = names.get(error.param or "")
+        if param is None:
+            raise
+        message = re.sub(rf"\b{error.param}\b(?= is| and| [0-9])", param, error.message)
+        raise RequestError(message, param=param, code=error.code, status=error.status) from None
+
+
+async def _answer(
+    request: web.Request, rid: str, jobs: Sequence[Generate], reply: Reply, endpoint: str, stream: bool
+) -> web.StreamResponse:
     headers = {"X-Request-Id": rid}
     service = request.app[SERVICE]
     streams = [service.metrics.watch(service.front.generate(job), endpoint) for job in jobs]

@@ -8,7 +8,7 @@ other. Nothing a client sends is ignored in silence, save the fields documented 
 import re
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any, ClassVar, Generic, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 from aiohttp import web
@@ -88,7 +88,10 @@ def _invalid(kind: type[Body], reason: str) -> RequestError:
     reason, path = parts[1], (parts[2] or "").lstrip(".")
     unknown = re.fullmatch(r"Object contains unknown field `(.*)`", reason, re.DOTALL)
     if unknown is None:
-        message = f"{path or 'the request body'}: {reason[:1].lower()}{reason[1:]}; correct its type or value"
+        remedy = "correct its type or value"
+        if reason.startswith("Invalid enum value") and (choices := _choices_at(kind, path)):
+            remedy = f"send one of {', '.join(choices)}"
+        message = f"{path or 'the request body'}: {reason[:1].lower()}{reason[1:]}; {remedy}"
         return RequestError(message, param=path or None)
     name = _short(unknown[1])
     parent = _struct_at(kind, path)
@@ -106,6 +109,17 @@ def _struct_at(kind: type[Body], path: str) -> type[Body]:
             return kind
         kind = next(_bodies(get_type_hints(kind)[name]), kind)
     return kind
+
+
+def _choices_at(kind: type[Body], path: str) -> list[str]:
+    """The values that the field at a msgspec error path may have; none where they are not listed."""
+    parent, _, name = re.sub(r"\[[^\]]*\]", "", path).rpartition(".")
+    hint = get_type_hints(_struct_at(kind, parent)).get(name)
+    return [choice for part in (hint, *get_args(hint)) for choice in _literals(part)]
+
+
+def _literals(hint: Any) -> list[str]:
+    return [repr(choice) for choice in get_args(hint)] if get_origin(hint) is Literal else []
 
 
 def bodies_in(kind: type[Body]) -> Iterator[type[Body]]:

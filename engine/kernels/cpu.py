@@ -169,7 +169,7 @@ class Kernels:
 
 def kernels_for(tensor: Tensor) -> Kernels | None:
     """The kernels, where they can work on `tensor`: float32 on a CPU."""
-    return kernels() if tensor.dtype == torch.float32 and tensor.device.type == "cpu" else None
+    return kernels() if tensor.is_cpu and tensor.dtype is torch.float32 else None
 
 
 class PackedMatrix:

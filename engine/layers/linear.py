@@ -45,11 +45,14 @@ class Linear(Layer):
         if not self.matrices:
             return nn.functional.linear(inputs, self.weight, self.bias)
         inputs = inputs.contiguous()
-        out = torch.empty(inputs.shape[0], sum(matrix.rows for matrix in self.matrices))
-        begin = 0
-        for matrix in self.matrices:
-            matrix.linear(inputs, out[:, begin : begin + matrix.rows])
-            begin += matrix.rows
+        if len(self.matrices) == 1:
+            out = torch.empty(inputs.shape[0], self.matrices[0].rows)
+            self.matrices[0].linear(inputs, out)
+        else:
+            out = torch.empty(inputs.shape[0], sum(matrix.rows for matrix in self.matrices))
+            parts = out.split([matrix.rows for matrix in self.matrices], dim=1)
+            for matrix, part in zip(self.matrices, parts, strict=True):
+                matrix.linear(inputs, part)
         return out if self.bias is None else out.add_(self.bias)
 
     def keep_packed(self, name: str, part: str, tensor: LazyTensor) -> bool:

@@ -19,11 +19,11 @@ DIMENSIONS = range(16, 257, 16)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One step: where keys and values go, and the tasks of `attention_tasks`."""
+    """One step, for all layers: what the kernels are called with, and what keeps that memory alive."""
 
-    places: Tensor  # [T] int64
-    table: Tensor  # [R, P] int64
-    tasks: np.ndarray  # [n, 4] int32
+    places: int  # address of [T] int64: where keys and values go
+    tasks: tuple[int, int, int, int]  # addresses of the page table and, after its stride, of the tasks; their number
+    held: tuple[Tensor, Tensor, np.ndarray]
 
 
 class CpuAttention(AttentionBackend):
@@ -45,18 +45,20 @@ class CpuAttention(AttentionBackend):
 
     def prepare(self, batch: Batch) -> Plan:
         tasks = attention_tasks(batch.starts, batch.lengths, batch.offsets, self._group)
-        return Plan(batch.places, batch.page_table.contiguous(), tasks)
+        places, table = batch.places.contiguous(), batch.page_table.contiguous()
+        called_with = (table.data_ptr(), table.stride(0), tasks.ctypes.data, len(tasks))
+        return Plan(places.data_ptr(), called_with, (places, table, tasks))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, plan: Plan) -> Tensor:
         shape, tokens = self.shape, query.shape[0]
         self._library.write_cache(
             *(key.data_ptr(), value.data_ptr(), key.stride(0), value.stride(0)),
-            *(plan.places.data_ptr(), tokens, self.page_size, shape.kv_heads * shape.head_dim, cache.data_ptr()),
+            *(plan.places, tokens, self.page_size, shape.kv_heads * shape.head_dim, cache.data_ptr()),
         )
         out = torch.empty(tokens, shape.query_heads * shape.head_dim)
         self._library.attend(
             *(query.data_ptr(), query.stride(0), cache.data_ptr()),
-            *(plan.table.data_ptr(), plan.table.stride(0), plan.tasks.ctypes.data, len(plan.tasks)),
+            *plan.tasks,
             *(self.page_size, shape.query_heads, shape.kv_heads, shape.head_dim),
             *(shape.scale, shape.window or 0, out.data_ptr()),
         )

@@ -91,6 +91,20 @@ async def test_clients_that_leave_free_their_pages() -> None:
         assert not house.front._open
 
 
+async def test_pages_are_free_within_the_steps_in_flight() -> None:
+    async with open_house(seconds=0.02) as house:
+        logic = house.scheduler.scheduler
+        async with aclosing(house.front.generate(prompt("a" * 100, max_tokens=3000))) as stream:
+            await anext(stream)
+            assert logic.counts()["running"] == 1
+            planned = logic.counts()["steps"]
+        with anyio.fail_after(5):
+            while logic.counts()["running"]:
+                await anyio.lowlevel.checkpoint()
+        assert logic.counts()["steps"] <= planned + 1
+        assert logic.counts()["pages_free"] + logic.counts()["pages_cached"] == 1024
+
+
 async def test_abort_by_id_ends_the_reply_with_abort() -> None:
     async with open_house(seconds=0.001) as house:
         stream = house.front.generate(prompt("a", rid="mine", max_tokens=3000))

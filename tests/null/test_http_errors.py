@@ -40,6 +40,7 @@ REFUSED = [
     (CHAT, {"messages": HI, "priority": 2**40}, "priority", "<= 2147483647"),
     (CHAT, {"messages": HI, "stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
     (CHAT, {"messages": HI, "stream_options": {"include": True}}, "stream_options.include", "include_usage?"),
+    (CHAT, {"messages": [{"role": "bot", "content": "x"}]}, "messages[0].role", "send one of 'system', "),
     (CHAT, {"messages": HI, "n": 0}, "n", "from 1 to 128"),
     (CHAT, {"messages": HI, "n": 129}, "n", "from 1 to 128"),
     (CHAT, {"messages": HI, "n": True}, "n", "got `bool`"),
@@ -101,6 +102,33 @@ async def test_a_bad_request_is_refused(path: str, body: object, param: str | No
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
     assert isinstance(error["code"], str)
     assert not front.asked
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (CHAT, {"messages": HI, "max_tokens": 9}, "max_tokens"),
+        (CHAT, {"messages": HI, "max_completion_tokens": 9}, "max_completion_tokens"),
+        (CHAT, {"messages": HI, "max_completion_tokens": 9, "stream": True}, "max_completion_tokens"),
+        (NATIVE, {"text": "x", "sampling_params": {"max_new_tokens": 9}}, "max_new_tokens"),
+    ],
+)
+async def test_what_the_engine_refuses_goes_by_the_clients_name(path: str, body: object, param: str) -> None:
+    said = "max_tokens 9 and a prompt of 8 tokens are over the model's length of 10; ask for at most 2 tokens"
+    async with serving(FakeFront([RequestError(said, param="max_tokens")])) as url:
+        status, answer = await post(url + path, body)
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert answer["error"]["message"] == said.replace("max_tokens", param)
+
+
+@pytest.mark.parametrize("body", [{"priority": None}, {"stream": True, "stream_options": {"include_usage": None}}])
+async def test_null_is_the_same_as_leaving_out(body: dict[str, object]) -> None:
+    async with (
+        serving(FakeFront()) as url,
+        aiohttp.ClientSession() as session,
+        session.post(url + CHAT, json={"messages": HI, **body}) as response,
+    ):
+        assert response.status == 200, await response.text()
 
 
 @pytest.mark.parametrize(
