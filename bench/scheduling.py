@@ -3,8 +3,8 @@
     python bench/scheduling.py [--running 256] [--steps 2000] [--json FILE]
 
 Each request generates throughout; prompts are of mixed lengths. Figures are CPU time of the process (not wall
-clock), sampled a step at a time, less what the fake device itself takes. `logic` is plan + commit alone.
-The budget is 1 ms: a decode step of a small model on a fast GPU lasts about two.
+clock), sampled a step at a time, less what the fake device itself takes. `logic` is plan + commit alone; the third row
+adds a task for each request that takes every chunk as it comes. The budget of the second is 1 ms: a decode step of a small model on a fast GPU lasts about two.
 """
 
 import argparse
@@ -97,8 +97,8 @@ def logic(running: int, steps: int) -> list[float]:
     return seconds
 
 
-async def actors(running: int, steps: int) -> list[float]:
-    """Seconds of each full decode step: scheduler, executor, detokenizer and the clients' ends."""
+async def actors(running: int, steps: int, reading: bool) -> list[float]:
+    """Seconds of each full decode step: scheduler, executor, detokenizer, front; `reading`, clients are woken too."""
     config = resolve(
         {"model": "echo", "page_size": PAGE, "max_running": running, "max_step_tokens": 8192, "log_level": "error"}
     )
@@ -122,7 +122,8 @@ async def actors(running: int, steps: int) -> list[float]:
             params = SamplingParams(temperature=0, max_tokens=LONGEST - 600)
             async with aclosing(front.generate(Generate(str(number), params, text=prompt))) as stream:
                 async for _ in stream:
-                    pass
+                    if not reading:
+                        await anyio.sleep_forever()
 
         for number in range(running):
             group.start_soon(client, number)
@@ -150,11 +151,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+
+    def run(reading: bool) -> dict[str, float]:
+        return summary(anyio.run(actors, options.running, options.steps, reading, backend_options={"use_uvloop": True}))
+
     figures: dict[str, Any] = {
         "logic (plan + commit)": summary(logic(options.running, options.steps)),
-        "scheduler + actors": summary(
-            anyio.run(actors, options.running, options.steps, backend_options={"use_uvloop": True})
-        ),
+        "scheduler + actors": run(reading=False),
+        "and waking the clients": run(reading=True),
     }
     print(f"CPU time of a decode step, {options.running} running requests")
     for name, row in figures.items():

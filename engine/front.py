@@ -75,36 +75,33 @@ class Mailbox:
     all the scheduling.
     """
 
-    __slots__ = ("_chunk", "_wanted", "error", "key")
+    __slots__ = ("_chunks", "_wanted", "error", "key")
 
     def __init__(self, key: str) -> None:
         self.key = key
         self.error: EngineError | None = None
-        self._chunk: Chunk | None = None
+        self._chunks: list[Chunk] = []
         self._wanted: asyncio.Future[None] | None = None
 
     def put(self, chunk: Chunk) -> None:
-        old = self._chunk
-        self._chunk = chunk if old is None else joined((old, chunk))
-        self._wake()
+        self._chunks.append(chunk)
+        if (wanted := self._wanted) is not None and not wanted.done():
+            wanted.set_result(None)
 
     def fail(self, error: EngineError) -> None:
         self.error = error
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._wanted is not None and not self._wanted.done():
-            self._wanted.set_result(None)
+        if (wanted := self._wanted) is not None and not wanted.done():
+            wanted.set_result(None)
 
     async def take(self) -> Chunk:
         """What has arrived, merged into one chunk; raises the request's error once all else is taken."""
-        while self._chunk is None:
+        while not self._chunks:
             if self.error is not None:
                 raise self.error
             self._wanted = asyncio.get_running_loop().create_future()
             await self._wanted
-        chunk, self._chunk = self._chunk, None
-        return chunk
+        chunks, self._chunks = self._chunks, []
+        return chunks[0] if len(chunks) == 1 else joined(chunks)
 
 
 class Front:

@@ -35,7 +35,10 @@ IMPOSSIBLE = -9999.0  # the log-probability of what cannot be, which JSON has no
 class Reply:
     """One request's text so far: what its decoder holds and the counts that go with it."""
 
-    __slots__ = ("cached_tokens", "completion_tokens", "decoder", "echo", "prompt", "prompt_only", "prompt_tokens")
+    __slots__ = (
+        *("cached_tokens", "completion_tokens", "decoder", "echo"),
+        *("plain", "prompt", "prompt_only", "prompt_tokens"),
+    )
 
     def __init__(self, decoder: ReplyDecoder, opened: Open) -> None:
         self.decoder = decoder
@@ -45,6 +48,8 @@ class Reply:
         self.echo = opened.echo  # until it is sent
         self.prompt = opened.prompt  # until its log-probabilities are sent
         self.prompt_only = opened.prompt_only
+        # Nothing but the scheduler ends it, and its chunks hold nothing but new tokens.
+        self.plain = not (opened.stop or opened.stop_regex or opened.echo or opened.prompt or opened.prompt_only)
 
 
 class Replies:
@@ -83,8 +88,14 @@ class Replies:
                 continue
             if row in cached:
                 reply.cached_tokens = cached[row]
+            finish = finishes.get(row)
+            if reply.plain and finish is None and row not in scores:  # most rows of most steps
+                reply.completion_tokens += count
+                text, counts = reply.decoder.push(ids), (reply.prompt_tokens, reply.cached_tokens)
+                chunks.append(Chunk(rid, text, ids, None, None, *counts, reply.completion_tokens))
+                continue
             try:
-                chunk, ended_here = self._advance(rid, reply, ids, finishes.get(row))
+                chunk, ended_here = self._advance(rid, reply, ids, finish)
             except RequestError as error:
                 self.close(rid)
                 hits.append(StopHit(rid, reply.decoder.used))

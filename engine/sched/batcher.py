@@ -260,7 +260,7 @@ class Scheduler:
         number, step = self._in_flight.popleft()
         assert done.step == number, f"step {done.step} is done, but step {number} is the oldest in flight"
         reply = ReplyColumns()
-        tokens = array("i", done.tokens)
+        tokens = array("i", done.tokens).tolist()
         for scores in done.prompt_logprobs:
             if number >= (request := step.scoring[scores.row]).since:
                 request.add_scores(scores)

@@ -47,36 +47,38 @@ class ReplyColumns:
     def __init__(self) -> None:
         self.rids: list[str] = []
         self.counts = array("i")
-        self.tokens = array("i")
+        self.tokens: list[int] = []
         self.finishes: list[Finish] = []
         self.cached: list[tuple[int, int]] = []
         self.logprobs: list[Logprobs] = []
         self.prompt_logprobs: list[Logprobs] = []
 
-    def accept(self, request: Request, tokens: "array[int]") -> bool:
+    def accept(self, request: Request, tokens: list[int]) -> bool:
         """Add `tokens` to `request` and to this reply, up to where the request ends; True if it does."""
-        ids = request.ids
-        row, before, ended = len(self.rids), len(ids), True
+        ids, kept = request.ids, 0
+        finish: Finish | None = None
         for token in tokens:
+            kept += 1
             ids.append(token)
             self.tokens.append(token)
             if token in request.stop_ids:
-                self.finishes.append(Finish(row, "stop", token))
+                finish = Finish(len(self.rids), "stop", token)
                 break
             if len(ids) == request.limit:
-                self.finishes.append(Finish(row, "length"))
+                finish = Finish(len(self.rids), "length")
                 break
-        else:
-            ended = False
+        if finish is not None:
+            self.finishes.append(finish)
         self.rids.append(request.rid)
-        self.counts.append(len(ids) - before)
+        self.counts.append(kept)
         if request.first:
             request.first = False
+            row = len(self.rids) - 1
             self.cached.append((row, request.cached))
             if request.scores:
                 self.prompt_logprobs.append(joined(row, request.scores))
                 request.scores = []
-        return ended
+        return finish is not None
 
     def add_logprobs(self, scores: Logprobs, skip: int) -> None:
         """Add those of the tokens accepted last, which `scores` holds after `skip` others."""
@@ -87,7 +89,7 @@ class ReplyColumns:
             step=number,
             rids=self.rids,
             counts=self.counts.tobytes(),
-            tokens=self.tokens.tobytes(),
+            tokens=array("i", self.tokens).tobytes(),
             finishes=tuple(self.finishes),
             cached=tuple(self.cached),
             logprobs=tuple(self.logprobs),
