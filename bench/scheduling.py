@@ -2,9 +2,10 @@
 
     python bench/scheduling.py [--running 256] [--steps 2000] [--json FILE]
 
-Each request generates throughout; prompts are of mixed lengths. Figures are CPU time of the process (not wall
-clock), sampled a step at a time, less what the fake device itself takes. `logic` is plan + commit alone; the third row
-adds a task for each request that takes every chunk as it comes. The budget of the second is 1 ms: a decode step of a small model on a fast GPU lasts about two.
+Each request generates throughout; prompts are of mixed lengths. Figures are CPU time of the process (not wall clock),
+sampled a step at a time, less what the fake device itself takes. `logic` is plan + commit alone; the third row adds a
+task for each request that takes every chunk as it comes. The budget of the second row is 1 ms: a decode step of a small
+model on a fast GPU lasts about two.
 """
 
 import argparse
