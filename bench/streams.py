@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--placement", default="single,split")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--weights", type=float, default=134.5e6 * 4, help="bytes read a step, for the floor")
+    parser.add_argument("--weights", type=float, default=96.5e6, help="bytes of weights: those of the default model")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     bandwidth = read_bandwidth(options.weights)
