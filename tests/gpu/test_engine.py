@@ -1,0 +1,78 @@
+"""The whole engine on a GPU: a tiny seeded llama in float32 gives the greedy ids that transformers gives on a CPU."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine import Engine, SamplingParams
+from engine_plugins.checkpoints.echo import EchoCheckpoint
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+LENGTHS = (3, 17, 40, 64, 5, 40)
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]], list[list[int]]]:
+    """A checkpoint, prompts, and the ids that follow them."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=256,
+    )
+    llama = LlamaForCausalLM(config).float().eval()
+    for weight in llama.parameters():
+        if weight.dim() == 2:
+            weight.data.normal_(0, 0.08)
+    folder = tmp_path_factory.mktemp("llama")
+    llama.save_pretrained(folder)
+    echo = EchoCheckpoint.open("echo")
+    assert echo is not None
+    echo.text().tokenizer.save(str(folder / "tokenizer.json"))
+    prompts = [torch.randint(0, 256, (length,)).tolist() for length in LENGTHS]
+    wanted = []
+    with torch.inference_mode():
+        for prompt in prompts:
+            ids = list(prompt)
+            for _ in range(NEW):
+                ids.append(int(llama(torch.tensor([ids])).logits[0, -1].argmax()))
+            wanted.append(ids[len(prompt) :])
+    return folder, prompts, wanted
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_step_tokens": 7},
+        {"kv_tokens": 192, "max_model_len": 128, "max_running": 6},
+        {"placement": "split", "page_size": 1},
+    ],
+    ids=["whole", "chunked", "few pages", "split, single-token pages"],
+)
+def test_greedy_ids_are_those_of_transformers(model: Any, options: dict[str, Any]) -> None:
+    folder, prompts, wanted = model
+    params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
+    with Engine(model=str(folder), device="cuda", dtype="float32", **options) as engine:
+        assert [engine.generate(prompt, params).ids for prompt in prompts] == wanted
+        assert [reply.ids for reply in engine.generate(prompts, params)] == wanted
+    assert not torch.cuda.is_initialized(), "the front process must leave the GPU to the worker"
+
+
+def test_a_seeded_reply_in_bfloat16_does_not_depend_on_its_neighbours(model: Any) -> None:
+    folder, prompts, _ = model
+    params = SamplingParams(temperature=1.0, seed=5, max_tokens=16, ignore_eos=True)
+    with Engine(model=str(folder), device="cuda", dtype="bfloat16") as engine:
+        alone = engine.generate(prompts[1], params)
+        assert engine.generate([*prompts, prompts[1]], params)[-1].ids == alone.ids
