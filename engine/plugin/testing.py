@@ -12,7 +12,6 @@ Each raises AssertionError with the numbers. Imports torch. Left out: speed.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -21,14 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.errors import ConfigError
 from engine.layers.attention import AttentionBackend, AttentionShape
 from engine.layers.batch import Batch
 from engine.layers.build import Build
 from engine.layers.model import Model
 from engine.messages import Sampling, SlotAdmit, StepPlan
-from engine.plugin.manager import Plugins, resolve
+from engine.plugin.manager import Plugins
 from engine.plugin.specs import KVSpec
+from engine.worker.backends import Backends
 from engine.worker.batch import build_batch
 from engine.worker.kv import allocate
 from engine.worker.runner import Runner
@@ -200,7 +199,7 @@ class ModelHarness:
             device=torch.device(device),
             page_size=self.page_size,
             max_model_len=max_model_len,
-            attention_backend=attention or _built_in(device),
+            attention_backend=attention or Backends(Plugins.load(), device).build,
         )
         built = model(dict(config), build)
         with torch.inference_mode():
@@ -228,21 +227,6 @@ class ModelHarness:
         """Logits at every position of a step's rows (slot, start, length): [length, vocab_size] each."""
         hidden, _ = self.runner.forward(np.array([[*row, 0] for row in rows], np.int64))
         return list(self.runner.model.logits(hidden).cpu().split([length for _, _, length in rows]))
-
-
-def _built_in(device: str) -> Callable[..., AttentionBackend]:
-    """The built-in backend for `device` that comes first and can serve the shape it is asked for."""
-    plugins = Plugins.load()
-    first = plugins.attention_for(device)[0]
-    *others, last = (resolve(entry.target) for entry in (first, *plugins.attention_after(first, device)))
-
-    def build(*arguments: Any) -> AttentionBackend:
-        for backend in others:
-            with suppress(ConfigError):
-                return backend(*arguments)
-        return last(*arguments)
-
-    return build
 
 
 def _whole(harness: ModelHarness, reference: Reference, prompts: list[list[int]], tolerance: float) -> None:

@@ -17,12 +17,11 @@ import torch
 from engine.channel import BlockingFrames
 from engine.config import Config, ProcessOptions
 from engine.errors import ConfigError
-from engine.layers.attention import AttentionBackend
 from engine.layers.build import Build
 from engine.layers.model import Model
 from engine.messages import Boot, Ping, Pong, StepPlan, ToWorker, WorkerReady
 from engine.plugin.manager import Plugins, resolve
-from engine.plugin.specs import AttentionEntry
+from engine.worker.backends import Backends
 from engine.worker.kv import allocate, choose_max_model_len, count_pages
 from engine.worker.runner import Runner, Step
 from engine.worker.weights import load_weights, weight_bytes
@@ -66,9 +65,8 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
         checkpoint = plugins.open_checkpoint(config.model.model)
         terms = checkpoint.config()
         model_entry = plugins.model_for(terms["architectures"])
-        attention_entry, reason = plugins.attention_for(device.type)
         model_class = resolve(model_entry.target)
-        backends = _Backends([attention_entry, *plugins.attention_after(attention_entry, device.type)], reason)
+        backends = Backends(plugins, device.type)
     with _timed(phases, "weights"):
         limit = _model_limit(terms, config)
         build = Build(
@@ -108,31 +106,6 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
         phases=phases,
     )
     return runner, ready
-
-
-class _Backends:
-    """Attention backends in the order to try them: the first that can serve a model's shape does."""
-
-    def __init__(self, entries: list[AttentionEntry], reason: str) -> None:
-        self.entries = entries
-        self.reason = reason
-        self.chosen = ""
-
-    def build(self, *arguments: Any) -> AttentionBackend:
-        """As the backend's constructor. Raises the last one's ConfigError."""
-        for entry in self.entries:
-            try:
-                backend: AttentionBackend = resolve(entry.target)(*arguments)
-            except ConfigError as error:
-                if entry is self.entries[-1]:
-                    raise
-                self.reason = str(error)
-                continue
-            if self.chosen != entry.name:
-                logger.info("attention backend %s (%s)", entry.name, self.reason)
-            self.chosen = entry.name
-            return backend
-        raise AssertionError("there is always a backend to try")
 
 
 @contextmanager

@@ -1,0 +1,35 @@
+"""Which attention backend a model gets: the first, in the order of the plugins, that can serve its shape."""
+
+import logging
+from typing import Any
+
+from engine.errors import ConfigError
+from engine.layers.attention import AttentionBackend
+from engine.plugin.manager import Plugins, resolve
+
+logger = logging.getLogger("engine.worker")
+
+
+class Backends:
+    """The attention backends for one device. `chosen` names the one that was built last; the log says why."""
+
+    def __init__(self, plugins: Plugins, device: str) -> None:
+        first, self._reason = plugins.attention_for(device)
+        self._entries = [first, *plugins.attention_after(first, device)]
+        self.chosen = ""
+
+    def build(self, *arguments: Any) -> AttentionBackend:
+        """As the backend's constructor. Raises the last one's ConfigError."""
+        for entry in self._entries:
+            try:
+                backend: AttentionBackend = resolve(entry.target)(*arguments)
+            except ConfigError as error:
+                if entry is self._entries[-1]:
+                    raise
+                self._reason = str(error)
+                continue
+            if self.chosen != entry.name:
+                logger.info("attention backend %s (%s)", entry.name, self._reason)
+            self.chosen = entry.name
+            return backend
+        raise AssertionError("there is always a backend to try")
