@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.kernels.ops import Ops, Rotation
+
 log = logging.getLogger("engine.kernels")
 
 SOURCE = Path(__file__).with_name("cpu.c")
@@ -122,8 +124,8 @@ def _processor() -> str:
 # ── calling ──────────────────────────────────────────────────────────────────────────────────
 
 
-class Kernels:
-    """What cpu.c exports, on tensors. Use the one that `kernels()` returns."""
+class Kernels(Ops):
+    """What cpu.c exports, on float32 tensors. Use the one that `kernels()` returns."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
@@ -140,7 +142,6 @@ class Kernels:
         return self._scratch[: rows * columns].view(rows, columns)
 
     def rms_norm(self, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        """torch.nn.functional.rms_norm of `hidden` [..., size] over its last dimension."""
         hidden = hidden.contiguous()
         out = torch.empty_like(hidden)
         size = hidden.shape[-1]
@@ -149,14 +150,13 @@ class Kernels:
         return out
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up of `gate_up` [T, 2 * size]: [T, size]."""
         tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
         out = torch.empty(tokens, size)
         self.library.silu_and_mul(gate_up.contiguous().data_ptr(), tokens, size, out.data_ptr())
         return out
 
-    def rotate(self, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-        """Rotates `heads` [T, heads, dim] in place, each token's heads dense; `cosines`, `sines` [T, 1, pairs]."""
+    def rotate(self, heads: Tensor, rotation: Rotation) -> Tensor:
+        cosines, sines = rotation
         tokens, count, dim = heads.shape
         pairs = cosines.shape[-1]
         assert heads.stride()[1:] == (dim, 1)

@@ -1,7 +1,7 @@
 """What models are built from. A model states its sharding through these layers and holds no rank arithmetic."""
 
 from engine.layers.activation import gated_activation, gelu_and_mul, silu_and_mul
-from engine.layers.attention import Attention, AttentionBackend, AttentionShape
+from engine.layers.attention import Attention, AttentionBackend, AttentionShape, PagedAttention
 from engine.layers.batch import Batch
 from engine.layers.build import Build
 from engine.layers.decoder import (
@@ -18,7 +18,7 @@ from engine.layers.embedding import Embedding, LMHead
 from engine.layers.linear import ColumnLinear, QKVLinear, RowLinear
 from engine.layers.model import Layer, Model
 from engine.layers.norm import RMSNorm
-from engine.layers.rotary import Rotary, rotate
+from engine.layers.rotary import Rotary
 
 __all__ = [
     "Attention",
@@ -37,6 +37,7 @@ __all__ = [
     "LMHead",
     "Layer",
     "Model",
+    "PagedAttention",
     "QKVLinear",
     "RMSNorm",
     "Rotary",
@@ -45,6 +46,5 @@ __all__ = [
     "SelfAttention",
     "gated_activation",
     "gelu_and_mul",
-    "rotate",
     "silu_and_mul",
 ]

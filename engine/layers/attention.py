@@ -9,9 +9,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.kernels import ops_for
+from engine.kernels.ops import HeadNorms, Heads, Rotation
 from engine.layers.batch import Batch
 from engine.plugin.specs import KVGroup
 
@@ -55,13 +58,44 @@ class AttentionBackend(ABC):
     def prepare(self, batch: Batch) -> Any:
         """The plan of one step, made once for all layers (`batch.plans` is not set yet)."""
 
+    def capture(self, batch: Batch) -> Any | None:
+        """The plan of a decode step for a CUDA graph, or None: what the backend does cannot be captured.
+
+        Each row of `batch` is one token. Its tensors stay where they are, and hold other numbers at each replay; its
+        host arrays say nothing. `refill` is called before each replay.
+        """
+        return None
+
+    def refill(self, plan: Any, starts: np.ndarray) -> None:
+        """Brings a plan from `capture` up to date: row r computes position `starts[r]` ([R] int64, on the host)."""
+
     @abstractmethod
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, plan: Any) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, places: Tensor, plan: Any) -> Tensor:
         """Writes key and value, then attends.
 
         `query` [T, query_heads, head_dim]; `key`, `value` [T, kv_heads, head_dim], any strides with the last
-        dimension dense; `cache` [pages, *page shape]. Returns [T, query_heads * head_dim] in query's dtype.
+        dimension dense; `cache` [pages, *page shape]; `places` [T] as in a Batch. Returns [T, query_heads * head_dim]
+        in query's dtype.
         """
+
+
+class PagedAttention(AttentionBackend):
+    """A backend whose pages are [2, page_size, kv_heads, head_dim], keys then values, and which reads nothing else.
+
+    The model then rotates and writes in one kernel. A subclass says what `prepare` and `attend` do.
+    """
+
+    def kv_group(self) -> KVGroup:
+        shape = (2, self.page_size, self.shape.kv_heads, self.shape.head_dim)
+        return KVGroup(self.shape.layers, shape, str(self.dtype).removeprefix("torch."))
+
+    @abstractmethod
+    def attend(self, query: Tensor, cache: Tensor, plan: Any) -> Tensor:
+        """`query` [T, query_heads, head_dim] over pages that hold all keys and values; [T, query_heads * head_dim]."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, places: Tensor, plan: Any) -> Tensor:
+        ops_for(query).write_pages(key, value, cache, places)
+        return self.attend(query, cache, plan)
 
 
 class Attention(nn.Module):
@@ -73,7 +107,21 @@ class Attention(nn.Module):
         self.layer = layer
         self.group = group
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch) -> Tensor:
-        """Shapes as AttentionBackend.forward."""
+    def forward(
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        batch: Batch,
+        rotation: Rotation | None = None,
+        norms: HeadNorms | None = None,
+    ) -> Tensor:
+        """`qkv` [T, (query + 2 * kv) * dim] as projected, which may be written over, to [T, query * dim].
+
+        Query and key heads pass `norms`, then turn by `rotation`, where there are such."""
+        ops, plan = ops_for(qkv), batch.plans[self.group]
         cache = batch.caches[self.group][self.layer]
-        return self.backend.forward(query, key, value, cache, batch.plans[self.group])
+        if isinstance(self.backend, PagedAttention):
+            query = ops.rotate_into_pages(qkv, heads, norms, rotation, cache, batch.places)
+            return self.backend.attend(query, cache, plan)
+        query, key, value = ops.rotate_heads(qkv, heads, norms, rotation)
+        return self.backend.forward(query, key, value, cache, batch.places, plan)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -19,10 +20,18 @@ class Batch:
     ids: Tensor  # [T] int64, device
     positions: Tensor  # [T] int64, device
     places: Tensor  # [T] int64, device: page * page_size + offset, where each token's K/V is written
-    page_table: Tensor  # [R, P] int64, device: pages of each row; entries past its own are pages, but not its
+    page_table: Tensor  # [slots, P] int32, device: pages of every slot; entries past its own are pages, but not its
+    slots: Tensor  # [R] int64, device: the rows' lines in `page_table`
+    row_starts: Tensor  # [R] int64, device: as `starts`
+    row_offsets: Tensor  # [R + 1] int64, device: as `offsets`
     sampled: Tensor  # [S] int64, device: which of the T tokens are sampled from, in row order
     starts: np.ndarray  # [R] int64, host: tokens of the request that are in the cache already
     lengths: np.ndarray  # [R] int64, host: tokens computed in this step, at least 1
     offsets: np.ndarray  # [R + 1] int64, host: row r's tokens are offsets[r] .. offsets[r+1]-1 of the T
     caches: tuple[tuple[Tensor, ...], ...]  # per KV group, per layer: [pages, *page shape]
     plans: tuple[Any, ...] = ()  # per KV group: what its attention backend's `prepare` returned
+
+    def pages(self, page_size: int) -> Tensor:
+        """[R, P] int64: the pages of each row, as many as the longest has; a line's further ones are not its own."""
+        count = -(-int((self.starts + self.lengths).max()) // page_size)
+        return self.page_table[self.slots, :count].to(torch.int64)

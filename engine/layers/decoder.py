@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from engine.kernels.ops import HeadNorms
 from engine.layers.activation import gated_activation
 from engine.layers.attention import Attention
 from engine.layers.batch import Batch
@@ -24,7 +25,7 @@ from engine.layers.embedding import Embedding, LMHead
 from engine.layers.linear import ColumnLinear, QKVLinear, RowLinear
 from engine.layers.model import Model
 from engine.layers.norm import RMSNorm
-from engine.layers.rotary import Rotary, rotate
+from engine.layers.rotary import Rotary
 
 Rotations = Sequence[tuple[Tensor, Tensor]]  # per KV group: the cosines and sines of the step's positions
 
@@ -97,13 +98,14 @@ class Decoder(nn.Module):
         hidden = self.embed_tokens(batch.ids)
         if self.embedding_scale != 1.0:
             hidden = hidden * self.embedding_scale
+        stream = None
         for layer in self.layers:
-            hidden = layer(hidden, batch, rotations)
-        return self.norm(hidden)
+            hidden, stream = layer(hidden, stream, batch, rotations)
+        return self.norm.add(hidden, stream)[0]
 
 
 class Block(nn.Module):
-    """Attention, then a gated MLP; each reads a norm of the stream and adds to it."""
+    """Attention, then a gated MLP; each reads a norm of the stream, and what it says is added to it with the next norm."""
 
     def __init__(self, shape: DecoderShape, build: Build, attention: Attention) -> None:
         super().__init__()
@@ -112,9 +114,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = shape.norm(build, shape.hidden_size)
         self.mlp = GatedMLP(shape, build)
 
-    def forward(self, hidden: Tensor, batch: Batch, rotations: Rotations) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), batch, rotations)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+    def forward(
+        self, hidden: Tensor, stream: Tensor | None, batch: Batch, rotations: Rotations
+    ) -> tuple[Tensor, Tensor]:
+        """`hidden` [T, H] is still to be added to `stream`, None before the first block; so is what is returned."""
+        hidden, stream = self.input_layernorm.add(hidden, stream)
+        hidden, stream = self.post_attention_layernorm.add(self.self_attn(hidden, batch, rotations), stream)
+        return self.mlp(hidden), stream
 
 
 class SelfAttention(nn.Module):
@@ -128,11 +134,12 @@ class SelfAttention(nn.Module):
         self.attention = attention
 
     def forward(self, hidden: Tensor, batch: Batch, rotations: Rotations) -> Tensor:
-        query, key, value = self.qkv_proj(hidden)
+        norms = None
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
+            norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.epsilon)
         rotation = rotations[self.attention.group]
-        return self.o_proj(self.attention(rotate(query, rotation), rotate(key, rotation), value, batch))
+        attended = self.attention(self.qkv_proj(hidden), self.qkv_proj.heads, batch, rotation, norms)
+        return self.o_proj(attended)
 
 
 class GatedMLP(nn.Module):

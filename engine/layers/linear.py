@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.kernels.cpu import KINDS, PackedMatrix, kernels_for
+from engine.kernels.ops import Heads
 from engine.layers.build import Build
 from engine.layers.model import Layer, check_shape, copy_weight, empty_weight
 from engine.plugin.specs import LazyTensor
@@ -120,21 +121,17 @@ class ColumnLinear(Linear):
 
 
 class QKVLinear(ColumnLinear):
-    """The query, key and value projections as one, its heads divided over the ranks."""
+    """The query, key and value projections as one, its heads divided over the ranks.
+
+    `heads` says how what it returns, [T, (query + 2 * kv) * dim], divides on this rank.
+    """
 
     def __init__(
         self, build: Build, inputs: int, query_heads: int, kv_heads: int, head_dim: int, bias: bool = False
     ) -> None:
         sizes = {"q_proj": query_heads * head_dim, "k_proj": kv_heads * head_dim, "v_proj": kv_heads * head_dim}
         super().__init__(build, inputs, sizes, bias)
-        self.heads = [build.local(query_heads), build.local(kv_heads), build.local(kv_heads)]
-        self.head_dim = head_dim
-
-    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        """[T, inputs] to query [T, query_heads, head_dim] and key, value [T, kv_heads, head_dim]: views."""
-        heads = super().forward(inputs).view(inputs.shape[0], -1, self.head_dim)
-        query, key, value = heads.split(self.heads, dim=1)
-        return query, key, value
+        self.heads = Heads(build.local(query_heads), build.local(kv_heads), head_dim)
 
 
 class RowLinear(Linear):

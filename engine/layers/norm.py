@@ -1,9 +1,9 @@
 """Root-mean-square normalisation."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from engine.kernels.cpu import kernels_for
+from engine.kernels import ops_for
 from engine.layers.build import Build
 from engine.layers.model import Layer, empty_weight
 from engine.plugin.specs import LazyTensor
@@ -23,10 +23,13 @@ class RMSNorm(Layer):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`hidden` [..., size] in and out; the mean square is taken in float32."""
-        if kernels := kernels_for(hidden):
-            return kernels.rms_norm(hidden, self.weight, self.epsilon)
-        normed = nn.functional.rms_norm(hidden.to(self.weight.dtype), self.weight.shape, self.weight, self.epsilon)
-        return normed.to(hidden.dtype)
+        return ops_for(hidden).rms_norm(hidden, self.weight, self.epsilon)
+
+    def add(self, hidden: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm of `hidden` + `stream`, and that sum: the stream as it goes on. Neither may be used afterwards."""
+        if stream is None:
+            return self(hidden), hidden
+        return ops_for(hidden).add_rms_norm(hidden, stream, self.weight, self.epsilon)
 
     def load(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> None:
         super().load(name, parameter, part, tensor)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
-from engine.kernels.cpu import kernels_for
 from engine.layers.build import Build
 
 # of config.json itself, where its rope options do not say otherwise
@@ -20,7 +19,7 @@ TERMS = ("rope_theta", "partial_rotary_factor", "max_position_embeddings", "orig
 
 
 class Rotary(nn.Module):
-    """Turns positions into the cosines and sines that `rotate` applies to queries and keys.
+    """Turns positions into the cosines and sines that rotate queries and keys (`Ops.rotate_heads`).
 
     Reads `rope_theta`, `partial_rotary_factor` and `rope_scaling` of config.json, or `rope_parameters` which holds
     all (the form of transformers 5). Raises ConfigError for a rope type it does not know.
@@ -48,21 +47,6 @@ class Rotary(nn.Module):
         if self.magnitude != 1.0:
             cosines, sines = cosines * self.magnitude, sines * self.magnitude
         return cosines.to(self.dtype), sines.to(self.dtype)
-
-
-def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates `heads` [T, heads, head_dim], where dimension i pairs with i + size / 2 (as Hugging Face).
-
-    `size` is what the rotation covers; dimensions beyond it stay as they are. May work in place."""
-    cosines, sines = rotation
-    if kernels := kernels_for(heads):
-        return kernels.rotate(heads, cosines, sines)
-    half = cosines.shape[-1]
-    first, second = heads[..., :half], heads[..., half : 2 * half]
-    parts = [first * cosines - second * sines, second * cosines + first * sines]
-    if 2 * half < heads.shape[-1]:
-        parts.append(heads[..., 2 * half :])
-    return torch.cat(parts, dim=-1)
 
 
 # ── rope types: frequencies, options and the longest sequence to frequencies and the size of the rotated ─────────────

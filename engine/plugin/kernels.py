@@ -1,5 +1,7 @@
-"""Kernels, for plugins: what engine.kernels offers to attention backends and quantization schemes."""
+"""Kernels, for plugins: what engine.kernels offers to models, attention backends and quantization schemes."""
 
-from engine.kernels.cpu import Kernels, attention_tasks, kernels, kernels_for
+from engine.kernels import ops_for
+from engine.kernels.cpu import Kernels, attention_tasks, kernels
+from engine.kernels.ops import HeadNorms, Heads, Ops, Rotation
 
-__all__ = ["Kernels", "attention_tasks", "kernels", "kernels_for"]
+__all__ = ["HeadNorms", "Heads", "Kernels", "Ops", "Rotation", "attention_tasks", "kernels", "ops_for"]

@@ -148,7 +148,7 @@ def _attend(
     spans = [contexts[row][:, rows[row][0] : sum(rows[row])] for row in kept]
     tokens = torch.cat(spans, dim=1).to(backend.device, backend.dtype)
     query, key, value = tokens[2], tokens[0, :, : case.heads[1]], tokens[1, :, : case.heads[1]]
-    out = backend.forward(query, key, value, caches[0][layer], backend.prepare(batch))
+    out = backend.forward(query, key, value, caches[0][layer], batch.places, backend.prepare(batch))
     assert out.shape == (len(tokens[2]), case.heads[0] * case.head_dim), f"forward returned {tuple(out.shape)}"
     return out.view(-1, case.heads[0], case.head_dim)
 

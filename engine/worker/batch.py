@@ -25,16 +25,18 @@ def build_batch(
     row_of_token = np.repeat(np.arange(len(rows)), lengths)
     positions = starts[row_of_token] + np.arange(offsets[-1]) - offsets[row_of_token]
     sampled = offsets[1:][sample != 0] - 1
-    host = (slots[row_of_token], positions, slots, sampled)
-    device_parts = upload(np.concatenate(host), tokens.device).split([len(part) for part in host])
-    token_slots, token_positions, row_slots, sampled_tokens = device_parts
-    pages = -(-int((starts + lengths).max()) // page_size)
+    host = (slots[row_of_token], positions, slots, starts, offsets, sampled)
+    parts = upload(np.concatenate(host), tokens.device).split([len(part) for part in host])
+    token_slots, token_positions, row_slots, row_starts, row_offsets, sampled_tokens = parts
     page = page_table[token_slots, token_positions // page_size].to(torch.int64)
     return Batch(
         ids=tokens[token_slots, token_positions].to(torch.int64),
         positions=token_positions,
         places=page * page_size + token_positions % page_size,
-        page_table=page_table[row_slots, :pages].to(torch.int64),
+        page_table=page_table,
+        slots=row_slots,
+        row_starts=row_starts,
+        row_offsets=row_offsets,
         sampled=sampled_tokens,
         starts=starts,
         lengths=lengths,

@@ -45,11 +45,11 @@ class CpuAttention(AttentionBackend):
 
     def prepare(self, batch: Batch) -> Plan:
         tasks = attention_tasks(batch.starts, batch.lengths, batch.offsets, self._group)
-        places, table = batch.places.contiguous(), batch.page_table.contiguous()
+        places, table = batch.places.contiguous(), batch.pages(self.page_size)
         called_with = (table.data_ptr(), table.stride(0), tasks.ctypes.data, len(tasks))
         return Plan(places.data_ptr(), called_with, (places, table, tasks))
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, plan: Plan) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, places: Tensor, plan: Plan) -> Tensor:
         shape, tokens = self.shape, query.shape[0]
         self._library.write_cache(
             *(key.data_ptr(), value.data_ptr(), key.stride(0), value.stride(0)),

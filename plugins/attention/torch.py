@@ -50,12 +50,13 @@ class TorchAttention(AttentionBackend):
         size = self.page_size
         key_places = batch.places + batch.places.div(size, rounding_mode="floor") * size
         rows = np.flatnonzero(batch.lengths == 1)
+        table = batch.pages(size)
         decodes = halves = mask = None
         if len(rows):
             if len(rows) < len(batch.lengths):
                 decodes = self._tensor(batch.offsets[rows])
-            halves, mask = self._decode_pages(batch, rows)
-        prefills = tuple(self._prefill(batch, row) for row in np.flatnonzero(batch.lengths > 1).tolist())
+            halves, mask = self._decode_pages(batch, table, rows)
+        prefills = tuple(self._prefill(batch, table[row], row) for row in np.flatnonzero(batch.lengths > 1).tolist())
         return Plan(key_places, key_places + size, prefills, decodes, halves, mask)
 
     def _first_page(self, positions: np.ndarray) -> np.ndarray:
@@ -68,12 +69,13 @@ class TorchAttention(AttentionBackend):
         seen = keys <= queries
         return seen if self.shape.window is None else seen & (keys > queries - self.shape.window)
 
-    def _decode_pages(self, batch: Batch, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _decode_pages(self, batch: Batch, table: Tensor, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """`halves` and `mask` of the rows that compute one token."""
         size, ends = self.page_size, batch.starts[rows]
         first = self._first_page(ends)
         count = int((ends // size - first).max()) + 1
-        table = batch.page_table if len(rows) == len(batch.lengths) else batch.page_table[self._tensor(rows)]
+        if len(rows) < len(batch.lengths):
+            table = table[self._tensor(rows)]
         keys = torch.arange(count * size, device=self.device)
         if first.any():
             begins = self._tensor(first)[:, None]
@@ -83,7 +85,7 @@ class TorchAttention(AttentionBackend):
         mask = self._seen(self._tensor(ends)[:, None], keys)
         return _halves(table[:, :count]), mask[:, None, None]
 
-    def _prefill(self, batch: Batch, row: int) -> Prefill:
+    def _prefill(self, batch: Batch, pages: Tensor, row: int) -> Prefill:
         start, length, window = int(batch.starts[row]), int(batch.lengths[row]), self.shape.window
         tokens = slice(int(batch.offsets[row]), int(batch.offsets[row + 1]))
         if start == 0 and (window is None or length <= window):
@@ -94,12 +96,12 @@ class TorchAttention(AttentionBackend):
         mask = self._seen(positions[-length:, None], positions)
         if start == 0:
             return Prefill(tokens, None, mask)
-        return Prefill(tokens, _halves(batch.page_table[row, first : -(-end // self.page_size)]), mask)
+        return Prefill(tokens, _halves(pages[first : -(-end // self.page_size)]), mask)
 
     def _tensor(self, numbers: np.ndarray) -> Tensor:
         return torch.from_numpy(numbers).to(self.device, non_blocking=True)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, plan: Plan) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, places: Tensor, plan: Plan) -> Tensor:
         tokens = cache.view(-1, self.shape.kv_heads, self.shape.head_dim)
         tokens.index_copy_(0, plan.key_places, key)
         tokens.index_copy_(0, plan.value_places, value)

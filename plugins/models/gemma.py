@@ -23,10 +23,13 @@ class GemmaBlock(Block):
         self.pre_feedforward_layernorm = shape.norm(build, shape.hidden_size)
         self.post_feedforward_layernorm = shape.norm(build, shape.hidden_size)
 
-    def forward(self, hidden: Tensor, batch: Batch, rotations: Rotations) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(hidden), batch, rotations)
-        hidden = hidden + self.post_attention_layernorm(attended)
-        return hidden + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(hidden)))
+    def forward(
+        self, hidden: Tensor, stream: Tensor | None, batch: Batch, rotations: Rotations
+    ) -> tuple[Tensor, Tensor]:
+        hidden, stream = self.input_layernorm.add(hidden, stream)
+        attended = self.post_attention_layernorm(self.self_attn(hidden, batch, rotations))
+        hidden, stream = self.pre_feedforward_layernorm.add(attended, stream)
+        return self.post_feedforward_layernorm(self.mlp(hidden)), stream
 
 
 class Gemma3(CausalLM):

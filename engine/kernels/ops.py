@@ -1,0 +1,101 @@
+"""What stands between a model's matrices and its attention, in plain torch: the definition of every such operation.
+
+`ops_for` gives the fastest implementation for a tensor: C on a CPU (cpu.py), Triton on a GPU (triton.py). Each of them
+overrides what it does better, and is tested against this one.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class Heads(NamedTuple):
+    """How a projection [T, (query + 2 * kv) * dim] divides: query heads, then as many of keys as of values."""
+
+    query: int
+    kv: int
+    dim: int
+
+
+class HeadNorms(NamedTuple):
+    """RMSNorm weights [dim] that each query and each key head passes before it is rotated."""
+
+    query: Tensor
+    key: Tensor
+    epsilon: float
+
+
+Rotation = tuple[Tensor, Tensor]  # cosines and sines [T, 1, pairs]: dimension i turns with i + pairs
+
+
+class Ops:
+    """The operations in torch. All take and return tensors of one device; sums are taken in float32."""
+
+    def rms_norm(self, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """RMSNorm (arXiv:1910.07467) of `hidden` [..., size] over its last dimension, in its type."""
+        normed = functional.rms_norm(hidden.to(weight.dtype), weight.shape, weight, epsilon)
+        return normed.to(hidden.dtype)
+
+    def add_rms_norm(self, hidden: Tensor, stream: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        """(rms_norm of the sum, the sum `hidden` + `stream`), each [T, size]. May write over both arguments."""
+        stream = stream + hidden
+        return self.rms_norm(stream, weight, epsilon), stream
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """SwiGLU (arXiv:2002.05202): silu(gate) * up. `gate_up` [T, 2 * I] holds both halves; returns [T, I]."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return functional.silu(gate).mul_(up)
+
+    def gelu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """GeGLU, with the approximation of gelu by tanh. Shapes as `silu_and_mul`."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return functional.gelu(gate, approximate="tanh").mul_(up)
+
+    def rotate(self, heads: Tensor, rotation: Rotation) -> Tensor:
+        """Rotates `heads` [T, heads, dim] (RoFormer, arXiv:2104.09864); dimensions past 2 * pairs stay. May work in
+        place."""
+        cosines, sines = rotation
+        half = cosines.shape[-1]
+        first, second = heads[..., :half], heads[..., half : 2 * half]
+        parts = [first * cosines - second * sines, second * cosines + first * sines]
+        if 2 * half < heads.shape[-1]:
+            parts.append(heads[..., 2 * half :])
+        return torch.cat(parts, dim=-1)
+
+    def rotate_heads(
+        self, qkv: Tensor, heads: Heads, norms: HeadNorms | None, rotation: Rotation | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Divides `qkv` [T, (query + 2 * kv) * dim] into query [T, query, dim] and key, value [T, kv, dim]; norms, then
+        rotates query and key. May write over `qkv` and return views of it."""
+        parts = qkv.view(qkv.shape[0], -1, heads.dim).split([heads.query, heads.kv, heads.kv], dim=1)
+        query, key, value = parts
+        if norms is not None:
+            query = self.rms_norm(query, norms.query, norms.epsilon)
+            key = self.rms_norm(key, norms.key, norms.epsilon)
+        if rotation is not None:
+            query, key = self.rotate(query, rotation), self.rotate(key, rotation)
+        return query, key, value
+
+    def rotate_into_pages(
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        norms: HeadNorms | None,
+        rotation: Rotation | None,
+        cache: Tensor,
+        places: Tensor,
+    ) -> Tensor:
+        """`rotate_heads`, then `write_pages` of key and value; returns the query [T, query, dim]."""
+        query, key, value = self.rotate_heads(qkv, heads, norms, rotation)
+        self.write_pages(key, value, cache, places)
+        return query
+
+    def write_pages(self, key: Tensor, value: Tensor, cache: Tensor, places: Tensor) -> None:
+        """Puts `key` and `value` [T, kv, dim] at `places` [T] int64 (page * page_size + offset) of `cache`
+        [pages, 2, page_size, kv, dim], rounded to its type."""
+        page_size = cache.shape[2]
+        pages, offsets = places // page_size, places % page_size
+        cache[pages, 0, offsets] = key.to(cache.dtype)
+        cache[pages, 1, offsets] = value.to(cache.dtype)
