@@ -109,7 +109,7 @@ async def actors(running: int, steps: int, reading: bool) -> list[float]:
         to_scheduler, scheduler_inbox = open_channel()
         to_executor, executor_inbox = channel(4)
         policy = Plugins.load(()).policy(config.schedule.policy)
-        ready = WorkerReady(PAGES, PAGE, running, LONGEST, 257, 4, "none", "none", {})
+        ready = WorkerReady(PAGES, PAGE, running, 8192, LONGEST, 257, 4, "none", "none", {})
         executor = FakeExecutor(ready, executor_inbox, to_scheduler)
         executor.device = device
         return [SchedulerActor(config, policy, scheduler_inbox, to_executor, front), executor], to_scheduler

@@ -31,6 +31,10 @@ class ModelOptions(Struct, frozen=True, kw_only=True):
         Literal["auto", "float32", "bfloat16", "float16"],
         Meta(description="type of weights and activations; auto is float32 on a CPU, the checkpoint's own on a GPU"),
     ] = "auto"
+    load: Annotated[
+        Literal["auto", "dummy"],
+        Meta(description="where weights come from: the checkpoint, or (dummy) a random generator, for benchmarks"),
+    ] = "auto"
     max_model_len: Annotated[
         Positive | None,
         Meta(description="longest prompt plus reply, in tokens; default: what the model and the memory allow"),
@@ -45,6 +49,10 @@ class CacheOptions(Struct, frozen=True, kw_only=True):
     """KV cache."""
 
     page_size: Annotated[int, Meta(ge=1, le=256, description="tokens in a page of the KV cache")] = 16
+    kv_dtype: Annotated[
+        Literal["auto", "fp8"],
+        Meta(description="type of the KV cache; auto is that of the activations, fp8 (E4M3) halves its bytes on a GPU"),
+    ] = "auto"
     memory_fraction: Annotated[
         Share | None,
         Meta(description="share of the device's memory for weights and KV cache; default: 0.9 on a GPU, 0.3 on a CPU"),
@@ -60,11 +68,18 @@ class CacheOptions(Struct, frozen=True, kw_only=True):
 class ScheduleOptions(Struct, frozen=True, kw_only=True):
     """Scheduling."""
 
-    max_running: Annotated[int, Meta(ge=1, le=4096, description="most requests in one step")] = 64
+    max_running: Annotated[
+        Annotated[int, Meta(ge=1, le=4096)] | None,
+        Meta(description="most requests in one step; default: 256 on a GPU, 64 on a CPU"),
+    ] = None
     max_waiting: Annotated[int, Meta(ge=1, description="most requests in the queue; one more is answered 503")] = 4096
     max_step_tokens: Annotated[
-        int, Meta(ge=1, description="most tokens computed in one step: prompts are cut into chunks of at most this")
-    ] = 2048
+        Positive | None,
+        Meta(
+            description="most tokens computed in one step: prompts are cut into chunks of at most this; "
+            "default: 8192 on a GPU, 2048 on a CPU"
+        ),
+    ] = None
     policy: Annotated[
         str,
         Meta(
@@ -80,6 +95,9 @@ class ProcessOptions(Struct, frozen=True, kw_only=True):
     device: Annotated[
         Literal["auto", "cpu", "cuda"], Meta(description="where the model runs; auto takes a GPU if there is one")
     ] = "auto"
+    cuda_graphs: Annotated[
+        bool, Meta(description="replay decode steps as CUDA graphs, where the backend allows it")
+    ] = True
     threads: Annotated[Positive | None, Meta(description="CPU threads of the worker; default: the physical cores")] = (
         None
     )

@@ -126,7 +126,6 @@ class Front:
         self.on_stats: list[Callable[[Stats], None]] = []
         self.draining = False
         self.failure: str | None = None
-        self._limit = config.schedule.max_running + config.schedule.max_waiting
         self._inbox = inbox
         self._tokenizer = tokenizer
         self._scheduler = scheduler
@@ -270,9 +269,10 @@ class Front:
             raise RequestError("the server is shutting down; send the request elsewhere", code="draining", status=503)
         if self.info is None:
             raise RequestError("the model is still loading; try again in a moment", code="starting", status=503)
-        if len(self._open) >= self._limit:
+        limit = self.info.slots + self.config.schedule.max_waiting
+        if len(self._open) >= limit:
             raise RequestError(
-                f"{len(self._open)} requests are open, and {self._limit} is the limit; try again later "
+                f"{len(self._open)} requests are open, and {limit} is the limit; try again later "
                 "or raise --max-waiting",
                 code="queue_full",
                 status=503,

@@ -194,8 +194,9 @@ class Logprobs(Part, frozen=True):
 class StepDone(Message, frozen=True):
     """rank 0 → scheduler: `counts` (int32) tokens for each sampled row in plan order, `tokens` flat.
 
-    A count may exceed one (speculation). `seconds` is the step's time on the device. `logprobs` has an entry for
-    each sampled row that asks, its `row` counted among the sampled ones. `prompt_logprobs` has one for each of all
+    A count may exceed one (speculation). `seconds` is the step's time on the device, `idle` the time that the device
+    waited between this step and the one before, where this one was sent before that was over. `logprobs` has an entry
+    for each sampled row that asks, its `row` counted among the sampled ones. `prompt_logprobs` has one for each of all
     the plan's rows that computes prompt positions p not scored yet: it holds those of the tokens at p + 1.
     """
 
@@ -205,6 +206,7 @@ class StepDone(Message, frozen=True):
     seconds: float
     logprobs: tuple[Logprobs, ...] = ()
     prompt_logprobs: tuple[Logprobs, ...] = ()
+    idle: float = 0.0
 
 
 class Finish(Part, frozen=True):
@@ -289,12 +291,13 @@ class Failed(Message, frozen=True):
 class WorkerReady(Message, frozen=True):
     """worker → scheduler: what the device can hold, and how the start went.
 
-    `pages` of `page_size` tokens; `phases` maps a start-up phase to its seconds.
+    `pages` of `page_size` tokens; a step takes `max_step_tokens`; `phases` maps a start-up phase to its seconds.
     """
 
     pages: int
     page_size: int
     slots: int
+    max_step_tokens: int
     max_model_len: int
     vocab_size: int
     kv_bytes_per_token: int
@@ -377,8 +380,9 @@ class Fatal(Message, frozen=True):
 class Stats(Message, frozen=True):
     """scheduler → http: the heartbeat of the core, every second and when work ends.
 
-    Counters (`*_total`, `steps`) only grow. `step_seconds` holds float32 device times of the steps since
-    the last Stats. `worker` is the state of the device process; `paused` is as the last Pause said.
+    Counters (`*_total`, `steps`) only grow. `step_seconds` holds float32 device times of the steps since the last
+    Stats; `idle_seconds_total` sums what the device waited for the host between them. `worker` is the state of the
+    device process; `paused` is as the last Pause said.
     """
 
     worker: Literal["starting", "ready", "restarting", "stalled", "failed"]
@@ -395,6 +399,7 @@ class Stats(Message, frozen=True):
     steps: int = 0
     step_seconds: bytes = b""
     paused: bool = False
+    idle_seconds_total: float = 0.0
 
 
 ToTokenizer = Generate | Abort | WorkerReady

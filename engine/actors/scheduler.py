@@ -68,6 +68,7 @@ class SchedulerActor:
         self.paused = False
         self._pauses: list[Pause] = []  # not answered yet
         self.step_seconds = array("f")
+        self.idle_seconds = 0.0
         self._checked = True
 
     async def run(self) -> None:
@@ -124,6 +125,7 @@ class SchedulerActor:
         assert self.scheduler is not None
         self.in_flight -= 1
         self.step_seconds.append(done.seconds)
+        self.idle_seconds += done.idle
         tokens = self.scheduler.commit(done)
         # The next plan leaves before the tokens do: the device comes first.
         await self._fill_credits()
@@ -157,7 +159,7 @@ class SchedulerActor:
                 page_size=ready.page_size,
                 slots=ready.slots,
                 max_model_len=ready.max_model_len,
-                max_step_tokens=schedule.max_step_tokens,
+                max_step_tokens=ready.max_step_tokens,
                 policy=self.policy,
                 prefix_cache=self.config.cache.prefix_cache,
                 max_waiting=schedule.max_waiting,
@@ -188,4 +190,5 @@ class SchedulerActor:
     async def _send_stats(self) -> None:
         seconds, self.step_seconds = self.step_seconds.tobytes(), array("f")
         counts = self.scheduler.counts() if self.scheduler else {}
-        await self.front.send(Stats(self.worker, self.cause, step_seconds=seconds, paused=self.paused, **counts))
+        own = {"paused": self.paused, "idle_seconds_total": self.idle_seconds}
+        await self.front.send(Stats(self.worker, self.cause, step_seconds=seconds, **own, **counts))

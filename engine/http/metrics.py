@@ -154,6 +154,7 @@ class SchedulerFigures(Collector):
             ("engine_generated_tokens", "Tokens sampled", stats.generated_tokens_total),
             ("engine_retractions", "Requests put back into the queue for want of pages", stats.retractions_total),
             ("engine_steps", "Steps of the device", stats.steps),
+            ("engine_device_idle_seconds", "Time that the device waited for the next step", stats.idle_seconds_total),
         )
         yield from (GaugeMetricFamily(name, text, value=value) for name, text, value in gauges)
         yield from (CounterMetricFamily(name, text, value=value) for name, text, value in counters)

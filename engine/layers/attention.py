@@ -23,7 +23,8 @@ from engine.plugin.specs import KVGroup
 class AttentionShape:
     """Causal grouped-query attention as one rank computes it; `scale` multiplies the scores.
 
-    With a `window`, a query sees that many positions, its own the last of them.
+    With a `window`, a query sees that many positions, its own the last of them. `kv_dtype` is the cache's type, by
+    default that of the activations; values are rounded to it, not scaled.
     """
 
     layers: int
@@ -32,6 +33,7 @@ class AttentionShape:
     head_dim: int
     scale: float
     window: int | None = None
+    kv_dtype: torch.dtype | None = None
 
 
 class AttentionBackend(ABC):
@@ -49,6 +51,7 @@ class AttentionBackend(ABC):
         self.page_size = page_size
         self.device = device
         self.dtype = dtype
+        self.kv_dtype = shape.kv_dtype or dtype
 
     @abstractmethod
     def kv_group(self) -> KVGroup:
@@ -66,8 +69,10 @@ class AttentionBackend(ABC):
         """
         return None
 
-    def refill(self, plan: Any, starts: np.ndarray) -> None:
-        """Brings a plan from `capture` up to date: row r computes position `starts[r]` ([R] int64, on the host)."""
+    def refill(self, plan: Any, starts: np.ndarray) -> None:  # noqa: B027
+        """Brings a plan from `capture` up to date: row r computes position `starts[r]` ([R] int64, on the host).
+
+        By default there is nothing to do: the kernels read all they need on the device."""
 
     @abstractmethod
     def forward(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, places: Tensor, plan: Any) -> Tensor:
@@ -87,7 +92,7 @@ class PagedAttention(AttentionBackend):
 
     def kv_group(self) -> KVGroup:
         shape = (2, self.page_size, self.shape.kv_heads, self.shape.head_dim)
-        return KVGroup(self.shape.layers, shape, str(self.dtype).removeprefix("torch."))
+        return KVGroup(self.shape.layers, shape, str(self.kv_dtype).removeprefix("torch."))
 
     @abstractmethod
     def attend(self, query: Tensor, cache: Tensor, plan: Any) -> Tensor:

@@ -26,6 +26,7 @@ class Build:
     attention_backend: Callable[..., AttentionBackend]  # a backend class, or what chooses one
     rank: int = 0
     world: int = 1
+    kv_dtype: torch.dtype | None = None  # of the KV cache; by default `dtype`
 
     def share(self, size: int) -> slice:
         """This rank's part of a dimension that is divided evenly over the ranks."""
@@ -58,5 +59,6 @@ class Build:
             head_dim=head_dim,
             scale=head_dim**-0.5 if scale is None else scale,
             window=window if window is not None and window < self.max_model_len else None,
+            kv_dtype=self.kv_dtype,
         )
         return self.attention_backend(shape, self.page_size, self.device, self.dtype)

@@ -105,7 +105,7 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a gated MLP; each reads a norm of the stream, and what it says is added to it with the next norm."""
+    """Attention, then a gated MLP; each reads a norm of the stream, and the next norm adds what it says to it."""
 
     def __init__(self, shape: DecoderShape, build: Build, attention: Attention) -> None:
         super().__init__()

@@ -22,13 +22,20 @@ CPU_CEILING = 4 << 30  # bytes that a CPU's cache takes unasked: the machine is 
 Caches = tuple[tuple[Tensor, ...], ...]  # per KV group, per layer: [pages, *page shape]
 
 
-def count_pages(spec: KVSpec, options: CacheOptions, device: torch.device, weight_bytes: int, most_tokens: int) -> int:
+def count_pages(
+    spec: KVSpec,
+    options: CacheOptions,
+    device: torch.device,
+    weight_bytes: int,
+    most_tokens: int,
+    activation_bytes: int = 0,
+) -> int:
     """Pages to allocate, once the weights are in place.
 
-    `most_tokens` is what running requests can use at most; on a CPU no more is taken unasked. Raises
-    ConfigError when not one page fits, or `kv_tokens` asks for more than there is.
+    `most_tokens` is what running requests can use at most; on a CPU no more is taken unasked. `activation_bytes` are
+    left for the largest step. Raises ConfigError when not one page fits, or `kv_tokens` asks for more than there is.
     """
-    free = available_memory(device)
+    free = max(available_memory(device) - activation_bytes, 0)
     if options.kv_tokens is not None:
         pages = options.kv_tokens // spec.page_size
         if pages == 0:

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,23 @@ from engine.plugin.manager import Plugins, resolve
 from engine.worker.backends import Backends
 from engine.worker.kv import allocate, choose_max_model_len, count_pages
 from engine.worker.runner import Runner, Step
-from engine.worker.weights import load_weights, weight_bytes
+from engine.worker.weights import fill_at_random, load_weights, weight_bytes
 
 logger = logging.getLogger("engine.worker")
 
-WARM_UP_TOKENS = 16  # on a CPU; a GPU is warmed up with the largest step, which also shows that it fits
+WARM_UP_TOKENS = 16  # on a CPU; a GPU is warmed up with the largest step, which also shows what it takes
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What --max-running and --max-step-tokens are where they are not given."""
+
+    slots: int
+    step_tokens: int
+
+
+CPU_DEFAULTS = Defaults(slots=64, step_tokens=2048)
+GPU_DEFAULTS = Defaults(slots=256, step_tokens=8192)
 
 
 def serve(frames: BlockingFrames[ToWorker], runner: Runner) -> None:
@@ -77,27 +90,41 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
             attention_backend=backends.build,
             rank=boot.rank,
             world=boot.world,
+            kv_dtype=torch.float8_e4m3fn if config.cache.kv_dtype == "fp8" else None,
         )
         try:
             model: Model = model_class(terms, build).eval()
         except KeyError as error:
             name = model_entry.name
             raise ConfigError(f"the model's configuration has no {error}, which the {name} model needs") from None
-        load_weights(model, checkpoint)
+        if config.model.load == "dummy":
+            fill_at_random(model)
+        else:
+            load_weights(model, checkpoint)
+    logger.info("%.0f MiB of weights in %s on %s", weight_bytes(model) / 2**20, build.dtype, device)
+    defaults = GPU_DEFAULTS if device.type == "cuda" else CPU_DEFAULTS
+    slots = config.schedule.max_running or defaults.slots
+    step_tokens = config.schedule.max_step_tokens or defaults.step_tokens
+    spec, activations = model.kv_spec(), 0
+    if device.type == "cuda":
+        with _timed(phases, "largest step"):
+            activations = peak_bytes(model, device, slots, min(limit, build.max_model_len), step_tokens)
     with _timed(phases, "kv cache"):
-        spec, slots = model.kv_spec(), config.schedule.max_running
         most_tokens = slots * build.max_model_len
-        pages = count_pages(spec, config.cache, device, weight_bytes(model), most_tokens)
+        pages = count_pages(spec, config.cache, device, weight_bytes(model), most_tokens, activations)
         max_model_len = choose_max_model_len(config.model.max_model_len, limit, pages * spec.page_size)
-        caches = allocate(spec, pages, device)
+        caches = allocate(spec, pages + 1, device)  # one for the padding of CUDA graphs
         runner = Runner(model, caches, device, slots=slots, max_model_len=max_model_len, page_size=spec.page_size)
     with _timed(phases, "warm-up"):
-        runner.warm_up(WARM_UP_TOKENS if device.type == "cpu" else config.schedule.max_step_tokens)
-    logger.info("%.0f MiB of weights in %s on %s", weight_bytes(model) / 2**20, build.dtype, device)
+        if device.type == "cpu":
+            runner.warm_up(WARM_UP_TOKENS)
+        elif config.process.cuda_graphs and not runner.capture(scratch_page=pages):
+            logger.info("no CUDA graphs: attention backend %s cannot be captured", backends.chosen)
     ready = WorkerReady(
         pages=pages,
         page_size=spec.page_size,
         slots=slots,
+        max_step_tokens=step_tokens,
         max_model_len=max_model_len,
         vocab_size=model.vocab_size,
         kv_bytes_per_token=spec.page_bytes // spec.page_size,
@@ -106,6 +133,22 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
         phases=phases,
     )
     return runner, ready
+
+
+def peak_bytes(model: Model, device: torch.device, slots: int, max_model_len: int, step_tokens: int) -> int:
+    """Bytes of activations in the largest step: `step_tokens` of prompts in as many rows as there can be.
+
+    Runs it on a small cache; what compiles on first use does so here."""
+    spec = model.kv_spec()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    pages = -(-(min(step_tokens, max_model_len) + 1) // spec.page_size)
+    caches = allocate(spec, pages, device)
+    runner = Runner(model, caches, device, slots=slots, max_model_len=max_model_len, page_size=spec.page_size)
+    runner.warm_up(step_tokens, slots)
+    runner.warm_up(step_tokens)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    return peak - pages * spec.page_bytes
 
 
 @contextmanager

@@ -4,8 +4,8 @@
         ^───────────────────────────────────────────────────────────────────────────────────────┘
 
 The sampled tokens go back into the table on the device, so a step may be launched before the result of the
-one before is known. On a GPU `launch` returns while the device computes; on a CPU the step is over by then.
-Left out: CUDA graphs, copies on a side stream, more than one token a row.
+one before is known. On a GPU `launch` returns while the device computes, and a step of decode rows alone replays a
+CUDA graph (graphs.py); on a CPU the step is over by then. Left out: copies on a side stream, more than one token a row.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from engine.layers.batch import Batch
 from engine.layers.model import Model
 from engine.messages import Logprobs, Sampling, SlotAdmit, StepDone, StepPlan
 from engine.worker.batch import build_batch, upload
+from engine.worker.graphs import DecodeGraphs
 from engine.worker.kv import Caches, copy_pages
 from engine.worker.logits import Adjustments
 from engine.worker.logprobs import Scores, score, score_prompt
@@ -66,6 +67,7 @@ class Step:
     seconds: float = 0.0  # on a CPU
     began: torch.cuda.Event | None = None  # on a GPU
     ended: torch.cuda.Event | None = None
+    previous: torch.cuda.Event | None = None  # the end of the step before, if this one was launched ahead of it
 
     def ready(self) -> bool:
         return self.ended is None or self.ended.query()
@@ -83,11 +85,14 @@ class Runner:
         self.page_size = page_size
         pages = -(-max_model_len // page_size)
         # One position beyond the longest sequence: its last token is sampled there, never computed.
-        self.tokens = torch.zeros(slots, max_model_len + 1, dtype=torch.int32, device=device)
-        self.page_table = torch.zeros(slots, pages, dtype=torch.int32, device=device)
+        # One slot more than there are: the padding of a graph's rows.
+        self.tokens = torch.zeros(slots + 1, max_model_len + 1, dtype=torch.int32, device=device)
+        self.page_table = torch.zeros(slots + 1, pages, dtype=torch.int32, device=device)
         self.columns = Columns.empty(slots)
         self.adjustments = Adjustments(slots, model.vocab_size, device)
         self.unscored = np.zeros((slots, 2), np.int64)  # prompt positions to be scored: from, to
+        self._ahead_of: torch.cuda.Event | None = None  # the end of the last step, while it is not known to be over
+        self.graphs = DecodeGraphs(model, caches, self.tokens, self.page_table, page_size)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Step:
@@ -100,14 +105,18 @@ class Runner:
         start.record()
         result = self._run(plan).moved(_to_pinned)
         end.record()
-        return Step(plan.step, result, began=start, ended=end)
+        previous, self._ahead_of = self._ahead_of, end
+        return Step(plan.step, result, began=start, ended=end, previous=previous)
 
     def finish(self, step: Step) -> StepDone:
         """The result of a step, waiting for it if need be."""
-        seconds = step.seconds
+        seconds, idle = step.seconds, 0.0
         if step.began is not None and step.ended is not None:
             step.ended.synchronize()
             seconds = step.began.elapsed_time(step.ended) / 1e3
+            idle = step.previous.elapsed_time(step.began) / 1e3 if step.previous is not None else 0.0
+            if self._ahead_of is step.ended:  # nothing was launched meanwhile: the device waits for work
+                self._ahead_of = None
         result = step.result
         tokens = result.tokens.numpy().astype("<i4")
         return StepDone(
@@ -117,6 +126,7 @@ class Runner:
             seconds,
             result.sampled.messages() if result.sampled else (),
             result.prompts.messages() if result.prompts else (),
+            idle,
         )
 
     def _run(self, plan: StepPlan) -> Result:
@@ -128,11 +138,16 @@ class Runner:
         nothing = torch.empty(0, dtype=torch.int64, device=self.device)
         if not len(rows):
             return Result(nothing)
-        hidden, batch = self.forward(rows)
-        prompts = self._score_prompts(rows, hidden)
-        if not len(sampled):
-            return Result(nothing, prompts=prompts)
-        logits = self.model.logits(hidden[batch.sampled])
+        prompts = None
+        if len(sampled) == len(rows) and (rows[:, 2] == 1).all() and self.graphs.fits(len(rows)):
+            hidden, *_ = self.graphs.replay(slots, sampled[:, 1])
+        else:
+            hidden, batch = self.forward(rows)
+            prompts = self._score_prompts(rows, hidden)
+            if not len(sampled):
+                return Result(nothing, prompts=prompts)
+            hidden = hidden[batch.sampled]
+        logits = self.model.logits(hidden)
         wanted = self.columns.logprobs[slots]
         asking = np.flatnonzero(wanted >= 0)
         raw = logits[upload(asking, self.device)] if len(asking) else None  # a copy: what follows changes the logits
@@ -193,18 +208,28 @@ class Runner:
         batch = dataclasses.replace(batch, plans=self.model.prepare(batch))
         return self.model(batch), batch
 
-    def warm_up(self, tokens: int) -> None:
-        """Runs a prompt of `tokens` (or the longest there can be) and a decode step, in slot 0 and the first pages."""
-        longest = self.tokens.shape[1] - 1
-        tokens = min(tokens, longest)
-        pages = [(0, index, index) for index in range(self.page_table.shape[1])]
-        admit = SlotAdmit(0, np.zeros(tokens, "<i4").tobytes(), Sampling(1.0, 0, 1.0, 0.0, 0))
-        self._warm_step(0, tokens, StepPlan(0, b"", (admit,), np.array(pages, "<i4").tobytes()))
-        if tokens < longest:
-            self._warm_step(tokens, 1, StepPlan(0, b""))
+    def capture(self, scratch_page: int) -> bool:
+        """Makes CUDA graphs of decode steps; padding writes to `scratch_page`. False where that is not possible."""
+        self.page_table[-1] = scratch_page
+        return self.graphs.capture(len(self.tokens) - 1)
 
-    def _warm_step(self, start: int, length: int, plan: StepPlan) -> None:
-        rows = np.array([[0, start, length, 1]], "<i4").tobytes()
+    def warm_up(self, tokens: int, rows: int = 1) -> None:
+        """Runs prompts of `tokens` in all (or as long as there can be) in `rows` rows, then a decode step of them.
+
+        All use the first pages, as many as one of them needs."""
+        longest = self.tokens.shape[1] - 1
+        rows = min(rows, tokens)
+        length = min(tokens // rows, longest)
+        pages = -(-min(length + 1, longest) // self.page_size)
+        ids = np.zeros(length, "<i4").tobytes()
+        admits = tuple(SlotAdmit(slot, ids, Sampling(1.0, 0, 1.0, 0.0, 0)) for slot in range(rows))
+        triples = [(slot, index, index) for slot in range(rows) for index in range(pages)]
+        self._warm_step(rows, 0, length, StepPlan(0, b"", admits, np.array(triples, "<i4").tobytes()))
+        if length < longest:
+            self._warm_step(rows, length, 1, StepPlan(0, b""))
+
+    def _warm_step(self, count: int, start: int, length: int, plan: StepPlan) -> None:
+        rows = np.array([[slot, start, length, 1] for slot in range(count)], "<i4").tobytes()
         self.finish(self.launch(msgspec.structs.replace(plan, rows=rows)))
 
 

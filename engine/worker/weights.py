@@ -1,4 +1,7 @@
-"""Streams a checkpoint into a model: one tensor at a time in memory beside the model, and a bar to watch."""
+"""Streams a checkpoint into a model: one tensor at a time in memory beside the model, and a bar to watch.
+
+Or fills it at random, where only its speed is of interest.
+"""
 
 import math
 import sys
@@ -8,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from engine.layers.model import Model
+from engine.layers.model import Layer, Model
 from engine.plugin.specs import Checkpoint, LazyTensor
 
 
@@ -29,6 +32,19 @@ def load_weights(model: Model, checkpoint: Checkpoint) -> None:
                 progress.advance(task, math.prod(tensor.shape))
 
         model.load(watched())
+
+
+@torch.inference_mode()
+def fill_at_random(model: Model) -> None:
+    """Gives `model` seeded weights, for benchmarks without a checkpoint: matrices of deviation 0.02, vectors near 1."""
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
+    for weight in model.parameters():
+        weight.normal_(0.0, 0.02, generator=generator)
+        if weight.dim() == 1:
+            weight.add_(1.0)
+    for layer in model.modules():
+        if isinstance(layer, Layer):
+            layer.loaded()
 
 
 def weight_bytes(model: Model) -> int:

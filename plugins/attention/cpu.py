@@ -32,8 +32,11 @@ class CpuAttention(AttentionBackend):
     def __init__(self, shape: AttentionShape, page_size: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(shape, page_size, device, dtype)
         found = kernels() if device.type == "cpu" and dtype == torch.float32 else None
-        if found is None:
-            raise ConfigError(f"attention cpu needs float32 on a CPU and a C compiler, and has {dtype} on {device}")
+        if found is None or self.kv_dtype != torch.float32:
+            raise ConfigError(
+                f"attention cpu needs a C compiler and float32 on a CPU, and has {dtype}, cached as {self.kv_dtype}, "
+                f"on {device}"
+            )
         if shape.head_dim not in DIMENSIONS:
             raise ConfigError(f"attention cpu takes head sizes of 16, 32, … 256, not {shape.head_dim}")
         self._library = found.library

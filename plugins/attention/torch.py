@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from engine.plugin import KVGroup
-from engine.plugin.layers import AttentionBackend, Batch
+from engine.plugin import ConfigError, KVGroup
+from engine.plugin.layers import AttentionBackend, AttentionShape, Batch
 
 
 class Prefill(NamedTuple):
@@ -41,6 +41,13 @@ class Plan:
 
 class TorchAttention(AttentionBackend):
     """A page is [2, page_size, kv_heads, head_dim]: its keys, then its values."""
+
+    def __init__(self, shape: AttentionShape, page_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(shape, page_size, device, dtype)
+        if self.kv_dtype != dtype:
+            raise ConfigError(
+                f"attention torch keeps the KV cache in {dtype}, not {self.kv_dtype}; say --kv-dtype auto"
+            )
 
     def kv_group(self) -> KVGroup:
         shape = (2, self.page_size, self.shape.kv_heads, self.shape.head_dim)

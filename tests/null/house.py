@@ -63,7 +63,8 @@ async def open_house(
         to_executor, executor_inbox = channel(4)
         policy = Plugins.load(()).policy(config.schedule.policy)
         size = config.cache.page_size
-        ready = WorkerReady(pages, size, config.schedule.max_running, pages * size, vocab_size, 4, "none", "none", {})
+        slots, step_tokens = config.schedule.max_running, config.schedule.max_step_tokens
+        ready = WorkerReady(pages, size, slots, step_tokens, pages * size, vocab_size, 4, "none", "none", {})
         house.scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, front)
         house.executor = FakeExecutor(ready, executor_inbox, to_scheduler, seconds)
         return [house.scheduler, house.executor], to_scheduler

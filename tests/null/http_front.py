@@ -11,7 +11,7 @@ from engine.front import Health
 from engine.http.app import serve
 from engine.messages import Chunk, Flushed, Generate, Stats, WorkerReady
 
-READY = WorkerReady(100, 16, 8, 2048, 1000, 1024, "cpu", "torch", {"weights": 1.0})
+READY = WorkerReady(100, 16, 8, 2048, 2048, 1000, 1024, "cpu", "torch", {"weights": 1.0})
 
 
 def chunks(

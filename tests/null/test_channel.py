@@ -42,7 +42,7 @@ EXAMPLES: list[Message] = [
     Tokens(7, ["a", "b"], IDS, IDS, (Finish(1, "stop", 2), Finish(0, "length")), ((0, 128),)),
     Chunks([Chunk("a", "text", [1, 2], "stop", "\n", 3, 2, 1)]),
     Stats("restarting", "why", step_seconds=array("f", [0.5]).tobytes()),
-    WorkerReady(10, 16, 4, 160, 257, 8, "cpu", "torch", {"weights": 0.5}),
+    WorkerReady(10, 16, 4, 64, 160, 257, 8, "cpu", "torch", {"weights": 0.5}),
     Boot(Config()),
 ]
 ANY = messages.ToTokenizer | messages.ToScheduler | messages.ToDetokenizer | messages.ToHttp | messages.ToWorker

@@ -1,0 +1,264 @@
+"""Ours on one GPU beside what the peers were measured at, on the same workloads; every row with its floor.
+
+    python bench/gpu.py bench/configs/qwen3-0.6b [--rows nano,latency,...] [--json FILE] [--option NAME=VALUE ...]
+
+Dummy weights from config.json alone, prompts as ids, no detokenizing, sampling at 0.6 past the end token (latency:
+greedy); the prefix cache is forgotten before each repetition; medians. The floor is what no version can beat on an
+H200: prompts at 790 TFLOP/s, each decode step its weights and its keys and values at 4.3 TB/s. Peers: vLLM 0.26.0 and
+SGLang 0.5.16 on one H200, torch 2.11.0+cu130, at their defaults, 2026-11-22. Kernels are checked by tests/gpu; run
+that first.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+BEGAN = time.perf_counter()  # before the imports: they are part of the start
+
+import anyio  # noqa: E402
+import workloads  # noqa: E402
+from msgspec import Struct  # noqa: E402
+
+from engine import AsyncEngine, SamplingParams  # noqa: E402
+from engine.messages import Stats  # noqa: E402
+
+BANDWIDTH, RATE = 4.3e12, 790e12  # bytes and operations a second, measured on an H200
+BATCHES = (8, 32, 64, 128, 256)
+# (vLLM, SGLang): output tokens/s for nano, constrained and throughput; ms for latency, ttft and steps; else seconds
+PEERS: dict[str, dict[str, tuple[float, float]]] = {
+    "qwen3-0.6b": {
+        "nano": (23480, 21190),
+        "constrained": (26300, 41600),
+        "latency": (1.70, 1.54),
+        "ttft": (8.6, 9.6),
+        "step 8": (1.72, 1.61),
+        "step 32": (1.98, 1.99),
+        "step 64": (2.71, 2.46),
+        "step 128": (3.14, 3.42),
+        "step 256": (4.62, 5.19),
+    },
+    "llama3.1-8b": {
+        "throughput": (6016, 5969),
+        "latency": (4.96, 4.76),
+        "ttft": (16.7, 11.9),
+        "step 8": (5.01, 5.07),
+        "step 32": (5.55, 5.53),
+        "step 64": (6.02, 6.21),
+        "step 128": (7.26, 7.62),
+        "step 256": (11.0, 11.6),
+        "prefill": (3.08, 3.05),
+        "shared cold": (4.34, 4.77),
+        "shared warm": (4.09, 3.87),
+    },
+}
+
+
+class Shape(Struct, frozen=True):
+    """What a floor needs to know of a model, from its config.json; two bytes a weight and a cached number."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int | None = None
+
+    @property
+    def dim(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def layer_weights(self) -> int:
+        heads = self.num_attention_heads + self.num_key_value_heads
+        return self.num_hidden_layers * self.hidden_size * (2 * heads * self.dim + 3 * self.intermediate_size)
+
+    def prompt_seconds(self, computed: int, pairs: int) -> float:
+        """`computed` tokens, in which `pairs` queries meet keys."""
+        attention = 4 * pairs * self.num_attention_heads * self.dim * self.num_hidden_layers
+        return (2 * self.layer_weights * computed + attention) / RATE
+
+    def step_seconds(self, context: int) -> float:
+        """A decode step whose rows see `context` positions in all."""
+        weights = 2 * (self.layer_weights + self.vocab_size * self.hidden_size)
+        cached = 4 * self.num_hidden_layers * self.num_key_value_heads * self.dim * context
+        return (weights + cached) / BANDWIDTH
+
+    def floor(self, work: workloads.Work, shared: int = 0) -> float:
+        """Seconds for all of `work` at once, of whose prompts' tokens `shared` are in the cache."""
+        tokens = sum(len(ids) for ids, _ in work)
+        pairs = sum(len(ids) ** 2 // 2 for ids, _ in work)
+        seconds = self.prompt_seconds(tokens - shared, int(pairs * (tokens - shared) / tokens))
+        for step in range(1, max(count for _, count in work)):
+            seconds += self.step_seconds(sum(len(ids) + step for ids, count in work if count > step))
+        return seconds
+
+
+class Row(Struct):
+    """One line of the table: medians of what was timed, in the unit of the name's peers."""
+
+    name: str
+    ours: float
+    spread: float  # largest less smallest, over the median
+    floor: float
+    unit: str
+    peers: tuple[float, ...]
+
+
+class Bench:
+    """Runs workloads on an engine."""
+
+    def __init__(self, engine: AsyncEngine, shape: Shape, peers: dict[str, tuple[float, float]], vocab: int) -> None:
+        self.engine = engine
+        self.shape = shape
+        self.peers = peers
+        self.vocab = vocab
+        self.busy = 0.0  # seconds of all steps so far
+        engine.front.on_stats.append(self._on_stats)
+
+    def _on_stats(self, stats: Stats) -> None:
+        self.busy += sum(array("f", stats.step_seconds))
+
+    async def seconds(self, work: workloads.Work, temperature: float = 0.6, flush: bool = True) -> float:
+        """Wall-clock seconds of all of `work` at once, until its tokens are here."""
+        if flush:
+            await self.engine.front.flush()
+        params = [
+            SamplingParams(temperature=temperature, max_tokens=count, ignore_eos=True, detokenize=False)
+            for _, count in work
+        ]
+        began = time.perf_counter()
+        replies = await self.engine.generate([ids for ids, _ in work], params)
+        seconds = time.perf_counter() - began
+        assert [len(reply.ids) for reply in replies] == [count for _, count in work], "a reply has another length"
+        return seconds
+
+    def row(self, name: str, unit: str, times: list[float], floor: float) -> Row:
+        spread = (max(times) - min(times)) / statistics.median(times)
+        return Row(name, statistics.median(times), spread, floor, unit, self.peers.get(name, ()))
+
+    async def rate(self, name: str, make: Callable[[int, int], workloads.Work]) -> list[Row]:
+        """Output tokens a second, three times."""
+        rates, floors = [], []
+        for repetition in range(3):
+            work = make(self.vocab, repetition)
+            out = workloads.tokens_out(work)
+            rates.append(out / await self.seconds(work))
+            floors.append(out / self.shape.floor(work))
+        return [self.row(name, "tok/s", rates, statistics.median(floors))]
+
+    async def prefill(self) -> list[Row]:
+        times = [await self.seconds(workloads.prefill(self.vocab, repetition)) for repetition in range(3)]
+        return [self.row("prefill", "s", times, self.shape.floor(workloads.prefill(self.vocab, 0)))]
+
+    async def latency(self) -> list[Row]:
+        each, first = [], []
+        for repetition in range(6):
+            short, long = workloads.latency(self.vocab, repetition)
+            first.append(1e3 * await self.seconds(short, temperature=0.0))
+            each.append((1e3 * await self.seconds(long, temperature=0.0) - first[-1]) / 255)
+        floor = self.shape.floor(long) - self.shape.floor(short)
+        return [
+            self.row("latency", "ms", each[1:], 1e3 * floor / 255),
+            self.row("ttft", "ms", first[1:], 1e3 * self.shape.step_seconds(128)),
+        ]
+
+    async def steps(self) -> list[Row]:
+        rows = []
+        for batch in BATCHES:
+            times = []
+            idle, busy = self.engine.front.stats.idle_seconds_total, self.busy
+            for repetition in range(3):
+                short, long = workloads.decode_step(self.vocab, batch, repetition)
+                first = await self.seconds(short)
+                times.append(1e3 * (await self.seconds(long) - first) / 128)
+            idle, busy = self.engine.front.stats.idle_seconds_total - idle, self.busy - busy
+            print(f"batch {batch}: the device was idle for {idle / (idle + busy):.1%} of the time between steps")
+            floor = 1e3 * (self.shape.floor(long) - self.shape.floor(short)) / 128
+            rows.append(self.row(f"step {batch}", "ms", times, floor))
+        return rows
+
+    async def shared(self) -> list[Row]:
+        cold, warm = [], []
+        for repetition in range(3):
+            first, second = workloads.shared_prefix(self.vocab, repetition)
+            cold.append(await self.seconds(first))
+            warm.append(await self.seconds(second, flush=False))
+        every = 256 * 2048
+        return [
+            self.row("shared cold", "s", cold, self.shape.floor(first, shared=every - 8 * 2048)),
+            self.row("shared warm", "s", warm, self.shape.floor(second, shared=every)),
+        ]
+
+
+ROWS: dict[str, Callable[[Bench], Any]] = {
+    "latency": Bench.latency,
+    "steps": Bench.steps,
+    "nano": lambda bench: bench.rate("nano", workloads.nano),
+    "constrained": lambda bench: bench.rate("constrained", workloads.constrained),
+    "throughput": lambda bench: bench.rate("throughput", workloads.throughput),
+    "prefill": Bench.prefill,
+    "shared": Bench.shared,
+}
+USUAL = {
+    "qwen3-0.6b": ("latency", "steps", "nano", "constrained"),
+    "llama3.1-8b": ("latency", "steps", "throughput", "prefill", "shared"),
+}
+
+
+def table(rows: list[Row]) -> str:
+    lines = [f"{'row':12} {'ours':>9} {'spread':>7} {'floor':>9} {'of it':>6} {'vLLM':>8} {'SGLang':>8} {'gain':>6}"]
+    for row in rows:
+        faster = row.unit == "tok/s"
+        share = row.ours / row.floor if faster else row.floor / row.ours
+        best = (max if faster else min)(row.peers) if row.peers else None
+        gain = "" if best is None else f"{row.ours / best if faster else best / row.ours:.2f}x"
+        peers = "".join(f" {peer:>8g}" for peer in row.peers) or " " * 18
+        numbers = f"{row.ours:>9.4g} {row.spread:>6.1%} {row.floor:>9.4g} {share:>6.0%}"
+        lines.append(f"{row.name:12} {numbers}{peers} {gain:>6} {row.unit}")
+    return "\n".join(lines)
+
+
+async def run(model: Path, names: list[str], options: dict[str, str]) -> tuple[list[Row], dict[str, Any]]:
+    config = json.loads((model / "config.json").read_text())
+    shape = Shape(**{field: config[field] for field in Shape.__struct_fields__ if field in config})
+    given: dict[str, Any] = {"model": str(model), "load": "dummy", "device": "cuda", **options}
+    async with AsyncEngine(**given) as engine:
+        info = await engine.front.ready()
+        start = {"ready": time.perf_counter() - BEGAN, **info.phases}
+        print("start:", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in start.items()), flush=True)
+        print(f"{info.attention} on {info.device}; {info.pages * info.page_size} tokens of cache", flush=True)
+        bench = Bench(engine, shape, PEERS.get(model.name, {}), config["vocab_size"])
+        for temperature in (0.6, 0.0):
+            await bench.seconds(workloads.warm_up(bench.vocab), temperature)
+        rows: list[Row] = []
+        for name in names:
+            rows += await ROWS[name](bench)
+            print(table(rows).splitlines()[-1], flush=True)
+    return rows, start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a directory with a config.json")
+    parser.add_argument("--rows", help=f"of {', '.join(ROWS)}; default: those that the peers were measured on")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the engine")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    given = parser.parse_args()
+    names = given.rows.split(",") if given.rows else list(USUAL.get(given.model.name, ROWS))
+    options = dict(option.split("=", 1) for option in given.option)
+    rows, start = anyio.run(run, given.model, names, options, backend_options={"use_uvloop": True})
+    print(table(rows))
+    if given.json:
+        from msgspec import to_builtins
+
+        given.json.write_text(json.dumps({"start": start, "rows": to_builtins(rows)}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""The workloads on which the peers were measured: (prompt ids, tokens to generate), seeded and so always the same."""
+
+import random
+from collections.abc import Iterable
+
+Work = list[tuple[list[int], int]]
+IDS = 100_000  # prompts use no higher ids
+
+
+def prompt(rng: random.Random, count: int, vocab: int) -> list[int]:
+    return [rng.randrange(min(vocab, IDS)) for _ in range(count)]
+
+
+def same(rng: random.Random, requests: int, tokens: int, reply: int, vocab: int) -> Work:
+    """`requests` of `tokens` in and `reply` out."""
+    return [(prompt(rng, tokens, vocab), reply) for _ in range(requests)]
+
+
+def warm_up(vocab: int) -> Work:
+    """Small and larger prompts, before anything is timed."""
+    rng = random.Random(1)
+    return same(rng, 64, 200, 24, vocab) + same(rng, 32, 1000, 8, vocab)
+
+
+def nano(vocab: int, repetition: int) -> Work:
+    """256 requests of 100 to 1,024 tokens in and out: nano-vllm's benchmark, the same in each repetition."""
+    rng = random.Random(0)
+    prompts = [[rng.randint(0, 10_000) for _ in range(rng.randint(100, 1024))] for _ in range(256)]
+    return [(ids, rng.randint(100, 1024)) for ids in prompts]
+
+
+def throughput(vocab: int, repetition: int) -> Work:
+    return same(random.Random(100 + repetition), 256, 1024, 256, vocab)
+
+
+def prefill(vocab: int, repetition: int) -> Work:
+    return same(random.Random(200 + repetition), 128, 1024, 1, vocab)
+
+
+def latency(vocab: int, repetition: int) -> tuple[Work, Work]:
+    """One request of one token, then another of 256: the second less the first is 255 steps."""
+    rng = random.Random(300 + repetition)
+    return same(rng, 1, 128, 1, vocab), same(rng, 1, 128, 256, vocab)
+
+
+def decode_step(vocab: int, batch: int, repetition: int) -> tuple[Work, Work]:
+    """`batch` requests of one token, then others of 129: the second less the first is 128 steps."""
+    rng = random.Random(400 + batch * 10 + repetition)
+    return same(rng, batch, 128, 1, vocab), same(rng, batch, 128, 129, vocab)
+
+
+def shared_prefix(vocab: int, repetition: int) -> tuple[Work, Work]:
+    """8 groups of 32 prompts that share 2,048 tokens, in random order; then the same prefixes with other tails."""
+    rng = random.Random(500 + repetition)
+    prompts: list[list[int]] = []
+    for _ in range(8):
+        prefix = prompt(rng, 2048, vocab)
+        prompts += [prefix + prompt(rng, 128, vocab) for _ in range(32)]
+    rng.shuffle(prompts)
+    cold = [(ids, 128) for ids in prompts]
+    return cold, [(ids[:2048] + prompt(rng, 128, vocab), 128) for ids in prompts]
+
+
+def constrained(vocab: int, repetition: int) -> Work:
+    return same(random.Random(600 + repetition), 256, 128, 256, vocab)
+
+
+def tokens_out(work: Iterable[tuple[list[int], int]]) -> int:
+    return sum(count for _, count in work)
