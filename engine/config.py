@@ -126,6 +126,10 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
         tuple[str, ...],
         Meta(description="names that requests may give, a,b: the first is shown in replies; default: the checkpoint's"),
     ] = ()
+    trust_request_chat_template: Annotated[
+        bool,
+        Meta(description="take chat_template from requests: a program, which can keep the server busy for long"),
+    ] = False
     drain_seconds: Annotated[float, Meta(ge=0, description="seconds that SIGTERM leaves running requests to end")] = (
         30.0
     )

@@ -31,18 +31,18 @@ class Decoder(Protocol):
 
 
 class TokenBytes(dict[int, bytes]):
-    """The bytes of a byte-level token, filled in as ids are seen; special and unknown ones have none."""
+    """The bytes of a byte-level token, filled in as ids are seen; `skipped` and unknown ones have none."""
 
-    def __init__(self, tokenizer: Tokenizer, special: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int] = frozenset()) -> None:
         self._tokenizer = tokenizer
-        self._special = special
+        self._skipped = skipped
         # byte-level vocabularies write each byte as a printable character: itself, or else the next from U+0100 on
         printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         others = sorted(set(range(256)) - set(printable))
         self._byte = {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
 
     def __missing__(self, id: int) -> bytes:
-        token = None if id in self._special else self._tokenizer.id_to_token(id)
+        token = None if id in self._skipped else self._tokenizer.id_to_token(id)
         if token is None:
             token = ""
         if all(character in self._byte for character in token):
@@ -76,27 +76,41 @@ class WindowDecoder:
 
     PATIENCE = 16
 
-    def __init__(self, tokenizer: Tokenizer, special: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int]) -> None:
         self._tokenizer = tokenizer
-        self._special = special
+        self._skipped = skipped
         self._ids: list[int] = []  # context, then tokens whose text is not released
         self._context = 0  # how many are context, and what they read
         self._context_text = ""
         self._waited = 0
 
     def push(self, ids: Sequence[int]) -> str:
-        self._ids += [id for id in ids if id not in self._special]
-        text = self._tokenizer.decode(self._ids)
+        self._ids += [id for id in ids if id not in self._skipped]
+        text = self._decode()
         new = text[len(self._context_text) :]
         if not new or (new.endswith(REPLACEMENT) and self._waited < self.PATIENCE):
             self._waited += 1
             return ""
         del self._ids[: self._context]
-        self._context, self._context_text, self._waited = len(self._ids), self._tokenizer.decode(self._ids), 0
+        self._context, self._context_text, self._waited = len(self._ids), self._decode(), 0
         return new
 
     def flush(self) -> str:
-        return self._tokenizer.decode(self._ids)[len(self._context_text) :]
+        return self._decode()[len(self._context_text) :]
+
+    def _decode(self) -> str:
+        text: str = self._tokenizer.decode(self._ids, skip_special_tokens=False)  # those to skip are not there
+        return text
+
+
+class NoDecoder:
+    """For replies whose text nobody wants."""
+
+    def push(self, ids: Sequence[int]) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
 
 
 class Spelling(dict[int, bytes]):
@@ -177,11 +191,17 @@ class ReplyDecoder:
     the stop that is complete first; of several that end at one character, the longest. The first `min_tokens`
     tokens hold no stop, nor the beginning of one.
 
-    `matched` is that stop, None until there is one. `kept` is then how many tokens hold the text before it.
+    `matched` is that stop, None until there is one. `kept` is then how many tokens hold the text before it. With
+    `include_stop` the text ends after the stop, which is still sent only once it is complete, and `kept` counts so.
     """
 
     def __init__(
-        self, decoder: Decoder, stop: tuple[str, ...] = (), stop_regex: tuple[str, ...] = (), min_tokens: int = 0
+        self,
+        decoder: Decoder,
+        stop: tuple[str, ...] = (),
+        stop_regex: tuple[str, ...] = (),
+        min_tokens: int = 0,
+        include_stop: bool = False,
     ) -> None:
         self.matched: str | None = None
         self.kept = 0
@@ -189,6 +209,7 @@ class ReplyDecoder:
         self._stop = stop
         self._expressions = Expressions(stop_regex) if stop_regex else None
         self._min_tokens = min_tokens
+        self._include_stop = include_stop
         self._ends_early = bool(stop or stop_regex)
         self._beginnings = beginnings(stop)
         self._held = ""  # text that could begin a stop
@@ -248,8 +269,9 @@ class ReplyDecoder:
                 matches.append(match)
             safe = min(safe, self._expressions.open_from - start)
         if matches:
-            _, before, self.matched = min(matches, key=lambda match: match[:2])
-            self.kept = bisect_left(self._ends, before) + 1 if before else 0
-            safe = before - start
+            end, before, self.matched = min(matches, key=lambda match: match[:2])
+            cut = end if self._include_stop else before
+            self.kept = bisect_left(self._ends, cut) + 1 if cut else 0
+            safe = cut - start
         self._held = "" if matches else text[safe:]
         return text[:safe]

@@ -30,6 +30,7 @@ from engine.messages import (
     Flushed,
     FromFront,
     Generate,
+    Job,
     Pause,
     Paused,
     Stats,
@@ -192,6 +193,11 @@ class Front:
             return Health("paused", "generation is paused, and requests wait; POST /continue_generation lets them run")
         return Health(self.stats.worker, self.stats.cause)
 
+    @property
+    def most_open(self) -> int:
+        """How many requests may be open at once; 0 until the device is ready."""
+        return 0 if self.info is None else self.info.slots + self.config.schedule.max_waiting
+
     async def ready(self) -> WorkerReady:
         """Wait until the device is ready. Raises WorkerError when it never will be."""
         while self.info is None:
@@ -206,8 +212,8 @@ class Front:
             await self._changed.wait()
         return self.failure
 
-    async def generate(self, request: Generate) -> AsyncGenerator[Chunk, None]:
-        """The reply to `request`, chunk by chunk, the last with a finish reason.
+    async def generate(self, request: Job) -> AsyncGenerator[Chunk, None]:
+        """The reply to `request`, chunk by chunk, the last with a finish reason. That to an Embed is one chunk.
 
         Closing or cancelling the generator aborts the request. Raises RequestError when it is refused,
         WorkerError when the device fails it.
@@ -239,9 +245,11 @@ class Front:
         flushed: Flushed = await self._ask(Flush(next(self._numbers)))
         return flushed
 
-    async def pause(self, paused: bool) -> None:
-        """Plan no more steps, or go on; returns once it is so, and when pausing, nothing runs on the device."""
-        await self._ask(Pause(next(self._numbers), paused))
+    async def pause(self, paused: bool, *, retract: bool = False) -> None:
+        """Plan no more steps, or go on; returns once it is so, and when pausing, nothing runs on the device.
+
+        With `retract`, what runs goes back to the queue and holds no page meanwhile."""
+        await self._ask(Pause(next(self._numbers), paused, retract))
 
     async def _ask(self, question: Flush | Pause) -> Any:
         """The scheduler's answer. Raises WorkerError when there will be none."""
@@ -262,14 +270,15 @@ class Front:
                 await self._changed.wait()
         return len(self._open)
 
-    def _admit(self, request: Generate) -> Mailbox:
+    def _admit(self, request: Job) -> Mailbox:
         if self.failure:
             raise WorkerError(self.failure)
         if self.draining:
             raise RequestError("the server is shutting down; send the request elsewhere", code="draining", status=503)
         if self.info is None:
             raise RequestError("the model is still loading; try again in a moment", code="starting", status=503)
-        limit = self.info.slots + self.config.schedule.max_waiting
+        check_task(request, self.model_name, self.info)
+        limit = self.most_open
         if len(self._open) >= limit:
             raise RequestError(
                 f"{len(self._open)} requests are open, and {limit} is the limit; try again later "
@@ -287,6 +296,22 @@ class Front:
         box = Mailbox(format(next(self._numbers), "x"))
         self._open[request.rid] = self._keys[box.key] = box
         return box
+
+
+def check_task(request: Job, model: str, info: WorkerReady) -> None:
+    """Raises RequestError when `request` is not for a model such as this: one generates, another makes vectors."""
+    if isinstance(request, Generate) and info.embedding_size:
+        raise RequestError(
+            f"the model {model!r} makes embeddings and generates no text; send the text to /v1/embeddings or "
+            "/v1/score, or ask a server with a model that generates",
+            code="wrong_task",
+        )
+    if not isinstance(request, Generate) and not info.embedding_size:
+        raise RequestError(
+            f"the model {model!r} generates text and makes no embeddings; use /v1/completions, or ask a server with "
+            "an embedding model: engine serve --model all-minilm-l6-v2",
+            code="wrong_task",
+        )
 
 
 def _error(failed: Failed) -> EngineError:

@@ -144,14 +144,14 @@ async def _serve(config: Config) -> int:
         def say_ready(url: str, info: WorkerReady) -> None:
             phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in info.phases.items())
             log.info("worker on %s: %s", info.device, phases)
-            log.info(
-                "KV cache: %d tokens in pages of %d; attention: %s",
-                info.pages * info.page_size,
-                info.page_size,
-                info.attention,
-            )
+            if info.embedding_size:
+                log.info("vectors of %d numbers, of at most %d tokens", info.embedding_size, info.max_model_len)
+            else:
+                size, tokens = info.page_size, info.pages * info.page_size
+                log.info("KV cache: %d tokens in pages of %d; attention: %s", tokens, size, info.attention)
             log.info("ready after %.1f s on %s", time.monotonic() - began, url)
-            print(try_line(url, front.model_name, config.server.api_key), flush=True)
+            embeds = info.embedding_size > 0
+            print(try_line(url, front.model_name, config.server.api_key, embeds=embeds), flush=True)
 
         async def signals() -> None:
             with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
@@ -178,8 +178,11 @@ async def _serve(config: Config) -> int:
     return code
 
 
-def try_line(url: str, model: str, api_key: str | None) -> str:
+def try_line(url: str, model: str, api_key: str | None, *, embeds: bool = False) -> str:
     """A curl command that a newcomer can paste."""
     key = "-H 'Authorization: Bearer YOUR_KEY' " if api_key else ""
-    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Say hello."}}], "stream": true}}'
-    return f"\nTry:\n  curl -N {url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'\n"
+    path, said = "chat/completions", '"messages": [{"role": "user", "content": "Say hello."}], "stream": true'
+    if embeds:
+        path, said = "embeddings", '"input": ["Say hello."]'
+    body = f'{{"model": "{model}", {said}}}'
+    return f"\nTry:\n  curl -N {url}/v1/{path} {key}-H 'Content-Type: application/json' -d '{body}'\n"

@@ -3,7 +3,7 @@
 Structs are frozen, tagged and `array_like`, so a frame is a short msgpack array. Columns of numbers
 travel as the bytes of little-endian int32 (`ids`) or float32 arrays: one copy, no per-number cost.
 
-    http ──Generate/Abort──> tokenizer ──Open──> detokenizer ──Chunks──> http
+    http ──Generate/Embed──> tokenizer ──Open──> detokenizer ──Chunks──> http
                                 │Admit/Abort        ^      │StopHit
                                 v                   │Tokens v
                              scheduler ─────────────┘<──────┘
@@ -57,6 +57,11 @@ class SamplingParams(Part, frozen=True, kw_only=True):
         int | None, Meta(description="log-probabilities of the reply's tokens, and of so many likeliest ones")
     ] = None
     prompt_logprobs: Annotated[int | None, Meta(description="the same for the prompt's tokens")] = None
+    skip_special_tokens: Annotated[bool, Meta(description="leave special tokens out of the text")] = True
+    include_stop_str_in_output: Annotated[
+        bool, Meta(description="end the text with what stopped it, a special token too if these are not skipped")
+    ] = False
+    detokenize: Annotated[bool, Meta(description="make text of the tokens; without, there are only ids")] = True
 
 
 class Generate(Message, frozen=True):
@@ -80,13 +85,24 @@ class Generate(Message, frozen=True):
     template_kwargs: dict[str, Any] | None = None
     cache_salt: str = ""
     echo: bool = False
+    chat_template: str | None = None  # in the place of the model's own
+
+
+class Embed(Message, frozen=True):
+    """http → tokenizer: make a vector of one prompt; exactly one of `text` and `ids` (int32) is set."""
+
+    rid: str
+    text: str | None = None
+    ids: bytes | None = None
+    priority: int = 0
 
 
 class Open(Message, frozen=True):
     """tokenizer → detokenizer: tokens of `rid` will come; turn them into text until one of `stop` or `stop_regex`.
 
     Neither is looked for in the first `min_tokens` tokens. `echo` goes before the reply's text. `prompt` (int32) is
-    there where the prompt's log-probabilities are asked for; `prompt_only` says that no token of the reply is.
+    there where the prompt's log-probabilities are asked for; `prompt_only` says that no token of the reply is. The
+    last three fields are those of SamplingParams.
     """
 
     rid: str
@@ -97,6 +113,9 @@ class Open(Message, frozen=True):
     echo: str = ""
     prompt: bytes | None = None
     prompt_only: bool = False
+    skip_special_tokens: bool = True
+    include_stop: bool = False
+    detokenize: bool = True
 
 
 class Sampling(Part, frozen=True):
@@ -126,7 +145,7 @@ class Sampling(Part, frozen=True):
 
 
 class Admit(Message, frozen=True):
-    """tokenizer → scheduler: a checked request. `ids` is int32; `max_new` at least 1."""
+    """tokenizer → scheduler: a checked request. `ids` is int32; `max_new` 0 asks for a vector in place of tokens."""
 
     rid: str
     ids: bytes
@@ -169,7 +188,8 @@ class StepPlan(Message, frozen=True):
 
     `admits`, then `pages` (int32 [n, 3]: slot, index in the slot's page list, page), then `copies`
     (int32 [n, 2]: source page, destination page), then the forward pass over `rows` (int32 [n, 4]:
-    slot, start position, length, 1 if the row's last position is sampled else 0).
+    slot, start position, length, and what comes of it: 0 nothing, 1 its last position is sampled, 2 its
+    positions, all there are, become one vector).
     Steps run on the device in the order sent, so a page freed by step n may be written by step n+1.
     """
 
@@ -197,7 +217,8 @@ class StepDone(Message, frozen=True):
     A count may exceed one (speculation). `seconds` is the step's time on the device, `idle` the time that the device
     waited between this step and the one before, where this one was sent before that was over. `logprobs` has an entry
     for each sampled row that asks, its `row` counted among the sampled ones. `prompt_logprobs` has one for each of all
-    the plan's rows that computes prompt positions p not scored yet: it holds those of the tokens at p + 1.
+    the plan's rows that computes prompt positions p not scored yet: it holds those of the tokens at p + 1. `vectors`
+    (float32 [n, size]) are those of the rows that ask for one, in plan order.
     """
 
     step: int
@@ -207,6 +228,7 @@ class StepDone(Message, frozen=True):
     logprobs: tuple[Logprobs, ...] = ()
     prompt_logprobs: tuple[Logprobs, ...] = ()
     idle: float = 0.0
+    vectors: bytes = b""
 
 
 class Finish(Part, frozen=True):
@@ -221,7 +243,8 @@ class Tokens(Message, frozen=True):
     """scheduler → detokenizer: the new tokens of a step; row i is `rids[i]` with `counts[i]` tokens.
 
     `cached` names, for rows whose first token this is, how many prompt tokens the cache held. With the first token
-    come the `prompt_logprobs`, where asked for: those of all prompt tokens but the first, which has none.
+    come the `prompt_logprobs`, where asked for: those of all prompt tokens but the first, which has none. `vectors`
+    are float32, by row.
     """
 
     step: int
@@ -232,6 +255,7 @@ class Tokens(Message, frozen=True):
     cached: tuple[tuple[int, int], ...] = ()
     logprobs: tuple[Logprobs, ...] = ()
     prompt_logprobs: tuple[Logprobs, ...] = ()
+    vectors: tuple[tuple[int, bytes], ...] = ()
 
 
 # ── a reply on its way out ───────────────────────────────────────────────────────────────────
@@ -253,8 +277,9 @@ class Chunk(Part, frozen=True):
     """New text and token ids of `rid`; the last chunk has a `finish` reason.
 
     `matched` is the stop string, the stop expression or the stop token id that ended the reply. Token counts are of
-    the request so far. `ids` includes the stop token, `text` never includes what stopped it. `logprobs`, where asked
-    for, go with `ids`; `prompt_logprobs` come with the first token.
+    the request so far. `ids` includes the stop token; `text` includes what stopped it only if that is asked for.
+    `logprobs`, where asked for, go with `ids`; `prompt_logprobs` come with the first token. The one chunk of an Embed
+    holds its `vector` (float32), unless it was aborted.
     """
 
     rid: str
@@ -267,6 +292,7 @@ class Chunk(Part, frozen=True):
     completion_tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    vector: bytes = b""
 
 
 class Chunks(Message, frozen=True):
@@ -292,6 +318,7 @@ class WorkerReady(Message, frozen=True):
     """worker → scheduler: what the device can hold, and how the start went.
 
     `pages` of `page_size` tokens; a step takes `max_step_tokens`; `phases` maps a start-up phase to its seconds.
+    A model that makes vectors of `embedding_size` generates no text; of others it is 0.
     """
 
     pages: int
@@ -304,6 +331,7 @@ class WorkerReady(Message, frozen=True):
     device: str
     attention: str
     phases: dict[str, float]
+    embedding_size: int = 0
 
 
 class WorkerLost(Message, frozen=True):
@@ -340,10 +368,13 @@ class Flushed(Message, frozen=True):
 
 
 class Pause(Message, frozen=True):
-    """http → scheduler: plan no new steps, or go on; requests stay open and new ones wait. Numbered as a Flush."""
+    """http → scheduler: plan no new steps, or go on; requests stay open and new ones wait. Numbered as a Flush.
+
+    `retract` sends those that run back to the queue, so that they hold no page while it is paused."""
 
     number: int
     paused: bool
+    retract: bool = False
 
 
 class Paused(Message, frozen=True):
@@ -402,7 +433,8 @@ class Stats(Message, frozen=True):
     idle_seconds_total: float = 0.0
 
 
-ToTokenizer = Generate | Abort | WorkerReady
+Job = Generate | Embed
+ToTokenizer = Job | Abort | WorkerReady
 ToWorker = Boot | StepPlan | Ping
 FromWorker = WorkerReady | StepDone | Pong | Fatal
 FromFront = Admit | Abort | StopHit | Flush | Pause

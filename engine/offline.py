@@ -5,18 +5,19 @@
 
 A prompt is a string (completed as it is), a list of token ids, or a list of chat messages
 (`{"role": ..., "content": ...}`, rendered by the model's chat template); `generate` takes one or a list of them.
-`AsyncEngine` is the same for a program that has an event loop; `Engine` runs one in a thread.
+With a model that makes vectors, `embed` takes a list of strings or token ids. `AsyncEngine` is the same for a program
+that has an event loop; `Engine` runs one in a thread.
 """
 
 import uuid
 from array import array
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, ExitStack
 from functools import partial
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Self, TypeVar, overload
 
 import anyio
 import anyio.from_thread
@@ -28,11 +29,13 @@ from engine.config import Config, resolve
 from engine.errors import ConfigError, EngineError, RequestError
 from engine.front import Front, joined
 from engine.launch import open_front
-from engine.messages import Chunk, Generate, SamplingParams, Stats, TokenLogprob
+from engine.messages import Chunk, Embed, Generate, SamplingParams, Stats, TokenLogprob
 from engine.sampling import check_sampling
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 Params = SamplingParams | Sequence[SamplingParams] | None
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Reply(Struct, frozen=True):
@@ -68,11 +71,31 @@ def to_request(prompt: Prompt, params: SamplingParams | None, priority: int = 0,
     items: list[Any] = list(prompt)
     if items and isinstance(items[0], dict):
         return Generate(rid, params, messages=items, priority=priority, cache_salt=cache_salt)
+    return Generate(rid, params, ids=packed(items), priority=priority, cache_salt=cache_salt)
+
+
+async def together(use: Callable[[Item], Awaitable[Result]], items: Sequence[Item]) -> list[Result]:
+    """What `use` makes of each item, all at once; the first failure ends them."""
+    results: list[Any] = [None] * len(items)
+
+    async def one(index: int) -> None:
+        results[index] = await use(items[index])
+
     try:
-        ids = array("i", items).tobytes()
-        return Generate(rid, params, ids=ids, priority=priority, cache_salt=cache_salt)
+        async with anyio.create_task_group() as group:
+            for index in range(len(items)):
+                group.start_soon(one, index)
+    except BaseExceptionGroup as failures:
+        raise first_failure(failures) from None
+    return results
+
+
+def packed(ids: Sequence[Any]) -> bytes:
+    """Token ids as int32. Raises RequestError for what is none."""
+    try:
+        return array("i", ids).tobytes()
     except (TypeError, OverflowError) as error:
-        message = f"a prompt is text, int32 token ids or chat messages, not {items!r:.80} ({error})"
+        message = f"a prompt is text, int32 token ids or chat messages, not {ids!r:.80} ({error})"
         raise RequestError(message, param="prompt") from None
 
 
@@ -138,18 +161,25 @@ class AsyncEngine:
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts and {len(each)} SamplingParams; give one for each, or one")
         requests = [to_request(*pair, priority, cache_salt) for pair in zip(prompts, each, strict=True)]
-        replies: list[Reply | None] = [None] * len(requests)
-
-        async def one(index: int) -> None:
-            replies[index] = await self._whole(requests[index])
-
-        try:
-            async with anyio.create_task_group() as group:
-                for index in range(len(requests)):
-                    group.start_soon(one, index)
-        except BaseExceptionGroup as failures:
-            raise first_failure(failures) from None
+        replies = await together(self._whole, requests)
         return replies if batch else replies[0]
+
+    async def embed(self, inputs: Sequence[str | Sequence[int]]) -> list[list[float]]:
+        """The vector of each of `inputs`, in order, computed together.
+
+        Raises RequestError when one is refused, WorkerError when the device fails."""
+
+        if isinstance(inputs, str):
+            raise RequestError("embed takes a list of inputs, not one string; put it into a list", param="input")
+
+        async def one(given: str | Sequence[int]) -> list[float]:
+            text, ids = (given, None) if isinstance(given, str) else (None, packed(given))
+            (chunk,) = [chunk async for chunk in self.front.generate(Embed(uuid.uuid4().hex, text, ids))]
+            if chunk.finish == "abort":
+                raise RequestError("the request was aborted; send it again", code="aborted", status=409)
+            return array("f", chunk.vector).tolist()
+
+        return await together(one, inputs)
 
     async def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0, cache_salt: str = ""
@@ -231,11 +261,18 @@ class Engine:
     def generate(self, prompt: Any, params: Params = ..., **options: Any) -> Any: ...
     def generate(self, prompt: Any, params: Params = None, **options: Any) -> Any:
         """As AsyncEngine.generate."""
-        replies = self._portal.start_task_soon(partial(self._engine.generate, prompt, params, **options))
+        return self._wait_for(partial(self._engine.generate, prompt, params, **options))
+
+    def embed(self, inputs: Sequence[str | Sequence[int]]) -> list[list[float]]:
+        """As AsyncEngine.embed."""
+        return self._wait_for(partial(self._engine.embed, inputs))
+
+    def _wait_for(self, use: Callable[[], Awaitable[Result]]) -> Result:
+        answer = self._portal.start_task_soon(use)
         try:
-            return replies.result()
+            return answer.result()
         except BaseException:
-            replies.cancel()
+            answer.cancel()
             raise
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Iterator[Chunk]:

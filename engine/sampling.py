@@ -51,8 +51,15 @@ def check_sampling(params: SamplingParams, names: Mapping[str, str] = SAME_NAMES
     for pattern in params.stop_regex:
         _check_regex(name("stop_regex"), pattern)
     _check_ids(name("stop_token_ids"), params.stop_token_ids, MAX_STOP_TOKENS)
-    if not isinstance(params.ignore_eos, bool):
-        raise _refusal(name("ignore_eos"), repr(params.ignore_eos), "true or false", "leave it out for false")
+    for field in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "detokenize"):
+        if not isinstance(given := getattr(params, field), bool):
+            raise _refusal(name(field), _shown(given), "true or false", "leave it out for the default")
+    for field in () if params.detokenize else ("stop", "stop_regex"):
+        if getattr(params, field):
+            raise RequestError(
+                f"detokenize is false and {name(field)} is given, which is looked for in the text; send stop_token_ids",
+                param=name(field),
+            )
     _check_adjustments(params, name)
     for field in ("logprobs", "prompt_logprobs"):
         if (wanted := getattr(params, field)) is not None:

@@ -6,6 +6,7 @@ Pure logic: it knows neither channels nor torch. Left out: tools, documents and 
 import json
 from collections.abc import Sequence
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,10 +15,11 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import decoders
 
-from engine.decoding import ByteDecoder, ReplyDecoder, Spelling, TokenBytes, WindowDecoder
+from engine.decoding import ByteDecoder, Decoder, NoDecoder, ReplyDecoder, Spelling, TokenBytes, WindowDecoder
 from engine.errors import ConfigError, RequestError
 from engine.plugin.specs import TextSpec
 
+TEMPLATES = 16  # templates of requests that are kept compiled
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -37,7 +39,9 @@ class Text:
         self._special = frozenset(id for id, token in added.items() if token.special)
         byte_level = isinstance(spec.tokenizer.decoder, decoders.ByteLevel)
         self._token_bytes = TokenBytes(spec.tokenizer, self._special) if byte_level else None
+        self._all_bytes = TokenBytes(spec.tokenizer) if byte_level else None  # with those of special tokens
         self.spelling = Spelling(spec.tokenizer, self._special, self._token_bytes)
+        self._requested_template = lru_cache(TEMPLATES)(requested_template)
 
     @property
     def has_template(self) -> bool:
@@ -78,12 +82,15 @@ class Text:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: dict[str, Any] | None = None,
+        chat_template: str | None = None,
     ) -> str:
         """The conversation as the chat template writes it, up to where the assistant speaks.
 
         `continue_final_message` ends it inside the last message instead, for the reply to go on from there.
-        `template_kwargs` are variables of the template's own. Raises RequestError as `encode_chat` does."""
-        if self._template is None:
+        `template_kwargs` are variables of the template's own; `chat_template` takes its place. Raises RequestError as
+        `encode_chat` does."""
+        template = self._template if chat_template is None else self._requested_template(chat_template)
+        if template is None:
             raise RequestError(
                 "the model has no chat template; send text to /v1/completions instead", code="no_chat_template"
             )
@@ -105,7 +112,7 @@ class Text:
                 param="chat_template_kwargs",
             )
         try:
-            text = self._template.render({"documents": None, **(template_kwargs or {}), **own})
+            text = template.render({"documents": None, **(template_kwargs or {}), **own})
         except Exception as error:  # the template is a program of the checkpoint's: it may raise anything
             raise RequestError(f"the chat template refuses the messages: {error}", param="messages") from error
         return _up_to_mark(text) if continue_final_message else text
@@ -119,15 +126,32 @@ class Text:
         """How the vocabulary writes the token `id`; a gap in the vocabulary is empty."""
         return self.spec.tokenizer.id_to_token(id) or ""
 
-    def reply(self, stop: tuple[str, ...] = (), stop_regex: tuple[str, ...] = (), min_tokens: int = 0) -> ReplyDecoder:
-        """A decoder for one reply that ends before the first of `stop` and `stop_regex` after `min_tokens` tokens.
+    def reply(
+        self,
+        stop: tuple[str, ...] = (),
+        stop_regex: tuple[str, ...] = (),
+        min_tokens: int = 0,
+        *,
+        skip_special_tokens: bool = True,
+        include_stop: bool = False,
+        detokenize: bool = True,
+    ) -> ReplyDecoder:
+        """A decoder for one reply that ends before the first of `stop` and `stop_regex` after `min_tokens` tokens, or
+        with `include_stop` after it. Without `detokenize` it makes no text, and there is no stop.
 
-        Raises RequestError for an empty one."""
+        Raises RequestError for an empty stop."""
         if not all(stop):
             raise RequestError(f"stop is {list(stop)!r}; an empty string would end every reply", param="stop")
-        if self._token_bytes is not None:
-            return ReplyDecoder(ByteDecoder(self._token_bytes), stop, stop_regex, min_tokens)
-        return ReplyDecoder(WindowDecoder(self.spec.tokenizer, self._special), stop, stop_regex, min_tokens)
+        if not detokenize:
+            return ReplyDecoder(NoDecoder())
+        decoder = self._decoder(skip_special_tokens)
+        return ReplyDecoder(decoder, stop, stop_regex, min_tokens, include_stop)
+
+    def _decoder(self, skip_special_tokens: bool) -> Decoder:
+        token_bytes = self._token_bytes if skip_special_tokens else self._all_bytes
+        if token_bytes is not None:
+            return ByteDecoder(token_bytes)
+        return WindowDecoder(self.spec.tokenizer, self._special if skip_special_tokens else frozenset())
 
 
 # ── prompts ──────────────────────────────────────────────────────────────────────────────────
@@ -217,6 +241,18 @@ def read_template(option: str | None) -> str | None:
             ) from None
     compile_template(source)
     return source
+
+
+def requested_template(source: str) -> jinja2.Template:
+    """The chat template that a request brings. Raises RequestError when it is malformed."""
+    try:
+        return compile_template(source)
+    except ConfigError as error:
+        raise RequestError(f"{error}; correct it, or leave chat_template out", param="chat_template") from None
+    except Exception as error:  # jinja2 and Python refuse some templates in ways of their own: nesting, long numbers
+        raise RequestError(
+            f"the chat template does not compile ({type(error).__name__}: {error}); simplify it", param="chat_template"
+        ) from error
 
 
 def compile_template(source: str) -> jinja2.Template:

@@ -37,7 +37,7 @@ class Reply:
 
     __slots__ = (
         *("cached_tokens", "completion_tokens", "decoder", "echo"),
-        *("plain", "prompt", "prompt_only", "prompt_tokens"),
+        *("include_stop", "plain", "prompt", "prompt_only", "prompt_tokens"),
     )
 
     def __init__(self, decoder: ReplyDecoder, opened: Open) -> None:
@@ -48,6 +48,7 @@ class Reply:
         self.echo = opened.echo  # until it is sent
         self.prompt = opened.prompt  # until its log-probabilities are sent
         self.prompt_only = opened.prompt_only
+        self.include_stop = opened.include_stop
         # Nothing but the scheduler ends it, and its chunks hold nothing but new tokens.
         self.plain = not (opened.stop or opened.stop_regex or opened.echo or opened.prompt or opened.prompt_only)
 
@@ -63,7 +64,14 @@ class Replies:
         return len(self._open)
 
     def open(self, message: Open) -> None:
-        decoder = self._text.reply(message.stop, message.stop_regex, message.min_tokens)
+        decoder = self._text.reply(
+            message.stop,
+            message.stop_regex,
+            message.min_tokens,
+            skip_special_tokens=message.skip_special_tokens,
+            include_stop=message.include_stop,
+            detokenize=message.detokenize,
+        )
         self._open[message.rid] = Reply(decoder, message)
 
     def close(self, rid: str) -> None:
@@ -78,6 +86,7 @@ class Replies:
         cached = dict(message.cached)
         scores = {part.row: part for part in message.logprobs}
         prompts = {part.row: part for part in message.prompt_logprobs}
+        vectors = dict(message.vectors)
         flat = array("i", message.tokens).tolist()
         at = 0
         for row, (rid, count) in enumerate(zip(message.rids, array("i", message.counts), strict=True)):
@@ -107,6 +116,8 @@ class Replies:
                 self.close(rid)
             elif not chunk.text and not chunk.ids:
                 continue
+            if row in vectors:
+                chunk = msgspec.structs.replace(chunk, vector=vectors[row])
             if reply.echo or reply.prompt is not None or row in scores:
                 chunk = self._completed(chunk, reply, scores.get(row), prompts.get(row))
             chunks.append(chunk)
@@ -121,10 +132,11 @@ class Replies:
         before = reply.completion_tokens
         reply.completion_tokens += len(ids)
         decoder = reply.decoder
-        # The token that ended the reply (an end token, a stop id) is counted and sent but is not text.
+        # The token that ended the reply (an end token, a stop id) is counted and sent but is text only if asked for.
         matched: int | str | None = finish.matched if finish else None
         reason = finish.reason if finish else None
-        text = decoder.push(ids[:-1] if matched is not None else ids) if ids else ""
+        silent = matched is not None and not reply.include_stop
+        text = decoder.push(ids[:-1] if silent else ids) if ids else ""
         if reason is not None:
             text += decoder.flush()
         unknown = reason is None and decoder.matched is not None

@@ -3,6 +3,7 @@
 `FakeDevice` counts upwards from each row's last token, as the `echo` model does, so a lost, doubled or
 reordered step shows as a gap in the count. It keeps tokens only: no KV memory is simulated, and no sampling
 parameter but those that ask for log-probabilities is looked at: a token's is made up from its id and its place.
+A vector is the sum of its prompt's ids and how many they are.
 """
 
 from array import array
@@ -22,6 +23,7 @@ from engine.messages import (
     WorkerLost,
     WorkerReady,
 )
+from engine.sched.columns import POOL
 
 BYTES = 256
 
@@ -55,6 +57,7 @@ class FakeDevice:
         sampled = array("i")
         logprobs: list[Logprobs] = []
         prompt_logprobs: list[Logprobs] = []
+        vectors = array("f")
         columns = zip(rows[0::4], rows[1::4], rows[2::4], rows[3::4], strict=True)
         for row, (slot, start, length, sample) in enumerate(columns):
             ids = self.tokens[slot]
@@ -65,7 +68,10 @@ class FakeDevice:
             first, last = max(start, admit.scored) + 1, min(end + 1, admit.prompt_len)
             if asked.prompt_logprobs >= 0 and first < last:
                 prompt_logprobs.append(made_up(row, first, ids[first:last], asked.prompt_logprobs))
-            if sample:
+            if sample == POOL:
+                assert (start, end) == (0, len(ids)), f"slot {slot} is to be made a vector, but not of all it holds"
+                vectors.extend((sum(ids), len(ids)))
+            elif sample:
                 token = (ids[end - 1] + 1) % BYTES
                 del ids[end:]
                 ids.append(token)
@@ -73,7 +79,8 @@ class FakeDevice:
                     logprobs.append(made_up(len(sampled), end, ids[end:], asked.logprobs))
                 sampled.append(token)
         counts = array("i", [1] * len(sampled)).tobytes()
-        return StepDone(plan.step, counts, sampled.tobytes(), 0.0, tuple(logprobs), tuple(prompt_logprobs))
+        scores = (tuple(logprobs), tuple(prompt_logprobs))
+        return StepDone(plan.step, counts, sampled.tobytes(), 0.0, *scores, vectors=vectors.tobytes())
 
 
 class FakeExecutor:

@@ -139,8 +139,10 @@ class SchedulerActor:
         """Answer what waits for an answer, in order, unless the device is still to become idle."""
         if not self._pauses or (self.paused and self.in_flight):
             return
-        await self._send_stats()
         pauses, self._pauses = self._pauses, []
+        if self.scheduler and self.paused and any(pause.retract for pause in pauses):
+            self.scheduler.retract_all()
+        await self._send_stats()
         for pause in pauses:
             await self.front.send(Paused(pause.number, pause.paused))
 
@@ -174,9 +176,9 @@ class SchedulerActor:
         self.worker, self.cause = "restarting", cause
         self.in_flight = 0
         await self._send_stats()
-        await self._answer_pauses()
         for rid in self.scheduler.reset():
             await self.front.send(Failed(rid, 503, "worker_lost", f"{LOST} (cause: {cause})"))
+        await self._answer_pauses()
         await self.executor.send(Reset())
 
     async def _heartbeat(self) -> None:
@@ -190,5 +192,8 @@ class SchedulerActor:
     async def _send_stats(self) -> None:
         seconds, self.step_seconds = self.step_seconds.tobytes(), array("f")
         counts = self.scheduler.counts() if self.scheduler else {}
-        own = {"paused": self.paused, "idle_seconds_total": self.idle_seconds}
-        await self.front.send(Stats(self.worker, self.cause, step_seconds=seconds, **own, **counts))
+        idle = self.idle_seconds
+        stats = Stats(
+            self.worker, self.cause, step_seconds=seconds, paused=self.paused, idle_seconds_total=idle, **counts
+        )
+        await self.front.send(stats)

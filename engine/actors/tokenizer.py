@@ -16,9 +16,11 @@ from engine.errors import RequestError
 from engine.messages import (
     Abort,
     Admit,
+    Embed,
     Failed,
     FromFront,
     Generate,
+    Job,
     Open,
     Sampling,
     SamplingParams,
@@ -29,10 +31,11 @@ from engine.messages import (
 from engine.text import Text, check_unicode
 
 THREAD_CHARACTERS = 20_000
+UNSAMPLED = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)  # of a vector, no token is
 
 
 class Admission:
-    """Turns a `Generate` into what the detokenizer and the scheduler need to know of it."""
+    """Turns a job into what the detokenizer and the scheduler need to know of it."""
 
     def __init__(self, text: Text) -> None:
         self.text = text
@@ -40,8 +43,11 @@ class Admission:
         self.vocab_size = text.vocab_size  # the model's, which may have fewer rows, once the worker says so
         self._seeds = random.SystemRandom()
 
-    def admit(self, request: Generate) -> tuple[Open, Admit]:
+    def admit(self, request: Job) -> tuple[Open, Admit]:
         """Raises RequestError: no or too long a prompt, an id outside the vocabulary, a bad template."""
+        return self._admit_vector(request) if isinstance(request, Embed) else self._admit_text(request)
+
+    def _admit_text(self, request: Generate) -> tuple[Open, Admit]:
         ids = self._encode(request)
         params = request.sampling
         max_new = self._max_new(len(ids), params.max_tokens, request.default_max_tokens)
@@ -53,7 +59,9 @@ class Admission:
         stop_ids = self._stop_ids(params)
         echo = ""
         if request.echo:
-            echo = self.text.decode(ids.tolist()) if request.text is None else request.text
+            if not params.detokenize:
+                raise RequestError("echo and detokenize: false exclude each other; send one", param="detokenize")
+            echo = self.text.decode(ids.tolist(), params.skip_special_tokens) if request.text is None else request.text
         opened = Open(
             request.rid,
             len(ids),
@@ -63,6 +71,9 @@ class Admission:
             echo,
             None if params.prompt_logprobs is None else ids.tobytes(),
             prompt_only=max_new == 0,
+            skip_special_tokens=params.skip_special_tokens,
+            include_stop=params.include_stop_str_in_output,
+            detokenize=params.detokenize,
         )
         sampling = self._sampling(params, stop_ids)
         check_unicode(request.cache_salt, "cache_salt")
@@ -70,6 +81,22 @@ class Admission:
             request.rid, ids.tobytes(), sampling, stop_ids, max(max_new, 1), request.priority, request.cache_salt
         )
         return opened, admitted
+
+    def _admit_vector(self, request: Embed) -> tuple[Open, Admit]:
+        self._refuse_endless(request, "input")
+        packed = request.ids or b"" if request.text is None else array("i", self.text.encode(request.text)).tobytes()
+        ids = array("i", packed)
+        self._check_ids(ids, "input")
+        assert self.max_model_len is not None, "requests are let in only once the worker is ready"
+        if len(ids) > self.max_model_len:
+            raise RequestError(
+                f"the input has {len(ids)} tokens, and the model takes at most {self.max_model_len}; shorten it, or "
+                "send it in parts",
+                param="input",
+                code="context_length_exceeded",
+            )
+        opened = Open(request.rid, len(ids), (), detokenize=False)
+        return opened, Admit(request.rid, packed, UNSAMPLED, (), 0, request.priority)
 
     def _sampling(self, params: SamplingParams, stop_ids: tuple[int, ...]) -> Sampling:
         """What the device needs to know of `params`."""
@@ -122,13 +149,14 @@ class Admission:
                 )
 
     def _encode(self, request: Generate) -> "array[int]":
-        self._refuse_endless(request)
+        self._refuse_endless(request, "prompt")
         if request.messages is not None:
             conversation = self.text.encode_chat(
                 request.messages,
                 add_generation_prompt=request.add_generation_prompt,
                 continue_final_message=request.continue_final_message,
                 template_kwargs=request.template_kwargs,
+                chat_template=request.chat_template,
             )
             ids = array("i", conversation)
         elif request.text is not None:
@@ -136,25 +164,28 @@ class Admission:
         else:
             ids = array("i")
             ids.frombytes(request.ids or b"")
+        self._check_ids(ids, "prompt")
+        return ids
+
+    def _check_ids(self, ids: "array[int]", name: str) -> None:
         if not ids:
-            raise RequestError("the prompt is empty; send at least one token", param="prompt")
+            raise RequestError(f"the {name} is empty; send at least one token", param=name)
         if not 0 <= min(ids) <= max(ids) < self.vocab_size:
             wrong = next(token for token in ids if not 0 <= token < self.vocab_size)
             raise RequestError(
                 f"token id {wrong} is outside the model's vocabulary; use ids from 0 to {self.vocab_size - 1}",
-                param="prompt",
+                param=name,
             )
-        return ids
 
-    def _refuse_endless(self, request: Generate) -> None:
+    def _refuse_endless(self, request: Job, name: str) -> None:
         """A text that cannot fit however it is encoded is not encoded: that may take minutes."""
         assert self.max_model_len is not None, "requests are let in only once the worker is ready"
         most = self.max_model_len * self.text.longest_token
         if (length := characters(request)) > most:
             raise RequestError(
-                f"the prompt has {length} characters, and the model's length of {self.max_model_len} tokens holds at "
+                f"the {name} has {length} characters, and the model's length of {self.max_model_len} tokens holds at "
                 f"most {most}; shorten it",
-                param="prompt",
+                param=name,
                 code="context_length_exceeded",
             )
 
@@ -184,9 +215,9 @@ class Admission:
         return tuple(dict.fromkeys((*own, *params.stop_token_ids)))
 
 
-def characters(request: Generate) -> int:
+def characters(request: Job) -> int:
     """How much text `request` holds."""
-    if request.messages is None:
+    if isinstance(request, Embed) or request.messages is None:
         return len(request.text or "")
     return sum(len(str(message.get("content"))) for message in request.messages)
 
@@ -209,15 +240,15 @@ class TokenizerActor:
     async def run(self) -> None:
         async for message in self.inbox:
             match message:
-                case Generate():
-                    await self._generate(message)
+                case Generate() | Embed():
+                    await self._admit(message)
                 case Abort():
                     await self.scheduler.send(message)
                 case WorkerReady():
                     self.admission.max_model_len = message.max_model_len
                     self.admission.vocab_size = message.vocab_size
 
-    async def _generate(self, request: Generate) -> None:
+    async def _admit(self, request: Job) -> None:
         try:
             if characters(request) > THREAD_CHARACTERS:
                 opened, admitted = await anyio.to_thread.run_sync(self.admission.admit, request)

@@ -10,13 +10,12 @@ from aiohttp import web
 
 from engine import __version__
 from engine.errors import RequestError
-from engine.http.openapi import Reply
 from engine.http.service import SERVICE
-from engine.http.wire import Body, json_response
-from engine.messages import Generate, SamplingParams
+from engine.http.wire import Body, Reply, json_response
+from engine.messages import Embed, Generate, Job, SamplingParams
 from engine.sampling import INT32_MAX
 
-PROBE_SECONDS = 20.0  # a token that takes longer is no sign of health
+PROBE_SECONDS = 20.0  # an answer that takes longer is no sign of health
 SECRET = frozenset({"api_key"})
 
 
@@ -29,35 +28,35 @@ class AbortBody(Body):
 
 
 class PauseBody(Body):
-    """`in_place` keeps requests open, `abort` ends them first."""
+    """`in_place` keeps requests where they are, `retract` sends them back to the queue, `abort` ends them first."""
 
-    mode: Literal["in_place", "abort"] = "in_place"
+    mode: Literal["in_place", "retract", "abort"] = "in_place"
 
 
-class HealthReply(Reply, omit_defaults=True):
+class HealthReply(Reply, omit_defaults=True, frozen=True):
     status: str
     cause: str = ""
 
 
-class ProbeReply(Reply):
+class ProbeReply(Reply, frozen=True):
     status: str
     seconds: float
 
 
-class AbortReply(Reply):
+class AbortReply(Reply, frozen=True):
     aborted: int
 
 
-class FlushReply(Reply):
+class FlushReply(Reply, frozen=True):
     freed: int
     in_use: int
 
 
-class PauseReply(Reply):
+class PauseReply(Reply, frozen=True):
     paused: bool
 
 
-class ServerInfo(Reply):
+class ServerInfo(Reply, frozen=True):
     """`options` are those of docs/options.md, without secrets; `device` and `startup` are null until it is ready.
 
     `internal_states` has the figures of each scheduler; SGLang names it so."""
@@ -73,7 +72,7 @@ class ServerInfo(Reply):
     internal_states: list[dict[str, Any]]
 
 
-class ModelInfo(Reply):
+class ModelInfo(Reply, frozen=True):
     model_path: str
     tokenizer_path: str
     served_model_names: tuple[str, ...]
@@ -93,19 +92,27 @@ async def health(request: web.Request) -> web.Response:
 
 
 async def health_generate(request: web.Request) -> web.Response:
-    """Generate one token, ahead of all that waits: 200 when it came, else 503 with the cause."""
+    """Generate one token, or a vector, ahead of all that waits: 200 when it came, else 503 with the cause."""
     front = request.app[SERVICE].front
     state = front.health()
     if not state.ok:
         return json_response(HealthReply(state.status, state.cause), status=503)
-    sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
-    probe = Generate(f"health-{uuid4().hex}", sampling, ids=bytes(4), priority=INT32_MAX)
+    probe = probe_of(makes_vectors=front.info is not None and front.info.embedding_size > 0)
     began = time.perf_counter()
     with anyio.move_on_after(PROBE_SECONDS):
         async for _ in front.generate(probe):
             pass
         return json_response(ProbeReply(state.status, time.perf_counter() - began))
-    return json_response(HealthReply("stalled", f"no token within {PROBE_SECONDS:.0f} s"), status=503)
+    return json_response(HealthReply("stalled", f"no answer within {PROBE_SECONDS:.0f} s"), status=503)
+
+
+def probe_of(*, makes_vectors: bool) -> Job:
+    """A request that is answered if any is: of the token 0."""
+    rid = f"health-{uuid4().hex}"
+    if makes_vectors:
+        return Embed(rid, ids=bytes(4), priority=INT32_MAX)
+    sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+    return Generate(rid, sampling, ids=bytes(4), priority=INT32_MAX)
 
 
 async def metrics(request: web.Request) -> web.Response:
@@ -140,7 +147,8 @@ async def model_info(request: web.Request) -> web.Response:
     model, info = front.config.model, front.info
     chat = None if front.text is None else front.text.has_template
     length, vocabulary = (None, None) if info is None else (info.max_model_len, info.vocab_size)
-    return json_response(ModelInfo(model.model, model.model, service.models, True, length, vocabulary, chat))
+    generates = info is None or not info.embedding_size
+    return json_response(ModelInfo(model.model, model.model, service.models, generates, length, vocabulary, chat))
 
 
 # ── acting ───────────────────────────────────────────────────────────────────────────────────
@@ -166,7 +174,7 @@ async def pause_generation(request: web.Request, body: PauseBody) -> web.Respons
     front = request.app[SERVICE].front
     if body.mode == "abort":
         front.abort(None)
-    await front.pause(True)
+    await front.pause(True, retract=body.mode == "retract")
     return json_response(PauseReply(True))
 
 

@@ -5,17 +5,16 @@ name: tools, images and documents, thinking, batches.
 """
 
 from contextlib import aclosing
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 from uuid import uuid4
 
 from aiohttp import web
 from msgspec import Meta
 
-from engine.http.openapi import Reply
 from engine.http.service import SERVICE
 from engine.http.sse import describe_error, send_events
 from engine.http.tokens import size_of, with_text
-from engine.http.wire import Body, check_served, json_response, to_json
+from engine.http.wire import Body, Reply, check_served, json_response, to_json
 from engine.messages import Chunk, Generate, SamplingParams
 from engine.sampling import INT32_MAX, check_sampling
 
@@ -93,20 +92,91 @@ class MessagesBody(CountBody, kw_only=True):
     }
 
 
-class CountReply(Reply):
+class CountReply(Reply, frozen=True):
     input_tokens: int
 
 
-class AnthropicErrorFields(Reply):
+class AnthropicErrorFields(Reply, frozen=True):
     type: str
     message: str
     param: str | None
     code: str | None
 
 
-class AnthropicErrorReply(Reply):
+class AnthropicErrorReply(Reply, frozen=True):
     type: Literal["error"]
     error: AnthropicErrorFields
+
+
+class TextContent(Reply, frozen=True):
+    text: str
+    type: Literal["text"] = "text"
+
+
+class MessageUsage(Reply, frozen=True):
+    """Tokens so far; as Anthropic counts, `input_tokens` are those that the cache did not hold."""
+
+    input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+    cache_creation_input_tokens: int = 0
+
+
+class Stop(Reply, frozen=True):
+    """Why a message ended; null for one that /abort_request ended, as Anthropic has no word for that."""
+
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence"] | None = None
+    stop_sequence: str | None = None
+
+
+class MessageReply(Stop, kw_only=True, frozen=True):
+    id: str
+    model: str
+    content: list[TextContent]
+    usage: MessageUsage
+    type: Literal["message"] = "message"
+    role: Literal["assistant"] = "assistant"
+
+
+class MessageStart(Reply, frozen=True):
+    message: MessageReply
+    type: Literal["message_start"] = "message_start"
+
+
+class BlockStart(Reply, frozen=True):
+    content_block: TextContent
+    index: int = 0
+    type: Literal["content_block_start"] = "content_block_start"
+
+
+class TextDelta(Reply, frozen=True):
+    text: str
+    type: Literal["text_delta"] = "text_delta"
+
+
+class BlockDelta(Reply, frozen=True):
+    delta: TextDelta
+    index: int = 0
+    type: Literal["content_block_delta"] = "content_block_delta"
+
+
+class BlockStop(Reply, frozen=True):
+    index: int = 0
+    type: Literal["content_block_stop"] = "content_block_stop"
+
+
+class MessageDelta(Reply, frozen=True):
+    delta: Stop
+    usage: MessageUsage
+    type: Literal["message_delta"] = "message_delta"
+
+
+class MessageStop(Reply, frozen=True):
+    type: Literal["message_stop"] = "message_stop"
+
+
+Event = MessageStart | BlockStart | BlockDelta | BlockStop | MessageDelta | MessageStop | AnthropicErrorReply
+EVENTS = get_args(Event)
 
 
 # ── handlers ─────────────────────────────────────────────────────────────────────────────────
@@ -175,11 +245,10 @@ def _text(content: str | list[TextBlock], path: str) -> str:
 # ── replies ──────────────────────────────────────────────────────────────────────────────────
 
 
-def error_of(error: dict[str, Any], status: int) -> dict[str, Any]:
+def error_of(error: dict[str, Any], status: int) -> AnthropicErrorReply:
     """An OpenAI error object, worded as Anthropic's; `param` and `code` are kept beside it."""
-    fields = error["error"]
     kind = ERRORS.get(status, "invalid_request_error" if status < 500 else "api_error")
-    return {"type": "error", "error": {**fields, "type": kind}}
+    return AnthropicErrorReply("error", AnthropicErrorFields(**error["error"] | {"type": kind}))
 
 
 def failure_event(error: Exception) -> bytes:
@@ -188,15 +257,16 @@ def failure_event(error: Exception) -> bytes:
     return _event(error_of(fields, status))
 
 
-def _event(fields: dict[str, Any]) -> bytes:
-    return b"event: %b\ndata: %b\n\n" % (fields["type"].encode(), to_json(fields))
+def _event(event: Event) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (event.type.encode(), to_json(event))
 
 
 class AnthropicReply:
     """Chunks as a message, or as its events: start, one content block, what ended it, stop."""
 
     def __init__(self, rid: str, model: str) -> None:
-        self._head: dict[str, Any] = {"id": rid, "type": "message", "role": "assistant", "model": model}
+        self._rid = rid
+        self._model = model
         self._started = False
 
     def event(self, chunk: Chunk) -> bytes:
@@ -204,38 +274,44 @@ class AnthropicReply:
         events = b""
         if not self._started:
             self._started = True
-            opened: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": _usage(chunk)}
-            block = {"type": "text", "text": ""}
-            events = _event({"type": "message_start", "message": self._head | opened})
-            events += _event({"type": "content_block_start", "index": 0, "content_block": block})
+            opened = MessageReply(id=self._rid, model=self._model, content=[], usage=_usage(chunk))
+            events = _event(MessageStart(opened)) + _event(BlockStart(TextContent("")))
         if chunk.text:
-            delta = {"type": "text_delta", "text": chunk.text}
-            events += _event({"type": "content_block_delta", "index": 0, "delta": delta})
+            events += _event(BlockDelta(TextDelta(chunk.text)))
         if chunk.finish is not None:
-            events += _event({"type": "content_block_stop", "index": 0})
-            events += _event({"type": "message_delta", "delta": _stop(chunk), "usage": _usage(chunk)})
-            events += _event({"type": "message_stop"})
+            delta = MessageDelta(Stop(*_stop(chunk)), _usage(chunk))
+            events += _event(BlockStop()) + _event(delta) + _event(MessageStop())
         return events
 
     def whole(self, text: str, last: Chunk) -> bytes:
         """The message that is not streamed."""
-        content = [{"type": "text", "text": text}] if text else []
-        return to_json({**self._head, "content": content, **_stop(last), "usage": _usage(last)})
+        content = [TextContent(text)] if text else []
+        reason, sequence = _stop(last)
+        return to_json(
+            MessageReply(
+                id=self._rid,
+                model=self._model,
+                content=content,
+                usage=_usage(last),
+                stop_reason=reason,
+                stop_sequence=sequence,
+            )
+        )
 
 
-def _stop(last: Chunk) -> dict[str, Any]:
-    """Why the message ended; Anthropic has no word for a request that /abort_request ended, so that is null."""
-    if last.finish == "stop" and isinstance(last.matched, str):
-        return {"stop_reason": "stop_sequence", "stop_sequence": last.matched}
-    reasons = {"stop": "end_turn", "length": "max_tokens"}
-    return {"stop_reason": reasons.get(last.finish or ""), "stop_sequence": None}
+def _stop(last: Chunk) -> tuple[Literal["end_turn", "max_tokens", "stop_sequence"] | None, str | None]:
+    """Why the message ended, and at which stop sequence."""
+    match last.finish, last.matched:
+        case "stop", str(matched):
+            return "stop_sequence", matched
+        case "stop", _:
+            return "end_turn", None
+        case "length", _:
+            return "max_tokens", None
+        case _:
+            return None, None
 
 
-def _usage(chunk: Chunk) -> dict[str, int]:
-    """Tokens so far; as Anthropic counts, `input_tokens` are those that the cache did not hold."""
-    return {
-        "input_tokens": chunk.prompt_tokens - chunk.cached_tokens,
-        "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": chunk.cached_tokens,
-        "output_tokens": chunk.completion_tokens,
-    }
+def _usage(chunk: Chunk) -> MessageUsage:
+    fresh = chunk.prompt_tokens - chunk.cached_tokens
+    return MessageUsage(fresh, chunk.cached_tokens, chunk.completion_tokens)

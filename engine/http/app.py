@@ -18,8 +18,8 @@ from aiohttp.typedefs import Handler
 
 from engine.config import ServerOptions
 from engine.errors import ConfigError, RequestError
-from engine.http import admin, anthropic, native, openai, responses, tokens
-from engine.http.openapi import DOCUMENT, Route, describe, openapi_document
+from engine.http import admin, anthropic, choices, embeddings, native, openai, responses, stored, tokens
+from engine.http.openapi import DOCUMENT, ErrorReply, Route, describe, openapi_document
 from engine.http.service import SERVICE, Service
 from engine.http.sse import describe_error
 from engine.http.stored import STORE, ResponseStore
@@ -31,18 +31,57 @@ if TYPE_CHECKING:
 BACKLOG = 2048
 CLOSE_SECONDS = 1.0  # what handlers still running at the end get; draining happens before
 ROUTES = (
-    Route("POST", "/v1/chat/completions", openai.chat_completions, takes=openai.ChatBody, streams=True),
-    Route("POST", "/v1/completions", openai.completions, takes=openai.CompletionBody, streams=True),
-    Route("POST", "/v1/responses", responses.create, takes=responses.ResponsesBody, streams=True),
-    Route("GET", "/v1/responses/{response_id}", responses.retrieve, takes=responses.RetrieveQuery, streams=True),
+    Route(
+        "POST",
+        "/v1/chat/completions",
+        openai.chat_completions,
+        takes=openai.ChatBody,
+        gives=choices.ChatCompletion,
+        events=(choices.ChatCompletionChunk, ErrorReply),
+    ),
+    Route(
+        "POST",
+        "/v1/completions",
+        openai.completions,
+        takes=openai.CompletionBody,
+        gives=choices.TextCompletion,
+        events=(choices.TextCompletionChunk, ErrorReply),
+    ),
+    Route(
+        "POST",
+        "/v1/responses",
+        responses.create,
+        takes=responses.ResponsesBody,
+        gives=stored.ResponseObject,
+        events=responses.EVENTS,
+        done=False,
+    ),
+    Route(
+        "GET",
+        "/v1/responses/{response_id}",
+        responses.retrieve,
+        takes=responses.RetrieveQuery,
+        gives=stored.ResponseObject,
+        events=responses.EVENTS,
+        done=False,
+    ),
     Route("DELETE", "/v1/responses/{response_id}", responses.delete, gives=responses.DeletedReply),
-    Route("POST", "/v1/responses/{response_id}/cancel", responses.cancel),
+    Route("POST", "/v1/responses/{response_id}/cancel", responses.cancel, gives=stored.ResponseObject),
+    Route(
+        "GET",
+        "/v1/responses/{response_id}/input_items",
+        responses.input_items,
+        takes=responses.ItemsQuery,
+        gives=responses.ItemList,
+    ),
     Route(
         "POST",
         anthropic.PREFIX,
         anthropic.messages,
         takes=anthropic.MessagesBody,
-        streams=True,
+        gives=anthropic.MessageReply,
+        events=anthropic.EVENTS,
+        done=False,
         error=anthropic.AnthropicErrorReply,
     ),
     Route(
@@ -53,9 +92,25 @@ ROUTES = (
         gives=anthropic.CountReply,
         error=anthropic.AnthropicErrorReply,
     ),
-    Route("GET", "/v1/models", openai.models),
-    Route("GET", "/v1/models/{model:.+}", openai.model),
-    Route("POST", "/generate", native.generate, takes=native.GenerateBody, streams=True),
+    Route(
+        "POST",
+        "/v1/embeddings",
+        embeddings.embeddings,
+        takes=embeddings.EmbeddingBody,
+        gives=embeddings.EmbeddingList,
+    ),
+    Route("POST", "/v1/score", embeddings.score, takes=embeddings.ScoreBody, gives=embeddings.ScoreList),
+    Route("POST", "/score", embeddings.score, takes=embeddings.ScoreBody, gives=embeddings.ScoreList),
+    Route("GET", "/v1/models", openai.models, gives=openai.ModelList),
+    Route("GET", "/v1/models/{model:.+}", openai.model, gives=openai.ModelReply),
+    Route(
+        "POST",
+        "/generate",
+        native.generate,
+        takes=native.GenerateBody,
+        gives=native.GenerateReply | list[native.GenerateReply],
+        events=(native.GenerateReply, ErrorReply),
+    ),
     Route("POST", "/tokenize", tokens.tokenize, takes=tokens.TokenizeBody, gives=tokens.TokenizeReply),
     Route("POST", "/detokenize", tokens.detokenize, takes=tokens.DetokenizeBody, gives=tokens.DetokenizeReply),
     Route("POST", "/abort_request", admin.abort_request, takes=admin.AbortBody, gives=admin.AbortReply),
@@ -155,9 +210,8 @@ async def shape_errors(request: web.Request, handler: Handler) -> web.StreamResp
     if status == 503:
         draining = service.front.health().status == "draining"
         headers["Retry-After"] = str(max(1, math.ceil(service.options.drain_seconds)) if draining else 1)
-    if request.path.startswith(anthropic.PREFIX):
-        body = anthropic.error_of(body, status)
-    return json_response(body, status=status, headers=headers)
+    worded = anthropic.error_of(body, status) if request.path.startswith(anthropic.PREFIX) else body
+    return json_response(worded, status=status, headers=headers)
 
 
 def _http_words(request: web.Request, error: web.HTTPException) -> tuple[str, str]:

@@ -1,21 +1,154 @@
 """Replies as OpenAI's chat.completion(.chunk) and text_completion objects: choices, log-probabilities, usage.
 
-Choice i of several is reply i: the prompts in order, `n` replies to each. All but the text of an event is encoded
-once, so that a chunk without log-probabilities costs one string escape and one join.
+Choice i of several is reply i: the prompts in order, `n` replies to each. The structs are what is sent and what the
+OpenAPI document describes. What stands around an event's text is encoded once, so that a chunk without
+log-probabilities costs one string escape and one join.
 """
 
 import codecs
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal
 
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
-from engine.http.sse import DONE
-from engine.http.wire import to_json
+from engine.http.sse import DONE, data_event
+from engine.http.wire import Reply, to_json
 from engine.messages import Chunk, TokenLogprob
 
-NO_LOGPROBS = b',"logprobs":null,"finish_reason":null}]'
+MARK = "\0"  # where an event's text will stand
+
+
+# ── what is sent ─────────────────────────────────────────────────────────────────────────────
+
+FinishReason = Literal["stop", "length", "abort"] | None
+Matched = int | str | None | UnsetType  # the stop string, expression or token id that ended a reply; an extension
+
+
+class LikelyToken(Reply, frozen=True):
+    token: str
+    bytes: list[int]
+    logprob: float
+
+
+class ChatToken(LikelyToken, frozen=True):
+    """Its bytes are exact where it is only a part of a character."""
+
+    top_logprobs: list[LikelyToken]
+
+
+class ChatLogprobs(Reply, frozen=True):
+    content: list[ChatToken]
+    refusal: None = None
+
+
+class TextLogprobs(Reply, frozen=True):
+    """Of each token its text, or its bytes where it is none; the likeliest with itself among them; where it begins."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class PromptToken(Reply, frozen=True):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+# For each token of a prompt those at its place, by id, its own last; null for the first, which nothing predicts.
+PromptLogprobs = list[dict[str, PromptToken] | None] | UnsetType
+
+
+class AssistantMessage(Reply, frozen=True):
+    role: Literal["assistant"]
+    content: str
+    refusal: None = None
+
+
+class Delta(Reply, frozen=True):
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class ChatChoice(Reply, frozen=True):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason = None
+    matched_stop: Matched = UNSET
+
+
+class DeltaChoice(Reply, frozen=True):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason = None
+    matched_stop: Matched = UNSET
+
+
+class TextChoice(Reply, frozen=True):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None = None
+    finish_reason: FinishReason = None
+    matched_stop: Matched = UNSET
+    prompt_logprobs: PromptLogprobs = UNSET
+
+
+class PromptTokensDetails(Reply, frozen=True):
+    cached_tokens: int
+
+
+class Usage(Reply, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class ChatCompletion(Reply, frozen=True):
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_logprobs: PromptLogprobs = UNSET
+    object: Literal["chat.completion"] = "chat.completion"
+
+
+class ChatCompletionChunk(Reply, frozen=True):
+    """The usage is null but in an event of its own at the end, or absent, as stream_options say."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[DeltaChoice]
+    usage: Usage | UnsetType | None = UNSET
+    prompt_logprobs: PromptLogprobs = UNSET
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+
+
+class TextCompletion(Reply, frozen=True):
+    id: str
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+    object: Literal["text_completion"] = "text_completion"
+
+
+class TextCompletionChunk(Reply, frozen=True):
+    id: str
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage | UnsetType | None = UNSET
+    object: Literal["text_completion"] = "text_completion"
+
+
+# ── from chunks ──────────────────────────────────────────────────────────────────────────────
 
 
 class Wording(Struct, frozen=True, kw_only=True):
@@ -37,19 +170,12 @@ class OpenAIReply:
 
     def __init__(self, rid: str, model: str, wording: Wording) -> None:
         self._wording = wording
+        self._head = (rid, int(time.time()), model)
         self._last: list[Chunk | None] = [None] * wording.choices
         self._finished = 0
         self._offsets = [TextOffset() for _ in range(wording.choices)]
-        chat = wording.chat
-        self._head: dict[str, Any] = {"id": rid, "object": "chat.completion" if chat else "text_completion"}
-        self._head |= {"created": int(time.time()), "model": model}
-        kind = {"object": "chat.completion.chunk" if chat else "text_completion"}
-        self._before_choices = b"data: " + to_json(self._head | kind)[:-1] + b',"choices":['
-        content = b',"delta":{"content":' if chat else b',"text":'
-        self._before = [self._before_choices + b'{"index":%d' % index + content for index in range(wording.choices)]
-        self._plain_end = b',"usage":null}\n\n' if wording.usage else b"}\n\n"
-        self._after = (b"}" if chat else b"") + NO_LOGPROBS + self._plain_end
         self._detailed = wording.logprobs or wording.prompt_logprobs or wording.continuous_usage
+        self._around: dict[int, tuple[bytes, bytes]] = {}
 
     def event(self, part: tuple[int, Chunk]) -> bytes:
         """The events of one choice's chunk: a chat's opens with the role and ends with its finish; the usage, if asked
@@ -60,95 +186,134 @@ class OpenAIReply:
         self._last[index] = chunk
         events = b""
         if chat and opens:
-            events = self._choice(index, {"delta": {"role": "assistant", "content": ""}})
+            events = self._event(DeltaChoice(index, Delta("assistant", "")))
         if self._detailed:
             if chunk.text or chunk.logprobs or chunk.prompt_logprobs:
-                fields: dict[str, Any] = {"delta": {"content": chunk.text}} if chat else {"text": chunk.text}
-                events += self._choice(index, fields | self._scores(index, chunk))
+                events += self._detailed_event(index, chunk)
         elif chunk.text:
-            events += self._before[index] + to_json(chunk.text) + self._after
+            before, after = self._around.get(index) or self._surroundings(index)
+            events += before + to_json(chunk.text) + after
         if chunk.finish is not None:
             self._finished += 1
-            events += self._choice(index, {"delta": {}} if chat else {"text": ""}, chunk)
+            end = (None, chunk.finish, chunk.matched)
+            events += self._event(DeltaChoice(index, Delta(), *end) if chat else TextChoice(index, "", *end))
             if self._finished == self._wording.choices:
                 if self._wording.usage:
-                    events += self._before_choices + b'],"usage":' + to_json(self._usage()) + b"}\n\n"
+                    events += self._event(None, usage=self._usage())
                 events += DONE
         return events
 
-    def _choice(self, index: int, fields: dict[str, Any], last: Chunk | None = None) -> bytes:
-        end = self._plain_end
+    def _surroundings(self, index: int) -> tuple[bytes, bytes]:
+        """What stands before and after the text of an event of choice `index` that holds nothing else."""
+        plain = DeltaChoice(index, Delta(content=MARK)) if self._wording.chat else TextChoice(index, MARK)
+        before, _, after = self._event(plain).rpartition(to_json(MARK))
+        self._around[index] = before, after
+        return before, after
+
+    def _detailed_event(self, index: int, chunk: Chunk) -> bytes:
+        prompt = self._prompt_logprobs(chunk)
+        if self._wording.chat:
+            choice = DeltaChoice(index, Delta(content=chunk.text), self._chat_logprobs(chunk))
+            return self._event(choice, prompt_logprobs=UNSET if index else prompt)
+        logprobs = self._text_logprobs(index, chunk)
+        return self._event(TextChoice(index, chunk.text, logprobs, prompt_logprobs=prompt))
+
+    def _event(
+        self,
+        choice: DeltaChoice | TextChoice | None,
+        *,
+        usage: Usage | None = None,
+        prompt_logprobs: PromptLogprobs = UNSET,
+    ) -> bytes:
+        """One event with `choice`, and what there is beside it: `usage`, or what is told in every event."""
+        told: Usage | UnsetType | None = usage or (None if self._wording.usage else UNSET)
         if self._wording.continuous_usage:
-            end = b',"usage":' + to_json(self._usage()) + b"}\n\n"
-        return self._before_choices + to_json(choice(index, fields, last)) + b"]" + end
+            told = self._usage()
+        payload: ChatCompletionChunk | TextCompletionChunk
+        if self._wording.chat:
+            assert not isinstance(choice, TextChoice)
+            payload = ChatCompletionChunk(*self._head, [choice] if choice else [], told, prompt_logprobs)
+        else:
+            assert not isinstance(choice, DeltaChoice)
+            payload = TextCompletionChunk(*self._head, [choice] if choice else [], told)
+        return data_event(to_json(payload))
 
     def whole(self, replies: Sequence[Chunk]) -> bytes:
         """The object of replies that are not streamed, each joined into one chunk."""
-        choices = []
-        for index, reply in enumerate(replies):
-            self._last[index] = reply
-            message = {"role": "assistant", "content": reply.text, "refusal": None}
-            fields: dict[str, Any] = {"message": message} if self._wording.chat else {"text": reply.text}
-            choices.append(choice(index, fields | self._scores(index, reply), reply))
-        return to_json(self._head | {"choices": choices, "usage": self._usage()})
+        self._last = list(replies)
+        usage = self._usage()
+        if self._wording.chat:
+            chats = [
+                ChatChoice(
+                    index,
+                    AssistantMessage("assistant", reply.text),
+                    self._chat_logprobs(reply),
+                    reply.finish,
+                    reply.matched,
+                )
+                for index, reply in enumerate(replies)
+            ]
+            return to_json(ChatCompletion(*self._head, chats, usage, self._prompt_logprobs(replies[0])))
+        texts = [
+            TextChoice(
+                index,
+                reply.text,
+                self._text_logprobs(index, reply),
+                reply.finish,
+                reply.matched,
+                self._prompt_logprobs(reply),
+            )
+            for index, reply in enumerate(replies)
+        ]
+        return to_json(TextCompletion(*self._head, texts, usage))
 
-    def _scores(self, index: int, chunk: Chunk) -> dict[str, Any]:
-        """The log-probabilities in `chunk`, as far as the client asked for them."""
-        wording = self._wording
-        found: dict[str, Any] = {}
-        if wording.logprobs and wording.chat:
-            found["logprobs"] = {"content": [chat_logprob(token) for token in chunk.logprobs], "refusal": None}
-        elif wording.logprobs:
-            tokens = (*chunk.prompt_logprobs, *chunk.logprobs) if wording.echo else chunk.logprobs
-            found["logprobs"] = text_logprobs(tokens, self._offsets[index])
-        if wording.prompt_logprobs and chunk.prompt_logprobs:
-            found["prompt_logprobs"] = [prompt_logprob(token) for token in chunk.prompt_logprobs]
-        return found
+    def _chat_logprobs(self, chunk: Chunk) -> ChatLogprobs | None:
+        return ChatLogprobs([chat_token(token) for token in chunk.logprobs]) if self._wording.logprobs else None
 
-    def _usage(self) -> dict[str, Any]:
-        """OpenAI's usage object of what there is so far; a prompt counts once, however many replies it has."""
+    def _text_logprobs(self, index: int, chunk: Chunk) -> TextLogprobs | None:
+        if not self._wording.logprobs:
+            return None
+        tokens = (*chunk.prompt_logprobs, *chunk.logprobs) if self._wording.echo else chunk.logprobs
+        return text_logprobs(tokens, self._offsets[index])
+
+    def _prompt_logprobs(self, chunk: Chunk) -> PromptLogprobs:
+        """Those in `chunk`, in the first one of a reply, if the client asked for them."""
+        if not self._wording.prompt_logprobs or not chunk.prompt_logprobs:
+            return UNSET
+        return [prompt_tokens(token) for token in chunk.prompt_logprobs]
+
+    def _usage(self) -> Usage:
+        """What there is so far; a prompt counts once, however many replies it has."""
         prompts = [
             next((chunk for chunk in self._last[first : first + self._wording.samples] if chunk is not None), None)
             for first in range(0, self._wording.choices, self._wording.samples)
         ]
         asked = sum(chunk.prompt_tokens for chunk in prompts if chunk is not None)
         replied = sum(chunk.completion_tokens for chunk in self._last if chunk is not None)
-        return {
-            "prompt_tokens": asked,
-            "completion_tokens": replied,
-            "total_tokens": asked + replied,
-            "prompt_tokens_details": {
-                "cached_tokens": sum(chunk.cached_tokens for chunk in prompts if chunk is not None)
-            },
-        }
-
-
-def choice(index: int, fields: dict[str, Any], last: Chunk | None) -> dict[str, Any]:
-    """One entry of `choices`; `matched_stop`, an extension, is the stop string, expression or token id at its end."""
-    shared = {"index": index, "logprobs": None, **fields, "finish_reason": None}
-    return shared if last is None else shared | {"finish_reason": last.finish, "matched_stop": last.matched}
+        cached = sum(chunk.cached_tokens for chunk in prompts if chunk is not None)
+        return Usage(asked, replied, asked + replied, PromptTokensDetails(cached))
 
 
 # ── log-probabilities ────────────────────────────────────────────────────────────────────────
 
 
-def chat_logprob(token: TokenLogprob) -> dict[str, Any]:
-    """A token as chat completions word it: its bytes are exact where it is only a part of a character."""
-    return _entry(token) | {"top_logprobs": [_entry(likely) for likely in token.top]}
+def chat_token(token: TokenLogprob) -> ChatToken:
+    """A token of a reply as chat completions word it."""
+    likeliest = [LikelyToken(one.text, list(one.bytes), _known(one)) for one in token.top]
+    return ChatToken(token.text, list(token.bytes), _known(token), likeliest)
 
 
-def _entry(token: TokenLogprob) -> dict[str, Any]:
-    return {"token": token.text, "bytes": list(token.bytes), "logprob": token.logprob}
-
-
-def prompt_logprob(token: TokenLogprob) -> dict[str, Any] | None:
-    """A token of the prompt as vLLM words it: by id, its own first; None for the first, which nothing predicts."""
+def prompt_tokens(token: TokenLogprob) -> dict[str, PromptToken] | None:
+    """A token of the prompt as vLLM words it: the likeliest at its place and itself."""
     if token.logprob is None:
         return None
-    return {
-        str(one.id): {"logprob": one.logprob, "rank": one.rank, "decoded_token": one.text}
-        for one in (*(other for other in token.top if other.id != token.id), token)
-    }
+    others = (other for other in token.top if other.id != token.id)
+    return {str(one.id): PromptToken(_known(one), one.rank, one.text) for one in (*others, token)}
+
+
+def _known(token: TokenLogprob) -> float:
+    assert token.logprob is not None, "only a prompt's first token has no log-probability"
+    return token.logprob
 
 
 class TextOffset:
@@ -165,18 +330,17 @@ class TextOffset:
         return before
 
 
-def text_logprobs(tokens: Sequence[TokenLogprob], offset: TextOffset) -> dict[str, Any]:
+def text_logprobs(tokens: Sequence[TokenLogprob], offset: TextOffset) -> TextLogprobs:
     """Tokens as text completions word them. The likeliest are in a dictionary, a token itself among them."""
-    top: list[dict[str, float | None] | None] = []
-    for token in tokens:
-        entries = {token_name(one): one.logprob for one in (*token.top, token)}
-        top.append(None if token.logprob is None else entries)
-    return {
-        "tokens": [token_name(token) for token in tokens],
-        "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": top,
-        "text_offset": [offset.advance(token) for token in tokens],
-    }
+    return TextLogprobs(
+        tokens=[token_name(token) for token in tokens],
+        token_logprobs=[token.logprob for token in tokens],
+        top_logprobs=[
+            None if token.logprob is None else {token_name(one): _known(one) for one in (*token.top, token)}
+            for token in tokens
+        ],
+        text_offset=[offset.advance(token) for token in tokens],
+    )
 
 
 def token_name(token: TokenLogprob) -> str:

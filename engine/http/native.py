@@ -9,13 +9,13 @@ from typing import Any, ClassVar, TypeVar
 from uuid import uuid4
 
 from aiohttp import web
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from engine.errors import RequestError
 from engine.http.openai import Priority, TokenId, allowed_ids, pack_ids, salt_of, sampled, stop_strings
 from engine.http.service import answer
 from engine.http.sse import DONE
-from engine.http.wire import Body, check_served, to_json
+from engine.http.wire import Body, Reply, check_served, to_json
 from engine.messages import Chunk, Generate, SamplingParams, TokenLogprob
 from engine.sampling import check_sampling
 
@@ -32,7 +32,7 @@ CLIENT_NAMES = {
 
 SAME = (
     "temperature", "top_p", "top_k", "min_p", "ignore_eos", "presence_penalty", "frequency_penalty",
-    "repetition_penalty", "logit_bias",
+    "repetition_penalty", "logit_bias", "skip_special_tokens", "detokenize",
 )  # fmt: skip
 
 
@@ -61,9 +61,11 @@ class NativeSampling(Body):
     regex: Any = None
     ebnf: Any = None
     structural_tag: Any = None
-    skip_special_tokens: Any = None
+    skip_special_tokens: bool | None = None
+    no_stop_trim: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    detokenize: bool | None = None
     spaces_between_special_tokens: Any = None
-    no_stop_trim: Any = None
     custom_params: Any = None
 
     unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -71,9 +73,7 @@ class NativeSampling(Body):
         "regex": (),
         "ebnf": (),
         "structural_tag": (),
-        "skip_special_tokens": (True,),
         "spaces_between_special_tokens": (True,),
-        "no_stop_trim": (False,),
         "custom_params": ({},),
     }
 
@@ -114,6 +114,46 @@ class GenerateBody(Body):
         "custom_logit_processor": (),
         "session_params": ({},),
     }
+
+
+class Stopped(Reply, tag_field="type", tag="stop", frozen=True):
+    """`matched` is the stop string, the expression or the stop token id."""
+
+    matched: int | str | None
+
+
+class TooLong(Reply, tag_field="type", tag="length", frozen=True):
+    length: int
+
+
+class Aborted(Reply, tag_field="type", tag="abort", frozen=True):
+    message: str = "the request was aborted"
+
+
+ScoredToken = tuple[float | None, int, str | None]  # its log-probability, id and, if asked for, text
+
+
+class MetaInfo(Reply, frozen=True):
+    """Log-probabilities are there if asked for: of the prompt from a position on, and of the reply so far."""
+
+    id: str
+    finish_reason: Stopped | TooLong | Aborted | None
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    input_token_logprobs: list[ScoredToken] | UnsetType = UNSET
+    input_top_logprobs: list[list[ScoredToken] | None] | UnsetType = UNSET
+    output_token_logprobs: list[ScoredToken] | UnsetType = UNSET
+    output_top_logprobs: list[list[ScoredToken] | None] | UnsetType = UNSET
+
+
+class GenerateReply(Reply, frozen=True):
+    """One reply. In an event it is the reply so far, and `index` says which of several it is."""
+
+    text: str
+    output_ids: list[int]
+    meta_info: MetaInfo
+    index: int | UnsetType = UNSET
 
 
 async def generate(request: web.Request, body: GenerateBody) -> web.StreamResponse:
@@ -190,10 +230,22 @@ def native_sampling(body: NativeSampling, scores: Scores) -> SamplingParams:
         allowed_token_ids=allowed_ids(body.allowed_token_ids),
         logprobs=scores.top if scores.wanted else None,
         prompt_logprobs=scores.top if scores.wanted and scores.start >= 0 else None,
+        include_stop_str_in_output=stop_kept(body),
         **given,
     )
     check_sampling(sampling, CLIENT_NAMES)
     return sampling
+
+
+def stop_kept(body: NativeSampling) -> bool:
+    """Whether what stops a reply is part of it: SGLang and vLLM have each a name for that."""
+    ours, theirs = body.no_stop_trim, body.include_stop_str_in_output
+    if None not in (ours, theirs) and ours != theirs:
+        raise RequestError(
+            f"no_stop_trim is {ours} and include_stop_str_in_output is {theirs}; they mean the same, so send one",
+            param="sampling_params.no_stop_trim",
+        )
+    return bool(ours or theirs)
 
 
 def check_rid(rid: str) -> None:
@@ -281,43 +333,38 @@ class OneReply:
         index = b"" if self._index is None else b',"index":%d' % self._index
         return b"".join((self._text, b'","output_ids":[', self._ids[:-1], b'],"meta_info":', meta, index, b"}\n\n"))
 
-    def whole(self, chunk: Chunk) -> dict[str, Any]:
+    def whole(self, chunk: Chunk) -> GenerateReply:
         """The object of a reply that is not streamed."""
-        return {"text": chunk.text, "output_ids": chunk.ids, "meta_info": self._meta(chunk)}
+        return GenerateReply(chunk.text, chunk.ids, self._meta(chunk))
 
-    def _meta(self, chunk: Chunk) -> dict[str, Any]:
-        finish: dict[str, Any] | None
-        match chunk.finish:
-            case None:
-                finish = None
-            case "stop":
-                finish = {"type": "stop", "matched": chunk.matched}
-            case "length":
-                finish = {"type": "length", "length": chunk.completion_tokens}
-            case "abort":
-                finish = {"type": "abort", "message": "the request was aborted"}
-        meta = {
-            "id": self._rid,
-            "finish_reason": finish,
-            "prompt_tokens": chunk.prompt_tokens,
-            "completion_tokens": chunk.completion_tokens,
-            "cached_tokens": chunk.cached_tokens,
-        }
-        return meta | self._logprobs(chunk) if self._scores.wanted else meta
+    def _meta(self, chunk: Chunk) -> MetaInfo:
+        """Of the reply so far, with the log-probabilities of `chunk`."""
+        told: dict[str, Any] = {}
+        if self._scores.wanted:
+            self._prompt += chunk.prompt_logprobs[max(self._scores.start, 0) :]
+            self._tokens += chunk.logprobs
+            for name, tokens in (("input", self._prompt), ("output", self._tokens)):
+                told[f"{name}_token_logprobs"] = [self._entry(token) for token in tokens]
+                if self._scores.top:
+                    told[f"{name}_top_logprobs"] = [self._likeliest(token) for token in tokens]
+        counts = (chunk.prompt_tokens, chunk.completion_tokens, chunk.cached_tokens)
+        return MetaInfo(self._rid, finished(chunk), *counts, **told)
 
-    def _logprobs(self, chunk: Chunk) -> dict[str, Any]:
-        """The log-probabilities of prompt and reply so far, with those of `chunk`."""
-        start, top = self._scores.start, self._scores.top
-        self._prompt += chunk.prompt_logprobs[max(start, 0) :]
-        self._tokens += chunk.logprobs
-        found: dict[str, Any] = {}
-        for name, tokens in (("input", self._prompt), ("output", self._tokens)):
-            found[f"{name}_token_logprobs"] = [self._entry(token) for token in tokens]
-            if top:
-                found[f"{name}_top_logprobs"] = [
-                    None if token.logprob is None else [self._entry(likely) for likely in token.top] for token in tokens
-                ]
-        return found
+    def _likeliest(self, token: TokenLogprob) -> list[ScoredToken] | None:
+        return None if token.logprob is None else [self._entry(likely) for likely in token.top]
 
-    def _entry(self, token: TokenLogprob) -> tuple[float | None, int, str | None]:
+    def _entry(self, token: TokenLogprob) -> ScoredToken:
         return token.logprob, token.id, token.text if self._scores.text else None
+
+
+def finished(chunk: Chunk) -> Stopped | TooLong | Aborted | None:
+    """Why the reply ended with `chunk`, None if it did not."""
+    match chunk.finish:
+        case None:
+            return None
+        case "stop":
+            return Stopped(chunk.matched)
+        case "length":
+            return TooLong(chunk.completion_tokens)
+        case "abort":
+            return Aborted()

@@ -15,7 +15,7 @@ from msgspec import Meta
 from engine.errors import RequestError
 from engine.http.choices import OpenAIReply, Wording
 from engine.http.service import SERVICE, answer
-from engine.http.wire import Body, check_served, json_response
+from engine.http.wire import Body, Reply, check_served, json_response
 from engine.messages import Generate, SamplingParams
 from engine.sampling import INT32_MAX, check_sampling
 
@@ -60,9 +60,16 @@ class SamplingBody(Body):
     allowed_token_ids: list[int] | None = None
     cache_salt: str | None = None
     priority: Priority | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    detokenize: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Any = None  # ignored
+    spaces_between_special_tokens: Any = None
+
+    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {"spaces_between_special_tokens": (True,)}
 
 
 class TextPart(Body):
@@ -99,6 +106,7 @@ class ChatBody(SamplingBody, kw_only=True):
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     # Ignored: they change nothing that the engine does.
     metadata: Any = None
@@ -123,6 +131,7 @@ class ChatBody(SamplingBody, kw_only=True):
     web_search_options: Any = None
 
     unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **SamplingBody.unserved,
         "audio": (),
         "functions": ([],),
         "function_call": ("none", "auto"),
@@ -139,15 +148,27 @@ class ChatBody(SamplingBody, kw_only=True):
     }
 
 
+class ModelReply(Reply, frozen=True):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int | None  # null until the device is ready
+
+
+class ModelList(Reply, frozen=True):
+    object: Literal["list"]
+    data: list[ModelReply]
+
+
 class CompletionBody(SamplingBody, kw_only=True):
     prompt: str | list[TokenId | str | list[TokenId]]
     logprobs: int | None = None
-    prompt_logprobs: int | None = None
     echo: bool | None = None
     best_of: int | None = None
     suffix: Any = None
 
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {"suffix": ("",)}
+    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {**SamplingBody.unserved, "suffix": ("",)}
 
 
 # ── handlers ─────────────────────────────────────────────────────────────────────────────────
@@ -156,6 +177,7 @@ class CompletionBody(SamplingBody, kw_only=True):
 async def chat_completions(request: web.Request, body: ChatBody) -> web.StreamResponse:
     """Answer a conversation, whole or streamed."""
     request.app[SERVICE].check_model(body.model)
+    request.app[SERVICE].check_template(body.chat_template)
     if body.max_completion_tokens not in (None, body.max_tokens) and body.max_tokens is not None:
         raise RequestError(
             f"max_tokens is {body.max_tokens} and max_completion_tokens is {body.max_completion_tokens}; "
@@ -167,7 +189,13 @@ async def chat_completions(request: web.Request, body: ChatBody) -> web.StreamRe
     new, names = body.max_tokens, {"logprobs": "top_logprobs"}
     if body.max_completion_tokens is not None:
         new, names["max_tokens"] = body.max_completion_tokens, "max_completion_tokens"
-    sampling = sampling_of(body, names, max_tokens=new, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+    sampling = sampling_of(
+        body,
+        names,
+        max_tokens=new,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        prompt_logprobs=body.prompt_logprobs,
+    )
     first = Generate(
         f"chatcmpl-{uuid4().hex}",
         sampling,
@@ -176,7 +204,8 @@ async def chat_completions(request: web.Request, body: ChatBody) -> web.StreamRe
         cache_salt=salt_of(body.cache_salt),
         **template_options(body),
     )
-    return await _complete(request, body, [first], Wording(chat=True, logprobs=bool(body.logprobs)))
+    wording = Wording(chat=True, logprobs=bool(body.logprobs), prompt_logprobs=body.prompt_logprobs is not None)
+    return await _complete(request, body, [first], wording)
 
 
 async def completions(request: web.Request, body: CompletionBody) -> web.StreamResponse:
@@ -244,7 +273,7 @@ async def _complete(
 async def models(request: web.Request) -> web.Response:
     """List the names that the model is served under."""
     names = request.app[SERVICE].models
-    return json_response({"object": "list", "data": [_model(request, name) for name in names]})
+    return json_response(ModelList("list", [_model(request, name) for name in names]))
 
 
 async def model(request: web.Request) -> web.Response:
@@ -254,16 +283,10 @@ async def model(request: web.Request) -> web.Response:
     return json_response(_model(request, name))
 
 
-def _model(request: web.Request, name: str) -> dict[str, Any]:
-    service = request.app[SERVICE]
-    info = service.front.info
-    return {
-        "id": name,
-        "object": "model",
-        "created": service.front.created,
-        "owned_by": "engine",
-        "max_model_len": info.max_model_len if info is not None else None,
-    }
+def _model(request: web.Request, name: str) -> ModelReply:
+    front = request.app[SERVICE].front
+    length = None if front.info is None else front.info.max_model_len
+    return ModelReply(name, "model", front.created, "engine", length)
 
 
 # ── from a body to a Generate ────────────────────────────────────────────────────────────────
@@ -271,7 +294,8 @@ def _model(request: web.Request, name: str) -> dict[str, Any]:
 
 SAME = (
     "temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos", "min_tokens", "presence_penalty",
-    "frequency_penalty", "repetition_penalty", "logit_bias",
+    "frequency_penalty", "repetition_penalty", "logit_bias", "skip_special_tokens", "include_stop_str_in_output",
+    "detokenize",
 )  # fmt: skip
 
 
@@ -281,7 +305,7 @@ def sampling_of(
     *,
     max_tokens: int | None,
     logprobs: int | None,
-    prompt_logprobs: int | None = None,
+    prompt_logprobs: int | None,
 ) -> SamplingParams:
     """The checked SamplingParams of `body`; `names` says what its client called a field, if not by its own name."""
     given = {name: value for name in SAME if (value := getattr(body, name)) is not None}
@@ -367,6 +391,7 @@ class TemplateFields(Protocol):
 
     add_generation_prompt: bool | None
     continue_final_message: bool | None
+    chat_template: str | None
     chat_template_kwargs: dict[str, Any] | None
 
 
@@ -383,6 +408,7 @@ def template_options(body: TemplateFields) -> dict[str, Any]:
         "add_generation_prompt": opened,
         "continue_final_message": going_on,
         "template_kwargs": body.chat_template_kwargs,
+        "chat_template": body.chat_template,
     }
 
 

@@ -1,23 +1,23 @@
 """One route, declared once: aiohttp serves it and the OpenAPI document describes it from the same `Route`.
 
 The document cannot say what the server does not do: the struct that decodes a body is the struct that describes
-it, a field that is known but not served yet is described by the only values it takes, and a reply is described
-where it is a struct. Left out: schemas of the replies that are written piece by piece for speed.
+it, a field that is known but not served yet is described by the only values it takes, and the structs that are
+encoded as a reply, or as the events of a stream, are those that describe it.
 """
 
 import inspect
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
-from msgspec import Struct
+from msgspec import UNSET, Struct
 
 from engine import __version__
-from engine.http.wire import Body, BodyDecoder, bodies_in, json_response
+from engine.http.wire import Body, BodyDecoder, Reply, StructType, json_response, structs_in
 from engine.sampling import INT32_MAX, MAX_LOGPROBS, MAX_PENALTY, MAX_REPETITION
 
 REFERENCE = "#/components/schemas/{name}"
@@ -51,35 +51,33 @@ CLIENT_NAMES: Mapping[str, str] = MappingProxyType(
 )
 
 
-class Reply(Struct):
-    """Base of a JSON answer that is described."""
-
-
-class ErrorFields(Reply):
+class ErrorFields(Reply, frozen=True):
     message: str
     type: Literal["invalid_request_error", "server_error"]
     param: str | None
     code: str | None
 
 
-class ErrorReply(Reply):
+class ErrorReply(Reply, frozen=True):
     error: ErrorFields
 
 
 class Route(Struct, frozen=True):
     """One method of one path. `takes` is the handler's second argument: a body, or the query of a GET.
 
-    It answers with `gives`, or with `unready` at status 503; `error` is the shape of its errors. `open` routes ask
-    for no API key. `content` is the type of what is not JSON.
+    It answers with `gives`, or with `unready` at status 503, or streams `events`, the last of which is "[DONE]" if
+    `done`; `error` is the shape of its errors. `open` routes ask for no API key. `content` is the type of what is not
+    JSON.
     """
 
     method: Literal["GET", "POST", "DELETE"]
     path: str
     handler: Callable[..., Awaitable[web.StreamResponse]]
     takes: type[Body] | None = None
-    gives: type[Struct] | None = None
+    gives: Any = None
     unready: type[Struct] | None = None
-    streams: bool = False
+    events: tuple[type[Struct], ...] = ()
+    done: bool = True
     open: bool = False
     content: str = "application/json"
     error: type[Struct] = ErrorReply
@@ -110,18 +108,25 @@ class Route(Struct, frozen=True):
 # ── the document ─────────────────────────────────────────────────────────────────────────────
 
 
+Written = Mapping[Any, dict[str, Any]]  # types to how the document refers to them
+
+
 def describe(routes: Sequence[Route], *, models: Sequence[str], keyed: bool) -> dict[str, Any]:
     """OpenAPI 3.1 of `routes`; `models` are the names served, `keyed` says that the server asks for an API key."""
-    kinds = [kind for route in routes for kind in (route.takes, route.gives, route.unready, route.error) if kind]
-    _, schemas = msgspec.json.schema_components(dict.fromkeys(kinds), ref_template=REFERENCE)
-    for kind in _with_parts(route.takes for route in routes if route.takes):
+    told = [kind for route in routes for kind in (route.gives, route.unready, route.error, *route.events)]
+    kinds = [kind for kind in dict.fromkeys([*(route.takes for route in routes), *told]) if kind is not None]
+    references, schemas = msgspec.json.schema_components(kinds, ref_template=REFERENCE)
+    written = dict(zip(kinds, references, strict=True))
+    for kind in _with_parts((route.takes for route in routes), Body):
         _bound(schemas[kind.__name__])
         _describe_unserved(kind, schemas[kind.__name__])
         if "model" in kind.__struct_fields__:
             schemas[kind.__name__]["properties"]["model"] = {"enum": [*models, None], "default": None}
+    for reply in _with_parts(told, Reply):
+        _require_what_is_sent(reply, schemas[reply.__name__])
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
-        paths.setdefault(route.public_path, {})[route.method.lower()] = _operation(route, schemas, keyed=keyed)
+        paths.setdefault(route.public_path, {})[route.method.lower()] = _operation(route, schemas, written, keyed=keyed)
     schemes = {
         "bearer": {"type": "http", "scheme": "bearer"},
         "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -134,16 +139,24 @@ def describe(routes: Sequence[Route], *, models: Sequence[str], keyed: bool) -> 
     }
 
 
-def _with_parts(kinds: Iterable[type[Body]]) -> set[type[Body]]:
-    """`kinds` and every body inside them."""
-    found: set[type[Body]] = set()
-    waiting = list(kinds)
+def _with_parts(hints: Iterable[Any], base: type[StructType]) -> set[type[StructType]]:
+    """The structs of the kind `base` in `hints`, and every such struct inside them."""
+    found: set[type[StructType]] = set()
+    waiting = list(hints)
     while waiting:
-        kind = waiting.pop()
-        if kind not in found:
-            found.add(kind)
-            waiting += bodies_in(kind)
+        fresh = set(structs_in(waiting.pop(), base)) - found
+        found |= fresh
+        waiting += [hint for kind in fresh for hint in get_type_hints(kind).values()]
     return found
+
+
+def _require_what_is_sent(kind: type[Reply], schema: dict[str, Any]) -> None:
+    """A default is for us who write a reply: whoever reads it always gets the field."""
+    if not kind.__struct_config__.omit_defaults:
+        optional = {field.name for field in msgspec.structs.fields(kind) if field.default is UNSET}
+        schema["required"] = [name for name in schema["properties"] if name not in optional]
+        for described in schema["properties"].values():
+            described.pop("default", None)
 
 
 def _bound(schema: dict[str, Any]) -> None:
@@ -159,15 +172,15 @@ def _describe_unserved(kind: type[Body], schema: dict[str, Any]) -> None:
         schema["properties"][name] = {"description": "not served yet", "enum": [*neutral, None], "default": None}
 
 
-def _operation(route: Route, schemas: dict[str, Any], *, keyed: bool) -> dict[str, Any]:
+def _operation(route: Route, schemas: dict[str, Any], written: Written, *, keyed: bool) -> dict[str, Any]:
     operation: dict[str, Any] = {
         "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.public_path}").rstrip("_"),
         "summary": (inspect.getdoc(route.handler) or "").partition("\n\n")[0].replace("\n", " "),
-        "responses": {"200": _answer(route)},
+        "responses": {"200": _answer(route, written)},
     }
     if route.unready is not None:
-        operation["responses"]["503"] = {"description": "not now", "content": _json(route.unready)}
-    operation["responses"]["default"] = {"description": "an error for people", "content": _json(route.error)}
+        operation["responses"]["503"] = {"description": "not now", "content": _json(written[route.unready])}
+    operation["responses"]["default"] = {"description": "an error for people", "content": _json(written[route.error])}
     parameters = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         for name in re.findall(r"\{(\w+)\}", route.public_path)
@@ -177,7 +190,7 @@ def _operation(route: Route, schemas: dict[str, Any], *, keyed: bool) -> dict[st
         parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in fields.items()]
     elif route.takes is not None:
         required = bool(schemas[route.takes.__name__].get("required"))
-        operation["requestBody"] = {"required": required, "content": _json(route.takes)}
+        operation["requestBody"] = {"required": required, "content": _json(written[route.takes])}
     if parameters:
         operation["parameters"] = parameters
     if keyed and not route.open:
@@ -185,15 +198,24 @@ def _operation(route: Route, schemas: dict[str, Any], *, keyed: bool) -> dict[st
     return operation
 
 
-def _answer(route: Route) -> dict[str, Any]:
-    content: dict[str, Any] = {route.content: {}} if route.gives is None else _json(route.gives)
-    if route.streams:
-        content["text/event-stream"] = {}
+def _answer(route: Route, written: Written) -> dict[str, Any]:
+    content: dict[str, Any] = {route.content: {}} if route.gives is None else _json(written[route.gives])
+    if route.events:
+        content["text/event-stream"] = {"schema": _event_schema(route, written)}
     return {"description": "the answer", "content": content}
 
 
-def _json(kind: type[Struct]) -> dict[str, Any]:
-    return {"application/json": {"schema": {"$ref": REFERENCE.format(name=kind.__name__)}}}
+def _event_schema(route: Route, written: Written) -> dict[str, Any]:
+    """The schema of one server-sent event: an object of its fields, as OpenAPI 3.2 has them. Its data are JSON."""
+    kinds = [written[kind] for kind in route.events]
+    data: dict[str, Any] = {"contentMediaType": "application/json", "contentSchema": {"anyOf": kinds}}
+    if route.done:
+        data = {"anyOf": [{"const": "[DONE]"}, data]}
+    return {"type": "object", "properties": {"data": {"type": "string", **data}}, "required": ["data"]}
+
+
+def _json(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"application/json": {"schema": schema}}
 
 
 DOCUMENT = web.AppKey("document", bytes)

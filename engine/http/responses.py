@@ -6,18 +6,17 @@ and refused by name: tools, images and files, reasoning, prompt templates, `conv
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from aiohttp import web
 from msgspec import Meta
 
 from engine.errors import RequestError
 from engine.http.openai import Priority, stop_strings
-from engine.http.openapi import Reply
 from engine.http.service import SERVICE, Service
 from engine.http.sse import describe_error, send_events
-from engine.http.stored import STORE, Response
-from engine.http.wire import Body, json_response, to_json
+from engine.http.stored import STORE, Asked, InputItem, OutputItem, OutputText, Response, ResponseObject
+from engine.http.wire import Body, Reply, json_response, to_json
 from engine.messages import Chunk, Generate, SamplingParams
 from engine.sampling import check_sampling
 
@@ -120,10 +119,75 @@ class RetrieveQuery(Body):
     include_obfuscation: bool = False  # ignored: no padding is added
 
 
-class DeletedReply(Reply):
+class ItemsQuery(Body):
+    """Those after the item `after`, in the order of the conversation or, by default, from its end."""
+
+    after: str | None = None
+    limit: Annotated[int, Meta(ge=1, le=100)] = 20
+    order: Literal["asc", "desc"] = "desc"
+
+
+class ItemList(Reply, frozen=True):
+    data: list[InputItem]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+    object: Literal["list"] = "list"
+
+
+class DeletedReply(Reply, frozen=True):
     id: str
     object: Literal["response"]
     deleted: bool
+
+
+class Event(Reply, kw_only=True, frozen=True):
+    """Numbered from 0 on."""
+
+    sequence_number: int
+
+
+class StatusEvent(Event, kw_only=True, frozen=True):
+    type: Literal[
+        "response.queued", "response.created", "response.in_progress",
+        "response.completed", "response.incomplete", "response.failed",
+    ]  # fmt: skip
+    response: ResponseObject
+
+
+class ItemEvent(Event, kw_only=True, frozen=True):
+    type: Literal["response.output_item.added", "response.output_item.done"]
+    item: OutputItem
+    output_index: int = 0
+
+
+class InItem(Event, kw_only=True, frozen=True):
+    """An event of the only content part of the only item."""
+
+    item_id: str
+    output_index: int = 0
+    content_index: int = 0
+
+
+class PartEvent(InItem, kw_only=True, frozen=True):
+    type: Literal["response.content_part.added", "response.content_part.done"]
+    part: OutputText
+
+
+class DeltaEvent(InItem, kw_only=True, frozen=True):
+    delta: str
+    logprobs: tuple[()] = ()
+    type: Literal["response.output_text.delta"] = "response.output_text.delta"
+
+
+class TextEvent(InItem, kw_only=True, frozen=True):
+    text: str
+    logprobs: tuple[()] = ()
+    type: Literal["response.output_text.done"] = "response.output_text.done"
+
+
+AnyEvent = StatusEvent | ItemEvent | PartEvent | DeltaEvent | TextEvent
+EVENTS = get_args(AnyEvent)
 
 
 # ── handlers ─────────────────────────────────────────────────────────────────────────────────
@@ -186,6 +250,24 @@ async def delete(request: web.Request) -> web.Response:
     return json_response(DeletedReply(response.id, "response", True))
 
 
+async def input_items(request: web.Request, query: ItemsQuery) -> web.Response:
+    """List the messages that a stored response answers, the last first."""
+    response = request.app[STORE].get(request.match_info["response_id"])
+    items = response.input_items()
+    if query.order == "desc":
+        items.reverse()
+    begin = 0
+    if query.after is not None:
+        begin = next((place for place, item in enumerate(items, start=1) if item.id == query.after), 0)
+        if not begin:
+            raise RequestError(
+                f"after is {query.after[:200]!r}, and the response has no such item; send the id of one", param="after"
+            )
+    page = items[begin : begin + query.limit]
+    first, last = (page[0].id, page[-1].id) if page else (None, None)
+    return json_response(ItemList(page, first, last, begin + len(page) < len(items)))
+
+
 def _generate(service: Service, job: Generate) -> AsyncGenerator[Chunk]:
     return service.metrics.watch(service.front.generate(job), "responses")
 
@@ -234,27 +316,19 @@ def messages_of(input: str | list[InputMessage]) -> list[dict[str, Any]]:
     return messages
 
 
-def described(body: ResponsesBody, sampling: SamplingParams, model: str) -> dict[str, Any]:
+def described(body: ResponsesBody, sampling: SamplingParams, model: str) -> Asked:
     """The fields of a response object that only say what was asked."""
-    return {
-        "model": model,
-        "instructions": body.instructions,
-        "previous_response_id": body.previous_response_id,
-        "max_output_tokens": body.max_output_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "background": bool(body.background),
-        "store": body.store is not False,
-        "metadata": body.metadata or {},
-        "parallel_tool_calls": True,
-        "reasoning": {"effort": None, "summary": None},
-        "service_tier": "default",
-        "text": {"format": {"type": "text"}},
-        "tool_choice": "auto",
-        "tools": [],
-        "top_logprobs": 0,
-        "truncation": "disabled",
-    }
+    return Asked(
+        model=model,
+        instructions=body.instructions,
+        previous_response_id=body.previous_response_id,
+        max_output_tokens=body.max_output_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        background=bool(body.background),
+        store=body.store is not False,
+        metadata=body.metadata or {},
+    )
 
 
 # ── events ───────────────────────────────────────────────────────────────────────────────────
@@ -271,46 +345,57 @@ class ResponseEvents:
 
     def event(self, chunk: Chunk) -> bytes:
         """The events of `chunk`: what opens a response before the first, what closes it after the last."""
-        events = b"" if self._number else self._opening()
+        events = [] if self._number else self._opening()
         if chunk.text:
             self._text.append(chunk.text)
-            events += self._part("output_text.delta", delta=chunk.text, logprobs=[])
+            events += [self._next(DeltaEvent, item_id=self._response.item_id, delta=chunk.text)]
         if chunk.finish is not None:
             events += self._closing()
-        return events
+        return b"".join(events)
 
     def failure(self, error: Exception) -> bytes:
         """The last event of a stream that fails."""
         if not self._response.ended:
             self._response.fail(describe_error(error))
-        return self._event("failed", response=self._response.object())
+        return self._status("failed", self._response.object())
 
-    def _opening(self) -> bytes:
-        waiting = self._response.object(status="in_progress")
-        events = b""
-        if self._response.background:
-            events = self._event("queued", response=self._response.object(status="queued"))
-        events += self._event("created", response=waiting) + self._event("in_progress", response=waiting)
-        item = self._response.item("in_progress", None)
-        events += self._event("output_item.added", output_index=0, item=item)
-        return events + self._part("content_part.added", part=self._response.part(""))
+    def _opening(self) -> list[bytes]:
+        response = self._response
+        waiting = response.object(status="in_progress")
+        queued = [self._status("queued", response.object(status="queued"))] if response.background else []
+        return [
+            *queued,
+            self._status("created", waiting),
+            self._status("in_progress", waiting),
+            self._item("added", response.item("in_progress", None)),
+            self._part("added", ""),
+        ]
 
-    def _closing(self) -> bytes:
+    def _closing(self) -> list[bytes]:
         response, text = self._response, "".join(self._text)
-        events = self._part("output_text.done", text=text, logprobs=[])
-        events += self._part("content_part.done", part=response.part(text))
-        status = "completed" if response.status == "completed" else "incomplete"
-        events += self._event("output_item.done", output_index=0, item=response.item(status, text))
-        return events + self._event(status, response=response.object())
+        status: Literal["completed", "incomplete"] = "completed" if response.status == "completed" else "incomplete"
+        return [
+            self._next(TextEvent, item_id=response.item_id, text=text),
+            self._part("done", text),
+            self._item("done", response.item(status, text)),
+            self._status(status, response.object()),
+        ]
 
-    def _part(self, kind: str, **fields: Any) -> bytes:
-        return self._event(kind, item_id=self._response.item_id, output_index=0, content_index=0, **fields)
+    def _status(self, status: str, response: ResponseObject) -> bytes:
+        return self._next(StatusEvent, type=f"response.{status}", response=response)
 
-    def _event(self, kind: str, **fields: Any) -> bytes:
+    def _item(self, what: str, item: OutputItem) -> bytes:
+        return self._next(ItemEvent, type=f"response.output_item.{what}", item=item)
+
+    def _part(self, what: str, text: str) -> bytes:
+        part, item = OutputText(text), self._response.item_id
+        return self._next(PartEvent, type=f"response.content_part.{what}", item_id=item, part=part)
+
+    def _next(self, kind: type[AnyEvent], **fields: Any) -> bytes:
+        """The event of the next number; nothing, if that is not asked for."""
         number = self._number
         self._number += 1
         if number <= self._after:
             return b""
-        name = f"response.{kind}"
-        data = to_json({"type": name, "sequence_number": number, **fields})
-        return b"event: %b\ndata: %b\n\n" % (name.encode(), data)
+        event = kind(sequence_number=number, **fields)
+        return b"event: %b\ndata: %b\n\n" % (event.type.encode(), to_json(event))

@@ -22,7 +22,7 @@ from engine.front import joined
 from engine.http.metrics import Metrics
 from engine.http.sse import Events, send_events
 from engine.http.wire import json_response
-from engine.messages import Chunk, Generate
+from engine.messages import Chunk, Generate, Job
 
 if TYPE_CHECKING:
     from engine.front import Front
@@ -53,7 +53,7 @@ class Service:
         return sum(self.front.abort(one) for one in self._groups.get(rid, [rid]))
 
     @asynccontextmanager
-    async def known_as(self, rid: str, jobs: Sequence[Generate]) -> AsyncIterator[None]:
+    async def known_as(self, rid: str, jobs: Sequence[Job]) -> AsyncIterator[None]:
         """While this lasts, `abort(rid)` ends all `jobs`."""
         ours = {} if len(jobs) == 1 or rid in self._groups else {rid: [job.rid for job in jobs]}
         self._groups |= ours
@@ -69,6 +69,16 @@ class Service:
             known = " or ".join(repr(served) for served in self.models)
             message = f"the model {name[:200]!r} is not served here; use {known}, or leave model out"
             raise RequestError(message, param="model", code="model_not_found", status=404)
+
+    def check_template(self, template: str | None) -> None:
+        """Raise RequestError unless a request's `chat_template` is left out, or the server takes such."""
+        if template is not None and not self.options.trust_request_chat_template:
+            raise RequestError(
+                "chat_template is taken only by a server that was started with --trust-request-chat-template; "
+                "leave it out",
+                param="chat_template",
+                code="unsupported_parameter",
+            )
 
 
 SERVICE = web.AppKey("service", Service)

@@ -17,6 +17,7 @@ from aiohttp import web
 
 from engine.errors import RequestError
 from engine.http.sse import describe_error
+from engine.http.wire import Reply
 from engine.messages import Chunk
 
 MAX_RESPONSES = 1000
@@ -26,25 +27,138 @@ Status = Literal["queued", "in_progress", "completed", "incomplete", "cancelled"
 STATUSES: dict[str | None, Status] = {"stop": "completed", "length": "incomplete", "abort": "cancelled"}
 
 
+# ── what is sent ─────────────────────────────────────────────────────────────────────────────
+
+ItemStatus = Literal["in_progress", "completed", "incomplete"]
+
+
+class OutputText(Reply, frozen=True, tag_field="type", tag="output_text"):
+    text: str
+    annotations: tuple[()] = ()
+    logprobs: tuple[()] = ()
+
+
+class InputText(Reply, frozen=True, tag_field="type", tag="input_text"):
+    text: str
+
+
+class OutputItem(Reply, frozen=True):
+    """A message of the model's; without content while there is none."""
+
+    id: str
+    status: ItemStatus
+    content: list[OutputText]
+    role: Literal["assistant"] = "assistant"
+    type: Literal["message"] = "message"
+
+
+class InputItem(Reply, frozen=True):
+    """A message of a conversation that a response answers."""
+
+    id: str
+    role: Literal["user", "assistant", "system"]
+    content: list[InputText | OutputText]
+    status: Literal["completed"] = "completed"
+    type: Literal["message"] = "message"
+
+
+class ResponseError(Reply, frozen=True):
+    code: Literal["invalid_prompt", "server_error"]
+    message: str
+    param: str | None
+
+
+class IncompleteDetails(Reply, frozen=True):
+    reason: Literal["max_output_tokens"] = "max_output_tokens"
+
+
+class InputTokensDetails(Reply, frozen=True):
+    cached_tokens: int
+
+
+class OutputTokensDetails(Reply, frozen=True):
+    reasoning_tokens: int = 0
+
+
+class ResponseUsage(Reply, frozen=True):
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    total_tokens: int
+    output_tokens_details: OutputTokensDetails = OutputTokensDetails()
+
+
+class Reasoning(Reply, frozen=True):
+    effort: None = None
+    summary: None = None
+
+
+class TextFormat(Reply, frozen=True):
+    type: Literal["text"] = "text"
+
+
+class TextOptions(Reply, frozen=True):
+    format: TextFormat = TextFormat()
+
+
+class Asked(Reply, kw_only=True, frozen=True):
+    """The fields of a response that only say what was asked, or could have been."""
+
+    model: str
+    instructions: str | None
+    previous_response_id: str | None
+    max_output_tokens: int | None
+    temperature: float
+    top_p: float
+    background: bool
+    store: bool
+    metadata: dict[str, str]
+    parallel_tool_calls: bool = True
+    reasoning: Reasoning = Reasoning()
+    service_tier: Literal["default"] = "default"
+    text: TextOptions = TextOptions()
+    tool_choice: Literal["auto"] = "auto"
+    tools: tuple[()] = ()
+    top_logprobs: int = 0
+    truncation: Literal["disabled"] = "disabled"
+
+
+class ResponseObject(Asked, kw_only=True, frozen=True):
+    """A response as it is at some time; `usage` comes with its end."""
+
+    id: str
+    created_at: int
+    completed_at: int | None
+    status: Status
+    error: ResponseError | None
+    incomplete_details: IncompleteDetails | None
+    output: list[OutputItem]
+    usage: ResponseUsage | None
+    object: Literal["response"] = "response"
+
+
+# ── one response ─────────────────────────────────────────────────────────────────────────────
+
+
 class Response:
     """One response: what was asked, and the reply as far as it is there.
 
-    `asked` are the fields of its object that never change; `conversation` the messages it answers; `size` how many
+    `asked` is what never changes; `conversation` the messages it answers; `size` how many
     characters it holds."""
 
-    def __init__(self, asked: dict[str, Any], conversation: list[dict[str, Any]]) -> None:
+    def __init__(self, asked: Asked, conversation: list[dict[str, Any]]) -> None:
         self.id = f"resp_{uuid4().hex}"
         self.item_id = f"msg_{uuid4().hex}"
-        self.background: bool = asked["background"]
+        self.background: bool = asked.background
         self.status: Status = "queued" if self.background else "in_progress"
         self._asked = asked
         self._conversation = conversation
         self._created = int(time.time())
         self._completed: int | None = None
-        self._error: dict[str, Any] | None = None
+        self._error: ResponseError | None = None
         self._error_status = 0
         self._chunks: list[Chunk] = []
-        self.size = sum(len(message["content"]) for message in conversation) + len(asked["instructions"] or "")
+        self.size = sum(len(message["content"]) for message in conversation) + len(asked.instructions or "")
         self._changed = anyio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -76,8 +190,9 @@ class Response:
     def fail(self, described: tuple[int, dict[str, Any]]) -> None:
         """End with an error: its HTTP status and its OpenAI error object."""
         status, error = described
-        code = "invalid_prompt" if status < 500 else "server_error"
-        self._error = {"code": code, "message": error["error"]["message"], "param": error["error"]["param"]}
+        fields = error["error"]
+        code: Literal["invalid_prompt", "server_error"] = "invalid_prompt" if status < 500 else "server_error"
+        self._error = ResponseError(code, fields["message"], fields["param"])
         self._error_status, self.status = status, "failed"
         self._wake()
 
@@ -114,55 +229,59 @@ class Response:
                 yield self._chunks[index]
                 index += 1
             if self._error is not None:
-                raise RequestError(**self._error, status=self._error_status)
+                raise RequestError(**msgspec.structs.asdict(self._error), status=self._error_status)
             if self.ended:
                 return
             await self._changed.wait()
 
     # ── as JSON ──────────────────────────────────────────────────────────────────────────────
 
-    def object(self, status: Status | None = None) -> dict[str, Any]:
+    def object(self, status: Status | None = None) -> ResponseObject:
         """The response object as it is now, or as it was when it had `status` and no output."""
         early = status is not None
         last = self._chunks[-1] if self._chunks and not early else None
         ended = last is not None and last.finish is not None
         text = "" if early else self.text
         cut = ended and self.status == "incomplete"
-        return {
-            "id": self.id,
-            "object": "response",
-            "created_at": self._created,
-            "completed_at": self._completed if ended else None,
-            "status": status or self.status,
-            "error": None if early else self._error,
-            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-            **self._asked,
-            "output": [self.item(_item_status(self.status), text)] if text or ended else [],
-            "usage": _usage(last) if last is not None and ended else None,
-        }
+        return ResponseObject(
+            id=self.id,
+            created_at=self._created,
+            completed_at=self._completed if ended else None,
+            status=status or self.status,
+            error=None if early else self._error,
+            incomplete_details=IncompleteDetails() if cut else None,
+            output=[self.item(_item_status(self.status), text)] if text or ended else [],
+            usage=_usage(last) if last is not None and ended else None,
+            **msgspec.structs.asdict(self._asked),
+        )
 
-    def item(self, status: str, text: str | None) -> dict[str, Any]:
+    def item(self, status: ItemStatus, text: str | None) -> OutputItem:
         """The output item: a message, without content while `text` is None."""
-        content = [] if text is None else [self.part(text)]
-        return {"id": self.item_id, "type": "message", "status": status, "role": "assistant", "content": content}
+        return OutputItem(self.item_id, status, [] if text is None else [OutputText(text)])
 
-    def part(self, text: str) -> dict[str, Any]:
-        """A part of its content."""
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    def input_items(self) -> list[InputItem]:
+        """The messages that it answers, in order; those that came by reference are among them."""
+        return [
+            InputItem(
+                f"{self.item_id}_{number}",
+                message["role"],
+                [OutputText(message["content"])] if message["role"] == "assistant" else [InputText(message["content"])],
+            )
+            for number, message in enumerate(self._conversation)
+        ]
 
 
-def _item_status(status: Status) -> str:
+def _item_status(status: Status) -> ItemStatus:
     return status if status in ("completed", "in_progress") else "incomplete"
 
 
-def _usage(last: Chunk) -> dict[str, Any]:
-    return {
-        "input_tokens": last.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": last.cached_tokens},
-        "output_tokens": last.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": last.prompt_tokens + last.completion_tokens,
-    }
+def _usage(last: Chunk) -> ResponseUsage:
+    return ResponseUsage(
+        last.prompt_tokens,
+        InputTokensDetails(last.cached_tokens),
+        last.completion_tokens,
+        last.prompt_tokens + last.completion_tokens,
+    )
 
 
 class ResponseStore:

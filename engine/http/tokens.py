@@ -13,9 +13,8 @@ from aiohttp import web
 
 from engine.errors import RequestError
 from engine.http.openai import ChatMessage, TokenId, plain_messages, template_options
-from engine.http.openapi import Reply
 from engine.http.service import SERVICE, Service
-from engine.http.wire import Body, json_response
+from engine.http.wire import Body, Reply, json_response
 from engine.text import Text
 
 THREAD_SIZE = 20_000  # characters or tokens
@@ -33,10 +32,11 @@ class TokenizeBody(Body):
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-class TokenizeReply(Reply):
+class TokenizeReply(Reply, frozen=True):
     count: int
     max_model_len: int | None
     tokens: list[int]
@@ -49,7 +49,7 @@ class DetokenizeBody(Body):
     skip_special_tokens: bool = False
 
 
-class DetokenizeReply(Reply):
+class DetokenizeReply(Reply, frozen=True):
     prompt: str
 
 
@@ -57,6 +57,7 @@ async def tokenize(request: web.Request, body: TokenizeBody) -> web.Response:
     """Turn a prompt or a chat into token ids."""
     service = request.app[SERVICE]
     service.check_model(body.model)
+    service.check_template(body.chat_template)
     if (body.prompt is None) == (body.messages is None):
         both = "neither prompt nor messages is" if body.prompt is None else "both prompt and messages are"
         raise RequestError(f"{both} given; send exactly one", param="prompt")

@@ -29,7 +29,14 @@ class Body(Struct, forbid_unknown_fields=True, kw_only=True):
     unserved: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
 
+class Reply(Struct, forbid_unknown_fields=True, frozen=True):
+    """Base of every JSON answer and of the objects inside it; a field that may be absent is UNSET by default.
+
+    Its schema says all that it holds, so that a field that is sent and not described is found."""
+
+
 BodyType = TypeVar("BodyType", bound=Body)
+StructType = TypeVar("StructType", bound=Struct)
 
 
 class BodyDecoder(Generic[BodyType]):
@@ -107,7 +114,7 @@ def _struct_at(kind: type[Body], path: str) -> type[Body]:
     for name in re.findall(r"[A-Za-z_]\w*", path):
         if name not in kind.__struct_fields__:  # a field's name, the client's own, that looks like a path
             return kind
-        kind = next(_bodies(get_type_hints(kind)[name]), kind)
+        kind = next(structs_in(get_type_hints(kind)[name], Body), kind)
     return kind
 
 
@@ -122,17 +129,12 @@ def _literals(hint: Any) -> list[str]:
     return [repr(choice) for choice in get_args(hint)] if get_origin(hint) is Literal else []
 
 
-def bodies_in(kind: type[Body]) -> Iterator[type[Body]]:
-    """The bodies that the fields of `kind` may hold."""
-    for hint in get_type_hints(kind).values():
-        yield from _bodies(hint)
-
-
-def _bodies(hint: Any) -> Iterator[type[Body]]:
-    if isinstance(hint, type) and issubclass(hint, Body):
+def structs_in(hint: Any, base: type[StructType]) -> Iterator[type[StructType]]:
+    """The structs of the kind `base` that a value of type `hint` may be, or hold outside of other structs."""
+    if isinstance(hint, type) and issubclass(hint, base):
         yield hint
     for part in get_args(hint):
-        yield from _bodies(part)
+        yield from structs_in(part, base)
 
 
 def _short(text: str) -> str:

@@ -15,8 +15,9 @@ from engine.layers.decoder import (
     SelfAttention,
 )
 from engine.layers.embedding import Embedding, LMHead
+from engine.layers.encoder import Encoder
 from engine.layers.linear import ColumnLinear, QKVLinear, RowLinear
-from engine.layers.model import Layer, Model
+from engine.layers.model import Layer, Model, empty_weight
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import Rotary
 
@@ -33,6 +34,7 @@ __all__ = [
     "Decoder",
     "DecoderShape",
     "Embedding",
+    "Encoder",
     "GatedMLP",
     "LMHead",
     "Layer",
@@ -44,6 +46,7 @@ __all__ = [
     "Rotations",
     "RowLinear",
     "SelfAttention",
+    "empty_weight",
     "gated_activation",
     "gelu_and_mul",
     "silu_and_mul",

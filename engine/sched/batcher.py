@@ -14,6 +14,8 @@ the keys and values of all their rows before any row attends. A running prompt l
 until its last chunk is planned: thus whoever shares its prefix stays in the queue until the tree offers all of
 it, and a prefix is computed once under every policy.
 
+A request for a vector has no such life: its prompt is computed whole, in the one step that places it, without pages.
+
 Left out: preemption by priority while slots and pages last; tiers; more than one device to choose from.
 """
 
@@ -28,7 +30,7 @@ from engine.errors import RequestError
 from engine.messages import Admit, Finish, SlotAdmit, StepDone, StepPlan, Tokens
 from engine.plugin.specs import Policy
 from engine.sched.columns import ReplyColumns, StepColumns
-from engine.sched.limits import check_fits, pages_for
+from engine.sched.limits import check_fits, check_whole, pages_for
 from engine.sched.request import NEVER, Request, rank
 from engine.sched.waiting import WaitingQueue
 
@@ -112,7 +114,10 @@ class Scheduler:
                 status=409,
             )
         request = Request.admitted(admit, self._arrivals)
-        check_fits(request, self.max_model_len, self._pool.size, self.page_size)
+        if request.pools:
+            check_whole(request, self.max_model_len, self.max_step_tokens)
+        else:
+            check_fits(request, self.max_model_len, self._pool.size, self.page_size)
         if len(self._queue) >= self.max_waiting:
             raise RequestError(
                 f"{len(self._queue)} requests wait, and at most {self.max_waiting} may; try again later",
@@ -219,19 +224,41 @@ class Scheduler:
 
     def _plan_admissions(self, step: StepColumns) -> None:
         for request in self._queue.ordered():
-            if not step.budget or not self._free_slots or not self._place(request):
+            if not step.budget or not self._free_slots or not self._place(request, step.budget):
                 return
             self._queue.remove(request)
             scored = min(request.scored, request.prompt_len)
             step.admits.append(
                 SlotAdmit(request.slot, request.ids.tobytes(), request.sampling, request.prompt_len, scored)
             )
+            if request.pools:
+                self._plan_whole(step, request)
+                continue
             step.set_pages(request, range(len(request.pages)))
             self._plan_chunk(step, request)
 
-    def _place(self, request: Request) -> bool:
-        """Give a waiting request a slot and pages for all its tokens, if as many are left as running rows:
-        each of those soon needs its next page, and none should be retracted for a newcomer."""
+    def _plan_whole(self, step: StepColumns, request: Request) -> None:
+        """Compute all of `request`, which asks for a vector: its last step, as if a last token were in flight."""
+        step.add_pooled_row(request)
+        request.computed, request.length = request.length, request.length + 1
+        self._decoding[request.rid] = self._prefilling.pop(request.rid)
+
+    def _place(self, request: Request, budget: int) -> bool:
+        """Give a waiting request a slot, and either pages for its tokens or, if it asks for a vector, the step."""
+        if not (request.length <= budget if request.pools else self._place_pages(request)):
+            return False
+        if request.cached < 0:
+            request.cached = request.computed
+            self._cached_tokens += request.cached
+            self._prompt_tokens += request.prompt_len
+        request.slot = self._free_slots.pop()
+        request.since = self._steps + 1
+        self._prefilling[request.rid] = request
+        return True
+
+    def _place_pages(self, request: Request) -> bool:
+        """Give a waiting request pages for all its tokens, if as many are left as running rows: each of those
+        soon needs its next page, and none should be retracted for a newcomer."""
         if self._uses_cache(request):
             request.node, request.pages = self._tree.match(self._reusable(request), request.salt)
             self._tree.lock(request.node)  # before looking at what is available: these pages no longer are
@@ -244,13 +271,6 @@ class Scheduler:
         request.shared = len(request.pages)
         request.computed = request.shared * self.page_size
         self._add_pages(request, missing)
-        if request.cached < 0:
-            request.cached = request.computed
-            self._cached_tokens += request.cached
-            self._prompt_tokens += request.prompt_len
-        request.slot = self._free_slots.pop()
-        request.since = self._steps + 1
-        self._prefilling[request.rid] = request
         return True
 
     # ── a step's result ──────────────────────────────────────────────────────────────────────
@@ -284,8 +304,20 @@ class Scheduler:
                 request.length = len(request.ids)
                 self._decoding.pop(request.rid, None)
                 self._prefilling[request.rid] = request
+        if step.pooled:
+            self._commit_vectors(number, step.pooled, done.vectors, reply)
         self._generated_tokens += len(reply.tokens)
         return reply.message(number) if reply.rids else None
+
+    def _commit_vectors(self, number: int, pooled: list[Request], vectors: bytes, reply: ReplyColumns) -> None:
+        """`vectors` holds one of each request in `pooled`; it is all that was wanted of them."""
+        size = len(vectors) // len(pooled)
+        assert size, f"step {number} brought no vectors"
+        for index, request in enumerate(pooled):
+            if number >= request.since:
+                reply.add_vector(request, vectors[index * size : (index + 1) * size])
+                del self._requests[request.rid]
+                self._release(request)
 
     # ── pages ────────────────────────────────────────────────────────────────────────────────
 
@@ -323,6 +355,12 @@ class Scheduler:
         self._release(request)
         self._queue.add(request)
         self._retractions += 1
+
+    def retract_all(self) -> None:
+        """Send all that runs back to the queue. No step may be in flight: a result would be computed twice."""
+        assert not self._in_flight, "a step in flight still gives tokens"
+        for request in list(self._running()):
+            self._retract(request)
 
     def _cheapest(self) -> Request:
         """Whom to retract: lowest priority, then least computed; never the one that must make progress."""

@@ -8,18 +8,21 @@ from array import array
 from engine.messages import Finish, Logprobs, SlotAdmit, StepPlan, Tokens
 from engine.sched.request import Request
 
+POOL = 2  # what comes of a row: a vector
+
 
 class StepColumns:
     """The columns of a StepPlan while it is built."""
 
-    __slots__ = ("admits", "budget", "pages", "rows", "sampled", "scoring")
+    __slots__ = ("admits", "budget", "pages", "pooled", "rows", "sampled", "scoring")
 
     def __init__(self, budget: int) -> None:
         self.budget = budget  # tokens that may still be planned
-        self.rows: list[int] = []  # slot, start, length, sample; slot, …
+        self.rows: list[int] = []  # slot, start, length, what comes of it; slot, …
         self.pages: dict[tuple[int, int], int] = {}  # (slot, index): page
         self.admits: list[SlotAdmit] = []
         self.sampled: list[tuple[Request, int]] = []  # request and position of each token to be sampled
+        self.pooled: list[Request] = []  # whose vectors the step yields
         self.scoring: dict[int, Request] = {}  # by row: whose prompt's log-probabilities the step yields
 
     def add_row(self, request: Request, start: int, length: int, *, sample: bool) -> None:
@@ -27,6 +30,12 @@ class StepColumns:
         if request.scores_in(start, start + length):
             self.scoring[len(self.rows) // 4] = request
         self.rows += (request.slot, start, length, int(sample))
+
+    def add_pooled_row(self, request: Request) -> None:
+        """Compute all of `request`, and make a vector of it."""
+        self.rows += (request.slot, 0, request.length, POOL)
+        self.pooled.append(request)
+        self.budget -= request.length
 
     def set_pages(self, request: Request, indices: range) -> None:
         """Tell the device which pages `request` has at `indices`."""
@@ -42,7 +51,7 @@ class StepColumns:
 class ReplyColumns:
     """The columns of a Tokens while it is built."""
 
-    __slots__ = ("cached", "counts", "finishes", "logprobs", "prompt_logprobs", "rids", "tokens")
+    __slots__ = ("cached", "counts", "finishes", "logprobs", "prompt_logprobs", "rids", "tokens", "vectors")
 
     def __init__(self) -> None:
         self.rids: list[str] = []
@@ -52,6 +61,7 @@ class ReplyColumns:
         self.cached: list[tuple[int, int]] = []
         self.logprobs: list[Logprobs] = []
         self.prompt_logprobs: list[Logprobs] = []
+        self.vectors: list[tuple[int, bytes]] = []
 
     def accept(self, request: Request, tokens: list[int]) -> bool:
         """Add `tokens` to `request` and to this reply, up to where the request ends; True if it does."""
@@ -84,6 +94,14 @@ class ReplyColumns:
         """Add those of the tokens accepted last, which `scores` holds after `skip` others."""
         self.logprobs.append(cut(len(self.rids) - 1, scores, skip, skip + self.counts[-1]))
 
+    def add_vector(self, request: Request, vector: bytes) -> None:
+        """The one thing to say to a request that asks for a vector."""
+        row = len(self.rids)
+        self.rids.append(request.rid)
+        self.counts.append(0)
+        self.vectors.append((row, vector))
+        self.finishes.append(Finish(row, "stop"))
+
     def message(self, number: int) -> Tokens:
         return Tokens(
             step=number,
@@ -94,6 +112,7 @@ class ReplyColumns:
             cached=tuple(self.cached),
             logprobs=tuple(self.logprobs),
             prompt_logprobs=tuple(self.prompt_logprobs),
+            vectors=tuple(self.vectors),
         )
 
 

@@ -9,6 +9,21 @@ def pages_for(tokens: int, page_size: int) -> int:
     return -(-tokens // page_size)
 
 
+def check_whole(request: Request, max_model_len: int, max_step_tokens: int) -> None:
+    """Raises RequestError (400) if `request`, which asks for a vector, is empty or does not fit into one step."""
+    if request.prompt_len == 0:
+        raise RequestError("the input has 0 tokens; send at least one", param="input", code="empty_prompt")
+    most = min(max_model_len, max_step_tokens)
+    if request.prompt_len > most:
+        remedy = "" if max_model_len <= max_step_tokens else ", or start with a larger --max-step-tokens"
+        raise RequestError(
+            f"the input has {request.prompt_len} tokens, and the model takes at most {most} at once; shorten it or "
+            f"send it in parts{remedy}",
+            param="input",
+            code="context_length_exceeded",
+        )
+
+
 def check_fits(request: Request, max_model_len: int, pages: int, page_size: int) -> None:
     """Raises RequestError (400) if `request` is empty or longer than the model or the whole KV cache allows."""
     prompt, new = request.prompt_len, request.limit - request.prompt_len

@@ -67,6 +67,11 @@ class Request:
             scored=0 if asks else NEVER,
         )
 
+    @property
+    def pools(self) -> bool:
+        """Whether a vector is asked for: its prompt is computed whole, in one step, without pages."""
+        return self.limit == self.prompt_len
+
     def scores_in(self, start: int, end: int) -> bool:
         """Whether a chunk of these positions yields log-probabilities of the prompt that are not known yet."""
         return max(start, self.scored) < min(end, self.prompt_len - 1)

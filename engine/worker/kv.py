@@ -30,11 +30,13 @@ def count_pages(
     most_tokens: int,
     activation_bytes: int = 0,
 ) -> int:
-    """Pages to allocate, once the weights are in place.
+    """Pages to allocate, once the weights are in place; none for a model that keeps nothing.
 
     `most_tokens` is what running requests can use at most; on a CPU no more is taken unasked. `activation_bytes` are
     left for the largest step. Raises ConfigError when not one page fits, or `kv_tokens` asks for more than there is.
     """
+    if not spec.groups:
+        return 0
     free = max(available_memory(device) - activation_bytes, 0)
     if options.kv_tokens is not None:
         pages = options.kv_tokens // spec.page_size
@@ -68,10 +70,14 @@ def count_pages(
     return budget // spec.page_bytes
 
 
-def choose_max_model_len(option: int | None, model_limit: int, cache_tokens: int) -> int:
-    """The longest sequence: `option`, else what model and cache allow. ConfigError when `option` is over either."""
+def choose_max_model_len(option: int | None, model_limit: int, cache_tokens: int | None) -> int:
+    """The longest sequence: `option`, else what model and cache allow; None is a model that needs no cache.
+
+    Raises ConfigError when `option` is over either."""
     if option is not None and option > model_limit:
         raise ConfigError(f"--max-model-len {option} is over the model's own limit of {model_limit} tokens")
+    if cache_tokens is None:
+        return option or model_limit
     if option is not None and option > cache_tokens:
         raise ConfigError(
             f"--max-model-len {option} is over the {cache_tokens} tokens that the KV cache holds; "

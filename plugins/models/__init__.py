@@ -31,6 +31,12 @@ def register_models(register: Register) -> None:
         description="Phi-3, Phi-3.5 and Phi-4, the dense ones",
     )
     register(
+        "bert",
+        "engine_plugins.models.bert:Bert",
+        architectures=("BertModel", "BertForMaskedLM"),
+        description="BERT, MiniLM, BGE and what else shares its shape: embeddings",
+    )
+    register(
         "echo",
         "engine_plugins.models.echo:Echo",
         architectures=("EchoForTests",),

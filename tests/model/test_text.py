@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from engine.errors import ConfigError, RequestError
 from engine.plugin.specs import TextSpec
 from engine.text import Text
-from engine_plugins.checkpoints.gguf import GGUFCheckpoint, embedded_path
+from engine_plugins.checkpoints.gguf import EMBEDDED, GGUFCheckpoint, embedded_path
 
 PROMPTS = [
     "The capital of France is",
@@ -43,7 +43,7 @@ def peer():
     """transformers' own reading of the same file.
 
     It cuts every GGUF's text as GPT-2 does; SmolLM2's tokenizer.json sets digits apart first."""
-    path = embedded_path("smollm2-135m")
+    path = embedded_path("smollm2-135m", *EMBEDDED["smollm2-135m"])
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

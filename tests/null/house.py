@@ -52,9 +52,9 @@ class House:
 
 @asynccontextmanager
 async def open_house(
-    *, pages: int = 1024, seconds: float = 0.0, vocab_size: int = 257, **options: Any
+    *, pages: int = 1024, seconds: float = 0.0, vocab_size: int = 257, embedding_size: int = 0, **options: Any
 ) -> AsyncIterator[House]:
-    """Options as those of the engine; `pages`, `seconds` and `vocab_size` are the fake device's."""
+    """Options as those of the engine; the others are the fake device's, which has no pages if it makes vectors."""
     config = resolve({"model": "echo", "page_size": 4, "max_running": 16, "max_step_tokens": 64, **options})
     house = House()
 
@@ -64,7 +64,8 @@ async def open_house(
         policy = Plugins.load(()).policy(config.schedule.policy)
         size = config.cache.page_size
         slots, step_tokens = config.schedule.max_running, config.schedule.max_step_tokens
-        ready = WorkerReady(pages, size, slots, step_tokens, pages * size, vocab_size, 4, "none", "none", {})
+        held, longest = 0 if embedding_size else pages, pages * size
+        ready = WorkerReady(held, size, slots, step_tokens, longest, vocab_size, 4, "none", "none", {}, embedding_size)
         house.scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, front)
         house.executor = FakeExecutor(ready, executor_inbox, to_scheduler, seconds)
         return [house.scheduler, house.executor], to_scheduler

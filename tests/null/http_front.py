@@ -39,6 +39,7 @@ class FakeFront:
         self.model_name = "fake"
         self.created = 1_700_000_000
         self.info: WorkerReady | None = READY
+        self.most_open = 100
         self.stats = Stats("ready")
         self.on_stats: list[Callable[[Stats], None]] = []
         self.state = Health("ready")

@@ -68,6 +68,7 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 def test_every_option_is_a_flag_of_serve(served: list[Config]) -> None:
     other = {"dtype": "float16", "device": "cpu", "placement": "single", "log_level": "debug", "memory_fraction": "0.5"}
+    other |= {"load": "dummy", "kv_dtype": "fp8"}
     for struct in groups().values():
         for option in options_of(struct):
             value = other.get(option.name, "7")
@@ -145,7 +146,8 @@ def test_generate_raw_sends_the_prompt_as_it_is(asked: list[Any]) -> None:
 def test_every_sampling_parameter_is_a_flag(asked: list[Any]) -> None:
     for option in options_of(SamplingParams):
         value = {float: "0.5", bool: None}.get(option.kind, '{"7": -1}' if option.name == "logit_bias" else "7")
-        flags = [option.flag] if value is None else [option.flag, value]
+        switch = option.flag if option.default is not True else option.flag.replace("--", "--no-")
+        flags = [switch] if value is None else [option.flag, value]
         assert cli.main(["generate", "--raw", "hi", *flags]) == 0
         assert asked[-1] != SamplingParams(), option.flag
 

@@ -46,6 +46,8 @@ SERVED: dict[str, dict[str, Any]] = {  # what is answered with 200, for a few fi
     "/detokenize": {"tokens": [97, 98]},
 }
 
+STREAMING = {route.path for route in ROUTES if route.events}
+
 
 def cases() -> st.SearchStrategy[Case]:
     """Requests of every operation that takes anything: such as the document allows, such as it forbids, and such as
@@ -57,11 +59,13 @@ def cases() -> st.SearchStrategy[Case]:
 
 
 def nearly(case: Case, random: Random) -> Case:
-    """`case` with at most three of its body's fields, over a body that is served."""
+    """`case` with at most three of its body's fields, over a body that is served; streamed every other time."""
     given = case.body if isinstance(case.body, dict) else {}  # a body may be left out
     fields = {name: whole(value) for name, value in given.items()}
     kept = random.sample(sorted(fields), min(len(fields), random.randrange(4)))
     case.body = SERVED[case.operation.path] | {name: fields[name] for name in kept}
+    if case.operation.path in STREAMING and random.randrange(2):
+        case.body["stream"] = True
     return case
 
 

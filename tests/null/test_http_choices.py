@@ -132,7 +132,7 @@ async def test_a_client_that_leaves_ends_all_its_replies() -> None:
 FIELDS: dict[str, Any] = {
     "stop_regex": ("a+",), "min_tokens": 2, "presence_penalty": 0.5, "frequency_penalty": -0.5,
     "repetition_penalty": 1.5, "logit_bias": {5: -1.0, 7: 2.0}, "bad_words": ("no", "never"),
-    "allowed_token_ids": (5, 6, 7),
+    "allowed_token_ids": (5, 6, 7), "skip_special_tokens": False, "include_stop_str_in_output": True,
 }  # fmt: skip
 
 
@@ -172,6 +172,67 @@ async def test_chat_logprobs() -> None:
         assert [token for piece in pieces if piece for token in piece.content or ()] == content
         plain = await api.chat.completions.create(model="echo", messages=HI, max_tokens=4)
         assert plain.choices[0].logprobs is None
+
+
+async def test_logprobs_of_a_chats_prompt_stand_beside_the_choices() -> None:
+    async with served() as (url, _), client(url) as api:
+        ask = {"model": "echo", "messages": HI, "max_tokens": 3, "n": 2, "extra_body": {"prompt_logprobs": 2}}
+        answer = await api.chat.completions.create(**ask)
+        first, *rest = answer.model_dump()["prompt_logprobs"]  # of "hi\n"
+        assert first is None and [list(entry) for entry in rest] == [["106", "105"], ["11", "10"]]
+        assert rest[0]["105"] == {"logprob": pytest.approx(logprob(105, 1)), "rank": 1, "decoded_token": "i"}
+        assert not any("prompt_logprobs" in choice.model_dump() for choice in answer.choices)
+        events = [event.model_dump() async for event in await api.chat.completions.create(**ask, stream=True)]
+        assert [event["prompt_logprobs"] for event in events if "prompt_logprobs" in event] == [[first, *rest]]
+        plain = await api.chat.completions.create(**{**ask, "extra_body": {}})
+        assert "prompt_logprobs" not in plain.model_dump()
+
+
+# ── the text of a reply ──────────────────────────────────────────────────────────────────────
+
+
+async def test_special_tokens_and_what_stops_a_reply_in_its_text() -> None:
+    async with served() as (url, _), client(url) as api:
+        ask = {"model": "echo", "prompt": "a", "max_tokens": 4, "temperature": 0}
+        for stop, shown in (({"stop": "cd"}, "bcd"), ({"stop_token_ids": [100]}, "bcd"), ({"stop_regex": "c."}, "bcd")):
+            for keep, text in (({}, shown.removesuffix("cd")), ({"include_stop_str_in_output": True}, shown)):
+                text = "bc" if "stop_token_ids" in stop and not keep else text
+                answer = await api.completions.create(**ask, extra_body={**stop, **keep})
+                assert (answer.choices[0].text, answer.choices[0].finish_reason) == (text, "stop")
+                told = await api.completions.create(**ask, stream=True, extra_body={**stop, **keep})
+                assert "".join([event.choices[0].text async for event in told]) == text
+        for keep in ({"no_stop_trim": True}, {"include_stop_str_in_output": True}, {}):
+            sampling = {"max_new_tokens": 4, "stop": "cd", **keep}
+            assert (await post(f"{url}/generate", {"text": "a", "sampling_params": sampling}))[1]["text"] == (
+                "bcd" if keep else "b"
+            )
+        both = {"no_stop_trim": True, "include_stop_str_in_output": False}
+        status, answer = await post(f"{url}/generate", {"text": "a", "sampling_params": both})
+        assert (status, answer["error"]["param"]) == (400, "sampling_params.no_stop_trim")
+        for body in ({"spaces_between_special_tokens": False}, {"detokenize": False, "stop": "x"}):
+            assert (await post(f"{url}/v1/completions", {"prompt": "a", **body}))[0] == 400
+            assert (await post(f"{url}/generate", {"text": "a", "sampling_params": body}))[0] == 400
+
+
+async def test_a_reply_without_text() -> None:
+    async with served() as (url, _):
+        sampling = {"max_new_tokens": 5, "temperature": 0, "detokenize": False}
+        asked = {"text": "a", "sampling_params": sampling}
+        _, answer = await post(f"{url}/generate", asked)
+        assert (answer["text"], answer["output_ids"]) == ("", [98, 99, 100, 101, 102])
+        *_, last, done = await stream(f"{url}/generate", asked)
+        assert (msgspec.json.decode(last)["output_ids"], done) == (answer["output_ids"], "[DONE]")
+        for path, body in (("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", {"messages": HI})):
+            _, answer = await post(url + path, {**body, "detokenize": False, "max_tokens": 5})
+            choice = answer["choices"][0]
+            assert (choice.get("text", choice.get("message", {}).get("content")), choice["finish_reason"]) == (
+                "",
+                "length",
+            )
+            assert answer["usage"]["completion_tokens"] == 5
+        for field, value in (("stop", "x"), ("stop_regex", "x"), ("echo", True)):
+            status, answer = await post(f"{url}/v1/completions", {"prompt": "a", "detokenize": False, field: value})
+            assert status == 400 and answer["error"]["message"].count("detokenize")
 
 
 async def test_text_logprobs_with_and_without_echo() -> None:

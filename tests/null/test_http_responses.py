@@ -12,8 +12,8 @@ from test_http_routes import Site, open_site
 from typing_extensions import get_type_hints
 
 from engine.http import stored
-from engine.http.responses import ResponseEvents, ResponsesBody
-from engine.messages import Chunk
+from engine.http.responses import ResponseEvents, ResponsesBody, described
+from engine.messages import Chunk, SamplingParams
 
 pytestmark = pytest.mark.anyio
 GREEDY: dict[str, Any] = {"model": "echo", "temperature": 0}
@@ -91,6 +91,25 @@ async def test_a_conversation_by_reference() -> None:
         output = (await api.responses.retrieve(seen[0])).output
         spoken = [{"role": "user", "content": "hi"}, *(item.model_dump() for item in output)]
         assert await prompt(input=spoken) == "5"
+
+
+async def test_input_items_page_by_page() -> None:
+    async with open_site() as site, client(site) as api:
+        given = [{"role": role, "content": role} for role in ("developer", "user", "assistant", "user")]
+        first = await api.responses.create(**GREEDY, input=given, max_output_tokens=2)
+        then = await api.responses.create(**GREEDY, input="go on", previous_response_id=first.id)
+        everything = [*("developer", "user", "assistant", "user"), first.output_text, "go on"]
+        page = await api.responses.input_items.list(then.id, order="asc", limit=4)
+        assert (page.has_more, [item.content[0].text for item in page.data]) == (True, everything[:4])
+        assert [item.role for item in page.data] == ["system", "user", "assistant", "user"]
+        assert {item.content[0].type for item in page.data} == {"input_text", "output_text"}
+        listed = [item async for item in api.responses.input_items.list(then.id, limit=4)]
+        assert [item.content[0].text for item in listed] == everything[::-1]  # from the end, over several pages
+        path = f"/v1/responses/{then.id}/input_items"
+        for query, param in (("?limit=0", "limit"), ("?after=nobody", "after"), ("?order=up", "order"), ("?x=1", "x")):
+            status, answer = await site.get(path + query)
+            assert (status, answer["error"]["param"]) == (400, param)
+        assert (await site.get("/v1/responses/resp_x/input_items"))[0] == 404
 
 
 async def test_store_false_and_delete() -> None:
@@ -235,7 +254,8 @@ async def test_the_server_may_end_while_a_background_response_runs() -> None:
 
 
 def test_events_are_json_on_one_line() -> None:
-    response = stored.Response({"background": False, "instructions": None}, [])
+    asked = described(ResponsesBody(input="a"), SamplingParams(), "m")
+    response = stored.Response(asked, [])
     raw = ResponseEvents(response).event(Chunk("r", "a\n\u2028\n", [1])).decode()
     for event in raw.removesuffix("\n\n").split("\n\n"):
         name, data = event.split("\n")

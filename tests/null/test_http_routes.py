@@ -45,10 +45,13 @@ class Site:
 
 
 @asynccontextmanager
-async def open_site(*, names: tuple[str, ...] = (), api_key: str | None = None, **options: Any) -> AsyncIterator[Site]:
+async def open_site(
+    *, names: tuple[str, ...] = (), api_key: str | None = None, trusting: bool = False, **options: Any
+) -> AsyncIterator[Site]:
+    server = {"served_model_name": names, "api_key": api_key, "trust_request_chat_template": trusting}
     async with (
-        open_house(served_model_name=names, api_key=api_key, **options) as house,
-        serving(house.front, served_model_name=names, api_key=api_key) as url,  # type: ignore[arg-type]
+        open_house(**server, **options) as house,
+        serving(house.front, **server) as url,  # type: ignore[arg-type]
         aiohttp.ClientSession(url, headers={"Authorization": f"Bearer {api_key}"}) as session,
     ):
         yield Site(house, session, url)
@@ -91,7 +94,7 @@ async def test_tokenize_a_chat() -> None:
         ("/detokenize", {}, None, "missing required field `tokens`"),
         ("/detokenize", {"tokens": [1, 257]}, "tokens[1]", "257, outside the vocabulary; use ids from 0 to 256"),
         ("/detokenize", {"tokens": [-1]}, "tokens[0]", ">= 0"),
-        ("/pause_generation", {"mode": "retract"}, "mode", "'retract'"),
+        ("/pause_generation", {"mode": "later"}, "mode", "'retract'"),
         (
             "/v1/chat/completions",
             {"messages": HI, "continue_final_message": True, "add_generation_prompt": True},
@@ -157,6 +160,27 @@ async def test_the_template_option_and_what_a_request_says_of_it(tmp_path: Any) 
     path.write_text(TEMPLATE)
     async with open_site(chat_template=str(path)) as site:
         assert await rendered(site) == "<user>hi</><assistant>"
+
+
+async def test_the_template_of_a_request() -> None:
+    template = "{{ messages[0].content }}{% if loud %}!{% endif %}"
+    loud = {"chat_template": template, "chat_template_kwargs": {"loud": True}}
+    async with open_site(trusting=True) as site:
+        assert [await rendered(site), await rendered(site, **loud)] == ["hi\n", "hi!"]
+        body = {"messages": HI, "temperature": 0, "max_tokens": 3, **loud}
+        _, answer = await site.post("/v1/chat/completions", body)
+        assert answer["choices"][0]["message"]["content"] == counted("!", 3)
+        for broken in ("{% if %}", "{{ " + "9" * 5000 + " }}", "{{ " + "(" * 5000 + " }}", "{{ 1 | nothing }}"):
+            for path in ("/tokenize", "/v1/chat/completions"):
+                status, answer = await site.post(path, {"messages": HI, "chat_template": broken})
+                assert (status, answer["error"]["param"]) == (400, "chat_template"), answer
+                assert "the chat template" in answer["error"]["message"]
+        await site.house.settled()
+    async with open_site() as site:
+        for path in ("/tokenize", "/v1/chat/completions"):
+            status, answer = await site.post(path, {"messages": HI, "chat_template": template})
+            assert (status, answer["error"]["code"]) == (400, "unsupported_parameter")
+            assert "--trust-request-chat-template" in answer["error"]["message"]
 
 
 async def test_a_message_that_holds_the_mark_is_whole() -> None:
@@ -303,6 +327,30 @@ async def test_pause_may_end_what_runs() -> None:
         await site.house.settled()
 
 
+async def test_pause_may_send_what_runs_back_to_the_queue() -> None:
+    async with open_site(seconds=0.001) as site, anyio.create_task_group() as group:
+        texts: list[str] = []
+
+        async def one() -> None:
+            body = {"text": "a", "sampling_params": {"max_new_tokens": 60, "temperature": 0}}
+            texts.append((await site.post("/generate", body))[1]["text"])
+
+        logic = site.house.scheduler
+        group.start_soon(one)
+        with anyio.fail_after(5):
+            while not logic.in_flight:
+                await anyio.sleep(0.001)
+            assert await site.post("/pause_generation", {"mode": "retract"}) == (200, {"paused": True})
+            state = (await site.get("/server_info"))[1]["internal_states"][0]
+            assert (state["running"], state["waiting"], state["retractions_total"]) == (0, 1, 1)
+            assert (await site.post("/flush_cache"))[1]["in_use"] == 0
+            await site.post("/continue_generation")
+            while not texts:
+                await anyio.sleep(0.001)
+        assert texts == [counted("a", 60)]
+        await site.house.settled()
+
+
 async def test_a_lost_worker_ends_a_pause_that_waits_for_it() -> None:
     async with open_site(seconds=0.2) as site, anyio.create_task_group() as group:
         group.start_soon(site.post, "/generate", {"text": "a", "sampling_params": {"max_new_tokens": 5}})
@@ -310,7 +358,7 @@ async def test_a_lost_worker_ends_a_pause_that_waits_for_it() -> None:
             await anyio.sleep(0.001)
         group.start_soon(site.house.executor.lose, "pulled the plug")
         with anyio.fail_after(5):
-            assert (await site.post("/pause_generation"))[0] == 200
+            assert (await site.post("/pause_generation", {"mode": "retract"}))[0] == 200
             await site.post("/continue_generation")
             while (await site.get("/health_generate"))[0] != 200:
                 await anyio.sleep(0.01)

@@ -98,7 +98,7 @@ async def test_a_body_is_decoded_by_what_describes_it() -> None:
     """Each field of a described body is known to the handler, in that no other field is."""
     async with serving(FakeFront()) as url, aiohttp.ClientSession(url) as session:
         async with session.get("/openapi.json") as response:
-            assert (response.status, await response.json()) == (200, DOCUMENT)
+            assert (response.status, await response.read()) == (200, msgspec.json.encode(DOCUMENT))
         for route in BODIES:
             known = DOCUMENT["components"]["schemas"][route.takes.__name__]["properties"]  # type: ignore[union-attr]
             path = route.public_path.replace("{response_id}", "x")

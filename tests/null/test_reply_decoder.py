@@ -124,9 +124,18 @@ def test_broken_byte_fallback_neither_raises_nor_waits_for_ever(ids):
 PATTERNS = ["a+b", "h.llo", "[ab]{2,}", r"e\s*h", "(?i)HE|o", r"\bhe", "b|a.*b", "(?<=o)a", "o$", "é|ï+b?", "😀{2}"]
 
 
-def stopped(text: Text, ids: list[int], stop: tuple, patterns: tuple, min_tokens: int) -> tuple[str, str | None]:
+def stopped(
+    text: Text,
+    ids: list[int],
+    stop: tuple,
+    patterns: tuple,
+    min_tokens: int,
+    *,
+    skip: bool = True,
+    include: bool = False,
+) -> tuple[str, str | None]:
     """The text and what ends it, looked for in all of the text after each token."""
-    decoder = text.reply()
+    decoder = text.reply(skip_special_tokens=skip)
     said, skipped = "", 0
     for count, id in enumerate([*ids, None], start=1):
         said += decoder.flush() if id is None else decoder.push([id])
@@ -139,23 +148,46 @@ def stopped(text: Text, ids: list[int], stop: tuple, patterns: tuple, min_tokens
             if match := regex.search(pattern, said, pos=skipped):
                 found.append((match.end(), match.start(), pattern))
         if found:
-            _, start, matched = min(found, key=lambda match: match[:2])
-            return said[:start], matched
+            end, start, matched = min(found, key=lambda match: match[:2])
+            return said[: end if include else start], matched
     return said, None
 
 
 @given(
     byte_level_ids,
     st.lists(st.integers(0, 24), max_size=5),
-    st.lists(st.sampled_from(["hello", "a", "ob", "hé"]), max_size=1).map(tuple),
+    st.lists(st.sampled_from(["hello", "a", "ob", "hé", SPECIAL, "d|>"]), max_size=1).map(tuple),
     st.lists(st.sampled_from(PATTERNS), max_size=2).map(tuple),
     st.sampled_from([0, 0, 1, 5]),
+    st.booleans(),
+    st.booleans(),
 )
-def test_however_tokens_are_split_the_first_stop_ends_the_reply(ids, at, stop, patterns, min_tokens):
+def test_however_tokens_are_split_the_first_stop_ends_the_reply(ids, at, stop, patterns, min_tokens, skip, include):
     parts = split(ids, sorted(min(place, len(ids)) for place in at))
-    decoder = BYTE_LEVEL.reply(stop, patterns, min_tokens)
+    decoder = BYTE_LEVEL.reply(stop, patterns, min_tokens, skip_special_tokens=skip, include_stop=include)
     said = "".join([decoder.push(part) for part in parts]) + decoder.flush()
-    assert (said, decoder.matched) == stopped(BYTE_LEVEL, ids, stop, patterns, min_tokens)
+    expected = stopped(BYTE_LEVEL, ids, stop, patterns, min_tokens, skip=skip, include=include)
+    assert (said, decoder.matched) == expected
+    if include and decoder.matched is not None:
+        assert decoder.kept == decoder.used
+
+
+@pytest.mark.parametrize("text", [BYTE_LEVEL, BYTE_FALLBACK])
+@given(data=st.data())
+def test_special_tokens_are_shown_if_they_are_not_skipped(text, data):
+    special = text.vocab_size - (2 if text is BYTE_LEVEL else 1)
+    pieces = st.one_of(texts.map(text.encode), st.just([special]))
+    ids = data.draw(st.lists(pieces, max_size=6).map(joined))
+    for skip in (True, False):
+        decoder = text.reply(skip_special_tokens=skip)
+        said = "".join(decoder.push([id]) for id in ids) + decoder.flush()
+        assert said == text.decode(ids, skip_special_tokens=skip)
+        assert said.count(SPECIAL) == (0 if skip else ids.count(special))
+
+
+def test_without_text_there_is_none():
+    decoder = BYTE_LEVEL.reply(detokenize=False)
+    assert (decoder.push(BYTE_LEVEL.encode("hello")), decoder.flush(), decoder.matched) == ("", "", None)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ def asked(draw: Any) -> dict[str, Any]:
         "echo": draw(st.sampled_from(["", "hello é"])),
         "top": draw(st.sampled_from([None, 0, 2])),
         "prompt_top": draw(st.sampled_from([None, 0, 2])),
+        "skip": draw(st.booleans()),
+        "include": draw(st.booleans()),
         "finish": draw(st.sampled_from(["stop", "length", "abort"])),
     }
 
@@ -41,7 +43,9 @@ def chunks_of(ask: dict[str, Any], parts: list[list[int]]) -> list[Chunk]:
     """What the detokenizer says of a reply that comes in `parts`."""
     replies = Replies(BYTE_LEVEL)
     prompt = None if ask["prompt_top"] is None else array("i", PROMPT).tobytes()
-    replies.open(Open("r", len(PROMPT), ask["stop"], ask["stop_regex"], ask["min_tokens"], ask["echo"], prompt))
+    stops = (ask["stop"], ask["stop_regex"], ask["min_tokens"])
+    kinds = {"skip_special_tokens": ask["skip"], "include_stop": ask["include"]}
+    replies.open(Open("r", len(PROMPT), *stops, ask["echo"], prompt, **kinds))
     made: list[Chunk] = []
     at, first = len(PROMPT), True
     for number, part in enumerate(parts):
@@ -66,8 +70,11 @@ def decoded(events: bytes) -> list[Any]:
     return [msgspec.json.decode(event.removeprefix("data: ")) for event in data]
 
 
-def summed(choices: list[dict[str, Any]], chat: bool) -> dict[str, Any]:
-    """The choice that a client puts together from those of a stream."""
+def summed(events: list[dict[str, Any]], chat: bool) -> dict[str, Any]:
+    """The choice that a client puts together from the events of a stream; with a chat's log-probabilities of the
+    prompt, which stand beside it."""
+    beside = ("prompt_logprobs",)
+    choices = [event["choices"][0] | {name: event[name] for name in beside if name in event} for event in events]
     whole = dict(choices[-1], logprobs=None)
     whole["text"] = "".join(choice.pop("delta").get("content", "") if chat else choice["text"] for choice in choices)
     whole.pop("delta", None)
@@ -94,7 +101,8 @@ def test_an_openai_stream_says_what_the_whole_says(ask: dict[str, Any], chat: bo
     (choice,) = whole["choices"]
     if chat:
         choice["text"] = choice.pop("message")["content"]
-    told = summed([event["choices"][0] for event in events], chat)
+        choice |= {"prompt_logprobs": whole["prompt_logprobs"]} if "prompt_logprobs" in whole else {}
+    told = summed(events, chat)
     if choice["logprobs"] is not None and told["logprobs"] is None:  # a reply without a token: nothing to stream
         assert not any(choice["logprobs"].values())
         del choice["logprobs"], told["logprobs"]

@@ -236,6 +236,16 @@ def test_the_longest_sequence_is_what_model_and_cache_allow():
     assert choose_max_model_len(300, 512, 1000) == 300
 
 
+def test_a_model_that_keeps_nothing_has_no_pages_and_its_own_length():
+    spec = KVSpec(16, ())
+    for options in (CacheOptions(), CacheOptions(kv_tokens=1000), CacheOptions(memory_fraction=1e-9)):
+        assert count_pages(spec, options, CPU, 1 << 30, most_tokens=1 << 20) == 0
+    assert allocate(spec, 1, CPU) == ()
+    assert (choose_max_model_len(None, 512, None), choose_max_model_len(99, 512, None)) == (512, 99)
+    with pytest.raises(ConfigError, match="513 is over the model's own limit of 512"):
+        choose_max_model_len(513, 512, None)
+
+
 def test_caches_start_as_zeros_and_pages_are_copied_in_every_layer():
     caches = allocate(SPEC, 5, CPU)
     assert [len(group) for group in caches] == [2, 1]
