@@ -21,7 +21,7 @@ from typing import Any
 BEGAN = time.perf_counter()  # before the imports: they are part of the start
 
 import anyio  # noqa: E402
-import workloads  # noqa: E402
+import workloads  # type: ignore[import-not-found]  # noqa: E402
 from msgspec import Struct  # noqa: E402
 
 from engine import AsyncEngine, SamplingParams  # noqa: E402

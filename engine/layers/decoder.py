@@ -192,5 +192,5 @@ class CausalLM(Model):
     def logits(self, hidden: Tensor) -> Tensor:
         logits = self.lm_head(hidden)
         if self.logit_cap is not None:
-            logits = logits.div_(self.logit_cap).tanh_().mul_(self.logit_cap)
+            logits = logits.to(torch.float32).div_(self.logit_cap).tanh_().mul_(self.logit_cap)
         return logits

@@ -1,6 +1,5 @@
 """From token ids to vectors and back to logits."""
 
-import torch
 from torch import Tensor, nn
 
 from engine.kernels.cpu import PackedMatrix
@@ -49,5 +48,5 @@ class LMHead(ColumnLinear):
             self.matrices = (embedding.matrix,) if embedding.matrix is not None else ()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[S, size] to float32 logits [S, vocab_size]."""
-        return super().forward(hidden).to(torch.float32)
+        """[S, size] to logits [S, vocab_size]."""
+        return super().forward(hidden)

@@ -79,7 +79,7 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits [S, vocab_size] of some of the hidden states, [S, H]."""
+        """Logits [S, vocab_size] of some of the hidden states, [S, H]; of their type or float32."""
 
     def kv_spec(self) -> KVSpec:
         """The KV cache that it needs: by default one group a backend."""

@@ -114,10 +114,10 @@ class DecodeGraphs:
         """Whether a step of so many decode rows has a graph."""
         return bool(self._sizes) and rows <= self._sizes[-1]
 
-    def replay(self, slots: np.ndarray, starts: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    def replay(self, slots: np.ndarray, starts: np.ndarray) -> tuple[Tensor, Tensor]:
         """Runs a decode step. Row r computes position `starts[r]` of `slots[r]`, both [R] int64.
 
-        Returns hidden states [R, H] and the device's copies of both arguments, all good until the next replay.
+        Returns hidden states [R, H] and the device's copy of both arguments [2, R], good until the next replay.
         """
         count = len(slots)
         graph = self._graphs[self._sizes[bisect.bisect_left(self._sizes, count)]]
@@ -131,4 +131,4 @@ class DecodeGraphs:
         for backend, plan in zip(self._model.backends, graph.plans, strict=True):
             backend.refill(plan, numbers[1])
         graph.graph.replay()
-        return graph.hidden[:count], graph.inputs[0, :count], graph.inputs[1, :count]
+        return graph.hidden[:count], graph.inputs[:, :count]

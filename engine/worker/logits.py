@@ -85,6 +85,10 @@ class Adjustments:
             (upload(grid[:, :-1].copy(), self._device), upload(grid[:, -1].copy(), self._device)) for grid in grids
         )
 
+    def acts(self, slots: np.ndarray) -> bool:
+        """Whether anything is asked for any of `slots`."""
+        return bool(self._acting[slots].any())
+
     def apply(self, logits: Tensor, slots: np.ndarray, positions: np.ndarray, tokens: Tensor) -> None:
         """Changes `logits` [S, V], in place. Row s is of `slots[s]`, whose tokens before `positions[s]` are in
         `tokens` [slots, P], the device's table."""

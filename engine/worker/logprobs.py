@@ -57,7 +57,7 @@ def score_prompt(hidden: Tensor, tokens: Tensor, logits: Callable[[Tensor], Tens
     def pieces() -> Iterator[Scores]:
         count = max(1, PIECE // vocab_size)
         for part, said in zip(hidden.split(count), tokens.split(count), strict=True):
-            yield score(logits(part), said)
+            yield score(logits(part).to(torch.float32), said)
 
     parts = list(pieces())
     return Scores(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.layers.batch import Batch
+from engine.layers.encoder import Encoder
 from engine.layers.model import Model
 from engine.messages import Logprobs, Sampling, SlotAdmit, StepDone, StepPlan
 from engine.worker.batch import build_batch, upload
@@ -26,7 +27,7 @@ from engine.worker.graphs import DecodeGraphs
 from engine.worker.kv import Caches, copy_pages
 from engine.worker.logits import Adjustments
 from engine.worker.logprobs import Scores, score, score_prompt
-from engine.worker.sampler import Columns, sample
+from engine.worker.sampler import Sampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +44,13 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a step yields: `tokens` [S] int64, and log-probabilities of sampled rows and of prompts that ask."""
+    """What a step yields: `tokens` [S] int64, and log-probabilities of sampled rows and of prompts that ask; or
+    float32 `vectors` [R, size]."""
 
     tokens: Tensor
     sampled: Block | None = None
     prompts: Block | None = None
+    vectors: Tensor | None = None
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "Result":
         """The same, each tensor put elsewhere by `move`."""
@@ -55,7 +58,8 @@ class Result:
             block and dataclasses.replace(block, scores=block.scores.moved(move))
             for block in (self.sampled, self.prompts)
         )
-        return Result(move(self.tokens), sampled, prompts)
+        vectors = None if self.vectors is None else move(self.vectors)
+        return Result(move(self.tokens), sampled, prompts, vectors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,7 @@ class Runner:
         # One slot more than there are: the padding of a graph's rows.
         self.tokens = torch.zeros(slots + 1, max_model_len + 1, dtype=torch.int32, device=device)
         self.page_table = torch.zeros(slots + 1, pages, dtype=torch.int32, device=device)
-        self.columns = Columns.empty(slots)
+        self.sampler = Sampler(slots, self.tokens)
         self.adjustments = Adjustments(slots, model.vocab_size, device)
         self.unscored = np.zeros((slots, 2), np.int64)  # prompt positions to be scored: from, to
         self._ahead_of: torch.cuda.Event | None = None  # the end of the last step, while it is not known to be over
@@ -127,6 +131,7 @@ class Runner:
             result.sampled.messages() if result.sampled else (),
             result.prompts.messages() if result.prompts else (),
             idle,
+            b"" if result.vectors is None else result.vectors.numpy().astype("<f4").tobytes(),
         )
 
     def _run(self, plan: StepPlan) -> Result:
@@ -134,27 +139,32 @@ class Runner:
         self.apply(plan)
         rows = np.frombuffer(plan.rows, "<i4").reshape(-1, 4).astype(np.int64)
         sampled = rows[rows[:, 3] != 0]
-        slots, positions = sampled[:, 0], sampled[:, 1] + sampled[:, 2]
+        slots, lasts = sampled[:, 0], sampled[:, 1] + sampled[:, 2] - 1
         nothing = torch.empty(0, dtype=torch.int64, device=self.device)
         if not len(rows):
             return Result(nothing)
+        if isinstance(self.model, Encoder):
+            hidden, batch = self.forward(rows)
+            return Result(nothing, vectors=self.model.embed(hidden, batch))
         prompts = None
         if len(sampled) == len(rows) and (rows[:, 2] == 1).all() and self.graphs.fits(len(rows)):
-            hidden, *_ = self.graphs.replay(slots, sampled[:, 1])
+            hidden, on_device = self.graphs.replay(slots, sampled[:, 1])
         else:
             hidden, batch = self.forward(rows)
             prompts = self._score_prompts(rows, hidden)
             if not len(sampled):
                 return Result(nothing, prompts=prompts)
             hidden = hidden[batch.sampled]
+            on_device = upload(np.stack((slots, lasts)), self.device)
         logits = self.model.logits(hidden)
-        wanted = self.columns.logprobs[slots]
+        wanted = self.sampler.columns.logprobs[slots]
         asking = np.flatnonzero(wanted >= 0)
-        raw = logits[upload(asking, self.device)] if len(asking) else None  # a copy: what follows changes the logits
-        self.adjustments.apply(logits, slots, positions, self.tokens)
-        tokens = sample(logits, self.columns.rows(slots), positions)
-        places = upload(np.stack((slots, positions)), self.device)
-        self.tokens[places[0], places[1]] = tokens.to(torch.int32)
+        # A copy, as what follows changes the logits.
+        raw = logits[upload(asking, self.device)].to(torch.float32) if len(asking) else None
+        if self.adjustments.acts(slots):
+            logits = logits.to(torch.float32)
+            self.adjustments.apply(logits, slots, lasts + 1, self.tokens)
+        tokens = self.sampler.draw(logits, slots, lasts, on_device)
         if raw is None:
             return Result(tokens, prompts=prompts)
         scores = score(raw, tokens[upload(asking, self.device)])
@@ -174,7 +184,7 @@ class Runner:
         at = 0
         for row in np.flatnonzero(counts > 0):
             slot, count = rows[row, 0], int(counts[row])
-            spans.append((int(row), at, at + count, int(self.columns.prompt_logprobs[slot])))
+            spans.append((int(row), at, at + count, int(self.sampler.columns.prompt_logprobs[slot])))
             steps = np.arange(count)
             places.append(np.stack((offsets[row] + steps, np.full(count, slot), firsts[row] + 1 + steps)))
             at += count
@@ -184,10 +194,10 @@ class Runner:
 
     def apply(self, plan: StepPlan) -> None:
         """Brings the tables up to date: admits, then pages, then page copies."""
+        self.sampler.admit(plan.admits)
         for admit in plan.admits:
             ids = np.frombuffer(admit.ids, "<i4").copy()
             self.tokens[admit.slot, : len(ids)] = upload(ids, self.device)
-            self.columns.set(admit.slot, admit.sampling)
             self.adjustments.set(admit)
             asks = admit.sampling.prompt_logprobs >= 0
             self.unscored[admit.slot] = (admit.scored, admit.prompt_len - 1) if asks else (0, 0)
@@ -225,7 +235,7 @@ class Runner:
         admits = tuple(SlotAdmit(slot, ids, Sampling(1.0, 0, 1.0, 0.0, 0)) for slot in range(rows))
         triples = [(slot, index, index) for slot in range(rows) for index in range(pages)]
         self._warm_step(rows, 0, length, StepPlan(0, b"", admits, np.array(triples, "<i4").tobytes()))
-        if length < longest:
+        if length < longest and not isinstance(self.model, Encoder):
             self._warm_step(rows, length, 1, StepPlan(0, b""))
 
     def _warm_step(self, count: int, start: int, length: int, plan: StepPlan) -> None:

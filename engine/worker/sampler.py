@@ -6,13 +6,15 @@ how the request was scheduled. What work a step needs is decided from host copie
 here waits for the device. What changes the logits first is in logits.py. Left out: grammars.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.messages import Sampling
+from engine.messages import Sampling, SlotAdmit
 from engine.worker.batch import upload
 
 GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)  # SplitMix64's odd increment, as a signed number
@@ -46,6 +48,11 @@ class Columns:
         self.logprobs[slot] = sampling.logprobs
         self.prompt_logprobs[slot] = sampling.prompt_logprobs
 
+    @property
+    def filters(self) -> bool:
+        """Whether any row asks for min-p, top-k or top-p."""
+        return bool(self.min_p.any() or self.top_k.any() or (self.top_p < 1).any())
+
     def rows(self, slots: np.ndarray) -> "Columns":
         """The columns of a step's rows, in their order."""
         return Columns(
@@ -59,32 +66,82 @@ class Columns:
         )
 
 
+class Sampler:
+    """How each slot is sampled, and the draws of a step, which go into the device's table of tokens.
+
+    `tokens` [slots + 1, positions] int32 is the Runner's. On a GPU temperatures and seeds are kept there too, by slot,
+    so that a step uploads nothing; a kernel draws in one pass over the logits.
+    """
+
+    def __init__(self, slots: int, tokens: Tensor) -> None:
+        self.columns = Columns.empty(slots)
+        self._tokens = tokens
+        self._kernel = tokens.is_cuda and find_spec("triton") is not None
+        self._temperatures = torch.zeros(slots, dtype=torch.float32, device=tokens.device)
+        self._seeds = torch.zeros(slots, dtype=torch.int64, device=tokens.device)
+
+    def admit(self, admits: Sequence[SlotAdmit]) -> None:
+        """From now on the admitted slots are sampled as their requests ask."""
+        for admit in admits:
+            self.columns.set(admit.slot, admit.sampling)
+        if admits and self._kernel:
+            self._temperatures.copy_(upload(self.columns.temperature.copy(), self._tokens.device))
+            self._seeds.copy_(upload(self.columns.seed.copy(), self._tokens.device))
+
+    def draw(self, logits: Tensor, slots: np.ndarray, lasts: np.ndarray, on_device: Tensor) -> Tensor:
+        """Draws one token a row, ids [S] int64, and puts each after its row's last one.
+
+        `logits` [S, V], which may be written over; `slots` and `lasts` [S] int64 are each row's slot and the position
+        of its last token, and `on_device` [2, S] the same there.
+        """
+        rows = self.columns.rows(slots)
+        if not self._kernel:
+            tokens = sample(logits.to(torch.float32), rows, lasts + 1)
+            self._tokens[on_device[0], on_device[1] + 1] = tokens.to(torch.int32)
+            return tokens
+        from engine.kernels.sampling import draw
+
+        if rows.filters:
+            scores = filtered(logits.to(torch.float32), rows)
+            logits = logits.masked_fill_(scores == -torch.inf, -torch.inf)
+        return draw(logits, on_device[0], on_device[1], self._temperatures, self._seeds, self._tokens)
+
+
 def sample(logits: Tensor, rows: Columns, positions: np.ndarray) -> Tensor:
     """Draws one token a row: `logits` [S, V] float32 to ids [S] int64.
 
-    `positions` [S] are those of the tokens drawn. Temperature 0 is argmax, the lowest id of equals. Filters
-    apply in the order temperature, min-p, top-k, top-p, each to what the one before left, as in vLLM and
-    Hugging Face: top-k keeps all that equal the k-th, top-p the fewest whose sum reaches p (lower ids of
-    equals first), and the most likely token always stays. The draw is Gumbel-max (arXiv:1411.0030).
+    `positions` [S] are those of the tokens drawn. Temperature 0 is argmax, the lowest id of equals; else the draw is
+    Gumbel-max (arXiv:1411.0030) over what the filters leave.
     """
     greedy = logits.argmax(dim=-1)
     if not rows.temperature.any():
         return greedy
+    wholes = upload(np.stack((rows.seed, positions)), logits.device)
+    scores = filtered(logits, rows)
+    scores += gumbel(wholes[0], wholes[1], logits.shape[1])
+    drawn = upload(rows.temperature, logits.device) > 0
+    return torch.where(drawn, scores.argmax(dim=-1), greedy)
+
+
+def filtered(logits: Tensor, rows: Columns) -> Tensor:
+    """Logits over temperature, [S, V] float32 with 0 the highest, and -inf for what the filters drop.
+
+    Filters apply in the order temperature, min-p, top-k, top-p, each to what the one before left, as in vLLM and
+    Hugging Face: top-k keeps all that equal the k-th, top-p the fewest whose sum reaches p (lower ids of equals first),
+    and the most likely token always stays.
+    """
     reals = upload(np.stack((rows.temperature, rows.top_p, rows.min_p)), logits.device)
     temperature, top_p, min_p = reals[:, :, None]  # each [S, 1]
-    wholes = upload(np.stack((rows.top_k, rows.seed, positions)), logits.device)
-    drawn = temperature > 0
     scores = logits - logits.amax(dim=-1, keepdim=True)  # the highest is 0: no overflow at any temperature
-    scores /= torch.where(drawn, temperature, 1.0)
+    scores /= torch.where(temperature > 0, temperature, 1.0)
     if rows.min_p.any():
         scores.masked_fill_(scores < min_p.log(), -torch.inf)
     largest = int(rows.top_k.max())
     if largest > 0:
-        _top_k(scores, wholes[0, :, None], min(largest, logits.shape[1]))
+        _top_k(scores, upload(rows.top_k[:, None], logits.device), min(largest, logits.shape[1]))
     if (rows.top_p < 1).any():
         _top_p(scores, top_p)
-    scores += gumbel(wholes[1], wholes[2], logits.shape[1])
-    return torch.where(drawn[:, 0], scores.argmax(dim=-1), greedy)
+    return scores
 
 
 def _top_k(scores: Tensor, top_k: Tensor, largest: int) -> None:

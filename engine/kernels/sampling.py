@@ -1,0 +1,78 @@
+"""Drawing tokens in one pass over the logits, in Triton: argmax of logit / temperature + Gumbel noise.
+
+The noise is that of engine/worker/sampler.py, made where it is used: entry i of a row is output i of a SplitMix64
+generator (Steele, Lea, Flood 2014) keyed by the row's seed and position. A row is cut into chunks, so that one row
+fills a GPU too; a second kernel takes the best of the chunks, the lowest id of equals. Left out: filters (top-k, ...).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 4096  # logits that one program looks at
+
+
+@triton.jit
+def _mix(x):
+    """SplitMix64's finalizer, on uint64."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def _draw_kernel(logits, slots, lasts, temperatures, seeds, best, where, size, chunks, stride, BLOCK: tl.constexpr):
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(slots + row)
+    ids = chunk * BLOCK + tl.arange(0, BLOCK)
+    mask = ids < size
+    scores = tl.load(logits + row * stride + ids, mask=mask, other=float("-inf")).to(tl.float32)
+    temperature = tl.load(temperatures + slot)
+    if temperature > 0:
+        seed = tl.load(seeds + slot).to(tl.uint64, bitcast=True)
+        position = (tl.load(lasts + row) + 1).to(tl.uint64, bitcast=True)
+        golden = tl.full((), 0x9E3779B97F4A7C15, tl.uint64)
+        bits = _mix(_mix(_mix(seed) + position * golden) + (ids + 1).to(tl.uint64) * golden)
+        uniform = tl.minimum(((bits >> 11).to(tl.float32) + 0.5) * 2.0**-53, 1.0 - 2.0**-24)
+        # -log1p(-uniform), by its values where 1 - uniform is rounded (Kahan): the rounding cancels.
+        rest = 1.0 - uniform
+        lost = 1.0 - rest
+        exponential = tl.where(lost == 0.0, uniform, -tl.log(rest) * (uniform / lost))
+        scores = scores / temperature - tl.log(exponential)
+        scores = tl.where(mask, scores, float("-inf"))
+    top = tl.max(scores, 0)
+    tl.store(best + row * chunks + chunk, top)
+    tl.store(where + row * chunks + chunk, tl.min(tl.where(scores == top, ids, size - 1), 0))
+
+
+@triton.jit
+def _choose_kernel(best, where, slots, lasts, tokens, out, chunks, tokens_stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    mask = at < chunks
+    scores = tl.load(best + row * chunks + at, mask=mask, other=float("-inf"))
+    ids = tl.load(where + row * chunks + at, mask=mask, other=2147483647)
+    chosen = tl.min(tl.where(scores == tl.max(scores, 0), ids, 2147483647), 0)
+    tl.store(out + row, chosen.to(tl.int64))
+    tl.store(tokens + tl.load(slots + row) * tokens_stride + tl.load(lasts + row) + 1, chosen)
+
+
+def draw(logits: Tensor, slots: Tensor, lasts: Tensor, temperatures: Tensor, seeds: Tensor, tokens: Tensor) -> Tensor:
+    """One token a row: ids [S] int64, also written into `tokens` [slots, positions] int32 after the row's last one.
+
+    `logits` [S, V] of any float type, each row dense; `slots` and `lasts` [S] int64 are each row's slot and the
+    position of its last token; `temperatures` float32 (0 is argmax) and `seeds` int64 are by slot. The draw is keyed by
+    the seed and the position `lasts` + 1.
+    """
+    rows, size = logits.shape
+    chunks = triton.cdiv(size, CHUNK)
+    best = torch.empty(rows, chunks, dtype=torch.float32, device=logits.device)
+    where = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
+    out = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    _draw_kernel[(rows, chunks)](
+        logits, slots, lasts, temperatures, seeds, best, where, size, chunks, logits.stride(0), BLOCK=CHUNK, num_warps=8
+    )
+    block = triton.next_power_of_2(chunks)
+    _choose_kernel[(rows,)](best, where, slots, lasts, tokens, out, chunks, tokens.stride(0), BLOCK=block, num_warps=1)
+    return out

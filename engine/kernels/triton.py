@@ -1,0 +1,221 @@
+"""The operations of ops.py as Triton kernels, for GPUs: each reads its inputs once and writes its results once.
+
+One program takes one token (or one head of one token), so a decode step's kernels are over in about the time of a
+launch. Sums are taken in float32 and rounded where the reference rounds. Left out: fusion with the matrix products.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels.ops import HeadNorms, Heads, Ops, Rotation
+
+LARGEST_ROW = 16384  # numbers that one program holds at a time
+
+
+@triton.jit
+def _rms_norm_kernel(hidden, stream, weight, out, size, row_stride, heads, head_stride, epsilon,
+                     ADDS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    mask = at < size
+    begin = row // heads * row_stride + row % heads * head_stride
+    x = tl.load(hidden + begin + at, mask=mask, other=0.0)
+    if ADDS:
+        x = (x.to(tl.float32) + tl.load(stream + row * size + at, mask=mask, other=0.0).to(tl.float32)).to(x.dtype)
+        tl.store(stream + row * size + at, x, mask=mask)
+    x = x.to(tl.float32)
+    scale = 1.0 / tl.sqrt_rn(tl.sum(x * x, 0) / size + epsilon)
+    w = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row * size + at, (x * scale * w).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gated_kernel(gate_up, out, size, GELU: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    gate = tl.load(gate_up + row * 2 * size + at, mask=mask, other=0.0)
+    up = tl.load(gate_up + row * 2 * size + size + at, mask=mask, other=0.0)
+    x = gate.to(tl.float32)
+    if GELU:
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        x = x / (1.0 + tl.exp(-2.0 * inner))  # 0.5 x (1 + tanh(inner))
+    else:
+        x = x / (1.0 + tl.exp(-x))
+    tl.store(out + row * size + at, x.to(gate.dtype) * up, mask=mask)
+
+
+@triton.jit
+def _heads_kernel(qkv, query, key_norm, query_norm, cosines, sines, cache, places,
+                  query_heads, kv_heads, dim, pairs, page_size, row_stride, epsilon,
+                  NORMS: tl.constexpr, ROTATES: tl.constexpr, CACHES: tl.constexpr,
+                  PAIRS: tl.constexpr, REST: tl.constexpr):  # fmt: skip
+    # One head of one token: its first and second halves of `pairs` dimensions, and what lies beyond them.
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    is_query = head < query_heads
+    is_value = head >= query_heads + kv_heads
+    begin = qkv + token * row_stride + head * dim
+    low = tl.arange(0, PAIRS)
+    rest = tl.arange(0, REST) + 2 * pairs
+    in_low, in_rest = low < pairs, rest < dim
+    first_raw = tl.load(begin + low, mask=in_low, other=0.0)
+    kind = first_raw.dtype
+    first = first_raw.to(tl.float32)
+    second = tl.load(begin + pairs + low, mask=in_low, other=0.0).to(tl.float32)
+    third = tl.load(begin + rest, mask=in_rest, other=0.0).to(tl.float32)
+    if not is_value:
+        if NORMS:
+            square = tl.sum(first * first, 0) + tl.sum(second * second, 0) + tl.sum(third * third, 0)
+            scale = 1.0 / tl.sqrt_rn(square / dim + epsilon)
+            weight = query_norm if is_query else key_norm
+            first = (first * scale * tl.load(weight + low, mask=in_low, other=0.0).to(tl.float32)).to(kind)
+            second = (second * scale * tl.load(weight + pairs + low, mask=in_low, other=0.0).to(tl.float32)).to(kind)
+            third = (third * scale * tl.load(weight + rest, mask=in_rest, other=0.0).to(tl.float32)).to(kind)
+            first, second, third = first.to(tl.float32), second.to(tl.float32), third.to(tl.float32)
+        if ROTATES:
+            cosine = tl.load(cosines + token * pairs + low, mask=in_low, other=0.0).to(tl.float32)
+            sine = tl.load(sines + token * pairs + low, mask=in_low, other=0.0).to(tl.float32)
+            first, second = first * cosine - second * sine, second * cosine + first * sine
+    if is_query:
+        target = query + (token * query_heads + head) * dim
+        tl.store(target + low, first.to(kind), mask=in_low)
+        tl.store(target + pairs + low, second.to(kind), mask=in_low)
+        tl.store(target + rest, third.to(kind), mask=in_rest)
+    elif CACHES:
+        place = tl.load(places + token)
+        half = tl.where(is_value, 1, 0)
+        kv_head = head - query_heads - half * kv_heads
+        row = (place // page_size * 2 + half) * page_size + place % page_size
+        target = cache + (row * kv_heads + kv_head) * dim
+        stored = cache.dtype.element_ty
+        # Rounded to the activations' type first, as if key and value had been written out between.
+        tl.store(target + low, first.to(kind).to(stored), mask=in_low)
+        tl.store(target + pairs + low, second.to(kind).to(stored), mask=in_low)
+        tl.store(target + rest, third.to(kind).to(stored), mask=in_rest)
+    elif not is_value:
+        tl.store(begin + low, first.to(kind), mask=in_low)
+        tl.store(begin + pairs + low, second.to(kind), mask=in_low)
+        tl.store(begin + rest, third.to(kind), mask=in_rest)
+
+
+@triton.jit
+def _write_kernel(key, value, cache, places, kv_heads, dim, page_size, key_stride, value_stride, BLOCK: tl.constexpr):
+    token, half = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = tl.arange(0, BLOCK)
+    mask = at < kv_heads * dim
+    source = key + token * key_stride
+    if half == 1:
+        source = value + token * value_stride
+    place = tl.load(places + token)
+    row = (place // page_size * 2 + half) * page_size + place % page_size
+    numbers = tl.load(source + at, mask=mask, other=0.0)
+    tl.store(cache + row * kv_heads * dim + at, numbers.to(cache.dtype.element_ty), mask=mask)
+
+
+def _warps(block: int) -> int:
+    """Sixteen bytes a thread and more."""
+    return max(1, min(16, block // 256))
+
+
+class TritonOps(Ops):
+    """The operations on CUDA tensors."""
+
+    def rms_norm(self, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        size = hidden.shape[-1]
+        if hidden.dim() > 3 or hidden.stride(-1) != 1 or size > LARGEST_ROW:
+            return super().rms_norm(hidden, weight, epsilon)
+        out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+        heads = hidden.shape[1] if hidden.dim() == 3 else 1
+        rows = hidden.numel() // size
+        if rows:
+            strides = (hidden.stride(0), heads, hidden.stride(1)) if hidden.dim() == 3 else (hidden.stride(0), 1, 0)
+            block = triton.next_power_of_2(size)
+            _rms_norm_kernel[(rows,)](
+                hidden, hidden, weight, out, size, *strides, epsilon, ADDS=False, BLOCK=block, num_warps=_warps(block)
+            )
+        return out
+
+    def add_rms_norm(self, hidden: Tensor, stream: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        rows, size = hidden.shape
+        if size > LARGEST_ROW or not (hidden.is_contiguous() and stream.is_contiguous()):
+            return super().add_rms_norm(hidden, stream, weight, epsilon)
+        if rows:
+            block = triton.next_power_of_2(size)
+            _rms_norm_kernel[(rows,)](
+                hidden, stream, weight, hidden, size, size, 1, 0, epsilon,
+                ADDS=True, BLOCK=block, num_warps=_warps(block),
+            )  # fmt: skip
+        return hidden, stream
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        return self._gated(gate_up, gelu=False)
+
+    def gelu_and_mul(self, gate_up: Tensor) -> Tensor:
+        return self._gated(gate_up, gelu=True)
+
+    def _gated(self, gate_up: Tensor, gelu: bool) -> Tensor:
+        gate_up = gate_up.contiguous()
+        rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+        out = torch.empty(rows, size, dtype=gate_up.dtype, device=gate_up.device)
+        if rows:
+            block = min(2048, triton.next_power_of_2(size))
+            _gated_kernel[(rows, triton.cdiv(size, block))](gate_up, out, size, GELU=gelu, BLOCK=block, num_warps=4)
+        return out
+
+    def rotate_heads(
+        self, qkv: Tensor, heads: Heads, norms: HeadNorms | None, rotation: Rotation | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        query = self._heads(qkv, heads, norms, rotation, None, None)
+        _, key, value = qkv.view(len(qkv), -1, heads.dim).split([heads.query, heads.kv, heads.kv], dim=1)
+        return query, key, value
+
+    def rotate_into_pages(
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        norms: HeadNorms | None,
+        rotation: Rotation | None,
+        cache: Tensor,
+        places: Tensor,
+    ) -> Tensor:
+        return self._heads(qkv, heads, norms, rotation, cache, places)
+
+    def _heads(
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        norms: HeadNorms | None,
+        rotation: Rotation | None,
+        cache: Tensor | None,
+        places: Tensor | None,
+    ) -> Tensor:
+        tokens, dim = qkv.shape[0], heads.dim
+        query = torch.empty(tokens, heads.query, dim, dtype=qkv.dtype, device=qkv.device)
+        if not tokens:
+            return query
+        cosines, sines = rotation if rotation is not None else (qkv, qkv)
+        pairs = cosines.shape[-1] if rotation is not None else dim // 2
+        query_norm, key_norm, epsilon = norms if norms is not None else (qkv, qkv, 0.0)
+        # Without a cache only query and key are touched; the value stays where it is.
+        count = heads.query + (2 if cache is not None else 1) * heads.kv
+        _heads_kernel[(tokens, count)](
+            qkv, query, key_norm, query_norm, cosines, sines,
+            qkv if cache is None else cache, qkv if places is None else places,
+            heads.query, heads.kv, dim, pairs, 1 if cache is None else cache.shape[2], qkv.stride(0), epsilon,
+            NORMS=norms is not None, ROTATES=rotation is not None, CACHES=cache is not None,
+            PAIRS=triton.next_power_of_2(pairs), REST=triton.next_power_of_2(max(dim - 2 * pairs, 1)), num_warps=1,
+        )  # fmt: skip
+        return query
+
+    def write_pages(self, key: Tensor, value: Tensor, cache: Tensor, places: Tensor) -> None:
+        tokens, heads, dim = key.shape
+        if key.stride()[1:] != (dim, 1) or value.stride()[1:] != (dim, 1):
+            key, value = key.contiguous(), value.contiguous()
+        if tokens:
+            block = triton.next_power_of_2(heads * dim)
+            _write_kernel[(tokens, 2)](
+                key, value, cache, places, heads, dim, cache.shape[2], key.stride(0), value.stride(0),
+                BLOCK=block, num_warps=_warps(block),
+            )  # fmt: skip

@@ -1,0 +1,117 @@
+"""Triton's operations and draws against their definitions in torch: on a GPU (tests/gpu/test_ops.py), or interpreted
+on a CPU (test_triton_ops.py, which runs this in a process of its own)."""
+
+import itertools
+
+import pytest
+import torch
+
+from engine.kernels.ops import HeadNorms, Heads, Ops
+from engine.kernels.sampling import draw
+from engine.kernels.triton import TritonOps
+from engine.worker.sampler import gumbel
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16] if GPU else [torch.float32]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # about two roundings, relative
+TOKENS, SIZES = ([1, 7, 300], [576, 1024, 4096, 5120]) if GPU else ([3], [48])
+DIMS = [64, 80, 96, 128, 256] if GPU else [8, 12]
+REFERENCE, TRITON = Ops(), TritonOps()
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return numbers.to(DEVICE, dtype)
+
+
+def assert_close(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert got.dtype == wanted.dtype and got.shape == wanted.shape
+    tolerance = TOLERANCE[wanted.dtype]
+    torch.testing.assert_close(got, wanted, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_norms(tokens: int, size: int, dtype: torch.dtype) -> None:
+    hidden, stream = random(tokens, size, dtype=dtype), 3 * random(tokens, size, dtype=dtype, seed=1)
+    for weight in (random(size, dtype=dtype, seed=2), random(size, seed=2)):  # Gemma's are float32
+        assert_close(TRITON.rms_norm(hidden, weight, 1e-6), REFERENCE.rms_norm(hidden, weight, 1e-6))
+        wanted = REFERENCE.add_rms_norm(hidden.clone(), stream.clone(), weight, 1e-6)
+        got = TRITON.add_rms_norm(hidden.clone(), stream.clone(), weight, 1e-6)
+        assert torch.equal(got[1], wanted[1])
+        assert_close(got[0], wanted[0])
+    heads = random(tokens, 5, size, dtype=dtype)[:, 1:4]
+    assert_close(TRITON.rms_norm(heads, weight, 1e-6), REFERENCE.rms_norm(heads, weight, 1e-6))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_gated_activations(tokens: int, dtype: torch.dtype) -> None:
+    gate_up = 5 * random(tokens, 2 * (3072 if GPU else 24), dtype=dtype)
+    gate_up[0, :4] = torch.tensor([-120.0, 120.0, 0.0, -20.0])
+    assert_close(TRITON.silu_and_mul(gate_up), REFERENCE.silu_and_mul(gate_up))
+    assert_close(TRITON.gelu_and_mul(gate_up), REFERENCE.gelu_and_mul(gate_up))
+
+
+CASES = list(itertools.product(DTYPES, DIMS, [True, False], ["all", "half", "none"]))
+
+
+@pytest.mark.parametrize(("dtype", "dim", "normed", "turns"), CASES, ids=str)
+def test_heads_are_normed_rotated_and_written(dtype: torch.dtype, dim: int, normed: bool, turns: str) -> None:
+    heads, tokens, page_size, pages = Heads(6, 2, dim), 5, 4, 7
+    qkv = random(tokens, 10 * dim, dtype=dtype)
+    norms = HeadNorms(random(dim, dtype=dtype, seed=1), random(dim, dtype=dtype, seed=2), 1e-6) if normed else None
+    angles = random(tokens, 1, dim // (2 if turns == "all" else 4), seed=3)
+    rotation = None if turns == "none" else (angles.cos().to(dtype), angles.sin().to(dtype))
+    places = torch.tensor([27, 0, 13, 6, 5], device=DEVICE)
+    caches = [torch.full((pages, 2, page_size, 2, dim), 7.0, device=DEVICE, dtype=dtype) for _ in range(2)]
+    wanted = REFERENCE.rotate_into_pages(qkv.clone(), heads, norms, rotation, caches[0], places)
+    got = TRITON.rotate_into_pages(qkv.clone(), heads, norms, rotation, caches[1], places)
+    assert_close(got, wanted)
+    assert_close(caches[1], caches[0])
+    for got, wanted in zip(
+        TRITON.rotate_heads(qkv.clone(), heads, norms, rotation),
+        REFERENCE.rotate_heads(qkv.clone(), heads, norms, rotation),
+        strict=True,
+    ):
+        assert_close(got, wanted)
+    _, key, value = REFERENCE.rotate_heads(qkv, heads, None, None)
+    REFERENCE.write_pages(key, value, caches[0], places)
+    TRITON.write_pages(key, value, caches[1], places)
+    assert torch.equal(caches[1][places // 4, :, places % 4], caches[0][places // 4, :, places % 4])
+
+
+@pytest.mark.skipif(not GPU, reason="the interpreter has no FP8")
+def test_an_fp8_cache_holds_rounded_values() -> None:
+    heads, qkv = Heads(4, 2, 64), random(3, 8 * 64, dtype=torch.bfloat16)
+    places = torch.tensor([3, 9, 4], device=DEVICE)
+    caches = [torch.zeros(3, 2, 4, 2, 64, device=DEVICE, dtype=torch.float8_e4m3fn) for _ in range(2)]
+    REFERENCE.rotate_into_pages(qkv.clone(), heads, None, None, caches[0], places)
+    TRITON.rotate_into_pages(qkv.clone(), heads, None, None, caches[1], places)
+    assert torch.equal(caches[0].float(), caches[1].float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_draws_are_those_of_the_definition(dtype: torch.dtype) -> None:
+    rows, size = (64, 151936) if GPU else (6, 9000)
+    logits = 3 * random(rows, size, dtype=dtype)
+    logits[0, 77] = logits[0, 78] = 50.0  # equals: the lower id
+    logits[1] = -torch.inf
+    slots = torch.randperm(rows, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    lasts = torch.arange(rows, device=DEVICE) * 3
+    temperatures = torch.tensor([0.0, 0.0, 0.6, 1.0, 0.0, 2.0] * rows)[:rows].to(DEVICE)[slots.argsort()]
+    seeds = torch.arange(rows, device=DEVICE) * 0x123456789ABCDEF - 5
+    tokens = torch.zeros(rows, lasts[-1] + 2, dtype=torch.int32, device=DEVICE)
+    got = draw(logits, slots, lasts, temperatures, seeds, tokens)
+    assert got[:2].tolist() == [77, 0]
+    assert torch.equal(tokens[slots, lasts + 1].long(), got) and int((tokens != 0).sum()) <= rows
+    each = temperatures[slots, None]
+    noise = torch.where(each > 0, gumbel(seeds[slots], lasts + 1, size), 0.0)
+    scores = logits.float() / torch.where(each > 0, each, 1.0) + noise
+    best = scores.max(dim=-1).values
+    chosen = scores.gather(1, got[:, None])[:, 0]
+    finite = best.isfinite()
+    assert (best[finite] - chosen[finite]).abs().max() <= 2e-5  # the noise itself is rounded
+    assert (got == scores.argmax(dim=-1)).float().mean() > 0.9
