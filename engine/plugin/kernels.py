@@ -1,7 +1,36 @@
 """Kernels, for plugins: what engine.kernels offers to models, attention backends and quantization schemes."""
 
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from engine.errors import ConfigError
 from engine.kernels import ops_for
 from engine.kernels.cpu import Kernels, attention_tasks, kernels
 from engine.kernels.ops import HeadNorms, Heads, Ops, Rotation
 
-__all__ = ["HeadNorms", "Heads", "Kernels", "Ops", "Rotation", "attention_tasks", "kernels", "ops_for"]
+if TYPE_CHECKING:
+    from engine.kernels.triton_attention import DecodeRows, ExtendRows
+
+__all__ = [
+    "DecodeRows",
+    "ExtendRows",
+    "HeadNorms",
+    "Heads",
+    "Kernels",
+    "Ops",
+    "Rotation",
+    "attention_tasks",
+    "kernels",
+    "ops_for",
+    "triton_attention",
+]
+
+
+def triton_attention() -> ModuleType:
+    """The module engine.kernels.triton_attention. Raises ConfigError where Triton is not installed."""
+    if find_spec("triton") is None:
+        raise ConfigError("attention triton needs the package triton: pip install triton")
+    from engine.kernels import triton_attention
+
+    return triton_attention

@@ -20,3 +20,10 @@ def register_attention(register: Register) -> None:
         preference=0,
         description="PyTorch's scaled_dot_product_attention over gathered pages; runs everywhere",
     )
+    register(
+        "triton",
+        "engine_plugins.attention.triton:TritonAttention",
+        devices=("cuda",),
+        preference=20,
+        description="Triton kernels that read pages where they lie; any page size, FP8 caches, CUDA graphs",
+    )

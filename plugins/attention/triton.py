@@ -1,0 +1,90 @@
+"""Paged attention in Triton, for GPUs: keys and values are read where they lie, for any page size and head size.
+
+Rows of one token go to a kernel that cuts long contexts among programs, others to one that cuts prompts into blocks
+(engine/kernels/triton_attention.py). Decode steps can be captured: nothing of their plan comes from the host.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.plugin import ConfigError
+from engine.plugin.kernels import triton_attention
+from engine.plugin.layers import AttentionShape, Batch, PagedAttention
+
+if TYPE_CHECKING:
+    from engine.plugin.kernels import DecodeRows, ExtendRows
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step: the rows of one token, and the others; None where there are none."""
+
+    page_table: Tensor
+    decode: "DecodeRows | None"
+    extend: "ExtendRows | None"
+
+
+class TritonAttention(PagedAttention):
+    """Serves bfloat16, float16 and float32, each with a cache of its own type or float8_e4m3fn."""
+
+    def __init__(self, shape: AttentionShape, page_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(shape, page_size, device, dtype)
+        self._kernels = kernels = triton_attention()
+        if device.type != "cuda" and not kernels.interpreted():
+            raise ConfigError(f"attention triton runs on GPUs, not on {device}; say --plugins torch")
+        if dtype not in DTYPES or self.kv_dtype not in (dtype, torch.float8_e4m3fn):
+            raise ConfigError(
+                f"attention triton computes in bfloat16, float16 or float32 and caches that or float8_e4m3fn, "
+                f"not {self.kv_dtype} for {dtype}"
+            )
+        if shape.head_dim > 256 or shape.head_dim % 16:
+            raise ConfigError(f"attention triton takes head sizes of 16, 32, … 256, not {shape.head_dim}")
+        self._shape = kernels.PagedShape(
+            query_heads=shape.query_heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            page_size=page_size,
+            scale=shape.scale,
+            window=shape.window,
+        )
+        self._programs = kernels.decode_programs(device)
+        self._block_tokens = kernels.extend_blocks(self._shape, dtype).queries // self._shape.group
+
+    def prepare(self, batch: Batch) -> Plan:
+        rows = np.flatnonzero(batch.lengths == 1)
+        decode = extend = None
+        if len(rows) == len(batch.lengths):
+            decode = self._decode(batch.slots, batch.row_starts, batch.row_offsets[:-1])
+        elif len(rows):
+            index = self._upload(rows)
+            decode = self._decode(*(part[index] for part in (batch.slots, batch.row_starts, batch.row_offsets)))
+        if len(rows) < len(batch.lengths):
+            blocks = self._kernels.list_extend_blocks(batch.starts, batch.lengths, self._block_tokens)
+            extend = self._kernels.ExtendRows(
+                blocks=self._upload(blocks), slots=batch.slots, starts=batch.row_starts, offsets=batch.row_offsets
+            )
+        return Plan(batch.page_table, decode, extend)
+
+    def capture(self, batch: Batch) -> Plan:
+        return Plan(batch.page_table, self._decode(batch.slots, batch.row_starts, batch.row_offsets[:-1]), None)
+
+    def _decode(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> "DecodeRows":
+        return self._kernels.plan_decode(slots, positions, tokens, self._shape, self._programs)
+
+    def _upload(self, numbers: np.ndarray) -> Tensor:
+        host = torch.from_numpy(numbers)
+        return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
+
+    def attend(self, query: Tensor, cache: Tensor, plan: Plan) -> Tensor:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        if plan.decode is not None:
+            self._kernels.attend_decode(query, cache, plan.page_table, out, plan.decode, self._shape)
+        if plan.extend is not None:
+            self._kernels.attend_extend(query, cache, plan.page_table, out, plan.extend, self._shape)
+        return out.view(len(out), -1)

@@ -1,0 +1,65 @@
+"""Triton's attention kernels on a CPU, interpreted. test_triton_attention.py runs this in a process of its own, where
+TRITON_INTERPRET is set before anything imports triton. float32 only: the interpreter's bfloat16 is not a GPU's."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from engine.kernels import triton_attention as kernels
+from engine.plugin.testing import ATTENTION_CASES, AttentionCase, check_attention
+from engine_plugins.attention.triton import TritonAttention
+
+PIECES = AttentionCase(page_size=16, heads=(2, 1), head_dim=16, rows=((300, 1), (3, 1), (127, 1), (128, 1)))
+MIXED = AttentionCase(page_size=3, heads=(7, 1), head_dim=48, rows=((20, 6), (33, 1), (0, 1), (0, 33)), window=21)
+
+
+@pytest.mark.parametrize(
+    "case", [*ATTENTION_CASES[2:5], ATTENTION_CASES[7], *ATTENTION_CASES[9:12], PIECES, MIXED], ids=str
+)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # lines of the matrix that hold no query
+def test_attention_is_that_of_the_definition(case: AttentionCase) -> None:
+    check_attention(TritonAttention, case)
+
+
+SHAPE = kernels.PagedShape(query_heads=6, kv_heads=2, head_dim=16, page_size=4, scale=0.25, window=None)
+
+
+def definition(query: Tensor, cache: Tensor, line: Tensor, position: int) -> Tensor:
+    """[query_heads, head_dim] of one token."""
+    halves = cache[line.long()].double().transpose(0, 1).flatten(1, 2)[:, : position + 1]
+    key, value = halves.repeat_interleave(SHAPE.group, dim=2)
+    scores = torch.einsum("hd,khd->hk", query.double(), key) * SHAPE.scale
+    return torch.einsum("hk,khd->hd", scores.softmax(-1), value)
+
+
+def test_one_plan_serves_steps_of_other_positions() -> None:
+    """As in a CUDA graph; rows are cut into no piece, some, and as many as there can be."""
+    torch.manual_seed(0)
+    query, cache = torch.randn(2, 6, 16), torch.randn(200, 2, 4, 2, 16)
+    table = torch.randperm(200).to(torch.int32).view(2, 100)
+    positions, order = torch.zeros(2, dtype=torch.int64), torch.arange(2)
+    rows = kernels.plan_decode(order, positions, order, SHAPE, 5)
+    assert rows.pieces * rows.shortest >= 390 > 3 * rows.shortest
+    for steps in ((0, 1), (389, 127), (128, 300), (5, 255)):
+        positions.copy_(torch.tensor(steps))
+        out = torch.full_like(query, torch.nan)
+        kernels.attend_decode(query, cache, table, out, rows, SHAPE)
+        for row, position in enumerate(steps):
+            assert (out[row] - definition(query[row], cache, table[row], position)).abs().max() < 1e-5
+        assert not rows.arrived.any()
+
+
+def test_blocks_cover_the_rows_of_several_tokens_and_the_longest_contexts_come_first() -> None:
+    starts, lengths = np.array([5, 0, 64, 7]), np.array([9, 1, 4, 8])
+    rows, blocks = kernels.list_extend_blocks(starts, lengths, 4)
+    assert sorted(zip(rows.tolist(), blocks.tolist(), strict=True)) == [(0, 0), (0, 1), (0, 2), (2, 0), (3, 0), (3, 1)]
+    ends = starts[rows] + 4 * blocks
+    assert ends.tolist() == sorted(ends.tolist(), reverse=True)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 256, 1024])
+def test_the_scratch_of_a_step_is_bounded(rows: int) -> None:
+    pieces, shortest = kernels.decode_pieces(rows, 8)
+    assert 8 <= pieces <= kernels.MOST_PIECES and shortest >= 128
+    assert rows * pieces <= max(8 * rows, 2048)
