@@ -108,6 +108,7 @@ class Row(Struct):
     floor: float
     unit: str
     peers: tuple[float, ...]
+    busy: float  # share of the timed seconds that steps ran on the device
 
 
 class Bench:
@@ -119,6 +120,7 @@ class Bench:
         self.peers = peers
         self.vocab = vocab
         self.busy = 0.0  # seconds of all steps so far
+        self.timed = [0.0, 0.0]  # since the last row: seconds of steps, of the wall clock
         engine.front.on_stats.append(self._on_stats)
 
     def _on_stats(self, stats: Stats) -> None:
@@ -132,15 +134,18 @@ class Bench:
             SamplingParams(temperature=temperature, max_tokens=count, ignore_eos=True, detokenize=False)
             for _, count in work
         ]
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), self.busy
         replies = await self.engine.generate([ids for ids, _ in work], params)
         seconds = time.perf_counter() - began
+        await anyio.sleep(0.02)  # the last steps' times are on their way
+        self.timed = [self.timed[0] + self.busy - busy, self.timed[1] + seconds]
         assert [len(reply.ids) for reply in replies] == [count for _, count in work], "a reply has another length"
         return seconds
 
     def row(self, name: str, unit: str, times: list[float], floor: float) -> Row:
         spread = (max(times) - min(times)) / statistics.median(times)
-        return Row(name, statistics.median(times), spread, floor, unit, self.peers.get(name, ()))
+        busy, self.timed = self.timed[0] / max(self.timed[1], 1e-9), [0.0, 0.0]
+        return Row(name, statistics.median(times), spread, floor, unit, self.peers.get(name, ()), busy)
 
     async def rate(self, name: str, make: Callable[[int, int], workloads.Work]) -> list[Row]:
         """Output tokens a second, three times."""
@@ -212,14 +217,15 @@ USUAL = {
 
 
 def table(rows: list[Row]) -> str:
-    lines = [f"{'row':12} {'ours':>9} {'spread':>7} {'floor':>9} {'of it':>6} {'vLLM':>8} {'SGLang':>8} {'gain':>6}"]
+    head = f"{'row':12} {'ours':>9} {'spread':>7} {'busy':>5} {'floor':>9} {'of it':>6}"
+    lines = [f"{head} {'vLLM':>8} {'SGLang':>8} {'gain':>6}"]
     for row in rows:
         faster = row.unit == "tok/s"
         share = row.ours / row.floor if faster else row.floor / row.ours
         best = (max if faster else min)(row.peers) if row.peers else None
         gain = "" if best is None else f"{row.ours / best if faster else best / row.ours:.2f}x"
         peers = "".join(f" {peer:>8g}" for peer in row.peers) or " " * 18
-        numbers = f"{row.ours:>9.4g} {row.spread:>6.1%} {row.floor:>9.4g} {share:>6.0%}"
+        numbers = f"{row.ours:>9.4g} {row.spread:>7.1%} {row.busy:>5.0%} {row.floor:>9.4g} {share:>6.0%}"
         lines.append(f"{row.name:12} {numbers}{peers} {gain:>6} {row.unit}")
     return "\n".join(lines)
 

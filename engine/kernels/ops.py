@@ -33,6 +33,10 @@ Rotation = tuple[Tensor, Tensor]  # cosines and sines [T, 1, pairs]: dimension i
 class Ops:
     """The operations in torch. All take and return tensors of one device; sums are taken in float32."""
 
+    def linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """y = x Wᵀ + b: `inputs` [T, K], `weight` [N, K], `bias` [N] to [T, N]."""
+        return functional.linear(inputs, weight, bias)
+
     def rms_norm(self, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """RMSNorm (arXiv:1910.07467) of `hidden` [..., size] over its last dimension, in its type."""
         normed = functional.rms_norm(hidden.to(weight.dtype), weight.shape, weight, epsilon)
@@ -52,6 +56,12 @@ class Ops:
         """GeGLU, with the approximation of gelu by tanh. Shapes as `silu_and_mul`."""
         gate, up = gate_up.chunk(2, dim=-1)
         return functional.gelu(gate, approximate="tanh").mul_(up)
+
+    def rotation(self, positions: Tensor, frequencies: Tensor, magnitude: float) -> Rotation:
+        """Cosines and sines of `positions` [T] int64 times `frequencies` [pairs], times `magnitude`; float32."""
+        angles = positions[:, None, None].to(torch.float32) * frequencies
+        cosines, sines = angles.cos(), angles.sin()
+        return (cosines, sines) if magnitude == 1.0 else (cosines * magnitude, sines * magnitude)
 
     def rotate(self, heads: Tensor, rotation: Rotation) -> Tensor:
         """Rotates `heads` [T, heads, dim] (RoFormer, arXiv:2104.09864); dimensions past 2 * pairs stay. May work in

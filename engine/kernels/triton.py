@@ -12,6 +12,28 @@ from torch import Tensor
 from engine.kernels.ops import HeadNorms, Heads, Ops, Rotation
 
 LARGEST_ROW = 16384  # numbers that one program holds at a time
+# Weights up to which one token's product is `_vector_kernel`'s: cuBLAS reads larger matrices at the memory's speed, but
+# takes two to four times as long as that for small ones (bench/kernels_linear.py).
+VECTOR_WEIGHTS = 32 << 20
+
+
+@triton.jit
+def _vector_kernel(inputs, weight, bias, out, rows, columns,
+                   BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, COLUMNS)
+    inside = n < rows
+    line = weight + n.to(tl.int64)[:, None] * columns
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for begin in range(0, columns, COLUMNS):
+        at = begin + k
+        x = tl.load(inputs + at, mask=at < columns, other=0.0).to(tl.float32)
+        w = tl.load(line + at[None, :], mask=inside[:, None] & (at < columns)[None, :], other=0.0)
+        total += w.to(tl.float32) * x[None, :]
+    y = tl.sum(total, 1)
+    if BIASED:
+        y += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + n, y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -121,6 +143,25 @@ def _warps(block: int) -> int:
 
 class TritonOps(Ops):
     """The operations on CUDA tensors."""
+
+    def linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if inputs.shape[0] != 1 or weight.numel() > VECTOR_WEIGHTS or weight.dtype == torch.float32:
+            return super().linear(inputs, weight, bias)
+        return self.vector_linear(inputs, weight, bias)
+
+    def vector_linear(
+        self, inputs: Tensor, weight: Tensor, bias: Tensor | None, rows: int | None = None, columns: int | None = None
+    ) -> Tensor:
+        """`linear` of one token. A program takes `rows` rows of the weight, `columns` of them at a time."""
+        count, size = weight.shape
+        rows = rows or min(16, max(2, triton.next_power_of_2(count // 256 + 1) // 2))
+        columns = columns or min(triton.next_power_of_2(size), max(256, 4096 // rows))
+        out = torch.empty(1, count, dtype=inputs.dtype, device=inputs.device)
+        _vector_kernel[(triton.cdiv(count, rows),)](
+            inputs, weight, weight if bias is None else bias, out, count, size,
+            BIASED=bias is not None, ROWS=rows, COLUMNS=columns, num_warps=4, num_stages=2,
+        )  # fmt: skip
+        return out
 
     def rms_norm(self, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         size = hidden.shape[-1]

@@ -62,7 +62,7 @@ class DecodeRows:
     """D rows of one token; the scratch holds what their pieces give, between its kernel's programs."""
 
     slots: Tensor  # [D] int64: their lines of the page table
-    positions: Tensor  # [D] int64: of their token
+    positions: Tensor  # [D] int64: of their token; -1 where there is no row
     tokens: Tensor  # [D] int64: where it is among the T of the step
     partial: Tensor  # [units, kv_heads, group, head_dim] float32, unit: a piece of a row
     maxima: Tensor  # [2, units, kv_heads, group] float32: largest score, sum of exponentials
@@ -76,7 +76,7 @@ class DecodeRows:
 class ExtendRows:
     """Rows of several tokens in B blocks of queries."""
 
-    blocks: Tensor  # [2, B] int32: the row, and which of its blocks
+    blocks: Tensor  # [2, B] int32 or int64: the row, and which of its blocks; block 0 of an empty row is nothing
     slots: Tensor  # [R] int64
     starts: Tensor  # [R] int64
     offsets: Tensor  # [R + 1] int64
@@ -338,7 +338,7 @@ def extend_kernel(
     """Line i of the queries' matrix is token i // GROUP of the block, query head i % GROUP of the group."""
     TOKENS: tl.constexpr = QUERIES // GROUP
     head, task = tl.program_id(0), tl.program_id(1)
-    row, block = tl.load(blocks + task), tl.load(blocks + count + task)
+    row, block = tl.load(blocks + task).to(tl.int32), tl.load(blocks + count + task).to(tl.int32)
     start, offset = tl.load(starts + row).to(tl.int32), tl.load(offsets + row)
     length = (tl.load(offsets + row + 1) - offset).to(tl.int32)
     line = page_table + tl.load(slots + row) * table_stride

@@ -2,7 +2,7 @@
 
 from engine.layers.activation import gated_activation, gelu_and_mul, silu_and_mul
 from engine.layers.attention import Attention, AttentionBackend, AttentionShape, PagedAttention
-from engine.layers.batch import Batch
+from engine.layers.batch import Batch, Mirror
 from engine.layers.build import Build
 from engine.layers.decoder import (
     AttentionKind,
@@ -38,6 +38,7 @@ __all__ = [
     "GatedMLP",
     "LMHead",
     "Layer",
+    "Mirror",
     "Model",
     "PagedAttention",
     "QKVLinear",

@@ -74,6 +74,16 @@ class AttentionBackend(ABC):
 
         By default there is nothing to do: the kernels read all they need on the device."""
 
+    def capture_prompts(self, batch: Batch) -> Any | None:
+        """As `capture`, for steps of at most as many rows and tokens as `batch` has; `refill_prompts` says which."""
+        return None
+
+    def refill_prompts(  # noqa: B027
+        self, plan: Any, starts: np.ndarray, lengths: np.ndarray, offsets: np.ndarray
+    ) -> None:
+        """Brings a plan from `capture_prompts` up to date; host arrays as in a Batch. The rows that
+        `batch` has beyond them, one at least, are empty: on the device their offsets are equal."""
+
     @abstractmethod
     def forward(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, places: Tensor, plan: Any) -> Tensor:
         """Writes key and value, then attends.

@@ -1,4 +1,4 @@
-"""The inputs of one step, as a model and its attention backend see them.
+"""The inputs of one step, as a model and its attention backend see them, and how host numbers reach a CUDA graph.
 
 R rows (one request's part of the step each) hold T tokens, laid end to end; S of the rows are sampled.
 Host arrays let a backend plan its work without asking the device. Left out: media embeddings, spans of
@@ -35,3 +35,27 @@ class Batch:
         """[R, P] int64: the pages of each row, as many as the longest has; a line's further ones are not its own."""
         count = -(-int((self.starts + self.lengths).max()) // page_size)
         return self.page_table[self.slots, :count].to(torch.int64)
+
+
+class Mirror:
+    """Numbers of the host that a CUDA graph reads at one address: fill what `host` gives, then `send` it.
+
+    A copy runs when the device comes to it, so the host's buffers take turns: `AHEAD` copies may be under way.
+    """
+
+    AHEAD = 4
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.device = torch.zeros(size, dtype=torch.int64, device=device)
+        pinned = device.type == "cuda"
+        self._hosts = [torch.zeros(size, dtype=torch.int64, pin_memory=pinned) for _ in range(self.AHEAD)]
+        self._turn = 0
+
+    def host(self) -> np.ndarray:
+        """[size] int64, with what it held some sends ago."""
+        self._turn = (self._turn + 1) % self.AHEAD
+        numbers: np.ndarray = self._hosts[self._turn].numpy()
+        return numbers
+
+    def send(self) -> None:
+        self.device.copy_(self._hosts[self._turn], non_blocking=True)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from engine.kernels import ops_for
 from engine.kernels.cpu import KINDS, PackedMatrix, kernels_for
 from engine.kernels.ops import Heads
 from engine.layers.build import Build
@@ -44,7 +45,7 @@ class Linear(Layer):
     def forward(self, inputs: Tensor) -> Tensor:
         """[T, inputs] to [T, rows]."""
         if not self.matrices:
-            return nn.functional.linear(inputs, self.weight, self.bias)
+            return ops_for(inputs).linear(inputs, self.weight, self.bias)
         inputs = inputs.contiguous()
         if len(self.matrices) == 1:
             out = torch.empty(inputs.shape[0], self.matrices[0].rows)

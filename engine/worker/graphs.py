@@ -1,15 +1,18 @@
-"""Decode steps as CUDA graphs: one for each row count of a ladder, replayed with other numbers.
+"""Steps as CUDA graphs: one for each size of a ladder, replayed with other numbers, so that the host costs a copy and
+a launch where kernels launched one by one would cost hundreds.
 
-A graph reads `inputs` [2, rows] (each row's slot and position) from one place, gathers ids and places from the worker's
-tables itself, and ends with the hidden states, so a step costs the host one copy and one launch:
+    host numbers ── pinned ──> Mirror ══ graph: gather ids, places ─ model ─ hidden ══> head, sampler
 
-    host numbers ── pinned ──> inputs ══ graph: gather ids, places ─ model ─ hidden [rows, H] ══> head, sampler
+A graph reads slots and positions from one place and gathers the rest from the worker's tables itself. It ends with the
+hidden states: what follows is the same for all steps. Missing rows and tokens are those of the scratch slot, whose keys
+and values go to the scratch page. All graphs share one memory pool, as only one of them runs at a time.
 
-A step of fewer rows than its graph is padded with rows of the scratch slot: position 0, whose keys and values go to the
-scratch page. The graphs share one memory pool, as only one of them runs at a time. Left out: steps with prompts.
+`DecodeGraphs` are for steps of one token a row; `PromptGraphs` for small steps with prompts, in which the launches
+would take longer than the work. Left out: larger prompts, where they do not.
 """
 
 import bisect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.layers.batch import Batch
+from engine.layers.batch import Batch, Mirror
 from engine.layers.model import Model
 from engine.worker.kv import Caches
 
-AHEAD = 4  # host buffers: a step's copy is over before its buffer comes round again, as fewer steps are in flight
 NOTHING = np.empty(0, np.int64)
+PROMPT_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
+PROMPT_ROWS = 64
 
 
 def ladder(most: int) -> list[int]:
@@ -32,36 +36,62 @@ def ladder(most: int) -> list[int]:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeGraph:
-    """A captured step of `rows` rows."""
+class Tables:
+    """What graphs are captured over. The last lines of `tokens` and `page_table` are the scratch slot's."""
+
+    model: Model
+    caches: Caches
+    tokens: Tensor  # [slots + 1, positions] int32
+    page_table: Tensor  # [slots + 1, P] int32
+    page_size: int
+
+    @property
+    def scratch(self) -> int:
+        return len(self.tokens) - 1
+
+    def batch(
+        self, token_slots: Tensor, positions: Tensor, slots: Tensor, starts: Tensor, offsets: Tensor, plans: Any
+    ) -> Batch:
+        """A step of T tokens, in R rows. Its host arrays are empty: they would not hold at the next replay."""
+        page = self.page_table[token_slots, positions // self.page_size].to(torch.int64)
+        return Batch(
+            ids=self.tokens[token_slots, positions].to(torch.int64),
+            positions=positions,
+            places=page * self.page_size + positions % self.page_size,
+            page_table=self.page_table,
+            slots=slots,
+            row_starts=starts,
+            row_offsets=offsets,
+            sampled=offsets[:0],
+            starts=NOTHING,
+            lengths=NOTHING,
+            offsets=NOTHING,
+            caches=self.caches,
+            plans=plans,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """One graph, what it reads, and what it leaves."""
 
     graph: torch.cuda.CUDAGraph
-    inputs: Tensor  # [2, rows] int64: slots, positions
+    numbers: Mirror
     plans: tuple[Any, ...]
-    hidden: Tensor  # [rows, H]
+    hidden: Tensor  # [T, H]
 
 
 class DecodeGraphs:
-    """The graphs of one model over the worker's tables; `captured` with all of a ladder, or none where not possible.
+    """Steps of one token a row, for a ladder of row counts."""
 
-    `tokens` and `page_table` are the Runner's; their last line is the scratch slot's.
-    """
-
-    def __init__(self, model: Model, caches: Caches, tokens: Tensor, page_table: Tensor, page_size: int) -> None:
-        self._model = model
-        self._caches = caches
-        self._tokens = tokens
-        self._page_table = page_table
-        self._page_size = page_size
-        self._graphs: dict[int, DecodeGraph] = {}
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self._graphs: dict[int, Captured] = {}
         self._sizes: list[int] = []
-        self._hosts: list[Tensor] = []
-        self._turn = 0
 
     @torch.inference_mode()
-    def capture(self, most: int) -> bool:
+    def capture(self, most: int, pool: Any) -> bool:
         """Captures the ladder up to `most` rows. False when an attention backend's steps cannot be captured."""
-        pool = torch.cuda.graph_pool_handle()
         sizes = ladder(most)
         for size in reversed(sizes):  # the largest first: the others fit into its memory
             graph = self._captured(size, pool)
@@ -69,66 +99,120 @@ class DecodeGraphs:
                 return False
             self._graphs[size] = graph
         self._sizes = sizes
-        self._hosts = [torch.empty(2, most, dtype=torch.int64, pin_memory=True) for _ in range(AHEAD)]
         return True
 
-    def _captured(self, size: int, pool: Any) -> DecodeGraph | None:
-        device = self._tokens.device
-        inputs = torch.zeros(2, size, dtype=torch.int64, device=device)
-        inputs[0] = len(self._tokens) - 1
-        plans = tuple(backend.capture(self._batch(inputs)) for backend in self._model.backends)
+    def _captured(self, size: int, pool: Any) -> Captured | None:
+        backends = self._tables.model.backends
+        numbers = Mirror(2 * size, self._tables.tokens.device)
+        host = numbers.host()
+        host[:size], host[size:] = self._tables.scratch, 0
+        numbers.send()
+        plans = tuple(backend.capture(self._batch(numbers.device, ())) for backend in backends)
         if not plans or any(plan is None for plan in plans):
             return None
-        starts = np.zeros(size, np.int64)
-        for backend, plan in zip(self._model.backends, plans, strict=True):
-            backend.refill(plan, starts)
-        self._model(self._batch(inputs, plans))  # compiles and loads what a capture cannot
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            hidden = self._model(self._batch(inputs, plans))
-        return DecodeGraph(graph, inputs, plans, hidden)
+        for backend, plan in zip(backends, plans, strict=True):
+            backend.refill(plan, np.zeros(size, np.int64))
+        return captured(self._tables.model, lambda: self._batch(numbers.device, plans), numbers, plans, pool)
 
-    def _batch(self, inputs: Tensor, plans: tuple[Any, ...] = ()) -> Batch:
-        """The step that `inputs` say. Its host arrays are empty: they would not hold at the next replay."""
-        slots, positions = inputs.unbind(0)
-        size = len(slots)
-        page = self._page_table[slots, positions // self._page_size].to(torch.int64)
-        rows = torch.arange(size + 1, device=slots.device)
-        return Batch(
-            ids=self._tokens[slots, positions].to(torch.int64),
-            positions=positions,
-            places=page * self._page_size + positions % self._page_size,
-            page_table=self._page_table,
-            slots=slots,
-            row_starts=positions,
-            row_offsets=rows,
-            sampled=rows[:-1],
-            starts=NOTHING,
-            lengths=NOTHING,
-            offsets=NOTHING,
-            caches=self._caches,
-            plans=plans,
-        )
+    def _batch(self, numbers: Tensor, plans: tuple[Any, ...]) -> Batch:
+        slots, positions = numbers.view(2, -1).unbind(0)
+        offsets = torch.arange(len(slots) + 1, device=slots.device)
+        return self._tables.batch(slots, positions, slots, positions, offsets, plans)
 
-    def fits(self, rows: int) -> bool:
-        """Whether a step of so many decode rows has a graph."""
-        return bool(self._sizes) and rows <= self._sizes[-1]
+    def fits(self, rows: np.ndarray) -> bool:
+        """Whether the step of `rows`, int64 [R, 4] as in a StepPlan, is one of these."""
+        return bool(self._sizes) and len(rows) <= self._sizes[-1] and bool((rows[:, 2] == 1).all())
 
-    def replay(self, slots: np.ndarray, starts: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Runs a decode step. Row r computes position `starts[r]` of `slots[r]`, both [R] int64.
-
-        Returns hidden states [R, H] and the device's copy of both arguments [2, R], good until the next replay.
-        """
-        count = len(slots)
-        graph = self._graphs[self._sizes[bisect.bisect_left(self._sizes, count)]]
-        size = graph.inputs.shape[1]
-        self._turn = (self._turn + 1) % AHEAD
-        host = self._hosts[self._turn].view(-1)[: 2 * size].view(2, size)
-        numbers = host.numpy()
-        numbers[0, count:], numbers[1, count:] = len(self._tokens) - 1, 0
-        numbers[0, :count], numbers[1, :count] = slots, starts
-        graph.inputs.copy_(host, non_blocking=True)
-        for backend, plan in zip(self._model.backends, graph.plans, strict=True):
+    def replay(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Runs the step: hidden states [R, H], and the device's copy of slots and positions [2, R]; good until the next
+        replay."""
+        count = len(rows)
+        chosen = self._graphs[self._sizes[bisect.bisect_left(self._sizes, count)]]
+        numbers = chosen.numbers.host().reshape(2, -1)
+        numbers[0, count:], numbers[1, count:] = self._tables.scratch, 0
+        numbers[:, :count] = rows[:, :2].T
+        chosen.numbers.send()
+        for backend, plan in zip(self._tables.model.backends, chosen.plans, strict=True):
             backend.refill(plan, numbers[1])
-        graph.graph.replay()
-        return graph.hidden[:count], graph.inputs[:, :count]
+        chosen.graph.replay()
+        return chosen.hidden[:count], chosen.numbers.device.view(2, -1)[:, :count]
+
+
+class PromptGraphs:
+    """Small steps with prompts: fewer than PROMPT_ROWS rows, which may also be of one token, and a ladder of tokens."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self._graphs: dict[int, Captured] = {}
+        self._sizes: list[int] = []
+
+    @torch.inference_mode()
+    def capture(self, most: int, pool: Any) -> bool:
+        """Captures steps of up to `most` tokens. False when an attention backend's cannot be."""
+        sizes = [size for size in PROMPT_TOKENS if size <= most]
+        for size in reversed(sizes):
+            graph = self._captured(size, pool)
+            if graph is None:
+                return False
+            self._graphs[size] = graph
+        self._sizes = sizes
+        return True
+
+    def _captured(self, size: int, pool: Any) -> Captured | None:
+        backends = self._tables.model.backends
+        numbers = Mirror(2 * size + 3 * PROMPT_ROWS + 1, self._tables.tokens.device)
+        self._fill(numbers.host(), size, np.zeros((0, 4), np.int64))
+        numbers.send()
+        plans = tuple(backend.capture_prompts(self._batch(numbers.device, ())) for backend in backends)
+        if not plans or any(plan is None for plan in plans):
+            return None
+        for backend, plan in zip(backends, plans, strict=True):
+            backend.refill_prompts(plan, NOTHING, NOTHING, np.zeros(1, np.int64))
+        return captured(self._tables.model, lambda: self._batch(numbers.device, plans), numbers, plans, pool)
+
+    def _batch(self, numbers: Tensor, plans: tuple[Any, ...]) -> Batch:
+        size = (len(numbers) - 3 * PROMPT_ROWS - 1) // 2
+        token_slots, positions, slots, starts, offsets = numbers.split(
+            [size, size, PROMPT_ROWS, PROMPT_ROWS, PROMPT_ROWS + 1]
+        )
+        return self._tables.batch(token_slots, positions, slots, starts, offsets, plans)
+
+    def _fill(self, numbers: np.ndarray, size: int, rows: np.ndarray) -> np.ndarray:
+        """Writes a step; returns its offsets [R + 1]."""
+        ends = np.cumsum([size, size, PROMPT_ROWS, PROMPT_ROWS])
+        token_slots, positions, slots, starts, offsets = np.split(numbers, ends)
+        row_slots, row_starts, lengths = rows[:, :3].T
+        count, total = len(rows), int(lengths.sum())
+        token_slots[total:], positions[total:] = self._tables.scratch, 0
+        slots[count:], starts[count:], offsets[0], offsets[count:] = self._tables.scratch, 0, 0, total
+        slots[:count], starts[:count], offsets[1 : count + 1] = row_slots, row_starts, np.cumsum(lengths)
+        row = np.repeat(np.arange(count), lengths)
+        token_slots[:total] = row_slots[row]
+        positions[:total] = row_starts[row] + np.arange(total) - offsets[row]
+        filled: np.ndarray = offsets[: count + 1].copy()
+        return filled
+
+    def fits(self, rows: np.ndarray) -> bool:
+        """Whether the step of `rows`, int64 [R, 4] as in a StepPlan, is one of these."""
+        return bool(self._sizes) and len(rows) < PROMPT_ROWS and int(rows[:, 2].sum()) <= self._sizes[-1]
+
+    def replay(self, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """Runs the step: hidden states [T, H] of the rows' tokens, good until the next replay, and offsets [R + 1]."""
+        total = int(rows[:, 2].sum())
+        size = self._sizes[bisect.bisect_left(self._sizes, total)]
+        chosen = self._graphs[size]
+        offsets = self._fill(chosen.numbers.host(), size, rows)
+        chosen.numbers.send()
+        for backend, plan in zip(self._tables.model.backends, chosen.plans, strict=True):
+            backend.refill_prompts(plan, rows[:, 1], rows[:, 2], offsets)
+        chosen.graph.replay()
+        return chosen.hidden[:total], offsets
+
+
+def captured(model: Model, batch: Callable[[], Batch], numbers: Mirror, plans: tuple[Any, ...], pool: Any) -> Captured:
+    """The graph of `model` over `batch()`, whose gathers are part of it."""
+    model(batch())  # compiles and loads what a capture cannot
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        hidden = model(batch())
+    return Captured(graph, numbers, plans, hidden)

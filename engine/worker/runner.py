@@ -10,7 +10,7 @@ CUDA graph (graphs.py); on a CPU the step is over by then. Left out: copies on a
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -23,10 +23,11 @@ from engine.layers.encoder import Encoder
 from engine.layers.model import Model
 from engine.messages import Logprobs, Sampling, SlotAdmit, StepDone, StepPlan
 from engine.worker.batch import build_batch, upload
-from engine.worker.graphs import DecodeGraphs
+from engine.worker.graphs import DecodeGraphs, PromptGraphs, Tables
 from engine.worker.kv import Caches, copy_pages
 from engine.worker.logits import Adjustments
 from engine.worker.logprobs import Scores, score, score_prompt
+from engine.worker.recorded import RecordedSteps
 from engine.worker.sampler import Sampler
 
 
@@ -96,7 +97,9 @@ class Runner:
         self.adjustments = Adjustments(slots, model.vocab_size, device)
         self.unscored = np.zeros((slots, 2), np.int64)  # prompt positions to be scored: from, to
         self._ahead_of: torch.cuda.Event | None = None  # the end of the last step, while it is not known to be over
-        self.graphs = DecodeGraphs(model, caches, self.tokens, self.page_table, page_size)
+        tables = Tables(model, caches, self.tokens, self.page_table, page_size)
+        self.decode_graphs = DecodeGraphs(tables) if device.type != "cpu" else RecordedSteps(tables)
+        self.prompt_graphs = PromptGraphs(tables)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Step:
@@ -147,15 +150,16 @@ class Runner:
             hidden, batch = self.forward(rows)
             return Result(nothing, vectors=self.model.embed(hidden, batch))
         prompts = None
-        if len(sampled) == len(rows) and (rows[:, 2] == 1).all() and self.graphs.fits(len(rows)):
-            hidden, on_device = self.graphs.replay(slots, sampled[:, 1])
+        on_device: Sequence[Tensor] | Tensor
+        if len(sampled) == len(rows) and self.decode_graphs.fits(rows):
+            hidden, on_device = self.decode_graphs.replay(rows)
         else:
-            hidden, batch = self.forward(rows)
+            hidden, offsets = self._hidden(rows)
             prompts = self._score_prompts(rows, hidden)
             if not len(sampled):
                 return Result(nothing, prompts=prompts)
-            hidden = hidden[batch.sampled]
-            on_device = upload(np.stack((slots, lasts)), self.device)
+            ends, *on_device = upload(np.stack((offsets[1:][rows[:, 3] != 0] - 1, slots, lasts)), self.device)
+            hidden = hidden[ends]
         logits = self.model.logits(hidden)
         wanted = self.sampler.columns.logprobs[slots]
         asking = np.flatnonzero(wanted >= 0)
@@ -170,6 +174,13 @@ class Runner:
         scores = score(raw, tokens[upload(asking, self.device)])
         spans = [(int(row), index, index + 1, int(wanted[row])) for index, row in enumerate(asking)]
         return Result(tokens, Block(scores, spans), prompts)
+
+    def _hidden(self, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """Hidden states [T, H] of the tokens of `rows`, and where each row's begin, [R + 1]."""
+        if self.prompt_graphs.fits(rows):
+            return self.prompt_graphs.replay(rows)
+        hidden, batch = self.forward(rows)
+        return hidden, batch.offsets
 
     def _score_prompts(self, rows: np.ndarray, hidden: Tensor) -> Block | None:
         """The log-probabilities of prompt tokens after the positions that `rows` compute, where they are asked for."""
@@ -219,9 +230,12 @@ class Runner:
         return self.model(batch), batch
 
     def capture(self, scratch_page: int) -> bool:
-        """Makes CUDA graphs of decode steps; padding writes to `scratch_page`. False where that is not possible."""
+        """Makes CUDA graphs of steps; padding writes to `scratch_page`. False where decode steps can have none."""
         self.page_table[-1] = scratch_page
-        return self.graphs.capture(len(self.tokens) - 1)
+        pool = torch.cuda.graph_pool_handle()
+        self.prompt_graphs.capture(self.tokens.shape[1] - 1, pool)
+        assert isinstance(self.decode_graphs, DecodeGraphs)
+        return self.decode_graphs.capture(len(self.tokens) - 1, pool)
 
     def warm_up(self, tokens: int, rows: int = 1) -> None:
         """Runs prompts of `tokens` in all (or as long as there can be) in `rows` rows, then a decode step of them.

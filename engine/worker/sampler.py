@@ -88,7 +88,9 @@ class Sampler:
             self._temperatures.copy_(upload(self.columns.temperature.copy(), self._tokens.device))
             self._seeds.copy_(upload(self.columns.seed.copy(), self._tokens.device))
 
-    def draw(self, logits: Tensor, slots: np.ndarray, lasts: np.ndarray, on_device: Tensor) -> Tensor:
+    def draw(
+        self, logits: Tensor, slots: np.ndarray, lasts: np.ndarray, on_device: Sequence[Tensor] | Tensor
+    ) -> Tensor:
         """Draws one token a row, ids [S] int64, and puts each after its row's last one.
 
         `logits` [S, V], which may be written over; `slots` and `lasts` [S] int64 are each row's slot and the position

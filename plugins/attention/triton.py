@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.plugin import ConfigError
 from engine.plugin.kernels import triton_attention
-from engine.plugin.layers import AttentionShape, Batch, PagedAttention
+from engine.plugin.layers import AttentionShape, Batch, Mirror, PagedAttention
 
 if TYPE_CHECKING:
     from engine.plugin.kernels import DecodeRows, ExtendRows
@@ -28,6 +28,7 @@ class Plan:
     page_table: Tensor
     decode: "DecodeRows | None"
     extend: "ExtendRows | None"
+    numbers: Mirror | None = None  # of a captured step with prompts: what `refill_prompts` says
 
 
 class TritonAttention(PagedAttention):
@@ -73,6 +74,26 @@ class TritonAttention(PagedAttention):
 
     def capture(self, batch: Batch) -> Plan:
         return Plan(batch.page_table, self._decode(batch.slots, batch.row_starts, batch.row_offsets[:-1]), None)
+
+    def capture_prompts(self, batch: Batch) -> Plan:
+        rows, blocks = len(batch.slots), -(-len(batch.ids) // self._block_tokens) + len(batch.slots)
+        numbers = Mirror(2 * (rows + blocks), self.device)
+        positions, tokens, listed = numbers.device.split([rows, rows, 2 * blocks])
+        extend = self._kernels.ExtendRows(
+            blocks=listed.view(2, blocks), slots=batch.slots, starts=batch.row_starts, offsets=batch.row_offsets
+        )
+        return Plan(batch.page_table, self._decode(batch.slots, positions, tokens), extend, numbers)
+
+    def refill_prompts(self, plan: Plan, starts: np.ndarray, lengths: np.ndarray, offsets: np.ndarray) -> None:
+        assert plan.numbers is not None and plan.decode is not None
+        host, rows, count = plan.numbers.host(), len(plan.decode.slots), len(starts)
+        positions, tokens, listed = host[:rows], host[rows : 2 * rows], host[2 * rows :].reshape(2, -1)
+        positions[:], tokens[:count] = -1, offsets[:-1]
+        positions[:count][lengths == 1] = starts[lengths == 1]
+        blocks = self._kernels.list_extend_blocks(starts, lengths, self._block_tokens)
+        listed[0], listed[1] = count, 0  # an empty row
+        listed[:, : blocks.shape[1]] = blocks
+        plan.numbers.send()
 
     def _decode(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> "DecodeRows":
         return self._kernels.plan_decode(slots, positions, tokens, self._shape, self._programs)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import triton_attention as kernels
+from engine.layers import AttentionShape, Batch, Mirror
 from engine.plugin.testing import ATTENTION_CASES, AttentionCase, check_attention
 from engine_plugins.attention.triton import TritonAttention
 
@@ -63,3 +64,38 @@ def test_the_scratch_of_a_step_is_bounded(rows: int) -> None:
     pieces, shortest = kernels.decode_pieces(rows, 8)
     assert 8 <= pieces <= kernels.MOST_PIECES and shortest >= 128
     assert rows * pieces <= max(8 * rows, 2048)
+
+
+def test_one_prompt_plan_serves_steps_of_other_rows() -> None:
+    """As in a CUDA graph: rows of one token and of several, fewer than there is room for."""
+    shape = AttentionShape(layers=1, query_heads=4, kv_heads=2, head_dim=16, scale=0.25)
+    backend = TritonAttention(shape, 4, torch.device("cpu"), torch.float32)
+    torch.manual_seed(0)
+    cache, table = torch.randn(40, 2, 4, 2, 16), torch.arange(40, dtype=torch.int32).view(4, 10)
+    numbers = Mirror(3 * 4 + 1, torch.device("cpu"))
+    slots, starts, offsets = numbers.device.split([4, 4, 5])
+    ids = torch.zeros(12, dtype=torch.int64)
+    nothing = np.empty(0, np.int64)
+    batch = Batch(
+        ids=ids, positions=ids, places=ids, page_table=table, slots=slots, row_starts=starts, row_offsets=offsets,
+        sampled=ids, starts=nothing, lengths=nothing, offsets=nothing, caches=((cache,),),
+    )  # fmt: skip
+    plan = backend.capture_prompts(batch)
+    for rows in ([(2, 7, 5), (0, 30, 1), (1, 0, 3)], [(3, 17, 1)], [(1, 2, 11)]):
+        row_slots, row_starts, lengths = (np.array(column) for column in zip(*rows, strict=True))
+        ends = np.concatenate(([0], np.cumsum(lengths)))
+        host, count = numbers.host(), len(rows)
+        host[:], host[:count], host[4 : 4 + count] = 0, row_slots, row_starts
+        host[8 : 9 + count], host[9 + count :] = ends, ends[-1]
+        numbers.send()
+        backend.refill_prompts(plan, row_starts, lengths, ends)
+        query = torch.randn(12, 4, 16)
+        out = backend.attend(query, cache, plan).view(12, 4, 16)
+        for row, (slot, start, length) in enumerate(rows):
+            for offset in range(length):
+                at = ends[row] + offset
+                halves = cache[table[slot].long()].double().transpose(0, 1).flatten(1, 2)[:, : start + offset + 1]
+                key, value = halves.repeat_interleave(2, dim=2)
+                scores = torch.einsum("hd,khd->hk", query[at].double(), key) * 0.25
+                wanted = torch.einsum("hk,khd->hd", scores.softmax(-1), value)
+                assert (out[at] - wanted).abs().max() < 1e-5, (rows, row, offset)

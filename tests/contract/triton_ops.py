@@ -47,6 +47,17 @@ def test_norms(tokens: int, size: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(4096, 1024), (1024, 3072), (1000, 576)] if GPU else [(24, 40), (7, 16)], ids=str)
+def test_one_token_times_a_matrix(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight, bias = random(*shape, dtype=dtype, seed=1) * shape[1] ** -0.5, random(shape[0], dtype=dtype, seed=2)
+    inputs = random(1, shape[1], dtype=dtype)
+    for b in (None, bias):
+        wanted = REFERENCE.linear(inputs.double(), weight.double(), None if b is None else b.double())
+        assert_close(TRITON.vector_linear(inputs, weight, b), wanted.to(dtype))
+        assert_close(TRITON.linear(inputs, weight, b), wanted.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_gated_activations(tokens: int, dtype: torch.dtype) -> None:
     gate_up = 5 * random(tokens, 2 * (3072 if GPU else 24), dtype=dtype)
