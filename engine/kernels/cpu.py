@@ -1,4 +1,4 @@
-"""The CPU kernels of cpu.c: compiled on first use, called through ctypes, and what they compute in plain torch.
+"""The CPU kernels of cpu_*.c: compiled on first use, called through ctypes.
 
 A compiler is asked for once; the library is kept in the user's cache under a name that holds everything it depends
 on. `kernels()` is None where there is no compiler, or ENGINE_CPU_KERNELS=0: layers then do the same in torch. All take
@@ -14,21 +14,24 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.kernels.ops import Ops, Rotation
+from engine.kernels.ops import HeadNorms, Heads, Ops, Rotation
 
 log = logging.getLogger("engine.kernels")
 
-SOURCE = Path(__file__).with_name("cpu.c")
+FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 WIDE = "-mprefer-vector-width=512"  # compilers for x86 prefer 256 bits by themselves
 
-# GGUF's name of a block type to (number in cpu.c, weights in a block, bytes in a block).
+# GGUF's name of a block type to (number in cpu_blocks.h, weights in a block, bytes in a block).
 KINDS = {
     "F32": (0, 32, 128),
     "F16": (1, 32, 64),
@@ -42,20 +45,27 @@ KINDS = {
     "Q5_K": (9, 256, 176),
     "Q6_K": (10, 256, 210),
 }
-PACKED_TOKENS = 32  # from this many tokens on, unpacking a matrix once and a GEMM is faster
+GEMM_TOKENS = 16  # from this many tokens on, unpacking a matrix turned on its side is worth it
 
 _pointer, _int, _long, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 SIGNATURES = {
     "linear": (_int, _pointer, _long, _int, _pointer, _int, _pointer, _long),
     "unpack": (_int, _pointer, _pointer, _long, _int, _pointer),
+    "gemm": (_int, _pointer, _long, _int, _pointer, _int, _pointer, _long, _pointer, _int),
+    "rotation": (_pointer, _pointer, _float, _int, _int, _pointer),
     "rms_norm": (_pointer, _pointer, _int, _int, _float, _pointer),
+    "add_rms_norm": (_pointer, _pointer, _pointer, _int, _int, _float),
     "silu_and_mul": (_pointer, _int, _int, _pointer),
-    "rotate": (_pointer, _pointer, _pointer, _int, _int, _int, _int, _long),
+    "gelu_and_mul": (_pointer, _int, _int, _pointer),
+    "rotate_heads": (
+        *(_pointer, _long, _int, _int, _int, _int, _pointer, _pointer, _float),
+        *(_pointer, _pointer, _int, _pointer, _int, _pointer),
+    ),
+    "write_pages": (_pointer, _pointer, _long, _long, _pointer, _int, _int, _int, _pointer),
     "attend": (
         *(_pointer, _long, _pointer, _pointer, _long, _pointer),
         *(_int, _int, _int, _int, _int, _float, _int, _pointer),
     ),
-    "write_cache": (_pointer, _pointer, _long, _long, _pointer, _int, _int, _int, _pointer),
 }
 
 
@@ -80,13 +90,15 @@ def kernels() -> "Kernels | None":
     for name, arguments in SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
+    library.gemm_scratch.restype = _long
     return Kernels(library)
 
 
 def _build(compiler: str) -> Path:
     """The library's path; compiled unless it is there. Raises CalledProcessError."""
     openmp = _openmp()
-    parts = (SOURCE.read_text(), compiler, *FLAGS, str(openmp), platform.machine(), _processor())
+    sources = sorted(FOLDER.glob("cpu_*.[ch]"))
+    parts = (*(source.read_text() for source in sources), compiler, *FLAGS, str(openmp), _processor())
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "engine"
     target = cache / f"cpu-{digest}.so"
@@ -95,15 +107,18 @@ def _build(compiler: str) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     log.info("compiling the CPU kernels, once, with %s", compiler)
     wide = (WIDE,) if platform.machine() in ("x86_64", "AMD64") else ()
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        compiled, linked = Path(folder, "cpu.o"), Path(folder, "cpu.so")
-        _run(compiler, *FLAGS, *wide, "-c", str(SOURCE), "-o", str(compiled))
-        _run(compiler, "-shared", str(compiled), *([str(openmp)] if openmp else ["-fopenmp"]), "-lm", "-o", str(linked))
+    with tempfile.TemporaryDirectory(dir=cache) as folder, ThreadPoolExecutor() as pool:
+        linked = Path(folder, "cpu.so")
+        objects = {str(source): str(Path(folder, f"{source.stem}.o")) for source in sources if source.suffix == ".c"}
+        commands = [(compiler, *FLAGS, *wide, "-c", source, "-o", compiled) for source, compiled in objects.items()]
+        list(pool.map(_run, commands))
+        runtime = str(openmp) if openmp else "-fopenmp"
+        _run((compiler, "-shared", *objects.values(), runtime, "-lm", "-o", str(linked)))
         os.replace(linked, target)  # whole or not at all, whoever else is compiling
     return target
 
 
-def _run(*command: str) -> None:
+def _run(command: Sequence[str]) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
@@ -125,21 +140,33 @@ def _processor() -> str:
 
 
 class Kernels(Ops):
-    """What cpu.c exports, on float32 tensors. Use the one that `kernels()` returns."""
+    """What cpu_*.c export, on float32 tensors. Use the one that `kernels()` returns."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self.library = library
+    def __init__(self, library: Any) -> None:
+        self.library = library  # a ctypes.CDLL, or what records its calls
         self._scratch = torch.empty(0)
+        self._scratch_size = library.gemm_scratch()  # floats a thread
 
     def matrix(self, kind: str, data: Tensor) -> "PackedMatrix":
         """A weight matrix in blocks of `kind`: `data` uint8 [rows, bytes of a row]."""
         return PackedMatrix(self, kind, data)
 
-    def scratch(self, rows: int, columns: int) -> Tensor:
-        """Uninitialised [rows, columns], until the next call: fresh memory costs more than filling it."""
-        if self._scratch.numel() < rows * columns:
-            self._scratch = torch.empty(rows * columns)
-        return self._scratch[: rows * columns].view(rows, columns)
+    def scratch(self, threads: int) -> int:
+        """The address of what `gemm` works in: fresh memory at each call would cost more than the call."""
+        needed = threads * self._scratch_size
+        if self._scratch.numel() < needed:
+            self._scratch = torch.empty(needed)
+        return self._scratch.data_ptr()
+
+    def rotation(self, positions: Tensor, frequencies: Tensor, magnitude: float) -> Rotation:
+        positions = positions.contiguous()
+        out = torch.empty(2, positions.shape[0], 1, frequencies.shape[0])
+        self.library.rotation(
+            *(positions.data_ptr(), frequencies.data_ptr(), magnitude),
+            *(positions.shape[0], frequencies.shape[0], out.data_ptr()),
+        )
+        cosines, sines = out.unbind(0)
+        return cosines, sines
 
     def rms_norm(self, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         hidden = hidden.contiguous()
@@ -149,22 +176,76 @@ class Kernels(Ops):
         self.library.rms_norm(hidden.data_ptr(), weight.data_ptr(), tokens, size, epsilon, out.data_ptr())
         return out
 
+    def add_rms_norm(self, hidden: Tensor, stream: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        hidden, stream = hidden.contiguous(), stream.contiguous()
+        tokens, size = hidden.shape
+        self.library.add_rms_norm(*(hidden.data_ptr(), stream.data_ptr(), weight.data_ptr()), *(tokens, size, epsilon))
+        return hidden, stream
+
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        return self._gated(self.library.silu_and_mul, gate_up)
+
+    def gelu_and_mul(self, gate_up: Tensor) -> Tensor:
+        return self._gated(self.library.gelu_and_mul, gate_up)
+
+    @staticmethod
+    def _gated(function: Callable[..., None], gate_up: Tensor) -> Tensor:
+        gate_up = gate_up.contiguous()
         tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
         out = torch.empty(tokens, size)
-        self.library.silu_and_mul(gate_up.contiguous().data_ptr(), tokens, size, out.data_ptr())
+        function(gate_up.data_ptr(), tokens, size, out.data_ptr())
         return out
 
-    def rotate(self, heads: Tensor, rotation: Rotation) -> Tensor:
-        cosines, sines = rotation
-        tokens, count, dim = heads.shape
-        pairs = cosines.shape[-1]
-        assert heads.stride()[1:] == (dim, 1)
-        self.library.rotate(
-            *(heads.data_ptr(), cosines.data_ptr(), sines.data_ptr()),
-            *(tokens, count, dim, pairs, heads.stride(0)),
+    def rotate_heads(
+        self, qkv: Tensor, heads: Heads, norms: HeadNorms | None, rotation: Rotation | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self._rotate(qkv, heads, norms, rotation, None, 0, None)
+        query, key, value = qkv.split([heads.query, heads.kv, heads.kv], dim=1)
+        return query, key, value
+
+    def rotate_into_pages(
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        norms: HeadNorms | None,
+        rotation: Rotation | None,
+        cache: Tensor,
+        places: Tensor,
+    ) -> Tensor:
+        places = places.contiguous()
+        qkv = self._rotate(qkv, heads, norms, rotation, places.data_ptr(), cache.shape[2], cache.data_ptr())
+        return qkv[:, : heads.query]
+
+    def _rotate(
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        norms: HeadNorms | None,
+        rotation: Rotation | None,
+        places: int | None,
+        page_size: int,
+        cache: int | None,
+    ) -> Tensor:
+        """`rotate_heads` in place, then into the cache if there is one; the heads, [T, query + 2 * kv, dim]."""
+        query, kv, dim = heads
+        qkv = qkv.contiguous()
+        normed = (norms.query.data_ptr(), norms.key.data_ptr(), norms.epsilon) if norms else (None, None, 0.0)
+        turned = (
+            (rotation[0].data_ptr(), rotation[1].data_ptr(), rotation[0].shape[-1]) if rotation else (None, None, 0)
         )
-        return heads
+        tokens, size = qkv.shape
+        self.library.rotate_heads(
+            *(qkv.data_ptr(), size, tokens, query, kv, dim), *normed, *turned, *(places, page_size, cache)
+        )
+        return qkv.view(tokens, query + 2 * kv, dim)
+
+    def write_pages(self, key: Tensor, value: Tensor, cache: Tensor, places: Tensor) -> None:
+        places = places.contiguous()
+        tokens, kv, dim = key.shape
+        self.library.write_pages(
+            *(key.data_ptr(), value.data_ptr(), key.stride(0), value.stride(0)),
+            *(places.data_ptr(), tokens, cache.shape[2], kv * dim, cache.data_ptr()),
+        )
 
 
 def kernels_for(tensor: Tensor) -> Kernels | None:
@@ -194,15 +275,15 @@ class PackedMatrix:
     def linear(self, inputs: Tensor, out: Tensor) -> None:
         """`inputs` [T, inputs], dense, times the transposed matrix into `out` [T, rows], whose rows may be strided."""
         tokens = inputs.shape[0]
-        if tokens >= PACKED_TOKENS:
-            weight = self._kernels.scratch(self.rows, self.inputs)
-            self._unpack(None, self.rows, weight)
-            torch.mm(inputs, weight.t(), out=out)
+        called_with = (
+            *(self._number, self.data.data_ptr(), self.rows, self.inputs),
+            *(inputs.data_ptr(), tokens, out.data_ptr(), out.stride(0)),
+        )
+        if tokens < GEMM_TOKENS:
+            self._kernels.library.linear(*called_with)
         else:
-            self._kernels.library.linear(
-                *(self._number, self.data.data_ptr(), self.rows, self.inputs),
-                *(inputs.data_ptr(), tokens, out.data_ptr(), out.stride(0)),
-            )
+            threads = torch.get_num_threads()
+            self._kernels.library.gemm(*called_with, self._kernels.scratch(threads), threads)
 
     def select(self, ids: Tensor) -> Tensor:
         """The rows `ids` [T] int64, as [T, inputs]."""
@@ -223,7 +304,7 @@ class PackedMatrix:
 # ── attention ────────────────────────────────────────────────────────────────────────────────
 
 RUN = 16  # tokens that share a pass over the keys
-MOST_QUERIES = 64  # of one task: a limit of `attend` in cpu.c
+MOST_QUERIES = 64  # of one task: a limit of cpu_attention.c
 
 
 def attention_tasks(starts: np.ndarray, lengths: np.ndarray, offsets: np.ndarray, group: int) -> np.ndarray:
@@ -239,8 +320,3 @@ def attention_tasks(starts: np.ndarray, lengths: np.ndarray, offsets: np.ndarray
         (offsets[rows] + first, np.minimum(run, lengths[rows] - first), rows, starts[rows] + first), axis=1
     )
     return np.ascontiguousarray(tasks, dtype=np.int32)
-
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO)
-    kernels()

@@ -4,6 +4,8 @@ One program takes one token (or one head of one token), so a decode step's kerne
 launch. Sums are taken in float32 and rounded where the reference rounds. Left out: fusion with the matrix products.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -11,10 +13,11 @@ from torch import Tensor
 
 from engine.kernels.ops import HeadNorms, Heads, Ops, Rotation
 
+MANY_PROGRAMS = 4096
 LARGEST_ROW = 16384  # numbers that one program holds at a time
 # Weights up to which one token's product is `_vector_kernel`'s: cuBLAS reads larger matrices at the memory's speed, but
-# takes two to four times as long as that for small ones (bench/kernels_linear.py).
-VECTOR_WEIGHTS = 32 << 20
+# takes up to ten times as long as that for small ones (bench/kernels_linear.py).
+VECTOR_WEIGHTS = 128 << 20
 
 
 @triton.jit
@@ -70,18 +73,20 @@ def _gated_kernel(gate_up, out, size, GELU: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _heads_kernel(qkv, query, key_norm, query_norm, cosines, sines, cache, places,
-                  query_heads, kv_heads, dim, pairs, page_size, row_stride, epsilon,
-                  NORMS: tl.constexpr, ROTATES: tl.constexpr, CACHES: tl.constexpr,
-                  PAIRS: tl.constexpr, REST: tl.constexpr):  # fmt: skip
-    # One head of one token: its first and second halves of `pairs` dimensions, and what lies beyond them.
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+def _heads_kernel(
+    qkv, query, key_norm, query_norm, cosines, sines, cache, places,
+    query_heads, kv_heads, dim, pairs, page_size, row_stride, epsilon,
+    NORMS: tl.constexpr, ROTATES: tl.constexpr, CACHES: tl.constexpr,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    # HEADS heads of one token, all of one kind: the two halves of `pairs` dimensions each, and what lies beyond them.
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
     is_query = head < query_heads
     is_value = head >= query_heads + kv_heads
-    begin = qkv + token * row_stride + head * dim
-    low = tl.arange(0, PAIRS)
-    rest = tl.arange(0, REST) + 2 * pairs
+    h = tl.arange(0, HEADS)[:, None]
+    low, rest = tl.arange(0, PAIRS)[None, :], tl.arange(0, REST)[None, :] + 2 * pairs
     in_low, in_rest = low < pairs, rest < dim
+    begin = qkv + token * row_stride + (head + h) * dim
     first_raw = tl.load(begin + low, mask=in_low, other=0.0)
     kind = first_raw.dtype
     first = first_raw.to(tl.float32)
@@ -89,8 +94,8 @@ def _heads_kernel(qkv, query, key_norm, query_norm, cosines, sines, cache, place
     third = tl.load(begin + rest, mask=in_rest, other=0.0).to(tl.float32)
     if not is_value:
         if NORMS:
-            square = tl.sum(first * first, 0) + tl.sum(second * second, 0) + tl.sum(third * third, 0)
-            scale = 1.0 / tl.sqrt_rn(square / dim + epsilon)
+            square = tl.sum(first * first, 1) + tl.sum(second * second, 1) + tl.sum(third * third, 1)
+            scale = (1.0 / tl.sqrt_rn(square / dim + epsilon))[:, None]
             weight = query_norm if is_query else key_norm
             first = (first * scale * tl.load(weight + low, mask=in_low, other=0.0).to(tl.float32)).to(kind)
             second = (second * scale * tl.load(weight + pairs + low, mask=in_low, other=0.0).to(tl.float32)).to(kind)
@@ -100,26 +105,27 @@ def _heads_kernel(qkv, query, key_norm, query_norm, cosines, sines, cache, place
             cosine = tl.load(cosines + token * pairs + low, mask=in_low, other=0.0).to(tl.float32)
             sine = tl.load(sines + token * pairs + low, mask=in_low, other=0.0).to(tl.float32)
             first, second = first * cosine - second * sine, second * cosine + first * sine
+    # Rounded to the activations' type first, as if query, key and value had been written out between.
+    first, second, third = first.to(kind), second.to(kind), third.to(kind)
     if is_query:
-        target = query + (token * query_heads + head) * dim
-        tl.store(target + low, first.to(kind), mask=in_low)
-        tl.store(target + pairs + low, second.to(kind), mask=in_low)
-        tl.store(target + rest, third.to(kind), mask=in_rest)
+        target = query + (token * query_heads + head + h) * dim
+        tl.store(target + low, first, mask=in_low)
+        tl.store(target + pairs + low, second, mask=in_low)
+        tl.store(target + rest, third, mask=in_rest)
     elif CACHES:
         place = tl.load(places + token)
         half = tl.where(is_value, 1, 0)
-        kv_head = head - query_heads - half * kv_heads
+        kv_head = head + h - query_heads - half * kv_heads
         row = (place // page_size * 2 + half) * page_size + place % page_size
-        target = cache + (row * kv_heads + kv_head) * dim
+        line = cache + (row * kv_heads + kv_head) * dim
         stored = cache.dtype.element_ty
-        # Rounded to the activations' type first, as if key and value had been written out between.
-        tl.store(target + low, first.to(kind).to(stored), mask=in_low)
-        tl.store(target + pairs + low, second.to(kind).to(stored), mask=in_low)
-        tl.store(target + rest, third.to(kind).to(stored), mask=in_rest)
+        tl.store(line + low, first.to(tl.float32).to(stored), mask=in_low)
+        tl.store(line + pairs + low, second.to(tl.float32).to(stored), mask=in_low)
+        tl.store(line + rest, third.to(tl.float32).to(stored), mask=in_rest)
     elif not is_value:
-        tl.store(begin + low, first.to(kind), mask=in_low)
-        tl.store(begin + pairs + low, second.to(kind), mask=in_low)
-        tl.store(begin + rest, third.to(kind), mask=in_rest)
+        tl.store(begin + low, first, mask=in_low)
+        tl.store(begin + pairs + low, second, mask=in_low)
+        tl.store(begin + rest, third, mask=in_rest)
 
 
 @triton.jit
@@ -133,7 +139,7 @@ def _write_kernel(key, value, cache, places, kv_heads, dim, page_size, key_strid
     place = tl.load(places + token)
     row = (place // page_size * 2 + half) * page_size + place % page_size
     numbers = tl.load(source + at, mask=mask, other=0.0)
-    tl.store(cache + row * kv_heads * dim + at, numbers.to(cache.dtype.element_ty), mask=mask)
+    tl.store(cache + row * kv_heads * dim + at, numbers.to(tl.float32).to(cache.dtype.element_ty), mask=mask)
 
 
 def _warps(block: int) -> int:
@@ -150,12 +156,11 @@ class TritonOps(Ops):
         return self.vector_linear(inputs, weight, bias)
 
     def vector_linear(
-        self, inputs: Tensor, weight: Tensor, bias: Tensor | None, rows: int | None = None, columns: int | None = None
+        self, inputs: Tensor, weight: Tensor, bias: Tensor | None, rows: int = 2, columns: int = 1024
     ) -> Tensor:
         """`linear` of one token. A program takes `rows` rows of the weight, `columns` of them at a time."""
         count, size = weight.shape
-        rows = rows or min(16, max(2, triton.next_power_of_2(count // 256 + 1) // 2))
-        columns = columns or min(triton.next_power_of_2(size), max(256, 4096 // rows))
+        columns = min(columns, triton.next_power_of_2(size))
         out = torch.empty(1, count, dtype=inputs.dtype, device=inputs.device)
         _vector_kernel[(triton.cdiv(count, rows),)](
             inputs, weight, weight if bias is None else bias, out, count, size,
@@ -241,12 +246,15 @@ class TritonOps(Ops):
         query_norm, key_norm, epsilon = norms if norms is not None else (qkv, qkv, 0.0)
         # Without a cache only query and key are touched; the value stays where it is.
         count = heads.query + (2 if cache is not None else 1) * heads.kv
-        _heads_kernel[(tokens, count)](
+        # Many tokens fill the device with few programs each; a few need one program a head.
+        together = math.gcd(heads.query, heads.kv, 8) if tokens * count > MANY_PROGRAMS else 1
+        _heads_kernel[(tokens, count // together)](
             qkv, query, key_norm, query_norm, cosines, sines,
             qkv if cache is None else cache, qkv if places is None else places,
             heads.query, heads.kv, dim, pairs, 1 if cache is None else cache.shape[2], qkv.stride(0), epsilon,
             NORMS=norms is not None, ROTATES=rotation is not None, CACHES=cache is not None,
-            PAIRS=triton.next_power_of_2(pairs), REST=triton.next_power_of_2(max(dim - 2 * pairs, 1)), num_warps=1,
+            HEADS=together, PAIRS=triton.next_power_of_2(pairs),
+            REST=triton.next_power_of_2(max(dim - 2 * pairs, 1)), num_warps=1,
         )  # fmt: skip
         return query
 

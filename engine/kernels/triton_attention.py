@@ -29,6 +29,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 MOST_PIECES = 64  # of one row; the sum over pieces reads its weights at once
+SHORTEST, LONGEST = 128, 2048  # positions in a piece, where there are several, and where there can be more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,17 +59,37 @@ class Blocks:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Scratch:
+    """What pieces of rows give, between the programs of the decode kernel. A unit is a piece of a row."""
+
+    partial: Tensor  # [units, kv_heads, group, head_dim] float32
+    maxima: Tensor  # [2, units, kv_heads, group] float32: largest score, sum of exponentials
+    arrived: Tensor  # [rows, kv_heads] int32: pieces done; zeros between launches
+
+    @classmethod
+    def of(cls, units: int, rows: int, shape: PagedShape, device: torch.device) -> "Scratch":
+        heads = (shape.kv_heads, shape.group)
+        return cls(
+            partial=torch.empty(units, *heads, shape.head_dim, device=device),
+            maxima=torch.empty(2, units, *heads, device=device),
+            arrived=torch.zeros(rows, shape.kv_heads, dtype=torch.int32, device=device),
+        )
+
+    @property
+    def units(self) -> int:
+        return len(self.partial)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeRows:
-    """D rows of one token; the scratch holds what their pieces give, between its kernel's programs."""
+    """D rows of one token."""
 
     slots: Tensor  # [D] int64: their lines of the page table
     positions: Tensor  # [D] int64: of their token; -1 where there is no row
     tokens: Tensor  # [D] int64: where it is among the T of the step
-    partial: Tensor  # [units, kv_heads, group, head_dim] float32, unit: a piece of a row
-    maxima: Tensor  # [2, units, kv_heads, group] float32: largest score, sum of exponentials
-    arrived: Tensor  # [D, kv_heads] int32: pieces done; zeros between launches
-    pieces: int  # at most for one row
-    shortest: int  # positions in a piece, when a row has several
+    scratch: Scratch
+    pieces: int  # of each row that is long enough
+    most: int  # of a row so long that its pieces would be over LONGEST
     programs: int
 
 
@@ -88,11 +109,12 @@ def interpreted() -> bool:
 
 
 def decode_blocks(shape: PagedShape, cache_dtype: torch.dtype, dtype: torch.dtype) -> Blocks:
-    """The cut of the decode kernel: about 32 KB of keys and values a stage."""
+    """The cut of the decode kernel: about 64 KB of keys and values a stage, the best that bench/kernels_attention.py
+    found."""
     width = triton.next_power_of_2(shape.head_dim) * max(dtype.itemsize, 2)
-    positions = max(16, min(128, 16384 // width))
+    positions = max(16, min(128, 32768 // width))
     queries = max(16, triton.next_power_of_2(shape.group))
-    return Blocks(queries=queries, positions=positions, warps=4, stages=4 if cache_dtype.itemsize < 4 else 2)
+    return Blocks(queries=queries, positions=positions if dtype.itemsize < 4 else positions // 2, warps=4, stages=2)
 
 
 def extend_blocks(shape: PagedShape, dtype: torch.dtype) -> Blocks:
@@ -105,12 +127,14 @@ def extend_blocks(shape: PagedShape, dtype: torch.dtype) -> Blocks:
     return Blocks(queries=max(128, group), positions=64, warps=8, stages=3)
 
 
-def decode_pieces(rows: int, kv_heads: int) -> tuple[int, int]:
-    """(most pieces of a row, positions in the shortest piece) for a step of so many rows.
+def decode_pieces(rows: int, kv_heads: int, programs: int) -> tuple[int, int]:
+    """(pieces of each row, pieces of a very long one) for a step of so many rows.
 
-    Few rows must be cut fine to occupy the device; many need it only where lengths differ much."""
-    pairs = triton.next_power_of_2(rows * kv_heads)
-    return min(max(8192 // pairs, 8), MOST_PIECES), min(max(pairs, 128), 1024)
+    The first fills the device's programs with the fewest rounds of equal work; the second bounds what the step waits
+    for where one row is much longer than the others."""
+    pairs = rows * kv_heads
+    pieces = min(range(1, MOST_PIECES + 1), key=lambda n: -(-pairs * n // programs) / n * (1 + n / 50))
+    return pieces, min(max(2048 // rows, pieces), MOST_PIECES)
 
 
 def decode_programs(device: torch.device) -> int:
@@ -121,23 +145,22 @@ def decode_programs(device: torch.device) -> int:
 
 
 def plan_decode(
-    slots: Tensor, positions: Tensor, tokens: Tensor, shape: PagedShape, programs: int
-) -> DecodeRows:  # fmt: skip
-    """The plan for rows whose numbers are in these tensors ([D] int64) when the kernel runs."""
-    rows, device = len(slots), slots.device
-    pieces, shortest = decode_pieces(rows, shape.kv_heads)
-    units = rows * pieces
-    heads = (shape.kv_heads, shape.group)
+    slots: Tensor, positions: Tensor, tokens: Tensor, shape: PagedShape, programs: int, scratch: Scratch | None = None
+) -> DecodeRows:
+    """The plan for rows whose numbers are in these tensors ([D] int64) when the kernel runs. `scratch` is used if it is
+    large enough; plans may share it, as their kernels run one after the other."""
+    rows = len(slots)
+    pieces, most = decode_pieces(rows, shape.kv_heads, programs)
+    if scratch is None or scratch.units < rows * most or len(scratch.arrived) < rows:
+        scratch = Scratch.of(rows * most, rows, shape, slots.device)
     return DecodeRows(
         slots=slots,
         positions=positions,
         tokens=tokens,
-        partial=torch.empty(units, *heads, shape.head_dim, device=device),
-        maxima=torch.empty(2, units, *heads, device=device),
-        arrived=torch.zeros(rows, shape.kv_heads, dtype=torch.int32, device=device),
+        scratch=scratch,
         pieces=pieces,
-        shortest=shortest,
-        programs=min(programs, units * shape.kv_heads),
+        most=most,
+        programs=min(programs, rows * most * shape.kv_heads),
     )
 
 
@@ -159,15 +182,16 @@ def attend_decode(
     in query's dtype; `cache` [pages, 2, page_size, kv_heads, head_dim] of that dtype or float8_e4m3fn; `page_table`
     [slots, P] int32."""
     blocks = blocks or decode_blocks(shape, cache.dtype, query.dtype)
-    count = len(rows.slots)
+    count, group = len(rows.slots), triton.next_power_of_2(shape.group)
     decode_kernel[(rows.programs,)](
         query, cache, page_table, out,
-        rows.slots, rows.positions, rows.tokens, rows.partial, rows.maxima, rows.arrived,
-        count, rows.pieces, rows.shortest, rows.maxima.stride(0),
+        rows.slots, rows.positions, rows.tokens, rows.scratch.partial, rows.scratch.maxima, rows.scratch.arrived,
+        count, rows.pieces, rows.most, rows.scratch.maxima.stride(0),
         query.stride(0), out.stride(0), page_table.stride(0),
         **_constants(shape, query),
         ROWS=16 if count <= 16 else max(256, triton.next_power_of_2(count)),
-        QUERIES=blocks.queries, POSITIONS=blocks.positions, PIECES=MOST_PIECES,
+        QUERIES=blocks.queries, POSITIONS=blocks.positions, PIECES=MOST_PIECES, SHORTEST=SHORTEST, LONGEST=LONGEST,
+        GROUP_BLOCK=group, SOME=max(1, 8192 // (group * triton.next_power_of_2(shape.head_dim))),
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
 
@@ -229,21 +253,22 @@ def load_block(
 
 
 @triton.jit(
-    do_not_specialize=["count", "most", "shortest", "units"],
+    do_not_specialize=["count", "few", "most", "units"],
     do_not_specialize_on_alignment=["slots", "positions", "tokens", "arrived"],
 )
 def decode_kernel(
     query, cache, page_table, out, slots, positions, tokens, partial, maxima, arrived,
-    count, most, shortest, units, query_stride, out_stride, table_stride,
+    count, few, most, units, query_stride, out_stride, table_stride,
     SCALE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
     PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, QUERIES: tl.constexpr, POSITIONS: tl.constexpr, PIECES: tl.constexpr,
+    SHORTEST: tl.constexpr, LONGEST: tl.constexpr, GROUP_BLOCK: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
     """Every program takes each pieces-times-heads-th task; see the module. `units`: of `partial`, times heads."""
     row_ids = tl.arange(0, ROWS)
     ends = tl.load(positions + row_ids, mask=row_ids < count, other=-1).to(tl.int32) + 1
     spans = tl.minimum(ends, WINDOW) if WINDOW > 0 else ends
-    lengths = piece_length(spans, most, shortest, POSITIONS)
+    lengths = piece_length(spans, few, most, SHORTEST, LONGEST, POSITIONS)
     pieces = tl.cdiv(spans, lengths)
     until = tl.cumsum(pieces)
     g, d, n = tl.arange(0, QUERIES), tl.arange(0, DIM_BLOCK), tl.arange(0, POSITIONS)
@@ -257,7 +282,7 @@ def decode_kernel(
         token = tl.load(tokens + row)
         line = page_table + tl.load(slots + row) * table_stride
         span = tl.minimum(end, WINDOW) if WINDOW > 0 else end
-        length = piece_length(span, most, shortest, POSITIONS)
+        length = piece_length(span, few, most, SHORTEST, LONGEST, POSITIONS)
         first = end - span + piece * length
         last = tl.minimum(first + length, end) - 1
         heads = head * GROUP * DIM + g[:, None] * DIM + d[None, :]
@@ -291,41 +316,47 @@ def decode_kernel(
                 group = (earlier * KV_HEADS + head) * GROUP
                 sum_pieces(
                     partial + group * DIM, maxima + group, units, row_pieces, target, KV_HEADS, GROUP, DIM, DIM_BLOCK,
-                    PIECES,
+                    PIECES, GROUP_BLOCK, SOME,
                 )  # fmt: skip
 
 
 @triton.jit
-def piece_length(span, most, shortest, POSITIONS: tl.constexpr):
-    """Positions in each piece but the last, of a row that sees `span`: whole blocks."""
-    return tl.maximum(tl.cdiv(tl.cdiv(span, most), POSITIONS) * POSITIONS, shortest)
+def piece_length(span, few, most, SHORTEST: tl.constexpr, LONGEST: tl.constexpr, POSITIONS: tl.constexpr):
+    """Positions in each piece but the last, of a row that sees `span`: whole blocks, and pieces of about one length."""
+    pieces = tl.maximum(tl.minimum(few, span // SHORTEST), tl.minimum(most, tl.cdiv(span, LONGEST)))
+    return tl.maximum(tl.cdiv(tl.cdiv(span, tl.maximum(pieces, 1)), POSITIONS), 1) * POSITIONS
 
 
 @triton.jit
 def sum_pieces(
     partial, maxima, units, count, target,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, PIECES: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
-    """The attention of one row and key head from that of its `count` pieces. Reads past the first-level cache, which
-    may hold what was there before another program wrote."""
-    p, d = tl.arange(0, PIECES), tl.arange(0, DIM_BLOCK)
-    some, step = tl.arange(0, 16), KV_HEADS * GROUP
-    for g in range(GROUP):
-        largest = tl.load(maxima + p * step + g, mask=p < count, other=float("-inf"), cache_modifier=".cg")
-        totals = tl.load(maxima + units + p * step + g, mask=p < count, other=0.0, cache_modifier=".cg")
-        top = tl.max(largest, 0)
-        total = tl.sum(totals * tl.exp2(largest - top), 0)
-        summed = tl.zeros([DIM_BLOCK], tl.float32)
-        for begin in range(0, count, 16):
-            mine = begin + some
-            there = mine < count
-            weight = tl.load(maxima + mine * step + g, mask=there, other=float("-inf"), cache_modifier=".cg")
-            part = tl.load(
-                partial + (mine * step + g)[:, None] * DIM + d[None, :],
-                mask=there[:, None] & (d < DIM)[None, :], other=0.0, cache_modifier=".cg",
-            )  # fmt: skip
-            summed += tl.sum(part * tl.exp2(weight - top)[:, None], 0)
-        tl.store(target + g * DIM + d, summed / total, mask=d < DIM)
+    """The attention of one row and key head from that of its `count` pieces, SOME of them at a time. Reads past the
+    first-level cache, which may hold what was there before another program wrote."""
+    p, g, d = tl.arange(0, PIECES), tl.arange(0, GROUP_BLOCK), tl.arange(0, DIM_BLOCK)
+    some, step = tl.arange(0, SOME), KV_HEADS * GROUP
+    there = (p < count)[:, None] & (g < GROUP)[None, :]
+    at = maxima + p[:, None] * step + g[None, :]
+    largest = tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg")
+    totals = tl.load(at + units, mask=there, other=0.0, cache_modifier=".cg")
+    top = tl.max(largest, 0)
+    top = tl.where(g < GROUP, top, 0.0)
+    total = tl.sum(totals * tl.exp2(largest - top[None, :]), 0)
+    summed = tl.zeros([GROUP_BLOCK, DIM_BLOCK], tl.float32)
+    for begin in range(0, count, SOME):
+        mine = begin + some
+        real = (mine < count)[:, None] & (g < GROUP)[None, :]
+        place = mine[:, None] * step + g[None, :]
+        weight = tl.load(maxima + place, mask=real, other=float("-inf"), cache_modifier=".cg")
+        part = tl.load(
+            partial + place[:, :, None] * DIM + d[None, None, :],
+            mask=real[:, :, None] & (d < DIM)[None, None, :], other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
+        summed += tl.sum(part * tl.exp2(weight - top[None, :])[:, :, None], 0)
+    inside = (g < GROUP)[:, None] & (d < DIM)[None, :]
+    tl.store(target + g[:, None] * DIM + d[None, :], summed / total[:, None], mask=inside)
 
 
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["blocks", "slots", "starts", "offsets"])

@@ -69,8 +69,9 @@ class AttentionBackend(ABC):
         """
         return None
 
-    def refill(self, plan: Any, starts: np.ndarray) -> None:  # noqa: B027
-        """Brings a plan from `capture` up to date: row r computes position `starts[r]` ([R] int64, on the host).
+    def refill(self, plan: Any, slots: np.ndarray, starts: np.ndarray) -> None:  # noqa: B027
+        """Brings a plan from `capture` up to date: row r computes position `starts[r]` of `slots[r]`, [R] int64 on the
+        host.
 
         By default there is nothing to do: the kernels read all they need on the device."""
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
+from engine.kernels import ops_for
 from engine.layers.build import Build
 
 # of config.json itself, where its rope options do not say otherwise
@@ -42,10 +43,7 @@ class Rotary(nn.Module):
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """`positions` [T] to (cosines, sines), each [T, 1, size / 2]: `size` of head_dim dimensions rotate."""
-        angles = positions[:, None, None].to(torch.float32) * self.frequencies
-        cosines, sines = angles.cos(), angles.sin()
-        if self.magnitude != 1.0:
-            cosines, sines = cosines * self.magnitude, sines * self.magnitude
+        cosines, sines = ops_for(self.frequencies).rotation(positions, self.frequencies, self.magnitude)
         return cosines.to(self.dtype), sines.to(self.dtype)
 
 

@@ -10,7 +10,7 @@ from engine.kernels.cpu import Kernels, attention_tasks, kernels
 from engine.kernels.ops import HeadNorms, Heads, Ops, Rotation
 
 if TYPE_CHECKING:
-    from engine.kernels.triton_attention import DecodeRows, ExtendRows
+    from engine.kernels.triton_attention import DecodeRows, ExtendRows, Scratch
 
 __all__ = [
     "DecodeRows",
@@ -20,9 +20,11 @@ __all__ = [
     "Kernels",
     "Ops",
     "Rotation",
+    "Scratch",
     "attention_tasks",
     "kernels",
     "ops_for",
+    "page_lists",
     "triton_attention",
 ]
 
@@ -34,3 +36,12 @@ def triton_attention() -> ModuleType:
     from engine.kernels import triton_attention
 
     return triton_attention
+
+
+def page_lists() -> ModuleType:
+    """The module engine.kernels.page_lists. Raises ConfigError where Triton is not installed."""
+    if find_spec("triton") is None:
+        raise ConfigError("lists of pages are made by the package triton: pip install triton")
+    from engine.kernels import page_lists
+
+    return page_lists

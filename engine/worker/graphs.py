@@ -111,7 +111,7 @@ class DecodeGraphs:
         if not plans or any(plan is None for plan in plans):
             return None
         for backend, plan in zip(backends, plans, strict=True):
-            backend.refill(plan, np.zeros(size, np.int64))
+            backend.refill(plan, host[:size], host[size:])
         return captured(self._tables.model, lambda: self._batch(numbers.device, plans), numbers, plans, pool)
 
     def _batch(self, numbers: Tensor, plans: tuple[Any, ...]) -> Batch:
@@ -133,7 +133,7 @@ class DecodeGraphs:
         numbers[:, :count] = rows[:, :2].T
         chosen.numbers.send()
         for backend, plan in zip(self._tables.model.backends, chosen.plans, strict=True):
-            backend.refill(plan, numbers[1])
+            backend.refill(plan, numbers[0], numbers[1])
         chosen.graph.replay()
         return chosen.hidden[:count], chosen.numbers.device.view(2, -1)[:, :count]
 

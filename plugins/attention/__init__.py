@@ -27,3 +27,10 @@ def register_attention(register: Register) -> None:
         preference=20,
         description="Triton kernels that read pages where they lie; any page size, FP8 caches, CUDA graphs",
     )
+    register(
+        "flashinfer",
+        "engine_plugins.attention.flashinfer:FlashInferAttention",
+        devices=("cuda",),
+        preference=30,
+        description="FlashInfer's kernels (pip install flashinfer-python); any page size, FP8 caches, CUDA graphs",
+    )

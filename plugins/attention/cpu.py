@@ -1,7 +1,8 @@
 """Paged attention in C, for CPUs: keys and values are read where they lie.
 
 Every row, prefill or decode, is cut into runs of a few tokens; a run and a key head are one task of one pass over the
-row's pages with an online softmax (engine/kernels/cpu.c). float32 only; without a C compiler `torch` takes its place.
+row's pages with an online softmax (engine/kernels/cpu_attention.c). float32 only; without a C compiler `torch` takes
+its place.
 """
 
 from dataclasses import dataclass
@@ -10,24 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.plugin import ConfigError, KVGroup
+from engine.plugin import ConfigError
 from engine.plugin.kernels import attention_tasks, kernels
-from engine.plugin.layers import AttentionBackend, AttentionShape, Batch
+from engine.plugin.layers import AttentionShape, Batch, PagedAttention
 
 DIMENSIONS = range(16, 257, 16)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One step, for all layers: what the kernels are called with, and what keeps that memory alive."""
+    """One step, for all layers: int32 `tasks` as attention_tasks makes them, with slots for rows, and page table."""
 
-    places: int  # address of [T] int64: where keys and values go
-    tasks: tuple[int, int, int, int]  # addresses of the page table and, after its stride, of the tasks; their number
-    held: tuple[Tensor, Tensor, np.ndarray]
+    tasks: np.ndarray
+    table: Tensor  # [slots, P] int32
 
 
-class CpuAttention(AttentionBackend):
-    """A page is [2, page_size, kv_heads, head_dim]: its keys, then its values."""
+class CpuAttention(PagedAttention):
+    """Causal attention of any grouping of heads, with or without a window."""
 
     def __init__(self, shape: AttentionShape, page_size: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(shape, page_size, device, dtype)
@@ -39,29 +39,29 @@ class CpuAttention(AttentionBackend):
             )
         if shape.head_dim not in DIMENSIONS:
             raise ConfigError(f"attention cpu takes head sizes of 16, 32, … 256, not {shape.head_dim}")
-        self._library = found.library
+        self._kernels = found
         self._group = shape.query_heads // shape.kv_heads
-
-    def kv_group(self) -> KVGroup:
-        shape = (2, self.page_size, self.shape.kv_heads, self.shape.head_dim)
-        return KVGroup(self.shape.layers, shape, "float32")
 
     def prepare(self, batch: Batch) -> Plan:
         tasks = attention_tasks(batch.starts, batch.lengths, batch.offsets, self._group)
-        places, table = batch.places.contiguous(), batch.pages(self.page_size)
-        called_with = (table.data_ptr(), table.stride(0), tasks.ctypes.data, len(tasks))
-        return Plan(places.data_ptr(), called_with, (places, table, tasks))
+        tasks[:, 2] = batch.slots.numpy()[tasks[:, 2]]
+        return Plan(tasks, batch.page_table.contiguous())
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, places: Tensor, plan: Plan) -> Tensor:
+    def capture(self, batch: Batch) -> Plan:
+        rows = np.arange(len(batch.slots))
+        ones, none = np.ones_like(rows), np.zeros_like(rows)
+        tasks = np.stack((rows, ones, none, none), axis=1).astype(np.int32)
+        return Plan(tasks, batch.page_table)
+
+    def refill(self, plan: Plan, slots: np.ndarray, starts: np.ndarray) -> None:
+        plan.tasks[:, 2], plan.tasks[:, 3] = slots, starts
+
+    def attend(self, query: Tensor, cache: Tensor, plan: Plan) -> Tensor:
         shape, tokens = self.shape, query.shape[0]
-        self._library.write_cache(
-            *(key.data_ptr(), value.data_ptr(), key.stride(0), value.stride(0)),
-            *(plan.places, tokens, self.page_size, shape.kv_heads * shape.head_dim, cache.data_ptr()),
-        )
         out = torch.empty(tokens, shape.query_heads * shape.head_dim)
-        self._library.attend(
-            *(query.data_ptr(), query.stride(0), cache.data_ptr()),
-            *plan.tasks,
+        self._kernels.library.attend(
+            *(query.data_ptr(), query.stride(0), cache.data_ptr(), plan.table.data_ptr(), plan.table.stride(0)),
+            *(plan.tasks.ctypes.data, len(plan.tasks)),
             *(self.page_size, shape.query_heads, shape.kv_heads, shape.head_dim),
             *(shape.scale, shape.window or 0, out.data_ptr()),
         )

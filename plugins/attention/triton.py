@@ -16,7 +16,7 @@ from engine.plugin.kernels import triton_attention
 from engine.plugin.layers import AttentionShape, Batch, Mirror, PagedAttention
 
 if TYPE_CHECKING:
-    from engine.plugin.kernels import DecodeRows, ExtendRows
+    from engine.plugin.kernels import DecodeRows, ExtendRows, Scratch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -28,7 +28,13 @@ class Plan:
     page_table: Tensor
     decode: "DecodeRows | None"
     extend: "ExtendRows | None"
-    numbers: Mirror | None = None  # of a captured step with prompts: what `refill_prompts` says
+    numbers: Mirror | None = None  # of a captured step: what differs from replay to replay
+
+
+def longest_first(positions: np.ndarray) -> np.ndarray:
+    """The order in which the programs, each taking rows in turn, end at about the same time."""
+    order: np.ndarray = np.argsort(-positions, kind="stable")
+    return order
 
 
 class TritonAttention(PagedAttention):
@@ -55,14 +61,14 @@ class TritonAttention(PagedAttention):
             window=shape.window,
         )
         self._programs = kernels.decode_programs(device)
+        self._scratch: Scratch | None = None
         self._block_tokens = kernels.extend_blocks(self._shape, dtype).queries // self._shape.group
 
     def prepare(self, batch: Batch) -> Plan:
         rows = np.flatnonzero(batch.lengths == 1)
         decode = extend = None
-        if len(rows) == len(batch.lengths):
-            decode = self._decode(batch.slots, batch.row_starts, batch.row_offsets[:-1])
-        elif len(rows):
+        if len(rows):
+            rows = rows[longest_first(batch.starts[rows])]
             index = self._upload(rows)
             decode = self._decode(*(part[index] for part in (batch.slots, batch.row_starts, batch.row_offsets)))
         if len(rows) < len(batch.lengths):
@@ -73,7 +79,15 @@ class TritonAttention(PagedAttention):
         return Plan(batch.page_table, decode, extend)
 
     def capture(self, batch: Batch) -> Plan:
-        return Plan(batch.page_table, self._decode(batch.slots, batch.row_starts, batch.row_offsets[:-1]), None)
+        numbers = Mirror(3 * len(batch.slots), self.device)
+        slots, positions, tokens = numbers.device.view(3, -1).unbind(0)
+        return Plan(batch.page_table, self._decode(slots, positions, tokens), None, numbers)
+
+    def refill(self, plan: Plan, slots: np.ndarray, starts: np.ndarray) -> None:
+        assert plan.numbers is not None
+        order = longest_first(starts)
+        plan.numbers.host()[:] = np.concatenate((slots[order], starts[order], order))
+        plan.numbers.send()
 
     def capture_prompts(self, batch: Batch) -> Plan:
         rows, blocks = len(batch.slots), -(-len(batch.ids) // self._block_tokens) + len(batch.slots)
@@ -96,7 +110,9 @@ class TritonAttention(PagedAttention):
         plan.numbers.send()
 
     def _decode(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> "DecodeRows":
-        return self._kernels.plan_decode(slots, positions, tokens, self._shape, self._programs)
+        rows = self._kernels.plan_decode(slots, positions, tokens, self._shape, self._programs, self._scratch)
+        self._scratch = rows.scratch
+        return rows
 
     def _upload(self, numbers: np.ndarray) -> Tensor:
         host = torch.from_numpy(numbers)

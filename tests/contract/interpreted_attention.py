@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import triton_attention as kernels
+from engine.kernels.page_lists import BLOCK, PROGRAMS, list_pages, list_pages_reference
 from engine.layers import AttentionShape, Batch, Mirror
 from engine.plugin.testing import ATTENTION_CASES, AttentionCase, check_attention
 from engine_plugins.attention.triton import TritonAttention
@@ -41,14 +42,14 @@ def test_one_plan_serves_steps_of_other_positions() -> None:
     table = torch.randperm(200).to(torch.int32).view(2, 100)
     positions, order = torch.zeros(2, dtype=torch.int64), torch.arange(2)
     rows = kernels.plan_decode(order, positions, order, SHAPE, 5)
-    assert rows.pieces * rows.shortest >= 390 > 3 * rows.shortest
+    assert rows.pieces >= 3 and 3 * kernels.SHORTEST <= 390
     for steps in ((0, 1), (389, 127), (128, 300), (5, 255)):
         positions.copy_(torch.tensor(steps))
         out = torch.full_like(query, torch.nan)
         kernels.attend_decode(query, cache, table, out, rows, SHAPE)
         for row, position in enumerate(steps):
             assert (out[row] - definition(query[row], cache, table[row], position)).abs().max() < 1e-5
-        assert not rows.arrived.any()
+        assert not rows.scratch.arrived.any()
 
 
 def test_blocks_cover_the_rows_of_several_tokens_and_the_longest_contexts_come_first() -> None:
@@ -61,9 +62,11 @@ def test_blocks_cover_the_rows_of_several_tokens_and_the_longest_contexts_come_f
 
 @pytest.mark.parametrize("rows", [1, 7, 64, 256, 1024])
 def test_the_scratch_of_a_step_is_bounded(rows: int) -> None:
-    pieces, shortest = kernels.decode_pieces(rows, 8)
-    assert 8 <= pieces <= kernels.MOST_PIECES and shortest >= 128
-    assert rows * pieces <= max(8 * rows, 2048)
+    pieces, most = kernels.decode_pieces(rows, 8, 264)
+    assert 1 <= pieces <= most <= kernels.MOST_PIECES
+    assert rows * most <= max(2048, 8 * rows)
+    rounds = -(-rows * 8 * pieces // 264) / pieces
+    assert rounds <= 1.15 * rows * 8 / 264 or pieces * rows * 8 <= 264, "programs stand idle in the last round"
 
 
 def test_one_prompt_plan_serves_steps_of_other_rows() -> None:
@@ -99,3 +102,14 @@ def test_one_prompt_plan_serves_steps_of_other_rows() -> None:
                 scores = torch.einsum("hd,khd->hk", query[at].double(), key) * 0.25
                 wanted = torch.einsum("hk,khd->hd", scores.softmax(-1), value)
                 assert (out[at] - wanted).abs().max() < 1e-5, (rows, row, offset)
+
+
+def test_pages_are_listed_as_the_reference_lists_them() -> None:
+    """Rows of no page, one, a block, and more than all programs take in their first turn."""
+    counts = (1, 0, BLOCK, BLOCK * PROGRAMS + 3, 17)
+    table = torch.arange(7 * 5000, dtype=torch.int32).view(7, 5000)
+    slots, offsets = torch.tensor([3, 0, 6, 1, 3]), torch.tensor((0, *counts)).cumsum(0).to(torch.int32)
+    listed, wanted = (torch.full((sum(counts) + 9,), -1, dtype=torch.int32) for _ in range(2))
+    list_pages(table, slots, offsets, listed)
+    list_pages_reference(table, slots, offsets, wanted)
+    assert torch.equal(listed, wanted) and (wanted[-9:] == -1).all() and wanted[1] == 6 * 5000

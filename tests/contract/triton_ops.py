@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 
+from engine.kernels import triton as triton_ops
 from engine.kernels.ops import HeadNorms, Heads, Ops
 from engine.kernels.sampling import draw
 from engine.kernels.triton import TritonOps
@@ -70,7 +71,11 @@ CASES = list(itertools.product(DTYPES, DIMS, [True, False], ["all", "half", "non
 
 
 @pytest.mark.parametrize(("dtype", "dim", "normed", "turns"), CASES, ids=str)
-def test_heads_are_normed_rotated_and_written(dtype: torch.dtype, dim: int, normed: bool, turns: str) -> None:
+@pytest.mark.parametrize("many", [0, 1 << 20], ids=["together", "alone"])
+def test_heads_are_normed_rotated_and_written(
+    dtype: torch.dtype, dim: int, normed: bool, turns: str, many: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_ops, "MANY_PROGRAMS", many)
     heads, tokens, page_size, pages = Heads(6, 2, dim), 5, 4, 7
     qkv = random(tokens, 10 * dim, dtype=dtype)
     norms = HeadNorms(random(dim, dtype=dtype, seed=1), random(dim, dtype=dtype, seed=2), 1e-6) if normed else None

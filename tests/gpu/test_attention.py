@@ -52,13 +52,13 @@ def _built(name: str, shape: AttentionShape, page_size: int, device: torch.devic
 
 
 @pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=["bfloat16"])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_attention_is_that_of_the_definition(name: str, dtype: torch.dtype, case: AttentionCase) -> None:
     check(name, case, dtype)
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("name", BACKENDS)
 def test_attention_over_random_steps(name: str, seed: int) -> None:
     """Lengths around the borders of pages, blocks of positions and pieces of a context."""
@@ -166,7 +166,8 @@ def test_a_replayed_graph_gives_what_a_step_gives(name: str, rows: int, window: 
     plan = bench.backend.capture(bench.static(inputs))
     if plan is None:
         pytest.skip(f"{name} cannot be captured")
-    bench.backend.refill(plan, np.zeros(rows, np.int64))
+    slots = np.arange(rows)
+    bench.backend.refill(plan, slots, np.zeros(rows, np.int64))
     bench.forward(bench.static(inputs), plan)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -177,7 +178,7 @@ def test_a_replayed_graph_gives_what_a_step_gives(name: str, rows: int, window: 
         starts[0] = longest - 1
         inputs[1] = torch.from_numpy(starts).to(DEVICE)
         out.fill_(torch.nan)
-        bench.backend.refill(plan, starts)
+        bench.backend.refill(plan, slots, starts)
         graph.replay()
         replayed = out.clone()
         wanted = bench.reference(starts)

@@ -17,6 +17,7 @@ import torch
 from engine import Engine, Reply, SamplingParams
 from engine.config import resolve
 from engine.http.app import serve
+from engine.kernels.cpu import kernels
 from engine.launch import open_front
 from engine.messages import Boot, Sampling, SlotAdmit, StepPlan
 from engine.plugin.manager import Plugins
@@ -117,6 +118,23 @@ def test_first_step_logits() -> None:
     top = logits.topk(5)
     assert top.indices.tolist() == list(FRANCE_LOGITS)
     assert top.values.tolist() == pytest.approx(list(FRANCE_LOGITS.values()), abs=1e-3)
+
+
+@pytest.mark.skipif(kernels() is None, reason="there is no C compiler here")
+def test_a_recorded_step_is_the_step_to_the_bit() -> None:
+    runner, _ = start(Boot(resolve({"model": "smollm2-135m", "max_model_len": 64, "device": "cpu"})), 0.0)
+    ids = np.arange(1000, 1040).astype("<i4").tobytes()
+    admits = tuple(SlotAdmit(slot, ids, Sampling(0.0, 0, 1.0, 0.0, 0)) for slot in range(3))
+    pages = [(slot, index, slot * 3 + index) for slot in range(3) for index in range(3)]
+    runner.apply(StepPlan(1, b"", admits, np.array(pages, "<i4").tobytes()))
+    prompts = np.array([[0, 0, 20, 0], [1, 0, 33, 0], [2, 0, 5, 0]], np.int64)
+    with torch.inference_mode():
+        runner.forward(prompts)
+        for step in ([[0, 20, 1, 1], [2, 5, 1, 1]], [[1, 33, 1, 1], [0, 21, 1, 1]]):
+            rows = np.array(step, np.int64)
+            expected, _ = runner.forward(rows)
+            assert runner.decode_graphs.fits(rows)
+            assert torch.equal(runner.decode_graphs.replay(rows)[0], expected)
 
 
 # ── over HTTP ────────────────────────────────────────────────────────────────────────────────

@@ -1,12 +1,16 @@
 """The CPU kernels against their definitions in numpy and torch; what takes their place where there is no compiler."""
 
+from types import SimpleNamespace
+
 import gguf
 import numpy as np
 import pytest
 import torch
 
 from engine.kernels import cpu
-from engine.layers import Build, ColumnLinear, Embedding, LMHead, RMSNorm, silu_and_mul
+from engine.kernels.ops import HeadNorms, Heads, Ops
+from engine.layers import AttentionShape, Build, ColumnLinear, Embedding, LMHead, RMSNorm, silu_and_mul
+from engine_plugins.attention.cpu import CpuAttention
 from engine_plugins.attention.torch import TorchAttention
 
 KERNELS = cpu.kernels()
@@ -45,7 +49,7 @@ def test_every_kind_unpacks_exactly_and_multiplies(kind: str) -> None:
     assert torch.equal(matrix.unpacked(), whole)
     ids = torch.tensor([3, 0, 49, 3])
     assert torch.equal(matrix.select(ids), whole[ids])
-    for tokens in (1, 2, 3, 7, 8, 21, cpu.PACKED_TOKENS, 40):
+    for tokens in (1, 2, 3, 7, 8, 21, cpu.GEMM_TOKENS, 40):
         x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(tokens))
         out = torch.full((tokens, rows + 5), torch.nan)
         matrix.linear(x, out[:, 2 : rows + 2])
@@ -56,22 +60,92 @@ def test_every_kind_unpacks_exactly_and_multiplies(kind: str) -> None:
 
 
 @needs_kernels
-def test_what_stands_between_the_matrices() -> None:
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(5, 3, 40, generator=generator) * 3
+@pytest.mark.parametrize("kind", ["Q4_1", "Q4_K", "BF16"])
+@pytest.mark.parametrize("alone", [1, cpu.GEMM_TOKENS])
+def test_a_token_does_not_depend_on_its_neighbours(kind: str, alone: int) -> None:
+    """To the bit, among few tokens as among many; `inputs` is more than gemm takes at a time."""
+    matrix = KERNELS.matrix(kind, torch.from_numpy(blocks(kind, 100, 1024)))
+    x = torch.randn(cpu.GEMM_TOKENS + 21, 1024, generator=torch.Generator().manual_seed(1))
+    first = torch.empty(alone, 100)
+    matrix.linear(x[:alone], first)
+    for tokens in range(alone, cpu.GEMM_TOKENS if alone == 1 else len(x)):
+        out = torch.empty(tokens, 100)
+        matrix.linear(x[:tokens], out)
+        assert torch.equal(out[:alone], first), tokens
+
+
+@needs_kernels
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_norms_and_activations_are_those_of_torch(tokens: int) -> None:
+    generator, torch_ops = torch.Generator().manual_seed(0), Ops()
+    hidden = torch.randn(tokens, 3, 40, generator=generator) * 3
     weight = torch.randn(40, generator=generator)
-    expected = torch.nn.functional.rms_norm(hidden, (40,), weight, 1e-5)
+    expected = torch_ops.rms_norm(hidden, weight, 1e-5)
     assert torch.allclose(KERNELS.rms_norm(hidden, weight, 1e-5), expected, atol=1e-6, rtol=1e-6)
-    gate_up = torch.cat((torch.linspace(-120, 120, 960).view(4, 240), torch.randn(4, 240, generator=generator)), 1)
-    gate, up = gate_up.double().chunk(2, dim=-1)
-    expected = (torch.nn.functional.silu(gate) * up).float()
-    assert torch.allclose(silu_and_mul(gate_up), expected, atol=1e-7, rtol=1e-6)
-    heads, angles = torch.randn(5, 7, 64, generator=generator), torch.randn(5, 1, 16, generator=generator)
-    first, second = heads[..., :16], heads[..., 16:32]
-    rotated = (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin())
-    expected = torch.cat((*rotated, heads[..., 32:]), -1)
-    strided = torch.cat((heads, torch.zeros(5, 2, 64)), 1)[:, :7]
-    assert torch.allclose(KERNELS.rotate(strided, (angles.cos(), angles.sin())), expected, atol=1e-6)
+    hidden, stream = hidden[:, 0], torch.randn(tokens, 40, generator=generator)
+    expected = torch_ops.add_rms_norm(hidden, stream, weight, 1e-5)
+    for got, wanted in zip(KERNELS.add_rms_norm(hidden.clone(), stream.clone(), weight, 1e-5), expected, strict=True):
+        assert torch.allclose(got, wanted, atol=1e-6, rtol=1e-6)
+    gate = torch.linspace(-120, 120, 240 * tokens).view(tokens, 240)
+    gate_up = torch.cat((gate, torch.randn(tokens, 240, generator=generator)), 1)
+    for name in ("silu_and_mul", "gelu_and_mul"):
+        expected = getattr(torch_ops, name)(gate_up.double()).float()
+        assert torch.allclose(getattr(KERNELS, name)(gate_up), expected, atol=1e-6, rtol=1e-6), name
+
+
+@needs_kernels
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_rotations_are_those_of_torch(tokens: int) -> None:
+    positions, frequencies = torch.arange(tokens) * 97, 1e4 ** -(torch.arange(32) / 32)
+    for magnitude in (1.0, 1.2):
+        expected = Ops().rotation(positions, frequencies, magnitude)
+        for got, wanted in zip(KERNELS.rotation(positions, frequencies, magnitude), expected, strict=True):
+            assert got.shape == wanted.shape == (tokens, 1, 32) and torch.allclose(got, wanted, atol=2e-7)
+
+
+@needs_kernels
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("pairs", [0, 16, 32])
+@pytest.mark.parametrize("normed", [False, True])
+def test_heads_are_normed_turned_and_written_as_in_torch(tokens: int, pairs: int, normed: bool) -> None:
+    generator, heads = torch.Generator().manual_seed(0), Heads(4, 2, 64)
+    qkv = torch.randn(tokens, 8 * 64, generator=generator)
+    angles = torch.randn(tokens, 1, pairs, generator=generator)
+    rotation = (angles.cos(), angles.sin()) if pairs else None
+    norms = HeadNorms(*torch.randn(2, 64, generator=generator), 1e-5) if normed else None
+    places = torch.randperm(5 * 16, generator=generator)[:tokens]
+    caches = torch.zeros(2, 5, 2, 16, 2, 64)
+    expected = Ops().rotate_into_pages(qkv.clone(), heads, norms, rotation, caches[0], places)
+    got = KERNELS.rotate_into_pages(qkv.clone(), heads, norms, rotation, caches[1], places)
+    assert torch.allclose(got, expected, atol=1e-5) and torch.allclose(*caches, atol=1e-5)
+    parts = KERNELS.rotate_heads(qkv.clone(), heads, norms, rotation)
+    for got, wanted in zip(parts, Ops().rotate_heads(qkv.clone(), heads, norms, rotation), strict=True):
+        assert torch.allclose(got, wanted, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("window", [None, 21])
+def test_attention_does_not_depend_on_how_a_prompt_is_cut(window: int | None) -> None:
+    """To the bit."""
+    generator = torch.Generator().manual_seed(0)
+    shape = AttentionShape(layers=1, query_heads=6, kv_heads=2, head_dim=32, scale=0.2, window=window)
+    backend = CpuAttention(shape, 4, torch.device("cpu"), torch.float32)
+    query, cache = torch.randn(90, 6, 32, generator=generator), torch.randn(30, 2, 4, 2, 32, generator=generator)
+
+    def attended(*lengths: int) -> torch.Tensor:
+        ends = np.cumsum([0, *lengths])
+        batch = SimpleNamespace(
+            starts=ends[:-1],
+            lengths=np.array(lengths),
+            offsets=ends,
+            slots=torch.zeros(len(lengths), dtype=torch.int64),
+            page_table=torch.randperm(30, generator=torch.Generator().manual_seed(1)).to(torch.int32)[None],
+        )
+        return backend.attend(query, cache, backend.prepare(batch))
+
+    whole = attended(90)
+    for lengths in ((7, 83), (33, 1, 56), (1,) * 90):
+        assert torch.equal(attended(*lengths), whole), lengths
 
 
 class Stored:
