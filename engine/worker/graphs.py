@@ -12,6 +12,7 @@ would take longer than the work. Left out: larger prompts, where they do not.
 """
 
 import bisect
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -81,8 +82,8 @@ class Captured:
     hidden: Tensor  # [T, H]
 
 
-class DecodeGraphs:
-    """Steps of one token a row, for a ladder of row counts."""
+class StepGraphs(ABC):
+    """The graphs of steps of one kind, by size."""
 
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
@@ -90,9 +91,8 @@ class DecodeGraphs:
         self._sizes: list[int] = []
 
     @torch.inference_mode()
-    def capture(self, most: int, pool: Any) -> bool:
-        """Captures the ladder up to `most` rows. False when an attention backend's steps cannot be captured."""
-        sizes = ladder(most)
+    def _capture(self, sizes: list[int], pool: Any) -> bool:
+        """Captures all of `sizes`, which ascend. False, and none, where an attention backend's cannot be captured."""
         for size in reversed(sizes):  # the largest first: the others fit into its memory
             graph = self._captured(size, pool)
             if graph is None:
@@ -100,6 +100,18 @@ class DecodeGraphs:
             self._graphs[size] = graph
         self._sizes = sizes
         return True
+
+    @abstractmethod
+    def _captured(self, size: int, pool: Any) -> Captured | None:
+        """The graph of one size; None where an attention backend says that it cannot be captured."""
+
+
+class DecodeGraphs(StepGraphs):
+    """Steps of one token a row, for a ladder of row counts."""
+
+    def capture(self, most: int, pool: Any) -> bool:
+        """Captures the ladder up to `most` rows. False when an attention backend's steps cannot be captured."""
+        return self._capture(ladder(most), pool)
 
     def _captured(self, size: int, pool: Any) -> Captured | None:
         backends = self._tables.model.backends
@@ -138,25 +150,12 @@ class DecodeGraphs:
         return chosen.hidden[:count], chosen.numbers.device.view(2, -1)[:, :count]
 
 
-class PromptGraphs:
+class PromptGraphs(StepGraphs):
     """Small steps with prompts: fewer than PROMPT_ROWS rows, which may also be of one token, and a ladder of tokens."""
 
-    def __init__(self, tables: Tables) -> None:
-        self._tables = tables
-        self._graphs: dict[int, Captured] = {}
-        self._sizes: list[int] = []
-
-    @torch.inference_mode()
     def capture(self, most: int, pool: Any) -> bool:
         """Captures steps of up to `most` tokens. False when an attention backend's cannot be."""
-        sizes = [size for size in PROMPT_TOKENS if size <= most]
-        for size in reversed(sizes):
-            graph = self._captured(size, pool)
-            if graph is None:
-                return False
-            self._graphs[size] = graph
-        self._sizes = sizes
-        return True
+        return self._capture([size for size in PROMPT_TOKENS if size <= most], pool)
 
     def _captured(self, size: int, pool: Any) -> Captured | None:
         backends = self._tables.model.backends
