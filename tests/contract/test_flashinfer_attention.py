@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from engine.errors import ConfigError
-from engine.kernels.page_lists import list_pages_reference
 from engine.layers import AttentionShape, Batch
 from engine.plugin.testing import ATTENTION_CASES, AttentionCase, check_attention
 from engine_plugins.attention import flashinfer
 from engine_plugins.attention.flashinfer import FlashInferAttention
 
 pytest.importorskip("triton")
+from engine.kernels.page_lists import list_pages_reference  # noqa: E402
+
 CPU = torch.device("cpu")
 MIXED = AttentionCase(page_size=4, heads=(8, 2), head_dim=64, rows=((9, 1), (30, 1), (0, 300), (7, 1), (5, 140)))
 

@@ -1,0 +1,128 @@
+"""Steps as CUDA graphs, without a GPU: a stand-in for a graph computes anew from what the replay put in place."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from engine.layers.attention import PagedAttention
+from engine.layers.batch import Batch, Mirror
+from engine.plugin.testing import ModelHarness
+from engine.worker import graphs
+from engine.worker.graphs import Captured, DecodeGraphs, PromptGraphs, Tables
+from engine_plugins.models.llama import Llama
+
+CONFIG = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 64,
+}
+
+
+class PlainAttention(PagedAttention):
+    """By the definition, row by row. A plan is a dict with the rows: what a captured one is brought up to date with."""
+
+    def prepare(self, batch: Batch) -> dict[str, Any]:
+        plan = {"table": batch.page_table, "slots": batch.slots}
+        return plan | {"starts": batch.starts, "lengths": batch.lengths, "offsets": batch.offsets}
+
+    def capture(self, batch: Batch) -> dict[str, Any]:
+        return {"table": batch.page_table, "slots": batch.slots}
+
+    capture_prompts = capture
+
+    def refill(self, plan: dict[str, Any], slots: np.ndarray, starts: np.ndarray) -> None:
+        assert plan["slots"].tolist() == slots.tolist()
+        self.refill_prompts(plan, starts, np.ones_like(starts), np.arange(len(starts) + 1))
+
+    def refill_prompts(
+        self, plan: dict[str, Any], starts: np.ndarray, lengths: np.ndarray, offsets: np.ndarray
+    ) -> None:
+        plan.update(starts=starts.copy(), lengths=lengths.copy(), offsets=offsets.copy())
+
+    def attend(self, query: Tensor, cache: Tensor, plan: dict[str, Any]) -> Tensor:
+        out = torch.full_like(query, torch.nan)  # of what belongs to no row
+        for row, (start, length) in enumerate(zip(plan["starts"], plan["lengths"], strict=True)):
+            first, end = int(plan["offsets"][row]), int(start + length)
+            pages = plan["table"][plan["slots"][row]].long()
+            key, value = cache[pages].transpose(0, 1).flatten(1, 2)[:, :end].repeat_interleave(2, dim=2)
+            scores = torch.einsum("qhd,khd->hqk", query[first : first + length], key) * self.shape.scale
+            unseen = torch.ones(length, end, dtype=torch.bool).triu(int(start) + 1)
+            weights = scores.masked_fill(unseen, -torch.inf).softmax(-1)
+            out[first : first + length] = torch.einsum("hqk,khd->qhd", weights, value)
+        return out.flatten(1)
+
+
+def captured(model: Any, batch: Callable[[], Batch], numbers: Mirror, plans: Any, pool: Any) -> Captured:
+    hidden = model(batch())
+    graph: Any = SimpleNamespace(replay=lambda: hidden.copy_(model(batch())))
+    return Captured(graph, numbers, plans, hidden)
+
+
+@pytest.fixture
+def harness(monkeypatch: pytest.MonkeyPatch) -> ModelHarness:
+    """Three prompts on a device whose last page is the scratch page."""
+    monkeypatch.setattr(graphs, "captured", captured)
+    monkeypatch.setattr(graphs, "PROMPT_ROWS", 5)
+    generator = torch.Generator().manual_seed(0)
+    names = {f"{part}_proj.weight" for part in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o")}
+    shapes = dict.fromkeys(names, (32, 32)) | dict.fromkeys(
+        ("self_attn.k_proj.weight", "self_attn.v_proj.weight"), (16, 32)
+    )
+    shapes |= {"mlp.gate_proj.weight": (48, 32), "mlp.up_proj.weight": (48, 32), "mlp.down_proj.weight": (32, 48)}
+    shapes |= dict.fromkeys(("input_layernorm.weight", "post_attention_layernorm.weight"), (32,))
+    whole = {f"model.layers.{layer}.{name}": shape for layer in range(2) for name, shape in shapes.items()}
+    whole |= {"model.embed_tokens.weight": (40, 32), "lm_head.weight": (40, 32), "model.norm.weight": (32,)}
+    tensors = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in whole.items()}
+    harness = ModelHarness(Llama, CONFIG, tensors, attention=PlainAttention)
+    harness.order = harness.order[harness.order != harness.each * harness.slots - 1][: harness.each * 3]
+    harness.order = np.concatenate((harness.order, harness.order[: harness.each]))  # slot 3 is not used
+    prompts = [np.random.default_rng(slot).integers(0, 40, 30).tolist() for slot in range(3)]
+    harness.runner.apply(harness.admit(prompts))
+    harness.runner.page_table[-1] = harness.each * harness.slots - 1
+    return harness
+
+
+def tables(harness: ModelHarness) -> Tables:
+    runner = harness.runner
+    return Tables(runner.model, runner.caches, runner.tokens, runner.page_table, runner.page_size)
+
+
+@torch.inference_mode()
+def test_a_replayed_decode_step_is_the_step(harness: ModelHarness) -> None:
+    decode = DecodeGraphs(tables(harness))
+    assert not decode.fits(np.array([[0, 9, 1, 1]]))
+    assert decode.capture(4, pool=None)
+    harness.logits([(slot, 0, 30) for slot in range(3)])
+    for step in ([(1, 9)], [(2, 29), (0, 4)], [(0, 17), (2, 0), (1, 28)]):
+        rows = np.array([(slot, position, 1, 1) for slot, position in step], np.int64)
+        assert decode.fits(rows)
+        hidden, on_device = decode.replay(rows)
+        assert on_device.T.tolist() == [list(each) for each in step]
+        expected, _ = harness.runner.forward(rows)
+        assert torch.allclose(hidden, expected, atol=1e-5)
+    assert not decode.fits(np.array([[0, 9, 2, 1]])) and not decode.fits(np.zeros((5, 4), np.int64))
+
+
+@torch.inference_mode()
+def test_a_replayed_step_with_prompts_is_the_step(harness: ModelHarness) -> None:
+    prompts = PromptGraphs(tables(harness))
+    assert prompts.capture(64, pool=None)
+    for step in ([(0, 0, 11)], [(1, 0, 7), (0, 11, 1), (2, 0, 20)], [(1, 7, 3), (2, 20, 2)], [(0, 0, 30), (1, 0, 30)]):
+        rows = np.array([(*row, 1) for row in step], np.int64)
+        assert prompts.fits(rows)
+        hidden, offsets = prompts.replay(rows)
+        expected, batch = harness.runner.forward(rows)
+        assert offsets.tolist() == batch.offsets.tolist()
+        assert torch.allclose(hidden, expected, atol=1e-5)
+    assert not prompts.fits(np.array([(0, 0, 65, 1)])), "too many tokens"
+    assert not prompts.fits(np.array([(0, 0, 1, 1)] * 5)), "no row is left to be the empty one"
