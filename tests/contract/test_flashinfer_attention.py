@@ -19,7 +19,7 @@ from engine_plugins.attention import flashinfer
 from engine_plugins.attention.flashinfer import FlashInferAttention
 
 pytest.importorskip("triton")
-from engine.kernels.page_lists import list_pages_reference  # noqa: E402
+from engine.kernels.page_lists import list_pages_reference
 
 CPU = torch.device("cpu")
 MIXED = AttentionCase(page_size=4, heads=(8, 2), head_dim=64, rows=((9, 1), (30, 1), (0, 300), (7, 1), (5, 140)))
