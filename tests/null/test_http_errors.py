@@ -167,11 +167,11 @@ async def test_unknown_routes_and_methods() -> None:
     async with (
         serving(FakeFront()) as url,
         aiohttp.ClientSession() as session,
-        session.post(f"{url}/v1/embeddings", json={}) as response,
+        session.post(f"{url}/v1/edits", json={}) as response,
     ):
         error = (await response.json())["error"]
         assert (response.status, error["code"], error["type"]) == (404, "not_found", "invalid_request_error")
-        assert "/v1/embeddings" in error["message"] and CHAT in error["message"]
+        assert "/v1/edits" in error["message"] and CHAT in error["message"]
         async with session.get(url + CHAT) as response:
             error = (await response.json())["error"]
             assert (response.status, error["code"]) == (405, "method_not_allowed")
