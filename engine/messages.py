@@ -31,6 +31,23 @@ class Part(Struct, frozen=True, array_like=True):
 # ── a request on its way in ──────────────────────────────────────────────────────────────────
 
 
+GrammarKind = Literal["json_object", "json_schema", "regex", "ebnf", "lark", "choice", "structural_tag"]
+
+
+class Grammar(Part, frozen=True):
+    """What a reply must be. Two that are equal are compiled once, so `source` is text whatever the kind: JSON for a
+    schema, a structural tag and a choice (a list of strings), nothing for json_object.
+
+    With `after` the reply is free until that text has come (the end of the reasoning), and the grammar begins behind
+    it. `strict`, of a schema: no property and no item that it does not name.
+    """
+
+    kind: GrammarKind
+    source: str = ""
+    after: str = ""
+    strict: bool = True
+
+
 class SamplingParams(Part, frozen=True, kw_only=True):
     """How one request is sampled and when it ends, as its client says it; bounds are in engine/sampling.py."""
 
@@ -62,6 +79,13 @@ class SamplingParams(Part, frozen=True, kw_only=True):
         bool, Meta(description="end the text with what stopped it, a special token too if these are not skipped")
     ] = False
     detokenize: Annotated[bool, Meta(description="make text of the tokens; without, there are only ids")] = True
+    json_object: Annotated[bool, Meta(description="the reply is a JSON object")] = False
+    json_schema: Annotated[str | None, Meta(description="the reply is JSON of this JSON schema")] = None
+    regex: Annotated[str | None, Meta(description="the reply matches this regular expression, from end to end")] = None
+    ebnf: Annotated[str | None, Meta(description="the reply is of this grammar, in EBNF (GBNF), from `root`")] = None
+    lark: Annotated[str | None, Meta(description="the reply is of this grammar, in Lark's syntax, from `start`")] = None
+    choice: Annotated[tuple[str, ...], Meta(description="a text that the reply may be; it is one of them")] = ()
+    structural_tag: Annotated[str | None, Meta(description="which parts of the reply have a grammar, as JSON")] = None
 
 
 class Generate(Message, frozen=True):
@@ -69,7 +93,8 @@ class Generate(Message, frozen=True):
 
     Where `sampling.max_tokens` is None, `default_max_tokens` bounds the reply if there is that much room. Requests
     share cached prefixes with those of the same `cache_salt` alone. With `echo` the reply's text begins with the
-    prompt.
+    prompt. A `grammar` takes the place of what `sampling` says of one: for what clients ask for in other words, as a
+    tool to be called.
     """
 
     rid: str
@@ -86,6 +111,7 @@ class Generate(Message, frozen=True):
     cache_salt: str = ""
     echo: bool = False
     chat_template: str | None = None  # in the place of the model's own
+    grammar: Grammar | None = None
 
 
 class Embed(Message, frozen=True):
@@ -154,6 +180,7 @@ class Admit(Message, frozen=True):
     max_new: int
     priority: int = 0
     cache_salt: str = ""
+    grammar: Grammar | None = None
 
 
 class Abort(Message, frozen=True):
