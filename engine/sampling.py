@@ -10,6 +10,7 @@ from math import prod
 from types import MappingProxyType
 
 from engine.errors import RequestError
+from engine.grammars.asked import grammar_of
 from engine.messages import SamplingParams
 
 INT32_MAX = 2**31 - 1
@@ -61,6 +62,7 @@ def check_sampling(params: SamplingParams, names: Mapping[str, str] = SAME_NAMES
                 param=name(field),
             )
     _check_adjustments(params, name)
+    grammar_of(params, names)
     for field in ("logprobs", "prompt_logprobs"):
         if (wanted := getattr(params, field)) is not None:
             _check_whole(name(field), wanted, 0, MAX_LOGPROBS, "0 is the tokens' own alone")
