@@ -89,6 +89,9 @@ class SamplingParams(Part, frozen=True, kw_only=True):
     lark: Annotated[str | None, Meta(description="the reply is of this grammar, in Lark's syntax, from `start`")] = None
     choice: Annotated[tuple[str, ...], Meta(description="a text that the reply may be; it is one of them")] = ()
     structural_tag: Annotated[str | None, Meta(description="which parts of the reply have a grammar, as JSON")] = None
+    strict_schema: Annotated[
+        bool, Meta(description="the reply has no property that the JSON schema does not name, though it may allow them")
+    ] = True
 
 
 class Generate(Message, frozen=True):

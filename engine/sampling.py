@@ -10,7 +10,7 @@ from math import prod
 from types import MappingProxyType
 
 from engine.errors import RequestError
-from engine.grammars.asked import grammar_of
+from engine.grammar import grammar_of
 from engine.messages import SamplingParams
 
 INT32_MAX = 2**31 - 1
@@ -52,7 +52,8 @@ def check_sampling(params: SamplingParams, names: Mapping[str, str] = SAME_NAMES
     for pattern in params.stop_regex:
         _check_regex(name("stop_regex"), pattern)
     _check_ids(name("stop_token_ids"), params.stop_token_ids, MAX_STOP_TOKENS)
-    for field in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "detokenize"):
+    switches = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "detokenize", "json_object")
+    for field in (*switches, "strict_schema"):
         if not isinstance(given := getattr(params, field), bool):
             raise _refusal(name(field), _shown(given), "true or false", "leave it out for the default")
     for field in () if params.detokenize else ("stop", "stop_regex"):

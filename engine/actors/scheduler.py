@@ -143,7 +143,7 @@ class SchedulerActor:
         tokens = self.scheduler.commit(done)
         for rid, cause in stuck:
             self.scheduler.stop(rid)
-            await self.front.send(Failed(rid, 400, "no_token_left", cause))
+            await self.front.send(Failed(rid, 400, "no_token_left", cause, "grammar"))
         # The next plan leaves before the tokens do: the device comes first.
         await self._fill_credits()
         if tokens is not None:

@@ -13,7 +13,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream
 
 from engine.channel import Outbox
 from engine.errors import RequestError
-from engine.grammars.asked import check_grammar, grammar_of
+from engine.grammar import check_grammar, grammar_of
 from engine.messages import (
     Abort,
     Admit,

@@ -1,7 +1,8 @@
 """The OpenAI API: /v1/models, /v1/chat/completions and /v1/completions.
 
 Beyond OpenAI's own fields, requests take vLLM's: top_k, min_p, stop_regex, prompt_logprobs and so on. What replies
-look like is in choices.py. Tools and response formats are refused by name until they are served.
+look like is in choices.py, what they may be asked to be in grammars.py. Tools are refused by name until they are
+served.
 """
 
 import struct
@@ -14,6 +15,7 @@ from msgspec import Meta
 
 from engine.errors import RequestError
 from engine.http.choices import OpenAIReply, Wording
+from engine.http.grammars import GrammarBody, grammar_fields
 from engine.http.service import SERVICE, answer
 from engine.http.wire import Body, Reply, check_served, json_response
 from engine.messages import Generate, SamplingParams
@@ -36,7 +38,7 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None  # ignored: no padding is added
 
 
-class SamplingBody(Body):
+class SamplingBody(GrammarBody, kw_only=True):
     """Fields that both kinds of completion share. Null is the same as absent."""
 
     model: str | None = None
@@ -69,7 +71,10 @@ class SamplingBody(Body):
     user: Any = None  # ignored
     spaces_between_special_tokens: Any = None
 
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {"spaces_between_special_tokens": (True,)}
+    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "spaces_between_special_tokens": (True,),
+        "guided_whitespace_pattern": (),
+    }
 
 
 class TextPart(Body):
@@ -123,7 +128,6 @@ class ChatBody(SamplingBody, kw_only=True):
     moderation: Any = None
     prediction: Any = None
     reasoning_effort: Any = None
-    response_format: Any = None
     service_tier: Any = None
     tools: Any = None
     tool_choice: Any = None
@@ -139,7 +143,6 @@ class ChatBody(SamplingBody, kw_only=True):
         "moderation": (),
         "prediction": (),
         "reasoning_effort": ("none",),
-        "response_format": ({"type": "text"},),
         "service_tier": ("auto", "default"),
         "tools": ([],),
         "tool_choice": ("none", "auto"),
@@ -267,6 +270,7 @@ async def _complete(
     names = {"prompt": "messages"} if wording.chat else {}
     if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
         names["max_tokens"] = "max_completion_tokens"
+    names |= grammar_fields(body)[1]
     return await answer(request, rid, jobs, reply, endpoint=endpoint, stream=bool(body.stream), names=names)
 
 
@@ -309,6 +313,7 @@ def sampling_of(
 ) -> SamplingParams:
     """The checked SamplingParams of `body`; `names` says what its client called a field, if not by its own name."""
     given = {name: value for name in SAME if (value := getattr(body, name)) is not None}
+    grammar, called = grammar_fields(body)
     sampling = SamplingParams(
         max_tokens=max_tokens,
         stop=stop_strings(body.stop),
@@ -319,8 +324,9 @@ def sampling_of(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         **given,
+        **grammar,
     )
-    check_sampling(sampling, names)
+    check_sampling(sampling, names | called)
     return sampling
 
 

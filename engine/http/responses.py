@@ -12,15 +12,28 @@ from aiohttp import web
 from msgspec import Meta
 
 from engine.errors import RequestError
+from engine.http.grammars import NamedSchema, ObjectFormat, PlainFormat
 from engine.http.openai import Priority, stop_strings
 from engine.http.service import SERVICE, Service
 from engine.http.sse import describe_error, send_events
-from engine.http.stored import STORE, Asked, InputItem, OutputItem, OutputText, Response, ResponseObject
-from engine.http.wire import Body, Reply, json_response, to_json
+from engine.http.stored import (
+    STORE,
+    Asked,
+    InputItem,
+    ObjectText,
+    OutputItem,
+    OutputText,
+    PlainText,
+    Response,
+    ResponseObject,
+    SchemaText,
+    TextOptions,
+)
+from engine.http.wire import Body, Reply, check_served, json_response, to_json
 from engine.messages import Chunk, Generate, SamplingParams
 from engine.sampling import check_sampling
 
-CLIENT_NAMES = {"max_tokens": "max_output_tokens"}
+CLIENT_NAMES = {"max_tokens": "max_output_tokens", "json_schema": "text.format.schema"}
 Metadata = Annotated[
     dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
 ]
@@ -48,6 +61,17 @@ class InputMessage(Body):
     phase: Any = None
 
 
+class SchemaTextBody(NamedSchema, tag_field="type", tag="json_schema", kw_only=True):
+    """A named schema, without the object around it that chat completions have."""
+
+
+class TextBody(Body):
+    format: PlainFormat | ObjectFormat | SchemaTextBody | None = None
+    verbosity: Any = None
+
+    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {"verbosity": ("medium",)}
+
+
 class ResponsesBody(Body):
     """Null is the same as absent. `top_k`, `min_p`, `seed`, `stop` and `priority` are extensions."""
 
@@ -63,6 +87,7 @@ class ResponsesBody(Body):
     seed: int | None = None
     stop: str | list[str] | None = None
     priority: Priority | None = None
+    text: TextBody | None = None
     stream: bool | None = None
     store: bool | None = None
     background: bool | None = None
@@ -86,7 +111,6 @@ class ResponsesBody(Body):
     prompt: Any = None
     reasoning: Any = None
     service_tier: Any = None
-    text: Any = None
     tool_choice: Any = None
     tools: Any = None
     top_logprobs: Any = None
@@ -103,7 +127,6 @@ class ResponsesBody(Body):
         "prompt": (),
         "reasoning": ({}, {"effort": "none"}),
         "service_tier": ("auto", "default"),
-        "text": ({}, {"format": {"type": "text"}}),
         "tool_choice": ("none", "auto"),
         "tools": ([],),
         "top_logprobs": (0,),
@@ -296,9 +319,26 @@ def sampling_of(body: ResponsesBody) -> SamplingParams:
     """The checked SamplingParams of `body`."""
     fields = ("temperature", "top_p", "top_k", "min_p", "seed")
     given = {name: value for name in fields if (value := getattr(body, name)) is not None}
+    match body.text and body.text.format:
+        case ObjectFormat():
+            given["json_object"] = True
+        case SchemaTextBody() as asked:
+            given |= {"json_schema": to_json(asked.schema).decode(), "strict_schema": asked.strict is not False}
+    if body.text is not None:
+        check_served(body.text, "text.")
     sampling = SamplingParams(max_tokens=body.max_output_tokens, stop=stop_strings(body.stop), **given)
     check_sampling(sampling, CLIENT_NAMES)
     return sampling
+
+
+def format_of(body: ResponsesBody) -> PlainText | ObjectText | SchemaText:
+    """The format of `body`, as a response object tells it."""
+    match body.text and body.text.format:
+        case ObjectFormat():
+            return ObjectText()
+        case SchemaTextBody() as asked:
+            return SchemaText(asked.name, asked.schema, asked.strict, asked.description)
+    return PlainText()
 
 
 def messages_of(input: str | list[InputMessage]) -> list[dict[str, Any]]:
@@ -328,6 +368,7 @@ def described(body: ResponsesBody, sampling: SamplingParams, model: str) -> Aske
         background=bool(body.background),
         store=body.store is not False,
         metadata=body.metadata or {},
+        text=TextOptions(format_of(body)),
     )
 
 
