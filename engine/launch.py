@@ -23,8 +23,9 @@ from engine.errors import WorkerError
 from engine.front import Front
 from engine.logs import set_up_logging
 from engine.messages import Failed, FromFront, ToDetokenizer, ToFront, ToHttp, Tokens, WorkerReady
+from engine.model_text import read_text
 from engine.plugin.manager import Plugins
-from engine.text import Text, read_template, read_text
+from engine.text import Text, read_template
 
 log = logging.getLogger("engine")
 
