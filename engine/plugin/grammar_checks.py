@@ -256,7 +256,7 @@ def check_invalid(engine: type[GrammarEngine], kind: GrammarKind, source: str) -
     try:
         compiled = made.compile(Grammar(kind, source))
     except RequestError as error:
-        assert error.code in ("invalid_grammar", "unsupported_grammar"), error.code
+        assert error.code in ("invalid_grammar", "unsupported_keyword", "unsupported_grammar"), error.code
         assert kind in error.message or "#" in error.message, error.message
         return error.message
     masks = np.zeros((1, _words(vocabulary())), np.int32)

@@ -52,7 +52,7 @@ def check_schema(schema: Any, path: str = "#") -> None:
 def _refuse(keyword: str, path: str, why: str = "") -> RequestError:
     return RequestError(
         f"xgrammar does not hold to {keyword} at {path}{why}; leave it out, or install llguidance",
-        code="unsupported_grammar",
+        code="unsupported_keyword",
     )
 
 

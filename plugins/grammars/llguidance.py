@@ -104,8 +104,8 @@ class LLGuidance:
             case "ebnf":
                 try:
                     return free(gbnf_to_lark(source))
-                except Exception as error:  # it raises bare ones
-                    raise refusal(grammar, str(error)) from None
+                except Exception as error:  # it raises bare ones; the dialect of another engine may be another
+                    raise refusal(grammar, str(error), "unsupported_grammar") from None
             case "structural_tag":
                 return free(to_lark(json.loads(source), self._special, self._json))
         return free(source)
@@ -172,6 +172,8 @@ def tokenizer_of(vocabulary: Vocabulary, tokens: Sequence[bytes], slices: list[s
     return llguidance.LLTokenizer(wrapper, n_vocab=len(tokens), eos_token=list(vocabulary.eos_ids), slices=slices)
 
 
-def refusal(grammar: Grammar, said: str) -> RequestError:
+def refusal(grammar: Grammar, said: str, code: str = "invalid_grammar") -> RequestError:
     """What llguidance says of a grammar that it does not take, for its sender."""
-    return RequestError(f"llguidance does not take the {grammar.kind}: {said.strip()[:500]}", code="invalid_grammar")
+    if "Unimplemented keys" in said:
+        code = "unsupported_keyword"
+    return RequestError(f"llguidance does not take the {grammar.kind}: {said.strip()[:500]}", code=code)
