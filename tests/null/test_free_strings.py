@@ -74,7 +74,7 @@ def test_masks_are_those_of_the_whole_vocabulary(engine: LLGuidance, words: Voca
             assert engine.accept([matcher], [token]) == [True]
             if token in words.eos_ids:
                 break
-    assert used > 20  # the table was of use
+    assert used > 5  # the table was of use
 
 
 def differing(masks: np.ndarray, words: Vocabulary) -> list[bytes]:
