@@ -22,10 +22,10 @@ BY_TYPE: dict[str, frozenset[str]] = {
 ALONE = ("$ref", "enum", "const", "anyOf")  # each says all there is to say
 ASSERTIONS = frozenset({
     *ALONE, *(keyword for keywords in BY_TYPE.values() for keyword in keywords),
-    "minLength", "maxLength", "allOf", "oneOf", "not", "if", "then", "else", "dependentSchemas", "dependentRequired", "dependencies",
+    "allOf", "oneOf", "not", "if", "then", "else", "dependentSchemas", "dependentRequired", "dependencies",
     "patternProperties", "propertyNames", "minProperties", "maxProperties", "unevaluatedProperties", "unevaluatedItems",
     "contains", "minContains", "maxContains", "uniqueItems", "multipleOf", "$dynamicRef", "$recursiveRef",
-    "additionalItems", "extends", "disallow", "divisibleBy",
+    "additionalItems", "extends", "disallow", "divisibleBy", "minLength", "maxLength",
 })  # fmt: skip
 FORMATS = frozenset({"ipv6", "uuid", "hostname", "duration", "uri"})  # it has others, which let through too much
 WHOLE = re.compile(r"\^[^|]*\$")  # a pattern that speaks of the string from end to end

@@ -23,7 +23,7 @@ LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 30)
 SLICES = [r"[\x20\x0A\x0D\x09]+", *(f"{CHARACTER}{{1,{length}}}" for length in LENGTHS), f"{CHARACTER}+"]
 PLACE = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")
 FORMATS = frozenset({"date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"})
-# What a format leaves out and llguidance does not: leap seconds, which few days have, and names too long for an address.
+# What a format leaves out and llguidance does not: leap seconds but on a few days, and names too long for an address.
 NARROWER = {
     "time": "^[^:]*:[^:]*:[0-5]",
     "date-time": "^[^:]*:[^:]*:[0-5]",

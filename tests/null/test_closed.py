@@ -36,6 +36,9 @@ def test_what_is_named_is_all_there_is(schema: Any, closed: Any) -> None:
     [
         {**ONE, "additionalProperties": {"type": "null"}},
         {**ONE, "patternProperties": {"^x": True}},
+        {**ONE, "required": ["a", "b"]},
+        {**ONE, "minProperties": 2},
+        {**ONE, "required": 3},
         {**ONE, "unevaluatedProperties": False},
         {"allOf": [ONE, {"properties": {"b": True}}]},
         {**ONE, "$ref": "#/$defs/x", "$defs": {"x": {"properties": {"b": True}}}},
