@@ -46,16 +46,106 @@ SERVED: dict[str, dict[str, Any]] = {  # what is answered with 200, for a few fi
     "/detokenize": {"tokens": [97, 98]},
 }
 
+FORMED = ("/v1/chat/completions", "/v1/completions", "/generate", "/v1/responses")
+
+
+def deep(levels: int) -> dict[str, Any]:
+    """A schema of arrays in arrays."""
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(levels):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+SCHEMAS: list[Any] = [
+    {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
+    {"type": "array", "items": {"type": "string", "maxLength": 9}, "minItems": 2},
+    {"$ref": "#"},
+    {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
+    {"type": "string", "maxLength": 10**9},
+    {"type": "string", "minLength": 10**6},
+    {"type": "array", "items": {"type": "string"}, "minItems": 10**6},
+    {"type": "string", "pattern": "(a+)+$"},
+    {"type": "string", "pattern": "((a{1,300}){1,300}){1,300}"},
+    {"type": "integer", "minimum": -(10**30), "maximum": 10**30},
+    {"enum": list(range(3000))},
+    {"anyOf": []},
+    {"properties": {"": {"not": {}}}},
+    {"type": "object", "patternProperties": {"(": True}},
+    {"minimum": None, "required": "a", "properties": []},
+    *({keyword: value} for keyword in ("type", "items", "properties", "enum", "$ref", "anyOf", "format", "x-guidance")
+      for value in (None, 3, "x", [], {}, [None], {"a": 3})),
+    deep(30),
+    deep(400),
+    True,
+    False,
+]  # fmt: skip
+TEXTS: list[str] = [
+    *("a", "a*", "", "(", "[", "a{3,2}", "a{1,99999999}", "(a|b)*c", "(?=a)", r"\1", "(?i)é", "[^\n]*", "((a*)*)*b"),
+    *('root ::= "a"', "root ::= root", 'root ::= root "a" | "b"', "root ::=", 'root ::= "a"{1,100000}', "x ::= y"),
+    *('start: "a"', "start: start", "start: /a/ start?", "start: %json {}", 'start: %json {"not": {}}', "start: <[9]>"),
+    *("start: %regex {}", "%llguidance {", "start: /(/", 'start: "a"{0,9999999}', "start: (((((((((", "{", "[]"),
+    *("null", "\x00", "\ud7ff", "é" * 9000),
+]
+TAGS: list[Any] = [
+    {"type": "structural_tag", "format": {"type": "const_string", "value": "a"}},
+    {"type": "structural_tag", "format": {"type": "tag", "begin": "<", "content": {"type": "any_text"}, "end": ""}},
+    {"type": "structural_tag", "format": {"type": "triggered_tags", "triggers": [""], "tags": []}},
+    {"type": "structural_tag", "format": {"type": "or", "elements": []}},
+    {"type": "structural_tag", "format": {"type": "repeat", "min": 5, "max": 2, "content": {"type": "any_text"}}},
+    {"type": "structural_tag", "format": {"type": "sequence", "elements": [3, None, {}]}},
+    {"type": "structural_tag", "format": {"type": "json_schema", "json_schema": 3}},
+    {"type": "structural_tag"},
+]
+
+
+def form(random: Random) -> dict[str, Any]:
+    """What a completion may be asked to be: rightly, wrongly, and to do harm."""
+    schema, text, tag = random.choice(SCHEMAS), random.choice(TEXTS), random.choice(TAGS)
+    named = {"name": "n", "schema": schema, "strict": random.choice([True, False, None])}
+    forms: list[dict[str, Any]] = [
+        {"response_format": {"type": "json_schema", "json_schema": named}},
+        {"response_format": random.choice([{"type": "json_object"}, {"type": "text"}, {"type": "x"}, tag])},
+        {"json_schema": json.dumps(schema)},
+        {random.choice(["regex", "ebnf", "lark", "guided_regex", "guided_grammar", "json_schema"]): text},
+        {"structured_outputs": {random.choice(["json", "regex", "grammar", "structural_tag"]): text}},
+        {"choice": [text, "b"]},
+        {"structural_tag": tag},
+        {"json_object": True, "regex": text},
+    ]
+    return random.choice(forms)
+
+
+def formed(case: Case, random: Random) -> Case:
+    """`case` as it is served, under a grammar."""
+    asked = form(random)
+    body = dict(SERVED[case.operation.path])
+    if case.operation.path == "/generate":
+        body["sampling_params"] = {"max_new_tokens": 8, **asked}
+    elif case.operation.path == "/v1/responses":
+        format = asked.get("response_format", {})
+        body["text"] = {"format": {**format.pop("json_schema", {}), **format} or {"type": "json_object"}}
+    else:
+        body |= asked
+    if random.randrange(2):
+        body["stream"] = True
+    if random.randrange(4) == 0:
+        body["n" if case.operation.path.startswith("/v1/c") else "temperature"] = 2
+    case.body = body
+    return case
+
+
 STREAMING = {route.path for route in ROUTES if route.events}
 
 
 def cases() -> st.SearchStrategy[Case]:
-    """Requests of every operation that takes anything: such as the document allows, such as it forbids, and such as
-    are served, but for a few fields."""
+    """Requests of every operation that takes anything: such as the document allows, such as it forbids, such as are
+    served, but for a few fields, and such as ask for a grammar."""
     right = {one.path: one.as_strategy(generation_mode=GenerationMode.POSITIVE) for one in taking}
     wrong = [one.as_strategy(generation_mode=GenerationMode.NEGATIVE) for one in taking if one.body]
     near = [st.builds(nearly, right[path], st.randoms(use_true_random=False)) for path in SERVED]
-    return st.one_of(st.one_of(list(right.values())), st.one_of(wrong), st.one_of(near))
+    forms = [st.builds(formed, right[path], st.randoms(use_true_random=False)) for path in FORMED]
+    return st.one_of(st.one_of(list(right.values())), st.one_of(wrong), st.one_of(near), st.one_of(forms))
 
 
 def nearly(case: Case, random: Random) -> Case:
@@ -84,7 +174,7 @@ def whole(value: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving("--max-model-len", "64", "--max-running", "8") as server:
+    with serving("--max-model-len", "64", "--max-running", "8", "--grammar-seconds", "1") as server:
         yield server
 
 
