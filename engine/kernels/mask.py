@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 PIECE = 1024  # bytes of a mask at a time: what they stand for is small enough to come from the heap, and for a cache
 
 
