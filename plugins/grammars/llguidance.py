@@ -29,6 +29,7 @@ NARROWER = {
     "date-time": "^[^:]*:[^:]*:[0-5]",
     "email": "^[^@]{1,64}@",
 }
+COUNTED = frozenset({"Length", "Items", "Properties"})
 VALUES = frozenset({"enum", "const", "default", "examples"})  # no schemas
 # Between the tokens of JSON: a space, or a new line and its indentation.
 ASCII = "dws"  # what \d, \w and \s mean in a regular expression is ASCII's, as it is to other engines
@@ -123,7 +124,7 @@ class LLGuidance:
         """A schema in Lark."""
         if isinstance(schema, bool):
             schema = {} if schema else {"not": {}}
-        return f"%json {json.dumps({**known_formats(schema), 'x-guidance': self._options})}"
+        return f"%json {json.dumps({**readable(schema), 'x-guidance': self._options})}"
 
     def accept(self, matchers: Sequence[LLMatcher], tokens: Sequence[int]) -> list[bool]:
         for matcher, token in zip(matchers, tokens, strict=True):
@@ -181,15 +182,15 @@ def tokenizer_of(vocabulary: Vocabulary, tokens: Sequence[bytes], slices: list[s
     return llguidance.LLTokenizer(wrapper, n_vocab=len(tokens), eos_token=list(vocabulary.eos_ids), slices=slices)
 
 
-def known_formats(value: Any) -> Any:
-    """A schema without the formats that nobody here knows, which JSON Schema takes for remarks, and with others made as
-    narrow as they are meant."""
+def readable(value: Any) -> Any:
+    """A schema without the formats that nobody here knows, which JSON Schema takes for remarks, with others made as
+    narrow as they are meant, and with whole numbers for counts."""
     if isinstance(value, list):
-        return [known_formats(each) for each in value]
+        return [readable(each) for each in value]
     if not isinstance(value, dict):
         return value
     known = {
-        name: each if name in VALUES else known_formats(each)
+        name: each if name in VALUES else int(each) if whole(name, each) else readable(each)
         for name, each in value.items()
         if not (name == "format" and isinstance(each, str) and each not in FORMATS)
     }
@@ -197,6 +198,11 @@ def known_formats(value: Any) -> Any:
     if isinstance(format, str) and format in NARROWER and "pattern" not in known:
         known["pattern"] = NARROWER[format]
     return known
+
+
+def whole(name: str, value: Any) -> bool:
+    """Whether `value` is a count that is written as 2.0."""
+    return name.startswith(("min", "max")) and name[3:] in COUNTED and isinstance(value, float) and value.is_integer()
 
 
 def refusal(grammar: Grammar, said: str, code: str = "invalid_grammar") -> RequestError:
