@@ -5,7 +5,8 @@
 
 Offline, greedy, past the end token, so that both have as many tokens; medians, with the spread. `--compiling` instead
 streams one free reply after the other, alone and while a grammar is compiled that never ends (an engine of the tests',
-in the real compiler's place), and tells the time between two tokens.
+in the real compiler's place), and tells the time between two tokens. A model that has a config.json alone, for
+`--option load=dummy`, gets a made-up tokenizer.
 """
 
 import argparse
@@ -16,11 +17,12 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import aclosing, suppress
+from contextlib import aclosing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import anyio
+import synthetic  # type: ignore[import-not-found]
 import workloads  # type: ignore[import-not-found]
 
 from engine import AsyncEngine, Config, RequestError, SamplingParams
@@ -129,8 +131,8 @@ async def disturb(config: Config, seconds: float) -> None:
         print(f"{name}: ms between two tokens: {shown}; {len(each)} tokens")
 
 
-async def run(given: argparse.Namespace) -> None:
-    options: dict[str, Any] = {"model": given.model, "max_model_len": 1024, "log_level": "warning"}
+async def run(given: argparse.Namespace, model: str) -> None:
+    options: dict[str, Any] = {"model": model, "max_model_len": 1024, "log_level": "warning"}
     options |= dict(option.split("=", 1) for option in given.option)
     if given.compiling:
         await disturb(resolve({**options, "grammar_seconds": given.compiling / 3 + 2}), given.compiling)
@@ -149,7 +151,9 @@ def main() -> None:
     parser.add_argument("--compiling", type=float, metavar="SECONDS")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the engine")
     given = parser.parse_args()
-    anyio.run(run, given, backend_options={"use_uvloop": True})
+    bare = Path(given.model, "config.json").exists() and not Path(given.model, "tokenizer.json").exists()
+    with synthetic.with_tokenizer(Path(given.model)) if bare else nullcontext(given.model) as model:
+        anyio.run(run, given, str(model), backend_options={"use_uvloop": True})
 
 
 if __name__ == "__main__":
