@@ -135,14 +135,14 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
         max_model_len = choose_max_model_len(config.model.max_model_len, limit, cache_tokens)
         caches = allocate(spec, pages + 1, device)  # one for the padding of CUDA graphs
         runner = Runner(model, caches, device, slots=slots, max_model_len=max_model_len, page_size=spec.page_size)
-    if grammars is not None:
-        with _timed(phases, "grammars"):
-            runner.grammars = grammars.ready(slots, device)
     with _timed(phases, "warm-up"):
         if device.type == "cpu":
             runner.warm_up(WARM_UP_TOKENS)
         elif config.process.cuda_graphs and not runner.capture(scratch_page=pages):
             logger.info("no CUDA graphs: attention backend %s cannot be captured", backends.chosen)
+    if grammars is not None:
+        with _timed(phases, "grammars"):  # what is left of it
+            runner.grammars = grammars.ready(slots, device)
     ready = WorkerReady(
         pages=pages,
         page_size=spec.page_size,

@@ -23,7 +23,6 @@ import numpy as np
 
 from engine.plugin import Vocabulary
 
-CHARACTER = r'[^"\\\x00-\x1F\x7F]'  # an ordinary one, as an expression
 FEW = 24  # characters left, up to which the table is the quicker way: longer tokens are few
 NOT_FREE = frozenset({"pattern", "format", "patternProperties", "propertyNames", "contentEncoding", "x-guidance"})
 CHOICES = frozenset({"anyOf", "oneOf", "allOf", "$ref", "$dynamicRef"})

@@ -15,15 +15,12 @@ import numpy as np
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from engine.plugin import CompiledGrammar, Grammar, RequestError, Vocabulary
-from engine_plugins.grammars.free_strings import CHARACTER, FreeString, FreeStrings
+from engine_plugins.grammars.free_strings import FreeString, FreeStrings
 from engine_plugins.grammars.lark_tags import quoted, to_lark
 
 # Parser items that one mask may take. An ambiguous grammar (`s: s s | /./`) takes all there may be and more, and all
 # rows of a step wait for its masks: with the library's own bound of 50,000 some 30 ms. 1,000 choices take 1,000.
 MOST_ITEMS = 5000
-# Tokens that lie in one of these classes are let through together, where all that a class holds may come next.
-LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 30)
-SLICES = [r"[\x20\x0A\x0D\x09]+", *(f"{CHARACTER}{{1,{length}}}" for length in LENGTHS), f"{CHARACTER}+"]
 PLACE = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")
 FORMATS = frozenset({"date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"})
 # What a format leaves out and llguidance does not: leap seconds but on a few days, and names too long for an address.
@@ -83,7 +80,7 @@ class LLGuidance:
 
     def __init__(self, vocabulary: Vocabulary, *, threads: int, whitespace: bool) -> None:
         self._size = len(vocabulary.tokens)
-        self._tokenizer = tokenizer_of(vocabulary, vocabulary.tokens, SLICES)
+        self._tokenizer = tokenizer_of(vocabulary, vocabulary.tokens, llguidance.LLTokenizer.json_slices())
         # With one thread there is none but the caller's: a forked process has no other.
         self._executor = llguidance.LLExecutor(num_threads=threads) if threads > 1 else None
         self._options: dict[str, Any] = {"lenient": False, "coerce_one_of": False, "whitespace_flexible": whitespace}
@@ -181,7 +178,8 @@ class _Tokens:
 
 
 def tokenizer_of(vocabulary: Vocabulary, tokens: Sequence[bytes], slices: list[str]) -> llguidance.LLTokenizer:
-    """`tokens`, with the special ones and the ends of `vocabulary`."""
+    """`tokens`, with the special ones and the ends of `vocabulary`. Those that lie in one of `slices`, expressions, are
+    let through together, where all that it holds may come next."""
     wrapper = llguidance.TokenizerWrapper(_Tokens(vocabulary, tokens))
     return llguidance.LLTokenizer(wrapper, n_vocab=len(tokens), eos_token=list(vocabulary.eos_ids), slices=slices)
 
