@@ -1,7 +1,7 @@
 """What models are built from. A model states its sharding through these layers and holds no rank arithmetic."""
 
 from engine.layers.activation import gated_activation, gelu_and_mul, silu_and_mul
-from engine.layers.attention import Attention, AttentionBackend, AttentionShape, PagedAttention
+from engine.layers.attention import Attention, AttentionBackend, AttentionShape, Backend, PagedAttention
 from engine.layers.batch import Batch, Mirror
 from engine.layers.build import Build
 from engine.layers.decoder import (
@@ -16,16 +16,19 @@ from engine.layers.decoder import (
 )
 from engine.layers.embedding import Embedding, LMHead
 from engine.layers.encoder import Encoder
+from engine.layers.latent import LatentBackend, LatentShape
 from engine.layers.linear import ColumnLinear, QKVLinear, RowLinear
+from engine.layers.mla import LatentAttention
 from engine.layers.model import Layer, Model, empty_weight
 from engine.layers.norm import RMSNorm
-from engine.layers.rotary import Rotary
+from engine.layers.rotary import Rotary, yarn_scale
 
 __all__ = [
     "Attention",
     "AttentionBackend",
     "AttentionKind",
     "AttentionShape",
+    "Backend",
     "Batch",
     "Block",
     "Build",
@@ -37,6 +40,9 @@ __all__ = [
     "Encoder",
     "GatedMLP",
     "LMHead",
+    "LatentAttention",
+    "LatentBackend",
+    "LatentShape",
     "Layer",
     "Mirror",
     "Model",
@@ -51,4 +57,5 @@ __all__ = [
     "gated_activation",
     "gelu_and_mul",
     "silu_and_mul",
+    "yarn_scale",
 ]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
-from engine.layers.attention import AttentionBackend
+from engine.layers.attention import Backend
 from engine.layers.batch import Batch
 from engine.layers.build import Build
 from engine.plugin.specs import KVSpec, LazyTensor
@@ -65,7 +65,7 @@ class Model(nn.Module, ABC):
     """
 
     vocab_size: int
-    backends: tuple[AttentionBackend, ...] = ()
+    backends: tuple[Backend, ...] = ()
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # ends of names in checkpoints that hold no weight
 
     @abstractmethod

@@ -34,3 +34,14 @@ def register_attention(register: Register) -> None:
         preference=30,
         description="FlashInfer's kernels (pip install flashinfer-python); any page size, FP8 caches, CUDA graphs",
     )
+
+
+@hookimpl
+def register_latent_attention(register: Register) -> None:
+    register(
+        "torch",
+        "engine_plugins.attention.torch_latent:TorchLatentAttention",
+        devices=("cpu", "cuda"),
+        preference=0,
+        description="latent attention in PyTorch over gathered latents; runs everywhere",
+    )
