@@ -1,5 +1,6 @@
 """What models are built from. A model states its sharding through these layers and holds no rank arithmetic."""
 
+from engine.kernels.moe import Routed, Routing
 from engine.layers.activation import gated_activation, gelu_and_mul, silu_and_mul
 from engine.layers.attention import Attention, AttentionBackend, AttentionShape, PagedAttention
 from engine.layers.batch import Batch, Mirror
@@ -18,6 +19,7 @@ from engine.layers.embedding import Embedding, LMHead
 from engine.layers.encoder import Encoder
 from engine.layers.linear import ColumnLinear, QKVLinear, RowLinear
 from engine.layers.model import Layer, Model, empty_weight
+from engine.layers.moe import Experts, Mixture, Router, SparseMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import Rotary
 
@@ -35,18 +37,24 @@ __all__ = [
     "DecoderShape",
     "Embedding",
     "Encoder",
+    "Experts",
     "GatedMLP",
     "LMHead",
     "Layer",
     "Mirror",
+    "Mixture",
     "Model",
     "PagedAttention",
     "QKVLinear",
     "RMSNorm",
     "Rotary",
     "Rotations",
+    "Routed",
+    "Router",
+    "Routing",
     "RowLinear",
     "SelfAttention",
+    "SparseMLP",
     "empty_weight",
     "gated_activation",
     "gelu_and_mul",
