@@ -1,5 +1,6 @@
 """What models are built from. A model states its sharding through these layers and holds no rank arithmetic."""
 
+from engine.kernels.moe import Routed, Routing
 from engine.layers.activation import gated_activation, gelu_and_mul, silu_and_mul
 from engine.layers.attention import Attention, AttentionBackend, AttentionShape, Backend, PagedAttention
 from engine.layers.batch import Batch, Mirror
@@ -20,6 +21,7 @@ from engine.layers.latent import LatentBackend, LatentShape
 from engine.layers.linear import ColumnLinear, QKVLinear, RowLinear
 from engine.layers.mla import LatentAttention
 from engine.layers.model import Layer, Model, empty_weight
+from engine.layers.moe import Experts, Mixture, Router, SparseMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import Rotary, yarn_scale
 
@@ -38,6 +40,7 @@ __all__ = [
     "DecoderShape",
     "Embedding",
     "Encoder",
+    "Experts",
     "GatedMLP",
     "LMHead",
     "LatentAttention",
@@ -45,14 +48,19 @@ __all__ = [
     "LatentShape",
     "Layer",
     "Mirror",
+    "Mixture",
     "Model",
     "PagedAttention",
     "QKVLinear",
     "RMSNorm",
     "Rotary",
     "Rotations",
+    "Routed",
+    "Router",
+    "Routing",
     "RowLinear",
     "SelfAttention",
+    "SparseMLP",
     "empty_weight",
     "gated_activation",
     "gelu_and_mul",

@@ -24,6 +24,11 @@ class Layer(nn.Module):
 
     parts: tuple[str, ...] = ("",)
 
+    def names(self, path: str, parameter: str) -> list[tuple[str, str]]:
+        """The checkpoint's tensors that `parameter` of this layer, which is at `path`, consists of; each with its part,
+        as `load` is told it."""
+        return [(f"{_checkpoint_path(path, part)}.{parameter}", part) for part in self.parts]
+
     def load(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> None:
         """Copies what this rank needs of `tensor`, called `name` in the checkpoint, into `parameter`.
 
@@ -104,7 +109,7 @@ class Model(nn.Module, ABC):
             if not isinstance(layer, Layer):
                 continue
             for parameter, weight in layer.named_parameters(recurse=False):
-                names = [(f"{_checkpoint_path(path, part)}.{parameter}", part) for part in layer.parts]
+                names = layer.names(path, parameter)
                 if id(weight) in seen:
                     aliases.update(name for name, _ in names)
                 else:
