@@ -131,12 +131,13 @@ class Ops:
         rotates the others and the last ones of each head of `query` [T, heads, dim], and puts the latents at `places`
         [T] int64 of `cache` [pages, page_size, width], rounded to its type.
 
-        If `interleaved`, dimensions 2i and 2i + 1 turn together, and come out as i and i + pairs."""
+        If `interleaved`, dimensions 2i and 2i + 1 turn together, else i and i + pairs."""
         size, pairs = len(norm.weight), rotation[0].shape[-1]
         latents[:, :size] = self.rms_norm(latents[:, :size], norm.weight, norm.epsilon)
         for part in (latents[:, None, size:], query[..., -2 * pairs :]):
             halves = part.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if interleaved else part
-            part.copy_(self.rotate(halves, rotation))
+            turned = self.rotate(halves, rotation)
+            part.copy_(turned.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if interleaved else turned)
         write_latents(latents, cache, places)
 
 

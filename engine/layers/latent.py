@@ -28,7 +28,7 @@ from engine.plugin.specs import KVGroup
 
 # Below this many tokens a row attends to latents: to expand the context costs as much as absorbing so many tokens.
 EXPANDED_FROM = 192
-CHUNK_BYTES = 256 << 20  # of what is expanded of the cache at a time
+CHUNK_BYTES = 256 << 20  # of keys and values expanded from the cache at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,11 +119,14 @@ class LatentBackend(Backend):
         a row, query i sees the keys up to m - n + i if `causal`, else all."""
 
     @abstractmethod
-    def attend_expanded(self, query: Tensor, key: Tensor, value: Tensor, plan: Any) -> tuple[Tensor, Tensor]:
-        """(attention [n, query_heads, value_dim], logarithm of its scores' sums [n, query_heads] float32).
+    def attend_expanded(
+        self, query: Tensor, key: Tensor, rotated: Tensor, value: Tensor, plan: Any
+    ) -> tuple[Tensor, Tensor]:
+        """(attention [n, query_heads, value_dim], logarithm of the sum of exponentials [n, query_heads] float32).
 
-        `query` [n, query_heads, key_dim + rope_dim], `key` [m, …], `value` [m, query_heads, value_dim]: the rows' end
-        to end, the last dimension dense."""
+        `query` [n, query_heads, key_dim + rope_dim], `key` [m, query_heads, key_dim], `rotated` [m, rope_dim] that is
+        part of every head's key, `value` [m, query_heads, value_dim]: the rows' end to end, the last dimension dense.
+        """
 
     def prepare(self, batch: Batch) -> Any:
         long = batch.lengths >= self.expanded_from
@@ -144,7 +147,7 @@ class LatentBackend(Backend):
     def chunk_tokens(self) -> int:
         """Cached tokens that are expanded at a time."""
         shape = self.shape
-        numbers = shape.query_heads * (2 * shape.key_dim + shape.value_dim + shape.rope_dim)
+        numbers = shape.query_heads * (2 * shape.key_dim + shape.rope_dim + shape.value_dim)  # some copy keys
         return max(self.chunk_bytes // (numbers * self.dtype.itemsize), 1)
 
     def _prefix(
@@ -225,18 +228,19 @@ class LatentBackend(Backend):
             return out
         out = out.to(torch.float32)
         for prefix in expansion.prefixes:
-            key, value = self._expand(self.gather(cache, prefix.places), up)
-            before = self.attend_expanded(query[prefix.queries], key, value, prefix.plan)
+            expanded = self._expand(self.gather(cache, prefix.places), up)
+            before = self.attend_expanded(query[prefix.queries], *expanded, prefix.plan)
             add_part(out[prefix.queries], sums[prefix.queries], *before)
         return out.to(query.dtype)
 
-    def _expand(self, latents: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys [m, query_heads, key_dim + rope_dim] and values [m, query_heads, value_dim] of `latents` [m, width]."""
+    def _expand(self, latents: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys [m, query_heads, key_dim], what is rotated of all of them [m, rope_dim], and values [m, query_heads,
+        value_dim] of `latents` [m, width]."""
         shape = self.shape
         latent, rotated = latents.split([shape.latent_dim, shape.rope_dim], dim=1)
         both = functional.linear(latent, up.flatten(0, 1)).view(len(latents), shape.query_heads, -1)
         key, value = both.split([shape.key_dim, shape.value_dim], dim=2)
-        return torch.cat((key, rotated[:, None].expand(-1, shape.query_heads, -1)), dim=2), value
+        return key, rotated, value
 
     def gather(self, cache: Tensor, places: Tensor) -> Tensor:
         """The latents [m, width] at `places`, in the activations' type."""
@@ -268,8 +272,8 @@ def cut(lengths: np.ndarray, most: int) -> Iterator[tuple[int, np.ndarray, np.nd
 
 
 def add_part(out: Tensor, sums: Tensor, more: Tensor, others: Tensor) -> None:
-    """Makes `out` [n, heads, dim] float32 and `sums` [n, heads], attention over some keys and the logarithm of its scores'
-    sums, those over more keys: `more` and `others` are the same of the other keys."""
+    """Makes `out` [n, heads, dim] float32 and `sums` [n, heads], attention over some keys and the logarithm of the sum of
+    exponentials, those over more keys: `more` and `others` are the same of the other keys."""
     total = torch.logaddexp(sums, others)
     out.mul_((sums - total).exp_()[..., None]).add_(more * (others - total).exp_()[..., None])
     sums.copy_(total)

@@ -11,13 +11,19 @@ from engine.kernels.ops import HeadNorms, Heads, Ops, Rotation
 
 if TYPE_CHECKING:
     from engine.kernels.triton_attention import DecodeRows, ExtendRows, Scratch
+    from engine.kernels.triton_expanded import ExpandedRows
+    from engine.kernels.triton_mla import MlaDecodeRows, MlaExtendRows, MlaScratch
 
 __all__ = [
     "DecodeRows",
+    "ExpandedRows",
     "ExtendRows",
     "HeadNorms",
     "Heads",
     "Kernels",
+    "MlaDecodeRows",
+    "MlaExtendRows",
+    "MlaScratch",
     "Ops",
     "Rotation",
     "Scratch",
@@ -26,6 +32,8 @@ __all__ = [
     "ops_for",
     "page_lists",
     "triton_attention",
+    "triton_expanded",
+    "triton_mla",
 ]
 
 
@@ -45,3 +53,19 @@ def page_lists() -> ModuleType:
     from engine.kernels import page_lists
 
     return page_lists
+
+
+def triton_mla() -> ModuleType:
+    """The module engine.kernels.triton_mla. Raises ConfigError where Triton is not installed."""
+    triton_attention()
+    from engine.kernels import triton_mla
+
+    return triton_mla
+
+
+def triton_expanded() -> ModuleType:
+    """The module engine.kernels.triton_expanded. Raises ConfigError where Triton is not installed."""
+    triton_attention()
+    from engine.kernels import triton_expanded
+
+    return triton_expanded

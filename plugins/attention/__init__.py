@@ -45,3 +45,10 @@ def register_latent_attention(register: Register) -> None:
         preference=0,
         description="latent attention in PyTorch over gathered latents; runs everywhere",
     )
+    register(
+        "triton",
+        "engine_plugins.attention.triton_latent:TritonLatentAttention",
+        devices=("cuda",),
+        preference=20,
+        description="Triton kernels that read a latent once for many heads; any page size, FP8 caches, CUDA graphs",
+    )

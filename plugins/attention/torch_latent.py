@@ -72,7 +72,10 @@ class TorchLatentAttention(LatentBackend):
     def prepare_expanded(self, queries: np.ndarray, keys: np.ndarray, causal: bool) -> Expanded:
         return Expanded(queries.tolist(), keys.tolist(), causal)
 
-    def attend_expanded(self, query: Tensor, key: Tensor, value: Tensor, plan: Expanded) -> tuple[Tensor, Tensor]:
+    def attend_expanded(
+        self, query: Tensor, key: Tensor, rotated: Tensor, value: Tensor, plan: Expanded
+    ) -> tuple[Tensor, Tensor]:
+        key = torch.cat((key, rotated[:, None].expand(-1, key.shape[1], -1)), dim=2)
         out = query.new_empty(*query.shape[:2], value.shape[2])
         sums = query.new_empty(query.shape[:2], dtype=torch.float32)
         first = 0
