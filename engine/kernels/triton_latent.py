@@ -33,18 +33,15 @@ def _latent_kernel(
         at = tl.arange(0, SIZE)
         mask = at < size
         raw = tl.load(line + at, mask=mask, other=0.0)
-        kind = raw.dtype
         x = raw.to(tl.float32)
         scale = 1.0 / tl.sqrt_rn(tl.sum(x * x, 0) / size + epsilon)
-        normed = (x * scale * tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)).to(kind)
-        first = tl.load(line + size + first_at, mask=there, other=0.0).to(tl.float32)
-        second = tl.load(line + size + second_at, mask=there, other=0.0).to(tl.float32)
         # Rounded to the activations' type before the cache's: who reads either gets numbers that belong together.
-        turned = (first * cosine - second * sine).to(kind)
-        other = (second * cosine + first * sine).to(kind)
+        normed = (x * scale * tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)).to(raw.dtype)
+        rope = line + size
+        turned, other = turn(rope + first_at, rope + second_at, there, cosine, sine)
         tl.store(line + at, normed, mask=mask)
-        tl.store(line + size + first_at, turned, mask=there)
-        tl.store(line + size + second_at, other, mask=there)
+        tl.store(rope + first_at, turned, mask=there)
+        tl.store(rope + second_at, other, mask=there)
         place = cache + tl.load(places + token) * width
         stored = cache.dtype.element_ty
         tl.store(place + at, normed.to(tl.float32).to(stored), mask=mask)
@@ -54,14 +51,19 @@ def _latent_kernel(
         head = (part - 1) * HEADS + tl.arange(0, HEADS)
         lines = query + token * query_row + head[:, None] * query_head + rope_begin
         both = (head < heads)[:, None] & there[None, :]
-        first_raw = tl.load(lines + first_at[None, :], mask=both, other=0.0)
-        kind = first_raw.dtype
-        first = first_raw.to(tl.float32)
-        second = tl.load(lines + second_at[None, :], mask=both, other=0.0).to(tl.float32)
-        turned = first * cosine[None, :] - second * sine[None, :]
-        other = second * cosine[None, :] + first * sine[None, :]
-        tl.store(lines + first_at[None, :], turned.to(kind), mask=both)
-        tl.store(lines + second_at[None, :], other.to(kind), mask=both)
+        firsts, seconds = lines + first_at[None, :], lines + second_at[None, :]
+        turned_heads, other_heads = turn(firsts, seconds, both, cosine[None, :], sine[None, :])
+        tl.store(firsts, turned_heads, mask=both)
+        tl.store(seconds, other_heads, mask=both)
+
+
+@triton.jit
+def turn(firsts, seconds, mask, cosine, sine):
+    """The numbers at two sets of addresses, rotated, in their type."""
+    raw = tl.load(firsts, mask=mask, other=0.0)
+    first = raw.to(tl.float32)
+    second = tl.load(seconds, mask=mask, other=0.0).to(tl.float32)
+    return (first * cosine - second * sine).to(raw.dtype), (second * cosine + first * sine).to(raw.dtype)
 
 
 def latent_into_pages(

@@ -52,3 +52,10 @@ def register_latent_attention(register: Register) -> None:
         preference=20,
         description="Triton kernels that read a latent once for many heads; any page size, FP8 caches, CUDA graphs",
     )
+    register(
+        "flashinfer",
+        "engine_plugins.attention.flashinfer_latent:FlashInferLatentAttention",
+        devices=("cuda",),
+        preference=30,
+        description="FlashInfer's MLA kernels (pip install flashinfer-python); any page size, FP8 caches, CUDA graphs",
+    )
