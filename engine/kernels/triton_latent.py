@@ -1,5 +1,5 @@
-"""What latent attention needs before it attends, as one Triton kernel: the latents of a step normed, rotated and put into
-their pages, and the rotated part of every query head, all in place. Definition: `Ops.latent_into_pages`.
+"""What latent attention needs before it attends, as one Triton kernel: the latents of a step normed, rotated and put
+into their pages, and every query head rotated, all in place. Definition: `Ops.latent_into_pages`.
 
 One program takes the latent of one token, others some of its query heads. Left out: fusion with the projections.
 """

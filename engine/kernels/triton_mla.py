@@ -6,8 +6,8 @@ positions at a time, so what it reads serves as many heads as it has lines (the 
 Position n of a slot is at page page_table[slot, n // page_size]; scores are float32, softmax is taken online
 (arXiv:1805.02867).
 
-**Decode**, rows of one token. Laid end to end, the blocks of all rows' contexts are divided into ranges of equal length,
-one a team; a team is one program for each block of lines:
+**Decode**, rows of one token. Laid end to end, the blocks of all rows' contexts are divided into ranges of equal
+length, one a team; a team is one program for each block of lines:
 
     blocks    | row 0                   | row 1 | row 2         |
     teams     |     0     |     1     |     2     |     3       |
@@ -102,7 +102,7 @@ def decode_cut(shape: MlaShape, dtype: torch.dtype) -> Cut:
     lines = min(64, max(16, triton.next_power_of_2(shape.heads)))
     if dtype.itemsize == 4:
         return Cut(lines=lines, positions=16, warps=4, stages=1)
-    return Cut(lines=lines, positions=32, warps=4 if lines <= 32 else 8, stages=2)
+    return Cut(lines=lines, positions=32, warps=4 if lines == 16 else 8, stages=3 if lines <= 32 else 2)
 
 
 def extend_cut(shape: MlaShape, dtype: torch.dtype) -> Cut:
@@ -118,7 +118,7 @@ def decode_teams(shape: MlaShape, dtype: torch.dtype, device: torch.device) -> i
         return 3
     cut = decode_cut(shape, dtype)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, (2 if cut.lines <= 32 else 1) * processors // triton.cdiv(shape.heads, cut.lines))
+    return max(1, (2 if cut.lines == 16 else 1) * processors // triton.cdiv(shape.heads, cut.lines))
 
 
 def list_blocks(starts: np.ndarray, lengths: np.ndarray, heads: int, lines: int) -> np.ndarray:
@@ -278,7 +278,7 @@ def sum_kernel(
 ):  # fmt: skip
     """Sums up the parts of one row and head, DIM dimensions of them, SOME parts at a time."""
     row, head, d = tl.program_id(0), tl.program_id(1), tl.program_id(2) * DIM + tl.arange(0, DIM)
-    blocks, until, length = divide(positions, count, teams, ROWS, POSITIONS, LEAST)
+    blocks, _, length = divide(positions, count, teams, ROWS, POSITIONS, LEAST)
     row_ids = tl.arange(0, ROWS)
     begin = tl.sum(tl.where(row_ids < row, blocks, 0))
     finish = begin + tl.sum(tl.where(row_ids == row, blocks, 0))
@@ -291,9 +291,7 @@ def sum_kernel(
             unit = (2 * team + (team == first).to(tl.int32)) * HEADS + head
             most = tl.load(maxima + unit, mask=there, other=float("-inf"))
             sums = tl.load(maxima + units + unit, mask=there, other=0.0)
-            parts = tl.load(
-                partial + unit.to(tl.int64)[:, None] * LATENT + d[None, :], mask=there[:, None], other=0.0
-            )
+            parts = tl.load(partial + unit.to(tl.int64)[:, None] * LATENT + d[None, :], mask=there[:, None], other=0.0)
             new = tl.maximum(largest, tl.max(most, 0))
             weight, rescale = tl.exp2(most - new), tl.exp2(largest - new)
             total = total * rescale + tl.sum(sums * weight, 0)

@@ -45,9 +45,7 @@ class Backend(ABC):
     without being cleared.
     """
 
-    def __init__(
-        self, page_size: int, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, page_size: int, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype | None) -> None:
         """`kv_dtype` is the cache's type, by default `dtype`, that of the activations."""
         self.page_size = page_size
         self.device = device

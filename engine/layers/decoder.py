@@ -182,16 +182,17 @@ class CausalLM(Model):
         groups = sorted(set(shape.layers))  # kinds that no layer is of get no KV group
         kinds = [shape.kinds[group] for group in groups]
         heads = (shape.query_heads, shape.kv_heads, shape.head_dim)
-        self.backends = tuple(
+        backends = tuple(
             build.attention(shape.layers.count(group), *heads, scale=shape.scale, window=kind.window)
             for group, kind in zip(groups, kinds, strict=True)
         )
+        self.backends = backends
         self.rotaries = nn.ModuleList(Rotary(build, kind.rope, shape.head_dim) for kind in kinds)
         attentions = []
         for layer, kind_of_layer in enumerate(shape.layers):
             group = groups.index(kind_of_layer)
             place = shape.layers[:layer].count(kind_of_layer)
-            attentions.append(Attention(self.backends[group], place, group))
+            attentions.append(Attention(backends[group], place, group))
         blocks = [
             self.block(shape, build, attention, shape.mlp(build, layer)) for layer, attention in enumerate(attentions)
         ]

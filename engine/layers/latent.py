@@ -150,9 +150,7 @@ class LatentBackend(Backend):
         numbers = shape.query_heads * (2 * shape.key_dim + shape.rope_dim + shape.value_dim)  # some copy keys
         return max(self.chunk_bytes // (numbers * self.dtype.itemsize), 1)
 
-    def _prefix(
-        self, batch: Batch, rows: np.ndarray, first: int, begins: np.ndarray, ends: np.ndarray
-    ) -> Prefix:
+    def _prefix(self, batch: Batch, rows: np.ndarray, first: int, begins: np.ndarray, ends: np.ndarray) -> Prefix:
         """The cached positions begins[i] .. ends[i] - 1 of the rows rows[first + i]."""
         lengths, counts = batch.lengths[rows], ends - begins
         offsets = np.concatenate(([0], np.cumsum(lengths)))
@@ -170,9 +168,7 @@ class LatentBackend(Backend):
             return None
         if rows[-1] - rows[0] == len(rows) - 1:
             return slice(int(batch.offsets[rows[0]]), int(batch.offsets[rows[-1] + 1]))
-        return self.upload(
-            np.concatenate([np.arange(*batch.offsets[row : row + 2]) for row in rows.tolist()])
-        )
+        return self.upload(np.concatenate([np.arange(*batch.offsets[row : row + 2]) for row in rows.tolist()]))
 
     def _select(self, batch: Batch, rows: np.ndarray) -> Batch:
         """The step of `rows` alone, as far as attention looks at it."""
@@ -206,9 +202,7 @@ class LatentBackend(Backend):
         if expansion.tokens is None:
             return self._expanded(query, latents, up, cache, expansion)
         out = query.new_empty(*query.shape[:2], self.shape.value_dim)
-        out[expansion.tokens] = self._expanded(
-            query[expansion.tokens], latents[expansion.tokens], up, cache, expansion
-        )
+        out[expansion.tokens] = self._expanded(query[expansion.tokens], latents[expansion.tokens], up, cache, expansion)
         out[plan.absorbed_tokens] = self._absorbed(query[plan.absorbed_tokens], up, cache, plan.absorbed)
         return out
 
@@ -251,8 +245,8 @@ class LatentBackend(Backend):
 
 
 def cut(lengths: np.ndarray, most: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Cuts rows of `lengths` [R] into chunks of at most `most` in all: (first row, begins, ends), the latter [rows in the
-    chunk], rows without length left out at a chunk's borders."""
+    """Cuts rows of `lengths` [R] into chunks of at most `most` in all: (first row, begins, ends), what the chunk has of
+    each row from the first on."""
     row, begin = 0, 0
     while row < len(lengths):
         if begin == lengths[row]:
@@ -272,8 +266,8 @@ def cut(lengths: np.ndarray, most: int) -> Iterator[tuple[int, np.ndarray, np.nd
 
 
 def add_part(out: Tensor, sums: Tensor, more: Tensor, others: Tensor) -> None:
-    """Makes `out` [n, heads, dim] float32 and `sums` [n, heads], attention over some keys and the logarithm of the sum of
-    exponentials, those over more keys: `more` and `others` are the same of the other keys."""
+    """Makes `out` [n, heads, dim] float32 and `sums` [n, heads], attention over some keys and the logarithm of the sum
+    of exponentials, those over more keys: `more` and `others` are the same of the other keys."""
     total = torch.logaddexp(sums, others)
     out.mul_((sums - total).exp_()[..., None]).add_(more * (others - total).exp_()[..., None])
     sums.copy_(total)

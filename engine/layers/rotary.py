@@ -84,8 +84,8 @@ def _longrope(frequencies: Tensor, scaling: Mapping[str, Any], longest: int) -> 
 
 
 def _yarn(frequencies: Tensor, scaling: Mapping[str, Any], longest: int) -> tuple[Tensor, float]:
-    """YaRN (arXiv:2309.00071): wavelengths that turn less than `beta_slow` times within the trained length are stretched
-    by `factor`, those that turn more than `beta_fast` times kept, those between blended by their place in the order."""
+    """YaRN (arXiv:2309.00071): what turns less than `beta_slow` times within the trained length is stretched by
+    `factor`, what turns more than `beta_fast` times kept, what is between blended by its place in the order."""
     factor, trained = scaling["factor"], scaling["original_max_position_embeddings"]
     count, base = len(frequencies), scaling.get("rope_theta") or 10000.0
 
@@ -99,9 +99,9 @@ def _yarn(frequencies: Tensor, scaling: Mapping[str, Any], longest: int) -> tupl
     stretched = ((torch.arange(count) - low) / max(high - low, 0.001)).clamp(0.0, 1.0)
     magnitude = scaling.get("attention_factor")
     if magnitude is None:
-        one, all_dims = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        both = one and all_dims
-        magnitude = yarn_scale(factor, one) / yarn_scale(factor, all_dims) if both else yarn_scale(factor)
+        weights = [scaling.get("mscale") or 0.0, scaling.get("mscale_all_dim") or 0.0]
+        one, all_dims = weights if all(weights) else (1.0, 0.0)
+        magnitude = yarn_scale(factor, one) / yarn_scale(factor, all_dims)
     return stretched * frequencies / factor + (1 - stretched) * frequencies, float(magnitude)
 
 

@@ -119,7 +119,9 @@ class Plugins:
         fitting = [entry for entry in entries.values() if device in entry.devices]
         named = [name for other, name in sorted(self.insisted) if other in ("attention", "latent_attention")]
         if named and not set(named) & set(entries):
-            raise PluginError(f"--plugins names {' and '.join(named)}, which is no {what}; there is {', '.join(entries)}")
+            raise PluginError(
+                f"--plugins names {' and '.join(named)}, which is no {what}; there is {', '.join(entries)}"
+            )
         for name in set(named) & set(entries):
             if device not in entries[name].devices:
                 runs = ", ".join(entries[name].devices)

@@ -248,10 +248,7 @@ def check_latent_attention(
         query = torch.cat(queries).to(built.device)
         got = built.forward(query, latents, up.to(built.device), cache, built.prepare(batch))
         wanted = torch.cat(
-            [
-                latent_reference(part, context, up, shape)
-                for part, context in zip(queries, contexts, strict=True)
-            ]
+            [latent_reference(part, context, up, shape) for part, context in zip(queries, contexts, strict=True)]
         )
         assert got.dtype == dtype and got.shape == wanted.shape, f"forward returned {tuple(got.shape)} of {got.dtype}"
         _assert_close(got.double().cpu(), wanted, tolerance, f"layer {layer} of {case}")

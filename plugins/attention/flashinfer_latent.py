@@ -11,6 +11,7 @@ classes, for the reasons that flashinfer.py gives. Left out: FA2 for expanded ro
 import logging
 from dataclasses import dataclass, field
 from importlib import import_module
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -110,7 +111,7 @@ class FlashInferLatentAttention(TritonLatentAttention):
         tiles = -(-batch.lengths * self.shape.query_heads // TILE)
         groups = np.cumsum(tiles) // TILES
         borders = [0, *(np.flatnonzero(np.diff(groups)) + 1).tolist(), len(tiles)]
-        return [self._launch(batch, first, end) for first, end in zip(borders[:-1], borders[1:], strict=True)]
+        return [self._launch(batch, first, end) for first, end in pairwise(borders)]
 
     def _launch(self, batch: Batch, first: int, end: int) -> Launch:
         """For the rows `first` .. `end` - 1."""
@@ -126,9 +127,7 @@ class FlashInferLatentAttention(TritonLatentAttention):
         keep_until_copied(pinned, numbers)
         return launch
 
-    def _plan(
-        self, launch: Launch, pinned: Tensor, queries: np.ndarray, pages: np.ndarray, ends: np.ndarray
-    ) -> None:
+    def _plan(self, launch: Launch, pinned: Tensor, queries: np.ndarray, pages: np.ndarray, ends: np.ndarray) -> None:
         rows = [torch.from_numpy(part.astype(np.int32)) for part in (queries, pages, ends)]
         heads = self.shape.query_heads
         launch.info = self._module.plan(
@@ -252,8 +251,8 @@ def page_offsets(starts: np.ndarray, lengths: np.ndarray, page_size: int) -> np.
 
 
 def keep_until_copied(pinned: Tensor, numbers: Tensor) -> None:
-    """Torch gives pinned memory to others once it is free and torch's own copies from it are over. FlashInfer has copied
-    from it unseen by torch: one more copy, after it, of the same numbers to the same place, makes torch wait."""
+    """Torch gives pinned memory to others once it is free and torch's own copies from it are over. FlashInfer copies
+    from it unseen by torch: one more copy, after that, of the same numbers to the same place, makes torch wait."""
     numbers[:16].copy_(pinned[:16], non_blocking=True)
 
 
@@ -301,9 +300,7 @@ def load_ragged(shape: LatentShape, dtype: torch.dtype) -> Any:
     # types of queries, keys, output, indices; head sizes; no positions of its own, window, soft cap, float32 scores
     dims = (shape.key_dim + shape.rope_dim, shape.value_dim)
     terms = ("fa3", dtype, dtype, dtype, torch.int32, *dims, 0, False, False, False)
-    return load(
-        "fa3", lambda: jit.gen_batch_prefill_module(*terms), lambda: prefill.get_batch_prefill_module(*terms)
-    )
+    return load("fa3", lambda: jit.gen_batch_prefill_module(*terms), lambda: prefill.get_batch_prefill_module(*terms))
 
 
 def load(name: str, spec: Any, module: Any) -> Any:

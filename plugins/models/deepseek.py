@@ -10,7 +10,7 @@ run yet. Left out: running them, biases of attention, V3.2's sparse attention.
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -48,9 +48,7 @@ class DeepseekBlock(nn.Module):
         self.post_attention_layernorm = shape.norm(build, shape.hidden_size)
         self.mlp = mlp
 
-    def forward(
-        self, hidden: Tensor, stream: Tensor | None, batch: Batch, rotation: Rotation
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, stream: Tensor | None, batch: Batch, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """`hidden` [T, H] is still to be added to `stream`, None before the first block; so is what is returned."""
         hidden, stream = self.input_layernorm.add(hidden, stream)
         hidden, stream = self.post_attention_layernorm.add(self.self_attn(hidden, batch, rotation), stream)
@@ -155,12 +153,13 @@ def shape_of(config: dict[str, Any]) -> DecoderShape:
 def routing(config: Mapping[str, Any]) -> Routing:
     """How experts are chosen. Raises ConfigError for a way that it does not know."""
     method = config.get("topk_method") or ("noaux_tc" if config["model_type"] == "deepseek_v3" else "greedy")
+    scorings: tuple[Literal["softmax", "sigmoid"], ...] = ("softmax", "sigmoid")
     known = {"greedy": 0, "group_limited_greedy": 1, "noaux_tc": 2}  # how many of a group's scores it is chosen by
     scoring = config.get("scoring_func") or ("sigmoid" if method == "noaux_tc" else "softmax")
-    if method not in known or scoring not in ("softmax", "sigmoid"):
+    if method not in known or scoring not in scorings:
         raise ConfigError(
             f"experts chosen by topk_method {method!r} of scoring_func {scoring!r} are not supported; known are "
-            f"{', '.join(known)} of softmax or sigmoid"
+            f"{', '.join(known)} of {' or '.join(scorings)}"
         )
     normalised = bool(config.get("norm_topk_prob"))
     if normalised and method != "noaux_tc":
@@ -169,7 +168,7 @@ def routing(config: Mapping[str, Any]) -> Routing:
     return Routing(
         experts=config["n_routed_experts"],
         top_k=config["num_experts_per_tok"],
-        scoring=scoring,
+        scoring=scorings[scorings.index(scoring)],
         groups=(config.get("n_group") or 1) if grouped else 1,
         kept_groups=(config.get("topk_group") or 1) if grouped else 1,
         group_best=max(known[method], 1),

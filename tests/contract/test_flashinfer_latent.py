@@ -1,7 +1,8 @@
 """The FlashInfer backend of latent attention where there is no GPU: what it hands to FlashInfer's kernels, and what it
 refuses.
 
-`Absorbed` and `Ragged` stand for compiled modules. They compute attention in torch from the very lists that kernels read.
+`Absorbed` and `Ragged` stand for compiled modules. They compute attention in torch from the very lists that kernels
+read.
 """
 
 from types import SimpleNamespace
@@ -84,7 +85,7 @@ class Ragged:
         self.plans: list[tuple[bool, list[int], list[int]]] = []
 
     def plan(self, floats: Tensor, numbers: Tensor, pinned: Tensor, *terms: Any) -> Any:
-        queries, keys, ends, total, rows, heads, kv_heads, page_size, captured, dim, value_dim, causal, window = terms
+        queries, keys, ends, total, rows, heads, kv_heads, page_size, captured, *_, causal, window = terms
         assert total == queries[-1] and rows == len(ends) and heads == kv_heads and torch.equal(keys.diff(), ends)
         assert (page_size, captured, window) == (1, False, -1) and len(numbers) == len(pinned)
         assert {part.dtype for part in (queries, keys, ends)} == {torch.int32}

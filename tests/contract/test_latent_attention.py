@@ -81,7 +81,11 @@ def test_chunks_cover_every_cached_token_once(most):
     seen = []
     for first, begins, ends in cut(lengths, most):
         assert 0 < (ends - begins).sum() <= most and (ends > begins).all()
-        seen += [(first + row, at) for row, (begin, end) in enumerate(zip(begins, ends)) for at in range(begin, end)]
+        seen += [
+            (first + row, at)
+            for row, (begin, end) in enumerate(zip(begins, ends, strict=True))
+            for at in range(begin, end)
+        ]
     assert seen == [(row, at) for row, length in enumerate(lengths) for at in range(length)]
 
 
