@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.kernels.moe import Routed, Routing, moe_ops_for
+from engine.kernels.moe import ExpertWeights, Recorder, Routed, Routing, moe_ops_for
 from engine.layers.build import Build
 from engine.layers.model import Layer, copy_weight, empty_weight
 from engine.plugin.specs import LazyTensor
@@ -40,6 +40,7 @@ class Router(Layer):
     def __init__(self, build: Build, routing: Routing, size: int, corrected: bool = False) -> None:
         super().__init__()
         self.routing = routing
+        self.recorder: Recorder | None = None  # where its choices are counted, if that is wanted
         self.weight = empty_weight(build, routing.experts, size)
         bias = empty_weight(build, routing.experts, dtype=torch.float32) if corrected else None
         self.e_score_correction_bias = bias
@@ -47,7 +48,7 @@ class Router(Layer):
     def forward(self, hidden: Tensor) -> Routed:
         """`hidden` [T, size] to (weights [T, k] float32, experts [T, k] int64, and what the kernels know of them)."""
         ops = moe_ops_for(hidden)
-        return ops.route(ops.gate(hidden, self.weight), self.e_score_correction_bias, self.routing)
+        return ops.route(ops.gate(hidden, self.weight), self.e_score_correction_bias, self.routing, self.recorder)
 
 
 class Experts(Layer):
@@ -74,7 +75,9 @@ class Experts(Layer):
 
         `weights` [T, k] float32, `experts` [T, k] int64 and `order` are what a Router returned.
         """
-        return moe_ops_for(hidden).experts(hidden, Routed(weights, experts, order), self.gate_up, self.down, base)
+        return moe_ops_for(hidden).experts(
+            hidden, Routed(weights, experts, order), ExpertWeights(self.gate_up, self.down), base
+        )
 
     def names(self, path: str, parameter: str) -> list[tuple[str, str]]:
         parts = self._parts[:2] if parameter == "gate_up" else self._parts[2:]
