@@ -134,7 +134,7 @@ def _search(
     logits, listed, count, size, low, high, target, top, temperature,
     MASS: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, PIVOTS: tl.constexpr,
 ):  # fmt: skip
-    """The largest key from `low` to `high` - 1 that logits of `target` in all are not below; `low` where there is none."""
+    """The largest key from `low` to `high` - 1 that logits of `target` in all are not below, or `low`."""
     i = tl.arange(0, PIVOTS)
     while high - low > 1:
         step = (high - low + PIVOTS) // (PIVOTS + 1)

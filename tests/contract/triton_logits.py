@@ -8,8 +8,10 @@ import torch
 from engine.kernels.bitmask import apply_bitmask_reference, mask_words, pack_ids
 from engine.kernels.filters import cuts
 from engine.kernels.sampling import draw
+from engine.kernels.scores import score
 from engine.kernels.triton_bitmask import apply_bitmask
 from engine.messages import Sampling
+from engine.worker.logprobs import score_reference
 from engine.worker.sampler import Columns, filtered, sample
 
 GPU = torch.cuda.is_available()
@@ -169,3 +171,26 @@ def test_a_cut_does_not_depend_on_other_rows() -> None:
         assert (
             alone[0].tolist() == floors[row : row + 1].tolist() and alone[1].tolist() == lasts[row : row + 1].tolist()
         )
+
+
+# ── log-probabilities ────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["flat", "sharp", "steps", "equal"])
+@pytest.mark.parametrize("shape", SHAPES if GPU else [(3, 70), (2, 4500)], ids=str)
+def test_scores_are_those_of_the_definition(shape: tuple[int, int], kind: str, dtype: torch.dtype) -> None:
+    count, size = shape
+    logits = KINDS[kind](count, size).to(DEVICE, dtype)
+    rows = torch.arange(count, device=DEVICE).flip(0)
+    tokens = torch.randint(0, size, (count,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    tokens[0] = logits[rows[0]].argmax()
+    logprobs, ranks, top_ids, top_logprobs = score(logits, tokens, rows, 20)
+    wanted = score_reference(logits[rows].double().float(), tokens, 20)
+    assert torch.equal(ranks, wanted.ranks)
+    torch.testing.assert_close(logprobs, wanted.logprobs, atol=2e-5, rtol=1e-6)
+    torch.testing.assert_close(top_logprobs, wanted.top_logprobs, atol=2e-5, rtol=1e-6)
+    order = logits[rows].sort(dim=-1, descending=True, stable=True).indices
+    assert torch.equal(top_ids, order[:, :20].to(torch.int32))
+    for got, each in zip(score(logits, tokens[rows], None, 20), (logprobs, ranks, top_ids, top_logprobs), strict=True):
+        assert torch.equal(got, each[rows])
