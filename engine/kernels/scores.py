@@ -77,8 +77,8 @@ def _score_kernel(
 
 
 def score(logits: Tensor, tokens: Tensor, rows: Tensor | None, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of N tokens: log-probabilities [N] float32, ranks [N] int32, the `count` likeliest ids [N, count] int32, and those
-    ids' log-probabilities.
+    """Of N tokens: log-probabilities [N] float32, ranks [N] int32, the `count` likeliest ids [N, count] int32, and
+    those ids' log-probabilities.
 
     `logits` [S, V] of any float type, each row dense; `tokens` [N] int64, of the rows `rows` [N] int64, by default of
     all in turn.

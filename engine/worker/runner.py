@@ -206,10 +206,10 @@ class Runner:
     def apply(self, plan: StepPlan) -> None:
         """Brings the tables up to date: admits, then pages, then page copies."""
         self.sampler.admit(plan.admits)
+        self.adjustments.admit(plan.admits)
         for admit in plan.admits:
             ids = np.frombuffer(admit.ids, "<i4").copy()
             self.tokens[admit.slot, : len(ids)] = upload(ids, self.device)
-            self.adjustments.set(admit)
             asks = admit.sampling.prompt_logprobs >= 0
             self.unscored[admit.slot] = (admit.scored, admit.prompt_len - 1) if asks else (0, 0)
         if plan.pages:

@@ -5,12 +5,15 @@ import numpy as np
 import pytest
 import torch
 
+from engine.kernels import triton_adjustments
+from engine.kernels.adjustments import edit_reference, penalize_reference
 from engine.kernels.bitmask import apply_bitmask_reference, mask_words, pack_ids
 from engine.kernels.filters import cuts
 from engine.kernels.sampling import draw
 from engine.kernels.scores import score
 from engine.kernels.triton_bitmask import apply_bitmask
-from engine.messages import Sampling
+from engine.messages import Sampling, SlotAdmit
+from engine.worker import logits as worker_logits
 from engine.worker.logprobs import score_reference
 from engine.worker.sampler import Columns, filtered, sample
 
@@ -194,3 +197,69 @@ def test_scores_are_those_of_the_definition(shape: tuple[int, int], kind: str, d
     assert torch.equal(top_ids, order[:, :20].to(torch.int32))
     for got, each in zip(score(logits, tokens[rows], None, 20), (logprobs, ranks, top_ids, top_logprobs), strict=True):
         assert torch.equal(got, each[rows])
+
+
+# ── penalties, biases, bans ──────────────────────────────────────────────────────────────────
+
+
+def adjustments_of(count: int, size: int, prompts: np.ndarray) -> worker_logits.Adjustments:
+    """Each slot asks for something else; some for nothing."""
+    generator = np.random.default_rng(3)
+
+    def ids(*numbers: int) -> bytes:
+        return np.array(numbers, "<i4").tobytes()
+
+    several = np.sort(generator.choice(size, min(size // 2, 300), replace=False)).astype("<i4")
+    words = tuple(ids(*generator.integers(0, 4, length)) for length in (1, 2, 2, 3, 3, 3, 30))
+    asked = [
+        {"repetition_penalty": 1.3},
+        {"frequency_penalty": 0.5, "presence_penalty": -0.25},
+        {},
+        {"repetition_penalty": 0.7, "presence_penalty": 1.0, "bad_words": words},
+        {"bias_ids": several.tobytes(), "biases": generator.normal(size=len(several)).astype("<f4").tobytes()},
+        {"min_tokens": 7, "stop_ids": ids(2, 5), "bias_ids": ids(5, 9), "biases": np.array([3, -100], "<f4").tobytes()},
+        {"allowed_ids": several.tobytes(), "bad_words": words[::-1], "repetition_penalty": 1.1},
+    ]
+    adjustments = worker_logits.Adjustments(count, size, torch.device(DEVICE))
+    adjustments.admit(
+        [
+            SlotAdmit(slot, b"", Sampling(1.0, 0, 1.0, 0.0, 0, **asked[slot % len(asked)]), int(prompts[slot]))
+            for slot in range(count)
+        ]
+    )
+    return adjustments
+
+
+def test_adjustments_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    count, size, longest = (96, 151936, 5000) if GPU else (14, 640, 1100)
+    generator = np.random.default_rng(4)
+    positions = generator.integers(1, longest, count)
+    positions[:7] = 1, 2, 5, 40, 1024, 1025, longest - 1
+    prompts = (positions * generator.random(count)).astype(np.int64)
+    adjustments = adjustments_of(count, size, prompts)
+    tokens = torch.from_numpy(generator.integers(0, 4, (count, longest)).astype(np.int32))  # few, so words match
+    tokens[::2] = torch.from_numpy(generator.integers(0, size, (len(tokens[::2]), longest)).astype(np.int32))
+    tokens = tokens.to(DEVICE)
+    slots = generator.permutation(count)
+    logits = 3 * random(count, size)
+    scratch = torch.zeros(5, size, dtype=torch.int32, device=DEVICE)
+    results = []
+    for kind in ("reference", "triton"):
+        if kind == "reference":
+            monkeypatch.setattr(worker_logits, "penalize", lambda *a: penalize_reference(*a[:-1]))
+            monkeypatch.setattr(worker_logits, "edit", edit_reference)
+        else:
+            monkeypatch.setattr(
+                worker_logits, "penalize", lambda *a: triton_adjustments.penalize(*a[:-1], scratch=scratch)
+            )
+            monkeypatch.setattr(worker_logits, "edit", triton_adjustments.edit)
+        out = logits.clone()
+        adjustments.apply(out, slots, positions[slots], tokens)
+        results.append(out)
+    wanted, got = results
+    assert not scratch.any(), "the scratch must be left clean"
+    assert torch.equal(got.isneginf(), wanted.isneginf()) and wanted.isneginf().any()
+    finite = wanted.isfinite()
+    torch.testing.assert_close(got[finite], wanted[finite], atol=1e-4, rtol=1e-5)
+    changed = (wanted != logits).any(dim=1).cpu().numpy()
+    assert np.array_equal(np.flatnonzero(~changed), np.flatnonzero(slots % 7 == 2))
