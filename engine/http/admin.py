@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from uuid import uuid4
 
 import anyio
@@ -43,6 +43,16 @@ class ProfileBody(Body):
 
     num_steps: Annotated[int, Meta(ge=1, le=MOST_PROFILED)] | None = None
     output_dir: str | None = None
+
+    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "activities": ([], ["CPU", "GPU"]),
+        "start_step": (),
+        "with_stack": (False,),
+        "record_shapes": (False,),
+        "profile_by_stage": (False,),
+        "profile_prefix": (),
+        "merge_profiles": (False,),
+    }
 
 
 class HealthReply(Reply, omit_defaults=True, frozen=True):
