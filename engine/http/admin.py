@@ -43,6 +43,13 @@ class ProfileBody(Body):
 
     num_steps: Annotated[int, Meta(ge=1, le=MOST_PROFILED)] | None = None
     output_dir: str | None = None
+    activities: Any = None
+    start_step: Any = None
+    with_stack: Any = None
+    record_shapes: Any = None
+    profile_by_stage: Any = None
+    profile_prefix: Any = None
+    merge_profiles: Any = None
 
     unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
         "activities": ([], ["CPU", "GPU"]),
