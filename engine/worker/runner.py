@@ -166,15 +166,15 @@ class Runner:
         logits = self.model.logits(hidden)
         wanted = self.sampler.columns.logprobs[slots]
         asking = np.flatnonzero(wanted >= 0)
-        # A copy, as what follows changes the logits.
-        raw = logits[upload(asking, self.device)].to(torch.float32) if len(asking) else None
+        adjusted = logits
         if self.adjustments.acts(slots):
-            logits = logits.to(torch.float32)
-            self.adjustments.apply(logits, slots, lasts + 1, self.tokens)
-        tokens = self.sampler.draw(logits, slots, lasts, on_device)
-        if raw is None:
+            adjusted = logits.to(torch.float32, copy=len(asking) > 0)
+            self.adjustments.apply(adjusted, slots, lasts + 1, self.tokens)
+        tokens = self.sampler.draw(adjusted, slots, lasts, on_device)
+        if not len(asking):
             return Result(tokens, prompts=prompts)
-        scores = score(raw, tokens[upload(asking, self.device)])
+        which = upload(asking, self.device)
+        scores = score(logits, tokens[which], which)
         spans = [(int(row), index, index + 1, int(wanted[row])) for index, row in enumerate(asking)]
         return Result(tokens, Block(scores, spans), prompts)
 
@@ -215,10 +215,10 @@ class Runner:
     def apply(self, plan: StepPlan) -> None:
         """Brings the tables up to date: admits, then pages, then page copies."""
         self.sampler.admit(plan.admits)
+        self.adjustments.admit(plan.admits)
         for admit in plan.admits:
             ids = np.frombuffer(admit.ids, "<i4").copy()
             self.tokens[admit.slot, : len(ids)] = upload(ids, self.device)
-            self.adjustments.set(admit)
             asks = admit.sampling.prompt_logprobs >= 0
             self.unscored[admit.slot] = (admit.scored, admit.prompt_len - 1) if asks else (0, 0)
         if plan.pages:
