@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.launch import launch_dependents, wait_for_previous
 from engine.kernels.ops import LatentNorm, Rotation
 
 MANY_PROGRAMS = 4096  # with so many, each takes more heads
@@ -17,11 +18,12 @@ MANY_PROGRAMS = 4096  # with so many, each takes more heads
 def _latent_kernel(
     query, latents, weight, cosines, sines, cache, places,
     heads, pairs, size, query_row, query_head, latent_row, width, rope_begin, epsilon,
-    INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, SIZE: tl.constexpr,
+    INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, SIZE: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     pair = tl.arange(0, PAIRS)
     there = pair < pairs
+    wait_for_previous(DEPENDS)
     cosine = tl.load(cosines + token * pairs + pair, mask=there, other=0.0).to(tl.float32)
     sine = tl.load(sines + token * pairs + pair, mask=there, other=0.0).to(tl.float32)
     if INTERLEAVED:
@@ -82,5 +84,5 @@ def latent_into_pages(
         query, latents, norm.weight, cosines, sines, cache, places,
         heads, pairs, size, query.stride(0), query.stride(1), latents.stride(0), width, dim - 2 * pairs, norm.epsilon,
         INTERLEAVED=interleaved, HEADS=together, PAIRS=triton.next_power_of_2(pairs), SIZE=triton.next_power_of_2(size),
-        num_warps=2,
+        num_warps=2, **launch_dependents(query),
     )  # fmt: skip

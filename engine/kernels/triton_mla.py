@@ -30,6 +30,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from engine.kernels.launch import launch_dependents, wait_for_previous
+
 LEAST_POSITIONS = 128  # of a team's range: a part of a row is worth its cost from here on
 
 
@@ -149,14 +151,14 @@ def attend_decode(
         query, rotated, cache, page_table, out, rows.slots, rows.positions, rows.tokens,
         scratch.partial, scratch.maxima, count, rows.teams, 2 * rows.teams * shape.heads, *strides(query, rotated),
         page_table.stride(0), **constants(shape, query), **cutting, LINES=cut.lines,
-        num_warps=cut.warps, num_stages=cut.stages,
+        num_warps=cut.warps, num_stages=cut.stages, **launch_dependents(query),
     )  # fmt: skip
     # Few rows have many parts, which one program would read for long; many rows have few.
     dim, some = (shape.latent_dim, 4) if count > 32 else (min(64, shape.latent_dim), 64)
     sum_kernel[(count, shape.heads, shape.latent_dim // dim)](
         out, rows.positions, rows.tokens, scratch.partial, scratch.maxima, count, rows.teams,
         2 * rows.teams * shape.heads, HEADS=shape.heads, LATENT=shape.latent_dim, **cutting, DIM=dim, SOME=some,
-        num_warps=4,
+        num_warps=4, **launch_dependents(query),
     )  # fmt: skip
 
 
@@ -170,6 +172,7 @@ def attend_extend(
         query, rotated, cache, page_table, out, rows.blocks, rows.slots, rows.starts, rows.offsets,
         rows.blocks.shape[1], *strides(query, rotated), page_table.stride(0), **constants(shape, query),
         LINES=cut.lines, POSITIONS=cut.positions, num_warps=cut.warps, num_stages=cut.stages,
+        **launch_dependents(query),
     )  # fmt: skip
 
 
@@ -225,8 +228,10 @@ def decode_kernel(
     query_row, query_head, rotated_row, rotated_head, table_stride,
     SCALE: tl.constexpr, HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE_SIZE: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr, LEAST: tl.constexpr, LINES: tl.constexpr,
+    DEPENDS: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = (HEADS + LINES - 1) // LINES
+    wait_for_previous(DEPENDS)
     team, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     blocks, until, length = divide(positions, count, teams, ROWS, POSITIONS, LEAST)
     head, n = part * LINES + tl.arange(0, LINES), tl.arange(0, POSITIONS)
@@ -274,9 +279,10 @@ def decode_kernel(
 def sum_kernel(
     out, positions, tokens, partial, maxima, count, teams, units,
     HEADS: tl.constexpr, LATENT: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr, LEAST: tl.constexpr,
-    DIM: tl.constexpr, SOME: tl.constexpr,
+    DIM: tl.constexpr, SOME: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
     """Sums up the parts of one row and head, DIM dimensions of them, SOME parts at a time."""
+    wait_for_previous(DEPENDS)
     row, head, d = tl.program_id(0), tl.program_id(1), tl.program_id(2) * DIM + tl.arange(0, DIM)
     blocks, _, length = divide(positions, count, teams, ROWS, POSITIONS, LEAST)
     row_ids = tl.arange(0, ROWS)
@@ -306,9 +312,10 @@ def extend_kernel(
     query, rotated, cache, page_table, out, blocks, slots, starts, offsets, count,
     query_row, query_head, rotated_row, rotated_head, table_stride,
     SCALE: tl.constexpr, HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    PRECISION: tl.constexpr, LINES: tl.constexpr, POSITIONS: tl.constexpr,
+    PRECISION: tl.constexpr, LINES: tl.constexpr, POSITIONS: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
     """Line i of the row's matrix is token i // HEADS of the row, head i % HEADS."""
+    wait_for_previous(DEPENDS)
     task = tl.program_id(0)
     row, block = tl.load(blocks + task), tl.load(blocks + count + task).to(tl.int32)
     start, offset = tl.load(starts + row).to(tl.int32), tl.load(offsets + row)
