@@ -140,6 +140,12 @@ class Ops:
             part.copy_(turned.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if interleaved else turned)
         write_latents(latents, cache, places)
 
+    def multiply_heads(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        """Each head by a matrix of its own: `inputs` [T, heads, K], `weight` [heads, K, N] to [T, heads, N]."""
+        out = inputs.new_empty(*inputs.shape[:2], weight.shape[2])
+        torch.bmm(inputs.transpose(0, 1), weight, out=out.transpose(0, 1))
+        return out
+
 
 def write_latents(latents: Tensor, cache: Tensor, places: Tensor) -> None:
     """Puts `latents` [T, width] at `places` [T] of `cache` [pages, page_size, width], rounded to its type."""

@@ -300,3 +300,7 @@ class TritonOps(Ops):
         places: Tensor,
     ) -> None:
         triton_latent.latent_into_pages(query, latents, norm, rotation, interleaved, cache, places)
+
+    def multiply_heads(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        out = triton_latent.multiply_heads(inputs, weight)
+        return super().multiply_heads(inputs, weight) if out is None else out

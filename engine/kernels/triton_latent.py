@@ -1,9 +1,12 @@
-"""What latent attention needs before it attends, as one Triton kernel: the latents of a step normed, rotated and put
-into their pages, and every query head rotated, all in place. Definition: `Ops.latent_into_pages`.
+"""What stands around latent attention in Triton: `Ops.latent_into_pages` and `Ops.multiply_heads` say what is computed.
 
-One program takes the latent of one token, others some of its query heads. Left out: fusion with the projections.
+Before: the latents of a step normed, rotated and put into their pages, and every query head rotated, all in place; one
+program takes the latent of one token, others some of its query heads. Before and after: the product of each head with a
+matrix of its own, for steps of a few tokens, whose matrices are read before the kernel's turn comes. Left out: fusion
+with the projections.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,6 +15,7 @@ from engine.kernels.launch import launch_dependents, wait_for_previous
 from engine.kernels.ops import LatentNorm, Rotation
 
 MANY_PROGRAMS = 4096  # with so many, each takes more heads
+FEW_TOKENS = 64  # of a step whose products are ours; beyond, cuBLAS is as good
 
 
 @triton.jit
@@ -86,3 +90,51 @@ def latent_into_pages(
         INTERLEAVED=interleaved, HEADS=together, PAIRS=triton.next_power_of_2(pairs), SIZE=triton.next_power_of_2(size),
         num_warps=2, **launch_dependents(query),
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _multiply_kernel(
+    inputs, weight, out, tokens, input_row, input_head, weight_head, weight_line, out_row, out_head,
+    K: tl.constexpr, TURNED: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr, DEPENDS: tl.constexpr,
+):  # fmt: skip
+    """COLUMNS columns of one head. A line of its matrix is a row of [K, N], or if TURNED of [N, K]."""
+    head, n = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    t, k = tl.arange(0, TOKENS), tl.arange(0, DEPTH)
+    there = (t < tokens)[:, None]
+    if TURNED:
+        at = weight + head * weight_head + n[:, None] * weight_line + k[None, :]
+    else:
+        at = weight + head * weight_head + k[:, None] * weight_line + n[None, :]
+    matrix = tl.load(at)
+    wait_for_previous(DEPENDS)
+    lines = inputs + t[:, None] * input_row + head * input_head + k[None, :]
+    total = tl.zeros([TOKENS, COLUMNS], tl.float32)
+    for begin in tl.static_range(0, K, DEPTH):
+        x = tl.load(lines + begin, mask=there, other=0.0)
+        if TURNED:
+            total = tl.dot(x, tl.trans(matrix), total, input_precision=PRECISION)
+        else:
+            total = tl.dot(x, matrix, total, input_precision=PRECISION)
+        if begin + DEPTH < K:
+            matrix = tl.load(at + (begin + DEPTH) * (1 if TURNED else weight_line))
+    tl.store(out + t[:, None] * out_row + head * out_head + n[None, :], total.to(out.dtype.element_ty), mask=there)
+
+
+def multiply_heads(inputs: Tensor, weight: Tensor) -> Tensor | None:
+    """As `Ops.multiply_heads`; None where this is not the way to do it."""
+    tokens, heads, size = inputs.shape
+    columns = weight.shape[2]
+    turned = weight.stride(1) == 1
+    if not 0 < tokens <= FEW_TOKENS or any(dim < 16 or dim & (dim - 1) for dim in (size, columns)):
+        return None
+    assert inputs.stride(2) == 1 and 1 in weight.stride()[1:], f"strides {inputs.stride()}, {weight.stride()}"
+    out = torch.empty(tokens, heads, columns, dtype=inputs.dtype, device=inputs.device)
+    width = min(columns, 32 if turned else 64)
+    _multiply_kernel[(heads, columns // width)](
+        inputs, weight, out, tokens, inputs.stride(0), inputs.stride(1), weight.stride(0),
+        weight.stride(2) if turned else weight.stride(1), out.stride(0), out.stride(1),
+        K=size, TURNED=turned, TOKENS=max(16, triton.next_power_of_2(tokens)), COLUMNS=width, DEPTH=min(size, 128),
+        PRECISION="ieee" if inputs.dtype == torch.float32 else None, num_warps=4, **launch_dependents(inputs),
+    )  # fmt: skip
+    return out

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from engine.kernels import ops_for
 from engine.layers.attention import Backend
 from engine.layers.batch import Batch
 from engine.plugin.specs import KVGroup
@@ -210,11 +211,9 @@ class LatentBackend(Backend):
         shape = self.shape
         keys, values = up.split([shape.key_dim, shape.value_dim], dim=1)
         unrotated, rotated = query.split([shape.key_dim, shape.rope_dim], dim=2)
-        inner = torch.bmm(unrotated.transpose(0, 1), keys).transpose(0, 1)
-        attended = self.attend(inner, rotated, cache, plan)
-        out = query.new_empty(*query.shape[:2], shape.value_dim)
-        torch.bmm(attended.transpose(0, 1), values.transpose(1, 2), out=out.transpose(0, 1))
-        return out
+        ops = ops_for(query)
+        attended = self.attend(ops.multiply_heads(unrotated, keys), rotated, cache, plan)
+        return ops.multiply_heads(attended, values.transpose(1, 2))
 
     def _expanded(self, query: Tensor, latents: Tensor, up: Tensor, cache: Tensor, expansion: Expansion) -> Tensor:
         out, sums = self.attend_expanded(query, *self._expand(latents, up), expansion.own)

@@ -161,6 +161,21 @@ def test_latents_are_normed_rotated_and_written(heads: int, interleaved: bool, d
         assert torch.equal(unrotated, projected[:, :queries].unflatten(1, (heads, -1))[..., :key])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("turned", [False, True])
+def test_each_head_by_a_matrix_of_its_own(turned: bool, dtype: torch.dtype) -> None:
+    heads, key, latent = (16, 128, 512) if GPU else (3, 16, 32)
+    up = random(heads, 2 * key, latent, dtype=dtype, seed=1) * (latent if turned else key) ** -0.5
+    weight = up[:, key:].transpose(1, 2) if turned else up[:, :key]
+    for tokens in (1, 5, 33, 64, 65) if GPU else (1, 17):
+        inputs = random(tokens, heads, weight.shape[1] + 16, dtype=dtype)[..., : weight.shape[1]]
+        wanted = torch.einsum("thk,hkn->thn", inputs.double(), weight.double()).to(dtype)
+        for ops in (REFERENCE, TRITON):
+            got = ops.multiply_heads(inputs, weight)
+            assert got.is_contiguous()
+            assert_close(got, wanted)
+
+
 @pytest.mark.skipif(not GPU, reason="the interpreter rounds to FP8 in a way of its own")
 def test_latents_are_written_in_fp8() -> None:
     query, latents = random(5, 16, 192, dtype=torch.bfloat16), 8 * random(5, 576, dtype=torch.bfloat16, seed=1)
