@@ -40,8 +40,8 @@ class Cut:
 # By the tokens of a step, up to so many.
 CUTS: tuple[tuple[float, Cut], ...] = (
     (16, Cut(16, 16, 512, 1, 4, 4)),
-    (32, Cut(32, 32, 256, 1, 4, 4)),
-    (64, Cut(64, 64, 256, 1, 4, 3)),
+    (32, Cut(32, 16, 512, 1, 4, 3)),
+    (64, Cut(64, 32, 256, 1, 4, 4)),
     (128, Cut(64, 64, 128, 8, 4, 4)),
     (float("inf"), Cut(128, 128, 128, 8, 8, 4)),
 )

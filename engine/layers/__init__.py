@@ -1,6 +1,6 @@
 """What models are built from. A model states its sharding through these layers and holds no rank arithmetic."""
 
-from engine.kernels.moe import Routed, Routing
+from engine.kernels.moe import ExpertWeights, Routed, Routing
 from engine.layers.activation import gated_activation, gelu_and_mul, silu_and_mul
 from engine.layers.attention import Attention, AttentionBackend, AttentionShape, PagedAttention
 from engine.layers.batch import Batch, Mirror
@@ -18,9 +18,10 @@ from engine.layers.decoder import (
 from engine.layers.embedding import Embedding, LMHead
 from engine.layers.encoder import Encoder
 from engine.layers.linear import ColumnLinear, QKVLinear, RowLinear
-from engine.layers.model import Layer, Model, empty_weight
+from engine.layers.model import Layer, Model, check_shape, empty_weight
 from engine.layers.moe import Experts, Mixture, Router, SparseMLP
 from engine.layers.norm import RMSNorm
+from engine.layers.quantization import Quantized, QuantizedExperts, QuantizedLinear, Scheme
 from engine.layers.rotary import Rotary
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "DecoderShape",
     "Embedding",
     "Encoder",
+    "ExpertWeights",
     "Experts",
     "GatedMLP",
     "LMHead",
@@ -46,6 +48,9 @@ __all__ = [
     "Model",
     "PagedAttention",
     "QKVLinear",
+    "Quantized",
+    "QuantizedExperts",
+    "QuantizedLinear",
     "RMSNorm",
     "Rotary",
     "Rotations",
@@ -53,8 +58,10 @@ __all__ = [
     "Router",
     "Routing",
     "RowLinear",
+    "Scheme",
     "SelfAttention",
     "SparseMLP",
+    "check_shape",
     "empty_weight",
     "gated_activation",
     "gelu_and_mul",
