@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from engine.kernels import ops_for
+
 BLOCK = 128
 LARGEST = 448.0  # of E4M3
 E4M3 = torch.float8_e4m3fn
@@ -99,11 +101,14 @@ class Fp8Ops:
         """The weight as `linear` takes it."""
         return Fp8Weight(numbers, scale)
 
-    def linear(self, inputs: Tensor, weight: Fp8Weight, bias: Tensor | None) -> Tensor:
-        """y = x Wᵀ + b: `inputs` [T, K] to [T, N] of their type, by what the weight stands for.
+    def linear(self, inputs: Tensor, weight: Fp8Weight, bias: Tensor | None, gated: bool = False) -> Tensor:
+        """y = x Wᵀ + b: `inputs` [T, K] to [T, N] of their type, by what the weight stands for. With `gated`, inputs
+        are [T, 2 * K], a gate and an up, and x is silu(gate) * up.
 
         An implementation may make FP8 of activations, with a scale for each token or each 128 of its numbers.
         """
+        if gated:
+            inputs = ops_for(inputs).silu_and_mul(inputs)
         dense = dequantize(weight.numbers, weight.scale)
         product = functional.linear(inputs.to(torch.float32), dense, None if bias is None else bias.to(torch.float32))
         return product.to(inputs.dtype)

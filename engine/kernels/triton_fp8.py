@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from engine.kernels import ops_for
 from engine.kernels.fp8 import BLOCK, E4M3, LARGEST, Fp8Ops, Fp8Weight, blocks
 
 READING_TOKENS = 64  # up to so many, activations stay as they are
@@ -243,19 +244,20 @@ class TritonFp8Ops(Fp8Ops):
             return Fp8Weight(numbers, scale)
         return Fp8Weight(numbers, scale, functional.pad(scale, (0, -scale.shape[1] % 4)).contiguous())
 
-    def linear(self, inputs: Tensor, weight: Fp8Weight, bias: Tensor | None) -> Tensor:
-        tokens, size = inputs.shape
-        if inputs.stride(1) != 1:
-            inputs = inputs.contiguous()
-        if tokens <= 1:
-            return self.by_vector(inputs, weight, bias)
+    def linear(self, inputs: Tensor, weight: Fp8Weight, bias: Tensor | None, gated: bool = False) -> Tensor:
+        tokens, size = len(inputs), weight.numbers.shape[1]
         if tokens <= READING_TOKENS or inputs.dtype == torch.float32:
+            inputs = ops_for(inputs).silu_and_mul(inputs) if gated else inputs
+            if inputs.stride(1) != 1:
+                inputs = inputs.contiguous()
+            if tokens <= 1:
+                return self.by_vector(inputs, weight, bias)
             return self.by_kernel(inputs, None, weight, bias)
         if weight.rowwise and size <= LONGEST_LINE and size % 16 == 0 and weight.numbers.shape[0] % 16 == 0:
-            return self.by_lines(inputs, weight, bias)
-        if not weight.rowwise and weight.padded_scale is not None:
-            return self.by_blocks(inputs, weight, bias)
-        return self.by_kernel(*quantize_tokens(inputs), weight, bias, inputs.dtype)
+            return self.by_lines(inputs, weight, bias, gated)
+        if weight.padded_scale is not None:
+            return self.by_blocks(inputs, weight, bias, gated)
+        return self.by_kernel(*quantize_tokens(inputs, gated), weight, bias, inputs.dtype)
 
     def by_vector(
         self, inputs: Tensor, weight: Fp8Weight, bias: Tensor | None, rows: int = 4, columns: int = 2048
@@ -292,10 +294,10 @@ class TritonFp8Ops(Fp8Ops):
         )  # fmt: skip
         return out
 
-    def by_blocks(self, inputs: Tensor, weight: Fp8Weight, bias: Tensor | None) -> Tensor:
+    def by_blocks(self, inputs: Tensor, weight: Fp8Weight, bias: Tensor | None, gated: bool = False) -> Tensor:
         """`linear` by torch's product with scales of blocks, which wants a multiple of 4 tokens."""
         assert weight.padded_scale is not None
-        numbers, scales = quantize_tokens(inputs, multiple=4)
+        numbers, scales = quantize_tokens(inputs, gated, multiple=4)
         kinds = functional.ScalingType
         product = functional.scaled_mm(
             numbers, weight.numbers.t(), scales, kinds.BlockWise1x128, weight.padded_scale.t(), kinds.BlockWise128x128,
@@ -303,8 +305,8 @@ class TritonFp8Ops(Fp8Ops):
         )  # fmt: skip
         return product[: len(inputs)]
 
-    def by_lines(self, inputs: Tensor, weight: Fp8Weight, bias: Tensor | None) -> Tensor:
+    def by_lines(self, inputs: Tensor, weight: Fp8Weight, bias: Tensor | None, gated: bool = False) -> Tensor:
         """`linear` by torch's product with scales of rows."""
-        numbers, scales = quantize_lines(inputs)
+        numbers, scales = quantize_lines(inputs, gated)
         rows = weight.scale[None, :]
         return torch._scaled_mm(numbers, weight.numbers.t(), scales, rows, bias=bias, out_dtype=inputs.dtype)

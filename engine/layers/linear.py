@@ -16,6 +16,7 @@ from engine.errors import ConfigError
 from engine.kernels import ops_for
 from engine.kernels.cpu import KINDS, PackedMatrix, kernels_for
 from engine.kernels.ops import Heads
+from engine.layers.activation import silu_and_mul
 from engine.layers.build import Build
 from engine.layers.model import Layer, check_shape, checkpoint_path, copy_weight, empty_weight
 from engine.layers.quantization import QuantizedLinear
@@ -68,6 +69,12 @@ class Linear(Layer):
             for matrix, part in zip(self.matrices, parts, strict=True):
                 matrix.linear(inputs, part)
         return out if self.bias is None else out.add_(self.bias)
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """`forward` of silu(gate) * up, which `gate_up` [T, 2 * inputs] holds: [T, rows]."""
+        if self.quantized is not None:
+            return self.quantized.linear(gate_up, self.bias, gated=True)
+        return self(silu_and_mul(gate_up))
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [rows, inputs], or what it stands for, in `dtype`, by default that of activations."""

@@ -52,8 +52,8 @@ class QuantizedLinear(Quantized):
         quantized becomes so. Raises ConfigError for a shape that does not fit."""
 
     @abstractmethod
-    def linear(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
-        """[T, K] to [T, N]."""
+    def linear(self, inputs: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor:
+        """[T, K] to [T, N]; with `gated`, of silu(gate) * up of inputs [T, 2 * K]."""
 
     @abstractmethod
     def dense(self, dtype: torch.dtype) -> Tensor:

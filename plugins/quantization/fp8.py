@@ -246,13 +246,14 @@ class Fp8Linear(QuantizedLinear):
                 self._spans.append(ops.weight(self.weight[first_row:row], self.scale[first_block:block]))
                 first_row, first_block = row, block
 
-    def linear(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+    def linear(self, inputs: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor:
         ops = fp8_ops_for(inputs)
         if len(self._spans) == 1:
-            return ops.linear(inputs, self._spans[0], bias)
+            return ops.linear(inputs, self._spans[0], bias, gated)
         sizes = [len(span.numbers) for span in self._spans]
         biases = [None] * len(sizes) if bias is None else bias.split(sizes)
-        return torch.cat([ops.linear(inputs, *both) for both in zip(self._spans, biases, strict=True)], dim=1)
+        pairs = zip(self._spans, biases, strict=True)
+        return torch.cat([ops.linear(inputs, span, part, gated) for span, part in pairs], dim=1)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return torch.cat([dequantize(span.numbers, span.scale, dtype) for span in self._spans])

@@ -148,6 +148,9 @@ if GPU:
         matrix = TRITON.weight(matrix.numbers, matrix.scale)
         inputs, bias = random(tokens, shape[1]), random(shape[0], seed=3)
         got, wanted = TRITON.linear(inputs, matrix, bias), REFERENCE.linear(inputs, matrix, bias)
+        gate_up = torch.cat((3 * random(tokens, shape[1], seed=8), inputs), dim=1)
+        both = TRITON.linear(gate_up, matrix, None, gated=True), REFERENCE.linear(gate_up, matrix, None, gated=True)
+        assert_near(*both, 0.3 if tokens > 64 else TOLERANCE)
         assert_near(got, wanted, 0.25 if tokens > 64 else TOLERANCE)
         error = (got.double() - wanted.double()).square().mean().sqrt() / wanted.double().square().mean().sqrt()
         assert error < 0.04
