@@ -130,6 +130,10 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
         bool,
         Meta(description="take chat_template from requests: a program, which can keep the server busy for long"),
     ] = False
+    profile_dir: Annotated[
+        Annotated[str, Meta(min_length=1)] | None,
+        Meta(description="directory that /start_profile may write traces to; default: it is refused"),
+    ] = None
     drain_seconds: Annotated[float, Meta(ge=0, description="seconds that SIGTERM leaves running requests to end")] = (
         30.0
     )

@@ -33,6 +33,8 @@ from engine.messages import (
     Job,
     Pause,
     Paused,
+    Profile,
+    Profiled,
     Stats,
     ToHttp,
     ToTokenizer,
@@ -154,7 +156,7 @@ class Front:
                     self.stats = message
                     for listener in self.on_stats:
                         listener(message)
-                case Flushed() | Paused():
+                case Flushed() | Paused() | Profiled():
                     answer = self._asked.get(message.number)  # who asked may have left
                     if answer is not None and not answer.done():
                         answer.set_result(message)
@@ -251,7 +253,12 @@ class Front:
         With `retract`, what runs goes back to the queue and holds no page meanwhile."""
         await self._ask(Pause(next(self._numbers), paused, retract))
 
-    async def _ask(self, question: Flush | Pause) -> Any:
+    async def profile(self, folder: str, steps: int) -> Profiled:
+        """Trace the next `steps` steps into a new file in `folder`; with neither, end the trace that runs."""
+        profiled: Profiled = await self._ask(Profile(next(self._numbers), folder, steps))
+        return profiled
+
+    async def _ask(self, question: Flush | Pause | Profile) -> Any:
         """The scheduler's answer. Raises WorkerError when there will be none."""
         if self.failure:
             raise WorkerError(self.failure)

@@ -7,8 +7,8 @@ travel as the bytes of little-endian int32 (`ids`) or float32 arrays: one copy, 
                                 │Admit/Abort        ^      │StopHit
                                 v                   │Tokens v
                              scheduler ─────────────┘<──────┘
-                                │ ^                 ──Stats/Flushed/Paused/Fatal──> http
-                   StepPlan/Reset│ │StepDone, WorkerReady, WorkerLost, …
+                                │ ^                 ──Stats/Flushed/Paused/Profiled/Fatal──> http
+           StepPlan/Profile/Reset│ │StepDone, Profiled, WorkerReady, WorkerLost, …
                                 v │
                              executor <──frames──> worker
 """
@@ -384,6 +384,27 @@ class Paused(Message, frozen=True):
     paused: bool
 
 
+class Profile(Message, frozen=True):
+    """http → scheduler → executor → worker: trace the steps launched from now on, or end that. Numbered as a Flush.
+
+    With a `folder` a trace begins, which goes into a new file there after `steps` steps; without, it ends now.
+    """
+
+    number: int
+    folder: str = ""
+    steps: int = 0
+
+
+class Profiled(Message, frozen=True):
+    """worker → executor → scheduler → http: the answer to a Profile: where the trace is, or is to be.
+
+    Or its `cause` says why there is none."""
+
+    number: int
+    path: str = ""
+    cause: str = ""
+
+
 class Boot(Message, frozen=True):
     """executor → worker: the first frame; the worker loads the model named in `config`."""
 
@@ -435,12 +456,12 @@ class Stats(Message, frozen=True):
 
 Job = Generate | Embed
 ToTokenizer = Job | Abort | WorkerReady
-ToWorker = Boot | StepPlan | Ping
-FromWorker = WorkerReady | StepDone | Pong | Fatal
-FromFront = Admit | Abort | StopHit | Flush | Pause
-FromExecutor = StepDone | WorkerReady | WorkerLost | WorkerSilent | Fatal
+ToWorker = Boot | StepPlan | Profile | Ping
+FromWorker = WorkerReady | StepDone | Profiled | Pong | Fatal
+FromFront = Admit | Abort | StopHit | Flush | Pause | Profile
+FromExecutor = StepDone | Profiled | WorkerReady | WorkerLost | WorkerSilent | Fatal
 ToScheduler = FromFront | FromExecutor
-ToExecutor = StepPlan | Reset
+ToExecutor = StepPlan | Profile | Reset
 ToDetokenizer = Open | Tokens | Failed
-ToFront = Tokens | Failed | Stats | Flushed | Paused | WorkerReady | Fatal
-ToHttp = Chunks | Failed | Stats | Flushed | Paused | WorkerReady | Fatal
+ToFront = Tokens | Failed | Stats | Flushed | Paused | Profiled | WorkerReady | Fatal
+ToHttp = Chunks | Failed | Stats | Flushed | Paused | Profiled | WorkerReady | Fatal

@@ -30,6 +30,8 @@ from engine.messages import (
     FromWorker,
     Ping,
     Pong,
+    Profile,
+    Profiled,
     Reset,
     StepDone,
     StepPlan,
@@ -155,6 +157,8 @@ class ExecutorActor:
                 case StepDone():
                     life.busy -= 1
                     await self.scheduler.send(message)
+                case Profiled():
+                    await self.scheduler.send(message)
                 case WorkerReady():
                     life.ready = True
                     self.config = _fixed(self.config, message)
@@ -168,8 +172,8 @@ class ExecutorActor:
 
     async def _forward(self, frames: Frames[FromWorker], life: "_Life") -> None:
         async for message in self.inbox:
-            if isinstance(message, StepPlan):
-                life.busy += 1
+            if isinstance(message, StepPlan | Profile):
+                life.busy += isinstance(message, StepPlan)
                 try:
                     await frames.send(message)
                 except anyio.BrokenResourceError:

@@ -15,6 +15,8 @@ from engine.channel import Outbox
 from engine.messages import (
     FromExecutor,
     Logprobs,
+    Profile,
+    Profiled,
     Reset,
     SlotAdmit,
     StepDone,
@@ -108,6 +110,8 @@ class FakeExecutor:
             if isinstance(message, Reset):
                 self.device, self.lost = FakeDevice(), False
                 await self.scheduler.send(self.ready)
+            elif isinstance(message, Profile) and not self.lost:
+                await self.scheduler.send(Profiled(message.number, message.folder))
             elif isinstance(message, StepPlan) and not self.lost:
                 await anyio.sleep(self.seconds)
                 if not self.lost:

@@ -24,6 +24,8 @@ from engine.messages import (
     Flushed,
     Pause,
     Paused,
+    Profile,
+    Profiled,
     Reset,
     Stats,
     StepDone,
@@ -67,6 +69,7 @@ class SchedulerActor:
         self.in_flight = 0
         self.paused = False
         self._pauses: list[Pause] = []  # not answered yet
+        self._profiles: list[int] = []  # numbers of those that the worker has not answered yet
         self.step_seconds = array("f")
         self.idle_seconds = 0.0
         self._checked = True
@@ -108,6 +111,11 @@ class SchedulerActor:
                 self.paused = message.paused
                 self._pauses.append(message)
                 await self._answer_pauses()
+            case Profile():
+                await self._profile(message)
+            case Profiled():
+                self._profiles.remove(message.number)
+                await self.front.send(message)
             case WorkerReady():
                 await self._ready(message)
             case WorkerLost():
@@ -146,6 +154,14 @@ class SchedulerActor:
         for pause in pauses:
             await self.front.send(Paused(pause.number, pause.paused))
 
+    async def _profile(self, message: Profile) -> None:
+        if self.worker not in ("ready", "stalled"):
+            cause = f"the device worker is {self.worker}, and traces nothing; ask again when /health says ready"
+            await self.front.send(Profiled(message.number, cause=cause))
+        else:
+            self._profiles.append(message.number)
+            await self.executor.send(message)
+
     async def _admit(self, message: Admit) -> None:
         assert self.scheduler is not None, "the front lets requests in only once the worker is ready"
         try:
@@ -179,6 +195,9 @@ class SchedulerActor:
         for rid in self.scheduler.reset():
             await self.front.send(Failed(rid, 503, "worker_lost", f"{LOST} (cause: {cause})"))
         await self._answer_pauses()
+        profiles, self._profiles = self._profiles, []
+        for number in profiles:
+            await self.front.send(Profiled(number, cause=f"the device worker was lost, and its trace with it: {cause}"))
         await self.executor.send(Reset())
 
     async def _heartbeat(self) -> None:

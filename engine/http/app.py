@@ -118,6 +118,8 @@ ROUTES = (
     Route("POST", "/flush_cache", admin.flush_cache, gives=admin.FlushReply),
     Route("POST", "/pause_generation", admin.pause_generation, takes=admin.PauseBody, gives=admin.PauseReply),
     Route("POST", "/continue_generation", admin.continue_generation, gives=admin.PauseReply),
+    Route("POST", "/start_profile", admin.start_profile, takes=admin.ProfileBody, gives=admin.ProfileReply),
+    Route("POST", "/stop_profile", admin.stop_profile, gives=admin.ProfileReply),
     # Probes and Prometheus carry no key.
     Route("GET", "/health", admin.health, gives=admin.HealthReply, unready=admin.HealthReply, open=True),
     Route("GET", "/health_generate", admin.health_generate, gives=admin.ProbeReply, unready=admin.HealthReply),

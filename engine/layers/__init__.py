@@ -2,7 +2,7 @@
 
 from engine.kernels.moe import ExpertWeights, Routed, Routing
 from engine.layers.activation import gated_activation, gelu_and_mul, silu_and_mul
-from engine.layers.attention import Attention, AttentionBackend, AttentionShape, PagedAttention
+from engine.layers.attention import Attention, AttentionBackend, AttentionShape, PagedAttention, Prefix
 from engine.layers.batch import Batch, Mirror
 from engine.layers.build import Build
 from engine.layers.decoder import (
@@ -47,6 +47,7 @@ __all__ = [
     "Mixture",
     "Model",
     "PagedAttention",
+    "Prefix",
     "QKVLinear",
     "Quantized",
     "QuantizedExperts",

@@ -6,6 +6,7 @@ a model class needs no table of them. Left out: weights that change shape on the
 """
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +18,9 @@ from engine.layers.attention import AttentionBackend
 from engine.layers.batch import Batch
 from engine.layers.build import Build
 from engine.plugin.specs import KVSpec, LazyTensor
+
+PIECE_BYTES = 32 << 20
+IN_FLIGHT = 3
 
 
 class Layer(nn.Module):
@@ -72,7 +76,26 @@ def copy_weight(
 ) -> None:
     """Copies `tensor[index]` into `target` if the tensor's full shape is `whole`, else raises ConfigError."""
     check_shape(name, tensor, whole)
-    target.copy_(tensor[index])
+    source = tensor[index]
+    if target.is_cuda and source.is_cpu and source.dim():
+        _send(source, target)
+    else:
+        target.copy_(source)
+
+
+def _send(source: Tensor, target: Tensor) -> None:
+    """Copies to a GPU in pieces through pinned memory, so that one is read while the one before travels.
+
+    As fast as either; from memory that is not pinned, the driver does one after the other. At most IN_FLIGHT pieces
+    wait, as pinned memory is kept by torch for later."""
+    rows = max(1, PIECE_BYTES // max(1, source[:1].numel() * source.element_size()))
+    sent: deque[torch.cuda.Event] = deque()
+    for part, place in zip(source.split(rows), target.split(rows), strict=True):
+        if len(sent) == IN_FLIGHT:
+            sent.popleft().synchronize()
+        place.copy_(part.pin_memory().to(target.device, non_blocking=True))
+        sent.append(torch.cuda.Event())
+        sent[-1].record()
 
 
 def check_shape(name: str, tensor: LazyTensor, whole: tuple[int, ...]) -> None:

@@ -20,7 +20,8 @@ from engine.kernels.fp8 import (
 from engine.kernels.ops import HeadNorms, Heads, Ops, Rotation
 
 if TYPE_CHECKING:
-    from engine.kernels.triton_attention import DecodeRows, ExtendRows, Scratch
+    from engine.kernels.triton_attention import ExtendRows
+    from engine.kernels.triton_decode import DecodeRows, Scratch
 
 __all__ = [
     "BLOCK",
@@ -44,6 +45,7 @@ __all__ = [
     "quantize_blocks",
     "quantize_rows",
     "triton_attention",
+    "triton_decode",
 ]
 
 
@@ -54,6 +56,14 @@ def triton_attention() -> ModuleType:
     from engine.kernels import triton_attention
 
     return triton_attention
+
+
+def triton_decode() -> ModuleType:
+    """The module engine.kernels.triton_decode. Raises ConfigError where Triton is not installed."""
+    triton_attention()
+    from engine.kernels import triton_decode
+
+    return triton_decode
 
 
 def page_lists() -> ModuleType:

@@ -21,10 +21,11 @@ from engine.errors import ConfigError
 from engine.layers.build import Build
 from engine.layers.encoder import Encoder
 from engine.layers.model import Model
-from engine.messages import Boot, Ping, Pong, StepPlan, ToWorker, WorkerReady
+from engine.messages import Boot, Ping, Pong, Profile, StepPlan, ToWorker, WorkerReady
 from engine.plugin.manager import Plugins, resolve
 from engine.worker.backends import Backends, quantization
 from engine.worker.kv import allocate, choose_max_model_len, count_pages
+from engine.worker.profiling import StepProfiler
 from engine.worker.runner import Runner, Step
 from engine.worker.weights import fill_at_random, load_weights, weight_bytes
 
@@ -52,13 +53,18 @@ def serve(frames: BlockingFrames[ToWorker], runner: Runner) -> None:
     waited for: so the device goes from one step to the next without a gap.
     """
     in_flight: deque[Step] = deque()
+    profiler = StepProfiler(runner.device)
     while True:
         while in_flight and (in_flight[0].ready() or not frames.waiting()):
-            frames.send(runner.finish(in_flight.popleft()))
+            with profiler.finishing():
+                frames.send(runner.finish(in_flight.popleft()))
         message = frames.receive()
         match message:
             case StepPlan():
-                in_flight.append(runner.launch(message))
+                with profiler.launching(message):
+                    in_flight.append(runner.launch(message))
+            case Profile():
+                frames.send(profiler.answer(message, len(in_flight)))
             case Ping():
                 frames.send(Pong())
             case None:
@@ -121,7 +127,7 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
     with _timed(phases, "warm-up"):
         if device.type == "cpu":
             runner.warm_up(WARM_UP_TOKENS)
-        elif config.process.cuda_graphs and not runner.capture(scratch_page=pages):
+        elif config.process.cuda_graphs and not runner.capture(pages, config.cache.prefix_cache):
             logger.info("no CUDA graphs: attention backend %s cannot be captured", backends.chosen)
     ready = WorkerReady(
         pages=pages,

@@ -1,0 +1,25 @@
+"""Bit masks in torch; Triton's are held against these in tests/contract."""
+
+import numpy as np
+import torch
+
+from engine.kernels.bitmask import apply_bitmask, mask_words, pack_ids
+
+
+def test_the_bits_are_those_of_little_endian_words():
+    assert pack_ids(np.array([0, 5, 31]), 33).tolist() == [1 + 32 - 2**31, 0]
+    assert pack_ids(np.array([32]), 33).tolist() == [0, 1]
+    assert mask_words(64) == 2 and mask_words(65) == 3
+
+
+def test_only_entries_with_a_bit_are_left_and_other_rows_stay():
+    logits = torch.arange(120.0).view(3, 40)
+    before = logits.clone()
+    mask = torch.from_numpy(np.stack([pack_ids(np.array([1, 33, 39]), 40), pack_ids(np.array([], int), 40)]))
+    apply_bitmask(logits, mask, torch.tensor([2, 0]))
+    assert (~logits[2].isneginf()).nonzero()[:, 0].tolist() == [1, 33, 39]
+    assert logits[0].isneginf().all() and torch.equal(logits[1], before[1])
+    assert torch.equal(logits[2, [1, 33, 39]], before[2, [1, 33, 39]])
+    apply_bitmask(before, mask, torch.tensor([1, 2]), torch.tensor([1, 0]))
+    assert before[1].isneginf().all() and torch.equal(before[2], logits[2])
+    apply_bitmask(before, mask, torch.empty(0, dtype=torch.int64))
