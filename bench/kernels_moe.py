@@ -23,8 +23,8 @@ from triton.testing import do_bench_cudagraph
 
 from engine.kernels.fp8 import BLOCK, E4M3
 from engine.kernels.moe import ExpertWeights, Routed, Routing
-from engine.kernels.triton_experts import Cut, combine, multiply, vector_down, vector_up
-from engine.kernels.triton_fp8 import quantize_tokens
+from engine.kernels.triton_experts import combine, multiply, vector_down, vector_up
+from engine.kernels.triton_fp8 import Cut, quantize_tokens
 from engine.kernels.triton_moe import QUANTIZED_ROWS, TritonMoeOps, regime
 from engine.kernels.triton_routing import order_reference
 

@@ -9,7 +9,7 @@ activations as they are where reading weights takes the time, and by FP8 activat
 where multiplying does.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import triton
@@ -17,22 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.fp8 import BLOCK, LARGEST
+from engine.kernels.triton_fp8 import (
+    BLOCK_SCALES,
+    NO_SCALES,
+    ROW_SCALES,
+    Cut,
+    add_product,
+    scaled_line,
+    silu_mul,
+    to_fp8,
+)
 from engine.kernels.triton_routing import Order
-
-NO_SCALES, BLOCK_SCALES, ROW_SCALES = 0, 1, 2
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """How a product is cut: a program makes `rows` x `columns` of the result, `depth` of the sum at a time. `together`
-    tasks share the columns of a matrix while they are in the cache."""
-
-    rows: int
-    columns: int
-    depth: int
-    together: int
-    warps: int
-    stages: int
 
 
 def scale_kind(weight: Tensor, scale: Tensor | None) -> int:
@@ -42,33 +37,7 @@ def scale_kind(weight: Tensor, scale: Tensor | None) -> int:
     return ROW_SCALES if scale.dim() < weight.dim() else BLOCK_SCALES
 
 
-@triton.jit
-def silu_mul(gate, up):
-    return gate / (1.0 + tl.exp(-gate)) * up
-
-
-@triton.jit
-def add_product(total, x, w, each, scale, QUANTIZED: tl.constexpr, SCALES: tl.constexpr, PRECISION: tl.constexpr):
-    """`total` + x wᵀ, times `each` of the lines of x where these are QUANTIZED, times the scale of the block of w."""
-    if QUANTIZED:
-        factor = each * tl.load(scale) if SCALES == 1 else each
-        return total + tl.dot(x, tl.trans(w), input_precision=PRECISION) * factor[:, None]
-    if SCALES == 1:
-        return total + tl.dot(x, tl.trans(w.to(x.dtype)), input_precision=PRECISION) * tl.load(scale)
-    return tl.dot(x, tl.trans(w.to(x.dtype)), total, input_precision=PRECISION)
-
-
 # ── few tokens ───────────────────────────────────────────────────────────────────────────────
-
-
-@triton.jit
-def scaled_line(inputs, scales, row, at, SIZE: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr):
-    """`inputs` at `at`, times the scales of the blocks of the matrix that those columns of `row` are in."""
-    x = tl.load(inputs + at, mask=at < SIZE, other=0.0).to(tl.float32)
-    if SCALES == 1:
-        blocks: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
-        x *= tl.load(scales + (row // BLOCK) * blocks + at // BLOCK, mask=at < SIZE, other=0.0)
-    return x
 
 
 @triton.jit
@@ -200,7 +169,7 @@ def multiply_kernel(
         if QUANTIZES:
             largest = tl.max(tl.where((n < N)[None, :], tl.abs(made), 0.0), 1)
             size = tl.maximum(largest, 1e-12) / LARGEST
-            made = tl.minimum(tl.maximum(made / size[:, None], -LARGEST), LARGEST)
+            made = to_fp8(made, size[:, None], LARGEST)
             tl.store(out_scales + column // BLOCK * out_stride + place, size, mask=m < rows)
         tl.store(out + target, made.to(out.dtype.element_ty), mask=inside)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from engine.kernels import triton as triton_ops
 from engine.kernels.fp8 import BLOCK, E4M3, blocks
 from engine.kernels.moe import ExpertWeights, MoeOps, Recorder, Routed, Routing
-from engine.kernels.triton_experts import Cut, combine, multiply, vector_down, vector_up
-from engine.kernels.triton_fp8 import quantize_tokens
+from engine.kernels.triton_experts import combine, multiply, vector_down, vector_up
+from engine.kernels.triton_fp8 import Cut, quantize_tokens
 from engine.kernels.triton_routing import order_reference, route
 
 VECTOR_TOKENS = 4  # up to so many, each choice reads its expert's weights by itself

@@ -1,6 +1,6 @@
 """What models are built from. A model states its sharding through these layers and holds no rank arithmetic."""
 
-from engine.kernels.moe import Routed, Routing
+from engine.kernels.moe import ExpertWeights, Routed, Routing
 from engine.layers.activation import gated_activation, gelu_and_mul, silu_and_mul
 from engine.layers.attention import Attention, AttentionBackend, AttentionShape, Backend, PagedAttention, Prefix
 from engine.layers.batch import Batch, Mirror
@@ -20,9 +20,10 @@ from engine.layers.encoder import Encoder
 from engine.layers.latent import LatentBackend, LatentShape
 from engine.layers.linear import ColumnLinear, QKVLinear, RowLinear
 from engine.layers.mla import LatentAttention
-from engine.layers.model import Layer, Model, empty_weight
+from engine.layers.model import Layer, Model, check_shape, empty_weight
 from engine.layers.moe import Experts, Mixture, Router, SparseMLP
 from engine.layers.norm import RMSNorm
+from engine.layers.quantization import Quantized, QuantizedExperts, QuantizedLinear, Scheme
 from engine.layers.rotary import Rotary, yarn_scale
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "DecoderShape",
     "Embedding",
     "Encoder",
+    "ExpertWeights",
     "Experts",
     "GatedMLP",
     "LMHead",
@@ -53,6 +55,9 @@ __all__ = [
     "PagedAttention",
     "Prefix",
     "QKVLinear",
+    "Quantized",
+    "QuantizedExperts",
+    "QuantizedLinear",
     "RMSNorm",
     "Rotary",
     "Rotations",
@@ -60,8 +65,10 @@ __all__ = [
     "Router",
     "Routing",
     "RowLinear",
+    "Scheme",
     "SelfAttention",
     "SparseMLP",
+    "check_shape",
     "empty_weight",
     "gated_activation",
     "gelu_and_mul",

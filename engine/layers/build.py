@@ -1,4 +1,4 @@
-"""What a model is built with: where, in which type, on which rank, and with which attention.
+"""What a model is built with: where, in which type, on which rank, with which attention and quantization.
 
 Layers ask it for their share of a dimension, so models never see a rank. Left out until tensor
 parallelism comes: process groups; `world` is 1.
@@ -12,6 +12,7 @@ import torch
 
 from engine.layers.attention import AttentionBackend, AttentionShape, Backend
 from engine.layers.latent import LatentBackend, LatentShape
+from engine.layers.quantization import Scheme
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,7 @@ class Build:
     rank: int = 0
     world: int = 1
     kv_dtype: torch.dtype | None = None  # of the KV cache; by default `dtype`
+    quantization: Scheme | None = None  # how matrices are stored; by default in `dtype`
 
     def share(self, size: int) -> slice:
         """This rank's part of a dimension that is divided evenly over the ranks."""

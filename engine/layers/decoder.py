@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from engine.errors import ConfigError
 from engine.kernels.ops import HeadNorms
-from engine.layers.activation import gated_activation
+from engine.layers.activation import gated_activation, silu_and_mul
 from engine.layers.attention import Attention
 from engine.layers.batch import Batch
 from engine.layers.build import Build
@@ -163,10 +163,12 @@ class GatedMLP(nn.Module):
         size, inner = shape.hidden_size, shape.intermediate_size
         self.gate_up_proj = ColumnLinear(build, size, {"gate_proj": inner, "up_proj": inner}, shape.mlp_bias)
         self.activation = gated_activation(shape.activation)
+        self.silu = self.activation is silu_and_mul
         self.down_proj = RowLinear(build, inner, size, shape.mlp_bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_up_proj(hidden)))
+        gate_up = self.gate_up_proj(hidden)
+        return self.down_proj.gated(gate_up) if self.silu else self.down_proj(self.activation(gate_up))
 
 
 class CausalLM(Model):

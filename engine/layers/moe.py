@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from engine.errors import ConfigError
 from engine.kernels.moe import ExpertWeights, Recorder, Routed, Routing, moe_ops_for
 from engine.layers.build import Build
 from engine.layers.model import Layer, copy_weight, empty_weight
+from engine.layers.quantization import QuantizedExperts
 from engine.plugin.specs import LazyTensor
 
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")  # as most checkpoints name them
@@ -64,8 +66,12 @@ class Experts(Layer):
         super().__init__()
         assert build.world == 1, "experts on several ranks are not built yet"
         self.count, self.size, self.inner = count, size, inner
-        self.gate_up = empty_weight(build, count, 2 * inner, size)
-        self.down = empty_weight(build, count, size, inner)
+        self.build = build
+        waits = torch.device("meta") if build.quantization is not None else None
+        self.gate_up = empty_weight(build, count, 2 * inner, size, device=waits)
+        self.down = empty_weight(build, count, size, inner, device=waits)
+        self.quantized: QuantizedExperts | None = None
+        self.path = ""
         self._parts = parts
 
     def forward(
@@ -75,18 +81,61 @@ class Experts(Layer):
 
         `weights` [T, k] float32, `experts` [T, k] int64 and `order` are what a Router returned.
         """
-        return moe_ops_for(hidden).experts(
-            hidden, Routed(weights, experts, order), ExpertWeights(self.gate_up, self.down), base
-        )
+        stored = ExpertWeights(self.gate_up, self.down) if self.quantized is None else self.quantized.weights()
+        return moe_ops_for(hidden).experts(hidden, Routed(weights, experts, order), stored, base)
+
+    # ── loading ──────────────────────────────────────────────────────────────────────────────
+
+    def named(self, path: str) -> None:
+        self.path = path
+        scheme = self.build.quantization
+        if scheme is None or not self.down.is_meta:
+            return
+        modules = self._modules_of(path, self._parts)
+        taken = sum(scheme.takes(module) for module, _ in modules)
+        if not taken:
+            self.gate_up, self.down = (empty_weight(self.build, *each.shape) for each in (self.gate_up, self.down))
+        elif taken < len(modules):
+            raise ConfigError(f"the checkpoint quantizes {taken} of the {len(modules)} matrices of {path}, not all")
+        else:
+            self.quantized = scheme.experts(self.build, self.count, self.size, self.inner)
+            for name, parameter in self.quantized.tensors.items():
+                self.register_parameter(name, parameter)
+
+    def _modules_of(self, path: str, parts: tuple[str, ...]) -> list[tuple[str, str]]:
+        """The checkpoint's modules, and how `load` is told of them."""
+        return [(f"{path}.{expert}.{part}", f"{expert}.{part}") for expert in range(self.count) for part in parts]
 
     def names(self, path: str, parameter: str) -> list[tuple[str, str]]:
-        parts = self._parts[:2] if parameter == "gate_up" else self._parts[2:]
-        return [
-            (f"{path}.{expert}.{part}.weight", f"{expert}.{part}") for expert in range(self.count) for part in parts
-        ]
+        parts = self._parts[:2] if parameter.startswith("gate_up") else self._parts[2:]
+        belonging = parameter.removeprefix("gate_up").removeprefix("down").removeprefix("_")
+        ends = self.quantized.suffixes[belonging] if self.quantized is not None and belonging else ("weight",)
+        return [(f"{module}.{end}", part) for module, part in self._modules_of(path, parts) for end in ends]
+
+    def optional(self) -> frozenset[str]:
+        return self.quantized.optional if self.quantized is not None else frozenset()
+
+    def passed_over(self, path: str) -> list[str]:
+        ignored = self.quantized.ignored if self.quantized is not None else ()
+        return [f"{module}.{name}" for module, _ in self._modules_of(path, self._parts) for name in ignored]
+
+    def loaded(self) -> None:
+        if self.quantized is not None and self.quantized.loaded(self.path):
+            dense = self.quantized.weights(self.build.dtype)
+            for name in self.quantized.tensors:
+                delattr(self, name)
+            self.gate_up, self.down = (nn.Parameter(each, requires_grad=False) for each in dense[:2])
+            self.quantized = None
+
+    def fill_at_random(self, generator: torch.Generator) -> None:
+        if self.quantized is None:
+            return super().fill_at_random(generator)
+        self.quantized.fill_at_random(generator)
 
     def load(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> None:
         expert, _, matrix = part.partition(".")
+        if self.quantized is not None:
+            return self.quantized.load(name, parameter, int(expert), int(matrix == self._parts[1]), tensor)
         target = self.get_parameter(parameter)[int(expert)]
         if parameter == "gate_up":
             target = target.chunk(2)[self._parts.index(matrix)]

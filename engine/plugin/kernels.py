@@ -7,6 +7,16 @@ from typing import TYPE_CHECKING
 from engine.errors import ConfigError
 from engine.kernels import ops_for
 from engine.kernels.cpu import Kernels, attention_tasks, kernels
+from engine.kernels.fp8 import (
+    BLOCK,
+    E4M3,
+    Fp8Weight,
+    dequantize,
+    fp8_ops_for,
+    multiplies_fp8,
+    quantize_blocks,
+    quantize_rows,
+)
 from engine.kernels.ops import HeadNorms, Heads, Ops, Rotation
 
 if TYPE_CHECKING:
@@ -16,9 +26,12 @@ if TYPE_CHECKING:
     from engine.kernels.triton_mla import MlaDecodeRows, MlaExtendRows, MlaScratch
 
 __all__ = [
+    "BLOCK",
+    "E4M3",
     "DecodeRows",
     "ExpandedRows",
     "ExtendRows",
+    "Fp8Weight",
     "HeadNorms",
     "Heads",
     "Kernels",
@@ -29,9 +42,14 @@ __all__ = [
     "Rotation",
     "Scratch",
     "attention_tasks",
+    "dequantize",
+    "fp8_ops_for",
     "kernels",
+    "multiplies_fp8",
     "ops_for",
     "page_lists",
+    "quantize_blocks",
+    "quantize_rows",
     "triton_attention",
     "triton_decode",
     "triton_expanded",

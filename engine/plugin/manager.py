@@ -26,7 +26,16 @@ from msgspec import Struct
 from engine.errors import ConfigError, PluginError, did_you_mean
 from engine.plugin import hookspecs
 from engine.plugin.hub import download, is_hub_id
-from engine.plugin.specs import AttentionEntry, Checkpoint, CheckpointEntry, Entry, ModelEntry, Policy, PolicyEntry
+from engine.plugin.specs import (
+    AttentionEntry,
+    Checkpoint,
+    CheckpointEntry,
+    Entry,
+    ModelEntry,
+    Policy,
+    PolicyEntry,
+    QuantizationEntry,
+)
 
 GROUP = "engine.plugins"
 OURS = "engine"  # the distribution whose manifests are built in
@@ -38,6 +47,7 @@ KINDS: Mapping[str, type[Entry]] = MappingProxyType(
         "models": ModelEntry,
         "attention": AttentionEntry,
         "latent_attention": AttentionEntry,
+        "quantization": QuantizationEntry,
         "checkpoints": CheckpointEntry,
         "policies": PolicyEntry,
     }
@@ -66,6 +76,7 @@ class Plugins:
     models: Mapping[str, ModelEntry]
     attention: Mapping[str, AttentionEntry]
     latent_attention: Mapping[str, AttentionEntry]
+    quantization: Mapping[str, QuantizationEntry]
     checkpoints: Mapping[str, CheckpointEntry]
     policies: Mapping[str, PolicyEntry]
     named: frozenset[tuple[str, str]]  # (kind, name): to be preferred
@@ -151,6 +162,37 @@ class Plugins:
         if latent:
             return self.latent_attention, "latent_attention", "latent attention backend"
         return self.attention, "attention", "attention backend"
+
+    def quantization_for(self, method: str | None) -> tuple[QuantizationEntry, str] | None:
+        """The quantization of a checkpoint of that `quant_method`, and the reason for it, to be logged. None for a
+        checkpoint that is not quantized, where none is named in --plugins."""
+        named = [entry for entry in self.quantization.values() if ("quantization", entry.name) in self.named]
+        if method is None:
+            insisted = [entry for entry in named if ("quantization", entry.name) in self.insisted] or named
+            if len(insisted) > 1:
+                both = " and ".join(entry.name for entry in insisted)
+                raise PluginError(f"--plugins names the quantizations {both}; a model can have one")
+            return (insisted[0], "named in --plugins: weights are quantized as they are loaded") if insisted else None
+        fitting = [entry for entry in self.quantization.values() if method in entry.methods]
+        if not fitting:
+            reads = "; ".join(f"{entry.name} reads {', '.join(entry.methods)}" for entry in self.quantization.values())
+            raise PluginError(
+                f"the checkpoint's quant_method is {method!r}, which no quantization reads; known: {reads}"
+            )
+        for entry in named:
+            if ("quantization", entry.name) in self.insisted and entry not in fitting:
+                reads = ", ".join(entry.methods)
+                raise PluginError(
+                    f"--plugins names the quantization {entry.name!r}, which reads {reads}; the checkpoint's "
+                    f"quant_method is {method!r}"
+                )
+        chosen = [entry for entry in named if entry in fitting] or fitting
+        if len(chosen) > 1:
+            both = " and ".join(entry.name for entry in chosen)
+            raise PluginError(
+                f"{both} all read the checkpoint's quant_method {method!r}; name one of them in --plugins"
+            )
+        return chosen[0], f"the checkpoint's quant_method is {method}"
 
     def policy(self, name: str = "auto") -> Policy:
         """The policy `name`, constructed; "auto" is one that --plugins names, else fcfs."""

@@ -30,6 +30,7 @@ from engine.layers.batch import Batch
 from engine.layers.build import Build
 from engine.layers.latent import LatentBackend, LatentShape
 from engine.layers.model import Model
+from engine.layers.quantization import Scheme
 from engine.messages import Sampling, SlotAdmit, StepPlan
 from engine.plugin.manager import Plugins
 from engine.plugin.specs import KVSpec
@@ -295,6 +296,7 @@ class ModelHarness:
         tensors: Mapping[str, Tensor],
         *,
         attention: type[Backend] | None = None,
+        quantization: Scheme | None = None,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         max_model_len: int = 64,
@@ -305,6 +307,7 @@ class ModelHarness:
             page_size=self.page_size,
             max_model_len=max_model_len,
             attention_backend=attention or Backends(Plugins.load(), device).build,
+            quantization=quantization,
         )
         built = model(dict(config), build)
         with torch.inference_mode():
@@ -401,6 +404,7 @@ def check_model(
     scenario: str,
     *,
     attention: type[Backend] | None = None,
+    quantization: Scheme | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     tolerance: float = 1e-4,
@@ -409,9 +413,11 @@ def check_model(
     decoding; compares logits, or ids, with `reference` (ids to logits [len(ids), vocab_size]).
 
     `config` is in config.json's terms; 16 tokens of vocabulary and 64 positions are enough. `attention` is by
-    default the built-in choice for `device`.
+    default the built-in choice for `device`. With a `quantization`, `reference` is of the weights as they are stored.
     """
-    harness = ModelHarness(model, config, tensors, attention=attention, device=device, dtype=dtype)
+    harness = ModelHarness(
+        model, config, tensors, attention=attention, quantization=quantization, device=device, dtype=dtype
+    )
     generator = np.random.default_rng(1)
     vocab_size = harness.runner.model.vocab_size
     prompts = [generator.integers(0, vocab_size, length).tolist() for length in (21, 9, 14)]

@@ -1,11 +1,13 @@
-"""Which attention backend a model gets: the first, in the order of the plugins, that can serve its shape."""
+"""Which attention backend a model gets, the first that can serve its shape, and which quantization."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from engine.errors import ConfigError
 from engine.layers.attention import Backend
 from engine.layers.latent import LatentShape
+from engine.layers.quantization import Scheme
 from engine.plugin.manager import Plugins, resolve
 
 logger = logging.getLogger("engine.worker")
@@ -37,3 +39,15 @@ class Backends:
             self.chosen = entry.name
             return backend
         raise AssertionError("there is always a backend to try")
+
+
+def quantization(plugins: Plugins, terms: Mapping[str, Any]) -> Scheme | None:
+    """How the matrices of a checkpoint with these `terms` of config.json are stored; None: in the activations' type."""
+    config = terms.get("quantization_config")
+    found = plugins.quantization_for(None if config is None else str(config.get("quant_method")))
+    if found is None:
+        return None
+    entry, reason = found
+    logger.info("quantization %s (%s)", entry.name, reason)
+    scheme: Scheme = resolve(entry.target)(config)
+    return scheme

@@ -1,4 +1,5 @@
-"""Triton's mixtures of experts where there is no GPU: in Triton's interpreter, in a process of its own."""
+"""Triton's mixtures of experts and FP8 products where there is no GPU: in Triton's interpreter, in a process of its
+own."""
 
 import os
 import subprocess
@@ -10,8 +11,9 @@ import pytest
 pytest.importorskip("triton")
 
 
-def test_the_kernels_interpreted_do_what_they_are_defined_as() -> None:
-    file = Path(__file__).with_name("triton_mixtures.py")
+@pytest.mark.parametrize("name", ["triton_mixtures.py", "triton_fp8.py"])
+def test_the_kernels_interpreted_do_what_they_are_defined_as(name: str) -> None:
+    file = Path(__file__).with_name(name)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
