@@ -7,22 +7,34 @@ What is projected from the same input is one matrix. Names are those of Hugging 
 the latent projection among ranks, biases.
 """
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.kernels import ops_for
 from engine.kernels.ops import LatentNorm, Rotation
 from engine.layers.batch import Batch
 from engine.layers.build import Build
-from engine.layers.latent import LatentBackend
+from engine.layers.latent import LatentBackend, LatentShape
 from engine.layers.linear import ColumnLinear, RowLinear
-from engine.layers.model import Layer
 from engine.layers.norm import RMSNorm
 
 EPSILON = 1e-6  # of the norms of latents, whatever that of others is
 
 
-class LatentAttention(Layer):
+class UpProjection(ColumnLinear):
+    """What makes keys and values of latents, and is multiplied with queries and with what is attended as well."""
+
+    held_dense = True
+
+    def __init__(self, build: Build, shape: LatentShape, heads: int) -> None:
+        super().__init__(build, shape.latent_dim, heads * (shape.key_dim + shape.value_dim))
+        self.shape = shape
+
+    def matrices_of_heads(self) -> Tensor:
+        """[query_heads, key_dim + value_dim, latent_dim]"""
+        return self.weight.view(self.shape.query_heads, -1, self.shape.latent_dim)
+
+
+class LatentAttention(nn.Module):
     """Layer `layer` of KV group `group`, of `heads` heads in the whole model.
 
     Queries are projected through `query_dim` numbers if that is given. `interleaved` says how the rotated dimensions
@@ -49,13 +61,8 @@ class LatentAttention(Layer):
         self.q_a_layernorm = None if query_dim is None else RMSNorm(build, query_dim, EPSILON)
         self.q_b_proj = None if query_dim is None else ColumnLinear(build, query_dim, queries)
         self.kv_a_layernorm = RMSNorm(build, shape.latent_dim, EPSILON)
-        self.kv_b_proj = ColumnLinear(build, shape.latent_dim, heads * (shape.key_dim + shape.value_dim))
+        self.kv_b_proj = UpProjection(build, shape, heads)
         self.o_proj = RowLinear(build, heads * shape.value_dim, size)
-        self._up = torch.empty(0)
-
-    def loaded(self) -> None:
-        shape = self.backend.shape
-        self._up = self.kv_b_proj.weight.view(shape.query_heads, -1, shape.latent_dim)
 
     def forward(self, hidden: Tensor, batch: Batch, rotation: Rotation) -> Tensor:
         """`hidden` [T, size] to [T, size]."""
@@ -68,5 +75,6 @@ class LatentAttention(Layer):
         cache = batch.caches[self.group][self.layer]
         norm = LatentNorm(self.kv_a_layernorm.weight, self.kv_a_layernorm.epsilon)
         ops_for(hidden).latent_into_pages(query, latents, norm, rotation, self.interleaved, cache, batch.places)
-        out = self.backend.forward(query, latents, self._up, cache, batch.plans[self.group])
+        up = self.kv_b_proj.matrices_of_heads()
+        out = self.backend.forward(query, latents, up, cache, batch.plans[self.group])
         return self.o_proj(out.flatten(1))
