@@ -3,9 +3,11 @@
     a step's rows:  absorbed ─ MLA kernel (FA3's way on Hopper, else FA2's), which divides contexts among processors
                     expanded ─ FA3's kernel for separate keys and values on Hopper, else Triton's
 
-Both read a plan that FlashInfer makes on the host from lengths and copies to the device; one serves all layers. The MLA
-kernel wants the pages of all rows in one list (engine/kernels/page_lists.py). It is called below FlashInfer's wrapper
-classes, for the reasons that flashinfer.py gives. Left out: FA2 for expanded rows.
+Captured decode steps of a few rows are Triton's too: FlashInfer's kernel waits for all processors between its halves,
+which takes longer than so little work. Both of FlashInfer's kernels read a plan, which it makes on the host from
+lengths and copies to the device; one serves all layers. The MLA kernel wants the pages of all rows in one list
+(engine/kernels/page_lists.py). It is called below FlashInfer's wrapper classes, for the reasons that flashinfer.py
+gives. Left out: FA2 for expanded rows.
 """
 
 import logging
@@ -22,7 +24,7 @@ from engine.plugin import ConfigError
 from engine.plugin.kernels import page_lists
 from engine.plugin.layers import Batch, LatentShape, Mirror
 from engine_plugins.attention.flashinfer import check_installed, compile_modules, hardware
-from engine_plugins.attention.triton_latent import TritonLatentAttention
+from engine_plugins.attention.triton_latent import Plan, TritonLatentAttention
 
 logger = logging.getLogger("engine.attention")
 
@@ -32,6 +34,7 @@ PLAN_BYTES = 1 << 20  # of the MLA kernel's plan: 9 lists of WORKS numbers, and 
 WORKS = 16384  # tiles of queries by pieces of contexts that a plan has room for, whether it says so or not
 TILES = 12288  # of a launch, so that with the pieces of those that are cut there are fewer than WORKS
 TILE = 64  # queries times heads that a processor takes at a time; two work together where rows have more
+FEW_ROWS = 8  # of a captured decode step that is Triton's
 TURNS = 6  # plans of captured steps whose copies may be under way: one a step, more than a Mirror allows
 NORMAL, CAUSAL, NHD = 0, 1, 0  # flashinfer.utils.MaskMode and TensorLayout
 LN2 = 0.6931471805599453
@@ -76,6 +79,8 @@ class FlashInferLatentAttention(TritonLatentAttention):
     512 and 64 numbers.
 
     The constructor loads FlashInfer's compiled modules, or compiles them where there is a compiler."""
+
+    few_rows = FEW_ROWS
 
     def __init__(self, shape: LatentShape, page_size: int, device: torch.device, dtype: torch.dtype) -> None:
         check_dims(shape, device, dtype, shape.kv_dtype or dtype)
@@ -135,7 +140,7 @@ class FlashInferLatentAttention(TritonLatentAttention):
         )
 
     def capture(self, batch: Batch) -> Any:
-        return self._capture(batch, causal=False)
+        return super().capture(batch) if len(batch.slots) <= self.few_rows else self._capture(batch, causal=False)
 
     def capture_prompts(self, batch: Batch) -> Any:
         return self._capture(batch, causal=True)
@@ -148,7 +153,8 @@ class FlashInferLatentAttention(TritonLatentAttention):
         return CapturedLaunch(launch, Mirror(rows // 2 + 1, self.device), batch.page_table, batch.slots)
 
     def refill(self, plan: Any, slots: np.ndarray, starts: np.ndarray) -> None:
-        self._refill(plan, starts, np.ones_like(starts), np.arange(len(starts) + 1))
+        if not isinstance(plan, Plan):  # Triton's reads all that it needs on the device
+            self._refill(plan, starts, np.ones_like(starts), np.arange(len(starts) + 1))
 
     def refill_prompts(self, plan: Any, starts: np.ndarray, lengths: np.ndarray, offsets: np.ndarray) -> None:
         if not len(starts):  # a plan needs a row: one that sees nothing
@@ -175,6 +181,8 @@ class FlashInferLatentAttention(TritonLatentAttention):
         plan.grid = info
 
     def attend(self, query: Tensor, rotated: Tensor, cache: Tensor, plan: Any) -> Tensor:
+        if isinstance(plan, Plan):
+            return super().attend(query, rotated, cache, plan)
         launches = [plan.launch] if isinstance(plan, CapturedLaunch) else plan
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         latent, rope = cache.split([self.shape.latent_dim, self.shape.rope_dim], dim=2)

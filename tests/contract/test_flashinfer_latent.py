@@ -116,6 +116,7 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> tuple[Absorbed, Ragged]:
     monkeypatch.setattr(flashinfer, "load_ragged", lambda *_: made[1])
     monkeypatch.setattr(flashinfer, "page_lists", lambda: SimpleNamespace(list_pages=list_pages_reference))
     monkeypatch.setattr(flashinfer, "PLAN_BYTES", 1024)
+    monkeypatch.setattr(FlashInferLatentAttention, "few_rows", 0)
     return made
 
 
@@ -189,6 +190,19 @@ def test_a_captured_decode_step_follows_its_numbers(modules: tuple[Absorbed, Rag
     tensors = (plan.launch.pages, plan.launch.numbers, plan.offsets.device)
     assert addresses == [tensor.data_ptr() for tensor in tensors]
     assert {plan["pairs"] for plan in modules[0].plans} == {heads > 64}
+
+
+def test_captured_decode_steps_of_a_few_rows_are_tritons(
+    modules: tuple[Absorbed, Ragged], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FlashInferLatentAttention, "few_rows", 2)
+    for rows, few in ((2, True), (3, False)):
+        step = Captured(rows, rows, 16)
+        plan = step.backend.capture(step.batch)
+        assert isinstance(plan, triton_latent.Plan) is few
+        step.backend.refill(plan, np.zeros(rows, np.int64), np.zeros(rows, np.int64))
+        assert len(modules[0].plans) == (not few)
+        assert not isinstance(step.backend.capture_prompts(step.batch), triton_latent.Plan)
 
 
 @pytest.mark.parametrize("heads", [16, 80])
