@@ -101,6 +101,14 @@ def test_one_plan_serves_steps_with_prompts() -> None:
         steps.check(plan, rows)
 
 
+@pytest.mark.parametrize("heads", [1, 3, 8, 20])
+def test_whole_keys_are_joined(heads: int) -> None:
+    both, latents = torch.randn(5, heads, 48), torch.randn(5, 40)
+    key, rotated = both[..., :32], latents[:, 24:]
+    joined = triton_expanded.join_keys(key, rotated)
+    assert joined.is_contiguous() and torch.equal(joined, triton_expanded.join_keys_reference(key, rotated))
+
+
 def test_blocks_cover_all_lines_and_the_longest_contexts_come_first() -> None:
     starts, lengths = np.array([5, 0, 64, 7]), np.array([9, 1, 4, 8])
     rows, blocks = triton_mla.list_blocks(starts, lengths, heads=6, lines=16)
