@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels import triton_latent
 from engine.kernels.launch import launch_dependents, wait_for_previous
-from engine.kernels.ops import HeadNorms, Heads, Ops, Rotation
+from engine.kernels.ops import HeadNorms, Heads, LatentNorm, Ops, Rotation
 
 MANY_PROGRAMS = 4096
 LARGEST_ROW = 16384  # numbers that one program holds at a time
@@ -284,3 +285,19 @@ class TritonOps(Ops):
                 key, value, cache, places, heads, dim, cache.shape[2], key.stride(0), value.stride(0),
                 BLOCK=block, num_warps=_warps(block), **launch_dependents(key),
             )  # fmt: skip
+
+    def latent_into_pages(
+        self,
+        query: Tensor,
+        latents: Tensor,
+        norm: LatentNorm,
+        rotation: Rotation,
+        interleaved: bool,
+        cache: Tensor,
+        places: Tensor,
+    ) -> None:
+        triton_latent.latent_into_pages(query, latents, norm, rotation, interleaved, cache, places)
+
+    def multiply_heads(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        out = triton_latent.multiply_heads(inputs, weight)
+        return super().multiply_heads(inputs, weight) if out is None else out
