@@ -24,9 +24,12 @@ IN_FLIGHT = 3
 
 
 class Layer(nn.Module):
-    """A module with weights. `parts` names the checkpoint's modules that it stacks; "" is its own name."""
+    """A module with weights. `parts` names the checkpoint's modules that it stacks; "" is its own name.
+
+    `extras` are names under its own of what a checkpoint may hold or not; `load` gets them as parameters of part ""."""
 
     parts: tuple[str, ...] = ("",)
+    extras: tuple[str, ...] = ()
 
     def load(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> None:
         """Copies what this rank needs of `tensor`, called `name` in the checkpoint, into `parameter`.
@@ -122,6 +125,7 @@ class Model(nn.Module, ABC):
         """
         wanted: dict[str, tuple[Layer, str, str]] = {}
         aliases: set[str] = set()
+        extras: set[str] = set()
         seen: set[int] = set()
         for path, layer in self.named_modules():
             if not isinstance(layer, Layer):
@@ -133,7 +137,9 @@ class Model(nn.Module, ABC):
                 else:
                     wanted.update((name, (layer, parameter, part)) for name, part in names)
                 seen.add(id(weight))
-        missing = dict.fromkeys(wanted)
+            wanted.update((f"{path}.{extra}", (layer, extra, "")) for extra in layer.extras)
+            extras.update(f"{path}.{extra}" for extra in layer.extras)
+        missing = {name: None for name in wanted if name not in extras}
         unknown = []
         for name, tensor in tensors:
             if name in wanted:
