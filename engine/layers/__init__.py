@@ -1,7 +1,7 @@
 """What models are built from. A model states its sharding through these layers and holds no rank arithmetic."""
 
 from engine.layers.activation import gated_activation, gelu_and_mul, silu_and_mul
-from engine.layers.attention import Attention, AttentionBackend, AttentionShape, PagedAttention
+from engine.layers.attention import Attention, AttentionBackend, AttentionShape, PagedAttention, Prefix
 from engine.layers.batch import Batch, Mirror
 from engine.layers.build import Build
 from engine.layers.decoder import (
@@ -41,6 +41,7 @@ __all__ = [
     "Mirror",
     "Model",
     "PagedAttention",
+    "Prefix",
     "QKVLinear",
     "RMSNorm",
     "Rotary",

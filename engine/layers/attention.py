@@ -6,8 +6,9 @@ that all windows have passed stay with their request until it ends.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +36,14 @@ class AttentionShape:
     scale: float
     window: int | None = None
     kv_dtype: torch.dtype | None = None
+
+
+class Prefix(NamedTuple):
+    """Rows of a step whose contexts begin with the same pages: their indices, ascending, and how many positions of
+    them are the same, whole pages all."""
+
+    rows: np.ndarray
+    positions: int
 
 
 class AttentionBackend(ABC):
@@ -75,6 +84,14 @@ class AttentionBackend(ABC):
         host.
 
         By default there is nothing to do: the kernels read all they need on the device."""
+
+    def capture_shared(self, batch: Batch) -> Any | None:
+        """As `capture`, for steps in which rows share prefixes: where the backend reads those once for all of them."""
+        return None
+
+    def refill_shared(self, plan: Any, slots: np.ndarray, starts: np.ndarray, prefixes: Sequence[Prefix]) -> None:
+        """As `refill`, for a plan from `capture_shared`."""
+        raise NotImplementedError  # who captures such plans fills them
 
     def capture_prompts(self, batch: Batch) -> Any | None:
         """As `capture`, for steps of at most as many rows and tokens as `batch` has; `refill_prompts` says which."""

@@ -10,7 +10,8 @@ from engine.kernels.cpu import Kernels, attention_tasks, kernels
 from engine.kernels.ops import HeadNorms, Heads, Ops, Rotation
 
 if TYPE_CHECKING:
-    from engine.kernels.triton_attention import DecodeRows, ExtendRows, Scratch
+    from engine.kernels.triton_attention import ExtendRows
+    from engine.kernels.triton_decode import DecodeRows, Scratch
 
 __all__ = [
     "DecodeRows",
@@ -26,6 +27,7 @@ __all__ = [
     "ops_for",
     "page_lists",
     "triton_attention",
+    "triton_decode",
 ]
 
 
@@ -36,6 +38,14 @@ def triton_attention() -> ModuleType:
     from engine.kernels import triton_attention
 
     return triton_attention
+
+
+def triton_decode() -> ModuleType:
+    """The module engine.kernels.triton_decode. Raises ConfigError where Triton is not installed."""
+    triton_attention()
+    from engine.kernels import triton_decode
+
+    return triton_decode
 
 
 def page_lists() -> ModuleType:

@@ -127,7 +127,7 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
     with _timed(phases, "warm-up"):
         if device.type == "cpu":
             runner.warm_up(WARM_UP_TOKENS)
-        elif config.process.cuda_graphs and not runner.capture(scratch_page=pages):
+        elif config.process.cuda_graphs and not runner.capture(pages, config.cache.prefix_cache):
             logger.info("no CUDA graphs: attention backend %s cannot be captured", backends.chosen)
     ready = WorkerReady(
         pages=pages,

@@ -28,6 +28,7 @@ from engine.worker.graphs import DecodeGraphs, PromptGraphs, Tables
 from engine.worker.kv import Caches, copy_pages
 from engine.worker.logits import Adjustments
 from engine.worker.logprobs import Scores, score, score_prompt
+from engine.worker.prefixes import LEAST_ROWS, SharedPrefixes
 from engine.worker.recorded import RecordedSteps
 from engine.worker.sampler import Sampler
 
@@ -100,7 +101,9 @@ class Runner:
         self._ahead_of: torch.cuda.Event | None = None  # the end of the last step, while it is not known to be over
         tables = Tables(model, caches, self.tokens, self.page_table, page_size)
         self.decode_graphs = DecodeGraphs(tables) if device.type != "cpu" else RecordedSteps(tables)
+        self.shared_graphs = DecodeGraphs(tables, shared=True)
         self.prompt_graphs = PromptGraphs(tables)
+        self.prefixes = SharedPrefixes(slots, pages, page_size)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Step:
@@ -153,7 +156,7 @@ class Runner:
         prompts = None
         on_device: Sequence[Tensor] | Tensor
         if len(sampled) == len(rows) and self.decode_graphs.fits(rows):
-            hidden, on_device = self.decode_graphs.replay(rows)
+            hidden, on_device = self._decode(rows)
         else:
             hidden, offsets = self._hidden(rows)
             prompts = self._score_prompts(rows, hidden)
@@ -175,6 +178,12 @@ class Runner:
         scores = score(logits, tokens[which], which)
         spans = [(int(row), index, index + 1, int(wanted[row])) for index, row in enumerate(asking)]
         return Result(tokens, Block(scores, spans), prompts)
+
+    def _decode(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Hidden states of a step of one token a row, and its slots and positions, from a graph."""
+        if self.shared_graphs.fits(rows) and (prefixes := self.prefixes.find(rows[:, 0], rows[:, 1])):
+            return self.shared_graphs.replay(rows, prefixes)
+        return self.decode_graphs.replay(rows)
 
     def _hidden(self, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """Hidden states [T, H] of the tokens of `rows`, and where each row's begin, [R + 1]."""
@@ -216,6 +225,7 @@ class Runner:
         if plan.pages:
             slot, index, page = self._upload_columns(plan.pages, 3)
             self.page_table[slot, index] = page.to(torch.int32)
+            self.prefixes.apply(np.frombuffer(plan.pages, "<i4").reshape(-1, 3), admitted=bool(plan.admits))
         if plan.copies:
             source, destination = self._upload_columns(plan.copies, 2)
             copy_pages(self.caches, source, destination)
@@ -230,13 +240,17 @@ class Runner:
         batch = dataclasses.replace(batch, plans=self.model.prepare(batch))
         return self.model(batch), batch
 
-    def capture(self, scratch_page: int) -> bool:
-        """Makes CUDA graphs of steps; padding writes to `scratch_page`. False where decode steps can have none."""
+    def capture(self, scratch_page: int, shares: bool = True) -> bool:
+        """Makes CUDA graphs of steps; padding writes to `scratch_page`. `shares`: requests may share pages. False where
+        decode steps can have no graphs."""
         self.page_table[-1] = scratch_page
         pool = torch.cuda.graph_pool_handle()
         self.prompt_graphs.capture(self.tokens.shape[1] - 1, pool)
         assert isinstance(self.decode_graphs, DecodeGraphs)
-        return self.decode_graphs.capture(len(self.tokens) - 1, pool)
+        slots = len(self.tokens) - 1
+        if shares and slots >= LEAST_ROWS:
+            self.shared_graphs.capture(slots, pool)
+        return self.decode_graphs.capture(slots, pool)
 
     def warm_up(self, tokens: int, rows: int = 1, sampling: Sampling = PLAIN) -> None:
         """Runs prompts of `tokens` in all (or as long as there can be) in `rows` rows, then a decode step of them.

@@ -34,3 +34,10 @@ def register_attention(register: Register) -> None:
         preference=30,
         description="FlashInfer's kernels (pip install flashinfer-python); any page size, FP8 caches, CUDA graphs",
     )
+    register(
+        "hybrid",
+        "engine_plugins.attention.hybrid:HybridAttention",
+        devices=("cuda",),
+        preference=40,
+        description="FlashInfer's FA3 kernel for prompts, Triton for the rest: the fastest on Hopper",
+    )

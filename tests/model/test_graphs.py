@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.layers.attention import PagedAttention
+from engine.layers.attention import PagedAttention, Prefix
 from engine.layers.batch import Batch, Mirror
 from engine.plugin.testing import ModelHarness
 from engine.worker import graphs
-from engine.worker.graphs import Captured, DecodeGraphs, PromptGraphs, Tables
+from engine.worker.graphs import Captured, DecodeGraphs, PromptGraphs, Tables, shared_ladder
 from engine_plugins.models.llama import Llama
 
 CONFIG = {
@@ -43,6 +43,13 @@ class PlainAttention(PagedAttention):
     def refill(self, plan: dict[str, Any], slots: np.ndarray, starts: np.ndarray) -> None:
         assert plan["slots"].tolist() == slots.tolist()
         self.refill_prompts(plan, starts, np.ones_like(starts), np.arange(len(starts) + 1))
+
+    def capture_shared(self, batch: Batch) -> dict[str, Any]:
+        return self.capture(batch) | {"prefixes": None}
+
+    def refill_shared(self, plan: dict[str, Any], slots: np.ndarray, starts: np.ndarray, prefixes: Any) -> None:
+        plan["prefixes"] = prefixes
+        self.refill(plan, slots, starts)
 
     def refill_prompts(
         self, plan: dict[str, Any], starts: np.ndarray, lengths: np.ndarray, offsets: np.ndarray
@@ -126,3 +133,14 @@ def test_a_replayed_step_with_prompts_is_the_step(harness: ModelHarness) -> None
         assert torch.allclose(hidden, expected, atol=1e-5)
     assert not prompts.fits(np.array([(0, 0, 65, 1)])), "too many tokens"
     assert not prompts.fits(np.array([(0, 0, 1, 1)] * 5)), "no row is left to be the empty one"
+
+
+@torch.inference_mode()
+def test_a_step_with_shared_prefixes_has_a_graph_that_is_told_of_them(harness: ModelHarness) -> None:
+    shared = DecodeGraphs(tables(harness), shared=True)
+    assert shared.capture(4, pool=None) and shared_ladder(256) == [16, 32, 64, 128, 192, 256]
+    harness.logits([(slot, 0, 30) for slot in range(3)])
+    rows, prefixes = np.array([(0, 17, 1, 1), (2, 9, 1, 1)]), (Prefix(np.array([0, 1]), 8),)
+    hidden, _ = shared.replay(rows, prefixes)
+    assert torch.allclose(hidden, harness.runner.forward(rows)[0], atol=1e-5)
+    assert [plan["prefixes"] for plan in shared._graphs[4].plans] == [prefixes]
