@@ -111,9 +111,12 @@ class Ops:
 
     def write_pages(self, key: Tensor, value: Tensor, cache: Tensor, places: Tensor) -> None:
         """Puts `key` and `value` [T, kv, dim] at `places` [T] int64 (page * page_size + offset) of `cache`
-        [pages, 2, page_size, kv, dim], rounded to its type."""
+        [pages, 2, page_size, kv, dim], rounded to its type; FP8 takes what is out of its range as its largest."""
         page_size = cache.shape[2]
         pages, offsets = places // page_size, places % page_size
+        if cache.dtype.itemsize == 1:  # where torch makes NaN of what is out of range
+            most = torch.finfo(cache.dtype).max
+            key, value = key.clamp(-most, most), value.clamp(-most, most)
         cache[pages, 0, offsets] = key.to(cache.dtype)
         cache[pages, 1, offsets] = value.to(cache.dtype)
 

@@ -17,9 +17,6 @@ from engine.kernels.ops import HeadNorms, Heads, LatentNorm, Ops, Rotation
 
 MANY_PROGRAMS = 4096
 LARGEST_ROW = 16384  # numbers that one program holds at a time
-# Weights up to which one token's product is `_vector_kernel`'s: cuBLAS reads larger matrices at the memory's speed, but
-# takes up to ten times as long as that for small ones (bench/kernels_linear.py).
-VECTOR_WEIGHTS = 128 << 20
 
 
 @triton.jit
@@ -165,12 +162,12 @@ class TritonOps(Ops):
     """The operations on CUDA tensors."""
 
     def linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if inputs.shape[0] != 1 or weight.numel() > VECTOR_WEIGHTS or weight.dtype == torch.float32:
+        if inputs.shape[0] != 1 or weight.dtype == torch.float32:
             return super().linear(inputs, weight, bias)
         return self.vector_linear(inputs, weight, bias)
 
     def vector_linear(
-        self, inputs: Tensor, weight: Tensor, bias: Tensor | None, rows: int = 2, columns: int = 1024
+        self, inputs: Tensor, weight: Tensor, bias: Tensor | None, rows: int = 4, columns: int = 2048
     ) -> Tensor:
         """`linear` of one token. A program takes `rows` rows of the weight, `columns` of them at a time."""
         count, size = weight.shape

@@ -21,7 +21,7 @@ def _penalty(columns, number, count, slot):
 
 
 @triton.jit
-def _count_kernel(rows, slots, ends, columns, tokens, scratch, slot_count, size, tokens_stride, BLOCK: tl.constexpr):
+def _count_kernel(slots, ends, columns, tokens, scratch, slot_count, size, tokens_stride, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + i)
     end, prompt = tl.load(ends + i).to(tl.int32), tl.load(columns + slot)
@@ -66,7 +66,7 @@ def penalize(logits: Tensor, asking: AskingRows, tables: SlotTables, tokens: Ten
         grid = (len(rows), triton.cdiv(asking.longest, BLOCK))
         slot_count = tables.columns.shape[1]
         _count_kernel[grid](
-            rows, slots, ends, tables.columns, tokens, scratch, slot_count, size, tokens.stride(0), BLOCK=BLOCK
+            slots, ends, tables.columns, tokens, scratch, slot_count, size, tokens.stride(0), BLOCK=BLOCK
         )
         _penalize_kernel[grid](
             logits, rows, slots, ends, tables.columns, tokens, scratch, slot_count, size, logits.stride(0),

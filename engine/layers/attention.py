@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from engine.kernels import ops_for
 from engine.kernels.ops import HeadNorms, Heads, Rotation
 from engine.layers.batch import Batch
+from engine.layers.kv_scales import FP8_TYPES, KVScales
 from engine.plugin.specs import KVGroup
 
 
@@ -25,7 +26,7 @@ class AttentionShape:
     """Causal grouped-query attention as one rank computes it; `scale` multiplies the scores.
 
     With a `window`, a query sees that many positions, its own the last of them. `kv_dtype` is the cache's type, by
-    default that of the activations; values are rounded to it, not scaled.
+    default that of the activations; keys and values come scaled into its range, and are rounded to it.
     """
 
     layers: int
@@ -151,6 +152,12 @@ class Attention(nn.Module):
         self.backend = backend
         self.layer = layer
         self.group = group
+        self.scales: KVScales | None = None
+
+    def scale(self, key: float, value: float, heads: Heads, norms: HeadNorms | None, like: Tensor) -> None:
+        """Keeps an FP8 cache in range by these scales, as kv_scales.py says; a cache of another type needs none."""
+        if self.backend.kv_dtype in FP8_TYPES:
+            self.scales = KVScales.of(key, value, heads, norms, like)
 
     def forward(
         self,
@@ -163,10 +170,14 @@ class Attention(nn.Module):
         """`qkv` [T, (query + 2 * kv) * dim] as projected, which may be written over, to [T, query * dim].
 
         Query and key heads pass `norms`, then turn by `rotation`, where there are such."""
+        if self.scales is not None:
+            qkv, norms = self.scales.before(qkv, norms)
         ops, plan = ops_for(qkv), batch.plans[self.group]
         cache = batch.caches[self.group][self.layer]
         if isinstance(self.backend, PagedAttention):
             query = ops.rotate_into_pages(qkv, heads, norms, rotation, cache, batch.places)
-            return self.backend.attend(query, cache, plan)
-        query, key, value = ops.rotate_heads(qkv, heads, norms, rotation)
-        return self.backend.forward(query, key, value, cache, batch.places, plan)
+            attended = self.backend.attend(query, cache, plan)
+        else:
+            query, key, value = ops.rotate_heads(qkv, heads, norms, rotation)
+            attended = self.backend.forward(query, key, value, cache, batch.places, plan)
+        return attended if self.scales is None else self.scales.after(attended)
