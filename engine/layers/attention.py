@@ -1,7 +1,7 @@
 """The seam between a model and an attention backend: the cache layout is the backend's, the layer is thin.
 
 One backend object serves one KV group: layers that share a shape, so one plan a step serves them all.
-Left out: masks other than causal and windows, latent (MLA) attention, which is a backend of another shape; pages
+Latent attention (MLA) is a backend of another shape (latent.py). Left out: masks other than causal and windows; pages
 that all windows have passed stay with their request until it ends.
 """
 
@@ -46,22 +46,21 @@ class Prefix(NamedTuple):
     positions: int
 
 
-class AttentionBackend(ABC):
-    """Causal attention over a paged KV cache.
+class Backend(ABC):
+    """What the worker knows of a backend: the layout of its cache, and a plan of each step for all layers.
 
-    The contract: `forward` writes K and V of ALL rows of the step into the cache before any row reads
+    The contract of all backends: what ALL rows of the step put into the cache is there before any row reads
     it, so a row may use pages that another row of the same step fills. Query i of row r sees positions
-    0 .. starts[r]+i of that row, with a window the last `window` of them, and nothing else, whatever else lies
-    in the pages: they start as zeros and are reused without being cleared.
+    0 .. starts[r]+i of that row and nothing else, whatever else lies in the pages: they start as zeros and are reused
+    without being cleared.
     """
 
-    def __init__(self, shape: AttentionShape, page_size: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Raises ConfigError for a shape, page size or type that the backend cannot serve."""
-        self.shape = shape
+    def __init__(self, page_size: int, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype | None) -> None:
+        """`kv_dtype` is the cache's type, by default `dtype`, that of the activations."""
         self.page_size = page_size
         self.device = device
         self.dtype = dtype
-        self.kv_dtype = shape.kv_dtype or dtype
+        self.kv_dtype = kv_dtype or dtype
 
     @abstractmethod
     def kv_group(self) -> KVGroup:
@@ -102,6 +101,19 @@ class AttentionBackend(ABC):
     ) -> None:
         """Brings a plan from `capture_prompts` up to date; host arrays as in a Batch. The rows that
         `batch` has beyond them, one at least, are empty: on the device their offsets are equal."""
+
+
+class AttentionBackend(Backend):
+    """Causal attention of heads with keys and values of their own, over a paged KV cache.
+
+    `forward` writes K and V of all rows, then attends. With a window, a query sees the last `window` of the positions
+    up to its own.
+    """
+
+    def __init__(self, shape: AttentionShape, page_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Raises ConfigError for a shape, page size or type that the backend cannot serve."""
+        super().__init__(page_size, device, dtype, shape.kv_dtype)
+        self.shape = shape
 
     @abstractmethod
     def forward(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, places: Tensor, plan: Any) -> Tensor:

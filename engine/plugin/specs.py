@@ -49,6 +49,12 @@ class CheckpointEntry(Entry, frozen=True, kw_only=True):
     models: dict[str, str] = {}
 
 
+class QuantizationEntry(Entry, frozen=True, kw_only=True):
+    """A quantization. `methods` are the `quant_method`s of config.json that it reads."""
+
+    methods: tuple[str, ...] = ()
+
+
 class PolicyEntry(Entry, frozen=True, kw_only=True):
     """An order of the waiting queue."""
 

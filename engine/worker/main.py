@@ -23,7 +23,7 @@ from engine.layers.encoder import Encoder
 from engine.layers.model import Model
 from engine.messages import Boot, Ping, Pong, Profile, StepPlan, ToWorker, WorkerReady
 from engine.plugin.manager import Plugins, resolve
-from engine.worker.backends import Backends
+from engine.worker.backends import Backends, quantization
 from engine.worker.demands import FILTERED, PENALIZED, PLAIN, everything
 from engine.worker.kv import allocate, choose_max_model_len, count_pages
 from engine.worker.profiling import StepProfiler
@@ -99,6 +99,7 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
             rank=boot.rank,
             world=boot.world,
             kv_dtype=torch.float8_e4m3fn if config.cache.kv_dtype == "fp8" else None,
+            quantization=quantization(plugins, terms),
         )
         try:
             model: Model = model_class(terms, build).eval()
