@@ -35,7 +35,7 @@ def key_of(x, SHIFT: tl.constexpr):
 @triton.jit
 def float_of(key, SHIFT: tl.constexpr):
     bits = key << SHIFT
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) & (-1 << SHIFT)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
