@@ -162,6 +162,15 @@ def bench_layer(backends: list[str], heads: list[int]) -> None:
         print(line, flush=True)
 
 
+def none(backend: LatentBackend, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """In the place of `LatentBackend.expands`: all rows are absorbed."""
+    return np.zeros(len(lengths), bool)
+
+
+def every(backend: LatentBackend, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    return np.ones(len(lengths), bool)
+
+
 def write_into(write: Callable[[Tensor, Tensor], None], places: Tensor, cache: Tensor) -> None:
     write(cache, places)
 
@@ -179,8 +188,8 @@ def bench_prompts(backends: list[str], heads: list[int]) -> None:
         work = 2 * count * 320 * rows * (start * length + length * (length + 1) / 2)
         for name in backends:
             times = []
-            for expanded_from in (1 << 30, 1):
-                backend = setting.backend(name, expanded_from=expanded_from)
+            for expands in (none, every):
+                backend = setting.backend(name, expands=expands)
                 if backend is None:
                     break
                 arguments = (query, latents, setting.up, setting.caches[0], backend.prepare(batch))
@@ -199,8 +208,8 @@ def bench_naive(backends: list[str], heads: list[int]) -> None:
         query, latents = setting.random(rows, count, 192), setting.random(rows, 576)
         line = f"heads {count:>3} {f'{rows} x {length}':>12}"
         for name in backends:
-            for label, expanded_from in (("absorbed", 1 << 30), ("expanded", 1)):
-                backend = setting.backend(name, expanded_from=expanded_from)
+            for label, expands in (("absorbed", none), ("expanded", every)):
+                backend = setting.backend(name, expands=expands)
                 if backend is None:
                     break
                 arguments = (query, latents, setting.up, setting.caches[0], backend.prepare(batch))

@@ -2,7 +2,8 @@
 
 All heads of a key share its rotated part, which is read as it is instead of being copied to every head. Beside what is
 attended, the kernel leaves the logarithm of the sum of exponentials, so that attention over parts of a context can be
-added up (engine/layers/latent.py). Left out: grouped heads, windows.
+added up (engine/layers/latent.py). For kernels of others, which want whole keys, `join_keys` makes them. Left out:
+grouped heads, windows.
 """
 
 from dataclasses import dataclass
@@ -125,3 +126,33 @@ def add_scores(q, scores, value, largest, total, summed, PRECISION: tl.constexpr
     total = total * rescale + tl.sum(exponentials, 1)
     summed = tl.dot(exponentials.to(q.dtype), value, summed * rescale[:, None], input_precision=PRECISION)
     return new, total, summed
+
+
+@triton.jit
+def join_kernel(key, rotated, out, key_row, key_head, rotated_row, heads, KEY: tl.constexpr, ROPE: tl.constexpr,
+                HEADS: tl.constexpr):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    d, e = tl.arange(0, KEY)[None, :], tl.arange(0, ROPE)[None, :]
+    there = (head < heads)[:, None]
+    line = out + ((row * heads + head) * (KEY + ROPE))[:, None]
+    tl.store(line + d, tl.load(key + row * key_row + head[:, None] * key_head + d, mask=there), mask=there)
+    turned = tl.load(rotated + row * rotated_row + e)
+    tl.store(line + KEY + e, tl.broadcast_to(turned, [HEADS, ROPE]), mask=there)
+
+
+def join_keys(key: Tensor, rotated: Tensor) -> Tensor:
+    """Whole keys [m, heads, key_dim + rope_dim] of `key` [m, heads, key_dim] and `rotated` [m, rope_dim]."""
+    count, heads, dim = key.shape
+    assert key.stride(2) == rotated.stride(1) == 1
+    out = torch.empty(count, heads, dim + rotated.shape[1], dtype=key.dtype, device=key.device)
+    together = min(8, triton.next_power_of_2(heads))
+    join_kernel[(count, triton.cdiv(heads, together))](
+        key, rotated, out, *key.stride()[:2], rotated.stride(0), heads,
+        KEY=dim, ROPE=rotated.shape[1], HEADS=together, num_warps=2,
+    )  # fmt: skip
+    return out
+
+
+def join_keys_reference(key: Tensor, rotated: Tensor) -> Tensor:
+    """As `join_keys`, in torch."""
+    return torch.cat((key, rotated[:, None].expand(-1, key.shape[1], -1)), dim=2)

@@ -6,9 +6,10 @@ to attend, with the same result:
     absorbed   query ─ up(keys)ᵀ ─ attends to latents ─ up(values) ─> out      reads little, computes more a token
     expanded   latents ─ up ─> keys, values of every head; query attends ─> out   computes less a token, once expanded
 
-Rows of a few tokens are absorbed, longer ones expanded. Those expand their own tokens at once and what is cached
-before them in chunks, and add the parts by the size of their scores' sums. Which rows are which is decided here, for
-all backends. Left out: windows, expanded rows in CUDA graphs, whose sizes change from step to step.
+A row goes the way that costs less: few tokens after many are absorbed, prompts expanded. The latter expand their own
+tokens at once and what is cached before them in chunks, and add the parts by the size of their scores' sums. Which rows
+are which is decided here, for all backends. Left out: windows, expanded rows in CUDA graphs, whose sizes change from
+step to step.
 """
 
 import dataclasses
@@ -27,8 +28,7 @@ from engine.layers.attention import Backend
 from engine.layers.batch import Batch
 from engine.plugin.specs import KVGroup
 
-# Below this many tokens a row attends to latents: to expand the context costs as much as absorbing so many tokens.
-EXPANDED_FROM = 192
+LEAST_EXPANDED = 32  # tokens of a row: where it is short, either way costs little and one for all costs least
 CHUNK_BYTES = 256 << 20  # of keys and values expanded from the cache at a time
 
 
@@ -59,7 +59,7 @@ class LatentShape:
 Tokens = slice | Tensor | None  # which of a step's tokens: a range, int64 indices, or all
 
 
-class Prefix(NamedTuple):
+class CachedPart(NamedTuple):
     """Cached tokens that are expanded together."""
 
     queries: slice  # which of the expanded rows' tokens attend to them
@@ -72,7 +72,7 @@ class Expansion(NamedTuple):
 
     tokens: Tokens
     own: Any  # of `prepare_expanded`
-    prefixes: tuple[Prefix, ...]
+    cached: tuple[CachedPart, ...]
 
 
 class SplitPlan(NamedTuple):
@@ -90,7 +90,6 @@ class LatentBackend(Backend):
     how absorbed rows attend over pages, and expanded ones over keys and values that lie side by side.
     """
 
-    expanded_from = EXPANDED_FROM
     chunk_bytes = CHUNK_BYTES
 
     def __init__(self, shape: LatentShape, page_size: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -129,8 +128,21 @@ class LatentBackend(Backend):
         part of every head's key, `value` [m, query_heads, value_dim]: the rows' end to end, the last dimension dense.
         """
 
+    def expands(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Which rows are expanded, [R] bool: those that take fewer multiplications so.
+
+        Of a head, a token costs as much to absorb as to expand; what remains are the scores and sums of each pair of
+        positions, and what lies in the cache, which has to be expanded."""
+        shape = self.shape
+        token = shape.latent_dim * (shape.key_dim + shape.value_dim)
+        absorbed = 2 * shape.latent_dim + shape.rope_dim  # of a pair
+        expanded = shape.key_dim + shape.rope_dim + shape.value_dim
+        pairs = lengths * (starts + lengths / 2)
+        chosen: np.ndarray = (lengths >= LEAST_EXPANDED) & (pairs * (absorbed - expanded) >= starts * token)
+        return chosen
+
     def prepare(self, batch: Batch) -> Any:
-        long = batch.lengths >= self.expanded_from
+        long = self.expands(batch.starts, batch.lengths)
         if not long.any():
             return self.prepare_absorbed(batch)
         absorbed_tokens, absorbed = None, None
@@ -141,8 +153,8 @@ class LatentBackend(Backend):
         rows = np.flatnonzero(long)
         lengths, starts = batch.lengths[rows], batch.starts[rows]
         own = self.prepare_expanded(lengths, lengths, causal=True)
-        prefixes = tuple(self._prefix(batch, rows, *part) for part in cut(starts, self.chunk_tokens))
-        return SplitPlan(Expansion(self._tokens(batch, rows), own, prefixes), absorbed_tokens, absorbed)
+        cached = tuple(self._cached_part(batch, rows, *part) for part in cut(starts, self.chunk_tokens))
+        return SplitPlan(Expansion(self._tokens(batch, rows), own, cached), absorbed_tokens, absorbed)
 
     @property
     def chunk_tokens(self) -> int:
@@ -151,7 +163,9 @@ class LatentBackend(Backend):
         numbers = shape.query_heads * (2 * shape.key_dim + shape.rope_dim + shape.value_dim)  # some copy keys
         return max(self.chunk_bytes // (numbers * self.dtype.itemsize), 1)
 
-    def _prefix(self, batch: Batch, rows: np.ndarray, first: int, begins: np.ndarray, ends: np.ndarray) -> Prefix:
+    def _cached_part(
+        self, batch: Batch, rows: np.ndarray, first: int, begins: np.ndarray, ends: np.ndarray
+    ) -> CachedPart:
         """The cached positions begins[i] .. ends[i] - 1 of the rows rows[first + i]."""
         lengths, counts = batch.lengths[rows], ends - begins
         offsets = np.concatenate(([0], np.cumsum(lengths)))
@@ -161,7 +175,7 @@ class LatentBackend(Backend):
         row, position = self.upload(np.stack((np.repeat(chosen, counts), positions)))
         page = batch.page_table[batch.slots[row], position // self.page_size].to(torch.int64)
         places = page * self.page_size + position % self.page_size
-        return Prefix(queries, places, self.prepare_expanded(batch.lengths[chosen], counts, causal=False))
+        return CachedPart(queries, places, self.prepare_expanded(batch.lengths[chosen], counts, causal=False))
 
     def _tokens(self, batch: Batch, rows: np.ndarray) -> Tokens:
         """The tokens of `rows`, which ascend."""
@@ -217,13 +231,13 @@ class LatentBackend(Backend):
 
     def _expanded(self, query: Tensor, latents: Tensor, up: Tensor, cache: Tensor, expansion: Expansion) -> Tensor:
         out, sums = self.attend_expanded(query, *self._expand(latents, up), expansion.own)
-        if not expansion.prefixes:
+        if not expansion.cached:
             return out
         out = out.to(torch.float32)
-        for prefix in expansion.prefixes:
-            expanded = self._expand(self.gather(cache, prefix.places), up)
-            before = self.attend_expanded(query[prefix.queries], *expanded, prefix.plan)
-            add_part(out[prefix.queries], sums[prefix.queries], *before)
+        for part in expansion.cached:
+            expanded = self._expand(self.gather(cache, part.places), up)
+            before = self.attend_expanded(query[part.queries], *expanded, part.plan)
+            add_part(out[part.queries], sums[part.queries], *before)
         return out.to(query.dtype)
 
     def _expand(self, latents: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from engine.plugin import ConfigError
-from engine.plugin.kernels import page_lists
+from engine.plugin.kernels import page_lists, triton_expanded
 from engine.plugin.layers import Batch, LatentShape, Mirror
 from engine_plugins.attention.flashinfer import check_installed, compile_modules, hardware
 from engine_plugins.attention.triton_latent import Plan, TritonLatentAttention
@@ -92,6 +92,7 @@ class FlashInferLatentAttention(TritonLatentAttention):
         self._ragged = load_ragged(shape, dtype) if name == "fa3" else None
         logger.info("expanded rows attend by %s", "FlashInfer's FA3 kernel" if self._ragged else "Triton's kernel")
         self._programmatic = capability[0] >= 9  # dependent launch
+        self._join_keys = triton_expanded().join_keys
         self._lists = page_lists()
         self._pinned_turns = [self._pinned(PLAN_BYTES) for _ in range(TURNS)]
         self._turn = 0
@@ -218,7 +219,7 @@ class FlashInferLatentAttention(TritonLatentAttention):
     ) -> tuple[Tensor, Tensor]:
         if self._ragged is None:
             return super().attend_expanded(query, key, rotated, value, plan)
-        key = torch.cat((key, rotated[:, None].expand(-1, key.shape[1], -1)), dim=2)
+        key = self._join_keys(key, rotated)
         out = query.new_empty(*query.shape[:2], value.shape[2])
         sums = query.new_empty(query.shape[:2], dtype=torch.float32)
         self._ragged.ragged_run(

@@ -16,8 +16,17 @@ from engine_plugins.attention.triton_latent import TritonLatentAttention
 class Expanding(TritonLatentAttention):
     """Expands every row of several tokens, and the cache by a few tokens at a time."""
 
-    expanded_from = 2
     chunk_tokens = 11
+
+    def expands(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        return lengths > 1
+
+
+class Absorbing(TritonLatentAttention):
+    """Absorbs every row."""
+
+    def expands(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        return lengths < 1
 
 
 SMALL = (32, 16, 16, 16)
@@ -28,7 +37,7 @@ MANY_HEADS = LatentCase(page_size=3, heads=20, rows=((20, 3), (33, 1), (0, 1), (
 @pytest.mark.parametrize("case", [*LATENT_CASES[1:6], LONG, MANY_HEADS], ids=str)
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # lines of the matrix that hold no query
 def test_absorbed_rows_are_those_of_the_definition(case: LatentCase) -> None:
-    check_latent_attention(TritonLatentAttention, case)
+    check_latent_attention(Absorbing, case)
 
 
 @pytest.mark.parametrize("case", [*LATENT_CASES[2:4], LATENT_CASES[5], MANY_HEADS], ids=str)
@@ -99,6 +108,14 @@ def test_one_plan_serves_steps_with_prompts() -> None:
         numbers.send()
         steps.backend.refill_prompts(plan, starts, lengths, offsets)
         steps.check(plan, rows)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 8, 20])
+def test_whole_keys_are_joined(heads: int) -> None:
+    both, latents = torch.randn(5, heads, 48), torch.randn(5, 40)
+    key, rotated = both[..., :32], latents[:, 24:]
+    joined = triton_expanded.join_keys(key, rotated)
+    assert joined.is_contiguous() and torch.equal(joined, triton_expanded.join_keys_reference(key, rotated))
 
 
 def test_blocks_cover_all_lines_and_the_longest_contexts_come_first() -> None:

@@ -23,6 +23,7 @@ from engine_plugins.attention.flashinfer_latent import FlashInferLatentAttention
 
 pytest.importorskip("triton")
 from engine.kernels.page_lists import list_pages_reference
+from engine.kernels.triton_expanded import join_keys_reference
 
 CPU = torch.device("cpu")
 PROCESSORS = 12
@@ -115,6 +116,7 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> tuple[Absorbed, Ragged]:
     monkeypatch.setattr(flashinfer, "load_mla", lambda *_: made[0])
     monkeypatch.setattr(flashinfer, "load_ragged", lambda *_: made[1])
     monkeypatch.setattr(flashinfer, "page_lists", lambda: SimpleNamespace(list_pages=list_pages_reference))
+    monkeypatch.setattr(flashinfer, "triton_expanded", lambda: SimpleNamespace(join_keys=join_keys_reference))
     monkeypatch.setattr(flashinfer, "PLAN_BYTES", 1024)
     monkeypatch.setattr(FlashInferLatentAttention, "few_rows", 0)
     return made

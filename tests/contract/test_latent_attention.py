@@ -17,8 +17,18 @@ FP8 = torch.float8_e4m3fn
 class Expanding(TorchLatentAttention):
     """Expands every row of several tokens, and the cache by 11 tokens at a time."""
 
-    expanded_from = 2
+    least = 2
     chunk_tokens = 11
+
+    def expands(self, starts, lengths):
+        return lengths >= self.least
+
+
+class Absorbing(TorchLatentAttention):
+    """Absorbs every row."""
+
+    def expands(self, starts, lengths):
+        return lengths < 1
 
 
 @pytest.mark.parametrize("case", LATENT_CASES, ids=str)
@@ -28,8 +38,17 @@ def test_latent_attention_is_that_of_the_definition(entry, case):
 
 
 @pytest.mark.parametrize("case", LATENT_CASES, ids=str)
-def test_expanded_rows_are_those_of_the_definition(case):
+def test_absorbed_and_expanded_rows_are_those_of_the_definition(case):
+    check_latent_attention(Absorbing, case)
     check_latent_attention(Expanding, case)
+
+
+def test_a_row_goes_the_way_that_costs_less():
+    shape = LatentShape(layers=1, query_heads=16, latent_dim=512, rope_dim=64, key_dim=128, value_dim=128, scale=1.0)
+    backend = TorchLatentAttention(shape, 16, torch.device("cpu"), torch.float32)
+    rows = [(0, 1), (0, 32), (0, 31), (10**5, 170), (10**5, 171), (16, 64), (1024, 64), (256, 160), (9000, 1)]
+    starts, lengths = np.array(rows).T
+    assert backend.expands(starts, lengths).tolist() == [False, True, False, False, True, True, False, True, False]
 
 
 @pytest.mark.parametrize("seed", range(16))
@@ -41,11 +60,11 @@ def test_random_steps_of_absorbed_and_expanded_rows(seed):
         for _ in range(generator.integers(1, 7))
     )
     case = LatentCase(page_size=int(generator.choice((1, 4, 16))), heads=int(generator.choice((1, 3, 4))), rows=rows)
-    backend = type("Splitting", (Expanding,), {"expanded_from": int(generator.choice((1, 2, 5, 10)))})
+    backend = type("Splitting", (Expanding,), {"least": int(generator.choice((1, 2, 5, 10)))})
     check_latent_attention(backend, case, seed=seed)
 
 
-@pytest.mark.parametrize("backend", [TorchLatentAttention, Expanding])
+@pytest.mark.parametrize("backend", [Absorbing, Expanding])
 def test_a_cache_in_fp8_is_off_by_its_rounding_alone(backend):
     """Latents of size about one are rounded by up to 1 in 16: what is attended is an average of them."""
     case = LatentCase(page_size=16, heads=4, rows=((60, 1), (200, 9), (0, 5)))
@@ -55,7 +74,7 @@ def test_a_cache_in_fp8_is_off_by_its_rounding_alone(backend):
 
 
 def test_latent_attention_in_bfloat16():
-    for backend in (TorchLatentAttention, Expanding):
+    for backend in (Absorbing, Expanding):
         case = LatentCase(page_size=16, heads=4, rows=((0, 33), (70, 1), (5, 12)))
         check_latent_attention(backend, case, dtype=torch.bfloat16, tolerance=4e-2)
 
@@ -63,11 +82,8 @@ def test_latent_attention_in_bfloat16():
 class Forgetful(Expanding):
     """Leaves the last cached token before an expanded row out."""
 
-    def prepare_expanded(self, queries, keys, causal):
-        return super().prepare_expanded(queries, keys, causal)
-
-    def _prefix(self, batch, rows, first, begins, ends):
-        return super()._prefix(batch, rows, first, begins, ends - (ends - begins > 1))
+    def _cached_part(self, batch, rows, first, begins, ends):
+        return super()._cached_part(batch, rows, first, begins, ends - (ends - begins > 1))
 
 
 def test_the_contract_check_finds_a_wrong_backend():

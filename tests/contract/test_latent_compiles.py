@@ -68,6 +68,7 @@ def test_the_sum_of_parts_expanded_rows_and_what_comes_before() -> None:
     dims = {"KEY": 128, "ROPE": 64, "VALUE": 128, "QUERIES": cut.queries, "KEYS": cut.keys, "CAUSAL": True}
     made = compiled(triton_expanded.expanded_kernel, dims, num_warps=cut.warps, num_stages=cut.stages)
     assert made.metadata.shared <= SHARED_MEMORY
+    assert compiled(triton_expanded.join_kernel, {"KEY": 128, "ROPE": 64, "HEADS": 8}).metadata.shared <= SHARED_MEMORY
     for turned, size, columns in ((False, 128, 64), (True, 512, 32)):
         cut_of = {"K": size, "TURNED": turned, "TOKENS": 16, "COLUMNS": columns, "DEPTH": 128}
         assert (

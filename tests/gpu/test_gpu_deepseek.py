@@ -1,9 +1,10 @@
 """DeepSeek on a GPU against itself on a CPU in float32, on a tiny configuration with DeepSeek's latents: every way to
 attend, whole and cached, and decode steps and prompts as CUDA graphs.
 
-Tolerance: logits are of size about ten, and bfloat16 rounds every hidden state on the way.
+Tolerance: on a CPU bfloat16 is off by 0.018 of the logits' deviation, on average, from float32.
 """
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 BACKENDS = [entry.name for entry in Plugins.load().latent_attention.values() if "cuda" in entry.devices]
 LENGTH = 1024
-LIMIT = 0.08  # of the logits' deviation, on average: a chosen expert may differ where two are about as good
+LIMIT = 0.04  # of the logits' deviation, on average: a chosen expert may differ where two are about as good
 
 
 def weights() -> dict[str, Tensor]:
@@ -82,6 +83,10 @@ def reference(tensors: dict[str, Tensor], ids: list[int]) -> Tensor:
     return made.logits([(0, 0, len(ids))])[0]
 
 
+def at_least(least: int, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    return lengths >= least
+
+
 def assert_near(got: Tensor, wanted: Tensor) -> None:
     off = float((got.float().cpu() - wanted).abs().mean() / wanted.std())
     assert off < LIMIT, f"logits are off by {off:.3f} of their deviation on average"
@@ -92,8 +97,9 @@ def test_absorbed_and_expanded_steps(name: str) -> None:
     tensors = weights()
     ids = np.random.default_rng(0).integers(0, 96, 700).tolist()
     wanted = reference(tensors, ids)
-    for expanded_from, chunk_tokens in ((10_000, 10_000), (2, 10_000), (2, 100), (192, 300)):
-        made = harness(name, tensors, expanded_from=expanded_from, chunk_tokens=chunk_tokens)
+    for least, chunk in ((10_000, 10_000), (2, 10_000), (2, 100), (192, 300)):
+        expands = partial(at_least, least)
+        made = harness(name, tensors, expands=lambda _, *row, expands=expands: expands(*row), chunk_tokens=chunk)
         made.runner.apply(made.admit([ids, ids[:40]], cached=None))
         got = [made.logits([(0, 0, 300), (1, 0, 39)])[0], *(made.logits([(1, 39, 1), (0, 300, 399)])[1:])]
         got += made.logits([(0, 699, 1)])
@@ -123,3 +129,27 @@ def test_graphs_replay_what_steps_do(name: str) -> None:
         for got, ids in zip(runner.model.logits(hidden), prompts, strict=True):
             assert_near(got, reference(tensors, ids)[-1])
     assert runner.finish(runner.launch(StepPlan(0, steps.astype("<i4").tobytes()))).counts
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "torch"])
+def test_launching_a_step_waits_for_nothing(name: str) -> None:
+    """Expanded rows with and without a cached part, beside absorbed ones, and decode steps."""
+    made = harness(name, weights(), chunk_tokens=100)
+    runner = made.runner
+    admitted = made.admit([list(range(90)) * 4, list(range(70)), [5, 6, 7]])
+    steps = [
+        [(0, 0, 150, 0), (1, 0, 40, 0)],
+        [(2, 0, 3, 1), (0, 150, 210, 1), (1, 40, 30, 1)],
+        [(0, 360, 1, 1), (1, 70, 1, 1)],
+    ]
+    packed = [StepPlan(number, np.array(rows, "<i4").tobytes()) for number, rows in enumerate(steps)]
+    runner.apply(admitted)
+    for plan in packed:
+        runner.finish(runner.launch(plan))  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        launched = [runner.launch(plan) for plan in packed]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [len(runner.finish(step).tokens) // 4 for step in launched] == [0, 3, 2]

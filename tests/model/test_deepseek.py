@@ -52,8 +52,17 @@ CASES = {
 class Expanding(TorchLatentAttention):
     """Expands every row of more than one token, and the cache by a few tokens at a time."""
 
-    expanded_from = 2
     chunk_bytes = 7 * 4 * 6 * (2 * 8 + 6 + 10)
+
+    def expands(self, starts, lengths):
+        return lengths > 1
+
+
+class Absorbing(TorchLatentAttention):
+    """Absorbs every row."""
+
+    def expands(self, starts, lengths):
+        return lengths < 1
 
 
 def made(family, **changes):
@@ -79,7 +88,7 @@ def case(request):
 
 
 @pytest.mark.parametrize("scenario", MODEL_SCENARIOS)
-@pytest.mark.parametrize("attention", [TorchLatentAttention, Expanding])
+@pytest.mark.parametrize("attention", [Absorbing, Expanding])
 def test_deepseek_is_transformers(case, attention, scenario):
     config, tensors, reference = case
     check_model(Deepseek, config, tensors, reference, scenario, attention=attention)
@@ -93,7 +102,7 @@ def build(**terms):
 def test_absorbed_and_expanded_prompts_agree():
     config, tensors, _ = made("DeepseekV3", **V3)
     logits = []
-    for attention in (TorchLatentAttention, Expanding):
+    for attention in (Absorbing, Expanding):
         harness = ModelHarness(Deepseek, config, tensors, attention=attention)
         harness.runner.apply(harness.admit([list(range(40)), list(range(40, 60))]))
         harness.logits([(0, 0, 17), (1, 0, 20)])
