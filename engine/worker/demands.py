@@ -7,6 +7,7 @@ from engine.sampling import MAX_BIASES, MAX_LOGPROBS
 
 PLAIN = Sampling(1.0, 0, 1.0, 0.0, 0)
 FILTERED = Sampling(0.9, 50, 0.9, 0.01, 0)
+PENALIZED = Sampling(1.0, 0, 1.0, 0.0, 0, presence_penalty=0.5)
 
 
 def everything(vocab_size: int) -> Sampling:

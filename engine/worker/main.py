@@ -24,7 +24,7 @@ from engine.layers.model import Model
 from engine.messages import Boot, Ping, Pong, Profile, StepPlan, ToWorker, WorkerReady
 from engine.plugin.manager import Plugins, resolve
 from engine.worker.backends import Backends, quantization
-from engine.worker.demands import FILTERED, PLAIN, everything
+from engine.worker.demands import FILTERED, PENALIZED, PLAIN, everything
 from engine.worker.kv import allocate, choose_max_model_len, count_pages
 from engine.worker.profiling import StepProfiler
 from engine.worker.runner import Runner, Step
@@ -159,7 +159,8 @@ def peak_bytes(model: Model, device: torch.device, slots: int, max_model_len: in
     runner = Runner(model, caches, device, slots=slots, max_model_len=max_model_len, page_size=spec.page_size)
     runner.warm_up(step_tokens, slots, PLAIN if isinstance(model, Encoder) else everything(model.vocab_size))
     runner.warm_up(step_tokens, 1, FILTERED)
-    runner.warm_up(1, 1, PLAIN)
+    for sampling in (PENALIZED, PLAIN):
+        runner.warm_up(1, 1, sampling)
     peak = torch.cuda.max_memory_allocated(device) - before
     return peak - pages * spec.page_bytes
 
