@@ -42,7 +42,8 @@ class Router(Layer):
     def __init__(self, build: Build, routing: Routing, size: int, corrected: bool = False) -> None:
         super().__init__()
         self.routing = routing
-        self.recorder: Recorder | None = None  # where its choices are counted, if that is wanted
+        counts = torch.zeros(routing.experts, dtype=torch.int64, device=build.device)
+        self.recorder = Recorder(counts, torch.zeros(1, dtype=torch.int32, device=build.device))
         self.weight = empty_weight(build, routing.experts, size)
         bias = empty_weight(build, routing.experts, dtype=torch.float32) if corrected else None
         self.e_score_correction_bias = bias
