@@ -18,7 +18,7 @@ from engine.layers.decoder import (
 from engine.layers.embedding import Embedding, LMHead
 from engine.layers.encoder import Encoder
 from engine.layers.linear import ColumnLinear, QKVLinear, RowLinear
-from engine.layers.model import Layer, Model, check_shape, empty_weight
+from engine.layers.model import Layer, Model, check_shape, empty_weight, put
 from engine.layers.moe import Experts, Mixture, Router, SparseMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.quantization import Quantized, QuantizedExperts, QuantizedLinear, Scheme
@@ -66,5 +66,6 @@ __all__ = [
     "empty_weight",
     "gated_activation",
     "gelu_and_mul",
+    "put",
     "silu_and_mul",
 ]
