@@ -8,7 +8,6 @@ TFLOP/s. `--sweep` times the Triton kernels with other cuts than their own.
 """
 
 import argparse
-import dataclasses
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -179,7 +178,7 @@ def tried(run: Callable[..., float], *arguments: Any) -> float:
 
 
 def sweep_decode() -> None:
-    cuts = ((64, 4, 3, 3, 1), (64, 4, 3, 3, 2), (64, 4, 3, 3, 4), (64, 4, 2, 3, 1), (64, 4, 4, 2, 1), (128, 4, 2, 2, 1))
+    cuts = ((64, 4, 3, 3), (64, 4, 2, 3), (64, 4, 4, 2), (32, 4, 4, 3))
     works = (
         (1, 192),
         (1, 1024),
@@ -195,19 +194,17 @@ def sweep_decode() -> None:
     processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
     for model in HEADS:
         settings = [Setting(HEADS[model], rows, length, 16, torch.bfloat16) for rows, length in works]
-        print(f"\nTriton decode, {model}, us; positions, warps, stages, programs an SM, least blocks", *works)
-        for positions, warps, stages, each, least in cuts:
+        print(f"\nTriton decode, {model}, us; positions, warps, stages, programs an SM", *works)
+        for positions, warps, stages, each in cuts:
             blocks = kernels.Blocks(queries=16, positions=positions, warps=warps, stages=stages)
             teams = each * processors // HEADS[model][1]
-            times = [tried(cut_decode, s, blocks, teams, least) for s in settings]
-            cut = f"{positions:>4} {warps:>2} {stages:>2} {each:>2} {least:>2}:"
-            print(cut, *(f"{took:8.1f}" for took in times), flush=True)
+            times = [tried(cut_decode, s, blocks, teams) for s in settings]
+            print(f"{positions:>4} {warps:>2} {stages:>2} {each:>2}:", *(f"{took:8.1f}" for took in times), flush=True)
 
 
-def cut_decode(setting: Setting, blocks: kernels.Blocks, teams: int, least: int) -> float:
+def cut_decode(setting: Setting, blocks: kernels.Blocks, teams: int) -> float:
     batch, query, shape = setting.decode_batch(), setting.query(setting.rows), paged_shape(setting)
     rows = decoding.plan_decode(batch.slots, batch.row_starts, batch.row_offsets[:-1], shape, teams)
-    rows = dataclasses.replace(rows, least=least)
     out = torch.empty_like(query)
     return microseconds(
         lambda cache: decoding.attend_decode(query, cache, setting.table, out, rows, shape, blocks), setting.caches

@@ -30,12 +30,12 @@ SHAPES = {
 }
 HEADS = {"qwen3-0.6b": (151936, 1024), "llama3.1-8b": (128256, 4096)}
 CUTS = [
-    Cut(rows=rows, columns=columns, warps=warps, stages=stages, ahead=ahead)
-    for rows, columns, warps, stages in (
-        (16, 256, 4, 4), (16, 512, 4, 3), (16, 1024, 4, 3), (32, 128, 4, 5), (32, 256, 4, 4), (32, 512, 4, 3),
-        (64, 128, 4, 4), (64, 256, 8, 3), (64, 256, 4, 3),
+    Cut(rows=rows, columns=columns, warps=warps, stages=stages, ahead=False, tokens=tokens)
+    for rows, columns, warps, stages, tokens in (
+        (16, 256, 4, 4, 64), (32, 128, 4, 5, 64), (32, 256, 4, 4, 64), (64, 128, 4, 4, 64), (64, 64, 4, 6, 64),
+        (16, 256, 4, 3, 128), (32, 128, 4, 4, 128), (64, 64, 4, 5, 128), (64, 128, 4, 3, 128), (64, 64, 8, 5, 128),
+        (128, 64, 8, 4, 128), (128, 64, 8, 4, 64),
     )
-    for ahead in (False, True)
 ]  # fmt: skip
 
 
@@ -105,9 +105,9 @@ def bench_matrix(library: CublasLt, name: str, shape: tuple[int, int], tokens: i
                 partial(TritonOps().vector_linear, inputs, bias=None, rows=rows, columns=columns), weights
             )
             line += f" {rows}x{columns} {took:.2f}"
-    found = best_cuts(inputs, weights) if tokens <= 64 else []
+    found = best_cuts(inputs, weights) if tokens > 1 else []
     for took, cut in found[:3]:
-        line += f"  {took:.2f} [{cut.rows}x{cut.columns} w{cut.warps} s{cut.stages} {'ahead' if cut.ahead else ''}]"
+        line += f"  {took:.2f} [{cut.tokens}x{cut.rows}x{cut.columns} w{cut.warps} s{cut.stages}]"
     print(line, flush=True)
     return found[0][1] if found else None
 
@@ -139,7 +139,7 @@ def bench_chain(name: str, tokens: int, cuts: dict[str, Cut | None]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", default="1,8,32,64")
+    parser.add_argument("--tokens", default="1,32,64,128,256")
     parser.add_argument("--models", default=",".join(SHAPES))
     given = parser.parse_args()
     library = CublasLt(DEVICE)
@@ -148,8 +148,7 @@ def main() -> None:
             part: bench_matrix(library, f"{name} {part}", shape, tokens)
             for part, shape in {**SHAPES[name], "head": HEADS[name]}.items()
         }
-        if tokens <= 64:
-            print(f"{name} chain {tokens}: {bench_chain(name, tokens, cuts)}", flush=True)
+        print(f"{name} chain {tokens}: {bench_chain(name, tokens, cuts)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,15 @@
 
 The kernels are replayed from a CUDA graph, so launches from Python are not counted; torch's sort is timed beside them,
 called as it was in their place. `sharp` logits are those of a trained model, `flat` ones those of random weights, where
-nearly every token is a candidate.
+nearly every token is a candidate. What changes logits first, and log-probabilities, follow: these are called as a step
+calls them, so at few rows the figure is that of the host.
 """
 
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +20,9 @@ from torch import Tensor
 
 from engine.kernels.filters import cuts
 from engine.kernels.sampling import draw
-from engine.messages import Sampling
+from engine.messages import Sampling, SlotAdmit
+from engine.worker.logits import Adjustments
+from engine.worker.logprobs import score, score_reference
 from engine.worker.sampler import Columns, sample
 
 FILTERS: dict[str, dict[str, float]] = {
@@ -87,6 +92,32 @@ def measure(kind: str, rows: int, size: int, dtype: torch.dtype, fields: dict[st
     return microseconds(replayed(ours)), torchs
 
 
+def measure_rest(rows: int, size: int, dtype: torch.dtype, said: int) -> dict[str, float]:
+    """Microseconds of what else a step may do with its logits, where all rows have `said` tokens and ask for it."""
+    logits = logits_of("sharp", rows, size, dtype)
+    exact = logits.float()
+    generator = np.random.default_rng(0)
+    tokens = torch.from_numpy(generator.integers(0, size, (rows + 1, said + 1)).astype(np.int32)).cuda()
+    ids = np.sort(generator.choice(size, 300, replace=False)).astype("<i4")
+    plain: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
+    asked: dict[str, dict[str, Any]] = {
+        f"penalties over {said} tokens": {"repetition_penalty": 1.1, "frequency_penalty": 0.5},
+        "300 biases": {"bias_ids": ids.tobytes(), "biases": np.ones(300, "<f4").tobytes()},
+        "allowed ids": {"allowed_ids": ids.tobytes()},
+    }
+    found = {"to float32": microseconds(lambda: logits.to(torch.float32, copy=True))}
+    slots, ends = np.arange(rows), np.full(rows, said)
+    for name, fields in asked.items():
+        adjustments = Adjustments(rows, size, logits.device)
+        sampling = Sampling(**plain, **fields)
+        adjustments.admit([SlotAdmit(slot, b"", sampling, said // 2) for slot in range(rows)])
+        found[name] = microseconds(partial(adjustments.apply, exact, slots, ends, tokens))
+    drawn, every = torch.zeros(rows, dtype=torch.int64, device="cuda"), torch.arange(rows, device="cuda")
+    found["log-probabilities"] = microseconds(replayed(lambda: score(logits, drawn, every)))
+    found["log-probabilities, torch"] = microseconds(lambda: score_reference(logits, drawn, 20), repeats=3)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabulary", type=int, default=151936)
@@ -103,6 +134,10 @@ def main() -> None:
             for name, fields in FILTERS.items():
                 ours, torchs = measure(kind, rows, given.vocabulary, dtype, fields)
                 print(f"| {kind} | {rows} | {name} | {ours:.1f} | {floor:.1f} | {ours / floor:.1f} | {torchs:.0f} |")
+    print("\n| rows | what | us |\n|---|---|---|")
+    for rows in map(int, given.rows.split(",")):
+        for name, microsecond in measure_rest(rows, given.vocabulary, dtype, 1000).items():
+            print(f"| {rows} | {name} | {microsecond:.1f} |")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python bench/loading.py [--gigabytes 4] [--device cuda] [--dtype bfloat16] [--cold] [--model DIR]
 
-Without a directory it writes layers of Llama 3.1 8B's shape, as many as asked for, and removes them afterwards. Beside it
-stands the floor on the same bytes: reading the files once (from the page cache, or with `--cold` from the disk), and on a
-GPU also copying as much from pinned memory.
+Without a directory it writes layers of Llama 3.1 8B's shape, as many as asked for, and removes them afterwards. Beside
+it stands the floor on the same bytes: reading the files once (from the page cache, or with `--cold` from the disk), and
+on a GPU also copying as much from pinned memory.
 """
 
 import argparse

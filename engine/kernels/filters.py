@@ -35,7 +35,7 @@ def key_of(x, SHIFT: tl.constexpr):
 @triton.jit
 def float_of(key, SHIFT: tl.constexpr):
     bits = key << SHIFT
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) & (-1 << SHIFT)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def load_groups(logits, chunk, size, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     return tl.load(logits + ids, mask=ids < size, other=float("-inf")).to(tl.float32), ids
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def _scan_kernel(
     logits, slots, temperatures, top_ps, min_ps, top_ks, maxima, sums, chunk_maxima, chunk_sums, size, chunks, stride,
     GROUP: tl.constexpr, BLOCK: tl.constexpr,
@@ -164,6 +164,53 @@ def _last_of_equals(
 
 
 @triton.jit
+def _bound(
+    largest, sums, chunk_maxima, g, groups, floor, whole, top, temperature, top_p, min_p, top_k,
+    GROUP: tl.constexpr, CHUNK_GROUPS: tl.constexpr, HALVINGS: tl.constexpr,
+):  # fmt: skip
+    """A number that the cut of a row is not below, from what is known of its groups; top-p's mass is that of all if
+    nothing else filters."""
+    bound = floor
+    if top_k > 0:
+        bound = tl.maximum(bound, _top_k_bound(largest, top, top_k, HALVINGS))
+    elif min_p <= 0.0:
+        masses = tl.load(sums + g, mask=g < groups, other=0.0)
+        chunk_top = tl.load(chunk_maxima + g // CHUNK_GROUPS, mask=g < groups, other=float("-inf"))
+        masses *= tl.exp((chunk_top - top) / temperature)
+        allowed = whole * ((1.0 - top_p) * 0.99 - 2e-6)  # less than there is: sums are rounded
+        bound = _top_p_bound(largest, masses, top, temperature, allowed, GROUP, HALVINGS)
+    return bound
+
+
+@triton.jit
+def _nucleus(
+    logits, listed, count, size, low, high, whole, measures, top, temperature, top_p,
+    SHIFT: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, PIVOTS: tl.constexpr,
+):  # fmt: skip
+    """Top-p's cut among listed logits whose keys are not below `low`: its key, and the last of the equals that stay.
+
+    Their mass is `whole`, or is still to be measured."""
+    i = tl.arange(0, PIVOTS)
+    if measures:
+        pivots = (low + tl.where(i < 0, 1, 0)).to(tl.int32)
+        mass = _measure(logits, listed, count, size, pivots, top, temperature, True, SHIFT, GROUP, BLOCK, PIVOTS)
+        whole = tl.max(mass, 0)
+    target = whole * top_p
+    low = _search(logits, listed, count, size, low, high, target, top, temperature, True, SHIFT, GROUP, BLOCK, PIVOTS)
+    pivots = (low + tl.where(i == 0, 1, 0)).to(tl.int32)  # the first: what is above the cut
+    number = _measure(logits, listed, count, size, pivots, top, temperature, False, SHIFT, GROUP, BLOCK, PIVOTS)
+    mass = _measure(logits, listed, count, size, pivots, top, temperature, True, SHIFT, GROUP, BLOCK, PIVOTS)
+    equals = tl.max(number, 0) - tl.min(number, 0)
+    key = low.to(tl.int32)
+    each = tl.exp((float_of(key, SHIFT) - top) / temperature)
+    wanted = tl.maximum(tl.ceil((target - tl.min(mass, 0)) / each), 1.0)
+    last = size
+    if wanted < equals.to(tl.float32):
+        last = _last_of_equals(logits, listed, count, size, key, wanted.to(tl.int32), SHIFT, GROUP, BLOCK)
+    return low, last
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def _cut_kernel(
     logits, slots, temperatures, top_ps, min_ps, top_ks, maxima, sums, chunk_maxima, chunk_sums, listed, floors, lasts,
     size, chunks, groups, stride,
@@ -174,73 +221,48 @@ def _cut_kernel(
     slot = tl.load(slots + row)
     temperature, top_p = tl.load(temperatures + slot), tl.load(top_ps + slot)
     min_p, top_k = tl.load(min_ps + slot), tl.load(top_ks + slot)
+    logits += row * stride
+    maxima += row * groups
+    listed += row * groups
+    chunk_maxima += row * chunks
     tl.store(floors + row, float("-inf"))
     tl.store(lasts + row, size)
+    top = float("-inf")
+    whole = 0.0
     if (temperature > 0.0) & ((top_p < 1.0) | (min_p > 0.0) | (top_k > 0)):
-        c, g = tl.arange(0, CHUNKS), tl.arange(0, GROUPS)
-        chunk_top = tl.load(chunk_maxima + row * chunks + c, mask=c < chunks, other=float("-inf"))
-        chunk_mass = tl.load(chunk_sums + row * chunks + c, mask=c < chunks, other=0.0)
+        c = tl.arange(0, CHUNKS)
+        chunk_top = tl.load(chunk_maxima + c, mask=c < chunks, other=float("-inf"))
+        mass = tl.load(chunk_sums + row * chunks + c, mask=c < chunks, other=0.0)
         top = tl.max(chunk_top, 0)
-        if top > float("-inf"):
-            floor = tl.where(min_p > 0.0, top + temperature * tl.log(min_p), float("-inf"))
-            if (top_p >= 1.0) & (top_k <= 0):
-                tl.store(floors + row, floor)
-            else:
-                there = g < groups
-                largest = tl.load(maxima + row * groups + g, mask=there, other=float("-inf"))
-                whole = tl.sum(chunk_mass * tl.exp((chunk_top - top) / temperature), 0)
-                bound = floor
-                if top_k > 0:
-                    bound = tl.maximum(bound, _top_k_bound(largest, top, top_k, HALVINGS))
-                elif min_p <= 0.0:
-                    chunk = tl.load(chunk_maxima + row * chunks + g // CHUNK_GROUPS, mask=there, other=float("-inf"))
-                    masses = tl.load(sums + row * groups + g, mask=there, other=0.0)
-                    masses *= tl.exp((chunk - top) / temperature)
-                    allowed = whole * ((1.0 - top_p) * 0.99 - 2e-6)  # less than there is: sums are rounded
-                    bound = _top_p_bound(largest, masses, top, temperature, allowed, GROUP, HALVINGS)
-                kept = there & (largest >= bound)
-                tl.store(listed + row * groups + tl.cumsum(kept.to(tl.int32), 0) - 1, g, mask=kept)
-                count = tl.sum(kept.to(tl.int32), 0) * GROUP
-                tl.debug_barrier()  # the list is read by other threads than wrote it
-                here, list_here = logits + row * stride, listed + row * groups
-                low = (key_of(bound, 0).to(tl.int64) + ((1 << SHIFT) - 1)) >> SHIFT
-                high = key_of(top, SHIFT).to(tl.int64) + 1
-                if top_k > 0:
-                    low = _search(
-                        here, list_here, count, size, low, high, top_k, top, temperature,
-                        False, SHIFT, GROUP, BLOCK, PIVOTS,
-                    )  # fmt: skip
-                if top_p < 1.0:
-                    i = tl.arange(0, PIVOTS)
-                    if (top_k > 0) | (min_p > 0.0):
-                        pivots = tl.full([PIVOTS], 0, tl.int64) + low
-                        mass = _measure(
-                            here, list_here, count, size, pivots.to(tl.int32), top, temperature,
-                            True, SHIFT, GROUP, BLOCK, PIVOTS,
-                        )  # fmt: skip
-                        whole = tl.max(mass, 0)
-                    target = whole * top_p
-                    low = _search(
-                        here, list_here, count, size, low, high, target, top, temperature,
-                        True, SHIFT, GROUP, BLOCK, PIVOTS,
-                    )  # fmt: skip
-                    pivots = (low + tl.where(i == 0, 1, 0)).to(tl.int32)  # the first: what is above the cut
-                    number = _measure(
-                        here, list_here, count, size, pivots, top, temperature,
-                        False, SHIFT, GROUP, BLOCK, PIVOTS,
-                    )  # fmt: skip
-                    mass = _measure(
-                        here, list_here, count, size, pivots, top, temperature, True, SHIFT, GROUP, BLOCK, PIVOTS
-                    )
-                    equals = tl.max(number, 0) - tl.min(number, 0)
-                    each = tl.exp((float_of(low.to(tl.int32), SHIFT) - top) / temperature)
-                    wanted = tl.maximum(tl.ceil((target - tl.min(mass, 0)) / each), 1.0)
-                    if wanted < equals.to(tl.float32):
-                        last = _last_of_equals(
-                            here, list_here, count, size, low.to(tl.int32), wanted.to(tl.int32), SHIFT, GROUP, BLOCK
-                        )
-                        tl.store(lasts + row, last)
-                tl.store(floors + row, float_of(low.to(tl.int32), SHIFT))
+        whole = tl.sum(mass * tl.exp((chunk_top - top) / temperature), 0)
+    if top > float("-inf"):
+        floor = tl.where(min_p > 0.0, top + temperature * tl.log(min_p), float("-inf"))
+        tl.store(floors + row, floor)
+        if (top_p < 1.0) | (top_k > 0):
+            g = tl.arange(0, GROUPS)
+            largest = tl.load(maxima + g, mask=g < groups, other=float("-inf"))
+            bound = _bound(
+                largest, sums + row * groups, chunk_maxima, g, groups, floor, whole, top, temperature,
+                top_p, min_p, top_k, GROUP, CHUNK_GROUPS, HALVINGS,
+            )  # fmt: skip
+            kept = (g < groups) & (largest >= bound)
+            tl.store(listed + tl.cumsum(kept.to(tl.int32), 0) - 1, g, mask=kept)
+            count = tl.sum(kept.to(tl.int32), 0) * GROUP
+            tl.debug_barrier()  # the list is read by other threads than wrote it
+            low = (key_of(bound, 0).to(tl.int64) + ((1 << SHIFT) - 1)) >> SHIFT
+            high = key_of(top, SHIFT).to(tl.int64) + 1
+            if top_k > 0:
+                low = _search(
+                    logits, listed, count, size, low, high, top_k, top, temperature, False, SHIFT, GROUP, BLOCK, PIVOTS
+                )
+            if top_p < 1.0:
+                measures = (top_k > 0) | (min_p > 0.0)
+                low, last = _nucleus(
+                    logits, listed, count, size, low, high, whole, measures, top, temperature, top_p,
+                    SHIFT, GROUP, BLOCK, PIVOTS,
+                )  # fmt: skip
+                tl.store(lasts + row, last)
+            tl.store(floors + row, float_of(low.to(tl.int32), SHIFT))
 
 
 def cuts(

@@ -3,7 +3,8 @@
 The noise is that of engine/worker/sampler.py, made where it is used: entry i of a row is output i of a SplitMix64
 generator (Steele, Lea, Flood 2014) keyed by the row's seed and position. A row is cut into chunks, so that one row
 fills a GPU too; a second kernel takes the best of the chunks, the lowest id of equals. What filters leave of a row is
-said by a cut (filters.py).
+said by a cut (filters.py). Arguments that are rows of a tensor come with any alignment: for each kind, a kernel would
+be compiled in the middle of a step.
 """
 
 import torch
@@ -22,7 +23,7 @@ def _mix(x):
     return x ^ (x >> 31)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots", "lasts"])
 def _draw_kernel(
     logits, slots, lasts, temperatures, seeds, floors, cut_ids, best, where, size, chunks, stride,
     CUTS: tl.constexpr, BLOCK: tl.constexpr,
@@ -54,7 +55,7 @@ def _draw_kernel(
     tl.store(where + row * chunks + chunk, tl.min(tl.where(scores == top, ids, size - 1), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots", "lasts"])
 def _choose_kernel(best, where, slots, lasts, tokens, out, chunks, tokens_stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)

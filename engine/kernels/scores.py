@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.kernels.filters import CHUNK, GROUP, float_of, key_of, load_groups
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows", "tokens"])
 def _scan_kernel(
     logits, rows, tokens, maxima, chunk_maxima, chunk_sums, above, size, chunks, stride,
     ROWS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
@@ -37,7 +37,7 @@ def _ordered(x, number):
     return (key_of(x, 0).to(tl.int64) << 32) | (0x7FFFFFFF - number).to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows", "tokens"])
 def _score_kernel(
     logits, rows, tokens, maxima, chunk_maxima, chunk_sums, above, logprobs, ranks, top_ids, top_logprobs,
     size, chunks, groups, stride,

@@ -11,14 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels import triton_latent
 from engine.kernels.launch import launch_dependents, wait_for_previous
-from engine.kernels.ops import HeadNorms, Heads, Ops, Rotation
+from engine.kernels.ops import HeadNorms, Heads, LatentNorm, Ops, Rotation
 
 MANY_PROGRAMS = 4096
 LARGEST_ROW = 16384  # numbers that one program holds at a time
-# Weights up to which one token's product is `_vector_kernel`'s: cuBLAS reads larger matrices at the memory's speed, but
-# takes up to ten times as long as that for small ones (bench/kernels_linear.py).
-VECTOR_WEIGHTS = 128 << 20
 
 
 @triton.jit
@@ -164,12 +162,12 @@ class TritonOps(Ops):
     """The operations on CUDA tensors."""
 
     def linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if inputs.shape[0] != 1 or weight.numel() > VECTOR_WEIGHTS or weight.dtype == torch.float32:
+        if inputs.shape[0] != 1 or weight.dtype == torch.float32:
             return super().linear(inputs, weight, bias)
         return self.vector_linear(inputs, weight, bias)
 
     def vector_linear(
-        self, inputs: Tensor, weight: Tensor, bias: Tensor | None, rows: int = 2, columns: int = 1024
+        self, inputs: Tensor, weight: Tensor, bias: Tensor | None, rows: int = 4, columns: int = 2048
     ) -> Tensor:
         """`linear` of one token. A program takes `rows` rows of the weight, `columns` of them at a time."""
         count, size = weight.shape
@@ -287,3 +285,19 @@ class TritonOps(Ops):
                 key, value, cache, places, heads, dim, cache.shape[2], key.stride(0), value.stride(0),
                 BLOCK=block, num_warps=_warps(block), **launch_dependents(key),
             )  # fmt: skip
+
+    def latent_into_pages(
+        self,
+        query: Tensor,
+        latents: Tensor,
+        norm: LatentNorm,
+        rotation: Rotation,
+        interleaved: bool,
+        cache: Tensor,
+        places: Tensor,
+    ) -> None:
+        triton_latent.latent_into_pages(query, latents, norm, rotation, interleaved, cache, places)
+
+    def multiply_heads(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        out = triton_latent.multiply_heads(inputs, weight)
+        return super().multiply_heads(inputs, weight) if out is None else out

@@ -20,8 +20,8 @@ def _penalty(columns, number, count, slot):
     return tl.load(columns + number * count + slot).to(tl.float32, bitcast=True)
 
 
-@triton.jit
-def _count_kernel(rows, slots, ends, columns, tokens, scratch, slot_count, size, tokens_stride, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize_on_alignment=["slots", "ends"])
+def _count_kernel(slots, ends, columns, tokens, scratch, slot_count, size, tokens_stride, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + i)
     end, prompt = tl.load(ends + i).to(tl.int32), tl.load(columns + slot)
@@ -35,7 +35,7 @@ def _count_kernel(rows, slots, ends, columns, tokens, scratch, slot_count, size,
             tl.atomic_or(counted, tl.full([BLOCK], 1, tl.int32), mask=(at < end) & (at < prompt), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows", "slots", "ends"])
 def _penalize_kernel(
     logits, rows, slots, ends, columns, tokens, scratch, slot_count, size, stride, tokens_stride, BLOCK: tl.constexpr
 ):
@@ -66,7 +66,7 @@ def penalize(logits: Tensor, asking: AskingRows, tables: SlotTables, tokens: Ten
         grid = (len(rows), triton.cdiv(asking.longest, BLOCK))
         slot_count = tables.columns.shape[1]
         _count_kernel[grid](
-            rows, slots, ends, tables.columns, tokens, scratch, slot_count, size, tokens.stride(0), BLOCK=BLOCK
+            slots, ends, tables.columns, tokens, scratch, slot_count, size, tokens.stride(0), BLOCK=BLOCK
         )
         _penalize_kernel[grid](
             logits, rows, slots, ends, tables.columns, tokens, scratch, slot_count, size, logits.stride(0),
@@ -74,7 +74,7 @@ def penalize(logits: Tensor, asking: AskingRows, tables: SlotTables, tokens: Ten
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows", "slots", "ends"])
 def _edit_kernel(
     logits, rows, slots, ends, columns, edits, prefixes, tokens, slot_count, width, stride, tokens_stride,
     BLOCK: tl.constexpr,

@@ -7,7 +7,7 @@ from torch import Tensor
 CHUNK = 4096  # logits that one program looks at
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows", "lines"])
 def _bitmask_kernel(logits, mask, rows, lines, size, stride, mask_stride, LINES: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + i)

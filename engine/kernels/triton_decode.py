@@ -7,6 +7,9 @@ equal length as there are teams; a team is one program for each key head, so the
     teams     |     0     |     1     |     2     |     3       |
                                 ^ pieces of a row that several teams have a part in
 
+A block is as many positions as a program looks at together, but four or eight times that where contexts are so short
+that a piece would cost more than it computes: few rows are then cut, and each team has about one row.
+
 Who finishes the last piece of a row sums up all of them; there is no second kernel. The division is made on the device,
 from the positions there, so that a CUDA graph captures the kernel once. A row's bits depend on what it is divided with:
 sums are taken in another order beside other rows.
@@ -44,7 +47,7 @@ if TYPE_CHECKING:
 
 PREFIX_PIECES = 4  # at most, of a shared prefix
 PREFIX_ROUND = 128  # positions; what is shared is a multiple of it, hence of any cut's block
-LEAST_BLOCKS = 1  # of a team, where the contexts are so short that not all teams have work
+MANY_BLOCKS: tl.constexpr = tl.constexpr(8)  # for each team: enough that pieces of rows cost little
 EACH = 3  # programs that a Hopper processor runs at once
 
 
@@ -106,7 +109,6 @@ class DecodeRows:
     tokens: Tensor  # [D] int64: where it is among the T of the step
     scratch: Scratch
     teams: int
-    least: int = LEAST_BLOCKS
     shared: SharedRows | None = None
 
 
@@ -186,7 +188,7 @@ def attend_decode(
     decode_kernel[(rows.teams * shape.kv_heads,)](
         *common, out, rows.slots, rows.positions, rows.tokens, scratch.partial, scratch.maxima, scratch.arrived,
         *((shared.firsts, shared.counts, shared.partial, shared.maxima) if shared is not None else (query,) * 4),
-        count, rows.teams, rows.least, out.stride(0), *strides,
+        count, rows.teams, out.stride(0), *strides,
         **fixed,
         ROWS=16 if count <= 16 else max(256, triton.next_power_of_2(count)),
         QUERIES=blocks.queries, POSITIONS=blocks.positions, SHARED=shared is not None,
@@ -213,14 +215,22 @@ def prefix_blocks(shape: PagedShape, dtype: torch.dtype) -> Blocks:
     return Blocks(queries=prefix_queries(shape), positions=64 if shape.head_dim <= 128 else 32, warps=8, stages=2)
 
 
+@triton.jit
+def grain(spans, teams, POSITIONS: tl.constexpr):
+    """Into how many times POSITIONS the `spans` [rows] are cut."""
+    few = tl.sum(tl.cdiv(spans, POSITIONS)) < MANY_BLOCKS * teams
+    fits = tl.sum(tl.cdiv(spans, 4 * POSITIONS)) <= teams
+    return tl.where(few, tl.where(fits, 4, 8), 1)
+
+
 @triton.jit(
-    do_not_specialize=["count", "teams", "least"],
+    do_not_specialize=["count", "teams"],
     do_not_specialize_on_alignment=["slots", "positions", "tokens", "arrived", "firsts", "counts"],
 )
 def decode_kernel(
     query, cache, page_table, out, slots, positions, tokens, partial, maxima, arrived,
     firsts, counts, prefix_partial, prefix_maxima,
-    count, teams, least, out_stride, query_stride, table_stride,
+    count, teams, out_stride, query_stride, table_stride,
     SCALE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
     PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, FP8: tl.constexpr,
     ROWS: tl.constexpr, QUERIES: tl.constexpr, POSITIONS: tl.constexpr, SHARED: tl.constexpr,
@@ -233,10 +243,11 @@ def decode_kernel(
         spans = tl.minimum(spans, WINDOW)
     if SHARED:
         spans -= tl.load(firsts + row_ids, mask=row_ids < count, other=0).to(tl.int32)
-    blocks = tl.cdiv(spans, POSITIONS)
+    step = POSITIONS * grain(spans, teams, POSITIONS)
+    blocks = tl.cdiv(spans, step)
     until = tl.cumsum(blocks)
     total_blocks = tl.sum(blocks)
-    range_length = tl.maximum(tl.cdiv(total_blocks, teams), least)
+    range_length = tl.maximum(tl.cdiv(total_blocks, teams), 1)
     g, d, n = tl.arange(0, QUERIES), tl.arange(0, DIM_BLOCK), tl.arange(0, POSITIONS)
     inside = (g < GROUP)[:, None] & (d < DIM)[None, :]
     at = team * range_length
@@ -253,10 +264,10 @@ def decode_kernel(
             own = tl.maximum(end - WINDOW, 0)
         if SHARED:
             own = tl.load(firsts + row).to(tl.int32)
-        row_end = earlier + tl.cdiv(end - own, POSITIONS)
+        row_end = earlier + tl.cdiv(end - own, step)
         stop = tl.minimum(finish, row_end)
-        first = own + (at - earlier) * POSITIONS
-        last = tl.minimum(own + (stop - earlier) * POSITIONS, end) - 1
+        first = own + (at - earlier) * step
+        last = tl.minimum(own + (stop - earlier) * step, end) - 1
         heads = head * GROUP * DIM + g[:, None] * DIM + d[None, :]
         q, size = scaled_query(tl.load(query + token * query_stride + heads, mask=inside, other=0.0), FP8)
         largest = tl.full([QUERIES], float("-inf"), tl.float32)

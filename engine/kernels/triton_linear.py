@@ -25,6 +25,7 @@ class Cut:
     warps: int
     stages: int
     ahead: bool = True
+    tokens: int = 64  # at most, in a program
 
 
 @triton.jit
@@ -33,8 +34,8 @@ def skinny_kernel(
     BIASED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr,
     AHEAD: tl.constexpr, PRECISION: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    t, k = tl.arange(0, TOKENS), tl.arange(0, COLUMNS)
+    n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    t, k = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, COLUMNS)
     inside, real = n < rows, t < tokens
     lines = weight + tl.where(inside, n, 0).to(tl.int64)[:, None] * columns
     x_lines = inputs + t[:, None] * stride
@@ -67,9 +68,10 @@ def skinny_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, cut: Cut)
     """y = x Wᵀ + b: `inputs` [T, K] with dense rows, `weight` [N, K] dense, `bias` [N] to [T, N]."""
     (tokens, columns), rows = inputs.shape, weight.shape[0]
     out = torch.empty(tokens, rows, dtype=inputs.dtype, device=inputs.device)
-    skinny_kernel[(triton.cdiv(rows, cut.rows),)](
+    together = min(cut.tokens, max(16, triton.next_power_of_2(tokens)))
+    skinny_kernel[(triton.cdiv(tokens, together), triton.cdiv(rows, cut.rows))](
         inputs, weight, weight if bias is None else bias, out, tokens, rows, columns, inputs.stride(0),
-        BIASED=bias is not None, TOKENS=max(16, triton.next_power_of_2(tokens)), ROWS=cut.rows, COLUMNS=cut.columns,
+        BIASED=bias is not None, TOKENS=together, ROWS=cut.rows, COLUMNS=cut.columns,
         EVEN=columns % cut.columns == 0, AHEAD=cut.ahead,
         PRECISION="ieee" if inputs.dtype == torch.float32 else None,
         num_warps=cut.warps, num_stages=cut.stages, **launch_dependents(inputs),

@@ -2,7 +2,7 @@
 
 from engine.kernels.moe import ExpertWeights, Routed, Routing
 from engine.layers.activation import gated_activation, gelu_and_mul, silu_and_mul
-from engine.layers.attention import Attention, AttentionBackend, AttentionShape, PagedAttention, Prefix
+from engine.layers.attention import Attention, AttentionBackend, AttentionShape, Backend, PagedAttention, Prefix
 from engine.layers.batch import Batch, Mirror
 from engine.layers.build import Build
 from engine.layers.decoder import (
@@ -17,18 +17,21 @@ from engine.layers.decoder import (
 )
 from engine.layers.embedding import Embedding, LMHead
 from engine.layers.encoder import Encoder
+from engine.layers.latent import LatentBackend, LatentShape
 from engine.layers.linear import ColumnLinear, QKVLinear, RowLinear
+from engine.layers.mla import LatentAttention
 from engine.layers.model import Layer, Model, check_shape, empty_weight, put
 from engine.layers.moe import Experts, Mixture, Router, SparseMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.quantization import Quantized, QuantizedExperts, QuantizedLinear, Scheme
-from engine.layers.rotary import Rotary
+from engine.layers.rotary import Rotary, yarn_scale
 
 __all__ = [
     "Attention",
     "AttentionBackend",
     "AttentionKind",
     "AttentionShape",
+    "Backend",
     "Batch",
     "Block",
     "Build",
@@ -42,6 +45,9 @@ __all__ = [
     "Experts",
     "GatedMLP",
     "LMHead",
+    "LatentAttention",
+    "LatentBackend",
+    "LatentShape",
     "Layer",
     "Mirror",
     "Mixture",
@@ -68,4 +74,5 @@ __all__ = [
     "gelu_and_mul",
     "put",
     "silu_and_mul",
+    "yarn_scale",
 ]

@@ -24,10 +24,11 @@ from engine.layers.batch import Batch
 from engine.layers.build import Build
 from engine.layers.embedding import Embedding, LMHead
 from engine.layers.linear import ColumnLinear, QKVLinear, RowLinear
-from engine.layers.model import Model
+from engine.layers.model import Layer, Model
 from engine.layers.moe import Experts, Mixture, Router, SparseMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import Rotary
+from engine.plugin.specs import LazyTensor
 
 Rotations = Sequence[tuple[Tensor, Tensor]]  # per KV group: the cosines and sines of the step's positions
 
@@ -138,7 +139,11 @@ class Block(nn.Module):
         return self.mlp(hidden), stream
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(Layer):
+    """Projections, attention, and the scales of an FP8 cache, where the checkpoint has them."""
+
+    extras = ("k_scale", "v_scale", "k_proj.k_scale", "v_proj.v_scale")
+
     def __init__(self, shape: DecoderShape, build: Build, attention: Attention) -> None:
         super().__init__()
         size, heads, head_dim = shape.hidden_size, shape.query_heads, shape.head_dim
@@ -147,13 +152,28 @@ class SelfAttention(nn.Module):
         self.q_norm = shape.norm(build, head_dim) if shape.head_norms else None
         self.k_norm = shape.norm(build, head_dim) if shape.head_norms else None
         self.attention = attention
+        self._scales = {"k_scale": 1.0, "v_scale": 1.0}
+        self._like = torch.empty(0, dtype=build.dtype, device=build.device)
+
+    @property
+    def norms(self) -> HeadNorms | None:
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.epsilon)
+
+    def load(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> None:
+        scale = float(tensor[(slice(None),) * len(tensor.shape)].to(torch.float32).max())
+        if not 0.0 < scale < float("inf"):
+            raise ConfigError(f"{name} is {scale} in the checkpoint; a scale is a number above 0: is the file damaged?")
+        self._scales[parameter.rpartition(".")[2]] = scale
+
+    def loaded(self) -> None:
+        scales = self._scales
+        self.attention.scale(scales["k_scale"], scales["v_scale"], self.qkv_proj.heads, self.norms, self._like)
 
     def forward(self, hidden: Tensor, batch: Batch, rotations: Rotations) -> Tensor:
-        norms = None
-        if self.q_norm is not None and self.k_norm is not None:
-            norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.epsilon)
         rotation = rotations[self.attention.group]
-        attended = self.attention(self.qkv_proj(hidden), self.qkv_proj.heads, batch, rotation, norms)
+        attended = self.attention(self.qkv_proj(hidden), self.qkv_proj.heads, batch, rotation, self.norms)
         return self.o_proj(attended)
 
 
@@ -184,16 +204,17 @@ class CausalLM(Model):
         groups = sorted(set(shape.layers))  # kinds that no layer is of get no KV group
         kinds = [shape.kinds[group] for group in groups]
         heads = (shape.query_heads, shape.kv_heads, shape.head_dim)
-        self.backends = tuple(
+        backends = tuple(
             build.attention(shape.layers.count(group), *heads, scale=shape.scale, window=kind.window)
             for group, kind in zip(groups, kinds, strict=True)
         )
+        self.backends = backends
         self.rotaries = nn.ModuleList(Rotary(build, kind.rope, shape.head_dim) for kind in kinds)
         attentions = []
         for layer, kind_of_layer in enumerate(shape.layers):
             group = groups.index(kind_of_layer)
             place = shape.layers[:layer].count(kind_of_layer)
-            attentions.append(Attention(self.backends[group], place, group))
+            attentions.append(Attention(backends[group], place, group))
         blocks = [
             self.block(shape, build, attention, shape.mlp(build, layer)) for layer, attention in enumerate(attentions)
         ]

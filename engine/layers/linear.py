@@ -40,6 +40,7 @@ class Linear(Layer):
     """
 
     sizes: Mapping[str, int]  # output features of each part, of the whole model
+    held_dense = False  # what is quantized in the checkpoint is kept as what it stands for: `weight` is used itself
 
     def __init__(self, build: Build, inputs: int, rows: int, bias: bool, quantizable: bool = True) -> None:
         super().__init__()
@@ -127,7 +128,7 @@ class Linear(Layer):
 
     def loaded(self) -> None:
         self.unpack_parts()
-        if self.quantized is not None and self.quantized.loaded(self.path):
+        if self.quantized is not None and (self.quantized.loaded(self.path) or self.held_dense):
             dense = self.quantized.dense(self.build.dtype)
             for name in self.quantized.tensors:
                 delattr(self, name)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
-from engine.layers.attention import AttentionBackend
+from engine.layers.attention import Backend
 from engine.layers.batch import Batch
 from engine.layers.build import Build
 from engine.plugin.specs import KVSpec, LazyTensor
@@ -24,9 +24,12 @@ IN_FLIGHT = 3
 
 
 class Layer(nn.Module):
-    """A module with weights. `parts` names the checkpoint's modules that it stacks; "" is its own name."""
+    """A module with weights. `parts` names the checkpoint's modules that it stacks; "" is its own name.
+
+    `extras` are names under its own of what a checkpoint may hold or not; `load` gets them as parameters of part ""."""
 
     parts: tuple[str, ...] = ("",)
+    extras: tuple[str, ...] = ()
 
     def named(self, path: str) -> None:
         """Called once, before any weight is loaded: the layer's path in the model, which is its name in checkpoints."""
@@ -118,7 +121,7 @@ class Model(nn.Module, ABC):
     """
 
     vocab_size: int
-    backends: tuple[AttentionBackend, ...] = ()
+    backends: tuple[Backend, ...] = ()
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # ends of names in checkpoints that hold no weight
 
     @abstractmethod
@@ -159,6 +162,7 @@ class Model(nn.Module, ABC):
         self.name_layers()
         wanted: dict[str, tuple[Layer, str, str]] = {}
         aliases: set[str] = set()
+        extras: set[str] = set()
         seen: set[int] = set()
         for path, layer in self.named_modules():
             if not isinstance(layer, Layer):
@@ -171,7 +175,13 @@ class Model(nn.Module, ABC):
                 else:
                     wanted.update((name, (layer, parameter, part)) for name, part in names)
                 seen.add(id(weight))
-        missing = {name: None for name, (layer, parameter, _) in wanted.items() if parameter not in layer.optional()}
+            wanted.update((f"{path}.{extra}", (layer, extra, "")) for extra in layer.extras)
+            extras.update(f"{path}.{extra}" for extra in layer.extras)
+        missing = {
+            name: None
+            for name, (layer, parameter, _) in wanted.items()
+            if name not in extras and parameter not in layer.optional()
+        }
         unknown = []
         for name, tensor in tensors:
             if name in wanted:

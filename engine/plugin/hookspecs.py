@@ -30,6 +30,11 @@ def register_attention(register: Register) -> None:
 
 
 @hookspec
+def register_latent_attention(register: Register) -> None:
+    """As register_attention, for models whose cache holds latents (MLA): a `layers.LatentBackend`."""
+
+
+@hookspec
 def register_quantization(register: Register) -> None:
     """register(name, target, methods=("fp8",)): a `layers.Scheme` subclass."""
 

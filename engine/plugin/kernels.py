@@ -22,16 +22,22 @@ from engine.kernels.ops import HeadNorms, Heads, Ops, Rotation
 if TYPE_CHECKING:
     from engine.kernels.triton_attention import ExtendRows
     from engine.kernels.triton_decode import DecodeRows, Scratch
+    from engine.kernels.triton_expanded import ExpandedRows
+    from engine.kernels.triton_mla import MlaDecodeRows, MlaExtendRows, MlaScratch
 
 __all__ = [
     "BLOCK",
     "E4M3",
     "DecodeRows",
+    "ExpandedRows",
     "ExtendRows",
     "Fp8Weight",
     "HeadNorms",
     "Heads",
     "Kernels",
+    "MlaDecodeRows",
+    "MlaExtendRows",
+    "MlaScratch",
     "Ops",
     "Rotation",
     "Scratch",
@@ -46,6 +52,8 @@ __all__ = [
     "quantize_rows",
     "triton_attention",
     "triton_decode",
+    "triton_expanded",
+    "triton_mla",
 ]
 
 
@@ -73,3 +81,19 @@ def page_lists() -> ModuleType:
     from engine.kernels import page_lists
 
     return page_lists
+
+
+def triton_mla() -> ModuleType:
+    """The module engine.kernels.triton_mla. Raises ConfigError where Triton is not installed."""
+    triton_attention()
+    from engine.kernels import triton_mla
+
+    return triton_mla
+
+
+def triton_expanded() -> ModuleType:
+    """The module engine.kernels.triton_expanded. Raises ConfigError where Triton is not installed."""
+    triton_attention()
+    from engine.kernels import triton_expanded
+
+    return triton_expanded

@@ -46,6 +46,7 @@ KINDS: Mapping[str, type[Entry]] = MappingProxyType(
     {
         "models": ModelEntry,
         "attention": AttentionEntry,
+        "latent_attention": AttentionEntry,
         "quantization": QuantizationEntry,
         "checkpoints": CheckpointEntry,
         "policies": PolicyEntry,
@@ -74,6 +75,7 @@ class Plugins:
 
     models: Mapping[str, ModelEntry]
     attention: Mapping[str, AttentionEntry]
+    latent_attention: Mapping[str, AttentionEntry]
     quantization: Mapping[str, QuantizationEntry]
     checkpoints: Mapping[str, CheckpointEntry]
     policies: Mapping[str, PolicyEntry]
@@ -121,19 +123,24 @@ class Plugins:
             raise PluginError(f"{names} all serve {' or '.join(architectures)}; name one of them in --plugins")
         return chosen[0]
 
-    def attention_for(self, device: str) -> tuple[AttentionEntry, str]:
-        """The attention backend for `device` ("cpu" or "cuda"), and the reason for it, to be logged."""
-        fitting = [entry for entry in self.attention.values() if device in entry.devices]
-        for kind, name in self.insisted:
-            if kind == "attention" and device not in self.attention[name].devices:
-                runs = ", ".join(self.attention[name].devices)
-                raise PluginError(
-                    f"--plugins names the attention backend {name!r}, which runs on {runs}, not on {device}"
-                )
+    def attention_for(self, device: str, latent: bool = False) -> tuple[AttentionEntry, str]:
+        """The attention backend for `device` ("cpu" or "cuda"), and the reason for it, to be logged; with `latent` one
+        for latent attention."""
+        entries, kind, what = self._attention(latent)
+        fitting = [entry for entry in entries.values() if device in entry.devices]
+        named = [name for other, name in sorted(self.insisted) if other in ("attention", "latent_attention")]
+        if named and not set(named) & set(entries):
+            raise PluginError(
+                f"--plugins names {' and '.join(named)}, which is no {what}; there is {', '.join(entries)}"
+            )
+        for name in set(named) & set(entries):
+            if device not in entries[name].devices:
+                runs = ", ".join(entries[name].devices)
+                raise PluginError(f"--plugins names the {what} {name!r}, which runs on {runs}, not on {device}")
         if not fitting:
-            listed = ", ".join(f"{entry.name} ({', '.join(entry.devices)})" for entry in self.attention.values())
-            raise PluginError(f"no attention backend runs on {device!r}; registered: {listed}")
-        preferred = [entry for entry in fitting if ("attention", entry.name) in self.named]
+            listed = ", ".join(f"{entry.name} ({', '.join(entry.devices)})" for entry in entries.values())
+            raise PluginError(f"no {what} runs on {device!r}; registered: {listed}")
+        preferred = [entry for entry in fitting if (kind, entry.name) in self.named]
         best = max(preferred or fitting, key=lambda entry: entry.preference)
         if preferred:
             return best, "named in --plugins"
@@ -142,12 +149,19 @@ class Plugins:
         others = ", ".join(f"{entry.name} ({entry.preference})" for entry in fitting if entry is not best)
         return best, f"preference {best.preference} on {device}, before {others}"
 
-    def attention_after(self, entry: AttentionEntry, device: str) -> list[AttentionEntry]:
+    def attention_after(self, entry: AttentionEntry, device: str, latent: bool = False) -> list[AttentionEntry]:
         """What takes the place of `entry` where it cannot serve a model: nothing, if it was named."""
-        if ("attention", entry.name) in self.named:
+        entries, kind, _ = self._attention(latent)
+        if (kind, entry.name) in self.named:
             return []
-        others = [other for other in self.attention.values() if device in other.devices and other.name != entry.name]
+        others = [other for other in entries.values() if device in other.devices and other.name != entry.name]
         return sorted(others, key=lambda other: -other.preference)
+
+    def _attention(self, latent: bool) -> tuple[Mapping[str, AttentionEntry], str, str]:
+        """The registry of one kind of attention, its name, and what an entry is called."""
+        if latent:
+            return self.latent_attention, "latent_attention", "latent attention backend"
+        return self.attention, "attention", "attention backend"
 
     def quantization_for(self, method: str | None) -> tuple[QuantizationEntry, str] | None:
         """The quantization of a checkpoint of that `quant_method`, and the reason for it, to be logged. None for a

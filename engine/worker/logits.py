@@ -108,7 +108,8 @@ class Adjustments:
         count, width = edits.shape[1], self._tables.edits.shape[2]
         if count > width:
             slots = self._tables.edits.shape[1]
-            grown = torch.zeros(EDIT_LINES, slots, max(16, 2 * width, count), dtype=torch.int32, device=self._device)
+            wide = max(-(-count // 16) * 16, 2 * width)  # in sixteens, so that kernels need not be compiled anew
+            grown = torch.zeros(EDIT_LINES, slots, wide, dtype=torch.int32, device=self._device)
             grown[:, :, :width] = self._tables.edits
             self._tables.edits = grown
         if count:

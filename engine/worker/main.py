@@ -24,6 +24,7 @@ from engine.layers.model import Model
 from engine.messages import Boot, CountExperts, Ping, Pong, Profile, StepPlan, ToWorker, WorkerReady
 from engine.plugin.manager import Plugins, resolve
 from engine.worker.backends import Backends, quantization
+from engine.worker.demands import FILTERED, PENALIZED, PLAIN, everything
 from engine.worker.experts import count_experts
 from engine.worker.kv import allocate, choose_max_model_len, count_pages
 from engine.worker.profiling import StepProfiler
@@ -149,7 +150,8 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
 
 
 def peak_bytes(model: Model, device: torch.device, slots: int, max_model_len: int, step_tokens: int) -> int:
-    """Bytes of activations in the largest step: `step_tokens` of prompts in as many rows as there can be.
+    """Bytes of activations in the largest step: `step_tokens` of prompts in as many rows as there can be, each of which
+    asks for all that can be asked of its logits.
 
     Runs it on a small cache; what compiles on first use does so here."""
     spec = model.kv_spec()
@@ -158,8 +160,10 @@ def peak_bytes(model: Model, device: torch.device, slots: int, max_model_len: in
     pages = -(-(min(step_tokens, max_model_len) + 1) // spec.page_size)
     caches = allocate(spec, pages, device)
     runner = Runner(model, caches, device, slots=slots, max_model_len=max_model_len, page_size=spec.page_size)
-    runner.warm_up(step_tokens, slots)
-    runner.warm_up(step_tokens)
+    runner.warm_up(step_tokens, slots, PLAIN if isinstance(model, Encoder) else everything(model.vocab_size))
+    runner.warm_up(step_tokens, 1, FILTERED)
+    for sampling in (PENALIZED, PLAIN):
+        runner.warm_up(1, 1, sampling)
     peak = torch.cuda.max_memory_allocated(device) - before
     return peak - pages * spec.page_bytes
 

@@ -23,6 +23,7 @@ from engine.layers.encoder import Encoder
 from engine.layers.model import Model
 from engine.messages import Logprobs, Sampling, SlotAdmit, StepDone, StepPlan
 from engine.worker.batch import build_batch, upload
+from engine.worker.demands import PLAIN
 from engine.worker.experts import heed_padding
 from engine.worker.graphs import DecodeGraphs, PromptGraphs, Tables
 from engine.worker.kv import Caches, copy_pages
@@ -252,16 +253,16 @@ class Runner:
             self.shared_graphs.capture(slots, pool)
         return self.decode_graphs.capture(slots, pool)
 
-    def warm_up(self, tokens: int, rows: int = 1) -> None:
+    def warm_up(self, tokens: int, rows: int = 1, sampling: Sampling = PLAIN) -> None:
         """Runs prompts of `tokens` in all (or as long as there can be) in `rows` rows, then a decode step of them.
 
-        All use the first pages, as many as one of them needs."""
+        All ask for `sampling`, and use the first pages, as many as one of them needs."""
         longest = self.tokens.shape[1] - 1
         rows = min(rows, tokens)
         length = min(tokens // rows, longest)
         pages = -(-min(length + 1, longest) // self.page_size)
         ids = np.zeros(length, "<i4").tobytes()
-        admits = tuple(SlotAdmit(slot, ids, Sampling(1.0, 0, 1.0, 0.0, 0)) for slot in range(rows))
+        admits = tuple(SlotAdmit(slot, ids, sampling, length) for slot in range(rows))
         triples = [(slot, index, index) for slot in range(rows) for index in range(pages)]
         self._warm_step(rows, 0, length, StepPlan(0, b"", admits, np.array(triples, "<i4").tobytes()))
         if length < longest and not isinstance(self.model, Encoder):

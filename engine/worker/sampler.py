@@ -50,8 +50,9 @@ class Columns:
 
     @property
     def filters(self) -> bool:
-        """Whether any row asks for min-p, top-k or top-p."""
-        return bool(self.min_p.any() or self.top_k.any() or (self.top_p < 1).any())
+        """Whether any row that draws asks for min-p, top-k or top-p."""
+        asks = (self.min_p > 0) | (self.top_k > 0) | (self.top_p < 1)
+        return bool((asks & (self.temperature > 0)).any())
 
     def rows(self, slots: np.ndarray) -> "Columns":
         """The columns of a step's rows, in their order."""

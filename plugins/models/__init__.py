@@ -31,6 +31,12 @@ def register_models(register: Register) -> None:
         description="Mixtral 8x7B and 8x22B",
     )
     register(
+        "deepseek",
+        "engine_plugins.models.deepseek:Deepseek",
+        architectures=("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"),
+        description="DeepSeek-V2, V2-Lite, V3 and R1",
+    )
+    register(
         "gemma",
         "engine_plugins.models.gemma:Gemma3",
         architectures=("Gemma3ForCausalLM",),

@@ -125,7 +125,8 @@ def decided_by_rounding(row: torch.Tensor, asked: Columns, slot: int, different:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_cuts_leave_what_the_definition_leaves(shape: tuple[int, int], kind: str, dtype: torch.dtype) -> None:
     count, size = shape
-    fields = [ASKED[row % len(ASKED)] for row in range(max(count, len(ASKED)))]
+    asking = ASKED if GPU or kind in ("flat", "sharp", "steps") else ASKED[::3]  # the interpreter is slow
+    fields = [asking[row % len(asking)] for row in range(max(count, len(asking)))]
     logits = KINDS[kind](count, size).repeat(-(-len(fields) // count), 1)[: len(fields)].to(DEVICE, dtype)
     asked = columns(fields)
     slots = torch.arange(len(fields), device=DEVICE)
@@ -235,7 +236,9 @@ def test_adjustments_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch
     generator = np.random.default_rng(4)
     positions = generator.integers(1, longest, count)
     positions[:7] = 1, 2, 5, 40, 1024, 1025, longest - 1
+    positions[12] = 60
     prompts = (positions * generator.random(count)).astype(np.int64)
+    prompts[[5, 12]] = positions[[5, 12]] - (7, 6)  # at the end of min_tokens, and one before
     adjustments = adjustments_of(count, size, prompts)
     tokens = torch.from_numpy(generator.integers(0, 4, (count, longest)).astype(np.int32))  # few, so words match
     tokens[::2] = torch.from_numpy(generator.integers(0, size, (len(tokens[::2]), longest)).astype(np.int32))

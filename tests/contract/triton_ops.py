@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.kernels import triton as triton_ops
-from engine.kernels.ops import HeadNorms, Heads, Ops
+from engine.kernels.ops import HeadNorms, Heads, LatentNorm, Ops
 from engine.kernels.sampling import draw
 from engine.kernels.triton import TritonOps
 from engine.worker.sampler import gumbel
@@ -131,3 +131,59 @@ def test_draws_are_those_of_the_definition(dtype: torch.dtype) -> None:
     finite = best.isfinite()
     assert (best[finite] - chosen[finite]).abs().max() <= 2e-5  # the noise itself is rounded
     assert (got == scores.argmax(dim=-1)).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [True, False], ids=["neighbours", "halves"])
+@pytest.mark.parametrize("heads", [16, 128, 20] if GPU else [3])
+def test_latents_are_normed_rotated_and_written(heads: int, interleaved: bool, dtype: torch.dtype) -> None:
+    """In place, of a projection that holds queries and latents side by side."""
+    size, pairs, key, page_size = (512, 32, 128, 16) if GPU else (24, 3, 5, 4)
+    queries, width = heads * (key + 2 * pairs), size + 2 * pairs
+    weight = random(size, dtype=dtype, seed=1)
+    for tokens in TOKENS:
+        projected = random(tokens, queries + width, dtype=dtype)
+        angles = 30 * random(tokens, 1, pairs, seed=2)
+        rotation = (angles.cos().to(dtype), angles.sin().to(dtype))
+        places = torch.randperm(4 * tokens, generator=torch.Generator().manual_seed(3))[:tokens].to(DEVICE)
+        made = []
+        for ops in (REFERENCE, TRITON):
+            own = projected.clone()
+            query, latents = own[:, :queries].unflatten(1, (heads, -1)), own[:, queries:]
+            cache = torch.zeros(-(-4 * tokens // page_size), page_size, width, dtype=dtype, device=DEVICE)
+            ops.latent_into_pages(query, latents, LatentNorm(weight, 1e-6), rotation, interleaved, cache, places)
+            assert torch.equal(cache.view(-1, width)[places], latents)
+            made.append((own, cache))
+        for got, wanted in zip(*reversed(made), strict=True):
+            assert_close(got, wanted)
+        assert not torch.equal(made[0][0], projected)
+        unrotated = own[:, :queries].unflatten(1, (heads, -1))[..., :key]
+        assert torch.equal(unrotated, projected[:, :queries].unflatten(1, (heads, -1))[..., :key])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("turned", [False, True])
+def test_each_head_by_a_matrix_of_its_own(turned: bool, dtype: torch.dtype) -> None:
+    heads, key, latent = (16, 128, 512) if GPU else (3, 16, 32)
+    up = random(heads, 2 * key, latent, dtype=dtype, seed=1) * (latent if turned else key) ** -0.5
+    weight = up[:, key:].transpose(1, 2) if turned else up[:, :key]
+    for tokens in (1, 5, 33, 64, 65) if GPU else (1, 17):
+        inputs = random(tokens, heads, weight.shape[1] + 16, dtype=dtype)[..., : weight.shape[1]]
+        wanted = torch.einsum("thk,hkn->thn", inputs.double(), weight.double()).to(dtype)
+        for ops in (REFERENCE, TRITON):
+            got = ops.multiply_heads(inputs, weight)
+            assert got.is_contiguous()
+            assert_close(got, wanted)
+
+
+@pytest.mark.skipif(not GPU, reason="the interpreter rounds to FP8 in a way of its own")
+def test_latents_are_written_in_fp8() -> None:
+    query, latents = random(5, 16, 192, dtype=torch.bfloat16), 8 * random(5, 576, dtype=torch.bfloat16, seed=1)
+    latents[2, 520] = 1000.0
+    cache = torch.zeros(2, 4, 576, dtype=torch.float8_e4m3fn, device=DEVICE)
+    norm = LatentNorm(random(512, dtype=torch.bfloat16, seed=2), 1e-6)
+    rotation = (torch.ones(5, 1, 32, device=DEVICE), torch.zeros(5, 1, 32, device=DEVICE))
+    places = torch.tensor([1, 7, 0, 3, 4], device=DEVICE)
+    TRITON.latent_into_pages(query, latents, norm, rotation, True, cache, places)
+    wanted = latents.float().clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(cache.view(-1, 576).view(torch.uint8)[places], wanted.view(torch.uint8))

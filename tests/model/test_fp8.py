@@ -21,6 +21,7 @@ from engine.plugin.testing import MODEL_SCENARIOS, ModelHarness, check_model
 from engine.worker.backends import quantization
 from engine.worker.weights import fill_at_random
 from engine_plugins.attention.torch import TorchAttention
+from engine_plugins.models.deepseek import Deepseek
 from engine_plugins.models.llama import Llama
 from engine_plugins.models.mixtral import Mixtral
 from engine_plugins.models.qwen3_moe import Qwen3Moe
@@ -47,10 +48,19 @@ def groups(strategy, **more):
 LLAMA = {"hidden_size": 160, "intermediate_size": 200, "num_attention_heads": 5, "head_dim": 40, "num_hidden_layers": 2}
 LLAMA |= {"num_key_value_heads": 5}
 MIXTURE = {"hidden_size": 144, "moe_intermediate_size": 72, "num_experts": 6, "num_experts_per_tok": 2, "head_dim": 8}
+LATENT = {"hidden_size": 144, "kv_lora_rank": 136, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 16}
+LATENT |= {"num_key_value_heads": 6, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 72}
+LATENT |= {"n_shared_experts": 2, "first_k_dense_replace": 1}
 FAMILIES = {
     "llama": (Llama, "Llama", LLAMA),
     "qwen3_moe": (Qwen3Moe, "Qwen3Moe", MIXTURE),
     "mixtral": (Mixtral, "Mixtral", {"hidden_size": 48, "intermediate_size": 136, "num_local_experts": 4}),
+    "deepseek v2 lite": (Deepseek, "DeepseekV2", LATENT | {"q_lora_rank": None}),
+    "deepseek v3": (
+        Deepseek,
+        "DeepseekV3",
+        LATENT | {"q_lora_rank": 130, "n_group": 4, "topk_group": 2, "num_mtp_layers": 0},
+    ),
 }
 
 
@@ -148,7 +158,8 @@ def test_a_directory_in_the_hugging_face_layout(tmp_path, caplog):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_checkpoints_are_quantized_as_they_are_loaded(family, monkeypatch):
-    """What comes of it is what transformers makes of the weights after FP8; nothing but matrices changes."""
+    """What comes of it is what transformers makes of the weights after FP8; nothing but matrices changes, and of those
+    DeepSeek's kv_b_proj is kept as what it stands for."""
     monkeypatch.setattr(fp8, "dense_instead", lambda device: False)
     model, name, changes = FAMILIES[family]
     config, tensors, _ = tiny(name, **changes)
@@ -157,7 +168,8 @@ def test_other_checkpoints_are_quantized_as_they_are_loaded(family, monkeypatch)
     harness = ModelHarness(model, config, tensors, quantization=Fp8(None))
     for path, parameter in harness.runner.model.named_parameters():
         is_matrix = "embed" not in path and "lm_head" not in path and ".gate." not in path and parameter.dim() > 1
-        assert (parameter.dtype == E4M3) == (is_matrix and "scale" not in path), path
+        is_matrix &= "scale" not in path and "kv_b_proj" not in path
+        assert (parameter.dtype == E4M3) == is_matrix, path
 
 
 def test_the_error_of_fp8_weights():

@@ -2,11 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from engine import ConfigError, Engine, SamplingParams
+from engine.plugin.testing import ModelHarness
+from engine.worker import logits, runner, sampler
 from engine.worker.graphs import ladder
+from engine.worker.main import peak_bytes
+from engine_plugins.models.echo import Echo
 
 TERMS = {
     "architectures": ["LlamaForCausalLM"],
@@ -20,6 +26,39 @@ TERMS = {
     "rms_norm_eps": 1e-5,
     "vocab_size": 1000,
 }
+
+
+def test_the_profile_run_asks_for_all_that_a_step_can_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its peak is that of the largest step only if every row filters, penalises and wants log-probabilities."""
+    asked: dict[str, list[int]] = {}
+
+    def watch(module: Any, name: str) -> None:
+        function = getattr(module, name)
+
+        def watched(first: Any, *rest: Any) -> Any:
+            asked.setdefault(name, []).append(len(first))
+            return function(first, *rest)
+
+        monkeypatch.setattr(module, name, watched)
+
+    for module, names in (
+        (logits, ("penalize", "edit", "apply_bitmask")),
+        (runner, ("score", "score_prompt")),
+        (sampler, ("filtered", "_top_k", "_top_p")),
+    ):
+        for name in names:
+            watch(module, name)
+    peaks = iter((100, 5000))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(peaks))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(peaks))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    harness = ModelHarness(Echo, {}, {})
+    model, cpu = harness.runner.model, torch.device("cpu")
+    held = -(-(48 + 1) // 4) * model.kv_spec().page_bytes
+    assert peak_bytes(model, cpu, slots=5, max_model_len=64, step_tokens=48) == 4900 - held
+    for name in ("penalize", "edit", "apply_bitmask", "score", "filtered", "_top_k", "_top_p"):
+        assert asked[name][:2] == [5, 5], f"{name}: a step with prompts, and one of decode rows"
+    assert asked["score_prompt"][0] == 5 * (48 // 5 - 1)
 
 
 @pytest.fixture

@@ -315,6 +315,23 @@ def test_a_quantization_is_the_checkpoints_or_the_named_one(distribute: Distribu
         chosen("fp8", "fast", "eight", "fp8")
 
 
+def test_latent_attention_has_backends_of_its_own_under_the_same_names(distribute: Distribute) -> None:
+    plugins = Plugins.load()
+    entry, reason = plugins.attention_for("cuda", latent=True)
+    assert entry.name == "flashinfer" and "latent" in entry.target and "before torch (0), triton (20)" in reason
+    assert [other.name for other in plugins.attention_after(entry, "cuda", latent=True)] == ["triton", "torch"]
+    assert plugins.attention_for("cpu", latent=True)[0].name == "torch"
+    for latent in (False, True):
+        entry, reason = Plugins.load(["triton"]).attention_for("cuda", latent)
+        assert (entry.name, reason) == ("triton", "named in --plugins") and ("latent" in entry.target) is latent
+        with pytest.raises(PluginError, match="backend 'triton', which runs on cuda, not on cpu"):
+            Plugins.load(["triton"]).attention_for("cpu", latent)
+    with pytest.raises(PluginError, match="names cpu, which is no latent attention backend; there is torch, triton"):
+        Plugins.load(["cpu"]).attention_for("cpu", latent=True)
+    distribute("fast", {"fast": "fast"}, fast=MODELS)  # has none: the choice is ours
+    assert Plugins.load(["fast"]).attention_for("cuda", latent=True)[0].name == "flashinfer"
+
+
 def test_policies() -> None:
     plugins = Plugins.load()
     assert plugins.policy("auto").order(["a", "b"], [0, 9]) == [0, 1]

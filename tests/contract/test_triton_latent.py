@@ -1,0 +1,44 @@
+"""The Triton backend of latent attention where there is no GPU: what it refuses, and its kernels in the interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.errors import ConfigError
+from engine.layers import LatentShape
+from engine_plugins.attention.triton_latent import TritonLatentAttention
+
+pytest.importorskip("triton")
+
+
+def test_the_kernels_interpreted_do_what_latent_attention_is() -> None:
+    """In a process of its own: the interpreter is chosen when triton is imported, for all that follows."""
+    file = Path(__file__).with_name("interpreted_latent.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("terms", "device", "dtype", "said"),
+    [
+        ({}, "cpu", torch.float32, "runs on GPUs, not on cpu"),
+        ({"latent_dim": 384}, "cuda", torch.bfloat16, "dimensions of 16, 32, … 512, not .384,"),
+        ({"latent_dim": 1024}, "cuda", torch.bfloat16, "not .1024,"),
+        ({}, "cuda", torch.float64, "not torch.float64"),
+        ({"kv_dtype": torch.float8_e5m2}, "cuda", torch.bfloat16, "not torch.float8_e5m2 for torch.bfloat16"),
+    ],
+)
+def test_what_it_cannot_serve_is_refused(terms: dict, device: str, dtype: torch.dtype, said: str) -> None:
+    usual = {"layers": 1, "query_heads": 4, "latent_dim": 512, "rope_dim": 64, "key_dim": 128, "value_dim": 128}
+    with pytest.raises(ConfigError, match=said):
+        TritonLatentAttention(LatentShape(**{**usual, "scale": 1.0, **terms}), 16, torch.device(device), dtype)
