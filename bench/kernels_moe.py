@@ -25,7 +25,7 @@ from engine.kernels.fp8 import BLOCK, E4M3
 from engine.kernels.moe import ExpertWeights, Routed, Routing
 from engine.kernels.triton_experts import combine, multiply, vector_down, vector_up
 from engine.kernels.triton_fp8 import Cut, quantize_tokens
-from engine.kernels.triton_moe import QUANTIZED_ROWS, TritonMoeOps, regime
+from engine.kernels.triton_moe import QUANTIZED_ROWS, VECTOR_TOKENS, TritonMoeOps, regime
 from engine.kernels.triton_routing import order_reference
 
 BANDWIDTH, RATE = 4.3e12, 790e12
@@ -216,6 +216,25 @@ def sweep(name: str, weights: ExpertWeights, tokens: int, fp8: bool, pool: Proce
             print(f"  {tokens:6} tokens {what:8} {took:9.1f} us  {cut}{wrong}", flush=True)
 
 
+def sweep_vectors(name: str, weights: ExpertWeights, tokens: int) -> None:
+    """The products of few tokens."""
+    shape = SHAPES[name]
+    hidden, gate, bias = step(shape, tokens)
+    routed = OPS.route(OPS.gate(hidden, gate), bias, shape.routing)
+    up, down = (weights.gate_up, weights.gate_up_scale), (weights.down, weights.down_scale)
+    made = vector_up(hidden, *up, routed.experts)
+    times: dict[str, list[tuple[float, int, int]]] = {"gate, up": [], "down": []}
+    for rows, columns in itertools.product((1, 2, 4, 8), (512, 1024, 2048, 4096)):
+        if 2048 <= rows * columns <= 16384:
+            first = partial(vector_up, hidden, *up, routed.experts, rows, columns)
+            second = partial(vector_down, made, *down, routed.experts, routed.weights, None, rows, columns)
+            times["gate, up"].append((microseconds(first), rows, columns))
+            times["down"].append((microseconds(second), rows, columns))
+    for what, found in times.items():
+        best = ", ".join(f"{rows} x {columns} {took:.1f}" for took, rows, columns in sorted(found)[:5])
+        print(f"  {tokens:6} tokens {what:8} rows x columns, us: {best}", flush=True)
+
+
 def timed(pair: Pair, gated: bool, cuts: list[Cut]) -> Iterator[tuple[float, Cut, float]]:
     """Microseconds of each cut that fits, and how far it is from the first, in the typical size of a number."""
     wanted = None
@@ -249,7 +268,9 @@ def main() -> None:
         if given.sweep:
             with ProcessPoolExecutor(given.workers, mp_context=context) as pool:
                 for tokens in map(int, given.tokens.split(",")):
-                    if tokens > 4:
+                    if tokens <= VECTOR_TOKENS:
+                        sweep_vectors(name, weights, tokens)
+                    else:
                         sweep(name, weights, tokens, fp8, pool, given.workers)
         del weights
 

@@ -7,8 +7,8 @@ travel as the bytes of little-endian int32 (`ids`) or float32 arrays: one copy, 
                                 │Admit/Abort        ^      │StopHit
                                 v                   │Tokens v
                              scheduler ─────────────┘<──────┘
-                                │ ^                 ──Stats/Flushed/Paused/Profiled/Fatal──> http
-           StepPlan/Profile/Reset│ │StepDone, Profiled, WorkerReady, WorkerLost, …
+                                │ ^                 ──Stats/Flushed/Paused/Profiled/ExpertCounts/Fatal──> http
+   StepPlan/Profile/CountExperts/Reset│ │StepDone, Profiled, ExpertCounts, WorkerReady, WorkerLost, …
                                 v │
                              executor <──frames──> worker
 """
@@ -405,6 +405,30 @@ class Profiled(Message, frozen=True):
     cause: str = ""
 
 
+CountAction = Literal["start", "stop", "look"]
+
+
+class CountExperts(Message, frozen=True):
+    """http → scheduler → executor → worker: count how often each expert is chosen, from nothing on; end that; or only
+    look. Numbered as a Flush."""
+
+    number: int
+    action: CountAction
+
+
+class ExpertCounts(Message, frozen=True):
+    """worker → executor → scheduler → http: the answer to a CountExperts; or its `cause` says why there is none.
+
+    `counts` (int64 [layers, experts]) are of those layers that have experts, whose numbers `layers` are.
+    """
+
+    number: int
+    counting: bool = False
+    layers: tuple[int, ...] = ()
+    counts: bytes = b""
+    cause: str = ""
+
+
 class Boot(Message, frozen=True):
     """executor → worker: the first frame; the worker loads the model named in `config`."""
 
@@ -456,12 +480,14 @@ class Stats(Message, frozen=True):
 
 Job = Generate | Embed
 ToTokenizer = Job | Abort | WorkerReady
-ToWorker = Boot | StepPlan | Profile | Ping
-FromWorker = WorkerReady | StepDone | Profiled | Pong | Fatal
-FromFront = Admit | Abort | StopHit | Flush | Pause | Profile
-FromExecutor = StepDone | Profiled | WorkerReady | WorkerLost | WorkerSilent | Fatal
+ToTheDevice = Profile | CountExperts  # questions of http's that the worker answers
+FromTheDevice = Profiled | ExpertCounts
+ToWorker = Boot | StepPlan | ToTheDevice | Ping
+FromWorker = WorkerReady | StepDone | FromTheDevice | Pong | Fatal
+FromFront = Admit | Abort | StopHit | Flush | Pause | ToTheDevice
+FromExecutor = StepDone | FromTheDevice | WorkerReady | WorkerLost | WorkerSilent | Fatal
 ToScheduler = FromFront | FromExecutor
-ToExecutor = StepPlan | Profile | Reset
+ToExecutor = StepPlan | ToTheDevice | Reset
 ToDetokenizer = Open | Tokens | Failed
-ToFront = Tokens | Failed | Stats | Flushed | Paused | Profiled | WorkerReady | Fatal
-ToHttp = Chunks | Failed | Stats | Flushed | Paused | Profiled | WorkerReady | Fatal
+ToFront = Tokens | Failed | Stats | Flushed | Paused | FromTheDevice | WorkerReady | Fatal
+ToHttp = Chunks | Failed | Stats | Flushed | Paused | FromTheDevice | WorkerReady | Fatal

@@ -25,6 +25,8 @@ from engine.channel import Frames, Outbox
 from engine.config import Config
 from engine.messages import (
     Boot,
+    CountExperts,
+    ExpertCounts,
     Fatal,
     FromExecutor,
     FromWorker,
@@ -157,7 +159,7 @@ class ExecutorActor:
                 case StepDone():
                     life.busy -= 1
                     await self.scheduler.send(message)
-                case Profiled():
+                case Profiled() | ExpertCounts():
                     await self.scheduler.send(message)
                 case WorkerReady():
                     life.ready = True
@@ -172,7 +174,7 @@ class ExecutorActor:
 
     async def _forward(self, frames: Frames[FromWorker], life: "_Life") -> None:
         async for message in self.inbox:
-            if isinstance(message, StepPlan | Profile):
+            if isinstance(message, StepPlan | Profile | CountExperts):
                 life.busy += isinstance(message, StepPlan)
                 try:
                     await frames.send(message)

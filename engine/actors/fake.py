@@ -13,6 +13,8 @@ from anyio.streams.memory import MemoryObjectReceiveStream
 
 from engine.channel import Outbox
 from engine.messages import (
+    CountExperts,
+    ExpertCounts,
     FromExecutor,
     Logprobs,
     Profile,
@@ -103,6 +105,8 @@ class FakeExecutor:
         self.seconds = seconds
         self.device = FakeDevice()
         self.lost = False
+        self.steps = self.since = 0
+        self.counting = False
 
     async def run(self) -> None:
         await self.scheduler.send(self.ready)
@@ -112,10 +116,21 @@ class FakeExecutor:
                 await self.scheduler.send(self.ready)
             elif isinstance(message, Profile) and not self.lost:
                 await self.scheduler.send(Profiled(message.number, message.folder))
+            elif isinstance(message, CountExperts) and not self.lost:
+                await self.scheduler.send(self.count(message))
             elif isinstance(message, StepPlan) and not self.lost:
+                self.steps += 1
                 await anyio.sleep(self.seconds)
                 if not self.lost:
                     await self.scheduler.send(self.device.step(message))
+
+    def count(self, message: CountExperts) -> ExpertCounts:
+        """Of layers 1 and 3 with three experts each: how many steps there were since the start, and made-up numbers."""
+        if message.action == "start":
+            self.since = self.steps
+        self.counting = message.action == "start" or (self.counting and message.action != "stop")
+        counts = array("q", [self.steps - self.since, 1, 2, 3, 4, 5])
+        return ExpertCounts(message.number, self.counting, (1, 3), counts.tobytes())
 
     async def lose(self, cause: str) -> None:
         self.lost = True

@@ -18,6 +18,8 @@ from engine.errors import RequestError
 from engine.messages import (
     Abort,
     Admit,
+    CountExperts,
+    ExpertCounts,
     Failed,
     Fatal,
     Flush,
@@ -69,7 +71,7 @@ class SchedulerActor:
         self.in_flight = 0
         self.paused = False
         self._pauses: list[Pause] = []  # not answered yet
-        self._profiles: list[int] = []  # numbers of those that the worker has not answered yet
+        self._asked: dict[int, type[Profiled | ExpertCounts]] = {}  # by its number, what the worker is still to answer
         self.step_seconds = array("f")
         self.idle_seconds = 0.0
         self._checked = True
@@ -112,9 +114,11 @@ class SchedulerActor:
                 self._pauses.append(message)
                 await self._answer_pauses()
             case Profile():
-                await self._profile(message)
-            case Profiled():
-                self._profiles.remove(message.number)
+                await self._ask_worker(message, Profiled)
+            case CountExperts():
+                await self._ask_worker(message, ExpertCounts)
+            case Profiled() | ExpertCounts():
+                del self._asked[message.number]
                 await self.front.send(message)
             case WorkerReady():
                 await self._ready(message)
@@ -154,12 +158,12 @@ class SchedulerActor:
         for pause in pauses:
             await self.front.send(Paused(pause.number, pause.paused))
 
-    async def _profile(self, message: Profile) -> None:
+    async def _ask_worker(self, message: Profile | CountExperts, answer: type[Profiled | ExpertCounts]) -> None:
         if self.worker not in ("ready", "stalled"):
-            cause = f"the device worker is {self.worker}, and traces nothing; ask again when /health says ready"
-            await self.front.send(Profiled(message.number, cause=cause))
+            cause = f"the device worker is {self.worker}, and answers nothing; ask again when /health says ready"
+            await self.front.send(answer(message.number, cause=cause))
         else:
-            self._profiles.append(message.number)
+            self._asked[message.number] = answer
             await self.executor.send(message)
 
     async def _admit(self, message: Admit) -> None:
@@ -195,9 +199,10 @@ class SchedulerActor:
         for rid in self.scheduler.reset():
             await self.front.send(Failed(rid, 503, "worker_lost", f"{LOST} (cause: {cause})"))
         await self._answer_pauses()
-        profiles, self._profiles = self._profiles, []
-        for number in profiles:
-            await self.front.send(Profiled(number, cause=f"the device worker was lost, and its trace with it: {cause}"))
+        asked, self._asked = self._asked, {}
+        for number, answer in asked.items():
+            said = f"the device worker was lost, and with it what it traced and counted: {cause}"
+            await self.front.send(answer(number, cause=said))
         await self.executor.send(Reset())
 
     async def _heartbeat(self) -> None:

@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from engine import __version__
 from engine.errors import RequestError
+from engine.http import experts
 from engine.http.service import SERVICE
 from engine.http.wire import Body, Reply, json_response
 from engine.messages import Embed, Generate, Job, Profiled, SamplingParams
@@ -153,6 +154,7 @@ def probe_of(*, makes_vectors: bool) -> Job:
 
 async def metrics(request: web.Request) -> web.Response:
     """Give all figures in the format of Prometheus."""
+    await experts.refresh(request.app[SERVICE].front)
     body, content_type = request.app[SERVICE].metrics.page(request.headers.get("Accept", ""))
     return web.Response(body=body, headers={"Content-Type": content_type})
 

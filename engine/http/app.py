@@ -18,7 +18,7 @@ from aiohttp.typedefs import Handler
 
 from engine.config import ServerOptions
 from engine.errors import ConfigError, RequestError
-from engine.http import admin, anthropic, choices, embeddings, native, openai, responses, stored, tokens
+from engine.http import admin, anthropic, choices, embeddings, experts, native, openai, responses, stored, tokens
 from engine.http.openapi import DOCUMENT, ErrorReply, Route, describe, openapi_document
 from engine.http.service import SERVICE, Service
 from engine.http.sse import describe_error
@@ -118,6 +118,10 @@ ROUTES = (
     Route("POST", "/flush_cache", admin.flush_cache, gives=admin.FlushReply),
     Route("POST", "/pause_generation", admin.pause_generation, takes=admin.PauseBody, gives=admin.PauseReply),
     Route("POST", "/continue_generation", admin.continue_generation, gives=admin.PauseReply),
+    Route("POST", "/expert_distribution/start", experts.start, gives=experts.CountingReply),
+    Route("POST", "/expert_distribution/stop", experts.stop, gives=experts.CountingReply),
+    Route("GET", "/expert_distribution/dump", experts.dump, gives=experts.DistributionReply),
+    Route("POST", "/expert_distribution/dump", experts.dump, gives=experts.DistributionReply),
     Route("POST", "/start_profile", admin.start_profile, takes=admin.ProfileBody, gives=admin.ProfileReply),
     Route("POST", "/stop_profile", admin.stop_profile, gives=admin.ProfileReply),
     # Probes and Prometheus carry no key.

@@ -42,8 +42,9 @@ class Routing:
 
 
 class Routed(NamedTuple):
-    """The choices of T tokens: float32 `weights` and int64 `experts`, [T, k]. `order` is whatever the implementation
-    that made them has prepared for its `experts`."""
+    """The choices of T tokens: float32 `weights` and int64 `experts`, [T, k]; padding chooses -1, at weight 0.
+
+    `order` is whatever the implementation that made them has prepared for its `experts`."""
 
     weights: Tensor
     experts: Tensor
@@ -85,9 +86,17 @@ class MoeOps:
         """Float32 logits [T, experts] of `hidden` [T, H], by `weight` [experts, H]."""
         return functional.linear(hidden.to(torch.float32), weight.to(torch.float32))
 
-    def route(self, logits: Tensor, bias: Tensor | None, routing: Routing, recorder: Recorder | None = None) -> Routed:
+    def route(
+        self,
+        logits: Tensor,
+        bias: Tensor | None,
+        routing: Routing,
+        recorder: Recorder | None = None,
+        real: Tensor | None = None,
+    ) -> Routed:
         """Chooses by float32 `logits` [T, experts] and the correction `bias` [experts], and counts in `recorder`. Of
-        equals, any may be chosen; a token's experts come in any order."""
+        equals, any may be chosen; a token's experts come in any order. Tokens from the number `real` [1] int64 on are
+        padding."""
         scores = logits.softmax(-1) if routing.scoring == "softmax" else logits.sigmoid()
         choice = scores if bias is None else scores + bias
         if routing.groups > 1:
@@ -96,11 +105,14 @@ class MoeOps:
             kept = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(-1, best, True)
             choice = grouped.masked_fill(~kept[..., None], -torch.inf).flatten(-2)
         experts = choice.topk(routing.top_k, dim=-1).indices
-        if recorder is not None and recorder.on.item():
-            recorder.counts.add_(torch.bincount(experts.flatten(), minlength=routing.experts))
         weights = scores.gather(-1, experts)
         if routing.normalised:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        if real is not None:
+            padding = (torch.arange(len(logits), device=logits.device) >= real)[:, None]
+            weights, experts = weights.masked_fill(padding, 0.0), experts.masked_fill(padding, -1)
+        if recorder is not None and recorder.on.item():
+            recorder.counts.add_(torch.bincount(experts[experts >= 0], minlength=routing.experts))
         return Routed(weights * routing.scale, experts)
 
     def experts(self, hidden: Tensor, routed: Routed, weights: ExpertWeights, base: Tensor | None = None) -> Tensor:
@@ -110,11 +122,11 @@ class MoeOps:
         """
         top_k = routed.experts.shape[1]
         chosen = routed.experts.flatten()
-        counts = torch.bincount(chosen, minlength=len(weights.gate_up)).tolist()
+        counts = torch.bincount(chosen + 1, minlength=len(weights.gate_up) + 1).tolist()
         order = chosen.argsort(stable=True)
         scale = routed.weights.flatten()
         out = torch.zeros_like(hidden, dtype=torch.float32) if base is None else base.to(torch.float32, copy=True)
-        begin = 0
+        begin = counts.pop(0)  # of padding
         for expert, count in enumerate(counts):
             if count:
                 rows = order[begin : begin + count]

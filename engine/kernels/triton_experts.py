@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.fp8 import BLOCK, LARGEST
+from engine.kernels.launch import launch_dependents, wait_for_previous
 from engine.kernels.triton_fp8 import (
     BLOCK_SCALES,
     NO_SCALES,
@@ -44,27 +45,30 @@ def scale_kind(weight: Tensor, scale: Tensor | None) -> int:
 def vector_up_kernel(
     hidden, weight, scales, experts, out,
     INNER: tl.constexpr, SIZE: tl.constexpr, TOP_K: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
-    """silu(gate) * up of ROWS rows for one choice."""
+    """silu(gate) * up of ROWS rows for one choice; zeros for padding, which reads nothing."""
     choice = tl.program_id(1)
-    n, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    wait_for_previous(DEPENDS)
+    first = tl.program_id(0) * ROWS
+    n, k = first + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     inside = n < INNER
     expert = tl.load(experts + choice)
+    end = tl.where(expert >= 0, SIZE, 0)
+    expert = tl.maximum(expert, 0)
     line = weight + expert * (2 * INNER * SIZE) + tl.minimum(n, INNER - 1)[:, None].to(tl.int64) * SIZE
-    first = tl.program_id(0) * ROWS
     half: tl.constexpr = (INNER + BLOCK - 1) // BLOCK * ((SIZE + BLOCK - 1) // BLOCK) if SCALES == 1 else INNER
     scale = scales + expert * (2 * half)
-    tokens = hidden + choice // TOP_K * SIZE
+    token = hidden + choice // TOP_K * SIZE
     gates = tl.zeros([ROWS, COLUMNS], tl.float32)
     ups = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for begin in range(0, SIZE, COLUMNS):
+    for begin in tl.static_range(0, SIZE, COLUMNS):  # unrolled, so that several blocks are on their way
         at = begin + k
-        there = (at < SIZE)[None, :]
+        there = (at < end)[None, :]
         gate = tl.load(line + at[None, :], mask=there, other=0.0)
         up = tl.load(line + INNER * SIZE + at[None, :], mask=there, other=0.0)
-        gates += gate.to(tl.float32) * scaled_line(tokens, scale, first, at, SIZE, SCALES, BLOCK)[None, :]
-        ups += up.to(tl.float32) * scaled_line(tokens, scale + half, first, at, SIZE, SCALES, BLOCK)[None, :]
+        gates += gate.to(tl.float32) * scaled_line(token, scale, first, at, SIZE, SCALES, BLOCK)[None, :]
+        ups += up.to(tl.float32) * scaled_line(token, scale + half, first, at, SIZE, SCALES, BLOCK)[None, :]
     gate, up = tl.sum(gates, 1), tl.sum(ups, 1)
     if SCALES == 2:
         gate *= tl.load(scale + n, mask=inside, other=0.0)
@@ -76,28 +80,29 @@ def vector_up_kernel(
 def vector_down_kernel(
     made, weight, scales, experts, weights, base, out,
     SIZE: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr, BASED: tl.constexpr, SCALES: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of one token's result: the weighed sum over its experts."""
+    """ROWS rows of one token's result: the weighed sum over its experts, of which padding has none."""
     token = tl.program_id(1)
+    wait_for_previous(DEPENDS)
     first = tl.program_id(0) * ROWS
     n, k = first + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     inside = n < SIZE
-    line = tl.minimum(n, SIZE - 1)[:, None].to(tl.int64) * INNER
+    line = weight + tl.minimum(n, SIZE - 1)[:, None].to(tl.int64) * INNER
     per: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK * ((INNER + BLOCK - 1) // BLOCK) if SCALES == 1 else SIZE
-    steps: tl.constexpr = (INNER + COLUMNS - 1) // COLUMNS
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for step in range(0, TOP_K * steps):
-        choice = token * TOP_K + step // steps
+    for slot in tl.static_range(TOP_K):
+        choice = token * TOP_K + slot
         expert, share = tl.load(experts + choice), tl.load(weights + choice)
-        at = step % steps * COLUMNS + k
-        w = tl.load(weight + expert * (SIZE * INNER) + line + at[None, :], mask=(at < INNER)[None, :], other=0.0)
-        x = scaled_line(made + choice * INNER, scales + expert * per, first, at, INNER, SCALES, BLOCK) * share
-        if SCALES == 2:
-            row_scale = tl.load(scales + expert * per + n, mask=inside, other=0.0)
-            total += w.to(tl.float32) * row_scale[:, None] * x[None, :]
-        else:
-            total += w.to(tl.float32) * x[None, :]
+        end = tl.where(expert >= 0, INNER, 0)
+        expert = tl.maximum(expert, 0)
+        scale = scales + expert * per
+        shares = share * tl.load(scale + n, mask=inside, other=0.0)[:, None] if SCALES == 2 else share
+        for begin in tl.static_range(0, INNER, COLUMNS):
+            at = begin + k
+            w = tl.load(line + expert * (SIZE * INNER) + at[None, :], mask=(at < end)[None, :], other=0.0)
+            x = scaled_line(made + choice * INNER, scale, first, at, INNER, SCALES, BLOCK)
+            total += w.to(tl.float32) * (x[None, :] * shares)
     y = tl.sum(total, 1)
     if BASED:
         y += tl.load(base + token * SIZE + n, mask=inside, other=0.0).to(tl.float32)
@@ -113,6 +118,7 @@ def multiply_kernel(
     N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr, QUANTIZED: tl.constexpr,
     QUANTIZES: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TOGETHER: tl.constexpr, PRECISION: tl.constexpr,
+    DEPENDS: tl.constexpr,
 ):  # fmt: skip
     """A task's choices times COLUMNS rows of its expert's matrix [N, K].
 
@@ -124,6 +130,7 @@ def multiply_kernel(
     tiles: tl.constexpr = (N + BLOCK - 1) // BLOCK * ((K + BLOCK - 1) // BLOCK)
     first_task = tl.program_id(0) // (TOGETHER * blocks) * TOGETHER
     within = tl.program_id(0) % (TOGETHER * blocks)
+    wait_for_previous(DEPENDS)
     side = tl.minimum(tl.load(count) - first_task, TOGETHER)
     if within < side * blocks:
         task, column = first_task + within % side, within // side * COLUMNS
@@ -177,9 +184,11 @@ def multiply_kernel(
 @triton.jit
 def combine_kernel(
     made, weights, places, base, out, SIZE: tl.constexpr, TOP_K: tl.constexpr, PLACED: tl.constexpr,
-    BASED: tl.constexpr, COLUMNS: tl.constexpr,
+    BASED: tl.constexpr, COLUMNS: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
-    """The weighed sum of what was made of one token. PLACED: choice c is line places[c] of `made`."""
+    """The weighed sum of what was made of one token. PLACED: choice c is line places[c] of `made`. A choice of no
+    weight may be padding's, whose line nobody wrote."""
+    wait_for_previous(DEPENDS)
     token, n = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = n < SIZE
     total = tl.zeros([COLUMNS], tl.float32)
@@ -187,9 +196,10 @@ def combine_kernel(
         total += tl.load(base + token.to(tl.int64) * SIZE + n, mask=inside, other=0.0).to(tl.float32)
     for slot in tl.static_range(TOP_K):
         choice = token * TOP_K + slot
+        weight = tl.load(weights + choice)
         line = (tl.load(places + choice) if PLACED else choice).to(tl.int64)
         one = tl.load(made + line * SIZE + n, mask=inside, other=0.0).to(tl.float32)
-        total += one * tl.load(weights + choice)
+        total += tl.where(weight != 0, one * weight, 0.0)
     tl.store(out + token.to(tl.int64) * SIZE + n, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -197,23 +207,24 @@ def combine_kernel(
 
 
 def vector_up(
-    hidden: Tensor, weight: Tensor, scale: Tensor | None, experts: Tensor, rows: int = 4, columns: int = 1024
+    hidden: Tensor, weight: Tensor, scale: Tensor | None, experts: Tensor, rows: int | None = None, columns: int = 0
 ) -> Tensor:
     """silu(gate) * up of each choice, [T * k, I]: of `hidden` [T, H] by the matrices [experts, 2 * I, H] that `experts`
-    [T, k] choose. A program takes `rows` rows of gate and of up, `columns` at a time."""
+    [T, k] choose. A program takes `rows` rows of gate and of up, `columns` at a time: by default 16 bytes a thread."""
+    rows, columns = rows or (4 if weight.itemsize > 1 else 2), columns or 2048 // weight.itemsize
     (tokens, top_k), size, inner = experts.shape, hidden.shape[1], weight.shape[1] // 2
     out = torch.empty(tokens * top_k, inner, dtype=hidden.dtype, device=hidden.device)
     vector_up_kernel[(triton.cdiv(inner, rows), tokens * top_k)](
         hidden.contiguous(), weight, weight if scale is None else scale, experts, out,
         INNER=inner, SIZE=size, TOP_K=top_k, SCALES=scale_kind(weight, scale), BLOCK=BLOCK,
-        ROWS=rows, COLUMNS=min(columns, triton.next_power_of_2(size)), num_warps=4,
+        ROWS=rows, COLUMNS=min(columns, triton.next_power_of_2(size)), num_warps=4, **launch_dependents(hidden),
     )  # fmt: skip
     return out
 
 
 def vector_down(
     made: Tensor, weight: Tensor, scale: Tensor | None, experts: Tensor, weights: Tensor, base: Tensor | None,
-    rows: int = 4, columns: int = 512,
+    rows: int = 2, columns: int = 2048,
 ) -> Tensor:  # fmt: skip
     """What `vector_up` made, by the matrices [experts, H, I], weighed by `weights` [T, k] and summed with `base`:
     [T, H]."""
@@ -222,7 +233,7 @@ def vector_down(
     vector_down_kernel[(triton.cdiv(size, rows), tokens)](
         made, weight, weight if scale is None else scale, experts, weights, made if base is None else base, out,
         SIZE=size, INNER=inner, TOP_K=top_k, BASED=base is not None, SCALES=scale_kind(weight, scale), BLOCK=BLOCK,
-        ROWS=rows, COLUMNS=min(columns, triton.next_power_of_2(inner)), num_warps=4,
+        ROWS=rows, COLUMNS=min(columns, triton.next_power_of_2(inner)), num_warps=4, **launch_dependents(made),
     )  # fmt: skip
     return out
 
@@ -253,7 +264,7 @@ def multiply(
         N=rows, K=size, TOP_K=max(top_k, 1), GATED=top_k > 0, QUANTIZED=quantized, QUANTIZES=out_scales is not None,
         SCALES=kind, BLOCK=BLOCK, LARGEST=LARGEST, ROWS=cut.rows, COLUMNS=cut.columns, DEPTH=cut.depth,
         TOGETHER=cut.together, PRECISION="ieee" if inputs.dtype == torch.float32 else "tf32",
-        num_warps=cut.warps, num_stages=cut.stages,
+        num_warps=cut.warps, num_stages=cut.stages, **launch_dependents(inputs),
     )  # fmt: skip
 
 
@@ -266,5 +277,6 @@ def combine(made: Tensor, weights: Tensor, places: Tensor | None, base: Tensor |
     combine_kernel[(tokens, triton.cdiv(size, columns))](
         made, weights, weights if places is None else places, made if base is None else base, out,
         SIZE=size, TOP_K=top_k, PLACED=places is not None, BASED=base is not None, COLUMNS=columns, num_warps=4,
+        **launch_dependents(made),
     )  # fmt: skip
     return out

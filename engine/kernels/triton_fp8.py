@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from engine.kernels import ops_for
 from engine.kernels.fp8 import BLOCK, E4M3, LARGEST, Fp8Ops, Fp8Weight, blocks
+from engine.kernels.launch import launch_dependents, wait_for_previous
 
 READING_TOKENS = 64  # up to so many, activations stay as they are
 LONGEST_LINE = 32768  # numbers of a token that one program holds at a time
@@ -73,9 +74,10 @@ def to_fp8(x, scale, LARGEST: tl.constexpr):
 @triton.jit(do_not_specialize=["scale_stride"])
 def quantize_kernel(
     inputs, numbers, scales, input_stride, scale_stride, SIZE: tl.constexpr, GATED: tl.constexpr,
-    LARGEST: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
+    LARGEST: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
     """TOGETHER blocks of one token."""
+    wait_for_previous(DEPENDS)
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * TOGETHER + tl.arange(0, TOGETHER)
     at = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -89,9 +91,10 @@ def quantize_kernel(
 @triton.jit
 def quantize_lines_kernel(
     inputs, numbers, scales, input_stride, SIZE: tl.constexpr, GATED: tl.constexpr, LARGEST: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
     """One token, with one scale."""
+    wait_for_previous(DEPENDS)
     token, at = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS)
     x = activations(inputs, token, input_stride, at, SIZE, GATED)
     scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-12) / LARGEST
@@ -113,7 +116,7 @@ def quantize_tokens(inputs: Tensor, gated: bool = False, multiple: int = 1) -> t
         together = min(8, triton.next_power_of_2(blocks(size)))
         quantize_kernel[(tokens, triton.cdiv(blocks(size), together))](
             inputs, numbers, scales, inputs.stride(0), lines, SIZE=size, GATED=gated, LARGEST=LARGEST, BLOCK=BLOCK,
-            TOGETHER=together, num_warps=4,
+            TOGETHER=together, num_warps=4, **launch_dependents(inputs),
         )  # fmt: skip
     return numbers, scales.t()
 
@@ -130,7 +133,7 @@ def quantize_lines(inputs: Tensor, gated: bool = False) -> tuple[Tensor, Tensor]
         columns = triton.next_power_of_2(size)
         quantize_lines_kernel[(tokens,)](
             inputs, numbers, scales, inputs.stride(0), SIZE=size, GATED=gated, LARGEST=LARGEST, COLUMNS=columns,
-            num_warps=max(1, min(16, columns // 512)),
+            num_warps=max(1, min(16, columns // 512)), **launch_dependents(inputs),
         )  # fmt: skip
     return numbers, scales
 
@@ -162,14 +165,17 @@ def add_product(total, x, w, each, scale, QUANTIZED: tl.constexpr, SCALES: tl.co
 @triton.jit
 def vector_kernel(
     inputs, weight, scales, bias, out, N: tl.constexpr, K: tl.constexpr, SCALES: tl.constexpr, BIASED: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of the weight, which are of one block, times one token."""
     first, k = tl.program_id(0) * ROWS, tl.arange(0, COLUMNS)
     n = first + tl.arange(0, ROWS)
     line = weight + tl.minimum(n, N - 1)[:, None].to(tl.int64) * K
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for begin in range(0, K, COLUMNS):
+    # The first block of the weight is on its way while the kernel before still runs.
+    w = tl.load(line + k[None, :], mask=(k < K)[None, :], other=0.0)
+    wait_for_previous(DEPENDS)
+    total = w.to(tl.float32) * scaled_line(inputs, scales, first, k, K, SCALES, BLOCK)[None, :]
+    for begin in range(COLUMNS, K, COLUMNS):
         at = begin + k
         w = tl.load(line + at[None, :], mask=(at < K)[None, :], other=0.0)
         total += w.to(tl.float32) * scaled_line(inputs, scales, first, at, K, SCALES, BLOCK)[None, :]
@@ -186,7 +192,7 @@ def linear_kernel(
     inputs, input_scales, weight, scales, bias, out, tokens, input_stride, scale_stride, out_stride,
     N: tl.constexpr, K: tl.constexpr, QUANTIZED: tl.constexpr, SCALES: tl.constexpr, BIASED: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TOGETHER: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
     """ROWS tokens times COLUMNS rows of the weight, DEPTH at a time in steps of a block, whose copies run together."""
     STEP: tl.constexpr = BLOCK if DEPTH > BLOCK else DEPTH
@@ -195,6 +201,7 @@ def linear_kernel(
     first_line = tl.program_id(0) // (TOGETHER * columns) * TOGETHER
     within = tl.program_id(0) % (TOGETHER * columns)
     side = tl.minimum(lines - first_line, TOGETHER)
+    wait_for_previous(DEPENDS)
     if within < side * columns:
         first, column = (first_line + within % side) * ROWS, within // side * COLUMNS
         m, n, k = first + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS), tl.arange(0, STEP)
@@ -270,6 +277,7 @@ class TritonFp8Ops(Fp8Ops):
                 inputs, weight.numbers, weight.scale, weight.scale if bias is None else bias, out, N=count, K=size,
                 SCALES=ROW_SCALES if weight.rowwise else BLOCK_SCALES, BIASED=bias is not None, BLOCK=BLOCK,
                 ROWS=rows, COLUMNS=min(columns, triton.next_power_of_2(size)), num_warps=4,
+                **launch_dependents(inputs),
             )  # fmt: skip
         return out
 
@@ -291,6 +299,7 @@ class TritonFp8Ops(Fp8Ops):
             QUANTIZED=quantized, SCALES=ROW_SCALES if weight.rowwise else BLOCK_SCALES, BIASED=bias is not None,
             BLOCK=BLOCK, ROWS=cut.rows, COLUMNS=cut.columns, DEPTH=depth, TOGETHER=cut.together,
             PRECISION="ieee" if inputs.dtype == torch.float32 else "tf32", num_warps=cut.warps, num_stages=cut.stages,
+            **launch_dependents(inputs),
         )  # fmt: skip
         return out
 

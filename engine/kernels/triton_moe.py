@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.kernels import triton as triton_ops
+from engine.kernels import ops_for
 from engine.kernels.fp8 import BLOCK, E4M3, blocks
 from engine.kernels.moe import ExpertWeights, MoeOps, Recorder, Routed, Routing
 from engine.kernels.triton_experts import combine, multiply, vector_down, vector_up
@@ -72,10 +72,17 @@ class TritonMoeOps(MoeOps):
             return super().gate(hidden, weight)
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
 
-    def route(self, logits: Tensor, bias: Tensor | None, routing: Routing, recorder: Recorder | None = None) -> Routed:
+    def route(
+        self,
+        logits: Tensor,
+        bias: Tensor | None,
+        routing: Routing,
+        recorder: Recorder | None = None,
+        real: Tensor | None = None,
+    ) -> Routed:
         tokens = len(logits)
         rows = regime(tokens, routing.top_k, routing.experts).bfloat16[0].rows if tokens > VECTOR_TOKENS else 0
-        return route(logits, bias, routing, rows, recorder)
+        return route(logits, bias, routing, rows, recorder, real)
 
     def experts(self, hidden: Tensor, routed: Routed, weights: ExpertWeights, base: Tensor | None = None) -> Tensor:
         tokens, top_k = routed.experts.shape
@@ -113,12 +120,13 @@ class TritonMoeOps(MoeOps):
 
     def by_library(self, hidden: Tensor, routed: Routed, weights: ExpertWeights, base: Tensor | None) -> Tensor:
         """`experts` by torch's grouped product, between gathers: for many tokens, in bfloat16."""
-        order, top_k = routed.order, routed.experts.shape[1]
-        choices = order.choices.to(torch.int64)
-        lines = hidden[choices // top_k]
-        made = torch._grouped_mm(lines, weights.gate_up.transpose(1, 2), offs=order.ends)
-        made = triton_ops.TritonOps().silu_and_mul(made)
+        order, top_k, count = routed.order, routed.experts.shape[1], routed.experts.numel()
+        position = torch.arange(count, device=hidden.device)
+        real = position < order.ends[-1]  # what comes after is padding's
+        choices = torch.where(real, order.choices.to(torch.int64), 0)
+        made = torch._grouped_mm(hidden[choices // top_k], weights.gate_up.transpose(1, 2), offs=order.ends)
+        made = ops_for(made).silu_and_mul(made)
         made = torch._grouped_mm(made, weights.down.transpose(1, 2), offs=order.ends)
-        places = torch.empty_like(order.choices)
-        places[choices] = torch.arange(len(choices), dtype=torch.int32, device=hidden.device)
-        return combine(made, routed.weights, places, base)
+        places = torch.zeros(count + 1, dtype=torch.int32, device=hidden.device)
+        places[torch.where(real, choices, count)] = position.to(torch.int32)
+        return combine(made, routed.weights, places[:count], base)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.launch import launch_dependents, wait_for_previous
 from engine.kernels.moe import Recorder, Routed, Routing
 
 TILE = 4096  # tokens times experts that one program looks at
@@ -26,7 +27,7 @@ TILE = 4096  # tokens times experts that one program looks at
 @dataclass(frozen=True, slots=True)
 class Order:
     """T * k choices by their expert. `tasks` of at most `rows` choices each: their expert, where they begin in
-    `choices`, how many they are."""
+    `choices`, how many they are. Where there is padding, the last `choices` are anything."""
 
     choices: Tensor  # [T * k] int32: token * k + slot
     ends: Tensor  # [experts] int32: where each expert's choices end
@@ -47,9 +48,10 @@ def task_places(choices: int, experts: int, rows: int) -> int:
 def order_reference(experts: Tensor, count: int, rows: int) -> Order:
     """The definition: the order of the choices `experts` [T, k] of `count` experts, for tasks of at most `rows`."""
     chosen = experts.flatten()
+    chosen = torch.where(chosen < 0, count, chosen)  # padding comes last
     choices = chosen.argsort(stable=True).to(torch.int32)
-    totals = torch.zeros(count, dtype=torch.int64, device=experts.device)
-    totals.scatter_add_(0, chosen, torch.ones_like(chosen))
+    totals = torch.zeros(count + 1, dtype=torch.int64, device=experts.device)
+    totals = totals.scatter_add_(0, chosen, torch.ones_like(chosen))[:-1]
     ends, need = totals.cumsum(0), -(-totals // rows)
     task_ends = need.cumsum(0)
     task = torch.arange(task_places(len(chosen), count, rows), device=experts.device)
@@ -115,14 +117,16 @@ def place_choices(slot, token, totals, before, ids, order, ends, tasks, count, p
 
 @triton.jit(do_not_specialize=["tokens", "places"])
 def route_kernel(
-    logits, bias, weights, experts, chunks, recorded, recording, order, ends, tasks, count, tokens, places, scale,
+    logits, bias, weights, experts, chunks, recorded, recording, real, order, ends, tasks, count, tokens, places, scale,
     EXPERTS: tl.constexpr, TOP_K: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr,
-    SIGMOID: tl.constexpr, BIASED: tl.constexpr, NORMALISED: tl.constexpr, RECORDS: tl.constexpr,
-    ORDERS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    SIGMOID: tl.constexpr, BIASED: tl.constexpr, NORMALISED: tl.constexpr, RECORDS: tl.constexpr, PADDED: tl.constexpr,
+    ORDERS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
     """TOKENS tokens. Scores that are no numbers count as the worst, so that there are always TOP_K experts."""
     token, ids = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, COLUMNS)
     inside = (token < tokens)[:, None] & (ids < EXPERTS)[None, :]
+    wait_for_previous(DEPENDS)
+    last = tl.load(real) if PADDED else tokens
     at = token[:, None].to(tl.int64) * EXPERTS + ids[None, :]
     x = tl.load(logits + at, mask=inside, other=float("-inf"))
     if SIGMOID:
@@ -144,16 +148,17 @@ def route_kernel(
         mine = ids[None, :] == place[:, None]
         slot = tl.where(mine, k, slot)
         choice = tl.where(mine, float("-inf"), choice)
-    slot = tl.where((token < tokens)[:, None], slot, -1)
-    chosen = slot >= 0
+    within = (slot >= 0) & (token < tokens)[:, None]
+    target = token[:, None].to(tl.int64) * TOP_K + slot
+    chosen = within & (token < last)[:, None]
+    slot = tl.where(chosen, slot, -1)
     if NORMALISED:
         factor = scale / (tl.sum(tl.where(chosen, scores, 0.0), 1) + 1e-20)
         scores = scores * factor[:, None]
     else:
         scores = scores * scale
-    target = token[:, None].to(tl.int64) * TOP_K + slot
-    tl.store(weights + target, scores, mask=chosen)
-    tl.store(experts + target, ids[None, :].to(tl.int64), mask=chosen)
+    tl.store(weights + target, tl.where(chosen, scores, 0.0), mask=within)
+    tl.store(experts + target, tl.where(chosen, ids[None, :], -1).to(tl.int64), mask=within)
     totals = tl.sum(chosen.to(tl.int32), 0)
     if RECORDS:  # noqa: SIM102 (what is not compiled must not be evaluated)
         if tl.load(recording) != 0:
@@ -169,9 +174,10 @@ def route_kernel(
 def order_kernel(
     experts, chunks, order, ends, tasks, count, tokens, places,
     EXPERTS: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
-    SOME: tl.constexpr,
+    SOME: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
     """The chunk of route_kernel's program of the same number, in its place after those before."""
+    wait_for_previous(DEPENDS)
     mine, chunk_count = tl.program_id(0), tl.num_programs(0)
     token, ids, c = mine * TOKENS + tl.arange(0, TOKENS), tl.arange(0, COLUMNS), tl.arange(0, SOME)
     totals = tl.zeros([COLUMNS], tl.int32)
@@ -194,7 +200,10 @@ def tokens_together(tokens: int, columns: int) -> int:
     return max(1, min(triton.next_power_of_2(tokens), TILE // columns))
 
 
-def route(logits: Tensor, bias: Tensor | None, routing: Routing, rows: int, recorder: Recorder | None = None) -> Routed:
+def route(
+    logits: Tensor, bias: Tensor | None, routing: Routing, rows: int, recorder: Recorder | None = None,
+    real: Tensor | None = None,
+) -> Routed:  # fmt: skip
     """As `MoeOps.route`; with an Order for tasks of `rows` choices, or none where `rows` is 0."""
     tokens, top_k, device = len(logits), routing.top_k, logits.device
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=device)
@@ -220,14 +229,16 @@ def route(logits: Tensor, bias: Tensor | None, routing: Routing, rows: int, reco
     route_kernel[(chunk_count,)](
         logits.contiguous(), logits if bias is None else bias, weights, experts, chunks,
         chunks if recorder is None else recorder.counts, chunks if recorder is None else recorder.on,
-        choices, ends, tasks, count, tokens, places, routing.scale,
+        chunks if real is None else real, choices, ends, tasks, count, tokens, places, routing.scale,
         GROUPS=routing.groups, KEPT=routing.kept_groups, BEST=routing.group_best,
         SIGMOID=routing.scoring == "sigmoid", BIASED=bias is not None, NORMALISED=routing.normalised,
-        RECORDS=recorder is not None, ORDERS=ordered, num_warps=warps, **sizes,
+        RECORDS=recorder is not None, PADDED=real is not None, ORDERS=ordered, num_warps=warps, **sizes,
+        **launch_dependents(logits),
     )  # fmt: skip
     if rows and not ordered:
         order_kernel[(chunk_count,)](
             experts, chunks, choices, ends, tasks, count, tokens, places,
             SOME=max(1, min(triton.next_power_of_2(chunk_count), TILE // columns)), num_warps=warps, **sizes,
+            **launch_dependents(logits),
         )  # fmt: skip
     return Routed(weights, experts, Order(choices, ends, tasks.view(3, places), count, rows) if rows else None)

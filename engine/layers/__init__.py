@@ -20,7 +20,7 @@ from engine.layers.encoder import Encoder
 from engine.layers.latent import LatentBackend, LatentShape
 from engine.layers.linear import ColumnLinear, QKVLinear, RowLinear
 from engine.layers.mla import LatentAttention
-from engine.layers.model import Layer, Model, check_shape, empty_weight
+from engine.layers.model import Layer, Model, check_shape, empty_weight, put
 from engine.layers.moe import Experts, Mixture, Router, SparseMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.quantization import Quantized, QuantizedExperts, QuantizedLinear, Scheme
@@ -72,6 +72,7 @@ __all__ = [
     "empty_weight",
     "gated_activation",
     "gelu_and_mul",
+    "put",
     "silu_and_mul",
     "yarn_scale",
 ]

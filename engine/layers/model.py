@@ -79,7 +79,11 @@ def copy_weight(
 ) -> None:
     """Copies `tensor[index]` into `target` if the tensor's full shape is `whole`, else raises ConfigError."""
     check_shape(name, tensor, whole)
-    source = tensor[index]
+    put(tensor[index], target)
+
+
+def put(source: Tensor, target: Tensor) -> None:
+    """Copies `source` into `target`, which may be on a GPU, where it becomes of the type there."""
     if target.is_cuda and source.is_cpu and source.dim():
         _send(source, target)
     else:

@@ -42,7 +42,9 @@ class Router(Layer):
     def __init__(self, build: Build, routing: Routing, size: int, corrected: bool = False) -> None:
         super().__init__()
         self.routing = routing
-        self.recorder: Recorder | None = None  # where its choices are counted, if that is wanted
+        self.real: Tensor | None = None  # how many tokens of a captured step are no padding, [1] int64
+        counts = torch.zeros(routing.experts, dtype=torch.int64, device=build.device)
+        self.recorder = Recorder(counts, torch.zeros(1, dtype=torch.int32, device=build.device))
         self.weight = empty_weight(build, routing.experts, size)
         bias = empty_weight(build, routing.experts, dtype=torch.float32) if corrected else None
         self.e_score_correction_bias = bias
@@ -50,7 +52,8 @@ class Router(Layer):
     def forward(self, hidden: Tensor) -> Routed:
         """`hidden` [T, size] to (weights [T, k] float32, experts [T, k] int64, and what the kernels know of them)."""
         ops = moe_ops_for(hidden)
-        return ops.route(ops.gate(hidden, self.weight), self.e_score_correction_bias, self.routing, self.recorder)
+        logits = ops.gate(hidden, self.weight)
+        return ops.route(logits, self.e_score_correction_bias, self.routing, self.recorder, self.real)
 
 
 class Experts(Layer):

@@ -52,6 +52,7 @@ class Tables:
     tokens: Tensor  # [slots + 1, positions] int32
     page_table: Tensor  # [slots + 1, P] int32
     page_size: int
+    counts_real: bool = False  # whether a step says how many of its tokens are no padding
 
     @property
     def scratch(self) -> int:
@@ -76,6 +77,7 @@ class Tables:
             offsets=NOTHING,
             caches=self.caches,
             plans=plans,
+            real=(token_slots != self.scratch).sum().view(1) if self.counts_real else None,
         )
 
 

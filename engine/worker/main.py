@@ -21,10 +21,11 @@ from engine.errors import ConfigError
 from engine.layers.build import Build
 from engine.layers.encoder import Encoder
 from engine.layers.model import Model
-from engine.messages import Boot, Ping, Pong, Profile, StepPlan, ToWorker, WorkerReady
+from engine.messages import Boot, CountExperts, Ping, Pong, Profile, StepPlan, ToWorker, WorkerReady
 from engine.plugin.manager import Plugins, resolve
 from engine.worker.backends import Backends, quantization
 from engine.worker.demands import FILTERED, PENALIZED, PLAIN, everything
+from engine.worker.experts import count_experts
 from engine.worker.kv import allocate, choose_max_model_len, count_pages
 from engine.worker.profiling import StepProfiler
 from engine.worker.runner import Runner, Step
@@ -66,6 +67,8 @@ def serve(frames: BlockingFrames[ToWorker], runner: Runner) -> None:
                     in_flight.append(runner.launch(message))
             case Profile():
                 frames.send(profiler.answer(message, len(in_flight)))
+            case CountExperts():
+                frames.send(count_experts(runner.model, message))
             case Ping():
                 frames.send(Pong())
             case None:

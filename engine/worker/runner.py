@@ -24,6 +24,7 @@ from engine.layers.model import Model
 from engine.messages import Logprobs, Sampling, SlotAdmit, StepDone, StepPlan
 from engine.worker.batch import build_batch, upload
 from engine.worker.demands import PLAIN
+from engine.worker.experts import heed_padding
 from engine.worker.graphs import DecodeGraphs, PromptGraphs, Tables
 from engine.worker.kv import Caches, copy_pages
 from engine.worker.logits import Adjustments
@@ -99,7 +100,7 @@ class Runner:
         self.adjustments = Adjustments(slots, model.vocab_size, device)
         self.unscored = np.zeros((slots, 2), np.int64)  # prompt positions to be scored: from, to
         self._ahead_of: torch.cuda.Event | None = None  # the end of the last step, while it is not known to be over
-        tables = Tables(model, caches, self.tokens, self.page_table, page_size)
+        tables = Tables(model, caches, self.tokens, self.page_table, page_size, counts_real=heed_padding(model))
         self.decode_graphs = DecodeGraphs(tables) if device.type != "cpu" else RecordedSteps(tables)
         self.shared_graphs = DecodeGraphs(tables, shared=True)
         self.prompt_graphs = PromptGraphs(tables)

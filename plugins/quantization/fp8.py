@@ -37,6 +37,7 @@ from engine.plugin.layers import (
     Scheme,
     check_shape,
     empty_weight,
+    put,
 )
 
 log = logging.getLogger("engine.quantization")
@@ -138,7 +139,7 @@ class Loaded:
         check_shape(name, tensor, tuple(numbers.shape))
         weight = read(tensor)
         if weight.dtype == E4M3:
-            numbers.copy_(weight)
+            put(weight, numbers)
             self._numbers[key] = name
             return
         if not weight.is_floating_point() or weight.itemsize == 1:
@@ -147,7 +148,9 @@ class Loaded:
             )
         made: Callable[[Tensor], tuple[Tensor, Tensor]]
         made = quantize_blocks if self.granularity == "blocks" else quantize_rows
-        quantized, its_scale = made(weight.to(numbers.device))
+        there = torch.empty(weight.shape, dtype=weight.dtype, device=numbers.device)
+        put(weight, there)
+        quantized, its_scale = made(there)
         numbers.copy_(quantized)
         scale.copy_(its_scale)
         self._scaled.add(key)

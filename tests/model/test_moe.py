@@ -1,10 +1,14 @@
 """Mixtures of experts against Hugging Face transformers on seeded tiny configurations, in float32."""
 
+import numpy as np
 import pytest
 import torch
 from oracle import tiny
 
-from engine.plugin.testing import MODEL_SCENARIOS, check_model
+from engine.messages import CountExperts
+from engine.plugin.testing import MODEL_SCENARIOS, ModelHarness, check_model
+from engine.worker.experts import count_experts
+from engine_plugins.models.llama import Llama
 from engine_plugins.models.mixtral import Mixtral
 from engine_plugins.models.qwen3_moe import Qwen3Moe
 
@@ -45,3 +49,33 @@ def test_each_expert_and_the_router_matter(name):
     tensors[name] = tensors[name] + 0.3 * torch.randn_like(tensors[name])
     with pytest.raises(AssertionError, match="off by"):
         check_model(Qwen3Moe, config, tensors, reference, "whole")
+
+
+def test_choices_are_counted_while_they_are_asked_for():
+    config, tensors, _ = tiny("Qwen3Moe", **EXPERTS, mlp_only_layers=[1])
+    harness = ModelHarness(Qwen3Moe, config, tensors)
+    model = harness.runner.model
+    harness.runner.apply(harness.admit([list(range(20))]))
+
+    def count(action):
+        counted = count_experts(model, CountExperts(7, action))
+        assert (counted.number, counted.layers, counted.cause) == (7, (0, 2), "")
+        return counted.counting, np.frombuffer(counted.counts, "<i8").reshape(2, 8)
+
+    harness.logits([(0, 0, 4)])
+    assert not count("look")[1].any()
+    count("start")
+    harness.logits([(0, 4, 6)])
+    counting, first = count("look")
+    assert counting and first.sum(axis=1).tolist() == [6 * 3, 6 * 3]
+    harness.logits([(0, 10, 5)])
+    counting, second = count("stop")
+    assert not counting and second.sum(axis=1).tolist() == [11 * 3, 11 * 3] and (second >= first).all()
+    harness.logits([(0, 15, 5)])
+    assert (count("look")[1] == second).all()
+    assert not count("start")[1].any()
+
+
+def test_a_model_without_experts_says_so():
+    model = ModelHarness(Llama, *tiny("Llama")[:2]).runner.model
+    assert "no experts" in count_experts(model, CountExperts(1, "start")).cause

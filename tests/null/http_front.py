@@ -43,6 +43,7 @@ class FakeFront:
         self.stats = Stats("ready")
         self.on_stats: list[Callable[[Stats], None]] = []
         self.state = Health("ready")
+        self.experts = None
         self.script = list(script or chunks("Hello", ", ", "world"))
         self.hangs = hangs  # after its script, before the end
         self.asked: list[Generate] = []

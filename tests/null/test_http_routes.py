@@ -9,7 +9,7 @@ import aiohttp
 import anyio
 import openai
 import pytest
-from house import House, counted, open_house
+from house import House, counted, open_house, prompt
 from http_front import FakeFront, serving
 
 from engine import __version__
@@ -399,9 +399,43 @@ async def test_a_lost_worker_answers_for_its_trace(tmp_path: Path) -> None:
 
 
 async def _lose_later(site: Site) -> None:
-    while not site.house.scheduler._profiles:
+    while not site.house.scheduler._asked:
         await anyio.sleep(0.001)
     await site.house.executor.lose("pulled the plug")
+
+
+async def test_experts_are_counted_between_a_start_and_a_stop() -> None:
+    async with open_site() as site:
+        assert "engine_expert_choices_total{" not in await _metrics(site)
+        assert (await site.get("/expert_distribution/dump"))[1]["counting"] is False
+        await site.house.text(prompt("a", max_tokens=3))
+        assert await site.post("/expert_distribution/start") == (200, {"counting": True})
+        await site.house.text(prompt("a", max_tokens=5))
+        await site.house.settled()
+        answer = {"counting": True, "layers": [1, 3], "counts": [[5, 1, 2], [3, 4, 5]]}
+        assert await site.get("/expert_distribution/dump") == (200, answer)
+        await site.house.text(prompt("b", max_tokens=2))
+        await site.house.settled()
+        page = await _metrics(site)
+        assert 'engine_expert_choices_total{expert="0",layer="1"} 7.0' in page  # asked for as it is scraped
+        assert 'engine_expert_choices_total{expert="2",layer="3"} 5.0' in page
+        assert await site.post("/expert_distribution/stop") == (200, {"counting": False})
+        assert (await site.post("/expert_distribution/dump"))[1]["counting"] is False
+
+
+async def _metrics(site: Site) -> str:
+    async with site.session.get("/metrics") as response:
+        return await response.text()
+
+
+async def test_a_lost_worker_answers_for_its_counts() -> None:
+    async with open_site() as site:
+        site.house.executor.lost = True  # and nobody has noticed
+        async with anyio.create_task_group() as group:
+            group.start_soon(_lose_later, site)
+            status, answer = await site.post("/expert_distribution/start")
+        assert status == 400 and "what it traced and counted: pulled the plug" in answer["error"]["message"]
+        assert "engine_expert_choices_total{" not in await _metrics(site)
 
 
 async def test_a_key_in_anthropics_header() -> None:

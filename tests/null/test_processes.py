@@ -221,6 +221,13 @@ def test_a_core_that_dies_ends_the_server_and_says_why() -> None:
         assert "core process cannot go on: it was killed by SIGKILL" in server.log
 
 
+async def test_the_worker_is_asked_for_its_experts(server: Server) -> None:
+    async with aiohttp.ClientSession(server.url) as session:
+        for path in ("start", "dump"):
+            async with session.post(f"/expert_distribution/{path}") as response:
+                assert response.status == 400 and "has no experts" in await response.text()
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
