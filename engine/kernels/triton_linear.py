@@ -78,7 +78,7 @@ def skinny_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, cut: Cut)
     skinny_kernel[(triton.cdiv(tokens, together), triton.cdiv(rows, cut.rows))](
         inputs, weight, weight if bias is None else bias, out, tokens, rows, columns, inputs.stride(0),
         BIASED=bias is not None, TOKENS=together, ROWS=cut.rows, COLUMNS=cut.columns,
-        EVEN=columns % cut.columns == 0, AHEAD=cut.ahead,
+        EVEN=columns % cut.columns == 0,
         PRECISION="ieee" if inputs.dtype == torch.float32 else None,
         num_warps=cut.warps, num_stages=cut.stages, **launch_dependents(inputs),
     )  # fmt: skip
