@@ -65,7 +65,9 @@ def test_one_token_times_a_matrix(shape: tuple[int, int], dtype: torch.dtype) ->
 def test_some_tokens_times_a_matrix(shape: tuple[int, int], tokens: int, dtype: torch.dtype) -> None:
     weight, bias = random(*shape, dtype=dtype, seed=1) * shape[1] ** -0.5, random(shape[0], dtype=dtype, seed=2)
     inputs = random(tokens, 2 * shape[1], dtype=dtype)[:, : shape[1]]
-    own = skinny_cut(tokens, *shape) or Cut(rows=16, columns=32, warps=4, stages=2, tokens=16)
+    own = (skinny_cut(tokens, *shape) if dtype.itemsize == 2 else None) or Cut(
+        rows=16, columns=32, warps=4, stages=2, tokens=16
+    )
     for b in (None, bias):
         wanted = REFERENCE.linear(inputs.double(), weight.double(), None if b is None else b.double()).to(dtype)
         assert_close(skinny_linear(inputs, weight, b, own), wanted)
