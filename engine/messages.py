@@ -112,6 +112,9 @@ class Generate(Message, frozen=True):
     echo: bool = False
     chat_template: str | None = None  # in the place of the model's own
     grammar: Grammar | None = None
+    tools: list[dict[str, Any]] | None = None  # that the chat template describes, as OpenAI writes them
+    opening: str = ""  # of the reply, put behind the prompt of `messages` and not part of the reply's text
+    show_marks: bool = False  # leave those special tokens in the text that the parsers look for
 
 
 class Embed(Message, frozen=True):
@@ -128,7 +131,7 @@ class Open(Message, frozen=True):
 
     Neither is looked for in the first `min_tokens` tokens. `echo` goes before the reply's text. `prompt` (int32) is
     there where the prompt's log-probabilities are asked for; `prompt_only` says that no token of the reply is. The
-    last three fields are those of SamplingParams.
+    next three fields are those of SamplingParams, and the last that of Generate.
     """
 
     rid: str
@@ -142,6 +145,7 @@ class Open(Message, frozen=True):
     skip_special_tokens: bool = True
     include_stop: bool = False
     detokenize: bool = True
+    show_marks: bool = False
 
 
 class Sampling(Part, frozen=True):

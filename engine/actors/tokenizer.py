@@ -7,6 +7,7 @@ go on meanwhile; other prompts wait their turn behind it, because requests reach
 import random
 from array import array
 from collections.abc import Iterable
+from typing import Any
 
 import anyio.to_thread
 from anyio.streams.memory import MemoryObjectReceiveStream
@@ -74,6 +75,7 @@ class Admission:
             skip_special_tokens=params.skip_special_tokens,
             include_stop=params.include_stop_str_in_output,
             detokenize=params.detokenize,
+            show_marks=request.show_marks,
         )
         sampling = self._sampling(params, stop_ids)
         check_unicode(request.cache_salt, "cache_salt")
@@ -153,6 +155,8 @@ class Admission:
         if request.messages is not None:
             conversation = self.text.encode_chat(
                 request.messages,
+                opening=request.opening,
+                tools=request.tools,
                 add_generation_prompt=request.add_generation_prompt,
                 continue_final_message=request.continue_final_message,
                 template_kwargs=request.template_kwargs,
@@ -219,7 +223,12 @@ def characters(request: Job) -> int:
     """How much text `request` holds."""
     if isinstance(request, Embed) or request.messages is None:
         return len(request.text or "")
-    return sum(len(str(message.get("content"))) for message in request.messages)
+    tools = len(str(request.tools)) if request.tools else 0
+    return tools + sum(len(str(message.get("content"))) + _calls(message) for message in request.messages)
+
+
+def _calls(message: dict[str, Any]) -> int:
+    return len(str(message["tool_calls"])) if message.get("tool_calls") else 0
 
 
 class TokenizerActor:

@@ -37,3 +37,9 @@ def register_checkpoints(register: Register) -> None:
 @hookspec
 def register_policies(register: Register) -> None:
     """register(name, target): a `specs.Policy` class, constructed without arguments."""
+
+
+@hookspec
+def register_parsers(register: Register) -> None:
+    """register(name, target, kind="tool", markers=(), architectures=()): a `parsing.ToolParser`, or with kind
+    "reasoning" a `parsing.ReasoningParser`."""

@@ -26,7 +26,16 @@ from msgspec import Struct
 from engine.errors import ConfigError, PluginError, did_you_mean
 from engine.plugin import hookspecs
 from engine.plugin.hub import download, is_hub_id
-from engine.plugin.specs import AttentionEntry, Checkpoint, CheckpointEntry, Entry, ModelEntry, Policy, PolicyEntry
+from engine.plugin.specs import (
+    AttentionEntry,
+    Checkpoint,
+    CheckpointEntry,
+    Entry,
+    ModelEntry,
+    ParserEntry,
+    Policy,
+    PolicyEntry,
+)
 
 GROUP = "engine.plugins"
 OURS = "engine"  # the distribution whose manifests are built in
@@ -34,7 +43,13 @@ DEFAULT_POLICY = "fcfs"
 TARGET = re.compile(r"[\w.]+:[\w.]+")
 
 KINDS: Mapping[str, type[Entry]] = MappingProxyType(
-    {"models": ModelEntry, "attention": AttentionEntry, "checkpoints": CheckpointEntry, "policies": PolicyEntry}
+    {
+        "models": ModelEntry,
+        "attention": AttentionEntry,
+        "checkpoints": CheckpointEntry,
+        "policies": PolicyEntry,
+        "parsers": ParserEntry,
+    }
 )
 HOOKS: Mapping[str, str] = MappingProxyType({f"register_{kind}": kind for kind in KINDS})
 
@@ -61,6 +76,7 @@ class Plugins:
     attention: Mapping[str, AttentionEntry]
     checkpoints: Mapping[str, CheckpointEntry]
     policies: Mapping[str, PolicyEntry]
+    parsers: Mapping[str, ParserEntry]
     named: frozenset[tuple[str, str]]  # (kind, name): to be preferred
     insisted: frozenset[tuple[str, str]]  # those of `named` that --plugins says by their own name
     rows: tuple[PluginRow, ...]
