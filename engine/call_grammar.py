@@ -42,8 +42,8 @@ def forced(tools: Sequence[Tool], syntax: CallSyntax, *, parallel: bool) -> Gram
 
 
 def allowed(tools: Sequence[Tool], syntax: CallSyntax) -> Grammar | None:
-    """Any text, but where a call begins it is one of `tools`, with arguments of its schema if it is strict. None where no
-    tool is, or where calls are not told from text by how they begin."""
+    """Any text, but where a call begins it is one of `tools`, with arguments of its schema if it is strict. None where
+    no tool is, or where calls are not told from text by how they begin."""
     if not syntax.trigger or not any(tool.strict for tool in tools):
         return None
     tags = [_tag(tool, syntax, any_object=not tool.strict) for tool in tools]

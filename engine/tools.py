@@ -80,7 +80,7 @@ def _object_of(arguments: str | dict[str, Any]) -> str | dict[str, Any]:
 
 
 def with_names(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`messages`, in which those of tools name the tool: some templates ask for it, and OpenAI's clients do not say it."""
+    """`messages`, in which those of tools name the tool: some templates ask for that, and clients do not say it."""
     names: dict[str, str] = {}
     named = []
     for message in messages:

@@ -12,16 +12,19 @@ from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
+from engine.http.reading import NOTHING, Reader, Reading
 from engine.http.sse import DONE, data_event
 from engine.http.wire import Reply, to_json
 from engine.messages import Chunk, TokenLogprob
+from engine.parsers import Parsed, assembled
+from engine.plugin.parsing import CallArguments, CallBegin, CallEnd, Content, Event, Reasoning
 
 MARK = "\0"  # where an event's text will stand
 
 
 # ── what is sent ─────────────────────────────────────────────────────────────────────────────
 
-FinishReason = Literal["stop", "length", "abort"] | None
+FinishReason = Literal["stop", "length", "tool_calls", "abort"] | None
 Matched = int | str | None | UnsetType  # the stop string, expression or token id that ended a reply; an extension
 
 
@@ -61,15 +64,47 @@ class PromptToken(Reply, frozen=True):
 PromptLogprobs = list[dict[str, PromptToken] | None] | UnsetType
 
 
+class CalledFunction(Reply, frozen=True):
+    name: str
+    arguments: str
+
+
+class ToolCall(Reply, frozen=True):
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
+
+
 class AssistantMessage(Reply, frozen=True):
+    """The content is null where there are only calls. `reasoning_content` is there if the server tells reasoning apart,
+    null if there is none."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | UnsetType | None = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
+
+
+class FunctionDelta(Reply, frozen=True):
+    arguments: str
+    name: str | UnsetType = UNSET
+
+
+class ToolCallDelta(Reply, frozen=True):
+    """The first of a call has its id and its name, those after it more of the arguments."""
+
+    index: int
+    function: FunctionDelta
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
 
 
 class Delta(Reply, frozen=True):
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChoice(Reply, frozen=True):
@@ -101,11 +136,16 @@ class PromptTokensDetails(Reply, frozen=True):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Reply, frozen=True):
+    reasoning_tokens: int
+
+
 class Usage(Reply, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET  # if the server tells reasoning apart
 
 
 class ChatCompletion(Reply, frozen=True):
@@ -168,8 +208,10 @@ class Wording(Struct, frozen=True, kw_only=True):
 class OpenAIReply:
     """The replies to one request, chunk by chunk or whole."""
 
-    def __init__(self, rid: str, model: str, wording: Wording) -> None:
+    def __init__(self, rid: str, model: str, wording: Wording, reading: Reading = NOTHING) -> None:
         self._wording = wording
+        self._reading = reading
+        self._readers = [reading.reader() for _ in range(wording.choices)]
         self._head = (rid, int(time.time()), model)
         self._last: list[Chunk | None] = [None] * wording.choices
         self._finished = 0
@@ -187,7 +229,10 @@ class OpenAIReply:
         events = b""
         if chat and opens:
             events = self._event(DeltaChoice(index, Delta("assistant", "")))
-        if self._detailed:
+        reader = self._readers[index]
+        if reader is not None and not reader.plain:
+            events += self._read_events(index, chunk, reader)
+        elif self._detailed:
             if chunk.text or chunk.logprobs or chunk.prompt_logprobs:
                 events += self._detailed_event(index, chunk)
         elif chunk.text:
@@ -195,13 +240,25 @@ class OpenAIReply:
             events += before + to_json(chunk.text) + after
         if chunk.finish is not None:
             self._finished += 1
-            end = (None, chunk.finish, chunk.matched)
+            end = (None, chunk.finish if reader is None else reader.finish_reason(chunk.finish), chunk.matched)
             events += self._event(DeltaChoice(index, Delta(), *end) if chat else TextChoice(index, "", *end))
             if self._finished == self._wording.choices:
                 if self._wording.usage:
                     events += self._event(None, usage=self._usage())
                 events += DONE
         return events
+
+    def _read_events(self, index: int, chunk: Chunk, reader: Reader) -> bytes:
+        """The events of what a parser finds in `chunk`; log-probabilities go with the first of them."""
+        deltas = [_delta(told) for told in reader.read(chunk) if not isinstance(told, CallEnd)]
+        if not self._detailed:
+            return b"".join([self._event(DeltaChoice(index, delta)) for delta in deltas])
+        if not (deltas or chunk.logprobs or chunk.prompt_logprobs):
+            return b""
+        first, *others = deltas or [Delta()]
+        prompt = UNSET if index else self._prompt_logprobs(chunk)
+        events = self._event(DeltaChoice(index, first, self._chat_logprobs(chunk)), prompt_logprobs=prompt)
+        return events + b"".join([self._event(DeltaChoice(index, delta)) for delta in others])
 
     def _surroundings(self, index: int) -> tuple[bytes, bytes]:
         """What stands before and after the text of an event of choice `index` that holds nothing else."""
@@ -241,19 +298,9 @@ class OpenAIReply:
     def whole(self, replies: Sequence[Chunk]) -> bytes:
         """The object of replies that are not streamed, each joined into one chunk."""
         self._last = list(replies)
-        usage = self._usage()
         if self._wording.chat:
-            chats = [
-                ChatChoice(
-                    index,
-                    AssistantMessage("assistant", reply.text),
-                    self._chat_logprobs(reply),
-                    reply.finish,
-                    reply.matched,
-                )
-                for index, reply in enumerate(replies)
-            ]
-            return to_json(ChatCompletion(*self._head, chats, usage, self._prompt_logprobs(replies[0])))
+            chats = [self._chat(index, reply) for index, reply in enumerate(replies)]
+            return to_json(ChatCompletion(*self._head, chats, self._usage(), self._prompt_logprobs(replies[0])))
         texts = [
             TextChoice(
                 index,
@@ -265,7 +312,15 @@ class OpenAIReply:
             )
             for index, reply in enumerate(replies)
         ]
-        return to_json(TextCompletion(*self._head, texts, usage))
+        return to_json(TextCompletion(*self._head, texts, self._usage()))
+
+    def _chat(self, index: int, reply: Chunk) -> ChatChoice:
+        """A whole reply."""
+        logprobs = self._chat_logprobs(reply)
+        if (reader := self._readers[index]) is None:
+            return ChatChoice(index, AssistantMessage("assistant", reply.text), logprobs, reply.finish, reply.matched)
+        message = _message(assembled(reader.read(reply)), separate=self._reading.separate)
+        return ChatChoice(index, message, logprobs, reader.finish_reason(reply.finish), reply.matched)
 
     def _chat_logprobs(self, chunk: Chunk) -> ChatLogprobs | None:
         return ChatLogprobs([chat_token(token) for token in chunk.logprobs]) if self._wording.logprobs else None
@@ -291,7 +346,34 @@ class OpenAIReply:
         asked = sum(chunk.prompt_tokens for chunk in prompts if chunk is not None)
         replied = sum(chunk.completion_tokens for chunk in self._last if chunk is not None)
         cached = sum(chunk.cached_tokens for chunk in prompts if chunk is not None)
-        return Usage(asked, replied, asked + replied, PromptTokensDetails(cached))
+        details: CompletionTokensDetails | UnsetType = UNSET
+        if self._reading.separate and self._reading.marks is not None:
+            details = CompletionTokensDetails(sum(reader.reasoning_tokens for reader in self._readers if reader))
+        return Usage(asked, replied, asked + replied, PromptTokensDetails(cached), details)
+
+
+def _delta(event: Event) -> Delta:
+    """What a parser tells, as a stream's delta."""
+    match event:
+        case Content(text):
+            return Delta(content=text)
+        case Reasoning(text):
+            return Delta(reasoning_content=text)
+        case CallBegin(index, id, name):
+            return Delta(tool_calls=[ToolCallDelta(index, FunctionDelta("", name), id, "function")])
+        case CallArguments(index, text):
+            return Delta(tool_calls=[ToolCallDelta(index, FunctionDelta(text))])
+    raise AssertionError(f"{event} is no delta")
+
+
+def _message(parsed: Parsed, *, separate: bool) -> AssistantMessage:
+    calls = [ToolCall(call.id, CalledFunction(call.name, call.arguments)) for call in parsed.calls]
+    return AssistantMessage(
+        "assistant",
+        parsed.content if parsed.content or not calls else None,
+        reasoning_content=parsed.reasoning or None if separate else UNSET,
+        tool_calls=calls or UNSET,
+    )
 
 
 # ── log-probabilities ────────────────────────────────────────────────────────────────────────

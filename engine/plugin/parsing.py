@@ -4,6 +4,7 @@ A parser of reasoning is data alone; one of tool calls has a `read` of a few lin
 are written. Torch-free. Left out: which parser a model gets (engine/parsers.py).
 """
 
+import json
 from collections.abc import Sequence
 from typing import ClassVar
 from uuid import uuid4
@@ -52,8 +53,10 @@ class Call(Struct, frozen=True):
 
 class CallSyntax(Struct, frozen=True, kw_only=True):
     """How a family of models writes calls: `opening`, then each call as `begin`, its arguments in JSON and `end`, with
-    `separator` between two, then `closing`. In `begin`, NAME stands for the tool's name. `trigger` is what `begin` begins
-    with and other text does not hold, if there is such a thing: after it, a reply that is otherwise free must be a call.
+    `separator` between two, then `closing`. In `begin`, NAME stands for the tool's name.
+
+    `trigger` is what `begin` begins with and other text does not hold, if there is such a thing: after it, a reply that
+    is otherwise free must be a call.
 
     From it follow what a forced reply looks like, and what a model is told whose template knows no tools.
     """
@@ -216,11 +219,17 @@ class ToolParser(StreamParser):
         return begun
 
     def _written_arguments(self) -> Steps[str | None]:
-        """Arguments as a whole: an object, a string that holds one, or null for none."""
+        """Arguments as a whole, which must be JSON: an object, a string that holds one, or null for none."""
         if (yield from self.peek()) == '"':
             return (yield from self.string())
         value = yield from self.value()
-        return "{}" if value == "null" else value
+        if value is None or value == "null":
+            return value and "{}"
+        try:
+            json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+        return value
 
     def call_list(self, *, known: bool = False) -> Steps[bool]:
         """Tell the calls of a JSON list of such objects, as far as it is one; whether there are any."""

@@ -54,8 +54,8 @@ class PolicyEntry(Entry, frozen=True, kw_only=True):
 
 
 class ParserEntry(Entry, frozen=True, kw_only=True):
-    """A parser of replies. It is chosen for a model whose chat template holds all of `markers`, the one with the most of
-    them first, else for a model of one of `architectures`."""
+    """A parser of replies. It is chosen for a model whose chat template holds all of `markers`, the one with the most
+    of them first, else for a model of one of `architectures`."""
 
     kind: Literal["tool", "reasoning"]
     markers: tuple[str, ...] = ()

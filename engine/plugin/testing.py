@@ -8,6 +8,9 @@
     def test_model(scenario):
         check_model(MyModel, config, tensors, reference, scenario)
 
+    def test_parser():
+        check_tool_parser(MyParser)  # or check_reasoning_parser; check_any_split for replies of your own
+
 Each raises AssertionError with the numbers. Imports torch. Left out: speed.
 """
 
@@ -26,6 +29,9 @@ from engine.layers.build import Build
 from engine.layers.model import Model
 from engine.messages import Sampling, SlotAdmit, StepPlan
 from engine.plugin.manager import Plugins
+from engine.plugin.parser_checks import check_any_split as check_any_split
+from engine.plugin.parser_checks import check_reasoning_parser as check_reasoning_parser
+from engine.plugin.parser_checks import check_tool_parser as check_tool_parser
 from engine.plugin.specs import KVSpec
 from engine.worker.backends import Backends
 from engine.worker.batch import build_batch
