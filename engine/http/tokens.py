@@ -72,7 +72,7 @@ async def tokenize(request: web.Request, body: TokenizeBody) -> web.Response:
         tools = [tool.described() for tool in tools_of(body.tools)]
         options = {"tools": tools, **template_options(body)}
         encode = partial(_of_chat, messages=messages, special=bool(special), options=options)
-        ids = await with_text(service, size_of(messages), encode)
+        ids = await with_text(service, size_of(messages, tools), encode)
     names = None
     if body.return_token_strs:
         names = await with_text(service, len(ids), lambda text: [text.token(id) for id in ids])
@@ -105,9 +105,9 @@ def _of_chat(tokenizer: Text, messages: list[dict[str, Any]], special: bool, opt
     return tokenizer.encode(tokenizer.render_chat(messages, **options))
 
 
-def size_of(messages: list[dict[str, Any]]) -> int:
-    """How many characters `messages` have, for `with_text`."""
-    return sum(len(message["content"]) for message in messages)
+def size_of(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> int:
+    """About how many characters `messages` and `tools` have, for `with_text`."""
+    return len(str(tools)) + sum(len(message["content"]) for message in messages)
 
 
 async def with_text(service: Service, size: int, use: Callable[[Text], Result]) -> Result:

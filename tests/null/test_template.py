@@ -16,8 +16,8 @@ CHATML = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor 
 TOLD = "{% if tools %}{% for t in tools %}{{ t | tojson }}\n{% endfor %}{% endif %}"
 CALLS = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if 'tool_calls' in m %}{% for c in m.tool_calls %}"
-    "[{{ c.function.name }} {{ ARGUMENTS }}]{% endfor %}{% endif %}{% if m.role == 'tool' %}({{ m.name }}){% endif %}{{ '\\n' }}"
-    "{% endfor %}"
+    "[{{ c.function.name }} {{ ARGUMENTS }}]{% endfor %}{% endif %}{% if m.role == 'tool' %}({{ m.name }}){% endif %}"
+    "{{ '\\n' }}{% endfor %}"
 )
 OBJECT = TOLD + CALLS.replace("ARGUMENTS", "c.function.arguments | tojson")
 TEXT = CALLS.replace("{{ ARGUMENTS }}", "{{ 'of ' + c.function.arguments }}")
