@@ -13,6 +13,7 @@ waits, and no cycle of full channels can form between scheduler and detokenizer.
 import math
 import select
 import socket
+import threading
 from collections.abc import AsyncIterator
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -101,7 +102,7 @@ class Frames(Generic[T]):
 
 
 class BlockingFrames(Generic[T]):
-    """The same frames for a process that has no event loop: the device worker."""
+    """The same frames for a process that has no event loop: the device worker. Any thread may send."""
 
     def __init__(self, sock: socket.socket, receives: Any) -> None:
         self._socket = sock
@@ -109,9 +110,11 @@ class BlockingFrames(Generic[T]):
         self._decoder = msgspec.msgpack.Decoder(receives)
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
+        self._sending = threading.Lock()
 
     def send(self, message: Any) -> None:
-        self._socket.sendall(pack(self._encoder, message))
+        with self._sending:
+            self._socket.sendall(pack(self._encoder, message))
 
     def receive(self) -> T | None:
         """The next message; None once the peer has closed."""

@@ -113,6 +113,23 @@ class ProcessOptions(Struct, frozen=True, kw_only=True):
     ] = "info"
 
 
+class GrammarOptions(Struct, frozen=True, kw_only=True):
+    """Grammars."""
+
+    grammar_seconds: Annotated[
+        float, Meta(gt=0, description="longest that a grammar may take to compile; a slower one is answered 400")
+    ] = 10.0
+    grammar_helpers: Annotated[
+        Positive | None, Meta(description="grammars compiled at a time; default: half of the processors, at most 8")
+    ] = None
+    grammar_cache: Annotated[
+        int, Meta(ge=0, description="compiled grammars that are kept while no request uses them")
+    ] = 256
+    json_whitespace: Annotated[
+        bool, Meta(description="JSON that a grammar asks for may have spaces and new lines between its tokens")
+    ] = True
+
+
 class ServerOptions(Struct, frozen=True, kw_only=True):
     """HTTP server."""
 
@@ -152,6 +169,7 @@ class Config(Struct, frozen=True, kw_only=True):
     cache: CacheOptions = CacheOptions()
     schedule: ScheduleOptions = ScheduleOptions()
     process: ProcessOptions = ProcessOptions()
+    grammar: GrammarOptions = GrammarOptions()
     server: ServerOptions = ServerOptions()
 
 

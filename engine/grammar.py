@@ -4,6 +4,7 @@ Whether a grammar compiles is found out where it is compiled. Left out: what onl
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import msgspec
 
@@ -22,7 +23,7 @@ FIELDS: tuple[GrammarKind, ...] = (
     "structural_tag",
 )  # of SamplingParams: each is named as its kind
 JSON_KINDS = ("json_schema", "choice", "structural_tag")
-SAME_NAMES: Mapping[str, str] = {}
+SAME_NAMES: Mapping[str, str] = MappingProxyType({})
 
 
 def grammar_of(params: SamplingParams, names: Mapping[str, str] = SAME_NAMES) -> Grammar | None:
@@ -42,7 +43,7 @@ def grammar_of(params: SamplingParams, names: Mapping[str, str] = SAME_NAMES) ->
     elif field == "choice":
         grammar = choice(value, shown[0])
     else:
-        grammar = Grammar(field, value)
+        grammar = Grammar(field, value, strict=params.strict_schema)
     check_grammar(grammar, shown[0])
     return grammar
 
@@ -53,6 +54,8 @@ def choice(texts: object, name: str) -> Grammar:
         raise RequestError(f"{name} must be a list of 1 to {MAX_CHOICES} strings", param=name)
     if not all(isinstance(text, str) and text for text in texts):
         raise RequestError(f"{name} must hold strings, none of them empty", param=name)
+    for text in texts:
+        _check_unicode(text, name)
     return Grammar("choice", msgspec.json.encode(list(texts)).decode())
 
 
@@ -65,18 +68,22 @@ def check_grammar(grammar: Grammar, name: str) -> None:
         raise RequestError(
             f"{name} has {len(source)} characters, and at most {MAX_GRAMMAR} are taken; send less", param=name
         )
-    try:
-        encoded = source.encode()
-    except UnicodeEncodeError as error:
-        message = f"{name} holds half of a surrogate pair, {source[error.start]!r}; send whole characters"
-        raise RequestError(message, param=name) from None
+    _check_unicode(source, name)
     if grammar.kind not in JSON_KINDS:
         return
     try:
-        value = msgspec.json.decode(encoded)
+        value = msgspec.json.decode(source)
     except (msgspec.DecodeError, RecursionError) as error:
         raise RequestError(f"{name} is no JSON: {error}; correct it", param=name) from None
     if grammar.kind == "json_schema" and not isinstance(value, dict | bool):
         raise RequestError(f"{name} is {source[:80]}; a JSON schema is an object, true or false", param=name)
     if grammar.kind == "structural_tag" and not isinstance(value, dict):
         raise RequestError(f"{name} is {source[:80]}; a structural tag is an object", param=name)
+
+
+def _check_unicode(text: str, name: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        message = f"{name} holds half of a surrogate pair, {text[error.start]!r}; send whole characters"
+        raise RequestError(message, param=name) from None

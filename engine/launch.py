@@ -12,7 +12,6 @@ from contextlib import asynccontextmanager, suppress
 
 import anyio
 import anyio.to_thread
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from engine.actor import Actor, supervise
 from engine.actors.detokenizer import DetokenizerActor, Replies
@@ -20,15 +19,15 @@ from engine.actors.tokenizer import Admission, TokenizerActor
 from engine.channel import Outbox, channel, open_channel
 from engine.config import Config
 from engine.core import CoreLink, core_actors
-from engine.errors import ConfigError, WorkerError
+from engine.errors import WorkerError
 from engine.front import Front
 from engine.logs import set_up_logging
 from engine.messages import Failed, FromFront, ToDetokenizer, ToFront, ToHttp, Tokens, WorkerReady
 from engine.parsers import check_parsers, choose_parsers
 from engine.plugin.manager import Plugins
-from engine.plugin.specs import Checkpoint, TextSpec
+from engine.plugin.specs import Checkpoint
 from engine.template import read_template
-from engine.text import Text
+from engine.text import Text, read_text
 
 log = logging.getLogger("engine")
 
@@ -67,22 +66,6 @@ def linked_core(config: Config, front: Outbox[ToFront]) -> tuple[list[Actor], Ou
     return [link], link
 
 
-def read_text(checkpoint: Checkpoint, config: Config) -> TextSpec:
-    """The checkpoint's text; with dummy weights and no tokenizer, one token a byte, for what has 256 tokens or more."""
-    try:
-        return checkpoint.text()
-    except ConfigError:
-        if config.model.load != "dummy":
-            raise
-    bytes_alone = models.BPE(
-        vocab={symbol: id for id, symbol in enumerate(pre_tokenizers.ByteLevel.alphabet())}, merges=[]
-    )
-    tokenizer = Tokenizer(bytes_alone)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return TextSpec(tokenizer=tokenizer, eos_ids=())
-
-
 def _text(plugins: Plugins, checkpoint: Checkpoint, config: Config, template: str | None) -> Text:
     """The model's text, with the parsers that go with it; `template` takes the place of its own."""
     spec = read_text(checkpoint, config)
@@ -104,6 +87,7 @@ async def open_front(config: Config, core: Core | None = None) -> AsyncIterator[
     # In a thread that a Ctrl-C may leave behind: the model may be on its way from the hub.
     checkpoint = await anyio.to_thread.run_sync(plugins.open_checkpoint, config.model.model, abandon_on_cancel=True)
     template = read_template(config.model.chat_template)
+    grammars = plugins.grammar_engines()
     to_tokenizer, tokenizer_inbox = open_channel()
     to_detokenizer, detokenizer_inbox = channel(STEPS_AHEAD)
     to_front, front_inbox = channel(REPLIES_AHEAD)
@@ -115,7 +99,7 @@ async def open_front(config: Config, core: Core | None = None) -> AsyncIterator[
     # The device process starts first: it loads for seconds while the tokenizer is read here.
     async with supervise(*actors, front):
         front.text = text = await anyio.to_thread.run_sync(_text, plugins, checkpoint, config, template)
-        tokenizer = TokenizerActor(Admission(text), tokenizer_inbox, to_detokenizer, to_scheduler)
+        tokenizer = TokenizerActor(Admission(text, bool(grammars)), tokenizer_inbox, to_detokenizer, to_scheduler)
         detokenizer = DetokenizerActor(Replies(text), detokenizer_inbox, to_scheduler, to_front)
         async with supervise(tokenizer, detokenizer):
             try:

@@ -11,6 +11,9 @@ travel as the bytes of little-endian int32 (`ids`) or float32 arrays: one copy, 
                    StepPlan/Reset│ │StepDone, WorkerReady, WorkerLost, …
                                 v │
                              executor <──frames──> worker
+
+A grammar goes from the scheduler to the compiler (Compile, Compiled), then to the worker (LoadGrammar, GrammarLoaded),
+and then its requests run.
 """
 
 from typing import Annotated, Any, Literal
@@ -86,6 +89,9 @@ class SamplingParams(Part, frozen=True, kw_only=True):
     lark: Annotated[str | None, Meta(description="the reply is of this grammar, in Lark's syntax, from `start`")] = None
     choice: Annotated[tuple[str, ...], Meta(description="a text that the reply may be; it is one of them")] = ()
     structural_tag: Annotated[str | None, Meta(description="which parts of the reply have a grammar, as JSON")] = None
+    strict_schema: Annotated[
+        bool, Meta(description="the reply has no property that the JSON schema does not name, though it may allow them")
+    ] = True
 
 
 class Generate(Message, frozen=True):
@@ -205,13 +211,16 @@ class StopHit(Message, frozen=True):
 
 class SlotAdmit(Part, frozen=True):
     """A request takes device row `slot`: its tokens so far (int32), of which `prompt_len` are its prompt, and how to
-    sample it. If its prompt's log-probabilities are asked for, those of its first `scored` + 1 tokens are known."""
+    sample it. If its prompt's log-probabilities are asked for, those of its first `scored` + 1 tokens are known.
+    `grammar` is the number of a LoadGrammar; 0 is none. It begins behind the text `after` (see Grammar)."""
 
     slot: int
     ids: bytes
     sampling: Sampling
     prompt_len: int = 0
     scored: int = 0
+    grammar: int = 0
+    after: str = ""
 
 
 class StepPlan(Message, frozen=True):
@@ -249,7 +258,8 @@ class StepDone(Message, frozen=True):
     waited between this step and the one before, where this one was sent before that was over. `logprobs` has an entry
     for each sampled row that asks, its `row` counted among the sampled ones. `prompt_logprobs` has one for each of all
     the plan's rows that computes prompt positions p not scored yet: it holds those of the tokens at p + 1. `vectors`
-    (float32 [n, size]) are those of the rows that ask for one, in plan order.
+    (float32 [n, size]) are those of the rows that ask for one, in plan order. `stuck` names sampled rows that cannot go
+    on, each with a sentence for its client; their count is 0.
     """
 
     step: int
@@ -260,6 +270,7 @@ class StepDone(Message, frozen=True):
     prompt_logprobs: tuple[Logprobs, ...] = ()
     idle: float = 0.0
     vectors: bytes = b""
+    stuck: tuple[tuple[int, str], ...] = ()
 
 
 class Finish(Part, frozen=True):
@@ -287,6 +298,55 @@ class Tokens(Message, frozen=True):
     logprobs: tuple[Logprobs, ...] = ()
     prompt_logprobs: tuple[Logprobs, ...] = ()
     vectors: tuple[tuple[int, bytes], ...] = ()
+
+
+# ── grammars ─────────────────────────────────────────────────────────────────────────────────
+
+
+class Compile(Message, frozen=True):
+    """scheduler → compiler: a grammar that a request waits for, and how many tokens the model has. Numbers begin with 1
+    and are not used again."""
+
+    number: int
+    grammar: Grammar
+    vocab_size: int
+
+
+class Compiled(Message, frozen=True):
+    """compiler → scheduler: what became of it, after `seconds`: what `engine` packed of `grammar`, as that was given
+    to it, or the error of all that wait (fields as in RequestError). `lasting` says that it would be the same again."""
+
+    number: int
+    seconds: float
+    engine: str = ""
+    grammar: Grammar | None = None
+    packed: bytes = b""
+    status: int = 0
+    code: str = ""
+    cause: str = ""
+    lasting: bool = True
+
+
+class LoadGrammar(Message, frozen=True):
+    """scheduler → rank 0: get this ready for rows that come with its number; see Compiled."""
+
+    number: int
+    engine: str
+    grammar: Grammar
+    packed: bytes
+
+
+class GrammarLoaded(Message, frozen=True):
+    """rank 0 → scheduler: it is ready, or it cannot be, for a reason."""
+
+    number: int
+    cause: str = ""
+
+
+class DropGrammar(Message, frozen=True):
+    """scheduler → rank 0: no row will come with this number again."""
+
+    number: int
 
 
 # ── a reply on its way out ───────────────────────────────────────────────────────────────────
@@ -443,8 +503,9 @@ class Stats(Message, frozen=True):
     """scheduler → http: the heartbeat of the core, every second and when work ends.
 
     Counters (`*_total`, `steps`) only grow. `step_seconds` holds float32 device times of the steps since the last
-    Stats; `idle_seconds_total` sums what the device waited for the host between them. `worker` is the state of the
-    device process; `paused` is as the last Pause said.
+    Stats; `idle_seconds_total` sums what the device waited for the host between them; `compile_seconds` (float32) are
+    those of the grammars compiled since then. `worker` is the state of the device process; `paused` is as the last
+    Pause said.
     """
 
     worker: Literal["starting", "ready", "restarting", "stalled", "failed"]
@@ -462,16 +523,17 @@ class Stats(Message, frozen=True):
     step_seconds: bytes = b""
     paused: bool = False
     idle_seconds_total: float = 0.0
+    compile_seconds: bytes = b""
 
 
 Job = Generate | Embed
 ToTokenizer = Job | Abort | WorkerReady
-ToWorker = Boot | StepPlan | Ping
-FromWorker = WorkerReady | StepDone | Pong | Fatal
+ToWorker = Boot | StepPlan | LoadGrammar | DropGrammar | Ping
+FromWorker = WorkerReady | StepDone | GrammarLoaded | Pong | Fatal
 FromFront = Admit | Abort | StopHit | Flush | Pause
-FromExecutor = StepDone | WorkerReady | WorkerLost | WorkerSilent | Fatal
-ToScheduler = FromFront | FromExecutor
-ToExecutor = StepPlan | Reset
+FromExecutor = StepDone | GrammarLoaded | WorkerReady | WorkerLost | WorkerSilent | Fatal
+ToScheduler = FromFront | FromExecutor | Compiled
+ToExecutor = StepPlan | LoadGrammar | DropGrammar | Reset
 ToDetokenizer = Open | Tokens | Failed
 ToFront = Tokens | Failed | Stats | Flushed | Paused | WorkerReady | Fatal
 ToHttp = Chunks | Failed | Stats | Flushed | Paused | WorkerReady | Fatal

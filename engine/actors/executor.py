@@ -28,6 +28,7 @@ from engine.messages import (
     Fatal,
     FromExecutor,
     FromWorker,
+    GrammarLoaded,
     Ping,
     Pong,
     Reset,
@@ -155,6 +156,8 @@ class ExecutorActor:
                 case StepDone():
                     life.busy -= 1
                     await self.scheduler.send(message)
+                case GrammarLoaded():
+                    await self.scheduler.send(message)
                 case WorkerReady():
                     life.ready = True
                     self.config = _fixed(self.config, message)
@@ -168,12 +171,13 @@ class ExecutorActor:
 
     async def _forward(self, frames: Frames[FromWorker], life: "_Life") -> None:
         async for message in self.inbox:
-            if isinstance(message, StepPlan):
-                life.busy += 1
-                try:
-                    await frames.send(message)
-                except anyio.BrokenResourceError:
-                    return
+            if isinstance(message, Reset):
+                continue
+            life.busy += isinstance(message, StepPlan)
+            try:
+                await frames.send(message)
+            except anyio.BrokenResourceError:
+                return
 
     async def _watch(self, frames: Frames[FromWorker], life: "_Life") -> None:
         """Ask an idle worker whether it is there; report one that is silent too long."""

@@ -3,6 +3,7 @@
 `FakeDevice` counts upwards from each row's last token, as the `echo` model does, so a lost, doubled or
 reordered step shows as a gap in the count. It keeps tokens only: no KV memory is simulated, and no sampling
 parameter but those that ask for log-probabilities is looked at: a token's is made up from its id and its place.
+Grammars are ready as soon as they are compiled, and not held to.
 A vector is the sum of its prompt's ids and how many they are.
 """
 
@@ -14,6 +15,8 @@ from anyio.streams.memory import MemoryObjectReceiveStream
 from engine.channel import Outbox
 from engine.messages import (
     FromExecutor,
+    GrammarLoaded,
+    LoadGrammar,
     Logprobs,
     Reset,
     SlotAdmit,
@@ -108,6 +111,8 @@ class FakeExecutor:
             if isinstance(message, Reset):
                 self.device, self.lost = FakeDevice(), False
                 await self.scheduler.send(self.ready)
+            elif isinstance(message, LoadGrammar):
+                await self.scheduler.send(GrammarLoaded(message.number))
             elif isinstance(message, StepPlan) and not self.lost:
                 await anyio.sleep(self.seconds)
                 if not self.lost:

@@ -14,6 +14,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream
 
 from engine.channel import Outbox
 from engine.errors import RequestError
+from engine.grammar import check_grammar, grammar_of
 from engine.messages import (
     Abort,
     Admit,
@@ -21,6 +22,7 @@ from engine.messages import (
     Failed,
     FromFront,
     Generate,
+    Grammar,
     Job,
     Open,
     Sampling,
@@ -38,8 +40,9 @@ UNSAMPLED = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)  # 
 class Admission:
     """Turns a job into what the detokenizer and the scheduler need to know of it."""
 
-    def __init__(self, text: Text) -> None:
+    def __init__(self, text: Text, grammars: bool = True) -> None:
         self.text = text
+        self.grammars = grammars  # whether an engine for them is installed
         self.max_model_len: int | None = None
         self.vocab_size = text.vocab_size  # the model's, which may have fewer rows, once the worker says so
         self._seeds = random.SystemRandom()
@@ -80,9 +83,38 @@ class Admission:
         sampling = self._sampling(params, stop_ids)
         check_unicode(request.cache_salt, "cache_salt")
         admitted = Admit(
-            request.rid, ids.tobytes(), sampling, stop_ids, max(max_new, 1), request.priority, request.cache_salt
+            request.rid,
+            ids.tobytes(),
+            sampling,
+            stop_ids,
+            max(max_new, 1),
+            request.priority,
+            request.cache_salt,
+            self._grammar(request),
         )
         return opened, admitted
+
+    def _grammar(self, request: Generate) -> Grammar | None:
+        """The grammar that is asked for; RequestError where none can be followed."""
+        grammar = grammar_of(request.sampling) if request.grammar is None else request.grammar
+        if grammar is None:
+            return None
+        if request.grammar is not None:
+            check_grammar(grammar, "grammar")
+        if not self.grammars:
+            raise RequestError(
+                f"a {grammar.kind} is asked for, and no grammar engine is installed here; pip install llguidance",
+                param="grammar",
+                code="no_grammar_engine",
+            )
+        if not self.text.spec.eos_ids:
+            raise RequestError(
+                f"a {grammar.kind} is asked for, and the model has no end token, so that the reply could not end where "
+                "it must; leave it out",
+                param="grammar",
+                code="no_end_token",
+            )
+        return grammar
 
     def _admit_vector(self, request: Embed) -> tuple[Open, Admit]:
         self._refuse_endless(request, "input")

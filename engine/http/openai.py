@@ -1,7 +1,8 @@
 """The OpenAI API: /v1/models, /v1/chat/completions and /v1/completions.
 
 Beyond OpenAI's own fields, requests take vLLM's: top_k, min_p, stop_regex, prompt_logprobs and so on. Messages and
-tools are in conversation.py, what replies look like in choices.py. What is not served yet is refused by name.
+tools are in conversation.py, what replies may be asked to be in grammars.py, what they look like in choices.py. What
+is not served yet is refused by name.
 """
 
 import struct
@@ -23,6 +24,7 @@ from engine.http.conversation import (
     template_options,
     tools_of,
 )
+from engine.http.grammars import GrammarBody, grammar_fields
 from engine.http.reading import NOTHING, Reading, Wanted, reading_of
 from engine.http.service import SERVICE, answer
 from engine.http.wire import Body, Reply, json_response
@@ -46,7 +48,7 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None  # ignored: no padding is added
 
 
-class SamplingBody(Body):
+class SamplingBody(GrammarBody, kw_only=True):
     """Fields that both kinds of completion share. Null is the same as absent."""
 
     model: str | None = None
@@ -79,7 +81,10 @@ class SamplingBody(Body):
     user: Any = None  # ignored
     spaces_between_special_tokens: Any = None
 
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {"spaces_between_special_tokens": (True,)}
+    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "spaces_between_special_tokens": (True,),
+        "guided_whitespace_pattern": (),
+    }
 
 
 class ChatBody(SamplingBody, kw_only=True):
@@ -110,7 +115,6 @@ class ChatBody(SamplingBody, kw_only=True):
     moderation: Any = None
     prediction: Any = None
     reasoning_effort: Any = None
-    response_format: Any = None
     service_tier: Any = None
     verbosity: Any = None
     web_search_options: Any = None
@@ -124,7 +128,6 @@ class ChatBody(SamplingBody, kw_only=True):
         "moderation": (),
         "prediction": (),
         "reasoning_effort": ("none",),
-        "response_format": ({"type": "text"},),
         "service_tier": ("auto", "default"),
         "stream_reasoning": (True,),
         "verbosity": ("medium",),
@@ -270,6 +273,7 @@ async def _complete(
     names = {"prompt": "messages"} if wording.chat else {}
     if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
         names["max_tokens"] = "max_completion_tokens"
+    names |= grammar_fields(body)[1]
     if reading.tools:
         names["structural_tag"] = "tools"
     return await answer(request, rid, jobs, reply, endpoint=endpoint, stream=bool(body.stream), names=names)
@@ -314,6 +318,7 @@ def sampling_of(
 ) -> SamplingParams:
     """The checked SamplingParams of `body`; `names` says what its client called a field, if not by its own name."""
     given = {name: value for name in SAME if (value := getattr(body, name)) is not None}
+    grammar, called = grammar_fields(body)
     sampling = SamplingParams(
         max_tokens=max_tokens,
         stop=stop_strings(body.stop),
@@ -324,8 +329,9 @@ def sampling_of(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         **given,
+        **grammar,
     )
-    check_sampling(sampling, names)
+    check_sampling(sampling, names | called)
     return sampling
 
 

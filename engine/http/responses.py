@@ -14,18 +14,30 @@ from msgspec import Meta
 from engine.call_grammar import Tool
 from engine.errors import RequestError
 from engine.http.conversation import ToolName, checked, tool_of
+from engine.http.grammars import NamedSchema, ObjectFormat, PlainFormat
 from engine.http.items import InputItem
 from engine.http.openai import Priority, stop_strings
 from engine.http.reading import Wanted, reading_of
 from engine.http.response_events import ResponseEvents
 from engine.http.service import SERVICE, Service
 from engine.http.sse import send_events
-from engine.http.stored import STORE, Asked, ChosenTool, FunctionTool, Response, Told
-from engine.http.wire import Body, Reply, check_served, json_response
+from engine.http.stored import (
+    STORE,
+    Asked,
+    ChosenTool,
+    FunctionTool,
+    ObjectText,
+    PlainText,
+    Response,
+    SchemaText,
+    TextOptions,
+    Told,
+)
+from engine.http.wire import Body, Reply, check_served, json_response, to_json
 from engine.messages import Chunk, Generate, SamplingParams
 from engine.sampling import check_sampling
 
-CLIENT_NAMES = {"max_tokens": "max_output_tokens", "structural_tag": "tools"}
+CLIENT_NAMES = {"max_tokens": "max_output_tokens", "json_schema": "text.format.schema", "structural_tag": "tools"}
 ALSO_TAKEN = {("reasoning", "content"), ("function_call_output", "name")}  # beside what an item needs
 Metadata = Annotated[
     dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
@@ -83,6 +95,17 @@ class NamedResponseTool(Body):
     type: Literal["function"] = "function"
 
 
+class SchemaTextBody(NamedSchema, tag_field="type", tag="json_schema", kw_only=True):
+    """A named schema, without the object around it that chat completions have."""
+
+
+class TextBody(Body):
+    format: PlainFormat | ObjectFormat | SchemaTextBody | None = None
+    verbosity: Any = None
+
+    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {"verbosity": ("medium",)}
+
+
 class ResponsesBody(Body):
     """Null is the same as absent. `top_k`, `min_p`, `seed`, `stop` and `priority` are extensions."""
 
@@ -98,6 +121,7 @@ class ResponsesBody(Body):
     seed: int | None = None
     stop: str | list[str] | None = None
     priority: Priority | None = None
+    text: TextBody | None = None
     stream: bool | None = None
     store: bool | None = None
     background: bool | None = None
@@ -123,7 +147,6 @@ class ResponsesBody(Body):
     prompt: Any = None
     reasoning: Any = None
     service_tier: Any = None
-    text: Any = None
     top_logprobs: Any = None
     truncation: Any = None
 
@@ -138,7 +161,6 @@ class ResponsesBody(Body):
         "prompt": (),
         "reasoning": ({}, {"effort": "none"}),
         "service_tier": ("auto", "default"),
-        "text": ({}, {"format": {"type": "text"}}),
         "top_logprobs": (0,),
         "truncation": ("disabled",),
     }
@@ -283,9 +305,26 @@ def sampling_of(body: ResponsesBody) -> SamplingParams:
     """The checked SamplingParams of `body`."""
     fields = ("temperature", "top_p", "top_k", "min_p", "seed")
     given = {name: value for name in fields if (value := getattr(body, name)) is not None}
+    match body.text and body.text.format:
+        case ObjectFormat():
+            given["json_object"] = True
+        case SchemaTextBody() as asked:
+            given |= {"json_schema": to_json(asked.schema).decode(), "strict_schema": asked.strict is not False}
+    if body.text is not None:
+        check_served(body.text, "text.")
     sampling = SamplingParams(max_tokens=body.max_output_tokens, stop=stop_strings(body.stop), **given)
     check_sampling(sampling, CLIENT_NAMES)
     return sampling
+
+
+def format_of(body: ResponsesBody) -> PlainText | ObjectText | SchemaText:
+    """The format of `body`, as a response object tells it."""
+    match body.text and body.text.format:
+        case ObjectFormat():
+            return ObjectText()
+        case SchemaTextBody() as asked:
+            return SchemaText(asked.name, asked.schema, asked.strict, asked.description)
+    return PlainText()
 
 
 def messages_of(input: str | list[InputItemBody]) -> list[dict[str, Any]]:
@@ -365,4 +404,5 @@ def described(body: ResponsesBody, sampling: SamplingParams, model: str, wanted:
         parallel_tool_calls=wanted.parallel,
         tool_choice=wanted.mode if wanted.named is None else ChosenTool(wanted.named),
         tools=tuple(FunctionTool(one.name, one.description, one.parameters, one.strict) for one in wanted.tools),
+        text=TextOptions(format_of(body)),
     )

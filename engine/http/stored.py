@@ -83,12 +83,25 @@ class ChosenTool(Reply, frozen=True):
     type: Literal["function"] = "function"
 
 
-class TextFormat(Reply, frozen=True):
-    type: Literal["text"] = "text"
+class PlainText(Reply, frozen=True, tag_field="type", tag="text"):
+    """Any text."""
+
+
+class ObjectText(Reply, frozen=True, tag_field="type", tag="json_object"):
+    """A JSON object."""
+
+
+class SchemaText(Reply, frozen=True, tag_field="type", tag="json_schema"):
+    """JSON of a JSON schema."""
+
+    name: str | None
+    schema: dict[str, Any] | bool
+    strict: bool | None
+    description: str | None = None
 
 
 class TextOptions(Reply, frozen=True):
-    format: TextFormat = TextFormat()
+    format: PlainText | ObjectText | SchemaText = PlainText()
 
 
 class Asked(Reply, kw_only=True, frozen=True):

@@ -21,9 +21,10 @@ from engine.errors import ConfigError
 from engine.layers.build import Build
 from engine.layers.encoder import Encoder
 from engine.layers.model import Model
-from engine.messages import Boot, Ping, Pong, StepPlan, ToWorker, WorkerReady
+from engine.messages import Boot, DropGrammar, LoadGrammar, Ping, Pong, StepPlan, ToWorker, WorkerReady
 from engine.plugin.manager import Plugins, resolve
 from engine.worker.backends import Backends
+from engine.worker.grammar import begin_grammars
 from engine.worker.kv import allocate, choose_max_model_len, count_pages
 from engine.worker.runner import Runner, Step
 from engine.worker.weights import fill_at_random, load_weights, weight_bytes
@@ -49,16 +50,28 @@ def serve(frames: BlockingFrames[ToWorker], runner: Runner) -> None:
     """Runs steps until the peer closes.
 
     A result is sent as soon as it is there, but a plan that is waiting is launched before a result is
-    waited for: so the device goes from one step to the next without a gap.
+    waited for: so the device goes from one step to the next without a gap. A plan whose rows follow a grammar has the
+    results before it sent while its model runs: what makes their masks is what others need to plan on.
     """
     in_flight: deque[Step] = deque()
+
+    def catch_up() -> None:
+        while in_flight:
+            frames.send(runner.finish(in_flight.popleft()))
+
     while True:
         while in_flight and (in_flight[0].ready() or not frames.waiting()):
             frames.send(runner.finish(in_flight.popleft()))
         message = frames.receive()
         match message:
             case StepPlan():
-                in_flight.append(runner.launch(message))
+                in_flight.append(runner.launch(message, catch_up))
+            case LoadGrammar():
+                assert runner.grammars is not None, "requests with a grammar are let in only where there are engines"
+                runner.grammars.load(message, frames.send)
+            case DropGrammar():
+                assert runner.grammars is not None
+                runner.grammars.drop(message.number)
             case Ping():
                 frames.send(Pong())
             case None:
@@ -98,6 +111,7 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
         except KeyError as error:
             name = model_entry.name
             raise ConfigError(f"the model's configuration has no {error}, which the {name} model needs") from None
+        grammars = None if isinstance(model, Encoder) else begin_grammars(config, plugins, checkpoint, model.vocab_size)
         if config.model.load == "dummy":
             fill_at_random(model)
         else:
@@ -117,6 +131,9 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
         max_model_len = choose_max_model_len(config.model.max_model_len, limit, cache_tokens)
         caches = allocate(spec, pages + 1, device)  # one for the padding of CUDA graphs
         runner = Runner(model, caches, device, slots=slots, max_model_len=max_model_len, page_size=spec.page_size)
+    if grammars is not None:
+        with _timed(phases, "grammars"):
+            runner.grammars = grammars.ready(slots, device)
     with _timed(phases, "warm-up"):
         if device.type == "cpu":
             runner.warm_up(WARM_UP_TOKENS)

@@ -7,6 +7,7 @@ from typing import Any
 import anyio
 
 from engine.actor import Actor
+from engine.actors.compiler import CompilerActor
 from engine.actors.fake import FakeExecutor
 from engine.actors.scheduler import SchedulerActor
 from engine.channel import Outbox, channel, open_channel
@@ -34,6 +35,7 @@ class House:
     front: Front
     scheduler: SchedulerActor
     executor: FakeExecutor
+    compiler: CompilerActor
 
     async def settled(self) -> None:
         """Wait until nothing runs, waits or is in flight; then everything must add up."""
@@ -61,14 +63,16 @@ async def open_house(
     def core(config: Config, front: Outbox[ToFront]) -> tuple[list[Actor], Outbox[FromFront]]:
         to_scheduler, scheduler_inbox = open_channel()
         to_executor, executor_inbox = channel(4)
+        to_compiler, compiler_inbox = open_channel()
         policy = Plugins.load(()).policy(config.schedule.policy)
         size = config.cache.page_size
         slots, step_tokens = config.schedule.max_running, config.schedule.max_step_tokens
         held, longest = 0 if embedding_size else pages, pages * size
         ready = WorkerReady(held, size, slots, step_tokens, longest, vocab_size, 4, "none", "none", {}, embedding_size)
-        house.scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, front)
+        house.scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, to_compiler, front)
         house.executor = FakeExecutor(ready, executor_inbox, to_scheduler, seconds)
-        return [house.scheduler, house.executor], to_scheduler
+        house.compiler = CompilerActor(config, compiler_inbox, to_scheduler)
+        return [house.scheduler, house.executor, house.compiler], to_scheduler
 
     async with open_front(config, core) as house.front:
         await house.front.ready()

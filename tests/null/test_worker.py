@@ -78,7 +78,7 @@ def test_a_worker_counts_answers_pings_and_ends_with_its_peer():
         assert isinstance(ready, WorkerReady), ready
         assert (ready.pages, ready.page_size, ready.slots, ready.vocab_size) == (128, 4, 4, 257)
         assert (ready.max_model_len, ready.device, ready.kv_bytes_per_token) == (512, "cpu", 4)
-        assert list(ready.phases) == ["import", "checkpoint", "weights", "kv cache", "warm-up"]
+        assert list(ready.phases) == ["import", "checkpoint", "weights", "kv cache", "grammars", "warm-up"]
 
         frames.send(Ping())
         assert frames.receive() == Pong()
@@ -119,7 +119,7 @@ class Script:
     def send(self, message):
         self.done.append(f"send {message}")
 
-    def launch(self, step_plan):
+    def launch(self, step_plan, catch_up):
         self.done.append(f"launch {step_plan.step}")
         return SimpleNamespace(step=step_plan.step, ready=lambda: False)
 
