@@ -17,7 +17,7 @@ from engine.front import joined
 from engine.http.anthropic_reply import AnthropicReply, failure_event
 from engine.http.conversation import ToolName, checked, tool_of
 from engine.http.reading import Wanted, reading_of
-from engine.http.service import SERVICE
+from engine.http.service import SERVICE, in_client_words
 from engine.http.sse import send_events
 from engine.http.tokens import size_of, with_text
 from engine.http.wire import Body, Reply, check_served, json_response, to_json
@@ -25,7 +25,7 @@ from engine.messages import Generate, SamplingParams
 from engine.sampling import INT32_MAX, check_sampling
 
 PREFIX = "/v1/messages"
-CLIENT_NAMES = {"stop": "stop_sequences", "structural_tag": "tools"}
+CLIENT_NAMES = {"stop": "stop_sequences", "grammar": "tools"}
 
 
 # ── bodies ───────────────────────────────────────────────────────────────────────────────────
@@ -167,10 +167,12 @@ async def messages(request: web.Request, body: MessagesBody) -> web.StreamRespon
     job = Generate(rid, sampling, messages=conversation, **options, **reading.job)
     headers = {"X-Request-Id": rid, "Request-Id": rid}
     reply = AnthropicReply(rid, service.model, reading)
-    async with aclosing(service.metrics.watch(service.front.generate(job), "messages")) as chunks:
-        if body.stream:
-            return await send_events(request, chunks, reply, headers, failure=failure_event)
-        whole = joined([chunk async for chunk in chunks])
+    chunks = service.metrics.watch(service.front.generate(job), "messages")
+    with in_client_words(CLIENT_NAMES):
+        async with aclosing(chunks):
+            if body.stream:
+                return await send_events(request, chunks, reply, headers, failure=failure_event)
+            whole = joined([chunk async for chunk in chunks])
     return json_response(reply.whole(whole), headers=headers)
 
 

@@ -273,9 +273,7 @@ async def _complete(
     names = {"prompt": "messages"} if wording.chat else {}
     if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
         names["max_tokens"] = "max_completion_tokens"
-    names |= grammar_fields(body)[1]
-    if reading.tools:
-        names["structural_tag"] = "tools"
+    names |= grammar_fields(body)[1] | ({"grammar": "tools"} if reading.tools else {})
     return await answer(request, rid, jobs, reply, endpoint=endpoint, stream=bool(body.stream), names=names)
 
 

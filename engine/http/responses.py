@@ -19,7 +19,7 @@ from engine.http.items import InputItem
 from engine.http.openai import Priority, stop_strings
 from engine.http.reading import Wanted, reading_of
 from engine.http.response_events import ResponseEvents
-from engine.http.service import SERVICE, Service
+from engine.http.service import SERVICE, Service, in_client_words
 from engine.http.sse import send_events
 from engine.http.stored import (
     STORE,
@@ -37,7 +37,7 @@ from engine.http.wire import Body, Reply, check_served, json_response, to_json
 from engine.messages import Chunk, Generate, SamplingParams
 from engine.sampling import check_sampling
 
-CLIENT_NAMES = {"max_tokens": "max_output_tokens", "json_schema": "text.format.schema", "structural_tag": "tools"}
+CLIENT_NAMES = {"max_tokens": "max_output_tokens", "json_schema": "text.format.schema"}
 ALSO_TAKEN = {("reasoning", "content"), ("function_call_output", "name")}  # beside what an item needs
 Metadata = Annotated[
     dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
@@ -219,12 +219,15 @@ async def create(request: web.Request, body: ResponsesBody) -> web.StreamRespons
         store.run(response, _generate(service, job))
         return await _follow(request, response) if body.stream else json_response(response.object())
     headers = {"X-Request-Id": response.id}
-    async with aclosing(_recorded(request, response, job, keep=keep)) as chunks:
-        if body.stream:
-            events = ResponseEvents(response)
-            return await send_events(request, chunks, events, headers, failure=events.failure)
-        async for _ in chunks:
-            pass
+    names = {"grammar": "tools" if reading.tools else "text.format"}
+    chunks = _recorded(request, response, job, keep=keep)
+    with in_client_words(names):
+        async with aclosing(chunks):
+            if body.stream:
+                events = ResponseEvents(response)
+                return await send_events(request, chunks, events, headers, failure=events.failure)
+            async for _ in chunks:
+                pass
     return json_response(response.object(), headers=headers)
 
 
