@@ -14,6 +14,7 @@ import math
 import select
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -122,8 +123,11 @@ class BlockingFrames(Generic[T]):
         body = header and self._exactly(frame_length(header))
         return self._decoder.decode(body) if body else None
 
-    def waiting(self) -> bool:
-        """Whether `receive` would return at once (a frame has begun to arrive, or the peer closed)."""
+    def waiting(self, seconds: float = 0.0) -> bool:
+        """Whether `receive` would return at once (a frame has begun to arrive, or the peer closed), now or, if not,
+        after `seconds`: poll itself can wait for no less than a millisecond."""
+        if seconds and not self._poll.poll(0):
+            time.sleep(seconds)
         return bool(self._poll.poll(0))
 
     def _exactly(self, count: int) -> bytearray | None:

@@ -23,11 +23,12 @@ from engine.errors import WorkerError
 from engine.front import Front
 from engine.logs import set_up_logging
 from engine.messages import Failed, FromFront, ToDetokenizer, ToFront, ToHttp, Tokens, WorkerReady
+from engine.model_text import read_text
 from engine.parsers import check_parsers, choose_parsers
 from engine.plugin.manager import Plugins
 from engine.plugin.specs import Checkpoint
 from engine.template import read_template
-from engine.text import Text, read_text
+from engine.text import Text
 
 log = logging.getLogger("engine")
 

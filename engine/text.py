@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from functools import cache, lru_cache, partial
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import decoders
 
-from engine.config import Config
 from engine.decoding import ByteDecoder, Decoder, NoDecoder, ReplyDecoder, Spelling, TokenBytes, WindowDecoder
-from engine.errors import ConfigError, RequestError
+from engine.errors import RequestError
 from engine.parsers import Parsers
 from engine.plugin.parsing import ToolParser
-from engine.plugin.specs import Checkpoint, TextSpec, Vocabulary
+from engine.plugin.specs import TextSpec
 from engine.template import ChatTemplate, requested
 
 TEMPLATES = 16  # templates of requests that are kept compiled
@@ -110,12 +109,6 @@ class Text:
         """How the vocabulary writes the token `id`; a gap in the vocabulary is empty."""
         return self.spec.tokenizer.id_to_token(id) or ""
 
-    def vocabulary(self, size: int) -> Vocabulary:
-        """All tokens, for a model of `size` of them, which may be more."""
-        spelled = [self.spelling[id] for id in range(size)]
-        eos_ids = tuple(id for id in self.spec.eos_ids if id < size)
-        return Vocabulary(spelled, self._special.union(eos_ids), eos_ids)
-
     def reply(
         self,
         stop: tuple[str, ...] = (),
@@ -144,22 +137,6 @@ class Text:
         if self._byte_level:
             return ByteDecoder(self._token_bytes(skipped))
         return WindowDecoder(self.spec.tokenizer, skipped)
-
-
-def read_text(checkpoint: Checkpoint, config: Config) -> TextSpec:
-    """The checkpoint's text; with dummy weights and no tokenizer, one token a byte, for what has 256 tokens or more."""
-    try:
-        return checkpoint.text()
-    except ConfigError:
-        if config.model.load != "dummy":
-            raise
-    bytes_alone = models.BPE(
-        vocab={symbol: id for id, symbol in enumerate(pre_tokenizers.ByteLevel.alphabet())}, merges=[]
-    )
-    tokenizer = Tokenizer(bytes_alone)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return TextSpec(tokenizer=tokenizer, eos_ids=())
 
 
 # ── prompts ──────────────────────────────────────────────────────────────────────────────────

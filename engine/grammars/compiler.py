@@ -32,10 +32,10 @@ from engine.config import Config
 from engine.errors import EngineError, RequestError
 from engine.grammars.closed import prepared
 from engine.grammars.engines import Engines
+from engine.grammars.vocabulary import read_vocabulary
 from engine.logs import set_up_logging
 from engine.messages import Boot, Compile, Compiled, Fatal
 from engine.plugin.manager import Plugins
-from engine.text import Text, read_text
 
 log = logging.getLogger("engine.grammars")
 
@@ -117,9 +117,10 @@ class Compiler:
     def _ready(self, vocab_size: int) -> Engines:
         began = time.perf_counter()
         plugins = Plugins.load(self._config.model.plugins)
-        text = Text(read_text(plugins.open_checkpoint(self._config.model.model), self._config))
+        checkpoint = plugins.open_checkpoint(self._config.model.model)
+        vocabulary = read_vocabulary(checkpoint, self._config, vocab_size)
         whitespace = self._config.grammar.json_whitespace
-        engines = Engines(plugins.grammar_engines(), text.vocabulary(vocab_size), threads=1, whitespace=whitespace)
+        engines = Engines(plugins.grammar_engines(), vocabulary, threads=1, whitespace=whitespace)
         engines.warm_up()
         self._engines = engines
         log.info("grammar compiler ready after %.1f s: %d tokens", time.perf_counter() - began, vocab_size)

@@ -1,4 +1,4 @@
-"""Contract checks that the built-in attention backends and models pass, for authors to run on their own.
+"""Contract checks that the built-in attention backends, models and grammar engines pass, for authors to run.
 
     @pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
     def test_attention(case):
@@ -7,6 +7,10 @@
     @pytest.mark.parametrize("scenario", MODEL_SCENARIOS)
     def test_model(scenario):
         check_model(MyModel, config, tensors, reference, scenario)
+
+    @pytest.mark.parametrize("case", GRAMMAR_CASES, ids=str)
+    def test_grammar(case):
+        check_grammar(MyEngine, case)
 
     def test_parser():
         check_tool_parser(MyParser)  # or check_reasoning_parser; check_any_split for replies of your own
@@ -28,15 +32,41 @@ from engine.layers.batch import Batch
 from engine.layers.build import Build
 from engine.layers.model import Model
 from engine.messages import Sampling, SlotAdmit, StepPlan
+from engine.plugin.grammar_checks import (
+    GRAMMAR_CASES,
+    INVALID,
+    GrammarCase,
+    check_grammar,
+    check_invalid,
+    check_together,
+    check_whitespace,
+)
 from engine.plugin.manager import Plugins
-from engine.plugin.parser_checks import check_any_split as check_any_split
-from engine.plugin.parser_checks import check_reasoning_parser as check_reasoning_parser
-from engine.plugin.parser_checks import check_tool_parser as check_tool_parser
+from engine.plugin.parser_checks import check_any_split, check_reasoning_parser, check_tool_parser
 from engine.plugin.specs import KVSpec
 from engine.worker.backends import Backends
 from engine.worker.batch import build_batch
 from engine.worker.kv import allocate
 from engine.worker.runner import Runner
+
+__all__ = [
+    "ATTENTION_CASES",
+    "GRAMMAR_CASES",
+    "INVALID",
+    "MODEL_SCENARIOS",
+    "AttentionCase",
+    "GrammarCase",
+    "ModelHarness",
+    "check_any_split",
+    "check_attention",
+    "check_grammar",
+    "check_invalid",
+    "check_model",
+    "check_reasoning_parser",
+    "check_together",
+    "check_tool_parser",
+    "check_whitespace",
+]
 
 # ── attention ────────────────────────────────────────────────────────────────────────────────
 

@@ -85,9 +85,9 @@ class Beginning:
     def _make(
         self, config: Config, entries: Sequence[GrammarEntry], checkpoint: Checkpoint, size: int
     ) -> tuple[Engines, Vocabulary]:
-        from engine.text import Text, read_text  # here, beside the loading of the model: it takes a while too
+        from engine.grammars.vocabulary import read_vocabulary  # here, beside the loading: it takes a while too
 
-        vocabulary = Text(read_text(checkpoint, config)).vocabulary(size)
+        vocabulary = read_vocabulary(checkpoint, config, size)
         threads = max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) - 1))
         engines = Engines(entries, vocabulary, threads=threads, whitespace=config.grammar.json_whitespace)
         if vocabulary.eos_ids:

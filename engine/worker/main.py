@@ -31,6 +31,7 @@ from engine.worker.weights import fill_at_random, load_weights, weight_bytes
 
 logger = logging.getLogger("engine.worker")
 
+GLANCE = 5e-5  # seconds between two looks at the device, while a step runs and no plan has come
 WARM_UP_TOKENS = 16  # on a CPU; a GPU is warmed up with the largest step, which also shows what it takes
 
 
@@ -49,8 +50,8 @@ GPU_DEFAULTS = Defaults(slots=256, step_tokens=8192)
 def serve(frames: BlockingFrames[ToWorker], runner: Runner) -> None:
     """Runs steps until the peer closes.
 
-    A result is sent as soon as it is there, but a plan that is waiting is launched before a result is
-    waited for: so the device goes from one step to the next without a gap. A plan whose rows follow a grammar has the
+    A result is sent as soon as it is there, and a plan launched as soon as it comes: so the device goes from one step
+    to the next without a gap. A plan whose rows follow a grammar has the
     results before it sent while its model runs: what makes their masks is what others need to plan on.
     """
     in_flight: deque[Step] = deque()
@@ -60,8 +61,11 @@ def serve(frames: BlockingFrames[ToWorker], runner: Runner) -> None:
             frames.send(runner.finish(in_flight.popleft()))
 
     while True:
-        while in_flight and (in_flight[0].ready() or not frames.waiting()):
-            frames.send(runner.finish(in_flight.popleft()))
+        while in_flight:
+            if in_flight[0].ready():
+                frames.send(runner.finish(in_flight.popleft()))
+            elif frames.waiting(GLANCE):
+                break
         message = frames.receive()
         match message:
             case StepPlan():

@@ -19,15 +19,16 @@ from engine.plugin import RequestError
 ANY = "(?s:.*)"
 
 
-def to_lark(tag: Mapping[str, Any], special: Mapping[str, int]) -> str:
-    """`tag` is {"type": "structural_tag", "format": ...}; `special` are the special tokens' ids by name.
+def to_lark(tag: Mapping[str, Any], special: Mapping[str, int], schema: Callable[[Any], str]) -> str:
+    """`tag` is {"type": "structural_tag", "format": ...}; `special` are the special tokens' ids by name, `schema`
+    writes a JSON schema.
 
     Raises RequestError for what is malformed or cannot be written."""
     if tag.get("type") != "structural_tag" or not isinstance(tag.get("format"), dict):
         raise _refuse('it must be {"type": "structural_tag", "format": {...}}')
-    writer = _Writer(special)
+    writer = _Writer(special, schema)
     start = writer.expression(tag["format"])
-    return "\n".join(["%llguidance {}", f"start: {start}", *writer.rules])
+    return "\n".join([f"start: {start}", *writer.rules])
 
 
 def _refuse(why: str) -> RequestError:
@@ -37,8 +38,9 @@ def _refuse(why: str) -> RequestError:
 class _Writer:
     """Rules as they are needed; `expression` is what stands for a format in the rule around it."""
 
-    def __init__(self, special: Mapping[str, int]) -> None:
+    def __init__(self, special: Mapping[str, int], schema: Callable[[Any], str]) -> None:
         self.rules: list[str] = []
+        self._write_schema = schema
         self._special = special
         names = sorted(special, key=len, reverse=True)
         self._names = re.compile("|".join(map(re.escape, names))) if names else None
@@ -73,9 +75,9 @@ class _Writer:
         parts: list[str] = []
         at = 0
         for found in self._names.finditer(text) if self._names else ():
-            parts += [_quoted(text[at : found.start()]), f"<[{self._special[found[0]]}]>"]
+            parts += [quoted(text[at : found.start()]), f"<[{self._special[found[0]]}]>"]
             at = found.end()
-        parts.append(_quoted(text[at:]))
+        parts.append(quoted(text[at:]))
         return " ".join(part for part in parts if part) or '""'
 
     def rule(self, body: str, attribute: str = "") -> str:
@@ -108,7 +110,10 @@ class _Writer:
     def _schema(self, format: Mapping[str, Any]) -> str:
         if format.get("style", "json") != "json":
             raise _refuse(f"the style {format['style']!r} of a json_schema is not written; only json is")
-        return self.rule(f"%json {json.dumps(format.get('json_schema', True))}")
+        schema = format.get("json_schema", True)
+        if not isinstance(schema, dict | bool):
+            raise _refuse(f"json_schema is {json.dumps(schema)[:80]}, not a schema")
+        return self.rule(self._write_schema(schema))
 
     def _text(self, format: Mapping[str, Any]) -> str:
         for name in ("excludes", "max_tokens", "max_chars"):
@@ -190,10 +195,13 @@ class _Writer:
         return f"({several})" if format.get("at_least_one") else f"({several})?"
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """`text` as a literal."""
     return json.dumps(text, ensure_ascii=False) if text else ""
 
 
 def _escaped(text: str) -> str:
     """`text` inside of /.../, to be taken as it is."""
-    return re.sub(r"([^\w\s])", r"\\\1", text).replace("\n", r"\n").replace("\t", r"\t").replace("\r", r"\r")
+    return (
+        re.sub(r"([\\.+*?()|\[\]{}^$/])", r"\\\1", text).replace("\n", r"\n").replace("\t", r"\t").replace("\r", r"\r")
+    )

@@ -6,6 +6,7 @@ strings of bounded length, which would walk most of the trie at each token, are 
 """
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,14 +16,24 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from engine.plugin import CompiledGrammar, Grammar, RequestError, Vocabulary
 from engine_plugins.grammars.free_strings import CHARACTER, FreeString, FreeStrings
-from engine_plugins.grammars.lark_tags import to_lark
+from engine_plugins.grammars.lark_tags import quoted, to_lark
 
 # Tokens that lie in one of these classes are let through together, where all that a class holds may come next.
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 30)
 SLICES = [r"[\x20\x0A\x0D\x09]+", *(f"{CHARACTER}{{1,{length}}}" for length in LENGTHS), f"{CHARACTER}+"]
 # Between the tokens of JSON: a space, or a new line and its indentation.
 ASCII = "dws"  # what \d, \w and \s mean in a regular expression is ASCII's, as it is to other engines
+HEADER = re.compile(r"^%llguidance[ \t]*(\{.*\})[ \t]*$", re.MULTILINE)  # of Lark, with options
 SOME_WHITESPACE = r"\x20|\n[\x20\t]{0,32}"
+
+
+def free(lark: str) -> str:
+    """`lark` without forcing: where a grammar leaves one text alone, all tokens that it may be written in are let
+    through, and not just those of one way to write it."""
+    found = HEADER.search(lark)
+    options = json.loads(found[1]) if found else {}
+    rest = lark if found is None else lark[: found.start()] + lark[found.end() :]
+    return f"%llguidance {json.dumps({**options, 'no_forcing': True})}\n{rest}"
 
 
 class LLMatcher:
@@ -62,8 +73,9 @@ class LLGuidance:
         self._tokenizer = tokenizer_of(vocabulary, vocabulary.tokens, SLICES)
         # With one thread there is none but the caller's: a forked process has no other.
         self._executor = llguidance.LLExecutor(num_threads=threads) if threads > 1 else None
-        pattern = {"whitespace_pattern": SOME_WHITESPACE} if whitespace else {"whitespace_flexible": False}
-        self._json: Any = {"lenient": False, "coerce_one_of": False, **pattern}
+        self._options: dict[str, Any] = {"lenient": False, "coerce_one_of": False, "whitespace_flexible": whitespace}
+        if whitespace:
+            self._options["whitespace_pattern"] = SOME_WHITESPACE
         self._special = {vocabulary.tokens[id].decode(errors="replace"): id for id in vocabulary.special}
         self._strings = FreeStrings(vocabulary, tokenizer_of)
 
@@ -82,27 +94,33 @@ class LLGuidance:
         source = grammar.source
         match grammar.kind:
             case "json_object":
-                return llguidance.LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=self._json)
+                return free(f"start: {self._json({'type': 'object'})}")
             case "json_schema":
-                return llguidance.LLMatcher.grammar_from_json_schema(source, overrides=self._json)
+                return free(f"start: {self._json(json.loads(source))}")
             case "regex":
-                return f"start: /{llguidance.regex_to_lark(source, ASCII)}/"
+                return free(f"start: /{llguidance.regex_to_lark(source, ASCII)}/")
             case "choice":
-                return "start: " + " | ".join(map(json.dumps, json.loads(source)))
+                return free("start: " + " | ".join(map(quoted, json.loads(source))))
             case "ebnf":
                 try:
-                    return gbnf_to_lark(source)
+                    return free(gbnf_to_lark(source))
                 except Exception as error:  # it raises bare ones
                     raise refusal(grammar, str(error)) from None
             case "structural_tag":
-                return to_lark(json.loads(source), self._special)
-        return source
+                return free(to_lark(json.loads(source), self._special, self._json))
+        return free(source)
+
+    def _json(self, schema: dict[str, Any] | bool) -> str:
+        """A schema in Lark."""
+        if isinstance(schema, bool):
+            schema = {} if schema else {"not": {}}
+        return f"%json {json.dumps({**schema, 'x-guidance': self._options})}"
 
     def accept(self, matchers: Sequence[LLMatcher], tokens: Sequence[int]) -> list[bool]:
         for matcher, token in zip(matchers, tokens, strict=True):
             if matcher.string is not None:
                 matcher.string.push(token)
-        if self._executor is None or len(matchers) == 1:
+        if self._executor is None or len(matchers) < 2:
             return [matcher.full.consume_token(token) for matcher, token in zip(matchers, tokens, strict=True)]
         pairs = [(matcher.full, token) for matcher, token in zip(matchers, tokens, strict=True)]
         accepted: list[bool] = self._executor.consume_token_par(pairs)

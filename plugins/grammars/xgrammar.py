@@ -92,8 +92,8 @@ class XGrammar:
         return XGrammarCompiled(xgrammar.CompiledGrammar.deserialize_json(text, self._info))
 
     def accept(self, matchers: Sequence[XMatcher], tokens: Sequence[int]) -> list[bool]:
-        if len(matchers) == 1:
-            return [matchers[0].state.accept_token(tokens[0])]
+        if len(matchers) < 2:
+            return [matcher.state.accept_token(token) for matcher, token in zip(matchers, tokens, strict=True)]
         accepted = self._batch.batch_accept_token([matcher.state for matcher in matchers], list(tokens))
         return [bool(each) for each in accepted]
 
