@@ -136,8 +136,9 @@ class ReplyParser:
 
     def feed(self, text: str) -> list[Event]:
         """The next piece of the reply; what it makes certain, as few events as there may be."""
-        events = [Content(text)] if self._reasoning is None else self._reasoning.feed(text)
-        return self._told(events)
+        if self._reasoning is None:
+            return [Content(text)] if self._tools is None else merged(self._kept(self._tools.feed(text)))
+        return self._told(self._reasoning.feed(text))
 
     def finish(self) -> list[Event]:
         """The reply has ended; what was held back."""
@@ -164,6 +165,9 @@ def _number(event: Event) -> int:
 
 def merged(events: Iterable[Event]) -> list[Event]:
     """`events` with successive ones of one kind as one."""
+    events = list(events)
+    if len(events) < 2:
+        return events
     few: list[Event] = []
     for event in events:
         match few[-1] if few else None, event:

@@ -7,9 +7,10 @@ log-probabilities costs one string escape and one join.
 
 import codecs
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Literal
 
+import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from engine.http.reading import NOTHING, Reader, Reading
@@ -217,7 +218,7 @@ class OpenAIReply:
         self._finished = 0
         self._offsets = [TextOffset() for _ in range(wording.choices)]
         self._detailed = wording.logprobs or wording.prompt_logprobs or wording.continuous_usage
-        self._around: dict[int, tuple[bytes, bytes]] = {}
+        self._around: dict[tuple[int, Hashable], tuple[bytes, bytes]] = {}
 
     def event(self, part: tuple[int, Chunk]) -> bytes:
         """The events of one choice's chunk: a chat's opens with the role and ends with its finish; the usage, if asked
@@ -236,8 +237,7 @@ class OpenAIReply:
             if chunk.text or chunk.logprobs or chunk.prompt_logprobs:
                 events += self._detailed_event(index, chunk)
         elif chunk.text:
-            before, after = self._around.get(index) or self._surroundings(index)
-            events += before + to_json(chunk.text) + after
+            events += self._text_event(index, Content, Content(chunk.text))
         if chunk.finish is not None:
             self._finished += 1
             end = (None, chunk.finish if reader is None else reader.finish_reason(chunk.finish), chunk.matched)
@@ -250,9 +250,10 @@ class OpenAIReply:
 
     def _read_events(self, index: int, chunk: Chunk, reader: Reader) -> bytes:
         """The events of what a parser finds in `chunk`; log-probabilities go with the first of them."""
-        deltas = [_delta(told) for told in reader.read(chunk) if not isinstance(told, CallEnd)]
+        found = reader.read(chunk)
         if not self._detailed:
-            return b"".join([self._event(DeltaChoice(index, delta)) for delta in deltas])
+            return b"".join([self._told_event(index, told) for told in found])
+        deltas = [_delta(told) for told in found if not isinstance(told, CallEnd)]
         if not (deltas or chunk.logprobs or chunk.prompt_logprobs):
             return b""
         first, *others = deltas or [Delta()]
@@ -260,12 +261,27 @@ class OpenAIReply:
         events = self._event(DeltaChoice(index, first, self._chat_logprobs(chunk)), prompt_logprobs=prompt)
         return events + b"".join([self._event(DeltaChoice(index, delta)) for delta in others])
 
-    def _surroundings(self, index: int) -> tuple[bytes, bytes]:
-        """What stands before and after the text of an event of choice `index` that holds nothing else."""
-        plain = DeltaChoice(index, Delta(content=MARK)) if self._wording.chat else TextChoice(index, MARK)
-        before, _, after = self._event(plain).rpartition(to_json(MARK))
-        self._around[index] = before, after
-        return before, after
+    def _told_event(self, index: int, told: Event) -> bytes:
+        """The event of what a parser tells, if it is told to clients."""
+        match told:
+            case Content() | Reasoning():
+                return self._text_event(index, type(told), told)
+            case CallArguments(number):
+                return self._text_event(index, number, told)
+            case CallBegin():
+                return self._event(DeltaChoice(index, _delta(told)))
+            case CallEnd():
+                return b""
+
+    def _text_event(self, index: int, kind: Hashable, told: Content | Reasoning | CallArguments) -> bytes:
+        """An event of choice `index` with a text alone; what stands around that is the same for all of a `kind`."""
+        around = self._around.get((index, kind))
+        if around is None:
+            marked = msgspec.structs.replace(told, text=MARK)
+            plain = DeltaChoice(index, _delta(marked)) if self._wording.chat else TextChoice(index, MARK)
+            before, _, after = self._event(plain).rpartition(to_json(MARK))
+            around = self._around[index, kind] = before, after
+        return around[0] + to_json(told.text) + around[1]
 
     def _detailed_event(self, index: int, chunk: Chunk) -> bytes:
         prompt = self._prompt_logprobs(chunk)

@@ -110,10 +110,13 @@ class Reader:
         events = self._parser.feed(chunk.text)
         if chunk.finish is not None:
             events = merged([*events, *self._parser.finish()])
-        self._called = self._called or any(isinstance(event, CallBegin) for event in events)
+        for event in events:
+            if isinstance(event, CallBegin):
+                self._called = True
+            elif isinstance(event, Reasoning):
+                self._has_reasoning = True
         if self._in_reasoning:
             self._count(chunk.ids)
-            self._has_reasoning = self._has_reasoning or any(isinstance(event, Reasoning) for event in events)
         self.plain = self._parser.plain
         return events
 

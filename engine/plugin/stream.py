@@ -208,25 +208,25 @@ class StreamParser:
 
         The `strip` characters before it are read, but not told."""
         while True:
-            places = [(place, mark) for mark in marks if (place := self._text.find(mark, self._at)) >= 0]
-            place, mark = min(places, default=(_possible_beginning(self._text, self._at, marks), ""))
+            place, mark = _first(self._text, self._at, marks)
             told = self._at + len(self._text[self._at : place].rstrip(strip))
-            self._at = told
-            self._tell(tell)
+            if told:
+                self._at = told
+                self._tell(tell)
             if mark:
                 self._at = place - told + len(mark)
                 return mark
-            if not (yield from self.more()):
+            if self._ended:
                 self._at = len(self._text)
                 self._tell(tell)
                 return ""
+            yield
 
     # ── what it tells ────────────────────────────────────────────────────────────────────────
 
     def _tell(self, kind: type[Content] | type[Reasoning]) -> None:
         """What was read and not told is of this kind."""
-        text = self._text[: self._at]
-        self.drop()
+        text, self._text, self._at = self._text[: self._at], self._text[self._at :], 0
         if kind is Content and self._skip_space:
             text = text.lstrip(SPACE)
             self._skip_space = not text
@@ -247,12 +247,22 @@ class StreamParser:
         self._at = 0
 
 
-def _possible_beginning(text: str, start: int, marks: Sequence[str]) -> int:
-    """Where in `text`, from `start` on, one of `marks` may have begun without being all there; else its end."""
-    for place in range(max(start, len(text) - max(map(len, marks)) + 1), len(text)):
-        if any(mark.startswith(text[place:]) for mark in marks):
-            return place
-    return len(text)
+def _first(text: str, start: int, marks: Sequence[str]) -> tuple[int, str]:
+    """Where in `text`, from `start` on, the first of `marks` stands, and which it is; none, where one may have begun
+    without being all there, or at the end of the text."""
+    first, found = len(text), ""
+    for mark in marks:
+        place = text.find(mark[0], start)
+        while 0 <= place < first:
+            if text.startswith(mark, place):
+                first, found = place, mark
+            elif mark.startswith(text[place:]):
+                first, found = place, ""
+            else:
+                place = text.find(mark[0], place + 1)
+                continue
+            break
+    return first, found
 
 
 class Value:
