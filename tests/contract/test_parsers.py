@@ -1,5 +1,8 @@
 """Every parser of replies keeps the contract, and tells the same of any text however it is cut."""
 
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -167,6 +170,16 @@ def test_arguments_are_told_as_they_come() -> None:
         begun = parser.feed(parser.syntax.opening + parser.syntax.beginning("f") + '{"a": "one ')
         assert [event.text for event in begun[1:]] == ['{"a": "one '], name
         assert [event.text for event in parser.feed("two")] == ["two"], name
+
+
+def test_the_parser_of_the_guide() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text()
+    (source,) = re.findall(r"```python\n(from engine\.plugin\.parsing import .*?)```", guide, re.DOTALL)
+    names: dict[str, type[ToolParser]] = {}
+    exec(source, names)
+    check_tool_parser(names["Angles"])
+    found = check_any_split(lambda: names["Angles"](["f"]), 'Yes: <<f {"a": ">>"}>><<g {}>>.')
+    assert found == Parsed("Yes:<<g {}>>.", "", [Call("f", '{"a": ">>"}')])
 
 
 def test_ids() -> None:
