@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from engine.errors import ConfigError, RequestError
 from engine.plugin.parsing import CallSyntax
-from engine.tools import in_other_words, plain_message, with_arguments, with_names
+from engine.tools import as_written, in_other_words, plain_message, with_names
 
 OPEN_END = "\ue000 the reply goes on here \ue000"  # private-use characters: no text holds this by chance
 ENDINGS = 64  # ends of prompts that are remembered, by the variables of the template that they follow from
@@ -27,12 +27,13 @@ ENDINGS = 64  # ends of prompts that are remembered, by the variables of the tem
 
 class Abilities(Struct, frozen=True):
     """What a template does with what it is given: describes `tools`, writes past `calls` and their results, takes a
-    `system` message. `text_arguments`: it wants the arguments of calls as text, others as an object."""
+    `system` message. `text_arguments` and `alone` are how it wants calls, as `as_written` has it."""
 
     tools: bool
     calls: bool
     system: bool
     text_arguments: bool = False
+    alone: bool = False
 
 
 class ChatTemplate:
@@ -89,7 +90,8 @@ class ChatTemplate:
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
         """`messages` and `tools` as this template takes them; what it cannot say is said in messages."""
         able = self.abilities
-        messages = [with_arguments(message, as_text=able.text_arguments) for message in with_names(messages)]
+        named = with_names(messages)
+        messages = list(as_written(named, text_arguments=able.text_arguments, alone=able.alone))
         untold = None if able.tools else tools
         if able.calls and untold is None:
             return messages, tools
@@ -103,11 +105,12 @@ class ChatTemplate:
         """Found out once, by rendering."""
         tools = "probe_tool" in self._probe([PROBE_USER], tools=[PROBE_TOOL])
         system = "probe_system" in self._probe([{"role": "system", "content": "probe_system"}, PROBE_USER])
-        for as_text in (False, True):
-            called = [PROBE_USER, with_arguments(PROBE_CALL, as_text=as_text), PROBE_RESULT]
-            text = self._probe(called, tools=[PROBE_TOOL] if tools else None)
-            if "probe_value" in text and "probe_result" in text:
-                return Abilities(tools, True, system, as_text)
+        for alone in (False, True):
+            for text_arguments in (False, True):
+                called = as_written([PROBE_USER, PROBE_CALL, PROBE_RESULT], text_arguments=text_arguments, alone=alone)
+                text = self._probe(list(called), tools=[PROBE_TOOL] if tools else None)
+                if "probe_value" in text and "probe_result" in text:
+                    return Abilities(tools, True, system, text_arguments, alone)
         return Abilities(tools, False, system)
 
     def reasoning_open(
@@ -132,8 +135,9 @@ class ChatTemplate:
 
     def _find_ending(self, after_tool: bool, add_generation_prompt: bool, variables: str) -> str:
         """How a prompt ends; that depends on the template's variables and on who spoke last."""
-        called = [with_arguments(PROBE_CALL, as_text=self.abilities.text_arguments), PROBE_RESULT]
-        messages = [PROBE_USER, *called] if after_tool and self.abilities.calls else [PROBE_USER]
+        able, messages = self.abilities, [PROBE_USER]
+        if after_tool and able.calls:
+            messages += as_written([PROBE_CALL, PROBE_RESULT], text_arguments=able.text_arguments, alone=able.alone)
         return self._probe(messages, add_generation_prompt=add_generation_prompt, **json.loads(variables))
 
     def _probe(self, messages: list[dict[str, Any]], **variables: Any) -> str:

@@ -6,7 +6,7 @@ said by the user in <tool_response>. What a reply must be so that it calls a too
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from engine.errors import RequestError
@@ -53,16 +53,21 @@ def plain_message(index: int, message: dict[str, Any]) -> dict[str, Any]:
     return plain | {"tool_calls": calls}
 
 
-def with_arguments(message: dict[str, Any], *, as_text: bool) -> dict[str, Any]:
-    """`message` with the arguments of its calls as text, or as the object that the text holds, if it holds one."""
-    if "tool_calls" not in message:
-        return message
-    calls = []
-    for call in message["tool_calls"]:
-        given = call["function"]["arguments"]
-        arguments = _text_of(given) if as_text else _object_of(given)
-        calls.append({"type": "function", **call, "function": {**call["function"], "arguments": arguments}})
-    return {**message, "tool_calls": calls}
+def as_written(messages: Iterable[dict[str, Any]], *, text_arguments: bool, alone: bool) -> Iterator[dict[str, Any]]:
+    """`messages` with calls as a template wants them: arguments as text, or as the object that the text holds, if it
+    holds one; and if `alone`, in messages of their own, whose content is None."""
+    for message in messages:
+        if "tool_calls" not in message:
+            yield message
+            continue
+        calls = []
+        for call in message["tool_calls"]:
+            given = call["function"]["arguments"]
+            arguments = _text_of(given) if text_arguments else _object_of(given)
+            calls.append({"type": "function", **call, "function": {**call["function"], "arguments": arguments}})
+        if alone and message["content"]:
+            yield {key: value for key, value in message.items() if key != "tool_calls"}
+        yield {**message, "tool_calls": calls} | ({"content": None} if alone else {})
 
 
 def _text_of(arguments: str | dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from engine.errors import RequestError
 from engine.grammar import grammar_of
 from engine.messages import Chunk, Grammar, SamplingParams
 from engine.parsers import Parsers, ReplyParser, merged
-from engine.plugin.parsing import CallBegin, Event, Reasoning, ToolParser
+from engine.plugin.parsing import CallBegin, Event, Reasoning, ReasoningParser, ToolParser
 from engine.text import Text
 
 NO_NAMES: dict[str, str] = {}
@@ -162,10 +162,11 @@ def reading_of(
     reasoning, opened, opening = text.parsers.reasoning if sampling.detokenize else None, None, ""
     if reasoning is not None:
         opened = text.reasoning_open(reasoning.start, reasoning.end, messages, **options)
+        if grammar is not None and opened is None and not reasoning.assumed:
+            opened = _reasons(text, reasoning, messages, options)
+            opening = f"{reasoning.start}\n" if opened else ""  # so that its end will come
         if grammar is not None and opened is not False:
             grammar = msgspec.structs.replace(grammar, after=reasoning.end)
-            if opened is None and not reasoning.assumed:  # so that the end will come
-                opened, opening = True, f"{reasoning.start}\n"
     start, end = (None, None) if reasoning is None else (text.id_of(reasoning.start), text.id_of(reasoning.end))
     return Reading(
         [tool.described() for tool in wanted.offered] or None,
@@ -176,6 +177,16 @@ def reading_of(
         opened,
         None if start is None or end is None else (start, end),
     )
+
+
+def _reasons(
+    text: Text, reasoning: type[ReasoningParser], messages: list[dict[str, Any]], options: dict[str, Any]
+) -> bool:
+    """Whether a reply is to begin with reasoning where the prompt leaves that open: if the template has a switch that
+    closes it, as most families have, and it is not used."""
+    switched = {**(options.get("template_kwargs") or {}), "enable_thinking": False}
+    closed = text.reasoning_open(reasoning.start, reasoning.end, messages, **options | {"template_kwargs": switched})
+    return closed is False
 
 
 def _check(wanted: Wanted, parser: type[ToolParser] | None, sampling: SamplingParams) -> None:

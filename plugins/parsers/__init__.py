@@ -71,13 +71,13 @@ def register_parsers(register: Register) -> None:
         "deepseek-r1",
         "engine_plugins.parsers.reasoning:DeepseekR1",
         kind="reasoning",
-        markers=("<think>",),
-        description="<think>, opened by the prompt or taken for granted: DeepSeek R1 and V3.1, QwQ, Qwen3 Thinking",
+        markers=("</think>", "<｜Assistant｜>"),
+        description="<think>, opened by the prompt or taken for granted: DeepSeek R1 and its distilled models, V3.1",
     )
     register(
         "qwen3",
         "engine_plugins.parsers.reasoning:Qwen3",
         kind="reasoning",
-        markers=("<think>", "enable_thinking"),
-        description="<think> where the model writes it: Qwen3, SmolLM3, and others that can do without",
+        markers=("<think>",),
+        description="<think> where the model or the prompt writes it: Qwen3, QwQ, SmolLM3, and others",
     )

@@ -9,7 +9,9 @@ from http_front import FakeFront, chunks, serving, text_of
 from openai.types.chat import ChatCompletionMessage
 from test_http import HI, client, post, stream
 
-from engine.messages import Chunk, Generate
+from engine.client import Client
+from engine.errors import RequestError
+from engine.messages import Chunk, Generate, SamplingParams
 
 pytestmark = pytest.mark.anyio
 CHAT = "/v1/chat/completions"
@@ -334,3 +336,37 @@ async def test_reasoning_tokens(streamed: bool) -> None:
         else:
             usage = (await post(url + CHAT, asked))[1]["usage"]
     assert usage["completion_tokens_details"] == {"reasoning_tokens": 3}
+
+
+async def test_a_response_format_beside_tools_and_reasoning() -> None:
+    schema: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+    made = front("{}", template=THINKING, reasoning="qwen3")
+    await talk(made, False, tools=TOOLS, response_format=schema)
+    await talk(made, False, response_format=schema)
+    both, alone = (asked.grammar for asked in made.asked)
+    assert [one["type"] for one in grammar_of(made.asked[0])["elements"]] == ["tags_with_separator", "json_schema"]
+    assert both and alone and (alone.kind, both.after, alone.after) == ("json_schema", "</think>", "</think>")
+    async with serving(made) as url:
+        body = {"messages": HI, "tools": TOOLS, "tool_choice": "required", "response_format": schema}
+        status, answer = await post(url + CHAT, body)
+    assert (status, answer["error"]["param"]) == (400, "tool_choice")
+
+
+async def test_a_tool_that_no_grammar_can_hold_to_is_refused_by_its_name() -> None:
+    made = front()
+    made.script = [RequestError("the schema has the keyword x; leave it out", param="grammar", code="invalid_grammar")]
+    for path, fields in (
+        (CHAT, {"messages": HI, "tools": TOOLS, "tool_choice": "required"}),
+        ("/v1/messages", {"messages": HI, "max_tokens": 9, "tools": [{"name": "f", "input_schema": {}}]}),
+        ("/v1/responses", {"input": "x", "tools": [{"type": "function", "name": "f"}], "tool_choice": "required"}),
+    ):
+        async with serving(made) as url:
+            status, answer = await post(url + path, fields)
+        assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, "tools", "invalid_grammar"), path
+
+
+async def test_our_own_client_shows_reasoning_as_it_comes() -> None:
+    made = front(*pieces(THOUGHT), template=THINKING, reasoning="qwen3")
+    async with serving(made) as url, Client(url) as ours:
+        said = [chunk.text async for chunk in ours.chat(HI, SamplingParams())]
+    assert "".join(said) == "Hm <b>.Yes."

@@ -118,6 +118,7 @@ def test_a_grammar_begins_after_the_reasoning(asked: tuple[Wanted, SamplingParam
         (PLAIN + "<think>\n", "qwen3", {}, "</think>", ""),
         (PLAIN + "<think>\n", "deepseek-r1", {}, "</think>", ""),
         (PLAIN, "deepseek-r1", {}, "</think>", ""),
+        (PLAIN, "qwen3", {}, "", ""),  # no switch: it reasons only if it wants to, and so not here
         (PLAIN + "</think>", "deepseek-r1", {}, "", ""),
     ):
         found = reading(template, reasoner, *asked, template_kwargs=kwargs)

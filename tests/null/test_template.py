@@ -21,6 +21,11 @@ CALLS = (
 )
 OBJECT = TOLD + CALLS.replace("ARGUMENTS", "c.function.arguments | tojson")
 TEXT = CALLS.replace("{{ ARGUMENTS }}", "{{ 'of ' + c.function.arguments }}")
+ALONE = (
+    "{% for m in messages %}{% if m.content is none %}{% for c in m.tool_calls %}"
+    "<calls>{{ c.function.name + ' ' + c.function.arguments }}{{ '\\n' }}"
+    "{% endfor %}{% else %}<{{ m.role }}>{{ m.content + '\\n' }}{% endif %}{% endfor %}"
+)
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
 
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -50,6 +55,7 @@ def template(source: str) -> ChatTemplate:
         (CHATML, Abilities(tools=False, calls=False, system=True)),
         (OBJECT, Abilities(tools=True, calls=True, system=True)),
         (TEXT, Abilities(tools=False, calls=True, system=True, text_arguments=True)),
+        (ALONE, Abilities(tools=False, calls=True, system=True, text_arguments=True, alone=True)),
         (NO_SYSTEM, Abilities(tools=False, calls=False, system=False)),
         ("{% if tools %}{{ raise_exception('no tools') }}{% endif %}" + CHATML, Abilities(False, False, True)),
         ("{{ undefined.attribute }}", Abilities(False, False, False)),
@@ -66,6 +72,13 @@ def test_a_template_gets_what_it_asks_for() -> None:
         "<assistant>Done.\n"
     )
     assert '[f of {"a": "é"}]' in template(TEXT).render(PAST)
+
+
+def test_calls_that_stand_alone() -> None:
+    said = [PAST[0], {**PAST[1], "content": "Yes."}, *PAST[2:4]]
+    calls = '<calls>f {"a": "é"}\n<calls>g {}\n<tool>one\n<tool>two\n'
+    assert template(ALONE).render(said) == f"<user>Do.\n<assistant>Yes.\n{calls}"
+    assert template(ALONE).render(PAST[:4]) == f"<user>Do.\n{calls}"
 
 
 def test_arguments_that_are_no_json_are_passed_on() -> None:

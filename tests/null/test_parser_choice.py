@@ -15,7 +15,7 @@ QWEN3 = 'x {\\"name\\": <name>, \\"arguments\\": <args>} in <tool_call> … <thi
 THINKING = 'x {"name": <name>, "arguments": <args>} in <tool_call> … <think>'
 LLAMA = 'Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}'
 MISTRAL = "{{ '[TOOL_CALLS] [' }}"
-DEEPSEEK = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>"
+DEEPSEEK = "<｜Assistant｜><｜tool▁calls▁begin｜><｜tool▁call▁begin｜>"
 PYTHONIC = "Respond in the format [func_name1(params_name1=params_value1)]"
 
 
@@ -23,7 +23,7 @@ PYTHONIC = "Respond in the format [func_name1(params_name1=params_value1)]"
     ("template", "architecture", "tool", "reasoning"),
     [
         (QWEN3, "Qwen3ForCausalLM", "hermes", "qwen3"),
-        (THINKING, "Qwen3ForCausalLM", "hermes", "deepseek-r1"),
+        (THINKING, "Qwen3ForCausalLM", "hermes", "qwen3"),
         ("", "Qwen2ForCausalLM", "hermes", None),
         (LLAMA, "LlamaForCausalLM", "llama3_json", None),
         (PYTHONIC, "LlamaForCausalLM", "pythonic", None),
