@@ -14,6 +14,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream
 
 from engine.channel import Outbox
 from engine.messages import (
+    DropGrammar,
     FromExecutor,
     GrammarLoaded,
     LoadGrammar,
@@ -104,6 +105,8 @@ class FakeExecutor:
         self.seconds = seconds
         self.device = FakeDevice()
         self.lost = False
+        self.grammars: list[int] = []  # that were loaded
+        self.dropped: list[int] = []
 
     async def run(self) -> None:
         await self.scheduler.send(self.ready)
@@ -112,7 +115,10 @@ class FakeExecutor:
                 self.device, self.lost = FakeDevice(), False
                 await self.scheduler.send(self.ready)
             elif isinstance(message, LoadGrammar):
+                self.grammars.append(message.number)
                 await self.scheduler.send(GrammarLoaded(message.number))
+            elif isinstance(message, DropGrammar):
+                self.dropped.append(message.number)
             elif isinstance(message, StepPlan) and not self.lost:
                 await anyio.sleep(self.seconds)
                 if not self.lost:

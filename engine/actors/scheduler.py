@@ -197,7 +197,7 @@ class SchedulerActor:
             await self.compiler.send(compile)
 
     async def _compiled(self, message: Compiled) -> None:
-        assert self.shelf is not None
+        assert self.scheduler is not None and self.shelf is not None
         self.compile_seconds.append(message.seconds)
         load, waited, refusal = self.shelf.compiled(message)
         if load is not None:
@@ -205,6 +205,7 @@ class SchedulerActor:
         for admit in waited:
             assert refusal is not None
             await self._refuse(admit.rid, refusal)
+        await self._forget_grammars()
         await self._send_stats()
 
     async def _loaded(self, message: GrammarLoaded) -> None:
@@ -217,6 +218,10 @@ class SchedulerActor:
                 self.scheduler.admit(admit, message.number)
             except RequestError as error:
                 await self._refuse(admit.rid, error)
+        await self._forget_grammars()
+
+    async def _forget_grammars(self) -> None:
+        assert self.scheduler is not None and self.shelf is not None
         for drop in self.shelf.evict(self.scheduler.grammars()):
             await self.executor.send(drop)
 

@@ -2,8 +2,8 @@
 
 JSON Schema lets an object have any property that the schema does not speak of. Nobody who asks for a reply wants those,
 and a small model that may go on with them does. Every reply that is let through is valid by the schema as it was sent.
-Left open: an object of which no property is named; a schema that puts objects together (allOf, $ref beside properties),
-where closing a part would leave nothing.
+Left open: an object of which no property is named, or that must have others than those that are; a schema that puts
+objects together (allOf, $ref beside properties), where closing a part would leave nothing.
 """
 
 from collections.abc import Iterator
@@ -88,8 +88,18 @@ def _closed(schema: Any) -> Any:
     for name in SINGLE:
         if isinstance(each := schema.get(name), dict):
             closed[name] = _closed(each)
-    if isinstance(schema.get("properties"), dict) and not any(name in schema for name in OPENERS):
+    if _all_named(schema):
         closed["additionalProperties"] = False
     if isinstance(schema.get("prefixItems"), list) and "items" not in schema and "unevaluatedItems" not in schema:
         closed["items"] = False
     return closed
+
+
+def _all_named(schema: dict[str, Any]) -> bool:
+    """Whether an object can do with the properties that are named, and nothing says what becomes of others."""
+    named, required, least = schema.get("properties"), schema.get("required", ()), schema.get("minProperties", 0)
+    if not isinstance(named, dict) or any(name in schema for name in OPENERS):
+        return False
+    if not isinstance(required, list | tuple) or not isinstance(least, int | float):
+        return False  # it is malformed, which the engine says
+    return set(map(str, required)) <= named.keys() and least <= len(named)

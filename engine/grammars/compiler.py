@@ -109,6 +109,7 @@ class Compiler:
         ours, theirs = os.pipe()
         process = os.fork()
         if process == 0:
+            os.close(self._descriptor)  # or the peer would not notice if this process, its own end, is gone
             compile_and_exit(job, engines, theirs, self._seconds)
         os.close(theirs)
         self._children[ours] = Child(job, process, ours, time.monotonic())
@@ -195,7 +196,8 @@ def compiled(job: Compile, engines: Engines) -> Compiled:
     try:
         grammar = prepared(job.grammar)
         name, made = engines.compile(grammar)
-        if why := unusable(engines, name, made.matcher(), job.vocab_size):
+        why = unusable(engines, name, made.matcher(), job.vocab_size)
+        if why is not None:
             return refused("invalid_grammar", f"no reply could be of this {grammar.kind}{why}; correct it")
         packed = made.packed()
     except RequestError as error:

@@ -42,7 +42,7 @@ class Engines:
 
     def compile(self, grammar: Grammar) -> tuple[str, CompiledGrammar]:
         """The name of the engine that takes `grammar`, and what it made of it. Raises the RequestError of the first
-        that was asked and does not."""
+        that was asked and does not; only what that calls an unsupported_grammar is shown to the next."""
         refusals: list[RequestError] = []
         for name, entry in self._entries.items():
             if grammar.kind not in entry.kinds:
@@ -52,6 +52,8 @@ class Engines:
             except RequestError as error:
                 log.debug("%s refuses a %s: %s", name, grammar.kind, error)
                 refusals.append(error)
+                if error.code != "unsupported_grammar":
+                    break
         if refusals:
             raise refusals[0]
         asked = ", ".join(self._entries)

@@ -199,12 +199,16 @@ INVALID: tuple[tuple[GrammarKind, str], ...] = (
 )
 
 
-def check_grammar(engine: type[GrammarEngine], case: GrammarCase, *, threads: int = 1) -> None:
+def check_grammar(engine: type[GrammarEngine], case: GrammarCase, *, threads: int = 1) -> bool:
     """Follows each text of `case`, byte by byte and in the longest tokens, with a grammar that was compiled and with
-    one that was packed and loaded."""
+    one that was packed and loaded. False if `engine` refuses a keyword by name, which it may."""
     words = vocabulary()
     made = engine(words, threads=threads, whitespace=True)
-    compiled = made.compile(case.grammar)
+    try:
+        compiled = made.compile(case.grammar)
+    except RequestError as error:
+        assert error.code == "unsupported_keyword", f"{case}: {error}"
+        return False
     for each in (compiled, made.load(case.grammar, compiled.packed())):
         for text in case.right + case.wrong:
             for tokens in (list(text.encode()), _longest(words, text.encode())):
@@ -213,6 +217,7 @@ def check_grammar(engine: type[GrammarEngine], case: GrammarCase, *, threads: in
                     assert problem is None, f"{case}: {text!r} is right, but {problem}"
                 else:
                     assert problem is not None, f"{case}: {text!r} is wrong, and taken"
+    return True
 
 
 def check_whitespace(engine: type[GrammarEngine]) -> None:
@@ -231,7 +236,7 @@ def check_together(engine: type[GrammarEngine], threads: int) -> None:
     """Many matchers of several grammars, advanced and asked together: as each by itself."""
     words = vocabulary()
     made = engine(words, threads=threads, whitespace=True)
-    kinds = [case for case in GRAMMAR_CASES if case.kind in ("json_schema", "regex", "ebnf")]
+    kinds = [case for case in GRAMMAR_CASES if case.kind in ("json_object", "regex", "ebnf", "choice")]
     compiled = [made.compile(case.grammar) for case in kinds]
     texts = [list(case.right[-1].encode()) for case in kinds]
     together, alone = ([each.matcher() for each in compiled] for _ in range(2))
@@ -256,7 +261,7 @@ def check_invalid(engine: type[GrammarEngine], kind: GrammarKind, source: str) -
     try:
         compiled = made.compile(Grammar(kind, source))
     except RequestError as error:
-        assert error.code in ("invalid_grammar", "unsupported_grammar"), error.code
+        assert error.code in ("invalid_grammar", "unsupported_keyword", "unsupported_grammar"), error.code
         assert kind in error.message or "#" in error.message, error.message
         return error.message
     masks = np.zeros((1, _words(vocabulary())), np.int32)

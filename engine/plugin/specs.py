@@ -208,7 +208,9 @@ class GrammarEngine(Protocol):
     def __init__(self, vocabulary: Vocabulary, *, threads: int, whitespace: bool) -> None: ...
 
     def compile(self, grammar: "Grammar") -> CompiledGrammar:
-        """Raises RequestError naming the keyword, or the place, for what is invalid or cannot be held to exactly."""
+        """Raises RequestError naming the keyword, or the place, for what cannot be held to exactly: its code is
+        invalid_grammar, unsupported_keyword (of JSON Schema), or unsupported_grammar, for what another engine may take.
+        """
         ...
 
     def load(self, grammar: "Grammar", packed: bytes) -> CompiledGrammar:

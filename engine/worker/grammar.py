@@ -59,8 +59,8 @@ class Guide:
         """A token before the grammar. It begins behind the one with the end of `after`."""
         heard = self.tail + spelled
         if self.after in heard:
-            self.after = b""
-        self.tail = heard[-len(self.after) :] if self.after else b""
+            self.after, heard = b"", b""
+        self.tail = heard[max(0, len(heard) - len(self.after) + 1) :]  # what may be the beginning of it
 
 
 @dataclass(slots=True)

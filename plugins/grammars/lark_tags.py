@@ -31,8 +31,13 @@ def to_lark(tag: Mapping[str, Any], special: Mapping[str, int], schema: Callable
     return "\n".join([f"start: {start}", *writer.rules])
 
 
-def _refuse(why: str) -> RequestError:
-    return RequestError(f"the structural_tag cannot be used: {why}", code="invalid_grammar")
+def _refuse(why: str, code: str = "invalid_grammar") -> RequestError:
+    return RequestError(f"the structural_tag cannot be used: {why}", code=code)
+
+
+def _beyond(why: str) -> RequestError:
+    """What another engine may take."""
+    return _refuse(why, "unsupported_grammar")
 
 
 class _Writer:
@@ -67,7 +72,7 @@ class _Writer:
     def expression(self, format: Any) -> str:
         kind = format.get("type") if isinstance(format, dict) else None
         if kind not in self._kinds:
-            raise _refuse(f"a format has the type {kind!r}; of these, llguidance takes {', '.join(self._kinds)}")
+            raise _beyond(f"a format has the type {kind!r}; of these, llguidance takes {', '.join(self._kinds)}")
         return self._kinds[kind](format)
 
     def literal(self, text: str) -> str:
@@ -94,7 +99,7 @@ class _Writer:
         if specials and len(specials) == len(ends):
             return f"({self._lexeme(ANY)} ({' | '.join(map(self.literal, ends))}))"
         if specials or any(self._names and self._names.search(end) for end in ends):
-            raise _refuse(f"free text is to end with {ends}, which holds a special token beside text; end it with one")
+            raise _beyond(f"free text is to end with {ends}, which holds a special token beside text; end it with one")
         if not all(ends):
             raise _refuse("free text is to end with an empty text, and so would be none")
         return self.rule(f"/{ANY}({'|'.join(map(_escaped, ends))})/", "[lazy]")
@@ -109,7 +114,7 @@ class _Writer:
 
     def _schema(self, format: Mapping[str, Any]) -> str:
         if format.get("style", "json") != "json":
-            raise _refuse(f"the style {format['style']!r} of a json_schema is not written; only json is")
+            raise _beyond(f"the style {format['style']!r} of a json_schema is not written; only json is")
         schema = format.get("json_schema", True)
         if not isinstance(schema, dict | bool):
             raise _refuse(f"json_schema is {json.dumps(schema)[:80]}, not a schema")
@@ -118,7 +123,7 @@ class _Writer:
     def _text(self, format: Mapping[str, Any]) -> str:
         for name in ("excludes", "max_tokens", "max_chars"):
             if format.get(name):
-                raise _refuse(f"{name} of an any_text is not held to")
+                raise _beyond(f"{name} of an any_text is not held to")
         return self._lexeme(ANY)
 
     def _grammar(self, format: Mapping[str, Any]) -> str:
@@ -126,7 +131,7 @@ class _Writer:
         try:
             return self.rule(f"%lark {{\n{gbnf_to_lark(source)}\n}}")
         except Exception as error:  # it raises bare ones
-            raise _refuse(f"its grammar: {error}") from None
+            raise _beyond(f"its grammar: {error}") from None
 
     def _token(self, token: Any) -> str:
         id = self._special.get(token, -1) if isinstance(token, str) else token
@@ -151,7 +156,7 @@ class _Writer:
             if rest and isinstance(element, dict) and element.get("type") == "any_text":
                 after = rest.pop(0)
                 if not isinstance(after, dict) or after.get("type") != "const_string":
-                    raise _refuse("an any_text inside of a sequence must be followed by a const_string, which ends it")
+                    raise _beyond("an any_text inside of a sequence must be followed by a const_string, which ends it")
                 parts.append(self._until([self._field(after, "value", str)]))
             else:
                 parts.append(self.expression(element))
@@ -171,7 +176,7 @@ class _Writer:
     def _triggered(self, format: Mapping[str, Any]) -> str:
         """( free text, trigger, rest of one of its tags )*, free text."""
         if format.get("excludes"):
-            raise _refuse("excludes of triggered_tags is not held to")
+            raise _beyond("excludes of triggered_tags is not held to")
         triggers, tags = self._field(format, "triggers", list), self._field(format, "tags", list)
         groups: list[str] = []
         whole: list[str] = []

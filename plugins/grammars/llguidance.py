@@ -21,6 +21,15 @@ from engine_plugins.grammars.lark_tags import quoted, to_lark
 # Tokens that lie in one of these classes are let through together, where all that a class holds may come next.
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 30)
 SLICES = [r"[\x20\x0A\x0D\x09]+", *(f"{CHARACTER}{{1,{length}}}" for length in LENGTHS), f"{CHARACTER}+"]
+PLACE = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")
+FORMATS = frozenset({"date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"})
+# What a format leaves out and llguidance does not: leap seconds but on a few days, and names too long for an address.
+NARROWER = {
+    "time": "^[^:]*:[^:]*:[0-5]",
+    "date-time": "^[^:]*:[^:]*:[0-5]",
+    "email": "^[^@]{1,64}@",
+}
+VALUES = frozenset({"enum", "const", "default", "examples"})  # no schemas
 # Between the tokens of JSON: a space, or a new line and its indentation.
 ASCII = "dws"  # what \d, \w and \s mean in a regular expression is ASCII's, as it is to other engines
 HEADER = re.compile(r"^%llguidance[ \t]*(\{.*\})[ \t]*$", re.MULTILINE)  # of Lark, with options
@@ -104,8 +113,8 @@ class LLGuidance:
             case "ebnf":
                 try:
                     return free(gbnf_to_lark(source))
-                except Exception as error:  # it raises bare ones
-                    raise refusal(grammar, str(error)) from None
+                except Exception as error:  # it raises bare ones; the dialect of another engine may be another
+                    raise refusal(grammar, str(error), "unsupported_grammar") from None
             case "structural_tag":
                 return free(to_lark(json.loads(source), self._special, self._json))
         return free(source)
@@ -114,7 +123,7 @@ class LLGuidance:
         """A schema in Lark."""
         if isinstance(schema, bool):
             schema = {} if schema else {"not": {}}
-        return f"%json {json.dumps({**schema, 'x-guidance': self._options})}"
+        return f"%json {json.dumps({**known_formats(schema), 'x-guidance': self._options})}"
 
     def accept(self, matchers: Sequence[LLMatcher], tokens: Sequence[int]) -> list[bool]:
         for matcher, token in zip(matchers, tokens, strict=True):
@@ -172,6 +181,31 @@ def tokenizer_of(vocabulary: Vocabulary, tokens: Sequence[bytes], slices: list[s
     return llguidance.LLTokenizer(wrapper, n_vocab=len(tokens), eos_token=list(vocabulary.eos_ids), slices=slices)
 
 
-def refusal(grammar: Grammar, said: str) -> RequestError:
+def known_formats(value: Any) -> Any:
+    """A schema without the formats that nobody here knows, which JSON Schema takes for remarks, and with others made as
+    narrow as they are meant."""
+    if isinstance(value, list):
+        return [known_formats(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    known = {
+        name: each if name in VALUES else known_formats(each)
+        for name, each in value.items()
+        if not (name == "format" and isinstance(each, str) and each not in FORMATS)
+    }
+    format = known.get("format")
+    if isinstance(format, str) and format in NARROWER and "pattern" not in known:
+        known["pattern"] = NARROWER[format]
+    return known
+
+
+def refusal(grammar: Grammar, said: str, code: str = "invalid_grammar") -> RequestError:
     """What llguidance says of a grammar that it does not take, for its sender."""
-    return RequestError(f"llguidance does not take the {grammar.kind}: {said.strip()[:500]}", code="invalid_grammar")
+    if "Unimplemented keys" in said:
+        code = "unsupported_keyword"
+    if grammar.kind == "json_schema":  # what it says of the text around the schema is of no use to anybody
+        said = PLACE.sub("", said.strip().splitlines()[0])
+        said = f"$ref: {said}" if said.startswith(("Resource ", "Pointer ")) else said
+        if said.startswith("oneOf"):
+            said, code = "oneOf, where its branches do not plainly exclude each other; use anyOf", "unsupported_keyword"
+    return RequestError(f"llguidance does not take the {grammar.kind}: {said.strip()[:500]}", code=code)

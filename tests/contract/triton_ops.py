@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from engine.kernels import triton as triton_ops
+from engine.kernels import triton_mask
+from engine.kernels.mask import apply_reference
 from engine.kernels.ops import HeadNorms, Heads, Ops
 from engine.kernels.sampling import draw
 from engine.kernels.triton import TritonOps
@@ -131,3 +133,20 @@ def test_draws_are_those_of_the_definition(dtype: torch.dtype) -> None:
     finite = best.isfinite()
     assert (best[finite] - chosen[finite]).abs().max() <= 2e-5  # the noise itself is rounded
     assert (got == scores.argmax(dim=-1)).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [40, 151_936] if GPU else [40, 4100])
+def test_masks(size: int, dtype: torch.dtype) -> None:
+    """Of rows in any order; what is let through keeps its bits, and rows without a mask keep all."""
+    logits = random(4, size, dtype=dtype)
+    masks = torch.randint(-(2**31), 2**31 - 1, (3, -(-size // 32)), generator=torch.Generator().manual_seed(1))
+    masks = masks.to(DEVICE, torch.int32)
+    for rows in ([2, 0, 3], [1]):
+        where = torch.tensor(rows, device=DEVICE)
+        wanted, got = logits.clone(), logits.clone()
+        apply_reference(wanted, masks[: len(rows)], where)
+        triton_mask.apply(got, masks[: len(rows)], where)
+        assert torch.equal(got, wanted)
+        others = [row for row in range(4) if row not in rows]
+        assert torch.equal(got[others], logits[others])

@@ -1,6 +1,7 @@
 """A whole engine without a device: the real actors around a FakeExecutor and the echo model's text."""
 
-from collections.abc import AsyncIterator
+import socket
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -8,6 +9,7 @@ import anyio
 
 from engine.actor import Actor
 from engine.actors.compiler import CompilerActor
+from engine.actors.executor import Process
 from engine.actors.fake import FakeExecutor
 from engine.actors.scheduler import SchedulerActor
 from engine.channel import Outbox, channel, open_channel
@@ -54,9 +56,16 @@ class House:
 
 @asynccontextmanager
 async def open_house(
-    *, pages: int = 1024, seconds: float = 0.0, vocab_size: int = 257, embedding_size: int = 0, **options: Any
+    *,
+    pages: int = 1024,
+    seconds: float = 0.0,
+    vocab_size: int = 257,
+    embedding_size: int = 0,
+    compiler: Callable[[], tuple[socket.socket, Process]] | None = None,
+    **options: Any,
 ) -> AsyncIterator[House]:
-    """Options as those of the engine; the others are the fake device's, which has no pages if it makes vectors."""
+    """Options as those of the engine; the others are the fake device's, which has no pages if it makes vectors, but for
+    `compiler`, which starts another process in the place of the compiler of grammars."""
     config = resolve({"model": "echo", "page_size": 4, "max_running": 16, "max_step_tokens": 64, **options})
     house = House()
 
@@ -71,7 +80,8 @@ async def open_house(
         ready = WorkerReady(held, size, slots, step_tokens, longest, vocab_size, 4, "none", "none", {}, embedding_size)
         house.scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, to_compiler, front)
         house.executor = FakeExecutor(ready, executor_inbox, to_scheduler, seconds)
-        house.compiler = CompilerActor(config, compiler_inbox, to_scheduler)
+        started = {"start": compiler} if compiler else {}
+        house.compiler = CompilerActor(config, compiler_inbox, to_scheduler, **started)
         return [house.scheduler, house.executor, house.compiler], to_scheduler
 
     async with open_front(config, core) as house.front:
