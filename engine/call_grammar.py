@@ -7,6 +7,7 @@
 The arguments are those of the tool's JSON schema in any case. Pure logic; a grammar is compiled elsewhere.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from engine.errors import RequestError
 from engine.messages import Grammar
 from engine.plugin.parsing import CallSyntax
 
+JSON_CALL = re.compile(r'\{"name": "NAME", "(\w+)": ')
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -52,19 +54,39 @@ def allowed(tools: Sequence[Tool], syntax: CallSyntax) -> Grammar | None:
 
 def either(tools: Sequence[Tool], syntax: CallSyntax, other: Grammar, *, parallel: bool) -> Grammar:
     """Calls of `tools`, or a reply of the grammar `other`. Raises RequestError if that cannot be said as one."""
-    match other.kind:
-        case "json_schema":
-            alternative = {"type": "json_schema", "json_schema": msgspec.json.decode(other.source)}
-        case "json_object":
-            alternative = {"type": "json_schema", "json_schema": ANY_OBJECT}
-        case "regex":
-            alternative = {"type": "regex", "pattern": other.source}
-        case _:
-            raise RequestError(
-                f"{other.kind} and tools exclude each other unless tool_choice is none; leave one out",
-                param="tools",
-            )
-    return _grammar({"type": "or", "elements": [_calls(tools, syntax, parallel=parallel), alternative]})
+    calls = _calls(tools, syntax, parallel=parallel)
+    if other.kind == "regex":
+        return _grammar({"type": "or", "elements": [calls, {"type": "regex", "pattern": other.source}]})
+    if other.kind not in ("json_schema", "json_object"):
+        raise _apart(other.kind)
+    schema = ANY_OBJECT if other.kind == "json_object" else msgspec.json.decode(other.source)
+    key = JSON_CALL.fullmatch(syntax.begin)
+    if key is None or syntax.opening:
+        return _grammar({"type": "or", "elements": [calls, {"type": "json_schema", "json_schema": schema}]})
+    # A call is JSON as well: engines tell the two apart only within one schema. Then there is no second call.
+    both = {"anyOf": [*(_object(tool, key[1]) for tool in tools), schema]}
+    if "$ref" in (source := msgspec.json.encode(both).decode()):  # which would refer to another place
+        raise _apart("a schema with $ref")
+    return Grammar("json_schema", source, strict=other.strict)
+
+
+def _apart(what: str) -> RequestError:
+    message = f"{what} and tools exclude each other unless tool_choice is none; leave one out"
+    return RequestError(message, param="tools")
+
+
+def _object(tool: Tool, key: str) -> dict[str, Any]:
+    """The schema of a call that is written as a JSON object, its arguments under `key`."""
+    return {
+        "type": "object",
+        "properties": {"name": {"const": tool.name}, key: _schema(tool)},
+        "required": ["name", key],
+        "additionalProperties": False,
+    }
+
+
+def _schema(tool: Tool) -> dict[str, Any]:
+    return NO_PARAMETERS if tool.parameters is None else tool.parameters
 
 
 def _calls(tools: Sequence[Tool], syntax: CallSyntax, *, parallel: bool) -> dict[str, Any]:
@@ -81,11 +103,10 @@ def _calls(tools: Sequence[Tool], syntax: CallSyntax, *, parallel: bool) -> dict
 
 
 def _tag(tool: Tool, syntax: CallSyntax, *, any_object: bool = False) -> dict[str, Any]:
-    schema = ANY_OBJECT if any_object else NO_PARAMETERS if tool.parameters is None else tool.parameters
     return {
         "type": "tag",
         "begin": syntax.beginning(tool.name),
-        "content": {"type": "json_schema", "json_schema": schema},
+        "content": {"type": "json_schema", "json_schema": ANY_OBJECT if any_object else _schema(tool)},
         "end": syntax.end,
     }
 
