@@ -120,14 +120,21 @@ class Parsed(Struct, frozen=True):
 
 
 class ReplyParser:
-    """Reads one reply; `most_calls` is how many calls are told, the first ones."""
+    """Reads one reply; `most_calls` is how many calls are told, the first ones. If not `separate`, reasoning is told as
+    content, in which nobody looks for calls."""
 
     def __init__(
-        self, reasoning: ReasoningParser | None, tools: ToolParser | None, most_calls: int | None = None
+        self,
+        reasoning: ReasoningParser | None,
+        tools: ToolParser | None,
+        most_calls: int | None = None,
+        *,
+        separate: bool = True,
     ) -> None:
         self._reasoning = reasoning
         self._tools = tools
         self._most_calls = most_calls
+        self._separate = separate
 
     @property
     def plain(self) -> bool:
@@ -146,11 +153,14 @@ class ReplyParser:
         return held if self._tools is None else merged([*held, *self._kept(self._tools.finish())])
 
     def _told(self, events: Iterable[Event]) -> list[Event]:
-        if self._tools is None:
-            return merged(events)
         told: list[Event] = []
         for event in events:
-            told += self._kept(self._tools.feed(event.text)) if isinstance(event, Content) else [event]
+            if isinstance(event, Content) and self._tools is not None:
+                told += self._kept(self._tools.feed(event.text))
+            elif isinstance(event, Reasoning) and not self._separate:
+                told.append(Content(event.text))
+            else:
+                told.append(event)
         return merged(told)
 
     def _kept(self, events: list[Event]) -> list[Event]:

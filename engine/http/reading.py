@@ -57,7 +57,7 @@ class Reading(Struct, frozen=True):
     """What a request's conversation makes of its replies.
 
     The first fields are those of Generate. `opened` is as ReasoningParser has it; `separate` says that reasoning is
-    told apart, `marks` are then the ids of the tokens around it, if each is one."""
+    told apart, `marks` are the ids of the tokens around it, if each is one."""
 
     tools: list[dict[str, Any]] | None = None
     grammar: Grammar | None = None
@@ -65,11 +65,8 @@ class Reading(Struct, frozen=True):
     parsers: Parsers = Parsers()
     wanted: Wanted = Wanted()
     opened: bool | None = None
+    separate: bool = False
     marks: tuple[int, int] | None = None
-
-    @property
-    def separate(self) -> bool:
-        return self.parsers.reasoning is not None
 
     @property
     def job(self) -> dict[str, Any]:
@@ -80,12 +77,13 @@ class Reading(Struct, frozen=True):
     def reader(self) -> "Reader | None":
         """A reader of one reply; None where there is nothing to find."""
         tool, reasoning = self.parsers.tool, self.parsers.reasoning
-        if tool is None and reasoning is None:
+        if tool is None and not self.separate:
             return None
         parser = ReplyParser(
-            None if reasoning is None else reasoning(self.opened),
+            None if reasoning is None else reasoning(self.opened, marked=not self.separate),
             None if tool is None else tool([tool.name for tool in self.wanted.offered]),
             None if self.wanted.parallel else 1,
+            separate=self.separate,
         )
         return Reader(parser, self.marks if self.separate else None)
 
@@ -172,9 +170,10 @@ def reading_of(
         [tool.described() for tool in wanted.offered] or None,
         grammar,
         opening,
-        Parsers(tool, reasoning if separate else None),
+        Parsers(tool, reasoning),
         wanted,
         opened,
+        separate and reasoning is not None,
         None if start is None or end is None else (start, end),
     )
 

@@ -6,6 +6,7 @@ def test_my_parser():
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from engine.parsers import Parsed, assembled
 from engine.plugin.parsing import Call, Event, ReasoningParser, StreamParser, ToolParser
@@ -72,10 +73,7 @@ def check_reasoning_parser(parser: type[ReasoningParser]) -> None:
     """It tells reasoning from content wherever the prompt leaves it, in any pieces."""
     start, end = parser.start, parser.end
     for opened in (True, False, None):
-
-        def make(opened: bool | None = opened) -> ReasoningParser:
-            return parser(opened)
-
+        make = partial(parser, opened)
         inside = opened or (opened is None and parser.assumed)
         for text, reasoning, content in (
             (f"{start}\nOne <b>\n\ntwo\n{end}\n\nThree {start}", "One <b>\n\ntwo", f"Three {start}"),
@@ -84,6 +82,8 @@ def check_reasoning_parser(parser: type[ReasoningParser]) -> None:
             (f"{start[:-1]} is {end}no mark", *((f"{start[:-1]} is ", "no mark") if inside else ("", None))),
         ):
             told = check_any_split(make, text)
+            marked = check_any_split(partial(parser, opened, marked=True), text)
+            assert marked.reasoning + marked.content == text, f"with its marks, {text!r} is told as {marked}"
             if opened is False:
                 reasoning, content = "", None
             wanted = Parsed(text if content is None else content, reasoning, [])

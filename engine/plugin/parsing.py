@@ -87,15 +87,16 @@ class ReasoningParser(StreamParser):
     """Splits off what the model thinks, which stands between `start` and `end` before the rest of the reply.
 
     `opened` says what the prompt ends with: inside the reasoning (True), behind it (False), or neither (None). Then
-    there is reasoning if the reply begins with `start`, or in any case where `assumed`. Newlines around the two marks
-    are told to nobody."""
+    there is reasoning if the reply begins with `start`, or in any case where `assumed`. The two marks and newlines
+    around them are told to nobody, or with `marked` as reasoning too."""
 
     start: ClassVar[str]
     end: ClassVar[str]
     assumed: ClassVar[bool] = False
 
-    def __init__(self, opened: bool | None = None) -> None:
+    def __init__(self, opened: bool | None = None, *, marked: bool = False) -> None:
         self._opened = opened
+        self._marked = marked
         super().__init__()
 
     def read(self) -> Steps[None]:
@@ -107,10 +108,17 @@ class ReasoningParser(StreamParser):
             self.back()
             return
         yield from self.space("\n")
-        self.drop()
-        if (yield from self.until(self.end, strip="\n", tell=Reasoning)):
+        self._pass()
+        if (yield from self.until(self.end, strip="" if self._marked else "\n", tell=Reasoning)):
             yield from self.space("\n")
-        self.drop()
+        self._pass()
+
+    def _pass(self) -> None:
+        """What was read is marks and newlines."""
+        if self._marked:
+            self._tell(Reasoning)
+        else:
+            self.drop()
 
 
 class ToolParser(StreamParser):

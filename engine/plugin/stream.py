@@ -156,7 +156,7 @@ class StreamParser:
         return found
 
     def word(self, pattern: re.Pattern[str]) -> Steps[str]:
-        """Pass over what `pattern` matches, which must be the same for every beginning of it."""
+        """Pass over what `pattern` matches, which must match every beginning of it too."""
         while True:
             match = pattern.match(self._text, self._at)
             end = match.end() if match else self._at

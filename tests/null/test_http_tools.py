@@ -311,6 +311,15 @@ async def test_a_call_after_reasoning(streamed: bool) -> None:
     assert message.model_extra and message.model_extra["reasoning_content"] == f"Not {CALL_TIME}"
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_reasoning_that_stays_in_the_content_holds_no_calls(streamed: bool) -> None:
+    thought = f"<think>\n{CALL_TIME}\n</think>\n\n"
+    made = front(*pieces(thought + CALL), template=THINKING, reasoning="qwen3")
+    message, _ = await talk(made, streamed, tools=TOOLS, extra_body={"separate_reasoning": False})
+    assert (message.content, said(message)) == (thought, [("get_weather", ARGUMENTS)])
+    assert not message.model_extra
+
+
 async def test_reasoning_goes_back_to_the_template() -> None:
     made = front("x", template=THINKING, reasoning="qwen3")
     spoken: list[Any] = [{"role": "assistant", "content": "Yes.", "reasoning_content": "Hm."}, *HI]
