@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterable
+from typing import Any
 
 Work = list[tuple[list[int], int]]
 IDS = 100_000  # prompts use no higher ids
@@ -67,3 +68,37 @@ def constrained(vocab: int, repetition: int) -> Work:
 
 def tokens_out(work: Iterable[tuple[list[int], int]]) -> int:
     return sum(count for _, count in work)
+
+
+# The schema of `constrained`, and a kinder one: strings and integers without bounds.
+JSON_SCHEMA: dict[str, Any] = {
+    "type": "array",
+    "minItems": 64,
+    "items": {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["id", "name", "kind", "ok", "tags"],
+        "properties": {
+            "id": {"type": "integer", "minimum": 0, "maximum": 9999},
+            "name": {"type": "string", "maxLength": 20},
+            "kind": {"enum": ["alpha", "beta", "gamma", "delta"]},
+            "ok": {"type": "boolean"},
+            "tags": {"type": "array", "items": {"enum": ["x", "y", "z"]}, "maxItems": 3},
+        },
+    },
+}
+EASY_SCHEMA: dict[str, Any] = {
+    "type": "array",
+    "minItems": 64,
+    "items": {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["id", "name", "kind", "ok"],
+        "properties": {
+            "id": {"type": "integer"},
+            "name": {"type": "string"},
+            "kind": {"enum": ["alpha", "beta", "gamma", "delta"]},
+            "ok": {"type": "boolean"},
+        },
+    },
+}

@@ -13,6 +13,8 @@ waits, and no cycle of full channels can form between scheduler and detokenizer.
 import math
 import select
 import socket
+import threading
+import time
 from collections.abc import AsyncIterator
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -101,7 +103,7 @@ class Frames(Generic[T]):
 
 
 class BlockingFrames(Generic[T]):
-    """The same frames for a process that has no event loop: the device worker."""
+    """The same frames for a process that has no event loop: the device worker. Any thread may send."""
 
     def __init__(self, sock: socket.socket, receives: Any) -> None:
         self._socket = sock
@@ -109,9 +111,11 @@ class BlockingFrames(Generic[T]):
         self._decoder = msgspec.msgpack.Decoder(receives)
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
+        self._sending = threading.Lock()
 
     def send(self, message: Any) -> None:
-        self._socket.sendall(pack(self._encoder, message))
+        with self._sending:
+            self._socket.sendall(pack(self._encoder, message))
 
     def receive(self) -> T | None:
         """The next message; None once the peer has closed."""
@@ -119,8 +123,11 @@ class BlockingFrames(Generic[T]):
         body = header and self._exactly(frame_length(header))
         return self._decoder.decode(body) if body else None
 
-    def waiting(self) -> bool:
-        """Whether `receive` would return at once (a frame has begun to arrive, or the peer closed)."""
+    def waiting(self, seconds: float = 0.0) -> bool:
+        """Whether `receive` would return at once (a frame has begun to arrive, or the peer closed), now or, if not,
+        after `seconds`: poll itself can wait for no less than a millisecond."""
+        if seconds and not self._poll.poll(0):
+            time.sleep(seconds)
         return bool(self._poll.poll(0))
 
     def _exactly(self, count: int) -> bytearray | None:

@@ -113,6 +113,23 @@ class ProcessOptions(Struct, frozen=True, kw_only=True):
     ] = "info"
 
 
+class GrammarOptions(Struct, frozen=True, kw_only=True):
+    """Grammars."""
+
+    grammar_seconds: Annotated[
+        float, Meta(gt=0, description="longest that a grammar may take to compile; a slower one is answered 400")
+    ] = 10.0
+    grammar_helpers: Annotated[
+        Positive | None, Meta(description="grammars compiled at a time; default: half of the processors, at most 8")
+    ] = None
+    grammar_cache: Annotated[
+        int, Meta(ge=0, description="compiled grammars that are kept while no request uses them")
+    ] = 256
+    json_whitespace: Annotated[
+        bool, Meta(description="JSON that a grammar asks for may have spaces and new lines between its tokens")
+    ] = True
+
+
 class ServerOptions(Struct, frozen=True, kw_only=True):
     """HTTP server."""
 
@@ -134,6 +151,16 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
         Annotated[str, Meta(min_length=1)] | None,
         Meta(description="directory that /start_profile may write traces to; default: it is refused"),
     ] = None
+    tool_parser: Annotated[
+        str,
+        Meta(
+            description="how calls of tools are read from replies: a parser's name, or none; auto goes by the chat "
+            "template and the architecture"
+        ),
+    ] = "auto"
+    reasoning_parser: Annotated[
+        str, Meta(description="how reasoning is told from the reply: a parser's name, none, or auto")
+    ] = "auto"
     drain_seconds: Annotated[float, Meta(ge=0, description="seconds that SIGTERM leaves running requests to end")] = (
         30.0
     )
@@ -146,6 +173,7 @@ class Config(Struct, frozen=True, kw_only=True):
     cache: CacheOptions = CacheOptions()
     schedule: ScheduleOptions = ScheduleOptions()
     process: ProcessOptions = ProcessOptions()
+    grammar: GrammarOptions = GrammarOptions()
     server: ServerOptions = ServerOptions()
 
 

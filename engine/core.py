@@ -1,6 +1,6 @@
-"""The core: scheduler and executor, in the front's process or in one of their own.
+"""The core: scheduler, executor and compiler, in the front's process or in one of their own.
 
-`core_actors` builds the pair. `python -m engine.core FD` runs it behind a socket (placement `split`), and
+`core_actors` builds them. `python -m engine.core FD` runs it behind a socket (placement `split`), and
 `CoreLink` is the front's end of that socket. Which of the two it is, no actor can tell.
 """
 
@@ -12,6 +12,7 @@ import anyio
 import anyio.abc
 
 from engine.actor import Actor, supervise
+from engine.actors.compiler import CompilerActor
 from engine.actors.executor import ExecutorActor, ended, exit_cause, spawn
 from engine.actors.scheduler import SchedulerActor
 from engine.channel import Frames, Outbox, channel, open_channel
@@ -25,13 +26,15 @@ PLANS = 4  # two credits and a Reset: the scheduler never waits to send
 
 
 def core_actors(config: Config, front: Outbox[ToFront]) -> tuple[list[Actor], Outbox[FromFront]]:
-    """The scheduler and the executor, joined; and where to send what is for the scheduler."""
+    """The scheduler, the executor and the compiler of grammars, joined; and where to send what is for the scheduler."""
     policy = Plugins.load(config.model.plugins).policy(config.schedule.policy)
     to_scheduler, scheduler_inbox = open_channel()
     to_executor, executor_inbox = channel(PLANS)
-    scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, front)
+    to_compiler, compiler_inbox = open_channel()
+    scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, to_compiler, front)
     executor = ExecutorActor(config, executor_inbox, to_scheduler)
-    return [scheduler, executor], to_scheduler
+    compiler = CompilerActor(config, compiler_inbox, to_scheduler)
+    return [scheduler, executor, compiler], to_scheduler
 
 
 class CoreLink:

@@ -12,7 +12,6 @@ from contextlib import asynccontextmanager, suppress
 
 import anyio
 import anyio.to_thread
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from engine.actor import Actor, supervise
 from engine.actors.detokenizer import DetokenizerActor, Replies
@@ -20,13 +19,16 @@ from engine.actors.tokenizer import Admission, TokenizerActor
 from engine.channel import Outbox, channel, open_channel
 from engine.config import Config
 from engine.core import CoreLink, core_actors
-from engine.errors import ConfigError, WorkerError
+from engine.errors import WorkerError
 from engine.front import Front
 from engine.logs import set_up_logging
 from engine.messages import Failed, FromFront, ToDetokenizer, ToFront, ToHttp, Tokens, WorkerReady
+from engine.model_text import read_text
+from engine.parsers import check_parsers, choose_parsers
 from engine.plugin.manager import Plugins
-from engine.plugin.specs import Checkpoint, TextSpec
-from engine.text import Text, read_template
+from engine.plugin.specs import Checkpoint
+from engine.template import read_template
+from engine.text import Text
 
 log = logging.getLogger("engine")
 
@@ -65,20 +67,12 @@ def linked_core(config: Config, front: Outbox[ToFront]) -> tuple[list[Actor], Ou
     return [link], link
 
 
-def read_text(checkpoint: Checkpoint, config: Config) -> TextSpec:
-    """The checkpoint's text; with dummy weights and no tokenizer, one token a byte, for what has 256 tokens or more."""
-    try:
-        return checkpoint.text()
-    except ConfigError:
-        if config.model.load != "dummy":
-            raise
-    bytes_alone = models.BPE(
-        vocab={symbol: id for id, symbol in enumerate(pre_tokenizers.ByteLevel.alphabet())}, merges=[]
-    )
-    tokenizer = Tokenizer(bytes_alone)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return TextSpec(tokenizer=tokenizer, eos_ids=())
+def _text(plugins: Plugins, checkpoint: Checkpoint, config: Config, template: str | None) -> Text:
+    """The model's text, with the parsers that go with it; `template` takes the place of its own."""
+    spec = read_text(checkpoint, config)
+    architectures = checkpoint.config().get("architectures") or ()
+    parsers = choose_parsers(plugins, config.server, architectures, template or spec.chat_template)
+    return Text(spec, template, parsers)
 
 
 @asynccontextmanager
@@ -90,9 +84,11 @@ async def open_front(config: Config, core: Core | None = None) -> AsyncIterator[
     """
     plugins = Plugins.load(config.model.plugins)
     plugins.policy(config.schedule.policy)
+    check_parsers(plugins, config.server)
     # In a thread that a Ctrl-C may leave behind: the model may be on its way from the hub.
     checkpoint = await anyio.to_thread.run_sync(plugins.open_checkpoint, config.model.model, abandon_on_cancel=True)
     template = read_template(config.model.chat_template)
+    grammars = plugins.grammar_engines()
     to_tokenizer, tokenizer_inbox = open_channel()
     to_detokenizer, detokenizer_inbox = channel(STEPS_AHEAD)
     to_front, front_inbox = channel(REPLIES_AHEAD)
@@ -103,8 +99,8 @@ async def open_front(config: Config, core: Core | None = None) -> AsyncIterator[
     front = Front(config, name, front_inbox, to_tokenizer, to_scheduler)
     # The device process starts first: it loads for seconds while the tokenizer is read here.
     async with supervise(*actors, front):
-        front.text = text = await anyio.to_thread.run_sync(lambda: Text(read_text(checkpoint, config), template))
-        tokenizer = TokenizerActor(Admission(text), tokenizer_inbox, to_detokenizer, to_scheduler)
+        front.text = text = await anyio.to_thread.run_sync(_text, plugins, checkpoint, config, template)
+        tokenizer = TokenizerActor(Admission(text, bool(grammars)), tokenizer_inbox, to_detokenizer, to_scheduler)
         detokenizer = DetokenizerActor(Replies(text), detokenizer_inbox, to_scheduler, to_front)
         async with supervise(tokenizer, detokenizer):
             try:

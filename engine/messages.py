@@ -11,6 +11,9 @@ travel as the bytes of little-endian int32 (`ids`) or float32 arrays: one copy, 
    StepPlan/Profile/CountExperts/Reset│ │StepDone, Profiled, ExpertCounts, WorkerReady, WorkerLost, …
                                 v │
                              executor <──frames──> worker
+
+A grammar goes from the scheduler to the compiler (Compile, Compiled), then to the worker (LoadGrammar, GrammarLoaded),
+and then its requests run.
 """
 
 from typing import Annotated, Any, Literal
@@ -29,6 +32,23 @@ class Part(Struct, frozen=True, array_like=True):
 
 
 # ── a request on its way in ──────────────────────────────────────────────────────────────────
+
+
+GrammarKind = Literal["json_object", "json_schema", "regex", "ebnf", "lark", "choice", "structural_tag"]
+
+
+class Grammar(Part, frozen=True):
+    """What a reply must be. Two that are equal are compiled once, so `source` is text whatever the kind: JSON for a
+    schema, a structural tag and a choice (a list of strings), nothing for json_object.
+
+    With `after` the reply is free until that text has come (the end of the reasoning), and the grammar begins behind
+    it. `strict`, of a schema: no property and no item that it does not name.
+    """
+
+    kind: GrammarKind
+    source: str = ""
+    after: str = ""
+    strict: bool = True
 
 
 class SamplingParams(Part, frozen=True, kw_only=True):
@@ -62,6 +82,16 @@ class SamplingParams(Part, frozen=True, kw_only=True):
         bool, Meta(description="end the text with what stopped it, a special token too if these are not skipped")
     ] = False
     detokenize: Annotated[bool, Meta(description="make text of the tokens; without, there are only ids")] = True
+    json_object: Annotated[bool, Meta(description="the reply is a JSON object")] = False
+    json_schema: Annotated[str | None, Meta(description="the reply is JSON of this JSON schema")] = None
+    regex: Annotated[str | None, Meta(description="the reply matches this regular expression, from end to end")] = None
+    ebnf: Annotated[str | None, Meta(description="the reply is of this grammar, in EBNF (GBNF), from `root`")] = None
+    lark: Annotated[str | None, Meta(description="the reply is of this grammar, in Lark's syntax, from `start`")] = None
+    choice: Annotated[tuple[str, ...], Meta(description="a text that the reply may be; it is one of them")] = ()
+    structural_tag: Annotated[str | None, Meta(description="which parts of the reply have a grammar, as JSON")] = None
+    strict_schema: Annotated[
+        bool, Meta(description="the reply has no property that the JSON schema does not name, though it may allow them")
+    ] = True
 
 
 class Generate(Message, frozen=True):
@@ -69,7 +99,8 @@ class Generate(Message, frozen=True):
 
     Where `sampling.max_tokens` is None, `default_max_tokens` bounds the reply if there is that much room. Requests
     share cached prefixes with those of the same `cache_salt` alone. With `echo` the reply's text begins with the
-    prompt.
+    prompt. A `grammar` takes the place of what `sampling` says of one: for what clients ask for in other words, as a
+    tool to be called.
     """
 
     rid: str
@@ -86,6 +117,10 @@ class Generate(Message, frozen=True):
     cache_salt: str = ""
     echo: bool = False
     chat_template: str | None = None  # in the place of the model's own
+    grammar: Grammar | None = None
+    tools: list[dict[str, Any]] | None = None  # that the chat template describes, as OpenAI writes them
+    opening: str = ""  # of the reply, put behind the prompt of `messages` and not part of the reply's text
+    show_marks: bool = False  # leave those special tokens in the text that the parsers look for
 
 
 class Embed(Message, frozen=True):
@@ -102,7 +137,7 @@ class Open(Message, frozen=True):
 
     Neither is looked for in the first `min_tokens` tokens. `echo` goes before the reply's text. `prompt` (int32) is
     there where the prompt's log-probabilities are asked for; `prompt_only` says that no token of the reply is. The
-    last three fields are those of SamplingParams.
+    next three fields are those of SamplingParams, and the last that of Generate.
     """
 
     rid: str
@@ -116,6 +151,7 @@ class Open(Message, frozen=True):
     skip_special_tokens: bool = True
     include_stop: bool = False
     detokenize: bool = True
+    show_marks: bool = False
 
 
 class Sampling(Part, frozen=True):
@@ -154,6 +190,7 @@ class Admit(Message, frozen=True):
     max_new: int
     priority: int = 0
     cache_salt: str = ""
+    grammar: Grammar | None = None
 
 
 class Abort(Message, frozen=True):
@@ -174,13 +211,16 @@ class StopHit(Message, frozen=True):
 
 class SlotAdmit(Part, frozen=True):
     """A request takes device row `slot`: its tokens so far (int32), of which `prompt_len` are its prompt, and how to
-    sample it. If its prompt's log-probabilities are asked for, those of its first `scored` + 1 tokens are known."""
+    sample it. If its prompt's log-probabilities are asked for, those of its first `scored` + 1 tokens are known.
+    `grammar` is the number of a LoadGrammar; 0 is none. It begins behind the text `after` (see Grammar)."""
 
     slot: int
     ids: bytes
     sampling: Sampling
     prompt_len: int = 0
     scored: int = 0
+    grammar: int = 0
+    after: str = ""
 
 
 class StepPlan(Message, frozen=True):
@@ -218,7 +258,8 @@ class StepDone(Message, frozen=True):
     waited between this step and the one before, where this one was sent before that was over. `logprobs` has an entry
     for each sampled row that asks, its `row` counted among the sampled ones. `prompt_logprobs` has one for each of all
     the plan's rows that computes prompt positions p not scored yet: it holds those of the tokens at p + 1. `vectors`
-    (float32 [n, size]) are those of the rows that ask for one, in plan order.
+    (float32 [n, size]) are those of the rows that ask for one, in plan order. `stuck` names sampled rows that cannot go
+    on, each with a sentence for its client; their count is 0.
     """
 
     step: int
@@ -229,6 +270,7 @@ class StepDone(Message, frozen=True):
     prompt_logprobs: tuple[Logprobs, ...] = ()
     idle: float = 0.0
     vectors: bytes = b""
+    stuck: tuple[tuple[int, str], ...] = ()
 
 
 class Finish(Part, frozen=True):
@@ -256,6 +298,55 @@ class Tokens(Message, frozen=True):
     logprobs: tuple[Logprobs, ...] = ()
     prompt_logprobs: tuple[Logprobs, ...] = ()
     vectors: tuple[tuple[int, bytes], ...] = ()
+
+
+# ── grammars ─────────────────────────────────────────────────────────────────────────────────
+
+
+class Compile(Message, frozen=True):
+    """scheduler → compiler: a grammar that a request waits for, and how many tokens the model has. Numbers begin with 1
+    and are not used again."""
+
+    number: int
+    grammar: Grammar
+    vocab_size: int
+
+
+class Compiled(Message, frozen=True):
+    """compiler → scheduler: what became of it, after `seconds`: what `engine` packed of `grammar`, as that was given
+    to it, or the error of all that wait (fields as in RequestError). `lasting` says that it would be the same again."""
+
+    number: int
+    seconds: float
+    engine: str = ""
+    grammar: Grammar | None = None
+    packed: bytes = b""
+    status: int = 0
+    code: str = ""
+    cause: str = ""
+    lasting: bool = True
+
+
+class LoadGrammar(Message, frozen=True):
+    """scheduler → rank 0: get this ready for rows that come with its number; see Compiled."""
+
+    number: int
+    engine: str
+    grammar: Grammar
+    packed: bytes
+
+
+class GrammarLoaded(Message, frozen=True):
+    """rank 0 → scheduler: it is ready, or it cannot be, for a reason."""
+
+    number: int
+    cause: str = ""
+
+
+class DropGrammar(Message, frozen=True):
+    """scheduler → rank 0: no row will come with this number again."""
+
+    number: int
 
 
 # ── a reply on its way out ───────────────────────────────────────────────────────────────────
@@ -457,8 +548,9 @@ class Stats(Message, frozen=True):
     """scheduler → http: the heartbeat of the core, every second and when work ends.
 
     Counters (`*_total`, `steps`) only grow. `step_seconds` holds float32 device times of the steps since the last
-    Stats; `idle_seconds_total` sums what the device waited for the host between them. `worker` is the state of the
-    device process; `paused` is as the last Pause said.
+    Stats; `idle_seconds_total` sums what the device waited for the host between them; `compile_seconds` (float32) are
+    those of the grammars compiled since then. `worker` is the state of the device process; `paused` is as the last
+    Pause said.
     """
 
     worker: Literal["starting", "ready", "restarting", "stalled", "failed"]
@@ -476,18 +568,19 @@ class Stats(Message, frozen=True):
     step_seconds: bytes = b""
     paused: bool = False
     idle_seconds_total: float = 0.0
+    compile_seconds: bytes = b""
 
 
 Job = Generate | Embed
 ToTokenizer = Job | Abort | WorkerReady
 ToTheDevice = Profile | CountExperts  # questions of http's that the worker answers
 FromTheDevice = Profiled | ExpertCounts
-ToWorker = Boot | StepPlan | ToTheDevice | Ping
-FromWorker = WorkerReady | StepDone | FromTheDevice | Pong | Fatal
+ToWorker = Boot | StepPlan | LoadGrammar | DropGrammar | ToTheDevice | Ping
+FromWorker = WorkerReady | StepDone | GrammarLoaded | FromTheDevice | Pong | Fatal
 FromFront = Admit | Abort | StopHit | Flush | Pause | ToTheDevice
-FromExecutor = StepDone | FromTheDevice | WorkerReady | WorkerLost | WorkerSilent | Fatal
-ToScheduler = FromFront | FromExecutor
-ToExecutor = StepPlan | ToTheDevice | Reset
+FromExecutor = StepDone | GrammarLoaded | FromTheDevice | WorkerReady | WorkerLost | WorkerSilent | Fatal
+ToScheduler = FromFront | FromExecutor | Compiled
+ToExecutor = StepPlan | LoadGrammar | DropGrammar | ToTheDevice | Reset
 ToDetokenizer = Open | Tokens | Failed
 ToFront = Tokens | Failed | Stats | Flushed | Paused | FromTheDevice | WorkerReady | Fatal
 ToHttp = Chunks | Failed | Stats | Flushed | Paused | FromTheDevice | WorkerReady | Fatal

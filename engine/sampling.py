@@ -10,6 +10,7 @@ from math import prod
 from types import MappingProxyType
 
 from engine.errors import RequestError
+from engine.grammar import grammar_of
 from engine.messages import SamplingParams
 
 INT32_MAX = 2**31 - 1
@@ -51,7 +52,8 @@ def check_sampling(params: SamplingParams, names: Mapping[str, str] = SAME_NAMES
     for pattern in params.stop_regex:
         _check_regex(name("stop_regex"), pattern)
     _check_ids(name("stop_token_ids"), params.stop_token_ids, MAX_STOP_TOKENS)
-    for field in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "detokenize"):
+    switches = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "detokenize", "json_object")
+    for field in (*switches, "strict_schema"):
         if not isinstance(given := getattr(params, field), bool):
             raise _refusal(name(field), _shown(given), "true or false", "leave it out for the default")
     for field in () if params.detokenize else ("stop", "stop_regex"):
@@ -61,6 +63,7 @@ def check_sampling(params: SamplingParams, names: Mapping[str, str] = SAME_NAMES
                 param=name(field),
             )
     _check_adjustments(params, name)
+    grammar_of(params, names)
     for field in ("logprobs", "prompt_logprobs"):
         if (wanted := getattr(params, field)) is not None:
             _check_whole(name(field), wanted, 0, MAX_LOGPROBS, "0 is the tokens' own alone")

@@ -25,14 +25,13 @@ from engine.channel import Frames, Outbox
 from engine.config import Config
 from engine.messages import (
     Boot,
-    CountExperts,
     ExpertCounts,
     Fatal,
     FromExecutor,
     FromWorker,
+    GrammarLoaded,
     Ping,
     Pong,
-    Profile,
     Profiled,
     Reset,
     StepDone,
@@ -159,7 +158,7 @@ class ExecutorActor:
                 case StepDone():
                     life.busy -= 1
                     await self.scheduler.send(message)
-                case Profiled() | ExpertCounts():
+                case Profiled() | ExpertCounts() | GrammarLoaded():
                     await self.scheduler.send(message)
                 case WorkerReady():
                     life.ready = True
@@ -174,12 +173,13 @@ class ExecutorActor:
 
     async def _forward(self, frames: Frames[FromWorker], life: "_Life") -> None:
         async for message in self.inbox:
-            if isinstance(message, StepPlan | Profile | CountExperts):
-                life.busy += isinstance(message, StepPlan)
-                try:
-                    await frames.send(message)
-                except anyio.BrokenResourceError:
-                    return
+            if isinstance(message, Reset):
+                continue
+            life.busy += isinstance(message, StepPlan)
+            try:
+                await frames.send(message)
+            except anyio.BrokenResourceError:
+                return
 
     async def _watch(self, frames: Frames[FromWorker], life: "_Life") -> None:
         """Ask an idle worker whether it is there; report one that is silent too long."""

@@ -3,6 +3,7 @@
 `FakeDevice` counts upwards from each row's last token, as the `echo` model does, so a lost, doubled or
 reordered step shows as a gap in the count. It keeps tokens only: no KV memory is simulated, and no sampling
 parameter but those that ask for log-probabilities is looked at: a token's is made up from its id and its place.
+Grammars are ready as soon as they are compiled, and not held to.
 A vector is the sum of its prompt's ids and how many they are.
 """
 
@@ -14,8 +15,11 @@ from anyio.streams.memory import MemoryObjectReceiveStream
 from engine.channel import Outbox
 from engine.messages import (
     CountExperts,
+    DropGrammar,
     ExpertCounts,
     FromExecutor,
+    GrammarLoaded,
+    LoadGrammar,
     Logprobs,
     Profile,
     Profiled,
@@ -107,6 +111,8 @@ class FakeExecutor:
         self.lost = False
         self.steps = self.since = 0
         self.counting = False
+        self.grammars: list[int] = []  # that were loaded
+        self.dropped: list[int] = []
 
     async def run(self) -> None:
         await self.scheduler.send(self.ready)
@@ -118,6 +124,11 @@ class FakeExecutor:
                 await self.scheduler.send(Profiled(message.number, message.folder))
             elif isinstance(message, CountExperts) and not self.lost:
                 await self.scheduler.send(self.count(message))
+            elif isinstance(message, LoadGrammar):
+                self.grammars.append(message.number)
+                await self.scheduler.send(GrammarLoaded(message.number))
+            elif isinstance(message, DropGrammar):
+                self.dropped.append(message.number)
             elif isinstance(message, StepPlan) and not self.lost:
                 self.steps += 1
                 await anyio.sleep(self.seconds)

@@ -1,8 +1,8 @@
 """The scheduler actor: keeps two steps in flight on the device, whatever else arrives.
 
-All decisions are `engine.sched`'s; this file holds the loop, the two credits and the heartbeat. While step n+1
-runs, StepDone(n) arrives, is committed, and n+2 is planned and sent: the device never waits for the host.
-Paused, it plans nothing; what is in flight ends, and only then is the Pause answered.
+All decisions are `engine.sched`'s; this file holds the loop, the two credits, the way of grammars and the heartbeat.
+While step n+1 runs, StepDone(n) arrives, is committed, and n+2 is planned and sent: the device never waits for the
+host. Paused, it plans nothing; what is in flight ends, and only then is the Pause answered.
 """
 
 import logging
@@ -18,12 +18,16 @@ from engine.errors import RequestError
 from engine.messages import (
     Abort,
     Admit,
+    Compile,
+    Compiled,
     CountExperts,
     ExpertCounts,
     Failed,
     Fatal,
+    Finish,
     Flush,
     Flushed,
+    GrammarLoaded,
     Pause,
     Paused,
     Profile,
@@ -34,6 +38,7 @@ from engine.messages import (
     StopHit,
     ToExecutor,
     ToFront,
+    Tokens,
     ToScheduler,
     WorkerLost,
     WorkerReady,
@@ -41,6 +46,7 @@ from engine.messages import (
 )
 from engine.plugin.specs import Policy
 from engine.sched import Scheduler
+from engine.sched.shelf import Shelf
 
 log = logging.getLogger("engine.scheduler")
 
@@ -58,14 +64,17 @@ class SchedulerActor:
         policy: Policy,
         inbox: MemoryObjectReceiveStream[ToScheduler],
         executor: Outbox[ToExecutor],
+        compiler: Outbox[Compile],
         front: Outbox[ToFront],
     ) -> None:
         self.config = config
         self.policy = policy
         self.inbox = inbox
         self.executor = executor
+        self.compiler = compiler
         self.front = front
         self.scheduler: Scheduler | None = None
+        self.shelf: Shelf | None = None
         self.worker: Literal["starting", "ready", "restarting", "stalled", "failed"] = "starting"
         self.cause = ""
         self.in_flight = 0
@@ -73,6 +82,7 @@ class SchedulerActor:
         self._pauses: list[Pause] = []  # not answered yet
         self._asked: dict[int, type[Profiled | ExpertCounts]] = {}  # by its number, what the worker is still to answer
         self.step_seconds = array("f")
+        self.compile_seconds = array("f")
         self.idle_seconds = 0.0
         self._checked = True
 
@@ -101,8 +111,11 @@ class SchedulerActor:
             case Admit():
                 await self._admit(message)
             case Abort():
-                if self.scheduler and (tokens := self.scheduler.abort(message.rid)):
-                    await self.front.send(tokens)
+                await self._abort(message.rid)
+            case Compiled():
+                await self._compiled(message)
+            case GrammarLoaded():
+                await self._loaded(message)
             case StopHit():
                 if self.scheduler:
                     self.scheduler.stop(message.rid, message.keep)
@@ -138,7 +151,11 @@ class SchedulerActor:
         self.in_flight -= 1
         self.step_seconds.append(done.seconds)
         self.idle_seconds += done.idle
+        stuck = self.scheduler.stuck(done) if done.stuck else []
         tokens = self.scheduler.commit(done)
+        for rid, cause in stuck:
+            self.scheduler.stop(rid)
+            await self.front.send(Failed(rid, 400, "no_token_left", cause, "grammar"))
         # The next plan leaves before the tokens do: the device comes first.
         await self._fill_credits()
         if tokens is not None:
@@ -169,9 +186,64 @@ class SchedulerActor:
     async def _admit(self, message: Admit) -> None:
         assert self.scheduler is not None, "the front lets requests in only once the worker is ready"
         try:
-            self.scheduler.admit(message)
+            if message.grammar is None:
+                self.scheduler.admit(message)
+            else:
+                await self._admit_with_grammar(message)
         except RequestError as error:
-            await self.front.send(Failed(message.rid, error.status, error.code, error.message, error.param))
+            await self._refuse(message.rid, error)
+
+    async def _refuse(self, rid: str, error: RequestError) -> None:
+        await self.front.send(Failed(rid, error.status, error.code, error.message, error.param))
+
+    async def _abort(self, rid: str) -> None:
+        if self.scheduler is None or self.shelf is None:
+            return
+        if self.shelf.abort(rid):
+            no_tokens = array("i", [0]).tobytes()
+            tokens = Tokens(step=0, rids=[rid], counts=no_tokens, tokens=b"", finishes=(Finish(0, "abort"),))
+            await self.front.send(tokens)
+        elif tokens_of_it := self.scheduler.abort(rid):
+            await self.front.send(tokens_of_it)
+
+    # ── grammars ─────────────────────────────────────────────────────────────────────────────
+
+    async def _admit_with_grammar(self, message: Admit) -> None:
+        """Queue a request whose grammar the device has; let others wait for theirs."""
+        assert self.scheduler is not None and self.shelf is not None
+        if number := self.shelf.number(message):
+            self.scheduler.admit(message, number)
+        elif compile := self.shelf.wait(message):
+            await self.compiler.send(compile)
+
+    async def _compiled(self, message: Compiled) -> None:
+        assert self.scheduler is not None and self.shelf is not None
+        self.compile_seconds.append(message.seconds)
+        load, waited, refusal = self.shelf.compiled(message)
+        if load is not None:
+            await self.executor.send(load)
+        for admit in waited:
+            assert refusal is not None
+            await self._refuse(admit.rid, refusal)
+        await self._forget_grammars()
+        await self._send_stats()
+
+    async def _loaded(self, message: GrammarLoaded) -> None:
+        assert self.scheduler is not None and self.shelf is not None
+        waited, refusal = self.shelf.loaded(message)
+        for admit in waited:
+            try:
+                if refusal is not None:
+                    raise refusal
+                self.scheduler.admit(admit, message.number)
+            except RequestError as error:
+                await self._refuse(admit.rid, error)
+        await self._forget_grammars()
+
+    async def _forget_grammars(self) -> None:
+        assert self.scheduler is not None and self.shelf is not None
+        for drop in self.shelf.evict(self.scheduler.grammars()):
+            await self.executor.send(drop)
 
     async def _ready(self, ready: WorkerReady) -> None:
         if self.scheduler is None:
@@ -186,18 +258,25 @@ class SchedulerActor:
                 prefix_cache=self.config.cache.prefix_cache,
                 max_waiting=schedule.max_waiting,
             )
+            self.shelf = Shelf(self.config.grammar.grammar_cache, ready.vocab_size)
+        assert self.shelf is not None
+        for load in self.shelf.again():  # before any plan that needs them
+            await self.executor.send(load)
         self.worker, self.cause = "ready", ""
         await self._send_stats()
         await self.front.send(ready)
 
     async def _lost(self, cause: str) -> None:
         """Everything on the device is gone: end what ran there, keep what waits, start afresh."""
-        assert self.scheduler is not None
+        assert self.scheduler is not None and self.shelf is not None
         self.worker, self.cause = "restarting", cause
         self.in_flight = 0
         await self._send_stats()
         for rid in self.scheduler.reset():
             await self.front.send(Failed(rid, 503, "worker_lost", f"{LOST} (cause: {cause})"))
+        waited, refusal = self.shelf.lost()
+        for admit in waited:
+            await self._refuse(admit.rid, refusal)
         await self._answer_pauses()
         asked, self._asked = self._asked, {}
         for number, answer in asked.items():
@@ -215,9 +294,17 @@ class SchedulerActor:
 
     async def _send_stats(self) -> None:
         seconds, self.step_seconds = self.step_seconds.tobytes(), array("f")
+        compiled, self.compile_seconds = self.compile_seconds.tobytes(), array("f")
         counts = self.scheduler.counts() if self.scheduler else {}
-        idle = self.idle_seconds
+        if self.shelf is not None:
+            counts["waiting"] += self.shelf.waiting
         stats = Stats(
-            self.worker, self.cause, step_seconds=seconds, paused=self.paused, idle_seconds_total=idle, **counts
+            self.worker,
+            self.cause,
+            step_seconds=seconds,
+            paused=self.paused,
+            idle_seconds_total=self.idle_seconds,
+            compile_seconds=compiled,
+            **counts,
         )
         await self.front.send(stats)

@@ -7,12 +7,14 @@ go on meanwhile; other prompts wait their turn behind it, because requests reach
 import random
 from array import array
 from collections.abc import Iterable
+from typing import Any
 
 import anyio.to_thread
 from anyio.streams.memory import MemoryObjectReceiveStream
 
 from engine.channel import Outbox
 from engine.errors import RequestError
+from engine.grammar import check_grammar, grammar_of
 from engine.messages import (
     Abort,
     Admit,
@@ -20,6 +22,7 @@ from engine.messages import (
     Failed,
     FromFront,
     Generate,
+    Grammar,
     Job,
     Open,
     Sampling,
@@ -37,8 +40,9 @@ UNSAMPLED = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)  # 
 class Admission:
     """Turns a job into what the detokenizer and the scheduler need to know of it."""
 
-    def __init__(self, text: Text) -> None:
+    def __init__(self, text: Text, grammars: bool = True) -> None:
         self.text = text
+        self.grammars = grammars  # whether an engine for them is installed
         self.max_model_len: int | None = None
         self.vocab_size = text.vocab_size  # the model's, which may have fewer rows, once the worker says so
         self._seeds = random.SystemRandom()
@@ -74,13 +78,43 @@ class Admission:
             skip_special_tokens=params.skip_special_tokens,
             include_stop=params.include_stop_str_in_output,
             detokenize=params.detokenize,
+            show_marks=request.show_marks,
         )
         sampling = self._sampling(params, stop_ids)
         check_unicode(request.cache_salt, "cache_salt")
         admitted = Admit(
-            request.rid, ids.tobytes(), sampling, stop_ids, max(max_new, 1), request.priority, request.cache_salt
+            request.rid,
+            ids.tobytes(),
+            sampling,
+            stop_ids,
+            max(max_new, 1),
+            request.priority,
+            request.cache_salt,
+            self._grammar(request),
         )
         return opened, admitted
+
+    def _grammar(self, request: Generate) -> Grammar | None:
+        """The grammar that is asked for; RequestError where none can be followed."""
+        grammar = grammar_of(request.sampling) if request.grammar is None else request.grammar
+        if grammar is None:
+            return None
+        if request.grammar is not None:
+            check_grammar(grammar, "grammar")
+        if not self.grammars:
+            raise RequestError(
+                f"a {grammar.kind} is asked for, and no grammar engine is installed here; pip install llguidance",
+                param="grammar",
+                code="no_grammar_engine",
+            )
+        if not self.text.spec.eos_ids:
+            raise RequestError(
+                f"a {grammar.kind} is asked for, and the model has no end token, so that the reply could not end where "
+                "it must; leave it out",
+                param="grammar",
+                code="no_end_token",
+            )
+        return grammar
 
     def _admit_vector(self, request: Embed) -> tuple[Open, Admit]:
         self._refuse_endless(request, "input")
@@ -153,6 +187,8 @@ class Admission:
         if request.messages is not None:
             conversation = self.text.encode_chat(
                 request.messages,
+                opening=request.opening,
+                tools=request.tools,
                 add_generation_prompt=request.add_generation_prompt,
                 continue_final_message=request.continue_final_message,
                 template_kwargs=request.template_kwargs,
@@ -219,7 +255,12 @@ def characters(request: Job) -> int:
     """How much text `request` holds."""
     if isinstance(request, Embed) or request.messages is None:
         return len(request.text or "")
-    return sum(len(str(message.get("content"))) for message in request.messages)
+    tools = len(str(request.tools)) if request.tools else 0
+    return tools + sum(len(str(message.get("content"))) + _calls(message) for message in request.messages)
+
+
+def _calls(message: dict[str, Any]) -> int:
+    return len(str(message["tool_calls"])) if message.get("tool_calls") else 0
 
 
 class TokenizerActor:

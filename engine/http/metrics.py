@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Seconds. A step on a fast GPU takes 5 ms, one on a small CPU 100 ms.
 TOKEN_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)
 FIRST_TOKEN_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)
+COMPILE_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 REQUEST_BUCKETS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600)
 
 
@@ -68,6 +69,13 @@ class Metrics:
             "engine_step_seconds", "Time of one step on the device", buckets=TOKEN_BUCKETS, registry=self.registry
         )
 
+        self._compile = Histogram(
+            "engine_grammar_compile_seconds",
+            "Time to compile one grammar, refused ones among them",
+            buckets=COMPILE_BUCKETS,
+            registry=self.registry,
+        )
+
     async def watch(self, stream: AsyncGenerator[Chunk], endpoint: str) -> AsyncGenerator[Chunk]:
         """`stream` unchanged, its times and its end recorded; closing this closes it."""
         start = last = perf_counter()
@@ -106,9 +114,11 @@ class Metrics:
         self._errors.labels(status).inc()
 
     def on_stats(self, stats: Stats) -> None:
-        """Drain the step times of a heartbeat; called once for each Stats, as a scrape could miss one."""
+        """Drain the times in a heartbeat; called once for each Stats, as a scrape could miss one."""
         for seconds in array("f", stats.step_seconds):
             self._step.observe(seconds)
+        for seconds in array("f", stats.compile_seconds):
+            self._compile.observe(seconds)
 
     def page(self, accept: str) -> tuple[bytes, str]:
         """All metrics in the format that an Accept header asks for, and its content type."""

@@ -1,7 +1,7 @@
 """/generate, shaped as SGLang's native endpoint: text or token ids in, text and token ids out.
 
 A streamed event holds the reply so far, not what is new: clients of SGLang print the difference. Several prompts in
-one request, or several replies to one, are answered with a list. Left out: media, grammars, token_ids_logprob.
+one request, or several replies to one, are answered with a list. Left out: media, token_ids_logprob.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from aiohttp import web
 from msgspec import UNSET, Struct, UnsetType
 
 from engine.errors import RequestError
+from engine.http.grammars import grammar_fields
 from engine.http.openai import Priority, TokenId, allowed_ids, pack_ids, salt_of, sampled, stop_strings
 from engine.http.service import answer
 from engine.http.sse import DONE
@@ -57,10 +58,14 @@ class NativeSampling(Body):
     stop_regex: str | list[str] | None = None
     bad_words: list[str] | None = None
     allowed_token_ids: list[int] | None = None
-    json_schema: Any = None
-    regex: Any = None
-    ebnf: Any = None
-    structural_tag: Any = None
+    json_schema: str | dict[str, Any] | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    lark: str | None = None
+    choice: list[str] | None = None
+    structural_tag: str | dict[str, Any] | None = None
+    strict_schema: bool | None = None
     skip_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -69,10 +74,6 @@ class NativeSampling(Body):
     custom_params: Any = None
 
     unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "json_schema": (),
-        "regex": (),
-        "ebnf": (),
-        "structural_tag": (),
         "spaces_between_special_tokens": (True,),
         "custom_params": ({},),
     }
@@ -188,6 +189,7 @@ async def generate(request: web.Request, body: GenerateBody) -> web.StreamRespon
     names = {
         "max_tokens": "max_new_tokens",
         "prompt": "text" if body.text is not None else "input_ids",
+        "grammar": "sampling_params",
     }
     return await answer(request, rid, jobs, reply, endpoint="generate", stream=bool(body.stream), names=names)
 
@@ -219,6 +221,7 @@ def native_sampling(body: NativeSampling, scores: Scores) -> SamplingParams:
     """The checked SamplingParams of a `sampling_params` object, with SGLang's defaults."""
     check_served(body, "sampling_params.")
     given = {name: value for name in SAME if (value := getattr(body, name)) is not None}
+    grammar, called = grammar_fields(body, "sampling_params.")
     sampling = SamplingParams(
         max_tokens=body.max_new_tokens,
         min_tokens=body.min_new_tokens or 0,
@@ -232,8 +235,9 @@ def native_sampling(body: NativeSampling, scores: Scores) -> SamplingParams:
         prompt_logprobs=scores.top if scores.wanted and scores.start >= 0 else None,
         include_stop_str_in_output=stop_kept(body),
         **given,
+        **grammar,
     )
-    check_sampling(sampling, CLIENT_NAMES)
+    check_sampling(sampling, CLIENT_NAMES | called)
     return sampling
 
 

@@ -3,6 +3,7 @@
 Bit v % 32 of word v // 32 says whether entry v of a vocabulary stays, the layout of xgrammar and llguidance.
 """
 
+import functools
 from importlib.util import find_spec
 
 import numpy as np
@@ -42,8 +43,16 @@ def apply_bitmask(logits: Tensor, mask: Tensor, rows: Tensor, lines: Tensor | No
 
 
 def apply_bitmask_reference(logits: Tensor, mask: Tensor, rows: Tensor, lines: Tensor | None = None) -> None:
-    """The definition of `apply_bitmask`."""
+    """The definition of `apply_bitmask`. A byte of the mask is eight entries of a table."""
     chosen = mask[: len(rows)] if lines is None else mask[lines]
-    shifts = torch.arange(WORD, dtype=torch.int32, device=mask.device)
-    banned = ((chosen[:, :, None] >> shifts) & 1 == 0).flatten(1)[:, : logits.shape[1]]
-    logits[rows] = logits[rows].masked_fill_(banned, -torch.inf)
+    banned = _unset_bits(mask.device)[chosen.view(torch.uint8).to(torch.int64)].flatten(1)[:, : logits.shape[1]]
+    if len(rows) == len(logits):
+        logits.masked_fill_(banned[rows.argsort()], -torch.inf)
+    else:
+        logits[rows] = logits[rows].masked_fill_(banned, -torch.inf)
+
+
+@functools.cache
+def _unset_bits(device: torch.device) -> Tensor:
+    """[256, 8] bool: whether bit i of a byte is 0."""
+    return (torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)) & 1 == 0

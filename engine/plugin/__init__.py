@@ -1,24 +1,35 @@
 """The only package that plugins import. This face of it needs no torch; `layers` and `testing` do."""
 
-from engine.errors import ConfigError, PluginError
+from engine.errors import ConfigError, PluginError, RequestError
+from engine.messages import Grammar
 from engine.plugin.hookspecs import hookimpl
 from engine.plugin.specs import (
     Checkpoint,
+    CompiledGrammar,
+    GrammarEngine,
     KVGroup,
     KVSpec,
     LazyTensor,
+    Matcher,
     Policy,
     TextSpec,
+    Vocabulary,
 )
 
 __all__ = [
     "Checkpoint",
+    "CompiledGrammar",
     "ConfigError",
+    "Grammar",
+    "GrammarEngine",
     "KVGroup",
     "KVSpec",
     "LazyTensor",
+    "Matcher",
     "PluginError",
     "Policy",
+    "RequestError",
     "TextSpec",
+    "Vocabulary",
     "hookimpl",
 ]

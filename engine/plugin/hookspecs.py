@@ -47,3 +47,15 @@ def register_checkpoints(register: Register) -> None:
 @hookspec
 def register_policies(register: Register) -> None:
     """register(name, target): a `specs.Policy` class, constructed without arguments."""
+
+
+@hookspec
+def register_parsers(register: Register) -> None:
+    """register(name, target, kind="tool", markers=(), architectures=()): a `parsing.ToolParser`, or with kind
+    "reasoning" a `parsing.ReasoningParser`."""
+
+
+@hookspec
+def register_grammars(register: Register) -> None:
+    """register(name, target, kinds=("json_schema", ...), package="what-pip-installs", preference=0): a
+    `specs.GrammarEngine` class."""

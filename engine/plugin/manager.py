@@ -14,7 +14,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, TypeVar
@@ -31,7 +31,9 @@ from engine.plugin.specs import (
     Checkpoint,
     CheckpointEntry,
     Entry,
+    GrammarEntry,
     ModelEntry,
+    ParserEntry,
     Policy,
     PolicyEntry,
     QuantizationEntry,
@@ -50,6 +52,8 @@ KINDS: Mapping[str, type[Entry]] = MappingProxyType(
         "quantization": QuantizationEntry,
         "checkpoints": CheckpointEntry,
         "policies": PolicyEntry,
+        "parsers": ParserEntry,
+        "grammars": GrammarEntry,
     }
 )
 HOOKS: Mapping[str, str] = MappingProxyType({f"register_{kind}": kind for kind in KINDS})
@@ -79,6 +83,8 @@ class Plugins:
     quantization: Mapping[str, QuantizationEntry]
     checkpoints: Mapping[str, CheckpointEntry]
     policies: Mapping[str, PolicyEntry]
+    parsers: Mapping[str, ParserEntry]
+    grammars: Mapping[str, GrammarEntry]
     named: frozenset[tuple[str, str]]  # (kind, name): to be preferred
     insisted: frozenset[tuple[str, str]]  # those of `named` that --plugins says by their own name
     rows: tuple[PluginRow, ...]
@@ -207,6 +213,19 @@ class Plugins:
         policy: Policy = resolve(self.policies[name].target)()
         return policy
 
+    def grammar_engines(self) -> list[GrammarEntry]:
+        """The grammar engines to be asked, in that order, of those that are installed: those named in --plugins, else
+        all. Raises PluginError for a named one that is not installed."""
+        ordered = sorted(self.grammars.values(), key=lambda entry: -entry.preference)
+        named = [entry for entry in ordered if ("grammars", entry.name) in self.named]
+        for entry in named:
+            if not _installed(entry):
+                raise PluginError(
+                    f"--plugins names the grammar engine {entry.name!r}, and its package is not installed; "
+                    f"pip install {entry.package}"
+                )
+        return named or [entry for entry in ordered if _installed(entry)]
+
     def open_checkpoint(self, model: str) -> Checkpoint:
         """Open `model`: an embedded name, then a path that a format knows, then an id of the Hugging Face hub.
 
@@ -258,6 +277,14 @@ class Plugins:
             "it takes a safetensors directory, a .gguf file, a Hugging Face id (organization/name), "
             f"or an embedded name: {embedded or 'none here'}"
         )
+
+
+def _installed(entry: GrammarEntry) -> bool:
+    try:
+        version(entry.package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def resolve(target: str) -> Any:

@@ -6,14 +6,16 @@ An entry names its code as "module:attribute"; the code is imported where it is 
 
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from msgspec import Struct
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from tokenizers import Tokenizer
 
+    from engine.messages import Grammar
     from engine.sched.request import Request
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "uint8": 1, "int8": 1}
@@ -57,6 +59,24 @@ class QuantizationEntry(Entry, frozen=True, kw_only=True):
 
 class PolicyEntry(Entry, frozen=True, kw_only=True):
     """An order of the waiting queue."""
+
+
+class ParserEntry(Entry, frozen=True, kw_only=True):
+    """A parser of replies. It is chosen for a model whose chat template holds all of `markers`, the one with the most
+    of them first, else for a model of one of `architectures`."""
+
+    kind: Literal["tool", "reasoning"]
+    markers: tuple[str, ...] = ()
+    architectures: tuple[str, ...] = ()
+
+
+class GrammarEntry(Entry, frozen=True, kw_only=True):
+    """A grammar engine. Those that are installed are asked in order of `preference`, the highest first; the first that
+    takes a grammar has it. `kinds` are those of messages.GrammarKind, `package` is what `pip install` must have got."""
+
+    kinds: tuple[str, ...]
+    package: str
+    preference: int = 0
 
 
 # ── KV memory ────────────────────────────────────────────────────────────────────────────────
@@ -146,6 +166,70 @@ class Checkpoint(Protocol):
 
     def tensors(self) -> Iterator[tuple[str, LazyTensor]]:
         """Every weight, named as Hugging Face transformers names it, in the file's order."""
+        ...
+
+
+# ── grammars ─────────────────────────────────────────────────────────────────────────────────
+
+
+class Vocabulary(Struct, frozen=True):
+    """What a grammar engine must know of a model: the bytes of each token, by id.
+
+    Ids that no text has are empty. Of `special` tokens the bytes are their name, which is never text; `eos_ids`, which
+    are special, end a reply.
+    """
+
+    tokens: list[bytes]
+    special: frozenset[int]
+    eos_ids: tuple[int, ...]
+
+
+class Matcher(Protocol):
+    """Where one reply is in its grammar. Advanced by its engine alone; `error` is not empty once it cannot go on."""
+
+    @property
+    def error(self) -> str: ...
+
+
+class CompiledGrammar(Protocol):
+    """A grammar made ready; never changed, and shared by replies."""
+
+    def packed(self) -> bytes:
+        """What `GrammarEngine.load` takes in place of compiling: nothing where that is as quick."""
+        ...
+
+    def matcher(self) -> Matcher:
+        """At the beginning of a reply."""
+        ...
+
+
+class GrammarEngine(Protocol):
+    """Grammars over one vocabulary. `threads` fill masks at a time; without `whitespace` JSON has none between its
+    tokens, with it not much at a time, so that no reply goes on in spaces for ever.
+
+    `compile` may take long and as much memory as it likes, for it runs where it can be killed; what else is here must
+    not. An eos id is let through where a reply may end, and nothing else where it must.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, *, threads: int, whitespace: bool) -> None: ...
+
+    def compile(self, grammar: "Grammar") -> CompiledGrammar:
+        """Raises RequestError naming the keyword, or the place, for what cannot be held to exactly: its code is
+        invalid_grammar, unsupported_keyword (of JSON Schema), or unsupported_grammar, for what another engine may take.
+        """
+        ...
+
+    def load(self, grammar: "Grammar", packed: bytes) -> CompiledGrammar:
+        """What `compile` made of `grammar` in another process, from its `packed`."""
+        ...
+
+    def accept(self, matchers: "Sequence[Any]", tokens: "Sequence[int]") -> list[bool]:
+        """Advance each matcher by a token; False where that is none that its last mask let through."""
+        ...
+
+    def fill(self, matchers: "Sequence[Any]", masks: "np.ndarray", rows: "Sequence[int]") -> None:
+        """Write into row `rows[i]` of `masks` (int32, 32 tokens a word, the lowest bit first) what may come next in
+        `matchers[i]`."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Contract checks that the built-in attention backends and models pass, for authors to run on their own.
+"""Contract checks that the built-in attention backends, models and grammar engines pass, for authors to run.
 
     @pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
     def test_attention(case):
@@ -11,6 +11,13 @@
     @pytest.mark.parametrize("scenario", MODEL_SCENARIOS)
     def test_model(scenario):
         check_model(MyModel, config, tensors, reference, scenario)
+
+    @pytest.mark.parametrize("case", GRAMMAR_CASES, ids=str)
+    def test_grammar(case):
+        check_grammar(MyEngine, case)
+
+    def test_parser():
+        check_tool_parser(MyParser)  # or check_reasoning_parser; check_any_split for replies of your own
 
 Each raises AssertionError with the numbers. Imports torch. Left out: speed.
 """
@@ -32,12 +39,41 @@ from engine.layers.latent import LatentBackend, LatentShape
 from engine.layers.model import Model
 from engine.layers.quantization import Scheme
 from engine.messages import Sampling, SlotAdmit, StepPlan
+from engine.plugin.grammar_checks import (
+    GRAMMAR_CASES,
+    INVALID,
+    GrammarCase,
+    check_grammar,
+    check_invalid,
+    check_together,
+    check_whitespace,
+)
 from engine.plugin.manager import Plugins
+from engine.plugin.parser_checks import check_any_split, check_reasoning_parser, check_tool_parser
 from engine.plugin.specs import KVSpec
 from engine.worker.backends import Backends
 from engine.worker.batch import build_batch
 from engine.worker.kv import allocate
 from engine.worker.runner import Runner
+
+__all__ = [
+    "ATTENTION_CASES",
+    "GRAMMAR_CASES",
+    "INVALID",
+    "MODEL_SCENARIOS",
+    "AttentionCase",
+    "GrammarCase",
+    "ModelHarness",
+    "check_any_split",
+    "check_attention",
+    "check_grammar",
+    "check_invalid",
+    "check_model",
+    "check_reasoning_parser",
+    "check_together",
+    "check_tool_parser",
+    "check_whitespace",
+]
 
 # ── attention ────────────────────────────────────────────────────────────────────────────────
 

@@ -102,9 +102,9 @@ class Scheduler:
 
     # ── requests come and go ─────────────────────────────────────────────────────────────────
 
-    def admit(self, admit: Admit) -> None:
-        """Queue a request. Raises RequestError: 400 if it can never fit, 409 if its rid lives, 503 if the
-        queue is full."""
+    def admit(self, admit: Admit, grammar: int = 0) -> None:
+        """Queue a request whose grammar, if it has one, has this number on the device. Raises RequestError: 400 if it
+        can never fit, 409 if its rid lives, 503 if the queue is full."""
         rid = admit.rid
         if rid in self._requests:
             raise RequestError(
@@ -113,7 +113,7 @@ class Scheduler:
                 code="duplicate_rid",
                 status=409,
             )
-        request = Request.admitted(admit, self._arrivals)
+        request = Request.admitted(admit, self._arrivals, grammar)
         if request.pools:
             check_whole(request, self.max_model_len, self.max_step_tokens)
         else:
@@ -228,9 +228,8 @@ class Scheduler:
                 return
             self._queue.remove(request)
             scored = min(request.scored, request.prompt_len)
-            step.admits.append(
-                SlotAdmit(request.slot, request.ids.tobytes(), request.sampling, request.prompt_len, scored)
-            )
+            taken = (request.slot, request.ids.tobytes(), request.sampling, request.prompt_len, scored)
+            step.admits.append(SlotAdmit(*taken, request.grammar, request.after))
             if request.pools:
                 self._plan_whole(step, request)
                 continue
@@ -274,6 +273,16 @@ class Scheduler:
         return True
 
     # ── a step's result ──────────────────────────────────────────────────────────────────────
+
+    def stuck(self, done: StepDone) -> list[tuple[str, str]]:
+        """Of the result of the oldest step in flight, before it is committed: who cannot go on, and why."""
+        number, step = self._in_flight[0]
+        rows = ((step.sampled[row][0], cause) for row, cause in done.stuck)
+        return [(request.rid, cause) for request, cause in rows if number >= request.since]
+
+    def grammars(self) -> set[int]:
+        """The numbers of the grammars that live requests have."""
+        return {request.grammar for request in self._requests.values()}
 
     def commit(self, done: StepDone) -> Tokens | None:
         """Take in the result of the oldest step in flight; None if it gives nobody a token."""

@@ -32,6 +32,8 @@ class Request:
     sampling: Sampling
     stop_ids: frozenset[int]
     salt: bytes  # its prefix is shared with requests of the same salt alone
+    grammar: int  # its number on the device; 0 is none
+    after: str  # what it begins behind
 
     length: int
     computed: int = 0
@@ -49,8 +51,8 @@ class Request:
     capacity: int = 0  # tokens that `pages` can hold
 
     @classmethod
-    def admitted(cls, admit: Admit, arrival: int) -> "Request":
-        """A waiting request, from what the tokenizer says."""
+    def admitted(cls, admit: Admit, arrival: int, grammar: int = 0) -> "Request":
+        """A waiting request, from what the tokenizer says; `grammar` is the number of its grammar."""
         ids = array("i", admit.ids)
         asks = admit.sampling.prompt_logprobs >= 0 and len(ids) > 1  # nothing predicts a prompt's first token
         return cls(
@@ -63,6 +65,8 @@ class Request:
             sampling=admit.sampling,
             stop_ids=frozenset(admit.stop_ids),
             salt=admit.cache_salt.encode(),
+            grammar=grammar,
+            after=admit.grammar.after if admit.grammar else "",
             length=len(ids),
             scored=0 if asks else NEVER,
         )

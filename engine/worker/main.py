@@ -21,11 +21,23 @@ from engine.errors import ConfigError
 from engine.layers.build import Build
 from engine.layers.encoder import Encoder
 from engine.layers.model import Model
-from engine.messages import Boot, CountExperts, Ping, Pong, Profile, StepPlan, ToWorker, WorkerReady
+from engine.messages import (
+    Boot,
+    CountExperts,
+    DropGrammar,
+    LoadGrammar,
+    Ping,
+    Pong,
+    Profile,
+    StepPlan,
+    ToWorker,
+    WorkerReady,
+)
 from engine.plugin.manager import Plugins, resolve
 from engine.worker.backends import Backends, quantization
 from engine.worker.demands import FILTERED, PENALIZED, PLAIN, everything
 from engine.worker.experts import count_experts
+from engine.worker.grammar import begin_grammars
 from engine.worker.kv import allocate, choose_max_model_len, count_pages
 from engine.worker.profiling import StepProfiler
 from engine.worker.runner import Runner, Step
@@ -33,6 +45,7 @@ from engine.worker.weights import fill_at_random, load_weights, weight_bytes
 
 logger = logging.getLogger("engine.worker")
 
+GLANCE = 5e-5  # seconds between two looks at the device, while a step runs and no plan has come
 WARM_UP_TOKENS = 16  # on a CPU; a GPU is warmed up with the largest step, which also shows what it takes
 
 
@@ -51,20 +64,38 @@ GPU_DEFAULTS = Defaults(slots=256, step_tokens=8192)
 def serve(frames: BlockingFrames[ToWorker], runner: Runner) -> None:
     """Runs steps until the peer closes.
 
-    A result is sent as soon as it is there, but a plan that is waiting is launched before a result is
-    waited for: so the device goes from one step to the next without a gap.
+    A result is sent as soon as it is there, and a plan launched as soon as it comes: so the device goes from one step
+    to the next without a gap. A plan whose rows follow a grammar has the results before it sent while its model runs:
+    what makes their masks is what others need to plan on.
     """
     in_flight: deque[Step] = deque()
     profiler = StepProfiler(runner.device)
+
+    def finish_first() -> None:
+        with profiler.finishing():
+            frames.send(runner.finish(in_flight.popleft()))
+
+    def catch_up() -> None:
+        while in_flight:
+            finish_first()
+
     while True:
-        while in_flight and (in_flight[0].ready() or not frames.waiting()):
-            with profiler.finishing():
-                frames.send(runner.finish(in_flight.popleft()))
+        while in_flight:
+            if in_flight[0].ready():
+                finish_first()
+            elif frames.waiting(GLANCE):
+                break
         message = frames.receive()
         match message:
             case StepPlan():
                 with profiler.launching(message):
-                    in_flight.append(runner.launch(message))
+                    in_flight.append(runner.launch(message, catch_up))
+            case LoadGrammar():
+                assert runner.grammars is not None, "requests with a grammar are let in only where there are engines"
+                runner.grammars.load(message, frames.send)
+            case DropGrammar():
+                assert runner.grammars is not None
+                runner.grammars.drop(message.number)
             case Profile():
                 frames.send(profiler.answer(message, len(in_flight)))
             case CountExperts():
@@ -109,6 +140,7 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
         except KeyError as error:
             name = model_entry.name
             raise ConfigError(f"the model's configuration has no {error}, which the {name} model needs") from None
+        grammars = None if isinstance(model, Encoder) else begin_grammars(config, plugins, checkpoint, model.vocab_size)
         if config.model.load == "dummy":
             fill_at_random(model)
         else:
@@ -128,6 +160,9 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
         max_model_len = choose_max_model_len(config.model.max_model_len, limit, cache_tokens)
         caches = allocate(spec, pages + 1, device)  # one for the padding of CUDA graphs
         runner = Runner(model, caches, device, slots=slots, max_model_len=max_model_len, page_size=spec.page_size)
+    if grammars is not None:
+        with _timed(phases, "grammars"):
+            runner.grammars = grammars.ready(slots, device)
     with _timed(phases, "warm-up"):
         if device.type == "cpu":
             runner.warm_up(WARM_UP_TOKENS)

@@ -1,11 +1,13 @@
 """Runs steps on one device: applies a StepPlan to the device's tables, computes, samples, and reports.
 
-    tokens[slot, position] ── gather ──> ids ── model ──> hidden ── logits ── adjust ── sample ─┐
-        ^───────────────────────────────────────────────────────────────────────────────────────┘
+    tokens[slot, position] ── gather ──> ids ── model ──> hidden ── logits ── adjust ── mask ── sample ─┐
+        ^───────────────────────────────────────────────────────────────────────────────────────────────┘
 
 The sampled tokens go back into the table on the device, so a step may be launched before the result of the
 one before is known. On a GPU `launch` returns while the device computes, and a step of decode rows alone replays a
-CUDA graph (graphs.py); on a CPU the step is over by then. Left out: copies on a side stream, more than one token a row.
+CUDA graph (graphs.py); on a CPU the step is over by then. Rows that follow a grammar need the tokens of all steps
+before on the host: `launch` asks for them when the model is on its way, and makes the masks meanwhile (grammar.py).
+Left out: copies on a side stream, more than one token a row.
 """
 
 import dataclasses
@@ -25,6 +27,7 @@ from engine.messages import Logprobs, Sampling, SlotAdmit, StepDone, StepPlan
 from engine.worker.batch import build_batch, upload
 from engine.worker.demands import PLAIN
 from engine.worker.experts import heed_padding
+from engine.worker.grammar import Grammars, Guided
 from engine.worker.graphs import DecodeGraphs, PromptGraphs, Tables
 from engine.worker.kv import Caches, copy_pages
 from engine.worker.logits import Adjustments
@@ -49,12 +52,13 @@ class Block:
 @dataclass(frozen=True, slots=True)
 class Result:
     """What a step yields: `tokens` [S] int64, and log-probabilities of sampled rows and of prompts that ask; or
-    float32 `vectors` [R, size]."""
+    float32 `vectors` [R, size]. `guided` are the rows that follow a grammar."""
 
     tokens: Tensor
     sampled: Block | None = None
     prompts: Block | None = None
     vectors: Tensor | None = None
+    guided: Guided = ()
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "Result":
         """The same, each tensor put elsewhere by `move`."""
@@ -63,7 +67,7 @@ class Result:
             for block in (self.sampled, self.prompts)
         )
         vectors = None if self.vectors is None else move(self.vectors)
-        return Result(move(self.tokens), sampled, prompts, vectors)
+        return Result(move(self.tokens), sampled, prompts, vectors, self.guided)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +85,23 @@ class Step:
         return self.ended is None or self.ended.query()
 
 
+def _nothing() -> None:
+    """There is no step under way."""
+
+
 class Runner:
     """A model with its caches and tables on one device."""
 
     def __init__(
-        self, model: Model, caches: Caches, device: torch.device, *, slots: int, max_model_len: int, page_size: int
+        self,
+        model: Model,
+        caches: Caches,
+        device: torch.device,
+        *,
+        slots: int,
+        max_model_len: int,
+        page_size: int,
+        grammars: Grammars | None = None,
     ) -> None:
         self.model = model
         self.caches = caches
@@ -98,6 +114,7 @@ class Runner:
         self.page_table = torch.zeros(slots + 1, pages, dtype=torch.int32, device=device)
         self.sampler = Sampler(slots, self.tokens)
         self.adjustments = Adjustments(slots, model.vocab_size, device)
+        self.grammars = grammars
         self.unscored = np.zeros((slots, 2), np.int64)  # prompt positions to be scored: from, to
         self._ahead_of: torch.cuda.Event | None = None  # the end of the last step, while it is not known to be over
         tables = Tables(model, caches, self.tokens, self.page_table, page_size, counts_real=heed_padding(model))
@@ -107,17 +124,18 @@ class Runner:
         self.prefixes = SharedPrefixes(slots, pages, page_size)
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> Step:
-        """Starts a step. Steps run in the order launched."""
+    def launch(self, plan: StepPlan, catch_up: Callable[[], None] = _nothing) -> Step:
+        """Starts a step. Steps run in the order launched. `catch_up` is to `finish` all that are under way; it is
+        called if a row follows a grammar, once the model is on its way."""
         if self.device.type == "cpu":
             began = time.perf_counter()
-            result = self._run(plan)
+            result = self._run(plan, catch_up)
             return Step(plan.step, result, seconds=time.perf_counter() - began)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        result = self._run(plan).moved(_to_pinned)
-        end.record()
         previous, self._ahead_of = self._ahead_of, end
+        result = self._run(plan, catch_up).moved(_to_pinned)
+        end.record()
         return Step(plan.step, result, began=start, ended=end, previous=previous)
 
     def finish(self, step: Step) -> StepDone:
@@ -131,18 +149,25 @@ class Runner:
                 self._ahead_of = None
         result = step.result
         tokens = result.tokens.numpy().astype("<i4")
+        counts = np.ones(len(tokens), "<i4")
+        stuck: tuple[tuple[int, str], ...] = ()
+        if result.guided:
+            assert self.grammars is not None
+            stuck = self.grammars.accept(result.guided, tokens.tolist())
+            counts[[row for row, _ in stuck]] = 0
         return StepDone(
             step.step,
-            np.ones(len(tokens), "<i4").tobytes(),
-            tokens.tobytes(),
+            counts.tobytes(),
+            tokens[counts > 0].tobytes(),
             seconds,
             result.sampled.messages() if result.sampled else (),
             result.prompts.messages() if result.prompts else (),
             idle,
             b"" if result.vectors is None else result.vectors.numpy().astype("<f4").tobytes(),
+            stuck,
         )
 
-    def _run(self, plan: StepPlan) -> Result:
+    def _run(self, plan: StepPlan, catch_up: Callable[[], None]) -> Result:
         """What the step yields, on the device."""
         self.apply(plan)
         rows = np.frombuffer(plan.rows, "<i4").reshape(-1, 4).astype(np.int64)
@@ -172,13 +197,19 @@ class Runner:
         if self.adjustments.acts(slots):
             adjusted = logits.to(torch.float32, copy=len(asking) > 0)
             self.adjustments.apply(adjusted, slots, lasts + 1, self.tokens)
+        guided = self.grammars.guided(slots) if self.grammars is not None else ()
+        if guided:
+            assert self.grammars is not None
+            catch_up()
+            adjusted = adjusted.clone() if adjusted is logits and len(asking) else adjusted
+            self.grammars.mask(adjusted, guided)
         tokens = self.sampler.draw(adjusted, slots, lasts, on_device)
         if not len(asking):
-            return Result(tokens, prompts=prompts)
+            return Result(tokens, prompts=prompts, guided=guided)
         which = upload(asking, self.device)
         scores = score(logits, tokens[which], which)
         spans = [(int(row), index, index + 1, int(wanted[row])) for index, row in enumerate(asking)]
-        return Result(tokens, Block(scores, spans), prompts)
+        return Result(tokens, Block(scores, spans), prompts, guided=guided)
 
     def _decode(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Hidden states of a step of one token a row, and its slots and positions, from a graph."""
@@ -221,6 +252,8 @@ class Runner:
         for admit in plan.admits:
             ids = np.frombuffer(admit.ids, "<i4").copy()
             self.tokens[admit.slot, : len(ids)] = upload(ids, self.device)
+            if self.grammars is not None:
+                self.grammars.admit(admit)
             asks = admit.sampling.prompt_logprobs >= 0
             self.unscored[admit.slot] = (admit.scored, admit.prompt_len - 1) if asks else (0, 0)
         if plan.pages:

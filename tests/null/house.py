@@ -1,12 +1,15 @@
 """A whole engine without a device: the real actors around a FakeExecutor and the echo model's text."""
 
-from collections.abc import AsyncIterator
+import socket
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import anyio
 
 from engine.actor import Actor
+from engine.actors.compiler import CompilerActor
+from engine.actors.executor import Process
 from engine.actors.fake import FakeExecutor
 from engine.actors.scheduler import SchedulerActor
 from engine.channel import Outbox, channel, open_channel
@@ -34,6 +37,7 @@ class House:
     front: Front
     scheduler: SchedulerActor
     executor: FakeExecutor
+    compiler: CompilerActor
 
     async def settled(self) -> None:
         """Wait until nothing runs, waits or is in flight; then everything must add up."""
@@ -52,23 +56,33 @@ class House:
 
 @asynccontextmanager
 async def open_house(
-    *, pages: int = 1024, seconds: float = 0.0, vocab_size: int = 257, embedding_size: int = 0, **options: Any
+    *,
+    pages: int = 1024,
+    seconds: float = 0.0,
+    vocab_size: int = 257,
+    embedding_size: int = 0,
+    compiler: Callable[[], tuple[socket.socket, Process]] | None = None,
+    **options: Any,
 ) -> AsyncIterator[House]:
-    """Options as those of the engine; the others are the fake device's, which has no pages if it makes vectors."""
+    """Options as those of the engine; the others are the fake device's, which has no pages if it makes vectors, but for
+    `compiler`, which starts another process in the place of the compiler of grammars."""
     config = resolve({"model": "echo", "page_size": 4, "max_running": 16, "max_step_tokens": 64, **options})
     house = House()
 
     def core(config: Config, front: Outbox[ToFront]) -> tuple[list[Actor], Outbox[FromFront]]:
         to_scheduler, scheduler_inbox = open_channel()
         to_executor, executor_inbox = channel(4)
+        to_compiler, compiler_inbox = open_channel()
         policy = Plugins.load(()).policy(config.schedule.policy)
         size = config.cache.page_size
         slots, step_tokens = config.schedule.max_running, config.schedule.max_step_tokens
         held, longest = 0 if embedding_size else pages, pages * size
         ready = WorkerReady(held, size, slots, step_tokens, longest, vocab_size, 4, "none", "none", {}, embedding_size)
-        house.scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, front)
+        house.scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, to_compiler, front)
         house.executor = FakeExecutor(ready, executor_inbox, to_scheduler, seconds)
-        return [house.scheduler, house.executor], to_scheduler
+        started = {"start": compiler} if compiler else {}
+        house.compiler = CompilerActor(config, compiler_inbox, to_scheduler, **started)
+        return [house.scheduler, house.executor, house.compiler], to_scheduler
 
     async with open_front(config, core) as house.front:
         await house.front.ready()

@@ -1,6 +1,7 @@
 """Bit masks in torch; Triton's are held against these in tests/contract."""
 
 import numpy as np
+import pytest
 import torch
 
 from engine.kernels.bitmask import apply_bitmask, mask_words, pack_ids
@@ -23,3 +24,18 @@ def test_only_entries_with_a_bit_are_left_and_other_rows_stay():
     apply_bitmask(before, mask, torch.tensor([1, 2]), torch.tensor([1, 0]))
     assert before[1].isneginf().all() and torch.equal(before[2], logits[2])
     apply_bitmask(before, mask, torch.empty(0, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 257])
+@pytest.mark.parametrize("rows", [[0], [2, 0], [1, 2, 0], [0, 1, 2]])
+def test_a_bit_bars_or_lets_through(size: int, rows: list[int]) -> None:
+    generator = torch.Generator().manual_seed(size)
+    logits = torch.randn(3, size, generator=generator)
+    masks = torch.randint(-(2**31), 2**31, (len(rows), mask_words(size)), generator=generator).to(torch.int32)
+    wanted = logits.clone()
+    for line, row in enumerate(rows):
+        for token in range(size):
+            if not int(masks[line, token // 32]) >> (token % 32) & 1:
+                wanted[row, token] = -torch.inf
+    apply_bitmask(logits, masks, torch.tensor(rows))
+    assert torch.equal(logits, wanted)

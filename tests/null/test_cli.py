@@ -145,7 +145,8 @@ def test_generate_raw_sends_the_prompt_as_it_is(asked: list[Any]) -> None:
 
 def test_every_sampling_parameter_is_a_flag(asked: list[Any]) -> None:
     for option in options_of(SamplingParams):
-        value = {float: "0.5", bool: None}.get(option.kind, '{"7": -1}' if option.name == "logit_bias" else "7")
+        objects = {"logit_bias": '{"7": -1}', "json_schema": "{}", "structural_tag": "{}"}
+        value = objects.get(option.name, {float: "0.5", bool: None}.get(option.kind, "7"))
         switch = option.flag if option.default is not True else option.flag.replace("--", "--no-")
         flags = [switch] if value is None else [option.flag, value]
         assert cli.main(["generate", "--raw", "hi", *flags]) == 0

@@ -21,7 +21,7 @@ from engine.http.app import ROUTES
 from engine.http.responses import ResponsesBody
 from engine.http.tokens import DetokenizeBody, TokenizeBody
 from engine.launch import open_front
-from engine.text import OPEN_END
+from engine.template import OPEN_END
 
 pytestmark = pytest.mark.anyio
 HI = [{"role": "user", "content": "hi"}]

@@ -78,7 +78,7 @@ def test_a_worker_counts_answers_pings_and_ends_with_its_peer():
         assert isinstance(ready, WorkerReady), ready
         assert (ready.pages, ready.page_size, ready.slots, ready.vocab_size) == (128, 4, 4, 257)
         assert (ready.max_model_len, ready.device, ready.kv_bytes_per_token) == (512, "cpu", 4)
-        assert list(ready.phases) == ["import", "checkpoint", "weights", "kv cache", "warm-up"]
+        assert list(ready.phases) == ["import", "checkpoint", "weights", "kv cache", "grammars", "warm-up"]
 
         frames.send(Ping())
         assert frames.receive() == Pong()
@@ -104,14 +104,14 @@ def test_a_worker_counts_answers_pings_and_ends_with_its_peer():
 
 
 class Script:
-    """Frames and runner in one, that write down what `serve` does; a step is ready once it is waited for."""
+    """Frames and runner in one, that write down what `serve` does; a step is ready once no plan is left."""
 
     device = torch.device("cpu")
 
     def __init__(self, *messages):
         self.messages, self.done = list(messages), []
 
-    def waiting(self):
+    def waiting(self, seconds):
         return bool(self.messages)
 
     def receive(self):
@@ -121,16 +121,16 @@ class Script:
     def send(self, message):
         self.done.append(f"send {message}")
 
-    def launch(self, step_plan):
+    def launch(self, step_plan, catch_up):
         self.done.append(f"launch {step_plan.step}")
-        return SimpleNamespace(step=step_plan.step, ready=lambda: False)
+        return SimpleNamespace(step=step_plan.step, ready=lambda: not self.messages)
 
     def finish(self, step):
         self.done.append(f"finish {step.step}")
         return step.step
 
 
-def test_a_waiting_plan_is_launched_before_a_result_is_waited_for():
+def test_a_plan_that_comes_is_launched_before_a_result_is_waited_for():
     script = Script(plan(1, []), plan(2, []))
     serve(script, script)
     launches = ["receive", "launch 1", "receive", "launch 2"]

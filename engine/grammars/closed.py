@@ -1,0 +1,105 @@
+"""Strict schemas: what a JSON schema leaves open is closed, so that a reply has the properties that it names alone.
+
+JSON Schema lets an object have any property that the schema does not speak of. Nobody who asks for a reply wants those,
+and a small model that may go on with them does. Every reply that is let through is valid by the schema as it was sent.
+Left open: an object of which no property is named, or that must have others than those that are; a schema that puts
+objects together (allOf, $ref beside properties), where closing a part would leave nothing.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from engine.messages import Grammar
+
+OPENERS = ("additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames", "$dynamicRef")
+IN_PLACE = ("allOf", "if", "then", "else", "dependentSchemas", "not")
+BRANCHES = ("anyOf", "oneOf")
+MAPS = ("properties", "$defs", "definitions", "patternProperties")
+LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
+SINGLE = ("items", "additionalProperties", "contains", "not", "if", "then", "else")
+
+
+def prepared(grammar: Grammar) -> Grammar:
+    """`grammar` as engines take it: with its schemas closed, if it is strict."""
+    if not grammar.strict or grammar.kind not in ("json_schema", "structural_tag"):
+        return grammar
+    value = msgspec.json.decode(grammar.source)
+    closed = close(value) if grammar.kind == "json_schema" else _in_tags(value)
+    return msgspec.structs.replace(grammar, source=msgspec.json.encode(closed).decode())
+
+
+def close(schema: Any) -> Any:
+    """`schema` with nothing left open that it does not name."""
+    if any(_composes(node) for node in _schemas(schema)):
+        return schema
+    return _closed(schema)
+
+
+def _in_tags(value: Any) -> Any:
+    """A structural tag with each json_schema in it closed."""
+    if isinstance(value, list):
+        return [_in_tags(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    return {name: close(each) if name == "json_schema" else _in_tags(each) for name, each in value.items()}
+
+
+def _schemas(schema: Any) -> Iterator[dict[str, Any]]:
+    """Every schema within `schema`, itself the first."""
+    if not isinstance(schema, dict):
+        return
+    yield schema
+    for inner in _inner(schema):
+        yield from _schemas(inner)
+
+
+def _inner(schema: dict[str, Any]) -> Iterator[Any]:
+    for name in MAPS:
+        if isinstance(each := schema.get(name), dict):
+            yield from each.values()
+    for name in LISTS:
+        if isinstance(each := schema.get(name), list):
+            yield from each
+    for name in SINGLE:
+        if isinstance(each := schema.get(name), dict):
+            yield each
+
+
+def _composes(schema: dict[str, Any]) -> bool:
+    """Whether what an object may have is said in several places."""
+    named = isinstance(schema.get("properties"), dict)
+    if any(name in schema for name in IN_PLACE):
+        return True
+    return named and any(name in schema for name in ("$ref", *BRANCHES))
+
+
+def _closed(schema: Any) -> Any:
+    if not isinstance(schema, dict):
+        return schema
+    closed = dict(schema)
+    for name in MAPS:
+        if isinstance(each := schema.get(name), dict):
+            closed[name] = {key: _closed(value) for key, value in each.items()}
+    for name in LISTS:
+        if isinstance(each := schema.get(name), list):
+            closed[name] = [_closed(value) for value in each]
+    for name in SINGLE:
+        if isinstance(each := schema.get(name), dict):
+            closed[name] = _closed(each)
+    if _all_named(schema):
+        closed["additionalProperties"] = False
+    if isinstance(schema.get("prefixItems"), list) and "items" not in schema and "unevaluatedItems" not in schema:
+        closed["items"] = False
+    return closed
+
+
+def _all_named(schema: dict[str, Any]) -> bool:
+    """Whether an object can do with the properties that are named, and nothing says what becomes of others."""
+    named, required, least = schema.get("properties"), schema.get("required", ()), schema.get("minProperties", 0)
+    if not isinstance(named, dict) or any(name in schema for name in OPENERS):
+        return False
+    if not isinstance(required, list | tuple) or not isinstance(least, int | float):
+        return False  # it is malformed, which the engine says
+    return set(map(str, required)) <= named.keys() and least <= len(named)

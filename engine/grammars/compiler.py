@@ -1,0 +1,245 @@
+"""`python -m engine.grammars.compiler FD`: compiles grammars where that can be stopped, for the peer on socket FD.
+
+    Compile ──> this process: vocabulary and engines, ready made ──fork──> child: compiles one grammar, and ends
+    Compiled <─────────────────────────────────────────────────pipe───────┘
+
+The first frame is Boot. A grammar may be a program that runs for ever or wants all memory there is, in a library that
+cannot be interrupted; so each is compiled in a child of its own, which the kernel ends at the deadline and which can
+have only so much memory. A fork costs some milliseconds, as nothing has to be imported or read again. Children that
+take long give way to everything else on the machine. Left out: systems without fork.
+"""
+
+import logging
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+import numpy as np
+
+from engine.channel import BlockingFrames
+from engine.config import Config
+from engine.errors import EngineError, RequestError
+from engine.grammars.closed import prepared
+from engine.grammars.engines import Engines
+from engine.grammars.vocabulary import read_vocabulary
+from engine.logs import set_up_logging
+from engine.messages import Boot, Compile, Compiled, Fatal
+from engine.plugin.manager import Plugins
+
+log = logging.getLogger("engine.grammars")
+
+MOST_HELPERS = 8
+PATIENCE = 0.25  # seconds that a child may run before it gives way
+MEMORY = 2 << 30  # bytes that a child may have beside what it begins with
+MOST_PACKED = 64 << 20
+DECODER = msgspec.msgpack.Decoder(tuple[Compiled, tuple[str, ...]])
+ENCODER = msgspec.msgpack.Encoder()
+
+
+@dataclass
+class Child:
+    """A compilation under way."""
+
+    job: Compile
+    process: int
+    pipe: int
+    began: float
+    said: bytearray = field(default_factory=bytearray)
+    polite: bool = False
+
+    def give_way(self) -> None:
+        """Run only where nothing else wants to."""
+        self.polite = True
+        with suppress(ProcessLookupError):
+            os.setpriority(os.PRIO_PROCESS, self.process, 19)
+
+
+class Compiler:
+    """The parent of all compilations."""
+
+    def __init__(self, frames: BlockingFrames[Boot | Compile], descriptor: int, config: Config) -> None:
+        self._frames = frames
+        self._descriptor = descriptor
+        self._config = config
+        self._seconds = config.grammar.grammar_seconds
+        self._most = config.grammar.grammar_helpers or max(1, min(MOST_HELPERS, (os.cpu_count() or 1) // 2))
+        self._engines: Engines | None = None
+        self._queue: deque[Compile] = deque()
+        self._children: dict[int, Child] = {}  # by pipe
+
+    def run(self) -> None:
+        """Until the peer closes."""
+        poll = select.poll()
+        poll.register(self._descriptor, select.POLLIN)
+        try:
+            while True:
+                impatient = [child.began + PATIENCE for child in self._children.values() if not child.polite]
+                wait = None if not impatient else max(0.0, min(impatient) - time.monotonic()) * 1e3 + 1
+                for descriptor, _ in poll.poll(wait):
+                    if descriptor != self._descriptor:
+                        self._read(descriptor, poll)
+                        continue
+                    message = self._frames.receive()
+                    if message is None:
+                        return
+                    assert isinstance(message, Compile), f"a compiler that runs got {type(message).__name__}"
+                    self._queue.append(message)
+                for child in self._children.values():
+                    if not child.polite and time.monotonic() > child.began + PATIENCE:
+                        child.give_way()
+                while self._queue and len(self._children) < self._most:
+                    self._start(self._queue.popleft(), poll)
+        finally:
+            for child in self._children.values():
+                os.kill(child.process, signal.SIGKILL)
+
+    def _start(self, job: Compile, poll: "select.poll") -> None:
+        engines = self._engines or self._ready(job.vocab_size)
+        ours, theirs = os.pipe()
+        process = os.fork()
+        if process == 0:
+            os.close(self._descriptor)  # or the peer would not notice if this process, its own end, is gone
+            compile_and_exit(job, engines, theirs, self._seconds)
+        os.close(theirs)
+        self._children[ours] = Child(job, process, ours, time.monotonic())
+        poll.register(ours, select.POLLIN)
+
+    def _ready(self, vocab_size: int) -> Engines:
+        began = time.perf_counter()
+        plugins = Plugins.load(self._config.model.plugins)
+        checkpoint = plugins.open_checkpoint(self._config.model.model)
+        vocabulary = read_vocabulary(checkpoint, self._config, vocab_size)
+        whitespace = self._config.grammar.json_whitespace
+        engines = Engines(plugins.grammar_engines(), vocabulary, threads=1, whitespace=whitespace)
+        engines.warm_up()
+        self._engines = engines
+        log.info("grammar compiler ready after %.1f s: %d tokens", time.perf_counter() - began, vocab_size)
+        return engines
+
+    def _read(self, pipe: int, poll: "select.poll") -> None:
+        """Take in what a child says; at its end, pass it on."""
+        child = self._children[pipe]
+        if more := os.read(pipe, 1 << 20):
+            child.said += more
+            return
+        poll.unregister(pipe)
+        os.close(pipe)
+        del self._children[pipe]
+        _, status = os.waitpid(child.process, 0)
+        seconds = time.monotonic() - child.began
+        try:
+            answer, used = DECODER.decode(child.said)
+        except msgspec.DecodeError:  # it was ended before it had said all
+            self._frames.send(self._ended(child.job, os.waitstatus_to_exitcode(status), seconds))
+            return
+        self._frames.send(msgspec.structs.replace(answer, seconds=seconds))
+        assert self._engines is not None
+        for name in used:  # what a child had to make, the next ones find
+            self._engines.named(name)
+
+    def _ended(self, job: Compile, code: int, seconds: float) -> Compiled:
+        kind = job.grammar.kind
+        if code == -signal.SIGALRM:
+            cause = (
+                f"the {kind} took longer to compile than the {self._seconds:g} s that --grammar-seconds allows; "
+                "simplify it: bounds on lengths and counts are what costs most"
+            )
+            return Compiled(job.number, seconds, status=400, code="grammar_timeout", cause=cause, lasting=False)
+        log.warning("a compilation of a %s ended with %d", kind, code)
+        cause = f"the {kind} takes over {MEMORY >> 30} GiB of memory to compile, or breaks its compiler; simplify it"
+        return Compiled(job.number, seconds, status=400, code="grammar_too_large", cause=cause, lasting=False)
+
+
+def compile_and_exit(job: Compile, engines: Engines, pipe: int, seconds: float) -> NoReturn:
+    """The life of a child. It ends at once, past what the parent's code would do at its own end."""
+    try:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        limit_memory()
+        before = engines.made
+        answer = compiled(job, engines)
+        left = memoryview(ENCODER.encode((answer, tuple(sorted(engines.made - before)))))
+        while left:
+            left = left[os.write(pipe, left) :]
+        os._exit(0)
+    except BaseException:  # whatever a library raises: shown, and told as the end of this child
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def limit_memory() -> None:
+    """No more than MEMORY beside what this process has; where the system does not tell, that is not bounded."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        most = int(statm.read_text().split()[0]) * resource.getpagesize() + MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def compiled(job: Compile, engines: Engines) -> Compiled:
+    """What becomes of a grammar, which is proved by its first mask."""
+
+    def refused(code: str, cause: str) -> Compiled:
+        return Compiled(job.number, 0.0, status=400, code=code, cause=cause)
+
+    try:
+        grammar = prepared(job.grammar)
+        name, made = engines.compile(grammar)
+        why = unusable(engines, name, made.matcher(), job.vocab_size)
+        if why is not None:
+            return refused("invalid_grammar", f"no reply could be of this {grammar.kind}{why}; correct it")
+        packed = made.packed()
+    except RequestError as error:
+        return refused(error.code, error.message)
+    except (RecursionError, MemoryError) as error:
+        return refused("grammar_too_large", f"the {job.grammar.kind} is too large: {type(error).__name__}; simplify it")
+    if len(packed) > MOST_PACKED:
+        size = f"{len(packed) >> 20} MiB compiled, and at most {MOST_PACKED >> 20} are taken"
+        return refused("grammar_too_large", f"the {job.grammar.kind} has {size}; simplify it")
+    return Compiled(job.number, 0.0, name, grammar, packed)
+
+
+def unusable(engines: Engines, name: str, matcher: object, vocab_size: int) -> str | None:
+    """Why nothing can come first; None if something can."""
+    masks = np.zeros((1, -(-vocab_size // 32)), np.int32)
+    engines.named(name).fill([matcher], masks, [0])
+    if error := getattr(matcher, "error", ""):
+        return f": {str(error)[:300]}"
+    return None if masks.any() else ""
+
+
+def main(descriptor: int) -> int:
+    """The exit status."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business
+    with socket.socket(fileno=descriptor) as sock:
+        sock.setblocking(True)
+        frames: BlockingFrames[Boot | Compile] = BlockingFrames(sock, receives=Boot | Compile)
+        boot = frames.receive()
+        if not isinstance(boot, Boot):
+            return 0
+        set_up_logging(boot.config.process.log_level)
+        try:
+            Compiler(frames, descriptor, boot.config).run()
+        except ConnectionError:  # nobody wants the answer
+            return 0
+        except EngineError as error:
+            with suppress(ConnectionError):
+                frames.send(Fatal("grammar compiler", str(error)))
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

@@ -1,0 +1,64 @@
+"""The grammar engines of one model: the first that takes a grammar has it. For the compiler and for the worker."""
+
+import logging
+from collections.abc import Sequence
+
+from engine.errors import RequestError
+from engine.messages import Grammar
+from engine.plugin.manager import resolve
+from engine.plugin.specs import CompiledGrammar, GrammarEngine, GrammarEntry, Vocabulary
+
+log = logging.getLogger("engine.grammars")
+
+
+class Engines:
+    """Made of `entries`, in the order in which they are asked, each when it is first needed."""
+
+    def __init__(
+        self, entries: Sequence[GrammarEntry], vocabulary: Vocabulary, *, threads: int, whitespace: bool
+    ) -> None:
+        self._entries = {entry.name: entry for entry in entries}
+        self._vocabulary = vocabulary
+        self._threads = threads
+        self._whitespace = whitespace
+        self._made: dict[str, GrammarEngine] = {}
+
+    def named(self, name: str) -> GrammarEngine:
+        """Raises PluginError when its package does not work."""
+        if name not in self._made:
+            make = resolve(self._entries[name].target)
+            self._made[name] = make(self._vocabulary, threads=self._threads, whitespace=self._whitespace)
+        return self._made[name]
+
+    @property
+    def made(self) -> frozenset[str]:
+        """The names of those that have been made."""
+        return frozenset(self._made)
+
+    def warm_up(self) -> None:
+        """Make the one that is asked first."""
+        if self._entries:
+            self.named(next(iter(self._entries)))
+
+    def compile(self, grammar: Grammar) -> tuple[str, CompiledGrammar]:
+        """The name of the engine that takes `grammar`, and what it made of it. Raises the RequestError of the first
+        that was asked and does not; only what that calls an unsupported_grammar is shown to the next."""
+        refusals: list[RequestError] = []
+        for name, entry in self._entries.items():
+            if grammar.kind not in entry.kinds:
+                continue
+            try:
+                return name, self.named(name).compile(grammar)
+            except RequestError as error:
+                log.debug("%s refuses a %s: %s", name, grammar.kind, error)
+                refusals.append(error)
+                if error.code != "unsupported_grammar":
+                    break
+        if refusals:
+            raise refusals[0]
+        asked = ", ".join(self._entries)
+        raise RequestError(
+            f"no grammar engine here takes a grammar of the kind {grammar.kind} (there is {asked}); pip install "
+            "llguidance xgrammar",
+            code="unsupported_grammar",
+        )

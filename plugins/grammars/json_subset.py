@@ -1,0 +1,121 @@
+"""Which JSON schemas XGrammar holds to exactly, checked before it compiles one: what it would pass over is refused.
+
+Found with the JSON-Schema-Test-Suite and by generating replies (docs/grammars.md): it takes a keyword into account
+where the type that it speaks of is said beside it, and one way of saying what a value may be at a time. Keywords that
+no specification knows say nothing, and are passed over by everybody.
+"""
+
+import re
+from typing import Any
+
+from engine.plugin import RequestError
+
+BY_TYPE: dict[str, frozenset[str]] = {
+    "object": frozenset({"properties", "required", "additionalProperties"}),
+    "array": frozenset({"items", "prefixItems", "minItems", "maxItems"}),
+    "string": frozenset({"pattern", "format"}),  # one of bounded length may hold control characters, which JSON bars
+    "integer": frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}),
+    "number": frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}),
+    "boolean": frozenset(),
+    "null": frozenset(),
+}
+ALONE = ("$ref", "enum", "const", "anyOf")  # each says all there is to say
+ASSERTIONS = frozenset({
+    *ALONE, *(keyword for keywords in BY_TYPE.values() for keyword in keywords),
+    "allOf", "oneOf", "not", "if", "then", "else", "dependentSchemas", "dependentRequired", "dependencies",
+    "patternProperties", "propertyNames", "minProperties", "maxProperties", "unevaluatedProperties", "unevaluatedItems",
+    "contains", "minContains", "maxContains", "uniqueItems", "multipleOf", "$dynamicRef", "$recursiveRef",
+    "additionalItems", "extends", "disallow", "divisibleBy", "minLength", "maxLength",
+})  # fmt: skip
+FORMATS = frozenset({"ipv6", "uuid", "hostname", "duration", "uri"})  # it has others, which let through too much
+WHOLE = re.compile(r"\^[^|]*\$")  # a pattern that speaks of the string from end to end
+
+
+def check_schema(schema: Any, path: str = "#") -> None:
+    """Raises RequestError naming the first keyword that would not be held to."""
+    if isinstance(schema, bool):
+        if not schema:
+            raise _refuse("false", path)
+        return
+    if not isinstance(schema, dict):
+        raise RequestError(f"{path} is {str(schema)[:80]}, not a schema", code="invalid_grammar")
+    for name in ("$defs", "definitions"):
+        for key, each in (schema.get(name) or {}).items():
+            check_schema(each, f"{path}/{name}/{key}")
+    said = schema.keys() & ASSERTIONS
+    if alone := [keyword for keyword in ALONE if keyword in said]:
+        _check_alone(schema, alone[0], said, path)
+    else:
+        _check_typed(schema, said, path)
+
+
+def _refuse(keyword: str, path: str, why: str = "") -> RequestError:
+    return RequestError(
+        f"xgrammar does not hold to {keyword} at {path}{why}; leave it out, or install llguidance",
+        code="unsupported_keyword",
+    )
+
+
+def _check_alone(schema: dict[str, Any], keyword: str, said: set[str], path: str) -> None:
+    if others := said - {keyword}:
+        raise _refuse(sorted(others)[0], path, f" beside {keyword}")
+    if keyword == "$ref" and not str(schema["$ref"]).startswith("#/") and schema["$ref"] != "#":
+        raise _refuse(f"$ref {schema['$ref']!r}", path, ", which is not in this schema")
+    if keyword == "anyOf":
+        if "type" in schema:
+            raise _refuse("type", path, " beside anyOf")
+        for index, each in enumerate(schema["anyOf"]):
+            check_schema(each, f"{path}/anyOf/{index}")
+    if "type" in schema and keyword == "$ref":
+        raise _refuse("type", path, " beside $ref")
+
+
+def _check_typed(schema: dict[str, Any], said: set[str], path: str) -> None:
+    kind = schema.get("type")
+    if isinstance(kind, list):
+        if said:
+            raise _refuse(sorted(said)[0], path, " of several types; use anyOf")
+        return
+    if kind is None:
+        if said:
+            raise _refuse(sorted(said)[0], path, " without a type beside it")
+        return
+    if kind not in BY_TYPE:
+        raise RequestError(f"type at {path} is {str(kind)[:80]!r}, which is none", code="invalid_grammar")
+    if others := said - BY_TYPE[kind]:
+        raise _refuse(sorted(others)[0], path)
+    if kind == "object":
+        _check_object(schema, path)
+    elif kind == "array":
+        for name in ("items", "prefixItems"):
+            given = schema.get(name, [])
+            for index, each in enumerate(given if isinstance(given, list) else [given]):
+                if each is not False:
+                    check_schema(each, f"{path}/{name}/{index}")
+        if "prefixItems" in said and said & {"minItems", "maxItems"}:
+            raise _refuse("prefixItems", path, " beside a number of items")
+    elif kind == "string":
+        _check_string(schema, said, path)
+
+
+def _check_object(schema: dict[str, Any], path: str) -> None:
+    properties = schema.get("properties", {})
+    for name, each in properties.items():
+        check_schema(each, f"{path}/properties/{name}")
+    if missing := [name for name in schema.get("required", ()) if name not in properties]:
+        raise _refuse("required", path, f" of {missing[0]!r}, which properties does not have")
+    rest = schema.get("additionalProperties", True)
+    if rest is not False:
+        check_schema(rest, f"{path}/additionalProperties")
+        if properties:
+            # It would take a declared name again, among those that are not.
+            raise _refuse("additionalProperties", path, " other than false beside properties")
+
+
+def _check_string(schema: dict[str, Any], said: set[str], path: str) -> None:
+    if len(said) > 1:
+        raise _refuse("format", path, " beside pattern")
+    if "pattern" in said and not WHOLE.fullmatch(str(schema["pattern"])):
+        raise _refuse("pattern", path, ", which does not speak of the whole string: write ^...$")
+    if "format" in said and schema["format"] not in FORMATS:
+        raise _refuse(f"format {schema['format']!r}", path)

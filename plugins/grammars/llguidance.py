@@ -1,0 +1,211 @@
+"""llguidance: expressions by derivatives under an Earley parser, over a trie of the vocabulary.
+
+A grammar is compiled in about a millisecond and the rest is done when a state is first met; so nothing is packed, and
+`load` compiles again. JSON schemas are held to exactly: a keyword that is not implemented is refused by name. Long
+strings of bounded length, which would walk most of the trie at each token, are in free_strings.py.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import llguidance
+import numpy as np
+from llguidance.gbnf_to_lark import gbnf_to_lark
+
+from engine.plugin import CompiledGrammar, Grammar, RequestError, Vocabulary
+from engine_plugins.grammars.free_strings import CHARACTER, FreeString, FreeStrings
+from engine_plugins.grammars.lark_tags import quoted, to_lark
+
+# Tokens that lie in one of these classes are let through together, where all that a class holds may come next.
+LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 30)
+SLICES = [r"[\x20\x0A\x0D\x09]+", *(f"{CHARACTER}{{1,{length}}}" for length in LENGTHS), f"{CHARACTER}+"]
+PLACE = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")
+FORMATS = frozenset({"date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"})
+# What a format leaves out and llguidance does not: leap seconds but on a few days, and names too long for an address.
+NARROWER = {
+    "time": "^[^:]*:[^:]*:[0-5]",
+    "date-time": "^[^:]*:[^:]*:[0-5]",
+    "email": "^[^@]{1,64}@",
+}
+VALUES = frozenset({"enum", "const", "default", "examples"})  # no schemas
+# Between the tokens of JSON: a space, or a new line and its indentation.
+ASCII = "dws"  # what \d, \w and \s mean in a regular expression is ASCII's, as it is to other engines
+HEADER = re.compile(r"^%llguidance[ \t]*(\{.*\})[ \t]*$", re.MULTILINE)  # of Lark, with options
+SOME_WHITESPACE = r"\x20|\n[\x20\t]{0,32}"
+
+
+def free(lark: str) -> str:
+    """`lark` without forcing: where a grammar leaves one text alone, all tokens that it may be written in are let
+    through, and not just those of one way to write it."""
+    found = HEADER.search(lark)
+    options = json.loads(found[1]) if found else {}
+    rest = lark if found is None else lark[: found.start()] + lark[found.end() :]
+    return f"%llguidance {json.dumps({**options, 'no_forcing': True})}\n{rest}"
+
+
+class LLMatcher:
+    """One reply. Where its grammar has bounded strings, `string` knows more of them."""
+
+    __slots__ = ("full", "string")
+
+    def __init__(self, full: llguidance.LLMatcher, string: FreeString | None) -> None:
+        self.full = full
+        self.string = string
+
+    @property
+    def error(self) -> str:
+        said: str = self.full.get_error() if self.full.is_error() else ""
+        return said
+
+
+class LLGrammar:
+    """As specs.CompiledGrammar."""
+
+    def __init__(self, full: llguidance.LLMatcher, string: FreeString | None) -> None:
+        self._full = full
+        self._string = string
+
+    def packed(self) -> bytes:
+        return b""
+
+    def matcher(self) -> LLMatcher:
+        return LLMatcher(self._full.deep_copy(), None if self._string is None else self._string.copy())
+
+
+class LLGuidance:
+    """As specs.GrammarEngine."""
+
+    def __init__(self, vocabulary: Vocabulary, *, threads: int, whitespace: bool) -> None:
+        self._size = len(vocabulary.tokens)
+        self._tokenizer = tokenizer_of(vocabulary, vocabulary.tokens, SLICES)
+        # With one thread there is none but the caller's: a forked process has no other.
+        self._executor = llguidance.LLExecutor(num_threads=threads) if threads > 1 else None
+        self._options: dict[str, Any] = {"lenient": False, "coerce_one_of": False, "whitespace_flexible": whitespace}
+        if whitespace:
+            self._options["whitespace_pattern"] = SOME_WHITESPACE
+        self._special = {vocabulary.tokens[id].decode(errors="replace"): id for id in vocabulary.special}
+        self._strings = FreeStrings(vocabulary, tokenizer_of)
+
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        text = self._text(grammar)
+        full = llguidance.LLMatcher(self._tokenizer, text, log_level=0)
+        if full.is_error():
+            raise refusal(grammar, full.get_error())
+        return LLGrammar(full, self._strings.prepare(text, grammar.source) if grammar.kind == "json_schema" else None)
+
+    def load(self, grammar: Grammar, packed: bytes) -> CompiledGrammar:
+        return self.compile(grammar)
+
+    def _text(self, grammar: Grammar) -> str:
+        """`grammar` in llguidance's own language."""
+        source = grammar.source
+        match grammar.kind:
+            case "json_object":
+                return free(f"start: {self._json({'type': 'object'})}")
+            case "json_schema":
+                return free(f"start: {self._json(json.loads(source))}")
+            case "regex":
+                return free(f"start: /{llguidance.regex_to_lark(source, ASCII)}/")
+            case "choice":
+                return free("start: " + " | ".join(map(quoted, json.loads(source))))
+            case "ebnf":
+                try:
+                    return free(gbnf_to_lark(source))
+                except Exception as error:  # it raises bare ones; the dialect of another engine may be another
+                    raise refusal(grammar, str(error), "unsupported_grammar") from None
+            case "structural_tag":
+                return free(to_lark(json.loads(source), self._special, self._json))
+        return free(source)
+
+    def _json(self, schema: dict[str, Any] | bool) -> str:
+        """A schema in Lark."""
+        if isinstance(schema, bool):
+            schema = {} if schema else {"not": {}}
+        return f"%json {json.dumps({**known_formats(schema), 'x-guidance': self._options})}"
+
+    def accept(self, matchers: Sequence[LLMatcher], tokens: Sequence[int]) -> list[bool]:
+        for matcher, token in zip(matchers, tokens, strict=True):
+            if matcher.string is not None:
+                matcher.string.push(token)
+        if self._executor is None or len(matchers) < 2:
+            return [matcher.full.consume_token(token) for matcher, token in zip(matchers, tokens, strict=True)]
+        pairs = [(matcher.full, token) for matcher, token in zip(matchers, tokens, strict=True)]
+        accepted: list[bool] = self._executor.consume_token_par(pairs)
+        return accepted
+
+    def fill(self, matchers: Sequence[LLMatcher], masks: np.ndarray, rows: Sequence[int]) -> None:
+        pairs: list[tuple[llguidance.LLMatcher, int]] = []
+        free: list[tuple[int, int]] = []  # row, and how many characters its string may still have
+        for matcher, row in zip(matchers, rows, strict=True):
+            string = matcher.string
+            if string is not None and (left := string.left(matcher.full)):
+                pairs.append((string.caught_up(), row))
+                free.append((row, left))
+            else:
+                pairs.append((matcher.full, row))
+        size = masks.shape[1] * 4
+        if self._executor is None or len(pairs) == 1:
+            for each, row in pairs:
+                each.unsafe_compute_mask_ptr(masks.ctypes.data + row * size, size)
+        else:
+            self._executor.unsafe_compute_mask_ptr(pairs, masks.ctypes.data, size, len(masks))
+        if free:
+            at, left_of = np.array(free).T
+            masks[at] |= self._strings.upto[left_of]
+
+
+class _Tokens:
+    """A vocabulary as llguidance.TokenizerWrapper asks for it."""
+
+    bos_token_id = None
+    unk_token_id = None
+
+    def __init__(self, vocabulary: Vocabulary, tokens: Sequence[bytes]) -> None:
+        self.eos_token_id = vocabulary.eos_ids[0]
+        self.special_token_ids = sorted(vocabulary.special)
+        # A special token's name is marked by a byte that no text has.
+        self.tokens = [
+            b"\xff" + token if id in vocabulary.special and token else token for id, token in enumerate(tokens)
+        ]
+        self._bytes = {token: id for id, token in enumerate(tokens) if len(token) == 1}
+
+    def __call__(self, text: bytes) -> list[int]:
+        return [self._bytes[text[at : at + 1]] for at in range(len(text)) if text[at : at + 1] in self._bytes]
+
+
+def tokenizer_of(vocabulary: Vocabulary, tokens: Sequence[bytes], slices: list[str]) -> llguidance.LLTokenizer:
+    """`tokens`, with the special ones and the ends of `vocabulary`."""
+    wrapper = llguidance.TokenizerWrapper(_Tokens(vocabulary, tokens))
+    return llguidance.LLTokenizer(wrapper, n_vocab=len(tokens), eos_token=list(vocabulary.eos_ids), slices=slices)
+
+
+def known_formats(value: Any) -> Any:
+    """A schema without the formats that nobody here knows, which JSON Schema takes for remarks, and with others made as
+    narrow as they are meant."""
+    if isinstance(value, list):
+        return [known_formats(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    known = {
+        name: each if name in VALUES else known_formats(each)
+        for name, each in value.items()
+        if not (name == "format" and isinstance(each, str) and each not in FORMATS)
+    }
+    format = known.get("format")
+    if isinstance(format, str) and format in NARROWER and "pattern" not in known:
+        known["pattern"] = NARROWER[format]
+    return known
+
+
+def refusal(grammar: Grammar, said: str, code: str = "invalid_grammar") -> RequestError:
+    """What llguidance says of a grammar that it does not take, for its sender."""
+    if "Unimplemented keys" in said:
+        code = "unsupported_keyword"
+    if grammar.kind == "json_schema":  # what it says of the text around the schema is of no use to anybody
+        said = PLACE.sub("", said.strip().splitlines()[0])
+        said = f"$ref: {said}" if said.startswith(("Resource ", "Pointer ")) else said
+        if said.startswith("oneOf"):
+            said, code = "oneOf, where its branches do not plainly exclude each other; use anyOf", "unsupported_keyword"
+    return RequestError(f"llguidance does not take the {grammar.kind}: {said.strip()[:500]}", code=code)
