@@ -3,10 +3,11 @@
     python bench/gpu.py bench/configs/qwen3-0.6b [--rows nano,latency,...] [--json FILE] [--option NAME=VALUE ...]
 
 Dummy weights from config.json alone, prompts as ids, no detokenizing, sampling at 0.6 past the end token (latency:
-greedy); the prefix cache is forgotten before each repetition; medians. The floor is what no version can beat on an
-H200: prompts at 790 TFLOP/s, each decode step its weights and its keys and values at 4.3 TB/s. Peers: vLLM 0.26.0 and
-SGLang 0.5.16 on one H200, torch 2.11.0+cu130, at their defaults, 2026-11-22. Kernels are checked by tests/gpu; run
-that first.
+greedy); the prefix cache is forgotten before each repetition; medians. The row `grammar` runs `constrained` free, then
+under JSON schemas, over a made-up tokenizer (synthetic.py), and prints the shares. The floor is what no version can
+beat on an H200: prompts at 790 TFLOP/s, each decode step its weights and its keys and values at 4.3 TB/s. Peers: vLLM
+0.26.0 and SGLang 0.5.16 on one H200, torch 2.11.0+cu130, at their defaults, 2026-11-22. Kernels are checked by
+tests/gpu; run that first.
 """
 
 import argparse
@@ -15,12 +16,14 @@ import statistics
 import time
 from array import array
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 BEGAN = time.perf_counter()  # before the imports: they are part of the start
 
 import anyio  # noqa: E402
+import synthetic  # type: ignore[import-not-found]  # noqa: E402
 import workloads  # type: ignore[import-not-found]  # noqa: E402
 from msgspec import Struct  # noqa: E402
 
@@ -34,6 +37,8 @@ PEERS: dict[str, dict[str, tuple[float, float]]] = {
     "qwen3-0.6b": {
         "nano": (23480, 21190),
         "constrained": (26300, 41600),
+        "JSON_SCHEMA": (2470, 1030),
+        "easy schema": (0, 30300),  # vLLM was not measured on it
         "latency": (1.70, 1.54),
         "ttft": (8.6, 9.6),
         "step 8": (1.72, 1.61),
@@ -172,12 +177,16 @@ class Bench:
     def _on_stats(self, stats: Stats) -> None:
         self.busy += sum(array("f", stats.step_seconds))
 
-    async def seconds(self, work: workloads.Work, temperature: float = 0.6, flush: bool = True) -> float:
+    async def seconds(
+        self, work: workloads.Work, temperature: float = 0.6, flush: bool = True, schema: str | None = None
+    ) -> float:
         """Wall-clock seconds of all of `work` at once, until its tokens are here."""
         if flush:
             await self.engine.front.flush()
         params = [
-            SamplingParams(temperature=temperature, max_tokens=count, ignore_eos=True, detokenize=False)
+            SamplingParams(
+                temperature=temperature, max_tokens=count, ignore_eos=True, detokenize=False, json_schema=schema
+            )
             for _, count in work
         ]
         began, busy = time.perf_counter(), self.busy
@@ -193,15 +202,40 @@ class Bench:
         busy, self.timed = self.timed[0] / max(self.timed[1], 1e-9), [0.0, 0.0]
         return Row(name, statistics.median(times), spread, floor, unit, self.peers.get(name, ()), busy)
 
-    async def rate(self, name: str, make: Callable[[int, int], workloads.Work]) -> list[Row]:
+    async def rate(self, name: str, make: Callable[[int, int], workloads.Work], schema: str | None = None) -> list[Row]:
         """Output tokens a second, three times."""
         rates, floors = [], []
         for repetition in range(3):
             work = make(self.vocab, repetition)
             out = workloads.tokens_out(work)
-            rates.append(out / await self.seconds(work))
+            rates.append(out / await self.seconds(work, schema=schema))
             floors.append(out / self.shape.floor(work))
         return [self.row(name, "tok/s", rates, statistics.median(floors))]
+
+    async def grammar(self) -> list[Row]:
+        """`constrained` as it is measured: free, under its schema, and under a kinder one; then smaller batches."""
+        schemas = {"JSON_SCHEMA": workloads.JSON_SCHEMA, "easy schema": workloads.EASY_SCHEMA}
+        texts = {name: json.dumps(schema) for name, schema in schemas.items()}
+        for text in texts.values():  # to compile it, and to see a batch of them once
+            await self.seconds(workloads.constrained(self.vocab, 9)[:64], schema=text)
+        rows = await self.rate("constrained", workloads.constrained)
+        for name, text in texts.items():
+            rows += await self.rate(name, workloads.constrained, text)
+            print(f"{name}: {rows[-1].ours / rows[0].ours:.3f} of free", flush=True)
+        for batch in (1, 8, 32, 64, 128):
+            free, *held = [
+                statistics.median([await self._step(batch, repetition, text) for repetition in range(3)])
+                for text in (None, *texts.values())
+            ]
+            shares = ", ".join(f"{name} {free / each:.3f}" for name, each in zip(texts, held, strict=True))
+            print(f"batch {batch}: a free step takes {free:.2f} ms; of its speed: {shares}", flush=True)
+        return rows
+
+    async def _step(self, batch: int, repetition: int, schema: str | None) -> float:
+        """ms of a decode step of `batch` rows."""
+        short, long = workloads.decode_step(self.vocab, batch, repetition)
+        first = await self.seconds(short, schema=schema)
+        return 1e3 * (await self.seconds(long, schema=schema) - first) / 128
 
     async def prefill(self) -> list[Row]:
         times = [await self.seconds(workloads.prefill(self.vocab, repetition)) for repetition in range(3)]
@@ -252,6 +286,7 @@ ROWS: dict[str, Callable[[Bench], Any]] = {
     "steps": Bench.steps,
     "nano": lambda bench: bench.rate("nano", workloads.nano),
     "constrained": lambda bench: bench.rate("constrained", workloads.constrained),
+    "grammar": Bench.grammar,
     "throughput": lambda bench: bench.rate("throughput", workloads.throughput),
     "prefill": Bench.prefill,
     "shared": Bench.shared,
@@ -280,13 +315,20 @@ def table(rows: list[Row]) -> str:
 async def run(model: Path, names: list[str], options: dict[str, str]) -> tuple[list[Row], dict[str, Any]]:
     config = json.loads((model / "config.json").read_text())
     shape = Shape(**{field: config[field] for field in Shape.__struct_fields__ if field in config})
-    given: dict[str, Any] = {"model": str(model), "load": "dummy", "device": "cuda", **options}
+    given: dict[str, Any] = {"load": "dummy", "device": "cuda", "json_whitespace": False, **options}
+    with synthetic.with_tokenizer(model) if "grammar" in names else nullcontext(model) as folder:
+        return await _run(model, names, shape, {"model": str(folder), **given}, config["vocab_size"])
+
+
+async def _run(
+    model: Path, names: list[str], shape: Shape, given: dict[str, Any], vocab: int
+) -> tuple[list[Row], dict[str, Any]]:
     async with AsyncEngine(**given) as engine:
         info = await engine.front.ready()
         start = {"ready": time.perf_counter() - BEGAN, **info.phases}
         print("start:", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in start.items()), flush=True)
         print(f"{info.attention} on {info.device}; {info.pages * info.page_size} tokens of cache", flush=True)
-        bench = Bench(engine, shape, PEERS.get(model.name, {}), config["vocab_size"])
+        bench = Bench(engine, shape, PEERS.get(model.name, {}), vocab)
         for temperature in (0.6, 0.0):
             await bench.seconds(workloads.warm_up(bench.vocab), temperature)
         rows: list[Row] = []

@@ -29,9 +29,9 @@ import numpy as np
 
 from engine.channel import BlockingFrames
 from engine.config import Config
-from engine.errors import EngineError, RequestError
+from engine.errors import EngineError, PluginError, RequestError
 from engine.grammars.closed import prepared
-from engine.grammars.engines import Engines
+from engine.grammars.engines import Engines, Unmade
 from engine.grammars.vocabulary import read_vocabulary
 from engine.logs import set_up_logging
 from engine.messages import Boot, Compile, Compiled, Fatal
@@ -43,7 +43,7 @@ MOST_HELPERS = 8
 PATIENCE = 0.25  # seconds that a child may run before it gives way
 MEMORY = 2 << 30  # bytes that a child may have beside what it begins with
 MOST_PACKED = 64 << 20
-DECODER = msgspec.msgpack.Decoder(tuple[Compiled, tuple[str, ...]])
+DECODER = msgspec.msgpack.Decoder(Compiled)
 ENCODER = msgspec.msgpack.Encoder()
 
 
@@ -139,26 +139,36 @@ class Compiler:
         _, status = os.waitpid(child.process, 0)
         seconds = time.monotonic() - child.began
         try:
-            answer, used = DECODER.decode(child.said)
+            answer = DECODER.decode(child.said)
         except msgspec.DecodeError:  # it was ended before it had said all
-            self._frames.send(self._ended(child.job, os.waitstatus_to_exitcode(status), seconds))
-            return
-        self._frames.send(msgspec.structs.replace(answer, seconds=seconds))
-        assert self._engines is not None
-        for name in used:  # what a child had to make, the next ones find
-            self._engines.named(name)
+            answer = self._ended(child.job, os.waitstatus_to_exitcode(status))
+        if answer.engine and answer.grammar is None:
+            self._make(answer.engine, child.job)
+        else:
+            self._frames.send(msgspec.structs.replace(answer, seconds=seconds))
 
-    def _ended(self, job: Compile, code: int, seconds: float) -> Compiled:
+    def _make(self, engine: str, job: Compile) -> None:
+        """Make the engine that `job` needs, here, for all children to come; then it begins again."""
+        assert self._engines is not None
+        try:
+            self._engines.named(engine)
+            self._queue.appendleft(job)
+        except PluginError as error:
+            log.error("the grammar engine %s cannot be used: %s", engine, error)
+            self._frames.send(Compiled(job.number, 0.0, status=400, code="no_grammar_engine", cause=str(error)))
+
+    def _ended(self, job: Compile, code: int) -> Compiled:
+        """What is to be said of a child that did not say it."""
         kind = job.grammar.kind
         if code == -signal.SIGALRM:
             cause = (
                 f"the {kind} took longer to compile than the {self._seconds:g} s that --grammar-seconds allows; "
                 "simplify it: bounds on lengths and counts are what costs most"
             )
-            return Compiled(job.number, seconds, status=400, code="grammar_timeout", cause=cause, lasting=False)
+            return Compiled(job.number, 0.0, status=400, code="grammar_timeout", cause=cause, lasting=False)
         log.warning("a compilation of a %s ended with %d", kind, code)
         cause = f"the {kind} takes over {MEMORY >> 30} GiB of memory to compile, or breaks its compiler; simplify it"
-        return Compiled(job.number, seconds, status=400, code="grammar_too_large", cause=cause, lasting=False)
+        return Compiled(job.number, 0.0, status=400, code="grammar_too_large", cause=cause, lasting=False)
 
 
 def compile_and_exit(job: Compile, engines: Engines, pipe: int, seconds: float) -> NoReturn:
@@ -167,9 +177,7 @@ def compile_and_exit(job: Compile, engines: Engines, pipe: int, seconds: float) 
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, seconds)
         limit_memory()
-        before = engines.made
-        answer = compiled(job, engines)
-        left = memoryview(ENCODER.encode((answer, tuple(sorted(engines.made - before)))))
+        left = memoryview(ENCODER.encode(compiled(job, engines)))
         while left:
             left = left[os.write(pipe, left) :]
         os._exit(0)
@@ -188,7 +196,7 @@ def limit_memory() -> None:
 
 
 def compiled(job: Compile, engines: Engines) -> Compiled:
-    """What becomes of a grammar, which is proved by its first mask."""
+    """What becomes of a grammar, which is proved by its first mask; or the name alone of an engine that is not made."""
 
     def refused(code: str, cause: str) -> Compiled:
         return Compiled(job.number, 0.0, status=400, code=code, cause=cause)
@@ -200,6 +208,8 @@ def compiled(job: Compile, engines: Engines) -> Compiled:
         if why is not None:
             return refused("invalid_grammar", f"no reply could be of this {grammar.kind}{why}; correct it")
         packed = made.packed()
+    except Unmade as unmade:
+        return Compiled(job.number, 0.0, unmade.name)
     except RequestError as error:
         return refused(error.code, error.message)
     except (RecursionError, MemoryError) as error:

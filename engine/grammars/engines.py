@@ -11,6 +11,14 @@ from engine.plugin.specs import CompiledGrammar, GrammarEngine, GrammarEntry, Vo
 log = logging.getLogger("engine.grammars")
 
 
+class Unmade(Exception):
+    """An engine is to be asked that has not been made."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
 class Engines:
     """Made of `entries`, in the order in which they are asked, each when it is first needed."""
 
@@ -30,11 +38,6 @@ class Engines:
             self._made[name] = make(self._vocabulary, threads=self._threads, whitespace=self._whitespace)
         return self._made[name]
 
-    @property
-    def made(self) -> frozenset[str]:
-        """The names of those that have been made."""
-        return frozenset(self._made)
-
     def warm_up(self) -> None:
         """Make the one that is asked first."""
         if self._entries:
@@ -42,13 +45,16 @@ class Engines:
 
     def compile(self, grammar: Grammar) -> tuple[str, CompiledGrammar]:
         """The name of the engine that takes `grammar`, and what it made of it. Raises the RequestError of the first
-        that was asked and does not; only what that calls an unsupported_grammar is shown to the next."""
+        that was asked and does not; only what that calls an unsupported_grammar is shown to the next. Raises Unmade
+        for an engine that is not made yet: making one may take longer than compiling."""
         refusals: list[RequestError] = []
         for name, entry in self._entries.items():
             if grammar.kind not in entry.kinds:
                 continue
+            if name not in self._made:
+                raise Unmade(name)
             try:
-                return name, self.named(name).compile(grammar)
+                return name, self._made[name].compile(grammar)
             except RequestError as error:
                 log.debug("%s refuses a %s: %s", name, grammar.kind, error)
                 refusals.append(error)

@@ -36,7 +36,9 @@ class Odd:
             case "raise":
                 raise KeyError(rest)
             case "refuse":
-                raise RequestError(f"{rest} is not known", code="unsupported_grammar")
+                raise RequestError(f"{rest} is not known", code="unsupported_keyword")
+            case "pass":
+                raise RequestError("somebody else may know", code="unsupported_grammar")
             case "broken":
                 self.error = "too complex"
         return self
@@ -51,11 +53,25 @@ class Odd:
         masks[rows] = 0 if self.nothing else -1
 
 
+class Second(Odd):
+    """One that takes everything, and takes its time to be made."""
+
+    def __init__(self, vocabulary: Vocabulary, *, threads: int, whitespace: bool) -> None:
+        time.sleep(0.7)
+
+    def compile(self, grammar: Grammar) -> "Odd":
+        self.nothing = False
+        return self
+
+
 if __name__ == "__main__":
-    entry = GrammarEntry(name="odd", target="__main__:Odd", kinds=("regex",), package="odd")
+    entries = [
+        GrammarEntry(name="odd", target="__main__:Odd", kinds=("regex",), package="odd"),
+        GrammarEntry(name="second", target="__main__:Second", kinds=("regex",), package="odd"),
+    ]
 
     def ready(self: compiler.Compiler, vocab_size: int) -> Engines:
-        self._engines = Engines([entry], Vocabulary([b"a"] * vocab_size, frozenset(), ()), threads=1, whitespace=True)
+        self._engines = Engines(entries, Vocabulary([b"a"] * vocab_size, frozenset(), ()), threads=1, whitespace=True)
         self._engines.warm_up()
         return self._engines
 

@@ -100,7 +100,7 @@ def test_as_many_run_at_a_time_as_there_are_helpers() -> None:
 @pytest.mark.parametrize(
     ("source", "code", "says", "lasting"),
     [
-        ("refuse this", "unsupported_grammar", "this is not known", True),
+        ("refuse this", "unsupported_keyword", "this is not known", True),
         ("nothing", "invalid_grammar", "no reply could be of this regex; correct it", True),
         ("broken", "invalid_grammar", "no reply could be of this regex: too complex", True),
         ("memory", "grammar_too_large", "regex", True),
@@ -114,6 +114,12 @@ def test_what_goes_wrong_is_said_and_is_its_senders_alone(source: str, code: str
     assert (found[1].status, found[1].code, found[1].lasting) == (400, code, lasting), found[1]
     assert says in found[1].cause and found[1].grammar is None
     assert found[2].grammar is not None
+
+
+def test_an_engine_is_made_once_and_outside_of_the_deadline() -> None:
+    with compiling("pass", "pass", "one", seconds=0.5, helpers=1) as frames:
+        found = answers(frames, 3)
+    assert [found[number].engine for number in (1, 2, 3)] == ["second", "second", "odd"]
 
 
 def test_real_engines_compile_and_refuse() -> None:

@@ -87,7 +87,7 @@ async def test_a_refusal_names_what_was_asked_and_is_answered_again_without_a_co
         first = await refusal(house, with_regex("refuse this"))
         second = await refusal(house, with_regex("refuse this", "other"))
         for error in (first, second):
-            assert (error.status, error.code, error.param) == (400, "unsupported_grammar", "grammar")
+            assert (error.status, error.code, error.param) == (400, "unsupported_keyword", "grammar")
             assert "this is not known" in error.message
         assert await house.text(with_regex("one")) == counted("a", 5)
 
