@@ -86,6 +86,8 @@ def test_routing(v3: bool) -> None:
     if not v3:
         experts = {"EXPERTS": 64, "TOP_K": 6, "GROUPS": 1, "KEPT": 1, "BEST": 1, "TOKENS": 64, "COLUMNS": 64}
     usual = {**experts, "SIGMOID": v3, "BIASED": v3, "NORMALISED": v3, "RECORDS": True, "PADDED": True, "ROWS": 16}
+    tile = {"EXPERTS": experts["EXPERTS"], "SIZE": 7168, "TOKENS": 1, "COLUMNS": 8192}
+    compile_for_hopper(triton_routing.gate_kernel, tile, logits="*fp32")
     compile_for_hopper(triton_routing.route_kernel, usual | {"ORDERS": not v3}, places="i32")
     compile_for_hopper(triton_routing.order_kernel, usual | {"SOME": 16}, places="i32")
 

@@ -14,7 +14,7 @@ from engine.kernels.triton_experts import combine, multiply, vector_down, vector
 from engine.kernels.triton_fp8 import Cut
 from engine.kernels.triton_fp8 import quantize_tokens as triton_quantize_tokens
 from engine.kernels.triton_moe import Regime, TritonMoeOps
-from engine.kernels.triton_routing import order_reference, route
+from engine.kernels.triton_routing import gate, order_reference, route
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -45,6 +45,18 @@ def assert_near(got: Tensor, wanted: Tensor, tolerance: float) -> None:
 
 
 # ── routing ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("experts", "size"), [(64, 2048), (256, 7168), (3, 576)] if GPU else [(3, 48), (8, 64)])
+def test_logits(experts: int, size: int, dtype: torch.dtype) -> None:
+    weight = random(experts, size, dtype=dtype, seed=1) * size**-0.5
+    for tokens in (1, 5, 32, 200) if GPU else (1, 5):
+        hidden = random(tokens, size, dtype=dtype)
+        wanted = REFERENCE.gate(hidden, weight)
+        for got in (gate(hidden, weight), TRITON.gate(hidden, weight)):
+            assert got.dtype == torch.float32
+            torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [0, 16])
