@@ -255,8 +255,8 @@ def scaled_product_of_blocks(device: torch.device) -> bool:
 def multiply_blocks(
     numbers: Tensor, scales: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """torch's product of `numbers` [T, K], T a multiple of 4, with `scales` [T, blocks], and `weight` [N, K] with `scale`
-    [row blocks, column blocks up to a multiple of 4]."""
+    """torch's product of `numbers` [T, K], T a multiple of 4, with `scales` [T, blocks], and of `weight` [N, K] with
+    `scale` [row blocks, column blocks up to a multiple of 4]."""
     kinds = functional.ScalingType
     return functional.scaled_mm(
         numbers, weight.t(), scales, kinds.BlockWise1x128, scale.t(), kinds.BlockWise128x128,
