@@ -178,7 +178,7 @@ def tried(run: Callable[..., float], *arguments: Any) -> float:
 
 
 def sweep_decode() -> None:
-    cuts = ((64, 4, 3, 3), (64, 4, 2, 3), (64, 4, 4, 2), (32, 4, 4, 3))
+    cuts = ((64, 4, 3, 3), (128, 4, 2, 2))
     works = (
         (1, 192),
         (1, 1024),
@@ -219,7 +219,7 @@ def bench_shared() -> None:
         for first in range(0, 256, 32):
             setting.table[first : first + 32, :128] = setting.table[first, :128]
         batch, query, shape = setting.decode_batch(), setting.query(256), paged_shape(setting)
-        teams = decoding.decode_teams(shape, DEVICE)
+        teams = decoding.decode_teams(shape, DEVICE, 256)
         numbers = torch.zeros(decoding.SharedRows.size(256), dtype=torch.int64)
         prefixes = [Prefix(np.arange(first, first + 32), 2048) for first in range(0, 256, 32)]
         listed = decoding.list_shared(prefixes, 256, shape, teams)

@@ -1,10 +1,10 @@
-"""Some tokens times the matrices of real models on a GPU: torch, the best of cuBLASLt, our own kernels, and the floor.
+"""Some tokens times the matrices of real models on a GPU: torch, our own kernels with several cuts, and the floor.
 
-    python bench/kernels_linear.py [--tokens 1,8,32,64,128,256] [--sweep]
+    python bench/kernels_linear.py [--tokens 1,32,64,128,256] [--models qwen3-0.6b,...]
 
 A captured graph multiplies by more matrices than the second-level cache holds, one after the other, as a model does; us
 each. The floor is the larger of reading the matrix at 4.3 TB/s and multiplying at 790 TFLOP/s. `chain` is one layer's
-matrices with the norms and the activation between them, without attention. `--sweep` prints the best cuts.
+matrices with the norms and the activation between them, without attention.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import triton
 from torch import Tensor
 from torch.nn.functional import linear
 
-from engine.kernels.cublas import CublasLt
 from engine.kernels.triton import TritonOps
 from engine.kernels.triton_linear import Cut, skinny_linear
 
@@ -30,11 +29,10 @@ SHAPES = {
 }
 HEADS = {"qwen3-0.6b": (151936, 1024), "llama3.1-8b": (128256, 4096)}
 CUTS = [
-    Cut(rows=rows, columns=columns, warps=warps, stages=stages, ahead=False, tokens=tokens)
+    Cut(rows=rows, columns=columns, warps=warps, stages=stages, tokens=tokens)
     for rows, columns, warps, stages, tokens in (
         (16, 256, 4, 4, 64), (32, 128, 4, 5, 64), (32, 256, 4, 4, 64), (64, 128, 4, 4, 64), (64, 64, 4, 6, 64),
-        (16, 256, 4, 3, 128), (32, 128, 4, 4, 128), (64, 64, 4, 5, 128), (64, 128, 4, 3, 128), (64, 64, 8, 5, 128),
-        (128, 64, 8, 4, 128), (128, 64, 8, 4, 64),
+        (16, 256, 4, 3, 128), (32, 128, 4, 4, 128), (64, 128, 4, 3, 128), (128, 64, 8, 4, 128),
     )
 ]  # fmt: skip
 
@@ -65,22 +63,6 @@ def matrices(rows: int, columns: int) -> list[Tensor]:
     return [torch.randn(rows, columns, device=DEVICE, dtype=torch.bfloat16) * 0.02 for _ in range(count)]
 
 
-def best_cublas(library: CublasLt, inputs: Tensor, weights: list[Tensor]) -> tuple[float, int]:
-    """Of the fastest candidate, and which it is."""
-    size = library.product(len(inputs), weights[0])
-    out = torch.empty(len(inputs), len(weights[0]), device=DEVICE, dtype=inputs.dtype)
-    wanted = linear(inputs, weights[0])
-    times = []
-    for index, algorithm in enumerate(library.candidates(size, 24)):
-        try:
-            library.run(size, algorithm, inputs, weights[0], out)
-            assert (out - wanted).norm() < 2e-2 * wanted.norm(), "a candidate computes something else"
-            times.append((microseconds(partial(library.run, size, algorithm, inputs, out=out), weights), index))
-        except RuntimeError as error:
-            print(f"candidate {index}: {error}")
-    return min(times)
-
-
 def best_cuts(inputs: Tensor, weights: list[Tensor]) -> list[tuple[float, Cut]]:
     times = []
     wanted = linear(inputs, weights[0])
@@ -94,7 +76,7 @@ def best_cuts(inputs: Tensor, weights: list[Tensor]) -> list[tuple[float, Cut]]:
     return sorted(times, key=lambda each: each[0])
 
 
-def bench_matrix(library: CublasLt, name: str, shape: tuple[int, int], tokens: int) -> Cut | None:
+def bench_matrix(name: str, shape: tuple[int, int], tokens: int) -> Cut | None:
     weights = matrices(*shape)
     inputs = torch.randn(tokens, shape[1], device=DEVICE, dtype=torch.bfloat16)
     floor = max(shape[0] * shape[1] * 2 / BANDWIDTH, 2 * shape[0] * shape[1] * tokens / RATE) * 1e6
@@ -142,10 +124,9 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,32,64,128,256")
     parser.add_argument("--models", default=",".join(SHAPES))
     given = parser.parse_args()
-    library = CublasLt(DEVICE)
     for name, tokens in product(given.models.split(","), map(int, given.tokens.split(","))):
         cuts = {
-            part: bench_matrix(library, f"{name} {part}", shape, tokens)
+            part: bench_matrix(f"{name} {part}", shape, tokens)
             for part, shape in {**SHAPES[name], "head": HEADS[name]}.items()
         }
         print(f"{name} chain {tokens}: {bench_chain(name, tokens, cuts)}", flush=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 from engine.errors import ConfigError
 from engine.kernels import ops_for, triton_mla
 from engine.kernels.ops import LatentNorm
-from engine.layers import Batch, LatentBackend, LatentShape
+from engine.layers import AttentionShape, Batch, LatentBackend, LatentShape
 from engine.plugin.manager import Plugins, resolve
 from engine.worker.batch import build_batch
 
@@ -200,24 +200,42 @@ def bench_prompts(backends: list[str], heads: list[int]) -> None:
 
 
 def bench_naive(backends: list[str], heads: list[int]) -> None:
-    """The ablation: a decode step that expands its whole context, as one without absorption would."""
-    print("\ndecode absorbed, and expanding all of the context: us of a layer, eager")
+    """The ablation: a decode step that expands its whole context, as one without absorption would, and one whose cache
+    holds keys and values of all heads (of 128 numbers both: less than the 192 and 128 that these have)."""
+    print("\ndecode: us of a layer absorbed; expanding all of the context; attending to cached keys and values")
     for count, rows, length in product(heads, (1, 32), (1024, 8192)):
         setting = Setting(count, rows, length)
         batch = setting.decode_batch()
         query, latents = setting.random(rows, count, 192), setting.random(rows, 576)
-        line = f"heads {count:>3} {f'{rows} x {length}':>12}"
+        line = f"heads {count:>3} {f'{rows} x {length}':>12}  keys and values {full_time(setting):9.1f}"
         for name in backends:
-            for label, expands in (("absorbed", none), ("expanded", every)):
-                backend = setting.backend(name, expands=expands)
-                if backend is None:
-                    break
-                arguments = (query, latents, setting.up, setting.caches[0], backend.prepare(batch))
-                time = eager_time(partial(backend.forward, *arguments))
-                line += f"  {name} {label} {time:9.1f}"
+            absorbed = decode_time(name, setting, whole=True)
+            backend = setting.backend(name, expands=every)
+            if absorbed is None or backend is None:
+                continue
+            arguments = (query, latents, setting.up, setting.caches[0], backend.prepare(batch))
+            expanded = eager_time(partial(backend.forward, *arguments))
+            line += f"  {name}: absorbed {absorbed:7.1f} expanded {expanded:9.1f}"
         print(line, flush=True)
-    full, latent = 2 * 128 * 192, 576
-    print(f"numbers cached a token and layer: {latent}; as keys and values of 128 heads {full}, {full / latent:.0f} x")
+        del setting
+    for count in heads:
+        full = count * (192 + 128)
+        print(f"numbers cached a token and layer: 576; as keys and values of {count} heads {full}, {full / 576:.0f} x")
+
+
+def full_time(setting: Setting) -> float:
+    """Of a decode step over keys and values of all heads, by the Triton backend; infinite where they do not fit."""
+    heads, rows, length = setting.shape.query_heads, setting.rows, setting.length
+    if 4 * rows * length * heads * 128 > 30 << 30:
+        return float("inf")
+    shape = AttentionShape(layers=1, query_heads=heads, kv_heads=heads, head_dim=128, scale=128**-0.5)
+    backend = resolve(Plugins.load().attention["triton"].target)(shape, setting.page_size, DEVICE, torch.bfloat16)
+    pages = (setting.table.numel(), 2, setting.page_size, heads, 128)
+    cache = torch.randn(pages, device=DEVICE, dtype=torch.bfloat16)
+    batch, query = setting.decode_batch(), setting.random(rows, heads, 128)
+    plan = backend.capture(batch)
+    backend.refill(plan, batch.slots.cpu().numpy(), batch.starts)
+    return graph_time(lambda pages: backend.attend(query, pages, plan), [cache])
 
 
 def mla_shape(setting: Setting) -> triton_mla.MlaShape:

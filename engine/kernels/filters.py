@@ -249,7 +249,9 @@ def _cut_kernel(
             tl.store(listed + tl.cumsum(kept.to(tl.int32), 0) - 1, g, mask=kept)
             count = tl.sum(kept.to(tl.int32), 0) * GROUP
             tl.debug_barrier()  # the list is read by other threads than wrote it
-            low = (key_of(bound, 0).to(tl.int64) + ((1 << SHIFT) - 1)) >> SHIFT
+            # The first key at or above the bound: those of negative numbers end in ones, of others in zeros.
+            low = key_of(bound, 0).to(tl.int64)
+            low = tl.where(low < 0, low, low + ((1 << SHIFT) - 1)) >> SHIFT
             high = key_of(top, SHIFT).to(tl.int64) + 1
             if top_k > 0:
                 low = _search(

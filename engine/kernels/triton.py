@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.kernels import triton_latent
 from engine.kernels.launch import launch_dependents, wait_for_previous
 from engine.kernels.ops import HeadNorms, Heads, LatentNorm, Ops, Rotation
+from engine.kernels.triton_linear import skinny_cut, skinny_linear
 
 MANY_PROGRAMS = 4096
 LARGEST_ROW = 16384  # numbers that one program holds at a time
@@ -162,9 +163,12 @@ class TritonOps(Ops):
     """The operations on CUDA tensors."""
 
     def linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if inputs.shape[0] != 1 or weight.dtype == torch.float32:
-            return super().linear(inputs, weight, bias)
-        return self.vector_linear(inputs, weight, bias)
+        if weight.dtype != torch.float32:
+            if inputs.shape[0] == 1:
+                return self.vector_linear(inputs, weight, bias)
+            if (cut := skinny_cut(inputs.shape[0], *weight.shape)) is not None:
+                return skinny_linear(inputs, weight, bias, cut)
+        return super().linear(inputs, weight, bias)
 
     def vector_linear(
         self, inputs: Tensor, weight: Tensor, bias: Tensor | None, rows: int = 4, columns: int = 2048

@@ -7,8 +7,8 @@ equal length as there are teams; a team is one program for each key head, so the
     teams     |     0     |     1     |     2     |     3       |
                                 ^ pieces of a row that several teams have a part in
 
-A block is as many positions as a program looks at together, but four or eight times that where contexts are so short
-that a piece would cost more than it computes: few rows are then cut, and each team has about one row.
+A block is as many positions as a program looks at together. Where all contexts are SHORT, a block is as long as that:
+cut in two they would cost more than they compute.
 
 Who finishes the last piece of a row sums up all of them; there is no second kernel. The division is made on the device,
 from the positions there, so that a CUDA graph captures the kernel once. A row's bits depend on what it is divided with:
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 
 PREFIX_PIECES = 4  # at most, of a shared prefix
 PREFIX_ROUND = 128  # positions; what is shared is a multiple of it, hence of any cut's block
-MANY_BLOCKS: tl.constexpr = tl.constexpr(8)  # for each team: enough that pieces of rows cost little
-EACH = 3  # programs that a Hopper processor runs at once
+SHORT: tl.constexpr = tl.constexpr(256)  # positions
+FEW_ROWS = 64  # up to which few large blocks are better than many small ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,21 +112,27 @@ class DecodeRows:
     shared: SharedRows | None = None
 
 
-def decode_blocks(shape: PagedShape, cache_dtype: torch.dtype, dtype: torch.dtype) -> Blocks:
-    """The cut of the decode kernel: three programs of it fit on a Hopper processor. The best that
-    bench/kernels_attention.py found."""
+def decode_blocks(shape: PagedShape, dtype: torch.dtype, rows: int) -> Blocks:
+    """The cut of the decode kernel: the best of those that bench/kernels_attention.py tries."""
     width = triton.next_power_of_2(shape.head_dim) * max(dtype.itemsize, 2)
-    positions = max(16, min(64, 16384 // width))
     queries = max(16, triton.next_power_of_2(shape.group))
-    return Blocks(queries=queries, positions=positions, warps=4, stages=3)
+    if rows <= FEW_ROWS:
+        positions = max(16, min(128, 32768 // width))
+        return Blocks(queries=queries, positions=positions, warps=4, stages=2)
+    return Blocks(queries=queries, positions=max(16, min(64, 16384 // width)), warps=4, stages=3)
 
 
-def decode_teams(shape: PagedShape, device: torch.device, each: int = EACH) -> int:
-    """Teams whose programs the device runs at once, `each` of them on a processor."""
+def programs_each(rows: int) -> int:
+    """Programs of the decode kernel that a processor runs at once."""
+    return 2 if rows <= FEW_ROWS else 3
+
+
+def decode_teams(shape: PagedShape, device: torch.device, rows: int) -> int:
+    """Teams whose programs the device runs at once."""
     if device.type == "cpu":
         return 3
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, each * processors // shape.kv_heads)
+    return max(1, programs_each(rows) * processors // shape.kv_heads)
 
 
 def plan_decode(
@@ -160,7 +166,7 @@ def list_shared(
             members.append(part)
             tiles[:, count] = at, at + len(part), shared
             count, at = count + 1, at + len(part)
-    cut = min(max(teams // EACH // max(count, 1), 1), PREFIX_PIECES)  # one program a processor
+    cut = min(max(teams // programs_each(rows) // max(count, 1), 1), PREFIX_PIECES)  # one program a processor
     listed = np.concatenate(members) if members else np.zeros(0, np.int64)
     return np.array([count, cut]), tiles.ravel(), listed, firsts
 
@@ -172,7 +178,7 @@ def attend_decode(
     """Attends with the tokens of `rows`. `query`, `out` [T, query_heads, head_dim], the last dimension dense, `out`
     in query's dtype; `cache` [pages, 2, page_size, kv_heads, head_dim] of that dtype or float8_e4m3fn; `page_table`
     [slots, P] int32."""
-    blocks = blocks or decode_blocks(shape, cache.dtype, query.dtype)
+    blocks = blocks or decode_blocks(shape, query.dtype, len(rows.slots))
     count, group, scratch, shared = len(rows.slots), triton.next_power_of_2(shape.group), rows.scratch, rows.shared
     fixed = constants(shape, query, cache)
     common = (query, cache, page_table)
@@ -194,13 +200,15 @@ def attend_decode(
         QUERIES=blocks.queries, POSITIONS=blocks.positions, SHARED=shared is not None,
         PREFIX_PIECES=PREFIX_PIECES,
         GROUP_BLOCK=group, SOME=max(1, 4096 // (group * triton.next_power_of_2(shape.head_dim))),
-        num_warps=blocks.warps, num_stages=blocks.stages, **most_registers(query, blocks), **launch_dependents(query),
+        num_warps=blocks.warps, num_stages=blocks.stages,
+        **most_registers(query, count, blocks), **launch_dependents(query),
     )  # fmt: skip
 
 
-def most_registers(query: Tensor, blocks: Blocks) -> dict[str, int]:
-    """Registers of a thread with which EACH programs fit on a processor, which has 65,536."""
-    return {"maxnreg": 65536 // (EACH * 32 * blocks.warps) // 8 * 8} if query.is_cuda else {}
+def most_registers(query: Tensor, rows: int, blocks: Blocks) -> dict[str, int]:
+    """Registers of a thread with which all programs fit on a processor, which has 65,536; a thread has at most 255."""
+    most = 65536 // (programs_each(rows) * 32 * blocks.warps) // 8 * 8
+    return {"maxnreg": most} if query.is_cuda and most < 255 else {}
 
 
 def prefix_queries(shape: PagedShape) -> int:
@@ -213,14 +221,6 @@ def prefix_blocks(shape: PagedShape, dtype: torch.dtype) -> Blocks:
     if dtype.itemsize == 4:
         return Blocks(queries=prefix_queries(shape), positions=32, warps=4, stages=1)
     return Blocks(queries=prefix_queries(shape), positions=64 if shape.head_dim <= 128 else 32, warps=8, stages=2)
-
-
-@triton.jit
-def grain(spans, teams, POSITIONS: tl.constexpr):
-    """Into how many times POSITIONS the `spans` [rows] are cut."""
-    few = tl.sum(tl.cdiv(spans, POSITIONS)) < MANY_BLOCKS * teams
-    fits = tl.sum(tl.cdiv(spans, 4 * POSITIONS)) <= teams
-    return tl.where(few, tl.where(fits, 4, 8), 1)
 
 
 @triton.jit(
@@ -243,7 +243,7 @@ def decode_kernel(
         spans = tl.minimum(spans, WINDOW)
     if SHARED:
         spans -= tl.load(firsts + row_ids, mask=row_ids < count, other=0).to(tl.int32)
-    step = POSITIONS * grain(spans, teams, POSITIONS)
+    step = tl.where(tl.max(spans) <= SHORT, max(SHORT, POSITIONS), POSITIONS)
     blocks = tl.cdiv(spans, step)
     until = tl.cumsum(blocks)
     total_blocks = tl.sum(blocks)

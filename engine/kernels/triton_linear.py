@@ -1,9 +1,9 @@
-"""A few tokens times a matrix, in Triton: as fast as the matrix can be read.
+"""Some tokens times a small matrix, in Triton.
 
-For few tokens a product takes as long as reading the matrix, and a device reads at full speed only while enough is
-under way. Two things see to that: a program keeps several blocks of its rows in flight, and it asks for the first of
-them while the kernel before it still runs (engine/kernels/launch.py), as a matrix depends on nothing. Tokens are padded
-to the rows of a matrix unit, which costs nothing here. Left out: many tokens, where cuBLAS is at home.
+Such a product takes about as long as it takes to launch it. cuBLAS cuts it into few programs; here there are enough for
+all processors, and they are on the device before the kernel in front is over (engine/kernels/launch.py). Tokens are
+padded to the rows of a matrix unit, which costs nothing. Left out: large matrices and many tokens, where cuBLAS is at
+home.
 """
 
 from dataclasses import dataclass
@@ -15,24 +15,38 @@ from torch import Tensor
 
 from engine.kernels.launch import launch_dependents, wait_for_previous
 
+SMALL = 8 << 20  # numbers in a matrix
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """Rows and columns of the matrix that a program takes at a time, and whether it reads the first of them ahead."""
+    """Rows and columns of the matrix, and at most how many tokens, that a program takes at a time."""
 
     rows: int
     columns: int
     warps: int
     stages: int
-    ahead: bool = True
-    tokens: int = 64  # at most, in a program
+    tokens: int = 64
+
+
+def skinny_cut(tokens: int, rows: int, columns: int) -> Cut | None:
+    """The cut for a matrix [rows, columns], where that is better than cuBLAS on an H200 (bench/kernels_linear.py)."""
+    if not 32 < tokens <= 128 or rows * columns > SMALL or columns % 256:
+        return None
+    if rows <= 2048:
+        return Cut(rows=16, columns=256, warps=4, stages=4)
+    if tokens <= 64 and rows <= 4096:
+        return Cut(rows=32, columns=128, warps=4, stages=5)
+    if tokens <= 64 or rows <= 4096:
+        return Cut(rows=64, columns=128, warps=4, stages=4)
+    return None
 
 
 @triton.jit
 def skinny_kernel(
     inputs, weight, bias, out, tokens, rows, columns, stride,
     BIASED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr,
-    AHEAD: tl.constexpr, PRECISION: tl.constexpr, DEPENDS: tl.constexpr,
+    PRECISION: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     t, k = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, COLUMNS)
@@ -40,16 +54,8 @@ def skinny_kernel(
     lines = weight + tl.where(inside, n, 0).to(tl.int64)[:, None] * columns
     x_lines = inputs + t[:, None] * stride
     total = tl.zeros([TOKENS, ROWS], tl.float32)
-    first = 0
-    if AHEAD:
-        w = tl.load(lines + k[None, :], mask=(k < columns)[None, :], other=0.0)
-        wait_for_previous(DEPENDS)
-        x = tl.load(x_lines + k[None, :], mask=real[:, None] & (k < columns)[None, :], other=0.0)
-        total = tl.dot(x, tl.trans(w), total, input_precision=PRECISION)
-        first = COLUMNS
-    else:
-        wait_for_previous(DEPENDS)
-    for begin in tl.range(first, columns, COLUMNS):
+    wait_for_previous(DEPENDS)
+    for begin in tl.range(0, columns, COLUMNS):
         at = begin + k
         if EVEN:
             x = tl.load(x_lines + at[None, :], mask=real[:, None], other=0.0)
@@ -72,7 +78,7 @@ def skinny_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, cut: Cut)
     skinny_kernel[(triton.cdiv(tokens, together), triton.cdiv(rows, cut.rows))](
         inputs, weight, weight if bias is None else bias, out, tokens, rows, columns, inputs.stride(0),
         BIASED=bias is not None, TOKENS=together, ROWS=cut.rows, COLUMNS=cut.columns,
-        EVEN=columns % cut.columns == 0, AHEAD=cut.ahead,
+        EVEN=columns % cut.columns == 0,
         PRECISION="ieee" if inputs.dtype == torch.float32 else None,
         num_warps=cut.warps, num_stages=cut.stages, **launch_dependents(inputs),
     )  # fmt: skip

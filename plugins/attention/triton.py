@@ -58,7 +58,6 @@ class TritonAttention(PagedAttention):
             scale=shape.scale,
             window=shape.window,
         )
-        self._teams = self._decoding.decode_teams(self._shape, device)
         self._scratch: Scratch | None = None
         self._block_tokens = kernels.extend_blocks(self._shape, dtype).queries // self._shape.group
 
@@ -94,7 +93,8 @@ class TritonAttention(PagedAttention):
         assert plan.numbers is not None
         host = plan.numbers.host()
         host[:] = 0
-        filled = self._decoding.list_shared(prefixes, len(slots), self._shape, self._teams)
+        teams = self._decoding.decode_teams(self._shape, self.device, len(slots))
+        filled = self._decoding.list_shared(prefixes, len(slots), self._shape, teams)
         for part, values in zip(np.split(host, np.cumsum([2, 3 * len(slots), len(slots)])), filled, strict=True):
             part[: len(values)] = values
         plan.numbers.send()
@@ -120,7 +120,8 @@ class TritonAttention(PagedAttention):
         plan.numbers.send()
 
     def _decode(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> "DecodeRows":
-        rows = self._decoding.plan_decode(slots, positions, tokens, self._shape, self._teams, self._scratch)
+        teams = self._decoding.decode_teams(self._shape, self.device, len(slots))
+        rows = self._decoding.plan_decode(slots, positions, tokens, self._shape, teams, self._scratch)
         self._scratch = rows.scratch
         return rows
 

@@ -163,7 +163,10 @@ def routing(config: Mapping[str, Any]) -> Routing:
         )
     normalised = bool(config.get("norm_topk_prob"))
     if normalised and method != "noaux_tc":
-        raise ConfigError(f"norm_topk_prob with topk_method {method!r} is not supported; published models have none")
+        raise ConfigError(
+            f"norm_topk_prob with topk_method {method!r} is not supported: DeepSeek's code and transformers disagree "
+            "on what it means there, and published models have it only with noaux_tc"
+        )
     grouped = known[method] > 0
     return Routing(
         experts=config["n_routed_experts"],

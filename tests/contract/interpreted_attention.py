@@ -36,16 +36,16 @@ def definition(query: Tensor, cache: Tensor, line: Tensor, position: int) -> Ten
     return torch.einsum("hk,khd->hd", scores.softmax(-1), value)
 
 
-@pytest.mark.parametrize("many", [0, 8], ids=["fine", "coarse"])
+@pytest.mark.parametrize("short", [0, 1024])
 @pytest.mark.parametrize("teams", [1, 3, 7])
-def test_one_plan_serves_steps_of_other_positions(teams: int, many: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_plan_serves_steps_of_other_positions(teams: int, short: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a CUDA graph: rows that one team computes, that begin and end within one, and that many share."""
     torch.manual_seed(0)
     query, cache = torch.randn(3, 6, 16), torch.randn(300, 2, 4, 2, 16)
     table = torch.randperm(300).to(torch.int32).view(3, 100)
     positions, order = torch.zeros(3, dtype=torch.int64), torch.arange(3)
     rows = decoding.plan_decode(order, positions, order, SHAPE, teams)
-    monkeypatch.setattr(decoding, "MANY_BLOCKS", decoding.tl.constexpr(many))
+    monkeypatch.setattr(decoding, "SHORT", decoding.tl.constexpr(short))
     for steps in ((0, 1, 0), (389, 127, 64), (128, -1, 300), (5, 255, 63)):
         positions.copy_(torch.tensor(steps))
         out = torch.full_like(query, torch.nan)

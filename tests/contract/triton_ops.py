@@ -10,6 +10,7 @@ from engine.kernels import triton as triton_ops
 from engine.kernels.ops import HeadNorms, Heads, LatentNorm, Ops
 from engine.kernels.sampling import draw
 from engine.kernels.triton import TritonOps
+from engine.kernels.triton_linear import Cut, skinny_cut, skinny_linear
 from engine.worker.sampler import gumbel
 
 GPU = torch.cuda.is_available()
@@ -56,6 +57,25 @@ def test_one_token_times_a_matrix(shape: tuple[int, int], dtype: torch.dtype) ->
         wanted = REFERENCE.linear(inputs.double(), weight.double(), None if b is None else b.double())
         assert_close(TRITON.vector_linear(inputs, weight, b), wanted.to(dtype))
         assert_close(TRITON.linear(inputs, weight, b), wanted.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [33, 64, 100, 128] if GPU else [5, 20])
+@pytest.mark.parametrize("shape", [(4096, 1024), (1000, 2048), (6100, 1024)] if GPU else [(24, 40), (33, 32)], ids=str)
+def test_some_tokens_times_a_matrix(shape: tuple[int, int], tokens: int, dtype: torch.dtype) -> None:
+    weight, bias = random(*shape, dtype=dtype, seed=1) * shape[1] ** -0.5, random(shape[0], dtype=dtype, seed=2)
+    inputs = random(tokens, 2 * shape[1], dtype=dtype)[:, : shape[1]]
+    own = skinny_cut(tokens, *shape) or Cut(rows=16, columns=32, warps=4, stages=2, tokens=16)
+    for b in (None, bias):
+        wanted = REFERENCE.linear(inputs.double(), weight.double(), None if b is None else b.double()).to(dtype)
+        assert_close(skinny_linear(inputs, weight, b, own), wanted)
+        assert_close(TRITON.linear(inputs, weight, b), wanted)
+
+
+def test_small_matrices_and_some_tokens_get_a_kernel_of_our_own() -> None:
+    assert skinny_cut(64, 4096, 1024) and skinny_cut(128, 1024, 3072) and skinny_cut(33, 6144, 1024)
+    none = ((32, 4096, 1024), (129, 4096, 1024), (64, 4096, 4096), (64, 1536, 576), (128, 6144, 1024))
+    assert not any(skinny_cut(*each) for each in none)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
