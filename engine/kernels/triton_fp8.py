@@ -155,6 +155,12 @@ def scaled_line(inputs, scales, row, at, SIZE: tl.constexpr, SCALES: tl.constexp
 
 
 @triton.jit
+def load_step(at, there, EVEN: tl.constexpr):
+    """A tile of a matrix; where columns do not divide EVENly into steps, those beyond are zeros."""
+    return tl.load(at) if EVEN else tl.load(at, mask=there, other=0.0)
+
+
+@triton.jit
 def add_product(total, x, w, each, scale, QUANTIZED: tl.constexpr, SCALES: tl.constexpr, PRECISION: tl.constexpr):
     """`total` + x wᵀ, times `each` of the lines of x where these are QUANTIZED, times the scale of the block of w."""
     if QUANTIZED:
@@ -199,6 +205,7 @@ def linear_kernel(
 ):  # fmt: skip
     """ROWS tokens times COLUMNS rows of the weight, DEPTH at a time in steps of a block, whose copies run together."""
     STEP: tl.constexpr = BLOCK if DEPTH > BLOCK else DEPTH
+    EVEN: tl.constexpr = K % DEPTH == 0
     columns: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     lines = tl.cdiv(tokens, ROWS)
     first_line = tl.program_id(0) // (TOGETHER * columns) * TOGETHER
@@ -218,13 +225,9 @@ def linear_kernel(
         for begin in range(0, K, DEPTH):
             for step in tl.static_range(DEPTH // STEP):
                 start = begin + step * STEP
-                if K % DEPTH == 0:
-                    x, w = tl.load(source + start), tl.load(matrix + start)
-                else:
-                    there = (start + k < K)[None, :]
-                    x = tl.load(source + start, mask=there, other=0.0)
-                    w = tl.load(matrix + start, mask=there, other=0.0)
-                block = start // BLOCK if K % DEPTH == 0 else tl.minimum(start, K - 1) // BLOCK
+                block = (start if EVEN else tl.minimum(start, K - 1)) // BLOCK
+                there = (start + k < K)[None, :]
+                x, w = load_step(source + start, there, EVEN), load_step(matrix + start, there, EVEN)
                 each = x
                 if QUANTIZED:
                     each = tl.load(input_scales + block * scale_stride + line)

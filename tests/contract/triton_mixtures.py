@@ -191,8 +191,8 @@ def test_few_tokens(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> No
 def test_tasks(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     size, inner = shape
     weights = matrices(7, size, inner, kind, dtype)
-    for tokens, together in ((1, 1), (29, 4), (300, 2)) if GPU else ((29, 4),):
-        cut = Cut(16, 32, 32, together, 4, 2)
+    for tokens, together, depth in ((1, 1, 32), (29, 4, 256), (300, 2, 64)) if GPU else ((29, 4, 32), (5, 4, 256)):
+        cut = Cut(16, 32, depth, together, 4, 2)
         hidden, routed = random(tokens, size, dtype=dtype), routed_to(tokens, 7, 3)
         routed = routed._replace(order=order_reference(routed.experts, 7, cut.rows))
         base = random(tokens, size, dtype=dtype, seed=9) if together == 4 else None
