@@ -167,10 +167,12 @@ class Pair:
 def candidates(share: float, fp8: bool, gated: bool) -> Iterator[Cut]:
     """Cuts worth a try where an average expert has `share` tokens."""
     rows = [each for each in (16, 32, 64, 128) if each / 4 <= share + 4 and each * 8 >= min(share, 512)]
-    for row, column, depth, warps in itertools.product(rows, (32, 64, 128, 256), (64, 128), (4, 8)):
+    for row, column, depth, warps in itertools.product(rows, (32, 64, 128, 256), (64, 128, 256), (4, 8)):
         quantized = fp8 and row >= QUANTIZED_ROWS
         area = row * column * (2 if gated else 1)
         if fp8 and (column > BLOCK or depth < 128 or (quantized and gated and column != BLOCK)):
+            continue
+        if depth == 256 and row > 32:
             continue
         if area > 32768 * warps // 4 or (area < 4096 and warps == 8) or (column == 256 and (gated or row < 128)):
             continue

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from engine.errors import ConfigError
 from engine.kernels.fp8 import dequantize
 
 
@@ -24,6 +25,8 @@ class Routing:
     `kept_groups` are chosen from: those with the largest sum of their `group_best` best scores (1 in DeepSeek-V2,
     arXiv:2405.04434; 2 in V3, arXiv:2412.19437). A correction bias is added to the scores for choosing, not to the
     weights. Those of a token are divided by their sum if `normalised`, then multiplied by `scale`.
+
+    Raises ConfigError for numbers that do not go together.
     """
 
     experts: int
@@ -36,9 +39,14 @@ class Routing:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        each = self.experts // self.groups
-        assert self.experts == each * self.groups and 0 < self.group_best <= each
-        assert 0 < self.kept_groups <= self.groups and 0 < self.top_k <= each * self.kept_groups
+        each = self.experts // max(self.groups, 1)
+        if self.groups < 1 or self.experts != each * self.groups or not 0 < self.group_best <= each:
+            raise ConfigError(f"{self.experts} experts do not divide into {self.groups} groups to choose from")
+        if not 0 < self.kept_groups <= self.groups or not 0 < self.top_k <= each * self.kept_groups:
+            raise ConfigError(
+                f"a token cannot choose {self.top_k} of the {self.experts} experts in {self.kept_groups} of their "
+                f"{self.groups} groups: there are at most {each * self.kept_groups}"
+            )
 
 
 class Routed(NamedTuple):

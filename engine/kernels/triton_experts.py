@@ -24,6 +24,7 @@ from engine.kernels.triton_fp8 import (
     ROW_SCALES,
     Cut,
     add_product,
+    load_step,
     scaled_line,
     silu_mul,
     to_fp8,
@@ -126,6 +127,8 @@ def multiply_kernel(
     order. Otherwise `inputs` are by place, and results go to the choices' own rows. QUANTIZED: `inputs` are FP8 with
     `input_scales` [K / BLOCK, input_stride]. QUANTIZES: so are results, with `out_scales` [N / BLOCK, out_stride].
     """
+    STEP: tl.constexpr = BLOCK if DEPTH > BLOCK and (QUANTIZED or SCALES == 1) else DEPTH
+    EVEN: tl.constexpr = K % DEPTH == 0
     blocks: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     tiles: tl.constexpr = (N + BLOCK - 1) // BLOCK * ((K + BLOCK - 1) // BLOCK)
     first_task = tl.program_id(0) // (TOGETHER * blocks) * TOGETHER
@@ -136,7 +139,7 @@ def multiply_kernel(
         task, column = first_task + within % side, within // side * COLUMNS
         expert = tl.load(tasks + task).to(tl.int64)
         begin, rows = tl.load(tasks + places + task), tl.load(tasks + 2 * places + task)
-        m, n, k = tl.arange(0, ROWS), column + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
+        m, n, k = tl.arange(0, ROWS), column + tl.arange(0, COLUMNS), tl.arange(0, STEP)
         place = begin + tl.minimum(m, rows - 1)
         choice = tl.load(choices + place)
         source = (choice // TOP_K if GATED else place).to(tl.int64)
@@ -148,23 +151,19 @@ def multiply_kernel(
             scale += expert * (2 * tiles if GATED else tiles) + column // BLOCK * ((K + BLOCK - 1) // BLOCK)
         gates = tl.zeros([ROWS, COLUMNS], tl.float32)
         ups = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for start in range(0, K, DEPTH):
-            if K % DEPTH == 0:
-                x, w = tl.load(lines + start), tl.load(matrix + start)
-            else:
+        for first in range(0, K, DEPTH):
+            for step in tl.static_range(DEPTH // STEP):
+                start = first + step * STEP
+                block = (start if EVEN else tl.minimum(start, K - 1)) // BLOCK
                 there = (start + k < K)[None, :]
-                x = tl.load(lines + start, mask=there, other=0.0)
-                w = tl.load(matrix + start, mask=there, other=0.0)
-            each = x
-            if QUANTIZED:
-                each = tl.load(input_scales + start // BLOCK * input_stride + source)
-            gates = add_product(gates, x, w, each, scale + start // BLOCK, QUANTIZED, SCALES, PRECISION)
-            if GATED:
-                if K % DEPTH == 0:
-                    u = tl.load(matrix + N * K + start)
-                else:
-                    u = tl.load(matrix + N * K + start, mask=there, other=0.0)
-                ups = add_product(ups, x, u, each, scale + tiles + start // BLOCK, QUANTIZED, SCALES, PRECISION)
+                x, w = load_step(lines + start, there, EVEN), load_step(matrix + start, there, EVEN)
+                each = x
+                if QUANTIZED:
+                    each = tl.load(input_scales + block * input_stride + source)
+                gates = add_product(gates, x, w, each, scale + block, QUANTIZED, SCALES, PRECISION)
+                if GATED:
+                    u = load_step(matrix + N * K + start, there, EVEN)
+                    ups = add_product(ups, x, u, each, scale + tiles + block, QUANTIZED, SCALES, PRECISION)
         if SCALES == 2:
             line = scales + expert * (2 * N if GATED else N) + n
             gates *= tl.load(line, mask=n < N, other=0.0)[None, :]
@@ -255,7 +254,8 @@ def multiply(
     quantized = input_scales is not None
     kind = scale_kind(weight, scale)
     if quantized or kind == BLOCK_SCALES:
-        assert BLOCK % cut.depth == 0 and BLOCK % cut.columns == 0, f"{cut} crosses blocks of scales"
+        whole = cut.depth % BLOCK == 0 or BLOCK % cut.depth == 0
+        assert whole and BLOCK % cut.columns == 0, f"{cut} crosses blocks of scales"
     assert cut.rows == order.rows and (out_scales is None or cut.columns == BLOCK)
     multiply_kernel[(order.places * triton.cdiv(rows, cut.columns),)](
         inputs, inputs if input_scales is None else input_scales, weight, weight if scale is None else scale,

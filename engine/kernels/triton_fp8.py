@@ -9,6 +9,7 @@ Which of them a step takes is a matter of its tokens: `READING_TOKENS` and `CUTS
 """
 
 import functools
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ from torch.nn import functional
 from engine.kernels import ops_for
 from engine.kernels.fp8 import BLOCK, E4M3, LARGEST, Fp8Ops, Fp8Weight, blocks
 from engine.kernels.launch import launch_dependents, wait_for_previous
+
+log = logging.getLogger("engine.kernels")
 
 READING_TOKENS = 64  # up to so many, activations stay as they are
 LONGEST_LINE = 32768  # numbers of a token that one program holds at a time
@@ -152,6 +155,12 @@ def scaled_line(inputs, scales, row, at, SIZE: tl.constexpr, SCALES: tl.constexp
 
 
 @triton.jit
+def load_step(at, there, EVEN: tl.constexpr):
+    """A tile of a matrix; where columns do not divide EVENly into steps, those beyond are zeros."""
+    return tl.load(at) if EVEN else tl.load(at, mask=there, other=0.0)
+
+
+@triton.jit
 def add_product(total, x, w, each, scale, QUANTIZED: tl.constexpr, SCALES: tl.constexpr, PRECISION: tl.constexpr):
     """`total` + x wᵀ, times `each` of the lines of x where these are QUANTIZED, times the scale of the block of w."""
     if QUANTIZED:
@@ -196,6 +205,7 @@ def linear_kernel(
 ):  # fmt: skip
     """ROWS tokens times COLUMNS rows of the weight, DEPTH at a time in steps of a block, whose copies run together."""
     STEP: tl.constexpr = BLOCK if DEPTH > BLOCK else DEPTH
+    EVEN: tl.constexpr = K % DEPTH == 0
     columns: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     lines = tl.cdiv(tokens, ROWS)
     first_line = tl.program_id(0) // (TOGETHER * columns) * TOGETHER
@@ -215,13 +225,9 @@ def linear_kernel(
         for begin in range(0, K, DEPTH):
             for step in tl.static_range(DEPTH // STEP):
                 start = begin + step * STEP
-                if K % DEPTH == 0:
-                    x, w = tl.load(source + start), tl.load(matrix + start)
-                else:
-                    there = (start + k < K)[None, :]
-                    x = tl.load(source + start, mask=there, other=0.0)
-                    w = tl.load(matrix + start, mask=there, other=0.0)
-                block = start // BLOCK if K % DEPTH == 0 else tl.minimum(start, K - 1) // BLOCK
+                block = (start if EVEN else tl.minimum(start, K - 1)) // BLOCK
+                there = (start + k < K)[None, :]
+                x, w = load_step(source + start, there, EVEN), load_step(matrix + start, there, EVEN)
                 each = x
                 if QUANTIZED:
                     each = tl.load(input_scales + block * scale_stride + line)
@@ -236,10 +242,29 @@ def linear_kernel(
 
 @functools.cache
 def scaled_product_of_blocks(device: torch.device) -> bool:
-    """Whether torch multiplies with scales of blocks on this GPU: a Hopper, with CUDA 12.9 or newer."""
-    version = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
-    hopper = torch.cuda.get_device_capability(device) == (9, 0)
-    return hopper and version >= (12, 9) and hasattr(functional, "scaled_mm")
+    """Whether torch multiplies with scales of blocks on this GPU: a Hopper, with CUDA 12.9 or newer. It is tried."""
+    if torch.cuda.get_device_capability(device) != (9, 0) or not hasattr(functional, "scaled_mm"):
+        return False
+    numbers, scales = quantize_tokens(torch.zeros(8, 5 * BLOCK, dtype=torch.bfloat16, device=device))
+    weight = torch.zeros(2 * BLOCK, 5 * BLOCK, device=device).to(E4M3)
+    try:
+        multiply_blocks(numbers, scales, weight, torch.ones(2, 8, device=device), None, torch.bfloat16)
+    except (RuntimeError, ValueError) as error:  # of a library that is older, or knows another layout
+        log.info("FP8 products with scales of blocks are Triton's, as torch's say: %s", str(error).partition("\n")[0])
+        return False
+    return True
+
+
+def multiply_blocks(
+    numbers: Tensor, scales: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """torch's product of `numbers` [T, K], T a multiple of 4, with `scales` [T, blocks], and of `weight` [N, K] with
+    `scale` [row blocks, column blocks up to a multiple of 4]."""
+    kinds = functional.ScalingType
+    return functional.scaled_mm(
+        numbers, weight.t(), scales, kinds.BlockWise1x128, scale.t(), kinds.BlockWise128x128,
+        bias=bias, output_dtype=dtype,
+    )  # fmt: skip
 
 
 class TritonFp8Ops(Fp8Ops):
@@ -307,11 +332,7 @@ class TritonFp8Ops(Fp8Ops):
         """`linear` by torch's product with scales of blocks, which wants a multiple of 4 tokens."""
         assert weight.padded_scale is not None
         numbers, scales = quantize_tokens(inputs, gated, multiple=4)
-        kinds = functional.ScalingType
-        product = functional.scaled_mm(
-            numbers, weight.numbers.t(), scales, kinds.BlockWise1x128, weight.padded_scale.t(), kinds.BlockWise128x128,
-            bias=bias, output_dtype=inputs.dtype,
-        )  # fmt: skip
+        product = multiply_blocks(numbers, scales, weight.numbers, weight.padded_scale, bias, inputs.dtype)
         return product[: len(inputs)]
 
     def by_lines(self, inputs: Tensor, weight: Fp8Weight, bias: Tensor | None, gated: bool = False) -> Tensor:

@@ -16,9 +16,10 @@ from engine.kernels import ops_for
 from engine.kernels.fp8 import BLOCK, E4M3, blocks
 from engine.kernels.moe import ExpertWeights, MoeOps, Recorder, Routed, Routing
 from engine.kernels.triton_experts import combine, multiply, vector_down, vector_up
-from engine.kernels.triton_fp8 import Cut, quantize_tokens
-from engine.kernels.triton_routing import order_reference, route
+from engine.kernels.triton_fp8 import LONGEST_LINE, Cut, quantize_tokens
+from engine.kernels.triton_routing import gate, order_reference, route
 
+GATE_TOKENS = 32  # up to so many, logits are made by a kernel of our own
 VECTOR_TOKENS = 4  # up to so many, each choice reads its expert's weights by itself
 LIBRARY_SHARE = float("inf")  # tokens of an average expert from which on torch's grouped product is used
 QUANTIZED_ROWS = 64  # tasks of so many rows or more get FP8 activations where the weights are FP8
@@ -68,6 +69,8 @@ class TritonMoeOps(MoeOps):
     """The operations on CUDA tensors."""
 
     def gate(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        if 0 < len(hidden) <= GATE_TOKENS and hidden.shape[1] <= LONGEST_LINE:
+            return gate(hidden, weight)
         if hidden.dtype == torch.float32:
             return super().gate(hidden, weight)
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)

@@ -1,7 +1,8 @@
 """Routing on a GPU: each token's experts, and all choices in the order of their experts, without asking the host.
 
-    logits [T, E] ── route ──> weights, experts [T, k];  for each chunk of tokens, how many chose each expert
-                     order ──> choices sorted by expert, and tasks: up to `rows` successive choices of one expert
+    hidden ── gate ──> logits [T, E]
+              route ─> weights, experts [T, k];  for each chunk of tokens, how many chose each expert
+              order ─> choices sorted by expert, and tasks: up to `rows` successive choices of one expert
 
 A token chooses an expert once at most, so a chunk's choices are a matrix of 0 and 1 over tokens and experts. Its sums
 over tokens are the experts' counts, and its running sums tell each choice its place in the order: no sort, no atomic
@@ -22,6 +23,7 @@ from engine.kernels.launch import launch_dependents, wait_for_previous
 from engine.kernels.moe import Recorder, Routed, Routing
 
 TILE = 4096  # tokens times experts that one program looks at
+GATE_TILE = 8192  # tokens times their numbers that one program of `gate` multiplies
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,35 @@ def order_reference(experts: Tensor, count: int, rows: int) -> Order:
     begin = (ends - totals)[expert] + step
     tasks = torch.stack((expert, begin, (totals[expert] - step).clamp(max=rows)))
     return Order(choices, ends.to(torch.int32), tasks.to(torch.int32), task_ends[-1:].to(torch.int32), rows)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def gate_kernel(
+    hidden, weight, logits, tokens, EXPERTS: tl.constexpr, SIZE: tl.constexpr, TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPENDS: tl.constexpr,
+):  # fmt: skip
+    """The logits of one expert for TOKENS tokens; its weight comes while the kernel before still runs."""
+    expert, t = tl.program_id(0), tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    k = tl.arange(0, COLUMNS)
+    w = tl.load(weight + expert * SIZE + k, mask=k < SIZE, other=0.0)
+    wait_for_previous(DEPENDS)
+    at = t[:, None].to(tl.int64) * SIZE + k[None, :]
+    x = tl.load(hidden + at, mask=(t < tokens)[:, None] & (k < SIZE)[None, :], other=0.0)
+    total = tl.sum(x.to(tl.float32) * w.to(tl.float32)[None, :], 1)
+    tl.store(logits + t * EXPERTS + expert, total, mask=t < tokens)
+
+
+def gate(hidden: Tensor, weight: Tensor) -> Tensor:
+    """As `MoeOps.gate`, of few tokens."""
+    (tokens, size), experts = hidden.shape, len(weight)
+    logits = torch.empty(tokens, experts, dtype=torch.float32, device=hidden.device)
+    columns = triton.next_power_of_2(size)
+    together = max(1, min(triton.next_power_of_2(tokens), GATE_TILE // columns))
+    gate_kernel[(experts, triton.cdiv(tokens, together))](
+        hidden.contiguous(), weight, logits, tokens, EXPERTS=experts, SIZE=size, TOKENS=together, COLUMNS=columns,
+        num_warps=max(1, min(8, together * columns // 1024)), **launch_dependents(hidden),
+    )  # fmt: skip
+    return logits
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from engine.kernels.triton_experts import combine, multiply, vector_down, vector
 from engine.kernels.triton_fp8 import Cut
 from engine.kernels.triton_fp8 import quantize_tokens as triton_quantize_tokens
 from engine.kernels.triton_moe import Regime, TritonMoeOps
-from engine.kernels.triton_routing import order_reference, route
+from engine.kernels.triton_routing import gate, order_reference, route
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -47,6 +47,18 @@ def assert_near(got: Tensor, wanted: Tensor, tolerance: float) -> None:
 
 
 # ── routing ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("experts", "size"), [(64, 2048), (256, 7168), (3, 576)] if GPU else [(3, 48), (8, 64)])
+def test_logits(experts: int, size: int, dtype: torch.dtype) -> None:
+    weight = random(experts, size, dtype=dtype, seed=1) * size**-0.5
+    for tokens in (1, 5, 32, 200) if GPU else (1, 5):
+        hidden = random(tokens, size, dtype=dtype)
+        wanted = REFERENCE.gate(hidden, weight)
+        for got in (gate(hidden, weight), TRITON.gate(hidden, weight)):
+            assert got.dtype == torch.float32
+            torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [0, 16])
@@ -179,8 +191,8 @@ def test_few_tokens(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> No
 def test_tasks(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     size, inner = shape
     weights = matrices(7, size, inner, kind, dtype)
-    for tokens, together in ((1, 1), (29, 4), (300, 2)) if GPU else ((29, 4),):
-        cut = Cut(16, 32, 32, together, 4, 2)
+    for tokens, together, depth in ((1, 1, 32), (29, 4, 256), (300, 2, 64)) if GPU else ((29, 4, 32), (5, 4, 256)):
+        cut = Cut(16, 32, depth, together, 4, 2)
         hidden, routed = random(tokens, size, dtype=dtype), routed_to(tokens, 7, 3)
         routed = routed._replace(order=order_reference(routed.experts, 7, cut.rows))
         base = random(tokens, size, dtype=dtype, seed=9) if together == 4 else None

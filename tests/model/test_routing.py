@@ -1,6 +1,7 @@
 """Which experts a token gets, and at what weight, against the modules of Hugging Face transformers."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
+from engine.errors import ConfigError
 from engine.kernels.moe import MoeOps, Routing
 
 SIZE, EXPERTS, TOP_K = 24, 16, 4
@@ -49,6 +51,19 @@ def test_choices_and_weights_are_those_of_transformers(case: str) -> None:
     assert got.weights.dtype == torch.float32 and got.experts.dtype == torch.int64
     assert all(len(set(row)) == TOP_K for row in got.experts.tolist())
     torch.testing.assert_close(torch.zeros(50, EXPERTS).scatter(1, got.experts, got.weights), wanted)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"experts": 6, "top_k": 7}, "cannot choose 7 of the 6 experts"),
+        ({"experts": 6, "top_k": 1, "groups": 4}, "6 experts do not divide into 4 groups"),
+        ({"experts": 8, "top_k": 5, "groups": 4, "kept_groups": 2}, "at most 4"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Routing(**fields)
 
 
 def test_the_bias_changes_choices_but_not_weights() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine import ConfigError, Engine, SamplingParams
+from engine import ConfigError, Engine, SamplingParams, WorkerError
 from engine.plugin.testing import ModelHarness
 from engine.worker import logits, runner, sampler
 from engine.worker.graphs import ladder
@@ -76,6 +76,20 @@ def test_dummy_weights_answer_the_same_in_each_run(folder: str) -> None:
     assert [reply.ids for reply in replies[0]] == [reply.ids for reply in replies[1]]
     assert [len(reply.ids) for reply in replies[0]] == [6, 6]
     assert len({*replies[0][0].ids, *replies[0][1].ids}) > 2, "a model that says one thing only is no benchmark"
+
+
+def test_a_quantization_named_on_a_checkpoint_without_one(folder: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with Engine(model=folder, load="dummy", threads=1, plugins=("fp8",)) as engine:
+        (reply,) = engine.generate([[1, 2, 999]], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
+    assert len(reply.ids) == 3
+    assert "quantization fp8 (named in --plugins" in capfd.readouterr().err
+
+
+def test_a_quantization_that_nobody_knows(tmp_path: Path) -> None:
+    terms = TERMS | {"quantization_config": {"quant_method": "awq"}}
+    (tmp_path / "config.json").write_text(json.dumps(terms))
+    with pytest.raises(WorkerError, match="quant_method is 'awq', which no quantization reads; known: fp8 reads fp8"):
+        Engine(model=str(tmp_path), load="dummy", threads=1)
 
 
 def test_without_dummy_weights_a_tokenizer_is_asked_for(folder: str) -> None:
