@@ -1,4 +1,4 @@
-"""What the default model is known to answer: ids and logits that transformers computed in float32 from the same file."""
+"""What the default model is known to answer: ids and logits by transformers, in float32 from the same file."""
 
 from engine import SamplingParams
 
