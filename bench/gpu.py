@@ -333,8 +333,9 @@ async def _run(
             await bench.seconds(workloads.warm_up(bench.vocab), temperature)
         rows: list[Row] = []
         for name in names:
-            rows += await ROWS[name](bench)
-            print(table(rows).splitlines()[-1], flush=True)
+            made = await ROWS[name](bench)
+            rows += made
+            print(*table(made).splitlines()[1:], sep="\n", flush=True)
     return rows, start
 
 

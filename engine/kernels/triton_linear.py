@@ -42,7 +42,7 @@ def skinny_cut(tokens: int, rows: int, columns: int) -> Cut | None:
     return None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # or a step of another number would wait for a compiler
 def skinny_kernel(
     inputs, weight, bias, out, tokens, rows, columns, stride,
     BIASED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr,
