@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from engine.call_grammar import Tool
 from engine.errors import RequestError
+from engine.grammar import check_nesting
 from engine.http.conversation import ToolName, checked, tool_of
 from engine.http.grammars import NamedSchema, ObjectFormat, PlainFormat
 from engine.http.items import InputItem
@@ -317,6 +318,7 @@ def sampling_of(body: ResponsesBody) -> SamplingParams:
         case ObjectFormat():
             given["json_object"] = True
         case SchemaTextBody() as asked:
+            check_nesting(asked.schema, "text.format.schema")
             given |= {"json_schema": to_json(asked.schema).decode(), "strict_schema": asked.strict is not False}
     if body.text is not None:
         check_served(body.text, "text.")
