@@ -64,10 +64,10 @@ class ChatTemplate:
         if not messages:
             raise RequestError("messages is empty; send at least one message", param="messages")
         plain = [plain_message(index, message) for index, message in enumerate(messages)]
-        if tools or any(message["role"] == "tool" or "tool_calls" in message for message in plain):
-            plain, tools = self._told(plain, tools)
         if continue_final_message:
             plain[-1] = _left_open(plain[-1])
+        if tools or any(message["role"] == "tool" or "tool_calls" in message for message in plain):
+            plain, tools = self._told(plain, tools)
         own = {
             "messages": plain,
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
@@ -185,6 +185,11 @@ PROBE_RESULT: dict[str, Any] = {
 
 def _left_open(message: dict[str, Any]) -> dict[str, Any]:
     """`message` with its end marked: whatever the template puts after it is cut off once it is rendered."""
+    if "tool_calls" in message:
+        raise RequestError(
+            "the last message is a call of a tool, and no reply can go on from that; append what the tool returned",
+            param="messages",
+        )
     if message["role"] != "assistant":
         raise RequestError(
             f"continue_final_message needs a last message of the assistant's, and it is of the {message['role']}'s; "

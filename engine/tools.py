@@ -2,7 +2,7 @@
 
 A template without a branch for tools is helped out by messages: a system message describes the tools and how a call is
 written (the `syntax` of the parser in use), past calls are part of what the assistant said, and what they returned is
-said by the user in <tool_response>. What a reply must be so that it calls a tool is in calls_grammar.py. Pure logic.
+said by the user in <tool_response>. What a reply must be so that it calls a tool is in call_grammar.py. Pure logic.
 """
 
 import json
@@ -41,6 +41,8 @@ def plain_message(index: int, message: dict[str, Any]) -> dict[str, Any]:
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         refuse(f"has content {content!r}; a string or a list of text parts is needed")
+    if not isinstance(message.get("tool_call_id"), str | None):
+        refuse(f"has tool_call_id {message['tool_call_id']!r:.80}; send the id of the call as text")
     plain = {**message, "content": content}
     if not (calls := plain.pop("tool_calls", None)):
         return plain
@@ -50,6 +52,8 @@ def plain_message(index: int, message: dict[str, Any]) -> dict[str, Any]:
             refuse(f'has the tool call {call!r:.80}; {{"function": {{"name", "arguments"}}}} is needed')
         if not isinstance(function.get("arguments"), str | dict):
             refuse(f"has a call of {function['name']!r} without arguments; send them as text that holds JSON")
+        if not isinstance(call.get("id"), str | None):
+            refuse(f"has a call of {function['name']!r} with the id {call['id']!r:.80}; send it as text")
     return plain | {"tool_calls": calls}
 
 

@@ -107,6 +107,7 @@ class FakeExecutor:
         self.inbox = inbox
         self.scheduler = scheduler
         self.seconds = seconds
+        self.restarted: anyio.Event | None = None  # a restart lasts until then
         self.device = FakeDevice()
         self.lost = False
         self.steps = self.since = 0
@@ -118,6 +119,8 @@ class FakeExecutor:
         await self.scheduler.send(self.ready)
         async for message in self.inbox:
             if isinstance(message, Reset):
+                if self.restarted is not None:
+                    await self.restarted.wait()
                 self.device, self.lost = FakeDevice(), False
                 await self.scheduler.send(self.ready)
             elif isinstance(message, Profile) and not self.lost:

@@ -52,6 +52,7 @@ log = logging.getLogger("engine.scheduler")
 
 CREDITS = 2
 HEARTBEAT_SECONDS = 1.0
+RUNNING = ("ready", "stalled")  # states of a worker that reads what it is sent
 LOST = "the device worker stopped while this request was running, and is being restarted; send the request again"
 
 
@@ -97,7 +98,7 @@ class SchedulerActor:
 
     async def _fill_credits(self) -> None:
         scheduler = self.scheduler
-        if scheduler is None or self.paused or self.worker not in ("ready", "stalled"):
+        if scheduler is None or self.paused or self.worker not in RUNNING:
             return
         while self.in_flight < CREDITS and (plan := scheduler.plan()) is not None:
             self.in_flight += 1
@@ -176,7 +177,7 @@ class SchedulerActor:
             await self.front.send(Paused(pause.number, pause.paused))
 
     async def _ask_worker(self, message: Profile | CountExperts, answer: type[Profiled | ExpertCounts]) -> None:
-        if self.worker not in ("ready", "stalled"):
+        if self.worker not in RUNNING:
             cause = f"the device worker is {self.worker}, and answers nothing; ask again when /health says ready"
             await self.front.send(answer(message.number, cause=cause))
         else:
@@ -220,7 +221,7 @@ class SchedulerActor:
         assert self.scheduler is not None and self.shelf is not None
         self.compile_seconds.append(message.seconds)
         load, waited, refusal = self.shelf.compiled(message)
-        if load is not None:
+        if load is not None and self.worker in RUNNING:  # one that starts gets all there are once it is ready
             await self.executor.send(load)
         for admit in waited:
             assert refusal is not None
@@ -243,7 +244,8 @@ class SchedulerActor:
     async def _forget_grammars(self) -> None:
         assert self.scheduler is not None and self.shelf is not None
         for drop in self.shelf.evict(self.scheduler.grammars()):
-            await self.executor.send(drop)
+            if self.worker in RUNNING:
+                await self.executor.send(drop)
 
     async def _ready(self, ready: WorkerReady) -> None:
         if self.scheduler is None:

@@ -296,8 +296,13 @@ class TokenizerActor:
             else:
                 opened, admitted = self.admission.admit(request)
         except RequestError as error:
-            failed = Failed(request.rid, error.status, error.code, error.message, error.param)
-            await self.detokenizer.send(failed)
+            await self._refuse(request.rid, error)
+            return
+        except RecursionError:
+            await self._refuse(request.rid, RequestError("the request nests too deeply; flatten it"))
             return
         await self.detokenizer.send(opened)
         await self.scheduler.send(admitted)
+
+    async def _refuse(self, rid: str, error: RequestError) -> None:
+        await self.detokenizer.send(Failed(rid, error.status, error.code, error.message, error.param))

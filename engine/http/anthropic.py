@@ -14,6 +14,7 @@ from msgspec import Meta
 from engine.call_grammar import Tool
 from engine.errors import RequestError
 from engine.front import joined
+from engine.grammar import check_nesting
 from engine.http.anthropic_reply import AnthropicReply, failure_event
 from engine.http.conversation import ToolName, checked, tool_of
 from engine.http.reading import Wanted, reading_of
@@ -229,6 +230,7 @@ def _turns(message: AnthropicMessage, path: str) -> list[dict[str, Any]]:
                 results.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": said})
             case ToolUseBlock():
                 _goes_with(message, "assistant", place)
+                check_nesting(block.input, f"{place}.input")
                 function = {"name": block.name, "arguments": to_json(block.input).decode()}
                 call = {"id": block.id, "type": "function", "function": function}
                 rest.setdefault("tool_calls", []).append(call)

@@ -185,10 +185,18 @@ class AnthropicReply:
 
     def whole(self, reply: Chunk) -> bytes:
         """The message that is not streamed, of its chunks joined."""
-        parsed = assembled(self._read(reply))
-        content: list[ContentBlock] = [ThinkingContent(parsed.reasoning)] if parsed.reasoning else []
-        content += [TextContent(parsed.content)] if parsed.content else []
-        content += [ToolUse(call.id, call.name, _object(call.arguments)) for call in parsed.calls]
+        events = self._read(reply)
+        calls = iter(assembled(events).calls)
+        content: list[ContentBlock] = []
+        for told in events:
+            match told:
+                case Content(text):
+                    content.append(TextContent(text))
+                case Reasoning(text):
+                    content.append(ThinkingContent(text))
+                case CallBegin():
+                    call = next(calls)
+                    content.append(ToolUse(call.id, call.name, _object(call.arguments)))
         reason, sequence = self._stop(reply)
         return to_json(
             MessageReply(

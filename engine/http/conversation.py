@@ -11,6 +11,7 @@ from msgspec import Meta
 
 from engine.call_grammar import Tool
 from engine.errors import RequestError
+from engine.grammar import check_nesting
 from engine.http.wire import Body, check_served
 
 TOOL_NAME = r"^[A-Za-z0-9_.\-]{1,128}$"
@@ -146,6 +147,7 @@ def tool_of(
         raise RequestError(
             f"{path}.type is {kind!r:.80}; arguments come by name, so the schema must be of an object", param=path
         )
+    check_nesting(parameters, path)
     return Tool(name, None if parameters is None else {"type": "object", **parameters}, description, bool(strict))
 
 
@@ -172,6 +174,7 @@ class TemplateFields(Protocol):
 
 def template_options(body: TemplateFields) -> dict[str, Any]:
     """How to render the messages of `body`, as Generate and Text.render_chat take it."""
+    check_nesting(body.chat_template_kwargs, "chat_template_kwargs")
     going_on = bool(body.continue_final_message)
     if going_on and body.add_generation_prompt:
         raise RequestError(

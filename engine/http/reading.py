@@ -16,7 +16,7 @@ from engine.errors import RequestError
 from engine.grammar import grammar_of
 from engine.messages import Chunk, Grammar, SamplingParams
 from engine.parsers import Parsers, ReplyParser, merged
-from engine.plugin.parsing import CallBegin, Event, Reasoning, ReasoningParser, ToolParser
+from engine.plugin.parsing import CallArguments, CallBegin, Event, Reasoning, ReasoningParser, ToolParser
 from engine.text import Text
 
 NO_NAMES: dict[str, str] = {}
@@ -101,7 +101,8 @@ class Reader:
         self._in_reasoning = marks is not None
         self._reasoned = 0  # tokens so far, if they are reasoning
         self._has_reasoning = False
-        self._called = False
+        self._arguments: list[str] | None = None  # of the last call, piece by piece
+        self._cut = False  # whether a stop string fell into that
 
     def read(self, chunk: Chunk) -> list[Event]:
         """What `chunk` makes certain, and if it is the last one, what was held back."""
@@ -109,10 +110,15 @@ class Reader:
         if chunk.finish is not None:
             events = merged([*events, *self._parser.finish()])
         for event in events:
-            if isinstance(event, CallBegin):
-                self._called = True
-            elif isinstance(event, Reasoning):
-                self._has_reasoning = True
+            match event:
+                case CallBegin():
+                    self._arguments = []
+                case CallArguments(_, text) if self._arguments is not None:
+                    self._arguments.append(text)
+                case Reasoning():
+                    self._has_reasoning = True
+        if isinstance(chunk.matched, str) and self._arguments is not None:
+            self._cut = not _is_json("".join(self._arguments))
         if self._in_reasoning:
             self._count(chunk.ids)
         self.plain = self._parser.plain
@@ -120,7 +126,7 @@ class Reader:
 
     def finish_reason(self, reason: FinishReason) -> FinishReason | Literal["tool_calls"]:
         """Why the reply ended, which is its calls if there are any and nothing cut it off."""
-        return "tool_calls" if self._called and reason == "stop" else reason
+        return "tool_calls" if reason == "stop" and self._arguments is not None and not self._cut else reason
 
     @property
     def reasoning_tokens(self) -> int:
@@ -134,6 +140,14 @@ class Reader:
             self._in_reasoning = False
             ids = ids[: ids.index(end)]
         self._reasoned += len(ids) - ids.count(start)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return False
+    return True
 
 
 def reading_of(

@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from engine.call_grammar import Tool
 from engine.errors import RequestError
+from engine.grammar import check_nesting
 from engine.http.conversation import ToolName, checked, tool_of
 from engine.http.grammars import NamedSchema, ObjectFormat, PlainFormat
 from engine.http.items import InputItem
@@ -29,6 +30,7 @@ from engine.http.stored import (
     ObjectText,
     PlainText,
     Response,
+    ResponseStore,
     SchemaText,
     TextOptions,
     Told,
@@ -215,19 +217,17 @@ async def create(request: web.Request, body: ResponsesBody) -> web.StreamRespons
     reading = reading_of(service.front.text, sampling, messages, {}, wanted, names=CLIENT_NAMES)
     response = Response(described(body, sampling, service.model, wanted), conversation, reading)
     job = Generate(response.id, sampling, messages=messages, priority=body.priority or 0, **reading.job)
+    chunks = _generate(service, job, CLIENT_NAMES | {"grammar": "tools" if reading.tools else "text.format"})
     if body.background:
-        store.run(response, _generate(service, job))
+        store.run(response, chunks)
         return await _follow(request, response) if body.stream else json_response(response.object())
     headers = {"X-Request-Id": response.id}
-    names = {"grammar": "tools" if reading.tools else "text.format"}
-    chunks = _recorded(request, response, job, keep=keep)
-    with in_client_words(names):
-        async with aclosing(chunks):
-            if body.stream:
-                events = ResponseEvents(response)
-                return await send_events(request, chunks, events, headers, failure=events.failure)
-            async for _ in chunks:
-                pass
+    async with aclosing(_recorded(chunks, response, store if keep else None)) as told:
+        if body.stream:
+            events = ResponseEvents(response)
+            return await send_events(request, told, events, headers, failure=events.failure)
+        async for _ in told:
+            pass
     return json_response(response.object(), headers=headers)
 
 
@@ -280,17 +280,23 @@ async def input_items(request: web.Request, query: ItemsQuery) -> web.Response:
     return json_response(ItemList(page, first, last, begin + len(page) < len(items)))
 
 
-def _generate(service: Service, job: Generate) -> AsyncGenerator[Chunk]:
-    return service.metrics.watch(service.front.generate(job), "responses")
+async def _generate(service: Service, job: Generate, names: dict[str, str]) -> AsyncGenerator[Chunk]:
+    """The reply to `job`; errors name fields by `names`."""
+    with in_client_words(names):
+        async with aclosing(service.metrics.watch(service.front.generate(job), "responses")) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
 
-async def _recorded(request: web.Request, response: Response, job: Generate, *, keep: bool) -> AsyncGenerator[Told]:
-    """The reply to `job`, taken down in `response`; stored, if `keep`, before its last chunk is passed on."""
-    async with aclosing(_generate(request.app[SERVICE], job)) as chunks:
+async def _recorded(
+    chunks: AsyncGenerator[Chunk], response: Response, store: ResponseStore | None
+) -> AsyncGenerator[Told]:
+    """`chunks`, taken down in `response`, which is put into `store` before the last one is passed on."""
+    async with aclosing(chunks):
         async for chunk in chunks:
             told = response.add(chunk)
-            if keep and response.ended:
-                request.app[STORE].put(response)
+            if store is not None and response.ended:
+                store.put(response)
             yield told
 
 
@@ -312,6 +318,7 @@ def sampling_of(body: ResponsesBody) -> SamplingParams:
         case ObjectFormat():
             given["json_object"] = True
         case SchemaTextBody() as asked:
+            check_nesting(asked.schema, "text.format.schema")
             given |= {"json_schema": to_json(asked.schema).decode(), "strict_schema": asked.strict is not False}
     if body.text is not None:
         check_served(body.text, "text.")

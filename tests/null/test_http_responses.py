@@ -185,6 +185,25 @@ async def test_a_background_response_that_fails_says_why() -> None:
         assert "5001 tokens" in answer.error.message and "4096" in answer.error.message
 
 
+@pytest.mark.parametrize(
+    ("asked", "param", "says"),
+    [
+        ({"max_output_tokens": 5000}, "max_output_tokens", "max_output_tokens 5000 and a prompt"),
+        ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"not": {}}}}}, "text.format", '"not"'),
+    ],
+)
+async def test_what_the_engine_refuses_is_named_as_the_client_does(asked: dict, param: str, says: str) -> None:
+    async with open_site() as site, client(site) as api:
+        for background in (False, True):
+            body = {"model": "echo", "input": "a", "background": background, **asked}
+            status, answer = await site.post("/v1/responses", body)
+            assert status == (200 if background else 400)
+            while answer.get("status") in ("queued", "in_progress"):
+                await anyio.sleep(0.005)
+                answer = (await api.responses.retrieve(answer["id"])).to_dict()
+            assert answer["error"]["param"] == param and says in answer["error"]["message"]
+
+
 async def test_a_stream_that_fails_ends_with_response_failed() -> None:
     async with open_site(seconds=0.001) as site, client(site) as api:
         stream = await api.responses.create(**GREEDY, input="a", stream=True)

@@ -101,6 +101,20 @@ async def test_blocks(streamed: bool) -> None:
     assert [tool["function"]["name"] for tool in made.asked[0].tools or ()] == ["get_weather", "get_time"]
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_blocks_come_in_the_order_of_the_reply(streamed: bool) -> None:
+    answer = await messaged(thinking(*pieces(f"One.\n{CALL}\nTwo.\n{CALL_TIME}")), streamed, tools=CLAUDE_TOOLS)
+    assert [block.type for block in answer.content] == ["text", "tool_use", "text", "tool_use"]
+    assert [block.text for block in answer.content if block.type == "text"] == ["One.", "Two."]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_use_that_a_stop_sequence_cuts_off_is_not_to_be_run(streamed: bool) -> None:
+    made = front(*pieces(CALL[:60]), finish="stop", matched=",")
+    answer = await messaged(made, streamed, tools=CLAUDE_TOOLS, stop_sequences=[","])
+    assert (answer.stop_reason, answer.stop_sequence) == ("stop_sequence", ",")
+
+
 async def test_the_events_of_blocks() -> None:
     async with serving(thinking(*pieces(ALL))) as url, claude(url) as api:
         stream = await api.messages.create(model="fake", messages=HI, max_tokens=99, tools=CLAUDE_TOOLS, stream=True)

@@ -170,6 +170,16 @@ async def test_a_call_that_is_cut_off_ends_by_length() -> None:
     assert (finish, said(message)) == ("length", [("get_weather", ARGUMENTS[: 60 - CALL.index(ARGUMENTS)])])
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_stop_string_ends_by_calls_only_if_they_are_whole(streamed: bool) -> None:
+    whole = CALL.removesuffix("\n</tool_call>")
+    second = f"{CALL}\n{CALL_TIME[: CALL_TIME.index('}')]}"
+    for text, reason in ((CALL[:60], "stop"), (second, "stop"), (whole, "tool_calls")):
+        made = front(*pieces(text), finish="stop", matched="</tool_call>")
+        _, finish = await talk(made, streamed, tools=TOOLS)
+        assert finish == reason, text
+
+
 async def test_logprobs_go_with_the_first_event_of_a_chunk() -> None:
     from engine.messages import TokenLogprob
 

@@ -130,11 +130,25 @@ def test_a_conversation_without_tools_is_left_alone() -> None:
         ({"tool_calls": "f"}, "has the tool call 'f'"),
         ({"tool_calls": [{"function": {"name": 1}}]}, "has the tool call"),
         ({"tool_calls": [{"function": {"name": "f"}}]}, "a call of 'f' without arguments"),
+        ({"tool_calls": [{"id": [], "function": {"name": "f", "arguments": "{}"}}]}, r"a call of 'f' with the id \[\]"),
+        ({"tool_call_id": {}}, r"has tool_call_id \{\}"),
     ],
 )
 def test_malformed_calls_are_refused(message: dict[str, Any], says: str) -> None:
     with pytest.raises(RequestError, match=says):
         template(OBJECT).render([{"role": "assistant", "content": "", **message}])
+
+
+@pytest.mark.parametrize("source", [CHATML, OBJECT, ALONE])
+@pytest.mark.parametrize("said", ["", "Yes."])
+def test_no_reply_goes_on_from_a_call(source: str, said: str) -> None:
+    with pytest.raises(RequestError, match="append what the tool returned"):
+        template(source).render([PAST[0], {**PAST[1], "content": said}], continue_final_message=True)
+
+
+@pytest.mark.parametrize("source", [CHATML, OBJECT, ALONE])
+def test_a_reply_goes_on_after_calls_and_what_they_returned(source: str) -> None:
+    assert template(source).render(PAST, tools=[TOOL], continue_final_message=True).endswith("<assistant>Done.")
 
 
 # ── how a prompt ends ────────────────────────────────────────────────────────────────────────
