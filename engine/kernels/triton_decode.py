@@ -371,7 +371,8 @@ def prefix_kernel(
         member = tl.load(tiles + tile).to(tl.int32) + i // GROUP
         is_row = member < tl.load(tiles + count + tile).to(tl.int32)
         blocks = tl.load(tiles + 2 * count + tile).to(tl.int32) // POSITIONS
-        first, past = piece * blocks // cut * POSITIONS, (piece + 1) * blocks // cut * POSITIONS
+        # Of fewer blocks than pieces the last ones are empty: never the first, with which a row's sums begin.
+        first, past = tl.cdiv(piece * blocks, cut) * POSITIONS, tl.cdiv((piece + 1) * blocks, cut) * POSITIONS
         row = tl.load(members + member, mask=is_row, other=0)
         any_row = tl.load(members + tl.load(tiles + tile))
         line = page_table + tl.load(slots + any_row) * table_stride

@@ -85,6 +85,26 @@ def test_rows_that_share_prefixes_attend_to_all_of_them() -> None:
             assert (out[tokens[row]] - wanted).abs().max() < 1e-5, row
 
 
+def test_a_prefix_may_have_fewer_blocks_than_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = kernels.Blocks(queries=16, positions=64, warps=4, stages=1)
+    monkeypatch.setattr(decoding, "prefix_blocks", lambda shape, dtype: cut)
+    torch.manual_seed(0)
+    table = torch.randperm(300).to(torch.int32).view(3, 100)
+    table[:, :32] = table[0, :32]
+    query, cache, order = torch.randn(3, 6, 16), torch.randn(300, 2, 4, 2, 16), torch.arange(3)
+    prefix, teams = Prefix(np.arange(3), 128), 8
+    counts, tiles, members, firsts = decoding.list_shared((prefix,), 3, SHAPE, teams)
+    assert counts.tolist() == [1, decoding.PREFIX_PIECES]
+    numbers = torch.from_numpy(np.concatenate((counts, tiles, members, firsts)))
+    shared = decoding.SharedRows.of(numbers, 3, SHAPE)
+    positions = torch.tensor([128, 140, 399])
+    out = torch.full_like(query, torch.nan)
+    rows = decoding.plan_decode(order, positions, order, SHAPE, teams, shared=shared)
+    decoding.attend_decode(query, cache, table, out, rows, SHAPE)
+    for row, position in enumerate(positions.tolist()):
+        assert (out[row] - definition(query[row], cache, table[row], position)).abs().max() < 1e-5
+
+
 def test_blocks_cover_the_rows_of_several_tokens_and_the_longest_contexts_come_first() -> None:
     starts, lengths = np.array([5, 0, 64, 7]), np.array([9, 1, 4, 8])
     rows, blocks = kernels.list_extend_blocks(starts, lengths, 4)

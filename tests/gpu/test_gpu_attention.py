@@ -203,7 +203,8 @@ def test_a_cache_in_fp8(name: str, rows: int) -> None:
 @pytest.mark.parametrize("kv_dtype", [None, FP8], ids=["bfloat16", "fp8"])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_rows_that_share_prefixes_attend_to_all_of_them(name: str, kv_dtype: torch.dtype | None) -> None:
-    """A captured step: prefixes of many rows and of two, rows without one; then a step in which none is shared."""
+    """A captured step: prefixes of many rows and of two, rows without one; then a step in which none is shared, and one
+    of a prefix of fewer blocks than pieces."""
     rows = 60
     bench = Bench(name, rows, 1200, kv_dtype=kv_dtype)
     bench.table[3:45, :40] = bench.table[3, :40]
@@ -221,7 +222,7 @@ def test_rows_that_share_prefixes_attend_to_all_of_them(name: str, kv_dtype: tor
         out = bench.forward(bench.static(inputs), plan)
     prefixes = (Prefix(np.arange(3, 45), 640), Prefix(np.arange(50, 52), 1024))
     generator = np.random.default_rng(rows)
-    for found in (prefixes, (), prefixes[:1]):
+    for found in (prefixes, (), prefixes[:1], (Prefix(np.arange(3, 45), 160),)):
         starts = generator.integers(1024, 1199, rows)
         inputs[1] = torch.from_numpy(starts).to(DEVICE)
         out.fill_(torch.nan)
