@@ -4,21 +4,34 @@
                                 [--option NAME=VALUE ...] [--compiling SECONDS]
 
 Offline, greedy, past the end token, so that both have as many tokens; medians, with the spread. `--compiling` instead
-streams one free reply after the other while a grammar is compiled that takes longer than that (a regular expression in
-XGrammar's hands, which must be installed), and tells the time between two tokens with and without it.
+streams one free reply after the other, alone and while a grammar is compiled that never ends (an engine of the tests',
+in the real compiler's place), and tells the time between two tokens.
 """
 
 import argparse
 import json
 import random
+import socket
 import statistics
+import subprocess
+import sys
 import time
+from contextlib import aclosing, suppress
+from pathlib import Path
 from typing import Any
 
 import anyio
 import workloads  # type: ignore[import-not-found]
 
-from engine import AsyncEngine, RequestError, SamplingParams
+from engine import AsyncEngine, Config, RequestError, SamplingParams
+from engine.actor import Actor
+from engine.actors.compiler import CompilerActor
+from engine.channel import Outbox
+from engine.config import resolve
+from engine.core import core_actors
+from engine.front import Front
+from engine.launch import open_front
+from engine.messages import FromFront, Generate, ToFront
 
 SCHEMAS = {"hard": workloads.JSON_SCHEMA, "easy": workloads.EASY_SCHEMA}
 WORDS = ("one", "two", "three", "list", "of", "things", "with", "names", "and", "kinds", "for", "the", "test", "speed")
@@ -60,55 +73,70 @@ def cell(rates: list[float]) -> str:
     return f"{middle:.1f} ({(max(rates) - min(rates)) / middle:.0%})"
 
 
-async def gaps(engine: AsyncEngine, seconds: float) -> list[float]:
+async def gaps(front: Front, seconds: float) -> list[float]:
     """Seconds between two tokens of one reply after the other, for about as long."""
     found: list[float] = []
     began = time.perf_counter()
+    params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
     while time.perf_counter() - began < seconds:
-        params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
         last = None
-        async for _ in engine.stream(prompts(1, len(found))[0], params):
-            now = time.perf_counter()
-            if last is not None:
-                found.append(now - last)
-            last = now
+        async with aclosing(front.generate(Generate("free", params, text=prompts(1, len(found))[0]))) as stream:
+            async for _ in stream:
+                now = time.perf_counter()
+                if last is not None:
+                    found.append(now - last)
+                last = now
     return found
 
 
-async def disturb(engine: AsyncEngine, seconds: float) -> None:
-    await gaps(engine, 2.0)
-    quiet = await gaps(engine, seconds)
-    ended: list[str] = []
+def endless() -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
+    """A compiler of the tests', of whose regular expressions `spin` never ends."""
+    ours, theirs = socket.socketpair()
+    script = Path(__file__).parents[1] / "tests" / "null" / "slow_compiler.py"
+    with theirs:
+        command = [sys.executable, str(script), str(theirs.fileno())]
+        return ours, subprocess.Popen(command, pass_fds=[theirs.fileno()])
 
-    async def slow() -> None:
-        try:
-            await engine.generate("a", SamplingParams(max_tokens=1, regex="([a-z]{1,400} ){1,400}[0-9]{1,4000}"))
-            ended.append("it was compiled")
-        except RequestError as error:
-            ended.append(str(error))
 
-    async with anyio.create_task_group() as group:
-        group.start_soon(slow)
-        await anyio.sleep(3.0)  # the compiler starts, and reads its vocabulary
-        busy = await gaps(engine, seconds)
-        print("the compilation went on all the while" if not ended else f"it ended too early: {ended[0]}")
-        group.cancel_scope.cancel()
-    for name, times in (("alone", quiet), ("while a grammar is compiled", busy)):
-        ordered = sorted(1e3 * each for each in times)
+async def disturb(config: Config, seconds: float) -> None:
+    def core(config: Config, front: Outbox[ToFront]) -> tuple[list[Actor], Outbox[FromFront]]:
+        actors, to_scheduler = core_actors(config, front)
+        for actor in actors:
+            if isinstance(actor, CompilerActor):
+                actor._start = endless
+        return actors, to_scheduler
+
+    async with open_front(config, core) as front:
+        await front.ready()
+        await gaps(front, 2.0)
+        times: dict[str, list[float]] = {"alone": [], "while a grammar is compiled": []}
+        for _ in range(3):  # in turns, as the machine may be busy with other things
+            times["alone"] += await gaps(front, seconds / 3)
+            async with anyio.create_task_group() as group:
+
+                async def slow() -> None:
+                    params = SamplingParams(max_tokens=1, regex="spin")
+                    with suppress(RequestError):  # it is ended at its deadline
+                        async for _ in front.generate(Generate("slow", params, text="a")):
+                            raise AssertionError("it is never compiled")
+
+                group.start_soon(slow)
+                await anyio.sleep(1.0)
+                times["while a grammar is compiled"] += await gaps(front, seconds / 3)
+    for name, each in times.items():
+        ordered = sorted(1e3 * gap for gap in each)
         shown = ", ".join(f"p{share} {ordered[len(ordered) * share // 100]:.2f}" for share in (50, 90, 99))
-        print(f"{name}: ms between two tokens: {shown}; {len(times)} tokens")
+        print(f"{name}: ms between two tokens: {shown}; {len(each)} tokens")
 
 
 async def run(given: argparse.Namespace) -> None:
     options: dict[str, Any] = {"model": given.model, "max_model_len": 1024, "log_level": "warning"}
-    if given.compiling:
-        options |= {"plugins": "xgrammar", "grammar_seconds": 10 * given.compiling}
     options |= dict(option.split("=", 1) for option in given.option)
+    if given.compiling:
+        await disturb(resolve({**options, "grammar_seconds": given.compiling / 3 + 2}), given.compiling)
+        return
     async with AsyncEngine(**options) as engine:
-        if given.compiling:
-            await disturb(engine, given.compiling)
-        else:
-            await compare(engine, given)
+        await compare(engine, given)
 
 
 def main() -> None:

@@ -72,8 +72,9 @@ class FreeStrings:
 
     A token of ordinary characters is left out of the few if it can be spelled by others, of one byte each."""
 
-    def __init__(self, vocabulary: Vocabulary, make: MakeTokenizer) -> None:
+    def __init__(self, vocabulary: Vocabulary, make: MakeTokenizer, limits: llguidance.LLParserLimits) -> None:
         tokens = vocabulary.tokens
+        self._limits = limits
         self._tokens = tokens
         self.lengths = [0 if id in vocabulary.special else ordinary_length(token) for id, token in enumerate(tokens)]
         alone = {token[0]: id for id, token in enumerate(tokens) if len(token) == 1 and id not in vocabulary.special}
@@ -95,7 +96,7 @@ class FreeStrings:
         probe = probe_of(source)
         if not probe or ord(probe) not in self._byte_ids:
             return None
-        matcher = llguidance.LLMatcher(self._tokenizer, text, log_level=0)
+        matcher = llguidance.LLMatcher(self._tokenizer, text, log_level=0, limits=self._limits)
         return FreeString(self, matcher, [self._byte_ids[ord(probe)]] * (FEW + 1))
 
     def spelled(self, token: int) -> list[int]:

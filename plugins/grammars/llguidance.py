@@ -18,6 +18,9 @@ from engine.plugin import CompiledGrammar, Grammar, RequestError, Vocabulary
 from engine_plugins.grammars.free_strings import CHARACTER, FreeString, FreeStrings
 from engine_plugins.grammars.lark_tags import quoted, to_lark
 
+# Parser items that one mask may take. An ambiguous grammar (`s: s s | /./`) takes all there may be and more, and all
+# rows of a step wait for its masks: with the library's own bound of 50,000 some 30 ms. 1,000 choices take 1,000.
+MOST_ITEMS = 5000
 # Tokens that lie in one of these classes are let through together, where all that a class holds may come next.
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 30)
 SLICES = [r"[\x20\x0A\x0D\x09]+", *(f"{CHARACTER}{{1,{length}}}" for length in LENGTHS), f"{CHARACTER}+"]
@@ -29,6 +32,7 @@ NARROWER = {
     "date-time": "^[^:]*:[^:]*:[0-5]",
     "email": "^[^@]{1,64}@",
 }
+COUNTED = frozenset({"Length", "Items", "Properties"})
 VALUES = frozenset({"enum", "const", "default", "examples"})  # no schemas
 # Between the tokens of JSON: a space, or a new line and its indentation.
 ASCII = "dws"  # what \d, \w and \s mean in a regular expression is ASCII's, as it is to other engines
@@ -85,12 +89,13 @@ class LLGuidance:
         self._options: dict[str, Any] = {"lenient": False, "coerce_one_of": False, "whitespace_flexible": whitespace}
         if whitespace:
             self._options["whitespace_pattern"] = SOME_WHITESPACE
+        self._limits = llguidance.LLParserLimits(step_max_items=MOST_ITEMS)
         self._special = {vocabulary.tokens[id].decode(errors="replace"): id for id in vocabulary.special}
-        self._strings = FreeStrings(vocabulary, tokenizer_of)
+        self._strings = FreeStrings(vocabulary, tokenizer_of, self._limits)
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         text = self._text(grammar)
-        full = llguidance.LLMatcher(self._tokenizer, text, log_level=0)
+        full = llguidance.LLMatcher(self._tokenizer, text, log_level=0, limits=self._limits)
         if full.is_error():
             raise refusal(grammar, full.get_error())
         return LLGrammar(full, self._strings.prepare(text, grammar.source) if grammar.kind == "json_schema" else None)
@@ -123,7 +128,7 @@ class LLGuidance:
         """A schema in Lark."""
         if isinstance(schema, bool):
             schema = {} if schema else {"not": {}}
-        return f"%json {json.dumps({**known_formats(schema), 'x-guidance': self._options})}"
+        return f"%json {json.dumps({**readable(schema), 'x-guidance': self._options})}"
 
     def accept(self, matchers: Sequence[LLMatcher], tokens: Sequence[int]) -> list[bool]:
         for matcher, token in zip(matchers, tokens, strict=True):
@@ -181,15 +186,15 @@ def tokenizer_of(vocabulary: Vocabulary, tokens: Sequence[bytes], slices: list[s
     return llguidance.LLTokenizer(wrapper, n_vocab=len(tokens), eos_token=list(vocabulary.eos_ids), slices=slices)
 
 
-def known_formats(value: Any) -> Any:
-    """A schema without the formats that nobody here knows, which JSON Schema takes for remarks, and with others made as
-    narrow as they are meant."""
+def readable(value: Any) -> Any:
+    """A schema without the formats that nobody here knows, which JSON Schema takes for remarks, with others made as
+    narrow as they are meant, and with whole numbers for counts."""
     if isinstance(value, list):
-        return [known_formats(each) for each in value]
+        return [readable(each) for each in value]
     if not isinstance(value, dict):
         return value
     known = {
-        name: each if name in VALUES else known_formats(each)
+        name: each if name in VALUES else int(each) if whole(name, each) else readable(each)
         for name, each in value.items()
         if not (name == "format" and isinstance(each, str) and each not in FORMATS)
     }
@@ -197,6 +202,11 @@ def known_formats(value: Any) -> Any:
     if isinstance(format, str) and format in NARROWER and "pattern" not in known:
         known["pattern"] = NARROWER[format]
     return known
+
+
+def whole(name: str, value: Any) -> bool:
+    """Whether `value` is a count that is written as 2.0."""
+    return name.startswith(("min", "max")) and name[3:] in COUNTED and isinstance(value, float) and value.is_integer()
 
 
 def refusal(grammar: Grammar, said: str, code: str = "invalid_grammar") -> RequestError:

@@ -2,9 +2,11 @@
 
 import importlib.util
 
+import numpy as np
 import pytest
 
-from engine.messages import GrammarKind
+from engine.messages import Grammar, GrammarKind
+from engine.plugin.grammar_checks import vocabulary
 from engine.plugin.manager import Plugins, resolve
 from engine.plugin.specs import GrammarEntry
 from engine.plugin.testing import (
@@ -51,3 +53,20 @@ def test_what_is_invalid_is_refused(entry: GrammarEntry, kind: GrammarKind, sour
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_whitespace_is_bounded(entry: GrammarEntry) -> None:
     check_whitespace(resolve(entry.target))
+
+
+def test_an_ambiguous_grammar_is_given_up_before_it_holds_up_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the reason, where it is first seen: in the compiler, or in the row that comes to it. Here the vocabulary is
+    small, and so the bound."""
+    module = pytest.importorskip("engine_plugins.grammars.llguidance")
+    monkeypatch.setattr(module, "MOST_ITEMS", 100)
+    words = vocabulary()
+    made = resolve(Plugins.load().grammars["llguidance"].target)(words, threads=1, whitespace=True)
+    masks = np.zeros((1, -(-len(words.tokens) // 32)), np.int32)
+    matcher = made.compile(Grammar("lark", "start: s\ns: s s | s s s | /[a-z ]/ | /[ -~]/")).matcher()
+    for _ in range(40):
+        made.fill([matcher], masks, [0])
+        if matcher.error:
+            break
+        assert made.accept([matcher], [ord("a")]) == [True]
+    assert "items" in matcher.error

@@ -9,7 +9,7 @@ from textwrap import dedent
 import pytest
 
 from engine.errors import ConfigError, PluginError
-from engine.plugin import hub
+from engine.plugin import hub, manager
 from engine.plugin.manager import HOOKS, Plugins, resolve
 
 Distribute = Callable[..., None]
@@ -440,3 +440,20 @@ plugins.model_for(["LlamaForCausalLM"]), plugins.attention_for("cpu"), plugins.p
 sys.exit("torch" in sys.modules)
 """
     subprocess.run([sys.executable, "-c", program], timeout=60, check=True)
+
+
+def test_grammar_engines_are_asked_in_order_and_a_named_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"llguidance", "xgrammar"}
+
+    def version(package: str) -> str:
+        if package not in installed:
+            raise manager.PackageNotFoundError(package)
+        return "1"
+
+    monkeypatch.setattr(manager, "version", version)
+    assert [entry.name for entry in Plugins.load().grammar_engines()] == ["llguidance", "xgrammar"]
+    assert [entry.name for entry in Plugins.load(("xgrammar",)).grammar_engines()] == ["xgrammar"]
+    installed.remove("xgrammar")
+    assert [entry.name for entry in Plugins.load().grammar_engines()] == ["llguidance"]
+    with pytest.raises(PluginError, match="not installed; pip install xgrammar"):
+        Plugins.load(("xgrammar",)).grammar_engines()
