@@ -60,6 +60,17 @@ PEERS: dict[str, dict[str, tuple[float, float]]] = {
         "shared cold": (4.34, 4.77),
         "shared warm": (4.09, 3.87),
     },
+    "dsv2-lite": {
+        "throughput": (12450, 7770),
+        "latency": (3.38, 3.47),
+        "ttft": (21.8, 64.8),
+        "step 8": (4.06, 6.87),
+        "step 32": (4.66, 9.85),
+        "step 64": (4.90, 10.4),
+        "step 128": (5.79, 14.2),
+        "step 256": (8.00, 16.2),
+        "prefill": (1.48, 1.92),
+    },
 }
 
 
@@ -73,26 +84,60 @@ class Shape(Struct, frozen=True):
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int | None = None
+    # of latent attention
+    kv_lora_rank: int = 0
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
+    # of mixtures of experts
+    n_routed_experts: int = 0
+    num_experts_per_tok: int = 0
+    n_shared_experts: int = 0
+    moe_intermediate_size: int = 0
+    first_k_dense_replace: int = 0
 
     @property
     def dim(self) -> int:
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
-    def layer_weights(self) -> int:
-        heads = self.num_attention_heads + self.num_key_value_heads
-        return self.num_hidden_layers * self.hidden_size * (2 * heads * self.dim + 3 * self.intermediate_size)
+    def attention_weights(self) -> int:
+        """Of a layer."""
+        size, heads = self.hidden_size, self.num_attention_heads
+        if not self.kv_lora_rank:
+            return size * 2 * (heads + self.num_key_value_heads) * self.dim
+        queries = heads * (self.qk_nope_head_dim + self.qk_rope_head_dim)
+        query = queries * size if self.q_lora_rank is None else self.q_lora_rank * (size + queries)
+        up = heads * (self.qk_nope_head_dim + self.v_head_dim) * self.kv_lora_rank
+        return query + size * (self.kv_lora_rank + self.qk_rope_head_dim) + up + heads * self.v_head_dim * size
+
+    def layer_weights(self, experts: float) -> float:
+        """Of all layers, with so many of the experts that a router chooses from."""
+        mixtures = self.num_hidden_layers - self.first_k_dense_replace if self.n_routed_experts else 0
+        inner: float = (self.num_hidden_layers - mixtures) * self.intermediate_size
+        inner += mixtures * self.moe_intermediate_size * (experts + self.n_shared_experts)
+        return self.num_hidden_layers * self.attention_weights + 3 * self.hidden_size * inner
 
     def prompt_seconds(self, computed: int, pairs: int) -> float:
         """`computed` tokens, in which `pairs` queries meet keys."""
-        attention = 4 * pairs * self.num_attention_heads * self.dim * self.num_hidden_layers
-        return (2 * self.layer_weights * computed + attention) / RATE
+        dims = 2 * self.dim
+        if self.kv_lora_rank:
+            dims = self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim
+        attention = 2 * pairs * self.num_attention_heads * dims * self.num_hidden_layers
+        return (2 * self.layer_weights(self.num_experts_per_tok) * computed + attention) / RATE
 
-    def step_seconds(self, context: int) -> float:
-        """A decode step whose rows see `context` positions in all."""
-        weights = 2 * (self.layer_weights + self.vocab_size * self.hidden_size)
-        cached = 4 * self.num_hidden_layers * self.num_key_value_heads * self.dim * context
-        return (weights + cached) / BANDWIDTH
+    def step_seconds(self, context: int, rows: int) -> float:
+        """A decode step whose rows see `context` positions in all, if tokens choose experts evenly."""
+        experts = 0.0
+        if self.n_routed_experts:
+            missed = (1 - self.num_experts_per_tok / self.n_routed_experts) ** rows
+            experts = self.n_routed_experts * (1 - missed)
+        weights = self.layer_weights(experts) + self.vocab_size * self.hidden_size
+        cached = self.kv_lora_rank + self.qk_rope_head_dim
+        if not self.kv_lora_rank:
+            cached = 2 * self.num_key_value_heads * self.dim
+        return 2 * (weights + self.num_hidden_layers * cached * context) / BANDWIDTH
 
     def floor(self, work: workloads.Work, shared: int = 0) -> float:
         """Seconds for all of `work` at once, of whose prompts' tokens `shared` are in the cache."""
@@ -100,7 +145,8 @@ class Shape(Struct, frozen=True):
         pairs = sum(len(ids) ** 2 // 2 for ids, _ in work)
         seconds = self.prompt_seconds(tokens - shared, int(pairs * (tokens - shared) / tokens))
         for step in range(1, max(count for _, count in work)):
-            seconds += self.step_seconds(sum(len(ids) + step for ids, count in work if count > step))
+            running = [len(ids) + step for ids, count in work if count > step]
+            seconds += self.step_seconds(sum(running), len(running))
         return seconds
 
 
@@ -204,7 +250,7 @@ class Bench:
         floor = self.shape.floor(long) - self.shape.floor(short)
         return [
             self.row("latency", "ms", each[1:], 1e3 * floor / 255),
-            self.row("ttft", "ms", first[1:], 1e3 * self.shape.step_seconds(128)),
+            self.row("ttft", "ms", first[1:], 1e3 * self.shape.step_seconds(128, 128)),
         ]
 
     async def steps(self) -> list[Row]:
@@ -248,6 +294,7 @@ ROWS: dict[str, Callable[[Bench], Any]] = {
 USUAL = {
     "qwen3-0.6b": ("latency", "steps", "nano", "constrained"),
     "llama3.1-8b": ("latency", "steps", "throughput", "prefill", "shared"),
+    "dsv2-lite": ("latency", "steps", "throughput", "prefill"),
 }
 
 
@@ -286,8 +333,9 @@ async def _run(
             await bench.seconds(workloads.warm_up(bench.vocab), temperature)
         rows: list[Row] = []
         for name in names:
-            rows += await ROWS[name](bench)
-            print(table(rows).splitlines()[-1], flush=True)
+            made = await ROWS[name](bench)
+            rows += made
+            print(*table(made).splitlines()[1:], sep="\n", flush=True)
     return rows, start
 
 

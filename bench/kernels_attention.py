@@ -8,9 +8,9 @@ TFLOP/s. `--sweep` times the Triton kernels with other cuts than their own.
 """
 
 import argparse
-import dataclasses
 import statistics
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -21,14 +21,26 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.kernels import triton_attention as kernels
-from engine.layers.attention import AttentionShape, PagedAttention
+from engine.kernels import triton_decode as decoding
+from engine.layers.attention import AttentionShape, PagedAttention, Prefix
 from engine.layers.batch import Batch
 from engine.plugin.manager import Plugins, resolve
 from engine.worker.batch import build_batch
 
 DEVICE = torch.device("cuda")
 HEADS = {"llama3.1-8b": (32, 8), "qwen3-0.6b": (16, 8)}
-DECODES = ((1, 128), (1, 1024), (1, 4096), (8, 1024), (8, 4096), (32, 2048), (64, 1024), (64, 4096), (256, 1024))
+DECODES = (
+    (1, 192),
+    (1, 1024),
+    (1, 4096),
+    (8, 1024),
+    (8, 4096),
+    (32, 2048),
+    (64, 1024),
+    (64, 4096),
+    (256, 192),
+    (256, 1024),
+)
 PROMPTS = ((1, 128), (1, 1024), (16, 1024), (4, 4096))
 DIM = 128
 
@@ -122,6 +134,7 @@ def bench_decode(backends: list[str]) -> None:
     print("\ndecode, GB/s (us) of keys and values; the floor in us, at 4300 GB/s")
     cases = [(model, 16, torch.bfloat16, work) for model, work in product(HEADS, DECODES)]
     cases += [("llama3.1-8b", 1, torch.bfloat16, (64, 4096)), ("llama3.1-8b", 16, torch.float8_e4m3fn, (64, 4096))]
+    cases += [("llama3.1-8b", 16, torch.float8_e4m3fn, (256, 1024))]
     for model, page_size, dtype, (rows, length) in cases:
         setting = Setting(HEADS[model], rows, length, page_size, dtype)
         kind = "fp8" if dtype.itemsize == 1 else "bf16"
@@ -165,31 +178,60 @@ def tried(run: Callable[..., float], *arguments: Any) -> float:
 
 
 def sweep_decode() -> None:
-    cuts = ((64, 4, 4), (64, 4, 3), (64, 8, 4), (128, 4, 2), (128, 8, 3), (32, 4, 6))
-    works = ((1, 4096), (8, 1024), (8, 4096), (32, 2048), (64, 1024), (256, 1024))
-    settings = [Setting(HEADS["llama3.1-8b"], rows, length, 16, torch.bfloat16) for rows, length in works]
+    cuts = ((64, 4, 3, 3), (128, 4, 2, 2))
+    works = (
+        (1, 192),
+        (1, 1024),
+        (1, 4096),
+        (8, 192),
+        (8, 1024),
+        (32, 192),
+        (32, 2048),
+        (64, 1024),
+        (256, 192),
+        (256, 1024),
+    )
     processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
-    print("\nTriton decode, GB/s; positions, warps, stages, programs an SM", *works)
-    for (positions, warps, stages), each in product(cuts, (1, 2, 3)):
-        blocks = kernels.Blocks(queries=16, positions=positions, warps=warps, stages=stages)
-        rates = [s.bytes / tried(cut_decode, s, blocks, each * processors) / 1e3 for s in settings]
-        print(f"{positions:>4} {warps:>2} {stages:>2} {each:>2}:", *(f"{rate:8.0f}" for rate in rates), flush=True)
-    print("\nTriton decode, GB/s; pieces of a row", *works)
-    blocks = kernels.Blocks(queries=16, positions=64, warps=4, stages=4)
-    for pieces in (1, 2, 4, 8, 16, 32):
-        rates = [s.bytes / cut_decode(s, blocks, 2 * processors, pieces) / 1e3 for s in settings]
-        print(f"{pieces:>2}:", *(f"{rate:8.0f}" for rate in rates), flush=True)
+    for model in HEADS:
+        settings = [Setting(HEADS[model], rows, length, 16, torch.bfloat16) for rows, length in works]
+        print(f"\nTriton decode, {model}, us; positions, warps, stages, programs an SM", *works)
+        for positions, warps, stages, each in cuts:
+            blocks = kernels.Blocks(queries=16, positions=positions, warps=warps, stages=stages)
+            teams = each * processors // HEADS[model][1]
+            times = [tried(cut_decode, s, blocks, teams) for s in settings]
+            print(f"{positions:>4} {warps:>2} {stages:>2} {each:>2}:", *(f"{took:8.1f}" for took in times), flush=True)
 
 
-def cut_decode(setting: Setting, blocks: kernels.Blocks, programs: int, pieces: int | None = None) -> float:
+def cut_decode(setting: Setting, blocks: kernels.Blocks, teams: int) -> float:
     batch, query, shape = setting.decode_batch(), setting.query(setting.rows), paged_shape(setting)
-    rows = kernels.plan_decode(batch.slots, batch.row_starts, batch.row_offsets[:-1], shape, programs)
-    if pieces is not None:  # the scratch is for rows.most
-        rows = dataclasses.replace(rows, pieces=min(pieces, rows.most), programs=programs)
+    rows = decoding.plan_decode(batch.slots, batch.row_starts, batch.row_offsets[:-1], shape, teams)
     out = torch.empty_like(query)
     return microseconds(
-        lambda cache: kernels.attend_decode(query, cache, setting.table, out, rows, shape, blocks), setting.caches
+        lambda cache: decoding.attend_decode(query, cache, setting.table, out, rows, shape, blocks), setting.caches
     )
+
+
+def bench_shared() -> None:
+    """As in the workload `shared_prefix`: 8 prefixes of 2,048 positions, 32 rows each, and 192 of each row's own."""
+    print("\nshared prefixes, us a layer: each row by itself, prefixes once")
+    for model in HEADS:
+        setting = Setting(HEADS[model], 256, 2240, 16, torch.bfloat16)
+        for first in range(0, 256, 32):
+            setting.table[first : first + 32, :128] = setting.table[first, :128]
+        batch, query, shape = setting.decode_batch(), setting.query(256), paged_shape(setting)
+        teams = decoding.decode_teams(shape, DEVICE, 256)
+        numbers = torch.zeros(decoding.SharedRows.size(256), dtype=torch.int64)
+        prefixes = [Prefix(np.arange(first, first + 32), 2048) for first in range(0, 256, 32)]
+        listed = decoding.list_shared(prefixes, 256, shape, teams)
+        for part, values in zip(numbers.split([2, 768, 256, 256]), listed, strict=True):
+            part[: len(values)] = torch.from_numpy(values)
+        shared = decoding.SharedRows.of(numbers.to(DEVICE), 256, shape)
+        tokens, out, times = batch.row_offsets[:-1], torch.empty_like(query), []
+        for each in (None, shared):
+            rows = decoding.plan_decode(batch.slots, batch.row_starts, tokens, shape, teams, shared=each)
+            attend = partial(decoding.attend_decode, query, page_table=setting.table, out=out, rows=rows, shape=shape)
+            times.append(microseconds(attend, setting.caches))
+        print(f"{model:12} {times[0]:8.1f} {times[1]:8.1f}", flush=True)
 
 
 def sweep_prompts() -> None:
@@ -234,6 +276,7 @@ def main() -> None:
     given = parser.parse_args()
     bench_decode(given.backends.split(","))
     bench_prompts(given.backends.split(","))
+    bench_shared()
     if given.sweep:
         sweep_decode()
         sweep_prompts()

@@ -16,7 +16,15 @@ from engine.messages import Chunk, SamplingParams
 
 
 class _Delta(Struct):
+    """What the model thinks is shown as it comes, like what it says; servers have two names for it."""
+
     content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+    @property
+    def text(self) -> str:
+        return (self.reasoning_content or self.reasoning or "") + (self.content or "")
 
 
 class _Choice(Struct):
@@ -139,7 +147,7 @@ class Client:
                 raise WorkerError(error_message(event.error))
             usage = event.usage or usage
             for choice in event.choices:
-                text = (choice.delta.content if choice.delta else choice.text) or ""
+                text = choice.delta.text if choice.delta else choice.text or ""
                 finish = choice.finish_reason or finish
                 if text:
                     yield Chunk("", text, [])

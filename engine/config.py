@@ -147,6 +147,20 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
         bool,
         Meta(description="take chat_template from requests: a program, which can keep the server busy for long"),
     ] = False
+    profile_dir: Annotated[
+        Annotated[str, Meta(min_length=1)] | None,
+        Meta(description="directory that /start_profile may write traces to; default: it is refused"),
+    ] = None
+    tool_parser: Annotated[
+        str,
+        Meta(
+            description="how calls of tools are read from replies: a parser's name, or none; auto goes by the chat "
+            "template and the architecture"
+        ),
+    ] = "auto"
+    reasoning_parser: Annotated[
+        str, Meta(description="how reasoning is told from the reply: a parser's name, none, or auto")
+    ] = "auto"
     drain_seconds: Annotated[float, Meta(ge=0, description="seconds that SIGTERM leaves running requests to end")] = (
         30.0
     )

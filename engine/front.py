@@ -24,6 +24,9 @@ from engine.messages import (
     Abort,
     Chunk,
     Chunks,
+    CountAction,
+    CountExperts,
+    ExpertCounts,
     Failed,
     Fatal,
     Flush,
@@ -33,6 +36,8 @@ from engine.messages import (
     Job,
     Pause,
     Paused,
+    Profile,
+    Profiled,
     Stats,
     ToHttp,
     ToTokenizer,
@@ -125,6 +130,7 @@ class Front:
         self.info: WorkerReady | None = None
         self.stats = Stats("starting")
         self.on_stats: list[Callable[[Stats], None]] = []
+        self.experts: ExpertCounts | None = None  # as last asked for, once they are counted
         self.draining = False
         self.failure: str | None = None
         self._inbox = inbox
@@ -154,7 +160,7 @@ class Front:
                     self.stats = message
                     for listener in self.on_stats:
                         listener(message)
-                case Flushed() | Paused():
+                case Flushed() | Paused() | Profiled() | ExpertCounts():
                     answer = self._asked.get(message.number)  # who asked may have left
                     if answer is not None and not answer.done():
                         answer.set_result(message)
@@ -251,7 +257,19 @@ class Front:
         With `retract`, what runs goes back to the queue and holds no page meanwhile."""
         await self._ask(Pause(next(self._numbers), paused, retract))
 
-    async def _ask(self, question: Flush | Pause) -> Any:
+    async def profile(self, folder: str, steps: int) -> Profiled:
+        """Trace the next `steps` steps into a new file in `folder`; with neither, end the trace that runs."""
+        profiled: Profiled = await self._ask(Profile(next(self._numbers), folder, steps))
+        return profiled
+
+    async def count_experts(self, action: CountAction) -> ExpertCounts:
+        """Count from nothing on how often each expert is chosen, end that, or look at the counts."""
+        counts: ExpertCounts = await self._ask(CountExperts(next(self._numbers), action))
+        if not counts.cause:
+            self.experts = counts
+        return counts
+
+    async def _ask(self, question: Flush | Pause | Profile | CountExperts) -> Any:
         """The scheduler's answer. Raises WorkerError when there will be none."""
         if self.failure:
             raise WorkerError(self.failure)

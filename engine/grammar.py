@@ -5,6 +5,7 @@ Whether a grammar compiles is found out where it is compiled. Left out: what onl
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import msgspec
 
@@ -13,6 +14,7 @@ from engine.messages import Grammar, GrammarKind, SamplingParams
 
 MAX_GRAMMAR = 1 << 19  # characters
 MAX_CHOICES = 1024
+MAX_NESTING = 200  # JSON that nests deeper cannot be walked everywhere: Python bounds recursion
 FIELDS: tuple[GrammarKind, ...] = (
     "json_object",
     "json_schema",
@@ -75,10 +77,22 @@ def check_grammar(grammar: Grammar, name: str) -> None:
         value = msgspec.json.decode(source)
     except (msgspec.DecodeError, RecursionError) as error:
         raise RequestError(f"{name} is no JSON: {error}; correct it", param=name) from None
+    check_nesting(value, name)
     if grammar.kind == "json_schema" and not isinstance(value, dict | bool):
         raise RequestError(f"{name} is {source[:80]}; a JSON schema is an object, true or false", param=name)
     if grammar.kind == "structural_tag" and not isinstance(value, dict):
         raise RequestError(f"{name} is {source[:80]}; a structural tag is an object", param=name)
+
+
+def check_nesting(value: Any, name: str) -> None:
+    """Raise RequestError when JSON that the client calls `name` nests too deeply."""
+    level = [value]
+    for _ in range(MAX_NESTING):
+        lists = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = [inner for each in lists for inner in each]
+        if not level:
+            return
+    raise RequestError(f"{name} nests deeper than {MAX_NESTING} levels; flatten it", param=name)
 
 
 def _check_unicode(text: str, name: str) -> None:

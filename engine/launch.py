@@ -24,8 +24,11 @@ from engine.front import Front
 from engine.logs import set_up_logging
 from engine.messages import Failed, FromFront, ToDetokenizer, ToFront, ToHttp, Tokens, WorkerReady
 from engine.model_text import read_text
+from engine.parsers import check_parsers, choose_parsers
 from engine.plugin.manager import Plugins
-from engine.text import Text, read_template
+from engine.plugin.specs import Checkpoint
+from engine.template import read_template
+from engine.text import Text
 
 log = logging.getLogger("engine")
 
@@ -64,6 +67,14 @@ def linked_core(config: Config, front: Outbox[ToFront]) -> tuple[list[Actor], Ou
     return [link], link
 
 
+def _text(plugins: Plugins, checkpoint: Checkpoint, config: Config, template: str | None) -> Text:
+    """The model's text, with the parsers that go with it; `template` takes the place of its own."""
+    spec = read_text(checkpoint, config)
+    architectures = checkpoint.config().get("architectures") or ()
+    parsers = choose_parsers(plugins, config.server, architectures, template or spec.chat_template)
+    return Text(spec, template, parsers)
+
+
 @asynccontextmanager
 async def open_front(config: Config, core: Core | None = None) -> AsyncIterator[Front]:
     """A running engine as its clients see it; the device may still be loading (`await front.ready()`).
@@ -73,6 +84,7 @@ async def open_front(config: Config, core: Core | None = None) -> AsyncIterator[
     """
     plugins = Plugins.load(config.model.plugins)
     plugins.policy(config.schedule.policy)
+    check_parsers(plugins, config.server)
     # In a thread that a Ctrl-C may leave behind: the model may be on its way from the hub.
     checkpoint = await anyio.to_thread.run_sync(plugins.open_checkpoint, config.model.model, abandon_on_cancel=True)
     template = read_template(config.model.chat_template)
@@ -87,7 +99,7 @@ async def open_front(config: Config, core: Core | None = None) -> AsyncIterator[
     front = Front(config, name, front_inbox, to_tokenizer, to_scheduler)
     # The device process starts first: it loads for seconds while the tokenizer is read here.
     async with supervise(*actors, front):
-        front.text = text = await anyio.to_thread.run_sync(lambda: Text(read_text(checkpoint, config), template))
+        front.text = text = await anyio.to_thread.run_sync(_text, plugins, checkpoint, config, template)
         tokenizer = TokenizerActor(Admission(text, bool(grammars)), tokenizer_inbox, to_detokenizer, to_scheduler)
         detokenizer = DetokenizerActor(Replies(text), detokenizer_inbox, to_scheduler, to_front)
         async with supervise(tokenizer, detokenizer):

@@ -7,8 +7,8 @@ travel as the bytes of little-endian int32 (`ids`) or float32 arrays: one copy, 
                                 │Admit/Abort        ^      │StopHit
                                 v                   │Tokens v
                              scheduler ─────────────┘<──────┘
-                                │ ^                 ──Stats/Flushed/Paused/Fatal──> http
-                   StepPlan/Reset│ │StepDone, WorkerReady, WorkerLost, …
+                                │ ^                 ──Stats/Flushed/Paused/Profiled/ExpertCounts/Fatal──> http
+   StepPlan/Profile/CountExperts/Reset│ │StepDone, Profiled, ExpertCounts, WorkerReady, WorkerLost, …
                                 v │
                              executor <──frames──> worker
 
@@ -118,6 +118,9 @@ class Generate(Message, frozen=True):
     echo: bool = False
     chat_template: str | None = None  # in the place of the model's own
     grammar: Grammar | None = None
+    tools: list[dict[str, Any]] | None = None  # that the chat template describes, as OpenAI writes them
+    opening: str = ""  # of the reply, put behind the prompt of `messages` and not part of the reply's text
+    show_marks: bool = False  # leave those special tokens in the text that the parsers look for
 
 
 class Embed(Message, frozen=True):
@@ -134,7 +137,7 @@ class Open(Message, frozen=True):
 
     Neither is looked for in the first `min_tokens` tokens. `echo` goes before the reply's text. `prompt` (int32) is
     there where the prompt's log-probabilities are asked for; `prompt_only` says that no token of the reply is. The
-    last three fields are those of SamplingParams.
+    next three fields are those of SamplingParams, and the last that of Generate.
     """
 
     rid: str
@@ -148,6 +151,7 @@ class Open(Message, frozen=True):
     skip_special_tokens: bool = True
     include_stop: bool = False
     detokenize: bool = True
+    show_marks: bool = False
 
 
 class Sampling(Part, frozen=True):
@@ -471,6 +475,51 @@ class Paused(Message, frozen=True):
     paused: bool
 
 
+class Profile(Message, frozen=True):
+    """http → scheduler → executor → worker: trace the steps launched from now on, or end that. Numbered as a Flush.
+
+    With a `folder` a trace begins, which goes into a new file there after `steps` steps; without, it ends now.
+    """
+
+    number: int
+    folder: str = ""
+    steps: int = 0
+
+
+class Profiled(Message, frozen=True):
+    """worker → executor → scheduler → http: the answer to a Profile: where the trace is, or is to be.
+
+    Or its `cause` says why there is none."""
+
+    number: int
+    path: str = ""
+    cause: str = ""
+
+
+CountAction = Literal["start", "stop", "look"]
+
+
+class CountExperts(Message, frozen=True):
+    """http → scheduler → executor → worker: count how often each expert is chosen, from nothing on; end that; or only
+    look. Numbered as a Flush."""
+
+    number: int
+    action: CountAction
+
+
+class ExpertCounts(Message, frozen=True):
+    """worker → executor → scheduler → http: the answer to a CountExperts; or its `cause` says why there is none.
+
+    `counts` (int64 [layers, experts]) are of those layers that have experts, whose numbers `layers` are.
+    """
+
+    number: int
+    counting: bool = False
+    layers: tuple[int, ...] = ()
+    counts: bytes = b""
+    cause: str = ""
+
+
 class Boot(Message, frozen=True):
     """executor → worker: the first frame; the worker loads the model named in `config`."""
 
@@ -524,12 +573,14 @@ class Stats(Message, frozen=True):
 
 Job = Generate | Embed
 ToTokenizer = Job | Abort | WorkerReady
-ToWorker = Boot | StepPlan | LoadGrammar | DropGrammar | Ping
-FromWorker = WorkerReady | StepDone | GrammarLoaded | Pong | Fatal
-FromFront = Admit | Abort | StopHit | Flush | Pause
-FromExecutor = StepDone | GrammarLoaded | WorkerReady | WorkerLost | WorkerSilent | Fatal
+ToTheDevice = Profile | CountExperts  # questions of http's that the worker answers
+FromTheDevice = Profiled | ExpertCounts
+ToWorker = Boot | StepPlan | LoadGrammar | DropGrammar | ToTheDevice | Ping
+FromWorker = WorkerReady | StepDone | GrammarLoaded | FromTheDevice | Pong | Fatal
+FromFront = Admit | Abort | StopHit | Flush | Pause | ToTheDevice
+FromExecutor = StepDone | GrammarLoaded | FromTheDevice | WorkerReady | WorkerLost | WorkerSilent | Fatal
 ToScheduler = FromFront | FromExecutor | Compiled
-ToExecutor = StepPlan | LoadGrammar | DropGrammar | Reset
+ToExecutor = StepPlan | LoadGrammar | DropGrammar | ToTheDevice | Reset
 ToDetokenizer = Open | Tokens | Failed
-ToFront = Tokens | Failed | Stats | Flushed | Paused | WorkerReady | Fatal
-ToHttp = Chunks | Failed | Stats | Flushed | Paused | WorkerReady | Fatal
+ToFront = Tokens | Failed | Stats | Flushed | Paused | FromTheDevice | WorkerReady | Fatal
+ToHttp = Chunks | Failed | Stats | Flushed | Paused | FromTheDevice | WorkerReady | Fatal

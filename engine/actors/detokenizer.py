@@ -71,6 +71,7 @@ class Replies:
             skip_special_tokens=message.skip_special_tokens,
             include_stop=message.include_stop,
             detokenize=message.detokenize,
+            show_marks=message.show_marks,
         )
         self._open[message.rid] = Reply(decoder, message)
 

@@ -25,12 +25,14 @@ from engine.channel import Frames, Outbox
 from engine.config import Config
 from engine.messages import (
     Boot,
+    ExpertCounts,
     Fatal,
     FromExecutor,
     FromWorker,
     GrammarLoaded,
     Ping,
     Pong,
+    Profiled,
     Reset,
     StepDone,
     StepPlan,
@@ -156,7 +158,7 @@ class ExecutorActor:
                 case StepDone():
                     life.busy -= 1
                     await self.scheduler.send(message)
-                case GrammarLoaded():
+                case Profiled() | ExpertCounts() | GrammarLoaded():
                     await self.scheduler.send(message)
                 case WorkerReady():
                     life.ready = True

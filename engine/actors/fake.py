@@ -14,11 +14,15 @@ from anyio.streams.memory import MemoryObjectReceiveStream
 
 from engine.channel import Outbox
 from engine.messages import (
+    CountExperts,
     DropGrammar,
+    ExpertCounts,
     FromExecutor,
     GrammarLoaded,
     LoadGrammar,
     Logprobs,
+    Profile,
+    Profiled,
     Reset,
     SlotAdmit,
     StepDone,
@@ -103,8 +107,11 @@ class FakeExecutor:
         self.inbox = inbox
         self.scheduler = scheduler
         self.seconds = seconds
+        self.restarted: anyio.Event | None = None  # a restart lasts until then
         self.device = FakeDevice()
         self.lost = False
+        self.steps = self.since = 0
+        self.counting = False
         self.grammars: list[int] = []  # that were loaded
         self.dropped: list[int] = []
 
@@ -112,17 +119,32 @@ class FakeExecutor:
         await self.scheduler.send(self.ready)
         async for message in self.inbox:
             if isinstance(message, Reset):
+                if self.restarted is not None:
+                    await self.restarted.wait()
                 self.device, self.lost = FakeDevice(), False
                 await self.scheduler.send(self.ready)
+            elif isinstance(message, Profile) and not self.lost:
+                await self.scheduler.send(Profiled(message.number, message.folder))
+            elif isinstance(message, CountExperts) and not self.lost:
+                await self.scheduler.send(self.count(message))
             elif isinstance(message, LoadGrammar):
                 self.grammars.append(message.number)
                 await self.scheduler.send(GrammarLoaded(message.number))
             elif isinstance(message, DropGrammar):
                 self.dropped.append(message.number)
             elif isinstance(message, StepPlan) and not self.lost:
+                self.steps += 1
                 await anyio.sleep(self.seconds)
                 if not self.lost:
                     await self.scheduler.send(self.device.step(message))
+
+    def count(self, message: CountExperts) -> ExpertCounts:
+        """Of layers 1 and 3 with three experts each: how many steps there were since the start, and made-up numbers."""
+        if message.action == "start":
+            self.since = self.steps
+        self.counting = message.action == "start" or (self.counting and message.action != "stop")
+        counts = array("q", [self.steps - self.since, 1, 2, 3, 4, 5])
+        return ExpertCounts(message.number, self.counting, (1, 3), counts.tobytes())
 
     async def lose(self, cause: str) -> None:
         self.lost = True

@@ -20,6 +20,8 @@ from engine.messages import (
     Admit,
     Compile,
     Compiled,
+    CountExperts,
+    ExpertCounts,
     Failed,
     Fatal,
     Finish,
@@ -28,6 +30,8 @@ from engine.messages import (
     GrammarLoaded,
     Pause,
     Paused,
+    Profile,
+    Profiled,
     Reset,
     Stats,
     StepDone,
@@ -48,6 +52,7 @@ log = logging.getLogger("engine.scheduler")
 
 CREDITS = 2
 HEARTBEAT_SECONDS = 1.0
+RUNNING = ("ready", "stalled")  # states of a worker that reads what it is sent
 LOST = "the device worker stopped while this request was running, and is being restarted; send the request again"
 
 
@@ -76,6 +81,7 @@ class SchedulerActor:
         self.in_flight = 0
         self.paused = False
         self._pauses: list[Pause] = []  # not answered yet
+        self._asked: dict[int, type[Profiled | ExpertCounts]] = {}  # by its number, what the worker is still to answer
         self.step_seconds = array("f")
         self.compile_seconds = array("f")
         self.idle_seconds = 0.0
@@ -92,7 +98,7 @@ class SchedulerActor:
 
     async def _fill_credits(self) -> None:
         scheduler = self.scheduler
-        if scheduler is None or self.paused or self.worker not in ("ready", "stalled"):
+        if scheduler is None or self.paused or self.worker not in RUNNING:
             return
         while self.in_flight < CREDITS and (plan := scheduler.plan()) is not None:
             self.in_flight += 1
@@ -121,6 +127,13 @@ class SchedulerActor:
                 self.paused = message.paused
                 self._pauses.append(message)
                 await self._answer_pauses()
+            case Profile():
+                await self._ask_worker(message, Profiled)
+            case CountExperts():
+                await self._ask_worker(message, ExpertCounts)
+            case Profiled() | ExpertCounts():
+                del self._asked[message.number]
+                await self.front.send(message)
             case WorkerReady():
                 await self._ready(message)
             case WorkerLost():
@@ -163,6 +176,14 @@ class SchedulerActor:
         for pause in pauses:
             await self.front.send(Paused(pause.number, pause.paused))
 
+    async def _ask_worker(self, message: Profile | CountExperts, answer: type[Profiled | ExpertCounts]) -> None:
+        if self.worker not in RUNNING:
+            cause = f"the device worker is {self.worker}, and answers nothing; ask again when /health says ready"
+            await self.front.send(answer(message.number, cause=cause))
+        else:
+            self._asked[message.number] = answer
+            await self.executor.send(message)
+
     async def _admit(self, message: Admit) -> None:
         assert self.scheduler is not None, "the front lets requests in only once the worker is ready"
         try:
@@ -200,7 +221,7 @@ class SchedulerActor:
         assert self.scheduler is not None and self.shelf is not None
         self.compile_seconds.append(message.seconds)
         load, waited, refusal = self.shelf.compiled(message)
-        if load is not None:
+        if load is not None and self.worker in RUNNING:  # one that starts gets all there are once it is ready
             await self.executor.send(load)
         for admit in waited:
             assert refusal is not None
@@ -223,7 +244,8 @@ class SchedulerActor:
     async def _forget_grammars(self) -> None:
         assert self.scheduler is not None and self.shelf is not None
         for drop in self.shelf.evict(self.scheduler.grammars()):
-            await self.executor.send(drop)
+            if self.worker in RUNNING:
+                await self.executor.send(drop)
 
     async def _ready(self, ready: WorkerReady) -> None:
         if self.scheduler is None:
@@ -258,6 +280,10 @@ class SchedulerActor:
         for admit in waited:
             await self._refuse(admit.rid, refusal)
         await self._answer_pauses()
+        asked, self._asked = self._asked, {}
+        for number, answer in asked.items():
+            said = f"the device worker was lost, and with it what it traced and counted: {cause}"
+            await self.front.send(answer(number, cause=said))
         await self.executor.send(Reset())
 
     async def _heartbeat(self) -> None:

@@ -7,6 +7,7 @@ go on meanwhile; other prompts wait their turn behind it, because requests reach
 import random
 from array import array
 from collections.abc import Iterable
+from typing import Any
 
 import anyio.to_thread
 from anyio.streams.memory import MemoryObjectReceiveStream
@@ -77,6 +78,7 @@ class Admission:
             skip_special_tokens=params.skip_special_tokens,
             include_stop=params.include_stop_str_in_output,
             detokenize=params.detokenize,
+            show_marks=request.show_marks,
         )
         sampling = self._sampling(params, stop_ids)
         check_unicode(request.cache_salt, "cache_salt")
@@ -185,6 +187,8 @@ class Admission:
         if request.messages is not None:
             conversation = self.text.encode_chat(
                 request.messages,
+                opening=request.opening,
+                tools=request.tools,
                 add_generation_prompt=request.add_generation_prompt,
                 continue_final_message=request.continue_final_message,
                 template_kwargs=request.template_kwargs,
@@ -251,7 +255,12 @@ def characters(request: Job) -> int:
     """How much text `request` holds."""
     if isinstance(request, Embed) or request.messages is None:
         return len(request.text or "")
-    return sum(len(str(message.get("content"))) for message in request.messages)
+    tools = len(str(request.tools)) if request.tools else 0
+    return tools + sum(len(str(message.get("content"))) + _calls(message) for message in request.messages)
+
+
+def _calls(message: dict[str, Any]) -> int:
+    return len(str(message["tool_calls"])) if message.get("tool_calls") else 0
 
 
 class TokenizerActor:
@@ -287,8 +296,13 @@ class TokenizerActor:
             else:
                 opened, admitted = self.admission.admit(request)
         except RequestError as error:
-            failed = Failed(request.rid, error.status, error.code, error.message, error.param)
-            await self.detokenizer.send(failed)
+            await self._refuse(request.rid, error)
+            return
+        except RecursionError:
+            await self._refuse(request.rid, RequestError("the request nests too deeply; flatten it"))
             return
         await self.detokenizer.send(opened)
         await self.scheduler.send(admitted)
+
+    async def _refuse(self, rid: str, error: RequestError) -> None:
+        await self.detokenizer.send(Failed(rid, error.status, error.code, error.message, error.param))

@@ -1,22 +1,26 @@
 """Routes for operators: health, what the server is and does, metrics, and those that act on running work."""
 
 import time
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 from uuid import uuid4
 
 import anyio
 import msgspec
 from aiohttp import web
+from msgspec import Meta
 
 from engine import __version__
 from engine.errors import RequestError
+from engine.http import experts
 from engine.http.service import SERVICE
 from engine.http.wire import Body, Reply, json_response
-from engine.messages import Embed, Generate, Job, SamplingParams
+from engine.messages import Embed, Generate, Job, Profiled, SamplingParams
 from engine.sampling import INT32_MAX
 
 PROBE_SECONDS = 20.0  # an answer that takes longer is no sign of health
 SECRET = frozenset({"api_key"})
+MOST_PROFILED = 1000  # steps of a trace: beyond, nobody can open the file
 
 
 # ── bodies and replies ───────────────────────────────────────────────────────────────────────
@@ -31,6 +35,32 @@ class PauseBody(Body):
     """`in_place` keeps requests where they are, `retract` sends them back to the queue, `abort` ends them first."""
 
     mode: Literal["in_place", "retract", "abort"] = "in_place"
+
+
+class ProfileBody(Body):
+    """`num_steps` is how many steps to trace, by default as many as run before /stop_profile, at most 1000.
+
+    `output_dir` is a directory in that of --profile-dir."""
+
+    num_steps: Annotated[int, Meta(ge=1, le=MOST_PROFILED)] | None = None
+    output_dir: str | None = None
+    activities: Any = None
+    start_step: Any = None
+    with_stack: Any = None
+    record_shapes: Any = None
+    profile_by_stage: Any = None
+    profile_prefix: Any = None
+    merge_profiles: Any = None
+
+    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "activities": ([], ["CPU", "GPU"]),
+        "start_step": (),
+        "with_stack": (False,),
+        "record_shapes": (False,),
+        "profile_by_stage": (False,),
+        "profile_prefix": (),
+        "merge_profiles": (False,),
+    }
 
 
 class HealthReply(Reply, omit_defaults=True, frozen=True):
@@ -54,6 +84,13 @@ class FlushReply(Reply, frozen=True):
 
 class PauseReply(Reply, frozen=True):
     paused: bool
+
+
+class ProfileReply(Reply, frozen=True):
+    """`path` of the trace, which is there once `running` is false."""
+
+    path: str
+    running: bool
 
 
 class ServerInfo(Reply, frozen=True):
@@ -117,6 +154,7 @@ def probe_of(*, makes_vectors: bool) -> Job:
 
 async def metrics(request: web.Request) -> web.Response:
     """Give all figures in the format of Prometheus."""
+    await experts.refresh(request.app[SERVICE].front)
     body, content_type = request.app[SERVICE].metrics.page(request.headers.get("Accept", ""))
     return web.Response(body=body, headers={"Content-Type": content_type})
 
@@ -182,3 +220,34 @@ async def continue_generation(request: web.Request) -> web.Response:
     """Go on where /pause_generation stopped."""
     await request.app[SERVICE].front.pause(False)
     return json_response(PauseReply(False))
+
+
+async def start_profile(request: web.Request, body: ProfileBody) -> web.Response:
+    """Trace the next steps of the device worker into a file for chrome://tracing or Perfetto."""
+    folder = profile_folder(request.app[SERVICE].options.profile_dir, body.output_dir)
+    profiled = await request.app[SERVICE].front.profile(str(folder), body.num_steps or MOST_PROFILED)
+    return _profile_reply(profiled, running=True)
+
+
+async def stop_profile(request: web.Request) -> web.Response:
+    """End the trace that runs; the answer comes when the file is written. One that has ended by itself is named."""
+    profile_folder(request.app[SERVICE].options.profile_dir, None)
+    return _profile_reply(await request.app[SERVICE].front.profile("", 0), running=False)
+
+
+def profile_folder(allowed: str | None, wanted: str | None) -> Path:
+    """Where a trace may go. Raises RequestError for what does not lie in `allowed`, links followed."""
+    if allowed is None:
+        raise RequestError("this server writes no traces; start it with --profile-dir DIR", code="not_supported")
+    base = Path(allowed).resolve()
+    folder = (base / (wanted or "")).resolve()
+    if not folder.is_relative_to(base):
+        message = f"output_dir is {wanted!r}, which is not in --profile-dir; send a relative path, or leave it out"
+        raise RequestError(message, param="output_dir")
+    return folder
+
+
+def _profile_reply(profiled: Profiled, *, running: bool) -> web.Response:
+    if profiled.cause:
+        raise RequestError(profiled.cause)
+    return json_response(ProfileReply(profiled.path, running))

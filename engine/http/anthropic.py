@@ -1,39 +1,38 @@
-"""The Anthropic API: /v1/messages and /v1/messages/count_tokens, for text.
+"""The Anthropic API: /v1/messages and /v1/messages/count_tokens, for text and tools.
 
-A last message of the assistant's is continued; successive messages of one role are one. Left out, and refused by
-name: tools, images and documents, thinking, batches.
+A last message of the assistant's is continued; successive messages of one role are one. What replies look like is in
+anthropic_reply.py. Left out, and refused by name: images and documents, tools that the server runs, batches.
 """
 
 from contextlib import aclosing
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 from uuid import uuid4
 
 from aiohttp import web
 from msgspec import Meta
 
-from engine.http.service import SERVICE
-from engine.http.sse import describe_error, send_events
+from engine.call_grammar import Tool
+from engine.errors import RequestError
+from engine.front import joined
+from engine.grammar import check_nesting
+from engine.http.anthropic_reply import AnthropicReply, failure_event
+from engine.http.conversation import ToolName, checked, tool_of
+from engine.http.reading import Wanted, reading_of
+from engine.http.service import SERVICE, in_client_words
+from engine.http.sse import send_events
 from engine.http.tokens import size_of, with_text
 from engine.http.wire import Body, Reply, check_served, json_response, to_json
-from engine.messages import Chunk, Generate, SamplingParams
+from engine.messages import Generate, SamplingParams
 from engine.sampling import INT32_MAX, check_sampling
 
 PREFIX = "/v1/messages"
-ERRORS = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    503: "overloaded_error",
-}
-CLIENT_NAMES = {"stop": "stop_sequences"}
+CLIENT_NAMES = {"stop": "stop_sequences", "grammar": "tools"}
 
 
-# ── bodies and replies ───────────────────────────────────────────────────────────────────────
+# ── bodies ───────────────────────────────────────────────────────────────────────────────────
 
 
-class TextBlock(Body):
-    type: Literal["text"]
+class TextBlock(Body, tag_field="type", tag="text"):
     text: str
     cache_control: Any = None  # ignored: every prefix is cached
     citations: Any = None
@@ -41,9 +40,72 @@ class TextBlock(Body):
     unserved: ClassVar[dict[str, tuple[Any, ...]]] = {"citations": ([],)}
 
 
+class ToolUseBlock(Body, tag_field="type", tag="tool_use"):
+    id: str
+    name: str
+    input: dict[str, Any]
+    # Ignored.
+    cache_control: Any = None
+    caller: Any = None
+    toolset_name: Any = None
+
+
+class ToolResultBlock(Body, tag_field="type", tag="tool_result"):
+    tool_use_id: str
+    content: str | list[TextBlock] | None = None
+    is_error: bool | None = None  # ignored: what the result says is all that the model sees
+    # Ignored.
+    cache_control: Any = None
+    toolset_name: Any = None
+
+
+class ThinkingBlock(Body, tag_field="type", tag="thinking"):
+    thinking: str
+    signature: Any = None  # ignored: there is none
+
+
+class RedactedThinkingBlock(Body, tag_field="type", tag="redacted_thinking"):
+    """Ignored: nobody here can read it."""
+
+    data: Any = None
+
+
+Block = TextBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock | RedactedThinkingBlock
+
+
 class AnthropicMessage(Body):
     role: Literal["user", "assistant", "system"]
-    content: str | list[TextBlock]
+    content: str | list[Block]
+
+
+class AnthropicTool(Body):
+    name: ToolName
+    input_schema: dict[str, Any]
+    description: str | None = None
+    strict: bool | None = None
+    type: Literal["custom"] | None = None
+    # Ignored: they change nothing that the engine does.
+    cache_control: Any = None
+    eager_input_streaming: Any = None
+    input_examples: Any = None
+    allowed_callers: Any = None
+    defer_loading: Any = None
+
+    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {"allowed_callers": (["direct"],), "defer_loading": (False,)}
+
+
+class AnthropicToolChoice(Body):
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class Thinking(Body):
+    """What the template is told of thinking. How long it may be is not: `budget_tokens` is ignored."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Any = None
+    display: Any = None  # ignored
 
 
 class CountBody(Body):
@@ -52,22 +114,16 @@ class CountBody(Body):
     messages: Annotated[list[AnthropicMessage], Meta(min_length=1)]
     model: str | None = None
     system: str | list[TextBlock] | None = None
+    tools: list[AnthropicTool] | None = None
+    tool_choice: AnthropicToolChoice | None = None
+    thinking: Thinking | None = None
     cache_control: Any = None  # ignored
     user_profile_id: Any = None  # ignored
     workspace_id: Any = None  # ignored
     output_config: Any = None
     speed: Any = None
-    thinking: Any = None
-    tools: Any = None
-    tool_choice: Any = None
 
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "output_config": ({},),
-        "speed": ("standard",),
-        "thinking": ({"type": "disabled"},),
-        "tools": ([],),
-        "tool_choice": ({"type": "auto"}, {"type": "none"}),
-    }
+    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {"output_config": ({},), "speed": ("standard",)}
 
 
 class MessagesBody(CountBody, kw_only=True):
@@ -96,89 +152,6 @@ class CountReply(Reply, frozen=True):
     input_tokens: int
 
 
-class AnthropicErrorFields(Reply, frozen=True):
-    type: str
-    message: str
-    param: str | None
-    code: str | None
-
-
-class AnthropicErrorReply(Reply, frozen=True):
-    type: Literal["error"]
-    error: AnthropicErrorFields
-
-
-class TextContent(Reply, frozen=True):
-    text: str
-    type: Literal["text"] = "text"
-
-
-class MessageUsage(Reply, frozen=True):
-    """Tokens so far; as Anthropic counts, `input_tokens` are those that the cache did not hold."""
-
-    input_tokens: int
-    cache_read_input_tokens: int
-    output_tokens: int
-    cache_creation_input_tokens: int = 0
-
-
-class Stop(Reply, frozen=True):
-    """Why a message ended; null for one that /abort_request ended, as Anthropic has no word for that."""
-
-    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence"] | None = None
-    stop_sequence: str | None = None
-
-
-class MessageReply(Stop, kw_only=True, frozen=True):
-    id: str
-    model: str
-    content: list[TextContent]
-    usage: MessageUsage
-    type: Literal["message"] = "message"
-    role: Literal["assistant"] = "assistant"
-
-
-class MessageStart(Reply, frozen=True):
-    message: MessageReply
-    type: Literal["message_start"] = "message_start"
-
-
-class BlockStart(Reply, frozen=True):
-    content_block: TextContent
-    index: int = 0
-    type: Literal["content_block_start"] = "content_block_start"
-
-
-class TextDelta(Reply, frozen=True):
-    text: str
-    type: Literal["text_delta"] = "text_delta"
-
-
-class BlockDelta(Reply, frozen=True):
-    delta: TextDelta
-    index: int = 0
-    type: Literal["content_block_delta"] = "content_block_delta"
-
-
-class BlockStop(Reply, frozen=True):
-    index: int = 0
-    type: Literal["content_block_stop"] = "content_block_stop"
-
-
-class MessageDelta(Reply, frozen=True):
-    delta: Stop
-    usage: MessageUsage
-    type: Literal["message_delta"] = "message_delta"
-
-
-class MessageStop(Reply, frozen=True):
-    type: Literal["message_stop"] = "message_stop"
-
-
-Event = MessageStart | BlockStart | BlockDelta | BlockStop | MessageDelta | MessageStop | AnthropicErrorReply
-EVENTS = get_args(Event)
-
-
 # ── handlers ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -189,49 +162,87 @@ async def messages(request: web.Request, body: MessagesBody) -> web.StreamRespon
     given = {name: value for name in ("temperature", "top_p", "top_k") if (value := getattr(body, name)) is not None}
     sampling = SamplingParams(max_tokens=body.max_tokens, stop=tuple(body.stop_sequences or ()), **given)
     check_sampling(sampling, CLIENT_NAMES)
-    conversation = conversation_of(body)
-    going_on = conversation[-1]["role"] == "assistant"
+    conversation, options = conversation_of(body), template_options(body)
+    reading = reading_of(service.front.text, sampling, conversation, options, wanted_of(body), names=CLIENT_NAMES)
     rid = f"msg_{uuid4().hex}"
-    job = Generate(
-        rid, sampling, messages=conversation, add_generation_prompt=not going_on, continue_final_message=going_on
-    )
+    job = Generate(rid, sampling, messages=conversation, **options, **reading.job)
     headers = {"X-Request-Id": rid, "Request-Id": rid}
-    reply = AnthropicReply(rid, service.model)
-    async with aclosing(service.metrics.watch(service.front.generate(job), "messages")) as chunks:
-        if body.stream:
-            return await send_events(request, chunks, reply, headers, failure=failure_event)
-        texts = []
-        async for chunk in chunks:
-            texts.append(chunk.text)
-    return json_response(reply.whole("".join(texts), chunk), headers=headers)
+    reply = AnthropicReply(rid, service.model, reading)
+    chunks = service.metrics.watch(service.front.generate(job), "messages")
+    with in_client_words(CLIENT_NAMES):
+        async with aclosing(chunks):
+            if body.stream:
+                return await send_events(request, chunks, reply, headers, failure=failure_event)
+            whole = joined([chunk async for chunk in chunks])
+    return json_response(reply.whole(whole), headers=headers)
 
 
 async def count_tokens(request: web.Request, body: CountBody) -> web.Response:
     """Count the tokens of a conversation as /v1/messages would read it."""
     service = request.app[SERVICE]
     service.check_model(body.model)
-    conversation = conversation_of(body)
-    going_on = conversation[-1]["role"] == "assistant"
+    conversation, options = conversation_of(body), template_options(body)
+    tools = [tool.described() for tool in wanted_of(body).offered]
     ids = await with_text(
-        service,
-        size_of(conversation),
-        lambda text: text.encode_chat(conversation, continue_final_message=going_on),
+        service, size_of(conversation, tools), lambda text: text.encode_chat(conversation, tools=tools, **options)
     )
     return json_response(CountReply(len(ids)))
 
 
+# ── from a body to a Generate ────────────────────────────────────────────────────────────────
+
+
 def conversation_of(body: CountBody) -> list[dict[str, Any]]:
-    """The messages as a chat template takes them: the system's first, no two of one role in a row."""
-    turns = [("system", _text(body.system, "system"))] if body.system else []
-    for index, message in enumerate(body.messages):
-        turns.append((message.role, _text(message.content, f"messages[{index}].content")))
+    """The messages as a chat template takes them: the system's first, no two of one role in a row but tools'."""
     conversation: list[dict[str, Any]] = []
-    for role, text in turns:
-        if conversation and conversation[-1]["role"] == role:
-            conversation[-1]["content"] += "\n" + text
-        else:
-            conversation.append({"role": role, "content": text})
+    if body.system:
+        conversation.append({"role": "system", "content": _text(body.system, "system")})
+    for index, message in enumerate(body.messages):
+        for turn in _turns(message, f"messages[{index}].content"):
+            if conversation and conversation[-1]["role"] == turn["role"] != "tool":
+                conversation[-1] = _as_one(conversation[-1], turn)
+            else:
+                conversation.append(turn)
     return conversation
+
+
+def _as_one(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    calls = [*first.get("tool_calls", ()), *second.get("tool_calls", ())]
+    content = "\n".join(filter(None, (first["content"], second["content"])))
+    return {**first, **second, "content": content} | ({"tool_calls": calls} if calls else {})
+
+
+def _turns(message: AnthropicMessage, path: str) -> list[dict[str, Any]]:
+    """One message as the template has it: the results of tools each by itself, then the rest."""
+    if isinstance(message.content, str):
+        return [{"role": message.role, "content": message.content}]
+    results: list[dict[str, Any]] = []
+    rest: dict[str, Any] = {"role": message.role, "content": ""}
+    for index, block in enumerate(message.content):
+        place = f"{path}[{index}]"
+        check_served(block, f"{place}.")
+        match block:
+            case TextBlock():
+                rest["content"] += block.text
+            case ToolResultBlock():
+                _goes_with(message, "user", place)
+                said = _text(block.content or "", f"{place}.content")
+                results.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": said})
+            case ToolUseBlock():
+                _goes_with(message, "assistant", place)
+                check_nesting(block.input, f"{place}.input")
+                function = {"name": block.name, "arguments": to_json(block.input).decode()}
+                call = {"id": block.id, "type": "function", "function": function}
+                rest.setdefault("tool_calls", []).append(call)
+            case ThinkingBlock():
+                _goes_with(message, "assistant", place)
+                rest["reasoning_content"] = rest.get("reasoning_content", "") + block.thinking
+    return results if results and not rest["content"] else [*results, rest]
+
+
+def _goes_with(message: AnthropicMessage, role: str, path: str) -> None:
+    if message.role != role:
+        raise RequestError(f"{path} goes with the role {role}, not {message.role}", param=path)
 
 
 def _text(content: str | list[TextBlock], path: str) -> str:
@@ -242,76 +253,32 @@ def _text(content: str | list[TextBlock], path: str) -> str:
     return "".join(block.text for block in content)
 
 
-# ── replies ──────────────────────────────────────────────────────────────────────────────────
+def template_options(body: CountBody) -> dict[str, Any]:
+    """How the template writes the conversation: a last message of the assistant's goes on; whether it is to think."""
+    going_on = body.messages[-1].role == "assistant"
+    thinks = {"enabled": True, "disabled": False}.get(body.thinking.type if body.thinking else "")
+    return {
+        "add_generation_prompt": not going_on,
+        "continue_final_message": going_on,
+        "template_kwargs": None if thinks is None else {"enable_thinking": thinks, "thinking": thinks},
+    }
 
 
-def error_of(error: dict[str, Any], status: int) -> AnthropicErrorReply:
-    """An OpenAI error object, worded as Anthropic's; `param` and `code` are kept beside it."""
-    kind = ERRORS.get(status, "invalid_request_error" if status < 500 else "api_error")
-    return AnthropicErrorReply("error", AnthropicErrorFields(**error["error"] | {"type": kind}))
-
-
-def failure_event(error: Exception) -> bytes:
-    """The last event of a stream that fails."""
-    status, fields = describe_error(error)
-    return _event(error_of(fields, status))
-
-
-def _event(event: Event) -> bytes:
-    return b"event: %b\ndata: %b\n\n" % (event.type.encode(), to_json(event))
-
-
-class AnthropicReply:
-    """Chunks as a message, or as its events: start, one content block, what ended it, stop."""
-
-    def __init__(self, rid: str, model: str) -> None:
-        self._rid = rid
-        self._model = model
-        self._started = False
-
-    def event(self, chunk: Chunk) -> bytes:
-        """The events of `chunk`."""
-        events = b""
-        if not self._started:
-            self._started = True
-            opened = MessageReply(id=self._rid, model=self._model, content=[], usage=_usage(chunk))
-            events = _event(MessageStart(opened)) + _event(BlockStart(TextContent("")))
-        if chunk.text:
-            events += _event(BlockDelta(TextDelta(chunk.text)))
-        if chunk.finish is not None:
-            delta = MessageDelta(Stop(*_stop(chunk)), _usage(chunk))
-            events += _event(BlockStop()) + _event(delta) + _event(MessageStop())
-        return events
-
-    def whole(self, text: str, last: Chunk) -> bytes:
-        """The message that is not streamed."""
-        content = [TextContent(text)] if text else []
-        reason, sequence = _stop(last)
-        return to_json(
-            MessageReply(
-                id=self._rid,
-                model=self._model,
-                content=content,
-                usage=_usage(last),
-                stop_reason=reason,
-                stop_sequence=sequence,
-            )
+def wanted_of(body: CountBody) -> Wanted:
+    """What `body` says of tools."""
+    tools: list[Tool] = []
+    for index, tool in enumerate(body.tools or ()):
+        check_served(tool, f"tools[{index}].")
+        tools.append(
+            tool_of(tool.name, tool.input_schema, tool.description, tool.strict, f"tools[{index}].input_schema")
         )
-
-
-def _stop(last: Chunk) -> tuple[Literal["end_turn", "max_tokens", "stop_sequence"] | None, str | None]:
-    """Why the message ended, and at which stop sequence."""
-    match last.finish, last.matched:
-        case "stop", str(matched):
-            return "stop_sequence", matched
-        case "stop", _:
-            return "end_turn", None
-        case "length", _:
-            return "max_tokens", None
-        case _:
-            return None, None
-
-
-def _usage(chunk: Chunk) -> MessageUsage:
-    fresh = chunk.prompt_tokens - chunk.cached_tokens
-    return MessageUsage(fresh, chunk.cached_tokens, chunk.completion_tokens)
+    choice = body.tool_choice or AnthropicToolChoice(type="auto")
+    if (choice.type == "tool") != (choice.name is not None):
+        raise RequestError(
+            f"tool_choice.type is {choice.type!r} and tool_choice.name is {choice.name!r:.80}; the type tool goes with "
+            "a name, the others without",
+            param="tool_choice",
+        )
+    modes: dict[str, Literal["none", "auto", "required"]] = {"none": "none", "auto": "auto"}
+    mode = modes.get(choice.type, "required")
+    return Wanted(checked(tools), mode, choice.name, not choice.disable_parallel_tool_use)

@@ -18,7 +18,20 @@ from aiohttp.typedefs import Handler
 
 from engine.config import ServerOptions
 from engine.errors import ConfigError, RequestError
-from engine.http import admin, anthropic, choices, embeddings, native, openai, responses, stored, tokens
+from engine.http import (
+    admin,
+    anthropic,
+    anthropic_reply,
+    choices,
+    embeddings,
+    experts,
+    native,
+    openai,
+    response_events,
+    responses,
+    stored,
+    tokens,
+)
 from engine.http.openapi import DOCUMENT, ErrorReply, Route, describe, openapi_document
 from engine.http.service import SERVICE, Service
 from engine.http.sse import describe_error
@@ -53,7 +66,7 @@ ROUTES = (
         responses.create,
         takes=responses.ResponsesBody,
         gives=stored.ResponseObject,
-        events=responses.EVENTS,
+        events=response_events.EVENTS,
         done=False,
     ),
     Route(
@@ -62,7 +75,7 @@ ROUTES = (
         responses.retrieve,
         takes=responses.RetrieveQuery,
         gives=stored.ResponseObject,
-        events=responses.EVENTS,
+        events=response_events.EVENTS,
         done=False,
     ),
     Route("DELETE", "/v1/responses/{response_id}", responses.delete, gives=responses.DeletedReply),
@@ -79,10 +92,10 @@ ROUTES = (
         anthropic.PREFIX,
         anthropic.messages,
         takes=anthropic.MessagesBody,
-        gives=anthropic.MessageReply,
-        events=anthropic.EVENTS,
+        gives=anthropic_reply.MessageReply,
+        events=anthropic_reply.EVENTS,
         done=False,
-        error=anthropic.AnthropicErrorReply,
+        error=anthropic_reply.AnthropicErrorReply,
     ),
     Route(
         "POST",
@@ -90,7 +103,7 @@ ROUTES = (
         anthropic.count_tokens,
         takes=anthropic.CountBody,
         gives=anthropic.CountReply,
-        error=anthropic.AnthropicErrorReply,
+        error=anthropic_reply.AnthropicErrorReply,
     ),
     Route(
         "POST",
@@ -118,6 +131,12 @@ ROUTES = (
     Route("POST", "/flush_cache", admin.flush_cache, gives=admin.FlushReply),
     Route("POST", "/pause_generation", admin.pause_generation, takes=admin.PauseBody, gives=admin.PauseReply),
     Route("POST", "/continue_generation", admin.continue_generation, gives=admin.PauseReply),
+    Route("POST", "/expert_distribution/start", experts.start, gives=experts.CountingReply),
+    Route("POST", "/expert_distribution/stop", experts.stop, gives=experts.CountingReply),
+    Route("GET", "/expert_distribution/dump", experts.dump, gives=experts.DistributionReply),
+    Route("POST", "/expert_distribution/dump", experts.dump, gives=experts.DistributionReply),
+    Route("POST", "/start_profile", admin.start_profile, takes=admin.ProfileBody, gives=admin.ProfileReply),
+    Route("POST", "/stop_profile", admin.stop_profile, gives=admin.ProfileReply),
     # Probes and Prometheus carry no key.
     Route("GET", "/health", admin.health, gives=admin.HealthReply, unready=admin.HealthReply, open=True),
     Route("GET", "/health_generate", admin.health_generate, gives=admin.ProbeReply, unready=admin.HealthReply),
@@ -210,7 +229,7 @@ async def shape_errors(request: web.Request, handler: Handler) -> web.StreamResp
     if status == 503:
         draining = service.front.health().status == "draining"
         headers["Retry-After"] = str(max(1, math.ceil(service.options.drain_seconds)) if draining else 1)
-    worded = anthropic.error_of(body, status) if request.path.startswith(anthropic.PREFIX) else body
+    worded = anthropic_reply.error_of(body, status) if request.path.startswith(anthropic.PREFIX) else body
     return json_response(worded, status=status, headers=headers)
 
 

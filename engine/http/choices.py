@@ -7,21 +7,25 @@ log-probabilities costs one string escape and one join.
 
 import codecs
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Literal
 
+import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
+from engine.http.reading import NOTHING, Reader, Reading
 from engine.http.sse import DONE, data_event
 from engine.http.wire import Reply, to_json
 from engine.messages import Chunk, TokenLogprob
+from engine.parsers import Parsed, assembled
+from engine.plugin.parsing import CallArguments, CallBegin, CallEnd, Content, Event, Reasoning
 
 MARK = "\0"  # where an event's text will stand
 
 
 # ── what is sent ─────────────────────────────────────────────────────────────────────────────
 
-FinishReason = Literal["stop", "length", "abort"] | None
+FinishReason = Literal["stop", "length", "tool_calls", "abort"] | None
 Matched = int | str | None | UnsetType  # the stop string, expression or token id that ended a reply; an extension
 
 
@@ -61,15 +65,47 @@ class PromptToken(Reply, frozen=True):
 PromptLogprobs = list[dict[str, PromptToken] | None] | UnsetType
 
 
+class CalledFunction(Reply, frozen=True):
+    name: str
+    arguments: str
+
+
+class ToolCall(Reply, frozen=True):
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
+
+
 class AssistantMessage(Reply, frozen=True):
+    """The content is null where there are only calls. `reasoning_content` is there if the server tells reasoning apart,
+    null if there is none."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | UnsetType | None = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
+
+
+class FunctionDelta(Reply, frozen=True):
+    arguments: str
+    name: str | UnsetType = UNSET
+
+
+class ToolCallDelta(Reply, frozen=True):
+    """The first of a call has its id and its name, those after it more of the arguments."""
+
+    index: int
+    function: FunctionDelta
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
 
 
 class Delta(Reply, frozen=True):
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChoice(Reply, frozen=True):
@@ -101,11 +137,16 @@ class PromptTokensDetails(Reply, frozen=True):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Reply, frozen=True):
+    reasoning_tokens: int
+
+
 class Usage(Reply, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET  # if the server tells reasoning apart
 
 
 class ChatCompletion(Reply, frozen=True):
@@ -168,14 +209,16 @@ class Wording(Struct, frozen=True, kw_only=True):
 class OpenAIReply:
     """The replies to one request, chunk by chunk or whole."""
 
-    def __init__(self, rid: str, model: str, wording: Wording) -> None:
+    def __init__(self, rid: str, model: str, wording: Wording, reading: Reading = NOTHING) -> None:
         self._wording = wording
+        self._reading = reading
+        self._readers = [reading.reader() for _ in range(wording.choices)]
         self._head = (rid, int(time.time()), model)
         self._last: list[Chunk | None] = [None] * wording.choices
         self._finished = 0
         self._offsets = [TextOffset() for _ in range(wording.choices)]
         self._detailed = wording.logprobs or wording.prompt_logprobs or wording.continuous_usage
-        self._around: dict[int, tuple[bytes, bytes]] = {}
+        self._around: dict[tuple[int, Hashable], tuple[bytes, bytes]] = {}
 
     def event(self, part: tuple[int, Chunk]) -> bytes:
         """The events of one choice's chunk: a chat's opens with the role and ends with its finish; the usage, if asked
@@ -187,15 +230,17 @@ class OpenAIReply:
         events = b""
         if chat and opens:
             events = self._event(DeltaChoice(index, Delta("assistant", "")))
-        if self._detailed:
+        reader = self._readers[index]
+        if reader is not None and not reader.plain:
+            events += self._read_events(index, chunk, reader)
+        elif self._detailed:
             if chunk.text or chunk.logprobs or chunk.prompt_logprobs:
                 events += self._detailed_event(index, chunk)
         elif chunk.text:
-            before, after = self._around.get(index) or self._surroundings(index)
-            events += before + to_json(chunk.text) + after
+            events += self._text_event(index, Content, Content(chunk.text))
         if chunk.finish is not None:
             self._finished += 1
-            end = (None, chunk.finish, chunk.matched)
+            end = (None, chunk.finish if reader is None else reader.finish_reason(chunk.finish), chunk.matched)
             events += self._event(DeltaChoice(index, Delta(), *end) if chat else TextChoice(index, "", *end))
             if self._finished == self._wording.choices:
                 if self._wording.usage:
@@ -203,12 +248,40 @@ class OpenAIReply:
                 events += DONE
         return events
 
-    def _surroundings(self, index: int) -> tuple[bytes, bytes]:
-        """What stands before and after the text of an event of choice `index` that holds nothing else."""
-        plain = DeltaChoice(index, Delta(content=MARK)) if self._wording.chat else TextChoice(index, MARK)
-        before, _, after = self._event(plain).rpartition(to_json(MARK))
-        self._around[index] = before, after
-        return before, after
+    def _read_events(self, index: int, chunk: Chunk, reader: Reader) -> bytes:
+        """The events of what a parser finds in `chunk`; log-probabilities go with the first of them."""
+        found = reader.read(chunk)
+        if not self._detailed:
+            return b"".join([self._told_event(index, told) for told in found])
+        deltas = [_delta(told) for told in found if not isinstance(told, CallEnd)]
+        if not (deltas or chunk.logprobs or chunk.prompt_logprobs):
+            return b""
+        first, *others = deltas or [Delta()]
+        prompt = UNSET if index else self._prompt_logprobs(chunk)
+        events = self._event(DeltaChoice(index, first, self._chat_logprobs(chunk)), prompt_logprobs=prompt)
+        return events + b"".join([self._event(DeltaChoice(index, delta)) for delta in others])
+
+    def _told_event(self, index: int, told: Event) -> bytes:
+        """The event of what a parser tells, if it is told to clients."""
+        match told:
+            case Content() | Reasoning():
+                return self._text_event(index, type(told), told)
+            case CallArguments(number):
+                return self._text_event(index, number, told)
+            case CallBegin():
+                return self._event(DeltaChoice(index, _delta(told)))
+            case CallEnd():
+                return b""
+
+    def _text_event(self, index: int, kind: Hashable, told: Content | Reasoning | CallArguments) -> bytes:
+        """An event of choice `index` with a text alone; what stands around that is the same for all of a `kind`."""
+        around = self._around.get((index, kind))
+        if around is None:
+            marked = msgspec.structs.replace(told, text=MARK)
+            plain = DeltaChoice(index, _delta(marked)) if self._wording.chat else TextChoice(index, MARK)
+            before, _, after = self._event(plain).rpartition(to_json(MARK))
+            around = self._around[index, kind] = before, after
+        return around[0] + to_json(told.text) + around[1]
 
     def _detailed_event(self, index: int, chunk: Chunk) -> bytes:
         prompt = self._prompt_logprobs(chunk)
@@ -241,19 +314,9 @@ class OpenAIReply:
     def whole(self, replies: Sequence[Chunk]) -> bytes:
         """The object of replies that are not streamed, each joined into one chunk."""
         self._last = list(replies)
-        usage = self._usage()
         if self._wording.chat:
-            chats = [
-                ChatChoice(
-                    index,
-                    AssistantMessage("assistant", reply.text),
-                    self._chat_logprobs(reply),
-                    reply.finish,
-                    reply.matched,
-                )
-                for index, reply in enumerate(replies)
-            ]
-            return to_json(ChatCompletion(*self._head, chats, usage, self._prompt_logprobs(replies[0])))
+            chats = [self._chat(index, reply) for index, reply in enumerate(replies)]
+            return to_json(ChatCompletion(*self._head, chats, self._usage(), self._prompt_logprobs(replies[0])))
         texts = [
             TextChoice(
                 index,
@@ -265,7 +328,15 @@ class OpenAIReply:
             )
             for index, reply in enumerate(replies)
         ]
-        return to_json(TextCompletion(*self._head, texts, usage))
+        return to_json(TextCompletion(*self._head, texts, self._usage()))
+
+    def _chat(self, index: int, reply: Chunk) -> ChatChoice:
+        """A whole reply."""
+        logprobs = self._chat_logprobs(reply)
+        if (reader := self._readers[index]) is None:
+            return ChatChoice(index, AssistantMessage("assistant", reply.text), logprobs, reply.finish, reply.matched)
+        message = _message(assembled(reader.read(reply)), separate=self._reading.separate)
+        return ChatChoice(index, message, logprobs, reader.finish_reason(reply.finish), reply.matched)
 
     def _chat_logprobs(self, chunk: Chunk) -> ChatLogprobs | None:
         return ChatLogprobs([chat_token(token) for token in chunk.logprobs]) if self._wording.logprobs else None
@@ -291,7 +362,34 @@ class OpenAIReply:
         asked = sum(chunk.prompt_tokens for chunk in prompts if chunk is not None)
         replied = sum(chunk.completion_tokens for chunk in self._last if chunk is not None)
         cached = sum(chunk.cached_tokens for chunk in prompts if chunk is not None)
-        return Usage(asked, replied, asked + replied, PromptTokensDetails(cached))
+        details: CompletionTokensDetails | UnsetType = UNSET
+        if self._reading.separate and self._reading.marks is not None:
+            details = CompletionTokensDetails(sum(reader.reasoning_tokens for reader in self._readers if reader))
+        return Usage(asked, replied, asked + replied, PromptTokensDetails(cached), details)
+
+
+def _delta(event: Event) -> Delta:
+    """What a parser tells, as a stream's delta."""
+    match event:
+        case Content(text):
+            return Delta(content=text)
+        case Reasoning(text):
+            return Delta(reasoning_content=text)
+        case CallBegin(index, id, name):
+            return Delta(tool_calls=[ToolCallDelta(index, FunctionDelta("", name), id, "function")])
+        case CallArguments(index, text):
+            return Delta(tool_calls=[ToolCallDelta(index, FunctionDelta(text))])
+    raise AssertionError(f"{event} is no delta")
+
+
+def _message(parsed: Parsed, *, separate: bool) -> AssistantMessage:
+    calls = [ToolCall(call.id, CalledFunction(call.name, call.arguments)) for call in parsed.calls]
+    return AssistantMessage(
+        "assistant",
+        parsed.content if parsed.content or not calls else None,
+        reasoning_content=parsed.reasoning or None if separate else UNSET,
+        tool_calls=calls or UNSET,
+    )
 
 
 # ── log-probabilities ────────────────────────────────────────────────────────────────────────

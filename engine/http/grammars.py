@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 import msgspec
 
 from engine.errors import RequestError
+from engine.grammar import check_nesting
 from engine.http.wire import Body, check_served
 
 Schema = dict[str, Any] | bool
@@ -136,7 +137,7 @@ def _given(body: GrammarFields) -> Iterator[tuple[str, Field]]:
         ("lark", "lark"),
     ):
         if (value := getattr(body, name, None)) is not None:
-            yield name, (field, _text(value), True)
+            yield name, (field, _text(value, name), True)
     for name in ("guided_choice", "choice"):
         if (value := getattr(body, name, None)) is not None:
             yield name, ("choice", _choice(value, name), True)
@@ -155,7 +156,7 @@ def _given(body: GrammarFields) -> Iterator[tuple[str, Field]]:
 def _in_outputs(outputs: StructuredOutputs) -> Iterator[tuple[str, Field]]:
     for name, field in (("json", "json_schema"), ("regex", "regex"), ("structural_tag", "structural_tag")):
         if (value := getattr(outputs, name)) is not None:
-            yield name, (field, _text(value), True)
+            yield name, (field, _text(value, f"structured_outputs.{name}"), True)
     if outputs.choice is not None:
         yield "choice", ("choice", _choice(outputs.choice, "structured_outputs.choice"), True)
     if outputs.grammar is not None:
@@ -170,9 +171,11 @@ def format_field(format: ResponseFormat) -> Field | None:
         case ObjectFormat():
             return "json_object", True, True
         case SchemaFormat():
-            return "json_schema", _text(format.json_schema.schema), format.json_schema.strict is not False
+            schema = _text(format.json_schema.schema, "response_format")
+            return "json_schema", schema, format.json_schema.strict is not False
         case TagFormat():
-            return "structural_tag", _text({"type": "structural_tag", "format": _tags(format)}), True
+            tag = {"type": "structural_tag", "format": _tags(format)}
+            return "structural_tag", _text(tag, "response_format"), True
     return None
 
 
@@ -198,9 +201,12 @@ def _tags(format: TagFormat) -> dict[str, Any]:
     return {"type": "triggered_tags", "triggers": format.triggers, "tags": tags}
 
 
-def _text(value: Any) -> str:
-    """Text as it is; anything else as JSON."""
-    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+def _text(value: Any, name: str) -> str:
+    """Text as it is; anything else as JSON. The client calls it `name`."""
+    if isinstance(value, str):
+        return value
+    check_nesting(value, name)
+    return msgspec.json.encode(value).decode()
 
 
 def _choice(texts: list[str], name: str) -> tuple[str, ...]:

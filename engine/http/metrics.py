@@ -17,7 +17,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from engine.errors import EngineError
-from engine.messages import Chunk, Stats
+from engine.messages import Chunk, ExpertCounts, Stats
 
 if TYPE_CHECKING:
     from engine.front import Front
@@ -129,6 +129,17 @@ class Metrics:
         return encode(self.registry), content_type
 
 
+def _choices(counted: ExpertCounts) -> Metric:
+    """How often each expert was chosen, as last counted."""
+    text = "Choices of an expert by a token since /expert_distribution/start"
+    family = CounterMetricFamily("engine_expert_choices", text, labels=["layer", "expert"])
+    counts = array("q", counted.counts)
+    experts = len(counts) // max(len(counted.layers), 1)
+    for place, count in enumerate(counts):
+        family.add_metric([str(counted.layers[place // experts]), str(place % experts)], count)
+    return family
+
+
 class SchedulerFigures(Collector):
     """Gauges and counters that the scheduler keeps, read from `front.stats` at scrape time."""
 
@@ -168,6 +179,8 @@ class SchedulerFigures(Collector):
         )
         yield from (GaugeMetricFamily(name, text, value=value) for name, text, value in gauges)
         yield from (CounterMetricFamily(name, text, value=value) for name, text, value in counters)
+        if (counts := self._front.experts) is not None:
+            yield _choices(counts)
         labels = {"model": self._model}
         if info is not None:
             labels |= {"device": info.device, "attention": info.attention}

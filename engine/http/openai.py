@@ -1,12 +1,12 @@
 """The OpenAI API: /v1/models, /v1/chat/completions and /v1/completions.
 
-Beyond OpenAI's own fields, requests take vLLM's: top_k, min_p, stop_regex, prompt_logprobs and so on. What replies
-look like is in choices.py, what they may be asked to be in grammars.py. Tools are refused by name until they are
-served.
+Beyond OpenAI's own fields, requests take vLLM's: top_k, min_p, stop_regex, prompt_logprobs and so on. Messages and
+tools are in conversation.py, what replies may be asked to be in grammars.py, what they look like in choices.py. What
+is not served yet is refused by name.
 """
 
 import struct
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal
 from uuid import uuid4
 
 import msgspec
@@ -15,9 +15,19 @@ from msgspec import Meta
 
 from engine.errors import RequestError
 from engine.http.choices import OpenAIReply, Wording
+from engine.http.conversation import (
+    ChatMessage,
+    NamedTool,
+    ToolBody,
+    ToolChoice,
+    plain_messages,
+    template_options,
+    tools_of,
+)
 from engine.http.grammars import GrammarBody, grammar_fields
+from engine.http.reading import NOTHING, Reading, Wanted, reading_of
 from engine.http.service import SERVICE, answer
-from engine.http.wire import Body, Reply, check_served, json_response
+from engine.http.wire import Body, Reply, json_response
 from engine.messages import Generate, SamplingParams
 from engine.sampling import INT32_MAX, check_sampling
 
@@ -77,33 +87,6 @@ class SamplingBody(GrammarBody, kw_only=True):
     }
 
 
-class TextPart(Body):
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(Body):
-    """One message. A developer's is a system message to the model; the parts of a content are joined."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
-    name: str | None = None
-    refusal: Any = None
-    annotations: Any = None
-    audio: Any = None
-    function_call: Any = None
-    tool_calls: Any = None
-
-    # An assistant's message comes back as the client got it, with these empty.
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "refusal": (),
-        "annotations": ([],),
-        "audio": (),
-        "function_call": (),
-        "tool_calls": ([],),
-    }
-
-
 class ChatBody(SamplingBody, kw_only=True):
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
@@ -113,6 +96,11 @@ class ChatBody(SamplingBody, kw_only=True):
     continue_final_message: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[ToolBody] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    separate_reasoning: bool | None = None
+    stream_reasoning: Any = None
     # Ignored: they change nothing that the engine does.
     metadata: Any = None
     store: Any = None
@@ -120,7 +108,6 @@ class ChatBody(SamplingBody, kw_only=True):
     prompt_cache_key: Any = None
     prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
-    parallel_tool_calls: Any = None
     audio: Any = None
     functions: Any = None
     function_call: Any = None
@@ -129,8 +116,6 @@ class ChatBody(SamplingBody, kw_only=True):
     prediction: Any = None
     reasoning_effort: Any = None
     service_tier: Any = None
-    tools: Any = None
-    tool_choice: Any = None
     verbosity: Any = None
     web_search_options: Any = None
 
@@ -144,10 +129,13 @@ class ChatBody(SamplingBody, kw_only=True):
         "prediction": (),
         "reasoning_effort": ("none",),
         "service_tier": ("auto", "default"),
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
+        "stream_reasoning": (True,),
         "verbosity": ("medium",),
         "web_search_options": (),
+    }
+    remedies: ClassVar[dict[str, str]] = {
+        "functions": "send tools, which took its place",
+        "function_call": "send tool_choice, which took its place",
     }
 
 
@@ -199,16 +187,27 @@ async def chat_completions(request: web.Request, body: ChatBody) -> web.StreamRe
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
     )
+    messages, options = plain_messages(body.messages), template_options(body)
+    reading = reading_of(
+        request.app[SERVICE].front.text,
+        sampling,
+        messages,
+        options,
+        wanted_of(body),
+        separate=body.separate_reasoning is not False,
+        names=names,
+    )
     first = Generate(
         f"chatcmpl-{uuid4().hex}",
         sampling,
-        messages=plain_messages(body.messages),
+        messages=messages,
         priority=body.priority or 0,
         cache_salt=salt_of(body.cache_salt),
-        **template_options(body),
+        **options,
+        **reading.job,
     )
     wording = Wording(chat=True, logprobs=bool(body.logprobs), prompt_logprobs=body.prompt_logprobs is not None)
-    return await _complete(request, body, [first], wording)
+    return await _complete(request, body, [first], wording, reading)
 
 
 async def completions(request: web.Request, body: CompletionBody) -> web.StreamResponse:
@@ -250,7 +249,11 @@ async def completions(request: web.Request, body: CompletionBody) -> web.StreamR
 
 
 async def _complete(
-    request: web.Request, body: SamplingBody, prompts: list[Generate], wording: Wording
+    request: web.Request,
+    body: SamplingBody,
+    prompts: list[Generate],
+    wording: Wording,
+    reading: Reading = NOTHING,
 ) -> web.StreamResponse:
     """Answer with `body.n` replies to each of `prompts`, worded as `wording` and the stream's options say."""
     options = body.stream_options or StreamOptions()
@@ -265,12 +268,12 @@ async def _complete(
         usage=bool(options.include_usage),
         continuous_usage=bool(options.continuous_usage_stats),
     )
-    reply = OpenAIReply(rid, request.app[SERVICE].model, wording)
+    reply = OpenAIReply(rid, request.app[SERVICE].model, wording, reading)
     endpoint = "chat" if wording.chat else "completions"
     names = {"prompt": "messages"} if wording.chat else {}
     if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
         names["max_tokens"] = "max_completion_tokens"
-    names |= grammar_fields(body)[1]
+    names |= grammar_fields(body)[1] | ({"grammar": "tools"} if reading.tools else {})
     return await answer(request, rid, jobs, reply, endpoint=endpoint, stream=bool(body.stream), names=names)
 
 
@@ -375,47 +378,13 @@ def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
     return (stop,) if isinstance(stop, str) else tuple(stop or ())
 
 
-def plain_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages as a chat template takes them: {"role", "content"} and "name" where it was given."""
-    if not messages:
-        raise RequestError("messages is empty; send at least one message", param="messages")
-    plain: list[dict[str, Any]] = []
-    for index, message in enumerate(messages):
-        check_served(message, f"messages[{index}].")
-        content = message.content
-        if content is None and message.role != "assistant":
-            path = f"messages[{index}].content"
-            raise RequestError(f"{path} is missing; a {message.role} message needs a text", param=path)
-        text = content if isinstance(content, str) else "".join(part.text for part in content or ())
-        role = "system" if message.role == "developer" else message.role
-        plain.append({"role": role, "content": text} | ({"name": message.name} if message.name else {}))
-    return plain
-
-
-class TemplateFields(Protocol):
-    """The fields of a body that say how the chat template writes its messages. Null is the same as absent."""
-
-    add_generation_prompt: bool | None
-    continue_final_message: bool | None
-    chat_template: str | None
-    chat_template_kwargs: dict[str, Any] | None
-
-
-def template_options(body: TemplateFields) -> dict[str, Any]:
-    """How to render the messages of `body`, as Generate and Text.render_chat take it."""
-    going_on = bool(body.continue_final_message)
-    if going_on and body.add_generation_prompt:
-        raise RequestError(
-            "continue_final_message and add_generation_prompt are both true, and exclude each other; send one",
-            param="add_generation_prompt",
-        )
-    opened = not going_on if body.add_generation_prompt is None else body.add_generation_prompt
-    return {
-        "add_generation_prompt": opened,
-        "continue_final_message": going_on,
-        "template_kwargs": body.chat_template_kwargs,
-        "chat_template": body.chat_template,
-    }
+def wanted_of(body: ChatBody) -> Wanted:
+    """What `body` says of tools."""
+    tools, choice = tools_of(body.tools), body.tool_choice
+    parallel = body.parallel_tool_calls is not False
+    if isinstance(choice, NamedTool):
+        return Wanted(tools, "required", choice.function.name, parallel)
+    return Wanted(tools, choice or "auto", None, parallel)
 
 
 def prompts_of(prompt: str | list[int | str | list[int]]) -> list[str | list[int]]:

@@ -1,39 +1,46 @@
-"""The OpenAI Responses API, for text: /v1/responses with streams, background replies and conversations by reference.
+"""The OpenAI Responses API: /v1/responses with streams, background replies and conversations by reference.
 
-What is stored, and for how long, is `stored.py`'s; this file has the bodies, the handlers and the events. Left out,
-and refused by name: tools, images and files, reasoning, prompt templates, `conversation`.
+What is stored, and for how long, is `stored.py`'s; events are `response_events.py`'s. Left out, and refused by name:
+tools that the server runs, images and files, how much to reason, prompt templates, `conversation`.
 """
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 from aiohttp import web
 from msgspec import Meta
 
+from engine.call_grammar import Tool
 from engine.errors import RequestError
+from engine.grammar import check_nesting
+from engine.http.conversation import ToolName, checked, tool_of
 from engine.http.grammars import NamedSchema, ObjectFormat, PlainFormat
+from engine.http.items import InputItem
 from engine.http.openai import Priority, stop_strings
-from engine.http.service import SERVICE, Service
-from engine.http.sse import describe_error, send_events
+from engine.http.reading import Wanted, reading_of
+from engine.http.response_events import ResponseEvents
+from engine.http.service import SERVICE, Service, in_client_words
+from engine.http.sse import send_events
 from engine.http.stored import (
     STORE,
     Asked,
-    InputItem,
+    ChosenTool,
+    FunctionTool,
     ObjectText,
-    OutputItem,
-    OutputText,
     PlainText,
     Response,
-    ResponseObject,
+    ResponseStore,
     SchemaText,
     TextOptions,
+    Told,
 )
 from engine.http.wire import Body, Reply, check_served, json_response, to_json
 from engine.messages import Chunk, Generate, SamplingParams
 from engine.sampling import check_sampling
 
 CLIENT_NAMES = {"max_tokens": "max_output_tokens", "json_schema": "text.format.schema"}
+ALSO_TAKEN = {("reasoning", "content"), ("function_call_output", "name")}  # beside what an item needs
 Metadata = Annotated[
     dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
 ]
@@ -43,7 +50,7 @@ Metadata = Annotated[
 
 
 class InputPart(Body):
-    type: Literal["input_text", "output_text"]
+    type: Literal["input_text", "output_text", "reasoning_text", "summary_text"]
     text: str
     # Ignored: an output item comes back as the client got it.
     annotations: Any = None
@@ -51,14 +58,43 @@ class InputPart(Body):
     prompt_cache_breakpoint: Any = None
 
 
-class InputMessage(Body):
-    role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[InputPart]
-    type: Literal["message"] = "message"
-    # Ignored, for the same reason.
+class InputItemBody(Body):
+    """An item of the input: a message, a call of a tool, what one returned, or what the model thought.
+
+    A message has `role` and `content`, a call `call_id`, `name` and `arguments`, and what it returned `call_id` and
+    `output`."""
+
+    type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
+    role: Literal["user", "assistant", "system", "developer"] | None = None
+    content: str | list[InputPart] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: str | list[InputPart] | None = None
+    # Ignored: an output item comes back as the client got it.
     id: Any = None
     status: Any = None
     phase: Any = None
+    summary: Any = None
+    encrypted_content: Any = None
+
+
+class ResponseTool(Body):
+    name: ToolName
+    parameters: dict[str, Any] | None = None
+    description: str | None = None
+    strict: bool | None = None
+    type: Literal["function"] = "function"
+    allowed_callers: Any = None
+    defer_loading: Any = None
+    output_schema: Any = None  # ignored: what a tool returns is not looked at
+
+    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {"allowed_callers": (["direct"],), "defer_loading": (False,)}
+
+
+class NamedResponseTool(Body):
+    name: str
+    type: Literal["function"] = "function"
 
 
 class SchemaTextBody(NamedSchema, tag_field="type", tag="json_schema", kw_only=True):
@@ -75,7 +111,7 @@ class TextBody(Body):
 class ResponsesBody(Body):
     """Null is the same as absent. `top_k`, `min_p`, `seed`, `stop` and `priority` are extensions."""
 
-    input: str | list[InputMessage]
+    input: str | list[InputItemBody]
     model: str | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
@@ -92,9 +128,11 @@ class ResponsesBody(Body):
     store: bool | None = None
     background: bool | None = None
     metadata: Metadata | None = None
+    tools: list[ResponseTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedResponseTool | None = None
+    parallel_tool_calls: bool | None = None
     # Ignored: they change nothing that the engine does.
     max_tool_calls: Any = None
-    parallel_tool_calls: Any = None
     prompt_cache_key: Any = None
     prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
@@ -111,8 +149,6 @@ class ResponsesBody(Body):
     prompt: Any = None
     reasoning: Any = None
     service_tier: Any = None
-    tool_choice: Any = None
-    tools: Any = None
     top_logprobs: Any = None
     truncation: Any = None
 
@@ -127,8 +163,6 @@ class ResponsesBody(Body):
         "prompt": (),
         "reasoning": ({}, {"effort": "none"}),
         "service_tier": ("auto", "default"),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
         "top_logprobs": (0,),
         "truncation": ("disabled",),
     }
@@ -164,55 +198,6 @@ class DeletedReply(Reply, frozen=True):
     deleted: bool
 
 
-class Event(Reply, kw_only=True, frozen=True):
-    """Numbered from 0 on."""
-
-    sequence_number: int
-
-
-class StatusEvent(Event, kw_only=True, frozen=True):
-    type: Literal[
-        "response.queued", "response.created", "response.in_progress",
-        "response.completed", "response.incomplete", "response.failed",
-    ]  # fmt: skip
-    response: ResponseObject
-
-
-class ItemEvent(Event, kw_only=True, frozen=True):
-    type: Literal["response.output_item.added", "response.output_item.done"]
-    item: OutputItem
-    output_index: int = 0
-
-
-class InItem(Event, kw_only=True, frozen=True):
-    """An event of the only content part of the only item."""
-
-    item_id: str
-    output_index: int = 0
-    content_index: int = 0
-
-
-class PartEvent(InItem, kw_only=True, frozen=True):
-    type: Literal["response.content_part.added", "response.content_part.done"]
-    part: OutputText
-
-
-class DeltaEvent(InItem, kw_only=True, frozen=True):
-    delta: str
-    logprobs: tuple[()] = ()
-    type: Literal["response.output_text.delta"] = "response.output_text.delta"
-
-
-class TextEvent(InItem, kw_only=True, frozen=True):
-    text: str
-    logprobs: tuple[()] = ()
-    type: Literal["response.output_text.done"] = "response.output_text.done"
-
-
-AnyEvent = StatusEvent | ItemEvent | PartEvent | DeltaEvent | TextEvent
-EVENTS = get_args(AnyEvent)
-
-
 # ── handlers ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -226,18 +211,22 @@ async def create(request: web.Request, body: ResponsesBody) -> web.StreamRespons
     sampling = sampling_of(body)
     earlier = [] if body.previous_response_id is None else store.conversation(body.previous_response_id)
     conversation = [*earlier, *messages_of(body.input)]
-    response = Response(described(body, sampling, service.model), conversation)
+    wanted = wanted_of(body)
     spoken = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    job = Generate(response.id, sampling, messages=[*spoken, *conversation], priority=body.priority or 0)
+    messages = [*spoken, *conversation]
+    reading = reading_of(service.front.text, sampling, messages, {}, wanted, names=CLIENT_NAMES)
+    response = Response(described(body, sampling, service.model, wanted), conversation, reading)
+    job = Generate(response.id, sampling, messages=messages, priority=body.priority or 0, **reading.job)
+    chunks = _generate(service, job, CLIENT_NAMES | {"grammar": "tools" if reading.tools else "text.format"})
     if body.background:
-        store.run(response, _generate(service, job))
+        store.run(response, chunks)
         return await _follow(request, response) if body.stream else json_response(response.object())
     headers = {"X-Request-Id": response.id}
-    async with aclosing(_recorded(request, response, job, keep=keep)) as chunks:
+    async with aclosing(_recorded(chunks, response, store if keep else None)) as told:
         if body.stream:
             events = ResponseEvents(response)
-            return await send_events(request, chunks, events, headers, failure=events.failure)
-        async for _ in chunks:
+            return await send_events(request, told, events, headers, failure=events.failure)
+        async for _ in told:
             pass
     return json_response(response.object(), headers=headers)
 
@@ -291,18 +280,24 @@ async def input_items(request: web.Request, query: ItemsQuery) -> web.Response:
     return json_response(ItemList(page, first, last, begin + len(page) < len(items)))
 
 
-def _generate(service: Service, job: Generate) -> AsyncGenerator[Chunk]:
-    return service.metrics.watch(service.front.generate(job), "responses")
+async def _generate(service: Service, job: Generate, names: dict[str, str]) -> AsyncGenerator[Chunk]:
+    """The reply to `job`; errors name fields by `names`."""
+    with in_client_words(names):
+        async with aclosing(service.metrics.watch(service.front.generate(job), "responses")) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
 
-async def _recorded(request: web.Request, response: Response, job: Generate, *, keep: bool) -> AsyncGenerator[Chunk]:
-    """The reply to `job`, taken down in `response`; stored, if `keep`, before its last chunk is passed on."""
-    async with aclosing(_generate(request.app[SERVICE], job)) as chunks:
+async def _recorded(
+    chunks: AsyncGenerator[Chunk], response: Response, store: ResponseStore | None
+) -> AsyncGenerator[Told]:
+    """`chunks`, taken down in `response`, which is put into `store` before the last one is passed on."""
+    async with aclosing(chunks):
         async for chunk in chunks:
-            response.add(chunk)
-            if keep and response.ended:
-                request.app[STORE].put(response)
-            yield chunk
+            told = response.add(chunk)
+            if store is not None and response.ended:
+                store.put(response)
+            yield told
 
 
 async def _follow(request: web.Request, response: Response, after: int = -1) -> web.StreamResponse:
@@ -323,6 +318,7 @@ def sampling_of(body: ResponsesBody) -> SamplingParams:
         case ObjectFormat():
             given["json_object"] = True
         case SchemaTextBody() as asked:
+            check_nesting(asked.schema, "text.format.schema")
             given |= {"json_schema": to_json(asked.schema).decode(), "strict_schema": asked.strict is not False}
     if body.text is not None:
         check_served(body.text, "text.")
@@ -341,22 +337,69 @@ def format_of(body: ResponsesBody) -> PlainText | ObjectText | SchemaText:
     return PlainText()
 
 
-def messages_of(input: str | list[InputMessage]) -> list[dict[str, Any]]:
-    """`input` as a chat template takes it."""
+def messages_of(input: str | list[InputItemBody]) -> list[dict[str, Any]]:
+    """`input` as a chat template takes it: calls and reasoning are part of what the assistant said."""
     if isinstance(input, str):
         return [{"role": "user", "content": input}]
     if not input:
         raise RequestError("input is empty; send at least one message", param="input")
-    messages = []
-    for message in input:
-        role = "system" if message.role == "developer" else message.role
-        content = message.content
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        messages.append({"role": role, "content": text})
+    messages: list[dict[str, Any]] = []
+    for index, item in enumerate(input):
+        message = _message(item, f"input[{index}]")
+        last = messages[-1] if messages else {}
+        if last.get("role") == message["role"] == "assistant" and ("tool_calls" in message or not last["content"]):
+            calls = [*last.get("tool_calls", ()), *message.get("tool_calls", ())]
+            content = last["content"] + message["content"]
+            messages[-1] = {**last, **message, "content": content} | ({"tool_calls": calls} if calls else {})
+        else:
+            messages.append(message)
     return messages
 
 
-def described(body: ResponsesBody, sampling: SamplingParams, model: str) -> Asked:
+def _message(item: InputItemBody, path: str) -> dict[str, Any]:
+    """One item as a message."""
+    needs = {
+        "message": ("role", "content"),
+        "function_call": ("call_id", "name", "arguments"),
+        "function_call_output": ("call_id", "output"),
+        "reasoning": (),
+    }[item.type]
+    for field in ("role", "content", "call_id", "name", "arguments", "output"):
+        given = getattr(item, field) is not None
+        if field in needs and not given:
+            raise RequestError(f"{path}.{field} is missing; a {item.type} needs one", param=f"{path}.{field}")
+        if field not in needs and given and (item.type, field) not in ALSO_TAKEN:
+            raise RequestError(f"{path}.{field} does not go with the type {item.type}", param=f"{path}.{field}")
+    match item.type:
+        case "function_call":
+            function = {"name": item.name, "arguments": item.arguments}
+            call = {"id": item.call_id, "type": "function", "function": function}
+            return {"role": "assistant", "content": "", "tool_calls": [call]}
+        case "function_call_output":
+            return {"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)}
+        case "reasoning":
+            return {"role": "assistant", "content": "", "reasoning_content": _text(item.content)}
+    return {"role": "system" if item.role == "developer" else item.role, "content": _text(item.content)}
+
+
+def _text(content: str | list[InputPart] | None) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content or ())
+
+
+def wanted_of(body: ResponsesBody) -> Wanted:
+    """What `body` says of tools."""
+    tools: list[Tool] = []
+    for index, tool in enumerate(body.tools or ()):
+        check_served(tool, f"tools[{index}].")
+        path = f"tools[{index}].parameters"
+        tools.append(tool_of(tool.name, tool.parameters, tool.description, tool.strict, path))
+    choice, parallel = body.tool_choice, body.parallel_tool_calls is not False
+    if isinstance(choice, NamedResponseTool):
+        return Wanted(checked(tools), "required", choice.name, parallel)
+    return Wanted(checked(tools), choice or "auto", None, parallel)
+
+
+def described(body: ResponsesBody, sampling: SamplingParams, model: str, wanted: Wanted) -> Asked:
     """The fields of a response object that only say what was asked."""
     return Asked(
         model=model,
@@ -368,75 +411,8 @@ def described(body: ResponsesBody, sampling: SamplingParams, model: str) -> Aske
         background=bool(body.background),
         store=body.store is not False,
         metadata=body.metadata or {},
+        parallel_tool_calls=wanted.parallel,
+        tool_choice=wanted.mode if wanted.named is None else ChosenTool(wanted.named),
+        tools=tuple(FunctionTool(one.name, one.description, one.parameters, one.strict) for one in wanted.tools),
         text=TextOptions(format_of(body)),
     )
-
-
-# ── events ───────────────────────────────────────────────────────────────────────────────────
-
-
-class ResponseEvents:
-    """Chunks as the events of a response, numbered; those up to number `after` are left out."""
-
-    def __init__(self, response: Response, after: int = -1) -> None:
-        self._response = response
-        self._after = after
-        self._number = 0
-        self._text: list[str] = []
-
-    def event(self, chunk: Chunk) -> bytes:
-        """The events of `chunk`: what opens a response before the first, what closes it after the last."""
-        events = [] if self._number else self._opening()
-        if chunk.text:
-            self._text.append(chunk.text)
-            events += [self._next(DeltaEvent, item_id=self._response.item_id, delta=chunk.text)]
-        if chunk.finish is not None:
-            events += self._closing()
-        return b"".join(events)
-
-    def failure(self, error: Exception) -> bytes:
-        """The last event of a stream that fails."""
-        if not self._response.ended:
-            self._response.fail(describe_error(error))
-        return self._status("failed", self._response.object())
-
-    def _opening(self) -> list[bytes]:
-        response = self._response
-        waiting = response.object(status="in_progress")
-        queued = [self._status("queued", response.object(status="queued"))] if response.background else []
-        return [
-            *queued,
-            self._status("created", waiting),
-            self._status("in_progress", waiting),
-            self._item("added", response.item("in_progress", None)),
-            self._part("added", ""),
-        ]
-
-    def _closing(self) -> list[bytes]:
-        response, text = self._response, "".join(self._text)
-        status: Literal["completed", "incomplete"] = "completed" if response.status == "completed" else "incomplete"
-        return [
-            self._next(TextEvent, item_id=response.item_id, text=text),
-            self._part("done", text),
-            self._item("done", response.item(status, text)),
-            self._status(status, response.object()),
-        ]
-
-    def _status(self, status: str, response: ResponseObject) -> bytes:
-        return self._next(StatusEvent, type=f"response.{status}", response=response)
-
-    def _item(self, what: str, item: OutputItem) -> bytes:
-        return self._next(ItemEvent, type=f"response.output_item.{what}", item=item)
-
-    def _part(self, what: str, text: str) -> bytes:
-        part, item = OutputText(text), self._response.item_id
-        return self._next(PartEvent, type=f"response.content_part.{what}", item_id=item, part=part)
-
-    def _next(self, kind: type[AnyEvent], **fields: Any) -> bytes:
-        """The event of the next number; nothing, if that is not asked for."""
-        number = self._number
-        self._number += 1
-        if number <= self._after:
-            return b""
-        event = kind(sequence_number=number, **fields)
-        return b"event: %b\ndata: %b\n\n" % (event.type.encode(), to_json(event))

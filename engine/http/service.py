@@ -6,8 +6,8 @@ client included, closes the front's generators, and that aborts the requests.
 """
 
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
@@ -97,8 +97,15 @@ async def answer(
     """Run `jobs` together and answer `request`, known as `rid`, with them; what one raises ends all.
 
     Errors raised before the first chunk reach the caller; `names` maps our fields to the client's in them."""
-    try:
+    with in_client_words(names):
         return await _answer(request, rid, jobs, reply, endpoint, stream)
+
+
+@contextmanager
+def in_client_words(names: Mapping[str, str]) -> Iterator[None]:
+    """While this lasts, a RequestError names a field as the client does: `names` maps ours to those."""
+    try:
+        yield
     except RequestError as error:
         param = names.get(error.param or "")
         if param is None:

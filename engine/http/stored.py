@@ -6,7 +6,7 @@ that still runs. A restart forgets all.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any, Literal
 from uuid import uuid4
@@ -16,50 +16,23 @@ import msgspec
 from aiohttp import web
 
 from engine.errors import RequestError
+from engine.http.items import InputItem, ItemStatus, OutputItem, input_items, output_of
+from engine.http.reading import NOTHING, Reading
 from engine.http.sse import describe_error
 from engine.http.wire import Reply
 from engine.messages import Chunk
+from engine.parsers import assembled, merged
+from engine.plugin.parsing import Content, Event
 
 MAX_RESPONSES = 1000
 MAX_CHARACTERS = 64 * 2**20  # of conversations and replies
 
 Status = Literal["queued", "in_progress", "completed", "incomplete", "cancelled", "failed"]
+Told = tuple[Chunk, list[Event]]  # a chunk without its text, and what a parser tells of that
 STATUSES: dict[str | None, Status] = {"stop": "completed", "length": "incomplete", "abort": "cancelled"}
 
 
 # ── what is sent ─────────────────────────────────────────────────────────────────────────────
-
-ItemStatus = Literal["in_progress", "completed", "incomplete"]
-
-
-class OutputText(Reply, frozen=True, tag_field="type", tag="output_text"):
-    text: str
-    annotations: tuple[()] = ()
-    logprobs: tuple[()] = ()
-
-
-class InputText(Reply, frozen=True, tag_field="type", tag="input_text"):
-    text: str
-
-
-class OutputItem(Reply, frozen=True):
-    """A message of the model's; without content while there is none."""
-
-    id: str
-    status: ItemStatus
-    content: list[OutputText]
-    role: Literal["assistant"] = "assistant"
-    type: Literal["message"] = "message"
-
-
-class InputItem(Reply, frozen=True):
-    """A message of a conversation that a response answers."""
-
-    id: str
-    role: Literal["user", "assistant", "system"]
-    content: list[InputText | OutputText]
-    status: Literal["completed"] = "completed"
-    type: Literal["message"] = "message"
 
 
 class ResponseError(Reply, frozen=True):
@@ -91,6 +64,23 @@ class ResponseUsage(Reply, frozen=True):
 class Reasoning(Reply, frozen=True):
     effort: None = None
     summary: None = None
+
+
+class FunctionTool(Reply, frozen=True):
+    """A tool that the request offered."""
+
+    name: str
+    description: str | None
+    parameters: dict[str, Any] | None
+    strict: bool
+    type: Literal["function"] = "function"
+
+
+class ChosenTool(Reply, frozen=True):
+    """The tool that is to be called."""
+
+    name: str
+    type: Literal["function"] = "function"
 
 
 class PlainText(Reply, frozen=True, tag_field="type", tag="text"):
@@ -130,8 +120,8 @@ class Asked(Reply, kw_only=True, frozen=True):
     reasoning: Reasoning = Reasoning()
     service_tier: Literal["default"] = "default"
     text: TextOptions = TextOptions()
-    tool_choice: Literal["auto"] = "auto"
-    tools: tuple[()] = ()
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool = "auto"
+    tools: tuple[FunctionTool, ...] = ()
     top_logprobs: int = 0
     truncation: Literal["disabled"] = "disabled"
 
@@ -156,12 +146,12 @@ class ResponseObject(Asked, kw_only=True, frozen=True):
 class Response:
     """One response: what was asked, and the reply as far as it is there.
 
-    `asked` is what never changes; `conversation` the messages it answers; `size` how many
-    characters it holds."""
+    `asked` is what never changes; `conversation` the messages it answers; `reading` how replies are read; `size` how
+    many characters it holds."""
 
-    def __init__(self, asked: Asked, conversation: list[dict[str, Any]]) -> None:
+    def __init__(self, asked: Asked, conversation: list[dict[str, Any]], reading: Reading = NOTHING) -> None:
         self.id = f"resp_{uuid4().hex}"
-        self.item_id = f"msg_{uuid4().hex}"
+        self.key = uuid4().hex  # of its items
         self.background: bool = asked.background
         self.status: Status = "queued" if self.background else "in_progress"
         self._asked = asked
@@ -170,8 +160,9 @@ class Response:
         self._completed: int | None = None
         self._error: ResponseError | None = None
         self._error_status = 0
-        self._chunks: list[Chunk] = []
-        self.size = sum(len(message["content"]) for message in conversation) + len(asked.instructions or "")
+        self._reader = reading.reader()
+        self._told: list[Told] = []
+        self.size = sum(len(str(message)) for message in conversation) + len(asked.instructions or "")
         self._changed = anyio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -180,25 +171,42 @@ class Response:
         return self.status not in ("queued", "in_progress")
 
     @property
-    def text(self) -> str:
-        return "".join(chunk.text for chunk in self._chunks)
+    def _last(self) -> Chunk | None:
+        return self._told[-1][0] if self._told else None
+
+    def _events(self) -> Iterator[Event]:
+        return (event for _, events in self._told for event in events)
 
     def continued(self) -> list[dict[str, Any]]:
         """The conversation with the reply at its end."""
-        return [*self._conversation, {"role": "assistant", "content": self.text}]
+        said = assembled(self._events())
+        reply: dict[str, Any] = {"role": "assistant", "content": said.content}
+        if said.reasoning:
+            reply["reasoning_content"] = said.reasoning
+        if said.calls:
+            reply["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in said.calls
+            ]
+        return [*self._conversation, reply]
 
     # ── becoming ─────────────────────────────────────────────────────────────────────────────
 
-    def add(self, chunk: Chunk) -> None:
-        """Take in the next chunk of the reply."""
-        self._chunks.append(chunk)
+    def add(self, chunk: Chunk) -> Told:
+        """Take in the next chunk of the reply; what is told of it."""
+        events: list[Event] = [Content(chunk.text)] if chunk.text else []
+        if self._reader is not None:
+            events = self._reader.read(chunk)
+        told = msgspec.structs.replace(chunk, text="", ids=[]), events
+        self._told.append(told)
         self.size += len(chunk.text)
         self.status = "in_progress" if chunk.finish is None else STATUSES[chunk.finish]
         if chunk.finish is not None:
             self._completed = int(time.time())
             if not self.background:  # nobody will follow it chunk by chunk
-                self._chunks = [msgspec.structs.replace(chunk, text=self.text, ids=[])]
+                self._told = [(told[0], merged(self._events()))]
         self._wake()
+        return told
 
     def fail(self, described: tuple[int, dict[str, Any]]) -> None:
         """End with an error: its HTTP status and its OpenAI error object."""
@@ -231,15 +239,15 @@ class Response:
         if self._task is not None and not self.ended:
             self._task.cancel()
             await asyncio.wait([self._task])
-            last = self._chunks[-1] if self._chunks else Chunk(self.id, "", [])
-            self.add(msgspec.structs.replace(last, text="", ids=[], finish="abort"))
+            last = self._last or Chunk(self.id, "", [])
+            self.add(msgspec.structs.replace(last, finish="abort"))
 
-    async def follow(self) -> AsyncGenerator[Chunk]:
-        """Its chunks from the first on, as they come. Raises RequestError where it failed."""
+    async def follow(self) -> AsyncGenerator[Told]:
+        """What is told of it from the first chunk on, as it comes. Raises RequestError where it failed."""
         index = 0
         while True:
-            while index < len(self._chunks):
-                yield self._chunks[index]
+            while index < len(self._told):
+                yield self._told[index]
                 index += 1
             if self._error is not None:
                 raise RequestError(**msgspec.structs.asdict(self._error), status=self._error_status)
@@ -252,10 +260,10 @@ class Response:
     def object(self, status: Status | None = None) -> ResponseObject:
         """The response object as it is now, or as it was when it had `status` and no output."""
         early = status is not None
-        last = self._chunks[-1] if self._chunks and not early else None
+        last = None if early else self._last
         ended = last is not None and last.finish is not None
-        text = "" if early else self.text
         cut = ended and self.status == "incomplete"
+        output = [] if early else output_of(self._events(), self.key, _item_status(self.status), ended=ended)
         return ResponseObject(
             id=self.id,
             created_at=self._created,
@@ -263,38 +271,27 @@ class Response:
             status=status or self.status,
             error=None if early else self._error,
             incomplete_details=IncompleteDetails() if cut else None,
-            output=[self.item(_item_status(self.status), text)] if text or ended else [],
-            usage=_usage(last) if last is not None and ended else None,
+            output=output,
+            usage=self._usage(last) if last is not None and ended else None,
             **msgspec.structs.asdict(self._asked),
         )
 
-    def item(self, status: ItemStatus, text: str | None) -> OutputItem:
-        """The output item: a message, without content while `text` is None."""
-        return OutputItem(self.item_id, status, [] if text is None else [OutputText(text)])
-
     def input_items(self) -> list[InputItem]:
-        """The messages that it answers, in order; those that came by reference are among them."""
-        return [
-            InputItem(
-                f"{self.item_id}_{number}",
-                message["role"],
-                [OutputText(message["content"])] if message["role"] == "assistant" else [InputText(message["content"])],
-            )
-            for number, message in enumerate(self._conversation)
-        ]
+        """What it answers, in order; what came by reference is among it."""
+        return input_items(self._conversation, f"item_{self.key}")
+
+    def _usage(self, last: Chunk) -> ResponseUsage:
+        return ResponseUsage(
+            last.prompt_tokens,
+            InputTokensDetails(last.cached_tokens),
+            last.completion_tokens,
+            last.prompt_tokens + last.completion_tokens,
+            OutputTokensDetails(0 if self._reader is None else self._reader.reasoning_tokens),
+        )
 
 
 def _item_status(status: Status) -> ItemStatus:
     return status if status in ("completed", "in_progress") else "incomplete"
-
-
-def _usage(last: Chunk) -> ResponseUsage:
-    return ResponseUsage(
-        last.prompt_tokens,
-        InputTokensDetails(last.cached_tokens),
-        last.completion_tokens,
-        last.prompt_tokens + last.completion_tokens,
-    )
 
 
 class ResponseStore:

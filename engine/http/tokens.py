@@ -12,7 +12,8 @@ import anyio.to_thread
 from aiohttp import web
 
 from engine.errors import RequestError
-from engine.http.openai import ChatMessage, TokenId, plain_messages, template_options
+from engine.http.conversation import ChatMessage, ToolBody, plain_messages, template_options, tools_of
+from engine.http.openai import TokenId
 from engine.http.service import SERVICE, Service
 from engine.http.wire import Body, Reply, json_response
 from engine.text import Text
@@ -28,6 +29,7 @@ class TokenizeBody(Body):
     model: str | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
+    tools: list[ToolBody] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
@@ -67,8 +69,10 @@ async def tokenize(request: web.Request, body: TokenizeBody) -> web.Response:
         ids = await with_text(service, len(prompt), lambda text: text.encode(prompt, special is not False))
     else:
         messages = plain_messages(body.messages or [])
-        encode = partial(_of_chat, messages=messages, special=bool(special), options=template_options(body))
-        ids = await with_text(service, size_of(messages), encode)
+        tools = [tool.described() for tool in tools_of(body.tools)]
+        options = {"tools": tools, **template_options(body)}
+        encode = partial(_of_chat, messages=messages, special=bool(special), options=options)
+        ids = await with_text(service, size_of(messages, tools), encode)
     names = None
     if body.return_token_strs:
         names = await with_text(service, len(ids), lambda text: [text.token(id) for id in ids])
@@ -101,9 +105,9 @@ def _of_chat(tokenizer: Text, messages: list[dict[str, Any]], special: bool, opt
     return tokenizer.encode(tokenizer.render_chat(messages, **options))
 
 
-def size_of(messages: list[dict[str, Any]]) -> int:
-    """How many characters `messages` have, for `with_text`."""
-    return sum(len(message["content"]) for message in messages)
+def size_of(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> int:
+    """About how many characters `messages` and `tools` have, for `with_text`."""
+    return len(str(tools)) + sum(len(message["content"]) for message in messages)
 
 
 async def with_text(service: Service, size: int, use: Callable[[Text], Result]) -> Result:

@@ -24,9 +24,11 @@ class Body(Struct, forbid_unknown_fields=True, kw_only=True):
     """Base of every request body and of the objects inside it.
 
     `unserved` maps fields that are known but not served yet to their neutral values; null is always neutral.
+    `remedies` says what to do in place of leaving such a field out.
     """
 
     unserved: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    remedies: ClassVar[dict[str, str]] = {}
 
 
 class Reply(Struct, forbid_unknown_fields=True, frozen=True):
@@ -82,7 +84,7 @@ def check_served(body: Body, path: str = "") -> None:
         accepted = " or ".join(to_json(other).decode() for other in (*neutral, None))
         raise RequestError(
             f"{path}{name} is not supported yet: got {_short(to_json(value).decode())}, accepted is only {accepted}; "
-            "leave it out",
+            f"{body.remedies.get(name, 'leave it out')}",
             param=path + name,
             code="unsupported_parameter",
         )

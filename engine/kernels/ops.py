@@ -27,6 +27,13 @@ class HeadNorms(NamedTuple):
     epsilon: float
 
 
+class LatentNorm(NamedTuple):
+    """RMSNorm weight [latent_dim] that the first numbers of a latent pass."""
+
+    weight: Tensor
+    epsilon: float
+
+
 Rotation = tuple[Tensor, Tensor]  # cosines and sines [T, 1, pairs]: dimension i turns with i + pairs
 
 
@@ -104,8 +111,50 @@ class Ops:
 
     def write_pages(self, key: Tensor, value: Tensor, cache: Tensor, places: Tensor) -> None:
         """Puts `key` and `value` [T, kv, dim] at `places` [T] int64 (page * page_size + offset) of `cache`
-        [pages, 2, page_size, kv, dim], rounded to its type."""
+        [pages, 2, page_size, kv, dim], rounded to its type; FP8 takes what is out of its range as its largest."""
         page_size = cache.shape[2]
         pages, offsets = places // page_size, places % page_size
+        if cache.dtype.itemsize == 1:  # where torch makes NaN of what is out of range
+            most = torch.finfo(cache.dtype).max
+            key, value = key.clamp(-most, most), value.clamp(-most, most)
         cache[pages, 0, offsets] = key.to(cache.dtype)
         cache[pages, 1, offsets] = value.to(cache.dtype)
+
+    def latent_into_pages(
+        self,
+        query: Tensor,
+        latents: Tensor,
+        norm: LatentNorm,
+        rotation: Rotation,
+        interleaved: bool,
+        cache: Tensor,
+        places: Tensor,
+    ) -> None:
+        """What latent attention needs before it attends, in place: norms the first numbers of `latents` [T, width],
+        rotates the others and the last ones of each head of `query` [T, heads, dim], and puts the latents at `places`
+        [T] int64 of `cache` [pages, page_size, width], rounded to its type.
+
+        If `interleaved`, dimensions 2i and 2i + 1 turn together, else i and i + pairs."""
+        size, pairs = len(norm.weight), rotation[0].shape[-1]
+        latents[:, :size] = self.rms_norm(latents[:, :size], norm.weight, norm.epsilon)
+        for part in (latents[:, None, size:], query[..., -2 * pairs :]):
+            halves = part.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if interleaved else part
+            turned = self.rotate(halves, rotation)
+            part.copy_(turned.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if interleaved else turned)
+        write_latents(latents, cache, places)
+
+    def multiply_heads(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        """Each head by a matrix of its own: `inputs` [T, heads, K], `weight` [heads, K, N] to [T, heads, N]."""
+        out = inputs.new_empty(*inputs.shape[:2], weight.shape[2])
+        torch.bmm(inputs.transpose(0, 1), weight, out=out.transpose(0, 1))
+        return out
+
+
+def write_latents(latents: Tensor, cache: Tensor, places: Tensor) -> None:
+    """Puts `latents` [T, width] at `places` [T] of `cache` [pages, page_size, width], rounded to its type."""
+    flat = cache.view(-1, cache.shape[-1])
+    if cache.dtype == torch.float8_e4m3fn:
+        most = torch.finfo(cache.dtype).max
+        flat.view(torch.uint8)[places] = latents.clamp(-most, most).to(cache.dtype).view(torch.uint8)
+    else:
+        flat[places] = latents.to(cache.dtype)

@@ -2,7 +2,9 @@
 
 The noise is that of engine/worker/sampler.py, made where it is used: entry i of a row is output i of a SplitMix64
 generator (Steele, Lea, Flood 2014) keyed by the row's seed and position. A row is cut into chunks, so that one row
-fills a GPU too; a second kernel takes the best of the chunks, the lowest id of equals. Left out: filters (top-k, ...).
+fills a GPU too; a second kernel takes the best of the chunks, the lowest id of equals. What filters leave of a row is
+said by a cut (filters.py). Arguments that are rows of a tensor come with any alignment: for each kind, a kernel would
+be compiled in the middle of a step.
 """
 
 import torch
@@ -21,14 +23,21 @@ def _mix(x):
     return x ^ (x >> 31)
 
 
-@triton.jit
-def _draw_kernel(logits, slots, lasts, temperatures, seeds, best, where, size, chunks, stride, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize_on_alignment=["slots", "lasts"])
+def _draw_kernel(
+    logits, slots, lasts, temperatures, seeds, floors, cut_ids, best, where, size, chunks, stride,
+    CUTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + row)
     ids = chunk * BLOCK + tl.arange(0, BLOCK)
     mask = ids < size
     scores = tl.load(logits + row * stride + ids, mask=mask, other=float("-inf")).to(tl.float32)
     temperature = tl.load(temperatures + slot)
+    if CUTS:
+        floor = tl.load(floors + row)
+        kept = (scores > floor) | ((scores == floor) & (ids <= tl.load(cut_ids + row)))
+        scores = tl.where(kept, scores, float("-inf"))
     if temperature > 0:
         seed = tl.load(seeds + slot).to(tl.uint64, bitcast=True)
         position = (tl.load(lasts + row) + 1).to(tl.uint64, bitcast=True)
@@ -46,7 +55,7 @@ def _draw_kernel(logits, slots, lasts, temperatures, seeds, best, where, size, c
     tl.store(where + row * chunks + chunk, tl.min(tl.where(scores == top, ids, size - 1), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots", "lasts"])
 def _choose_kernel(best, where, slots, lasts, tokens, out, chunks, tokens_stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -58,21 +67,31 @@ def _choose_kernel(best, where, slots, lasts, tokens, out, chunks, tokens_stride
     tl.store(tokens + tl.load(slots + row) * tokens_stride + tl.load(lasts + row) + 1, chosen)
 
 
-def draw(logits: Tensor, slots: Tensor, lasts: Tensor, temperatures: Tensor, seeds: Tensor, tokens: Tensor) -> Tensor:
+def draw(
+    logits: Tensor,
+    slots: Tensor,
+    lasts: Tensor,
+    temperatures: Tensor,
+    seeds: Tensor,
+    tokens: Tensor,
+    cuts: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """One token a row: ids [S] int64, also written into `tokens` [slots, positions] int32 after the row's last one.
 
     `logits` [S, V] of any float type, each row dense; `slots` and `lasts` [S] int64 are each row's slot and the
     position of its last token; `temperatures` float32 (0 is argmax) and `seeds` int64 are by slot. The draw is keyed by
-    the seed and the position `lasts` + 1.
+    the seed and the position `lasts` + 1. `cuts` are what filters.cuts says is left of each row; without, all is.
     """
     rows, size = logits.shape
     chunks = triton.cdiv(size, CHUNK)
     best = torch.empty(rows, chunks, dtype=torch.float32, device=logits.device)
     where = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    floors, cut_ids = (best, where) if cuts is None else cuts
     _draw_kernel[(rows, chunks)](
-        logits, slots, lasts, temperatures, seeds, best, where, size, chunks, logits.stride(0), BLOCK=CHUNK, num_warps=8
-    )
+        logits, slots, lasts, temperatures, seeds, floors, cut_ids, best, where, size, chunks, logits.stride(0),
+        CUTS=cuts is not None, BLOCK=CHUNK, num_warps=8,
+    )  # fmt: skip
     block = triton.next_power_of_2(chunks)
     _choose_kernel[(rows,)](best, where, slots, lasts, tokens, out, chunks, tokens.stride(0), BLOCK=block, num_warps=1)
     return out

@@ -11,24 +11,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.ops import HeadNorms, Heads, Ops, Rotation
+from engine.kernels import triton_latent
+from engine.kernels.launch import launch_dependents, wait_for_previous
+from engine.kernels.ops import HeadNorms, Heads, LatentNorm, Ops, Rotation
+from engine.kernels.triton_linear import skinny_cut, skinny_linear
 
 MANY_PROGRAMS = 4096
 LARGEST_ROW = 16384  # numbers that one program holds at a time
-# Weights up to which one token's product is `_vector_kernel`'s: cuBLAS reads larger matrices at the memory's speed, but
-# takes up to ten times as long as that for small ones (bench/kernels_linear.py).
-VECTOR_WEIGHTS = 128 << 20
 
 
 @triton.jit
-def _vector_kernel(inputs, weight, bias, out, rows, columns,
-                   BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+def _vector_kernel(inputs, weight, bias, out, rows, columns, BIASED: tl.constexpr, ROWS: tl.constexpr,
+                   COLUMNS: tl.constexpr, DEPENDS: tl.constexpr):  # fmt: skip
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, COLUMNS)
     inside = n < rows
     line = weight + n.to(tl.int64)[:, None] * columns
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for begin in range(0, columns, COLUMNS):
+    # The first block of the weight is on its way while the kernel before still runs.
+    w = tl.load(line + k[None, :], mask=inside[:, None] & (k < columns)[None, :], other=0.0)
+    wait_for_previous(DEPENDS)
+    x = tl.load(inputs + k, mask=k < columns, other=0.0).to(tl.float32)
+    total = w.to(tl.float32) * x[None, :]
+    for begin in range(COLUMNS, columns, COLUMNS):
         at = begin + k
         x = tl.load(inputs + at, mask=at < columns, other=0.0).to(tl.float32)
         w = tl.load(line + at[None, :], mask=inside[:, None] & (at < columns)[None, :], other=0.0)
@@ -41,10 +45,12 @@ def _vector_kernel(inputs, weight, bias, out, rows, columns,
 
 @triton.jit
 def _rms_norm_kernel(hidden, stream, weight, out, size, row_stride, heads, head_stride, epsilon,
-                     ADDS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                     ADDS: tl.constexpr, BLOCK: tl.constexpr, DEPENDS: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     mask = at < size
+    w = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
+    wait_for_previous(DEPENDS)
     begin = row // heads * row_stride + row % heads * head_stride
     x = tl.load(hidden + begin + at, mask=mask, other=0.0)
     if ADDS:
@@ -52,15 +58,15 @@ def _rms_norm_kernel(hidden, stream, weight, out, size, row_stride, heads, head_
         tl.store(stream + row * size + at, x, mask=mask)
     x = x.to(tl.float32)
     scale = 1.0 / tl.sqrt_rn(tl.sum(x * x, 0) / size + epsilon)
-    w = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + row * size + at, (x * scale * w).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _gated_kernel(gate_up, out, size, GELU: tl.constexpr, BLOCK: tl.constexpr):
+def _gated_kernel(gate_up, out, size, GELU: tl.constexpr, BLOCK: tl.constexpr, DEPENDS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
+    wait_for_previous(DEPENDS)
     gate = tl.load(gate_up + row * 2 * size + at, mask=mask, other=0.0)
     up = tl.load(gate_up + row * 2 * size + size + at, mask=mask, other=0.0)
     x = gate.to(tl.float32)
@@ -72,21 +78,23 @@ def _gated_kernel(gate_up, out, size, GELU: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + row * size + at, x.to(gate.dtype) * up, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _heads_kernel(
     qkv, query, key_norm, query_norm, cosines, sines, cache, places,
-    query_heads, kv_heads, dim, pairs, page_size, row_stride, epsilon,
-    NORMS: tl.constexpr, ROTATES: tl.constexpr, CACHES: tl.constexpr,
-    HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
+    tokens, query_heads, kv_heads, dim, pairs, row_stride, epsilon,
+    PAGE_SIZE: tl.constexpr, NORMS: tl.constexpr, ROTATES: tl.constexpr, CACHES: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
-    # HEADS heads of one token, all of one kind: the two halves of `pairs` dimensions each, and what lies beyond them.
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
+    # HEADS heads, all of one kind, of each of TOKENS tokens: the two halves of `pairs` dimensions, and what is beyond.
+    i = tl.arange(0, TOKENS * HEADS)[:, None]
+    token, h = (tl.program_id(0) * TOKENS + i // HEADS).to(tl.int64), i % HEADS
+    head = tl.program_id(1) * HEADS
     is_query = head < query_heads
     is_value = head >= query_heads + kv_heads
-    h = tl.arange(0, HEADS)[:, None]
     low, rest = tl.arange(0, PAIRS)[None, :], tl.arange(0, REST)[None, :] + 2 * pairs
-    in_low, in_rest = low < pairs, rest < dim
+    in_low, in_rest = (low < pairs) & (token < tokens), (rest < dim) & (token < tokens)
     begin = qkv + token * row_stride + (head + h) * dim
+    wait_for_previous(DEPENDS)
     first_raw = tl.load(begin + low, mask=in_low, other=0.0)
     kind = first_raw.dtype
     first = first_raw.to(tl.float32)
@@ -97,9 +105,11 @@ def _heads_kernel(
             square = tl.sum(first * first, 1) + tl.sum(second * second, 1) + tl.sum(third * third, 1)
             scale = (1.0 / tl.sqrt_rn(square / dim + epsilon))[:, None]
             weight = query_norm if is_query else key_norm
-            first = (first * scale * tl.load(weight + low, mask=in_low, other=0.0).to(tl.float32)).to(kind)
-            second = (second * scale * tl.load(weight + pairs + low, mask=in_low, other=0.0).to(tl.float32)).to(kind)
-            third = (third * scale * tl.load(weight + rest, mask=in_rest, other=0.0).to(tl.float32)).to(kind)
+            first = (first * scale * tl.load(weight + low, mask=low < pairs, other=0.0).to(tl.float32)).to(kind)
+            second = (second * scale * tl.load(weight + pairs + low, mask=low < pairs, other=0.0).to(tl.float32)).to(
+                kind
+            )
+            third = (third * scale * tl.load(weight + rest, mask=rest < dim, other=0.0).to(tl.float32)).to(kind)
             first, second, third = first.to(tl.float32), second.to(tl.float32), third.to(tl.float32)
         if ROTATES:
             cosine = tl.load(cosines + token * pairs + low, mask=in_low, other=0.0).to(tl.float32)
@@ -113,10 +123,10 @@ def _heads_kernel(
         tl.store(target + pairs + low, second, mask=in_low)
         tl.store(target + rest, third, mask=in_rest)
     elif CACHES:
-        place = tl.load(places + token)
+        place = tl.load(places + token, mask=token < tokens, other=0)
         half = tl.where(is_value, 1, 0)
         kv_head = head + h - query_heads - half * kv_heads
-        row = (place // page_size * 2 + half) * page_size + place % page_size
+        row = (place // PAGE_SIZE * 2 + half) * PAGE_SIZE + place % PAGE_SIZE
         line = cache + (row * kv_heads + kv_head) * dim
         stored = cache.dtype.element_ty
         tl.store(line + low, first.to(tl.float32).to(stored), mask=in_low)
@@ -129,13 +139,15 @@ def _heads_kernel(
 
 
 @triton.jit
-def _write_kernel(key, value, cache, places, kv_heads, dim, page_size, key_stride, value_stride, BLOCK: tl.constexpr):
+def _write_kernel(key, value, cache, places, kv_heads, dim, page_size, key_stride, value_stride, BLOCK: tl.constexpr,
+                  DEPENDS: tl.constexpr):  # fmt: skip
     token, half = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.arange(0, BLOCK)
     mask = at < kv_heads * dim
     source = key + token * key_stride
     if half == 1:
         source = value + token * value_stride
+    wait_for_previous(DEPENDS)
     place = tl.load(places + token)
     row = (place // page_size * 2 + half) * page_size + place % page_size
     numbers = tl.load(source + at, mask=mask, other=0.0)
@@ -151,12 +163,15 @@ class TritonOps(Ops):
     """The operations on CUDA tensors."""
 
     def linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if inputs.shape[0] != 1 or weight.numel() > VECTOR_WEIGHTS or weight.dtype == torch.float32:
-            return super().linear(inputs, weight, bias)
-        return self.vector_linear(inputs, weight, bias)
+        if weight.dtype != torch.float32:
+            if inputs.shape[0] == 1:
+                return self.vector_linear(inputs, weight, bias)
+            if (cut := skinny_cut(inputs.shape[0], *weight.shape)) is not None:
+                return skinny_linear(inputs, weight, bias, cut)
+        return super().linear(inputs, weight, bias)
 
     def vector_linear(
-        self, inputs: Tensor, weight: Tensor, bias: Tensor | None, rows: int = 2, columns: int = 1024
+        self, inputs: Tensor, weight: Tensor, bias: Tensor | None, rows: int = 4, columns: int = 2048
     ) -> Tensor:
         """`linear` of one token. A program takes `rows` rows of the weight, `columns` of them at a time."""
         count, size = weight.shape
@@ -164,7 +179,7 @@ class TritonOps(Ops):
         out = torch.empty(1, count, dtype=inputs.dtype, device=inputs.device)
         _vector_kernel[(triton.cdiv(count, rows),)](
             inputs, weight, weight if bias is None else bias, out, count, size,
-            BIASED=bias is not None, ROWS=rows, COLUMNS=columns, num_warps=4, num_stages=2,
+            BIASED=bias is not None, ROWS=rows, COLUMNS=columns, num_warps=4, num_stages=2, **launch_dependents(inputs),
         )  # fmt: skip
         return out
 
@@ -179,8 +194,9 @@ class TritonOps(Ops):
             strides = (hidden.stride(0), heads, hidden.stride(1)) if hidden.dim() == 3 else (hidden.stride(0), 1, 0)
             block = triton.next_power_of_2(size)
             _rms_norm_kernel[(rows,)](
-                hidden, hidden, weight, out, size, *strides, epsilon, ADDS=False, BLOCK=block, num_warps=_warps(block)
-            )
+                hidden, hidden, weight, out, size, *strides, epsilon,
+                ADDS=False, BLOCK=block, num_warps=_warps(block), **launch_dependents(hidden),
+            )  # fmt: skip
         return out
 
     def add_rms_norm(self, hidden: Tensor, stream: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -191,7 +207,7 @@ class TritonOps(Ops):
             block = triton.next_power_of_2(size)
             _rms_norm_kernel[(rows,)](
                 hidden, stream, weight, hidden, size, size, 1, 0, epsilon,
-                ADDS=True, BLOCK=block, num_warps=_warps(block),
+                ADDS=True, BLOCK=block, num_warps=_warps(block), **launch_dependents(hidden),
             )  # fmt: skip
         return hidden, stream
 
@@ -207,7 +223,9 @@ class TritonOps(Ops):
         out = torch.empty(rows, size, dtype=gate_up.dtype, device=gate_up.device)
         if rows:
             block = min(2048, triton.next_power_of_2(size))
-            _gated_kernel[(rows, triton.cdiv(size, block))](gate_up, out, size, GELU=gelu, BLOCK=block, num_warps=4)
+            _gated_kernel[(rows, triton.cdiv(size, block))](
+                gate_up, out, size, GELU=gelu, BLOCK=block, num_warps=4, **launch_dependents(gate_up)
+            )
         return out
 
     def rotate_heads(
@@ -247,14 +265,17 @@ class TritonOps(Ops):
         # Without a cache only query and key are touched; the value stays where it is.
         count = heads.query + (2 if cache is not None else 1) * heads.kv
         # Many tokens fill the device with few programs each; a few need one program a head.
-        together = math.gcd(heads.query, heads.kv, 8) if tokens * count > MANY_PROGRAMS else 1
-        _heads_kernel[(tokens, count // together)](
+        many = tokens * count > MANY_PROGRAMS
+        together = math.gcd(heads.query, heads.kv, 8) if many else 1
+        each = max(1, 32 // together) if many else 1
+        _heads_kernel[(triton.cdiv(tokens, each), count // together)](
             qkv, query, key_norm, query_norm, cosines, sines,
             qkv if cache is None else cache, qkv if places is None else places,
-            heads.query, heads.kv, dim, pairs, 1 if cache is None else cache.shape[2], qkv.stride(0), epsilon,
+            tokens, heads.query, heads.kv, dim, pairs, qkv.stride(0), epsilon,
+            PAGE_SIZE=1 if cache is None else cache.shape[2],
             NORMS=norms is not None, ROTATES=rotation is not None, CACHES=cache is not None,
-            HEADS=together, PAIRS=triton.next_power_of_2(pairs),
-            REST=triton.next_power_of_2(max(dim - 2 * pairs, 1)), num_warps=1,
+            TOKENS=each, HEADS=triton.next_power_of_2(together), PAIRS=triton.next_power_of_2(pairs),
+            REST=triton.next_power_of_2(max(dim - 2 * pairs, 1)), num_warps=4 if many else 1, **launch_dependents(qkv),
         )  # fmt: skip
         return query
 
@@ -266,5 +287,21 @@ class TritonOps(Ops):
             block = triton.next_power_of_2(heads * dim)
             _write_kernel[(tokens, 2)](
                 key, value, cache, places, heads, dim, cache.shape[2], key.stride(0), value.stride(0),
-                BLOCK=block, num_warps=_warps(block),
+                BLOCK=block, num_warps=_warps(block), **launch_dependents(key),
             )  # fmt: skip
+
+    def latent_into_pages(
+        self,
+        query: Tensor,
+        latents: Tensor,
+        norm: LatentNorm,
+        rotation: Rotation,
+        interleaved: bool,
+        cache: Tensor,
+        places: Tensor,
+    ) -> None:
+        triton_latent.latent_into_pages(query, latents, norm, rotation, interleaved, cache, places)
+
+    def multiply_heads(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        out = triton_latent.multiply_heads(inputs, weight)
+        return super().multiply_heads(inputs, weight) if out is None else out

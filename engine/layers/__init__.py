@@ -1,7 +1,8 @@
 """What models are built from. A model states its sharding through these layers and holds no rank arithmetic."""
 
+from engine.kernels.moe import ExpertWeights, Routed, Routing
 from engine.layers.activation import gated_activation, gelu_and_mul, silu_and_mul
-from engine.layers.attention import Attention, AttentionBackend, AttentionShape, PagedAttention
+from engine.layers.attention import Attention, AttentionBackend, AttentionShape, Backend, PagedAttention, Prefix
 from engine.layers.batch import Batch, Mirror
 from engine.layers.build import Build
 from engine.layers.decoder import (
@@ -16,16 +17,21 @@ from engine.layers.decoder import (
 )
 from engine.layers.embedding import Embedding, LMHead
 from engine.layers.encoder import Encoder
+from engine.layers.latent import LatentBackend, LatentShape
 from engine.layers.linear import ColumnLinear, QKVLinear, RowLinear
-from engine.layers.model import Layer, Model, empty_weight
+from engine.layers.mla import LatentAttention
+from engine.layers.model import Layer, Model, check_shape, empty_weight, put
+from engine.layers.moe import Experts, Mixture, Router, SparseMLP
 from engine.layers.norm import RMSNorm
-from engine.layers.rotary import Rotary
+from engine.layers.quantization import Quantized, QuantizedExperts, QuantizedLinear, Scheme
+from engine.layers.rotary import Rotary, yarn_scale
 
 __all__ = [
     "Attention",
     "AttentionBackend",
     "AttentionKind",
     "AttentionShape",
+    "Backend",
     "Batch",
     "Block",
     "Build",
@@ -35,20 +41,38 @@ __all__ = [
     "DecoderShape",
     "Embedding",
     "Encoder",
+    "ExpertWeights",
+    "Experts",
     "GatedMLP",
     "LMHead",
+    "LatentAttention",
+    "LatentBackend",
+    "LatentShape",
     "Layer",
     "Mirror",
+    "Mixture",
     "Model",
     "PagedAttention",
+    "Prefix",
     "QKVLinear",
+    "Quantized",
+    "QuantizedExperts",
+    "QuantizedLinear",
     "RMSNorm",
     "Rotary",
     "Rotations",
+    "Routed",
+    "Router",
+    "Routing",
     "RowLinear",
+    "Scheme",
     "SelfAttention",
+    "SparseMLP",
+    "check_shape",
     "empty_weight",
     "gated_activation",
     "gelu_and_mul",
+    "put",
     "silu_and_mul",
+    "yarn_scale",
 ]

@@ -1,13 +1,14 @@
 """The seam between a model and an attention backend: the cache layout is the backend's, the layer is thin.
 
 One backend object serves one KV group: layers that share a shape, so one plan a step serves them all.
-Left out: masks other than causal and windows, latent (MLA) attention, which is a backend of another shape; pages
+Latent attention (MLA) is a backend of another shape (latent.py). Left out: masks other than causal and windows; pages
 that all windows have passed stay with their request until it ends.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from engine.kernels import ops_for
 from engine.kernels.ops import HeadNorms, Heads, Rotation
 from engine.layers.batch import Batch
+from engine.layers.kv_scales import FP8_TYPES, KVScales
 from engine.plugin.specs import KVGroup
 
 
@@ -24,7 +26,7 @@ class AttentionShape:
     """Causal grouped-query attention as one rank computes it; `scale` multiplies the scores.
 
     With a `window`, a query sees that many positions, its own the last of them. `kv_dtype` is the cache's type, by
-    default that of the activations; values are rounded to it, not scaled.
+    default that of the activations; keys and values come scaled into its range, and are rounded to it.
     """
 
     layers: int
@@ -36,22 +38,29 @@ class AttentionShape:
     kv_dtype: torch.dtype | None = None
 
 
-class AttentionBackend(ABC):
-    """Causal attention over a paged KV cache.
+class Prefix(NamedTuple):
+    """Rows of a step whose contexts begin with the same pages: their indices, ascending, and how many positions of
+    them are the same, whole pages all."""
 
-    The contract: `forward` writes K and V of ALL rows of the step into the cache before any row reads
+    rows: np.ndarray
+    positions: int
+
+
+class Backend(ABC):
+    """What the worker knows of a backend: the layout of its cache, and a plan of each step for all layers.
+
+    The contract of all backends: what ALL rows of the step put into the cache is there before any row reads
     it, so a row may use pages that another row of the same step fills. Query i of row r sees positions
-    0 .. starts[r]+i of that row, with a window the last `window` of them, and nothing else, whatever else lies
-    in the pages: they start as zeros and are reused without being cleared.
+    0 .. starts[r]+i of that row and nothing else, whatever else lies in the pages: they start as zeros and are reused
+    without being cleared.
     """
 
-    def __init__(self, shape: AttentionShape, page_size: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Raises ConfigError for a shape, page size or type that the backend cannot serve."""
-        self.shape = shape
+    def __init__(self, page_size: int, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype | None) -> None:
+        """`kv_dtype` is the cache's type, by default `dtype`, that of the activations."""
         self.page_size = page_size
         self.device = device
         self.dtype = dtype
-        self.kv_dtype = shape.kv_dtype or dtype
+        self.kv_dtype = kv_dtype or dtype
 
     @abstractmethod
     def kv_group(self) -> KVGroup:
@@ -75,6 +84,14 @@ class AttentionBackend(ABC):
 
         By default there is nothing to do: the kernels read all they need on the device."""
 
+    def capture_shared(self, batch: Batch) -> Any | None:
+        """As `capture`, for steps in which rows share prefixes: where the backend reads those once for all of them."""
+        return None
+
+    def refill_shared(self, plan: Any, slots: np.ndarray, starts: np.ndarray, prefixes: Sequence[Prefix]) -> None:
+        """As `refill`, for a plan from `capture_shared`."""
+        raise NotImplementedError  # who captures such plans fills them
+
     def capture_prompts(self, batch: Batch) -> Any | None:
         """As `capture`, for steps of at most as many rows and tokens as `batch` has; `refill_prompts` says which."""
         return None
@@ -84,6 +101,19 @@ class AttentionBackend(ABC):
     ) -> None:
         """Brings a plan from `capture_prompts` up to date; host arrays as in a Batch. The rows that
         `batch` has beyond them, one at least, are empty: on the device their offsets are equal."""
+
+
+class AttentionBackend(Backend):
+    """Causal attention of heads with keys and values of their own, over a paged KV cache.
+
+    `forward` writes K and V of all rows, then attends. With a window, a query sees the last `window` of the positions
+    up to its own.
+    """
+
+    def __init__(self, shape: AttentionShape, page_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Raises ConfigError for a shape, page size or type that the backend cannot serve."""
+        super().__init__(page_size, device, dtype, shape.kv_dtype)
+        self.shape = shape
 
     @abstractmethod
     def forward(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, places: Tensor, plan: Any) -> Tensor:
@@ -122,6 +152,12 @@ class Attention(nn.Module):
         self.backend = backend
         self.layer = layer
         self.group = group
+        self.scales: KVScales | None = None
+
+    def scale(self, key: float, value: float, heads: Heads, norms: HeadNorms | None, like: Tensor) -> None:
+        """Keeps an FP8 cache in range by these scales, as kv_scales.py says; a cache of another type needs none."""
+        if self.backend.kv_dtype in FP8_TYPES:
+            self.scales = KVScales.of(key, value, heads, norms, like)
 
     def forward(
         self,
@@ -134,10 +170,14 @@ class Attention(nn.Module):
         """`qkv` [T, (query + 2 * kv) * dim] as projected, which may be written over, to [T, query * dim].
 
         Query and key heads pass `norms`, then turn by `rotation`, where there are such."""
+        if self.scales is not None:
+            qkv, norms = self.scales.before(qkv, norms)
         ops, plan = ops_for(qkv), batch.plans[self.group]
         cache = batch.caches[self.group][self.layer]
         if isinstance(self.backend, PagedAttention):
             query = ops.rotate_into_pages(qkv, heads, norms, rotation, cache, batch.places)
-            return self.backend.attend(query, cache, plan)
-        query, key, value = ops.rotate_heads(qkv, heads, norms, rotation)
-        return self.backend.forward(query, key, value, cache, batch.places, plan)
+            attended = self.backend.attend(query, cache, plan)
+        else:
+            query, key, value = ops.rotate_heads(qkv, heads, norms, rotation)
+            attended = self.backend.forward(query, key, value, cache, batch.places, plan)
+        return attended if self.scales is None else self.scales.after(attended)

@@ -30,6 +30,7 @@ class Batch:
     offsets: np.ndarray  # [R + 1] int64, host: row r's tokens are offsets[r] .. offsets[r+1]-1 of the T
     caches: tuple[tuple[Tensor, ...], ...]  # per KV group, per layer: [pages, *page shape]
     plans: tuple[Any, ...] = ()  # per KV group: what its attention backend's `prepare` returned
+    real: Tensor | None = None  # [1] int64, device: how many of the T tokens are no padding, where some may be
 
     def pages(self, page_size: int) -> Tensor:
         """[R, P] int64: the pages of each row, as many as the longest has; a line's further ones are not its own."""

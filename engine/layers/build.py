@@ -1,15 +1,18 @@
-"""What a model is built with: where, in which type, on which rank, and with which attention.
+"""What a model is built with: where, in which type, on which rank, with which attention and quantization.
 
 Layers ask it for their share of a dimension, so models never see a rank. Left out until tensor
 parallelism comes: process groups; `world` is 1.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from engine.layers.attention import AttentionBackend, AttentionShape
+from engine.layers.attention import AttentionBackend, AttentionShape, Backend
+from engine.layers.latent import LatentBackend, LatentShape
+from engine.layers.quantization import Scheme
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,10 +26,11 @@ class Build:
     device: torch.device
     page_size: int
     max_model_len: int
-    attention_backend: Callable[..., AttentionBackend]  # a backend class, or what chooses one
+    attention_backend: Callable[..., Backend]  # a backend class, or what chooses one for a shape
     rank: int = 0
     world: int = 1
     kv_dtype: torch.dtype | None = None  # of the KV cache; by default `dtype`
+    quantization: Scheme | None = None  # how matrices are stored; by default in `dtype`
 
     def share(self, size: int) -> slice:
         """This rank's part of a dimension that is divided evenly over the ranks."""
@@ -61,4 +65,13 @@ class Build:
             window=window if window is not None and window < self.max_model_len else None,
             kv_dtype=self.kv_dtype,
         )
-        return self.attention_backend(shape, self.page_size, self.device, self.dtype)
+        backend = self.attention_backend(shape, self.page_size, self.device, self.dtype)
+        assert isinstance(backend, AttentionBackend), f"{backend} is not for attention of heads"
+        return backend
+
+    def latent_attention(self, shape: LatentShape) -> LatentBackend:
+        """The backend that serves the latent attention of `shape`, whose heads are the whole model's."""
+        shape = dataclasses.replace(shape, query_heads=self.local(shape.query_heads), kv_dtype=self.kv_dtype)
+        backend = self.attention_backend(shape, self.page_size, self.device, self.dtype)
+        assert isinstance(backend, LatentBackend), f"{backend} is not for latent attention"
+        return backend

@@ -4,8 +4,8 @@
                  └─────────────────────────────────────────────┘  └─────────────────────────────────────┘
 
 A model family is a `CausalLM` that reads its config.json into a `DecoderShape`; one that wires its blocks otherwise
-sets `block`. Module paths are the weights' names in Hugging Face checkpoints. Left out: mixtures of experts, layers
-that do not attend, norms that are not RMS.
+sets `block`. Module paths are the weights' names in Hugging Face checkpoints. Left out: layers that do not attend,
+norms that are not RMS, layers that differ in more than their attention and whether they are a mixture of experts.
 """
 
 from abc import abstractmethod
@@ -16,16 +16,19 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from engine.errors import ConfigError
 from engine.kernels.ops import HeadNorms
-from engine.layers.activation import gated_activation
+from engine.layers.activation import gated_activation, silu_and_mul
 from engine.layers.attention import Attention
 from engine.layers.batch import Batch
 from engine.layers.build import Build
 from engine.layers.embedding import Embedding, LMHead
 from engine.layers.linear import ColumnLinear, QKVLinear, RowLinear
-from engine.layers.model import Model
+from engine.layers.model import Layer, Model
+from engine.layers.moe import Experts, Mixture, Router, SparseMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import Rotary
+from engine.plugin.specs import LazyTensor
 
 Rotations = Sequence[tuple[Tensor, Tensor]]  # per KV group: the cosines and sines of the step's positions
 
@@ -61,6 +64,7 @@ class DecoderShape:
     scale: float | None = None  # of attention scores; by default head_dim ** -0.5
     embedding_scale: float = 1.0
     logit_cap: float | None = None  # logits are squeezed into -cap .. cap
+    mixture: Mixture | None = None  # of experts, in the place of the MLP of the layers that it names
 
     @classmethod
     def of(cls, config: Mapping[str, Any], **differences: Any) -> Self:
@@ -84,6 +88,18 @@ class DecoderShape:
     def norm(self, build: Build, size: int) -> RMSNorm:
         return RMSNorm(build, size, self.epsilon, self.norm_offset)
 
+    def mlp(self, build: Build, layer: int) -> nn.Module:
+        """What comes after the attention of that layer."""
+        mixture = self.mixture
+        if mixture is None or layer not in mixture.layers:
+            return GatedMLP(self, build)
+        if self.activation not in ("silu", "swish"):
+            raise ConfigError(f"experts with the activation {self.activation!r} are not supported; known is silu")
+        router = Router(build, mixture.routing, self.hidden_size)
+        return SparseMLP(
+            router, Experts(build, mixture.routing.experts, self.hidden_size, mixture.inner, mixture.parts)
+        )
+
 
 class Decoder(nn.Module):
     def __init__(self, shape: DecoderShape, build: Build, blocks: Sequence["Block"]) -> None:
@@ -105,14 +121,14 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a gated MLP; each reads a norm of the stream, and the next norm adds what it says to it."""
+    """Attention, then an MLP; each reads a norm of the stream, and the next norm adds what it says to it."""
 
-    def __init__(self, shape: DecoderShape, build: Build, attention: Attention) -> None:
+    def __init__(self, shape: DecoderShape, build: Build, attention: Attention, mlp: nn.Module) -> None:
         super().__init__()
         self.input_layernorm = shape.norm(build, shape.hidden_size)
         self.self_attn = SelfAttention(shape, build, attention)
         self.post_attention_layernorm = shape.norm(build, shape.hidden_size)
-        self.mlp = GatedMLP(shape, build)
+        self.mlp = mlp
 
     def forward(
         self, hidden: Tensor, stream: Tensor | None, batch: Batch, rotations: Rotations
@@ -123,7 +139,11 @@ class Block(nn.Module):
         return self.mlp(hidden), stream
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(Layer):
+    """Projections, attention, and the scales of an FP8 cache, where the checkpoint has them."""
+
+    extras = ("k_scale", "v_scale", "k_proj.k_scale", "v_proj.v_scale")
+
     def __init__(self, shape: DecoderShape, build: Build, attention: Attention) -> None:
         super().__init__()
         size, heads, head_dim = shape.hidden_size, shape.query_heads, shape.head_dim
@@ -132,13 +152,28 @@ class SelfAttention(nn.Module):
         self.q_norm = shape.norm(build, head_dim) if shape.head_norms else None
         self.k_norm = shape.norm(build, head_dim) if shape.head_norms else None
         self.attention = attention
+        self._scales = {"k_scale": 1.0, "v_scale": 1.0}
+        self._like = torch.empty(0, dtype=build.dtype, device=build.device)
+
+    @property
+    def norms(self) -> HeadNorms | None:
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.epsilon)
+
+    def load(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> None:
+        scale = float(tensor[(slice(None),) * len(tensor.shape)].to(torch.float32).max())
+        if not 0.0 < scale < float("inf"):
+            raise ConfigError(f"{name} is {scale} in the checkpoint; a scale is a number above 0: is the file damaged?")
+        self._scales[parameter.rpartition(".")[2]] = scale
+
+    def loaded(self) -> None:
+        scales = self._scales
+        self.attention.scale(scales["k_scale"], scales["v_scale"], self.qkv_proj.heads, self.norms, self._like)
 
     def forward(self, hidden: Tensor, batch: Batch, rotations: Rotations) -> Tensor:
-        norms = None
-        if self.q_norm is not None and self.k_norm is not None:
-            norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.epsilon)
         rotation = rotations[self.attention.group]
-        attended = self.attention(self.qkv_proj(hidden), self.qkv_proj.heads, batch, rotation, norms)
+        attended = self.attention(self.qkv_proj(hidden), self.qkv_proj.heads, batch, rotation, self.norms)
         return self.o_proj(attended)
 
 
@@ -148,10 +183,12 @@ class GatedMLP(nn.Module):
         size, inner = shape.hidden_size, shape.intermediate_size
         self.gate_up_proj = ColumnLinear(build, size, {"gate_proj": inner, "up_proj": inner}, shape.mlp_bias)
         self.activation = gated_activation(shape.activation)
+        self.silu = self.activation is silu_and_mul
         self.down_proj = RowLinear(build, inner, size, shape.mlp_bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_up_proj(hidden)))
+        gate_up = self.gate_up_proj(hidden)
+        return self.down_proj.gated(gate_up) if self.silu else self.down_proj(self.activation(gate_up))
 
 
 class CausalLM(Model):
@@ -167,17 +204,21 @@ class CausalLM(Model):
         groups = sorted(set(shape.layers))  # kinds that no layer is of get no KV group
         kinds = [shape.kinds[group] for group in groups]
         heads = (shape.query_heads, shape.kv_heads, shape.head_dim)
-        self.backends = tuple(
+        backends = tuple(
             build.attention(shape.layers.count(group), *heads, scale=shape.scale, window=kind.window)
             for group, kind in zip(groups, kinds, strict=True)
         )
+        self.backends = backends
         self.rotaries = nn.ModuleList(Rotary(build, kind.rope, shape.head_dim) for kind in kinds)
         attentions = []
         for layer, kind_of_layer in enumerate(shape.layers):
             group = groups.index(kind_of_layer)
             place = shape.layers[:layer].count(kind_of_layer)
-            attentions.append(Attention(self.backends[group], place, group))
-        self.model = Decoder(shape, build, [self.block(shape, build, attention) for attention in attentions])
+            attentions.append(Attention(backends[group], place, group))
+        blocks = [
+            self.block(shape, build, attention, shape.mlp(build, layer)) for layer, attention in enumerate(attentions)
+        ]
+        self.model = Decoder(shape, build, blocks)
         tied = self.model.embed_tokens if shape.tied else None
         self.lm_head = LMHead(build, shape.hidden_size, shape.vocab_size, tied)
 

@@ -36,7 +36,7 @@ class LMHead(ColumnLinear):
     """From hidden states to logits. `tied` shares the matrix of that embedding instead of having its own."""
 
     def __init__(self, build: Build, size: int, vocab_size: int, tied: Embedding | None = None) -> None:
-        super().__init__(build, size, vocab_size if tied is None else 0)
+        super().__init__(build, size, vocab_size if tied is None else 0, quantizable=False)
         self._tied = (tied,) if tied is not None else ()  # in a tuple: it is not a part of this module
         if tied is not None:
             self.weight = tied.weight

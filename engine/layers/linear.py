@@ -2,8 +2,9 @@
 
 Projections of the same input are stacked into one matrix, hence one GEMM; each layer declares which
 tensors of the checkpoint are its parts. On a CPU parts that the checkpoint holds in packed blocks stay packed
-(engine/kernels/cpu.py). With one rank every share is the whole. Left out until there are more: RowLinear's sum over
-ranks, key-value heads repeated where there are more ranks than heads, and shares of packed parts.
+(engine/kernels/cpu.py); where the build has a quantization, matrices are stored by it (quantization.py). With one rank
+every share is the whole. Left out until there are more: RowLinear's sum over ranks, key-value heads repeated where
+there are more ranks than heads, and shares of packed and quantized parts.
 """
 
 from collections.abc import Mapping
@@ -11,11 +12,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from engine.errors import ConfigError
 from engine.kernels import ops_for
 from engine.kernels.cpu import KINDS, PackedMatrix, kernels_for
 from engine.kernels.ops import Heads
+from engine.layers.activation import silu_and_mul
 from engine.layers.build import Build
-from engine.layers.model import Layer, check_shape, copy_weight, empty_weight
+from engine.layers.model import Layer, check_shape, checkpoint_path, copy_weight, empty_weight
+from engine.layers.quantization import QuantizedLinear
 from engine.plugin.specs import LazyTensor
 
 
@@ -30,20 +34,30 @@ def packed_matrix(weight: Tensor, tensor: LazyTensor, world: int) -> PackedMatri
 
 
 class Linear(Layer):
-    """y = x Wᵀ + b with the weight [rows, inputs] of all parts, one after the other, dense or packed."""
+    """y = x Wᵀ + b with the weight [rows, inputs] of all parts, one after the other: dense, packed or quantized.
+
+    A quantization is asked once the layer's name is known; a layer that is not `quantizable` is dense.
+    """
 
     sizes: Mapping[str, int]  # output features of each part, of the whole model
+    held_dense = False  # what is quantized in the checkpoint is kept as what it stands for: `weight` is used itself
 
-    def __init__(self, build: Build, inputs: int, rows: int, bias: bool) -> None:
+    def __init__(self, build: Build, inputs: int, rows: int, bias: bool, quantizable: bool = True) -> None:
         super().__init__()
         self.build = build
-        self.weight = empty_weight(build, rows, inputs)
+        self.inputs = inputs
+        waits = build.quantization is not None and quantizable
+        self.weight = empty_weight(build, rows, inputs, device=torch.device("meta") if waits else None)
         self.bias = empty_weight(build, rows) if bias else None
+        self.quantized: QuantizedLinear | None = None
+        self.path = ""
         self._packed: dict[str, PackedMatrix] = {}
         self.matrices: tuple[PackedMatrix, ...] = ()  # all of the weight, once every part has come packed
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[T, inputs] to [T, rows]."""
+        if self.quantized is not None:
+            return self.quantized.linear(inputs, self.bias)
         if not self.matrices:
             return ops_for(inputs).linear(inputs, self.weight, self.bias)
         inputs = inputs.contiguous()
@@ -56,6 +70,79 @@ class Linear(Layer):
             for matrix, part in zip(self.matrices, parts, strict=True):
                 matrix.linear(inputs, part)
         return out if self.bias is None else out.add_(self.bias)
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """`forward` of silu(gate) * up, which `gate_up` [T, 2 * inputs] holds: [T, rows]."""
+        if self.quantized is not None:
+            return self.quantized.linear(gate_up, self.bias, gated=True)
+        return self(silu_and_mul(gate_up))
+
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight [rows, inputs], or what it stands for, in `dtype`, by default that of activations."""
+        dtype = dtype or self.build.dtype
+        if self.quantized is not None:
+            return self.quantized.dense(dtype)
+        if self.matrices:
+            return torch.cat([matrix.unpacked() for matrix in self.matrices]).to(dtype)
+        return self.weight.to(dtype)
+
+    # ── quantized ────────────────────────────────────────────────────────────────────────────
+
+    def named(self, path: str) -> None:
+        self.path = path
+        scheme = self.build.quantization
+        if scheme is None or not self.weight.is_meta:
+            return
+        paths = [checkpoint_path(path, part) for part in self.parts]
+        taken = [each for each in paths if scheme.takes(each)]
+        if not taken:
+            self.weight = empty_weight(self.build, *self.weight.shape)
+        elif len(taken) < len(paths):
+            rest = ", ".join(each for each in paths if each not in taken)
+            raise ConfigError(
+                f"of one stacked layer the checkpoint quantizes {', '.join(taken)} and not {rest}, which is not "
+                "supported; quantize all or none of them"
+            )
+        else:
+            self.quantized = scheme.linear(self.build, self.sizes, self.inputs)
+            for name, parameter in self.quantized.tensors.items():
+                self.register_parameter(name, parameter)
+
+    def names(self, path: str, parameter: str) -> list[tuple[str, str]]:
+        ends = (parameter,) if self.quantized is None else self.quantized.suffixes.get(parameter, (parameter,))
+        return [(f"{checkpoint_path(path, part)}.{end}", part) for part in self.parts for end in ends]
+
+    def optional(self) -> frozenset[str]:
+        return self.quantized.optional if self.quantized is not None else frozenset()
+
+    def passed_over(self, path: str) -> list[str]:
+        ignored = self.quantized.ignored if self.quantized is not None else ()
+        return [f"{checkpoint_path(path, part)}.{name}" for part in self.parts for name in ignored]
+
+    def load_quantized(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> bool:
+        """Takes `tensor` if the weight is quantized and it belongs to that."""
+        if self.quantized is None or parameter not in self.quantized.tensors:
+            return False
+        self.quantized.load(name, parameter, part, tensor)
+        return True
+
+    def loaded(self) -> None:
+        self.unpack_parts()
+        if self.quantized is not None and (self.quantized.loaded(self.path) or self.held_dense):
+            dense = self.quantized.dense(self.build.dtype)
+            for name in self.quantized.tensors:
+                delattr(self, name)
+            self.weight = nn.Parameter(dense, requires_grad=False)
+            self.quantized = None
+
+    def fill_at_random(self, generator: torch.Generator) -> None:
+        if self.quantized is None:
+            return super().fill_at_random(generator)
+        self.quantized.fill_at_random(generator)
+        if self.bias is not None:
+            self.bias.normal_(0.0, 0.02, generator=generator)
+
+    # ── packed ───────────────────────────────────────────────────────────────────────────────
 
     def keep_packed(self, name: str, part: str, tensor: LazyTensor) -> bool:
         """Takes `tensor` as it is packed in the checkpoint; False when it cannot stay so."""
@@ -98,13 +185,22 @@ class ColumnLinear(Linear):
     `…gate_proj.weight` and `…up_proj.weight`, and returns [T, 2 * inner].
     """
 
-    def __init__(self, build: Build, inputs: int, outputs: int | Mapping[str, int], bias: bool = False) -> None:
+    def __init__(
+        self,
+        build: Build,
+        inputs: int,
+        outputs: int | Mapping[str, int],
+        bias: bool = False,
+        quantizable: bool = True,
+    ) -> None:
         sizes = {"": outputs} if isinstance(outputs, int) else dict(outputs)
-        super().__init__(build, inputs, sum(build.local(size) for size in sizes.values()), bias)
+        super().__init__(build, inputs, sum(build.local(size) for size in sizes.values()), bias, quantizable)
         self.sizes = sizes
         self.parts = tuple(sizes)
 
     def load(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> None:
+        if self.load_quantized(name, parameter, part, tensor):
+            return
         if parameter == "weight" and self.keep_packed(name, part, tensor):
             return
         begin = 0
@@ -116,9 +212,6 @@ class ColumnLinear(Linear):
         whole = (self.sizes[part], self.weight.shape[1])[: 2 if parameter == "weight" else 1]
         target = self.get_parameter(parameter)[begin : begin + rows]
         copy_weight(name, target, tensor, whole, (self.build.share(self.sizes[part]),))
-
-    def loaded(self) -> None:
-        self.unpack_parts()
 
 
 class QKVLinear(ColumnLinear):
@@ -141,10 +234,11 @@ class RowLinear(Linear):
     def __init__(self, build: Build, inputs: int, outputs: int, bias: bool = False) -> None:
         assert build.world == 1, "the sum over ranks is not built yet"
         super().__init__(build, build.local(inputs), outputs, bias)
-        self.inputs = inputs
         self.sizes = {"": outputs}
 
     def load(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> None:
+        if self.load_quantized(name, parameter, part, tensor):
+            return
         if parameter == "bias":
             return super().load(name, parameter, part, tensor)
         if not self.keep_packed(name, part, tensor):

@@ -6,6 +6,7 @@ a model class needs no table of them. Left out: weights that change shape on the
 """
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,16 +14,38 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
-from engine.layers.attention import AttentionBackend
+from engine.layers.attention import Backend
 from engine.layers.batch import Batch
 from engine.layers.build import Build
 from engine.plugin.specs import KVSpec, LazyTensor
 
+PIECE_BYTES = 32 << 20
+IN_FLIGHT = 3
+
 
 class Layer(nn.Module):
-    """A module with weights. `parts` names the checkpoint's modules that it stacks; "" is its own name."""
+    """A module with weights. `parts` names the checkpoint's modules that it stacks; "" is its own name.
+
+    `extras` are names under its own of what a checkpoint may hold or not; `load` gets them as parameters of part ""."""
 
     parts: tuple[str, ...] = ("",)
+    extras: tuple[str, ...] = ()
+
+    def named(self, path: str) -> None:
+        """Called once, before any weight is loaded: the layer's path in the model, which is its name in checkpoints."""
+
+    def names(self, path: str, parameter: str) -> list[tuple[str, str]]:
+        """The checkpoint's tensors that `parameter` of this layer, which is at `path`, consists of; each with its part,
+        as `load` is told it."""
+        return [(f"{checkpoint_path(path, part)}.{parameter}", part) for part in self.parts]
+
+    def optional(self) -> frozenset[str]:
+        """Parameters that a checkpoint need not have."""
+        return frozenset()
+
+    def passed_over(self, path: str) -> list[str]:
+        """The checkpoint's tensors that belong to this layer and that it has no use for."""
+        return []
 
     def load(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> None:
         """Copies what this rank needs of `tensor`, called `name` in the checkpoint, into `parameter`.
@@ -35,10 +58,20 @@ class Layer(nn.Module):
     def loaded(self) -> None:
         """Called once, when every weight of the model has been loaded."""
 
+    def fill_at_random(self, generator: torch.Generator) -> None:
+        """In the place of loading, for benchmarks: matrices of deviation 0.02, vectors near 1."""
+        for weight in self.parameters(recurse=False):
+            weight.normal_(0.0, 0.02, generator=generator)
+            if weight.dim() == 1:
+                weight.add_(1.0)
 
-def empty_weight(build: Build, *shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
-    """A weight of this rank, to be filled by `Layer.load`; of the build's type unless `dtype` says another."""
-    return nn.Parameter(torch.empty(shape, dtype=dtype or build.dtype, device=build.device), requires_grad=False)
+
+def empty_weight(
+    build: Build, *shape: int, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> nn.Parameter:
+    """A weight of this rank, to be filled by `Layer.load`; of the build's type and device unless others are given."""
+    weight = torch.empty(shape, dtype=dtype or build.dtype, device=device or build.device)
+    return nn.Parameter(weight, requires_grad=False)
 
 
 def copy_weight(
@@ -46,7 +79,30 @@ def copy_weight(
 ) -> None:
     """Copies `tensor[index]` into `target` if the tensor's full shape is `whole`, else raises ConfigError."""
     check_shape(name, tensor, whole)
-    target.copy_(tensor[index])
+    put(tensor[index], target)
+
+
+def put(source: Tensor, target: Tensor) -> None:
+    """Copies `source` into `target`, which may be on a GPU, where it becomes of the type there."""
+    if target.is_cuda and source.is_cpu and source.dim():
+        _send(source, target)
+    else:
+        target.copy_(source)
+
+
+def _send(source: Tensor, target: Tensor) -> None:
+    """Copies to a GPU in pieces through pinned memory, so that one is read while the one before travels.
+
+    As fast as either; from memory that is not pinned, the driver does one after the other. At most IN_FLIGHT pieces
+    wait, as pinned memory is kept by torch for later."""
+    rows = max(1, PIECE_BYTES // max(1, source[:1].numel() * source.element_size()))
+    sent: deque[torch.cuda.Event] = deque()
+    for part, place in zip(source.split(rows), target.split(rows), strict=True):
+        if len(sent) == IN_FLIGHT:
+            sent.popleft().synchronize()
+        place.copy_(part.pin_memory().to(target.device, non_blocking=True))
+        sent.append(torch.cuda.Event())
+        sent[-1].record()
 
 
 def check_shape(name: str, tensor: LazyTensor, whole: tuple[int, ...]) -> None:
@@ -65,7 +121,7 @@ class Model(nn.Module, ABC):
     """
 
     vocab_size: int
-    backends: tuple[AttentionBackend, ...] = ()
+    backends: tuple[Backend, ...] = ()
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # ends of names in checkpoints that hold no weight
 
     @abstractmethod
@@ -91,26 +147,41 @@ class Model(nn.Module, ABC):
         """What goes into `batch.plans` before `forward`."""
         return tuple(backend.prepare(batch) for backend in self.backends)
 
+    def name_layers(self) -> None:
+        """Tells each layer its name. `load` does, and so must who fills the weights otherwise."""
+        for path, layer in self.named_modules():
+            if isinstance(layer, Layer):
+                layer.named(path)
+
     def load(self, tensors: Iterable[tuple[str, LazyTensor]]) -> None:
         """Fills the weights. Raises ConfigError that names unknown and missing ones.
 
         A parameter shared by two layers (tied embeddings) is loaded under its first name; the other
         name may appear in the checkpoint and is passed over.
         """
+        self.name_layers()
         wanted: dict[str, tuple[Layer, str, str]] = {}
         aliases: set[str] = set()
+        extras: set[str] = set()
         seen: set[int] = set()
         for path, layer in self.named_modules():
             if not isinstance(layer, Layer):
                 continue
+            aliases.update(layer.passed_over(path))
             for parameter, weight in layer.named_parameters(recurse=False):
-                names = [(f"{_checkpoint_path(path, part)}.{parameter}", part) for part in layer.parts]
+                names = layer.names(path, parameter)
                 if id(weight) in seen:
                     aliases.update(name for name, _ in names)
                 else:
                     wanted.update((name, (layer, parameter, part)) for name, part in names)
                 seen.add(id(weight))
-        missing = dict.fromkeys(wanted)
+            wanted.update((f"{path}.{extra}", (layer, extra, "")) for extra in layer.extras)
+            extras.update(f"{path}.{extra}" for extra in layer.extras)
+        missing = {
+            name: None
+            for name, (layer, parameter, _) in wanted.items()
+            if name not in extras and parameter not in layer.optional()
+        }
         unknown = []
         for name, tensor in tensors:
             if name in wanted:
@@ -131,7 +202,7 @@ class Model(nn.Module, ABC):
                 layer.loaded()
 
 
-def _checkpoint_path(path: str, part: str) -> str:
+def checkpoint_path(path: str, part: str) -> str:
     """The module path in the checkpoint of `part` of the layer at `path`: its sibling of that name."""
     return path if not part else ".".join([*path.split(".")[:-1], part])
 

@@ -1,7 +1,7 @@
 """Rotary position embedding (RoFormer, arXiv:2104.09864) and the scalings that stretch it.
 
-Angles are computed once a step, in float32, from positions: no table, so no length limit. Left out:
-yarn, multi-axis positions.
+Angles are computed once a step, in float32, from positions: no table, so no length limit. Left out: multi-axis
+positions.
 """
 
 import math
@@ -32,6 +32,7 @@ class Rotary(nn.Module):
         scaling |= config.get("rope_parameters") or config.get("rope_scaling") or {}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         known = {"default": _default, "linear": _linear, "llama3": _llama3, "longrope": _longrope, "su": _longrope}
+        known["yarn"] = _yarn
         if kind not in known:
             raise ConfigError(f"rope type {kind!r} is not supported; this model class knows {', '.join(known)}")
         size = int(head_dim * (scaling.get("partial_rotary_factor") or 1.0))
@@ -80,3 +81,30 @@ def _longrope(frequencies: Tensor, scaling: Mapping[str, Any], longest: int) -> 
         stretch = scaling.get("factor") or scaling["max_position_embeddings"] / trained
         magnitude = math.sqrt(1 + math.log(stretch) / math.log(trained)) if stretch > 1 else 1.0
     return frequencies / torch.tensor(divisors), float(magnitude)
+
+
+def _yarn(frequencies: Tensor, scaling: Mapping[str, Any], longest: int) -> tuple[Tensor, float]:
+    """YaRN (arXiv:2309.00071): what turns less than `beta_slow` times within the trained length is stretched by
+    `factor`, what turns more than `beta_fast` times kept, what is between blended by its place in the order."""
+    factor, trained = scaling["factor"], scaling["original_max_position_embeddings"]
+    count, base = len(frequencies), scaling.get("rope_theta") or 10000.0
+
+    def place(turns: float) -> float:
+        return count * math.log(trained / (turns * 2 * math.pi)) / math.log(base)
+
+    low, high = place(scaling.get("beta_fast") or 32), place(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * count - 1)
+    stretched = ((torch.arange(count) - low) / max(high - low, 0.001)).clamp(0.0, 1.0)
+    magnitude = scaling.get("attention_factor")
+    if magnitude is None:
+        weights = [scaling.get("mscale") or 0.0, scaling.get("mscale_all_dim") or 0.0]
+        one, all_dims = weights if all(weights) else (1.0, 0.0)
+        magnitude = yarn_scale(factor, one) / yarn_scale(factor, all_dims)
+    return stretched * frequencies / factor + (1 - stretched) * frequencies, float(magnitude)
+
+
+def yarn_scale(factor: float, weight: float = 1.0) -> float:
+    """By how much YaRN enlarges the rotated where it stretches by `factor`: the entropy of attention stays the same."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0

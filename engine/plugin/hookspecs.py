@@ -30,6 +30,16 @@ def register_attention(register: Register) -> None:
 
 
 @hookspec
+def register_latent_attention(register: Register) -> None:
+    """As register_attention, for models whose cache holds latents (MLA): a `layers.LatentBackend`."""
+
+
+@hookspec
+def register_quantization(register: Register) -> None:
+    """register(name, target, methods=("fp8",)): a `layers.Scheme` subclass."""
+
+
+@hookspec
 def register_checkpoints(register: Register) -> None:
     """register(name, target, models={}): a `specs.Checkpoint` class."""
 
@@ -37,6 +47,12 @@ def register_checkpoints(register: Register) -> None:
 @hookspec
 def register_policies(register: Register) -> None:
     """register(name, target): a `specs.Policy` class, constructed without arguments."""
+
+
+@hookspec
+def register_parsers(register: Register) -> None:
+    """register(name, target, kind="tool", markers=(), architectures=()): a `parsing.ToolParser`, or with kind
+    "reasoning" a `parsing.ReasoningParser`."""
 
 
 @hookspec

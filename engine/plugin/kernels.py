@@ -7,25 +7,53 @@ from typing import TYPE_CHECKING
 from engine.errors import ConfigError
 from engine.kernels import ops_for
 from engine.kernels.cpu import Kernels, attention_tasks, kernels
+from engine.kernels.fp8 import (
+    BLOCK,
+    E4M3,
+    Fp8Weight,
+    dequantize,
+    fp8_ops_for,
+    multiplies_fp8,
+    quantize_blocks,
+    quantize_rows,
+)
 from engine.kernels.ops import HeadNorms, Heads, Ops, Rotation
 
 if TYPE_CHECKING:
-    from engine.kernels.triton_attention import DecodeRows, ExtendRows, Scratch
+    from engine.kernels.triton_attention import ExtendRows
+    from engine.kernels.triton_decode import DecodeRows, Scratch
+    from engine.kernels.triton_expanded import ExpandedRows
+    from engine.kernels.triton_mla import MlaDecodeRows, MlaExtendRows, MlaScratch
 
 __all__ = [
+    "BLOCK",
+    "E4M3",
     "DecodeRows",
+    "ExpandedRows",
     "ExtendRows",
+    "Fp8Weight",
     "HeadNorms",
     "Heads",
     "Kernels",
+    "MlaDecodeRows",
+    "MlaExtendRows",
+    "MlaScratch",
     "Ops",
     "Rotation",
     "Scratch",
     "attention_tasks",
+    "dequantize",
+    "fp8_ops_for",
     "kernels",
+    "multiplies_fp8",
     "ops_for",
     "page_lists",
+    "quantize_blocks",
+    "quantize_rows",
     "triton_attention",
+    "triton_decode",
+    "triton_expanded",
+    "triton_mla",
 ]
 
 
@@ -38,6 +66,14 @@ def triton_attention() -> ModuleType:
     return triton_attention
 
 
+def triton_decode() -> ModuleType:
+    """The module engine.kernels.triton_decode. Raises ConfigError where Triton is not installed."""
+    triton_attention()
+    from engine.kernels import triton_decode
+
+    return triton_decode
+
+
 def page_lists() -> ModuleType:
     """The module engine.kernels.page_lists. Raises ConfigError where Triton is not installed."""
     if find_spec("triton") is None:
@@ -45,3 +81,19 @@ def page_lists() -> ModuleType:
     from engine.kernels import page_lists
 
     return page_lists
+
+
+def triton_mla() -> ModuleType:
+    """The module engine.kernels.triton_mla. Raises ConfigError where Triton is not installed."""
+    triton_attention()
+    from engine.kernels import triton_mla
+
+    return triton_mla
+
+
+def triton_expanded() -> ModuleType:
+    """The module engine.kernels.triton_expanded. Raises ConfigError where Triton is not installed."""
+    triton_attention()
+    from engine.kernels import triton_expanded
+
+    return triton_expanded

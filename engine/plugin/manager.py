@@ -33,8 +33,10 @@ from engine.plugin.specs import (
     Entry,
     GrammarEntry,
     ModelEntry,
+    ParserEntry,
     Policy,
     PolicyEntry,
+    QuantizationEntry,
 )
 
 GROUP = "engine.plugins"
@@ -46,8 +48,11 @@ KINDS: Mapping[str, type[Entry]] = MappingProxyType(
     {
         "models": ModelEntry,
         "attention": AttentionEntry,
+        "latent_attention": AttentionEntry,
+        "quantization": QuantizationEntry,
         "checkpoints": CheckpointEntry,
         "policies": PolicyEntry,
+        "parsers": ParserEntry,
         "grammars": GrammarEntry,
     }
 )
@@ -74,8 +79,11 @@ class Plugins:
 
     models: Mapping[str, ModelEntry]
     attention: Mapping[str, AttentionEntry]
+    latent_attention: Mapping[str, AttentionEntry]
+    quantization: Mapping[str, QuantizationEntry]
     checkpoints: Mapping[str, CheckpointEntry]
     policies: Mapping[str, PolicyEntry]
+    parsers: Mapping[str, ParserEntry]
     grammars: Mapping[str, GrammarEntry]
     named: frozenset[tuple[str, str]]  # (kind, name): to be preferred
     insisted: frozenset[tuple[str, str]]  # those of `named` that --plugins says by their own name
@@ -121,19 +129,24 @@ class Plugins:
             raise PluginError(f"{names} all serve {' or '.join(architectures)}; name one of them in --plugins")
         return chosen[0]
 
-    def attention_for(self, device: str) -> tuple[AttentionEntry, str]:
-        """The attention backend for `device` ("cpu" or "cuda"), and the reason for it, to be logged."""
-        fitting = [entry for entry in self.attention.values() if device in entry.devices]
-        for kind, name in self.insisted:
-            if kind == "attention" and device not in self.attention[name].devices:
-                runs = ", ".join(self.attention[name].devices)
-                raise PluginError(
-                    f"--plugins names the attention backend {name!r}, which runs on {runs}, not on {device}"
-                )
+    def attention_for(self, device: str, latent: bool = False) -> tuple[AttentionEntry, str]:
+        """The attention backend for `device` ("cpu" or "cuda"), and the reason for it, to be logged; with `latent` one
+        for latent attention."""
+        entries, kind, what = self._attention(latent)
+        fitting = [entry for entry in entries.values() if device in entry.devices]
+        named = [name for other, name in sorted(self.insisted) if other in ("attention", "latent_attention")]
+        if named and not set(named) & set(entries):
+            raise PluginError(
+                f"--plugins names {' and '.join(named)}, which is no {what}; there is {', '.join(entries)}"
+            )
+        for name in set(named) & set(entries):
+            if device not in entries[name].devices:
+                runs = ", ".join(entries[name].devices)
+                raise PluginError(f"--plugins names the {what} {name!r}, which runs on {runs}, not on {device}")
         if not fitting:
-            listed = ", ".join(f"{entry.name} ({', '.join(entry.devices)})" for entry in self.attention.values())
-            raise PluginError(f"no attention backend runs on {device!r}; registered: {listed}")
-        preferred = [entry for entry in fitting if ("attention", entry.name) in self.named]
+            listed = ", ".join(f"{entry.name} ({', '.join(entry.devices)})" for entry in entries.values())
+            raise PluginError(f"no {what} runs on {device!r}; registered: {listed}")
+        preferred = [entry for entry in fitting if (kind, entry.name) in self.named]
         best = max(preferred or fitting, key=lambda entry: entry.preference)
         if preferred:
             return best, "named in --plugins"
@@ -142,12 +155,50 @@ class Plugins:
         others = ", ".join(f"{entry.name} ({entry.preference})" for entry in fitting if entry is not best)
         return best, f"preference {best.preference} on {device}, before {others}"
 
-    def attention_after(self, entry: AttentionEntry, device: str) -> list[AttentionEntry]:
+    def attention_after(self, entry: AttentionEntry, device: str, latent: bool = False) -> list[AttentionEntry]:
         """What takes the place of `entry` where it cannot serve a model: nothing, if it was named."""
-        if ("attention", entry.name) in self.named:
+        entries, kind, _ = self._attention(latent)
+        if (kind, entry.name) in self.named:
             return []
-        others = [other for other in self.attention.values() if device in other.devices and other.name != entry.name]
+        others = [other for other in entries.values() if device in other.devices and other.name != entry.name]
         return sorted(others, key=lambda other: -other.preference)
+
+    def _attention(self, latent: bool) -> tuple[Mapping[str, AttentionEntry], str, str]:
+        """The registry of one kind of attention, its name, and what an entry is called."""
+        if latent:
+            return self.latent_attention, "latent_attention", "latent attention backend"
+        return self.attention, "attention", "attention backend"
+
+    def quantization_for(self, method: str | None) -> tuple[QuantizationEntry, str] | None:
+        """The quantization of a checkpoint of that `quant_method`, and the reason for it, to be logged. None for a
+        checkpoint that is not quantized, where none is named in --plugins."""
+        named = [entry for entry in self.quantization.values() if ("quantization", entry.name) in self.named]
+        if method is None:
+            insisted = [entry for entry in named if ("quantization", entry.name) in self.insisted] or named
+            if len(insisted) > 1:
+                both = " and ".join(entry.name for entry in insisted)
+                raise PluginError(f"--plugins names the quantizations {both}; a model can have one")
+            return (insisted[0], "named in --plugins: weights are quantized as they are loaded") if insisted else None
+        fitting = [entry for entry in self.quantization.values() if method in entry.methods]
+        if not fitting:
+            reads = "; ".join(f"{entry.name} reads {', '.join(entry.methods)}" for entry in self.quantization.values())
+            raise PluginError(
+                f"the checkpoint's quant_method is {method!r}, which no quantization reads; known: {reads}"
+            )
+        for entry in named:
+            if ("quantization", entry.name) in self.insisted and entry not in fitting:
+                reads = ", ".join(entry.methods)
+                raise PluginError(
+                    f"--plugins names the quantization {entry.name!r}, which reads {reads}; the checkpoint's "
+                    f"quant_method is {method!r}"
+                )
+        chosen = [entry for entry in named if entry in fitting] or fitting
+        if len(chosen) > 1:
+            both = " and ".join(entry.name for entry in chosen)
+            raise PluginError(
+                f"{both} all read the checkpoint's quant_method {method!r}; name one of them in --plugins"
+            )
+        return chosen[0], f"the checkpoint's quant_method is {method}"
 
     def policy(self, name: str = "auto") -> Policy:
         """The policy `name`, constructed; "auto" is one that --plugins names, else fcfs."""

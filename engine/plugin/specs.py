@@ -6,7 +6,7 @@ An entry names its code as "module:attribute"; the code is imported where it is 
 
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from msgspec import Struct
 
@@ -51,8 +51,23 @@ class CheckpointEntry(Entry, frozen=True, kw_only=True):
     models: dict[str, str] = {}
 
 
+class QuantizationEntry(Entry, frozen=True, kw_only=True):
+    """A quantization. `methods` are the `quant_method`s of config.json that it reads."""
+
+    methods: tuple[str, ...] = ()
+
+
 class PolicyEntry(Entry, frozen=True, kw_only=True):
     """An order of the waiting queue."""
+
+
+class ParserEntry(Entry, frozen=True, kw_only=True):
+    """A parser of replies. It is chosen for a model whose chat template holds all of `markers`, the one with the most
+    of them first, else for a model of one of `architectures`."""
+
+    kind: Literal["tool", "reasoning"]
+    markers: tuple[str, ...] = ()
+    architectures: tuple[str, ...] = ()
 
 
 class GrammarEntry(Entry, frozen=True, kw_only=True):

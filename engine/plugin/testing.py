@@ -4,6 +4,10 @@
     def test_attention(case):
         check_attention(MyBackend, case)
 
+    @pytest.mark.parametrize("case", LATENT_CASES, ids=str)
+    def test_latent_attention(case):
+        check_latent_attention(MyLatentBackend, case)
+
     @pytest.mark.parametrize("scenario", MODEL_SCENARIOS)
     def test_model(scenario):
         check_model(MyModel, config, tensors, reference, scenario)
@@ -11,6 +15,9 @@
     @pytest.mark.parametrize("case", GRAMMAR_CASES, ids=str)
     def test_grammar(case):
         check_grammar(MyEngine, case)
+
+    def test_parser():
+        check_tool_parser(MyParser)  # or check_reasoning_parser; check_any_split for replies of your own
 
 Each raises AssertionError with the numbers. Imports torch. Left out: speed.
 """
@@ -24,10 +31,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.layers.attention import AttentionBackend, AttentionShape
+from engine.kernels.ops import write_latents
+from engine.layers.attention import AttentionBackend, AttentionShape, Backend
 from engine.layers.batch import Batch
 from engine.layers.build import Build
+from engine.layers.latent import LatentBackend, LatentShape
 from engine.layers.model import Model
+from engine.layers.quantization import Scheme
 from engine.messages import Sampling, SlotAdmit, StepPlan
 from engine.plugin.grammar_checks import (
     GRAMMAR_CASES,
@@ -39,6 +49,7 @@ from engine.plugin.grammar_checks import (
     check_whitespace,
 )
 from engine.plugin.manager import Plugins
+from engine.plugin.parser_checks import check_any_split, check_reasoning_parser, check_tool_parser
 from engine.plugin.specs import KVSpec
 from engine.worker.backends import Backends
 from engine.worker.batch import build_batch
@@ -53,11 +64,14 @@ __all__ = [
     "AttentionCase",
     "GrammarCase",
     "ModelHarness",
+    "check_any_split",
     "check_attention",
     "check_grammar",
     "check_invalid",
     "check_model",
+    "check_reasoning_parser",
     "check_together",
+    "check_tool_parser",
     "check_whitespace",
 ]
 
@@ -150,7 +164,7 @@ def _random(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tens
     return torch.randn(shape, generator=generator).to(dtype).double().transpose(-1, -2)
 
 
-def _scattered_pages(case: AttentionCase, generator: torch.Generator) -> tuple[Tensor, int]:
+def _scattered_pages(case: "AttentionCase | LatentCase", generator: torch.Generator) -> tuple[Tensor, int]:
     """A page table [R, P] int32 of pages out of order, and how many pages there are: more than are used."""
     counts = [-(-(start + length) // case.page_size) for start, length in case.rows]
     total = sum(counts) + 5
@@ -198,6 +212,105 @@ def _assert_close(got: Tensor, wanted: Tensor, tolerance: float, where: str) -> 
     assert worst <= tolerance, f"{where}: off by {worst:.3g}, more than {tolerance:.3g}"
 
 
+# ── latent attention ─────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentCase:
+    """One step of latent attention; `rows` and `shares` as in an AttentionCase. `dims` are those of the latent, of what
+    is rotated, of an expanded key without it, and of a value."""
+
+    page_size: int
+    heads: int
+    rows: tuple[tuple[int, int], ...]
+    shares: tuple[tuple[int, int], ...] = ()
+    dims: tuple[int, int, int, int] = (64, 16, 16, 32)
+
+    def __str__(self) -> str:
+        rows = ",".join(f"{start}+{length}" for start, length in self.rows)
+        return f"page{self.page_size}-heads{self.heads}x{'/'.join(map(str, self.dims))}-{rows}"
+
+
+LATENT_CASES: tuple[LatentCase, ...] = (
+    LatentCase(page_size=16, heads=16, rows=((0, 1),)),
+    LatentCase(page_size=16, heads=16, rows=((15, 1), (16, 1), (0, 1), (200, 1))),
+    LatentCase(page_size=1, heads=8, rows=((5, 1), (3, 7), (0, 9))),
+    LatentCase(page_size=4, heads=5, rows=((0, 9), (7, 1), (6, 5), (30, 1), (0, 1))),
+    LatentCase(page_size=64, heads=16, rows=((31, 33), (63, 1), (64, 2), (130, 1)), dims=(32, 32, 16, 16)),
+    LatentCase(page_size=4, heads=3, rows=((0, 11), (8, 3), (4, 1)), shares=((1, 0), (2, 0))),
+    # rows long enough to be expanded: from nothing, after few and many cached tokens, before and between others
+    LatentCase(page_size=16, heads=2, rows=((0, 200),)),
+    LatentCase(page_size=4, heads=2, rows=((9, 1), (0, 192), (40, 3), (77, 210), (5, 1))),
+    LatentCase(page_size=16, heads=2, rows=((0, 196), (192, 195), (16, 1)), shares=((1, 0), (2, 0))),
+)
+
+
+def check_latent_attention(
+    backend: type[LatentBackend],
+    case: LatentCase,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    kv_dtype: torch.dtype | None = None,
+    tolerance: float = 1e-5,
+    seed: int = 0,
+) -> None:
+    """Runs `case` in two layers and compares with the attention of expanded keys and values, in float64. As in
+    `check_attention`, the cache is full of what others left."""
+    generator = torch.Generator().manual_seed(seed)
+    latent, rope, key, value = case.dims
+    shape = LatentShape(
+        layers=2, query_heads=case.heads, latent_dim=latent, rope_dim=rope, key_dim=key, value_dim=value,
+        scale=(key + rope) ** -0.5, kv_dtype=kv_dtype,
+    )  # fmt: skip
+    built = backend(shape, case.page_size, torch.device(device), dtype)
+    table, pages = _scattered_pages(case, generator)
+    caches = allocate(KVSpec(case.page_size, (built.kv_group(),)), pages, built.device)
+    up = (torch.randn(case.heads, key + value, latent, generator=generator) * latent**-0.5).to(dtype)
+    for layer, cache in enumerate(caches[0]):
+        cache.copy_(50 * torch.randn(cache.shape, generator=generator))
+        contexts = [torch.randn(sum(row), shape.width, generator=generator).to(dtype) for row in case.rows]
+        for row, owner in case.shares:
+            contexts[row][: case.rows[row][0]] = contexts[owner][: case.rows[row][0]]
+        queries = [torch.randn(row[1], case.heads, key + rope, generator=generator).to(dtype) for row in case.rows]
+        before = [0 if row in dict(case.shares) else start for row, (start, _) in enumerate(case.rows)]
+        if any(before):
+            filled = latent_step(built, table, [(0, length) for length in before], caches)
+            spans = [context[:length] for context, length in zip(contexts, before, strict=True)]
+            write_latents(torch.cat(spans).to(built.device), cache, filled.places)
+        batch = latent_step(built, table, case.rows, caches)
+        latents = torch.cat([context[start:] for context, (start, _) in zip(contexts, case.rows, strict=True)])
+        latents = latents.to(built.device)
+        write_latents(latents, cache, batch.places)
+        query = torch.cat(queries).to(built.device)
+        got = built.forward(query, latents, up.to(built.device), cache, built.prepare(batch))
+        wanted = torch.cat(
+            [latent_reference(part, context, up, shape) for part, context in zip(queries, contexts, strict=True)]
+        )
+        assert got.dtype == dtype and got.shape == wanted.shape, f"forward returned {tuple(got.shape)} of {got.dtype}"
+        _assert_close(got.double().cpu(), wanted, tolerance, f"layer {layer} of {case}")
+
+
+def latent_step(backend: Backend, table: Tensor, rows: Sequence[tuple[int, int]], caches: Any) -> Batch:
+    """The batch of `rows`, as far as they have tokens; row r has line r of `table`."""
+    plan = np.array([[row, start, length, 0] for row, (start, length) in enumerate(rows) if length], np.int64)
+    longest = max(start + length for start, length in rows)
+    ids = torch.zeros(len(rows), longest + 1, dtype=torch.int32, device=backend.device)
+    batch: Batch = build_batch(plan, ids, table.to(backend.device), backend.page_size, caches)
+    return batch
+
+
+def latent_reference(query: Tensor, context: Tensor, up: Tensor, shape: LatentShape) -> Tensor:
+    """By the definition, in float64: the last positions of `context` [m, width] by `query` [n, heads, dim]."""
+    latents, rotated = context.double().split([shape.latent_dim, shape.rope_dim], dim=1)
+    both = torch.einsum("ml,hdl->mhd", latents, up.double())
+    key, value = both.split([shape.key_dim, shape.value_dim], dim=2)
+    key = torch.cat((key, rotated[:, None].expand(-1, len(up), -1)), dim=2)
+    scores = torch.einsum("nhd,mhd->hnm", query.double(), key) * shape.scale
+    unseen = torch.ones(scores.shape[1:], dtype=torch.bool).triu(len(context) - len(query) + 1)
+    return torch.einsum("hnm,mhd->nhd", scores.masked_fill(unseen, -torch.inf).softmax(-1), value)
+
+
 # ── models ───────────────────────────────────────────────────────────────────────────────────
 
 Reference = Callable[[list[int]], Tensor]  # ids to logits [len(ids), vocab_size]
@@ -218,7 +331,8 @@ class ModelHarness:
         config: Mapping[str, Any],
         tensors: Mapping[str, Tensor],
         *,
-        attention: type[AttentionBackend] | None = None,
+        attention: type[Backend] | None = None,
+        quantization: Scheme | None = None,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         max_model_len: int = 64,
@@ -229,6 +343,7 @@ class ModelHarness:
             page_size=self.page_size,
             max_model_len=max_model_len,
             attention_backend=attention or Backends(Plugins.load(), device).build,
+            quantization=quantization,
         )
         built = model(dict(config), build)
         with torch.inference_mode():
@@ -324,7 +439,8 @@ def check_model(
     reference: Reference,
     scenario: str,
     *,
-    attention: type[AttentionBackend] | None = None,
+    attention: type[Backend] | None = None,
+    quantization: Scheme | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     tolerance: float = 1e-4,
@@ -333,9 +449,11 @@ def check_model(
     decoding; compares logits, or ids, with `reference` (ids to logits [len(ids), vocab_size]).
 
     `config` is in config.json's terms; 16 tokens of vocabulary and 64 positions are enough. `attention` is by
-    default the built-in choice for `device`.
+    default the built-in choice for `device`. With a `quantization`, `reference` is of the weights as they are stored.
     """
-    harness = ModelHarness(model, config, tensors, attention=attention, device=device, dtype=dtype)
+    harness = ModelHarness(
+        model, config, tensors, attention=attention, quantization=quantization, device=device, dtype=dtype
+    )
     generator = np.random.default_rng(1)
     vocab_size = harness.runner.model.vocab_size
     prompts = [generator.integers(0, vocab_size, length).tolist() for length in (21, 9, 14)]

@@ -53,7 +53,7 @@ class Shelf:
             return 0
         self._entries.move_to_end(_content(admit))
         if entry.refusal is not None:
-            raise entry.refusal
+            raise entry.refusal.with_traceback(None)  # or it would grow with each that is told
         return entry.number if entry.ready else 0
 
     def wait(self, admit: Admit) -> Compile | None:

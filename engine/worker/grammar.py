@@ -24,7 +24,7 @@ from torch import Tensor
 from engine.config import Config
 from engine.errors import EngineError
 from engine.grammars.engines import Engines
-from engine.kernels.mask import apply_masks
+from engine.kernels.bitmask import apply_bitmask
 from engine.messages import GrammarLoaded, LoadGrammar, SlotAdmit
 from engine.plugin.manager import Plugins
 from engine.plugin.specs import Checkpoint, CompiledGrammar, GrammarEngine, GrammarEntry, Vocabulary
@@ -211,7 +211,7 @@ class Grammars:
         if not rows:
             return
         where = upload(np.array(rows, np.int64), self._device)
-        apply_masks(logits, self._host[: len(rows)].to(self._device, non_blocking=True), where)
+        apply_bitmask(logits, self._host[: len(rows)].to(self._device, non_blocking=True), where)
         if forced:  # other wishes do not hold up the end
             logits[upload(np.array(forced, np.int64), self._device)[:, None], self._end_ids] = 0.0
 

@@ -13,7 +13,7 @@ would take longer than the work. Left out: larger prompts, where they do not.
 
 import bisect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.layers.attention import Prefix
 from engine.layers.batch import Batch, Mirror
 from engine.layers.model import Model
 from engine.worker.kv import Caches
+from engine.worker.prefixes import LEAST_ROWS
 
 NOTHING = np.empty(0, np.int64)
 PROMPT_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
@@ -36,6 +38,11 @@ def ladder(most: int) -> list[int]:
     return [step for step in steps if step < most] + [most]
 
 
+def shared_ladder(most: int) -> list[int]:
+    """Row counts that get a graph for steps with shared prefixes: fewer, as what is saved there is large."""
+    return sorted({min(size, most) for size in (LEAST_ROWS, 2 * LEAST_ROWS, *range(64, most + 64, 64))})
+
+
 @dataclass(frozen=True, slots=True)
 class Tables:
     """What graphs are captured over. The last lines of `tokens` and `page_table` are the scratch slot's."""
@@ -45,6 +52,7 @@ class Tables:
     tokens: Tensor  # [slots + 1, positions] int32
     page_table: Tensor  # [slots + 1, P] int32
     page_size: int
+    counts_real: bool = False  # whether a step says how many of its tokens are no padding
 
     @property
     def scratch(self) -> int:
@@ -69,6 +77,7 @@ class Tables:
             offsets=NOTHING,
             caches=self.caches,
             plans=plans,
+            real=(token_slots != self.scratch).sum().view(1) if self.counts_real else None,
         )
 
 
@@ -107,11 +116,18 @@ class StepGraphs(ABC):
 
 
 class DecodeGraphs(StepGraphs):
-    """Steps of one token a row, for a ladder of row counts."""
+    """Steps of one token a row, for a ladder of row counts.
+
+    `shared` ones are for steps in which rows share prefixes (prefixes.py), where the attention backends make use of
+    that."""
+
+    def __init__(self, tables: Tables, shared: bool = False) -> None:
+        super().__init__(tables)
+        self._shared = shared
 
     def capture(self, most: int, pool: Any) -> bool:
         """Captures the ladder up to `most` rows. False when an attention backend's steps cannot be captured."""
-        return self._capture(ladder(most), pool)
+        return self._capture(shared_ladder(most) if self._shared else ladder(most), pool)
 
     def _captured(self, size: int, pool: Any) -> Captured | None:
         backends = self._tables.model.backends
@@ -119,11 +135,11 @@ class DecodeGraphs(StepGraphs):
         host = numbers.host()
         host[:size], host[size:] = self._tables.scratch, 0
         numbers.send()
-        plans = tuple(backend.capture(self._batch(numbers.device, ())) for backend in backends)
+        batch = self._batch(numbers.device, ())
+        plans = tuple(backend.capture_shared(batch) if self._shared else backend.capture(batch) for backend in backends)
         if not plans or any(plan is None for plan in plans):
             return None
-        for backend, plan in zip(backends, plans, strict=True):
-            backend.refill(plan, host[:size], host[size:])
+        self._refill(plans, host[:size], host[size:], ())
         return captured(self._tables.model, lambda: self._batch(numbers.device, plans), numbers, plans, pool)
 
     def _batch(self, numbers: Tensor, plans: tuple[Any, ...]) -> Batch:
@@ -135,17 +151,25 @@ class DecodeGraphs(StepGraphs):
         """Whether the step of `rows`, int64 [R, 4] as in a StepPlan, is one of these."""
         return bool(self._sizes) and len(rows) <= self._sizes[-1] and bool((rows[:, 2] == 1).all())
 
-    def replay(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _refill(
+        self, plans: tuple[Any, ...], slots: np.ndarray, starts: np.ndarray, prefixes: Sequence[Prefix]
+    ) -> None:
+        for backend, plan in zip(self._tables.model.backends, plans, strict=True):
+            if self._shared:
+                backend.refill_shared(plan, slots, starts, prefixes)
+            else:
+                backend.refill(plan, slots, starts)
+
+    def replay(self, rows: np.ndarray, prefixes: Sequence[Prefix] = ()) -> tuple[Tensor, Tensor]:
         """Runs the step: hidden states [R, H], and the device's copy of slots and positions [2, R]; good until the next
-        replay."""
+        replay. `prefixes` are what rows share."""
         count = len(rows)
         chosen = self._graphs[self._sizes[bisect.bisect_left(self._sizes, count)]]
         numbers = chosen.numbers.host().reshape(2, -1)
         numbers[0, count:], numbers[1, count:] = self._tables.scratch, 0
         numbers[:, :count] = rows[:, :2].T
         chosen.numbers.send()
-        for backend, plan in zip(self._tables.model.backends, chosen.plans, strict=True):
-            backend.refill(plan, numbers[0], numbers[1])
+        self._refill(chosen.plans, numbers[0], numbers[1], prefixes)
         chosen.graph.replay()
         return chosen.hidden[:count], chosen.numbers.device.view(2, -1)[:, :count]
 

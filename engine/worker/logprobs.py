@@ -1,12 +1,14 @@
 """Log-probabilities of tokens, in the model's own distribution: of logits that nothing has been added to.
 
 Computed on the device in the step that made the logits, for the rows that ask. How many likeliest tokens are found
-does not depend on what other rows ask for, so equals come in the same order whatever runs beside a row. A prompt's
-logits are made piece by piece: its length times the vocabulary is more than memory should have to hold.
+does not depend on what other rows ask for, so equals come in the same order whatever runs beside a row. On a GPU one
+pass over the logits finds all (engine/kernels/scores.py). A prompt's logits are made piece by piece: its length times
+the vocabulary is more than memory should have to hold.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -41,12 +43,22 @@ class Scores:
         )
 
 
-def score(logits: Tensor, tokens: Tensor) -> Scores:
-    """`logits` [N, V] float32; `tokens` [N] int64."""
-    tokens = tokens.to(torch.int64)
+def score(logits: Tensor, tokens: Tensor, rows: Tensor | None = None) -> Scores:
+    """`logits` [S, V] of any float type; `tokens` [N] of the rows `rows` [N], both int64; by default of all in turn."""
+    count = min(MAX_LOGPROBS, logits.shape[1])
+    if logits.is_cuda and find_spec("triton") is not None:
+        from engine.kernels import scores
+
+        return Scores(*scores.score(logits, tokens, rows, count))
+    return score_reference(logits if rows is None else logits[rows], tokens, count)
+
+
+def score_reference(logits: Tensor, tokens: Tensor, count: int) -> Scores:
+    """The definition of `score`, but that it leaves the order of equals open."""
+    logits, tokens = logits.to(torch.float32), tokens.to(torch.int64)
     total = logits.logsumexp(dim=-1, keepdim=True)
     own = logits.gather(1, tokens[:, None])
-    best = logits.topk(min(MAX_LOGPROBS, logits.shape[1]), dim=-1)
+    best = logits.topk(count, dim=-1)
     ranks = (logits > own).sum(dim=-1) + 1
     return Scores((own - total)[:, 0], ranks.to(torch.int32), best.indices.to(torch.int32), best.values - total)
 
@@ -57,7 +69,7 @@ def score_prompt(hidden: Tensor, tokens: Tensor, logits: Callable[[Tensor], Tens
     def pieces() -> Iterator[Scores]:
         count = max(1, PIECE // vocab_size)
         for part, said in zip(hidden.split(count), tokens.split(count), strict=True):
-            yield score(logits(part).to(torch.float32), said)
+            yield score(logits(part), said)
 
     parts = list(pieces())
     return Scores(

@@ -21,11 +21,25 @@ from engine.errors import ConfigError
 from engine.layers.build import Build
 from engine.layers.encoder import Encoder
 from engine.layers.model import Model
-from engine.messages import Boot, DropGrammar, LoadGrammar, Ping, Pong, StepPlan, ToWorker, WorkerReady
+from engine.messages import (
+    Boot,
+    CountExperts,
+    DropGrammar,
+    LoadGrammar,
+    Ping,
+    Pong,
+    Profile,
+    StepPlan,
+    ToWorker,
+    WorkerReady,
+)
 from engine.plugin.manager import Plugins, resolve
-from engine.worker.backends import Backends
+from engine.worker.backends import Backends, quantization
+from engine.worker.demands import FILTERED, PENALIZED, PLAIN, everything
+from engine.worker.experts import count_experts
 from engine.worker.grammar import begin_grammars
 from engine.worker.kv import allocate, choose_max_model_len, count_pages
+from engine.worker.profiling import StepProfiler
 from engine.worker.runner import Runner, Step
 from engine.worker.weights import fill_at_random, load_weights, weight_bytes
 
@@ -51,31 +65,41 @@ def serve(frames: BlockingFrames[ToWorker], runner: Runner) -> None:
     """Runs steps until the peer closes.
 
     A result is sent as soon as it is there, and a plan launched as soon as it comes: so the device goes from one step
-    to the next without a gap. A plan whose rows follow a grammar has the
-    results before it sent while its model runs: what makes their masks is what others need to plan on.
+    to the next without a gap. A plan whose rows follow a grammar has the results before it sent while its model runs:
+    what makes their masks is what others need to plan on.
     """
     in_flight: deque[Step] = deque()
+    profiler = StepProfiler(runner.device)
+
+    def finish_first() -> None:
+        with profiler.finishing():
+            frames.send(runner.finish(in_flight.popleft()))
 
     def catch_up() -> None:
         while in_flight:
-            frames.send(runner.finish(in_flight.popleft()))
+            finish_first()
 
     while True:
         while in_flight:
             if in_flight[0].ready():
-                frames.send(runner.finish(in_flight.popleft()))
+                finish_first()
             elif frames.waiting(GLANCE):
                 break
         message = frames.receive()
         match message:
             case StepPlan():
-                in_flight.append(runner.launch(message, catch_up))
+                with profiler.launching(message):
+                    in_flight.append(runner.launch(message, catch_up))
             case LoadGrammar():
                 assert runner.grammars is not None, "requests with a grammar are let in only where there are engines"
                 runner.grammars.load(message, frames.send)
             case DropGrammar():
                 assert runner.grammars is not None
                 runner.grammars.drop(message.number)
+            case Profile():
+                frames.send(profiler.answer(message, len(in_flight)))
+            case CountExperts():
+                frames.send(count_experts(runner.model, message))
             case Ping():
                 frames.send(Pong())
             case None:
@@ -109,6 +133,7 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
             rank=boot.rank,
             world=boot.world,
             kv_dtype=torch.float8_e4m3fn if config.cache.kv_dtype == "fp8" else None,
+            quantization=quantization(plugins, terms),
         )
         try:
             model: Model = model_class(terms, build).eval()
@@ -138,7 +163,7 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
     with _timed(phases, "warm-up"):
         if device.type == "cpu":
             runner.warm_up(WARM_UP_TOKENS)
-        elif config.process.cuda_graphs and not runner.capture(scratch_page=pages):
+        elif config.process.cuda_graphs and not runner.capture(pages, config.cache.prefix_cache):
             logger.info("no CUDA graphs: attention backend %s cannot be captured", backends.chosen)
     if grammars is not None:
         with _timed(phases, "grammars"):  # what is left of it
@@ -160,7 +185,8 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
 
 
 def peak_bytes(model: Model, device: torch.device, slots: int, max_model_len: int, step_tokens: int) -> int:
-    """Bytes of activations in the largest step: `step_tokens` of prompts in as many rows as there can be.
+    """Bytes of activations in the largest step: `step_tokens` of prompts in as many rows as there can be, each of which
+    asks for all that can be asked of its logits.
 
     Runs it on a small cache; what compiles on first use does so here."""
     spec = model.kv_spec()
@@ -169,8 +195,10 @@ def peak_bytes(model: Model, device: torch.device, slots: int, max_model_len: in
     pages = -(-(min(step_tokens, max_model_len) + 1) // spec.page_size)
     caches = allocate(spec, pages, device)
     runner = Runner(model, caches, device, slots=slots, max_model_len=max_model_len, page_size=spec.page_size)
-    runner.warm_up(step_tokens, slots)
-    runner.warm_up(step_tokens)
+    runner.warm_up(step_tokens, slots, PLAIN if isinstance(model, Encoder) else everything(model.vocab_size))
+    runner.warm_up(step_tokens, 1, FILTERED)
+    for sampling in (PENALIZED, PLAIN):
+        runner.warm_up(1, 1, sampling)
     peak = torch.cuda.max_memory_allocated(device) - before
     return peak - pages * spec.page_bytes
 

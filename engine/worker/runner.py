@@ -25,11 +25,14 @@ from engine.layers.encoder import Encoder
 from engine.layers.model import Model
 from engine.messages import Logprobs, Sampling, SlotAdmit, StepDone, StepPlan
 from engine.worker.batch import build_batch, upload
+from engine.worker.demands import PLAIN
+from engine.worker.experts import heed_padding
 from engine.worker.grammar import Grammars, Guided
 from engine.worker.graphs import DecodeGraphs, PromptGraphs, Tables
 from engine.worker.kv import Caches, copy_pages
 from engine.worker.logits import Adjustments
 from engine.worker.logprobs import Scores, score, score_prompt
+from engine.worker.prefixes import LEAST_ROWS, SharedPrefixes
 from engine.worker.recorded import RecordedSteps
 from engine.worker.sampler import Sampler
 
@@ -114,9 +117,11 @@ class Runner:
         self.grammars = grammars
         self.unscored = np.zeros((slots, 2), np.int64)  # prompt positions to be scored: from, to
         self._ahead_of: torch.cuda.Event | None = None  # the end of the last step, while it is not known to be over
-        tables = Tables(model, caches, self.tokens, self.page_table, page_size)
+        tables = Tables(model, caches, self.tokens, self.page_table, page_size, counts_real=heed_padding(model))
         self.decode_graphs = DecodeGraphs(tables) if device.type != "cpu" else RecordedSteps(tables)
+        self.shared_graphs = DecodeGraphs(tables, shared=True)
         self.prompt_graphs = PromptGraphs(tables)
+        self.prefixes = SharedPrefixes(slots, pages, page_size)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, catch_up: Callable[[], None] = _nothing) -> Step:
@@ -177,7 +182,7 @@ class Runner:
         prompts = None
         on_device: Sequence[Tensor] | Tensor
         if len(sampled) == len(rows) and self.decode_graphs.fits(rows):
-            hidden, on_device = self.decode_graphs.replay(rows)
+            hidden, on_device = self._decode(rows)
         else:
             hidden, offsets = self._hidden(rows)
             prompts = self._score_prompts(rows, hidden)
@@ -188,22 +193,29 @@ class Runner:
         logits = self.model.logits(hidden)
         wanted = self.sampler.columns.logprobs[slots]
         asking = np.flatnonzero(wanted >= 0)
-        # A copy, as what follows changes the logits.
-        raw = logits[upload(asking, self.device)].to(torch.float32) if len(asking) else None
+        adjusted = logits
         if self.adjustments.acts(slots):
-            logits = logits.to(torch.float32)
-            self.adjustments.apply(logits, slots, lasts + 1, self.tokens)
+            adjusted = logits.to(torch.float32, copy=len(asking) > 0)
+            self.adjustments.apply(adjusted, slots, lasts + 1, self.tokens)
         guided = self.grammars.guided(slots) if self.grammars is not None else ()
         if guided:
             assert self.grammars is not None
             catch_up()
-            self.grammars.mask(logits, guided)
-        tokens = self.sampler.draw(logits, slots, lasts, on_device)
-        if raw is None:
+            adjusted = adjusted.clone() if adjusted is logits and len(asking) else adjusted
+            self.grammars.mask(adjusted, guided)
+        tokens = self.sampler.draw(adjusted, slots, lasts, on_device)
+        if not len(asking):
             return Result(tokens, prompts=prompts, guided=guided)
-        scores = score(raw, tokens[upload(asking, self.device)])
+        which = upload(asking, self.device)
+        scores = score(logits, tokens[which], which)
         spans = [(int(row), index, index + 1, int(wanted[row])) for index, row in enumerate(asking)]
         return Result(tokens, Block(scores, spans), prompts, guided=guided)
+
+    def _decode(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Hidden states of a step of one token a row, and its slots and positions, from a graph."""
+        if self.shared_graphs.fits(rows) and (prefixes := self.prefixes.find(rows[:, 0], rows[:, 1])):
+            return self.shared_graphs.replay(rows, prefixes)
+        return self.decode_graphs.replay(rows)
 
     def _hidden(self, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """Hidden states [T, H] of the tokens of `rows`, and where each row's begin, [R + 1]."""
@@ -236,10 +248,10 @@ class Runner:
     def apply(self, plan: StepPlan) -> None:
         """Brings the tables up to date: admits, then pages, then page copies."""
         self.sampler.admit(plan.admits)
+        self.adjustments.admit(plan.admits)
         for admit in plan.admits:
             ids = np.frombuffer(admit.ids, "<i4").copy()
             self.tokens[admit.slot, : len(ids)] = upload(ids, self.device)
-            self.adjustments.set(admit)
             if self.grammars is not None:
                 self.grammars.admit(admit)
             asks = admit.sampling.prompt_logprobs >= 0
@@ -247,6 +259,7 @@ class Runner:
         if plan.pages:
             slot, index, page = self._upload_columns(plan.pages, 3)
             self.page_table[slot, index] = page.to(torch.int32)
+            self.prefixes.apply(np.frombuffer(plan.pages, "<i4").reshape(-1, 3), admitted=bool(plan.admits))
         if plan.copies:
             source, destination = self._upload_columns(plan.copies, 2)
             copy_pages(self.caches, source, destination)
@@ -261,24 +274,28 @@ class Runner:
         batch = dataclasses.replace(batch, plans=self.model.prepare(batch))
         return self.model(batch), batch
 
-    def capture(self, scratch_page: int) -> bool:
-        """Makes CUDA graphs of steps; padding writes to `scratch_page`. False where decode steps can have none."""
+    def capture(self, scratch_page: int, shares: bool = True) -> bool:
+        """Makes CUDA graphs of steps; padding writes to `scratch_page`. `shares`: requests may share pages. False where
+        decode steps can have no graphs."""
         self.page_table[-1] = scratch_page
         pool = torch.cuda.graph_pool_handle()
         self.prompt_graphs.capture(self.tokens.shape[1] - 1, pool)
         assert isinstance(self.decode_graphs, DecodeGraphs)
-        return self.decode_graphs.capture(len(self.tokens) - 1, pool)
+        slots = len(self.tokens) - 1
+        if shares and slots >= LEAST_ROWS:
+            self.shared_graphs.capture(slots, pool)
+        return self.decode_graphs.capture(slots, pool)
 
-    def warm_up(self, tokens: int, rows: int = 1) -> None:
+    def warm_up(self, tokens: int, rows: int = 1, sampling: Sampling = PLAIN) -> None:
         """Runs prompts of `tokens` in all (or as long as there can be) in `rows` rows, then a decode step of them.
 
-        All use the first pages, as many as one of them needs."""
+        All ask for `sampling`, and use the first pages, as many as one of them needs."""
         longest = self.tokens.shape[1] - 1
         rows = min(rows, tokens)
         length = min(tokens // rows, longest)
         pages = -(-min(length + 1, longest) // self.page_size)
         ids = np.zeros(length, "<i4").tobytes()
-        admits = tuple(SlotAdmit(slot, ids, Sampling(1.0, 0, 1.0, 0.0, 0)) for slot in range(rows))
+        admits = tuple(SlotAdmit(slot, ids, sampling, length) for slot in range(rows))
         triples = [(slot, index, index) for slot in range(rows) for index in range(pages)]
         self._warm_step(rows, 0, length, StepPlan(0, b"", admits, np.array(triples, "<i4").tobytes()))
         if length < longest and not isinstance(self.model, Encoder):

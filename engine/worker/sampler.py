@@ -50,8 +50,9 @@ class Columns:
 
     @property
     def filters(self) -> bool:
-        """Whether any row asks for min-p, top-k or top-p."""
-        return bool(self.min_p.any() or self.top_k.any() or (self.top_p < 1).any())
+        """Whether any row that draws asks for min-p, top-k or top-p."""
+        asks = (self.min_p > 0) | (self.top_k > 0) | (self.top_p < 1)
+        return bool((asks & (self.temperature > 0)).any())
 
     def rows(self, slots: np.ndarray) -> "Columns":
         """The columns of a step's rows, in their order."""
@@ -69,15 +70,16 @@ class Columns:
 class Sampler:
     """How each slot is sampled, and the draws of a step, which go into the device's table of tokens.
 
-    `tokens` [slots + 1, positions] int32 is the Runner's. On a GPU temperatures and seeds are kept there too, by slot,
-    so that a step uploads nothing; a kernel draws in one pass over the logits.
+    `tokens` [slots + 1, positions] int32 is the Runner's. On a GPU what kernels need of each slot is kept there too, so
+    that a step uploads nothing; one draws in a pass over the logits, after others have found where filters cut them.
     """
 
     def __init__(self, slots: int, tokens: Tensor) -> None:
         self.columns = Columns.empty(slots)
         self._tokens = tokens
         self._kernel = tokens.is_cuda and find_spec("triton") is not None
-        self._temperatures = torch.zeros(slots, dtype=torch.float32, device=tokens.device)
+        self._reals = torch.zeros(3, slots, dtype=torch.float32, device=tokens.device)  # temperature, top_p, min_p
+        self._top_ks = torch.zeros(slots, dtype=torch.int32, device=tokens.device)
         self._seeds = torch.zeros(slots, dtype=torch.int64, device=tokens.device)
 
     def admit(self, admits: Sequence[SlotAdmit]) -> None:
@@ -85,28 +87,30 @@ class Sampler:
         for admit in admits:
             self.columns.set(admit.slot, admit.sampling)
         if admits and self._kernel:
-            self._temperatures.copy_(upload(self.columns.temperature.copy(), self._tokens.device))
-            self._seeds.copy_(upload(self.columns.seed.copy(), self._tokens.device))
+            columns, device = self.columns, self._tokens.device
+            self._reals.copy_(upload(np.stack((columns.temperature, columns.top_p, columns.min_p)), device))
+            self._top_ks.copy_(upload(columns.top_k.astype(np.int32), device))
+            self._seeds.copy_(upload(columns.seed.copy(), device))
 
     def draw(
         self, logits: Tensor, slots: np.ndarray, lasts: np.ndarray, on_device: Sequence[Tensor] | Tensor
     ) -> Tensor:
         """Draws one token a row, ids [S] int64, and puts each after its row's last one.
 
-        `logits` [S, V], which may be written over; `slots` and `lasts` [S] int64 are each row's slot and the position
-        of its last token, and `on_device` [2, S] the same there.
+        `logits` [S, V]; `slots` and `lasts` [S] int64 are each row's slot and the position of its last token, and
+        `on_device` [2, S] the same there.
         """
         rows = self.columns.rows(slots)
         if not self._kernel:
             tokens = sample(logits.to(torch.float32), rows, lasts + 1)
             self._tokens[on_device[0], on_device[1] + 1] = tokens.to(torch.int32)
             return tokens
+        from engine.kernels.filters import cuts
         from engine.kernels.sampling import draw
 
-        if rows.filters:
-            scores = filtered(logits.to(torch.float32), rows)
-            logits = logits.masked_fill_(scores == -torch.inf, -torch.inf)
-        return draw(logits, on_device[0], on_device[1], self._temperatures, self._seeds, self._tokens)
+        temperatures, top_ps, min_ps = self._reals
+        cut = cuts(logits, on_device[0], temperatures, top_ps, min_ps, self._top_ks) if rows.filters else None
+        return draw(logits, on_device[0], on_device[1], temperatures, self._seeds, self._tokens, cut)
 
 
 def sample(logits: Tensor, rows: Columns, positions: np.ndarray) -> Tensor:

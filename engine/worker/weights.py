@@ -36,15 +36,14 @@ def load_weights(model: Model, checkpoint: Checkpoint) -> None:
 
 @torch.inference_mode()
 def fill_at_random(model: Model) -> None:
-    """Gives `model` seeded weights, for benchmarks without a checkpoint: matrices of deviation 0.02, vectors near 1."""
+    """Gives the layers of `model` seeded weights, for benchmarks without a checkpoint."""
+    model.name_layers()
     generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
-    for weight in model.parameters():
-        weight.normal_(0.0, 0.02, generator=generator)
-        if weight.dim() == 1:
-            weight.add_(1.0)
-    for layer in model.modules():
-        if isinstance(layer, Layer):
-            layer.loaded()
+    layers = [layer for layer in model.modules() if isinstance(layer, Layer)]
+    for layer in layers:
+        layer.fill_at_random(generator)
+    for layer in layers:
+        layer.loaded()
 
 
 def weight_bytes(model: Model) -> int:

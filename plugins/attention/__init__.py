@@ -34,3 +34,35 @@ def register_attention(register: Register) -> None:
         preference=30,
         description="FlashInfer's kernels (pip install flashinfer-python); any page size, FP8 caches, CUDA graphs",
     )
+    register(
+        "hybrid",
+        "engine_plugins.attention.hybrid:HybridAttention",
+        devices=("cuda",),
+        preference=40,
+        description="FlashInfer's FA3 kernel for prompts, Triton for the rest: the fastest on Hopper",
+    )
+
+
+@hookimpl
+def register_latent_attention(register: Register) -> None:
+    register(
+        "torch",
+        "engine_plugins.attention.torch_latent:TorchLatentAttention",
+        devices=("cpu", "cuda"),
+        preference=0,
+        description="latent attention in PyTorch over gathered latents; runs everywhere",
+    )
+    register(
+        "triton",
+        "engine_plugins.attention.triton_latent:TritonLatentAttention",
+        devices=("cuda",),
+        preference=20,
+        description="Triton kernels that read a latent once for many heads; any page size, FP8 caches, CUDA graphs",
+    )
+    register(
+        "flashinfer",
+        "engine_plugins.attention.flashinfer_latent:FlashInferLatentAttention",
+        devices=("cuda",),
+        preference=30,
+        description="FlashInfer's MLA kernels (pip install flashinfer-python); any page size, FP8 caches, CUDA graphs",
+    )

@@ -18,6 +18,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
@@ -98,8 +99,7 @@ class FlashInferAttention(PagedAttention):
         capability, self._processors = hardware(device)
         if capability < (8, 0):
             raise ConfigError(f"attention flashinfer needs an Ampere GPU or later, not compute capability {capability}")
-        hopper = capability[0] == 9 and self.kv_dtype == dtype  # FA3 reads an FP8 cache for FP8 queries only
-        names = ["fa2", "fa3"] if hopper else ["fa2"]
+        names = self._choose_kernels(hopper=capability[0] == 9)
         self._kernels = load_kernels(names, dtype, self.kv_dtype, shape.head_dim, windowed=shape.window is not None)
         self._programmatic = capability[0] >= 9  # dependent launch
         self._window_left = -1 if shape.window is None else shape.window - 1
@@ -111,6 +111,10 @@ class FlashInferAttention(PagedAttention):
         self._turn = 0
         self._pages = torch.empty(0, dtype=torch.int32, device=device)  # of captured steps; only one of them runs
 
+    def _choose_kernels(self, hopper: bool) -> list[str]:
+        """Those that are loaded. FA3 is for Hopper, and reads an FP8 cache for FP8 queries only."""
+        return ["fa2", "fa3"] if hopper and self.kv_dtype == self.dtype else ["fa2"]
+
     def _eager_bytes(self) -> int:
         """FA2 splits contexts only while tiles and pieces, of at most 128 queries, keep to two a processor."""
         return 2 * self._processors * (self.shape.query_heads // self.shape.kv_heads) * 128 * 129 * 4
@@ -118,14 +122,10 @@ class FlashInferAttention(PagedAttention):
     def prepare(self, batch: Batch) -> list[Launch]:
         decode = leading_ones(batch.lengths)
         parts = ((0, decode), (decode, len(batch.lengths)))
-        return [
-            self._launch(batch, first, end, numbers)
-            for (first, end), numbers in zip(parts, self._numbers, strict=True)
-            if first < end
-        ]
+        return [self.launch_rows(batch, first, end, part) for part, (first, end) in enumerate(parts) if first < end]
 
-    def _launch(self, batch: Batch, first: int, end: int, numbers: Tensor) -> Launch:
-        """For the rows `first` .. `end` - 1; those before `first` have one token each."""
+    def launch_rows(self, batch: Batch, first: int, end: int, part: int = 0) -> Launch:
+        """For the rows `first` .. `end` - 1; those before `first` have one token each. A step has two parts at most."""
         queries, pages, last = row_lists(batch.starts[first:end], batch.lengths[first:end], self.page_size)
         host = torch.from_numpy(np.concatenate((queries, pages, last)))
         if self.device.type == "cuda":
@@ -136,14 +136,16 @@ class FlashInferAttention(PagedAttention):
         tokens = int(queries[-1])
         extends = tokens > end - first
         kernel = self._kernels[self._extend_kernel(batch.lengths[first:end]) if extends else "fa2"]
-        launch = Launch(kernel, first, first + tokens, extends, lists, listed, self._floats, numbers)
+        launch = Launch(kernel, first, first + tokens, extends, lists, listed, self._floats, self._numbers[part])
         launch.info = self._plan(launch, queries, pages, batch.starts[first:end] + batch.lengths[first:end], tokens)
         return launch
 
     def _extend_kernel(self, lengths: np.ndarray) -> str:
-        """FA3 does a tile of 128 queries of one head at a time, and does not split contexts: it takes many tiles."""
-        tiles = int((-(-lengths // 128)).sum()) * self.shape.query_heads
-        return "fa3" if "fa3" in self._kernels and tiles >= self._processors else "fa2"
+        return "fa3" if "fa3" in self._kernels and self.fills_device(lengths) else "fa2"
+
+    def fills_device(self, lengths: np.ndarray) -> bool:
+        """Whether FA3 has enough to do: it takes a tile of 128 queries of one head at a time, and splits no context."""
+        return int((-(-lengths // 128)).sum()) * self.shape.query_heads >= self._processors
 
     def _plan(
         self,
@@ -208,10 +210,14 @@ class FlashInferAttention(PagedAttention):
     def attend(self, query: Tensor, cache: Tensor, plan: list[Launch] | CapturedLaunch) -> Tensor:
         launches = [plan.launch] if isinstance(plan, CapturedLaunch) else plan
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        self.attend_into(out, query, cache, launches)
+        return out.view(len(out), -1)
+
+    def attend_into(self, out: Tensor, query: Tensor, cache: Tensor, launches: Sequence[Launch]) -> None:
+        """As `attend`, for the tokens of `launches`."""
         keys, values = cache.unbind(1)
         for launch in launches:
             self._run(launch, query[launch.begin : launch.end], keys, values, out[launch.begin : launch.end])
-        return out.view(len(out), -1)
 
     def _run(self, launch: Launch, query: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
         launch.kernel.module.paged_run(

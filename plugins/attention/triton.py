@@ -1,9 +1,12 @@
 """Paged attention in Triton, for GPUs: keys and values are read where they lie, for any page size and head size.
 
 Rows of one token go to a kernel that cuts long contexts among programs, others to one that cuts prompts into blocks
-(engine/kernels/triton_attention.py). Decode steps can be captured: nothing of their plan comes from the host.
+(engine/kernels/triton_decode.py, triton_attention.py). Decode steps can be captured: of their plan nothing comes from
+the host but which rows share a prefix.
 """
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,8 +15,8 @@ import torch
 from torch import Tensor
 
 from engine.plugin import ConfigError
-from engine.plugin.kernels import triton_attention
-from engine.plugin.layers import AttentionShape, Batch, Mirror, PagedAttention
+from engine.plugin.kernels import triton_attention, triton_decode
+from engine.plugin.layers import AttentionShape, Batch, Mirror, PagedAttention, Prefix
 
 if TYPE_CHECKING:
     from engine.plugin.kernels import DecodeRows, ExtendRows, Scratch
@@ -31,18 +34,13 @@ class Plan:
     numbers: Mirror | None = None  # of a captured step: what differs from replay to replay
 
 
-def longest_first(positions: np.ndarray) -> np.ndarray:
-    """The order in which the programs, each taking rows in turn, end at about the same time."""
-    order: np.ndarray = np.argsort(-positions, kind="stable")
-    return order
-
-
 class TritonAttention(PagedAttention):
     """Serves bfloat16, float16 and float32, each with a cache of its own type or float8_e4m3fn."""
 
     def __init__(self, shape: AttentionShape, page_size: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(shape, page_size, device, dtype)
         self._kernels = kernels = triton_attention()
+        self._decoding = triton_decode()
         if device.type != "cuda" and not kernels.interpreted():
             raise ConfigError(f"attention triton runs on GPUs, not on {device}; say --plugins torch")
         if dtype not in DTYPES or self.kv_dtype not in (dtype, torch.float8_e4m3fn):
@@ -60,33 +58,45 @@ class TritonAttention(PagedAttention):
             scale=shape.scale,
             window=shape.window,
         )
-        self._programs = kernels.decode_programs(device)
         self._scratch: Scratch | None = None
         self._block_tokens = kernels.extend_blocks(self._shape, dtype).queries // self._shape.group
 
     def prepare(self, batch: Batch) -> Plan:
-        rows = np.flatnonzero(batch.lengths == 1)
-        decode = extend = None
-        if len(rows):
-            rows = rows[longest_first(batch.starts[rows])]
-            index = self._upload(rows)
-            decode = self._decode(*(part[index] for part in (batch.slots, batch.row_starts, batch.row_offsets)))
-        if len(rows) < len(batch.lengths):
+        decode, extend = self.decode_rows(batch, np.flatnonzero(batch.lengths == 1)), None
+        if not (batch.lengths == 1).all():
             blocks = self._kernels.list_extend_blocks(batch.starts, batch.lengths, self._block_tokens)
             extend = self._kernels.ExtendRows(
                 blocks=self._upload(blocks), slots=batch.slots, starts=batch.row_starts, offsets=batch.row_offsets
             )
         return Plan(batch.page_table, decode, extend)
 
-    def capture(self, batch: Batch) -> Plan:
-        numbers = Mirror(3 * len(batch.slots), self.device)
-        slots, positions, tokens = numbers.device.view(3, -1).unbind(0)
-        return Plan(batch.page_table, self._decode(slots, positions, tokens), None, numbers)
+    def decode_rows(self, batch: Batch, rows: np.ndarray) -> "DecodeRows | None":
+        """Those `rows` of `batch`, of one token each."""
+        if not len(rows):
+            return None
+        index = self._upload(rows)
+        return self._decode(*(part[index] for part in (batch.slots, batch.row_starts, batch.row_offsets)))
 
-    def refill(self, plan: Plan, slots: np.ndarray, starts: np.ndarray) -> None:
+    def capture(self, batch: Batch) -> Plan:
+        return Plan(batch.page_table, self._decode(batch.slots, batch.row_starts, batch.row_offsets[:-1]), None)
+
+    def capture_shared(self, batch: Batch) -> Plan | None:
+        if self.shape.window is not None:
+            return None
+        rows = len(batch.slots)
+        numbers = Mirror(self._decoding.SharedRows.size(rows), self.device)
+        shared = self._decoding.SharedRows.of(numbers.device, rows, self._shape)
+        decode = self._decode(batch.slots, batch.row_starts, batch.row_offsets[:-1])
+        return Plan(batch.page_table, dataclasses.replace(decode, shared=shared), None, numbers)
+
+    def refill_shared(self, plan: Plan, slots: np.ndarray, starts: np.ndarray, prefixes: Sequence[Prefix]) -> None:
         assert plan.numbers is not None
-        order = longest_first(starts)
-        plan.numbers.host()[:] = np.concatenate((slots[order], starts[order], order))
+        host = plan.numbers.host()
+        host[:] = 0
+        teams = self._decoding.decode_teams(self._shape, self.device, len(slots))
+        filled = self._decoding.list_shared(prefixes, len(slots), self._shape, teams)
+        for part, values in zip(np.split(host, np.cumsum([2, 3 * len(slots), len(slots)])), filled, strict=True):
+            part[: len(values)] = values
         plan.numbers.send()
 
     def capture_prompts(self, batch: Batch) -> Plan:
@@ -110,7 +120,8 @@ class TritonAttention(PagedAttention):
         plan.numbers.send()
 
     def _decode(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> "DecodeRows":
-        rows = self._kernels.plan_decode(slots, positions, tokens, self._shape, self._programs, self._scratch)
+        teams = self._decoding.decode_teams(self._shape, self.device, len(slots))
+        rows = self._decoding.plan_decode(slots, positions, tokens, self._shape, teams, self._scratch)
         self._scratch = rows.scratch
         return rows
 
@@ -120,8 +131,12 @@ class TritonAttention(PagedAttention):
 
     def attend(self, query: Tensor, cache: Tensor, plan: Plan) -> Tensor:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        self.attend_into(out, query, cache, plan)
+        return out.view(len(out), -1)
+
+    def attend_into(self, out: Tensor, query: Tensor, cache: Tensor, plan: Plan) -> None:
+        """As `attend`, for the tokens of `plan`."""
         if plan.decode is not None:
-            self._kernels.attend_decode(query, cache, plan.page_table, out, plan.decode, self._shape)
+            self._decoding.attend_decode(query, cache, plan.page_table, out, plan.decode, self._shape)
         if plan.extend is not None:
             self._kernels.attend_extend(query, cache, plan.page_table, out, plan.extend, self._shape)
-        return out.view(len(out), -1)

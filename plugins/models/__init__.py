@@ -19,6 +19,24 @@ def register_models(register: Register) -> None:
         description="Qwen2, Qwen2.5 and Qwen3, the dense ones",
     )
     register(
+        "qwen3_moe",
+        "engine_plugins.models.qwen3_moe:Qwen3Moe",
+        architectures=("Qwen3MoeForCausalLM",),
+        description="Qwen3, the mixtures of experts",
+    )
+    register(
+        "mixtral",
+        "engine_plugins.models.mixtral:Mixtral",
+        architectures=("MixtralForCausalLM",),
+        description="Mixtral 8x7B and 8x22B",
+    )
+    register(
+        "deepseek",
+        "engine_plugins.models.deepseek:Deepseek",
+        architectures=("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"),
+        description="DeepSeek-V2, V2-Lite, V3 and R1",
+    )
+    register(
         "gemma",
         "engine_plugins.models.gemma:Gemma3",
         architectures=("Gemma3ForCausalLM",),

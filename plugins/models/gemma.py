@@ -9,7 +9,7 @@ multiply by 1 + weight; embeddings are scaled by the root of their size. Left ou
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.plugin import ConfigError
 from engine.plugin.layers import Attention, AttentionKind, Batch, Block, Build, CausalLM, DecoderShape, Rotations
@@ -18,8 +18,8 @@ from engine.plugin.layers import Attention, AttentionKind, Batch, Block, Build, 
 class GemmaBlock(Block):
     """Attention, then a gated MLP, with a norm before and after each."""
 
-    def __init__(self, shape: DecoderShape, build: Build, attention: Attention) -> None:
-        super().__init__(shape, build, attention)
+    def __init__(self, shape: DecoderShape, build: Build, attention: Attention, mlp: nn.Module) -> None:
+        super().__init__(shape, build, attention, mlp)
         self.pre_feedforward_layernorm = shape.norm(build, shape.hidden_size)
         self.post_feedforward_layernorm = shape.norm(build, shape.hidden_size)
 

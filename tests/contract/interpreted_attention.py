@@ -1,4 +1,4 @@
-"""Triton's attention kernels on a CPU, interpreted. test_triton_attention.py runs this in a process of its own, where
+"""Triton's attention kernels on a CPU, interpreted. test_interpreted.py runs this in a process of its own, where
 TRITON_INTERPRET is set before anything imports triton. float32 only: the interpreter's bfloat16 is not a GPU's."""
 
 import numpy as np
@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from engine.kernels import triton_attention as kernels
+from engine.kernels import triton_decode as decoding
 from engine.kernels.page_lists import BLOCK, PROGRAMS, list_pages, list_pages_reference
-from engine.layers import AttentionShape, Batch, Mirror
+from engine.layers import AttentionShape, Batch, Mirror, Prefix
 from engine.plugin.testing import ATTENTION_CASES, AttentionCase, check_attention
 from engine_plugins.attention.triton import TritonAttention
 
@@ -35,21 +36,73 @@ def definition(query: Tensor, cache: Tensor, line: Tensor, position: int) -> Ten
     return torch.einsum("hk,khd->hd", scores.softmax(-1), value)
 
 
-def test_one_plan_serves_steps_of_other_positions() -> None:
-    """As in a CUDA graph; rows are cut into no piece, some, and as many as there can be."""
+@pytest.mark.parametrize("short", [0, 1024])
+@pytest.mark.parametrize("teams", [1, 3, 7])
+def test_one_plan_serves_steps_of_other_positions(teams: int, short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a CUDA graph: rows that one team computes, that begin and end within one, and that many share."""
     torch.manual_seed(0)
-    query, cache = torch.randn(2, 6, 16), torch.randn(200, 2, 4, 2, 16)
-    table = torch.randperm(200).to(torch.int32).view(2, 100)
-    positions, order = torch.zeros(2, dtype=torch.int64), torch.arange(2)
-    rows = kernels.plan_decode(order, positions, order, SHAPE, 5)
-    assert rows.pieces >= 3 and 3 * kernels.SHORTEST <= 390
-    for steps in ((0, 1), (389, 127), (128, 300), (5, 255)):
+    query, cache = torch.randn(3, 6, 16), torch.randn(300, 2, 4, 2, 16)
+    table = torch.randperm(300).to(torch.int32).view(3, 100)
+    positions, order = torch.zeros(3, dtype=torch.int64), torch.arange(3)
+    rows = decoding.plan_decode(order, positions, order, SHAPE, teams)
+    monkeypatch.setattr(decoding, "SHORT", decoding.tl.constexpr(short))
+    for steps in ((0, 1, 0), (389, 127, 64), (128, -1, 300), (5, 255, 63)):
         positions.copy_(torch.tensor(steps))
         out = torch.full_like(query, torch.nan)
-        kernels.attend_decode(query, cache, table, out, rows, SHAPE)
+        decoding.attend_decode(query, cache, table, out, rows, SHAPE)
         for row, position in enumerate(steps):
-            assert (out[row] - definition(query[row], cache, table[row], position)).abs().max() < 1e-5
+            if position >= 0:
+                assert (out[row] - definition(query[row], cache, table[row], position)).abs().max() < 1e-5
         assert not rows.scratch.arrived.any()
+
+
+def test_rows_that_share_prefixes_attend_to_all_of_them() -> None:
+    """Two prefixes, one of them of more rows than a tile takes, rows without one, and steps without any."""
+    torch.manual_seed(0)
+    tile = decoding.prefix_queries(SHAPE) // SHAPE.group
+    count = tile + 6
+    table = torch.randperm(count * 100).to(torch.int32).view(count, 100)
+    table[1 : tile + 3, :40] = table[1, :40]
+    table[tile + 3 : tile + 5, :70] = table[tile + 3, :70]
+    query, cache = torch.randn(count, 6, 16), torch.randn(count * 100, 2, 4, 2, 16)
+    slots, tokens = torch.arange(count), torch.arange(count - 1, -1, -1)
+    positions = torch.randint(160, 170, (count,))
+    positions[tile + 3 :] = torch.tensor([280, 331, 9])
+    numbers = torch.zeros(decoding.SharedRows.size(count), dtype=torch.int64)
+    shared = decoding.SharedRows.of(numbers, count, SHAPE)
+    rows = decoding.plan_decode(slots, positions, tokens, SHAPE, 20, shared=shared)
+    prefixes = (Prefix(np.arange(1, tile + 3), 160), Prefix(np.arange(tile + 3, tile + 5), 280))
+    for found in (prefixes, (), prefixes[1:]):
+        listed = decoding.list_shared(found, count, SHAPE, 20)
+        numbers[:] = 0
+        for part, values in zip(numbers.split([2, 3 * count, count, count]), listed, strict=True):
+            part[: len(values)] = torch.from_numpy(values)
+        assert [shared.firsts[1], shared.firsts[-2]] == [128 * (len(found) == 2), 256 * (len(found) > 0)]
+        out = torch.full_like(query, torch.nan)
+        decoding.attend_decode(query, cache, table, out, rows, SHAPE)
+        for row in range(count):
+            wanted = definition(query[tokens[row]], cache, table[row], int(positions[row]))
+            assert (out[tokens[row]] - wanted).abs().max() < 1e-5, row
+
+
+def test_a_prefix_may_have_fewer_blocks_than_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = kernels.Blocks(queries=16, positions=64, warps=4, stages=1)
+    monkeypatch.setattr(decoding, "prefix_blocks", lambda shape, dtype: cut)
+    torch.manual_seed(0)
+    table = torch.randperm(300).to(torch.int32).view(3, 100)
+    table[:, :32] = table[0, :32]
+    query, cache, order = torch.randn(3, 6, 16), torch.randn(300, 2, 4, 2, 16), torch.arange(3)
+    prefix, teams = Prefix(np.arange(3), 128), 8
+    counts, tiles, members, firsts = decoding.list_shared((prefix,), 3, SHAPE, teams)
+    assert counts.tolist() == [1, decoding.PREFIX_PIECES]
+    numbers = torch.from_numpy(np.concatenate((counts, tiles, members, firsts)))
+    shared = decoding.SharedRows.of(numbers, 3, SHAPE)
+    positions = torch.tensor([128, 140, 399])
+    out = torch.full_like(query, torch.nan)
+    rows = decoding.plan_decode(order, positions, order, SHAPE, teams, shared=shared)
+    decoding.attend_decode(query, cache, table, out, rows, SHAPE)
+    for row, position in enumerate(positions.tolist()):
+        assert (out[row] - definition(query[row], cache, table[row], position)).abs().max() < 1e-5
 
 
 def test_blocks_cover_the_rows_of_several_tokens_and_the_longest_contexts_come_first() -> None:
@@ -58,15 +111,6 @@ def test_blocks_cover_the_rows_of_several_tokens_and_the_longest_contexts_come_f
     assert sorted(zip(rows.tolist(), blocks.tolist(), strict=True)) == [(0, 0), (0, 1), (0, 2), (2, 0), (3, 0), (3, 1)]
     ends = starts[rows] + 4 * blocks
     assert ends.tolist() == sorted(ends.tolist(), reverse=True)
-
-
-@pytest.mark.parametrize("rows", [1, 7, 64, 256, 1024])
-def test_the_scratch_of_a_step_is_bounded(rows: int) -> None:
-    pieces, most = kernels.decode_pieces(rows, 8, 264)
-    assert 1 <= pieces <= most <= kernels.MOST_PIECES
-    assert rows * most <= max(2048, 8 * rows)
-    rounds = -(-rows * 8 * pieces // 264) / pieces
-    assert rounds <= 1.15 * rows * 8 / 264 or pieces * rows * 8 <= 264, "programs stand idle in the last round"
 
 
 def test_one_prompt_plan_serves_steps_of_other_rows() -> None:

@@ -1,5 +1,5 @@
 """Triton's operations and draws against their definitions in torch: on a GPU (tests/gpu/test_ops.py), or interpreted
-on a CPU (test_triton_ops.py, which runs this in a process of its own)."""
+on a CPU (test_interpreted.py, which runs this in a process of its own)."""
 
 import itertools
 
@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from engine.kernels import triton as triton_ops
-from engine.kernels import triton_mask
-from engine.kernels.mask import apply_reference
-from engine.kernels.ops import HeadNorms, Heads, Ops
+from engine.kernels.ops import HeadNorms, Heads, LatentNorm, Ops
 from engine.kernels.sampling import draw
 from engine.kernels.triton import TritonOps
+from engine.kernels.triton_linear import Cut, skinny_cut, skinny_linear
 from engine.worker.sampler import gumbel
 
 GPU = torch.cuda.is_available()
@@ -58,6 +57,27 @@ def test_one_token_times_a_matrix(shape: tuple[int, int], dtype: torch.dtype) ->
         wanted = REFERENCE.linear(inputs.double(), weight.double(), None if b is None else b.double())
         assert_close(TRITON.vector_linear(inputs, weight, b), wanted.to(dtype))
         assert_close(TRITON.linear(inputs, weight, b), wanted.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [33, 64, 100, 128] if GPU else [5, 20])
+@pytest.mark.parametrize("shape", [(4096, 1024), (1000, 2048), (6100, 1024)] if GPU else [(24, 40), (33, 32)], ids=str)
+def test_some_tokens_times_a_matrix(shape: tuple[int, int], tokens: int, dtype: torch.dtype) -> None:
+    weight, bias = random(*shape, dtype=dtype, seed=1) * shape[1] ** -0.5, random(shape[0], dtype=dtype, seed=2)
+    inputs = random(tokens, 2 * shape[1], dtype=dtype)[:, : shape[1]]
+    own = (skinny_cut(tokens, *shape) if dtype.itemsize == 2 else None) or Cut(
+        rows=16, columns=32, warps=4, stages=2, tokens=16
+    )
+    for b in (None, bias):
+        wanted = REFERENCE.linear(inputs.double(), weight.double(), None if b is None else b.double()).to(dtype)
+        assert_close(skinny_linear(inputs, weight, b, own), wanted)
+        assert_close(TRITON.linear(inputs, weight, b), wanted)
+
+
+def test_small_matrices_and_some_tokens_get_a_kernel_of_our_own() -> None:
+    assert skinny_cut(64, 4096, 1024) and skinny_cut(128, 1024, 3072) and skinny_cut(33, 6144, 1024)
+    none = ((32, 4096, 1024), (129, 4096, 1024), (64, 4096, 4096), (64, 1536, 576), (128, 6144, 1024))
+    assert not any(skinny_cut(*each) for each in none)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -136,17 +156,56 @@ def test_draws_are_those_of_the_definition(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [40, 151_936] if GPU else [40, 4100])
-def test_masks(size: int, dtype: torch.dtype) -> None:
-    """Of rows in any order; what is let through keeps its bits, and rows without a mask keep all."""
-    logits = random(4, size, dtype=dtype)
-    masks = torch.randint(-(2**31), 2**31 - 1, (3, -(-size // 32)), generator=torch.Generator().manual_seed(1))
-    masks = masks.to(DEVICE, torch.int32)
-    for rows in ([2, 0, 3], [1]):
-        where = torch.tensor(rows, device=DEVICE)
-        wanted, got = logits.clone(), logits.clone()
-        apply_reference(wanted, masks[: len(rows)], where)
-        triton_mask.apply(got, masks[: len(rows)], where)
-        assert torch.equal(got, wanted)
-        others = [row for row in range(4) if row not in rows]
-        assert torch.equal(got[others], logits[others])
+@pytest.mark.parametrize("interleaved", [True, False], ids=["neighbours", "halves"])
+@pytest.mark.parametrize("heads", [16, 128, 20] if GPU else [3])
+def test_latents_are_normed_rotated_and_written(heads: int, interleaved: bool, dtype: torch.dtype) -> None:
+    """In place, of a projection that holds queries and latents side by side."""
+    size, pairs, key, page_size = (512, 32, 128, 16) if GPU else (24, 3, 5, 4)
+    queries, width = heads * (key + 2 * pairs), size + 2 * pairs
+    weight = random(size, dtype=dtype, seed=1)
+    for tokens in TOKENS:
+        projected = random(tokens, queries + width, dtype=dtype)
+        angles = 30 * random(tokens, 1, pairs, seed=2)
+        rotation = (angles.cos().to(dtype), angles.sin().to(dtype))
+        places = torch.randperm(4 * tokens, generator=torch.Generator().manual_seed(3))[:tokens].to(DEVICE)
+        made = []
+        for ops in (REFERENCE, TRITON):
+            own = projected.clone()
+            query, latents = own[:, :queries].unflatten(1, (heads, -1)), own[:, queries:]
+            cache = torch.zeros(-(-4 * tokens // page_size), page_size, width, dtype=dtype, device=DEVICE)
+            ops.latent_into_pages(query, latents, LatentNorm(weight, 1e-6), rotation, interleaved, cache, places)
+            assert torch.equal(cache.view(-1, width)[places], latents)
+            made.append((own, cache))
+        for got, wanted in zip(*reversed(made), strict=True):
+            assert_close(got, wanted)
+        assert not torch.equal(made[0][0], projected)
+        unrotated = own[:, :queries].unflatten(1, (heads, -1))[..., :key]
+        assert torch.equal(unrotated, projected[:, :queries].unflatten(1, (heads, -1))[..., :key])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("turned", [False, True])
+def test_each_head_by_a_matrix_of_its_own(turned: bool, dtype: torch.dtype) -> None:
+    heads, key, latent = (16, 128, 512) if GPU else (3, 16, 32)
+    up = random(heads, 2 * key, latent, dtype=dtype, seed=1) * (latent if turned else key) ** -0.5
+    weight = up[:, key:].transpose(1, 2) if turned else up[:, :key]
+    for tokens in (1, 5, 33, 64, 65) if GPU else (1, 17):
+        inputs = random(tokens, heads, weight.shape[1] + 16, dtype=dtype)[..., : weight.shape[1]]
+        wanted = torch.einsum("thk,hkn->thn", inputs.double(), weight.double()).to(dtype)
+        for ops in (REFERENCE, TRITON):
+            got = ops.multiply_heads(inputs, weight)
+            assert got.is_contiguous()
+            assert_close(got, wanted)
+
+
+@pytest.mark.skipif(not GPU, reason="the interpreter rounds to FP8 in a way of its own")
+def test_latents_are_written_in_fp8() -> None:
+    query, latents = random(5, 16, 192, dtype=torch.bfloat16), 8 * random(5, 576, dtype=torch.bfloat16, seed=1)
+    latents[2, 520] = 1000.0
+    cache = torch.zeros(2, 4, 576, dtype=torch.float8_e4m3fn, device=DEVICE)
+    norm = LatentNorm(random(512, dtype=torch.bfloat16, seed=2), 1e-6)
+    rotation = (torch.ones(5, 1, 32, device=DEVICE), torch.zeros(5, 1, 32, device=DEVICE))
+    places = torch.tensor([1, 7, 0, 3, 4], device=DEVICE)
+    TRITON.latent_into_pages(query, latents, norm, rotation, True, cache, places)
+    wanted = latents.float().clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(cache.view(-1, 576).view(torch.uint8)[places], wanted.view(torch.uint8))

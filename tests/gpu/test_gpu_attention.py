@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.layers import AttentionShape
-from engine.layers.attention import AttentionBackend
+from engine.layers.attention import AttentionBackend, Prefix
 from engine.layers.batch import Batch
 from engine.plugin.manager import Plugins, resolve
 from engine.plugin.testing import ATTENTION_CASES, AttentionCase, check_attention
@@ -200,14 +200,35 @@ def test_a_cache_in_fp8(name: str, rows: int) -> None:
     assert torch.equal(written, torch.stack((bench.key[row], bench.value[row])).to(FP8).float())
 
 
-def test_in_triton_the_neighbours_of_a_row_do_not_change_its_bits() -> None:
-    bench = Bench("triton", 24, 2000)
-    starts = np.random.default_rng(0).integers(0, 2000, 24)
-    once = bench.eager(starts)
-    others = np.where(np.arange(24) % 3, starts[::-1], starts)
-    again = bench.eager(others)
-    same = np.flatnonzero(starts == others)
-    assert len(same) >= 8 and torch.equal(once[same], again[same])
+@pytest.mark.parametrize("kv_dtype", [None, FP8], ids=["bfloat16", "fp8"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_rows_that_share_prefixes_attend_to_all_of_them(name: str, kv_dtype: torch.dtype | None) -> None:
+    """A captured step: prefixes of many rows and of two, rows without one; then a step in which none is shared, and one
+    of a prefix of fewer blocks than pieces."""
+    rows = 60
+    bench = Bench(name, rows, 1200, kv_dtype=kv_dtype)
+    bench.table[3:45, :40] = bench.table[3, :40]
+    bench.table[50:52, :64] = bench.table[50, :64]
+    inputs = torch.zeros(2, rows, dtype=torch.int64, device=DEVICE)
+    inputs[0] = torch.arange(rows, device=DEVICE)
+    plan = bench.backend.capture_shared(bench.static(inputs))
+    if plan is None:
+        pytest.skip(f"{name} has no way to share prefixes")
+    slots = np.arange(rows)
+    bench.backend.refill_shared(plan, slots, np.zeros(rows, np.int64), ())
+    bench.forward(bench.static(inputs), plan)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = bench.forward(bench.static(inputs), plan)
+    prefixes = (Prefix(np.arange(3, 45), 640), Prefix(np.arange(50, 52), 1024))
+    generator = np.random.default_rng(rows)
+    for found in (prefixes, (), prefixes[:1], (Prefix(np.arange(3, 45), 160),)):
+        starts = generator.integers(1024, 1199, rows)
+        inputs[1] = torch.from_numpy(starts).to(DEVICE)
+        out.fill_(torch.nan)
+        bench.backend.refill_shared(plan, slots, starts, found)
+        graph.replay()
+        assert (out.double() - bench.reference(starts)).abs().max() < TOLERANCES[torch.bfloat16]
 
 
 def test_steps_that_mix_prompts_and_decode_rows_in_triton_agree_with_each_alone() -> None:

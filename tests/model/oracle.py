@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
+from transformers.core_model_loading import revert_weight_conversion
 
 TINY = {
     "vocab_size": 96,
@@ -36,8 +37,13 @@ def tiny(family, pad_to=0, **changes):
     """(config.json's terms, weights, the oracle) of a tiny model of `family`.
 
     `pad_to` runs the oracle on no fewer ids, of which the last are made up and change nothing before them."""
-    model = tiny_model(family, **changes)
-    tensors = {key: value.detach() for key, value in model.state_dict().items()}
+    return described(tiny_model(family, **changes), pad_to)
+
+
+def described(model, pad_to=0):
+    """As `tiny`, of a `model` of transformers."""
+    stored = revert_weight_conversion(model, model.state_dict())  # experts by number, as checkpoints have them
+    tensors = {key: value.detach().contiguous() for key, value in stored.items()}
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
 

@@ -7,14 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from oracle import tiny
 from torch import Tensor
 
-from engine.layers.attention import PagedAttention
+from engine.layers.attention import PagedAttention, Prefix
 from engine.layers.batch import Batch, Mirror
+from engine.messages import CountAction, CountExperts
 from engine.plugin.testing import ModelHarness
 from engine.worker import graphs
-from engine.worker.graphs import Captured, DecodeGraphs, PromptGraphs, Tables
+from engine.worker.experts import count_experts, heed_padding
+from engine.worker.graphs import Captured, DecodeGraphs, PromptGraphs, Tables, shared_ladder
 from engine_plugins.models.llama import Llama
+from engine_plugins.models.qwen3_moe import Qwen3Moe
 
 CONFIG = {
     "vocab_size": 40,
@@ -44,6 +48,13 @@ class PlainAttention(PagedAttention):
         assert plan["slots"].tolist() == slots.tolist()
         self.refill_prompts(plan, starts, np.ones_like(starts), np.arange(len(starts) + 1))
 
+    def capture_shared(self, batch: Batch) -> dict[str, Any]:
+        return self.capture(batch) | {"prefixes": None}
+
+    def refill_shared(self, plan: dict[str, Any], slots: np.ndarray, starts: np.ndarray, prefixes: Any) -> None:
+        plan["prefixes"] = prefixes
+        self.refill(plan, slots, starts)
+
     def refill_prompts(
         self, plan: dict[str, Any], starts: np.ndarray, lengths: np.ndarray, offsets: np.ndarray
     ) -> None:
@@ -68,11 +79,27 @@ def captured(model: Any, batch: Callable[[], Batch], numbers: Mirror, plans: Any
     return Captured(graph, numbers, plans, hidden)
 
 
-@pytest.fixture
-def harness(monkeypatch: pytest.MonkeyPatch) -> ModelHarness:
+@pytest.fixture(params=["dense", "mixture"])
+def harness(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModelHarness:
     """Three prompts on a device whose last page is the scratch page."""
     monkeypatch.setattr(graphs, "captured", captured)
     monkeypatch.setattr(graphs, "PROMPT_ROWS", 5)
+    built = dense() if request.param == "dense" else mixture()
+    built.order = built.order[built.order != built.each * built.slots - 1][: built.each * 3]
+    built.order = np.concatenate((built.order, built.order[: built.each]))  # slot 3 is not used
+    prompts = [np.random.default_rng(slot).integers(0, 40, 30).tolist() for slot in range(3)]
+    built.runner.apply(built.admit(prompts))
+    built.runner.page_table[-1] = built.each * built.slots - 1
+    return built
+
+
+def mixture() -> ModelHarness:
+    experts = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 8}
+    config, tensors, _ = tiny("Qwen3Moe", **experts, num_attention_heads=4)
+    return ModelHarness(Qwen3Moe, config, tensors, attention=PlainAttention)
+
+
+def dense() -> ModelHarness:
     generator = torch.Generator().manual_seed(0)
     names = {f"{part}_proj.weight" for part in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o")}
     shapes = dict.fromkeys(names, (32, 32)) | dict.fromkeys(
@@ -83,18 +110,13 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> ModelHarness:
     whole = {f"model.layers.{layer}.{name}": shape for layer in range(2) for name, shape in shapes.items()}
     whole |= {"model.embed_tokens.weight": (40, 32), "lm_head.weight": (40, 32), "model.norm.weight": (32,)}
     tensors = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in whole.items()}
-    harness = ModelHarness(Llama, CONFIG, tensors, attention=PlainAttention)
-    harness.order = harness.order[harness.order != harness.each * harness.slots - 1][: harness.each * 3]
-    harness.order = np.concatenate((harness.order, harness.order[: harness.each]))  # slot 3 is not used
-    prompts = [np.random.default_rng(slot).integers(0, 40, 30).tolist() for slot in range(3)]
-    harness.runner.apply(harness.admit(prompts))
-    harness.runner.page_table[-1] = harness.each * harness.slots - 1
-    return harness
+    return ModelHarness(Llama, CONFIG, tensors, attention=PlainAttention)
 
 
 def tables(harness: ModelHarness) -> Tables:
     runner = harness.runner
-    return Tables(runner.model, runner.caches, runner.tokens, runner.page_table, runner.page_size)
+    real = heed_padding(runner.model)
+    return Tables(runner.model, runner.caches, runner.tokens, runner.page_table, runner.page_size, counts_real=real)
 
 
 @torch.inference_mode()
@@ -126,3 +148,35 @@ def test_a_replayed_step_with_prompts_is_the_step(harness: ModelHarness) -> None
         assert torch.allclose(hidden, expected, atol=1e-5)
     assert not prompts.fits(np.array([(0, 0, 65, 1)])), "too many tokens"
     assert not prompts.fits(np.array([(0, 0, 1, 1)] * 5)), "no row is left to be the empty one"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("harness", ["mixture"], indirect=True)
+def test_padding_chooses_no_experts(harness: ModelHarness) -> None:
+    """Neither that of rows nor that of tokens, and what is not replayed has none."""
+    model = harness.runner.model
+
+    def chosen(action: CountAction) -> list[int]:
+        counts = count_experts(model, CountExperts(0, action)).counts
+        return np.frombuffer(counts, "<i8").reshape(3, 8).sum(axis=1).tolist()
+
+    decode, prompts = DecodeGraphs(tables(harness)), PromptGraphs(tables(harness))
+    assert decode.capture(4, pool=None) and prompts.capture(64, pool=None)
+    assert chosen("start") == [0, 0, 0]
+    decode.replay(np.array([[0, 9, 1, 1], [1, 9, 1, 1], [2, 9, 1, 1]]))
+    assert chosen("look") == [3 * 3] * 3
+    prompts.replay(np.array([[0, 0, 11, 1], [1, 0, 7, 1]]))
+    assert chosen("look") == [(3 + 18) * 3] * 3
+    harness.runner.forward(np.array([[0, 0, 11, 1]]))
+    assert chosen("stop") == [(3 + 18 + 11) * 3] * 3
+
+
+@torch.inference_mode()
+def test_a_step_with_shared_prefixes_has_a_graph_that_is_told_of_them(harness: ModelHarness) -> None:
+    shared = DecodeGraphs(tables(harness), shared=True)
+    assert shared.capture(4, pool=None) and shared_ladder(256) == [16, 32, 64, 128, 192, 256]
+    harness.logits([(slot, 0, 30) for slot in range(3)])
+    rows, prefixes = np.array([(0, 17, 1, 1), (2, 9, 1, 1)]), (Prefix(np.array([0, 1]), 8),)
+    hidden, _ = shared.replay(rows, prefixes)
+    assert torch.allclose(hidden, harness.runner.forward(rows)[0], atol=1e-5)
+    assert [plan["prefixes"] for plan in shared._graphs[4].plans] == [prefixes]

@@ -17,6 +17,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 CASES = {
     "grouped": ("Llama", {}),
     "odd heads, tied": (
@@ -27,6 +28,11 @@ CASES = {
     "own head size": ("Llama", {"head_dim": 20}),
     "linear rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
     "llama 3 rope": ("Llama", {"rope_parameters": {**LLAMA3_ROPE, "rope_theta": 500.0}}),
+    "yarn": ("Llama", {"rope_parameters": {**YARN, "rope_theta": 10000.0}}),
+    "yarn, its own factor": (
+        "Llama",
+        {"rope_parameters": {**YARN, "rope_theta": 500.0, "attention_factor": 1.3, "truncate": False}},
+    ),
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral, window": ("Mistral", {"sliding_window": 7}),
 }
@@ -102,7 +108,7 @@ def test_a_window_that_holds_the_longest_sequence_is_none():
     assert [backend.shape.window for backend in Llama(config, build(max_model_len=32)).backends] == [None]
 
 
-@pytest.mark.parametrize("change", [{"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, {"hidden_act": "gelu"}])
+@pytest.mark.parametrize("change", [{"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, {"hidden_act": "gelu"}])
 def test_what_would_run_wrongly_is_refused(change):
     with pytest.raises(ConfigError, match="not supported"):
         Llama({**TINY, **change}, build())

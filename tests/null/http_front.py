@@ -10,6 +10,9 @@ from engine.config import Config, ServerOptions
 from engine.front import Health
 from engine.http.app import serve
 from engine.messages import Chunk, Flushed, Generate, Stats, WorkerReady
+from engine.parsers import Parsers
+from engine.plugin.manager import Plugins, resolve
+from engine.text import Text
 
 READY = WorkerReady(100, 16, 8, 2048, 2048, 1000, 1024, "cpu", "torch", {"weights": 1.0})
 
@@ -30,12 +33,20 @@ def chunks(
     return made
 
 
+def text_of(template: str | None, tool: str | None = None, reasoning: str | None = None) -> Text:
+    """The echo model's text with another chat template, and with parsers by name."""
+    plugins = Plugins.load()
+    targets = [None if name is None else resolve(plugins.parsers[name].target) for name in (tool, reasoning)]
+    spec = plugins.open_checkpoint("echo").text()
+    return Text(spec, template, Parsers(*targets))
+
+
 class FakeFront:
     """Answers every request with `script`: chunks, or an exception to raise in their place."""
 
     def __init__(self, script: Sequence[Chunk | Exception] = (), *, hangs: bool = False) -> None:
         self.config = Config()
-        self.text = None
+        self.text: Text | None = None
         self.model_name = "fake"
         self.created = 1_700_000_000
         self.info: WorkerReady | None = READY
@@ -43,6 +54,7 @@ class FakeFront:
         self.stats = Stats("ready")
         self.on_stats: list[Callable[[Stats], None]] = []
         self.state = Health("ready")
+        self.experts = None
         self.script = list(script or chunks("Hello", ", ", "world"))
         self.hangs = hangs  # after its script, before the end
         self.asked: list[Generate] = []

@@ -1,4 +1,5 @@
-"""Requests made from our own OpenAPI document, right and wrong ones, against a real server of the echo model.
+"""Requests made from our own OpenAPI document, right and wrong ones, against a real server of the echo model; and such
+as ask for tools, schemas and expressions of all kinds.
 
 Whatever is sent, the answer is as the document says and no 5xx but a 503 of our own; afterwards the server is
 healthy, every page is free, and the reply that everyone knows is still the same. `FUZZ_REQUESTS=5000 pytest -s
@@ -36,6 +37,12 @@ taking = [operation for operation in operations if operation.body or operation.p
 
 
 HI = [{"role": "user", "content": "hi"}]
+# Short, and able to say all that there is of tools.
+TEMPLATE = (
+    "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+    "{{ c.function.arguments | tojson }}{% endfor %}\n{% endfor %}"
+    "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
+)
 SERVED: dict[str, dict[str, Any]] = {  # what is answered with 200, for a few fields at a time to be changed
     "/v1/chat/completions": {"messages": HI, "max_tokens": 8},
     "/v1/completions": {"prompt": "ab", "max_tokens": 8},
@@ -46,106 +53,155 @@ SERVED: dict[str, dict[str, Any]] = {  # what is answered with 200, for a few fi
     "/detokenize": {"tokens": [97, 98]},
 }
 
-FORMED = ("/v1/chat/completions", "/v1/completions", "/generate", "/v1/responses")
-
-
-def deep(levels: int) -> dict[str, Any]:
-    """A schema of arrays in arrays."""
-    schema: dict[str, Any] = {"type": "integer"}
-    for _ in range(levels):
-        schema = {"type": "array", "items": schema}
-    return schema
-
-
-SCHEMAS: list[Any] = [
-    {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
-    {"type": "array", "items": {"type": "string", "maxLength": 9}, "minItems": 2},
-    {"$ref": "#"},
-    {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
-    {"type": "string", "maxLength": 10**9},
-    {"type": "string", "minLength": 10**6},
-    {"type": "array", "items": {"type": "string"}, "minItems": 10**6},
-    {"type": "string", "pattern": "(a+)+$"},
-    {"type": "string", "pattern": "((a{1,300}){1,300}){1,300}"},
-    {"type": "integer", "minimum": -(10**30), "maximum": 10**30},
-    {"enum": list(range(3000))},
-    {"anyOf": []},
-    {"properties": {"": {"not": {}}}},
-    {"type": "object", "patternProperties": {"(": True}},
-    {"minimum": None, "required": "a", "properties": []},
-    *({keyword: value} for keyword in ("type", "items", "properties", "enum", "$ref", "anyOf", "format", "x-guidance")
-      for value in (None, 3, "x", [], {}, [None], {"a": 3})),
-    deep(30),
-    deep(400),
-    True,
-    False,
-]  # fmt: skip
-TEXTS: list[str] = [
-    *("a", "a*", "", "(", "[", "a{3,2}", "a{1,99999999}", "(a|b)*c", "(?=a)", r"\1", "(?i)é", "[^\n]*", "((a*)*)*b"),
-    *('root ::= "a"', "root ::= root", 'root ::= root "a" | "b"', "root ::=", 'root ::= "a"{1,100000}', "x ::= y"),
-    *('start: "a"', "start: start", "start: /a/ start?", "start: %json {}", 'start: %json {"not": {}}', "start: <[9]>"),
-    *("start: %regex {}", "%llguidance {", "start: /(/", 'start: "a"{0,9999999}', "start: (((((((((", "{", "[]"),
-    *("null", "\x00", "\ud7ff", "é" * 9000),
-]
-TAGS: list[Any] = [
-    {"type": "structural_tag", "format": {"type": "const_string", "value": "a"}},
-    {"type": "structural_tag", "format": {"type": "tag", "begin": "<", "content": {"type": "any_text"}, "end": ""}},
-    {"type": "structural_tag", "format": {"type": "triggered_tags", "triggers": [""], "tags": []}},
-    {"type": "structural_tag", "format": {"type": "or", "elements": []}},
-    {"type": "structural_tag", "format": {"type": "repeat", "min": 5, "max": 2, "content": {"type": "any_text"}}},
-    {"type": "structural_tag", "format": {"type": "sequence", "elements": [3, None, {}]}},
-    {"type": "structural_tag", "format": {"type": "json_schema", "json_schema": 3}},
-    {"type": "structural_tag"},
-]
-
-
-def form(random: Random) -> dict[str, Any]:
-    """What a completion may be asked to be: rightly, wrongly, and to do harm."""
-    schema, text, tag = random.choice(SCHEMAS), random.choice(TEXTS), random.choice(TAGS)
-    named = {"name": "n", "schema": schema, "strict": random.choice([True, False, None])}
-    forms: list[dict[str, Any]] = [
-        {"response_format": {"type": "json_schema", "json_schema": named}},
-        {"response_format": random.choice([{"type": "json_object"}, {"type": "text"}, {"type": "x"}, tag])},
-        {"json_schema": json.dumps(schema)},
-        {random.choice(["regex", "ebnf", "lark", "guided_regex", "guided_grammar", "json_schema"]): text},
-        {"structured_outputs": {random.choice(["json", "regex", "grammar", "structural_tag"]): text}},
-        {"choice": [text, "b"]},
-        {"structural_tag": tag},
-        {"json_object": True, "regex": text},
-    ]
-    return random.choice(forms)
-
-
-def formed(case: Case, random: Random) -> Case:
-    """`case` as it is served, under a grammar."""
-    asked = form(random)
-    body = dict(SERVED[case.operation.path])
-    if case.operation.path == "/generate":
-        body["sampling_params"] = {"max_new_tokens": 8, **asked}
-    elif case.operation.path == "/v1/responses":
-        format = asked.get("response_format", {})
-        body["text"] = {"format": {**format.pop("json_schema", {}), **format} or {"type": "json_object"}}
-    else:
-        body |= asked
-    if random.randrange(2):
-        body["stream"] = True
-    if random.randrange(4) == 0:
-        body["n" if case.operation.path.startswith("/v1/c") else "temperature"] = 2
-    case.body = body
-    return case
-
-
 STREAMING = {route.path for route in ROUTES if route.events}
 
 
 def cases() -> st.SearchStrategy[Case]:
-    """Requests of every operation that takes anything: such as the document allows, such as it forbids, such as are
-    served, but for a few fields, and such as ask for a grammar."""
+    """Requests of every operation that takes anything: such as the document allows, such as it forbids, and such as
+    are served, but for a few fields."""
     right = {one.path: one.as_strategy(generation_mode=GenerationMode.POSITIVE) for one in taking}
     wrong = [one.as_strategy(generation_mode=GenerationMode.NEGATIVE) for one in taking if one.body]
     near = [st.builds(nearly, right[path], st.randoms(use_true_random=False)) for path in SERVED]
-    forms = [st.builds(formed, right[path], st.randoms(use_true_random=False)) for path in FORMED]
-    return st.one_of(st.one_of(list(right.values())), st.one_of(wrong), st.one_of(near), st.one_of(forms))
+    return st.one_of(st.one_of(list(right.values())), st.one_of(wrong), st.one_of(near), asking(), asking())
+
+
+# ── tools, schemas, expressions ──────────────────────────────────────────────────────────────
+
+TOOLS = {"tools"}
+NAMES = st.sampled_from(["f", "f", "f", "get_weather", "a-b.c", "f" * 128, "f" * 129, "", "f g", "é", '"'])
+KEYS = st.sampled_from(["a", "b", "é", '"', "x" * 40, ""])
+EXPRESSIONS = st.one_of(
+    st.sampled_from(
+        [r"\d{1,3}", "(a|b)*c", "a{1000000}", "(a*)*b", "[", r"\p{L}+", r"(?<=a)b", r"\1", "^a$", ".*", ""]
+    ),
+    st.text("ab01.*+?()[]{}|\\^$,-", max_size=12),
+)
+LEAVES = st.one_of(
+    st.sampled_from([True, False, {}, {"type": "null"}, {"$ref": "#"}, {"$ref": "#/$defs/x"}, {"not": {}}, {"if": {}}]),
+    st.fixed_dictionaries(
+        {
+            "type": st.sampled_from(
+                ["string", "integer", "number", "boolean", "object", "array", "null", "strange", ["string", "null"]]
+            )
+        },
+        optional={
+            "enum": st.lists(st.one_of(st.integers(), st.text(max_size=3), st.none()), max_size=3),
+            "const": st.one_of(st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=3)),
+            "pattern": EXPRESSIONS,
+            "format": st.sampled_from(["date", "email", "uuid", "strange"]),
+            "minLength": st.sampled_from([0, 3, -1, 10**6]),
+            "maxLength": st.sampled_from([0, 5, 200, 10**9]),
+            "minimum": st.integers(-5, 5),
+            "maximum": st.integers(-5, 5),
+            "multipleOf": st.sampled_from([0, 1, 0.1]),
+            "strange": st.just(1),
+        },
+    ),
+)
+SCHEMAS = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.fixed_dictionaries(
+            {"type": st.just("object"), "properties": st.dictionaries(KEYS, inner, max_size=3)},
+            optional={
+                "required": st.lists(KEYS, max_size=2),
+                "additionalProperties": inner,
+                "minProperties": st.integers(0, 3),
+                "$defs": st.fixed_dictionaries({"x": inner}),
+            },
+        ),
+        st.fixed_dictionaries(
+            {"type": st.just("array"), "items": inner},
+            optional={"minItems": st.integers(0, 3), "maxItems": st.integers(0, 3), "uniqueItems": st.booleans()},
+        ),
+        st.fixed_dictionaries({"anyOf": st.lists(inner, max_size=2)}),
+        st.fixed_dictionaries({"allOf": st.lists(inner, max_size=2)}),
+    ),
+    max_leaves=5,
+)
+GRAMMARS = st.sampled_from(
+    [
+        "root ::= [0-9]+",
+        'start: "a" | "b" start',
+        "root ::= root",
+        "root ::= x",
+        "::=",
+        "start: /[/",
+        'root ::= "a"{1,99999}',
+    ]
+)
+FUNCTIONS = st.fixed_dictionaries(
+    {"name": NAMES}, optional={"parameters": SCHEMAS, "strict": st.booleans(), "description": st.text(max_size=5)}
+)
+CLAUDES = st.fixed_dictionaries({"name": NAMES, "input_schema": SCHEMAS}, optional={"strict": st.booleans()})
+MODES = st.sampled_from(["none", "auto", "required", "any"])
+FORMATS = st.one_of(
+    st.fixed_dictionaries({"type": st.just("json_schema"), "json_schema": st.fixed_dictionaries({"schema": SCHEMAS})}),
+    st.sampled_from([{"type": "json_object"}, {"type": "text"}, {"type": "structural_tag", "format": {}}]),
+)
+CALLS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "id": st.text(max_size=3),
+            "function": st.fixed_dictionaries({"name": NAMES, "arguments": st.text('{}"a:1', max_size=6)}),
+        }
+    ),
+    max_size=2,
+)
+PAST = st.lists(
+    st.one_of(
+        st.just(HI[0]),
+        st.fixed_dictionaries({"role": st.just("assistant"), "tool_calls": CALLS}),
+        st.fixed_dictionaries(
+            {"role": st.just("tool"), "tool_call_id": st.text(max_size=3), "content": st.text(max_size=3)}
+        ),
+    ),
+    max_size=3,
+)
+ASKING: dict[str, dict[str, st.SearchStrategy[Any]]] = {  # by path, the fields of bodies over those that are served
+    "/v1/chat/completions": {
+        "messages": PAST,
+        "tools": st.lists(
+            st.builds(lambda function: {"type": "function", "function": function}, FUNCTIONS), max_size=3
+        ),
+        "tool_choice": st.one_of(
+            MODES, st.builds(lambda name: {"type": "function", "function": {"name": name}}, NAMES)
+        ),
+        "parallel_tool_calls": st.booleans(),
+        "response_format": FORMATS,
+        "regex": EXPRESSIONS,
+        "guided_grammar": GRAMMARS,
+        "separate_reasoning": st.booleans(),
+        "stream": st.booleans(),
+        "n": st.sampled_from([1, 2]),
+    },
+    "/v1/responses": {
+        "tools": st.lists(st.builds(lambda function: {"type": "function", **function}, FUNCTIONS), max_size=3),
+        "tool_choice": st.one_of(MODES, st.builds(lambda name: {"type": "function", "name": name}, NAMES)),
+        "stream": st.booleans(),
+    },
+    "/v1/messages": {
+        "tools": st.lists(CLAUDES, max_size=3),
+        "tool_choice": st.builds(lambda mode: {"type": mode}, MODES),
+        "stream": st.booleans(),
+    },
+    "/generate": {
+        "sampling_params": st.fixed_dictionaries(
+            {"max_new_tokens": st.just(40)},
+            optional={"regex": EXPRESSIONS, "ebnf": GRAMMARS, "json_schema": SCHEMAS.map(json.dumps)},
+        )
+    },
+}
+
+
+@st.composite
+def asking(draw: st.DrawFn) -> Case:
+    """A request that asks for tools or a grammar."""
+    path = draw(st.sampled_from(sorted(ASKING)))
+    (operation,) = (one for one in taking if one.path == path)
+    names = draw(st.lists(st.sampled_from(sorted(ASKING[path])), max_size=3, unique=True))
+    fields = draw(st.fixed_dictionaries({name: ASKING[path][name] for name in {*names, *TOOLS & {*ASKING[path]}}}))
+    return operation.Case(body=SERVED[path] | fields, media_type="application/json")
 
 
 def nearly(case: Case, random: Random) -> Case:
@@ -174,7 +230,8 @@ def whole(value: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving("--max-model-len", "64", "--max-running", "8", "--grammar-seconds", "1") as server:
+    limits = ("--max-model-len", "160", "--max-running", "8", "--grammar-seconds", "1")
+    with serving(*limits, "--chat-template", TEMPLATE, "--reasoning-parser", "qwen3") as server:
         yield server
 
 
@@ -221,7 +278,7 @@ def test_no_request_harms_the_server(server: Server) -> None:
     check_all_is_well(server)
     server.process.terminate()
     assert server.wait_end() == 0
-    assert "Traceback" not in server.log
+    assert "Traceback" not in server.log, server.log[server.log.index("Traceback") :][:3000]
 
 
 def check_all_is_well(server: Server) -> None:

@@ -160,6 +160,29 @@ async def test_a_worker_that_dies_gets_the_grammars_again() -> None:
         assert house.executor.grammars == [1, 1]
 
 
+async def test_grammars_that_are_compiled_while_a_worker_starts_hold_nothing_up() -> None:
+    async with odd_house() as house, anyio.create_task_group() as group:
+        assert await house.text(with_regex("one 0")) == counted("a", 5)
+        house.executor.restarted = anyio.Event()
+        await house.executor.lose("tested")
+        texts: list[str] = []
+
+        async def ask(number: int) -> None:
+            texts.append(await house.text(with_regex(f"one {number}", f"r{number}")))
+
+        for number in range(1, 8):
+            group.start_soon(ask, number)
+        with anyio.fail_after(10):
+            while house.scheduler.shelf is None or len(house.scheduler.shelf.again()) < 8:
+                await anyio.sleep(0.01)
+            await house.front.flush()
+            assert house.front.health().status == "restarting"
+            house.executor.restarted.set()
+            while len(texts) < 7:
+                await anyio.sleep(0.01)
+        assert sorted(house.executor.grammars) == [1, *range(1, 9)]  # none twice on one device
+
+
 async def test_grammars_beyond_the_cache_are_forgotten_on_the_device_too() -> None:
     async with odd_house(grammar_cache=2) as house:
         for number in range(5):

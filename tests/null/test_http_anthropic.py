@@ -10,7 +10,9 @@ from anthropic.types import message_count_tokens_params, message_create_params
 from house import counted
 from test_http_routes import Site, open_site
 
-from engine.http.anthropic import AnthropicReply, CountBody, MessagesBody
+from engine.http.anthropic import CountBody, MessagesBody
+from engine.http.anthropic_reply import AnthropicReply
+from engine.http.reading import NOTHING
 from engine.messages import Chunk
 
 pytestmark = pytest.mark.anyio
@@ -44,8 +46,8 @@ async def test_a_message() -> None:
 
 @pytest.mark.parametrize(("matched", "reason"), [(256, "end_turn"), (None, "end_turn"), ("x", "stop_sequence")])
 def test_the_end_of_a_turn(matched: Any, reason: str) -> None:
-    last = Chunk("r", "", [], "stop", matched)
-    assert json.loads(AnthropicReply("r", "m").whole("a", last))["stop_reason"] == reason
+    last = Chunk("r", "a", [], "stop", matched)
+    assert json.loads(AnthropicReply("r", "m", NOTHING).whole(last))["stop_reason"] == reason
 
 
 async def test_cached_tokens_are_not_input_tokens() -> None:
@@ -124,7 +126,8 @@ async def test_an_abort_has_no_stop_reason() -> None:
         ({"messages": [{"role": "boss", "content": ""}], "max_tokens": 1}, 400, "messages[0].role", "'boss'"),
         ({"messages": HI, "max_tokens": 1, "model": "claude"}, 404, "model", "'claude' is not served"),
         ({"messages": HI, "max_tokens": 1, "stop_sequences": [""]}, 400, "stop_sequences", "none of them empty"),
-        ({"messages": HI, "max_tokens": 1, "tools": [{}]}, 400, "tools", "not supported yet"),
+        ({"messages": HI, "max_tokens": 1, "tools": [{}]}, 400, "tools[0]", "missing required field `name`"),
+        ({"messages": HI, "max_tokens": 1, "speed": "fast"}, 400, "speed", "not supported yet"),
         ({"messages": HI, "max_tokens": 1, "max_token": 1}, 400, "max_token", "did you mean max_tokens?"),
         ({"messages": HI, "max_tokens": 5000}, 400, "max_tokens", "at most 4093"),
         ({"messages": [{"role": "user", "content": "x" * 5000}], "max_tokens": 1}, 400, "prompt", "5001 tokens"),

@@ -12,7 +12,9 @@ from test_http_routes import Site, open_site
 from typing_extensions import get_type_hints
 
 from engine.http import stored
-from engine.http.responses import ResponseEvents, ResponsesBody, described
+from engine.http.reading import Wanted
+from engine.http.response_events import ResponseEvents
+from engine.http.responses import ResponsesBody, described
 from engine.messages import Chunk, SamplingParams
 
 pytestmark = pytest.mark.anyio
@@ -183,6 +185,25 @@ async def test_a_background_response_that_fails_says_why() -> None:
         assert "5001 tokens" in answer.error.message and "4096" in answer.error.message
 
 
+@pytest.mark.parametrize(
+    ("asked", "param", "says"),
+    [
+        ({"max_output_tokens": 5000}, "max_output_tokens", "max_output_tokens 5000 and a prompt"),
+        ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"not": {}}}}}, "text.format", '"not"'),
+    ],
+)
+async def test_what_the_engine_refuses_is_named_as_the_client_does(asked: dict, param: str, says: str) -> None:
+    async with open_site() as site, client(site) as api:
+        for background in (False, True):
+            body = {"model": "echo", "input": "a", "background": background, **asked}
+            status, answer = await site.post("/v1/responses", body)
+            assert status == (200 if background else 400)
+            while answer.get("status") in ("queued", "in_progress"):
+                await anyio.sleep(0.005)
+                answer = (await api.responses.retrieve(answer["id"])).to_dict()
+            assert answer["error"]["param"] == param and says in answer["error"]["message"]
+
+
 async def test_a_stream_that_fails_ends_with_response_failed() -> None:
     async with open_site(seconds=0.001) as site, client(site) as api:
         stream = await api.responses.create(**GREEDY, input="a", stream=True)
@@ -204,10 +225,15 @@ async def test_a_stream_that_fails_ends_with_response_failed() -> None:
         ({}, None, "missing required field `input`"),
         ({"input": []}, "input", "empty"),
         ({"input": [{"role": "boss", "content": ""}]}, "input[0].role", "'boss'"),
-        ({"input": [{"type": "function_call", "role": "user", "content": ""}]}, "input[0].type", "'function_call'"),
+        ({"input": [{"type": "image", "role": "user", "content": ""}]}, "input[0].type", "'image'"),
+        ({"input": [{"type": "function_call", "call_id": "c", "name": "f"}]}, "input[0].arguments", "is missing"),
+        ({"input": [{"role": "user", "content": "a", "output": "b"}]}, "input[0].output", "does not go with"),
+        ({"input": [{"role": "user"}]}, "input[0].content", "a message needs one"),
         ({"input": "a", "max_output_tokens": 0}, "max_output_tokens", "0; it must be"),
         ({"input": "a", "temperature": 3}, "temperature", "from 0 to 2"),
-        ({"input": "a", "tools": [{"type": "web_search"}]}, "tools", "not supported yet"),
+        ({"input": "a", "tools": [{"type": "web_search"}]}, "tools[0].type", "'web_search'"),
+        ({"input": "a", "tool_choice": {"type": "function", "name": "f"}}, "tool_choice", "'f', which is no tool"),
+        ({"input": "a", "truncation": "auto"}, "truncation", "not supported yet"),
         ({"input": "a", "background": True, "store": False}, "store", "is stored"),
         ({"input": "a", "metadata": {"k" * 65: "v"}}, "metadata", "64"),
         ({"input": "a", "model": "gpt"}, "model", "'gpt'"),
@@ -254,9 +280,9 @@ async def test_the_server_may_end_while_a_background_response_runs() -> None:
 
 
 def test_events_are_json_on_one_line() -> None:
-    asked = described(ResponsesBody(input="a"), SamplingParams(), "m")
+    asked = described(ResponsesBody(input="a"), SamplingParams(), "m", Wanted())
     response = stored.Response(asked, [])
-    raw = ResponseEvents(response).event(Chunk("r", "a\n\u2028\n", [1])).decode()
+    raw = ResponseEvents(response).event(response.add(Chunk("r", "a\n\u2028\n", [1]))).decode()
     for event in raw.removesuffix("\n\n").split("\n\n"):
         name, data = event.split("\n")
         assert name == f"event: {json.loads(data.removeprefix('data: '))['type']}"

@@ -9,19 +9,19 @@ import aiohttp
 import anyio
 import openai
 import pytest
-from house import House, counted, open_house
+from house import House, counted, open_house, prompt
 from http_front import FakeFront, serving
 
 from engine import __version__
 from engine.config import resolve
 from engine.errors import ConfigError
-from engine.http.admin import PauseBody
+from engine.http.admin import PauseBody, ProfileBody
 from engine.http.anthropic import CountBody, MessagesBody
 from engine.http.app import ROUTES
 from engine.http.responses import ResponsesBody
 from engine.http.tokens import DetokenizeBody, TokenizeBody
 from engine.launch import open_front
-from engine.text import OPEN_END
+from engine.template import OPEN_END
 
 pytestmark = pytest.mark.anyio
 HI = [{"role": "user", "content": "hi"}]
@@ -46,9 +46,15 @@ class Site:
 
 @asynccontextmanager
 async def open_site(
-    *, names: tuple[str, ...] = (), api_key: str | None = None, trusting: bool = False, **options: Any
+    *,
+    names: tuple[str, ...] = (),
+    api_key: str | None = None,
+    trusting: bool = False,
+    profile_dir: str | None = None,
+    **options: Any,
 ) -> AsyncIterator[Site]:
     server = {"served_model_name": names, "api_key": api_key, "trust_request_chat_template": trusting}
+    server["profile_dir"] = profile_dir
     async with (
         open_house(**server, **options) as house,
         serving(house.front, **server) as url,  # type: ignore[arg-type]
@@ -364,6 +370,74 @@ async def test_a_lost_worker_ends_a_pause_that_waits_for_it() -> None:
                 await anyio.sleep(0.01)
 
 
+async def test_traces_go_below_their_directory_and_nowhere_else(tmp_path: Path) -> None:
+    base = tmp_path / "traces"
+    base.mkdir()
+    (base / "link").symlink_to(tmp_path)
+    async with open_site(profile_dir=str(base)) as site:
+        for inside, path in ((None, base), ("a/b", base / "a/b"), (str(base / "c"), base / "c"), ("link/traces", base)):
+            answer = await site.post("/start_profile", {"num_steps": 5, "output_dir": inside})
+            assert answer == (200, {"path": str(path), "running": True})  # a fake device names the directory
+        for outside in ("..", "/tmp", "a/../../b", "link/x", f"{base}x"):
+            status, answer = await site.post("/start_profile", {"output_dir": outside})
+            assert (status, answer["error"]["param"]) == (400, "output_dir") and "--profile-dir" in str(answer)
+        status, answer = await site.post("/start_profile", {"num_steps": 0})
+        assert (status, answer["error"]["param"]) == (400, "num_steps")
+    async with open_site() as site:
+        for route in ("/start_profile", "/stop_profile"):
+            status, answer = await site.post(route)
+            assert status == 400 and "start it with --profile-dir DIR" in answer["error"]["message"]
+
+
+async def test_a_lost_worker_answers_for_its_trace(tmp_path: Path) -> None:
+    async with open_site(profile_dir=str(tmp_path)) as site:
+        site.house.executor.lost = True  # and nobody has noticed
+        async with anyio.create_task_group() as group:
+            group.start_soon(_lose_later, site)
+            status, answer = await site.post("/start_profile")
+        assert status == 400 and "pulled the plug" in answer["error"]["message"]
+
+
+async def _lose_later(site: Site) -> None:
+    while not site.house.scheduler._asked:
+        await anyio.sleep(0.001)
+    await site.house.executor.lose("pulled the plug")
+
+
+async def test_experts_are_counted_between_a_start_and_a_stop() -> None:
+    async with open_site() as site:
+        assert "engine_expert_choices_total{" not in await _metrics(site)
+        assert (await site.get("/expert_distribution/dump"))[1]["counting"] is False
+        await site.house.text(prompt("a", max_tokens=3))
+        assert await site.post("/expert_distribution/start") == (200, {"counting": True})
+        await site.house.text(prompt("a", max_tokens=5))
+        await site.house.settled()
+        answer = {"counting": True, "layers": [1, 3], "counts": [[5, 1, 2], [3, 4, 5]]}
+        assert await site.get("/expert_distribution/dump") == (200, answer)
+        await site.house.text(prompt("b", max_tokens=2))
+        await site.house.settled()
+        page = await _metrics(site)
+        assert 'engine_expert_choices_total{expert="0",layer="1"} 7.0' in page  # asked for as it is scraped
+        assert 'engine_expert_choices_total{expert="2",layer="3"} 5.0' in page
+        assert await site.post("/expert_distribution/stop") == (200, {"counting": False})
+        assert (await site.post("/expert_distribution/dump"))[1]["counting"] is False
+
+
+async def _metrics(site: Site) -> str:
+    async with site.session.get("/metrics") as response:
+        return await response.text()
+
+
+async def test_a_lost_worker_answers_for_its_counts() -> None:
+    async with open_site() as site:
+        site.house.executor.lost = True  # and nobody has noticed
+        async with anyio.create_task_group() as group:
+            group.start_soon(_lose_later, site)
+            status, answer = await site.post("/expert_distribution/start")
+        assert status == 400 and "what it traced and counted: pulled the plug" in answer["error"]["message"]
+        assert "engine_expert_choices_total{" not in await _metrics(site)
+
+
 async def test_a_key_in_anthropics_header() -> None:
     async with open_site(api_key="sesame") as site, aiohttp.ClientSession(site.url) as session:
         for headers, status in (({"x-api-key": "sesame"}, 200), ({"x-api-key": "guess"}, 401), ({}, 401)):
@@ -374,9 +448,12 @@ async def test_a_key_in_anthropics_header() -> None:
         assert (answer["type"], answer["error"]["type"]) == ("error", "authentication_error")
 
 
-@pytest.mark.parametrize("body", [TokenizeBody, DetokenizeBody, ResponsesBody, MessagesBody, CountBody, PauseBody])
+@pytest.mark.parametrize(
+    "body", [TokenizeBody, DetokenizeBody, ResponsesBody, MessagesBody, CountBody, PauseBody, ProfileBody]
+)
 def test_every_served_field_is_documented(body: Any) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "http.md").read_text()
+    docs = Path(__file__).parents[2] / "docs"
+    page = (docs / "http.md").read_text() + (docs / "profiling.md").read_text()
     served = {*body.__struct_fields__} - {*body.unserved}
     assert [name for name in sorted(served) if f"`{name}" not in page and f'"{name}"' not in page] == []
 

@@ -136,7 +136,10 @@ def test_every_field_of_a_reply_is_required_but_those_that_may_be_absent() -> No
     for name, absent in (
         ("ChatCompletion", {"prompt_logprobs"}),
         ("DeltaChoice", {"matched_stop"}),
-        ("Delta", {"role", "content"}),
+        ("Delta", {"role", "content", "reasoning_content", "tool_calls"}),
+        ("AssistantMessage", {"reasoning_content", "tool_calls"}),
+        ("ToolCallDelta", {"id", "type"}),
+        ("Usage", {"completion_tokens_details"}),
         ("ResponseObject", set()),
         ("MessageReply", set()),
         ("GenerateReply", {"index"}),

@@ -14,7 +14,7 @@ FILES = sorted(
 )
 
 PLUGIN_FACE = {"engine.plugin", *(f"engine.plugin.{name}" for name in ("layers", "kernels", "collectives", "testing"))}
-PLUGIN_FACE |= {"engine.plugin.hookspecs", "engine.plugin.specs"}
+PLUGIN_FACE |= {"engine.plugin.hookspecs", "engine.plugin.specs", "engine.plugin.parsing"}
 TORCH_FOLDERS = ("engine/worker/", "engine/layers/", "engine/kernels/", "engine/distributed/", "plugins/")
 TORCH_FILES = tuple(f"engine/plugin/{name}.py" for name in ("layers", "kernels", "collectives", "testing"))
 PURE_FOLDERS = ("engine/sched/", "engine/cache/")

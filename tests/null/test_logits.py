@@ -26,7 +26,7 @@ def adjusted(logits, *rows):
         said = [*prompt, *reply]
         table[slot, : len(said)] = torch.tensor(said, dtype=torch.int32)
         sampling = Sampling(1.0, 0, 1.0, 0.0, 0, **asked)
-        adjustments.set(SlotAdmit(slot, ids(*said), sampling, len(prompt)))
+        adjustments.admit([SlotAdmit(slot, ids(*said), sampling, len(prompt))])
     positions = np.array([len(prompt) + len(reply) for prompt, reply, _ in rows])
     out = logits.clone()
     adjustments.apply(out, np.arange(len(rows)), positions, table)
@@ -123,12 +123,37 @@ def test_a_row_does_not_depend_on_its_neighbours():
 def test_a_slot_forgets_the_request_before():
     adjustments = Adjustments(1, VOCABULARY, CPU)
     asked = Sampling(1.0, 0, 1.0, 0.0, 0, repetition_penalty=2.0)
-    adjustments.set(SlotAdmit(0, ids(1), asked, 1))
-    adjustments.set(SlotAdmit(0, ids(1), Sampling(1.0, 0, 1.0, 0.0, 0), 1))
+    adjustments.admit([SlotAdmit(0, ids(1), asked, 1)])
+    adjustments.admit([SlotAdmit(0, ids(1), Sampling(1.0, 0, 1.0, 0.0, 0), 1)])
     logits = logits_of(1)
     before = logits.clone()
     adjustments.apply(logits, np.zeros(1, int), np.ones(1, int), torch.ones(1, 4, dtype=torch.int32))
     assert torch.equal(logits, before)
+
+
+def test_bad_words_of_a_slot_outlive_those_of_others():
+    """What precedes them lies in one table for all slots, which is packed anew."""
+    adjustments = Adjustments(3, VOCABULARY, CPU)
+
+    def admit(slot, **asked):
+        adjustments.admit([SlotAdmit(slot, ids(*PROMPT), Sampling(1.0, 0, 1.0, 0.0, 0, **asked), len(PROMPT))])
+
+    def banned():
+        table = torch.tensor([PROMPT] * 3, dtype=torch.int32)
+        logits = torch.zeros(3, VOCABULARY)
+        adjustments.apply(logits, np.arange(3), np.full(3, len(PROMPT)), table)
+        return [row.isneginf().nonzero()[:, 0].tolist() for row in logits]
+
+    admit(0, bad_words=(ids(3, 4), ids(9, 11, 5)))
+    admit(1, bad_words=(ids(8, 6), ids(11, 7), ids(2)))
+    assert banned() == [[5], [2, 7], []]
+    admit(0)
+    assert banned() == [[], [2, 7], []]
+    admit(2, bad_words=(ids(7, 9, 11, 1),))
+    assert banned() == [[], [2, 7], [1]]
+    admit(1, bias_ids=ids(1), biases=np.array([1.0], "<f4").tobytes())
+    admit(0, min_tokens=3, stop_ids=ids(*range(40)))  # more edits than there was room for
+    assert banned() == [list(range(40)), [], [1]]
 
 
 # ── log-probabilities ────────────────────────────────────────────────────────────────────────

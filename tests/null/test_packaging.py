@@ -2,6 +2,7 @@
 
 import importlib
 import tomllib
+from collections import Counter
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -32,6 +33,11 @@ def test_every_folder_of_code_is_a_package() -> None:
     for folder in ("engine", "plugins"):
         for path in (ROOT / folder).rglob("*.py"):
             assert (path.parent / "__init__.py").exists(), path
+
+
+def test_every_test_file_has_a_name_of_its_own() -> None:
+    names = Counter(path.name for path in (ROOT / "tests").rglob("*.py"))
+    assert [name for name, count in names.items() if count > 1] == []  # pytest would collect none of them
 
 
 def test_the_base_install_is_light() -> None:

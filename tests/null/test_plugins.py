@@ -75,6 +75,7 @@ def test_built_ins_come_through_the_same_hooks() -> None:
     plugins = Plugins.load()
     assert "llama" in plugins.models
     assert "torch" in plugins.attention
+    assert "fp8" in plugins.quantization
     assert {"gguf", "safetensors"} <= set(plugins.checkpoints)
     assert {"fcfs", "lpm"} <= set(plugins.policies)
     assert {row.state for row in plugins.listing() if row.distribution == "engine"} == {"loaded"}
@@ -278,6 +279,57 @@ def test_attention_is_chosen_by_preference_unless_named(distribute: Distribute) 
 def test_a_named_attention_wins_over_a_preferred_one(distribute: Distribute) -> None:
     distribute("fast", {"fast": "fast"}, fast=MODELS)  # preference -5: below torch
     assert Plugins.load(["fast"]).attention_for("cuda")[0].name == "quick"
+
+
+QUANTIZATIONS = """
+from engine.plugin import hookimpl
+
+@hookimpl
+def register_quantization(register):
+    register("four", "fast:Four", methods=("awq",))
+    register("eight", "fast:Eight", methods=("fp8",))
+"""
+
+
+def test_a_quantization_is_the_checkpoints_or_the_named_one(distribute: Distribute) -> None:
+    distribute("fast", {"fast": "fast"}, fast=QUANTIZATIONS)
+
+    def chosen(method: str | None, *named: str) -> str:
+        found = Plugins.load(named).quantization_for(method)
+        assert found is not None
+        return f"{found[0].name}: {found[1]}"
+
+    assert Plugins.load().quantization_for(None) is None
+    assert chosen("fp8") == "fp8: the checkpoint's quant_method is fp8"
+    assert chosen("fp8", "fast").startswith("eight: ")
+    assert chosen("awq", "fast").startswith("four: ")
+    assert chosen(None, "fp8") == "fp8: named in --plugins: weights are quantized as they are loaded"
+    assert chosen(None, "fast", "four").startswith("four: ")
+    with pytest.raises(PluginError, match=r"'awq', which no quantization reads; known: fp8 reads fp8"):
+        chosen("awq")
+    with pytest.raises(PluginError, match=r"names the quantization 'four', which reads awq; .* is 'fp8'"):
+        chosen("fp8", "fast", "four")
+    with pytest.raises(PluginError, match="names the quantizations fp8 and four"):
+        chosen(None, "fast", "four", "fp8")
+    with pytest.raises(PluginError, match="fp8 and eight all read"):
+        chosen("fp8", "fast", "eight", "fp8")
+
+
+def test_latent_attention_has_backends_of_its_own_under_the_same_names(distribute: Distribute) -> None:
+    plugins = Plugins.load()
+    entry, reason = plugins.attention_for("cuda", latent=True)
+    assert entry.name == "flashinfer" and "latent" in entry.target and "before torch (0), triton (20)" in reason
+    assert [other.name for other in plugins.attention_after(entry, "cuda", latent=True)] == ["triton", "torch"]
+    assert plugins.attention_for("cpu", latent=True)[0].name == "torch"
+    for latent in (False, True):
+        entry, reason = Plugins.load(["triton"]).attention_for("cuda", latent)
+        assert (entry.name, reason) == ("triton", "named in --plugins") and ("latent" in entry.target) is latent
+        with pytest.raises(PluginError, match="backend 'triton', which runs on cuda, not on cpu"):
+            Plugins.load(["triton"]).attention_for("cpu", latent)
+    with pytest.raises(PluginError, match="names cpu, which is no latent attention backend; there is torch, triton"):
+        Plugins.load(["cpu"]).attention_for("cpu", latent=True)
+    distribute("fast", {"fast": "fast"}, fast=MODELS)  # has none: the choice is ours
+    assert Plugins.load(["fast"]).attention_for("cuda", latent=True)[0].name == "flashinfer"
 
 
 def test_policies() -> None:

@@ -1,5 +1,6 @@
 """Real processes, with the echo model: what a kill, a signal or a client that leaves does, and does not do."""
 
+import gzip
 import json
 import os
 import re
@@ -169,6 +170,39 @@ async def test_a_killed_worker_is_said_and_restarted(server: Server) -> None:
         assert not await pages_in_use(session)
 
 
+async def test_traces_of_steps_hold_so_many_steps(tmp_path: Path) -> None:
+    with serving("--profile-dir", str(tmp_path)) as server:
+        async with aiohttp.ClientSession(server.url) as session:
+
+            async def post(path: str, body: object = None) -> tuple[int, Any]:
+                async with session.post(path, json=body or {}) as response:
+                    return response.status, await response.json()
+
+            def steps(path: str) -> int:
+                assert Path(path).is_relative_to(tmp_path)
+                with gzip.open(path) as trace:
+                    events = json.load(trace)["traceEvents"]
+                return sum(str(event["name"]).startswith("step ") and "tokens" in event["name"] for event in events)
+
+            reply = {"text": "a", "sampling_params": {"temperature": 0, "max_new_tokens": 30}}
+            begun = await post("/start_profile", {"num_steps": 7, "output_dir": "some"})
+            assert begun[0] == 200 and begun[1]["running"]
+            status, answer = await post("/start_profile")
+            assert status == 400 and "running already" in answer["error"]["message"]
+            assert (await post("/generate", reply))[0] == 200
+            assert await post("/stop_profile") == (200, {"path": begun[1]["path"], "running": False})
+            assert 7 <= steps(begun[1]["path"]) <= 8  # one more may be launched before the seventh is over
+            status, answer = await post("/stop_profile")
+            assert status == 400 and "no profile is running" in answer["error"]["message"]
+            second = (await post("/start_profile"))[1]["path"]
+            assert (await post("/generate", reply))[0] == 200
+            assert (await post("/stop_profile"))[1]["path"] == second
+            assert steps(second) >= 30
+            (tmp_path / "file").touch()
+            status, answer = await post("/start_profile", {"output_dir": "file"})
+            assert status == 400 and "cannot be written to" in answer["error"]["message"]
+
+
 async def test_sigterm_lets_open_replies_end() -> None:
     with serving() as server:
         async with aiohttp.ClientSession(server.url) as session, streaming(session) as stream:
@@ -185,6 +219,13 @@ def test_a_core_that_dies_ends_the_server_and_says_why() -> None:
         os.kill(only(server, "engine.core"), signal.SIGKILL)
         assert server.wait_end() == 1
         assert "core process cannot go on: it was killed by SIGKILL" in server.log
+
+
+async def test_the_worker_is_asked_for_its_experts(server: Server) -> None:
+    async with aiohttp.ClientSession(server.url) as session:
+        for path in ("start", "dump"):
+            async with session.post(f"/expert_distribution/{path}") as response:
+                assert response.status == 400 and "has no experts" in await response.text()
 
 
 @pytest.mark.parametrize(

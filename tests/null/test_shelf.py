@@ -53,8 +53,12 @@ def test_a_refusal_that_would_be_the_same_again_is_kept() -> None:
     load, waited, refusal = shelf.compiled(refused(1, lasting=True))
     assert load is None and [each.rid for each in waited] == ["1", "2"]
     assert refusal is not None and (refusal.status, refusal.code, refusal.param) == (400, "invalid_grammar", "grammar")
-    with pytest.raises(RequestError, match="no"):
-        shelf.number(admit("3"))
+    traces = []
+    for again in range(3):
+        with pytest.raises(RequestError, match="no") as caught:
+            shelf.number(admit(str(again)))
+        traces.append(len(caught.traceback))
+    assert len(set(traces)) == 1  # what is told again and again keeps nothing of those whom it was told
 
 
 def test_a_timeout_is_not_kept() -> None:

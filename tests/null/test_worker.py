@@ -106,6 +106,8 @@ def test_a_worker_counts_answers_pings_and_ends_with_its_peer():
 class Script:
     """Frames and runner in one, that write down what `serve` does; a step is ready once no plan is left."""
 
+    device = torch.device("cpu")
+
     def __init__(self, *messages):
         self.messages, self.done = list(messages), []
 

@@ -1,0 +1,190 @@
+"""The messages and tools of OpenAI's chat API, from what clients send to what a chat template takes.
+
+Also what a request says of its template. Left out: images and sound; how a call is forced, and how replies are read
+(reading.py).
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, Protocol
+
+from msgspec import Meta
+
+from engine.call_grammar import Tool
+from engine.errors import RequestError
+from engine.grammar import check_nesting
+from engine.http.wire import Body, check_served
+
+TOOL_NAME = r"^[A-Za-z0-9_.\-]{1,128}$"
+ToolName = Annotated[str, Meta(pattern=TOOL_NAME)]
+
+
+# ── bodies ───────────────────────────────────────────────────────────────────────────────────
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class PastFunction(Body):
+    name: str
+    arguments: str
+
+
+class PastCall(Body):
+    """A call that the model made, as the client got it."""
+
+    id: str
+    function: PastFunction
+    type: Literal["function"] = "function"
+    index: Any = None  # ignored: a stream's deltas have it
+
+
+class ChatMessage(Body):
+    """One message. A developer's is a system message to the model; the parts of a content are joined."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[PastCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    refusal: Any = None
+    annotations: Any = None
+    audio: Any = None
+    function_call: Any = None
+
+    # An assistant's message comes back as the client got it, with these empty.
+    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "refusal": (),
+        "annotations": ([],),
+        "audio": (),
+        "function_call": (),
+    }
+    remedies: ClassVar[dict[str, str]] = {"function_call": "send tool_calls, which took its place"}
+
+
+class FunctionBody(Body):
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolBody(Body):
+    function: FunctionBody
+    type: Literal["function"] = "function"
+
+
+class NamedFunction(Body):
+    name: str
+
+
+class NamedTool(Body):
+    function: NamedFunction
+    type: Literal["function"] = "function"
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+
+
+# ── messages ─────────────────────────────────────────────────────────────────────────────────
+
+
+def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """Messages as a chat template takes them: {"role", "content"}, and what else was given."""
+    if not messages:
+        raise RequestError("messages is empty; send at least one message", param="messages")
+    return [_plain(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _plain(message: ChatMessage, path: str) -> dict[str, Any]:
+    check_served(message, f"{path}.")
+    for field, role in (("tool_calls", "assistant"), ("reasoning_content", "assistant"), ("tool_call_id", "tool")):
+        if getattr(message, field) and message.role != role:
+            raise RequestError(f"{path}.{field} goes with the role {role}, not {message.role}", param=f"{path}.{field}")
+    if message.role == "tool" and not message.tool_call_id:
+        missing = f"{path}.tool_call_id is missing; send the id of the call that this message answers"
+        raise RequestError(missing, param=f"{path}.tool_call_id")
+    content = message.content
+    if content is None and message.role != "assistant":
+        raise RequestError(f"{path}.content is missing; a {message.role} message needs a text", param=f"{path}.content")
+    text = content if isinstance(content, str) else "".join(part.text for part in content or ())
+    plain: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": text}
+    for field in ("name", "tool_call_id", "reasoning_content"):
+        if value := getattr(message, field):
+            plain[field] = value
+    if message.tool_calls:
+        plain["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.function.name, "arguments": call.function.arguments},
+            }
+            for call in message.tool_calls
+        ]
+    return plain
+
+
+def tools_of(tools: Sequence[ToolBody] | None) -> list[Tool]:
+    """The tools of a request, checked."""
+    found = []
+    for index, body in enumerate(tools or ()):
+        function = body.function
+        path = f"tools[{index}].function"
+        found.append(
+            tool_of(function.name, function.parameters, function.description, function.strict, f"{path}.parameters")
+        )
+    return checked(found)
+
+
+def tool_of(
+    name: str, parameters: dict[str, Any] | None, description: str | None, strict: bool | None, path: str
+) -> Tool:
+    """One tool, whose schema of parameters the client calls `path`. Raises RequestError unless that is of an object."""
+    kind = "object" if parameters is None else parameters.get("type", "object")
+    if kind != "object":
+        raise RequestError(
+            f"{path}.type is {kind!r:.80}; arguments come by name, so the schema must be of an object", param=path
+        )
+    check_nesting(parameters, path)
+    return Tool(name, None if parameters is None else {"type": "object", **parameters}, description, bool(strict))
+
+
+def checked(tools: list[Tool]) -> list[Tool]:
+    """Raises RequestError where two of `tools` have one name."""
+    names = [tool.name for tool in tools]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise RequestError(f"two tools are called {name!r}; give each a name of its own", param=f"tools[{index}]")
+    return tools
+
+
+# ── templates ────────────────────────────────────────────────────────────────────────────────
+
+
+class TemplateFields(Protocol):
+    """The fields of a body that say how the chat template writes its messages. Null is the same as absent."""
+
+    add_generation_prompt: bool | None
+    continue_final_message: bool | None
+    chat_template: str | None
+    chat_template_kwargs: dict[str, Any] | None
+
+
+def template_options(body: TemplateFields) -> dict[str, Any]:
+    """How to render the messages of `body`, as Generate and Text.render_chat take it."""
+    check_nesting(body.chat_template_kwargs, "chat_template_kwargs")
+    going_on = bool(body.continue_final_message)
+    if going_on and body.add_generation_prompt:
+        raise RequestError(
+            "continue_final_message and add_generation_prompt are both true, and exclude each other; send one",
+            param="add_generation_prompt",
+        )
+    opened = not going_on if body.add_generation_prompt is None else body.add_generation_prompt
+    return {
+        "add_generation_prompt": opened,
+        "continue_final_message": going_on,
+        "template_kwargs": body.chat_template_kwargs,
+        "chat_template": body.chat_template,
+    }

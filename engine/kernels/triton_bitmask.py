@@ -1,0 +1,29 @@
+"""bitmask.py in Triton: writes -inf where a bit is missing, and reads no logits."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 4096  # logits that one program looks at
+
+
+@triton.jit(do_not_specialize_on_alignment=["rows", "lines"])
+def _bitmask_kernel(logits, mask, rows, lines, size, stride, mask_stride, LINES: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + i)
+    line = tl.load(lines + i) if LINES else i
+    ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = ids < size
+    words = tl.load(mask + line * mask_stride + ids // 32, mask=inside, other=-1)
+    banned = ((words >> (ids % 32)) & 1) == 0
+    nothing = tl.full([BLOCK], float("-inf"), logits.dtype.element_ty)
+    tl.store(logits + row * stride + ids, nothing, mask=inside & banned)
+
+
+def apply_bitmask(logits: Tensor, mask: Tensor, rows: Tensor, lines: Tensor | None = None) -> None:
+    """As engine.kernels.bitmask.apply_bitmask."""
+    size = logits.shape[1]
+    _bitmask_kernel[(len(rows), triton.cdiv(size, CHUNK))](
+        logits, mask, rows, rows if lines is None else lines, size, logits.stride(0), mask.stride(0),
+        LINES=lines is not None, BLOCK=CHUNK, num_warps=8,
+    )  # fmt: skip

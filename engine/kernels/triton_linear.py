@@ -1,0 +1,85 @@
+"""Some tokens times a small matrix, in Triton.
+
+Such a product takes about as long as it takes to launch it. cuBLAS cuts it into few programs; here there are enough for
+all processors, and they are on the device before the kernel in front is over (engine/kernels/launch.py). Tokens are
+padded to the rows of a matrix unit, which costs nothing. Left out: large matrices and many tokens, where cuBLAS is at
+home.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels.launch import launch_dependents, wait_for_previous
+
+SMALL = 8 << 20  # numbers in a matrix
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """Rows and columns of the matrix, and at most how many tokens, that a program takes at a time."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    tokens: int = 64
+
+
+def skinny_cut(tokens: int, rows: int, columns: int) -> Cut | None:
+    """The cut for a matrix [rows, columns], where that is better than cuBLAS on an H200 (bench/kernels_linear.py)."""
+    if not 32 < tokens <= 128 or rows * columns > SMALL or columns % 256:
+        return None
+    if rows <= 2048:
+        return Cut(rows=16, columns=256, warps=4, stages=4)
+    if tokens <= 64 and rows <= 4096:
+        return Cut(rows=32, columns=128, warps=4, stages=5)
+    if tokens <= 64 or rows <= 4096:
+        return Cut(rows=64, columns=128, warps=4, stages=4)
+    return None
+
+
+@triton.jit(do_not_specialize=["tokens"])  # or a step of another number would wait for a compiler
+def skinny_kernel(
+    inputs, weight, bias, out, tokens, rows, columns, stride,
+    BIASED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, DEPENDS: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    t, k = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, COLUMNS)
+    inside, real = n < rows, t < tokens
+    lines = weight + tl.where(inside, n, 0).to(tl.int64)[:, None] * columns
+    x_lines = inputs + t[:, None] * stride
+    total = tl.zeros([TOKENS, ROWS], tl.float32)
+    wait_for_previous(DEPENDS)
+    for begin in tl.range(0, columns, COLUMNS):
+        at = begin + k
+        if EVEN:
+            x = tl.load(x_lines + at[None, :], mask=real[:, None], other=0.0)
+            w = tl.load(lines + at[None, :])
+        else:
+            x = tl.load(x_lines + at[None, :], mask=real[:, None] & (at < columns)[None, :], other=0.0)
+            w = tl.load(lines + at[None, :], mask=(at < columns)[None, :], other=0.0)
+        total = tl.dot(x, tl.trans(w), total, input_precision=PRECISION)
+    if BIASED:
+        total += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[None, :]
+    target = out + t[:, None] * rows + n[None, :]
+    tl.store(target, total.to(out.dtype.element_ty), mask=real[:, None] & inside[None, :])
+
+
+def skinny_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, cut: Cut) -> Tensor:
+    """y = x Wᵀ + b: `inputs` [T, K] with dense rows, `weight` [N, K] dense, `bias` [N] to [T, N]."""
+    (tokens, columns), rows = inputs.shape, weight.shape[0]
+    out = torch.empty(tokens, rows, dtype=inputs.dtype, device=inputs.device)
+    together = min(cut.tokens, max(16, triton.next_power_of_2(tokens)))
+    skinny_kernel[(triton.cdiv(tokens, together), triton.cdiv(rows, cut.rows))](
+        inputs, weight, weight if bias is None else bias, out, tokens, rows, columns, inputs.stride(0),
+        BIASED=bias is not None, TOKENS=together, ROWS=cut.rows, COLUMNS=cut.columns,
+        EVEN=columns % cut.columns == 0,
+        PRECISION="ieee" if inputs.dtype == torch.float32 else None,
+        num_warps=cut.warps, num_stages=cut.stages, **launch_dependents(inputs),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,310 @@
+"""FP8: matrices in E4M3 with float32 scales of blocks of 128 x 128, of rows or of whole tensors.
+
+It reads what DeepSeek, Qwen and others publish (`weight_scale_inv` of blocks) and what llm-compressor and vLLM write
+(`weight_scale` of rows or tensors); on a checkpoint that is not quantized, it makes blocks of every matrix as it is
+loaded. Embeddings, the head, routers and norms stay as they are. Activations become FP8 on the way, where a step has
+many tokens, each by its own largest; scales for them in a checkpoint are passed over.
+
+A device without FP8 products gets the weights that these stand for, in the type of activations. Left out: blocks of
+other sizes, E5M2, scales of the KV cache.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from engine.plugin import ConfigError, LazyTensor
+from engine.plugin.kernels import (
+    BLOCK,
+    E4M3,
+    Fp8Weight,
+    dequantize,
+    fp8_ops_for,
+    multiplies_fp8,
+    quantize_blocks,
+    quantize_rows,
+)
+from engine.plugin.layers import (
+    Build,
+    ExpertWeights,
+    QuantizedExperts,
+    QuantizedLinear,
+    Scheme,
+    check_shape,
+    empty_weight,
+    put,
+)
+
+log = logging.getLogger("engine.quantization")
+
+SCALES = ("weight_scale_inv", "weight_scale")  # both multiply
+ACTIVATION_SCALES = ("input_scale", "activation_scale")
+SPREAD = 64.0  # of the numbers of dummy weights, which end at 448
+
+Granularity = Literal["blocks", "rows"]  # a tensor's one scale is kept as that of each row
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a quantization_config says."""
+
+    granularity: Granularity
+    ignored: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> "Terms":
+        """Raises ConfigError for what is not FP8 as above."""
+        if config.get("quant_method") == "compressed-tensors":
+            return cls._of_groups(config)
+        if (kind := config.get("fmt") or "e4m3") != "e4m3":
+            raise ConfigError(f"the checkpoint's FP8 numbers are {kind!r}; the fp8 quantization knows e4m3")
+        ignored = (*(config.get("modules_to_not_convert") or ()), *(config.get("ignored_layers") or ()))
+        return cls(_granularity(config.get("weight_block_size")), ignored)
+
+    @classmethod
+    def _of_groups(cls, config: Mapping[str, Any]) -> "Terms":
+        """compressed-tensors': groups of modules, each with its kind of weights."""
+        found: set[Granularity] = set()
+        for name, group in (config.get("config_groups") or {}).items():
+            weights = group.get("weights") or {}
+            said = (weights.get("num_bits"), weights.get("type"))
+            if said != (8, "float") or weights.get("strategy") not in ("tensor", "channel", "block"):
+                raise ConfigError(
+                    f"{name} of the checkpoint's quantization_config has weights of {said[0]} bits, type {said[1]!r}, "
+                    f"strategy {weights.get('strategy')!r}; the fp8 quantization knows 8 bits, type 'float', strategy "
+                    "'tensor', 'channel' or 'block'"
+                )
+            found.add(_granularity(weights.get("block_structure")) if weights["strategy"] == "block" else "rows")
+        if len(found) != 1:
+            raise ConfigError(
+                f"the checkpoint's quantization_config has groups of {' and '.join(sorted(found)) or 'nothing'}; the "
+                "fp8 quantization takes one kind of scales for the whole model"
+            )
+        return cls(found.pop(), tuple(config.get("ignore") or ()))
+
+
+def _granularity(block: list[int] | None) -> Granularity:
+    if block is not None and list(block) != [BLOCK, BLOCK]:
+        raise ConfigError(f"the checkpoint's FP8 blocks are {block}; the fp8 quantization knows [{BLOCK}, {BLOCK}]")
+    return "rows" if block is None else "blocks"
+
+
+class Fp8(Scheme):
+    def __init__(self, terms: Mapping[str, Any] | None) -> None:
+        self.terms = Terms("blocks") if terms is None else Terms.read(terms)
+
+    def takes(self, path: str) -> bool:
+        return not any(_names(pattern, path) for pattern in self.terms.ignored)
+
+    def linear(self, build: Build, parts: Mapping[str, int], inputs: int) -> QuantizedLinear:
+        return Fp8Linear(build, parts, inputs, self.terms.granularity)
+
+    def experts(self, build: Build, count: int, size: int, inner: int) -> QuantizedExperts:
+        return Fp8Experts(build, count, size, inner, self.terms.granularity)
+
+
+def _names(pattern: str, path: str) -> bool:
+    """Whether `pattern` is `path`, a module around it, or its last names; after "re:" it is a regular expression."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], path) is not None
+    return path == pattern or path.startswith(f"{pattern}.") or path.endswith(f".{pattern}")
+
+
+# ── what both kinds of layers do ─────────────────────────────────────────────────────────────
+
+
+def blocks(size: int) -> int:
+    return -(-size // BLOCK)
+
+
+def read(tensor: LazyTensor) -> Tensor:
+    return tensor[tuple(slice(None) for _ in tensor.shape)]
+
+
+class Loaded:
+    """Which matrices have come as FP8 numbers, and which have a scale."""
+
+    def __init__(self, granularity: Granularity) -> None:
+        self.granularity = granularity
+        self._numbers: dict[Any, str] = {}
+        self._scaled: set[Any] = set()
+
+    def weight(self, key: Any, name: str, tensor: LazyTensor, numbers: Tensor, scale: Tensor) -> None:
+        """Fills `numbers` [rows, columns] and, if the tensor is not quantized, `scale`."""
+        check_shape(name, tensor, tuple(numbers.shape))
+        weight = read(tensor)
+        if weight.dtype == E4M3:
+            put(weight, numbers)
+            self._numbers[key] = name
+            return
+        if not weight.is_floating_point() or weight.itemsize == 1:
+            raise ConfigError(
+                f"weight {name} is {weight.dtype}; the fp8 quantization takes float8_e4m3fn, or 16 bits up"
+            )
+        made: Callable[[Tensor], tuple[Tensor, Tensor]]
+        made = quantize_blocks if self.granularity == "blocks" else quantize_rows
+        there = torch.empty(weight.shape, dtype=weight.dtype, device=numbers.device)
+        put(weight, there)
+        quantized, its_scale = made(there)
+        numbers.copy_(quantized)
+        scale.copy_(its_scale)
+        self._scaled.add(key)
+
+    def scale(self, key: Any, name: str, tensor: LazyTensor, scale: Tensor) -> None:
+        """Fills `scale`, of blocks or of rows; the one of a whole tensor goes to all rows."""
+        if self.granularity == "rows" and tuple(tensor.shape) in ((), (1,), (1, 1)):
+            scale.fill_(float(read(tensor)))
+        elif self.granularity == "rows" and tuple(tensor.shape) == (len(scale), 1):
+            scale.copy_(read(tensor)[:, 0])
+        else:
+            check_shape(name, tensor, tuple(scale.shape))
+            scale.copy_(read(tensor))
+        self._scaled.add(key)
+
+    def check(self) -> None:
+        """Raises ConfigError for numbers that have no scale."""
+        for key, name in self._numbers.items():
+            if key not in self._scaled:
+                ends = " or ".join(SCALES)
+                raise ConfigError(f"weight {name} is FP8, but the checkpoint has no {ends} beside it")
+
+
+def dense_instead(device: torch.device) -> bool:
+    """Whether this device cannot multiply FP8."""
+    if multiplies_fp8(device):
+        return False
+    log.debug("no FP8 products on %s: the weights are kept as what they stand for", device)
+    return True
+
+
+def fill(numbers: Tensor, scale: Tensor, generator: torch.Generator) -> None:
+    for one in numbers if numbers.dim() == 3 else (numbers,):
+        values = torch.empty(one.shape, dtype=torch.float32, device=one.device)
+        one.copy_(values.normal_(0.0, SPREAD, generator=generator).clamp_(-448, 448))
+    scale.fill_(0.02 / SPREAD)
+
+
+# ── layers ───────────────────────────────────────────────────────────────────────────────────
+
+
+class Fp8Linear(QuantizedLinear):
+    """The matrices of a layer, and how they divide into `spans`, in each of which blocks begin where parts do.
+
+    Where a part ends within a block and another follows, that one begins a span of its own: a block has one scale.
+    """
+
+    suffixes = {"weight_scale": SCALES}  # noqa: RUF012
+    optional = frozenset({"weight_scale"})
+    ignored = ACTIVATION_SCALES
+
+    def __init__(self, build: Build, parts: Mapping[str, int], inputs: int, granularity: Granularity) -> None:
+        rows = sum(parts.values())
+        self.parts = parts
+        self.weight = empty_weight(build, rows, inputs, dtype=E4M3)
+        shape = (sum(map(blocks, parts.values())), blocks(inputs)) if granularity == "blocks" else (rows,)
+        self.scale = empty_weight(build, *shape, dtype=torch.float32)
+        self.tensors = {"weight": self.weight, "weight_scale": self.scale}
+        self._loaded = Loaded(granularity)
+        self._spans: list[Fp8Weight] = []
+
+    def _part(self, part: str) -> tuple[Tensor, Tensor]:
+        """Its numbers and scales."""
+        row, block = 0, 0
+        for name, rows in self.parts.items():
+            if name == part:
+                break
+            row, block = row + rows, block + blocks(rows)
+        rows = self.parts[part]
+        first, count = (row, rows) if self.scale.dim() == 1 else (block, blocks(rows))
+        return self.weight[row : row + rows], self.scale[first : first + count]
+
+    def load(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> None:
+        numbers, scale = self._part(part)
+        if parameter == "weight":
+            self._loaded.weight(part, name, tensor, numbers, scale)
+        else:
+            self._loaded.scale(part, name, tensor, scale)
+
+    def loaded(self, path: str) -> bool:
+        self._loaded.check()
+        self._divide()
+        return dense_instead(self.weight.device)
+
+    def _divide(self) -> None:
+        ops = fp8_ops_for(self.weight)
+        if self.scale.dim() == 1:
+            self._spans = [ops.weight(self.weight, self.scale)]
+            return
+        self._spans, row, block = [], 0, 0
+        first_row, first_block = 0, 0
+        sizes = list(self.parts.values())
+        for index, rows in enumerate(sizes):
+            row, block = row + rows, block + blocks(rows)
+            if rows % BLOCK or index == len(sizes) - 1:
+                self._spans.append(ops.weight(self.weight[first_row:row], self.scale[first_block:block]))
+                first_row, first_block = row, block
+
+    def linear(self, inputs: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor:
+        ops = fp8_ops_for(inputs)
+        if len(self._spans) == 1:
+            return ops.linear(inputs, self._spans[0], bias, gated)
+        sizes = [len(span.numbers) for span in self._spans]
+        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+        pairs = zip(self._spans, biases, strict=True)
+        return torch.cat([ops.linear(inputs, span, part, gated) for span, part in pairs], dim=1)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return torch.cat([dequantize(span.numbers, span.scale, dtype) for span in self._spans])
+
+    def fill_at_random(self, generator: torch.Generator) -> None:
+        fill(self.weight, self.scale, generator)
+
+
+class Fp8Experts(QuantizedExperts):
+    suffixes = {"scale": SCALES}  # noqa: RUF012
+    optional = frozenset({"gate_up_scale", "down_scale"})
+    ignored = ACTIVATION_SCALES
+
+    def __init__(self, build: Build, count: int, size: int, inner: int, granularity: Granularity) -> None:
+        up = (2, blocks(inner), blocks(size)) if granularity == "blocks" else (2 * inner,)
+        down = (blocks(size), blocks(inner)) if granularity == "blocks" else (size,)
+        self.tensors = {
+            "gate_up": empty_weight(build, count, 2 * inner, size, dtype=E4M3),
+            "down": empty_weight(build, count, size, inner, dtype=E4M3),
+            "gate_up_scale": empty_weight(build, count, *up, dtype=torch.float32),
+            "down_scale": empty_weight(build, count, *down, dtype=torch.float32),
+        }
+        self.stored = ExpertWeights(**self.tensors)
+        self._loaded = Loaded(granularity)
+
+    def load(self, name: str, parameter: str, expert: int, half: int, tensor: LazyTensor) -> None:
+        matrix = parameter.removesuffix("_scale")
+        numbers, scale = self.tensors[matrix][expert], self.tensors[f"{matrix}_scale"][expert]
+        if matrix == "gate_up":
+            numbers = numbers.chunk(2)[half]
+            scale = scale[half] if scale.dim() == 3 else scale.chunk(2)[half]
+        if parameter == matrix:
+            self._loaded.weight((matrix, expert, half), name, tensor, numbers, scale)
+        else:
+            self._loaded.scale((matrix, expert, half), name, tensor, scale)
+
+    def loaded(self, path: str) -> bool:
+        self._loaded.check()
+        return dense_instead(self.stored.down.device)
+
+    def weights(self, dtype: torch.dtype | None = None) -> ExpertWeights:
+        if dtype is None:
+            return self.stored
+        gate_ups, downs = zip(
+            *(self.stored.matrices(expert, dtype) for expert in range(len(self.stored.down))), strict=True
+        )
+        return ExpertWeights(torch.stack(gate_ups), torch.stack(downs))
+
+    def fill_at_random(self, generator: torch.Generator) -> None:
+        for matrix in ("gate_up", "down"):
+            fill(self.tensors[matrix], self.tensors[f"{matrix}_scale"], generator)

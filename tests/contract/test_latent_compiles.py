@@ -1,0 +1,80 @@
+"""Triton kernels of latent attention compiled for a Hopper GPU, without one: the interpreter runs what the compiler
+refuses, as where a variable has another type in each branch, and knows nothing of shared memory.
+
+In the types and sizes of DeepSeek-V2-Lite and V3. Takes some seconds where Triton's cache does not have them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from engine.kernels import triton_expanded, triton_latent, triton_mla
+
+ASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+pytestmark = [
+    pytest.mark.skipif(not ASSEMBLER.exists(), reason="Triton is installed without its assembler for NVIDIA GPUs"),
+    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
+]
+HOPPER = GPUTarget("cuda", 90, 32)
+SHARED_MEMORY = 227 << 10  # of a program on a Hopper GPU
+POINTERS = {
+    "*bf16": ("query", "rotated", "out", "key", "value", "latents", "weight", "cosines", "sines", "cache"),
+    "*i64": ("slots", "positions", "tokens", "blocks", "starts", "offsets", "queries", "keys", "places"),
+    "*fp32": ("partial", "maxima", "sums"),
+    "*i32": ("page_table",),
+    "fp32": ("epsilon",),
+}
+TYPES = {name: kind for kind, names in POINTERS.items() for name in names}
+BF16 = torch.bfloat16
+
+
+def compiled(kernel: Any, constants: dict[str, Any], **others: Any) -> Any:
+    """`others` are types of arguments other than usual, and options of the compiler."""
+    constants = {"PRECISION": None, "SCALE": 0.1, **constants}
+    constants |= {name: False for name in ("DEPENDS",) if name in kernel.arg_names}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in kernel.arg_names}
+    signature |= {name: kind for name, kind in others.items() if name in kernel.arg_names}
+    options = {name: value for name, value in others.items() if name not in kernel.arg_names}
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+    return triton.compile(source, target=HOPPER, options=options)
+
+
+@pytest.mark.parametrize(("heads", "cache"), [(16, "*bf16"), (128, "*fp8e4nv")])
+def test_absorbed_rows(heads: int, cache: str) -> None:
+    shape = triton_mla.MlaShape(heads=heads, latent_dim=512, rope_dim=64, page_size=16, scale=0.1)
+    fixed = {**triton_mla.constants(shape, torch.empty(0, dtype=BF16)), "ROWS": 256, "LEAST": 4}
+    for kernel, cut in (
+        (triton_mla.decode_kernel, triton_mla.decode_cut(shape, BF16)),
+        (triton_mla.extend_kernel, triton_mla.extend_cut(shape, BF16)),
+    ):
+        own = {**fixed, "LINES": cut.lines, "POSITIONS": cut.positions}
+        made = compiled(kernel, own, cache=cache, num_warps=cut.warps, num_stages=cut.stages)
+        assert made.metadata.shared <= SHARED_MEMORY
+
+
+def test_the_sum_of_parts_expanded_rows_and_what_comes_before() -> None:
+    parts = {"HEADS": 16, "LATENT": 512, "ROWS": 256, "POSITIONS": 32, "LEAST": 4, "DIM": 64, "SOME": 64}
+    assert compiled(triton_mla.sum_kernel, parts).metadata.shared <= SHARED_MEMORY
+    cut = triton_expanded.expanded_cut(BF16)
+    dims = {"KEY": 128, "ROPE": 64, "VALUE": 128, "QUERIES": cut.queries, "KEYS": cut.keys, "CAUSAL": True}
+    made = compiled(triton_expanded.expanded_kernel, dims, num_warps=cut.warps, num_stages=cut.stages)
+    assert made.metadata.shared <= SHARED_MEMORY
+    assert compiled(triton_expanded.join_kernel, {"KEY": 128, "ROPE": 64, "HEADS": 8}).metadata.shared <= SHARED_MEMORY
+    for turned, size, columns in ((False, 128, 64), (True, 512, 32)):
+        cut_of = {"K": size, "TURNED": turned, "TOKENS": 16, "COLUMNS": columns, "DEPTH": 128}
+        assert (
+            compiled(triton_latent._multiply_kernel, cut_of, inputs="*bf16", tokens="i32").metadata.shared
+            <= SHARED_MEMORY
+        )
+    for interleaved in (True, False):
+        cut_of = {"INTERLEAVED": interleaved, "HEADS": 4, "PAIRS": 32, "SIZE": 512}
+        assert compiled(triton_latent._latent_kernel, cut_of).metadata.shared <= SHARED_MEMORY

@@ -1,0 +1,109 @@
+"""Triton kernels of mixtures and of FP8 products compiled for a Hopper GPU, without one, in the sizes of DeepSeek's
+V2-Lite and V3, and as they are cut there: the interpreter takes what the compiler refuses, and knows nothing of shared
+memory.
+
+Takes some seconds where Triton's cache does not have them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from engine.kernels import triton_experts, triton_fp8, triton_moe, triton_routing
+from engine.kernels.fp8 import BLOCK, LARGEST
+from engine.kernels.triton_fp8 import Cut
+
+ASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+pytestmark = [
+    pytest.mark.skipif(not ASSEMBLER.exists(), reason="Triton is installed without its assembler for NVIDIA GPUs"),
+    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
+]
+HOPPER = GPUTarget("cuda", 90, 32)
+SHARED_MEMORY = 227 << 10  # of a program on a Hopper GPU
+POINTERS = {
+    "*bf16": ("hidden", "inputs", "made", "base", "out", "weight"),
+    "*fp32": ("logits", "bias", "weights", "scales", "input_scales", "out_scales"),
+    "*i64": ("experts", "recorded", "real"),
+    "*i32": ("chunks", "recording", "order", "ends", "tasks", "count", "choices", "places"),
+    "*fp8e4nv": ("numbers",),
+    "fp32": ("scale",),
+}
+TYPES = {name: kind for kind, names in POINTERS.items() for name in names}
+
+
+def compile_for_hopper(kernel: Any, constants: dict[str, Any], cut: Cut | None = None, **types: str) -> str:
+    """Its PTX. `types` are those of arguments other than usual."""
+    usual = {"BLOCK": BLOCK, "LARGEST": LARGEST, "PRECISION": "tf32", "DEPENDS": True}
+    options = {"num_warps": 4}
+    if cut is not None:
+        usual |= {"ROWS": cut.rows, "COLUMNS": cut.columns, "DEPTH": cut.depth, "TOGETHER": cut.together}
+        options = {"num_warps": cut.warps, "num_stages": cut.stages}
+    constants = {name: value for name, value in (usual | constants).items() if name in kernel.arg_names}
+    kinds = TYPES | types
+    signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    made = triton.compile(ASTSource(kernel, signature, places), target=HOPPER, options=options)
+    assert made.metadata.shared <= SHARED_MEMORY, cut
+    text: str = made.asm["ptx"]
+    return text
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("regime", [triton_moe.REGIMES[0], triton_moe.REGIMES[-1]], ids=["few", "many"])
+def test_products_of_tasks(regime: triton_moe.Regime, fp8: bool) -> None:
+    quantized = fp8 and regime.bfloat16[0].rows >= triton_moe.QUANTIZED_ROWS
+    kinds = {"weight": "*fp8e4nv" if fp8 else "*bf16"} | ({"inputs": "*fp8e4nv"} if quantized else {})
+    kinds["places"] = "i32"
+    usual = {"QUANTIZED": quantized, "SCALES": int(fp8)}
+    for gated, cut in zip((True, False), regime.fp8 if fp8 else regime.bfloat16, strict=True):
+        sizes = {"N": 1408, "K": 2048, "TOP_K": 6} if gated else {"N": 2048, "K": 1408, "TOP_K": 1}
+        out = {"out": "*fp8e4nv"} if quantized and gated else {}
+        constants = {**usual, **sizes, "GATED": gated, "QUANTIZES": quantized and gated}
+        text = compile_for_hopper(triton_experts.multiply_kernel, constants, cut, **kinds, **out)
+        assert ("wgmma" in text) == (cut.rows >= 64), "many rows are for the matrix units of a Hopper GPU"
+        assert "e4m3.e4m3" in text or not quantized
+
+
+@pytest.mark.parametrize("weight", ["*bf16", "*fp8e4nv"])
+def test_products_of_few_tokens_and_sums(weight: str) -> None:
+    usual = {"SCALES": int(weight != "*bf16"), "TOP_K": 6, "BASED": True, "PLACED": False}
+    up = {"INNER": 1408, "SIZE": 2048, "ROWS": 4 if weight == "*bf16" else 2, "COLUMNS": 1024}
+    down = {"SIZE": 2048, "INNER": 1408, "ROWS": 2, "COLUMNS": 2048}
+    compile_for_hopper(triton_experts.vector_up_kernel, usual | up, weight=weight)
+    compile_for_hopper(triton_experts.vector_down_kernel, usual | down, weight=weight)
+    compile_for_hopper(triton_experts.combine_kernel, usual | {"SIZE": 2048, "COLUMNS": 1024})
+
+
+@pytest.mark.parametrize("v3", [False, True], ids=["v2-lite", "v3"])
+def test_routing(v3: bool) -> None:
+    experts = {"EXPERTS": 256, "TOP_K": 8, "GROUPS": 8, "KEPT": 4, "BEST": 2, "TOKENS": 16, "COLUMNS": 256}
+    if not v3:
+        experts = {"EXPERTS": 64, "TOP_K": 6, "GROUPS": 1, "KEPT": 1, "BEST": 1, "TOKENS": 64, "COLUMNS": 64}
+    usual = {**experts, "SIGMOID": v3, "BIASED": v3, "NORMALISED": v3, "RECORDS": True, "PADDED": True, "ROWS": 16}
+    tile = {"EXPERTS": experts["EXPERTS"], "SIZE": 7168, "TOKENS": 1, "COLUMNS": 8192}
+    compile_for_hopper(triton_routing.gate_kernel, tile, logits="*fp32")
+    compile_for_hopper(triton_routing.route_kernel, usual | {"ORDERS": not v3}, places="i32")
+    compile_for_hopper(triton_routing.order_kernel, usual | {"SOME": 16}, places="i32")
+
+
+@pytest.mark.parametrize("scales", [1, 2], ids=["blocks", "rows"])
+def test_fp8_products(scales: int) -> None:
+    usual = {"N": 2112, "K": 7168, "SCALES": scales, "BIASED": True}
+    types = {"weight": "*fp8e4nv", "bias": "*bf16"}
+    compile_for_hopper(triton_fp8.vector_kernel, usual | {"ROWS": 4, "COLUMNS": 2048}, **types)
+    for cut in (triton_fp8.CUTS[0][1], triton_fp8.CUTS[-1][1]):
+        quantized = cut.rows >= 128
+        inputs = {"inputs": "*fp8e4nv"} if quantized else {}
+        compile_for_hopper(triton_fp8.linear_kernel, usual | {"QUANTIZED": quantized}, cut, **types, **inputs)
+
+
+def test_activations_become_fp8() -> None:
+    for gated in (False, True):
+        compile_for_hopper(triton_fp8.quantize_kernel, {"SIZE": 2048, "GATED": gated, "TOGETHER": 8})
+        compile_for_hopper(triton_fp8.quantize_lines_kernel, {"SIZE": 2048, "GATED": gated, "COLUMNS": 2048})

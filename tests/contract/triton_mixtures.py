@@ -1,0 +1,324 @@
+"""Triton's mixtures of experts against their definition in torch: on a GPU (tests/gpu/test_gpu_moe.py), or interpreted
+on a CPU (test_interpreted.py, which runs this in a process of its own)."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.kernels import triton_moe, triton_routing
+from engine.kernels.fp8 import BLOCK, E4M3, dequantize_tokens, quantize_blocks, quantize_rows, quantize_tokens
+from engine.kernels.moe import ExpertWeights, MoeOps, Recorder, Routed, Routing
+from engine.kernels.triton_experts import combine, multiply, vector_down, vector_up
+from engine.kernels.triton_fp8 import Cut
+from engine.kernels.triton_fp8 import quantize_tokens as triton_quantize_tokens
+from engine.kernels.triton_moe import Regime, TritonMoeOps
+from engine.kernels.triton_routing import gate, order_reference, route
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPES = [torch.bfloat16, torch.float32] if GPU else [torch.float32]
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+REFERENCE, TRITON = MoeOps(), TritonMoeOps()
+
+V3 = {"scoring": "sigmoid", "groups": 4, "kept_groups": 2, "group_best": 2, "normalised": True, "scale": 2.5}
+ROUTINGS = {
+    "v2-lite": (Routing(experts=64, top_k=6), False),
+    "v2": (Routing(experts=40, top_k=6, groups=8, kept_groups=3, scale=16.0), False),
+    "v3": (Routing(experts=256 if GPU else 32, top_k=8, **V3), True),
+    "mixtral": (Routing(experts=8, top_k=2, normalised=True), False),
+    "one of three": (Routing(experts=3, top_k=1), False),
+}
+TOKENS = (1, 5, 63, 64, 257, 3000) if GPU else (1, 5, 37)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def assert_near(got: Tensor, wanted: Tensor, tolerance: float) -> None:
+    """Off by no more than half of `tolerance` as a whole, and nowhere by ten times it, of the typical size: the largest
+    of a million numbers are several times that, and so are their roundings."""
+    assert got.shape == wanted.shape and bool(got.isfinite().all())
+    off, size = got.double() - wanted.double(), wanted.double().square().mean().sqrt()
+    whole, worst = float(off.square().mean().sqrt() / size), float(off.abs().max() / size)
+    assert whole <= tolerance / 2 and worst <= 10 * tolerance, f"off by {whole:.3g}, at most {worst:.3g}"
+
+
+# ── routing ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("experts", "size"), [(64, 2048), (256, 7168), (3, 576)] if GPU else [(3, 48), (8, 64)])
+def test_logits(experts: int, size: int, dtype: torch.dtype) -> None:
+    weight = random(experts, size, dtype=dtype, seed=1) * size**-0.5
+    for tokens in (1, 5, 32, 200) if GPU else (1, 5):
+        hidden = random(tokens, size, dtype=dtype)
+        wanted = REFERENCE.gate(hidden, weight)
+        for got in (gate(hidden, weight), TRITON.gate(hidden, weight)):
+            assert got.dtype == torch.float32
+            torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [0, 16])
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_choices_their_order_and_their_counts(
+    name: str, tokens: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    routing, biased = ROUTINGS[name]
+    if not GPU:
+        monkeypatch.setattr(triton_routing, "TILE", 512)  # so that there are several chunks
+    logits = 2 * random(tokens, routing.experts)
+    bias = random(routing.experts, seed=1) if biased else None
+    counts = torch.zeros(routing.experts, dtype=torch.int64, device=DEVICE)
+    recorder = Recorder(counts, torch.ones(1, dtype=torch.int32, device=DEVICE))
+    wanted, got = REFERENCE.route(logits, bias, routing), route(logits, bias, routing, rows, recorder)
+    dense = [torch.zeros_like(logits).scatter(1, each.experts, each.weights) for each in (got, wanted)]
+    torch.testing.assert_close(*dense)
+    assert torch.equal(counts, torch.bincount(got.experts.flatten(), minlength=routing.experts))
+    if rows:
+        assert_ordered(got, routing.experts, rows)
+    recorder.on.zero_()
+    route(logits, bias, routing, rows, recorder)
+    assert int(counts.sum()) == tokens * routing.top_k, "what is not recorded is not counted"
+
+
+def assert_ordered(routed: Routed, experts: int, rows: int) -> None:
+    order, wanted = routed.order, order_reference(routed.experts, experts, rows)
+    count = int(wanted.count)
+    assert torch.equal(order.choices, wanted.choices) and torch.equal(order.ends, wanted.ends)
+    assert int(order.count) == count <= order.places and order.rows == rows
+    assert torch.equal(order.tasks[:, :count], wanted.tasks[:, :count])
+    expert, begin, length = wanted.tasks[:, :count].tolist()
+    assert sum(length) == len(order.choices) and all(0 < each <= rows for each in length)
+    chosen = routed.experts.flatten()[wanted.choices.long()].tolist()
+    assert all(chosen[b : b + n] == [e] * n for e, b, n in zip(expert, begin, length, strict=True))
+
+
+@pytest.mark.parametrize(("tokens", "real"), [(3, 2), (21, 9), (21, 0), (8, 8)])
+def test_padding_chooses_no_expert(tokens: int, real: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its hidden states hold; and what was made of the others is the same."""
+    monkeypatch.setattr(triton_routing, "TILE", 64 if not GPU else 4096)
+    cut = Cut(16, 32, 32, 2, 4, 2)
+    monkeypatch.setattr(triton_moe, "REGIMES", (Regime(float("inf"), (cut, cut), (cut, cut)),))
+    routing, weights = Routing(experts=8, top_k=3, normalised=True), matrices(8, 48, 40, "blocks", torch.float32)
+    logits, hidden = random(tokens, 8), random(tokens, 48, seed=1)
+    limit = torch.tensor([real], device=DEVICE)
+    logits[real:] = torch.nan
+    hidden[real:] = torch.nan
+    recorder = Recorder(
+        torch.zeros(8, dtype=torch.int64, device=DEVICE), torch.ones(1, dtype=torch.int32, device=DEVICE)
+    )
+    got, wanted = (ops.route(logits, None, routing, recorder, limit) for ops in (TRITON, REFERENCE))
+    assert int(recorder.counts.sum()) == 2 * real * 3
+    for routed in (got, wanted):
+        assert (routed.experts[real:] == -1).all() and not routed.weights[real:].any()
+    if got.order is not None:
+        order = order_reference(got.experts, 8, got.order.rows)
+        count = int(order.count)
+        assert int(got.order.count) == count and torch.equal(got.order.ends, order.ends)
+        assert torch.equal(got.order.choices[: 3 * real], order.choices[: 3 * real])
+        assert torch.equal(got.order.tasks[:, :count], order.tasks[:, :count])
+    mine = TRITON.experts(hidden, got, weights)[:real]
+    if real:
+        alone = Routed(got.weights[:real], got.experts[:real])
+        assert_near(mine, REFERENCE.experts(hidden[:real], alone, weights), 1e-4)
+        assert_near(REFERENCE.experts(hidden, got, weights)[:real], mine, 1e-4)
+
+
+def test_logits_that_are_no_numbers_choose_experts_that_exist() -> None:
+    logits = random(4, 8)
+    logits[1], logits[2], logits[3, :7] = torch.nan, -torch.inf, -torch.inf
+    routed = route(logits, None, Routing(experts=8, top_k=3), 16)
+    assert [len(set(row)) for row in routed.experts.tolist()] == [3] * 4
+    assert int(routed.experts.min()) >= 0 and int(routed.experts.max()) < 8
+    assert_ordered(routed, 8, 16)
+
+
+# ── products ─────────────────────────────────────────────────────────────────────────────────
+
+
+def matrices(experts: int, size: int, inner: int, kind: str, dtype: torch.dtype) -> ExpertWeights:
+    gate_up = random(experts, 2 * inner, size, seed=1) * size**-0.5
+    down = random(experts, size, inner, seed=2) * inner**-0.5
+    gate_up *= 0.1 + torch.rand(experts, 2, 1, 1, device=DEVICE).repeat_interleave(inner, 2).flatten(1, 2)
+    if kind == "plain":
+        return ExpertWeights(gate_up.to(dtype), down.to(dtype))
+    quantize = quantize_blocks if kind == "blocks" else quantize_rows
+    halves = [[quantize(half) for half in one.chunk(2)] for one in gate_up]
+    numbers = torch.stack([torch.cat([number for number, _ in one]) for one in halves])
+    if kind == "blocks":
+        scale = torch.stack([torch.stack([scale for _, scale in one]) for one in halves])
+    else:
+        scale = torch.stack([torch.cat([scale for _, scale in one]) for one in halves])
+    downs = [quantize(one) for one in down]
+    return ExpertWeights(
+        numbers, torch.stack([number for number, _ in downs]), scale, torch.stack([scale for _, scale in downs])
+    )
+
+
+def routed_to(tokens: int, experts: int, top_k: int, seed: int = 3) -> Routed:
+    """Uneven: some experts get many tokens, some none."""
+    logits = random(tokens, experts, seed=seed) + 2 * random(1, experts, seed=seed + 1)
+    return REFERENCE.route(logits, None, Routing(experts=experts, top_k=top_k, normalised=True))
+
+
+SHAPES = [(2048, 1408), (1024, 768), (576, 200)] if GPU else [(48, 40), (160, 136)]
+KINDS = ["plain", "blocks", "rows"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_tokens(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    size, inner = shape
+    weights = matrices(7, size, inner, kind, dtype)
+    rows = 4 if GPU else 32
+    for tokens in (1, 3) if GPU else (2,):
+        hidden, routed = random(tokens, size, dtype=dtype), routed_to(tokens, 7, 3)
+        base = random(tokens, size, dtype=dtype, seed=9) if tokens > 1 else None
+        wanted = REFERENCE.experts(hidden, routed, weights, base)
+        made = vector_up(hidden, weights.gate_up, weights.gate_up_scale, routed.experts, rows, 64)
+        got = vector_down(made, weights.down, weights.down_scale, routed.experts, routed.weights, base, rows, 64)
+        assert_near(got, wanted, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tasks(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    size, inner = shape
+    weights = matrices(7, size, inner, kind, dtype)
+    for tokens, together, depth in ((1, 1, 32), (29, 4, 256), (300, 2, 64)) if GPU else ((29, 4, 32), (5, 4, 256)):
+        cut = Cut(16, 32, depth, together, 4, 2)
+        hidden, routed = random(tokens, size, dtype=dtype), routed_to(tokens, 7, 3)
+        routed = routed._replace(order=order_reference(routed.experts, 7, cut.rows))
+        base = random(tokens, size, dtype=dtype, seed=9) if together == 4 else None
+        got = TRITON.by_task(hidden, routed, weights, base, cut, cut)
+        assert_near(got, REFERENCE.experts(hidden, routed, weights, base), TOLERANCE[dtype])
+
+
+def test_the_results_of_choices_find_their_tokens_from_the_order() -> None:
+    made, routed = random(15, 24), routed_to(5, 4, 3)
+    order = order_reference(routed.experts, 4, 16)
+    places = torch.empty_like(order.choices)
+    places[order.choices.long()] = torch.arange(15, dtype=torch.int32, device=DEVICE)
+    sorted_made = made[order.choices.long()]
+    wanted = (made.view(5, 3, 24) * routed.weights[:, :, None]).sum(1)
+    torch.testing.assert_close(combine(sorted_made, routed.weights, places, None), wanted)
+    torch.testing.assert_close(combine(made, routed.weights, None, wanted), 2 * wanted)
+
+
+# ── FP8 activations ──────────────────────────────────────────────────────────────────────────
+
+
+def exact(tokens: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Activations whose FP8 is exact: small whole numbers and a 448 in each 128, times a power of two."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randint(-8, 9, (tokens, size), generator=generator).float()
+    whole[:, ::BLOCK] = 448.0
+    scale = 2.0 ** torch.randint(-3, 3, (tokens, -(-size // BLOCK)), generator=generator)
+    return (whole * scale.repeat_interleave(BLOCK, 1)[:, :size]).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("kind", ["blocks", "rows"])
+def test_tasks_with_fp8_activations(kind: str) -> None:
+    """Gate and up by exact activations; then down by those that they are quantized to."""
+    dtype = torch.bfloat16 if GPU else torch.float32
+    size, inner, tokens, top_k = (2048, 1408, 300, 3) if GPU else (256, 128, 7, 2)
+    weights = matrices(5, size, inner, kind, dtype)
+    hidden, routed = exact(tokens, size, dtype) / 64, routed_to(tokens, 5, top_k)
+    cut = Cut(64 if GPU else 16, BLOCK, BLOCK, 4, 4, 2)
+    order = order_reference(routed.experts, 5, cut.rows)
+    choices = tokens * top_k
+    inputs, scales = triton_quantize_tokens(hidden)
+    made = torch.empty(choices, inner, dtype=dtype, device=DEVICE)
+    multiply(inputs, scales, weights.gate_up, weights.gate_up_scale, order, cut, top_k, made)
+    plain = torch.empty_like(made)
+    multiply(hidden, None, weights.gate_up, weights.gate_up_scale, order, cut, top_k, plain)
+    assert_near(made, plain, TOLERANCE[dtype])
+    numbers = torch.empty(choices, inner, dtype=E4M3, device=DEVICE)
+    made_scales = torch.empty(inner // BLOCK, choices, device=DEVICE).t()
+    multiply(inputs, scales, weights.gate_up, weights.gate_up_scale, order, cut, top_k, numbers, made_scales)
+    if GPU:
+        assert_near(dequantize_tokens(numbers, made_scales), plain, 0.5)  # 1 in 16 of the largest
+    torch.testing.assert_close(made_scales, quantize_tokens(plain.float())[1], rtol=0.02, atol=0)
+    lines, wanted = (torch.empty(choices, size, dtype=dtype, device=DEVICE) for _ in range(2))
+    multiply(numbers, made_scales, weights.down, weights.down_scale, order, cut, 0, lines)
+    back = dequantize_tokens(numbers, made_scales).to(dtype)
+    multiply(back, None, weights.down, weights.down_scale, order, cut, 0, wanted)
+    assert_near(lines, wanted, TOLERANCE[dtype])
+
+
+# ── the whole ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_number_of_tokens(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a model calls it, through all regimes; FP8 activations show, where they are used."""
+    dtype = torch.bfloat16 if GPU else torch.float32
+    routing = Routing(experts=8, top_k=2, normalised=True)
+    size, inner = (1024, 768) if GPU else (128, 128)
+    steps = (1, 4, 5, 40, 90, 1000) if GPU else (1, 5, 20)
+    if not GPU:
+        cut, wide = Cut(16, 32, 64, 1, 4, 2), Cut(16, 128, 128, 2, 4, 2)
+        regimes = (Regime(2.0, (cut, cut), (cut, cut)), Regime(float("inf"), (cut, cut), (wide, wide)))
+        monkeypatch.setattr(triton_moe, "REGIMES", regimes)
+    weights = matrices(8, size, inner, kind, dtype)
+    for tokens in steps:
+        logits, hidden = random(tokens, 8, seed=tokens), exact(tokens, size, dtype) / 64
+        routed = TRITON.route(logits, None, routing)
+        assert (routed.order is None) == (tokens <= triton_moe.VECTOR_TOKENS)
+        got = TRITON.experts(hidden, routed, weights)
+        again = TRITON.experts(hidden, Routed(routed.weights, routed.experts), weights)
+        assert torch.equal(got, again), "the order, made by who routes or afterwards, is the same"
+        assert_near(got, REFERENCE.experts(hidden, routed, weights), 0.25 if kind != "plain" else TOLERANCE[dtype])
+    assert TRITON.experts(hidden[:0], TRITON.route(logits[:0], None, routing), weights).shape == (0, size)
+
+
+if GPU:
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("tokens", [1, 8, 64, 300])
+    def test_a_captured_step_follows_its_routing(kind: str, tokens: int) -> None:
+        routing = Routing(experts=64, top_k=6)
+        weights = matrices(64, 1024, 768, kind, torch.bfloat16)
+        gate = random(64, 1024, dtype=torch.bfloat16, seed=5)
+        hidden = random(tokens, 1024, dtype=torch.bfloat16)
+
+        def step() -> Tensor:
+            return TRITON.experts(hidden, TRITON.route(TRITON.gate(hidden, gate), None, routing), weights)
+
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step()
+        for seed in range(4):
+            hidden.copy_(random(tokens, 1024, dtype=torch.bfloat16, seed=seed + 7))
+            graph.replay()
+            assert torch.equal(out, step())
+
+    @pytest.mark.parametrize("tokens", [100, 5000])
+    def test_torchs_grouped_product(tokens: int) -> None:
+        weights, hidden = matrices(8, 1024, 768, "plain", torch.bfloat16), random(tokens, 1024, dtype=torch.bfloat16)
+        routed = routed_to(tokens, 8, 2)
+        routed = routed._replace(order=order_reference(routed.experts, 8, 64))
+        got = TRITON.by_library(hidden, routed, weights, None)
+        assert_near(got, REFERENCE.experts(hidden, routed, weights), TOLERANCE[torch.bfloat16])
+
+    @pytest.mark.parametrize(("seed", "kind"), itertools.product(range(12), KINDS))
+    def test_random_shapes(seed: int, kind: str) -> None:
+        numbers = torch.Generator().manual_seed(seed)
+
+        def between(low: int, high: int) -> int:
+            return int(torch.randint(low, high + 1, (1,), generator=numbers))
+
+        experts, tokens = between(2, 70), between(1, 900)
+        top_k, size, inner = between(1, min(8, experts)), 8 * between(4, 150), 8 * between(4, 150)
+        weights, hidden = matrices(experts, size, inner, kind, torch.bfloat16), random(tokens, size).bfloat16()
+        routed = routed_to(tokens, experts, top_k, seed)
+        got = TRITON.experts(hidden, routed, weights)
+        tolerance = TOLERANCE[torch.bfloat16] if kind == "plain" else 0.3
+        assert_near(got, REFERENCE.experts(hidden, routed, weights), tolerance)
