@@ -1,4 +1,4 @@
-"""Triton's attention kernels on a CPU, interpreted. test_triton_attention.py runs this in a process of its own, where
+"""Triton's attention kernels on a CPU, interpreted. test_interpreted.py runs this in a process of its own, where
 TRITON_INTERPRET is set before anything imports triton. float32 only: the interpreter's bfloat16 is not a GPU's."""
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Triton's kernels of latent attention on a CPU, interpreted. test_triton_latent.py runs this in a process of its own,
+"""Triton's kernels of latent attention on a CPU, interpreted. test_interpreted.py runs this in a process of its own,
 where TRITON_INTERPRET is set before anything imports triton. float32 only: the interpreter's bfloat16 is no GPU's."""
 
 import numpy as np

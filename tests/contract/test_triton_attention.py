@@ -1,9 +1,4 @@
-"""The Triton attention backend where there is no GPU: what it refuses, and its kernels in Triton's interpreter."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The Triton attention backend where there is no GPU: what it refuses."""
 
 import pytest
 import torch
@@ -13,19 +8,6 @@ from engine.layers import AttentionShape
 from engine_plugins.attention.triton import TritonAttention
 
 pytest.importorskip("triton")
-
-
-def test_the_kernels_interpreted_do_what_attention_is() -> None:
-    """In a process of its own: the interpreter is chosen when triton is imported, for all that follows."""
-    file = Path(__file__).with_name("interpreted_attention.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 """Triton's FP8 products against their definition in torch: on a GPU (tests/gpu/test_gpu_fp8.py), or interpreted on a
-CPU (test_triton_mixtures.py, which runs this in a process of its own)."""
+CPU (test_interpreted.py, which runs this in a process of its own)."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
 """Triton's kernels on logits against their definitions in torch: on a GPU (tests/gpu/test_logits_kernels.py), or
-interpreted on a CPU (test_triton_logits.py, which runs this in a process of its own)."""
+interpreted on a CPU (test_interpreted.py, which runs this in a process of its own)."""
 
 import numpy as np
 import pytest

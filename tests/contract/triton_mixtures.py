@@ -1,5 +1,5 @@
 """Triton's mixtures of experts against their definition in torch: on a GPU (tests/gpu/test_gpu_moe.py), or interpreted
-on a CPU (test_triton_mixtures.py, which runs this in a process of its own)."""
+on a CPU (test_interpreted.py, which runs this in a process of its own)."""
 
 import itertools
 

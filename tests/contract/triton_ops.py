@@ -1,5 +1,5 @@
 """Triton's operations and draws against their definitions in torch: on a GPU (tests/gpu/test_ops.py), or interpreted
-on a CPU (test_triton_ops.py, which runs this in a process of its own)."""
+on a CPU (test_interpreted.py, which runs this in a process of its own)."""
 
 import itertools
 
