@@ -21,6 +21,7 @@ FlashInfer, arXiv:2501.01005). Which rows share what is listed on the host.
 Left out: soft caps, sinks, prefixes within prefixes, windows over shared prefixes.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -78,13 +79,16 @@ class SharedRows:
     tiles: Tensor  # [3, D] int64: first member, past the last, positions shared (a multiple of PREFIX_ROUND)
     members: Tensor  # [D] int64: rows, those of a tile next to each other
     firsts: Tensor  # [D] int64: by row, positions that the prefix kernel attends to; 0 where nothing is shared
-    partial: Tensor  # [PREFIX_PIECES, D, kv_heads, group, head_dim] float32
-    maxima: Tensor  # [2, PREFIX_PIECES, D, kv_heads, group] float32
+    partial: Tensor  # [PREFIX_PIECES, D, kv_heads, group, head_dim] float32, or more
+    maxima: Tensor  # [2, PREFIX_PIECES, D, kv_heads, group] float32, or more
 
     @classmethod
-    def of(cls, numbers: Tensor, rows: int, shape: PagedShape) -> "SharedRows":
-        """Over `numbers` [size(rows)] int64, as a Mirror holds them."""
+    def of(cls, numbers: Tensor, rows: int, shape: PagedShape, other: "SharedRows | None" = None) -> "SharedRows":
+        """Over `numbers` [size(rows)] int64, as a Mirror holds them. What pieces give may lie where it lies for as many
+        rows or more, of an `other` step."""
         counts, tiles, members, firsts = numbers.split([2, 3 * rows, rows, rows])
+        if other is not None and len(other.firsts) >= rows:
+            return dataclasses.replace(other, counts=counts, tiles=tiles.view(3, rows), members=members, firsts=firsts)
         pieces = (PREFIX_PIECES, rows, shape.kv_heads, shape.group)
         return cls(
             counts=counts,

@@ -21,7 +21,7 @@ from engine.kernels.ops import HeadNorms, Heads, Ops, Rotation
 
 if TYPE_CHECKING:
     from engine.kernels.triton_attention import ExtendRows
-    from engine.kernels.triton_decode import DecodeRows, Scratch
+    from engine.kernels.triton_decode import DecodeRows, Scratch, SharedRows
     from engine.kernels.triton_expanded import ExpandedRows
     from engine.kernels.triton_mla import MlaDecodeRows, MlaExtendRows, MlaScratch
 
@@ -41,6 +41,7 @@ __all__ = [
     "Ops",
     "Rotation",
     "Scratch",
+    "SharedRows",
     "attention_tasks",
     "dequantize",
     "fp8_ops_for",

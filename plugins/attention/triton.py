@@ -19,7 +19,7 @@ from engine.plugin.kernels import triton_attention, triton_decode
 from engine.plugin.layers import AttentionShape, Batch, Mirror, PagedAttention, Prefix
 
 if TYPE_CHECKING:
-    from engine.plugin.kernels import DecodeRows, ExtendRows, Scratch
+    from engine.plugin.kernels import DecodeRows, ExtendRows, Scratch, SharedRows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -59,6 +59,7 @@ class TritonAttention(PagedAttention):
             window=shape.window,
         )
         self._scratch: Scratch | None = None
+        self._shared: SharedRows | None = None
         self._block_tokens = kernels.extend_blocks(self._shape, dtype).queries // self._shape.group
 
     def prepare(self, batch: Batch) -> Plan:
@@ -85,7 +86,8 @@ class TritonAttention(PagedAttention):
             return None
         rows = len(batch.slots)
         numbers = Mirror(self._decoding.SharedRows.size(rows), self.device)
-        shared = self._decoding.SharedRows.of(numbers.device, rows, self._shape)
+        shared = self._decoding.SharedRows.of(numbers.device, rows, self._shape, self._shared)
+        self._shared = self._shared or shared  # graphs run one at a time, and the largest is captured first
         decode = self._decode(batch.slots, batch.row_starts, batch.row_offsets[:-1])
         return Plan(batch.page_table, dataclasses.replace(decode, shared=shared), None, numbers)
 

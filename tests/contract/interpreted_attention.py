@@ -86,6 +86,7 @@ def test_rows_that_share_prefixes_attend_to_all_of_them() -> None:
 
 
 def test_a_prefix_may_have_fewer_blocks_than_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a step may leave its pieces where one of more rows does."""
     cut = kernels.Blocks(queries=16, positions=64, warps=4, stages=1)
     monkeypatch.setattr(decoding, "prefix_blocks", lambda shape, dtype: cut)
     torch.manual_seed(0)
@@ -96,7 +97,9 @@ def test_a_prefix_may_have_fewer_blocks_than_pieces(monkeypatch: pytest.MonkeyPa
     counts, tiles, members, firsts = decoding.list_shared((prefix,), 3, SHAPE, teams)
     assert counts.tolist() == [1, decoding.PREFIX_PIECES]
     numbers = torch.from_numpy(np.concatenate((counts, tiles, members, firsts)))
-    shared = decoding.SharedRows.of(numbers, 3, SHAPE)
+    other = decoding.SharedRows.of(torch.zeros(decoding.SharedRows.size(5), dtype=torch.int64), 5, SHAPE)
+    shared = decoding.SharedRows.of(numbers, 3, SHAPE, other)
+    assert shared.partial is other.partial
     positions = torch.tensor([128, 140, 399])
     out = torch.full_like(query, torch.nan)
     rows = decoding.plan_decode(order, positions, order, SHAPE, teams, shared=shared)
