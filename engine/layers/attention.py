@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from engine.kernels import ops_for
 from engine.kernels.ops import HeadNorms, Heads, Rotation
-from engine.layers.batch import Batch
+from engine.layers.batch import Batch, upload
 from engine.layers.kv_scales import FP8_TYPES, KVScales
 from engine.plugin.specs import KVGroup
 
@@ -61,6 +61,10 @@ class Backend(ABC):
         self.device = device
         self.dtype = dtype
         self.kv_dtype = kv_dtype or dtype
+
+    def upload(self, numbers: np.ndarray) -> Tensor:
+        """A device copy of a host array that does not wait for the device."""
+        return upload(numbers, self.device)
 
     @abstractmethod
     def kv_group(self) -> KVGroup:

@@ -1,4 +1,4 @@
-"""The inputs of one step, as a model and its attention backend see them, and how host numbers reach a CUDA graph.
+"""The inputs of one step, as a model and its attention backend see them, and how host numbers reach a device.
 
 R rows (one request's part of the step each) hold T tokens, laid end to end; S of the rows are sampled.
 Host arrays let a backend plan its work without asking the device. Left out: media embeddings, spans of
@@ -36,6 +36,12 @@ class Batch:
         """[R, P] int64: the pages of each row, as many as the longest has; a line's further ones are not its own."""
         count = -(-int((self.starts + self.lengths).max()) // page_size)
         return self.page_table[self.slots, :count].to(torch.int64)
+
+
+def upload(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """A device copy of a host array that does not wait for the device: through pinned memory on a GPU."""
+    host = torch.from_numpy(numbers)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 class Mirror:

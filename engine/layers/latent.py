@@ -200,11 +200,6 @@ class LatentBackend(Backend):
             offsets=offsets,
         )
 
-    def upload(self, numbers: np.ndarray) -> Tensor:
-        """A device copy of a host array that does not wait for the device."""
-        host = torch.from_numpy(numbers)
-        return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
-
     def forward(self, query: Tensor, latents: Tensor, up: Tensor, cache: Tensor, plan: Any) -> Tensor:
         """Attends: [T, query_heads, value_dim].
 

@@ -4,13 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.layers.batch import Batch
-
-
-def upload(numbers: np.ndarray, device: torch.device) -> Tensor:
-    """A device copy of a host array that does not wait for the device: through pinned memory on a GPU."""
-    host = torch.from_numpy(numbers)
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+from engine.layers.batch import Batch, upload
 
 
 def build_batch(

@@ -25,10 +25,10 @@ from engine.config import Config
 from engine.errors import EngineError
 from engine.grammars.engines import Engines
 from engine.kernels.bitmask import apply_bitmask
+from engine.layers.batch import upload
 from engine.messages import GrammarLoaded, LoadGrammar, SlotAdmit
 from engine.plugin.manager import Plugins
 from engine.plugin.specs import Checkpoint, CompiledGrammar, GrammarEngine, GrammarEntry, Vocabulary
-from engine.worker.batch import upload
 
 log = logging.getLogger("engine.worker")
 

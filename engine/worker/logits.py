@@ -28,8 +28,8 @@ from engine.kernels.adjustments import (
     penalize,
 )
 from engine.kernels.bitmask import apply_bitmask, mask_words, pack_ids
+from engine.layers.batch import upload
 from engine.messages import Sampling, SlotAdmit
-from engine.worker.batch import upload
 
 ALWAYS = 2**31 - 1  # `until` of an edit that does not end
 SCRATCH_BYTES = 64 << 20  # in which a GPU counts tokens, of so many rows at a time

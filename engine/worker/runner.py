@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.layers.batch import Batch
+from engine.layers.batch import Batch, upload
 from engine.layers.encoder import Encoder
 from engine.layers.model import Model
 from engine.messages import Logprobs, Sampling, SlotAdmit, StepDone, StepPlan
-from engine.worker.batch import build_batch, upload
+from engine.worker.batch import build_batch
 from engine.worker.demands import PLAIN
 from engine.worker.experts import heed_padding
 from engine.worker.grammar import Grammars, Guided

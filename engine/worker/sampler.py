@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.layers.batch import upload
 from engine.messages import Sampling, SlotAdmit
-from engine.worker.batch import upload
 
 GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)  # SplitMix64's odd increment, as a signed number
 

@@ -127,10 +127,7 @@ class FlashInferAttention(PagedAttention):
     def launch_rows(self, batch: Batch, first: int, end: int, part: int = 0) -> Launch:
         """For the rows `first` .. `end` - 1; those before `first` have one token each. A step has two parts at most."""
         queries, pages, last = row_lists(batch.starts[first:end], batch.lengths[first:end], self.page_size)
-        host = torch.from_numpy(np.concatenate((queries, pages, last)))
-        if self.device.type == "cuda":
-            host = host.pin_memory()
-        lists = RowLists(host.to(self.device, non_blocking=True))
+        lists = RowLists(self.upload(np.concatenate((queries, pages, last))))
         listed = torch.empty(int(pages[-1]), dtype=torch.int32, device=self.device)
         self._lists.list_pages(batch.page_table, batch.slots[first:end], lists.pages, listed)
         tokens = int(queries[-1])

@@ -66,7 +66,7 @@ class TritonAttention(PagedAttention):
         if not (batch.lengths == 1).all():
             blocks = self._kernels.list_extend_blocks(batch.starts, batch.lengths, self._block_tokens)
             extend = self._kernels.ExtendRows(
-                blocks=self._upload(blocks), slots=batch.slots, starts=batch.row_starts, offsets=batch.row_offsets
+                blocks=self.upload(blocks), slots=batch.slots, starts=batch.row_starts, offsets=batch.row_offsets
             )
         return Plan(batch.page_table, decode, extend)
 
@@ -74,7 +74,7 @@ class TritonAttention(PagedAttention):
         """Those `rows` of `batch`, of one token each."""
         if not len(rows):
             return None
-        index = self._upload(rows)
+        index = self.upload(rows)
         return self._decode(*(part[index] for part in (batch.slots, batch.row_starts, batch.row_offsets)))
 
     def capture(self, batch: Batch) -> Plan:
@@ -124,10 +124,6 @@ class TritonAttention(PagedAttention):
         rows = self._decoding.plan_decode(slots, positions, tokens, self._shape, teams, self._scratch)
         self._scratch = rows.scratch
         return rows
-
-    def _upload(self, numbers: np.ndarray) -> Tensor:
-        host = torch.from_numpy(numbers)
-        return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
 
     def attend(self, query: Tensor, cache: Tensor, plan: Plan) -> Tensor:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)

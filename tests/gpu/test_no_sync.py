@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.errors import ConfigError
 from engine.messages import SlotAdmit, StepPlan
 from engine.plugin.manager import Plugins
 from engine.plugin.testing import ModelHarness
@@ -22,14 +23,15 @@ CONFIG = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "head_dim": 128,  # that of FlashInfer's kernels that may have been compiled before
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 64,
 }
 
 
 def tensors() -> dict[str, torch.Tensor]:
-    layer = {f"self_attn.{name}_proj.weight": (256, 256) for name in "qo"}
-    layer |= {f"self_attn.{name}_proj.weight": (128, 256) for name in "kv"}
+    layer = {f"self_attn.{name}_proj.weight": (256, 256) for name in "kv"}
+    layer |= {"self_attn.q_proj.weight": (512, 256), "self_attn.o_proj.weight": (256, 512)}
     layer |= {"mlp.gate_proj.weight": (512, 256), "mlp.up_proj.weight": (512, 256), "mlp.down_proj.weight": (256, 512)}
     layer |= {"input_layernorm.weight": (256,), "post_attention_layernorm.weight": (256,)}
     shapes = {f"model.layers.{number}.{name}": shape for number in range(2) for name, shape in layer.items()}
@@ -44,7 +46,10 @@ BACKENDS = [name for name in ("triton", "flashinfer") if find_spec(name) is not 
 @pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
 def test_launching_a_step_waits_for_nothing(backend: str, graphs: bool) -> None:
     chosen = Backends(Plugins.load((backend,)), "cuda").build
-    harness = ModelHarness(Llama, CONFIG, tensors(), attention=chosen, device="cuda", dtype=torch.bfloat16)  # type: ignore[arg-type]
+    try:
+        harness = ModelHarness(Llama, CONFIG, tensors(), attention=chosen, device="cuda", dtype=torch.bfloat16)  # type: ignore[arg-type]
+    except ConfigError as error:
+        pytest.skip(str(error))
     runner = harness.runner
     if graphs:
         runner.capture(scratch_page=int(harness.order[-1]))
