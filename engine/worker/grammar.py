@@ -88,7 +88,8 @@ class Beginning:
         from engine.grammars.vocabulary import read_vocabulary  # here, beside the loading: it takes a while too
 
         vocabulary = read_vocabulary(checkpoint, config, size)
-        threads = max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) - 1))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = max(1, min(MOST_THREADS, cores - 1))
         engines = Engines(entries, vocabulary, threads=threads, whitespace=config.grammar.json_whitespace)
         if vocabulary.eos_ids:
             engines.warm_up()
@@ -124,6 +125,7 @@ class Grammars:
         self._masks: np.ndarray = self._host.numpy()
         self._device = device
         self._guides: list[Guide | None] = [None] * slots
+        self._new: dict[int, SlotAdmit] = {}  # by slot, whose guides are still to be made
         self._changed = threading.Condition()
         self._loaded: dict[int, tuple[GrammarEngine, CompiledGrammar] | str] = {}  # a text says why it is not there
 
@@ -155,8 +157,12 @@ class Grammars:
     # ── rows ─────────────────────────────────────────────────────────────────────────────────
 
     def admit(self, admit: SlotAdmit) -> None:
-        """From now on the slot follows the grammar of `admit`, whose tokens so far it reads; or none."""
-        self._guides[admit.slot] = self._guide(admit) if admit.grammar else None
+        """From now on the slot follows the grammar of `admit`, whose tokens so far it reads; or none. Its guide is made
+        when it is first sampled, while the device computes."""
+        self._guides[admit.slot] = None
+        self._new.pop(admit.slot, None)
+        if admit.grammar:
+            self._new[admit.slot] = admit
 
     def _guide(self, admit: SlotAdmit) -> Guide:
         with self._changed:  # it is there, but right after the start of a device whose forerunner was lost
@@ -175,6 +181,9 @@ class Grammars:
 
     def guided(self, slots: np.ndarray) -> Guided:
         """The rows of a step, sampled in `slots`, that have a grammar."""
+        if self._new:
+            for slot in self._new.keys() & set(slots.tolist()):
+                self._guides[slot] = self._guide(self._new.pop(slot))
         return tuple((row, guide) for row, slot in enumerate(slots.tolist()) if (guide := self._guides[slot]))
 
     def accept(self, guided: Guided, tokens: Sequence[int]) -> tuple[tuple[int, str], ...]:

@@ -65,6 +65,8 @@ class XGrammar:
         compiler = xgrammar.GrammarCompiler(self._info, max_threads=1, cache_enabled=False)
         try:
             return XGrammarCompiled(self._compiled(compiler, grammar))
+        except UnicodeDecodeError:  # in the library's own message
+            raise RequestError(f"xgrammar does not take the {grammar.kind}", code="invalid_grammar") from None
         except RuntimeError as error:  # of the library, whose messages begin with the place in its source
             said = PLACE.sub("", str(error).strip().splitlines()[-1])
             message = f"xgrammar does not take the {grammar.kind}: {said[:500]}"
