@@ -227,8 +227,9 @@ def order_kernel(
 
 
 def tokens_together(tokens: int, columns: int) -> int:
-    """How many tokens one program takes."""
-    return max(1, min(triton.next_power_of_2(tokens), TILE // columns))
+    """How many tokens one program takes: with their experts a number for each thread of a warp at least, as Triton 3.6
+    cannot compile sums over fewer ("operand #0 does not dominate this use")."""
+    return max(1, 32 // columns, min(triton.next_power_of_2(tokens), TILE // columns))
 
 
 def route(

@@ -37,10 +37,12 @@ POINTERS = {
 TYPES = {name: kind for kind, names in POINTERS.items() for name in names}
 
 
-def compile_for_hopper(kernel: Any, constants: dict[str, Any], cut: Cut | None = None, **types: str) -> str:
+def compile_for_hopper(
+    kernel: Any, constants: dict[str, Any], cut: Cut | None = None, num_warps: int = 4, **types: str
+) -> str:
     """Its PTX. `types` are those of arguments other than usual."""
     usual = {"BLOCK": BLOCK, "LARGEST": LARGEST, "PRECISION": "tf32", "DEPENDS": True}
-    options = {"num_warps": 4}
+    options = {"num_warps": num_warps}
     if cut is not None:
         usual |= {"ROWS": cut.rows, "COLUMNS": cut.columns, "DEPTH": cut.depth, "TOGETHER": cut.together}
         options = {"num_warps": cut.warps, "num_stages": cut.stages}
@@ -90,6 +92,15 @@ def test_routing(v3: bool) -> None:
     compile_for_hopper(triton_routing.gate_kernel, tile, logits="*fp32")
     compile_for_hopper(triton_routing.route_kernel, usual | {"ORDERS": not v3}, places="i32")
     compile_for_hopper(triton_routing.order_kernel, usual | {"SOME": 16}, places="i32")
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(2, 1), (3, 1), (8, 2)])
+def test_routing_of_one_token_among_few_experts(experts: int, top_k: int) -> None:
+    columns = triton.next_power_of_2(experts)
+    cut = {"TOKENS": triton_routing.tokens_together(1, columns), "COLUMNS": columns, "ROWS": 16, "ORDERS": True}
+    usual = {"EXPERTS": experts, "TOP_K": top_k, "GROUPS": 1, "KEPT": 1, "BEST": 1, "NORMALISED": True}
+    flags = dict.fromkeys(("SIGMOID", "BIASED", "RECORDS", "PADDED"), False)
+    compile_for_hopper(triton_routing.route_kernel, usual | cut | flags, places="i32", num_warps=1)
 
 
 @pytest.mark.parametrize("scales", [1, 2], ids=["blocks", "rows"])
