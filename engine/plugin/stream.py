@@ -207,14 +207,18 @@ class StreamParser:
         """Tell what comes before the first of `marks`, and pass over it; which it was, nothing at the end.
 
         The `strip` characters before it are read, but not told."""
+        wanted = Marks(marks)
+        seen = self._at  # before here no mark begins; from _at to here there are `strip` characters alone
         while True:
-            place, mark = _first(self._text, self._at, marks)
-            told = self._at + len(self._text[self._at : place].rstrip(strip))
+            place, mark = wanted.first(self._text, seen)
+            fresh = self._text[seen:place].rstrip(strip)
+            told = seen + len(fresh) if fresh else self._at
             if told:
                 self._at = told
                 self._tell(tell)
+            seen = place - told
             if mark:
-                self._at = place - told + len(mark)
+                self._at = seen + len(mark)
                 return mark
             if self._ended:
                 self._at = len(self._text)
@@ -247,22 +251,25 @@ class StreamParser:
         self._at = 0
 
 
-def _first(text: str, start: int, marks: Sequence[str]) -> tuple[int, str]:
-    """Where in `text`, from `start` on, the first of `marks` stands, and which it is; none, where one may have begun
-    without being all there, or at the end of the text."""
-    first, found = len(text), ""
-    for mark in marks:
-        place = text.find(mark[0], start)
-        while 0 <= place < first:
-            if text.startswith(mark, place):
-                first, found = place, mark
-            elif mark.startswith(text[place:]):
-                first, found = place, ""
-            else:
-                place = text.find(mark[0], place + 1)
-                continue
-            break
-    return first, found
+class Marks:
+    """Several texts that are looked for at once."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._texts = texts
+        self._any = re.compile("|".join(map(re.escape, texts)))
+        self._heads = re.compile("[" + "".join(sorted({re.escape(text[0]) for text in texts})) + "]")
+        self._longest = max(map(len, texts))
+
+    def first(self, text: str, start: int) -> tuple[int, str]:
+        """Where in `text`, from `start` on, the first of them stands, and which it is; none, where one may have begun
+        without being all there, or at the end of the text."""
+        found = self._any.search(text, start)
+        end = found.start() if found else len(text)
+        for head in self._heads.finditer(text, max(start, len(text) - self._longest + 1), end):
+            rest = text[head.start() :]
+            if any(mark.startswith(rest) for mark in self._texts):
+                return head.start(), ""
+        return end, found[0] if found else ""
 
 
 class Value:
