@@ -1,51 +1,31 @@
-"""Triton kernels of latent attention compiled for a Hopper GPU, without one: the interpreter runs what the compiler
-refuses, as where a variable has another type in each branch, and knows nothing of shared memory.
+"""Triton kernels of latent attention pass the compiler for a Hopper GPU that is not here, in the types and sizes of
+DeepSeek-V2-Lite and V3."""
 
-In the types and sizes of DeepSeek-V2-Lite and V3. Takes some seconds where Triton's cache does not have them.
-"""
-
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("triton")
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from hopper import MARKS, SHARED_MEMORY, compile_for_hopper, types_by_name
 
 from engine.kernels import triton_expanded, triton_latent, triton_mla
 
-ASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-pytestmark = [
-    pytest.mark.skipif(not ASSEMBLER.exists(), reason="Triton is installed without its assembler for NVIDIA GPUs"),
-    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
-]
-HOPPER = GPUTarget("cuda", 90, 32)
-SHARED_MEMORY = 227 << 10  # of a program on a Hopper GPU
-POINTERS = {
+pytestmark = MARKS
+TYPES = types_by_name({
     "*bf16": ("query", "rotated", "out", "key", "value", "latents", "weight", "cosines", "sines", "cache"),
     "*i64": ("slots", "positions", "tokens", "blocks", "starts", "offsets", "queries", "keys", "places"),
     "*fp32": ("partial", "maxima", "sums"),
     "*i32": ("page_table",),
     "fp32": ("epsilon",),
-}
-TYPES = {name: kind for kind, names in POINTERS.items() for name in names}
+})  # fmt: skip
 BF16 = torch.bfloat16
 
 
 def compiled(kernel: Any, constants: dict[str, Any], **others: Any) -> Any:
     """`others` are types of arguments other than usual, and options of the compiler."""
-    constants = {"PRECISION": None, "SCALE": 0.1, **constants}
-    constants |= {name: False for name in ("DEPENDS",) if name in kernel.arg_names}
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    signature = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in kernel.arg_names}
-    signature |= {name: kind for name, kind in others.items() if name in kernel.arg_names}
+    constants = {"PRECISION": None, "SCALE": 0.1, "DEPENDS": False, **constants}
+    types = {name: kind for name, kind in others.items() if name in kernel.arg_names}
     options = {name: value for name, value in others.items() if name not in kernel.arg_names}
-    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
-    return triton.compile(source, target=HOPPER, options=options)
+    return compile_for_hopper(kernel, constants, TYPES | types, **options)
 
 
 @pytest.mark.parametrize(("heads", "cache"), [(16, "*bf16"), (128, "*fp8e4nv")])

@@ -1,20 +1,13 @@
-"""The kernels on logits pass Triton's compiler for a GPU that is not here: the interpreter takes what it would not."""
+"""The kernels on logits pass Triton's compiler for a Hopper GPU that is not here."""
 
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
-
-if find_spec("triton") is None:
-    pytest.skip("needs Triton", allow_module_level=True)
-
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from hopper import MARKS, compile_for_hopper
 
 from engine.kernels import filters, sampling, scores, triton_adjustments, triton_bitmask
 
-HOPPER = GPUTarget("cuda", 90, 32)
+pytestmark = MARKS
 CHUNKS = {"CHUNKS": 64, "GROUPS": 8192}
 PARAMETERS = "*i64 *fp32 *fp32 *fp32 *i32"
 SCANNED = "*fp32 *fp32 *fp32"
@@ -62,8 +55,7 @@ def test_it_compiles_for_hopper(kernel: Any, types: str, constants: dict[str, An
         pytest.skip("has float32 logits alone")
     values = {name: shift if value == "SHIFT" else value for name, value in constants.items()}
     given = iter(types.replace("LOGITS", logits).split())
-    signature = {name: "constexpr" if name in values else next(given) for name in kernel.arg_names}
-    places = {(kernel.arg_names.index(name),): value for name, value in values.items()}
-    compiled = triton.compile(ASTSource(kernel, signature, places), target=HOPPER, options={"num_warps": 8})
+    kinds = {name: next(given) for name in kernel.arg_names if name not in values}
+    compiled = compile_for_hopper(kernel, values, kinds, num_warps=8)
     assert compiled.asm["cubin"]
     assert not next(given, None)

@@ -1,56 +1,34 @@
-"""Triton kernels of mixtures and of FP8 products compiled for a Hopper GPU, without one, in the sizes of DeepSeek's
-V2-Lite and V3, and as they are cut there: the interpreter takes what the compiler refuses, and knows nothing of shared
-memory.
+"""Triton kernels of mixtures and of FP8 products pass the compiler for a Hopper GPU that is not here, in the sizes of
+DeepSeek's V2-Lite and V3, and as they are cut there."""
 
-Takes some seconds where Triton's cache does not have them.
-"""
-
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("triton")
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from hopper import MARKS, SHARED_MEMORY, compile_for_hopper, types_by_name
 
 from engine.kernels import triton_experts, triton_fp8, triton_moe, triton_routing
 from engine.kernels.fp8 import BLOCK, LARGEST
 from engine.kernels.triton_fp8 import Cut
 
-ASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-pytestmark = [
-    pytest.mark.skipif(not ASSEMBLER.exists(), reason="Triton is installed without its assembler for NVIDIA GPUs"),
-    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
-]
-HOPPER = GPUTarget("cuda", 90, 32)
-SHARED_MEMORY = 227 << 10  # of a program on a Hopper GPU
-POINTERS = {
+pytestmark = MARKS
+TYPES = types_by_name({
     "*bf16": ("hidden", "inputs", "made", "base", "out", "weight"),
     "*fp32": ("logits", "bias", "weights", "scales", "input_scales", "out_scales"),
     "*i64": ("experts", "recorded", "real"),
     "*i32": ("chunks", "recording", "order", "ends", "tasks", "count", "choices", "places"),
     "*fp8e4nv": ("numbers",),
     "fp32": ("scale",),
-}
-TYPES = {name: kind for kind, names in POINTERS.items() for name in names}
+})  # fmt: skip
 
 
-def compile_for_hopper(
-    kernel: Any, constants: dict[str, Any], cut: Cut | None = None, num_warps: int = 4, **types: str
-) -> str:
+def compiled(kernel: Any, constants: dict[str, Any], cut: Cut | None = None, num_warps: int = 4, **types: str) -> str:
     """Its PTX. `types` are those of arguments other than usual."""
     usual = {"BLOCK": BLOCK, "LARGEST": LARGEST, "PRECISION": "tf32", "DEPENDS": True}
     options = {"num_warps": num_warps}
     if cut is not None:
         usual |= {"ROWS": cut.rows, "COLUMNS": cut.columns, "DEPTH": cut.depth, "TOGETHER": cut.together}
         options = {"num_warps": cut.warps, "num_stages": cut.stages}
-    constants = {name: value for name, value in (usual | constants).items() if name in kernel.arg_names}
-    kinds = TYPES | types
-    signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
-    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    made = triton.compile(ASTSource(kernel, signature, places), target=HOPPER, options=options)
+    made = compile_for_hopper(kernel, usual | constants, TYPES | types, **options)
     assert made.metadata.shared <= SHARED_MEMORY, cut
     text: str = made.asm["ptx"]
     return text
@@ -67,7 +45,7 @@ def test_products_of_tasks(regime: triton_moe.Regime, fp8: bool) -> None:
         sizes = {"N": 1408, "K": 2048, "TOP_K": 6} if gated else {"N": 2048, "K": 1408, "TOP_K": 1}
         out = {"out": "*fp8e4nv"} if quantized and gated else {}
         constants = {**usual, **sizes, "GATED": gated, "QUANTIZES": quantized and gated}
-        text = compile_for_hopper(triton_experts.multiply_kernel, constants, cut, **kinds, **out)
+        text = compiled(triton_experts.multiply_kernel, constants, cut, **kinds, **out)
         assert ("wgmma" in text) == (cut.rows >= 64), "many rows are for the matrix units of a Hopper GPU"
         assert "e4m3.e4m3" in text or not quantized
 
@@ -77,9 +55,9 @@ def test_products_of_few_tokens_and_sums(weight: str) -> None:
     usual = {"SCALES": int(weight != "*bf16"), "TOP_K": 6, "BASED": True, "PLACED": False}
     up = {"INNER": 1408, "SIZE": 2048, "ROWS": 4 if weight == "*bf16" else 2, "COLUMNS": 1024}
     down = {"SIZE": 2048, "INNER": 1408, "ROWS": 2, "COLUMNS": 2048}
-    compile_for_hopper(triton_experts.vector_up_kernel, usual | up, weight=weight)
-    compile_for_hopper(triton_experts.vector_down_kernel, usual | down, weight=weight)
-    compile_for_hopper(triton_experts.combine_kernel, usual | {"SIZE": 2048, "COLUMNS": 1024})
+    compiled(triton_experts.vector_up_kernel, usual | up, weight=weight)
+    compiled(triton_experts.vector_down_kernel, usual | down, weight=weight)
+    compiled(triton_experts.combine_kernel, usual | {"SIZE": 2048, "COLUMNS": 1024})
 
 
 @pytest.mark.parametrize("v3", [False, True], ids=["v2-lite", "v3"])
@@ -89,32 +67,32 @@ def test_routing(v3: bool) -> None:
         experts = {"EXPERTS": 64, "TOP_K": 6, "GROUPS": 1, "KEPT": 1, "BEST": 1, "TOKENS": 64, "COLUMNS": 64}
     usual = {**experts, "SIGMOID": v3, "BIASED": v3, "NORMALISED": v3, "RECORDS": True, "PADDED": True, "ROWS": 16}
     tile = {"EXPERTS": experts["EXPERTS"], "SIZE": 7168, "TOKENS": 1, "COLUMNS": 8192}
-    compile_for_hopper(triton_routing.gate_kernel, tile, logits="*fp32")
-    compile_for_hopper(triton_routing.route_kernel, usual | {"ORDERS": not v3}, places="i32")
-    compile_for_hopper(triton_routing.order_kernel, usual | {"SOME": 16}, places="i32")
+    compiled(triton_routing.gate_kernel, tile, logits="*fp32")
+    compiled(triton_routing.route_kernel, usual | {"ORDERS": not v3}, places="i32")
+    compiled(triton_routing.order_kernel, usual | {"SOME": 16}, places="i32")
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(2, 1), (3, 1), (8, 2)])
 def test_routing_of_one_token_among_few_experts(experts: int, top_k: int) -> None:
-    columns = triton.next_power_of_2(experts)
+    columns = 1 << (experts - 1).bit_length()
     cut = {"TOKENS": triton_routing.tokens_together(1, columns), "COLUMNS": columns, "ROWS": 16, "ORDERS": True}
     usual = {"EXPERTS": experts, "TOP_K": top_k, "GROUPS": 1, "KEPT": 1, "BEST": 1, "NORMALISED": True}
     flags = dict.fromkeys(("SIGMOID", "BIASED", "RECORDS", "PADDED"), False)
-    compile_for_hopper(triton_routing.route_kernel, usual | cut | flags, places="i32", num_warps=1)
+    compiled(triton_routing.route_kernel, usual | cut | flags, places="i32", num_warps=1)
 
 
 @pytest.mark.parametrize("scales", [1, 2], ids=["blocks", "rows"])
 def test_fp8_products(scales: int) -> None:
     usual = {"N": 2112, "K": 7168, "SCALES": scales, "BIASED": True}
     types = {"weight": "*fp8e4nv", "bias": "*bf16"}
-    compile_for_hopper(triton_fp8.vector_kernel, usual | {"ROWS": 4, "COLUMNS": 2048}, **types)
+    compiled(triton_fp8.vector_kernel, usual | {"ROWS": 4, "COLUMNS": 2048}, **types)
     for cut in (triton_fp8.CUTS[0][1], triton_fp8.CUTS[-1][1]):
         quantized = cut.rows >= 128
         inputs = {"inputs": "*fp8e4nv"} if quantized else {}
-        compile_for_hopper(triton_fp8.linear_kernel, usual | {"QUANTIZED": quantized}, cut, **types, **inputs)
+        compiled(triton_fp8.linear_kernel, usual | {"QUANTIZED": quantized}, cut, **types, **inputs)
 
 
 def test_activations_become_fp8() -> None:
     for gated in (False, True):
-        compile_for_hopper(triton_fp8.quantize_kernel, {"SIZE": 2048, "GATED": gated, "TOGETHER": 8})
-        compile_for_hopper(triton_fp8.quantize_lines_kernel, {"SIZE": 2048, "GATED": gated, "COLUMNS": 2048})
+        compiled(triton_fp8.quantize_kernel, {"SIZE": 2048, "GATED": gated, "TOGETHER": 8})
+        compiled(triton_fp8.quantize_lines_kernel, {"SIZE": 2048, "GATED": gated, "COLUMNS": 2048})

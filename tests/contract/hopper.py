@@ -1,0 +1,35 @@
+"""Triton kernels compiled for a Hopper GPU, without one: the interpreter runs what the compiler refuses, as where a
+variable has another type in each branch, and knows nothing of shared memory. Takes some seconds where Triton's cache
+does not have them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+SHARED_MEMORY = 227 << 10  # of a program on a Hopper GPU
+ASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+MARKS = [
+    pytest.mark.skipif(not ASSEMBLER.exists(), reason="Triton is installed without its assembler for NVIDIA GPUs"),
+    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
+]
+
+
+def types_by_name(names: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """From each type's arguments to each argument's type."""
+    return {name: kind for kind, arguments in names.items() for name in arguments}
+
+
+def compile_for_hopper(kernel: Any, constants: Mapping[str, Any], types: Mapping[str, str], **options: int) -> Any:
+    """What Triton makes of `kernel`. Arguments that are in neither are int32; those that it does not have are passed
+    over."""
+    values = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = {name: "constexpr" if name in values else types.get(name, "i32") for name in kernel.arg_names}
+    places = {(kernel.arg_names.index(name),): value for name, value in values.items()}
+    return triton.compile(ASTSource(kernel, signature, places), target=GPUTarget("cuda", 90, 32), options=dict(options))
