@@ -8,7 +8,6 @@ TFLOP/s. `--sweep` times the Triton kernels with other cuts than their own.
 """
 
 import argparse
-import statistics
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton
+from timing import graph_time  # type: ignore[import-not-found]
 from torch import Tensor
 
 from engine.errors import ConfigError
@@ -72,29 +72,6 @@ class Setting:
         return self.batch(np.full(self.rows, self.length - 1), np.ones(self.rows, np.int64))
 
 
-def microseconds(attend: Callable[[Tensor], Any], caches: list[Tensor]) -> float:
-    """Of one layer, in a captured graph of all: the median of many replays."""
-    for cache in caches:
-        attend(cache)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(max(1, 8 // len(caches))):
-            for cache in caches:
-                attend(cache)
-    count = max(1, 8 // len(caches)) * len(caches)
-    for _ in range(2):
-        graph.replay()
-    times = []
-    for _ in range(15):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * begin.elapsed_time(end) / count)
-    return statistics.median(times)
-
-
 def paged_backend(name: str, setting: Setting) -> PagedAttention | None:
     try:
         built = resolve(Plugins.load().attention[name].target)(setting.shape, setting.page_size, DEVICE, torch.bfloat16)
@@ -115,7 +92,7 @@ def decode_row(name: str, setting: Setting) -> float | None:
     if plan is None:
         return None
     backend.refill(plan, batch.slots.cpu().numpy(), batch.starts)
-    return microseconds(lambda cache: backend.attend(query, cache, plan), setting.caches)
+    return graph_time(lambda cache: backend.attend(query, cache, plan), setting.caches)
 
 
 def prompt_row(name: str, setting: Setting) -> float | None:
@@ -206,7 +183,7 @@ def cut_decode(setting: Setting, blocks: kernels.Blocks, teams: int) -> float:
     batch, query, shape = setting.decode_batch(), setting.query(setting.rows), paged_shape(setting)
     rows = decoding.plan_decode(batch.slots, batch.row_starts, batch.row_offsets[:-1], shape, teams)
     out = torch.empty_like(query)
-    return microseconds(
+    return graph_time(
         lambda cache: decoding.attend_decode(query, cache, setting.table, out, rows, shape, blocks), setting.caches
     )
 
@@ -230,7 +207,7 @@ def bench_shared() -> None:
         for each in (None, shared):
             rows = decoding.plan_decode(batch.slots, batch.row_starts, tokens, shape, teams, shared=each)
             attend = partial(decoding.attend_decode, query, page_table=setting.table, out=out, rows=rows, shape=shape)
-            times.append(microseconds(attend, setting.caches))
+            times.append(graph_time(attend, setting.caches))
         print(f"{model:12} {times[0]:8.1f} {times[1]:8.1f}", flush=True)
 
 

@@ -8,13 +8,13 @@ matrices with the norms and the activation between them, without attention.
 """
 
 import argparse
-import statistics
 from collections.abc import Callable
 from functools import partial
 from itertools import product
 
 import torch
 import triton
+from timing import graph_time  # type: ignore[import-not-found]
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -37,27 +37,6 @@ CUTS = [
 ]  # fmt: skip
 
 
-def microseconds(call: Callable[[Tensor], object], weights: list[Tensor]) -> float:
-    """Of one call, in a captured graph of all of `weights`: the median of many replays."""
-    for weight in weights[:2]:
-        call(weight)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for weight in weights:
-            call(weight)
-    graph.replay()
-    times = []
-    for _ in range(9):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * begin.elapsed_time(end) / len(weights))
-    return statistics.median(times)
-
-
 def matrices(rows: int, columns: int) -> list[Tensor]:
     count = max(4, min(48, (300 << 20) // (rows * columns * 2)))
     return [torch.randn(rows, columns, device=DEVICE, dtype=torch.bfloat16) * 0.02 for _ in range(count)]
@@ -70,7 +49,7 @@ def best_cuts(inputs: Tensor, weights: list[Tensor]) -> list[tuple[float, Cut]]:
         try:
             got = skinny_linear(inputs, weights[0], None, cut)
             assert (got - wanted).norm() < 2e-2 * wanted.norm(), f"{cut} computes something else"
-            times.append((microseconds(partial(skinny_linear, inputs, bias=None, cut=cut), weights), cut))
+            times.append((graph_time(partial(skinny_linear, inputs, bias=None, cut=cut), weights), cut))
         except triton.runtime.errors.OutOfResources:
             continue
     return sorted(times, key=lambda each: each[0])
@@ -80,10 +59,10 @@ def bench_matrix(name: str, shape: tuple[int, int], tokens: int) -> Cut | None:
     weights = matrices(*shape)
     inputs = torch.randn(tokens, shape[1], device=DEVICE, dtype=torch.bfloat16)
     floor = max(shape[0] * shape[1] * 2 / BANDWIDTH, 2 * shape[0] * shape[1] * tokens / RATE) * 1e6
-    line = f"{name:20} {tokens:>4} {floor:7.2f}  torch {microseconds(lambda w: linear(inputs, w), weights):7.2f}"
+    line = f"{name:20} {tokens:>4} {floor:7.2f}  torch {graph_time(lambda w: linear(inputs, w), weights):7.2f}"
     if tokens == 1:
         for rows, columns in ((2, 1024), (2, 2048), (2, 4096), (4, 1024), (4, 2048), (8, 1024), (1, 4096)):
-            took = microseconds(
+            took = graph_time(
                 partial(TritonOps().vector_linear, inputs, bias=None, rows=rows, columns=columns), weights
             )
             line += f" {rows}x{columns} {took:.2f}"
@@ -115,7 +94,7 @@ def bench_chain(name: str, tokens: int, cuts: dict[str, Cut | None]) -> str:
     }
     if tokens == 1:
         ways["vector"] = lambda x, w, part: ops.vector_linear(x, w, None)
-    times = {way: microseconds(partial(layer, each), layers) for way, each in ways.items()}  # type: ignore[arg-type]
+    times = {way: graph_time(partial(layer, each), layers) for way, each in ways.items()}
     return ", ".join(f"{way} {took:.2f}" for way, took in times.items())
 
 

@@ -10,7 +10,6 @@ its own. The table of decode steps comes last.
 """
 
 import argparse
-import statistics
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton
+from timing import graph_time  # type: ignore[import-not-found]
 from torch import Tensor
 
 from engine.errors import ConfigError
@@ -79,28 +79,6 @@ class Setting:
             return None
         assert isinstance(built, LatentBackend)
         return built
-
-
-def graph_time(attend: Callable[[Tensor], Any], caches: list[Tensor]) -> float:
-    """Microseconds of one layer, in a captured graph of all: the median of many replays."""
-    for cache in caches:
-        attend(cache)
-    count = max(1, 8 // len(caches)) * len(caches)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for index in range(count):
-            attend(caches[index % len(caches)])
-    for _ in range(2):
-        graph.replay()
-    times = []
-    for _ in range(15):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * begin.elapsed_time(end) / count)
-    return statistics.median(times)
 
 
 def eager_time(call: Callable[[], Any]) -> float:
