@@ -14,7 +14,7 @@ import anyio.abc
 import anyio.to_thread
 from anyio.streams.memory import MemoryObjectReceiveStream
 
-from engine.actors.executor import Process, ended, exit_cause, spawn
+from engine.actors.executor import Process, ended, exit_cause, frames_of, spawn
 from engine.channel import Frames, Outbox
 from engine.config import Config
 from engine.messages import Boot, Compile, Compiled, Fatal
@@ -45,7 +45,6 @@ class CompilerActor:
         """Run one process until it ends; `first` is the grammar that it is started for."""
         log.info("starting the grammar compiler")
         sock, process = self._start()
-        frames: Frames[Compiled | Fatal] | None = None
         open_jobs: set[int] = set()
         cause = ""
 
@@ -58,8 +57,7 @@ class CompilerActor:
                     open_jobs.add(message.number)
                     await frames.send(message)
 
-        try:
-            frames = Frames(await anyio.abc.UNIXSocketStream.from_socket(sock), Compiled | Fatal)
+        async with frames_of(sock, process, Compiled | Fatal) as frames:
             async with anyio.create_task_group() as group:
                 group.start_soon(forward, frames)
                 async for message in frames:
@@ -70,12 +68,6 @@ class CompilerActor:
                     await self.scheduler.send(message)
                 group.cancel_scope.cancel()
             cause = cause or exit_cause(await ended(process))
-        finally:
-            with anyio.CancelScope(shield=True):
-                process.kill()
-                await anyio.to_thread.run_sync(process.wait)
-                if frames is not None:
-                    await frames.aclose()
         log.error("the grammar compiler is gone: %s", cause)
         said = f"the grammar compiler stopped while it worked on this; send the request again (cause: {cause})"
         for number in open_jobs:

@@ -12,8 +12,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Protocol
 
 import anyio
 import anyio.abc
@@ -77,6 +78,21 @@ def spawn(module: str) -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
     return ours, process
 
 
+@asynccontextmanager
+async def frames_of(sock: socket.socket, process: Process, kind: Any) -> AsyncIterator[Frames[Any]]:
+    """The frames, of messages of `kind`, of a process from `spawn`. It does not outlive the context."""
+    frames: Frames[Any] | None = None
+    try:
+        frames = Frames(await anyio.abc.UNIXSocketStream.from_socket(sock), kind)
+        yield frames
+    finally:
+        with anyio.CancelScope(shield=True):
+            process.kill()
+            await anyio.to_thread.run_sync(process.wait)
+            if frames is not None:
+                await frames.aclose()
+
+
 def exit_cause(code: int) -> str:
     """A process's exit code in words."""
     if code < 0:
@@ -127,21 +143,13 @@ class ExecutorActor:
         sock, process = self._start()
         log.debug("device worker is process %d", process.pid)
         life = _Life()
-        frames: Frames[FromWorker] | None = None
-        try:
-            frames = Frames(await anyio.abc.UNIXSocketStream.from_socket(sock), FromWorker)
+        async with frames_of(sock, process, FromWorker) as frames:
             async with anyio.create_task_group() as group:
                 group.start_soon(self._forward, frames, life)
                 group.start_soon(self._watch, frames, life)
                 await self._listen(frames, life)
                 group.cancel_scope.cancel()
             code = await ended(process)
-        finally:
-            with anyio.CancelScope(shield=True):
-                process.kill()
-                await anyio.to_thread.run_sync(process.wait)
-                if frames is not None:
-                    await frames.aclose()
         return life.ready, life.cause or exit_cause(code)
 
     async def _listen(self, frames: Frames[FromWorker], life: "_Life") -> None:
