@@ -121,7 +121,7 @@ class Runner:
         self.decode_graphs = DecodeGraphs(tables) if device.type != "cpu" else RecordedSteps(tables)
         self.shared_graphs = DecodeGraphs(tables, shared=True)
         self.prompt_graphs = PromptGraphs(tables)
-        self.prefixes = SharedPrefixes(slots, pages, page_size)
+        self.prefixes: SharedPrefixes | None = None  # where steps with shared prefixes have graphs
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, catch_up: Callable[[], None] = _nothing) -> Step:
@@ -213,7 +213,7 @@ class Runner:
 
     def _decode(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Hidden states of a step of one token a row, and its slots and positions, from a graph."""
-        if self.shared_graphs.fits(rows) and (prefixes := self.prefixes.find(rows[:, 0], rows[:, 1])):
+        if self.prefixes is not None and (prefixes := self.prefixes.find(rows[:, 0], rows[:, 1])):
             return self.shared_graphs.replay(rows, prefixes)
         return self.decode_graphs.replay(rows)
 
@@ -259,7 +259,8 @@ class Runner:
         if plan.pages:
             slot, index, page = self._upload_columns(plan.pages, 3)
             self.page_table[slot, index] = page.to(torch.int32)
-            self.prefixes.apply(np.frombuffer(plan.pages, "<i4").reshape(-1, 3), admitted=bool(plan.admits))
+            if self.prefixes is not None:
+                self.prefixes.apply(np.frombuffer(plan.pages, "<i4").reshape(-1, 3), admitted=bool(plan.admits))
         if plan.copies:
             source, destination = self._upload_columns(plan.copies, 2)
             copy_pages(self.caches, source, destination)
@@ -282,8 +283,8 @@ class Runner:
         self.prompt_graphs.capture(self.tokens.shape[1] - 1, pool)
         assert isinstance(self.decode_graphs, DecodeGraphs)
         slots = len(self.tokens) - 1
-        if shares and slots >= LEAST_ROWS:
-            self.shared_graphs.capture(slots, pool)
+        if shares and slots >= LEAST_ROWS and self.shared_graphs.capture(slots, pool):
+            self.prefixes = SharedPrefixes(slots, self.page_table.shape[1], self.page_size)
         return self.decode_graphs.capture(slots, pool)
 
     def warm_up(self, tokens: int, rows: int = 1, sampling: Sampling = PLAIN) -> None:
