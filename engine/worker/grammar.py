@@ -47,9 +47,7 @@ class Guide:
     engine: GrammarEngine | None
     matcher: Any
     after: bytes  # what the grammar begins behind, until it has come
-    min_tokens: int
     watched: bool  # whether other wishes of its client may bar what the grammar lets through
-    said: int = 0  # tokens of the reply
     tail: bytes = b""  # the end of what was said before the grammar began
     ended: bool = False
     cause: str = ""  # why it cannot go on
@@ -172,9 +170,9 @@ class Grammars:
         watched = bool(sampling.min_tokens or sampling.allowed_ids or sampling.bad_words)
         after = admit.after.encode()
         if isinstance(found, str):
-            return Guide(admit.grammar, None, None, after, 0, watched, cause=found)
+            return Guide(admit.grammar, None, None, after, watched, cause=found)
         engine, compiled = found
-        guide = Guide(admit.grammar, engine, compiled.matcher(), after, sampling.min_tokens, watched)
+        guide = Guide(admit.grammar, engine, compiled.matcher(), after, watched)
         for token in np.frombuffer(admit.ids, "<i4")[admit.prompt_len :].tolist():
             self.accept(((0, guide),), [token])
         return guide
@@ -191,7 +189,6 @@ class Grammars:
         groups: dict[int, _Lines] = {}
         for row, guide in guided:
             token = tokens[row]
-            guide.said += 1
             if guide.cause or guide.ended:
                 continue
             if guide.after:

@@ -251,7 +251,7 @@ def test_the_reasoning_so_far_is_read_by_a_row_that_comes_back(device: Device, g
 @pytest.mark.parametrize("text", ["ab</t>cd", "</t>", "x</</t></t>", "a</t", "</</</t>"])
 @pytest.mark.parametrize("size", [1, 2, 3, 9])
 def test_the_end_of_the_reasoning_is_found_however_it_is_cut(text: str, size: int) -> None:
-    guide = Guide(1, None, None, b"</t>", 0, False)
+    guide = Guide(1, None, None, b"</t>", False)
     spoken, found = b"", None
     for at in range(0, len(text), size):
         if guide.after:
