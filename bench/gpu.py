@@ -3,11 +3,11 @@
     python bench/gpu.py bench/configs/qwen3-0.6b [--rows nano,latency,...] [--json FILE] [--option NAME=VALUE ...]
 
 Dummy weights from config.json alone, prompts as ids, no detokenizing, sampling at 0.6 past the end token (latency:
-greedy); the prefix cache is forgotten before each repetition; medians. The row `grammar` runs `constrained` free, then
-under JSON schemas, over a made-up tokenizer (synthetic.py), and prints the shares. The floor is what no version can
-beat on an H200: prompts at 790 TFLOP/s, each decode step its weights and its keys and values at 4.3 TB/s. Peers: vLLM
-0.26.0 and SGLang 0.5.16 on one H200, torch 2.11.0+cu130, at their defaults, 2026-11-22. Kernels are checked by
-tests/gpu; run that first.
+greedy); the prefix cache is forgotten before each repetition; medians. Tokens choose experts evenly; with --option
+load=dummy-ties they all choose the same. The row `grammar` runs `constrained` free, then under JSON schemas, over a
+made-up tokenizer (synthetic.py), and prints the shares. The floor is what no version can beat on an H200: prompts at
+790 TFLOP/s, each decode step its weights and its keys and values at 4.3 TB/s. Peers: vLLM 0.26.0 and SGLang 0.5.16 on
+one H200, torch 2.11.0+cu130, at their defaults, 2026-11-22. Kernels are checked by tests/gpu; run that first.
 """
 
 import argparse
@@ -96,6 +96,7 @@ class Shape(Struct, frozen=True):
     n_shared_experts: int = 0
     moe_intermediate_size: int = 0
     first_k_dense_replace: int = 0
+    ties: bool = False  # --load dummy-ties: all tokens choose the same experts
 
     @property
     def dim(self) -> int:
@@ -128,9 +129,9 @@ class Shape(Struct, frozen=True):
         return (2 * self.layer_weights(self.num_experts_per_tok) * computed + attention) / RATE
 
     def step_seconds(self, context: int, rows: int) -> float:
-        """A decode step whose rows see `context` positions in all, if tokens choose experts evenly."""
-        experts = 0.0
-        if self.n_routed_experts:
+        """A decode step whose rows see `context` positions in all, if tokens choose experts evenly, or all the same."""
+        experts = float(self.num_experts_per_tok)
+        if self.n_routed_experts and not self.ties:
             missed = (1 - self.num_experts_per_tok / self.n_routed_experts) ** rows
             experts = self.n_routed_experts * (1 - missed)
         weights = self.layer_weights(experts) + self.vocab_size * self.hidden_size
@@ -160,6 +161,7 @@ class Row(Struct):
     unit: str
     peers: tuple[float, ...]
     busy: float  # share of the timed seconds that steps ran on the device
+    values: list[float]  # one a repetition, as they came
 
 
 class Bench:
@@ -200,7 +202,7 @@ class Bench:
     def row(self, name: str, unit: str, times: list[float], floor: float) -> Row:
         spread = (max(times) - min(times)) / statistics.median(times)
         busy, self.timed = self.timed[0] / max(self.timed[1], 1e-9), [0.0, 0.0]
-        return Row(name, statistics.median(times), spread, floor, unit, self.peers.get(name, ()), busy)
+        return Row(name, statistics.median(times), spread, floor, unit, self.peers.get(name, ()), busy, times)
 
     async def rate(self, name: str, make: Callable[[int, int], workloads.Work], schema: str | None = None) -> list[Row]:
         """Output tokens a second, three times."""
@@ -314,8 +316,9 @@ def table(rows: list[Row]) -> str:
 
 async def run(model: Path, names: list[str], options: dict[str, str]) -> tuple[list[Row], dict[str, Any]]:
     config = json.loads((model / "config.json").read_text())
-    shape = Shape(**{field: config[field] for field in Shape.__struct_fields__ if field in config})
     given: dict[str, Any] = {"load": "dummy", "device": "cuda", "json_whitespace": False, **options}
+    known = {field: config[field] for field in Shape.__struct_fields__ if field in config}
+    shape = Shape(**known, ties=given["load"] == "dummy-ties")
     with synthetic.with_tokenizer(model) if "grammar" in names else nullcontext(model) as folder:
         return await _run(model, names, shape, {"model": str(folder), **given}, config["vocab_size"])
 

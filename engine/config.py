@@ -32,8 +32,11 @@ class ModelOptions(Struct, frozen=True, kw_only=True):
         Meta(description="type of weights and activations; auto is float32 on a CPU, the checkpoint's own on a GPU"),
     ] = "auto"
     load: Annotated[
-        Literal["auto", "dummy"],
-        Meta(description="where weights come from: the checkpoint, or (dummy) a random generator, for benchmarks"),
+        Literal["auto", "dummy", "dummy-ties"],
+        Meta(
+            description="where weights come from: the checkpoint, or (dummy) a random generator, for benchmarks; with "
+            "dummy-ties all tokens choose the same experts"
+        ),
     ] = "auto"
     max_model_len: Annotated[
         Positive | None,

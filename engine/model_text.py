@@ -12,7 +12,7 @@ def read_text(checkpoint: Checkpoint, config: Config) -> TextSpec:
     try:
         return checkpoint.text()
     except ConfigError:
-        if config.model.load != "dummy":
+        if config.model.load == "auto":
             raise
     bytes_alone = models.BPE(
         vocab={symbol: id for id, symbol in enumerate(pre_tokenizers.ByteLevel.alphabet())}, merges=[]

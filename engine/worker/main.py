@@ -35,6 +35,7 @@ from engine.messages import (
 )
 from engine.plugin.manager import Plugins, resolve
 from engine.worker.backends import Backends, quantization
+from engine.worker.compiles import tell_of_compiles
 from engine.worker.demands import FILTERED, PENALIZED, PLAIN, everything
 from engine.worker.experts import count_experts
 from engine.worker.grammar import begin_grammars
@@ -141,8 +142,8 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
             name = model_entry.name
             raise ConfigError(f"the model's configuration has no {error}, which the {name} model needs") from None
         grammars = None if isinstance(model, Encoder) else begin_grammars(config, plugins, checkpoint, model.vocab_size)
-        if config.model.load == "dummy":
-            fill_at_random(model)
+        if config.model.load != "auto":
+            fill_at_random(model, ties=config.model.load == "dummy-ties")
         else:
             load_weights(model, checkpoint)
     logger.info("%.0f MiB of weights in %s on %s", weight_bytes(model) / 2**20, build.dtype, device)
@@ -168,6 +169,8 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
     if grammars is not None:
         with _timed(phases, "grammars"):  # what is left of it
             runner.grammars = grammars.ready(slots, device)
+    if device.type == "cuda":
+        tell_of_compiles()
     ready = WorkerReady(
         pages=pages,
         page_size=spec.page_size,
@@ -199,6 +202,10 @@ def peak_bytes(model: Model, device: torch.device, slots: int, max_model_len: in
     runner.warm_up(step_tokens, 1, FILTERED)
     for sampling in (PENALIZED, PLAIN):
         runner.warm_up(1, 1, sampling)
+    for halvings in range(
+        1, 4
+    ):  # kernels are cut by the size of a step; below these there are graphs, which are captured
+        runner.warm_up(step_tokens >> halvings, slots, PLAIN)
     peak = torch.cuda.max_memory_allocated(device) - before
     return peak - pages * spec.page_bytes
 

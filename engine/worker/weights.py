@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from engine.layers.model import Layer, Model
+from engine.layers.moe import Router
 from engine.plugin.specs import Checkpoint, LazyTensor
 
 
@@ -35,13 +36,17 @@ def load_weights(model: Model, checkpoint: Checkpoint) -> None:
 
 
 @torch.inference_mode()
-def fill_at_random(model: Model) -> None:
-    """Gives the layers of `model` seeded weights, for benchmarks without a checkpoint."""
+def fill_at_random(model: Model, ties: bool = False) -> None:
+    """Gives the layers of `model` seeded weights, for benchmarks without a checkpoint. With `ties` its routers score
+    all experts alike, so that all tokens choose the first ones: as few weights are read as there can be."""
     model.name_layers()
     generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
     layers = [layer for layer in model.modules() if isinstance(layer, Layer)]
     for layer in layers:
         layer.fill_at_random(generator)
+        if ties and isinstance(layer, Router):
+            for weight in layer.parameters():
+                weight.zero_()
     for layer in layers:
         layer.loaded()
 

@@ -8,6 +8,7 @@ from oracle import tiny
 from engine.messages import CountExperts
 from engine.plugin.testing import MODEL_SCENARIOS, ModelHarness, check_model
 from engine.worker.experts import count_experts
+from engine.worker.weights import fill_at_random
 from engine_plugins.models.llama import Llama
 from engine_plugins.models.mixtral import Mixtral
 from engine_plugins.models.qwen3_moe import Qwen3Moe
@@ -74,6 +75,22 @@ def test_choices_are_counted_while_they_are_asked_for():
     harness.logits([(0, 15, 5)])
     assert (count("look")[1] == second).all()
     assert not count("start")[1].any()
+
+
+def test_dummy_weights_with_ties_choose_the_same_experts_for_all_tokens():
+    config, tensors, _ = tiny("Qwen3Moe", **EXPERTS)
+    harness = ModelHarness(Qwen3Moe, config, tensors)
+    model, tokens = harness.runner.model, list(range(20))
+    chosen = []
+    for ties in (False, True):
+        fill_at_random(model, ties)
+        count_experts(model, CountExperts(1, "start"))
+        harness.runner.apply(harness.admit([tokens]))
+        harness.logits([(0, 0, len(tokens))])
+        counts = np.frombuffer(count_experts(model, CountExperts(1, "stop")).counts, "<i8").reshape(-1, 8)
+        chosen.append((counts > 0).sum(axis=1))
+    even, tied = chosen
+    assert (even > 3).all() and (tied == 3).all()
 
 
 def test_a_model_without_experts_says_so():

@@ -1,0 +1,30 @@
+"""Kernels that are compiled while requests wait, told in the log: those that the warm-up has missed.
+
+Left out: what torch and its libraries load on first use.
+"""
+
+import logging
+import time
+from importlib.util import find_spec
+from typing import Any
+
+log = logging.getLogger("engine.worker")
+
+
+def tell_of_compiles() -> None:
+    """From now on the log has a line for each kernel that Triton compiles, or loads from its cache, in this process."""
+    if find_spec("triton") is None:
+        return
+    from triton import knobs
+
+    began = 0.0
+
+    def before(**_: Any) -> None:
+        nonlocal began
+        began = time.perf_counter()
+
+    def after(*, repr: str, **_: Any) -> None:
+        log.warning("requests waited %.2f s for a kernel to be compiled: %s", time.perf_counter() - began, repr)
+
+    knobs.runtime.jit_cache_hook = before
+    knobs.runtime.jit_post_compile_hook = after
