@@ -6,8 +6,9 @@ Dummy weights from config.json alone, prompts as ids, no detokenizing, sampling 
 greedy); the prefix cache is forgotten before each repetition; medians. Tokens choose experts evenly; with --option
 load=dummy-ties they all choose the same. The row `grammar` runs `constrained` free, then under JSON schemas, over a
 made-up tokenizer (synthetic.py), and prints the shares. The floor is what no version can beat on an H200: prompts at
-790 TFLOP/s, each decode step its weights and its keys and values at 4.3 TB/s. Peers: vLLM 0.26.0 and SGLang 0.5.16 on
-one H200, torch 2.11.0+cu130, at their defaults, 2026-11-22. Kernels are checked by tests/gpu; run that first.
+790 TFLOP/s (FP8 weights: twice that), each decode step its weights and its keys and values at 4.3 TB/s. Peers: vLLM
+0.26.0 and SGLang 0.5.16 on one H200, torch 2.11.0+cu130, at their defaults, 2026-11-22. Kernels are checked by
+tests/gpu; run that first.
 """
 
 import argparse
@@ -75,7 +76,7 @@ PEERS: dict[str, dict[str, tuple[float, float]]] = {
 
 
 class Shape(Struct, frozen=True):
-    """What a floor needs to know of a model, from its config.json; two bytes a weight and a cached number."""
+    """What a floor needs to know of a model, from its config.json. Two bytes a weight and a cached number."""
 
     vocab_size: int
     hidden_size: int
@@ -97,6 +98,7 @@ class Shape(Struct, frozen=True):
     moe_intermediate_size: int = 0
     first_k_dense_replace: int = 0
     ties: bool = False  # --load dummy-ties: all tokens choose the same experts
+    fp8: bool = False  # weights of layers are one byte, and products twice as fast
 
     @property
     def dim(self) -> int:
@@ -126,7 +128,8 @@ class Shape(Struct, frozen=True):
         if self.kv_lora_rank:
             dims = self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim
         attention = 2 * pairs * self.num_attention_heads * dims * self.num_hidden_layers
-        return (2 * self.layer_weights(self.num_experts_per_tok) * computed + attention) / RATE
+        products = 2 * self.layer_weights(self.num_experts_per_tok) * computed
+        return (products / (1 + self.fp8) + attention) / RATE
 
     def step_seconds(self, context: int, rows: int) -> float:
         """A decode step whose rows see `context` positions in all, if tokens choose experts evenly, or all the same."""
@@ -134,7 +137,7 @@ class Shape(Struct, frozen=True):
         if self.n_routed_experts and not self.ties:
             missed = (1 - self.num_experts_per_tok / self.n_routed_experts) ** rows
             experts = self.n_routed_experts * (1 - missed)
-        weights = self.layer_weights(experts) + self.vocab_size * self.hidden_size
+        weights = self.layer_weights(experts) / (1 + self.fp8) + self.vocab_size * self.hidden_size
         cached = self.kv_lora_rank + self.qk_rope_head_dim
         if not self.kv_lora_rank:
             cached = 2 * self.num_key_value_heads * self.dim
@@ -318,7 +321,7 @@ async def run(model: Path, names: list[str], options: dict[str, str]) -> tuple[l
     config = json.loads((model / "config.json").read_text())
     given: dict[str, Any] = {"load": "dummy", "device": "cuda", "json_whitespace": False, **options}
     known = {field: config[field] for field in Shape.__struct_fields__ if field in config}
-    shape = Shape(**known, ties=given["load"] == "dummy-ties")
+    shape = Shape(**known, ties=given["load"] == "dummy-ties", fp8="fp8" in given.get("plugins", "").split(","))
     with synthetic.with_tokenizer(model) if "grammar" in names else nullcontext(model) as folder:
         return await _run(model, names, shape, {"model": str(folder), **given}, config["vocab_size"])
 
