@@ -1,11 +1,13 @@
 """Steps as CUDA graphs: one for each size of a ladder, replayed with other numbers, so that the host costs a copy and
 a launch where kernels launched one by one would cost hundreds.
 
-    host numbers ── pinned ──> Mirror ══ graph: gather ids, places ─ model ─ hidden ══> head, sampler
+    host numbers ── pinned ──> Mirror ══ graph: gather ids, places ─ model ─ hidden ══╦═ graph: head, draw ══> tokens
+                                                                                      ╚══> head, what rows ask for, draw
 
 A graph reads slots and positions from one place and gathers the rest from the worker's tables itself. It ends with the
-hidden states: what follows is the same for all steps. Missing rows and tokens are those of the scratch slot, whose keys
-and values go to the scratch page. All graphs share one memory pool, as only one of them runs at a time.
+hidden states. A decode step has a second one for what follows where no row asks for more than a temperature, and so
+costs the host two launches. Missing rows and tokens are those of the scratch slot, whose keys and values go to the
+scratch page. All graphs share one memory pool, as only one of them runs at a time.
 
 `DecodeGraphs` are for steps of one token a row; `PromptGraphs` for small steps with prompts, in which the launches
 would take longer than the work. Left out: larger prompts, where they do not.
@@ -53,6 +55,8 @@ class Tables:
     page_table: Tensor  # [slots + 1, P] int32
     page_size: int
     counts_real: bool = False  # whether a step says how many of its tokens are no padding
+    # From hidden states [R, H], and slots and positions [2, R], to tokens [R], where this can be captured.
+    draw: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
     def scratch(self) -> int:
@@ -83,12 +87,14 @@ class Tables:
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """One graph, what it reads, and what it leaves."""
+    """One graph, what it reads, and what it leaves; and the one that draws tokens from that."""
 
     graph: torch.cuda.CUDAGraph
     numbers: Mirror
     plans: tuple[Any, ...]
     hidden: Tensor  # [T, H]
+    drawing: torch.cuda.CUDAGraph | None = None
+    tokens: Tensor | None = None  # [R] int64
 
 
 class StepGraphs(ABC):
@@ -124,6 +130,7 @@ class DecodeGraphs(StepGraphs):
     def __init__(self, tables: Tables, shared: bool = False) -> None:
         super().__init__(tables)
         self._shared = shared
+        self._last: Captured | None = None  # that was replayed
 
     def capture(self, most: int, pool: Any) -> bool:
         """Captures the ladder up to `most` rows. False when an attention backend's steps cannot be captured."""
@@ -140,7 +147,11 @@ class DecodeGraphs(StepGraphs):
         if not plans or any(plan is None for plan in plans):
             return None
         self._refill(plans, host[:size], host[size:], ())
-        return captured(self._tables.model, lambda: self._batch(numbers.device, plans), numbers, plans, pool)
+        graph, hidden = captured(lambda: self._tables.model(self._batch(numbers.device, plans)), pool)
+        if (draw := self._tables.draw) is None:
+            return Captured(graph, numbers, plans, hidden)
+        drawing, tokens = captured(lambda: draw(hidden, numbers.device.view(2, -1)), pool)
+        return Captured(graph, numbers, plans, hidden, drawing, tokens)
 
     def _batch(self, numbers: Tensor, plans: tuple[Any, ...]) -> Batch:
         slots, positions = numbers.view(2, -1).unbind(0)
@@ -171,7 +182,17 @@ class DecodeGraphs(StepGraphs):
         chosen.numbers.send()
         self._refill(chosen.plans, numbers[0], numbers[1], prefixes)
         chosen.graph.replay()
+        self._last = chosen
         return chosen.hidden[:count], chosen.numbers.device.view(2, -1)[:, :count]
+
+    def draw(self, count: int) -> Tensor | None:
+        """Tokens [count] int64 of the step that was replayed last, good until the next replay; None where drawing is
+        not captured. No row of it may ask for more than a temperature."""
+        assert self._last is not None
+        if self._last.drawing is None or self._last.tokens is None:
+            return None
+        self._last.drawing.replay()
+        return self._last.tokens[:count]
 
 
 class PromptGraphs(StepGraphs):
@@ -191,7 +212,8 @@ class PromptGraphs(StepGraphs):
             return None
         for backend, plan in zip(backends, plans, strict=True):
             backend.refill_prompts(plan, NOTHING, NOTHING, np.zeros(1, np.int64))
-        return captured(self._tables.model, lambda: self._batch(numbers.device, plans), numbers, plans, pool)
+        graph, hidden = captured(lambda: self._tables.model(self._batch(numbers.device, plans)), pool)
+        return Captured(graph, numbers, plans, hidden)
 
     def _batch(self, numbers: Tensor, plans: tuple[Any, ...]) -> Batch:
         size = (len(numbers) - 3 * PROMPT_ROWS - 1) // 2
@@ -232,10 +254,10 @@ class PromptGraphs(StepGraphs):
         return chosen.hidden[:total], offsets
 
 
-def captured(model: Model, batch: Callable[[], Batch], numbers: Mirror, plans: tuple[Any, ...], pool: Any) -> Captured:
-    """The graph of `model` over `batch()`, whose gathers are part of it."""
-    model(batch())  # compiles and loads what a capture cannot
+def captured(run: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """The graph of `run`, and what it leaves."""
+    run()  # compiles and loads what a capture cannot
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        hidden = model(batch())
-    return Captured(graph, numbers, plans, hidden)
+        out = run()
+    return graph, out

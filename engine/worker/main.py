@@ -47,6 +47,7 @@ from engine.worker.weights import fill_at_random, load_weights, weight_bytes
 logger = logging.getLogger("engine.worker")
 
 GLANCE = 5e-5  # seconds between two looks at the device, while a step runs and no plan has come
+SMALL_STEP = 16  # tokens of the smallest step that a GPU is warmed up with, and of a row of it
 WARM_UP_TOKENS = 16  # on a CPU; a GPU is warmed up with the largest step, which also shows what it takes
 
 
@@ -202,10 +203,10 @@ def peak_bytes(model: Model, device: torch.device, slots: int, max_model_len: in
     runner.warm_up(step_tokens, 1, FILTERED)
     for sampling in (PENALIZED, PLAIN):
         runner.warm_up(1, 1, sampling)
-    for halvings in range(
-        1, 4
-    ):  # kernels are cut by the size of a step; below these there are graphs, which are captured
-        runner.warm_up(step_tokens >> halvings, slots, PLAIN)
+    tokens = step_tokens // 2
+    while tokens >= SMALL_STEP:  # kernels are cut by the size of a step
+        runner.warm_up(tokens, min(slots, tokens // SMALL_STEP), PLAIN)
+        tokens //= 2
     peak = torch.cuda.max_memory_allocated(device) - before
     return peak - pages * spec.page_bytes
 

@@ -112,12 +112,14 @@ class Runner:
         # One slot more than there are: the padding of a graph's rows.
         self.tokens = torch.zeros(slots + 1, max_model_len + 1, dtype=torch.int32, device=device)
         self.page_table = torch.zeros(slots + 1, pages, dtype=torch.int32, device=device)
-        self.sampler = Sampler(slots, self.tokens)
+        self.sampler = Sampler(self.tokens)
         self.adjustments = Adjustments(slots, model.vocab_size, device)
         self.grammars = grammars
         self.unscored = np.zeros((slots, 2), np.int64)  # prompt positions to be scored: from, to
         self._ahead_of: torch.cuda.Event | None = None  # the end of the last step, while it is not known to be over
-        tables = Tables(model, caches, self.tokens, self.page_table, page_size, counts_real=heed_padding(model))
+        draw = self._draw_plain if self.sampler.captures else None
+        real = heed_padding(model)
+        tables = Tables(model, caches, self.tokens, self.page_table, page_size, counts_real=real, draw=draw)
         self.decode_graphs = DecodeGraphs(tables) if device.type != "cpu" else RecordedSteps(tables)
         self.shared_graphs = DecodeGraphs(tables, shared=True)
         self.prompt_graphs = PromptGraphs(tables)
@@ -181,8 +183,9 @@ class Runner:
             return Result(nothing, vectors=self.model.embed(hidden, batch))
         prompts = None
         on_device: Sequence[Tensor] | Tensor
+        steps: DecodeGraphs | RecordedSteps | None = None
         if len(sampled) == len(rows) and self.decode_graphs.fits(rows):
-            hidden, on_device = self._decode(rows)
+            steps, hidden, on_device = self._decode(rows)
         else:
             hidden, offsets = self._hidden(rows)
             prompts = self._score_prompts(rows, hidden)
@@ -190,14 +193,19 @@ class Runner:
                 return Result(nothing, prompts=prompts)
             ends, *on_device = upload(np.stack((offsets[1:][rows[:, 3] != 0] - 1, slots, lasts)), self.device)
             hidden = hidden[ends]
+        guided = self.grammars.guided(slots) if self.grammars is not None else ()
+        adjusts = self.adjustments.acts(slots)
+        if steps is not None and not guided and not adjusts and self.sampler.plain(slots):
+            drawn = steps.draw(len(rows))
+            if drawn is not None:
+                return Result(drawn)
         logits = self.model.logits(hidden)
         wanted = self.sampler.columns.logprobs[slots]
         asking = np.flatnonzero(wanted >= 0)
         adjusted = logits
-        if self.adjustments.acts(slots):
+        if adjusts:
             adjusted = logits.to(torch.float32, copy=len(asking) > 0)
             self.adjustments.apply(adjusted, slots, lasts + 1, self.tokens)
-        guided = self.grammars.guided(slots) if self.grammars is not None else ()
         if guided:
             assert self.grammars is not None
             catch_up()
@@ -211,11 +219,15 @@ class Runner:
         spans = [(int(row), index, index + 1, int(wanted[row])) for index, row in enumerate(asking)]
         return Result(tokens, Block(scores, spans), prompts, guided=guided)
 
-    def _decode(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Hidden states of a step of one token a row, and its slots and positions, from a graph."""
+    def _decode(self, rows: np.ndarray) -> tuple[DecodeGraphs | RecordedSteps, Tensor, Tensor]:
+        """Hidden states of a step of one token a row, its slots and positions, and whose graph they are from."""
         if self.prefixes is not None and (prefixes := self.prefixes.find(rows[:, 0], rows[:, 1])):
-            return self.shared_graphs.replay(rows, prefixes)
-        return self.decode_graphs.replay(rows)
+            return self.shared_graphs, *self.shared_graphs.replay(rows, prefixes)
+        return self.decode_graphs, *self.decode_graphs.replay(rows)
+
+    def _draw_plain(self, hidden: Tensor, on_device: Tensor) -> Tensor:
+        """Tokens of rows that ask for no more than a temperature, as a graph has it."""
+        return self.sampler.draw_plain(self.model.logits(hidden), on_device)
 
     def _hidden(self, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """Hidden states [T, H] of the tokens of `rows`, and where each row's begin, [R + 1]."""

@@ -70,13 +70,15 @@ class Columns:
 class Sampler:
     """How each slot is sampled, and the draws of a step, which go into the device's table of tokens.
 
-    `tokens` [slots + 1, positions] int32 is the Runner's. On a GPU what kernels need of each slot is kept there too, so
+    `tokens` [slots, positions] int32 is the Runner's. On a GPU what kernels need of each slot is kept there too, so
     that a step uploads nothing; one draws in a pass over the logits, after others have found where filters cut them.
     """
 
-    def __init__(self, slots: int, tokens: Tensor) -> None:
+    def __init__(self, tokens: Tensor) -> None:
+        slots = len(tokens)
         self.columns = Columns.empty(slots)
         self._tokens = tokens
+        self._asks = np.zeros(slots, bool)  # for filters or log-probabilities
         self._kernel = tokens.is_cuda and find_spec("triton") is not None
         self._reals = torch.zeros(3, slots, dtype=torch.float32, device=tokens.device)  # temperature, top_p, min_p
         self._top_ks = torch.zeros(slots, dtype=torch.int32, device=tokens.device)
@@ -86,11 +88,27 @@ class Sampler:
         """From now on the admitted slots are sampled as their requests ask."""
         for admit in admits:
             self.columns.set(admit.slot, admit.sampling)
+            self._asks[admit.slot] = admit.sampling.logprobs >= 0 or self.columns.rows(np.array([admit.slot])).filters
         if admits and self._kernel:
             columns, device = self.columns, self._tokens.device
             self._reals.copy_(upload(np.stack((columns.temperature, columns.top_p, columns.min_p)), device))
             self._top_ks.copy_(upload(columns.top_k.astype(np.int32), device))
             self._seeds.copy_(upload(columns.seed.copy(), device))
+
+    @property
+    def captures(self) -> bool:
+        """Whether `draw_plain` can be part of a CUDA graph."""
+        return self._kernel
+
+    def plain(self, slots: np.ndarray) -> bool:
+        """Whether none of `slots` asks for filters or log-probabilities."""
+        return not self._asks[slots].any()
+
+    def draw_plain(self, logits: Tensor, on_device: Tensor) -> Tensor:
+        """As `draw`, for rows that are plain, by what is on the device alone."""
+        from engine.kernels.sampling import draw
+
+        return draw(logits, on_device[0], on_device[1], self._reals[0], self._seeds, self._tokens)
 
     def draw(
         self, logits: Tensor, slots: np.ndarray, lasts: np.ndarray, on_device: Sequence[Tensor] | Tensor
