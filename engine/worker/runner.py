@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.layers.batch import Batch, upload
+from engine.layers.batch import Batch, Mirror, upload
 from engine.layers.encoder import Encoder
 from engine.layers.model import Model
 from engine.messages import Logprobs, Sampling, SlotAdmit, StepDone, StepPlan
@@ -60,14 +60,14 @@ class Result:
     vectors: Tensor | None = None
     guided: Guided = ()
 
-    def moved(self, move: Callable[[Tensor], Tensor]) -> "Result":
-        """The same, each tensor put elsewhere by `move`."""
+    def moved(self, move: Callable[[Tensor], Tensor], move_tokens: Callable[[Tensor], Tensor]) -> "Result":
+        """The same, each tensor put elsewhere by `move`, or `move_tokens`."""
         sampled, prompts = (
             block and dataclasses.replace(block, scores=block.scores.moved(move))
             for block in (self.sampled, self.prompts)
         )
         vectors = None if self.vectors is None else move(self.vectors)
-        return Result(move(self.tokens), sampled, prompts, vectors, self.guided)
+        return Result(move_tokens(self.tokens), sampled, prompts, vectors, self.guided)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,19 @@ class Step:
 
     def ready(self) -> bool:
         return self.ended is None or self.ended.query()
+
+
+class Landing:
+    """Pinned memory for the tokens of steps, which take turns: `Mirror.AHEAD` may be under way."""
+
+    def __init__(self, slots: int) -> None:
+        self._hosts = [torch.empty(slots, dtype=torch.int64, pin_memory=True) for _ in range(Mirror.AHEAD)]
+        self._turn = 0
+
+    def take(self, tokens: Tensor) -> Tensor:
+        """`tokens` on the host, which are there once the stream has come so far."""
+        self._turn = (self._turn + 1) % len(self._hosts)
+        return self._hosts[self._turn][: len(tokens)].copy_(tokens, non_blocking=True)
 
 
 def _nothing() -> None:
@@ -116,6 +129,7 @@ class Runner:
         self.adjustments = Adjustments(slots, model.vocab_size, device)
         self.grammars = grammars
         self.unscored = np.zeros((slots, 2), np.int64)  # prompt positions to be scored: from, to
+        self._landing = Landing(slots) if device.type == "cuda" else None
         self._ahead_of: torch.cuda.Event | None = None  # the end of the last step, while it is not known to be over
         draw = self._draw_plain if self.sampler.captures else None
         real = heed_padding(model)
@@ -129,14 +143,14 @@ class Runner:
     def launch(self, plan: StepPlan, catch_up: Callable[[], None] = _nothing) -> Step:
         """Starts a step. Steps run in the order launched. `catch_up` is to `finish` all that are under way; it is
         called if a row follows a grammar, once the model is on its way."""
-        if self.device.type == "cpu":
+        if self._landing is None:
             began = time.perf_counter()
             result = self._run(plan, catch_up)
             return Step(plan.step, result, seconds=time.perf_counter() - began)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         previous, self._ahead_of = self._ahead_of, end
-        result = self._run(plan, catch_up).moved(_to_pinned)
+        result = self._run(plan, catch_up).moved(_to_pinned, self._landing.take)
         end.record()
         return Step(plan.step, result, began=start, ended=end, previous=previous)
 

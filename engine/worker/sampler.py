@@ -78,7 +78,7 @@ class Sampler:
         slots = len(tokens)
         self.columns = Columns.empty(slots)
         self._tokens = tokens
-        self._asks = np.zeros(slots, bool)  # for filters or log-probabilities
+        self._filters, self._scores = np.zeros((2, slots), bool)  # whether a slot asks for filters, log-probabilities
         self._kernel = tokens.is_cuda and find_spec("triton") is not None
         self._reals = torch.zeros(3, slots, dtype=torch.float32, device=tokens.device)  # temperature, top_p, min_p
         self._top_ks = torch.zeros(slots, dtype=torch.int32, device=tokens.device)
@@ -88,7 +88,8 @@ class Sampler:
         """From now on the admitted slots are sampled as their requests ask."""
         for admit in admits:
             self.columns.set(admit.slot, admit.sampling)
-            self._asks[admit.slot] = admit.sampling.logprobs >= 0 or self.columns.rows(np.array([admit.slot])).filters
+            self._filters[admit.slot] = self.columns.rows(np.array([admit.slot])).filters
+            self._scores[admit.slot] = admit.sampling.logprobs >= 0
         if admits and self._kernel:
             columns, device = self.columns, self._tokens.device
             self._reals.copy_(upload(np.stack((columns.temperature, columns.top_p, columns.min_p)), device))
@@ -102,7 +103,7 @@ class Sampler:
 
     def plain(self, slots: np.ndarray) -> bool:
         """Whether none of `slots` asks for filters or log-probabilities."""
-        return not self._asks[slots].any()
+        return not (self._filters[slots] | self._scores[slots]).any()
 
     def draw_plain(self, logits: Tensor, on_device: Tensor) -> Tensor:
         """As `draw`, for rows that are plain, by what is on the device alone."""
@@ -118,16 +119,16 @@ class Sampler:
         `logits` [S, V]; `slots` and `lasts` [S] int64 are each row's slot and the position of its last token, and
         `on_device` [2, S] the same there.
         """
-        rows = self.columns.rows(slots)
         if not self._kernel:
-            tokens = sample(logits.to(torch.float32), rows, lasts + 1)
+            tokens = sample(logits.to(torch.float32), self.columns.rows(slots), lasts + 1)
             self._tokens[on_device[0], on_device[1] + 1] = tokens.to(torch.int32)
             return tokens
         from engine.kernels.filters import cuts
         from engine.kernels.sampling import draw
 
         temperatures, top_ps, min_ps = self._reals
-        cut = cuts(logits, on_device[0], temperatures, top_ps, min_ps, self._top_ks) if rows.filters else None
+        filters = self._filters[slots].any()
+        cut = cuts(logits, on_device[0], temperatures, top_ps, min_ps, self._top_ks) if filters else None
         return draw(logits, on_device[0], on_device[1], temperatures, self._seeds, self._tokens, cut)
 
 
