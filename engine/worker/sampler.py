@@ -18,6 +18,7 @@ from engine.layers.batch import upload
 from engine.messages import Sampling, SlotAdmit
 
 GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)  # SplitMix64's odd increment, as a signed number
+HALF = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,13 +190,17 @@ def _top_p(scores: Tensor, top_p: Tensor) -> None:
 def gumbel(seeds: Tensor, positions: Tensor, size: int) -> Tensor:
     """Standard Gumbel noise, float32 [S, size], of int64 `seeds` [S] and `positions` [S].
 
-    Entry i of a row is output i of the SplitMix64 generator (Steele, Lea, Flood: Fast splittable pseudorandom
-    number generators, OOPSLA 2014) whose state is a mix of the row's seed and position.
+    A row's key is a mix of its seed and position by SplitMix64's finalizer (Steele, Lea, Flood: Fast splittable
+    pseudorandom number generators, OOPSLA 2014). Entry i is lowbias32 (C. Wellons, hash-prospector), a hash of 32 bits,
+    of i times a constant, plus the key's lower half; the upper one is mixed in half-way.
     """
-    state = _mix(_mix(seeds) + positions * GAMMA)
-    bits = _mix(state[:, None] + torch.arange(1, size + 1, device=seeds.device) * GAMMA)
-    # 53 bits as a float keep their precision near 0, where log1p turns them into the noise's upper tail.
-    uniform = (_shifted(bits, 11).to(torch.float32) + 0.5) * 2.0**-53
+    key = _mix(_mix(seeds) + positions * GAMMA)[:, None]
+    bits = (torch.arange(size, device=seeds.device) * (GAMMA >> 32 & HALF) + key) & HALF
+    bits = (bits ^ bits >> 16) * 0x7FEB352D & HALF
+    bits = (bits ^ bits >> 15 ^ _shifted(key, 32)) * 0x846CA68B & HALF
+    bits ^= bits >> 16
+    # As floats they keep their precision near 0, where log1p turns them into the noise's upper tail.
+    uniform = (bits.to(torch.float32) + 0.5) * 2.0**-32
     exponential = uniform.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_()
     return exponential.log_().neg_()
 
