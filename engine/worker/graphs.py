@@ -5,9 +5,10 @@ a launch where kernels launched one by one would cost hundreds.
                                                                                       ╚══> head, what rows ask for, draw
 
 A graph reads slots and positions from one place and gathers the rest from the worker's tables itself. It ends with the
-hidden states. A decode step has a second one for what follows where no row asks for more than a temperature, and so
-costs the host two launches. Missing rows and tokens are those of the scratch slot, whose keys and values go to the
-scratch page. All graphs share one memory pool, as only one of them runs at a time.
+hidden states. A decode step has others for what follows where no row asks for more than a temperature, one without and
+one with the masks of grammars, and so costs the host two launches. Missing rows and tokens are those of the scratch
+slot, whose keys and values go to the scratch page. All graphs share one memory pool, as only one of them runs at a
+time.
 
 `DecodeGraphs` are for steps of one token a row; `PromptGraphs` for small steps with prompts, in which the launches
 would take longer than the work. Left out: larger prompts, where they do not.
@@ -17,6 +18,7 @@ import bisect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,8 +57,10 @@ class Tables:
     page_table: Tensor  # [slots + 1, P] int32
     page_size: int
     counts_real: bool = False  # whether a step says how many of its tokens are no padding
-    # From hidden states [R, H], and slots and positions [2, R], to tokens [R], where this can be captured.
-    draw: Callable[[Tensor, Tensor], Tensor] | None = None
+    # From hidden states [R, H], slots and positions [2, R], and lines of masks [R] or None, to tokens [R], where this can
+    # be captured; and whether there are masks.
+    draw: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
+    masks: bool = False
 
     @property
     def scratch(self) -> int:
@@ -86,15 +90,23 @@ class Tables:
 
 
 @dataclass(frozen=True, slots=True)
+class Drawing:
+    """The graph that draws tokens from what another leaves, under masks of those `lines`."""
+
+    graph: torch.cuda.CUDAGraph
+    tokens: Tensor  # [R] int64
+    lines: Mirror | None
+
+
+@dataclass(frozen=True, slots=True)
 class Captured:
-    """One graph, what it reads, and what it leaves; and the one that draws tokens from that."""
+    """One graph, what it reads, and what it leaves; those that draw tokens from that, the second one under masks."""
 
     graph: torch.cuda.CUDAGraph
     numbers: Mirror
     plans: tuple[Any, ...]
     hidden: Tensor  # [T, H]
-    drawing: torch.cuda.CUDAGraph | None = None
-    tokens: Tensor | None = None  # [R] int64
+    drawings: tuple[Drawing, ...] = ()
 
 
 class StepGraphs(ABC):
@@ -148,10 +160,12 @@ class DecodeGraphs(StepGraphs):
             return None
         self._refill(plans, host[:size], host[size:], ())
         graph, hidden = captured(lambda: self._tables.model(self._batch(numbers.device, plans)), pool)
-        if (draw := self._tables.draw) is None:
-            return Captured(graph, numbers, plans, hidden)
-        drawing, tokens = captured(lambda: draw(hidden, numbers.device.view(2, -1)), pool)
-        return Captured(graph, numbers, plans, hidden, drawing, tokens)
+        drawings = []
+        if (draw := self._tables.draw) is not None:
+            for lines in (None, *([Mirror(size, numbers.device.device)] if self._tables.masks else [])):
+                run = partial(draw, hidden, numbers.device.view(2, -1), None if lines is None else lines.device)
+                drawings.append(Drawing(*captured(run, pool), lines))
+        return Captured(graph, numbers, plans, hidden, tuple(drawings))
 
     def _batch(self, numbers: Tensor, plans: tuple[Any, ...]) -> Batch:
         slots, positions = numbers.view(2, -1).unbind(0)
@@ -185,14 +199,23 @@ class DecodeGraphs(StepGraphs):
         self._last = chosen
         return chosen.hidden[:count], chosen.numbers.device.view(2, -1)[:, :count]
 
-    def draw(self, count: int) -> Tensor | None:
-        """Tokens [count] int64 of the step that was replayed last, good until the next replay; None where drawing is
-        not captured. No row of it may ask for more than a temperature."""
+    @property
+    def draws(self) -> bool:
+        """Whether `draw` can be called."""
+        return self._tables.draw is not None
+
+    def draw(self, count: int, lines: np.ndarray | None) -> Tensor:
+        """Tokens [count] int64 of the step that was replayed last, good until the next replay. No row of it may ask for
+        more than a temperature; with `lines` [count] of the table of masks, they are drawn under these."""
         assert self._last is not None
-        if self._last.drawing is None or self._last.tokens is None:
-            return None
-        self._last.drawing.replay()
-        return self._last.tokens[:count]
+        drawing = self._last.drawings[lines is not None]
+        if lines is not None:
+            assert drawing.lines is not None
+            host = drawing.lines.host()
+            host[:count], host[count:] = lines, 0
+            drawing.lines.send()
+        drawing.graph.replay()
+        return drawing.tokens[:count]
 
 
 class PromptGraphs(StepGraphs):

@@ -97,9 +97,6 @@ class RecordedSteps:
                 self._impossible(f"the model computes {', '.join(sorted(recording.computed))} in torch")
         return hidden, step.inputs
 
-    def draw(self, count: int) -> None:
-        """What follows a recorded step is not recorded."""
-
     def _impossible(self, why: str) -> bool:
         log.info("decode steps are not recorded: %s", why)
         self._possible = False

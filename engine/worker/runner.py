@@ -209,10 +209,8 @@ class Runner:
             hidden = hidden[ends]
         guided = self.grammars.guided(slots) if self.grammars is not None else ()
         adjusts = self.adjustments.acts(slots)
-        if steps is not None and not guided and not adjusts and self.sampler.plain(slots):
-            drawn = steps.draw(len(rows))
-            if drawn is not None:
-                return Result(drawn)
+        if isinstance(steps, DecodeGraphs) and steps.draws and not guided and not adjusts and self.sampler.plain(slots):
+            return Result(steps.draw(len(rows), None))
         logits = self.model.logits(hidden)
         wanted = self.sampler.columns.logprobs[slots]
         asking = np.flatnonzero(wanted >= 0)
@@ -239,8 +237,8 @@ class Runner:
             return self.shared_graphs, *self.shared_graphs.replay(rows, prefixes)
         return self.decode_graphs, *self.decode_graphs.replay(rows)
 
-    def _draw_plain(self, hidden: Tensor, on_device: Tensor) -> Tensor:
-        """Tokens of rows that ask for no more than a temperature, as a graph has it."""
+    def _draw_plain(self, hidden: Tensor, on_device: Tensor, lines: Tensor | None) -> Tensor:
+        """Tokens of rows that ask for no more than a temperature, under masks of those `lines`, as a graph has it."""
         return self.sampler.draw_plain(self.model.logits(hidden), on_device)
 
     def _hidden(self, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:

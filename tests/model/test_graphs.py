@@ -132,7 +132,7 @@ def test_a_replayed_decode_step_is_the_step(harness: ModelHarness) -> None:
         assert on_device.T.tolist() == [list(each) for each in step]
         expected, _ = harness.runner.forward(rows)
         assert torch.allclose(hidden, expected, atol=1e-5)
-        assert decode.draw(len(rows)) is None, "there is nothing to draw by"
+    assert not decode.draws
     assert not decode.fits(np.array([[0, 9, 2, 1]])) and not decode.fits(np.zeros((5, 4), np.int64))
 
 
@@ -140,17 +140,18 @@ def test_a_replayed_decode_step_is_the_step(harness: ModelHarness) -> None:
 def test_tokens_are_drawn_by_a_second_graph(harness: ModelHarness) -> None:
     drawn: list[list[int]] = []
 
-    def draw(hidden: Tensor, on_device: Tensor) -> Tensor:
+    def draw(hidden: Tensor, on_device: Tensor, lines: Tensor | None) -> Tensor:
         drawn.append(on_device.T.tolist())
-        return harness.runner.model.logits(hidden).argmax(-1)
+        return harness.runner.model.logits(hidden).argmax(-1) + (0 if lines is None else 100 * lines)
 
-    decode = DecodeGraphs(dataclasses.replace(tables(harness), draw=draw))
+    decode = DecodeGraphs(dataclasses.replace(tables(harness), draw=draw, masks=True))
     assert decode.capture(4, pool=None)
     harness.logits([(slot, 0, 30) for slot in range(3)])
     rows = np.array([(2, 29, 1, 1), (0, 4, 1, 1), (1, 11, 1, 1)])
     hidden, _ = decode.replay(rows)
-    tokens = decode.draw(3)
-    assert tokens is not None and torch.equal(tokens, harness.runner.model.logits(hidden).argmax(-1))
+    tokens = harness.runner.model.logits(hidden).argmax(-1)
+    assert decode.draws and torch.equal(decode.draw(3, None), tokens)
+    assert torch.equal(decode.draw(3, np.array([4, 1, 2])), tokens + 100 * torch.tensor([4, 1, 2]))
     scratch = len(harness.runner.tokens) - 1
     assert drawn[-1] == [[2, 29], [0, 4], [1, 11], [scratch, 0]]
 
