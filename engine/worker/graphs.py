@@ -57,8 +57,8 @@ class Tables:
     page_table: Tensor  # [slots + 1, P] int32
     page_size: int
     counts_real: bool = False  # whether a step says how many of its tokens are no padding
-    # From hidden states [R, H], slots and positions [2, R], and lines of masks [R] or None, to tokens [R], where this can
-    # be captured; and whether there are masks.
+    # From hidden states [R, H], slots and positions [2, R], and lines of masks [R] or None, to tokens [R], where this
+    # can be captured; and whether there are masks.
     draw: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
     masks: bool = False
 
