@@ -29,7 +29,7 @@ class Cut:
     warps: int
     stages: int
     tokens: int = 64
-    fetched: bool = True  # whether programs ask for their weights ahead
+    fetches: bool = True  # whether programs ask for their weights ahead
 
 
 def skinny_cut(tokens: int, rows: int, columns: int) -> Cut | None:
@@ -64,10 +64,10 @@ def fetch(pointers):
 def skinny_kernel(
     inputs, weight, bias, out, tokens, rows, columns, stride,
     BIASED: tl.constexpr, GATED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, FETCHED: tl.constexpr, DEPENDS: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, FETCHES: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
-    """GATED, the weight is gate and up, of `rows` each, and silu(gate) * up is what is stored. FETCHED lines of the
-    cache, of each row, are asked for ahead."""
+    """GATED, the weight is gate and up, of `rows` each, and silu(gate) * up is what is stored. FETCHES, the program asks
+    for its part of it ahead."""
     n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     t, k = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, COLUMNS)
     inside, real = n < rows, t < tokens
@@ -76,11 +76,12 @@ def skinny_kernel(
     up_lines = lines + rows.to(tl.int64) * columns if GATED else lines
     total = tl.zeros([TOKENS, ROWS], tl.float32)
     up_total = tl.zeros([TOKENS, ROWS], tl.float32)
-    if DEPENDS and FETCHED > 0:
-        fetched = tl.minimum(tl.arange(0, FETCHED) * LINE, columns - 1)[None, :]
-        fetch(lines + fetched)
-        if GATED:
-            fetch(up_lines + fetched)
+    if DEPENDS and FETCHES:
+        for begin in tl.range(0, columns, 16 * LINE):
+            at = tl.minimum(begin + tl.arange(0, 16) * LINE, columns - 1)[None, :]
+            fetch(lines + at)
+            if GATED:
+                fetch(up_lines + at)
     wait_for_previous(DEPENDS)
     for begin in tl.range(0, columns, COLUMNS):
         at = begin + k
@@ -117,7 +118,7 @@ def skinny_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, cut: Cut,
         BIASED=bias is not None, GATED=gated, TOKENS=together, ROWS=each, COLUMNS=cut.columns,
         EVEN=columns % cut.columns == 0,
         PRECISION="ieee" if inputs.dtype == torch.float32 else None,
-        FETCHED=triton.next_power_of_2(triton.cdiv(columns, LINE.value)) if cut.fetched else 0,
+        FETCHES=cut.fetches,
         num_warps=cut.warps, num_stages=cut.stages, **launch_dependents(inputs),
     )  # fmt: skip
     return out
