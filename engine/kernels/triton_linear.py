@@ -66,7 +66,7 @@ def skinny_kernel(
     BIASED: tl.constexpr, GATED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr, FETCHES: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
-    """GATED, the weight is gate and up, of `rows` each, and silu(gate) * up is what is stored. FETCHES, the program asks
+    """GATED, the weight is gate and up, of `rows` each, and silu(gate) * up is stored. FETCHES, the program asks
     for its part of it ahead."""
     n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     t, k = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, COLUMNS)
