@@ -204,7 +204,7 @@ class CompiledGrammar(Protocol):
 
 
 class GrammarEngine(Protocol):
-    """Grammars over one vocabulary. `threads` fill masks at a time; without `whitespace` JSON has none between its
+    """Grammars over one vocabulary. `threads` may fill masks at a time; without `whitespace` JSON has none between its
     tokens, with it not much at a time, so that no reply goes on in spaces for ever.
 
     `compile` may take long and as much memory as it likes, for it runs where it can be killed; what else is here must

@@ -2,7 +2,8 @@
 
 A grammar is compiled in about a millisecond and the rest is done when a state is first met; so nothing is packed, and
 `load` compiles again. JSON schemas are held to exactly: a keyword that is not implemented is refused by name. Long
-strings of bounded length, which would walk most of the trie at each token, are in free_strings.py.
+strings of bounded length, which would walk most of the trie at each token, are in free_strings.py. Left out: threads
+of the library's own, which cost more than they save (docs/grammars.md).
 """
 
 import json
@@ -81,8 +82,6 @@ class LLGuidance:
     def __init__(self, vocabulary: Vocabulary, *, threads: int, whitespace: bool) -> None:
         self._size = len(vocabulary.tokens)
         self._tokenizer = tokenizer_of(vocabulary, vocabulary.tokens, llguidance.LLTokenizer.json_slices())
-        # With one thread there is none but the caller's: a forked process has no other.
-        self._executor = llguidance.LLExecutor(num_threads=threads) if threads > 1 else None
         self._options: dict[str, Any] = {"lenient": False, "coerce_one_of": False, "whitespace_flexible": whitespace}
         if whitespace:
             self._options["whitespace_pattern"] = SOME_WHITESPACE
@@ -131,28 +130,17 @@ class LLGuidance:
         for matcher, token in zip(matchers, tokens, strict=True):
             if matcher.string is not None:
                 matcher.string.push(token)
-        if self._executor is None or len(matchers) < 2:
-            return [matcher.full.consume_token(token) for matcher, token in zip(matchers, tokens, strict=True)]
-        pairs = [(matcher.full, token) for matcher, token in zip(matchers, tokens, strict=True)]
-        accepted: list[bool] = self._executor.consume_token_par(pairs)
-        return accepted
+        return [matcher.full.consume_token(token) for matcher, token in zip(matchers, tokens, strict=True)]
 
     def fill(self, matchers: Sequence[LLMatcher], masks: np.ndarray, rows: Sequence[int]) -> None:
-        pairs: list[tuple[llguidance.LLMatcher, int]] = []
+        size, first = masks.shape[1] * 4, masks.ctypes.data
         free: list[tuple[int, int]] = []  # row, and how many characters its string may still have
         for matcher, row in zip(matchers, rows, strict=True):
-            string = matcher.string
-            if string is not None and (left := string.left(matcher.full)):
-                pairs.append((string.caught_up(), row))
+            each, string = matcher.full, matcher.string
+            if string is not None and (left := string.left(each)):
+                each = string.caught_up()
                 free.append((row, left))
-            else:
-                pairs.append((matcher.full, row))
-        size = masks.shape[1] * 4
-        if self._executor is None or len(pairs) == 1:
-            for each, row in pairs:
-                each.unsafe_compute_mask_ptr(masks.ctypes.data + row * size, size)
-        else:
-            self._executor.unsafe_compute_mask_ptr(pairs, masks.ctypes.data, size, len(masks))
+            each.unsafe_compute_mask_ptr(first + row * size, size)
         if free:
             at, left_of = np.array(free).T
             masks[at] |= self._strings.upto[left_of]
