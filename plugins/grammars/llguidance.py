@@ -17,6 +17,7 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from engine.plugin import CompiledGrammar, Grammar, RequestError, Vocabulary
 from engine_plugins.grammars.free_strings import FreeString, FreeStrings
+from engine_plugins.grammars.json_states import State, States, Texts, states_of
 from engine_plugins.grammars.lark_tags import quoted, to_lark
 
 # Parser items that one mask may take. An ambiguous grammar (`s: s s | /./`) takes all there may be and more, and all
@@ -48,32 +49,85 @@ def free(lark: str) -> str:
 
 
 class LLMatcher:
-    """One reply. Where its grammar has bounded strings, `string` knows more of them."""
+    """One reply. Where its grammar has states, all that is known of it is its `state` (json_states.py), until that is
+    None. Where it has bounded strings, `string` knows more of them."""
 
-    __slots__ = ("full", "string")
+    __slots__ = ("_full", "grammar", "items", "said", "state", "string")
 
-    def __init__(self, full: llguidance.LLMatcher, string: FreeString | None) -> None:
-        self.full = full
+    def __init__(
+        self, grammar: "LLGrammar", full: llguidance.LLMatcher | None, string: FreeString | None, state: int | None
+    ) -> None:
+        self.grammar = grammar
+        self._full = full
         self.string = string
+        self.state = state
+        self.items = 0  # as its state wants it
+        self.said: list[int] = []  # while it has a state
+
+    @property
+    def full(self) -> llguidance.LLMatcher:
+        assert self._full is not None, "a matcher that has a state is asked for by `exact`"
+        return self._full
 
     @property
     def error(self) -> str:
-        said: str = self.full.get_error() if self.full.is_error() else ""
+        said: str = self._full.get_error() if self._full is not None and self._full.is_error() else ""
         return said
+
+    def consume(self, tokens: Sequence[int]) -> bool:
+        """Without states. False where one of them may not come."""
+        if self.string is not None:
+            for token in tokens:
+                self.string.push(token)
+        if len(tokens) == 1:
+            taken: bool = self.full.consume_token(tokens[0])
+        else:
+            taken = self.full.consume_tokens(list(tokens))
+        return taken
+
+    def leave_states(self) -> bool:
+        """From now on without: what its reply has said is read. False where that may not be."""
+        exact = self.grammar.exact()
+        self._full, self.string, self.state = exact.full, exact.string, None
+        return not self.said or self.consume(self.said)
+
+    def mask(self, pointer: int, size: int) -> int:
+        """Write a mask of `size` bytes, without states. How many ordinary characters it leaves out."""
+        full, string = self.full, self.string
+        left = 0 if string is None else string.left(full)
+        (full if string is None or not left else string.caught_up()).unsafe_compute_mask_ptr(pointer, size)
+        return left
 
 
 class LLGrammar:
     """As specs.CompiledGrammar."""
 
-    def __init__(self, full: llguidance.LLMatcher, string: FreeString | None) -> None:
+    def __init__(self, full: llguidance.LLMatcher, string: FreeString | None, states: States | None) -> None:
         self._full = full
         self._string = string
+        self.states = states
+        self._guide = self.exact()
+        self._guided: tuple[int, ...] = ()
 
     def packed(self) -> bytes:
         return b""
 
     def matcher(self) -> LLMatcher:
-        return LLMatcher(self._full.deep_copy(), None if self._string is None else self._string.copy())
+        return self.exact() if self.states is None else LLMatcher(self, None, None, 0)
+
+    def exact(self) -> LLMatcher:
+        """At the beginning of a reply, without states."""
+        return LLMatcher(self, self._full.deep_copy(), None if self._string is None else self._string.copy(), None)
+
+    def led(self, path: tuple[int, ...]) -> LLMatcher:
+        """A matcher that has read `path`; until the next call."""
+        known = len(self._guided)
+        if path[:known] != self._guided or self._guide.error:
+            self._guide, known = self.exact(), 0
+        if path[known:]:
+            self._guide.consume(path[known:])
+        self._guided = path
+        return self._guide
 
 
 class LLGuidance:
@@ -88,13 +142,16 @@ class LLGuidance:
         self._limits = llguidance.LLParserLimits(step_max_items=MOST_ITEMS)
         self._special = {vocabulary.tokens[id].decode(errors="replace"): id for id in vocabulary.special}
         self._strings = FreeStrings(vocabulary, tokenizer_of, self._limits)
+        self._texts = Texts(vocabulary.tokens, vocabulary.eos_ids, self._strings.lengths)
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         text = self._text(grammar)
         full = llguidance.LLMatcher(self._tokenizer, text, log_level=0, limits=self._limits)
         if full.is_error():
             raise refusal(grammar, full.get_error())
-        return LLGrammar(full, self._strings.prepare(text, grammar.source) if grammar.kind == "json_schema" else None)
+        if grammar.kind != "json_schema":
+            return LLGrammar(full, None, None)
+        return LLGrammar(full, self._strings.prepare(text, grammar.source), states_of(grammar.source, self._texts))
 
     def load(self, grammar: Grammar, packed: bytes) -> CompiledGrammar:
         return self.compile(grammar)
@@ -127,23 +184,60 @@ class LLGuidance:
         return f"%json {json.dumps({**readable(schema), 'x-guidance': self._options})}"
 
     def accept(self, matchers: Sequence[LLMatcher], tokens: Sequence[int]) -> list[bool]:
+        lengths, accepted = self._texts.lengths, []
         for matcher, token in zip(matchers, tokens, strict=True):
-            if matcher.string is not None:
-                matcher.string.push(token)
-        return [matcher.full.consume_token(token) for matcher, token in zip(matchers, tokens, strict=True)]
+            state = matcher.state
+            if state is None:
+                accepted.append(matcher.consume((token,)))
+                continue
+            states: Any = matcher.grammar.states
+            length = lengths[token]
+            move = states.moves[state].get(-length if length and states.free[state] else token)
+            if move.__class__ is int:
+                matcher.state = move
+                matcher.said.append(token)
+                accepted.append(True)
+            else:
+                accepted.append(self._step(matcher, token, known=move is not None))
+        return accepted
+
+    def _step(self, matcher: LLMatcher, token: int, *, known: bool) -> bool:
+        """Advance a matcher with a state by a token that is not only looked up."""
+        states, state = matcher.grammar.states, matcher.state
+        assert states is not None and state is not None
+        if not known and not self._lets_through(matcher.grammar, states.states[state], token):
+            return False
+        matcher.state, matcher.items = states.next(state, matcher.items, token, matcher.said)
+        matcher.said.append(token)
+        return matcher.state is not None or matcher.leave_states()
+
+    def _lets_through(self, grammar: LLGrammar, state: State, token: int) -> bool:
+        if (mask := self._texts.mask(state)) is not None:
+            return bool(mask[token >> 5] >> (token & 31) & 1)
+        count: int = grammar.led(state.path).full.validate_tokens([token])
+        return count == 1
 
     def fill(self, matchers: Sequence[LLMatcher], masks: np.ndarray, rows: Sequence[int]) -> None:
         size, first = masks.shape[1] * 4, masks.ctypes.data
-        free: list[tuple[int, int]] = []  # row, and how many characters its string may still have
         for matcher, row in zip(matchers, rows, strict=True):
-            each, string = matcher.full, matcher.string
-            if string is not None and (left := string.left(each)):
-                each = string.caught_up()
-                free.append((row, left))
-            each.unsafe_compute_mask_ptr(first + row * size, size)
-        if free:
-            at, left_of = np.array(free).T
-            masks[at] |= self._strings.upto[left_of]
+            states, number = matcher.grammar.states, matcher.state
+            if states is None or number is None:
+                self._fill_one(matcher, masks[row], first + row * size)
+                continue
+            state = states.states[number]
+            if (kept := self._texts.mask(state)) is not None:
+                masks[row] = kept
+                continue
+            guide = matcher.grammar.led(state.path)
+            self._fill_one(guide, masks[row], first + row * size)
+            if not guide.error:
+                self._texts.keep(state, masks[row])
+            elif matcher.leave_states():
+                self._fill_one(matcher, masks[row], first + row * size)
+
+    def _fill_one(self, matcher: LLMatcher, mask: np.ndarray, pointer: int) -> None:
+        if left := matcher.mask(pointer, mask.nbytes):
+            mask |= self._strings.upto[left]
 
 
 class _Tokens:
