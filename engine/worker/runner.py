@@ -58,7 +58,7 @@ class Result:
     sampled: Block | None = None
     prompts: Block | None = None
     vectors: Tensor | None = None
-    guided: Guided = ()
+    guided: Guided | None = None
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "Result":
         """The same, each tensor put elsewhere by `move`."""
@@ -197,7 +197,7 @@ class Runner:
         if self.adjustments.acts(slots):
             adjusted = logits.to(torch.float32, copy=len(asking) > 0)
             self.adjustments.apply(adjusted, slots, lasts + 1, self.tokens)
-        guided = self.grammars.guided(slots) if self.grammars is not None else ()
+        guided = self.grammars.guided(slots) if self.grammars is not None else None
         if guided:
             assert self.grammars is not None
             catch_up()

@@ -11,6 +11,7 @@ understood, or not let through, is left to a matcher of the reply's own.
 """
 
 import json
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,15 +28,31 @@ Ahead = tuple[Place, int, bool]  # a place, and how many items are then, or are 
 Move = int | Ahead
 
 
+INDENT, BEGINNING = re.compile(rb"\n[ \t]+"), re.compile(rb"^[ \t]+")
+
+
+def _spaced(found: "re.Match[bytes]") -> bytes:
+    return found[0].replace(b"\t", b" ")
+
+
 class Texts:
-    """What one vocabulary needs: its tokens, of which `ends` end a reply; which of them are nothing but ordinary
-    characters, and how many (`lengths`, else 0); how many items one token may end, and one more (`seen`); and room for
-    masks that have been filled."""
+    """What one vocabulary needs: its tokens, of which `ends` end a reply; how many items one token may end, and one
+    more (`seen`); keys by which tokens are told apart; and room for masks that have been filled.
+
+    Keys of tokens that do the same wherever they may come are the same: behind a new line a tab is as good as a space.
+    `keys` are those of any state, `indented` of one behind a new line, `free` of one in a free string, where ordinary
+    tokens are told apart by their lengths (0 for others), of which these are the keys below 0."""
 
     def __init__(self, tokens: Sequence[bytes], ends: Sequence[int], lengths: list[int]) -> None:
         self.tokens = tokens
         self.ends = frozenset(ends)
-        self.lengths = lengths
+        self.keys, self.indented = list(range(len(tokens))), list(range(len(tokens)))
+        first = {token: id for id, token in reversed([*enumerate(tokens)])}
+        for id, token in enumerate(tokens):
+            if b"\t" in token:
+                self.keys[id] = first.setdefault(INDENT.sub(_spaced, token), id)
+                self.indented[id] = first.setdefault(INDENT.sub(_spaced, BEGINNING.sub(_spaced, token)), id)
+        self.free = [-length or key for length, key in zip(lengths, self.keys, strict=True)]
         self.seen = 2 + max(sum(part != b"" for part in token.split(b",")) for token in tokens)
         words = -(-len(tokens) // 32)
         self._kept = np.empty((max(64, KEPT // (4 * words)), words), np.int32)  # no memory before it is used
@@ -68,8 +85,8 @@ class State:
 
 
 class States:
-    """The states of one grammar. `moves[state]` has the next state by token, or by less its length for ordinary tokens
-    in free strings (`free[state]`); for tokens that change the number of items, what it follows from."""
+    """The states of one grammar. `moves[state]` has the next state by the token's key in `keys[state]`; for tokens that
+    change the number of items, what it follows from."""
 
     def __init__(self, nodes: list[Node], texts: Texts) -> None:
         self._nodes = nodes
@@ -78,28 +95,26 @@ class States:
         self._long = frozenset(
             at for at, node in enumerate(nodes) if node.kind == "array" and max(node.least, node.most or 0) > texts.seen
         )
-        self._moves = 0
+        self._known = 0  # moves
         self.states: list[State] = []
         self.moves: list[dict[int, Move]] = []
-        self.free: list[bool] = []
+        self.keys: list[list[int]] = []
+        self._ahead: dict[tuple[int, int, int], tuple[int, int]] = {}  # by state, number of items and key
         self._number(Place(), (), 0)
 
     def next(self, state: int, items: int, token: int, said: Sequence[int]) -> tuple[int | None, int]:
         """The state behind a `token` that may come in `state`, and the number of items then; None where it is unknown.
         `said` is all that its reply has said before."""
-        length = self._texts.lengths[token]
-        key = -length if length and self.free[state] else token
+        key = self.keys[state][token]
+        if (found := self._ahead.get((state, items, key))) is not None:
+            return found
         move = self.moves[state].get(key)
         if move is None:
             try:
                 move = self._move(self.states[state].place, items, token)
             except Unknown:
                 return None, 0
-            if self._moves < MOST_MOVES:
-                self._moves += 1
-                self.moves[state][key] = move
-        if isinstance(move, int):
-            return move, items
+        assert not isinstance(move, int), "it is to be looked up"
         place, more, goes_on = move
         known = self.states[state]
         then = more + items if goes_on else more
@@ -107,14 +122,13 @@ class States:
         if self._sight(place, led) != self._sight(place, then):  # this path leads to another number of items
             path, led = (*said, token), then
         number = self._number(place, path, led)
-        if number is not None and key in self.moves[state] and self._plain(move):
-            self.moves[state][key] = number
+        if number is not None and self._known < MOST_MOVES:
+            self._known += 1
+            plain = (goes_on and not more) or self._long_one(place) < 0
+            self.moves[state][key] = number if plain else move
+            if not plain:
+                self._ahead[state, items, key] = number, then
         return number, then
-
-    def _plain(self, move: Ahead) -> bool:
-        """Whether all who make it come to one state, with as many items as before."""
-        place, more, goes_on = move
-        return (goes_on and not more) or self._long_one(place) < 0
 
     def _move(self, place: Place, items: int, token: int) -> Ahead:
         if token in self._texts.ends:
@@ -138,7 +152,9 @@ class States:
             number = self._numbers[key] = len(self.states)
             self.states.append(State(place, path, items))
             self.moves.append({})
-            self.free.append(place.mode == STRING and not place.text)
+            texts = self._texts
+            free = place.mode == STRING and not place.text
+            self.keys.append(texts.free if free else texts.indented if place.text[:1] == b"\n" else texts.keys)
         return number
 
     def _sight(self, place: Place, items: int) -> tuple[int, int, bool]:

@@ -184,15 +184,14 @@ class LLGuidance:
         return f"%json {json.dumps({**readable(schema), 'x-guidance': self._options})}"
 
     def accept(self, matchers: Sequence[LLMatcher], tokens: Sequence[int]) -> list[bool]:
-        lengths, accepted = self._texts.lengths, []
+        accepted = []
         for matcher, token in zip(matchers, tokens, strict=True):
             state = matcher.state
             if state is None:
                 accepted.append(matcher.consume((token,)))
                 continue
             states: Any = matcher.grammar.states
-            length = lengths[token]
-            move = states.moves[state].get(-length if length and states.free[state] else token)
+            move = states.moves[state].get(states.keys[state][token])
             if move.__class__ is int:
                 matcher.state = move
                 matcher.said.append(token)
