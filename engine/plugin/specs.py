@@ -4,7 +4,7 @@ Torch-free, so that the front process can read manifests, tokenizers and configu
 An entry names its code as "module:attribute"; the code is imported where it is used, once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -190,7 +190,7 @@ class Matcher(Protocol):
     Those of one compiled grammar that have the same `state`, if not None, have the same mask, and it is not asked for
     again while it is remembered. `accept` alone changes it, or `fill` to None."""
 
-    state: int | None
+    state: Hashable | None
 
     @property
     def error(self) -> str: ...

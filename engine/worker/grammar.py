@@ -12,7 +12,7 @@ and are made ready in a thread. Left out: tokens that a grammar leaves no choice
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -296,7 +296,7 @@ class Grammars:
         """Masks for the rows of `group` that have no line: they get one, in `lines`."""
         table = self._table
         missing: list[int] = []
-        same: dict[tuple[int, int], int] = {}  # of a grammar's state: who fills it
+        same: dict[tuple[int, Hashable], int] = {}  # of a grammar's state: who fills it
         twins: list[tuple[int, int]] = []
         for index, line in enumerate(lines):
             if line is not None:
@@ -322,7 +322,7 @@ class Grammars:
                 continue
             if state is not None or guide.watched:
                 table.look(line, masks[place])
-            if state is not None and guide.matcher.state == state:
+            if state is not None and guide.matcher.state is not None:
                 table.remember(line, guide.known, state)
         for index, first in twins:
             lines[index] = lines[first]

@@ -8,6 +8,8 @@ still reads a line that is given away, or copies from the pinned memory that new
 written in place. Left out: telling apart masks that are equal.
 """
 
+from collections.abc import Hashable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ MOST_LINES = 8192
 ENDS, ALL = 0, 1  # lines that are never given away: what ends a reply, and everything
 NEVER = np.iinfo(np.int64).max
 
-Lines = dict[int, int]  # of one grammar, by state
+Lines = dict[Hashable, int]  # of one grammar, by state
 
 
 class MaskTable:
@@ -39,7 +41,7 @@ class MaskTable:
         self._staged = torch.zeros(staged, words, dtype=torch.int32, pin_memory=staged > 0)
         self._used = np.zeros(count, np.int64)  # the step that last did
         self._used[[ENDS, ALL]] = NEVER
-        self._owners: list[tuple[Lines, int] | None] = [None] * count
+        self._owners: list[tuple[Lines, Hashable] | None] = [None] * count
         self._step = 0
         self.new: list[int] = []  # lines that are to go up
 
@@ -69,7 +71,7 @@ class MaskTable:
             return lines, self._in_place, lines
         return lines, self._staged.numpy(), list(range(first, len(self.new)))
 
-    def remember(self, line: int, lines: Lines, state: int) -> None:
+    def remember(self, line: int, lines: Lines, state: Hashable) -> None:
         """The mask of `line` is that of `state`."""
         lines[state] = line
         self._owners[line] = lines, state

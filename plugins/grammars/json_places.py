@@ -10,6 +10,7 @@ reply depend on another, or leaves open which part it is in (anyOf, $ref, proper
 with patterns, words of enumerations and numbers with odd bounds are kept as they are until they are over.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,7 +23,8 @@ COUNTS = frozenset({"minLength", "maxLength"})
 BOUNDS = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"})
 SCALAR = COUNTS | BOUNDS | {"type", "enum", "const", "pattern", "format"}
 SCALARS = frozenset({"string", "integer", "number", "boolean", "null"})
-SPACES, DIGITS = b" \n\t", b"0123456789"
+SPACES = re.compile(rb"[ \n\t]+")
+DIGITS = b"0123456789"
 NUMBER = b"+-.eE" + DIGITS
 WORDS = (b"true", b"false", b"null")
 MOST_DIGITS = 18  # of a bounded integer: a larger one is kept as it is
@@ -146,6 +148,9 @@ def advance(nodes: list[Node], place: Place, text: bytes) -> tuple[Place, int]:
     Raises Unknown for what should not be there."""
     at, open = 0, len(place.stack)
     while at < len(text):
+        if place.mode <= COLON and (spaces := SPACES.match(text, at)):
+            place, at = place._replace(text=_alike_spaces(place.text + spaces[0])), spaces.end()
+            continue
         place, taken = _STEPS[place.mode](nodes, place, text[at])
         open = min(open, len(place.stack))
         at += taken
@@ -160,9 +165,9 @@ def _expected(nodes: list[Node], stack: tuple[tuple[int, int], ...]) -> int:
     return nodes[node].inner[count if nodes[node].kind == "object" else 0]
 
 
-def _spaces(place: Place, byte: int) -> Place:
-    """A space more. Behind a new line a tab is worth as much."""
-    return place._replace(text=place.text + (b" " if byte == 9 and place.text[:1] == b"\n" else bytes([byte])))
+def _alike_spaces(text: bytes) -> bytes:
+    """Behind a new line a tab is worth as much as a space."""
+    return text.replace(b"\t", b" ") if text[:1] == b"\n" else text
 
 
 def _over(nodes: list[Node], stack: tuple[tuple[int, int], ...]) -> Place:
@@ -175,8 +180,6 @@ def _over(nodes: list[Node], stack: tuple[tuple[int, int], ...]) -> Place:
 
 
 def _value(nodes: list[Node], place: Place, byte: int) -> tuple[Place, int]:
-    if byte in SPACES:
-        return _spaces(place, byte), 1
     stack = place.stack
     if byte == ord("]"):
         if not stack or nodes[stack[-1][0]].kind != "array" or stack[-1][1]:
@@ -194,8 +197,6 @@ def _value(nodes: list[Node], place: Place, byte: int) -> tuple[Place, int]:
 
 
 def _after(nodes: list[Node], place: Place, byte: int) -> tuple[Place, int]:
-    if byte in SPACES:
-        return _spaces(place, byte), 1
     if not place.stack:
         raise Unknown
     object = nodes[place.stack[-1][0]].kind == "object"
@@ -207,8 +208,6 @@ def _after(nodes: list[Node], place: Place, byte: int) -> tuple[Place, int]:
 
 
 def _key(nodes: list[Node], place: Place, byte: int) -> tuple[Place, int]:
-    if byte in SPACES:
-        return _spaces(place, byte), 1
     if byte == ord('"'):
         return Place(place.stack, NAME), 1
     if byte == ord("}") and place.stack[-1][1] < 0:
@@ -226,8 +225,6 @@ def _name(nodes: list[Node], place: Place, byte: int) -> tuple[Place, int]:
 
 
 def _colon(nodes: list[Node], place: Place, byte: int) -> tuple[Place, int]:
-    if byte in SPACES:
-        return _spaces(place, byte), 1
     if byte != ord(":"):
         raise Unknown
     return Place(place.stack, VALUE), 1

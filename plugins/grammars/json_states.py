@@ -1,4 +1,4 @@
-"""States of replies under a JSON schema: numbers, so that replies in one state have one mask and one future.
+"""States of replies under a JSON schema, told apart so that replies in one state have one mask and one future.
 
     (state, token) ──> state        looked up; read in json_places.py when it is first met
         state ──────> mask          filled by a matcher that is led there once, then kept
@@ -25,7 +25,6 @@ KEPT = 96 << 20  # bytes of masks, of all grammars
 
 END = Place(mode=-1)
 Ahead = tuple[Place, int, bool]  # a place, and how many items are then, or are more, if that is True
-Move = int | Ahead
 
 
 INDENT, BEGINNING = re.compile(rb"\n[ \t]+"), re.compile(rb"^[ \t]+")
@@ -52,7 +51,8 @@ class Texts:
             if b"\t" in token:
                 self.keys[id] = first.setdefault(INDENT.sub(_spaced, token), id)
                 self.indented[id] = first.setdefault(INDENT.sub(_spaced, BEGINNING.sub(_spaced, token)), id)
-        self.free = [-length or key for length, key in zip(lengths, self.keys, strict=True)]
+        below = {length: -length for length in set(lengths)}  # one object of each, as a cache likes it
+        self.free = [below[length] or key for length, key in zip(lengths, self.keys, strict=True)]
         self.seen = 2 + max(sum(part != b"" for part in token.split(b",")) for token in tokens)
         words = -(-len(tokens) // 32)
         self._kept = np.empty((max(64, KEPT // (4 * words)), words), np.int32)  # no memory before it is used
@@ -72,12 +72,15 @@ class Texts:
 
 
 class State:
-    """One state: what is known of it. `path` are tokens that lead to it, with `items` in the long array."""
+    """One state. `moves` has the next one by the key of a token, which `keys` has; for tokens that change the number of
+    items, what it follows from. `path` are tokens that lead to it, with `items` in the long array."""
 
-    __slots__ = ("age", "items", "line", "path", "place")
+    __slots__ = ("age", "items", "keys", "line", "moves", "path", "place")
 
-    def __init__(self, place: Place, path: tuple[int, ...], items: int) -> None:
+    def __init__(self, place: Place, keys: list[int], path: tuple[int, ...], items: int) -> None:
         self.place = place
+        self.keys = keys
+        self.moves: dict[int, State | Ahead] = {}
         self.path = path
         self.items = items
         self.line = -1  # of its mask, among those that are kept
@@ -85,50 +88,45 @@ class State:
 
 
 class States:
-    """The states of one grammar. `moves[state]` has the next state by the token's key in `keys[state]`; for tokens that
-    change the number of items, what it follows from."""
+    """The states of one grammar. A reply begins in `begin`."""
 
     def __init__(self, nodes: list[Node], texts: Texts) -> None:
         self._nodes = nodes
         self._texts = texts
-        self._numbers: dict[tuple[Place, tuple[int, int, bool]], int] = {}
         self._long = frozenset(
             at for at, node in enumerate(nodes) if node.kind == "array" and max(node.least, node.most or 0) > texts.seen
         )
-        self._known = 0  # moves
-        self.states: list[State] = []
-        self.moves: list[dict[int, Move]] = []
-        self.keys: list[list[int]] = []
-        self._ahead: dict[tuple[int, int, int], tuple[int, int]] = {}  # by state, number of items and key
-        self._number(Place(), (), 0)
+        self._moves = 0
+        self.known: dict[tuple[Place, tuple[int, int, bool]], State] = {}
+        self._ahead: dict[tuple[State, int, int], tuple[State, int]] = {}  # by state, number of items and key
+        self.begin = State(Place(), texts.keys, (), 0)
 
-    def next(self, state: int, items: int, token: int, said: Sequence[int]) -> tuple[int | None, int]:
+    def next(self, state: State, items: int, token: int, said: Sequence[int]) -> tuple[State | None, int]:
         """The state behind a `token` that may come in `state`, and the number of items then; None where it is unknown.
         `said` is all that its reply has said before."""
-        key = self.keys[state][token]
+        key = state.keys[token]
         if (found := self._ahead.get((state, items, key))) is not None:
             return found
-        move = self.moves[state].get(key)
+        move = state.moves.get(key)
         if move is None:
             try:
-                move = self._move(self.states[state].place, items, token)
+                move = self._move(state.place, items, token)
             except Unknown:
                 return None, 0
-        assert not isinstance(move, int), "it is to be looked up"
+        assert not isinstance(move, State), "it is to be looked up"
         place, more, goes_on = move
-        known = self.states[state]
         then = more + items if goes_on else more
-        path, led = (*known.path, token), more + known.items if goes_on else more
+        path, led = (*state.path, token), more + state.items if goes_on else more
         if self._sight(place, led) != self._sight(place, then):  # this path leads to another number of items
             path, led = (*said, token), then
-        number = self._number(place, path, led)
-        if number is not None and self._known < MOST_MOVES:
-            self._known += 1
+        behind = self._state(place, path, led)
+        if behind is not None and self._moves < MOST_MOVES:
+            self._moves += 1
             plain = (goes_on and not more) or self._long_one(place) < 0
-            self.moves[state][key] = number if plain else move
+            state.moves[key] = behind if plain else move
             if not plain:
-                self._ahead[state, items, key] = number, then
-        return number, then
+                self._ahead[state, items, key] = behind, then
+        return behind, then
 
     def _move(self, place: Place, items: int, token: int) -> Ahead:
         if token in self._texts.ends:
@@ -144,18 +142,16 @@ class States:
         count = then.stack[now][1]
         return _with_count(then, now, 0), count - items if goes_on else count, goes_on
 
-    def _number(self, place: Place, path: tuple[int, ...], items: int) -> int | None:
-        """The state of `place`, in which the count of the outermost long array is left out, at `items` of it."""
+    def _state(self, place: Place, path: tuple[int, ...], items: int) -> State | None:
+        """That of `place`, in which the count of the outermost long array is left out, at `items` of it."""
         key = place, self._sight(place, items)
-        number = self._numbers.get(key)
-        if number is None and len(self.states) < MOST_STATES:
-            number = self._numbers[key] = len(self.states)
-            self.states.append(State(place, path, items))
-            self.moves.append({})
+        state = self.known.get(key)
+        if state is None and len(self.known) < MOST_STATES:
             texts = self._texts
             free = place.mode == STRING and not place.text
-            self.keys.append(texts.free if free else texts.indented if place.text[:1] == b"\n" else texts.keys)
-        return number
+            keys = texts.free if free else texts.indented if place.text[:1] == b"\n" else texts.keys
+            state = self.known[key] = State(place, keys, path, items)
+        return state
 
     def _sight(self, place: Place, items: int) -> tuple[int, int, bool]:
         """What one token may see of the number of items."""

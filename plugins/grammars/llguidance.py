@@ -55,7 +55,7 @@ class LLMatcher:
     __slots__ = ("_full", "grammar", "items", "said", "state", "string")
 
     def __init__(
-        self, grammar: "LLGrammar", full: llguidance.LLMatcher | None, string: FreeString | None, state: int | None
+        self, grammar: "LLGrammar", full: llguidance.LLMatcher | None, string: FreeString | None, state: State | None
     ) -> None:
         self.grammar = grammar
         self._full = full
@@ -113,7 +113,7 @@ class LLGrammar:
         return b""
 
     def matcher(self) -> LLMatcher:
-        return self.exact() if self.states is None else LLMatcher(self, None, None, 0)
+        return self.exact() if self.states is None else LLMatcher(self, None, None, self.states.begin)
 
     def exact(self) -> LLMatcher:
         """At the beginning of a reply, without states."""
@@ -190,21 +190,20 @@ class LLGuidance:
             if state is None:
                 accepted.append(matcher.consume((token,)))
                 continue
-            states: Any = matcher.grammar.states
-            move = states.moves[state].get(states.keys[state][token])
-            if move.__class__ is int:
+            move = state.moves.get(state.keys[token])
+            if move.__class__ is State:
                 matcher.state = move
                 matcher.said.append(token)
                 accepted.append(True)
             else:
-                accepted.append(self._step(matcher, token, known=move is not None))
+                accepted.append(self._step(matcher, state, token, known=move is not None))
         return accepted
 
-    def _step(self, matcher: LLMatcher, token: int, *, known: bool) -> bool:
-        """Advance a matcher with a state by a token that is not only looked up."""
-        states, state = matcher.grammar.states, matcher.state
-        assert states is not None and state is not None
-        if not known and not self._lets_through(matcher.grammar, states.states[state], token):
+    def _step(self, matcher: LLMatcher, state: State, token: int, *, known: bool) -> bool:
+        """Advance a matcher by a token that is not only to be looked up."""
+        states = matcher.grammar.states
+        assert states is not None
+        if not known and not self._lets_through(matcher.grammar, state, token):
             return False
         matcher.state, matcher.items = states.next(state, matcher.items, token, matcher.said)
         matcher.said.append(token)
@@ -219,11 +218,10 @@ class LLGuidance:
     def fill(self, matchers: Sequence[LLMatcher], masks: np.ndarray, rows: Sequence[int]) -> None:
         size, first = masks.shape[1] * 4, masks.ctypes.data
         for matcher, row in zip(matchers, rows, strict=True):
-            states, number = matcher.grammar.states, matcher.state
-            if states is None or number is None:
+            state = matcher.state
+            if state is None:
                 self._fill_one(matcher, masks[row], first + row * size)
                 continue
-            state = states.states[number]
             if (kept := self._texts.mask(state)) is not None:
                 masks[row] = kept
                 continue

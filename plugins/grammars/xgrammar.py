@@ -29,7 +29,7 @@ class XMatcher:
 
     def __init__(self, inner: xgrammar.GrammarMatcher) -> None:
         self.inner = inner
-        self.state: int | None = None  # the library tells of none
+        self.state = None  # the library tells of none
         self.error = ""
 
 

@@ -115,7 +115,7 @@ def walk(engine: LLGuidance, compiled: LLGrammar, rng: np.random.Generator, step
     """One reply by its states, and beside them by a matcher that reads all of it: its tokens, and the new states."""
     by_state, exact = compiled.matcher(), compiled.exact()
     assert compiled.states is not None
-    before = len(compiled.states.states)
+    before = len(compiled.states.known)
     masks = np.zeros((2, -(-len(WORDS.tokens) // 32)), np.int32)
     said: list[bytes] = []
     for _ in range(steps):
@@ -131,12 +131,12 @@ def walk(engine: LLGuidance, compiled: LLGrammar, rng: np.random.Generator, step
         said.append(WORDS.tokens[token])
         if token in WORDS.eos_ids:
             break
-    return len(said), len(compiled.states.states) - before
+    return len(said), len(compiled.states.known) - before
 
 
 def place(matcher: LLMatcher) -> Any:
-    assert matcher.grammar.states is not None and matcher.state is not None
-    return matcher.grammar.states.states[matcher.state].place
+    assert matcher.state is not None
+    return matcher.state.place
 
 
 def differing(masks: np.ndarray) -> list[bytes]:
