@@ -7,6 +7,7 @@ costs ten times as much.
 """
 
 import functools
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import numpy as np
@@ -43,8 +44,12 @@ def apply_bitmask(logits: Tensor, mask: Tensor, rows: Tensor, lines: Tensor | No
 
         apply(logits, mask, rows, lines)
     elif logits.is_cpu and logits.dtype is torch.float32:
-        chosen = mask[: len(rows)] if lines is None else mask[lines]
-        _apply_on_cpu(logits.numpy(), chosen.numpy().view(np.uint8), rows.tolist())
+        _apply_on_cpu(
+            logits.numpy(),
+            mask.numpy().view(np.uint8),
+            rows.tolist(),
+            range(len(rows)) if lines is None else lines.tolist(),
+        )
     else:
         apply_bitmask_reference(logits, mask, rows, lines)
 
@@ -57,12 +62,12 @@ def apply_bitmask_reference(logits: Tensor, mask: Tensor, rows: Tensor, lines: T
     logits.index_add_(0, rows, bars.view(len(chosen), -1)[:, : logits.shape[1]])
 
 
-def _apply_on_cpu(logits: np.ndarray, mask: np.ndarray, rows: list[int]) -> None:
+def _apply_on_cpu(logits: np.ndarray, mask: np.ndarray, rows: Sequence[int], lines: Sequence[int]) -> None:
     """`mask` [n, bytes] uint8."""
     table, bars = _table(), np.empty((PIECE, 8), np.float32)
-    for line, row in zip(mask, rows, strict=True):
-        for first in range(0, len(line), PIECE):
-            part = line[first : first + PIECE]
+    for line, row in zip(lines, rows, strict=True):
+        for first in range(0, mask.shape[1], PIECE):
+            part = mask[line, first : first + PIECE]
             np.take(table, part, axis=0, out=bars[: len(part)], mode="clip")  # without `clip` it would copy first
             scores = logits[row, 8 * first : 8 * (first + PIECE)]
             scores += bars.reshape(-1)[: len(scores)]

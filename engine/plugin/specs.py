@@ -4,7 +4,7 @@ Torch-free, so that the front process can read manifests, tokenizers and configu
 An entry names its code as "module:attribute"; the code is imported where it is used, once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -185,7 +185,12 @@ class Vocabulary(Struct, frozen=True):
 
 
 class Matcher(Protocol):
-    """Where one reply is in its grammar. Advanced by its engine alone; `error` is not empty once it cannot go on."""
+    """Where one reply is in its grammar. Advanced by its engine alone; `error` is not empty once it cannot go on.
+
+    Those of one compiled grammar that have the same `state`, if not None, have the same mask, and it is not asked for
+    again while it is remembered. `accept` alone changes it, or `fill` to None."""
+
+    state: Hashable | None
 
     @property
     def error(self) -> str: ...
@@ -204,7 +209,7 @@ class CompiledGrammar(Protocol):
 
 
 class GrammarEngine(Protocol):
-    """Grammars over one vocabulary. `threads` fill masks at a time; without `whitespace` JSON has none between its
+    """Grammars over one vocabulary. `threads` may fill masks at a time; without `whitespace` JSON has none between its
     tokens, with it not much at a time, so that no reply goes on in spaces for ever.
 
     `compile` may take long and as much memory as it likes, for it runs where it can be killed; what else is here must

@@ -12,7 +12,7 @@ and are made ready in a thread. Left out: tokens that a grammar leaves no choice
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +29,7 @@ from engine.layers.batch import upload
 from engine.messages import GrammarLoaded, LoadGrammar, SlotAdmit
 from engine.plugin.manager import Plugins
 from engine.plugin.specs import Checkpoint, CompiledGrammar, GrammarEngine, GrammarEntry, Vocabulary
+from engine.worker.mask_table import ALL, ENDS, Lines, MaskTable
 
 log = logging.getLogger("engine.worker")
 
@@ -51,7 +52,7 @@ class Guide:
     tail: bytes = b""  # the end of what was said before the grammar began
     ended: bool = False
     cause: str = ""  # why it cannot go on
-    way: int = 0  # the same for rows that have come the same way
+    known: Lines = field(default_factory=dict)  # of masks of its grammar
 
     def pass_by(self, spelled: bytes) -> None:
         """A token before the grammar. It begins behind the one with the end of `after`."""
@@ -62,15 +63,52 @@ class Guide:
 
 
 @dataclass(slots=True)
-class _Lines:
-    """The lines of a step's masks while they are filled: those of one engine's matchers."""
+class _Group:
+    """Rows of a step whose grammars one engine has, and that go on in them."""
 
-    matchers: list[Any] = field(default_factory=list)
+    engine: GrammarEngine
+    rows: list[int] = field(default_factory=list)
     guides: list[Guide] = field(default_factory=list)
-    lines: list[int] = field(default_factory=list)
+    matchers: list[Any] = field(default_factory=list)
+    known: list[Lines] = field(default_factory=list)  # of each row's grammar, lines by state
 
 
-Guided = tuple[tuple[int, Guide], ...]  # sampled row of a step, and its guide
+class Guided:
+    """The sampled rows of a step that have a grammar, and their guides. They are sorted once, and not again before one
+    of them ends, cannot go on, or begins: most steps have the rows of the step before."""
+
+    __slots__ = ("ended", "groups", "guides", "rows", "sorted", "stuck", "waiting", "watched")
+
+    def __init__(self, rows: Sequence[int], guides: Sequence[Guide]) -> None:
+        self.rows = rows
+        self.guides = guides
+        self.sorted = False
+
+    def sort(self) -> None:
+        if self.sorted:
+            return
+        self.sorted = True
+        groups: dict[int, _Group] = {}
+        self.waiting: list[tuple[int, Guide]] = []  # for what comes before the grammar
+        self.ended: list[int] = []
+        self.stuck: list[tuple[int, Guide]] = []
+        self.watched = False
+        for row, guide in zip(self.rows, self.guides, strict=True):
+            if guide.cause:
+                self.stuck.append((row, guide))
+            elif guide.after:
+                self.waiting.append((row, guide))
+            elif guide.ended:
+                self.ended.append(row)
+            else:
+                assert guide.engine is not None
+                group = groups.setdefault(id(guide.engine), _Group(guide.engine))
+                group.rows.append(row)
+                group.guides.append(guide)
+                group.matchers.append(guide.matcher)
+                group.known.append(guide.known)
+                self.watched |= guide.watched
+        self.groups = list(groups.values())
 
 
 class Beginning:
@@ -116,13 +154,11 @@ class Grammars:
         self._spelled = vocabulary.tokens
         self._ends = frozenset(vocabulary.eos_ids)
         self._end_ids = torch.tensor(sorted(self._ends), dtype=torch.int64, device=device)
-        words = -(-len(vocabulary.tokens) // 32)
-        ends = np.isin(np.arange(32 * words), vocabulary.eos_ids)
-        self._end_mask = np.packbits(ends, bitorder="little").view("<i4")
-        self._host = torch.zeros(slots, words, dtype=torch.int32, pin_memory=device.type != "cpu")
-        self._masks: np.ndarray = self._host.numpy()
+        self._table = MaskTable(len(vocabulary.tokens), vocabulary.eos_ids, slots, device)
+        self._known: dict[int, Lines] = {}  # by grammar
         self._device = device
         self._guides: list[Guide | None] = [None] * slots
+        self._last: tuple[bytes, Guided | None] | None = None  # slots of the last step, and what they have
         self._new: dict[int, SlotAdmit] = {}  # by slot, whose guides are still to be made
         self._changed = threading.Condition()
         self._loaded: dict[int, tuple[GrammarEngine, CompiledGrammar] | str] = {}  # a text says why it is not there
@@ -151,13 +187,14 @@ class Grammars:
         """No row will come with it again; those that have it keep it."""
         with self._changed:
             self._loaded.pop(number, None)
+            self._known.pop(number, None)
 
     # ── rows ─────────────────────────────────────────────────────────────────────────────────
 
     def admit(self, admit: SlotAdmit) -> None:
         """From now on the slot follows the grammar of `admit`, whose tokens so far it reads; or none. Its guide is made
         when it is first sampled, while the device computes."""
-        self._guides[admit.slot] = None
+        self._guides[admit.slot] = self._last = None
         self._new.pop(admit.slot, None)
         if admit.grammar:
             self._new[admit.slot] = admit
@@ -172,91 +209,136 @@ class Grammars:
         if isinstance(found, str):
             return Guide(admit.grammar, None, None, after, watched, cause=found)
         engine, compiled = found
-        guide = Guide(admit.grammar, engine, compiled.matcher(), after, watched)
+        known = self._known.setdefault(admit.grammar, {})
+        guide = Guide(admit.grammar, engine, compiled.matcher(), after, watched, known=known)
+        alone = Guided([0], [guide])
         for token in np.frombuffer(admit.ids, "<i4")[admit.prompt_len :].tolist():
-            self.accept(((0, guide),), [token])
+            self.accept(alone, [token])
         return guide
 
-    def guided(self, slots: np.ndarray) -> Guided:
+    def guided(self, slots: np.ndarray) -> Guided | None:
         """The rows of a step, sampled in `slots`, that have a grammar."""
-        if self._new:
-            for slot in self._new.keys() & set(slots.tolist()):
-                self._guides[slot] = self._guide(self._new.pop(slot))
-        return tuple((row, guide) for row, slot in enumerate(slots.tolist()) if (guide := self._guides[slot]))
+        if self._last is not None and self._last[0] == slots.tobytes():
+            return self._last[1]
+        places = slots.tolist()
+        for slot in self._new.keys() & set(places):
+            self._guides[slot] = self._guide(self._new.pop(slot))
+        guides = [self._guides[slot] for slot in places]
+        rows = [row for row, guide in enumerate(guides) if guide is not None]
+        guided = Guided(rows, [guide for guide in guides if guide is not None]) if rows else None
+        self._last = slots.tobytes(), guided
+        return guided
 
     def accept(self, guided: Guided, tokens: Sequence[int]) -> tuple[tuple[int, str], ...]:
         """Advance the guides of a step by its tokens; the rows that cannot go on, each with the reason."""
-        groups: dict[int, _Lines] = {}
-        for row, guide in guided:
-            token = tokens[row]
-            if guide.cause or guide.ended:
-                continue
-            if guide.after:
-                guide.pass_by(self._spelled[token])
-                continue
-            group = groups.setdefault(id(guide.engine), _Lines())
-            group.matchers.append(guide.matcher)
-            group.guides.append(guide)
-            group.lines.append(token)
-        for group in groups.values():
-            engine = group.guides[0].engine
-            assert engine is not None
-            for guide, token, taken in zip(
-                group.guides, group.lines, engine.accept(group.matchers, group.lines), strict=True
-            ):
-                guide.way = hash((guide.way, token))
-                guide.ended = token in self._ends
-                guide.cause = "" if taken else NO_TOKEN
-        return tuple((row, guide.cause) for row, guide in guided if guide.cause)
+        guided.sort()
+        stuck = guided.stuck
+        for group in guided.groups:
+            heard = [tokens[row] for row in group.rows]
+            taken = group.engine.accept(group.matchers, heard)
+            if not self._ends.isdisjoint(heard):
+                for guide, token in zip(group.guides, heard, strict=True):
+                    guide.ended = token in self._ends
+                guided.sorted = False
+            if not all(taken):
+                refused = [index for index, each in enumerate(taken) if not each]
+                for index in refused:
+                    group.guides[index].cause = NO_TOKEN
+                stuck = stuck + [(group.rows[index], group.guides[index]) for index in refused]
+                guided.sorted = False
+        for row, guide in guided.waiting:
+            guide.pass_by(self._spelled[tokens[row]])
+            guided.sorted &= bool(guide.after)
+        return tuple((row, guide.cause) for row, guide in stuck)
 
     # ── masks ────────────────────────────────────────────────────────────────────────────────
 
     def mask(self, logits: Tensor, guided: Guided) -> None:
         """-inf, in place, for what the grammars of `logits` [S, V] bar, once the guides have read all tokens."""
-        rows, forced = self._fill(guided)
+        guided.sort()
+        rows, lines, forced = self._lines(guided)
         if not rows:
             return
-        where = upload(np.array(rows, np.int64), self._device)
-        apply_bitmask(logits, self._host[: len(rows)].to(self._device, non_blocking=True), where)
+        count = len(rows)
+        numbers = upload(np.array(rows + lines + self._table.new, np.int64), self._device)
+        self._table.send(numbers[2 * count :])
+        apply_bitmask(logits, self._table.masks, numbers[:count], numbers[count : 2 * count])
         if forced:  # other wishes do not hold up the end
             logits[upload(np.array(forced, np.int64), self._device)[:, None], self._end_ids] = 0.0
 
-    def _fill(self, guided: Guided) -> tuple[list[int], list[int]]:
-        """The rows that have masks, in the order of the masks' lines; and those of them that must end."""
-        rows: list[int] = []
-        forced: list[int] = []
-        groups: dict[int, _Lines] = {}
-        first: dict[tuple[int, int], int] = {}
+    @property
+    def masks(self) -> Tensor:
+        """[lines, words] int32, on the device, always in the same place."""
+        return self._table.masks
+
+    def lines(self, guided: Guided, count: int) -> np.ndarray:
+        """The line of `masks` for each of the `count` rows of a step whose rows ask for nothing else, [count] int64,
+        once the guides have read all tokens; what is new of `masks` goes up."""
+        guided.sort()
+        rows, lines, _ = self._lines(guided)
+        if self._table.new:
+            self._table.send(upload(np.array(self._table.new, np.int64), self._device))
+        everywhere = np.full(count, ALL, np.int64)
+        everywhere[rows] = lines
+        return everywhere
+
+    def _lines(self, guided: Guided) -> tuple[list[int], list[int], list[int]]:
+        """The rows that have masks, the line of each; and those of them that must end."""
+        table = self._table
+        table.begin()
+        rows, lines = list(guided.ended), [ENDS] * len(guided.ended)
+        found: list[list[Any]] = [
+            [known.get(matcher.state) for known, matcher in zip(group.known, group.matchers, strict=True)]
+            for group in guided.groups
+        ]
+        for each in found:  # before any is given away
+            table.touch(np.array([line for line in each if line is not None], np.int64))
+        forced = list(guided.ended)
+        for group, each in zip(guided.groups, found, strict=True):
+            if None in each:
+                self._fill(group, each)
+                guided.sorted = not any(guide.cause for guide in group.guides)
+            rows += group.rows
+            lines += each
+            if guided.watched:
+                forced += [
+                    row
+                    for row, guide, line in zip(group.rows, group.guides, each, strict=True)
+                    if guide.watched and table.only_ends[line]
+                ]
+        return rows, lines, forced
+
+    def _fill(self, group: _Group, lines: list[Any]) -> None:
+        """Masks for the rows of `group` that have no line: they get one, in `lines`."""
+        table = self._table
+        missing: list[int] = []
+        same: dict[tuple[int, Hashable], int] = {}  # of a grammar's state: who fills it
         twins: list[tuple[int, int]] = []
-        watched: list[tuple[int, int]] = []
-        for row, guide in guided:
-            if guide.cause or guide.after:
+        for index, line in enumerate(lines):
+            if line is not None:
                 continue
-            line = len(rows)
-            rows.append(row)
-            if guide.ended:  # its client wants more tokens: it has said all it may
-                self._masks[line] = self._end_mask
-                forced.append(row)
+            state = group.matchers[index].state
+            if state is not None:
+                first = same.setdefault((id(group.known[index]), state), index)
+                if first != index:
+                    twins.append((index, first))
+                    continue
+            missing.append(index)
+        matchers = [group.matchers[index] for index in missing]
+        states = [matcher.state for matcher in matchers]
+        taken, masks, places = table.take(len(missing))
+        group.engine.fill(matchers, masks, places)
+        for index, line, state, place in zip(missing, taken, states, places, strict=True):
+            guide = group.guides[index]
+            lines[index] = line
+            if error := guide.matcher.error:
+                guide.cause = f"the grammar cannot go on: {error[:300]}"
+                lines[index] = ALL
+                masks[place] = -1
                 continue
-            if guide.watched:
-                watched.append((line, row))
-            twin = first.setdefault((guide.number, guide.way), line)
-            if twin != line:
-                twins.append((line, twin))
-                continue
-            group = groups.setdefault(id(guide.engine), _Lines())
-            group.matchers.append(guide.matcher)
-            group.guides.append(guide)
-            group.lines.append(line)
-        for group in groups.values():
-            engine = group.guides[0].engine
-            assert engine is not None
-            engine.fill(group.matchers, self._masks, group.lines)
-            for guide, line in zip(group.guides, group.lines, strict=True):
-                if error := guide.matcher.error:
-                    guide.cause = f"the grammar cannot go on: {error[:300]}"
-                    self._masks[line] = -1
-        for line, twin in twins:
-            self._masks[line] = self._masks[twin]
-        forced += [row for line, row in watched if not (self._masks[line] & ~self._end_mask).any()]
-        return rows, forced
+            if state is not None or guide.watched:
+                table.look(line, masks[place])
+            if state is not None and guide.matcher.state is not None:
+                table.remember(line, guide.known, state)
+        for index, first in twins:
+            lines[index] = lines[first]

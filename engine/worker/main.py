@@ -151,6 +151,8 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
     defaults = GPU_DEFAULTS if device.type == "cuda" else CPU_DEFAULTS
     slots = config.schedule.max_running or defaults.slots
     step_tokens = config.schedule.max_step_tokens or defaults.step_tokens
+    with _timed(phases, "grammars"):  # what is left of it
+        ready_grammars = None if grammars is None else grammars.ready(slots, device)
     spec, activations = model.kv_spec(), 0
     if device.type == "cuda":
         with _timed(phases, "largest step"):
@@ -161,15 +163,13 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
         cache_tokens = pages * spec.page_size if spec.groups else None
         max_model_len = choose_max_model_len(config.model.max_model_len, limit, cache_tokens)
         caches = allocate(spec, pages + 1, device)  # one for the padding of CUDA graphs
-        runner = Runner(model, caches, device, slots=slots, max_model_len=max_model_len, page_size=spec.page_size)
+        options = {"slots": slots, "max_model_len": max_model_len, "page_size": spec.page_size}
+        runner = Runner(model, caches, device, **options, grammars=ready_grammars)
     with _timed(phases, "warm-up"):
         if device.type == "cpu":
             runner.warm_up(WARM_UP_TOKENS)
         elif config.process.cuda_graphs and not runner.capture(pages, config.cache.prefix_cache):
             logger.info("no CUDA graphs: attention backend %s cannot be captured", backends.chosen)
-    if grammars is not None:
-        with _timed(phases, "grammars"):  # what is left of it
-            runner.grammars = grammars.ready(slots, device)
     if device.type == "cuda":
         tell_of_compiles()
     ready = WorkerReady(

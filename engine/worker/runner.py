@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.kernels.bitmask import apply_bitmask
 from engine.layers.batch import Batch, Mirror, upload
 from engine.layers.encoder import Encoder
 from engine.layers.model import Model
@@ -58,7 +59,7 @@ class Result:
     sampled: Block | None = None
     prompts: Block | None = None
     vectors: Tensor | None = None
-    guided: Guided = ()
+    guided: Guided | None = None
 
     def moved(self, move: Callable[[Tensor], Tensor], move_tokens: Callable[[Tensor], Tensor]) -> "Result":
         """The same, each tensor put elsewhere by `move`, or `move_tokens`."""
@@ -133,7 +134,8 @@ class Runner:
         self._ahead_of: torch.cuda.Event | None = None  # the end of the last step, while it is not known to be over
         draw = self._draw_plain if self.sampler.captures else None
         real = heed_padding(model)
-        tables = Tables(model, caches, self.tokens, self.page_table, page_size, counts_real=real, draw=draw)
+        masks = grammars is not None
+        tables = Tables(model, caches, self.tokens, self.page_table, page_size, real, draw, masks)
         self.decode_graphs = DecodeGraphs(tables) if device.type != "cpu" else RecordedSteps(tables)
         self.shared_graphs = DecodeGraphs(tables, shared=True)
         self.prompt_graphs = PromptGraphs(tables)
@@ -207,10 +209,15 @@ class Runner:
                 return Result(nothing, prompts=prompts)
             ends, *on_device = upload(np.stack((offsets[1:][rows[:, 3] != 0] - 1, slots, lasts)), self.device)
             hidden = hidden[ends]
-        guided = self.grammars.guided(slots) if self.grammars is not None else ()
+        guided = self.grammars.guided(slots) if self.grammars is not None else None
         adjusts = self.adjustments.acts(slots)
-        if isinstance(steps, DecodeGraphs) and steps.draws and not guided and not adjusts and self.sampler.plain(slots):
-            return Result(steps.draw(len(rows), None))
+        if isinstance(steps, DecodeGraphs) and steps.draws and not adjusts and self.sampler.plain(slots):
+            lines = None
+            if guided is not None:
+                assert self.grammars is not None
+                catch_up()
+                lines = self.grammars.lines(guided, len(rows))
+            return Result(steps.draw(len(rows), lines), guided=guided)
         logits = self.model.logits(hidden)
         wanted = self.sampler.columns.logprobs[slots]
         asking = np.flatnonzero(wanted >= 0)
@@ -239,7 +246,11 @@ class Runner:
 
     def _draw_plain(self, hidden: Tensor, on_device: Tensor, lines: Tensor | None) -> Tensor:
         """Tokens of rows that ask for no more than a temperature, under masks of those `lines`, as a graph has it."""
-        return self.sampler.draw_plain(self.model.logits(hidden), on_device)
+        logits = self.model.logits(hidden)
+        if lines is not None:
+            assert self.grammars is not None
+            apply_bitmask(logits, self.grammars.masks, torch.arange(len(lines), device=self.device), lines)
+        return self.sampler.draw_plain(logits, on_device)
 
     def _hidden(self, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """Hidden states [T, H] of the tokens of `rows`, and where each row's begin, [R + 1]."""

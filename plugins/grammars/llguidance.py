@@ -2,7 +2,8 @@
 
 A grammar is compiled in about a millisecond and the rest is done when a state is first met; so nothing is packed, and
 `load` compiles again. JSON schemas are held to exactly: a keyword that is not implemented is refused by name. Long
-strings of bounded length, which would walk most of the trie at each token, are in free_strings.py.
+strings of bounded length, which would walk most of the trie at each token, are in free_strings.py. Left out: threads
+of the library's own, which cost more than they save (docs/grammars.md).
 """
 
 import json
@@ -16,6 +17,7 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from engine.plugin import CompiledGrammar, Grammar, RequestError, Vocabulary
 from engine_plugins.grammars.free_strings import FreeString, FreeStrings
+from engine_plugins.grammars.json_states import State, States, Texts, states_of
 from engine_plugins.grammars.lark_tags import quoted, to_lark
 
 # Parser items that one mask may take. An ambiguous grammar (`s: s s | /./`) takes all there may be and more, and all
@@ -47,32 +49,85 @@ def free(lark: str) -> str:
 
 
 class LLMatcher:
-    """One reply. Where its grammar has bounded strings, `string` knows more of them."""
+    """One reply. Where its grammar has states, all that is known of it is its `state` (json_states.py), until that is
+    None. Where it has bounded strings, `string` knows more of them."""
 
-    __slots__ = ("full", "string")
+    __slots__ = ("_full", "grammar", "items", "said", "state", "string")
 
-    def __init__(self, full: llguidance.LLMatcher, string: FreeString | None) -> None:
-        self.full = full
+    def __init__(
+        self, grammar: "LLGrammar", full: llguidance.LLMatcher | None, string: FreeString | None, state: State | None
+    ) -> None:
+        self.grammar = grammar
+        self._full = full
         self.string = string
+        self.state = state
+        self.items = 0  # as its state wants it
+        self.said: list[int] = []  # while it has a state
+
+    @property
+    def full(self) -> llguidance.LLMatcher:
+        assert self._full is not None, "a matcher that has a state is asked for by `exact`"
+        return self._full
 
     @property
     def error(self) -> str:
-        said: str = self.full.get_error() if self.full.is_error() else ""
+        said: str = self._full.get_error() if self._full is not None and self._full.is_error() else ""
         return said
+
+    def consume(self, tokens: Sequence[int]) -> bool:
+        """Without states. False where one of them may not come."""
+        if self.string is not None:
+            for token in tokens:
+                self.string.push(token)
+        if len(tokens) == 1:
+            taken: bool = self.full.consume_token(tokens[0])
+        else:
+            taken = self.full.consume_tokens(list(tokens))
+        return taken
+
+    def leave_states(self) -> bool:
+        """From now on without: what its reply has said is read. False where that may not be."""
+        exact = self.grammar.exact()
+        self._full, self.string, self.state = exact.full, exact.string, None
+        return not self.said or self.consume(self.said)
+
+    def mask(self, pointer: int, size: int) -> int:
+        """Write a mask of `size` bytes, without states. How many ordinary characters it leaves out."""
+        full, string = self.full, self.string
+        left = 0 if string is None else string.left(full)
+        (full if string is None or not left else string.caught_up()).unsafe_compute_mask_ptr(pointer, size)
+        return left
 
 
 class LLGrammar:
     """As specs.CompiledGrammar."""
 
-    def __init__(self, full: llguidance.LLMatcher, string: FreeString | None) -> None:
+    def __init__(self, full: llguidance.LLMatcher, string: FreeString | None, states: States | None) -> None:
         self._full = full
         self._string = string
+        self.states = states
+        self._guide = self.exact()
+        self._guided: tuple[int, ...] = ()
 
     def packed(self) -> bytes:
         return b""
 
     def matcher(self) -> LLMatcher:
-        return LLMatcher(self._full.deep_copy(), None if self._string is None else self._string.copy())
+        return self.exact() if self.states is None else LLMatcher(self, None, None, self.states.begin)
+
+    def exact(self) -> LLMatcher:
+        """At the beginning of a reply, without states."""
+        return LLMatcher(self, self._full.deep_copy(), None if self._string is None else self._string.copy(), None)
+
+    def led(self, path: tuple[int, ...]) -> LLMatcher:
+        """A matcher that has read `path`; until the next call."""
+        known = len(self._guided)
+        if path[:known] != self._guided or self._guide.error:
+            self._guide, known = self.exact(), 0
+        if path[known:]:
+            self._guide.consume(path[known:])
+        self._guided = path
+        return self._guide
 
 
 class LLGuidance:
@@ -81,21 +136,22 @@ class LLGuidance:
     def __init__(self, vocabulary: Vocabulary, *, threads: int, whitespace: bool) -> None:
         self._size = len(vocabulary.tokens)
         self._tokenizer = tokenizer_of(vocabulary, vocabulary.tokens, llguidance.LLTokenizer.json_slices())
-        # With one thread there is none but the caller's: a forked process has no other.
-        self._executor = llguidance.LLExecutor(num_threads=threads) if threads > 1 else None
         self._options: dict[str, Any] = {"lenient": False, "coerce_one_of": False, "whitespace_flexible": whitespace}
         if whitespace:
             self._options["whitespace_pattern"] = SOME_WHITESPACE
         self._limits = llguidance.LLParserLimits(step_max_items=MOST_ITEMS)
         self._special = {vocabulary.tokens[id].decode(errors="replace"): id for id in vocabulary.special}
         self._strings = FreeStrings(vocabulary, tokenizer_of, self._limits)
+        self._texts = Texts(vocabulary.tokens, vocabulary.eos_ids, self._strings.lengths)
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         text = self._text(grammar)
         full = llguidance.LLMatcher(self._tokenizer, text, log_level=0, limits=self._limits)
         if full.is_error():
             raise refusal(grammar, full.get_error())
-        return LLGrammar(full, self._strings.prepare(text, grammar.source) if grammar.kind == "json_schema" else None)
+        if grammar.kind != "json_schema":
+            return LLGrammar(full, None, None)
+        return LLGrammar(full, self._strings.prepare(text, grammar.source), states_of(grammar.source, self._texts))
 
     def load(self, grammar: Grammar, packed: bytes) -> CompiledGrammar:
         return self.compile(grammar)
@@ -128,34 +184,57 @@ class LLGuidance:
         return f"%json {json.dumps({**readable(schema), 'x-guidance': self._options})}"
 
     def accept(self, matchers: Sequence[LLMatcher], tokens: Sequence[int]) -> list[bool]:
+        accepted = []
         for matcher, token in zip(matchers, tokens, strict=True):
-            if matcher.string is not None:
-                matcher.string.push(token)
-        if self._executor is None or len(matchers) < 2:
-            return [matcher.full.consume_token(token) for matcher, token in zip(matchers, tokens, strict=True)]
-        pairs = [(matcher.full, token) for matcher, token in zip(matchers, tokens, strict=True)]
-        accepted: list[bool] = self._executor.consume_token_par(pairs)
+            state = matcher.state
+            if state is None:
+                accepted.append(matcher.consume((token,)))
+                continue
+            move = state.moves.get(state.keys[token])
+            if move.__class__ is State:
+                matcher.state = move
+                matcher.said.append(token)
+                accepted.append(True)
+            else:
+                accepted.append(self._step(matcher, state, token, known=move is not None))
         return accepted
 
+    def _step(self, matcher: LLMatcher, state: State, token: int, *, known: bool) -> bool:
+        """Advance a matcher by a token that is not only to be looked up."""
+        states = matcher.grammar.states
+        assert states is not None
+        if not known and not self._lets_through(matcher.grammar, state, token):
+            return False
+        matcher.state, matcher.items = states.next(state, matcher.items, token, matcher.said)
+        matcher.said.append(token)
+        return matcher.state is not None or matcher.leave_states()
+
+    def _lets_through(self, grammar: LLGrammar, state: State, token: int) -> bool:
+        if (mask := self._texts.mask(state)) is not None:
+            return bool(mask[token >> 5] >> (token & 31) & 1)
+        count: int = grammar.led(state.path).full.validate_tokens([token])
+        return count == 1
+
     def fill(self, matchers: Sequence[LLMatcher], masks: np.ndarray, rows: Sequence[int]) -> None:
-        pairs: list[tuple[llguidance.LLMatcher, int]] = []
-        free: list[tuple[int, int]] = []  # row, and how many characters its string may still have
+        size, first = masks.shape[1] * 4, masks.ctypes.data
         for matcher, row in zip(matchers, rows, strict=True):
-            string = matcher.string
-            if string is not None and (left := string.left(matcher.full)):
-                pairs.append((string.caught_up(), row))
-                free.append((row, left))
-            else:
-                pairs.append((matcher.full, row))
-        size = masks.shape[1] * 4
-        if self._executor is None or len(pairs) == 1:
-            for each, row in pairs:
-                each.unsafe_compute_mask_ptr(masks.ctypes.data + row * size, size)
-        else:
-            self._executor.unsafe_compute_mask_ptr(pairs, masks.ctypes.data, size, len(masks))
-        if free:
-            at, left_of = np.array(free).T
-            masks[at] |= self._strings.upto[left_of]
+            state = matcher.state
+            if state is None:
+                self._fill_one(matcher, masks[row], first + row * size)
+                continue
+            if (kept := self._texts.mask(state)) is not None:
+                masks[row] = kept
+                continue
+            guide = matcher.grammar.led(state.path)
+            self._fill_one(guide, masks[row], first + row * size)
+            if not guide.error:
+                self._texts.keep(state, masks[row])
+            elif matcher.leave_states():
+                self._fill_one(matcher, masks[row], first + row * size)
+
+    def _fill_one(self, matcher: LLMatcher, mask: np.ndarray, pointer: int) -> None:
+        if left := matcher.mask(pointer, mask.nbytes):
+            mask |= self._strings.upto[left]
 
 
 class _Tokens:

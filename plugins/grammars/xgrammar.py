@@ -25,10 +25,11 @@ PLACE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")  # in the source of the library, wh
 class XMatcher:
     """One reply."""
 
-    __slots__ = ("error", "state")
+    __slots__ = ("error", "inner", "state")
 
-    def __init__(self, state: xgrammar.GrammarMatcher) -> None:
-        self.state = state
+    def __init__(self, inner: xgrammar.GrammarMatcher) -> None:
+        self.inner = inner
+        self.state = None  # the library tells of none
         self.error = ""
 
 
@@ -95,12 +96,12 @@ class XGrammar:
 
     def accept(self, matchers: Sequence[XMatcher], tokens: Sequence[int]) -> list[bool]:
         if len(matchers) < 2:
-            return [matcher.state.accept_token(token) for matcher, token in zip(matchers, tokens, strict=True)]
-        accepted = self._batch.batch_accept_token([matcher.state for matcher in matchers], list(tokens))
+            return [matcher.inner.accept_token(token) for matcher, token in zip(matchers, tokens, strict=True)]
+        accepted = self._batch.batch_accept_token([matcher.inner for matcher in matchers], list(tokens))
         return [bool(each) for each in accepted]
 
     def fill(self, matchers: Sequence[XMatcher], masks: np.ndarray, rows: Sequence[int]) -> None:
         if len(matchers) == 1:
-            matchers[0].state.fill_next_token_bitmask(masks, rows[0])
+            matchers[0].inner.fill_next_token_bitmask(masks, rows[0])
             return
-        self._batch.batch_fill_next_token_bitmask([matcher.state for matcher in matchers], masks, list(rows))
+        self._batch.batch_fill_next_token_bitmask([matcher.inner for matcher in matchers], masks, list(rows))

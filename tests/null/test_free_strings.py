@@ -62,9 +62,9 @@ def test_masks_are_those_of_the_whole_vocabulary(engine: LLGuidance, words: Voca
     odd = np.array([not ordinary_length(token) for token in words.tokens])
     used = 0
     for reply in range(6):
-        matcher = compiled.matcher()
+        matcher = compiled.exact()
         assert matcher.string is not None
-        whole = LLMatcher(matcher.full, None)
+        whole = LLMatcher(compiled, matcher.full, None, None)
         for _ in range(60):
             engine.fill([matcher], masks, [0])
             engine.fill([whole], masks, [1])
@@ -93,7 +93,7 @@ def drawn(mask: np.ndarray, odd: np.ndarray, rng: np.random.Generator) -> int:
 def test_other_schemas_are_left_to_the_whole_vocabulary(engine: LLGuidance, schema: dict[str, Any]) -> None:
     assert probe_of(json.dumps(schema)) == ""
     compiled = engine.compile(Grammar("json_schema", json.dumps(schema)))
-    assert compiled.matcher().string is None  # type: ignore[attr-defined]
+    assert compiled.exact().string is None  # type: ignore[attr-defined]
 
 
 def test_the_probe_is_no_character_of_the_schema() -> None:

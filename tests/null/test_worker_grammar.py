@@ -15,7 +15,7 @@ from engine.layers.build import Build
 from engine.messages import Grammar, GrammarLoaded, LoadGrammar, Sampling, SlotAdmit, StepDone, StepPlan
 from engine.plugin.manager import Plugins
 from engine.plugin.specs import Vocabulary
-from engine.worker.grammar import NO_TOKEN, Grammars, Guide
+from engine.worker.grammar import NO_TOKEN, Grammars, Guide, Guided
 from engine.worker.kv import allocate
 from engine.worker.runner import Runner, Step
 from engine_plugins.checkpoints.echo import END
@@ -206,17 +206,41 @@ def test_log_probabilities_are_those_of_the_model(device: Device) -> None:
     assert np.frombuffer(scores.logprobs, "<f4")[0] < -100
 
 
-def test_rows_that_came_the_same_way_share_a_mask(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    device.load(1, "[0-9]+|[a-z]+")
+def asked_of(device: Device, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many masks the engine is asked for at a time, from now on."""
     engine = device.grammars._engines.named("llguidance")
     asked: list[int] = []
     fill = engine.fill
     monkeypatch.setattr(engine, "fill", lambda *given: asked.append(len(given[0])) or fill(*given))  # type: ignore[func-returns-value]
-    admits = [admit(slot, text) for slot, text in enumerate(("a", "a", "/", "a"))]
-    device.step([(slot, 0, 1, 1) for slot in range(4)], *admits)
-    device.step([(slot, 1, 1, 1) for slot in range(4)])
-    assert asked == [1, 2]
-    assert [device.said(row) for row in range(4)] == [[*b"bc"], [*b"bc"], [*b"01"], [*b"bc"]]
+    return asked
+
+
+SCHEMA = '{"type": "array", "items": {"type": "string", "maxLength": 2}, "maxItems": 2}'
+
+
+def test_rows_in_one_state_share_a_mask_now_and_later(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    device.load(1, SCHEMA, "json_schema")
+    asked = asked_of(device, monkeypatch)
+    admits = [admit(slot, text, reply=b'["') for slot, text in enumerate(("a", "a", "0", "a"))]
+    device.step([(slot, 0, 3, 1) for slot in range(4)], *admits)
+    assert asked == [1]
+    decode(device, 0, 3, 3)
+    said, before = device.said(), len(asked)
+    assert bytes(said) == b'#$"\n'
+    device.step([(2, 0, 3, 1)], admit(2, "x", reply=b'["'))
+    decode(device, 2, 3, 3)
+    assert device.said()[4:] == said and len(asked) == before
+
+
+def test_the_line_that_was_used_the_longest_ago_is_given_away(grammars: Grammars, device: Device) -> None:
+    """Here there are few lines: replies still get the masks of their own."""
+    device.load(1, SCHEMA, "json_schema")
+    grammars._table._used = grammars._table._used[: 2 + SLOTS]
+    for _ in range(3):
+        device.step([(0, 0, 3, 1)], admit(0, "a", reply=b'["'))
+        decode(device, 0, 3, 3)
+    assert bytes(device.said()) == b'#$"\n' * 3
+    assert len(grammars._known[1]) <= SLOTS
 
 
 def test_a_grammar_begins_behind_the_reasoning(device: Device, grammars: Grammars) -> None:
@@ -226,16 +250,16 @@ def test_a_grammar_begins_behind_the_reasoning(device: Device, grammars: Grammar
 
     def allowed() -> list[int]:
         masked = logits.clone()
-        grammars.mask(masked, ((0, guide),))
+        grammars.mask(masked, Guided([0], [guide]))
         return [int(id) for id in (masked[0] == 0).nonzero()[:, 0]]
 
     for token in b"x</</t":
         assert len(allowed()) == 257  # anything, an end too
-        grammars.accept(((0, guide),), [token])
-    grammars.accept(((0, guide),), [ord(">")])
+        grammars.accept(Guided([0], [guide]), [token])
+    grammars.accept(Guided([0], [guide]), [ord(">")])
     for token in b"12":
         assert allowed() == [*b"0123456789"]
-        grammars.accept(((0, guide),), [token])
+        grammars.accept(Guided([0], [guide]), [token])
     assert allowed() == [END]
 
 
@@ -244,8 +268,8 @@ def test_the_reasoning_so_far_is_read_by_a_row_that_comes_back(device: Device, g
     inside = grammars._guide(admit(0, "a", reply=b"no</t", after="</t>"))
     behind = grammars._guide(admit(0, "a", reply=b"no</t>1", after="</t>"))
     assert (inside.after, inside.tail, behind.after) == (b"</t>", b"</t", b"")
-    assert grammars.accept(((0, behind),), [ord("2")]) == ()
-    assert grammars.accept(((0, behind),), [ord("3")]) == ((0, NO_TOKEN),)
+    assert grammars.accept(Guided([0], [behind]), [ord("2")]) == ()
+    assert grammars.accept(Guided([0], [behind]), [ord("3")]) == ((0, NO_TOKEN),)
 
 
 @pytest.mark.parametrize("text", ["ab</t>cd", "</t>", "x</</t></t>", "a</t", "</</</t>"])

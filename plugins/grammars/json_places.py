@@ -1,0 +1,325 @@
+"""Where in a JSON schema a reply is, as far as what may follow depends on it.
+
+What has been said in strings and numbers that are over is forgotten, and so is the number of items where no bound looks
+at it. Of what is still open there is kept what its end depends on:
+
+    [{"id":12,"name":"ab        in item 1 of at least 64, behind the key `name`, in a string with 2 characters
+
+Two texts of one place may be followed by the same texts. Left out, by `read_schema`: all that makes one part of a
+reply depend on another, or leaves open which part it is in (anyOf, $ref, properties that are not named, ...). Strings
+with patterns, words of enumerations and numbers with odd bounds are kept as they are until they are over.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+REMARKS = frozenset({"$schema", "$id", "$comment", "title", "description", "default", "examples", "deprecated"})
+ALLOWED = {
+    "object": frozenset({"type", "properties", "required", "additionalProperties"}),
+    "array": frozenset({"type", "items", "minItems", "maxItems"}),
+}
+COUNTS = frozenset({"minLength", "maxLength"})
+BOUNDS = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"})
+SCALAR = COUNTS | BOUNDS | {"type", "enum", "const", "pattern", "format"}
+SCALARS = frozenset({"string", "integer", "number", "boolean", "null"})
+SPACES = re.compile(rb"[ \n\t]+")
+DIGITS = b"0123456789"
+NUMBER = b"+-.eE" + DIGITS
+WORDS = (b"true", b"false", b"null")
+MOST_DIGITS = 18  # of a bounded integer: a larger one is kept as it is
+
+# What a place is in the middle of: a value, item or end is to come; what comes behind a value; a key; the colon; the
+# rest of a key; and of a string, a number, a word.
+VALUE, AFTER, KEY, COLON, NAME, STRING, NUMERAL, WORD = range(8)
+
+
+class Place(NamedTuple):
+    """`stack`: of each open object or array its node, and its last property or how many items it has."""
+
+    stack: tuple[tuple[int, int], ...] = ()
+    mode: int = VALUE
+    text: bytes = b""  # of what is open as far as it is kept, or the spaces so far
+    length: int = 0  # characters of an open string, as far as its bounds ask
+
+
+@dataclass(slots=True)
+class Node:
+    """A part of a schema. `least` and `most`: of items, or of characters in a string."""
+
+    kind: str  # object, array, or nothing for what has no parts
+    least: int = 0
+    most: int | None = None
+    keys: dict[bytes, int] = field(default_factory=dict)  # as they are written: the place of the property
+    inner: list[int] = field(default_factory=list)  # properties, or items
+    free: bool = False  # a string of any characters
+    numbers: bool = False  # any number
+    range: tuple[int, int] | None = None  # of integers
+
+
+class Unknown(Exception):
+    """A schema, or a text, that this module does not follow."""
+
+
+def read_schema(schema: Any) -> list[Node]:
+    """The nodes of `schema`, the first of which is itself. Raises Unknown."""
+    nodes: list[Node] = []
+    _read(schema, nodes)
+    return nodes
+
+
+def _read(schema: Any, nodes: list[Node]) -> int:
+    if not isinstance(schema, dict):
+        raise Unknown
+    known = schema.keys() - REMARKS
+    type = schema.get("type")
+    place = len(nodes)
+    if isinstance(type, str) and type in ALLOWED:
+        if known - ALLOWED[type]:
+            raise Unknown
+        nodes.append(Node(type))
+        (_read_object if type == "object" else _read_array)(schema, nodes, place)
+        return place
+    words = [schema["const"]] if "const" in schema else schema.get("enum")
+    types = [type] if isinstance(type, str) else type
+    if known - SCALAR or not (_all_in(types, SCALARS) if words is None or types is not None else _scalars(words)):
+        raise Unknown
+    if words is not None and not _scalars(words):
+        raise Unknown
+    nodes.append(_scalar(schema, types, words is not None))
+    return place
+
+
+def _all_in(types: Any, known: frozenset[str]) -> bool:
+    return isinstance(types, list) and all(isinstance(each, str) and each in known for each in types)
+
+
+def _scalars(words: Any) -> bool:
+    return isinstance(words, list) and not any(isinstance(each, dict | list) for each in words)
+
+
+def _count(schema: dict[str, Any], name: str) -> int | None:
+    value = schema.get(name)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise Unknown
+    return value
+
+
+def _read_object(schema: dict[str, Any], nodes: list[Node], place: int) -> None:
+    properties = schema.get("properties", {})
+    if schema.get("additionalProperties") is not False or not isinstance(properties, dict):
+        raise Unknown
+    if not set(schema.get("required", ())) <= properties.keys():
+        raise Unknown
+    for at, (name, inner) in enumerate(properties.items()):
+        nodes[place].keys[_written(name)] = at
+        nodes[place].inner.append(_read(inner, nodes))
+
+
+def _written(name: str) -> bytes:
+    """A name as a reply has it, between its quotes. Raises Unknown where it might be written in other ways."""
+    if any(character in '"\\\x7f' or character < " " for character in name):
+        raise Unknown
+    return name.encode()
+
+
+def _read_array(schema: dict[str, Any], nodes: list[Node], place: int) -> None:
+    node = nodes[place]
+    node.least, node.most = _count(schema, "minItems") or 0, _count(schema, "maxItems")
+    node.inner.append(_read(schema.get("items"), nodes))
+
+
+def _scalar(schema: dict[str, Any], types: Any, words: bool) -> Node:
+    if words:
+        return Node("")
+    node = Node("", free="string" in types and not schema.keys() & {"pattern", "format"})
+    node.least, node.most = _count(schema, "minLength") or 0, _count(schema, "maxLength")
+    node.numbers = not schema.keys() & BOUNDS and ("number" in types or "integer" in types)
+    if "integer" in types and "number" not in types and "multipleOf" not in schema:
+        low, high = schema.get("minimum"), schema.get("maximum")
+        exclusive = "exclusiveMinimum" in schema or "exclusiveMaximum" in schema
+        if type(low) is int and type(high) is int and not exclusive and max(-low, high) < 10**MOST_DIGITS:
+            node.range = low, high
+    return node
+
+
+def advance(nodes: list[Node], place: Place, text: bytes) -> tuple[Place, int]:
+    """The place behind `text`, which may come at `place`, and how many objects and arrays stayed open all the while.
+    Raises Unknown for what should not be there."""
+    at, open = 0, len(place.stack)
+    while at < len(text):
+        if place.mode <= COLON and (spaces := SPACES.match(text, at)):
+            place, at = place._replace(text=_alike_spaces(place.text + spaces[0])), spaces.end()
+            continue
+        place, taken = _STEPS[place.mode](nodes, place, text[at])
+        open = min(open, len(place.stack))
+        at += taken
+    return place, open
+
+
+def _expected(nodes: list[Node], stack: tuple[tuple[int, int], ...]) -> int:
+    """The node of the value that comes next, or is open."""
+    if not stack:
+        return 0
+    node, count = stack[-1]
+    return nodes[node].inner[count if nodes[node].kind == "object" else 0]
+
+
+def _alike_spaces(text: bytes) -> bytes:
+    """Behind a new line a tab is worth as much as a space."""
+    return text.replace(b"\t", b" ") if text[:1] == b"\n" else text
+
+
+def _over(nodes: list[Node], stack: tuple[tuple[int, int], ...]) -> Place:
+    """A value has come to its end."""
+    if stack and nodes[stack[-1][0]].kind == "array":
+        node, count = stack[-1]
+        bounds = nodes[node]
+        stack = (*stack[:-1], (node, min(count + 1, max(bounds.least, bounds.most or 0, 1))))
+    return Place(stack, AFTER)
+
+
+def _value(nodes: list[Node], place: Place, byte: int) -> tuple[Place, int]:
+    stack = place.stack
+    if byte == ord("]"):
+        if not stack or nodes[stack[-1][0]].kind != "array" or stack[-1][1]:
+            raise Unknown
+        return _over(nodes, stack[:-1]), 1
+    node = _expected(nodes, stack)
+    kind = nodes[node].kind
+    if kind:
+        if byte != ord("{" if kind == "object" else "["):
+            raise Unknown
+        return Place((*stack, (node, -1 if kind == "object" else 0)), KEY if kind == "object" else VALUE), 1
+    if byte == ord('"'):
+        return Place(stack, STRING, b"" if nodes[node].free else b'"'), 1
+    return Place(stack, NUMERAL if byte in NUMBER else WORD), 0
+
+
+def _after(nodes: list[Node], place: Place, byte: int) -> tuple[Place, int]:
+    if not place.stack:
+        raise Unknown
+    object = nodes[place.stack[-1][0]].kind == "object"
+    if byte == ord(","):
+        return Place(place.stack, KEY if object else VALUE), 1
+    if byte == ord("}" if object else "]"):
+        return _over(nodes, place.stack[:-1]), 1
+    raise Unknown
+
+
+def _key(nodes: list[Node], place: Place, byte: int) -> tuple[Place, int]:
+    if byte == ord('"'):
+        return Place(place.stack, NAME), 1
+    if byte == ord("}") and place.stack[-1][1] < 0:
+        return _over(nodes, place.stack[:-1]), 1
+    raise Unknown
+
+
+def _name(nodes: list[Node], place: Place, byte: int) -> tuple[Place, int]:
+    if byte != ord('"'):
+        return place._replace(text=place.text + bytes([byte])), 1
+    node = place.stack[-1][0]
+    if place.text not in nodes[node].keys:
+        raise Unknown
+    return Place((*place.stack[:-1], (node, nodes[node].keys[place.text])), COLON), 1
+
+
+def _colon(nodes: list[Node], place: Place, byte: int) -> tuple[Place, int]:
+    if byte != ord(":"):
+        raise Unknown
+    return Place(place.stack, VALUE), 1
+
+
+def _string(nodes: list[Node], place: Place, byte: int) -> tuple[Place, int]:
+    """A free string keeps what is not yet a character: an escape, or the first bytes of one. Another, with its quote,
+    all."""
+    node = nodes[_expected(nodes, place.stack)]
+    text = place.text + bytes([byte])
+    if not node.free:
+        escaped = (len(place.text) - len(place.text.rstrip(b"\\"))) % 2
+        return (_over(nodes, place.stack) if byte == ord('"') and not escaped else place._replace(text=text)), 1
+    if text == b'"':
+        return _over(nodes, place.stack), 1
+    if (text[0] == ord("\\") and len(text) < (6 if text[1:2] == b"u" else 2)) or text[0] >= 0xC2:
+        text = _partial(text)
+        if text:
+            return place._replace(text=text), 1
+    ends = node.least if node.most is None else node.most
+    return place._replace(text=b"", length=min(place.length + 1, ends)), 1
+
+
+def _partial(text: bytes) -> bytes:
+    """The beginning of a character that may go on as `text` may; nothing, if that is a whole one."""
+    first = text[0]
+    if first == ord("\\"):
+        return text
+    size = 2 if first < 0xE0 else 3 if first < 0xF0 else 4
+    left = size - len(text)
+    if len(text) > 1:  # the second byte has its own bounds behind some of the first ones; others are alike
+        return (b"", b"\xc2", b"\xe1")[left]
+    if first in b"\xe0\xed\xf0\xf4":
+        return text
+    return (b"", b"\xc2", b"\xe1", b"\xf1")[left]
+
+
+def _numeral(nodes: list[Node], place: Place, byte: int) -> tuple[Place, int]:
+    if byte not in NUMBER:
+        return _over(nodes, place.stack), 0
+    node = nodes[_expected(nodes, place.stack)]
+    text = place.text + bytes([byte])
+    if node.numbers:
+        text = _any_number(text)
+    elif node.range is not None:
+        text = _alike(text, *node.range)
+    return place._replace(text=text), 1
+
+
+def _any_number(text: bytes) -> bytes:
+    """A number that may go on as `text` may: its digits do not matter, but for a first 0."""
+    if len(text) > 1 and text[-1] in DIGITS:
+        before = text[:-1]
+        if before == b"-":
+            return text[-1:] if text[-1] == ord("0") else b"1"
+        return before if before[-1] in DIGITS else before + b"1"
+    if text[-1:] in (b"e", b"E"):
+        return b"1e"
+    if text[-1:] in (b"+", b"-") and len(text) > 1:
+        return b"1e+"
+    if text[-1:] == b".":
+        return b"1."
+    return b"1" if text[-1] in b"123456789" else text
+
+
+def _alike(text: bytes, low: int, high: int) -> bytes:
+    """The power of ten of as many digits, where the integers from `low` to `high` that go on with it are those that go
+    on with `text`."""
+    if text[:1] not in (b"1", b"2", b"3", b"4", b"5", b"6", b"7", b"8", b"9") or len(text) > MOST_DIGITS:
+        return text
+    first = 10 ** (len(text) - 1)
+    ways = _ways(int(text), low, high)
+    return str(first).encode() if ways and ways == _ways(first, low, high) else text
+
+
+def _ways(number: int, low: int, high: int) -> list[bool]:
+    """Whether `number` and 0, 1, ... more digits is in the range, whatever they are; nothing, where they matter."""
+    ways = []
+    for more in range(MOST_DIGITS + 1):
+        first, last = number * 10**more, (number + 1) * 10**more - 1
+        if first > high:
+            break
+        if last >= low and not low <= first <= last <= high:
+            return []
+        ways.append(last >= low)
+    return ways
+
+
+def _word(nodes: list[Node], place: Place, byte: int) -> tuple[Place, int]:
+    text = place.text + bytes([byte])
+    if text in WORDS:
+        return _over(nodes, place.stack), 1
+    if not any(word.startswith(text) for word in WORDS):
+        raise Unknown
+    return place._replace(text=text), 1
+
+
+_STEPS = (_value, _after, _key, _colon, _name, _string, _numeral, _word)

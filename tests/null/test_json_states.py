@@ -1,0 +1,159 @@
+"""States of replies under JSON schemas: those of one state have one mask, whatever has been said before."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("llguidance")
+
+from engine.messages import Grammar
+from engine.plugin import grammar_checks
+from engine.plugin.specs import Vocabulary
+from engine_plugins.grammars.llguidance import LLGrammar, LLGuidance, LLMatcher
+
+MORE = (
+    "},{",
+    '"},{"',
+    "],[",
+    "1,2",
+    "1,2]",
+    "0,",
+    '","',
+    '":{"',
+    "]}",
+    '"]',
+    "\n  ",
+    ",\n",
+    " 1",
+    "e",
+    "\\u00",
+    "00",
+    "99,",
+)
+
+
+def words_of() -> Vocabulary:
+    """A token for each byte, and such as go over the ends of strings, numbers and items."""
+    plain = grammar_checks.vocabulary()
+    first = min(plain.special)
+    tokens = [*plain.tokens[:first], *(word.encode() for word in MORE), *plain.tokens[first:]]
+    special, ends = (sorted(id + len(MORE) for id in ids) for ids in (plain.special, plain.eos_ids))
+    return Vocabulary(tokens, frozenset(special), tuple(ends))
+
+
+WORDS = words_of()
+ENGINES = {whitespace: LLGuidance(WORDS, threads=1, whitespace=whitespace) for whitespace in (False, True)}
+
+
+def compiled_of(engine: LLGuidance, schema: Any) -> LLGrammar:
+    compiled = engine.compile(Grammar("json_schema", json.dumps(schema)))
+    assert isinstance(compiled, LLGrammar)
+    return compiled
+
+
+def bounds(low: str, high: str, most: int) -> st.SearchStrategy[dict[str, int]]:
+    """None, one or both of them."""
+    pairs = st.tuples(st.integers(0, most), st.integers(0, most)).map(sorted)
+    both = st.tuples(pairs, st.booleans(), st.booleans())
+    return both.map(lambda drawn: {name: drawn[0][at] for at, name in enumerate((low, high)) if drawn[1 + at]})
+
+
+def ranges() -> st.SearchStrategy[dict[str, int]]:
+    ends = st.tuples(st.integers(-300, 12000), st.integers(0, 12000))
+    return ends.map(lambda drawn: {"minimum": drawn[0], "maximum": sum(drawn)})
+
+
+SCALARS = st.one_of(
+    *(st.just({"type": name}) for name in ("string", "integer", "number", "boolean", "null")),
+    bounds("minLength", "maxLength", 9).map(lambda drawn: {"type": "string", **drawn}),
+    ranges().map(lambda drawn: {"type": "integer", **drawn}),
+    st.just({"type": "number", "minimum": -2.5, "exclusiveMaximum": 40}),
+    st.just({"type": "integer", "multipleOf": 3}),
+    st.just({"type": ["string", "null", "integer"], "maxLength": 4}),
+    st.just({"type": "string", "pattern": '^[a-c"é]{2,4}$'}),
+    st.just({"type": "string", "format": "date"}),
+    st.just({"const": 'a"b\\'}),
+    st.lists(st.sampled_from(["ab", "abc", "é", 1, 12, -1.5, True, None, '"']), min_size=1, unique_by=repr).map(
+        lambda drawn: {"enum": drawn}
+    ),
+)
+
+
+def arrays(items: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    sizes = bounds("minItems", "maxItems", 20)
+    return st.tuples(items, sizes).map(lambda drawn: {"type": "array", "items": drawn[0], **drawn[1]})
+
+
+def objects(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    names = st.dictionaries(st.sampled_from(["a", "ab", "é", "id", "n 1"]), inner, max_size=4)
+    some = st.tuples(names, st.sets(st.sampled_from(["a", "ab", "é", "id", "n 1"])))
+    return some.map(
+        lambda drawn: {
+            "type": "object",
+            "properties": drawn[0],
+            "required": sorted(drawn[1] & drawn[0].keys()),
+            "additionalProperties": False,
+        }
+    )
+
+
+SCHEMAS = st.recursive(SCALARS, lambda inner: arrays(inner) | objects(inner), max_leaves=6)
+
+
+def drawn(mask: np.ndarray, rng: np.random.Generator) -> int:
+    """A token that may come: one of several bytes often enough."""
+    ids = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+    long = ids[ids >= 256]
+    return int(rng.choice(long if len(long) and rng.random() < 0.5 else ids))
+
+
+def walk(engine: LLGuidance, compiled: LLGrammar, rng: np.random.Generator, steps: int) -> tuple[int, int]:
+    """One reply by its states, and beside them by a matcher that reads all of it: its tokens, and the new states."""
+    by_state, exact = compiled.matcher(), compiled.exact()
+    assert compiled.states is not None
+    before = len(compiled.states.known)
+    masks = np.zeros((2, -(-len(WORDS.tokens) // 32)), np.int32)
+    said: list[bytes] = []
+    for _ in range(steps):
+        engine.fill([by_state, exact], masks, [0, 1])
+        assert not exact.error and not by_state.error
+        assert by_state.state is not None, f"lost its way after {b''.join(said)!r}"
+        assert (masks[0] == masks[1]).all(), f"{differing(masks)} after {b''.join(said)!r}, in {place(by_state)}"
+        barred = int(rng.integers(len(WORDS.tokens)))
+        if not masks[0][barred >> 5] >> (barred & 31) & 1:
+            assert engine.accept([by_state], [barred]) == [False]
+        token = drawn(masks[0], rng)
+        assert engine.accept([by_state, exact], [token, token]) == [True, True]
+        said.append(WORDS.tokens[token])
+        if token in WORDS.eos_ids:
+            break
+    return len(said), len(compiled.states.known) - before
+
+
+def place(matcher: LLMatcher) -> Any:
+    assert matcher.state is not None
+    return matcher.state.place
+
+
+def differing(masks: np.ndarray) -> list[bytes]:
+    bits = np.unpackbits((masks[0] ^ masks[1]).view(np.uint8), bitorder="little")
+    return [WORDS.tokens[id] for id in np.flatnonzero(bits)[:9]]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(SCHEMAS, st.booleans(), st.integers(0, 1000))
+def test_replies_in_one_state_have_one_mask(schema: Any, whitespace: bool, seed: int) -> None:
+    engine = ENGINES[whitespace]
+    try:
+        compiled = compiled_of(engine, schema)
+    except Exception as error:
+        assert "satisf" in str(error) or "inimum" in str(error), error
+        return
+    assert compiled.states is not None
+    rng = np.random.default_rng(seed)
+    for _ in range(5):
+        walk(engine, compiled, rng, 80)
