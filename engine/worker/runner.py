@@ -87,7 +87,7 @@ class Step:
 
 
 class Landing:
-    """Pinned memory for the tokens of steps, kept for later ones: taking it anew costs the host tens of microseconds."""
+    """Pinned memory for the tokens of steps, kept for later ones: to take it anew costs tens of microseconds."""
 
     def __init__(self, slots: int) -> None:
         self._slots = slots
