@@ -2,6 +2,9 @@
 variable has another type in each branch, and knows nothing of shared memory. Takes some seconds where Triton's cache
 does not have them."""
 
+import re
+import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from triton.compiler import ASTSource
 
 SHARED_MEMORY = 227 << 10  # of a program on a Hopper GPU
 ASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+DUMP = ASSEMBLER.with_name("cuobjdump")
 MARKS = [
     pytest.mark.skipif(not ASSEMBLER.exists(), reason="Triton is installed without its assembler for NVIDIA GPUs"),
     pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
@@ -38,3 +42,15 @@ def compile_for_hopper(kernel: Any, constants: Mapping[str, Any], types: Mapping
     }
     source = ASTSource(kernel, signature, places, aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(options))
+
+
+def bytes_spilled(made: Any) -> int:
+    """Those of a thread's stack: registers that did not suffice."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        command = [str(DUMP), "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"STACK:(\d+)", said)
+    assert found is not None, said
+    return int(found[1])

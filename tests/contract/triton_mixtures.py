@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.kernels import triton_moe, triton_routing
 from engine.kernels.fp8 import BLOCK, E4M3, quantize_blocks, quantize_rows
 from engine.kernels.moe import ExpertWeights, MoeOps, Recorder, Routed, Routing
-from engine.kernels.triton_experts import combine, multiply, vector_down, vector_up
+from engine.kernels.triton_experts import combine, vector_down, vector_up
 from engine.kernels.triton_experts_fp8 import multiply_fp8, multiply_pair
 from engine.kernels.triton_fp8 import Cut
 from engine.kernels.triton_fp8 import quantize_tokens as triton_quantize_tokens
@@ -205,8 +205,9 @@ def exact_pair(hidden: Tensor, routed: Routed, weights: ExpertWeights, each: int
     """In float32 and by choice, [T * k, ...]: the gated products of `hidden`, these as FP8 with a scale for `each` so
     many numbers and back, and the products of those by down."""
     made, back, lines = [], [], []
-    for token, expert in zip(hidden.float().repeat_interleave(routed.experts.shape[1], 0), routed.experts.flatten()):
-        gate_up, down = weights.matrices(int(expert), torch.float32)
+    tokens = hidden.float().repeat_interleave(routed.experts.shape[1], 0)
+    for token, expert in zip(tokens, routed.experts.flatten().tolist(), strict=True):
+        gate_up, down = weights.matrices(expert, torch.float32)
         gate, up = (gate_up @ token).chunk(2)
         one = torch.nn.functional.silu(gate) * up
         parts = one.view(-1, each)
@@ -244,9 +245,9 @@ def test_tasks_with_fp8_activations(rows: int, each: int, ordered: bool, kind: s
     again = torch.empty_like(lines)
     multiply_fp8(made, made_scales, weights.down, weights.down_scale, tasks, down, 0, again)
     assert torch.equal(lines, again)
-    sums = torch.stack([weights.matrices(int(routed.experts.flatten()[choice]), torch.float32)[1] @ row
-                        for choice, row in zip(place.tolist(), back)])  # fmt: skip
-    assert_near(again[place], sums.to(dtype), TOLERANCE[dtype])
+    chosen = routed.experts.flatten()[place].tolist()
+    sums = [weights.matrices(expert, torch.float32)[1] @ row for expert, row in zip(chosen, back, strict=True)]
+    assert_near(again[place], torch.stack(sums).to(dtype), TOLERANCE[dtype])
 
 
 def test_a_choice_of_padding_is_no_task_by_itself() -> None:
@@ -274,7 +275,8 @@ def test_any_number_of_tokens(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
     steps = (1, 4, 5, 40, 90, 1000) if GPU else (1, 5, 20)
     if not GPU:
         cut, wide = Cut(16, 32, 64, 1, 4, 2), Cut(16, 128, 128, 2, 4, 2)
-        regimes = (Regime(2.0, (cut, cut), (cut, cut)), Regime(float("inf"), (cut, cut), (wide, wide)))
+        narrow = (Cut(16, 64, 128, 1, 4, 2), Cut(16, 64, 64, 1, 4, 2))
+        regimes = (Regime(2.0, (cut, cut), narrow), Regime(float("inf"), (cut, cut), (wide, wide)))
         monkeypatch.setattr(triton_moe, "REGIMES", regimes)
     weights = matrices(8, size, inner, kind, dtype)
     for tokens in steps:
@@ -284,9 +286,14 @@ def test_any_number_of_tokens(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
         got = TRITON.experts(hidden, routed, weights)
         again = TRITON.experts(hidden, Routed(routed.weights, routed.experts), weights)
         assert torch.equal(got, again), "the order, made by who routes or afterwards, is the same"
-        assert_near(
-            got, REFERENCE.experts(hidden, routed, weights), TOLERANCE[dtype] if kind == "plain" else FP8_TOLERANCE
-        )
+        wanted = REFERENCE.experts(hidden, routed, weights)
+        assert_near(got, wanted, TOLERANCE[dtype] if kind == "plain" else FP8_TOLERANCE)
+        if kind != "plain":
+            assert torch.equal(TRITON.by_fp8(hidden, routed, weights, None), got) == GPU, "by default for bfloat16"
+            got = TRITON.by_fp8(hidden, routed, weights, hidden)
+            assert_near(
+                got - hidden, wanted, FP8_TOLERANCE if GPU else 2 * FP8_TOLERANCE
+            )  # interpreted, FP8 is cut off
     assert TRITON.experts(hidden[:0], TRITON.route(logits[:0], None, routing), weights).shape == (0, size)
 
 
