@@ -199,6 +199,16 @@ def test_most_states_are_met_again(schema: Any, whitespace: bool) -> None:
     assert tokens == 1200 and new < 0.06 * tokens
 
 
+def test_what_no_bound_looks_at_makes_no_states() -> None:
+    """Here there are some 20: before, in and behind a number, which is the first or is not."""
+    engine, rng = ENGINES[False], np.random.default_rng(0)
+    compiled = compiled_of(engine, {"type": "array", "minItems": 1, "items": {"type": "number"}})
+    for _ in range(20):
+        walk(engine, compiled, rng, 300)
+    assert compiled.states is not None
+    assert len(compiled.states.known) <= 30
+
+
 def test_a_reply_without_a_state_goes_on_as_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are too many states to tell."""
     monkeypatch.setattr(json_states, "MOST_STATES", 30)
