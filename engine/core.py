@@ -22,7 +22,7 @@ from engine.logs import set_up_logging
 from engine.messages import Boot, Fatal, FromFront, ToFront
 from engine.plugin.manager import Plugins
 
-PLANS = 4  # two credits and a Reset: the scheduler never waits to send
+PLANS = 4  # three credits and a Reset: the scheduler never waits to send
 
 
 def core_actors(config: Config, front: Outbox[ToFront]) -> tuple[list[Actor], Outbox[FromFront]]:

@@ -11,6 +11,7 @@ from array import array
 
 import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream
+from msgspec.structs import replace
 
 from engine.channel import Outbox
 from engine.messages import (
@@ -136,7 +137,7 @@ class FakeExecutor:
                 self.steps += 1
                 await anyio.sleep(self.seconds)
                 if not self.lost:
-                    await self.scheduler.send(self.device.step(message))
+                    await self.scheduler.send(replace(self.device.step(message), seconds=self.seconds))
 
     def count(self, message: CountExperts) -> ExpertCounts:
         """Of layers 1 and 3 with three experts each: how many steps there were since the start, and made-up numbers."""

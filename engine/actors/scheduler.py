@@ -1,6 +1,6 @@
-"""The scheduler actor: keeps two steps in flight on the device, whatever else arrives.
+"""The scheduler actor: keeps two steps in flight on the device, whatever else arrives, and a third if steps are short.
 
-All decisions are `engine.sched`'s; this file holds the loop, the two credits, the way of grammars and the heartbeat.
+All decisions are `engine.sched`'s; this file holds the loop, the credits, the way of grammars and the heartbeat.
 While step n+1 runs, StepDone(n) arrives, is committed, and n+2 is planned and sent: the device never waits for the
 host. Paused, it plans nothing; what is in flight ends, and only then is the Pause answered.
 """
@@ -51,6 +51,9 @@ from engine.sched.shelf import Shelf
 log = logging.getLogger("engine.scheduler")
 
 CREDITS = 2
+# Where a step takes no longer than a result's way here and a plan's way back, the plan after the next must be at the
+# device already. A third step in flight costs a row that ends one more dropped token, and a new request a step's wait.
+MORE_CREDITS, SHORT_STEP_SECONDS = 3, 0.002
 HEARTBEAT_SECONDS = 1.0
 RUNNING = ("ready", "stalled")  # states of a worker that reads what it is sent
 LOST = "the device worker stopped while this request was running, and is being restarted; send the request again"
@@ -79,6 +82,7 @@ class SchedulerActor:
         self.worker: Literal["starting", "ready", "restarting", "stalled", "failed"] = "starting"
         self.cause = ""
         self.in_flight = 0
+        self.credits = CREDITS
         self.paused = False
         self._pauses: list[Pause] = []  # not answered yet
         self._asked: dict[int, type[Profiled | ExpertCounts]] = {}  # by its number, what the worker is still to answer
@@ -100,7 +104,7 @@ class SchedulerActor:
         scheduler = self.scheduler
         if scheduler is None or self.paused or self.worker not in RUNNING:
             return
-        while self.in_flight < CREDITS and (plan := scheduler.plan()) is not None:
+        while self.in_flight < self.credits and (plan := scheduler.plan()) is not None:
             self.in_flight += 1
             self._checked = False
             await self.executor.send(plan)
@@ -151,6 +155,7 @@ class SchedulerActor:
         assert self.scheduler is not None
         self.in_flight -= 1
         self.step_seconds.append(done.seconds)
+        self.credits = MORE_CREDITS if done.seconds < SHORT_STEP_SECONDS else CREDITS
         self.idle_seconds += done.idle
         stuck = self.scheduler.stuck(done) if done.stuck else []
         tokens = self.scheduler.commit(done)

@@ -54,6 +54,10 @@ class Ops:
         stream = stream + hidden
         return self.rms_norm(stream, weight, epsilon), stream
 
+    def linear_silu(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`silu_and_mul` of `linear`: `weight` [2 * I, K] is gate and up, one above the other; returns [T, I]."""
+        return self.silu_and_mul(self.linear(inputs, weight, bias))
+
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         """SwiGLU (arXiv:2002.05202): silu(gate) * up. `gate_up` [T, 2 * I] holds both halves; returns [T, I]."""
         gate, up = gate_up.chunk(2, dim=-1)

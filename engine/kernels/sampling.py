@@ -1,10 +1,10 @@
 """Drawing tokens in one pass over the logits, in Triton: argmax of logit / temperature + Gumbel noise.
 
-The noise is that of engine/worker/sampler.py, made where it is used: entry i of a row is output i of a SplitMix64
-generator (Steele, Lea, Flood 2014) keyed by the row's seed and position. A row is cut into chunks, so that one row
-fills a GPU too; a second kernel takes the best of the chunks, the lowest id of equals. What filters leave of a row is
-said by a cut (filters.py). Arguments that are rows of a tensor come with any alignment: for each kind, a kernel would
-be compiled in the middle of a step.
+The noise is that of engine/worker/sampler.py, made where it is used: entry i of a row is a hash of i under a key of the
+row's seed and position. The kernel's time goes into it, so logarithms are the processor's own, to 22 bits. A row is cut
+into chunks, so that one row fills a GPU too; a second kernel takes the best of them, the lowest id of equals. What
+filters leave of a row is said by a cut (filters.py). Arguments that are rows of a tensor come with any alignment: for
+each kind, a kernel would be compiled in the middle of a step.
 """
 
 import torch
@@ -23,10 +23,28 @@ def _mix(x):
     return x ^ (x >> 31)
 
 
+@triton.jit
+def _hash(ids, key):
+    """Of 32 bits: lowbias32 (C. Wellons, hash-prospector) of a Weyl sequence, under a key of 64."""
+    x = ids.to(tl.uint32) * 0x9E3779B9 + key.to(tl.uint32)
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15) ^ (key >> 32).to(tl.uint32)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _log(x, FAST: tl.constexpr):
+    if FAST:
+        return 0.6931471805599453 * tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.log(x)
+
+
 @triton.jit(do_not_specialize_on_alignment=["slots", "lasts"])
 def _draw_kernel(
     logits, slots, lasts, temperatures, seeds, floors, cut_ids, best, where, size, chunks, stride,
-    CUTS: tl.constexpr, BLOCK: tl.constexpr,
+    CUTS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + row)
@@ -42,13 +60,12 @@ def _draw_kernel(
         seed = tl.load(seeds + slot).to(tl.uint64, bitcast=True)
         position = (tl.load(lasts + row) + 1).to(tl.uint64, bitcast=True)
         golden = tl.full((), 0x9E3779B97F4A7C15, tl.uint64)
-        bits = _mix(_mix(_mix(seed) + position * golden) + (ids + 1).to(tl.uint64) * golden)
-        uniform = tl.minimum(((bits >> 11).to(tl.float32) + 0.5) * 2.0**-53, 1.0 - 2.0**-24)
-        # -log1p(-uniform), by its values where 1 - uniform is rounded (Kahan): the rounding cancels.
-        rest = 1.0 - uniform
-        lost = 1.0 - rest
-        exponential = tl.where(lost == 0.0, uniform, -tl.log(rest) * (uniform / lost))
-        scores = scores / temperature - tl.log(exponential)
+        bits = _hash(ids, _mix(_mix(seed) + position * golden))
+        u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)
+        # -log1p(-u), where 1 - u would lose what matters by its series
+        series = u * (1.0 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5)))))
+        exponential = tl.where(u < 1 / 16, series, -_log(1.0 - u, FAST))
+        scores = scores * (1.0 / temperature) - _log(exponential, FAST)
         scores = tl.where(mask, scores, float("-inf"))
     top = tl.max(scores, 0)
     tl.store(best + row * chunks + chunk, top)
@@ -90,7 +107,7 @@ def draw(
     floors, cut_ids = (best, where) if cuts is None else cuts
     _draw_kernel[(rows, chunks)](
         logits, slots, lasts, temperatures, seeds, floors, cut_ids, best, where, size, chunks, logits.stride(0),
-        CUTS=cuts is not None, BLOCK=CHUNK, num_warps=8,
+        CUTS=cuts is not None, BLOCK=CHUNK, FAST=logits.is_cuda, num_warps=8,
     )  # fmt: skip
     block = triton.next_power_of_2(chunks)
     _choose_kernel[(rows,)](best, where, slots, lasts, tokens, out, chunks, tokens.stride(0), BLOCK=block, num_warps=1)

@@ -14,32 +14,48 @@ from torch import Tensor
 from engine.kernels import triton_latent
 from engine.kernels.launch import launch_dependents, wait_for_previous
 from engine.kernels.ops import HeadNorms, Heads, LatentNorm, Ops, Rotation
-from engine.kernels.triton_linear import skinny_cut, skinny_linear
+from engine.kernels.triton_linear import silu_times, skinny_cut, skinny_linear
 
 MANY_PROGRAMS = 4096
 LARGEST_ROW = 16384  # numbers that one program holds at a time
 
 
 @triton.jit
-def _vector_kernel(inputs, weight, bias, out, rows, columns, BIASED: tl.constexpr, ROWS: tl.constexpr,
-                   COLUMNS: tl.constexpr, DEPENDS: tl.constexpr):  # fmt: skip
+def _vector_kernel(inputs, weight, bias, out, rows, columns, BIASED: tl.constexpr, GATED: tl.constexpr,
+                   ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPENDS: tl.constexpr):  # fmt: skip
+    """GATED, the weight is gate and up, of `rows` each, and silu(gate) * up is what is stored."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, COLUMNS)
     inside = n < rows
     line = weight + n.to(tl.int64)[:, None] * columns
     # The first block of the weight is on its way while the kernel before still runs.
-    w = tl.load(line + k[None, :], mask=inside[:, None] & (k < columns)[None, :], other=0.0)
+    there = inside[:, None] & (k < columns)[None, :]
+    w = tl.load(line + k[None, :], mask=there, other=0.0)
+    up_line = line + rows.to(tl.int64) * columns if GATED else line
+    if GATED:
+        v = tl.load(up_line + k[None, :], mask=there, other=0.0)
     wait_for_previous(DEPENDS)
     x = tl.load(inputs + k, mask=k < columns, other=0.0).to(tl.float32)
     total = w.to(tl.float32) * x[None, :]
+    if GATED:
+        up_total = v.to(tl.float32) * x[None, :]
     for begin in range(COLUMNS, columns, COLUMNS):
         at = begin + k
         x = tl.load(inputs + at, mask=at < columns, other=0.0).to(tl.float32)
-        w = tl.load(line + at[None, :], mask=inside[:, None] & (at < columns)[None, :], other=0.0)
+        there = inside[:, None] & (at < columns)[None, :]
+        w = tl.load(line + at[None, :], mask=there, other=0.0)
         total += w.to(tl.float32) * x[None, :]
+        if GATED:
+            v = tl.load(up_line + at[None, :], mask=there, other=0.0)
+            up_total += v.to(tl.float32) * x[None, :]
     y = tl.sum(total, 1)
     if BIASED:
         y += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        up = tl.sum(up_total, 1)
+        if BIASED:
+            up += tl.load(bias + rows + n, mask=inside, other=0.0).to(tl.float32)
+        y = silu_times(y, up, out.dtype.element_ty)
     tl.store(out + n, y.to(out.dtype.element_ty), mask=inside)
 
 
@@ -170,16 +186,30 @@ class TritonOps(Ops):
                 return skinny_linear(inputs, weight, bias, cut)
         return super().linear(inputs, weight, bias)
 
+    def linear_silu(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if weight.dtype != torch.float32:
+            if inputs.shape[0] == 1:
+                return self.vector_linear(inputs, weight, bias, gated=True)
+            cut = skinny_cut(inputs.shape[0], *weight.shape)
+            if cut is not None and cut.rows >= 32:
+                return skinny_linear(inputs, weight, bias, cut, gated=True)
+        return super().linear_silu(inputs, weight, bias)
+
     def vector_linear(
-        self, inputs: Tensor, weight: Tensor, bias: Tensor | None, rows: int = 4, columns: int = 2048
-    ) -> Tensor:
-        """`linear` of one token. A program takes `rows` rows of the weight, `columns` of them at a time."""
+        self, inputs: Tensor, weight: Tensor, bias: Tensor | None, rows: int = 4, columns: int = 2048,
+        gated: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """`linear` of one token, or `linear_silu`. A program takes `rows` rows of the weight, `columns` of them at a
+        time."""
         count, size = weight.shape
+        if gated:
+            count, rows = count // 2, max(1, rows // 2)
         columns = min(columns, triton.next_power_of_2(size))
         out = torch.empty(1, count, dtype=inputs.dtype, device=inputs.device)
         _vector_kernel[(triton.cdiv(count, rows),)](
             inputs, weight, weight if bias is None else bias, out, count, size,
-            BIASED=bias is not None, ROWS=rows, COLUMNS=columns, num_warps=4, num_stages=2, **launch_dependents(inputs),
+            BIASED=bias is not None, GATED=gated, ROWS=rows, COLUMNS=columns, num_warps=4, num_stages=2,
+            **launch_dependents(inputs),
         )  # fmt: skip
         return out
 

@@ -2,7 +2,8 @@
 
 Such a product takes about as long as it takes to launch it. cuBLAS cuts it into few programs; here there are enough for
 all processors, and they are on the device before the kernel in front is over (engine/kernels/launch.py). Tokens are
-padded to the rows of a matrix unit, which costs nothing. Left out: large matrices and many tokens, where cuBLAS is at
+padded to the rows of a matrix unit, which costs nothing. While the kernel in front still runs, they ask for their part
+of the weight to be brought into the second-level cache. Left out: large matrices and many tokens, where cuBLAS is at
 home.
 """
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from engine.kernels.launch import launch_dependents, wait_for_previous
 
 SMALL = 8 << 20  # numbers in a matrix
+LINE = tl.constexpr(64)  # 16-bit numbers in a line of the cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +29,7 @@ class Cut:
     warps: int
     stages: int
     tokens: int = 64
+    fetches: bool = True  # whether programs ask for their weights ahead
 
 
 def skinny_cut(tokens: int, rows: int, columns: int) -> Cut | None:
@@ -42,18 +45,43 @@ def skinny_cut(tokens: int, rows: int, columns: int) -> Cut | None:
     return None
 
 
+@triton.jit
+def silu_times(gate, up, dtype: tl.constexpr):
+    """silu(gate) * up in float32, of sums that are rounded to `dtype` first."""
+    gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
+    return (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32) * up
+
+
+@triton.jit
+def fetch(pointers):
+    """Asks for the lines of the second-level cache that `pointers` are in."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
 @triton.jit(do_not_specialize=["tokens"])  # or a step of another number would wait for a compiler
 def skinny_kernel(
     inputs, weight, bias, out, tokens, rows, columns, stride,
-    BIASED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr, DEPENDS: tl.constexpr,
+    BIASED: tl.constexpr, GATED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, FETCHES: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
+    """GATED, the weight is gate and up, of `rows` each, and silu(gate) * up is stored. FETCHES, the program asks
+    for its part of it ahead."""
     n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     t, k = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, COLUMNS)
     inside, real = n < rows, t < tokens
     lines = weight + tl.where(inside, n, 0).to(tl.int64)[:, None] * columns
     x_lines = inputs + t[:, None] * stride
+    up_lines = lines + rows.to(tl.int64) * columns if GATED else lines
     total = tl.zeros([TOKENS, ROWS], tl.float32)
+    up_total = tl.zeros([TOKENS, ROWS], tl.float32)
+    if DEPENDS and FETCHES:
+        for begin in tl.range(0, columns, 16 * LINE):
+            at = tl.minimum(begin + tl.arange(0, 16) * LINE, columns - 1)[None, :]
+            fetch(lines + at)
+            if GATED:
+                fetch(up_lines + at)
     wait_for_previous(DEPENDS)
     for begin in tl.range(0, columns, COLUMNS):
         at = begin + k
@@ -64,22 +92,33 @@ def skinny_kernel(
             x = tl.load(x_lines + at[None, :], mask=real[:, None] & (at < columns)[None, :], other=0.0)
             w = tl.load(lines + at[None, :], mask=(at < columns)[None, :], other=0.0)
         total = tl.dot(x, tl.trans(w), total, input_precision=PRECISION)
+        if GATED:
+            v = tl.load(up_lines + at[None, :], mask=(at < columns)[None, :], other=0.0)
+            up_total = tl.dot(x, tl.trans(v), up_total, input_precision=PRECISION)
     if BIASED:
         total += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if GATED:
+        if BIASED:
+            up_total += tl.load(bias + rows + n, mask=inside, other=0.0).to(tl.float32)[None, :]
+        total = silu_times(total, up_total, out.dtype.element_ty)
     target = out + t[:, None] * rows + n[None, :]
     tl.store(target, total.to(out.dtype.element_ty), mask=real[:, None] & inside[None, :])
 
 
-def skinny_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, cut: Cut) -> Tensor:
-    """y = x Wᵀ + b: `inputs` [T, K] with dense rows, `weight` [N, K] dense, `bias` [N] to [T, N]."""
-    (tokens, columns), rows = inputs.shape, weight.shape[0]
+def skinny_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, cut: Cut, gated: bool = False) -> Tensor:
+    """y = x Wᵀ + b: `inputs` [T, K] with dense rows, `weight` [N, K] dense, `bias` [N] to [T, N]; `gated`, silu of the
+    first half of y times the second, [T, N / 2]."""
+    (tokens, columns), rows, each = inputs.shape, weight.shape[0], cut.rows
+    if gated:
+        rows, each = rows // 2, each // 2
     out = torch.empty(tokens, rows, dtype=inputs.dtype, device=inputs.device)
     together = min(cut.tokens, max(16, triton.next_power_of_2(tokens)))
-    skinny_kernel[(triton.cdiv(tokens, together), triton.cdiv(rows, cut.rows))](
+    skinny_kernel[(triton.cdiv(tokens, together), triton.cdiv(rows, each))](
         inputs, weight, weight if bias is None else bias, out, tokens, rows, columns, inputs.stride(0),
-        BIASED=bias is not None, TOKENS=together, ROWS=cut.rows, COLUMNS=cut.columns,
+        BIASED=bias is not None, GATED=gated, TOKENS=together, ROWS=each, COLUMNS=cut.columns,
         EVEN=columns % cut.columns == 0,
         PRECISION="ieee" if inputs.dtype == torch.float32 else None,
+        FETCHES=cut.fetches,
         num_warps=cut.warps, num_stages=cut.stages, **launch_dependents(inputs),
     )  # fmt: skip
     return out

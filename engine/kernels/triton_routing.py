@@ -244,14 +244,11 @@ def route(
     together = tokens_together(tokens, columns)
     chunk_count = triton.cdiv(tokens, together)
     places = task_places(tokens * top_k, routing.experts, rows) if rows else 0
-    numbers = torch.empty(
-        tokens * top_k + routing.experts + 3 * places + 1 + chunk_count * routing.experts,
-        dtype=torch.int32,
-        device=device,
-    )
-    choices, ends, tasks, count, chunks = numbers.split(
-        [tokens * top_k, routing.experts, 3 * places, 1, chunk_count * routing.experts]
-    )
+    counts = (tokens * top_k, routing.experts, 3 * places, 1, chunk_count * routing.experts)
+    aligned = [triton.cdiv(each, 4) * 4 for each in counts]  # for another alignment kernels would be compiled anew
+    numbers = torch.empty(sum(aligned), dtype=torch.int32, device=device)
+    parts = zip(numbers.split(aligned), counts, strict=True)
+    choices, ends, tasks, count, chunks = (part[:each] for part, each in parts)
     if not tokens:
         numbers.zero_()
         return Routed(weights, experts, Order(choices, ends, tasks.view(3, places), count, rows) if rows else None)

@@ -187,6 +187,8 @@ class GatedMLP(nn.Module):
         self.down_proj = RowLinear(build, inner, size, shape.mlp_bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        if self.silu and self.gate_up_proj.dense and self.down_proj.dense:
+            return self.down_proj(self.gate_up_proj.silu(hidden))
         gate_up = self.gate_up_proj(hidden)
         return self.down_proj.gated(gate_up) if self.silu else self.down_proj(self.activation(gate_up))
 

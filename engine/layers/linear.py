@@ -71,6 +71,15 @@ class Linear(Layer):
                 matrix.linear(inputs, part)
         return out if self.bias is None else out.add_(self.bias)
 
+    @property
+    def dense(self) -> bool:
+        """Whether `weight` is used as it is, neither quantized nor packed."""
+        return self.quantized is None and not self.matrices
+
+    def silu(self, inputs: Tensor) -> Tensor:
+        """silu(gate) * up of a dense layer whose parts are these: [T, inputs] to [T, rows / 2]."""
+        return ops_for(inputs).linear_silu(inputs, self.weight, self.bias)
+
     def gated(self, gate_up: Tensor) -> Tensor:
         """`forward` of silu(gate) * up, which `gate_up` [T, 2 * inputs] holds: [T, rows]."""
         if self.quantized is not None:

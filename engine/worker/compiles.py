@@ -23,8 +23,9 @@ def tell_of_compiles() -> None:
         nonlocal began
         began = time.perf_counter()
 
-    def after(*, repr: str, **_: Any) -> None:
-        log.warning("requests waited %.2f s for a kernel to be compiled: %s", time.perf_counter() - began, repr)
+    def after(*, fn: Any, compile: dict[str, Any], **_: Any) -> None:
+        seconds, numbers = time.perf_counter() - began, list(compile["constants"].values())
+        log.warning("requests waited %.2f s for a kernel to be compiled: %s, constants %s", seconds, fn.name, numbers)
 
     knobs.runtime.jit_cache_hook = before
     knobs.runtime.jit_post_compile_hook = after

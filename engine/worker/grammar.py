@@ -266,6 +266,22 @@ class Grammars:
         if forced:  # other wishes do not hold up the end
             logits[upload(np.array(forced, np.int64), self._device)[:, None], self._end_ids] = 0.0
 
+    @property
+    def masks(self) -> Tensor:
+        """[lines, words] int32, on the device, always in the same place."""
+        return self._table.masks
+
+    def lines(self, guided: Guided, count: int) -> np.ndarray:
+        """The line of `masks` for each of the `count` rows of a step whose rows ask for nothing else, [count] int64,
+        once the guides have read all tokens; what is new of `masks` goes up."""
+        guided.sort()
+        rows, lines, _ = self._lines(guided)
+        if self._table.new:
+            self._table.send(upload(np.array(self._table.new, np.int64), self._device))
+        everywhere = np.full(count, ALL, np.int64)
+        everywhere[rows] = lines
+        return everywhere
+
     def _lines(self, guided: Guided) -> tuple[list[int], list[int], list[int]]:
         """The rows that have masks, the line of each; and those of them that must end."""
         table = self._table

@@ -1,11 +1,14 @@
 """Steps as CUDA graphs: one for each size of a ladder, replayed with other numbers, so that the host costs a copy and
 a launch where kernels launched one by one would cost hundreds.
 
-    host numbers ── pinned ──> Mirror ══ graph: gather ids, places ─ model ─ hidden ══> head, sampler
+    host numbers ── pinned ──> Mirror ══ graph: gather ids, places ─ model ─ hidden ══╦═ graph: head, draw ══> tokens
+                                                                                      ╚══> head, what rows ask for, draw
 
 A graph reads slots and positions from one place and gathers the rest from the worker's tables itself. It ends with the
-hidden states: what follows is the same for all steps. Missing rows and tokens are those of the scratch slot, whose keys
-and values go to the scratch page. All graphs share one memory pool, as only one of them runs at a time.
+hidden states. A decode step has others for what follows where no row asks for more than a temperature, one without and
+one with the masks of grammars, and so costs the host two launches. Missing rows and tokens are those of the scratch
+slot, whose keys and values go to the scratch page. All graphs share one memory pool, as only one of them runs at a
+time.
 
 `DecodeGraphs` are for steps of one token a row; `PromptGraphs` for small steps with prompts, in which the launches
 would take longer than the work. Left out: larger prompts, where they do not.
@@ -15,6 +18,7 @@ import bisect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,6 +57,10 @@ class Tables:
     page_table: Tensor  # [slots + 1, P] int32
     page_size: int
     counts_real: bool = False  # whether a step says how many of its tokens are no padding
+    # From hidden states [R, H], slots and positions [2, R], and lines of masks [R] or None, to tokens [R], where this
+    # can be captured; and whether there are masks.
+    draw: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
+    masks: bool = False
 
     @property
     def scratch(self) -> int:
@@ -82,13 +90,23 @@ class Tables:
 
 
 @dataclass(frozen=True, slots=True)
+class Drawing:
+    """The graph that draws tokens from what another leaves, under masks of those `lines`."""
+
+    graph: torch.cuda.CUDAGraph
+    tokens: Tensor  # [R] int64
+    lines: Mirror | None
+
+
+@dataclass(frozen=True, slots=True)
 class Captured:
-    """One graph, what it reads, and what it leaves."""
+    """One graph, what it reads, and what it leaves; those that draw tokens from that, the second one under masks."""
 
     graph: torch.cuda.CUDAGraph
     numbers: Mirror
     plans: tuple[Any, ...]
     hidden: Tensor  # [T, H]
+    drawings: tuple[Drawing, ...] = ()
 
 
 class StepGraphs(ABC):
@@ -124,6 +142,7 @@ class DecodeGraphs(StepGraphs):
     def __init__(self, tables: Tables, shared: bool = False) -> None:
         super().__init__(tables)
         self._shared = shared
+        self._last: Captured | None = None  # that was replayed
 
     def capture(self, most: int, pool: Any) -> bool:
         """Captures the ladder up to `most` rows. False when an attention backend's steps cannot be captured."""
@@ -140,7 +159,13 @@ class DecodeGraphs(StepGraphs):
         if not plans or any(plan is None for plan in plans):
             return None
         self._refill(plans, host[:size], host[size:], ())
-        return captured(self._tables.model, lambda: self._batch(numbers.device, plans), numbers, plans, pool)
+        graph, hidden = captured(lambda: self._tables.model(self._batch(numbers.device, plans)), pool)
+        drawings = []
+        if (draw := self._tables.draw) is not None:
+            for lines in (None, *([Mirror(size, numbers.device.device)] if self._tables.masks else [])):
+                run = partial(draw, hidden, numbers.device.view(2, -1), None if lines is None else lines.device)
+                drawings.append(Drawing(*captured(run, pool), lines))
+        return Captured(graph, numbers, plans, hidden, tuple(drawings))
 
     def _batch(self, numbers: Tensor, plans: tuple[Any, ...]) -> Batch:
         slots, positions = numbers.view(2, -1).unbind(0)
@@ -171,7 +196,26 @@ class DecodeGraphs(StepGraphs):
         chosen.numbers.send()
         self._refill(chosen.plans, numbers[0], numbers[1], prefixes)
         chosen.graph.replay()
+        self._last = chosen
         return chosen.hidden[:count], chosen.numbers.device.view(2, -1)[:, :count]
+
+    @property
+    def draws(self) -> bool:
+        """Whether `draw` can be called."""
+        return self._tables.draw is not None
+
+    def draw(self, count: int, lines: np.ndarray | None) -> Tensor:
+        """Tokens [count] int64 of the step that was replayed last, good until the next replay. No row of it may ask for
+        more than a temperature; with `lines` [count] of the table of masks, they are drawn under these."""
+        assert self._last is not None
+        drawing = self._last.drawings[lines is not None]
+        if lines is not None:
+            assert drawing.lines is not None
+            host = drawing.lines.host()
+            host[:count], host[count:] = lines, 0
+            drawing.lines.send()
+        drawing.graph.replay()
+        return drawing.tokens[:count]
 
 
 class PromptGraphs(StepGraphs):
@@ -191,7 +235,8 @@ class PromptGraphs(StepGraphs):
             return None
         for backend, plan in zip(backends, plans, strict=True):
             backend.refill_prompts(plan, NOTHING, NOTHING, np.zeros(1, np.int64))
-        return captured(self._tables.model, lambda: self._batch(numbers.device, plans), numbers, plans, pool)
+        graph, hidden = captured(lambda: self._tables.model(self._batch(numbers.device, plans)), pool)
+        return Captured(graph, numbers, plans, hidden)
 
     def _batch(self, numbers: Tensor, plans: tuple[Any, ...]) -> Batch:
         size = (len(numbers) - 3 * PROMPT_ROWS - 1) // 2
@@ -232,10 +277,10 @@ class PromptGraphs(StepGraphs):
         return chosen.hidden[:total], offsets
 
 
-def captured(model: Model, batch: Callable[[], Batch], numbers: Mirror, plans: tuple[Any, ...], pool: Any) -> Captured:
-    """The graph of `model` over `batch()`, whose gathers are part of it."""
-    model(batch())  # compiles and loads what a capture cannot
+def captured(run: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """The graph of `run`, and what it leaves."""
+    run()  # compiles and loads what a capture cannot
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        hidden = model(batch())
-    return Captured(graph, numbers, plans, hidden)
+        out = run()
+    return graph, out

@@ -47,6 +47,7 @@ from engine.worker.weights import fill_at_random, load_weights, weight_bytes
 logger = logging.getLogger("engine.worker")
 
 GLANCE = 5e-5  # seconds between two looks at the device, while a step runs and no plan has come
+SMALL_STEP = 16  # tokens of the smallest step that a GPU is warmed up with, and of a row of it
 WARM_UP_TOKENS = 16  # on a CPU; a GPU is warmed up with the largest step, which also shows what it takes
 
 
@@ -150,6 +151,8 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
     defaults = GPU_DEFAULTS if device.type == "cuda" else CPU_DEFAULTS
     slots = config.schedule.max_running or defaults.slots
     step_tokens = config.schedule.max_step_tokens or defaults.step_tokens
+    with _timed(phases, "grammars"):  # what is left of it
+        ready_grammars = None if grammars is None else grammars.ready(slots, device)
     spec, activations = model.kv_spec(), 0
     if device.type == "cuda":
         with _timed(phases, "largest step"):
@@ -160,15 +163,13 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
         cache_tokens = pages * spec.page_size if spec.groups else None
         max_model_len = choose_max_model_len(config.model.max_model_len, limit, cache_tokens)
         caches = allocate(spec, pages + 1, device)  # one for the padding of CUDA graphs
-        runner = Runner(model, caches, device, slots=slots, max_model_len=max_model_len, page_size=spec.page_size)
+        options = {"slots": slots, "max_model_len": max_model_len, "page_size": spec.page_size}
+        runner = Runner(model, caches, device, **options, grammars=ready_grammars)
     with _timed(phases, "warm-up"):
         if device.type == "cpu":
             runner.warm_up(WARM_UP_TOKENS)
         elif config.process.cuda_graphs and not runner.capture(pages, config.cache.prefix_cache):
             logger.info("no CUDA graphs: attention backend %s cannot be captured", backends.chosen)
-    if grammars is not None:
-        with _timed(phases, "grammars"):  # what is left of it
-            runner.grammars = grammars.ready(slots, device)
     if device.type == "cuda":
         tell_of_compiles()
     ready = WorkerReady(
@@ -202,10 +203,10 @@ def peak_bytes(model: Model, device: torch.device, slots: int, max_model_len: in
     runner.warm_up(step_tokens, 1, FILTERED)
     for sampling in (PENALIZED, PLAIN):
         runner.warm_up(1, 1, sampling)
-    for halvings in range(
-        1, 4
-    ):  # kernels are cut by the size of a step; below these there are graphs, which are captured
-        runner.warm_up(step_tokens >> halvings, slots, PLAIN)
+    tokens = step_tokens // 2
+    while tokens >= SMALL_STEP:  # kernels are cut by the size of a step
+        runner.warm_up(tokens, min(slots, tokens // SMALL_STEP), PLAIN)
+        tokens //= 2
     peak = torch.cuda.max_memory_allocated(device) - before
     return peak - pages * spec.page_bytes
 

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.layers.batch import Batch, upload
+from engine.kernels.bitmask import apply_bitmask
+from engine.layers.batch import Batch, Mirror, upload
 from engine.layers.encoder import Encoder
 from engine.layers.model import Model
 from engine.messages import Logprobs, Sampling, SlotAdmit, StepDone, StepPlan
@@ -60,14 +61,14 @@ class Result:
     vectors: Tensor | None = None
     guided: Guided | None = None
 
-    def moved(self, move: Callable[[Tensor], Tensor]) -> "Result":
-        """The same, each tensor put elsewhere by `move`."""
+    def moved(self, move: Callable[[Tensor], Tensor], move_tokens: Callable[[Tensor], Tensor]) -> "Result":
+        """The same, each tensor put elsewhere by `move`, or `move_tokens`."""
         sampled, prompts = (
             block and dataclasses.replace(block, scores=block.scores.moved(move))
             for block in (self.sampled, self.prompts)
         )
         vectors = None if self.vectors is None else move(self.vectors)
-        return Result(move(self.tokens), sampled, prompts, vectors, self.guided)
+        return Result(move_tokens(self.tokens), sampled, prompts, vectors, self.guided)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,19 @@ class Step:
 
     def ready(self) -> bool:
         return self.ended is None or self.ended.query()
+
+
+class Landing:
+    """Pinned memory for the tokens of steps, which take turns: `Mirror.AHEAD` may be under way."""
+
+    def __init__(self, slots: int) -> None:
+        self._hosts = [torch.empty(slots, dtype=torch.int64, pin_memory=True) for _ in range(Mirror.AHEAD)]
+        self._turn = 0
+
+    def take(self, tokens: Tensor) -> Tensor:
+        """`tokens` on the host, which are there once the stream has come so far."""
+        self._turn = (self._turn + 1) % len(self._hosts)
+        return self._hosts[self._turn][: len(tokens)].copy_(tokens, non_blocking=True)
 
 
 def _nothing() -> None:
@@ -112,12 +126,16 @@ class Runner:
         # One slot more than there are: the padding of a graph's rows.
         self.tokens = torch.zeros(slots + 1, max_model_len + 1, dtype=torch.int32, device=device)
         self.page_table = torch.zeros(slots + 1, pages, dtype=torch.int32, device=device)
-        self.sampler = Sampler(slots, self.tokens)
+        self.sampler = Sampler(self.tokens)
         self.adjustments = Adjustments(slots, model.vocab_size, device)
         self.grammars = grammars
         self.unscored = np.zeros((slots, 2), np.int64)  # prompt positions to be scored: from, to
+        self._landing = Landing(slots) if device.type == "cuda" else None
         self._ahead_of: torch.cuda.Event | None = None  # the end of the last step, while it is not known to be over
-        tables = Tables(model, caches, self.tokens, self.page_table, page_size, counts_real=heed_padding(model))
+        draw = self._draw_plain if self.sampler.captures else None
+        real = heed_padding(model)
+        masks = grammars is not None
+        tables = Tables(model, caches, self.tokens, self.page_table, page_size, real, draw, masks)
         self.decode_graphs = DecodeGraphs(tables) if device.type != "cpu" else RecordedSteps(tables)
         self.shared_graphs = DecodeGraphs(tables, shared=True)
         self.prompt_graphs = PromptGraphs(tables)
@@ -127,14 +145,14 @@ class Runner:
     def launch(self, plan: StepPlan, catch_up: Callable[[], None] = _nothing) -> Step:
         """Starts a step. Steps run in the order launched. `catch_up` is to `finish` all that are under way; it is
         called if a row follows a grammar, once the model is on its way."""
-        if self.device.type == "cpu":
+        if self._landing is None:
             began = time.perf_counter()
             result = self._run(plan, catch_up)
             return Step(plan.step, result, seconds=time.perf_counter() - began)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         previous, self._ahead_of = self._ahead_of, end
-        result = self._run(plan, catch_up).moved(_to_pinned)
+        result = self._run(plan, catch_up).moved(_to_pinned, self._landing.take)
         end.record()
         return Step(plan.step, result, began=start, ended=end, previous=previous)
 
@@ -181,8 +199,9 @@ class Runner:
             return Result(nothing, vectors=self.model.embed(hidden, batch))
         prompts = None
         on_device: Sequence[Tensor] | Tensor
+        steps: DecodeGraphs | RecordedSteps | None = None
         if len(sampled) == len(rows) and self.decode_graphs.fits(rows):
-            hidden, on_device = self._decode(rows)
+            steps, hidden, on_device = self._decode(rows)
         else:
             hidden, offsets = self._hidden(rows)
             prompts = self._score_prompts(rows, hidden)
@@ -190,14 +209,22 @@ class Runner:
                 return Result(nothing, prompts=prompts)
             ends, *on_device = upload(np.stack((offsets[1:][rows[:, 3] != 0] - 1, slots, lasts)), self.device)
             hidden = hidden[ends]
+        guided = self.grammars.guided(slots) if self.grammars is not None else None
+        adjusts = self.adjustments.acts(slots)
+        if isinstance(steps, DecodeGraphs) and steps.draws and not adjusts and self.sampler.plain(slots):
+            lines = None
+            if guided is not None:
+                assert self.grammars is not None
+                catch_up()
+                lines = self.grammars.lines(guided, len(rows))
+            return Result(steps.draw(len(rows), lines), guided=guided)
         logits = self.model.logits(hidden)
         wanted = self.sampler.columns.logprobs[slots]
         asking = np.flatnonzero(wanted >= 0)
         adjusted = logits
-        if self.adjustments.acts(slots):
+        if adjusts:
             adjusted = logits.to(torch.float32, copy=len(asking) > 0)
             self.adjustments.apply(adjusted, slots, lasts + 1, self.tokens)
-        guided = self.grammars.guided(slots) if self.grammars is not None else None
         if guided:
             assert self.grammars is not None
             catch_up()
@@ -211,11 +238,19 @@ class Runner:
         spans = [(int(row), index, index + 1, int(wanted[row])) for index, row in enumerate(asking)]
         return Result(tokens, Block(scores, spans), prompts, guided=guided)
 
-    def _decode(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Hidden states of a step of one token a row, and its slots and positions, from a graph."""
+    def _decode(self, rows: np.ndarray) -> tuple[DecodeGraphs | RecordedSteps, Tensor, Tensor]:
+        """Hidden states of a step of one token a row, its slots and positions, and whose graph they are from."""
         if self.prefixes is not None and (prefixes := self.prefixes.find(rows[:, 0], rows[:, 1])):
-            return self.shared_graphs.replay(rows, prefixes)
-        return self.decode_graphs.replay(rows)
+            return self.shared_graphs, *self.shared_graphs.replay(rows, prefixes)
+        return self.decode_graphs, *self.decode_graphs.replay(rows)
+
+    def _draw_plain(self, hidden: Tensor, on_device: Tensor, lines: Tensor | None) -> Tensor:
+        """Tokens of rows that ask for no more than a temperature, under masks of those `lines`, as a graph has it."""
+        logits = self.model.logits(hidden)
+        if lines is not None:
+            assert self.grammars is not None
+            apply_bitmask(logits, self.grammars.masks, torch.arange(len(lines), device=self.device), lines)
+        return self.sampler.draw_plain(logits, on_device)
 
     def _hidden(self, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """Hidden states [T, H] of the tokens of `rows`, and where each row's begin, [R + 1]."""

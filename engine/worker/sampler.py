@@ -18,6 +18,7 @@ from engine.layers.batch import upload
 from engine.messages import Sampling, SlotAdmit
 
 GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)  # SplitMix64's odd increment, as a signed number
+HALF = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +71,15 @@ class Columns:
 class Sampler:
     """How each slot is sampled, and the draws of a step, which go into the device's table of tokens.
 
-    `tokens` [slots + 1, positions] int32 is the Runner's. On a GPU what kernels need of each slot is kept there too, so
+    `tokens` [slots, positions] int32 is the Runner's. On a GPU what kernels need of each slot is kept there too, so
     that a step uploads nothing; one draws in a pass over the logits, after others have found where filters cut them.
     """
 
-    def __init__(self, slots: int, tokens: Tensor) -> None:
+    def __init__(self, tokens: Tensor) -> None:
+        slots = len(tokens)
         self.columns = Columns.empty(slots)
         self._tokens = tokens
+        self._filters, self._scores = np.zeros((2, slots), bool)  # whether a slot asks for filters, log-probabilities
         self._kernel = tokens.is_cuda and find_spec("triton") is not None
         self._reals = torch.zeros(3, slots, dtype=torch.float32, device=tokens.device)  # temperature, top_p, min_p
         self._top_ks = torch.zeros(slots, dtype=torch.int32, device=tokens.device)
@@ -86,11 +89,28 @@ class Sampler:
         """From now on the admitted slots are sampled as their requests ask."""
         for admit in admits:
             self.columns.set(admit.slot, admit.sampling)
+            self._filters[admit.slot] = self.columns.rows(np.array([admit.slot])).filters
+            self._scores[admit.slot] = admit.sampling.logprobs >= 0
         if admits and self._kernel:
             columns, device = self.columns, self._tokens.device
             self._reals.copy_(upload(np.stack((columns.temperature, columns.top_p, columns.min_p)), device))
             self._top_ks.copy_(upload(columns.top_k.astype(np.int32), device))
             self._seeds.copy_(upload(columns.seed.copy(), device))
+
+    @property
+    def captures(self) -> bool:
+        """Whether `draw_plain` can be part of a CUDA graph."""
+        return self._kernel
+
+    def plain(self, slots: np.ndarray) -> bool:
+        """Whether none of `slots` asks for filters or log-probabilities."""
+        return not (self._filters[slots] | self._scores[slots]).any()
+
+    def draw_plain(self, logits: Tensor, on_device: Tensor) -> Tensor:
+        """As `draw`, for rows that are plain, by what is on the device alone."""
+        from engine.kernels.sampling import draw
+
+        return draw(logits, on_device[0], on_device[1], self._reals[0], self._seeds, self._tokens)
 
     def draw(
         self, logits: Tensor, slots: np.ndarray, lasts: np.ndarray, on_device: Sequence[Tensor] | Tensor
@@ -100,16 +120,16 @@ class Sampler:
         `logits` [S, V]; `slots` and `lasts` [S] int64 are each row's slot and the position of its last token, and
         `on_device` [2, S] the same there.
         """
-        rows = self.columns.rows(slots)
         if not self._kernel:
-            tokens = sample(logits.to(torch.float32), rows, lasts + 1)
+            tokens = sample(logits.to(torch.float32), self.columns.rows(slots), lasts + 1)
             self._tokens[on_device[0], on_device[1] + 1] = tokens.to(torch.int32)
             return tokens
         from engine.kernels.filters import cuts
         from engine.kernels.sampling import draw
 
         temperatures, top_ps, min_ps = self._reals
-        cut = cuts(logits, on_device[0], temperatures, top_ps, min_ps, self._top_ks) if rows.filters else None
+        filters = self._filters[slots].any()
+        cut = cuts(logits, on_device[0], temperatures, top_ps, min_ps, self._top_ks) if filters else None
         return draw(logits, on_device[0], on_device[1], temperatures, self._seeds, self._tokens, cut)
 
 
@@ -170,13 +190,17 @@ def _top_p(scores: Tensor, top_p: Tensor) -> None:
 def gumbel(seeds: Tensor, positions: Tensor, size: int) -> Tensor:
     """Standard Gumbel noise, float32 [S, size], of int64 `seeds` [S] and `positions` [S].
 
-    Entry i of a row is output i of the SplitMix64 generator (Steele, Lea, Flood: Fast splittable pseudorandom
-    number generators, OOPSLA 2014) whose state is a mix of the row's seed and position.
+    A row's key is a mix of its seed and position by SplitMix64's finalizer (Steele, Lea, Flood: Fast splittable
+    pseudorandom number generators, OOPSLA 2014). Entry i is lowbias32 (C. Wellons, hash-prospector), a hash of 32 bits,
+    of i times a constant, plus the key's lower half; the upper one is mixed in half-way.
     """
-    state = _mix(_mix(seeds) + positions * GAMMA)
-    bits = _mix(state[:, None] + torch.arange(1, size + 1, device=seeds.device) * GAMMA)
-    # 53 bits as a float keep their precision near 0, where log1p turns them into the noise's upper tail.
-    uniform = (_shifted(bits, 11).to(torch.float32) + 0.5) * 2.0**-53
+    key = _mix(_mix(seeds) + positions * GAMMA)[:, None]
+    bits = (torch.arange(size, device=seeds.device) * (GAMMA >> 32 & HALF) + key) & HALF
+    bits = (bits ^ bits >> 16) * 0x7FEB352D & HALF
+    bits = (bits ^ bits >> 15 ^ _shifted(key, 32)) * 0x846CA68B & HALF
+    bits ^= bits >> 16
+    # As floats they keep their precision near 0, where log1p turns them into the noise's upper tail.
+    uniform = (bits.to(torch.float32) + 0.5) * 2.0**-32
     exponential = uniform.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_()
     return exponential.log_().neg_()
 

@@ -74,6 +74,22 @@ def test_some_tokens_times_a_matrix(shape: tuple[int, int], tokens: int, dtype: 
         assert_close(TRITON.linear(inputs, weight, b), wanted)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 8, 33, 64, 100] if GPU else [1, 5, 20])
+@pytest.mark.parametrize("shape", [(6144, 1024), (6100, 576), (4096, 3072)] if GPU else [(24, 40), (66, 32)], ids=str)
+def test_gate_and_up_are_multiplied_and_gated_at_once(shape: tuple[int, int], tokens: int, dtype: torch.dtype) -> None:
+    weight, bias = random(*shape, dtype=dtype, seed=1) * shape[1] ** -0.5, random(shape[0], dtype=dtype, seed=2)
+    inputs = random(tokens, shape[1], dtype=dtype)
+    own = Cut(rows=32, columns=32, warps=4, stages=2, tokens=16)
+    for b in (None, bias):
+        sums = REFERENCE.linear(inputs.double(), weight.double(), None if b is None else b.double())
+        wanted = REFERENCE.silu_and_mul(sums.to(dtype))
+        assert_close(TRITON.linear_silu(inputs, weight, b), wanted)
+        assert_close(skinny_linear(inputs, weight, b, own, gated=True), wanted)
+        if tokens == 1:
+            assert_close(TRITON.vector_linear(inputs, weight, b, gated=True), wanted)
+
+
 def test_small_matrices_and_some_tokens_get_a_kernel_of_our_own() -> None:
     assert skinny_cut(64, 4096, 1024) and skinny_cut(128, 1024, 3072) and skinny_cut(33, 6144, 1024)
     none = ((32, 4096, 1024), (129, 4096, 1024), (64, 4096, 4096), (64, 1536, 576), (128, 6144, 1024))

@@ -1,4 +1,4 @@
-"""Launching a step never waits for the GPU, whatever its rows ask for."""
+"""Launching a step never waits for the GPU, whatever its rows ask for, and draws in a graph what it draws outside."""
 
 from importlib.util import find_spec
 
@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from engine.errors import ConfigError
-from engine.messages import SlotAdmit, StepPlan
+from engine.messages import Sampling, SlotAdmit, StepPlan
 from engine.plugin.manager import Plugins
 from engine.plugin.testing import ModelHarness
 from engine.worker.backends import Backends
 from engine.worker.demands import FILTERED, PLAIN, everything
+from engine.worker.graphs import DecodeGraphs
 from engine_plugins.models.llama import Llama
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -42,18 +43,42 @@ def tensors() -> dict[str, torch.Tensor]:
 BACKENDS = [name for name in ("triton", "flashinfer") if find_spec(name) is not None]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
-def test_launching_a_step_waits_for_nothing(backend: str, graphs: bool) -> None:
+def built(backend: str, graphs: bool) -> ModelHarness:
     chosen = Backends(Plugins.load((backend,)), "cuda").build
     try:
         harness = ModelHarness(Llama, CONFIG, tensors(), attention=chosen, device="cuda", dtype=torch.bfloat16)  # type: ignore[arg-type]
     except ConfigError as error:
         pytest.skip(str(error))
-    runner = harness.runner
     if graphs:
-        runner.capture(scratch_page=int(harness.order[-1]))
-    asked = (everything(5000), FILTERED, PLAIN)
+        harness.runner.capture(scratch_page=int(harness.order[-1]))
+    return harness
+
+
+def test_a_graph_draws_what_is_drawn_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = built("triton", graphs=True)
+    runner = harness.runner
+    ids = [np.arange(length, dtype="<i4") + 7 for length in (20, 9, 30)]
+    pages = harness.admit([row.tolist() for row in ids]).pages
+    asked = [Sampling(temperature, 0, 1.0, 0.0, seed) for seed, temperature in enumerate((0.0, 0.7, 1.3))]
+    admits = tuple(SlotAdmit(slot, ids[slot].tobytes(), asked[slot], len(ids[slot])) for slot in range(3))
+    prompts = np.array([(slot, 0, len(ids[slot]), 1) for slot in range(3)], "<i4").tobytes()
+    runner.finish(runner.launch(StepPlan(0, prompts, admits, pages)))
+    drawn = []
+    for _ in range(2):
+        for step in range(4):
+            plan = np.array([(slot, len(ids[slot]) + step, 1, 1) for slot in range(3)], "<i4").tobytes()
+            drawn.append(runner.finish(runner.launch(StepPlan(0, plan))).tokens)
+        monkeypatch.setattr(DecodeGraphs, "draws", False)
+    assert drawn[:4] == drawn[4:] and len(set(drawn)) > 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize("plain", [False, True], ids=["everything", "plain"])
+def test_launching_a_step_waits_for_nothing(backend: str, graphs: bool, plain: bool) -> None:
+    harness = built(backend, graphs)
+    runner = harness.runner
+    asked = (PLAIN,) * 3 if plain else (everything(5000), FILTERED, PLAIN)
 
     def plans() -> list[StepPlan]:
         """Prompts, a mixture, and steps of one token a row."""
@@ -75,4 +100,5 @@ def test_launching_a_step_waits_for_nothing(backend: str, graphs: bool) -> None:
         torch.cuda.set_sync_debug_mode("default")
     done = [runner.finish(step) for step in steps]
     assert [len(step.tokens) // 4 for step in done] == [1, 3, 3, 3, 3]
-    assert all(len(step.logprobs) == 1 for step in done) and done[0].prompt_logprobs
+    if not plain:
+        assert all(len(step.logprobs) == 1 for step in done) and done[0].prompt_logprobs

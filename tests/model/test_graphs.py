@@ -1,5 +1,6 @@
 """Steps as CUDA graphs, without a GPU: a stand-in for a graph computes anew from what the replay put in place."""
 
+import dataclasses
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +12,12 @@ from oracle import tiny
 from torch import Tensor
 
 from engine.layers.attention import PagedAttention, Prefix
-from engine.layers.batch import Batch, Mirror
+from engine.layers.batch import Batch
 from engine.messages import CountAction, CountExperts
 from engine.plugin.testing import ModelHarness
 from engine.worker import graphs
 from engine.worker.experts import count_experts, heed_padding
-from engine.worker.graphs import Captured, DecodeGraphs, PromptGraphs, Tables, shared_ladder
+from engine.worker.graphs import DecodeGraphs, PromptGraphs, Tables, shared_ladder
 from engine_plugins.models.llama import Llama
 from engine_plugins.models.qwen3_moe import Qwen3Moe
 
@@ -73,10 +74,9 @@ class PlainAttention(PagedAttention):
         return out.flatten(1)
 
 
-def captured(model: Any, batch: Callable[[], Batch], numbers: Mirror, plans: Any, pool: Any) -> Captured:
-    hidden = model(batch())
-    graph: Any = SimpleNamespace(replay=lambda: hidden.copy_(model(batch())))
-    return Captured(graph, numbers, plans, hidden)
+def captured(run: Callable[[], Tensor], pool: Any) -> tuple[Any, Tensor]:
+    out = run()
+    return SimpleNamespace(replay=lambda: out.copy_(run())), out
 
 
 @pytest.fixture(params=["dense", "mixture"])
@@ -132,7 +132,28 @@ def test_a_replayed_decode_step_is_the_step(harness: ModelHarness) -> None:
         assert on_device.T.tolist() == [list(each) for each in step]
         expected, _ = harness.runner.forward(rows)
         assert torch.allclose(hidden, expected, atol=1e-5)
+    assert not decode.draws
     assert not decode.fits(np.array([[0, 9, 2, 1]])) and not decode.fits(np.zeros((5, 4), np.int64))
+
+
+@torch.inference_mode()
+def test_tokens_are_drawn_by_a_second_graph(harness: ModelHarness) -> None:
+    drawn: list[list[int]] = []
+
+    def draw(hidden: Tensor, on_device: Tensor, lines: Tensor | None) -> Tensor:
+        drawn.append(on_device.T.tolist())
+        return harness.runner.model.logits(hidden).argmax(-1) + (0 if lines is None else 100 * lines)
+
+    decode = DecodeGraphs(dataclasses.replace(tables(harness), draw=draw, masks=True))
+    assert decode.capture(4, pool=None)
+    harness.logits([(slot, 0, 30) for slot in range(3)])
+    rows = np.array([(2, 29, 1, 1), (0, 4, 1, 1), (1, 11, 1, 1)])
+    hidden, _ = decode.replay(rows)
+    tokens = harness.runner.model.logits(hidden).argmax(-1)
+    assert decode.draws and torch.equal(decode.draw(3, None), tokens)
+    assert torch.equal(decode.draw(3, np.array([4, 1, 2])), tokens + 100 * torch.tensor([4, 1, 2]))
+    scratch = len(harness.runner.tokens) - 1
+    assert drawn[-1] == [[2, 29], [0, 4], [1, 11], [scratch, 0]]
 
 
 @torch.inference_mode()

@@ -105,6 +105,17 @@ async def test_pages_are_free_within_the_steps_in_flight() -> None:
         assert logic.counts()["pages_free"] + logic.counts()["pages_cached"] == 1024
 
 
+@pytest.mark.parametrize(("seconds", "most"), [(0.02, 2), (0.001, 3)])
+async def test_a_third_step_is_in_flight_where_steps_are_short(seconds: float, most: int) -> None:
+    async with open_house(seconds=seconds) as house:
+        seen = []
+        house.front.on_stats.append(lambda stats: seen.append(house.scheduler.in_flight))
+        async for _ in house.front.generate(prompt("a", max_tokens=12)):
+            seen.append(house.scheduler.in_flight)
+        assert max(seen) == most
+        await house.settled()
+
+
 async def test_abort_by_id_ends_the_reply_with_abort() -> None:
     async with open_house(seconds=0.001) as house:
         stream = house.front.generate(prompt("a", rid="mine", max_tokens=3000))

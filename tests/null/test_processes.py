@@ -191,7 +191,7 @@ async def test_traces_of_steps_hold_so_many_steps(tmp_path: Path) -> None:
             assert status == 400 and "running already" in answer["error"]["message"]
             assert (await post("/generate", reply))[0] == 200
             assert await post("/stop_profile") == (200, {"path": begun[1]["path"], "running": False})
-            assert 7 <= steps(begun[1]["path"]) <= 8  # one more may be launched before the seventh is over
+            assert 7 <= steps(begun[1]["path"]) <= 9  # two more may be launched before the seventh is over
             status, answer = await post("/stop_profile")
             assert status == 400 and "no profile is running" in answer["error"]["message"]
             second = (await post("/start_profile"))[1]["path"]

@@ -78,7 +78,7 @@ def test_a_worker_counts_answers_pings_and_ends_with_its_peer():
         assert isinstance(ready, WorkerReady), ready
         assert (ready.pages, ready.page_size, ready.slots, ready.vocab_size) == (128, 4, 4, 257)
         assert (ready.max_model_len, ready.device, ready.kv_bytes_per_token) == (512, "cpu", 4)
-        assert list(ready.phases) == ["import", "checkpoint", "weights", "kv cache", "warm-up", "grammars"]
+        assert list(ready.phases) == ["import", "checkpoint", "weights", "grammars", "kv cache", "warm-up"]
 
         frames.send(Ping())
         assert frames.receive() == Pong()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine.grammars.engines import Engines
+from engine.kernels.bitmask import apply_bitmask
 from engine.layers.attention import AttentionBackend
 from engine.layers.build import Build
 from engine.messages import Grammar, GrammarLoaded, LoadGrammar, Sampling, SlotAdmit, StepDone, StepPlan
@@ -115,6 +116,20 @@ def test_steps_are_launched_before_the_tokens_before_them_are_known(device: Devi
     decode(device, 0, 2, 6)
     assert device.caught_up == 7 and len(device.in_flight) == 1
     assert device.said() == [*b"0123", END, END, END]  # after its end there is nothing but ends
+
+
+def test_lines_for_a_graph_bar_what_is_barred_outside(device: Device) -> None:
+    device.load(1, "[0-9]{2,4}")
+    device.step([(0, 0, 2, 1), (1, 0, 1, 1)], admit(0, "ab"), admit(1, "x", grammar=0))
+    device.finish()
+    guided = device.grammars.guided(np.array([1, 0]))
+    assert guided is not None
+    barred, expected = torch.zeros(2, 2, len(device.grammars._spelled))
+    lines = torch.from_numpy(device.grammars.lines(guided, 2))
+    apply_bitmask(barred, device.grammars.masks, torch.arange(2), lines)
+    device.grammars.mask(expected, guided)
+    assert torch.equal(barred, expected)
+    assert not barred[0].any() and barred[1].isfinite().sum() in (10, 11)
 
 
 def test_rows_without_a_grammar_run_beside_as_they_always_do(device: Device) -> None:
