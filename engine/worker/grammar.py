@@ -4,9 +4,10 @@
     host              wait for the tokens of n ── accept ── fill ──┘
 
 The masks of a step are filled while the device computes it, by all of its matchers at a time, and applied in one
-kernel. Rows without a grammar are not touched. Rows that have come the same way, as replies to one prompt do, share one
-mask. A row that was retracted comes back with its tokens, which its new matcher reads. Grammars come from the scheduler
-and are made ready in a thread. Left out: tokens that a grammar leaves no choice about are sampled like others.
+kernel. Rows without a grammar are not touched. Rows in a state that any row of their grammar has been in are not asked:
+the mask is on the device already (mask_table.py). A row that was retracted comes back with its tokens, which its new
+matcher reads. Grammars come from the scheduler and are made ready in a thread. Left out: tokens that a grammar leaves
+no choice about are sampled like others.
 """
 
 import logging
