@@ -190,7 +190,8 @@ class Matcher(Protocol):
     Those of one compiled grammar that have the same `state`, if not None, have the same mask, and it is not asked for
     again while it is remembered. `accept` alone changes it, or `fill` to None."""
 
-    state: Hashable | None
+    @property
+    def state(self) -> Hashable | None: ...
 
     @property
     def error(self) -> str: ...

@@ -4,9 +4,10 @@
     host              wait for the tokens of n ── accept ── fill ──┘
 
 The masks of a step are filled while the device computes it, by all of its matchers at a time, and applied in one
-kernel. Rows without a grammar are not touched. Rows that have come the same way, as replies to one prompt do, share one
-mask. A row that was retracted comes back with its tokens, which its new matcher reads. Grammars come from the scheduler
-and are made ready in a thread. Left out: tokens that a grammar leaves no choice about are sampled like others.
+kernel. Rows without a grammar are not touched. Rows in a state that any row of their grammar has been in are not asked:
+the mask is on the device already (mask_table.py). A row that was retracted comes back with its tokens, which its new
+matcher reads. Grammars come from the scheduler and are made ready in a thread. Left out: tokens that a grammar leaves
+no choice about are sampled like others.
 """
 
 import logging
@@ -311,34 +312,32 @@ class Grammars:
     def _fill(self, group: _Group, lines: list[Any]) -> None:
         """Masks for the rows of `group` that have no line: they get one, in `lines`."""
         table = self._table
-        missing: list[int] = []
-        same: dict[tuple[int, Hashable], int] = {}  # of a grammar's state: who fills it
+        alone: list[int] = []  # without a state
+        first: dict[tuple[int, Hashable], int] = {}  # by a grammar's state: who fills it
         twins: list[tuple[int, int]] = []
         for index, line in enumerate(lines):
             if line is not None:
                 continue
             state = group.matchers[index].state
-            if state is not None:
-                first = same.setdefault((id(group.known[index]), state), index)
-                if first != index:
-                    twins.append((index, first))
-                    continue
-            missing.append(index)
-        matchers = [group.matchers[index] for index in missing]
-        states = [matcher.state for matcher in matchers]
-        taken, masks, places = table.take(len(missing))
-        group.engine.fill(matchers, masks, places)
-        for index, line, state, place in zip(missing, taken, states, places, strict=True):
-            guide = group.guides[index]
+            if state is None:
+                alone.append(index)
+            elif (other := first.setdefault((id(group.known[index]), state), index)) != index:
+                twins.append((index, other))
+        filled = [*first.values(), *alone]
+        taken = table.take(len(first)) + [table.own(group.rows[index]) for index in alone]
+        masks, places = table.place(taken)
+        group.engine.fill([group.matchers[index] for index in filled], masks, places)
+        for index, line, place in zip(filled, taken, places, strict=True):
+            guide, state = group.guides[index], group.matchers[index].state
             lines[index] = line
             if error := guide.matcher.error:
                 guide.cause = f"the grammar cannot go on: {error[:300]}"
                 lines[index] = ALL
-                masks[place] = -1
                 continue
             if state is not None or guide.watched:
                 table.look(line, masks[place])
-            if state is not None and guide.matcher.state is not None:
+            if state is not None:
                 table.remember(line, guide.known, state)
-        for index, first in twins:
-            lines[index] = lines[first]
+        for index, other in twins:
+            lines[index] = lines[other]
+            group.guides[index].cause = group.guides[other].cause

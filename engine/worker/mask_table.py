@@ -17,8 +17,8 @@ from torch import Tensor
 from engine.kernels.bitmask import mask_words
 
 ROOM = 64 << 20  # bytes of masks
-MOST_LINES = 8192
-ENDS, ALL = 0, 1  # lines that are never given away: what ends a reply, and everything
+MOST_LINES = 4096
+ENDS, ALL, FIXED = 0, 1, 2  # what ends a reply, and everything; then a line for each row
 NEVER = np.iinfo(np.int64).max
 
 Lines = dict[Hashable, int]  # of one grammar, by state
@@ -29,7 +29,8 @@ class MaskTable:
 
     def __init__(self, vocab_size: int, ends: tuple[int, ...], slots: int, device: torch.device) -> None:
         words = mask_words(vocab_size)
-        count = 2 + max(2 * slots, min(MOST_LINES, ROOM // (4 * words)))
+        self._fixed = FIXED + slots
+        count = self._fixed + max(2 * slots, min(MOST_LINES, ROOM // (4 * words)))
         self.masks = torch.zeros(count, words, dtype=torch.int32, device=device)
         bits = np.isin(np.arange(32 * words), ends)
         self._ends = np.packbits(bits, bitorder="little").view("<i4")
@@ -40,7 +41,7 @@ class MaskTable:
         staged = 0 if device.type == "cpu" else slots
         self._staged = torch.zeros(staged, words, dtype=torch.int32, pin_memory=staged > 0)
         self._used = np.zeros(count, np.int64)  # the step that last did
-        self._used[[ENDS, ALL]] = NEVER
+        self._used[: self._fixed] = NEVER
         self._owners: list[tuple[Lines, Hashable] | None] = [None] * count
         self._step = 0
         self.new: list[int] = []  # lines that are to go up
@@ -53,23 +54,31 @@ class MaskTable:
     def touch(self, lines: np.ndarray) -> None:
         """The step uses `lines`."""
         self._used[lines] = self._step
-        self._used[[ENDS, ALL]] = NEVER
 
-    def take(self, count: int) -> tuple[list[int], np.ndarray, list[int]]:
-        """Lines for the step to write, at most one a slot; and where: in which rows of which array."""
-        assert count <= len(self._used) - 2
-        oldest = np.argpartition(self._used, count)[:count]
-        lines: list[int] = oldest.tolist()
+    def take(self, count: int) -> list[int]:
+        """Lines for masks that will be remembered, which no other row of the step has: at most one a slot."""
+        if not count:
+            return []
+        oldest = np.argpartition(self._used, count)[:count] if count > 1 else np.array([self._used.argmin()])
         self._used[oldest] = self._step
+        lines: list[int] = oldest.tolist()
         for line in lines:
             if (owner := self._owners[line]) is not None:
                 del owner[0][owner[1]]
                 self._owners[line] = None
+        return lines
+
+    def own(self, row: int) -> int:
+        """The line for a mask of `row` that nobody will ask for again."""
+        return FIXED + row
+
+    def place(self, lines: list[int]) -> tuple[np.ndarray, list[int]]:
+        """Where the masks of `lines` are to be written: in which rows of which array."""
         first = len(self.new)
         self.new += lines
         if self._in_place is not None:
-            return lines, self._in_place, lines
-        return lines, self._staged.numpy(), list(range(first, len(self.new)))
+            return self._in_place, lines
+        return self._staged.numpy(), list(range(first, len(self.new)))
 
     def remember(self, line: int, lines: Lines, state: Hashable) -> None:
         """The mask of `line` is that of `state`."""

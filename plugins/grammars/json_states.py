@@ -16,17 +16,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from engine.plugin import Vocabulary
 from engine_plugins.grammars.json_places import STRING, Node, Place, Unknown, advance, read_schema
 
 MOST_STATES = 20_000  # of a grammar
 MOST_MOVES = 400_000
 KEPT = 96 << 20  # bytes of masks, of all grammars
-
-
 END = Place(mode=-1)
 Ahead = tuple[Place, int, bool]  # a place, and how many items are then, or are more, if that is True
-
-
 INDENT, BEGINNING = re.compile(rb"\n[ \t]+"), re.compile(rb"^[ \t]+")
 
 
@@ -42,13 +39,13 @@ class Texts:
     `keys` are those of any state, `indented` of one behind a new line, `free` of one in a free string, where ordinary
     tokens are told apart by their lengths (0 for others), of which these are the keys below 0."""
 
-    def __init__(self, tokens: Sequence[bytes], ends: Sequence[int], lengths: list[int]) -> None:
-        self.tokens = tokens
-        self.ends = frozenset(ends)
+    def __init__(self, vocabulary: Vocabulary, lengths: list[int]) -> None:
+        tokens = self.tokens = vocabulary.tokens
+        self.ends = frozenset(vocabulary.eos_ids)
         self.keys, self.indented = list(range(len(tokens))), list(range(len(tokens)))
-        first = {token: id for id, token in reversed([*enumerate(tokens)])}
+        first = {token: id for id, token in enumerate(tokens) if id not in vocabulary.special}
         for id, token in enumerate(tokens):
-            if b"\t" in token:
+            if b"\t" in token and id not in vocabulary.special:
                 self.keys[id] = first.setdefault(INDENT.sub(_spaced, token), id)
                 self.indented[id] = first.setdefault(INDENT.sub(_spaced, BEGINNING.sub(_spaced, token)), id)
         below = {length: -length for length in set(lengths)}  # one object of each, as a cache likes it

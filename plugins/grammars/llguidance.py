@@ -2,8 +2,9 @@
 
 A grammar is compiled in about a millisecond and the rest is done when a state is first met; so nothing is packed, and
 `load` compiles again. JSON schemas are held to exactly: a keyword that is not implemented is refused by name. Long
-strings of bounded length, which would walk most of the trie at each token, are in free_strings.py. Left out: threads
-of the library's own, which cost more than they save (docs/grammars.md).
+strings of bounded length, which would walk most of the trie at each token, are in free_strings.py; replies that are
+told apart by states, and need no matcher of their own, in json_states.py. Left out: threads of the library's own, which
+cost more than they save (docs/grammars.md).
 """
 
 import json
@@ -142,7 +143,7 @@ class LLGuidance:
         self._limits = llguidance.LLParserLimits(step_max_items=MOST_ITEMS)
         self._special = {vocabulary.tokens[id].decode(errors="replace"): id for id in vocabulary.special}
         self._strings = FreeStrings(vocabulary, tokenizer_of, self._limits)
-        self._texts = Texts(vocabulary.tokens, vocabulary.eos_ids, self._strings.lengths)
+        self._texts = Texts(vocabulary, self._strings.lengths)
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         text = self._text(grammar)

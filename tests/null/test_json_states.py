@@ -1,6 +1,8 @@
 """States of replies under JSON schemas: those of one state have one mask, whatever has been said before."""
 
 import json
+import runpy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,8 @@ pytest.importorskip("llguidance")
 from engine.messages import Grammar
 from engine.plugin import grammar_checks
 from engine.plugin.specs import Vocabulary
-from engine_plugins.grammars.llguidance import LLGrammar, LLGuidance, LLMatcher
+from engine_plugins.grammars import json_states
+from engine_plugins.grammars.llguidance import LLGrammar, LLGuidance
 
 MORE = (
     "},{",
@@ -46,6 +49,8 @@ def words_of() -> Vocabulary:
 
 
 WORDS = words_of()
+BENCH = runpy.run_path(str(Path(__file__).parents[2] / "bench" / "workloads.py"))
+HARD, EASY = BENCH["JSON_SCHEMA"], BENCH["EASY_SCHEMA"]
 ENGINES = {whitespace: LLGuidance(WORDS, threads=1, whitespace=whitespace) for whitespace in (False, True)}
 
 
@@ -111,7 +116,9 @@ def drawn(mask: np.ndarray, rng: np.random.Generator) -> int:
     return int(rng.choice(long if len(long) and rng.random() < 0.5 else ids))
 
 
-def walk(engine: LLGuidance, compiled: LLGrammar, rng: np.random.Generator, steps: int) -> tuple[int, int]:
+def walk(
+    engine: LLGuidance, compiled: LLGrammar, rng: np.random.Generator, steps: int, *, lost: bool = False
+) -> tuple[int, int]:
     """One reply by its states, and beside them by a matcher that reads all of it: its tokens, and the new states."""
     by_state, exact = compiled.matcher(), compiled.exact()
     assert compiled.states is not None
@@ -121,22 +128,20 @@ def walk(engine: LLGuidance, compiled: LLGrammar, rng: np.random.Generator, step
     for _ in range(steps):
         engine.fill([by_state, exact], masks, [0, 1])
         assert not exact.error and not by_state.error
-        assert by_state.state is not None, f"lost its way after {b''.join(said)!r}"
-        assert (masks[0] == masks[1]).all(), f"{differing(masks)} after {b''.join(said)!r}, in {place(by_state)}"
-        barred = int(rng.integers(len(WORDS.tokens)))
-        if not masks[0][barred >> 5] >> (barred & 31) & 1:
-            assert engine.accept([by_state], [barred]) == [False]
+        assert lost or by_state.state is not None, f"lost its way after {b''.join(said)!r}"
+        assert (masks[0] == masks[1]).all(), (
+            f"{differing(masks)} after {b''.join(said)!r}, in {by_state.state and by_state.state.place}"
+        )
+        for barred in map(int, [ord("\t"), *rng.integers(len(WORDS.tokens), size=10)]):
+            if by_state.state is not None and not masks[0][barred >> 5] >> (barred & 31) & 1:
+                assert engine.accept([by_state], [barred]) == [False]
         token = drawn(masks[0], rng)
         assert engine.accept([by_state, exact], [token, token]) == [True, True]
         said.append(WORDS.tokens[token])
         if token in WORDS.eos_ids:
             break
+    assert (by_state.state is None) == lost
     return len(said), len(compiled.states.known) - before
-
-
-def place(matcher: LLMatcher) -> Any:
-    assert matcher.state is not None
-    return matcher.state.place
 
 
 def differing(masks: np.ndarray) -> list[bytes]:
@@ -144,7 +149,7 @@ def differing(masks: np.ndarray) -> list[bytes]:
     return [WORDS.tokens[id] for id in np.flatnonzero(bits)[:9]]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(SCHEMAS, st.booleans(), st.integers(0, 1000))
 def test_replies_in_one_state_have_one_mask(schema: Any, whitespace: bool, seed: int) -> None:
     engine = ENGINES[whitespace]
@@ -157,3 +162,82 @@ def test_replies_in_one_state_have_one_mask(schema: Any, whitespace: bool, seed:
     rng = np.random.default_rng(seed)
     for _ in range(5):
         walk(engine, compiled, rng, 80)
+
+
+ZEROS = {"type": "array", "items": {"const": 0}, "minItems": 9, "maxItems": 12}
+LONG: list[Any] = [
+    {"type": "array", "items": ZEROS},
+    {"type": "array", "items": {"type": "array", "items": ZEROS, "maxItems": 1}, "minItems": 40},
+    {
+        "type": "object",
+        "properties": {"a": ZEROS, "ab": {**ZEROS, "items": ZEROS}},
+        "required": ["a", "ab"],
+        "additionalProperties": False,
+    },
+]
+
+
+@pytest.mark.parametrize("schema", LONG, ids=json.dumps)
+def test_items_are_counted_in_long_arrays_and_in_those_behind(schema: Any) -> None:
+    engine, rng = ENGINES[False], np.random.default_rng(0)
+    compiled = compiled_of(engine, schema)
+    assert compiled.states is not None and compiled.states._long
+    for _ in range(4):
+        walk(engine, compiled, rng, 300)
+
+
+@pytest.mark.parametrize("schema", [HARD, EASY], ids=["hard", "easy"])
+@pytest.mark.parametrize("whitespace", [False, True])
+def test_most_states_are_met_again(schema: Any, whitespace: bool) -> None:
+    """Though items, characters and digits come without end."""
+    engine, rng = ENGINES[whitespace], np.random.default_rng(0)
+    compiled = compiled_of(engine, schema)
+    for _ in range(40 if whitespace else 8):  # of which there may be up to 33 in a row
+        walk(engine, compiled, rng, 300)
+    again = [walk(engine, compiled, rng, 300) for _ in range(4)]
+    tokens, new = map(sum, zip(*again, strict=True))
+    assert tokens == 1200 and new < 0.06 * tokens
+
+
+def test_what_no_bound_looks_at_makes_no_states() -> None:
+    """Here there are some 20: before, in and behind a number, which is the first or is not."""
+    engine, rng = ENGINES[False], np.random.default_rng(0)
+    compiled = compiled_of(engine, {"type": "array", "minItems": 1, "items": {"type": "number"}})
+    for _ in range(20):
+        walk(engine, compiled, rng, 300)
+    assert compiled.states is not None
+    assert len(compiled.states.known) <= 30
+
+
+def test_a_reply_without_a_state_goes_on_as_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are too many states to tell."""
+    monkeypatch.setattr(json_states, "MOST_STATES", 30)
+    engine, rng = ENGINES[False], np.random.default_rng(0)
+    compiled = compiled_of(engine, HARD)
+    walk(engine, compiled, rng, 100, lost=True)
+
+
+def test_masks_that_are_no_longer_kept_are_filled_again() -> None:
+    engine, rng = LLGuidance(WORDS, threads=1, whitespace=False), np.random.default_rng(0)
+    engine._texts._kept = engine._texts._kept[:5]
+    compiled = compiled_of(engine, HARD)
+    walk(engine, compiled, rng, 150)
+    assert engine._texts._age > 5
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+        {"type": "object", "properties": {"a": {"type": "string"}}},
+        {"type": "object", "additionalProperties": {"type": "string"}},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"type": "string"}}},
+        {"type": "array"},
+        {"enum": [{"a": 1}]},
+        {},
+    ],
+    ids=json.dumps,
+)
+def test_of_other_schemas_no_states_are_told(schema: Any) -> None:
+    compiled = compiled_of(ENGINES[True], schema)
+    assert compiled.states is None and compiled.matcher().state is None
