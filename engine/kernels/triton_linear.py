@@ -42,18 +42,6 @@ def skinny_cut(tokens: int, rows: int, columns: int) -> Cut | None:
     return None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FewCut:
-    """A program takes `rows` rows of the matrix, of them `parts` times `columns` columns at a time: each warp or two
-    multiply a part. It takes all tokens."""
-
-    rows: int
-    parts: int
-    columns: int
-    warps: int
-    ahead: bool = False  # whether inputs are loaded a step ahead as well
-
-
 @triton.jit
 def silu_times(gate, up, dtype: tl.constexpr):
     """silu(gate) * up in float32, of sums that are rounded to `dtype` first."""
@@ -113,64 +101,5 @@ def skinny_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, cut: Cut,
         EVEN=columns % cut.columns == 0,
         PRECISION="ieee" if inputs.dtype == torch.float32 else None,
         num_warps=cut.warps, num_stages=cut.stages, **launch_dependents(inputs),
-    )  # fmt: skip
-    return out
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def few_kernel(
-    inputs, weight, bias, out, tokens, rows, columns, stride,
-    BIASED: tl.constexpr, GATED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-    COLUMNS: tl.constexpr, AHEAD: tl.constexpr, DEPENDS: tl.constexpr,
-):  # fmt: skip
-    """As skinny_kernel. The next step's weights are on their way to registers while this one's are multiplied, and the
-    first before the kernel in front is over; parts of a step are products of their own, which the sum comes after."""
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    t, p, k = tl.arange(0, TOKENS), tl.arange(0, PARTS), tl.arange(0, COLUMNS)
-    inside, real = n < rows, (t < tokens)[None, :, None]
-    at = p[:, None, None] * COLUMNS + k[None, None, :]
-    lines = weight + tl.where(inside, n, 0).to(tl.int64)[None, :, None] * columns
-    up_lines = lines + rows.to(tl.int64) * columns if GATED else lines
-    x_lines = inputs + t[None, :, None] * stride
-    total = tl.zeros([PARTS, TOKENS, ROWS], tl.float32)
-    up_total = tl.zeros([PARTS, TOKENS, ROWS], tl.float32)
-    next_w = tl.load(lines + at, mask=at < columns, other=0.0)
-    next_v = tl.load(up_lines + at, mask=at < columns, other=0.0) if GATED else next_w
-    wait_for_previous(DEPENDS)
-    if AHEAD:
-        next_x = tl.load(x_lines + at, mask=real & (at < columns), other=0.0)
-    for begin in tl.range(0, columns, PARTS * COLUMNS):
-        w, v, ahead = next_w, next_v, begin + PARTS * COLUMNS + at
-        next_w = tl.load(lines + ahead, mask=ahead < columns, other=0.0)
-        if AHEAD:
-            x = next_x
-            next_x = tl.load(x_lines + ahead, mask=real & (ahead < columns), other=0.0)
-        else:
-            x = tl.load(x_lines + (begin + at), mask=real & (begin + at < columns), other=0.0)
-        total = tl.dot(x, tl.permute(w, (0, 2, 1)), total)
-        if GATED:
-            next_v = tl.load(up_lines + ahead, mask=ahead < columns, other=0.0)
-            up_total = tl.dot(x, tl.permute(v, (0, 2, 1)), up_total)
-    y = tl.sum(total, 0)
-    if BIASED:
-        y += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if GATED:
-        up = tl.sum(up_total, 0)
-        if BIASED:
-            up += tl.load(bias + rows + n, mask=inside, other=0.0).to(tl.float32)[None, :]
-        y = silu_times(y, up, out.dtype.element_ty)
-    target = out + t[:, None] * rows + n[None, :]
-    tl.store(target, y.to(out.dtype.element_ty), mask=(t < tokens)[:, None] & inside[None, :])
-
-
-def few_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, cut: FewCut, gated: bool = False) -> Tensor:
-    """As `skinny_linear`, of so few tokens that one program takes all."""
-    (tokens, columns), rows = inputs.shape, weight.shape[0] // (1 + gated)
-    out = torch.empty(tokens, rows, dtype=inputs.dtype, device=inputs.device)
-    few_kernel[(triton.cdiv(rows, cut.rows),)](
-        inputs, weight, weight if bias is None else bias, out, tokens, rows, columns, inputs.stride(0),
-        BIASED=bias is not None, GATED=gated, TOKENS=max(16, triton.next_power_of_2(tokens)), ROWS=cut.rows,
-        PARTS=cut.parts, COLUMNS=cut.columns, AHEAD=cut.ahead, num_warps=cut.warps, num_stages=1,
-        **launch_dependents(inputs),
     )  # fmt: skip
     return out
