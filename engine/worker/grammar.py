@@ -61,6 +61,11 @@ class Guide:
         self.tail = heard[max(0, len(heard) - len(self.after) + 1) :]  # what may be the beginning of it
 
 
+def cannot_go_on(error: str) -> str:
+    """What a client is told whose grammar has outgrown its engine."""
+    return f"the grammar cannot go on: {error[:300]}; simplify it"
+
+
 @dataclass(slots=True)
 class _Lines:
     """The lines of a step's masks while they are filled: those of one engine's matchers."""
@@ -206,7 +211,7 @@ class Grammars:
             ):
                 guide.way = hash((guide.way, token))
                 guide.ended = token in self._ends
-                guide.cause = "" if taken else NO_TOKEN
+                guide.cause = "" if taken else cannot_go_on(guide.matcher.error) if guide.matcher.error else NO_TOKEN
         return tuple((row, guide.cause) for row, guide in guided if guide.cause)
 
     # ── masks ────────────────────────────────────────────────────────────────────────────────
@@ -254,7 +259,7 @@ class Grammars:
             engine.fill(group.matchers, self._masks, group.lines)
             for guide, line in zip(group.guides, group.lines, strict=True):
                 if error := guide.matcher.error:
-                    guide.cause = f"the grammar cannot go on: {error[:300]}"
+                    guide.cause = cannot_go_on(error)
                     self._masks[line] = -1
         for line, twin in twins:
             self._masks[line] = self._masks[twin]

@@ -16,7 +16,7 @@ import numpy as np
 from engine.plugin import CompiledGrammar, Grammar, RequestError, Vocabulary
 from engine_plugins.grammars.free_strings import FreeString, FreeStrings
 from engine_plugins.grammars.lark_tags import ebnf_to_lark, quoted, to_lark
-from engine_plugins.grammars.refusals import ASCII, refusal
+from engine_plugins.grammars.refusals import ASCII, outgrown, refusal
 
 # Parser items that one mask may take. An ambiguous grammar (`s: s s | /./`) takes all there may be and more, and all
 # rows of a step wait for its masks: with the library's own bound of 50,000 some 30 ms. 1,000 choices take 1,000.
@@ -59,8 +59,7 @@ class LLMatcher:
 
     @property
     def error(self) -> str:
-        said: str = self.full.get_error() if self.full.is_error() else ""
-        return said
+        return outgrown(self.full.get_error()) if self.full.is_error() else ""
 
 
 class LLGrammar:

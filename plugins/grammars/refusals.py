@@ -24,6 +24,7 @@ EXCERPT = re.compile(r"\n +\d+ \| .*", re.DOTALL)
 WRAPPERS = ("failed to compile JSON schema: ",)
 ENDLESS = ("; following special tokens", ":  (", "; enable ")  # behind these come lists, or the library's own words
 EXPRESSION = re.compile(r"(?:invalid regex .*? \(in regex\): )?regex parse error:\n(.*)\nerror: (.*)", re.DOTALL)
+TOKENS = ("doesn't satisfy the grammar", "no error message")  # of a token that may not come
 RENAMED = re.compile(r"Rule '.*' already exists")
 NUMBER = re.compile(r"\d+")
 
@@ -40,6 +41,12 @@ def refusal(grammar: Grammar, said: str, code: str = "invalid_grammar") -> Reque
     if len(text) > MOST:
         text = f"{text[:MOST]}..."
     return RequestError(f"llguidance does not take the {grammar.kind}: {text}; {remedy}", code=code)
+
+
+def outgrown(said: str) -> str:
+    """What a matcher says that has stopped, if that is for the size of its grammar and not for a token."""
+    text = said.partition("\n<state>")[0].removeprefix("Parser Error: ").removeprefix("parser error: ").strip()
+    return "" if any(of_token in text for of_token in TOKENS) else text
 
 
 def _in_lines(source: str, line: int, column: int) -> str:

@@ -1,4 +1,4 @@
-"""What clients are told of grammars that llguidance does not take: what is wrong, in what they wrote and nothing else."""
+"""What clients are told of grammars that llguidance does not take: what is wrong, in their words and no others."""
 
 import json
 from typing import Any
