@@ -1,5 +1,5 @@
-"""Grammars that could do harm to who compiles or follows them, for test_fuzz: deep, wide, endless, cyclic, ambiguous, of
-parts of wrong types. Plain values; most of them are refused, and none may do more than that."""
+"""Grammars that could do harm to who compiles or follows them, for test_fuzz: deep, wide, endless, cyclic, ambiguous,
+of parts of wrong types. Plain values; most of them are refused, and none may do more than that."""
 
 from typing import Any
 
