@@ -10,6 +10,7 @@ from engine import Engine, SamplingParams
 from engine_plugins.checkpoints.echo import EchoCheckpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+ON_A_GPU: dict[str, Any] = {"device": "cuda", "kv_tokens": 8192}  # little, so that others can run beside
 LENGTHS = (3, 17, 40, 64, 5, 40)
 NEW = 24
 
@@ -64,7 +65,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int
 def test_greedy_ids_are_those_of_transformers(model: Any, options: dict[str, Any]) -> None:
     folder, prompts, wanted = model
     params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
-    with Engine(model=str(folder), device="cuda", dtype="float32", **options) as engine:
+    with Engine(model=str(folder), dtype="float32", **(ON_A_GPU | options)) as engine:
         assert [engine.generate(prompt, params).ids for prompt in prompts] == wanted
         assert [reply.ids for reply in engine.generate(prompts, params)] == wanted
     assert not torch.cuda.is_initialized(), "the front process must leave the GPU to the worker"
@@ -74,7 +75,7 @@ def test_a_seeded_reply_does_not_depend_on_its_neighbours(model: Any) -> None:
     """In float32: matrix products of other sizes are rounded otherwise, which in bfloat16 may show in a token."""
     folder, prompts, _ = model
     params = SamplingParams(temperature=1.0, seed=5, max_tokens=16, ignore_eos=True)
-    with Engine(model=str(folder), device="cuda", dtype="float32") as engine:
+    with Engine(model=str(folder), **ON_A_GPU, dtype="float32") as engine:
         alone = engine.generate(prompts[1], params)
         assert engine.generate([*prompts, prompts[1]], params)[-1].ids == alone.ids
 
@@ -84,9 +85,9 @@ def test_bfloat16_with_and_without_graphs_and_with_an_fp8_cache(model: Any, opti
     """The first token's log-probability is that of float32 but for rounding, in each way to compute it."""
     folder, prompts, _ = model
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=5)
-    with Engine(model=str(folder), device="cuda", dtype="float32") as engine:
+    with Engine(model=str(folder), **ON_A_GPU, dtype="float32") as engine:
         exact = [reply.logprobs[0] for reply in engine.generate(prompts, params)]
-    with Engine(model=str(folder), device="cuda", dtype="bfloat16", **options) as engine:
+    with Engine(model=str(folder), **ON_A_GPU, dtype="bfloat16", **options) as engine:
         replies = engine.generate(prompts, params)
     for reply, first in zip(replies, exact, strict=True):
         near = {top.id: top.logprob for top in first.top}

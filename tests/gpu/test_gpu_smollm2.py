@@ -28,7 +28,9 @@ SEEDED = [
 
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    with Engine(model="smollm2-135m", device="cuda", dtype=request.param, max_model_len=2048) as engine:
+    with Engine(
+        model="smollm2-135m", device="cuda", dtype=request.param, max_model_len=2048, kv_tokens=16384
+    ) as engine:
         yield engine
 
 
@@ -46,7 +48,7 @@ def test_the_same_request_samples_the_same_reply(engine: Engine) -> None:
 
 def test_in_float32_neighbours_change_nothing() -> None:
     """In bfloat16 the products of another batch size may round a logit otherwise; the draw itself is the same."""
-    with Engine(model="smollm2-135m", device="cuda", dtype="float32", max_model_len=2048) as engine:
+    with Engine(model="smollm2-135m", device="cuda", dtype="float32", max_model_len=2048, kv_tokens=16384) as engine:
         assert [reply.ids for reply in engine.generate([COUNTING, *OTHERS, LETTERS], GREEDY)][::5] == [
             COUNTING_IDS,
             LETTERS_IDS,
