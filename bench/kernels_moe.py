@@ -220,7 +220,9 @@ def fp8_candidates(share: float, alone: bool, gated: bool) -> list[Cut]:
     row = 16 if alone or share <= 8 else 32 if share <= 24 else 64
     cuts = [Cut(row, column, depth, 1 if row == 16 else 4, *rest) for column, depth, *rest in few]
     wider = Cut(64, 128, 128, 4, 8 if gated else 4, 3)
-    return cuts if row == 16 else [each for each in cuts if row == 32 or not gated or each.warps == 8] + [wider]
+    if row == 64 and gated:  # others spill
+        cuts = [each for each in cuts if each.columns == 64 or each.warps == 8]
+    return cuts if row == 16 else [*cuts, wider]
 
 
 def trials(shape: Shape, tokens: int, fp8: bool, gated: bool) -> list[Cut]:
