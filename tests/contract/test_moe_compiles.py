@@ -12,7 +12,7 @@ from engine.kernels.fp8 import BLOCK, LARGEST
 from engine.kernels.triton_fp8 import Cut
 
 pytestmark = MARKS
-SPILLED = 32  # bytes of a thread, at most: threads of 16 warps have 128 registers, and the largest cut wants six more
+SPILLED = 48  # bytes of a thread, at most: the largest cuts want a few registers more than there are
 TYPES = types_by_name({
     "*bf16": ("hidden", "inputs", "made", "base", "out", "weight"),
     "*fp32": ("logits", "bias", "weights", "scales", "input_scales", "out_scales"),
