@@ -3,12 +3,11 @@
     python bench/kernels_moe.py [--shape v2-lite,v3] [--type bf16,fp8] [--tokens 1,8,...] [--sweep]
 
 Prints for each number of tokens: how many experts were chosen, the floor (an H200's 4.3 TB/s, 790 TFLOP/s in bfloat16
-and twice that in FP8), and in microseconds the whole layer, its parts, and but for `--sweep` two other
-ways: each choice by itself (`vector`), and torch's grouped product or, of FP8 weights, that by activations in bfloat16
-(`other`). Every time is a CUDA graph's. `--sweep` tries other cuts for gate and up and for down,
-checks what they compute, and prints the best: `REGIMES` of engine/kernels/triton_moe.py is the place for them, and
-`ALONE` for those of FP8 weights and few tokens. In FP8 there are few, chosen by their registers and bytes under way;
-down is as deep as gate and up have columns.
+and twice that in FP8), and in microseconds the whole layer, its parts, and without `--sweep` other ways: each choice as
+a vector by itself (`vector`); torch's grouped product, or for FP8 weights that by activations in bfloat16 (`other`).
+Every time is a CUDA graph's. `--sweep` tries other cuts for gate and up and for down, checks what they compute, and
+prints the best: for `REGIMES` of engine/kernels/triton_moe.py, and `ALONE` for FP8 weights and few tokens. For FP8 the
+cuts are few, chosen by their registers and bytes under way; down must be as deep as gate and up have columns.
 """
 
 import argparse

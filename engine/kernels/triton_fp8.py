@@ -165,8 +165,8 @@ def load_step(at, there, EVEN: tl.constexpr):
 def add_product(total, x, w, each, scale, QUANTIZED: tl.constexpr, SCALES: tl.constexpr, PRECISION: tl.constexpr):
     """`total` + x wᵀ, times `each` of the lines of x where these are QUANTIZED, times the scale of the block of w.
 
-    FP8 weights become x's type by way of float32: exact as well, and four times as fast on a Hopper, whose instruction
-    from float16 to bfloat16 is of the unit that makes 16 numbers a cycle."""
+    FP8 weights become x's type by way of float32: as exact, and a Hopper's instruction to bfloat16 from float16 is that
+    of a unit which makes 16 numbers a cycle."""
     if QUANTIZED:
         factor = each * tl.load(scale) if SCALES == 1 else each
         return total + tl.dot(x, tl.trans(w), input_precision=PRECISION) * factor[:, None]
