@@ -201,7 +201,8 @@ INVALID: tuple[tuple[GrammarKind, str], ...] = (
 
 def check_grammar(engine: type[GrammarEngine], case: GrammarCase, *, threads: int = 1) -> bool:
     """Follows each text of `case`, byte by byte and in the longest tokens, with a grammar that was compiled and with
-    one that was packed and loaded; matchers in one state have one mask. False if `engine` refuses a keyword by name, which it may."""
+    one that was packed and loaded; matchers in one state have one mask. False if `engine` refuses a keyword by name,
+    which it may."""
     words = vocabulary()
     made = engine(words, threads=threads, whitespace=True)
     try:
