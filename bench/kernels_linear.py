@@ -29,8 +29,7 @@ SHAPES = {
 }
 HEADS = {"qwen3-0.6b": (151936, 1024), "llama3.1-8b": (128256, 4096)}
 CUTS = [
-    Cut(rows=rows, columns=columns, warps=warps, stages=stages, tokens=tokens, fetches=fetches)
-    for fetches in (True, False)
+    Cut(rows=rows, columns=columns, warps=warps, stages=stages, tokens=tokens)
     for rows, columns, warps, stages, tokens in (
         (16, 256, 4, 4, 64), (32, 128, 4, 5, 64), (32, 256, 4, 4, 64), (64, 128, 4, 4, 64), (64, 64, 4, 6, 64),
         (16, 512, 4, 3, 64), (64, 128, 8, 5, 64), (128, 128, 8, 4, 64),
@@ -72,8 +71,7 @@ def bench_matrix(name: str, shape: tuple[int, int], tokens: int) -> Cut | None:
             line += f" {rows}x{columns} {took:.2f}"
     found = best_cuts(inputs, weights) if tokens > 1 else []
     for took, cut in found[:3]:
-        ahead = "" if cut.fetches else ", not ahead"
-        line += f"  {took:.2f} [{cut.tokens}x{cut.rows}x{cut.columns} w{cut.warps} s{cut.stages}{ahead}]"
+        line += f"  {took:.2f} [{cut.tokens}x{cut.rows}x{cut.columns} w{cut.warps} s{cut.stages}]"
     print(line, flush=True)
     return found[0][1] if found else None
 

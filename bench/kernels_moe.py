@@ -5,7 +5,9 @@
 Prints for each number of tokens: how many experts were chosen, the floor (an H200's 4.3 TB/s, 790 TFLOP/s in bfloat16
 and twice that in FP8), and in microseconds the whole layer, its parts, each choice by itself (`vector`) and torch's
 grouped product (`library`). Every time is a CUDA graph's. `--sweep` tries other cuts for gate and up and for down,
-checks what they compute, and prints the best: `REGIMES` of engine/kernels/triton_moe.py is the place for them.
+checks what they compute, and prints the best: `REGIMES` of engine/kernels/triton_moe.py is the place for them, and
+`ALONE` for those of FP8 weights and few tokens. In FP8 there are few, chosen by their registers and bytes under way;
+down is as deep as gate and up have columns.
 """
 
 import argparse
@@ -24,8 +26,9 @@ from triton.testing import do_bench_cudagraph
 from engine.kernels.fp8 import BLOCK, E4M3
 from engine.kernels.moe import ExpertWeights, Routed, Routing
 from engine.kernels.triton_experts import combine, multiply, vector_down, vector_up
+from engine.kernels.triton_experts_fp8 import multiply_fp8
 from engine.kernels.triton_fp8 import Cut, quantize_tokens
-from engine.kernels.triton_moe import QUANTIZED_ROWS, VECTOR_TOKENS, TritonMoeOps, regime
+from engine.kernels.triton_moe import ALONE, VECTOR_TOKENS, TritonMoeOps, regime
 from engine.kernels.triton_routing import order_reference
 
 BANDWIDTH, RATE = 4.3e12, 790e12
@@ -108,7 +111,7 @@ def line(shape: Shape, weights: ExpertWeights, tokens: int, fp8: bool) -> str:
             return vector_down(made, weights.down, weights.down_scale, routed.experts, routed.weights, None)
 
         each = f"{microseconds(by_choice):.1f}"
-    if routed.order is not None:
+    if routed.order is not None or fp8:
         up, down = product_times(shape, weights, hidden, routed)
         lines = torch.empty(tokens * shape.routing.top_k, shape.size, dtype=torch.bfloat16, device="cuda")
         last = microseconds(lambda: combine(lines, routed.weights, None, None))
@@ -121,100 +124,160 @@ def line(shape: Shape, weights: ExpertWeights, tokens: int, fp8: bool) -> str:
     )
 
 
+def cuts_now(shape: Shape, tokens: int, fp8: bool) -> tuple[Cut, Cut]:
+    """Those of gate and up, and of down, in a step of so many tokens."""
+    if fp8 and tokens <= VECTOR_TOKENS:
+        return ALONE
+    now = regime(tokens, shape.routing.top_k, shape.routing.experts)
+    return now.fp8 if fp8 else now.bfloat16
+
+
 def product_times(shape: Shape, weights: ExpertWeights, hidden: Tensor, routed: Routed) -> tuple[float, float]:
     """Those of the two products as they are cut now."""
-    now = regime(len(hidden), shape.routing.top_k, shape.routing.experts)
     pair = Pair(shape, weights, hidden, routed)
-    up, down = now.fp8 if pair.fp8 else now.bfloat16
+    up, down = cuts_now(shape, len(hidden), pair.fp8)
     return microseconds(lambda: pair.up(up)), microseconds(lambda: pair.down(down))
 
 
 class Pair:
-    """The products of one step, with the order that a cut needs."""
+    """The products of one step, with the order that a cut needs; without one where each choice is a task."""
 
     def __init__(self, shape: Shape, weights: ExpertWeights, hidden: Tensor, routed: Routed) -> None:
-        self.shape, self.weights, self.routed = shape, weights, routed
-        self.hidden, self.numbers = hidden, quantize_tokens(hidden)
-        self.choices = routed.experts.numel()
-        made = torch.randn(self.choices, shape.inner, device="cuda").bfloat16()
-        self.made, self.made_numbers = made, quantize_tokens(made)
+        self.shape, self.weights, self.hidden = shape, weights, hidden
+        self.choices, self.top_k = routed.experts.numel(), shape.routing.top_k
+        self.made = torch.randn(self.choices, shape.inner, device="cuda").bfloat16()
         self.fp8 = weights.down.dtype == E4M3
-        self.orders = {rows: order_reference(routed.experts, len(weights.down), rows) for rows in (16, 32, 64, 128)}
+        self.numbers = quantize_tokens(hidden)
+        self.made_numbers = {each: quantize_tokens(self.made, each=each) for each in (64, BLOCK)}
+        rows = (16, 32, 64, 128, 256)
+        self.orders = {each: order_reference(routed.experts, len(weights.down), each) for each in rows}
+        self.alone = routed.experts if self.fp8 and len(hidden) <= VECTOR_TOKENS else None
 
-    def up(self, cut: Cut) -> Tensor:
-        quantized = self.fp8 and cut.rows >= QUANTIZED_ROWS
-        kind = E4M3 if quantized else torch.bfloat16
-        out = torch.empty(self.choices, self.shape.inner, dtype=kind, device="cuda")
-        scales = torch.empty(self.shape.inner // BLOCK, self.choices, device="cuda").t() if quantized else None
-        inputs, input_scales = self.numbers if quantized else (self.hidden, None)
-        gate_up, scale = self.weights.gate_up, self.weights.gate_up_scale
-        top_k = self.shape.routing.top_k
-        multiply(inputs, input_scales, gate_up, scale, self.orders[cut.rows], cut, top_k, out, scales)
-        return out if scales is None else out.float() * scales.repeat_interleave(BLOCK, 1)
+    def up(self, cut: Cut) -> tuple[Tensor, Tensor | None]:
+        """What is made, and in FP8 its scales."""
+        out = torch.empty(self.choices, self.shape.inner, dtype=E4M3 if self.fp8 else torch.bfloat16, device="cuda")
+        gate_up, scale, order = self.weights.gate_up, self.weights.gate_up_scale, self.orders[cut.rows]
+        if scale is None:
+            multiply(self.hidden, gate_up, None, order, cut, self.top_k, out)
+            return out, None
+        scales = torch.empty(self.shape.inner // cut.columns, self.choices, device="cuda").t()
+        tasks = order if self.alone is None else self.alone
+        multiply_fp8(*self.numbers, gate_up, scale, tasks, cut, self.top_k, out, scales)
+        return out, scales
 
     def down(self, cut: Cut) -> Tensor:
-        quantized = self.fp8 and cut.rows >= QUANTIZED_ROWS
         out = torch.empty(self.choices, self.shape.size, dtype=torch.bfloat16, device="cuda")
-        inputs, input_scales = self.made_numbers if quantized else (self.made, None)
-        down, scale = self.weights.down, self.weights.down_scale
-        multiply(inputs, input_scales, down, scale, self.orders[cut.rows], cut, 0, out)
+        down, scale, order = self.weights.down, self.weights.down_scale, self.orders[cut.rows]
+        if scale is None:
+            multiply(self.made, down, None, order, cut, 0, out)
+        else:
+            tasks = order if self.alone is None else self.alone
+            multiply_fp8(*self.made_numbers[cut.depth], down, scale, tasks, cut, 0, out)
         return out
 
 
 # ── other cuts ───────────────────────────────────────────────────────────────────────────────
 
 
-def candidates(share: float, fp8: bool, gated: bool) -> Iterator[Cut]:
-    """Cuts worth a try where an average expert has `share` tokens."""
+def candidates(share: float, gated: bool) -> Iterator[Cut]:
+    """Cuts for bfloat16 worth a try where an average expert has `share` tokens."""
     rows = [each for each in (16, 32, 64, 128) if each / 4 <= share + 4 and each * 8 >= min(share, 512)]
     for row, column, depth, warps in itertools.product(rows, (32, 64, 128, 256), (64, 128, 256), (4, 8)):
-        quantized = fp8 and row >= QUANTIZED_ROWS
         area = row * column * (2 if gated else 1)
-        if fp8 and (column > BLOCK or depth < 128 or (quantized and gated and column != BLOCK)):
-            continue
         if depth == 256 and row > 32:
             continue
         if area > 32768 * warps // 4 or (area < 4096 and warps == 8) or (column == 256 and (gated or row < 128)):
             continue
-        stage = depth * (row * (1 if quantized else 2) + column * (2 if gated else 1) * (1 if fp8 else 2))
+        stage = depth * 2 * (row + column * (2 if gated else 1))
         for stages in (3, 4, 5):
             if stage * stages <= 220_000:
                 yield Cut(row, column, depth, 1 if row == 16 else 8, warps, stages)
 
 
+# In FP8, up to a share of tokens: for gate and up, and for down, as columns, depth, warps, stages.
+FEW_FP8 = (
+    ((64, 128, 4, 3), (64, 128, 4, 4), (64, 128, 4, 5), (128, 128, 4, 2), (128, 128, 4, 3), (128, 128, 8, 3)),
+    ((64, 128, 4, 4), (64, 128, 4, 6), (128, 128, 4, 3), (128, 128, 4, 4), (128, 128, 8, 4), (64, 64, 4, 6),
+     (128, 64, 4, 6)),
+)  # fmt: skip
+ALONE_FP8 = (
+    ((64, 128, 4, 4), (64, 128, 4, 6), (64, 128, 4, 8), (64, 128, 4, 11), (128, 128, 4, 3), (128, 128, 4, 5)),
+    ((64, 64, 4, 8), (64, 64, 4, 12), (128, 64, 4, 6), (128, 64, 4, 10), (64, 128, 4, 6), (128, 128, 4, 5)),
+)
+MANY_FP8 = (
+    (Cut(128, 128, 128, 8, 8, 3), Cut(128, 128, 128, 8, 16, 3), Cut(128, 64, 128, 8, 8, 3), Cut(128, 64, 128, 8, 8, 4),
+     Cut(256, 64, 128, 8, 16, 3), Cut(64, 128, 128, 8, 8, 3), Cut(64, 64, 128, 8, 4, 3)),
+    (Cut(128, 128, 128, 8, 8, 3), Cut(128, 128, 128, 16, 8, 4), Cut(128, 128, 128, 8, 16, 4),
+     Cut(128, 64, 128, 8, 8, 4), Cut(128, 128, 64, 8, 8, 4), Cut(64, 128, 128, 8, 4, 3), Cut(64, 128, 128, 8, 8, 3)),
+)  # fmt: skip
+
+
+def fp8_candidates(share: float, alone: bool, gated: bool) -> list[Cut]:
+    """Eight at most."""
+    if share > 64:
+        return list(MANY_FP8[not gated])
+    few = (ALONE_FP8 if alone else FEW_FP8)[not gated]
+    row = 16 if alone or share <= 8 else 32 if share <= 24 else 64
+    cuts = [Cut(row, column, depth, 1 if row == 16 else 4, *rest) for column, depth, *rest in few]
+    wider = Cut(64, 128, 128, 4, 8 if gated else 4, 3)
+    return cuts if row == 16 else [each for each in cuts if row == 32 or not gated or each.warps == 8] + [wider]
+
+
+def trials(shape: Shape, tokens: int, fp8: bool, gated: bool) -> list[Cut]:
+    """The cut that is used now, with which others are compared, and others."""
+    share = tokens * shape.routing.top_k / shape.routing.experts
+    others = fp8_candidates(share, tokens <= VECTOR_TOKENS, gated) if fp8 else candidates(share, gated)
+    return list(dict.fromkeys([cuts_now(shape, tokens, fp8)[not gated], *others]))
+
+
 def try_cut(pair: Pair, gated: bool, cut: Cut) -> Tensor | None:
     """What it computes; None where it does not fit the device."""
     try:
-        return pair.up(cut) if gated else pair.down(cut)
+        made, scales = pair.up(cut) if gated else (pair.down(cut), None)
     except (OutOfResources, PTXASError):
         return None
+    return made.float() if scales is None else made.float() * scales.repeat_interleave(cut.columns, 1)
 
 
-def compile_some(name: str, fp8: bool, gated: bool, cuts: list[Cut]) -> None:
-    """In a process of its own: leaves the kernels in Triton's cache."""
+def compile_some(name: str, fp8: bool, some: list[tuple[bool, bool, Cut]]) -> None:
+    """In a process of its own: leaves kernels in Triton's cache, which are for each choice by itself, for gate and up,
+    and cut so."""
     shape = SHAPES[name]
-    hidden, gate, bias = step(shape, 5)
-    routed = OPS.route(OPS.gate(hidden, gate), bias, shape.routing)
-    routed = Routed(routed.weights, routed.experts % 2)
-    pair = Pair(shape, weights_of(shape, fp8, 2), hidden, routed)
-    for cut in cuts:
-        try_cut(pair, gated, cut)
+    weights = weights_of(shape, fp8, 2)
+    pairs = []
+    for tokens in (5, 1):
+        hidden, gate, bias = step(shape, tokens)
+        routed = OPS.route(OPS.gate(hidden, gate), bias, shape.routing)
+        pairs.append(Pair(shape, weights, hidden, Routed(routed.weights, routed.experts % 2)))
+    for alone, gated, cut in some:
+        try_cut(pairs[alone], gated, cut)
     torch.cuda.synchronize()
 
 
-def sweep(name: str, weights: ExpertWeights, tokens: int, fp8: bool, pool: ProcessPoolExecutor, workers: int) -> None:
+def compile_all(name: str, fp8: bool, steps: list[int], pool: ProcessPoolExecutor, workers: int) -> None:
+    """All that the sweeps of these steps will try."""
+    shape = SHAPES[name]
+    kernels = {
+        (fp8 and tokens <= VECTOR_TOKENS, gated, cut): None
+        for tokens in steps
+        for gated in (True, False)
+        if fp8 or tokens > VECTOR_TOKENS
+        for cut in trials(shape, tokens, fp8, gated)
+    }
+    some = list(kernels)
+    for task in [pool.submit(compile_some, name, fp8, some[first::workers]) for first in range(workers)]:
+        task.result()
+
+
+def sweep(name: str, weights: ExpertWeights, tokens: int, fp8: bool) -> None:
     shape = SHAPES[name]
     hidden, gate, bias = step(shape, tokens)
     pair = Pair(shape, weights, hidden, OPS.route(OPS.gate(hidden, gate), bias, shape.routing))
-    share = tokens * shape.routing.top_k / shape.routing.experts
     for gated in (True, False):
-        cuts = list(candidates(share, fp8, gated))
-        tasks = [pool.submit(compile_some, name, fp8, gated, cuts[first::workers]) for first in range(workers)]
-        for task in tasks:
-            task.result()
         what = "gate, up" if gated else "down"
-        for took, cut, worst in sorted(timed(pair, gated, cuts), key=lambda each: each[0])[:6]:
-            wrong = f"  WRONG by {worst:.2f}" if worst > 1 else ""
+        found = sorted(timed(pair, gated, trials(shape, tokens, fp8, gated)), key=lambda each: each[0])
+        for took, cut, worst in found[: 9 if fp8 else 6]:
+            wrong = f"  WRONG by {worst:.2f}" if worst > 0.15 else ""
             print(f"  {tokens:6} tokens {what:8} {took:9.1f} us  {cut}{wrong}", flush=True)
 
 
@@ -238,14 +301,15 @@ def sweep_vectors(name: str, weights: ExpertWeights, tokens: int) -> None:
 
 
 def timed(pair: Pair, gated: bool, cuts: list[Cut]) -> Iterator[tuple[float, Cut, float]]:
-    """Microseconds of each cut that fits, and how far it is from the first, in the typical size of a number."""
+    """Microseconds of each cut that fits, and how far it is from the first: at most 1 in 16 where both round to FP8."""
     wanted = None
     for cut in cuts:
         got = try_cut(pair, gated, cut)
         if got is not None:
-            wanted = got.float() if wanted is None else wanted
-            worst = float((got.float() - wanted).abs().max() / wanted.square().mean().sqrt())
-            yield microseconds(partial(try_cut, pair, gated, cut)), cut, worst
+            wanted = got if wanted is None else wanted
+            typical = wanted.square().mean().sqrt()
+            worst = float(((got - wanted).abs() / (wanted.abs() + 10 * typical)).max())
+            yield microseconds(partial(pair.up if gated else pair.down, cut)), cut, worst
 
 
 def main() -> None:
@@ -256,24 +320,26 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--workers", type=int, default=12, help="processes that compile for --sweep")
     given = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
+    steps = [int(each) for each in given.tokens.split(",")]
     for name, kind in itertools.product(given.shape.split(","), given.type.split(",")):
         shape, fp8 = SHAPES[name], kind == "fp8"
         if name == "v3" and not fp8:
             continue  # 22 GB a layer in FP8
+        if given.sweep:
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(given.workers, mp_context=context) as pool:
+                compile_all(name, fp8, steps, pool, given.workers)
         weights = weights_of(shape, fp8, shape.routing.experts)
         print(f"\n{name}, {kind}; us")
         columns = ("tokens", "experts", "floor", "layer", "of it", "routing", "products", "vector", "library")
         print("{:>6} {:>7} {:>8} {:>8} {:>6} {:>8} {:>8} {:>8} {:>8}  up + down + combine".format(*columns))
-        for tokens in map(int, given.tokens.split(",")):
+        for tokens in steps:
             print(line(shape, weights, tokens, fp8), flush=True)
-        if given.sweep:
-            with ProcessPoolExecutor(given.workers, mp_context=context) as pool:
-                for tokens in map(int, given.tokens.split(",")):
-                    if tokens <= VECTOR_TOKENS:
-                        sweep_vectors(name, weights, tokens)
-                    else:
-                        sweep(name, weights, tokens, fp8, pool, given.workers)
+        for tokens in steps if given.sweep else ():
+            if fp8 or tokens > VECTOR_TOKENS:
+                sweep(name, weights, tokens, fp8)
+            else:
+                sweep_vectors(name, weights, tokens)
         del weights
 
 

@@ -52,27 +52,30 @@ def allowed(tools: Sequence[Tool], syntax: CallSyntax) -> Grammar | None:
     return _grammar({"type": "triggered_tags", "triggers": [syntax.trigger], "tags": tags})
 
 
-def either(tools: Sequence[Tool], syntax: CallSyntax, other: Grammar, *, parallel: bool) -> Grammar:
-    """Calls of `tools`, or a reply of the grammar `other`. Raises RequestError if that cannot be said as one."""
+def either(
+    tools: Sequence[Tool], syntax: CallSyntax, other: Grammar, *, parallel: bool, name: str = "tools"
+) -> Grammar:
+    """Calls of `tools`, or a reply of the grammar `other`, which the client calls `name`. Raises RequestError if that
+    cannot be said as one."""
     calls = _calls(tools, syntax, parallel=parallel)
     if other.kind == "regex":
-        return _grammar({"type": "or", "elements": [calls, {"type": "regex", "pattern": other.source}]})
+        return _grammar({"type": "or", "elements": [calls, {"type": "regex", "pattern": other.source}]}, other)
     if other.kind not in ("json_schema", "json_object"):
-        raise _apart(other.kind)
+        raise _apart(other.kind, name)
     schema = ANY_OBJECT if other.kind == "json_object" else msgspec.json.decode(other.source)
     key = JSON_CALL.fullmatch(syntax.begin)
     if key is None or syntax.opening:
-        return _grammar({"type": "or", "elements": [calls, {"type": "json_schema", "json_schema": schema}]})
+        return _grammar({"type": "or", "elements": [calls, {"type": "json_schema", "json_schema": schema}]}, other)
     # A call is JSON as well: engines tell the two apart only within one schema. Then there is no second call.
     both = {"anyOf": [*(_object(tool, key[1]) for tool in tools), schema]}
     if "$ref" in (source := msgspec.json.encode(both).decode()):  # which would refer to another place
-        raise _apart("a schema with $ref")
-    return Grammar("json_schema", source, strict=other.strict)
+        raise _apart("a schema with $ref", name)
+    return Grammar("json_schema", source, strict=other.strict, beside=other)
 
 
-def _apart(what: str) -> RequestError:
+def _apart(what: str, name: str) -> RequestError:
     message = f"{what} and tools exclude each other unless tool_choice is none; leave one out"
-    return RequestError(message, param="tools")
+    return RequestError(message, param=name)
 
 
 def _object(tool: Tool, key: str) -> dict[str, Any]:
@@ -111,5 +114,6 @@ def _tag(tool: Tool, syntax: CallSyntax, *, any_object: bool = False) -> dict[st
     }
 
 
-def _grammar(format: dict[str, Any]) -> Grammar:
-    return Grammar("structural_tag", msgspec.json.encode({"type": "structural_tag", "format": format}).decode())
+def _grammar(format: dict[str, Any], beside: Grammar | None = None) -> Grammar:
+    source = msgspec.json.encode({"type": "structural_tag", "format": format}).decode()
+    return Grammar("structural_tag", source, beside=beside)

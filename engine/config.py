@@ -123,7 +123,8 @@ class GrammarOptions(Struct, frozen=True, kw_only=True):
         float, Meta(gt=0, description="longest that a grammar may take to compile; a slower one is answered 400")
     ] = 10.0
     grammar_helpers: Annotated[
-        Positive | None, Meta(description="grammars compiled at a time; default: half of the processors, at most 8")
+        Positive | None,
+        Meta(description="grammars compiled at a time; default: half of the processors, from 2 to 8"),
     ] = None
     grammar_cache: Annotated[
         int, Meta(ge=0, description="compiled grammars that are kept while no request uses them")

@@ -42,13 +42,15 @@ class Grammar(Part, frozen=True):
     schema, a structural tag and a choice (a list of strings), nothing for json_object.
 
     With `after` the reply is free until that text has come (the end of the reasoning), and the grammar begins behind
-    it. `strict`, of a schema: no property and no item that it does not name.
+    it. `strict`, of a schema: no property and no item that it does not name. `beside` is what else the client asked
+    for, where this was put together of that and of its tools: so a refusal can tell the two apart.
     """
 
     kind: GrammarKind
     source: str = ""
     after: str = ""
     strict: bool = True
+    beside: "Grammar | None" = None
 
 
 class SamplingParams(Part, frozen=True, kw_only=True):
@@ -314,7 +316,8 @@ class Compile(Message, frozen=True):
 
 class Compiled(Message, frozen=True):
     """compiler → scheduler: what became of it, after `seconds`: what `engine` packed of `grammar`, as that was given
-    to it, or the error of all that wait (fields as in RequestError). `lasting` says that it would be the same again."""
+    to it, or the error of all that wait (fields as in RequestError; `param` is "grammar", or "format" where what is
+    refused is what stands beside a grammar's tools). `lasting` says that it would be the same again."""
 
     number: int
     seconds: float
@@ -325,6 +328,7 @@ class Compiled(Message, frozen=True):
     code: str = ""
     cause: str = ""
     lasting: bool = True
+    param: str = "grammar"
 
 
 class LoadGrammar(Message, frozen=True):

@@ -5,11 +5,13 @@
 
 The first frame is Boot. A grammar may be a program that runs for ever or wants all memory there is, in a library that
 cannot be interrupted; so each is compiled in a child of its own, which the kernel ends at the deadline and which can
-have only so much memory. A fork costs some milliseconds, as nothing has to be imported or read again. Children that
-take long give way to everything else on the machine. Left out: systems without fork.
+have only so much memory. A fork costs some milliseconds, as nothing has to be imported or read again. Several run
+beside each other, so that a slow one holds up no others; one that takes long gives way to everything else on the
+machine. Left out: systems without fork.
 """
 
 import logging
+import math
 import os
 import resource
 import select
@@ -34,13 +36,15 @@ from engine.grammars.closed import prepared
 from engine.grammars.engines import Engines, Unmade
 from engine.grammars.vocabulary import read_vocabulary
 from engine.logs import set_up_logging
-from engine.messages import Boot, Compile, Compiled, Fatal
+from engine.messages import Boot, Compile, Compiled, Fatal, Grammar
 from engine.plugin.manager import Plugins
+from engine.plugin.specs import CompiledGrammar
 
 log = logging.getLogger("engine.grammars")
 
-MOST_HELPERS = 8
-PATIENCE = 0.25  # seconds that a child may run before it gives way
+FEWEST_HELPERS, MOST_HELPERS = 2, 8
+PATIENCE = 0.1  # seconds that a child may run before it gives way: most have ended long before
+AGAIN = 0.2  # seconds until the system may be asked again to let one give way
 MEMORY = 2 << 30  # bytes that a child may have beside what it begins with
 MOST_PACKED = 64 << 20
 DECODER = msgspec.msgpack.Decoder(Compiled)
@@ -55,17 +59,35 @@ class Child:
     process: int
     pipe: int
     began: float
+    due: float  # when it is to give way; never, once it has
     said: bytearray = field(default_factory=bytearray)
-    polite: bool = False
 
     def give_way(self) -> None:
-        """Run only where nothing else wants to: on Linux it is stopped as soon as anything does."""
-        self.polite = True
-        with suppress(ProcessLookupError):
+        """Run only where nothing else wants to: on Linux it is stopped as soon as anything does.
+
+        A niceness is not enough there: a processor that runs a nice process counts as busy, and others, such as the
+        worker's threads, would be woken beside each other on the next one. Where Linux shares the processors between
+        sessions first (autogroup) a priority counts within one alone, and the session, which is this child's own, is
+        made nice."""
+        self.due = math.inf
+        group = Path(f"/proc/{self.process}/autogroup")
+        try:
             if hasattr(os, "SCHED_IDLE"):
                 os.sched_setscheduler(self.process, os.SCHED_IDLE, os.sched_param(0))
             else:
                 os.setpriority(os.PRIO_PROCESS, self.process, 19)
+            if group.exists():
+                group.write_text("19")
+        except BlockingIOError:  # it may be asked but ten times a second
+            self.due = time.monotonic() + AGAIN
+        except OSError as error:
+            if not isinstance(error, ProcessLookupError | FileNotFoundError):  # it has just ended
+                log.warning("a slow compilation does not give way to others: %s", error)
+
+
+def helpers(cores: int) -> int:
+    """How many grammars are compiled at a time, where nobody says so: a slow one holds up no others on any machine."""
+    return max(FEWEST_HELPERS, min(MOST_HELPERS, cores // 2))
 
 
 class Compiler:
@@ -76,7 +98,7 @@ class Compiler:
         self._descriptor = descriptor
         self._config = config
         self._seconds = config.grammar.grammar_seconds
-        self._most = config.grammar.grammar_helpers or max(1, min(MOST_HELPERS, (os.cpu_count() or 1) // 2))
+        self._most = config.grammar.grammar_helpers or helpers(os.cpu_count() or 1)
         self._engines: Engines | None = None
         self._queue: deque[Compile] = deque()
         self._children: dict[int, Child] = {}  # by pipe
@@ -87,8 +109,8 @@ class Compiler:
         poll.register(self._descriptor, select.POLLIN)
         try:
             while True:
-                impatient = [child.began + PATIENCE for child in self._children.values() if not child.polite]
-                wait = None if not impatient else max(0.0, min(impatient) - time.monotonic()) * 1e3 + 1
+                due = min((child.due for child in self._children.values()), default=math.inf)
+                wait = None if due == math.inf else max(0.0, due - time.monotonic()) * 1e3 + 1
                 for descriptor, _ in poll.poll(wait):
                     if descriptor != self._descriptor:
                         self._read(descriptor, poll)
@@ -99,7 +121,7 @@ class Compiler:
                     assert isinstance(message, Compile), f"a compiler that runs got {type(message).__name__}"
                     self._queue.append(message)
                 for child in self._children.values():
-                    if not child.polite and time.monotonic() > child.began + PATIENCE:
+                    if time.monotonic() > child.due:
                         child.give_way()
                 while self._queue and len(self._children) < self._most:
                     self._start(self._queue.popleft(), poll)
@@ -115,7 +137,8 @@ class Compiler:
             os.close(self._descriptor)  # or the peer would not notice if this process, its own end, is gone
             compile_and_exit(job, engines, theirs, self._seconds)
         os.close(theirs)
-        self._children[ours] = Child(job, process, ours, time.monotonic())
+        began = time.monotonic()
+        self._children[ours] = Child(job, process, ours, began, began + PATIENCE)
         poll.register(ours, select.POLLIN)
 
     def _ready(self, vocab_size: int) -> Engines:
@@ -139,12 +162,13 @@ class Compiler:
         poll.unregister(pipe)
         os.close(pipe)
         del self._children[pipe]
-        _, status = os.waitpid(child.process, 0)
+        _, status, usage = os.wait4(child.process, 0)
         seconds = time.monotonic() - child.began
         try:
             answer = DECODER.decode(child.said)
         except msgspec.DecodeError:  # it was ended before it had said all
-            answer = self._ended(child.job, os.waitstatus_to_exitcode(status))
+            computed = usage.ru_utime + usage.ru_stime
+            answer = self._ended(child.job, os.waitstatus_to_exitcode(status), computed)
         if answer.engine and answer.grammar is None:
             self._make(answer.engine, child.job)
         else:
@@ -160,14 +184,14 @@ class Compiler:
             log.error("the grammar engine %s cannot be used: %s", engine, error)
             self._frames.send(Compiled(job.number, 0.0, status=400, code="no_grammar_engine", cause=str(error)))
 
-    def _ended(self, job: Compile, code: int) -> Compiled:
-        """What is to be said of a child that did not say it."""
+    def _ended(self, job: Compile, code: int, computed: float) -> Compiled:
+        """What is to be said of a child that did not say it, and had a processor for `computed` seconds."""
         kind = job.grammar.kind
         if code == -signal.SIGALRM:
-            cause = (
-                f"the {kind} took longer to compile than the {self._seconds:g} s that --grammar-seconds allows; "
-                "simplify it: bounds on lengths and counts are what costs most"
-            )
+            cause = f"the {kind} took longer to compile than the {self._seconds:g} s that --grammar-seconds allows; "
+            if computed < self._seconds / 2:
+                cause += f"of those it had a processor for {computed:.1f} s, as the server is busy: send it again, or "
+            cause += "simplify it: bounds on lengths and counts are what costs most"
             return Compiled(job.number, 0.0, status=400, code="grammar_timeout", cause=cause, lasting=False)
         log.warning("a compilation of a %s ended with %d", kind, code)
         cause = f"the {kind} takes over {MEMORY >> 30} GiB of memory to compile, or breaks its compiler; simplify it"
@@ -177,6 +201,7 @@ class Compiler:
 def compile_and_exit(job: Compile, engines: Engines, pipe: int, seconds: float) -> NoReturn:
     """The life of a child. It ends at once, past what the parent's code would do at its own end."""
     try:
+        os.setsid()  # see Child.give_way
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, seconds)
         limit_memory()
@@ -201,12 +226,12 @@ def limit_memory() -> None:
 def compiled(job: Compile, engines: Engines) -> Compiled:
     """What becomes of a grammar, which is proved by its first mask; or the name alone of an engine that is not made."""
 
-    def refused(code: str, cause: str) -> Compiled:
-        return Compiled(job.number, 0.0, status=400, code=code, cause=cause)
+    def refused(code: str, cause: str, param: str = "grammar") -> Compiled:
+        return Compiled(job.number, 0.0, status=400, code=code, cause=cause, param=param)
 
     try:
         grammar = prepared(job.grammar)
-        name, made = engines.compile(grammar)
+        name, made = whole(grammar, engines)
         why = unusable(engines, name, made.matcher(), job.vocab_size)
         if why is not None:
             return refused("invalid_grammar", f"no reply could be of this {grammar.kind}{why}; correct it")
@@ -214,13 +239,28 @@ def compiled(job: Compile, engines: Engines) -> Compiled:
     except Unmade as unmade:
         return Compiled(job.number, 0.0, unmade.name)
     except RequestError as error:
-        return refused(error.code, error.message)
+        return refused(error.code, error.message, error.param or "grammar")
     except (RecursionError, MemoryError) as error:
         return refused("grammar_too_large", f"the {job.grammar.kind} is too large: {type(error).__name__}; simplify it")
     if len(packed) > MOST_PACKED:
         size = f"{len(packed) >> 20} MiB compiled, and at most {MOST_PACKED >> 20} are taken"
         return refused("grammar_too_large", f"the {job.grammar.kind} has {size}; simplify it")
     return Compiled(job.number, 0.0, name, grammar, packed)
+
+
+def whole(grammar: Grammar, engines: Engines) -> tuple[str, CompiledGrammar]:
+    """As Engines.compile. Where `grammar` is refused for what the client asked for beside its tools, it is that which
+    is refused."""
+    try:
+        return engines.compile(grammar)
+    except RequestError as error:
+        refusal = error
+    if grammar.beside is not None:
+        try:
+            engines.compile(prepared(grammar.beside))
+        except RequestError as error:
+            raise RequestError(error.message, param="format", code=error.code) from None
+    raise refusal
 
 
 def unusable(engines: Engines, name: str, matcher: object, vocab_size: int) -> str | None:

@@ -195,7 +195,7 @@ async def chat_completions(request: web.Request, body: ChatBody) -> web.StreamRe
         options,
         wanted_of(body),
         separate=body.separate_reasoning is not False,
-        names=names,
+        names=names | grammar_fields(body)[1],
     )
     first = Generate(
         f"chatcmpl-{uuid4().hex}",
@@ -273,7 +273,8 @@ async def _complete(
     names = {"prompt": "messages"} if wording.chat else {}
     if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
         names["max_tokens"] = "max_completion_tokens"
-    names |= grammar_fields(body)[1] | ({"grammar": "tools"} if reading.tools else {})
+    called = grammar_fields(body)[1]
+    names |= called | reading.grammar_names(called.get("grammar"))
     return await answer(request, rid, jobs, reply, endpoint=endpoint, stream=bool(body.stream), names=names)
 
 

@@ -74,6 +74,15 @@ class Reading(Struct, frozen=True):
         show = self.parsers.reasoning is not None or self.parsers.tool is not None
         return {"tools": self.tools, "grammar": self.grammar, "opening": self.opening, "show_marks": show}
 
+    def grammar_names(self, field: str | None) -> dict[str, str]:
+        """What the client calls the parts of its grammar that an error may be about; it asked for one in `field`, or
+        it is its tools'."""
+        if field is None:
+            return {"grammar": "tools"}
+        if self.grammar is None or self.grammar.beside is None:
+            return {"grammar": field}
+        return {"grammar": "tools", "format": field}
+
     def reader(self) -> "Reader | None":
         """A reader of one reply; None where there is nothing to find."""
         tool, reasoning = self.parsers.tool, self.parsers.reasoning
@@ -162,7 +171,8 @@ def reading_of(
 ) -> Reading:
     """How to read replies to `messages`, which the chat template writes with `options`.
 
-    `separate` False leaves reasoning in the content. `names` are those that the client has for fields of `sampling`.
+    `separate` False leaves reasoning in the content. `names` are those that the client has for fields of `sampling`,
+    and for the grammar in them.
     Raises RequestError for tools that cannot be served so."""
     grammar = grammar_of(sampling, names)
     if text is None:  # it is still being read: the request will be refused
@@ -170,7 +180,7 @@ def reading_of(
     tool = text.parsers.tool if wanted.offered else None
     if wanted.offered:
         _check(wanted, tool, sampling)
-        grammar = _with_tools(wanted, tool, grammar)
+        grammar = _with_tools(wanted, tool, grammar, names.get("grammar", "tools"))
     reasoning, opened, opening = text.parsers.reasoning if sampling.detokenize else None, None, ""
     if reasoning is not None:
         opened = text.reasoning_open(reasoning.start, reasoning.end, messages, **options)
@@ -216,8 +226,9 @@ def _check(wanted: Wanted, parser: type[ToolParser] | None, sampling: SamplingPa
         )
 
 
-def _with_tools(wanted: Wanted, parser: type[ToolParser] | None, grammar: Grammar | None) -> Grammar | None:
-    """What a reply must be that may, or must, call tools; `grammar` is what else it must be."""
+def _with_tools(wanted: Wanted, parser: type[ToolParser] | None, grammar: Grammar | None, name: str) -> Grammar | None:
+    """What a reply must be that may, or must, call tools; `grammar` is what else it must be, which the client calls
+    `name`."""
     if parser is None:
         return grammar
     parallel = wanted.parallel and wanted.named is None
@@ -230,5 +241,5 @@ def _with_tools(wanted: Wanted, parser: type[ToolParser] | None, grammar: Gramma
             )
         return forced(wanted.callable, parser.syntax, parallel=parallel)
     if grammar is not None:
-        return either(wanted.callable, parser.syntax, grammar, parallel=parallel)
+        return either(wanted.callable, parser.syntax, grammar, parallel=parallel, name=name)
     return allowed(wanted.callable, parser.syntax)

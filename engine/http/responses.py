@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from engine.call_grammar import Tool
 from engine.errors import RequestError
-from engine.grammar import check_nesting
+from engine.grammar import check_nesting, grammar_of
 from engine.http.conversation import ToolName, checked, tool_of
 from engine.http.grammars import NamedSchema, ObjectFormat, PlainFormat
 from engine.http.items import InputItem
@@ -214,10 +214,13 @@ async def create(request: web.Request, body: ResponsesBody) -> web.StreamRespons
     wanted = wanted_of(body)
     spoken = [{"role": "system", "content": body.instructions}] if body.instructions else []
     messages = [*spoken, *conversation]
-    reading = reading_of(service.front.text, sampling, messages, {}, wanted, names=CLIENT_NAMES)
+    reading = reading_of(
+        service.front.text, sampling, messages, {}, wanted, names=CLIENT_NAMES | {"grammar": "text.format"}
+    )
     response = Response(described(body, sampling, service.model, wanted), conversation, reading)
     job = Generate(response.id, sampling, messages=messages, priority=body.priority or 0, **reading.job)
-    chunks = _generate(service, job, CLIENT_NAMES | {"grammar": "tools" if reading.tools else "text.format"})
+    asked = None if grammar_of(sampling) is None else "text.format"
+    chunks = _generate(service, job, CLIENT_NAMES | reading.grammar_names(asked))
     if body.background:
         store.run(response, chunks)
         return await _follow(request, response) if body.stream else json_response(response.object())

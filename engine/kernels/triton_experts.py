@@ -4,9 +4,8 @@
     more         tasks, choices of one expert (triton_routing.py): `multiply` by gate and up, then by down; `combine`
 
 A task's product reads its expert's weights once, and an expert that no token chose is not read at all. Weights are of
-the activations' type, or FP8 (fp8.py) with a scale for each block of 128 x 128 or for each row. Those are multiplied by
-activations as they are where reading weights takes the time, and by FP8 activations with a scale for each 128 numbers
-where multiplying does.
+the activations' type, or FP8 (fp8.py) with a scale for each block of 128 x 128 or for each row, and become what the
+activations are. Where both are FP8, triton_experts_fp8.py multiplies.
 """
 
 from dataclasses import replace
@@ -16,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.fp8 import BLOCK, LARGEST
+from engine.kernels.fp8 import BLOCK
 from engine.kernels.launch import launch_dependents, wait_for_previous
 from engine.kernels.triton_fp8 import (
     BLOCK_SCALES,
@@ -27,7 +26,6 @@ from engine.kernels.triton_fp8 import (
     load_step,
     scaled_line,
     silu_mul,
-    to_fp8,
 )
 from engine.kernels.triton_routing import Order
 
@@ -113,21 +111,19 @@ def vector_down_kernel(
 # ── tasks ────────────────────────────────────────────────────────────────────────────────────
 
 
-@triton.jit(do_not_specialize=["places", "input_stride", "out_stride"])
+@triton.jit(do_not_specialize=["places"])
 def multiply_kernel(
-    inputs, input_scales, weight, scales, out, out_scales, choices, tasks, count, places, input_stride, out_stride,
-    N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr, QUANTIZED: tl.constexpr,
-    QUANTIZES: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TOGETHER: tl.constexpr, PRECISION: tl.constexpr,
-    DEPENDS: tl.constexpr,
+    inputs, weight, scales, out, choices, tasks, count, places,
+    N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr, SCALES: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TOGETHER: tl.constexpr,
+    PRECISION: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
     """A task's choices times COLUMNS rows of its expert's matrix [N, K].
 
     GATED: `inputs` are tokens', the matrix is two, gate and up, and silu(gate) * up goes to the choices' places in the
-    order. Otherwise `inputs` are by place, and results go to the choices' own rows. QUANTIZED: `inputs` are FP8 with
-    `input_scales` [K / BLOCK, input_stride]. QUANTIZES: so are results, with `out_scales` [N / BLOCK, out_stride].
+    order. Otherwise `inputs` are by place, and results go to the choices' own rows.
     """
-    STEP: tl.constexpr = BLOCK if DEPTH > BLOCK and (QUANTIZED or SCALES == 1) else DEPTH
+    STEP: tl.constexpr = BLOCK if DEPTH > BLOCK and SCALES == 1 else DEPTH
     EVEN: tl.constexpr = K % DEPTH == 0
     blocks: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     tiles: tl.constexpr = (N + BLOCK - 1) // BLOCK * ((K + BLOCK - 1) // BLOCK)
@@ -157,13 +153,10 @@ def multiply_kernel(
                 block = (start if EVEN else tl.minimum(start, K - 1)) // BLOCK
                 there = (start + k < K)[None, :]
                 x, w = load_step(lines + start, there, EVEN), load_step(matrix + start, there, EVEN)
-                each = x
-                if QUANTIZED:
-                    each = tl.load(input_scales + block * input_stride + source)
-                gates = add_product(gates, x, w, each, scale + block, QUANTIZED, SCALES, PRECISION)
+                gates = add_product(gates, x, w, x, scale + block, False, SCALES, PRECISION)
                 if GATED:
                     u = load_step(matrix + N * K + start, there, EVEN)
-                    ups = add_product(ups, x, u, each, scale + tiles + block, QUANTIZED, SCALES, PRECISION)
+                    ups = add_product(ups, x, u, x, scale + tiles + block, False, SCALES, PRECISION)
         if SCALES == 2:
             line = scales + expert * (2 * N if GATED else N) + n
             gates *= tl.load(line, mask=n < N, other=0.0)[None, :]
@@ -172,11 +165,6 @@ def multiply_kernel(
         made = silu_mul(gates, ups) if GATED else gates
         target = ((place if GATED else choice).to(tl.int64) * N)[:, None] + n[None, :]
         inside = (m < rows)[:, None] & (n < N)[None, :]
-        if QUANTIZES:
-            largest = tl.max(tl.where((n < N)[None, :], tl.abs(made), 0.0), 1)
-            size = tl.maximum(largest, 1e-12) / LARGEST
-            made = to_fp8(made, size[:, None], LARGEST)
-            tl.store(out_scales + column // BLOCK * out_stride + place, size, mask=m < rows)
         tl.store(out + target, made.to(out.dtype.element_ty), mask=inside)
 
 
@@ -238,33 +226,28 @@ def vector_down(
 
 
 def multiply(
-    inputs: Tensor, input_scales: Tensor | None, weight: Tensor, scale: Tensor | None, order: Order, cut: Cut,
-    top_k: int, out: Tensor, out_scales: Tensor | None = None,
-) -> None:  # fmt: skip
+    inputs: Tensor, weight: Tensor, scale: Tensor | None, order: Order, cut: Cut, top_k: int, out: Tensor
+) -> None:
     """The products of all of `order`'s tasks, into `out`.
 
     With `top_k`, `inputs` are by token and `weight` is gate and up; `out` [T * k, I] are their gated products, in the
-    order of the choices. With 0, `inputs` are in that order, and `out` [T * k, H] is in that of the tokens. Scales of
-    FP8 `inputs` and `out` are [lines, blocks of columns], made as `quantize_tokens` makes them.
+    order of the choices. With 0, `inputs` are in that order, and `out` [T * k, H] is in that of the tokens.
     """
     if inputs.dtype == torch.float32:
         cut = replace(cut, depth=max(16, cut.depth // 4), stages=2)
     rows, size = weight.shape[1:]
     rows = rows // 2 if top_k else rows
-    quantized = input_scales is not None
     kind = scale_kind(weight, scale)
-    if quantized or kind == BLOCK_SCALES:
+    if kind == BLOCK_SCALES:
         whole = cut.depth % BLOCK == 0 or BLOCK % cut.depth == 0
         assert whole and BLOCK % cut.columns == 0, f"{cut} crosses blocks of scales"
-    assert cut.rows == order.rows and (out_scales is None or cut.columns == BLOCK)
+    assert cut.rows == order.rows
     multiply_kernel[(order.places * triton.cdiv(rows, cut.columns),)](
-        inputs, inputs if input_scales is None else input_scales, weight, weight if scale is None else scale,
-        out, out if out_scales is None else out_scales, order.choices, order.tasks, order.count, order.places,
-        len(inputs), len(out),
-        N=rows, K=size, TOP_K=max(top_k, 1), GATED=top_k > 0, QUANTIZED=quantized, QUANTIZES=out_scales is not None,
-        SCALES=kind, BLOCK=BLOCK, LARGEST=LARGEST, ROWS=cut.rows, COLUMNS=cut.columns, DEPTH=cut.depth,
-        TOGETHER=cut.together, PRECISION="ieee" if inputs.dtype == torch.float32 else "tf32",
-        num_warps=cut.warps, num_stages=cut.stages, **launch_dependents(inputs),
+        inputs, weight, weight if scale is None else scale, out, order.choices, order.tasks, order.count, order.places,
+        N=rows, K=size, TOP_K=max(top_k, 1), GATED=top_k > 0, SCALES=kind, BLOCK=BLOCK, ROWS=cut.rows,
+        COLUMNS=cut.columns, DEPTH=cut.depth, TOGETHER=cut.together,
+        PRECISION="ieee" if inputs.dtype == torch.float32 else "tf32", num_warps=cut.warps, num_stages=cut.stages,
+        **launch_dependents(inputs),
     )  # fmt: skip
 
 

@@ -2,8 +2,7 @@
 
 Such a product takes about as long as it takes to launch it. cuBLAS cuts it into few programs; here there are enough for
 all processors, and they are on the device before the kernel in front is over (engine/kernels/launch.py). Tokens are
-padded to the rows of a matrix unit, which costs nothing. While the kernel in front still runs, they ask for their part
-of the weight to be brought into the second-level cache. Left out: large matrices and many tokens, where cuBLAS is at
+padded to the rows of a matrix unit, which costs nothing. Left out: large matrices and many tokens, where cuBLAS is at
 home.
 """
 
@@ -17,7 +16,6 @@ from torch import Tensor
 from engine.kernels.launch import launch_dependents, wait_for_previous
 
 SMALL = 8 << 20  # numbers in a matrix
-LINE = tl.constexpr(64)  # 16-bit numbers in a line of the cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +27,6 @@ class Cut:
     warps: int
     stages: int
     tokens: int = 64
-    fetches: bool = True  # whether programs ask for their weights ahead
 
 
 def skinny_cut(tokens: int, rows: int, columns: int) -> Cut | None:
@@ -52,22 +49,13 @@ def silu_times(gate, up, dtype: tl.constexpr):
     return (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32) * up
 
 
-@triton.jit
-def fetch(pointers):
-    """Asks for the lines of the second-level cache that `pointers` are in."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
 @triton.jit(do_not_specialize=["tokens"])  # or a step of another number would wait for a compiler
 def skinny_kernel(
     inputs, weight, bias, out, tokens, rows, columns, stride,
     BIASED: tl.constexpr, GATED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, FETCHES: tl.constexpr, DEPENDS: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
-    """GATED, the weight is gate and up, of `rows` each, and silu(gate) * up is stored. FETCHES, the program asks
-    for its part of it ahead."""
+    """GATED, the weight is gate and up, of `rows` each, and silu(gate) * up is what is stored."""
     n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     t, k = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, COLUMNS)
     inside, real = n < rows, t < tokens
@@ -76,12 +64,6 @@ def skinny_kernel(
     up_lines = lines + rows.to(tl.int64) * columns if GATED else lines
     total = tl.zeros([TOKENS, ROWS], tl.float32)
     up_total = tl.zeros([TOKENS, ROWS], tl.float32)
-    if DEPENDS and FETCHES:
-        for begin in tl.range(0, columns, 16 * LINE):
-            at = tl.minimum(begin + tl.arange(0, 16) * LINE, columns - 1)[None, :]
-            fetch(lines + at)
-            if GATED:
-                fetch(up_lines + at)
     wait_for_previous(DEPENDS)
     for begin in tl.range(0, columns, COLUMNS):
         at = begin + k
@@ -106,8 +88,8 @@ def skinny_kernel(
 
 
 def skinny_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, cut: Cut, gated: bool = False) -> Tensor:
-    """y = x Wᵀ + b: `inputs` [T, K] with dense rows, `weight` [N, K] dense, `bias` [N] to [T, N]; `gated`, silu of the
-    first half of y times the second, [T, N / 2]."""
+    """y = x Wᵀ + b: `inputs` [T, K] with dense rows, `weight` [N, K] dense, `bias` [N] to [T, N]; `gated`, silu of
+    the first half of y times the second, [T, N / 2]."""
     (tokens, columns), rows, each = inputs.shape, weight.shape[0], cut.rows
     if gated:
         rows, each = rows // 2, each // 2
@@ -118,7 +100,6 @@ def skinny_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, cut: Cut,
         BIASED=bias is not None, GATED=gated, TOKENS=together, ROWS=each, COLUMNS=cut.columns,
         EVEN=columns % cut.columns == 0,
         PRECISION="ieee" if inputs.dtype == torch.float32 else None,
-        FETCHES=cut.fetches,
         num_warps=cut.warps, num_stages=cut.stages, **launch_dependents(inputs),
     )  # fmt: skip
     return out

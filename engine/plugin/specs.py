@@ -185,7 +185,8 @@ class Vocabulary(Struct, frozen=True):
 
 
 class Matcher(Protocol):
-    """Where one reply is in its grammar. Advanced by its engine alone; `error` is not empty once it cannot go on.
+    """Where one reply is in its grammar. Advanced by its engine alone; `error` is not empty once it cannot go on for a
+    reason other than a token that may not come.
 
     Those of one compiled grammar that have the same `state`, if not None, have the same mask, and it is not asked for
     again while it is remembered. `accept` alone changes it, or `fill` to None."""

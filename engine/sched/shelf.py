@@ -73,7 +73,7 @@ class Shelf:
         if message.grammar is not None:
             entry.load = LoadGrammar(message.number, message.engine, message.grammar, message.packed)
             return entry.load, [], None
-        refusal = RequestError(message.cause, param="grammar", code=message.code, status=message.status)
+        refusal = RequestError(message.cause, param=message.param, code=message.code, status=message.status)
         return None, self._refuse(entry, refusal, message.lasting), refusal
 
     def loaded(self, message: GrammarLoaded) -> tuple[list[Admit], RequestError | None]:

@@ -63,6 +63,11 @@ class Guide:
         self.tail = heard[max(0, len(heard) - len(self.after) + 1) :]  # what may be the beginning of it
 
 
+def cannot_go_on(error: str) -> str:
+    """What a client is told whose grammar has outgrown its engine."""
+    return f"the grammar cannot go on: {error[:300]}; simplify it"
+
+
 @dataclass(slots=True)
 class _Group:
     """Rows of a step whose grammars one engine has, and that go on in them."""
@@ -244,7 +249,8 @@ class Grammars:
             if not all(taken):
                 refused = [index for index, each in enumerate(taken) if not each]
                 for index in refused:
-                    group.guides[index].cause = NO_TOKEN
+                    error = group.matchers[index].error
+                    group.guides[index].cause = cannot_go_on(error) if error else NO_TOKEN
                 stuck = stuck + [(group.rows[index], group.guides[index]) for index in refused]
                 guided.sorted = False
         for row, guide in guided.waiting:
@@ -331,7 +337,7 @@ class Grammars:
             guide, state = group.guides[index], group.matchers[index].state
             lines[index] = line
             if error := guide.matcher.error:
-                guide.cause = f"the grammar cannot go on: {error[:300]}"
+                guide.cause = cannot_go_on(error)
                 lines[index] = ALL
                 continue
             if state is not None or guide.watched:

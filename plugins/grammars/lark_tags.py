@@ -15,8 +15,12 @@ from llguidance import regex_to_lark
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from engine.plugin import RequestError
+from engine_plugins.grammars.refusals import ASCII
 
 ANY = "(?s:.*)"
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+# Of EBNF: comments and classes, in which a quote begins nothing, and literals.
+EBNF_PARTS = re.compile(r'#[^\r\n]*|\[(?:[^\]\\]|\\.)*\]|"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
 def to_lark(tag: Mapping[str, Any], special: Mapping[str, int], schema: Callable[[Any], str]) -> str:
@@ -31,13 +35,14 @@ def to_lark(tag: Mapping[str, Any], special: Mapping[str, int], schema: Callable
     return "\n".join([f"start: {start}", *writer.rules])
 
 
-def _refuse(why: str, code: str = "invalid_grammar") -> RequestError:
-    return RequestError(f"the structural_tag cannot be used: {why}", code=code)
+def _refuse(why: str) -> RequestError:
+    return RequestError(f"the structural_tag cannot be used: {why}; correct it", code="invalid_grammar")
 
 
 def _beyond(why: str) -> RequestError:
     """What another engine may take."""
-    return _refuse(why, "unsupported_grammar")
+    message = f"the structural_tag cannot be used: {why}; write it otherwise, or pip install xgrammar"
+    return RequestError(message, code="unsupported_grammar")
 
 
 class _Writer:
@@ -54,7 +59,7 @@ class _Writer:
             "json_schema": self._schema,
             "any_text": self._text,
             "grammar": self._grammar,
-            "regex": lambda format: self._lexeme(regex_to_lark(self._field(format, "pattern", str), "dws")),
+            "regex": lambda format: self._lexeme(regex_to_lark(self._field(format, "pattern", str), ASCII)),
             "token": lambda format: self._token(format.get("token")),
             "sequence": lambda format: self._sequence(self._field(format, "elements", list)),
             "or": self._or,
@@ -71,7 +76,7 @@ class _Writer:
 
     def expression(self, format: Any) -> str:
         kind = format.get("type") if isinstance(format, dict) else None
-        if kind not in self._kinds:
+        if not isinstance(kind, str) or kind not in self._kinds:
             raise _beyond(f"a format has the type {kind!r}; of these, llguidance takes {', '.join(self._kinds)}")
         return self._kinds[kind](format)
 
@@ -104,11 +109,19 @@ class _Writer:
             raise _refuse("free text is to end with an empty text, and so would be none")
         return self.rule(f"/{ANY}({'|'.join(map(_escaped, ends))})/", "[lazy]")
 
-    def _field(self, format: Mapping[str, Any], name: str, kind: type) -> Any:
+    def _field(self, format: Mapping[str, Any], name: str, kind: Any) -> Any:
         value = format.get(name)
-        if not isinstance(value, kind):
-            raise _refuse(f"{name} of a {format.get('type')} is {json.dumps(value)[:80]}, not a {kind.__name__}")
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise _refuse(f"{name} of a {format.get('type')} is {json.dumps(value)[:80]}, not a {_called(kind)}")
         return value
+
+    def _list(self, format: Mapping[str, Any], name: str, kind: Any) -> list[Any]:
+        """A list that is not empty, of one kind."""
+        values: list[Any] = self._field(format, name, list)
+        if not values or not all(isinstance(value, kind) for value in values):
+            shown = json.dumps(values)[:80]
+            raise _refuse(f"{name} of a {format['type']} is {shown}; it is a list of {_called(kind)}s, one at least")
+        return values
 
     # ── formats ──────────────────────────────────────────────────────────────────────────────
 
@@ -129,18 +142,18 @@ class _Writer:
     def _grammar(self, format: Mapping[str, Any]) -> str:
         source = self._field(format, "grammar", str)
         try:
-            return self.rule(f"%lark {{\n{gbnf_to_lark(source)}\n}}")
+            return self.rule(f"%lark {{\n{ebnf_to_lark(source)}\n}}")
         except Exception as error:  # it raises bare ones
             raise _beyond(f"its grammar: {error}") from None
 
     def _token(self, token: Any) -> str:
         id = self._special.get(token, -1) if isinstance(token, str) else token
-        if not isinstance(id, int) or id < 0:
+        if not isinstance(id, int) or isinstance(id, bool) or id < 0:
             raise _refuse(f"{token!r} is no special token of this model")
         return f"<[{id}]>"
 
     def _or(self, format: Mapping[str, Any]) -> str:
-        return "(" + " | ".join(map(self.expression, self._field(format, "elements", list))) + ")"
+        return "(" + " | ".join(map(self.expression, self._list(format, "elements", dict))) + ")"
 
     def _repeat(self, format: Mapping[str, Any]) -> str:
         least, most = self._field(format, "min", int), self._field(format, "max", int)
@@ -167,7 +180,7 @@ class _Writer:
         begin, end = format.get("begin"), format.get("end", "")
         opening = self.literal(begin[skip:]) if isinstance(begin, str) else self.expression(begin)
         content = self._field(format, "content", dict)
-        ends = end if isinstance(end, list) else [end]
+        ends = self._list(format, "end", str | dict) if isinstance(end, list) else [end]
         if content.get("type") == "any_text" and all(isinstance(each, str) for each in ends):
             return f"({opening} {self._until(ends)})"
         closing = " | ".join(self.literal(each) if isinstance(each, str) else self.expression(each) for each in ends)
@@ -177,16 +190,16 @@ class _Writer:
         """( free text, trigger, rest of one of its tags )*, free text."""
         if format.get("excludes"):
             raise _beyond("excludes of triggered_tags is not held to")
-        triggers, tags = self._field(format, "triggers", list), self._field(format, "tags", list)
+        triggers, tags = self._list(format, "triggers", str), self._list(format, "tags", dict)
         groups: list[str] = []
         whole: list[str] = []
         for trigger in triggers:
-            mine = [tag for tag in tags if isinstance(tag, dict) and str(tag.get("begin", "")).startswith(trigger)]
+            mine = [tag for tag in tags if str(tag.get("begin", "")).startswith(trigger)]
             if mine:
                 rests = " | ".join(self._tag(tag, len(trigger)) for tag in mine)
                 groups.append(f"{self._until([trigger])} ({rests})")
                 whole += [self._tag(tag) for tag in mine]
-        if len(whole) != len(tags) or not tags:
+        if len(whole) != len(tags):
             raise _refuse(f"each of triggered_tags' {len(tags)} tags must begin with exactly one trigger")
         called, text, one = self.rule(" | ".join(groups)), self._lexeme(ANY), f"({' | '.join(whole)})"
         if format.get("stop_after_first"):
@@ -194,15 +207,35 @@ class _Writer:
         return f"({one + ' ' if format.get('at_least_one') else ''}{called}* {text})"
 
     def _separated(self, format: Mapping[str, Any]) -> str:
-        tag = self.rule(" | ".join(map(self._tag, self._field(format, "tags", list))))
+        tag = self.rule(" | ".join(map(self._tag, self._list(format, "tags", dict))))
         separator = self.literal(self._field(format, "separator", str))
         several = tag if format.get("stop_after_first") else f"{tag} ({separator} {tag})*"
         return f"({several})" if format.get("at_least_one") else f"({several})?"
 
 
+def _called(kind: Any) -> str:
+    """What JSON calls it."""
+    return {str: "string", list: "list", int: "whole number", dict: "object"}.get(kind, "text or object")
+
+
 def quoted(text: str) -> str:
     """`text` as a literal."""
-    return json.dumps(text, ensure_ascii=False) if text else ""
+    return _plain(json.dumps(text, ensure_ascii=False)) if text else ""
+
+
+def ebnf_to_lark(source: str) -> str:
+    """A grammar in GBNF, in whose literals there may be any character. Raises a bare Exception, as the library does."""
+
+    def plain(found: re.Match[str]) -> str:
+        return _plain(found[0]) if found[0].startswith('"') else found[0]
+
+    lark: str = gbnf_to_lark(EBNF_PARTS.sub(plain, source))
+    return lark
+
+
+def _plain(literal: str) -> str:
+    """A literal with control characters written as such, which Lark takes in no other way."""
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", literal)
 
 
 def _escaped(text: str) -> str:

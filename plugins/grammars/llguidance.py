@@ -14,17 +14,16 @@ from typing import Any
 
 import llguidance
 import numpy as np
-from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from engine.plugin import CompiledGrammar, Grammar, RequestError, Vocabulary
 from engine_plugins.grammars.free_strings import FreeString, FreeStrings
 from engine_plugins.grammars.json_states import State, States, Texts, states_of
-from engine_plugins.grammars.lark_tags import quoted, to_lark
+from engine_plugins.grammars.lark_tags import ebnf_to_lark, quoted, to_lark
+from engine_plugins.grammars.refusals import ASCII, outgrown, refusal
 
 # Parser items that one mask may take. An ambiguous grammar (`s: s s | /./`) takes all there may be and more, and all
 # rows of a step wait for its masks: with the library's own bound of 50,000 some 30 ms. 1,000 choices take 1,000.
 MOST_ITEMS = 5000
-PLACE = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")
 FORMATS = frozenset({"date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"})
 # What a format leaves out and llguidance does not: leap seconds but on a few days, and names too long for an address.
 NARROWER = {
@@ -34,9 +33,8 @@ NARROWER = {
 }
 COUNTED = frozenset({"Length", "Items", "Properties"})
 VALUES = frozenset({"enum", "const", "default", "examples"})  # no schemas
-# Between the tokens of JSON: a space, or a new line and its indentation.
-ASCII = "dws"  # what \d, \w and \s mean in a regular expression is ASCII's, as it is to other engines
 HEADER = re.compile(r"^%llguidance[ \t]*(\{.*\})[ \t]*$", re.MULTILINE)  # of Lark, with options
+# Between the tokens of JSON: a space, or a new line and its indentation.
 SOME_WHITESPACE = r"\x20|\n[\x20\t]{0,32}"
 
 
@@ -44,7 +42,11 @@ def free(lark: str) -> str:
     """`lark` without forcing: where a grammar leaves one text alone, all tokens that it may be written in are let
     through, and not just those of one way to write it."""
     found = HEADER.search(lark)
-    options = json.loads(found[1]) if found else {}
+    try:
+        options = json.loads(found[1]) if found else {}
+    except ValueError as error:
+        message = f"the options of %llguidance are no JSON: {error}; correct them, or leave the line out"
+        raise RequestError(message, code="invalid_grammar") from None
     rest = lark if found is None else lark[: found.start()] + lark[found.end() :]
     return f"%llguidance {json.dumps({**options, 'no_forcing': True})}\n{rest}"
 
@@ -72,8 +74,7 @@ class LLMatcher:
 
     @property
     def error(self) -> str:
-        said: str = self._full.get_error() if self._full is not None and self._full.is_error() else ""
-        return said
+        return outgrown(self._full.get_error()) if self._full is not None and self._full.is_error() else ""
 
     def consume(self, tokens: Sequence[int]) -> bool:
         """Without states. False where one of them may not come."""
@@ -171,7 +172,7 @@ class LLGuidance:
                 return free("start: " + " | ".join(map(quoted, json.loads(source))))
             case "ebnf":
                 try:
-                    return free(gbnf_to_lark(source))
+                    return free(ebnf_to_lark(source))
                 except Exception as error:  # it raises bare ones; the dialect of another engine may be another
                     raise refusal(grammar, str(error), "unsupported_grammar") from None
             case "structural_tag":
@@ -180,8 +181,9 @@ class LLGuidance:
 
     def _json(self, schema: dict[str, Any] | bool) -> str:
         """A schema in Lark."""
-        if isinstance(schema, bool):
-            schema = {} if schema else {"not": {}}
+        if schema is False:
+            raise RequestError("the json_schema is false, which no reply fits; send another", code="invalid_grammar")
+        schema = {} if schema is True else schema
         return f"%json {json.dumps({**readable(schema), 'x-guidance': self._options})}"
 
     def accept(self, matchers: Sequence[LLMatcher], tokens: Sequence[int]) -> list[bool]:
@@ -285,15 +287,3 @@ def readable(value: Any) -> Any:
 def whole(name: str, value: Any) -> bool:
     """Whether `value` is a count that is written as 2.0."""
     return name.startswith(("min", "max")) and name[3:] in COUNTED and isinstance(value, float) and value.is_integer()
-
-
-def refusal(grammar: Grammar, said: str, code: str = "invalid_grammar") -> RequestError:
-    """What llguidance says of a grammar that it does not take, for its sender."""
-    if "Unimplemented keys" in said:
-        code = "unsupported_keyword"
-    if grammar.kind == "json_schema":  # what it says of the text around the schema is of no use to anybody
-        said = PLACE.sub("", said.strip().splitlines()[0])
-        said = f"$ref: {said}" if said.startswith(("Resource ", "Pointer ")) else said
-        if said.startswith("oneOf"):
-            said, code = "oneOf, where its branches do not plainly exclude each other; use anyOf", "unsupported_keyword"
-    return RequestError(f"llguidance does not take the {grammar.kind}: {said.strip()[:500]}", code=code)

@@ -1,6 +1,7 @@
 """Every grammar engine against one contract: what it lets through is what is right, token by token."""
 
 import importlib.util
+import json
 
 import numpy as np
 import pytest
@@ -53,6 +54,23 @@ def test_what_is_invalid_is_refused(entry: GrammarEntry, kind: GrammarKind, sour
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_whitespace_is_bounded(entry: GrammarEntry) -> None:
     check_whitespace(resolve(entry.target))
+
+
+ODD = '\x00\t\x7f\x85\u2028é"\\'  # characters that Lark takes in no literal as they are, among others
+
+
+@pytest.mark.parametrize(
+    ("kind", "source"),
+    [
+        ("choice", json.dumps([ODD, "b"])),
+        ("structural_tag", json.dumps({"type": "structural_tag", "format": {"type": "const_string", "value": ODD}})),
+        ("ebnf", 'root ::= "\x00\t\x7f\x85\u2028é\\"" [\\\\] # "\t'),
+    ],
+)
+def test_a_literal_may_hold_any_character(kind: GrammarKind, source: str) -> None:
+    pytest.importorskip("llguidance")
+    case = GrammarCase(kind=kind, source=source, right=(ODD,), wrong=("", ODD[:-1], ODD.replace("\x85", "\x86")))
+    assert check_grammar(resolve(Plugins.load().grammars["llguidance"].target), case)
 
 
 def test_an_ambiguous_grammar_is_given_up_before_it_holds_up_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,18 @@
 """Triton kernels of mixtures and of FP8 products pass the compiler for a Hopper GPU that is not here, in the sizes of
 DeepSeek's V2-Lite and V3, and as they are cut there."""
 
+import re
 from typing import Any
 
 import pytest
-from hopper import MARKS, SHARED_MEMORY, compile_for_hopper, types_by_name
+from hopper import MARKS, SHARED_MEMORY, bytes_spilled, compile_for_hopper, types_by_name
 
-from engine.kernels import triton_experts, triton_fp8, triton_moe, triton_routing
+from engine.kernels import triton_experts, triton_experts_fp8, triton_fp8, triton_moe, triton_routing
 from engine.kernels.fp8 import BLOCK, LARGEST
 from engine.kernels.triton_fp8 import Cut
 
 pytestmark = MARKS
+SPILLED = 32  # bytes of a thread, at most: threads of 16 warps have 128 registers, and the largest cut wants six more
 TYPES = types_by_name({
     "*bf16": ("hidden", "inputs", "made", "base", "out", "weight"),
     "*fp32": ("logits", "bias", "weights", "scales", "input_scales", "out_scales"),
@@ -30,24 +32,57 @@ def compiled(kernel: Any, constants: dict[str, Any], cut: Cut | None = None, num
         options = {"num_warps": cut.warps, "num_stages": cut.stages}
     made = compile_for_hopper(kernel, usual | constants, TYPES | types, **options)
     assert made.metadata.shared <= SHARED_MEMORY, cut
+    assert cut is None or bytes_spilled(made) <= SPILLED, cut
     text: str = made.asm["ptx"]
     return text
 
 
-@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
-@pytest.mark.parametrize("regime", [triton_moe.REGIMES[0], triton_moe.REGIMES[-1]], ids=["few", "many"])
-def test_products_of_tasks(regime: triton_moe.Regime, fp8: bool) -> None:
-    quantized = fp8 and regime.bfloat16[0].rows >= triton_moe.QUANTIZED_ROWS
-    kinds = {"weight": "*fp8e4nv" if fp8 else "*bf16"} | ({"inputs": "*fp8e4nv"} if quantized else {})
-    kinds["places"] = "i32"
-    usual = {"QUANTIZED": quantized, "SCALES": int(fp8)}
-    for gated, cut in zip((True, False), regime.fp8 if fp8 else regime.bfloat16, strict=True):
-        sizes = {"N": 1408, "K": 2048, "TOP_K": 6} if gated else {"N": 2048, "K": 1408, "TOP_K": 1}
-        out = {"out": "*fp8e4nv"} if quantized and gated else {}
-        constants = {**usual, **sizes, "GATED": gated, "QUANTIZES": quantized and gated}
-        text = compiled(triton_experts.multiply_kernel, constants, cut, **kinds, **out)
+V2_LITE, V3 = (2048, 1408, 6), (7168, 2048, 8)  # size, size of an expert, experts of a token
+REGIMES = {f"{regime.bfloat16[0].rows} rows": regime for regime in triton_moe.REGIMES}
+
+
+def sizes(shape: tuple[int, int, int], gated: bool) -> dict[str, int]:
+    size, inner, top_k = shape
+    return {"N": inner, "K": size, "TOP_K": top_k} if gated else {"N": size, "K": inner, "TOP_K": 1}
+
+
+@pytest.mark.parametrize("regime", REGIMES.values(), ids=REGIMES)
+def test_products_of_tasks(regime: triton_moe.Regime) -> None:
+    """FP8 weights are among them where their blocks are not whole."""
+    for gated, cut in zip((True, False), regime.bfloat16, strict=True):
+        constants = {"SCALES": 0, "GATED": gated, **sizes(V2_LITE, gated)}
+        text = compiled(triton_experts.multiply_kernel, constants, cut, places="i32")
         assert ("wgmma" in text) == (cut.rows >= 64), "many rows are for the matrix units of a Hopper GPU"
-        assert "e4m3.e4m3" in text or not quantized
+        constants |= {"SCALES": 1, **sizes((576, 208, 2), gated)}
+        compiled(triton_experts.multiply_kernel, constants, cut, weight="*fp8e4nv", places="i32")
+
+
+def compiled_fp8(cut: Cut, gated: bool, shape: tuple[int, int, int] = V2_LITE, scales: int = 1, **types: str) -> str:
+    kinds = {"inputs": "*fp8e4nv", "weight": "*fp8e4nv", "places": "i32", "out": "*fp8e4nv" if gated else "*bf16"}
+    flags = {"SCALES": scales, "GATED": gated, "QUANTIZES": gated, "ORDERED": not types, **sizes(shape, gated)}
+    text = compiled(triton_experts_fp8.multiply_fp8_kernel, flags, cut, **kinds | types)
+    assert "wgmma" in text and "e4m3.e4m3" in text, "FP8 goes to the matrix units as it is"
+    assert not re.search(r"cvt\S*\.e4m3x2\s", text), "none of it is converted on its way"
+    return text
+
+
+@pytest.mark.parametrize("shape", [V2_LITE, V3], ids=["v2-lite", "v3"])
+@pytest.mark.parametrize("regime", REGIMES.values(), ids=REGIMES)
+def test_fp8_products_of_tasks(regime: triton_moe.Regime, shape: tuple[int, int, int]) -> None:
+    up, down = regime.fp8
+    assert up.columns == down.depth and up.rows == down.rows == regime.bfloat16[0].rows
+    compiled_fp8(up, True, shape)
+    compiled_fp8(down, False, shape)
+
+
+def test_fp8_products_of_choices_by_themselves_and_with_scales_of_rows() -> None:
+    up, down = triton_moe.ALONE
+    assert up.columns == down.depth
+    for cut, gated in ((up, True), (down, False)):
+        compiled_fp8(cut, gated, tasks="*i64", choices="*i64", count="*i64")
+        compiled_fp8(cut, gated, scales=2, tasks="*i64", choices="*i64", count="*i64")
+    for cut, gated in zip(triton_moe.REGIMES[0].fp8, (True, False), strict=True):
+        compiled_fp8(cut, gated, scales=2)
 
 
 @pytest.mark.parametrize("weight", ["*bf16", "*fp8e4nv"])

@@ -9,9 +9,10 @@ from kernel_numbers import DEVICE, FP8_TOLERANCE, GPU, TOLERANCE, assert_near, e
 from torch import Tensor
 
 from engine.kernels import triton_moe, triton_routing
-from engine.kernels.fp8 import BLOCK, E4M3, dequantize_tokens, quantize_blocks, quantize_rows, quantize_tokens
+from engine.kernels.fp8 import BLOCK, E4M3, quantize_blocks, quantize_rows
 from engine.kernels.moe import ExpertWeights, MoeOps, Recorder, Routed, Routing
-from engine.kernels.triton_experts import combine, multiply, vector_down, vector_up
+from engine.kernels.triton_experts import combine, vector_down, vector_up
+from engine.kernels.triton_experts_fp8 import multiply_fp8, multiply_pair
 from engine.kernels.triton_fp8 import Cut
 from engine.kernels.triton_fp8 import quantize_tokens as triton_quantize_tokens
 from engine.kernels.triton_moe import Regime, TritonMoeOps
@@ -200,33 +201,66 @@ def test_the_results_of_choices_find_their_tokens_from_the_order() -> None:
 # ── FP8 activations ──────────────────────────────────────────────────────────────────────────
 
 
+def exact_pair(hidden: Tensor, routed: Routed, weights: ExpertWeights, each: int) -> tuple[Tensor, Tensor, Tensor]:
+    """In float32 and by choice, [T * k, ...]: the gated products of `hidden`, these as FP8 with a scale for `each` so
+    many numbers and back, and the products of those by down."""
+    made, back, lines = [], [], []
+    tokens = hidden.float().repeat_interleave(routed.experts.shape[1], 0)
+    for token, expert in zip(tokens, routed.experts.flatten().tolist(), strict=True):
+        gate_up, down = weights.matrices(expert, torch.float32)
+        gate, up = (gate_up @ token).chunk(2)
+        one = torch.nn.functional.silu(gate) * up
+        parts = one.view(-1, each)
+        scale = parts.abs().amax(1, keepdim=True).clamp(min=1e-12) / 448
+        rounded = ((parts / scale).to(E4M3).float() * scale).flatten()
+        made.append(one), back.append(rounded), lines.append(down @ rounded)
+    return torch.stack(made), torch.stack(back), torch.stack(lines)
+
+
 @pytest.mark.parametrize("kind", ["blocks", "rows"])
-def test_tasks_with_fp8_activations(kind: str) -> None:
-    """Gate and up by exact activations; then down by those that they are quantized to."""
+@pytest.mark.parametrize(
+    ("rows", "each", "ordered"), [(16, BLOCK, True), (16, 64, False), (32, 64, True), (64, BLOCK, True)]
+)
+def test_tasks_with_fp8_activations(rows: int, each: int, ordered: bool, kind: str) -> None:
+    """Gate and up by exact activations; then down by those that they are quantized to. Tasks of fewer than 64 choices
+    have the matrix's lines for the matrix units' own; without an order each choice is a task."""
     dtype = torch.bfloat16 if GPU else torch.float32
-    size, inner, tokens, top_k = (2048, 1408, 300, 3) if GPU else (256, 128, 7, 2)
+    size, inner, tokens, top_k = (2048, 1408, 300 if ordered else 4, 3) if GPU else (256, 128, 7, 2)
     weights = matrices(5, size, inner, kind, dtype)
     hidden, routed = exact(tokens, size, dtype) / 64, routed_to(tokens, 5, top_k)
-    cut = Cut(64 if GPU else 16, BLOCK, BLOCK, 4, 4, 2)
-    order = order_reference(routed.experts, 5, cut.rows)
-    choices = tokens * top_k
+    up, down = Cut(rows, each, BLOCK, 4, 4, 2), Cut(rows, 64, each, 2, 4, 3)
+    tasks = order_reference(routed.experts, 5, rows) if ordered else routed.experts
     inputs, scales = triton_quantize_tokens(hidden)
-    made = torch.empty(choices, inner, dtype=dtype, device=DEVICE)
-    multiply(inputs, scales, weights.gate_up, weights.gate_up_scale, order, cut, top_k, made)
-    plain = torch.empty_like(made)
-    multiply(hidden, None, weights.gate_up, weights.gate_up_scale, order, cut, top_k, plain)
-    assert_near(made, plain, TOLERANCE[dtype])
-    numbers = torch.empty(choices, inner, dtype=E4M3, device=DEVICE)
-    made_scales = torch.empty(inner // BLOCK, choices, device=DEVICE).t()
-    multiply(inputs, scales, weights.gate_up, weights.gate_up_scale, order, cut, top_k, numbers, made_scales)
-    if GPU:
-        assert_near(dequantize_tokens(numbers, made_scales), plain, FP8_TOLERANCE)
-    torch.testing.assert_close(made_scales, quantize_tokens(plain.float())[1], rtol=0.02, atol=0)
-    lines, wanted = (torch.empty(choices, size, dtype=dtype, device=DEVICE) for _ in range(2))
-    multiply(numbers, made_scales, weights.down, weights.down_scale, order, cut, 0, lines)
-    back = dequantize_tokens(numbers, made_scales).to(dtype)
-    multiply(back, None, weights.down, weights.down_scale, order, cut, 0, wanted)
-    assert_near(lines, wanted, TOLERANCE[dtype])
+    choices = tokens * top_k
+    made = torch.empty(choices, inner, dtype=E4M3, device=DEVICE)
+    made_scales = torch.empty(inner // each, choices, device=DEVICE).t()
+    multiply_fp8(inputs, scales, weights.gate_up, weights.gate_up_scale, tasks, up, top_k, made, made_scales)
+    place = tasks.choices.long() if ordered else torch.arange(choices, device=DEVICE)
+    plain, rounded, wanted = exact_pair(hidden, routed, weights, each)
+    torch.testing.assert_close(made_scales, plain[place].view(choices, -1, each).abs().amax(2) / 448, rtol=0.02, atol=0)
+    back = made.float() * made_scales.repeat_interleave(each, 1)
+    assert_near(back, rounded[place], FP8_TOLERANCE)
+    lines = multiply_pair(hidden, tasks, weights, top_k, up, down)
+    assert_near(lines, wanted.to(dtype), FP8_TOLERANCE)
+    again = torch.empty_like(lines)
+    multiply_fp8(made, made_scales, weights.down, weights.down_scale, tasks, down, 0, again)
+    assert torch.equal(lines, again)
+    chosen = routed.experts.flatten()[place].tolist()
+    sums = [weights.matrices(expert, torch.float32)[1] @ row for expert, row in zip(chosen, back, strict=True)]
+    assert_near(again[place], torch.stack(sums).to(dtype), TOLERANCE[dtype])
+
+
+def test_a_choice_of_padding_is_no_task_by_itself() -> None:
+    """Its lines are not written, and its hidden state may hold anything."""
+    weights, hidden, routed = matrices(3, 256, 128, "blocks", torch.float32), random(2, 256), routed_to(2, 3, 2)
+    hidden[1] = torch.nan
+    experts = routed.experts.clone()
+    experts[1] = -1
+    numbers, scales = triton_quantize_tokens(hidden)
+    out = torch.full((4, 128), 7.0, device=DEVICE)
+    gate_up, scale = weights.gate_up, weights.gate_up_scale
+    multiply_fp8(numbers, scales, gate_up, scale, experts, Cut(16, 64, 128, 1, 4, 2), 2, out)
+    assert (out[2:] == 7).all() and out[:2].isfinite().all()
 
 
 # ── the whole ────────────────────────────────────────────────────────────────────────────────
@@ -241,7 +275,8 @@ def test_any_number_of_tokens(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
     steps = (1, 4, 5, 40, 90, 1000) if GPU else (1, 5, 20)
     if not GPU:
         cut, wide = Cut(16, 32, 64, 1, 4, 2), Cut(16, 128, 128, 2, 4, 2)
-        regimes = (Regime(2.0, (cut, cut), (cut, cut)), Regime(float("inf"), (cut, cut), (wide, wide)))
+        narrow = (Cut(16, 64, 128, 1, 4, 2), Cut(16, 64, 64, 1, 4, 2))
+        regimes = (Regime(2.0, (cut, cut), narrow), Regime(float("inf"), (cut, cut), (wide, wide)))
         monkeypatch.setattr(triton_moe, "REGIMES", regimes)
     weights = matrices(8, size, inner, kind, dtype)
     for tokens in steps:
@@ -251,9 +286,14 @@ def test_any_number_of_tokens(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
         got = TRITON.experts(hidden, routed, weights)
         again = TRITON.experts(hidden, Routed(routed.weights, routed.experts), weights)
         assert torch.equal(got, again), "the order, made by who routes or afterwards, is the same"
-        assert_near(
-            got, REFERENCE.experts(hidden, routed, weights), TOLERANCE[dtype] if kind == "plain" else FP8_TOLERANCE
-        )
+        wanted = REFERENCE.experts(hidden, routed, weights)
+        assert_near(got, wanted, TOLERANCE[dtype] if kind == "plain" else FP8_TOLERANCE)
+        if kind != "plain":
+            assert torch.equal(TRITON.by_fp8(hidden, routed, weights, None), got) == GPU, "by default for bfloat16"
+            got = TRITON.by_fp8(hidden, routed, weights, hidden)
+            assert_near(
+                got - hidden, wanted, FP8_TOLERANCE if GPU else 2 * FP8_TOLERANCE
+            )  # interpreted, FP8 is cut off
     assert TRITON.experts(hidden[:0], TRITON.route(logits[:0], None, routing), weights).shape == (0, size)
 
 

@@ -64,7 +64,9 @@ def asked(seed: int) -> SamplingParams:
 @pytest.mark.parametrize("options", [{}, {"cuda_graphs": False}, {"max_step_tokens": 16}, {"kv_tokens": 2048}], ids=str)
 def test_replies_are_of_their_forms_and_those_of_a_cpu(model: Path, options: dict[str, Any]) -> None:
     params = [asked(seed) for seed in range(len(PROMPTS))]
-    with Engine(model=str(model), device="cuda", dtype="float32", max_model_len=256, **options) as engine:
+    with Engine(
+        model=str(model), device="cuda", dtype="float32", **{"max_model_len": 256, "kv_tokens": 8192, **options}
+    ) as engine:
         replies = engine.generate(PROMPTS, params)
     for seed, reply in enumerate(replies):
         if reply.finish != "stop" or seed % 4 == 0:
@@ -85,7 +87,7 @@ def test_a_row_that_no_token_is_left_for_ends_alone(model: Path) -> None:
     from engine import RequestError
 
     stuck = SamplingParams(max_tokens=5, choice=("yes",), allowed_token_ids=(1, 2))
-    with Engine(model=str(model), device="cuda", dtype="float32", max_model_len=256) as engine:
+    with Engine(model=str(model), device="cuda", dtype="float32", max_model_len=256, kv_tokens=2048) as engine:
         with pytest.raises(RequestError, match="leave no token"):
             engine.generate(PROMPTS[0], stuck)
         assert engine.generate(PROMPTS[0], SamplingParams(max_tokens=5, choice=("yes",))).text == "yes"

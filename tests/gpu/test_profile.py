@@ -28,7 +28,7 @@ def test_a_trace_has_steps_and_kernels(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TERMS))
 
     async def traced() -> str:
-        async with AsyncEngine(model=str(tmp_path), load="dummy", device="cuda") as engine:
+        async with AsyncEngine(model=str(tmp_path), load="dummy", device="cuda", kv_tokens=4096) as engine:
             await engine.front.ready()
             begun = await engine.front.profile(str(tmp_path / "traces"), 8)
             assert not begun.cause

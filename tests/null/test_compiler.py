@@ -1,12 +1,13 @@
 """The process that compiles grammars: children side by side, each ended at its deadline, and what is said of them."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import anyio
 import pytest
 
 from engine.actors.compiler import CompilerActor
+from engine.call_grammar import Tool, either
 from engine.channel import BlockingFrames, open_channel
 from engine.config import Config, GrammarOptions, ModelOptions
+from engine.grammars.compiler import helpers
 from engine.messages import Boot, Compile, Compiled, Fatal, Grammar
+from engine.plugin.manager import Plugins, resolve
 
 pytestmark = [
     pytest.mark.anyio,
@@ -83,7 +87,52 @@ def test_one_that_takes_too_long_is_ended_and_others_go_on_beside_it() -> None:
         answer = found[number]
         assert (answer.status, answer.code, answer.lasting) == (400, "grammar_timeout", False)
         assert "0.5 s that --grammar-seconds allows" in answer.cause and "regex" in answer.cause
+    assert "had a processor for 0.0 s, as the server is busy" in found[3].cause  # for want of one, or asleep
     assert found[2].grammar is not None and found[4].grammar is not None
+
+
+def test_a_slow_one_holds_up_no_other_even_on_one_processor() -> None:
+    assert [helpers(cores) for cores in (1, 2, 4, 8, 64)] == [2, 2, 2, 4, 8]
+    given = Config(model=ModelOptions(model="echo"), grammar=GrammarOptions(grammar_seconds=20.0))
+    with compiler(ODD, given, [Grammar("regex", source) for source in ("sleep 5", "one", "two")]) as frames:
+        found = list(answers(frames, 3))
+    assert found == [2, 3, 1]
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="a system without a priority below all others")
+def test_one_that_takes_long_gives_way_to_all_others() -> None:
+    sock, process = start()
+    with process, sock:
+        frames: BlockingFrames[Answer] = BlockingFrames(sock, receives=Answer)
+        frames.send(Boot(config()))
+        for number, source in enumerate(("sleep 60", "spin"), start=1):
+            frames.send(Compile(number, Grammar("regex", source), 257))
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            found = children(process.pid)
+            if len(found) == 2 and all(os.sched_getscheduler(child) == os.SCHED_IDLE for child in found):
+                break
+            time.sleep(0.05)
+        else:
+            raise AssertionError("they do not give way")
+        assert os.sched_getscheduler(process.pid) == os.SCHED_OTHER  # what forks them does not
+        groups = [Path(f"/proc/{child}/autogroup") for child in found]
+        for group in groups if all(group.exists() for group in groups) else ():
+            while time.monotonic() < end and not group.read_text().endswith("nice 19\n"):
+                time.sleep(0.05)
+            assert group.read_text().endswith("nice 19\n")
+        sock.close()
+        assert process.wait(30) == 0
+
+
+def children(parent: int) -> list[int]:
+    """The processes that `parent` has forked."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(stat.parent.name))
+    return found
 
 
 def test_as_many_run_at_a_time_as_there_are_helpers() -> None:
@@ -130,6 +179,20 @@ def test_real_engines_compile_and_refuse() -> None:
     assert found[1].grammar is not None and '"additionalProperties":false' in found[1].grammar.source
     assert found[2].code == "unsupported_keyword" and '["not"]' in found[2].cause
     assert found[3].code == "invalid_grammar" and "unclosed group" in found[3].cause
+
+
+def test_of_tools_and_a_format_that_is_blamed_which_is_refused() -> None:
+    syntax = resolve(Plugins.load().parsers["hermes"].target).syntax
+    good, bad = {"type": "object", "properties": {}}, {"not": {}}
+    asked = [
+        either([Tool("f", parameters)], syntax, Grammar("json_schema", json.dumps(format)), parallel=True)
+        for parameters, format in ((good, bad), (bad, good), (good, good))
+    ]
+    with compiler([sys.executable, "-m", "engine.grammars.compiler"], config(), asked) as frames:
+        found = answers(frames, 3)
+    assert [found[number].param for number in (1, 2)] == ["format", "grammar"]
+    assert "does not take the json_schema" in found[1].cause and found[1].code == "unsupported_keyword"
+    assert found[3].grammar is not None
 
 
 async def test_the_actor_starts_it_when_it_is_needed_and_again_when_it_is_gone() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import hostile_grammars
 import pytest
 import schemathesis
 from house import counted
@@ -71,6 +72,7 @@ TOOLS = {"tools"}
 NAMES = st.sampled_from(["f", "f", "f", "get_weather", "a-b.c", "f" * 128, "f" * 129, "", "f g", "é", '"'])
 KEYS = st.sampled_from(["a", "b", "é", '"', "x" * 40, ""])
 EXPRESSIONS = st.one_of(
+    st.sampled_from(hostile_grammars.EXPRESSIONS),
     st.sampled_from(
         [r"\d{1,3}", "(a|b)*c", "a{1000000}", "(a*)*b", "[", r"\p{L}+", r"(?<=a)b", r"\1", "^a$", ".*", ""]
     ),
@@ -119,25 +121,34 @@ SCHEMAS = st.recursive(
     ),
     max_leaves=5,
 )
-GRAMMARS = st.sampled_from(
-    [
-        "root ::= [0-9]+",
-        'start: "a" | "b" start',
-        "root ::= root",
-        "root ::= x",
-        "::=",
-        "start: /[/",
-        'root ::= "a"{1,99999}',
-    ]
+
+
+ANY_SCHEMA = st.one_of(SCHEMAS, st.sampled_from(hostile_grammars.SCHEMAS))
+TAGS = st.one_of(  # formats of structural tags
+    st.builds(
+        lambda schema: hostile_grammars.TAG | {"content": {"type": "json_schema", "json_schema": schema}}, ANY_SCHEMA
+    ),
+    st.builds(lambda pattern: {"type": "regex", "pattern": pattern}, EXPRESSIONS),
+    st.sampled_from(hostile_grammars.FORMATS),
 )
+GRAMMARS = st.sampled_from(hostile_grammars.SOURCES)
 FUNCTIONS = st.fixed_dictionaries(
-    {"name": NAMES}, optional={"parameters": SCHEMAS, "strict": st.booleans(), "description": st.text(max_size=5)}
+    {"name": NAMES},
+    optional={"parameters": ANY_SCHEMA, "strict": st.booleans(), "description": st.text(max_size=5)},
 )
-CLAUDES = st.fixed_dictionaries({"name": NAMES, "input_schema": SCHEMAS}, optional={"strict": st.booleans()})
+CLAUDES = st.fixed_dictionaries({"name": NAMES, "input_schema": ANY_SCHEMA}, optional={"strict": st.booleans()})
 MODES = st.sampled_from(["none", "auto", "required", "any"])
 FORMATS = st.one_of(
-    st.fixed_dictionaries({"type": st.just("json_schema"), "json_schema": st.fixed_dictionaries({"schema": SCHEMAS})}),
-    st.sampled_from([{"type": "json_object"}, {"type": "text"}, {"type": "structural_tag", "format": {}}]),
+    st.builds(lambda schema: {"type": "json_schema", "json_schema": {"schema": schema}}, ANY_SCHEMA),
+    st.builds(lambda format: {"type": "structural_tag", "format": format}, TAGS),
+    st.sampled_from(
+        [
+            {"type": "json_object"},
+            {"type": "text"},
+            {"type": "structural_tag", "triggers": [""], "structures": [{"begin": "", "end": "", "schema": {}}]},
+            {"type": "structural_tag", "triggers": [], "structures": []},
+        ]
+    ),
 )
 CALLS = st.lists(
     st.fixed_dictionaries(
@@ -161,8 +172,9 @@ PAST = st.lists(
 ASKING: dict[str, dict[str, st.SearchStrategy[Any]]] = {  # by path, the fields of bodies over those that are served
     "/v1/chat/completions": {
         "messages": PAST,
-        "tools": st.lists(
-            st.builds(lambda function: {"type": "function", "function": function}, FUNCTIONS), max_size=3
+        "tools": st.one_of(
+            st.lists(st.builds(lambda function: {"type": "function", "function": function}, FUNCTIONS), max_size=3),
+            st.just([{"type": "function", "function": {"name": f"f{number % 150}"}} for number in range(300)]),
         ),
         "tool_choice": st.one_of(
             MODES, st.builds(lambda name: {"type": "function", "function": {"name": name}}, NAMES)
@@ -171,6 +183,10 @@ ASKING: dict[str, dict[str, st.SearchStrategy[Any]]] = {  # by path, the fields 
         "response_format": FORMATS,
         "regex": EXPRESSIONS,
         "guided_grammar": GRAMMARS,
+        "choice": st.sampled_from(
+            [[], [""], ["a", "a"], ["\x00", "\x7f"], [hostile_grammars.HALF], ["x" * 70_000], [*map(str, range(1500))]]
+        ),
+        "strict_schema": st.booleans(),
         "separate_reasoning": st.booleans(),
         "stream": st.booleans(),
         "n": st.sampled_from([1, 2]),
@@ -188,7 +204,13 @@ ASKING: dict[str, dict[str, st.SearchStrategy[Any]]] = {  # by path, the fields 
     "/generate": {
         "sampling_params": st.fixed_dictionaries(
             {"max_new_tokens": st.just(40)},
-            optional={"regex": EXPRESSIONS, "ebnf": GRAMMARS, "json_schema": SCHEMAS.map(json.dumps)},
+            optional={
+                "regex": EXPRESSIONS,
+                "ebnf": GRAMMARS,
+                "lark": GRAMMARS,
+                "json_schema": ANY_SCHEMA.map(json.dumps),
+                "structural_tag": TAGS.map(lambda format: json.dumps({"type": "structural_tag", "format": format})),
+            },
         )
     },
 }

@@ -384,6 +384,34 @@ async def test_a_tool_that_no_grammar_can_hold_to_is_refused_by_its_name() -> No
         assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, "tools", "invalid_grammar"), path
 
 
+@pytest.mark.parametrize(("part", "called"), [("grammar", "tools"), ("format", None)])
+async def test_what_is_refused_beside_tools_is_named_by_its_own_field(part: str, called: str | None) -> None:
+    made = front()
+    made.script = [RequestError("the schema has the keyword x; leave it out", param=part, code="invalid_grammar")]
+    schema: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}}
+    text = {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}}}
+    for path, fields, name in (
+        (CHAT, {"messages": HI, "tools": TOOLS, "response_format": schema}, "response_format"),
+        (CHAT, {"messages": HI, "tools": TOOLS, "regex": "a"}, "regex"),
+        ("/v1/responses", {"input": "x", "tools": [{"type": "function", "name": "f"}], "text": text}, "text.format"),
+    ):
+        async with serving(made) as url:
+            status, answer = await post(url + path, fields)
+        assert (status, answer["error"]["param"]) == (400, called or name), (path, name)
+
+
+async def test_a_format_is_named_as_such_where_tools_are_not_looked_for() -> None:
+    made = front()
+    made.text = text_of(PLAIN)
+    made.script = [RequestError("the schema has the keyword x; leave it out", param="grammar", code="invalid_grammar")]
+    async with serving(made) as url:
+        _, answer = await post(url + CHAT, {"messages": HI, "tools": TOOLS, "regex": "a"})
+        assert answer["error"]["param"] == "regex"
+    async with serving(front()) as url:
+        _, answer = await post(url + CHAT, {"messages": HI, "tools": TOOLS, "ebnf": 'root ::= "a"'})
+    assert answer["error"]["param"] == "ebnf" and "ebnf and tools exclude each other" in answer["error"]["message"]
+
+
 async def test_our_own_client_shows_reasoning_as_it_comes() -> None:
     made = front(*pieces(THOUGHT), template=THINKING, reasoning="qwen3")
     async with serving(made) as url, Client(url) as ours:

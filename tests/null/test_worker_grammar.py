@@ -205,6 +205,15 @@ def test_a_grammar_that_cannot_be_loaded_fails_its_rows_alone(device: Device) ->
     assert "does not take the regex" in dict(done.stuck)[0] and device.said(1) == [ord("b")]
 
 
+def test_a_grammar_that_outgrows_its_engine_says_so(device: Device, grammars: Grammars) -> None:
+    """At a token, which `s: s s` has ever more ways to read, or at the mask after it; not that no token is left."""
+    device.load(1, 'start: s\ns: s s | "a"', "lark")
+    guided = Guided([0], [grammars._guide(admit(0, "a", reply=b"a" * 1200))])
+    (stuck,) = grammars.accept(guided, [ord("a")])
+    assert stuck[1].startswith("the grammar cannot go on: Current row has 2001 items; max is 2000")
+    assert stuck[1].endswith("; simplify it") and "state" not in stuck[1]
+
+
 def test_a_grammar_that_is_dropped_stays_with_the_rows_that_have_it(device: Device) -> None:
     device.load(1, "[0-9]+")
     device.step([(0, 0, 1, 1)], admit(0, "a"))
