@@ -4,7 +4,7 @@ texts that are not, each followed token by token: what a mask lets through is wh
 Raises AssertionError with the text and the place. Needs no torch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,7 +201,8 @@ INVALID: tuple[tuple[GrammarKind, str], ...] = (
 
 def check_grammar(engine: type[GrammarEngine], case: GrammarCase, *, threads: int = 1) -> bool:
     """Follows each text of `case`, byte by byte and in the longest tokens, with a grammar that was compiled and with
-    one that was packed and loaded. False if `engine` refuses a keyword by name, which it may."""
+    one that was packed and loaded; matchers in one state have one mask. False if `engine` refuses a keyword by name,
+    which it may."""
     words = vocabulary()
     made = engine(words, threads=threads, whitespace=True)
     try:
@@ -210,9 +211,10 @@ def check_grammar(engine: type[GrammarEngine], case: GrammarCase, *, threads: in
         assert error.code == "unsupported_keyword", f"{case}: {error}"
         return False
     for each in (compiled, made.load(case.grammar, compiled.packed())):
+        known: dict[Hashable, np.ndarray] = {}
         for text in case.right + case.wrong:
             for tokens in (list(text.encode()), _longest(words, text.encode())):
-                problem = _follow(made, each, words, tokens)
+                problem = _follow(made, each, words, tokens, known)
                 if text in case.right:
                     assert problem is None, f"{case}: {text!r} is right, but {problem}"
                 else:
@@ -299,14 +301,22 @@ def _masks(made: GrammarEngine, matcher: Any, words: Vocabulary) -> Iterator[np.
         yield _bits(masks[0], len(words.tokens))
 
 
-def _follow(made: GrammarEngine, compiled: CompiledGrammar, words: Vocabulary, tokens: Sequence[int]) -> str | None:
-    """Why a reply of `tokens` is none, if so; asserts what holds of every mask."""
+def _follow(
+    made: GrammarEngine,
+    compiled: CompiledGrammar,
+    words: Vocabulary,
+    tokens: Sequence[int],
+    known: dict[Hashable, np.ndarray] | None = None,
+) -> str | None:
+    """Why a reply of `tokens` is none, if so; asserts what holds of every mask. `known` are those of states so far."""
     matcher = compiled.matcher()
     ends = list(words.eos_ids)
     never = [id for id, token in enumerate(words.tokens) if (id in words.special and id not in ends) or not token]
     for place, (token, allowed) in enumerate(zip([*tokens, ends[0]], _masks(made, matcher, words), strict=False)):
         assert not allowed[never].any(), "a special token, or an id without text, is let through"
         assert allowed[ends[0]] == allowed[ends[1]], "of two end tokens one is let through"
+        if known is not None and matcher.state is not None:
+            assert (known.setdefault(matcher.state, allowed) == allowed).all(), "one state has two masks"
         if not allowed[token]:
             what = "it may not end" if token == ends[0] else f"{words.tokens[token]!r} may not come"
             return f"at {place}, {what}"

@@ -193,7 +193,7 @@ class Grammars:
         """No row will come with it again; those that have it keep it."""
         with self._changed:
             self._loaded.pop(number, None)
-            self._known.pop(number, None)
+        self._table.forget(self._known.pop(number, {}))
 
     # ── rows ─────────────────────────────────────────────────────────────────────────────────
 
@@ -304,7 +304,7 @@ class Grammars:
         for group, each in zip(guided.groups, found, strict=True):
             if None in each:
                 self._fill(group, each)
-                guided.sorted = not any(guide.cause for guide in group.guides)
+                guided.sorted &= not any(guide.cause for guide in group.guides)
             rows += group.rows
             lines += each
             if guided.watched:

@@ -85,6 +85,13 @@ class MaskTable:
         lines[state] = line
         self._owners[line] = lines, state
 
+    def forget(self, lines: Lines) -> None:
+        """Those of a grammar that is dropped, with all that hangs on its states."""
+        for line in lines.values():
+            self._owners[line] = None
+            self._used[line] = 0
+        lines.clear()
+
     def look(self, line: int, mask: np.ndarray) -> None:
         """See whether `mask`, of `line`, lets through more than the end."""
         self.only_ends[line] = not (mask & ~self._ends).any()

@@ -6,15 +6,18 @@ at it. Of what is still open there is kept what its end depends on:
     [{"id":12,"name":"ab        in item 1 of at least 64, behind the key `name`, in a string with 2 characters
 
 Two texts of one place may be followed by the same texts. Left out, by `read_schema`: all that makes one part of a
-reply depend on another, or leaves open which part it is in (anyOf, $ref, properties that are not named, ...). Strings
-with patterns, words of enumerations and numbers with odd bounds are kept as they are until they are over.
+reply depend on another, or leaves open which part it is in (properties that are not named, alternatives that begin
+alike, ...). Strings with patterns, words of enumerations and numbers with odd bounds are kept as they are until they
+are over.
 """
 
 import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-REMARKS = frozenset({"$schema", "$id", "$comment", "title", "description", "default", "examples", "deprecated"})
+REMARKS = frozenset(
+    {"$schema", "$comment", "$defs", "definitions", "title", "description", "default", "examples", "deprecated"}
+)
 ALLOWED = {
     "object": frozenset({"type", "properties", "required", "additionalProperties"}),
     "array": frozenset({"type", "items", "minItems", "maxItems"}),
@@ -22,9 +25,11 @@ ALLOWED = {
 COUNTS = frozenset({"minLength", "maxLength"})
 BOUNDS = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"})
 SCALAR = COUNTS | BOUNDS | {"type", "enum", "const", "pattern", "format"}
+DEFINED = re.compile(r"#/(\$defs|definitions)/([\w.-]+)", re.ASCII)
 SCALARS = frozenset({"string", "integer", "number", "boolean", "null"})
+BEGINS = {"string": b'"', "boolean": b"tf", "null": b"n", "number": b"-0123456789", "integer": b"-0123456789"}
 SPACES = re.compile(rb"[ \n\t]+")
-DIGITS = b"0123456789"
+DIGITS, QUOTE = b"0123456789", ord('"')
 NUMBER = b"+-.eE" + DIGITS
 WORDS = (b"true", b"false", b"null")
 MOST_DIGITS = 18  # of a bounded integer: a larger one is kept as it is
@@ -55,6 +60,8 @@ class Node:
     free: bool = False  # a string of any characters
     numbers: bool = False  # any number
     range: tuple[int, int] | None = None  # of integers
+    begins: bytes = b""  # what it may begin with, and some more
+    branches: dict[int, int] = field(default_factory=dict)  # of a choice: by that
 
 
 class Unknown(Exception):
@@ -63,31 +70,95 @@ class Unknown(Exception):
 
 def read_schema(schema: Any) -> list[Node]:
     """The nodes of `schema`, the first of which is itself. Raises Unknown."""
-    nodes: list[Node] = []
-    _read(schema, nodes)
-    return nodes
-
-
-def _read(schema: Any, nodes: list[Node]) -> int:
-    if not isinstance(schema, dict):
+    reader = _Reader(schema)
+    first = reader.read(schema)
+    if first:  # it is a reference
         raise Unknown
-    known = schema.keys() - REMARKS
-    type = schema.get("type")
-    place = len(nodes)
-    if isinstance(type, str) and type in ALLOWED:
-        if known - ALLOWED[type]:
+    return reader.nodes
+
+
+class _Reader:
+    """Makes nodes of the parts of `schema`; one that is referred to is made once."""
+
+    def __init__(self, schema: Any) -> None:
+        self._schema = schema
+        self._referred: dict[str, int | None] = {}  # None while it is not known
+        self.nodes: list[Node] = []
+
+    def read(self, schema: Any) -> int:
+        """The place of its node."""
+        if not isinstance(schema, dict):
             raise Unknown
-        nodes.append(Node(type))
-        (_read_object if type == "object" else _read_array)(schema, nodes, place)
+        known = schema.keys() - REMARKS
+        if known in ({"$ref"}, {"anyOf"}):
+            return self._refer(schema["$ref"]) if "$ref" in known else self._choose(schema["anyOf"])
+        type = schema.get("type")
+        if isinstance(type, str) and type in ALLOWED:
+            if known - ALLOWED[type]:
+                raise Unknown
+            node = Node(type)
+            self.nodes.append(node)
+            place = len(self.nodes) - 1
+            (self._read_object if type == "object" else self._read_array)(schema, node)
+            return place
+        words = [schema["const"]] if "const" in schema else schema.get("enum")
+        types = [type] if isinstance(type, str) else type
+        if known - SCALAR or not (_all_in(types, SCALARS) if words is None or types is not None else _scalars(words)):
+            raise Unknown
+        if words is not None and not _scalars(words):
+            raise Unknown
+        self.nodes.append(_scalar(schema, types, words))
+        return len(self.nodes) - 1
+
+    def _refer(self, name: Any) -> int:
+        """Of one of the definitions; names that have to be unescaped are left out."""
+        found = DEFINED.fullmatch(name) if isinstance(name, str) else None
+        if found is None:
+            raise Unknown
+        if name not in self._referred:
+            self._referred[name] = None
+            definitions = self._schema.get(found[1])
+            if not isinstance(definitions, dict) or not isinstance(inner := definitions.get(found[2]), dict):
+                raise Unknown
+            if inner.keys() & {"properties", "items"}:  # its node comes next, and may be referred to from within
+                self._referred[name] = len(self.nodes)
+            self._referred[name] = self.read(inner)
+        place = self._referred[name]
+        if place is None:
+            raise Unknown
         return place
-    words = [schema["const"]] if "const" in schema else schema.get("enum")
-    types = [type] if isinstance(type, str) else type
-    if known - SCALAR or not (_all_in(types, SCALARS) if words is None or types is not None else _scalars(words)):
-        raise Unknown
-    if words is not None and not _scalars(words):
-        raise Unknown
-    nodes.append(_scalar(schema, types, words is not None))
-    return place
+
+    def _choose(self, branches: Any) -> int:
+        """Between what begins with different bytes."""
+        place = len(self.nodes)
+        node = Node("")
+        self.nodes.append(node)
+        if not isinstance(branches, list):
+            raise Unknown
+        for branch in branches:
+            inner = self.read(branch)
+            for byte in self.nodes[inner].begins:
+                if byte in node.branches:
+                    raise Unknown
+                node.branches[byte] = inner
+        node.begins = bytes(node.branches)
+        return place
+
+    def _read_object(self, schema: dict[str, Any], node: Node) -> None:
+        properties = schema.get("properties", {})
+        if schema.get("additionalProperties") is not False or not isinstance(properties, dict):
+            raise Unknown
+        if not set(schema.get("required", ())) <= properties.keys():
+            raise Unknown
+        node.begins = b"{"
+        for at, (name, inner) in enumerate(properties.items()):
+            node.keys[_written(name)] = at
+            node.inner.append(self.read(inner))
+
+    def _read_array(self, schema: dict[str, Any], node: Node) -> None:
+        node.begins = b"["
+        node.least, node.most = _count(schema, "minItems") or 0, _count(schema, "maxItems")
+        node.inner.append(self.read(schema.get("items")))
 
 
 def _all_in(types: Any, known: frozenset[str]) -> bool:
@@ -98,22 +169,17 @@ def _scalars(words: Any) -> bool:
     return isinstance(words, list) and not any(isinstance(each, dict | list) for each in words)
 
 
+def _type_of(word: Any) -> str:
+    if word is None:
+        return "null"
+    return "string" if isinstance(word, str) else "boolean" if isinstance(word, bool) else "number"
+
+
 def _count(schema: dict[str, Any], name: str) -> int | None:
     value = schema.get(name)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
         raise Unknown
     return value
-
-
-def _read_object(schema: dict[str, Any], nodes: list[Node], place: int) -> None:
-    properties = schema.get("properties", {})
-    if schema.get("additionalProperties") is not False or not isinstance(properties, dict):
-        raise Unknown
-    if not set(schema.get("required", ())) <= properties.keys():
-        raise Unknown
-    for at, (name, inner) in enumerate(properties.items()):
-        nodes[place].keys[_written(name)] = at
-        nodes[place].inner.append(_read(inner, nodes))
 
 
 def _written(name: str) -> bytes:
@@ -123,16 +189,12 @@ def _written(name: str) -> bytes:
     return name.encode()
 
 
-def _read_array(schema: dict[str, Any], nodes: list[Node], place: int) -> None:
-    node = nodes[place]
-    node.least, node.most = _count(schema, "minItems") or 0, _count(schema, "maxItems")
-    node.inner.append(_read(schema.get("items"), nodes))
-
-
-def _scalar(schema: dict[str, Any], types: Any, words: bool) -> Node:
-    if words:
-        return Node("")
-    node = Node("", free="string" in types and not schema.keys() & {"pattern", "format"})
+def _scalar(schema: dict[str, Any], types: Any, words: Any) -> Node:
+    if words is not None:
+        begins = {first for word in words for first in BEGINS[_type_of(word)]}
+        return Node("", begins=bytes(begins))
+    begins = {first for each in types for first in BEGINS[each]}
+    node = Node("", begins=bytes(begins), free="string" in types and not schema.keys() & {"pattern", "format"})
     node.least, node.most = _count(schema, "minLength") or 0, _count(schema, "maxLength")
     node.numbers = not schema.keys() & BOUNDS and ("number" in types or "integer" in types)
     if "integer" in types and "number" not in types and "multipleOf" not in schema:
@@ -157,12 +219,17 @@ def advance(nodes: list[Node], place: Place, text: bytes) -> tuple[Place, int]:
     return place, open
 
 
-def _expected(nodes: list[Node], stack: tuple[tuple[int, int], ...]) -> int:
-    """The node of the value that comes next, or is open."""
-    if not stack:
-        return 0
-    node, count = stack[-1]
-    return nodes[node].inner[count if nodes[node].kind == "object" else 0]
+def _expected(nodes: list[Node], stack: tuple[tuple[int, int], ...], first: int) -> int:
+    """The node of the value that begins, or has begun, with `first`."""
+    place = 0
+    if stack:
+        node, count = stack[-1]
+        place = nodes[node].inner[count if nodes[node].kind == "object" else 0]
+    while branches := nodes[place].branches:
+        if first not in branches:
+            raise Unknown
+        place = branches[first]
+    return place
 
 
 def _alike_spaces(text: bytes) -> bytes:
@@ -185,7 +252,7 @@ def _value(nodes: list[Node], place: Place, byte: int) -> tuple[Place, int]:
         if not stack or nodes[stack[-1][0]].kind != "array" or stack[-1][1]:
             raise Unknown
         return _over(nodes, stack[:-1]), 1
-    node = _expected(nodes, stack)
+    node = _expected(nodes, stack, byte)
     kind = nodes[node].kind
     if kind:
         if byte != ord("{" if kind == "object" else "["):
@@ -233,7 +300,7 @@ def _colon(nodes: list[Node], place: Place, byte: int) -> tuple[Place, int]:
 def _string(nodes: list[Node], place: Place, byte: int) -> tuple[Place, int]:
     """A free string keeps what is not yet a character: an escape, or the first bytes of one. Another, with its quote,
     all."""
-    node = nodes[_expected(nodes, place.stack)]
+    node = nodes[_expected(nodes, place.stack, QUOTE)]
     text = place.text + bytes([byte])
     if not node.free:
         escaped = (len(place.text) - len(place.text.rstrip(b"\\"))) % 2
@@ -265,7 +332,7 @@ def _partial(text: bytes) -> bytes:
 def _numeral(nodes: list[Node], place: Place, byte: int) -> tuple[Place, int]:
     if byte not in NUMBER:
         return _over(nodes, place.stack), 0
-    node = nodes[_expected(nodes, place.stack)]
+    node = nodes[_expected(nodes, place.stack, DIGITS[0])]
     text = place.text + bytes([byte])
     if node.numbers:
         text = _any_number(text)

@@ -148,6 +148,8 @@ class States:
             free = place.mode == STRING and not place.text
             keys = texts.free if free else texts.indented if place.text[:1] == b"\n" else texts.keys
             state = self.known[key] = State(place, keys, path, items)
+        elif state is not None and len(path) < len(state.path):
+            state.path, state.items = path, items
         return state
 
     def _sight(self, place: Place, items: int) -> tuple[int, int, bool]:

@@ -31,6 +31,7 @@ NARROWER = {
     "date-time": "^[^:]*:[^:]*:[0-5]",
     "email": "^[^@]{1,64}@",
 }
+GUIDES = 32  # matchers of a grammar that are kept to go on to the next state from
 COUNTED = frozenset({"Length", "Items", "Properties"})
 VALUES = frozenset({"enum", "const", "default", "examples"})  # no schemas
 HEADER = re.compile(r"^%llguidance[ \t]*(\{.*\})[ \t]*$", re.MULTILINE)  # of Lark, with options
@@ -108,8 +109,7 @@ class LLGrammar:
         self._full = full
         self._string = string
         self.states = states
-        self._guide = self.exact()
-        self._guided: tuple[int, ...] = ()
+        self._guides: dict[tuple[int, ...], LLMatcher] = {}  # by what they have read
 
     def packed(self) -> bytes:
         return b""
@@ -123,13 +123,17 @@ class LLGrammar:
 
     def led(self, path: tuple[int, ...]) -> LLMatcher:
         """A matcher that has read `path`; until the next call."""
-        known = len(self._guided)
-        if path[:known] != self._guided or self._guide.error:
-            self._guide, known = self.exact(), 0
-        if path[known:]:
-            self._guide.consume(path[known:])
-        self._guided = path
-        return self._guide
+        guide, rest = self._guides.pop(path, None), path[:0]
+        if guide is None:
+            guide, rest = self._guides.pop(path[:-1], None), path[-1:]
+        if guide is None or guide.error:
+            guide, rest = self.exact(), path
+        if rest:
+            guide.consume(rest)
+        self._guides[path] = guide
+        if len(self._guides) > GUIDES:
+            del self._guides[next(iter(self._guides))]
+        return guide
 
 
 class LLGuidance:

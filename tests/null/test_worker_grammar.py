@@ -268,6 +268,19 @@ def test_the_line_that_was_used_the_longest_ago_is_given_away(grammars: Grammars
     assert len(grammars._known[1]) == 2
 
 
+def test_masks_of_a_grammar_that_is_dropped_are_forgotten(grammars: Grammars, device: Device) -> None:
+    """Rows that still have it go on, and its masks are filled again."""
+    device.load(1, SCHEMA, "json_schema")
+    device.step([(0, 0, 3, 1)], admit(0, "a", reply=b'["'))
+    decode(device, 0, 3, 1)
+    table = grammars._table
+    assert sum(owner is not None for owner in table._owners) == 2
+    grammars.drop(1)
+    assert not any(table._owners) and not grammars._known
+    decode(device, 0, 4, 2)
+    assert bytes(device.said()) == b'#$"\n'
+
+
 def test_a_grammar_begins_behind_the_reasoning(device: Device, grammars: Grammars) -> None:
     device.load(1, "[0-9]{2}")
     guide = grammars._guide(admit(0, "a", after="</t>"))
