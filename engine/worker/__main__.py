@@ -4,6 +4,7 @@ The first frame is Boot; the answer is WorkerReady, or Fatal and exit status 1. 
 peer closes. Ctrl-C is the parent's business, which drains first.
 """
 
+import gc
 import os
 import signal
 import socket
@@ -56,6 +57,8 @@ def _run(frames: BlockingFrames[ToWorker], boot: Boot) -> None:
     from engine.worker.main import serve, start  # imports torch: the first phase of the start
 
     runner, ready = start(boot, import_seconds=time.perf_counter() - began)
+    gc.collect()
+    gc.freeze()  # a look at all that there is by now takes tens of milliseconds, in the middle of a step
     try:
         frames.send(ready)
         serve(frames, runner)
