@@ -61,14 +61,14 @@ class Result:
     vectors: Tensor | None = None
     guided: Guided | None = None
 
-    def moved(self, move: Callable[[Tensor], Tensor], move_tokens: Callable[[Tensor], Tensor]) -> "Result":
-        """The same, each tensor put elsewhere by `move`, or `move_tokens`."""
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Result":
+        """The same, each tensor put elsewhere by `move`."""
         sampled, prompts = (
             block and dataclasses.replace(block, scores=block.scores.moved(move))
             for block in (self.sampled, self.prompts)
         )
         vectors = None if self.vectors is None else move(self.vectors)
-        return Result(move_tokens(self.tokens), sampled, prompts, vectors, self.guided)
+        return Result(move(self.tokens), sampled, prompts, vectors, self.guided)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,24 +84,6 @@ class Step:
 
     def ready(self) -> bool:
         return self.ended is None or self.ended.query()
-
-
-class Landing:
-    """Pinned memory for the tokens of steps, kept for later ones: to take it anew costs tens of microseconds."""
-
-    def __init__(self, slots: int) -> None:
-        self._slots = slots
-        self._free: list[Tensor] = []
-
-    def take(self, tokens: Tensor) -> Tensor:
-        """`tokens` on the host, which are there once the stream has come so far."""
-        host = self._free.pop() if self._free else torch.empty(self._slots, dtype=torch.int64, pin_memory=True)
-        return host[: len(tokens)].copy_(tokens, non_blocking=True)
-
-    def give_back(self, tokens: Tensor) -> None:
-        """What `take` returned has been read."""
-        assert tokens._base is not None
-        self._free.append(tokens._base)
 
 
 def _nothing() -> None:
@@ -135,7 +117,6 @@ class Runner:
         self.adjustments = Adjustments(slots, model.vocab_size, device)
         self.grammars = grammars
         self.unscored = np.zeros((slots, 2), np.int64)  # prompt positions to be scored: from, to
-        self._landing = Landing(slots) if device.type == "cuda" else None
         self._ahead_of: torch.cuda.Event | None = None  # the end of the last step, while it is not known to be over
         draw = self._draw_plain if self.sampler.captures else None
         real = heed_padding(model)
@@ -150,14 +131,14 @@ class Runner:
     def launch(self, plan: StepPlan, catch_up: Callable[[], None] = _nothing) -> Step:
         """Starts a step. Steps run in the order launched. `catch_up` is to `finish` all that are under way; it is
         called if a row follows a grammar, once the model is on its way."""
-        if self._landing is None:
+        if self.device.type == "cpu":
             began = time.perf_counter()
             result = self._run(plan, catch_up)
             return Step(plan.step, result, seconds=time.perf_counter() - began)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         previous, self._ahead_of = self._ahead_of, end
-        result = self._run(plan, catch_up).moved(_to_pinned, self._landing.take)
+        result = self._run(plan, catch_up).moved(_to_pinned)
         end.record()
         return Step(plan.step, result, began=start, ended=end, previous=previous)
 
@@ -172,8 +153,6 @@ class Runner:
                 self._ahead_of = None
         result = step.result
         tokens = result.tokens.numpy().astype("<i4")
-        if self._landing is not None:
-            self._landing.give_back(result.tokens)
         counts = np.ones(len(tokens), "<i4")
         stuck: tuple[tuple[int, str], ...] = ()
         if result.guided:
