@@ -121,8 +121,6 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
         plugins = Plugins.load(config.model.plugins)
         checkpoint = plugins.open_checkpoint(config.model.model)
         terms = checkpoint.config()
-        model_entry = plugins.model_for(terms["architectures"])
-        model_class = resolve(model_entry.target)
         backends = Backends(plugins, device.type)
     with _timed(phases, "weights"):
         limit = _model_limit(terms, config)
@@ -137,11 +135,7 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
             kv_dtype=torch.float8_e4m3fn if config.cache.kv_dtype == "fp8" else None,
             quantization=quantization(plugins, terms),
         )
-        try:
-            model: Model = model_class(terms, build).eval()
-        except KeyError as error:
-            name = model_entry.name
-            raise ConfigError(f"the model's configuration has no {error}, which the {name} model needs") from None
+        model = make_model(plugins, terms, build)
         grammars = None if isinstance(model, Encoder) else begin_grammars(config, plugins, checkpoint, model.vocab_size)
         if config.model.load != "auto":
             fill_at_random(model, ties=config.model.load == "dummy-ties")
@@ -186,6 +180,17 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
         embedding_size=model.embedding_size if isinstance(model, Encoder) else 0,
     )
     return runner, ready
+
+
+def make_model(plugins: Plugins, terms: dict[str, Any], build: Build) -> Model:
+    """The model that config.json names, its weights not filled. ConfigError for what its plugin misses there."""
+    entry = plugins.model_for(terms["architectures"])
+    model_class = resolve(entry.target)
+    try:
+        model: Model = model_class(terms, build).eval()
+    except KeyError as error:
+        raise ConfigError(f"the model's configuration has no {error}, which the {entry.name} model needs") from None
+    return model
 
 
 def peak_bytes(model: Model, device: torch.device, slots: int, max_model_len: int, step_tokens: int) -> int:
