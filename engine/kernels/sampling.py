@@ -65,7 +65,8 @@ def _draw_kernel(
         # -log1p(-u), where 1 - u would lose what matters by its series
         series = u * (1.0 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5)))))
         exponential = tl.where(u < 1 / 16, series, -_log(1.0 - u, FAST))
-        scores = scores * (1.0 / temperature) - _log(exponential, FAST)
+        # A temperature whose inverse is too large for a float draws the largest score, as one that is near it does.
+        scores = scores * tl.minimum(1.0 / temperature, 1e30) - _log(exponential, FAST)
         scores = tl.where(mask, scores, float("-inf"))
     top = tl.max(scores, 0)
     tl.store(best + row * chunks + chunk, top)

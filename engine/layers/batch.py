@@ -47,7 +47,8 @@ def upload(numbers: np.ndarray, device: torch.device) -> Tensor:
 class Mirror:
     """Numbers of the host that a CUDA graph reads at one address: fill what `host` gives, then `send` it.
 
-    A copy runs when the device comes to it, so the host's buffers take turns: `AHEAD` copies may be under way.
+    A copy runs when the device comes to it, so the host's buffers take turns: `AHEAD` copies may be under way, as many
+    as there are steps in flight and more.
     """
 
     AHEAD = 4

@@ -135,7 +135,8 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [S, vocab_size] of some of the hidden states, [S, H]; of their type or float32."""
+        """Logits [S, vocab_size] of some of the hidden states, [S, H]; of their type or float32. On a GPU this may be
+        part of a CUDA graph: nothing here may wait for the device, or depend on what the host knew."""
 
     def kv_spec(self) -> KVSpec:
         """The KV cache that it needs: by default one group a backend."""

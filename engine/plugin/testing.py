@@ -22,6 +22,7 @@
 Each raises AssertionError with the numbers. Imports torch. Left out: speed.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -54,7 +55,7 @@ from engine.plugin.specs import KVSpec
 from engine.worker.backends import Backends
 from engine.worker.batch import build_batch
 from engine.worker.kv import allocate
-from engine.worker.runner import Runner
+from engine.worker.runner import Runner, Step
 
 __all__ = [
     "ATTENTION_CASES",
@@ -408,18 +409,26 @@ def _cached(harness: ModelHarness, reference: Reference, prompts: list[list[int]
 
 
 def _greedy(harness: ModelHarness, reference: Reference, prompts: list[list[int]], tolerance: float) -> None:
-    """Steps are launched without looking at the results of those before, as the engine does."""
-    count = 10
+    """Steps are launched without looking at the results of those before, as the engine does, and as many ahead."""
+    count, ahead = 10, 3
     plan = harness.admit(prompts)
-    steps = []
+    steps: deque[Step] = deque()
+    done: list[np.ndarray] = []
+
+    def finish_first() -> None:
+        done.append(np.frombuffer(harness.runner.finish(steps.popleft()).tokens, "<i4"))
+
     for step in range(count):
         rows = [
             (slot, len(ids) + step - 1, 1, 1) if step else (slot, 0, len(ids), 1) for slot, ids in enumerate(prompts)
         ]
         rows_bytes = np.array(rows, "<i4").tobytes()
+        if len(steps) == ahead:
+            finish_first()
         steps.append(harness.runner.launch(StepPlan(step, rows_bytes, plan.admits, plan.pages)))
         plan = StepPlan(0, b"")
-    done = [np.frombuffer(harness.runner.finish(step).tokens, "<i4") for step in steps]
+    while steps:
+        finish_first()
     for slot, prompt in enumerate(prompts):
         ids = list(prompt)
         for _ in range(count):

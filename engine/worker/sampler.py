@@ -192,7 +192,8 @@ def gumbel(seeds: Tensor, positions: Tensor, size: int) -> Tensor:
 
     A row's key is a mix of its seed and position by SplitMix64's finalizer (Steele, Lea, Flood: Fast splittable
     pseudorandom number generators, OOPSLA 2014). Entry i is lowbias32 (C. Wellons, hash-prospector), a hash of 32 bits,
-    of i times a constant, plus the key's lower half; the upper one is mixed in half-way.
+    of i times a constant, plus the key's lower half; the upper one is mixed in half-way. The least number
+    is 2**-33: what is less likely than that is drawn more seldom still.
     """
     key = _mix(_mix(seeds) + positions * GAMMA)[:, None]
     bits = (torch.arange(size, device=seeds.device) * (GAMMA >> 32 & HALF) + key) & HALF

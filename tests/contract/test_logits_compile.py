@@ -21,8 +21,9 @@ CASES: list[tuple[Any, str, dict[str, Any]]] = [
     (
         sampling._draw_kernel,
         "LOGITS *i64 *i64 *fp32 *i64 *fp32 *i32 *fp32 *i32 i32 i32 i32",
-        {"CUTS": True, "BLOCK": 4096},
+        {"CUTS": True, "BLOCK": 4096, "FAST": True},
     ),
+    (sampling._choose_kernel, "*fp32 *i32 *i64 *i64 *i32 *i64 i32 i32", {"BLOCK": 64}),
     (
         scores._scan_kernel,
         f"LOGITS *i64 *i64 {SCANNED} *i32 i32 i32 i32",
@@ -55,7 +56,8 @@ def test_it_compiles_for_hopper(kernel: Any, types: str, constants: dict[str, An
         pytest.skip("has float32 logits alone")
     values = {name: shift if value == "SHIFT" else value for name, value in constants.items()}
     given = iter(types.replace("LOGITS", logits).split())
-    kinds = {name: next(given) for name in kernel.arg_names if name not in values}
+    kinds = {name: next(given, "none") for name in kernel.arg_names if name not in values}
+    assert "none" not in kinds.values(), "the kernel has arguments that are not among these"
     compiled = compile_for_hopper(kernel, values, kinds, num_warps=8)
     assert compiled.asm["cubin"]
     assert not next(given, None)

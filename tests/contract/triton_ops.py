@@ -171,6 +171,17 @@ def test_draws_are_those_of_the_definition(dtype: torch.dtype) -> None:
     assert (got == scores.argmax(dim=-1)).float().mean() > 0.9
 
 
+def test_draws_at_the_lowest_temperatures_are_of_the_largest() -> None:
+    logits = random(4, 5000)
+    logits[:, 0] = 0.0
+    logits[:2] -= 10.0  # all of them below 0
+    logits[3] *= 1e4
+    lasts = torch.arange(4, device=DEVICE)
+    temperatures = torch.tensor([1e-45, 1e-39, 1e-39, 1e-37], device=DEVICE)
+    tokens = torch.zeros(4, 5, dtype=torch.int32, device=DEVICE)
+    assert torch.equal(draw(logits, lasts, lasts, temperatures, lasts, tokens), logits.argmax(dim=-1))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("interleaved", [True, False], ids=["neighbours", "halves"])
 @pytest.mark.parametrize("heads", [16, 128, 20] if GPU else [3])

@@ -11,8 +11,9 @@ import torch
 from oracle import tiny
 from torch import Tensor
 
+from engine.actors.scheduler import CREDITS, MORE_CREDITS
 from engine.layers.attention import PagedAttention, Prefix
-from engine.layers.batch import Batch
+from engine.layers.batch import Batch, Mirror
 from engine.messages import CountAction, CountExperts
 from engine.plugin.testing import ModelHarness
 from engine.worker import graphs
@@ -117,6 +118,14 @@ def tables(harness: ModelHarness) -> Tables:
     runner = harness.runner
     real = heed_padding(runner.model)
     return Tables(runner.model, runner.caches, runner.tokens, runner.page_table, runner.page_size, counts_real=real)
+
+
+def test_numbers_of_all_steps_in_flight_have_places_of_their_own_on_the_host() -> None:
+    mirror, steps = Mirror(2, torch.device("cpu")), max(CREDITS, MORE_CREDITS)
+    hosts = [mirror.host() for _ in range(steps)]
+    for number, host in enumerate(hosts):
+        host[:] = number
+    assert [host.tolist() for host in hosts] == [[number] * 2 for number in range(steps)]
 
 
 @torch.inference_mode()
