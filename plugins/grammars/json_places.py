@@ -33,6 +33,7 @@ DIGITS, QUOTE = b"0123456789", ord('"')
 NUMBER = b"+-.eE" + DIGITS
 WORDS = (b"true", b"false", b"null")
 MOST_DIGITS = 18  # of a bounded integer: a larger one is kept as it is
+MOST_TEXT, MOST_OPEN = 256, 64  # bytes that are kept of what is open, and open objects and arrays: more is not followed
 
 # What a place is in the middle of: a value, item or end is to come; what comes behind a value; a key; the colon; the
 # rest of a key; and of a string, a number, a word.
@@ -69,11 +70,9 @@ class Unknown(Exception):
 
 
 def read_schema(schema: Any) -> list[Node]:
-    """The nodes of `schema`, the first of which is itself. Raises Unknown."""
+    """The nodes of `schema`, the first of which is itself, or what it refers to. Raises Unknown."""
     reader = _Reader(schema)
-    first = reader.read(schema)
-    if first:  # it is a reference
-        raise Unknown
+    reader.read(schema)
     return reader.nodes
 
 
@@ -207,7 +206,7 @@ def _scalar(schema: dict[str, Any], types: Any, words: Any) -> Node:
 
 def advance(nodes: list[Node], place: Place, text: bytes) -> tuple[Place, int]:
     """The place behind `text`, which may come at `place`, and how many objects and arrays stayed open all the while.
-    Raises Unknown for what should not be there."""
+    Raises Unknown for what should not be there, and for more than is kept."""
     at, open = 0, len(place.stack)
     while at < len(text):
         if place.mode <= COLON and (spaces := SPACES.match(text, at)):
@@ -216,6 +215,8 @@ def advance(nodes: list[Node], place: Place, text: bytes) -> tuple[Place, int]:
         place, taken = _STEPS[place.mode](nodes, place, text[at])
         open = min(open, len(place.stack))
         at += taken
+    if len(place.text) > MOST_TEXT or len(place.stack) > MOST_OPEN:
+        raise Unknown
     return place, open
 
 

@@ -21,6 +21,7 @@ from engine_plugins.grammars.json_places import STRING, Node, Place, Unknown, ad
 
 MOST_STATES = 20_000  # of a grammar
 MOST_MOVES = 400_000
+MOST_LED = 2_000_000  # tokens of all paths
 KEPT = 96 << 20  # bytes of masks, of all grammars
 END = Place(mode=-1)
 Ahead = tuple[Place, int, bool]  # a place, and how many items are then, or are more, if that is True
@@ -94,6 +95,7 @@ class States:
             at for at, node in enumerate(nodes) if node.kind == "array" and max(node.least, node.most or 0) > texts.seen
         )
         self._moves = 0
+        self._led = 0
         self.known: dict[tuple[Place, tuple[int, int, bool]], State] = {}
         self._ahead: dict[tuple[State, int, int], tuple[State, int]] = {}  # by state, number of items and key
         self.begin = State(Place(), texts.keys, (), 0)
@@ -143,7 +145,8 @@ class States:
         """That of `place`, in which the count of the outermost long array is left out, at `items` of it."""
         key = place, self._sight(place, items)
         state = self.known.get(key)
-        if state is None and len(self.known) < MOST_STATES:
+        if state is None and len(self.known) < MOST_STATES and self._led < MOST_LED:
+            self._led += len(path)
             texts = self._texts
             free = place.mode == STRING and not place.text
             keys = texts.free if free else texts.indented if place.text[:1] == b"\n" else texts.keys

@@ -243,6 +243,37 @@ def test_a_reply_without_a_state_goes_on_as_exactly(monkeypatch: pytest.MonkeyPa
     walk(engine, compiled, rng, 100, lost=True)
 
 
+TREES = {"$ref": "#/$defs/t", "$defs": {"t": {"type": "array", "items": {"$ref": "#/$defs/t"}}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "begins", "goes_on"),
+    [
+        ({"type": "string", "pattern": "^[a-z]*$"}, b'"', b"a"),
+        ({"type": "number", "minimum": 0.5}, b"", b"1"),
+        (TREES, b"", b"["),
+        ({"type": "string", "maxLength": 2000}, b'"', b"a"),
+    ],
+    ids=["text", "digits", "open", "characters"],
+)
+def test_a_long_reply_does_not_take_room_by_the_square_of_its_length(
+    schema: Any, begins: bytes, goes_on: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of places and paths there is kept so much and no more; the reply goes on without a state."""
+    monkeypatch.setattr(json_states, "MOST_LED", 100_000)
+    engine = ENGINES[False]
+    compiled = compiled_of(engine, schema)
+    by_state, exact = compiled.matcher(), compiled.exact()
+    masks = np.zeros((2, -(-len(WORDS.tokens) // 32)), np.int32)
+    for token in begins + goes_on * 1200:
+        engine.fill([by_state, exact], masks, [0, 1])
+        assert (masks[0] == masks[1]).all()
+        assert engine.accept([by_state, exact], [token, token]) == [True, True]
+    assert by_state.state is None and compiled.states is not None
+    kept = [len(each.path) + len(each.place.text) + len(each.place.stack) for each in compiled.states.known.values()]
+    assert sum(kept) < 110_000
+
+
 def test_masks_that_are_no_longer_kept_are_filled_again() -> None:
     engine, rng = LLGuidance(WORDS, threads=1, whitespace=False), np.random.default_rng(0)
     engine._texts._kept = engine._texts._kept[:5]
