@@ -68,8 +68,12 @@ def bounds(low: str, high: str, most: int) -> st.SearchStrategy[dict[str, int]]:
 
 
 def ranges() -> st.SearchStrategy[dict[str, int]]:
-    ends = st.tuples(st.integers(-300, 12000), st.integers(0, 12000))
-    return ends.map(lambda drawn: {"minimum": drawn[0], "maximum": sum(drawn)})
+    """With two bounds, one or none."""
+    lows, highs = (st.sampled_from([end, f"exclusive{end.capitalize()}", ""]) for end in ("minimum", "maximum"))
+    near = st.integers(-12000, 12000) | st.sampled_from([0, 1, -1, 10, 100, 1000, -1000, 10**17, -(10**17)])
+    return st.tuples(lows, near, highs, st.integers(2, 12000) | st.sampled_from([9, 100, 1000])).map(
+        lambda drawn: {name: value for name, value in ((drawn[0], drawn[1]), (drawn[2], drawn[1] + drawn[3])) if name}
+    )
 
 
 SCALARS = st.one_of(
@@ -225,14 +229,24 @@ def test_most_states_are_met_again(schema: Any, whitespace: bool) -> None:
     assert tokens == 1200 and new < 0.06 * tokens
 
 
-def test_what_no_bound_looks_at_makes_no_states() -> None:
-    """Here there are some 20: before, in and behind a number, which is the first or is not."""
+@pytest.mark.parametrize(
+    ("items", "most"),
+    [
+        ({"type": "number"}, 30),
+        ({"type": "integer", "minimum": 0}, 90),
+        ({"type": "integer", "exclusiveMinimum": 0, "maximum": 1000}, 30),
+        ({"type": "integer", "minimum": -99, "exclusiveMaximum": 100}, 30),
+    ],
+    ids=json.dumps,
+)
+def test_what_no_bound_looks_at_makes_no_states(items: Any, most: int) -> None:
+    """Before, in and behind a number, which is the first or is not, and has so and so many digits."""
     engine, rng = ENGINES[False], np.random.default_rng(0)
-    compiled = compiled_of(engine, {"type": "array", "minItems": 1, "items": {"type": "number"}})
-    for _ in range(20):
+    compiled = compiled_of(engine, {"type": "array", "minItems": 1, "items": items})
+    for _ in range(100):
         walk(engine, compiled, rng, 300)
     assert compiled.states is not None
-    assert len(compiled.states.known) <= 30
+    assert len(compiled.states.known) <= most
 
 
 def test_a_reply_without_a_state_goes_on_as_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
