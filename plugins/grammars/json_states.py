@@ -10,9 +10,9 @@ items are counted beside the state, and the state says no more of the count than
 understood, or not let through, is left to a matcher of the reply's own.
 """
 
-import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -177,9 +177,9 @@ def _with_count(place: Place, at: int, count: int) -> Place:
     return place._replace(stack=(*place.stack[:at], (place.stack[at][0], count), *place.stack[at + 1 :]))
 
 
-def states_of(source: str, texts: Texts) -> States | None:
-    """Of replies under the JSON schema `source`; None where they cannot be told."""
+def states_of(schema: Any, texts: Texts) -> States | None:
+    """Of replies under a JSON schema; None where they cannot be told."""
     try:
-        return States(read_schema(json.loads(source)), texts)
+        return States(read_schema(schema), texts)
     except Unknown:
         return None

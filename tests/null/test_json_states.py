@@ -236,11 +236,12 @@ def test_most_states_are_met_again(schema: Any, whitespace: bool) -> None:
         ({"type": "integer", "minimum": 0}, 90),
         ({"type": "integer", "exclusiveMinimum": 0, "maximum": 1000}, 30),
         ({"type": "integer", "minimum": -99, "exclusiveMaximum": 100}, 30),
+        ({"type": "string", "format": "of-no-known-form", "maxLength": 1.0}, 30),
     ],
     ids=json.dumps,
 )
 def test_what_no_bound_looks_at_makes_no_states(items: Any, most: int) -> None:
-    """Before, in and behind a number, which is the first or is not, and has so and so many digits."""
+    """Before, in and behind a number, which is the first or is not, and has so and so many digits; or a string."""
     engine, rng = ENGINES[False], np.random.default_rng(0)
     compiled = compiled_of(engine, {"type": "array", "minItems": 1, "items": items})
     for _ in range(100):
