@@ -11,6 +11,7 @@ alike, ...). Strings with patterns, words of enumerations and numbers with odd b
 are over.
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ DIGITS, QUOTE = b"0123456789", ord('"')
 NUMBER = b"+-.eE" + DIGITS
 WORDS = (b"true", b"false", b"null")
 MOST_DIGITS = 18  # of a bounded integer: a larger one is kept as it is
+MOST_TEXT, MOST_OPEN = 256, 64  # bytes that are kept of what is open, and open objects and arrays: more is not followed
 
 # What a place is in the middle of: a value, item or end is to come; what comes behind a value; a key; the colon; the
 # rest of a key; and of a string, a number, a word.
@@ -59,7 +61,7 @@ class Node:
     inner: list[int] = field(default_factory=list)  # properties, or items
     free: bool = False  # a string of any characters
     numbers: bool = False  # any number
-    range: tuple[int, int] | None = None  # of integers
+    range: tuple[float, float] | None = None  # of integers, as far as there are bounds
     begins: bytes = b""  # what it may begin with, and some more
     branches: dict[int, int] = field(default_factory=dict)  # of a choice: by that
 
@@ -69,11 +71,9 @@ class Unknown(Exception):
 
 
 def read_schema(schema: Any) -> list[Node]:
-    """The nodes of `schema`, the first of which is itself. Raises Unknown."""
+    """The nodes of `schema`, the first of which is itself, or what it refers to. Raises Unknown."""
     reader = _Reader(schema)
-    first = reader.read(schema)
-    if first:  # it is a reference
-        raise Unknown
+    reader.read(schema)
     return reader.nodes
 
 
@@ -198,16 +198,25 @@ def _scalar(schema: dict[str, Any], types: Any, words: Any) -> Node:
     node.least, node.most = _count(schema, "minLength") or 0, _count(schema, "maxLength")
     node.numbers = not schema.keys() & BOUNDS and ("number" in types or "integer" in types)
     if "integer" in types and "number" not in types and "multipleOf" not in schema:
-        low, high = schema.get("minimum"), schema.get("maximum")
-        exclusive = "exclusiveMinimum" in schema or "exclusiveMaximum" in schema
-        if type(low) is int and type(high) is int and not exclusive and max(-low, high) < 10**MOST_DIGITS:
-            node.range = low, high
+        node.range = _range(schema)
     return node
+
+
+def _range(schema: dict[str, Any]) -> tuple[float, float] | None:
+    """What the integers of a schema lie between; None for bounds that are no integers, or too large."""
+    bounds = [schema.get(name) for name in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")]
+    if any(bound is not None and (type(bound) is not int or abs(bound) >= 10**MOST_DIGITS) for bound in bounds):
+        return None
+    low, above, high, below = bounds
+    return (
+        max(-math.inf if low is None else low, -math.inf if above is None else above + 1),
+        min(math.inf if high is None else high, math.inf if below is None else below - 1),
+    )
 
 
 def advance(nodes: list[Node], place: Place, text: bytes) -> tuple[Place, int]:
     """The place behind `text`, which may come at `place`, and how many objects and arrays stayed open all the while.
-    Raises Unknown for what should not be there."""
+    Raises Unknown for what should not be there, and for more than is kept."""
     at, open = 0, len(place.stack)
     while at < len(text):
         if place.mode <= COLON and (spaces := SPACES.match(text, at)):
@@ -216,6 +225,8 @@ def advance(nodes: list[Node], place: Place, text: bytes) -> tuple[Place, int]:
         place, taken = _STEPS[place.mode](nodes, place, text[at])
         open = min(open, len(place.stack))
         at += taken
+    if len(place.text) > MOST_TEXT or len(place.stack) > MOST_OPEN:
+        raise Unknown
     return place, open
 
 
@@ -357,17 +368,22 @@ def _any_number(text: bytes) -> bytes:
     return b"1" if text[-1] in b"123456789" else text
 
 
-def _alike(text: bytes, low: int, high: int) -> bytes:
-    """The power of ten of as many digits, where the integers from `low` to `high` that go on with it are those that go
-    on with `text`."""
+def _alike(text: bytes, low: float, high: float) -> bytes:
+    """A digit and noughts, as many as there are digits, where the integers from `low` to `high` that go on with them
+    are those that go on with `text`."""
+    if text[:1] == b"-":
+        return b"-" + _alike(text[1:], -high, -low)
     if text[:1] not in (b"1", b"2", b"3", b"4", b"5", b"6", b"7", b"8", b"9") or len(text) > MOST_DIGITS:
         return text
-    first = 10 ** (len(text) - 1)
-    ways = _ways(int(text), low, high)
-    return str(first).encode() if ways and ways == _ways(first, low, high) else text
+    if ways := _ways(int(text), low, high):
+        for digit in range(1, 10):
+            other = digit * 10 ** (len(text) - 1)
+            if _ways(other, low, high) == ways:
+                return str(other).encode()
+    return text
 
 
-def _ways(number: int, low: int, high: int) -> list[bool]:
+def _ways(number: int, low: float, high: float) -> list[bool]:
     """Whether `number` and 0, 1, ... more digits is in the range, whatever they are; nothing, where they matter."""
     ways = []
     for more in range(MOST_DIGITS + 1):

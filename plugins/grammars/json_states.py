@@ -10,9 +10,9 @@ items are counted beside the state, and the state says no more of the count than
 understood, or not let through, is left to a matcher of the reply's own.
 """
 
-import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from engine_plugins.grammars.json_places import STRING, Node, Place, Unknown, ad
 
 MOST_STATES = 20_000  # of a grammar
 MOST_MOVES = 400_000
+MOST_LED = 2_000_000  # tokens of all paths
 KEPT = 96 << 20  # bytes of masks, of all grammars
 END = Place(mode=-1)
 Ahead = tuple[Place, int, bool]  # a place, and how many items are then, or are more, if that is True
@@ -94,6 +95,7 @@ class States:
             at for at, node in enumerate(nodes) if node.kind == "array" and max(node.least, node.most or 0) > texts.seen
         )
         self._moves = 0
+        self._led = 0
         self.known: dict[tuple[Place, tuple[int, int, bool]], State] = {}
         self._ahead: dict[tuple[State, int, int], tuple[State, int]] = {}  # by state, number of items and key
         self.begin = State(Place(), texts.keys, (), 0)
@@ -143,7 +145,8 @@ class States:
         """That of `place`, in which the count of the outermost long array is left out, at `items` of it."""
         key = place, self._sight(place, items)
         state = self.known.get(key)
-        if state is None and len(self.known) < MOST_STATES:
+        if state is None and len(self.known) < MOST_STATES and self._led < MOST_LED:
+            self._led += len(path)
             texts = self._texts
             free = place.mode == STRING and not place.text
             keys = texts.free if free else texts.indented if place.text[:1] == b"\n" else texts.keys
@@ -174,9 +177,9 @@ def _with_count(place: Place, at: int, count: int) -> Place:
     return place._replace(stack=(*place.stack[:at], (place.stack[at][0], count), *place.stack[at + 1 :]))
 
 
-def states_of(source: str, texts: Texts) -> States | None:
-    """Of replies under the JSON schema `source`; None where they cannot be told."""
+def states_of(schema: Any, texts: Texts) -> States | None:
+    """Of replies under a JSON schema; None where they cannot be told."""
     try:
-        return States(read_schema(json.loads(source)), texts)
+        return States(read_schema(schema), texts)
     except Unknown:
         return None

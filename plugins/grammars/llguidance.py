@@ -157,7 +157,8 @@ class LLGuidance:
             raise refusal(grammar, full.get_error())
         if grammar.kind != "json_schema":
             return LLGrammar(full, None, None)
-        return LLGrammar(full, self._strings.prepare(text, grammar.source), states_of(grammar.source, self._texts))
+        states = states_of(readable(json.loads(grammar.source)), self._texts)
+        return LLGrammar(full, self._strings.prepare(text, grammar.source), states)
 
     def load(self, grammar: Grammar, packed: bytes) -> CompiledGrammar:
         return self.compile(grammar)

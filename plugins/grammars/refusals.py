@@ -24,6 +24,9 @@ EXCERPT = re.compile(r"\n +\d+ \| .*", re.DOTALL)
 WRAPPERS = ("failed to compile JSON schema: ",)
 ENDLESS = ("; following special tokens", ":  (", "; enable ")  # behind these come lists, or the library's own words
 EXPRESSION = re.compile(r"(?:invalid regex .*? \(in regex\): )?regex parse error:\n(.*)\nerror: (.*)", re.DOTALL)
+LOOK_AROUND = re.compile(
+    r"(?:invalid regex .* \(in regex\): )?lookarounds not supported yet; \w+ in regex /(.*)/", re.DOTALL
+)
 TOKENS = ("doesn't satisfy the grammar", "no error message")  # of a token that may not come
 RENAMED = re.compile(r"Rule '.*' already exists")
 NUMBER = re.compile(r"\d+")
@@ -60,6 +63,10 @@ def _in_words(grammar: Grammar, text: str, code: str) -> tuple[str, str, str]:
     """What is wrong, the code and the remedy."""
     if found := EXPRESSION.match(text):
         return _in_expression(grammar, found[1], found[2]), code, "correct it"
+    if found := LOOK_AROUND.fullmatch(text):
+        expression = _as_written(grammar, found[1])
+        where = f": '{expression}'" if expression else ""
+        return rf"look-around, such as \b, or ^ and $ inside, is not supported{where}", code, "leave it out"
     for end in ENDLESS:
         text = text.partition(end)[0]
     if text.startswith("oneOf constraints"):
@@ -86,16 +93,19 @@ def _in_expression(grammar: Grammar, shown: str, reason: str) -> str:
     part = lines[marked - 1][start:end] if marked else ""
     if reason == "decimal literal invalid":
         return f"a number is too large: {max(NUMBER.findall(part), key=len)}"
-    expression = next((text for text in _texts(grammar) if _rewritten(text) == lines[0].strip(" ")), "")
+    expression = _as_written(grammar, lines[0])
     known = part and any(part in text for text in ([expression] if expression else _texts(grammar)))
     if known and part != expression:
         return f"{reason}: '{part}'" + (f" in '{expression}'" if expression else "")
     return f"{reason}: '{expression}'" if expression else reason
 
 
-def _rewritten(expression: str) -> str:
-    text: str = llguidance.regex_to_lark(expression, ASCII)
-    return text.strip(" ")
+def _as_written(grammar: Grammar, expression: str) -> str:
+    """An expression that was rewritten, as the client has it; nothing, if that is not found."""
+    rewritten = (
+        text for text in _texts(grammar) if llguidance.regex_to_lark(text, ASCII).strip(" ") == expression.strip(" ")
+    )
+    return next(rewritten, "")
 
 
 def _texts(grammar: Grammar) -> Iterator[str]:

@@ -52,6 +52,16 @@ def test_of_an_expression(engine: GrammarEngine, source: str, what: str) -> None
     assert refused(engine, "regex", source).message == says("regex", what)
 
 
+@pytest.mark.parametrize("source", [r"\bé/b", "a^b", "(?m)^a$", r"a\Bb"])
+def test_of_an_expression_that_looks_around(engine: GrammarEngine, source: str) -> None:
+    what = rf"look-around, such as \b, or ^ and $ inside, is not supported: '{source}'"
+    assert refused(engine, "regex", source).message == says("regex", what, "leave it out")
+    schema = refused(engine, "json_schema", json.dumps({"type": "string", "pattern": source})).message
+    assert schema == says("json_schema", what, "leave it out")
+    lark = refused(engine, "lark", f"start: /{source.replace('/', '')}/").message
+    assert "$ inside, is not supported; leave it out" in lark and "line 1, column 8" in lark
+
+
 @pytest.mark.parametrize(
     ("source", "what"),
     [

@@ -68,8 +68,12 @@ def bounds(low: str, high: str, most: int) -> st.SearchStrategy[dict[str, int]]:
 
 
 def ranges() -> st.SearchStrategy[dict[str, int]]:
-    ends = st.tuples(st.integers(-300, 12000), st.integers(0, 12000))
-    return ends.map(lambda drawn: {"minimum": drawn[0], "maximum": sum(drawn)})
+    """With two bounds, one or none."""
+    lows, highs = (st.sampled_from([end, f"exclusive{end.capitalize()}", ""]) for end in ("minimum", "maximum"))
+    near = st.integers(-12000, 12000) | st.sampled_from([0, 1, -1, 10, 100, 1000, -1000, 10**17, -(10**17)])
+    return st.tuples(lows, near, highs, st.integers(2, 12000) | st.sampled_from([9, 100, 1000])).map(
+        lambda drawn: {name: value for name, value in ((drawn[0], drawn[1]), (drawn[2], drawn[1] + drawn[3])) if name}
+    )
 
 
 SCALARS = st.one_of(
@@ -225,14 +229,25 @@ def test_most_states_are_met_again(schema: Any, whitespace: bool) -> None:
     assert tokens == 1200 and new < 0.06 * tokens
 
 
-def test_what_no_bound_looks_at_makes_no_states() -> None:
-    """Here there are some 20: before, in and behind a number, which is the first or is not."""
+@pytest.mark.parametrize(
+    ("items", "most"),
+    [
+        ({"type": "number"}, 30),
+        ({"type": "integer", "minimum": 0}, 90),
+        ({"type": "integer", "exclusiveMinimum": 0, "maximum": 1000}, 30),
+        ({"type": "integer", "minimum": -99, "exclusiveMaximum": 100}, 30),
+        ({"type": "string", "format": "of-no-known-form", "maxLength": 1.0}, 30),
+    ],
+    ids=json.dumps,
+)
+def test_what_no_bound_looks_at_makes_no_states(items: Any, most: int) -> None:
+    """Before, in and behind a number, which is the first or is not, and has so and so many digits; or a string."""
     engine, rng = ENGINES[False], np.random.default_rng(0)
-    compiled = compiled_of(engine, {"type": "array", "minItems": 1, "items": {"type": "number"}})
-    for _ in range(20):
+    compiled = compiled_of(engine, {"type": "array", "minItems": 1, "items": items})
+    for _ in range(100):
         walk(engine, compiled, rng, 300)
     assert compiled.states is not None
-    assert len(compiled.states.known) <= 30
+    assert len(compiled.states.known) <= most
 
 
 def test_a_reply_without_a_state_goes_on_as_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,6 +256,37 @@ def test_a_reply_without_a_state_goes_on_as_exactly(monkeypatch: pytest.MonkeyPa
     engine, rng = ENGINES[False], np.random.default_rng(0)
     compiled = compiled_of(engine, HARD)
     walk(engine, compiled, rng, 100, lost=True)
+
+
+TREES = {"$ref": "#/$defs/t", "$defs": {"t": {"type": "array", "items": {"$ref": "#/$defs/t"}}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "begins", "goes_on"),
+    [
+        ({"type": "string", "pattern": "^[a-z]*$"}, b'"', b"a"),
+        ({"type": "number", "minimum": 0.5}, b"", b"1"),
+        (TREES, b"", b"["),
+        ({"type": "string", "maxLength": 2000}, b'"', b"a"),
+    ],
+    ids=["text", "digits", "open", "characters"],
+)
+def test_a_long_reply_does_not_take_room_by_the_square_of_its_length(
+    schema: Any, begins: bytes, goes_on: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of places and paths there is kept so much and no more; the reply goes on without a state."""
+    monkeypatch.setattr(json_states, "MOST_LED", 100_000)
+    engine = ENGINES[False]
+    compiled = compiled_of(engine, schema)
+    by_state, exact = compiled.matcher(), compiled.exact()
+    masks = np.zeros((2, -(-len(WORDS.tokens) // 32)), np.int32)
+    for token in begins + goes_on * 1200:
+        engine.fill([by_state, exact], masks, [0, 1])
+        assert (masks[0] == masks[1]).all()
+        assert engine.accept([by_state, exact], [token, token]) == [True, True]
+    assert by_state.state is None and compiled.states is not None
+    kept = [len(each.path) + len(each.place.text) + len(each.place.stack) for each in compiled.states.known.values()]
+    assert sum(kept) < 110_000
 
 
 def test_masks_that_are_no_longer_kept_are_filled_again() -> None:
