@@ -34,6 +34,7 @@ NARROWER = {
 GUIDES = 32  # matchers of a grammar that are kept to go on to the next state from
 COUNTED = frozenset({"Length", "Items", "Properties"})
 VALUES = frozenset({"enum", "const", "default", "examples"})  # no schemas
+NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})  # schemas by name
 HEADER = re.compile(r"^%llguidance[ \t]*(\{.*\})[ \t]*$", re.MULTILINE)  # of Lark, with options
 # Between the tokens of JSON: a space, or a new line and its indentation.
 SOME_WHITESPACE = r"\x20|\n[\x20\t]{0,32}"
@@ -271,6 +272,15 @@ def tokenizer_of(vocabulary: Vocabulary, tokens: Sequence[bytes], slices: list[s
     return llguidance.LLTokenizer(wrapper, n_vocab=len(tokens), eos_token=list(vocabulary.eos_ids), slices=slices)
 
 
+def readable_keyword(name: str, value: Any) -> Any:
+    """The `value` of a schema's keyword, made `readable`. The keys of some are no keywords, but the client's names."""
+    if name in NAMED and isinstance(value, dict):
+        return {key: readable(schema) for key, schema in value.items()}
+    if name in VALUES:
+        return value
+    return int(value) if whole(name, value) else readable(value)
+
+
 def readable(value: Any) -> Any:
     """A schema without the formats that nobody here knows, which JSON Schema takes for remarks, with others made as
     narrow as they are meant, and with whole numbers for counts."""
@@ -279,7 +289,7 @@ def readable(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     known = {
-        name: each if name in VALUES else int(each) if whole(name, each) else readable(each)
+        name: readable_keyword(name, each)
         for name, each in value.items()
         if not (name == "format" and isinstance(each, str) and each not in FORMATS)
     }

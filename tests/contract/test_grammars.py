@@ -88,3 +88,13 @@ def test_an_ambiguous_grammar_is_given_up_before_it_holds_up_others(monkeypatch:
             break
         assert made.accept([matcher], [ord("a")]) == [True]
     assert "items" in matcher.error
+
+
+@pytest.mark.parametrize("name", ["const", "enum", "default", "examples", "properties", "format"])
+def test_a_property_may_be_called_as_a_keyword_is(name: str) -> None:
+    """Its schema is one: the odd count and the format that nobody knows in it are read as everywhere."""
+    readable = pytest.importorskip("engine_plugins.grammars.llguidance").readable
+    schema = {"type": "string", "maxLength": 2.0, "format": "colour"}
+    whole = {"type": "object", "properties": {name: schema}, "const": schema}
+    wanted = {name: {"type": "string", "maxLength": 2}}
+    assert readable(whole) == {"type": "object", "properties": wanted, "const": schema}
