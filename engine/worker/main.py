@@ -48,7 +48,7 @@ logger = logging.getLogger("engine.worker")
 
 GLANCE = 5e-5  # seconds between two looks at the device, while a step runs and no plan has come
 SMALL_STEP = 16  # tokens of the smallest step that a GPU is warmed up with, and of a row of it
-WARM_UP_TOKENS = 16  # on a CPU; a GPU is warmed up with the largest step, which also shows what it takes
+WARM_UP_TOKENS = 16  # on a CPU; a GPU is warmed up with steps of all sizes, the largest of which shows what it takes
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,7 @@ class Sampler:
         slots = len(tokens)
         self.columns = Columns.empty(slots)
         self._tokens = tokens
-        self._filters, self._scores = np.zeros((2, slots), bool)  # whether a slot asks for filters, log-probabilities
+        self._filters = np.zeros(slots, bool)  # whether a slot asks for any: it takes long to ask the columns each step
         self._kernel = tokens.is_cuda and find_spec("triton") is not None
         self._reals = torch.zeros(3, slots, dtype=torch.float32, device=tokens.device)  # temperature, top_p, min_p
         self._top_ks = torch.zeros(slots, dtype=torch.int32, device=tokens.device)
@@ -90,7 +90,6 @@ class Sampler:
         for admit in admits:
             self.columns.set(admit.slot, admit.sampling)
             self._filters[admit.slot] = self.columns.rows(np.array([admit.slot])).filters
-            self._scores[admit.slot] = admit.sampling.logprobs >= 0
         if admits and self._kernel:
             columns, device = self.columns, self._tokens.device
             self._reals.copy_(upload(np.stack((columns.temperature, columns.top_p, columns.min_p)), device))
@@ -104,13 +103,15 @@ class Sampler:
 
     def plain(self, slots: np.ndarray) -> bool:
         """Whether none of `slots` asks for filters or log-probabilities."""
-        return not (self._filters[slots] | self._scores[slots]).any()
+        return not (self._filters[slots] | (self.columns.logprobs[slots] >= 0)).any()
 
-    def draw_plain(self, logits: Tensor, on_device: Tensor) -> Tensor:
-        """As `draw`, for rows that are plain, by what is on the device alone."""
+    def draw_plain(
+        self, logits: Tensor, on_device: Sequence[Tensor] | Tensor, cut: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """As `draw`, by what is on the device alone: for rows that are plain, or with what filters leave of them."""
         from engine.kernels.sampling import draw
 
-        return draw(logits, on_device[0], on_device[1], self._reals[0], self._seeds, self._tokens)
+        return draw(logits, on_device[0], on_device[1], self._reals[0], self._seeds, self._tokens, cut)
 
     def draw(
         self, logits: Tensor, slots: np.ndarray, lasts: np.ndarray, on_device: Sequence[Tensor] | Tensor
@@ -124,13 +125,13 @@ class Sampler:
             tokens = sample(logits.to(torch.float32), self.columns.rows(slots), lasts + 1)
             self._tokens[on_device[0], on_device[1] + 1] = tokens.to(torch.int32)
             return tokens
+        if not self._filters[slots].any():
+            return self.draw_plain(logits, on_device)
         from engine.kernels.filters import cuts
-        from engine.kernels.sampling import draw
 
         temperatures, top_ps, min_ps = self._reals
-        filters = self._filters[slots].any()
-        cut = cuts(logits, on_device[0], temperatures, top_ps, min_ps, self._top_ks) if filters else None
-        return draw(logits, on_device[0], on_device[1], temperatures, self._seeds, self._tokens, cut)
+        cut = cuts(logits, on_device[0], temperatures, top_ps, min_ps, self._top_ks)
+        return self.draw_plain(logits, on_device, cut)
 
 
 def sample(logits: Tensor, rows: Columns, positions: np.ndarray) -> Tensor:
