@@ -5,10 +5,11 @@
 Dummy weights from config.json alone, prompts as ids, no detokenizing, sampling at 0.6 past the end token (latency:
 greedy); the prefix cache is forgotten before each repetition; medians. Tokens choose experts evenly; with --option
 load=dummy-ties they all choose the same. The row `grammar` runs `constrained` free, then under JSON schemas, over a
-made-up tokenizer (synthetic.py), and prints the shares. The floor is what no version can beat on an H200: prompts at
-790 TFLOP/s (FP8 weights: twice that), each decode step its weights and its keys and values at 4.3 TB/s. Peers: vLLM
-0.26.0 and SGLang 0.5.16 on one H200, torch 2.11.0+cu130, at their defaults, 2026-11-22. Kernels are checked by
-tests/gpu; run that first.
+made-up tokenizer (synthetic.py), and prints the shares; `context` has decode steps at a long context, with --option
+plugins=naive without absorption (naive.py); `trace` prints how long the device waits in decode steps. The floor is what
+no version can beat on an H200: prompts at 790 TFLOP/s (FP8 weights: twice that), each decode step its weights and its
+keys and values at 4.3 TB/s. Peers: vLLM 0.26.0 and SGLang 0.5.16 on one H200, torch 2.11.0+cu130, at their defaults,
+2026-11-22. Kernels are checked by tests/gpu; run that first.
 """
 
 import argparse
@@ -17,14 +18,16 @@ import statistics
 import time
 from array import array
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 BEGAN = time.perf_counter()  # before the imports: they are part of the start
 
 import anyio  # noqa: E402
 import synthetic  # type: ignore[import-not-found]  # noqa: E402
+import traces  # type: ignore[import-not-found]  # noqa: E402
 import workloads  # type: ignore[import-not-found]  # noqa: E402
 from msgspec import Struct  # noqa: E402
 
@@ -164,6 +167,7 @@ class Row(Struct):
     unit: str
     peers: tuple[float, ...]
     busy: float  # share of the timed seconds that steps ran on the device
+    idle: float  # share of the device's time that it waited for the next step, which was on its way
     values: list[float]  # one a repetition, as they came
 
 
@@ -176,11 +180,16 @@ class Bench:
         self.peers = peers
         self.vocab = vocab
         self.busy = 0.0  # seconds of all steps so far
-        self.timed = [0.0, 0.0]  # since the last row: seconds of steps, of the wall clock
+        self.timed = [0.0, 0.0, 0.0]  # since the last row: seconds of steps, between them, of the wall clock
         engine.front.on_stats.append(self._on_stats)
 
     def _on_stats(self, stats: Stats) -> None:
         self.busy += sum(array("f", stats.step_seconds))
+
+    @property
+    def idle(self) -> float:
+        """Seconds between steps so far."""
+        return self.engine.front.stats.idle_seconds_total
 
     async def seconds(
         self, work: workloads.Work, temperature: float = 0.6, flush: bool = True, schema: str | None = None
@@ -194,18 +203,20 @@ class Bench:
             )
             for _, count in work
         ]
-        began, busy = time.perf_counter(), self.busy
+        began, busy, idle = time.perf_counter(), self.busy, self.idle
         replies = await self.engine.generate([ids for ids, _ in work], params)
         seconds = time.perf_counter() - began
         await anyio.sleep(0.02)  # the last steps' times are on their way
-        self.timed = [self.timed[0] + self.busy - busy, self.timed[1] + seconds]
+        spent = (self.busy - busy, self.idle - idle, seconds)
+        self.timed = [before + each for before, each in zip(self.timed, spent, strict=True)]
         assert [len(reply.ids) for reply in replies] == [count for _, count in work], "a reply has another length"
         return seconds
 
     def row(self, name: str, unit: str, times: list[float], floor: float) -> Row:
         spread = (max(times) - min(times)) / statistics.median(times)
-        busy, self.timed = self.timed[0] / max(self.timed[1], 1e-9), [0.0, 0.0]
-        return Row(name, statistics.median(times), spread, floor, unit, self.peers.get(name, ()), busy, times)
+        (steps, between, wall), self.timed = self.timed, [0.0, 0.0, 0.0]
+        busy, idle = steps / max(wall, 1e-9), between / max(steps + between, 1e-9)
+        return Row(name, statistics.median(times), spread, floor, unit, self.peers.get(name, ()), busy, idle, times)
 
     async def rate(self, name: str, make: Callable[[int, int], workloads.Work], schema: str | None = None) -> list[Row]:
         """Output tokens a second, three times."""
@@ -262,16 +273,39 @@ class Bench:
         rows = []
         for batch in BATCHES:
             times = []
-            idle, busy = self.engine.front.stats.idle_seconds_total, self.busy
             for repetition in range(3):
                 short, long = workloads.decode_step(self.vocab, batch, repetition)
                 first = await self.seconds(short)
                 times.append(1e3 * (await self.seconds(long) - first) / 128)
-            idle, busy = self.engine.front.stats.idle_seconds_total - idle, self.busy - busy
-            print(f"batch {batch}: the device was idle for {idle / (idle + busy):.1%} of the time between steps")
             floor = 1e3 * (self.shape.floor(long) - self.shape.floor(short)) / 128
             rows.append(self.row(f"step {batch}", "ms", times, floor))
         return rows
+
+    async def context(self) -> list[Row]:
+        """ms of decode steps at a long context. Prompts are computed once, then found in the cache."""
+        rows = []
+        for batch in (3, 32):
+            short, long = workloads.long_context(self.vocab, batch)
+            await self.seconds(short)
+            times = []
+            for _ in range(3):
+                first = await self.seconds(short, flush=False)
+                times.append(1e3 * (await self.seconds(long, flush=False) - first) / 32)
+            floor = 1e3 * (self.shape.floor(long) - self.shape.floor(short)) / 32
+            rows.append(self.row(f"{batch} x 8192", "ms", times, floor))
+        return rows
+
+    async def trace(self) -> list[Row]:
+        """What the device does from one decode step to the next, as torch's profiler saw it, which slows steps down."""
+        with TemporaryDirectory() as folder:
+            for batch in (1, 32, 256):
+                _, long = workloads.decode_step(self.vocab, batch, 0)
+                await self.engine.front.profile(folder, 64)
+                await self.seconds(long)
+                seen = traces.waits(Path((await self.engine.front.profile("", 0)).path), batch)
+                shares = f"{seen.between:.2%} of the time between steps, {seen.inside:.2%} inside them"
+                print(f"batch {batch}: in a trace of {seen.steps} steps the device waited for {shares}", flush=True)
+        return []
 
     async def shared(self) -> list[Row]:
         cold, warm = [], []
@@ -295,6 +329,8 @@ ROWS: dict[str, Callable[[Bench], Any]] = {
     "throughput": lambda bench: bench.rate("throughput", workloads.throughput),
     "prefill": Bench.prefill,
     "shared": Bench.shared,
+    "context": Bench.context,
+    "trace": Bench.trace,
 }
 USUAL = {
     "qwen3-0.6b": ("latency", "steps", "nano", "constrained"),
@@ -304,7 +340,7 @@ USUAL = {
 
 
 def table(rows: list[Row]) -> str:
-    head = f"{'row':12} {'ours':>9} {'spread':>7} {'busy':>5} {'floor':>9} {'of it':>6}"
+    head = f"{'row':12} {'ours':>9} {'spread':>7} {'busy':>5} {'idle':>5} {'floor':>9} {'of it':>6}"
     lines = [f"{head} {'vLLM':>8} {'SGLang':>8} {'gain':>6}"]
     for row in rows:
         faster = row.unit == "tok/s"
@@ -312,7 +348,9 @@ def table(rows: list[Row]) -> str:
         best = (max if faster else min)(row.peers) if row.peers else None
         gain = "" if best is None else f"{row.ours / best if faster else best / row.ours:.2f}x"
         peers = "".join(f" {peer:>8g}" for peer in row.peers) or " " * 18
-        numbers = f"{row.ours:>9.4g} {row.spread:>7.1%} {row.busy:>5.0%} {row.floor:>9.4g} {share:>6.0%}"
+        numbers = (
+            f"{row.ours:>9.4g} {row.spread:>7.1%} {row.busy:>5.0%} {row.idle:>5.1%} {row.floor:>9.4g} {share:>6.0%}"
+        )
         lines.append(f"{row.name:12} {numbers}{peers} {gain:>6} {row.unit}")
     return "\n".join(lines)
 
@@ -320,9 +358,15 @@ def table(rows: list[Row]) -> str:
 async def run(model: Path, names: list[str], options: dict[str, str]) -> tuple[list[Row], dict[str, Any]]:
     config = json.loads((model / "config.json").read_text())
     given: dict[str, Any] = {"load": "dummy", "device": "cuda", "json_whitespace": False, **options}
+    plugins = given.get("plugins", "").split(",")
     known = {field: config[field] for field in Shape.__struct_fields__ if field in config}
-    shape = Shape(**known, ties=given["load"] == "dummy-ties", fp8="fp8" in given.get("plugins", "").split(","))
-    with synthetic.with_tokenizer(model) if "grammar" in names else nullcontext(model) as folder:
+    shape = Shape(**known, ties=given["load"] == "dummy-ties", fp8="fp8" in plugins)
+    with ExitStack() as stack:
+        folder = stack.enter_context(synthetic.with_tokenizer(model)) if "grammar" in names else model
+        if "naive" in plugins:
+            from naive import installed  # type: ignore[import-not-found]
+
+            stack.enter_context(installed())
         return await _run(model, names, shape, {"model": str(folder), **given}, config["vocab_size"])
 
 

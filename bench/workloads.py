@@ -50,6 +50,12 @@ def decode_step(vocab: int, batch: int, repetition: int) -> tuple[Work, Work]:
     return same(rng, batch, 128, 1, vocab), same(rng, batch, 128, 129, vocab)
 
 
+def long_context(vocab: int, batch: int) -> tuple[Work, Work]:
+    """Ours alone: `batch` prompts of 8,192 tokens, with one token each, then the same with 33."""
+    prompts = [ids for ids, _ in same(random.Random(700 + batch), batch, 8192, 1, vocab)]
+    return [(ids, 1) for ids in prompts], [(ids, 33) for ids in prompts]
+
+
 def shared_prefix(vocab: int, repetition: int) -> tuple[Work, Work]:
     """8 groups of 32 prompts that share 2,048 tokens, in random order; then the same prefixes with other tails."""
     rng = random.Random(500 + repetition)
