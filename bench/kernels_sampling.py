@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.kernels.bitmask import apply_bitmask, pack_ids
 from engine.kernels.filters import cuts
 from engine.kernels.sampling import draw
 from engine.messages import Sampling, SlotAdmit
@@ -114,6 +115,15 @@ def measure_rest(rows: int, size: int, dtype: torch.dtype, said: int) -> dict[st
         found[name] = microseconds(partial(adjustments.apply, exact, slots, ends, tokens))
     drawn, every = torch.zeros(rows, dtype=torch.int64, device="cuda"), torch.arange(rows, device="cuda")
     found["log-probabilities"] = microseconds(replayed(lambda: score(logits, drawn, every)))
+    temperatures = torch.ones(rows, device="cuda")
+    sampled = partial(draw, logits, every, every, temperatures, every, tokens.new_zeros(rows, rows + 1))
+    found["draw"] = microseconds(replayed(sampled))
+    for name, share in (("of 1 in 10,000", 1e-4), ("of most", 0.9)):
+        left = [pack_ids(np.flatnonzero(generator.random(size) < share), size) for _ in range(rows)]
+        masks = torch.from_numpy(np.stack(left)).cuda()
+        found[f"draw {name}, by masks"] = microseconds(replayed(partial(sampled, masks=(masks, every))))
+    barred = logits.clone()
+    found["masks, written"] = microseconds(replayed(lambda: apply_bitmask(barred, masks, every)))
     found["log-probabilities, torch"] = microseconds(lambda: score_reference(logits, drawn, 20), repeats=3)
     return found
 

@@ -4,7 +4,8 @@ The noise is that of engine/worker/sampler.py, made where it is used: entry i of
 row's seed and position. The kernel's time goes into it, so logarithms are the processor's own, to 22 bits. A row is cut
 into chunks, so that one row fills a GPU too; a second kernel takes the best of them, the lowest id of equals. What
 filters leave of a row is said by a cut (filters.py). Arguments that are rows of a tensor come with any alignment: for
-each kind, a kernel would be compiled in the middle of a step.
+each kind, a kernel would be compiled in the middle of a step. Masks of grammars are looked at here, and written
+nowhere; where they leave nothing of a chunk, as of nearly all at most places in JSON, no noise is made.
 """
 
 import torch
@@ -41,10 +42,10 @@ def _log(x, FAST: tl.constexpr):
     return tl.log(x)
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots", "lasts"])
+@triton.jit(do_not_specialize_on_alignment=["slots", "lasts", "lines"])
 def _draw_kernel(
-    logits, slots, lasts, temperatures, seeds, floors, cut_ids, best, where, size, chunks, stride,
-    CUTS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
+    logits, slots, lasts, temperatures, seeds, floors, cut_ids, masks, lines, best, where, size, chunks, stride,
+    mask_stride, CUTS: tl.constexpr, MASKS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + row)
@@ -56,7 +57,10 @@ def _draw_kernel(
         floor = tl.load(floors + row)
         kept = (scores > floor) | ((scores == floor) & (ids <= tl.load(cut_ids + row)))
         scores = tl.where(kept, scores, float("-inf"))
-    if temperature > 0:
+    if MASKS:
+        words = tl.load(masks + tl.load(lines + row) * mask_stride + ids // 32, mask=mask, other=0)
+        scores = tl.where(((words >> (ids % 32)) & 1) != 0, scores, float("-inf"))
+    if (temperature > 0) & (tl.max(scores, 0) > float("-inf")):
         seed = tl.load(seeds + slot).to(tl.uint64, bitcast=True)
         position = (tl.load(lasts + row) + 1).to(tl.uint64, bitcast=True)
         golden = tl.full((), 0x9E3779B97F4A7C15, tl.uint64)
@@ -93,12 +97,14 @@ def draw(
     seeds: Tensor,
     tokens: Tensor,
     cuts: tuple[Tensor, Tensor] | None = None,
+    masks: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """One token a row: ids [S] int64, also written into `tokens` [slots, positions] int32 after the row's last one.
 
     `logits` [S, V] of any float type, each row dense; `slots` and `lasts` [S] int64 are each row's slot and the
     position of its last token; `temperatures` float32 (0 is argmax) and `seeds` int64 are by slot. The draw is keyed by
     the seed and the position `lasts` + 1. `cuts` are what filters.cuts says is left of each row; without, all is.
+    `masks` are bits [lines, mask_words(V)] int32 and the line of each row [S] int64: what has no bit is not drawn.
     """
     rows, size = logits.shape
     chunks = triton.cdiv(size, CHUNK)
@@ -106,9 +112,11 @@ def draw(
     where = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     floors, cut_ids = (best, where) if cuts is None else cuts
+    bits, lines = (where, slots) if masks is None else masks
     _draw_kernel[(rows, chunks)](
-        logits, slots, lasts, temperatures, seeds, floors, cut_ids, best, where, size, chunks, logits.stride(0),
-        CUTS=cuts is not None, BLOCK=CHUNK, FAST=logits.is_cuda, num_warps=8,
+        logits, slots, lasts, temperatures, seeds, floors, cut_ids, bits, lines, best, where, size, chunks,
+        logits.stride(0), bits.stride(0),
+        CUTS=cuts is not None, MASKS=masks is not None, BLOCK=CHUNK, FAST=logits.is_cuda, num_warps=8,
     )  # fmt: skip
     block = triton.next_power_of_2(chunks)
     _choose_kernel[(rows,)](best, where, slots, lasts, tokens, out, chunks, tokens.stride(0), BLOCK=block, num_warps=1)

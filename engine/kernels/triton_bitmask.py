@@ -1,4 +1,7 @@
-"""bitmask.py in Triton: writes -inf where a bit is missing, and reads no logits."""
+"""bitmask.py in Triton: -inf where a bit is missing.
+
+Whole lines are read and written, 16 bytes a thread. To write only what is barred would take as many stores as there
+are numbers, and the memory 32 bytes for each."""
 
 import triton
 import triton.language as tl
@@ -16,8 +19,8 @@ def _bitmask_kernel(logits, mask, rows, lines, size, stride, mask_stride, LINES:
     inside = ids < size
     words = tl.load(mask + line * mask_stride + ids // 32, mask=inside, other=-1)
     banned = ((words >> (ids % 32)) & 1) == 0
-    nothing = tl.full([BLOCK], float("-inf"), logits.dtype.element_ty)
-    tl.store(logits + row * stride + ids, nothing, mask=inside & banned)
+    scores = tl.load(logits + row * stride + ids, mask=inside)
+    tl.store(logits + row * stride + ids, tl.where(banned, float("-inf"), scores), mask=inside)
 
 
 def apply_bitmask(logits: Tensor, mask: Tensor, rows: Tensor, lines: Tensor | None = None) -> None:

@@ -15,6 +15,7 @@ would take longer than the work. Left out: larger prompts, where they do not.
 """
 
 import bisect
+import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -280,7 +281,12 @@ class PromptGraphs(StepGraphs):
 def captured(run: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """The graph of `run`, and what it leaves."""
     run()  # compiles and loads what a capture cannot
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        out = run()
+    graph, collecting = torch.cuda.CUDAGraph(), gc.isenabled()
+    gc.disable()  # a graph of a runner that is no more, freed meanwhile, would end the capture
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            out = run()
+    finally:
+        if collecting:
+            gc.enable()
     return graph, out

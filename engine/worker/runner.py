@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.kernels.bitmask import apply_bitmask
 from engine.layers.batch import Batch, upload
 from engine.layers.encoder import Encoder
 from engine.layers.model import Model
@@ -232,11 +231,11 @@ class Runner:
 
     def _draw_plain(self, hidden: Tensor, on_device: Tensor, lines: Tensor | None) -> Tensor:
         """Tokens of rows that ask for no more than a temperature, under masks of those `lines`, as a graph has it."""
-        logits = self.model.logits(hidden)
+        masks = None
         if lines is not None:
             assert self.grammars is not None
-            apply_bitmask(logits, self.grammars.masks, torch.arange(len(lines), device=self.device), lines)
-        return self.sampler.draw_plain(logits, on_device)
+            masks = self.grammars.masks, lines
+        return self.sampler.draw_plain(self.model.logits(hidden), on_device, masks=masks)
 
     def _hidden(self, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """Hidden states [T, H] of the tokens of `rows`, and where each row's begin, [R + 1]."""

@@ -106,12 +106,17 @@ class Sampler:
         return not (self._filters[slots] | (self.columns.logprobs[slots] >= 0)).any()
 
     def draw_plain(
-        self, logits: Tensor, on_device: Sequence[Tensor] | Tensor, cut: tuple[Tensor, Tensor] | None = None
+        self,
+        logits: Tensor,
+        on_device: Sequence[Tensor] | Tensor,
+        cut: tuple[Tensor, Tensor] | None = None,
+        masks: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """As `draw`, by what is on the device alone: for rows that are plain, or with what filters leave of them."""
+        """As `draw`, by what is on the device alone: for rows that are plain, or with what filters or masks leave of
+        them, as engine.kernels.sampling.draw takes it."""
         from engine.kernels.sampling import draw
 
-        return draw(logits, on_device[0], on_device[1], self._reals[0], self._seeds, self._tokens, cut)
+        return draw(logits, on_device[0], on_device[1], self._reals[0], self._seeds, self._tokens, cut, masks)
 
     def draw(
         self, logits: Tensor, slots: np.ndarray, lasts: np.ndarray, on_device: Sequence[Tensor] | Tensor

@@ -20,8 +20,8 @@ CASES: list[tuple[Any, str, dict[str, Any]]] = [
     ),
     (
         sampling._draw_kernel,
-        "LOGITS *i64 *i64 *fp32 *i64 *fp32 *i32 *fp32 *i32 i32 i32 i32",
-        {"CUTS": True, "BLOCK": 4096, "FAST": True},
+        "LOGITS *i64 *i64 *fp32 *i64 *fp32 *i32 *i32 *i64 *fp32 *i32 i32 i32 i32 i32",
+        {"CUTS": True, "MASKS": True, "BLOCK": 4096, "FAST": True},
     ),
     (sampling._choose_kernel, "*fp32 *i32 *i64 *i64 *i32 *i64 i32 i32", {"BLOCK": 64}),
     (

@@ -3,10 +3,12 @@ on a CPU (test_interpreted.py, which runs this in a process of its own)."""
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
 from engine.kernels import triton as triton_ops
+from engine.kernels.bitmask import apply_bitmask_reference, pack_ids
 from engine.kernels.ops import HeadNorms, Heads, LatentNorm, Ops
 from engine.kernels.sampling import draw
 from engine.kernels.triton import TritonOps
@@ -152,14 +154,15 @@ def test_draws_are_those_of_the_definition(dtype: torch.dtype) -> None:
     rows, size = (64, 151936) if GPU else (6, 9000)
     logits = 3 * random(rows, size, dtype=dtype)
     logits[0, 77] = logits[0, 78] = 50.0  # equals: the lower id
-    logits[1] = -torch.inf
+    logits[1] = logits[3, :4096] = logits[5] = -torch.inf  # as masks leave it, whole chunks of a program among them
+    logits[5, 8000] = -3.0
     slots = torch.randperm(rows, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     lasts = torch.arange(rows, device=DEVICE) * 3
     temperatures = torch.tensor([0.0, 0.0, 0.6, 1.0, 0.0, 2.0] * rows)[:rows].to(DEVICE)[slots.argsort()]
     seeds = torch.arange(rows, device=DEVICE) * 0x123456789ABCDEF - 5
     tokens = torch.zeros(rows, lasts[-1] + 2, dtype=torch.int32, device=DEVICE)
     got = draw(logits, slots, lasts, temperatures, seeds, tokens)
-    assert got[:2].tolist() == [77, 0]
+    assert got[:2].tolist() == [77, 0] and got[5] == 8000 and got[3] >= 4096
     assert torch.equal(tokens[slots, lasts + 1].long(), got) and int((tokens != 0).sum()) <= rows
     each = temperatures[slots, None]
     noise = torch.where(each > 0, gumbel(seeds[slots], lasts + 1, size), 0.0)
@@ -169,6 +172,24 @@ def test_draws_are_those_of_the_definition(dtype: torch.dtype) -> None:
     finite = best.isfinite()
     assert (best[finite] - chosen[finite]).abs().max() <= 2e-5  # the noise itself is rounded
     assert (got == scores.argmax(dim=-1)).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_draws_under_masks_are_those_of_what_they_leave(dtype: torch.dtype) -> None:
+    rows, size = (64, 151936) if GPU else (6, 9001)
+    logits, few = random(rows, size, dtype=dtype), np.array([7, 4099, 8500])
+    some = np.flatnonzero(np.random.default_rng(0).integers(0, 2, size))
+    masks = np.stack([pack_ids(ids, size) for ids in (few, some, np.arange(size), few[1:2])])
+    table, lines = torch.from_numpy(masks).to(DEVICE), torch.tensor([3, 0, 1, 2, 1, 0] * rows)[:rows].to(DEVICE)
+    barred = logits.clone()
+    apply_bitmask_reference(barred, table, torch.arange(rows, device=DEVICE), lines)
+    slots, temperatures = torch.arange(rows, device=DEVICE), torch.tensor([1.0, 0.6, 1.0, 0.0] * rows)[:rows].to(DEVICE)
+    tokens = torch.zeros(2, rows, rows + 1, dtype=torch.int32, device=DEVICE)
+    before = logits.clone()
+    got = draw(logits, slots, slots, temperatures, slots, tokens[0], masks=(table, lines))
+    assert torch.equal(got, draw(barred, slots, slots, temperatures, slots, tokens[1]))
+    assert torch.equal(tokens[0], tokens[1]) and torch.equal(logits, before)
+    assert got[0] == 4099 and set(got[lines == 0].tolist()) <= set(few.tolist())
 
 
 def test_draws_at_the_lowest_temperatures_are_of_the_largest() -> None:

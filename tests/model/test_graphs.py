@@ -1,7 +1,9 @@
 """Steps as CUDA graphs, without a GPU: a stand-in for a graph computes anew from what the replay put in place."""
 
 import dataclasses
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -210,3 +212,32 @@ def test_a_step_with_shared_prefixes_has_a_graph_that_is_told_of_them(harness: M
     hidden, _ = shared.replay(rows, prefixes)
     assert torch.allclose(hidden, harness.runner.forward(rows)[0], atol=1e-5)
     assert [plan["prefixes"] for plan in shared._graphs[4].plans] == [prefixes]
+
+
+def test_nothing_is_collected_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To free another graph meanwhile, an earlier runner's, would end the capture."""
+    capturing = False
+    seen = []
+
+    @contextmanager
+    def capture(graph: Any, **terms: Any) -> Iterator[None]:
+        nonlocal capturing
+        capturing = True
+        yield
+        capturing = False
+
+    def run() -> Tensor:
+        seen.append((capturing, gc.isenabled()))
+        if failing and capturing:
+            raise ValueError
+        return torch.ones(1)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    failing = False
+    graphs.captured(run, None)
+    assert seen == [(False, True), (True, False)] and gc.isenabled()
+    failing = True
+    with pytest.raises(ValueError):
+        graphs.captured(run, None)
+    assert gc.isenabled(), "after a capture that failed too"
