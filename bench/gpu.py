@@ -14,6 +14,7 @@ keys and values at 4.3 TB/s. Peers: vLLM 0.26.0 and SGLang 0.5.16 on one H200, t
 
 import argparse
 import json
+import math
 import statistics
 import time
 from array import array
@@ -166,7 +167,7 @@ class Row(Struct):
     floor: float
     unit: str
     peers: tuple[float, ...]
-    busy: float  # share of the timed seconds that steps ran on the device
+    busy: float  # share of the timed seconds that steps ran on the device; of a pair of rows the first one's
     idle: float  # share of the device's time that it waited for the next step, which was on its way
     values: list[float]  # one a repetition, as they came
 
@@ -215,7 +216,7 @@ class Bench:
     def row(self, name: str, unit: str, times: list[float], floor: float) -> Row:
         spread = (max(times) - min(times)) / statistics.median(times)
         (steps, between, wall), self.timed = self.timed, [0.0, 0.0, 0.0]
-        busy, idle = steps / max(wall, 1e-9), between / max(steps + between, 1e-9)
+        busy, idle = (steps / wall, between / (steps + between)) if wall else (math.nan, math.nan)
         return Row(name, statistics.median(times), spread, floor, unit, self.peers.get(name, ()), busy, idle, times)
 
     async def rate(self, name: str, make: Callable[[int, int], workloads.Work], schema: str | None = None) -> list[Row]:
@@ -288,6 +289,7 @@ class Bench:
         for batch in (3, 32):
             short, long = workloads.long_context(self.vocab, batch)
             await self.seconds(short)
+            self.timed = [0.0, 0.0, 0.0]
             times = []
             for _ in range(3):
                 first = await self.seconds(short, flush=False)
@@ -304,8 +306,7 @@ class Bench:
                 await self.engine.front.profile(folder, 64)
                 await self.seconds(long)
                 seen = traces.waits(Path((await self.engine.front.profile("", 0)).path), batch)
-                shares = f"{seen.between:.2%} of the time between steps, {seen.inside:.2%} inside them"
-                print(f"batch {batch}: in a trace of {seen.steps} steps the device waited for {shares}", flush=True)
+                print(f"batch {batch}, traced: {seen}", flush=True)
         return []
 
     async def shared(self) -> list[Row]:
@@ -384,6 +385,7 @@ async def _run(
             await bench.seconds(workloads.warm_up(bench.vocab), temperature)
         rows: list[Row] = []
         for name in names:
+            bench.timed = [0.0, 0.0, 0.0]
             made = await ROWS[name](bench)
             rows += made
             print(*table(made).splitlines()[1:], sep="\n", flush=True)

@@ -1,7 +1,7 @@
 """Latent attention without absorption, as a plugin: at every step all of a row's context becomes keys and values.
 
 What bench/gpu.py measures the absorbed way against: `--rows context --option plugins=naive`. In all else it is the
-backend `flashinfer`; its steps are not captured, and are too long to gain by that.
+backend `flashinfer`, but that its steps are not captured: those of few rows wait for the host.
 """
 
 import os

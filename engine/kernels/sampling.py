@@ -5,13 +5,15 @@ row's seed and position. The kernel's time goes into it, so logarithms are the p
 into chunks, so that one row fills a GPU too; a second kernel takes the best of them, the lowest id of equals. What
 filters leave of a row is said by a cut (filters.py). Arguments that are rows of a tensor come with any alignment: for
 each kind, a kernel would be compiled in the middle of a step. Masks of grammars are looked at here, and written
-nowhere; where they leave nothing of a chunk, as of nearly all at most places in JSON, no noise is made.
+nowhere; where they or cuts leave nothing of a chunk, as of nearly all at most places in JSON, no noise is made.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from engine.kernels.bitmask import mask_words
 
 CHUNK = 4096  # logits that one program looks at
 
@@ -60,7 +62,10 @@ def _draw_kernel(
     if MASKS:
         words = tl.load(masks + tl.load(lines + row) * mask_stride + ids // 32, mask=mask, other=0)
         scores = tl.where(((words >> (ids % 32)) & 1) != 0, scores, float("-inf"))
-    if (temperature > 0) & (tl.max(scores, 0) > float("-inf")):
+    noisy = temperature > 0
+    if CUTS or MASKS:
+        noisy = noisy & (tl.max(scores, 0) > float("-inf"))
+    if noisy:
         seed = tl.load(seeds + slot).to(tl.uint64, bitcast=True)
         position = (tl.load(lasts + row) + 1).to(tl.uint64, bitcast=True)
         golden = tl.full((), 0x9E3779B97F4A7C15, tl.uint64)
@@ -104,9 +109,11 @@ def draw(
     `logits` [S, V] of any float type, each row dense; `slots` and `lasts` [S] int64 are each row's slot and the
     position of its last token; `temperatures` float32 (0 is argmax) and `seeds` int64 are by slot. The draw is keyed by
     the seed and the position `lasts` + 1. `cuts` are what filters.cuts says is left of each row; without, all is.
-    `masks` are bits [lines, mask_words(V)] int32 and the line of each row [S] int64: what has no bit is not drawn.
+    `masks` are bits [lines, mask_words(V)] int32 and the line of each row [S] int64: what has no bit is not drawn. Not
+    both: what filters leave depends on the masks, which are to be applied before (bitmask.py).
     """
     rows, size = logits.shape
+    assert masks is None or (cuts is None and masks[0].dtype == torch.int32 and masks[0].shape[1] == mask_words(size))
     chunks = triton.cdiv(size, CHUNK)
     best = torch.empty(rows, chunks, dtype=torch.float32, device=logits.device)
     where = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)

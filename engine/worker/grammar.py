@@ -3,11 +3,11 @@
     step n+1   launch ── model, head ─────────────────────────> masks ── adjust, draw
     host              wait for the tokens of n ── accept ── fill ──┘
 
-The masks of a step are filled while the device computes it, by all of its matchers at a time, and applied in one
-kernel. Rows without a grammar are not touched. Rows in a state that any row of their grammar has been in are not asked:
-the mask is on the device already (mask_table.py). A row that was retracted comes back with its tokens, which its new
-matcher reads. Grammars come from the scheduler and are made ready in a thread. Left out: tokens that a grammar leaves
-no choice about are sampled like others.
+The masks of a step are filled while the device computes it, by all of its matchers at a time. They are applied by the
+kernel that draws, or by one of their own before it. Rows in a state that any row of their grammar has been in are not
+asked: the mask is on the device already (mask_table.py). A row that was retracted comes back with its tokens, which its
+new matcher reads. Grammars come from the scheduler and are made ready in a thread. Left out: tokens that a grammar
+leaves no choice about are sampled like others.
 """
 
 import logging
@@ -259,6 +259,11 @@ class Grammars:
         return tuple((row, guide.cause) for row, guide in stuck)
 
     # ── masks ────────────────────────────────────────────────────────────────────────────────
+
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Compiles what `mask` needs for logits of `dtype`."""
+        logits, line = torch.zeros(1, len(self._spelled), dtype=dtype, device=self._device), torch.tensor([ALL])
+        apply_bitmask(logits, self.masks, torch.zeros_like(line).to(self._device), line.to(self._device))
 
     def mask(self, logits: Tensor, guided: Guided) -> None:
         """-inf, in place, for what the grammars of `logits` [S, V] bar, once the guides have read all tokens."""

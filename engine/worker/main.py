@@ -164,6 +164,8 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
             runner.warm_up(WARM_UP_TOKENS)
         elif config.process.cuda_graphs and not runner.capture(pages, config.cache.prefix_cache):
             logger.info("no CUDA graphs: attention backend %s cannot be captured", backends.chosen)
+        if device.type == "cuda" and ready_grammars is not None:
+            ready_grammars.warm_up(build.dtype)
     if device.type == "cuda":
         tell_of_compiles()
     ready = WorkerReady(

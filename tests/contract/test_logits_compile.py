@@ -18,10 +18,13 @@ CASES: list[tuple[Any, str, dict[str, Any]]] = [
         f"LOGITS {PARAMETERS} {SCANNED} *fp32 *i32 *fp32 *i32 i32 i32 i32 i32",
         CHUNKS | {"GROUP": 32, "CHUNK_GROUPS": 128, "HALVINGS": 14, "BLOCK": 2048, "PIVOTS": 8, "SHIFT": "SHIFT"},
     ),
-    (
-        sampling._draw_kernel,
-        "LOGITS *i64 *i64 *fp32 *i64 *fp32 *i32 *i32 *i64 *fp32 *i32 i32 i32 i32 i32",
-        {"CUTS": True, "MASKS": True, "BLOCK": 4096, "FAST": True},
+    *(
+        (
+            sampling._draw_kernel,
+            "LOGITS *i64 *i64 *fp32 *i64 *fp32 *i32 *i32 *i64 *fp32 *i32 i32 i32 i32 i32",
+            {"CUTS": cuts, "MASKS": masks, "BLOCK": 4096, "FAST": True},
+        )
+        for cuts, masks in ((False, False), (True, False), (False, True))
     ),
     (sampling._choose_kernel, "*fp32 *i32 *i64 *i64 *i32 *i64 i32 i32", {"BLOCK": 64}),
     (

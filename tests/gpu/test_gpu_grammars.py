@@ -83,6 +83,13 @@ def test_replies_are_of_their_forms_and_those_of_a_cpu(model: Path, options: dic
     assert same >= 6, "float32 on a GPU rounds otherwise than on a CPU, but not so often"
 
 
+def test_masks_are_compiled_before_requests_come(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with Engine(model=str(model), device="cuda", dtype="bfloat16", max_model_len=256, kv_tokens=2048) as engine:
+        for more in ({}, {"logprobs": 2}, {"top_p": 0.9}):
+            assert engine.generate(PROMPTS[0], SamplingParams(max_tokens=5, choice=("yes",), **more)).text == "yes"
+    assert "_bitmask_kernel" not in capfd.readouterr().err, "the log tells of kernels that are compiled later"
+
+
 def test_a_row_that_no_token_is_left_for_ends_alone(model: Path) -> None:
     from engine import RequestError
 
