@@ -11,6 +11,7 @@ understood, or not let through, is left to a matcher of the reply's own.
 """
 
 import re
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from engine_plugins.grammars.json_places import STRING, Node, Place, Unknown, ad
 MOST_STATES = 20_000  # of a grammar
 MOST_MOVES = 400_000
 MOST_LED = 2_000_000  # tokens of all paths
+MOST_OF_ALL = 200_000  # states of all grammars: some 200 MB
 KEPT = 96 << 20  # bytes of masks, of all grammars
 END = Place(mode=-1)
 Ahead = tuple[Place, int, bool]  # a place, and how many items are then, or are more, if that is True
@@ -34,7 +36,7 @@ def _spaced(found: "re.Match[bytes]") -> bytes:
 
 class Texts:
     """What one vocabulary needs: its tokens, of which `ends` end a reply; how many items one token may end, and one
-    more (`seen`); keys by which tokens are told apart; and room for masks that have been filled.
+    more (`seen`); keys by which tokens are told apart; and room for masks that have been filled, and for states.
 
     Keys of tokens that do the same wherever they may come are the same: behind a new line a tab is as good as a space.
     `keys` are those of any state, `indented` of one behind a new line, `free` of one in a free string, where ordinary
@@ -56,6 +58,8 @@ class Texts:
         self._kept = np.empty((max(64, KEPT // (4 * words)), words), np.int32)  # no memory before it is used
         self._used = 0
         self._age = 0  # how often it was full
+        self.grammars: weakref.WeakSet[States] = weakref.WeakSet()
+        self._told = 0  # states of all grammars, and of some that are no more
 
     def mask(self, state: "State") -> np.ndarray | None:
         """That of `state`, if it is kept."""
@@ -67,6 +71,17 @@ class Texts:
         state.line, state.age = self._used, self._age
         self._kept[self._used] = mask
         self._used += 1
+
+    def make_room(self) -> None:
+        """For one state more: where all grammars have as many as there may be, the one with the most begins anew."""
+        self._told += 1
+        if self._told < MOST_OF_ALL:
+            return
+        self._told = sum(len(states.known) for states in self.grammars)
+        if self._told >= MOST_OF_ALL:
+            most = max(self.grammars, key=lambda states: len(states.known))
+            self._told -= len(most.known)
+            most.forget()
 
 
 class State:
@@ -99,6 +114,15 @@ class States:
         self.known: dict[tuple[Place, tuple[int, int, bool]], State] = {}
         self._ahead: dict[tuple[State, int, int], tuple[State, int]] = {}  # by state, number of items and key
         self.begin = State(Place(), texts.keys, (), 0)
+        texts.grammars.add(self)
+
+    def forget(self) -> None:
+        """All states. Replies go on from those that they are in."""
+        for state in (self.begin, *self.known.values()):
+            state.moves.clear()
+        self.known.clear()
+        self._ahead.clear()
+        self._moves = self._led = 0
 
     def next(self, state: State, items: int, token: int, said: Sequence[int]) -> tuple[State | None, int]:
         """The state behind a `token` that may come in `state`, and the number of items then; None where it is unknown.
@@ -146,8 +170,9 @@ class States:
         key = place, self._sight(place, items)
         state = self.known.get(key)
         if state is None and len(self.known) < MOST_STATES and self._led < MOST_LED:
-            self._led += len(path)
             texts = self._texts
+            texts.make_room()
+            self._led += len(path)
             free = place.mode == STRING and not place.text
             keys = texts.free if free else texts.indented if place.text[:1] == b"\n" else texts.keys
             state = self.known[key] = State(place, keys, path, items)

@@ -1,5 +1,6 @@
 """States of replies under JSON schemas: those of one state have one mask, whatever has been said before."""
 
+import gc
 import json
 import runpy
 from pathlib import Path
@@ -287,6 +288,27 @@ def test_a_long_reply_does_not_take_room_by_the_square_of_its_length(
     assert by_state.state is None and compiled.states is not None
     kept = [len(each.path) + len(each.place.text) + len(each.place.stack) for each in compiled.states.known.values()]
     assert sum(kept) < 110_000
+
+
+def test_of_all_grammars_so_many_states_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one with the most begins anew, in the middle of its replies too; those that are dropped do not count."""
+    monkeypatch.setattr(json_states, "MOST_OF_ALL", 100)
+    engine, rng = LLGuidance(WORDS, threads=1, whitespace=False), np.random.default_rng(0)
+    texts, numbers = engine._texts, {"type": "array", "minItems": 30, "items": {"type": "number", "minimum": 0.5}}
+    grammars = [compiled_of(engine, schema) for schema in (HARD, EASY, numbers)]
+    forgot = 0
+    for _ in range(4):
+        for compiled in grammars:
+            _, more = walk(engine, compiled, rng, 150)
+            forgot += more < 0
+            assert sum(len(states.known) for states in texts.grammars) <= 100
+    assert forgot and len(texts.grammars) == 3
+    del grammars, compiled
+    gc.collect()
+    assert not texts.grammars
+    other = compiled_of(engine, HARD)
+    assert other.states is not None
+    assert walk(engine, other, rng, 20)[1] == len(other.states.known) > 0
 
 
 def test_masks_that_are_no_longer_kept_are_filled_again() -> None:
