@@ -1,6 +1,8 @@
 """Fixtures shared by all tests."""
 
+import gc
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -10,3 +12,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def uncollected(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On a GPU no garbage is collected within a test: a graph that is freed while another one is captured ends that."""
+    on_gpu = request.path.parent.name == "gpu"
+    if on_gpu:
+        gc.disable()
+    yield
+    if on_gpu:
+        gc.enable()
