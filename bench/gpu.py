@@ -181,11 +181,15 @@ class Bench:
         self.peers = peers
         self.vocab = vocab
         self.busy = 0.0  # seconds of all steps so far
-        self.timed = [0.0, 0.0, 0.0]  # since the last row: seconds of steps, between them, of the wall clock
+        self.begin_row()
         engine.front.on_stats.append(self._on_stats)
 
     def _on_stats(self, stats: Stats) -> None:
         self.busy += sum(array("f", stats.step_seconds))
+
+    def begin_row(self) -> None:
+        """What was timed so far belongs to no row."""
+        self.timed = (0.0, 0.0, 0.0)  # since then: seconds of steps, between them, of the wall clock
 
     @property
     def idle(self) -> float:
@@ -208,14 +212,15 @@ class Bench:
         replies = await self.engine.generate([ids for ids, _ in work], params)
         seconds = time.perf_counter() - began
         await anyio.sleep(0.02)  # the last steps' times are on their way
-        spent = (self.busy - busy, self.idle - idle, seconds)
-        self.timed = [before + each for before, each in zip(self.timed, spent, strict=True)]
+        steps, between, wall = self.timed
+        self.timed = steps + self.busy - busy, between + self.idle - idle, wall + seconds
         assert [len(reply.ids) for reply in replies] == [count for _, count in work], "a reply has another length"
         return seconds
 
     def row(self, name: str, unit: str, times: list[float], floor: float) -> Row:
         spread = (max(times) - min(times)) / statistics.median(times)
-        (steps, between, wall), self.timed = self.timed, [0.0, 0.0, 0.0]
+        steps, between, wall = self.timed
+        self.begin_row()
         busy, idle = (steps / wall, between / (steps + between)) if wall else (math.nan, math.nan)
         return Row(name, statistics.median(times), spread, floor, unit, self.peers.get(name, ()), busy, idle, times)
 
@@ -235,7 +240,7 @@ class Bench:
         texts = {name: json.dumps(schema) for name, schema in schemas.items()}
         for text in texts.values():  # to compile it, and to see a batch of them once
             await self.seconds(workloads.constrained(self.vocab, 9)[:64], schema=text)
-        self.timed = [0.0, 0.0, 0.0]
+        self.begin_row()
         rows = await self.rate("constrained", workloads.constrained)
         for name, text in texts.items():
             rows += await self.rate(name, workloads.constrained, text)
@@ -289,7 +294,7 @@ class Bench:
         for batch in (3, 32):
             short, long = workloads.long_context(self.vocab, batch)
             await self.seconds(short)
-            self.timed = [0.0, 0.0, 0.0]
+            self.begin_row()
             times = []
             for _ in range(3):
                 first = await self.seconds(short, flush=False)
@@ -385,7 +390,7 @@ async def _run(
             await bench.seconds(workloads.warm_up(bench.vocab), temperature)
         rows: list[Row] = []
         for name in names:
-            bench.timed = [0.0, 0.0, 0.0]
+            bench.begin_row()
             made = await ROWS[name](bench)
             rows += made
             print(*table(made).splitlines()[1:], sep="\n", flush=True)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.bitmask import mask_words
+from engine.kernels.triton_bitmask import lets_through
 
 CHUNK = 4096  # logits that one program looks at
 
@@ -60,8 +61,8 @@ def _draw_kernel(
         kept = (scores > floor) | ((scores == floor) & (ids <= tl.load(cut_ids + row)))
         scores = tl.where(kept, scores, float("-inf"))
     if MASKS:
-        words = tl.load(masks + tl.load(lines + row) * mask_stride + ids // 32, mask=mask, other=0)
-        scores = tl.where(((words >> (ids % 32)) & 1) != 0, scores, float("-inf"))
+        kept = lets_through(masks, tl.load(lines + row), mask_stride, ids, mask)
+        scores = tl.where(kept, scores, float("-inf"))
     noisy = temperature > 0
     if CUTS or MASKS:
         noisy = noisy & (tl.max(scores, 0) > float("-inf"))

@@ -10,6 +10,13 @@ from torch import Tensor
 CHUNK = 4096  # logits that one program looks at
 
 
+@triton.jit
+def lets_through(mask, line, stride, ids, inside):
+    """Whether `line` of `mask` has the bits of `ids`; what is not `inside` has none."""
+    words = tl.load(mask + line * stride + ids // 32, mask=inside, other=0)
+    return ((words >> (ids % 32)) & 1) != 0
+
+
 @triton.jit(do_not_specialize_on_alignment=["rows", "lines"])
 def _bitmask_kernel(logits, mask, rows, lines, size, stride, mask_stride, LINES: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64)
@@ -17,10 +24,9 @@ def _bitmask_kernel(logits, mask, rows, lines, size, stride, mask_stride, LINES:
     line = tl.load(lines + i) if LINES else i
     ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = ids < size
-    words = tl.load(mask + line * mask_stride + ids // 32, mask=inside, other=-1)
-    banned = ((words >> (ids % 32)) & 1) == 0
     scores = tl.load(logits + row * stride + ids, mask=inside)
-    tl.store(logits + row * stride + ids, tl.where(banned, float("-inf"), scores), mask=inside)
+    kept = tl.where(lets_through(mask, line, mask_stride, ids, inside), scores, float("-inf"))
+    tl.store(logits + row * stride + ids, kept, mask=inside)
 
 
 def apply_bitmask(logits: Tensor, mask: Tensor, rows: Tensor, lines: Tensor | None = None) -> None:

@@ -262,8 +262,8 @@ class Grammars:
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Compiles what `mask` needs for logits of `dtype`."""
-        logits, line = torch.zeros(1, len(self._spelled), dtype=dtype, device=self._device), torch.tensor([ALL])
-        apply_bitmask(logits, self.masks, torch.zeros_like(line).to(self._device), line.to(self._device))
+        logits = torch.zeros(1, len(self._spelled), dtype=dtype, device=self._device)
+        apply_bitmask(logits, self.masks, *torch.tensor([[0], [ALL]], device=self._device))
 
     def mask(self, logits: Tensor, guided: Guided) -> None:
         """-inf, in place, for what the grammars of `logits` [S, V] bar, once the guides have read all tokens."""

@@ -3,8 +3,8 @@
 A token is drawn as argmax(scores + noise), where the noise of a vocabulary entry is a function of the row's
 seed, the position and the entry's id alone. So a draw does not depend on the other rows of the step, nor on
 how the request was scheduled. What work a step needs is decided from host copies of the parameters: nothing
-here waits for the device. What changes the logits first is in logits.py, and which tokens
-a grammar lets through in grammar.py.
+here waits for the device. What changes the logits first is in logits.py, and which tokens a grammar lets
+through in grammar.py.
 """
 
 from collections.abc import Sequence

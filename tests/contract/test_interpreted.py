@@ -40,7 +40,7 @@ def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, "Future[Run]"]]:
         yield {name: threads.submit(interpreted, name) for name in asked}
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", FILES)
 def test_the_kernels_interpreted_do_what_they_are_defined_as(name: str, runs: dict[str, "Future[Run]"]) -> None:
     done = runs[name].result()
