@@ -37,6 +37,7 @@ from engine.messages import Stats  # noqa: E402
 
 BANDWIDTH, RATE = 4.3e12, 790e12  # bytes and operations a second, measured on an H200
 BATCHES = (8, 32, 64, 128, 256)
+TURNS = 9  # of what is compared with itself under schemas
 # (vLLM, SGLang): output tokens/s for nano, constrained and throughput; ms for latency, ttft and steps; else seconds
 PEERS: dict[str, dict[str, tuple[float, float]]] = {
     "qwen3-0.6b": {
@@ -224,34 +225,45 @@ class Bench:
         busy, idle = (steps / wall, between / (steps + between)) if wall else (math.nan, math.nan)
         return Row(name, statistics.median(times), spread, floor, unit, self.peers.get(name, ()), busy, idle, times)
 
-    async def rate(self, name: str, make: Callable[[int, int], workloads.Work], schema: str | None = None) -> list[Row]:
+    async def rate(self, name: str, make: Callable[[int, int], workloads.Work]) -> list[Row]:
         """Output tokens a second, three times."""
-        rates, floors = [], []
-        for repetition in range(3):
+        return await self.rates({name: None}, make, 3)
+
+    async def rates(
+        self, schemas: dict[str, str | None], make: Callable[[int, int], workloads.Work], repetitions: int
+    ) -> list[Row]:
+        """Output tokens a second under each schema, in turn, so that all see the same of a machine that drifts."""
+        rates: dict[str, list[float]] = {name: [] for name in schemas}
+        timed = dict.fromkeys(schemas, (0.0, 0.0, 0.0))
+        floors = []
+        for repetition in range(repetitions):
             work = make(self.vocab, repetition)
             out = workloads.tokens_out(work)
-            rates.append(out / await self.seconds(work, schema=schema))
             floors.append(out / self.shape.floor(work))
-        return [self.row(name, "tok/s", rates, statistics.median(floors))]
+            for name, schema in schemas.items():
+                self.timed = timed[name]
+                rates[name].append(out / await self.seconds(work, schema=schema))
+                timed[name] = self.timed
+        rows = []
+        for name in schemas:
+            self.timed = timed[name]
+            rows.append(self.row(name, "tok/s", rates[name], statistics.median(floors)))
+        return rows
 
     async def grammar(self) -> list[Row]:
         """`constrained` as it is measured: free, under its schema, and under a kinder one; then smaller batches."""
-        schemas = {"JSON_SCHEMA": workloads.JSON_SCHEMA, "easy schema": workloads.EASY_SCHEMA}
-        texts = {name: json.dumps(schema) for name, schema in schemas.items()}
-        for text in texts.values():  # to compile it, and to see a batch of them once
+        hard, easy = json.dumps(workloads.JSON_SCHEMA), json.dumps(workloads.EASY_SCHEMA)
+        schemas = {"constrained": None, "JSON_SCHEMA": hard, "easy schema": easy}
+        for text in (hard, easy):  # to compile it, and to see a batch of them once
             await self.seconds(workloads.constrained(self.vocab, 9)[:64], schema=text)
-        self.begin_row()
-        rows = await self.rate("constrained", workloads.constrained)
-        for name, text in texts.items():
-            rows += await self.rate(name, workloads.constrained, text)
-            print(f"{name}: {rows[-1].ours / rows[0].ours:.3f} of free", flush=True)
+        rows = await self.rates(schemas, workloads.constrained, TURNS)
+        print(f"256 rows, of the free throughput: {_shares({row.name: row.values for row in rows})}", flush=True)
         for batch in (1, 8, 32, 64, 128):
-            free, *held = [
-                statistics.median([await self._step(batch, repetition, text) for repetition in range(3)])
-                for text in (None, *texts.values())
-            ]
-            shares = ", ".join(f"{name} {free / each:.3f}" for name, each in zip(texts, held, strict=True))
-            print(f"batch {batch}: a free step takes {free:.2f} ms; of its speed: {shares}", flush=True)
+            speeds: dict[str, list[float]] = {name: [] for name in schemas}
+            for repetition in range(TURNS):
+                for name, schema in schemas.items():
+                    speeds[name].append(1 / await self._step(batch, repetition, schema))
+            print(f"{batch} rows, of a free step's speed: {_shares(speeds)}", flush=True)
         return rows
 
     async def _step(self, batch: int, repetition: int, schema: str | None) -> float:
@@ -325,6 +337,16 @@ class Bench:
             self.row("shared cold", "s", cold, self.shape.floor(first, shared=every - 8 * 2048)),
             self.row("shared warm", "s", warm, self.shape.floor(second, shared=every)),
         ]
+
+
+def _shares(turns: dict[str, list[float]]) -> str:
+    """Of speeds that were measured in turn, what all but the first had of it: each turn's median, and the quartiles."""
+    (_, free), *others = turns.items()
+    parts = []
+    for name, values in others:
+        low, middle, high = statistics.quantiles([value / alone for value, alone in zip(values, free, strict=True)])
+        parts.append(f"{name} {middle:.3f} ({low:.3f} - {high:.3f})")
+    return ", ".join(parts)
 
 
 ROWS: dict[str, Callable[[Bench], Any]] = {
