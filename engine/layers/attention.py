@@ -55,6 +55,8 @@ class Backend(ABC):
     without being cleared.
     """
 
+    most_graph_tokens: float = float("inf")  # of a step with prompts, beyond which `prepare` has a faster way
+
     def __init__(self, page_size: int, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype | None) -> None:
         """`kv_dtype` is the cache's type, by default `dtype`, that of the activations."""
         self.page_size = page_size
@@ -97,7 +99,8 @@ class Backend(ABC):
         raise NotImplementedError  # who captures such plans fills them
 
     def capture_prompts(self, batch: Batch) -> Any | None:
-        """As `capture`, for steps of at most as many rows and tokens as `batch` has; `refill_prompts` says which."""
+        """As `capture`, for steps of at most as many rows and tokens as `batch` has, and no more than
+        `most_graph_tokens`; `refill_prompts` says which."""
         return None
 
     def refill_prompts(  # noqa: B027

@@ -91,6 +91,7 @@ class LatentBackend(Backend):
     """
 
     chunk_bytes = CHUNK_BYTES
+    most_graph_tokens = 1024  # more tokens of prompts are better expanded
 
     def __init__(self, shape: LatentShape, page_size: int, device: torch.device, dtype: torch.dtype) -> None:
         """Raises ConfigError for a shape, page size or type that the backend cannot serve."""

@@ -10,8 +10,8 @@ one with the masks of grammars, and so costs the host two launches. Missing rows
 slot, whose keys and values go to the scratch page. All graphs share one memory pool, as only one of them runs at a
 time.
 
-`DecodeGraphs` are for steps of one token a row; `PromptGraphs` for small steps with prompts, in which the launches
-would take longer than the work. Left out: larger prompts, where they do not.
+`DecodeGraphs` are for steps of one token a row; `PromptGraphs` for steps with prompts whose kernels would take longer
+to launch than to run: a thousand tokens of any model, and more of a small one. Left out: larger prompts.
 """
 
 import bisect
@@ -31,10 +31,16 @@ from engine.layers.batch import Batch, Mirror
 from engine.layers.model import Model
 from engine.worker.kv import Caches
 from engine.worker.prefixes import LEAST_ROWS
+from engine.worker.weights import weight_bytes
 
 NOTHING = np.empty(0, np.int64)
-PROMPT_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
-PROMPT_ROWS = 64
+FEW_ROWS = 64  # steps with prompts of fewer rows than that have a finer ladder of tokens
+FEW_ROWS_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
+ALL_ROWS_TOKENS = (256, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192)
+SMALL_PROMPTS = 1024  # up to so many tokens steps with prompts have graphs in any model
+# Tokens times the bytes of a layer's weights, up to which kernels take less time than their launches: an H200 computes
+# 8,192 tokens of Qwen3-0.6B, 43 MB a layer, in 14 ms, and a slow core launches them in 23.
+WORK_TO_LAUNCH = 4e11
 
 
 def ladder(most: int) -> list[int]:
@@ -120,14 +126,12 @@ class StepGraphs(ABC):
 
     @torch.inference_mode()
     def _capture(self, sizes: list[int], pool: Any) -> bool:
-        """Captures all of `sizes`, which ascend. False, and none, where an attention backend's cannot be captured."""
+        """Captures those of `sizes`, which ascend, that the attention backends can. False where there are none."""
         for size in reversed(sizes):  # the largest first: the others fit into its memory
-            graph = self._captured(size, pool)
-            if graph is None:
-                return False
-            self._graphs[size] = graph
-        self._sizes = sizes
-        return True
+            if (graph := self._captured(size, pool)) is not None:
+                self._graphs[size] = graph
+        self._sizes = [size for size in sizes if size in self._graphs]
+        return bool(self._sizes)
 
     @abstractmethod
     def _captured(self, size: int, pool: Any) -> Captured | None:
@@ -220,15 +224,22 @@ class DecodeGraphs(StepGraphs):
 
 
 class PromptGraphs(StepGraphs):
-    """Small steps with prompts: fewer than PROMPT_ROWS rows, which may also be of one token, and a ladder of tokens."""
+    """Steps with prompts of fewer rows than `rows`, which may also be of one token, for the sizes `tokens`."""
+
+    def __init__(self, tables: Tables, rows: int, tokens: Sequence[int]) -> None:
+        super().__init__(tables)
+        self._rows = rows
+        self._tokens = tokens
 
     def capture(self, most: int, pool: Any) -> bool:
-        """Captures steps of up to `most` tokens. False when an attention backend's cannot be."""
-        return self._capture([size for size in PROMPT_TOKENS if size <= most], pool)
+        """Captures steps of up to `most` tokens, as far as that pays. False where none was."""
+        most = min(most, most_prompt_tokens(self._tables.model), self._tokens[-1])
+        sizes = [size for size in self._tokens if size < most]
+        return self._capture([*sizes, most] if most >= self._tokens[0] else [], pool)
 
     def _captured(self, size: int, pool: Any) -> Captured | None:
         backends = self._tables.model.backends
-        numbers = Mirror(2 * size + 3 * PROMPT_ROWS + 1, self._tables.tokens.device)
+        numbers = Mirror(2 * size + 3 * self._rows + 1, self._tables.tokens.device)
         self._fill(numbers.host(), size, np.zeros((0, 4), np.int64))
         numbers.send()
         plans = tuple(backend.capture_prompts(self._batch(numbers.device, ())) for backend in backends)
@@ -240,15 +251,14 @@ class PromptGraphs(StepGraphs):
         return Captured(graph, numbers, plans, hidden)
 
     def _batch(self, numbers: Tensor, plans: tuple[Any, ...]) -> Batch:
-        size = (len(numbers) - 3 * PROMPT_ROWS - 1) // 2
-        token_slots, positions, slots, starts, offsets = numbers.split(
-            [size, size, PROMPT_ROWS, PROMPT_ROWS, PROMPT_ROWS + 1]
-        )
+        rows = self._rows
+        size = (len(numbers) - 3 * rows - 1) // 2
+        token_slots, positions, slots, starts, offsets = numbers.split([size, size, rows, rows, rows + 1])
         return self._tables.batch(token_slots, positions, slots, starts, offsets, plans)
 
     def _fill(self, numbers: np.ndarray, size: int, rows: np.ndarray) -> np.ndarray:
         """Writes a step; returns its offsets [R + 1]."""
-        ends = np.cumsum([size, size, PROMPT_ROWS, PROMPT_ROWS])
+        ends = np.cumsum([size, size, self._rows, self._rows])
         token_slots, positions, slots, starts, offsets = np.split(numbers, ends)
         row_slots, row_starts, lengths = rows[:, :3].T
         count, total = len(rows), int(lengths.sum())
@@ -263,7 +273,7 @@ class PromptGraphs(StepGraphs):
 
     def fits(self, rows: np.ndarray) -> bool:
         """Whether the step of `rows`, int64 [R, 4] as in a StepPlan, is one of these."""
-        return bool(self._sizes) and len(rows) < PROMPT_ROWS and int(rows[:, 2].sum()) <= self._sizes[-1]
+        return bool(self._sizes) and len(rows) < self._rows and int(rows[:, 2].sum()) <= self._sizes[-1]
 
     def replay(self, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """Runs the step: hidden states [T, H] of the rows' tokens, good until the next replay, and offsets [R + 1]."""
@@ -276,6 +286,14 @@ class PromptGraphs(StepGraphs):
             backend.refill_prompts(plan, rows[:, 1], rows[:, 2], offsets)
         chosen.graph.replay()
         return chosen.hidden[:total], offsets
+
+
+def most_prompt_tokens(model: Model) -> int:
+    """Tokens of the largest step with prompts for which a graph pays: whose launches take longer than its kernels, and
+    whose attention has no faster way without."""
+    layers = sum(group.layers for group in model.kv_spec().groups)
+    most = max(SMALL_PROMPTS, WORK_TO_LAUNCH * layers / max(weight_bytes(model), 1))
+    return int(min([most, *(backend.most_graph_tokens for backend in model.backends)]))
 
 
 def captured(run: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:

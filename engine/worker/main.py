@@ -162,7 +162,7 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
     with _timed(phases, "warm-up"):
         if device.type == "cpu":
             runner.warm_up(WARM_UP_TOKENS)
-        elif config.process.cuda_graphs and not runner.capture(pages, config.cache.prefix_cache):
+        elif config.process.cuda_graphs and not runner.capture(pages, config.cache.prefix_cache, step_tokens):
             logger.info("no CUDA graphs: attention backend %s cannot be captured", backends.chosen)
         if device.type == "cuda" and ready_grammars is not None:
             ready_grammars.warm_up(build.dtype)

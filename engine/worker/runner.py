@@ -4,8 +4,8 @@
         ^───────────────────────────────────────────────────────────────────────────────────────────────┘
 
 The sampled tokens go back into the table on the device, so a step may be launched before the result of the
-one before is known. On a GPU `launch` returns while the device computes, and a step of decode rows alone replays a
-CUDA graph (graphs.py); on a CPU the step is over by then. Rows that follow a grammar need the tokens of all steps
+one before is known. On a GPU `launch` returns while the device computes, and most steps replay a CUDA graph
+(graphs.py); on a CPU the step is over by then. Rows that follow a grammar need the tokens of all steps
 before on the host: `launch` asks for them when the model is on its way, and makes the masks meanwhile (grammar.py).
 Left out: copies on a side stream, more than one token a row.
 """
@@ -28,13 +28,15 @@ from engine.worker.batch import build_batch
 from engine.worker.demands import PLAIN
 from engine.worker.experts import heed_padding
 from engine.worker.grammar import Grammars, Guided
-from engine.worker.graphs import DecodeGraphs, PromptGraphs, Tables
+from engine.worker.graphs import ALL_ROWS_TOKENS, FEW_ROWS, FEW_ROWS_TOKENS, DecodeGraphs, PromptGraphs, Tables
 from engine.worker.kv import Caches, copy_pages
 from engine.worker.logits import Adjustments
 from engine.worker.logprobs import Scores, score, score_prompt
 from engine.worker.prefixes import LEAST_ROWS, SharedPrefixes
 from engine.worker.recorded import RecordedSteps
 from engine.worker.sampler import Sampler
+
+SHORT_PROMPT = 1024  # tokens, up to which those of several requests are sent to the device together
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,11 @@ class Runner:
         tables = Tables(model, caches, self.tokens, self.page_table, page_size, real, draw, masks)
         self.decode_graphs = DecodeGraphs(tables) if device.type != "cpu" else RecordedSteps(tables)
         self.shared_graphs = DecodeGraphs(tables, shared=True)
-        self.prompt_graphs = PromptGraphs(tables)
+        others = [size for size in ALL_ROWS_TOKENS if slots >= FEW_ROWS or size > FEW_ROWS_TOKENS[-1]]
+        self.prompt_graphs = (  # the first that fits is taken
+            PromptGraphs(tables, FEW_ROWS, FEW_ROWS_TOKENS),
+            PromptGraphs(tables, slots + 1, others),
+        )
         self.prefixes: SharedPrefixes | None = None  # where steps with shared prefixes have graphs
 
     @torch.inference_mode()
@@ -225,7 +231,8 @@ class Runner:
 
     def _decode(self, rows: np.ndarray) -> tuple[DecodeGraphs | RecordedSteps, Tensor, Tensor]:
         """Hidden states of a step of one token a row, its slots and positions, and whose graph they are from."""
-        if self.prefixes is not None and (prefixes := self.prefixes.find(rows[:, 0], rows[:, 1])):
+        shares = self.prefixes if self.shared_graphs.fits(rows) else None
+        if shares is not None and (prefixes := shares.find(rows[:, 0], rows[:, 1])):
             return self.shared_graphs, *self.shared_graphs.replay(rows, prefixes)
         return self.decode_graphs, *self.decode_graphs.replay(rows)
 
@@ -239,8 +246,9 @@ class Runner:
 
     def _hidden(self, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """Hidden states [T, H] of the tokens of `rows`, and where each row's begin, [R + 1]."""
-        if self.prompt_graphs.fits(rows):
-            return self.prompt_graphs.replay(rows)
+        for graphs in self.prompt_graphs:
+            if graphs.fits(rows):
+                return graphs.replay(rows)
         hidden, batch = self.forward(rows)
         return hidden, batch.offsets
 
@@ -269,9 +277,8 @@ class Runner:
         """Brings the tables up to date: admits, then pages, then page copies."""
         self.sampler.admit(plan.admits)
         self.adjustments.admit(plan.admits)
+        self._write_ids(plan.admits)
         for admit in plan.admits:
-            ids = np.frombuffer(admit.ids, "<i4").copy()
-            self.tokens[admit.slot, : len(ids)] = upload(ids, self.device)
             if self.grammars is not None:
                 self.grammars.admit(admit)
             asks = admit.sampling.prompt_logprobs >= 0
@@ -285,6 +292,22 @@ class Runner:
             source, destination = self._upload_columns(plan.copies, 2)
             copy_pages(self.caches, source, destination)
 
+    def _write_ids(self, admits: Sequence[SlotAdmit]) -> None:
+        """Those of short prompts in one copy: with one for each of many requests, the host would take longer than the
+        device."""
+        short: dict[int, np.ndarray] = {}
+        for admit in admits:
+            ids = np.frombuffer(admit.ids, "<i4")
+            if len(ids) <= SHORT_PROMPT:
+                short[admit.slot] = ids
+            else:
+                self.tokens[admit.slot, : len(ids)] = upload(ids.copy(), self.device)
+        if short:
+            slots = np.repeat(list(short), [len(ids) for ids in short.values()])
+            positions = np.concatenate([np.arange(len(ids)) for ids in short.values()])
+            slot, position, token = upload(np.stack((slots, positions, np.concatenate([*short.values()]))), self.device)
+            self.tokens[slot, position] = token.to(torch.int32)
+
     def _upload_columns(self, packed: bytes, columns: int) -> Tensor:
         """int32 bytes of n rows to int64 [columns, n]."""
         return upload(np.frombuffer(packed, "<i4").reshape(-1, columns).T.astype(np.int64, order="C"), self.device)
@@ -295,14 +318,15 @@ class Runner:
         batch = dataclasses.replace(batch, plans=self.model.prepare(batch))
         return self.model(batch), batch
 
-    def capture(self, scratch_page: int, shares: bool = True) -> bool:
-        """Makes CUDA graphs of steps; padding writes to `scratch_page`. `shares`: requests may share pages. False where
-        decode steps can have no graphs."""
+    def capture(self, scratch_page: int, shares: bool = True, step_tokens: int = ALL_ROWS_TOKENS[-1]) -> bool:
+        """Makes CUDA graphs of steps, which have `step_tokens` at most; padding writes to `scratch_page`. `shares`:
+        requests may share pages. False where decode steps can have no graphs."""
         self.page_table[-1] = scratch_page
         pool = torch.cuda.graph_pool_handle()
-        self.prompt_graphs.capture(self.tokens.shape[1] - 1, pool)
+        slots, longest = len(self.tokens) - 1, self.tokens.shape[1] - 1
+        for graphs in reversed(self.prompt_graphs):  # the largest steps first
+            graphs.capture(min(step_tokens, slots * longest), pool)
         assert isinstance(self.decode_graphs, DecodeGraphs)
-        slots = len(self.tokens) - 1
         if shares and slots >= LEAST_ROWS and self.shared_graphs.capture(slots, pool):
             self.prefixes = SharedPrefixes(slots, self.page_table.shape[1], self.page_size)
         return self.decode_graphs.capture(slots, pool)

@@ -41,6 +41,8 @@ COMPILE_SECONDS = {"fa2": 40, "fa3": 80}  # with 16 processors
 PLAN_BYTES = 8 << 20  # of a step that is not captured: FlashInfer's own size
 FLOAT_BYTES = 256 << 20  # partial sums of split contexts; grows where a captured step needs more
 MOST_FLOAT_BYTES = 1 << 30
+CAPTURED_ROWS = 64  # of a captured step with prompts; where more are of one token, these want a kernel of their own
+FA3_TILE = 128  # queries of one head that FA3 takes at a time
 TURNS = 8  # plans whose copies may be under way: two a step, as many steps as a Mirror allows
 NORMAL, CAUSAL, NHD = 0, 1, 0  # flashinfer.utils.MaskMode and TensorLayout
 
@@ -100,6 +102,8 @@ class FlashInferAttention(PagedAttention):
         if capability < (8, 0):
             raise ConfigError(f"attention flashinfer needs an Ampere GPU or later, not compute capability {capability}")
         names = self._choose_kernels(hopper=capability[0] == 9)
+        if "fa3" in names:
+            self.most_graph_tokens = 1024  # FA3 is the faster one then, and captured by the hybrid alone
         self._kernels = load_kernels(names, dtype, self.kv_dtype, shape.head_dim, windowed=shape.window is not None)
         self._programmatic = capability[0] >= 9  # dependent launch
         self._window_left = -1 if shape.window is None else shape.window - 1
@@ -142,7 +146,7 @@ class FlashInferAttention(PagedAttention):
 
     def fills_device(self, lengths: np.ndarray) -> bool:
         """Whether FA3 has enough to do: it takes a tile of 128 queries of one head at a time, and splits no context."""
-        return int((-(-lengths // 128)).sum()) * self.shape.query_heads >= self._processors
+        return int((-(-lengths // FA3_TILE)).sum()) * self.shape.query_heads >= self._processors
 
     def _plan(
         self,
@@ -166,6 +170,8 @@ class FlashInferAttention(PagedAttention):
         return self._capture(batch, len(batch.slots), causal=False)
 
     def capture_prompts(self, batch: Batch) -> CapturedLaunch | None:
+        if len(batch.slots) > CAPTURED_ROWS:
+            return None
         # FlashInfer sizes tiles by most - rows + 1, the longest row it thinks possible.
         return self._capture(batch, len(batch.ids) + len(batch.slots), causal=True)
 
@@ -178,12 +184,17 @@ class FlashInferAttention(PagedAttention):
             return None
         if needed > len(self._floats):
             self._floats = torch.zeros(needed, dtype=torch.uint8, device=self.device)
+        return self._captured_launch(batch, "fa2", most, causal, 16 * (padded + most + rows) + 4096)
+
+    def _captured_launch(self, batch: Batch, kernel: str, most: int, causal: bool, size: int) -> CapturedLaunch:
+        """With a plan of `size` bytes."""
+        rows = len(batch.slots)
         if rows * batch.page_table.shape[1] > len(self._pages):
             self._pages = torch.empty(rows * batch.page_table.shape[1], dtype=torch.int32, device=self.device)
         mirror = Mirror(-(-(3 * rows + 2) // 2), self.device)
         lists = RowLists(mirror.device.view(torch.int32)[: 3 * rows + 2])
-        numbers = torch.empty(16 * (padded + most + rows) + 4096, dtype=torch.uint8, device=self.device)
-        launch = Launch(self._kernels["fa2"], 0, len(batch.ids), causal, lists, self._pages, self._floats, numbers)
+        numbers = torch.empty(size, dtype=torch.uint8, device=self.device)
+        launch = Launch(self._kernels[kernel], 0, len(batch.ids), causal, lists, self._pages, self._floats, numbers)
         return CapturedLaunch(launch, mirror, batch.page_table, batch.slots, most)
 
     def refill(self, plan: CapturedLaunch, slots: np.ndarray, starts: np.ndarray) -> None:
@@ -195,25 +206,26 @@ class FlashInferAttention(PagedAttention):
         more = len(plan.slots) - len(starts)
         self._refill(plan, np.pad(starts, (0, more)), np.pad(lengths, (0, more)))
 
-    def _refill(self, plan: CapturedLaunch, starts: np.ndarray, lengths: np.ndarray) -> None:
+    def _refill(self, plan: CapturedLaunch, starts: np.ndarray, lengths: np.ndarray, before: int = 0) -> None:
+        """`before`: tokens of the step ahead of those of all rows."""
         launch, rows = plan.launch, len(starts)
         host = plan.mirror.host().view(np.int32)[: 3 * rows + 2]
         queries, pages = host[: rows + 1], host[rows + 1 : 2 * rows + 2]
         queries[:], pages[:], host[2 * rows + 2 :] = row_lists(starts, lengths, self.page_size)
+        queries += before
         plan.mirror.send()
         launch.info = self._plan(launch, queries, pages, starts + lengths, plan.most, captured=True)
         self._lists.list_pages(plan.page_table, plan.slots, launch.lists.pages, launch.pages)
 
     def attend(self, query: Tensor, cache: Tensor, plan: list[Launch] | CapturedLaunch) -> Tensor:
-        launches = [plan.launch] if isinstance(plan, CapturedLaunch) else plan
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        self.attend_into(out, query, cache, launches)
+        self.attend_into(out, query, cache, plan)
         return out.view(len(out), -1)
 
-    def attend_into(self, out: Tensor, query: Tensor, cache: Tensor, launches: Sequence[Launch]) -> None:
-        """As `attend`, for the tokens of `launches`."""
+    def attend_into(self, out: Tensor, query: Tensor, cache: Tensor, plan: Sequence[Launch] | CapturedLaunch) -> None:
+        """As `attend`, for the tokens of `plan`."""
         keys, values = cache.unbind(1)
-        for launch in launches:
+        for launch in [plan.launch] if isinstance(plan, CapturedLaunch) else plan:
             self._run(launch, query[launch.begin : launch.end], keys, values, out[launch.begin : launch.end])
 
     def _run(self, launch: Launch, query: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
@@ -268,6 +280,11 @@ def row_lists(starts: np.ndarray, lengths: np.ndarray, page_size: int) -> tuple[
     np.cumsum(lengths, out=queries[1:])
     np.cumsum(pages, out=listed[1:])
     return queries, listed, ((ends - 1) % page_size + 1).astype(np.int32)
+
+
+def fa3_plan_bytes(works: int, processors: int) -> int:
+    """Of FA3's plan: 7 lists of tiles times heads and one of processors, PrefillSM90Plan in its scheduler.cuh."""
+    return 32 * works + 4 * processors + 4096
 
 
 def tile_size(most: int, rows: int, shape: AttentionShape) -> int:

@@ -23,7 +23,13 @@ from torch import Tensor
 from engine.plugin import ConfigError
 from engine.plugin.kernels import page_lists, triton_expanded
 from engine.plugin.layers import Batch, LatentShape, Mirror
-from engine_plugins.attention.flashinfer import check_installed, compile_modules, hardware
+from engine_plugins.attention.flashinfer import (
+    FA3_TILE,
+    check_installed,
+    compile_modules,
+    fa3_plan_bytes,
+    hardware,
+)
 from engine_plugins.attention.triton_latent import Plan, TritonLatentAttention
 
 logger = logging.getLogger("engine.attention")
@@ -202,8 +208,8 @@ class FlashInferLatentAttention(TritonLatentAttention):
         shape, rows = self.shape, len(queries)
         ends = np.zeros((2, rows + 1), np.int32)
         np.cumsum(np.stack((queries, keys)), axis=1, out=ends[:, 1:])
-        works = int((-(-queries // 128)).sum()) * shape.query_heads
-        size = 32 * works + 4 * self._processors + 4096  # 7 lists of works, one of processors
+        works = int((-(-queries // FA3_TILE)).sum()) * shape.query_heads
+        size = fa3_plan_bytes(works, self._processors)
         numbers, pinned = torch.empty(size, dtype=torch.uint8, device=self.device), self._pinned(size)
         host = [torch.from_numpy(part) for part in (*ends, keys.astype(np.int32))]
         info = self._ragged.plan(

@@ -1,8 +1,9 @@
 """The faster of two for each part of a step on Hopper: FlashInfer's FA3 for prompts, Triton for rows of one token.
 
 Both read the same pages. FA3 reaches 1.5 times the rate of the Triton kernel in prompts that fill the device; in decode
-steps Triton's needs no plan from the host and reads shared prefixes once (bench/kernels_attention.py). Captured steps
-are Triton's, so are prompts too small for FA3. Left out: FP8 caches, which FA3 does not read.
+steps Triton's needs no plan from the host and reads shared prefixes once (bench/kernels_attention.py). Prompts too
+small for FA3 are Triton's, and so are captured steps of a thousand tokens. Left out: FP8 caches, which FA3 does not
+read.
 """
 
 from dataclasses import dataclass
@@ -13,17 +14,27 @@ import torch
 from torch import Tensor
 
 from engine.plugin import ConfigError
-from engine.plugin.layers import AttentionShape, Batch
-from engine_plugins.attention.flashinfer import FlashInferAttention, Launch, leading_ones
+from engine.plugin.layers import AttentionShape, Batch, Mirror
+from engine_plugins.attention.flashinfer import (
+    FA3_TILE,
+    PLAN_BYTES,
+    CapturedLaunch,
+    FlashInferAttention,
+    Launch,
+    fa3_plan_bytes,
+    leading_ones,
+)
 from engine_plugins.attention.triton import Plan, TritonAttention
+
+TRITON_TOKENS = 1024  # of a captured step, whose rows may all be short: up to so many it is Triton's
 
 
 @dataclass(frozen=True, slots=True)
 class HybridPlan:
-    """The leading rows of one token, if any, and a launch for all that follow."""
+    """The leading rows of one token, if any, and what is launched for all that follow."""
 
     decode: Plan
-    prompts: Launch
+    prompts: list[Launch] | CapturedLaunch
 
 
 class PromptAttention(FlashInferAttention):
@@ -37,6 +48,18 @@ class PromptAttention(FlashInferAttention):
             )
         return ["fa3"]
 
+    def capture_prompts(self, batch: Batch) -> CapturedLaunch | None:
+        tokens, rows = len(batch.ids), len(batch.slots)
+        size = fa3_plan_bytes((-(-tokens // FA3_TILE) + rows) * self.shape.query_heads, self._processors)
+        return self._captured_launch(batch, "fa3", tokens, True, size) if size <= PLAN_BYTES else None
+
+    def refill_after(self, plan: CapturedLaunch, ones: int, starts: np.ndarray, lengths: np.ndarray) -> None:
+        """As `refill_prompts`, but for the first `ones` rows, of one token each."""
+        more = (0, len(plan.slots) - len(starts))
+        lengths = np.pad(lengths, more)
+        lengths[:ones] = 0
+        self._refill(plan, np.pad(starts, more), lengths, before=ones)
+
 
 class HybridAttention(TritonAttention):
     """Serves what FlashInferAttention does on Hopper, but FP8 caches."""
@@ -46,16 +69,37 @@ class HybridAttention(TritonAttention):
         self._prompts = PromptAttention(shape, page_size, device, dtype)
 
     def prepare(self, batch: Batch) -> Any:
-        decode = leading_ones(batch.lengths)
-        if not self._prompts.fills_device(batch.lengths[decode:]):
+        ones = leading_ones(batch.lengths)
+        if not self._prompts.fills_device(batch.lengths[ones:]):
             return super().prepare(batch)
-        prompts = self._prompts.launch_rows(batch, decode, len(batch.lengths))
-        return HybridPlan(Plan(batch.page_table, self.decode_rows(batch, np.arange(decode)), None), prompts)
+        prompts = [self._prompts.launch_rows(batch, ones, len(batch.lengths))]
+        return HybridPlan(Plan(batch.page_table, self.decode_rows(batch, np.arange(ones)), None), prompts)
+
+    def capture_prompts(self, batch: Batch) -> Any:
+        tokens = len(batch.ids)
+        large = tokens > TRITON_TOKENS and self._prompts.fills_device(np.array([tokens]))
+        prompts = self._prompts.capture_prompts(batch) if large else None
+        if prompts is None:
+            return super().capture_prompts(batch)
+        rows = len(batch.slots) - 1  # the last one is always empty
+        numbers = Mirror(2 * rows, self.device)
+        decode = self._decode(batch.slots[:-1], *numbers.device.split(rows))
+        return HybridPlan(Plan(batch.page_table, decode, None, numbers), prompts)
+
+    def refill_prompts(self, plan: Any, starts: np.ndarray, lengths: np.ndarray, offsets: np.ndarray) -> None:
+        if not isinstance(plan, HybridPlan):
+            return super().refill_prompts(plan, starts, lengths, offsets)
+        assert isinstance(plan.prompts, CapturedLaunch) and plan.decode.numbers is not None
+        ones = leading_ones(lengths)
+        positions, tokens = plan.decode.numbers.host().reshape(2, -1)
+        positions[:ones], positions[ones:], tokens[:ones] = starts[:ones], -1, offsets[:ones]
+        plan.decode.numbers.send()
+        self._prompts.refill_after(plan.prompts, ones, starts, lengths)
 
     def attend(self, query: Tensor, cache: Tensor, plan: Any) -> Tensor:
         if not isinstance(plan, HybridPlan):
             return super().attend(query, cache, plan)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        self._prompts.attend_into(out, query, cache, [plan.prompts])
+        self._prompts.attend_into(out, query, cache, plan.prompts)
         self.attend_into(out, query, cache, plan.decode)
         return out.view(len(out), -1)

@@ -102,13 +102,14 @@ class TritonAttention(PagedAttention):
         plan.numbers.send()
 
     def capture_prompts(self, batch: Batch) -> Plan:
-        rows, blocks = len(batch.slots), -(-len(batch.ids) // self._block_tokens) + len(batch.slots)
+        rows = len(batch.slots) - 1  # the last one is always empty
+        blocks = -(-len(batch.ids) // self._block_tokens) + rows + 1
         numbers = Mirror(2 * (rows + blocks), self.device)
         positions, tokens, listed = numbers.device.split([rows, rows, 2 * blocks])
         extend = self._kernels.ExtendRows(
             blocks=listed.view(2, blocks), slots=batch.slots, starts=batch.row_starts, offsets=batch.row_offsets
         )
-        return Plan(batch.page_table, self._decode(batch.slots, positions, tokens), extend, numbers)
+        return Plan(batch.page_table, self._decode(batch.slots[:-1], positions, tokens), extend, numbers)
 
     def refill_prompts(self, plan: Plan, starts: np.ndarray, lengths: np.ndarray, offsets: np.ndarray) -> None:
         assert plan.numbers is not None and plan.decode is not None

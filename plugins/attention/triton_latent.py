@@ -67,11 +67,11 @@ class TritonLatentAttention(LatentBackend):
         return Plan(batch.page_table, self._decode(batch.slots, batch.row_starts, batch.row_offsets[:-1]), None)
 
     def capture_prompts(self, batch: Batch) -> Plan:
-        rows = len(batch.slots)
-        blocks = -(-len(batch.ids) * self._shape.heads // self._lines) + rows
+        rows = len(batch.slots) - 1  # the last one is always empty
+        blocks = -(-len(batch.ids) * self._shape.heads // self._lines) + rows + 1
         numbers = Mirror(2 * (rows + blocks), self.device)
         positions, tokens, listed = numbers.device.split([rows, rows, 2 * blocks])
-        decode = self._decode(batch.slots, positions, tokens)
+        decode = self._decode(batch.slots[:-1], positions, tokens)
         return Plan(batch.page_table, decode, self._extend(batch, listed.view(2, blocks)), numbers)
 
     def refill_prompts(self, plan: Plan, starts: np.ndarray, lengths: np.ndarray, offsets: np.ndarray) -> None:

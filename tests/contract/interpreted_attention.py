@@ -1,9 +1,12 @@
 """Triton's attention kernels on a CPU, interpreted. test_interpreted.py runs this in a process of its own, where
-TRITON_INTERPRET is set before anything imports triton. float32 only: the interpreter's bfloat16 is not a GPU's."""
+TRITON_INTERPRET is set before anything imports triton. float32 only: the interpreter's bfloat16 is not a GPU's.
+
+The hybrid is here too, as its other half is Triton's."""
 
 import numpy as np
 import pytest
 import torch
+from test_flashinfer_attention import stand_in
 from torch import Tensor
 
 from engine.kernels import triton_attention as kernels
@@ -11,6 +14,7 @@ from engine.kernels import triton_decode as decoding
 from engine.kernels.page_lists import BLOCK, PROGRAMS, list_pages, list_pages_reference
 from engine.layers import AttentionShape, Batch, Mirror, Prefix
 from engine.plugin.testing import ATTENTION_CASES, AttentionCase, check_attention
+from engine_plugins.attention import hybrid
 from engine_plugins.attention.triton import TritonAttention
 
 PIECES = AttentionCase(page_size=16, heads=(2, 1), head_dim=16, rows=((300, 1), (3, 1), (127, 1), (128, 1)))
@@ -116,10 +120,17 @@ def test_blocks_cover_the_rows_of_several_tokens_and_the_longest_contexts_come_f
     assert ends.tolist() == sorted(ends.tolist(), reverse=True)
 
 
-def test_one_prompt_plan_serves_steps_of_other_rows() -> None:
-    """As in a CUDA graph: rows of one token and of several, fewer than there is room for."""
+@pytest.mark.parametrize("kind", ["triton", "hybrid"])
+def test_one_prompt_plan_serves_steps_of_other_rows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a CUDA graph: rows of one token and of several, fewer than there is room for. With the hybrid, Triton's
+    kernel has the leading rows of one token and a stand-in for FlashInfer's FA3 the others."""
     shape = AttentionShape(layers=1, query_heads=4, kv_heads=2, head_dim=16, scale=0.25)
-    backend = TritonAttention(shape, 4, torch.device("cpu"), torch.float32)
+    if kind == "hybrid":
+        modules = stand_in(monkeypatch)
+        monkeypatch.setattr(hybrid.PromptAttention, "fills_device", lambda *_: True)
+        monkeypatch.setattr(hybrid, "TRITON_TOKENS", 0)
+    backend_class = hybrid.HybridAttention if kind == "hybrid" else TritonAttention
+    backend = backend_class(shape, 4, torch.device("cpu"), torch.float32)
     torch.manual_seed(0)
     cache, table = torch.randn(40, 2, 4, 2, 16), torch.arange(40, dtype=torch.int32).view(4, 10)
     numbers = Mirror(3 * 4 + 1, torch.device("cpu"))
@@ -131,7 +142,14 @@ def test_one_prompt_plan_serves_steps_of_other_rows() -> None:
         sampled=ids, starts=nothing, lengths=nothing, offsets=nothing, caches=((cache,),),
     )  # fmt: skip
     plan = backend.capture_prompts(batch)
-    for rows in ([(2, 7, 5), (0, 30, 1), (1, 0, 3)], [(3, 17, 1)], [(1, 2, 11)]):
+    backend.refill_prompts(plan, nothing, nothing, np.zeros(1, np.int64))
+    for rows in (
+        [(2, 7, 5), (0, 30, 1), (1, 0, 3)],
+        [(3, 17, 1)],
+        [(1, 2, 11)],
+        [(3, 12, 1), (0, 39, 1), (2, 20, 9)],
+        [(0, 1, 1), (1, 3, 6), (2, 0, 1)],
+    ):
         row_slots, row_starts, lengths = (np.array(column) for column in zip(*rows, strict=True))
         ends = np.concatenate(([0], np.cumsum(lengths)))
         host, count = numbers.host(), len(rows)
@@ -149,6 +167,10 @@ def test_one_prompt_plan_serves_steps_of_other_rows() -> None:
                 scores = torch.einsum("hd,khd->hk", query[at].double(), key) * 0.25
                 wanted = torch.einsum("hk,khd->hd", scores.softmax(-1), value)
                 assert (out[at] - wanted).abs().max() < 1e-5, (rows, row, offset)
+    if kind == "hybrid":
+        ones = [int((terms["queries"].diff() > 0).sum()) for terms in modules["fa3"].plans]
+        assert ones == [0, 3, 0, 1, 1, 2], "rows that are FA3's"
+        assert all(terms["captured"] and terms["most"] == 12 for terms in modules["fa3"].plans)
 
 
 def test_pages_are_listed_as_the_reference_lists_them() -> None:

@@ -73,6 +73,10 @@ class Definition:
 
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, Definition]:
+    return stand_in(monkeypatch)
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, Definition]:
     """Makes the backend run on a CPU, as on a GPU of Hopper's kind with `Definition`s for kernels."""
     made = {name: Definition(name) for name in ("fa2", "fa3")}
 
@@ -160,6 +164,17 @@ def test_a_captured_step_with_prompts_leaves_its_empty_rows_out(modules: dict[st
     out = step.backend.attend(step.query, step.cache, plan)
     for token, slot, position in ((0, 2, 3), (5, 2, 8), (6, 0, 10)):
         assert (out[token] - step.wanted(token, slot, position)).abs().max() < 1e-5
+
+
+def test_steps_with_many_rows_or_tokens_are_not_captured(
+    modules: dict[str, Definition], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where `prepare` gives rows of one token, or large prompts on Hopper, kernels of their own."""
+    step = Captured(65, 128)
+    assert step.backend.capture_prompts(step.batch) is None and step.backend.capture(step.batch) is not None
+    assert step.backend.most_graph_tokens == 1024
+    monkeypatch.setattr(flashinfer, "hardware", lambda _: ((8, 0), 12))
+    assert FlashInferAttention(step.shape, 4, CPU, torch.float32).most_graph_tokens > 1 << 20
 
 
 def test_plans_of_steps_under_way_do_not_share_pinned_memory(modules: dict[str, Definition]) -> None:

@@ -118,8 +118,8 @@ def test_graphs_replay_what_steps_do(name: str) -> None:
     assert runner.capture(scratch_page=made.each * 4 - 1)
     rows = np.array([(slot, 0, len(ids), 1) for slot, ids in enumerate(prompts)], np.int64)
     with torch.inference_mode():
-        assert runner.prompt_graphs.fits(rows)
-        hidden, offsets = runner.prompt_graphs.replay(rows)
+        assert runner.prompt_graphs[0].fits(rows)
+        hidden, offsets = runner.prompt_graphs[0].replay(rows)
         logits = runner.model.logits(hidden).clone().split(np.diff(offsets).tolist())
         for got, ids in zip(logits, prompts, strict=True):
             assert_near(got, reference(tensors, ids))

@@ -95,7 +95,7 @@ def test_graphs_route_anew_and_leave_padding_out(quantization: Fp8 | None) -> No
     steps = np.array([(slot, len(ids) - 1, 1, 1) for slot, ids in enumerate(prompts)], np.int64)
     count_experts(runner.model, CountExperts(0, "start"))
     with torch.inference_mode():
-        hidden, _ = runner.prompt_graphs.replay(rows)
+        hidden, _ = runner.prompt_graphs[0].replay(rows)
         wanted, _ = runner.forward(rows)
         assert (hidden.float() - wanted.float()).abs().mean() < 0.02 * wanted.float().std()
         hidden, _ = runner.decode_graphs.replay(steps)

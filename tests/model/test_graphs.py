@@ -20,7 +20,7 @@ from engine.messages import CountAction, CountExperts
 from engine.plugin.testing import ModelHarness
 from engine.worker import graphs
 from engine.worker.experts import count_experts, heed_padding
-from engine.worker.graphs import DecodeGraphs, PromptGraphs, Tables, shared_ladder
+from engine.worker.graphs import FEW_ROWS_TOKENS, DecodeGraphs, PromptGraphs, Tables, most_prompt_tokens, shared_ladder
 from engine_plugins.models.llama import Llama
 from engine_plugins.models.qwen3_moe import Qwen3Moe
 
@@ -86,7 +86,6 @@ def captured(run: Callable[[], Tensor], pool: Any) -> tuple[Any, Tensor]:
 def harness(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModelHarness:
     """Three prompts on a device whose last page is the scratch page."""
     monkeypatch.setattr(graphs, "captured", captured)
-    monkeypatch.setattr(graphs, "PROMPT_ROWS", 5)
     built = dense() if request.param == "dense" else mixture()
     built.order = built.order[built.order != built.each * built.slots - 1][: built.each * 3]
     built.order = np.concatenate((built.order, built.order[: built.each]))  # slot 3 is not used
@@ -169,7 +168,7 @@ def test_tokens_are_drawn_by_a_second_graph(harness: ModelHarness) -> None:
 
 @torch.inference_mode()
 def test_a_replayed_step_with_prompts_is_the_step(harness: ModelHarness) -> None:
-    prompts = PromptGraphs(tables(harness))
+    prompts = PromptGraphs(tables(harness), 5, FEW_ROWS_TOKENS)
     assert prompts.capture(64, pool=None)
     for step in ([(0, 0, 11)], [(1, 0, 7), (0, 11, 1), (2, 0, 20)], [(1, 7, 3), (2, 20, 2)], [(0, 0, 30), (1, 0, 30)]):
         rows = np.array([(*row, 1) for row in step], np.int64)
@@ -183,6 +182,53 @@ def test_a_replayed_step_with_prompts_is_the_step(harness: ModelHarness) -> None
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("harness", ["dense"], indirect=True)
+def test_sizes_that_a_backend_cannot_capture_are_left_to_larger_ones(
+    harness: ModelHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where none is larger, to the way without a graph."""
+    capture = PlainAttention.capture_prompts
+    refused = {32, 64}
+    monkeypatch.setattr(
+        PlainAttention,
+        "capture_prompts",
+        lambda self, batch: None if len(batch.ids) in refused else capture(self, batch),
+    )
+    prompts = PromptGraphs(tables(harness), 5, (16, 32, 48, 64))
+    assert prompts.capture(64, pool=None)
+    rows = np.array([(0, 0, 20, 1), (1, 0, 5, 1)])
+    hidden, _ = prompts.replay(rows)
+    assert torch.allclose(hidden, harness.runner.forward(rows)[0], atol=1e-5)
+    assert prompts.fits(np.array([(0, 0, 48, 1)])) and not prompts.fits(np.array([(0, 0, 49, 1)]))
+    assert prompts.capture(40, pool=None), "steps have no more tokens: that is the last size"
+    assert prompts.fits(np.array([(0, 0, 40, 1)])) and not prompts.fits(np.array([(0, 0, 41, 1)]))
+    assert not prompts.capture(15, pool=None), "too few for any"
+    refused |= {16, 48}
+    assert not PromptGraphs(tables(harness), 5, (16, 32, 48, 64)).capture(64, pool=None)
+
+
+@pytest.mark.parametrize("harness", ["dense"], indirect=True)
+def test_small_models_have_graphs_of_larger_prompts(harness: ModelHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, bytes_of_a_layer = harness.runner.model, 42_600_000  # Qwen3-0.6B
+    monkeypatch.setattr(graphs, "weight_bytes", lambda _: 2 * bytes_of_a_layer)
+    assert 8192 < most_prompt_tokens(model) < 10_000
+    bytes_of_a_layer = 502_000_000  # Llama-3.1-8B
+    assert most_prompt_tokens(model) == 1024
+    monkeypatch.setattr(PlainAttention, "most_graph_tokens", 512)
+    assert most_prompt_tokens(model) == 512
+
+
+@torch.inference_mode()
+def test_prompts_of_many_requests_are_written_at_once(harness: ModelHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each where it belongs, an empty one nowhere, a long one by itself; what lies beyond a shorter one stays."""
+    runner, before = harness.runner, harness.runner.tokens.clone()
+    monkeypatch.setattr("engine.worker.runner.SHORT_PROMPT", 3)
+    runner.apply(harness.admit([[7, 8, 9], [], [5], [1, 2, 3, 4]]))
+    before[0, :3], before[2, 0], before[3, :4] = torch.tensor([7, 8, 9]), 5, torch.tensor([1, 2, 3, 4])
+    assert torch.equal(runner.tokens, before)
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("harness", ["mixture"], indirect=True)
 def test_padding_chooses_no_experts(harness: ModelHarness) -> None:
     """Neither that of rows nor that of tokens, and what is not replayed has none."""
@@ -192,7 +238,7 @@ def test_padding_chooses_no_experts(harness: ModelHarness) -> None:
         counts = count_experts(model, CountExperts(0, action)).counts
         return np.frombuffer(counts, "<i8").reshape(3, 8).sum(axis=1).tolist()
 
-    decode, prompts = DecodeGraphs(tables(harness)), PromptGraphs(tables(harness))
+    decode, prompts = DecodeGraphs(tables(harness)), PromptGraphs(tables(harness), 5, FEW_ROWS_TOKENS)
     assert decode.capture(4, pool=None) and prompts.capture(64, pool=None)
     assert chosen("start") == [0, 0, 0]
     decode.replay(np.array([[0, 9, 1, 1], [1, 9, 1, 1], [2, 9, 1, 1]]))
