@@ -6,10 +6,10 @@ Dummy weights from config.json alone, prompts as ids, no detokenizing, sampling 
 greedy); the prefix cache is forgotten before each repetition; medians. Tokens choose experts evenly; with --option
 load=dummy-ties they all choose the same. The row `grammar` runs `constrained` free, then under JSON schemas, over a
 made-up tokenizer (synthetic.py), and prints the shares; `context` has decode steps at a long context, with --option
-plugins=naive without absorption (naive.py); `trace` prints how long the device waits in decode steps. The floor is what
-no version can beat on an H200: prompts at 790 TFLOP/s (FP8 weights: twice that), each decode step its weights and its
-keys and values at 4.3 TB/s. Peers: vLLM 0.26.0 and SGLang 0.5.16 on one H200, torch 2.11.0+cu130, at their defaults,
-2026-11-22. Kernels are checked by tests/gpu; run that first.
+plugins=naive without absorption (naive.py); `short` and `arrivals` mix prompts with decode rows; `trace` prints how
+long the device waits in decode steps. The floor is what no version can beat on an H200: prompts at 790 TFLOP/s (FP8
+weights: twice that), each decode step its weights and its keys and values at 4.3 TB/s. Peers: vLLM 0.26.0 and SGLang
+0.5.16 on one H200, torch 2.11.0+cu130, at their defaults, 2026-11-22. Kernels are checked by tests/gpu; run that first.
 """
 
 import argparse
@@ -315,6 +315,26 @@ class Bench:
             rows.append(self.row(f"{batch} x 8192", "ms", times, floor))
         return rows
 
+    async def arrivals(self) -> list[Row]:
+        """ms by which each of 40 newcomers, one every 10 ms, delays 128 replies."""
+        times = []
+        for repetition in range(3):
+            base, newcomers = workloads.arrivals(self.vocab, repetition)
+            alone = await self.seconds(base)
+            await self.engine.front.flush()
+            async with anyio.create_task_group() as group:
+                for number, newcomer in enumerate(newcomers):
+                    group.start_soon(self._arrive, 0.15 + 0.01 * number, newcomer)
+                times.append(1e3 * (await self.seconds(base, flush=False) - alone) / len(newcomers))
+        floor = 1e3 * self.shape.prompt_seconds(200, 200 * 200 // 2)
+        return [self.row("arrivals", "ms", times, floor)]
+
+    async def _arrive(self, seconds: float, newcomer: tuple[list[int], int]) -> None:
+        ids, count = newcomer
+        await anyio.sleep(seconds)
+        params = SamplingParams(temperature=0.6, max_tokens=count, ignore_eos=True, detokenize=False)
+        await self.engine.generate(ids, params)
+
     async def trace(self) -> list[Row]:
         """What the device does from one decode step to the next, as torch's profiler saw it, which slows steps down."""
         with TemporaryDirectory() as folder:
@@ -358,6 +378,8 @@ ROWS: dict[str, Callable[[Bench], Any]] = {
     "throughput": lambda bench: bench.rate("throughput", workloads.throughput),
     "prefill": Bench.prefill,
     "shared": Bench.shared,
+    "short": lambda bench: bench.rate("short", workloads.short),
+    "arrivals": Bench.arrivals,
     "context": Bench.context,
     "trace": Bench.trace,
 }

@@ -56,6 +56,17 @@ def long_context(vocab: int, batch: int) -> tuple[Work, Work]:
     return [(ids, 1) for ids in prompts], [(ids, 33) for ids in prompts]
 
 
+def short(vocab: int, repetition: int) -> Work:
+    """Ours alone: short replies, in whose steps prompts and decode rows meet."""
+    return same(random.Random(800 + repetition), 512, 256, 32, vocab)
+
+
+def arrivals(vocab: int, repetition: int) -> tuple[Work, Work]:
+    """Ours alone: 128 replies of 256 tokens, and 40 short requests that come while they run."""
+    rng = random.Random(900 + repetition)
+    return same(rng, 128, 128, 256, vocab), same(rng, 40, 200, 8, vocab)
+
+
 def shared_prefix(vocab: int, repetition: int) -> tuple[Work, Work]:
     """8 groups of 32 prompts that share 2,048 tokens, in random order; then the same prefixes with other tails."""
     rng = random.Random(500 + repetition)

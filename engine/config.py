@@ -98,9 +98,7 @@ class ProcessOptions(Struct, frozen=True, kw_only=True):
     device: Annotated[
         Literal["auto", "cpu", "cuda"], Meta(description="where the model runs; auto takes a GPU if there is one")
     ] = "auto"
-    cuda_graphs: Annotated[
-        bool, Meta(description="replay steps as CUDA graphs, where the backend allows it")
-    ] = True
+    cuda_graphs: Annotated[bool, Meta(description="replay steps as CUDA graphs, where the backend allows it")] = True
     threads: Annotated[Positive | None, Meta(description="CPU threads of the worker; default: the physical cores")] = (
         None
     )
