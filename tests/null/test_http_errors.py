@@ -152,7 +152,7 @@ async def test_what_is_not_json(body: bytes, says: str) -> None:
     ):
         answer = await response.json()
     assert (response.status, answer["error"]["code"]) == (400, "invalid_json")
-    assert says in answer["error"]["message"]
+    assert says in answer["error"]["message"].lower()  # msgspec before 0.23 says utf-8, since then UTF-8
 
 
 async def test_a_body_that_is_too_long() -> None:
