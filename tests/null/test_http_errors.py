@@ -1,5 +1,7 @@
 """Every refusal of the HTTP API: its status, its OpenAI shape, and that it names the value and the remedy."""
 
+import re
+
 import aiohttp
 import openai
 import pytest
@@ -137,10 +139,10 @@ async def test_null_is_the_same_as_leaving_out(body: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        (b'{"prompt": "x", }', "(byte 16)"),
+        (b'{"prompt": "x", }', r"\(byte 16\)"),
         (b"", "0 bytes"),
-        (b'{"prompt": "\xff"}', "utf-8"),
-        (b'{"prompt": "x", "temperature": NaN}', "(byte 31)"),
+        (b'{"prompt": "\xff"}', "utf-8|UTF-8"),  # msgspec before 0.23, and since
+        (b'{"prompt": "x", "temperature": NaN}', r"\(byte 31\)"),
         (b'{"user": ' + b"[" * 200_000, "nested too deeply"),
     ],
 )
@@ -152,7 +154,7 @@ async def test_what_is_not_json(body: bytes, says: str) -> None:
     ):
         answer = await response.json()
     assert (response.status, answer["error"]["code"]) == (400, "invalid_json")
-    assert says in answer["error"]["message"].lower()  # msgspec before 0.23 says utf-8, since then UTF-8
+    assert re.search(says, answer["error"]["message"])
 
 
 async def test_a_body_that_is_too_long() -> None:

@@ -22,6 +22,7 @@ from engine.worker.kv import allocate
 from engine.worker.mask_table import FIXED
 from engine.worker.runner import Runner, Step
 from engine_plugins.checkpoints.echo import END
+from engine_plugins.grammars.llguidance import MOST_ITEMS
 from engine_plugins.models.echo import Echo
 
 CPU = torch.device("cpu")
@@ -211,8 +212,10 @@ def test_a_grammar_that_outgrows_its_engine_says_so(
 ) -> None:
     """At a token, which `s: s s` has ever more ways to read, or at the mask after it; not that no token is left. The
     engine's own limit, of 2,000 items in a row, would take most of a minute to reach."""
-    limits = llguidance.LLParserLimits(max_items_in_row=200)
-    monkeypatch.setattr(grammars._engines.named("llguidance"), "_limits", limits)
+    engine = grammars._engines.named("llguidance")
+    assert (engine._limits.step_max_items, engine._limits.max_items_in_row) == (MOST_ITEMS, 2000)
+    lower = llguidance.LLParserLimits(step_max_items=MOST_ITEMS, max_items_in_row=200)
+    monkeypatch.setattr(engine, "_limits", lower)
     device.load(1, 'start: s\ns: s s | "a"', "lark")
     guided = Guided([0], [grammars._guide(admit(0, "a", reply=b"a" * 150))])
     (stuck,) = grammars.accept(guided, [ord("a")])
