@@ -203,12 +203,7 @@ class Bench:
         """Wall-clock seconds of all of `work` at once, until its tokens are here."""
         if flush:
             await self.engine.front.flush()
-        params = [
-            SamplingParams(
-                temperature=temperature, max_tokens=count, ignore_eos=True, detokenize=False, json_schema=schema
-            )
-            for _, count in work
-        ]
+        params = [_params(count, temperature, schema) for _, count in work]
         began, busy, idle = time.perf_counter(), self.busy, self.idle
         replies = await self.engine.generate([ids for ids, _ in work], params)
         seconds = time.perf_counter() - began
@@ -332,8 +327,7 @@ class Bench:
     async def _arrive(self, seconds: float, newcomer: tuple[list[int], int]) -> None:
         ids, count = newcomer
         await anyio.sleep(seconds)
-        params = SamplingParams(temperature=0.6, max_tokens=count, ignore_eos=True, detokenize=False)
-        await self.engine.generate(ids, params)
+        await self.engine.generate(ids, _params(count))
 
     async def trace(self) -> list[Row]:
         """What the device does from one decode step to the next, as torch's profiler saw it, which slows steps down."""
@@ -357,6 +351,12 @@ class Bench:
             self.row("shared cold", "s", cold, self.shape.floor(first, shared=every - 8 * 2048)),
             self.row("shared warm", "s", warm, self.shape.floor(second, shared=every)),
         ]
+
+
+def _params(count: int, temperature: float = 0.6, schema: str | None = None) -> SamplingParams:
+    return SamplingParams(
+        temperature=temperature, max_tokens=count, ignore_eos=True, detokenize=False, json_schema=schema
+    )
 
 
 def _shares(turns: dict[str, list[float]]) -> str:

@@ -124,6 +124,11 @@ class StepGraphs(ABC):
         self._graphs: dict[int, Captured] = {}
         self._sizes: list[int] = []
 
+    @property
+    def most(self) -> int:
+        """The largest size that is captured; 0 where none is."""
+        return self._sizes[-1] if self._sizes else 0
+
     @torch.inference_mode()
     def _capture(self, sizes: list[int], pool: Any) -> bool:
         """Captures those of `sizes`, which ascend, that the attention backends can. False where there are none."""
@@ -179,7 +184,7 @@ class DecodeGraphs(StepGraphs):
 
     def fits(self, rows: np.ndarray) -> bool:
         """Whether the step of `rows`, int64 [R, 4] as in a StepPlan, is one of these."""
-        return bool(self._sizes) and len(rows) <= self._sizes[-1] and bool((rows[:, 2] == 1).all())
+        return len(rows) <= self.most and bool((rows[:, 2] == 1).all())
 
     def _refill(
         self, plans: tuple[Any, ...], slots: np.ndarray, starts: np.ndarray, prefixes: Sequence[Prefix]
@@ -232,8 +237,8 @@ class PromptGraphs(StepGraphs):
         self._tokens = tokens
 
     def capture(self, most: int, pool: Any) -> bool:
-        """Captures steps of up to `most` tokens, as far as that pays. False where none was."""
-        most = min(most, most_prompt_tokens(self._tables.model), self._tokens[-1])
+        """Captures steps of up to `most` tokens. False where none was."""
+        most = min(most, self._tokens[-1])
         sizes = [size for size in self._tokens if size < most]
         return self._capture([*sizes, most] if most >= self._tokens[0] else [], pool)
 
@@ -273,7 +278,7 @@ class PromptGraphs(StepGraphs):
 
     def fits(self, rows: np.ndarray) -> bool:
         """Whether the step of `rows`, int64 [R, 4] as in a StepPlan, is one of these."""
-        return bool(self._sizes) and len(rows) < self._rows and int(rows[:, 2].sum()) <= self._sizes[-1]
+        return len(rows) < self._rows and int(rows[:, 2].sum()) <= self.most
 
     def replay(self, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """Runs the step: hidden states [T, H] of the rows' tokens, good until the next replay, and offsets [R + 1]."""
@@ -286,6 +291,13 @@ class PromptGraphs(StepGraphs):
             backend.refill_prompts(plan, rows[:, 1], rows[:, 2], offsets)
         chosen.graph.replay()
         return chosen.hidden[:total], offsets
+
+
+def prompt_graphs(tables: Tables) -> tuple[PromptGraphs, PromptGraphs]:
+    """The graphs of steps with prompts, none of them captured: the first that fits is the one to take."""
+    slots = tables.scratch
+    others = [size for size in ALL_ROWS_TOKENS if slots >= FEW_ROWS or size > FEW_ROWS_TOKENS[-1]]
+    return PromptGraphs(tables, FEW_ROWS, FEW_ROWS_TOKENS), PromptGraphs(tables, slots + 1, others)
 
 
 def most_prompt_tokens(model: Model) -> int:

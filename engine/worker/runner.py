@@ -28,7 +28,7 @@ from engine.worker.batch import build_batch
 from engine.worker.demands import PLAIN
 from engine.worker.experts import heed_padding
 from engine.worker.grammar import Grammars, Guided
-from engine.worker.graphs import ALL_ROWS_TOKENS, FEW_ROWS, FEW_ROWS_TOKENS, DecodeGraphs, PromptGraphs, Tables
+from engine.worker.graphs import ALL_ROWS_TOKENS, DecodeGraphs, Tables, most_prompt_tokens, prompt_graphs
 from engine.worker.kv import Caches, copy_pages
 from engine.worker.logits import Adjustments
 from engine.worker.logprobs import Scores, score, score_prompt
@@ -125,11 +125,7 @@ class Runner:
         tables = Tables(model, caches, self.tokens, self.page_table, page_size, real, draw, masks)
         self.decode_graphs = DecodeGraphs(tables) if device.type != "cpu" else RecordedSteps(tables)
         self.shared_graphs = DecodeGraphs(tables, shared=True)
-        others = [size for size in ALL_ROWS_TOKENS if slots >= FEW_ROWS or size > FEW_ROWS_TOKENS[-1]]
-        self.prompt_graphs = (  # the first that fits is taken
-            PromptGraphs(tables, FEW_ROWS, FEW_ROWS_TOKENS),
-            PromptGraphs(tables, slots + 1, others),
-        )
+        self.prompt_graphs = prompt_graphs(tables)
         self.prefixes: SharedPrefixes | None = None  # where steps with shared prefixes have graphs
 
     @torch.inference_mode()
@@ -231,8 +227,7 @@ class Runner:
 
     def _decode(self, rows: np.ndarray) -> tuple[DecodeGraphs | RecordedSteps, Tensor, Tensor]:
         """Hidden states of a step of one token a row, its slots and positions, and whose graph they are from."""
-        shares = self.prefixes if self.shared_graphs.fits(rows) else None
-        if shares is not None and (prefixes := shares.find(rows[:, 0], rows[:, 1])):
+        if self.prefixes is not None and (prefixes := self.prefixes.find(rows[:, 0], rows[:, 1])):
             return self.shared_graphs, *self.shared_graphs.replay(rows, prefixes)
         return self.decode_graphs, *self.decode_graphs.replay(rows)
 
@@ -324,11 +319,14 @@ class Runner:
         self.page_table[-1] = scratch_page
         pool = torch.cuda.graph_pool_handle()
         slots, longest = len(self.tokens) - 1, self.tokens.shape[1] - 1
+        most = min(step_tokens, slots * longest, most_prompt_tokens(self.model))
         for graphs in reversed(self.prompt_graphs):  # the largest steps first
-            graphs.capture(min(step_tokens, slots * longest), pool)
+            graphs.capture(most, pool)
         assert isinstance(self.decode_graphs, DecodeGraphs)
-        if shares and slots >= LEAST_ROWS and self.shared_graphs.capture(slots, pool):
-            self.prefixes = SharedPrefixes(slots, self.page_table.shape[1], self.page_size)
+        if shares and slots >= LEAST_ROWS:
+            self.shared_graphs.capture(slots, pool)
+            if self.shared_graphs.most == slots:
+                self.prefixes = SharedPrefixes(slots, self.page_table.shape[1], self.page_size)
         return self.decode_graphs.capture(slots, pool)
 
     def warm_up(self, tokens: int, rows: int = 1, sampling: Sampling = PLAIN) -> None:

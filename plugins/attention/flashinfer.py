@@ -204,15 +204,15 @@ class FlashInferAttention(PagedAttention):
         self, plan: CapturedLaunch, starts: np.ndarray, lengths: np.ndarray, offsets: np.ndarray
     ) -> None:
         more = len(plan.slots) - len(starts)
-        self._refill(plan, np.pad(starts, (0, more)), np.pad(lengths, (0, more)))
+        self._refill(plan, np.pad(starts, (0, more)), np.pad(lengths, (0, more)), int(offsets[0]))
 
-    def _refill(self, plan: CapturedLaunch, starts: np.ndarray, lengths: np.ndarray, before: int = 0) -> None:
-        """`before`: tokens of the step ahead of those of all rows."""
+    def _refill(self, plan: CapturedLaunch, starts: np.ndarray, lengths: np.ndarray, first: int = 0) -> None:
+        """`first`: where the first row's tokens begin in the step."""
         launch, rows = plan.launch, len(starts)
         host = plan.mirror.host().view(np.int32)[: 3 * rows + 2]
         queries, pages = host[: rows + 1], host[rows + 1 : 2 * rows + 2]
         queries[:], pages[:], host[2 * rows + 2 :] = row_lists(starts, lengths, self.page_size)
-        queries += before
+        queries += first
         plan.mirror.send()
         launch.info = self._plan(launch, queries, pages, starts + lengths, plan.most, captured=True)
         self._lists.list_pages(plan.page_table, plan.slots, launch.lists.pages, launch.pages)

@@ -53,13 +53,6 @@ class PromptAttention(FlashInferAttention):
         size = fa3_plan_bytes((-(-tokens // FA3_TILE) + rows) * self.shape.query_heads, self._processors)
         return self._captured_launch(batch, "fa3", tokens, True, size) if size <= PLAN_BYTES else None
 
-    def refill_after(self, plan: CapturedLaunch, ones: int, starts: np.ndarray, lengths: np.ndarray) -> None:
-        """As `refill_prompts`, but for the first `ones` rows, of one token each."""
-        more = (0, len(plan.slots) - len(starts))
-        lengths = np.pad(lengths, more)
-        lengths[:ones] = 0
-        self._refill(plan, np.pad(starts, more), lengths, before=ones)
-
 
 class HybridAttention(TritonAttention):
     """Serves what FlashInferAttention does on Hopper, but FP8 caches."""
@@ -94,7 +87,8 @@ class HybridAttention(TritonAttention):
         positions, tokens = plan.decode.numbers.host().reshape(2, -1)
         positions[:ones], positions[ones:], tokens[:ones] = starts[:ones], -1, offsets[:ones]
         plan.decode.numbers.send()
-        self._prompts.refill_after(plan.prompts, ones, starts, lengths)
+        offsets = np.maximum(offsets, ones)  # to FA3 the leading rows are empty
+        self._prompts.refill_prompts(plan.prompts, starts, np.diff(offsets), offsets)
 
     def attend(self, query: Tensor, cache: Tensor, plan: Any) -> Tensor:
         if not isinstance(plan, HybridPlan):

@@ -157,7 +157,7 @@ def test_a_captured_step_with_prompts_leaves_its_empty_rows_out(modules: dict[st
     step = Captured(3, 12)
     plan = step.backend.capture_prompts(step.batch)
     assert plan is not None
-    step.backend.refill_prompts(plan, *3 * [np.empty(0, np.int64)])
+    step.backend.refill_prompts(plan, *2 * [np.empty(0, np.int64)], np.zeros(1, np.int64))
     step.backend.attend(step.query, step.cache, plan)
     step.slots.copy_(torch.tensor((2, 0, 0)))
     step.backend.refill_prompts(plan, np.array((3, 10)), np.array((6, 1)), np.array((0, 6, 7)))

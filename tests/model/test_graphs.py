@@ -20,7 +20,15 @@ from engine.messages import CountAction, CountExperts
 from engine.plugin.testing import ModelHarness
 from engine.worker import graphs
 from engine.worker.experts import count_experts, heed_padding
-from engine.worker.graphs import FEW_ROWS_TOKENS, DecodeGraphs, PromptGraphs, Tables, most_prompt_tokens, shared_ladder
+from engine.worker.graphs import (
+    FEW_ROWS_TOKENS,
+    DecodeGraphs,
+    PromptGraphs,
+    Tables,
+    most_prompt_tokens,
+    prompt_graphs,
+    shared_ladder,
+)
 from engine_plugins.models.llama import Llama
 from engine_plugins.models.qwen3_moe import Qwen3Moe
 
@@ -216,6 +224,35 @@ def test_small_models_have_graphs_of_larger_prompts(harness: ModelHarness, monke
     assert most_prompt_tokens(model) == 1024
     monkeypatch.setattr(PlainAttention, "most_graph_tokens", 512)
     assert most_prompt_tokens(model) == 512
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("harness", ["dense"], indirect=True)
+def test_a_runner_captures_what_its_steps_can_be(harness: ModelHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 4 slots of 64 positions: no more tokens than those, nor than a step has."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr("engine.worker.runner.LEAST_ROWS", 2)
+    runner = harness.runner
+    runner.decode_graphs = DecodeGraphs(tables(harness))
+    assert runner.capture(harness.each * harness.slots - 1)
+    few, others = runner.prompt_graphs
+    assert (few.most, others.most, runner.decode_graphs.most) == (256, 0, 4), "few rows have graphs of so many tokens"
+    assert runner.prefixes is not None
+    assert runner.capture(harness.each * harness.slots - 1, shares=False, step_tokens=100)
+    rows = np.array([(slot, 0, 30, 1) for slot in range(3)])
+    assert few.most == 100 and few.fits(rows) and not others.fits(rows)
+    hidden, _ = runner._hidden(rows)
+    assert torch.allclose(hidden, runner.forward(rows)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("harness", ["dense"], indirect=True)
+def test_many_slots_have_graphs_for_all_of_them(harness: ModelHarness) -> None:
+    """Fewer have those of larger steps alone, which they share with few rows."""
+    made = tables(harness)
+    wide = dataclasses.replace(made, tokens=made.tokens[:1].expand(graphs.FEW_ROWS + 1, -1))
+    for each, first in ((made, 1280), (wide, 256)):
+        few, others = prompt_graphs(each)
+        assert few._tokens[0] == 32 and others._tokens[0] == first and others._rows == each.scratch + 1
 
 
 @torch.inference_mode()
