@@ -255,7 +255,8 @@ class Conversation:
         options = {option.name: option for option in options_of(SamplingParams)}
         if not words:
             for name, option in options.items():
-                self._console.print(f"{name} {getattr(self.params, name)}".ljust(28) + option.description)
+                value = getattr(self.params, name)
+                self._console.print(f"{name} {'default' if value is None else value}".ljust(28) + option.description)
             return
         name, _, text = words.partition(" ")
         name = name.replace("-", "_")

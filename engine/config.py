@@ -43,6 +43,13 @@ class ModelOptions(Struct, frozen=True, kw_only=True):
         Meta(description="longest prompt plus reply, in tokens; default: what the model and the memory allow"),
     ] = None
     plugins: Annotated[tuple[str, ...], Meta(description="plugins to load or to prefer, by name: a,b")] = ()
+    sampling_defaults: Annotated[
+        Literal["model", "openai"],
+        Meta(
+            description="sampling fields that a request leaves out: as the model's generation_config.json says, or as "
+            "OpenAI's API does (temperature 1, nothing filtered)"
+        ),
+    ] = "model"
     chat_template: Annotated[
         str | None, Meta(description="a file with a Jinja chat template, or the template itself; default: the model's")
     ] = None

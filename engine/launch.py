@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, suppress
 
 import anyio
 import anyio.to_thread
+from msgspec.structs import asdict
 
 from engine.actor import Actor, supervise
 from engine.actors.detokenizer import DetokenizerActor, Replies
@@ -26,7 +27,8 @@ from engine.messages import Failed, FromFront, ToDetokenizer, ToFront, ToHttp, T
 from engine.model_text import read_text
 from engine.parsers import check_parsers, choose_parsers
 from engine.plugin.manager import Plugins
-from engine.plugin.specs import Checkpoint
+from engine.plugin.specs import Checkpoint, TextSpec
+from engine.sampling import SamplingDefaults, model_defaults
 from engine.template import read_template
 from engine.text import Text
 
@@ -72,7 +74,21 @@ def _text(plugins: Plugins, checkpoint: Checkpoint, config: Config, template: st
     spec = read_text(checkpoint, config)
     architectures = checkpoint.config().get("architectures") or ()
     parsers = choose_parsers(plugins, config.server, architectures, template or spec.chat_template)
-    return Text(spec, template, parsers)
+    return Text(spec, template, parsers, sampling_defaults(spec, config))
+
+
+def sampling_defaults(spec: TextSpec, config: Config) -> SamplingDefaults:
+    """The values of sampling fields that requests leave out; said in the log where they are the model's own."""
+    if config.model.sampling_defaults == "openai":
+        return SamplingDefaults()
+    defaults, wrong = model_defaults(spec.generation)
+    for sentence in wrong:
+        log.warning("of the model's own sampling defaults, %s; the API's default takes its place", sentence)
+    stated = {name: value for name, value in asdict(defaults).items() if value != getattr(SamplingDefaults(), name)}
+    if stated:
+        said = ", ".join(f"{name} {value}" for name, value in stated.items())
+        log.info("sampling defaults of the model: %s (--sampling-defaults openai leaves them out)", said)
+    return defaults
 
 
 @asynccontextmanager

@@ -56,10 +56,15 @@ class Grammar(Part, frozen=True):
 class SamplingParams(Part, frozen=True, kw_only=True):
     """How one request is sampled and when it ends, as its client says it; bounds are in engine/sampling.py."""
 
-    temperature: Annotated[float, Meta(description="0 is greedy, 1 the model's own distribution")] = 1.0
-    top_p: Annotated[float, Meta(description="keep the likeliest tokens of this total probability; 1 is off")] = 1.0
-    top_k: Annotated[int, Meta(description="keep this many of the likeliest tokens; 0 or -1 is off")] = 0
-    min_p: Annotated[float, Meta(description="keep tokens at least this share as likely as the best; 0 is off")] = 0.0
+    # None: the default of the model, or of the API (engine.sampling.SamplingDefaults).
+    temperature: Annotated[float | None, Meta(description="0 is greedy, 1 the model's own distribution")] = None
+    top_p: Annotated[
+        float | None, Meta(description="keep the likeliest tokens of this total probability; 1 is off")
+    ] = None
+    top_k: Annotated[int | None, Meta(description="keep this many of the likeliest tokens; 0 or -1 is off")] = None
+    min_p: Annotated[
+        float | None, Meta(description="keep tokens at least this share as likely as the best; 0 is off")
+    ] = None
     seed: Annotated[int | None, Meta(description="the same seed samples the same reply; default: a fresh one")] = None
     max_tokens: Annotated[int | None, Meta(description="longest reply; default: what the model's length leaves")] = None
     stop: Annotated[tuple[str, ...], Meta(description="a string that ends the reply and is not part of it")] = ()
@@ -70,8 +75,8 @@ class SamplingParams(Part, frozen=True, kw_only=True):
     presence_penalty: Annotated[float, Meta(description="taken from the logit of what the reply has said")] = 0.0
     frequency_penalty: Annotated[float, Meta(description="the same, for each time it was said")] = 0.0
     repetition_penalty: Annotated[
-        float, Meta(description="makes what prompt or reply hold less likely, above 1; 1 is off")
-    ] = 1.0
+        float | None, Meta(description="makes what prompt or reply hold less likely, above 1; 1 is off")
+    ] = None
     logit_bias: Annotated[dict[int, float], Meta(description="added to logits: token id to bias, as JSON")] = {}
     bad_words: Annotated[tuple[str, ...], Meta(description="a text that the reply must not hold")] = ()
     allowed_token_ids: Annotated[tuple[int, ...], Meta(description="a token id to sample; others are not")] = ()
@@ -99,7 +104,8 @@ class SamplingParams(Part, frozen=True, kw_only=True):
 class Generate(Message, frozen=True):
     """http → tokenizer: one request; exactly one of `text`, `ids` (int32) and `messages` is set.
 
-    Where `sampling.max_tokens` is None, `default_max_tokens` bounds the reply if there is that much room. Requests
+    Where `sampling.max_tokens` is None, `default_max_tokens` bounds the reply if there is that much room; where that is
+    None too, the model's own default does. Requests
     share cached prefixes with those of the same `cache_salt` alone. With `echo` the reply's text begins with the
     prompt. A `grammar` takes the place of what `sampling` says of one: for what clients ask for in other words, as a
     tool to be called.

@@ -1,13 +1,18 @@
-"""The bounds of SamplingParams, in one place: HTTP and the offline API both check here.
+"""The bounds and the defaults of SamplingParams, in one place: HTTP and the offline API both check here.
 
 Nothing is clamped or repaired: what a client asks for is served as asked, or refused with the bound. What
-only the model knows (its length, its vocabulary) is checked where the prompt is tokenized.
+only the model knows (its length, its vocabulary) is checked where the prompt is tokenized. A field that a request
+leaves out has the default of the model, if its generation_config.json states one, else that of OpenAI's API.
 """
 
 import re
 from collections.abc import Callable, Mapping
 from math import prod
 from types import MappingProxyType
+from typing import Any
+
+import msgspec
+from msgspec import Struct
 
 from engine.errors import RequestError
 from engine.grammar import grammar_of
@@ -29,6 +34,52 @@ MAX_BIAS = 100.0
 SAME_NAMES: Mapping[str, str] = MappingProxyType({})
 
 
+class SamplingDefaults(Struct, frozen=True):
+    """The values of sampling fields that a request leaves out; as written here, those of OpenAI's API.
+
+    `max_new_tokens` bounds the reply where neither the request nor its API has a bound."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int | None = None
+
+    def under(self, params: SamplingParams) -> "SamplingDefaults":
+        """The values in force for `params`: theirs, and these where they have none."""
+        said = {name: value for name in OPTIONAL if (value := getattr(params, name)) is not None}
+        return msgspec.structs.replace(self, **said)
+
+
+OPTIONAL = tuple(name for name in SamplingDefaults.__struct_fields__ if name in SamplingParams.__struct_fields__)
+
+
+def model_defaults(generation: Mapping[str, Any]) -> tuple[SamplingDefaults, list[str]]:
+    """The defaults that a generation_config.json states, and a sentence for each value that is out of bounds.
+
+    In place of such a value stands the API's own default. `do_sample: false` means temperature 0."""
+    stated: dict[str, Any] = {}
+    wrong = []
+    for name in SamplingDefaults.__struct_fields__:
+        if (value := generation.get(name)) is None:
+            continue
+        try:
+            if name in OPTIONAL:
+                check_sampling(SamplingParams(**{name: value}))
+            else:
+                _check_whole(name, value, 1, INT32_MAX, "leave it out for the model's length")
+        except RequestError as error:
+            wrong.append(error.message)
+        else:
+            stated[name] = value
+    if (samples := generation.get("do_sample")) not in (None, True, False):
+        wrong.append(f"do_sample is {_shown(samples)}; it must be true or false (false is temperature 0)")
+    elif samples is False:
+        stated["temperature"] = 0.0
+    return SamplingDefaults(**stated), wrong
+
+
 def check_sampling(params: SamplingParams, names: Mapping[str, str] = SAME_NAMES) -> None:
     """Raise RequestError for the first field that is out of bounds, of another type, NaN or infinite.
 
@@ -38,10 +89,15 @@ def check_sampling(params: SamplingParams, names: Mapping[str, str] = SAME_NAMES
     def name(field: str) -> str:
         return names.get(field, field)
 
-    _check_real(name("temperature"), params.temperature, 0, 2, "0 is greedy, 1 the model's own distribution")
-    _check_real(name("top_p"), params.top_p, 0, 1, "1 is off; for the likeliest token set temperature 0", open_low=True)
-    _check_real(name("min_p"), params.min_p, 0, 1, "0 is off")
-    _check_whole(name("top_k"), params.top_k, -1, INT32_MAX, "0 or -1 is off")
+    if params.temperature is not None:
+        _check_real(name("temperature"), params.temperature, 0, 2, "0 is greedy, 1 the model's own distribution")
+    if params.top_p is not None:
+        greedy = "1 is off; for the likeliest token set temperature 0"
+        _check_real(name("top_p"), params.top_p, 0, 1, greedy, open_low=True)
+    if params.min_p is not None:
+        _check_real(name("min_p"), params.min_p, 0, 1, "0 is off")
+    if params.top_k is not None:
+        _check_whole(name("top_k"), params.top_k, -1, INT32_MAX, "0 or -1 is off")
     if params.seed is not None:
         _check_whole(name("seed"), params.seed, -(2**63), 2**63 - 1, "leave it out for a fresh one")
     if params.max_tokens is not None:
@@ -75,8 +131,8 @@ def _check_adjustments(params: SamplingParams, name: Callable[[str], str]) -> No
     _check_whole(name("min_tokens"), params.min_tokens, 0, longest, "0 is off; max_tokens bounds it")
     for field in ("presence_penalty", "frequency_penalty"):
         _check_real(name(field), getattr(params, field), -MAX_PENALTY, MAX_PENALTY, "0 is off")
-    repetition = params.repetition_penalty
-    _check_real(name("repetition_penalty"), repetition, 0, MAX_REPETITION, "1 is off", open_low=True)
+    if (repetition := params.repetition_penalty) is not None:
+        _check_real(name("repetition_penalty"), repetition, 0, MAX_REPETITION, "1 is off", open_low=True)
     if not isinstance(params.logit_bias, dict) or len(params.logit_bias) > MAX_BIASES:
         shown = f"{len(params.logit_bias)} biases" if isinstance(params.logit_bias, dict) else _shown(params.logit_bias)
         raise _refusal(name("logit_bias"), shown, f"a bias for each of at most {MAX_BIASES} token ids", "send fewer")

@@ -14,20 +14,29 @@ from engine.errors import RequestError
 from engine.parsers import Parsers
 from engine.plugin.parsing import ToolParser
 from engine.plugin.specs import TextSpec
+from engine.sampling import SamplingDefaults
 from engine.template import ChatTemplate, requested
 
+OPENAI_DEFAULTS = SamplingDefaults()
 TEMPLATES = 16  # templates of requests that are kept compiled
 
 
 class Text:
     """One model's text: prompts to token ids, token ids to text.
 
-    `chat_template` takes the place of the checkpoint's own; `parsers` are those that will read replies. Raises
-    ConfigError when the template is malformed.
+    `chat_template` takes the place of the checkpoint's own; `parsers` are those that will read replies; `defaults` are
+    the values of sampling fields that requests leave out. Raises ConfigError when the template is malformed.
     """
 
-    def __init__(self, spec: TextSpec, chat_template: str | None = None, parsers: Parsers | None = None) -> None:
+    def __init__(
+        self,
+        spec: TextSpec,
+        chat_template: str | None = None,
+        parsers: Parsers | None = None,
+        defaults: SamplingDefaults = OPENAI_DEFAULTS,
+    ) -> None:
         self.spec = spec
+        self.defaults = defaults
         self.parsers = parsers = parsers or Parsers()
         self.vocab_size: int = spec.tokenizer.get_vocab_size(with_added_tokens=True)
         self.longest_token = max(map(len, spec.tokenizer.get_vocab()), default=1)  # characters of one

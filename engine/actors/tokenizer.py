@@ -54,7 +54,8 @@ class Admission:
     def _admit_text(self, request: Generate) -> tuple[Open, Admit]:
         ids = self._encode(request)
         params = request.sampling
-        max_new = self._max_new(len(ids), params.max_tokens, request.default_max_tokens)
+        default = request.default_max_tokens or self.text.defaults.max_new_tokens
+        max_new = self._max_new(len(ids), params.max_tokens, default)
         if params.min_tokens > max_new:
             raise RequestError(
                 f"min_tokens is {params.min_tokens}, but the reply may have {max_new} tokens; lower it",
@@ -145,15 +146,16 @@ class Admission:
                     "bad_words and the tokens that min_tokens holds back leave none of allowed_token_ids; allow more",
                     param="allowed_token_ids",
                 )
+        used = self.text.defaults.under(params)
         return Sampling(
-            temperature=params.temperature,
-            top_k=max(params.top_k, 0),
-            top_p=params.top_p,
-            min_p=params.min_p,
+            temperature=used.temperature,
+            top_k=max(used.top_k, 0),
+            top_p=used.top_p,
+            min_p=used.min_p,
             seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
-            repetition_penalty=params.repetition_penalty,
+            repetition_penalty=used.repetition_penalty,
             bias_ids=array("i", params.logit_bias).tobytes(),
             biases=array("f", params.logit_bias.values()).tobytes(),
             min_tokens=params.min_tokens,

@@ -16,7 +16,7 @@ from engine.http import experts
 from engine.http.service import SERVICE
 from engine.http.wire import Body, Reply, json_response
 from engine.messages import Embed, Generate, Job, Profiled, SamplingParams
-from engine.sampling import INT32_MAX
+from engine.sampling import INT32_MAX, SamplingDefaults
 
 PROBE_SECONDS = 20.0  # an answer that takes longer is no sign of health
 SECRET = frozenset({"api_key"})
@@ -117,6 +117,7 @@ class ModelInfo(Reply, frozen=True):
     max_model_len: int | None
     vocab_size: int | None
     has_chat_template: bool | None
+    sampling_defaults: SamplingDefaults | None  # of the fields that a request leaves out; null until they are read
 
 
 # ── looking ──────────────────────────────────────────────────────────────────────────────────
@@ -183,10 +184,13 @@ async def model_info(request: web.Request) -> web.Response:
     service = request.app[SERVICE]
     front = service.front
     model, info = front.config.model, front.info
-    chat = None if front.text is None else front.text.has_template
+    text = front.text
+    chat, defaults = (None, None) if text is None else (text.has_template, text.defaults)
     length, vocabulary = (None, None) if info is None else (info.max_model_len, info.vocab_size)
     generates = info is None or not info.embedding_size
-    return json_response(ModelInfo(model.model, model.model, service.models, generates, length, vocabulary, chat))
+    return json_response(
+        ModelInfo(model.model, model.model, service.models, generates, length, vocabulary, chat, defaults)
+    )
 
 
 # ── acting ───────────────────────────────────────────────────────────────────────────────────

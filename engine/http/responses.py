@@ -37,7 +37,7 @@ from engine.http.stored import (
 )
 from engine.http.wire import Body, Reply, check_served, json_response, to_json
 from engine.messages import Chunk, Generate, SamplingParams
-from engine.sampling import check_sampling
+from engine.sampling import SamplingDefaults, check_sampling
 
 CLIENT_NAMES = {"max_tokens": "max_output_tokens", "json_schema": "text.format.schema"}
 ALSO_TAKEN = {("reasoning", "content"), ("function_call_output", "name")}  # beside what an item needs
@@ -217,7 +217,8 @@ async def create(request: web.Request, body: ResponsesBody) -> web.StreamRespons
     reading = reading_of(
         service.front.text, sampling, messages, {}, wanted, names=CLIENT_NAMES | {"grammar": "text.format"}
     )
-    response = Response(described(body, sampling, service.model, wanted), conversation, reading)
+    defaults = SamplingDefaults() if service.front.text is None else service.front.text.defaults
+    response = Response(described(body, defaults.under(sampling), service.model, wanted), conversation, reading)
     job = Generate(response.id, sampling, messages=messages, priority=body.priority or 0, **reading.job)
     asked = None if grammar_of(sampling) is None else "text.format"
     chunks = _generate(service, job, CLIENT_NAMES | reading.grammar_names(asked))
@@ -402,15 +403,15 @@ def wanted_of(body: ResponsesBody) -> Wanted:
     return Wanted(checked(tools), choice or "auto", None, parallel)
 
 
-def described(body: ResponsesBody, sampling: SamplingParams, model: str, wanted: Wanted) -> Asked:
-    """The fields of a response object that only say what was asked."""
+def described(body: ResponsesBody, used: SamplingDefaults, model: str, wanted: Wanted) -> Asked:
+    """The fields of a response object that only say what was asked; `used` are the sampling values in force."""
     return Asked(
         model=model,
         instructions=body.instructions,
         previous_response_id=body.previous_response_id,
         max_output_tokens=body.max_output_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
+        temperature=used.temperature,
+        top_p=used.top_p,
         background=bool(body.background),
         store=body.store is not False,
         metadata=body.metadata or {},

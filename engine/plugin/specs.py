@@ -116,7 +116,8 @@ class TextSpec(Struct, frozen=True):
     """A checkpoint's tokenizer and what goes with it.
 
     `eos_ids` end a reply; `bos_token` and `eos_token` are what chat templates refer to. Where the
-    tokenizer's own post-processor does not add the first token, `add_bos` says to do so.
+    tokenizer's own post-processor does not add the first token, `add_bos` says to do so. `generation` is what the
+    model's makers recommend, in the terms of generation_config.json: temperature, top_p, max_new_tokens and so on.
     """
 
     tokenizer: "Tokenizer"
@@ -126,6 +127,7 @@ class TextSpec(Struct, frozen=True):
     bos_token: str = ""
     eos_token: str = ""
     chat_template: str | None = None
+    generation: dict[str, Any] = {}
 
 
 class LazyTensor(Protocol):

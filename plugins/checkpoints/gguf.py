@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 from gguf.quants import quant_shape_from_byte_shape
+from msgspec import structs
 from numpy.typing import NDArray
 
 from engine.plugin import ConfigError, LazyTensor, TextSpec
@@ -33,6 +34,16 @@ EMBEDDED = {
     )
 }
 
+# sampling that the model's card recommends, where the file says nothing of it
+RECOMMENDED: dict[str, dict[str, Any]] = {"smollm2-135m": {"temperature": 0.2, "top_p": 0.9}}
+# generation_config.json's names of what stands under general.sampling
+SAMPLING = {
+    "temperature": "temp",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
 # factors of the rotary frequencies, which are no weights of the model
 ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
@@ -91,8 +102,7 @@ class GGUFCheckpoint:
                 raise ConfigError(
                     f"{file.path}: {prefix}.{keys[key]} is {config[key]!r}, not a number; convert the model again"
                 )
-        # float32 in the file: 1e-5, not 9.999999747378752e-06
-        config["rms_norm_eps"] = float(str(np.float32(config["rms_norm_eps"])))
+        config["rms_norm_eps"] = _decimal(float(config["rms_norm_eps"]))
         rotated = file.fields.get(f"{prefix}.rope.dimension_count", config["head_dim"])
         if rotated != config["head_dim"]:
             config["partial_rotary_factor"] = rotated / config["head_dim"]
@@ -143,7 +153,11 @@ class GGUFCheckpoint:
         """The tokenizer of the metadata.
 
         Raises ConfigError for a kind of vocabulary or a pre-tokenizer that is not known."""
-        return text_spec(self._file, self._family().ends)
+        fields = self._file.fields
+        said = {ours: fields.get(f"general.sampling.{theirs}") for ours, theirs in SAMPLING.items()}
+        found = {name: _decimal(value) for name, value in said.items() if value is not None}
+        spec = text_spec(self._file, self._family().ends)
+        return structs.replace(spec, generation=RECOMMENDED.get(self._name, {}) | found)
 
     def tensors(self) -> Iterator[tuple[str, LazyTensor]]:
         """Every weight under its Hugging Face name, in the file's order."""
@@ -217,6 +231,11 @@ class GGUFLazyTensor:
             return None
         rows = self._stored.bytes
         return self._stored.kind.name, rows.copy() if self._order is None else rows[self._order]
+
+
+def _decimal(value: Any) -> Any:
+    """A float32 of the file as it was written: 1e-5, not 9.999999747378752e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def dequantize(rows: NDArray[np.uint8], kind: gguf.GGMLQuantizationType) -> NDArray[np.float32]:

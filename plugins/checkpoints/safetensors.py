@@ -70,7 +70,7 @@ class Architectures(Struct):
     architectures: list[str] = []
 
 
-Described = TypeVar("Described", TokenizerConfig, Ends, WeightIndex, Architectures)
+Described = TypeVar("Described", TokenizerConfig, Ends, WeightIndex, Architectures, dict[str, Any])
 
 
 class SafetensorsCheckpoint:
@@ -122,6 +122,7 @@ class SafetensorsCheckpoint:
         bos, eos = token_text(config.bos_token), token_text(config.eos_token)
         bos_id = tokenizer.token_to_id(bos) if bos else None
         ends = self._read("generation_config.json", Ends, optional=True).eos_token_id
+        generation: dict[str, Any] = self._read("generation_config.json", dict, optional=True)
         if ends is None:
             ends = self._read("config.json", Ends).eos_token_id
         eos_ids = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.token_to_id(eos) if eos else None}
@@ -135,6 +136,7 @@ class SafetensorsCheckpoint:
             bos_token=bos,
             eos_token=eos,
             chat_template=self._chat_template(config.chat_template),
+            generation=generation,
         )
 
     def tensors(self) -> Iterator[tuple[str, LazyTensor]]:

@@ -351,11 +351,13 @@ def test_safetensors_text_settings(tmp_path, model, tokenizer):
     opened = SafetensorsCheckpoint.open(str(folder))
     bos, eos, hello = (tokenizer.token_to_id(token) for token in ("<s>", "</s>", "hello"))
 
-    edit(folder / "generation_config.json", eos_token_id=[7, 9])
+    edit(folder / "generation_config.json", eos_token_id=[7, 9], temperature=0.6, do_sample=True)
     assert opened.text().eos_ids == (7, 9, eos)
+    assert opened.text().generation.items() >= {"temperature": 0.6, "do_sample": True}.items()
     (folder / "generation_config.json").unlink()
     edit(folder / "config.json", eos_token_id=[8])
     assert opened.text().eos_ids == (8, eos)
+    assert opened.text().generation == {}
 
     edit(folder / "tokenizer_config.json", bos_token={"content": "<s>", "lstrip": False}, add_bos_token=True)
     assert (opened.text().bos_token, opened.text().add_bos) == ("<s>", True)

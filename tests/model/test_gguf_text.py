@@ -43,8 +43,10 @@ def write_gguf(path, kind, tokens, *, architecture="llama", token_types=None, sc
     if merges is not None:
         writer.add_token_merges([" ".join(merge) for merge in merges])
     for key, value in fields.items():
-        key = f"tokenizer.ggml.{key}"
-        if isinstance(value, bool):
+        key = key if "." in key else f"tokenizer.ggml.{key}"
+        if isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, bool):
             writer.add_bool(key, value)
         elif isinstance(value, int):
             writer.add_uint32(key, value)
@@ -277,3 +279,9 @@ def test_merges_are_by_score_then_length_of_the_left():
 def test_a_vocabulary_without_scores_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"has no field tokenizer\.ggml\.scores"):
         write_gguf(tmp_path / "a.gguf", "llama", ["a"])
+
+
+def test_the_sampling_that_a_file_recommends(tmp_path, byte_level):
+    said = {"general.sampling.temp": 0.7, "general.sampling.top_k": 20, "general.sampling.penalty_repeat": 1.05}
+    spec = write_byte_level(tmp_path / "tiny.gguf", byte_level, "gpt-2", **said).spec
+    assert spec.generation == {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.05}

@@ -7,7 +7,7 @@ import pytest
 
 from engine.errors import RequestError
 from engine.messages import SamplingParams
-from engine.sampling import check_sampling
+from engine.sampling import SamplingDefaults, check_sampling, model_defaults
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_accepted(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(("temperature", value) for value in (-0.1, 2.1, math.nan, math.inf, -math.inf, True, "1", None)),
+        *(("temperature", value) for value in (-0.1, 2.1, math.nan, math.inf, -math.inf, True, "1")),
         *(("top_p", value) for value in (0, 0.0, -1, 1.1, math.nan)),
         *(("min_p", value) for value in (-0.1, 1.1, math.nan)),
         *(("top_k", value) for value in (-2, 2**31, 1.0, True)),
@@ -70,3 +70,45 @@ def test_the_clients_own_name_is_used() -> None:
 def test_min_tokens_within_max_tokens() -> None:
     with pytest.raises(RequestError, match=r"^min_tokens is 6; it must be a whole number from 0 to 5"):
         check_sampling(SamplingParams(max_tokens=5, min_tokens=6))
+
+
+@pytest.mark.parametrize(
+    ("generation", "defaults"),
+    [
+        ({}, SamplingDefaults()),
+        ({"temperature": 0.6, "top_p": 0.95, "top_k": 20}, SamplingDefaults(temperature=0.6, top_p=0.95, top_k=20)),
+        ({"min_p": 0.1, "repetition_penalty": 1.05}, SamplingDefaults(min_p=0.1, repetition_penalty=1.05)),
+        ({"max_new_tokens": 512, "do_sample": True}, SamplingDefaults(max_new_tokens=512)),
+        ({"do_sample": False, "temperature": 0.6, "top_k": 5}, SamplingDefaults(temperature=0.0, top_k=5)),
+        ({"temperature": None, "top_k": None, "bos_token_id": 1, "eos_token_id": [2]}, SamplingDefaults()),
+    ],
+)
+def test_the_defaults_that_a_model_states(generation: dict[str, Any], defaults: SamplingDefaults) -> None:
+    assert model_defaults(generation) == (defaults, [])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("temperature", value) for value in (-1, 2.5, "0.6", True, [1], math.nan)),
+        *(("top_p", value) for value in (0, 1.5)),
+        *(("top_k", value) for value in (-5, 2.5)),
+        ("min_p", 3),
+        ("repetition_penalty", 0),
+        *(("max_new_tokens", value) for value in (0, 1.5, 2**40)),
+        ("do_sample", "no"),
+    ],
+)
+def test_a_default_out_of_bounds_is_named_and_the_others_stand(field: str, value: Any) -> None:
+    others = {"top_k": 7} if field == "temperature" else {"temperature": 0.5}
+    defaults, (sentence,) = model_defaults({**others, field: value})
+    assert defaults == SamplingDefaults(**others)  # type: ignore[arg-type]
+    assert sentence.startswith(f"{field} is ")
+
+
+def test_what_a_request_says_wins() -> None:
+    model = SamplingDefaults(temperature=0.6, top_p=0.9, top_k=20, min_p=0.1, repetition_penalty=1.1)
+    said = SamplingParams(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0)
+    assert model.under(said) == SamplingDefaults()
+    assert model.under(SamplingParams()) == model
+    assert model.under(SamplingParams(top_k=-1)).top_k == -1
