@@ -181,7 +181,7 @@ async def test_generate() -> None:
     first, second = front.asked
     assert (first.rid, first.text, first.sampling.temperature, first.sampling.seed) == ("mine", "x", 0, 1)
     assert (first.sampling.stop, first.sampling.max_tokens, first.sampling.ignore_eos) == (("z",), 5, True)
-    assert (second.ids, second.default_max_tokens, second.sampling.temperature) == (struct.pack("<i", 9), 128, 1.0)
+    assert (second.ids, second.default_max_tokens, second.sampling.temperature) == (struct.pack("<i", 9), 128, None)
     assert second.rid not in ("", "mine")
 
 
