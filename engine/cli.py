@@ -1,4 +1,4 @@
-"""The `engine` command: serve, chat, generate, bench, plugins.
+"""The `engine` command: serve, chat, generate, bench, plugins, completion.
 
 No flag is declared here: those of the engine derive from `engine.config`, those of sampling from SamplingParams,
 those of chat and bench from `engine.tool_options`.
@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 from msgspec import NODEFAULT, Struct
 
 from engine import __version__
-from engine.config import Config, ModelOptions, Option, ServerOptions, groups, options_of, resolve
+from engine.config import Config, ModelOptions, Option, ServerOptions, groups, options_of, read_file, resolve
 from engine.errors import ConfigError, EngineError, PluginError, did_you_mean
 from engine.messages import SamplingParams
 from engine.tool_options import (
@@ -30,6 +30,7 @@ from engine.tool_options import (
     TrafficOptions,
 )
 
+SHELLS = ("bash", "zsh", "fish", "tcsh")
 Run = Callable[[argparse.Namespace], int]
 Given = TypeVar("Given", bound=Struct)
 
@@ -145,6 +146,14 @@ def plugins(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def completion(arguments: argparse.Namespace) -> int:
+    """Print the completion of commands and flags for a shell: source <(engine completion bash)."""
+    import shtab
+
+    print(shtab.complete(_parser(), arguments.shell))
+    return 0
+
+
 # ── the command line ─────────────────────────────────────────────────────────────────────────
 
 
@@ -169,11 +178,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    return _parser().parse_args(argv)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="engine", description="A small, fast, pluggable serving engine for large language models.")
     parser.add_argument("--version", action="version", version=f"engine {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     command = _command(commands, serve)
+    _add_file(command)
     for struct in groups().values():
         _add_group(command, struct)
 
@@ -195,7 +209,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     command = _command(commands, plugins)
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     _add(command, _option(ModelOptions, "plugins"))
-    return parser.parse_args(argv)
+
+    command = _command(commands, completion, " SHELL")
+    command.add_argument("shell", metavar="SHELL", choices=SHELLS, help=f"one of {', '.join(SHELLS)}")
+    return parser
 
 
 def _parse_bench(commands: Any) -> None:
@@ -227,9 +244,15 @@ def _command(commands: Any, run: Run, positional: str = "") -> argparse.Argument
 
 def _add_engine(command: argparse.ArgumentParser) -> None:
     """The options of an engine without a server."""
+    _add_file(command)
     for name, struct in groups().items():
         if name != "server":
             _add_group(command, struct)
+
+
+def _add_file(command: argparse.ArgumentParser) -> None:
+    about = "a TOML file of options, which flags and the environment overrule"
+    command.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=about)
 
 
 def _add_group(command: argparse.ArgumentParser, struct: type[Struct], title: str | None = None) -> None:
@@ -257,10 +280,11 @@ def _add(group: Any, option: Option, *, repeated: bool = False) -> None:
 
 
 def _config(arguments: argparse.Namespace, unless_given: Mapping[str, Any] = MappingProxyType({})) -> Config:
-    """The Config that the command line and the environment say."""
+    """The Config that the command line, the environment and the file of `--config` say."""
     names = {option.name for struct in groups().values() for option in options_of(struct)}
     given = {name: value for name, value in vars(arguments).items() if name in names}
-    return resolve({**unless_given, **given}, os.environ)
+    path = getattr(arguments, "config", None) or os.environ.get("ENGINE_CONFIG")
+    return resolve({**unless_given, **given}, os.environ, read_file(path) if path else {})
 
 
 def _option(struct: type[Struct], name: str) -> Option:

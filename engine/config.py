@@ -2,13 +2,15 @@
 
 Options are grouped by who reads them; `Config` composes the groups, is resolved once at start, travels to
 every process as msgpack, and is never changed. Field names are unique across groups: `max_running` is
-`--max-running` on the command line and `ENGINE_MAX_RUNNING` in the environment, which the command line
-overrules. There is no configuration file.
+`--max-running` on the command line, `ENGINE_MAX_RUNNING` in the environment and `max_running` in the TOML file of
+`--config`. The command line overrules the environment, and the environment the file.
 """
 
 import math
+import tomllib
 from collections.abc import Iterable, Mapping
-from types import NoneType, UnionType
+from pathlib import Path
+from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import msgspec
@@ -263,10 +265,36 @@ def groups() -> dict[str, type[Struct]]:
     return {field.name: field.type for field in msgspec.structs.fields(Config)}
 
 
-def resolve(given: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Config:
-    """Build the Config from `given` (field name to value), then `environ` (ENGINE_*), then the defaults.
+def read_file(path: str) -> dict[str, Any]:
+    """The options that a TOML file sets, by field name: at its top level, or in tables named as the option groups.
 
-    Values may be text, as a command line gives them, or typed, as Python code gives them.
+    Raises ConfigError for a file that cannot be read, an unknown name, or a value that its option does not take."""
+    try:
+        content = tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config {path} cannot be read: {error}; give a TOML file of options") from None
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        table = value if name in groups() and isinstance(value, dict) else {name: value}
+        for key in table.keys() & found.keys():
+            raise ConfigError(f"{path} sets {key} twice; keep one")
+        found |= table
+    by_name = {option.name: option for struct in groups().values() for option in options_of(struct)}
+    for name, value in found.items():
+        if name not in by_name:
+            raise ConfigError(f"{path} sets {name}, which is no option{did_you_mean(name, by_name)}")
+        found[name] = by_name[name].read(value, f"{name} in {path}")
+    return found
+
+
+def resolve(
+    given: Mapping[str, Any],
+    environ: Mapping[str, str] | None = None,
+    file: Mapping[str, Any] = MappingProxyType({}),
+) -> Config:
+    """Build the Config from `given` (field name to value), then `environ` (ENGINE_*), then `file`, then the defaults.
+
+    Values may be text, as a command line gives them, or typed, as Python code and `read_file` give them.
     Raises ConfigError for a name that is no option and for a value that its option does not take.
     """
     environ = environ or {}
@@ -280,6 +308,8 @@ def resolve(given: Mapping[str, Any], environ: Mapping[str, str] | None = None) 
                 said[option.name] = option.read(given[option.name], option.flag)
             elif option.variable in environ:
                 said[option.name] = option.read(environ[option.variable], option.variable)
+            elif option.name in file:
+                said[option.name] = file[option.name]
         values[group] = groups()[group](**said)
     return Config(**values)
 
@@ -293,6 +323,8 @@ def options_page() -> str:
         "",
         "Each option is a flag of `engine serve` and `engine generate` (those of the HTTP server only of the former),",
         "and a variable of the environment, which the flag overrules: `--max-running 8` or `ENGINE_MAX_RUNNING=8`.",
+        "`--config serve.toml`, or `ENGINE_CONFIG`, names a TOML file of options: `max_running = 8`, at its top level",
+        "or in a table named as the group (`[schedule]`). Flags and variables overrule it.",
         "A true-or-false option has two flags: `--prefix-cache` and `--no-prefix-cache`.",
     ]
     for struct in groups().values():
