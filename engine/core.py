@@ -13,7 +13,7 @@ import anyio.abc
 
 from engine.actor import Actor, supervise
 from engine.actors.compiler import CompilerActor
-from engine.actors.executor import ExecutorActor, ended, exit_cause, spawn
+from engine.actors.executor import ExecutorActor
 from engine.actors.scheduler import SchedulerActor
 from engine.channel import Frames, Outbox, channel, open_channel
 from engine.config import Config
@@ -21,6 +21,7 @@ from engine.errors import EngineError
 from engine.logs import set_up_logging
 from engine.messages import Boot, Fatal, FromFront, ToFront
 from engine.plugin.manager import Plugins
+from engine.process import ended, exit_cause, spawn
 
 PLANS = 4  # three credits and a Reset: the scheduler never waits to send
 

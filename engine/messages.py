@@ -419,7 +419,8 @@ class WorkerReady(Message, frozen=True):
     """worker → scheduler: what the device can hold, and how the start went.
 
     `pages` of `page_size` tokens; a step takes `max_step_tokens`; `phases` maps a start-up phase to its seconds.
-    A model that makes vectors of `embedding_size` generates no text; of others it is 0.
+    A model that makes vectors of `embedding_size` generates no text; of others it is 0. `modules` are those that this
+    start imported, for a spare worker: the executor keeps them to itself.
     """
 
     pages: int
@@ -433,6 +434,7 @@ class WorkerReady(Message, frozen=True):
     attention: str
     phases: dict[str, float]
     embedding_size: int = 0
+    modules: tuple[str, ...] = ()
 
 
 class WorkerLost(Message, frozen=True):
@@ -538,6 +540,14 @@ class Boot(Message, frozen=True):
     world: int = 1
 
 
+class Prepare(Message, frozen=True):
+    """executor → spare worker, before its Boot: import what a worker imports, then `modules` in their order, and answer
+    with a Pong."""
+
+    config: Config
+    modules: tuple[str, ...] = ()
+
+
 class Ping(Message, frozen=True):
     """executor → worker, when idle: are you there?"""
 
@@ -560,7 +570,8 @@ class Stats(Message, frozen=True):
     Counters (`*_total`, `steps`) only grow. `step_seconds` holds float32 device times of the steps since the last
     Stats; `idle_seconds_total` sums what the device waited for the host between them; `compile_seconds` (float32) are
     those of the grammars compiled since then. `worker` is the state of the device process; `paused` is as the last
-    Pause said.
+    Pause said. `restarts_total` counts workers that took the place of one that died, the last of them after
+    `restart_seconds`.
     """
 
     worker: Literal["starting", "ready", "restarting", "stalled", "failed"]
@@ -579,13 +590,15 @@ class Stats(Message, frozen=True):
     paused: bool = False
     idle_seconds_total: float = 0.0
     compile_seconds: bytes = b""
+    restarts_total: int = 0
+    restart_seconds: float = 0.0
 
 
 Job = Generate | Embed
 ToTokenizer = Job | Abort | WorkerReady
 ToTheDevice = Profile | CountExperts  # questions of http's that the worker answers
 FromTheDevice = Profiled | ExpertCounts
-ToWorker = Boot | StepPlan | LoadGrammar | DropGrammar | ToTheDevice | Ping
+ToWorker = Boot | Prepare | StepPlan | LoadGrammar | DropGrammar | ToTheDevice | Ping
 FromWorker = WorkerReady | StepDone | GrammarLoaded | FromTheDevice | Pong | Fatal
 FromFront = Admit | Abort | StopHit | Flush | Pause | ToTheDevice
 FromExecutor = StepDone | GrammarLoaded | FromTheDevice | WorkerReady | WorkerLost | WorkerSilent | Fatal

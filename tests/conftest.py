@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+os.environ.setdefault("ENGINE_SPARE_WORKER", "false")  # a second of a core for each server; tests of spares ask for one
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow a small machine badly
 
 

@@ -5,8 +5,6 @@ with an error that may be tried again, and the next grammar starts another.
 """
 
 import logging
-import socket
-from collections.abc import Callable
 from contextlib import suppress
 
 import anyio
@@ -14,10 +12,10 @@ import anyio.abc
 import anyio.to_thread
 from anyio.streams.memory import MemoryObjectReceiveStream
 
-from engine.actors.executor import Process, ended, exit_cause, frames_of, spawn
 from engine.channel import Frames, Outbox
 from engine.config import Config
 from engine.messages import Boot, Compile, Compiled, Fatal
+from engine.process import Start, ended, exit_cause, frames_of, spawn
 
 log = logging.getLogger("engine.grammars")
 
@@ -30,7 +28,7 @@ class CompilerActor:
         config: Config,
         inbox: MemoryObjectReceiveStream[Compile],
         scheduler: Outbox[Compiled],
-        start: Callable[[], tuple[socket.socket, Process]] = lambda: spawn("engine.grammars.compiler"),
+        start: Start = lambda: spawn("engine.grammars.compiler"),
     ) -> None:
         self.config = config
         self.inbox = inbox

@@ -1,27 +1,19 @@
 """The executor actor: keeps one device process alive and passes steps to and fro.
 
 It starts the worker, hands it the configuration, forwards each `StepPlan` and returns each `StepDone`. When
-the process dies it says why (`WorkerLost`), waits for the scheduler's `Reset`, and starts another; a worker
-that cannot even start, or fails three times in a row to start again, is `Fatal`. A worker that is silent
-for too long is reported but not killed: a first compilation may take minutes.
+the process dies it says why (`WorkerLost`), waits for the scheduler's `Reset`, and boots another: the spare (spare.py),
+or a new one. A worker that cannot even start, or fails three times in a row to start again, is `Fatal`. A worker that
+is silent for too long is reported but not killed: a first compilation may take minutes.
 """
 
 import logging
-import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import Any, Protocol
 
 import anyio
-import anyio.abc
-import anyio.to_thread
 import msgspec
 from anyio.streams.memory import MemoryObjectReceiveStream
 
+from engine.actors.spare import SPARE_SECONDS, Spare
 from engine.channel import Frames, Outbox
 from engine.config import Config
 from engine.messages import (
@@ -42,64 +34,13 @@ from engine.messages import (
     WorkerReady,
     WorkerSilent,
 )
+from engine.process import Process, Start, connected, ended, exit_cause, put_down, spawn
 
 log = logging.getLogger("engine.executor")
 
 MOST_FAILED_STARTS = 3
 PING_SECONDS = 1.0
 RESTART_SECONDS = 2.0  # longer after each failed start
-
-
-class Process(Protocol):
-    """A started process, as subprocess.Popen has it."""
-
-    pid: int
-
-    def wait(self) -> int: ...
-    def kill(self) -> None: ...
-
-
-def spawn(module: str) -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
-    """Start `python -m module FD` with a connected socket as descriptor FD, and return our end of it.
-
-    In a session of its own, so that Ctrl-C in a terminal reaches only the parent, which drains. The
-    child notices a dead parent by the end of the stream, and we a dead child.
-    """
-    ours, theirs = socket.socketpair()
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, str(theirs.fileno())],
-            pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    finally:
-        theirs.close()
-    return ours, process
-
-
-@asynccontextmanager
-async def frames_of(sock: socket.socket, process: Process, kind: Any) -> AsyncIterator[Frames[Any]]:
-    """The frames, of messages of `kind`, of a process from `spawn`. It does not outlive the context."""
-    frames: Frames[Any] | None = None
-    try:
-        frames = Frames(await anyio.abc.UNIXSocketStream.from_socket(sock), kind)
-        yield frames
-    finally:
-        with anyio.CancelScope(shield=True):
-            process.kill()
-            await anyio.to_thread.run_sync(process.wait)
-            if frames is not None:
-                await frames.aclose()
-
-
-def exit_cause(code: int) -> str:
-    """A process's exit code in words."""
-    if code < 0:
-        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-        hint = "; the system may have run out of memory (see dmesg)" if name == "SIGKILL" else ""
-        return f"it was killed by {name}{hint}"
-    return f"it exited with code {code}"
 
 
 class ExecutorActor:
@@ -110,14 +51,24 @@ class ExecutorActor:
         config: Config,
         inbox: MemoryObjectReceiveStream[ToExecutor],
         scheduler: Outbox[FromExecutor],
-        start: Callable[[], tuple[socket.socket, Process]] = lambda: spawn("engine.worker"),
+        start: Start = lambda: spawn("engine.worker"),
+        spare_seconds: float = SPARE_SECONDS,
     ) -> None:
         self.config = config
         self.inbox = inbox
         self.scheduler = scheduler
         self._start = start
+        self.spare = Spare(config, start, spare_seconds)
 
     async def run(self) -> None:
+        async with anyio.create_task_group() as group:
+            if self.config.process.spare_worker:
+                group.start_soon(self.spare.run)
+            await self._lives()
+            group.cancel_scope.cancel()
+
+    async def _lives(self) -> None:
+        """One worker after the other, until one cannot be started."""
         failed_starts = 0
         first = True
         while True:
@@ -140,17 +91,27 @@ class ExecutorActor:
 
     async def _one_life(self) -> tuple[bool, str]:
         """Run one worker until it ends; whether it ever was ready, and why it ended."""
-        sock, process = self._start()
+        process, frames = await self.spare.take() or await self._new()
         log.debug("device worker is process %d", process.pid)
         life = _Life()
-        async with frames_of(sock, process, FromWorker) as frames:
+        try:
             async with anyio.create_task_group() as group:
                 group.start_soon(self._forward, frames, life)
                 group.start_soon(self._watch, frames, life)
                 await self._listen(frames, life)
                 group.cancel_scope.cancel()
             code = await ended(process)
+        finally:
+            await put_down(process, frames)
         return life.ready, life.cause or exit_cause(code)
+
+    async def _new(self) -> tuple[Process, Frames[FromWorker]]:
+        sock, process = self._start()
+        try:
+            return process, await connected(sock, FromWorker)
+        except BaseException:
+            await put_down(process, None)
+            raise
 
     async def _listen(self, frames: Frames[FromWorker], life: "_Life") -> None:
         try:
@@ -171,7 +132,8 @@ class ExecutorActor:
                 case WorkerReady():
                     life.ready = True
                     self.config = _fixed(self.config, message)
-                    await self.scheduler.send(message)
+                    self.spare.want(message.modules)
+                    await self.scheduler.send(msgspec.structs.replace(message, modules=()))
                 case Fatal():
                     life.cause = message.cause
                     if message.details:
@@ -224,11 +186,3 @@ def _fixed(config: Config, ready: WorkerReady) -> Config:
     cache = msgspec.structs.replace(config.cache, kv_tokens=ready.pages * ready.page_size)
     model = msgspec.structs.replace(config.model, max_model_len=ready.max_model_len)
     return msgspec.structs.replace(config, cache=cache, model=model)
-
-
-async def ended(process: Process) -> int:
-    """The exit code of a process whose stream has ended; it is killed if it lingers."""
-    with anyio.move_on_after(5):
-        return await anyio.to_thread.run_sync(process.wait, abandon_on_cancel=True)
-    process.kill()
-    return await anyio.to_thread.run_sync(process.wait)

@@ -6,6 +6,7 @@ host. Paused, it plans nothing; what is in flight ends, and only then is the Pau
 """
 
 import logging
+import time
 from array import array
 from typing import Literal
 
@@ -89,6 +90,9 @@ class SchedulerActor:
         self.step_seconds = array("f")
         self.compile_seconds = array("f")
         self.idle_seconds = 0.0
+        self.restarts = 0
+        self.restart_seconds = 0.0  # of the last one
+        self._lost_at = 0.0  # when the worker died that is being replaced
         self._checked = True
 
     async def run(self) -> None:
@@ -269,6 +273,10 @@ class SchedulerActor:
         assert self.shelf is not None
         for load in self.shelf.again():  # before any plan that needs them
             await self.executor.send(load)
+        if self.worker == "restarting":
+            self.restarts += 1
+            self.restart_seconds = time.monotonic() - self._lost_at
+            log.info("the device worker is back after %.1f s", self.restart_seconds)
         self.worker, self.cause = "ready", ""
         await self._send_stats()
         await self.front.send(ready)
@@ -276,6 +284,8 @@ class SchedulerActor:
     async def _lost(self, cause: str) -> None:
         """Everything on the device is gone: end what ran there, keep what waits, start afresh."""
         assert self.scheduler is not None and self.shelf is not None
+        if self.worker != "restarting":  # else it is the one that was to take its place
+            self._lost_at = time.monotonic()
         self.worker, self.cause = "restarting", cause
         self.in_flight = 0
         await self._send_stats()
@@ -312,6 +322,8 @@ class SchedulerActor:
             paused=self.paused,
             idle_seconds_total=self.idle_seconds,
             compile_seconds=compiled,
+            restarts_total=self.restarts,
+            restart_seconds=self.restart_seconds,
             **counts,
         )
         await self.front.send(stats)

@@ -168,6 +168,7 @@ class SchedulerFigures(Collector):
                 "Share of all prompt tokens so far that the prefix cache held",
                 stats.cached_tokens_total / max(stats.prompt_tokens_total, 1),
             ),
+            ("engine_worker_restart_seconds", "From the last death of the worker to ready", stats.restart_seconds),
         )
         counters = (
             ("engine_prompt_tokens", "Prompt tokens of admitted requests", stats.prompt_tokens_total),
@@ -176,6 +177,7 @@ class SchedulerFigures(Collector):
             ("engine_retractions", "Requests put back into the queue for want of pages", stats.retractions_total),
             ("engine_steps", "Steps of the device", stats.steps),
             ("engine_device_idle_seconds", "Time that the device waited for the next step", stats.idle_seconds_total),
+            ("engine_worker_restarts", "Device workers that took the place of a dead one", stats.restarts_total),
         )
         yield from (GaugeMetricFamily(name, text, value=value) for name, text, value in gauges)
         yield from (CounterMetricFamily(name, text, value=value) for name, text, value in counters)

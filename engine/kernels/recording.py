@@ -32,6 +32,12 @@ class Recording(TorchDispatchMode):
         self._calls: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
         self._held: list[Any] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would import its compiler, for a second, to keep `__torch_dispatch__` from being compiled. Nothing here
+        is compiled anyway."""
+        return False
+
     def __enter__(self) -> "Recording":
         self._kernels.library = _Recorder(self._library, self._calls)
         super().__enter__()

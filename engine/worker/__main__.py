@@ -1,7 +1,8 @@
 """`python -m engine.worker FD`: a device process on the inherited, connected stream socket FD.
 
-The first frame is Boot; the answer is WorkerReady, or Fatal and exit status 1. Ends with status 0 when the
-peer closes. Ctrl-C is the parent's business, which drains first.
+The first frame is Boot; the answer is WorkerReady, or Fatal and exit status 1. A spare worker gets Prepare before it,
+imports, answers Pong and waits. Ends with status 0 when the peer closes. Ctrl-C is the parent's business, which drains
+first.
 """
 
 import gc
@@ -13,10 +14,13 @@ import time
 import traceback
 from contextlib import suppress
 
+import msgspec
+
 from engine.channel import BlockingFrames
 from engine.errors import EngineError
 from engine.logs import set_up_logging
-from engine.messages import Boot, Fatal, ToWorker
+from engine.messages import Boot, Fatal, Pong, Prepare, ToWorker
+from engine.worker.spare import expendable, import_all, import_worker, imported_since
 
 # Turns that an idle OpenMP thread spins before it sleeps: about half a millisecond, which bridges the gap between
 # two operations. libgomp's own 300000 burn many milliseconds, on a core that HTTP and the scheduler may be waiting
@@ -32,18 +36,23 @@ def main(descriptor: int) -> int:
     with socket.socket(fileno=descriptor) as sock:
         sock.setblocking(True)
         frames: BlockingFrames[ToWorker] = BlockingFrames(sock, receives=ToWorker)
-        boot = frames.receive()
-        if boot is None:
+        first = frames.receive()
+        if first is None:
             return 0
-        assert isinstance(boot, Boot), f"the first frame is {type(boot).__name__}, not Boot"
-        set_up_logging(boot.config.process.log_level)
+        assert isinstance(first, Boot | Prepare), f"the first frame is {type(first).__name__}, not Boot or Prepare"
+        set_up_logging(first.config.process.log_level)
+        name = "spare worker"
         try:
+            boot = first if isinstance(first, Boot) else _wait_as_spare(frames, first)
+            if boot is None:
+                return 0
+            name = f"worker {boot.rank}"
             _run(frames, boot)
         except PeerGone:
             return 0
         except Exception as error:
             with suppress(ConnectionError):
-                frames.send(_fatal(f"worker {boot.rank}", error))
+                frames.send(_fatal(name, error))
             return 1
     return 0
 
@@ -54,9 +63,12 @@ class PeerGone(Exception):
 
 def _run(frames: BlockingFrames[ToWorker], boot: Boot) -> None:
     began = time.perf_counter()
-    from engine.worker.main import serve, start  # imports torch: the first phase of the start
+    import_worker()
+    from engine.worker.main import serve, start
 
+    known = set(sys.modules)
     runner, ready = start(boot, import_seconds=time.perf_counter() - began)
+    ready = msgspec.structs.replace(ready, modules=imported_since(known))
     gc.collect()
     gc.freeze()  # a look at all that there is by now takes tens of milliseconds, in the middle of a step
     try:
@@ -64,6 +76,17 @@ def _run(frames: BlockingFrames[ToWorker], boot: Boot) -> None:
         serve(frames, runner)
     except ConnectionError as error:
         raise PeerGone from error
+
+
+def _wait_as_spare(frames: BlockingFrames[ToWorker], prepare: Prepare) -> Boot | None:
+    """Imports what `prepare` names; then its Boot, once the spare is needed. None when the peer has gone."""
+    with expendable():
+        import_all(prepare.modules)
+        with suppress(ConnectionError):  # then the next frame is the end
+            frames.send(Pong())
+        boot = frames.receive()
+    assert boot is None or isinstance(boot, Boot), f"a spare worker got {type(boot).__name__}, not Boot"
+    return boot
 
 
 def _fatal(actor: str, error: Exception) -> Fatal:

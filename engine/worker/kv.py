@@ -4,15 +4,13 @@ One tensor a layer group, [layers, pages, *page shape]; which page holds what is
 Left out: tiers below the device's memory.
 """
 
-import os
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.config import CacheOptions
 from engine.errors import ConfigError
+from engine.memory import free_memory
 from engine.plugin.specs import KVGroup, KVSpec
 
 GPU_FRACTION = 0.9
@@ -112,27 +110,7 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    free = _meminfo_available()
-    limit, used = (_read_number(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    return free if limit is None or used is None else min(free, max(limit - used, 0))
-
-
-def _meminfo_available() -> int:
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # not Linux: the whole of it
-
-
-def _read_number(path: str) -> int | None:
-    """The number in a cgroup file; None when there is no such file or no limit ("max")."""
-    try:
-        text = Path(path).read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
+    return free_memory()
 
 
 def _size(count: int) -> str:

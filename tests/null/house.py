@@ -1,7 +1,6 @@
 """A whole engine without a device: the real actors around a FakeExecutor and the echo model's text."""
 
-import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -9,7 +8,6 @@ import anyio
 
 from engine.actor import Actor
 from engine.actors.compiler import CompilerActor
-from engine.actors.executor import Process
 from engine.actors.fake import FakeExecutor
 from engine.actors.scheduler import SchedulerActor
 from engine.channel import Outbox, channel, open_channel
@@ -18,6 +16,7 @@ from engine.front import Front
 from engine.launch import open_front
 from engine.messages import FromFront, Generate, SamplingParams, ToFront, WorkerReady
 from engine.plugin.manager import Plugins
+from engine.process import Start
 
 GREEDY = {"temperature": 0.0}
 
@@ -61,7 +60,7 @@ async def open_house(
     seconds: float = 0.0,
     vocab_size: int = 257,
     embedding_size: int = 0,
-    compiler: Callable[[], tuple[socket.socket, Process]] | None = None,
+    compiler: Start | None = None,
     **options: Any,
 ) -> AsyncIterator[House]:
     """Options as those of the engine; the others are the fake device's, which has no pages if it makes vectors, but for

@@ -277,6 +277,7 @@ async def test_metrics() -> None:
     front.stats = Stats(
         "ready", running=3, waiting=2, pages=100, pages_free=20, pages_cached=30, prompt_tokens_total=200,
         cached_tokens_total=50, generated_tokens_total=70, retractions_total=1, steps=9,
+        restarts_total=2, restart_seconds=1.5,
     )  # fmt: skip
     async with serving(front) as url:
         await post(f"{url}/generate", {"text": "x"})
@@ -290,7 +291,7 @@ async def test_metrics() -> None:
             "engine_cached_tokens_total": 50, "engine_generated_tokens_total": 70, "engine_retractions_total": 1,
             "engine_steps_total": 9, "engine_time_to_first_token_seconds_count": 2,
             "engine_inter_token_seconds_count": 4, "engine_request_seconds_count": 2, "engine_step_seconds_count": 2,
-            "engine_step_seconds_sum": 0.75,
+            "engine_step_seconds_sum": 0.75, "engine_worker_restarts_total": 2, "engine_worker_restart_seconds": 1.5,
         }  # fmt: skip
         for name, value in expected.items():
             assert await samples(url, name) == [({}, value)], name

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -168,6 +169,80 @@ async def test_a_killed_worker_is_said_and_restarted(server: Server) -> None:
         async with session.post("/generate", json=body) as response:
             assert (await response.json())["text"] == "bcdef"
         assert not await pages_in_use(session)
+
+
+POOL = 8  # threads that a server may keep for later
+
+
+def held_by(pid: int, kind: str) -> int:
+    """How many descriptors ("fd") or threads ("task") a process has."""
+    return len(list(Path("/proc", str(pid), kind).iterdir()))
+
+
+async def test_kills_under_load_leave_every_other_reply_right_and_nothing_behind() -> None:
+    """Workers die as soon as they run something: replies that end well are right, the others say why they do not."""
+    with serving("--placement", "single", "--max-running", "8") as server:
+        descriptors, threads = held_by(server.process.pid, "fd"), held_by(server.process.pid, "task")
+        whole = "".join(chr(ord("a") + 1 + index) for index in range(20))
+        ends = {"whole": 0, "cut": 0}
+        loading = True
+
+        async def client(session: aiohttp.ClientSession) -> None:
+            body = {"text": "a", "stream": True, "sampling_params": {"temperature": 0, "max_new_tokens": 20}}
+            while loading:
+                async with session.post("/generate", json=body) as response:
+                    if response.status == 503:
+                        assert "SIGKILL" in await response.text()
+                        await anyio.sleep(0.05)
+                        continue
+                    said = events(await response.read())
+                text = next((event["text"] for event in reversed(said) if "text" in event), "")
+                if "error" in said[-1]:
+                    assert said[-1]["error"]["code"] == "worker_lost" and whole.startswith(text)
+                    ends["cut"] += 1
+                else:
+                    assert text == whole
+                    ends["whole"] += 1
+
+        async with aiohttp.ClientSession(server.url) as session:
+            with anyio.fail_after(120):
+                async with anyio.create_task_group() as group:
+                    for _ in range(6):
+                        group.start_soon(client, session)
+                    for _ in range(4):
+                        done = ends["whole"]
+                        while ends["whole"] < done + 6:
+                            await anyio.sleep(0.01)
+                        os.kill(only(server, "engine.worker"), signal.SIGKILL)
+                    loading = False
+            async with session.get("/server_info") as response:
+                (state,) = (await response.json())["internal_states"]
+            assert state["restarts_total"] in (3, 4) and state["restart_seconds"] > 0
+            await eventually_free(session)
+        assert ends["whole"] >= 24
+        with anyio.fail_after(30):
+            while held_by(server.process.pid, "fd") > descriptors:  # sockets of the clients are being closed
+                await anyio.sleep(0.05)
+        assert held_by(server.process.pid, "task") <= threads + POOL
+
+
+def test_no_process_outlives_a_server_that_is_killed() -> None:
+    with serving("--placement", "split", "--spare-worker", "--log-level", "debug") as server:
+        assert server.process.stdout is not None
+        for line in server.process.stdout:
+            if "has imported all it needs" in line:
+                break
+        left = children(server.process.pid)
+        assert sorted(left.values()) == ["engine.core", "engine.worker", "engine.worker"]
+        server.process.kill()
+        server.process.wait()
+        for pid in left:
+            for _ in range(3000):
+                if not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes():
+                    break  # the latter is a zombie, of a parent that has gone
+                time.sleep(0.01)
+            else:
+                raise AssertionError(f"process {pid}, {left[pid]}, is still there")
 
 
 async def test_traces_of_steps_hold_so_many_steps(tmp_path: Path) -> None:
