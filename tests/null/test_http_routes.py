@@ -53,7 +53,11 @@ async def open_site(
     profile_dir: str | None = None,
     **options: Any,
 ) -> AsyncIterator[Site]:
-    server = {"served_model_name": names, "api_key": api_key, "trust_request_chat_template": trusting}
+    server = {
+        "served_model_name": names,
+        "api_key": api_key and (api_key,),
+        "trust_request_chat_template": trusting,
+    }
     server["profile_dir"] = profile_dir
     async with (
         open_house(**server, **options) as house,
