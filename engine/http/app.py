@@ -27,6 +27,7 @@ from engine.http import (
     experts,
     native,
     openai,
+    pages,
     response_events,
     responses,
     stored,
@@ -154,6 +155,7 @@ ROUTES = (
     Route("GET", "/model_info", admin.model_info, gives=admin.ModelInfo),
     Route("GET", "/get_model_info", admin.model_info, gives=admin.ModelInfo),
     Route("GET", "/openapi.json", openapi_document),
+    Route("GET", "/docs", pages.docs, open=True, content="text/html"),
 )
 OPEN_PATHS = frozenset(route.path for route in ROUTES if route.open)
 PAGES = frozenset(route.path for route in ROUTES if route.content == "text/html")

@@ -58,6 +58,13 @@ class Tab:
         await self.call("Page.navigate", url=url)
         await self._until(lambda: self._loaded)
 
+    async def follow(self, url: str) -> None:
+        """Go to `url` by a link in the page that is open."""
+        self._loaded = False
+        link = "Object.assign(document.createElement('a'), {href: URL}).click()".replace("URL", f"'{url}'")
+        await self.call("Runtime.evaluate", expression=link)
+        await self._until(lambda: self._loaded)
+
     async def run(self, script: str) -> Any:
         """What the body of an asynchronous function returns in the page."""
         body = f"(async () => {{ {script} }})()"

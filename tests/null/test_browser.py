@@ -15,6 +15,8 @@ from chromium import installed, open_tab
 from http_front import serving
 from test_origins import Watched
 
+from engine.http.app import ROUTES
+
 SECONDS = 100
 NAMES = {"rebound": "rebound.example", "own": "localhost"}
 OTHERS = {"other": "elsewhere.localhost", "neighbour": "127.0.0.1"}  # another site, and the same one at another port
@@ -68,6 +70,25 @@ const wrong = await fetch(SERVER + "/v1/chat/completions", {
 return {status: answer.status, id: answer.headers.get("X-Request-Id"), text,
         wrong: wrong.status, said: (await wrong.json()).error.message};
 """
+KEY = """
+while (keyed.hidden) await new Promise(resolve => setTimeout(resolve, 50));
+document.querySelector("#key").value = "sesame";
+keyed.requestSubmit();
+return said.textContent;
+"""
+DOCS = """
+while (!document.querySelector(".route")) await new Promise(resolve => setTimeout(resolve, 50));
+const find = document.querySelector("#find");
+find.value = "embeddings";
+find.dispatchEvent(new Event("input"));
+return {
+  routes: document.querySelectorAll(".route").length,
+  found: [...document.querySelectorAll(".route:not([hidden]) summary code")].map(each => each.textContent),
+  objects: document.querySelectorAll("article").length,
+  said: document.querySelector("#said").textContent,
+  width: document.documentElement.scrollWidth - innerWidth,
+};
+"""
 OWN = """
 const answer = await fetch("/v1/completions", {
   method: "POST", body: '{"prompt": "x", "max_tokens": 2}',
@@ -120,6 +141,12 @@ async def visit(path: str) -> dict[str, Any]:
             async with serving(Watched(), cors_origins=(friend,), api_key=("sesame",)) as server:
                 await tab.open(f"{friend}/")
                 seen["friend"] = await tab.run(STREAM.replace("SERVER", f"'{server}'"))
+                await tab.open(f"http://{OTHERS['other']}:{port}/")  # and from there by a link, to a page with a key
+                tab.asked.clear()
+                await tab.follow(f"{server}/docs")
+                seen["keyed docs"] = await tab.run(KEY)
+                seen["docs"] = await tab.run(DOCS)
+                seen["docs asked"] = [url.removeprefix(server) for url in tab.asked]
             for name, host in NAMES.items():
                 # Whatever is answered to a name that leads to the server, to the browser the page is one of its own.
                 async with serving(front := Watched()) as server:
@@ -159,3 +186,11 @@ def test_an_allowed_page_streams_and_reads_errors(seen: dict[str, Any]) -> None:
 def test_a_rebound_name_is_refused_and_our_own_page_is_served(seen: dict[str, Any]) -> None:
     assert (seen["rebound"], seen["rebound asked"]) == (403, 0)
     assert (seen["own"], seen["own asked"]) == (200, 1)
+
+
+def test_the_docs_are_read_from_a_link_and_ask_nobody_else(seen: dict[str, Any]) -> None:
+    assert "the API key is missing" in seen["keyed docs"]
+    assert seen["docs"]["routes"] == len(ROUTES)
+    assert seen["docs"]["found"] == ["/v1/embeddings"]
+    assert seen["docs"]["objects"] > 50 and "routes." in seen["docs"]["said"] and seen["docs"]["width"] <= 0
+    assert [url for url in seen["docs asked"] if url != "data:,"] == ["/docs", "/openapi.json", "/openapi.json"]

@@ -514,4 +514,11 @@ def test_every_served_field_is_documented(body: Any) -> None:
 
 
 def test_only_probes_are_open() -> None:
-    assert {route.path for route in ROUTES if route.open} == {"/health", "/readyz", "/ping", "/livez", "/metrics"}
+    assert {route.path for route in ROUTES if route.open} == {
+        "/health",
+        "/readyz",
+        "/ping",
+        "/livez",
+        "/metrics",
+        "/docs",
+    }
