@@ -24,6 +24,7 @@ from rich.console import Console
 from engine.client import Client, changed
 from engine.config import Config, options_of
 from engine.errors import ConfigError, EngineError, did_you_mean
+from engine.http.keys import own_key
 from engine.messages import Chunk, SamplingParams
 from engine.offline import AsyncEngine
 from engine.sampling import check_sampling
@@ -88,7 +89,7 @@ def chat(config: Config, model: str | None, options: ChatOptions, params: Sampli
 def _source(config: Config, model: str | None, url: str | None) -> AbstractAsyncContextManager[Source]:
     if url is None:
         return Embedded(config)
-    return Client(url, api_key=config.server.api_key, model=model)
+    return Client(url, api_key=own_key(config.server), model=model)
 
 
 class Saved(Struct, forbid_unknown_fields=True):

@@ -154,9 +154,27 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
     host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
     api_key: Annotated[
-        Annotated[str, Meta(min_length=1)] | None,
-        Meta(description="key that clients must send as `Authorization: Bearer KEY`; default: none asked"),
+        Annotated[tuple[str, ...], Meta(min_length=1)] | None,
+        Meta(description="keys, a,b: clients must send one as `Authorization: Bearer KEY`; default: none asked"),
     ] = None
+    api_key_file: Annotated[
+        Annotated[str, Meta(min_length=1)] | None,
+        Meta(description="a file of more keys, one a line; it is read again when it changes"),
+    ] = None
+    allowed_hosts: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="names that a request's Host may have, a,*.b: beside localhost and addresses; * is any; "
+            "default: none more where --host is this machine alone, else any"
+        ),
+    ] = ()
+    cors_origins: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="origins of pages that may use the server, http://localhost:5173,https://b: beside its own; "
+            "* is any, without cookies; default: none more"
+        ),
+    ] = ()
     served_model_name: Annotated[
         tuple[str, ...],
         Meta(description="names that requests may give, a,b: the first is shown in replies; default: the checkpoint's"),

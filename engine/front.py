@@ -192,12 +192,17 @@ class Front:
             return Health("failed", self.failure)
         if self.draining:
             return Health("draining", "the server is shutting down")
-        quiet = time.monotonic() - self._heard
-        if quiet > HEARTBEAT_LIMIT:
-            return Health("stalled", f"no heartbeat from the scheduler for {quiet:.0f} s")
+        if cause := self.dead():
+            return Health("stalled", cause)
         if self.stats.worker == "ready" and self.stats.paused:
             return Health("paused", "generation is paused, and requests wait; POST /continue_generation lets them run")
         return Health(self.stats.worker, self.stats.cause)
+
+    def dead(self) -> str:
+        """Why nothing but a new process will answer; empty while the engine lives, ready or not."""
+        quiet = time.monotonic() - self._heard
+        silent = f"no heartbeat from the scheduler for {quiet:.0f} s" if quiet > HEARTBEAT_LIMIT else ""
+        return self.failure or silent
 
     @property
     def most_open(self) -> int:

@@ -133,8 +133,12 @@ def serve(config: Config) -> int:
 
 async def _serve(config: Config) -> int:
     from engine.http.app import serve as serve_http
+    from engine.http.keys import Keys
+    from engine.http.origins import Access
 
     began = time.monotonic()
+    Access.of(config.server)  # what is wrong with who may call is said before anything is started
+    keyed = Keys(config.server).asked
     code = 0
     async with open_front(config) as front, anyio.create_task_group() as group:
         listening = anyio.Event()
@@ -163,7 +167,7 @@ async def _serve(config: Config) -> int:
                 log.info("KV cache: %d tokens in pages of %d; attention: %s", tokens, size, info.attention)
             log.info("ready after %.1f s on %s", time.monotonic() - began, url)
             embeds = info.embedding_size > 0
-            print(try_line(url, front.model_name, config.server.api_key, embeds=embeds), flush=True)
+            print(try_line(url, front.model_name, keyed=keyed, embeds=embeds), flush=True)
 
         async def signals() -> None:
             with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
@@ -190,9 +194,9 @@ async def _serve(config: Config) -> int:
     return code
 
 
-def try_line(url: str, model: str, api_key: str | None, *, embeds: bool = False) -> str:
-    """A curl command that a newcomer can paste."""
-    key = "-H 'Authorization: Bearer YOUR_KEY' " if api_key else ""
+def try_line(url: str, model: str, *, keyed: bool = False, embeds: bool = False) -> str:
+    """A curl command that a newcomer can paste; `keyed` says that an API key is asked for."""
+    key = "-H 'Authorization: Bearer YOUR_KEY' " if keyed else ""
     path, said = "chat/completions", '"messages": [{"role": "user", "content": "Say hello."}], "stream": true'
     if embeds:
         path, said = "embeddings", '"input": ["Say hello."]'

@@ -40,12 +40,13 @@ class Text:
         self.parsers = parsers = parsers or Parsers()
         self.vocab_size: int = spec.tokenizer.get_vocab_size(with_added_tokens=True)
         self.longest_token = max(map(len, spec.tokenizer.get_vocab()), default=1)  # characters of one
-        source = chat_template if chat_template is not None else spec.chat_template
+        self.chat_template = source = chat_template if chat_template is not None else spec.chat_template
         syntax = (parsers.tool or ToolParser).syntax
         marks = (spec.bos_token, spec.eos_token, syntax)
         self._template = None if source is None else ChatTemplate(source, *marks)
         added = spec.tokenizer.get_added_tokens_decoder()
         self._special = frozenset(id for id, token in added.items() if token.special)
+        self.special_tokens = [added[id].content for id in sorted(self._special)]
         self._unmarked = frozenset(id for id in self._special if added[id].content not in parsers.special)
         self._byte_level = isinstance(spec.tokenizer.decoder, decoders.ByteLevel)
         self._token_bytes = cache(partial(TokenBytes, spec.tokenizer))  # by the special tokens that are skipped

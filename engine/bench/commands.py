@@ -20,6 +20,7 @@ from engine.bench.traffic import Conversation, conversations
 from engine.client import Client
 from engine.config import Config
 from engine.errors import ConfigError, WorkerError
+from engine.http.keys import own_key
 from engine.messages import SamplingParams
 from engine.offline import AsyncEngine
 from engine.tool_options import BatchOptions, LengthOptions, LoadOptions, RepeatOptions, ReportOptions, TrafficOptions
@@ -109,7 +110,7 @@ async def measure_startup(config: Config, repetition: RepeatOptions) -> Result:
             port = free_port()
             async with (
                 running(serve_command(config, port), port) as started,
-                Client(started.url, api_key=config.server.api_key) as client,
+                Client(started.url, api_key=own_key(config.server)) as client,
             ):
                 run = _all_answered(await play(shortest, asker(client, "openai", {})))
                 model = client.model_name
@@ -161,7 +162,7 @@ def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
 
 @asynccontextmanager
 async def _server(config: Config, model: str | None, load: LoadOptions) -> AsyncIterator[Client]:
-    key = config.server.api_key
+    key = own_key(config.server)
     if load.url is not None:
         async with Client(load.url, api_key=key, model=model, timeout=load.timeout) as client:
             yield client

@@ -68,6 +68,15 @@ class HealthReply(Reply, omit_defaults=True, frozen=True):
     cause: str = ""
 
 
+class LiveReply(Reply, omit_defaults=True, frozen=True):
+    status: Literal["alive", "dead"]
+    cause: str = ""
+
+
+class VersionReply(Reply, frozen=True):
+    version: str
+
+
 class ProbeReply(Reply, frozen=True):
     status: str
     seconds: float
@@ -127,6 +136,17 @@ async def health(request: web.Request) -> web.Response:
     """Say whether a request would be served now: 200, else 503 with the cause."""
     state = request.app[SERVICE].front.health()
     return json_response(HealthReply(state.status, state.cause), status=200 if state.ok else 503)
+
+
+async def livez(request: web.Request) -> web.Response:
+    """Say whether the process and its scheduler live: 200 while loading, paused or draining too, else 503."""
+    cause = request.app[SERVICE].front.dead()
+    return json_response(LiveReply("dead" if cause else "alive", cause), status=503 if cause else 200)
+
+
+async def version(request: web.Request) -> web.Response:
+    """Tell the version of the engine."""
+    return json_response(VersionReply(__version__))
 
 
 async def health_generate(request: web.Request) -> web.Response:

@@ -19,6 +19,7 @@ from engine.plugin.parsing import CallArguments, CallBegin, CallEnd, Content, Ev
 ERRORS = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
     503: "overloaded_error",

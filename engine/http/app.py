@@ -1,11 +1,11 @@
-"""The HTTP server: routes, the API key, one shape for every error, and its life on a port.
+"""The HTTP server: routes, one shape for every error, and its life on a port.
 
+A request passes the door (`origins`) and the check of its key (`keys`) before its handler runs.
 A client that disconnects cancels its handler (`handler_cancellation`), which closes the reply's generator and so
-aborts the request. Left out: TLS, CORS and rate limits, which a proxy in front does well.
+aborts the request. Left out: TLS and rate limits, which a proxy in front does well.
 """
 
 import errno
-import hmac
 import logging
 import math
 import socket
@@ -17,7 +17,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from engine.config import ServerOptions
-from engine.errors import ConfigError, RequestError
+from engine.errors import ConfigError
 from engine.http import (
     admin,
     anthropic,
@@ -27,12 +27,15 @@ from engine.http import (
     experts,
     native,
     openai,
+    pages,
     response_events,
     responses,
     stored,
     tokens,
 )
+from engine.http.keys import Keys, key_check
 from engine.http.openapi import DOCUMENT, ErrorReply, Route, describe, openapi_document
+from engine.http.origins import Access, Gate, warn_of_any_origin
 from engine.http.service import SERVICE, Service
 from engine.http.sse import describe_error
 from engine.http.stored import STORE, ResponseStore
@@ -115,6 +118,7 @@ ROUTES = (
     Route("POST", "/v1/score", embeddings.score, takes=embeddings.ScoreBody, gives=embeddings.ScoreList),
     Route("POST", "/score", embeddings.score, takes=embeddings.ScoreBody, gives=embeddings.ScoreList),
     Route("GET", "/v1/models", openai.models, gives=openai.ModelList),
+    Route("GET", "/v1/models/", openai.models, gives=openai.ModelList),
     Route("GET", "/v1/models/{model:.+}", openai.model, gives=openai.ModelReply),
     Route(
         "POST",
@@ -126,8 +130,8 @@ ROUTES = (
     ),
     Route("POST", "/tokenize", tokens.tokenize, takes=tokens.TokenizeBody, gives=tokens.TokenizeReply),
     Route("POST", "/detokenize", tokens.detokenize, takes=tokens.DetokenizeBody, gives=tokens.DetokenizeReply),
+    Route("GET", "/tokenizer_info", tokens.tokenizer_info, gives=tokens.TokenizerInfo),
     Route("POST", "/abort_request", admin.abort_request, takes=admin.AbortBody, gives=admin.AbortReply),
-    Route("GET", "/flush_cache", admin.flush_cache, gives=admin.FlushReply),
     Route("POST", "/flush_cache", admin.flush_cache, gives=admin.FlushReply),
     Route("POST", "/pause_generation", admin.pause_generation, takes=admin.PauseBody, gives=admin.PauseReply),
     Route("POST", "/continue_generation", admin.continue_generation, gives=admin.PauseReply),
@@ -139,28 +143,40 @@ ROUTES = (
     Route("POST", "/stop_profile", admin.stop_profile, gives=admin.ProfileReply),
     # Probes and Prometheus carry no key.
     Route("GET", "/health", admin.health, gives=admin.HealthReply, unready=admin.HealthReply, open=True),
+    Route("GET", "/readyz", admin.health, gives=admin.HealthReply, unready=admin.HealthReply, open=True),
+    Route("GET", "/ping", admin.health, gives=admin.HealthReply, unready=admin.HealthReply, open=True),
+    Route("POST", "/ping", admin.health, gives=admin.HealthReply, unready=admin.HealthReply, open=True),
+    Route("GET", "/livez", admin.livez, gives=admin.LiveReply, unready=admin.LiveReply, open=True),
     Route("GET", "/health_generate", admin.health_generate, gives=admin.ProbeReply, unready=admin.HealthReply),
     Route("GET", "/metrics", admin.metrics, open=True, content="text/plain"),
+    Route("GET", "/version", admin.version, gives=admin.VersionReply),
     Route("GET", "/server_info", admin.server_info, gives=admin.ServerInfo),
     Route("GET", "/get_server_info", admin.server_info, gives=admin.ServerInfo),
     Route("GET", "/model_info", admin.model_info, gives=admin.ModelInfo),
     Route("GET", "/get_model_info", admin.model_info, gives=admin.ModelInfo),
     Route("GET", "/openapi.json", openapi_document),
+    Route("GET", "/docs", pages.docs, open=True, content="text/html"),
 )
 OPEN_PATHS = frozenset(route.path for route in ROUTES if route.open)
+PAGES = frozenset(route.path for route in ROUTES if route.content == "text/html")
+METHODS = frozenset(route.method for route in ROUTES)
 
 
 def create_app(front: "Front", options: ServerOptions) -> web.Application:
     """The application over `front`; it adds its metrics to `front.on_stats`.
 
     Run it with `handler_cancellation=True`, as `serve` does, or clients that leave are not noticed.
+    Raises ConfigError for options that say nothing of who may call.
     """
-    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[shape_errors, check_key])
+    gate, keys = Gate(Access.of(options), pages=PAGES, methods=METHODS), Keys(options)
+    checks = [shape_errors, gate.middleware(), key_check(keys, OPEN_PATHS)]
+    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=checks)
+    gate.join(app)
     app[SERVICE] = service = Service(front, options)
     front.on_stats.append(service.metrics.on_stats)
     app[STORE] = store = ResponseStore()
     app.on_cleanup.append(lambda app: store.close())
-    app[DOCUMENT] = to_json(describe(ROUTES, models=service.models, keyed=options.api_key is not None))
+    app[DOCUMENT] = to_json(describe(ROUTES, models=service.models, keyed=keys.asked))
     app.add_routes([route.served() for route in ROUTES])
     return app
 
@@ -171,6 +187,7 @@ async def serve(front: "Front", options: ServerOptions, *, started: Callable[[st
     Raises ConfigError if `options.host` and `options.port` cannot be listened on.
     """
     app = create_app(front, options)
+    warn_of_any_origin(options)
     # What aiohttp would log is what clients send that is not HTTP; `shape_errors` logs all that is ours.
     quiet = logging.Logger("engine.http", logging.CRITICAL)
     runner = web.AppRunner(
@@ -249,20 +266,3 @@ def _http_words(request: web.Request, error: web.HTTPException) -> tuple[str, st
 
 def _paths(app: web.Application) -> list[str]:
     return sorted({resource.canonical for resource in app.router.resources()})
-
-
-@web.middleware
-async def check_key(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Refuse a request without the server's API key, if it has one: as a bearer token, or as Anthropic's header."""
-    key = request.app[SERVICE].options.api_key
-    if key is None or request.path in OPEN_PATHS:
-        return await handler(request)
-    scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
-    given = [bearer] if scheme.lower() == "bearer" else []
-    given += request.headers.getall("x-api-key", [])
-    # Compared as bytes, in a time that does not depend on where they differ.
-    if any(hmac.compare_digest(one.strip().encode(errors="surrogateescape"), key.encode()) for one in given):
-        return await handler(request)
-    said = "wrong" if scheme or given else "missing"
-    message = f"the API key is {said}; send the server's key as `Authorization: Bearer KEY`"
-    raise RequestError(message, code="invalid_api_key", status=401)

@@ -174,7 +174,7 @@ def _describe_unserved(kind: type[Body], schema: dict[str, Any]) -> None:
 
 def _operation(route: Route, schemas: dict[str, Any], written: Written, *, keyed: bool) -> dict[str, Any]:
     operation: dict[str, Any] = {
-        "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.public_path}").rstrip("_"),
+        "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.public_path}".replace("}", "")),
         "summary": (inspect.getdoc(route.handler) or "").partition("\n\n")[0].replace("\n", " "),
         "responses": {"200": _answer(route, written)},
     }

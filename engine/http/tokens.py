@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize, shaped as vLLM's: what the model's tokenizer makes of a text, without running the model.
+"""/tokenize, /detokenize and /tokenizer_info, shaped as vLLM's: the model's tokenizer, without running the model.
 
 A long text is encoded in a thread (the tokenizers library lets go of the interpreter lock), so it does not delay
 the replies of others.
@@ -53,6 +53,35 @@ class DetokenizeBody(Body):
 
 class DetokenizeReply(Reply, frozen=True):
     prompt: str
+
+
+class TokenizerInfo(Reply, frozen=True):
+    """Named as in a tokenizer_config.json, as far as it is known; `eos_token_ids` are all that end a reply."""
+
+    tokenizer_class: str
+    vocab_size: int
+    model_max_length: int | None
+    bos_token: str | None
+    bos_token_id: int | None
+    eos_token: str | None
+    eos_token_ids: tuple[int, ...]
+    chat_template: str | None
+    additional_special_tokens: list[str]
+
+
+async def tokenizer_info(request: web.Request) -> web.Response:
+    """Tell the tokenizer's special tokens, its size and the chat template in use."""
+    service = request.app[SERVICE]
+    length = None if service.front.info is None else service.front.info.max_model_len
+
+    def info(text: Text) -> TokenizerInfo:
+        spec = text.spec
+        return TokenizerInfo(
+            "PreTrainedTokenizerFast", text.vocab_size, length, spec.bos_token or None, spec.bos_id,
+            spec.eos_token or None, spec.eos_ids, text.chat_template, text.special_tokens,
+        )  # fmt: skip
+
+    return json_response(await with_text(service, 0, info))
 
 
 async def tokenize(request: web.Request, body: TokenizeBody) -> web.Response:

@@ -66,6 +66,9 @@ class FakeFront:
     def health(self) -> Health:
         return self.state
 
+    def dead(self) -> str:
+        return self.state.cause if self.state.status == "failed" else ""
+
     async def generate(self, request: Generate) -> AsyncGenerator[Chunk, None]:
         self.asked.append(request)
         self.open.add(request.rid)

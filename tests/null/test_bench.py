@@ -297,7 +297,7 @@ async def test_failed_requests_are_counted_and_end_with_1(capsys: pytest.Capture
 @pytest.mark.anyio
 async def test_the_extra_body_is_merged(capsys: pytest.CaptureFixture[str]) -> None:
     front = FakeFront()
-    async with serving(front, api_key="secret") as url:
+    async with serving(front, api_key=("secret",)) as url:
         argv = ["bench", "serve", "--url", f"{url}/v1/", "--requests", "1", "--warmup", "0", "--api-key", "secret"]
         extra = ["--extra-body", '{"ignore_eos": null, "top_k": 5}']
         assert await anyio.to_thread.run_sync(cli.main, [*argv, *extra]) == 0

@@ -258,7 +258,7 @@ def test_a_chat_with_the_engine_in_this_process(
 async def test_a_chat_with_a_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     front = FakeFront(chunks("Hello", ", ", "world"))
     monkeypatch.setattr("sys.stdin", io.StringIO("hi\n/stats\nyou\n"))
-    async with serving(front, api_key="key") as url:
+    async with serving(front, api_key=("key",)) as url:
         argv = ["chat", "--url", url, "--api-key", "key", "--system", "s", "--min-p", "0.5"]
         assert await anyio.to_thread.run_sync(cli.main, argv) == 0
     assert [message["content"] for message in front.asked[-1].messages or ()] == ["s", "hi", "Hello, world", "you"]

@@ -193,7 +193,7 @@ async def test_another_model() -> None:
 
 
 async def test_the_api_key() -> None:
-    async with serving(FakeFront(), api_key="sesame") as url, aiohttp.ClientSession() as session:
+    async with serving(FakeFront(), api_key=("sesame",)) as url, aiohttp.ClientSession() as session:
         async with client(url, "sesame") as api:
             assert (await api.models.list()).data
         async with client(url, "guess") as api:

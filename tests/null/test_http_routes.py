@@ -15,6 +15,7 @@ from http_front import FakeFront, serving
 from engine import __version__
 from engine.config import resolve
 from engine.errors import ConfigError
+from engine.front import Health
 from engine.http.admin import PauseBody, ProfileBody
 from engine.http.anthropic import CountBody, MessagesBody
 from engine.http.app import ROUTES
@@ -53,7 +54,11 @@ async def open_site(
     profile_dir: str | None = None,
     **options: Any,
 ) -> AsyncIterator[Site]:
-    server = {"served_model_name": names, "api_key": api_key, "trust_request_chat_template": trusting}
+    server = {
+        "served_model_name": names,
+        "api_key": api_key and (api_key,),
+        "trust_request_chat_template": trusting,
+    }
     server["profile_dir"] = profile_dir
     async with (
         open_house(**server, **options) as house,
@@ -277,6 +282,56 @@ async def test_health_generate() -> None:
         assert (status, answer["status"]) == (503, "paused")
 
 
+async def test_a_server_that_is_not_ready_is_alive_all_the_same() -> None:
+    async with open_site() as site:
+        for path in ("/health", "/readyz", "/ping"):
+            assert await site.get(path) == (200, {"status": "ready"})
+        assert (await site.post("/ping"))[0] == 200
+        await site.post("/pause_generation")
+        for path in ("/health", "/readyz", "/ping"):
+            status, answer = await site.get(path)
+            assert (status, answer["status"]) == (503, "paused")
+        assert await site.get("/livez") == (200, {"status": "alive"})
+        await site.post("/continue_generation")
+        await site.house.executor.lose("pulled the plug")
+        assert await site.get("/livez") == (200, {"status": "alive"})
+        site.house.front.draining = True
+        assert (await site.get("/readyz"))[1]["status"] == "draining"
+        assert await site.get("/livez") == (200, {"status": "alive"})
+
+
+async def test_a_scheduler_that_says_nothing_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.front.HEARTBEAT_LIMIT", -1.0)
+    async with open_site() as site:
+        status, answer = await site.get("/livez")
+        assert (status, answer["status"]) == (503, "dead") and "heartbeat" in answer["cause"]
+        assert (await site.get("/readyz"))[1]["status"] == "stalled"
+        site.house.front.draining = True
+        assert (await site.get("/livez"))[0] == 503
+    front = FakeFront()
+    front.state = Health("failed", "the scheduler cannot go on")
+    async with serving(front) as url, aiohttp.ClientSession(url) as session, session.get("/livez") as response:
+        assert (response.status, (await response.json())["cause"]) == (503, "the scheduler cannot go on")
+
+
+async def test_version_and_models_with_a_slash() -> None:
+    async with open_site() as site:
+        assert await site.get("/version") == (200, {"version": __version__})
+        assert await site.get("/v1/models/") == await site.get("/v1/models")
+        assert (await site.get("/v1/models/echo"))[1]["id"] == "echo"
+
+
+async def test_the_tokenizer_is_told() -> None:
+    async with open_site() as site:
+        status, info = await site.get("/tokenizer_info")
+        assert (status, info["vocab_size"], info["model_max_length"]) == (200, 257, 4096)
+        assert (info["eos_token_ids"], info["additional_special_tokens"]) == ([256], ["<end>"])
+        text = site.house.front.text
+        assert text is not None and info["chat_template"] == text.spec.chat_template is not None
+    async with open_site(chat_template="{{ messages[0].content }}") as site:
+        assert (await site.get("/tokenizer_info"))[1]["chat_template"] == "{{ messages[0].content }}"
+
+
 async def test_a_probe_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.http.admin.PROBE_SECONDS", 0.05)
     async with open_site(seconds=0.5) as site:
@@ -459,4 +514,11 @@ def test_every_served_field_is_documented(body: Any) -> None:
 
 
 def test_only_probes_are_open() -> None:
-    assert [route.path for route in ROUTES if route.open] == ["/health", "/metrics"]
+    assert {route.path for route in ROUTES if route.open} == {
+        "/health",
+        "/readyz",
+        "/ping",
+        "/livez",
+        "/metrics",
+        "/docs",
+    }
