@@ -76,6 +76,8 @@ ASKED = [
     {"min_p": 1.0, "temperature": 0.3},
     {"top_k": 20, "top_p": 0.8, "temperature": 0.7},
     {"min_p": 0.02, "top_p": 0.7},
+    {"min_p": 0.5, "top_p": 0.9},
+    {"min_p": 0.3, "top_k": 50, "top_p": 0.9},
     {"min_p": 0.1, "top_k": 7, "top_p": 0.9, "temperature": 1.7},
     {"temperature": 0.0, "top_p": 0.1, "top_k": 3},
     {},
@@ -122,7 +124,7 @@ def decided_by_rounding(row: torch.Tensor, asked: Columns, slot: int, different:
     """Whether two cuts of `row` differ only where top-p's sum reaches its bound, or where min-p's bound is."""
     scores = (row.double() - row.max().double()) / float(asked.temperature[slot])
     near = (scores - np.log(max(float(asked.min_p[slot]), 1e-300))).abs() < 1e-5
-    alone = columns([{"temperature": float(asked.temperature[slot]), "min_p": float(asked.min_p[slot])}])
+    alone = columns([{"temperature": float(asked.temperature[slot])}])
     alone.top_k[0] = asked.top_k[slot]
     mass = filtered(row[None].cpu(), alone)[0].to(DEVICE).double().exp()
     order = row.sort(descending=True, stable=True).indices
@@ -154,6 +156,30 @@ def test_cuts_leave_what_the_definition_leaves(shape: tuple[int, int], kind: str
         different = (kept[row] & (exact[row] > -torch.inf)) != expected
         if different.any():
             assert decided_by_rounding(exact[row], asked, row, different), (wanted, different.nonzero()[:, 0].tolist())
+
+
+def test_equals_at_a_bound_are_those_of_the_definition() -> None:
+    """Of equals top-k and min-p keep all, top-p as many of the lowest ids as it takes: here the sums are exact."""
+    size = 1 << 17 if GPU else 1 << 8
+    likely = torch.arange(size) % 4 == 1
+    logits = torch.where(likely, 2.0, -40.0).to(DEVICE)
+    count, parts = size // 4, (1, 7, 8, 15)
+    fields = [
+        *({"top_p": part / 16} for part in parts),
+        {"top_k": 3},
+        {"min_p": 1.0},
+        {"top_k": 3, "top_p": 0.5},
+        {"top_k": 3, "top_p": 0.25, "min_p": 0.9},
+        {"top_k": count + 1},
+    ]
+    kept = [*(count * part // 16 for part in parts), count, count, count // 2, count // 4, size]
+    rows = logits.expand(len(fields), -1).contiguous()
+    asked = columns(fields)
+    floors, lasts = cuts(rows, torch.arange(len(fields), device=DEVICE), *on_device(asked))
+    ids = torch.arange(size, device=DEVICE)
+    stays = (rows > floors[:, None]) | ((rows == floors[:, None]) & (ids <= lasts[:, None]))
+    assert stays.sum(1).tolist() == kept
+    assert torch.equal(stays, filtered(rows, asked) > -torch.inf)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
