@@ -10,23 +10,28 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.grammars.engines import Engines
+from engine.kernels.cpu import kernels
 from engine.layers.attention import AttentionBackend
 from engine.layers.batch import Batch
 from engine.layers.build import Build
 from engine.layers.model import Model
-from engine.messages import Admit, Grammar, LoadGrammar, Logprobs, Sampling
+from engine.messages import Admit, Grammar, LoadGrammar, Logprobs, Sampling, SlotAdmit, StepPlan
 from engine.plugin.manager import Plugins
 from engine.plugin.specs import KVGroup, KVSpec, Vocabulary
+from engine.plugin.testing import ModelHarness
 from engine.sched import Scheduler
+from engine.worker.backends import Backends
 from engine.worker.grammar import Grammars
 from engine.worker.kv import allocate
 from engine.worker.runner import Runner
+from engine_plugins.models.llama import Llama
 from engine_plugins.policies.order import FirstComeFirstServed
 
 CPU = torch.device("cpu")
@@ -208,3 +213,66 @@ def test_the_requests_are_retracted_share_pages_and_change_slots() -> None:
     counts = device.scheduler.counts()
     assert counts["retractions_total"] and counts["cached_tokens_total"]
     assert all(len(said) == 18 for said in device.said.values())
+
+
+LLAMA = {
+    "vocab_size": SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 64,
+}
+
+
+def harness(backend: str) -> ModelHarness:
+    """A tiny seeded llama on this attention backend."""
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) * 0.3
+
+    layer = {f"self_attn.{name}_proj.weight": (64 if name in "qo" else 32, 64) for name in "qkvo"}
+    layer |= {"mlp.gate_proj.weight": (48, 64), "mlp.up_proj.weight": (48, 64), "mlp.down_proj.weight": (64, 48)}
+    layer |= {"input_layernorm.weight": (64,), "post_attention_layernorm.weight": (64,)}
+    shapes = {f"model.layers.{number}.{name}": shape for number in range(2) for name, shape in layer.items()}
+    shapes |= {"model.embed_tokens.weight": (SIZE, 64), "lm_head.weight": (SIZE, 64), "model.norm.weight": (64,)}
+    tensors = {name: random(*shape) for name, shape in shapes.items()}
+    return ModelHarness(Llama, LLAMA, tensors, attention=Backends(Plugins.load((backend,)), "cpu").build)  # type: ignore[arg-type]
+
+
+def replies(device: ModelHarness) -> list[tuple[bytes, Any, Any]]:
+    """What three rows of different lengths are told, prompts in chunks and then six tokens each."""
+    prompts = [[3, 1, 4, 1, 5, 9, 2], [6], [2, 7, 1, 8, 2]]
+    asked = {"frequency_penalty": 1.0, "bad_words": (packed([1, 2]), packed([5])), "logprobs": 2, "prompt_logprobs": 1}
+    sampling = Sampling(0.8, 12, 0.9, 0.01, 5, **asked)
+    admits = tuple(SlotAdmit(slot, packed(ids), sampling, len(ids)) for slot, ids in enumerate(prompts))
+    pages = [(slot, index, int(device.order[4 * slot + index])) for slot in range(3) for index in range(4)]
+    steps = [[(0, 0, 4, 0), (1, 0, 1, 1)], [(0, 4, 3, 1), (1, 1, 1, 1), (2, 0, 5, 1)]]
+    steps += [[(slot, length + at, 1, 1) for slot, length in enumerate((7, 2, 5))] for at in range(6)]
+    done = []
+    for number, rows in enumerate(steps):
+        first = (admits, np.array(pages, "<i4").tobytes()) if number == 0 else ((), b"")
+        done.append(
+            device.runner.finish(device.runner.launch(StepPlan(number, np.array(rows, "<i4").tobytes(), *first)))
+        )
+    return [(step.tokens, step.logprobs, step.prompt_logprobs) for step in done]
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_nothing_is_read_of_what_lies_in_tables_and_pages(backend: str) -> None:
+    """Other tokens in the slots, other pages in their lines, other keys and values in the pages."""
+    if backend == "cpu" and kernels() is None:
+        pytest.skip("there is no C compiler here")
+    used, fresh = harness(backend), harness(backend)
+    runner = used.runner
+    runner.tokens.random_(0, SIZE)
+    runner.page_table.random_(0, len(used.order))
+    for group in runner.caches:
+        for layer in group:
+            layer.normal_()
+    runner.unscored[:] = 0, 30
+    assert replies(used) == replies(fresh)
+    assert replies(used) == replies(fresh), "nor does what they left themselves"
