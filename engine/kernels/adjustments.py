@@ -21,7 +21,10 @@ EDIT_LINES = 5
 
 @dataclass(slots=True)
 class SlotTables:
-    """What the slots ask for, all int32 on the device. An edit that is not there has `until` 0."""
+    """What the slots ask for, all int32 on the device.
+
+    A slot has its first EDITS edits, and no others: those that follow are of requests that had the slot before, and
+    nothing of them may be read."""
 
     columns: Tensor  # [COLUMNS, slots]
     edits: Tensor  # [EDIT_LINES, slots, W]
@@ -85,10 +88,10 @@ def edit(logits: Tensor, asking: AskingRows, tables: SlotTables, tokens: Tensor,
 
 def edit_reference(logits: Tensor, asking: AskingRows, tables: SlotTables, tokens: Tensor, most: int) -> None:
     """The definition of `edit`. Sums do not mind that an id may come twice."""
-    ids, values, until, start, length = tables.edits[:, asking.slots, :most]  # each [N, most]
+    there = torch.arange(most, device=logits.device) < tables.columns[EDITS, asking.slots, None]
+    ids, values, until, start, length = torch.where(there, tables.edits[:, asking.slots, :most], 0)  # each [N, most]
     ends = asking.ends[:, None]
-    acts = (ends - tables.columns[PROMPT_LEN, asking.slots, None] < until) & (length <= ends)
-    acts &= torch.arange(ids.shape[1], device=ids.device) < tables.columns[EDITS, asking.slots, None]
+    acts = there & (ends - tables.columns[PROMPT_LEN, asking.slots, None] < until) & (length <= ends)
     base = tables.columns[PREFIX_BASE, asking.slots, None] + start
     for place in range(asking.longest):  # of the longest prefix
         inside = place < length

@@ -1,4 +1,4 @@
-"""Min-p, top-k and top-p without sorting, in Triton: where each row's logits are cut.
+"""Top-k, top-p and min-p without sorting, in Triton: where each row's logits are cut.
 
 A cut is a logit and an id: what is above the logit stays, and of what equals it the ids up to that one. The draw that
 follows (sampling.py) leaves the rest out, so nothing is written back. What the filters keep is defined by `filtered` in
@@ -165,15 +165,13 @@ def _last_of_equals(
 
 @triton.jit
 def _bound(
-    largest, sums, chunk_maxima, g, groups, floor, whole, top, temperature, top_p, min_p, top_k,
+    largest, sums, chunk_maxima, g, groups, whole, top, temperature, top_p, top_k,
     GROUP: tl.constexpr, CHUNK_GROUPS: tl.constexpr, HALVINGS: tl.constexpr,
 ):  # fmt: skip
-    """A number that the cut of a row is not below, from what is known of its groups; top-p's mass is that of all if
-    nothing else filters."""
-    bound = floor
+    """A number that the cut of a row by top-k or else by top-p is not below, from what is known of its groups."""
     if top_k > 0:
-        bound = tl.maximum(bound, _top_k_bound(largest, top, top_k, HALVINGS))
-    elif min_p <= 0.0:
+        bound = _top_k_bound(largest, top, top_k, HALVINGS)
+    else:
         masses = tl.load(sums + g, mask=g < groups, other=0.0)
         chunk_top = tl.load(chunk_maxima + g // CHUNK_GROUPS, mask=g < groups, other=float("-inf"))
         masses *= tl.exp((chunk_top - top) / temperature)
@@ -242,8 +240,8 @@ def _cut_kernel(
             g = tl.arange(0, GROUPS)
             largest = tl.load(maxima + g, mask=g < groups, other=float("-inf"))
             bound = _bound(
-                largest, sums + row * groups, chunk_maxima, g, groups, floor, whole, top, temperature,
-                top_p, min_p, top_k, GROUP, CHUNK_GROUPS, HALVINGS,
+                largest, sums + row * groups, chunk_maxima, g, groups, whole, top, temperature, top_p, top_k,
+                GROUP, CHUNK_GROUPS, HALVINGS,
             )  # fmt: skip
             kept = (g < groups) & (largest >= bound)
             tl.store(listed + tl.cumsum(kept.to(tl.int32), 0) - 1, g, mask=kept)
@@ -257,14 +255,16 @@ def _cut_kernel(
                 low = _search(
                     logits, listed, count, size, low, high, top_k, top, temperature, False, SHIFT, GROUP, BLOCK, PIVOTS
                 )
+            last = size
             if top_p < 1.0:
-                measures = (top_k > 0) | (min_p > 0.0)
                 low, last = _nucleus(
-                    logits, listed, count, size, low, high, whole, measures, top, temperature, top_p,
+                    logits, listed, count, size, low, high, whole, top_k > 0, top, temperature, top_p,
                     SHIFT, GROUP, BLOCK, PIVOTS,
                 )  # fmt: skip
+            cut = float_of(low.to(tl.int32), SHIFT)
+            if cut >= floor:  # else min-p leaves less, and all that equals its own bound
+                tl.store(floors + row, cut)
                 tl.store(lasts + row, last)
-            tl.store(floors + row, float_of(low.to(tl.int32), SHIFT))
 
 
 def cuts(

@@ -11,6 +11,7 @@ A row that bans everything that is allowed yields token 0. Left out: grammars.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,7 +21,9 @@ from engine.kernels.adjustments import (
     COLUMNS,
     EDIT_LINES,
     EDITS,
+    LENGTH,
     PREFIX_BASE,
+    PROMPT_LEN,
     REPETITION,
     AskingRows,
     SlotTables,
@@ -33,20 +36,83 @@ from engine.messages import Sampling, SlotAdmit
 
 ALWAYS = 2**31 - 1  # `until` of an edit that does not end
 SCRATCH_BYTES = 64 << 20  # in which a GPU counts tokens, of so many rows at a time
-NOTHING = np.zeros((EDIT_LINES, 0), np.int32)
+NO_EDITS = np.zeros((EDIT_LINES, 0), np.int32)
+NO_IDS = np.zeros(0, np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """All that one request asks of its logits, in the form of SlotTables."""
+
+    columns: np.ndarray  # [COLUMNS] int32, of which PREFIX_BASE is 0; all are 0 where none is read
+    edits: np.ndarray  # [EDIT_LINES, n] int32
+    prefixes: np.ndarray  # int32: what stands before the last tokens of bad words, end to end
+    allowed: np.ndarray  # ids; none is all
+    penalizes: bool
+
+    @classmethod
+    def of(cls, admit: SlotAdmit, vocab_size: int) -> "Wishes":
+        """Those of `admit`, of a model with so many tokens: ids beyond are passed over."""
+        sampling = admit.sampling
+        penalties = (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty)
+        edits, prefixes = _edits(sampling, vocab_size)
+        penalizes = penalties != (1.0, 0.0, 0.0)
+        columns = np.zeros(COLUMNS, np.int32)
+        if penalizes or edits.shape[1]:
+            columns[[PROMPT_LEN, EDITS]] = admit.prompt_len, edits.shape[1]
+            columns[REPETITION:] = np.array(penalties, np.float32).view(np.int32)
+        return cls(columns, edits, prefixes, _ids(sampling.allowed_ids, vocab_size), penalizes)
+
+    @property
+    def longest_prefix(self) -> int:
+        return int(self.edits[LENGTH].max(initial=0))
+
+
+def _edits(sampling: Sampling, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Edits as in SlotTables, [EDIT_LINES, n], and the prefixes that they point into."""
+    parts, prefixes = [NO_EDITS], [NO_IDS]
+
+    def add(ids: np.ndarray, values: np.ndarray, until: int, start: int = 0, length: int = 0) -> None:
+        bits = np.broadcast_to(values.astype(np.float32), ids.shape).copy().view(np.int32)
+        rest = (np.full(len(ids), number) for number in (until, start, length))
+        parts.append(np.stack((ids, bits, *rest)).astype(np.int32))
+
+    banned = np.array(-np.inf)
+    bias_ids = np.frombuffer(sampling.bias_ids, "<i4")
+    known = bias_ids < vocab_size
+    add(bias_ids[known], np.frombuffer(sampling.biases, "<f4")[known], ALWAYS)
+    if sampling.min_tokens:
+        add(_ids(sampling.stop_ids, vocab_size), banned, sampling.min_tokens)
+    start = 0
+    for word in sampling.bad_words:
+        *before, last = np.frombuffer(word, "<i4")
+        if last < vocab_size:
+            add(np.array([last]), banned, ALWAYS, start, len(before))
+            prefixes.append(np.array(before, np.int32))
+            start += len(before)
+    return np.concatenate(parts, axis=1), np.concatenate(prefixes)
+
+
+def _ids(packed: bytes, vocab_size: int) -> np.ndarray:
+    """Those of packed ids that the model has."""
+    ids = np.frombuffer(packed, "<i4")
+    return ids[ids < vocab_size]
 
 
 class Adjustments:
-    """The adjustments of all slots of one device."""
+    """The adjustments of all slots of one device.
+
+    Whoever is admitted replaces all that was known of its slot, whatever it asks for itself. The prefixes of all slots
+    lie in one table, so that a slot's base moves when those before it change.
+    """
 
     def __init__(self, slots: int, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
         self._device = device
         self._penalizes, self._edits, self._allows = np.zeros((3, slots), bool)
         self._columns = np.zeros((COLUMNS, slots), np.int32)  # as in SlotTables
-        self._prefixes: dict[int, np.ndarray] = {}  # of slots that have any, end to end
+        self._prefixes = [NO_IDS] * slots
         self._longest_prefix = np.zeros(slots, np.int64)
-        self._moved = False  # the prefixes on the device are not the last ones
         self._tables = SlotTables(
             upload(self._columns.copy(), device),
             torch.zeros(EDIT_LINES, slots, 0, dtype=torch.int32, device=device),
@@ -57,52 +123,25 @@ class Adjustments:
         self._scratch = torch.zeros(rows, vocab_size, dtype=torch.int32, device=device)
 
     def admit(self, admits: Sequence[SlotAdmit]) -> None:
-        """From now on the admitted slots ask for what their requests say."""
-        changed = False
+        """From now on the admitted slots ask for what their requests say, and for nothing else."""
+        before, moved = self._columns.copy(), False
         for admit in admits:
-            slot, sampling = admit.slot, admit.sampling
-            penalties = (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty)
-            edits, prefixes = self._edits_of(sampling)
-            self._penalizes[slot] = penalties != (1.0, 0.0, 0.0)
-            self._edits[slot] = edits.shape[1] > 0
-            self._set_prefixes(slot, prefixes, int(edits[-1].max(initial=0)))
-            self._set_allowed(slot, self._ids(sampling.allowed_ids))
-            if self._penalizes[slot] or self._edits[slot]:
-                changed = True
-                self._columns[:PREFIX_BASE, slot] = admit.prompt_len, edits.shape[1]
-                self._columns[REPETITION:, slot] = np.array(penalties, np.float32).view(np.int32)
-                self._write_edits(slot, edits)
-        if changed:
-            self._upload_columns()
-
-    def _edits_of(self, sampling: Sampling) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Edits as in SlotTables, [EDIT_LINES, n], and the prefixes that they point into."""
-        parts, prefixes = [NOTHING], []
-
-        def add(ids: np.ndarray, values: np.ndarray, until: int, start: int = 0, length: int = 0) -> None:
-            bits = np.broadcast_to(values.astype(np.float32), ids.shape).copy().view(np.int32)
-            rest = (np.full(len(ids), number) for number in (until, start, length))
-            parts.append(np.stack((ids, bits, *rest)).astype(np.int32))
-
-        banned = np.array(-np.inf)
-        bias_ids = np.frombuffer(sampling.bias_ids, "<i4")
-        known = bias_ids < self._vocab_size
-        add(bias_ids[known], np.frombuffer(sampling.biases, "<f4")[known], ALWAYS)
-        if sampling.min_tokens:
-            add(self._ids(sampling.stop_ids), banned, sampling.min_tokens)
-        start = 0
-        for word in sampling.bad_words:
-            *before, last = np.frombuffer(word, "<i4")
-            if last < self._vocab_size:
-                add(np.array([last]), banned, ALWAYS, start, len(before))
-                prefixes.append(np.array(before, np.int32))
-                start += len(before)
-        return np.concatenate(parts, axis=1), prefixes
-
-    def _ids(self, packed: bytes) -> np.ndarray:
-        """Those of packed ids that the model has."""
-        ids = np.frombuffer(packed, "<i4")
-        return ids[ids < self._vocab_size]
+            slot, wishes = admit.slot, Wishes.of(admit, self._vocab_size)
+            moved |= len(wishes.prefixes) > 0
+            self._penalizes[slot] = wishes.penalizes
+            self._edits[slot] = wishes.edits.shape[1] > 0
+            self._allows[slot] = len(wishes.allowed) > 0
+            self._columns[:, slot] = wishes.columns
+            self._prefixes[slot] = wishes.prefixes
+            self._longest_prefix[slot] = wishes.longest_prefix
+            self._write_edits(slot, wishes.edits)
+            self._write_allowed(slot, wishes.allowed)
+        if moved:
+            lengths = np.array([len(prefixes) for prefixes in self._prefixes])
+            self._columns[PREFIX_BASE] = np.cumsum(lengths) - lengths
+            self._tables.prefixes = upload(np.concatenate((*self._prefixes, np.zeros(1, np.int32))), self._device)
+        if (self._columns != before).any():
+            self._tables.columns.copy_(upload(self._columns.copy(), self._device))
 
     def _write_edits(self, slot: int, edits: np.ndarray) -> None:
         count, width = edits.shape[1], self._tables.edits.shape[2]
@@ -115,29 +154,12 @@ class Adjustments:
         if count:
             self._tables.edits[:, slot, :count] = upload(edits, self._device)
 
-    def _set_prefixes(self, slot: int, prefixes: list[np.ndarray], longest: int) -> None:
-        self._longest_prefix[slot] = longest
-        self._moved |= self._prefixes.pop(slot, None) is not None or longest > 0
-        if longest:
-            self._prefixes[slot] = np.concatenate(prefixes)
-
-    def _set_allowed(self, slot: int, ids: np.ndarray) -> None:
-        self._allows[slot] = len(ids) > 0
+    def _write_allowed(self, slot: int, ids: np.ndarray) -> None:
         if len(ids):
             if self._masks is None:
                 shape = (len(self._allows), mask_words(self._vocab_size))
                 self._masks = torch.zeros(shape, dtype=torch.int32, device=self._device)
             self._masks[slot] = upload(pack_ids(ids, self._vocab_size), self._device)
-
-    def _upload_columns(self) -> None:
-        if self._moved and self._prefixes:
-            base = 0
-            for slot, prefixes in self._prefixes.items():
-                self._columns[PREFIX_BASE, slot] = base
-                base += len(prefixes)
-            self._tables.prefixes = upload(np.concatenate(list(self._prefixes.values())), self._device)
-        self._moved = False
-        self._tables.columns.copy_(upload(self._columns.copy(), self._device))
 
     def acts(self, slots: np.ndarray) -> bool:
         """Whether anything is asked for any of `slots`."""

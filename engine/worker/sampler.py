@@ -1,4 +1,4 @@
-"""Sampling of a whole step on the device: temperature, min-p, top-k, top-p, then one draw by Gumbel noise.
+"""Sampling of a whole step on the device: temperature, top-k, top-p, min-p, then one draw by Gumbel noise.
 
 A token is drawn as argmax(scores + noise), where the noise of a vocabulary entry is a function of the row's
 seed, the position and the entry's id alone. So a draw does not depend on the other rows of the step, nor on
@@ -159,21 +159,22 @@ def sample(logits: Tensor, rows: Columns, positions: np.ndarray) -> Tensor:
 def filtered(logits: Tensor, rows: Columns) -> Tensor:
     """Logits over temperature, [S, V] float32 with 0 the highest, and -inf for what the filters drop.
 
-    Filters apply in the order temperature, min-p, top-k, top-p, each to what the one before left, as in vLLM and
-    Hugging Face: top-k keeps all that equal the k-th, top-p the fewest whose sum reaches p (lower ids of equals first),
-    and the most likely token always stays.
+    They apply in the order temperature, top-k, top-p, min-p, each to what the one before left, as in transformers.
+    Top-k keeps all that equal the k-th. Top-p keeps the fewest whose sum reaches p, of equals the lower ids.
+    Min-p keeps all that are at least its share as likely as the likeliest, which always stays: it takes the same away
+    wherever it stands, but before top-p, as in vLLM, it also makes the sum smaller that top-p has to reach.
     """
     reals = upload(np.stack((rows.temperature, rows.top_p, rows.min_p)), logits.device)
     temperature, top_p, min_p = reals[:, :, None]  # each [S, 1]
     scores = logits - logits.amax(dim=-1, keepdim=True)  # the highest is 0: no overflow at any temperature
     scores /= torch.where(temperature > 0, temperature, 1.0)
-    if rows.min_p.any():
-        scores.masked_fill_(scores < min_p.log(), -torch.inf)
     largest = int(rows.top_k.max())
     if largest > 0:
         _top_k(scores, upload(rows.top_k[:, None], logits.device), min(largest, logits.shape[1]))
     if (rows.top_p < 1).any():
         _top_p(scores, top_p)
+    if rows.min_p.any():
+        scores.masked_fill_(scores < min_p.log(), -torch.inf)
     return scores
 
 

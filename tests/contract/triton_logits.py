@@ -1,12 +1,23 @@
 """Triton's kernels on logits against their definitions in torch: on a GPU (tests/gpu/test_logits_kernels.py), or
 interpreted on a CPU (test_interpreted.py, which runs this in a process of its own)."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from engine.kernels import triton_adjustments
-from engine.kernels.adjustments import edit_reference, penalize_reference
+from engine.kernels.adjustments import (
+    EDITS,
+    ID,
+    LENGTH,
+    START,
+    UNTIL,
+    VALUE,
+    edit_reference,
+    penalize_reference,
+)
 from engine.kernels.bitmask import apply_bitmask_reference, mask_words, pack_ids
 from engine.kernels.filters import cuts
 from engine.kernels.sampling import draw
@@ -65,6 +76,8 @@ ASKED = [
     {"min_p": 1.0, "temperature": 0.3},
     {"top_k": 20, "top_p": 0.8, "temperature": 0.7},
     {"min_p": 0.02, "top_p": 0.7},
+    {"min_p": 0.5, "top_p": 0.9},
+    {"min_p": 0.3, "top_k": 50, "top_p": 0.9},
     {"min_p": 0.1, "top_k": 7, "top_p": 0.9, "temperature": 1.7},
     {"temperature": 0.0, "top_p": 0.1, "top_k": 3},
     {},
@@ -111,7 +124,7 @@ def decided_by_rounding(row: torch.Tensor, asked: Columns, slot: int, different:
     """Whether two cuts of `row` differ only where top-p's sum reaches its bound, or where min-p's bound is."""
     scores = (row.double() - row.max().double()) / float(asked.temperature[slot])
     near = (scores - np.log(max(float(asked.min_p[slot]), 1e-300))).abs() < 1e-5
-    alone = columns([{"temperature": float(asked.temperature[slot]), "min_p": float(asked.min_p[slot])}])
+    alone = columns([{"temperature": float(asked.temperature[slot])}])
     alone.top_k[0] = asked.top_k[slot]
     mass = filtered(row[None].cpu(), alone)[0].to(DEVICE).double().exp()
     order = row.sort(descending=True, stable=True).indices
@@ -143,6 +156,30 @@ def test_cuts_leave_what_the_definition_leaves(shape: tuple[int, int], kind: str
         different = (kept[row] & (exact[row] > -torch.inf)) != expected
         if different.any():
             assert decided_by_rounding(exact[row], asked, row, different), (wanted, different.nonzero()[:, 0].tolist())
+
+
+def test_equals_at_a_bound_are_those_of_the_definition() -> None:
+    """Of equals top-k and min-p keep all, top-p as many of the lowest ids as it takes: here the sums are exact."""
+    size = 1 << 17 if GPU else 1 << 8
+    likely = torch.arange(size) % 4 == 1
+    logits = torch.where(likely, 2.0, -40.0).to(DEVICE)
+    count, parts = size // 4, (1, 7, 8, 15)
+    fields = [
+        *({"top_p": part / 16} for part in parts),
+        {"top_k": 3},
+        {"min_p": 1.0},
+        {"top_k": 3, "top_p": 0.5},
+        {"top_k": 3, "top_p": 0.25, "min_p": 0.9},
+        {"top_k": count + 1},
+    ]
+    kept = [*(count * part // 16 for part in parts), count, count, count // 2, count // 4, size]
+    rows = logits.expand(len(fields), -1).contiguous()
+    asked = columns(fields)
+    floors, lasts = cuts(rows, torch.arange(len(fields), device=DEVICE), *on_device(asked))
+    ids = torch.arange(size, device=DEVICE)
+    stays = (rows > floors[:, None]) | ((rows == floors[:, None]) & (ids <= lasts[:, None]))
+    assert stays.sum(1).tolist() == kept
+    assert torch.equal(stays, filtered(rows, asked) > -torch.inf)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -203,8 +240,8 @@ def test_scores_are_those_of_the_definition(shape: tuple[int, int], kind: str, d
 # ── penalties, biases, bans ──────────────────────────────────────────────────────────────────
 
 
-def adjustments_of(count: int, size: int, prompts: np.ndarray) -> worker_logits.Adjustments:
-    """Each slot asks for something else; some for nothing."""
+def asking(slot: int, kind: int, size: int, prompt_len: int) -> SlotAdmit:
+    """A request that asks for one of seven kinds of things; kind 2 for nothing."""
     generator = np.random.default_rng(3)
 
     def ids(*numbers: int) -> bytes:
@@ -212,7 +249,7 @@ def adjustments_of(count: int, size: int, prompts: np.ndarray) -> worker_logits.
 
     several = np.sort(generator.choice(size, min(size // 2, 300), replace=False)).astype("<i4")
     words = tuple(ids(*generator.integers(0, 4, length)) for length in (1, 2, 2, 3, 3, 3, 30))
-    asked = [
+    asked: list[dict[str, Any]] = [
         {"repetition_penalty": 1.3},
         {"frequency_penalty": 0.5, "presence_penalty": -0.25},
         {},
@@ -221,14 +258,32 @@ def adjustments_of(count: int, size: int, prompts: np.ndarray) -> worker_logits.
         {"min_tokens": 7, "stop_ids": ids(2, 5), "bias_ids": ids(5, 9), "biases": np.array([3, -100], "<f4").tobytes()},
         {"allowed_ids": several.tobytes(), "bad_words": words[::-1], "repetition_penalty": 1.1},
     ]
+    return SlotAdmit(slot, b"", Sampling(1.0, 0, 1.0, 0.0, 0, **asked[kind]), prompt_len)
+
+
+def adjustments_of(count: int, size: int, prompts: np.ndarray) -> worker_logits.Adjustments:
+    """Each slot asks for something else; some for nothing."""
     adjustments = worker_logits.Adjustments(count, size, torch.device(DEVICE))
-    adjustments.admit(
-        [
-            SlotAdmit(slot, b"", Sampling(1.0, 0, 1.0, 0.0, 0, **asked[slot % len(asked)]), int(prompts[slot]))
-            for slot in range(count)
-        ]
-    )
+    adjustments.admit([asking(slot, slot % 7, size, int(prompts[slot])) for slot in range(count)])
     return adjustments
+
+
+def applied(
+    adjustments: worker_logits.Adjustments, logits: torch.Tensor, slots: np.ndarray, ends: np.ndarray, kind: str,
+    tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch,
+) -> torch.Tensor:  # fmt: skip
+    """`logits` [S, V] as the kernels of this `kind` adjust them; row s is of `slots[s]`, which has `ends[s]` tokens."""
+    scratch = torch.zeros(5, logits.shape[1], dtype=torch.int32, device=DEVICE)
+    if kind == "reference":
+        monkeypatch.setattr(worker_logits, "penalize", lambda *a: penalize_reference(*a[:-1]))
+        monkeypatch.setattr(worker_logits, "edit", edit_reference)
+    else:
+        monkeypatch.setattr(worker_logits, "penalize", lambda *a: triton_adjustments.penalize(*a[:-1], scratch=scratch))
+        monkeypatch.setattr(worker_logits, "edit", triton_adjustments.edit)
+    out = logits.clone()
+    adjustments.apply(out, slots, ends, tokens)
+    assert not scratch.any(), "the scratch must be left clean"
+    return out
 
 
 def test_adjustments_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,24 +300,66 @@ def test_adjustments_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch
     tokens = tokens.to(DEVICE)
     slots = generator.permutation(count)
     logits = 3 * random(count, size)
-    scratch = torch.zeros(5, size, dtype=torch.int32, device=DEVICE)
-    results = []
-    for kind in ("reference", "triton"):
-        if kind == "reference":
-            monkeypatch.setattr(worker_logits, "penalize", lambda *a: penalize_reference(*a[:-1]))
-            monkeypatch.setattr(worker_logits, "edit", edit_reference)
-        else:
-            monkeypatch.setattr(
-                worker_logits, "penalize", lambda *a: triton_adjustments.penalize(*a[:-1], scratch=scratch)
-            )
-            monkeypatch.setattr(worker_logits, "edit", triton_adjustments.edit)
-        out = logits.clone()
-        adjustments.apply(out, slots, positions[slots], tokens)
-        results.append(out)
-    wanted, got = results
-    assert not scratch.any(), "the scratch must be left clean"
+    wanted, got = (
+        applied(adjustments, logits, slots, positions[slots], kind, tokens, monkeypatch)
+        for kind in ("reference", "triton")
+    )
     assert torch.equal(got.isneginf(), wanted.isneginf()) and wanted.isneginf().any()
     finite = wanted.isfinite()
     torch.testing.assert_close(got[finite], wanted[finite], atol=1e-4, rtol=1e-5)
     changed = (wanted != logits).any(dim=1).cpu().numpy()
     assert np.array_equal(np.flatnonzero(~changed), np.flatnonzero(slots % 7 == 2))
+
+
+def spoil(adjustments: worker_logits.Adjustments, tokens: torch.Tensor, ends: np.ndarray) -> None:
+    """Leaves, wherever a slot has nothing, what a request before might have left: edits that act, which point beyond
+    all prefixes, and tokens."""
+    tables = adjustments._tables
+    for slot, count in enumerate(tables.columns[EDITS].tolist()):
+        stale = tables.edits[:, slot, count:]
+        stale[ID], stale[UNTIL], stale[START] = 1, worker_logits.ALWAYS, 1 << 24
+        stale[VALUE] = torch.full_like(stale[VALUE], 1000.0, dtype=torch.float32).view(torch.int32)
+        stale[LENGTH] = torch.arange(stale.shape[1], device=DEVICE) % 3
+        tokens[slot, int(ends[slot]) :] = 1
+    idle = torch.from_numpy(~(adjustments._penalizes | adjustments._edits)).to(DEVICE)
+    tables.columns[:, idle] = 1 << 20
+
+
+@pytest.mark.parametrize("kind", ["reference", "triton"])
+def test_nothing_is_read_of_who_had_a_slot_before(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    count, size, longest = (35, 4096, 300) if GPU else (7, 640, 60)
+    generator = np.random.default_rng(5)
+    ends = generator.integers(31, longest - 1, count)
+    tokens = torch.from_numpy(generator.integers(0, 4, (count, longest)).astype(np.int32)).to(DEVICE)
+    logits = random(count, size)
+    clean = adjustments_of(count, size, ends // 2)
+    slots = np.arange(count)
+    wanted = applied(clean, logits, slots, ends, "reference", tokens, monkeypatch)
+    used = adjustments_of(count, size, ends // 2)
+    spoil(used, tokens, ends)
+    got = applied(used, logits, slots, ends, kind, tokens, monkeypatch)
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-5)
+    for slot in range(count):  # as many edits as the row alone has, and no prefix of another's
+        alone = applied(
+            used, logits[slot : slot + 1], slots[slot : slot + 1], ends[slot : slot + 1], kind, tokens, monkeypatch
+        )
+        torch.testing.assert_close(alone[0], wanted[slot], atol=1e-4, rtol=1e-5)
+
+
+def test_slots_that_pass_from_hand_to_hand_hold_what_new_ones_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests of `adjustments_of` change places, some at a time, so that each kind follows each other kind."""
+    slots, size, longest = (28, 4096, 300) if GPU else (4, 640, 60)
+    generator = np.random.default_rng(6)
+    tokens = torch.from_numpy(generator.integers(0, 4, (slots, longest)).astype(np.int32)).to(DEVICE)
+    logits = random(slots, size)
+    used = worker_logits.Adjustments(slots, size, torch.device(DEVICE))
+    ends, kinds, every = np.zeros(slots, np.int64), np.full(slots, 2), np.arange(slots)
+    for _ in range(20):
+        admitted = generator.permutation(slots)[: generator.integers(1, slots + 1)]
+        kinds[admitted], ends[admitted] = generator.integers(0, 7, len(admitted)), generator.integers(1, longest, 1)
+        used.admit([asking(int(slot), int(kinds[slot]), size, int(ends[slot]) // 2) for slot in admitted])
+        fresh = worker_logits.Adjustments(slots, size, torch.device(DEVICE))
+        fresh.admit([asking(int(slot), int(kinds[slot]), size, int(ends[slot]) // 2) for slot in every])
+        got = applied(used, logits, every, ends, "triton", tokens, monkeypatch)
+        wanted = applied(fresh, logits, every, ends, "reference", tokens, monkeypatch)
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-5)

@@ -1,13 +1,15 @@
 """The sampler: its noise, its filters against naive ones, and that rows do not see each other."""
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedConfig
 
 from engine.messages import Sampling
-from engine.worker.sampler import Columns, gumbel, sample
+from engine.worker.sampler import Columns, filtered, gumbel, sample
 
 
 def columns(*rows):
@@ -81,15 +83,16 @@ def kept_naively(logits, temperature, top_k, top_p, min_p):
     """Which ids may be drawn, by the definitions, one row at a time."""
     probabilities = np.exp((logits - logits.max()) / temperature, dtype=np.float64)
     probabilities /= probabilities.sum()
-    kept = probabilities >= min_p * probabilities.max()
+    kept = np.ones(len(logits), bool)
     if top_k:
-        kept &= probabilities >= np.sort(np.where(kept, probabilities, 0))[::-1][min(top_k, len(logits)) - 1]
+        kept &= probabilities >= np.sort(probabilities)[::-1][min(top_k, len(logits)) - 1]
     if top_p < 1:
         rest = np.where(kept, probabilities, 0)
         mass, total = 0.0, rest.sum()
         for index in np.argsort(-rest, kind="stable"):
             kept[index] &= mass < top_p * total or mass == 0
             mass += rest[index]
+    kept &= probabilities >= min_p * probabilities.max()
     return set(np.flatnonzero(kept).tolist())
 
 
@@ -118,6 +121,65 @@ def test_top_k_keeps_ties_and_top_p_takes_the_first_of_them():
     logits = [0.0, 1.0, 1.0, -1.0, 1.0]
     assert set(drawn(logits, 300, top_k=2).tolist()) == {1, 2, 4}
     assert set(drawn(logits, 300, top_p=0.3).tolist()) == {1, 2}
+
+
+def kept_ids(logits, **asked):
+    """What `filtered` leaves of one row."""
+    row = torch.tensor(np.asarray(logits, np.float32))[None]
+    return (filtered(row, columns(asked))[0] > -torch.inf).nonzero()[:, 0].tolist()
+
+
+class Warps(GenerationMixin):
+    """As much of a model as transformers makes its list of warpers from."""
+
+    config = PreTrainedConfig()
+
+
+def kept_by_transformers(logits, **asked):
+    """What transformers' generation leaves: its warpers, in its order, on float64."""
+    config = GenerationConfig(do_sample=True, **{"top_k": 0, **asked})
+    warpers = Warps()._get_logits_processor(config, logits_processor=LogitsProcessorList())
+    scores = warpers(torch.zeros(1, 0, dtype=torch.int64), torch.tensor(np.asarray(logits, np.float64))[None])
+    return scores[0].isfinite().nonzero()[:, 0].tolist()
+
+
+OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+CHOICES = {"temperature": (0.5, 1.0, 1.7), "top_k": (0, 1, 7, 40), "top_p": (1.0, 0.31, 0.77, 0.953),
+           "min_p": (0.0, 0.03, 0.29, 0.83)}  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["random", "tied"])
+def test_filters_keep_what_transformers_keeps(tied):
+    """Of equals at top-p's bound transformers keeps as many, though not always the first."""
+    generator = np.random.default_rng(11)
+    for asked in ({**OFF, **dict(zip(CHOICES, chosen, strict=True))} for chosen in product(*CHOICES.values())):
+        logits = generator.normal(scale=2, size=40).astype(np.float32)
+        logits = logits.round() if tied else logits
+        kept, expected = kept_ids(logits, **asked), kept_by_transformers(logits, **asked)
+        assert np.array_equal(np.sort(logits[kept]), np.sort(logits[expected])), asked
+        assert tied or kept == expected, asked
+        for value in set(logits[kept]):
+            equals = np.flatnonzero(logits == value).tolist()
+            assert [token for token in kept if logits[token] == value] == equals[: sum(logits[kept] == value)], asked
+
+
+def test_a_sum_that_is_top_p_to_the_bit_is_enough():
+    for count in range(1, 17):
+        kept = kept_ids(np.zeros(16), top_p=count / 16)
+        assert kept == [*range(count)] and len(kept_by_transformers(np.zeros(16), top_p=count / 16)) == count
+
+
+def test_min_p_comes_after_top_p_and_may_come_before_top_k():
+    logits = np.log([0.4, 0.3, 0.2, 0.1])
+    assert kept_ids(logits, min_p=0.5) == [0, 1, 2]
+    assert kept_ids(logits, top_p=0.75) == [0, 1, 2]
+    assert kept_ids(logits, min_p=0.5, top_p=0.75) == [0, 1, 2]  # with min-p first 0.7 would be enough of 0.9
+    assert kept_ids(logits, top_k=3, top_p=0.75) == [0, 1]  # 0.7 is enough of 0.9
+    generator = np.random.default_rng(2)
+    for top_k, min_p in product((1, 3, 20), (0.1, 0.6)):
+        logits = generator.normal(size=30).round(1)
+        both = set(kept_ids(logits, top_k=top_k)) & set(kept_ids(logits, min_p=min_p))
+        assert set(kept_ids(logits, top_k=top_k, min_p=min_p)) == both
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
