@@ -93,10 +93,14 @@ def edit_reference(logits: Tensor, asking: AskingRows, tables: SlotTables, token
     ends = asking.ends[:, None]
     acts = there & (ends - tables.columns[PROMPT_LEN, asking.slots, None] < until) & (length <= ends)
     base = tables.columns[PREFIX_BASE, asking.slots, None] + start
-    for place in range(asking.longest):  # of the longest prefix
-        inside = place < length
-        said = tokens[asking.slots[:, None], torch.where(inside, ends - length + place, 0).clamp(min=0)]
-        wanted = tables.prefixes[torch.where(inside, base + place, 0)]
+    # From the last token back, as few texts end in the last tokens of a prefix: a long one costs a step no more than
+    # a short one, unless the text holds it.
+    for back in range(1, asking.longest + 1):
+        inside = back <= length
+        if not (acts & inside).any():
+            break
+        said = tokens[asking.slots[:, None], torch.where(inside, ends - back, 0).clamp(min=0)]
+        wanted = tables.prefixes[torch.where(inside, base + length - back, 0)]
         acts &= ~inside | (said == wanted)
     # What does not act adds 0 to the first logit.
     ids = torch.where(acts, ids, 0).to(torch.int64)
