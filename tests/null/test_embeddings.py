@@ -272,7 +272,7 @@ async def test_a_client_that_leaves_ends_its_list() -> None:
 
 
 async def test_a_lost_worker_fails_what_ran_and_serves_what_waited() -> None:
-    async with open_house(embedding_size=2, seconds=0.01, max_running=1) as house:
+    async with open_house(embedding_size=2, seconds=0.2, max_running=1) as house:
         ends: dict[str, object] = {}
 
         async def one(rid: str) -> None:
