@@ -187,6 +187,12 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
         Annotated[str, Meta(min_length=1)] | None,
         Meta(description="directory that /start_profile may write traces to; default: it is refused"),
     ] = None
+    metrics_aliases: Annotated[
+        tuple[Literal["vllm", "sglang"], ...],
+        Meta(
+            description="servers by whose names /metrics shows its figures as well, vllm,sglang: for their dashboards"
+        ),
+    ] = ()
     tool_parser: Annotated[
         str,
         Meta(
@@ -252,7 +258,10 @@ class Option(Struct, frozen=True):
         if self.choices:
             return ", ".join(self.choices[:-1]) + " or " + self.choices[-1]
         if self.listed:
-            return "a comma-separated list" if get_args(self.kind)[0] is str else "a list of integers"
+            item = get_args(self.kind)[0]
+            if get_origin(item) is Literal:
+                return "a comma-separated list of " + " or ".join(get_args(item))
+            return "a comma-separated list" if item is str else "a list of integers"
         if get_origin(self.kind) is dict:
             return "a JSON object"
         return {bool: "true or false", int: "an integer", float: "a number", str: "text"}[self.kind] + self.bounds
@@ -261,6 +270,7 @@ class Option(Struct, frozen=True):
         """`value`, text or already of the right type, as the field's type.
 
         Raises ConfigError naming `origin` (a flag or a variable), the value and what is taken."""
+        given = value
         if self.listed and isinstance(value, str):
             value = [part.strip() for part in value.split(",") if part.strip()]
         try:
@@ -272,7 +282,7 @@ class Option(Struct, frozen=True):
             return converted
         except msgspec.DecodeError:  # a ValidationError is one
             hint = did_you_mean(str(value), self.choices)
-            raise ConfigError(f"{origin} is {value!r}, but takes {self.expects}{hint}") from None
+            raise ConfigError(f"{origin} is {given!r}, but takes {self.expects}{hint}") from None
 
 
 def options_of(struct: type[Struct]) -> tuple[Option, ...]:

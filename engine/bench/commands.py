@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from engine.bench.load import Ask, Run, play
-from engine.bench.process import free_port, running, serve_command
+from engine.bench.process import free_port, running, serve_command, serve_environment
 from engine.bench.report import Report, Samples, publish, report_of, samples_of
 from engine.bench.traffic import Conversation, conversations
 from engine.client import Client
@@ -109,7 +109,7 @@ async def measure_startup(config: Config, repetition: RepeatOptions) -> Result:
         for _ in range(repetition.repeat):
             port = free_port()
             async with (
-                running(serve_command(config, port), port) as started,
+                running(serve_command(config, port), port, environment=serve_environment(config)) as started,
                 Client(started.url, api_key=own_key(config.server)) as client,
             ):
                 run = _all_answered(await play(shortest, asker(client, "openai", {})))
@@ -169,7 +169,7 @@ async def _server(config: Config, model: str | None, load: LoadOptions) -> Async
         return
     port = free_port()
     async with (
-        running(serve_command(config, port), port) as started,
+        running(serve_command(config, port), port, environment=serve_environment(config)) as started,
         Client(started.url, api_key=key, timeout=load.timeout) as client,
     ):
         yield client

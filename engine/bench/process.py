@@ -32,19 +32,28 @@ class Started(msgspec.Struct, frozen=True):
 
 
 def serve_command(config: Config, port: int) -> list[str]:
-    """The command line of `engine serve` with exactly this configuration, on `port` of this machine."""
+    """The command line of `engine serve` with exactly this configuration, on `port` of this machine.
+
+    API keys are not in it, as all users of a machine see command lines; `serve_environment` has them."""
     server = msgspec.structs.replace(config.server, host="127.0.0.1", port=port)
     config = msgspec.structs.replace(config, server=server)
     command = [sys.executable, "-m", "engine.cli", "serve"]
     for group, struct in groups().items():
         for option in options_of(struct):
             value = getattr(getattr(config, group), option.name)
+            if option.name == "api_key":
+                continue
             if isinstance(value, bool):
                 command.append(option.flag if value else f"--no-{option.flag[2:]}")
             elif value not in (None, ()):
                 text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
                 command.append(f"{option.flag}={text}")
     return command
+
+
+def serve_environment(config: Config) -> dict[str, str]:
+    """The variables that go with `serve_command`."""
+    return {"ENGINE_API_KEY": ",".join(config.server.api_key)} if config.server.api_key else {}
 
 
 def free_port() -> int:

@@ -1,4 +1,4 @@
-"""/v1/embeddings, shaped as OpenAI's, and /v1/score, shaped as vLLM's: vectors of texts, and how alike two texts are.
+"""/v1/embeddings, shaped as OpenAI's, /v1/score and /v1/rerank, shaped as vLLM's: vectors, and how alike texts are.
 
 Each input is a request of its own, so inputs of all clients share steps; a long list is fed in a window. Left out:
 cross-encoders, which score two texts at once; cutting texts that are too long.
@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from math import sqrt
 from operator import mul
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from uuid import uuid4
 
 import anyio
 from aiohttp import web
+from msgspec import UNSET, Meta, UnsetType
 
 from engine.actor import first_failure
 from engine.errors import RequestError
@@ -56,6 +57,33 @@ class ScoreBody(Body):
     unserved: ClassVar[dict[str, tuple[Any, ...]]] = {"truncate_prompt_tokens": ()}
 
 
+class RerankDocument(Body):
+    text: str
+
+
+class RerankBody(Body):
+    """`top_n` 0 or null keeps all documents. Their texts are sent back unless `return_documents` is false."""
+
+    query: str
+    documents: list[str | RerankDocument]
+    model: str | None = None
+    top_n: Annotated[int, Meta(ge=0)] | None = None
+    return_documents: bool | None = None
+    priority: Priority | None = None
+    user: Any = None  # ignored
+    rank_fields: Any = None
+    max_chunks_per_doc: Any = None
+    max_tokens_per_doc: Any = None
+    truncate_prompt_tokens: Any = None
+
+    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "rank_fields": (["text"],),
+        "max_chunks_per_doc": (),
+        "max_tokens_per_doc": (),
+        "truncate_prompt_tokens": (),
+    }
+
+
 class EmbeddingUsage(Reply, frozen=True):
     prompt_tokens: int
     total_tokens: int
@@ -89,6 +117,27 @@ class ScoreList(Reply, frozen=True):
     model: str
     data: list[ScoreData]
     usage: EmbeddingUsage
+
+
+class RankedText(Reply, frozen=True):
+    text: str
+
+
+class Ranked(Reply, frozen=True):
+    """`index` is the document's place in the request."""
+
+    index: int
+    relevance_score: float
+    document: RankedText | UnsetType = UNSET
+
+
+class RerankReply(Reply, frozen=True):
+    """`results` have the most relevant document first."""
+
+    id: str
+    model: str
+    usage: EmbeddingUsage
+    results: list[Ranked]
 
 
 # ── handlers ─────────────────────────────────────────────────────────────────────────────────
@@ -126,6 +175,22 @@ async def score(request: web.Request, body: ScoreBody) -> web.Response:
     data = [ScoreData("score", index, cosine(*pair)) for index, pair in enumerate(zip(left, right, strict=True))]
     reply = ScoreList(rid, "list", int(time.time()), service.model, data, usage_of(chunks))
     return json_response(reply, headers={"X-Request-Id": rid})
+
+
+async def rerank(request: web.Request, body: RerankBody) -> web.Response:
+    """Order documents by how alike they are to a query: by the cosine of their vectors and its own."""
+    service = request.app[SERVICE]
+    service.check_model(body.model)
+    texts = [one if isinstance(one, str) else one.text for one in body.documents]
+    rid = f"rerank-{uuid4().hex}"
+    inputs = {"query": body.query} | named(texts, "documents")
+    query, *made = chunks = await vectors_of(service, rid, inputs, body.priority or 0, "rerank")
+    wanted = array("f", query.vector)
+    scores = [cosine(wanted, array("f", chunk.vector)) for chunk in made]
+    order = sorted(range(len(texts)), key=lambda index: (-scores[index], index))[: body.top_n or None]
+    shown = body.return_documents is not False
+    results = [Ranked(index, scores[index], RankedText(texts[index]) if shown else UNSET) for index in order]
+    return json_response(RerankReply(rid, service.model, usage_of(chunks), results), headers={"X-Request-Id": rid})
 
 
 # ── inputs ───────────────────────────────────────────────────────────────────────────────────

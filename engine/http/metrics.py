@@ -6,7 +6,7 @@ two servers in one process do not mix. docs/http.md lists the names.
 """
 
 from array import array
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from engine.errors import EngineError
+from engine.http.metric_aliases import Family, WithAliases
 from engine.messages import Chunk, ExpertCounts, Stats
 
 if TYPE_CHECKING:
@@ -32,8 +33,12 @@ REQUEST_BUCKETS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600)
 class Metrics:
     """The counters and histograms of one server."""
 
-    def __init__(self, front: "Front", model: str) -> None:
-        self.registry = CollectorRegistry()
+    def __init__(self, front: "Front", model: str, aliases: Sequence[Family] = ()) -> None:
+        self.registry = self._shown = CollectorRegistry()
+        self._aliases = WithAliases(self.registry, front, aliases, model)
+        if aliases:
+            self._shown = CollectorRegistry()
+            self._shown.register(self._aliases)
         self.registry.register(SchedulerFigures(front, model))
         self._requests = Counter(
             "engine_requests",
@@ -115,18 +120,21 @@ class Metrics:
 
     def on_stats(self, stats: Stats) -> None:
         """Drain the times in a heartbeat; called once for each Stats, as a scrape could miss one."""
+        self._aliases.on_stats(stats)
         for seconds in array("f", stats.step_seconds):
             self._step.observe(seconds)
         for seconds in array("f", stats.compile_seconds):
             self._compile.observe(seconds)
 
     def page(self, accept: str) -> tuple[bytes, str]:
-        """All metrics in the format that an Accept header asks for, and its content type."""
+        """All metrics in the format that an Accept header asks for, and its content type; with aliases, in plain text:
+        the encoder of OpenMetrics writes the colon of their names as an underscore."""
+        accept = accept if self._shown is self.registry else ""
         try:
             encode, content_type = choose_encoder(accept)
         except (TypeError, ValueError):  # a version that is no version
             encode, content_type = choose_encoder("")
-        return encode(self.registry), content_type
+        return encode(self._shown), content_type
 
 
 def _choices(counted: ExpertCounts) -> Metric:

@@ -43,7 +43,7 @@ class Service:
         self.options = options
         self.model = front.model_name
         self.models = options.served_model_name or (self.model,)
-        self.metrics = Metrics(front, self.model)
+        self.metrics = Metrics(front, self.model, options.metrics_aliases)
         self._groups: dict[str, list[str]] = {}  # requests of several replies: their own id to those of the replies
 
     def abort(self, rid: str | None) -> int:

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from engine import cli
 from engine.bench.load import Record, Run, play
 from engine.bench.plot import draw, ticks
-from engine.bench.process import serve_command
+from engine.bench.process import serve_command, serve_environment
 from engine.bench.report import report_of, samples_of, totals_of
 from engine.bench.spread import percentile
 from engine.bench.traffic import Turn, arrivals, conversations
@@ -355,8 +355,11 @@ def test_a_server_that_we_start_has_our_configuration(monkeypatch: pytest.Monkey
     served: list[Config] = []
     monkeypatch.setattr("engine.launch.serve", lambda config: served.append(config) or 0)
     monkeypatch.setenv("ENGINE_MAX_RUNNING", "3")
-    config = resolve({"prefix_cache": "false", "plugins": "llama,lpm", "api_key": "-k", "max_running": "64"})
+    config = resolve({"prefix_cache": "false", "plugins": "llama,lpm", "api_key": "-k,l", "max_running": "64"})
     command = serve_command(config, 9)
+    assert not any("-k,l" in word for word in command)  # others would see it
+    for name, value in serve_environment(config).items():
+        monkeypatch.setenv(name, value)
     assert cli.main(command[command.index("serve") :]) == 0
     server = msgspec.structs.replace(config.server, host="127.0.0.1", port=9)
     assert served == [msgspec.structs.replace(config, server=server)]

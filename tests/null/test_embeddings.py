@@ -125,9 +125,33 @@ async def test_scores_are_cosines(path: str) -> None:
         await house.settled()
 
 
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/rerank"])
+async def test_documents_are_ordered_by_their_cosines(path: str) -> None:
+    async with open_site() as (house, _, session):
+        body = {"model": "echo", "query": "ab", "documents": ["\x01\x01", {"text": "ab"}, "cd", "ab"]}
+        status, answer = await post(session, path, body)
+        assert status == 200
+        scored = {"text_1": "ab", "text_2": ["\x01\x01", "ab", "cd", "ab"]}
+        scores = [item["score"] for item in (await post(session, "/v1/score", scored))[1]["data"]]
+        assert [item["index"] for item in answer["results"]] == [1, 3, 2, 0]  # of equal ones, the first comes first
+        assert [item["relevance_score"] for item in answer["results"]] == [scores[index] for index in (1, 3, 2, 0)]
+        assert [item["document"]["text"] for item in answer["results"]] == ["ab", "ab", "cd", "\x01\x01"]
+        assert (answer["model"], answer["usage"]) == ("echo", {"prompt_tokens": 10, "total_tokens": 10})
+        for top, count in ((0, 4), (2, 2), (9, 4), (None, 4)):
+            short = (await post(session, path, {**body, "top_n": top, "return_documents": False}))[1]["results"]
+            assert [item["index"] for item in short] == [1, 3, 2, 0][:count]
+            assert not any("document" in item for item in short)
+        await house.settled()
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param", "says"),
     [
+        ("/v1/rerank", {"query": "a", "documents": []}, "documents", "documents has 0 entries; send 1 to 2048"),
+        ("/v1/rerank", {"query": "a", "documents": ["b", {"text": ""}]}, "documents[1]", "documents[1] is empty"),
+        ("/v1/rerank", {"query": "", "documents": ["b"]}, "query", "query is empty"),
+        ("/v1/rerank", {"query": "a", "documents": ["b"], "top_n": -1}, "top_n", ">= 0"),
+        ("/v1/rerank", {"query": "a", "documents": ["b"], "max_tokens_per_doc": 9}, "max_tokens_per_doc", "leave it"),
         ("/v1/embeddings", {"input": []}, "input", "input has 0 entries; send 1 to 2048"),
         ("/v1/embeddings", {"input": ["a"] * 2049}, "input", "has 2049 entries; send 1 to 2048"),
         ("/v1/embeddings", {"input": ""}, "input", "input is empty"),
@@ -248,7 +272,7 @@ async def test_a_client_that_leaves_ends_its_list() -> None:
 
 
 async def test_a_lost_worker_fails_what_ran_and_serves_what_waited() -> None:
-    async with open_house(embedding_size=2, seconds=0.01, max_running=1) as house:
+    async with open_house(embedding_size=2, seconds=0.2, max_running=1) as house:
         ends: dict[str, object] = {}
 
         async def one(rid: str) -> None:

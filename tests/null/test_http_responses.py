@@ -95,6 +95,28 @@ async def test_a_conversation_by_reference() -> None:
         assert await prompt(input=spoken) == "5"
 
 
+async def test_input_tokens_are_those_that_a_response_reads() -> None:
+    tool = {"type": "function", "name": "add", "parameters": {"type": "object", "properties": {}}}
+    async with open_site(tool_parser="hermes") as site:
+        _, first = await site.post("/v1/responses", {"input": "hello", "max_output_tokens": 2})
+        for body in (
+            {"input": "hi"},
+            {"input": [{"role": "user", "content": "hi"}], "instructions": "be brief"},
+            {"input": "hi", "tools": [tool], "tool_choice": "auto", "parallel_tool_calls": False},
+            {"input": "hi", "previous_response_id": first["id"], "model": "echo"},
+        ):
+            status, counted = await site.post("/v1/responses/input_tokens", body)
+            assert (status, counted["object"]) == (200, "response.input_tokens")
+            _, answer = await site.post("/v1/responses", {**body, "max_output_tokens": 1})
+            assert counted["input_tokens"] == answer["usage"]["input_tokens"] > 0
+        for body, param in (({"input": []}, "input"), ({"input": "a", "model": "b"}, "model")):
+            status, answer = await site.post("/v1/responses/input_tokens", body)
+            assert (status in (400, 404), answer["error"]["param"]) == (True, param)
+        async with client(site) as api:
+            assert (await api.responses.input_tokens.count(input="hi")).input_tokens == 3
+        await site.house.settled()
+
+
 async def test_input_items_page_by_page() -> None:
     async with open_site() as site, client(site) as api:
         given = [{"role": role, "content": role} for role in ("developer", "user", "assistant", "user")]

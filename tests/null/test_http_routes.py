@@ -19,6 +19,8 @@ from engine.front import Health
 from engine.http.admin import PauseBody, ProfileBody
 from engine.http.anthropic import CountBody, MessagesBody
 from engine.http.app import ROUTES
+from engine.http.embeddings import EmbeddingBody, RerankBody, ScoreBody
+from engine.http.response_tokens import InputTokensBody
 from engine.http.responses import ResponsesBody
 from engine.http.tokens import DetokenizeBody, TokenizeBody
 from engine.launch import open_front
@@ -504,8 +506,12 @@ async def test_a_key_in_anthropics_header() -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [TokenizeBody, DetokenizeBody, ResponsesBody, MessagesBody, CountBody, PauseBody, ProfileBody]
-)
+    "body",
+    [
+        TokenizeBody, DetokenizeBody, ResponsesBody, MessagesBody, CountBody, PauseBody, ProfileBody,
+        EmbeddingBody, ScoreBody, RerankBody, InputTokensBody,
+    ],
+)  # fmt: skip
 def test_every_served_field_is_documented(body: Any) -> None:
     docs = Path(__file__).parents[2] / "docs"
     page = (docs / "http.md").read_text() + (docs / "profiling.md").read_text()

@@ -134,6 +134,7 @@ NAVIGATION = {"Sec_Fetch_Site": "cross-site", "Sec_Fetch_Mode": "navigate", "Sec
         {**HERE, "Sec_Fetch_Site": "same-origin"},
         {**HERE, "Origin": "http://localhost:8000", "Sec_Fetch_Site": "same-origin"},
         {**HERE, "Origin": "http://localhost:8000"},  # plain HTTP to another machine carries no Sec-Fetch-Site
+        {**HERE, "Origin": "null", "Sec_Fetch_Site": "same-origin"},  # a form of ours that sends no referrer
         {"Host": "gpu.localhost", "Origin": "http://GPU.localhost:80"},
         {"Host": "[::1]:8000", "Origin": "http://[::1]:8000"},
         # Behind a proxy that speaks TLS, or names us as it knows us, the browser's own word is what is left.
