@@ -80,21 +80,17 @@ class Intake:
         task.add_done_callback(lambda _: self.release(payload))
         body, packed, pace = io.BytesIO(), 0, Pace(payload, self._seconds)
         unpacker = None if coding is None else Unpacker(coding)
-        try:
-            while not payload.at_eof():
-                data = await pace.next()
-                if unpacker is None:
-                    self._keep(payload, body, data)
-                    continue
-                packed += len(data)
-                if packed > self._most:
-                    raise self._too_large()
-                await self._unpack(unpacker, data, payload, body)
-            if unpacker is not None:
-                unpacker.finish()
-        except BaseException:
-            self.release(payload)
-            raise
+        while not payload.at_eof():
+            data = await pace.next()
+            if unpacker is None:
+                self._keep(payload, body, data)
+                continue
+            packed += len(data)
+            if packed > self._most:
+                raise self._too_large()
+            await self._unpack(unpacker, data, payload, body)
+        if unpacker is not None:
+            unpacker.finish()
         return body.getvalue()
 
     def release(self, payload: StreamReader) -> None:

@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import resource
+import socket
 import zlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -83,6 +84,18 @@ async def answer(stream: ByteStream, data: bytes = b"") -> tuple[int, dict[str, 
     return int(line.split()[1]), headers, json.loads(body)
 
 
+def bare_socket(url: str, data: bytes) -> socket.socket:
+    """A socket that nothing reads but the test; the server finds it with `data` already there."""
+    bare = socket.create_connection(("127.0.0.1", urlsplit(url).port or 0))
+    bare.sendall(data)
+    return bare
+
+
+async def readable(bare: socket.socket) -> None:
+    with anyio.fail_after(30):
+        await anyio.wait_readable(bare)
+
+
 async def until_closed(stream: ByteStream) -> bytes:
     got = b""
     try:
@@ -127,6 +140,12 @@ def test_a_packed_body_is_unpacked_however_it_comes(data: bytes, kind: str, cuts
     assert unpack("gzip" if kind == "gzip" else "deflate", parts) == data
 
 
+def test_the_last_byte_unpacks_to_more_than_a_piece() -> None:
+    for size in range(PIECE_BYTES, PIECE_BYTES + 600):  # a match of 258 bytes may stand across a piece's end
+        packed = raw_deflate(b" " * size)
+        assert unpack("deflate", [packed[:-1], packed[-1:]]) == b" " * size
+
+
 @given(members=st.lists(st.binary(max_size=50), min_size=1, max_size=20), cut=st.integers(0, 200))
 def test_several_members_are_one_body(members: list[bytes], cut: int) -> None:
     packed = b"".join(map(gzip.compress, members))
@@ -148,6 +167,7 @@ def test_several_members_are_one_body(members: list[bytes], cut: int) -> None:
         ("deflate", zlib.compress(BODY) + b"more", "more bytes come after the end of its deflate data"),
         ("gzip", gzip.compress(b"") * (MAX_MEMBERS + 1), "more than 1024 gzip members"),
     ],
+    ids=itertools.count(),  # gzip writes the time into what it packs
 )
 def test_what_is_not_packed_as_it_says(coding: str, packed: bytes, says: str) -> None:
     with pytest.raises(RequestError, match=says) as caught:
@@ -179,29 +199,40 @@ async def test_an_unknown_coding_is_named(fields: list[bytes]) -> None:
     assert repr(b", ".join(fields).decode()) in body["error"]["message"]
 
 
+async def read_packed(intake: Intake, packed: bytes, coding: str = "gzip") -> bytes:
+    payload = aiohttp.StreamReader(mock.Mock(), 2**16)
+    payload.feed_data(packed)
+    payload.feed_eof()
+    return await intake.read(make_mocked_request("POST", "/", headers={"Content-Encoding": coding}, payload=payload))
+
+
 async def test_the_loop_turns_while_bodies_are_unpacked() -> None:
     intake, turns = Intake(ServerOptions()), 0
 
-    async def read(packed: bytes) -> None:
-        payload = aiohttp.StreamReader(mock.Mock(), 2**16)
-        payload.feed_data(packed)
-        payload.feed_eof()
-        request = make_mocked_request("POST", "/", headers={"Content-Encoding": "gzip"}, payload=payload)
+    async def read(number: int) -> None:
         with pytest.raises(RequestError, match="is over 33554432 bytes"):
-            await intake.read(request)
-        running.discard(packed)
+            await read_packed(intake, BOMB)
+        running.discard(number)
 
-    bombs = [BOMB + bytes([number]) for number in range(6)]
-    running = set(bombs)
+    running = set(range(6))
     async with anyio.create_task_group() as group:
-        for bomb in bombs:
-            group.start_soon(read, bomb)
+        for number in range(6):
+            group.start_soon(read, number)
         while running:
             await anyio.lowlevel.checkpoint()
             turns += 1
     # Four pieces a turn, of six bodies or, at the end, of fewer.
-    assert turns >= len(bombs) * (MAX_BODY_BYTES // PIECE_BYTES) // 4
+    assert turns >= 6 * (MAX_BODY_BYTES // PIECE_BYTES) // 4
+    await anyio.lowlevel.checkpoint()
     assert intake._total == 0 and not intake._held
+
+
+async def test_packed_bytes_that_unpack_to_nothing_are_bounded_too() -> None:
+    empty_block = b"\x00\x00\x00\xff\xff"
+    intake = Intake(ServerOptions(max_body_memory=1000))
+    assert await read_packed(intake, empty_block * 199 + b"\x03\x00", "deflate") == b""
+    with pytest.raises(RequestError, match="is over 1000 bytes"):
+        await read_packed(intake, empty_block * 201, "deflate")
 
 
 # ── how long a body is ───────────────────────────────────────────────────────────────────────
@@ -268,6 +299,8 @@ async def test_a_body_is_held_until_it_is_decoded_or_its_client_leaves() -> None
             await stream.send(post(long_body(90_000))[:-10])
             await anyio.sleep(0.1)
         front.hangs = False
+        async with dial(url) as stream:
+            assert await refusal(stream, post(long_body(90_000)[:-1] + b"x")) == (400, "invalid_json")
         statuses = set()
         while 200 not in statuses:  # until the server has seen it leave
             async with dial(url) as stream:
@@ -386,6 +419,21 @@ async def test_one_connection_too_many_is_answered_and_closed() -> None:
         assert await errors_counted(url, 503)
 
 
+@pytest.mark.parametrize("status", [503, 408])
+async def test_a_client_that_still_sends_after_its_refusal_is_not_reset(status: int) -> None:
+    async with serving(FakeFront(), max_connections=1, read_timeout=SLOW) as url, AsyncExitStack() as stack:
+        if status == 503:
+            only = await stack.enter_async_context(dial(url))
+            assert (await answer(only, post(BODY)))[0] == 200
+        with bare_socket(url, b"POST / HTTP/1.1\r\n") as bare:
+            await readable(bare)
+            for _ in range(3):
+                bare.sendall(b"X: y\r\n")
+                await anyio.sleep(0.02)
+            assert b" %d " % status in bare.recv(2000)
+            assert bare.recv(1) == b""
+
+
 async def test_many_refused_at_once_are_all_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "LINGERING", 3)
     async with serving(FakeFront(), max_connections=1) as url, dial(url) as only:
@@ -398,11 +446,12 @@ async def test_many_refused_at_once_are_all_answered(monkeypatch: pytest.MonkeyP
 async def test_slow_clients_that_take_all_connections_make_room_again() -> None:
     count = 200
     async with serving(FakeFront(), max_connections=count, read_timeout=SLOW) as url:
-        async with AsyncExitStack() as stack:
-            streams = [await stack.enter_async_context(dial(url)) for _ in range(count)]
-            for number, stream in enumerate(streams):
-                await stream.send(post(b"{", length=100)[: 20 if number % 2 else None])
-            assert {await refusal(stream) for stream in streams} == {(408, "request_timeout")}
+        slow = post(b"{", length=100)
+        bare = [bare_socket(url, slow[: 20 if number % 2 else None]) for number in range(count)]
+        for one in bare:
+            with one:
+                await readable(one)
+                assert b" 408 " in one.recv(1000)
         async with dial(url) as stream:
             assert (await answer(stream, post(BODY)))[0] == 200
 
