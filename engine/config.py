@@ -206,6 +206,29 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
     drain_seconds: Annotated[float, Meta(ge=0, description="seconds that SIGTERM leaves running requests to end")] = (
         30.0
     )
+    max_connections: Annotated[
+        Positive | None,
+        Meta(
+            description="most connections; one more is answered 503; default: 4096, or fewer where the limit of open "
+            "files is low"
+        ),
+    ] = None
+    max_body_memory: Annotated[
+        Positive,
+        Meta(description="most bytes of request bodies being read or decoded, unpacked; beyond it 503"),
+    ] = 256 * 2**20
+    read_timeout: Annotated[
+        float,
+        Meta(
+            gt=0,
+            description="seconds for the head of a request; a body must bring 512 bytes for each of them, and may take "
+            "as long as it does; later is 408",
+        ),
+    ] = 30.0
+    write_timeout: Annotated[
+        float,
+        Meta(gt=0, description="seconds that a client may take nothing of an answer before it is disconnected (Linux)"),
+    ] = 600.0
 
 
 class Config(Struct, frozen=True, kw_only=True):

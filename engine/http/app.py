@@ -6,7 +6,6 @@ aborts the request. Left out: TLS and rate limits, which a proxy in front does w
 """
 
 import errno
-import logging
 import math
 import socket
 from collections.abc import Callable
@@ -34,18 +33,19 @@ from engine.http import (
     stored,
     tokens,
 )
+from engine.http.connections import listen
+from engine.http.intake import CODINGS, INTAKE, Intake
 from engine.http.keys import Keys, key_check
 from engine.http.openapi import DOCUMENT, ErrorReply, Route, describe, openapi_document
 from engine.http.origins import Access, Gate, warn_of_any_origin
 from engine.http.service import SERVICE, Service
 from engine.http.sse import describe_error
 from engine.http.stored import STORE, ResponseStore
-from engine.http.wire import MAX_BODY_BYTES, error_object, json_response, to_json
+from engine.http.wire import error_object, json_response, to_json
 
 if TYPE_CHECKING:
     from engine.front import Front
 
-BACKLOG = 2048
 CLOSE_SECONDS = 1.0  # what handlers still running at the end get; draining happens before
 ROUTES = (
     Route(
@@ -181,10 +181,11 @@ def create_app(front: "Front", options: ServerOptions) -> web.Application:
     """
     gate, keys = Gate(Access.of(options), pages=PAGES, methods=METHODS), Keys(options)
     checks = [shape_errors, gate.middleware(), key_check(keys, OPEN_PATHS)]
-    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=checks)
+    app = web.Application(middlewares=checks)
     gate.join(app)
     app[SERVICE] = service = Service(front, options)
     front.on_stats.append(service.metrics.on_stats)
+    app[INTAKE] = Intake(options)
     app[STORE] = store = ResponseStore()
     app.on_cleanup.append(lambda app: store.close())
     app[DOCUMENT] = to_json(describe(ROUTES, models=service.models, keyed=keys.asked))
@@ -195,23 +196,23 @@ def create_app(front: "Front", options: ServerOptions) -> web.Application:
 async def serve(front: "Front", options: ServerOptions, *, started: Callable[[str], None]) -> None:
     """Serve until cancelled; `started` gets the URL once the port listens.
 
-    Raises ConfigError if `options.host` and `options.port` cannot be listened on.
+    Raises ConfigError if `options.host` and `options.port` cannot be listened on, or there are too few descriptors.
     """
     app = create_app(front, options)
     warn_of_any_origin(options)
-    # What aiohttp would log is what clients send that is not HTTP; `shape_errors` logs all that is ours.
-    quiet = logging.Logger("engine.http", logging.CRITICAL)
-    runner = web.AppRunner(
-        app, handler_cancellation=True, access_log=None, shutdown_timeout=CLOSE_SECONDS, logger=quiet
-    )
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=CLOSE_SECONDS)
     await runner.setup()
+    assert runner.server is not None
     try:
         try:
-            await web.TCPSite(runner, options.host, options.port, backlog=BACKLOG).start()
+            listener = await listen(runner.server, options, app[SERVICE].metrics.count_error)
         except OSError as error:
             raise _cannot_listen(options, error) from error
-        started(_url(options.host, runner.addresses[0][1]))
-        await anyio.sleep_forever()
+        try:
+            started(_url(options.host, listener.sockets[0].getsockname()[1]))
+            await anyio.sleep_forever()
+        finally:
+            listener.close()
     finally:
         front.on_stats.remove(app[SERVICE].metrics.on_stats)
         with anyio.CancelScope(shield=True):
@@ -257,8 +258,13 @@ async def shape_errors(request: web.Request, handler: Handler) -> web.StreamResp
     if status == 503:
         draining = service.front.health().status == "draining"
         headers["Retry-After"] = str(max(1, math.ceil(service.options.drain_seconds)) if draining else 1)
+    if status == 415:
+        headers["Accept-Encoding"] = ", ".join(CODINGS)
     worded = anthropic_reply.error_of(body, status) if request.path.startswith(anthropic.PREFIX) else body
-    return json_response(worded, status=status, headers=headers)
+    response = json_response(worded, status=status, headers=headers)
+    if not request.content.is_eof():  # what is left of the body is not waited for
+        response.force_close()
+    return response
 
 
 def _http_words(request: web.Request, error: web.HTTPException) -> tuple[str, str]:
@@ -269,8 +275,6 @@ def _http_words(request: web.Request, error: web.HTTPException) -> tuple[str, st
         case web.HTTPMethodNotAllowed():
             allowed = ", ".join(sorted(error.allowed_methods))
             return "method_not_allowed", f"{request.path} does not take {error.method}; use {allowed}"
-        case web.HTTPRequestEntityTooLarge():
-            return "body_too_large", f"the request body is over {MAX_BODY_BYTES} bytes; send a shorter one"
         case _:
             return "http_error", error.reason
 

@@ -17,6 +17,7 @@ from aiohttp.typedefs import Handler
 from msgspec import UNSET, Struct
 
 from engine import __version__
+from engine.http.intake import read_body, release_body
 from engine.http.wire import Body, BodyDecoder, Reply, StructType, json_response, structs_in
 from engine.sampling import INT32_MAX, MAX_LOGPROBS, MAX_PENALTY, MAX_REPETITION
 
@@ -100,7 +101,9 @@ class Route(Struct, frozen=True):
             return await self.handler(request, decoder.query(request.query))
 
         async def with_body(request: web.Request) -> web.StreamResponse:
-            return await self.handler(request, decoder.decode(await request.read()))
+            body = decoder.decode(await read_body(request))
+            release_body(request)
+            return await self.handler(request, body)
 
         return with_query if self.method == "GET" else with_body
 

@@ -33,7 +33,7 @@ def post(body: bytes, *headers: bytes) -> bytes:
         (post(b"0\r\n\r\n", b"Content-Length: 5", b"Transfer-Encoding: chunked"), 400),
         (post(b"zz\r\n{}\r\n0\r\n\r\n", b"Transfer-Encoding: chunked"), 400),
         (post(b"hello", b"Content-Length: 5", b"Content-Encoding: gzip"), 400),
-        (post(b"hello", b"Content-Length: 5", b"Content-Encoding: what"), 400),
+        (post(b"hello", b"Content-Length: 5", b"Content-Encoding: what"), 415),
         (post(BOMB, b"Content-Length: %d" % len(BOMB), b"Content-Encoding: gzip"), 413),
         (post(b"", b"Content-Length: 0", b"Expect: miracles"), 417),
     ],
