@@ -19,6 +19,7 @@ from engine.channel import Frames, Outbox, channel, open_channel
 from engine.config import Config
 from engine.errors import EngineError
 from engine.logs import set_up_logging
+from engine.memory import give_back_large_blocks
 from engine.messages import Boot, Fatal, FromFront, ToFront
 from engine.plugin.manager import Plugins
 
@@ -91,6 +92,7 @@ async def _run(descriptor: int) -> None:
 
 
 def main() -> None:
+    give_back_large_blocks()
     anyio.run(_run, int(sys.argv[1]), backend_options={"use_uvloop": True})
 
 

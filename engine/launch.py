@@ -22,6 +22,7 @@ from engine.core import CoreLink, core_actors
 from engine.errors import WorkerError
 from engine.front import Front
 from engine.logs import set_up_logging
+from engine.memory import give_back_large_blocks
 from engine.messages import Failed, FromFront, ToDetokenizer, ToFront, ToHttp, Tokens, WorkerReady
 from engine.model_text import read_text
 from engine.parsers import check_parsers, choose_parsers
@@ -112,6 +113,7 @@ async def open_front(config: Config, core: Core | None = None) -> AsyncIterator[
 def serve(config: Config) -> int:
     """Serve over HTTP until a signal or a failure; the process's exit code."""
     set_up_logging(config.process.log_level)
+    give_back_large_blocks()
     return anyio.run(_serve, config, backend_options={"use_uvloop": True})
 
 
@@ -154,13 +156,21 @@ async def _serve(config: Config) -> int:
                 async for _ in received:
                     if front.draining:
                         break
-                    log.info("draining: waiting up to %.0f s for open requests", config.server.drain_seconds)
+                    if front.open:
+                        log.info(
+                            "draining: %s open and may go on for up to %.0f s; a second signal ends what is open",
+                            _requests(front.open), config.server.drain_seconds,
+                        )  # fmt: skip
                     group.start_soon(drain)
-            group.cancel_scope.cancel()
+            close()
 
         async def drain() -> None:
-            if left := await front.drain(config.server.drain_seconds):
-                log.warning("%d requests were still open and are cut off", left)
+            await front.drain(config.server.drain_seconds)
+            close()
+
+        def close() -> None:
+            if left := front.end():
+                log.warning("%s still open and now ended with an error", _requests(left))
             group.cancel_scope.cancel()
 
         async def failure() -> None:
@@ -172,6 +182,10 @@ async def _serve(config: Config) -> int:
         for task in (http, announce, signals, failure):
             group.start_soon(task)
     return code
+
+
+def _requests(count: int) -> str:
+    return "1 request is" if count == 1 else f"{count} requests are"
 
 
 def try_line(url: str, model: str, api_key: str | None, *, embeds: bool = False) -> str:

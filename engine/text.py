@@ -17,6 +17,7 @@ from engine.plugin.specs import TextSpec
 from engine.template import ChatTemplate, requested
 
 TEMPLATES = 16  # templates of requests that are kept compiled
+WORDS_KEPT = 4096  # words whose tokens the tokenizer remembers: of up to 255 bytes, and up to 8 KiB each
 
 
 class Text:
@@ -29,6 +30,8 @@ class Text:
     def __init__(self, spec: TextSpec, chat_template: str | None = None, parsers: Parsers | None = None) -> None:
         self.spec = spec
         self.parsers = parsers = parsers or Parsers()
+        if resize := getattr(spec.tokenizer.model, "_resize_cache", None):  # of a kind that keeps words
+            resize(WORDS_KEPT)
         self.vocab_size: int = spec.tokenizer.get_vocab_size(with_added_tokens=True)
         self.longest_token = max(map(len, spec.tokenizer.get_vocab()), default=1)  # characters of one
         source = chat_template if chat_template is not None else spec.chat_template

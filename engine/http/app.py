@@ -166,7 +166,7 @@ def create_app(front: "Front", options: ServerOptions) -> web.Application:
 
 
 async def serve(front: "Front", options: ServerOptions, *, started: Callable[[str], None]) -> None:
-    """Serve until cancelled; `started` gets the URL once the port listens.
+    """Serve until cancelled; `started` gets the URL once the port listens. At the end, what is open ends with an error.
 
     Raises ConfigError if `options.host` and `options.port` cannot be listened on.
     """
@@ -186,6 +186,7 @@ async def serve(front: "Front", options: ServerOptions, *, started: Callable[[st
         await anyio.sleep_forever()
     finally:
         front.on_stats.remove(app[SERVICE].metrics.on_stats)
+        front.end()  # whatever cancels us: each stream gets the event that says why it ends
         with anyio.CancelScope(shield=True):
             await runner.cleanup()
 

@@ -100,7 +100,12 @@ class Route(Struct, frozen=True):
             return await self.handler(request, decoder.query(request.query))
 
         async def with_body(request: web.Request) -> web.StreamResponse:
-            return await self.handler(request, decoder.decode(await request.read()))
+            await request.read()
+            # Not left in the request, which its connection holds while it waits for the next one.
+            data, request._read_bytes = request._read_bytes, None
+            body = decoder.decode(data or b"")
+            del data
+            return await self.handler(request, body)
 
         return with_query if self.method == "GET" else with_body
 

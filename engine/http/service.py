@@ -17,7 +17,7 @@ from anyio.streams.memory import MemoryObjectSendStream
 
 from engine.actor import first_failure
 from engine.config import ServerOptions
-from engine.errors import RequestError
+from engine.errors import RequestError, let_go
 from engine.front import joined
 from engine.http.metrics import Metrics
 from engine.http.sse import Events, send_events
@@ -111,6 +111,7 @@ def in_client_words(names: Mapping[str, str]) -> Iterator[None]:
         if param is None:
             raise
         message = re.sub(rf"\b{error.param}\b(?= is| and| [0-9])", param, error.message)
+        let_go(error)
         raise RequestError(message, param=param, code=error.code, status=error.status) from None
 
 
@@ -145,6 +146,9 @@ async def numbered(streams: Sequence[AsyncGenerator[Chunk]]) -> AsyncIterator[As
                     await sender.send((index, chunk))
             except Exception as error:
                 await sender.send((index, error))
+            except BaseException as error:  # a task group holds it for long
+                let_go(error)
+                raise
 
     async def chunks() -> AsyncIterator[tuple[int, Chunk]]:
         async for index, item in receiver:

@@ -85,6 +85,9 @@ class FakeFront:
         self.aborted.append(rid)
         return len(self.open) if rid is None else int(rid in self.open)
 
+    def end(self) -> int:
+        return len(self.open)
+
     async def flush(self) -> Flushed:
         return Flushed(0, 12, 3)
 
