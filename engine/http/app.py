@@ -33,6 +33,7 @@ from engine.http import (
     tokens,
 )
 from engine.http.openapi import DOCUMENT, ErrorReply, Route, describe, openapi_document
+from engine.http.request_id import name_request, send_id
 from engine.http.service import SERVICE, Service
 from engine.http.sse import describe_error
 from engine.http.stored import STORE, ResponseStore
@@ -155,7 +156,8 @@ def create_app(front: "Front", options: ServerOptions) -> web.Application:
 
     Run it with `handler_cancellation=True`, as `serve` does, or clients that leave are not noticed.
     """
-    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[shape_errors, check_key])
+    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[shape_errors, name_request, check_key])
+    app.on_response_prepare.append(send_id)
     app[SERVICE] = service = Service(front, options)
     front.on_stats.append(service.metrics.on_stats)
     app[STORE] = store = ResponseStore()

@@ -68,7 +68,6 @@ async def send_events(
     request: web.Request,
     chunks: AsyncIterator[Item],
     events: Events[Item],
-    headers: dict[str, str],
     *,
     failure: Callable[[Exception], bytes] = failure_event,
 ) -> web.StreamResponse:
@@ -76,7 +75,7 @@ async def send_events(
 
     `failure` words the event of an error after that."""
     first = await anext(chunks)
-    response = web.StreamResponse(headers=HEADERS | headers)
+    response = web.StreamResponse(headers=HEADERS)
     await response.prepare(request)
     try:
         if data := events.event(first):
