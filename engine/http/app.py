@@ -4,12 +4,14 @@ A client that disconnects cancels its handler (`handler_cancellation`), which cl
 aborts the request. Left out: TLS, CORS and rate limits, which a proxy in front does well.
 """
 
+import asyncio
 import errno
 import hmac
 import logging
 import math
 import socket
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
@@ -32,6 +34,7 @@ from engine.http import (
     stored,
     tokens,
 )
+from engine.http.half_closed import connection
 from engine.http.openapi import DOCUMENT, ErrorReply, Route, describe, openapi_document
 from engine.http.request_id import name_request, send_id
 from engine.http.service import SERVICE, Service
@@ -179,17 +182,23 @@ async def serve(front: "Front", options: ServerOptions, *, started: Callable[[st
         app, handler_cancellation=True, access_log=None, shutdown_timeout=CLOSE_SECONDS, logger=quiet
     )
     await runner.setup()
+    assert runner.server is not None, "it is set up"
+    listener = None
     try:
         try:
-            await web.TCPSite(runner, options.host, options.port, backlog=BACKLOG).start()
+            listener = await asyncio.get_running_loop().create_server(
+                partial(connection, runner.server), options.host, options.port, backlog=BACKLOG
+            )
         except OSError as error:
             raise _cannot_listen(options, error) from error
-        started(_url(options.host, runner.addresses[0][1]))
+        started(_url(options.host, listener.sockets[0].getsockname()[1]))
         await anyio.sleep_forever()
     finally:
         front.on_stats.remove(app[SERVICE].metrics.on_stats)
         front.end()  # whatever cancels us: each stream gets the event that says why it ends
         with anyio.CancelScope(shield=True):
+            if listener is not None:
+                listener.close()
             await runner.cleanup()
 
 

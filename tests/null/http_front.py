@@ -44,7 +44,7 @@ def text_of(template: str | None, tool: str | None = None, reasoning: str | None
 class FakeFront:
     """Answers every request with `script`: chunks, or an exception to raise in their place."""
 
-    def __init__(self, script: Sequence[Chunk | Exception] = (), *, hangs: bool = False) -> None:
+    def __init__(self, script: Sequence[Chunk | Exception] = (), *, hangs: bool = False, pause: float = 0.0) -> None:
         self.config = Config()
         self.text: Text | None = None
         self.model_name = "fake"
@@ -57,6 +57,7 @@ class FakeFront:
         self.experts = None
         self.script = list(script or chunks("Hello", ", ", "world"))
         self.hangs = hangs  # after its script, before the end
+        self.pause = pause  # seconds before each item of it
         self.asked: list[Generate] = []
         self.began = anyio.Event()
         self.closed = anyio.Event()
@@ -72,6 +73,8 @@ class FakeFront:
         self.began.set()
         try:
             for item in self.script:
+                if self.pause:
+                    await anyio.sleep(self.pause)
                 if isinstance(item, Exception):
                     raise item
                 yield item

@@ -224,7 +224,9 @@ STREAMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("flags", "signals"), [(["--drain-seconds", "0"], [signal.SIGTERM]), ([], [signal.SIGINT] * 2)])
+@pytest.mark.parametrize(
+    ("flags", "signals"), [(["--drain-seconds", "0"], [signal.SIGTERM]), ([], [signal.SIGINT] * 2)]
+)
 async def test_what_is_left_after_the_drain_ends_with_an_error(flags: list[str], signals: list[int]) -> None:
     with serving(*flags) as server:
         async with aiohttp.ClientSession(server.url) as session, AsyncExitStack() as stack:

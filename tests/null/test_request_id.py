@@ -28,7 +28,9 @@ async def site() -> AsyncIterator[Site]:
         yield site
 
 
-async def asked(site: Site, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Mapping[str, str], Any]:
+async def asked(
+    site: Site, method: str, path: str, body: Any = None, **headers: str
+) -> tuple[int, Mapping[str, str], Any]:
     async with site.session.request(method, path, json=body, headers=headers) as response:
         return response.status, response.headers, await response.text()
 
