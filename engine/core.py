@@ -15,6 +15,7 @@ from engine.actor import Actor, supervise
 from engine.actors.compiler import CompilerActor
 from engine.actors.executor import ExecutorActor
 from engine.actors.scheduler import SchedulerActor
+from engine.allocator import give_back_large_blocks
 from engine.channel import Frames, Outbox, channel, open_channel
 from engine.config import Config
 from engine.errors import EngineError
@@ -92,6 +93,7 @@ async def _run(descriptor: int) -> None:
 
 
 def main() -> None:
+    give_back_large_blocks()
     anyio.run(_run, int(sys.argv[1]), backend_options={"use_uvloop": True})
 
 

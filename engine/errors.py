@@ -40,6 +40,15 @@ class RequestError(EngineError):
         self.status = status
 
 
+def let_go(error: BaseException) -> None:
+    """Forget where `error`, whose life ends here, came from.
+
+    A traceback leads to the frames of a request, and these often to the error: such a circle holds the whole body until
+    the garbage collector comes by.
+    """
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+
+
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """The hint that ends an error about an unknown `name`; empty when none of `known` is near (0 to 1: equal)."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)

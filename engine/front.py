@@ -81,11 +81,12 @@ class Mailbox:
     all the scheduling.
     """
 
-    __slots__ = ("_chunks", "_wanted", "error", "key")
+    __slots__ = ("_chunks", "_wanted", "error", "failed", "key")
 
     def __init__(self, key: str) -> None:
         self.key = key
-        self.error: EngineError | None = None
+        self.error: EngineError | None = None  # until it is raised
+        self.failed = False
         self._chunks: list[Chunk] = []
         self._wanted: asyncio.Future[None] | None = None
 
@@ -96,18 +97,25 @@ class Mailbox:
 
     def fail(self, error: EngineError) -> None:
         self.error = error
+        self.failed = True
         if (wanted := self._wanted) is not None and not wanted.done():
             wanted.set_result(None)
 
     async def take(self) -> Chunk:
         """What has arrived, merged into one chunk; raises the request's error once all else is taken."""
         while not self._chunks:
-            if self.error is not None:
-                raise self.error
+            if self.failed:
+                raise self._taken_error()
             self._wanted = asyncio.get_running_loop().create_future()
             await self._wanted
         chunks, self._chunks = self._chunks, []
         return chunks[0] if len(chunks) == 1 else joined(chunks)
+
+    def _taken_error(self) -> EngineError:
+        """The error, which is held here no longer: its traceback leads to this mailbox, and to the whole request."""
+        error, self.error = self.error, None
+        assert error is not None, "an error is taken once"
+        return error
 
 
 class Front:
@@ -174,12 +182,28 @@ class Front:
     def fail(self, cause: str) -> None:
         """Nothing more will come: every open request ends with `cause`."""
         self.failure = self.failure or cause
+        self._fail_open(lambda: WorkerError(cause))
+
+    def end(self) -> int:
+        """Let in nothing more, and end every open request with an error that says so; how many were open."""
+        self.draining = True
+        self._fail_open(_ended)
+        return len(self._open)
+
+    def _fail_open(self, error: Callable[[], EngineError]) -> None:
+        """End each open request, and each question, with an `error` of its own; what has one already keeps it."""
         for box in self._open.values():
-            box.fail(WorkerError(cause))
+            if not box.failed:
+                box.fail(error())
         for answer in self._asked.values():
             if not answer.done():
-                answer.set_exception(WorkerError(cause))
+                answer.set_exception(error())
         self._wake()
+
+    @property
+    def open(self) -> int:
+        """How many requests are open."""
+        return len(self._open)
 
     def _wake(self) -> None:
         self._changed.set()
@@ -240,7 +264,7 @@ class Front:
         finally:
             del self._open[request.rid]
             del self._keys[box.key]
-            if not ended and box.error is None:
+            if not ended and not box.failed:
                 self._tokenizer.send_nowait(Abort(box.key))
             self._wake()
 
@@ -335,6 +359,11 @@ def check_task(request: Job, model: str, info: WorkerReady) -> None:
             "an embedding model: engine serve --model all-minilm-l6-v2",
             code="wrong_task",
         )
+
+
+def _ended() -> RequestError:
+    message = "the server is shutting down, and has ended this request; send it again, elsewhere or later"
+    return RequestError(message, code="draining", status=503)
 
 
 def _error(failed: Failed) -> EngineError:

@@ -17,6 +17,7 @@ from msgspec.structs import asdict
 from engine.actor import Actor, supervise
 from engine.actors.detokenizer import DetokenizerActor, Replies
 from engine.actors.tokenizer import Admission, TokenizerActor
+from engine.allocator import give_back_large_blocks
 from engine.channel import Outbox, channel, open_channel
 from engine.config import Config
 from engine.core import CoreLink, core_actors
@@ -128,6 +129,7 @@ async def open_front(config: Config, core: Core | None = None) -> AsyncIterator[
 def serve(config: Config) -> int:
     """Serve over HTTP until a signal or a failure; the process's exit code."""
     set_up_logging(config.process.log_level)
+    give_back_large_blocks()
     return anyio.run(_serve, config, backend_options={"use_uvloop": True})
 
 
@@ -174,13 +176,21 @@ async def _serve(config: Config) -> int:
                 async for _ in received:
                     if front.draining:
                         break
-                    log.info("draining: waiting up to %.0f s for open requests", config.server.drain_seconds)
+                    if front.open:
+                        log.info(
+                            "draining: %s open and may go on for up to %.0f s; a second signal ends what is open",
+                            _requests(front.open), config.server.drain_seconds,
+                        )  # fmt: skip
                     group.start_soon(drain)
-            group.cancel_scope.cancel()
+            close()
 
         async def drain() -> None:
-            if left := await front.drain(config.server.drain_seconds):
-                log.warning("%d requests were still open and are cut off", left)
+            await front.drain(config.server.drain_seconds)
+            close()
+
+        def close() -> None:
+            if left := front.end():
+                log.warning("%s still open and now ended with an error", _requests(left))
             group.cancel_scope.cancel()
 
         async def failure() -> None:
@@ -192,6 +202,10 @@ async def _serve(config: Config) -> int:
         for task in (http, announce, signals, failure):
             group.start_soon(task)
     return code
+
+
+def _requests(count: int) -> str:
+    return "1 request is" if count == 1 else f"{count} requests are"
 
 
 def try_line(url: str, model: str, *, keyed: bool = False, embeds: bool = False) -> str:

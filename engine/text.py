@@ -19,6 +19,7 @@ from engine.template import ChatTemplate, requested
 
 OPENAI_DEFAULTS = SamplingDefaults()
 TEMPLATES = 16  # templates of requests that are kept compiled
+WORDS_KEPT = 4096  # words whose tokens the tokenizer remembers: of up to 255 bytes, and up to 8 KiB each
 
 
 class Text:
@@ -38,6 +39,8 @@ class Text:
         self.spec = spec
         self.defaults = defaults
         self.parsers = parsers = parsers or Parsers()
+        if resize := getattr(spec.tokenizer.model, "_resize_cache", None):  # of a kind that keeps words
+            resize(WORDS_KEPT)
         self.vocab_size: int = spec.tokenizer.get_vocab_size(with_added_tokens=True)
         self.longest_token = max(map(len, spec.tokenizer.get_vocab()), default=1)  # characters of one
         self.chat_template = source = chat_template if chat_template is not None else spec.chat_template

@@ -13,7 +13,7 @@ import anyio.to_thread
 from anyio.streams.memory import MemoryObjectReceiveStream
 
 from engine.channel import Outbox
-from engine.errors import RequestError
+from engine.errors import RequestError, let_go
 from engine.grammar import check_grammar, grammar_of
 from engine.messages import (
     Abort,
@@ -290,6 +290,7 @@ class TokenizerActor:
                 case WorkerReady():
                     self.admission.max_model_len = message.max_model_len
                     self.admission.vocab_size = message.vocab_size
+            del message  # not held while the next one is waited for
 
     async def _admit(self, request: Job) -> None:
         try:
@@ -298,9 +299,11 @@ class TokenizerActor:
             else:
                 opened, admitted = self.admission.admit(request)
         except RequestError as error:
+            let_go(error)
             await self._refuse(request.rid, error)
             return
-        except RecursionError:
+        except RecursionError as error:
+            let_go(error)
             await self._refuse(request.rid, RequestError("the request nests too deeply; flatten it"))
             return
         await self.detokenizer.send(opened)

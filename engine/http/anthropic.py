@@ -18,6 +18,7 @@ from engine.grammar import check_nesting
 from engine.http.anthropic_reply import AnthropicReply, failure_event
 from engine.http.conversation import ToolName, checked, tool_of
 from engine.http.reading import Wanted, reading_of
+from engine.http.request_id import called
 from engine.http.service import SERVICE, in_client_words
 from engine.http.sse import send_events
 from engine.http.tokens import size_of, with_text
@@ -166,15 +167,14 @@ async def messages(request: web.Request, body: MessagesBody) -> web.StreamRespon
     reading = reading_of(service.front.text, sampling, conversation, options, wanted_of(body), names=CLIENT_NAMES)
     rid = f"msg_{uuid4().hex}"
     job = Generate(rid, sampling, messages=conversation, **options, **reading.job)
-    headers = {"X-Request-Id": rid, "Request-Id": rid}
     reply = AnthropicReply(rid, service.model, reading)
     chunks = service.metrics.watch(service.front.generate(job), "messages")
-    with in_client_words(CLIENT_NAMES):
+    with in_client_words(CLIENT_NAMES), service.known_as(called(request, rid), rid, [job]):
         async with aclosing(chunks):
             if body.stream:
-                return await send_events(request, chunks, reply, headers, failure=failure_event)
+                return await send_events(request, chunks, reply, failure=failure_event)
             whole = joined([chunk async for chunk in chunks])
-    return json_response(reply.whole(whole), headers=headers)
+    return json_response(reply.whole(whole))
 
 
 async def count_tokens(request: web.Request, body: CountBody) -> web.Response:

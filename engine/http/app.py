@@ -38,6 +38,7 @@ from engine.http.intake import CODINGS, INTAKE, Intake
 from engine.http.keys import Keys, key_check
 from engine.http.openapi import DOCUMENT, ErrorReply, Route, describe, openapi_document
 from engine.http.origins import Access, Gate, warn_of_any_origin
+from engine.http.request_id import name_request, send_id
 from engine.http.service import SERVICE, Service
 from engine.http.sse import describe_error
 from engine.http.stored import STORE, ResponseStore
@@ -180,8 +181,9 @@ def create_app(front: "Front", options: ServerOptions) -> web.Application:
     Raises ConfigError for options that say nothing of who may call.
     """
     gate, keys = Gate(Access.of(options), pages=PAGES, methods=METHODS), Keys(options)
-    checks = [shape_errors, gate.middleware(), key_check(keys, OPEN_PATHS)]
+    checks = [shape_errors, name_request, gate.middleware(), key_check(keys, OPEN_PATHS)]
     app = web.Application(middlewares=checks)
+    app.on_response_prepare.append(send_id)
     gate.join(app)
     app[SERVICE] = service = Service(front, options)
     front.on_stats.append(service.metrics.on_stats)
@@ -194,7 +196,7 @@ def create_app(front: "Front", options: ServerOptions) -> web.Application:
 
 
 async def serve(front: "Front", options: ServerOptions, *, started: Callable[[str], None]) -> None:
-    """Serve until cancelled; `started` gets the URL once the port listens.
+    """Serve until cancelled; `started` gets the URL once the port listens. At the end, what is open ends with an error.
 
     Raises ConfigError if `options.host` and `options.port` cannot be listened on, or there are too few descriptors.
     """
@@ -202,20 +204,21 @@ async def serve(front: "Front", options: ServerOptions, *, started: Callable[[st
     warn_of_any_origin(options)
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=CLOSE_SECONDS)
     await runner.setup()
-    assert runner.server is not None
+    assert runner.server is not None, "it is set up"
+    listener = None
     try:
         try:
             listener = await listen(runner.server, options, app[SERVICE].metrics.count_error)
         except OSError as error:
             raise _cannot_listen(options, error) from error
-        try:
-            started(_url(options.host, listener.sockets[0].getsockname()[1]))
-            await anyio.sleep_forever()
-        finally:
-            listener.close()
+        started(_url(options.host, listener.sockets[0].getsockname()[1]))
+        await anyio.sleep_forever()
     finally:
         front.on_stats.remove(app[SERVICE].metrics.on_stats)
+        front.end()  # whatever cancels us: each stream gets the event that says why it ends
         with anyio.CancelScope(shield=True):
+            if listener is not None:
+                listener.close()
             await runner.cleanup()
 
 

@@ -25,6 +25,7 @@ from aiohttp import web
 
 from engine.config import ServerOptions
 from engine.errors import ConfigError
+from engine.http.half_closed import HalfClosed
 from engine.http.wire import error_object, json_response, to_json
 
 MOST_CONNECTIONS: Final = 4096  # unless the limit of open files is lower
@@ -99,8 +100,8 @@ class Door:
         )
 
 
-class Connection(web.RequestHandler):
-    """aiohttp's protocol, with a limit on connections and a deadline for heads."""
+class Connection(HalfClosed):
+    """aiohttp's protocol, with a limit on connections and a deadline for heads; one that is half closed is answered."""
 
     __slots__ = ("_admitted", "_door", "_timer")
 
@@ -142,6 +143,10 @@ class Connection(web.RequestHandler):
         else:
             self._door.lingering -= 1
         super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends no more: nothing is left to do unless a whole request is being answered."""
+        return self._admitted and self._timer is None and super().eof_received()
 
     def data_received(self, data: bytes) -> None:
         """Parse, and see to it that a head that has begun is whole in time."""

@@ -21,6 +21,7 @@ from msgspec import UNSET, Meta, UnsetType
 from engine.actor import first_failure
 from engine.errors import RequestError
 from engine.http.openai import Priority, TokenId, pack_ids
+from engine.http.request_id import called
 from engine.http.service import SERVICE, Service
 from engine.http.wire import Body, Reply, json_response
 from engine.messages import Chunk, Embed
@@ -149,11 +150,11 @@ async def embeddings(request: web.Request, body: EmbeddingBody) -> web.Response:
     service.check_model(body.model)
     check_dimensions(service, body.dimensions)
     rid = f"embd-{uuid4().hex}"
-    chunks = await vectors_of(service, rid, inputs_of(body.input), body.priority or 0, "embeddings")
+    chunks = await vectors_of(request, rid, inputs_of(body.input), body.priority or 0, "embeddings")
     encoded = b64 if body.encoding_format == "base64" else numbers
     data = [EmbeddingData("embedding", index, encoded(chunk.vector)) for index, chunk in enumerate(chunks)]
     reply = EmbeddingList("list", data, service.model, usage_of(chunks))
-    return json_response(reply, headers={"X-Request-Id": rid})
+    return json_response(reply)
 
 
 async def score(request: web.Request, body: ScoreBody) -> web.Response:
@@ -167,14 +168,14 @@ async def score(request: web.Request, body: ScoreBody) -> web.Response:
             param="text_1",
         )
     rid = f"score-{uuid4().hex}"
-    chunks = await vectors_of(service, rid, firsts | seconds, body.priority or 0, "score")
+    chunks = await vectors_of(request, rid, firsts | seconds, body.priority or 0, "score")
     made = [array("f", chunk.vector) for chunk in chunks]
     left, right = made[: len(firsts)], made[len(firsts) :]
     if len(left) == 1:
         left *= len(right)
     data = [ScoreData("score", index, cosine(*pair)) for index, pair in enumerate(zip(left, right, strict=True))]
     reply = ScoreList(rid, "list", int(time.time()), service.model, data, usage_of(chunks))
-    return json_response(reply, headers={"X-Request-Id": rid})
+    return json_response(reply)
 
 
 async def rerank(request: web.Request, body: RerankBody) -> web.Response:
@@ -184,13 +185,13 @@ async def rerank(request: web.Request, body: RerankBody) -> web.Response:
     texts = [one if isinstance(one, str) else one.text for one in body.documents]
     rid = f"rerank-{uuid4().hex}"
     inputs = {"query": body.query} | named(texts, "documents")
-    query, *made = chunks = await vectors_of(service, rid, inputs, body.priority or 0, "rerank")
+    query, *made = chunks = await vectors_of(request, rid, inputs, body.priority or 0, "rerank")
     wanted = array("f", query.vector)
     scores = [cosine(wanted, array("f", chunk.vector)) for chunk in made]
     order = sorted(range(len(texts)), key=lambda index: (-scores[index], index))[: body.top_n or None]
     shown = body.return_documents is not False
     results = [Ranked(index, scores[index], RankedText(texts[index]) if shown else UNSET) for index in order]
-    return json_response(RerankReply(rid, service.model, usage_of(chunks), results), headers={"X-Request-Id": rid})
+    return json_response(RerankReply(rid, service.model, usage_of(chunks), results))
 
 
 # ── inputs ───────────────────────────────────────────────────────────────────────────────────
@@ -232,8 +233,11 @@ def check_dimensions(service: Service, asked: int | None) -> None:
 # ── vectors ──────────────────────────────────────────────────────────────────────────────────
 
 
-async def vectors_of(service: Service, rid: str, inputs: dict[str, Input], priority: int, endpoint: str) -> list[Chunk]:
+async def vectors_of(
+    request: web.Request, rid: str, inputs: dict[str, Input], priority: int, endpoint: str
+) -> list[Chunk]:
     """A chunk with a vector for each of `inputs`, in order; what one raises, named as its client did, ends all."""
+    service = request.app[SERVICE]
     rids = [rid] if len(inputs) == 1 else [f"{rid}-{index}" for index in range(len(inputs))]
     jobs = [job_of(own, *item, priority) for own, item in zip(rids, inputs.items(), strict=True)]
     info = service.front.info
@@ -251,7 +255,7 @@ async def vectors_of(service: Service, rid: str, inputs: dict[str, Input], prior
             message = "the request was ended by /abort_request; send it again"
             raise RequestError(message, code="aborted", status=409)
 
-    async with service.known_as(rid, jobs):
+    with service.known_as(called(request, rid), rid, jobs):
         try:
             async with anyio.create_task_group() as group:
                 for name, job in zip(inputs, jobs, strict=True):

@@ -14,6 +14,7 @@ from msgspec import UNSET, Struct, UnsetType
 from engine.errors import RequestError
 from engine.http.grammars import grammar_fields
 from engine.http.openai import Priority, TokenId, allowed_ids, pack_ids, salt_of, sampled, stop_strings
+from engine.http.request_id import check_id
 from engine.http.service import answer
 from engine.http.sse import DONE
 from engine.http.wire import Body, Reply, check_served, to_json
@@ -21,7 +22,6 @@ from engine.messages import Chunk, Generate, SamplingParams, TokenLogprob
 from engine.sampling import check_sampling
 
 MAX_NEW_TOKENS = 128  # SGLang's default
-MAX_RID_LENGTH = 256
 CLIENT_NAMES = {
     "max_tokens": "max_new_tokens",
     "min_tokens": "min_new_tokens",
@@ -169,7 +169,7 @@ async def generate(request: web.Request, body: GenerateBody) -> web.StreamRespon
     scores = scores_of(body, count)
     rids = spread(body.rid, count, "rid", uuid4().hex)
     for each in rids:
-        check_rid(each)
+        check_id(each, "rid")
     asked = [
         Generate(
             each,
@@ -250,15 +250,6 @@ def stop_kept(body: NativeSampling) -> bool:
             param="sampling_params.no_stop_trim",
         )
     return bool(ours or theirs)
-
-
-def check_rid(rid: str) -> None:
-    """Raise RequestError unless `rid` can go into a header and a log."""
-    if not 1 <= len(rid) <= MAX_RID_LENGTH or not (rid.isascii() and rid.isprintable()):
-        raise RequestError(
-            f"rid is {rid[:80]!r} ({len(rid)} characters); send 1 to {MAX_RID_LENGTH} printable ASCII characters",
-            param="rid",
-        )
 
 
 def prompts_of(body: GenerateBody) -> tuple[Sequence[str | list[int]], bool]:

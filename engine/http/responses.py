@@ -19,6 +19,7 @@ from engine.http.grammars import NamedSchema, ObjectFormat, PlainFormat
 from engine.http.items import InputItem
 from engine.http.openai import Priority, stop_strings
 from engine.http.reading import Wanted, reading_of
+from engine.http.request_id import called
 from engine.http.response_events import ResponseEvents
 from engine.http.service import SERVICE, Service, in_client_words
 from engine.http.sse import send_events
@@ -221,18 +222,17 @@ async def create(request: web.Request, body: ResponsesBody) -> web.StreamRespons
     response = Response(described(body, defaults.under(sampling), service.model, wanted), conversation, reading)
     job = Generate(response.id, sampling, messages=messages, priority=body.priority or 0, **reading.job)
     asked = None if grammar_of(sampling) is None else "text.format"
-    chunks = _generate(service, job, CLIENT_NAMES | reading.grammar_names(asked))
+    chunks = _generate(service, called(request, response.id), job, CLIENT_NAMES | reading.grammar_names(asked))
     if body.background:
         store.run(response, chunks)
         return await _follow(request, response) if body.stream else json_response(response.object())
-    headers = {"X-Request-Id": response.id}
     async with aclosing(_recorded(chunks, response, store if keep else None)) as told:
         if body.stream:
             events = ResponseEvents(response)
-            return await send_events(request, told, events, headers, failure=events.failure)
+            return await send_events(request, told, events, failure=events.failure)
         async for _ in told:
             pass
-    return json_response(response.object(), headers=headers)
+    return json_response(response.object())
 
 
 async def retrieve(request: web.Request, query: RetrieveQuery) -> web.StreamResponse:
@@ -284,9 +284,9 @@ async def input_items(request: web.Request, query: ItemsQuery) -> web.Response:
     return json_response(ItemList(page, first, last, begin + len(page) < len(items)))
 
 
-async def _generate(service: Service, job: Generate, names: dict[str, str]) -> AsyncGenerator[Chunk]:
-    """The reply to `job`; errors name fields by `names`."""
-    with in_client_words(names):
+async def _generate(service: Service, id: str, job: Generate, names: dict[str, str]) -> AsyncGenerator[Chunk]:
+    """The reply to `job`, which is known as `id` too; errors name fields by `names`."""
+    with in_client_words(names), service.known_as(id, job.rid, [job]):
         async with aclosing(service.metrics.watch(service.front.generate(job), "responses")) as chunks:
             async for chunk in chunks:
                 yield chunk
@@ -306,9 +306,9 @@ async def _recorded(
 
 async def _follow(request: web.Request, response: Response, after: int = -1) -> web.StreamResponse:
     events = ResponseEvents(response, after)
-    headers = {"X-Request-Id": response.id}
+    called(request, response.id)
     async with aclosing(response.follow()) as chunks:
-        return await send_events(request, chunks, events, headers, failure=events.failure)
+        return await send_events(request, chunks, events, failure=events.failure)
 
 
 # ── from a body to a Generate ────────────────────────────────────────────────────────────────

@@ -17,9 +17,10 @@ from anyio.streams.memory import MemoryObjectSendStream
 
 from engine.actor import first_failure
 from engine.config import ServerOptions
-from engine.errors import RequestError
+from engine.errors import RequestError, let_go
 from engine.front import joined
 from engine.http.metrics import Metrics
+from engine.http.request_id import called
 from engine.http.sse import Events, send_events
 from engine.http.wire import json_response
 from engine.messages import Chunk, Generate, Job
@@ -44,24 +45,29 @@ class Service:
         self.model = front.model_name
         self.models = options.served_model_name or (self.model,)
         self.metrics = Metrics(front, self.model, options.metrics_aliases)
-        self._groups: dict[str, list[str]] = {}  # requests of several replies: their own id to those of the replies
+        self._named: dict[str, dict[object, list[str]]] = {}  # ids that stand for the rids of one request, or of more
 
     def abort(self, rid: str | None) -> int:
         """End what runs as `rid`, all its replies, or everything with None; how many replies were open."""
         if rid is None:
             return self.front.abort(None)
-        return sum(self.front.abort(one) for one in self._groups.get(rid, [rid]))
+        rids = {rid}.union(*self._named.get(rid, {}).values())
+        return sum(self.front.abort(one) for one in rids)
 
-    @asynccontextmanager
-    async def known_as(self, rid: str, jobs: Sequence[Job]) -> AsyncIterator[None]:
-        """While this lasts, `abort(rid)` ends all `jobs`."""
-        ours = {} if len(jobs) == 1 or rid in self._groups else {rid: [job.rid for job in jobs]}
-        self._groups |= ours
+    @contextmanager
+    def known_as(self, id: str, rid: str, jobs: Sequence[Job]) -> Iterator[None]:
+        """While this lasts, `abort` ends all `jobs` by `rid`, which we made, and by `id`, which others may have too."""
+        key, rids = object(), [job.rid for job in jobs]
+        names = {id, rid} - ({rids[0]} if len(rids) == 1 else set())  # by its own rid it is known anyway
+        for name in names:
+            self._named.setdefault(name, {})[key] = rids
         try:
             yield
         finally:
-            for key in ours:
-                del self._groups[key]
+            for name in names:
+                del self._named[name][key]
+                if not self._named[name]:
+                    del self._named[name]
 
     def check_model(self, name: str | None) -> None:
         """Raise RequestError (404) unless `name` is one of the served names or left out."""
@@ -111,22 +117,23 @@ def in_client_words(names: Mapping[str, str]) -> Iterator[None]:
         if param is None:
             raise
         message = re.sub(rf"\b{error.param}\b(?= is| and| [0-9])", param, error.message)
+        let_go(error)
         raise RequestError(message, param=param, code=error.code, status=error.status) from None
 
 
 async def _answer(
     request: web.Request, rid: str, jobs: Sequence[Generate], reply: Reply, endpoint: str, stream: bool
 ) -> web.StreamResponse:
-    headers = {"X-Request-Id": rid}
     service = request.app[SERVICE]
     streams = [service.metrics.watch(service.front.generate(job), endpoint) for job in jobs]
-    async with service.known_as(rid, jobs), numbered(streams) as chunks:
-        if stream:
-            return await send_events(request, chunks, reply, headers)
-        replies: list[list[Chunk]] = [[] for _ in jobs]
-        async for index, chunk in chunks:
-            replies[index].append(chunk)
-    return json_response(reply.whole([joined(parts) for parts in replies]), headers=headers)
+    with service.known_as(called(request, rid), rid, jobs):
+        async with numbered(streams) as chunks:
+            if stream:
+                return await send_events(request, chunks, reply)
+            replies: list[list[Chunk]] = [[] for _ in jobs]
+            async for index, chunk in chunks:
+                replies[index].append(chunk)
+    return json_response(reply.whole([joined(parts) for parts in replies]))
 
 
 @asynccontextmanager
@@ -145,6 +152,9 @@ async def numbered(streams: Sequence[AsyncGenerator[Chunk]]) -> AsyncIterator[As
                     await sender.send((index, chunk))
             except Exception as error:
                 await sender.send((index, error))
+            except BaseException as error:  # a task group holds it for long
+                let_go(error)
+                raise
 
     async def chunks() -> AsyncIterator[tuple[int, Chunk]]:
         async for index, item in receiver:

@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 
 from aiohttp import web
 
-from engine.errors import RequestError, WorkerError
+from engine.errors import RequestError, WorkerError, let_go
 from engine.http.wire import error_object, to_json
 
 DONE = b"data: [DONE]\n\n"
@@ -40,7 +40,14 @@ def data_event(payload: bytes) -> bytes:
 
 
 def describe_error(error: Exception) -> tuple[int, dict[str, object]]:
-    """The HTTP status and the OpenAI error object of any exception; unforeseen ones are logged whole."""
+    """The HTTP status and the OpenAI error object of any exception, whose life ends here; unforeseen ones are logged
+    whole."""
+    described = _described(error)
+    let_go(error)
+    return described
+
+
+def _described(error: Exception) -> tuple[int, dict[str, object]]:
     match error:
         case RequestError():
             return error.status, error_object(error.message, status=error.status, code=error.code, param=error.param)
@@ -61,7 +68,6 @@ async def send_events(
     request: web.Request,
     chunks: AsyncIterator[Item],
     events: Events[Item],
-    headers: dict[str, str],
     *,
     failure: Callable[[Exception], bytes] = failure_event,
 ) -> web.StreamResponse:
@@ -69,7 +75,7 @@ async def send_events(
 
     `failure` words the event of an error after that."""
     first = await anext(chunks)
-    response = web.StreamResponse(headers=HEADERS | headers)
+    response = web.StreamResponse(headers=HEADERS)
     await response.prepare(request)
     try:
         if data := events.event(first):

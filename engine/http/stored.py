@@ -1,12 +1,13 @@
 """Responses that are kept in memory: for retrieval, for going on from, and while they are made in the background.
 
-At most `MAX_RESPONSES` with `MAX_CHARACTERS` between them; beyond either, those stored first are forgotten, but none
-that still runs. A restart forgets all.
+At most `MAX_RESPONSES` with `MAX_BYTES` between them, all counted that a response holds. Beyond either, those that
+ended first are forgotten, but none that still runs: where those that run leave no room, another one is refused. A
+restart forgets all.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from typing import Any, Literal
 from uuid import uuid4
@@ -16,6 +17,7 @@ import msgspec
 from aiohttp import web
 
 from engine.errors import RequestError
+from engine.http.footprint import footprint
 from engine.http.items import InputItem, ItemStatus, OutputItem, input_items, output_of
 from engine.http.reading import NOTHING, Reading
 from engine.http.sse import describe_error
@@ -25,7 +27,10 @@ from engine.parsers import assembled, merged
 from engine.plugin.parsing import Content, Event
 
 MAX_RESPONSES = 1000
-MAX_CHARACTERS = 64 * 2**20  # of conversations and replies
+MAX_BYTES = 64 * 2**20
+MARGIN = 1024  # bytes of a response without what was asked and replied
+READER = 16 * 1024  # bytes of what reads a reply that goes on, without its text
+SLOT = 16  # bytes of a place in a list, and of the room that the list keeps for more
 
 Status = Literal["queued", "in_progress", "completed", "incomplete", "cancelled", "failed"]
 Told = tuple[Chunk, list[Event]]  # a chunk without its text, and what a parser tells of that
@@ -146,8 +151,8 @@ class ResponseObject(Asked, kw_only=True, frozen=True):
 class Response:
     """One response: what was asked, and the reply as far as it is there.
 
-    `asked` is what never changes; `conversation` the messages it answers; `reading` how replies are read; `size` how
-    many characters it holds."""
+    `asked` is what never changes; `conversation` the messages it answers; `reading` how replies are read. `size` is
+    how many bytes it holds, at most; `resized` is told by how much that changes."""
 
     def __init__(self, asked: Asked, conversation: list[dict[str, Any]], reading: Reading = NOTHING) -> None:
         self.id = f"resp_{uuid4().hex}"
@@ -161,8 +166,12 @@ class Response:
         self._error: ResponseError | None = None
         self._error_status = 0
         self._reader = reading.reader()
+        self._reasoned = 0  # tokens
         self._told: list[Told] = []
-        self.size = sum(len(str(message)) for message in conversation) + len(asked.instructions or "")
+        # Of what is not stored nobody asks how large it is.
+        self._given = MARGIN + (footprint(asked) + footprint(conversation) if asked.store else 0)
+        self.size = self._given + (READER if self._reader is not None else 0)
+        self.resized: Callable[[int], None] | None = None
         self._changed = anyio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -199,14 +208,34 @@ class Response:
             events = self._reader.read(chunk)
         told = msgspec.structs.replace(chunk, text="", ids=[]), events
         self._told.append(told)
-        self.size += len(chunk.text)
         self.status = "in_progress" if chunk.finish is None else STATUSES[chunk.finish]
+        if self.background:  # others are stored once they have ended
+            # The reader has the text twice: what it has not told yet, and the arguments of a call.
+            held = 0 if self._reader is None else 2 * footprint(chunk.text)
+            self._resize(self.size + footprint(told) + SLOT + held)
         if chunk.finish is not None:
             self._completed = int(time.time())
-            if not self.background:  # nobody will follow it chunk by chunk
-                self._told = [(told[0], merged(self._events()))]
+            self._end()
         self._wake()
         return told
+
+    def _end(self) -> None:
+        """Let go of what only a reply that goes on needs, and count what is left."""
+        if self._reader is not None:
+            self._reasoned, self._reader = self._reader.reasoning_tokens, None
+        if self._told and not self.background:  # nobody will follow it chunk by chunk
+            self._told = [(self._told[-1][0], merged(self._events()))]
+        if self._asked.store:
+            self._resize(self._given + footprint(self._told) + footprint(self._error))
+
+    def _resize(self, size: int) -> None:
+        grown, self.size = size - self.size, size
+        if self.resized is not None:
+            self.resized(grown)
+
+    def unstored(self) -> None:
+        """Say of it from now on that it is not stored."""
+        self._asked = msgspec.structs.replace(self._asked, store=False)
 
     def fail(self, described: tuple[int, dict[str, Any]]) -> None:
         """End with an error: its HTTP status and its OpenAI error object."""
@@ -215,6 +244,7 @@ class Response:
         code: Literal["invalid_prompt", "server_error"] = "invalid_prompt" if status < 500 else "server_error"
         self._error = ResponseError(code, fields["message"], fields["param"])
         self._error_status, self.status = status, "failed"
+        self._end()
         self._wake()
 
     def _wake(self) -> None:
@@ -239,8 +269,9 @@ class Response:
         if self._task is not None and not self.ended:
             self._task.cancel()
             await asyncio.wait([self._task])
-            last = self._last or Chunk(self.id, "", [])
-            self.add(msgspec.structs.replace(last, finish="abort"))
+            if not self.ended:  # nobody else has cancelled it meanwhile
+                last = self._last or Chunk(self.id, "", [])
+                self.add(msgspec.structs.replace(last, finish="abort"))
 
     async def follow(self) -> AsyncGenerator[Told]:
         """What is told of it from the first chunk on, as it comes. Raises RequestError where it failed."""
@@ -286,7 +317,7 @@ class Response:
             InputTokensDetails(last.cached_tokens),
             last.completion_tokens,
             last.prompt_tokens + last.completion_tokens,
-            OutputTokensDetails(0 if self._reader is None else self._reader.reasoning_tokens),
+            OutputTokensDetails(self._reasoned),
         )
 
 
@@ -295,55 +326,101 @@ def _item_status(status: Status) -> ItemStatus:
 
 
 class ResponseStore:
-    """The stored responses of one server, oldest first, and the tasks that make those in the background."""
+    """The stored responses of one server, and the tasks that make those in the background.
+
+    `held` is how many bytes all of them hold, at most."""
 
     def __init__(self) -> None:
-        self._responses: dict[str, Response] = {}
+        self.held = 0
+        self._running: dict[str, Response] = {}
+        self._ended: dict[str, Response] = {}  # those that ended first come first
         self._tasks: set[asyncio.Task[None]] = set()
 
+    def __len__(self) -> int:
+        return len(self._running) + len(self._ended)
+
     def put(self, response: Response) -> None:
-        """Store `response`, and forget the oldest where that is too much."""
-        self._responses[response.id] = response
+        """Store `response`, which has ended, and forget those before it where that is too much. One that alone would
+        be too much is not stored, and says so."""
+        if response.size > MAX_BYTES:
+            response.unstored()
+            return
+        self._count(response)
+        self._ended[response.id] = response
         self._trim()
 
     def run(self, response: Response, chunks: AsyncGenerator[Chunk]) -> None:
-        """Store `response` and make it in the background."""
+        """Store `response` and make it in the background. Raises RequestError where there is no room for it."""
+        self._check_room(response)
+        self._count(response)
+        self._running[response.id] = response
         task = response.start(chunks)
         self._tasks.add(task)
-        task.add_done_callback(self._done)
-        self.put(response)
-
-    def _done(self, task: "asyncio.Task[None]") -> None:
-        self._tasks.discard(task)
+        task.add_done_callback(lambda task: self._done(task, response))
         self._trim()
 
+    def _check_room(self, response: Response) -> None:
+        if response.size > MAX_BYTES:
+            raise RequestError(
+                f"this response would take {response.size} bytes in the store of responses, which holds {MAX_BYTES}; "
+                "send less, or leave background out",
+                param="background",
+                code="response_too_large",
+                status=413,
+            )
+        size = response.size + sum(running.size for running in self._running.values())
+        if len(self._running) >= MAX_RESPONSES or size > MAX_BYTES:
+            raise RequestError(
+                f"{len(self._running)} responses are made in the background, and the store has no room for another "
+                f"one (of {MAX_RESPONSES} with {MAX_BYTES} bytes between them); try again later, or leave background "
+                "out",
+                param="background",
+                code="store_full",
+                status=503,
+            )
+
+    def _count(self, response: Response) -> None:
+        self.held += response.size
+        response.resized = self._grow
+
+    def _grow(self, size: int) -> None:
+        self.held += size
+
+    def _done(self, task: "asyncio.Task[None]", response: Response) -> None:
+        self._tasks.discard(task)
+        if self._running.pop(response.id, None) is not None:  # it was not deleted
+            self._ended[response.id] = response
+            self._trim()
+
     def _trim(self) -> None:
-        held = sum(response.size for response in self._responses.values())
-        for response in [response for response in self._responses.values() if response.ended]:
-            if len(self._responses) <= MAX_RESPONSES and held <= MAX_CHARACTERS:
-                return
-            held -= response.size
-            del self._responses[response.id]
+        while self._ended and (len(self) > MAX_RESPONSES or self.held > MAX_BYTES):
+            self.forget(next(iter(self._ended)))
 
     def get(self, id: str) -> Response:
         """Raises RequestError (404) where there is no such response, or no more."""
-        if id not in self._responses:
+        if (response := self._stored(id)) is None:
             message = f"there is no response {id[:200]!r}: it was never stored, was deleted, or is forgotten by now"
             raise RequestError(message, param="response_id", code="response_not_found", status=404)
-        return self._responses[id]
+        return response
+
+    def _stored(self, id: str) -> Response | None:
+        return self._ended.get(id) or self._running.get(id)
 
     def forget(self, id: str) -> None:
-        self._responses.pop(id, None)
+        """Hold the response `id` no longer, if it is stored."""
+        response = self._ended.pop(id, None) or self._running.pop(id, None)
+        if response is not None:
+            response.resized = None
+            self.held -= response.size
 
     def conversation(self, id: str) -> list[dict[str, Any]]:
         """What was said up to the end of the response `id`. Raises RequestError where that cannot be gone on from."""
-        if id not in self._responses:
+        if (response := self._stored(id)) is None:
             raise RequestError(
                 f"previous_response_id is {id[:200]!r}, and no such response is stored; send its messages as input",
                 param="previous_response_id",
                 code="previous_response_not_found",
             )
-        response = self._responses[id]
         if response.status not in ("completed", "incomplete"):
             raise RequestError(
                 f"previous_response_id is {id!r}, which is {response.status}; go on from one that is completed",

@@ -44,7 +44,7 @@ def text_of(template: str | None, tool: str | None = None, reasoning: str | None
 class FakeFront:
     """Answers every request with `script`: chunks, or an exception to raise in their place."""
 
-    def __init__(self, script: Sequence[Chunk | Exception] = (), *, hangs: bool = False) -> None:
+    def __init__(self, script: Sequence[Chunk | Exception] = (), *, hangs: bool = False, pause: float = 0.0) -> None:
         self.config = Config()
         self.text: Text | None = None
         self.model_name = "fake"
@@ -57,6 +57,7 @@ class FakeFront:
         self.experts = None
         self.script = list(script or chunks("Hello", ", ", "world"))
         self.hangs = hangs  # after its script, before the end
+        self.pause = pause  # seconds before each item of it
         self.asked: list[Generate] = []
         self.began = anyio.Event()
         self.closed = anyio.Event()
@@ -75,6 +76,8 @@ class FakeFront:
         self.began.set()
         try:
             for item in self.script:
+                if self.pause:
+                    await anyio.sleep(self.pause)
                 if isinstance(item, Exception):
                     raise item
                 yield item
@@ -87,6 +90,9 @@ class FakeFront:
     def abort(self, rid: str | None) -> int:
         self.aborted.append(rid)
         return len(self.open) if rid is None else int(rid in self.open)
+
+    def end(self) -> int:
+        return len(self.open)
 
     async def flush(self) -> Flushed:
         return Flushed(0, 12, 3)

@@ -288,8 +288,8 @@ async def test_the_oldest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None
         ids = [(await api.responses.create(**GREEDY, input="a", max_output_tokens=1)).id for _ in range(4)]
         found = [(await site.get(f"/v1/responses/{id}"))[0] for id in (running.id, *ids)]
         assert found == [200, 404, 404, 200, 200]  # what runs is kept
-        monkeypatch.setattr(stored, "MAX_CHARACTERS", 1000)
-        await api.responses.create(**GREEDY, input="a" * 995, max_output_tokens=1)
+        monkeypatch.setattr(stored, "MAX_BYTES", 40_000)
+        await api.responses.create(**GREEDY, input="a" * 3000, instructions="b" * 900, max_output_tokens=1)
         found = [(await site.get(f"/v1/responses/{id}"))[0] for id in (running.id, *ids)]
         assert found[1:] == [404] * 4
         await api.responses.cancel(running.id)

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +287,69 @@ async def test_sigterm_lets_open_replies_end() -> None:
         assert last["meta_info"]["finish_reason"] == {"type": "length", "length": 4000}
         assert server.wait_end() == 0, server.log
         assert not children(server.process.pid)
+
+
+STREAMS: dict[str, dict[str, Any]] = {
+    "/generate": LONG,
+    "/v1/completions": {"prompt": "a", "max_tokens": 4000, "n": 2, "stream": True},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 4000, "stream": True},
+    "/v1/messages": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 4000, "stream": True},
+    "/v1/responses": {"input": "a", "max_output_tokens": 4000, "stream": True},
+    "/v1/responses?": {"input": "a", "max_output_tokens": 4000, "stream": True, "background": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("flags", "signals"), [(["--drain-seconds", "0"], [signal.SIGTERM]), ([], [signal.SIGINT] * 2)]
+)
+async def test_what_is_left_after_the_drain_ends_with_an_error(flags: list[str], signals: list[int]) -> None:
+    with serving(*flags) as server:
+        async with aiohttp.ClientSession(server.url) as session, AsyncExitStack() as stack:
+            streams = {}
+            for path, body in STREAMS.items():
+                streams[path] = await stack.enter_async_context(session.post(path, json=body))
+                assert (await streams[path].content.readline()).startswith((b"data: {", b"event: "))
+            await (await session.post("/pause_generation")).read()  # or they might come to their own end
+            whole = anyio.create_task_group()
+            async with whole:
+                answers: list[tuple[int, dict[str, str], Any]] = []
+
+                async def ask() -> None:
+                    async with session.post("/generate", json=LONG | {"stream": False}) as response:
+                        answers.append((response.status, dict(response.headers), await response.json()))
+
+                whole.start_soon(ask)
+                with anyio.fail_after(10):
+                    while not await waiting(session):
+                        await anyio.sleep(0.01)
+                server.process.send_signal(signals[0])
+                for name in signals[1:]:
+                    with anyio.fail_after(10):
+                        while "draining" not in await (await session.get("/health")).text():
+                            await anyio.sleep(0.01)
+                    server.process.send_signal(name)
+            ends = {path: (await stream.read()).decode().strip().split("\n\n")[-1] for path, stream in streams.items()}
+        assert server.wait_end() == 0, server.log
+    ((status, headers, answer),) = answers
+    assert (status, answer["error"]["code"], "Retry-After" in headers) == (503, "draining", True)
+    assert "shutting down" in answer["error"]["message"]
+    for path, end in ends.items():
+        data = json.loads(end.rpartition("data: ")[2])
+        error = data["response"]["error"] if "response" in data else data["error"]
+        assert "shutting down" in error["message"]
+        assert error.get("code") == ("server_error" if "responses" in path else "draining")
+    assert ends["/v1/messages"].startswith("event: error\n")
+    assert all(ends[path].startswith("event: response.failed\n") for path in ends if "responses" in path)
+    assert "8 requests are still open and now ended" in server.log
+    if len(signals) == 2:
+        assert "draining: 8 requests are open and may go on for up to 30 s; a second signal ends" in server.log
+
+
+async def waiting(session: aiohttp.ClientSession) -> bool:
+    """Whether all the requests of `STREAMS` and one more are known to the scheduler."""
+    async with session.get("/server_info") as response:
+        (figures,) = (await response.json())["internal_states"]
+    return bool(figures["running"] + figures["waiting"] >= len(STREAMS) + 2)  # one of them has two replies
 
 
 def test_a_core_that_dies_ends_the_server_and_says_why() -> None:

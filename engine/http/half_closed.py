@@ -1,0 +1,73 @@
+"""Clients that say that they will send no more, and still want their answer: `nc -N`, and tools of HTTP/1.0.
+
+The end of what a client sends looks the same whether it has closed one direction or is gone. So what is asked is
+answered, and meanwhile the connection is probed. An interim answer (100, which clients of HTTP/1.1 pass over) makes the
+system of a client that is gone say so at once; it is repeated ever more rarely. The events of a stream do the same. Of
+others, which are whole replies to HTTP/1.0, TCP's keep-alive tells, once the client's system has forgotten the
+connection: on Linux within about a minute.
+"""
+
+import socket
+from contextlib import suppress
+
+from aiohttp import web
+from aiohttp.http import HttpVersion11
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+FIRST_LOOK, LAST_LOOK = 0.01, 1.0  # seconds to the first look and between two; each is twice the one before
+REPEATED_FROM = 8  # looks after which 100 is sent again, and then each time that they have doubled
+PROBES = (("SO_KEEPALIVE", 1), ("TCP_KEEPIDLE", 1), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 3))
+
+
+class HalfClosed(web.RequestHandler):
+    """A connection that goes on while a whole request is being answered, though its client sends no more."""
+
+    __slots__ = ("_ended",)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep the connection open while there is something to answer; None or False closes it."""
+        if getattr(self, "_ended", False):
+            return True
+        if self.transport is None or self._idle() or self._unfinished():
+            return False
+        self._ended = True
+        sock = self.transport.get_extra_info("socket")
+        for name, value in PROBES:
+            level = socket.SOL_SOCKET if name.startswith("SO_") else socket.IPPROTO_TCP
+            with suppress(AttributeError, OSError):  # not every system and socket has them
+                sock.setsockopt(level, getattr(socket, name), value)
+        self._loop.call_later(FIRST_LOOK, self._look, 1)
+        return True
+
+    def _idle(self) -> bool:
+        """Whether the next request is waited for, which will not come."""
+        return not self._messages and self._waiter is not None and not self._waiter.done()
+
+    def _unfinished(self) -> bool:
+        """Whether the body of the last request is cut off."""
+        if self._messages:
+            return not self._messages[-1][1].is_eof()
+        return self._current_request is not None and not self._current_request.content.is_eof()
+
+    def _look(self, number: int) -> None:
+        """End the connection if nothing is left to answer, or nobody to answer to; else look again later."""
+        transport = self.transport
+        if transport is None:
+            return
+        if transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            transport.abort()
+            return
+        if self._idle() or self._unfinished():
+            transport.close()
+            return
+        if not self._messages:
+            self._close = True  # with the answer to the last request
+        doubled = number >= REPEATED_FROM and number & (number - 1) == 0
+        if (number == 1 or doubled) and self._unanswered():
+            transport.write(CONTINUE)
+        self._loop.call_later(min(FIRST_LOOK * 2.0 ** min(number, 10), LAST_LOOK), self._look, number + 1)
+
+    def _unanswered(self) -> bool:
+        """Whether a request of HTTP/1.1 runs of whose answer nothing is sent."""
+        request = self._current_request
+        return request is not None and request.version >= HttpVersion11 and not request.writer.output_size

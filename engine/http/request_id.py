@@ -1,0 +1,61 @@
+"""The id of a request: on its answer, in the log lines about it, and for /abort_request.
+
+A client gives it in the header X-Request-Id; other requests may have the same one. Without one it is the id of what was
+asked for (`chatcmpl-…`), or one made here.
+"""
+
+from uuid import uuid4
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from engine.errors import RequestError
+from engine.logs import REQUEST_ID
+
+HEADER = "X-Request-Id"
+ANTHROPIC_HEADER = "Request-Id"
+ANTHROPIC_PATHS = "/v1/messages"
+MAX_LENGTH = 256
+ID = web.RequestKey("id", str)
+
+
+def check_id(id: str, name: str) -> None:
+    """Raise RequestError unless `id`, which the client calls `name`, can go into a header and a log."""
+    if not 1 <= len(id) <= MAX_LENGTH or not (id.isascii() and id.isprintable()):
+        raise RequestError(
+            f"{name} is {id[:80]!r} ({len(id)} characters); send 1 to {MAX_LENGTH} printable ASCII characters",
+            param=name,
+        )
+
+
+@web.middleware
+async def name_request(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Find or make the id of `request`. Raises RequestError for one that cannot be taken."""
+    given = request.headers.get(HEADER)
+    if given is None:
+        _name(request, f"req-{uuid4().hex}")
+    else:
+        check_id(given, HEADER)
+        _name(request, given)
+    return await handler(request)
+
+
+def called(request: web.Request, rid: str) -> str:
+    """The id of `request`, which asks for what we call `rid`: the client's, or from now on `rid`."""
+    if HEADER not in request.headers:
+        _name(request, rid)
+    return request[ID]
+
+
+async def send_id(request: web.Request, response: web.StreamResponse) -> None:
+    """Put the id of `request` into the headers of its answer, as Anthropic's clients know it too."""
+    if ID not in request:  # it was refused before, or for its id
+        _name(request, f"req-{uuid4().hex}")
+    response.headers[HEADER] = request[ID]
+    if request.path.startswith(ANTHROPIC_PATHS):
+        response.headers[ANTHROPIC_HEADER] = request[ID]
+
+
+def _name(request: web.Request, id: str) -> None:
+    request[ID] = id
+    REQUEST_ID.set(id)

@@ -1,0 +1,108 @@
+"""A client that has said all may close its side and is answered; one that is gone is noticed."""
+
+import json
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import anyio
+import pytest
+from anyio.abc import SocketStream
+from http_front import FakeFront, chunks, serving
+
+pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": True})])]
+
+
+def request(body: object, version: str = "1.1", more: str = "") -> bytes:
+    data = json.dumps(body)
+    return f"POST /generate HTTP/{version}\r\nHost: x\r\nContent-Length: {len(data)}\r\n{more}\r\n{data}".encode()
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator[SocketStream]:
+    host, port = url.removeprefix("http://").split(":")
+    async with await anyio.connect_tcp(host, int(port)) as stream:
+        yield stream
+
+
+async def all_of(stream: SocketStream) -> bytes:
+    """What comes until the server closes."""
+    read = b""
+    with anyio.fail_after(10):
+        try:
+            while True:
+                read += await stream.receive()
+        except anyio.EndOfStream:
+            return read
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_a_half_closed_client_is_answered(version: str, streamed: bool) -> None:
+    front = FakeFront(chunks("a", "b"), pause=0.05)
+    async with serving(front) as url, connected(url) as client:
+        await client.send(request({"text": "x", "stream": streamed}, version))
+        await client.send_eof()
+        answer = await all_of(client)
+    interim, _, final = answer.rpartition(f"HTTP/{version} 200 OK".encode())
+    assert interim in (b"", b"HTTP/1.1 100 Continue\r\n\r\n")[: 1 + (version == "1.1")]
+    assert b'"text":"ab"' in final
+    assert (b"[DONE]" in final) is streamed
+
+
+async def test_all_that_was_asked_is_answered() -> None:
+    async with serving(FakeFront(chunks("a"), pause=0.02)) as url, connected(url) as client:
+        await client.send(request({"text": "x"}) * 3)
+        await client.send_eof()
+        assert (await all_of(client)).count(b"HTTP/1.1 200 OK") == 3
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /gen", request({"text": "x"})[:-3]])
+async def test_a_request_that_is_cut_off_is_not_waited_for(sent: bytes) -> None:
+    front = FakeFront()
+    async with serving(front) as url, connected(url) as client:
+        await client.send(sent)
+        await anyio.sleep(0.01)
+        await client.send_eof()
+        assert await all_of(client) == b""
+    assert not front.asked
+
+
+@pytest.mark.parametrize(("version", "reset"), [("1.0", True), ("1.1", True), ("1.1", False)])
+async def test_a_client_that_is_gone_ends_its_request(version: str, reset: bool) -> None:
+    front = FakeFront(chunks("a", "b")[:1], hangs=True)
+    async with serving(front) as url, connected(url) as client:
+        await client.send(request({"text": "x"}, version))
+        await front.began.wait()
+        if reset:
+            linger = b"\1\0\0\0\0\0\0\0"  # of no seconds: closing resets the connection
+            client.extra(anyio.abc.SocketAttribute.raw_socket).setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        await client.aclose()
+        with anyio.fail_after(10):
+            await front.closed.wait()
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+async def test_a_stream_whose_client_is_gone_ends_at_its_next_events(version: str) -> None:
+    front = FakeFront(chunks(*"abcdefghij" * 100), pause=0.01)
+    async with serving(front) as url, connected(url) as client:
+        await client.send(request({"text": "x", "stream": True}, version))
+        await client.receive()
+        await client.send_eof()
+        await client.receive()
+        await client.aclose()
+        with anyio.fail_after(5):  # of the ten seconds that the reply takes
+            await front.closed.wait()
+
+
+async def test_a_half_closed_client_that_then_goes_ends_its_request() -> None:
+    front = FakeFront(chunks("a", "b")[:1], hangs=True)
+    async with serving(front) as url, connected(url) as client:
+        await client.send(request({"text": "x"}))
+        await client.send_eof()
+        with anyio.fail_after(10):
+            assert (await client.receive()).startswith(b"HTTP/1.1 100")
+        assert front.open
+        await client.aclose()
+        with anyio.fail_after(15):
+            await front.closed.wait()
