@@ -14,7 +14,7 @@ import traceback
 from contextlib import suppress
 
 from engine.channel import BlockingFrames
-from engine.errors import EngineError
+from engine.errors import EngineError, PluginError
 from engine.logs import set_up_logging
 from engine.messages import Boot, Fatal, ToWorker
 
@@ -69,8 +69,8 @@ def _run(frames: BlockingFrames[ToWorker], boot: Boot) -> None:
 def _fatal(actor: str, error: Exception) -> Fatal:
     """The sentence of an error made for people; of any other its type and message, and the traceback for the log."""
     if isinstance(error, EngineError):
-        details = "".join(traceback.format_exception(error)) if error.__cause__ is not None else ""
-        return Fatal(actor, str(error), details)
+        broken = isinstance(error, PluginError) and error.__cause__ is not None  # whoever wrote it wants to see where
+        return Fatal(actor, str(error), "".join(traceback.format_exception(error)) if broken else "")
     return Fatal(actor, f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))
 
 

@@ -66,6 +66,12 @@ class WeightIndex(Struct):
     weight_map: dict[str, str] = {}
 
 
+class Stored(Struct):
+    """A weight in the header of a .safetensors file, where there is a word on the file, too."""
+
+    data_offsets: tuple[int, int] = (0, 0)
+
+
 class Architectures(Struct):
     architectures: list[str] = []
 
@@ -142,8 +148,8 @@ class SafetensorsCheckpoint:
         for path in self._files():
             try:
                 file = safe_open(path, framework="pt", device="cpu")
-            except SafetensorError as error:
-                raise ConfigError(f"{path} is damaged ({error}); download it again") from error
+            except (SafetensorError, OSError) as error:
+                raise ConfigError(damage(path, error)) from error
             for name in file.offset_keys():
                 yield name, SafetensorsLazyTensor(file, name)
 
@@ -183,7 +189,10 @@ class SafetensorsCheckpoint:
         """chat_template.jinja, else tokenizer_config.json's: a string, or a list of named ones."""
         path = self._path / "chat_template.jinja"
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            try:
+                return path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"{path} cannot be read: {error}") from error
         if isinstance(configured, list):
             return {entry.name: entry.template for entry in configured}.get("default")
         return configured
@@ -195,13 +204,32 @@ class SafetensorsCheckpoint:
             return kind()
         try:
             return msgspec.json.decode(path.read_bytes(), type=kind)
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, msgspec.DecodeError, RecursionError) as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
 def token_text(token: str | TokenObject | None) -> str:
     """A special token as a string."""
     return token.content if isinstance(token, TokenObject) else token or ""
+
+
+def damage(path: Path, error: Exception) -> str:
+    """What is wrong with a weight file that cannot be opened because of `error`."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(8)
+            if head == b"version ":
+                return f"{path} is a pointer of Git LFS, not the weights; run `git lfs pull`, or download them"
+            end = 8 + int.from_bytes(head, "little")
+            if end <= size:
+                entries = msgspec.json.decode(file.read(end - 8), type=dict[str, Stored])
+                end += max((entry.data_offsets[1] for entry in entries.values()), default=0)
+    except (OSError, msgspec.DecodeError, RecursionError):
+        return f"{path} cannot be read ({error}); download it again"
+    if end > size:
+        return f"{path} is cut short: what it says to hold ends at byte {end}, the file at {size}; download it again"
+    return f"{path} is damaged ({error}); download it again"
 
 
 class SafetensorsLazyTensor:
@@ -216,7 +244,10 @@ class SafetensorsLazyTensor:
         return tuple(self._file.get_slice(self._name).get_shape())
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> "torch.Tensor":
-        return self._file.get_slice(self._name)[index]
+        try:
+            return self._file.get_slice(self._name)[index]
+        except SafetensorError as error:  # a type that torch does not have
+            raise ConfigError(f"weight {self._name} cannot be read: {error}") from error
 
     def packed(self) -> "tuple[str, NDArray[np.uint8]] | None":
         """A matrix of 16-bit floats as the blocks of 32 that it is; None for anything else."""

@@ -4,8 +4,7 @@ They are the shared decoder with all options as they come: see `CausalLM` in eng
 of experts.
 """
 
-from typing import Any
-
+from engine.plugin import Terms
 from engine.plugin.layers import AttentionKind, CausalLM, DecoderShape
 
 
@@ -13,12 +12,12 @@ class Llama(CausalLM):
     """`LlamaForCausalLM` and `MistralForCausalLM` of Hugging Face."""
 
     @staticmethod
-    def shape_of(config: dict[str, Any]) -> DecoderShape:
-        bias = bool(config.get("attention_bias"))
+    def shape_of(config: Terms) -> DecoderShape:
+        bias = config.flag("attention_bias")
         return DecoderShape.of(
             config,
-            kinds=(AttentionKind(rope=config, window=config.get("sliding_window") or None),),
+            kinds=(AttentionKind(rope=config, window=config.integer("sliding_window", None, low=0) or None),),
             qkv_bias=bias,
             output_bias=bias,
-            mlp_bias=bool(config.get("mlp_bias")),
+            mlp_bias=config.flag("mlp_bias"),
         )

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from engine.plugin import ConfigError, LazyTensor
+from engine.plugin import ConfigError, LazyTensor, Terms
 from engine.plugin.kernels import (
     BLOCK,
     E4M3,
@@ -50,28 +50,29 @@ Granularity = Literal["blocks", "rows"]  # a tensor's one scale is kept as that 
 
 
 @dataclass(frozen=True)
-class Terms:
-    """What a quantization_config says."""
+class Stored:
+    """How matrices are stored, and the patterns of names of those that are not."""
 
     granularity: Granularity
     ignored: tuple[str, ...] = ()
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> "Terms":
-        """Raises ConfigError for what is not FP8 as above."""
+    def read(cls, config: Terms) -> "Stored":
+        """What a quantization_config says. Raises ConfigError for what is not FP8 as above."""
         if config.get("quant_method") == "compressed-tensors":
             return cls._of_groups(config)
-        if (kind := config.get("fmt") or "e4m3") != "e4m3":
+        if (kind := config.word("fmt", "e4m3")) != "e4m3":
             raise ConfigError(f"the checkpoint's FP8 numbers are {kind!r}; the fp8 quantization knows e4m3")
-        ignored = (*(config.get("modules_to_not_convert") or ()), *(config.get("ignored_layers") or ()))
-        return cls(_granularity(config.get("weight_block_size")), ignored)
+        ignored = (*config.words("modules_to_not_convert"), *config.words("ignored_layers"))
+        return cls(_granularity(config.integers("weight_block_size")), ignored)
 
     @classmethod
-    def _of_groups(cls, config: Mapping[str, Any]) -> "Terms":
+    def _of_groups(cls, config: Terms) -> "Stored":
         """compressed-tensors': groups of modules, each with its kind of weights."""
         found: set[Granularity] = set()
-        for name, group in (config.get("config_groups") or {}).items():
-            weights = group.get("weights") or {}
+        groups = config.section("config_groups")
+        for name in groups:
+            weights = groups.section(name).section("weights")
             said = (weights.get("num_bits"), weights.get("type"))
             if said != (8, "float") or weights.get("strategy") not in ("tensor", "channel", "block"):
                 raise ConfigError(
@@ -79,33 +80,36 @@ class Terms:
                     f"strategy {weights.get('strategy')!r}; the fp8 quantization knows 8 bits, type 'float', strategy "
                     "'tensor', 'channel' or 'block'"
                 )
-            found.add(_granularity(weights.get("block_structure")) if weights["strategy"] == "block" else "rows")
+            found.add(_granularity(weights.integers("block_structure")) if weights["strategy"] == "block" else "rows")
         if len(found) != 1:
             raise ConfigError(
                 f"the checkpoint's quantization_config has groups of {' and '.join(sorted(found)) or 'nothing'}; the "
                 "fp8 quantization takes one kind of scales for the whole model"
             )
-        return cls(found.pop(), tuple(config.get("ignore") or ()))
+        return cls(found.pop(), config.words("ignore"))
 
 
-def _granularity(block: list[int] | None) -> Granularity:
-    if block is not None and list(block) != [BLOCK, BLOCK]:
-        raise ConfigError(f"the checkpoint's FP8 blocks are {block}; the fp8 quantization knows [{BLOCK}, {BLOCK}]")
-    return "rows" if block is None else "blocks"
+def _granularity(block: tuple[int, ...]) -> Granularity:
+    """Of blocks of that size, or of rows where there are none."""
+    if block not in ((), (BLOCK, BLOCK)):
+        raise ConfigError(
+            f"the checkpoint's FP8 blocks are {list(block)}; the fp8 quantization knows [{BLOCK}, {BLOCK}]"
+        )
+    return "blocks" if block else "rows"
 
 
 class Fp8(Scheme):
     def __init__(self, terms: Mapping[str, Any] | None) -> None:
-        self.terms = Terms("blocks") if terms is None else Terms.read(terms)
+        self.stored = Stored("blocks") if terms is None else Stored.read(Terms.of(terms))
 
     def takes(self, path: str) -> bool:
-        return not any(_names(pattern, path) for pattern in self.terms.ignored)
+        return not any(_names(pattern, path) for pattern in self.stored.ignored)
 
     def linear(self, build: Build, parts: Mapping[str, int], inputs: int) -> QuantizedLinear:
-        return Fp8Linear(build, parts, inputs, self.terms.granularity)
+        return Fp8Linear(build, parts, inputs, self.stored.granularity)
 
     def experts(self, build: Build, count: int, size: int, inner: int) -> QuantizedExperts:
-        return Fp8Experts(build, count, size, inner, self.terms.granularity)
+        return Fp8Experts(build, count, size, inner, self.stored.granularity)
 
 
 def _names(pattern: str, path: str) -> bool:
