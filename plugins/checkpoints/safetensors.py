@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, normalizers
 from engine.plugin import ConfigError, LazyTensor, TextSpec
 from engine_plugins.checkpoints.embedded import embedded_path
 from engine_plugins.checkpoints.sentence import pooling_terms, sentence_options
+from engine_plugins.checkpoints.tokens import add_special_tokens
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,22 +37,16 @@ EMBEDDED = {
 # ── what is read of the JSON files ───────────────────────────────────────────────────────────
 
 
-class TokenObject(Struct):
-    content: str
-
-
 class NamedTemplate(Struct):
     name: str
     template: str
 
 
 class TokenizerConfig(Struct):
-    """tokenizer_config.json."""
+    """tokenizer_config.json, without its tokens."""
 
-    bos_token: str | TokenObject | None = None
-    eos_token: str | TokenObject | None = None
-    add_bos_token: bool | None = None
-    chat_template: str | list[NamedTemplate] | None = None
+    chat_template: str | list[NamedTemplate] | dict[str, str] | None = None
+    split_special_tokens: bool = False
 
 
 class Ends(Struct):
@@ -121,26 +116,28 @@ class SafetensorsCheckpoint:
         return config
 
     def text(self) -> TextSpec:
-        """tokenizer.json, with what tokenizer_config.json and generation_config.json say of it.
+        """tokenizer.json, with what tokenizer_config.json, generation_config.json and older files say of it.
 
-        Raises ConfigError when tokenizer.json is missing or damaged."""
+        Whether a text begins with a token is said by the tokenizer's own post-processor alone. Raises ConfigError when
+        tokenizer.json is missing, or a file is damaged."""
         tokenizer, config = self._tokenizer(), self._read("tokenizer_config.json", TokenizerConfig, optional=True)
-        bos, eos = token_text(config.bos_token), token_text(config.eos_token)
-        bos_id = tokenizer.token_to_id(bos) if bos else None
+        special = add_special_tokens(self._path, tokenizer)
+        tokenizer.encode_special_tokens = config.split_special_tokens
+        bos, eos = special.pop("bos_token", ""), special.pop("eos_token", "")
+        templates = self._chat_templates(config.chat_template)
         ends = self._read("generation_config.json", Ends, optional=True).eos_token_id
         if ends is None:
             ends = self._read("config.json", Ends).eos_token_id
         eos_ids = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.token_to_id(eos) if eos else None}
-        # what transformers would have added to the post-processor as it loads the tokenizer
-        add_bos = bool(config.add_bos_token) and bos_id is not None and tokenizer.encode("").ids[:1] != [bos_id]
         return TextSpec(
             tokenizer=tokenizer,
             eos_ids=tuple(sorted(id for id in eos_ids if id is not None)),
-            bos_id=bos_id,
-            add_bos=add_bos,
+            bos_id=tokenizer.token_to_id(bos) if bos else None,
             bos_token=bos,
             eos_token=eos,
-            chat_template=self._chat_template(config.chat_template),
+            chat_template=templates.pop("default", None),
+            special_tokens=special,
+            named_templates=templates,
         )
 
     def tensors(self) -> Iterator[tuple[str, LazyTensor]]:
@@ -185,17 +182,17 @@ class SafetensorsCheckpoint:
             tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
         return tokenizer
 
-    def _chat_template(self, configured: str | list[NamedTemplate] | None) -> str | None:
-        """chat_template.jinja, else tokenizer_config.json's: a string, or a list of named ones."""
-        path = self._path / "chat_template.jinja"
-        if path.is_file():
-            try:
-                return path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"{path} cannot be read: {error}") from error
+    def _chat_templates(self, configured: str | list[NamedTemplate] | dict[str, str] | None) -> dict[str, str]:
+        """By name, "default" that of chat_template.jinja; where there are no such files, those of
+        tokenizer_config.json."""
+        paths = {path.stem: path for path in sorted((self._path / "additional_chat_templates").glob("*.jinja"))}
+        if (path := self._path / "chat_template.jinja").is_file():
+            paths["default"] = path
+        if paths:
+            return {name: read_template(path) for name, path in paths.items()}
         if isinstance(configured, list):
-            return {entry.name: entry.template for entry in configured}.get("default")
-        return configured
+            return {entry.name: entry.template for entry in configured}
+        return dict(configured) if isinstance(configured, dict) else {"default": configured} if configured else {}
 
     def _read(self, name: str, kind: type[Described], optional: bool = False) -> Described:
         """The JSON file `name` as a `kind`. Raises ConfigError when it is missing or says something else."""
@@ -208,9 +205,12 @@ class SafetensorsCheckpoint:
             raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
-def token_text(token: str | TokenObject | None) -> str:
-    """A special token as a string."""
-    return token.content if isinstance(token, TokenObject) else token or ""
+def read_template(path: Path) -> str:
+    """Raises ConfigError when the file is no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
 def damage(path: Path, error: Exception) -> str:
