@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+OTHERS = ("adapter_", "consolidated")  # files that are no weights of transformers' models
 BLOCK = 32  # weights that the kernels take at a time
 # embedded name: package, folder in it, how to get it
 EMBEDDED = {
@@ -151,15 +152,19 @@ class SafetensorsCheckpoint:
                 yield name, SafetensorsLazyTensor(file, name)
 
     def _files(self) -> list[Path]:
-        """The weight files: those the index names, else all of them."""
+        """The weight files: a whole model.safetensors, else those that the index names, else all that are not for
+        something else: what lies beside the former two is another format's, an adapter's, or left over."""
         index = "model.safetensors.index.json"
-        if (self._path / index).is_file():
+        if (self._path / "model.safetensors").is_file():
+            named = ["model.safetensors"]
+        elif (self._path / index).is_file():
             named = sorted(set(self._read(index, WeightIndex).weight_map.values()))
             for name in named:
                 if not (self._path / name).is_file():
                     raise ConfigError(f"{self._path} has no {name}, which {index} names; download it again")
         else:
-            named = sorted(path.name for path in self._path.glob("*.safetensors"))
+            found = sorted(path.name for path in self._path.glob("*.safetensors"))
+            named = [name for name in found if not name.startswith(OTHERS)]
         if not named:
             raise ConfigError(f"{self._path} has no .safetensors files; weights of another kind must be converted")
         return [self._path / name for name in named]
