@@ -198,7 +198,7 @@ def test_pooling_as_newer_versions_write_it(tmp_path: Path, mode: Any) -> None:
 def test_other_ways_to_pool_of_newer_versions_are_refused(tmp_path: Path, mode: Any) -> None:
     folder = write_sentence_model(tmp_path, MODULES, [])
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": mode}))
-    with pytest.raises(ConfigError, match="pools by .*; supported is exactly one of mean, cls"):
+    with pytest.raises(ConfigError, match=r"pools by .*; supported is exactly one of mean, cls"):
         SafetensorsCheckpoint.open(str(folder)).config()
 
 
