@@ -18,7 +18,8 @@ from engine.plugin.terms import LONGEST, Terms
 
 # of config.json itself, where its rope options do not say otherwise
 THETA = 10000.0
-TERMS = ("rope_theta", "partial_rotary_factor", "max_position_embeddings", "original_max_position_embeddings")
+TRAINED = "original_max_position_embeddings"
+TERMS = ("rope_theta", "partial_rotary_factor", "max_position_embeddings", TRAINED)
 
 
 class Rotary(nn.Module):
@@ -57,10 +58,11 @@ class Rotary(nn.Module):
 def rope_terms(config: Mapping[str, Any]) -> Terms:
     """What a configuration says of rotation: in an object of its own, and beside it."""
     terms = Terms.of(config)
-    own = terms.section("rope_parameters") or terms.section("rope_scaling")
+    own = terms.section("rope_scaling") or terms.section("rope_parameters")
     said = {key: value for key, value in own.items() if value is not None}
     beside = {key: terms[key] for key in TERMS if terms.get(key) is not None}
-    return Terms(beside | said, terms.source, own.within if said else terms.within)
+    first = {TRAINED: beside[TRAINED]} if TRAINED in beside else {}  # which is believed more, as in transformers
+    return Terms(beside | said | first, terms.source, own.within if said else terms.within)
 
 
 def rope_type(scaling: Terms) -> str:
@@ -101,7 +103,7 @@ def _longrope(frequencies: Tensor, scaling: Terms, longest: int) -> tuple[Tensor
     divisors = scaling.numbers("long_factor" if longest > trained else "short_factor", len(frequencies))
     magnitude = scaling.number("attention_factor", None)
     if magnitude is None:
-        stretch = scaling.number("factor", None) or scaling.number("max_position_embeddings") / trained
+        stretch = _stretch(scaling)
         magnitude = math.sqrt(1 + math.log(stretch) / math.log(trained)) if stretch > 1 else 1.0
     return frequencies / torch.tensor(divisors), float(magnitude)
 
@@ -109,7 +111,7 @@ def _longrope(frequencies: Tensor, scaling: Terms, longest: int) -> tuple[Tensor
 def _yarn(frequencies: Tensor, scaling: Terms, longest: int) -> tuple[Tensor, float]:
     """YaRN (arXiv:2309.00071): what turns less than `beta_slow` times within the trained length is stretched by
     `factor`, what turns more than `beta_fast` times kept, what is between blended by its place in the order."""
-    factor, trained = scaling.number("factor"), _trained(scaling)
+    factor, trained = _stretch(scaling), _trained(scaling)
     count, base = len(frequencies), scaling.number("rope_theta", THETA, above=1.0)
 
     def place(turns: float) -> float:
@@ -129,8 +131,15 @@ def _yarn(frequencies: Tensor, scaling: Terms, longest: int) -> tuple[Tensor, fl
 
 
 def _trained(scaling: Terms) -> int:
-    """Positions that the model was trained on; more than one, as logarithms of it are divided by."""
-    return scaling.integer("original_max_position_embeddings", low=2, high=LONGEST)
+    """Positions that the model was trained on, by default all; more than one, as logarithms of it are divided by."""
+    name = TRAINED if scaling.get(TRAINED) is not None else "max_position_embeddings"
+    return scaling.integer(name, low=2, high=LONGEST)
+
+
+def _stretch(scaling: Terms) -> float:
+    """By how much positions are stretched; by default from what the model was trained on to all."""
+    factor = scaling.number("factor", None)
+    return factor or scaling.integer("max_position_embeddings", high=LONGEST) / _trained(scaling)
 
 
 def yarn_scale(factor: float, weight: float = 1.0) -> float:

@@ -109,7 +109,6 @@ HEAD_NORMS = {f"attn_{head}_norm.weight": f"self_attn.{head}_norm.weight" for he
 LLAMA = Family(
     constants={"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"},
     numbers=NUMBERS,
-    optional={"sliding_window": "attention.sliding_window"},
     tensors=TENSORS,
     layer=BLOCK,
     permuted={"attn_q.weight": "num_attention_heads", "attn_k.weight": "num_key_value_heads"},

@@ -68,7 +68,8 @@ def kinds(config: Terms) -> tuple[AttentionKind, AttentionKind]:
         Terms({"rope_theta": theta, "rope_parameters": rope}, config.source)
         for theta, rope in zip(thetas, (full, sliding), strict=True)
     ]
-    return AttentionKind(rope=ropes[0]), AttentionKind(rope=ropes[1], window=config.integer("sliding_window", None))
+    window = config.integer("sliding_window", None) if "sliding_window" in config else 4096
+    return AttentionKind(rope=ropes[0]), AttentionKind(rope=ropes[1], window=window)
 
 
 def layers(config: Terms) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ class Mixtral(CausalLM):
 
     @staticmethod
     def shape_of(config: Terms) -> DecoderShape:
-        shape = Llama.shape_of(config)
+        shape = Llama.shape_of(Terms({**config, "rope_theta": config.number("rope_theta", 1e6)}, config.source))
         experts, top_k = config.integer("num_local_experts", high=MANY), config.integer("num_experts_per_tok")
         mixture = Mixture(
             routing=Routing(experts=experts, top_k=top_k, normalised=True),

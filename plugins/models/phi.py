@@ -28,7 +28,8 @@ class Phi3(CausalLM):
     @staticmethod
     def shape_of(config: Terms) -> DecoderShape:
         window = config.integer("sliding_window", None, low=0) or None
-        return DecoderShape.of(config, kinds=(AttentionKind(rope=config, window=window),))
+        rope = Terms({"original_max_position_embeddings": 4096, **config}, config.source)
+        return DecoderShape.of(config, kinds=(AttentionKind(rope=rope, window=window),))
 
     def load(self, tensors: Iterable[tuple[str, LazyTensor]]) -> None:
         super().load(part for name, tensor in tensors for part in self._parts(name, tensor))

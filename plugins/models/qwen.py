@@ -16,15 +16,17 @@ class Qwen(CausalLM):
     @staticmethod
     def shape_of(config: Terms) -> DecoderShape:
         count = config.integer("num_hidden_layers", high=MANY)
-        window = config.integer("sliding_window", None) if config.flag("use_sliding_window") else None
-        first = config.integer("max_window_layers", count, low=0)
-        windowed = [kind == "sliding_attention" for kind in config.words("layer_types", count)]
+        window = config.integer("sliding_window", None) if "sliding_window" in config else 4096
+        window = window if config.flag("use_sliding_window") else None
+        kind = config.word("model_type")
+        first = 0 if kind == "qwen3_moe" else config.integer("max_window_layers", 28, low=0)
+        windowed = [each == "sliding_attention" for each in config.words("layer_types", count)]
         windowed = windowed or [layer >= first for layer in range(count)]
         usual: dict[str, Any] = {
             "kinds": (AttentionKind(rope=config), AttentionKind(rope=config, window=window)),
             "layers": tuple(int(window is not None and each) for each in windowed),
         }
-        if (kind := config.word("model_type")) == "qwen2":
+        if kind == "qwen2":
             return DecoderShape.of(config, **usual, qkv_bias=True)
         if kind == "qwen3":  # the mixtures divide, as most models do
             usual["head_dim"] = config.integer("head_dim", 128)
