@@ -100,7 +100,7 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[float,
     )
     model = resolve(plugins.model_for(terms["architectures"]).target)(terms, build)
     began = time.perf_counter()
-    load_weights(model, checkpoint)
+    load_weights(model, list(checkpoint.tensors()))
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began, weight_bytes(model)

@@ -31,7 +31,7 @@ from engine.plugin.manager import Plugins
 from engine.plugin.specs import Checkpoint, TextSpec
 from engine.sampling import SamplingDefaults, model_defaults
 from engine.template import read_template
-from engine.text import Text
+from engine.text import TOOL_USE, Text
 
 log = logging.getLogger("engine")
 
@@ -74,7 +74,8 @@ def _text(plugins: Plugins, checkpoint: Checkpoint, config: Config, template: st
     """The model's text, with the parsers that go with it; `template` takes the place of its own."""
     spec = read_text(checkpoint, config)
     architectures = checkpoint.config().get("architectures") or ()
-    parsers = choose_parsers(plugins, config.server, architectures, template or spec.chat_template)
+    own = [source for source in (spec.chat_template, spec.named_templates.get(TOOL_USE)) if source is not None]
+    parsers = choose_parsers(plugins, config.server, architectures, template or "\n".join(own) or None)
     return Text(spec, template, parsers, sampling_defaults(spec, config))
 
 

@@ -1,16 +1,23 @@
 """The text of a checkpoint, in every process that needs it; and what stands in for it where dummy weights have none."""
 
+import msgspec
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from engine.config import Config
 from engine.errors import ConfigError
 from engine.plugin.specs import Checkpoint, TextSpec
+from engine.plugin.terms import Terms
 
 
 def read_text(checkpoint: Checkpoint, config: Config) -> TextSpec:
-    """The checkpoint's text; with dummy weights and no tokenizer, one token a byte, for what has 256 tokens or more."""
+    """The checkpoint's text; with dummy weights and no tokenizer, one token a byte, for what has 256 tokens or more.
+
+    Ids that no token of the model has end no reply: they are left out of `eos_ids`."""
     try:
-        return checkpoint.text()
+        spec = checkpoint.text()
+        size = Terms(checkpoint.config()).integer("vocab_size", None)
+        known = tuple(id for id in spec.eos_ids if id >= 0 and (size is None or id < size))
+        return spec if known == spec.eos_ids else msgspec.structs.replace(spec, eos_ids=known)
     except ConfigError:
         if config.model.load == "auto":
             raise

@@ -6,7 +6,7 @@ declares: it is found out by rendering a small conversation once. What a templat
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -37,13 +37,14 @@ class Abilities(Struct, frozen=True):
 
 
 class ChatTemplate:
-    """One compiled template. `syntax` is how the model is told to write calls if the template does not say it.
+    """One compiled template. `tokens` are special tokens by the names that it knows ("bos_token"), `syntax` is how the
+    model is told to write calls if the template does not say it.
 
     Raises ConfigError when it is malformed."""
 
-    def __init__(self, source: str, bos_token: str, eos_token: str, syntax: CallSyntax) -> None:
+    def __init__(self, source: str, tokens: Mapping[str, str], syntax: CallSyntax) -> None:
         self._compiled = compile_template(source)
-        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        self._tokens = dict(tokens)
         self._syntax = syntax
         self._ending = lru_cache(ENDINGS)(self._find_ending)
 
@@ -64,6 +65,7 @@ class ChatTemplate:
         if not messages:
             raise RequestError("messages is empty; send at least one message", param="messages")
         plain = [plain_message(index, message) for index, message in enumerate(messages)]
+        begun = plain[-1]["content"]
         if continue_final_message:
             plain[-1] = _left_open(plain[-1])
         if tools or any(message["role"] == "tool" or "tool_calls" in message for message in plain):
@@ -83,7 +85,7 @@ class ChatTemplate:
             text = self._compiled.render({"documents": None, **(template_kwargs or {}), **own})
         except Exception as error:  # the template is a program of the checkpoint's: it may raise anything
             raise RequestError(f"the chat template refuses the messages: {error}", param="messages") from error
-        return _up_to_mark(text) if continue_final_message else text
+        return _up_to_mark(text, begun) if continue_final_message else text
 
     def _told(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
@@ -196,30 +198,37 @@ def _left_open(message: dict[str, Any]) -> dict[str, Any]:
             "append the beginning of the reply",
             param="continue_final_message",
         )
-    return {**message, "content": message["content"] + OPEN_END}
+    return {**message, "content": message["content"] + OPEN_END + " "}
 
 
-def _up_to_mark(text: str) -> str:
-    before, mark, _ = text.rpartition(OPEN_END)
-    if not mark:
+def _up_to_mark(text: str, begun: str) -> str:
+    """`text` up to where the message `begun` was left open; a template that trims messages trims this one, too."""
+    before, mark, after = text.rpartition(OPEN_END)
+    if not mark or begun.strip() not in text:
         raise RequestError(
-            "the chat template leaves out the last message, so it cannot be continued; drop continue_final_message",
+            "the chat template leaves out the last message, or a part of it, so it cannot be continued; drop "
+            "continue_final_message",
             param="continue_final_message",
         )
-    return before
+    return before if after.startswith(" ") else before.rstrip()
 
 
 # ── the language ─────────────────────────────────────────────────────────────────────────────
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}` marks what the assistant said, for training; here it is just its content."""
+    """`{% generation %}` marks what the assistant said, for training; here it is just its content, in a scope of its
+    own: what is set in it is not known after it."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
+
+    def _content(self, caller: Callable[[], str]) -> str:
+        return caller()
 
 
 def read_template(option: str | None) -> str | None:
@@ -241,12 +250,12 @@ def read_template(option: str | None) -> str | None:
     return source
 
 
-def requested(bos_token: str, eos_token: str, syntax: CallSyntax) -> Callable[[str], ChatTemplate]:
+def requested(tokens: Mapping[str, str], syntax: CallSyntax) -> Callable[[str], ChatTemplate]:
     """Compiles a template that a request brings; that raises RequestError when it is malformed."""
 
     def compiled(source: str) -> ChatTemplate:
         try:
-            return ChatTemplate(source, bos_token, eos_token, syntax)
+            return ChatTemplate(source, tokens, syntax)
         except ConfigError as error:
             raise RequestError(f"{error}; correct it, or leave chat_template out", param="chat_template") from None
         except Exception as error:  # jinja2 and Python refuse some in ways of their own: nesting, long numbers
@@ -266,8 +275,10 @@ def compile_template(source: str) -> jinja2.Template:
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
 
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # jinja2's own escapes HTML
+    def tojson(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:  # in this order, as transformers has it; jinja2's own escapes HTML
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     def strftime_now(format: str) -> str:
         return datetime.now().strftime(format)

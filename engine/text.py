@@ -18,6 +18,7 @@ from engine.sampling import SamplingDefaults
 from engine.template import ChatTemplate, requested
 
 OPENAI_DEFAULTS = SamplingDefaults()
+TOOL_USE = "tool_use"  # the name of the template for conversations with tools
 TEMPLATES = 16  # templates of requests that are kept compiled
 WORDS_KEPT = 4096  # words whose tokens the tokenizer remembers: of up to 255 bytes, and up to 8 KiB each
 
@@ -45,7 +46,10 @@ class Text:
         self.longest_token = max(map(len, spec.tokenizer.get_vocab()), default=1)  # characters of one
         self.chat_template = source = chat_template if chat_template is not None else spec.chat_template
         syntax = (parsers.tool or ToolParser).syntax
-        marks = (spec.bos_token, spec.eos_token, syntax)
+        tokens = {"bos_token": spec.bos_token, "eos_token": spec.eos_token, **spec.special_tokens}
+        marks = ({name: token for name, token in tokens.items() if token}, syntax)
+        named = {} if chat_template is not None else spec.named_templates
+        self._named = {name: ChatTemplate(template, *marks) for name, template in named.items()}
         self._template = None if source is None else ChatTemplate(source, *marks)
         added = spec.tokenizer.get_added_tokens_decoder()
         self._special = frozenset(id for id, token in added.items() if token.special)
@@ -59,7 +63,7 @@ class Text:
 
     @property
     def has_template(self) -> bool:
-        return self._template is not None
+        return self._template is not None or TOOL_USE in self._named
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a completion prompt, with the first token that the model asks for.
@@ -89,19 +93,37 @@ class Text:
         ids: list[int] = encoding.ids
         return ids
 
-    def render_chat(self, messages: list[dict[str, Any]], *, chat_template: str | None = None, **options: Any) -> str:
+    def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        chat_template: str | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        **options: Any,
+    ) -> str:
         """The conversation as the chat template writes it, up to where the assistant speaks; the options are those of
-        ChatTemplate.render. `chat_template` takes the model's place. Raises RequestError as `encode_chat` does."""
-        return self._template_for(chat_template).render(messages, **options)
+        ChatTemplate.render. `chat_template`, a template or the name of one of the model's, takes the place of the one
+        that the model has for this. Raises RequestError as `encode_chat` does."""
+        return self._template_for(chat_template, bool(tools)).render(messages, tools=tools, **options)
 
     def reasoning_open(
-        self, start: str, end: str, messages: list[dict[str, Any]], *, chat_template: str | None = None, **options: Any
+        self,
+        start: str,
+        end: str,
+        messages: list[dict[str, Any]],
+        *,
+        chat_template: str | None = None,
+        tools: bool = False,
+        **options: Any,
     ) -> bool | None:
-        """As ChatTemplate.reasoning_open: whether the prompt ends inside of reasoning."""
-        return self._template_for(chat_template).reasoning_open(start, end, messages, **options)
+        """As ChatTemplate.reasoning_open: whether the prompt ends inside of reasoning; `tools` is whether there are."""
+        return self._template_for(chat_template, tools).reasoning_open(start, end, messages, **options)
 
-    def _template_for(self, chat_template: str | None) -> ChatTemplate:
-        template = self._template if chat_template is None else self._requested_template(chat_template)
+    def _template_for(self, chat_template: str | None, tools: bool) -> ChatTemplate:
+        name = chat_template if chat_template is not None else TOOL_USE if tools else ""
+        template = self._named.get(name)
+        if template is None:
+            template = self._template if chat_template is None else self._requested_template(chat_template)
         if template is None:
             raise RequestError(
                 "the model has no chat template; send text to /v1/completions instead", code="no_chat_template"

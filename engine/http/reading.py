@@ -182,6 +182,7 @@ def reading_of(
         _check(wanted, tool, sampling)
         grammar = _with_tools(wanted, tool, grammar, names.get("grammar", "tools"))
     reasoning, opened, opening = text.parsers.reasoning if sampling.detokenize else None, None, ""
+    options = {**options, "tools": bool(wanted.offered)}
     if reasoning is not None:
         opened = text.reasoning_open(reasoning.start, reasoning.end, messages, **options)
         if grammar is not None and opened is None and not reasoning.assumed:

@@ -1,8 +1,8 @@
 """The CPU kernels of cpu_*.c: compiled on first use, called through ctypes.
 
-A compiler is asked for once; the library is kept in the user's cache under a name that holds everything it depends
-on. `kernels()` is None where there is no compiler, or ENGINE_CPU_KERNELS=0: layers then do the same in torch. All take
-and return float32 tensors on the CPU.
+A compiler is asked for once; the library is kept in the user's cache, or in a temporary folder where that cannot be
+used, under a name that holds everything it depends on. `kernels()` is None where there is no compiler, or
+ENGINE_CPU_KERNELS=0: layers then do the same in torch. All take and return float32 tensors on the CPU.
 """
 
 import ctypes
@@ -12,10 +12,12 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,7 @@ def kernels() -> "Kernels | None":
         log.warning("no C compiler: the CPU runs at a fraction of its speed; install gcc or clang")
         return None
     try:
-        library = ctypes.CDLL(str(_build(compiler)))
+        library = _library(compiler)
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         log.warning("the CPU kernels do not compile, so the CPU runs at a fraction of its speed: %s", said.strip())
@@ -94,20 +96,44 @@ def kernels() -> "Kernels | None":
     return Kernels(library)
 
 
-def _build(compiler: str) -> Path:
-    """The library's path; compiled unless it is there. Raises CalledProcessError."""
+def _library(compiler: str) -> ctypes.CDLL:
+    """The library out of the user's cache, or where that cannot be used, out of a temporary folder."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "engine"
+        return ctypes.CDLL(str(_build(compiler, cache)))
+    except (OSError, RuntimeError) as error:  # it cannot be written or mapped, or there is no home
+        folder = _temporary_folder()
+        log.warning("the cache cannot be used (%s); the CPU kernels are kept in %s", error, folder)
+    return ctypes.CDLL(str(_build(compiler, folder)))
+
+
+def _temporary_folder() -> Path:
+    """A folder for this user alone: the same one every time, unless somebody else has put something in its place."""
+    folder = Path(tempfile.gettempdir()) / f"engine-kernels-{os.getuid()}"
+    with suppress(OSError):
+        folder.mkdir(mode=0o700)
+    try:
+        found = folder.lstat()
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="engine-kernels-"))
+    ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+    return folder if ours else Path(tempfile.mkdtemp(prefix="engine-kernels-"))
+
+
+def _build(compiler: str, cache: Path) -> Path:
+    """The library's path in `cache`; compiled unless it is there. Raises CalledProcessError, and OSError where `cache`
+    cannot be used."""
     openmp = _openmp()
     sources = sorted(FOLDER.glob("cpu_*.[ch]"))
     parts = (*(source.read_text() for source in sources), compiler, *FLAGS, str(openmp), _processor())
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "engine"
     target = cache / f"cpu-{digest}.so"
     if target.exists():
         return target
     cache.mkdir(parents=True, exist_ok=True)
-    log.info("compiling the CPU kernels, once, with %s", compiler)
     wide = (WIDE,) if platform.machine() in ("x86_64", "AMD64") else ()
     with tempfile.TemporaryDirectory(dir=cache) as folder, ThreadPoolExecutor() as pool:
+        log.info("compiling the CPU kernels, once, with %s", compiler)
         linked = Path(folder, "cpu.so")
         objects = {str(source): str(Path(folder, f"{source.stem}.o")) for source in sources if source.suffix == ".c"}
         commands = [(compiler, *FLAGS, *wide, "-c", source, "-o", compiled) for source, compiled in objects.items()]
@@ -119,7 +145,10 @@ def _build(compiler: str) -> Path:
 
 
 def _run(command: Sequence[str]) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except OSError as error:  # of the compiler, not of the cache
+        raise subprocess.CalledProcessError(127, command, stderr=str(error)) from error
 
 
 def _openmp() -> Path | None:

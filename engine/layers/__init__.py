@@ -24,7 +24,7 @@ from engine.layers.model import Layer, Model, check_shape, empty_weight, put
 from engine.layers.moe import Experts, Mixture, Router, SparseMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.quantization import Quantized, QuantizedExperts, QuantizedLinear, Scheme
-from engine.layers.rotary import Rotary, yarn_scale
+from engine.layers.rotary import Rotary, rope_terms, rope_type, yarn_scale
 
 __all__ = [
     "Attention",
@@ -73,6 +73,8 @@ __all__ = [
     "gated_activation",
     "gelu_and_mul",
     "put",
+    "rope_terms",
+    "rope_type",
     "silu_and_mul",
     "yarn_scale",
 ]

@@ -31,6 +31,7 @@ class Build:
     world: int = 1
     kv_dtype: torch.dtype | None = None  # of the KV cache; by default `dtype`
     quantization: Scheme | None = None  # how matrices are stored; by default in `dtype`
+    deferred: bool = False  # weights take no memory, on the device `meta`, until `Model.load` or `Model.allocate`
 
     def share(self, size: int) -> slice:
         """This rank's part of a dimension that is divided evenly over the ranks."""

@@ -29,6 +29,7 @@ from engine.layers.moe import Experts, Mixture, Router, SparseMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import Rotary
 from engine.plugin.specs import LazyTensor
+from engine.plugin.terms import MANY, Terms
 
 Rotations = Sequence[tuple[Tensor, Tensor]]  # per KV group: the cosines and sines of the step's positions
 
@@ -68,22 +69,37 @@ class DecoderShape:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], **differences: Any) -> Self:
-        """From config.json's usual terms, then `differences`, which are fields of this class."""
-        heads = config["num_attention_heads"]
+        """From config.json's usual terms, then `differences`, which are fields of this class.
+
+        Raises ConfigError for a term that is missing, of another kind or out of its range, and for terms that do not
+        go together."""
+        terms = Terms.of(config)
+        heads, size = terms.integer("num_attention_heads"), terms.integer("hidden_size")
         usual: dict[str, Any] = {
-            "vocab_size": config["vocab_size"],
-            "hidden_size": config["hidden_size"],
-            "intermediate_size": config["intermediate_size"],
+            "vocab_size": terms.integer("vocab_size"),
+            "hidden_size": size,
+            "intermediate_size": terms.integer("intermediate_size"),
             "query_heads": heads,
-            "kv_heads": config.get("num_key_value_heads") or heads,
-            "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-            "epsilon": config["rms_norm_eps"],
-            "kinds": (AttentionKind(rope=config),),
-            "layers": (0,) * config["num_hidden_layers"],
-            "activation": config.get("hidden_act") or "silu",
-            "tied": bool(config.get("tie_word_embeddings")),
+            "kv_heads": terms.integer("num_key_value_heads", heads),
+            "head_dim": terms.integer("head_dim", None) or size // heads,
+            "epsilon": terms.number("rms_norm_eps"),
+            "kinds": (AttentionKind(rope=terms),),
+            "layers": (0,) * terms.integer("num_hidden_layers", high=MANY),
+            "activation": terms.word("hidden_act", "silu"),
+            "tied": terms.flag("tie_word_embeddings"),
         }
-        return cls(**usual | differences)
+        shape = cls(**usual | differences)
+        shape.check(terms)
+        return shape
+
+    def check(self, terms: Terms) -> None:
+        """Raises ConfigError for sizes that do not go together; `terms` are where they are from."""
+        if self.query_heads % self.kv_heads:
+            raise terms.wrong("num_key_value_heads", f"a divisor of the {self.query_heads} num_attention_heads")
+        if self.head_dim == 0:
+            raise terms.wrong("num_attention_heads", f"at most hidden_size, which is {self.hidden_size}")
+        if len(self.layers) != terms["num_hidden_layers"]:
+            raise terms.wrong("layer_types", f"a list of {terms['num_hidden_layers']} names, one for each hidden layer")
 
     def norm(self, build: Build, size: int) -> RMSNorm:
         return RMSNorm(build, size, self.epsilon, self.norm_offset)
@@ -200,7 +216,7 @@ class CausalLM(Model):
 
     def __init__(self, config: dict[str, Any], build: Build) -> None:
         super().__init__(config, build)
-        shape = self.shape_of(config)
+        shape = self.shape_of(Terms.of(config))
         self.vocab_size = shape.vocab_size
         self.logit_cap = shape.logit_cap
         groups = sorted(set(shape.layers))  # kinds that no layer is of get no KV group
@@ -226,7 +242,7 @@ class CausalLM(Model):
 
     @staticmethod
     @abstractmethod
-    def shape_of(config: dict[str, Any]) -> DecoderShape:
+    def shape_of(config: Terms) -> DecoderShape:
         """What `config`, in config.json's terms, says. Raises ConfigError for what would run and be wrong."""
 
     def forward(self, batch: Batch) -> Tensor:

@@ -46,8 +46,8 @@ class Linear(Layer):
         super().__init__()
         self.build = build
         self.inputs = inputs
-        waits = build.quantization is not None and quantizable
-        self.weight = empty_weight(build, rows, inputs, device=torch.device("meta") if waits else None)
+        self.waits = build.quantization is not None and quantizable  # to be named, before it is known how it is stored
+        self.weight = empty_weight(build, rows, inputs, device=torch.device("meta") if self.waits else None)
         self.bias = empty_weight(build, rows) if bias else None
         self.quantized: QuantizedLinear | None = None
         self.path = ""
@@ -100,8 +100,9 @@ class Linear(Layer):
     def named(self, path: str) -> None:
         self.path = path
         scheme = self.build.quantization
-        if scheme is None or not self.weight.is_meta:
+        if scheme is None or not self.waits:
             return
+        self.waits = False
         paths = [checkpoint_path(path, part) for part in self.parts]
         taken = [each for each in paths if scheme.takes(each)]
         if not taken:
@@ -127,6 +128,11 @@ class Linear(Layer):
     def passed_over(self, path: str) -> list[str]:
         ignored = self.quantized.ignored if self.quantized is not None else ()
         return [f"{checkpoint_path(path, part)}.{name}" for part in self.parts for name in ignored]
+
+    def whole(self, parameter: str, part: str) -> tuple[int, ...] | None:
+        if self.quantized is not None and parameter in self.quantized.tensors:
+            return None
+        return (self.sizes[part], self.inputs)[: 2 if parameter == "weight" else 1]
 
     def load_quantized(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> bool:
         """Takes `tensor` if the weight is quantized and it belongs to that."""

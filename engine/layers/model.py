@@ -2,9 +2,11 @@
 
 A weight's name in the checkpoint is its layer's path in the model, where a layer that stacks several
 tensors answers to each one's name in place of its own. So the checkpoint's names are Hugging Face's and
-a model class needs no table of them. Left out: weights that change shape on the way in.
+a model class needs no table of them. Names and shapes are compared before memory is taken for weights: a model that
+is built `deferred` has none until then. Left out: weights that change shape on the way in.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable
@@ -19,6 +21,7 @@ from engine.layers.batch import Batch
 from engine.layers.build import Build
 from engine.plugin.specs import KVSpec, LazyTensor
 
+LARGEST = 1 << 44  # bytes of one weight
 PIECE_BYTES = 32 << 20
 IN_FLIGHT = 3
 
@@ -38,6 +41,11 @@ class Layer(nn.Module):
         """The checkpoint's tensors that `parameter` of this layer, which is at `path`, consists of; each with its part,
         as `load` is told it."""
         return [(f"{checkpoint_path(path, part)}.{parameter}", part) for part in self.parts]
+
+    def whole(self, parameter: str, part: str) -> tuple[int, ...] | None:
+        """The shape that the checkpoint's tensor for this part of `parameter` must have; None if only `load` knows."""
+        known = not part and parameter in self._parameters
+        return tuple(self.get_parameter(parameter).shape) if known else None
 
     def optional(self) -> frozenset[str]:
         """Parameters that a checkpoint need not have."""
@@ -69,9 +77,17 @@ class Layer(nn.Module):
 def empty_weight(
     build: Build, *shape: int, dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> nn.Parameter:
-    """A weight of this rank, to be filled by `Layer.load`; of the build's type and device unless others are given."""
-    weight = torch.empty(shape, dtype=dtype or build.dtype, device=device or build.device)
-    return nn.Parameter(weight, requires_grad=False)
+    """A weight of this rank, to be filled by `Layer.load`; of the build's type and device unless others are given.
+
+    Raises ConfigError for a shape that no memory could hold."""
+    dtype = dtype or build.dtype
+    if math.prod(shape) > LARGEST // dtype.itemsize:
+        raise ConfigError(
+            f"the model's configuration calls for a weight of shape {shape}, which is more than {LARGEST >> 40} TiB; "
+            "one of its sizes is wrong"
+        )
+    device = device or (torch.device("meta") if build.deferred else build.device)
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
 
 def copy_weight(
@@ -114,6 +130,9 @@ def check_shape(name: str, tensor: LazyTensor, whole: tuple[int, ...]) -> None:
         )
 
 
+Wanted = dict[str, tuple[Layer, str, str]]  # by a tensor's name: the layer, parameter and part that `load` is told
+
+
 class Model(nn.Module, ABC):
     """A model family: constructed from config.json's terms and a Build, then loaded, then run.
 
@@ -128,6 +147,7 @@ class Model(nn.Module, ABC):
     def __init__(self, config: dict[str, Any], build: Build) -> None:
         """Allocates the weights, unset. Raises ConfigError for a configuration that it cannot run."""
         super().__init__()
+        self._device = build.device
 
     @abstractmethod
     def forward(self, batch: Batch) -> Tensor:
@@ -154,14 +174,37 @@ class Model(nn.Module, ABC):
             if isinstance(layer, Layer):
                 layer.named(path)
 
+    def allocate(self) -> None:
+        """Takes the memory of weights that have none, because the model was built `deferred`."""
+        with torch.inference_mode(False):
+            for weight in [weight for weight in self.parameters() if weight.is_meta]:
+                there = torch.empty(weight.shape, dtype=weight.dtype, device=self._device)
+                torch.utils.swap_tensors(weight, nn.Parameter(there, requires_grad=False))  # shared ones stay shared
+
     def load(self, tensors: Iterable[tuple[str, LazyTensor]]) -> None:
-        """Fills the weights. Raises ConfigError that names unknown and missing ones.
+        """Fills the weights. Raises ConfigError that names unknown and missing ones, or one of another shape than the
+        configuration calls for, before memory is taken for any.
 
         A parameter shared by two layers (tied embeddings) is loaded under its first name; the other
         name may appear in the checkpoint and is passed over.
         """
         self.name_layers()
-        wanted: dict[str, tuple[Layer, str, str]] = {}
+        wanted, found = self._matched(tensors)
+        for name, tensor in found:
+            layer, parameter, part = wanted[name]
+            if (whole := layer.whole(parameter, part)) is not None:
+                check_shape(name, tensor, whole)
+        self.allocate()
+        for name, tensor in found:
+            layer, parameter, part = wanted[name]
+            layer.load(name, parameter, part, tensor)
+        for module in self.modules():
+            if isinstance(module, Layer):
+                module.loaded()
+
+    def _matched(self, tensors: Iterable[tuple[str, LazyTensor]]) -> tuple[Wanted, list[tuple[str, LazyTensor]]]:
+        """What the layers want, by name, and those of `tensors` that are wanted. Raises ConfigError as `load` does."""
+        wanted: Wanted = {}
         aliases: set[str] = set()
         extras: set[str] = set()
         seen: set[int] = set()
@@ -183,24 +226,21 @@ class Model(nn.Module, ABC):
             for name, (layer, parameter, _) in wanted.items()
             if name not in extras and parameter not in layer.optional()
         }
-        unknown = []
+        unknown, found = [], []
         for name, tensor in tensors:
             if name in wanted:
-                layer, parameter, part = wanted[name]
-                layer.load(name, parameter, part, tensor)
+                found.append((name, tensor))
                 missing.pop(name, None)
             elif name not in aliases and not name.endswith(self.ignored):
                 unknown.append(name)
         if missing or unknown:
-            found = (("missing", list(missing)), ("unknown", unknown))
-            complaints = "; ".join(f"{len(names)} {word} ({_some(names)})" for word, names in found if names)
+            both = (("missing", list(missing)), ("unknown", unknown))
+            complaints = "; ".join(f"{len(names)} {word} ({_some(names)})" for word, names in both if names)
             raise ConfigError(
                 f"the checkpoint's weights do not fit {type(self).__name__}: {complaints}. "
                 "Is its config.json the right one?"
             )
-        for layer in self.modules():
-            if isinstance(layer, Layer):
-                layer.loaded()
+        return wanted, found
 
 
 def checkpoint_path(path: str, part: str) -> str:

@@ -70,7 +70,8 @@ class Experts(Layer):
         assert build.world == 1, "experts on several ranks are not built yet"
         self.count, self.size, self.inner = count, size, inner
         self.build = build
-        waits = torch.device("meta") if build.quantization is not None else None
+        self.waits = build.quantization is not None  # to be named, before it is known how it is stored
+        waits = torch.device("meta") if self.waits else None
         self.gate_up = empty_weight(build, count, 2 * inner, size, device=waits)
         self.down = empty_weight(build, count, size, inner, device=waits)
         self.quantized: QuantizedExperts | None = None
@@ -92,8 +93,9 @@ class Experts(Layer):
     def named(self, path: str) -> None:
         self.path = path
         scheme = self.build.quantization
-        if scheme is None or not self.down.is_meta:
+        if scheme is None or not self.waits:
             return
+        self.waits = False
         modules = self._modules_of(path, self._parts)
         taken = sum(scheme.takes(module) for module, _ in modules)
         if not taken:
@@ -114,6 +116,11 @@ class Experts(Layer):
         belonging = parameter.removeprefix("gate_up").removeprefix("down").removeprefix("_")
         ends = self.quantized.suffixes[belonging] if self.quantized is not None and belonging else ("weight",)
         return [(f"{module}.{end}", part) for module, part in self._modules_of(path, parts) for end in ends]
+
+    def whole(self, parameter: str, part: str) -> tuple[int, ...] | None:
+        if self.quantized is not None:
+            return None
+        return (self.inner, self.size) if parameter == "gate_up" else (self.size, self.inner)
 
     def optional(self) -> frozenset[str]:
         return self.quantized.optional if self.quantized is not None else frozenset()

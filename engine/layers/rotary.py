@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from engine.errors import ConfigError
 from engine.kernels import ops_for
 from engine.layers.build import Build
+from engine.plugin.terms import LONGEST, Terms
 
 # of config.json itself, where its rope options do not say otherwise
-TERMS = ("rope_theta", "partial_rotary_factor", "max_position_embeddings", "original_max_position_embeddings")
+THETA = 10000.0
+TRAINED = "original_max_position_embeddings"
+TERMS = ("rope_theta", "partial_rotary_factor", "max_position_embeddings", TRAINED)
 
 
 class Rotary(nn.Module):
@@ -28,16 +31,20 @@ class Rotary(nn.Module):
 
     def __init__(self, build: Build, config: Mapping[str, Any], head_dim: int) -> None:
         super().__init__()
-        scaling = {key: config[key] for key in TERMS if config.get(key) is not None}
-        scaling |= config.get("rope_parameters") or config.get("rope_scaling") or {}
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        scaling = rope_terms(config)
+        kind = rope_type(scaling)
         known = {"default": _default, "linear": _linear, "llama3": _llama3, "longrope": _longrope, "su": _longrope}
         known["yarn"] = _yarn
         if kind not in known:
             raise ConfigError(f"rope type {kind!r} is not supported; this model class knows {', '.join(known)}")
-        size = int(head_dim * (scaling.get("partial_rotary_factor") or 1.0))
+        size = int(head_dim * scaling.number("partial_rotary_factor", 1.0, high=1.0))
+        if not 0 < size + size % 2 <= head_dim:
+            raise ConfigError(
+                f"{size} dimensions of a head of {head_dim} cannot be rotated in pairs; head_dim, and "
+                f"partial_rotary_factor if there is one, are wrong in {scaling.source}"
+            )
         exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
-        frequencies = 1.0 / (scaling.get("rope_theta") or 10000.0) ** exponents
+        frequencies = 1.0 / scaling.number("rope_theta", THETA) ** exponents
         frequencies, self.magnitude = known[kind](frequencies, scaling, build.max_model_len)
         self.frequencies = frequencies.to(build.device)  # [size / 2]
         self.dtype = build.dtype
@@ -48,61 +55,91 @@ class Rotary(nn.Module):
         return cosines.to(self.dtype), sines.to(self.dtype)
 
 
+def rope_terms(config: Mapping[str, Any]) -> Terms:
+    """What a configuration says of rotation: in an object of its own, and beside it."""
+    terms = Terms.of(config)
+    own = terms.section("rope_scaling") or terms.section("rope_parameters")
+    said = {key: value for key, value in own.items() if value is not None}
+    beside = {key: terms[key] for key in TERMS if terms.get(key) is not None}
+    first = {TRAINED: beside[TRAINED]} if TRAINED in beside else {}  # which is believed more, as in transformers
+    return Terms(beside | said | first, terms.source, own.within if said else terms.within)
+
+
+def rope_type(scaling: Terms) -> str:
+    """The name of the scaling, which older configurations call `type`."""
+    return scaling.word("rope_type", None) or scaling.word("type", "default")
+
+
 # ── rope types: frequencies, options and the longest sequence to frequencies and the size of the rotated ─────────────
 
 
-def _default(frequencies: Tensor, scaling: Mapping[str, Any], longest: int) -> tuple[Tensor, float]:
+def _default(frequencies: Tensor, scaling: Terms, longest: int) -> tuple[Tensor, float]:
     return frequencies, 1.0
 
 
-def _linear(frequencies: Tensor, scaling: Mapping[str, Any], longest: int) -> tuple[Tensor, float]:
+def _linear(frequencies: Tensor, scaling: Terms, longest: int) -> tuple[Tensor, float]:
     """Position interpolation (arXiv:2306.15595)."""
-    return frequencies / scaling["factor"], 1.0
+    return frequencies / scaling.number("factor"), 1.0
 
 
-def _llama3(frequencies: Tensor, scaling: Mapping[str, Any], longest: int) -> tuple[Tensor, float]:
+def _llama3(frequencies: Tensor, scaling: Terms, longest: int) -> tuple[Tensor, float]:
     """Llama 3.1's: long wavelengths are stretched by `factor`, short ones kept, those between blended."""
-    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # over the trained length
+    factor, low = scaling.number("factor"), scaling.number("low_freq_factor")
+    high = scaling.number("high_freq_factor")
+    if high <= low:
+        raise scaling.wrong("high_freq_factor", f"more than low_freq_factor, which is {low}")
+    turns = _trained(scaling) * frequencies / (2 * math.pi)  # over the trained length
     keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
     return keep * frequencies + (1 - keep) * frequencies / factor, 1.0
 
 
-def _longrope(frequencies: Tensor, scaling: Mapping[str, Any], longest: int) -> tuple[Tensor, float]:
+def _longrope(frequencies: Tensor, scaling: Terms, longest: int) -> tuple[Tensor, float]:
     """LongRoPE (arXiv:2402.13753): a divisor of its own for each frequency.
 
     There are two sets of them, for sequences within the trained length and beyond. What is cached for one is of no
     use to the other, so `longest` chooses for all sequences; Hugging Face chooses anew for each batch.
     """
-    trained = scaling["original_max_position_embeddings"]
-    divisors = scaling["long_factor" if longest > trained else "short_factor"]
-    magnitude = scaling.get("attention_factor")
+    trained = _trained(scaling)
+    divisors = scaling.numbers("long_factor" if longest > trained else "short_factor", len(frequencies))
+    magnitude = scaling.number("attention_factor", None)
     if magnitude is None:
-        stretch = scaling.get("factor") or scaling["max_position_embeddings"] / trained
+        stretch = _stretch(scaling)
         magnitude = math.sqrt(1 + math.log(stretch) / math.log(trained)) if stretch > 1 else 1.0
     return frequencies / torch.tensor(divisors), float(magnitude)
 
 
-def _yarn(frequencies: Tensor, scaling: Mapping[str, Any], longest: int) -> tuple[Tensor, float]:
+def _yarn(frequencies: Tensor, scaling: Terms, longest: int) -> tuple[Tensor, float]:
     """YaRN (arXiv:2309.00071): what turns less than `beta_slow` times within the trained length is stretched by
     `factor`, what turns more than `beta_fast` times kept, what is between blended by its place in the order."""
-    factor, trained = scaling["factor"], scaling["original_max_position_embeddings"]
-    count, base = len(frequencies), scaling.get("rope_theta") or 10000.0
+    factor, trained = _stretch(scaling), _trained(scaling)
+    count, base = len(frequencies), scaling.number("rope_theta", THETA, above=1.0)
 
     def place(turns: float) -> float:
         return count * math.log(trained / (turns * 2 * math.pi)) / math.log(base)
 
-    low, high = place(scaling.get("beta_fast") or 32), place(scaling.get("beta_slow") or 1)
-    if scaling.get("truncate", True):
+    low, high = place(scaling.number("beta_fast", 32.0)), place(scaling.number("beta_slow", 1.0))
+    if scaling.flag("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * count - 1)
     stretched = ((torch.arange(count) - low) / max(high - low, 0.001)).clamp(0.0, 1.0)
-    magnitude = scaling.get("attention_factor")
+    magnitude = scaling.number("attention_factor", None)
     if magnitude is None:
-        weights = [scaling.get("mscale") or 0.0, scaling.get("mscale_all_dim") or 0.0]
+        weights = [scaling.number(name, 0.0, above=-1.0) for name in ("mscale", "mscale_all_dim")]
         one, all_dims = weights if all(weights) else (1.0, 0.0)
         magnitude = yarn_scale(factor, one) / yarn_scale(factor, all_dims)
     return stretched * frequencies / factor + (1 - stretched) * frequencies, float(magnitude)
+
+
+def _trained(scaling: Terms) -> int:
+    """Positions that the model was trained on, by default all; more than one, as logarithms of it are divided by."""
+    name = TRAINED if scaling.get(TRAINED) is not None else "max_position_embeddings"
+    return scaling.integer(name, low=2, high=LONGEST)
+
+
+def _stretch(scaling: Terms) -> float:
+    """By how much positions are stretched; by default from what the model was trained on to all."""
+    factor = scaling.number("factor", None)
+    return factor or scaling.integer("max_position_embeddings", high=LONGEST) / _trained(scaling)
 
 
 def yarn_scale(factor: float, weight: float = 1.0) -> float:

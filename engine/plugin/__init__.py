@@ -15,8 +15,12 @@ from engine.plugin.specs import (
     TextSpec,
     Vocabulary,
 )
+from engine.plugin.terms import LONGEST, MANY, MOST, Terms
 
 __all__ = [
+    "LONGEST",
+    "MANY",
+    "MOST",
     "Checkpoint",
     "CompiledGrammar",
     "ConfigError",
@@ -29,6 +33,7 @@ __all__ = [
     "PluginError",
     "Policy",
     "RequestError",
+    "Terms",
     "TextSpec",
     "Vocabulary",
     "hookimpl",

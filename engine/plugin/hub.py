@@ -6,7 +6,7 @@ from engine.errors import ConfigError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
 WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer*")
-UNWANTED = ("*/*", "consolidated*")  # other formats' folders, and a second copy of the weights
+UNWANTED = ("*/*.safetensors", "*/tokenizer*", "consolidated*", "adapter*")  # of other formats, or a second copy
 
 
 def is_hub_id(model: str) -> bool:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from engine.errors import ConfigError
 from engine.kernels import ops_for
-from engine.kernels.cpu import Kernels, attention_tasks, kernels
+from engine.kernels.cpu import MOST_QUERIES, Kernels, attention_tasks, kernels
 from engine.kernels.fp8 import (
     BLOCK,
     E4M3,
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BLOCK",
     "E4M3",
+    "MOST_QUERIES",
     "DecodeRows",
     "ExpandedRows",
     "ExtendRows",

@@ -115,9 +115,10 @@ class KVSpec(Struct, frozen=True):
 class TextSpec(Struct, frozen=True):
     """A checkpoint's tokenizer and what goes with it.
 
-    `eos_ids` end a reply; `bos_token` and `eos_token` are what chat templates refer to. Where the
-    tokenizer's own post-processor does not add the first token, `add_bos` says to do so. `generation` is what the
-    model's makers recommend, in the terms of generation_config.json: temperature, top_p, max_new_tokens and so on.
+    `eos_ids` end a reply; chat templates refer to `bos_token`, `eos_token` and those in `special_tokens`, by their
+    names. Where the tokenizer's own post-processor does not add the first token, `add_bos` says to do so.
+    `named_templates` are further chat templates: "tool_use" is for conversations with tools. `generation`
+    is what the model's makers recommend, in the terms of generation_config.json: temperature, top_p and so on.
     """
 
     tokenizer: "Tokenizer"
@@ -128,6 +129,8 @@ class TextSpec(Struct, frozen=True):
     eos_token: str = ""
     chat_template: str | None = None
     generation: dict[str, Any] = {}
+    special_tokens: dict[str, str] = {}
+    named_templates: dict[str, str] = {}
 
 
 class LazyTensor(Protocol):

@@ -52,6 +52,7 @@ from engine.plugin.grammar_checks import (
 from engine.plugin.manager import Plugins
 from engine.plugin.parser_checks import check_any_split, check_reasoning_parser, check_tool_parser
 from engine.plugin.specs import KVSpec
+from engine.plugin.terms import Terms
 from engine.worker.backends import Backends
 from engine.worker.batch import build_batch
 from engine.worker.kv import allocate
@@ -345,8 +346,9 @@ class ModelHarness:
             max_model_len=max_model_len,
             attention_backend=attention or Backends(Plugins.load(), device).build,
             quantization=quantization,
+            deferred=True,
         )
-        built = model(dict(config), build)
+        built = model(Terms(config), build)
         with torch.inference_mode():
             built.load(tensors.items())
         self.each = -(-max_model_len // self.page_size)

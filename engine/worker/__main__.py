@@ -17,7 +17,7 @@ from contextlib import suppress
 import msgspec
 
 from engine.channel import BlockingFrames
-from engine.errors import EngineError
+from engine.errors import EngineError, PluginError
 from engine.logs import set_up_logging
 from engine.messages import Boot, Fatal, Pong, Prepare, ToWorker
 from engine.worker.spare import expendable, import_all, import_worker, imported_since
@@ -92,8 +92,8 @@ def _wait_as_spare(frames: BlockingFrames[ToWorker], prepare: Prepare) -> Boot |
 def _fatal(actor: str, error: Exception) -> Fatal:
     """The sentence of an error made for people; of any other its type and message, and the traceback for the log."""
     if isinstance(error, EngineError):
-        details = "".join(traceback.format_exception(error)) if error.__cause__ is not None else ""
-        return Fatal(actor, str(error), details)
+        broken = isinstance(error, PluginError) and error.__cause__ is not None  # whoever wrote it wants to see where
+        return Fatal(actor, str(error), "".join(traceback.format_exception(error)) if broken else "")
     return Fatal(actor, f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))
 
 

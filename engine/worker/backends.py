@@ -9,6 +9,7 @@ from engine.layers.attention import Backend
 from engine.layers.latent import LatentShape
 from engine.layers.quantization import Scheme
 from engine.plugin.manager import Plugins, resolve
+from engine.plugin.terms import Terms
 
 logger = logging.getLogger("engine.worker")
 
@@ -43,8 +44,9 @@ class Backends:
 
 def quantization(plugins: Plugins, terms: Mapping[str, Any]) -> Scheme | None:
     """How the matrices of a checkpoint with these `terms` of config.json are stored; None: in the activations' type."""
-    config = terms.get("quantization_config")
-    found = plugins.quantization_for(None if config is None else str(config.get("quant_method")))
+    terms = Terms.of(terms)
+    config = terms.section("quantization_config") if terms.get("quantization_config") is not None else None
+    found = plugins.quantization_for(None if config is None else config.word("quant_method"))
     if found is None:
         return None
     entry, reason = found

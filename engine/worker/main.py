@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -34,6 +33,7 @@ from engine.messages import (
     WorkerReady,
 )
 from engine.plugin.manager import Plugins, resolve
+from engine.plugin.terms import LONGEST, Terms
 from engine.worker.backends import Backends, quantization
 from engine.worker.compiles import tell_of_compiles
 from engine.worker.demands import FILTERED, PENALIZED, PLAIN, everything
@@ -42,7 +42,7 @@ from engine.worker.grammar import begin_grammars
 from engine.worker.kv import allocate, choose_max_model_len, count_pages
 from engine.worker.profiling import StepProfiler
 from engine.worker.runner import Runner, Step
-from engine.worker.weights import fill_at_random, load_weights, weight_bytes
+from engine.worker.weights import checked_tensors, fill_at_random, load_weights, weight_bytes
 
 logger = logging.getLogger("engine.worker")
 
@@ -59,6 +59,7 @@ class Defaults:
     step_tokens: int
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_DEFAULTS = Defaults(slots=64, step_tokens=2048)
 GPU_DEFAULTS = Defaults(slots=256, step_tokens=8192)
 
@@ -120,7 +121,8 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
     with _timed(phases, "checkpoint"):
         plugins = Plugins.load(config.model.plugins)
         checkpoint = plugins.open_checkpoint(config.model.model)
-        terms = checkpoint.config()
+        terms = Terms(checkpoint.config())
+        tensors = checked_tensors(checkpoint, terms) if config.model.load == "auto" else []
         backends = Backends(plugins, device.type)
     with _timed(phases, "weights"):
         limit = _model_limit(terms, config)
@@ -134,13 +136,14 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
             world=boot.world,
             kv_dtype=torch.float8_e4m3fn if config.cache.kv_dtype == "fp8" else None,
             quantization=quantization(plugins, terms),
+            deferred=True,
         )
         model = make_model(plugins, terms, build)
         grammars = None if isinstance(model, Encoder) else begin_grammars(config, plugins, checkpoint, model.vocab_size)
         if config.model.load != "auto":
             fill_at_random(model, ties=config.model.load == "dummy-ties")
         else:
-            load_weights(model, checkpoint)
+            load_weights(model, tensors)
     logger.info("%.0f MiB of weights in %s on %s", weight_bytes(model) / 2**20, build.dtype, device)
     defaults = GPU_DEFAULTS if device.type == "cuda" else CPU_DEFAULTS
     slots = config.schedule.max_running or defaults.slots
@@ -184,9 +187,9 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
     return runner, ready
 
 
-def make_model(plugins: Plugins, terms: dict[str, Any], build: Build) -> Model:
+def make_model(plugins: Plugins, terms: Terms, build: Build) -> Model:
     """The model that config.json names, its weights not filled. ConfigError for what its plugin misses there."""
-    entry = plugins.model_for(terms["architectures"])
+    entry = plugins.model_for(terms.words("architectures"))
     model_class = resolve(entry.target)
     try:
         model: Model = model_class(terms, build).eval()
@@ -236,24 +239,26 @@ def choose_device(options: ProcessOptions) -> torch.device:
     return torch.device("cuda", 0) if present and options.device != "cpu" else torch.device("cpu")
 
 
-def choose_dtype(config: Config, device: torch.device, terms: dict[str, Any]) -> torch.dtype:
+def choose_dtype(config: Config, device: torch.device, terms: Terms) -> torch.dtype:
     """The type of weights and activations. `terms` are those of config.json."""
     name: str = config.model.dtype
     if name == "auto":
-        said = terms.get("dtype") or terms.get("torch_dtype") or "bfloat16"
-        name = "float32" if device.type == "cpu" else str(said)
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
+        said = terms.word("dtype", None) or terms.word("torch_dtype", "bfloat16")
+        name = "float32" if device.type == "cpu" else said
+    if name not in DTYPES:
         raise ConfigError(f"the checkpoint's dtype {name!r} is not known; say --dtype bfloat16, float16 or float32")
-    return dtype
+    return DTYPES[name]
 
 
-def _model_limit(terms: dict[str, Any], config: Config) -> int:
-    trained = (terms.get("pooling") or {}).get("max_seq_length")  # an encoder may have seen less than it has places for
-    limit = trained or terms.get("max_position_embeddings") or config.model.max_model_len
-    if limit is None:
+def _model_limit(terms: Terms, config: Config) -> int:
+    places = terms.integer("max_position_embeddings", None, high=LONGEST)
+    trained = terms.section("pooling").integer("max_seq_length", None, high=LONGEST)  # of an encoder, may be less
+    limits = [limit for limit in (trained, places) if limit is not None]
+    if limits:
+        return min(limits)
+    if config.model.max_model_len is None:
         raise ConfigError("the model's configuration has no max_position_embeddings; say --max-model-len")
-    return int(limit)
+    return config.model.max_model_len
 
 
 def physical_cores() -> int:

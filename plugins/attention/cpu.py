@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.plugin import ConfigError
-from engine.plugin.kernels import attention_tasks, kernels
+from engine.plugin.kernels import MOST_QUERIES, attention_tasks, kernels
 from engine.plugin.layers import AttentionShape, Batch, PagedAttention
 
 DIMENSIONS = range(16, 257, 16)
@@ -41,6 +41,8 @@ class CpuAttention(PagedAttention):
             raise ConfigError(f"attention cpu takes head sizes of 16, 32, … 256, not {shape.head_dim}")
         self._kernels = found
         self._group = shape.query_heads // shape.kv_heads
+        if self._group > MOST_QUERIES:
+            raise ConfigError(f"attention cpu takes up to {MOST_QUERIES} query heads to a key head, not {self._group}")
 
     def prepare(self, batch: Batch) -> Plan:
         tasks = attention_tasks(batch.starts, batch.lengths, batch.offsets, self._group)

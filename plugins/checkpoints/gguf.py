@@ -16,11 +16,11 @@ from gguf.quants import quant_shape_from_byte_shape
 from msgspec import structs
 from numpy.typing import NDArray
 
-from engine.plugin import ConfigError, LazyTensor, TextSpec
+from engine.plugin import ConfigError, LazyTensor, Terms, TextSpec
 from engine_plugins.checkpoints.embedded import embedded_path
 from engine_plugins.checkpoints.gguf_families import FAMILIES, Family
 from engine_plugins.checkpoints.gguf_file import GGUFFile, GGUFTensor
-from engine_plugins.checkpoints.gguf_text import text_spec
+from engine_plugins.checkpoints.gguf_text import LARGEST_ID, text_spec
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +56,7 @@ class GGUFCheckpoint:
 
     def __init__(self, file: GGUFFile, name: str) -> None:
         self._file = file
+        self._fields = Terms(file.fields, str(file.path))
         self._name = name
 
     @classmethod
@@ -77,33 +78,16 @@ class GGUFCheckpoint:
         """The configuration in config.json's terms.
 
         Raises ConfigError for an architecture, a tensor or a rotary scaling that cannot be translated."""
-        file, family, prefix = self._file, self._family(), self._file.field("general.architecture")
-        if int(file.fields.get("split.count", 1)) > 1:
-            raise ConfigError(
-                f"{file.path} is one of {file.fields['split.count']} parts; join them with llama-gguf-split --merge"
-            )
+        file, family, fields = self._file, self._family(), self._fields
+        prefix = fields.word("general.architecture")
+        if (parts := fields.integer("split.count", 1, low=0)) > 1:
+            raise ConfigError(f"{file.path} is one of {parts} parts; join them with llama-gguf-split --merge")
         for name in file.tensors:
             if name not in ROPE_TABLES:
                 family.translate(name, file.path)
-        keys = family.numbers | family.optional
-        found = {ours: file.fields.get(f"{prefix}.{theirs}") for ours, theirs in keys.items()}
-        config = family.constants | {
-            key: value for key, value in found.items() if value is not None or key in family.numbers
-        }
-        heads = config["num_attention_heads"] = file.field(f"{prefix}.attention.head_count")
-        if config["num_key_value_heads"] is None:
-            config["num_key_value_heads"] = heads
-        if config["head_dim"] is None:
-            config["head_dim"] = file.field(f"{prefix}.embedding_length") // heads
-        if config["rope_theta"] is None:
-            config["rope_theta"] = 10000.0
-        for key in config.keys() & keys.keys():
-            if not isinstance(config[key], int | float):
-                raise ConfigError(
-                    f"{file.path}: {prefix}.{keys[key]} is {config[key]!r}, not a number; convert the model again"
-                )
-        config["rms_norm_eps"] = _decimal(float(config["rms_norm_eps"]))
-        rotated = file.fields.get(f"{prefix}.rope.dimension_count", config["head_dim"])
+        config = family.constants | family.read(fields, prefix)
+        config["rms_norm_eps"] = _decimal(config["rms_norm_eps"])
+        rotated = fields.integer(f"{prefix}.rope.dimension_count", config["head_dim"], high=config["head_dim"])
         if rotated != config["head_dim"]:
             config["partial_rotary_factor"] = rotated / config["head_dim"]
         if scaling := self._rope_scaling(prefix, config):
@@ -111,14 +95,14 @@ class GGUFCheckpoint:
         return family.derive(config) | {
             "vocab_size": self._tensor("token_embd.weight").shape[0],
             "tie_word_embeddings": "output.weight" not in file.tensors,
-            "bos_token_id": file.fields.get("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": file.fields.get("tokenizer.ggml.eos_token_id"),
+            "bos_token_id": fields.integer("tokenizer.ggml.bos_token_id", None, low=0, high=LARGEST_ID),
+            "eos_token_id": fields.integer("tokenizer.ggml.eos_token_id", None, low=0, high=LARGEST_ID),
             "torch_dtype": "bfloat16",  # what such models are trained in; the weights themselves are read as float32
         }
 
     def _rope_scaling(self, prefix: str, config: dict[str, Any]) -> dict[str, Any] | None:
         """config.json's `rope_scaling`; None where the frequencies are not scaled."""
-        fields, kind = self._file.fields, self._file.fields.get(f"{prefix}.rope.scaling.type", "none")
+        fields, kind = self._fields, self._fields.word(f"{prefix}.rope.scaling.type", "none")
         tables = {name: self._table(name) for name in ROPE_TABLES if name in self._file.tensors}
         if both := tables.get("rope_freqs.weight"):  # Llama 3's, worked out; as long divisors they apply to any length
             longest = config["max_position_embeddings"]
@@ -134,10 +118,10 @@ class GGUFCheckpoint:
                 "rope_type": "longrope",
                 "long_factor": tables["rope_factors_long.weight"],
                 "short_factor": tables["rope_factors_short.weight"],
-                "attention_factor": fields.get(f"{prefix}.rope.scaling.attn_factor"),
+                "attention_factor": fields.number(f"{prefix}.rope.scaling.attn_factor", None),
             }
         if kind == "linear":
-            return {"rope_type": "linear", "factor": self._file.field(f"{prefix}.rope.scaling.factor")}
+            return {"rope_type": "linear", "factor": fields.number(f"{prefix}.rope.scaling.factor")}
         if kind != "none":
             raise ConfigError(
                 f"{self._file.path} scales its rotary frequencies by {prefix}.rope.scaling.type {kind!r}; from GGUF "
@@ -177,7 +161,7 @@ class GGUFCheckpoint:
             raise ConfigError(f"{self._file.path} has no tensor {name}; convert the model again") from None
 
     def _family(self) -> Family:
-        architecture = self._file.field("general.architecture")
+        architecture = self._fields.word("general.architecture")
         if architecture not in FAMILIES:
             known = ", ".join(sorted(FAMILIES))
             raise ConfigError(

@@ -9,9 +9,13 @@ from typing import Any
 
 from msgspec import Struct
 
-from engine.plugin import ConfigError
+from engine.plugin import LONGEST, MANY, MOST, ConfigError, Terms
 
-Terms = dict[str, Any]  # of config.json
+Config = dict[str, Any]  # in config.json's terms
+
+FRACTIONS = frozenset({"rms_norm_eps", "rope_theta", "rope_local_base_freq", "final_logit_softcapping"})
+HAVE_DEFAULTS = frozenset({"num_key_value_heads", "head_dim", "rope_theta"})
+BOUNDS = {"num_hidden_layers": MANY, "max_position_embeddings": LONGEST, "original_max_position_embeddings": LONGEST}
 
 
 class Family(Struct, frozen=True, kw_only=True):
@@ -24,15 +28,38 @@ class Family(Struct, frozen=True, kw_only=True):
     norms. `ends` are control tokens that end a reply beside those that the file names.
     """
 
-    constants: Terms
+    constants: Config
     numbers: dict[str, str]
     tensors: dict[str, str]
     layer: dict[str, str]
     optional: dict[str, str] = {}
-    derive: Callable[[Terms], Terms] = dict
+    derive: Callable[[Config], Config] = dict
     permuted: dict[str, str] = {}
     norm_offset: float = 0.0
     ends: tuple[str, ...] = ()
+
+    def read(self, fields: Terms, prefix: str) -> Config:
+        """The numbers of the metadata `fields` under config.json's names; those that a file lacks, or where they are
+        optional has as 0, are left out. Raises ConfigError for one that is of another kind or out of its range."""
+        found: Config = {}
+        for ours, theirs in (self.numbers | self.optional).items():
+            key, optional = f"{prefix}.{theirs}", ours in self.optional
+            if fields.get(key) is None and (optional or ours in HAVE_DEFAULTS):
+                continue
+            if ours in FRACTIONS:
+                found[ours] = fields.number(key, above=-1e-9 if optional else 0.0)
+            else:
+                found[ours] = fields.integer(key, low=0 if optional else 1, high=BOUNDS.get(ours, MOST))
+            if optional and not found[ours]:
+                del found[ours]
+        heads, size = found["num_attention_heads"], found["hidden_size"]
+        found = {"num_key_value_heads": heads, "head_dim": size // heads, "rope_theta": 10000.0} | found
+        if not found["head_dim"] or heads % found["num_key_value_heads"]:
+            raise fields.wrong(
+                f"{prefix}.attention.head_count",
+                f"at most embedding_length, {size}, and a multiple of head_count_kv, {found['num_key_value_heads']}",
+            )
+        return found
 
     def translate(self, name: str, path: Path) -> str:
         """The Hugging Face name of the GGUF tensor `name`; ConfigError if the family has none such."""
@@ -82,7 +109,6 @@ HEAD_NORMS = {f"attn_{head}_norm.weight": f"self_attn.{head}_norm.weight" for he
 LLAMA = Family(
     constants={"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"},
     numbers=NUMBERS,
-    optional={"sliding_window": "attention.sliding_window"},
     tensors=TENSORS,
     layer=BLOCK,
     permuted={"attn_q.weight": "num_attention_heads", "attn_k.weight": "num_key_value_heads"},
@@ -103,7 +129,7 @@ QWEN3 = Family(
 )
 
 
-def gemma_terms(config: Terms) -> Terms:
+def gemma_terms(config: Config) -> Config:
     """No file says how scores are scaled: the largest model does it by the size of its stream, all others by their
     head size. A file without a window has no windowed layers."""
     largest = config["num_hidden_layers"] == 62

@@ -5,8 +5,11 @@ The layout is https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version
 where this takes 0.1 s. What quantized bytes mean is left to the gguf package.
 """
 
+import math
 import mmap
 import struct
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,14 @@ from gguf.quants import quant_shape_to_byte_shape
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from engine.plugin import ConfigError
+from engine.plugin import ConfigError, Terms
 
 # the scalar types by their number in the file, as struct and numpy both write them
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
+MOST_DIMENSIONS = 4  # of a tensor, in GGML
+
+Place = tuple[tuple[int, ...], GGMLQuantizationType, int]  # shape, type and offset of a tensor
 
 
 class GGUFTensor(Struct, frozen=True):
@@ -51,18 +57,20 @@ class GGUFFile:
             if version not in (2, 3):
                 raise ConfigError(f"{path} is GGUF version {version:#x}; little-endian versions 2 and 3 can be read")
             tensors, fields = self._scalar("<Q"), self._scalar("<Q")
-            self.fields: dict[str, Any] = {self._string(): self._value(self._scalar("<I")) for _ in range(fields)}
-            places = [self._place() for _ in range(tensors)]
+            self.fields = self._once((self._string(), self._value(self._scalar("<I"))) for _ in range(fields))
+            places = self._once(self._place() for _ in range(tensors))
             self.tensors = self._views(places)
         except (struct.error, ValueError, TypeError, KeyError, ArithmeticError) as error:
             raise ConfigError(f"{path} is damaged near byte {self._position} ({error}); download it again") from error
 
-    def field(self, key: str) -> Any:
-        """The metadata of `key`; ConfigError when there is none."""
-        try:
-            return self.fields[key]
-        except KeyError:
-            raise ConfigError(f"{self.path} has no field {key}; convert the model again") from None
+    def _once(self, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+        """A dictionary of `pairs`. Raises ValueError for a name that comes twice."""
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise ValueError(f"{name} comes twice")
+            found[name] = value
+        return found
 
     def _scalar(self, format: str) -> Any:
         (value,) = struct.unpack_from(format, self._map, self._position)
@@ -79,30 +87,37 @@ class GGUFFile:
             return self._string()
         if kind == ARRAY:
             item, count = self._scalar("<I"), self._scalar("<Q")
-            if item in (STRING, ARRAY):
-                return [self._value(item) for _ in range(count)]
+            if item == STRING:
+                return [self._string() for _ in range(count)]
             values = np.frombuffer(self._map, SCALARS[item], count, self._position)
             self._position += values.nbytes
             return values.tolist()
         return self._scalar(SCALARS[kind])
 
-    def _place(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
+    def _place(self) -> tuple[str, Place]:
         name = self._string()
-        shape = tuple(self._scalar("<Q") for _ in range(self._scalar("<I")))[::-1]  # the file has the innermost first
-        return name, shape, GGMLQuantizationType(self._scalar("<I")), self._scalar("<Q")
+        if (dimensions := self._scalar("<I")) > MOST_DIMENSIONS:
+            raise ValueError(f"{name} has {dimensions} dimensions")
+        shape = tuple(self._scalar("<Q") for _ in range(dimensions))[::-1]  # the file has the innermost first
+        return name, (shape, GGMLQuantizationType(self._scalar("<I")), self._scalar("<Q"))
 
-    def _views(self, places: list[tuple[str, tuple[int, ...], GGMLQuantizationType, int]]) -> dict[str, GGUFTensor]:
-        alignment = self.fields.get("general.alignment", 32)
+    def _views(self, places: dict[str, Place]) -> dict[str, GGUFTensor]:
+        alignment = Terms(self.fields, str(self.path)).integer("general.alignment", 32, high=1 << 20)
         base = -(-self._position // alignment) * alignment
-        views = {}
-        for name, shape, kind, offset in places:
+        views, spans = {}, []
+        for name, (shape, kind, offset) in places.items():
             stored = quant_shape_to_byte_shape(shape, kind)
-            size = int(np.prod(stored, dtype=np.int64))
-            if base + offset + size > len(self._map):
+            begin, size = base + offset, math.prod(stored)
+            if begin + size > len(self._map):
                 raise ConfigError(
-                    f"{self.path} is cut short: {name} ends at byte {base + offset + size}, "
+                    f"{self.path} is cut short: {name} ends at byte {begin + size}, "
                     f"the file at {len(self._map)}; download it again"
                 )
-            raw = np.frombuffer(self._map, np.uint8, size, base + offset)
+            raw = np.frombuffer(self._map, np.uint8, size, begin) if size else np.empty(0, np.uint8)
             views[name] = GGUFTensor(shape, kind, raw.reshape(stored))
+            spans.append((begin, begin + size, name))
+        spans.sort()
+        for (_, end, first), (begin, _, second) in pairwise(spans):
+            if begin < end:
+                raise ValueError(f"{first} and {second} share bytes")
         return views

@@ -16,12 +16,14 @@ from tokenizers import Tokenizer, normalizers
 from engine.plugin import ConfigError, LazyTensor, TextSpec
 from engine_plugins.checkpoints.embedded import embedded_path
 from engine_plugins.checkpoints.sentence import pooling_terms, sentence_options
+from engine_plugins.checkpoints.tokens import add_special_tokens
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
 
+OTHERS = ("adapter_", "consolidated")  # files that are no weights of transformers' models
 BLOCK = 32  # weights that the kernels take at a time
 # embedded name: package, folder in it, how to get it
 EMBEDDED = {
@@ -36,22 +38,16 @@ EMBEDDED = {
 # ── what is read of the JSON files ───────────────────────────────────────────────────────────
 
 
-class TokenObject(Struct):
-    content: str
-
-
 class NamedTemplate(Struct):
     name: str
     template: str
 
 
 class TokenizerConfig(Struct):
-    """tokenizer_config.json."""
+    """tokenizer_config.json, without its tokens."""
 
-    bos_token: str | TokenObject | None = None
-    eos_token: str | TokenObject | None = None
-    add_bos_token: bool | None = None
-    chat_template: str | list[NamedTemplate] | None = None
+    chat_template: str | list[NamedTemplate] | dict[str, str] | None = None
+    split_special_tokens: bool = False
 
 
 class Ends(Struct):
@@ -64,6 +60,12 @@ class WeightIndex(Struct):
     """model.safetensors.index.json."""
 
     weight_map: dict[str, str] = {}
+
+
+class Stored(Struct):
+    """A weight in the header of a .safetensors file, where there is a word on the file, too."""
+
+    data_offsets: tuple[int, int] = (0, 0)
 
 
 class Architectures(Struct):
@@ -115,27 +117,29 @@ class SafetensorsCheckpoint:
         return config
 
     def text(self) -> TextSpec:
-        """tokenizer.json, with what tokenizer_config.json and generation_config.json say of it.
+        """tokenizer.json, with what tokenizer_config.json, generation_config.json and older files say of it.
 
-        Raises ConfigError when tokenizer.json is missing or damaged."""
+        Whether a text begins with a token is said by the tokenizer's own post-processor alone. Raises ConfigError when
+        tokenizer.json is missing, or a file is damaged."""
         tokenizer, config = self._tokenizer(), self._read("tokenizer_config.json", TokenizerConfig, optional=True)
-        bos, eos = token_text(config.bos_token), token_text(config.eos_token)
-        bos_id = tokenizer.token_to_id(bos) if bos else None
+        special = add_special_tokens(self._path, tokenizer)
+        tokenizer.encode_special_tokens = config.split_special_tokens
+        bos, eos = special.pop("bos_token", ""), special.pop("eos_token", "")
+        templates = self._chat_templates(config.chat_template)
         ends = self._read("generation_config.json", Ends, optional=True).eos_token_id
         generation: dict[str, Any] = self._read("generation_config.json", dict, optional=True)
         if ends is None:
             ends = self._read("config.json", Ends).eos_token_id
         eos_ids = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.token_to_id(eos) if eos else None}
-        # what transformers would have added to the post-processor as it loads the tokenizer
-        add_bos = bool(config.add_bos_token) and bos_id is not None and tokenizer.encode("").ids[:1] != [bos_id]
         return TextSpec(
             tokenizer=tokenizer,
             eos_ids=tuple(sorted(id for id in eos_ids if id is not None)),
-            bos_id=bos_id,
-            add_bos=add_bos,
+            bos_id=tokenizer.token_to_id(bos) if bos else None,
             bos_token=bos,
             eos_token=eos,
-            chat_template=self._chat_template(config.chat_template),
+            chat_template=templates.pop("default", None),
+            special_tokens=special,
+            named_templates=templates,
             generation=generation,
         )
 
@@ -144,21 +148,25 @@ class SafetensorsCheckpoint:
         for path in self._files():
             try:
                 file = safe_open(path, framework="pt", device="cpu")
-            except SafetensorError as error:
-                raise ConfigError(f"{path} is damaged ({error}); download it again") from error
+            except (SafetensorError, OSError) as error:
+                raise ConfigError(damage(path, error)) from error
             for name in file.offset_keys():
                 yield name, SafetensorsLazyTensor(file, name)
 
     def _files(self) -> list[Path]:
-        """The weight files: those the index names, else all of them."""
+        """The weight files: a whole model.safetensors, else those that the index names, else all that are not for
+        something else: what lies beside the former two is another format's, an adapter's, or left over."""
         index = "model.safetensors.index.json"
-        if (self._path / index).is_file():
+        if (self._path / "model.safetensors").is_file():
+            named = ["model.safetensors"]
+        elif (self._path / index).is_file():
             named = sorted(set(self._read(index, WeightIndex).weight_map.values()))
             for name in named:
                 if not (self._path / name).is_file():
                     raise ConfigError(f"{self._path} has no {name}, which {index} names; download it again")
         else:
-            named = sorted(path.name for path in self._path.glob("*.safetensors"))
+            found = sorted(path.name for path in self._path.glob("*.safetensors"))
+            named = [name for name in found if not name.startswith(OTHERS)]
         if not named:
             raise ConfigError(f"{self._path} has no .safetensors files; weights of another kind must be converted")
         return [self._path / name for name in named]
@@ -181,14 +189,17 @@ class SafetensorsCheckpoint:
             tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
         return tokenizer
 
-    def _chat_template(self, configured: str | list[NamedTemplate] | None) -> str | None:
-        """chat_template.jinja, else tokenizer_config.json's: a string, or a list of named ones."""
-        path = self._path / "chat_template.jinja"
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
+    def _chat_templates(self, configured: str | list[NamedTemplate] | dict[str, str] | None) -> dict[str, str]:
+        """By name, "default" that of chat_template.jinja; where there are no such files, those of
+        tokenizer_config.json."""
+        paths = {path.stem: path for path in sorted((self._path / "additional_chat_templates").glob("*.jinja"))}
+        if (path := self._path / "chat_template.jinja").is_file():
+            paths["default"] = path
+        if paths:
+            return {name: read_template(path) for name, path in paths.items()}
         if isinstance(configured, list):
-            return {entry.name: entry.template for entry in configured}.get("default")
-        return configured
+            return {entry.name: entry.template for entry in configured}
+        return dict(configured) if isinstance(configured, dict) else {"default": configured} if configured else {}
 
     def _read(self, name: str, kind: type[Described], optional: bool = False) -> Described:
         """The JSON file `name` as a `kind`. Raises ConfigError when it is missing or says something else."""
@@ -197,13 +208,35 @@ class SafetensorsCheckpoint:
             return kind()
         try:
             return msgspec.json.decode(path.read_bytes(), type=kind)
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, msgspec.DecodeError, RecursionError) as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
-def token_text(token: str | TokenObject | None) -> str:
-    """A special token as a string."""
-    return token.content if isinstance(token, TokenObject) else token or ""
+def read_template(path: Path) -> str:
+    """Raises ConfigError when the file is no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+
+
+def damage(path: Path, error: Exception) -> str:
+    """What is wrong with a weight file that cannot be opened because of `error`."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(8)
+            if head == b"version ":
+                return f"{path} is a pointer of Git LFS, not the weights; run `git lfs pull`, or download them"
+            end = 8 + int.from_bytes(head, "little")
+            if end <= size:
+                entries = msgspec.json.decode(file.read(end - 8), type=dict[str, Stored])
+                end += max((entry.data_offsets[1] for entry in entries.values()), default=0)
+    except (OSError, msgspec.DecodeError, RecursionError):
+        return f"{path} cannot be read ({error}); download it again"
+    if end > size:
+        return f"{path} is cut short: what it says to hold ends at byte {end}, the file at {size}; download it again"
+    return f"{path} is damaged ({error}); download it again"
 
 
 class SafetensorsLazyTensor:
@@ -218,7 +251,10 @@ class SafetensorsLazyTensor:
         return tuple(self._file.get_slice(self._name).get_shape())
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> "torch.Tensor":
-        return self._file.get_slice(self._name)[index]
+        try:
+            return self._file.get_slice(self._name)[index]
+        except SafetensorError as error:  # a type that torch does not have
+            raise ConfigError(f"weight {self._name} cannot be read: {error}") from error
 
     def packed(self) -> "tuple[str, NDArray[np.uint8]] | None":
         """A matrix of 16-bit floats as the blocks of 32 that it is; None for anything else."""

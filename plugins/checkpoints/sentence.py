@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import Struct
 
-from engine.plugin import ConfigError
+from engine.plugin import LONGEST, ConfigError
 
-MODES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+MODES = ("mean", "cls")
+OLDER = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}  # of sentence-transformers before 5.4
 
 
 class Module(Struct):
@@ -51,9 +52,14 @@ def pooling_terms(folder: Path) -> dict[str, Any] | None:
         "mode": _mode(folder / modules["Pooling"].path / "config.json"),
         "normalize": "Normalize" in modules,
     }
-    if (longest := sentence_options(folder).max_seq_length) is not None:
-        terms["max_seq_length"] = longest
-    return terms
+    longest = sentence_options(folder).max_seq_length or _longest(folder / "tokenizer_config.json")
+    return terms if longest is None else terms | {"max_seq_length": longest}
+
+
+def _longest(path: Path) -> int | None:
+    """What the tokenizer has been set to, where that is a length: many say a number without meaning."""
+    said = _read(path, dict[str, Any]).get("model_max_length") if path.is_file() else None
+    return said if type(said) is int and 0 < said <= LONGEST else None
 
 
 def sentence_options(folder: Path) -> SentenceOptions:
@@ -64,12 +70,13 @@ def sentence_options(folder: Path) -> SentenceOptions:
 
 def _mode(path: Path) -> str:
     said = _read(path, dict[str, Any])
-    on = [name for name, value in said.items() if name.startswith("pooling_mode") and value is True]
-    if len(on) != 1 or on[0] not in MODES:
-        raise ConfigError(
-            f"{path} pools by {', '.join(on) or 'no mode'}; supported is exactly one of {', '.join(MODES)}"
-        )
-    return MODES[on[0]]
+    found = said.get("pooling_mode")
+    modes = list(found) if isinstance(found, list) else [] if found is None else [found]
+    modes = modes or [OLDER.get(key, key) for key, on in said.items() if key.startswith("pooling_mode_") and on is True]
+    if len(modes) != 1 or modes[0] not in MODES:
+        listed = ", ".join(map(str, modes)) or "no mode"
+        raise ConfigError(f"{path} pools by {listed}; supported is exactly one of {', '.join(MODES)}")
+    return str(modes[0])
 
 
 def _read(path: Path, kind: type[Described]) -> Described:

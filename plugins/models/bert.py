@@ -11,14 +11,13 @@ was trained with, a second text (`token_type_ids` are 0), relative positions.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engine.plugin import ConfigError, LazyTensor
+from engine.plugin import LONGEST, MANY, ConfigError, LazyTensor, Terms
 from engine.plugin.layers import Batch, Build, ColumnLinear, Embedding, Encoder, Layer, RowLinear, empty_weight
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -94,13 +93,13 @@ class LayerNorm(Layer):
 
 
 class Embeddings(nn.Module):
-    def __init__(self, config: dict[str, Any], build: Build) -> None:
+    def __init__(self, config: Terms, build: Build) -> None:
         super().__init__()
-        size = config["hidden_size"]
-        self.word_embeddings = Embedding(build, config["vocab_size"], size)
-        self.position_embeddings = Embedding(build, config["max_position_embeddings"], size)
-        self.token_type_embeddings = Embedding(build, config["type_vocab_size"], size)
-        self.LayerNorm = LayerNorm(build, size, config["layer_norm_eps"])
+        size = config.integer("hidden_size")
+        self.word_embeddings = Embedding(build, config.integer("vocab_size"), size)
+        self.position_embeddings = Embedding(build, config.integer("max_position_embeddings", high=LONGEST), size)
+        self.token_type_embeddings = Embedding(build, config.integer("type_vocab_size"), size)
+        self.LayerNorm = LayerNorm(build, size, config.number("layer_norm_eps"))
 
     def forward(self, batch: Batch) -> Tensor:
         hidden = self.word_embeddings(batch.ids) + self.position_embeddings(batch.positions)
@@ -110,11 +109,13 @@ class Embeddings(nn.Module):
 class Projections(nn.Module):
     """Query, key and value of all heads."""
 
-    def __init__(self, config: dict[str, Any], build: Build) -> None:
+    def __init__(self, config: Terms, build: Build) -> None:
         super().__init__()
-        size = config["hidden_size"]
+        size, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+        if size % heads:
+            raise config.wrong("num_attention_heads", f"a divisor of hidden_size, which is {size}")
         self.qkv = ColumnLinear(build, size, {"query": size, "key": size, "value": size}, bias=True)
-        self.head_dim = size // config["num_attention_heads"]
+        self.head_dim = size // heads
 
     def forward(self, hidden: Tensor) -> Iterable[Tensor]:
         return self.qkv(hidden).unflatten(1, (3, -1, self.head_dim)).unbind(1)
@@ -123,19 +124,20 @@ class Projections(nn.Module):
 class Output(nn.Module):
     """What a part of a block says, added to what it was told."""
 
-    def __init__(self, config: dict[str, Any], build: Build, inputs: int) -> None:
+    def __init__(self, config: Terms, build: Build, inputs: int) -> None:
         super().__init__()
-        self.dense = RowLinear(build, inputs, config["hidden_size"], bias=True)
-        self.LayerNorm = LayerNorm(build, config["hidden_size"], config["layer_norm_eps"])
+        size = config.integer("hidden_size")
+        self.dense = RowLinear(build, inputs, size, bias=True)
+        self.LayerNorm = LayerNorm(build, size, config.number("layer_norm_eps"))
 
     def forward(self, said: Tensor, told: Tensor) -> Tensor:
         return self.LayerNorm(self.dense(said) + told)
 
 
 class Block(nn.Module):
-    def __init__(self, config: dict[str, Any], build: Build) -> None:
+    def __init__(self, config: Terms, build: Build) -> None:
         super().__init__()
-        size, inner = config["hidden_size"], config["intermediate_size"]
+        size, inner = config.integer("hidden_size"), config.integer("intermediate_size")
         parts = {"self": Projections(config, build), "output": Output(config, build, size)}
         self.attention = nn.ModuleDict(parts)  # as one of its names cannot be an attribute
         self.intermediate = nn.ModuleDict({"dense": ColumnLinear(build, size, inner, bias=True)})
@@ -149,9 +151,10 @@ class Block(nn.Module):
 
 
 class Blocks(nn.Module):
-    def __init__(self, config: dict[str, Any], build: Build) -> None:
+    def __init__(self, config: Terms, build: Build) -> None:
         super().__init__()
-        self.layer = nn.ModuleList(Block(config, build) for _ in range(config["num_hidden_layers"]))
+        count = config.integer("num_hidden_layers", high=MANY)
+        self.layer = nn.ModuleList(Block(config, build) for _ in range(count))
 
     def forward(self, hidden: Tensor, groups: list[Group]) -> Tensor:
         for block in self.layer:
@@ -163,14 +166,15 @@ class Bert(Encoder):
     """Its vectors are what `pooling` in the configuration says: the mean of a prompt's tokens, or its first token
     ("cls"); of length 1 if `normalize`. Without `pooling` they are means of length 1."""
 
-    def __init__(self, config: dict[str, Any], build: Build) -> None:
+    def __init__(self, config: Terms, build: Build) -> None:
+        config = Terms.of(config)
         super().__init__(config, build)
         check_config(config)
-        pooling = config.get("pooling") or {}
-        self.mode = pooling.get("mode", "mean")
-        self.normalize = pooling.get("normalize", True)
-        self.vocab_size = config["vocab_size"]
-        self.embedding_size = config["hidden_size"]
+        pooling = config.section("pooling")
+        self.mode = pooling.word("mode", "mean")
+        self.normalize = pooling.flag("normalize", True)
+        self.vocab_size = config.integer("vocab_size")
+        self.embedding_size = config.integer("hidden_size")
         self.embeddings = Embeddings(config, build)
         self.encoder = Blocks(config, build)
 
@@ -205,16 +209,16 @@ def renamed(tensors: Iterable[tuple[str, LazyTensor]]) -> Iterator[tuple[str, La
             yield name, tensor
 
 
-def check_config(config: dict[str, Any]) -> None:
+def check_config(config: Terms) -> None:
     """Raises ConfigError for a configuration that would run and be wrong."""
-    activation = config["hidden_act"]
+    activation = config.word("hidden_act")
     if activation not in ACTIVATIONS:
         raise ConfigError(f"the activation {activation!r} is not supported; known are {', '.join(ACTIVATIONS)}")
-    kind = config.get("position_embedding_type") or "absolute"
+    kind = config.word("position_embedding_type", "absolute")
     if kind != "absolute":
         raise ConfigError(f"position_embedding_type {kind!r} is not supported; only 'absolute' is")
     if config.get("is_decoder"):
         raise ConfigError("is_decoder is true: this model class sees prompts whole, and is no decoder")
-    mode = (config.get("pooling") or {}).get("mode", "mean")
+    mode = config.section("pooling").word("mode", "mean")
     if mode not in ("mean", "cls"):
         raise ConfigError(f"pooling mode {mode!r} is not supported; known are mean, cls")

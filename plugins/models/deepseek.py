@@ -9,12 +9,12 @@ run yet. Left out: running them, biases of attention, V3.2's sparse attention.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from torch import Tensor, nn
 
-from engine.plugin import ConfigError, LazyTensor
+from engine.plugin import MANY, ConfigError, LazyTensor, Terms
 from engine.plugin.layers import (
     Batch,
     Build,
@@ -32,6 +32,8 @@ from engine.plugin.layers import (
     Router,
     Routing,
     SparseMLP,
+    rope_terms,
+    rope_type,
     yarn_scale,
 )
 
@@ -88,11 +90,12 @@ class DeepseekDecoder(nn.Module):
 class Deepseek(Model):
     """`DeepseekV2ForCausalLM` and `DeepseekV3ForCausalLM` of Hugging Face."""
 
-    def __init__(self, config: dict[str, Any], build: Build) -> None:
+    def __init__(self, config: Terms, build: Build) -> None:
+        config = Terms.of(config)
         super().__init__(config, build)
         shape = shape_of(config)
         self.vocab_size = shape.vocab_size
-        count, further = config["num_hidden_layers"], config.get("num_nextn_predict_layers") or 0
+        count, further = len(shape.layers), further_layers(config)
         latent = latent_shape(config)
         backend = build.latent_attention(latent)
         self.backends = (backend,)
@@ -105,8 +108,8 @@ class Deepseek(Model):
                 layer,
                 shape.hidden_size,
                 shape.query_heads,
-                query_dim=config.get("q_lora_rank"),
-                interleaved=config.get("rope_interleave", True),
+                query_dim=config.integer("q_lora_rank", None),
+                interleaved=config.flag("rope_interleave", True),
             )
             block = DeepseekBlock if layer < count else NextTokenBlock
             blocks.append(block(shape, build, attention, mlp(config, shape, build, layer)))
@@ -134,34 +137,42 @@ class Deepseek(Model):
         super().load(listed)
 
 
-def shape_of(config: dict[str, Any]) -> DecoderShape:
+def further_layers(config: Terms) -> int:
+    """Layers that predict further tokens."""
+    return config.integer("num_nextn_predict_layers", 0, low=0, high=MANY)
+
+
+def shape_of(config: Terms) -> DecoderShape:
     """The decoder without its attention. Raises ConfigError for what would run and be wrong."""
     refused = {"attention_bias": False, "mlp_bias": False, "ep_size": 1, "index_topk": None}
     for key, supported in refused.items():
         if (config.get(key) or supported) != supported:
             raise ConfigError(f"{key} is {config[key]}, which the deepseek model does not support")
-    first, every = config.get("first_k_dense_replace") or 0, config.get("moe_layer_freq") or 1
-    count = config["num_hidden_layers"] + (config.get("num_nextn_predict_layers") or 0)
+    if not config.integer("n_routed_experts", 0, low=0, high=MANY):
+        return DecoderShape.of(config)
+    first, every = config.integer("first_k_dense_replace", 0, low=0), config.integer("moe_layer_freq", 1)
+    count = config.integer("num_hidden_layers", high=MANY) + further_layers(config)
     mixture = Mixture(
         routing=routing(config),
-        inner=config["moe_intermediate_size"],
+        inner=config.integer("moe_intermediate_size"),
         layers=frozenset(layer for layer in range(first, count) if layer % every == 0),
     )
-    return DecoderShape.of(config, mixture=mixture if config.get("n_routed_experts") else None)
+    return DecoderShape.of(config, mixture=mixture)
 
 
-def routing(config: Mapping[str, Any]) -> Routing:
+def routing(config: Terms) -> Routing:
     """How experts are chosen. Raises ConfigError for a way that it does not know."""
-    method = config.get("topk_method") or ("noaux_tc" if config["model_type"] == "deepseek_v3" else "greedy")
+    method = config.word("topk_method", None)
+    method = method or ("noaux_tc" if config.word("model_type") == "deepseek_v3" else "greedy")
     scorings: tuple[Literal["softmax", "sigmoid"], ...] = ("softmax", "sigmoid")
     known = {"greedy": 0, "group_limited_greedy": 1, "noaux_tc": 2}  # how many of a group's scores it is chosen by
-    scoring = config.get("scoring_func") or ("sigmoid" if method == "noaux_tc" else "softmax")
+    scoring = config.word("scoring_func", "sigmoid" if method == "noaux_tc" else "softmax")
     if method not in known or scoring not in scorings:
         raise ConfigError(
             f"experts chosen by topk_method {method!r} of scoring_func {scoring!r} are not supported; known are "
             f"{', '.join(known)} of {' or '.join(scorings)}"
         )
-    normalised = bool(config.get("norm_topk_prob"))
+    normalised = config.flag("norm_topk_prob")
     if normalised and method != "noaux_tc":
         raise ConfigError(
             f"norm_topk_prob with topk_method {method!r} is not supported: DeepSeek's code and transformers disagree "
@@ -169,36 +180,35 @@ def routing(config: Mapping[str, Any]) -> Routing:
         )
     grouped = known[method] > 0
     return Routing(
-        experts=config["n_routed_experts"],
-        top_k=config["num_experts_per_tok"],
+        experts=config.integer("n_routed_experts", high=MANY),
+        top_k=config.integer("num_experts_per_tok", high=MANY),
         scoring=scorings[scorings.index(scoring)],
-        groups=(config.get("n_group") or 1) if grouped else 1,
-        kept_groups=(config.get("topk_group") or 1) if grouped else 1,
+        groups=config.integer("n_group", 1, high=MANY) if grouped else 1,
+        kept_groups=config.integer("topk_group", 1, high=MANY) if grouped else 1,
         group_best=max(known[method], 1),
         normalised=normalised,
-        scale=config.get("routed_scaling_factor") or 1.0,
+        scale=config.number("routed_scaling_factor", 1.0),
     )
 
 
-def latent_shape(config: Mapping[str, Any]) -> LatentShape:
+def latent_shape(config: Terms) -> LatentShape:
     """The attention of all heads. With YaRN, scores grow with the factor by which positions are stretched."""
-    dim = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    stretch = 1.0
-    if rope.get("mscale_all_dim") and rope.get("rope_type", rope.get("type", "default")) != "default":
-        stretch = yarn_scale(rope["factor"], rope["mscale_all_dim"])
+    rope_dim, key_dim = config.integer("qk_rope_head_dim"), config.integer("qk_nope_head_dim")
+    rope, stretch = rope_terms(config), 1.0
+    if rope_type(rope) != "default" and (weight := rope.number("mscale_all_dim", 0.0, above=-1.0)):
+        stretch = yarn_scale(rope.number("factor"), weight)
     return LatentShape(
-        layers=config["num_hidden_layers"],
-        query_heads=config["num_attention_heads"],
-        latent_dim=config["kv_lora_rank"],
-        rope_dim=config["qk_rope_head_dim"],
-        key_dim=config["qk_nope_head_dim"],
-        value_dim=config["v_head_dim"],
-        scale=dim**-0.5 * stretch**2,
+        layers=config.integer("num_hidden_layers", high=MANY),
+        query_heads=config.integer("num_attention_heads"),
+        latent_dim=config.integer("kv_lora_rank"),
+        rope_dim=rope_dim,
+        key_dim=key_dim,
+        value_dim=config.integer("v_head_dim"),
+        scale=(key_dim + rope_dim) ** -0.5 * stretch**2,
     )
 
 
-def mlp(config: Mapping[str, Any], shape: DecoderShape, build: Build, layer: int) -> nn.Module:
+def mlp(config: Terms, shape: DecoderShape, build: Build, layer: int) -> nn.Module:
     """What comes after the attention of that layer."""
     mixture = shape.mixture
     if mixture is None or layer not in mixture.layers:
@@ -206,6 +216,6 @@ def mlp(config: Mapping[str, Any], shape: DecoderShape, build: Build, layer: int
     corrected = mixture.routing.scoring == "sigmoid"
     router = Router(build, mixture.routing, shape.hidden_size, corrected)
     experts = Experts(build, mixture.routing.experts, shape.hidden_size, mixture.inner)
-    inner = mixture.inner * (config.get("n_shared_experts") or 0)
+    inner = mixture.inner * config.integer("n_shared_experts", 0, low=0, high=MANY)
     shared = GatedMLP(dataclasses.replace(shape, intermediate_size=inner), build) if inner else None
     return SparseMLP(router, experts, shared)

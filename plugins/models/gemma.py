@@ -7,11 +7,9 @@ Five layers of six see a sliding window and rotate with a base of their own; the
 multiply by 1 + weight; embeddings are scaled by the root of their size. Left out: images, the bidirectional variant.
 """
 
-from typing import Any
-
 from torch import Tensor, nn
 
-from engine.plugin import ConfigError
+from engine.plugin import MANY, ConfigError, Terms
 from engine.plugin.layers import Attention, AttentionKind, Batch, Block, Build, CausalLM, DecoderShape, Rotations
 
 
@@ -38,42 +36,46 @@ class Gemma3(CausalLM):
     block = GemmaBlock
 
     @staticmethod
-    def shape_of(config: dict[str, Any]) -> DecoderShape:
+    def shape_of(config: Terms) -> DecoderShape:
         for key in ("attn_logit_softcapping", "use_bidirectional_attention"):
             if config.get(key):
                 raise ConfigError(f"{key} is {config[key]}, which the gemma model does not support; it knows Gemma 3")
-        bias = bool(config.get("attention_bias"))
+        bias = config.flag("attention_bias")
         return DecoderShape.of(
             config,
-            head_dim=config.get("head_dim") or 256,
+            head_dim=config.integer("head_dim", 256),
             kinds=kinds(config),
             layers=layers(config),
-            activation=config.get("hidden_activation") or "gelu_pytorch_tanh",
-            tied=config.get("tie_word_embeddings") is not False,
+            activation=config.word("hidden_activation", "gelu_pytorch_tanh"),
+            tied=config.flag("tie_word_embeddings", True),
             qkv_bias=bias,
             output_bias=bias,
             head_norms=True,
             norm_offset=1.0,
-            scale=(config.get("query_pre_attn_scalar") or 256) ** -0.5,
-            embedding_scale=config["hidden_size"] ** 0.5,
-            logit_cap=config.get("final_logit_softcapping"),
+            scale=config.number("query_pre_attn_scalar", 256) ** -0.5,
+            embedding_scale=config.integer("hidden_size") ** 0.5,
+            logit_cap=config.number("final_logit_softcapping", None),
         )
 
 
-def kinds(config: dict[str, Any]) -> tuple[AttentionKind, AttentionKind]:
+def kinds(config: Terms) -> tuple[AttentionKind, AttentionKind]:
     """Full and windowed attention. `rope_parameters` by kind is the form of transformers 5."""
-    window, parameters = config.get("sliding_window"), config.get("rope_parameters")
-    if parameters:
-        full, sliding = ({"rope_parameters": parameters[kind]} for kind in ("full_attention", "sliding_attention"))
-    else:
-        full = {"rope_theta": config.get("rope_theta") or 1e6, "rope_scaling": config.get("rope_scaling")}
-        sliding = {"rope_theta": config.get("rope_local_base_freq") or 1e4}
-    return AttentionKind(rope=full), AttentionKind(rope=sliding, window=window)
+    parameters = config.section("rope_parameters")
+    full = {**parameters.section("full_attention"), **config.section("rope_scaling")}
+    sliding = parameters.section("sliding_attention")
+    thetas = config.number("rope_theta", 1e6), config.number("rope_local_base_freq", 1e4)
+    ropes = [
+        Terms({"rope_theta": theta, "rope_parameters": rope}, config.source)
+        for theta, rope in zip(thetas, (full, sliding), strict=True)
+    ]
+    window = config.integer("sliding_window", None) if "sliding_window" in config else 4096
+    return AttentionKind(rope=ropes[0]), AttentionKind(rope=ropes[1], window=window)
 
 
-def layers(config: dict[str, Any]) -> tuple[int, ...]:
+def layers(config: Terms) -> tuple[int, ...]:
     """Which of `kinds` each layer is of."""
-    if types := config.get("layer_types"):
+    count = config.integer("num_hidden_layers", high=MANY)
+    if types := config.words("layer_types", count):
         return tuple(int(kind == "sliding_attention") for kind in types)
-    period = config.get("sliding_window_pattern") or 6
-    return tuple(int((layer + 1) % period != 0) for layer in range(config["num_hidden_layers"]))
+    period = config.integer("sliding_window_pattern", 6)
+    return tuple(int((layer + 1) % period != 0) for layer in range(count))

@@ -2,9 +2,8 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
 
-from engine.plugin import LazyTensor
+from engine.plugin import MANY, LazyTensor, Terms
 from engine.plugin.layers import CausalLM, DecoderShape, Mixture, Routing
 from engine_plugins.models.llama import Llama
 
@@ -13,14 +12,16 @@ class Mixtral(CausalLM):
     """`MixtralForCausalLM` of Hugging Face."""
 
     @staticmethod
-    def shape_of(config: dict[str, Any]) -> DecoderShape:
+    def shape_of(config: Terms) -> DecoderShape:
+        shape = Llama.shape_of(Terms({**config, "rope_theta": config.number("rope_theta", 1e6)}, config.source))
+        experts, top_k = config.integer("num_local_experts", high=MANY), config.integer("num_experts_per_tok")
         mixture = Mixture(
-            routing=Routing(experts=config["num_local_experts"], top_k=config["num_experts_per_tok"], normalised=True),
-            inner=config["intermediate_size"],
-            layers=frozenset(range(config["num_hidden_layers"])),
+            routing=Routing(experts=experts, top_k=top_k, normalised=True),
+            inner=shape.intermediate_size,
+            layers=frozenset(range(len(shape.layers))),
             parts=("w1", "w3", "w2"),
         )
-        return dataclasses.replace(Llama.shape_of(config), mixture=mixture)
+        return dataclasses.replace(shape, mixture=mixture)
 
     def load(self, tensors: Iterable[tuple[str, LazyTensor]]) -> None:
         """Its checkpoints call the mixture `block_sparse_moe`."""

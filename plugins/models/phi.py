@@ -5,21 +5,20 @@ mixtures of experts, images.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from engine.plugin import ConfigError, LazyTensor
+from engine.plugin import ConfigError, LazyTensor, Terms
 from engine.plugin.layers import AttentionKind, Build, CausalLM, DecoderShape
 
 
 class Phi3(CausalLM):
     """`Phi3ForCausalLM` of Hugging Face."""
 
-    def __init__(self, config: dict[str, Any], build: Build) -> None:
+    def __init__(self, config: Terms, build: Build) -> None:
         super().__init__(config, build)
-        shape = self.shape_of(config)
+        shape = self.shape_of(Terms.of(config))
         query, key = shape.query_heads * shape.head_dim, shape.kv_heads * shape.head_dim
         self.fused = {
             "qkv_proj": {"q_proj": query, "k_proj": key, "v_proj": key},
@@ -27,8 +26,10 @@ class Phi3(CausalLM):
         }
 
     @staticmethod
-    def shape_of(config: dict[str, Any]) -> DecoderShape:
-        return DecoderShape.of(config, kinds=(AttentionKind(rope=config, window=config.get("sliding_window") or None),))
+    def shape_of(config: Terms) -> DecoderShape:
+        window = config.integer("sliding_window", None, low=0) or None
+        rope = Terms({"original_max_position_embeddings": 4096, **config}, config.source)
+        return DecoderShape.of(config, kinds=(AttentionKind(rope=rope, window=window),))
 
     def load(self, tensors: Iterable[tuple[str, LazyTensor]]) -> None:
         super().load(part for name, tensor in tensors for part in self._parts(name, tensor))

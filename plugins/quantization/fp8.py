@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from engine.plugin import ConfigError, LazyTensor
+from engine.plugin import ConfigError, LazyTensor, Terms
 from engine.plugin.kernels import (
     BLOCK,
     E4M3,
@@ -44,34 +44,44 @@ log = logging.getLogger("engine.quantization")
 
 SCALES = ("weight_scale_inv", "weight_scale")  # both multiply
 ACTIVATION_SCALES = ("input_scale", "activation_scale")
+ALL = re.compile("")
+CLASSES = ("Linear",)
+LEFT = r"(?:{0})(?:(?<=\.)|(?=\.|\Z))|.*{1}\Z"  # as transformers has it: up to a dot, or the end of a name
+EXPERT = re.compile(r"\.experts\.\d+\..*\Z")
 SPREAD = 64.0  # of the numbers of dummy weights, which end at 448
 
 Granularity = Literal["blocks", "rows"]  # a tensor's one scale is kept as that of each row
 
 
 @dataclass(frozen=True)
-class Terms:
-    """What a quantization_config says."""
+class Stored:
+    """How matrices are stored, and what begins the names of modules that are, but for those that are `left`."""
 
     granularity: Granularity
-    ignored: tuple[str, ...] = ()
+    taken: tuple[re.Pattern[str], ...] = (ALL,)
+    left: tuple[re.Pattern[str], ...] = ()
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> "Terms":
-        """Raises ConfigError for what is not FP8 as above."""
+    def read(cls, config: Terms) -> "Stored":
+        """What a quantization_config says. Raises ConfigError for what is not FP8 as above."""
         if config.get("quant_method") == "compressed-tensors":
             return cls._of_groups(config)
-        if (kind := config.get("fmt") or "e4m3") != "e4m3":
+        if (kind := config.word("fmt", "e4m3")) != "e4m3":
             raise ConfigError(f"the checkpoint's FP8 numbers are {kind!r}; the fp8 quantization knows e4m3")
-        ignored = (*(config.get("modules_to_not_convert") or ()), *(config.get("ignored_layers") or ()))
-        return cls(_granularity(config.get("weight_block_size")), ignored)
+        ignored = (*config.words("modules_to_not_convert"), *config.words("ignored_layers"))
+        left = tuple(_pattern(config, name, LEFT if name[:3] != "re:" else "{}") for name in ignored)
+        return cls(_granularity(config.integers("weight_block_size")), left=left)
 
     @classmethod
-    def _of_groups(cls, config: Mapping[str, Any]) -> "Terms":
-        """compressed-tensors': groups of modules, each with its kind of weights."""
+    def _of_groups(cls, config: Terms) -> "Stored":
+        """compressed-tensors': groups of modules, each with its targets and its kind of weights."""
         found: set[Granularity] = set()
-        for name, group in (config.get("config_groups") or {}).items():
-            weights = group.get("weights") or {}
+        taken: list[str] = []
+        groups = config.section("config_groups")
+        for name in groups:
+            group = groups.section(name)
+            weights = group.section("weights")
+            taken += group.words("targets")
             said = (weights.get("num_bits"), weights.get("type"))
             if said != (8, "float") or weights.get("strategy") not in ("tensor", "channel", "block"):
                 raise ConfigError(
@@ -79,40 +89,60 @@ class Terms:
                     f"strategy {weights.get('strategy')!r}; the fp8 quantization knows 8 bits, type 'float', strategy "
                     "'tensor', 'channel' or 'block'"
                 )
-            found.add(_granularity(weights.get("block_structure")) if weights["strategy"] == "block" else "rows")
+            found.add(_granularity(weights.integers("block_structure")) if weights["strategy"] == "block" else "rows")
         if len(found) != 1:
             raise ConfigError(
                 f"the checkpoint's quantization_config has groups of {' and '.join(sorted(found)) or 'nothing'}; the "
                 "fp8 quantization takes one kind of scales for the whole model"
             )
-        return cls(found.pop(), tuple(config.get("ignore") or ()))
+        named = [tuple(_target(config, name) for name in names) for names in (taken, config.words("ignore"))]
+        return cls(found.pop(), named[0] or (ALL,), named[1])
 
 
-def _granularity(block: list[int] | None) -> Granularity:
-    if block is not None and list(block) != [BLOCK, BLOCK]:
-        raise ConfigError(f"the checkpoint's FP8 blocks are {block}; the fp8 quantization knows [{BLOCK}, {BLOCK}]")
-    return "rows" if block is None else "blocks"
+def _target(config: Terms, name: str) -> re.Pattern[str]:
+    """What compressed-tensors names: a class of layers, a module, or after "re:" a regular expression."""
+    if name in CLASSES:
+        return ALL
+    return _pattern(config, name, "{}") if name.startswith("re:") else re.compile(rf"{re.escape(name)}\Z")
+
+
+def _pattern(config: Terms, name: str, form: str) -> re.Pattern[str]:
+    """`name`, a regular expression, in `form`. Raises ConfigError when it is none."""
+    said = name.removeprefix("re:")
+    try:
+        return re.compile(form.format(said, re.escape(said)))
+    except re.error as error:
+        raise ConfigError(
+            f"{name!r}, which names modules in {config.within.rstrip('.')} of {config.source}, is no regular "
+            f"expression: {error}"
+        ) from error
+
+
+def _granularity(block: tuple[int, ...]) -> Granularity:
+    """Of blocks of that size, or of rows where there are none."""
+    if block not in ((), (BLOCK, BLOCK)):
+        raise ConfigError(
+            f"the checkpoint's FP8 blocks are {list(block)}; the fp8 quantization knows [{BLOCK}, {BLOCK}]"
+        )
+    return "blocks" if block else "rows"
 
 
 class Fp8(Scheme):
     def __init__(self, terms: Mapping[str, Any] | None) -> None:
-        self.terms = Terms("blocks") if terms is None else Terms.read(terms)
+        self.stored = Stored("blocks") if terms is None else Stored.read(Terms.of(terms))
 
     def takes(self, path: str) -> bool:
-        return not any(_names(pattern, path) for pattern in self.terms.ignored)
+        stored = self.stored
+        names = (path, EXPERT.sub(".experts", path))  # experts are one module in transformers
+        if any(pattern.match(name) for pattern in stored.left for name in names):
+            return False
+        return any(pattern.match(name) for pattern in stored.taken for name in names)
 
     def linear(self, build: Build, parts: Mapping[str, int], inputs: int) -> QuantizedLinear:
-        return Fp8Linear(build, parts, inputs, self.terms.granularity)
+        return Fp8Linear(build, parts, inputs, self.stored.granularity)
 
     def experts(self, build: Build, count: int, size: int, inner: int) -> QuantizedExperts:
-        return Fp8Experts(build, count, size, inner, self.terms.granularity)
-
-
-def _names(pattern: str, path: str) -> bool:
-    """Whether `pattern` is `path`, a module around it, or its last names; after "re:" it is a regular expression."""
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], path) is not None
-    return path == pattern or path.startswith(f"{pattern}.") or path.endswith(f".{pattern}")
+        return Fp8Experts(build, count, size, inner, self.stored.granularity)
 
 
 # ── what both kinds of layers do ─────────────────────────────────────────────────────────────

@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -262,7 +263,11 @@ def test_gguf_quantized_rows(tmp_path):
         ({"tokenizer__ggml__pre": "tekken"}, "text", "pre-tokenizer 'tekken'; .* can read: .*llama-bpe, .*smollm"),
         ({"tokenizer__ggml__model": "t5"}, "text", "'t5' vocabulary; .* can read: gpt2 .*, llama"),
         ({"llama__rope__scaling__type": "yarn"}, "config", "'yarn'.*use the model's safetensors"),
-        ({"llama__attention__key_length": "16"}, "config", "attention.key_length is '16', not a number"),
+        (
+            {"llama__attention__key_length": "16"},
+            "config",
+            "key_length is '16' in .*; it must be an integer",
+        ),
     ],
 )
 def test_gguf_refuses_by_name_what_it_cannot_translate(tmp_path, model, tokenizer, changed, read, says):
@@ -309,6 +314,41 @@ def test_gguf_that_is_missing_cut_short_or_no_gguf(tmp_path, paths):
 
 def test_sharded_files_are_several(paths):
     assert len(list(paths["sharded"].glob("*.safetensors"))) > 2
+
+
+BESIDE = {
+    "consolidated.safetensors": {"layers.0.attention.wq.weight": torch.zeros(4, 4)},
+    "adapter_model.safetensors": {"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 4)},
+    "model.fp16.safetensors": {"model.norm.weight": torch.zeros(4)},
+    "model-00001-of-00009.safetensors": {"model.norm.weight": torch.zeros(4)},
+    "model.safetensors.index.json": {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}},
+}
+
+
+@pytest.mark.parametrize("beside", [*([name] for name in BESIDE), list(BESIDE)], ids=lambda names: names[-1])
+def test_a_whole_weight_file_is_read_alone(tmp_path, model, tokenizer, beside):
+    folder = write_safetensors(tmp_path, model, tokenizer)
+    for name in beside:
+        if name.endswith(".json"):
+            (folder / name).write_text(json.dumps(BESIDE[name]))
+        else:
+            save_file(BESIDE[name], folder / name)
+    expected = LlamaForCausalLM.from_pretrained(folder).state_dict()  # as transformers has it
+    tensors = dict(SafetensorsCheckpoint.open(str(folder)).tensors())
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensor[:], expected[name]) for name, tensor in tensors.items())
+
+
+def test_adapters_and_other_formats_are_not_weights(tmp_path, model, tokenizer):
+    folder = write_safetensors(tmp_path, model, tokenizer, shard="100KB")
+    (folder / "model.safetensors.index.json").unlink()
+    for name in ("consolidated.safetensors", "adapter_model.safetensors"):
+        save_file(BESIDE[name], folder / name)
+    assert dict(SafetensorsCheckpoint.open(str(folder)).tensors()).keys() == model.state_dict().keys()
+    for path in folder.glob("model-*.safetensors"):
+        path.unlink()
+    with pytest.raises(ConfigError, match=r"has no \.safetensors files"):
+        list(SafetensorsCheckpoint.open(str(folder)).tensors())
 
 
 @pytest.mark.parametrize(
@@ -360,8 +400,8 @@ def test_safetensors_text_settings(tmp_path, model, tokenizer):
     assert opened.text().generation == {}
 
     edit(folder / "tokenizer_config.json", bos_token={"content": "<s>", "lstrip": False}, add_bos_token=True)
-    assert (opened.text().bos_token, opened.text().add_bos) == ("<s>", True)
-    assert Text(opened.text()).encode("hello") == [bos, hello]
+    assert (opened.text().bos_token, opened.text().bos_id) == ("<s>", bos)
+    assert Text(opened.text()).encode("hello") == [hello]  # the post-processor alone adds it, as in transformers
 
     (folder / "chat_template.jinja").unlink()
     assert opened.text().chat_template is None

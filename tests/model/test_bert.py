@@ -177,6 +177,31 @@ def test_other_ways_to_pool_are_refused(tmp_path: Path, modules: Any, modes: lis
         checkpoint.config()
 
 
+NEWER = "sentence_transformers.sentence_transformer.modules"  # where 5.4 has the classes
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls", ["cls"]], ids=str)
+def test_pooling_as_newer_versions_write_it(tmp_path: Path, mode: Any) -> None:
+    folder = write_sentence_model(tmp_path, MODULES, [])
+    modules = (folder / "modules.json").read_text().replace("sentence_transformers.models", NEWER)
+    (folder / "modules.json").write_text(modules)
+    pooling = {"embedding_dimension": 48, "pooling_mode": mode, "include_prompt": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 40}))
+    expected = {"mode": "cls" if mode != "mean" else "mean", "normalize": True, "max_seq_length": 40}
+    assert SafetensorsCheckpoint.open(str(folder)).config()["pooling"] == expected
+    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 10**30}))
+    assert "max_seq_length" not in SafetensorsCheckpoint.open(str(folder)).config()["pooling"]
+
+
+@pytest.mark.parametrize("mode", ["lasttoken", ["mean", "cls"], 7, [None], True], ids=str)
+def test_other_ways_to_pool_of_newer_versions_are_refused(tmp_path: Path, mode: Any) -> None:
+    folder = write_sentence_model(tmp_path, MODULES, [])
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": mode}))
+    with pytest.raises(ConfigError, match=r"pools by .*; supported is exactly one of mean, cls"):
+        SafetensorsCheckpoint.open(str(folder)).config()
+
+
 def test_texts_are_lowered_if_the_directory_says_so(tmp_path: Path) -> None:
     made = tokenizers_of(MINILM)
     made.normalizer = None

@@ -9,6 +9,7 @@ from oracle import tiny, tiny_model
 
 from engine.errors import ConfigError
 from engine.layers import Build
+from engine.plugin import Terms
 from engine.plugin.testing import MODEL_SCENARIOS, ModelHarness, check_model
 from engine_plugins.attention.torch_latent import TorchLatentAttention
 from engine_plugins.models.deepseek import Deepseek, latent_shape
@@ -200,15 +201,15 @@ def test_what_would_run_wrongly_is_refused(change, said):
 def test_the_scale_of_scores_grows_with_what_positions_are_stretched_by():
     terms = {"num_hidden_layers": 1, "num_attention_heads": 16, "kv_lora_rank": 512, "v_head_dim": 128}
     terms |= {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
-    assert latent_shape(terms).scale == 192**-0.5
+    assert latent_shape(Terms(terms)).scale == 192**-0.5
     rope = {"type": "yarn", "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707}
-    assert latent_shape({**terms, "rope_scaling": rope}).scale == pytest.approx(0.11472138679, rel=1e-6)
+    assert latent_shape(Terms({**terms, "rope_scaling": rope})).scale == pytest.approx(0.11472138679, rel=1e-6)
 
 
 def test_memory_of_v2_lite_for_a_token():
-    shape = dataclasses.replace(latent_shape({
+    shape = dataclasses.replace(latent_shape(Terms({
         "num_hidden_layers": 27, "num_attention_heads": 16, "kv_lora_rank": 512, "v_head_dim": 128,
         "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
-    }), kv_dtype=torch.bfloat16)  # fmt: skip
+    })), kv_dtype=torch.bfloat16)  # fmt: skip
     group = TorchLatentAttention(shape, 64, torch.device("cpu"), torch.bfloat16).kv_group()
     assert group.page_bytes == 64 * 27 * (512 + 64) * 2

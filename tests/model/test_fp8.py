@@ -11,6 +11,7 @@ import pytest
 import torch
 from oracle import described, tiny, tiny_model
 from safetensors.torch import save_file
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from engine.errors import ConfigError, PluginError
 from engine.kernels.fp8 import E4M3, dequantize, multiplies_fp8, quantize_blocks, quantize_rows
@@ -253,6 +254,68 @@ def test_what_the_checkpoint_leaves_out_stays_as_it_is():
     layer = ColumnLinear(build(scheme), 8, {"q_proj": 4, "k_proj": 4})
     layer.named("model.layers.0.self_attn.qkv_proj")
     assert layer.quantized is None and layer.weight.dtype == torch.float32 and not layer.weight.is_meta
+
+
+LAYERS = ["model.layers.1.mlp.gate_proj", "model.layers.11.mlp.gate", "model.layers.1.self_attn.q_proj", "lm_head"]
+PATTERNS = ["lm_head", "model.layers.1", "layers.1", "gate", "q_proj", "model.layers.*", "model.layers.1.", ".*mlp"]
+PATTERNS += [r"model\.layers\.\d+\.mlp\.gate", "self_attn|mlp", "model.layers.(1|2)", "_proj", "visual"]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_modules_to_not_convert_are_those_of_transformers(pattern):
+    scheme = Fp8(BLOCKS | {"modules_to_not_convert": [pattern]})
+    for name in LAYERS:
+        assert scheme.takes(name) == should_convert_module(name, [pattern]), name
+
+
+def test_experts_are_left_by_the_name_of_all():
+    scheme = Fp8(BLOCKS | {"modules_to_not_convert": ["mlp.experts"]})
+    assert not scheme.takes("model.layers.0.mlp.experts.3.up_proj") and scheme.takes("model.layers.0.mlp.up_proj")
+
+
+@pytest.mark.parametrize(
+    ("targets", "ignored", "taken"),
+    [
+        (["Linear"], [], [True, True, True, True]),
+        (["Linear"], ["lm_head"], [True, True, True, False]),
+        (["re:.*self_attn.*"], [], [False, False, True, False]),
+        ([r"re:model\.layers\.1\."], ["re:.*q_proj"], [True, False, False, False]),
+        (["model.layers.1.mlp.gate_proj"], [], [True, False, False, False]),
+        (["Linear"], ["gate", "layers.1", "mlp"], [True, True, True, True]),  # names are whole
+        (["Linear"], [r"re:.*gate$"], [True, False, True, True]),
+        (["LlamaMLP"], [], [False, False, False, False]),
+    ],
+)
+def test_targets_and_ignore_are_those_of_compressed_tensors(targets, ignored, taken):
+    terms = groups("channel") | {"ignore": ignored}
+    terms["config_groups"]["group_0"]["targets"] = targets
+    assert [Fp8(terms).takes(name) for name in LAYERS] == taken
+
+
+def test_a_layer_that_is_no_target_keeps_its_own_weights():
+    """Attention alone is FP8 in the checkpoint; the MLPs' weights come through as they are."""
+    config, tensors, _ = described(tiny_model("Llama", **LLAMA))
+    attention = {name for name in matrices(tensors) if "self_attn" in name}
+    stored = dict(tensors)
+    for name in attention:
+        numbers, scale = quantize_rows(tensors[name])
+        stored |= {name: numbers, name.replace("weight", "weight_scale"): scale[:, None]}
+    terms = groups("channel")
+    terms["config_groups"]["group_0"]["targets"] = ["re:.*self_attn.*_proj"]
+    harness = ModelHarness(Llama, config, stored, quantization=Fp8(terms))
+    weights = dict(harness.runner.model.named_parameters())
+    down, out = "model.layers.0.mlp.down_proj.weight", "model.layers.0.self_attn.o_proj.weight"
+    assert torch.equal(weights[down], tensors[down])
+    assert not torch.equal(weights[out], tensors[out])
+    assert torch.equal(weights[out], dequantize(*quantize_rows(tensors[out])))
+
+
+@pytest.mark.parametrize(
+    "terms", [BLOCKS | {"modules_to_not_convert": ["*.mlp"]}, groups("channel") | {"ignore": ["re:["]}]
+)
+def test_names_that_are_no_regular_expressions_are_refused(terms):
+    with pytest.raises(ConfigError, match="is no regular expression"):
+        Fp8(terms)
 
 
 def test_one_stacked_layer_is_not_quantized_in_part():

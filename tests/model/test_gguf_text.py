@@ -277,7 +277,7 @@ def test_merges_are_by_score_then_length_of_the_left():
 
 
 def test_a_vocabulary_without_scores_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"has no field tokenizer\.ggml\.scores"):
+    with pytest.raises(ConfigError, match=r"has no tokenizer\.ggml\.scores"):
         write_gguf(tmp_path / "a.gguf", "llama", ["a"])
 
 

@@ -103,7 +103,7 @@ def test_a_weight_of_another_shape_is_named(name):
 
 
 def test_a_window_that_holds_the_longest_sequence_is_none():
-    config = {**TINY, "sliding_window": 32}
+    config = {**TINY, "model_type": "mistral", "sliding_window": 32}
     assert [backend.shape.window for backend in Llama(config, build(max_model_len=64)).backends] == [32]
     assert [backend.shape.window for backend in Llama(config, build(max_model_len=32)).backends] == [None]
 

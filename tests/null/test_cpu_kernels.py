@@ -1,5 +1,10 @@
 """The CPU kernels against their definitions in numpy and torch; what takes their place where there is no compiler."""
 
+import os
+import stat
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import gguf
@@ -223,3 +228,76 @@ def test_no_compiler_is_a_warning_with_the_remedy(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("CC", "/bin/false")
     monkeypatch.setenv("XDG_CACHE_HOME", "/nonexistent/cache")
     assert cpu.kernels.__wrapped__() is None
+
+
+# ── where the compiled library is kept ───────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def one_function(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Kernels that compile in no time; the folder that takes the place of /tmp."""
+    (tmp_path / "sources").mkdir()
+    (tmp_path / "sources" / "cpu_one.c").write_text("int one(void) { return 1; }")
+    monkeypatch.setattr(cpu, "FOLDER", tmp_path / "sources")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    return tmp_path / "tmp"
+
+
+def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+
+
+UNUSABLE: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "a file is in its place": lambda patch: patch.setenv("XDG_CACHE_HOME", "/dev/null"),
+    "it cannot be made": lambda patch: patch.setenv("XDG_CACHE_HOME", "/proc/nobody"),
+    "no home": no_home,
+}
+
+
+@pytest.mark.parametrize("why", UNUSABLE)
+def test_a_cache_that_cannot_be_used_is_replaced_by_a_private_folder(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, one_function: Path, why: str
+) -> None:
+    UNUSABLE[why](monkeypatch)
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            assert cpu._library("cc").one() == 1
+    (folder,) = (path for path in one_function.iterdir() if path.name.startswith("engine-kernels"))
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    levels = [record.levelname for record in caplog.records if str(folder) in record.getMessage()]
+    assert levels == ["WARNING", "WARNING"]  # one a process, and here are two
+    assert caplog.text.count("compiling") == 1
+
+
+@pytest.mark.parametrize("foreign", ["open to others", "a link"])
+def test_no_library_is_loaded_from_a_folder_that_others_can_write(
+    monkeypatch: pytest.MonkeyPatch, one_function: Path, foreign: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    expected = one_function / f"engine-kernels-{os.getuid()}"
+    elsewhere = one_function / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    if foreign == "a link":
+        expected.symlink_to(elsewhere)
+    else:
+        expected.mkdir()
+        expected.chmod(0o777)
+    assert cpu._library("cc").one() == 1
+    assert not any(elsewhere.iterdir())
+    assert not any(expected.iterdir())
+
+
+def test_a_compiler_that_is_not_there_is_not_the_caches_fault(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, one_function: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(one_function))
+    monkeypatch.setenv("CC", "/nonexistent/cc")
+    assert cpu.kernels.__wrapped__() is None
+    assert "/nonexistent/cc" in caplog.text
+    assert "cache cannot be used" not in caplog.text

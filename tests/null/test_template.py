@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from http_front import text_of
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from engine.errors import RequestError
 from engine.plugin.manager import Plugins, resolve
@@ -46,7 +47,7 @@ PAST: list[dict[str, Any]] = [
 
 
 def template(source: str) -> ChatTemplate:
-    return ChatTemplate(source, "", "", HERMES)
+    return ChatTemplate(source, {}, HERMES)
 
 
 @pytest.mark.parametrize(
@@ -184,3 +185,53 @@ def test_the_text_of_a_model_knows_its_parsers() -> None:
     assert set(text.parsers.special) == {"[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<think>", "</think>"}
     assert "[TOOL_CALLS] [" in text.render_chat(PAST[:2])
     assert text.reasoning_open("<think>", "</think>", PAST[:1], chat_template=CHATML + "<think>") is True
+
+
+# ── the language, as transformers has it ─────────────────────────────────────────────────────
+
+SAID: list[dict[str, Any]] = [{"role": "user", "content": "é <b>"}, {"role": "assistant", "content": " I say "}]
+WHOLE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}|{% endfor %}"
+TRIMMED = WHOLE.replace("m.content", "m.content | trim")
+SCOPED = (
+    "{% set x = 1 %}{% for m in messages %}{% generation %}{% set x = 2 %}{{ m.content }}{{ x }}{% endgeneration %}"
+    "{{ x }}{% endfor %}{{ x }}"
+)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        WHOLE,
+        TRIMMED,
+        SCOPED,
+        "{{ messages | tojson }}",
+        "{{ messages | tojson(4) }}",
+        "{{ messages | tojson(true) }}",
+        "{{ messages | tojson(false, 2) }}",
+        "{{ messages | tojson(false, none, [',', ':']) }}",
+        "{{ messages | tojson(false, 2, none, true) }}",
+        "{{ messages | tojson(indent=2, sort_keys=true) }}",
+        "{{ bos_token }}{{ pad_token }}{% if eos_token is defined %}no{% endif %}",
+    ],
+)
+def test_a_template_renders_as_in_transformers(source: str) -> None:
+    tokens = {"bos_token": "<s>", "pad_token": "<pad>"}
+    (expected,), _ = render_jinja_template([SAID], chat_template=source, add_generation_prompt=True, **tokens)
+    assert ChatTemplate(source, tokens, HERMES).render(SAID) == expected
+
+
+@pytest.mark.parametrize("source", [WHOLE, TRIMMED, "{{ messages[-1].content.rstrip() }} end", SCOPED])
+@pytest.mark.parametrize("begun", ["I say", " I say ", "I say\n\n", "", "  "])
+def test_a_message_goes_on_as_in_transformers(source: str, begun: str) -> None:
+    messages = [SAID[0], {"role": "assistant", "content": begun}]
+    (expected,), _ = render_jinja_template([messages], chat_template=source, continue_final_message=True)
+    assert template(source).render(messages, continue_final_message=True) == expected
+
+
+@pytest.mark.parametrize("source", ["{{ messages[0].content }}", "{{ messages[-1].content.split('</think>')[-1] }}"])
+def test_a_message_that_the_template_cuts_cannot_go_on(source: str) -> None:
+    messages = [SAID[0], {"role": "assistant", "content": "<think>a</think>b"}]
+    with pytest.raises(ValueError, match="does not appear"):
+        render_jinja_template([messages], chat_template=source, continue_final_message=True)
+    with pytest.raises(RequestError, match="leaves out the last message, or a part of it"):
+        template(source).render(messages, continue_final_message=True)
