@@ -121,7 +121,8 @@ class Parsed(Struct, frozen=True):
 
 class ReplyParser:
     """Reads one reply; `most_calls` is how many calls are told, the first ones. If not `separate`, reasoning is told as
-    content, in which nobody looks for calls."""
+    content, in which nobody looks for calls. A reply that is `forced` is nothing but calls: what is not told as one is
+    a part of one, where the reply was cut off."""
 
     def __init__(
         self,
@@ -130,16 +131,20 @@ class ReplyParser:
         most_calls: int | None = None,
         *,
         separate: bool = True,
+        forced: bool = False,
     ) -> None:
         self._reasoning = reasoning
         self._tools = tools
         self._most_calls = most_calls
         self._separate = separate
+        self._forced = forced and tools is not None
 
     @property
     def plain(self) -> bool:
         """Whether all that comes from here on is content, so that nobody needs to look."""
-        return (self._reasoning is None or self._reasoning.plain) and (self._tools is None or self._tools.plain)
+        if self._forced or (self._reasoning is not None and not self._reasoning.plain):
+            return False
+        return self._tools is None or self._tools.plain
 
     def feed(self, text: str) -> list[Event]:
         """The next piece of the reply; what it makes certain, as few events as there may be."""
@@ -164,6 +169,8 @@ class ReplyParser:
         return merged(told)
 
     def _kept(self, events: list[Event]) -> list[Event]:
+        if self._forced:
+            events = [event for event in events if not isinstance(event, Content)]
         if self._most_calls is None:
             return events
         return [event for event in events if isinstance(event, Content) or _number(event) < self._most_calls]

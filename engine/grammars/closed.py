@@ -6,11 +6,12 @@ Left open: an object of which no property is named, or that must have others tha
 objects together (allOf, $ref beside properties), where closing a part would leave nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
 
+from engine.grammars.simpler import simpler
 from engine.messages import Grammar
 
 OPENERS = ("additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames", "$dynamicRef")
@@ -22,12 +23,17 @@ SINGLE = ("items", "additionalProperties", "contains", "not", "if", "then", "els
 
 
 def prepared(grammar: Grammar) -> Grammar:
-    """`grammar` as engines take it: with its schemas closed, if it is strict."""
-    if not grammar.strict or grammar.kind not in ("json_schema", "structural_tag"):
+    """`grammar` as engines take it: its schemas in fewer words, and closed if it is strict."""
+    if grammar.kind not in ("json_schema", "structural_tag"):
         return grammar
     value = msgspec.json.decode(grammar.source)
-    closed = close(value) if grammar.kind == "json_schema" else _in_tags(value)
-    return msgspec.structs.replace(grammar, source=msgspec.json.encode(closed).decode())
+    change = _closed_and_simpler if grammar.strict else simpler
+    changed = change(value) if grammar.kind == "json_schema" else _in_tags(value, change)
+    return msgspec.structs.replace(grammar, source=msgspec.json.encode(changed).decode())
+
+
+def _closed_and_simpler(schema: Any) -> Any:
+    return simpler(close(simpler(schema)))
 
 
 def close(schema: Any) -> Any:
@@ -37,13 +43,13 @@ def close(schema: Any) -> Any:
     return _closed(schema)
 
 
-def _in_tags(value: Any) -> Any:
-    """A structural tag with each json_schema in it closed."""
+def _in_tags(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A structural tag with each json_schema in it changed."""
     if isinstance(value, list):
-        return [_in_tags(each) for each in value]
+        return [_in_tags(each, change) for each in value]
     if not isinstance(value, dict):
         return value
-    return {name: close(each) if name == "json_schema" else _in_tags(each) for name, each in value.items()}
+    return {name: change(each) if name == "json_schema" else _in_tags(each, change) for name, each in value.items()}
 
 
 def _schemas(schema: Any) -> Iterator[dict[str, Any]]:

@@ -124,7 +124,7 @@ def output_of(events: Iterable[Event], key: str, status: ItemStatus, *, ended: b
     for event in events:
         output.add(event, "completed")
     if ended and not output.items:
-        output.add(Content(""))
+        output.add(Content(""), "completed")
     if output.items and status != "completed":
         output.items[-1] = with_status(output.items[-1], status)
     return output.items

@@ -222,6 +222,8 @@ async def completions(request: web.Request, body: CompletionBody) -> web.StreamR
     about_prompt, names = body.prompt_logprobs, {}
     if body.echo and body.logprobs is not None and about_prompt is None:
         about_prompt, names = body.logprobs, {"prompt_logprobs": "logprobs"}
+    elif body.echo and body.max_tokens == 0 and about_prompt is None:
+        about_prompt = 0  # the prompt is all of the reply, as where it is read for its log-probabilities
     sampling = sampling_of(
         body, names, max_tokens=body.max_tokens, logprobs=body.logprobs, prompt_logprobs=about_prompt
     )

@@ -93,6 +93,7 @@ class Reading(Struct, frozen=True):
             None if tool is None else tool([tool.name for tool in self.wanted.offered]),
             None if self.wanted.parallel else 1,
             separate=self.separate,
+            forced=self.wanted.mode == "required",
         )
         return Reader(parser, self.marks if self.separate else None)
 

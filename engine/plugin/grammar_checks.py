@@ -133,6 +133,12 @@ GRAMMAR_CASES: tuple[GrammarCase, ...] = (
     ),
     GrammarCase(
         kind="ebnf",
+        source=r'root ::= "\u00e9\x41\U0001F600" [\u3041-\u3096\x61] [^\u00e0-\u00ff\]\\]',
+        right=("éA😀ぁb", "éA😀a[", "éA😀ゖ日", "éA😀a\n"),
+        wrong=("éA😀bb", "éA😀ぁé", "éA😀ぁ]", "éA😀ぁ\\", "e9A", "éAぁb"),
+    ),
+    GrammarCase(
+        kind="ebnf",
         source='root ::= expr\nexpr ::= "(" expr ")" | [0-9]\n',
         right=("1", "((1))"),
         wrong=("", "((1)", "(1))", "()"),

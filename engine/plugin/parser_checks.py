@@ -8,7 +8,7 @@ def test_my_parser():
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from engine.parsers import Parsed, assembled
+from engine.parsers import Parsed, ReplyParser, assembled
 from engine.plugin.parsing import Call, Event, ReasoningParser, StreamParser, ToolParser
 
 WRITTEN_CALLS: tuple[tuple[Call, ...], ...] = (
@@ -50,11 +50,15 @@ def check_any_split(make: Callable[[], StreamParser], text: str) -> Parsed:
 
 def check_tool_parser(parser: type[ToolParser]) -> None:
     """It reads what its own `syntax` writes, alone and with text before it, in any pieces; of a reply that is cut off
-    anywhere nothing is lost before the first call; and text is text."""
+    anywhere nothing is lost before the first call, no part of an end is content, and nothing at all where calls are
+    forced; and text is text."""
     names = sorted({call.name for calls in WRITTEN_CALLS for call in calls})
 
     def make() -> ToolParser:
         return parser(names)
+
+    def told(reading: ReplyParser, pieces: Sequence[str]) -> Parsed:
+        return assembled([event for piece in pieces for event in reading.feed(piece)] + reading.finish())
 
     for calls in WRITTEN_CALLS:
         written = parser.syntax.write(calls)
@@ -65,6 +69,14 @@ def check_tool_parser(parser: type[ToolParser]) -> None:
             assert cut.calls or cut.content == written[:end], f"of {written[:end]!r} only {cut.content!r} is told"
             begun = [call.name for call in cut.calls]
             assert begun == [call.name for call in calls[: len(begun)]], f"{written[:end]!r} is told as {cut}"
+            if begun and cut.content:  # of the call that was to come, and of no end
+                follows = [parser.syntax.separator + parser.syntax.beginning(call.name) for call in calls[len(begun) :]]
+                assert any(text.strip().startswith(cut.content.strip()) for text in follows[:1]), (
+                    f"{written[:end]!r} has the content {cut.content!r}"
+                )
+            for pieces in ([written[:end]], list(written[:end])):
+                forced = told(ReplyParser(None, make(), forced=True), pieces)
+                assert forced.content == "", f"where it is forced, {written[:end]!r} has the content {forced.content!r}"
     for text in ("", " \n", "Hello.", "[1, 2]", '{"a": 1}', "<tool", "[TOOL", "f(x)", "[f", '{"name": "f"', "< ｜ `"):
         assert check_any_split(make, text) == Parsed(text, "", []), f"{text!r} is no call"
 
@@ -79,6 +91,7 @@ def check_reasoning_parser(parser: type[ReasoningParser]) -> None:
             (f"{start}\nOne <b>\n\ntwo\n{end}\n\nThree {start}", "One <b>\n\ntwo", f"Three {start}"),
             (f"{start}\n\n{end}\n\n4", "", "4"),
             (f"{start}cut off", "cut off", ""),
+            *((f"{start}cut\n{end[:at]}", "cut", "") for at in range(1, len(end))),
             (f"{start[:-1]} is {end}no mark", *((f"{start[:-1]} is ", "no mark") if inside else ("", None))),
         ):
             told = check_any_split(make, text)

@@ -109,7 +109,8 @@ class ReasoningParser(StreamParser):
             return
         yield from self.space("\n")
         self._pass()
-        if (yield from self.until(self.end, strip="" if self._marked else "\n", tell=Reasoning)):
+        strip = "" if self._marked else "\n"
+        if (yield from self.until(self.end, strip=strip, tell=Reasoning, cut=not self._marked)):
             yield from self.space("\n")
         self._pass()
 
@@ -166,6 +167,13 @@ class ToolParser(StreamParser):
         self._skip_space = True
 
     # ── what most families share ─────────────────────────────────────────────────────────────
+
+    def back_unless_cut(self) -> Steps[None]:
+        """Behind a call: read once more what was read, unless the reply ends there, within what joins or ends calls."""
+        if (yield from self.peek()):
+            self.back()
+        else:
+            self.drop()
 
     def arguments(self) -> Steps[None]:
         """Tell a JSON object that begins here as arguments, piece by piece, as far as it is one."""
@@ -259,5 +267,5 @@ class ToolParser(StreamParser):
             yield from self.space()
             if not (yield from self.call_object(known=known)):
                 break
-        self.back()
+        yield from self.back_unless_cut()
         return True

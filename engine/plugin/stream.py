@@ -155,6 +155,16 @@ class StreamParser:
         self._at += len(found)
         return found
 
+    def mark(self, *texts: str) -> Steps[str]:
+        """As `literal`, but a reply that was cut off may end within one of `texts`."""
+        if found := (yield from self.literal(*texts)):
+            return found
+        rest = self._text[self._at :]
+        if not rest or not any(text.startswith(rest) for text in texts):
+            return ""
+        self._at = len(self._text)  # `literal` has waited: the reply has ended
+        return rest
+
     def word(self, pattern: re.Pattern[str]) -> Steps[str]:
         """Pass over what `pattern` matches, which must match every beginning of it too."""
         while True:
@@ -203,10 +213,12 @@ class StreamParser:
             return None
         return self._text[start : self._at]
 
-    def until(self, *marks: str, strip: str = SPACE, tell: type[Content] | type[Reasoning] = Content) -> Steps[str]:
+    def until(
+        self, *marks: str, strip: str = SPACE, tell: type[Content] | type[Reasoning] = Content, cut: bool = False
+    ) -> Steps[str]:
         """Tell what comes before the first of `marks`, and pass over it; which it was, nothing at the end.
 
-        The `strip` characters before it are read, but not told."""
+        The `strip` characters before it are read, but not told. With `cut`, the reply may end within one of them."""
         wanted = Marks(marks)
         seen = self._at  # before here no mark begins; from _at to here there are `strip` characters alone
         while True:
@@ -221,6 +233,10 @@ class StreamParser:
                 self._at = seen + len(mark)
                 return mark
             if self._ended:
+                if cut and seen < len(self._text):  # what was not told is what a mark begins with
+                    self._at = len(self._text)
+                    self.drop()
+                    return ""
                 self._at = len(self._text)
                 self._tell(tell)
                 return ""

@@ -6,6 +6,7 @@ no specification knows say nothing, and are passed over by everybody.
 """
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from engine.plugin import RequestError
@@ -27,8 +28,14 @@ ASSERTIONS = frozenset({
     "contains", "minContains", "maxContains", "uniqueItems", "multipleOf", "$dynamicRef", "$recursiveRef",
     "additionalItems", "extends", "disallow", "divisibleBy", "minLength", "maxLength",
 })  # fmt: skip
-FORMATS = frozenset({"ipv6", "uuid", "hostname", "duration", "uri"})  # it has others, which let through too much
-WHOLE = re.compile(r"\^[^|]*\$")  # a pattern that speaks of the string from end to end
+FORMATS = frozenset({"ipv6", "uuid", "duration", "uri"})  # it has others, which let through too much
+# A pattern that means the same to everybody, speaks of the string from end to end, and of no character that JSON
+# escapes: letters, sets of some by name, groups without branches.
+SIGN = r"[^\\^$.|?*+()\[\]{}\"\x00-\x1f\x7f]|\\[dw.+*?()\[\]{}|^$/-]"
+MEMBER = r"[a-z]-[a-z]|[A-Z]-[A-Z]|[0-9]-[0-9]|[^\\\[\]^\"\x00-\x1f\x7f-]|\\[dw.+*?()|$/-]"
+QUANTIFIER = r"(?:[*+?]|\{\d+(?:,\d*)?\})?"
+WHOLE = re.compile(rf"\^(?:(?:{SIGN}|\[(?:{MEMBER})+\]|\)){QUANTIFIER}|\((?:\?:)?)*\$", re.ASCII)
+MOST_NUMBER = 2**53  # beyond it a double is not exact, which bounds of numbers are; other integers have 64 bits
 
 
 def check_schema(schema: Any, path: str = "#") -> None:
@@ -43,6 +50,7 @@ def check_schema(schema: Any, path: str = "#") -> None:
         for key, each in (schema.get(name) or {}).items():
             check_schema(each, f"{path}/{name}/{key}")
     said = schema.keys() & ASSERTIONS
+    _check_numbers(schema, path)
     if alone := [keyword for keyword in ALONE if keyword in said]:
         _check_alone(schema, alone[0], said, path)
     else:
@@ -54,6 +62,22 @@ def _refuse(keyword: str, path: str, why: str = "") -> RequestError:
         f"xgrammar does not hold to {keyword} at {path}{why}; leave it out, or install llguidance",
         code="unsupported_keyword",
     )
+
+
+def _check_numbers(schema: dict[str, Any], path: str) -> None:
+    for keyword in ("enum", "const", *BY_TYPE["number"]):
+        whole = keyword in ("enum", "const") or schema.get("type") == "integer"
+        for number in _integers(schema.get(keyword)):
+            if not (-(2**63) <= number < 2**63 if whole else abs(number) <= MOST_NUMBER):
+                raise _refuse(keyword, path, f", which is {str(number)[:40]}: too large to be told from its neighbours")
+
+
+def _integers(value: Any) -> Iterator[int]:
+    """Every whole number in a JSON value."""
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        yield int(value)
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _integers(part)
 
 
 def _check_alone(schema: dict[str, Any], keyword: str, said: set[str], path: str) -> None:
@@ -116,6 +140,6 @@ def _check_string(schema: dict[str, Any], said: set[str], path: str) -> None:
     if len(said) > 1:
         raise _refuse("format", path, " beside pattern")
     if "pattern" in said and not WHOLE.fullmatch(str(schema["pattern"])):
-        raise _refuse("pattern", path, ", which does not speak of the whole string: write ^...$")
+        raise _refuse("pattern", path, ", which is more than letters, [...] and repetitions: write ^...$")
     if "format" in said and schema["format"] not in FORMATS:
         raise _refuse(f"format {schema['format']!r}", path)

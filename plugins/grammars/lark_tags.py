@@ -22,6 +22,12 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # Of EBNF: comments and classes, in which a quote begins nothing, and literals.
 EBNF_PARTS = re.compile(r'#[^\r\n]*|\[(?:[^\]\\]|\\.)*\]|"(?:[^"\\]|\\.)*"', re.DOTALL)
 
+# Of those, one character.
+EBNF_CHARACTER = re.compile(
+    r"\\(?:x(?P<two>[0-9a-fA-F]{2})|u(?P<four>[0-9a-fA-F]{4})|U(?P<eight>[0-9a-fA-F]{8})|.)|.", re.DOTALL
+)
+EBNF_ESCAPED = '"\\[]-^/'  # each stands for itself behind a backslash
+
 
 def to_lark(tag: Mapping[str, Any], special: Mapping[str, int], schema: Callable[[Any], str]) -> str:
     """`tag` is {"type": "structural_tag", "format": ...}; `special` are the special tokens' ids by name, `schema`
@@ -224,13 +230,61 @@ def quoted(text: str) -> str:
 
 
 def ebnf_to_lark(source: str) -> str:
-    """A grammar in GBNF, in whose literals there may be any character. Raises a bare Exception, as the library does."""
+    """A grammar in GBNF. Raises a bare Exception, as the library does.
+
+    The library writes some escapes as others are written, and takes what a class holds for Rust's, where `&&`, `--` and
+    `~~` mean something; so each character is written in the one way that everybody reads alike."""
 
     def plain(found: re.Match[str]) -> str:
-        return _plain(found[0]) if found[0].startswith('"') else found[0]
+        part = found[0]
+        if part.startswith("#"):
+            return part
+        return f'"{EBNF_CHARACTER.sub(_in_literal, part[1:-1])}"' if part.startswith('"') else _class(part)
 
     lark: str = gbnf_to_lark(EBNF_PARTS.sub(plain, source))
     return lark
+
+
+def _character(found: re.Match[str]) -> str | None:
+    """What one character of a GBNF text is; None for an escape that is none, which the library refuses."""
+    text = found[0]
+    if number := found["two"] or found["four"] or found["eight"]:
+        code = int(number, 16)
+        return chr(code) if code < 0xD800 or 0xE000 <= code <= 0x10FFFF else None
+    if text.startswith("\\"):
+        return {"n": "\n", "r": "\r", "t": "\t"}.get(text[1:], text[1:] if text[1:] in EBNF_ESCAPED else None)
+    return text
+
+
+def _in_literal(found: re.Match[str]) -> str:
+    character = _character(found)
+    if character is None:
+        return found[0]
+    return f"\\{character}" if character in '"\\' else _plain(character)
+
+
+def _class(text: str) -> str:
+    """A class of characters, as the library and Rust read it."""
+    negated = text.startswith("[^")
+    parts = list(EBNF_CHARACTER.finditer(text[2 if negated else 1 : -1]))
+    written: list[str] = []
+    at = 0
+    while at < len(parts):
+        ends = [at]
+        if at + 2 < len(parts) and parts[at + 1][0] == "-":
+            ends.append(at + 2)
+        written.append("-".join(_in_class(parts[end]) for end in ends))
+        at = ends[-1] + 1
+    return f"[{'^' if negated else ''}{''.join(written)}]"
+
+
+def _in_class(found: re.Match[str]) -> str:
+    character = _character(found)
+    if character is None:
+        return found[0]
+    if character in "\\[]":
+        return f"\\{character}"
+    return f"\\x{ord(character):02x}" if character in "^-&~" else _plain(character)
 
 
 def _plain(literal: str) -> str:

@@ -1,10 +1,10 @@
 """llguidance: expressions by derivatives under an Earley parser, over a trie of the vocabulary.
 
 A grammar is compiled in about a millisecond and the rest is done when a state is first met; so nothing is packed, and
-`load` compiles again. JSON schemas are held to exactly: a keyword that is not implemented is refused by name. Long
-strings of bounded length, which would walk most of the trie at each token, are in free_strings.py; replies that are
-told apart by states, and need no matcher of their own, in json_states.py. Left out: threads of the library's own, which
-cost more than they save (docs/grammars.md).
+`load` compiles again. JSON schemas are held to exactly, in the words of json_exact.py: a keyword that is not
+implemented is refused by name. Long strings of bounded length, which would walk most of the trie at each token, are in
+free_strings.py; replies that are told apart by states, and need no matcher of their own, in json_states.py. Left out:
+threads of the library's own, which cost more than they save (docs/grammars.md).
 """
 
 import json
@@ -16,7 +16,9 @@ import llguidance
 import numpy as np
 
 from engine.plugin import CompiledGrammar, Grammar, RequestError, Vocabulary
+from engine_plugins.grammars.ecma import Unheld
 from engine_plugins.grammars.free_strings import FreeString, FreeStrings
+from engine_plugins.grammars.json_exact import exact
 from engine_plugins.grammars.json_states import State, States, Texts, states_of
 from engine_plugins.grammars.lark_tags import ebnf_to_lark, quoted, to_lark
 from engine_plugins.grammars.refusals import ASCII, outgrown, refusal
@@ -24,17 +26,7 @@ from engine_plugins.grammars.refusals import ASCII, outgrown, refusal
 # Parser items that one mask may take. An ambiguous grammar (`s: s s | /./`) takes all there may be and more, and all
 # rows of a step wait for its masks: with the library's own bound of 50,000 some 30 ms. 1,000 choices take 1,000.
 MOST_ITEMS = 5000
-FORMATS = frozenset({"date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"})
-# What a format leaves out and llguidance does not: leap seconds but on a few days, and names too long for an address.
-NARROWER = {
-    "time": "^[^:]*:[^:]*:[0-5]",
-    "date-time": "^[^:]*:[^:]*:[0-5]",
-    "email": "^[^@]{1,64}@",
-}
 GUIDES = 32  # matchers of a grammar that are kept to go on to the next state from
-COUNTED = frozenset({"Length", "Items", "Properties"})
-VALUES = frozenset({"enum", "const", "default", "examples"})  # no schemas
-NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})  # schemas by name
 HEADER = re.compile(r"^%llguidance[ \t]*(\{.*\})[ \t]*$", re.MULTILINE)  # of Lark, with options
 # Between the tokens of JSON: a space, or a new line and its indentation.
 SOME_WHITESPACE = r"\x20|\n[\x20\t]{0,32}"
@@ -152,13 +144,17 @@ class LLGuidance:
         self._texts = Texts(vocabulary, self._strings.lengths)
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
-        text = self._text(grammar)
+        try:
+            text = self._text(grammar)
+        except Unheld as unheld:
+            message = f"llguidance does not take the {grammar.kind}: {unheld}"
+            raise RequestError(message, code=unheld.code) from None
         full = llguidance.LLMatcher(self._tokenizer, text, log_level=0, limits=self._limits)
         if full.is_error():
             raise refusal(grammar, full.get_error())
         if grammar.kind != "json_schema":
             return LLGrammar(full, None, None)
-        states = states_of(readable(json.loads(grammar.source)), self._texts)
+        states = states_of(exact(json.loads(grammar.source)), self._texts)
         return LLGrammar(full, self._strings.prepare(text, grammar.source), states)
 
     def load(self, grammar: Grammar, packed: bytes) -> CompiledGrammar:
@@ -190,7 +186,7 @@ class LLGuidance:
         if schema is False:
             raise RequestError("the json_schema is false, which no reply fits; send another", code="invalid_grammar")
         schema = {} if schema is True else schema
-        return f"%json {json.dumps({**readable(schema), 'x-guidance': self._options})}"
+        return f"%json {json.dumps({**exact(schema), 'x-guidance': self._options})}"
 
     def accept(self, matchers: Sequence[LLMatcher], tokens: Sequence[int]) -> list[bool]:
         accepted = []
@@ -270,35 +266,3 @@ def tokenizer_of(vocabulary: Vocabulary, tokens: Sequence[bytes], slices: list[s
     let through together, where all that it holds may come next."""
     wrapper = llguidance.TokenizerWrapper(_Tokens(vocabulary, tokens))
     return llguidance.LLTokenizer(wrapper, n_vocab=len(tokens), eos_token=list(vocabulary.eos_ids), slices=slices)
-
-
-def readable_keyword(name: str, value: Any) -> Any:
-    """The `value` of a schema's keyword, made `readable`. The keys of some are no keywords, but the client's names."""
-    if name in NAMED and isinstance(value, dict):
-        return {key: readable(schema) for key, schema in value.items()}
-    if name in VALUES:
-        return value
-    return int(value) if whole(name, value) else readable(value)
-
-
-def readable(value: Any) -> Any:
-    """A schema without the formats that nobody here knows, which JSON Schema takes for remarks, with others made as
-    narrow as they are meant, and with whole numbers for counts."""
-    if isinstance(value, list):
-        return [readable(each) for each in value]
-    if not isinstance(value, dict):
-        return value
-    known = {
-        name: readable_keyword(name, each)
-        for name, each in value.items()
-        if not (name == "format" and isinstance(each, str) and each not in FORMATS)
-    }
-    format = known.get("format")
-    if isinstance(format, str) and format in NARROWER and "pattern" not in known:
-        known["pattern"] = NARROWER[format]
-    return known
-
-
-def whole(name: str, value: Any) -> bool:
-    """Whether `value` is a count that is written as 2.0."""
-    return name.startswith(("min", "max")) and name[3:] in COUNTED and isinstance(value, float) and value.is_integer()

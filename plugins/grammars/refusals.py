@@ -22,12 +22,14 @@ LINE = 80
 PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): ")
 EXCERPT = re.compile(r"\n +\d+ \| .*", re.DOTALL)
 WRAPPERS = ("failed to compile JSON schema: ",)
-ENDLESS = ("; following special tokens", ":  (", "; enable ")  # behind these come lists, or the library's own words
+# Behind these come lists, places in the library, or its own words.
+ENDLESS = ("\n  while processing", "; following special tokens", ":  (", "; enable ")
 EXPRESSION = re.compile(r"(?:invalid regex .*? \(in regex\): )?regex parse error:\n(.*)\nerror: (.*)", re.DOTALL)
 LOOK_AROUND = re.compile(
     r"(?:invalid regex .* \(in regex\): )?lookarounds not supported yet; \w+ in regex /(.*)/", re.DOTALL
 )
 TOKENS = ("doesn't satisfy the grammar", "no error message")  # of a token that may not come
+DISJOINT = re.compile(r"patternProperty regexes .* are not disjoint", re.DOTALL)
 RENAMED = re.compile(r"Rule '.*' already exists")
 NUMBER = re.compile(r"\d+")
 
@@ -71,6 +73,8 @@ def _in_words(grammar: Grammar, text: str, code: str) -> tuple[str, str, str]:
         text = text.partition(end)[0]
     if text.startswith("oneOf constraints"):
         return "oneOf, where its branches do not plainly exclude each other", "unsupported_keyword", "use anyOf"
+    if DISJOINT.match(text):
+        return "patternProperties, where a name may match two patterns", "unsupported_keyword", "use one pattern"
     if "Unimplemented keys" in text:
         return text, "unsupported_keyword", "leave it out"
     if text.startswith(("Resource ", "Pointer ")):

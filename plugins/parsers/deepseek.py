@@ -31,7 +31,7 @@ class Deepseek(ToolParser):
             yield from self.space()
             if (mark == CALL or (yield from self.literal(CALL))) and (yield from self.tried(self._call())):
                 yield from self.space()
-                if (yield from self.literal(SECTION_END)):
+                if (yield from self.mark(SECTION_END)):
                     self.drop()
                 else:
                     self.back()
@@ -51,12 +51,12 @@ class Deepseek(ToolParser):
         self.begin(name.strip())
         yield from self.arguments()
         yield from self.space()
-        yield from self.literal(FENCE)
+        yield from self.mark(FENCE)
         yield from self.space()
-        if (yield from self.literal(CALL_END)):
+        if (yield from self.mark(CALL_END)):
             self.drop()
         else:
-            self.back()
+            yield from self.back_unless_cut()
         self.close()
         return True
 

@@ -16,7 +16,7 @@ class Hermes(ToolParser):
             yield from self.space()
             if (yield from self.call_object()):
                 yield from self.space()
-                if (yield from self.literal(CLOSE)):
+                if (yield from self.mark(CLOSE)):
                     self.drop()
                 else:
                     self.back()

@@ -22,7 +22,9 @@ class Llama3Json(ToolParser):
             if called:
                 yield from self.space()
                 if (yield from self.literal(";")):
-                    continue
-                self.back()
+                    yield from self.space()
+                    if (yield from self.peek()):
+                        continue
+                yield from self.back_unless_cut()
             if not (yield from self.until(TAG)):
                 return

@@ -28,7 +28,7 @@ class Pythonic(ToolParser):
         yield from self.literal(*MARKS)
         yield from self.space()
         if (yield from self.call_list(known=True)):
-            yield from self.literal(END)
+            yield from self.mark(END)
             self.drop()
             return
         if not (yield from self.literal("[")):
@@ -38,7 +38,7 @@ class Pythonic(ToolParser):
             called = True
             yield from self.space()
             if (yield from self.literal("]")):
-                yield from self.literal(END)
+                yield from self.mark(END)
                 self.drop()
                 return
             if not (yield from self.literal(",")):

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from engine.errors import RequestError
 from engine.messages import Grammar, GrammarKind
 from engine.plugin.grammar_checks import vocabulary
 from engine.plugin.manager import Plugins, resolve
@@ -73,6 +74,49 @@ def test_a_literal_may_hold_any_character(kind: GrammarKind, source: str) -> Non
     assert check_grammar(resolve(Plugins.load().grammars["llguidance"].target), case)
 
 
+EBNF: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
+    (r'"\u00e9\u0041\x42\U00000043"', ("éABC",), ("e9ABC",)),
+    (r'"\U0001F600\U0010ffff"', ("😀\U0010ffff",), ("😀",)),
+    (r'"\"\\\[\]\n\r\t\u0022\u005c\u000a\x7f"', ('"\\[]\n\r\t"\\\n\x7f',), ("",)),
+    (r"[\u00e0-\u00ff]", ("à", "é", "ÿ"), ("e", "-", "\xdf")),
+    (r"[\U0001F600-\U0001F64F]", ("😀", "🙏"), ("🙐", "😀😀")),
+    (r"[^\u0061-\u007a]", ("A", "é", "\n"), ("a", "z")),
+    (r"[\]a]", ("]", "a"), ("\\",)),
+    (r"[a\-z]", ("a", "-", "z"), ("b",)),
+    (r"[-a]", ("-", "a"), ("b",)),
+    (r"[a-]", ("-", "a"), ("b",)),
+    (r"[+--]", ("+", ",", "-"), (".",)),
+    (r"[a&&b]", ("a", "b", "&"), ("c",)),
+    (r"[~~\^]", ("~", "^"), ("a",)),
+    (r"[a^]", ("a", "^"), ("b",)),
+    (r"[[/]", ("[", "/"), ("]",)),
+    (r"[\x41-\x43\n\"]", ("A", "C", "\n", '"'), ("D", "n", "\\")),
+    (r"[#\u0023]", ("#",), ("2",)),
+]
+
+
+@pytest.mark.parametrize(("rule", "right", "wrong"), EBNF, ids=str)
+@pytest.mark.parametrize("kind", ["ebnf", "structural_tag"])
+def test_what_escapes_of_gbnf_mean(
+    kind: GrammarKind, rule: str, right: tuple[str, ...], wrong: tuple[str, ...]
+) -> None:
+    pytest.importorskip("llguidance")
+    source = f"root ::= {rule} # [é"
+    if kind == "structural_tag":
+        source = json.dumps({"type": "structural_tag", "format": {"type": "grammar", "grammar": source}})
+    case = GrammarCase(kind=kind, source=source, right=right, wrong=("", *wrong))
+    assert check_grammar(resolve(Plugins.load().grammars["llguidance"].target), case)
+
+
+@pytest.mark.parametrize(
+    "rule", [r'"\q"', r'"\u12"', r'"\ud800"', r'"\U00110000"', r"[\q]", r"[\ud83d-\ude00]", r'"\xg1"']
+)
+def test_an_escape_of_gbnf_that_is_none_is_refused(rule: str) -> None:
+    engine = resolve(Plugins.load().grammars["llguidance"].target)(vocabulary(), threads=1, whitespace=True)
+    with pytest.raises(RequestError, match="llguidance does not take the ebnf"):
+        engine.compile(Grammar("ebnf", f"root ::= {rule}"))
+
+
 def test_an_ambiguous_grammar_is_given_up_before_it_holds_up_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the reason, where it is first seen: in the compiler, or in the row that comes to it. Here the vocabulary is
     small, and so the bound."""
@@ -93,8 +137,8 @@ def test_an_ambiguous_grammar_is_given_up_before_it_holds_up_others(monkeypatch:
 @pytest.mark.parametrize("name", ["const", "enum", "default", "examples", "properties", "format"])
 def test_a_property_may_be_called_as_a_keyword_is(name: str) -> None:
     """Its schema is one: the odd count and the format that nobody knows in it are read as everywhere."""
-    readable = pytest.importorskip("engine_plugins.grammars.llguidance").readable
+    exact = pytest.importorskip("engine_plugins.grammars.json_exact").exact
     schema = {"type": "string", "maxLength": 2.0, "format": "colour"}
     whole = {"type": "object", "properties": {name: schema}, "const": schema}
     wanted = {name: {"type": "string", "maxLength": 2}}
-    assert readable(whole) == {"type": "object", "properties": wanted, "const": schema}
+    assert exact(whole) == {"type": "object", "properties": wanted, "const": schema}

@@ -53,7 +53,7 @@ def test_what_is_said_in_several_places_stays_open(schema: Any) -> None:
 def test_it_is_for_strict_grammars_of_schemas_alone() -> None:
     text = json.dumps(ONE)
     assert json.loads(prepared(Grammar("json_schema", text)).source) == CLOSED
-    assert prepared(Grammar("json_schema", text, strict=False)).source == text
+    assert json.loads(prepared(Grammar("json_schema", text, strict=False)).source) == ONE
     assert prepared(Grammar("regex", text)).source == text
     tag = {"type": "tag", "begin": "<", "content": {"type": "json_schema", "json_schema": ONE}, "end": ">"}
     made = prepared(Grammar("structural_tag", json.dumps({"type": "structural_tag", "format": tag})))

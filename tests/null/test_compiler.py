@@ -173,7 +173,7 @@ def test_an_engine_is_made_once_and_outside_of_the_deadline() -> None:
 
 def test_real_engines_compile_and_refuse() -> None:
     schema = Grammar("json_schema", '{"type":"object","properties":{"a":{"type":"integer"}}}')
-    asked = [schema, Grammar("json_schema", '{"not":{}}'), Grammar("regex", "(a")]
+    asked = [schema, Grammar("json_schema", '{"not":{"const":1}}'), Grammar("regex", "(a")]
     with compiler([sys.executable, "-m", "engine.grammars.compiler"], config(), asked) as frames:
         found = answers(frames, 3)
     assert found[1].grammar is not None and '"additionalProperties":false' in found[1].grammar.source
@@ -183,7 +183,7 @@ def test_real_engines_compile_and_refuse() -> None:
 
 def test_of_tools_and_a_format_that_is_blamed_which_is_refused() -> None:
     syntax = resolve(Plugins.load().parsers["hermes"].target).syntax
-    good, bad = {"type": "object", "properties": {}}, {"not": {}}
+    good, bad = {"type": "object", "properties": {}}, {"not": {"const": 1}}
     asked = [
         either([Tool("f", parameters)], syntax, Grammar("json_schema", json.dumps(format)), parallel=True)
         for parameters, format in ((good, bad), (bad, good), (good, good))

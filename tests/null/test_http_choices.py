@@ -297,6 +297,21 @@ async def test_a_prompt_may_be_scored_without_a_reply() -> None:
         assert answer.usage is not None and answer.usage.completion_tokens == 0
 
 
+async def test_an_echo_of_the_prompt_alone() -> None:
+    ask: dict[str, Any] = {"model": "echo", "prompt": ["abc", "z"], "max_tokens": 0, "echo": True}
+    async with served() as (url, _), client(url) as api:
+        answer = await api.completions.create(**ask, n=2)
+        assert [choice.text for choice in answer.choices] == ["abc", "abc", "z", "z"]
+        assert {(choice.finish_reason, choice.logprobs) for choice in answer.choices} == {("length", None)}
+        assert "prompt_logprobs" not in answer.choices[0].model_dump()
+        assert answer.usage is not None and answer.usage.completion_tokens == 0
+        events = [event async for event in await api.completions.create(**ask, stream=True)]
+        for index, text in enumerate(["abc", "z"]):
+            assert "".join(event.choices[0].text for event in events if event.choices[0].index == index) == text
+        with pytest.raises(openai.BadRequestError, match="max_tokens is 0"):
+            await api.completions.create(**ask | {"echo": False})
+
+
 async def test_native_logprobs_and_batches() -> None:
     async with served() as (url, _):
         ask: dict[str, Any] = {

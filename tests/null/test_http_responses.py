@@ -59,6 +59,19 @@ async def test_create_and_retrieve() -> None:
         await site.house.settled()
 
 
+async def test_the_item_of_an_empty_reply_is_completed() -> None:
+    async with open_site() as site, client(site) as api:
+        ask: dict[str, Any] = {**GREEDY, "input": "a", "extra_body": {"stop": counted("\n", 1)}}
+        answer = await api.responses.create(**ask)
+        assert (answer.status, answer.output_text) == ("completed", "")
+        (item,) = answer.output
+        assert item.type == "message" and item.status == "completed"
+        assert (await api.responses.retrieve(answer.id)).output == answer.output
+        events = [event async for event in await api.responses.create(**ask, stream=True)]
+        done = [event.item for event in events if event.type == "response.output_item.done"]
+        assert [each.status for each in (*done, *events[-1].response.output)] == ["completed"] * 2
+
+
 async def test_the_event_sequence() -> None:
     async with open_site() as site, client(site) as api:
         stream = await api.responses.create(**GREEDY, input="a", stream=True, extra_body={"stop": "\x0e"})
@@ -211,7 +224,7 @@ async def test_a_background_response_that_fails_says_why() -> None:
     ("asked", "param", "says"),
     [
         ({"max_output_tokens": 5000}, "max_output_tokens", "max_output_tokens 5000 and a prompt"),
-        ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"not": {}}}}}, "text.format", '"not"'),
+        ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"not": {"const": 1}}}}}, "text.format", '"not"'),
     ],
 )
 async def test_what_the_engine_refuses_is_named_as_the_client_does(asked: dict, param: str, says: str) -> None:

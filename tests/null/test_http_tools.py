@@ -98,6 +98,29 @@ async def test_none_reads_no_calls_and_tells_of_no_tools(streamed: bool) -> None
 
 
 @pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("choice", ["required", "auto", {"type": "function", "function": {"name": "get_weather"}}])
+async def test_half_an_end_is_no_content(streamed: bool, choice: Any) -> None:
+    """Of a reply that is cut off anywhere; where calls are forced, half a beginning is none either."""
+    begun = CALL.index(ARGUMENTS)
+    made = front()
+    ask: dict[str, Any] = {"model": "fake", "messages": HI, "tools": TOOLS, "tool_choice": choice, "stream": streamed}
+    async with serving(made) as url, client(url) as api:
+        for end in range(1 if choice != "auto" else begun + 1, len(CALL)):
+            made.script = chunks(*pieces(CALL[:end]), finish="length")
+            answer = await api.chat.completions.create(**ask)
+            if streamed:
+                parts = [event.choices[0].delta async for event in answer]
+                calls = [call.function.name for part in parts for call in part.tool_calls or () if call.function.name]
+                content = "".join(part.content or "" for part in parts)
+            else:
+                calls, content = (
+                    [name for name, _ in said(answer.choices[0].message)],
+                    answer.choices[0].message.content,
+                )
+            assert (content or None, calls) == (None, ["get_weather"] * (end > begun)), CALL[:end]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
 async def test_required(streamed: bool) -> None:
     made = front(*pieces(f"{CALL}\n{CALL_TIME}"))
     message, finish = await talk(made, streamed, tools=TOOLS, tool_choice="required")

@@ -71,7 +71,7 @@ def bounds(low: str, high: str, most: int) -> st.SearchStrategy[dict[str, int]]:
 def ranges() -> st.SearchStrategy[dict[str, int]]:
     """With two bounds, one or none."""
     lows, highs = (st.sampled_from([end, f"exclusive{end.capitalize()}", ""]) for end in ("minimum", "maximum"))
-    near = st.integers(-12000, 12000) | st.sampled_from([0, 1, -1, 10, 100, 1000, -1000, 10**17, -(10**17)])
+    near = st.integers(-12000, 12000) | st.sampled_from([0, 1, -1, 10, 100, 1000, -1000, 10**15, -(10**15)])
     return st.tuples(lows, near, highs, st.integers(2, 12000) | st.sampled_from([9, 100, 1000])).map(
         lambda drawn: {name: value for name, value in ((drawn[0], drawn[1]), (drawn[2], drawn[1] + drawn[3])) if name}
     )
