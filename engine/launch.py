@@ -23,12 +23,11 @@ from engine.errors import WorkerError
 from engine.front import Front
 from engine.logs import set_up_logging
 from engine.messages import Failed, FromFront, ToDetokenizer, ToFront, ToHttp, Tokens, WorkerReady
-from engine.model_text import read_text
-from engine.parsers import check_parsers, choose_parsers
+from engine.model_text import text_of
+from engine.parsers import check_parsers
 from engine.plugin.manager import Plugins
-from engine.plugin.specs import Checkpoint
 from engine.template import read_template
-from engine.text import Text
+from engine.text_pool import TextPool
 
 log = logging.getLogger("engine")
 
@@ -67,14 +66,6 @@ def linked_core(config: Config, front: Outbox[ToFront]) -> tuple[list[Actor], Ou
     return [link], link
 
 
-def _text(plugins: Plugins, checkpoint: Checkpoint, config: Config, template: str | None) -> Text:
-    """The model's text, with the parsers that go with it; `template` takes the place of its own."""
-    spec = read_text(checkpoint, config)
-    architectures = checkpoint.config().get("architectures") or ()
-    parsers = choose_parsers(plugins, config.server, architectures, template or spec.chat_template)
-    return Text(spec, template, parsers)
-
-
 @asynccontextmanager
 async def open_front(config: Config, core: Core | None = None) -> AsyncIterator[Front]:
     """A running engine as its clients see it; the device may still be loading (`await front.ready()`).
@@ -99,10 +90,12 @@ async def open_front(config: Config, core: Core | None = None) -> AsyncIterator[
     front = Front(config, name, front_inbox, to_tokenizer, to_scheduler)
     # The device process starts first: it loads for seconds while the tokenizer is read here.
     async with supervise(*actors, front):
-        front.text = text = await anyio.to_thread.run_sync(_text, plugins, checkpoint, config, template)
-        tokenizer = TokenizerActor(Admission(text, bool(grammars)), tokenizer_inbox, to_detokenizer, to_scheduler)
+        front.text = text = await anyio.to_thread.run_sync(text_of, plugins, checkpoint, config, template)
+        admission = Admission(text, bool(grammars))
+        front.texts = pool = TextPool(config, template, admission)
+        tokenizer = TokenizerActor(admission, tokenizer_inbox, to_detokenizer, to_scheduler, pool)
         detokenizer = DetokenizerActor(Replies(text), detokenizer_inbox, to_scheduler, to_front)
-        async with supervise(tokenizer, detokenizer):
+        async with supervise(pool, tokenizer, detokenizer):
             try:
                 yield front
             finally:

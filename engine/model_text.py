@@ -4,7 +4,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from engine.config import Config
 from engine.errors import ConfigError
+from engine.parsers import choose_parsers
+from engine.plugin.manager import Plugins
 from engine.plugin.specs import Checkpoint, TextSpec
+from engine.text import Text
+
+
+def text_of(plugins: Plugins, checkpoint: Checkpoint, config: Config, template: str | None) -> Text:
+    """The model's text, with the parsers that go with it; `template` takes the place of its own."""
+    spec = read_text(checkpoint, config)
+    architectures = checkpoint.config().get("architectures") or ()
+    parsers = choose_parsers(plugins, config.server, architectures, template or spec.chat_template)
+    return Text(spec, template, parsers)
 
 
 def read_text(checkpoint: Checkpoint, config: Config) -> TextSpec:
