@@ -163,10 +163,11 @@ class Detokenize(Message, frozen=True):
 
 
 class TextWork(Message, frozen=True):
-    """text pool → text process: a Prepare, a Tokenize or a Detokenize as JSON, in which whole numbers may have any
-    size: what clients write is in it."""
+    """text pool → text process: a Prepare, a Tokenize or a Detokenize, as msgpack; or as JSON if it has whole numbers
+    beyond 64 bits, which a client's schemas may have and msgpack has not."""
 
-    json: bytes
+    packed: bytes
+    is_json: bool = False
 
 
 class Prepared(Message, frozen=True):

@@ -46,10 +46,10 @@ def processes(cores: int) -> int:
 
 
 class Work:
-    """One job on its way: JSON in, an answer out."""
+    """One job on its way, and where its answer will be."""
 
-    def __init__(self, json: bytes, size: int) -> None:
-        self.json = json
+    def __init__(self, job: TextWork, size: int) -> None:
+        self.job = job
         self.size = size
         self.answer: asyncio.Future[TextAnswer] = asyncio.get_running_loop().create_future()
         self.scope: anyio.CancelScope | None = None  # while a process has it
@@ -125,7 +125,7 @@ class TextPool:
                 code="queue_full",
                 status=503,
             )
-        work = Work(_packed(job), size)
+        work = Work(packed(job), size)
         self._held += size
         self._queue.append(work)
         self._hand_out()
@@ -213,7 +213,7 @@ class TextPool:
             if work.answer.done():
                 return True, None
             with suppress(anyio.BrokenResourceError):
-                await frames.send(TextWork(work.json))
+                await frames.send(work.job)
             async for answer in answers:
                 match answer:
                     case Retired():
@@ -239,10 +239,13 @@ class TextPool:
         return False, None
 
 
-def _packed(job: TextJob) -> bytes:
+def packed(job: TextJob) -> TextWork:
     """`job` as a process takes it. Raises RequestError for what a program put in that is no JSON."""
     try:
-        return msgspec.json.encode(job)
+        try:
+            return TextWork(msgspec.msgpack.encode(job))
+        except OverflowError:
+            return TextWork(msgspec.json.encode(job), is_json=True)
     except UnicodeEncodeError as error:
         raise RequestError(f"the prompt holds half of a surrogate pair ({error}); send whole characters") from None
     except (TypeError, ValueError, RecursionError) as error:

@@ -37,7 +37,8 @@ log = logging.getLogger("engine.text")
 
 GROWN = 1 << 30  # bytes above which a process gives up its memory: the system gets it back no other way
 UNITS = 1 if sys.platform == "darwin" else 1024  # bytes in which a process's largest size is told
-DECODER = msgspec.json.Decoder(TextJob)
+UNPACK = msgspec.msgpack.Decoder(TextJob)
+READ = msgspec.json.Decoder(TextJob)
 
 
 def main(descriptor: int) -> None:
@@ -75,10 +76,16 @@ def _load(boot: TextBoot) -> Admission:
     return Admission(text, bool(plugins.grammar_engines()))
 
 
+def unpacked(work: TextWork) -> TextJob:
+    """The job in `work`."""
+    job: TextJob = (READ if work.is_json else UNPACK).decode(work.packed)
+    return job
+
+
 def answered(admission: Admission, work: TextWork) -> TextAnswer | Failed:
     """The answer to the job in `work`, or why there is none."""
     try:
-        return perform(admission, DECODER.decode(work.json))
+        return perform(admission, unpacked(work))
     except RequestError as error:
         return Failed("", error.status, error.code, error.message, error.param)
     except RecursionError:

@@ -8,19 +8,16 @@ import sys
 import time
 from array import array
 
-import msgspec
-
 from engine.channel import BlockingFrames
-from engine.messages import Fatal, Retired, TextBoot, TextJob, TextWork, Tokenize, Tokenized, ToTextProcess
-
-DECODER = msgspec.json.Decoder(TextJob)
+from engine.messages import Fatal, Retired, TextBoot, TextWork, Tokenize, Tokenized, ToTextProcess
+from engine.text_process import unpacked
 
 
 def main(descriptor: int) -> None:
     frames: BlockingFrames[ToTextProcess] = BlockingFrames(socket.socket(fileno=descriptor), receives=ToTextProcess)
     assert isinstance(frames.receive(), TextBoot)
     while isinstance(work := frames.receive(), TextWork):
-        job = DECODER.decode(work.json)
+        job = unpacked(work)
         assert isinstance(job, Tokenize) and job.text
         match job.text.split()[0]:
             case "die":

@@ -8,7 +8,7 @@ import anyio.lowlevel
 import msgspec
 import pytest
 from http_front import FakeFront, serving, text_of
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_http import post
 
@@ -42,6 +42,7 @@ def counted(value: Any) -> tuple[int, int]:
     return 0, 1
 
 
+@settings(deadline=None)
 @given(value=VALUES, size=st.integers(1, 20), ascii=st.booleans(), indent=st.sampled_from([None, 2]))
 def test_the_count_is_exact_however_a_body_is_sliced(value: Any, size: int, ascii: bool, indent: int | None) -> None:
     data = json.dumps(value, ensure_ascii=ascii, indent=indent).encode(errors="surrogatepass")
@@ -55,6 +56,7 @@ def test_the_count_is_exact_however_a_body_is_sliced(value: Any, size: int, asci
     assert values - found <= counter.values <= values  # of nested lists the first item has no comma
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200), st.integers(1, 20))
 def test_what_is_no_json_is_counted_up_to_its_mistake(tail: bytes, size: int) -> None:
     data = b'{"a":["b","c",{"d":1}],' + tail
