@@ -19,6 +19,9 @@ from engine.plugin.specs import TextSpec
 from engine.template import ChatTemplate, requested
 
 LOSSLESS = frozenset({"ByteLevel", "Split", "Digits"})  # pre-tokenizers that keep every character
+# Characters of the longest text that is tokenized: so many for each token that is taken, or the second number where
+# that is more. The tokenizer takes about 500 bytes of memory a token.
+CHARACTERS, MOST_CHARACTERS = 8, 1 << 22
 MOST_COMPOSED = 4  # characters that Unicode's normal form C makes one of, at most (UAX 15)
 TEMPLATES = 16  # templates of requests that are kept compiled
 
@@ -83,7 +86,15 @@ class Text:
         return ids
 
     def _check_fits(self, text: str, most: int | None, name: str) -> None:
-        if most is None or self._width is None or len(text) <= most * self._width.most:
+        if most is None:
+            return
+        if len(text) > (taken := max(MOST_CHARACTERS, CHARACTERS * most)):
+            raise RequestError(
+                f"the {name} has {len(text)} characters, and at most {taken} are tokenized at once; shorten it",
+                param=name,
+                code="context_length_exceeded",
+            )
+        if self._width is None or len(text) <= most * self._width.most:
             return
         if (least := self._width.fewest(text)) > most:
             raise RequestError(

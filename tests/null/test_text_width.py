@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from engine.errors import RequestError
 from engine.plugin.manager import Plugins
 from engine.plugin.specs import TextSpec
-from engine.text import Text, width_of
+from engine.text import MOST_CHARACTERS, Text, width_of
 
 
 def byte_level(*merges: tuple[str, str], without: str = "") -> Tokenizer:
@@ -87,4 +87,9 @@ def test_a_text_is_refused_by_its_tokens() -> None:
     assert len(keeps.encode("x" * 10, most=10)) == 10
     bert = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     bert.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    assert Text(TextSpec(tokenizer=bert, eos_ids=())).encode("a" + " " * 10_000 + "a", most=10) == [1, 1]
+    drops = Text(TextSpec(tokenizer=bert, eos_ids=()))
+    assert drops.encode("a" + " " * 10_000 + "a", most=10) == [1, 1]
+    with pytest.raises(
+        RequestError, match="the prompt has 4194305 characters, and at most 4194304 are tokenized at once"
+    ):
+        drops.encode(" " * (MOST_CHARACTERS + 1), most=10)
