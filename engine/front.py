@@ -44,6 +44,7 @@ from engine.messages import (
     WorkerReady,
 )
 from engine.text import Text
+from engine.text_pool import TextPool
 
 log = logging.getLogger("engine.front")
 
@@ -133,7 +134,8 @@ class Front:
     ) -> None:
         self.config = config
         self.model_name = model_name
-        self.text: Text | None = None  # once it is read; for what needs no device: counting tokens
+        self.text: Text | None = None  # once it is read
+        self.texts: TextPool | None = None  # the same, for what needs no device: counting tokens
         self.created = int(time.time())
         self.info: WorkerReady | None = None
         self.stats = Stats("starting")

@@ -25,13 +25,13 @@ from engine.errors import WorkerError
 from engine.front import Front
 from engine.logs import set_up_logging
 from engine.messages import Failed, FromFront, ToDetokenizer, ToFront, ToHttp, Tokens, WorkerReady
-from engine.model_text import read_text
-from engine.parsers import check_parsers, choose_parsers
+from engine.model_text import sampling_defaults, text_of
+from engine.parsers import check_parsers
 from engine.plugin.manager import Plugins
-from engine.plugin.specs import Checkpoint, TextSpec
-from engine.sampling import SamplingDefaults, model_defaults
+from engine.plugin.specs import TextSpec
+from engine.sampling import SamplingDefaults
 from engine.template import read_template
-from engine.text import TOOL_USE, Text
+from engine.text_pool import TextPool
 
 log = logging.getLogger("engine")
 
@@ -70,27 +70,15 @@ def linked_core(config: Config, front: Outbox[ToFront]) -> tuple[list[Actor], Ou
     return [link], link
 
 
-def _text(plugins: Plugins, checkpoint: Checkpoint, config: Config, template: str | None) -> Text:
-    """The model's text, with the parsers that go with it; `template` takes the place of its own."""
-    spec = read_text(checkpoint, config)
-    architectures = checkpoint.config().get("architectures") or ()
-    own = [source for source in (spec.chat_template, spec.named_templates.get(TOOL_USE)) if source is not None]
-    parsers = choose_parsers(plugins, config.server, architectures, template or "\n".join(own) or None)
-    return Text(spec, template, parsers, sampling_defaults(spec, config))
-
-
-def sampling_defaults(spec: TextSpec, config: Config) -> SamplingDefaults:
-    """The values of sampling fields that requests leave out; said in the log where they are the model's own."""
-    if config.model.sampling_defaults == "openai":
-        return SamplingDefaults()
-    defaults, wrong = model_defaults(spec.generation)
+def say_sampling_defaults(spec: TextSpec, config: Config) -> None:
+    """Log what the model's makers recommend for fields that requests leave out, and what of it cannot be used."""
+    defaults, wrong = sampling_defaults(spec, config)
     for sentence in wrong:
         log.warning("of the model's own sampling defaults, %s; the API's default takes its place", sentence)
     stated = {name: value for name, value in asdict(defaults).items() if value != getattr(SamplingDefaults(), name)}
     if stated:
         said = ", ".join(f"{name} {value}" for name, value in stated.items())
         log.info("sampling defaults of the model: %s (--sampling-defaults openai leaves them out)", said)
-    return defaults
 
 
 @asynccontextmanager
@@ -117,10 +105,13 @@ async def open_front(config: Config, core: Core | None = None) -> AsyncIterator[
     front = Front(config, name, front_inbox, to_tokenizer, to_scheduler)
     # The device process starts first: it loads for seconds while the tokenizer is read here.
     async with supervise(*actors, front):
-        front.text = text = await anyio.to_thread.run_sync(_text, plugins, checkpoint, config, template)
-        tokenizer = TokenizerActor(Admission(text, bool(grammars)), tokenizer_inbox, to_detokenizer, to_scheduler)
+        front.text = text = await anyio.to_thread.run_sync(text_of, plugins, checkpoint, config, template)
+        say_sampling_defaults(text.spec, config)
+        admission = Admission(text, bool(grammars))
+        front.texts = pool = TextPool(config, template, admission)
+        tokenizer = TokenizerActor(admission, tokenizer_inbox, to_detokenizer, to_scheduler, pool)
         detokenizer = DetokenizerActor(Replies(text), detokenizer_inbox, to_scheduler, to_front)
-        async with supervise(tokenizer, detokenizer):
+        async with supervise(pool, tokenizer, detokenizer):
             try:
                 yield front
             finally:

@@ -12,6 +12,7 @@ travel as the bytes of little-endian int32 (`ids`) or float32 arrays: one copy, 
                                 v │
                              executor <──frames──> worker
 
+A long text goes from the tokenizer, and from http, to a text process (TextWork; Prepared, Tokenized, Detokenized).
 A grammar goes from the scheduler to the compiler (Compile, Compiled), then to the worker (LoadGrammar, GrammarLoaded),
 and then its requests run.
 """
@@ -138,6 +139,65 @@ class Embed(Message, frozen=True):
     text: str | None = None
     ids: bytes | None = None
     priority: int = 0
+
+
+class Prepare(Message, frozen=True):
+    """anyone → text process: render and tokenize this request for a model of that length and vocabulary."""
+
+    job: "Generate | Embed"
+    max_model_len: int
+    vocab_size: int
+
+
+class Tokenize(Message, frozen=True):
+    """anyone → text process: the token ids of `text`, or of `messages` as the chat template writes them with `options`
+    (those of Text.render_chat). More than `most` tokens are refused; with `names` each token's text is told as well."""
+
+    text: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    options: dict[str, Any] = {}
+    special: bool = False
+    names: bool = False
+    most: int = 1 << 20
+
+
+class Detokenize(Message, frozen=True):
+    """anyone → text process: the text of `ids` (int32)."""
+
+    ids: bytes
+    skip_special_tokens: bool = False
+
+
+class TextWork(Message, frozen=True):
+    """text pool → text process: a Prepare, a Tokenize or a Detokenize, as msgpack; or as JSON if it has whole numbers
+    beyond 64 bits, which a client's schemas may have and msgpack has not."""
+
+    packed: bytes
+    is_json: bool = False
+
+
+class Prepared(Message, frozen=True):
+    """text process → whoever asked: the answer to a Prepare."""
+
+    opened: "Open"
+    admitted: "Admit"
+
+
+class Tokenized(Message, frozen=True):
+    """text process → whoever asked: the answer to a Tokenize; `ids` are int32."""
+
+    ids: bytes
+    names: list[str] | None = None
+
+
+class Detokenized(Message, frozen=True):
+    """text process → whoever asked: the answer to a Detokenize."""
+
+    text: str
+
+
+class Retired(Message, frozen=True):
+    """text process → text pool: its last answer has grown it so that another process shall take its place."""
 
 
 class Open(Message, frozen=True):
@@ -540,12 +600,19 @@ class Boot(Message, frozen=True):
     world: int = 1
 
 
-class Prepare(Message, frozen=True):
+class Preload(Message, frozen=True):
     """executor → spare worker, before its Boot: import what a worker imports, then `modules` in their order, and answer
     with a Pong."""
 
     config: Config
     modules: tuple[str, ...] = ()
+
+
+class TextBoot(Message, frozen=True):
+    """text pool → text process: the first frame; `template` takes the place of the model's own chat template."""
+
+    config: Config
+    template: str | None = None
 
 
 class Ping(Message, frozen=True):
@@ -595,10 +662,14 @@ class Stats(Message, frozen=True):
 
 
 Job = Generate | Embed
+TextJob = Prepare | Tokenize | Detokenize
+TextAnswer = Prepared | Tokenized | Detokenized
+ToTextProcess = TextBoot | TextWork
+FromTextProcess = TextAnswer | Failed | Retired | Fatal
 ToTokenizer = Job | Abort | WorkerReady
 ToTheDevice = Profile | CountExperts  # questions of http's that the worker answers
 FromTheDevice = Profiled | ExpertCounts
-ToWorker = Boot | Prepare | StepPlan | LoadGrammar | DropGrammar | ToTheDevice | Ping
+ToWorker = Boot | Preload | StepPlan | LoadGrammar | DropGrammar | ToTheDevice | Ping
 FromWorker = WorkerReady | StepDone | GrammarLoaded | FromTheDevice | Pong | Fatal
 FromFront = Admit | Abort | StopHit | Flush | Pause | ToTheDevice
 FromExecutor = StepDone | GrammarLoaded | FromTheDevice | WorkerReady | WorkerLost | WorkerSilent | Fatal

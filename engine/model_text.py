@@ -5,8 +5,28 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from engine.config import Config
 from engine.errors import ConfigError
+from engine.parsers import choose_parsers
+from engine.plugin.manager import Plugins
 from engine.plugin.specs import Checkpoint, TextSpec
 from engine.plugin.terms import Terms
+from engine.sampling import SamplingDefaults, model_defaults
+from engine.text import TOOL_USE, Text
+
+
+def text_of(plugins: Plugins, checkpoint: Checkpoint, config: Config, template: str | None) -> Text:
+    """The model's text, with the parsers that go with it; `template` takes the place of its own."""
+    spec = read_text(checkpoint, config)
+    architectures = checkpoint.config().get("architectures") or ()
+    own = [source for source in (spec.chat_template, spec.named_templates.get(TOOL_USE)) if source is not None]
+    parsers = choose_parsers(plugins, config.server, architectures, template or "\n".join(own) or None)
+    return Text(spec, template, parsers, sampling_defaults(spec, config)[0])
+
+
+def sampling_defaults(spec: TextSpec, config: Config) -> tuple[SamplingDefaults, list[str]]:
+    """The values of sampling fields that requests leave out, and a sentence for each that the model states wrongly."""
+    if config.model.sampling_defaults == "openai":
+        return SamplingDefaults(), []
+    return model_defaults(spec.generation)
 
 
 def read_text(checkpoint: Checkpoint, config: Config) -> TextSpec:

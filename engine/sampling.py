@@ -27,6 +27,7 @@ MAX_REGEX_SIZE = 1 << 18
 MAX_REGEX_SECONDS = 0.1
 MAX_BIASES = 1024
 MAX_BAD_WORDS = 128
+MAX_ALLOWED = 1 << 18  # token ids: as many as the largest vocabularies have
 MAX_LOGPROBS = 20  # likeliest tokens to report beside each
 MAX_PENALTY = 2.0
 MAX_REPETITION = 10.0
@@ -140,7 +141,7 @@ def _check_adjustments(params: SamplingParams, name: Callable[[str], str]) -> No
         _check_whole(name("logit_bias"), token, 0, INT32_MAX, "send ids of the model's vocabulary")
         _check_real(name("logit_bias"), bias, -MAX_BIAS, MAX_BIAS, "-100 is as good as a ban")
     _check_texts(name("bad_words"), params.bad_words, MAX_BAD_WORDS)
-    _check_ids(name("allowed_token_ids"), params.allowed_token_ids, INT32_MAX)
+    _check_ids(name("allowed_token_ids"), params.allowed_token_ids, MAX_ALLOWED)
 
 
 def _refusal(name: str, value: str, bound: str, remedy: str) -> RequestError:
@@ -164,6 +165,8 @@ def _check_whole(name: str, value: object, low: int, high: int, remedy: str) -> 
 def _check_ids(name: str, ids: tuple[int, ...], most: int) -> None:
     if len(ids) > most:
         raise _refusal(name, f"{len(ids)} ids", f"at most {most}", "send fewer")
+    if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) <= INT32_MAX:
+        return  # quick where there are many
     for token in ids:
         _check_whole(name, token, 0, INT32_MAX, "send ids of the model's vocabulary")
 
@@ -207,5 +210,5 @@ def _compiled_size(pattern: str) -> int:
 
 def _shown(value: object) -> str:
     """`value` for a message: whole if short, else its beginning."""
-    text = repr(value)
+    text = repr(value[:80] if isinstance(value, str) else value)
     return text if len(text) <= 80 else f"{text[:77]}..."

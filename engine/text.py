@@ -3,11 +3,13 @@
 Pure logic: it knows neither channels nor torch.
 """
 
+import json
 from collections.abc import Sequence
 from functools import cache, lru_cache, partial
 from typing import Any
 
-from tokenizers import decoders
+from msgspec import Struct
+from tokenizers import decoders, normalizers, pre_tokenizers
 
 from engine.decoding import ByteDecoder, Decoder, NoDecoder, ReplyDecoder, Spelling, TokenBytes, WindowDecoder
 from engine.errors import RequestError
@@ -19,6 +21,11 @@ from engine.template import ChatTemplate, requested
 
 OPENAI_DEFAULTS = SamplingDefaults()
 TOOL_USE = "tool_use"  # the name of the template for conversations with tools
+LOSSLESS = frozenset({"ByteLevel", "Split", "Digits"})  # pre-tokenizers that keep every character
+# Characters of the longest text that is tokenized: so many for each token that is taken, or the second number where
+# that is more. The tokenizer takes about 500 bytes of memory a token.
+CHARACTERS, MOST_CHARACTERS = 8, 1 << 22
+MOST_COMPOSED = 4  # characters that Unicode's normal form C makes one of, at most (UAX 15)
 TEMPLATES = 16  # templates of requests that are kept compiled
 WORDS_KEPT = 4096  # words whose tokens the tokenizer remembers: of up to 255 bytes, and up to 8 KiB each
 
@@ -43,7 +50,7 @@ class Text:
         if resize := getattr(spec.tokenizer.model, "_resize_cache", None):  # of a kind that keeps words
             resize(WORDS_KEPT)
         self.vocab_size: int = spec.tokenizer.get_vocab_size(with_added_tokens=True)
-        self.longest_token = max(map(len, spec.tokenizer.get_vocab()), default=1)  # characters of one
+        self._width = width_of(spec.tokenizer)
         self.chat_template = source = chat_template if chat_template is not None else spec.chat_template
         syntax = (parsers.tool or ToolParser).syntax
         tokens = {"bos_token": spec.bos_token, "eos_token": spec.eos_token, **spec.special_tokens}
@@ -65,11 +72,15 @@ class Text:
     def has_template(self) -> bool:
         return self._template is not None or TOOL_USE in self._named
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool = True, *, most: int | None = None, name: str = "prompt"
+    ) -> list[int]:
         """Token ids of a completion prompt, with the first token that the model asks for.
 
-        Raises RequestError when `text` holds half of a surrogate pair."""
-        check_unicode(text, "prompt")
+        Raises RequestError when `text`, which the client calls `name`, holds half of a surrogate pair, and where it
+        cannot be of at most `most` tokens: what is sure to be too long is not encoded."""
+        check_unicode(text, name)
+        self._check_fits(text, most, name)
         ids = self._encode(text, add_special_tokens)
         if not add_special_tokens:
             return ids
@@ -77,15 +88,38 @@ class Text:
             return [self.spec.bos_id, *ids]
         return ids
 
-    def encode_chat(self, messages: list[dict[str, Any]], *, opening: str = "", **options: Any) -> list[int]:
+    def encode_chat(
+        self, messages: list[dict[str, Any]], *, opening: str = "", most: int | None = None, **options: Any
+    ) -> list[int]:
         """Token ids of a conversation as `render_chat` writes it, and of `opening` behind it; the options are its own.
 
-        Raises RequestError when the model has no template, or it refuses the messages."""
+        Raises RequestError when the model has no template, it refuses the messages, or these are too long, as in
+        `encode`."""
         text = self.render_chat(messages, **options) + opening
         check_unicode(text, "messages")
+        self._check_fits(text, most, "prompt")
         if not (ids := self._encode(text, False)):
             raise RequestError("the chat template makes an empty prompt of the messages; say more", param="messages")
         return ids
+
+    def _check_fits(self, text: str, most: int | None, name: str) -> None:
+        if most is None:
+            return
+        if len(text) > (taken := max(MOST_CHARACTERS, CHARACTERS * most)):
+            raise RequestError(
+                f"the {name} has {len(text)} characters, and at most {taken} are tokenized at once; shorten it",
+                param=name,
+                code="context_length_exceeded",
+            )
+        if self._width is None or len(text) <= most * self._width.most:
+            return
+        if (least := self._width.fewest(text)) > most:
+            raise RequestError(
+                f"the {name} has {len(text)} characters, which are at least {least} tokens, and at most {most} are "
+                "taken; shorten it",
+                param=name,
+                code="context_length_exceeded",
+            )
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         # A batch, even of one, is encoded without the interpreter's lock; `encode` would hold it all along.
@@ -172,6 +206,53 @@ class Text:
         if self._byte_level:
             return ByteDecoder(self._token_bytes(skipped))
         return WindowDecoder(self.spec.tokenizer, skipped)
+
+
+class Width(Struct, frozen=True):
+    """How many characters of a text one token can stand for at most, apart from the characters `dropped`, which have
+    no token."""
+
+    most: int
+    dropped: tuple[str, ...]
+
+    def fewest(self, text: str) -> int:
+        """A number of tokens that `text` has at least."""
+        return -(-(len(text) - sum(map(text.count, self.dropped))) // self.most)
+
+
+def width_of(tokenizer: Any) -> Width | None:
+    """The width of the tokens of `tokenizer`; None where it may leave out some of a text.
+
+    BERT's, for one, drops spaces and accents, and makes one token of a long word that it does not know."""
+    steps = [] if tokenizer.pre_tokenizer is None else _kinds(json.loads(tokenizer.pre_tokenizer.__getstate__()))
+    composes = isinstance(tokenizer.normalizer, normalizers.NFC)
+    if not (
+        "ByteLevel" in steps
+        and LOSSLESS.issuperset(steps)
+        and (tokenizer.normalizer is None or composes)
+        and tokenizer.truncation is None
+        and not any(token.lstrip or token.rstrip for token in tokenizer.get_added_tokens_decoder().values())
+    ):
+        return None
+    vocabulary = tokenizer.get_vocab()
+    # A byte without a token is dropped. Behind a first byte come others, so of longer characters something is left.
+    if any(_symbol(chr(byte)) not in vocabulary for byte in range(0x80, 0xC0)):
+        return None
+    dropped = tuple(chr(byte) for byte in range(0x80) if _symbol(chr(byte)) not in vocabulary)
+    return Width(max(map(len, vocabulary)) * (MOST_COMPOSED if composes else 1), dropped)
+
+
+def _symbol(character: str) -> str:
+    """How a byte-level vocabulary writes the last byte of `character`."""
+    ((symbols, _),) = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(character)
+    return str(symbols[-1])
+
+
+def _kinds(step: dict[str, Any]) -> list[str]:
+    """The kinds of the steps that a pre-tokenizer consists of; one that leaves text out is of none that is known."""
+    if step["type"] == "Sequence":
+        return [kind for inner in step["pretokenizers"] for kind in _kinds(inner)]
+    return ["Removed" if step.get("behavior") == "Removed" else step["type"]]
 
 
 # ── prompts ──────────────────────────────────────────────────────────────────────────────────

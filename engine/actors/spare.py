@@ -14,7 +14,7 @@ import anyio
 from engine.channel import Frames
 from engine.config import Config
 from engine.memory import free_memory
-from engine.messages import Fatal, FromWorker, Pong, Prepare
+from engine.messages import Fatal, FromWorker, Pong, Preload
 from engine.process import Process, Start, connected, ended, exit_cause, put_down
 
 log = logging.getLogger("engine.spare")
@@ -84,7 +84,7 @@ class Spare:
         try:
             frames = await connected(sock, FromWorker)
             try:
-                await frames.send(Prepare(self._config, tuple(self._modules)))
+                await frames.send(Preload(self._config, tuple(self._modules)))
             except anyio.BrokenResourceError:
                 return exit_cause(await ended(process))
             self._held = held = process, frames

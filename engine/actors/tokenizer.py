@@ -1,17 +1,20 @@
 """The tokenizer actor: what a client sent becomes token ids and a checked `Admit`.
 
-`Admission` is the logic; the actor moves messages. A long text is encoded in a thread, so that replies and health
-go on meanwhile; other prompts wait their turn behind it, because requests reach the scheduler in order.
+`Admission` is the logic; the actor moves messages. A long prompt is rendered and encoded in a process of the text
+pool, so that replies and health go on meanwhile, and shorter prompts that came later go past it. A request's messages
+stay in order all the same: its Open comes before its Admit, and an Abort ends it in the pool or follows its Admit.
 """
 
 import random
 from array import array
 from collections.abc import Iterable
-from typing import Any
+from typing import Protocol
 
-import anyio.to_thread
+import anyio
+import anyio.abc
 from anyio.streams.memory import MemoryObjectReceiveStream
 
+from engine.actor import first_failure
 from engine.channel import Outbox
 from engine.errors import RequestError, let_go
 from engine.grammar import check_grammar, grammar_of
@@ -20,20 +23,25 @@ from engine.messages import (
     Admit,
     Embed,
     Failed,
+    Finish,
     FromFront,
     Generate,
     Grammar,
     Job,
     Open,
+    Prepare,
+    Prepared,
     Sampling,
     SamplingParams,
+    TextAnswer,
+    TextJob,
     ToDetokenizer,
+    Tokens,
     ToTokenizer,
     WorkerReady,
 )
 from engine.text import Text, check_unicode
 
-THREAD_CHARACTERS = 20_000
 UNSAMPLED = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)  # of a vector, no token is
 
 
@@ -118,11 +126,12 @@ class Admission:
         return grammar
 
     def _admit_vector(self, request: Embed) -> tuple[Open, Admit]:
-        self._refuse_endless(request, "input")
-        packed = request.ids or b"" if request.text is None else array("i", self.text.encode(request.text)).tobytes()
+        assert self.max_model_len is not None, "requests are let in only once the worker is ready"
+        packed = request.ids or b""
+        if request.text is not None:
+            packed = array("i", self.text.encode(request.text, most=self.max_model_len, name="input")).tobytes()
         ids = array("i", packed)
         self._check_ids(ids, "input")
-        assert self.max_model_len is not None, "requests are let in only once the worker is ready"
         if len(ids) > self.max_model_len:
             raise RequestError(
                 f"the input has {len(ids)} tokens, and the model takes at most {self.max_model_len}; shorten it, or "
@@ -185,11 +194,12 @@ class Admission:
                 )
 
     def _encode(self, request: Generate) -> "array[int]":
-        self._refuse_endless(request, "prompt")
+        most = self.max_model_len
         if request.messages is not None:
             conversation = self.text.encode_chat(
                 request.messages,
                 opening=request.opening,
+                most=most,
                 tools=request.tools,
                 add_generation_prompt=request.add_generation_prompt,
                 continue_final_message=request.continue_final_message,
@@ -198,7 +208,7 @@ class Admission:
             )
             ids = array("i", conversation)
         elif request.text is not None:
-            ids = array("i", self.text.encode(request.text))
+            ids = array("i", self.text.encode(request.text, most=most))
         else:
             ids = array("i")
             ids.frombytes(request.ids or b"")
@@ -213,18 +223,6 @@ class Admission:
             raise RequestError(
                 f"token id {wrong} is outside the model's vocabulary; use ids from 0 to {self.vocab_size - 1}",
                 param=name,
-            )
-
-    def _refuse_endless(self, request: Job, name: str) -> None:
-        """A text that cannot fit however it is encoded is not encoded: that may take minutes."""
-        assert self.max_model_len is not None, "requests are let in only once the worker is ready"
-        most = self.max_model_len * self.text.longest_token
-        if (length := characters(request)) > most:
-            raise RequestError(
-                f"the {name} has {length} characters, and the model's length of {self.max_model_len} tokens holds at "
-                f"most {most}; shorten it",
-                param=name,
-                code="context_length_exceeded",
             )
 
     def _max_new(self, prompt: int, wanted: int | None, default: int | None) -> int:
@@ -253,16 +251,23 @@ class Admission:
         return tuple(dict.fromkeys((*own, *params.stop_token_ids)))
 
 
-def characters(request: Job) -> int:
-    """How much text `request` holds."""
-    if isinstance(request, Embed) or request.messages is None:
-        return len(request.text or "")
-    tools = len(str(request.tools)) if request.tools else 0
-    return tools + sum(len(str(message.get("content"))) + _calls(message) for message in request.messages)
+class Pool(Protocol):
+    """Who admits what is long: engine.text_pool.TextPool."""
+
+    def is_large(self, job: TextJob, /) -> bool: ...
+    async def ask(self, job: TextJob, /) -> TextAnswer: ...
 
 
-def _calls(message: dict[str, Any]) -> int:
-    return len(str(message["tool_calls"])) if message.get("tool_calls") else 0
+class Underway:
+    """A request that is with the pool. Its Abort ends that, or follows its Admit."""
+
+    def __init__(self) -> None:
+        self.scope = anyio.CancelScope()
+        self.aborted = False
+
+    def abort(self) -> None:
+        self.aborted = True
+        self.scope.cancel()
 
 
 class TokenizerActor:
@@ -274,40 +279,82 @@ class TokenizerActor:
         inbox: MemoryObjectReceiveStream[ToTokenizer],
         detokenizer: Outbox[ToDetokenizer],
         scheduler: Outbox[FromFront],
+        pool: Pool,
     ) -> None:
         self.admission = admission
         self.inbox = inbox
         self.detokenizer = detokenizer
         self.scheduler = scheduler
+        self.pool = pool
+        self._underway: dict[str, Underway] = {}
 
     async def run(self) -> None:
-        async for message in self.inbox:
-            match message:
-                case Generate() | Embed():
-                    await self._admit(message)
-                case Abort():
-                    await self.scheduler.send(message)
-                case WorkerReady():
-                    self.admission.max_model_len = message.max_model_len
-                    self.admission.vocab_size = message.vocab_size
-            del message  # not held while the next one is waited for
-
-    async def _admit(self, request: Job) -> None:
         try:
-            if characters(request) > THREAD_CHARACTERS:
-                opened, admitted = await anyio.to_thread.run_sync(self.admission.admit, request)
-            else:
-                opened, admitted = self.admission.admit(request)
+            async with anyio.create_task_group() as group:
+                async for message in self.inbox:
+                    await self._take(message, group)
+                    del message  # not held while the next one is waited for
+                group.cancel_scope.cancel()
+        except BaseExceptionGroup as failures:
+            raise first_failure(failures) from None
+
+    async def _take(self, message: ToTokenizer, group: anyio.abc.TaskGroup) -> None:
+        match message:
+            case Generate() | Embed():
+                await self._begin(message, group)
+            case Abort():
+                if (underway := self._underway.get(message.rid)) is not None:
+                    underway.abort()
+                else:
+                    await self.scheduler.send(message)
+            case WorkerReady():
+                self.admission.max_model_len = message.max_model_len
+                self.admission.vocab_size = message.vocab_size
+
+    async def _begin(self, request: Job, group: anyio.abc.TaskGroup) -> None:
+        length, vocabulary = self.admission.max_model_len, self.admission.vocab_size
+        assert length is not None, "requests are let in only once the worker is ready"
+        job = Prepare(request, length, vocabulary)
+        if self.pool.is_large(job):
+            self._underway[request.rid] = underway = Underway()
+            group.start_soon(self._elsewhere, job, underway)
+            return
+        try:
+            opened, admitted = self.admission.admit(request)
         except RequestError as error:
             let_go(error)
             await self._refuse(request.rid, error)
-            return
         except RecursionError as error:
             let_go(error)
             await self._refuse(request.rid, RequestError("the request nests too deeply; flatten it"))
-            return
-        await self.detokenizer.send(opened)
-        await self.scheduler.send(admitted)
+        else:
+            await self.detokenizer.send(opened)
+            await self.scheduler.send(admitted)
+
+    async def _elsewhere(self, job: Prepare, underway: Underway) -> None:
+        """Have the pool do `job`, while others go past it."""
+        rid = job.job.rid
+        try:
+            with underway.scope:
+                answer = await self.pool.ask(job)
+            if underway.scope.cancelled_caught:
+                await self._end(rid)
+                return
+            assert isinstance(answer, Prepared), f"a Prepare was answered by {type(answer).__name__}"
+            await self.detokenizer.send(answer.opened)
+            await self.scheduler.send(answer.admitted)
+            if underway.aborted:  # meanwhile
+                await self.scheduler.send(Abort(rid))
+        except RequestError as error:
+            await self._refuse(rid, error)
+        finally:
+            del self._underway[rid]
+
+    async def _end(self, rid: str) -> None:
+        """End a request of which the scheduler knows nothing, as it would."""
+        await self.detokenizer.send(Open(rid, 0, ()))
+        no_tokens = array("i", [0]).tobytes()
+        await self.detokenizer.send(Tokens(0, [rid], no_tokens, b"", (Finish(0, "abort"),)))
 
     async def _refuse(self, rid: str, error: RequestError) -> None:
         await self.detokenizer.send(Failed(rid, error.status, error.code, error.message, error.param))

@@ -16,14 +16,14 @@ from engine.errors import RequestError
 from engine.front import joined
 from engine.grammar import check_nesting
 from engine.http.anthropic_reply import AnthropicReply, failure_event
-from engine.http.conversation import ToolName, checked, tool_of
+from engine.http.conversation import FEW_MESSAGES, FEW_TOOLS, ToolName, checked, tool_of
 from engine.http.reading import Wanted, reading_of
 from engine.http.request_id import called
 from engine.http.service import SERVICE, in_client_words
 from engine.http.sse import send_events
-from engine.http.tokens import size_of, with_text
+from engine.http.tokens import tokenized
 from engine.http.wire import Body, Reply, check_served, json_response, to_json
-from engine.messages import Generate, SamplingParams
+from engine.messages import Generate, SamplingParams, Tokenize
 from engine.sampling import INT32_MAX, check_sampling
 
 PREFIX = "/v1/messages"
@@ -112,10 +112,10 @@ class Thinking(Body):
 class CountBody(Body):
     """What a prompt is made of. Null is the same as absent."""
 
-    messages: Annotated[list[AnthropicMessage], Meta(min_length=1)]
+    messages: Annotated[list[AnthropicMessage], Meta(min_length=1), FEW_MESSAGES]
     model: str | None = None
     system: str | list[TextBlock] | None = None
-    tools: list[AnthropicTool] | None = None
+    tools: Annotated[list[AnthropicTool], FEW_TOOLS] | None = None
     tool_choice: AnthropicToolChoice | None = None
     thinking: Thinking | None = None
     cache_control: Any = None  # ignored
@@ -183,10 +183,8 @@ async def count_tokens(request: web.Request, body: CountBody) -> web.Response:
     service.check_model(body.model)
     conversation, options = conversation_of(body), template_options(body)
     tools = [tool.described() for tool in wanted_of(body).offered]
-    ids = await with_text(
-        service, size_of(conversation, tools), lambda text: text.encode_chat(conversation, tools=tools, **options)
-    )
-    return json_response(CountReply(len(ids)))
+    found = await tokenized(service, Tokenize(None, conversation, {"tools": tools, **options}), "messages")
+    return json_response(CountReply(len(found.ids) // 4))
 
 
 # ── from a body to a Generate ────────────────────────────────────────────────────────────────
@@ -194,22 +192,24 @@ async def count_tokens(request: web.Request, body: CountBody) -> web.Response:
 
 def conversation_of(body: CountBody) -> list[dict[str, Any]]:
     """The messages as a chat template takes them: the system's first, no two of one role in a row but tools'."""
-    conversation: list[dict[str, Any]] = []
+    runs: list[list[dict[str, Any]]] = []  # of turns that become one
     if body.system:
-        conversation.append({"role": "system", "content": _text(body.system, "system")})
+        runs.append([{"role": "system", "content": _text(body.system, "system")}])
     for index, message in enumerate(body.messages):
         for turn in _turns(message, f"messages[{index}].content"):
-            if conversation and conversation[-1]["role"] == turn["role"] != "tool":
-                conversation[-1] = _as_one(conversation[-1], turn)
+            if runs and runs[-1][0]["role"] == turn["role"] != "tool":
+                runs[-1].append(turn)
             else:
-                conversation.append(turn)
-    return conversation
+                runs.append([turn])
+    return [run[0] if len(run) == 1 else _as_one(run) for run in runs]
 
 
-def _as_one(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    calls = [*first.get("tool_calls", ()), *second.get("tool_calls", ())]
-    content = "\n".join(filter(None, (first["content"], second["content"])))
-    return {**first, **second, "content": content} | ({"tool_calls": calls} if calls else {})
+def _as_one(turns: list[dict[str, Any]]) -> dict[str, Any]:
+    one = dict(item for turn in turns for item in turn.items())
+    one["content"] = "\n".join(turn["content"] for turn in turns if turn["content"])
+    if calls := [call for turn in turns for call in turn.get("tool_calls", ())]:
+        one["tool_calls"] = calls
+    return one
 
 
 def _turns(message: AnthropicMessage, path: str) -> list[dict[str, Any]]:
@@ -217,26 +217,32 @@ def _turns(message: AnthropicMessage, path: str) -> list[dict[str, Any]]:
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
     results: list[dict[str, Any]] = []
-    rest: dict[str, Any] = {"role": message.role, "content": ""}
+    said: list[str] = []
+    thought: list[str] = []
+    calls: list[dict[str, Any]] = []
     for index, block in enumerate(message.content):
         place = f"{path}[{index}]"
         check_served(block, f"{place}.")
         match block:
             case TextBlock():
-                rest["content"] += block.text
+                said.append(block.text)
             case ToolResultBlock():
                 _goes_with(message, "user", place)
-                said = _text(block.content or "", f"{place}.content")
-                results.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": said})
+                told = _text(block.content or "", f"{place}.content")
+                results.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": told})
             case ToolUseBlock():
                 _goes_with(message, "assistant", place)
                 check_nesting(block.input, f"{place}.input")
                 function = {"name": block.name, "arguments": to_json(block.input).decode()}
-                call = {"id": block.id, "type": "function", "function": function}
-                rest.setdefault("tool_calls", []).append(call)
+                calls.append({"id": block.id, "type": "function", "function": function})
             case ThinkingBlock():
                 _goes_with(message, "assistant", place)
-                rest["reasoning_content"] = rest.get("reasoning_content", "") + block.thinking
+                thought.append(block.thinking)
+    rest: dict[str, Any] = {"role": message.role, "content": "".join(said)}
+    if thought:
+        rest["reasoning_content"] = "".join(thought)
+    if calls:
+        rest["tool_calls"] = calls
     return results if results and not rest["content"] else [*results, rest]
 
 

@@ -12,10 +12,14 @@ from msgspec import Meta
 from engine.call_grammar import Tool
 from engine.errors import RequestError
 from engine.grammar import check_nesting
-from engine.http.wire import Body, check_served
+from engine.http.wire import Body, check_served, to_json
 
 TOOL_NAME = r"^[A-Za-z0-9_.\-]{1,128}$"
 ToolName = Annotated[str, Meta(pattern=TOOL_NAME)]
+# More than any honest client has. What all of them may hold together is in parts.py.
+FEW_MESSAGES = Meta(max_length=10_000)
+FEW_TOOLS = Meta(max_length=1024)
+MAX_TEMPLATE_KWARGS = 1 << 16  # bytes of JSON: what follows from them is remembered by them
 
 
 # ── bodies ───────────────────────────────────────────────────────────────────────────────────
@@ -153,10 +157,12 @@ def tool_of(
 
 def checked(tools: list[Tool]) -> list[Tool]:
     """Raises RequestError where two of `tools` have one name."""
-    names = [tool.name for tool in tools]
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            raise RequestError(f"two tools are called {name!r}; give each a name of its own", param=f"tools[{index}]")
+    names: set[str] = set()
+    for index, tool in enumerate(tools):
+        if tool.name in names:
+            message = f"two tools are called {tool.name!r}; give each a name of its own"
+            raise RequestError(message, param=f"tools[{index}]")
+        names.add(tool.name)
     return tools
 
 
@@ -175,6 +181,11 @@ class TemplateFields(Protocol):
 def template_options(body: TemplateFields) -> dict[str, Any]:
     """How to render the messages of `body`, as Generate and Text.render_chat take it."""
     check_nesting(body.chat_template_kwargs, "chat_template_kwargs")
+    if (size := len(to_json(body.chat_template_kwargs))) > MAX_TEMPLATE_KWARGS:
+        raise RequestError(
+            f"chat_template_kwargs has {size} bytes, and at most {MAX_TEMPLATE_KWARGS} are taken; send less",
+            param="chat_template_kwargs",
+        )
     going_on = bool(body.continue_final_message)
     if going_on and body.add_generation_prompt:
         raise RequestError(

@@ -20,7 +20,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from engine.actor import first_failure
 from engine.errors import RequestError
-from engine.http.openai import Priority, TokenId, pack_ids
+from engine.http.openai import Priority, TokenId, pack_ids, told_apart
 from engine.http.request_id import called
 from engine.http.service import SERVICE, Service
 from engine.http.wire import Body, Reply, json_response
@@ -201,13 +201,9 @@ def inputs_of(given: str | list[int | str | list[int]]) -> dict[str, Input]:
     """The texts or lists of token ids in `given`, by what its client calls each."""
     if isinstance(given, str):
         return {"input": given}
-    ids = [item for item in given if isinstance(item, int)]
-    if not ids:
-        return named([item for item in given if not isinstance(item, int)], "input")
-    if len(ids) < len(given):
-        message = "input mixes token ids with whole inputs; send one list of ids, or a list of inputs"
-        raise RequestError(message, param="input")
-    return {"input": ids}
+    message = "input mixes token ids with whole inputs; send one list of ids, or a list of inputs"
+    ids, inputs = told_apart(given, RequestError(message, param="input"))
+    return {"input": ids} if ids else named(inputs, "input")
 
 
 def named(given: str | Sequence[Input], name: str) -> dict[str, Input]:

@@ -8,20 +8,32 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 from uuid import uuid4
 
+import anyio.lowlevel
 from aiohttp import web
 from msgspec import UNSET, Struct, UnsetType
 
 from engine.errors import RequestError
 from engine.http.grammars import grammar_fields
-from engine.http.openai import Priority, TokenId, allowed_ids, pack_ids, salt_of, sampled, stop_strings
+from engine.http.openai import (
+    Priority,
+    TokenId,
+    allowed_ids,
+    check_choices,
+    pack_ids,
+    salt_of,
+    sampled,
+    stop_strings,
+    told_apart,
+)
 from engine.http.request_id import check_id
 from engine.http.service import answer
 from engine.http.sse import DONE
 from engine.http.wire import Body, Reply, check_served, to_json
 from engine.messages import Chunk, Generate, SamplingParams, TokenLogprob
-from engine.sampling import check_sampling
+from engine.sampling import MAX_REGEXES, check_sampling
 
 MAX_NEW_TOKENS = 128  # SGLang's default
+MAX_EXPRESSIONS = 64  # of stop_regex, in one request
 CLIENT_NAMES = {
     "max_tokens": "max_new_tokens",
     "min_tokens": "min_new_tokens",
@@ -162,27 +174,30 @@ async def generate(request: web.Request, body: GenerateBody) -> web.StreamRespon
     prompts, batch = prompts_of(body)
     count = len(prompts)
     params = spread(body.sampling_params, count, "sampling_params", NativeSampling())
-    samples = {1 if each.n is None else each.n for each in params}
-    if len(samples) > 1:
-        message = f"n is {sorted(samples)} in sampling_params, and must be one for all; send a request for each"
-        raise RequestError(message, param="sampling_params")
+    samples = samples_of(params)
+    check_choices(count, samples, "text" if body.text is not None else "input_ids")
+    check_expressions(params)
     scores = scores_of(body, count)
     rids = spread(body.rid, count, "rid", uuid4().hex)
     for each in rids:
         check_id(each, "rid")
+    checked = []
+    for sampling, score in zip(params, scores, strict=True):
+        checked.append(native_sampling(sampling, score))
+        await anyio.lowlevel.checkpoint()  # a check may take milliseconds, and there may be a thousand
     asked = [
         Generate(
             each,
-            native_sampling(sampling, score),
+            sampling,
             text=prompt if isinstance(prompt, str) else None,
             ids=None if isinstance(prompt, str) else pack_ids(prompt, "input_ids"),
             priority=body.priority or 0,
             default_max_tokens=MAX_NEW_TOKENS,
             cache_salt=salt_of(body.cache_salt),
         )
-        for each, prompt, sampling, score in zip(rids, prompts, params, scores, strict=True)
+        for each, prompt, sampling in zip(rids, prompts, checked, strict=True)
     ]
-    jobs = sampled(asked, samples.pop())
+    jobs = sampled(asked, samples)
     whose = [score for score in scores for _ in range(len(jobs) // count)]
     reply = NativeReply([job.rid for job in jobs], whose, listed=batch or len(jobs) > 1)
     rid = uuid4().hex if isinstance(body.rid, list) else rids[0]
@@ -192,6 +207,27 @@ async def generate(request: web.Request, body: GenerateBody) -> web.StreamRespon
         "grammar": "sampling_params",
     }
     return await answer(request, rid, jobs, reply, endpoint="generate", stream=bool(body.stream), names=names)
+
+
+def samples_of(params: Sequence[NativeSampling]) -> int:
+    """How many replies each prompt gets."""
+    samples = {1 if each.n is None else each.n for each in params}
+    if len(samples) > 1:
+        shown = ", ".join(map(str, sorted(samples)[:16]))
+        message = f"n is [{shown}] in sampling_params, and must be one for all; send a request for each"
+        raise RequestError(message, param="sampling_params")
+    return samples.pop()
+
+
+def check_expressions(params: Sequence[NativeSampling]) -> None:
+    """Raise RequestError when the prompts have too many different expressions: each takes milliseconds to compile."""
+    expressions = {pattern for each in params for pattern in stop_strings(each.stop_regex)[: MAX_REGEXES + 1]}
+    if len(expressions) > MAX_EXPRESSIONS:
+        raise RequestError(
+            f"sampling_params have {len(expressions)} different expressions in stop_regex, and at most "
+            f"{MAX_EXPRESSIONS} are taken in one request; send the prompts in several requests",
+            param="sampling_params",
+        )
 
 
 class Scores(Struct, frozen=True):
@@ -263,11 +299,8 @@ def prompts_of(body: GenerateBody) -> tuple[Sequence[str | list[int]], bool]:
         raise RequestError("text is an empty list; send at least one prompt", param="text")
     if body.text is not None:
         return body.text, True
-    ids = [item for item in body.input_ids or () if isinstance(item, int)]
-    lists = [item for item in body.input_ids or () if not isinstance(item, int)]
-    if ids and lists:
-        message = "input_ids mixes token ids with lists of them; send one list of ids, or a list of such lists"
-        raise RequestError(message, param="input_ids")
+    message = "input_ids mixes token ids with lists of them; send one list of ids, or a list of such lists"
+    ids, lists = told_apart(body.input_ids or [], RequestError(message, param="input_ids"))
     return (lists, True) if lists else ([ids], False)
 
 

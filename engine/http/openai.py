@@ -16,6 +16,8 @@ from msgspec import Meta
 from engine.errors import RequestError
 from engine.http.choices import OpenAIReply, Wording
 from engine.http.conversation import (
+    FEW_MESSAGES,
+    FEW_TOOLS,
     ChatMessage,
     NamedTool,
     ToolBody,
@@ -88,7 +90,7 @@ class SamplingBody(GrammarBody, kw_only=True):
 
 
 class ChatBody(SamplingBody, kw_only=True):
-    messages: list[ChatMessage]
+    messages: Annotated[list[ChatMessage], FEW_MESSAGES]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -96,7 +98,7 @@ class ChatBody(SamplingBody, kw_only=True):
     continue_final_message: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[ToolBody] | None = None
+    tools: Annotated[list[ToolBody], FEW_TOOLS] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     separate_reasoning: bool | None = None
@@ -228,6 +230,8 @@ async def completions(request: web.Request, body: CompletionBody) -> web.StreamR
         body, names, max_tokens=body.max_tokens, logprobs=body.logprobs, prompt_logprobs=about_prompt
     )
     rid, salt = f"cmpl-{uuid4().hex}", salt_of(body.cache_salt)
+    prompts = prompts_of(body.prompt)
+    check_choices(len(prompts), 1 if body.n is None else body.n)
     jobs = [
         Generate(
             rid,
@@ -239,7 +243,7 @@ async def completions(request: web.Request, body: CompletionBody) -> web.StreamR
             cache_salt=salt,
             echo=bool(body.echo),
         )
-        for prompt in prompts_of(body.prompt)
+        for prompt in prompts
     ]
     wording = Wording(
         chat=False,
@@ -352,17 +356,24 @@ def salt_of(salt: str | None) -> str:
     return salt or ""
 
 
+def check_choices(prompts: int, samples: int, name: str = "prompt") -> None:
+    """Raise RequestError when so many replies to each of so many prompts, which the client calls `name`, are too many.
+
+    To be asked before anything is made for each of them."""
+    if not 1 <= samples <= MAX_SAMPLES:
+        raise RequestError(f"n is {samples}; it must be from 1 to {MAX_SAMPLES}", param="n")
+    if prompts * samples > MAX_CHOICES:
+        raise RequestError(
+            f"{prompts} prompts with {samples} replies each are over the {MAX_CHOICES} of one request; send less",
+            param="n" if samples > 1 else name,
+        )
+
+
 def sampled(prompts: list[Generate], samples: int) -> list[Generate]:
     """`samples` requests for each of `prompts`, in order. Of a seeded one, sample i has seed + i.
 
     Those that would share an id have `-` and their number appended to it."""
-    if not 1 <= samples <= MAX_SAMPLES:
-        raise RequestError(f"n is {samples}; it must be from 1 to {MAX_SAMPLES}", param="n")
-    if len(prompts) * samples > MAX_CHOICES:
-        raise RequestError(
-            f"{len(prompts)} prompts with {samples} replies each are over the {MAX_CHOICES} of one request; send less",
-            param="n" if samples > 1 else "prompt",
-        )
+    check_choices(len(prompts), samples)
     if samples == 1 and len({prompt.rid for prompt in prompts}) == len(prompts):
         return prompts
     jobs: list[Generate] = []
@@ -394,13 +405,21 @@ def prompts_of(prompt: str | list[int | str | list[int]]) -> list[str | list[int
     """The prompts in `prompt`: a text, token ids, or a list that holds some of either."""
     if isinstance(prompt, str):
         return [prompt]
-    ids = [item for item in prompt if isinstance(item, int)]
-    if len(ids) == len(prompt):
-        return [ids]
-    if ids:
-        message = "prompt mixes token ids with whole prompts; send one list of ids, or a list of prompts"
-        raise RequestError(message, param="prompt")
-    return [item for item in prompt if not isinstance(item, int)]
+    message = "prompt mixes token ids with whole prompts; send one list of ids, or a list of prompts"
+    ids, prompts = told_apart(prompt, RequestError(message, param="prompt"))
+    return prompts or [ids]
+
+
+def told_apart(items: list[Any], mixed: RequestError) -> tuple[list[int], list[Any]]:
+    """`items` as token ids or as whole prompts, and an empty list of the other. Raises `mixed` for some of both.
+
+    There may be a million, so the loop over them is not Python's."""
+    kinds = set(map(type, items))
+    if kinds <= {int}:
+        return items, []
+    if int in kinds:
+        raise mixed
+    return [], items
 
 
 def pack_ids(ids: list[int], param: str) -> bytes:

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, get_type_hints
 
+import anyio.lowlevel
 import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -18,6 +19,7 @@ from msgspec import UNSET, Struct
 
 from engine import __version__
 from engine.http.intake import read_body, release_body
+from engine.http.parts import UNCOUNTED, check_parts
 from engine.http.wire import Body, BodyDecoder, Reply, StructType, json_response, structs_in
 from engine.sampling import INT32_MAX, MAX_LOGPROBS, MAX_PENALTY, MAX_REPETITION
 
@@ -101,7 +103,12 @@ class Route(Struct, frozen=True):
             return await self.handler(request, decoder.query(request.query))
 
         async def with_body(request: web.Request) -> web.StreamResponse:
-            body = decoder.decode(await read_body(request))
+            data = await read_body(request)
+            await check_parts(data)
+            body = decoder.decode(data)
+            if len(data) > UNCOUNTED:  # decoding it took its time: others first
+                await anyio.lowlevel.checkpoint()
+            del data
             release_body(request)
             return await self.handler(request, body)
 

@@ -17,8 +17,9 @@ from engine.http.responses import (
 )
 from engine.http.service import SERVICE, in_client_words
 from engine.http.stored import STORE
-from engine.http.tokens import size_of, with_text
+from engine.http.tokens import tokenized
 from engine.http.wire import Body, Reply, json_response
+from engine.messages import Tokenize
 
 
 class InputTokensBody(Body):
@@ -60,10 +61,6 @@ async def input_tokens(request: web.Request, body: InputTokensBody) -> web.Respo
     messages = [*spoken, *earlier, *messages_of(body.input)]
     with in_client_words({"messages": "input"}):
         reading = reading_of(service.front.text, sampling, messages, {}, wanted, names={"grammar": "text.format"})
-        tools = reading.tools or []
-        ids = await with_text(
-            service,
-            size_of(messages, tools),
-            lambda text: text.encode_chat(messages, tools=tools, opening=reading.opening),
-        )
-    return json_response(InputTokensReply(len(ids)))
+        options = {"tools": reading.tools or [], "opening": reading.opening}
+        found = await tokenized(service, Tokenize(None, messages, options), "input")
+    return json_response(InputTokensReply(len(found.ids) // 4))

@@ -14,7 +14,7 @@ from msgspec import Meta
 from engine.call_grammar import Tool
 from engine.errors import RequestError
 from engine.grammar import check_nesting, grammar_of
-from engine.http.conversation import ToolName, checked, tool_of
+from engine.http.conversation import FEW_MESSAGES, FEW_TOOLS, ToolName, checked, tool_of
 from engine.http.grammars import NamedSchema, ObjectFormat, PlainFormat
 from engine.http.items import InputItem
 from engine.http.openai import Priority, stop_strings
@@ -112,7 +112,7 @@ class TextBody(Body):
 class ResponsesBody(Body):
     """Null is the same as absent. `top_k`, `min_p`, `seed`, `stop` and `priority` are extensions."""
 
-    input: str | list[InputItemBody]
+    input: str | Annotated[list[InputItemBody], FEW_MESSAGES]
     model: str | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
@@ -129,7 +129,7 @@ class ResponsesBody(Body):
     store: bool | None = None
     background: bool | None = None
     metadata: Metadata | None = None
-    tools: list[ResponseTool] | None = None
+    tools: Annotated[list[ResponseTool], FEW_TOOLS] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedResponseTool | None = None
     parallel_tool_calls: bool | None = None
     # Ignored: they change nothing that the engine does.
@@ -352,9 +352,11 @@ def messages_of(input: str | list[InputItemBody]) -> list[dict[str, Any]]:
         message = _message(item, f"input[{index}]")
         last = messages[-1] if messages else {}
         if last.get("role") == message["role"] == "assistant" and ("tool_calls" in message or not last["content"]):
-            calls = [*last.get("tool_calls", ()), *message.get("tool_calls", ())]
-            content = last["content"] + message["content"]
-            messages[-1] = {**last, **message, "content": content} | ({"tool_calls": calls} if calls else {})
+            calls = last.get("tool_calls", [])  # made here, so it may grow
+            calls += message.get("tool_calls", ())
+            last.update(message, content=last["content"] + message["content"])
+            if calls:
+                last["tool_calls"] = calls
         else:
             messages.append(message)
     return messages

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 import anyio
+import anyio.lowlevel
 from aiohttp import web
 from anyio.streams.memory import MemoryObjectSendStream
 
@@ -27,6 +28,9 @@ from engine.messages import Chunk, Generate, Job
 
 if TYPE_CHECKING:
     from engine.front import Front
+
+
+STARTED = 64  # replies that are begun before others have their turn
 
 
 class Reply(Events[tuple[int, Chunk]], Protocol):
@@ -167,6 +171,8 @@ async def numbered(streams: Sequence[AsyncGenerator[Chunk]]) -> AsyncIterator[As
             with sender:
                 for index in range(len(streams)):
                     group.start_soon(pump, index, sender.clone())
+                    if index % STARTED == STARTED - 1:
+                        await anyio.lowlevel.checkpoint()
             try:
                 yield chunks()
             finally:

@@ -1,26 +1,37 @@
 """/tokenize, /detokenize and /tokenizer_info, shaped as vLLM's: the model's tokenizer, without running the model.
 
-A long text is encoded in a thread (the tokenizers library lets go of the interpreter lock), so it does not delay
-the replies of others.
+What is long is done in a process of the text pool, so it does not delay the replies of others. What has more than
+several times as many tokens as the model's length is refused.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, TypeVar
+import struct
+from array import array
+from typing import TYPE_CHECKING, Annotated, Any
 
-import anyio.to_thread
+import msgspec
 from aiohttp import web
 
 from engine.errors import RequestError
-from engine.http.conversation import ChatMessage, ToolBody, plain_messages, template_options, tools_of
+from engine.http.conversation import (
+    FEW_MESSAGES,
+    FEW_TOOLS,
+    ChatMessage,
+    ToolBody,
+    plain_messages,
+    template_options,
+    tools_of,
+)
 from engine.http.openai import TokenId
-from engine.http.service import SERVICE, Service
+from engine.http.service import SERVICE, Service, in_client_words
 from engine.http.wire import Body, Reply, json_response
-from engine.text import Text
+from engine.messages import Detokenize, Detokenized, Tokenize, Tokenized
 
-THREAD_SIZE = 20_000  # characters or tokens
+if TYPE_CHECKING:
+    from engine.text_pool import TextPool
 
-Result = TypeVar("Result")
+# How many tokens are counted or put into words in one request: so many lengths of the model, within bounds.
+LENGTHS = 16
+FEWEST_TOKENS, MOST_TOKENS = 1 << 16, 1 << 20
 
 
 class TokenizeBody(Body):
@@ -28,8 +39,8 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
-    tools: list[ToolBody] | None = None
+    messages: Annotated[list[ChatMessage], FEW_MESSAGES] | None = None
+    tools: Annotated[list[ToolBody], FEW_TOOLS] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
@@ -73,15 +84,13 @@ async def tokenizer_info(request: web.Request) -> web.Response:
     """Tell the tokenizer's special tokens, its size and the chat template in use."""
     service = request.app[SERVICE]
     length = None if service.front.info is None else service.front.info.max_model_len
-
-    def info(text: Text) -> TokenizerInfo:
-        spec = text.spec
-        return TokenizerInfo(
-            "PreTrainedTokenizerFast", text.vocab_size, length, spec.bos_token or None, spec.bos_id,
-            spec.eos_token or None, spec.eos_ids, text.chat_template, text.special_tokens,
-        )  # fmt: skip
-
-    return json_response(await with_text(service, 0, info))
+    text = texts_of(service).admission.text
+    spec = text.spec
+    info = TokenizerInfo(
+        "PreTrainedTokenizerFast", text.vocab_size, length, spec.bos_token or None, spec.bos_id,
+        spec.eos_token or None, spec.eos_ids, text.chat_template, text.special_tokens,
+    )  # fmt: skip
+    return json_response(info)
 
 
 async def tokenize(request: web.Request, body: TokenizeBody) -> web.Response:
@@ -92,58 +101,57 @@ async def tokenize(request: web.Request, body: TokenizeBody) -> web.Response:
     if (body.prompt is None) == (body.messages is None):
         both = "neither prompt nor messages is" if body.prompt is None else "both prompt and messages are"
         raise RequestError(f"{both} given; send exactly one", param="prompt")
-    special = body.add_special_tokens
+    special, names = body.add_special_tokens, bool(body.return_token_strs)
     if body.prompt is not None:
-        prompt = body.prompt
-        ids = await with_text(service, len(prompt), lambda text: text.encode(prompt, special is not False))
+        job = Tokenize(body.prompt, special=special is not False, names=names)
     else:
         messages = plain_messages(body.messages or [])
-        tools = [tool.described() for tool in tools_of(body.tools)]
-        options = {"tools": tools, **template_options(body)}
-        encode = partial(_of_chat, messages=messages, special=bool(special), options=options)
-        ids = await with_text(service, size_of(messages, tools), encode)
-    names = None
-    if body.return_token_strs:
-        names = await with_text(service, len(ids), lambda text: [text.token(id) for id in ids])
+        options = {"tools": [tool.described() for tool in tools_of(body.tools)], **template_options(body)}
+        job = Tokenize(None, messages, options, special=bool(special), names=names)
+    found = await tokenized(service, job, "prompt" if body.messages is None else "messages")
+    ids = array("i", found.ids).tolist()
     length = None if service.front.info is None else service.front.info.max_model_len
-    return json_response(TokenizeReply(len(ids), length, ids, names))
+    return json_response(TokenizeReply(len(ids), length, ids, found.names))
 
 
 async def detokenize(request: web.Request, body: DetokenizeBody) -> web.Response:
     """Turn token ids into the text that they stand for."""
     service = request.app[SERVICE]
     service.check_model(body.model)
-
-    def decode(text: Text) -> str:
-        for index, token in enumerate(body.tokens):
-            if token >= text.vocab_size:
-                raise _outside(index, token, text.vocab_size)
-        return text.decode(body.tokens, body.skip_special_tokens)
-
-    return json_response(DetokenizeReply(await with_text(service, len(body.tokens), decode)))
+    if len(body.tokens) > (most := most_tokens(service)):
+        raise _too_many(f"tokens has {len(body.tokens)} ids", most, "tokens")
+    ids = struct.pack(f"<{len(body.tokens)}i", *body.tokens)
+    answer = await texts_of(service).ask(Detokenize(ids, body.skip_special_tokens))
+    assert isinstance(answer, Detokenized), f"a Detokenize was answered by {type(answer).__name__}"
+    return json_response(DetokenizeReply(answer.text))
 
 
-def _outside(index: int, token: int, vocabulary: int) -> RequestError:
-    message = f"tokens[{index}] is {token}, outside the vocabulary; use ids from 0 to {vocabulary - 1}"
-    return RequestError(message, param=f"tokens[{index}]")
+async def tokenized(service: Service, job: Tokenize, name: str) -> Tokenized:
+    """The answer to `job`, whose text or messages the client calls `name`.
+
+    Raises RequestError where they have more tokens than are counted."""
+    most = most_tokens(service)
+    with in_client_words({"prompt": name}):
+        answer = await texts_of(service).ask(msgspec.structs.replace(job, most=most))
+    assert isinstance(answer, Tokenized), f"a Tokenize was answered by {type(answer).__name__}"
+    return answer
 
 
-def _of_chat(tokenizer: Text, messages: list[dict[str, Any]], special: bool, options: dict[str, Any]) -> list[int]:
-    if not special:
-        return tokenizer.encode_chat(messages, **options)
-    return tokenizer.encode(tokenizer.render_chat(messages, **options))
+def most_tokens(service: Service) -> int:
+    """How many tokens are taken in one request: several times as many as a prompt may have, so that a client can tell
+    by how much it is too long."""
+    info = service.front.info
+    length = MOST_TOKENS if info is None else info.max_model_len
+    return max(length, FEWEST_TOKENS, min(LENGTHS * length, MOST_TOKENS))
 
 
-def size_of(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> int:
-    """About how many characters `messages` and `tools` have, for `with_text`."""
-    return len(str(tools)) + sum(len(message["content"]) for message in messages)
-
-
-async def with_text(service: Service, size: int, use: Callable[[Text], Result]) -> Result:
-    """What `use` makes of the model's tokenizer; in a thread if `size` is large."""
-    text = service.front.text
-    if text is None:
+def texts_of(service: Service) -> "TextPool":
+    """What does text jobs. Raises RequestError (503) until the model's text is read."""
+    if (texts := service.front.texts) is None:
         raise RequestError("the model is still loading; try again in a moment", code="starting", status=503)
-    if size <= THREAD_SIZE:
-        return use(text)
-    return await anyio.to_thread.run_sync(use, text)
+    return texts
+
+
+def _too_many(what: str, most: int, param: str) -> RequestError:
+    message = f"{what}, and at most {most} are taken; send them in parts"
+    return RequestError(message, param=param, code="context_length_exceeded")

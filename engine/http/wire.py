@@ -17,6 +17,7 @@ from msgspec import Struct
 from engine.errors import RequestError
 
 MAX_BODY_BYTES = 32 * 2**20
+UNKNOWN_FIELD = "Object contains unknown field `"  # as msgspec says it
 ENCODER = msgspec.json.Encoder()
 
 
@@ -56,7 +57,7 @@ class BodyDecoder(Generic[BodyType]):
         try:
             body = self._decoder.decode(data or b"{}" if self._optional else data)
         except msgspec.ValidationError as error:
-            raise _invalid(self._kind, str(error)) from None
+            raise _invalid(self._kind, str(error), data) from None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             message = f"the request body ({len(data)} bytes) is not valid JSON: {error}"
             raise RequestError(message, code="invalid_json") from None
@@ -77,38 +78,56 @@ def check_served(body: Body, path: str = "") -> None:
     """Raise RequestError if a field in `body.unserved`, named under `path`, is not at a neutral value."""
     for name, neutral in body.unserved.items():
         value = getattr(body, name)
+        if value is None:
+            continue
         # 1 == True in Python, but not in JSON.
-        same = (value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral)
-        if value is None or any(same):
+        if any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral):
             continue
         accepted = " or ".join(to_json(other).decode() for other in (*neutral, None))
         raise RequestError(
-            f"{path}{name} is not supported yet: got {_short(to_json(value).decode())}, accepted is only {accepted}; "
+            f"{path}{name} is not supported yet: got {_shown(value)}, accepted is only {accepted}; "
             f"{body.remedies.get(name, 'leave it out')}",
             param=path + name,
             code="unsupported_parameter",
         )
 
 
-def _invalid(kind: type[Body], reason: str) -> RequestError:
-    """A msgspec message, "Expected `int`, got `str` - at `$.seed`", as a RequestError that names the field."""
-    parts = re.fullmatch(r"(.*?)(?: - at `(?:key` in `)?\$([^`]*)`)?", reason, re.DOTALL)
-    assert parts is not None
-    reason, path = parts[1], (parts[2] or "").lstrip(".")
-    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", reason, re.DOTALL)
-    if unknown is None:
+def _invalid(kind: type[Body], said: str, data: bytes = b"") -> RequestError:
+    """A msgspec message, "Expected `int`, got `str` - at `$.seed`", as a RequestError that names the field; `data` is
+    the body that it is about."""
+    reason, _, place = said.rpartition(" - at `")  # not by an expression: the client's words may be 32 MiB long
+    found = re.fullmatch(r"(?:key` in `)?\$([^`]*)`", place)
+    reason, path = (said, "") if found is None else (reason, found[1].lstrip("."))
+    unknown = reason.removeprefix(UNKNOWN_FIELD)
+    if unknown == reason:
         remedy = "correct its type or value"
+        if (most := re.fullmatch(r"Expected `array` of length <= (\d+)", reason)) is not None:
+            length = _length_at(data, path)
+            message = f"{path} has {length or 'more'} items, and at most {most[1]} are taken; send fewer"
+            return RequestError(message, param=path, code="too_many_parts")
         if reason.startswith("Invalid enum value") and (choices := _choices_at(kind, path)):
             remedy = f"send one of {', '.join(choices)}"
-        message = f"{path or 'the request body'}: {reason[:1].lower()}{reason[1:]}; {remedy}"
+        message = f"{path or 'the request body'}: {reason[:1].lower()}{_short(reason[1:], 300)}; {remedy}"
         return RequestError(message, param=path or None)
-    name = _short(unknown[1])
+    name = _short(unknown.removesuffix("`"))
     parent = _struct_at(kind, path)
     known = [field for field in parent.__struct_fields__ if field not in parent.unserved]
     close = get_close_matches(name, known, n=1)
     remedy = f"did you mean {close[0]}?" if close else f"the fields here are {', '.join(known)}"
     param = f"{path}.{name}" if path else name
     return RequestError(f"unknown field {param}; {remedy}", param=param, code="unknown_parameter")
+
+
+def _length_at(data: bytes, path: str) -> int:
+    """How many items the list has that a msgspec error path (messages[0].content) leads to in `data`; 0 where that
+    cannot be told."""
+    value = msgspec.json.decode(data)
+    for name, index in re.findall(r"([A-Za-z_]\w*)|\[(\d+)\]", path):
+        try:
+            value = value[name or int(index)]
+        except (LookupError, TypeError):
+            return 0
+    return len(value) if isinstance(value, list) else 0
 
 
 def _struct_at(kind: type[Body], path: str) -> type[Body]:
@@ -139,8 +158,13 @@ def structs_in(hint: Any, base: type[StructType]) -> Iterator[type[StructType]]:
         yield from structs_in(part, base)
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _shown(value: Any) -> str:
+    """The beginning of `value` as JSON."""
+    return _short(to_json(value[:80] if isinstance(value, str) else value).decode())
+
+
+def _short(text: str, most: int = 80) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def to_json(value: Any) -> bytes:

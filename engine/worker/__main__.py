@@ -1,6 +1,6 @@
 """`python -m engine.worker FD`: a device process on the inherited, connected stream socket FD.
 
-The first frame is Boot; the answer is WorkerReady, or Fatal and exit status 1. A spare worker gets Prepare before it,
+The first frame is Boot; the answer is WorkerReady, or Fatal and exit status 1. A spare worker gets Preload before it,
 imports, answers Pong and waits. Ends with status 0 when the peer closes. Ctrl-C is the parent's business, which drains
 first.
 """
@@ -19,7 +19,7 @@ import msgspec
 from engine.channel import BlockingFrames
 from engine.errors import EngineError, PluginError
 from engine.logs import set_up_logging
-from engine.messages import Boot, Fatal, Pong, Prepare, ToWorker
+from engine.messages import Boot, Fatal, Pong, Preload, ToWorker
 from engine.worker.spare import expendable, import_all, import_worker, imported_since
 
 # Turns that an idle OpenMP thread spins before it sleeps: about half a millisecond, which bridges the gap between
@@ -39,7 +39,7 @@ def main(descriptor: int) -> int:
         first = frames.receive()
         if first is None:
             return 0
-        assert isinstance(first, Boot | Prepare), f"the first frame is {type(first).__name__}, not Boot or Prepare"
+        assert isinstance(first, Boot | Preload), f"the first frame is {type(first).__name__}, not Boot or Preload"
         set_up_logging(first.config.process.log_level)
         name = "spare worker"
         try:
@@ -78,7 +78,7 @@ def _run(frames: BlockingFrames[ToWorker], boot: Boot) -> None:
         raise PeerGone from error
 
 
-def _wait_as_spare(frames: BlockingFrames[ToWorker], prepare: Prepare) -> Boot | None:
+def _wait_as_spare(frames: BlockingFrames[ToWorker], prepare: Preload) -> Boot | None:
     """Imports what `prepare` names; then its Boot, once the spare is needed. None when the peer has gone."""
     with expendable():
         import_all(prepare.modules)

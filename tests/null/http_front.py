@@ -6,13 +6,15 @@ from typing import Any
 
 import anyio
 
+from engine.actors.tokenizer import Admission
 from engine.config import Config, ServerOptions
 from engine.front import Health
 from engine.http.app import serve
-from engine.messages import Chunk, Flushed, Generate, Stats, WorkerReady
+from engine.messages import Chunk, Flushed, Generate, Stats, TextAnswer, TextJob, WorkerReady
 from engine.parsers import Parsers
 from engine.plugin.manager import Plugins, resolve
 from engine.text import Text
+from engine.text_jobs import perform
 
 READY = WorkerReady(100, 16, 8, 2048, 2048, 1000, 1024, "cpu", "torch", {"weights": 1.0})
 
@@ -41,6 +43,16 @@ def text_of(template: str | None, tool: str | None = None, reasoning: str | None
     return Text(spec, template, Parsers(*targets))
 
 
+class Inline:
+    """Does text jobs of any size at once."""
+
+    def __init__(self, text: Text) -> None:
+        self._admission = Admission(text)
+
+    async def ask(self, job: TextJob) -> TextAnswer:
+        return perform(self._admission, job)
+
+
 class FakeFront:
     """Answers every request with `script`: chunks, or an exception to raise in their place."""
 
@@ -63,6 +75,10 @@ class FakeFront:
         self.closed = anyio.Event()
         self.open: set[str] = set()
         self.aborted: list[str | None] = []
+
+    @property
+    def texts(self) -> "Inline | None":
+        return None if self.text is None else Inline(self.text)
 
     def health(self) -> Health:
         return self.state
