@@ -8,7 +8,8 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
+from functools import partial
 
 import anyio
 import anyio.to_thread
@@ -18,7 +19,7 @@ from engine.actors.detokenizer import DetokenizerActor, Replies
 from engine.actors.tokenizer import Admission, TokenizerActor
 from engine.channel import Outbox, channel, open_channel
 from engine.config import Config
-from engine.core import CoreLink, core_actors
+from engine.core import CoreLink, core_actors, early_worker
 from engine.errors import WorkerError
 from engine.front import Front
 from engine.logs import set_up_logging
@@ -112,15 +113,17 @@ async def open_front(config: Config, core: Core | None = None) -> AsyncIterator[
 def serve(config: Config) -> int:
     """Serve over HTTP until a signal or a failure; the process's exit code."""
     set_up_logging(config.process.log_level)
-    return anyio.run(_serve, config, backend_options={"use_uvloop": True})
+    with early_worker(config) if placement(config) == "single" else nullcontext() as start:
+        core = None if start is None else partial(core_actors, start=start)
+        return anyio.run(_serve, config, core, backend_options={"use_uvloop": True})
 
 
-async def _serve(config: Config) -> int:
+async def _serve(config: Config, core: Core | None) -> int:
     from engine.http.app import serve as serve_http
 
     began = time.monotonic()
     code = 0
-    async with open_front(config) as front, anyio.create_task_group() as group:
+    async with open_front(config, core) as front, anyio.create_task_group() as group:
         listening = anyio.Event()
         url = ""
 
