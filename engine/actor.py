@@ -33,7 +33,8 @@ class ActorError(EngineError):
 async def _guard(actor: Actor) -> None:
     try:
         await actor.run()
-    except Exception as cause:
+    except Exception as error:
+        cause = first_failure(error) if isinstance(error, ExceptionGroup) else error
         if isinstance(cause, EngineError):
             raise
         log.exception("the %s actor failed", actor.name)
