@@ -36,6 +36,6 @@ async def test_the_error_itself_is_named(nested: bool) -> None:
 
 @pytest.mark.parametrize("nested", [False, True])
 async def test_an_error_for_people_is_raised_as_it_is(nested: bool) -> None:
-    with pytest.raises(ConfigError, match="^say --this$"):
+    with pytest.raises(ConfigError, match=r"^say --this$"):
         async with supervise(Failing(ConfigError("say --this"), nested)):
             await anyio.sleep_forever()
