@@ -13,6 +13,7 @@ from functools import partial
 
 import anyio
 import anyio.to_thread
+from msgspec.structs import replace
 
 from engine.actor import Actor, supervise
 from engine.actors.detokenizer import DetokenizerActor, Replies
@@ -113,6 +114,8 @@ async def open_front(config: Config, core: Core | None = None) -> AsyncIterator[
 def serve(config: Config) -> int:
     """Serve over HTTP until a signal or a failure; the process's exit code."""
     set_up_logging(config.process.log_level)
+    if config.process.spare_worker is None:
+        config = replace(config, process=replace(config.process, spare_worker=True))
     with early_worker(config) if placement(config) == "single" else nullcontext() as start:
         core = None if start is None else partial(core_actors, start=start)
         return anyio.run(_serve, config, core, backend_options={"use_uvloop": True})

@@ -27,7 +27,9 @@ pytestmark = [
     pytest.mark.anyio,
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes through /proc"),
 ]
-CONFIG = resolve({"model": "echo", "max_running": 4, "kv_tokens": 512, "threads": 1, "device": "cpu"})
+CONFIG = resolve(
+    {"model": "echo", "max_running": 4, "kv_tokens": 512, "threads": 1, "device": "cpu", "spare_worker": True}
+)
 
 
 def gone(pid: int) -> bool:
@@ -132,7 +134,7 @@ async def test_a_worker_that_dies_before_there_is_a_spare_is_replaced_as_well() 
 
 
 async def test_without_the_option_there_is_no_spare() -> None:
-    config = resolve({"model": "echo", "kv_tokens": 512, "device": "cpu", "spare_worker": False})
+    config = resolve({"model": "echo", "kv_tokens": 512, "device": "cpu"})  # only servers have it by default
     async with executing(config) as house:
         await house.next(WorkerReady)
         await anyio.wait_all_tasks_blocked()
