@@ -236,8 +236,9 @@ async def test_kills_under_load_leave_every_other_reply_right_and_nothing_behind
         assert held_by(server.process.pid, "task") <= threads + POOL
 
 
-def test_no_process_outlives_a_server_that_is_killed() -> None:
-    with serving("--placement", "split", "--spare-worker", "--log-level", "debug") as server:
+def test_no_process_outlives_a_server_that_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ENGINE_SPARE_WORKER")  # a server has a spare worker by default
+    with serving("--placement", "split", "--log-level", "debug") as server:
         assert server.process.stdout is not None
         for line in server.process.stdout:
             if "has imported all it needs" in line:
