@@ -33,7 +33,8 @@ class ActorError(EngineError):
 async def _guard(actor: Actor) -> None:
     try:
         await actor.run()
-    except Exception as cause:
+    except Exception as error:
+        cause = first_failure(error) if isinstance(error, ExceptionGroup) else error
         if isinstance(cause, EngineError):
             raise
         log.exception("the %s actor failed", actor.name)
@@ -54,7 +55,8 @@ async def supervise(*actors: Actor) -> AsyncIterator[None]:
             group.cancel_scope.cancel()
     except BaseExceptionGroup as failures:
         # One failure is enough to say; the rest are siblings that fell with it.
-        raise first_failure(failures) from None
+        failure = first_failure(failures)
+        raise failure from failure.__cause__
 
 
 def first_failure(failures: BaseExceptionGroup) -> BaseException:

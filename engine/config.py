@@ -116,12 +116,12 @@ class ProcessOptions(Struct, frozen=True, kw_only=True):
         Meta(description="single: HTTP and scheduler share a process; split: one each; auto: single up to 4 cores"),
     ] = "auto"
     spare_worker: Annotated[
-        bool,
+        bool | None,
         Meta(
             description="keep a second worker process that has imported what it needs, and waits for the first to die: "
-            "150 MiB without a GPU; none where memory is short"
+            "150 MiB without a GPU; none where memory is short; default: `engine serve` does"
         ),
-    ] = True
+    ] = None
     stall_seconds: Annotated[float, Meta(gt=0, description="seconds of a silent worker before health says stalled")] = (
         60.0
     )

@@ -6,7 +6,8 @@
 
 import socket
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import anyio
 import anyio.abc
@@ -16,25 +17,45 @@ from engine.actors.compiler import CompilerActor
 from engine.actors.executor import ExecutorActor
 from engine.actors.scheduler import SchedulerActor
 from engine.allocator import give_back_large_blocks
-from engine.channel import Frames, Outbox, channel, open_channel
+from engine.channel import BlockingFrames, Frames, Outbox, channel, open_channel
 from engine.config import Config
 from engine.errors import EngineError
 from engine.logs import set_up_logging
-from engine.messages import Boot, Fatal, FromFront, ToFront
+from engine.messages import Boot, Fatal, FromFront, Preload, ToFront
 from engine.plugin.manager import Plugins
-from engine.process import ended, exit_cause, spawn
+from engine.process import Process, Start, ended, exit_cause, spawn
 
 PLANS = 4  # three credits and a Reset: the scheduler never waits to send
 
 
-def core_actors(config: Config, front: Outbox[ToFront]) -> tuple[list[Actor], Outbox[FromFront]]:
-    """The scheduler, the executor and the compiler of grammars, joined; and where to send what is for the scheduler."""
+@contextmanager
+def early_worker(config: Config) -> Iterator[Start]:
+    """Starts a device process that imports while the front still makes sure that it can be of use, and ends it with the
+    block; what it yields starts workers for `core_actors`, this one first."""
+    early: list[tuple[socket.socket, Process]] = [spawn("engine.worker")]
+    sock, process = early[0]
+    try:
+        with suppress(ConnectionError):  # then the executor says why it has ended
+            BlockingFrames(sock, receives=None).send(Preload(config, spare=False))
+        yield lambda: early.pop() if early else spawn("engine.worker")
+    finally:
+        process.kill()
+        process.wait()
+        sock.close()
+
+
+def core_actors(
+    config: Config, front: Outbox[ToFront], start: Start | None = None
+) -> tuple[list[Actor], Outbox[FromFront]]:
+    """The scheduler, the executor and the compiler of grammars, joined; and where to send what is for the scheduler.
+
+    `start` starts a device process, in the place of the usual way."""
     policy = Plugins.load(config.model.plugins).policy(config.schedule.policy)
     to_scheduler, scheduler_inbox = open_channel()
     to_executor, executor_inbox = channel(PLANS)
     to_compiler, compiler_inbox = open_channel()
     scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, to_compiler, front)
-    executor = ExecutorActor(config, executor_inbox, to_scheduler)
+    executor = ExecutorActor(config, executor_inbox, to_scheduler, start)
     compiler = CompilerActor(config, compiler_inbox, to_scheduler)
     return [scheduler, executor, compiler], to_scheduler
 

@@ -8,11 +8,12 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
+from functools import partial
 
 import anyio
 import anyio.to_thread
-from msgspec.structs import asdict
+from msgspec.structs import asdict, replace
 
 from engine.actor import Actor, supervise
 from engine.actors.detokenizer import DetokenizerActor, Replies
@@ -20,7 +21,7 @@ from engine.actors.tokenizer import Admission, TokenizerActor
 from engine.allocator import give_back_large_blocks
 from engine.channel import Outbox, channel, open_channel
 from engine.config import Config
-from engine.core import CoreLink, core_actors
+from engine.core import CoreLink, core_actors, early_worker
 from engine.errors import WorkerError
 from engine.front import Front
 from engine.logs import set_up_logging
@@ -122,10 +123,14 @@ def serve(config: Config) -> int:
     """Serve over HTTP until a signal or a failure; the process's exit code."""
     set_up_logging(config.process.log_level)
     give_back_large_blocks()
-    return anyio.run(_serve, config, backend_options={"use_uvloop": True})
+    if config.process.spare_worker is None:
+        config = replace(config, process=replace(config.process, spare_worker=True))
+    with early_worker(config) if placement(config) == "single" else nullcontext() as start:
+        core = None if start is None else partial(core_actors, start=start)
+        return anyio.run(_serve, config, core, backend_options={"use_uvloop": True})
 
 
-async def _serve(config: Config) -> int:
+async def _serve(config: Config, core: Core | None) -> int:
     from engine.http.app import serve as serve_http
     from engine.http.keys import Keys
     from engine.http.origins import Access
@@ -134,7 +139,7 @@ async def _serve(config: Config) -> int:
     Access.of(config.server)  # what is wrong with who may call is said before anything is started
     keyed = Keys(config.server).asked
     code = 0
-    async with open_front(config) as front, anyio.create_task_group() as group:
+    async with open_front(config, core) as front, anyio.create_task_group() as group:
         listening = anyio.Event()
         url = ""
 

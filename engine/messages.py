@@ -601,11 +601,12 @@ class Boot(Message, frozen=True):
 
 
 class Preload(Message, frozen=True):
-    """executor → spare worker, before its Boot: import what a worker imports, then `modules` in their order, and answer
-    with a Pong."""
+    """executor → worker, before its Boot: import what a worker imports, then `modules` in their order, and answer with
+    a Pong. A `spare` does so at a low priority, as nobody waits for it yet."""
 
     config: Config
     modules: tuple[str, ...] = ()
+    spare: bool = True
 
 
 class TextBoot(Message, frozen=True):

@@ -51,14 +51,14 @@ class ExecutorActor:
         config: Config,
         inbox: MemoryObjectReceiveStream[ToExecutor],
         scheduler: Outbox[FromExecutor],
-        start: Start = lambda: spawn("engine.worker"),
+        start: Start | None = None,
         spare_seconds: float = SPARE_SECONDS,
     ) -> None:
         self.config = config
         self.inbox = inbox
         self.scheduler = scheduler
-        self._start = start
-        self.spare = Spare(config, start, spare_seconds)
+        self._start: Start = start or (lambda: spawn("engine.worker"))
+        self.spare = Spare(config, self._start, spare_seconds)
 
     async def run(self) -> None:
         async with anyio.create_task_group() as group:

@@ -78,7 +78,10 @@ class Spare:
 
     async def _keep(self) -> str:
         """Start one and hold it until it is taken, or memory is short; why it ended, if that was its own doing."""
-        sock, process = self._start()
+        try:
+            sock, process = self._start()
+        except OSError as error:  # no more processes, or no memory for one
+            return f"it cannot be started: {error}"
         frames: Frames[Any] | None = None
         held: tuple[Process, Frames[Any]] | None = None
         try:

@@ -43,11 +43,11 @@ def main(descriptor: int) -> int:
         set_up_logging(first.config.process.log_level)
         name = "spare worker"
         try:
-            boot = first if isinstance(first, Boot) else _wait_as_spare(frames, first)
+            boot, seconds = (first, 0.0) if isinstance(first, Boot) else _prepare(frames, first)
             if boot is None:
                 return 0
             name = f"worker {boot.rank}"
-            _run(frames, boot)
+            _run(frames, boot, seconds)
         except PeerGone:
             return 0
         except Exception as error:
@@ -61,13 +61,14 @@ class PeerGone(Exception):
     """Whoever wanted our results has closed the socket."""
 
 
-def _run(frames: BlockingFrames[ToWorker], boot: Boot) -> None:
+def _run(frames: BlockingFrames[ToWorker], boot: Boot, import_seconds: float) -> None:
+    """`import_seconds` are those that this start has waited for already."""
     began = time.perf_counter()
     import_worker()
     from engine.worker.main import serve, start
 
     known = set(sys.modules)
-    runner, ready = start(boot, import_seconds=time.perf_counter() - began)
+    runner, ready = start(boot, import_seconds + time.perf_counter() - began)
     ready = msgspec.structs.replace(ready, modules=imported_since(known))
     gc.collect()
     gc.freeze()  # a look at all that there is by now takes tens of milliseconds, in the middle of a step
@@ -78,15 +79,18 @@ def _run(frames: BlockingFrames[ToWorker], boot: Boot) -> None:
         raise PeerGone from error
 
 
-def _wait_as_spare(frames: BlockingFrames[ToWorker], prepare: Preload) -> Boot | None:
-    """Imports what `prepare` names; then its Boot, once the spare is needed. None when the peer has gone."""
+def _prepare(frames: BlockingFrames[ToWorker], prepare: Preload) -> tuple[Boot | None, float]:
+    """Imports what `prepare` names. Returns the Boot, once this worker is needed, and the seconds of imports that its
+    start has waited for; None when the peer has gone."""
+    began = time.perf_counter()
     with expendable():
-        import_all(prepare.modules)
+        import_all(prepare.modules, gently=prepare.spare)
+        seconds = 0.0 if prepare.spare else time.perf_counter() - began
         with suppress(ConnectionError):  # then the next frame is the end
             frames.send(Pong())
         boot = frames.receive()
-    assert boot is None or isinstance(boot, Boot), f"a spare worker got {type(boot).__name__}, not Boot"
-    return boot
+    assert boot is None or isinstance(boot, Boot), f"a worker that is to be booted got {type(boot).__name__}"
+    return boot, seconds
 
 
 def _fatal(actor: str, error: Exception) -> Fatal:

@@ -42,11 +42,13 @@ def imported_since(known: set[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def import_all(modules: Sequence[str]) -> None:
-    """Imports the worker and `modules`, out of the way of other processes.
+def import_all(modules: Sequence[str], *, gently: bool) -> None:
+    """Imports the worker and `modules`; `gently`: out of the way of other processes.
 
-    Linux keeps the priority of each thread, and lets nobody but root raise one again: so the imports run in a thread,
-    and what comes later in one that was never lowered."""
+    Linux keeps the priority of each thread, and lets nobody but root raise one again: so gentle imports run in a thread
+    of their own, and the worker in one that was never lowered. Threads that an import starts (numpy's) stay low."""
+    if not gently:
+        return _import_all(modules)
     with ThreadPoolExecutor(1, "imports", initializer=_lower_priority) as pool:
         pool.submit(_import_all, modules).result()
 

@@ -1,5 +1,7 @@
 """Recorded C calls: replayed on other numbers, and refused where torch computed a part of the step."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +29,19 @@ def test_a_replay_computes_the_same_from_other_numbers() -> None:
     x.copy_(torch.randn(3, 64))
     recording.replay()
     assert torch.equal(out, KERNELS.silu_and_mul(KERNELS.rms_norm(x, weight, 1e-5)))
+
+
+def test_a_recording_does_not_import_torchs_compiler() -> None:
+    """A worker would wait a second for it, in its first step."""
+    script = """
+import sys, torch
+from engine.kernels import cpu
+from engine.kernels.recording import Recording
+with Recording(cpu.kernels()):
+    torch.empty(3)
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @pytest.mark.parametrize(
