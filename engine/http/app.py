@@ -234,8 +234,9 @@ async def shape_errors(request: web.Request, handler: Handler) -> web.StreamResp
         headers["Accept-Encoding"] = ", ".join(CODINGS)
     worded = anthropic_reply.error_of(body, status) if request.path.startswith(anthropic.PREFIX) else body
     response = json_response(worded, status=status, headers=headers)
-    if not request.content.is_eof():  # what is left of the body is not waited for
+    if not request.content.is_eof():  # what is left of the body is dropped, unparsed, until the client has its answer
         response.force_close()
+        request.protocol.close()
     return response
 
 
