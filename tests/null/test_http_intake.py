@@ -264,10 +264,12 @@ async def test_a_client_that_sends_all_of_a_body_that_is_too_long_still_gets_its
         assert (status, body["error"]["code"], headers["Connection"]) == (413, "body_too_large", "close")
 
 
-async def test_a_refused_body_is_dropped_and_then_the_connection_closed() -> None:
+@pytest.mark.parametrize(("path", "status"), [(b"/nowhere", 404), (b"/flush_cache", 200)])
+async def test_a_body_that_nobody_reads_is_dropped_and_then_the_connection_closed(path: bytes, status: int) -> None:
     async with serving(FakeFront(), read_timeout=SLOW) as url, dial(url) as stream:
-        head = b"POST /nowhere HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
-        assert await refusal(stream, head + b"1\r\nx\r\n") == (404, "not_found")
+        head = b"POST %b HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" % path
+        got, headers, _ = await answer(stream, head + b"1\r\nx\r\n")
+        assert (got, headers["Connection"]) == (status, "close")
         await stream.send(b"this is not parsed")
         assert await until_closed(stream) == b""
 
