@@ -241,7 +241,7 @@ def _cannot_listen(options: ServerOptions, error: OSError) -> ConfigError:
 async def shape_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answer every error with {"error": {message, type, param, code}}, or as Anthropic words it on its routes."""
     try:
-        return await handler(request)
+        return _ending_with_body(request, await handler(request))
     except ConnectionError:  # the client is gone: nobody to tell
         raise
     except web.RequestPayloadError as error:  # it is not encoded as its headers say
@@ -264,9 +264,15 @@ async def shape_errors(request: web.Request, handler: Handler) -> web.StreamResp
     if status == 415:
         headers["Accept-Encoding"] = ", ".join(CODINGS)
     worded = anthropic_reply.error_of(body, status) if request.path.startswith(anthropic.PREFIX) else body
-    response = json_response(worded, status=status, headers=headers)
-    if not request.content.is_eof():  # what is left of the body is not waited for
+    return _ending_with_body(request, json_response(worded, status=status, headers=headers))
+
+
+def _ending_with_body(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
+    """`response`, and the end of its connection if the body is not whole: nobody reads it, so the rest is dropped
+    unparsed until the client has its answer."""
+    if not request.content.is_eof():
         response.force_close()
+        request.protocol.close()
     return response
 
 

@@ -35,7 +35,7 @@ LINGERING: Final = 64  # refused connections that are waited for
 KEEP_ALIVE_SECONDS: Final = 75.0
 LINGER_SECONDS: Final = 2.0  # what a client that was answered before its request was whole gets to take the answer
 BODY_LINGER_SECONDS: Final = 10.0  # the same, after the head: aiohttp reads on, and drops what comes
-READ_BYTES: Final = 64 * 2**10  # of a body that nobody reads yet, twice as much is buffered
+READ_BYTES: Final = 16 * 2**10  # of a body that nobody reads yet, twice as much is parsed, or 1024 chunks
 
 
 async def listen(server: web.Server, options: ServerOptions, count_error: Callable[[int], None]) -> asyncio.Server:

@@ -148,7 +148,11 @@ class Pace:
 
     async def next(self) -> bytes:
         """What has come, once there is something or the body has ended; RequestError (408) if that takes too long."""
-        return self._payload.read_nowait() or await self._wait()
+        if data := self._payload.read_nowait():
+            # Reading lets the parser go on with what it has. That may be thousands of chunks of a byte each.
+            await asyncio.sleep(0)
+            return data
+        return await self._wait()
 
     async def _wait(self) -> bytes:
         began = anyio.current_time()

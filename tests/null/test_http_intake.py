@@ -260,8 +260,41 @@ async def test_a_client_that_sends_all_of_a_body_that_is_too_long_still_gets_its
             )
     async with serving(FakeFront()) as url, dial(url) as stream:
         await stream.send(raw)
-        assert await refusal(stream) == (413, "body_too_large")
+        status, headers, body = await answer(stream)
+        assert (status, body["error"]["code"], headers["Connection"]) == (413, "body_too_large", "close")
+
+
+@pytest.mark.parametrize(("path", "status"), [(b"/nowhere", 404), (b"/flush_cache", 200)])
+async def test_a_body_that_nobody_reads_is_dropped_and_then_the_connection_closed(path: bytes, status: int) -> None:
+    async with serving(FakeFront(), read_timeout=SLOW) as url, dial(url) as stream:
+        head = b"POST %b HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" % path
+        got, headers, _ = await answer(stream, head + b"1\r\nx\r\n")
+        assert (got, headers["Connection"]) == (status, "close")
+        await stream.send(b"this is not parsed")
         assert await until_closed(stream) == b""
+
+
+async def test_the_loop_turns_while_the_parser_has_more_at_once() -> None:
+    waiting, turns, bodies = [b"x"] * 50, 0, []
+
+    def parse_on(resume_parser: bool = True) -> None:
+        if waiting:
+            payload.feed_data(waiting.pop())
+        elif not payload.is_eof():
+            payload.feed_eof()
+
+    payload = aiohttp.StreamReader(mock.Mock(resume_reading=parse_on), 2**16)
+    payload.feed_data(b"x")
+
+    async def read() -> None:
+        bodies.append(await Intake(ServerOptions()).read(make_mocked_request("POST", "/", payload=payload)))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(read)
+        while not bodies:
+            await anyio.lowlevel.checkpoint()
+            turns += 1
+    assert bodies == [b"x" * 51] and turns > 50
 
 
 async def test_the_bodies_of_all_requests_share_a_bound() -> None:
