@@ -147,7 +147,7 @@ class Model(nn.Module, ABC):
     def __init__(self, config: dict[str, Any], build: Build) -> None:
         """Allocates the weights, unset. Raises ConfigError for a configuration that it cannot run."""
         super().__init__()
-        self._device = build.device
+        self.device = build.device
 
     @abstractmethod
     def forward(self, batch: Batch) -> Tensor:
@@ -175,10 +175,19 @@ class Model(nn.Module, ABC):
                 layer.named(path)
 
     def allocate(self) -> None:
-        """Takes the memory of weights that have none, because the model was built `deferred`."""
+        """Takes the memory of weights that have none, because the model was built `deferred`.
+
+        Raises ConfigError when the device has too little."""
+        waiting = [weight for weight in self.parameters() if weight.is_meta]
+        size = sum(weight.nbytes for weight in waiting)
         with torch.inference_mode(False):
-            for weight in [weight for weight in self.parameters() if weight.is_meta]:
-                there = torch.empty(weight.shape, dtype=weight.dtype, device=self._device)
+            for weight in waiting:
+                try:
+                    there = torch.empty(weight.shape, dtype=weight.dtype, device=self.device)
+                except RuntimeError as error:  # of an allocator
+                    raise ConfigError(
+                        f"the model's weights take {size / 2**30:.2f} GiB, and {self.device} has too little memory free"
+                    ) from error
                 torch.utils.swap_tensors(weight, nn.Parameter(there, requires_grad=False))  # shared ones stay shared
 
     def load(self, tensors: Iterable[tuple[str, LazyTensor]]) -> None:

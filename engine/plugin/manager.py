@@ -260,7 +260,10 @@ class Plugins:
 
     def _open_path(self, path: str) -> Checkpoint | None:
         for entry in self._formats():
-            opened: Checkpoint | None = resolve(entry.target).open(path)
+            try:
+                opened: Checkpoint | None = resolve(entry.target).open(path)
+            except OSError as error:
+                raise ConfigError(f"--model {path} cannot be read: {error}") from error
             if opened is not None:
                 return opened
         return None

@@ -18,6 +18,7 @@ from engine.layers.model import Layer, Model
 from engine.layers.moe import Router
 from engine.plugin.specs import Checkpoint, LazyTensor
 from engine.plugin.terms import Terms
+from engine.worker.kv import available_memory
 
 Tensors = Sequence[tuple[str, LazyTensor]]
 
@@ -91,8 +92,16 @@ class Watched:
 @torch.inference_mode()
 def fill_at_random(model: Model, ties: bool = False) -> None:
     """Gives the layers of `model` seeded weights, for benchmarks without a checkpoint. With `ties` its routers score
-    all experts alike, so that all tokens choose the first ones: as few weights are read as there can be."""
+    all experts alike, so that all tokens choose the first ones: as few weights are read as there can be.
+
+    Raises ConfigError when the device has too little memory for them."""
     model.name_layers()
+    needed = sum(weight.nbytes for weight in model.parameters() if weight.is_meta)
+    if needed > (free := available_memory(model.device)):  # a CPU's is only taken when it is written
+        raise ConfigError(
+            f"the weights of the model's configuration take {needed / 2**30:.2f} GiB, and {model.device} has "
+            f"{free / 2**30:.2f} GiB free"
+        )
     model.allocate()
     generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
     layers = [layer for layer in model.modules() if isinstance(layer, Layer)]

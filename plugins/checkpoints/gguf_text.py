@@ -15,6 +15,7 @@ from engine_plugins.checkpoints.gguf_file import GGUFFile
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # values of tokenizer.ggml.token_type
 ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 LARGEST_ID = (1 << 32) - 1  # of a token, as a field can hold it; some files write that for none
+NAMED = "tokenizer.chat_template."  # what begins the fields of further templates
 SPACE = "\u2581"  # what SentencePiece writes for a space
 
 
@@ -90,6 +91,7 @@ def text_spec(file: GGUFFile, ends_of_reply: tuple[str, ...]) -> TextSpec:
         bos_token="" if bos is None else tokens[bos],
         eos_token="" if eos is None else tokens[eos],
         chat_template=fields.word("tokenizer.chat_template", None),
+        named_templates={key.removeprefix(NAMED): fields.word(key) for key in fields if key.startswith(NAMED)},
     )
 
 

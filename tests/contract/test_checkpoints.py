@@ -21,6 +21,7 @@ from engine_plugins.checkpoints.gguf import GGUFCheckpoint
 from engine_plugins.checkpoints.safetensors import SafetensorsCheckpoint
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -231,6 +232,13 @@ def test_names(paths, tmp_path, model, tokenizer):
 def test_gguf_first_token_is_added(paths, tokenizer):
     text = Text(GGUFCheckpoint.open(str(paths["gguf"])).text())
     assert text.encode("hello") == [tokenizer.token_to_id("<s>"), tokenizer.token_to_id("hello")]
+
+
+def test_gguf_templates_with_names(tmp_path, model, tokenizer):
+    path = write_gguf(tmp_path / "a.gguf", model, tokenizer, tokenizer__chat_template__tool_use="{{ tools }}")
+    text = Text(GGUFCheckpoint.open(str(path)).text())
+    assert text.render_chat([{"role": "user", "content": "hello"}]) == "<s>[user]hello</s>"
+    assert "'name': 'f'" in text.render_chat([{"role": "user", "content": "hello"}], tools=[TOOL])
 
 
 def test_gguf_quantized_rows(tmp_path):

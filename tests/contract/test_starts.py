@@ -22,6 +22,7 @@ from engine.config import resolve
 from engine.errors import ConfigError, EngineError
 from engine.layers import Model
 from engine.messages import Boot, WorkerReady
+from engine.plugin.manager import Plugins
 from engine.worker.main import start
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
@@ -196,6 +197,15 @@ def test_what_does_not_fit_is_found_before_memory_is_taken(
     assert taken == []
 
 
+def test_dummy_weights_of_absurd_sizes_are_refused_before_they_are_made(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    config = json.loads((folders["Llama"] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 2**20, "vocab_size": 2**18}))
+    with pytest.raises(ConfigError, match=r"take \d+\.\d\d GiB, and cpu has .* GiB free"):
+        start(Boot(resolve({"model": str(tmp_path), "load": "dummy", "device": "cpu"}, {})), 0.0)
+
+
 def test_end_tokens_that_the_model_does_not_have_end_nothing(folders: dict[str, Path]) -> None:
     path = folders["Llama"] / "config.json"
     original = path.read_text()
@@ -205,6 +215,12 @@ def test_end_tokens_that_the_model_does_not_have_end_nothing(folders: dict[str, 
         assert isinstance(attempt(folders["Llama"]), WorkerReady)
     finally:
         path.write_text(original)
+
+
+@pytest.mark.parametrize("path", ["a" * 5000, "a/" * 3000, "/dev/null/a.gguf", "/proc/self/mem.gguf"], ids=len)
+def test_a_path_that_the_system_refuses_is_named(path: str) -> None:
+    with pytest.raises(ConfigError, match=r"--model|there is no file"):
+        Plugins.load().open_checkpoint(path)
 
 
 def test_a_server_that_cannot_start_says_one_line_and_fails(folders: dict[str, Path], tmp_path: Path) -> None:
