@@ -202,7 +202,11 @@ async def test_a_background_response_that_fails_says_why() -> None:
     ("asked", "param", "says"),
     [
         ({"max_output_tokens": 5000}, "max_output_tokens", "max_output_tokens 5000 and a prompt"),
-        ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"not": {"const": 1}}}}}, "text.format", '"not"'),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "n", "schema": {"not": {"const": 1}}}}},
+            "text.format",
+            '"not"',
+        ),
     ],
 )
 async def test_what_the_engine_refuses_is_named_as_the_client_does(asked: dict, param: str, says: str) -> None:
