@@ -8,7 +8,7 @@ The arguments are those of the tool's JSON schema in any case. Pure logic; a gra
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -40,7 +40,7 @@ class Tool(Struct, frozen=True):
 
 def forced(tools: Sequence[Tool], syntax: CallSyntax, *, parallel: bool) -> Grammar:
     """Calls of `tools` and nothing else: exactly one, or if `parallel` one or more."""
-    return _grammar(_calls(tools, syntax, parallel=parallel))
+    return _grammar(_calls(tools, syntax, parallel=parallel), tools)
 
 
 def allowed(tools: Sequence[Tool], syntax: CallSyntax) -> Grammar | None:
@@ -49,7 +49,7 @@ def allowed(tools: Sequence[Tool], syntax: CallSyntax) -> Grammar | None:
     if not syntax.trigger or not any(tool.strict for tool in tools):
         return None
     tags = [_tag(tool, syntax, any_object=not tool.strict) for tool in tools]
-    return _grammar({"type": "triggered_tags", "triggers": [syntax.trigger], "tags": tags})
+    return _grammar({"type": "triggered_tags", "triggers": [syntax.trigger], "tags": tags}, tools)
 
 
 def either(
@@ -59,18 +59,43 @@ def either(
     cannot be said as one."""
     calls = _calls(tools, syntax, parallel=parallel)
     if other.kind == "regex":
-        return _grammar({"type": "or", "elements": [calls, {"type": "regex", "pattern": other.source}]}, other)
+        return _grammar({"type": "or", "elements": [calls, {"type": "regex", "pattern": other.source}]}, tools, other)
     if other.kind not in ("json_schema", "json_object"):
         raise _apart(other.kind, name)
     schema = ANY_OBJECT if other.kind == "json_object" else msgspec.json.decode(other.source)
     key = JSON_CALL.fullmatch(syntax.begin)
     if key is None or syntax.opening:
-        return _grammar({"type": "or", "elements": [calls, {"type": "json_schema", "json_schema": schema}]}, other)
+        format = {"type": "or", "elements": [calls, {"type": "json_schema", "json_schema": schema}]}
+        return _grammar(format, tools, other)
     # A call is JSON as well: engines tell the two apart only within one schema. Then there is no second call.
     both = {"anyOf": [*(_object(tool, key[1]) for tool in tools), schema]}
     if "$ref" in (source := msgspec.json.encode(both).decode()):  # which would refer to another place
         raise _apart("a schema with $ref", name)
-    return Grammar("json_schema", source, strict=other.strict, beside=other)
+    return Grammar("json_schema", source, strict=other.strict, beside=other, tools=_names(tools))
+
+
+def parameters_in(grammar: Grammar) -> Iterator[tuple[str, Any]]:
+    """The tools that `grammar` was made of, by name, with the JSON schemas of their arguments in it."""
+    value = msgspec.json.decode(grammar.source) if grammar.tools else {}
+    if grammar.kind == "json_schema":
+        calls = (list(call["properties"].values())[-1] for call in value.get("anyOf", ()))
+    else:
+        calls = (tag["content"]["json_schema"] for tag in _tags_in(value))
+    yield from zip(grammar.tools, calls, strict=False)  # a schema that goes with the calls may follow
+
+
+def _tags_in(format: Any) -> list[dict[str, Any]]:
+    """The tags of calls in a structural tag."""
+    if not isinstance(format, dict):
+        return []
+    if "tags" in format:
+        return list(format["tags"])
+    inner = [format.get("format"), *format.get("elements", ())]
+    return next((tags for each in inner if (tags := _tags_in(each))), [])
+
+
+def _names(tools: Sequence[Tool]) -> tuple[str, ...]:
+    return tuple(tool.name for tool in tools)
 
 
 def _apart(what: str, name: str) -> RequestError:
@@ -114,6 +139,6 @@ def _tag(tool: Tool, syntax: CallSyntax, *, any_object: bool = False) -> dict[st
     }
 
 
-def _grammar(format: dict[str, Any], beside: Grammar | None = None) -> Grammar:
+def _grammar(format: dict[str, Any], tools: Sequence[Tool], beside: Grammar | None = None) -> Grammar:
     source = msgspec.json.encode({"type": "structural_tag", "format": format}).decode()
-    return Grammar("structural_tag", source, beside=beside)
+    return Grammar("structural_tag", source, beside=beside, tools=_names(tools))

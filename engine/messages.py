@@ -44,7 +44,8 @@ class Grammar(Part, frozen=True):
 
     With `after` the reply is free until that text has come (the end of the reasoning), and the grammar begins behind
     it. `strict`, of a schema: no property and no item that it does not name. `beside` is what else the client asked
-    for, where this was put together of that and of its tools: so a refusal can tell the two apart.
+    for, where this was put together of that and of its tools: so a refusal can tell the two apart. `tools` are their
+    names, in the order of their schemas in `source`.
     """
 
     kind: GrammarKind
@@ -52,6 +53,7 @@ class Grammar(Part, frozen=True):
     after: str = ""
     strict: bool = True
     beside: "Grammar | None" = None
+    tools: tuple[str, ...] = ()
 
 
 class SamplingParams(Part, frozen=True, kw_only=True):

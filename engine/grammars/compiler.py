@@ -29,6 +29,7 @@ from typing import NoReturn
 import msgspec
 import numpy as np
 
+from engine.call_grammar import parameters_in
 from engine.channel import BlockingFrames
 from engine.config import Config
 from engine.errors import EngineError, PluginError, RequestError
@@ -250,7 +251,7 @@ def compiled(job: Compile, engines: Engines) -> Compiled:
 
 def whole(grammar: Grammar, engines: Engines) -> tuple[str, CompiledGrammar]:
     """As Engines.compile. Where `grammar` is refused for what the client asked for beside its tools, it is that which
-    is refused."""
+    is refused; where it is for a tool's parameters, the refusal names the tool."""
     try:
         return engines.compile(grammar)
     except RequestError as error:
@@ -260,6 +261,13 @@ def whole(grammar: Grammar, engines: Engines) -> tuple[str, CompiledGrammar]:
             engines.compile(prepared(grammar.beside))
         except RequestError as error:
             raise RequestError(error.message, param="format", code=error.code) from None
+    for name, parameters in parameters_in(grammar):
+        schema = Grammar("json_schema", msgspec.json.encode(parameters).decode(), strict=grammar.strict)
+        try:
+            engines.compile(prepared(schema))
+        except RequestError as error:
+            message = f"the parameters of the tool {name}: {error.message}"
+            raise RequestError(message, param=error.param, code=error.code) from None
     raise refusal
 
 

@@ -4,7 +4,8 @@
     (?:a(?s:.*)|(?s:.*)[b\\x{26}c][\\x{9}...])     the whole string, in Rust's syntax
 
 An expression is read as with ECMA-262's flag `u`, which JSON Schema recommends: a character is a code point. A brace or
-bracket that cannot be anything else is taken for itself, as without that flag. Left out, and refused in words: what no
+bracket that cannot be anything else is taken for itself, as without that flag, unless the expression has what only the
+flag gives a meaning. Left out, and refused in words: what no
 engine can hold to (look-around, \\b, back references) and what is no ECMA-262.
 """
 
@@ -27,6 +28,7 @@ HEX = {"x": re.compile(r"([0-9a-fA-F]{2})"), "u": re.compile(r"([0-9a-fA-F]{4})|
 LOW_HALF = re.compile(r"\\u([dD][c-fC-F][0-9a-fA-F]{2})")
 PROPERTY = re.compile(r"\{(?:(General_Category|gc|Script|sc|Script_Extensions|scx)=)?(\w+)\}", re.ASCII)
 NAME = re.compile(r"<[\w$]+>")
+SYNTAX = "^$\\.*+?()[]{}|/"  # what may stand behind a backslash for itself
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 BINARY = {"ASCII": r"\x{0}-\x{7f}", "Any": r"\x{0}-\x{10ffff}"}  # the names of properties that Rust has not
 MOST_BRANCHES = 64  # that anchors inside of groups may make
@@ -128,12 +130,19 @@ class _Reader:
         self._pattern = pattern
         self._at = 0
         self._depth = 0
+        self._names: set[str] = set()  # of groups
+        self._by_flag = not pattern.isascii() and max(pattern) > "\uffff"  # whether it means another thing without `u`
+        self._without_flag = False  # whether the flag `u` forbids what is in it
 
     def read(self) -> list[list[Node]]:
         """The branches of the whole expression."""
         branches = self._branches()
         if self._at < len(self._pattern):
             self._wrong("unopened group: ')'")
+        if self._by_flag and self._without_flag:
+            self._wrong(
+                "what the flag u forbids, as a bracket or a brace alone, stands beside what only u gives a meaning"
+            )
         return branches
 
     def _refuse(self, why: str) -> NoReturn:
@@ -199,6 +208,7 @@ class _Reader:
             self._wrong(f"nothing to repeat: '{character}'")
         if character == "{" and QUANTIFIER.match(self._pattern, self._at - 1):
             self._wrong(f"nothing to repeat: '{character}'")
+        self._without_flag |= character in "{}]"
         return Node("chars", _letter(self._code(character)))
 
     def _group(self) -> Node:
@@ -210,6 +220,9 @@ class _Reader:
                 named = NAME.match(self._pattern, self._at - 1)
                 if named is None:
                     self._wrong("a group has a name that is none")
+                if named[0] in self._names:
+                    self._wrong(f"two groups have the name {named[0][:20]}")
+                self._names.add(named[0])
                 self._at = named.end()
             elif not self._take(":"):
                 self._wrong(f"a group begins with '(?{self._next()}', which ECMA-262 has not")
@@ -234,6 +247,7 @@ class _Reader:
                         self._wrong(f"a range in a character class is out of order: '{chr(first)}-{chr(last)}'")
                     parts.append(f"{_letter(first)}-{_letter(last)}")
                 else:  # a set is no end of a range: the sign between is one of the characters
+                    self._without_flag = True
                     parts += [_member_text(first), _letter(ord("-")), _member_text(last)]
                 continue
             parts.append(_member_text(first))
@@ -281,6 +295,7 @@ class _Reader:
             self._refuse(r"back references are not supported: '\k'")
         if character in LETTERS:
             self._wrong(rf"unrecognized escape sequence: '\{character}'")
+        self._without_flag |= character not in SYNTAX and not (within and character == "-")
         return _letter(self._code(character))
 
     def _by_number(self, kind: str) -> int:
@@ -288,7 +303,8 @@ class _Reader:
         if found is None:
             self._wrong(rf"unrecognized escape sequence: '\{kind}{self._next()}'")
         self._at = found.end()
-        code = int(found[1] or found[2], 16)
+        code = int(next(filter(None, found.groups())), 16)
+        self._by_flag |= found[0].startswith("{") or 0xD800 <= code < 0xE000
         if kind == "u" and found[1] and 0xD800 <= code < 0xDC00:
             low = LOW_HALF.match(self._pattern, self._at)
             if low:
@@ -300,6 +316,7 @@ class _Reader:
 
     def _property(self, *, negated: bool) -> str:
         found = PROPERTY.match(self._pattern, self._at)
+        self._by_flag = True
         if found is None:
             self._wrong(r"\p is not followed by the name of a property, as in \p{Letter}")
         self._at = found.end()

@@ -92,7 +92,7 @@ FORMATS: Mapping[str, tuple[tuple[str, ...], int | None]] = MappingProxyType(
         "time": ((TIME,), None),
         "date-time": ((f"{DATE}[Tt]{TIME}",), None),
         "duration": ((f"P(?:[0-9]+W|{DAYS}(?:{HOURS})?|{HOURS})",), None),
-        "email": ((rf"{ATOM}(?:\.{ATOM})*@(?:{HOST_NAME}|\[{IPV4}\])", "[^@]{1,64}@[^@]{1,253}"), 254),
+        "email": ((rf"{ATOM}(?:\.{ATOM})*@(?:{HOST_NAME}|\[{IPV4}\])", "[^@]{1,64}@.*"), 254),
         "hostname": ((HOST_NAME,), 253),
         "ipv4": ((IPV4,), None),
         "ipv6": ((IPV6,), None),

@@ -57,6 +57,17 @@ def check_schema(schema: Any, path: str = "#") -> None:
         _check_typed(schema, said, path)
 
 
+def check_tag(tag: Any) -> None:
+    """The same of each schema in a structural tag."""
+    for name, each in tag.items() if isinstance(tag, dict) else ():
+        if name == "json_schema":
+            check_schema(each)
+        else:
+            check_tag(each)
+    for each in tag if isinstance(tag, list) else ():
+        check_tag(each)
+
+
 def _refuse(keyword: str, path: str, why: str = "") -> RequestError:
     return RequestError(
         f"xgrammar does not hold to {keyword} at {path}{why}; leave it out, or install llguidance",

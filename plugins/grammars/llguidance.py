@@ -28,6 +28,8 @@ from engine_plugins.grammars.refusals import ASCII, outgrown, refusal
 MOST_ITEMS = 5000
 GUIDES = 32  # matchers of a grammar that are kept to go on to the next state from
 HEADER = re.compile(r"^%llguidance[ \t]*(\{.*\})[ \t]*$", re.MULTILINE)  # of Lark, with options
+# Of Lark: comments, literals and expressions, in which nothing begins, and what a JSON schema follows.
+PARTS = re.compile(r'//[^\n]*|"(?:[^"\\\n]|\\.)*"|/(?:[^/\\\n]|\\.)+/|(?P<json>%json\s*)')
 # Between the tokens of JSON: a space, or a new line and its indentation.
 SOME_WHITESPACE = r"\x20|\n[\x20\t]{0,32}"
 
@@ -43,6 +45,23 @@ def free(lark: str) -> str:
         raise RequestError(message, code="invalid_grammar") from None
     rest = lark if found is None else lark[: found.start()] + lark[found.end() :]
     return f"%llguidance {json.dumps({**options, 'no_forcing': True})}\n{rest}"
+
+
+def with_schemas(lark: str) -> str:
+    """`lark` with its JSON schemas as they are held to, on as many lines."""
+    written, at = [], 0
+    for found in PARTS.finditer(lark):
+        if not found["json"] or found.start() < at:
+            continue
+        try:
+            schema, end = json.JSONDecoder().raw_decode(lark, found.end())
+        except ValueError:
+            continue  # which the library says, with the place
+        text = json.dumps(exact(schema)) if isinstance(schema, dict) else lark[found.end() : end]
+        lines = lark.count("\n", found.end(), end) - text.count("\n")
+        written += [lark[at : found.end()], text.replace("{", "{" + "\n" * lines, 1)]
+        at = end
+    return "".join([*written, lark[at:]])
 
 
 class LLMatcher:
@@ -179,7 +198,7 @@ class LLGuidance:
                     raise refusal(grammar, str(error), "unsupported_grammar") from None
             case "structural_tag":
                 return free(to_lark(json.loads(source), self._special, self._json))
-        return free(source)
+        return free(with_schemas(source))
 
     def _json(self, schema: dict[str, Any] | bool) -> str:
         """A schema in Lark."""

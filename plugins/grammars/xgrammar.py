@@ -15,7 +15,7 @@ import numpy as np
 import xgrammar
 
 from engine.plugin import CompiledGrammar, Grammar, RequestError, Vocabulary
-from engine_plugins.grammars.json_subset import check_schema
+from engine_plugins.grammars.json_subset import check_schema, check_tag
 
 MOST_WHITESPACE = 34  # in a row, between the tokens of JSON: a new line and its indentation
 COMPACT = (",", ":")
@@ -87,6 +87,7 @@ class XGrammar:
                 words = " | ".join(map(json.dumps, json.loads(source)))
                 return compiler.compile_grammar(f"root ::= {words}")
             case "structural_tag":
+                check_tag(json.loads(source))
                 return compiler.compile_structural_tag(source)
         return compiler.compile_grammar(source)
 

@@ -117,6 +117,28 @@ def test_an_escape_of_gbnf_that_is_none_is_refused(rule: str) -> None:
         engine.compile(Grammar("ebnf", f"root ::= {rule}"))
 
 
+LARK: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
+    (r'start: "%json {" %json {"pattern": "^[a&&b]$", "type": "string"} // %json {', ('%json {"&"',), ('%json {"c"',)),
+    (
+        'start: /%json \\{\\d\\}/ %json {\n "type": "string",\n "format": "date"} "!"',
+        ('%json {1}"2024-02-29"!',),
+        ('%json {1}"2023-02-29"!',),
+    ),
+    (
+        'start: %json {"const": "/"} | %json {"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}',
+        ('"/"', "0.1"),
+        ("0",),
+    ),
+]
+
+
+@pytest.mark.parametrize(("source", "right", "wrong"), LARK, ids=str)
+def test_a_schema_within_lark_is_held_to_as_alone(source: str, right: tuple[str, ...], wrong: tuple[str, ...]) -> None:
+    pytest.importorskip("llguidance")
+    case = GrammarCase(kind="lark", source=source, right=right, wrong=wrong)
+    assert check_grammar(resolve(Plugins.load().grammars["llguidance"].target), case)
+
+
 def test_an_ambiguous_grammar_is_given_up_before_it_holds_up_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the reason, where it is first seen: in the compiler, or in the row that comes to it. Here the vocabulary is
     small, and so the bound."""

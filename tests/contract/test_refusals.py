@@ -90,11 +90,18 @@ def test_of_rules_that_have_one_name_here(engine: GrammarEngine, name: str) -> N
         ("start: A\n%llguidance {}\nA: B", "line 3, column 4, in 'A: B': unknown name: \"B\""),
         ("start: <foo>", "line 1, column 8, in 'start: <foo>': unknown special token: \"<foo>\""),
         ('start: "a" %json {"type": 3}', "type must be a string or array of strings"),
+        ('start: b %json {\n"const":\n1}\nb: no', "line 4, column 4, in 'b: no': unknown name: \"no\""),
     ],
 )
 def test_of_lark_in_its_own_lines(engine: GrammarEngine, source: str, what: str) -> None:
     message = refused(engine, "lark", source).message
     assert message == says("lark", what) or message.endswith(f": {what}; correct it")
+
+
+def test_of_a_schema_in_lark(engine: GrammarEngine) -> None:
+    source = 'start: x\nx: %json {"const": 1} | %json {"const": 1e30} | %json {"pattern": "(?=a)"}'
+    assert "const has the number 1e+30, and beyond" in refused_plainly(engine, "lark", source)
+    assert "look-around" in refused_plainly(engine, "lark", source.replace("1e30", "1"))
 
 
 def test_of_options_of_lark_that_are_no_json(engine: GrammarEngine) -> None:
@@ -171,3 +178,13 @@ FORMATS: list[tuple[dict[str, Any], str]] = [
 def test_of_a_structural_tag(engine: GrammarEngine, format: dict[str, Any], what: str) -> None:
     tag = json.dumps({"type": "structural_tag", "format": format})
     assert what in refused(engine, "structural_tag", tag).message
+
+
+def test_xgrammar_holds_to_the_schemas_in_a_structural_tag_as_well() -> None:
+    pytest.importorskip("xgrammar")
+    made = resolve(Plugins.load().grammars["xgrammar"].target)(vocabulary(), threads=1, whitespace=True)
+    for schema in ({"type": "string", "not": {"const": "a"}}, {"properties": {"a": {"const": 2**64}}}):
+        content = {"type": "or", "elements": [{"type": "json_schema", "json_schema": schema}, CONST]}
+        tag = {"type": "tag", "begin": "<a>", "content": content, "end": "</a>"}
+        with pytest.raises(RequestError, match="xgrammar does not hold to"):
+            made.compile(Grammar("structural_tag", json.dumps({"type": "structural_tag", "format": tag})))

@@ -15,7 +15,7 @@ import anyio
 import pytest
 
 from engine.actors.compiler import CompilerActor
-from engine.call_grammar import Tool, either
+from engine.call_grammar import Tool, allowed, either, forced
 from engine.channel import BlockingFrames, open_channel
 from engine.config import Config, GrammarOptions, ModelOptions
 from engine.grammars.compiler import helpers
@@ -193,6 +193,24 @@ def test_of_tools_and_a_format_that_is_blamed_which_is_refused() -> None:
     assert [found[number].param for number in (1, 2)] == ["format", "grammar"]
     assert "does not take the json_schema" in found[1].cause and found[1].code == "unsupported_keyword"
     assert found[3].grammar is not None
+
+
+@pytest.mark.parametrize("name", ["hermes", "llama3_json", "mistral", "deepseek_v3", "pythonic"])
+def test_a_refusal_names_the_tool_whose_parameters_it_is_about(name: str) -> None:
+    syntax = resolve(Plugins.load().parsers[name].target).syntax
+    bad = {"type": "object", "properties": {"id": {"const": 2**64}, "x": {"not": {"const": 1}}}}
+    tools = [Tool("first", {"type": "object"}), Tool("second", bad, strict=True), Tool("third", bad)]
+    plain = Grammar("json_schema", '{"type":"object","properties":{"a":{"type":"integer"}}}')
+    asked = [
+        forced(tools, syntax, parallel=True),
+        either(tools, syntax, plain, parallel=True),
+        *([allowed(tools, syntax)] if syntax.trigger else []),
+    ]
+    with compiler([sys.executable, "-m", "engine.grammars.compiler"], config(), asked) as frames:
+        found = answers(frames, len(asked))
+    for number in range(1, len(asked) + 1):
+        assert found[number].cause.startswith("the parameters of the tool second: "), found[number].cause
+        assert "const has the number 18446744073709551616" in found[number].cause and found[number].param == "grammar"
 
 
 async def test_the_actor_starts_it_when_it_is_needed_and_again_when_it_is_gone() -> None:
