@@ -5,8 +5,8 @@
 A process of its own asks /health every 5 ms; meanwhile the body is sent `--repeat` times, one after the other. CPU
 seconds are those of the process that serves HTTP, a body; with `--placement split`, which is what this measures, the
 scheduler is in another. On a busy machine the times say as much of the machine; the CPU seconds do not. With `--held`
-HTTP is served in this process, and what is told of each body is the longest time that the event loop spent on one callback,
-in CPU time: /health waits that long, and on an idle machine hardly longer.
+HTTP is served in this process, and what is told of each body is the longest time that the event loop spent on one
+callback, in CPU time: /health waits that long, and on an idle machine hardly longer.
 """
 
 import argparse
