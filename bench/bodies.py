@@ -1,13 +1,16 @@
 """How long /health takes beside one large body, hostile or honest, and how much CPU time the server spends on it.
 
-    python bench/bodies.py [--model smollm2-135m] [--repeat 3] [--only WORDS] [--json FILE]
+    python bench/bodies.py [--model smollm2-135m] [--repeat 3] [--only WORDS] [--json FILE] [--held]
 
 A process of its own asks /health every 5 ms; meanwhile the body is sent `--repeat` times, one after the other. CPU
 seconds are those of the process that serves HTTP, a body; with `--placement split`, which is what this measures, the
-scheduler is in another. On a busy machine the times say as much of the machine; the CPU seconds do not.
+scheduler is in another. On a busy machine the times say as much of the machine; the CPU seconds do not. With `--held`
+HTTP is served in this process, and what is told of each body is the longest time that the event loop spent on one
+callback, in CPU time: /health waits that long, and on an idle machine hardly longer.
 """
 
 import argparse
+import asyncio
 import http.client
 import json
 import multiprocessing
@@ -18,12 +21,18 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.to_thread
+
 from engine.bench.process import free_port, serve_command
 from engine.config import resolve
+from engine.http.app import serve
+from engine.launch import open_front
 
 PAUSE = 0.005  # seconds between two probes
 MIB = 1 << 20
@@ -159,13 +168,51 @@ def server(options: dict[str, Any]) -> Iterator[tuple[int, int]]:
         process.wait(60)
 
 
+async def held(model: str, only: str) -> None:
+    """Print how long each body holds the event loop at once. That is asyncio's own, whose callbacks can be timed."""
+    spent: list[float] = []
+    run = asyncio.Handle._run
+
+    def timed(handle: asyncio.Handle) -> None:
+        began = time.thread_time()
+        run(handle)
+        spent.append(1e3 * (time.thread_time() - began))
+
+    def post(url: str, path: str, body: bytes) -> int:
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=300)
+        connection.request("POST", path, body)
+        (answer := connection.getresponse()).read()
+        return answer.status
+
+    asyncio.Handle._run = timed  # type: ignore[method-assign, assignment]
+    print("| body | MiB | status | longest callback, CPU ms | all of them |")
+    print("|---|---|---|---|---|")
+    config = resolve({"model": model, "placement": "split", "log_level": "error", "port": 0})
+    async with open_front(config) as front, anyio.create_task_group() as group:
+        await front.ready()
+        url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        group.start_soon(partial(serve, front, config.server, started=url.set_result))
+        root = await url
+        for name, path, body in bodies():
+            if only in name:
+                await anyio.to_thread.run_sync(post, root, path, body)  # which starts a text process
+                spent.clear()
+                status = await anyio.to_thread.run_sync(post, root, path, body)
+                shown = f"{max(spent):.1f} | {sum(spent):.1f}"
+                print(f"| {name} | {len(body) / MIB:.2f} | {status} | {shown} |", flush=True)
+        group.cancel_scope.cancel()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--only", default="", help="bodies whose name has these words")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--held", action="store_true")
     options = parser.parse_args()
+    if options.held:
+        return anyio.run(held, options.model, options.only)
     rows = []
     print("| body | MiB | status | /health p50 | p99 | longest, ms | s a body | CPU s of HTTP's process |")
     print("|---|---|---|---|---|---|---|---|")

@@ -1,7 +1,7 @@
 """How many parts a body may have, counted before any is built.
 
 What a body costs the event loop goes by its strings, lists and objects far more than by its bytes: 32 MiB of text are
-decoded in under 0.1 s, 32 MiB of empty lists in over a second. So its parts are counted first, outside of strings, in
+decoded in under 0.1 s, 32 MiB of empty lists in two seconds. So its parts are counted first, outside of strings, in
 slices of a fraction of a millisecond, between which others have their turn. Fields whose items cost more than a part
 have limits of their own, in the structs of the bodies.
 """
