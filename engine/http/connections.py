@@ -22,10 +22,12 @@ from http import HTTPStatus
 from typing import Final, cast
 
 from aiohttp import web
+from msgspec import Struct
 
 from engine.config import ServerOptions
 from engine.errors import ConfigError
 from engine.http.half_closed import HalfClosed
+from engine.http.request_id import HEADER, new_id
 from engine.http.wire import error_object, json_response, to_json
 
 MOST_CONNECTIONS: Final = 4096  # unless the limit of open files is lower
@@ -72,6 +74,23 @@ def connection_limits(asked: int | None) -> tuple[int, int]:
     return min(asked or MOST_CONNECTIONS, room), backlog
 
 
+class Refusal(Struct, frozen=True):
+    """What a client is told where there is no request to answer."""
+
+    status: int
+    code: str
+    message: str
+    headers: dict[str, str] = {}
+
+    def answer(self) -> bytes:
+        """A whole answer, with an id of its own."""
+        body = to_json(error_object(self.message, status=self.status, code=self.code))
+        fields = {"Content-Type": "application/json", "Content-Length": str(len(body)), HEADER: new_id()}
+        fields |= {"Connection": "close"} | self.headers
+        head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+        return f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}\r\n{head}\r\n".encode() + body
+
+
 class Door:
     """What the connections of one server share: their limits, and how many there are."""
 
@@ -87,13 +106,13 @@ class Door:
         self.lingering = 0  # refused, and not closed yet
         # What aiohttp would log is what clients send that is not HTTP; `shape_errors` logs all that is ours.
         self.logger = logging.Logger("engine.http", logging.CRITICAL)
-        self.full = _answer(
+        self.full = Refusal(
             503,
             "too_many_connections",
             f"the server has {most} connections open, the most that it takes (--max-connections); try again later",
             {"Retry-After": "1"},
         )
-        self.late = _answer(
+        self.late = Refusal(
             408,
             "request_timeout",
             f"the head of the request took longer than {options.read_timeout:g} seconds; send it again, faster",
@@ -133,7 +152,7 @@ class Connection(HalfClosed):
         door.lingering += 1
         self.transport = cast(asyncio.Transport, transport)
         door.server.connection_made(self, self.transport)  # so that the server's end closes it too
-        self._end(door.full, linger=door.lingering <= LINGERING)
+        self._end(door.full.answer(), linger=door.lingering <= LINGERING)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """The socket is closed."""
@@ -176,6 +195,7 @@ class Connection(HalfClosed):
             return plain
         said = f"this is not a request that can be read: {' '.join((message or '').split())}; send HTTP/1.1"
         response = json_response(error_object(said, status=status, code="invalid_http"), status=status)
+        response.headers[HEADER] = new_id()
         response.force_close()
         return response
 
@@ -189,7 +209,7 @@ class Connection(HalfClosed):
     def _head_is_late(self) -> None:
         self._timer = None
         self._door.count_error(408)
-        self._end(self._door.late)
+        self._end(self._door.late.answer())
 
     def _end(self, answer: bytes, *, linger: bool = True) -> None:
         """Send `answer` and close, but first let the client take it.
@@ -217,12 +237,3 @@ def _bound_writing(transport: asyncio.BaseTransport, seconds: float) -> None:
     sock = transport.get_extra_info("socket")
     if hasattr(socket, "TCP_USER_TIMEOUT") and sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
-
-
-def _answer(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> bytes:
-    """A whole answer, for where there is no request to answer."""
-    body = to_json(error_object(message, status=status, code=code))
-    fields = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-    fields |= {"Connection": "close"} | (headers or {})
-    head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{head}\r\n".encode() + body

@@ -35,7 +35,7 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 AUTHORITY = re.compile(r"(?:\[([0-9a-f]*:[0-9a-z:.%_-]*)\]|([a-z0-9._-]+))(?::([0-9]{0,5}))?", re.ASCII)
 ORIGIN = re.compile(rf"([a-z][a-z0-9+.-]*)://{AUTHORITY.pattern}", re.ASCII)
 # What pages may read of a cross-origin answer in any case, and what is of no use to them.
-READABLE = frozenset({"cache-control", "content-length", "content-type", "date", "server"})
+READABLE = frozenset({"cache-control", "content-length", "content-type", "date", "server", "vary"})
 log = logging.getLogger(__name__)
 
 

@@ -19,6 +19,11 @@ MAX_LENGTH = 256
 ID = web.RequestKey("id", str)
 
 
+def new_id() -> str:
+    """An id for what has none, or for what could not be read and asked for one."""
+    return f"req-{uuid4().hex}"
+
+
 def check_id(id: str, name: str) -> None:
     """Raise RequestError unless `id`, which the client calls `name`, can go into a header and a log."""
     if not 1 <= len(id) <= MAX_LENGTH or not (id.isascii() and id.isprintable()):
@@ -33,7 +38,7 @@ async def name_request(request: web.Request, handler: Handler) -> web.StreamResp
     """Find or make the id of `request`. Raises RequestError for one that cannot be taken."""
     given = request.headers.get(HEADER)
     if given is None:
-        _name(request, f"req-{uuid4().hex}")
+        _name(request, new_id())
     else:
         check_id(given, HEADER)
         _name(request, given)
@@ -50,7 +55,7 @@ def called(request: web.Request, rid: str) -> str:
 async def send_id(request: web.Request, response: web.StreamResponse) -> None:
     """Put the id of `request` into the headers of its answer, as Anthropic's clients know it too."""
     if ID not in request:  # it was refused before, or for its id
-        _name(request, f"req-{uuid4().hex}")
+        _name(request, new_id())
     response.headers[HEADER] = request[ID]
     if request.path.startswith(ANTHROPIC_PATHS):
         response.headers[ANTHROPIC_HEADER] = request[ID]

@@ -7,12 +7,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 NO_CODES = {"engine/bench", "engine/client.py", "engine/chat.py"}  # of other processes than the server's
-CODE_OF = {"Failed": 2, "refused": 0}  # the place of their argument
+CODE_OF = {"Failed": 2, "Refusal": 1, "refused": 0}  # the place of their argument
 
 
 def texts(tree: ast.AST | None) -> set[str]:
-    nodes = [] if tree is None else ast.walk(tree)
-    return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    """What `tree` may be, where it is a text or a choice between texts."""
+    match tree:
+        case ast.Constant(value=str() as text):
+            return {text}
+        case ast.IfExp(body=one, orelse=other):
+            return texts(one) | texts(other)
+    return set()
 
 
 def codes_in(tree: ast.AST) -> Iterator[str]:
@@ -62,6 +67,7 @@ def test_codes_are_found_however_they_are_written() -> None:
 def refuse(message, *, code="one"): ...
 refuse("m", code="two" if x else "three")
 Failed(rid, 400, "four", "m")
-code = "five"
+code = "five" if remedy == "no code" else "six"
+Refusal(503, "seven", "m")
 """
-    assert set(codes_in(ast.parse(source))) == {"one", "two", "three", "four", "five"}
+    assert set(codes_in(ast.parse(source))) == {"one", "two", "three", "four", "five", "six", "seven"}

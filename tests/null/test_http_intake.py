@@ -52,7 +52,7 @@ PACKERS = {"gzip": gzip.compress, "deflate": zlib.compress, "raw": raw_deflate}
 
 def post(body: bytes, *headers: bytes, length: int | None = None) -> bytes:
     """A request; without `length`, that of `body`."""
-    lines = [b"POST /generate HTTP/1.1", b"Host: x", b"Content-Length: %d" % (len(body) if length is None else length)]
+    lines = [b"POST /generate HTTP/1.1", b"Host: localhost", b"Content-Length: %d" % (len(body) if length is None else length)]
     return b"\r\n".join([*lines, *headers, b"", body])
 
 
@@ -186,7 +186,7 @@ async def test_packed_requests_are_answered() -> None:
             (b"identity", BODY),
         ):
             assert (await answer(stream, post(packed, b"Content-Encoding: " + coding)))[0] == 200, coding
-        empty = b"POST /flush_cache HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\nContent-Length: 0\r\n\r\n"
+        empty = b"POST /flush_cache HTTP/1.1\r\nHost: localhost\r\nContent-Encoding: gzip\r\nContent-Length: 0\r\n\r\n"
         assert (await answer(stream, empty))[0] == 200
         assert await refusal(stream, post(b"", b"Content-Encoding: gzip")) == (400, "invalid_value")
         assert await refusal(stream, post(b"hello", b"Content-Encoding: gzip")) == (400, "invalid_body")
@@ -256,7 +256,7 @@ async def test_a_client_that_sends_all_of_a_body_that_is_too_long_still_gets_its
         case _:
             chunk = b"%x\r\n%b\r\n" % (2**20, b" " * 2**20)
             raw = (
-                b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk * 33 + b"0\r\n\r\n"
+                b"POST /generate HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk * 33 + b"0\r\n\r\n"
             )
     async with serving(FakeFront()) as url, dial(url) as stream:
         await stream.send(raw)
@@ -267,7 +267,7 @@ async def test_a_client_that_sends_all_of_a_body_that_is_too_long_still_gets_its
 @pytest.mark.parametrize(("path", "status"), [(b"/nowhere", 404), (b"/flush_cache", 200)])
 async def test_a_body_that_nobody_reads_is_dropped_and_then_the_connection_closed(path: bytes, status: int) -> None:
     async with serving(FakeFront(), read_timeout=SLOW) as url, dial(url) as stream:
-        head = b"POST %b HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" % path
+        head = b"POST %b HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" % path
         got, headers, _ = await answer(stream, head + b"1\r\nx\r\n")
         assert (got, headers["Connection"]) == (status, "close")
         await stream.send(b"this is not parsed")
@@ -408,7 +408,7 @@ async def test_an_idle_connection_is_closed_without_a_word(monkeypatch: pytest.M
 
 async def test_a_body_that_cannot_be_parsed_ends_the_request_that_waits_for_it() -> None:
     async with serving(FakeFront()) as url, dial(url) as stream:
-        await stream.send(b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n")
+        await stream.send(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n")
         await anyio.sleep(0.05)
         assert await refusal(stream, b"zz\r\n") == (400, "invalid_body")
         assert await until_closed(stream) == b""
@@ -421,10 +421,20 @@ async def test_what_is_not_http_gets_an_error_in_the_common_shape() -> None:
         assert await errors_counted(url, 400)
 
 
+async def test_answers_without_a_request_have_ids_too() -> None:
+    async with serving(FakeFront(), max_connections=1, read_timeout=SLOW) as url:
+        ids = []
+        for sent in (b"\x00\xff garbage\r\n\r\n", b"GET /health HTTP/1.1\r\nHost", post(BODY)):
+            async with dial(url) as stream, dial(url) as one_too_many:
+                for each in (stream, one_too_many):
+                    ids.append((await answer(each, sent))[1]["X-Request-Id"])
+    assert len(set(ids)) == 6
+
+
 async def test_pipelined_requests_are_answered_in_order() -> None:
     packed = post(gzip.compress(long_body(300_000)), b"Content-Encoding: gzip")
-    health = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
-    head = b"HEAD /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    head = b"HEAD /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
     async with serving(FakeFront()) as url, dial(url) as stream:
         await stream.send(post(BODY) + packed + head + post(b"", b"Content-Encoding: br") + health[:-4])
         await stream.send(health[-4:])
