@@ -40,6 +40,12 @@ class RequestError(EngineError):
         self.status = status
 
 
+def shut_down() -> RequestError:
+    """What a request is told that the end of the server ends."""
+    message = "the server is shutting down, and has ended this request; send it again, elsewhere or later"
+    return RequestError(message, code="draining", status=503)
+
+
 def let_go(error: BaseException) -> None:
     """Forget where `error`, whose life ends here, came from.
 

@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from engine.channel import Outbox
 from engine.config import Config
-from engine.errors import EngineError, RequestError, WorkerError
+from engine.errors import EngineError, RequestError, WorkerError, shut_down
 from engine.messages import (
     Abort,
     Chunk,
@@ -189,7 +189,7 @@ class Front:
     def end(self) -> int:
         """Let in nothing more, and end every open request with an error that says so; how many were open."""
         self.draining = True
-        self._fail_open(_ended)
+        self._fail_open(shut_down)
         return len(self._open)
 
     def _fail_open(self, error: Callable[[], EngineError]) -> None:
@@ -361,11 +361,6 @@ def check_task(request: Job, model: str, info: WorkerReady) -> None:
             "an embedding model: engine serve --model all-minilm-l6-v2",
             code="wrong_task",
         )
-
-
-def _ended() -> RequestError:
-    message = "the server is shutting down, and has ended this request; send it again, elsewhere or later"
-    return RequestError(message, code="draining", status=503)
 
 
 def _error(failed: Failed) -> EngineError:

@@ -216,6 +216,7 @@ async def serve(front: "Front", options: ServerOptions, *, started: Callable[[st
     finally:
         front.on_stats.remove(app[SERVICE].metrics.on_stats)
         front.end()  # whatever cancels us: each stream gets the event that says why it ends
+        app[INTAKE].end()
         with anyio.CancelScope(shield=True):
             if listener is not None:
                 listener.close()

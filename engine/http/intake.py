@@ -23,9 +23,11 @@ from typing import Final
 
 import anyio
 from aiohttp import StreamReader, hdrs, web
+from aiohttp.http import HttpVersion11
 
 from engine.config import ServerOptions
-from engine.errors import RequestError
+from engine.errors import RequestError, shut_down
+from engine.http.half_closed import CONTINUE
 from engine.http.wire import MAX_BODY_BYTES
 
 SMALL_BYTES: Final = 64 * 2**10  # a body up to this size that has come whole is not counted
@@ -67,6 +69,7 @@ class Intake:
         self._seconds = options.read_timeout
         self._held: dict[StreamReader, int] = {}  # bytes, by the stream that a body came from
         self._total = 0
+        self._reading: set[StreamReader] = set()
         self._unpacking = asyncio.Semaphore(PIECES_A_TURN)
 
     async def read(self, request: web.Request) -> bytes:
@@ -78,8 +81,29 @@ class Intake:
         task = asyncio.current_task()
         assert task is not None
         task.add_done_callback(lambda _: self.release(payload))
+        _ask_for(request)
+        self._reading.add(payload)
+        try:
+            return await self._whole(payload, None if coding is None else Unpacker(coding))
+        finally:
+            self._reading.discard(payload)
+
+    @property
+    def held(self) -> int:
+        """Bytes of the bodies that are being read or decoded."""
+        return self._total
+
+    def end(self) -> None:
+        """The server ends: requests whose bodies are not whole are told so."""
+        for payload in self._reading:
+            payload.set_exception(shut_down())
+
+    def release(self, payload: StreamReader) -> None:
+        """Nothing of the body that came from `payload` is held any more."""
+        self._total -= self._held.pop(payload, 0)
+
+    async def _whole(self, payload: StreamReader, unpacker: "Unpacker | None") -> bytes:
         body, packed, pace = io.BytesIO(), 0, Pace(payload, self._seconds)
-        unpacker = None if coding is None else Unpacker(coding)
         while not payload.at_eof():
             data = await pace.next()
             if unpacker is None:
@@ -92,10 +116,6 @@ class Intake:
         if unpacker is not None:
             unpacker.finish()
         return body.getvalue()
-
-    def release(self, payload: StreamReader) -> None:
-        """Nothing of the body that came from `payload` is held any more."""
-        self._total -= self._held.pop(payload, 0)
 
     def _keep(self, payload: StreamReader, body: io.BytesIO, data: bytes) -> None:
         """Add `data` to `body` and to what is held, within both bounds."""
@@ -223,6 +243,18 @@ class Unpacker:
     def _broken(self, what: str) -> RequestError:
         message = f"the request body cannot be read: {what}; check how it is encoded"
         return RequestError(message, code="invalid_body")
+
+
+async def without_expecting(request: web.Request) -> None:
+    """aiohttp's place to answer `Expect`, which is before anybody has looked at the request; `read_body` does it."""
+
+
+def _ask_for(request: web.Request) -> None:
+    """Tell a client that waits with its body that it is wanted. Other expectations mean nothing here (RFC 9110)."""
+    expected = request.headers.get(hdrs.EXPECT, "").lower() == "100-continue"
+    waits = expected and not request.content.total_bytes
+    if waits and request.version >= HttpVersion11 and request.transport is not None:
+        request.transport.write(CONTINUE)
 
 
 def _coding_of(request: web.Request) -> str | None:

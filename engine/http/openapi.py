@@ -18,7 +18,7 @@ from aiohttp.typedefs import Handler
 from msgspec import UNSET, Struct
 
 from engine import __version__
-from engine.http.intake import read_body, release_body
+from engine.http.intake import read_body, release_body, without_expecting
 from engine.http.parts import UNCOUNTED, check_parts
 from engine.http.wire import Body, BodyDecoder, Reply, StructType, json_response, structs_in
 from engine.sampling import INT32_MAX, MAX_LOGPROBS, MAX_PENALTY, MAX_REPETITION
@@ -92,7 +92,7 @@ class Route(Struct, frozen=True):
 
     def served(self) -> web.RouteDef:
         """The route for aiohttp; its handler gets what the request carries as `takes`."""
-        return web.route(self.method, self.path, self._decoding())
+        return web.route(self.method, self.path, self._decoding(), expect_handler=without_expecting)
 
     def _decoding(self) -> Handler:
         if self.takes is None:

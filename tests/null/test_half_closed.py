@@ -15,7 +15,9 @@ pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", [("asy
 
 def request(body: object, version: str = "1.1", more: str = "") -> bytes:
     data = json.dumps(body)
-    return f"POST /generate HTTP/{version}\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n{more}\r\n{data}".encode()
+    return (
+        f"POST /generate HTTP/{version}\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n{more}\r\n{data}".encode()
+    )
 
 
 @asynccontextmanager

@@ -1,17 +1,9 @@
-"""What connections and bodies may take: time, bytes, descriptors; and that who keeps to it notices nothing."""
+"""What bodies may take, bytes and time; and that who keeps to it notices nothing."""
 
 import gzip
-import itertools
-import json
 import re
-import resource
-import socket
-import zlib
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from contextlib import AsyncExitStack, ExitStack
 from unittest import mock
-from urllib.parse import urlsplit
 
 import aiohttp
 import anyio
@@ -19,20 +11,18 @@ import anyio.lowlevel
 import pytest
 from aiohttp.test_utils import make_mocked_request
 from anyio.abc import ByteStream
-from http_front import FakeFront, chunks, serving
-from hypothesis import given
-from hypothesis import strategies as st
+from http_front import FakeFront, serving
+from http_raw import BODY, answer, bare_socket, dial, errors_counted, long_body, post, readable, refusal, until_closed
 
 from engine.config import ServerOptions
-from engine.errors import ConfigError, RequestError
-from engine.http import connections
-from engine.http.connections import connection_limits
-from engine.http.intake import MAX_MEMBERS, PIECE_BYTES, SMALL_BYTES, Intake, Unpacker
+from engine.http import app, connections
+from engine.http.app import ROUTES
+from engine.http.intake import SMALL_BYTES, Intake
 from engine.http.wire import MAX_BODY_BYTES
 
 pytestmark = pytest.mark.anyio
-BODY = b'{"text": "x"}'
 BOMB = gzip.compress(b" " * (MAX_BODY_BYTES + 1))
+KEY = b"X-Api-Key: key"
 SLOW = 0.2  # a short read_timeout
 
 
@@ -40,200 +30,6 @@ SLOW = 0.2  # a short read_timeout
 def anyio_backend() -> tuple[str, dict[str, bool]]:
     """The loop of `engine serve`; other tests of the server run on asyncio's own."""
     return "asyncio", {"use_uvloop": True}
-
-
-def raw_deflate(data: bytes) -> bytes:
-    packer = zlib.compressobj(wbits=-15)
-    return packer.compress(data) + packer.flush()
-
-
-PACKERS = {"gzip": gzip.compress, "deflate": zlib.compress, "raw": raw_deflate}
-
-
-def post(body: bytes, *headers: bytes, length: int | None = None) -> bytes:
-    """A request; without `length`, that of `body`."""
-    lines = [b"POST /generate HTTP/1.1", b"Host: localhost", b"Content-Length: %d" % (len(body) if length is None else length)]
-    return b"\r\n".join([*lines, *headers, b"", body])
-
-
-def long_body(size: int) -> bytes:
-    return BODY[:-1] + b" " * (size - len(BODY)) + b"}"
-
-
-@asynccontextmanager
-async def dial(url: str) -> AsyncIterator[ByteStream]:
-    port = urlsplit(url).port
-    assert port is not None
-    async with await anyio.connect_tcp("127.0.0.1", port) as stream:
-        with anyio.fail_after(30):
-            yield stream
-
-
-async def answer(stream: ByteStream, data: bytes = b"") -> tuple[int, dict[str, str], Any]:
-    """Status, headers and JSON of the next answer to `data`."""
-    if data:
-        await stream.send(data)
-    got = b""
-    while b"\r\n\r\n" not in got:
-        got += await stream.receive()
-    head, _, body = got.partition(b"\r\n\r\n")
-    line, *fields = head.decode().split("\r\n")
-    headers = dict(field.split(": ", 1) for field in fields)
-    while len(body) < int(headers["Content-Length"]):
-        body += await stream.receive()
-    return int(line.split()[1]), headers, json.loads(body)
-
-
-def bare_socket(url: str, data: bytes) -> socket.socket:
-    """A socket that nothing reads but the test; the server finds it with `data` already there."""
-    bare = socket.create_connection(("127.0.0.1", urlsplit(url).port or 0))
-    bare.sendall(data)
-    return bare
-
-
-async def readable(bare: socket.socket) -> None:
-    with anyio.fail_after(30):
-        await anyio.wait_readable(bare)
-
-
-async def until_closed(stream: ByteStream) -> bytes:
-    got = b""
-    try:
-        while True:
-            got += await stream.receive()
-    except anyio.EndOfStream:
-        return got
-
-
-async def refusal(stream: ByteStream, data: bytes = b"") -> tuple[int, str]:
-    """Status and code of an error in the shape of all errors."""
-    status, _, body = await answer(stream, data)
-    assert set(body["error"]) == {"message", "type", "param", "code"}
-    return status, body["error"]["code"]
-
-
-async def errors_counted(url: str, status: int) -> bool:
-    async with aiohttp.ClientSession() as session, session.get(f"{url}/metrics") as response:
-        return f'engine_http_errors_total{{status="{status}"}}' in await response.text()
-
-
-# ── what is packed ───────────────────────────────────────────────────────────────────────────
-
-
-def unpack(coding: str, parts: Sequence[bytes]) -> bytes:
-    unpacker = Unpacker(coding)
-    pieces = [piece for part in parts for piece in unpacker.pieces(part)]
-    unpacker.finish()
-    assert all(len(piece) <= PIECE_BYTES for piece in pieces)
-    return b"".join(pieces)
-
-
-@given(
-    data=st.binary(max_size=300).flatmap(lambda some: st.integers(0, 3000).map(lambda times: some * times)),
-    kind=st.sampled_from(sorted(PACKERS)),
-    cuts=st.lists(st.integers(0, 2000), max_size=5),
-)
-def test_a_packed_body_is_unpacked_however_it_comes(data: bytes, kind: str, cuts: list[int]) -> None:
-    packed = PACKERS[kind](data)
-    edges = [0, *sorted(min(cut, len(packed)) for cut in cuts), len(packed)]
-    parts = [packed[start:end] for start, end in itertools.pairwise(edges)]
-    assert unpack("gzip" if kind == "gzip" else "deflate", parts) == data
-
-
-def test_the_last_byte_may_unpack_to_more_than_a_piece_has_room_for() -> None:
-    for size in range(PIECE_BYTES + 100, PIECE_BYTES + 130):
-        packer = zlib.compressobj(wbits=-15, strategy=zlib.Z_FIXED)
-        packed = packer.compress(b" " * size) + packer.flush()
-        assert unpack("deflate", [packed]) == b" " * size
-
-
-@given(members=st.lists(st.binary(max_size=50), min_size=1, max_size=20), cut=st.integers(0, 200))
-def test_several_members_are_one_body(members: list[bytes], cut: int) -> None:
-    packed = b"".join(map(gzip.compress, members))
-    assert unpack("gzip", [packed[:cut], packed[cut:]]) == b"".join(members)
-
-
-@pytest.mark.parametrize(
-    ("coding", "packed", "says"),
-    [
-        ("gzip", b"hello", "is not gzip, as its Content-Encoding says"),
-        ("gzip", zlib.compress(BODY), "is not gzip"),
-        ("deflate", gzip.compress(BODY), "is not deflate"),
-        ("gzip", gzip.compress(BODY)[:-1], "its gzip data end too early"),
-        ("gzip", gzip.compress(BODY)[:5], "its gzip data end too early"),
-        ("deflate", zlib.compress(BODY)[:-1], "its deflate data end too early"),
-        ("gzip", gzip.compress(BODY) + b"more", "is not gzip"),
-        ("gzip", gzip.compress(BODY) + b"\0" * 8, "is not gzip"),
-        ("gzip", gzip.compress(BODY)[:-8] + b"\0" * 8, "incorrect data check"),
-        ("deflate", zlib.compress(BODY) + b"more", "more bytes come after the end of its deflate data"),
-        ("gzip", gzip.compress(b"") * (MAX_MEMBERS + 1), "more than 1024 gzip members"),
-    ],
-    ids=itertools.count(),  # gzip writes the time into what it packs
-)
-def test_what_is_not_packed_as_it_says(coding: str, packed: bytes, says: str) -> None:
-    with pytest.raises(RequestError, match=says) as caught:
-        unpack(coding, [packed])
-    assert (caught.value.status, caught.value.code) == (400, "invalid_body")
-
-
-async def test_packed_requests_are_answered() -> None:
-    async with serving(FakeFront()) as url, dial(url) as stream:
-        for coding, packed in (
-            (b"gzip", gzip.compress(BODY)),
-            (b"X-GZIP", gzip.compress(BODY) + gzip.compress(b"  ")),
-            (b"deflate", zlib.compress(BODY)),
-            (b"deflate", raw_deflate(BODY)),
-            (b"identity", BODY),
-        ):
-            assert (await answer(stream, post(packed, b"Content-Encoding: " + coding)))[0] == 200, coding
-        empty = b"POST /flush_cache HTTP/1.1\r\nHost: localhost\r\nContent-Encoding: gzip\r\nContent-Length: 0\r\n\r\n"
-        assert (await answer(stream, empty))[0] == 200
-        assert await refusal(stream, post(b"", b"Content-Encoding: gzip")) == (400, "invalid_value")
-        assert await refusal(stream, post(b"hello", b"Content-Encoding: gzip")) == (400, "invalid_body")
-
-
-@pytest.mark.parametrize("fields", [[b"br"], [b"gzip, gzip"], [b"gzip", b"gzip"], [b"zstd"]])
-async def test_an_unknown_coding_is_named(fields: list[bytes]) -> None:
-    async with serving(FakeFront()) as url, dial(url) as stream:
-        status, headers, body = await answer(stream, post(BODY, *(b"Content-Encoding: " + one for one in fields)))
-    assert (status, body["error"]["code"], headers["Accept-Encoding"]) == (415, "unsupported_encoding", "gzip, deflate")
-    assert repr(b", ".join(fields).decode()) in body["error"]["message"]
-
-
-async def read_packed(intake: Intake, packed: bytes, coding: str = "gzip") -> bytes:
-    payload = aiohttp.StreamReader(mock.Mock(), 2**16)
-    payload.feed_data(packed)
-    payload.feed_eof()
-    return await intake.read(make_mocked_request("POST", "/", headers={"Content-Encoding": coding}, payload=payload))
-
-
-async def test_the_loop_turns_while_bodies_are_unpacked() -> None:
-    intake, turns = Intake(ServerOptions()), 0
-
-    async def read(number: int) -> None:
-        with pytest.raises(RequestError, match="is over 33554432 bytes"):
-            await read_packed(intake, BOMB)
-        running.discard(number)
-
-    running = set(range(6))
-    async with anyio.create_task_group() as group:
-        for number in range(6):
-            group.start_soon(read, number)
-        while running:
-            await anyio.lowlevel.checkpoint()
-            turns += 1
-    # Four pieces a turn, of six bodies or, at the end, of fewer.
-    assert turns >= 6 * (MAX_BODY_BYTES // PIECE_BYTES) // 4
-    await anyio.lowlevel.checkpoint()
-    assert intake._total == 0 and not intake._held
-
-
-async def test_packed_bytes_that_unpack_to_nothing_are_bounded_too() -> None:
-    empty_block = b"\x00\x00\x00\xff\xff"
-    intake = Intake(ServerOptions(max_body_memory=1000))
-    assert await read_packed(intake, empty_block * 199 + b"\x03\x00", "deflate") == b""
-    with pytest.raises(RequestError, match="is over 1000 bytes"):
-        await read_packed(intake, empty_block * 201, "deflate")
 
 
 # ── how long a body is ───────────────────────────────────────────────────────────────────────
@@ -256,7 +52,9 @@ async def test_a_client_that_sends_all_of_a_body_that_is_too_long_still_gets_its
         case _:
             chunk = b"%x\r\n%b\r\n" % (2**20, b" " * 2**20)
             raw = (
-                b"POST /generate HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk * 33 + b"0\r\n\r\n"
+                b"POST /generate HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+                + chunk * 33
+                + b"0\r\n\r\n"
             )
     async with serving(FakeFront()) as url, dial(url) as stream:
         await stream.send(raw)
@@ -341,6 +139,29 @@ async def test_a_body_is_held_until_it_is_decoded_or_its_client_leaves() -> None
                 statuses.add((await answer(stream, post(long_body(90_000))))[0])
 
 
+@pytest.mark.parametrize("path", [route.path for route in ROUTES if route.takes is not None and route.method == "POST"])
+async def test_no_route_holds_a_body_for_longer_than_its_request(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    intakes: list[Intake] = []
+    monkeypatch.setattr(app, "Intake", lambda options: intakes.append(Intake(options)) or intakes[0])
+    empty, packed = b"{" + b" " * 100_000 + b"}", gzip.compress(b"{]" * 50_000)
+    async with serving(FakeFront()) as url:
+        async with dial(url) as stream:
+            await answer(stream, post(empty, path=path))  # it may be all that the route needs
+            assert intakes[0].held == 0
+            assert await refusal(stream, post(empty[1:], path=path)) == (400, "invalid_json")
+            assert await refusal(stream, post(packed, b"Content-Encoding: gzip", path=path)) == (400, "invalid_json")
+            cut = post(packed[:-9], b"Content-Encoding: gzip", path=path)
+            assert await refusal(stream, cut) == (400, "invalid_body")
+            assert intakes[0].held == 0
+        async with dial(url) as stream:
+            await stream.send(post(empty[:70_000], length=100_000, path=path))
+            while not intakes[0].held:
+                await anyio.sleep(0.005)
+        with anyio.fail_after(30):
+            while intakes[0].held:
+                await anyio.sleep(0.005)
+
+
 # ── how fast ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -394,6 +215,28 @@ async def test_a_client_may_wait_for_100_continue() -> None:
         await stream.send(post(b"", b"Expect: 100-continue", length=len(BODY)))
         assert await stream.receive() == b"HTTP/1.1 100 Continue\r\n\r\n"
         assert (await answer(stream, BODY))[0] == 200
+        assert (await answer(stream, post(BODY, b"Expect: 200-ok")))[0] == 200
+
+
+@pytest.mark.parametrize(
+    "more, length, status", [(b"Origin: http://x", 9, 403), (b"X-No: key", 9, 401), (KEY, 2**26, 413)]
+)
+async def test_a_body_that_would_be_refused_is_not_asked_for(more: bytes, length: int, status: int) -> None:
+    async with serving(FakeFront(), api_key=("key",)) as url, dial(url) as stream:
+        asked = post(b"", b"Expect: 100-continue", more, length=length)
+        assert (await answer(stream, asked))[0] == status
+
+
+async def test_a_body_that_is_not_whole_at_the_servers_end_is_answered() -> None:
+    with ExitStack() as sockets:
+        async with serving(FakeFront()) as url:
+            headers = ([], [b"Content-Encoding: gzip"])
+            clients = [sockets.enter_context(bare_socket(url, post(b"", *more, length=9))) for more in headers]
+            await anyio.sleep(0.1)
+        for client in clients:
+            await readable(client)
+            said = client.recv(2000)
+            assert said.startswith(b"HTTP/1.1 503 ") and b'"draining"' in said and b"\nRetry-After: " in said
 
 
 async def test_an_idle_connection_is_closed_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -442,131 +285,3 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
         while (statuses := re.findall(rb"HTTP/1.1 (\d+)", got))[4:] == []:
             got += await stream.receive()
     assert statuses == [b"200", b"200", b"200", b"415", b"200"]
-
-
-# ── connections ──────────────────────────────────────────────────────────────────────────────
-
-
-async def test_one_connection_too_many_is_answered_and_closed() -> None:
-    async with serving(FakeFront(), max_connections=2) as url:
-        async with dial(url) as first, dial(url) as second:
-            assert (await answer(first, post(BODY)))[0] == (await answer(second, post(BODY)))[0] == 200
-            async with dial(url) as third:
-                await third.send(post(long_body(50_000)))
-                status, headers, body = await answer(third)
-                assert (status, headers["Retry-After"]) == (503, "1")
-                assert (
-                    body["error"]["code"] == "too_many_connections" and "--max-connections" in body["error"]["message"]
-                )
-                assert await until_closed(third) == b""
-            assert (await answer(first, post(BODY)))[0] == 200
-        assert await errors_counted(url, 503)
-
-
-@pytest.mark.parametrize("status", [503, 408])
-async def test_a_client_that_still_sends_after_its_refusal_is_not_reset(status: int) -> None:
-    async with serving(FakeFront(), max_connections=1, read_timeout=SLOW) as url, AsyncExitStack() as stack:
-        if status == 503:
-            only = await stack.enter_async_context(dial(url))
-            assert (await answer(only, post(BODY)))[0] == 200
-        with bare_socket(url, b"POST / HTTP/1.1\r\n") as bare:
-            await readable(bare)
-            for _ in range(3):
-                bare.sendall(b"X: y\r\n")
-                await anyio.sleep(0.02)
-            assert b" %d " % status in bare.recv(2000)
-            assert bare.recv(1) == b""
-
-
-async def test_many_refused_at_once_are_all_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "LINGERING", 3)
-    async with serving(FakeFront(), max_connections=1) as url, dial(url) as only:
-        assert (await answer(only, post(BODY)))[0] == 200
-        async with AsyncExitStack() as stack:
-            refused = [await stack.enter_async_context(dial(url)) for _ in range(20)]
-            assert {await refusal(stream) for stream in refused} == {(503, "too_many_connections")}
-
-
-async def test_slow_clients_that_take_all_connections_make_room_again() -> None:
-    count = 200
-    async with serving(FakeFront(), max_connections=count, read_timeout=SLOW) as url:
-        slow = post(b"{", length=100)
-        bare = [bare_socket(url, slow[: 20 if number % 2 else None]) for number in range(count)]
-        for one in bare:
-            with one:
-                await readable(one)
-                assert b" 408 " in one.recv(1000)
-        async with dial(url) as stream:
-            assert (await answer(stream, post(BODY)))[0] == 200
-
-
-@pytest.mark.parametrize(
-    ("soft", "hard", "asked", "gives", "then"),
-    [
-        (20_000, 20_000, None, (4096, 2048), 20_000),
-        (20_000, 20_000, 10_000, (10_000, 2048), 20_000),
-        (1024, 10**6, None, (4096, 1600), 6400),
-        (256, resource.RLIM_INFINITY, 9000, (9000, 2048), 11_304),
-        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, None, (4096, 2048), resource.RLIM_INFINITY),
-        (1024, 1024, None, (512, 256), 1024),
-        (100, 100, None, (25, 25), 100),
-        (1024, 2048, 1280, (1280, 512), 2048),
-        (1024, 2048, 1281, None, 2048),
-    ],
-)
-def test_connections_leave_descriptors_for_the_rest(
-    monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, asked: int | None, gives: tuple[int, int] | None, then: int
-) -> None:
-    limits = [(soft, hard)]
-    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
-    monkeypatch.setattr(resource, "setrlimit", lambda _, given: limits.append(given))
-    if gives is None:
-        with pytest.raises(ConfigError, match=r"--max-connections is 1281, .* 2048 files, .* ask for at most 1280"):
-            connection_limits(asked)
-    else:
-        assert connection_limits(asked) == gives
-    assert limits[-1] == (then, hard)
-
-
-# ── who reads slowly ─────────────────────────────────────────────────────────────────────────
-
-
-class Counting(FakeFront):
-    """Says much more than any socket holds, and counts what was taken."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.taken = 0
-        text = "x" * 2**16
-
-        def script() -> Any:
-            for chunk in chunks(*[text] * 2000):
-                self.taken += len(text)
-                yield chunk
-
-        self.script = script()
-
-
-STREAM = post(b'{"text": "x", "stream": true}')
-
-
-async def test_a_client_that_reads_nothing_holds_what_its_socket_holds() -> None:
-    front = Counting()
-    async with serving(front) as url, dial(url) as stream:
-        await stream.send(STREAM)
-        await front.began.wait()
-        before = -1
-        while before < front.taken:
-            before = front.taken
-            await anyio.sleep(0.3)
-        assert front.taken < 2000 * 2**16 / 4
-        await stream.receive(1)
-        assert not front.closed.is_set()
-
-
-@pytest.mark.skipif(not hasattr(connections.socket, "TCP_USER_TIMEOUT"), reason="the kernel cannot")
-async def test_a_client_that_takes_nothing_for_long_is_disconnected() -> None:
-    front = Counting()
-    async with serving(front, write_timeout=0.5) as url, dial(url) as stream:
-        await stream.send(STREAM)
-        await front.closed.wait()
