@@ -255,16 +255,17 @@ class Front:
         Closing or cancelling the generator aborts the request. Raises RequestError when it is refused,
         WorkerError when the device fails it.
         """
-        box = self._admit(request)
+        box, rid = self._admit(request), request.rid
         ended = False
         try:
             self._tokenizer.send_nowait(msgspec.structs.replace(request, rid=box.key))
+            del request  # a prompt may be long, and is not held while its reply is made
             while not ended:
                 chunk = await box.take()
                 ended = chunk.finish is not None
                 yield chunk
         finally:
-            del self._open[request.rid]
+            del self._open[rid]
             del self._keys[box.key]
             if not ended and not box.failed:
                 self._tokenizer.send_nowait(Abort(box.key))

@@ -104,8 +104,11 @@ def _conversation(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | 
 
 
 def _written(value: Any) -> int:
-    """The length of `value` as JSON."""
+    """The length of `value` as JSON; 0 for what nests too deeply, which is refused before it costs anything."""
     try:
-        return len(msgspec.json.encode(value))
-    except (TypeError, ValueError, RecursionError):  # what no JSON says: it comes from a program
-        return len(str(value))
+        try:
+            return len(msgspec.json.encode(value))
+        except (TypeError, ValueError):  # what no JSON says: it comes from a program
+            return len(str(value))
+    except RecursionError:
+        return 0

@@ -46,16 +46,17 @@ def processes(cores: int) -> int:
 
 
 class Work:
-    """One job on its way, and where its answer will be."""
+    """One job on its way, and where its answer will be. Both are forgotten once nobody waits for that: a future that
+    was cancelled leads to the frames of its request."""
 
     def __init__(self, job: TextWork, size: int) -> None:
-        self.job = job
+        self.job: TextWork | None = job
         self.size = size
-        self.answer: asyncio.Future[TextAnswer] = asyncio.get_running_loop().create_future()
+        self.answer: asyncio.Future[TextAnswer] | None = asyncio.get_running_loop().create_future()
         self.scope: anyio.CancelScope | None = None  # while a process has it
 
     def end(self, with_: TextAnswer | RequestError) -> None:
-        if self.answer.done():  # whoever asked has left
+        if self.answer is None or self.answer.done():  # whoever asked has left
             return
         if isinstance(with_, RequestError):
             self.answer.set_exception(with_)
@@ -63,6 +64,7 @@ class Work:
             self.answer.set_result(with_)
 
     def abandon(self) -> None:
+        self.job = self.answer = None
         if self.scope is not None:
             self.scope.deadline = min(self.scope.deadline, anyio.current_time() + GRACE)
 
@@ -126,12 +128,15 @@ class TextPool:
                 status=503,
             )
         work = Work(packed(job), size)
+        answer = work.answer
+        assert answer is not None, "it was just asked for"
         self._held += size
         self._queue.append(work)
         self._hand_out()
         try:
-            return await work.answer
+            return await answer
         finally:
+            del answer
             self._held -= size
             work.abandon()
             with suppress(ValueError):
@@ -210,7 +215,7 @@ class TextPool:
         retired, cause = False, ""
         with anyio.move_on_after(self._seconds) as scope:
             work.scope = scope
-            if work.answer.done():
+            if work.job is None:
                 return True, None
             with suppress(anyio.BrokenResourceError):
                 await frames.send(work.job)
@@ -228,7 +233,7 @@ class TextPool:
                         work.end(answer)
                         return not retired, None
             return False, cause
-        if not work.answer.done():
+        if work.job is not None:
             log.warning("a prompt of about %d characters took over %.0f s to tokenize", work.size, self._seconds)
         work.end(
             RequestError(

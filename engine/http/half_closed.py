@@ -2,18 +2,20 @@
 
 The end of what a client sends looks the same whether it has closed one direction or is gone. So what is asked is
 answered, and meanwhile the connection is probed. An interim answer (100, which clients of HTTP/1.1 pass over) makes the
-system of a client that is gone say so at once; it is repeated ever more rarely. The events of a stream do the same. Of
-others, which are whole replies to HTTP/1.0, TCP's keep-alive tells, once the client's system has forgotten the
-connection: on Linux within about a minute.
+system of a client that is gone say so at once; it is repeated ever more rarely. In a stream a comment takes its place,
+and the events do the same. Of HTTP/1.0, which has neither, TCP's keep-alive tells once the client's system has
+forgotten the connection: on Linux within about a minute.
 """
 
 import socket
 from contextlib import suppress
+from typing import cast
 
 from aiohttp import web
-from aiohttp.http import HttpVersion11
+from aiohttp.http import HttpVersion11, StreamWriter
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+CHUNKED_COMMENT = b"3\r\n:\n\n\r\n"  # of server-sent events, which are all that is sent in chunks
 FIRST_LOOK, LAST_LOOK = 0.01, 1.0  # seconds to the first look and between two; each is twice the one before
 REPEATED_FROM = 8  # looks after which 100 is sent again, and then each time that they have doubled
 PROBES = (("SO_KEEPALIVE", 1), ("TCP_KEEPIDLE", 1), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 3))
@@ -63,11 +65,18 @@ class HalfClosed(web.RequestHandler):
         if not self._messages:
             self._close = True  # with the answer to the last request
         doubled = number >= REPEATED_FROM and number & (number - 1) == 0
-        if (number == 1 or doubled) and self._unanswered():
-            transport.write(CONTINUE)
+        if number == 1 or doubled:
+            transport.write(self._probe())
         self._loop.call_later(min(FIRST_LOOK * 2.0 ** min(number, 10), LAST_LOOK), self._look, number + 1)
 
-    def _unanswered(self) -> bool:
-        """Whether a request of HTTP/1.1 runs of whose answer nothing is sent."""
+    def _probe(self) -> bytes:
+        """What may be sent now and is passed over: nothing, where a whole answer has begun."""
         request = self._current_request
-        return request is not None and request.version >= HttpVersion11 and not request.writer.output_size
+        if request is None:
+            return b""
+        writer = cast(StreamWriter, request.writer)
+        if not writer.output_size:
+            return CONTINUE if request.version >= HttpVersion11 else b""
+        if writer.chunked and not writer._eof:
+            return CHUNKED_COMMENT
+        return b""

@@ -355,6 +355,7 @@ def test_a_server_that_we_start_has_our_configuration(monkeypatch: pytest.Monkey
     served: list[Config] = []
     monkeypatch.setattr("engine.launch.serve", lambda config: served.append(config) or 0)
     monkeypatch.setenv("ENGINE_MAX_RUNNING", "3")
+    monkeypatch.delenv("ENGINE_SPARE_WORKER", raising=False)  # of all tests
     config = resolve({"prefix_cache": "false", "plugins": "llama,lpm", "api_key": "-k,l", "max_running": "64"})
     command = serve_command(config, 9)
     assert not any("-k,l" in word for word in command)  # others would see it

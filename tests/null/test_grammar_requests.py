@@ -12,7 +12,7 @@ import pytest
 from house import House, counted, open_house, prompt
 from test_compiler import start
 
-import engine.launch
+import engine.model_text
 from engine.errors import RequestError
 from engine.messages import Generate, Grammar
 from engine.plugin.manager import Plugins
@@ -204,8 +204,12 @@ async def test_without_an_engine_the_remedy_is_said(monkeypatch: pytest.MonkeyPa
 
 
 async def test_a_model_that_ends_nothing_follows_no_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = engine.launch.read_text
-    monkeypatch.setattr(engine.launch, "read_text", lambda *given: msgspec.structs.replace(real(*given), eos_ids=()))
+    real = engine.model_text.read_text
+
+    def endless(*given: Any) -> Any:
+        return msgspec.structs.replace(real(*given), eos_ids=())
+
+    monkeypatch.setattr(engine.model_text, "read_text", endless)
     async with open_house() as house:
         assert (await refusal(house, with_regex("a"))).code == "no_end_token"
 

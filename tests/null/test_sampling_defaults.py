@@ -10,8 +10,9 @@ from http_front import FakeFront, serving, text_of
 
 from engine.actors.tokenizer import Admission
 from engine.config import resolve
-from engine.launch import sampling_defaults
+from engine.launch import say_sampling_defaults
 from engine.messages import Generate, SamplingParams
+from engine.model_text import sampling_defaults
 from engine.plugin.manager import Plugins
 from engine.sampling import SamplingDefaults
 from engine.text import Text
@@ -77,11 +78,12 @@ def test_the_start_says_the_defaults_and_names_those_out_of_bounds(caplog: pytes
     spec = Plugins.load(()).open_checkpoint("echo").text()
     spec = msgspec.structs.replace(spec, generation={"temperature": 7, "top_p": 0.9})
     with caplog.at_level(logging.INFO):
-        assert sampling_defaults(spec, resolve({})) == SamplingDefaults(top_p=0.9)
+        say_sampling_defaults(spec, resolve({}))
+    assert sampling_defaults(spec, resolve({}))[0] == SamplingDefaults(top_p=0.9)
     wrong, said = caplog.messages
     assert "temperature is 7; it must be a number from 0 to 2" in wrong
     assert "top_p 0.9" in said and "--sampling-defaults openai" in said
-    assert sampling_defaults(spec, resolve({"sampling_defaults": "openai"})) == SamplingDefaults()
+    assert sampling_defaults(spec, resolve({"sampling_defaults": "openai"})) == (SamplingDefaults(), [])
 
 
 def test_the_embedded_chat_model_has_its_cards() -> None:
