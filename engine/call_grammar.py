@@ -24,12 +24,14 @@ NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additional
 
 
 class Tool(Struct, frozen=True):
-    """A function that may be called. `parameters` is its JSON schema, None if it takes none."""
+    """A function that may be called. `parameters` is its JSON schema, None if it takes none; `namespace` is what its
+    `name` begins with, before a point, where the client has such."""
 
     name: str
     parameters: dict[str, Any] | None = None
     description: str | None = None
     strict: bool = False
+    namespace: str = ""
 
     def described(self) -> dict[str, Any]:
         """As chat templates take it, which is as OpenAI writes it."""

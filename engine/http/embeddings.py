@@ -7,7 +7,7 @@ cross-encoders, which score two texts at once; cutting texts that are too long.
 import time
 from array import array
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from math import sqrt
 from operator import mul
@@ -20,7 +20,9 @@ from msgspec import UNSET, Meta, UnsetType
 
 from engine.actor import first_failure
 from engine.errors import RequestError
-from engine.http.openai import Priority, TokenId, pack_ids, told_apart
+from engine.http.completion_bodies import Priority, TokenId
+from engine.http.fields import LABEL, Rule, refused
+from engine.http.openai import pack_ids, told_apart
 from engine.http.request_id import called
 from engine.http.service import SERVICE, Service
 from engine.http.wire import Body, Reply, json_response
@@ -39,10 +41,10 @@ class EmbeddingBody(Body):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     priority: Priority | None = None
-    user: Any = None  # ignored
+    user: Any = None
     truncate_prompt_tokens: Any = None
 
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {"truncate_prompt_tokens": ()}
+    rules: ClassVar[Mapping[str, Rule]] = {"user": LABEL, "truncate_prompt_tokens": refused()}
 
 
 class ScoreBody(Body):
@@ -52,10 +54,10 @@ class ScoreBody(Body):
     text_2: str | list[str]
     model: str | None = None
     priority: Priority | None = None
-    user: Any = None  # ignored
+    user: Any = None
     truncate_prompt_tokens: Any = None
 
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {"truncate_prompt_tokens": ()}
+    rules: ClassVar[Mapping[str, Rule]] = {"user": LABEL, "truncate_prompt_tokens": refused()}
 
 
 class RerankDocument(Body):
@@ -71,17 +73,18 @@ class RerankBody(Body):
     top_n: Annotated[int, Meta(ge=0)] | None = None
     return_documents: bool | None = None
     priority: Priority | None = None
-    user: Any = None  # ignored
+    user: Any = None
     rank_fields: Any = None
     max_chunks_per_doc: Any = None
     max_tokens_per_doc: Any = None
     truncate_prompt_tokens: Any = None
 
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "rank_fields": (["text"],),
-        "max_chunks_per_doc": (),
-        "max_tokens_per_doc": (),
-        "truncate_prompt_tokens": (),
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "user": LABEL,
+        "rank_fields": refused(["text"]),
+        "max_chunks_per_doc": refused(),
+        "max_tokens_per_doc": refused(),
+        "truncate_prompt_tokens": refused(),
     }
 
 

@@ -20,8 +20,9 @@ from engine.config import ServerOptions
 from engine.errors import ConfigError
 from engine.front import Health, joined
 from engine.http.app import ROUTES, serve
+from engine.http.completion_bodies import ChatBody, CompletionBody
+from engine.http.conversation import ChatMessage
 from engine.http.native import GenerateBody, NativeReply, NativeSampling, Scores
-from engine.http.openai import ChatBody, ChatMessage, CompletionBody
 from engine.messages import SamplingParams, Stats
 
 pytestmark = pytest.mark.anyio

@@ -13,8 +13,9 @@ from typing_extensions import get_type_hints
 
 from engine.http import stored
 from engine.http.reading import Wanted
+from engine.http.response_bodies import ResponsesBody
 from engine.http.response_events import ResponseEvents
-from engine.http.responses import ResponsesBody, described
+from engine.http.responses import described
 from engine.messages import Chunk, SamplingParams
 
 pytestmark = pytest.mark.anyio

@@ -20,8 +20,8 @@ from engine.http.admin import PauseBody, ProfileBody
 from engine.http.anthropic import CountBody, MessagesBody
 from engine.http.app import ROUTES
 from engine.http.embeddings import EmbeddingBody, RerankBody, ScoreBody
+from engine.http.response_bodies import ResponsesBody
 from engine.http.response_tokens import InputTokensBody
-from engine.http.responses import ResponsesBody
 from engine.http.tokens import DetokenizeBody, TokenizeBody
 from engine.launch import open_front
 from engine.template import OPEN_END

@@ -16,7 +16,7 @@ from engine.errors import RequestError
 from engine.http import native, openai, parts
 from engine.http.anthropic import CountBody, conversation_of
 from engine.http.parts import MAX_PARTS, MAX_VALUES, UNCOUNTED, PartCounter, check_parts, sliced
-from engine.http.responses import ResponsesBody, messages_of
+from engine.http.response_bodies import ResponsesBody, messages_of
 from engine.http.wire import BodyDecoder
 
 VALUES = st.recursive(
