@@ -32,7 +32,7 @@ def reply_too_long(tokens: int, new: int, most: int) -> RequestError:
     """The error about a prompt of `tokens` tokens and a max_tokens of `new` that are over `most`."""
     return RequestError(
         f"the prompt has {tokens} tokens and max_tokens is {new}, but the maximum context length is {most} tokens for "
-        f"both; lower max_tokens to at most {most - tokens}, or shorten the prompt",
+        f"both; lower it to at most {most - tokens}, or shorten the prompt",
         param="max_tokens",
         code=CODE,
     )

@@ -19,7 +19,7 @@ from engine.grammar import check_nesting, grammar_of
 from engine.http.anthropic_reply import THREADS, AnthropicReply, failure_event
 from engine.http.conversation import FEW_MESSAGES, FEW_TOOLS, Effort, ToolName, checked, tool_of
 from engine.http.effort import with_effort
-from engine.http.fields import ECHO, LABEL, Only, Rule, hint, ignore, refused
+from engine.http.fields import ECHO, LABEL, Only, Rule, hint, ignore, label, refused
 from engine.http.reading import Wanted, reading_of
 from engine.http.request_id import called
 from engine.http.service import SERVICE, in_client_words
@@ -80,7 +80,7 @@ class ToolResultBlock(Body, tag_field="type", tag="tool_result"):
     toolset_name: Any = None
 
     rules: ClassVar[Mapping[str, Rule]] = {
-        "is_error": LABEL,  # what the result says is all that the model sees
+        "is_error": label(False),  # what the result says is all that the model sees
         "cache_control": LABEL,
         "toolset_name": ECHO,
     }

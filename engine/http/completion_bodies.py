@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 from msgspec import Meta
 
 from engine.http.conversation import FEW_MESSAGES, FEW_TOOLS, ChatMessage, Effort, ToolBody, ToolChoice
-from engine.http.fields import LABEL, Rule, hint, refused
+from engine.http.fields import LABEL, Rule, hint, label, refused
 from engine.http.grammars import GrammarBody
 from engine.http.wire import Body
 from engine.sampling import INT32_MAX
@@ -136,7 +136,7 @@ class ChatBody(SamplingBody, kw_only=True):
         "best_of": refused(1, remedy="send n, and choose among the replies"),
         "cache_control": LABEL,
         "metadata": LABEL,
-        "store": LABEL,
+        "store": label(False),
         "safety_identifier": LABEL,
         "prompt_cache_key": LABEL,
         "prompt_cache_options": LABEL,

@@ -82,7 +82,12 @@ def hint(*neutral: Any, only: Only | None = None) -> Rule:
     return Rule(kind="hint", neutral=neutral, only=only)
 
 
-LABEL = Rule(kind="hint", strict=False)  # it says who asks, or how to keep, cache or bill: nothing of the reply
+def label(*neutral: Any) -> Rule:
+    """It says who asks, or how to keep, cache or bill: nothing of the reply."""
+    return Rule(kind="hint", neutral=neutral, strict=False)
+
+
+LABEL = label()
 ECHO = Rule(kind="hint", strict=False, told=False)  # part of what a reply had, sent back with it
 
 

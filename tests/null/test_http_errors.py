@@ -63,7 +63,7 @@ REFUSED = [
     (CHAT, {"messages": HI, "min_tokens": 5, "max_tokens": 4}, "min_tokens", "from 0 to 4"),
     (TEXT, {"prompt": "x", "logprobs": 21}, "logprobs", "21; it must be a whole number from 0 to 20"),
     (TEXT, {"prompt": "x", "prompt_logprobs": -1}, "prompt_logprobs", "from 0 to 20"),
-    (TEXT, {"prompt": "x", "max_tokens": 0, "echo": True}, "max_tokens", "from 1"),
+    (TEXT, {"prompt": "x", "max_tokens": 0}, "max_tokens", "from 1"),
     (TEXT, {"prompt": "x", "suffix": "y"}, "suffix", "not supported yet"),
     (TEXT, {"prompt": "x", "best_of": 3}, "best_of", "not ranked here: send n: 3"),
     (TEXT, {"prompt": []}, "prompt", "at least one token id"),
