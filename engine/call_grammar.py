@@ -1,7 +1,8 @@
 """What a reply must be so that it calls tools, as a `Grammar`: structural tags over the syntax of the parser in use.
 
     forced    nothing but calls, at least one: tool_choice required, or a tool by name
-    allowed   free text, in which a call must be one of a tool that is offered: tools that are strict
+    allowed   free text, in which a call must be one of a tool that is offered: tools that are strict, or that alone
+              of others are allowed
     either    calls, or what else the reply must be: a response format beside tools
 
 The arguments are those of the tool's JSON schema in any case. Pure logic; a grammar is compiled elsewhere.
@@ -45,10 +46,10 @@ def forced(tools: Sequence[Tool], syntax: CallSyntax, *, parallel: bool) -> Gram
     return _grammar(_calls(tools, syntax, parallel=parallel))
 
 
-def allowed(tools: Sequence[Tool], syntax: CallSyntax) -> Grammar | None:
+def allowed(tools: Sequence[Tool], syntax: CallSyntax, *, held: bool = False) -> Grammar | None:
     """Any text, but where a call begins it is one of `tools`, with arguments of its schema if it is strict. None where
-    no tool is, or where calls are not told from text by how they begin."""
-    if not syntax.trigger or not any(tool.strict for tool in tools):
+    no tool is, unless `held`, or where calls are not told from text by how they begin."""
+    if not syntax.trigger or not (held or any(tool.strict for tool in tools)):
         return None
     tags = [_tag(tool, syntax, any_object=not tool.strict) for tool in tools]
     return _grammar({"type": "triggered_tags", "triggers": [syntax.trigger], "tags": tags})

@@ -120,7 +120,7 @@ IGNORED = web.AppKey("ignored", Ignored)
 
 
 def ignore(request: web.Request, *names: str) -> None:
-    """Say of `request` that its hints `names` are ignored: those that no table can tell, as the model has a say in them.
+    """Say of `request` that its hints `names` are ignored, which no table tells as the model has a say in them.
 
     Raises RequestError where hints are refused."""
     if names and request.app[IGNORED].strict:

@@ -290,7 +290,8 @@ def wanted_of(body: ChatBody) -> Wanted:
             return Wanted(tools, "required", function.name, parallel)
         case AllowedChoice(allowed):
             names = [tool.function.name for tool in allowed.tools]
-            return Wanted(among(tools, names, "tool_choice.allowed_tools.tools"), allowed.mode, None, parallel)
+            few = among(tools, names, "tool_choice.allowed_tools.tools")
+            return Wanted(few, allowed.mode, None, parallel, held=len(few) < len(tools))
     return Wanted(tools, choice or "auto", None, parallel)
 
 

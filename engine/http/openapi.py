@@ -69,9 +69,9 @@ class ErrorReply(Reply, frozen=True):
 class Route(Struct, frozen=True):
     """One method of one path. `takes` is the handler's second argument: a body, or the query of a GET.
 
-    It answers with `gives` (or, for clients of other APIs, with one of `others`), or with `unready` at status 503, or streams `events`, the last of which is "[DONE]" if
-    `done`; `error` is the shape of its errors. `open` routes ask for no API key. `content` is the type of what is not
-    JSON.
+    It answers with `gives` (or, for clients of other APIs, with one of `others`), or with `unready` at status 503, or
+    streams `events`, the last of which is "[DONE]" if `done`; `error` is the shape of its errors. `open` routes ask for
+    no API key. `content` is the type of what is not JSON.
     """
 
     method: Literal["GET", "POST", "DELETE"]

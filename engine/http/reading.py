@@ -24,12 +24,14 @@ FinishReason = Literal["stop", "length", "abort"] | None
 
 
 class Wanted(Struct, frozen=True):
-    """The tools of a request. `named` is the one to be called, if the client insists on one."""
+    """The tools of a request. `named` is the one to be called, if the client insists on one; `held` says that it has
+    other tools, which are not to be called."""
 
     tools: Sequence[Tool] = ()
     mode: Literal["none", "auto", "required"] = "auto"
     named: str | None = None
     parallel: bool = True
+    held: bool = False
 
     def __post_init__(self) -> None:
         names = [tool.name for tool in self.tools]
@@ -242,4 +244,4 @@ def _with_tools(wanted: Wanted, parser: type[ToolParser] | None, grammar: Gramma
         return forced(wanted.callable, parser.syntax, parallel=parallel)
     if grammar is not None:
         return either(wanted.callable, parser.syntax, grammar, parallel=parallel, name=name)
-    return allowed(wanted.callable, parser.syntax)
+    return allowed(wanted.callable, parser.syntax, held=wanted.held)

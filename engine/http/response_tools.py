@@ -130,7 +130,8 @@ def wanted_tools(given: list[ResponseTool] | None, choice: ResponseToolChoice | 
             return Wanted(tools, "required", name, several)
         case AllowedResponseTools(mode, allowed):
             names = [full_name(one.name, one.namespace) for one in allowed]
-            return Wanted(among(tools, names, "tool_choice.tools"), mode, None, several)
+            few = among(tools, names, "tool_choice.tools")
+            return Wanted(few, mode, None, several, held=len(few) < len(tools))
     return Wanted(tools, choice or "auto", None, several)
 
 
