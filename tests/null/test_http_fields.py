@@ -13,7 +13,7 @@ from anthropic.types.beta import message_create_params
 from http_front import FakeFront, chunks, serving
 from openai.types.responses import response_create_params
 from test_http import HI, client, post
-from test_http_tools import CALL, CALL_TIME, PARAMETERS, PLAIN, THINKING, TOOLS, front, grammar_of, pieces, said, talk
+from test_http_tools import CALL_TIME, PARAMETERS, PLAIN, THINKING, TOOLS, front, grammar_of, pieces, said, talk
 
 from engine.http.anthropic import MessagesBody
 from engine.http.app import ROUTES
@@ -101,7 +101,7 @@ HINTS: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"verbosity": "low"}, "verbosity"),
     (CHAT, {"reasoning_effort": "low"}, "reasoning_effort"),
     (CHAT, {"mirostat": 0, "mirostat_tau": 5.0}, "mirostat_tau"),
-    (CHAT, {"messages": [*HI, {"role": "assistant", "content": "x", "annotations": [{}]}, *HI]}, "messages[].annotations"),
+    (CHAT, {"messages": [*HI, {"role": "assistant", "content": "x", "annotations": [{}]}]}, "messages[].annotations"),
     (RESPONSES, {"service_tier": "priority"}, "service_tier"),
     (RESPONSES, {"text": {"verbosity": "high"}}, "text.verbosity"),
     (RESPONSES, {"truncation": "auto"}, "truncation"),
@@ -110,7 +110,7 @@ HINTS: list[tuple[str, dict[str, Any], str]] = [
     (RESPONSES, {"include": ["reasoning.encrypted_content"]}, "include"),
     (RESPONSES, {"client_metadata": {"a": "b"}}, "client_metadata"),
     (RESPONSES, {"tools": [RESPONSE_TOOL, {"type": "web_search", "filters": None}]}, "tools[].web_search"),
-    (RESPONSES, {"tools": [{"type": "custom", "name": "x"}, {"type": "local_shell"}]}, "tools[].custom, tools[].local_shell"),
+    (RESPONSES, {"tools": [{"type": "custom", "name": "x"}, {"type": "shell"}]}, "tools[].custom, tools[].shell"),
     (MESSAGES, {"output_config": {"effort": "max"}}, "output_config.effort"),
     (MESSAGES, {"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "context_management"),
     (MESSAGES, {"diagnostics": {"previous_message_id": None}}, "diagnostics"),
@@ -290,14 +290,16 @@ async def test_two_names_of_one_penalty() -> None:
 
 
 async def test_allowed_tools() -> None:
-    made = front(*pieces(CALL_TIME + CALL))
+    made = front(*pieces(CALL_TIME))
     one: dict[str, Any] = {"type": "function", "function": {"name": "get_time"}}
 
     def chat(*tools: Any, mode: str = "auto") -> dict[str, Any]:
         return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(tools)}}
 
     message, _ = await talk(made, False, tools=TOOLS, tool_choice=chat(one))
-    assert said(message) == [("get_time", "{}")]  # the other one is not called
+    assert said(message) == [("get_time", "{}")]
+    held = grammar_of(made.asked[0])  # no other is called, though the reply is free
+    assert (held["type"], [tag["begin"].split('"')[3] for tag in held["tags"]]) == ("triggered_tags", ["get_time"])
     assert [tool["function"]["name"] for tool in made.asked[0].tools or ()] == ["get_time"]
     await talk(made, False, tools=TOOLS, tool_choice=chat(one, mode="required"))
     assert [tag["begin"].split('"')[3] for tag in grammar_of(made.asked[1])["tags"]] == ["get_time"]
