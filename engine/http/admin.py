@@ -14,7 +14,7 @@ from msgspec import Meta
 from engine import __version__
 from engine.errors import RequestError
 from engine.http import experts
-from engine.http.fields import Rule, refused
+from engine.http.fields import Rule, unserved
 from engine.http.service import SERVICE
 from engine.http.wire import Body, Reply, json_response
 from engine.messages import Embed, Generate, Job, Profiled, SamplingParams
@@ -55,13 +55,13 @@ class ProfileBody(Body):
     merge_profiles: Any = None
 
     rules: ClassVar[Mapping[str, Rule]] = {
-        "activities": refused([], ["CPU", "GPU"]),
-        "start_step": refused(),
-        "with_stack": refused(False),
-        "record_shapes": refused(False),
-        "profile_by_stage": refused(False),
-        "profile_prefix": refused(),
-        "merge_profiles": refused(False),
+        "activities": unserved([], ["CPU", "GPU"]),
+        "start_step": unserved(),
+        "with_stack": unserved(False),
+        "record_shapes": unserved(False),
+        "profile_by_stage": unserved(False),
+        "profile_prefix": unserved(),
+        "merge_profiles": unserved(False),
     }
 
 

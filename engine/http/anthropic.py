@@ -16,10 +16,10 @@ from engine.call_grammar import Tool
 from engine.errors import RequestError
 from engine.front import joined
 from engine.grammar import check_nesting, grammar_of
-from engine.http.anthropic_reply import THREADS, AnthropicReply, failure_event
+from engine.http.anthropic_reply import AnthropicReply, failure_event
 from engine.http.conversation import FEW_MESSAGES, FEW_TOOLS, Effort, ToolName, checked, tool_of
 from engine.http.effort import with_effort
-from engine.http.fields import ECHO, LABEL, Only, Rule, hint, ignore, label, refused
+from engine.http.fields import ECHO, LABEL, Only, Rule, hint, ignore, label, unserved
 from engine.http.reading import Wanted, reading_of
 from engine.http.request_id import called
 from engine.http.service import SERVICE, in_client_words
@@ -201,11 +201,11 @@ class CountBody(Body):
     rules: ClassVar[Mapping[str, Rule]] = {
         "betas": hint(),
         "cache_control": LABEL,
-        "compaction": refused(),
+        "compaction": unserved(),
         "context_management": hint({"edits": []}, only=Only("edits of the types clear_*", _only_trims)),
-        "mcp_servers": refused([]),
+        "mcp_servers": unserved([]),
         "speed": hint("standard"),
-        "thread": refused(remedy="send the whole conversation without it", code=THREADS),
+        "thread": unserved(remedy="send the whole conversation without it", code="thread_unsupported_request"),
         "user_profile_id": LABEL,
         "workspace_id": LABEL,
     }
@@ -231,11 +231,11 @@ class MessagesBody(CountBody, kw_only=True):
         **CountBody.rules,
         "metadata": LABEL,
         "billing_policy": hint(),
-        "container": refused(),
+        "container": unserved(),
         "diagnostics": hint(),
         "fallback_credit_token": hint(),
         "fallbacks": hint(),  # where a model declines for a policy, which none does here
-        "inference_geo": refused(),
+        "inference_geo": unserved(),
         "service_tier": hint("auto", "standard_only"),
     }
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 from msgspec import Meta
 
 from engine.http.conversation import FEW_MESSAGES, FEW_TOOLS, ChatMessage, Effort, ToolBody, ToolChoice
-from engine.http.fields import LABEL, Rule, hint, label, refused
+from engine.http.fields import LABEL, Rule, hint, label, unserved
 from engine.http.grammars import GrammarBody
 from engine.http.wire import Body
 from engine.sampling import INT32_MAX
@@ -82,18 +82,18 @@ class SamplingBody(GrammarBody, kw_only=True):
         **GrammarBody.rules,
         "user": LABEL,
         "request_id": hint(),  # X-Request-Id is the way
-        "spaces_between_special_tokens": refused(True),
+        "spaces_between_special_tokens": unserved(True),
         "cache_prompt": hint(True),
-        "dry_multiplier": refused(0),
-        "early_stopping": refused(False),
-        "length_penalty": refused(1),
-        "mirostat": refused(0),
+        "dry_multiplier": unserved(0),
+        "early_stopping": unserved(False),
+        "length_penalty": unserved(1),
+        "mirostat": unserved(0),
         "mirostat_eta": hint(),  # of mirostat, which is refused
         "mirostat_tau": hint(),
-        "tfs_z": refused(1),
-        "typical_p": refused(1),
-        "use_beam_search": refused(False),
-        "xtc_probability": refused(0),
+        "tfs_z": unserved(1),
+        "typical_p": unserved(1),
+        "use_beam_search": unserved(False),
+        "xtc_probability": unserved(0),
     }
 
 
@@ -133,7 +133,7 @@ class ChatBody(SamplingBody, kw_only=True):
 
     rules: ClassVar[Mapping[str, Rule]] = {
         **SamplingBody.rules,
-        "best_of": refused(1, remedy="send n, and choose among the replies"),
+        "best_of": unserved(1, remedy="send n, and choose among the replies"),
         "cache_control": LABEL,
         "metadata": LABEL,
         "store": label(False),
@@ -141,16 +141,16 @@ class ChatBody(SamplingBody, kw_only=True):
         "prompt_cache_key": LABEL,
         "prompt_cache_options": LABEL,
         "prompt_cache_retention": LABEL,
-        "audio": refused(),
-        "functions": refused([], remedy="send tools, which took its place"),
-        "function_call": refused("none", "auto", remedy="send tool_choice, which took its place"),
-        "modalities": refused(["text"]),
-        "moderation": refused(),
+        "audio": unserved(),
+        "functions": unserved([], remedy="send tools, which took its place"),
+        "function_call": unserved("none", "auto", remedy="send tool_choice, which took its place"),
+        "modalities": unserved(["text"]),
+        "moderation": unserved(),
         "prediction": hint(),
         "service_tier": hint("auto", "default"),
-        "stream_reasoning": refused(True),
+        "stream_reasoning": unserved(True),
         "verbosity": hint("medium"),
-        "web_search_options": refused(),
+        "web_search_options": unserved(),
     }
 
 
@@ -161,4 +161,4 @@ class CompletionBody(SamplingBody, kw_only=True):
     best_of: int | None = None
     suffix: Any = None
 
-    rules: ClassVar[Mapping[str, Rule]] = {**SamplingBody.rules, "suffix": refused("")}
+    rules: ClassVar[Mapping[str, Rule]] = {**SamplingBody.rules, "suffix": unserved("")}

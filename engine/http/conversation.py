@@ -12,7 +12,7 @@ from msgspec import Meta
 from engine.call_grammar import Tool
 from engine.errors import RequestError
 from engine.grammar import check_nesting
-from engine.http.fields import ECHO, LABEL, Rule, hint, refused
+from engine.http.fields import ECHO, LABEL, Rule, hint, unserved
 from engine.http.wire import Body, to_json
 
 TOOL_NAME = r"^[A-Za-z0-9_.\-]{1,128}$"
@@ -71,10 +71,10 @@ class ChatMessage(Body):
 
     # An assistant's message comes back as the client got it.
     rules: ClassVar[Mapping[str, Rule]] = {
-        "refusal": refused(),
+        "refusal": unserved(),
         "annotations": hint(),
-        "audio": refused(),
-        "function_call": refused(remedy="send tool_calls, which took its place"),
+        "audio": unserved(),
+        "function_call": unserved(remedy="send tool_calls, which took its place"),
         "cache_control": LABEL,
     }
 

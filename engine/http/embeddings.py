@@ -21,7 +21,7 @@ from msgspec import UNSET, Meta, UnsetType
 from engine.actor import first_failure
 from engine.errors import RequestError
 from engine.http.completion_bodies import Priority, TokenId
-from engine.http.fields import LABEL, Rule, refused
+from engine.http.fields import LABEL, Rule, unserved
 from engine.http.openai import pack_ids, told_apart
 from engine.http.request_id import called
 from engine.http.service import SERVICE, Service
@@ -44,7 +44,7 @@ class EmbeddingBody(Body):
     user: Any = None
     truncate_prompt_tokens: Any = None
 
-    rules: ClassVar[Mapping[str, Rule]] = {"user": LABEL, "truncate_prompt_tokens": refused()}
+    rules: ClassVar[Mapping[str, Rule]] = {"user": LABEL, "truncate_prompt_tokens": unserved()}
 
 
 class ScoreBody(Body):
@@ -57,7 +57,7 @@ class ScoreBody(Body):
     user: Any = None
     truncate_prompt_tokens: Any = None
 
-    rules: ClassVar[Mapping[str, Rule]] = {"user": LABEL, "truncate_prompt_tokens": refused()}
+    rules: ClassVar[Mapping[str, Rule]] = {"user": LABEL, "truncate_prompt_tokens": unserved()}
 
 
 class RerankDocument(Body):
@@ -81,10 +81,10 @@ class RerankBody(Body):
 
     rules: ClassVar[Mapping[str, Rule]] = {
         "user": LABEL,
-        "rank_fields": refused(["text"]),
-        "max_chunks_per_doc": refused(),
-        "max_tokens_per_doc": refused(),
-        "truncate_prompt_tokens": refused(),
+        "rank_fields": unserved(["text"]),
+        "max_chunks_per_doc": unserved(),
+        "max_tokens_per_doc": unserved(),
+        "truncate_prompt_tokens": unserved(),
     }
 
 

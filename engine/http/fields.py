@@ -72,7 +72,7 @@ class Rule(Struct, frozen=True, kw_only=True):
         return RequestError(message, param=path, code=self.code)
 
 
-def refused(*neutral: Any, remedy: str = "leave it out", code: str = "unsupported_parameter") -> Rule:
+def unserved(*neutral: Any, remedy: str = "leave it out", code: str = "unsupported_parameter") -> Rule:
     """The reply would be wrong without it, but at one of `neutral`."""
     return Rule(kind="refused", neutral=neutral, remedy=remedy, code=code)
 

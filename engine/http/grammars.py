@@ -11,7 +11,7 @@ import msgspec
 
 from engine.errors import RequestError
 from engine.grammar import JSON_KINDS, check_nesting
-from engine.http.fields import LABEL, Rule, refused
+from engine.http.fields import LABEL, Rule, unserved
 from engine.http.wire import Body
 
 Schema = dict[str, Any] | bool
@@ -74,10 +74,10 @@ class StructuredOutputs(Body):
     whitespace_pattern: Any = None
 
     rules: ClassVar[Mapping[str, Rule]] = {
-        "disable_any_whitespace": refused(False),
-        "disable_additional_properties": refused(True),
+        "disable_any_whitespace": unserved(False),
+        "disable_additional_properties": unserved(True),
         "disable_fallback": LABEL,  # there is none
-        "whitespace_pattern": refused(),
+        "whitespace_pattern": unserved(),
     }
 
 
@@ -103,7 +103,7 @@ class GrammarBody(Body):
 
     rules: ClassVar[Mapping[str, Rule]] = {
         "guided_decoding_backend": LABEL,  # which engine compiles a grammar is the server's to say
-        "guided_whitespace_pattern": refused(),
+        "guided_whitespace_pattern": unserved(),
     }
 
 

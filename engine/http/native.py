@@ -14,7 +14,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from engine.errors import RequestError
 from engine.http.completion_bodies import Priority, TokenId
-from engine.http.fields import Rule, refused
+from engine.http.fields import Rule, unserved
 from engine.http.grammars import grammar_fields
 from engine.http.openai import allowed_ids, check_choices, pack_ids, salt_of, sampled, stop_strings, told_apart
 from engine.http.request_id import check_id
@@ -78,8 +78,8 @@ class NativeSampling(Body):
     custom_params: Any = None
 
     rules: ClassVar[Mapping[str, Rule]] = {
-        "spaces_between_special_tokens": refused(True),
-        "custom_params": refused({}),
+        "spaces_between_special_tokens": unserved(True),
+        "custom_params": unserved({}),
     }
 
 
@@ -109,15 +109,15 @@ class GenerateBody(Body):
     session_params: Any = None
 
     rules: ClassVar[Mapping[str, Rule]] = {
-        "input_embeds": refused(),
-        "image_data": refused([]),
-        "audio_data": refused([]),
-        "video_data": refused([]),
-        "token_ids_logprob": refused([]),
-        "return_hidden_states": refused(False),
-        "lora_path": refused(""),
-        "custom_logit_processor": refused(),
-        "session_params": refused({}),
+        "input_embeds": unserved(),
+        "image_data": unserved([]),
+        "audio_data": unserved([]),
+        "video_data": unserved([]),
+        "token_ids_logprob": unserved([]),
+        "return_hidden_states": unserved(False),
+        "lora_path": unserved(""),
+        "custom_logit_processor": unserved(),
+        "session_params": unserved({}),
     }
 
 

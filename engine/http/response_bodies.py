@@ -8,7 +8,7 @@ from msgspec import Meta
 from engine.errors import RequestError
 from engine.http.completion_bodies import Priority
 from engine.http.conversation import FEW_MESSAGES, FEW_TOOLS, Effort
-from engine.http.fields import ECHO, LABEL, Only, Rule, hint, refused
+from engine.http.fields import ECHO, LABEL, Only, Rule, hint, unserved
 from engine.http.grammars import NamedSchema, ObjectFormat, PlainFormat
 from engine.http.response_tools import ResponseTool, ResponseToolChoice, full_name
 from engine.http.wire import Body
@@ -159,13 +159,13 @@ class ResponsesBody(Body):
         "safety_identifier": LABEL,
         "stream_options": LABEL,
         "user": LABEL,
-        "access_programs": refused(),
-        "background_options": refused(),
-        "context_management": refused([]),
-        "conversation": refused(),
-        "image": refused(),
-        "moderation": refused(),
-        "prompt": refused(),
+        "access_programs": unserved(),
+        "background_options": unserved(),
+        "context_management": unserved([]),
+        "conversation": unserved(),
+        "image": unserved(),
+        "moderation": unserved(),
+        "prompt": unserved(),
         "service_tier": hint("auto", "default"),
         "truncation": hint("disabled", only=Only('"auto"', lambda value: value == "auto")),  # too long: an error
     }
