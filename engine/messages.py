@@ -136,12 +136,14 @@ class Generate(Message, frozen=True):
 
 
 class Embed(Message, frozen=True):
-    """http → tokenizer: make a vector of one prompt; exactly one of `text` and `ids` (int32) is set."""
+    """http → tokenizer: make a vector of one prompt; exactly one of `text` and `ids` (int32) is set. `first` keeps only
+    so many tokens of it, its first; -1: as many as the model takes."""
 
     rid: str
     text: str | None = None
     ids: bytes | None = None
     priority: int = 0
+    first: int | None = None
 
 
 class Prepare(Message, frozen=True):

@@ -88,6 +88,26 @@ class Text:
             return [self.spec.bos_id, *ids]
         return ids
 
+    def encode_first(self, text: str, kept: int, *, most: int | None = None, name: str = "prompt") -> list[int]:
+        """Token ids of the beginning of `text`, `kept` at most, with what the tokenizer adds around it.
+
+        Raises RequestError as `encode` does, and where what is added is as many already."""
+        check_unicode(text, name)
+        self._check_fits(text, most, name)
+        tokenizer = self.spec.tokenizer
+        (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        added = tokenizer.num_special_tokens_to_add(False)
+        first = self.spec.bos_id if self.spec.add_bos and not added else None
+        room = kept - added - (first is not None)
+        if room < 1:
+            raise RequestError(
+                f"truncate_prompt_tokens is {kept}, and {kept - room} of them are added around a text; keep more",
+                param="truncate_prompt_tokens",
+            )
+        encoding.truncate(room)
+        ids: list[int] = tokenizer.post_process(encoding, None, True).ids
+        return ids if first is None else [first, *ids]
+
     def encode_chat(
         self,
         messages: list[dict[str, Any]],

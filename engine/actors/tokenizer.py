@@ -134,10 +134,7 @@ class Admission:
 
     def _admit_vector(self, request: Embed) -> tuple[Open, Admit]:
         assert self.max_model_len is not None, "requests are let in only once the worker is ready"
-        packed = request.ids or b""
-        if request.text is not None:
-            packed = array("i", self.text.encode(request.text, most=self.max_model_len, name="input")).tobytes()
-        ids = array("i", packed)
+        ids = self._encode_vector(request, self.max_model_len)
         self._check_ids(ids, "input")
         if len(ids) > self.max_model_len:
             raise RequestError(
@@ -147,7 +144,17 @@ class Admission:
                 code="context_length_exceeded",
             )
         opened = Open(request.rid, len(ids), (), detokenize=False)
-        return opened, Admit(request.rid, packed, UNSAMPLED, (), 0, request.priority)
+        return opened, Admit(request.rid, ids.tobytes(), UNSAMPLED, (), 0, request.priority)
+
+    def _encode_vector(self, request: Embed, most: int) -> "array[int]":
+        """The tokens that the vector is made of."""
+        kept = most if request.first == -1 else request.first
+        if request.text is not None and kept is not None:
+            return array("i", self.text.encode_first(request.text, kept, most=MOST_CUT, name="input"))
+        if request.text is not None:
+            return array("i", self.text.encode(request.text, most=most, name="input"))
+        ids = array("i", request.ids or b"")
+        return ids if kept is None else ids[:kept]
 
     def _sampling(self, params: SamplingParams, stop_ids: tuple[int, ...]) -> Sampling:
         """What the device needs to know of `params`."""
