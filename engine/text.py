@@ -125,7 +125,7 @@ class Text:
         text = self.render_chat(messages, **options) + opening
         check_unicode(text, "messages")
         self._check_fits(text, most, "prompt")
-        if not (ids := self.encode(text, special)):
+        if not (ids := self.encode(text) if special else self._encode(text, False)):
             raise RequestError("the chat template makes an empty prompt of the messages; say more", param="messages")
         return ids
 

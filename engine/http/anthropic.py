@@ -17,7 +17,7 @@ from engine.errors import RequestError
 from engine.front import joined
 from engine.grammar import check_nesting, grammar_of
 from engine.http.anthropic_reply import AnthropicReply, failure_event
-from engine.http.conversation import FEW_MESSAGES, FEW_TOOLS, Effort, ToolName, checked, tool_of
+from engine.http.conversation import CALLED_DIRECTLY, FEW_MESSAGES, FEW_TOOLS, Effort, ToolName, checked, tool_of
 from engine.http.effort import with_effort
 from engine.http.fields import ECHO, LABEL, Only, Rule, hint, ignore, label, unserved
 from engine.http.reading import Wanted, reading_of
@@ -133,7 +133,7 @@ class AnthropicTool(Body):
         "cache_control": LABEL,
         "eager_input_streaming": LABEL,
         "input_examples": LABEL,
-        "allowed_callers": hint(["direct"], only=Only('a list with "direct"', lambda value: "direct" in value)),
+        "allowed_callers": CALLED_DIRECTLY,
         "defer_loading": hint(False),
     }
 

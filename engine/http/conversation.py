@@ -12,7 +12,7 @@ from msgspec import Meta
 from engine.call_grammar import Tool
 from engine.errors import RequestError
 from engine.grammar import check_nesting
-from engine.http.fields import ECHO, LABEL, Rule, hint, unserved
+from engine.http.fields import ECHO, LABEL, Only, Rule, hint, unserved
 from engine.http.wire import Body, to_json
 
 TOOL_NAME = r"^[A-Za-z0-9_.\-]{1,128}$"
@@ -20,6 +20,10 @@ ToolName = Annotated[str, Meta(pattern=TOOL_NAME)]
 # More than any honest client has. What all of them may hold together is in parts.py.
 FEW_MESSAGES = Meta(max_length=10_000)
 FEW_TOOLS = Meta(max_length=1024)
+# That programs of the server's may call a tool as well, which there are none of.
+CALLED_DIRECTLY = hint(
+    ["direct"], only=Only('a list with "direct"', lambda value: isinstance(value, list) and "direct" in value)
+)
 MAX_TEMPLATE_KWARGS = 1 << 16  # bytes of JSON: what follows from them is remembered by them
 
 

@@ -48,12 +48,10 @@ class Rule(Struct, frozen=True, kw_only=True):
     code: str = "unsupported_parameter"
 
     def is_neutral(self, value: Any) -> bool:
-        """Whether `value` asks for nothing, or for what is done anyway."""
+        """Whether `value`, which is not null, asks for nothing, or for what is done anyway."""
         nothing = (*self.neutral, *EMPTY) if self.kind == "hint" else self.neutral
         # 1 == True in Python, but not in JSON.
-        return value is None or any(
-            value == other and isinstance(value, bool) == isinstance(other, bool) for other in nothing
-        )
+        return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in nothing)
 
     def is_hint(self, value: Any, *, strict: bool) -> bool:
         """Whether `value`, which is not neutral, is ignored."""

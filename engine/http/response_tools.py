@@ -12,8 +12,8 @@ import msgspec
 
 from engine.call_grammar import Tool
 from engine.errors import RequestError
-from engine.http.conversation import FEW_TOOLS, ToolName, among, checked, tool_of
-from engine.http.fields import LABEL, Only, Rule, hint
+from engine.http.conversation import CALLED_DIRECTLY, FEW_TOOLS, ToolName, among, checked, tool_of
+from engine.http.fields import LABEL, Rule, hint
 from engine.http.reading import Wanted
 from engine.http.wire import Body
 
@@ -29,7 +29,7 @@ class ResponseFunction(Body, tag_field="type", tag="function", kw_only=True):
     output_schema: Any = None
 
     rules: ClassVar[Mapping[str, Rule]] = {
-        "allowed_callers": hint(["direct"], only=Only('a list with "direct"', lambda value: "direct" in value)),
+        "allowed_callers": CALLED_DIRECTLY,
         "cache_control": LABEL,
         "defer_loading": hint(False),  # the model is told of it at once
         "output_schema": LABEL,

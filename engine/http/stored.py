@@ -138,6 +138,7 @@ class Response:
         """Let go of what only a reply that goes on needs, and count what is left."""
         if self._reader is not None:
             self._reasoned, self._reader = self._reader.reasoning_tokens, None
+        self._scores = None
         if self._told and not self.background:  # nobody will follow it chunk by chunk
             self._told = [(self._told[-1][0], together(self._events()))]
         if self._asked.store:

@@ -92,7 +92,7 @@ def _ignored_in(body: Body, path: str, strict: bool) -> Iterator[str]:
         return
     for name, rule in body.rules.items():
         value = getattr(body, name)
-        if rule.is_neutral(value):
+        if value is None or rule.is_neutral(value):  # most are None
             continue
         if not rule.is_hint(value, strict=strict):
             raise rule.refusal(path + name, value)
