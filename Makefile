@@ -31,6 +31,7 @@ format: $(VENV)/.installed-test
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m engine.config > docs/options.md
+	$(BIN)/python -m engine.http.fields_page > docs/fields.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,7 +1,8 @@
 """What a reply must be so that it calls tools, as a `Grammar`: structural tags over the syntax of the parser in use.
 
     forced    nothing but calls, at least one: tool_choice required, or a tool by name
-    allowed   free text, in which a call must be one of a tool that is offered: tools that are strict
+    allowed   free text, in which a call must be one of a tool that is offered: tools that are strict, or that alone
+              of others are allowed
     either    calls, or what else the reply must be: a response format beside tools
 
 The arguments are those of the tool's JSON schema in any case. Pure logic; a grammar is compiled elsewhere.
@@ -24,12 +25,14 @@ NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additional
 
 
 class Tool(Struct, frozen=True):
-    """A function that may be called. `parameters` is its JSON schema, None if it takes none."""
+    """A function that may be called. `parameters` is its JSON schema, None if it takes none; `namespace` is what its
+    `name` begins with, before a point, where the client has such."""
 
     name: str
     parameters: dict[str, Any] | None = None
     description: str | None = None
     strict: bool = False
+    namespace: str = ""
 
     def described(self) -> dict[str, Any]:
         """As chat templates take it, which is as OpenAI writes it."""
@@ -43,10 +46,10 @@ def forced(tools: Sequence[Tool], syntax: CallSyntax, *, parallel: bool) -> Gram
     return _grammar(_calls(tools, syntax, parallel=parallel), tools)
 
 
-def allowed(tools: Sequence[Tool], syntax: CallSyntax) -> Grammar | None:
+def allowed(tools: Sequence[Tool], syntax: CallSyntax, *, held: bool = False) -> Grammar | None:
     """Any text, but where a call begins it is one of `tools`, with arguments of its schema if it is strict. None where
-    no tool is, or where calls are not told from text by how they begin."""
-    if not syntax.trigger or not any(tool.strict for tool in tools):
+    no tool is, unless `held`, or where calls are not told from text by how they begin."""
+    if not syntax.trigger or not (held or any(tool.strict for tool in tools)):
         return None
     tags = [_tag(tool, syntax, any_object=not tool.strict) for tool in tools]
     return _grammar({"type": "triggered_tags", "triggers": [syntax.trigger], "tags": tags}, tools)

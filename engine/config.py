@@ -183,6 +183,10 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
         bool,
         Meta(description="take chat_template from requests: a program, which can keep the server busy for long"),
     ] = False
+    strict_fields: Annotated[
+        bool,
+        Meta(description="refuse the fields of requests that are ignored otherwise because no reply is wrong for it"),
+    ] = False
     profile_dir: Annotated[
         Annotated[str, Meta(min_length=1)] | None,
         Meta(description="directory that /start_profile may write traces to; default: it is refused"),

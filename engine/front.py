@@ -72,6 +72,7 @@ def joined(chunks: Sequence[Chunk]) -> Chunk:
         ids=[id for chunk in chunks for id in chunk.ids],
         logprobs=tuple([token for chunk in chunks for token in chunk.logprobs]),
         prompt_logprobs=tuple([token for chunk in chunks for token in chunk.prompt_logprobs]),
+        prompt_ids=b"".join([chunk.prompt_ids for chunk in chunks]),
     )
 
 

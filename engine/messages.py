@@ -132,15 +132,20 @@ class Generate(Message, frozen=True):
     tools: list[dict[str, Any]] | None = None  # that the chat template describes, as OpenAI writes them
     opening: str = ""  # of the reply, put behind the prompt of `messages` and not part of the reply's text
     show_marks: bool = False  # leave those special tokens in the text that the parsers look for
+    special: bool | None = None  # add the tokenizer's special tokens to the prompt; None: to `text`, not to `messages`
+    last: int | None = None  # keep only so many tokens of the prompt, its last; -1: as many as there is room for
+    tell_prompt: bool = False  # the ids of the prompt's tokens
 
 
 class Embed(Message, frozen=True):
-    """http → tokenizer: make a vector of one prompt; exactly one of `text` and `ids` (int32) is set."""
+    """http → tokenizer: make a vector of one prompt; exactly one of `text` and `ids` (int32) is set. `first` keeps only
+    so many tokens of it, its first; -1: as many as the model takes."""
 
     rid: str
     text: str | None = None
     ids: bytes | None = None
     priority: int = 0
+    first: int | None = None
 
 
 class Prepare(Message, frozen=True):
@@ -207,7 +212,8 @@ class Open(Message, frozen=True):
 
     Neither is looked for in the first `min_tokens` tokens. `echo` goes before the reply's text. `prompt` (int32) is
     there where the prompt's log-probabilities are asked for; `prompt_only` says that no token of the reply is. The
-    next three fields are those of SamplingParams, and the last that of Generate.
+    next three fields are those of SamplingParams, and `show_marks` is Generate's. `prompt_ids` (int32) are there where
+    the prompt's ids are asked for.
     """
 
     rid: str
@@ -222,6 +228,7 @@ class Open(Message, frozen=True):
     include_stop: bool = False
     detokenize: bool = True
     show_marks: bool = False
+    prompt_ids: bytes = b""
 
 
 class Sampling(Part, frozen=True):
@@ -441,8 +448,8 @@ class Chunk(Part, frozen=True):
 
     `matched` is the stop string, the stop expression or the stop token id that ended the reply. Token counts are of
     the request so far. `ids` includes the stop token; `text` includes what stopped it only if that is asked for.
-    `logprobs`, where asked for, go with `ids`; `prompt_logprobs` come with the first token. The one chunk of an Embed
-    holds its `vector` (float32), unless it was aborted.
+    `logprobs`, where asked for, go with `ids`; `prompt_logprobs` and `prompt_ids` (int32) come with the first token.
+    The one chunk of an Embed holds its `vector` (float32), unless it was aborted.
     """
 
     rid: str
@@ -456,6 +463,7 @@ class Chunk(Part, frozen=True):
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     vector: bytes = b""
+    prompt_ids: bytes = b""
 
 
 class Chunks(Message, frozen=True):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2 import meta
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from msgspec import Struct
@@ -44,6 +45,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, tokens: Mapping[str, str], syntax: CallSyntax) -> None:
         self._compiled = compile_template(source)
+        self._source = source
         self._tokens = dict(tokens)
         self._syntax = syntax
         self._ending = lru_cache(ENDINGS)(self._find_ending)
@@ -101,6 +103,11 @@ class ChatTemplate:
         return messages, tools if able.tools else None
 
     # ── what it is able to say ───────────────────────────────────────────────────────────────
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The names that it reads and does not set."""
+        return frozenset(meta.find_undeclared_variables(environment().parse(self._source)))
 
     @cached_property
     def abilities(self) -> Abilities:
@@ -268,9 +275,15 @@ def requested(tokens: Mapping[str, str], syntax: CallSyntax) -> Callable[[str], 
 
 
 def compile_template(source: str) -> jinja2.Template:
-    """A chat template in jinja2's sandbox, with the names that Hugging Face gives templates.
+    """A chat template in jinja2's sandbox. Raises ConfigError when it is malformed."""
+    try:
+        return environment().from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(f"the chat template is malformed at line {error.lineno}: {error.message}") from error
 
-    Raises ConfigError when it is malformed."""
+
+def environment() -> ImmutableSandboxedEnvironment:
+    """jinja2's sandbox with the names that Hugging Face gives templates."""
 
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
@@ -283,13 +296,10 @@ def compile_template(source: str) -> jinja2.Template:
     def strftime_now(format: str) -> str:
         return datetime.now().strftime(format)
 
-    environment = ImmutableSandboxedEnvironment(
+    made = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock]
     )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(f"the chat template is malformed at line {error.lineno}: {error.message}") from error
+    made.filters["tojson"] = tojson
+    made.globals["raise_exception"] = raise_exception
+    made.globals["strftime_now"] = strftime_now
+    return made

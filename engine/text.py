@@ -88,17 +88,44 @@ class Text:
             return [self.spec.bos_id, *ids]
         return ids
 
+    def encode_first(self, text: str, kept: int, *, most: int | None = None, name: str = "prompt") -> list[int]:
+        """Token ids of the beginning of `text`, `kept` at most, with what the tokenizer adds around it.
+
+        Raises RequestError as `encode` does, and where what is added is as many already."""
+        check_unicode(text, name)
+        self._check_fits(text, most, name)
+        tokenizer = self.spec.tokenizer
+        (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        added = tokenizer.num_special_tokens_to_add(False)
+        first = self.spec.bos_id if self.spec.add_bos and not added else None
+        room = kept - added - (first is not None)
+        if room < 1:
+            raise RequestError(
+                f"truncate_prompt_tokens is {kept}, and {kept - room} of them are added around a text; keep more",
+                param="truncate_prompt_tokens",
+            )
+        encoding.truncate(room)
+        ids: list[int] = tokenizer.post_process(encoding, None, True).ids
+        return ids if first is None else [first, *ids]
+
     def encode_chat(
-        self, messages: list[dict[str, Any]], *, opening: str = "", most: int | None = None, **options: Any
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        opening: str = "",
+        special: bool = False,
+        most: int | None = None,
+        **options: Any,
     ) -> list[int]:
         """Token ids of a conversation as `render_chat` writes it, and of `opening` behind it; the options are its own.
+        With `special` the tokenizer adds what it adds to a text.
 
         Raises RequestError when the model has no template, it refuses the messages, or these are too long, as in
         `encode`."""
         text = self.render_chat(messages, **options) + opening
         check_unicode(text, "messages")
         self._check_fits(text, most, "prompt")
-        if not (ids := self._encode(text, False)):
+        if not (ids := self.encode(text) if special else self._encode(text, False)):
             raise RequestError("the chat template makes an empty prompt of the messages; say more", param="messages")
         return ids
 
@@ -114,9 +141,11 @@ class Text:
         if self._width is None or len(text) <= most * self._width.most:
             return
         if (least := self._width.fewest(text)) > most:
-            raise RequestError(
+            raise TooWide(
                 f"the {name} has {len(text)} characters, which are at least {least} tokens, and at most {most} are "
                 "taken; shorten it",
+                least=least,
+                characters=len(text),
                 param=name,
                 code="context_length_exceeded",
             )
@@ -152,6 +181,12 @@ class Text:
     ) -> bool | None:
         """As ChatTemplate.reasoning_open: whether the prompt ends inside of reasoning; `tools` is whether there are."""
         return self._template_for(chat_template, tools).reasoning_open(start, end, messages, **options)
+
+    def template_variables(self, chat_template: str | None, *, tools: bool) -> frozenset[str]:
+        """The variables that the template in use reads; none where there is no template."""
+        if chat_template is None and not self.has_template:
+            return frozenset()
+        return self._template_for(chat_template, tools).variables
 
     def _template_for(self, chat_template: str | None, tools: bool) -> ChatTemplate:
         name = chat_template if chat_template is not None else TOOL_USE if tools else ""
@@ -206,6 +241,15 @@ class Text:
         if self._byte_level:
             return ByteDecoder(self._token_bytes(skipped))
         return WindowDecoder(self.spec.tokenizer, skipped)
+
+
+class TooWide(RequestError):
+    """A text has more `characters` than so many tokens can stand for: it is at least `least` of them."""
+
+    def __init__(self, message: str, *, least: int, characters: int, param: str, code: str) -> None:
+        super().__init__(message, param=param, code=code)
+        self.least = least
+        self.characters = characters
 
 
 class Width(Struct, frozen=True):

@@ -44,10 +44,8 @@ def perform(admission: Admission, job: TextJob) -> TextAnswer:
 def _tokenized(text: Text, job: Tokenize) -> Tokenized:
     if job.messages is None:
         ids = text.encode(job.text or "", job.special, most=job.most)
-    elif job.special:
-        ids = text.encode(text.render_chat(job.messages, **job.options), most=job.most)
     else:
-        ids = text.encode_chat(job.messages, most=job.most, **job.options)
+        ids = text.encode_chat(job.messages, special=job.special, most=job.most, **job.options)
     if len(ids) > job.most:
         raise RequestError(
             f"the prompt has {len(ids)} tokens, and at most {job.most} are taken; send it in parts",

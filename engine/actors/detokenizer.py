@@ -37,7 +37,7 @@ class Reply:
 
     __slots__ = (
         *("cached_tokens", "completion_tokens", "decoder", "echo"),
-        *("include_stop", "plain", "prompt", "prompt_only", "prompt_tokens"),
+        *("include_stop", "plain", "prompt", "prompt_ids", "prompt_only", "prompt_tokens"),
     )
 
     def __init__(self, decoder: ReplyDecoder, opened: Open) -> None:
@@ -47,10 +47,12 @@ class Reply:
         self.completion_tokens = 0
         self.echo = opened.echo  # until it is sent
         self.prompt = opened.prompt  # until its log-probabilities are sent
+        self.prompt_ids = opened.prompt_ids  # until they are sent
         self.prompt_only = opened.prompt_only
         self.include_stop = opened.include_stop
         # Nothing but the scheduler ends it, and its chunks hold nothing but new tokens.
-        self.plain = not (opened.stop or opened.stop_regex or opened.echo or opened.prompt or opened.prompt_only)
+        about_prompt = opened.echo or opened.prompt or opened.prompt_ids or opened.prompt_only
+        self.plain = not (opened.stop or opened.stop_regex or about_prompt)
 
 
 class Replies:
@@ -119,7 +121,7 @@ class Replies:
                 continue
             if row in vectors:
                 chunk = msgspec.structs.replace(chunk, vector=vectors[row])
-            if reply.echo or reply.prompt is not None or row in scores:
+            if reply.echo or reply.prompt is not None or reply.prompt_ids or row in scores:
                 chunk = self._completed(chunk, reply, scores.get(row), prompts.get(row))
             chunks.append(chunk)
         return chunks, hits, failures
@@ -163,7 +165,10 @@ class Replies:
             prompt_logprobs = (self._token(first, None, 0),)
             if prompt is not None:
                 prompt_logprobs += self._spelled(rest, prompt)
-        return msgspec.structs.replace(chunk, text=text, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+        ids, reply.prompt_ids = reply.prompt_ids, b""
+        return msgspec.structs.replace(
+            chunk, text=text, logprobs=logprobs, prompt_logprobs=prompt_logprobs, prompt_ids=ids
+        )
 
     def _spelled(self, ids: list[int], scores: Logprobs) -> tuple[TokenLogprob, ...]:
         """The log-probabilities of `ids`, the first that `scores` holds."""

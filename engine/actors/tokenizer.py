@@ -18,6 +18,7 @@ from engine.actor import first_failure
 from engine.channel import Outbox
 from engine.errors import RequestError, let_go
 from engine.grammar import check_grammar, grammar_of
+from engine.lengths import prompt_too_long, reply_too_long
 from engine.messages import (
     Abort,
     Admit,
@@ -40,8 +41,9 @@ from engine.messages import (
     ToTokenizer,
     WorkerReady,
 )
-from engine.text import Text, check_unicode
+from engine.text import Text, TooWide, check_unicode
 
+MOST_CUT = 1 << 16  # tokens of a prompt of which only the last are kept, as far as its characters tell
 UNSAMPLED = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)  # of a vector, no token is
 
 
@@ -60,7 +62,11 @@ class Admission:
         return self._admit_vector(request) if isinstance(request, Embed) else self._admit_text(request)
 
     def _admit_text(self, request: Generate) -> tuple[Open, Admit]:
-        ids = self._encode(request)
+        try:
+            ids = self._encode(request)
+        except TooWide as error:
+            assert self.max_model_len is not None, "requests are let in only once the worker is ready"
+            raise prompt_too_long(error.least, self.max_model_len, characters=error.characters) from None
         params = request.sampling
         default = request.default_max_tokens or self.text.defaults.max_new_tokens
         max_new = self._max_new(len(ids), params.max_tokens, default)
@@ -88,6 +94,7 @@ class Admission:
             include_stop=params.include_stop_str_in_output,
             detokenize=params.detokenize,
             show_marks=request.show_marks,
+            prompt_ids=ids.tobytes() if request.tell_prompt else b"",
         )
         sampling = self._sampling(params, stop_ids)
         check_unicode(request.cache_salt, "cache_salt")
@@ -127,10 +134,7 @@ class Admission:
 
     def _admit_vector(self, request: Embed) -> tuple[Open, Admit]:
         assert self.max_model_len is not None, "requests are let in only once the worker is ready"
-        packed = request.ids or b""
-        if request.text is not None:
-            packed = array("i", self.text.encode(request.text, most=self.max_model_len, name="input")).tobytes()
-        ids = array("i", packed)
+        ids = self._encode_vector(request, self.max_model_len)
         self._check_ids(ids, "input")
         if len(ids) > self.max_model_len:
             raise RequestError(
@@ -140,7 +144,17 @@ class Admission:
                 code="context_length_exceeded",
             )
         opened = Open(request.rid, len(ids), (), detokenize=False)
-        return opened, Admit(request.rid, packed, UNSAMPLED, (), 0, request.priority)
+        return opened, Admit(request.rid, ids.tobytes(), UNSAMPLED, (), 0, request.priority)
+
+    def _encode_vector(self, request: Embed, most: int) -> "array[int]":
+        """The tokens that the vector is made of."""
+        kept = most if request.first == -1 else request.first
+        if request.text is not None and kept is not None:
+            return array("i", self.text.encode_first(request.text, kept, most=MOST_CUT, name="input"))
+        if request.text is not None:
+            return array("i", self.text.encode(request.text, most=most, name="input"))
+        ids = array("i", request.ids or b"")
+        return ids if kept is None else ids[:kept]
 
     def _sampling(self, params: SamplingParams, stop_ids: tuple[int, ...]) -> Sampling:
         """What the device needs to know of `params`."""
@@ -194,11 +208,12 @@ class Admission:
                 )
 
     def _encode(self, request: Generate) -> "array[int]":
-        most = self.max_model_len
+        most = self.max_model_len if request.last is None else MOST_CUT
         if request.messages is not None:
             conversation = self.text.encode_chat(
                 request.messages,
                 opening=request.opening,
+                special=bool(request.special),
                 most=most,
                 tools=request.tools,
                 add_generation_prompt=request.add_generation_prompt,
@@ -208,12 +223,17 @@ class Admission:
             )
             ids = array("i", conversation)
         elif request.text is not None:
-            ids = array("i", self.text.encode(request.text, most=most))
+            ids = array("i", self.text.encode(request.text, request.special is not False, most=most))
         else:
             ids = array("i")
             ids.frombytes(request.ids or b"")
         self._check_ids(ids, "prompt")
-        return ids
+        return ids if request.last is None else ids[-self._kept(request.last, request.sampling.max_tokens) :]
+
+    def _kept(self, last: int, new: int | None) -> int:
+        """How many tokens of a prompt stay; a `last` of -1 leaves room for `new`, or one."""
+        assert self.max_model_len is not None, "requests are let in only once the worker is ready"
+        return last if last != -1 else max(1, self.max_model_len - (1 if new is None else new))
 
     def _check_ids(self, ids: "array[int]", name: str) -> None:
         if not ids:
@@ -229,19 +249,9 @@ class Admission:
         assert self.max_model_len is not None, "requests are let in only once the worker is ready"
         room = self.max_model_len - prompt
         if room < 1:
-            raise RequestError(
-                f"the prompt has {prompt} tokens and the model's length is {self.max_model_len} for prompt and reply "
-                f"together; shorten the prompt to at most {self.max_model_len - 1} tokens",
-                param="prompt",
-                code="context_length_exceeded",
-            )
+            raise prompt_too_long(prompt, self.max_model_len)
         if wanted is not None and wanted > room:
-            raise RequestError(
-                f"max_tokens {wanted} and a prompt of {prompt} tokens are over the model's length of "
-                f"{self.max_model_len}; ask for at most {room} tokens",
-                param="max_tokens",
-                code="context_length_exceeded",
-            )
+            raise reply_too_long(prompt, wanted, self.max_model_len)
         if wanted is not None:
             return wanted
         return room if default is None else min(room, default)

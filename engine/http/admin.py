@@ -1,6 +1,7 @@
 """Routes for operators: health, what the server is and does, metrics, and those that act on running work."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 from uuid import uuid4
@@ -13,6 +14,7 @@ from msgspec import Meta
 from engine import __version__
 from engine.errors import RequestError
 from engine.http import experts
+from engine.http.fields import Rule, unserved
 from engine.http.service import SERVICE
 from engine.http.wire import Body, Reply, json_response
 from engine.messages import Embed, Generate, Job, Profiled, SamplingParams
@@ -52,14 +54,14 @@ class ProfileBody(Body):
     profile_prefix: Any = None
     merge_profiles: Any = None
 
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "activities": ([], ["CPU", "GPU"]),
-        "start_step": (),
-        "with_stack": (False,),
-        "record_shapes": (False,),
-        "profile_by_stage": (False,),
-        "profile_prefix": (),
-        "merge_profiles": (False,),
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "activities": unserved([], ["CPU", "GPU"]),
+        "start_step": unserved(),
+        "with_stack": unserved(False),
+        "record_shapes": unserved(False),
+        "profile_by_stage": unserved(False),
+        "profile_prefix": unserved(),
+        "merge_profiles": unserved(False),
     }
 
 

@@ -4,6 +4,7 @@ A last message of the assistant's is continued; successive messages of one role 
 anthropic_reply.py. Left out, and refused by name: images and documents, tools that the server runs, batches.
 """
 
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, Literal
 from uuid import uuid4
@@ -14,20 +15,30 @@ from msgspec import Meta
 from engine.call_grammar import Tool
 from engine.errors import RequestError
 from engine.front import joined
-from engine.grammar import check_nesting
+from engine.grammar import check_nesting, grammar_of
 from engine.http.anthropic_reply import AnthropicReply, failure_event
-from engine.http.conversation import FEW_MESSAGES, FEW_TOOLS, ToolName, checked, tool_of
+from engine.http.conversation import CALLED_DIRECTLY, FEW_MESSAGES, FEW_TOOLS, Effort, ToolName, checked, tool_of
+from engine.http.effort import with_effort
+from engine.http.fields import ECHO, LABEL, Only, Rule, hint, ignore, label, unserved
 from engine.http.reading import Wanted, reading_of
 from engine.http.request_id import called
 from engine.http.service import SERVICE, in_client_words
 from engine.http.sse import send_events
 from engine.http.tokens import tokenized
-from engine.http.wire import Body, Reply, check_served, json_response, to_json
+from engine.http.wire import Body, Reply, json_response, to_json
 from engine.messages import Generate, SamplingParams, Tokenize
 from engine.sampling import INT32_MAX, check_sampling
 
 PREFIX = "/v1/messages"
-CLIENT_NAMES = {"stop": "stop_sequences", "grammar": "tools"}
+FORMAT = "output_config.format.schema"
+CLIENT_NAMES = {
+    "prompt": "messages",
+    "stop": "stop_sequences",
+    "json_schema": FORMAT,
+    "continue_final_message": "messages",  # what a last message of the assistant's asks for
+    "chat_template_kwargs": "thinking",
+}
+SEARCHES = ("tool_search_tool_regex_20251119", "tool_search_tool_bm25_20251119")
 
 
 # ── bodies ───────────────────────────────────────────────────────────────────────────────────
@@ -35,40 +46,60 @@ CLIENT_NAMES = {"stop": "stop_sequences", "grammar": "tools"}
 
 class TextBlock(Body, tag_field="type", tag="text"):
     text: str
-    cache_control: Any = None  # ignored: every prefix is cached
+    cache_control: Any = None
     citations: Any = None
 
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {"citations": ([],)}
+    rules: ClassVar[Mapping[str, Rule]] = {"cache_control": LABEL, "citations": hint()}  # every prefix is cached
+
+
+class ToolReferenceBlock(Body, tag_field="type", tag="tool_reference"):
+    """A tool of the request that a search has found."""
+
+    tool_name: str
+    cache_control: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {"cache_control": LABEL}
 
 
 class ToolUseBlock(Body, tag_field="type", tag="tool_use"):
     id: str
     name: str
     input: dict[str, Any]
-    # Ignored.
     cache_control: Any = None
     caller: Any = None
     toolset_name: Any = None
 
+    rules: ClassVar[Mapping[str, Rule]] = {"cache_control": LABEL, "caller": ECHO, "toolset_name": ECHO}
+
 
 class ToolResultBlock(Body, tag_field="type", tag="tool_result"):
     tool_use_id: str
-    content: str | list[TextBlock] | None = None
-    is_error: bool | None = None  # ignored: what the result says is all that the model sees
-    # Ignored.
+    content: str | list[TextBlock | ToolReferenceBlock] | None = None
+    is_error: bool | None = None
     cache_control: Any = None
     toolset_name: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "is_error": label(False),  # what the result says is all that the model sees
+        "cache_control": LABEL,
+        "toolset_name": ECHO,
+    }
 
 
 class ThinkingBlock(Body, tag_field="type", tag="thinking"):
     thinking: str
-    signature: Any = None  # ignored: there is none
+    signature: Any = None
+    cache_control: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {"signature": ECHO, "cache_control": LABEL}
 
 
 class RedactedThinkingBlock(Body, tag_field="type", tag="redacted_thinking"):
-    """Ignored: nobody here can read it."""
+    """Nobody here can read it."""
 
     data: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {"data": ECHO}
 
 
 Block = TextBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock | RedactedThinkingBlock
@@ -77,22 +108,34 @@ Block = TextBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock | RedactedThi
 class AnthropicMessage(Body):
     role: Literal["user", "assistant", "system"]
     content: str | list[Block]
+    cache_control: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {"cache_control": LABEL}
 
 
 class AnthropicTool(Body):
+    """A tool of the client's, which has an `input_schema`; or the search of tools, which is left out: the model is told
+    of all tools, those with `defer_loading` too."""
+
     name: ToolName
-    input_schema: dict[str, Any]
+    input_schema: dict[str, Any] | None = None
     description: str | None = None
     strict: bool | None = None
-    type: Literal["custom"] | None = None
-    # Ignored: they change nothing that the engine does.
+    type: Literal["custom", "tool_search_tool_regex_20251119", "tool_search_tool_bm25_20251119"] | None = None
     cache_control: Any = None
     eager_input_streaming: Any = None
     input_examples: Any = None
     allowed_callers: Any = None
     defer_loading: Any = None
 
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {"allowed_callers": (["direct"],), "defer_loading": (False,)}
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "type": hint("custom"),
+        "cache_control": LABEL,
+        "eager_input_streaming": LABEL,
+        "input_examples": LABEL,
+        "allowed_callers": CALLED_DIRECTLY,
+        "defer_loading": hint(False),
+    }
 
 
 class AnthropicToolChoice(Body):
@@ -102,11 +145,37 @@ class AnthropicToolChoice(Body):
 
 
 class Thinking(Body):
-    """What the template is told of thinking. How long it may be is not: `budget_tokens` is ignored."""
+    """What the template is told of thinking. How long it may be is not."""
 
-    type: Literal["enabled", "disabled", "adaptive"]
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
     budget_tokens: Any = None
-    display: Any = None  # ignored
+    display: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {"budget_tokens": LABEL, "display": LABEL}
+
+
+class AnthropicFormat(Body, tag_field="type", tag="json_schema"):
+    """The reply is JSON of this schema."""
+
+    schema: dict[str, Any] | bool
+
+
+class OutputConfig(Body):
+    """`effort` is for the chat template, if that reads `reasoning_effort`."""
+
+    effort: Effort | None = None
+    format: AnthropicFormat | None = None
+    task_budget: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {"task_budget": hint()}
+
+
+def _only_trims(value: Any) -> bool:
+    """Whether `context_management` only leaves out what is old, which the server has room for or refuses."""
+    edits = value.get("edits", []) if isinstance(value, dict) else None
+    return isinstance(edits, list) and all(
+        isinstance(edit, dict) and str(edit.get("type")).startswith("clear_") for edit in edits
+    )
 
 
 class CountBody(Body):
@@ -118,13 +187,28 @@ class CountBody(Body):
     tools: Annotated[list[AnthropicTool], FEW_TOOLS] | None = None
     tool_choice: AnthropicToolChoice | None = None
     thinking: Thinking | None = None
-    cache_control: Any = None  # ignored
-    user_profile_id: Any = None  # ignored
-    workspace_id: Any = None  # ignored
-    output_config: Any = None
+    output_config: OutputConfig | None = None
+    betas: Any = None
+    cache_control: Any = None
+    compaction: Any = None
+    context_management: Any = None
+    mcp_servers: Any = None
     speed: Any = None
+    thread: Any = None
+    user_profile_id: Any = None
+    workspace_id: Any = None
 
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {"output_config": ({},), "speed": ("standard",)}
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "betas": hint(),
+        "cache_control": LABEL,
+        "compaction": unserved(),
+        "context_management": hint({"edits": []}, only=Only("edits of the types clear_*", _only_trims)),
+        "mcp_servers": unserved([]),
+        "speed": hint("standard"),
+        "thread": unserved(remedy="send the whole conversation without it", code="thread_unsupported_request"),
+        "user_profile_id": LABEL,
+        "workspace_id": LABEL,
+    }
 
 
 class MessagesBody(CountBody, kw_only=True):
@@ -134,18 +218,25 @@ class MessagesBody(CountBody, kw_only=True):
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
-    metadata: Any = None  # ignored
+    metadata: Any = None
+    billing_policy: Any = None
     container: Any = None
     diagnostics: Any = None
+    fallback_credit_token: Any = None
+    fallbacks: Any = None
     inference_geo: Any = None
     service_tier: Any = None
 
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
-        **CountBody.unserved,
-        "container": (),
-        "diagnostics": (),
-        "inference_geo": (),
-        "service_tier": ("auto", "standard_only"),
+    rules: ClassVar[Mapping[str, Rule]] = {
+        **CountBody.rules,
+        "metadata": LABEL,
+        "billing_policy": hint(),
+        "container": unserved(),
+        "diagnostics": hint(),
+        "fallback_credit_token": hint(),
+        "fallbacks": hint(),  # where a model declines for a policy, which none does here
+        "inference_geo": unserved(),
+        "service_tier": hint("auto", "standard_only"),
     }
 
 
@@ -161,15 +252,22 @@ async def messages(request: web.Request, body: MessagesBody) -> web.StreamRespon
     service = request.app[SERVICE]
     service.check_model(body.model)
     given = {name: value for name in ("temperature", "top_p", "top_k") if (value := getattr(body, name)) is not None}
+    if body.output_config is not None and (format := body.output_config.format) is not None:
+        check_nesting(format.schema, FORMAT)
+        given["json_schema"] = to_json(format.schema).decode()
     sampling = SamplingParams(max_tokens=body.max_tokens, stop=tuple(body.stop_sequences or ()), **given)
     check_sampling(sampling, CLIENT_NAMES)
-    conversation, options = conversation_of(body), template_options(body)
-    reading = reading_of(service.front.text, sampling, conversation, options, wanted_of(body), names=CLIENT_NAMES)
+    wanted = wanted_of(body)
+    conversation, options = conversation_of(body), _options(request, body, wanted)
+    reading = reading_of(
+        service.front.text, sampling, conversation, options, wanted, names=CLIENT_NAMES | {"grammar": FORMAT}
+    )
     rid = f"msg_{uuid4().hex}"
     job = Generate(rid, sampling, messages=conversation, **options, **reading.job)
     reply = AnthropicReply(rid, service.model, reading)
     chunks = service.metrics.watch(service.front.generate(job), "messages")
-    with in_client_words(CLIENT_NAMES), service.known_as(called(request, rid), rid, [job]):
+    names = CLIENT_NAMES | reading.grammar_names(None if grammar_of(sampling) is None else FORMAT)
+    with in_client_words(names), service.known_as(called(request, rid), rid, [job]):
         async with aclosing(chunks):
             if body.stream:
                 return await send_events(request, chunks, reply, failure=failure_event)
@@ -181,8 +279,9 @@ async def count_tokens(request: web.Request, body: CountBody) -> web.Response:
     """Count the tokens of a conversation as /v1/messages would read it."""
     service = request.app[SERVICE]
     service.check_model(body.model)
-    conversation, options = conversation_of(body), template_options(body)
-    tools = [tool.described() for tool in wanted_of(body).offered]
+    wanted = wanted_of(body)
+    conversation, options = conversation_of(body), _options(request, body, wanted)
+    tools = [tool.described() for tool in wanted.offered]
     found = await tokenized(service, Tokenize(None, conversation, {"tools": tools, **options}), "messages")
     return json_response(CountReply(len(found.ids) // 4))
 
@@ -194,7 +293,7 @@ def conversation_of(body: CountBody) -> list[dict[str, Any]]:
     """The messages as a chat template takes them: the system's first, no two of one role in a row but tools'."""
     runs: list[list[dict[str, Any]]] = []  # of turns that become one
     if body.system:
-        runs.append([{"role": "system", "content": _text(body.system, "system")}])
+        runs.append([{"role": "system", "content": _text(body.system)}])
     for index, message in enumerate(body.messages):
         for turn in _turns(message, f"messages[{index}].content"):
             if runs and runs[-1][0]["role"] == turn["role"] != "tool":
@@ -222,13 +321,12 @@ def _turns(message: AnthropicMessage, path: str) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
     for index, block in enumerate(message.content):
         place = f"{path}[{index}]"
-        check_served(block, f"{place}.")
         match block:
             case TextBlock():
                 said.append(block.text)
             case ToolResultBlock():
                 _goes_with(message, "user", place)
-                told = _text(block.content or "", f"{place}.content")
+                told = _text(block.content or "")
                 results.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": told})
             case ToolUseBlock():
                 _goes_with(message, "assistant", place)
@@ -251,12 +349,26 @@ def _goes_with(message: AnthropicMessage, role: str, path: str) -> None:
         raise RequestError(f"{path} goes with the role {role}, not {message.role}", param=path)
 
 
-def _text(content: str | list[TextBlock], path: str) -> str:
+def _text(content: str | Sequence[TextBlock | ToolReferenceBlock]) -> str:
+    """A content as one text. The model is told of a tool that is referred to anyway, so its name is enough."""
     if isinstance(content, str):
         return content
-    for index, block in enumerate(content):
-        check_served(block, f"{path}[{index}].")
-    return "".join(block.text for block in content)
+    return "".join(
+        block.text if isinstance(block, TextBlock) else f"The tool {block.tool_name} can be called.\n"
+        for block in content
+    )
+
+
+def _options(request: web.Request, body: CountBody, wanted: Wanted) -> dict[str, Any]:
+    """How the template writes the conversation, and with what effort it is told to think."""
+    options = template_options(body)
+    if body.output_config is None or (effort := body.output_config.effort) is None:
+        return options
+    text, tools = request.app[SERVICE].front.text, bool(wanted.offered)
+    options, whole = with_effort(text, options, effort, tools=tools, switch=False)
+    if not whole:
+        ignore(request, "output_config.effort")
+    return options
 
 
 def template_options(body: CountBody) -> dict[str, Any]:
@@ -274,10 +386,12 @@ def wanted_of(body: CountBody) -> Wanted:
     """What `body` says of tools."""
     tools: list[Tool] = []
     for index, tool in enumerate(body.tools or ()):
-        check_served(tool, f"tools[{index}].")
-        tools.append(
-            tool_of(tool.name, tool.input_schema, tool.description, tool.strict, f"tools[{index}].input_schema")
-        )
+        if tool.type in SEARCHES:
+            continue
+        path = f"tools[{index}].input_schema"
+        if tool.input_schema is None:
+            raise RequestError(f"{path} is missing; send a JSON schema of an object", param=path)
+        tools.append(tool_of(tool.name, tool.input_schema, tool.description, tool.strict, path))
     choice = body.tool_choice or AnthropicToolChoice(type="auto")
     if (choice.type == "tool") != (choice.name is not None):
         raise RequestError(

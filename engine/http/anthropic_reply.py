@@ -7,15 +7,17 @@ signatures of what it thinks, which are empty.
 from typing import Any, Literal, get_args
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from engine.http.reading import Reading
 from engine.http.sse import describe_error
 from engine.http.wire import Reply, to_json
+from engine.lengths import as_anthropic
 from engine.messages import Chunk
 from engine.parsers import assembled
 from engine.plugin.parsing import CallArguments, CallBegin, CallEnd, Content, Event, Reasoning
 
+THREADS = "thread_unsupported_request"  # makes a client go on without threads
 ERRORS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -29,11 +31,18 @@ ERRORS = {
 # ── what is sent ─────────────────────────────────────────────────────────────────────────────
 
 
+class ErrorDetails(Reply, frozen=True):
+    error_code: str
+
+
 class AnthropicErrorFields(Reply, frozen=True):
+    """`details` are there where Anthropic's clients go by them."""
+
     type: str
     message: str
     param: str | None
     code: str | None
+    details: ErrorDetails | UnsetType = UNSET
 
 
 class AnthropicErrorReply(Reply, frozen=True):
@@ -146,7 +155,9 @@ EVENTS: tuple[type[Struct], ...] = get_args(AnyEvent)
 def error_of(error: dict[str, Any], status: int) -> AnthropicErrorReply:
     """An OpenAI error object, worded as Anthropic's; `param` and `code` are kept beside it."""
     kind = ERRORS.get(status, "invalid_request_error" if status < 500 else "api_error")
-    return AnthropicErrorReply("error", AnthropicErrorFields(**error["error"] | {"type": kind}))
+    fields = error["error"] | {"type": kind, "message": as_anthropic(error["error"]["message"])}
+    details = ErrorDetails(THREADS) if fields["code"] == THREADS else UNSET
+    return AnthropicErrorReply("error", AnthropicErrorFields(**fields, details=details))
 
 
 def failure_event(error: Exception) -> bytes:

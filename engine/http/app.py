@@ -22,18 +22,22 @@ from engine.http import (
     anthropic,
     anthropic_reply,
     choices,
+    completion_bodies,
     embeddings,
     experts,
+    models,
     native,
     openai,
     pages,
+    response_bodies,
     response_events,
+    response_objects,
     response_tokens,
     responses,
-    stored,
     tokens,
 )
 from engine.http.connections import listen
+from engine.http.fields import IGNORED, Ignored, send_ignored
 from engine.http.intake import CODINGS, INTAKE, Intake
 from engine.http.keys import Keys, key_check
 from engine.http.openapi import DOCUMENT, ErrorReply, Route, describe, openapi_document
@@ -53,7 +57,7 @@ ROUTES = (
         "POST",
         "/v1/chat/completions",
         openai.chat_completions,
-        takes=openai.ChatBody,
+        takes=completion_bodies.ChatBody,
         gives=choices.ChatCompletion,
         events=(choices.ChatCompletionChunk, ErrorReply),
     ),
@@ -61,7 +65,7 @@ ROUTES = (
         "POST",
         "/v1/completions",
         openai.completions,
-        takes=openai.CompletionBody,
+        takes=completion_bodies.CompletionBody,
         gives=choices.TextCompletion,
         events=(choices.TextCompletionChunk, ErrorReply),
     ),
@@ -69,8 +73,8 @@ ROUTES = (
         "POST",
         "/v1/responses",
         responses.create,
-        takes=responses.ResponsesBody,
-        gives=stored.ResponseObject,
+        takes=response_bodies.ResponsesBody,
+        gives=response_objects.ResponseObject,
         events=response_events.EVENTS,
         done=False,
     ),
@@ -85,18 +89,18 @@ ROUTES = (
         "GET",
         "/v1/responses/{response_id}",
         responses.retrieve,
-        takes=responses.RetrieveQuery,
-        gives=stored.ResponseObject,
+        takes=response_bodies.RetrieveQuery,
+        gives=response_objects.ResponseObject,
         events=response_events.EVENTS,
         done=False,
     ),
     Route("DELETE", "/v1/responses/{response_id}", responses.delete, gives=responses.DeletedReply),
-    Route("POST", "/v1/responses/{response_id}/cancel", responses.cancel, gives=stored.ResponseObject),
+    Route("POST", "/v1/responses/{response_id}/cancel", responses.cancel, gives=response_objects.ResponseObject),
     Route(
         "GET",
         "/v1/responses/{response_id}/input_items",
         responses.input_items,
-        takes=responses.ItemsQuery,
+        takes=response_bodies.ItemsQuery,
         gives=responses.ItemList,
     ),
     Route(
@@ -129,9 +133,9 @@ ROUTES = (
     Route("POST", "/v1/rerank", embeddings.rerank, takes=embeddings.RerankBody, gives=embeddings.RerankReply),
     Route("POST", "/v2/rerank", embeddings.rerank, takes=embeddings.RerankBody, gives=embeddings.RerankReply),
     Route("POST", "/rerank", embeddings.rerank, takes=embeddings.RerankBody, gives=embeddings.RerankReply),
-    Route("GET", "/v1/models", openai.models, gives=openai.ModelList),
-    Route("GET", "/v1/models/", openai.models, gives=openai.ModelList),
-    Route("GET", "/v1/models/{model:.+}", openai.model, gives=openai.ModelReply),
+    Route("GET", "/v1/models", models.models, gives=models.ModelList, others=(models.AnthropicModelList,)),
+    Route("GET", "/v1/models/", models.models, gives=models.ModelList, others=(models.AnthropicModelList,)),
+    Route("GET", "/v1/models/{model:.+}", models.model, gives=models.ModelReply, others=(models.AnthropicModel,)),
     Route(
         "POST",
         "/generate",
@@ -183,7 +187,8 @@ def create_app(front: "Front", options: ServerOptions) -> web.Application:
     gate, keys = Gate(Access.of(options), pages=PAGES, methods=METHODS), Keys(options)
     checks = [shape_errors, name_request, gate.middleware(), key_check(keys, OPEN_PATHS)]
     app = web.Application(middlewares=checks)
-    app.on_response_prepare.append(send_id)
+    app.on_response_prepare.extend((send_id, send_ignored))
+    app[IGNORED] = Ignored(strict=options.strict_fields)
     gate.join(app)
     app[SERVICE] = service = Service(front, options)
     front.on_stats.append(service.metrics.on_stats)
@@ -191,7 +196,7 @@ def create_app(front: "Front", options: ServerOptions) -> web.Application:
     app[STORE] = store = ResponseStore()
     app.on_cleanup.append(lambda app: store.close())
     app[DOCUMENT] = to_json(describe(ROUTES, models=service.models, keyed=keys.asked))
-    app.add_routes([route.served() for route in ROUTES])
+    app.add_routes([route.served(strict=options.strict_fields) for route in ROUTES])
     return app
 
 
@@ -264,7 +269,8 @@ async def shape_errors(request: web.Request, handler: Handler) -> web.StreamResp
         headers["Retry-After"] = str(max(1, math.ceil(service.options.drain_seconds)) if draining else 1)
     if status == 415:
         headers["Accept-Encoding"] = ", ".join(CODINGS)
-    worded = anthropic_reply.error_of(body, status) if request.path.startswith(anthropic.PREFIX) else body
+    theirs = request.path.startswith(anthropic.PREFIX) or models.ANTHROPIC_VERSION in request.headers
+    worded = anthropic_reply.error_of(body, status) if theirs else body
     return _ending_with_body(request, json_response(worded, status=status, headers=headers))
 
 

@@ -5,18 +5,27 @@ OpenAPI document describes. What stands around an event's text is encoded once, 
 log-probabilities costs one string escape and one join.
 """
 
-import codecs
 import time
+from array import array
 from collections.abc import Hashable, Sequence
 from typing import Literal
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
+from engine.http.logprobs import (
+    ChatLogprobs,
+    PromptLogprobs,
+    TextLogprobs,
+    TextOffset,
+    chat_token,
+    prompt_tokens,
+    text_logprobs,
+)
 from engine.http.reading import NOTHING, Reader, Reading
 from engine.http.sse import DONE, data_event
 from engine.http.wire import Reply, to_json
-from engine.messages import Chunk, TokenLogprob
+from engine.messages import Chunk
 from engine.parsers import Parsed, assembled
 from engine.plugin.parsing import CallArguments, CallBegin, CallEnd, Content, Event, Reasoning
 
@@ -29,40 +38,7 @@ FinishReason = Literal["stop", "length", "tool_calls", "abort"] | None
 Matched = int | str | None | UnsetType  # the stop string, expression or token id that ended a reply; an extension
 
 
-class LikelyToken(Reply, frozen=True):
-    token: str
-    bytes: list[int]
-    logprob: float
-
-
-class ChatToken(LikelyToken, frozen=True):
-    """Its bytes are exact where it is only a part of a character."""
-
-    top_logprobs: list[LikelyToken]
-
-
-class ChatLogprobs(Reply, frozen=True):
-    content: list[ChatToken]
-    refusal: None = None
-
-
-class TextLogprobs(Reply, frozen=True):
-    """Of each token its text, or its bytes where it is none; the likeliest with itself among them; where it begins."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
-
-
-class PromptToken(Reply, frozen=True):
-    logprob: float
-    rank: int
-    decoded_token: str
-
-
-# For each token of a prompt those at its place, by id, its own last; null for the first, which nothing predicts.
-PromptLogprobs = list[dict[str, PromptToken] | None] | UnsetType
+TokenIds = list[int] | UnsetType  # if return_token_ids asks for them; an extension
 
 
 class CalledFunction(Reply, frozen=True):
@@ -114,6 +90,7 @@ class ChatChoice(Reply, frozen=True):
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason = None
     matched_stop: Matched = UNSET
+    token_ids: TokenIds = UNSET
 
 
 class DeltaChoice(Reply, frozen=True):
@@ -122,6 +99,7 @@ class DeltaChoice(Reply, frozen=True):
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason = None
     matched_stop: Matched = UNSET
+    token_ids: TokenIds = UNSET
 
 
 class TextChoice(Reply, frozen=True):
@@ -131,6 +109,8 @@ class TextChoice(Reply, frozen=True):
     finish_reason: FinishReason = None
     matched_stop: Matched = UNSET
     prompt_logprobs: PromptLogprobs = UNSET
+    prompt_token_ids: TokenIds = UNSET
+    token_ids: TokenIds = UNSET
 
 
 class PromptTokensDetails(Reply, frozen=True):
@@ -156,6 +136,7 @@ class ChatCompletion(Reply, frozen=True):
     choices: list[ChatChoice]
     usage: Usage
     prompt_logprobs: PromptLogprobs = UNSET
+    prompt_token_ids: TokenIds = UNSET
     object: Literal["chat.completion"] = "chat.completion"
 
 
@@ -168,6 +149,7 @@ class ChatCompletionChunk(Reply, frozen=True):
     choices: list[DeltaChoice]
     usage: Usage | UnsetType | None = UNSET
     prompt_logprobs: PromptLogprobs = UNSET
+    prompt_token_ids: TokenIds = UNSET
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 
 
@@ -203,6 +185,7 @@ class Wording(Struct, frozen=True, kw_only=True):
     continuous_usage: bool = False
     logprobs: bool = False
     prompt_logprobs: bool = False
+    token_ids: bool = False
     echo: bool = False
 
 
@@ -217,7 +200,7 @@ class OpenAIReply:
         self._last: list[Chunk | None] = [None] * wording.choices
         self._finished = 0
         self._offsets = [TextOffset() for _ in range(wording.choices)]
-        self._detailed = wording.logprobs or wording.prompt_logprobs or wording.continuous_usage
+        self._detailed = wording.logprobs or wording.prompt_logprobs or wording.continuous_usage or wording.token_ids
         self._around: dict[tuple[int, Hashable], tuple[bytes, bytes]] = {}
 
     def event(self, part: tuple[int, Chunk]) -> bytes:
@@ -234,7 +217,7 @@ class OpenAIReply:
         if reader is not None and not reader.plain:
             events += self._read_events(index, chunk, reader)
         elif self._detailed:
-            if chunk.text or chunk.logprobs or chunk.prompt_logprobs:
+            if chunk.text or self._has_details(chunk):
                 events += self._detailed_event(index, chunk)
         elif chunk.text:
             events += self._text_event(index, Content, Content(chunk.text))
@@ -254,11 +237,11 @@ class OpenAIReply:
         if not self._detailed:
             return b"".join([self._told_event(index, told) for told in found])
         deltas = [_delta(told) for told in found if not isinstance(told, CallEnd)]
-        if not (deltas or chunk.logprobs or chunk.prompt_logprobs):
+        if not (deltas or self._has_details(chunk)):
             return b""
         first, *others = deltas or [Delta()]
-        prompt = UNSET if index else self._prompt_logprobs(chunk)
-        events = self._event(DeltaChoice(index, first, self._chat_logprobs(chunk)), prompt_logprobs=prompt)
+        choice = DeltaChoice(index, first, self._chat_logprobs(chunk), token_ids=self._ids(chunk))
+        events = self._event(choice, prompt=None if index else chunk)
         return events + b"".join([self._event(DeltaChoice(index, delta)) for delta in others])
 
     def _told_event(self, index: int, told: Event) -> bytes:
@@ -283,29 +266,36 @@ class OpenAIReply:
             around = self._around[index, kind] = before, after
         return around[0] + to_json(told.text) + around[1]
 
+    def _has_details(self, chunk: Chunk) -> bool:
+        """Whether `chunk` has something to tell beside its text."""
+        return bool(chunk.logprobs or chunk.prompt_logprobs or (self._wording.token_ids and chunk.ids))
+
     def _detailed_event(self, index: int, chunk: Chunk) -> bytes:
-        prompt = self._prompt_logprobs(chunk)
+        ids = self._ids(chunk)
         if self._wording.chat:
-            choice = DeltaChoice(index, Delta(content=chunk.text), self._chat_logprobs(chunk))
-            return self._event(choice, prompt_logprobs=UNSET if index else prompt)
+            choice = DeltaChoice(index, Delta(content=chunk.text), self._chat_logprobs(chunk), token_ids=ids)
+            return self._event(choice, prompt=None if index else chunk)
+        about_prompt = self._prompt_logprobs(chunk), self._prompt_ids(chunk)
         logprobs = self._text_logprobs(index, chunk)
-        return self._event(TextChoice(index, chunk.text, logprobs, prompt_logprobs=prompt))
+        return self._event(TextChoice(index, chunk.text, logprobs, None, UNSET, *about_prompt, ids))
 
     def _event(
         self,
         choice: DeltaChoice | TextChoice | None,
         *,
         usage: Usage | None = None,
-        prompt_logprobs: PromptLogprobs = UNSET,
+        prompt: Chunk | None = None,
     ) -> bytes:
-        """One event with `choice`, and what there is beside it: `usage`, or what is told in every event."""
+        """One event with `choice`, and what there is beside it: `usage`, or what is told in every event, and what the
+        chunk `prompt` says of a chat's prompt."""
         told: Usage | UnsetType | None = usage or (None if self._wording.usage else UNSET)
         if self._wording.continuous_usage:
             told = self._usage()
         payload: ChatCompletionChunk | TextCompletionChunk
         if self._wording.chat:
             assert not isinstance(choice, TextChoice)
-            payload = ChatCompletionChunk(*self._head, [choice] if choice else [], told, prompt_logprobs)
+            about_prompt = () if prompt is None else (self._prompt_logprobs(prompt), self._prompt_ids(prompt))
+            payload = ChatCompletionChunk(*self._head, [choice] if choice else [], told, *about_prompt)
         else:
             assert not isinstance(choice, DeltaChoice)
             payload = TextCompletionChunk(*self._head, [choice] if choice else [], told)
@@ -316,7 +306,8 @@ class OpenAIReply:
         self._last = list(replies)
         if self._wording.chat:
             chats = [self._chat(index, reply) for index, reply in enumerate(replies)]
-            return to_json(ChatCompletion(*self._head, chats, self._usage(), self._prompt_logprobs(replies[0])))
+            about_prompt = self._prompt_logprobs(replies[0]), self._prompt_ids(replies[0])
+            return to_json(ChatCompletion(*self._head, chats, self._usage(), *about_prompt))
         texts = [
             TextChoice(
                 index,
@@ -325,6 +316,8 @@ class OpenAIReply:
                 reply.finish,
                 reply.matched,
                 self._prompt_logprobs(reply),
+                self._prompt_ids(reply),
+                self._ids(reply),
             )
             for index, reply in enumerate(replies)
         ]
@@ -332,11 +325,12 @@ class OpenAIReply:
 
     def _chat(self, index: int, reply: Chunk) -> ChatChoice:
         """A whole reply."""
-        logprobs = self._chat_logprobs(reply)
+        logprobs, ids = self._chat_logprobs(reply), self._ids(reply)
         if (reader := self._readers[index]) is None:
-            return ChatChoice(index, AssistantMessage("assistant", reply.text), logprobs, reply.finish, reply.matched)
+            said = AssistantMessage("assistant", reply.text)
+            return ChatChoice(index, said, logprobs, reply.finish, reply.matched, ids)
         message = _message(assembled(reader.read(reply)), separate=self._reading.separate)
-        return ChatChoice(index, message, logprobs, reader.finish_reason(reply.finish), reply.matched)
+        return ChatChoice(index, message, logprobs, reader.finish_reason(reply.finish), reply.matched, ids)
 
     def _chat_logprobs(self, chunk: Chunk) -> ChatLogprobs | None:
         return ChatLogprobs([chat_token(token) for token in chunk.logprobs]) if self._wording.logprobs else None
@@ -352,6 +346,13 @@ class OpenAIReply:
         if not self._wording.prompt_logprobs or not chunk.prompt_logprobs:
             return UNSET
         return [prompt_tokens(token) for token in chunk.prompt_logprobs]
+
+    def _prompt_ids(self, chunk: Chunk) -> TokenIds:
+        """Those in `chunk`, the first one of a reply, if the client asked for them."""
+        return array("i", chunk.prompt_ids).tolist() if chunk.prompt_ids else UNSET
+
+    def _ids(self, chunk: Chunk) -> TokenIds:
+        return chunk.ids if self._wording.token_ids else UNSET
 
     def _usage(self) -> Usage:
         """What there is so far; a prompt counts once, however many replies it has."""
@@ -390,59 +391,3 @@ def _message(parsed: Parsed, *, separate: bool) -> AssistantMessage:
         reasoning_content=parsed.reasoning or None if separate else UNSET,
         tool_calls=calls or UNSET,
     )
-
-
-# ── log-probabilities ────────────────────────────────────────────────────────────────────────
-
-
-def chat_token(token: TokenLogprob) -> ChatToken:
-    """A token of a reply as chat completions word it."""
-    likeliest = [LikelyToken(one.text, list(one.bytes), _known(one)) for one in token.top]
-    return ChatToken(token.text, list(token.bytes), _known(token), likeliest)
-
-
-def prompt_tokens(token: TokenLogprob) -> dict[str, PromptToken] | None:
-    """A token of the prompt as vLLM words it: the likeliest at its place and itself."""
-    if token.logprob is None:
-        return None
-    others = (other for other in token.top if other.id != token.id)
-    return {str(one.id): PromptToken(_known(one), one.rank, one.text) for one in (*others, token)}
-
-
-def _known(token: TokenLogprob) -> float:
-    assert token.logprob is not None, "only a prompt's first token has no log-probability"
-    return token.logprob
-
-
-class TextOffset:
-    """Where in a text the next token begins, in characters."""
-
-    def __init__(self) -> None:
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._at = 0
-
-    def advance(self, token: TokenLogprob) -> int:
-        """Where `token` begins: with the character that it completes, if it does not begin one."""
-        before = self._at
-        self._at += len(self._utf8.decode(token.bytes))
-        return before
-
-
-def text_logprobs(tokens: Sequence[TokenLogprob], offset: TextOffset) -> TextLogprobs:
-    """Tokens as text completions word them. The likeliest are in a dictionary, a token itself among them."""
-    return TextLogprobs(
-        tokens=[token_name(token) for token in tokens],
-        token_logprobs=[token.logprob for token in tokens],
-        top_logprobs=[
-            None if token.logprob is None else {token_name(one): _known(one) for one in (*token.top, token)}
-            for token in tokens
-        ],
-        text_offset=[offset.advance(token) for token in tokens],
-    )
-
-
-def token_name(token: TokenLogprob) -> str:
-    """A token's text, or its bytes, written as OpenAI writes them, where they are no text."""
-    if "\ufffd" in token.text:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.bytes)
-    return token.text

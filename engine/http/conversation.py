@@ -4,7 +4,7 @@ Also what a request says of its template. Left out: images and sound; how a call
 (reading.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from msgspec import Meta
@@ -12,13 +12,18 @@ from msgspec import Meta
 from engine.call_grammar import Tool
 from engine.errors import RequestError
 from engine.grammar import check_nesting
-from engine.http.wire import Body, check_served, to_json
+from engine.http.fields import ECHO, LABEL, Only, Rule, hint, unserved
+from engine.http.wire import Body, to_json
 
 TOOL_NAME = r"^[A-Za-z0-9_.\-]{1,128}$"
 ToolName = Annotated[str, Meta(pattern=TOOL_NAME)]
 # More than any honest client has. What all of them may hold together is in parts.py.
 FEW_MESSAGES = Meta(max_length=10_000)
 FEW_TOOLS = Meta(max_length=1024)
+# That programs of the server's may call a tool as well, which there are none of.
+CALLED_DIRECTLY = hint(
+    ["direct"], only=Only('a list with "direct"', lambda value: isinstance(value, list) and "direct" in value)
+)
 MAX_TEMPLATE_KWARGS = 1 << 16  # bytes of JSON: what follows from them is remembered by them
 
 
@@ -28,6 +33,9 @@ MAX_TEMPLATE_KWARGS = 1 << 16  # bytes of JSON: what follows from them is rememb
 class TextPart(Body):
     type: Literal["text"]
     text: str
+    cache_control: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {"cache_control": LABEL}
 
 
 class PastFunction(Body):
@@ -41,11 +49,16 @@ class PastCall(Body):
     id: str
     function: PastFunction
     type: Literal["function"] = "function"
-    index: Any = None  # ignored: a stream's deltas have it
+    index: Any = None  # a stream's deltas have it
+    cache_control: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {"index": ECHO, "cache_control": LABEL}
 
 
 class ChatMessage(Body):
-    """One message. A developer's is a system message to the model; the parts of a content are joined."""
+    """One message. A developer's is a system message to the model; the parts of a content are joined.
+
+    `reasoning` is vLLM's name for `reasoning_content`."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
@@ -53,19 +66,21 @@ class ChatMessage(Body):
     tool_calls: list[PastCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
     refusal: Any = None
     annotations: Any = None
     audio: Any = None
     function_call: Any = None
+    cache_control: Any = None
 
-    # An assistant's message comes back as the client got it, with these empty.
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "refusal": (),
-        "annotations": ([],),
-        "audio": (),
-        "function_call": (),
+    # An assistant's message comes back as the client got it.
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "refusal": unserved(),
+        "annotations": hint(),
+        "audio": unserved(),
+        "function_call": unserved(remedy="send tool_calls, which took its place"),
+        "cache_control": LABEL,
     }
-    remedies: ClassVar[dict[str, str]] = {"function_call": "send tool_calls, which took its place"}
 
 
 class FunctionBody(Body):
@@ -73,23 +88,45 @@ class FunctionBody(Body):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    cache_control: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {"cache_control": LABEL}
 
 
 class ToolBody(Body):
     function: FunctionBody
     type: Literal["function"] = "function"
+    cache_control: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {"cache_control": LABEL}
 
 
 class NamedFunction(Body):
     name: str
 
 
-class NamedTool(Body):
+class AllowedFunction(Body):
     function: NamedFunction
     type: Literal["function"] = "function"
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
+class NamedTool(Body, tag_field="type", tag="function"):
+    function: NamedFunction
+
+
+class AllowedTools(Body):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[AllowedFunction], FEW_TOOLS]
+
+
+class AllowedChoice(Body, tag_field="type", tag="allowed_tools"):
+    """As if no other tools had been sent."""
+
+    allowed_tools: AllowedTools
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedChoice
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 # ── messages ─────────────────────────────────────────────────────────────────────────────────
@@ -103,8 +140,8 @@ def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
 
 
 def _plain(message: ChatMessage, path: str) -> dict[str, Any]:
-    check_served(message, f"{path}.")
-    for field, role in (("tool_calls", "assistant"), ("reasoning_content", "assistant"), ("tool_call_id", "tool")):
+    only = (("tool_calls", "assistant"), ("reasoning_content", "assistant"), ("reasoning", "assistant"))
+    for field, role in (*only, ("tool_call_id", "tool")):
         if getattr(message, field) and message.role != role:
             raise RequestError(f"{path}.{field} goes with the role {role}, not {message.role}", param=f"{path}.{field}")
     if message.role == "tool" and not message.tool_call_id:
@@ -115,9 +152,9 @@ def _plain(message: ChatMessage, path: str) -> dict[str, Any]:
         raise RequestError(f"{path}.content is missing; a {message.role} message needs a text", param=f"{path}.content")
     text = content if isinstance(content, str) else "".join(part.text for part in content or ())
     plain: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": text}
-    for field in ("name", "tool_call_id", "reasoning_content"):
-        if value := getattr(message, field):
-            plain[field] = value
+    thought = either(message, "reasoning_content", "reasoning", f"{path}.")
+    beside = {"name": message.name, "tool_call_id": message.tool_call_id, "reasoning_content": thought}
+    plain |= {field: value for field, value in beside.items() if value}
     if message.tool_calls:
         plain["tool_calls"] = [
             {
@@ -128,6 +165,17 @@ def _plain(message: ChatMessage, path: str) -> dict[str, Any]:
             for call in message.tool_calls
         ]
     return plain
+
+
+def either(body: Body, name: str, alias: str, path: str = "") -> Any:
+    """The field `name` of `body`, which `alias` is another name of; RequestError where they differ."""
+    ours, theirs = getattr(body, name), getattr(body, alias)
+    if None not in (ours, theirs) and ours != theirs:
+        raise RequestError(
+            f"{path}{name} is {ours!r:.80} and {path}{alias} is {theirs!r:.80}; they mean the same, so send one",
+            param=path + alias,
+        )
+    return theirs if ours is None else ours
 
 
 def tools_of(tools: Sequence[ToolBody] | None) -> list[Tool]:
@@ -164,6 +212,21 @@ def checked(tools: list[Tool]) -> list[Tool]:
             raise RequestError(message, param=f"tools[{index}]")
         names.add(tool.name)
     return tools
+
+
+def among(tools: list[Tool], names: Sequence[str], path: str) -> list[Tool]:
+    """Those of `tools` that the client lists in `path`, as if it had sent no others."""
+    known = {tool.name: tool for tool in tools}
+    for index, name in enumerate(names):
+        if name not in known:
+            raise RequestError(
+                f"{path}[{index}] names {name!r:.200}, which is no tool of the request; its tools: "
+                f"{', '.join(known) or 'none at all'}",
+                param=path,
+            )
+    if not names:
+        raise RequestError(f"{path} is empty; allow at least one tool, or send tool_choice none", param=path)
+    return [tool for tool in tools if tool.name in names]
 
 
 # ── templates ────────────────────────────────────────────────────────────────────────────────

@@ -1,13 +1,13 @@
 """/v1/embeddings, shaped as OpenAI's, /v1/score and /v1/rerank, shaped as vLLM's: vectors, and how alike texts are.
 
 Each input is a request of its own, so inputs of all clients share steps; a long list is fed in a window. Left out:
-cross-encoders, which score two texts at once; cutting texts that are too long.
+cross-encoders, which score two texts at once.
 """
 
 import time
 from array import array
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from math import sqrt
 from operator import mul
@@ -20,14 +20,18 @@ from msgspec import UNSET, Meta, UnsetType
 
 from engine.actor import first_failure
 from engine.errors import RequestError
-from engine.http.openai import Priority, TokenId, pack_ids, told_apart
+from engine.http.completion_bodies import Priority, TokenId
+from engine.http.fields import LABEL, Rule, unserved
+from engine.http.openai import pack_ids, told_apart
 from engine.http.request_id import called
 from engine.http.service import SERVICE, Service
 from engine.http.wire import Body, Reply, json_response
 from engine.messages import Chunk, Embed
+from engine.sampling import INT32_MAX
 
 MAX_INPUTS = 2048  # texts of one request, as OpenAI has it
 Input = str | list[TokenId]
+Kept = Annotated[int, Meta(ge=-1, le=INT32_MAX)]
 
 
 # ── bodies and replies ───────────────────────────────────────────────────────────────────────
@@ -39,10 +43,10 @@ class EmbeddingBody(Body):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     priority: Priority | None = None
-    user: Any = None  # ignored
-    truncate_prompt_tokens: Any = None
+    user: Any = None
+    truncate_prompt_tokens: Kept | None = None
 
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {"truncate_prompt_tokens": ()}
+    rules: ClassVar[Mapping[str, Rule]] = {"user": LABEL}
 
 
 class ScoreBody(Body):
@@ -52,10 +56,10 @@ class ScoreBody(Body):
     text_2: str | list[str]
     model: str | None = None
     priority: Priority | None = None
-    user: Any = None  # ignored
-    truncate_prompt_tokens: Any = None
+    user: Any = None
+    truncate_prompt_tokens: Kept | None = None
 
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {"truncate_prompt_tokens": ()}
+    rules: ClassVar[Mapping[str, Rule]] = {"user": LABEL}
 
 
 class RerankDocument(Body):
@@ -71,18 +75,21 @@ class RerankBody(Body):
     top_n: Annotated[int, Meta(ge=0)] | None = None
     return_documents: bool | None = None
     priority: Priority | None = None
-    user: Any = None  # ignored
+    user: Any = None
     rank_fields: Any = None
     max_chunks_per_doc: Any = None
     max_tokens_per_doc: Any = None
-    truncate_prompt_tokens: Any = None
+    truncate_prompt_tokens: Kept | None = None
 
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "rank_fields": (["text"],),
-        "max_chunks_per_doc": (),
-        "max_tokens_per_doc": (),
-        "truncate_prompt_tokens": (),
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "user": LABEL,
+        "rank_fields": unserved(["text"]),
+        "max_chunks_per_doc": unserved(),
+        "max_tokens_per_doc": unserved(),
     }
+
+
+Asked = EmbeddingBody | ScoreBody | RerankBody
 
 
 class EmbeddingUsage(Reply, frozen=True):
@@ -150,7 +157,7 @@ async def embeddings(request: web.Request, body: EmbeddingBody) -> web.Response:
     service.check_model(body.model)
     check_dimensions(service, body.dimensions)
     rid = f"embd-{uuid4().hex}"
-    chunks = await vectors_of(request, rid, inputs_of(body.input), body.priority or 0, "embeddings")
+    chunks = await vectors_of(request, rid, inputs_of(body.input), body, "embeddings")
     encoded = b64 if body.encoding_format == "base64" else numbers
     data = [EmbeddingData("embedding", index, encoded(chunk.vector)) for index, chunk in enumerate(chunks)]
     reply = EmbeddingList("list", data, service.model, usage_of(chunks))
@@ -168,7 +175,7 @@ async def score(request: web.Request, body: ScoreBody) -> web.Response:
             param="text_1",
         )
     rid = f"score-{uuid4().hex}"
-    chunks = await vectors_of(request, rid, firsts | seconds, body.priority or 0, "score")
+    chunks = await vectors_of(request, rid, firsts | seconds, body, "score")
     made = [array("f", chunk.vector) for chunk in chunks]
     left, right = made[: len(firsts)], made[len(firsts) :]
     if len(left) == 1:
@@ -185,7 +192,7 @@ async def rerank(request: web.Request, body: RerankBody) -> web.Response:
     texts = [one if isinstance(one, str) else one.text for one in body.documents]
     rid = f"rerank-{uuid4().hex}"
     inputs = {"query": body.query} | named(texts, "documents")
-    query, *made = chunks = await vectors_of(request, rid, inputs, body.priority or 0, "rerank")
+    query, *made = chunks = await vectors_of(request, rid, inputs, body, "rerank")
     wanted = array("f", query.vector)
     scores = [cosine(wanted, array("f", chunk.vector)) for chunk in made]
     order = sorted(range(len(texts)), key=lambda index: (-scores[index], index))[: body.top_n or None]
@@ -230,12 +237,15 @@ def check_dimensions(service: Service, asked: int | None) -> None:
 
 
 async def vectors_of(
-    request: web.Request, rid: str, inputs: dict[str, Input], priority: int, endpoint: str
+    request: web.Request, rid: str, inputs: dict[str, Input], asked: Asked, endpoint: str
 ) -> list[Chunk]:
     """A chunk with a vector for each of `inputs`, in order; what one raises, named as its client did, ends all."""
     service = request.app[SERVICE]
     rids = [rid] if len(inputs) == 1 else [f"{rid}-{index}" for index in range(len(inputs))]
-    jobs = [job_of(own, *item, priority) for own, item in zip(rids, inputs.items(), strict=True)]
+    if asked.truncate_prompt_tokens == 0:
+        message = "truncate_prompt_tokens is 0; keep at least one token, or send -1 for as many as the model takes"
+        raise RequestError(message, param="truncate_prompt_tokens")
+    jobs = [job_of(own, *item, asked) for own, item in zip(rids, inputs.items(), strict=True)]
     info = service.front.info
     # One step's worth runs, the next waits in the queue; more would only fill that.
     window = anyio.Semaphore(1 if info is None else min(2 * info.slots, service.front.most_open))
@@ -261,10 +271,10 @@ async def vectors_of(
     return [chunks[name] for name in inputs]
 
 
-def job_of(rid: str, name: str, given: Input, priority: int) -> Embed:
-    if isinstance(given, str):
-        return Embed(rid, text=given, priority=priority)
-    return Embed(rid, ids=pack_ids(given, name), priority=priority)
+def job_of(rid: str, name: str, given: Input, asked: Asked) -> Embed:
+    text = given if isinstance(given, str) else None
+    ids = pack_ids(given, name) if not isinstance(given, str) else None
+    return Embed(rid, text, ids, asked.priority or 0, asked.truncate_prompt_tokens)
 
 
 def renamed(error: RequestError, name: str) -> RequestError:

@@ -4,14 +4,15 @@
 All of them become the fields of SamplingParams, of which one at most may be given. Left out: patterns of whitespace.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Protocol
 
 import msgspec
 
 from engine.errors import RequestError
-from engine.grammar import check_nesting
-from engine.http.wire import Body, check_served
+from engine.grammar import JSON_KINDS, check_nesting
+from engine.http.fields import LABEL, Rule, unserved
+from engine.http.wire import Body
 
 Schema = dict[str, Any] | bool
 Field = tuple[str, Any, bool]  # of SamplingParams, its value, and whether a schema is meant strictly
@@ -69,13 +70,14 @@ class StructuredOutputs(Body):
     structural_tag: str | dict[str, Any] | None = None
     disable_any_whitespace: Any = None
     disable_additional_properties: Any = None
-    disable_fallback: Any = None  # ignored: there is none
+    disable_fallback: Any = None
     whitespace_pattern: Any = None
 
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "disable_any_whitespace": (False,),
-        "disable_additional_properties": (True,),
-        "whitespace_pattern": (),
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "disable_any_whitespace": unserved(False),
+        "disable_additional_properties": unserved(True),
+        "disable_fallback": LABEL,  # there is none
+        "whitespace_pattern": unserved(),
     }
 
 
@@ -96,8 +98,13 @@ class GrammarBody(Body):
     choice: list[str] | None = None
     structural_tag: str | dict[str, Any] | None = None
     strict_schema: bool | None = None
-    guided_decoding_backend: Any = None  # ignored: which engine compiles a grammar is the server's to say
+    guided_decoding_backend: Any = None
     guided_whitespace_pattern: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "guided_decoding_backend": LABEL,  # which engine compiles a grammar is the server's to say
+        "guided_whitespace_pattern": unserved(),
+    }
 
 
 # ── from a body to SamplingParams ────────────────────────────────────────────────────────────
@@ -111,9 +118,9 @@ class GrammarFields(Protocol):
 
 def grammar_fields(body: GrammarFields, path: str = "") -> tuple[dict[str, Any], dict[str, str]]:
     """What `body` asks a reply to be: fields of SamplingParams, and what the client, who has the body under `path`,
-    calls those and the grammar. Raises RequestError where two are given."""
+    calls those and the grammar. Raises RequestError where two are given that differ."""
     given = list(_given(body))
-    if len(given) > 1:
+    if any(not _same(given[0][1], other) for _, other in given[1:]):
         names = " and ".join(path + name for name, _ in given)
         raise RequestError(f"{names} are given, and a reply can be only one of them", param=path + given[1][0])
     if not given:
@@ -123,6 +130,20 @@ def grammar_fields(body: GrammarFields, path: str = "") -> tuple[dict[str, Any],
         strict = body.strict_schema
     fields = {field: value} | ({} if strict else {"strict_schema": False})
     return fields, {field: path + name, "grammar": path + name}
+
+
+def _same(one: Field, other: Field) -> bool:
+    """Whether two fields ask for the same; a schema is the same however it is written."""
+    if one[0] != other[0] or one[2] != other[2]:
+        return False
+    return one[1] == other[1] or (one[0] in JSON_KINDS and _read(one[1]) == _read(other[1]) is not None)
+
+
+def _read(source: Any) -> Any:
+    try:
+        return msgspec.json.decode(source)
+    except (msgspec.DecodeError, RecursionError, TypeError):  # it is refused later, by its name
+        return None
 
 
 def _given(body: GrammarFields) -> Iterator[tuple[str, Field]]:
@@ -148,7 +169,6 @@ def _given(body: GrammarFields) -> Iterator[tuple[str, Field]]:
     if (format := getattr(body, "response_format", None)) is not None and (asked := format_field(format)):
         yield "response_format", asked
     if (outputs := getattr(body, "structured_outputs", None)) is not None:
-        check_served(outputs, "structured_outputs.")
         for inner, each in _in_outputs(outputs):
             yield f"structured_outputs.{inner}", each
 

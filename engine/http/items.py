@@ -4,19 +4,36 @@ An output is a list of items in the order of the reply. A conversation, which is
 shown as items too. How items come about in a stream is response_events.py's.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from types import MappingProxyType
 from typing import Any, Literal
 
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from engine.http.logprobs import ChatToken, chat_token
 from engine.http.wire import Reply
+from engine.messages import Chunk
+from engine.parsers import merged
 from engine.plugin.parsing import CallArguments, CallBegin, CallEnd, Content, Event, Reasoning
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
 
+NO_NAMES: Mapping[str, str] = MappingProxyType({})
+
+
+class ScoredContent(Content, frozen=True):
+    """Content with the log-probabilities of its tokens."""
+
+    logprobs: list[ChatToken] = msgspec.field(default_factory=list)
+
+
 class OutputText(Reply, frozen=True, tag_field="type", tag="output_text"):
     text: str
     annotations: tuple[()] = ()
-    logprobs: tuple[()] = ()
+    logprobs: list[ChatToken] = msgspec.field(default_factory=list)
 
 
 class InputText(Reply, frozen=True, tag_field="type", tag="input_text"):
@@ -46,13 +63,14 @@ class ReasoningItem(Reply, frozen=True, tag_field="type", tag="reasoning"):
 
 
 class FunctionCallItem(Reply, frozen=True, tag_field="type", tag="function_call"):
-    """A call of a tool; what the tool returns is sent for its `call_id`."""
+    """A call of a tool; what the tool returns is sent for its `call_id`. `namespace` is the tool's, if it has one."""
 
     id: str
     status: ItemStatus
     call_id: str
     name: str
     arguments: str
+    namespace: str | UnsetType = UNSET
 
 
 OutputItem = OutputMessage | ReasoningItem | FunctionCallItem
@@ -80,28 +98,32 @@ InputItem = MessageItem | ReasoningItem | FunctionCallItem | FunctionOutputItem
 
 
 class Items:
-    """The items of an output while it grows; `key` is what their ids share."""
+    """The items of an output while it grows; `key` is what their ids share, `namespaces` are those of the tools by the
+    whole names that the model has for them."""
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, namespaces: Mapping[str, str] = NO_NAMES) -> None:
         self._key = key
+        self._namespaces = namespaces
         self.items: list[OutputItem] = []
 
     def add(self, event: Event, status: ItemStatus = "in_progress") -> OutputItem | None:
         """Take in what a parser tells; the item that it began, if it began one."""
         last = self.items[-1] if self.items else None
         match event, last:
-            case Content(text), OutputMessage(content=said):
-                self.items[-1] = OutputMessage(last.id, status, [OutputText(_text(said) + text)])
+            case Content(text), OutputMessage(content=[said]):
+                said.logprobs.extend(_scores(event))
+                self.items[-1] = OutputMessage(last.id, status, [OutputText(said.text + text, logprobs=said.logprobs)])
             case Reasoning(text), ReasoningItem(content=thought):
                 self.items[-1] = ReasoningItem(last.id, status, [ReasoningText(_text(thought) + text)])
-            case CallArguments(_, text), FunctionCallItem(_, _, call, name, arguments):
-                self.items[-1] = FunctionCallItem(last.id, status, call, name, arguments + text)
+            case CallArguments(_, text), FunctionCallItem():
+                self.items[-1] = msgspec.structs.replace(last, status=status, arguments=last.arguments + text)
             case Content(text), _:
-                return self._begun(OutputMessage(self._id("msg"), status, [OutputText(text)]))
+                said = OutputText(text, logprobs=_scores(event))
+                return self._begun(OutputMessage(self._id("msg"), status, [said]))
             case Reasoning(text), _:
                 return self._begun(ReasoningItem(self._id("rs"), status, [ReasoningText(text)]))
             case CallBegin(_, id, name), _:
-                return self._begun(FunctionCallItem(self._id("fc"), status, id, name, ""))
+                return self._begun(FunctionCallItem(self._id("fc"), status, id, *_named(name, self._namespaces)))
             case CallEnd() | CallArguments(), _:
                 pass
         return None
@@ -114,13 +136,70 @@ class Items:
         return f"{kind}_{self._key}" if not self.items else f"{kind}_{self._key}_{len(self.items)}"
 
 
-def _text(parts: Sequence[OutputText | ReasoningText]) -> str:
+def _text(parts: Sequence[ReasoningText]) -> str:
     return "".join(part.text for part in parts)
 
 
-def output_of(events: Iterable[Event], key: str, status: ItemStatus, *, ended: bool) -> list[OutputItem]:
+def _scores(event: Event) -> list[ChatToken]:
+    """The log-probabilities of `event`, in a list of their own."""
+    return [*event.logprobs] if isinstance(event, ScoredContent) else []
+
+
+def _named(name: str, namespaces: Mapping[str, str], arguments: str = "") -> tuple[str, str, str | UnsetType]:
+    """The name, the arguments and the namespace of a call of what the model knows as `name`."""
+    if not (namespace := namespaces.get(name)):
+        return name, arguments, UNSET
+    return name.removeprefix(f"{namespace}."), arguments, namespace
+
+
+class Scores:
+    """Gives log-probabilities to what is said: the content has those of the tokens since what came before it."""
+
+    def __init__(self) -> None:
+        self._waiting: list[ChatToken] = []  # what they say is not told yet
+        self._said = True  # whether the last that was told is content, or nothing was
+
+    def join(self, chunk: Chunk, events: list[Event]) -> list[Event]:
+        """`events`, which `chunk` has made certain, with log-probabilities."""
+        self._waiting += map(chat_token, chunk.logprobs)
+        joined: list[Event] = []
+        for event in events:
+            self._said = isinstance(event, Content)
+            joined.append(ScoredContent(event.text, self._take()) if isinstance(event, Content) else event)
+        if not self._said:
+            self._waiting = []
+        elif chunk.finish is not None and self._waiting:  # what ended it is no text
+            joined.append(ScoredContent("", self._take()))
+        return joined
+
+    def _take(self) -> list[ChatToken]:
+        taken, self._waiting = self._waiting, []
+        return taken
+
+
+def together(events: Iterable[Event]) -> list[Event]:
+    """`events` with successive ones of one kind as one, as `merged` has it, and their log-probabilities."""
+    few: list[Event] = []
+    for scored, run in groupby(events, lambda event: isinstance(event, ScoredContent)):
+        several = list(run)
+        if scored:
+            text = "".join(event.text for event in several if isinstance(event, Content))
+            few.append(ScoredContent(text, [token for event in several for token in _scores(event)]))
+        else:
+            few += merged(several)
+    return few
+
+
+def output_of(
+    events: Iterable[Event],
+    key: str,
+    status: ItemStatus,
+    *,
+    ended: bool,
+    namespaces: Mapping[str, str] = NO_NAMES,
+) -> list[OutputItem]:
     """The items that `events` tell, the last of them with `status`. What has ended holds at least an empty message."""
-    output = Items(key)
+    output = Items(key, namespaces)
     for event in events:
         output.add(event, "completed")
     if ended and not output.items:
@@ -137,12 +216,14 @@ def with_status(item: OutputItem, status: ItemStatus) -> OutputItem:
             return OutputMessage(id, status, said)
         case ReasoningItem(id, _, thought):
             return ReasoningItem(id, status, thought)
-        case FunctionCallItem(id, _, call, name, arguments):
-            return FunctionCallItem(id, status, call, name, arguments)
+        case FunctionCallItem():
+            return msgspec.structs.replace(item, status=status)
 
 
-def input_items(conversation: Sequence[dict[str, Any]], key: str) -> list[InputItem]:
-    """The items of `conversation`, whose ids begin with `key`."""
+def input_items(
+    conversation: Sequence[dict[str, Any]], key: str, namespaces: Mapping[str, str] = NO_NAMES
+) -> list[InputItem]:
+    """The items of `conversation`, whose ids begin with `key`; `namespaces` are as Items has them."""
     items: list[InputItem] = []
     for message in conversation:
         if thought := message.get("reasoning_content"):
@@ -154,6 +235,6 @@ def input_items(conversation: Sequence[dict[str, Any]], key: str) -> list[InputI
             text = OutputText(said) if message["role"] == "assistant" else InputText(said)
             items.append(MessageItem(f"{key}_{len(items)}", message["role"], [text]))
         for call in calls:
-            name, arguments = call["function"]["name"], call["function"]["arguments"]
-            items.append(FunctionCallItem(f"{key}_{len(items)}", "completed", call["id"], name, arguments))
+            named = _named(call["function"]["name"], namespaces, call["function"]["arguments"])
+            items.append(FunctionCallItem(f"{key}_{len(items)}", "completed", call["id"], *named))
     return items

@@ -4,7 +4,7 @@ A streamed event holds the reply so far, not what is new: clients of SGLang prin
 one request, or several replies to one, are answered with a list. Left out: media, token_ids_logprob.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 from uuid import uuid4
 
@@ -13,22 +13,14 @@ from aiohttp import web
 from msgspec import UNSET, Struct, UnsetType
 
 from engine.errors import RequestError
+from engine.http.completion_bodies import Priority, TokenId
+from engine.http.fields import Rule, unserved
 from engine.http.grammars import grammar_fields
-from engine.http.openai import (
-    Priority,
-    TokenId,
-    allowed_ids,
-    check_choices,
-    pack_ids,
-    salt_of,
-    sampled,
-    stop_strings,
-    told_apart,
-)
+from engine.http.openai import allowed_ids, check_choices, pack_ids, salt_of, sampled, stop_strings, told_apart
 from engine.http.request_id import check_id
 from engine.http.service import answer
 from engine.http.sse import DONE
-from engine.http.wire import Body, Reply, check_served, to_json
+from engine.http.wire import Body, Reply, to_json
 from engine.messages import Chunk, Generate, SamplingParams, TokenLogprob
 from engine.sampling import MAX_REGEXES, check_sampling
 
@@ -85,9 +77,9 @@ class NativeSampling(Body):
     spaces_between_special_tokens: Any = None
     custom_params: Any = None
 
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "spaces_between_special_tokens": (True,),
-        "custom_params": ({},),
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "spaces_between_special_tokens": unserved(True),
+        "custom_params": unserved({}),
     }
 
 
@@ -116,16 +108,16 @@ class GenerateBody(Body):
     custom_logit_processor: Any = None
     session_params: Any = None
 
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "input_embeds": (),
-        "image_data": ([],),
-        "audio_data": ([],),
-        "video_data": ([],),
-        "token_ids_logprob": ([],),
-        "return_hidden_states": (False,),
-        "lora_path": ("",),
-        "custom_logit_processor": (),
-        "session_params": ({},),
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "input_embeds": unserved(),
+        "image_data": unserved([]),
+        "audio_data": unserved([]),
+        "video_data": unserved([]),
+        "token_ids_logprob": unserved([]),
+        "return_hidden_states": unserved(False),
+        "lora_path": unserved(""),
+        "custom_logit_processor": unserved(),
+        "session_params": unserved({}),
     }
 
 
@@ -255,7 +247,6 @@ def scores_of(body: GenerateBody, count: int) -> list[Scores]:
 
 def native_sampling(body: NativeSampling, scores: Scores) -> SamplingParams:
     """The checked SamplingParams of a `sampling_params` object, with SGLang's defaults."""
-    check_served(body, "sampling_params.")
     given = {name: value for name in SAME if (value := getattr(body, name)) is not None}
     grammar, called = grammar_fields(body, "sampling_params.")
     sampling = SamplingParams(

@@ -1,167 +1,40 @@
-"""The OpenAI API: /v1/models, /v1/chat/completions and /v1/completions.
+"""The OpenAI API: /v1/chat/completions and /v1/completions.
 
-Beyond OpenAI's own fields, requests take vLLM's: top_k, min_p, stop_regex, prompt_logprobs and so on. Messages and
-tools are in conversation.py, what replies may be asked to be in grammars.py, what they look like in choices.py. What
-is not served yet is refused by name.
+The fields of requests are in completion_bodies.py, messages and tools in conversation.py, what replies may be asked to
+be in grammars.py, what they look like in choices.py, and how much the model is to think in effort.py.
 """
 
 import struct
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 from uuid import uuid4
 
 import msgspec
 from aiohttp import web
-from msgspec import Meta
 
 from engine.errors import RequestError
 from engine.http.choices import OpenAIReply, Wording
+from engine.http.completion_bodies import ChatBody, CompletionBody, SamplingBody, StreamOptions
 from engine.http.conversation import (
-    FEW_MESSAGES,
-    FEW_TOOLS,
-    ChatMessage,
+    AllowedChoice,
     NamedTool,
-    ToolBody,
-    ToolChoice,
+    among,
+    either,
     plain_messages,
     template_options,
     tools_of,
 )
-from engine.http.grammars import GrammarBody, grammar_fields
+from engine.http.effort import with_effort
+from engine.http.fields import ignore
+from engine.http.grammars import grammar_fields
 from engine.http.reading import NOTHING, Reading, Wanted, reading_of
 from engine.http.service import SERVICE, answer
-from engine.http.wire import Body, Reply, json_response
 from engine.messages import Generate, SamplingParams
-from engine.sampling import INT32_MAX, check_sampling
+from engine.sampling import check_sampling
 
 MAX_SAMPLES = 128  # replies to one prompt
 MAX_CHOICES = 1024  # replies to one request
 MAX_SALT_LENGTH = 1024
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions, where a reply seldom ends by itself
-TokenId = Annotated[int, Meta(ge=0, le=INT32_MAX)]
-Priority = Annotated[int, Meta(ge=-INT32_MAX, le=INT32_MAX)]
-
-
-# ── requests ─────────────────────────────────────────────────────────────────────────────────
-
-
-class StreamOptions(Body):
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
-    include_obfuscation: bool | None = None  # ignored: no padding is added
-
-
-class SamplingBody(GrammarBody, kw_only=True):
-    """Fields that both kinds of completion share. Null is the same as absent."""
-
-    model: str | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    max_tokens: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
-    n: int | None = None
-    stop_regex: str | list[str] | None = None
-    min_tokens: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
-    bad_words: list[str] | None = None
-    allowed_token_ids: list[int] | None = None
-    cache_salt: str | None = None
-    priority: Priority | None = None
-    prompt_logprobs: int | None = None
-    skip_special_tokens: bool | None = None
-    include_stop_str_in_output: bool | None = None
-    detokenize: bool | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: Any = None  # ignored
-    spaces_between_special_tokens: Any = None
-
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "spaces_between_special_tokens": (True,),
-        "guided_whitespace_pattern": (),
-    }
-
-
-class ChatBody(SamplingBody, kw_only=True):
-    messages: Annotated[list[ChatMessage], FEW_MESSAGES]
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    tools: Annotated[list[ToolBody], FEW_TOOLS] | None = None
-    tool_choice: ToolChoice | None = None
-    parallel_tool_calls: bool | None = None
-    separate_reasoning: bool | None = None
-    stream_reasoning: Any = None
-    # Ignored: they change nothing that the engine does.
-    metadata: Any = None
-    store: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
-    prompt_cache_options: Any = None
-    prompt_cache_retention: Any = None
-    audio: Any = None
-    functions: Any = None
-    function_call: Any = None
-    modalities: Any = None
-    moderation: Any = None
-    prediction: Any = None
-    reasoning_effort: Any = None
-    service_tier: Any = None
-    verbosity: Any = None
-    web_search_options: Any = None
-
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {
-        **SamplingBody.unserved,
-        "audio": (),
-        "functions": ([],),
-        "function_call": ("none", "auto"),
-        "modalities": (["text"],),
-        "moderation": (),
-        "prediction": (),
-        "reasoning_effort": ("none",),
-        "service_tier": ("auto", "default"),
-        "stream_reasoning": (True,),
-        "verbosity": ("medium",),
-        "web_search_options": (),
-    }
-    remedies: ClassVar[dict[str, str]] = {
-        "functions": "send tools, which took its place",
-        "function_call": "send tool_choice, which took its place",
-    }
-
-
-class ModelReply(Reply, frozen=True):
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    max_model_len: int | None  # null until the device is ready
-
-
-class ModelList(Reply, frozen=True):
-    object: Literal["list"]
-    data: list[ModelReply]
-
-
-class CompletionBody(SamplingBody, kw_only=True):
-    prompt: str | list[TokenId | str | list[TokenId]]
-    logprobs: int | None = None
-    echo: bool | None = None
-    best_of: int | None = None
-    suffix: Any = None
-
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {**SamplingBody.unserved, "suffix": ("",)}
 
 
 # ── handlers ─────────────────────────────────────────────────────────────────────────────────
@@ -189,14 +62,20 @@ async def chat_completions(request: web.Request, body: ChatBody) -> web.StreamRe
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
     )
-    messages, options = plain_messages(body.messages), template_options(body)
+    messages, wanted, text = plain_messages(body.messages), wanted_of(body), request.app[SERVICE].front.text
+    options = template_options(body)
+    if body.reasoning_effort is not None:
+        options, degree = with_effort(text, options, body.reasoning_effort, tools=bool(wanted.offered))
+        if not degree:
+            ignore(request, "reasoning_effort")
     reading = reading_of(
-        request.app[SERVICE].front.text,
+        text,
         sampling,
         messages,
         options,
-        wanted_of(body),
+        wanted,
         separate=body.separate_reasoning is not False,
+        told=_tells_reasoning(body),
         names=names | grammar_fields(body)[1],
     )
     first = Generate(
@@ -205,6 +84,7 @@ async def chat_completions(request: web.Request, body: ChatBody) -> web.StreamRe
         messages=messages,
         priority=body.priority or 0,
         cache_salt=salt_of(body.cache_salt),
+        **prompt_fields(body),
         **options,
         **reading.job,
     )
@@ -242,6 +122,7 @@ async def completions(request: web.Request, body: CompletionBody) -> web.StreamR
             default_max_tokens=COMPLETION_MAX_TOKENS,
             cache_salt=salt,
             echo=bool(body.echo),
+            **prompt_fields(body),
         )
         for prompt in prompts
     ]
@@ -271,6 +152,7 @@ async def _complete(
         wording,
         samples=samples,
         choices=len(jobs),
+        token_ids=bool(body.return_token_ids),
         usage=bool(options.include_usage),
         continuous_usage=bool(options.continuous_usage_stats),
     )
@@ -284,32 +166,12 @@ async def _complete(
     return await answer(request, rid, jobs, reply, endpoint=endpoint, stream=bool(body.stream), names=names)
 
 
-async def models(request: web.Request) -> web.Response:
-    """List the names that the model is served under."""
-    names = request.app[SERVICE].models
-    return json_response(ModelList("list", [_model(request, name) for name in names]))
-
-
-async def model(request: web.Request) -> web.Response:
-    """Describe the model under one of its names."""
-    name = request.match_info["model"]
-    request.app[SERVICE].check_model(name)
-    return json_response(_model(request, name))
-
-
-def _model(request: web.Request, name: str) -> ModelReply:
-    front = request.app[SERVICE].front
-    length = None if front.info is None else front.info.max_model_len
-    return ModelReply(name, "model", front.created, "engine", length)
-
-
 # ── from a body to a Generate ────────────────────────────────────────────────────────────────
 
 
 SAME = (
     "temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos", "min_tokens", "presence_penalty",
-    "frequency_penalty", "repetition_penalty", "logit_bias", "skip_special_tokens", "include_stop_str_in_output",
-    "detokenize",
+    "frequency_penalty", "logit_bias", "skip_special_tokens", "include_stop_str_in_output", "detokenize",
 )  # fmt: skip
 
 
@@ -323,9 +185,12 @@ def sampling_of(
 ) -> SamplingParams:
     """The checked SamplingParams of `body`; `names` says what its client called a field, if not by its own name."""
     given = {name: value for name in SAME if (value := getattr(body, name)) is not None}
+    if body.repetition_penalty is None and body.repeat_penalty is not None:
+        names["repetition_penalty"] = "repeat_penalty"
     grammar, called = grammar_fields(body)
     sampling = SamplingParams(
         max_tokens=max_tokens,
+        repetition_penalty=either(body, "repetition_penalty", "repeat_penalty"),
         stop=stop_strings(body.stop),
         stop_regex=stop_strings(body.stop_regex),
         stop_token_ids=tuple(body.stop_token_ids or ()),
@@ -338,6 +203,30 @@ def sampling_of(
     )
     check_sampling(sampling, names | called)
     return sampling
+
+
+def prompt_fields(body: SamplingBody) -> dict[str, Any]:
+    """What `body` says of the tokens of its prompt, as Generate takes it."""
+    if body.truncate_prompt_tokens == 0:
+        message = "truncate_prompt_tokens is 0; keep at least one token, or send -1 for as many as there is room for"
+        raise RequestError(message, param="truncate_prompt_tokens")
+    return {
+        "special": body.add_special_tokens,
+        "last": body.truncate_prompt_tokens,
+        "tell_prompt": bool(body.return_token_ids),
+    }
+
+
+def _tells_reasoning(body: ChatBody) -> bool:
+    """Whether the reply has what the model thinks."""
+    told = body.include_reasoning is not False
+    if not told and body.separate_reasoning is False:
+        raise RequestError(
+            "separate_reasoning is false, which leaves reasoning in the content, and include_reasoning is false, which "
+            "leaves it out; send one",
+            param="include_reasoning",
+        )
+    return told
 
 
 def allowed_ids(ids: list[int] | None) -> tuple[int, ...]:
@@ -396,8 +285,13 @@ def wanted_of(body: ChatBody) -> Wanted:
     """What `body` says of tools."""
     tools, choice = tools_of(body.tools), body.tool_choice
     parallel = body.parallel_tool_calls is not False
-    if isinstance(choice, NamedTool):
-        return Wanted(tools, "required", choice.function.name, parallel)
+    match choice:
+        case NamedTool(function):
+            return Wanted(tools, "required", function.name, parallel)
+        case AllowedChoice(allowed):
+            names = [tool.function.name for tool in allowed.tools]
+            few = among(tools, names, "tool_choice.allowed_tools.tools")
+            return Wanted(few, allowed.mode, None, parallel, held=len(few) < len(tools))
     return Wanted(tools, choice or "auto", None, parallel)
 
 

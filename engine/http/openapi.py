@@ -1,8 +1,8 @@
 """One route, declared once: aiohttp serves it and the OpenAPI document describes it from the same `Route`.
 
 The document cannot say what the server does not do: the struct that decodes a body is the struct that describes
-it, a field that is known but not served yet is described by the only values it takes, and the structs that are
-encoded as a reply, or as the events of a stream, are those that describe it.
+it, a field that is not served is described by its rule, a refused one by the only values that it takes, and the
+structs that are encoded as a reply, or as the events of a stream, are those that describe it.
 """
 
 import inspect
@@ -18,9 +18,10 @@ from aiohttp.typedefs import Handler
 from msgspec import UNSET, Struct
 
 from engine import __version__
+from engine.http.fields import IGNORED
 from engine.http.intake import read_body, release_body, without_expecting
 from engine.http.parts import UNCOUNTED, check_parts
-from engine.http.wire import Body, BodyDecoder, Reply, StructType, json_response, structs_in
+from engine.http.wire import Body, BodyDecoder, Reply, StructType, ignored_fields, json_response, structs_in
 from engine.sampling import INT32_MAX, MAX_LOGPROBS, MAX_PENALTY, MAX_REPETITION
 
 REFERENCE = "#/components/schemas/{name}"
@@ -68,9 +69,9 @@ class ErrorReply(Reply, frozen=True):
 class Route(Struct, frozen=True):
     """One method of one path. `takes` is the handler's second argument: a body, or the query of a GET.
 
-    It answers with `gives`, or with `unready` at status 503, or streams `events`, the last of which is "[DONE]" if
-    `done`; `error` is the shape of its errors. `open` routes ask for no API key. `content` is the type of what is not
-    JSON.
+    It answers with `gives` (or, for clients of other APIs, with one of `others`), or with `unready` at status 503, or
+    streams `events`, the last of which is "[DONE]" if `done`; `error` is the shape of its errors. `open` routes ask for
+    no API key. `content` is the type of what is not JSON.
     """
 
     method: Literal["GET", "POST", "DELETE"]
@@ -78,6 +79,7 @@ class Route(Struct, frozen=True):
     handler: Callable[..., Awaitable[web.StreamResponse]]
     takes: type[Body] | None = None
     gives: Any = None
+    others: tuple[type[Struct], ...] = ()
     unready: type[Struct] | None = None
     events: tuple[type[Struct], ...] = ()
     done: bool = True
@@ -90,11 +92,12 @@ class Route(Struct, frozen=True):
         """The path as OpenAPI writes it: without the patterns of its parameters."""
         return re.sub(r"\{(\w+):[^}]*\}", r"{\1}", self.path)
 
-    def served(self) -> web.RouteDef:
-        """The route for aiohttp; its handler gets what the request carries as `takes`."""
-        return web.route(self.method, self.path, self._decoding(), expect_handler=without_expecting)
+    def served(self, *, strict: bool = False) -> web.RouteDef:
+        """The route for aiohttp; its handler gets what the request carries as `takes`. If `strict`, hints are
+        refused."""
+        return web.route(self.method, self.path, self._decoding(strict), expect_handler=without_expecting)
 
-    def _decoding(self) -> Handler:
+    def _decoding(self, strict: bool) -> Handler:
         if self.takes is None:
             return self.handler
         decoder = BodyDecoder(self.takes)
@@ -106,6 +109,7 @@ class Route(Struct, frozen=True):
             data = await read_body(request)
             await check_parts(data)
             body = decoder.decode(data)
+            request.app[IGNORED].note(request, ignored_fields(body, strict=strict))
             if len(data) > UNCOUNTED:  # decoding it took its time: others first
                 await anyio.lowlevel.checkpoint()
             del data
@@ -123,13 +127,15 @@ Written = Mapping[Any, dict[str, Any]]  # types to how the document refers to th
 
 def describe(routes: Sequence[Route], *, models: Sequence[str], keyed: bool) -> dict[str, Any]:
     """OpenAPI 3.1 of `routes`; `models` are the names served, `keyed` says that the server asks for an API key."""
-    told = [kind for route in routes for kind in (route.gives, route.unready, route.error, *route.events)]
+    told = [
+        kind for route in routes for kind in (route.gives, *route.others, route.unready, route.error, *route.events)
+    ]
     kinds = [kind for kind in dict.fromkeys([*(route.takes for route in routes), *told]) if kind is not None]
     references, schemas = msgspec.json.schema_components(kinds, ref_template=REFERENCE)
     written = dict(zip(kinds, references, strict=True))
     for kind in _with_parts((route.takes for route in routes), Body):
         _bound(schemas[kind.__name__])
-        _describe_unserved(kind, schemas[kind.__name__])
+        _describe_rules(kind, schemas[kind.__name__])
         if "model" in kind.__struct_fields__:
             schemas[kind.__name__]["properties"]["model"] = {"enum": [*models, None], "default": None}
     for reply in _with_parts(told, Reply):
@@ -177,9 +183,14 @@ def _bound(schema: dict[str, Any]) -> None:
                 either |= {**RANGES.get(CLIENT_NAMES.get(name, name), {}), **either}
 
 
-def _describe_unserved(kind: type[Body], schema: dict[str, Any]) -> None:
-    for name, neutral in kind.unserved.items():
-        schema["properties"][name] = {"description": "not served yet", "enum": [*neutral, None], "default": None}
+def _describe_rules(kind: type[Body], schema: dict[str, Any]) -> None:
+    for name, rule in kind.rules.items():
+        described = schema["properties"][name]
+        if rule.kind == "refused":
+            described = {"description": "not served yet", "enum": [*rule.neutral, None], "default": None}
+        else:
+            described["description"] = "ignored" if rule.only is None else f"ignored: {rule.only.says}"
+        schema["properties"][name] = described
 
 
 def _operation(route: Route, schemas: dict[str, Any], written: Written, *, keyed: bool) -> dict[str, Any]:
@@ -209,7 +220,11 @@ def _operation(route: Route, schemas: dict[str, Any], written: Written, *, keyed
 
 
 def _answer(route: Route, written: Written) -> dict[str, Any]:
-    content: dict[str, Any] = {route.content: {}} if route.gives is None else _json(written[route.gives])
+    content: dict[str, Any] = {route.content: {}}
+    if route.others:
+        content = _json({"anyOf": [written[kind] for kind in (route.gives, *route.others)]})
+    elif route.gives is not None:
+        content = _json(written[route.gives])
     if route.events:
         content["text/event-stream"] = {"schema": _event_schema(route, written)}
     return {"description": "the answer", "content": content}

@@ -24,12 +24,14 @@ FinishReason = Literal["stop", "length", "abort"] | None
 
 
 class Wanted(Struct, frozen=True):
-    """The tools of a request. `named` is the one to be called, if the client insists on one."""
+    """The tools of a request. `named` is the one to be called, if the client insists on one; `held` says that it has
+    other tools, which are not to be called."""
 
     tools: Sequence[Tool] = ()
     mode: Literal["none", "auto", "required"] = "auto"
     named: str | None = None
     parallel: bool = True
+    held: bool = False
 
     def __post_init__(self) -> None:
         names = [tool.name for tool in self.tools]
@@ -66,6 +68,7 @@ class Reading(Struct, frozen=True):
     wanted: Wanted = Wanted()
     opened: bool | None = None
     separate: bool = False
+    told: bool = True  # whether the reply has the reasoning
     marks: tuple[int, int] | None = None
 
     @property
@@ -77,7 +80,7 @@ class Reading(Struct, frozen=True):
     def grammar_names(self, field: str | None) -> dict[str, str]:
         """What the client calls the parts of its grammar that an error may be about; it asked for one in `field`, or
         it is its tools'."""
-        if field is None:
+        if field is None or self.wanted.mode == "required":
             return {"grammar": "tools"}
         if self.grammar is None or self.grammar.beside is None:
             return {"grammar": field}
@@ -95,7 +98,7 @@ class Reading(Struct, frozen=True):
             separate=self.separate,
             forced=self.wanted.mode == "required",
         )
-        return Reader(parser, self.marks if self.separate else None)
+        return Reader(parser, self.marks if self.separate else None, told=self.told)
 
 
 NOTHING = Reading()  # replies pass as they are
@@ -104,8 +107,9 @@ NOTHING = Reading()  # replies pass as they are
 class Reader:
     """Reads one reply, chunk by chunk. `plain` says that there is nothing more to find."""
 
-    def __init__(self, parser: ReplyParser, marks: tuple[int, int] | None) -> None:
+    def __init__(self, parser: ReplyParser, marks: tuple[int, int] | None, *, told: bool = True) -> None:
         self.plain = False
+        self._told = told
         self._parser = parser
         self._marks = marks
         self._in_reasoning = marks is not None
@@ -132,7 +136,7 @@ class Reader:
         if self._in_reasoning:
             self._count(chunk.ids)
         self.plain = self._parser.plain
-        return events
+        return events if self._told else [event for event in events if not isinstance(event, Reasoning)]
 
     def finish_reason(self, reason: FinishReason) -> FinishReason | Literal["tool_calls"]:
         """Why the reply ended, which is its calls if there are any and nothing cut it off."""
@@ -168,12 +172,13 @@ def reading_of(
     wanted: Wanted,
     *,
     separate: bool = True,
+    told: bool = True,
     names: dict[str, str] = NO_NAMES,
 ) -> Reading:
     """How to read replies to `messages`, which the chat template writes with `options`.
 
-    `separate` False leaves reasoning in the content. `names` are those that the client has for fields of `sampling`,
-    and for the grammar in them.
+    `separate` False leaves reasoning in the content, `told` False leaves it out. `names` are those that the client has
+    for fields of `sampling`, and for the grammar in them.
     Raises RequestError for tools that cannot be served so."""
     grammar = grammar_of(sampling, names)
     if text is None:  # it is still being read: the request will be refused
@@ -200,6 +205,7 @@ def reading_of(
         wanted,
         opened,
         separate and reasoning is not None,
+        told,
         None if start is None or end is None else (start, end),
     )
 
@@ -234,14 +240,8 @@ def _with_tools(wanted: Wanted, parser: type[ToolParser] | None, grammar: Gramma
     if parser is None:
         return grammar
     parallel = wanted.parallel and wanted.named is None
-    if wanted.mode == "required":
-        if grammar is not None:
-            raise RequestError(
-                f"a reply cannot be both a call of a tool and a text that fits {grammar.kind}; leave one out, or send "
-                "tool_choice auto",
-                param="tool_choice",
-            )
+    if wanted.mode == "required":  # what else the reply must be is of its text, and there is none
         return forced(wanted.callable, parser.syntax, parallel=parallel)
     if grammar is not None:
         return either(wanted.callable, parser.syntax, grammar, parallel=parallel, name=name)
-    return allowed(wanted.callable, parser.syntax)
+    return allowed(wanted.callable, parser.syntax, held=wanted.held)

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal, get_args
 
+import msgspec
 from msgspec import Struct
 
 from engine.http.items import (
@@ -13,8 +14,10 @@ from engine.http.items import (
     OutputText,
     ReasoningItem,
     ReasoningText,
+    ScoredContent,
     with_status,
 )
+from engine.http.logprobs import ChatToken
 from engine.http.sse import describe_error
 from engine.http.stored import Response, ResponseObject, Told
 from engine.http.wire import Reply, to_json
@@ -61,13 +64,13 @@ class PartEvent(InPart, kw_only=True, frozen=True):
 
 class DeltaEvent(InPart, kw_only=True, frozen=True):
     delta: str
-    logprobs: tuple[()] = ()
+    logprobs: list[ChatToken] = msgspec.field(default_factory=list)
     type: Literal["response.output_text.delta"] = "response.output_text.delta"
 
 
 class TextEvent(InPart, kw_only=True, frozen=True):
     text: str
-    logprobs: tuple[()] = ()
+    logprobs: list[ChatToken] = msgspec.field(default_factory=list)
     type: Literal["response.output_text.done"] = "response.output_text.done"
 
 
@@ -106,7 +109,7 @@ class ResponseEvents:
         self._response = response
         self._after = after
         self._number = 0
-        self._output = Items(response.key)
+        self._output = Items(response.key, response.namespaces)
         self._open: int | None = None  # the place of the item that is open: the last one
 
     def event(self, told: Told) -> bytes:
@@ -144,7 +147,8 @@ class ResponseEvents:
             events += self._opened(begun)
         match part:
             case Content(text) if text:
-                events.append(self._inside(DeltaEvent, delta=text))
+                scores = part.logprobs if isinstance(part, ScoredContent) else []
+                events.append(self._inside(DeltaEvent, delta=text, logprobs=scores))
             case Reasoning(text):
                 events.append(self._inside(ReasoningDeltaEvent, delta=text))
             case CallArguments(_, text):
@@ -177,7 +181,10 @@ class ResponseEvents:
         events: list[bytes] = []
         match item:
             case OutputMessage(_, _, [part]):
-                events = [self._inside(TextEvent, text=part.text), self._part("done", part)]
+                events = [
+                    self._inside(TextEvent, text=part.text, logprobs=part.logprobs),
+                    self._part("done", part),
+                ]
             case ReasoningItem(_, _, [thought]):
                 events = [self._inside(ReasoningTextEvent, text=thought.text), self._part("done", thought)]
             case FunctionCallItem():

@@ -18,12 +18,29 @@ from aiohttp import web
 
 from engine.errors import RequestError
 from engine.http.footprint import footprint
-from engine.http.items import InputItem, ItemStatus, OutputItem, input_items, output_of
+from engine.http.items import (
+    InputItem,
+    ItemStatus,
+    OutputItem,
+    Scores,
+    input_items,
+    output_of,
+    together,
+)
 from engine.http.reading import NOTHING, Reading
+from engine.http.response_objects import (
+    Asked,
+    IncompleteDetails,
+    InputTokensDetails,
+    OutputTokensDetails,
+    ResponseError,
+    ResponseObject,
+    ResponseUsage,
+    Status,
+)
 from engine.http.sse import describe_error
-from engine.http.wire import Reply
 from engine.messages import Chunk
-from engine.parsers import assembled, merged
+from engine.parsers import assembled
 from engine.plugin.parsing import Content, Event
 
 MAX_RESPONSES = 1000
@@ -32,117 +49,8 @@ MARGIN = 1024  # bytes of a response without what was asked and replied
 READER = 16 * 1024  # bytes of what reads a reply that goes on, without its text
 SLOT = 16  # bytes of a place in a list, and of the room that the list keeps for more
 
-Status = Literal["queued", "in_progress", "completed", "incomplete", "cancelled", "failed"]
 Told = tuple[Chunk, list[Event]]  # a chunk without its text, and what a parser tells of that
 STATUSES: dict[str | None, Status] = {"stop": "completed", "length": "incomplete", "abort": "cancelled"}
-
-
-# ── what is sent ─────────────────────────────────────────────────────────────────────────────
-
-
-class ResponseError(Reply, frozen=True):
-    code: Literal["invalid_prompt", "server_error"]
-    message: str
-    param: str | None
-
-
-class IncompleteDetails(Reply, frozen=True):
-    reason: Literal["max_output_tokens"] = "max_output_tokens"
-
-
-class InputTokensDetails(Reply, frozen=True):
-    cached_tokens: int
-
-
-class OutputTokensDetails(Reply, frozen=True):
-    reasoning_tokens: int = 0
-
-
-class ResponseUsage(Reply, frozen=True):
-    input_tokens: int
-    input_tokens_details: InputTokensDetails
-    output_tokens: int
-    total_tokens: int
-    output_tokens_details: OutputTokensDetails = OutputTokensDetails()
-
-
-class Reasoning(Reply, frozen=True):
-    effort: None = None
-    summary: None = None
-
-
-class FunctionTool(Reply, frozen=True):
-    """A tool that the request offered."""
-
-    name: str
-    description: str | None
-    parameters: dict[str, Any] | None
-    strict: bool
-    type: Literal["function"] = "function"
-
-
-class ChosenTool(Reply, frozen=True):
-    """The tool that is to be called."""
-
-    name: str
-    type: Literal["function"] = "function"
-
-
-class PlainText(Reply, frozen=True, tag_field="type", tag="text"):
-    """Any text."""
-
-
-class ObjectText(Reply, frozen=True, tag_field="type", tag="json_object"):
-    """A JSON object."""
-
-
-class SchemaText(Reply, frozen=True, tag_field="type", tag="json_schema"):
-    """JSON of a JSON schema."""
-
-    name: str | None
-    schema: dict[str, Any] | bool
-    strict: bool | None
-    description: str | None = None
-
-
-class TextOptions(Reply, frozen=True):
-    format: PlainText | ObjectText | SchemaText = PlainText()
-
-
-class Asked(Reply, kw_only=True, frozen=True):
-    """The fields of a response that only say what was asked, or could have been."""
-
-    model: str
-    instructions: str | None
-    previous_response_id: str | None
-    max_output_tokens: int | None
-    temperature: float
-    top_p: float
-    background: bool
-    store: bool
-    metadata: dict[str, str]
-    parallel_tool_calls: bool = True
-    reasoning: Reasoning = Reasoning()
-    service_tier: Literal["default"] = "default"
-    text: TextOptions = TextOptions()
-    tool_choice: Literal["none", "auto", "required"] | ChosenTool = "auto"
-    tools: tuple[FunctionTool, ...] = ()
-    top_logprobs: int = 0
-    truncation: Literal["disabled"] = "disabled"
-
-
-class ResponseObject(Asked, kw_only=True, frozen=True):
-    """A response as it is at some time; `usage` comes with its end."""
-
-    id: str
-    created_at: int
-    completed_at: int | None
-    status: Status
-    error: ResponseError | None
-    incomplete_details: IncompleteDetails | None
-    output: list[OutputItem]
-    usage: ResponseUsage | None
-    object: Literal["response"] = "response"
 
 
 # ── one response ─────────────────────────────────────────────────────────────────────────────
@@ -151,10 +59,13 @@ class ResponseObject(Asked, kw_only=True, frozen=True):
 class Response:
     """One response: what was asked, and the reply as far as it is there.
 
-    `asked` is what never changes; `conversation` the messages it answers; `reading` how replies are read. `size` is
-    how many bytes it holds, at most; `resized` is told by how much that changes."""
+    `asked` is what never changes; `conversation` the messages it answers; `reading` how replies are read; `scored`
+    says that log-probabilities are asked for. `size` is how many bytes it holds, at most; `resized` is told by how much
+    that changes."""
 
-    def __init__(self, asked: Asked, conversation: list[dict[str, Any]], reading: Reading = NOTHING) -> None:
+    def __init__(
+        self, asked: Asked, conversation: list[dict[str, Any]], reading: Reading = NOTHING, *, scored: bool = False
+    ) -> None:
         self.id = f"resp_{uuid4().hex}"
         self.key = uuid4().hex  # of its items
         self.background: bool = asked.background
@@ -166,6 +77,8 @@ class Response:
         self._error: ResponseError | None = None
         self._error_status = 0
         self._reader = reading.reader()
+        self.namespaces = {tool.name: tool.namespace for tool in reading.wanted.tools if tool.namespace}
+        self._scores = Scores() if scored else None
         self._reasoned = 0  # tokens
         self._told: list[Told] = []
         # Of what is not stored nobody asks how large it is.
@@ -206,7 +119,9 @@ class Response:
         events: list[Event] = [Content(chunk.text)] if chunk.text else []
         if self._reader is not None:
             events = self._reader.read(chunk)
-        told = msgspec.structs.replace(chunk, text="", ids=[]), events
+        if self._scores is not None:
+            events = self._scores.join(chunk, events)
+        told = msgspec.structs.replace(chunk, text="", ids=[], logprobs=()), events
         self._told.append(told)
         self.status = "in_progress" if chunk.finish is None else STATUSES[chunk.finish]
         if self.background:  # others are stored once they have ended
@@ -223,8 +138,9 @@ class Response:
         """Let go of what only a reply that goes on needs, and count what is left."""
         if self._reader is not None:
             self._reasoned, self._reader = self._reader.reasoning_tokens, None
+        self._scores = None
         if self._told and not self.background:  # nobody will follow it chunk by chunk
-            self._told = [(self._told[-1][0], merged(self._events()))]
+            self._told = [(self._told[-1][0], together(self._events()))]
         if self._asked.store:
             self._resize(self._given + footprint(self._told) + footprint(self._error))
 
@@ -294,7 +210,10 @@ class Response:
         last = None if early else self._last
         ended = last is not None and last.finish is not None
         cut = ended and self.status == "incomplete"
-        output = [] if early else output_of(self._events(), self.key, _item_status(self.status), ended=ended)
+        output: list[OutputItem] = []
+        if not early:
+            status_of_last = _item_status(self.status)
+            output = output_of(self._events(), self.key, status_of_last, ended=ended, namespaces=self.namespaces)
         return ResponseObject(
             id=self.id,
             created_at=self._created,
@@ -309,7 +228,7 @@ class Response:
 
     def input_items(self) -> list[InputItem]:
         """What it answers, in order; what came by reference is among it."""
-        return input_items(self._conversation, f"item_{self.key}")
+        return input_items(self._conversation, f"item_{self.key}", self.namespaces)
 
     def _usage(self, last: Chunk) -> ResponseUsage:
         return ResponseUsage(

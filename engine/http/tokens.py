@@ -12,6 +12,7 @@ import msgspec
 from aiohttp import web
 
 from engine.errors import RequestError
+from engine.http.completion_bodies import TokenId
 from engine.http.conversation import (
     FEW_MESSAGES,
     FEW_TOOLS,
@@ -21,7 +22,6 @@ from engine.http.conversation import (
     template_options,
     tools_of,
 )
-from engine.http.openai import TokenId
 from engine.http.service import SERVICE, Service, in_client_words
 from engine.http.wire import Body, Reply, json_response
 from engine.messages import Detokenize, Detokenized, Tokenize, Tokenized

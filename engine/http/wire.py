@@ -1,13 +1,13 @@
 """JSON on the wire: bodies decoded strictly, errors shaped as OpenAI shapes them.
 
 A body is one msgspec struct. A field that the struct lacks is refused by name; a field that it has but that
-the engine does not serve yet is listed in the struct's `unserved` with its neutral values, and refused at any
-other. Nothing a client sends is ignored in silence, save the fields documented as ignored.
+the engine does not act on has a rule in the struct's `rules` (fields.py): it is a hint, or it is refused.
 """
 
 import re
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -15,6 +15,7 @@ from aiohttp import web
 from msgspec import Struct
 
 from engine.errors import RequestError
+from engine.http.fields import Rule, in_general
 
 MAX_BODY_BYTES = 32 * 2**20
 UNKNOWN_FIELD = "Object contains unknown field `"  # as msgspec says it
@@ -22,14 +23,11 @@ ENCODER = msgspec.json.Encoder()
 
 
 class Body(Struct, forbid_unknown_fields=True, kw_only=True):
-    """Base of every request body and of the objects inside it.
+    """Base of every request body and of the objects inside it. `rules` are of the fields that are not served, `whole`
+    is of the object itself, if it is none that is served."""
 
-    `unserved` maps fields that are known but not served yet to their neutral values; null is always neutral.
-    `remedies` says what to do in place of leaving such a field out.
-    """
-
-    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {}
-    remedies: ClassVar[dict[str, str]] = {}
+    rules: ClassVar[Mapping[str, Rule]] = {}
+    whole: ClassVar[Rule | None] = None
 
 
 class Reply(Struct, forbid_unknown_fields=True, frozen=True):
@@ -53,7 +51,7 @@ class BodyDecoder(Generic[BodyType]):
         self._decoder = msgspec.json.Decoder(kind)
 
     def decode(self, data: bytes) -> BodyType:
-        """The body in `data`, checked against its struct and its `unserved` fields."""
+        """The body in `data`, checked against its struct; `ignored_fields` checks it against its rules."""
         try:
             body = self._decoder.decode(data or b"{}" if self._optional else data)
         except msgspec.ValidationError as error:
@@ -63,7 +61,6 @@ class BodyDecoder(Generic[BodyType]):
             raise RequestError(message, code="invalid_json") from None
         except RecursionError:
             raise RequestError("the request body is nested too deeply; flatten it", code="invalid_json") from None
-        check_served(body)
         return body
 
     def query(self, given: Mapping[str, str]) -> BodyType:
@@ -74,22 +71,53 @@ class BodyDecoder(Generic[BodyType]):
             raise _invalid(self._kind, str(error)) from None
 
 
-def check_served(body: Body, path: str = "") -> None:
-    """Raise RequestError if a field in `body.unserved`, named under `path`, is not at a neutral value."""
-    for name, neutral in body.unserved.items():
+def ignored_fields(body: Body, *, strict: bool = False) -> list[str]:
+    """The names of the fields in `body` that are to be ignored; if `strict`, no hint is.
+
+    Raises RequestError for one that is neither served, nor a hint, nor at a neutral value."""
+    return list(dict.fromkeys(in_general(path) for path in _ignored_in(body, "", strict)))
+
+
+def _ignored_in(body: Body, path: str, strict: bool) -> Iterator[str]:
+    """The paths of those fields in `body`, whose own path is `path`."""
+    if body.whole is not None:
+        kind = str(body.__struct_config__.tag)
+        if not body.whole.is_hint(kind, strict=strict):
+            raise RequestError(
+                f"{path}type is {kind!r}, and there is no such thing here; {body.whole.remedy}",
+                param=f"{path}type",
+                code=body.whole.code,
+            )
+        yield path + kind
+        return
+    for name, rule in body.rules.items():
         value = getattr(body, name)
-        if value is None:
+        if value is None or rule.is_neutral(value):  # most are None
             continue
-        # 1 == True in Python, but not in JSON.
-        if any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral):
-            continue
-        accepted = " or ".join(to_json(other).decode() for other in (*neutral, None))
-        raise RequestError(
-            f"{path}{name} is not supported yet: got {_shown(value)}, accepted is only {accepted}; "
-            f"{body.remedies.get(name, 'leave it out')}",
-            param=path + name,
-            code="unsupported_parameter",
-        )
+        if not rule.is_hint(value, strict=strict):
+            raise rule.refusal(path + name, value)
+        if rule.told:
+            yield path + name
+    for name in _with_bodies(type(body)):
+        match getattr(body, name):
+            case Body() as inner:
+                yield from _ignored_in(inner, f"{path}{name}.", strict)
+            case list() as items:
+                for index, item in enumerate(items):
+                    if isinstance(item, Body):
+                        yield from _ignored_in(item, f"{path}{name}[{index}].", strict)
+
+
+@cache
+def _with_bodies(kind: type[Body]) -> tuple[str, ...]:
+    """The fields of `kind` in which there may be bodies that have rules, or have such in them."""
+    hints = get_type_hints(kind)
+    return tuple(name for name in kind.__struct_fields__ if any(map(_has_rules, structs_in(hints[name], Body))))
+
+
+@cache
+def _has_rules(kind: type[Body]) -> bool:
+    return bool(kind.rules) or kind.whole is not None or bool(_with_bodies(kind))
 
 
 def _invalid(kind: type[Body], said: str, data: bytes = b"") -> RequestError:
@@ -111,7 +139,7 @@ def _invalid(kind: type[Body], said: str, data: bytes = b"") -> RequestError:
         return RequestError(message, param=path or None)
     name = _short(unknown.removesuffix("`"))
     parent = _struct_at(kind, path)
-    known = [field for field in parent.__struct_fields__ if field not in parent.unserved]
+    known = [field for field in parent.__struct_fields__ if field not in parent.rules]
     close = get_close_matches(name, known, n=1)
     remedy = f"did you mean {close[0]}?" if close else f"the fields here are {', '.join(known)}"
     param = f"{path}.{name}" if path else name
@@ -156,11 +184,6 @@ def structs_in(hint: Any, base: type[StructType]) -> Iterator[type[StructType]]:
         yield hint
     for part in get_args(hint):
         yield from structs_in(part, base)
-
-
-def _shown(value: Any) -> str:
-    """The beginning of `value` as JSON."""
-    return _short(to_json(value[:80] if isinstance(value, str) else value).decode())
 
 
 def _short(text: str, most: int = 80) -> str:

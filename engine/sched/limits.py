@@ -1,6 +1,7 @@
 """What the scheduler refuses at once: a request that waiting would never serve, or that cannot be told apart."""
 
 from engine.errors import RequestError
+from engine.lengths import prompt_too_long, reply_too_long
 from engine.sched.request import Request
 
 
@@ -30,19 +31,9 @@ def check_fits(request: Request, max_model_len: int, pages: int, page_size: int)
     if prompt == 0:
         raise RequestError("the prompt has 0 tokens; send at least one", param="prompt", code="empty_prompt")
     if prompt + 1 > max_model_len:
-        raise RequestError(
-            f"the prompt has {prompt} tokens, but prompt and reply together may have {max_model_len}; shorten the "
-            f"prompt to at most {max_model_len - 1} tokens",
-            param="prompt",
-            code="context_length_exceeded",
-        )
+        raise prompt_too_long(prompt, max_model_len)
     if prompt + new > max_model_len:
-        raise RequestError(
-            f"the prompt has {prompt} tokens and max_tokens is {new}, but together they may be {max_model_len}; "
-            f"lower max_tokens to at most {max_model_len - prompt}, or shorten the prompt",
-            param="max_tokens",
-            code="context_length_exceeded",
-        )
+        raise reply_too_long(prompt, new, max_model_len)
     needed = pages_for(prompt + new - 1, page_size)  # the last token is never computed
     if needed > pages:
         raise RequestError(

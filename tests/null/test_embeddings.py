@@ -17,13 +17,16 @@ import openai
 import pytest
 from house import House, open_house, prompt
 from http_front import serving
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from engine.actors.fake import FakeDevice
 from engine.errors import RequestError, WorkerError
 from engine.http.app import ROUTES
 from engine.http.openapi import describe
 from engine.messages import Admit, Embed, Sampling
+from engine.plugin.specs import TextSpec
 from engine.sched import Scheduler
+from engine.text import Text
 from engine_plugins.policies.order import FirstComeFirstServed
 
 DOCUMENT = describe(ROUTES, models=["echo"], keyed=False)
@@ -99,6 +102,39 @@ async def test_inputs_are_texts_or_ids(given: object, vectors: list[list[float]]
         await house.settled()
 
 
+@pytest.mark.parametrize(("kept", "used"), [(2, "ab"), (9, "abc"), (-1, "abc")])
+async def test_only_the_first_tokens_are_used(kept: int, used: str) -> None:
+    async with open_site() as (house, _, session):
+        for given in ("abc", [97, 98, 99]):
+            asked = {"input": given, "truncate_prompt_tokens": kept}
+            status, answer = await post(session, "/v1/embeddings", asked)
+            assert (status, answer["data"][0]["embedding"]) == (200, made(used))
+        pair = {"text_1": "abc", "text_2": "abd", "truncate_prompt_tokens": 2}
+        assert (await post(session, "/v1/score", pair))[1]["data"][0]["score"] == pytest.approx(1)
+        ranked = {"query": "abc", "documents": ["abd"], "truncate_prompt_tokens": 2}
+        assert (await post(session, "/v1/rerank", ranked))[1]["results"][0]["relevance_score"] == pytest.approx(1)
+        long = {"input": "b" * 5000, "truncate_prompt_tokens": 64}
+        assert (await post(session, "/v1/embeddings", long))[1]["data"][0]["embedding"] == made("b" * 64)
+        await house.settled()
+
+
+def test_what_is_around_a_text_stays() -> None:
+    """As transformers cuts: the first tokens between those that the tokenizer adds."""
+    words = {"[CLS]": 0, "[SEP]": 1, "a": 2, "b": 3, "c": 4, "[UNK]": 5}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    around = [("[CLS]", 0), ("[SEP]", 1)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=around)
+    text = Text(TextSpec(tokenizer=tokenizer, eos_ids=()))
+    assert text.encode_first("a b c", 4) == [0, 2, 3, 1]
+    assert text.encode_first("a b c", 9) == text.encode("a b c") == [0, 2, 3, 4, 1]
+    with pytest.raises(RequestError, match="truncate_prompt_tokens is 2, and 2 of them are added around a text"):
+        text.encode_first("a b c", 2)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    text = Text(TextSpec(tokenizer=tokenizer, eos_ids=(), add_bos=True, bos_id=0))
+    assert text.encode_first("a b c", 2) == [0, 2]
+
+
 async def test_a_long_list_waits_for_its_turn() -> None:
     """More inputs than there are slots, or than may be open at once."""
     async with open_site(max_running=3, max_waiting=1) as (house, _, session):
@@ -163,7 +199,8 @@ async def test_documents_are_ordered_by_their_cosines(path: str) -> None:
         ("/v1/embeddings", {"input": "b" * 5000}, "input", "input has 5000 tokens, and the model takes at most 4096"),
         ("/v1/embeddings", {"input": "b" * 99999}, "input", "input has 99999 characters"),
         ("/v1/embeddings", {"input": "a", "dimensions": 1}, "dimensions", "dimensions is 1, but echo makes"),
-        ("/v1/embeddings", {"input": "a", "truncate_prompt_tokens": 5}, "truncate_prompt_tokens", "not supported yet"),
+        ("/v1/embeddings", {"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "at least one token"),
+        ("/v1/embeddings", {"input": "a", "truncate_prompt_tokens": -2}, "truncate_prompt_tokens", ">= -1"),
         ("/v1/embeddings", {"input": "a", "encoding_format": "int8"}, "encoding_format", "one of 'float', 'base64'"),
         ("/v1/embeddings", {"input": "a", "model": "other"}, "model", "not served here"),
         ("/v1/score", {"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, "text_1", "text_1 has 2 texts and text_2 3"),

@@ -142,7 +142,7 @@ async def test_a_rid_in_use_is_refused_and_free_again_at_once() -> None:
     ("request_", "said"),
     [
         (prompt("a" * 5000), "5000 tokens.*4096.*at most 4095"),
-        (prompt("a", max_tokens=4096), "max_tokens 4096.*at most 4095"),
+        (prompt("a", max_tokens=4096), "max_tokens is 4096.*at most 4095"),
         (prompt(""), "prompt is empty"),
     ],
 )

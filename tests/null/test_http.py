@@ -20,8 +20,8 @@ from engine.config import ServerOptions
 from engine.errors import ConfigError
 from engine.front import Health, joined
 from engine.http.app import ROUTES, serve
+from engine.http.completion_bodies import ChatBody, CompletionBody
 from engine.http.native import GenerateBody, NativeReply, NativeSampling, Scores
-from engine.http.openai import ChatBody, ChatMessage, CompletionBody
 from engine.messages import SamplingParams, Stats
 
 pytestmark = pytest.mark.anyio
@@ -152,12 +152,6 @@ async def test_completion_stream() -> None:
 def test_every_field_of_the_openai_client_is_known(body: type, params: typing.Any) -> None:
     name = "CompletionCreateParamsStreaming"
     assert set(typing.get_type_hints(getattr(params, name))) <= set(body.__struct_fields__)
-
-
-@pytest.mark.parametrize("body", [ChatBody, CompletionBody, ChatMessage, GenerateBody, NativeSampling])
-def test_unserved_fields_exist_and_default_to_null(body: typing.Any) -> None:
-    fields = {field.name: field for field in msgspec.structs.fields(body)}
-    assert all(fields[name].default is None for name in body.unserved)
 
 
 # ── /generate ────────────────────────────────────────────────────────────────────────────────
@@ -343,5 +337,5 @@ async def test_routes_metrics_and_fields_are_documented() -> None:
     }
     assert [name for name in sorted(names) if f"`{name}`" not in page and not name.endswith("_created")] == []
     served = {*CompletionBody.__struct_fields__, *GenerateBody.__struct_fields__, *NativeSampling.__struct_fields__}
-    served -= {*CompletionBody.unserved, *GenerateBody.unserved, *NativeSampling.unserved}
+    served -= {*CompletionBody.rules, *GenerateBody.rules, *NativeSampling.rules}
     assert [name for name in sorted(served) if name not in page] == []

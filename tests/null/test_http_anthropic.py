@@ -127,10 +127,15 @@ async def test_an_abort_has_no_stop_reason() -> None:
         ({"messages": HI, "max_tokens": 1, "model": "claude"}, 404, "model", "'claude' is not served"),
         ({"messages": HI, "max_tokens": 1, "stop_sequences": [""]}, 400, "stop_sequences", "none of them empty"),
         ({"messages": HI, "max_tokens": 1, "tools": [{}]}, 400, "tools[0]", "missing required field `name`"),
-        ({"messages": HI, "max_tokens": 1, "speed": "fast"}, 400, "speed", "not supported yet"),
+        ({"messages": HI, "max_tokens": 1, "container": "c"}, 400, "container", "not supported yet"),
         ({"messages": HI, "max_tokens": 1, "max_token": 1}, 400, "max_token", "did you mean max_tokens?"),
-        ({"messages": HI, "max_tokens": 5000}, 400, "max_tokens", "at most 4093"),
-        ({"messages": [{"role": "user", "content": "x" * 5000}], "max_tokens": 1}, 400, "prompt", "5001 tokens"),
+        ({"messages": HI, "max_tokens": 5000}, 400, "max_tokens", "exceed context limit: 3 + 5000 > 4096; "),
+        (
+            {"messages": [{"role": "user", "content": "x" * 5000}], "max_tokens": 1},
+            400,
+            "messages",
+            "prompt is too long: 5001 tokens > 4095 maximum",
+        ),
     ],
 )
 async def test_errors_in_anthropics_shape(body: dict, status: int, param: str | None, says: str) -> None:

@@ -13,8 +13,9 @@ from typing_extensions import get_type_hints
 
 from engine.http import stored
 from engine.http.reading import Wanted
+from engine.http.response_bodies import ResponsesBody
 from engine.http.response_events import ResponseEvents
-from engine.http.responses import ResponsesBody, described
+from engine.http.responses import described
 from engine.messages import Chunk, SamplingParams
 
 pytestmark = pytest.mark.anyio
@@ -223,7 +224,7 @@ async def test_a_background_response_that_fails_says_why() -> None:
 @pytest.mark.parametrize(
     ("asked", "param", "says"),
     [
-        ({"max_output_tokens": 5000}, "max_output_tokens", "max_output_tokens 5000 and a prompt"),
+        ({"max_output_tokens": 5000}, "max_output_tokens", "max_output_tokens is 5000, but the maximum"),
         (
             {"text": {"format": {"type": "json_schema", "name": "n", "schema": {"not": {"const": 1}}}}},
             "text.format",
@@ -270,13 +271,13 @@ async def test_a_stream_that_fails_ends_with_response_failed() -> None:
         ({"input": [{"role": "user"}]}, "input[0].content", "a message needs one"),
         ({"input": "a", "max_output_tokens": 0}, "max_output_tokens", "0; it must be"),
         ({"input": "a", "temperature": 3}, "temperature", "from 0 to 2"),
-        ({"input": "a", "tools": [{"type": "web_search"}]}, "tools[0].type", "'web_search'"),
+        ({"input": "a", "tools": [{"type": "file_search"}]}, "tools[0].type", "'file_search'"),
         ({"input": "a", "tool_choice": {"type": "function", "name": "f"}}, "tool_choice", "'f', which is no tool"),
-        ({"input": "a", "truncation": "auto"}, "truncation", "not supported yet"),
+        ({"input": "a", "truncation": "some"}, "truncation", "not supported yet"),
         ({"input": "a", "background": True, "store": False}, "store", "is stored"),
         ({"input": "a", "metadata": {"k" * 65: "v"}}, "metadata", "64"),
         ({"input": "a", "model": "gpt"}, "model", "'gpt'"),
-        ({"input": "a" * 5000}, "prompt", "5001 tokens"),
+        ({"input": "a" * 5000}, "input", "5001 tokens, and the model's maximum context length is 4096 tokens"),
     ],
 )
 async def test_refusals(body: dict, param: str | None, says: str) -> None:

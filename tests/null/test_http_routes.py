@@ -20,8 +20,8 @@ from engine.http.admin import PauseBody, ProfileBody
 from engine.http.anthropic import CountBody, MessagesBody
 from engine.http.app import ROUTES
 from engine.http.embeddings import EmbeddingBody, RerankBody, ScoreBody
+from engine.http.response_bodies import ResponsesBody
 from engine.http.response_tokens import InputTokensBody
-from engine.http.responses import ResponsesBody
 from engine.http.tokens import DetokenizeBody, TokenizeBody
 from engine.launch import open_front
 from engine.template import OPEN_END
@@ -515,7 +515,7 @@ async def test_a_key_in_anthropics_header() -> None:
 def test_every_served_field_is_documented(body: Any) -> None:
     docs = Path(__file__).parents[2] / "docs"
     page = (docs / "http.md").read_text() + (docs / "profiling.md").read_text()
-    served = {*body.__struct_fields__} - {*body.unserved}
+    served = {*body.__struct_fields__} - {*body.rules}
     assert [name for name in sorted(served) if f"`{name}" not in page and f'"{name}"' not in page] == []
 
 

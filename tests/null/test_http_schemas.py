@@ -134,8 +134,8 @@ async def test_models_are_as_described() -> None:
 def test_every_field_of_a_reply_is_required_but_those_that_may_be_absent() -> None:
     schemas = DOCUMENT["components"]["schemas"]
     for name, absent in (
-        ("ChatCompletion", {"prompt_logprobs"}),
-        ("DeltaChoice", {"matched_stop"}),
+        ("ChatCompletion", {"prompt_logprobs", "prompt_token_ids"}),
+        ("DeltaChoice", {"matched_stop", "token_ids"}),
         ("Delta", {"role", "content", "reasoning_content", "tool_calls"}),
         ("AssistantMessage", {"reasoning_content", "tool_calls"}),
         ("ToolCallDelta", {"id", "type"}),

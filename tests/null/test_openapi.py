@@ -56,7 +56,8 @@ def test_bounds_and_what_is_not_served_are_in_it() -> None:
     schemas = DOCUMENT["components"]["schemas"]
     assert schemas["MessagesBody"]["properties"]["max_tokens"]["minimum"] == 1
     assert schemas["MessagesBody"]["additionalProperties"] is False
-    assert schemas["MessagesBody"]["properties"]["speed"]["enum"] == ["standard", None]
+    assert schemas["ChatBody"]["properties"]["modalities"]["enum"] == [["text"], None]
+    assert schemas["MessagesBody"]["properties"]["speed"]["description"] == "ignored"
     assert schemas["MessagesBody"]["required"] == ["messages", "max_tokens"]
 
 

@@ -154,12 +154,10 @@ def test_a_continued_message_says_itself_whether_it_is_reasoning() -> None:
         assert found.opened is opened
 
 
-def test_a_call_is_no_json_reply() -> None:
-    with pytest.raises(
-        RequestError, match="cannot be both a call of a tool and a text that fits json_schema"
-    ) as caught:
-        reading(PLAIN, None, FORCED, JSON)
-    assert caught.value.param == "tool_choice"
+def test_where_a_call_is_forced_the_format_has_no_say() -> None:
+    beside, alone = reading(PLAIN, None, FORCED, JSON), reading(PLAIN, None, FORCED, FREE)
+    assert beside.grammar == alone.grammar is not None
+    assert beside.grammar_names("response_format") == {"grammar": "tools"}
 
 
 def test_nothing_to_read() -> None:

@@ -18,7 +18,8 @@ from engine.errors import RequestError
 from engine.http import stored
 from engine.http.footprint import footprint
 from engine.http.reading import NOTHING, Reading
-from engine.http.responses import ResponsesBody, described, messages_of, wanted_of
+from engine.http.response_bodies import ResponsesBody, messages_of
+from engine.http.responses import described, wanted_of
 from engine.http.stored import Response, ResponseStore
 from engine.messages import Chunk, SamplingParams, TokenLogprob
 
