@@ -35,7 +35,7 @@ log = logging.getLogger("engine.text")
 
 HUGE = 1 << 20  # characters: such jobs leave one process to the others
 MOST_WAITING = 1024  # jobs
-MOST_HELD = 1 << 28  # characters of all jobs
+MOST_HELD = 1 << 28  # bytes of all jobs, as they are packed for a process
 SECONDS = 60.0  # that a job may take in its process
 GRACE = 1.0  # seconds that a job may go on for whose asker has left: a new process costs about that much
 
@@ -51,6 +51,7 @@ class Work:
 
     def __init__(self, job: TextWork, size: int) -> None:
         self.job: TextWork | None = job
+        self.held = len(job.packed)  # bytes: a character is up to four
         self.size = size
         self.answer: asyncio.Future[TextAnswer] | None = asyncio.get_running_loop().create_future()
         self.scope: anyio.CancelScope | None = None  # while a process has it
@@ -122,22 +123,22 @@ class TextPool:
             return perform(self.admission, job)
         if len(self._queue) >= MOST_WAITING or self._held + size > MOST_HELD:
             raise RequestError(
-                f"{len(self._queue)} long prompts with {self._held} characters wait to be tokenized, which is the "
+                f"{len(self._queue)} long prompts with {self._held} bytes wait to be tokenized, which is the "
                 "limit; try again in a moment",
                 code="queue_full",
                 status=503,
             )
         work = Work(packed(job), size)
-        answer = work.answer
+        answer, held = work.answer, work.held
         assert answer is not None, "it was just asked for"
-        self._held += size
+        self._held += held
         self._queue.append(work)
         self._hand_out()
         try:
             return await answer
         finally:
             del answer
-            self._held -= size
+            self._held -= held
             work.abandon()
             with suppress(ValueError):
                 self._queue.remove(work)

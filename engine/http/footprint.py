@@ -22,7 +22,7 @@ def footprint(value: Any) -> int:
         kind = type(part)
         if kind is str:
             if not part.isascii():
-                total += UTF8_BYTES * len(part)
+                total += UTF8_BYTES * len(part) + 1  # and the zero that ends it
         elif kind is dict:
             parts += part.keys()
             parts += part.values()

@@ -46,10 +46,10 @@ class HalfClosed(web.RequestHandler):
         return not self._messages and self._waiter is not None and not self._waiter.done()
 
     def _unfinished(self) -> bool:
-        """Whether the body of the last request is cut off."""
-        if self._messages:
-            return not self._messages[-1][1].is_eof()
-        return self._current_request is not None and not self._current_request.content.is_eof()
+        """Whether the body of the request whose turn it is is cut off; one before it is still answered."""
+        if self._current_request is not None:
+            return not self._current_request.content.is_eof()
+        return bool(self._messages) and not self._messages[0][1].is_eof()
 
     def _look(self, number: int) -> None:
         """End the connection if nothing is left to answer, or nobody to answer to; else look again later."""

@@ -52,9 +52,10 @@ async def test_a_half_closed_client_is_answered(version: str, streamed: bool) ->
     assert (b"[DONE]" in final) is streamed
 
 
-async def test_all_that_was_asked_is_answered() -> None:
+@pytest.mark.parametrize("more", [b"", b"GET /health HTTP/1.1", request({"text": "x"})[:-3]])
+async def test_all_that_was_asked_is_answered(more: bytes) -> None:
     async with serving(FakeFront(chunks("a"), pause=0.02)) as url, connected(url) as client:
-        await client.send(request({"text": "x"}) * 3)
+        await client.send(request({"text": "x"}) * 3 + more)
         await client.send_eof()
         assert (await all_of(client)).count(b"HTTP/1.1 200 OK") == 3
 

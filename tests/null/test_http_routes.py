@@ -163,7 +163,7 @@ async def test_the_template_option_and_what_a_request_says_of_it(tmp_path: Any) 
         assert await rendered(site, **going_on) == "<user>hi</><assistant>so:"
         # the same through a chat: the echo model counts on from its prompt's last byte
         asked = {"max_tokens": 3, "temperature": 0}
-        for body, last in (({"messages": HI}, ">"), ({**going_on, "add_generation_prompt": False}, " ")):
+        for body, last in (({"messages": HI}, ">"), ({**going_on, "add_generation_prompt": False}, ":")):
             status, answer = await site.post("/v1/chat/completions", {**asked, **body})
             assert (status, answer["choices"][0]["message"]["content"]) == (200, counted(last, 3))
         kwargs = {"chat_template_kwargs": {"mood": "a"}}

@@ -46,10 +46,13 @@ async def test_every_answer_has_the_id(site: Site) -> None:
         (400, "POST", "/generate", {}, {}),
         (400, "POST", "/v1/messages", {}, {}),
         (401, "POST", "/generate", {}, wrong),
+        (403, "GET", "/health", None, {"Origin": "http://elsewhere.example"}),
+        (403, "GET", "/health", None, {"Host": "elsewhere.example"}),
         (404, "GET", "/nowhere", None, {}),
         (404, "GET", "/v1/responses/resp_x", None, {}),
         (405, "GET", "/generate", None, {}),
         (413, "POST", "/generate", {"text": "x" * 2**25}, {}),
+        (415, "POST", "/generate", {}, {"Content-Encoding": "br"}),
     ]
     for expected, method, path, body, headers in requests:
         status, sent, _ = await asked(site, method, path, body, **headers, **{HEADER: "mine 1"})

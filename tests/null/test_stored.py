@@ -10,7 +10,7 @@ import anyio
 import msgspec
 import pytest
 from http_front import text_of
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from test_http_routes import open_site
 
@@ -40,19 +40,37 @@ REPLY = st.lists(st.tuples(TEXTS | st.sampled_from(["<think>", "</think>", "<too
 def held_by(response: Response) -> int:
     """The bytes of all objects that only a response leads to, each once."""
     roots = [value for name, value in vars(response).items() if name not in ("_task", "resized")]
+    return objects_of(*roots, vars(response))
+
+
+def objects_of(*roots: Any, names: bool = False) -> int:
+    """The bytes of all objects that `roots` lead to, each once. `names` adds the texts that are keys of dicts, which
+    the collector is not told of; in the dict of an object they are its class's."""
     seen: dict[int, Any] = {}
-    waiting = [*roots, vars(response)]
+    waiting = [*roots]
     while waiting:
         item = waiting.pop()
         if id(item) not in seen and not isinstance(item, SHARED) and not type(item).__module__.startswith("_regex"):
             seen[id(item)] = item
             waiting += gc.get_referents(item)
+            waiting += item if names and isinstance(item, dict) else ()
     return sum(map(sys.getsizeof, seen.values()))
 
 
 def response_to(asked: dict[str, Any], reading: Reading = NOTHING) -> Response:
     body = msgspec.convert({"input": "", "background": True, **asked}, ResponsesBody)
     return Response(described(body, SamplingParams(), "m", wanted_of(body)), messages_of(body.input), reading)
+
+
+@given(JSON)
+@example({"é" * 500: "x"})
+@example(["😀" * 100])
+@example({"x" * 3000: None})
+@example(Chunk("r", "x" * 300, [2**62], logprobs=(TokenLogprob(1, "é" * 99, b"x" * 99, None),)))
+def test_a_value_is_counted_whole_as_it_is_once_it_was_sent(value: Any) -> None:
+    counted = footprint(value)
+    msgspec.json.encode(value)  # texts that are not ASCII keep their UTF-8
+    assert counted >= objects_of(value, names=True)
 
 
 @settings(max_examples=30, deadline=None, phases=(Phase.explicit, Phase.generate))
@@ -105,7 +123,30 @@ def test_the_total_is_that_of_the_responses(steps: list[tuple[int, int, bool]], 
             assert kept[-1] is response
         for response in kept:
             store.forget(response.id)
+            response._resize(10**6)  # as one that still runs in the background does
         assert (store.held, len(store)) == (0, 0)
+
+
+def test_an_error_counts() -> None:
+    sizes = []
+    for message in ("", "m" * 100 * KILO):
+        response = response_to({})
+        response.fail((503, {"error": {"message": message, "param": None}}))
+        sizes.append(response.size)
+    assert sizes[1] - sizes[0] >= 100 * KILO
+
+
+@pytest.mark.parametrize(
+    "beginning", ['<tool_call>{"name": "t", "arguments": {"x": "', '<tool_call>{"arguments": {"x": "']
+)
+def test_what_a_reader_keeps_of_a_reply_counts(beginning: str) -> None:
+    reading = Reading(parsers=text_of(None, "hermes", "qwen3").parsers, separate=True, opened=False)
+    response = response_to({}, reading)
+    response.add(Chunk("r", beginning, []))
+    before = response.size, held_by(response)
+    for index in range(300):
+        response.add(Chunk("r", f"{index:05}" * KILO, []))
+    assert response.size - before[0] >= held_by(response) - before[1]
 
 
 def test_forgetting_does_not_add_up_all_that_is_held() -> None:

@@ -285,10 +285,21 @@ async def test_a_full_queue_is_a_503(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_so_is_too_much_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_pool, "MOST_HELD", 2 * LARGE)
     async with odd_pool() as pool:
-        with pytest.raises(RequestError, match="0 long prompts with 0 characters") as refused:
+        with pytest.raises(RequestError, match="0 long prompts with 0 bytes") as refused:
             await told(pool, "work", 2 * LARGE)
         assert (refused.value.status, refused.value.code) == (503, "queue_full")
         assert await told(pool, "work")
+
+
+async def test_a_character_counts_as_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_pool, "MOST_HELD", 3 * LARGE)
+    async with odd_pool() as pool, anyio.create_task_group() as group:
+        group.start_soon(pool.ask, Tokenize("hang " + "😀" * LARGE))
+        await anyio.lowlevel.checkpoint()
+        with pytest.raises(RequestError, match="0 long prompts with 8"):
+            await told(pool, "work")
+        group.cancel_scope.cancel()
+        await anyio.lowlevel.checkpoint()
 
 
 async def test_huge_jobs_leave_a_process_to_others() -> None:
