@@ -183,6 +183,10 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
         bool,
         Meta(description="take chat_template from requests: a program, which can keep the server busy for long"),
     ] = False
+    log_requests: Annotated[
+        bool,
+        Meta(description="a log line for each request that ends: id, route, status, tokens, seconds; not for probes"),
+    ] = False
     profile_dir: Annotated[
         Annotated[str, Meta(min_length=1)] | None,
         Meta(description="directory that /start_profile may write traces to; default: it is refused"),
