@@ -214,7 +214,8 @@ def _requests(count: int) -> str:
 def try_line(url: str, model: str, *, keyed: bool = False, embeds: bool = False) -> str:
     """A curl command that a newcomer can paste; `keyed` says that an API key is asked for."""
     key = "-H 'Authorization: Bearer YOUR_KEY' " if keyed else ""
-    path, said = "chat/completions", '"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 60, "stream": true'
+    path = "chat/completions"
+    said = '"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 60, "stream": true'
     if embeds:
         path, said = "embeddings", '"input": ["Say hello."]'
     body = f'{{"model": "{model}", {said}}}'
