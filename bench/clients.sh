@@ -43,9 +43,8 @@ main() {
     for name in "$@"; do
         names | grep -qx -- "$name" || { echo "$0: there is no client $name; the names are" $(names) >&2; exit 2; }
     done
-    models=$(curl -fsS "$ENGINE_URL/v1/models") ||
+    ENGINE_MODEL=$(first_model 2>/dev/null) ||
         { echo "$0: no server answers at $ENGINE_URL/v1/models; start one with engine serve" >&2; exit 2; }
-    ENGINE_MODEL=$(python3 -c 'import json, sys; print(json.loads(sys.argv[1])["data"][0]["id"])' "$models") || exit 2
     export ENGINE_MODEL
     if [ -n "${CLIENTS_DIR:-}" ]; then
         mkdir -p "$CLIENTS_DIR"
@@ -61,6 +60,11 @@ main() {
         try "$name" "$version" $packages || failed=1
     done <<<"$CLIENTS"
     exit $failed
+}
+
+first_model() {
+    python3 -c 'import json, sys, urllib.request as u; print(json.load(u.urlopen(sys.argv[1]))["data"][0]["id"])' \
+        "$ENGINE_URL/v1/models"
 }
 
 names() { awk 'NF { print $1 }' <<<"$CLIENTS"; }
