@@ -9,7 +9,7 @@ import os
 import queue
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -20,10 +20,11 @@ import msgspec
 from anyio.from_thread import BlockingPortal
 from msgspec import Struct
 from rich.console import Console
+from rich.table import Column, Table
 
 from engine.client import Client, changed
 from engine.config import Config, options_of
-from engine.errors import ConfigError, EngineError, did_you_mean
+from engine.errors import ConfigError, EngineError, RequestError, did_you_mean
 from engine.http.keys import own_key
 from engine.messages import Chunk, SamplingParams
 from engine.offline import AsyncEngine
@@ -32,6 +33,8 @@ from engine.tool_options import ChatOptions
 
 PROMPT = "\001\x1b[1;36m\002> \001\x1b[0m\002"  # the marks tell readline what takes no room on the line
 HISTORY_LINES = 1000
+MAX_TOKENS = 1024  # of a reply, unless a limit is set: a small model may go on until its context is full
+VALUE_WIDTH = 20  # characters of a setting that /set shows
 # A reply must not move the cursor or set the terminal's title: of the control characters only \t and \n are shown.
 CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10})
 
@@ -80,7 +83,7 @@ def chat(config: Config, model: str | None, options: ChatOptions, params: Sampli
             conversation = Conversation(portal, source, console, params, options.system)
             if not interactive:
                 return conversation.script(sys.stdin)
-            with _line_history():
+            with _line_editing(conversation.completions):
                 return conversation.talk(lambda: input(PROMPT))
         finally:
             context.__exit__(None, None, None)
@@ -146,7 +149,8 @@ class Conversation:
 
     def talk(self, read: Callable[[], str]) -> int:
         """Take lines from a person until the end of input or /exit."""
-        self._note(f"{self._source.model_name}; /help lists the commands")
+        limit = self.params.max_tokens or MAX_TOKENS
+        self._note(f"{self._source.model_name}; replies of at most {limit} tokens; /help lists the commands")
         while not self._left:
             try:
                 line = read()
@@ -200,6 +204,10 @@ class Conversation:
                     reply += chunk.text
                     self._write(chunk.text)
             self.exchanges.append(Exchange(chunk, first, time.perf_counter() - began))
+            if chunk.finish == "length" and self.params.max_tokens is None:
+                self._note(
+                    f" [cut off after {MAX_TOKENS} tokens, or where the context is full; see /set max_tokens]", end=""
+                )
         except KeyboardInterrupt:
             self._note(" [stopped]", end="")
         finally:
@@ -213,7 +221,7 @@ class Conversation:
 
         async def pump() -> None:
             try:
-                async with aclosing(self._source.chat(messages, self.params)) as stream:
+                async with aclosing(self._limited(messages)) as stream:
                     async for chunk in stream:
                         chunks.put(chunk)
             finally:
@@ -227,6 +235,22 @@ class Conversation:
         finally:
             future.cancel()
 
+    async def _limited(self, messages: list[dict[str, str]]) -> AsyncGenerator[Chunk, None]:
+        """The reply, of at most MAX_TOKENS if no limit is set and the context has room for as many."""
+        if self.params.max_tokens is None:
+            params = msgspec.structs.replace(self.params, max_tokens=MAX_TOKENS)
+            try:
+                async with aclosing(self._source.chat(messages, params)) as stream:
+                    async for chunk in stream:
+                        yield chunk
+                return
+            except RequestError as error:  # it may be for the limit; if it is not, the same is said again
+                if error.status != 400:
+                    raise
+        async with aclosing(self._source.chat(messages, self.params)) as stream:
+            async for chunk in stream:
+                yield chunk
+
     def _write(self, text: str) -> None:
         """Show a piece of a reply at once."""
         self._console.file.write(text.translate(CONTROLS) if self._console.is_terminal else text)
@@ -238,8 +262,7 @@ class Conversation:
     # ── commands ─────────────────────────────────────────────────────────────────────────────
 
     def _help(self, _: str) -> None:
-        for name, (argument, about, _run) in self._commands.items():
-            self._console.print(f"{name} {argument}".ljust(18) + about)
+        self._columns([(f"{name} {argument}", about) for name, (argument, about, _run) in self._commands.items()])
         self._note("a message that begins with a slash begins with two")
 
     def _reset(self, _: str) -> None:
@@ -255,9 +278,9 @@ class Conversation:
     def _set(self, words: str) -> None:
         options = {option.name: option for option in options_of(SamplingParams)}
         if not words:
-            for name, option in options.items():
-                value = getattr(self.params, name)
-                self._console.print(f"{name} {'default' if value is None else value}".ljust(28) + option.description)
+            values = {name: _shown(getattr(self.params, name)) for name in options}
+            values["max_tokens"] = str(self.params.max_tokens or MAX_TOKENS)
+            self._columns([(name, values[name], option.description) for name, option in options.items()])
             return
         name, _, text = words.partition(" ")
         name = name.replace("-", "_")
@@ -269,7 +292,29 @@ class Conversation:
         params = msgspec.structs.replace(self.params, **{name: value})
         check_sampling(params)
         self.params = params
-        self._note(f"{name} {value}")
+        self._note(f"{name} {'default' if text == 'default' else _shown(value)}")
+
+    def _columns(self, rows: Sequence[tuple[str, ...]]) -> None:
+        """Show `rows` with their columns one below the other; what is too long for the last one goes on below it."""
+        table = Table.grid(*(Column(no_wrap=True) for _ in rows[0][1:]), Column(), padding=(0, 2, 0, 0))
+        for row in rows:
+            table.add_row(*row)
+        self._console.print(table, soft_wrap=False)
+
+    def completions(self, line: str) -> list[str]:
+        """What the last word of `line`, which Tab was pressed in, may become."""
+        *before, word = line.split(" ")
+        options = {option.name: option for option in options_of(SamplingParams)}
+        match before:
+            case []:
+                known: Iterable[str] = self._commands if word.startswith("/") else ()
+            case ["/set"]:
+                known = options
+            case ["/set", name] if (option := options.get(name.replace("-", "_"))) is not None:
+                known = ("default", *(("true", "false") if option.kind is bool else option.choices))
+            case _:
+                known = ()
+        return [f"{one} " for one in known if one.startswith(word)]
 
     def _stats(self, _: str) -> None:
         if not self.exchanges:
@@ -302,6 +347,22 @@ class Conversation:
         self._left = True
 
 
+def _shown(value: Any) -> str:
+    """The value of a setting in a column."""
+    match value:
+        case None:
+            text = "default"
+        case bool():
+            text = str(value).lower()
+        case tuple():
+            text = ",".join(map(str, value)) or "none"
+        case dict():
+            text = msgspec.json.encode(value).decode() if value else "none"
+        case _:
+            text = str(value)
+    return text if len(text) <= VALUE_WIDTH else f"{text[: VALUE_WIDTH - 1]}…"
+
+
 def _params(settings: dict[str, Any]) -> SamplingParams:
     """`changed`, undone. Raises ConfigError."""
     options = {option.name: option for option in options_of(SamplingParams)}
@@ -323,8 +384,9 @@ def _files(command: str, path: str) -> Iterator[Path]:
 
 
 @contextmanager
-def _line_history() -> Iterator[None]:
-    """Line editing, with the lines of earlier chats at the up arrow, where the platform has readline."""
+def _line_editing(complete: Callable[[str], list[str]]) -> Iterator[None]:
+    """Line editing where the platform has readline: the lines of earlier chats are at the up arrow, and Tab completes a
+    word as `complete` says of the line so far."""
     try:
         import readline
     except ImportError:
@@ -335,6 +397,15 @@ def _line_history() -> Iterator[None]:
     with suppress(OSError):
         readline.read_history_file(path)
     readline.set_history_length(HISTORY_LINES)
+
+    def one(_: str, number: int) -> str | None:
+        found = complete(readline.get_line_buffer()[: readline.get_endidx()])
+        return found[number] if number < len(found) else None
+
+    readline.set_completer_delims(" ")  # a slash is part of its word
+    readline.set_completer(one)
+    editline = "libedit" in (readline.__doc__ or "")
+    readline.parse_and_bind("bind ^I rl_complete" if editline else "tab: complete")
     try:
         yield
     finally:

@@ -218,7 +218,8 @@ def _parser() -> argparse.ArgumentParser:
 def _parse_bench(commands: Any) -> None:
     about = "Measure a server, the offline engine, or the start"
     bench = commands.add_parser("bench", help=about, description=f"{about}.", usage="engine bench COMMAND [OPTIONS]")
-    measurements = bench.add_subparsers(metavar="COMMAND", required=True)
+    # By default argparse takes the usage line for the name of the command, and errors name that.
+    measurements = bench.add_subparsers(metavar="COMMAND", required=True, prog="engine bench")
     for run, structs in (
         (bench_serve, (LoadOptions, TrafficOptions)),
         (bench_throughput, (TrafficOptions,)),

@@ -187,6 +187,10 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
         bool,
         Meta(description="refuse the fields of requests that are ignored otherwise because no reply is wrong for it"),
     ] = False
+    log_requests: Annotated[
+        bool,
+        Meta(description="a log line for each request that ends: id, route, status, tokens, seconds; not for probes"),
+    ] = False
     profile_dir: Annotated[
         Annotated[str, Meta(min_length=1)] | None,
         Meta(description="directory that /start_profile may write traces to; default: it is refused"),

@@ -82,6 +82,17 @@ def say_sampling_defaults(spec: TextSpec, config: Config) -> None:
         log.info("sampling defaults of the model: %s (--sampling-defaults openai leaves them out)", said)
 
 
+def say_scheduling(plugins: Plugins, config: Config) -> None:
+    """Log the policy and the grammar engines that the user chose. Raises PluginError for one that is none."""
+    plugins.policy(config.schedule.policy)
+    name, asked = plugins.policy_name(config.schedule.policy), config.schedule.policy
+    if ("policies", name) in plugins.named or asked != "auto":
+        log.info("scheduling policy: %s (%s)", name, "named in --plugins" if asked == "auto" else "--policy")
+    engines = [entry.name for entry in plugins.grammar_engines() if ("grammars", entry.name) in plugins.named]
+    if engines:
+        log.info("grammar engines: %s (named in --plugins)", ", ".join(engines))
+
+
 @asynccontextmanager
 async def open_front(config: Config, core: Core | None = None) -> AsyncIterator[Front]:
     """A running engine as its clients see it; the device may still be loading (`await front.ready()`).
@@ -90,7 +101,7 @@ async def open_front(config: Config, core: Core | None = None) -> AsyncIterator[
     Raises ConfigError and PluginError for what cannot work, before anything is started.
     """
     plugins = Plugins.load(config.model.plugins)
-    plugins.policy(config.schedule.policy)
+    say_scheduling(plugins, config)
     check_parsers(plugins, config.server)
     # In a thread that a Ctrl-C may leave behind: the model may be on its way from the hub.
     checkpoint = await anyio.to_thread.run_sync(plugins.open_checkpoint, config.model.model, abandon_on_cancel=True)
@@ -208,7 +219,8 @@ def _requests(count: int) -> str:
 def try_line(url: str, model: str, *, keyed: bool = False, embeds: bool = False) -> str:
     """A curl command that a newcomer can paste; `keyed` says that an API key is asked for."""
     key = "-H 'Authorization: Bearer YOUR_KEY' " if keyed else ""
-    path, said = "chat/completions", '"messages": [{"role": "user", "content": "Say hello."}], "stream": true'
+    path = "chat/completions"
+    said = '"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 60, "stream": true'
     if embeds:
         path, said = "embeddings", '"input": ["Say hello."]'
     body = f'{{"model": "{model}", {said}}}'

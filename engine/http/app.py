@@ -40,6 +40,7 @@ from engine.http.connections import listen
 from engine.http.fields import IGNORED, Ignored, send_ignored
 from engine.http.intake import CODINGS, INTAKE, Intake
 from engine.http.keys import Keys, key_check
+from engine.http.log import QUIET, LoadLog, log_request
 from engine.http.openapi import DOCUMENT, ErrorReply, Route, describe, openapi_document
 from engine.http.origins import Access, Gate, warn_of_any_origin
 from engine.http.request_id import name_request, send_id
@@ -186,12 +187,15 @@ def create_app(front: "Front", options: ServerOptions) -> web.Application:
     """
     gate, keys = Gate(Access.of(options), pages=PAGES, methods=METHODS), Keys(options)
     checks = [shape_errors, name_request, gate.middleware(), key_check(keys, OPEN_PATHS)]
+    if options.log_requests:
+        checks.insert(0, log_request)
     app = web.Application(middlewares=checks)
     app.on_response_prepare.extend((send_id, send_ignored))
     app[IGNORED] = Ignored(strict=options.strict_fields)
     gate.join(app)
     app[SERVICE] = service = Service(front, options)
     front.on_stats.append(service.metrics.on_stats)
+    app[QUIET] = OPEN_PATHS
     app[INTAKE] = Intake(options)
     app[STORE] = store = ResponseStore()
     app.on_cleanup.append(lambda app: store.close())
@@ -205,7 +209,8 @@ async def serve(front: "Front", options: ServerOptions, *, started: Callable[[st
 
     Raises ConfigError if `options.host` and `options.port` cannot be listened on, or there are too few descriptors.
     """
-    app = create_app(front, options)
+    app, load = create_app(front, options), LoadLog()
+    front.on_stats.append(load.on_stats)
     warn_of_any_origin(options)
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=CLOSE_SECONDS)
     await runner.setup()
@@ -220,6 +225,7 @@ async def serve(front: "Front", options: ServerOptions, *, started: Callable[[st
         await anyio.sleep_forever()
     finally:
         front.on_stats.remove(app[SERVICE].metrics.on_stats)
+        front.on_stats.remove(load.on_stats)
         front.end()  # whatever cancels us: each stream gets the event that says why it ends
         app[INTAKE].end()
         with anyio.CancelScope(shield=True):

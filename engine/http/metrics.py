@@ -17,6 +17,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from engine.errors import EngineError
+from engine.http.log import TALLY
 from engine.http.metric_aliases import Family, WithAliases
 from engine.messages import Chunk, ExpertCounts, Stats
 
@@ -84,7 +85,8 @@ class Metrics:
     async def watch(self, stream: AsyncGenerator[Chunk], endpoint: str) -> AsyncGenerator[Chunk]:
         """`stream` unchanged, its times and its end recorded; closing this closes it."""
         start = last = perf_counter()
-        tokens = 0
+        first, tokens = None, 0
+        chunk: Chunk | None = None
         reason = "disconnect"
         try:
             async with aclosing(stream):
@@ -92,6 +94,7 @@ class Metrics:
                     now = perf_counter()
                     new = chunk.completion_tokens - tokens
                     if new > 0:
+                        first = first or now
                         self._observe_tokens(now - last, new, first=tokens == 0)
                         tokens, last = chunk.completion_tokens, now
                     if chunk.finish is not None:
@@ -106,6 +109,8 @@ class Metrics:
             raise
         finally:
             self._requests.labels(endpoint, reason).inc()
+            if (tally := TALLY.get()) is not None:
+                tally.add(chunk, first, reason)
 
     def _observe_tokens(self, seconds: float, new: int, *, first: bool) -> None:
         if first:

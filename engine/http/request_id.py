@@ -52,10 +52,15 @@ def called(request: web.Request, rid: str) -> str:
     return request[ID]
 
 
+def ensure_named(request: web.Request) -> None:
+    """Give `request` an id if it was refused before it had one, or for the one it gave."""
+    if ID not in request:
+        _name(request, new_id())
+
+
 async def send_id(request: web.Request, response: web.StreamResponse) -> None:
     """Put the id of `request` into the headers of its answer, as Anthropic's clients know it too."""
-    if ID not in request:  # it was refused before, or for its id
-        _name(request, new_id())
+    ensure_named(request)
     response.headers[HEADER] = request[ID]
     if request.path.startswith(ANTHROPIC_PATHS):
         response.headers[ANTHROPIC_HEADER] = request[ID]

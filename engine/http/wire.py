@@ -19,6 +19,11 @@ from engine.http.fields import Rule, in_general
 
 MAX_BODY_BYTES = 32 * 2**20
 UNKNOWN_FIELD = "Object contains unknown field `"  # as msgspec says it
+# What OpenAI's, vLLM's and Anthropic's clients call parts that are no text.
+MEDIA = frozenset(
+    {"image", "image_url", "image_file", "input_image", "video", "video_url", "input_video", "audio", "audio_url"}
+    | {"input_audio", "document", "file", "input_file"}
+)
 ENCODER = msgspec.json.Encoder()
 
 
@@ -133,6 +138,9 @@ def _invalid(kind: type[Body], said: str, data: bytes = b"") -> RequestError:
             length = _length_at(data, path)
             message = f"{path} has {length or 'more'} items, and at most {most[1]} are taken; send fewer"
             return RequestError(message, param=path, code="too_many_parts")
+        if (medium := _medium_of(reason, path)) is not None:
+            message = f"{path} is {medium!r}, and the model reads text alone; send text, or ask a model that reads it"
+            return RequestError(message, param=path, code="unsupported_parameter")
         if reason.startswith("Invalid enum value") and (choices := _choices_at(kind, path)):
             remedy = f"send one of {', '.join(choices)}"
         message = f"{path or 'the request body'}: {reason[:1].lower()}{_short(reason[1:], 300)}; {remedy}"
@@ -144,6 +152,12 @@ def _invalid(kind: type[Body], said: str, data: bytes = b"") -> RequestError:
     remedy = f"did you mean {close[0]}?" if close else f"the fields here are {', '.join(known)}"
     param = f"{path}.{name}" if path else name
     return RequestError(f"unknown field {param}; {remedy}", param=param, code="unknown_parameter")
+
+
+def _medium_of(reason: str, path: str) -> str | None:
+    """The type of a part that holds a picture, sound or a file, if msgspec's `reason` refuses it at `path`."""
+    found = re.fullmatch(r"Invalid (?:enum )?value '([a-z_]+)'", reason) if path.endswith(".type") else None
+    return found[1] if found is not None and found[1] in MEDIA else None
 
 
 def _length_at(data: bytes, path: str) -> int:

@@ -200,8 +200,8 @@ class Plugins:
             )
         return chosen[0], f"the checkpoint's quant_method is {method}"
 
-    def policy(self, name: str = "auto") -> Policy:
-        """The policy `name`, constructed; "auto" is one that --plugins names, else fcfs."""
+    def policy_name(self, name: str = "auto") -> str:
+        """Which policy `name` is: "auto" is one that --plugins names, else fcfs. Raises PluginError for none."""
         if name == "auto":
             named = sorted(name for kind, name in self.named if kind == "policies")
             if len(named) > 1:
@@ -210,7 +210,11 @@ class Plugins:
         if name not in self.policies:
             listed = ", ".join(["auto", *self.policies])
             raise PluginError(f"unknown policy {name!r}{did_you_mean(name, self.policies)}; known: {listed}")
-        policy: Policy = resolve(self.policies[name].target)()
+        return name
+
+    def policy(self, name: str = "auto") -> Policy:
+        """The policy that `policy_name` finds, constructed."""
+        policy: Policy = resolve(self.policies[self.policy_name(name)].target)()
         return policy
 
     def grammar_engines(self) -> list[GrammarEntry]:

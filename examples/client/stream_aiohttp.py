@@ -1,15 +1,18 @@
 """Stream a reply from /generate with aiohttp alone.
 
 python examples/client/stream_aiohttp.py "The capital of France is"
+
+ENGINE_URL says where the server is, if not at http://127.0.0.1:8000.
 """
 
 import asyncio
 import json
+import os
 import sys
 
 import aiohttp
 
-URL = "http://127.0.0.1:8000"
+URL = os.environ.get("ENGINE_URL", "http://127.0.0.1:8000")
 
 
 async def main(prompt: str) -> None:

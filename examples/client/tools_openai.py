@@ -4,14 +4,17 @@
     python examples/client/tools_openai.py "How long is the word antidisestablishmentarianism?"
 
 Small models seldom call tools by themselves; `--must` makes this one.
+ENGINE_URL says where the server is, if not at http://127.0.0.1:8000.
 """
 
 import json
+import os
 import sys
 
 from openai import OpenAI
 from openai.types.chat import ChatCompletionFunctionToolParam, ChatCompletionMessageParam
 
+URL = os.environ.get("ENGINE_URL", "http://127.0.0.1:8000")
 COUNT: ChatCompletionFunctionToolParam = {
     "type": "function",
     "function": {
@@ -33,7 +36,7 @@ def count_letters(word: str) -> str:
 
 
 def main(question: str, must: bool) -> None:
-    client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+    client = OpenAI(base_url=f"{URL}/v1", api_key="none")
     model = client.models.list().data[0].id
     messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": question}]
     first = client.chat.completions.create(
@@ -49,7 +52,8 @@ def main(question: str, must: bool) -> None:
         result = count_letters(**json.loads(call.function.arguments))
         print(f"{call.function.name}({call.function.arguments}) = {result}")
         messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
-    for event in client.chat.completions.create(model=model, messages=messages, tools=[COUNT], stream=True):
+    replies = client.chat.completions.create(model=model, messages=messages, tools=[COUNT], max_tokens=500, stream=True)
+    for event in replies:
         print(event.choices[0].delta.content or "", end="", flush=True)
     print()
 

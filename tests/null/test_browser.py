@@ -71,7 +71,7 @@ return {status: answer.status, id: answer.headers.get("X-Request-Id"), text,
         wrong: wrong.status, said: (await wrong.json()).error.message};
 """
 KEY = """
-while (keyed.hidden) await new Promise(resolve => setTimeout(resolve, 50));
+while (keyed.hidden || said.textContent.startsWith("Loading")) await new Promise(resolve => setTimeout(resolve, 50));
 document.querySelector("#key").value = "sesame";
 keyed.requestSubmit();
 return said.textContent;

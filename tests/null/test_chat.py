@@ -20,7 +20,8 @@ from http_front import FakeFront, chunks, serving
 from rich.console import Console
 
 from engine import cli
-from engine.chat import Conversation
+from engine.chat import MAX_TOKENS, Conversation
+from engine.config import options_of
 from engine.errors import RequestError
 from engine.messages import Chunk, SamplingParams
 
@@ -34,6 +35,7 @@ class Scripted:
         self.replies: list[list[str | Exception]] = []
         self.asked: list[tuple[list[dict[str, Any]], SamplingParams]] = []
         self.hangs = False
+        self.finish: Any = "stop"
         self.closed = 0
 
     async def chat(self, messages: list[dict[str, Any]], params: SamplingParams) -> AsyncGenerator[Chunk, None]:
@@ -45,7 +47,7 @@ class Scripted:
                 yield Chunk("", text, [], None, None, 7, 4, number)
             if self.hangs:
                 await anyio.sleep_forever()
-            yield Chunk("", "", [], "stop", None, 7, 4, 3)
+            yield Chunk("", "", [], self.finish, None, 7, 4, 3)
         finally:
             self.closed += 1
 
@@ -114,6 +116,65 @@ def test_settings(talk: Talk) -> None:
         assert f"{name} " in listing
 
 
+def test_the_settings_stand_in_columns(talk: Talk) -> None:
+    talk.take("/set stop " + "long," * 30, "/set logit_bias " + '{"5": -1.5}', "/set ignore_eos true", "/set top_k 5")
+    lines = talk.take("/set").splitlines()
+    assert max(map(len, lines)) <= 80
+    (second,) = {line.index(word) for line in lines for word in ("long,", '{"5"', "none", "1024") if f" {word}" in line}
+    third = next(line for line in lines if line.startswith("top_p ")).index("keep")
+    for option in options_of(SamplingParams):
+        row = next(place for place, line in enumerate(lines) if line.startswith(f"{option.name} "))
+        assert lines[row][second - 1] == lines[row][third - 1] == " " != lines[row][second]
+        told = lines[row][third:]
+        while row + 1 < len(lines) and not lines[row + 1][:third].strip():
+            row += 1
+            told += lines[row][third:]
+        assert "".join(told.split()) == "".join(option.description.split())
+    assert all(name in talk.take("/set") for name in ("default", "true", '{"5":-1.5}'))
+
+
+def test_a_reply_has_a_limit_that_can_be_moved(talk: Talk) -> None:
+    talk.source.finish = "length"
+    assert f"cut off after {MAX_TOKENS} tokens" in talk.take("hi")
+    assert talk.source.asked[-1][1].max_tokens == MAX_TOKENS
+    assert talk.take("/set max_tokens 5000", "hi") == "max_tokens 5000\nreply\n"
+    assert talk.source.asked[-1][1].max_tokens == 5000
+    talk.take("/set max_tokens default", "hi")
+    assert talk.source.asked[-1][1].max_tokens == MAX_TOKENS
+
+
+def test_a_context_without_room_for_the_limit_gives_what_it_has(talk: Talk, capsys: pytest.CaptureFixture[str]) -> None:
+    full = RequestError("max_tokens 1024 and a prompt of 9 tokens are over the model's length", param="max_tokens")
+    talk.source.replies = [[full], ["it fits"], [full], [RequestError("too long")], [RequestError("busy", status=503)]]
+    assert talk.take("hi") == "it fits\n"
+    assert [params.max_tokens for _, params in talk.source.asked] == [MAX_TOKENS, None]
+    talk.take("hi", "hi")
+    said = capsys.readouterr().err
+    assert "error: too long" in said and "error: busy" in said and "1024" not in said
+    assert not talk.source.replies
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("/se", ["/set "]),
+        ("/s", ["/system ", "/set ", "/stats ", "/save "]),
+        ("/set temp", ["temperature "]),
+        ("/set to", ["top_p ", "top_k "]),
+        ("/set ignore-eos ", ["default ", "true ", "false "]),
+        ("/set temperature d", ["default "]),
+        ("/set nothing ", []),
+        ("/set temperature 1 ", []),
+        ("/save /se", []),
+        ("hello /se", []),
+        ("h", []),
+        ("", []),
+    ],
+)
+def test_completion_by_tab(talk: Talk, line: str, words: list[str]) -> None:
+    assert talk.conversation.completions(line) == words
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -135,7 +196,7 @@ def test_a_wrong_command_changes_nothing(
     for part in said:
         assert part in message
     assert talk.code == 1
-    assert talk.source.asked == [([{"role": "user", "content": "hi"}], SamplingParams())]
+    assert talk.source.asked == [([{"role": "user", "content": "hi"}], SamplingParams(max_tokens=MAX_TOKENS))]
 
 
 def test_two_slashes_are_a_message(talk: Talk) -> None:
@@ -183,7 +244,7 @@ def test_a_file_that_is_no_conversation_changes_nothing(
     talk.take("hi", f"/load {file}", "more")
     assert capsys.readouterr().err.startswith("error: ")
     assert talk.last == ["user: hi", "assistant: reply", "user: more"]
-    assert talk.source.asked[-1][1] == SamplingParams()
+    assert talk.source.asked[-1][1] == SamplingParams(max_tokens=MAX_TOKENS)
 
 
 def test_ctrl_c_stops_the_reply_and_keeps_what_was_said(talk: Talk) -> None:
@@ -198,7 +259,7 @@ def test_ctrl_c_stops_the_reply_and_keeps_what_was_said(talk: Talk) -> None:
 
 
 def test_a_refused_message_is_not_kept(talk: Talk, capsys: pytest.CaptureFixture[str]) -> None:
-    talk.source.replies = [[RequestError("too long")]]
+    talk.source.replies = [[RequestError("too long")], [RequestError("too long")]]
     talk.take("hi")
     assert "too long" in capsys.readouterr().err
     assert talk.code == 1
@@ -316,7 +377,8 @@ class Terminal:
 
 @pytest.mark.anyio
 async def test_ctrl_c_at_a_terminal_stops_the_reply_not_the_chat(tmp_path: Path) -> None:
-    front = FakeFront([Chunk("", "\x1b[2Jabc", [1])], hangs=True)
+    # It goes on: a client that closes its connection and is not gone would be answered, so only a write tells.
+    front = FakeFront([Chunk("", "\x1b[2Jabc", [1]), *[Chunk("", ".", [1])] * 1000], pause=0.02)
 
     def drive(terminal: Terminal) -> None:
         terminal.read_until("> ")
@@ -326,6 +388,10 @@ async def test_ctrl_c_at_a_terminal_stops_the_reply_not_the_chat(tmp_path: Path)
         assert "\x1b[2J" not in shown  # a reply cannot clear the screen
         terminal.type("\x03")
         terminal.read_until("[stopped]")
+        terminal.read_until("> ")
+        terminal.type("/se\ttempe\td\t\r")
+        for _ in ("what is typed", "what is said"):
+            terminal.read_until("temperature default")
         terminal.read_until("> ")
         terminal.type("/help\r")
         terminal.read_until("/save FILE")
@@ -341,7 +407,7 @@ async def test_ctrl_c_at_a_terminal_stops_the_reply_not_the_chat(tmp_path: Path)
             terminal.close()
         with anyio.fail_after(5):
             await front.closed.wait()
-    assert "hi\n/help\n" in (tmp_path / "engine/chat_history").read_text()
+    assert "hi\n/set temperature default \n/help\n" in (tmp_path / "engine/chat_history").read_text()
 
 
 def test_a_saved_file_is_json_for_people(talk: Talk, tmp_path: Path) -> None:

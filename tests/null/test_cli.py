@@ -110,6 +110,26 @@ def test_refusals(capsys: pytest.CaptureFixture[str], line: str, said: list[str]
         assert words in message
 
 
+def commands() -> list[str]:
+    """Every command, of `bench` too."""
+    tops = next(action for action in cli._parser()._actions if hasattr(action, "choices") and action.choices)
+    found = []
+    for name, parser in dict(tops.choices or {}).items():
+        inner = [action for action in parser._actions if isinstance(action.choices, dict)]
+        found += [f"{name} {measurement}" for measurement in inner[0].choices] if inner else [name]
+    return found
+
+
+def test_the_hint_of_every_command_is_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert {"serve", "bench serve", "bench startup"} <= set(commands())
+    for command in [*commands(), "bench", ""]:
+        hint = fails(capsys, *command.split(), "--port-of-call", "3").split("`")[1]
+        assert hint == " ".join(["engine", *command.split(), "--help"])
+        with pytest.raises(SystemExit) as end:
+            cli.main(hint.split()[1:])
+        assert end.value.code == 0 and f"usage: {hint.removesuffix(' --help')}" in capsys.readouterr().out
+
+
 def test_a_plugin_that_fails_to_import_shows_its_own_traceback(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,6 +109,35 @@ async def test_a_bad_request_is_refused(path: str, body: object, param: str | No
     assert not front.asked
 
 
+SEEN = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
+RESULT = {"type": "tool_result", "tool_use_id": "a", "content": [SEEN]}
+MEDIA = [
+    (CHAT, "messages", {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}, ""),
+    (CHAT, "messages", {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}, ""),
+    (CHAT, "messages", {"type": "video_url", "video_url": {"url": "https://a/b"}}, ""),
+    (CHAT, "messages", {"type": "file", "file": {"file_id": "a"}}, ""),
+    ("/v1/responses", "input", {"type": "input_image", "image_url": "https://a/b"}, ""),
+    ("/v1/responses", "input", {"type": "input_file", "file_id": "a"}, ""),
+    ("/v1/messages", "messages", SEEN, ""),
+    ("/v1/messages", "messages", {"type": "document", "source": {"type": "url", "url": "https://a/b"}}, ""),
+    ("/v1/messages", "messages", RESULT, ".content[0]"),
+    ("/tokenize", "messages", {"type": "image_url", "image_url": {"url": "https://a/b"}}, ""),
+]
+
+
+@pytest.mark.parametrize(("path", "field", "part", "inner"), MEDIA)
+async def test_pictures_are_refused_because_the_model_reads_text(
+    path: str, field: str, part: dict[str, object], inner: str
+) -> None:
+    body = {"max_tokens": 9} if path == "/v1/messages" else {}
+    kind = SEEN["type"] if inner else part["type"]
+    async with serving(FakeFront()) as url:
+        status, answer = await post(url + path, body | {field: [{"role": "user", "content": [part]}]})
+    place = f"{field}[0].content[0]{inner}.type"
+    assert (status, answer["error"]["param"]) == (400, place)
+    assert answer["error"]["message"].startswith(f"{place} is {kind!r}, and the model reads text alone; send text")
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [

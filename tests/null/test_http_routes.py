@@ -54,6 +54,7 @@ async def open_site(
     api_key: str | None = None,
     trusting: bool = False,
     profile_dir: str | None = None,
+    log_requests: bool = False,
     **options: Any,
 ) -> AsyncIterator[Site]:
     server = {
@@ -61,7 +62,7 @@ async def open_site(
         "api_key": api_key and (api_key,),
         "trust_request_chat_template": trusting,
     }
-    server["profile_dir"] = profile_dir
+    server |= {"profile_dir": profile_dir, "log_requests": log_requests}
     async with (
         open_house(**server, **options) as house,
         serving(house.front, **server) as url,  # type: ignore[arg-type]

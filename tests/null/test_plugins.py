@@ -431,6 +431,28 @@ def test_the_example_package_loads_by_name(tmp_path: Path, monkeypatch: pytest.M
     assert policy.order(waiting, [9, 0, 0]) == [0, 1, 2]  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("named", "options", "said"),
+    [
+        ((), {}, []),
+        (("lpm",), {}, ["scheduling policy: lpm (named in --plugins)"]),
+        (("fcfs",), {}, ["scheduling policy: fcfs (named in --plugins)"]),
+        ((), {"policy": "lpm"}, ["scheduling policy: lpm (--policy)"]),
+        (("lpm",), {"policy": "fcfs"}, ["scheduling policy: fcfs (--policy)"]),
+        (("llguidance",), {}, ["grammar engines: llguidance (named in --plugins)"]),
+    ],
+)
+def test_what_the_user_names_is_confirmed(
+    caplog: pytest.LogCaptureFixture, named: tuple[str, ...], options: dict[str, str], said: list[str]
+) -> None:
+    from engine.config import resolve
+    from engine.launch import say_scheduling
+
+    with caplog.at_level("INFO", logger="engine"):
+        say_scheduling(Plugins.load(named), resolve(options))
+    assert caplog.messages == said
+
+
 def test_loading_leaves_torch_alone() -> None:
     program = """
 import sys
