@@ -346,6 +346,7 @@ class TokenizerActor:
             if underway.aborted:  # meanwhile
                 await self.scheduler.send(Abort(rid))
         except RequestError as error:
+            let_go(error)
             await self._refuse(rid, error)
         finally:
             del self._underway[rid]
