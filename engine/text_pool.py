@@ -65,6 +65,7 @@ class Work:
             self.answer.set_result(with_)
 
     def abandon(self) -> None:
+        """Nobody waits for it any more: let go of its text, which a process that is idle would keep until its next."""
         self.job = self.answer = None
         if self.scope is not None:
             self.scope.deadline = min(self.scope.deadline, anyio.current_time() + GRACE)

@@ -24,7 +24,13 @@ PROBES = (("SO_KEEPALIVE", 1), ("TCP_KEEPIDLE", 1), ("TCP_KEEPINTVL", 1), ("TCP_
 class HalfClosed(web.RequestHandler):
     """A connection that goes on while a whole request is being answered, though its client sends no more."""
 
-    __slots__ = ("_ended",)
+    __slots__ = ("_body", "_ended")
+
+    def data_received(self, data: bytes) -> None:
+        """Parse, and remember the last body that began."""
+        super().data_received(data)
+        if self._messages:
+            self._body = self._messages[-1][1]
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep the connection open while there is something to answer; None or False closes it."""
@@ -46,10 +52,12 @@ class HalfClosed(web.RequestHandler):
         return not self._messages and self._waiter is not None and not self._waiter.done()
 
     def _unfinished(self) -> bool:
-        """Whether the body of the request whose turn it is is cut off; one before it is still answered."""
+        """Whether the body is cut off of the request whose turn it is, or of one that was answered before its end;
+        requests before it are still answered."""
         if self._current_request is not None:
             return not self._current_request.content.is_eof()
-        return bool(self._messages) and not self._messages[0][1].is_eof()
+        body = self._messages[0][1] if self._messages else getattr(self, "_body", None)
+        return body is not None and not body.is_eof()
 
     def _look(self, number: int) -> None:
         """End the connection if nothing is left to answer, or nobody to answer to; else look again later."""

@@ -150,15 +150,16 @@ async def numbered(streams: Sequence[AsyncGenerator[Chunk]]) -> AsyncIterator[As
     sender, receiver = anyio.create_memory_object_stream[tuple[int, Chunk | Exception]](0)
 
     async def pump(index: int, sender: MemoryObjectSendStream[tuple[int, Chunk | Exception]]) -> None:
-        async with aclosing(streams[index]) as stream, sender:
-            try:
-                async for chunk in stream:
-                    await sender.send((index, chunk))
-            except Exception as error:
-                await sender.send((index, error))
-            except BaseException as error:  # a task group holds it for long
-                let_go(error)
-                raise
+        try:
+            async with aclosing(streams[index]) as stream, sender:
+                try:
+                    async for chunk in stream:
+                        await sender.send((index, chunk))
+                except Exception as error:
+                    await sender.send((index, error))  # which may be cancelled, and then leads to `error`
+        except BaseException as error:  # a task group holds it for long
+            let_go(error)
+            raise
 
     async def chunks() -> AsyncIterator[tuple[int, Chunk]]:
         async for index, item in receiver:

@@ -71,6 +71,20 @@ async def test_a_request_that_is_cut_off_is_not_waited_for(sent: bytes) -> None:
     assert not front.asked
 
 
+async def test_a_client_that_leaves_after_an_early_answer_holds_no_connection() -> None:
+    async with serving(FakeFront(), api_key=("key",), max_connections=1) as url:
+        async with connected(url) as client:
+            await client.send(request({"text": "x"})[:-3])
+            assert b" 401 " in await client.receive()
+        answer = b" 503 "
+        with anyio.fail_after(5):  # of the ten seconds that the server reads on for a client that is there
+            while b" 503 " in answer:
+                async with connected(url) as client:
+                    await client.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                    answer = await client.receive()
+        assert b" 200 " in answer
+
+
 @pytest.mark.parametrize(("version", "reset"), [("1.0", True), ("1.1", True), ("1.1", False)])
 async def test_a_client_that_is_gone_ends_its_request(version: str, reset: bool) -> None:
     front = FakeFront(chunks("a", "b")[:1], hangs=True)
