@@ -6,15 +6,24 @@ two servers in one process do not mix. docs/http.md lists the names.
 """
 
 from array import array
+from bisect import bisect_left
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
+from itertools import accumulate
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from engine.errors import EngineError
 from engine.http.log import TALLY
@@ -59,12 +68,8 @@ class Metrics:
             buckets=FIRST_TOKEN_BUCKETS,
             registry=self.registry,
         )
-        self._inter_token = Histogram(
-            "engine_inter_token_seconds",
-            "Between two tokens of one reply; tokens that come together share the time",
-            buckets=TOKEN_BUCKETS,
-            registry=self.registry,
-        )
+        self._inter_token = TokenTimes()
+        self.registry.register(self._inter_token)
         self._request = Histogram(
             "engine_request_seconds",
             "From a request's arrival to the end of its reply",
@@ -115,9 +120,8 @@ class Metrics:
     def _observe_tokens(self, seconds: float, new: int, *, first: bool) -> None:
         if first:
             self._first_token.observe(seconds)
-            return
-        for _ in range(new):
-            self._inter_token.observe(seconds / new)
+        else:
+            self._inter_token.observe(seconds / new, new)
 
     def count_error(self, status: int) -> None:
         """An error answer with HTTP `status` is about to be sent."""
@@ -140,6 +144,30 @@ class Metrics:
         except (TypeError, ValueError):  # a version that is no version
             encode, content_type = choose_encoder("")
         return encode(self._shown), content_type
+
+
+class TokenTimes(Collector):
+    """The histogram of the times between tokens. It counts each token of each reply, for a tenth of what the library's
+    own histogram costs: that has a lock for each number."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(TOKEN_BUCKETS) + 1)  # by bucket, the last without a bound
+        self._sum = 0.0
+
+    def observe(self, seconds: float, count: int) -> None:
+        """`count` tokens came `seconds` after the one before, each."""
+        self._counts[bisect_left(TOKEN_BUCKETS, seconds)] += count
+        self._sum += seconds * count
+
+    def collect(self) -> Iterator[Metric]:
+        """The one family."""
+        bounds = [*map(floatToGoString, TOKEN_BUCKETS), "+Inf"]
+        yield HistogramMetricFamily(
+            "engine_inter_token_seconds",
+            "Between two tokens of one reply; tokens that come together share the time",
+            buckets=list(zip(bounds, accumulate(self._counts), strict=True)),
+            sum_value=self._sum,
+        )
 
 
 def _choices(counted: ExpertCounts) -> Metric:

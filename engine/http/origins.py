@@ -16,6 +16,7 @@ import logging
 import re
 import socket
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from aiohttp import web
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from aiohttp.typedefs import Middleware
 
 PREFLIGHT_SECONDS = 7200  # how long a browser may remember a preflight; Chromium keeps none longer
+AUTHORITIES = 256  # that are remembered: clients send the same Host again and again
 MOST_TOLD = 32  # refused names and origins that are logged, once each
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -57,6 +59,7 @@ class Origin(NamedTuple):
     port: int | None
 
 
+@lru_cache(AUTHORITIES)
 def read_authority(text: str) -> Authority | None:
     """What a Host header says; None where it says nothing that a browser would send."""
     parts = AUTHORITY.fullmatch(text.lower())

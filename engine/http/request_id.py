@@ -4,7 +4,7 @@ A client gives it in the header X-Request-Id; other requests may have the same o
 asked for (`chatcmpl-…`), or one made here.
 """
 
-from uuid import uuid4
+from secrets import token_hex
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -21,7 +21,7 @@ ID = web.RequestKey("id", str)
 
 def new_id() -> str:
     """An id for what has none, or for what could not be read and asked for one."""
-    return f"req-{uuid4().hex}"
+    return f"req-{token_hex(16)}"
 
 
 def check_id(id: str, name: str) -> None:

@@ -5,9 +5,10 @@ the engine does not act on has a rule in the struct's `rules` (fields.py): it is
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import cache
+from operator import attrgetter
 from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -95,9 +96,10 @@ def _ignored_in(body: Body, path: str, strict: bool) -> Iterator[str]:
             )
         yield path + kind
         return
-    for name, rule in body.rules.items():
+    rules = body.rules if _has_any(body) else {}
+    for name, rule in rules.items():
         value = getattr(body, name)
-        if value is None or rule.is_neutral(value):  # most are None
+        if value is None or rule.is_neutral(value):
             continue
         if not rule.is_hint(value, strict=strict):
             raise rule.refusal(path + name, value)
@@ -111,6 +113,21 @@ def _ignored_in(body: Body, path: str, strict: bool) -> Iterator[str]:
                 for index, item in enumerate(items):
                     if isinstance(item, Body):
                         yield from _ignored_in(item, f"{path}{name}[{index}].", strict)
+
+
+def _has_any(body: Body) -> bool:
+    """Whether a field of `body` that has a rule is given: in most bodies none is, and then this is all that is done."""
+    values = _ruled(type(body))(body)
+    return values.count(None) < len(values)
+
+
+@cache
+def _ruled(kind: type[Body]) -> Callable[[Body], tuple[Any, ...]]:
+    """Gets the fields of a body of `kind` that have rules."""
+    if not kind.rules:
+        return lambda _: ()
+    get = attrgetter(*kind.rules)
+    return get if len(kind.rules) > 1 else lambda body: (get(body),)
 
 
 @cache
