@@ -41,10 +41,10 @@ async def test_a_refused_body_is_free_at_once(path: str, body: dict[str, Any], s
         tracemalloc.start()
         try:
             before = tracemalloc.get_traced_memory()[0]
-            for _ in range(6):
+            for _ in range(12):
                 assert (await site.post(path, body))[0] == status
-            # The thread that read the last one may still hold that.
-            assert tracemalloc.get_traced_memory()[0] - before < 2 * LARGE
+            # What read and tokenized the last ones may still hold these; a leak holds all twelve.
+            assert tracemalloc.get_traced_memory()[0] - before < 4 * LARGE
         finally:
             tracemalloc.stop()
             gc.enable()
