@@ -3,13 +3,9 @@
 import json
 from typing import Any
 
-import anyio
 import openai
 import pytest
-
-from engine.config import resolve
-from engine.http.app import serve
-from engine.launch import open_front
+from real_server import real_server
 
 pytestmark = pytest.mark.anyio
 WEATHER: Any = {
@@ -33,24 +29,11 @@ ASKED: Any = [{"role": "user", "content": "Will it rain in Paris tomorrow?"}]
 
 
 async def test_calls_that_are_forced() -> None:
-    async with open_front(resolve({"model": "smollm2-135m", "max_model_len": 1024})) as front:
-        await front.ready()
-        urls: list[str] = []
-        listening = anyio.Event()
-
-        def started(url: str) -> None:
-            urls.append(url)
-            listening.set()
-
-        async def run() -> None:
-            await serve(front, front.config.server, started=started)
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(run)
-            await listening.wait()
-            async with openai.AsyncOpenAI(base_url=f"{urls[0]}/v1", api_key="any", max_retries=0, timeout=90) as api:
-                await check_calls(api)
-            group.cancel_scope.cancel()
+    async with (
+        real_server() as url,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=90) as api,
+    ):
+        await check_calls(api)
 
 
 async def check_calls(api: openai.AsyncOpenAI) -> None:
