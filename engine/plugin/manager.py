@@ -40,7 +40,7 @@ from engine.plugin.specs import (
 )
 
 GROUP = "engine.plugins"
-OURS = "engine"  # the distribution whose manifests are built in
+OURS = "actorserve"  # the distribution whose manifests are built in
 DEFAULT_POLICY = "fcfs"
 TARGET = re.compile(r"[\w.]+:[\w.]+")
 
@@ -330,7 +330,7 @@ def _only(points: list[EntryPoint]) -> EntryPoint:
 
 
 def _source(point: EntryPoint) -> str:
-    """The distribution of an entry point, for people: "engine 0.1.0"."""
+    """The distribution of an entry point, for people: "actorserve 0.1.0"."""
     return f"{point.dist.name} {point.dist.version}" if point.dist is not None else point.value
 
 

@@ -179,7 +179,7 @@ def test_plugins_as_json_and_as_a_table(capsys: pytest.CaptureFixture[str]) -> N
     assert rows["models", "llama"]["state"] == "named"
     assert rows["attention", "torch"]["state"] == "loaded"
     assert rows["policies", "fcfs"]["hooks"] == ["register_policies"]
-    assert rows["checkpoints", "gguf"]["distribution"] == "engine"
+    assert rows["checkpoints", "gguf"]["distribution"] == "actorserve"
     assert cli.main(["plugins"]) == 0
     table = capsys.readouterr().out
     for _, name in rows:

@@ -66,7 +66,7 @@ def test_every_manifest_is_an_entry_point_and_is_installed() -> None:
     manifests = {f"engine_plugins.{path.parent.name}" for path in (ROOT / "plugins").glob("*/__init__.py")}
     assert set(PROJECT["entry-points"]["engine.plugins"].values()) == manifests
     installed = {
-        point.value for point in entry_points(group="engine.plugins") if point.dist and point.dist.name == "engine"
+        point.value for point in entry_points(group="engine.plugins") if point.dist and point.dist.name == "actorserve"
     }
     assert installed == manifests, "the installed metadata is stale; run `make install`"
 

@@ -78,7 +78,7 @@ def test_built_ins_come_through_the_same_hooks() -> None:
     assert "fp8" in plugins.quantization
     assert {"gguf", "safetensors"} <= set(plugins.checkpoints)
     assert {"fcfs", "lpm"} <= set(plugins.policies)
-    assert {row.state for row in plugins.listing() if row.distribution == "engine"} == {"loaded"}
+    assert {row.state for row in plugins.listing() if row.distribution == "actorserve"} == {"loaded"}
 
 
 def test_registries_are_frozen() -> None:
@@ -158,7 +158,7 @@ def test_two_that_register_one_name_are_both_named(distribute: Distribute) -> No
     distribute("engine-reverse", {"one": "one_manifest"}, one_manifest=POLICY.format(name="fcfs", module="m"))
     said = refused("one")
     assert "'fcfs' among policies" in said
-    assert "engine 0.1.0 and engine-reverse 1.2" in said
+    assert "actorserve 0.1.0 and engine-reverse 1.2" in said
 
 
 def test_two_distributions_with_one_entry_point_are_both_named(distribute: Distribute) -> None:
