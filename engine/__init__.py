@@ -9,22 +9,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engine.config import Config
     from engine.errors import ConfigError, EngineError, PluginError, RequestError, WorkerError
-    from engine.messages import Chunk, SamplingParams
-    from engine.offline import AsyncEngine, Engine, Reply
+    from engine.messages.reply import Chunk
+    from engine.messages.request import SamplingParams
+    from engine.runtime.offline import AsyncEngine, Engine, Reply
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AsyncEngine": "engine.offline",
-    "Chunk": "engine.messages",
+    "AsyncEngine": "engine.runtime.offline",
+    "Chunk": "engine.messages.reply",
     "Config": "engine.config",
     "ConfigError": "engine.errors",
-    "Engine": "engine.offline",
+    "Engine": "engine.runtime.offline",
     "EngineError": "engine.errors",
     "PluginError": "engine.errors",
-    "Reply": "engine.offline",
+    "Reply": "engine.runtime.offline",
     "RequestError": "engine.errors",
-    "SamplingParams": "engine.messages",
+    "SamplingParams": "engine.messages.request",
     "WorkerError": "engine.errors",
 }
 

@@ -1,7 +1,7 @@
 """The `engine` command: serve, chat, generate, bench, plugins, completion.
 
 No flag is declared here: those of the engine derive from `engine.config`, those of sampling from SamplingParams,
-those of chat and bench from `engine.tool_options`.
+those of chat and bench from `engine.client.options`.
 What a command needs is imported when it runs, so that `engine --help` costs a few milliseconds.
 Every error raised on purpose ends as one line on standard error and exit code 2.
 """
@@ -17,10 +17,7 @@ from typing import Any, NoReturn, TypeVar
 from msgspec import NODEFAULT, Struct
 
 from engine import __version__
-from engine.config import Config, ModelOptions, Option, ServerOptions, groups, options_of, read_file, resolve
-from engine.errors import ConfigError, EngineError, PluginError, did_you_mean
-from engine.messages import SamplingParams
-from engine.tool_options import (
+from engine.client.options import (
     BatchOptions,
     ChatOptions,
     LengthOptions,
@@ -29,6 +26,9 @@ from engine.tool_options import (
     ReportOptions,
     TrafficOptions,
 )
+from engine.config import Config, ModelOptions, Option, ServerOptions, groups, options_of, read_file, resolve
+from engine.errors import ConfigError, EngineError, PluginError, did_you_mean
+from engine.messages.request import SamplingParams
 
 SHELLS = ("bash", "zsh", "fish", "tcsh")
 Run = Callable[[argparse.Namespace], int]
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def serve(arguments: argparse.Namespace) -> int:
     """Serve a model over HTTP: the OpenAI API and a native one."""
     config = _config(arguments)
-    from engine.launch import serve as serve_engine
+    from engine.runtime.launch import serve as serve_engine
 
     return serve_engine(config)
 
@@ -70,7 +70,7 @@ def generate(arguments: argparse.Namespace) -> int:
     params = _sampling(arguments)
     import anyio
 
-    from engine.offline import AsyncEngine
+    from engine.runtime.offline import AsyncEngine
 
     async def print_reply() -> None:
         async with AsyncEngine(config) as engine:
@@ -88,7 +88,7 @@ def chat(arguments: argparse.Namespace) -> int:
     """Chat with a model in the terminal."""
     options = _given(ChatOptions, arguments)
     model = _remote_model(arguments, options.url)
-    from engine.chat import chat as talk
+    from engine.client.chat import chat as talk
 
     quiet = {} if "ENGINE_LOG_LEVEL" in os.environ else {"log_level": "warning"}  # a log line would cut into the chat
     return talk(_config(arguments, quiet), model, options, _sampling(arguments))
@@ -98,7 +98,7 @@ def bench_serve(arguments: argparse.Namespace) -> int:
     """Measure a server under load: ours, or any with OpenAI's /v1/completions."""
     load = _given(LoadOptions, arguments)
     model = _remote_model(arguments, load.url)
-    from engine.bench.commands import serve as measure
+    from engine.client.bench.commands import serve as measure
 
     traffic = _given(TrafficOptions, arguments)
     return measure(_config(arguments), model, traffic, load, _given(ReportOptions, arguments))
@@ -106,14 +106,14 @@ def bench_serve(arguments: argparse.Namespace) -> int:
 
 def bench_throughput(arguments: argparse.Namespace) -> int:
     """Measure the offline engine with all requests at once."""
-    from engine.bench.commands import throughput as measure
+    from engine.client.bench.commands import throughput as measure
 
     return measure(_config(arguments), _given(TrafficOptions, arguments), _given(ReportOptions, arguments))
 
 
 def bench_latency(arguments: argparse.Namespace) -> int:
     """Measure the offline engine with one batch after another."""
-    from engine.bench.commands import latency as measure
+    from engine.client.bench.commands import latency as measure
 
     lengths, batches = _given(LengthOptions, arguments), _given(BatchOptions, arguments)
     return measure(_config(arguments), lengths, batches, _given(ReportOptions, arguments))
@@ -121,14 +121,14 @@ def bench_latency(arguments: argparse.Namespace) -> int:
 
 def bench_startup(arguments: argparse.Namespace) -> int:
     """Measure fresh processes from start to ready and to the first token."""
-    from engine.bench.commands import startup as measure
+    from engine.client.bench.commands import startup as measure
 
     return measure(_config(arguments), _given(RepeatOptions, arguments), _given(ReportOptions, arguments))
 
 
 def plugins(arguments: argparse.Namespace) -> int:
     """List the plugins that are known here."""
-    from engine.plugin.manager import Plugins
+    from engine.plugin.registry import Plugins
 
     rows = Plugins.load(_config(arguments).model.plugins).listing()
     if arguments.json:
@@ -299,7 +299,7 @@ def _given(struct: type[Given], arguments: argparse.Namespace) -> Given:
 
 
 def _sampling(arguments: argparse.Namespace) -> SamplingParams:
-    from engine.sampling import check_sampling
+    from engine.params.sampling import check_sampling
 
     params = _given(SamplingParams, arguments)
     check_sampling(params, {option.name: option.flag for option in options_of(SamplingParams)})

@@ -12,10 +12,11 @@ import anyio.abc
 import anyio.to_thread
 from anyio.streams.memory import MemoryObjectReceiveStream
 
-from engine.channel import Frames, Outbox
 from engine.config import Config
-from engine.messages import Boot, Compile, Compiled, Fatal
-from engine.process import Start, ended, exit_cause, frames_of, spawn
+from engine.messages.assets import Compile, Compiled
+from engine.messages.control import Boot, Fatal
+from engine.runtime.channel import Frames, Outbox
+from engine.runtime.process import Start, ended, exit_cause, frames_of, spawn
 
 log = logging.getLogger("engine.grammars")
 

@@ -10,24 +10,14 @@ from array import array
 import msgspec
 from anyio.streams.memory import MemoryObjectReceiveStream
 
-from engine.channel import Outbox
-from engine.decoding import ReplyDecoder
 from engine.errors import RequestError
-from engine.messages import (
-    Chunk,
-    Chunks,
-    Failed,
-    Finish,
-    FromFront,
-    Logprobs,
-    Open,
-    StopHit,
-    ToDetokenizer,
-    ToHttp,
-    TokenLogprob,
-    Tokens,
-)
-from engine.text import Text
+from engine.messages import FromFront, ToDetokenizer, ToHttp
+from engine.messages.reply import Chunk, Chunks, Failed, Finish, TokenLogprob, Tokens
+from engine.messages.request import Open, StopHit
+from engine.messages.step import Logprobs
+from engine.runtime.channel import Outbox
+from engine.text.decoding import ReplyDecoder
+from engine.text.tokenizer import Text
 
 IMPOSSIBLE = -9999.0  # the log-probability of what cannot be, which JSON has no number for
 

@@ -14,27 +14,24 @@ import msgspec
 from anyio.streams.memory import MemoryObjectReceiveStream
 
 from engine.actors.spare import SPARE_SECONDS, Spare
-from engine.channel import Frames, Outbox
 from engine.config import Config
-from engine.messages import (
+from engine.messages import FromExecutor, FromWorker, ToExecutor
+from engine.messages.assets import GrammarLoaded
+from engine.messages.control import (
     Boot,
     ExpertCounts,
     Fatal,
-    FromExecutor,
-    FromWorker,
-    GrammarLoaded,
     Ping,
     Pong,
     Profiled,
     Reset,
-    StepDone,
-    StepPlan,
-    ToExecutor,
     WorkerLost,
     WorkerReady,
     WorkerSilent,
 )
-from engine.process import Process, Start, connected, ended, exit_cause, put_down, spawn
+from engine.messages.step import StepDone, StepPlan
+from engine.runtime.channel import Frames, Outbox
+from engine.runtime.process import Process, Start, connected, ended, exit_cause, put_down, spawn
 
 log = logging.getLogger("engine.executor")
 

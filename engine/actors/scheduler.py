@@ -13,39 +13,31 @@ from typing import Literal
 import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream
 
-from engine.channel import Outbox, received
 from engine.config import Config
 from engine.errors import RequestError
-from engine.messages import (
-    Abort,
-    Admit,
-    Compile,
-    Compiled,
+from engine.messages import ToExecutor, ToFront, ToScheduler
+from engine.messages.assets import Compile, Compiled, GrammarLoaded
+from engine.messages.control import (
     CountExperts,
     ExpertCounts,
-    Failed,
     Fatal,
-    Finish,
     Flush,
     Flushed,
-    GrammarLoaded,
     Pause,
     Paused,
     Profile,
     Profiled,
     Reset,
     Stats,
-    StepDone,
-    StopHit,
-    ToExecutor,
-    ToFront,
-    Tokens,
-    ToScheduler,
     WorkerLost,
     WorkerReady,
     WorkerSilent,
 )
+from engine.messages.reply import Failed, Finish, Tokens
+from engine.messages.request import Abort, Admit, StopHit
+from engine.messages.step import StepDone
 from engine.plugin.specs import Policy
+from engine.runtime.channel import Outbox, received
 from engine.sched import Scheduler
 from engine.sched.shelf import Shelf
 

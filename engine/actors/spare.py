@@ -11,11 +11,12 @@ from typing import Any
 
 import anyio
 
-from engine.channel import Frames
 from engine.config import Config
-from engine.memory import free_memory
-from engine.messages import Fatal, FromWorker, Pong, Preload
-from engine.process import Process, Start, connected, ended, exit_cause, put_down
+from engine.messages import FromWorker
+from engine.messages.control import Fatal, Pong, Preload
+from engine.runtime.channel import Frames
+from engine.runtime.memory import free_memory
+from engine.runtime.process import Process, Start, connected, ended, exit_cause, put_down
 
 log = logging.getLogger("engine.spare")
 

@@ -14,34 +14,17 @@ import anyio
 import anyio.abc
 from anyio.streams.memory import MemoryObjectReceiveStream
 
-from engine.actor import first_failure
-from engine.channel import Outbox
 from engine.errors import RequestError, let_go
-from engine.grammar import check_grammar, grammar_of
-from engine.lengths import prompt_too_long, reply_too_long
-from engine.messages import (
-    Abort,
-    Admit,
-    Embed,
-    Failed,
-    Finish,
-    FromFront,
-    Generate,
-    Grammar,
-    Job,
-    Open,
-    Prepare,
-    Prepared,
-    Sampling,
-    SamplingParams,
-    TextAnswer,
-    TextJob,
-    ToDetokenizer,
-    Tokens,
-    ToTokenizer,
-    WorkerReady,
-)
-from engine.text import Text, TooWide, check_unicode
+from engine.messages import FromFront, ToDetokenizer, ToTokenizer
+from engine.messages.control import WorkerReady
+from engine.messages.reply import Failed, Finish, Tokens
+from engine.messages.request import Abort, Admit, Embed, Generate, Grammar, Job, Open, Sampling, SamplingParams
+from engine.messages.text import Prepare, Prepared, TextAnswer, TextJob
+from engine.params.grammar import check_grammar, grammar_of
+from engine.params.lengths import prompt_too_long, reply_too_long
+from engine.runtime.actor import first_failure
+from engine.runtime.channel import Outbox
+from engine.text.tokenizer import Text, TooWide, check_unicode
 
 MOST_CUT = 1 << 16  # tokens of a prompt of which only the last are kept, as far as its characters tell
 UNSAMPLED = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)  # of a vector, no token is
@@ -262,7 +245,7 @@ class Admission:
 
 
 class Pool(Protocol):
-    """Who admits what is long: engine.text_pool.TextPool."""
+    """Who admits what is long: engine.text.pool.TextPool."""
 
     def is_large(self, job: TextJob, /) -> bool: ...
     async def ask(self, job: TextJob, /) -> TextAnswer: ...

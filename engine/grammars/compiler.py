@@ -29,17 +29,19 @@ from typing import NoReturn
 import msgspec
 import numpy as np
 
-from engine.call_grammar import parameters_in
-from engine.channel import BlockingFrames
 from engine.config import Config
+from engine.conversation.calls import parameters_in
 from engine.errors import EngineError, PluginError, RequestError
 from engine.grammars.closed import prepared
 from engine.grammars.engines import Engines, Unmade
 from engine.grammars.vocabulary import read_vocabulary
 from engine.logs import set_up_logging
-from engine.messages import Boot, Compile, Compiled, Fatal, Grammar
-from engine.plugin.manager import Plugins
+from engine.messages.assets import Compile, Compiled
+from engine.messages.control import Boot, Fatal
+from engine.messages.request import Grammar
+from engine.plugin.registry import Plugins
 from engine.plugin.specs import CompiledGrammar
+from engine.runtime.channel import BlockingFrames
 
 log = logging.getLogger("engine.grammars")
 

@@ -4,8 +4,8 @@ import logging
 from collections.abc import Sequence
 
 from engine.errors import RequestError
-from engine.messages import Grammar
-from engine.plugin.manager import resolve
+from engine.messages.request import Grammar
+from engine.plugin.registry import resolve
 from engine.plugin.specs import CompiledGrammar, GrammarEngine, GrammarEntry, Vocabulary
 
 log = logging.getLogger("engine.grammars")

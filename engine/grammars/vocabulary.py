@@ -1,9 +1,9 @@
 """What grammar engines need to know of a model's tokenizer."""
 
 from engine.config import Config
-from engine.model_text import read_text
 from engine.plugin.specs import Checkpoint, Vocabulary
-from engine.text import Text
+from engine.text.fallback import read_text
+from engine.text.tokenizer import Text
 
 
 def read_vocabulary(checkpoint: Checkpoint, config: Config, size: int) -> Vocabulary:

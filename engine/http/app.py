@@ -17,40 +17,36 @@ from aiohttp.typedefs import Handler
 
 from engine.config import ServerOptions
 from engine.errors import ConfigError
-from engine.http import (
-    admin,
-    anthropic,
-    anthropic_reply,
-    choices,
-    completion_bodies,
-    embeddings,
-    experts,
-    models,
-    native,
-    openai,
-    pages,
-    response_bodies,
-    response_events,
-    response_objects,
-    response_tokens,
-    responses,
-    tokens,
-)
+from engine.http.admin import admin, experts
+from engine.http.anthropic import messages as anthropic
+from engine.http.anthropic import reply as anthropic_reply
 from engine.http.connections import listen
 from engine.http.fields import IGNORED, Ignored, send_ignored
 from engine.http.intake import CODINGS, INTAKE, Intake
 from engine.http.keys import Keys, key_check
 from engine.http.log import QUIET, LoadLog, log_request
+from engine.http.native import generate as native
+from engine.http.native import tokenize as tokens
+from engine.http.openai import bodies as completion_bodies
+from engine.http.openai import completions as openai
+from engine.http.openai import embeddings, models
+from engine.http.openai import replies as choices
 from engine.http.openapi import DOCUMENT, ErrorReply, Route, describe, openapi_document
 from engine.http.origins import Access, Gate, warn_of_any_origin
+from engine.http.page import pages
 from engine.http.request_id import name_request, send_id
+from engine.http.responses import bodies as response_bodies
+from engine.http.responses import events as response_events
+from engine.http.responses import objects as response_objects
+from engine.http.responses import responses
+from engine.http.responses import tokens as response_tokens
+from engine.http.responses.store import STORE, ResponseStore
 from engine.http.service import SERVICE, Service
 from engine.http.sse import describe_error
-from engine.http.stored import STORE, ResponseStore
 from engine.http.wire import error_object, json_response, to_json
 
 if TYPE_CHECKING:
-    from engine.front import Front
+    from engine.runtime.front import Front
 
 CLOSE_SECONDS = 1.0  # what handlers still running at the end get; draining happens before
 ROUTES = (

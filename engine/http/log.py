@@ -13,7 +13,8 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from engine.http.request_id import ensure_named
-from engine.messages import Chunk, Stats
+from engine.messages.control import Stats
+from engine.messages.reply import Chunk
 
 log = logging.getLogger("engine.requests")
 load_log = logging.getLogger("engine.load")

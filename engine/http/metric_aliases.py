@@ -13,10 +13,10 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from engine.messages import Stats
+from engine.messages.control import Stats
 
 if TYPE_CHECKING:
-    from engine.front import Front
+    from engine.runtime.front import Front
 
 Family = Literal["vllm", "sglang"]
 RATE_SECONDS = 1.0  # shortest time that a rate is taken over

@@ -28,10 +28,11 @@ from prometheus_client.utils import floatToGoString
 from engine.errors import EngineError
 from engine.http.log import TALLY
 from engine.http.metric_aliases import Family, WithAliases
-from engine.messages import Chunk, ExpertCounts, Stats
+from engine.messages.control import ExpertCounts, Stats
+from engine.messages.reply import Chunk
 
 if TYPE_CHECKING:
-    from engine.front import Front
+    from engine.runtime.front import Front
 
 # Seconds. A step on a fast GPU takes 5 ms, one on a small CPU 100 ms.
 TOKEN_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)

@@ -22,7 +22,7 @@ from engine.http.fields import IGNORED
 from engine.http.intake import read_body, release_body, without_expecting
 from engine.http.parts import UNCOUNTED, check_parts
 from engine.http.wire import Body, BodyDecoder, Reply, StructType, ignored_fields, json_response, structs_in
-from engine.sampling import INT32_MAX, MAX_LOGPROBS, MAX_PENALTY, MAX_REPETITION
+from engine.params.sampling import INT32_MAX, MAX_LOGPROBS, MAX_PENALTY, MAX_REPETITION
 
 REFERENCE = "#/components/schemas/{name}"
 # The bounds of sampling parameters that are numbers. `check_sampling` holds requests to them, with better words than

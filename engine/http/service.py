@@ -16,18 +16,19 @@ import anyio.lowlevel
 from aiohttp import web
 from anyio.streams.memory import MemoryObjectSendStream
 
-from engine.actor import first_failure
 from engine.config import ServerOptions
 from engine.errors import RequestError, let_go
-from engine.front import joined
 from engine.http.metrics import Metrics
 from engine.http.request_id import called
 from engine.http.sse import Events, send_events
 from engine.http.wire import json_response
-from engine.messages import Chunk, Generate, Job
+from engine.messages.reply import Chunk
+from engine.messages.request import Generate, Job
+from engine.runtime.actor import first_failure
+from engine.runtime.front import joined
 
 if TYPE_CHECKING:
-    from engine.front import Front
+    from engine.runtime.front import Front
 
 
 STARTED = 64  # replies that are begun before others have their turn

@@ -6,8 +6,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from engine.kernels import cpu
-from engine.kernels.ops import Ops
+from engine.kernels.cpu import calls as cpu
+from engine.kernels.dense.reference import Ops
 
 _REFERENCE = Ops()
 
@@ -24,6 +24,6 @@ def gpu_ops() -> Ops:
     """Triton's, where it is installed."""
     if find_spec("triton") is None:
         return _REFERENCE
-    from engine.kernels.triton import TritonOps
+    from engine.kernels.dense.triton import TritonOps
 
     return TritonOps()

@@ -2,7 +2,7 @@
 
 import logging
 
-from engine.kernels.cpu import kernels
+from engine.kernels.cpu.calls import kernels
 
 logging.basicConfig(level=logging.INFO)
 kernels()

@@ -1,6 +1,6 @@
 """What models are built from. A model states its sharding through these layers and holds no rank arithmetic."""
 
-from engine.kernels.moe import ExpertWeights, Routed, Routing
+from engine.kernels.experts.reference import ExpertWeights, Routed, Routing
 from engine.layers.activation import gated_activation, gelu_and_mul, silu_and_mul
 from engine.layers.attention import Attention, AttentionBackend, AttentionShape, Backend, PagedAttention, Prefix
 from engine.layers.batch import Batch, Mirror

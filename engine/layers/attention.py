@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.kernels import ops_for
-from engine.kernels.ops import HeadNorms, Heads, Rotation
+from engine.kernels.dense.reference import HeadNorms, Heads, Rotation
 from engine.layers.batch import Batch, upload
 from engine.layers.kv_scales import FP8_TYPES, KVScales
 from engine.plugin.specs import KVGroup

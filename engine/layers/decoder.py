@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
-from engine.kernels.ops import HeadNorms
+from engine.kernels.dense.reference import HeadNorms
 from engine.layers.activation import gated_activation, silu_and_mul
 from engine.layers.attention import Attention
 from engine.layers.batch import Batch

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from engine.kernels.cpu import PackedMatrix
+from engine.kernels.cpu.calls import PackedMatrix
 from engine.layers.build import Build
 from engine.layers.linear import ColumnLinear, packed_matrix
 from engine.layers.model import Layer, check_shape, empty_weight

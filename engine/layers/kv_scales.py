@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.kernels.ops import HeadNorms, Heads
+from engine.kernels.dense.reference import HeadNorms, Heads
 
 FP8_TYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 

@@ -2,8 +2,8 @@
 
 Projections of the same input are stacked into one matrix, hence one GEMM; each layer declares which
 tensors of the checkpoint are its parts. On a CPU parts that the checkpoint holds in packed blocks stay packed
-(engine/kernels/cpu.py); where the build has a quantization, matrices are stored by it (quantization.py). With one rank
-every share is the whole. Left out until there are more: RowLinear's sum over ranks, key-value heads repeated where
+(engine/kernels/cpu/calls.py); where the build has a quantization, matrices are stored by it (quantization.py). With one
+rank every share is the whole. Left out until there are more: RowLinear's sum over ranks, key-value heads repeated where
 there are more ranks than heads, and shares of packed and quantized parts.
 """
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from engine.errors import ConfigError
 from engine.kernels import ops_for
-from engine.kernels.cpu import KINDS, PackedMatrix, kernels_for
-from engine.kernels.ops import Heads
+from engine.kernels.cpu.calls import KINDS, PackedMatrix, kernels_for
+from engine.kernels.dense.reference import Heads
 from engine.layers.activation import silu_and_mul
 from engine.layers.build import Build
 from engine.layers.model import Layer, check_shape, checkpoint_path, copy_weight, empty_weight

@@ -10,7 +10,7 @@ the latent projection among ranks, biases.
 from torch import Tensor, nn
 
 from engine.kernels import ops_for
-from engine.kernels.ops import LatentNorm, Rotation
+from engine.kernels.dense.reference import LatentNorm, Rotation
 from engine.layers.batch import Batch
 from engine.layers.build import Build
 from engine.layers.latent import LatentBackend, LatentShape

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
-from engine.kernels.moe import ExpertWeights, Recorder, Routed, Routing, moe_ops_for
+from engine.kernels.experts.reference import ExpertWeights, Recorder, Routed, Routing, moe_ops_for
 from engine.layers.build import Build
 from engine.layers.model import Layer, copy_weight, empty_weight
 from engine.layers.quantization import QuantizedExperts

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from engine.kernels.moe import ExpertWeights
+from engine.kernels.experts.reference import ExpertWeights
 from engine.plugin.specs import LazyTensor
 
 if TYPE_CHECKING:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from engine.errors import ConfigError
 from engine.kernels import ops_for
-from engine.kernels.cpu import MOST_QUERIES, Kernels, attention_tasks, kernels
-from engine.kernels.fp8 import (
+from engine.kernels.cpu.calls import MOST_QUERIES, Kernels, attention_tasks, kernels
+from engine.kernels.dense.reference import HeadNorms, Heads, Ops, Rotation
+from engine.kernels.fp8.reference import (
     BLOCK,
     E4M3,
     Fp8Weight,
@@ -17,13 +18,12 @@ from engine.kernels.fp8 import (
     quantize_blocks,
     quantize_rows,
 )
-from engine.kernels.ops import HeadNorms, Heads, Ops, Rotation
 
 if TYPE_CHECKING:
-    from engine.kernels.triton_attention import ExtendRows
-    from engine.kernels.triton_decode import DecodeRows, Scratch, SharedRows
-    from engine.kernels.triton_expanded import ExpandedRows
-    from engine.kernels.triton_mla import MlaDecodeRows, MlaExtendRows, MlaScratch
+    from engine.kernels.attention.decode import DecodeRows, Scratch, SharedRows
+    from engine.kernels.attention.expanded import ExpandedRows
+    from engine.kernels.attention.extend import ExtendRows
+    from engine.kernels.attention.mla import MlaDecodeRows, MlaExtendRows, MlaScratch
 
 __all__ = [
     "BLOCK",
@@ -60,42 +60,42 @@ __all__ = [
 
 
 def triton_attention() -> ModuleType:
-    """The module engine.kernels.triton_attention. Raises ConfigError where Triton is not installed."""
+    """The module engine.kernels.attention.extend. Raises ConfigError where Triton is not installed."""
     if find_spec("triton") is None:
         raise ConfigError("attention triton needs the package triton: pip install triton")
-    from engine.kernels import triton_attention
+    from engine.kernels.attention import extend as triton_attention
 
     return triton_attention
 
 
 def triton_decode() -> ModuleType:
-    """The module engine.kernels.triton_decode. Raises ConfigError where Triton is not installed."""
+    """The module engine.kernels.attention.decode. Raises ConfigError where Triton is not installed."""
     triton_attention()
-    from engine.kernels import triton_decode
+    from engine.kernels.attention import decode as triton_decode
 
     return triton_decode
 
 
 def page_lists() -> ModuleType:
-    """The module engine.kernels.page_lists. Raises ConfigError where Triton is not installed."""
+    """The module engine.kernels.attention.page_lists. Raises ConfigError where Triton is not installed."""
     if find_spec("triton") is None:
         raise ConfigError("lists of pages are made by the package triton: pip install triton")
-    from engine.kernels import page_lists
+    from engine.kernels.attention import page_lists
 
     return page_lists
 
 
 def triton_mla() -> ModuleType:
-    """The module engine.kernels.triton_mla. Raises ConfigError where Triton is not installed."""
+    """The module engine.kernels.attention.mla. Raises ConfigError where Triton is not installed."""
     triton_attention()
-    from engine.kernels import triton_mla
+    from engine.kernels.attention import mla as triton_mla
 
     return triton_mla
 
 
 def triton_expanded() -> ModuleType:
-    """The module engine.kernels.triton_expanded. Raises ConfigError where Triton is not installed."""
+    """The module engine.kernels.attention.expanded. Raises ConfigError where Triton is not installed."""
     triton_attention()
-    from engine.kernels import triton_expanded
+    from engine.kernels.attention import expanded as triton_expanded
 
     return triton_expanded

@@ -1,7 +1,7 @@
 """The two kinds of parsers of replies, for plugins: what a family of models thinks, and the tools that it calls.
 
 A parser of reasoning is data alone; one of tool calls has a `read` of a few lines, and says in its `syntax` how calls
-are written. Torch-free. Left out: which parser a model gets (engine/parsers.py).
+are written. Torch-free. Left out: which parser a model gets (engine/conversation/parsers.py).
 """
 
 import json

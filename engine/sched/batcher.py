@@ -27,7 +27,9 @@ from itertools import chain
 from engine.cache.pool import PagePool
 from engine.cache.radix import Node, RadixTree
 from engine.errors import RequestError
-from engine.messages import Admit, Finish, SlotAdmit, StepDone, StepPlan, Tokens
+from engine.messages.reply import Finish, Tokens
+from engine.messages.request import Admit
+from engine.messages.step import SlotAdmit, StepDone, StepPlan
 from engine.plugin.specs import Policy
 from engine.sched.columns import ReplyColumns, StepColumns
 from engine.sched.limits import check_fits, check_whole, pages_for

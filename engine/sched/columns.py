@@ -5,7 +5,8 @@ Log-probabilities are only passed on: cut to the tokens that are kept, or joined
 
 from array import array
 
-from engine.messages import Finish, Logprobs, SlotAdmit, StepPlan, Tokens
+from engine.messages.reply import Finish, Tokens
+from engine.messages.step import Logprobs, SlotAdmit, StepPlan
 from engine.sched.request import Request
 
 POOL = 2  # what comes of a row: a vector

@@ -1,7 +1,7 @@
 """What the scheduler refuses at once: a request that waiting would never serve, or that cannot be told apart."""
 
 from engine.errors import RequestError
-from engine.lengths import prompt_too_long, reply_too_long
+from engine.params.lengths import prompt_too_long, reply_too_long
 from engine.sched.request import Request
 
 

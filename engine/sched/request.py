@@ -14,7 +14,8 @@ from array import array
 from dataclasses import dataclass, field
 
 from engine.cache.radix import Node
-from engine.messages import Admit, Logprobs, Sampling
+from engine.messages.request import Admit, Sampling
+from engine.messages.step import Logprobs
 
 NEVER = 1 << 62
 

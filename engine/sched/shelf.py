@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from engine.errors import RequestError
-from engine.messages import Admit, Compile, Compiled, DropGrammar, Grammar, GrammarLoaded, LoadGrammar
+from engine.messages.assets import Compile, Compiled, DropGrammar, GrammarLoaded, LoadGrammar
+from engine.messages.request import Admit, Grammar
 
 
 @dataclass(slots=True)

@@ -16,10 +16,11 @@ from contextlib import suppress
 
 import msgspec
 
-from engine.channel import BlockingFrames
 from engine.errors import EngineError, PluginError
 from engine.logs import set_up_logging
-from engine.messages import Boot, Fatal, Pong, Preload, ToWorker
+from engine.messages import ToWorker
+from engine.messages.control import Boot, Fatal, Pong, Preload
+from engine.runtime.channel import BlockingFrames
 from engine.worker.spare import expendable, import_all, import_worker, imported_since
 
 # Turns that an idle OpenMP thread spins before it sleeps: about half a millisecond, which bridges the gap between

@@ -8,7 +8,7 @@ from engine.errors import ConfigError
 from engine.layers.attention import Backend
 from engine.layers.latent import LatentShape
 from engine.layers.quantization import Scheme
-from engine.plugin.manager import Plugins, resolve
+from engine.plugin.registry import Plugins, resolve
 from engine.plugin.terms import Terms
 
 logger = logging.getLogger("engine.worker")

@@ -15,7 +15,7 @@ import torch
 from engine.layers.batch import Batch
 from engine.layers.model import Model
 from engine.layers.moe import Router
-from engine.messages import CountExperts, ExpertCounts
+from engine.messages.control import CountExperts, ExpertCounts
 
 NONE = "the model has no experts to choose from; ask a server with a mixture of experts"
 

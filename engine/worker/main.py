@@ -14,34 +14,26 @@ from pathlib import Path
 
 import torch
 
-from engine.channel import BlockingFrames
 from engine.config import Config, ProcessOptions
 from engine.errors import ConfigError
 from engine.layers.build import Build
 from engine.layers.encoder import Encoder
 from engine.layers.model import Model
-from engine.messages import (
-    Boot,
-    CountExperts,
-    DropGrammar,
-    LoadGrammar,
-    Ping,
-    Pong,
-    Profile,
-    StepPlan,
-    ToWorker,
-    WorkerReady,
-)
-from engine.plugin.manager import Plugins, resolve
+from engine.messages import ToWorker
+from engine.messages.assets import DropGrammar, LoadGrammar
+from engine.messages.control import Boot, CountExperts, Ping, Pong, Profile, WorkerReady
+from engine.messages.step import StepPlan
+from engine.plugin.registry import Plugins, resolve
 from engine.plugin.terms import LONGEST, Terms
+from engine.runtime.channel import BlockingFrames
 from engine.worker.backends import Backends, quantization
 from engine.worker.compiles import tell_of_compiles
-from engine.worker.demands import FILTERED, PENALIZED, PLAIN, everything
 from engine.worker.experts import count_experts
-from engine.worker.grammar import begin_grammars
-from engine.worker.kv import allocate, choose_max_model_len, count_pages
+from engine.worker.memory import allocate, choose_max_model_len, count_pages
 from engine.worker.profiling import StepProfiler
 from engine.worker.runner import Runner, Step
+from engine.worker.sampling.grammars import begin_grammars
+from engine.worker.steps.warmup import FILTERED, PENALIZED, PLAIN, everything
 from engine.worker.weights import checked_tensors, fill_at_random, load_weights, weight_bytes
 
 logger = logging.getLogger("engine.worker")

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from engine.messages import Profile, Profiled, StepPlan
+from engine.messages.control import Profile, Profiled
+from engine.messages.step import StepPlan
 
 log = logging.getLogger("engine.worker")
 

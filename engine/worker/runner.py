@@ -23,18 +23,19 @@ from torch import Tensor
 from engine.layers.batch import Batch, upload
 from engine.layers.encoder import Encoder
 from engine.layers.model import Model
-from engine.messages import Logprobs, Sampling, SlotAdmit, StepDone, StepPlan
-from engine.worker.batch import build_batch
-from engine.worker.demands import PLAIN
+from engine.messages.request import Sampling
+from engine.messages.step import Logprobs, SlotAdmit, StepDone, StepPlan
 from engine.worker.experts import heed_padding
-from engine.worker.grammar import Grammars, Guided
-from engine.worker.graphs import ALL_ROWS_TOKENS, DecodeGraphs, Tables, most_prompt_tokens, prompt_graphs
-from engine.worker.kv import Caches, copy_pages
-from engine.worker.logits import Adjustments
-from engine.worker.logprobs import Scores, score, score_prompt
-from engine.worker.prefixes import LEAST_ROWS, SharedPrefixes
-from engine.worker.recorded import RecordedSteps
-from engine.worker.sampler import Sampler
+from engine.worker.memory import Caches, copy_pages
+from engine.worker.sampling.adjustments import Adjustments
+from engine.worker.sampling.grammars import Grammars, Guided
+from engine.worker.sampling.logprobs import Scores, score, score_prompt
+from engine.worker.sampling.sampler import Sampler
+from engine.worker.steps.batch import build_batch
+from engine.worker.steps.graphs import ALL_ROWS_TOKENS, DecodeGraphs, Tables, most_prompt_tokens, prompt_graphs
+from engine.worker.steps.prefixes import LEAST_ROWS, SharedPrefixes
+from engine.worker.steps.recorded import RecordedSteps
+from engine.worker.steps.warmup import PLAIN
 
 SHORT_PROMPT = 1024  # tokens, up to which those of several requests are sent to the device together
 

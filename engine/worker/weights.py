@@ -18,7 +18,7 @@ from engine.layers.model import Layer, Model
 from engine.layers.moe import Router
 from engine.plugin.specs import Checkpoint, LazyTensor
 from engine.plugin.terms import Terms
-from engine.worker.kv import available_memory
+from engine.worker.memory import available_memory
 
 Tensors = Sequence[tuple[str, LazyTensor]]
 

@@ -15,21 +15,21 @@ def register_attention(register: Register) -> None:
     )
     register(
         "torch",
-        "engine_plugins.attention.torch:TorchAttention",
+        "engine_plugins.attention.torch.mha:TorchAttention",
         devices=("cpu", "cuda"),
         preference=0,
         description="PyTorch's scaled_dot_product_attention over gathered pages; runs everywhere",
     )
     register(
         "triton",
-        "engine_plugins.attention.triton:TritonAttention",
+        "engine_plugins.attention.triton.mha:TritonAttention",
         devices=("cuda",),
         preference=20,
         description="Triton kernels that read pages where they lie; any page size, FP8 caches, CUDA graphs",
     )
     register(
         "flashinfer",
-        "engine_plugins.attention.flashinfer:FlashInferAttention",
+        "engine_plugins.attention.flashinfer.mha:FlashInferAttention",
         devices=("cuda",),
         preference=30,
         description="FlashInfer's kernels (pip install flashinfer-python); any page size, FP8 caches, CUDA graphs",
@@ -47,21 +47,21 @@ def register_attention(register: Register) -> None:
 def register_latent_attention(register: Register) -> None:
     register(
         "torch",
-        "engine_plugins.attention.torch_latent:TorchLatentAttention",
+        "engine_plugins.attention.torch.mla:TorchLatentAttention",
         devices=("cpu", "cuda"),
         preference=0,
         description="latent attention in PyTorch over gathered latents; runs everywhere",
     )
     register(
         "triton",
-        "engine_plugins.attention.triton_latent:TritonLatentAttention",
+        "engine_plugins.attention.triton.mla:TritonLatentAttention",
         devices=("cuda",),
         preference=20,
         description="Triton kernels that read a latent once for many heads; any page size, FP8 caches, CUDA graphs",
     )
     register(
         "flashinfer",
-        "engine_plugins.attention.flashinfer_latent:FlashInferLatentAttention",
+        "engine_plugins.attention.flashinfer.mla:FlashInferLatentAttention",
         devices=("cuda",),
         preference=30,
         description="FlashInfer's MLA kernels (pip install flashinfer-python); any page size, FP8 caches, CUDA graphs",

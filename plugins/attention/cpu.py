@@ -1,7 +1,7 @@
 """Paged attention in C, for CPUs: keys and values are read where they lie.
 
 Every row, prefill or decode, is cut into runs of a few tokens; a run and a key head are one task of one pass over the
-row's pages with an online softmax (engine/kernels/cpu_attention.c). float32 only; without a C compiler `torch` takes
+row's pages with an online softmax (engine/kernels/cpu/attention.c). float32 only; without a C compiler `torch` takes
 its place.
 """
 

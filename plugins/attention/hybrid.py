@@ -1,7 +1,7 @@
 """The faster of two for each part of a step on Hopper: FlashInfer's FA3 for prompts, Triton for rows of one token.
 
 Both read the same pages. FA3 reaches 1.5 times the rate of the Triton kernel in prompts that fill the device; in decode
-steps Triton's needs no plan from the host and reads shared prefixes once (bench/kernels_attention.py). Prompts too
+steps Triton's needs no plan from the host and reads shared prefixes once (bench/kernels/attention.py). Prompts too
 small for FA3 are Triton's, and so are captured steps of a thousand tokens. Left out: FP8 caches, which FA3 does not
 read.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.plugin import ConfigError
 from engine.plugin.layers import AttentionShape, Batch, Mirror
-from engine_plugins.attention.flashinfer import (
+from engine_plugins.attention.flashinfer.mha import (
     FA3_TILE,
     PLAN_BYTES,
     CapturedLaunch,
@@ -24,7 +24,7 @@ from engine_plugins.attention.flashinfer import (
     fa3_plan_bytes,
     leading_ones,
 )
-from engine_plugins.attention.triton import Plan, TritonAttention
+from engine_plugins.attention.triton.mha import Plan, TritonAttention
 
 TRITON_TOKENS = 1024  # of a captured step, whose rows may all be short: up to so many it is Triton's
 

@@ -8,7 +8,7 @@ from engine.plugin.hookspecs import Register
 def register_grammars(register: Register) -> None:
     register(
         "llguidance",
-        "engine_plugins.grammars.llguidance:LLGuidance",
+        "engine_plugins.grammars.llguidance.engine:LLGuidance",
         kinds=("json_object", "json_schema", "regex", "ebnf", "lark", "choice", "structural_tag"),
         package="llguidance",
         preference=20,
@@ -16,7 +16,7 @@ def register_grammars(register: Register) -> None:
     )
     register(
         "xgrammar",
-        "engine_plugins.grammars.xgrammar:XGrammar",
+        "engine_plugins.grammars.xgrammar.engine:XGrammar",
         kinds=("json_object", "json_schema", "regex", "ebnf", "choice", "structural_tag"),
         package="xgrammar",
         preference=10,

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from engine.layers import AttentionShape
-from engine.plugin.manager import Plugins, resolve
+from engine.plugin.registry import Plugins, resolve
 from engine.plugin.testing import ATTENTION_CASES, AttentionCase, check_attention
-from engine.worker.batch import build_batch
-from engine_plugins.attention.torch import TorchAttention
+from engine.worker.steps.batch import build_batch
+from engine_plugins.attention.torch.mha import TorchAttention
 
 ON_CPU = [entry for entry in Plugins.load().attention.values() if "cpu" in entry.devices]
 

@@ -16,9 +16,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from engine.errors import ConfigError
-from engine.text import Text
-from engine_plugins.checkpoints.gguf import GGUFCheckpoint
-from engine_plugins.checkpoints.safetensors import SafetensorsCheckpoint
+from engine.text.tokenizer import Text
+from engine_plugins.checkpoints.gguf.checkpoint import GGUFCheckpoint
+from engine_plugins.checkpoints.safetensors.checkpoint import SafetensorsCheckpoint
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
 TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}

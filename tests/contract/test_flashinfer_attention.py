@@ -15,11 +15,11 @@ from torch import Tensor
 from engine.errors import ConfigError
 from engine.layers import AttentionShape, Batch
 from engine.plugin.testing import ATTENTION_CASES, AttentionCase, check_attention
-from engine_plugins.attention import flashinfer
-from engine_plugins.attention.flashinfer import FlashInferAttention
+from engine_plugins.attention.flashinfer import mha as flashinfer
+from engine_plugins.attention.flashinfer.mha import FlashInferAttention
 
 pytest.importorskip("triton")
-from engine.kernels.page_lists import list_pages_reference
+from engine.kernels.attention.page_lists import list_pages_reference
 
 CPU = torch.device("cpu")
 MIXED = AttentionCase(page_size=4, heads=(8, 2), head_dim=64, rows=((9, 1), (30, 1), (0, 300), (7, 1), (5, 140)))

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from engine.errors import ConfigError
-from engine.kernels.ops import write_latents
+from engine.kernels.dense.reference import write_latents
 from engine.layers import Batch, LatentShape
 from engine.plugin.testing import LATENT_CASES, LatentCase, check_latent_attention, latent_reference
-from engine_plugins.attention import flashinfer_latent as flashinfer
-from engine_plugins.attention import triton_latent
-from engine_plugins.attention.flashinfer_latent import FlashInferLatentAttention
+from engine_plugins.attention.flashinfer import mla as flashinfer
+from engine_plugins.attention.flashinfer.mla import FlashInferLatentAttention
+from engine_plugins.attention.triton import mla as triton_latent
 
 pytest.importorskip("triton")
-from engine.kernels.page_lists import list_pages_reference
-from engine.kernels.triton_expanded import join_keys_reference
+from engine.kernels.attention.expanded import join_keys_reference
+from engine.kernels.attention.page_lists import list_pages_reference
 
 CPU = torch.device("cpu")
 PROCESSORS = 12

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from engine.errors import RequestError
-from engine.messages import Grammar, GrammarKind
-from engine.plugin.grammar_checks import vocabulary
-from engine.plugin.manager import Plugins, resolve
+from engine.messages.request import Grammar, GrammarKind
+from engine.plugin.registry import Plugins, resolve
 from engine.plugin.specs import GrammarEntry
 from engine.plugin.testing import (
     GRAMMAR_CASES,
@@ -20,6 +19,7 @@ from engine.plugin.testing import (
     check_together,
     check_whitespace,
 )
+from engine.testing.grammars import vocabulary
 
 ENTRIES = [
     pytest.param(
@@ -142,7 +142,7 @@ def test_a_schema_within_lark_is_held_to_as_alone(source: str, right: tuple[str,
 def test_an_ambiguous_grammar_is_given_up_before_it_holds_up_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the reason, where it is first seen: in the compiler, or in the row that comes to it. Here the vocabulary is
     small, and so the bound."""
-    module = pytest.importorskip("engine_plugins.grammars.llguidance")
+    module = pytest.importorskip("engine_plugins.grammars.llguidance.engine")
     monkeypatch.setattr(module, "MOST_ITEMS", 100)
     words = vocabulary()
     made = resolve(Plugins.load().grammars["llguidance"].target)(words, threads=1, whitespace=True)
@@ -159,7 +159,7 @@ def test_an_ambiguous_grammar_is_given_up_before_it_holds_up_others(monkeypatch:
 @pytest.mark.parametrize("name", ["const", "enum", "default", "examples", "properties", "format"])
 def test_a_property_may_be_called_as_a_keyword_is(name: str) -> None:
     """Its schema is one: the odd count and the format that nobody knows in it are read as everywhere."""
-    exact = pytest.importorskip("engine_plugins.grammars.json_exact").exact
+    exact = pytest.importorskip("engine_plugins.grammars.llguidance.json_exact").exact
     schema = {"type": "string", "maxLength": 2.0, "format": "colour"}
     whole = {"type": "object", "properties": {name: schema}, "const": schema}
     wanted = {name: {"type": "string", "maxLength": 2}}

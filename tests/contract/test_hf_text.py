@@ -15,8 +15,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer
 
 from engine.errors import ConfigError
-from engine.text import Text
-from engine_plugins.checkpoints.safetensors import SafetensorsCheckpoint
+from engine.text.tokenizer import Text
+from engine_plugins.checkpoints.safetensors.checkpoint import SafetensorsCheckpoint
 
 TEXTS = ["a<|new|>b", "<s>hi</s> <img> é", " x <|new|> <pad><unk>y</s>", "<extra>\n<extra> <s>", ""]
 CHAT = [{"role": "user", "content": "x<|new|>y"}, {"role": "assistant", "content": "<img>é"}]

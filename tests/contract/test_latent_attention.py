@@ -6,9 +6,9 @@ import torch
 
 from engine.layers import LatentShape
 from engine.layers.latent import add_part, cut
-from engine.plugin.manager import Plugins, resolve
+from engine.plugin.registry import Plugins, resolve
 from engine.plugin.testing import LATENT_CASES, LatentCase, check_latent_attention
-from engine_plugins.attention.torch_latent import TorchLatentAttention
+from engine_plugins.attention.torch.mla import TorchLatentAttention
 
 ON_CPU = [entry for entry in Plugins.load().latent_attention.values() if "cpu" in entry.devices]
 FP8 = torch.float8_e4m3fn

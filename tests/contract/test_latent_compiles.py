@@ -7,7 +7,9 @@ import pytest
 import torch
 from hopper import MARKS, SHARED_MEMORY, compile_for_hopper, types_by_name
 
-from engine.kernels import triton_expanded, triton_latent, triton_mla
+from engine.kernels.attention import expanded as triton_expanded
+from engine.kernels.attention import mla as triton_mla
+from engine.kernels.dense import latent as triton_latent
 
 pytestmark = MARKS
 TYPES = types_by_name({

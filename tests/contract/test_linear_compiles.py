@@ -3,8 +3,8 @@
 import pytest
 from hopper import MARKS, SHARED_MEMORY, compile_for_hopper
 
-from engine.kernels import triton as ops
-from engine.kernels import triton_linear
+from engine.kernels.dense import linear as triton_linear
+from engine.kernels.dense import triton as ops
 
 pytestmark = MARKS
 TYPES = dict.fromkeys(("inputs", "weight", "bias", "out"), "*bf16")

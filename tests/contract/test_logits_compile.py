@@ -5,7 +5,10 @@ from typing import Any
 import pytest
 from hopper import MARKS, compile_for_hopper
 
-from engine.kernels import filters, sampling, scores, triton_adjustments, triton_bitmask
+from engine.kernels.logits import adjustments as triton_adjustments
+from engine.kernels.logits import bitmask as triton_bitmask
+from engine.kernels.logits import draw as sampling
+from engine.kernels.logits import filters, scores
 
 pytestmark = MARKS
 CHUNKS = {"CHUNKS": 64, "GROUPS": 8192}

@@ -7,9 +7,13 @@ from typing import Any
 import pytest
 from hopper import MARKS, SHARED_MEMORY, bytes_spilled, compile_for_hopper, types_by_name
 
-from engine.kernels import triton_experts, triton_experts_fp8, triton_fp8, triton_moe, triton_routing
-from engine.kernels.fp8 import BLOCK, LARGEST
-from engine.kernels.triton_fp8 import Cut
+from engine.kernels.experts import products as triton_experts
+from engine.kernels.experts import products_fp8 as triton_experts_fp8
+from engine.kernels.experts import routing as triton_routing
+from engine.kernels.experts import triton as triton_moe
+from engine.kernels.fp8 import triton as triton_fp8
+from engine.kernels.fp8.reference import BLOCK, LARGEST
+from engine.kernels.fp8.triton import Cut
 
 pytestmark = MARKS
 SPILLED = 32  # bytes of a thread, at most: of 16 warps each has 128 registers, a few less than the largest cut wants

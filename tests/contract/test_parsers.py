@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.parsers import Parsed
-from engine.plugin.manager import Plugins, resolve
-from engine.plugin.parser_checks import parsed
+from engine.conversation.parsers import Parsed
 from engine.plugin.parsing import Call, ReasoningParser, ToolParser
+from engine.plugin.registry import Plugins, resolve
 from engine.plugin.testing import check_any_split, check_reasoning_parser, check_tool_parser
+from engine.testing.parsers import parsed
 
 ENTRIES = Plugins.load().parsers
 TOOLS = [name for name, entry in ENTRIES.items() if entry.kind == "tool"]

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from engine.errors import RequestError
-from engine.messages import Grammar, GrammarKind
-from engine.plugin.grammar_checks import vocabulary
-from engine.plugin.manager import Plugins, resolve
+from engine.messages.request import Grammar, GrammarKind
+from engine.plugin.registry import Plugins, resolve
 from engine.plugin.specs import GrammarEngine
+from engine.testing.grammars import vocabulary
 
 OURS = ("no_forcing", "x-guidance", "whitespace_pattern", "coerce_one_of", "lenient", "(And (", "r0", " | ", "in regex")
 

@@ -1,6 +1,6 @@
 """JSON schemas before two judges: the official JSON-Schema-Test-Suite, run whole, and jsonschema_rs on made-up ones.
 
-`make test` unpacks the suite; JSON_SCHEMA_TEST_SUITE names another folder of it (bench/schema_suite.py).
+`make test` unpacks the suite; JSON_SCHEMA_TEST_SUITE names another folder of it (bench/grammars/schema_suite.py).
 """
 
 import json
@@ -17,8 +17,8 @@ from schema_pairs import Maker, suite
 from engine.errors import RequestError
 from engine.grammars.closed import prepared
 from engine.grammars.engines import Engines
-from engine.messages import Grammar
-from engine.plugin.manager import Plugins
+from engine.messages.request import Grammar
+from engine.plugin.registry import Plugins
 
 ENGINES = ("llguidance", "xgrammar")
 SUITE = Path(os.environ.get("JSON_SCHEMA_TEST_SUITE", Path(sys.prefix) / "json-schema-suite"))
@@ -30,7 +30,9 @@ FORMATS = {"date-time", "time", "email", "hostname"}
 REMARKS = {"idn-email", "idn-hostname", "regex", "ecmascript-regex", "content"}
 
 
-@pytest.mark.skipif(not SUITE.exists(), reason=f"{SUITE} does not exist: python bench/schema_suite.py --fetch {SUITE}")
+@pytest.mark.skipif(
+    not SUITE.exists(), reason=f"{SUITE} does not exist: python -m bench.grammars.schema_suite --fetch {SUITE}"
+)
 @pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize("draft", suite.DRAFTS)
 def test_the_official_suite(name: str, draft: str) -> None:

@@ -12,10 +12,10 @@ import pytest
 
 from engine.errors import RequestError
 from engine.grammars.closed import prepared
-from engine.messages import Grammar
-from engine.plugin.grammar_checks import vocabulary
-from engine.plugin.manager import Plugins, resolve
+from engine.messages.request import Grammar
+from engine.plugin.registry import Plugins, resolve
 from engine.plugin.specs import GrammarEngine
+from engine.testing.grammars import vocabulary
 
 WORDS = vocabulary()
 ENGINES = ("llguidance", "xgrammar")

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from oracle import tiny_model
 from test_checkpoints import write_gguf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
@@ -21,13 +22,9 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 from engine.config import resolve
 from engine.errors import ConfigError, EngineError
 from engine.layers import Model
-from engine.messages import Boot, WorkerReady
-from engine.plugin.manager import Plugins
+from engine.messages.control import Boot, WorkerReady
+from engine.plugin.registry import Plugins
 from engine.worker.main import start
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
-
-from oracle import tiny_model
 
 EXAMPLES = int(os.environ.get("START_EXAMPLES", "15"))  # of each family
 FEW = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))

@@ -5,7 +5,7 @@ import torch
 
 from engine.errors import ConfigError
 from engine.layers import AttentionShape
-from engine_plugins.attention.triton import TritonAttention
+from engine_plugins.attention.triton.mha import TritonAttention
 
 pytest.importorskip("triton")
 

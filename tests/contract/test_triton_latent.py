@@ -5,7 +5,7 @@ import torch
 
 from engine.errors import ConfigError
 from engine.layers import LatentShape
-from engine_plugins.attention.triton_latent import TritonLatentAttention
+from engine_plugins.attention.triton.mla import TritonLatentAttention
 
 pytest.importorskip("triton")
 

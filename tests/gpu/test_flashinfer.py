@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.layers import AttentionShape, Batch, Mirror
-from engine_plugins.attention.flashinfer import FlashInferAttention
+from engine_plugins.attention.flashinfer.mha import FlashInferAttention
 from engine_plugins.attention.hybrid import HybridAttention, HybridPlan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")

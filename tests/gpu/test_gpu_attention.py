@@ -17,9 +17,9 @@ from engine.errors import ConfigError
 from engine.layers import AttentionShape
 from engine.layers.attention import AttentionBackend, Prefix
 from engine.layers.batch import Batch
-from engine.plugin.manager import Plugins, resolve
+from engine.plugin.registry import Plugins, resolve
 from engine.plugin.testing import ATTENTION_CASES, AttentionCase, check_attention
-from engine.worker.batch import build_batch
+from engine.worker.steps.batch import build_batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 TOLERANCES = {torch.float32: 5e-5, torch.float16: 4e-3, torch.bfloat16: 2.5e-2}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.messages import StepPlan
+from engine.messages.step import StepPlan
 from engine.plugin.testing import ModelHarness
 from engine_plugins.models.bert import Bert
 

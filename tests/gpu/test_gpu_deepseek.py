@@ -14,10 +14,10 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.layers import Build
-from engine.messages import StepPlan
-from engine.plugin.manager import Plugins, resolve
+from engine.messages.step import StepPlan
+from engine.plugin.registry import Plugins, resolve
 from engine.plugin.testing import ModelHarness
-from engine_plugins.attention.torch_latent import TorchLatentAttention
+from engine_plugins.attention.torch.mla import TorchLatentAttention
 from engine_plugins.models.deepseek import Deepseek
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")

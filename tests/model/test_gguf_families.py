@@ -9,9 +9,9 @@ from gguf import GGMLQuantizationType as Kind
 from oracle import tiny_model
 
 from engine.errors import ConfigError
-from engine.plugin.manager import Plugins, resolve
+from engine.plugin.registry import Plugins, resolve
 from engine.plugin.testing import check_model
-from engine_plugins.checkpoints.gguf import GGUFCheckpoint
+from engine_plugins.checkpoints.gguf.checkpoint import GGUFCheckpoint
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -262,7 +262,7 @@ def test_a_type_that_it_does_not_read_is_named(tmp_path):
 
 
 def test_the_largest_gemma_scales_by_the_size_of_its_stream():
-    from engine_plugins.checkpoints.gguf_families import gemma_terms
+    from engine_plugins.checkpoints.gguf.families import gemma_terms
 
     sizes = {"hidden_size": 5376, "num_attention_heads": 32, "head_dim": 128, "sliding_window_pattern": 6}
     assert gemma_terms({**sizes, "num_hidden_layers": 62, "sliding_window": 1024})["query_pre_attn_scalar"] == 168

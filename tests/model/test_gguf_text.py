@@ -13,9 +13,9 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_t
 from transformers.tokenization_utils_base import generate_merges
 
 from engine.errors import ConfigError
-from engine.text import Text
-from engine_plugins.checkpoints.gguf import GGUFCheckpoint
-from engine_plugins.checkpoints.gguf_text import PRE_TOKENIZERS, merges
+from engine.text.tokenizer import Text
+from engine_plugins.checkpoints.gguf.checkpoint import GGUFCheckpoint
+from engine_plugins.checkpoints.gguf.text import PRE_TOKENIZERS, merges
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog doesn't mind: it's 1234 or 56789 o'clock.",

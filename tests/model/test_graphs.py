@@ -16,11 +16,11 @@ from torch import Tensor
 from engine.actors.scheduler import CREDITS, MORE_CREDITS
 from engine.layers.attention import PagedAttention, Prefix
 from engine.layers.batch import Batch, Mirror
-from engine.messages import CountAction, CountExperts
+from engine.messages.control import CountAction, CountExperts
 from engine.plugin.testing import ModelHarness
-from engine.worker import graphs
 from engine.worker.experts import count_experts, heed_padding
-from engine.worker.graphs import (
+from engine.worker.steps import graphs
+from engine.worker.steps.graphs import (
     FEW_ROWS_TOKENS,
     DecodeGraphs,
     PromptGraphs,

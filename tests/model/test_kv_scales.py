@@ -10,12 +10,12 @@ from oracle import tiny
 from torch import Tensor
 
 from engine.errors import ConfigError
-from engine.kernels.ops import HeadNorms, Heads, Ops
+from engine.kernels.dense.reference import HeadNorms, Heads, Ops
 from engine.layers import Attention, Build
 from engine.layers import attention as layers_attention
 from engine.layers.attention import AttentionShape, PagedAttention
 from engine.layers.kv_scales import power_of_two
-from engine.worker.batch import build_batch
+from engine.worker.steps.batch import build_batch
 from engine_plugins.models.llama import Llama
 from engine_plugins.models.qwen import Qwen
 

@@ -7,7 +7,7 @@ from oracle import TINY, tiny
 from engine.errors import ConfigError
 from engine.layers import Build
 from engine.plugin.testing import MODEL_SCENARIOS, check_model
-from engine_plugins.attention.torch import TorchAttention
+from engine_plugins.attention.torch.mha import TorchAttention
 from engine_plugins.models.llama import Llama
 
 LLAMA3_ROPE = {

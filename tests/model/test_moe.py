@@ -5,7 +5,7 @@ import pytest
 import torch
 from oracle import tiny
 
-from engine.messages import CountExperts
+from engine.messages.control import CountExperts
 from engine.plugin.testing import MODEL_SCENARIOS, ModelHarness, check_model
 from engine.worker.experts import count_experts
 from engine.worker.weights import fill_at_random

@@ -11,7 +11,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from engine.errors import ConfigError
-from engine.kernels.moe import MoeOps, Routing
+from engine.kernels.experts.reference import MoeOps, Routing
 
 SIZE, EXPERTS, TOP_K = 24, 16, 4
 V2 = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5}

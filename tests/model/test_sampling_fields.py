@@ -11,9 +11,11 @@ import torch
 
 from engine import Engine, Reply, SamplingParams
 from engine.config import resolve
-from engine.messages import Boot, Sampling, SlotAdmit, StepPlan
-from engine.plugin.manager import Plugins
-from engine.text import Text
+from engine.messages.control import Boot
+from engine.messages.request import Sampling
+from engine.messages.step import SlotAdmit, StepPlan
+from engine.plugin.registry import Plugins
+from engine.text.tokenizer import Text
 from engine.worker.main import start
 
 COUNTING = "1, 2, 3, 4, 5, 6, 7,"

@@ -18,11 +18,13 @@ from smollm2 import COUNTING, COUNTING_IDS, FRANCE, FRANCE_LOGITS, GREEDY, LETTE
 from engine import Engine, Reply, SamplingParams
 from engine.config import resolve
 from engine.http.app import serve
-from engine.kernels.cpu import kernels
-from engine.launch import open_front
-from engine.messages import Boot, Sampling, SlotAdmit, StepPlan
-from engine.plugin.manager import Plugins
-from engine.text import Text
+from engine.kernels.cpu.calls import kernels
+from engine.messages.control import Boot
+from engine.messages.request import Sampling
+from engine.messages.step import SlotAdmit, StepPlan
+from engine.plugin.registry import Plugins
+from engine.runtime.launch import open_front
+from engine.text.tokenizer import Text
 from engine.worker.main import start
 
 

@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 
 from engine.errors import ConfigError, RequestError
 from engine.plugin.specs import TextSpec
-from engine.text import Text
-from engine_plugins.checkpoints.gguf import EMBEDDED, GGUFCheckpoint, embedded_path
+from engine.text.tokenizer import Text
+from engine_plugins.checkpoints.gguf.checkpoint import EMBEDDED, GGUFCheckpoint, embedded_path
 
 PROMPTS = [
     "The capital of France is",

@@ -1,0 +1,69 @@
+"""Routes that tell how a mixture's tokens spread over its experts: counted between a start and a stop.
+
+The counts are of layers and experts, enough for a heat map; /metrics has them too, once they have been started.
+"""
+
+from array import array
+from typing import TYPE_CHECKING
+
+import anyio
+from aiohttp import web
+
+from engine.errors import EngineError, RequestError
+from engine.http.service import SERVICE
+from engine.http.wire import Reply, json_response
+from engine.messages.control import CountAction, ExpertCounts
+
+if TYPE_CHECKING:
+    from engine.runtime.front import Front
+
+SCRAPE_SECONDS = 2.0  # metrics do not wait longer for the device, and tell what was counted last
+
+
+class CountingReply(Reply, frozen=True):
+    counting: bool
+
+
+class DistributionReply(Reply, frozen=True):
+    """`counts[i][e]` tokens chose expert e in layer `layers[i]`; each token counts once for each of its experts."""
+
+    counting: bool
+    layers: tuple[int, ...]
+    counts: list[list[int]]
+
+
+async def start(request: web.Request) -> web.Response:
+    """Count from nothing on how many tokens choose each expert."""
+    return json_response(CountingReply((await _counts(request, "start")).counting))
+
+
+async def stop(request: web.Request) -> web.Response:
+    """Count no more; what was counted can still be dumped."""
+    return json_response(CountingReply((await _counts(request, "stop")).counting))
+
+
+async def dump(request: web.Request) -> web.Response:
+    """Tell how many tokens chose each expert, by layer, since the start."""
+    counted = await _counts(request, "look")
+    counts = array("q", counted.counts).tolist()
+    each = len(counts) // len(counted.layers)
+    rows = [counts[first : first + each] for first in range(0, len(counts), each)]
+    return json_response(DistributionReply(counted.counting, counted.layers, rows))
+
+
+async def _counts(request: web.Request, action: CountAction) -> ExpertCounts:
+    counted = await request.app[SERVICE].front.count_experts(action)
+    if counted.cause:
+        raise RequestError(counted.cause)
+    return counted
+
+
+async def refresh(front: "Front") -> None:
+    """Asks the device for what it has counted, if it counts."""
+    if front.experts is None or not front.experts.counting:
+        return
+    with anyio.move_on_after(SCRAPE_SECONDS):
+        try:
+            await front.count_experts("look")
+        except EngineError:  # it is going down: the page tells what was counted last
+            return

@@ -1,0 +1,405 @@
+"""The Anthropic API: /v1/messages and /v1/messages/count_tokens, for text and tools.
+
+A last message of the assistant's is continued; successive messages of one role are one. What replies look like is in
+anthropic_reply.py. Left out, and refused by name: images and documents, tools that the server runs, batches.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
+from typing import Annotated, Any, ClassVar, Literal
+from uuid import uuid4
+
+from aiohttp import web
+from msgspec import Meta
+
+from engine.conversation.calls import Tool
+from engine.conversation.reading import Wanted, reading_of
+from engine.errors import RequestError
+from engine.http.anthropic.reply import AnthropicReply, failure_event
+from engine.http.fields import ECHO, LABEL, Only, Rule, hint, ignore, label, unserved
+from engine.http.native.tokenize import tokenized
+from engine.http.openai.conversation import CALLED_DIRECTLY, FEW_MESSAGES, FEW_TOOLS, Effort, ToolName, checked, tool_of
+from engine.http.openai.effort import with_effort
+from engine.http.request_id import called
+from engine.http.service import SERVICE, in_client_words
+from engine.http.sse import send_events
+from engine.http.wire import Body, Reply, json_response, to_json
+from engine.messages.request import Generate, SamplingParams
+from engine.messages.text import Tokenize
+from engine.params.grammar import check_nesting, grammar_of
+from engine.params.sampling import INT32_MAX, check_sampling
+from engine.runtime.front import joined
+
+PREFIX = "/v1/messages"
+FORMAT = "output_config.format.schema"
+CLIENT_NAMES = {
+    "prompt": "messages",
+    "stop": "stop_sequences",
+    "json_schema": FORMAT,
+    "continue_final_message": "messages",  # what a last message of the assistant's asks for
+    "chat_template_kwargs": "thinking",
+}
+SEARCHES = ("tool_search_tool_regex_20251119", "tool_search_tool_bm25_20251119")
+
+
+# ── bodies ───────────────────────────────────────────────────────────────────────────────────
+
+
+class TextBlock(Body, tag_field="type", tag="text"):
+    text: str
+    cache_control: Any = None
+    citations: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {"cache_control": LABEL, "citations": hint()}  # every prefix is cached
+
+
+class ToolReferenceBlock(Body, tag_field="type", tag="tool_reference"):
+    """A tool of the request that a search has found."""
+
+    tool_name: str
+    cache_control: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {"cache_control": LABEL}
+
+
+class ToolUseBlock(Body, tag_field="type", tag="tool_use"):
+    id: str
+    name: str
+    input: dict[str, Any]
+    cache_control: Any = None
+    caller: Any = None
+    toolset_name: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {"cache_control": LABEL, "caller": ECHO, "toolset_name": ECHO}
+
+
+class ToolResultBlock(Body, tag_field="type", tag="tool_result"):
+    tool_use_id: str
+    content: str | list[TextBlock | ToolReferenceBlock] | None = None
+    is_error: bool | None = None
+    cache_control: Any = None
+    toolset_name: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "is_error": label(False),  # what the result says is all that the model sees
+        "cache_control": LABEL,
+        "toolset_name": ECHO,
+    }
+
+
+class ThinkingBlock(Body, tag_field="type", tag="thinking"):
+    thinking: str
+    signature: Any = None
+    cache_control: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {"signature": ECHO, "cache_control": LABEL}
+
+
+class RedactedThinkingBlock(Body, tag_field="type", tag="redacted_thinking"):
+    """Nobody here can read it."""
+
+    data: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {"data": ECHO}
+
+
+Block = TextBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock | RedactedThinkingBlock
+
+
+class AnthropicMessage(Body):
+    role: Literal["user", "assistant", "system"]
+    content: str | list[Block]
+    cache_control: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {"cache_control": LABEL}
+
+
+class AnthropicTool(Body):
+    """A tool of the client's, which has an `input_schema`; or the search of tools, which is left out: the model is told
+    of all tools, those with `defer_loading` too."""
+
+    name: ToolName
+    input_schema: dict[str, Any] | None = None
+    description: str | None = None
+    strict: bool | None = None
+    type: Literal["custom", "tool_search_tool_regex_20251119", "tool_search_tool_bm25_20251119"] | None = None
+    cache_control: Any = None
+    eager_input_streaming: Any = None
+    input_examples: Any = None
+    allowed_callers: Any = None
+    defer_loading: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "type": hint("custom"),
+        "cache_control": LABEL,
+        "eager_input_streaming": LABEL,
+        "input_examples": LABEL,
+        "allowed_callers": CALLED_DIRECTLY,
+        "defer_loading": hint(False),
+    }
+
+
+class AnthropicToolChoice(Body):
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class Thinking(Body):
+    """What the template is told of thinking. How long it may be is not."""
+
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
+    budget_tokens: Any = None
+    display: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {"budget_tokens": LABEL, "display": LABEL}
+
+
+class AnthropicFormat(Body, tag_field="type", tag="json_schema"):
+    """The reply is JSON of this schema."""
+
+    schema: dict[str, Any] | bool
+
+
+class OutputConfig(Body):
+    """`effort` is for the chat template, if that reads `reasoning_effort`."""
+
+    effort: Effort | None = None
+    format: AnthropicFormat | None = None
+    task_budget: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {"task_budget": hint()}
+
+
+def _only_trims(value: Any) -> bool:
+    """Whether `context_management` only leaves out what is old, which the server has room for or refuses."""
+    edits = value.get("edits", []) if isinstance(value, dict) else None
+    return isinstance(edits, list) and all(
+        isinstance(edit, dict) and str(edit.get("type")).startswith("clear_") for edit in edits
+    )
+
+
+class CountBody(Body):
+    """What a prompt is made of. Null is the same as absent."""
+
+    messages: Annotated[list[AnthropicMessage], Meta(min_length=1), FEW_MESSAGES]
+    model: str | None = None
+    system: str | list[TextBlock] | None = None
+    tools: Annotated[list[AnthropicTool], FEW_TOOLS] | None = None
+    tool_choice: AnthropicToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    betas: Any = None
+    cache_control: Any = None
+    compaction: Any = None
+    context_management: Any = None
+    mcp_servers: Any = None
+    speed: Any = None
+    thread: Any = None
+    user_profile_id: Any = None
+    workspace_id: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "betas": hint(),
+        "cache_control": LABEL,
+        "compaction": unserved(),
+        "context_management": hint({"edits": []}, only=Only("edits of the types clear_*", _only_trims)),
+        "mcp_servers": unserved([]),
+        "speed": hint("standard"),
+        "thread": unserved(remedy="send the whole conversation without it", code="thread_unsupported_request"),
+        "user_profile_id": LABEL,
+        "workspace_id": LABEL,
+    }
+
+
+class MessagesBody(CountBody, kw_only=True):
+    max_tokens: Annotated[int, Meta(ge=1, le=INT32_MAX)]
+    stop_sequences: list[str] | None = None
+    stream: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    metadata: Any = None
+    billing_policy: Any = None
+    container: Any = None
+    diagnostics: Any = None
+    fallback_credit_token: Any = None
+    fallbacks: Any = None
+    inference_geo: Any = None
+    service_tier: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {
+        **CountBody.rules,
+        "metadata": LABEL,
+        "billing_policy": hint(),
+        "container": unserved(),
+        "diagnostics": hint(),
+        "fallback_credit_token": hint(),
+        "fallbacks": hint(),  # where a model declines for a policy, which none does here
+        "inference_geo": unserved(),
+        "service_tier": hint("auto", "standard_only"),
+    }
+
+
+class CountReply(Reply, frozen=True):
+    input_tokens: int
+
+
+# ── handlers ─────────────────────────────────────────────────────────────────────────────────
+
+
+async def messages(request: web.Request, body: MessagesBody) -> web.StreamResponse:
+    """Answer a conversation in Anthropic's shape, whole or streamed."""
+    service = request.app[SERVICE]
+    service.check_model(body.model)
+    given = {name: value for name in ("temperature", "top_p", "top_k") if (value := getattr(body, name)) is not None}
+    if body.output_config is not None and (format := body.output_config.format) is not None:
+        check_nesting(format.schema, FORMAT)
+        given["json_schema"] = to_json(format.schema).decode()
+    sampling = SamplingParams(max_tokens=body.max_tokens, stop=tuple(body.stop_sequences or ()), **given)
+    check_sampling(sampling, CLIENT_NAMES)
+    wanted = wanted_of(body)
+    conversation, options = conversation_of(body), _options(request, body, wanted)
+    reading = reading_of(
+        service.front.text, sampling, conversation, options, wanted, names=CLIENT_NAMES | {"grammar": FORMAT}
+    )
+    rid = f"msg_{uuid4().hex}"
+    job = Generate(rid, sampling, messages=conversation, **options, **reading.job)
+    reply = AnthropicReply(rid, service.model, reading)
+    chunks = service.metrics.watch(service.front.generate(job), "messages")
+    names = CLIENT_NAMES | reading.grammar_names(None if grammar_of(sampling) is None else FORMAT)
+    with in_client_words(names), service.known_as(called(request, rid), rid, [job]):
+        async with aclosing(chunks):
+            if body.stream:
+                return await send_events(request, chunks, reply, failure=failure_event)
+            whole = joined([chunk async for chunk in chunks])
+    return json_response(reply.whole(whole))
+
+
+async def count_tokens(request: web.Request, body: CountBody) -> web.Response:
+    """Count the tokens of a conversation as /v1/messages would read it."""
+    service = request.app[SERVICE]
+    service.check_model(body.model)
+    wanted = wanted_of(body)
+    conversation, options = conversation_of(body), _options(request, body, wanted)
+    tools = [tool.described() for tool in wanted.offered]
+    found = await tokenized(service, Tokenize(None, conversation, {"tools": tools, **options}), "messages")
+    return json_response(CountReply(len(found.ids) // 4))
+
+
+# ── from a body to a Generate ────────────────────────────────────────────────────────────────
+
+
+def conversation_of(body: CountBody) -> list[dict[str, Any]]:
+    """The messages as a chat template takes them: the system's first, no two of one role in a row but tools'."""
+    runs: list[list[dict[str, Any]]] = []  # of turns that become one
+    if body.system:
+        runs.append([{"role": "system", "content": _text(body.system)}])
+    for index, message in enumerate(body.messages):
+        for turn in _turns(message, f"messages[{index}].content"):
+            if runs and runs[-1][0]["role"] == turn["role"] != "tool":
+                runs[-1].append(turn)
+            else:
+                runs.append([turn])
+    return [run[0] if len(run) == 1 else _as_one(run) for run in runs]
+
+
+def _as_one(turns: list[dict[str, Any]]) -> dict[str, Any]:
+    one = dict(item for turn in turns for item in turn.items())
+    one["content"] = "\n".join(turn["content"] for turn in turns if turn["content"])
+    if calls := [call for turn in turns for call in turn.get("tool_calls", ())]:
+        one["tool_calls"] = calls
+    return one
+
+
+def _turns(message: AnthropicMessage, path: str) -> list[dict[str, Any]]:
+    """One message as the template has it: the results of tools each by itself, then the rest."""
+    if isinstance(message.content, str):
+        return [{"role": message.role, "content": message.content}]
+    results: list[dict[str, Any]] = []
+    said: list[str] = []
+    thought: list[str] = []
+    calls: list[dict[str, Any]] = []
+    for index, block in enumerate(message.content):
+        place = f"{path}[{index}]"
+        match block:
+            case TextBlock():
+                said.append(block.text)
+            case ToolResultBlock():
+                _goes_with(message, "user", place)
+                told = _text(block.content or "")
+                results.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": told})
+            case ToolUseBlock():
+                _goes_with(message, "assistant", place)
+                check_nesting(block.input, f"{place}.input")
+                function = {"name": block.name, "arguments": to_json(block.input).decode()}
+                calls.append({"id": block.id, "type": "function", "function": function})
+            case ThinkingBlock():
+                _goes_with(message, "assistant", place)
+                thought.append(block.thinking)
+    rest: dict[str, Any] = {"role": message.role, "content": "".join(said)}
+    if thought:
+        rest["reasoning_content"] = "".join(thought)
+    if calls:
+        rest["tool_calls"] = calls
+    return results if results and not rest["content"] else [*results, rest]
+
+
+def _goes_with(message: AnthropicMessage, role: str, path: str) -> None:
+    if message.role != role:
+        raise RequestError(f"{path} goes with the role {role}, not {message.role}", param=path)
+
+
+def _text(content: str | Sequence[TextBlock | ToolReferenceBlock]) -> str:
+    """A content as one text. The model is told of a tool that is referred to anyway, so its name is enough."""
+    if isinstance(content, str):
+        return content
+    return "".join(
+        block.text if isinstance(block, TextBlock) else f"The tool {block.tool_name} can be called.\n"
+        for block in content
+    )
+
+
+def _options(request: web.Request, body: CountBody, wanted: Wanted) -> dict[str, Any]:
+    """How the template writes the conversation, and with what effort it is told to think."""
+    options = template_options(body)
+    if body.output_config is None or (effort := body.output_config.effort) is None:
+        return options
+    text, tools = request.app[SERVICE].front.text, bool(wanted.offered)
+    options, whole = with_effort(text, options, effort, tools=tools, switch=False)
+    if not whole:
+        ignore(request, "output_config.effort")
+    return options
+
+
+def template_options(body: CountBody) -> dict[str, Any]:
+    """How the template writes the conversation: a last message of the assistant's goes on; whether it is to think."""
+    going_on = body.messages[-1].role == "assistant"
+    thinks = {"enabled": True, "disabled": False}.get(body.thinking.type if body.thinking else "")
+    return {
+        "add_generation_prompt": not going_on,
+        "continue_final_message": going_on,
+        "template_kwargs": None if thinks is None else {"enable_thinking": thinks, "thinking": thinks},
+    }
+
+
+def wanted_of(body: CountBody) -> Wanted:
+    """What `body` says of tools."""
+    tools: list[Tool] = []
+    for index, tool in enumerate(body.tools or ()):
+        if tool.type in SEARCHES:
+            continue
+        path = f"tools[{index}].input_schema"
+        if tool.input_schema is None:
+            raise RequestError(f"{path} is missing; send a JSON schema of an object", param=path)
+        tools.append(tool_of(tool.name, tool.input_schema, tool.description, tool.strict, path))
+    choice = body.tool_choice or AnthropicToolChoice(type="auto")
+    if (choice.type == "tool") != (choice.name is not None):
+        raise RequestError(
+            f"tool_choice.type is {choice.type!r} and tool_choice.name is {choice.name!r:.80}; the type tool goes with "
+            "a name, the others without",
+            param="tool_choice",
+        )
+    modes: dict[str, Literal["none", "auto", "required"]] = {"none": "none", "auto": "auto"}
+    mode = modes.get(choice.type, "required")
+    return Wanted(checked(tools), mode, choice.name, not choice.disable_parallel_tool_use)

@@ -1,0 +1,1 @@
+"""Routes in the shape of SGLang's and vLLM's own: /generate, /tokenize."""

@@ -1,0 +1,398 @@
+"""/generate, shaped as SGLang's native endpoint: text or token ids in, text and token ids out.
+
+A streamed event holds the reply so far, not what is new: clients of SGLang print the difference. Several prompts in
+one request, or several replies to one, are answered with a list. Left out: media, token_ids_logprob.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+from uuid import uuid4
+
+import anyio.lowlevel
+from aiohttp import web
+from msgspec import UNSET, Struct, UnsetType
+
+from engine.errors import RequestError
+from engine.http.fields import Rule, unserved
+from engine.http.openai.bodies import Priority, TokenId
+from engine.http.openai.completions import (
+    allowed_ids,
+    check_choices,
+    pack_ids,
+    salt_of,
+    sampled,
+    stop_strings,
+    told_apart,
+)
+from engine.http.openai.grammars import grammar_fields
+from engine.http.request_id import check_id
+from engine.http.service import answer
+from engine.http.sse import DONE
+from engine.http.wire import Body, Reply, to_json
+from engine.messages.reply import Chunk, TokenLogprob
+from engine.messages.request import Generate, SamplingParams
+from engine.params.sampling import MAX_REGEXES, check_sampling
+
+MAX_NEW_TOKENS = 128  # SGLang's default
+MAX_EXPRESSIONS = 64  # of stop_regex, in one request
+CLIENT_NAMES = {
+    "max_tokens": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "seed": "sampling_seed",
+    "logprobs": "top_logprobs_num",
+    "prompt_logprobs": "top_logprobs_num",
+}
+
+
+SAME = (
+    "temperature", "top_p", "top_k", "min_p", "ignore_eos", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "logit_bias", "skip_special_tokens", "detokenize",
+)  # fmt: skip
+
+
+class NativeSampling(Body):
+    """`sampling_params`. Null is the same as absent."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    sampling_seed: int | None = None
+    max_new_tokens: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    n: int | None = None
+    min_new_tokens: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    stop_regex: str | list[str] | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    json_schema: str | dict[str, Any] | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    lark: str | None = None
+    choice: list[str] | None = None
+    structural_tag: str | dict[str, Any] | None = None
+    strict_schema: bool | None = None
+    skip_special_tokens: bool | None = None
+    no_stop_trim: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    detokenize: bool | None = None
+    spaces_between_special_tokens: Any = None
+    custom_params: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "spaces_between_special_tokens": unserved(True),
+        "custom_params": unserved({}),
+    }
+
+
+class GenerateBody(Body):
+    """One request or, where `text` or `input_ids` hold several prompts, a batch: then each of the fields that may be a
+    list has an entry for each prompt, or one value for all."""
+
+    text: str | list[str] | None = None
+    input_ids: list[TokenId | list[TokenId]] | None = None
+    sampling_params: NativeSampling | list[NativeSampling] | None = None
+    stream: bool | None = None
+    rid: str | list[str] | None = None
+    return_logprob: bool | list[bool] | None = None
+    logprob_start_len: int | list[int] | None = None
+    top_logprobs_num: int | list[int] | None = None
+    return_text_in_logprobs: bool | None = None
+    cache_salt: str | None = None
+    priority: Priority | None = None
+    input_embeds: Any = None
+    image_data: Any = None
+    audio_data: Any = None
+    video_data: Any = None
+    token_ids_logprob: Any = None
+    return_hidden_states: Any = None
+    lora_path: Any = None
+    custom_logit_processor: Any = None
+    session_params: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "input_embeds": unserved(),
+        "image_data": unserved([]),
+        "audio_data": unserved([]),
+        "video_data": unserved([]),
+        "token_ids_logprob": unserved([]),
+        "return_hidden_states": unserved(False),
+        "lora_path": unserved(""),
+        "custom_logit_processor": unserved(),
+        "session_params": unserved({}),
+    }
+
+
+class Stopped(Reply, tag_field="type", tag="stop", frozen=True):
+    """`matched` is the stop string, the expression or the stop token id."""
+
+    matched: int | str | None
+
+
+class TooLong(Reply, tag_field="type", tag="length", frozen=True):
+    length: int
+
+
+class Aborted(Reply, tag_field="type", tag="abort", frozen=True):
+    message: str = "the request was aborted"
+
+
+ScoredToken = tuple[float | None, int, str | None]  # its log-probability, id and, if asked for, text
+
+
+class MetaInfo(Reply, frozen=True):
+    """Log-probabilities are there if asked for: of the prompt from a position on, and of the reply so far."""
+
+    id: str
+    finish_reason: Stopped | TooLong | Aborted | None
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    input_token_logprobs: list[ScoredToken] | UnsetType = UNSET
+    input_top_logprobs: list[list[ScoredToken] | None] | UnsetType = UNSET
+    output_token_logprobs: list[ScoredToken] | UnsetType = UNSET
+    output_top_logprobs: list[list[ScoredToken] | None] | UnsetType = UNSET
+
+
+class GenerateReply(Reply, frozen=True):
+    """One reply. In an event it is the reply so far, and `index` says which of several it is."""
+
+    text: str
+    output_ids: list[int]
+    meta_info: MetaInfo
+    index: int | UnsetType = UNSET
+
+
+async def generate(request: web.Request, body: GenerateBody) -> web.StreamResponse:
+    """Answer texts or token ids with text and token ids, as SGLang does."""
+    prompts, batch = prompts_of(body)
+    count = len(prompts)
+    params = spread(body.sampling_params, count, "sampling_params", NativeSampling())
+    samples = samples_of(params)
+    check_choices(count, samples, "text" if body.text is not None else "input_ids")
+    check_expressions(params)
+    scores = scores_of(body, count)
+    rids = spread(body.rid, count, "rid", uuid4().hex)
+    for each in rids:
+        check_id(each, "rid")
+    checked = []
+    for sampling, score in zip(params, scores, strict=True):
+        checked.append(native_sampling(sampling, score))
+        await anyio.lowlevel.checkpoint()  # a check may take milliseconds, and there may be a thousand
+    asked = [
+        Generate(
+            each,
+            sampling,
+            text=prompt if isinstance(prompt, str) else None,
+            ids=None if isinstance(prompt, str) else pack_ids(prompt, "input_ids"),
+            priority=body.priority or 0,
+            default_max_tokens=MAX_NEW_TOKENS,
+            cache_salt=salt_of(body.cache_salt),
+        )
+        for each, prompt, sampling in zip(rids, prompts, checked, strict=True)
+    ]
+    jobs = sampled(asked, samples)
+    whose = [score for score in scores for _ in range(len(jobs) // count)]
+    reply = NativeReply([job.rid for job in jobs], whose, listed=batch or len(jobs) > 1)
+    rid = uuid4().hex if isinstance(body.rid, list) else rids[0]
+    names = {
+        "max_tokens": "max_new_tokens",
+        "prompt": "text" if body.text is not None else "input_ids",
+        "grammar": "sampling_params",
+    }
+    return await answer(request, rid, jobs, reply, endpoint="generate", stream=bool(body.stream), names=names)
+
+
+def samples_of(params: Sequence[NativeSampling]) -> int:
+    """How many replies each prompt gets."""
+    samples = {1 if each.n is None else each.n for each in params}
+    if len(samples) > 1:
+        shown = ", ".join(map(str, sorted(samples)[:16]))
+        message = f"n is [{shown}] in sampling_params, and must be one for all; send a request for each"
+        raise RequestError(message, param="sampling_params")
+    return samples.pop()
+
+
+def check_expressions(params: Sequence[NativeSampling]) -> None:
+    """Raise RequestError when the prompts have too many different expressions: each takes milliseconds to compile."""
+    expressions = {pattern for each in params for pattern in stop_strings(each.stop_regex)[: MAX_REGEXES + 1]}
+    if len(expressions) > MAX_EXPRESSIONS:
+        raise RequestError(
+            f"sampling_params have {len(expressions)} different expressions in stop_regex, and at most "
+            f"{MAX_EXPRESSIONS} are taken in one request; send the prompts in several requests",
+            param="sampling_params",
+        )
+
+
+class Scores(Struct, frozen=True):
+    """What log-probabilities one prompt asks for: of the prompt from `start` (-1: none of it), with `top` likeliest."""
+
+    wanted: bool = False
+    start: int = -1
+    top: int = 0
+    text: bool = False
+
+
+def scores_of(body: GenerateBody, count: int) -> list[Scores]:
+    """What each of `count` prompts asks for."""
+    wanted = spread(body.return_logprob, count, "return_logprob", False)
+    starts = spread(body.logprob_start_len, count, "logprob_start_len", -1)
+    tops = spread(body.top_logprobs_num, count, "top_logprobs_num", 0)
+    for start in starts:
+        if start < -1:
+            raise RequestError(
+                f"logprob_start_len is {start}; it must be -1 (none of the prompt) or more", param="logprob_start_len"
+            )
+    text = bool(body.return_text_in_logprobs)
+    return [Scores(*each, text) for each in zip(wanted, starts, tops, strict=True)]
+
+
+def native_sampling(body: NativeSampling, scores: Scores) -> SamplingParams:
+    """The checked SamplingParams of a `sampling_params` object, with SGLang's defaults."""
+    given = {name: value for name in SAME if (value := getattr(body, name)) is not None}
+    grammar, called = grammar_fields(body, "sampling_params.")
+    sampling = SamplingParams(
+        max_tokens=body.max_new_tokens,
+        min_tokens=body.min_new_tokens or 0,
+        seed=body.sampling_seed,
+        stop=stop_strings(body.stop),
+        stop_regex=stop_strings(body.stop_regex),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        bad_words=tuple(body.bad_words or ()),
+        allowed_token_ids=allowed_ids(body.allowed_token_ids),
+        logprobs=scores.top if scores.wanted else None,
+        prompt_logprobs=scores.top if scores.wanted and scores.start >= 0 else None,
+        include_stop_str_in_output=stop_kept(body),
+        **given,
+        **grammar,
+    )
+    check_sampling(sampling, CLIENT_NAMES | called)
+    return sampling
+
+
+def stop_kept(body: NativeSampling) -> bool:
+    """Whether what stops a reply is part of it: SGLang and vLLM have each a name for that."""
+    ours, theirs = body.no_stop_trim, body.include_stop_str_in_output
+    if None not in (ours, theirs) and ours != theirs:
+        raise RequestError(
+            f"no_stop_trim is {ours} and include_stop_str_in_output is {theirs}; they mean the same, so send one",
+            param="sampling_params.no_stop_trim",
+        )
+    return bool(ours or theirs)
+
+
+def prompts_of(body: GenerateBody) -> tuple[Sequence[str | list[int]], bool]:
+    """The prompts, each a text or token ids, of `text` or of `input_ids`; and whether they came as a batch."""
+    if (body.text is None) == (body.input_ids is None):
+        both = "both text and input_ids are" if body.text is not None else "neither text nor input_ids is"
+        raise RequestError(f"{both} given; send exactly one", param="text" if body.text is None else "input_ids")
+    if isinstance(body.text, str):
+        return [body.text], False
+    if body.text == []:
+        raise RequestError("text is an empty list; send at least one prompt", param="text")
+    if body.text is not None:
+        return body.text, True
+    message = "input_ids mixes token ids with lists of them; send one list of ids, or a list of such lists"
+    ids, lists = told_apart(body.input_ids or [], RequestError(message, param="input_ids"))
+    return (lists, True) if lists else ([ids], False)
+
+
+Value = TypeVar("Value")
+
+
+def spread(value: Value | list[Value] | None, count: int, name: str, default: Value) -> list[Value]:
+    """A value for each of `count` prompts: from a list of as many, or the same for all."""
+    if not isinstance(value, list):
+        return [default if value is None else value] * count
+    if len(value) != count:
+        message = f"{name} has {len(value)} entries for {count} prompts; send as many, or one value for all"
+        raise RequestError(message, param=name)
+    return value
+
+
+class NativeReply:
+    """Chunks as SGLang words them, for one reply or a list of them."""
+
+    def __init__(self, rids: Sequence[str], scores: Sequence[Scores], *, listed: bool) -> None:
+        self._listed = listed
+        self._replies = [
+            OneReply(rid, asked, index if listed else None)
+            for index, (rid, asked) in enumerate(zip(rids, scores, strict=True))
+        ]
+        self._open = len(self._replies)
+
+    def event(self, part: tuple[int, Chunk]) -> bytes:
+        """One event with all of one reply so far, and DONE after the last reply."""
+        index, chunk = part
+        self._open -= chunk.finish is not None
+        return self._replies[index].event(chunk) + (DONE if not self._open else b"")
+
+    def whole(self, replies: Sequence[Chunk]) -> bytes:
+        """The object of a reply that is not streamed, or the list of them."""
+        objects = [one.whole(chunk) for one, chunk in zip(self._replies, replies, strict=True)]
+        return to_json(objects if self._listed else objects[0])
+
+
+class OneReply:
+    """One reply. Its text and ids so far are kept encoded, so an event escapes only what is new."""
+
+    def __init__(self, rid: str, scores: Scores, index: int | None) -> None:
+        self._rid = rid
+        self._scores = scores
+        self._index = index
+        self._text = bytearray(b'data: {"text":"')
+        self._ids = bytearray()
+        self._prompt: list[TokenLogprob] = []
+        self._tokens: list[TokenLogprob] = []
+
+    def event(self, chunk: Chunk) -> bytes:
+        """One event with the whole reply so far; `index` says which of several it is."""
+        self._text += to_json(chunk.text)[1:-1]
+        for token in chunk.ids:
+            self._ids += b"%d," % token
+        meta = to_json(self._meta(chunk))
+        index = b"" if self._index is None else b',"index":%d' % self._index
+        return b"".join((self._text, b'","output_ids":[', self._ids[:-1], b'],"meta_info":', meta, index, b"}\n\n"))
+
+    def whole(self, chunk: Chunk) -> GenerateReply:
+        """The object of a reply that is not streamed."""
+        return GenerateReply(chunk.text, chunk.ids, self._meta(chunk))
+
+    def _meta(self, chunk: Chunk) -> MetaInfo:
+        """Of the reply so far, with the log-probabilities of `chunk`."""
+        told: dict[str, Any] = {}
+        if self._scores.wanted:
+            self._prompt += chunk.prompt_logprobs[max(self._scores.start, 0) :]
+            self._tokens += chunk.logprobs
+            for name, tokens in (("input", self._prompt), ("output", self._tokens)):
+                told[f"{name}_token_logprobs"] = [self._entry(token) for token in tokens]
+                if self._scores.top:
+                    told[f"{name}_top_logprobs"] = [self._likeliest(token) for token in tokens]
+        counts = (chunk.prompt_tokens, chunk.completion_tokens, chunk.cached_tokens)
+        return MetaInfo(self._rid, finished(chunk), *counts, **told)
+
+    def _likeliest(self, token: TokenLogprob) -> list[ScoredToken] | None:
+        return None if token.logprob is None else [self._entry(likely) for likely in token.top]
+
+    def _entry(self, token: TokenLogprob) -> ScoredToken:
+        return token.logprob, token.id, token.text if self._scores.text else None
+
+
+def finished(chunk: Chunk) -> Stopped | TooLong | Aborted | None:
+    """Why the reply ended with `chunk`, None if it did not."""
+    match chunk.finish:
+        case None:
+            return None
+        case "stop":
+            return Stopped(chunk.matched)
+        case "length":
+            return TooLong(chunk.completion_tokens)
+        case "abort":
+            return Aborted()

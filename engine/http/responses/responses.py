@@ -1,0 +1,254 @@
+"""The OpenAI Responses API: /v1/responses with streams, background replies and conversations by reference.
+
+What is stored, and for how long, is `stored.py`'s; events are `response_events.py`'s, tools `response_tools.py`'s.
+Left out: images and files, prompt templates, `conversation`.
+"""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, Literal
+
+from aiohttp import web
+
+from engine.conversation.reading import Wanted, reading_of
+from engine.errors import RequestError
+from engine.http.fields import ignore
+from engine.http.openai.completions import stop_strings
+from engine.http.openai.effort import with_effort
+from engine.http.openai.grammars import ObjectFormat
+from engine.http.request_id import called
+from engine.http.responses.bodies import ItemsQuery, ResponsesBody, RetrieveQuery, SchemaTextBody, messages_of
+from engine.http.responses.events import ResponseEvents
+from engine.http.responses.items import InputItem
+from engine.http.responses.objects import (
+    Asked,
+    ChosenTool,
+    FunctionTool,
+    ObjectText,
+    PlainText,
+    Reasoning,
+    SchemaText,
+    TextOptions,
+)
+from engine.http.responses.store import STORE, Response, ResponseStore, Told
+from engine.http.responses.tools import wanted_tools
+from engine.http.service import SERVICE, Service, in_client_words
+from engine.http.sse import send_events
+from engine.http.wire import Reply, json_response, to_json
+from engine.messages.reply import Chunk
+from engine.messages.request import Generate, SamplingParams
+from engine.params.grammar import check_nesting, grammar_of
+from engine.params.sampling import SamplingDefaults, check_sampling
+
+CLIENT_NAMES = {
+    "prompt": "input",
+    "messages": "input",
+    "logprobs": "top_logprobs",
+    "max_tokens": "max_output_tokens",
+    "json_schema": "text.format.schema",
+    "chat_template_kwargs": "reasoning.effort",
+}
+LOGPROBS = "message.output_text.logprobs"
+
+
+# ── replies ───────────────────────────────────────────────────────────────────────
+
+
+class ItemList(Reply, frozen=True):
+    data: list[InputItem]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+    object: Literal["list"] = "list"
+
+
+class DeletedReply(Reply, frozen=True):
+    id: str
+    object: Literal["response"]
+    deleted: bool
+
+
+# ── handlers ─────────────────────────────────────────────────────────────────────────────────
+
+
+async def create(request: web.Request, body: ResponsesBody) -> web.StreamResponse:
+    """Answer a conversation as a response: whole, streamed, or in the background."""
+    service, store = request.app[SERVICE], request.app[STORE]
+    service.check_model(body.model)
+    keep = body.store is not False
+    if body.background and not keep:
+        raise RequestError("background is true and store is false; a background response is stored", param="store")
+    sampling = sampling_of(body)
+    earlier = [] if body.previous_response_id is None else store.conversation(body.previous_response_id)
+    conversation = [*earlier, *messages_of(body.input)]
+    wanted = wanted_of(body)
+    spoken = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    messages = [*spoken, *conversation]
+    options = options_of(request, body, wanted)
+    reading = reading_of(
+        service.front.text, sampling, messages, options, wanted, names=CLIENT_NAMES | {"grammar": "text.format"}
+    )
+    defaults = SamplingDefaults() if service.front.text is None else service.front.text.defaults
+    asked = described(body, defaults.under(sampling), service.model, wanted)
+    response = Response(asked, conversation, reading, scored=sampling.logprobs is not None)
+    job = Generate(response.id, sampling, messages=messages, priority=body.priority or 0, **options, **reading.job)
+    names = CLIENT_NAMES | reading.grammar_names(None if grammar_of(sampling) is None else "text.format")
+    chunks = _generate(service, called(request, response.id), job, names)
+    if body.background:
+        store.run(response, chunks)
+        return await _follow(request, response) if body.stream else json_response(response.object())
+    async with aclosing(_recorded(chunks, response, store if keep else None)) as told:
+        if body.stream:
+            events = ResponseEvents(response)
+            return await send_events(request, told, events, failure=events.failure)
+        async for _ in told:
+            pass
+    return json_response(response.object())
+
+
+async def retrieve(request: web.Request, query: RetrieveQuery) -> web.StreamResponse:
+    """Give a stored response as it is now, or stream a background one, from its beginning or later."""
+    response = request.app[STORE].get(request.match_info["response_id"])
+    if not query.stream:
+        return json_response(response.object())
+    if not response.background:
+        message = f"the response {response.id!r} was not made with background: true; retrieve it without stream"
+        raise RequestError(message, param="stream")
+    return await _follow(request, response, query.starting_after)
+
+
+async def cancel(request: web.Request) -> web.Response:
+    """End a background response that still runs; one that has ended stays as it is."""
+    response = request.app[STORE].get(request.match_info["response_id"])
+    if not response.background:
+        raise RequestError(
+            f"the response {response.id!r} was not made with background: true; only such responses can be cancelled",
+            code="not_cancellable",
+        )
+    await response.cancel()
+    return json_response(response.object())
+
+
+async def delete(request: web.Request) -> web.Response:
+    """Forget a stored response; one that still runs is cancelled."""
+    response = request.app[STORE].get(request.match_info["response_id"])
+    await response.cancel()
+    request.app[STORE].forget(response.id)
+    return json_response(DeletedReply(response.id, "response", True))
+
+
+async def input_items(request: web.Request, query: ItemsQuery) -> web.Response:
+    """List the messages that a stored response answers, the last first."""
+    response = request.app[STORE].get(request.match_info["response_id"])
+    items = response.input_items()
+    if query.order == "desc":
+        items.reverse()
+    begin = 0
+    if query.after is not None:
+        begin = next((place for place, item in enumerate(items, start=1) if item.id == query.after), 0)
+        if not begin:
+            raise RequestError(
+                f"after is {query.after[:200]!r}, and the response has no such item; send the id of one", param="after"
+            )
+    page = items[begin : begin + query.limit]
+    first, last = (page[0].id, page[-1].id) if page else (None, None)
+    return json_response(ItemList(page, first, last, begin + len(page) < len(items)))
+
+
+async def _generate(service: Service, id: str, job: Generate, names: dict[str, str]) -> AsyncGenerator[Chunk]:
+    """The reply to `job`, which is known as `id` too; errors name fields by `names`."""
+    with in_client_words(names), service.known_as(id, job.rid, [job]):
+        async with aclosing(service.metrics.watch(service.front.generate(job), "responses")) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+
+async def _recorded(
+    chunks: AsyncGenerator[Chunk], response: Response, store: ResponseStore | None
+) -> AsyncGenerator[Told]:
+    """`chunks`, taken down in `response`, which is put into `store` before the last one is passed on."""
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            told = response.add(chunk)
+            if store is not None and response.ended:
+                store.put(response)
+            yield told
+
+
+async def _follow(request: web.Request, response: Response, after: int = -1) -> web.StreamResponse:
+    events = ResponseEvents(response, after)
+    called(request, response.id)
+    async with aclosing(response.follow()) as chunks:
+        return await send_events(request, chunks, events, failure=events.failure)
+
+
+# ── from a body to a Generate ────────────────────────────────────────────────────────────────
+
+
+def sampling_of(body: ResponsesBody) -> SamplingParams:
+    """The checked SamplingParams of `body`."""
+    fields = ("temperature", "top_p", "top_k", "min_p", "seed")
+    given = {name: value for name in fields if (value := getattr(body, name)) is not None}
+    match body.text and body.text.format:
+        case ObjectFormat():
+            given["json_object"] = True
+        case SchemaTextBody() as asked:
+            check_nesting(asked.schema, "text.format.schema")
+            given |= {"json_schema": to_json(asked.schema).decode(), "strict_schema": asked.strict is not False}
+    if LOGPROBS in (body.include or ()):
+        given["logprobs"] = body.top_logprobs or 0
+    elif body.top_logprobs:
+        message = f'top_logprobs is {body.top_logprobs}; it needs include: ["{LOGPROBS}"]'
+        raise RequestError(message, param="top_logprobs")
+    sampling = SamplingParams(max_tokens=body.max_output_tokens, stop=stop_strings(body.stop), **given)
+    check_sampling(sampling, CLIENT_NAMES)
+    return sampling
+
+
+def format_of(body: ResponsesBody) -> PlainText | ObjectText | SchemaText:
+    """The format of `body`, as a response object tells it."""
+    match body.text and body.text.format:
+        case ObjectFormat():
+            return ObjectText()
+        case SchemaTextBody() as asked:
+            return SchemaText(asked.name, asked.schema, asked.strict, asked.description)
+    return PlainText()
+
+
+def wanted_of(body: ResponsesBody) -> Wanted:
+    """What `body` says of tools."""
+    return wanted_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
+
+
+def options_of(request: web.Request, body: ResponsesBody, wanted: Wanted) -> dict[str, Any]:
+    """How the template writes the conversation: with what effort it is told to think. What it cannot say of that, and
+    what is included but always empty, is ignored."""
+    if any(name != LOGPROBS for name in body.include or ()):
+        ignore(request, "include")
+    if body.reasoning is None or (effort := body.reasoning.effort) is None:
+        return {}
+    options, whole = with_effort(request.app[SERVICE].front.text, {}, effort, tools=bool(wanted.offered))
+    if not whole:
+        ignore(request, "reasoning.effort")
+    return options
+
+
+def described(body: ResponsesBody, used: SamplingDefaults, model: str, wanted: Wanted) -> Asked:
+    """The fields of a response object that only say what was asked; `used` are the sampling values in force."""
+    return Asked(
+        model=model,
+        instructions=body.instructions,
+        previous_response_id=body.previous_response_id,
+        max_output_tokens=body.max_output_tokens,
+        temperature=used.temperature,
+        top_p=used.top_p,
+        background=bool(body.background),
+        store=body.store is not False,
+        metadata=body.metadata or {},
+        parallel_tool_calls=wanted.parallel,
+        reasoning=Reasoning(body.reasoning.effort if body.reasoning else None),
+        top_logprobs=body.top_logprobs or 0,
+        tool_choice=wanted.mode if wanted.named is None else ChosenTool(wanted.named),
+        tools=tuple(FunctionTool(one.name, one.description, one.parameters, one.strict) for one in wanted.tools),
+        text=TextOptions(format_of(body)),
+    )

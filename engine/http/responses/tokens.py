@@ -1,0 +1,61 @@
+"""/v1/responses/input_tokens: how many tokens /v1/responses would read, without running the model."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from aiohttp import web
+
+from engine.conversation.reading import reading_of
+from engine.http.fields import Rule
+from engine.http.native.tokenize import tokenized
+from engine.http.openai.conversation import FEW_MESSAGES, FEW_TOOLS
+from engine.http.responses.bodies import InputItemBody, ReasoningBody, ResponsesBody, TextBody, messages_of
+from engine.http.responses.responses import CLIENT_NAMES, options_of, sampling_of, wanted_of
+from engine.http.responses.store import STORE
+from engine.http.responses.tools import ResponseTool, ResponseToolChoice
+from engine.http.service import SERVICE, in_client_words
+from engine.http.wire import Body, Reply, json_response
+from engine.messages.text import Tokenize
+
+
+class InputTokensBody(Body):
+    """The fields of a response's body that its prompt is made of."""
+
+    input: str | Annotated[list[InputItemBody], FEW_MESSAGES]
+    model: str | None = None
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    text: TextBody | None = None
+    tools: Annotated[list[ResponseTool], FEW_TOOLS] | None = None
+    tool_choice: ResponseToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning: ReasoningBody | None = None
+    conversation: Any = None
+    truncation: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {name: ResponsesBody.rules[name] for name in ("conversation", "truncation")}
+
+
+class InputTokensReply(Reply, frozen=True):
+    input_tokens: int
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+
+
+async def input_tokens(request: web.Request, body: InputTokensBody) -> web.Response:
+    """Count the tokens that /v1/responses would read of the same input."""
+    service = request.app[SERVICE]
+    service.check_model(body.model)
+    served = {name: getattr(body, name) for name in body.__struct_fields__ if name not in body.rules}
+    asked = ResponsesBody(**served)
+    sampling, wanted = sampling_of(asked), wanted_of(asked)
+    earlier = []
+    if body.previous_response_id is not None:
+        earlier = request.app[STORE].conversation(body.previous_response_id)
+    spoken = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    messages = [*spoken, *earlier, *messages_of(body.input)]
+    with in_client_words(CLIENT_NAMES):
+        how = options_of(request, asked, wanted)
+        reading = reading_of(service.front.text, sampling, messages, how, wanted, names={"grammar": "text.format"})
+        options = {"tools": reading.tools or [], "opening": reading.opening, **how}
+        found = await tokenized(service, Tokenize(None, messages, options), "input")
+    return json_response(InputTokensReply(len(found.ids) // 4))

@@ -1,0 +1,351 @@
+"""The CPU kernels of *.c: compiled on first use, called through ctypes.
+
+A compiler is asked for once; the library is kept in the user's cache, or in a temporary folder where that cannot be
+used, under a name that holds everything it depends on. `kernels()` is None where there is no compiler, or
+ENGINE_CPU_KERNELS=0: layers then do the same in torch. All take and return float32 tensors on the CPU.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.kernels.dense.reference import HeadNorms, Heads, Ops, Rotation
+
+log = logging.getLogger("engine.kernels")
+
+FOLDER = Path(__file__).parent
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
+WIDE = "-mprefer-vector-width=512"  # compilers for x86 prefer 256 bits by themselves
+
+# GGUF's name of a block type to (number in blocks.h, weights in a block, bytes in a block).
+KINDS = {
+    "F32": (0, 32, 128),
+    "F16": (1, 32, 64),
+    "BF16": (2, 32, 64),
+    "Q4_0": (3, 32, 18),
+    "Q4_1": (4, 32, 20),
+    "Q5_0": (5, 32, 22),
+    "Q5_1": (6, 32, 24),
+    "Q8_0": (7, 32, 34),
+    "Q4_K": (8, 256, 144),
+    "Q5_K": (9, 256, 176),
+    "Q6_K": (10, 256, 210),
+}
+GEMM_TOKENS = 16  # from this many tokens on, unpacking a matrix turned on its side is worth it
+
+_pointer, _int, _long, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
+SIGNATURES = {
+    "linear": (_int, _pointer, _long, _int, _pointer, _int, _pointer, _long),
+    "unpack": (_int, _pointer, _pointer, _long, _int, _pointer),
+    "gemm": (_int, _pointer, _long, _int, _pointer, _int, _pointer, _long, _pointer, _int),
+    "rotation": (_pointer, _pointer, _float, _int, _int, _pointer),
+    "rms_norm": (_pointer, _pointer, _int, _int, _float, _pointer),
+    "add_rms_norm": (_pointer, _pointer, _pointer, _int, _int, _float),
+    "silu_and_mul": (_pointer, _int, _int, _pointer),
+    "gelu_and_mul": (_pointer, _int, _int, _pointer),
+    "rotate_heads": (
+        *(_pointer, _long, _int, _int, _int, _int, _pointer, _pointer, _float),
+        *(_pointer, _pointer, _int, _pointer, _int, _pointer),
+    ),
+    "write_pages": (_pointer, _pointer, _long, _long, _pointer, _int, _int, _int, _pointer),
+    "attend": (
+        *(_pointer, _long, _pointer, _pointer, _long, _pointer),
+        *(_int, _int, _int, _int, _int, _float, _int, _pointer),
+    ),
+}
+
+
+# ── building ─────────────────────────────────────────────────────────────────────────────────
+
+
+@functools.cache
+def kernels() -> "Kernels | None":
+    """The compiled kernels; None, with the reason in the log, where they cannot be had."""
+    if os.environ.get("ENGINE_CPU_KERNELS") == "0":
+        return None
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        log.warning("no C compiler: the CPU runs at a fraction of its speed; install gcc or clang")
+        return None
+    try:
+        library = _library(compiler)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        log.warning("the CPU kernels do not compile, so the CPU runs at a fraction of its speed: %s", said.strip())
+        return None
+    for name, arguments in SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, None
+    library.gemm_scratch.restype = _long
+    return Kernels(library)
+
+
+def _library(compiler: str) -> ctypes.CDLL:
+    """The library out of the user's cache, or where that cannot be used, out of a temporary folder."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "engine"
+        return ctypes.CDLL(str(_build(compiler, cache)))
+    except (OSError, RuntimeError) as error:  # it cannot be written or mapped, or there is no home
+        folder = _temporary_folder()
+        log.warning("the cache cannot be used (%s); the CPU kernels are kept in %s", error, folder)
+    return ctypes.CDLL(str(_build(compiler, folder)))
+
+
+def _temporary_folder() -> Path:
+    """A folder for this user alone: the same one every time, unless somebody else has put something in its place."""
+    folder = Path(tempfile.gettempdir()) / f"engine-kernels-{os.getuid()}"
+    with suppress(OSError):
+        folder.mkdir(mode=0o700)
+    try:
+        found = folder.lstat()
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="engine-kernels-"))
+    ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+    return folder if ours else Path(tempfile.mkdtemp(prefix="engine-kernels-"))
+
+
+def _build(compiler: str, cache: Path) -> Path:
+    """The library's path in `cache`; compiled unless it is there. Raises CalledProcessError, and OSError where `cache`
+    cannot be used."""
+    openmp = _openmp()
+    sources = sorted(FOLDER.glob("*.[ch]"))
+    parts = (*(source.read_text() for source in sources), compiler, *FLAGS, str(openmp), _processor())
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    target = cache / f"cpu-{digest}.so"
+    if target.exists():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    wide = (WIDE,) if platform.machine() in ("x86_64", "AMD64") else ()
+    with tempfile.TemporaryDirectory(dir=cache) as folder, ThreadPoolExecutor() as pool:
+        log.info("compiling the CPU kernels, once, with %s", compiler)
+        linked = Path(folder, "cpu.so")
+        objects = {str(source): str(Path(folder, f"{source.stem}.o")) for source in sources if source.suffix == ".c"}
+        commands = [(compiler, *FLAGS, *wide, "-c", source, "-o", compiled) for source, compiled in objects.items()]
+        list(pool.map(_run, commands))
+        runtime = str(openmp) if openmp else "-fopenmp"
+        _run((compiler, "-shared", *objects.values(), runtime, "-lm", "-o", str(linked)))
+        os.replace(linked, target)  # whole or not at all, whoever else is compiling
+    return target
+
+
+def _run(command: Sequence[str]) -> None:
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except OSError as error:  # of the compiler, not of the cache
+        raise subprocess.CalledProcessError(127, command, stderr=str(error)) from error
+
+
+def _openmp() -> Path | None:
+    """The OpenMP runtime that torch carries: with another one, two pools of threads would share the cores."""
+    return next(iter(sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))), None)
+
+
+def _processor() -> str:
+    """What -march=native depends on: a cache may be shared by machines."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor()
+    lines = info.read_text().splitlines()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+# ── calling ──────────────────────────────────────────────────────────────────────────────────
+
+
+class Kernels(Ops):
+    """What *.c export, on float32 tensors. Use the one that `kernels()` returns."""
+
+    def __init__(self, library: Any) -> None:
+        self.library = library  # a ctypes.CDLL, or what records its calls
+        self._scratch = torch.empty(0)
+        self._scratch_size = library.gemm_scratch()  # floats a thread
+
+    def matrix(self, kind: str, data: Tensor) -> "PackedMatrix":
+        """A weight matrix in blocks of `kind`: `data` uint8 [rows, bytes of a row]."""
+        return PackedMatrix(self, kind, data)
+
+    def scratch(self, threads: int) -> int:
+        """The address of what `gemm` works in: fresh memory at each call would cost more than the call."""
+        needed = threads * self._scratch_size
+        if self._scratch.numel() < needed:
+            self._scratch = torch.empty(needed)
+        return self._scratch.data_ptr()
+
+    def rotation(self, positions: Tensor, frequencies: Tensor, magnitude: float) -> Rotation:
+        positions = positions.contiguous()
+        out = torch.empty(2, positions.shape[0], 1, frequencies.shape[0])
+        self.library.rotation(
+            *(positions.data_ptr(), frequencies.data_ptr(), magnitude),
+            *(positions.shape[0], frequencies.shape[0], out.data_ptr()),
+        )
+        cosines, sines = out.unbind(0)
+        return cosines, sines
+
+    def rms_norm(self, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        hidden = hidden.contiguous()
+        out = torch.empty_like(hidden)
+        size = hidden.shape[-1]
+        tokens = hidden.numel() // size
+        self.library.rms_norm(hidden.data_ptr(), weight.data_ptr(), tokens, size, epsilon, out.data_ptr())
+        return out
+
+    def add_rms_norm(self, hidden: Tensor, stream: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        hidden, stream = hidden.contiguous(), stream.contiguous()
+        tokens, size = hidden.shape
+        self.library.add_rms_norm(*(hidden.data_ptr(), stream.data_ptr(), weight.data_ptr()), *(tokens, size, epsilon))
+        return hidden, stream
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        return self._gated(self.library.silu_and_mul, gate_up)
+
+    def gelu_and_mul(self, gate_up: Tensor) -> Tensor:
+        return self._gated(self.library.gelu_and_mul, gate_up)
+
+    @staticmethod
+    def _gated(function: Callable[..., None], gate_up: Tensor) -> Tensor:
+        gate_up = gate_up.contiguous()
+        tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+        out = torch.empty(tokens, size)
+        function(gate_up.data_ptr(), tokens, size, out.data_ptr())
+        return out
+
+    def rotate_heads(
+        self, qkv: Tensor, heads: Heads, norms: HeadNorms | None, rotation: Rotation | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self._rotate(qkv, heads, norms, rotation, None, 0, None)
+        query, key, value = qkv.split([heads.query, heads.kv, heads.kv], dim=1)
+        return query, key, value
+
+    def rotate_into_pages(
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        norms: HeadNorms | None,
+        rotation: Rotation | None,
+        cache: Tensor,
+        places: Tensor,
+    ) -> Tensor:
+        places = places.contiguous()
+        qkv = self._rotate(qkv, heads, norms, rotation, places.data_ptr(), cache.shape[2], cache.data_ptr())
+        return qkv[:, : heads.query]
+
+    def _rotate(
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        norms: HeadNorms | None,
+        rotation: Rotation | None,
+        places: int | None,
+        page_size: int,
+        cache: int | None,
+    ) -> Tensor:
+        """`rotate_heads` in place, then into the cache if there is one; the heads, [T, query + 2 * kv, dim]."""
+        query, kv, dim = heads
+        qkv = qkv.contiguous()
+        normed = (norms.query.data_ptr(), norms.key.data_ptr(), norms.epsilon) if norms else (None, None, 0.0)
+        turned = (
+            (rotation[0].data_ptr(), rotation[1].data_ptr(), rotation[0].shape[-1]) if rotation else (None, None, 0)
+        )
+        tokens, size = qkv.shape
+        self.library.rotate_heads(
+            *(qkv.data_ptr(), size, tokens, query, kv, dim), *normed, *turned, *(places, page_size, cache)
+        )
+        return qkv.view(tokens, query + 2 * kv, dim)
+
+    def write_pages(self, key: Tensor, value: Tensor, cache: Tensor, places: Tensor) -> None:
+        places = places.contiguous()
+        tokens, kv, dim = key.shape
+        self.library.write_pages(
+            *(key.data_ptr(), value.data_ptr(), key.stride(0), value.stride(0)),
+            *(places.data_ptr(), tokens, cache.shape[2], kv * dim, cache.data_ptr()),
+        )
+
+
+def kernels_for(tensor: Tensor) -> Kernels | None:
+    """The kernels, where they can work on `tensor`: float32 on a CPU."""
+    return kernels() if tensor.is_cpu and tensor.dtype is torch.float32 else None
+
+
+class PackedMatrix:
+    """A weight matrix [rows, inputs] in the blocks of its file.
+
+    What is computed with it is what would be computed with the float32 matrix that it unpacks to, exactly.
+    """
+
+    def __init__(self, kernels: Kernels, kind: str, data: Tensor) -> None:
+        self._number, weights, size = KINDS[kind]
+        assert data.dtype == torch.uint8 and data.is_contiguous() and data.shape[1] % size == 0
+        self.kind = kind
+        self.data = data
+        self.rows = data.shape[0]
+        self.inputs = data.shape[1] // size * weights
+        self._kernels = kernels
+
+    def below(self, upper: "PackedMatrix") -> "PackedMatrix":
+        """The rows of `upper` and then these, as one matrix."""
+        return PackedMatrix(self._kernels, self.kind, torch.cat((upper.data, self.data)))
+
+    def linear(self, inputs: Tensor, out: Tensor) -> None:
+        """`inputs` [T, inputs], dense, times the transposed matrix into `out` [T, rows], whose rows may be strided."""
+        tokens = inputs.shape[0]
+        called_with = (
+            *(self._number, self.data.data_ptr(), self.rows, self.inputs),
+            *(inputs.data_ptr(), tokens, out.data_ptr(), out.stride(0)),
+        )
+        if tokens < GEMM_TOKENS:
+            self._kernels.library.linear(*called_with)
+        else:
+            threads = torch.get_num_threads()
+            self._kernels.library.gemm(*called_with, self._kernels.scratch(threads), threads)
+
+    def select(self, ids: Tensor) -> Tensor:
+        """The rows `ids` [T] int64, as [T, inputs]."""
+        out = torch.empty(ids.shape[0], self.inputs)
+        self._unpack(ids.contiguous().data_ptr(), ids.shape[0], out)
+        return out
+
+    def unpacked(self) -> Tensor:
+        """The whole matrix, [rows, inputs]."""
+        out = torch.empty(self.rows, self.inputs)
+        self._unpack(None, self.rows, out)
+        return out
+
+    def _unpack(self, ids: int | None, count: int, out: Tensor) -> None:
+        self._kernels.library.unpack(self._number, self.data.data_ptr(), ids, count, self.inputs, out.data_ptr())
+
+
+# ── attention ────────────────────────────────────────────────────────────────────────────────
+
+RUN = 16  # tokens that share a pass over the keys
+MOST_QUERIES = 64  # of one task: a limit of attention.c
+
+
+def attention_tasks(starts: np.ndarray, lengths: np.ndarray, offsets: np.ndarray, group: int) -> np.ndarray:
+    """Rows cut into runs of tokens that share a pass over the keys: int32 [n, 4] of first token, tokens, row, position.
+
+    `starts`, `lengths` [R] and `offsets` [R + 1] are a Batch's; `group` is query heads to a key head.
+    """
+    run = max(1, min(RUN, MOST_QUERIES // group))
+    counts = -(-lengths // run)
+    rows = np.repeat(np.arange(len(lengths)), counts)
+    first = (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)) * run
+    tasks = np.stack(
+        (offsets[rows] + first, np.minimum(run, lengths[rows] - first), rows, starts[rows] + first), axis=1
+    )
+    return np.ascontiguousarray(tasks, dtype=np.int32)

@@ -1,0 +1,1 @@
+"""Mixtures of experts: reference.py in torch, the others in Triton."""

@@ -1,0 +1,1 @@
+"""Who runs where, and how they are joined: channels, actors, processes, the front and the core."""

@@ -1,0 +1,123 @@
+"""The core: scheduler, executor and compiler, in the front's process or in one of their own.
+
+`core_actors` builds them. `python -m engine.runtime.core FD` runs it behind a socket (placement `split`), and
+`CoreLink` is the front's end of that socket. Which of the two it is, no actor can tell.
+"""
+
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import anyio
+import anyio.abc
+
+from engine.actors.compiler import CompilerActor
+from engine.actors.executor import ExecutorActor
+from engine.actors.scheduler import SchedulerActor
+from engine.config import Config
+from engine.errors import EngineError
+from engine.logs import set_up_logging
+from engine.messages import FromFront, ToFront
+from engine.messages.control import Boot, Fatal, Preload
+from engine.plugin.registry import Plugins
+from engine.runtime.actor import Actor, supervise
+from engine.runtime.allocator import give_back_large_blocks
+from engine.runtime.channel import BlockingFrames, Frames, Outbox, channel, open_channel
+from engine.runtime.process import Process, Start, ended, exit_cause, spawn
+
+PLANS = 4  # three credits and a Reset: the scheduler never waits to send
+
+
+@contextmanager
+def early_worker(config: Config) -> Iterator[Start]:
+    """Starts a device process that imports while the front still makes sure that it can be of use, and ends it with the
+    block; what it yields starts workers for `core_actors`, this one first."""
+    early: list[tuple[socket.socket, Process]] = [spawn("engine.worker")]
+    sock, process = early[0]
+    try:
+        with suppress(ConnectionError):  # then the executor says why it has ended
+            BlockingFrames(sock, receives=None).send(Preload(config, spare=False))
+        yield lambda: early.pop() if early else spawn("engine.worker")
+    finally:
+        process.kill()
+        process.wait()
+        sock.close()
+
+
+def core_actors(
+    config: Config, front: Outbox[ToFront], start: Start | None = None
+) -> tuple[list[Actor], Outbox[FromFront]]:
+    """The scheduler, the executor and the compiler of grammars, joined; and where to send what is for the scheduler.
+
+    `start` starts a device process, in the place of the usual way."""
+    policy = Plugins.load(config.model.plugins).policy(config.schedule.policy)
+    to_scheduler, scheduler_inbox = open_channel()
+    to_executor, executor_inbox = channel(PLANS)
+    to_compiler, compiler_inbox = open_channel()
+    scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, to_compiler, front)
+    executor = ExecutorActor(config, executor_inbox, to_scheduler, start)
+    compiler = CompilerActor(config, compiler_inbox, to_scheduler)
+    return [scheduler, executor, compiler], to_scheduler
+
+
+class CoreLink:
+    """A core in a process of its own: an actor that passes on what it says, and an outbox to it."""
+
+    name = "core"
+
+    def __init__(self, config: Config, front: Outbox[ToFront]) -> None:
+        self._config = config
+        self._front = front
+        self._frames: Frames[ToFront] | None = None
+        self._open = anyio.Event()
+
+    async def send(self, message: FromFront) -> None:
+        await self._open.wait()
+        assert self._frames is not None
+        with suppress(anyio.BrokenResourceError):  # `run` sees the end of the stream and says why
+            await self._frames.send(message)
+
+    async def run(self) -> None:
+        ours, process = spawn("engine.runtime.core")
+        try:
+            self._frames = Frames(await anyio.abc.UNIXSocketStream.from_socket(ours), ToFront)
+            await self._frames.send(Boot(self._config))
+            self._open.set()
+            async for message in self._frames:
+                await self._front.send(message)
+            await self._front.send(Fatal("core process", exit_cause(await ended(process))))
+        finally:
+            ours.close()
+            with anyio.CancelScope(shield=True):
+                if self._frames is not None:
+                    await self._frames.aclose()  # which ends it
+                await ended(process)
+
+
+async def _run(descriptor: int) -> None:
+    stream = await anyio.abc.UNIXSocketStream.from_socket(socket.socket(fileno=descriptor))
+    frames: Frames[Boot | FromFront] = Frames(stream, Boot | FromFront)
+    messages = aiter(frames)
+    boot = await anext(messages, None)
+    if not isinstance(boot, Boot):
+        return
+    set_up_logging(boot.config.process.log_level)
+    try:
+        actors, scheduler = core_actors(boot.config, frames)
+    except EngineError as error:
+        await frames.send(Fatal("core process", str(error)))
+        return
+    async with supervise(*actors):
+        async for message in messages:
+            assert not isinstance(message, Boot)
+            await scheduler.send(message)
+
+
+def main() -> None:
+    give_back_large_blocks()
+    anyio.run(_run, int(sys.argv[1]), backend_options={"use_uvloop": True})
+
+
+if __name__ == "__main__":
+    main()

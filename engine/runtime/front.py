@@ -1,0 +1,363 @@
+"""The front: what HTTP and the offline API talk to. Requests go in, streams of chunks come out.
+
+Each open request has a mailbox. A slow client's mailbox merges what it has not taken yet, so it never holds
+up the others, and it is bounded by the request's own length. Inside, a request goes by a short number of
+ours, so that a client may reuse its own id as soon as its request has ended.
+"""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, Literal
+
+import anyio
+import msgspec
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+from msgspec import Struct
+
+from engine.config import Config
+from engine.errors import EngineError, RequestError, WorkerError, shut_down
+from engine.messages import FromFront, ToHttp, ToTokenizer
+from engine.messages.control import (
+    CountAction,
+    CountExperts,
+    ExpertCounts,
+    Fatal,
+    Flush,
+    Flushed,
+    Pause,
+    Paused,
+    Profile,
+    Profiled,
+    Stats,
+    WorkerReady,
+)
+from engine.messages.reply import Chunk, Chunks, Failed
+from engine.messages.request import Abort, Generate, Job
+from engine.runtime.channel import Outbox
+from engine.text.pool import TextPool
+from engine.text.tokenizer import Text
+
+log = logging.getLogger("engine.runtime.front")
+
+HEARTBEAT_LIMIT = 10.0
+
+Status = Literal["starting", "ready", "restarting", "stalled", "failed", "draining", "paused"]
+
+
+class Health(Struct, frozen=True):
+    """What /health says; `ok` while requests are answered."""
+
+    status: Status
+    cause: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ready"
+
+
+def joined(chunks: Sequence[Chunk]) -> Chunk:
+    """Successive chunks of one reply as one."""
+    return msgspec.structs.replace(
+        chunks[-1],
+        text="".join([chunk.text for chunk in chunks]),
+        ids=[id for chunk in chunks for id in chunk.ids],
+        logprobs=tuple([token for chunk in chunks for token in chunk.logprobs]),
+        prompt_logprobs=tuple([token for chunk in chunks for token in chunk.prompt_logprobs]),
+        prompt_ids=b"".join([chunk.prompt_ids for chunk in chunks]),
+    )
+
+
+class Mailbox:
+    """What one request has been sent and not yet taken.
+
+    A bare future wakes its reader: with hundreds of replies a step, an event made anew for each costs more than
+    all the scheduling.
+    """
+
+    __slots__ = ("_chunks", "_wanted", "error", "failed", "key")
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.error: EngineError | None = None  # until it is raised
+        self.failed = False
+        self._chunks: list[Chunk] = []
+        self._wanted: asyncio.Future[None] | None = None
+
+    def put(self, chunk: Chunk) -> None:
+        self._chunks.append(chunk)
+        if (wanted := self._wanted) is not None and not wanted.done():
+            wanted.set_result(None)
+
+    def fail(self, error: EngineError) -> None:
+        self.error = error
+        self.failed = True
+        if (wanted := self._wanted) is not None and not wanted.done():
+            wanted.set_result(None)
+
+    async def take(self) -> Chunk:
+        """What has arrived, merged into one chunk; raises the request's error once all else is taken."""
+        while not self._chunks:
+            if self.failed:
+                raise self._taken_error()
+            self._wanted = asyncio.get_running_loop().create_future()
+            await self._wanted
+        chunks, self._chunks = self._chunks, []
+        return chunks[0] if len(chunks) == 1 else joined(chunks)
+
+    def _taken_error(self) -> EngineError:
+        """The error, which is held here no longer: its traceback leads to this mailbox, and to the whole request."""
+        error, self.error = self.error, None
+        assert error is not None, "an error is taken once"
+        return error
+
+
+class Front:
+    """One engine, seen from its clients. Made by `engine.runtime.launch.open_front`."""
+
+    name = "front"
+
+    def __init__(
+        self,
+        config: Config,
+        model_name: str,
+        inbox: MemoryObjectReceiveStream[ToHttp],
+        tokenizer: MemoryObjectSendStream[ToTokenizer],
+        scheduler: Outbox[FromFront],
+    ) -> None:
+        self.config = config
+        self.model_name = model_name
+        self.text: Text | None = None  # once it is read
+        self.texts: TextPool | None = None  # the same, for what needs no device: counting tokens
+        self.created = int(time.time())
+        self.info: WorkerReady | None = None
+        self.stats = Stats("starting")
+        self.on_stats: list[Callable[[Stats], None]] = []
+        self.experts: ExpertCounts | None = None  # as last asked for, once they are counted
+        self.draining = False
+        self.failure: str | None = None
+        self._inbox = inbox
+        self._tokenizer = tokenizer
+        self._scheduler = scheduler
+        self._numbers = itertools.count()
+        self._open: dict[str, Mailbox] = {}
+        self._keys: dict[str, Mailbox] = {}
+        self._heard = time.monotonic()
+        self._changed = anyio.Event()
+        self._asked: dict[int, asyncio.Future[Any]] = {}  # who waits for the answer of that number
+
+    # ── the actor ────────────────────────────────────────────────────────────────────────────
+
+    async def run(self) -> None:
+        async for message in self._inbox:
+            match message:
+                case Chunks():
+                    for chunk in message.chunks:
+                        if box := self._keys.get(chunk.rid):
+                            box.put(chunk)
+                case Failed():
+                    if box := self._keys.get(message.rid):
+                        box.fail(_error(message))
+                case Stats():
+                    self._heard = time.monotonic()
+                    self.stats = message
+                    for listener in self.on_stats:
+                        listener(message)
+                case Flushed() | Paused() | Profiled() | ExpertCounts():
+                    answer = self._asked.get(message.number)  # who asked may have left
+                    if answer is not None and not answer.done():
+                        answer.set_result(message)
+                case WorkerReady():
+                    await self._tokenizer.send(message)
+                    self.info = message
+                    self._wake()
+                case Fatal():
+                    self.fail(f"the {message.actor} cannot go on: {message.cause}")
+
+    def fail(self, cause: str) -> None:
+        """Nothing more will come: every open request ends with `cause`."""
+        self.failure = self.failure or cause
+        self._fail_open(lambda: WorkerError(cause))
+
+    def end(self) -> int:
+        """Let in nothing more, and end every open request with an error that says so; how many were open."""
+        self.draining = True
+        self._fail_open(shut_down)
+        return len(self._open)
+
+    def _fail_open(self, error: Callable[[], EngineError]) -> None:
+        """End each open request, and each question, with an `error` of its own; what has one already keeps it."""
+        for box in self._open.values():
+            if not box.failed:
+                box.fail(error())
+        for answer in self._asked.values():
+            if not answer.done():
+                answer.set_exception(error())
+        self._wake()
+
+    @property
+    def open(self) -> int:
+        """How many requests are open."""
+        return len(self._open)
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    # ── for clients ──────────────────────────────────────────────────────────────────────────
+
+    def health(self) -> Health:
+        if self.failure:
+            return Health("failed", self.failure)
+        if self.draining:
+            return Health("draining", "the server is shutting down")
+        if cause := self.dead():
+            return Health("stalled", cause)
+        if self.stats.worker == "ready" and self.stats.paused:
+            return Health("paused", "generation is paused, and requests wait; POST /continue_generation lets them run")
+        return Health(self.stats.worker, self.stats.cause)
+
+    def dead(self) -> str:
+        """Why nothing but a new process will answer; empty while the engine lives, ready or not."""
+        quiet = time.monotonic() - self._heard
+        silent = f"no heartbeat from the scheduler for {quiet:.0f} s" if quiet > HEARTBEAT_LIMIT else ""
+        return self.failure or silent
+
+    @property
+    def most_open(self) -> int:
+        """How many requests may be open at once; 0 until the device is ready."""
+        return 0 if self.info is None else self.info.slots + self.config.schedule.max_waiting
+
+    async def ready(self) -> WorkerReady:
+        """Wait until the device is ready. Raises WorkerError when it never will be."""
+        while self.info is None:
+            if self.failure:
+                raise WorkerError(self.failure)
+            await self._changed.wait()
+        return self.info
+
+    async def failed(self) -> str:
+        """Wait for the end of the engine's life, and say why it ended."""
+        while not self.failure:
+            await self._changed.wait()
+        return self.failure
+
+    async def generate(self, request: Job) -> AsyncGenerator[Chunk, None]:
+        """The reply to `request`, chunk by chunk, the last with a finish reason. That to an Embed is one chunk.
+
+        Closing or cancelling the generator aborts the request. Raises RequestError when it is refused,
+        WorkerError when the device fails it.
+        """
+        box, rid = self._admit(request), request.rid
+        ended = False
+        try:
+            self._tokenizer.send_nowait(msgspec.structs.replace(request, rid=box.key))
+            del request  # a prompt may be long, and is not held while its reply is made
+            while not ended:
+                chunk = await box.take()
+                ended = chunk.finish is not None
+                yield chunk
+        finally:
+            del self._open[rid]
+            del self._keys[box.key]
+            if not ended and not box.failed:
+                self._tokenizer.send_nowait(Abort(box.key))
+            self._wake()
+
+    def abort(self, rid: str | None) -> int:
+        """End the request `rid`, or all with None, as its client's `abort`; how many were open."""
+        boxes = list(self._open.values()) if rid is None else [box for box in (self._open.get(rid),) if box]
+        for box in boxes:
+            self._tokenizer.send_nowait(Abort(box.key))
+        return len(boxes)
+
+    async def flush(self) -> Flushed:
+        """Forget the cached prefixes that nothing uses."""
+        flushed: Flushed = await self._ask(Flush(next(self._numbers)))
+        return flushed
+
+    async def pause(self, paused: bool, *, retract: bool = False) -> None:
+        """Plan no more steps, or go on; returns once it is so, and when pausing, nothing runs on the device.
+
+        With `retract`, what runs goes back to the queue and holds no page meanwhile."""
+        await self._ask(Pause(next(self._numbers), paused, retract))
+
+    async def profile(self, folder: str, steps: int) -> Profiled:
+        """Trace the next `steps` steps into a new file in `folder`; with neither, end the trace that runs."""
+        profiled: Profiled = await self._ask(Profile(next(self._numbers), folder, steps))
+        return profiled
+
+    async def count_experts(self, action: CountAction) -> ExpertCounts:
+        """Count from nothing on how often each expert is chosen, end that, or look at the counts."""
+        counts: ExpertCounts = await self._ask(CountExperts(next(self._numbers), action))
+        if not counts.cause:
+            self.experts = counts
+        return counts
+
+    async def _ask(self, question: Flush | Pause | Profile | CountExperts) -> Any:
+        """The scheduler's answer. Raises WorkerError when there will be none."""
+        if self.failure:
+            raise WorkerError(self.failure)
+        answer = self._asked[question.number] = asyncio.get_running_loop().create_future()
+        try:
+            await self._scheduler.send(question)
+            return await answer
+        finally:
+            del self._asked[question.number]
+
+    async def drain(self, seconds: float) -> int:
+        """Let in nothing more and wait at most `seconds` for open requests; how many are left."""
+        self.draining = True
+        with anyio.move_on_after(seconds):
+            while self._open and not self.failure:
+                await self._changed.wait()
+        return len(self._open)
+
+    def _admit(self, request: Job) -> Mailbox:
+        if self.failure:
+            raise WorkerError(self.failure)
+        if self.draining:
+            raise RequestError("the server is shutting down; send the request elsewhere", code="draining", status=503)
+        if self.info is None:
+            raise RequestError("the model is still loading; try again in a moment", code="starting", status=503)
+        check_task(request, self.model_name, self.info)
+        limit = self.most_open
+        if len(self._open) >= limit:
+            raise RequestError(
+                f"{len(self._open)} requests are open, and {limit} is the limit; try again later "
+                "or raise --max-waiting",
+                code="queue_full",
+                status=503,
+            )
+        if request.rid in self._open:
+            raise RequestError(
+                f"a request with rid {request.rid!r} is still running; use another rid",
+                param="rid",
+                code="rid_in_use",
+                status=409,
+            )
+        box = Mailbox(format(next(self._numbers), "x"))
+        self._open[request.rid] = self._keys[box.key] = box
+        return box
+
+
+def check_task(request: Job, model: str, info: WorkerReady) -> None:
+    """Raises RequestError when `request` is not for a model such as this: one generates, another makes vectors."""
+    if isinstance(request, Generate) and info.embedding_size:
+        raise RequestError(
+            f"the model {model!r} makes embeddings and generates no text; send the text to /v1/embeddings or "
+            "/v1/score, or ask a server with a model that generates",
+            code="wrong_task",
+        )
+    if not isinstance(request, Generate) and not info.embedding_size:
+        raise RequestError(
+            f"the model {model!r} generates text and makes no embeddings; use /v1/completions, or ask a server with "
+            "an embedding model: engine serve --model all-minilm-l6-v2",
+            code="wrong_task",
+        )
+
+
+def _error(failed: Failed) -> EngineError:
+    return RequestError(failed.message, param=failed.param, code=failed.code, status=failed.status)

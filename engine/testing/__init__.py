@@ -1,0 +1,1 @@
+"""A fake device, and contract checks for plugins; authors import them from engine.plugin.testing."""

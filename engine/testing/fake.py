@@ -1,0 +1,138 @@
+"""An executor without a device or a process: drives the scheduler in tests and benchmarks.
+
+`FakeDevice` counts upwards from each row's last token, as the `echo` model does, so a lost, doubled or
+reordered step shows as a gap in the count. It keeps tokens only: no KV memory is simulated, and no sampling
+parameter but those that ask for log-probabilities is looked at: a token's is made up from its id and its place.
+Grammars are ready as soon as they are compiled, and not held to.
+A vector is the sum of its prompt's ids and how many they are.
+"""
+
+from array import array
+
+import anyio
+from anyio.streams.memory import MemoryObjectReceiveStream
+from msgspec.structs import replace
+
+from engine.messages import FromExecutor, ToExecutor
+from engine.messages.assets import DropGrammar, GrammarLoaded, LoadGrammar
+from engine.messages.control import CountExperts, ExpertCounts, Profile, Profiled, Reset, WorkerLost, WorkerReady
+from engine.messages.step import Logprobs, SlotAdmit, StepDone, StepPlan
+from engine.runtime.channel import Outbox
+from engine.sched.columns import POOL
+
+BYTES = 256
+
+
+def made_up(row: int, start: int, tokens: "array[int]", top: int) -> Logprobs:
+    """What a fake device says of `tokens` from position `start` on: the likeliest are the next ones in order."""
+    logprobs = array("f", [-(token + start + index) / 1024 for index, token in enumerate(tokens)])
+    likeliest = [(token + rank, logprob - rank) for token, logprob in zip(tokens, logprobs, strict=True)
+                 for rank in range(top)]  # fmt: skip
+    return Logprobs(
+        row,
+        logprobs.tobytes(),
+        array("i", [1] * len(tokens)).tobytes(),
+        array("i", [token % BYTES for token, _ in likeliest]).tobytes(),
+        array("f", [logprob for _, logprob in likeliest]).tobytes(),
+    )
+
+
+class FakeDevice:
+    """The device tables of a worker, on the host: `tokens[slot]` is a list indexed by position."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[int, array[int]] = {}
+        self.admits: dict[int, SlotAdmit] = {}
+
+    def step(self, plan: StepPlan) -> StepDone:
+        for admit in plan.admits:
+            self.tokens[admit.slot] = array("i", admit.ids)
+            self.admits[admit.slot] = admit
+        rows = array("i", plan.rows)
+        sampled = array("i")
+        logprobs: list[Logprobs] = []
+        prompt_logprobs: list[Logprobs] = []
+        vectors = array("f")
+        columns = zip(rows[0::4], rows[1::4], rows[2::4], rows[3::4], strict=True)
+        for row, (slot, start, length, sample) in enumerate(columns):
+            ids = self.tokens[slot]
+            end = start + length
+            assert end <= len(ids), f"slot {slot} is asked for position {end - 1} of {len(ids)} known tokens"
+            admit = self.admits[slot]
+            asked = admit.sampling
+            first, last = max(start, admit.scored) + 1, min(end + 1, admit.prompt_len)
+            if asked.prompt_logprobs >= 0 and first < last:
+                prompt_logprobs.append(made_up(row, first, ids[first:last], asked.prompt_logprobs))
+            if sample == POOL:
+                assert (start, end) == (0, len(ids)), f"slot {slot} is to be made a vector, but not of all it holds"
+                vectors.extend((sum(ids), len(ids)))
+            elif sample:
+                token = (ids[end - 1] + 1) % BYTES
+                del ids[end:]
+                ids.append(token)
+                if asked.logprobs >= 0:
+                    logprobs.append(made_up(len(sampled), end, ids[end:], asked.logprobs))
+                sampled.append(token)
+        counts = array("i", [1] * len(sampled)).tobytes()
+        scores = (tuple(logprobs), tuple(prompt_logprobs))
+        return StepDone(plan.step, counts, sampled.tobytes(), 0.0, *scores, vectors=vectors.tobytes())
+
+
+class FakeExecutor:
+    """Answers each StepPlan after `seconds`; `lose()` plays the death of the worker."""
+
+    name = "executor"
+
+    def __init__(
+        self,
+        ready: WorkerReady,
+        inbox: MemoryObjectReceiveStream[ToExecutor],
+        scheduler: Outbox[FromExecutor],
+        seconds: float = 0.0,
+    ) -> None:
+        self.ready = ready
+        self.inbox = inbox
+        self.scheduler = scheduler
+        self.seconds = seconds
+        self.restarted: anyio.Event | None = None  # a restart lasts until then
+        self.device = FakeDevice()
+        self.lost = False
+        self.steps = self.since = 0
+        self.counting = False
+        self.grammars: list[int] = []  # that were loaded
+        self.dropped: list[int] = []
+
+    async def run(self) -> None:
+        await self.scheduler.send(self.ready)
+        async for message in self.inbox:
+            if isinstance(message, Reset):
+                if self.restarted is not None:
+                    await self.restarted.wait()
+                self.device, self.lost = FakeDevice(), False
+                await self.scheduler.send(self.ready)
+            elif isinstance(message, Profile) and not self.lost:
+                await self.scheduler.send(Profiled(message.number, message.folder))
+            elif isinstance(message, CountExperts) and not self.lost:
+                await self.scheduler.send(self.count(message))
+            elif isinstance(message, LoadGrammar):
+                self.grammars.append(message.number)
+                await self.scheduler.send(GrammarLoaded(message.number))
+            elif isinstance(message, DropGrammar):
+                self.dropped.append(message.number)
+            elif isinstance(message, StepPlan) and not self.lost:
+                self.steps += 1
+                await anyio.sleep(self.seconds)
+                if not self.lost:
+                    await self.scheduler.send(replace(self.device.step(message), seconds=self.seconds))
+
+    def count(self, message: CountExperts) -> ExpertCounts:
+        """Of layers 1 and 3 with three experts each: how many steps there were since the start, and made-up numbers."""
+        if message.action == "start":
+            self.since = self.steps
+        self.counting = message.action == "start" or (self.counting and message.action != "stop")
+        counts = array("q", [self.steps - self.since, 1, 2, 3, 4, 5])
+        return ExpertCounts(message.number, self.counting, (1, 3), counts.tobytes())
+
+    async def lose(self, cause: str) -> None:
+        self.lost = True
+        await self.scheduler.send(WorkerLost(cause))

@@ -1,0 +1,180 @@
+"""Contract checks of models: a prompt whole, in chunks, in a batch or cached gives one reply. Imports torch."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.layers.attention import Backend
+from engine.layers.build import Build
+from engine.layers.model import Model
+from engine.layers.quantization import Scheme
+from engine.messages.request import Sampling
+from engine.messages.step import SlotAdmit, StepPlan
+from engine.plugin.registry import Plugins
+from engine.plugin.terms import Terms
+from engine.testing.tensors import assert_close
+from engine.worker.backends import Backends
+from engine.worker.memory import allocate
+from engine.worker.runner import Runner, Step
+
+# ── models ───────────────────────────────────────────────────────────────────────────────────
+
+Reference = Callable[[list[int]], Tensor]  # ids to logits [len(ids), vocab_size]
+
+
+class ModelHarness:
+    """A model with caches and tables, driven as the worker drives it; request i has slot i.
+
+    Pages of the requests are scattered. `tensors` maps names in the checkpoint to weights.
+    """
+
+    page_size = 4
+    slots = 4
+
+    def __init__(
+        self,
+        model: type[Model],
+        config: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        *,
+        attention: type[Backend] | None = None,
+        quantization: Scheme | None = None,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        max_model_len: int = 64,
+    ) -> None:
+        build = Build(
+            dtype=dtype,
+            device=torch.device(device),
+            page_size=self.page_size,
+            max_model_len=max_model_len,
+            attention_backend=attention or Backends(Plugins.load(), device).build,
+            quantization=quantization,
+            deferred=True,
+        )
+        built = model(Terms(config), build)
+        with torch.inference_mode():
+            built.load(tensors.items())
+        self.each = -(-max_model_len // self.page_size)
+        caches = allocate(built.kv_spec(), self.each * self.slots, build.device)
+        self.runner = Runner(
+            built, caches, build.device, slots=self.slots, max_model_len=max_model_len, page_size=self.page_size
+        )
+        self.order = np.random.default_rng(0).permutation(self.each * self.slots)
+
+    def admit(self, prompts: Iterable[list[int]], cached: Mapping[int, tuple[int, int]] | None = None) -> StepPlan:
+        """A plan without rows that gives prompts slots and pages. `cached` maps a slot to (owner, count): its
+        first `count` pages are those of slot `owner`."""
+        greedy = Sampling(0.0, 0, 1.0, 0.0, 0)
+        admits = tuple(SlotAdmit(slot, np.array(ids, "<i4").tobytes(), greedy) for slot, ids in enumerate(prompts))
+        pages = self.order.reshape(self.slots, self.each).copy()
+        for slot, (owner, count) in (cached or {}).items():
+            pages[slot, :count] = pages[owner, :count]
+        triples = [(admit.slot, index, pages[admit.slot, index]) for admit in admits for index in range(self.each)]
+        return StepPlan(0, b"", admits, np.array(triples, "<i4").tobytes())
+
+    @torch.inference_mode()
+    def logits(self, rows: Sequence[tuple[int, int, int]]) -> list[Tensor]:
+        """Logits at every position of a step's rows (slot, start, length): [length, vocab_size] each."""
+        hidden, _ = self.runner.forward(np.array([[*row, 0] for row in rows], np.int64))
+        return list(self.runner.model.logits(hidden).cpu().split([length for _, _, length in rows]))
+
+
+def _whole(harness: ModelHarness, reference: Reference, prompts: list[list[int]], tolerance: float) -> None:
+    harness.runner.apply(harness.admit(prompts[:1]))
+    (got,) = harness.logits([(0, 0, len(prompts[0]))])
+    assert_close(got, reference(prompts[0]), tolerance, "a whole prompt's logits")
+
+
+def _chunked(harness: ModelHarness, reference: Reference, prompts: list[list[int]], tolerance: float) -> None:
+    harness.runner.apply(harness.admit(prompts[:1]))
+    bounds = [0, 1, 6, 8, len(prompts[0]) - 1, len(prompts[0])]
+    got = torch.cat([harness.logits([(0, start, end - start)])[0] for start, end in pairwise(bounds)])
+    assert_close(got, reference(prompts[0]), tolerance, f"the logits of a prompt in chunks that end at {bounds[1:]}")
+
+
+def _batched(harness: ModelHarness, reference: Reference, prompts: list[list[int]], tolerance: float) -> None:
+    harness.runner.apply(harness.admit(prompts))
+    first = harness.logits([(0, 0, 5), (1, 0, len(prompts[1]) - 1)])
+    rest = [(2, 0, len(prompts[2])), (1, len(prompts[1]) - 1, 1), (0, 5, len(prompts[0]) - 5)]
+    two, one, zero = harness.logits(rest)
+    for slot, got in enumerate((torch.cat((first[0], zero)), torch.cat((first[1], one)), two)):
+        assert_close(got, reference(prompts[slot]), tolerance, f"the logits of row {slot} of a mixed batch")
+
+
+def _cached(harness: ModelHarness, reference: Reference, prompts: list[list[int]], tolerance: float) -> None:
+    """Slot 1 finds its first pages computed by slot 0 before, slot 2 by slot 0 in the same step."""
+    owner = prompts[0]
+    ids = [owner, owner[:8] + prompts[1], owner[:12] + prompts[2]]
+    harness.runner.apply(harness.admit(ids, cached={1: (0, 2), 2: (0, 3)}))
+    harness.logits([(0, 0, 8)])
+    rows = [(2, 12, len(ids[2]) - 12), (1, 8, len(ids[1]) - 8), (0, 8, len(owner) - 8)]
+    for (slot, start, _), got in zip(rows, harness.logits(rows), strict=True):
+        where = f"the logits of slot {slot}, whose first {start} tokens are cached"
+        assert_close(got, reference(ids[slot])[start:], tolerance, where)
+
+
+def _greedy(harness: ModelHarness, reference: Reference, prompts: list[list[int]], tolerance: float) -> None:
+    """Steps are launched without looking at the results of those before, as the engine does, and as many ahead."""
+    count, ahead = 10, 3
+    plan = harness.admit(prompts)
+    steps: deque[Step] = deque()
+    done: list[np.ndarray] = []
+
+    def finish_first() -> None:
+        done.append(np.frombuffer(harness.runner.finish(steps.popleft()).tokens, "<i4"))
+
+    for step in range(count):
+        rows = [
+            (slot, len(ids) + step - 1, 1, 1) if step else (slot, 0, len(ids), 1) for slot, ids in enumerate(prompts)
+        ]
+        rows_bytes = np.array(rows, "<i4").tobytes()
+        if len(steps) == ahead:
+            finish_first()
+        steps.append(harness.runner.launch(StepPlan(step, rows_bytes, plan.admits, plan.pages)))
+        plan = StepPlan(0, b"")
+    while steps:
+        finish_first()
+    for slot, prompt in enumerate(prompts):
+        ids = list(prompt)
+        for _ in range(count):
+            ids.append(int(reference(ids)[-1].argmax()))
+        got = [int(tokens[slot]) for tokens in done]
+        assert got == ids[len(prompt) :], f"greedy ids of row {slot} are {got}, not {ids[len(prompt) :]}"
+
+
+_SCENARIOS = {"whole": _whole, "chunked": _chunked, "batched": _batched, "cached": _cached, "greedy": _greedy}
+MODEL_SCENARIOS: tuple[str, ...] = tuple(_SCENARIOS)
+
+
+def check_model(
+    model: type[Model],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    reference: Reference,
+    scenario: str,
+    *,
+    attention: type[Backend] | None = None,
+    quantization: Scheme | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    tolerance: float = 1e-4,
+) -> None:
+    """Runs one of MODEL_SCENARIOS: a whole prompt, one in chunks, among other rows, with cached pages, and greedy
+    decoding; compares logits, or ids, with `reference` (ids to logits [len(ids), vocab_size]).
+
+    `config` is in config.json's terms; 16 tokens of vocabulary and 64 positions are enough. `attention` is by
+    default the built-in choice for `device`. With a `quantization`, `reference` is of the weights as they are stored.
+    """
+    harness = ModelHarness(
+        model, config, tensors, attention=attention, quantization=quantization, device=device, dtype=dtype
+    )
+    generator = np.random.default_rng(1)
+    vocab_size = harness.runner.model.vocab_size
+    prompts = [generator.integers(0, vocab_size, length).tolist() for length in (21, 9, 14)]
+    _SCENARIOS[scenario](harness, reference, prompts, tolerance)

@@ -1,0 +1,98 @@
+"""`python -m engine.text.process FD`: renders and tokenizes long prompts, one at a time, for the peer on socket FD.
+
+Templates and the decoding of JSON hold the interpreter's lock, so a thread would hold up the event loop as they do
+themselves. The first frame is TextBoot; then every TextWork is answered, in order. Ends when the peer closes. Left out:
+deadlines, which are the peer's; it ends this process.
+"""
+
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from contextlib import suppress
+
+import msgspec
+
+from engine.actors.tokenizer import Admission
+from engine.errors import EngineError, RequestError
+from engine.logs import set_up_logging
+from engine.messages import ToTextProcess
+from engine.messages.control import Fatal
+from engine.messages.reply import Failed
+from engine.messages.text import Retired, TextAnswer, TextBoot, TextJob, TextWork
+from engine.plugin.registry import Plugins
+from engine.runtime.channel import BlockingFrames
+from engine.text.fallback import text_of
+from engine.text.jobs import perform
+
+log = logging.getLogger("engine.text")
+
+GROWN = 1 << 30  # bytes above which a process gives up its memory: the system gets it back no other way
+UNITS = 1 if sys.platform == "darwin" else 1024  # bytes in which a process's largest size is told
+UNPACK = msgspec.msgpack.Decoder(TextJob)
+READ = msgspec.json.Decoder(TextJob)
+
+
+def main(descriptor: int) -> None:
+    """Until the peer closes."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # several of these processes are what is parallel
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with socket.socket(fileno=descriptor) as sock, suppress(ConnectionError):
+        sock.setblocking(True)
+        frames: BlockingFrames[ToTextProcess] = BlockingFrames(sock, receives=ToTextProcess)
+        boot = frames.receive()
+        if boot is None:
+            return
+        assert isinstance(boot, TextBoot), f"the first frame is {type(boot).__name__}, not TextBoot"
+        set_up_logging(boot.config.process.log_level)
+        try:
+            admission = _load(boot)
+        except EngineError as error:
+            frames.send(Fatal("text process", str(error)))
+            return
+        while (work := frames.receive()) is not None:
+            assert isinstance(work, TextWork), f"a text process that runs got {type(work).__name__}"
+            answer = answered(admission, work)
+            if grown := _largest() > GROWN:
+                frames.send(Retired())
+            frames.send(answer)
+            if grown:
+                return
+
+
+def _load(boot: TextBoot) -> Admission:
+    plugins = Plugins.load(boot.config.model.plugins)
+    checkpoint = plugins.open_checkpoint(boot.config.model.model)
+    text = text_of(plugins, checkpoint, boot.config, boot.template)
+    log.debug("text process ready")
+    return Admission(text, bool(plugins.grammar_engines()))
+
+
+def unpacked(work: TextWork) -> TextJob:
+    """The job in `work`."""
+    job: TextJob = (READ if work.is_json else UNPACK).decode(work.packed)
+    return job
+
+
+def answered(admission: Admission, work: TextWork) -> TextAnswer | Failed:
+    """The answer to the job in `work`, or why there is none."""
+    try:
+        return perform(admission, unpacked(work))
+    except RequestError as error:
+        return Failed("", error.status, error.code, error.message, error.param)
+    except RecursionError:
+        return Failed("", 400, "invalid_value", "the request nests too deeply; flatten it")
+    except MemoryError:
+        said = "the request takes more memory to render and tokenize than there is; send it in parts"
+        return Failed("", 413, "out_of_memory", said)
+
+
+def _largest() -> int:
+    """The most bytes that this process has had in memory."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNITS
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,1 @@
+"""How a step is launched: its inputs, recorded or captured, and the steps of the warm-up."""

@@ -1,0 +1,322 @@
+"""Steps as CUDA graphs: one for each size of a ladder, replayed with other numbers, so that the host costs a copy and
+a launch where kernels launched one by one would cost hundreds.
+
+    host numbers ── pinned ──> Mirror ══ graph: gather ids, places ─ model ─ hidden ══╦═ graph: head, draw ══> tokens
+                                                                                      ╚══> head, what rows ask for, draw
+
+A graph reads slots and positions from one place and gathers the rest from the worker's tables itself. It ends with the
+hidden states. A decode step has others for what follows where no row asks for more than a temperature, one without and
+one with the masks of grammars, and so costs the host two launches. Missing rows and tokens are those of the scratch
+slot, whose keys and values go to the scratch page. All graphs share one memory pool, as only one of them runs at a
+time.
+
+`DecodeGraphs` are for steps of one token a row; `PromptGraphs` for steps with prompts whose kernels would take longer
+to launch than to run: a thousand tokens of any model, and more of a small one. Left out: larger prompts.
+"""
+
+import bisect
+import gc
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.layers.attention import Prefix
+from engine.layers.batch import Batch, Mirror
+from engine.layers.model import Model
+from engine.worker.memory import Caches
+from engine.worker.steps.prefixes import LEAST_ROWS
+from engine.worker.weights import weight_bytes
+
+NOTHING = np.empty(0, np.int64)
+FEW_ROWS = 64  # steps with prompts of fewer rows than that have a finer ladder of tokens
+FEW_ROWS_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
+ALL_ROWS_TOKENS = (256, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192)
+SMALL_PROMPTS = 1024  # up to so many tokens steps with prompts have graphs in any model
+# Tokens times the bytes of a layer's weights, up to which kernels take less time than their launches: an H200 computes
+# 8,192 tokens of Qwen3-0.6B, 43 MB a layer, in 14 ms, and a slow core launches them in 23.
+WORK_TO_LAUNCH = 4e11
+
+
+def ladder(most: int) -> list[int]:
+    """Row counts that get a graph: small ones each, larger ones in steps that waste little; `most` is the last."""
+    steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 4097, 64)]
+    return [step for step in steps if step < most] + [most]
+
+
+def shared_ladder(most: int) -> list[int]:
+    """Row counts that get a graph for steps with shared prefixes: fewer, as what is saved there is large."""
+    return sorted({min(size, most) for size in (LEAST_ROWS, 2 * LEAST_ROWS, *range(64, most + 64, 64))})
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """What graphs are captured over. The last lines of `tokens` and `page_table` are the scratch slot's."""
+
+    model: Model
+    caches: Caches
+    tokens: Tensor  # [slots + 1, positions] int32
+    page_table: Tensor  # [slots + 1, P] int32
+    page_size: int
+    counts_real: bool = False  # whether a step says how many of its tokens are no padding
+    # From hidden states [R, H], slots and positions [2, R], and lines of masks [R] or None, to tokens [R], where this
+    # can be captured; and whether there are masks.
+    draw: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
+    masks: bool = False
+
+    @property
+    def scratch(self) -> int:
+        return len(self.tokens) - 1
+
+    def batch(
+        self, token_slots: Tensor, positions: Tensor, slots: Tensor, starts: Tensor, offsets: Tensor, plans: Any
+    ) -> Batch:
+        """A step of T tokens, in R rows. Its host arrays are empty: they would not hold at the next replay."""
+        page = self.page_table[token_slots, positions // self.page_size].to(torch.int64)
+        return Batch(
+            ids=self.tokens[token_slots, positions].to(torch.int64),
+            positions=positions,
+            places=page * self.page_size + positions % self.page_size,
+            page_table=self.page_table,
+            slots=slots,
+            row_starts=starts,
+            row_offsets=offsets,
+            sampled=offsets[:0],
+            starts=NOTHING,
+            lengths=NOTHING,
+            offsets=NOTHING,
+            caches=self.caches,
+            plans=plans,
+            real=(token_slots != self.scratch).sum().view(1) if self.counts_real else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """The graph that draws tokens from what another leaves, under masks of those `lines`."""
+
+    graph: torch.cuda.CUDAGraph
+    tokens: Tensor  # [R] int64
+    lines: Mirror | None
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """One graph, what it reads, and what it leaves; those that draw tokens from that, the second one under masks."""
+
+    graph: torch.cuda.CUDAGraph
+    numbers: Mirror
+    plans: tuple[Any, ...]
+    hidden: Tensor  # [T, H]
+    drawings: tuple[Drawing, ...] = ()
+
+
+class StepGraphs(ABC):
+    """The graphs of steps of one kind, by size."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self._graphs: dict[int, Captured] = {}
+        self._sizes: list[int] = []
+
+    @property
+    def most(self) -> int:
+        """The largest size that is captured; 0 where none is."""
+        return self._sizes[-1] if self._sizes else 0
+
+    @torch.inference_mode()
+    def _capture(self, sizes: list[int], pool: Any) -> bool:
+        """Captures those of `sizes`, which ascend, that the attention backends can. False where there are none."""
+        for size in reversed(sizes):  # the largest first: the others fit into its memory
+            if (graph := self._captured(size, pool)) is not None:
+                self._graphs[size] = graph
+        self._sizes = [size for size in sizes if size in self._graphs]
+        return bool(self._sizes)
+
+    @abstractmethod
+    def _captured(self, size: int, pool: Any) -> Captured | None:
+        """The graph of one size; None where an attention backend says that it cannot be captured."""
+
+
+class DecodeGraphs(StepGraphs):
+    """Steps of one token a row, for a ladder of row counts.
+
+    `shared` ones are for steps in which rows share prefixes (prefixes.py), where the attention backends make use of
+    that."""
+
+    def __init__(self, tables: Tables, shared: bool = False) -> None:
+        super().__init__(tables)
+        self._shared = shared
+        self._last: Captured | None = None  # that was replayed
+
+    def capture(self, most: int, pool: Any) -> bool:
+        """Captures the ladder up to `most` rows. False when an attention backend's steps cannot be captured."""
+        return self._capture(shared_ladder(most) if self._shared else ladder(most), pool)
+
+    def _captured(self, size: int, pool: Any) -> Captured | None:
+        backends = self._tables.model.backends
+        numbers = Mirror(2 * size, self._tables.tokens.device)
+        host = numbers.host()
+        host[:size], host[size:] = self._tables.scratch, 0
+        numbers.send()
+        batch = self._batch(numbers.device, ())
+        plans = tuple(backend.capture_shared(batch) if self._shared else backend.capture(batch) for backend in backends)
+        if not plans or any(plan is None for plan in plans):
+            return None
+        self._refill(plans, host[:size], host[size:], ())
+        graph, hidden = captured(lambda: self._tables.model(self._batch(numbers.device, plans)), pool)
+        drawings = []
+        if (draw := self._tables.draw) is not None:
+            for lines in (None, *([Mirror(size, numbers.device.device)] if self._tables.masks else [])):
+                run = partial(draw, hidden, numbers.device.view(2, -1), None if lines is None else lines.device)
+                drawings.append(Drawing(*captured(run, pool), lines))
+        return Captured(graph, numbers, plans, hidden, tuple(drawings))
+
+    def _batch(self, numbers: Tensor, plans: tuple[Any, ...]) -> Batch:
+        slots, positions = numbers.view(2, -1).unbind(0)
+        offsets = torch.arange(len(slots) + 1, device=slots.device)
+        return self._tables.batch(slots, positions, slots, positions, offsets, plans)
+
+    def fits(self, rows: np.ndarray) -> bool:
+        """Whether the step of `rows`, int64 [R, 4] as in a StepPlan, is one of these."""
+        return len(rows) <= self.most and bool((rows[:, 2] == 1).all())
+
+    def _refill(
+        self, plans: tuple[Any, ...], slots: np.ndarray, starts: np.ndarray, prefixes: Sequence[Prefix]
+    ) -> None:
+        for backend, plan in zip(self._tables.model.backends, plans, strict=True):
+            if self._shared:
+                backend.refill_shared(plan, slots, starts, prefixes)
+            else:
+                backend.refill(plan, slots, starts)
+
+    def replay(self, rows: np.ndarray, prefixes: Sequence[Prefix] = ()) -> tuple[Tensor, Tensor]:
+        """Runs the step: hidden states [R, H], and the device's copy of slots and positions [2, R]; good until the next
+        replay. `prefixes` are what rows share."""
+        count = len(rows)
+        chosen = self._graphs[self._sizes[bisect.bisect_left(self._sizes, count)]]
+        numbers = chosen.numbers.host().reshape(2, -1)
+        numbers[0, count:], numbers[1, count:] = self._tables.scratch, 0
+        numbers[:, :count] = rows[:, :2].T
+        chosen.numbers.send()
+        self._refill(chosen.plans, numbers[0], numbers[1], prefixes)
+        chosen.graph.replay()
+        self._last = chosen
+        return chosen.hidden[:count], chosen.numbers.device.view(2, -1)[:, :count]
+
+    @property
+    def draws(self) -> bool:
+        """Whether `draw` can be called."""
+        return self._tables.draw is not None
+
+    def draw(self, count: int, lines: np.ndarray | None) -> Tensor:
+        """Tokens [count] int64 of the step that was replayed last, good until the next replay. No row of it may ask for
+        more than a temperature; with `lines` [count] of the table of masks, they are drawn under these."""
+        assert self._last is not None
+        drawing = self._last.drawings[lines is not None]
+        if lines is not None:
+            assert drawing.lines is not None
+            host = drawing.lines.host()
+            host[:count], host[count:] = lines, 0
+            drawing.lines.send()
+        drawing.graph.replay()
+        return drawing.tokens[:count]
+
+
+class PromptGraphs(StepGraphs):
+    """Steps with prompts of fewer rows than `rows`, which may also be of one token, for the sizes `tokens`."""
+
+    def __init__(self, tables: Tables, rows: int, tokens: Sequence[int]) -> None:
+        super().__init__(tables)
+        self._rows = rows
+        self._tokens = tokens
+
+    def capture(self, most: int, pool: Any) -> bool:
+        """Captures steps of up to `most` tokens. False where none was."""
+        most = min(most, self._tokens[-1])
+        sizes = [size for size in self._tokens if size < most]
+        return self._capture([*sizes, most] if most >= self._tokens[0] else [], pool)
+
+    def _captured(self, size: int, pool: Any) -> Captured | None:
+        backends = self._tables.model.backends
+        numbers = Mirror(2 * size + 3 * self._rows + 1, self._tables.tokens.device)
+        self._fill(numbers.host(), size, np.zeros((0, 4), np.int64))
+        numbers.send()
+        plans = tuple(backend.capture_prompts(self._batch(numbers.device, ())) for backend in backends)
+        if not plans or any(plan is None for plan in plans):
+            return None
+        for backend, plan in zip(backends, plans, strict=True):
+            backend.refill_prompts(plan, NOTHING, NOTHING, np.zeros(1, np.int64))
+        graph, hidden = captured(lambda: self._tables.model(self._batch(numbers.device, plans)), pool)
+        return Captured(graph, numbers, plans, hidden)
+
+    def _batch(self, numbers: Tensor, plans: tuple[Any, ...]) -> Batch:
+        rows = self._rows
+        size = (len(numbers) - 3 * rows - 1) // 2
+        token_slots, positions, slots, starts, offsets = numbers.split([size, size, rows, rows, rows + 1])
+        return self._tables.batch(token_slots, positions, slots, starts, offsets, plans)
+
+    def _fill(self, numbers: np.ndarray, size: int, rows: np.ndarray) -> np.ndarray:
+        """Writes a step; returns its offsets [R + 1]."""
+        ends = np.cumsum([size, size, self._rows, self._rows])
+        token_slots, positions, slots, starts, offsets = np.split(numbers, ends)
+        row_slots, row_starts, lengths = rows[:, :3].T
+        count, total = len(rows), int(lengths.sum())
+        token_slots[total:], positions[total:] = self._tables.scratch, 0
+        slots[count:], starts[count:], offsets[0], offsets[count:] = self._tables.scratch, 0, 0, total
+        slots[:count], starts[:count], offsets[1 : count + 1] = row_slots, row_starts, np.cumsum(lengths)
+        row = np.repeat(np.arange(count), lengths)
+        token_slots[:total] = row_slots[row]
+        positions[:total] = row_starts[row] + np.arange(total) - offsets[row]
+        filled: np.ndarray = offsets[: count + 1].copy()
+        return filled
+
+    def fits(self, rows: np.ndarray) -> bool:
+        """Whether the step of `rows`, int64 [R, 4] as in a StepPlan, is one of these."""
+        return len(rows) < self._rows and int(rows[:, 2].sum()) <= self.most
+
+    def replay(self, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """Runs the step: hidden states [T, H] of the rows' tokens, good until the next replay, and offsets [R + 1]."""
+        total = int(rows[:, 2].sum())
+        size = self._sizes[bisect.bisect_left(self._sizes, total)]
+        chosen = self._graphs[size]
+        offsets = self._fill(chosen.numbers.host(), size, rows)
+        chosen.numbers.send()
+        for backend, plan in zip(self._tables.model.backends, chosen.plans, strict=True):
+            backend.refill_prompts(plan, rows[:, 1], rows[:, 2], offsets)
+        chosen.graph.replay()
+        return chosen.hidden[:total], offsets
+
+
+def prompt_graphs(tables: Tables) -> tuple[PromptGraphs, PromptGraphs]:
+    """The graphs of steps with prompts, none of them captured: the first that fits is the one to take."""
+    slots = tables.scratch
+    others = [size for size in ALL_ROWS_TOKENS if slots >= FEW_ROWS or size > FEW_ROWS_TOKENS[-1]]
+    return PromptGraphs(tables, FEW_ROWS, FEW_ROWS_TOKENS), PromptGraphs(tables, slots + 1, others)
+
+
+def most_prompt_tokens(model: Model) -> int:
+    """Tokens of the largest step with prompts for which a graph pays: whose launches take longer than its kernels, and
+    whose attention has no faster way without."""
+    layers = sum(group.layers for group in model.kv_spec().groups)
+    most = max(SMALL_PROMPTS, WORK_TO_LAUNCH * layers / max(weight_bytes(model), 1))
+    return int(min([most, *(backend.most_graph_tokens for backend in model.backends)]))
+
+
+def captured(run: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """The graph of `run`, and what it leaves."""
+    run()  # compiles and loads what a capture cannot
+    graph, collecting = torch.cuda.CUDAGraph(), gc.isenabled()
+    gc.disable()  # a graph of a runner that is no more, freed meanwhile, would end the capture
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            out = run()
+    finally:
+        if collecting:
+            gc.enable()
+    return graph, out

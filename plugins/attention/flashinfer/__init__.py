@@ -1,0 +1,1 @@
+"""Attention by FlashInfer: heads (mha.py) and latents (mla.py)."""

@@ -1,0 +1,1 @@
+"""Attention in plain PyTorch: heads (mha.py) and latents (mla.py)."""

@@ -1,0 +1,1 @@
+"""Attention in Triton: heads (mha.py) and latents (mla.py)."""

@@ -1,0 +1,141 @@
+"""Paged attention in Triton, for GPUs: keys and values are read where they lie, for any page size and head size.
+
+Rows of one token go to a kernel that cuts long contexts among programs, others to one that cuts prompts into blocks
+(engine/kernels/attention/decode.py, triton_attention.py). Decode steps can be captured: of their plan nothing comes
+from the host but which rows share a prefix.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.plugin import ConfigError
+from engine.plugin.kernels import triton_attention, triton_decode
+from engine.plugin.layers import AttentionShape, Batch, Mirror, PagedAttention, Prefix
+
+if TYPE_CHECKING:
+    from engine.plugin.kernels import DecodeRows, ExtendRows, Scratch, SharedRows
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step: the rows of one token, and the others; None where there are none."""
+
+    page_table: Tensor
+    decode: "DecodeRows | None"
+    extend: "ExtendRows | None"
+    numbers: Mirror | None = None  # of a captured step: what differs from replay to replay
+
+
+class TritonAttention(PagedAttention):
+    """Serves bfloat16, float16 and float32, each with a cache of its own type or float8_e4m3fn."""
+
+    def __init__(self, shape: AttentionShape, page_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(shape, page_size, device, dtype)
+        self._kernels = kernels = triton_attention()
+        self._decoding = triton_decode()
+        if device.type != "cuda" and not kernels.interpreted():
+            raise ConfigError(f"attention triton runs on GPUs, not on {device}; say --plugins torch")
+        if dtype not in DTYPES or self.kv_dtype not in (dtype, torch.float8_e4m3fn):
+            raise ConfigError(
+                f"attention triton computes in bfloat16, float16 or float32 and caches that or float8_e4m3fn, "
+                f"not {self.kv_dtype} for {dtype}"
+            )
+        if shape.head_dim > 256 or shape.head_dim % 16:
+            raise ConfigError(f"attention triton takes head sizes of 16, 32, … 256, not {shape.head_dim}")
+        self._shape = kernels.PagedShape(
+            query_heads=shape.query_heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            page_size=page_size,
+            scale=shape.scale,
+            window=shape.window,
+        )
+        self._scratch: Scratch | None = None
+        self._shared: SharedRows | None = None
+        self._block_tokens = kernels.extend_blocks(self._shape, dtype).queries // self._shape.group
+
+    def prepare(self, batch: Batch) -> Plan:
+        decode, extend = self.decode_rows(batch, np.flatnonzero(batch.lengths == 1)), None
+        if not (batch.lengths == 1).all():
+            blocks = self._kernels.list_extend_blocks(batch.starts, batch.lengths, self._block_tokens)
+            extend = self._kernels.ExtendRows(
+                blocks=self.upload(blocks), slots=batch.slots, starts=batch.row_starts, offsets=batch.row_offsets
+            )
+        return Plan(batch.page_table, decode, extend)
+
+    def decode_rows(self, batch: Batch, rows: np.ndarray) -> "DecodeRows | None":
+        """Those `rows` of `batch`, of one token each."""
+        if not len(rows):
+            return None
+        index = self.upload(rows)
+        return self._decode(*(part[index] for part in (batch.slots, batch.row_starts, batch.row_offsets)))
+
+    def capture(self, batch: Batch) -> Plan:
+        return Plan(batch.page_table, self._decode(batch.slots, batch.row_starts, batch.row_offsets[:-1]), None)
+
+    def capture_shared(self, batch: Batch) -> Plan | None:
+        if self.shape.window is not None:
+            return None
+        rows = len(batch.slots)
+        numbers = Mirror(self._decoding.SharedRows.size(rows), self.device)
+        shared = self._decoding.SharedRows.of(numbers.device, rows, self._shape, self._shared)
+        self._shared = self._shared or shared  # graphs run one at a time, and the largest is captured first
+        decode = self._decode(batch.slots, batch.row_starts, batch.row_offsets[:-1])
+        return Plan(batch.page_table, dataclasses.replace(decode, shared=shared), None, numbers)
+
+    def refill_shared(self, plan: Plan, slots: np.ndarray, starts: np.ndarray, prefixes: Sequence[Prefix]) -> None:
+        assert plan.numbers is not None
+        host = plan.numbers.host()
+        host[:] = 0
+        teams = self._decoding.decode_teams(self._shape, self.device, len(slots))
+        filled = self._decoding.list_shared(prefixes, len(slots), self._shape, teams)
+        for part, values in zip(np.split(host, np.cumsum([2, 3 * len(slots), len(slots)])), filled, strict=True):
+            part[: len(values)] = values
+        plan.numbers.send()
+
+    def capture_prompts(self, batch: Batch) -> Plan:
+        rows = len(batch.slots) - 1  # the last one is always empty
+        blocks = -(-len(batch.ids) // self._block_tokens) + rows + 1
+        numbers = Mirror(2 * (rows + blocks), self.device)
+        positions, tokens, listed = numbers.device.split([rows, rows, 2 * blocks])
+        extend = self._kernels.ExtendRows(
+            blocks=listed.view(2, blocks), slots=batch.slots, starts=batch.row_starts, offsets=batch.row_offsets
+        )
+        return Plan(batch.page_table, self._decode(batch.slots[:-1], positions, tokens), extend, numbers)
+
+    def refill_prompts(self, plan: Plan, starts: np.ndarray, lengths: np.ndarray, offsets: np.ndarray) -> None:
+        assert plan.numbers is not None and plan.decode is not None
+        host, rows, count = plan.numbers.host(), len(plan.decode.slots), len(starts)
+        positions, tokens, listed = host[:rows], host[rows : 2 * rows], host[2 * rows :].reshape(2, -1)
+        positions[:], tokens[:count] = -1, offsets[:-1]
+        positions[:count][lengths == 1] = starts[lengths == 1]
+        blocks = self._kernels.list_extend_blocks(starts, lengths, self._block_tokens)
+        listed[0], listed[1] = count, 0  # an empty row
+        listed[:, : blocks.shape[1]] = blocks
+        plan.numbers.send()
+
+    def _decode(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> "DecodeRows":
+        teams = self._decoding.decode_teams(self._shape, self.device, len(slots))
+        rows = self._decoding.plan_decode(slots, positions, tokens, self._shape, teams, self._scratch)
+        self._scratch = rows.scratch
+        return rows
+
+    def attend(self, query: Tensor, cache: Tensor, plan: Plan) -> Tensor:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        self.attend_into(out, query, cache, plan)
+        return out.view(len(out), -1)
+
+    def attend_into(self, out: Tensor, query: Tensor, cache: Tensor, plan: Plan) -> None:
+        """As `attend`, for the tokens of `plan`."""
+        if plan.decode is not None:
+            self._decoding.attend_decode(query, cache, plan.page_table, out, plan.decode, self._shape)
+        if plan.extend is not None:
+            self._kernels.attend_extend(query, cache, plan.page_table, out, plan.extend, self._shape)

@@ -1,0 +1,1 @@
+"""Grammars by llguidance, and JSON Schema in the words that it takes."""
