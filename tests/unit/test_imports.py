@@ -16,7 +16,8 @@ FILES = sorted(
 PLUGIN_FACE = {"engine.plugin", *(f"engine.plugin.{name}" for name in ("layers", "kernels", "collectives", "testing"))}
 PLUGIN_FACE |= {"engine.plugin.hookspecs", "engine.plugin.specs", "engine.plugin.parsing"}
 TORCH_FOLDERS = ("engine/worker/", "engine/layers/", "engine/kernels/", "engine/distributed/", "plugins/")
-TORCH_FILES = tuple(f"engine/plugin/{name}.py" for name in ("layers", "kernels", "collectives", "testing"))
+TORCH_FILES = tuple(f"engine/{name}.py" for name in ("plugin/layers", "plugin/kernels", "plugin/testing"))
+TORCH_FILES += tuple(f"engine/testing/{name}.py" for name in ("attention", "models", "tensors"))
 PURE_FOLDERS = ("engine/sched/", "engine/cache/")
 IMPURE = {"torch", "anyio", "asyncio", "socket", "threading", "time"}
 

@@ -35,8 +35,8 @@ def test_a_recording_does_not_import_torchs_compiler() -> None:
     """A worker would wait a second for it, in its first step."""
     script = """
 import sys, torch
-from engine.kernels import cpu
-from engine.kernels.recording import Recording
+from engine.kernels.cpu import calls as cpu
+from engine.kernels.cpu.recording import Recording
 with Recording(cpu.kernels()):
     torch.empty(3)
 assert "torch._dynamo" not in sys.modules

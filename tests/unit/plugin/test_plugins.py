@@ -319,12 +319,12 @@ def test_a_quantization_is_the_checkpoints_or_the_named_one(distribute: Distribu
 def test_latent_attention_has_backends_of_its_own_under_the_same_names(distribute: Distribute) -> None:
     plugins = Plugins.load()
     entry, reason = plugins.attention_for("cuda", latent=True)
-    assert entry.name == "flashinfer" and "latent" in entry.target and "before torch (0), triton (20)" in reason
+    assert entry.name == "flashinfer" and "Latent" in entry.target and "before torch (0), triton (20)" in reason
     assert [other.name for other in plugins.attention_after(entry, "cuda", latent=True)] == ["triton", "torch"]
     assert plugins.attention_for("cpu", latent=True)[0].name == "torch"
     for latent in (False, True):
         entry, reason = Plugins.load(["triton"]).attention_for("cuda", latent)
-        assert (entry.name, reason) == ("triton", "named in --plugins") and ("latent" in entry.target) is latent
+        assert (entry.name, reason) == ("triton", "named in --plugins") and ("Latent" in entry.target) is latent
         with pytest.raises(PluginError, match="backend 'triton', which runs on cuda, not on cpu"):
             Plugins.load(["triton"]).attention_for("cpu", latent)
     with pytest.raises(PluginError, match="names cpu, which is no latent attention backend; there is torch, triton"):
@@ -457,7 +457,7 @@ def test_what_the_user_names_is_confirmed(
 def test_loading_leaves_torch_alone() -> None:
     program = """
 import sys
-from engine.plugin.manager import Plugins
+from engine.plugin.registry import Plugins
 plugins = Plugins.load()
 plugins.model_for(["LlamaForCausalLM"]), plugins.attention_for("cpu"), plugins.policy()
 sys.exit("torch" in sys.modules)

@@ -278,8 +278,8 @@ def test_a_spare_ends_with_its_parent() -> None:
 import sys, time
 from engine.config import resolve
 from engine.messages import FromWorker, Preload
-from engine.channel import BlockingFrames
-from engine.process import spawn
+from engine.runtime.channel import BlockingFrames
+from engine.runtime.process import spawn
 sock, process = spawn("engine.worker")
 frames = BlockingFrames(sock, receives=FromWorker)
 frames.send(Preload(resolve({"model": "echo"})))
