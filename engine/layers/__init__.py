@@ -1,7 +1,7 @@
 """What models are built from. A model states its sharding through these layers and holds no rank arithmetic."""
 
 from engine.kernels.experts.reference import ExpertWeights, Routed, Routing
-from engine.layers.activation import gated_activation, gelu_and_mul, silu_and_mul
+from engine.layers.activation import gated_activation
 from engine.layers.attention import Attention, AttentionBackend, AttentionShape, Backend, PagedAttention, Prefix
 from engine.layers.batch import Batch, Mirror
 from engine.layers.build import Build
@@ -71,10 +71,8 @@ __all__ = [
     "check_shape",
     "empty_weight",
     "gated_activation",
-    "gelu_and_mul",
     "put",
     "rope_terms",
     "rope_type",
-    "silu_and_mul",
     "yarn_scale",
 ]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.kernels import KernelSet, choose
 from engine.layers.attention import AttentionBackend, AttentionShape, Backend
 from engine.layers.latent import LatentBackend, LatentShape
 from engine.layers.quantization import Scheme
@@ -32,6 +33,11 @@ class Build:
     kv_dtype: torch.dtype | None = None  # of the KV cache; by default `dtype`
     quantization: Scheme | None = None  # how matrices are stored; by default in `dtype`
     deferred: bool = False  # weights take no memory, on the device `meta`, until `Model.load` or `Model.allocate`
+    kernels: KernelSet = None  # type: ignore[assignment]  # by default the fastest for `dtype` on `device`
+
+    def __post_init__(self) -> None:
+        if self.kernels is None:
+            object.__setattr__(self, "kernels", choose(self.device, self.dtype))
 
     def share(self, size: int) -> slice:
         """This rank's part of a dimension that is divided evenly over the ranks."""
@@ -68,6 +74,7 @@ class Build:
         )
         backend = self.attention_backend(shape, self.page_size, self.device, self.dtype)
         assert isinstance(backend, AttentionBackend), f"{backend} is not for attention of heads"
+        backend.kernels = self.kernels
         return backend
 
     def latent_attention(self, shape: LatentShape) -> LatentBackend:
@@ -75,4 +82,5 @@ class Build:
         shape = dataclasses.replace(shape, query_heads=self.local(shape.query_heads), kv_dtype=self.kv_dtype)
         backend = self.attention_backend(shape, self.page_size, self.device, self.dtype)
         assert isinstance(backend, LatentBackend), f"{backend} is not for latent attention"
+        backend.kernels = self.kernels
         return backend

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from engine.errors import ConfigError
 from engine.kernels.dense.reference import HeadNorms
-from engine.layers.activation import gated_activation, silu_and_mul
+from engine.layers.activation import gated_activation
 from engine.layers.attention import Attention
 from engine.layers.batch import Batch
 from engine.layers.build import Build
@@ -31,6 +31,7 @@ from engine.layers.rotary import Rotary
 from engine.plugin.specs import LazyTensor
 from engine.plugin.terms import MANY, Terms
 
+SILU = ("silu", "swish")  # two names of one activation
 Rotations = Sequence[tuple[Tensor, Tensor]]  # per KV group: the cosines and sines of the step's positions
 
 
@@ -109,7 +110,7 @@ class DecoderShape:
         mixture = self.mixture
         if mixture is None or layer not in mixture.layers:
             return GatedMLP(self, build)
-        if self.activation not in ("silu", "swish"):
+        if self.activation not in SILU:
             raise ConfigError(f"experts with the activation {self.activation!r} are not supported; known is silu")
         router = Router(build, mixture.routing, self.hidden_size)
         return SparseMLP(
@@ -198,8 +199,8 @@ class GatedMLP(nn.Module):
         super().__init__()
         size, inner = shape.hidden_size, shape.intermediate_size
         self.gate_up_proj = ColumnLinear(build, size, {"gate_proj": inner, "up_proj": inner}, shape.mlp_bias)
-        self.activation = gated_activation(shape.activation)
-        self.silu = self.activation is silu_and_mul
+        self.activation = gated_activation(build, shape.activation)
+        self.silu = shape.activation in SILU
         self.down_proj = RowLinear(build, inner, size, shape.mlp_bias)
 
     def forward(self, hidden: Tensor) -> Tensor:

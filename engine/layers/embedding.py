@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from engine.kernels.cpu.calls import PackedMatrix
+from engine.kernels.types import PackedMatrix
 from engine.layers.build import Build
 from engine.layers.linear import ColumnLinear, packed_matrix
 from engine.layers.model import Layer, check_shape, empty_weight
@@ -14,6 +14,7 @@ class Embedding(Layer):
 
     def __init__(self, build: Build, vocab_size: int, size: int) -> None:
         super().__init__()
+        self.kernels = build.kernels
         self.weight = empty_weight(build, vocab_size, size)
         self.matrix: PackedMatrix | None = None
 
@@ -24,7 +25,7 @@ class Embedding(Layer):
         return nn.functional.embedding(ids, self.weight)
 
     def load(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> None:
-        self.matrix = packed_matrix(self.weight, tensor, 1)
+        self.matrix = packed_matrix(self.kernels.dense, tensor, 1)
         if self.matrix is None:
             return super().load(name, parameter, part, tensor)
         check_shape(name, tensor, tuple(self.weight.shape))

@@ -13,24 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
-from engine.kernels import ops_for
-from engine.kernels.cpu.calls import KINDS, PackedMatrix, kernels_for
-from engine.kernels.dense.reference import Heads
-from engine.layers.activation import silu_and_mul
+from engine.kernels.dense.reference import Heads, Ops
+from engine.kernels.types import PackedMatrix
 from engine.layers.build import Build
 from engine.layers.model import Layer, check_shape, checkpoint_path, copy_weight, empty_weight
 from engine.layers.quantization import QuantizedLinear
 from engine.plugin.specs import LazyTensor
 
 
-def packed_matrix(weight: Tensor, tensor: LazyTensor, world: int) -> PackedMatrix | None:
-    """`tensor` as it is packed in the checkpoint, where it can stay so in place of `weight`; else None."""
-    kernels = kernels_for(weight)
+def packed_matrix(dense: Ops, tensor: LazyTensor, world: int) -> PackedMatrix | None:
+    """`tensor` as it is packed in the checkpoint, where `dense` multiplies by such; else None."""
     packed = getattr(tensor, "packed", None)
-    if kernels is None or packed is None or world != 1 or (found := packed()) is None:
+    if not dense.packed_kinds or packed is None or world != 1 or (found := packed()) is None:
         return None
     kind, rows = found
-    return kernels.matrix(kind, torch.from_numpy(rows).contiguous()) if kind in KINDS else None
+    return dense.matrix(kind, torch.from_numpy(rows).contiguous()) if kind in dense.packed_kinds else None
 
 
 class Linear(Layer):
@@ -59,7 +56,7 @@ class Linear(Layer):
         if self.quantized is not None:
             return self.quantized.linear(inputs, self.bias)
         if not self.matrices:
-            return ops_for(inputs).linear(inputs, self.weight, self.bias)
+            return self.build.kernels.dense.linear(inputs, self.weight, self.bias)
         inputs = inputs.contiguous()
         if len(self.matrices) == 1:
             out = torch.empty(inputs.shape[0], self.matrices[0].rows)
@@ -78,13 +75,13 @@ class Linear(Layer):
 
     def silu(self, inputs: Tensor) -> Tensor:
         """silu(gate) * up of a dense layer whose parts are these: [T, inputs] to [T, rows / 2]."""
-        return ops_for(inputs).linear_silu(inputs, self.weight, self.bias)
+        return self.build.kernels.dense.linear_silu(inputs, self.weight, self.bias)
 
     def gated(self, gate_up: Tensor) -> Tensor:
         """`forward` of silu(gate) * up, which `gate_up` [T, 2 * inputs] holds: [T, rows]."""
         if self.quantized is not None:
             return self.quantized.linear(gate_up, self.bias, gated=True)
-        return self(silu_and_mul(gate_up))
+        return self(self.build.kernels.dense.silu_and_mul(gate_up))
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [rows, inputs], or what it stands for, in `dtype`, by default that of activations."""
@@ -161,7 +158,7 @@ class Linear(Layer):
 
     def keep_packed(self, name: str, part: str, tensor: LazyTensor) -> bool:
         """Takes `tensor` as it is packed in the checkpoint; False when it cannot stay so."""
-        matrix = packed_matrix(self.weight, tensor, self.build.world)
+        matrix = packed_matrix(self.build.kernels.dense, tensor, self.build.world)
         if matrix is None:
             return False
         check_shape(name, tensor, (self.sizes[part], self.weight.shape[1]))

@@ -9,7 +9,6 @@ the latent projection among ranks, biases.
 
 from torch import Tensor, nn
 
-from engine.kernels import ops_for
 from engine.kernels.dense.reference import LatentNorm, Rotation
 from engine.layers.batch import Batch
 from engine.layers.build import Build
@@ -74,7 +73,8 @@ class LatentAttention(nn.Module):
         query = query.unflatten(1, (shape.query_heads, -1))
         cache = batch.caches[self.group][self.layer]
         norm = LatentNorm(self.kv_a_layernorm.weight, self.kv_a_layernorm.epsilon)
-        ops_for(hidden).latent_into_pages(query, latents, norm, rotation, self.interleaved, cache, batch.places)
+        dense = self.backend.kernels.dense
+        dense.latent_into_pages(query, latents, norm, rotation, self.interleaved, cache, batch.places)
         up = self.kv_b_proj.matrices_of_heads()
         out = self.backend.forward(query, latents, up, cache, batch.plans[self.group])
         return self.o_proj(out.flatten(1))

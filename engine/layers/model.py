@@ -148,6 +148,7 @@ class Model(nn.Module, ABC):
         """Allocates the weights, unset. Raises ConfigError for a configuration that it cannot run."""
         super().__init__()
         self.device = build.device
+        self.kernels = build.kernels
 
     @abstractmethod
     def forward(self, batch: Batch) -> Tensor:

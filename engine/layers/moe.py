@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
-from engine.kernels.experts.reference import ExpertWeights, Recorder, Routed, Routing, moe_ops_for
+from engine.kernels.experts.reference import ExpertWeights, Recorder, Routed, Routing
 from engine.layers.build import Build
 from engine.layers.model import Layer, copy_weight, empty_weight
 from engine.layers.quantization import QuantizedExperts
@@ -41,6 +41,7 @@ class Router(Layer):
 
     def __init__(self, build: Build, routing: Routing, size: int, corrected: bool = False) -> None:
         super().__init__()
+        self.kernels = build.kernels
         self.routing = routing
         self.real: Tensor | None = None  # how many tokens of a captured step are no padding, [1] int64
         counts = torch.zeros(routing.experts, dtype=torch.int64, device=build.device)
@@ -51,7 +52,7 @@ class Router(Layer):
 
     def forward(self, hidden: Tensor) -> Routed:
         """`hidden` [T, size] to (weights [T, k] float32, experts [T, k] int64, and what the kernels know of them)."""
-        ops = moe_ops_for(hidden)
+        ops = self.kernels.experts
         logits = ops.gate(hidden, self.weight)
         return ops.route(logits, self.e_score_correction_bias, self.routing, self.recorder, self.real)
 
@@ -86,7 +87,7 @@ class Experts(Layer):
         `weights` [T, k] float32, `experts` [T, k] int64 and `order` are what a Router returned.
         """
         stored = ExpertWeights(self.gate_up, self.down) if self.quantized is None else self.quantized.weights()
-        return moe_ops_for(hidden).experts(hidden, Routed(weights, experts, order), stored, base)
+        return self.build.kernels.experts.experts(hidden, Routed(weights, experts, order), stored, base)
 
     # ── loading ──────────────────────────────────────────────────────────────────────────────
 

@@ -5,16 +5,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from engine.errors import ConfigError
-from engine.kernels import ops_for
-from engine.kernels.cpu.calls import MOST_QUERIES, Kernels, attention_tasks, kernels
+from engine.kernels import KernelSet
+from engine.kernels.cpu.calls import MOST_QUERIES, Kernels, attention_tasks
 from engine.kernels.dense.reference import HeadNorms, Heads, Ops, Rotation
 from engine.kernels.fp8.reference import (
     BLOCK,
     E4M3,
     Fp8Weight,
     dequantize,
-    fp8_ops_for,
-    multiplies_fp8,
     quantize_blocks,
     quantize_rows,
 )
@@ -35,6 +33,7 @@ __all__ = [
     "Fp8Weight",
     "HeadNorms",
     "Heads",
+    "KernelSet",
     "Kernels",
     "MlaDecodeRows",
     "MlaExtendRows",
@@ -45,10 +44,6 @@ __all__ = [
     "SharedRows",
     "attention_tasks",
     "dequantize",
-    "fp8_ops_for",
-    "kernels",
-    "multiplies_fp8",
-    "ops_for",
     "page_lists",
     "quantize_blocks",
     "quantize_rows",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.plugin import ConfigError
-from engine.plugin.kernels import MOST_QUERIES, attention_tasks, kernels
+from engine.plugin.kernels import MOST_QUERIES, Kernels, attention_tasks
 from engine.plugin.layers import AttentionShape, Batch, PagedAttention
 
 DIMENSIONS = range(16, 257, 16)
@@ -31,8 +31,8 @@ class CpuAttention(PagedAttention):
 
     def __init__(self, shape: AttentionShape, page_size: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(shape, page_size, device, dtype)
-        found = kernels() if device.type == "cpu" and dtype == torch.float32 else None
-        if found is None or self.kv_dtype != torch.float32:
+        found = self.kernels.dense
+        if not isinstance(found, Kernels) or self.kv_dtype != torch.float32:
             raise ConfigError(
                 f"attention cpu needs a C compiler and float32 on a CPU, and has {dtype}, cached as {self.kv_dtype}, "
                 f"on {device}"

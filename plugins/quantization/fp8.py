@@ -24,8 +24,6 @@ from engine.plugin.kernels import (
     E4M3,
     Fp8Weight,
     dequantize,
-    fp8_ops_for,
-    multiplies_fp8,
     quantize_blocks,
     quantize_rows,
 )
@@ -204,11 +202,11 @@ class Loaded:
                 raise ConfigError(f"weight {name} is FP8, but the checkpoint has no {ends} beside it")
 
 
-def dense_instead(device: torch.device) -> bool:
-    """Whether this device cannot multiply FP8."""
-    if multiplies_fp8(device):
+def dense_instead(build: Build) -> bool:
+    """Whether the build's kernels are no faster by FP8 weights."""
+    if build.kernels.fp8.pays:
         return False
-    log.debug("no FP8 products on %s: the weights are kept as what they stand for", device)
+    log.debug("no FP8 products on %s: the weights are kept as what they stand for", build.device)
     return True
 
 
@@ -234,6 +232,7 @@ class Fp8Linear(QuantizedLinear):
 
     def __init__(self, build: Build, parts: Mapping[str, int], inputs: int, granularity: Granularity) -> None:
         rows = sum(parts.values())
+        self._build = build
         self.parts = parts
         self.weight = empty_weight(build, rows, inputs, dtype=E4M3)
         shape = (sum(map(blocks, parts.values())), blocks(inputs)) if granularity == "blocks" else (rows,)
@@ -263,10 +262,10 @@ class Fp8Linear(QuantizedLinear):
     def loaded(self, path: str) -> bool:
         self._loaded.check()
         self._divide()
-        return dense_instead(self.weight.device)
+        return dense_instead(self._build)
 
     def _divide(self) -> None:
-        ops = fp8_ops_for(self.weight)
+        ops = self._build.kernels.fp8
         if self.scale.dim() == 1:
             self._spans = [ops.weight(self.weight, self.scale)]
             return
@@ -280,7 +279,7 @@ class Fp8Linear(QuantizedLinear):
                 first_row, first_block = row, block
 
     def linear(self, inputs: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor:
-        ops = fp8_ops_for(inputs)
+        ops = self._build.kernels.fp8
         if len(self._spans) == 1:
             return ops.linear(inputs, self._spans[0], bias, gated)
         sizes = [len(span.numbers) for span in self._spans]
@@ -301,6 +300,7 @@ class Fp8Experts(QuantizedExperts):
     ignored = ACTIVATION_SCALES
 
     def __init__(self, build: Build, count: int, size: int, inner: int, granularity: Granularity) -> None:
+        self._build = build
         up = (2, blocks(inner), blocks(size)) if granularity == "blocks" else (2 * inner,)
         down = (blocks(size), blocks(inner)) if granularity == "blocks" else (size,)
         self.tensors = {
@@ -325,7 +325,7 @@ class Fp8Experts(QuantizedExperts):
 
     def loaded(self, path: str) -> bool:
         self._loaded.check()
-        return dense_instead(self.stored.down.device)
+        return dense_instead(self._build)
 
     def weights(self, dtype: torch.dtype | None = None) -> ExpertWeights:
         if dtype is None:

@@ -24,7 +24,6 @@ Left out: soft caps, sinks, prefixes within prefixes, windows over shared prefix
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -42,9 +41,7 @@ from engine.kernels.attention.extend import (
     score_block,
 )
 from engine.kernels.launch import launch_dependents, wait_for_previous
-
-if TYPE_CHECKING:
-    from engine.layers.attention import Prefix
+from engine.kernels.types import Prefix
 
 PREFIX_PIECES = 4  # at most, of a shared prefix
 PREFIX_ROUND = 128  # positions; what is shared is a multiple of it, hence of any cut's block
@@ -152,7 +149,7 @@ def plan_decode(
 
 
 def list_shared(
-    prefixes: "Sequence[Prefix]", rows: int, shape: PagedShape, teams: int
+    prefixes: Sequence[Prefix], rows: int, shape: PagedShape, teams: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The numbers of SharedRows, each as long as there are tiles or members, `tiles` and `firsts` whole.
 

@@ -171,14 +171,15 @@ def _processor() -> str:
 class Kernels(Ops):
     """What *.c export, on float32 tensors. Use the one that `kernels()` returns."""
 
+    packed_kinds = frozenset(KINDS)
+
     def __init__(self, library: Any) -> None:
         self.library = library  # a ctypes.CDLL, or what records its calls
         self._scratch = torch.empty(0)
         self._scratch_size = library.gemm_scratch()  # floats a thread
 
-    def matrix(self, kind: str, data: Tensor) -> "PackedMatrix":
-        """A weight matrix in blocks of `kind`: `data` uint8 [rows, bytes of a row]."""
-        return PackedMatrix(self, kind, data)
+    def matrix(self, kind: str, data: Tensor) -> "CpuMatrix":
+        return CpuMatrix(self, kind, data)
 
     def scratch(self, threads: int) -> int:
         """The address of what `gemm` works in: fresh memory at each call would cost more than the call."""
@@ -277,16 +278,8 @@ class Kernels(Ops):
         )
 
 
-def kernels_for(tensor: Tensor) -> Kernels | None:
-    """The kernels, where they can work on `tensor`: float32 on a CPU."""
-    return kernels() if tensor.is_cpu and tensor.dtype is torch.float32 else None
-
-
-class PackedMatrix:
-    """A weight matrix [rows, inputs] in the blocks of its file.
-
-    What is computed with it is what would be computed with the float32 matrix that it unpacks to, exactly.
-    """
+class CpuMatrix:
+    """As `PackedMatrix`, on a CPU."""
 
     def __init__(self, kernels: Kernels, kind: str, data: Tensor) -> None:
         self._number, weights, size = KINDS[kind]
@@ -297,12 +290,10 @@ class PackedMatrix:
         self.inputs = data.shape[1] // size * weights
         self._kernels = kernels
 
-    def below(self, upper: "PackedMatrix") -> "PackedMatrix":
-        """The rows of `upper` and then these, as one matrix."""
-        return PackedMatrix(self._kernels, self.kind, torch.cat((upper.data, self.data)))
+    def below(self, upper: "CpuMatrix") -> "CpuMatrix":
+        return CpuMatrix(self._kernels, self.kind, torch.cat((upper.data, self.data)))
 
     def linear(self, inputs: Tensor, out: Tensor) -> None:
-        """`inputs` [T, inputs], dense, times the transposed matrix into `out` [T, rows], whose rows may be strided."""
         tokens = inputs.shape[0]
         called_with = (
             *(self._number, self.data.data_ptr(), self.rows, self.inputs),
@@ -315,13 +306,11 @@ class PackedMatrix:
             self._kernels.library.gemm(*called_with, self._kernels.scratch(threads), threads)
 
     def select(self, ids: Tensor) -> Tensor:
-        """The rows `ids` [T] int64, as [T, inputs]."""
         out = torch.empty(ids.shape[0], self.inputs)
         self._unpack(ids.contiguous().data_ptr(), ids.shape[0], out)
         return out
 
     def unpacked(self) -> Tensor:
-        """The whole matrix, [rows, inputs]."""
         out = torch.empty(self.rows, self.inputs)
         self._unpack(None, self.rows, out)
         return out

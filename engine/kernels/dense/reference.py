@@ -1,7 +1,7 @@
 """What stands between a model's matrices and its attention, in plain torch: the definition of every such operation.
 
-`ops_for` gives the fastest implementation for a tensor: C on a CPU (cpu.py), Triton on a GPU (triton.py). Each of them
-overrides what it does better, and is tested against this one.
+The implementations are C on a CPU (engine/kernels/cpu/calls.py) and Triton on a GPU (triton.py). Each of them overrides
+what it does better, and is tested against this one.
 """
 
 from typing import NamedTuple
@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from engine.kernels.types import PackedMatrix
 
 
 class Heads(NamedTuple):
@@ -38,7 +40,16 @@ Rotation = tuple[Tensor, Tensor]  # cosines and sines [T, 1, pairs]: dimension i
 
 
 class Ops:
-    """The operations in torch. All take and return tensors of one device; sums are taken in float32."""
+    """The operations in torch. All take and return tensors of one device; sums are taken in float32.
+
+    `packed_kinds` are GGUF's names of the block types that `matrix` takes: none, in torch."""
+
+    packed_kinds: frozenset[str] = frozenset()
+
+    def matrix(self, kind: str, data: Tensor) -> PackedMatrix:
+        """A weight that is multiplied by as it is packed in its file: `data` uint8 [rows, bytes of a row] in blocks of
+        `kind`, one of `packed_kinds`."""
+        raise NotImplementedError(f"no products with blocks of {kind}")
 
     def linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """y = x Wᵀ + b: `inputs` [T, K], `weight` [N, K], `bias` [N] to [T, N]."""

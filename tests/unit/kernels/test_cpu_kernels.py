@@ -14,7 +14,7 @@ import torch
 
 from engine.kernels.cpu import calls as cpu
 from engine.kernels.dense.reference import HeadNorms, Heads, Ops
-from engine.layers import AttentionShape, Build, ColumnLinear, Embedding, LMHead, RMSNorm, silu_and_mul
+from engine.layers import AttentionShape, Build, ColumnLinear, Embedding, LMHead, RMSNorm
 from engine_plugins.attention.cpu import CpuAttention
 from engine_plugins.attention.torch.mha import TorchAttention
 
@@ -212,7 +212,7 @@ def test_without_kernels_layers_do_the_same_in_torch(monkeypatch: pytest.MonkeyP
         layer, norm = ColumnLinear(build(), 256, 24), RMSNorm(build(), 24, 1e-5)
         layer.load("proj.weight", "weight", "", stored)
         norm.weight.fill_(1.5)
-        return silu_and_mul(norm(layer(x)))
+        return build().kernels.dense.silu_and_mul(norm(layer(x)))
 
     with_kernels = run()
     monkeypatch.setattr(cpu, "kernels", lambda: None)

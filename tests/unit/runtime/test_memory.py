@@ -96,7 +96,7 @@ print(resident() - before)
 WORDS = """
 import random
 from engine.plugin.registry import Plugins
-from engine.text import Text
+from engine.text.tokenizer import Text
 text = Text(Plugins.load().open_checkpoint("echo").text())
 before = resident()
 for _ in range(12_000):
