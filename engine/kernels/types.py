@@ -1,9 +1,12 @@
 """Types that kernels share with layers and with each other, and that belong to no one folder."""
 
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
+
+Packed = tuple[str, NDArray[np.uint8]]  # rows of a matrix: the kind of their blocks, and [rows, bytes of a row]
 
 
 class Prefix(NamedTuple):
@@ -24,9 +27,6 @@ class PackedMatrix(Protocol):
     data: Tensor  # uint8 [rows, bytes of a row]
     rows: int
     inputs: int
-
-    def below(self, upper: Self) -> Self:
-        """The rows of `upper`, of the same kind, and then these, as one matrix."""
 
     def linear(self, inputs: Tensor, out: Tensor) -> None:
         """`inputs` [T, inputs], dense, times the transposed matrix into `out` [T, rows], whose rows may be strided."""

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from engine.kernels.types import PackedMatrix
 from engine.layers.build import Build
-from engine.layers.linear import ColumnLinear, packed_matrix
+from engine.layers.linear import ColumnLinear, packed_rows
 from engine.layers.model import Layer, check_shape, empty_weight
 from engine.plugin.specs import LazyTensor
 
@@ -25,12 +25,13 @@ class Embedding(Layer):
         return nn.functional.embedding(ids, self.weight)
 
     def load(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> None:
-        self.matrix = packed_matrix(self.kernels.dense, tensor, 1)
-        if self.matrix is None:
+        packed = packed_rows(self.kernels.dense, tensor, 1)
+        if packed is None:
             return super().load(name, parameter, part, tensor)
         check_shape(name, tensor, tuple(self.weight.shape))
+        (self.matrix,) = self.kernels.dense.matrices([packed])
         self.register_buffer("packed", self.matrix.data)
-        self.weight = nn.Parameter(self.weight[:0].clone(), requires_grad=False)
+        self.weight = nn.Parameter(self.weight.new_empty(0, self.weight.shape[1]), requires_grad=False)
 
 
 class LMHead(ColumnLinear):

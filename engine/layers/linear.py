@@ -14,20 +14,20 @@ from torch import Tensor, nn
 
 from engine.errors import ConfigError
 from engine.kernels.dense.reference import Heads, Ops
-from engine.kernels.types import PackedMatrix
+from engine.kernels.types import Packed, PackedMatrix
 from engine.layers.build import Build
 from engine.layers.model import Layer, check_shape, checkpoint_path, copy_weight, empty_weight
 from engine.layers.quantization import QuantizedLinear
 from engine.plugin.specs import LazyTensor
 
 
-def packed_matrix(dense: Ops, tensor: LazyTensor, world: int) -> PackedMatrix | None:
+def packed_rows(dense: Ops, tensor: LazyTensor, world: int) -> Packed | None:
     """`tensor` as it is packed in the checkpoint, where `dense` multiplies by such; else None."""
     packed = getattr(tensor, "packed", None)
-    if not dense.packed_kinds or packed is None or world != 1 or (found := packed()) is None:
+    if not dense.packed_kinds or packed is None or world != 1:
         return None
-    kind, rows = found
-    return dense.matrix(kind, torch.from_numpy(rows).contiguous()) if kind in dense.packed_kinds else None
+    found: Packed | None = packed()
+    return found if found is not None and found[0] in dense.packed_kinds else None
 
 
 class Linear(Layer):
@@ -48,7 +48,7 @@ class Linear(Layer):
         self.bias = empty_weight(build, rows) if bias else None
         self.quantized: QuantizedLinear | None = None
         self.path = ""
-        self._packed: dict[str, PackedMatrix] = {}
+        self._packed: dict[str, Packed] = {}  # until all parts have come
         self.matrices: tuple[PackedMatrix, ...] = ()  # all of the weight, once every part has come packed
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -158,35 +158,26 @@ class Linear(Layer):
 
     def keep_packed(self, name: str, part: str, tensor: LazyTensor) -> bool:
         """Takes `tensor` as it is packed in the checkpoint; False when it cannot stay so."""
-        matrix = packed_matrix(self.build.kernels.dense, tensor, self.build.world)
-        if matrix is None:
+        packed = packed_rows(self.build.kernels.dense, tensor, self.build.world)
+        if packed is None:
             return False
         check_shape(name, tensor, (self.sizes[part], self.weight.shape[1]))
-        self._packed[part] = matrix
+        self._packed[part] = packed
         if len(self._packed) == len(self.parts):
-            self.matrices = _joined([self._packed.pop(each) for each in self.parts])
+            self.matrices = self.build.kernels.dense.matrices([self._packed.pop(each) for each in self.parts])
             for index, matrix in enumerate(self.matrices):
                 self.register_buffer(f"packed_{index}", matrix.data)
-            self.weight = nn.Parameter(self.weight[:0].clone(), requires_grad=False)
+            self.weight = nn.Parameter(self.weight.new_empty(0, self.inputs), requires_grad=False)
         return True
 
     def unpack_parts(self) -> None:
         """Some part did not come packed: those that did take their dense place."""
         begin = 0
         for part, size in self.sizes.items():
-            if matrix := self._packed.pop(part, None):
+            if packed := self._packed.pop(part, None):
+                (matrix,) = self.build.kernels.dense.matrices([packed])
                 self.weight[begin : begin + size] = matrix.unpacked()
             begin += self.build.local(size)
-
-
-def _joined(matrices: list[PackedMatrix]) -> tuple[PackedMatrix, ...]:
-    """Neighbours of one kind as one matrix: one pass over the threads instead of several."""
-    joined: list[PackedMatrix] = []
-    for matrix in matrices:
-        if joined and joined[-1].kind == matrix.kind:
-            matrix = matrix.below(joined.pop())
-        joined.append(matrix)
-    return tuple(joined)
 
 
 class ColumnLinear(Linear):

@@ -7,13 +7,14 @@ nothing. What may yet turn out to be one is held back. Pure logic: it knows neit
 """
 
 import codecs
+import itertools
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Protocol
 
 import regex
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 
 from engine.errors import RequestError
 
@@ -30,26 +31,46 @@ class Decoder(Protocol):
     def flush(self) -> str: ...
 
 
+def is_byte_level(tokenizer: Tokenizer) -> bool:
+    """Whether its tokens are bytes."""
+    return isinstance(tokenizer.decoder, decoders.ByteLevel)
+
+
+def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that are no text."""
+    return frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+
+
+def _written() -> str:
+    """The 256 bytes as byte-level vocabularies write them: as themselves where that can be printed, or else as the next
+    character from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = itertools.count(0x100)
+    return "".join(chr(byte if byte in printable else next(others)) for byte in range(256))
+
+
+CHARMAP = codecs.charmap_build(_written())
+
+
+def bytes_of(token: str) -> bytes:
+    """The bytes of a byte-level token; an added one is written as it is."""
+    try:
+        return codecs.charmap_encode(token, "strict", CHARMAP)[0]
+    except UnicodeEncodeError:
+        return token.encode()
+
+
 class TokenBytes(dict[int, bytes]):
     """The bytes of a byte-level token, filled in as ids are seen; `skipped` and unknown ones have none."""
 
     def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int] = frozenset()) -> None:
         self._tokenizer = tokenizer
         self._skipped = skipped
-        # byte-level vocabularies write each byte as a printable character: itself, or else the next from U+0100 on
-        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-        others = sorted(set(range(256)) - set(printable))
-        self._byte = {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
 
     def __missing__(self, id: int) -> bytes:
         token = None if id in self._skipped else self._tokenizer.id_to_token(id)
-        if token is None:
-            token = ""
-        if all(character in self._byte for character in token):
-            self[id] = bytes(self._byte[character] for character in token)
-        else:  # an added token, which is written as it is
-            self[id] = token.encode()
-        return self[id]
+        spelled = self[id] = bytes_of(token or "")
+        return spelled
 
 
 class ByteDecoder:
@@ -114,21 +135,21 @@ class NoDecoder:
 
 
 class Spelling(dict[int, bytes]):
-    """The bytes of any token as a person should see it, filled in as ids are seen: special tokens by their names.
+    """The bytes of any token as a person should see it, filled in as ids are seen: `special` tokens by their names.
 
-    `token_bytes` are those of a byte-level tokenizer. Ids that the tokenizer does not know are empty."""
+    Ids that the tokenizer does not know are empty."""
 
-    def __init__(self, tokenizer: Tokenizer, special: frozenset[int], token_bytes: TokenBytes | None) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._special = special
-        self._token_bytes = token_bytes
+        self._byte_level = is_byte_level(tokenizer)
+        self.special = special_ids(tokenizer)
 
     def __missing__(self, id: int) -> bytes:
         token: str = self._tokenizer.id_to_token(id) or ""
-        if id in self._special:
+        if id in self.special:
             spelled = token.encode()
-        elif self._token_bytes is not None:
-            spelled = self._token_bytes[id]
+        elif self._byte_level:
+            spelled = bytes_of(token)
         elif byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
             spelled = bytes([int(byte[1], 16)])
         else:

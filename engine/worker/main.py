@@ -144,6 +144,9 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
         ready_grammars = None if grammars is None else grammars.ready(slots, device)
     spec, activations = model.kv_spec(), 0
     if device.type == "cuda":
+        logger.info(
+            "running the largest step, of %d tokens in %d rows, for the memory that it takes", step_tokens, slots
+        )
         with _timed(phases, "largest step"):
             activations = peak_bytes(model, device, slots, min(limit, build.max_model_len), step_tokens)
     with _timed(phases, "kv cache"):

@@ -15,22 +15,27 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.kernels.dense.reference import HeadNorms, Heads, Ops, Rotation
+from engine.kernels.types import Packed, PackedMatrix
 
 log = logging.getLogger("engine.kernels")
 
 FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
+SILENCE = 0.9  # seconds between two lines of the log while all wait for the compiler
 WIDE = "-mprefer-vector-width=512"  # compilers for x86 prefer 256 bits by themselves
 
 # GGUF's name of a block type to (number in blocks.h, weights in a block, bytes in a block).
@@ -133,15 +138,27 @@ def _build(compiler: str, cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     wide = (WIDE,) if platform.machine() in ("x86_64", "AMD64") else ()
     with tempfile.TemporaryDirectory(dir=cache) as folder, ThreadPoolExecutor() as pool:
-        log.info("compiling the CPU kernels, once, with %s", compiler)
+        log.info("compiling the CPU kernels, once and for some seconds, with %s", compiler)
         linked = Path(folder, "cpu.so")
         objects = {str(source): str(Path(folder, f"{source.stem}.o")) for source in sources if source.suffix == ".c"}
         commands = [(compiler, *FLAGS, *wide, "-c", source, "-o", compiled) for source, compiled in objects.items()]
-        list(pool.map(_run, commands))
+        _wait_for([pool.submit(_run, command) for command in commands])
         runtime = str(openmp) if openmp else "-fopenmp"
         _run((compiler, "-shared", *objects.values(), runtime, "-lm", "-o", str(linked)))
         os.replace(linked, target)  # whole or not at all, whoever else is compiling
     return target
+
+
+def _wait_for(compilations: Sequence["Future[None]"]) -> None:
+    """Returns when all have ended, and says meanwhile how many have. Raises what they raise."""
+    began, pending = time.monotonic(), set(compilations)
+    while pending:
+        ended, pending = wait(pending, timeout=SILENCE)
+        for each in ended:
+            each.result()
+        if pending:
+            ready, seconds = len(compilations) - len(pending), time.monotonic() - began
+            log.info("%d of %d files compiled after %.0f s", ready, len(compilations), seconds)
 
 
 def _run(command: Sequence[str]) -> None:
@@ -178,8 +195,9 @@ class Kernels(Ops):
         self._scratch = torch.empty(0)
         self._scratch_size = library.gemm_scratch()  # floats a thread
 
-    def matrix(self, kind: str, data: Tensor) -> "CpuMatrix":
-        return CpuMatrix(self, kind, data)
+    def matrices(self, parts: Sequence[Packed]) -> tuple[PackedMatrix, ...]:
+        kinds = groupby(parts, key=lambda part: part[0])
+        return tuple(CpuMatrix(self, kind, _stacked([rows for _, rows in same])) for kind, same in kinds)
 
     def scratch(self, threads: int) -> int:
         """The address of what `gemm` works in: fresh memory at each call would cost more than the call."""
@@ -278,6 +296,15 @@ class Kernels(Ops):
         )
 
 
+def _stacked(parts: Sequence[NDArray[np.uint8]]) -> Tensor:
+    """`parts` below each other in memory that is written: what is read-only is a file's, and is copied, once."""
+    if len(parts) == 1 and parts[0].flags.writeable:
+        return torch.from_numpy(np.ascontiguousarray(parts[0]))
+    stacked = torch.empty(sum(len(rows) for rows in parts), parts[0].shape[1], dtype=torch.uint8)
+    np.concatenate(parts, out=stacked.numpy())
+    return stacked
+
+
 class CpuMatrix:
     """As `PackedMatrix`, on a CPU."""
 
@@ -289,9 +316,6 @@ class CpuMatrix:
         self.rows = data.shape[0]
         self.inputs = data.shape[1] // size * weights
         self._kernels = kernels
-
-    def below(self, upper: "CpuMatrix") -> "CpuMatrix":
-        return CpuMatrix(self._kernels, self.kind, torch.cat((upper.data, self.data)))
 
     def linear(self, inputs: Tensor, out: Tensor) -> None:
         tokens = inputs.shape[0]

@@ -4,13 +4,14 @@ The implementations are C on a CPU (engine/kernels/cpu/calls.py) and Triton on a
 what it does better, and is tested against this one.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.kernels.types import PackedMatrix
+from engine.kernels.types import Packed, PackedMatrix
 
 
 class Heads(NamedTuple):
@@ -42,14 +43,14 @@ Rotation = tuple[Tensor, Tensor]  # cosines and sines [T, 1, pairs]: dimension i
 class Ops:
     """The operations in torch. All take and return tensors of one device; sums are taken in float32.
 
-    `packed_kinds` are GGUF's names of the block types that `matrix` takes: none, in torch."""
+    `packed_kinds` are GGUF's names of the block types that `matrices` takes: none, in torch."""
 
     packed_kinds: frozenset[str] = frozenset()
 
-    def matrix(self, kind: str, data: Tensor) -> PackedMatrix:
-        """A weight that is multiplied by as it is packed in its file: `data` uint8 [rows, bytes of a row] in blocks of
-        `kind`, one of `packed_kinds`."""
-        raise NotImplementedError(f"no products with blocks of {kind}")
+    def matrices(self, parts: Sequence[Packed]) -> tuple[PackedMatrix, ...]:
+        """`parts`, one below the other, as weights that are multiplied by as they are packed in their file: neighbours
+        of one kind, one of `packed_kinds`, are one matrix."""
+        raise NotImplementedError(f"no products with blocks of {parts[0][0]}")
 
     def linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """y = x Wᵀ + b: `inputs` [T, K], `weight` [N, K], `bias` [N] to [T, N]."""

@@ -210,11 +210,12 @@ class GGUFLazyTensor:
         return torch.from_numpy(weight if weight.flags.writeable else weight.copy())
 
     def packed(self) -> tuple[str, NDArray[np.uint8]] | None:
-        """The blocks as they are stored, in Hugging Face's order of rows; None for what is not a matrix."""
+        """The blocks where the file is mapped, or a copy in Hugging Face's order of rows; None for what is not a
+        matrix."""
         if len(self.shape) != 2:
             return None
         rows = self._stored.bytes
-        return self._stored.kind.name, rows.copy() if self._order is None else rows[self._order]
+        return self._stored.kind.name, rows if self._order is None else rows[self._order]
 
 
 def _decimal(value: Any) -> Any:

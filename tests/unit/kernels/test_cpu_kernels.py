@@ -4,6 +4,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,7 +50,7 @@ def test_every_kind_unpacks_exactly_and_multiplies(kind: str) -> None:
     rows, inputs = 50, 1280 if kind.endswith("_K") else 288
     packed = blocks(kind, rows, inputs)
     whole = unpacked(kind, packed)
-    matrix = KERNELS.matrix(kind, torch.from_numpy(packed.copy()))
+    (matrix,) = KERNELS.matrices([(kind, packed.copy())])
     assert (matrix.rows, matrix.inputs) == (rows, inputs)
     assert torch.equal(matrix.unpacked(), whole)
     ids = torch.tensor([3, 0, 49, 3])
@@ -69,7 +70,7 @@ def test_every_kind_unpacks_exactly_and_multiplies(kind: str) -> None:
 @pytest.mark.parametrize("alone", [1, cpu.GEMM_TOKENS])
 def test_a_token_does_not_depend_on_its_neighbours(kind: str, alone: int) -> None:
     """To the bit, among few tokens as among many; `inputs` is more than gemm takes at a time."""
-    matrix = KERNELS.matrix(kind, torch.from_numpy(blocks(kind, 100, 1024)))
+    (matrix,) = KERNELS.matrices([(kind, blocks(kind, 100, 1024))])
     x = torch.randn(cpu.GEMM_TOKENS + 21, 1024, generator=torch.Generator().manual_seed(1))
     first = torch.empty(alone, 100)
     matrix.linear(x[:alone], first)
@@ -172,6 +173,33 @@ def build(dtype: torch.dtype = torch.float32) -> Build:
     return Build(
         dtype=dtype, device=torch.device("cpu"), page_size=16, max_model_len=64, attention_backend=TorchAttention
     )
+
+
+@needs_kernels
+def test_rows_of_a_file_are_copied_once_and_others_not_at_all() -> None:
+    mapped = [np.frombuffer(blocks("Q8_0", 24, 64, seed).tobytes(), np.uint8).reshape(24, -1) for seed in range(3)]
+    half = blocks("F16", 8, 64)
+    joined, alone, last = KERNELS.matrices(
+        [("Q8_0", mapped[0]), ("Q8_0", mapped[1]), ("F16", half), ("Q8_0", mapped[2])]
+    )
+    assert [(matrix.kind, matrix.rows) for matrix in (joined, alone, last)] == [("Q8_0", 48), ("F16", 8), ("Q8_0", 24)]
+    assert torch.equal(joined.unpacked(), torch.cat([unpacked("Q8_0", rows) for rows in mapped[:2]]))
+    assert torch.equal(last.unpacked(), unpacked("Q8_0", mapped[2]))
+    assert np.shares_memory(alone.data.numpy(), half)
+    assert not np.shares_memory(last.data.numpy(), mapped[2])
+
+
+def test_the_log_is_not_silent_while_a_compiler_runs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(cpu, "SILENCE", 0.0)
+    done, failing = Future(), Future()
+    done.set_result(None)
+    caplog.handler.addFilter(lambda record: failing.done() or failing.set_exception(OSError("no compiler")) or True)
+    with pytest.raises(OSError, match="no compiler"):
+        cpu._wait_for([done, failing])
+    assert "1 of 2 files compiled after 0 s" in caplog.text
 
 
 @pytest.mark.parametrize("kinds", [("Q4_1", "Q4_1"), ("Q4_1", "Q8_0"), ("Q4_1", "Q2_K")], ids="-".join)

@@ -84,7 +84,7 @@ class Counting:
         self.kernels = KernelSet(dense=KERNELS)
         self.runs = 0
         numbers = torch.arange(32 * 32, dtype=torch.float32).view(32, 32)
-        self.matrix = KERNELS.matrix("F32", numbers.view(torch.uint8))
+        self.matrix = KERNELS.matrices([("F32", numbers.view(torch.uint8).numpy())])[0]
 
     def __call__(self, batch: Any) -> Tensor:
         self.runs += 1

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from importlib.metadata import Distribution
 from pathlib import Path
 from textwrap import dedent
 
@@ -88,6 +89,17 @@ def test_registries_are_frozen() -> None:
         plugins.models["x"] = plugins.models["llama"]  # type: ignore[index]
     with pytest.raises(AttributeError):
         plugins.models = {}  # type: ignore[misc]
+
+
+def test_the_metadata_of_a_distribution_is_read_once(distribute: Distribute, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the whole README in it, and takes longer than all else."""
+    distribute("engine-two", {"one": "one_manifest", "two": "two_manifest"}, one_manifest="", two_manifest="")
+    read = []
+    metadata = Distribution.metadata.fget
+    monkeypatch.setattr(Distribution, "metadata", property(lambda self: read.append(self) or metadata(self)))
+    rows = Plugins.load(["one", "two"]).listing()
+    assert {row.distribution for row in rows} == {"actorserve"}
+    assert len(read) == len(set(read)) == 2
 
 
 def test_a_kept_register_cannot_change_a_frozen_registry(distribute: Distribute) -> None:

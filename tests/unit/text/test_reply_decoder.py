@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from engine.errors import RequestError
 from engine.plugin.specs import TextSpec
-from engine.text.decoding import LONGEST_MATCH
+from engine.text.decoding import LONGEST_MATCH, bytes_of
 from engine.text.tokenizer import Text
 
 SPECIAL = "<|end|>"
@@ -272,3 +272,18 @@ def test_empty_stop_string_is_refused():
     with pytest.raises(RequestError, match="empty string would end") as refusal:
         BYTE_LEVEL.reply(("a", ""))
     assert refusal.value.param == "stop"
+
+
+# ── the bytes of tokens ──────────────────────────────────────────────────────────────────────
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_byte_level_tokens_are_the_bytes_of_their_text(text: str) -> None:
+    written = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
+    assert b"".join(bytes_of(token) for token, _ in written) == text.encode()
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_tokens_that_no_bytes_are_written_as_are_taken_as_they_are(text: str) -> None:
+    added = text + " "  # a byte-level vocabulary writes a space as another character
+    assert bytes_of(added) == added.encode()
