@@ -62,11 +62,13 @@ async def _serve(config: Config, start: Start | None, began: float) -> int:
     from engine.http.app import serve as serve_http
     from engine.http.keys import Keys
     from engine.http.origins import Access
+    from engine.http.tracing import tracing_to
     from engine.runtime.core import core_actors
     from engine.runtime.launch import open_front
 
     core = None if start is None else partial(core_actors, start=start)
-    Access.of(config.server)  # what is wrong with who may call is said before anything is started
+    Access.of(config.server)  # what is wrong with who may call, or with tracing, is said before anything is started
+    tracing_to(config.server.otlp_endpoint)
     keyed = Keys(config.server).asked
     code = 0
     async with open_front(config, core) as front, anyio.create_task_group() as group:

@@ -44,6 +44,9 @@ def test_the_base_install_is_light() -> None:
     assert len(PROJECT["dependencies"]) < 20
     names = {Requirement(line).name for line in PROJECT["dependencies"]}
     assert not names & {"transformers", "openai", "hypothesis", "triton", "xgrammar", "vllm", "sglang"}
+    extras = PROJECT["optional-dependencies"]
+    assert not names & {Requirement(line).name for line in extras["otel"]}
+    assert set(extras["otel"]) <= set(extras["test"])  # tests run against what users get
 
 
 def test_constraints_fit_the_dependencies() -> None:
