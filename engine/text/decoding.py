@@ -11,6 +11,7 @@ import itertools
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Protocol
 
 import regex
@@ -88,17 +89,46 @@ class ByteDecoder:
         return self._utf8.decode(b"", final=True)
 
 
+class ByteTokens:
+    """The tokens of single bytes in a vocabulary with byte fallback, such as `<0xE6>`; it may have none.
+
+    tokenizers decodes neighbouring byte tokens as one, and where they are not UTF-8 as a whole, all of them become
+    U+FFFD: whole characters too, which a client may have been sent. SentencePiece keeps whole characters."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        found = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        ids = [id for id in found if id is not None]
+        whole = len(ids) == 256 and tokenizer.decode([ids[ord("A")]], skip_special_tokens=False) == "A"
+        self._ids = ids if whole else []
+        self._bytes = {id: byte for byte, id in enumerate(self._ids)}
+
+    def mended(self, ids: Sequence[int]) -> Sequence[int]:
+        """`ids`, with the bytes of U+FFFD in the place of each byte or beginning of a character that is not UTF-8."""
+        if self._bytes.keys().isdisjoint(ids):
+            return ids
+        mended: list[int] = []
+        for of_bytes, run in groupby(ids, self._bytes.__contains__):
+            if of_bytes:
+                text = bytes(self._bytes[id] for id in run).decode("utf-8", "replace")
+                mended += [self._ids[byte] for byte in text.encode()]
+            else:
+                mended += run
+        return mended
+
+
 class WindowDecoder:
     """For any other tokenizer: decodes the last tokens again, after those before them for context.
 
     A text that ends in U+FFFD may be a character cut in two and waits for more, for at most `PATIENCE` pushes.
-    Byte-fallback tokens that never become UTF-8 may so come out as fewer or more U+FFFD than decoded as a whole.
+    Byte tokens of which more than that many in a row are not UTF-8 may so come out as fewer or more U+FFFD than
+    decoded as a whole.
     """
 
     PATIENCE = 16
 
-    def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int], byte_tokens: ByteTokens) -> None:
         self._tokenizer = tokenizer
+        self._byte_tokens = byte_tokens
         self._skipped = skipped
         self._ids: list[int] = []  # context, then tokens whose text is not released
         self._context = 0  # how many are context, and what they read
@@ -120,7 +150,8 @@ class WindowDecoder:
         return self._decode()[len(self._context_text) :]
 
     def _decode(self) -> str:
-        text: str = self._tokenizer.decode(self._ids, skip_special_tokens=False)  # those to skip are not there
+        ids = self._byte_tokens.mended(self._ids)
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)  # those to skip are not there
         return text
 
 

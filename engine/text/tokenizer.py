@@ -19,6 +19,7 @@ from engine.plugin.parsing import ToolParser
 from engine.plugin.specs import TextSpec
 from engine.text.decoding import (
     ByteDecoder,
+    ByteTokens,
     Decoder,
     NoDecoder,
     ReplyDecoder,
@@ -73,6 +74,7 @@ class Text:
         self.special_tokens = [added[id].content for id in sorted(self._special)]
         self._unmarked = frozenset(id for id in self._special if added[id].content not in parsers.special)
         self._byte_level = is_byte_level(spec.tokenizer)
+        self._byte_tokens = ByteTokens(spec.tokenizer)
         self._token_bytes = cache(partial(TokenBytes, spec.tokenizer))  # by the special tokens that are skipped
         self.spelling = Spelling(spec.tokenizer)
         self._requested_template = lru_cache(TEMPLATES)(requested(*marks))
@@ -210,7 +212,8 @@ class Text:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`, without special tokens; bytes that are not UTF-8 become U+FFFD."""
-        text: str = self.spec.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        mended = self._byte_tokens.mended(ids)
+        text: str = self.spec.tokenizer.decode(mended, skip_special_tokens=skip_special_tokens)
         return text
 
     def id_of(self, token: str) -> int | None:
@@ -249,7 +252,7 @@ class Text:
         skipped = frozenset() if not skip_special_tokens else self._unmarked if show_marks else self._special
         if self._byte_level:
             return ByteDecoder(self._token_bytes(skipped))
-        return WindowDecoder(self.spec.tokenizer, skipped)
+        return WindowDecoder(self.spec.tokenizer, skipped, self._byte_tokens)
 
 
 class TooWide(RequestError):

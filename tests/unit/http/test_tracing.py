@@ -458,7 +458,9 @@ def test_nothing_is_imported_without_the_option() -> None:
         "print([name for name in sys.modules if name.startswith(('opentelemetry', 'google', 'requests'))])"
     )
     run = [sys.executable, "-c", program]
-    found = subprocess.run(run, cwd=Path(__file__).parents[2] / "lib", capture_output=True, text=True, timeout=60, check=True)
+    found = subprocess.run(
+        run, cwd=Path(__file__).parents[2] / "lib", capture_output=True, text=True, timeout=60, check=True
+    )
     assert found.stdout == "[]\n"
 
 

@@ -121,6 +121,22 @@ def test_broken_byte_fallback_neither_raises_nor_waits_for_ever(ids):
     decoder.flush()
 
 
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("日本".encode()[:-1], "日\ufffd"),  # as a reply ends at max_tokens
+        (b"\xe6" + "日本".encode(), "\ufffd日本"),
+        ("日".encode() + b"\xe6" + "本".encode(), "日\ufffd本"),
+        ("é".encode() * 20 + b"\xc3", "é" * 20 + "\ufffd"),
+    ],
+)
+def test_a_broken_byte_leaves_the_characters_beside_it_whole(data, expected):
+    ids = [BYTE_FALLBACK.id_of(f"<0x{byte:02X}>") for byte in data]
+    assert BYTE_FALLBACK.decode(ids) == expected
+    decoder = BYTE_FALLBACK.reply()
+    assert "".join(decoder.push([id]) for id in ids) + decoder.flush() == expected
+
+
 PATTERNS = ["a+b", "h.llo", "[ab]{2,}", r"e\s*h", "(?i)HE|o", r"\bhe", "b|a.*b", "(?<=o)a", "o$", "é|ï+b?", "😀{2}"]
 
 
