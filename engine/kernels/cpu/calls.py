@@ -1,8 +1,9 @@
 """The CPU kernels of *.c: compiled on first use, called through ctypes.
 
 A compiler is asked for once; the library is kept in the user's cache, or in a temporary folder where that cannot be
-used, under a name that holds everything it depends on. `kernels()` is None where there is no compiler, or
-ENGINE_CPU_KERNELS=0: layers then do the same in torch. All take and return float32 tensors on the CPU.
+used, under a name that holds everything it depends on. Without a compiler, one that is in the cache serves. `kernels()`
+is None where there is neither, or ENGINE_CPU_KERNELS=0: layers then do the same in torch. All take and return float32
+tensors on the CPU.
 """
 
 import ctypes
@@ -85,14 +86,17 @@ def kernels() -> "Kernels | None":
     if os.environ.get("ENGINE_CPU_KERNELS") == "0":
         return None
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        log.warning("no C compiler: the CPU runs at a fraction of its speed; install gcc or clang")
-        return None
     try:
-        library = _library(compiler)
+        library = _library(compiler) if compiler else _compiled_before()
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         log.warning("the CPU kernels do not compile, so the CPU runs at a fraction of its speed: %s", said.strip())
+        return None
+    if library is None:
+        log.warning(
+            "no C compiler, and no kernels compiled before for this processor: the CPU runs at a fraction of its "
+            "speed; install gcc or clang"
+        )
         return None
     for name, arguments in SIGNATURES.items():
         function = getattr(library, name)
@@ -104,12 +108,23 @@ def kernels() -> "Kernels | None":
 def _library(compiler: str) -> ctypes.CDLL:
     """The library out of the user's cache, or where that cannot be used, out of a temporary folder."""
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "engine"
-        return ctypes.CDLL(str(_build(compiler, cache)))
+        return ctypes.CDLL(str(_build(compiler, _cache())))
     except (OSError, RuntimeError) as error:  # it cannot be written or mapped, or there is no home
         folder = _temporary_folder()
         log.warning("the cache cannot be used (%s); the CPU kernels are kept in %s", error, folder)
     return ctypes.CDLL(str(_build(compiler, folder)))
+
+
+def _compiled_before() -> ctypes.CDLL | None:
+    """A library in the user's cache, whatever compiled it: an image may have left its compiler behind."""
+    with suppress(RuntimeError):  # there is no home
+        for found in sorted(_cache().glob(f"{_stem()}-*.so")):
+            return ctypes.CDLL(str(found))
+    return None
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "engine"
 
 
 def _temporary_folder() -> Path:
@@ -129,10 +144,7 @@ def _build(compiler: str, cache: Path) -> Path:
     """The library's path in `cache`; compiled unless it is there. Raises CalledProcessError, and OSError where `cache`
     cannot be used."""
     openmp = _openmp()
-    sources = sorted(FOLDER.glob("*.[ch]"))
-    parts = (*(source.read_text() for source in sources), compiler, *FLAGS, str(openmp), _processor())
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    target = cache / f"cpu-{digest}.so"
+    target = cache / f"{_stem()}-{_digest(compiler, 8)}.so"
     if target.exists():
         return target
     cache.mkdir(parents=True, exist_ok=True)
@@ -140,13 +152,23 @@ def _build(compiler: str, cache: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=cache) as folder, ThreadPoolExecutor() as pool:
         log.info("compiling the CPU kernels, once and for some seconds, with %s", compiler)
         linked = Path(folder, "cpu.so")
-        objects = {str(source): str(Path(folder, f"{source.stem}.o")) for source in sources if source.suffix == ".c"}
+        objects = {str(source): str(Path(folder, f"{source.stem}.o")) for source in sorted(FOLDER.glob("*.c"))}
         commands = [(compiler, *FLAGS, *wide, "-c", source, "-o", compiled) for source, compiled in objects.items()]
         _wait_for([pool.submit(_run, command) for command in commands])
         runtime = str(openmp) if openmp else "-fopenmp"
         _run((compiler, "-shared", *objects.values(), runtime, "-lm", "-o", str(linked)))
         os.replace(linked, target)  # whole or not at all, whoever else is compiling
     return target
+
+
+def _stem() -> str:
+    """The library's name without its compiler: the sources, the flags, the OpenMP runtime and the processor."""
+    sources = (source.read_text() for source in sorted(FOLDER.glob("*.[ch]")))
+    return "cpu-" + _digest("\0".join((*sources, *FLAGS, str(_openmp()), _processor())), 16)
+
+
+def _digest(text: str, length: int) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
 def _wait_for(compilations: Sequence["Future[None]"]) -> None:

@@ -247,8 +247,11 @@ def test_without_kernels_layers_do_the_same_in_torch(monkeypatch: pytest.MonkeyP
     assert torch.allclose(run(), with_kernels, atol=1e-5)
 
 
-def test_no_compiler_is_a_warning_with_the_remedy(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+def test_no_compiler_is_a_warning_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.delenv("ENGINE_CPU_KERNELS", raising=False)
     assert cpu.kernels.__wrapped__() is None
@@ -319,6 +322,20 @@ def test_no_library_is_loaded_from_a_folder_that_others_can_write(
     assert cpu._library("cc").one() == 1
     assert not any(elsewhere.iterdir())
     assert not any(expected.iterdir())
+
+
+def test_without_a_compiler_what_was_compiled_before_serves(
+    monkeypatch: pytest.MonkeyPatch, one_function: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert cpu._compiled_before() is None
+    assert cpu._library("cc").one() == 1
+    found = cpu._compiled_before()
+    assert found is not None and found.one() == 1
+    monkeypatch.setattr(cpu, "_processor", lambda: "another")
+    assert cpu._compiled_before() is None
+    no_home(monkeypatch)
+    assert cpu._compiled_before() is None
 
 
 def test_a_compiler_that_is_not_there_is_not_the_caches_fault(
