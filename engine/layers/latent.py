@@ -246,10 +246,10 @@ class LatentBackend(Backend):
 
     def gather(self, cache: Tensor, places: Tensor) -> Tensor:
         """The latents [m, width] at `places`, in the activations' type."""
-        width = self.shape.width
         if cache.dtype == self.dtype:
-            return cache.view(-1, width)[places]
-        return cache.view(torch.uint8).view(-1, width)[places].view(cache.dtype).to(self.dtype)
+            return cache[places // self.page_size, places % self.page_size]
+        numbers = cache.view(torch.uint8)[places // self.page_size, places % self.page_size]
+        return numbers.view(cache.dtype).to(self.dtype)
 
 
 def cut(lengths: np.ndarray, most: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

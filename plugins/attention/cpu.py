@@ -64,7 +64,7 @@ class CpuAttention(PagedAttention):
         self._kernels.library.attend(
             *(query.data_ptr(), query.stride(0), cache.data_ptr(), plan.table.data_ptr(), plan.table.stride(0)),
             *(plan.tasks.ctypes.data, len(plan.tasks)),
-            *(self.page_size, shape.query_heads, shape.kv_heads, shape.head_dim),
+            *(self.page_size, cache.stride(0), shape.query_heads, shape.kv_heads, shape.head_dim),
             *(shape.scale, shape.window or 0, out.data_ptr()),
         )
         return out

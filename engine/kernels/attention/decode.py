@@ -177,8 +177,8 @@ def attend_decode(
     blocks: Blocks | None = None,
 ) -> None:  # fmt: skip
     """Attends with the tokens of `rows`. `query`, `out` [T, query_heads, head_dim], the last dimension dense, `out`
-    in query's dtype; `cache` [pages, 2, page_size, kv_heads, head_dim] of that dtype or float8_e4m3fn; `page_table`
-    [slots, P] int32."""
+    in query's dtype; `cache` [pages, 2, page_size, kv_heads, head_dim] of that dtype or float8_e4m3fn, each page dense
+    and the next any stride away; `page_table` [slots, P] int32."""
     blocks = blocks or decode_blocks(shape, query.dtype, len(rows.slots))
     count, group, scratch, shared = len(rows.slots), triton.next_power_of_2(shape.group), rows.scratch, rows.shared
     fixed = constants(shape, query, cache)
@@ -233,7 +233,8 @@ def decode_kernel(
     firsts, counts, prefix_partial, prefix_maxima,
     count, teams, out_stride, query_stride, table_stride,
     SCALE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, FP8: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, PAGE_STRIDE: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    FP8: tl.constexpr,
     ROWS: tl.constexpr, QUERIES: tl.constexpr, POSITIONS: tl.constexpr, SHARED: tl.constexpr,
     PREFIX_PIECES: tl.constexpr, GROUP_BLOCK: tl.constexpr, SOME: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
@@ -290,7 +291,7 @@ def decode_kernel(
         page = tl.load(line + tl.minimum(first + n, last) // PAGE_SIZE)
         for begin in tl.range(first, last + 1, POSITIONS):
             here = tl.minimum(begin + n, last)
-            key, value = load_block(cache + head * DIM, page, here, d, KV_HEADS, DIM, DIM_BLOCK, PAGE_SIZE)
+            key, value = load_block(cache + head * DIM, page, here, d, KV_HEADS, DIM, DIM_BLOCK, PAGE_SIZE, PAGE_STRIDE)
             page = tl.load(line + tl.minimum(begin + POSITIONS + n, last) // PAGE_SIZE)
             scores = score_block(q, size, key, SCALE, PRECISION, FP8)
             scores = tl.where((begin + n <= last)[None, :], scores, float("-inf"))
@@ -360,7 +361,8 @@ def add_pieces(
 def prefix_kernel(
     query, cache, page_table, slots, tokens, counts, tiles, members, partial, maxima, count, query_stride, table_stride,
     SCALE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, FP8: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, PAGE_STRIDE: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    FP8: tl.constexpr,
     QUERIES: tl.constexpr, POSITIONS: tl.constexpr, PIECES: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
     """Line i of the queries' matrix is member i // GROUP of the tile, query head i % GROUP of the group."""
@@ -386,7 +388,9 @@ def prefix_kernel(
         summed = tl.zeros([QUERIES, DIM_BLOCK], tl.float32)
         page = tl.load(line + tl.maximum(tl.minimum(first + n, past - 1), 0) // PAGE_SIZE)
         for begin in tl.range(first, past, POSITIONS):
-            key, value = load_block(cache + head * DIM, page, begin + n, d, KV_HEADS, DIM, DIM_BLOCK, PAGE_SIZE)
+            key, value = load_block(
+                cache + head * DIM, page, begin + n, d, KV_HEADS, DIM, DIM_BLOCK, PAGE_SIZE, PAGE_STRIDE
+            )
             page = tl.load(line + tl.minimum(begin + POSITIONS + n, past - 1) // PAGE_SIZE)
             scores = score_block(q, size, key, SCALE, PRECISION, FP8)
             largest, total, summed = add_block(q, scores, value, largest, total, summed, PRECISION)

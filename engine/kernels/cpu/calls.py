@@ -67,12 +67,12 @@ SIGNATURES = {
     "gelu_and_mul": (_pointer, _int, _int, _pointer),
     "rotate_heads": (
         *(_pointer, _long, _int, _int, _int, _int, _pointer, _pointer, _float),
-        *(_pointer, _pointer, _int, _pointer, _int, _pointer),
+        *(_pointer, _pointer, _int, _pointer, _int, _long, _pointer),
     ),
-    "write_pages": (_pointer, _pointer, _long, _long, _pointer, _int, _int, _int, _pointer),
+    "write_pages": (_pointer, _pointer, _long, _long, _pointer, _int, _int, _long, _int, _pointer),
     "attend": (
         *(_pointer, _long, _pointer, _pointer, _long, _pointer),
-        *(_int, _int, _int, _int, _int, _float, _int, _pointer),
+        *(_int, _int, _long, _int, _int, _int, _float, _int, _pointer),
     ),
 }
 
@@ -269,7 +269,7 @@ class Kernels(Ops):
     def rotate_heads(
         self, qkv: Tensor, heads: Heads, norms: HeadNorms | None, rotation: Rotation | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = self._rotate(qkv, heads, norms, rotation, None, 0, None)
+        qkv = self._rotate(qkv, heads, norms, rotation)
         query, key, value = qkv.split([heads.query, heads.kv, heads.kv], dim=1)
         return query, key, value
 
@@ -282,8 +282,7 @@ class Kernels(Ops):
         cache: Tensor,
         places: Tensor,
     ) -> Tensor:
-        places = places.contiguous()
-        qkv = self._rotate(qkv, heads, norms, rotation, places.data_ptr(), cache.shape[2], cache.data_ptr())
+        qkv = self._rotate(qkv, heads, norms, rotation, cache, places.contiguous())
         return qkv[:, : heads.query]
 
     def _rotate(
@@ -292,9 +291,8 @@ class Kernels(Ops):
         heads: Heads,
         norms: HeadNorms | None,
         rotation: Rotation | None,
-        places: int | None,
-        page_size: int,
-        cache: int | None,
+        cache: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """`rotate_heads` in place, then into the cache if there is one; the heads, [T, query + 2 * kv, dim]."""
         query, kv, dim = heads
@@ -303,10 +301,11 @@ class Kernels(Ops):
         turned = (
             (rotation[0].data_ptr(), rotation[1].data_ptr(), rotation[0].shape[-1]) if rotation else (None, None, 0)
         )
+        written: tuple[int | None, ...] = (None, 0, 0, None)
+        if cache is not None and places is not None:
+            written = (places.data_ptr(), cache.shape[2], cache.stride(0), cache.data_ptr())
         tokens, size = qkv.shape
-        self.library.rotate_heads(
-            *(qkv.data_ptr(), size, tokens, query, kv, dim), *normed, *turned, *(places, page_size, cache)
-        )
+        self.library.rotate_heads(*(qkv.data_ptr(), size, tokens, query, kv, dim), *normed, *turned, *written)
         return qkv.view(tokens, query + 2 * kv, dim)
 
     def write_pages(self, key: Tensor, value: Tensor, cache: Tensor, places: Tensor) -> None:
@@ -314,7 +313,7 @@ class Kernels(Ops):
         tokens, kv, dim = key.shape
         self.library.write_pages(
             *(key.data_ptr(), value.data_ptr(), key.stride(0), value.stride(0)),
-            *(places.data_ptr(), tokens, cache.shape[2], kv * dim, cache.data_ptr()),
+            *(places.data_ptr(), tokens, cache.shape[2], cache.stride(0), kv * dim, cache.data_ptr()),
         )
 
 

@@ -168,9 +168,9 @@ class Ops:
 
 def write_latents(latents: Tensor, cache: Tensor, places: Tensor) -> None:
     """Puts `latents` [T, width] at `places` [T] of `cache` [pages, page_size, width], rounded to its type."""
-    flat = cache.view(-1, cache.shape[-1])
+    pages, offsets = places // cache.shape[1], places % cache.shape[1]
     if cache.dtype == torch.float8_e4m3fn:
         most = torch.finfo(cache.dtype).max
-        flat.view(torch.uint8)[places] = latents.clamp(-most, most).to(cache.dtype).view(torch.uint8)
+        cache.view(torch.uint8)[pages, offsets] = latents.clamp(-most, most).to(cache.dtype).view(torch.uint8)
     else:
-        flat[places] = latents.to(cache.dtype)
+        cache[pages, offsets] = latents.to(cache.dtype)
