@@ -1,8 +1,8 @@
 """Top-k, top-p and min-p without sorting, in Triton: where each row's logits are cut.
 
 A cut is a logit and an id: what is above the logit stays, and of what equals it the ids up to that one. The draw that
-follows (sampling.py) leaves the rest out, so nothing is written back. What the filters keep is defined by `filtered` in
-engine/worker/sampling/sampler.py. Sums are taken in a fixed order: a cut does not depend on other rows, nor on chance.
+follows (draw.py) leaves the rest out, so nothing is written back. What the filters keep is defined by `filtered` in
+reference.py. Sums are taken in a fixed order: a cut does not depend on other rows, nor on chance.
 
     logits ── scan ──> maximum and mass of each group of 32, of each chunk ── cut ──> floors, lasts
                                                            (reads the groups that can hold the cut)
@@ -270,12 +270,7 @@ def _cut_kernel(
 def cuts(
     logits: Tensor, slots: Tensor, temperatures: Tensor, top_ps: Tensor, min_ps: Tensor, top_ks: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Floors [S] float32 and lasts [S] int32: a row keeps what is above its floor, and equals of it up to id `last`.
-
-    `logits` [S, V] of any float type, each row dense; `slots` [S] int64; the parameters are by slot: `temperatures`
-    (0 is argmax, which nothing is cut for), `top_ps` (1 is off), `min_ps` (0 is off), float32; `top_ks` int32 (0 is
-    off).
-    """
+    """As `LogitOps.cuts`."""
     rows, size = logits.shape
     chunks, device = triton.cdiv(size, CHUNK), logits.device
     groups = chunks * (CHUNK // GROUP)
