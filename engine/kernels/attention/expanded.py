@@ -141,7 +141,7 @@ def join_kernel(key, rotated, out, key_row, key_head, rotated_row, heads, KEY: t
 
 
 def join_keys(key: Tensor, rotated: Tensor) -> Tensor:
-    """Whole keys [m, heads, key_dim + rope_dim] of `key` [m, heads, key_dim] and `rotated` [m, rope_dim]."""
+    """As `join_keys` in reference.py."""
     count, heads, dim = key.shape
     assert key.stride(2) == rotated.stride(1) == 1
     out = torch.empty(count, heads, dim + rotated.shape[1], dtype=key.dtype, device=key.device)
@@ -151,8 +151,3 @@ def join_keys(key: Tensor, rotated: Tensor) -> Tensor:
         KEY=dim, ROPE=rotated.shape[1], HEADS=together, num_warps=2,
     )  # fmt: skip
     return out
-
-
-def join_keys_reference(key: Tensor, rotated: Tensor) -> Tensor:
-    """As `join_keys`, in torch."""
-    return torch.cat((key, rotated[:, None].expand(-1, key.shape[1], -1)), dim=2)
