@@ -1,4 +1,4 @@
-"""The products of a mixture of experts where weights and activations are FP8 (fp8.py), by a Hopper's matrix units.
+"""The products of a mixture of experts where weights and activations are FP8, by a Hopper's matrix units.
 
     choices of a task [rows, K] ─┐
     its expert's matrix [N, K] ──┴─ product of a step of K ─ times the scales of both ─ sum
@@ -6,7 +6,7 @@
 To bfloat16 a Hopper converts E4M3 by a unit that makes 16 numbers a cycle: slower than memory gives them. Its matrix
 units take E4M3 from shared memory as it is, 64 lines or more. Where tasks have fewer, the lines are the matrix's, and
 the product is transposed: no weight passes through a register. Scales are loaded a step before they are wanted. Left
-out: sizes that are no multiples of 128, which triton_experts.py multiplies.
+out: sizes that are no multiples of 128, which products.py multiplies.
 """
 
 import torch
@@ -122,7 +122,7 @@ def multiply_fp8(
     inputs: Tensor, input_scales: Tensor, weight: Tensor, scale: Tensor, tasks: Order | Tensor, cut: Cut, top_k: int,
     out: Tensor, out_scales: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """As triton_experts.py's `multiply`, of E4M3 `inputs` and `weight`, whose sizes are multiples of 128.
+    """As `multiply` of products.py, of E4M3 `inputs` and `weight`, whose sizes are multiples of 128.
 
     `input_scales` [lines, K / cut.depth] are of cut.depth numbers each, `out_scales` of E4M3 `out` of cut.columns; both
     lie as `quantize_tokens` makes them. `tasks` may be the experts [T, k], each choice a task by itself: for so few

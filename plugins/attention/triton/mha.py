@@ -1,7 +1,7 @@
 """Paged attention in Triton, for GPUs: keys and values are read where they lie, for any page size and head size.
 
 Rows of one token go to a kernel that cuts long contexts among programs, others to one that cuts prompts into blocks
-(engine/kernels/attention/decode.py, triton_attention.py). Decode steps can be captured: of their plan nothing comes
+(engine/kernels/attention/decode.py, extend.py). Decode steps can be captured: of their plan nothing comes
 from the host but which rows share a prefix.
 """
 

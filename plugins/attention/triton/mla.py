@@ -1,7 +1,7 @@
 """Latent attention in Triton, for GPUs: latents are read where they lie, once for many query heads.
 
 Absorbed rows of one token go to a kernel that divides contexts evenly among programs, longer ones to one that cuts
-prompts into blocks (engine/kernels/attention/mla.py); expanded rows to one of their own (triton_expanded.py). Steps can
+prompts into blocks (engine/kernels/attention/mla.py); expanded rows to one of their own (expanded.py). Steps can
 be captured: of a decode step's plan nothing comes from the host.
 """
 
