@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.kernels.logits.draw import draw
 from engine.kernels.logits.filters import cuts
-from engine.kernels.logits.reference import LogitOps, pack_ids
+from engine.kernels.logits.reference import Filters, LogitOps, pack_ids
 from engine.kernels.logits.triton import TritonLogitOps
 from engine.messages.request import Sampling
 from engine.messages.step import SlotAdmit
@@ -91,9 +91,8 @@ def measure(kind: str, rows: int, size: int, dtype: torch.dtype, fields: dict[st
         draw(logits, slots, lasts, reals[0], seeds, tokens, cut)
 
     def torchs() -> None:
-        plain = LogitOps()
-        cut = plain.cuts(logits, slots, reals[0], reals[1], reals[2], top_ks) if columns.filters else None
-        plain.draw(logits, slots, lasts, reals[0], seeds, tokens, cut)
+        filters = Filters(reals[1], reals[2], top_ks) if columns.filters else None
+        LogitOps().draw(logits, slots, lasts, reals[0], seeds, tokens, filters)
 
     return microseconds(replayed(ours)), microseconds(torchs, repeats=3)
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.logits import reference
-from engine.kernels.logits.reference import LogitOps
+from engine.kernels.logits.reference import Filters, LogitOps
 from engine.worker.sampling.sampler import Columns
 
 
@@ -26,7 +26,7 @@ def sample(logits: Tensor, rows: Columns, positions: np.ndarray) -> Tensor:
     numbers = parameters(rows, logits.device)
     seeds, lasts = (torch.from_numpy(each).to(logits.device) for each in (rows.seed, positions - 1))
     tokens = torch.zeros(len(logits), int(positions.max()) + 1, dtype=torch.int32, device=logits.device)
-    cuts = operations.cuts(logits, slots, *numbers) if rows.filters else None
-    drawn = operations.draw(logits, slots, lasts, numbers[0], seeds, tokens, cuts)
+    filters = Filters(*numbers[1:]) if rows.filters else None
+    drawn = operations.draw(logits, slots, lasts, numbers[0], seeds, tokens, filters)
     assert torch.equal(tokens[slots, lasts + 1].long(), drawn)
     return drawn

@@ -105,7 +105,7 @@ def draw(
     cuts: tuple[Tensor, Tensor] | None = None,
     masks: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """As `LogitOps.draw`."""
+    """As `LogitOps.draw`; `cuts` are what filters.cuts says is left of each row."""
     rows, size = logits.shape
     assert masks is None or (cuts is None and masks[0].dtype == torch.int32 and masks[0].shape[1] == mask_words(size))
     chunks = triton.cdiv(size, CHUNK)

@@ -270,7 +270,12 @@ def _cut_kernel(
 def cuts(
     logits: Tensor, slots: Tensor, temperatures: Tensor, top_ps: Tensor, min_ps: Tensor, top_ks: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As `LogitOps.cuts`."""
+    """Floors [S] float32 and lasts [S] int32: a row keeps what is above its floor, and equals of it up to id `last`.
+
+    `logits` [S, V] of any float type, each row dense; `slots` [S] int64; the parameters are by slot: `temperatures`
+    (0 is argmax, which nothing is cut for), `top_ps` (1 is off), `min_ps` (0 is off), float32; `top_ks` int32 (0 is
+    off).
+    """
     rows, size = logits.shape
     chunks, device = triton.cdiv(size, CHUNK), logits.device
     groups = chunks * (CHUNK // GROUP)

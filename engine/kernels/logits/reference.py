@@ -10,6 +10,7 @@ Bit v % 32 of word v // 32 of a mask says whether entry v of a vocabulary stays,
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +53,14 @@ class AskingRows:
         """Of the three in one tensor, [3, N]."""
         rows, slots, ends = numbers.unbind(0)
         return cls(rows, slots, ends, longest)
+
+
+class Filters(NamedTuple):
+    """What is cut off each slot's rows before a draw, as `filtered` says, [slots]: 1, 0 and 0 are off."""
+
+    top_ps: Tensor  # float32
+    min_ps: Tensor  # float32
+    top_ks: Tensor  # int32
 
 
 class LogitOps:
@@ -117,23 +126,6 @@ class LogitOps:
         bars = table.index_select(0, chosen.contiguous().view(torch.uint8).to(torch.int32).flatten())
         logits.index_add_(0, rows, bars.view(len(chosen), -1)[:, : logits.shape[1]])
 
-    def cuts(
-        self, logits: Tensor, slots: Tensor, temperatures: Tensor, top_ps: Tensor, min_ps: Tensor, top_ks: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """What filters leave of each row: all above its floor, [S] float32, and of equals of it the ids up to its last,
-        [S] int32.
-
-        `logits` [S, V] of any float type, each row dense; `slots` [S] int64; the parameters are by slot: `temperatures`
-        (0 is argmax, which nothing is cut for), `top_ps` (1 is off), `min_ps` (0 is off), float32; `top_ks` int32 (0 is
-        off). `filtered` says what stays."""
-        logits, temperature = logits.to(torch.float32), temperatures[slots]
-        kept = filtered(logits, temperature, top_ps[slots], min_ps[slots], top_ks[slots]) > -torch.inf
-        cut = (temperature > 0) & kept.any(dim=1)
-        floors = torch.where(cut, logits.masked_fill(~kept, torch.inf).amin(dim=1), -torch.inf)
-        ids = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
-        equals = (kept | ~cut[:, None]) & (logits == floors[:, None])
-        return floors, torch.where(equals, ids, -1).amax(dim=1)
-
     def draw(
         self,
         logits: Tensor,
@@ -142,7 +134,7 @@ class LogitOps:
         temperatures: Tensor,
         seeds: Tensor,
         tokens: Tensor,
-        cuts: tuple[Tensor, Tensor] | None = None,
+        filters: Filters | None = None,
         masks: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """One token a row: ids [S] int64, also written into `tokens` [slots, positions] int32 after the row's last one.
@@ -150,21 +142,20 @@ class LogitOps:
         `logits` [S, V] of any float type, each row dense; `slots` and `lasts` [S] int64 are each row's slot and the
         position of its last token; `temperatures` float32 and `seeds` int64 are by slot. Temperature 0 is argmax, the
         lowest id of equals; else the draw is Gumbel-max (arXiv:1411.0030), keyed by the seed and the position
-        `lasts` + 1. `cuts` are what the method of that name says is left of each row; without, all is. `masks` are bits
-        [lines, mask_words(V)] int32 and the line of each row [S] int64: what has no bit is not drawn. Not both: what
-        filters leave depends on the masks, which are to be applied before.
+        `lasts` + 1, over what `filters` leave. `masks` are bits [lines, mask_words(V)] int32 and the line of each row
+        [S] int64: what has no bit is not drawn. Not both: what filters leave depends on the masks, which are to be
+        applied before.
         """
-        assert masks is None or cuts is None
+        assert masks is None or filters is None
         logits = logits.to(torch.float32, copy=masks is not None)
         if masks is not None:
             self.apply_bitmask(logits, masks[0], torch.arange(len(logits), device=logits.device), masks[1])
         ids, temperature = logits.argmax(dim=-1), temperatures[slots]
         if (temperature > 0).any():
-            scores = scaled(logits, temperature[:, None])
-            if cuts is not None:
-                floors, last = (each[:, None] for each in cuts)
-                beyond = torch.arange(logits.shape[1], device=logits.device) > last
-                scores.masked_fill_((logits < floors) | ((logits == floors) & beyond), -torch.inf)
+            if filters is None:
+                scores = scaled(logits, temperature[:, None])
+            else:
+                scores = filtered(logits, temperature, *(each[slots] for each in filters))
             scores += gumbel(seeds[slots], lasts + 1, logits.shape[1])
             ids = torch.where(temperature > 0, scores.argmax(dim=-1), ids)
         tokens[slots, lasts + 1] = ids.to(torch.int32)

@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from engine.kernels.logits import adjustments, bitmask, draw, filters, scores
-from engine.kernels.logits.reference import AskingRows, LogitOps, SlotTables, check_mask
+from engine.kernels.logits import adjustments, bitmask, draw, scores
+from engine.kernels.logits.filters import cuts
+from engine.kernels.logits.reference import AskingRows, Filters, LogitOps, SlotTables, check_mask
 
 
 class TritonLogitOps(LogitOps):
@@ -22,11 +23,6 @@ class TritonLogitOps(LogitOps):
         if len(rows):
             bitmask.apply_bitmask(logits, mask, rows, lines)
 
-    def cuts(
-        self, logits: Tensor, slots: Tensor, temperatures: Tensor, top_ps: Tensor, min_ps: Tensor, top_ks: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return filters.cuts(logits, slots, temperatures, top_ps, min_ps, top_ks)
-
     def draw(
         self,
         logits: Tensor,
@@ -35,10 +31,11 @@ class TritonLogitOps(LogitOps):
         temperatures: Tensor,
         seeds: Tensor,
         tokens: Tensor,
-        cuts: tuple[Tensor, Tensor] | None = None,
+        filters: Filters | None = None,
         masks: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        return draw.draw(logits, slots, lasts, temperatures, seeds, tokens, cuts, masks)
+        cut = None if filters is None else cuts(logits, slots, temperatures, *filters)
+        return draw.draw(logits, slots, lasts, temperatures, seeds, tokens, cut, masks)
 
     def score(
         self, logits: Tensor, tokens: Tensor, rows: Tensor | None, count: int

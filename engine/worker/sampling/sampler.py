@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.kernels.logits.reference import LogitOps
+from engine.kernels.logits.reference import Filters, LogitOps
 from engine.layers.batch import upload
 from engine.messages.request import Sampling
 from engine.messages.step import SlotAdmit
@@ -108,14 +108,14 @@ class Sampler:
         self,
         logits: Tensor,
         on_device: Sequence[Tensor] | Tensor,
-        cut: tuple[Tensor, Tensor] | None = None,
+        filters: Filters | None = None,
         masks: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """As `draw`, by what is on the device alone: for rows that are plain, or with what filters or masks leave of
         them, as `LogitOps.draw` takes it."""
-        temperatures = self._reals[0]
+        slots, lasts = on_device[0], on_device[1]
         return self._kernels.draw(
-            logits, on_device[0], on_device[1], temperatures, self._seeds, self._tokens, cut, masks
+            logits, slots, lasts, self._reals[0], self._seeds, self._tokens, filters=filters, masks=masks
         )
 
     def draw(self, logits: Tensor, slots: np.ndarray, on_device: Sequence[Tensor] | Tensor) -> Tensor:
@@ -124,8 +124,5 @@ class Sampler:
         `logits` [S, V]; `slots` [S] int64 is each row's slot; `on_device` [2, S] are the slots there, and the positions
         of the rows' last tokens.
         """
-        cut = None
-        if self._filters[slots].any():
-            temperatures, top_ps, min_ps = self._reals
-            cut = self._kernels.cuts(logits, on_device[0], temperatures, top_ps, min_ps, self._top_ks)
-        return self.draw_plain(logits, on_device, cut)
+        asked = Filters(self._reals[1], self._reals[2], self._top_ks) if self._filters[slots].any() else None
+        return self.draw_plain(logits, on_device, asked)
