@@ -36,6 +36,7 @@ class ExpandedCut:
 
 
 def expanded_cut(dtype: torch.dtype) -> ExpandedCut:
+    """The cut of the kernel for activations of `dtype`."""
     if dtype.itemsize == 4:
         return ExpandedCut(queries=16, keys=16, warps=4, stages=1)
     return ExpandedCut(queries=128, keys=64, warps=8, stages=2)
