@@ -241,7 +241,7 @@ def cut_time(setting: Setting, cut: triton_mla.Cut, each: int) -> float:
     out = torch.empty_like(query)
     try:
         return graph_time(
-            lambda cache: triton_mla.attend_decode(query, rotated, cache, setting.table, out, rows, shape, cut),
+            lambda cache: triton_mla.attend_mla_decode(query, rotated, cache, setting.table, out, rows, shape, cut),
             setting.caches,
         )
     except triton.runtime.errors.OutOfResources:

@@ -15,6 +15,8 @@ from engine.kernels.cpu import calls as cpu
 from engine.kernels.dense.reference import Ops
 from engine.kernels.experts.reference import MoeOps
 from engine.kernels.fp8.reference import Fp8Ops
+from engine.kernels.logits.host import HostLogitOps
+from engine.kernels.logits.reference import LogitOps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +26,7 @@ class KernelSet:
     dense: Ops = field(default_factory=Ops)  # between matrices and attention
     experts: MoeOps = field(default_factory=MoeOps)
     fp8: Fp8Ops = field(default_factory=Fp8Ops)
+    logits: LogitOps = field(default_factory=LogitOps)  # from logits to tokens
 
 
 def has_triton() -> bool:
@@ -44,16 +47,18 @@ def choose(device: torch.device, dtype: torch.dtype, *, invariant: bool = False)
         )
     if device.type == "cpu":
         dense = (cpu.kernels() if dtype is torch.float32 else None) or Ops()
-        return KernelSet(dense=dense, fp8=Fp8Ops(dense))
+        return KernelSet(dense=dense, fp8=Fp8Ops(dense), logits=HostLogitOps())
     if device.type != "cuda" or not has_triton():
         return KernelSet()
     from engine.kernels.dense.triton import TritonOps
     from engine.kernels.experts.triton import TritonMoeOps
     from engine.kernels.fp8.triton import TritonFp8Ops, multiplies_fp8
+    from engine.kernels.logits.triton import TritonLogitOps
 
     dense = TritonOps()
     return KernelSet(
         dense=dense,
         experts=TritonMoeOps(dense),
         fp8=TritonFp8Ops(dense) if multiplies_fp8(device) else Fp8Ops(dense),
+        logits=TritonLogitOps(),
     )

@@ -4,7 +4,7 @@ from engine.kernels.experts.reference import ExpertWeights, Routed, Routing
 from engine.layers.activation import gated_activation
 from engine.layers.attention import Attention, AttentionBackend, AttentionShape, Backend, PagedAttention, Prefix
 from engine.layers.batch import Batch, Mirror
-from engine.layers.build import Build
+from engine.layers.build import Build, Scheme
 from engine.layers.decoder import (
     AttentionKind,
     Block,
@@ -23,7 +23,7 @@ from engine.layers.mla import LatentAttention
 from engine.layers.model import Layer, Model, check_shape, empty_weight, put
 from engine.layers.moe import Experts, Mixture, Router, SparseMLP
 from engine.layers.norm import RMSNorm
-from engine.layers.quantization import Quantized, QuantizedExperts, QuantizedLinear, Scheme
+from engine.layers.quantization import Quantized, QuantizedExperts, QuantizedLinear
 from engine.layers.rotary import Rotary, rope_terms, rope_type, yarn_scale
 
 __all__ = [

@@ -5,15 +5,17 @@ parallelism comes: process groups; `world` is 1.
 """
 
 import dataclasses
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from engine.kernels import KernelSet, choose
 from engine.layers.attention import AttentionBackend, AttentionShape, Backend
 from engine.layers.latent import LatentBackend, LatentShape
-from engine.layers.quantization import Scheme
+from engine.layers.quantization import QuantizedExperts, QuantizedLinear
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +33,7 @@ class Build:
     rank: int = 0
     world: int = 1
     kv_dtype: torch.dtype | None = None  # of the KV cache; by default `dtype`
-    quantization: Scheme | None = None  # how matrices are stored; by default in `dtype`
+    quantization: "Scheme | None" = None  # how matrices are stored; by default in `dtype`
     deferred: bool = False  # weights take no memory, on the device `meta`, until `Model.load` or `Model.allocate`
     kernels: KernelSet = None  # type: ignore[assignment]  # by default the fastest for `dtype` on `device`
 
@@ -84,3 +86,24 @@ class Build:
         assert isinstance(backend, LatentBackend), f"{backend} is not for latent attention"
         backend.kernels = self.kernels
         return backend
+
+
+class Scheme(ABC):
+    """A quantization as a plugin provides it: constructed once, then asked by every layer that has matrices."""
+
+    def __init__(self, terms: Mapping[str, Any] | None) -> None:  # noqa: B027
+        """`terms` are config.json's `quantization_config`; None where it has none, and weights are to be quantized.
+
+        Raises ConfigError for what would run and be wrong."""
+
+    @abstractmethod
+    def takes(self, path: str) -> bool:
+        """Whether the module at `path` in the checkpoint is quantized."""
+
+    @abstractmethod
+    def linear(self, build: Build, parts: Mapping[str, int], inputs: int) -> QuantizedLinear:
+        """The storage of a layer with so many rows in each of its parts."""
+
+    @abstractmethod
+    def experts(self, build: Build, count: int, size: int, inner: int) -> QuantizedExperts:
+        """The storage of `count` gated MLPs between `size` and `inner`."""

@@ -1,12 +1,12 @@
 """What paged attention kernels in Triton have in common, and the one for rows of several tokens.
 
-All compute what engine.plugin.testing's reference does: query i of a row at position p = start + i sees the cached
+All compute what `attend` in reference.py does: query i of a row at position p = start + i sees the cached
 positions max(0, p + 1 - window) .. p, all heads of a group share a key head, scores are in float32 and softmax is
 taken online (arXiv:1805.02867). Keys and values are read where they lie: position n of a slot is at page
 page_table[slot, n // page_size]. The query heads of one key head are rows of one matrix, so that keys are read once.
 
 **Extend** has a program for each key head and block of queries, listed on the host; longest contexts come first.
-Rows of one token are triton_decode.py's.
+Rows of one token are decode.py's.
 
 Left out: soft caps, sinks, tree masks, a cut of the context of short extensions, latent attention.
 """

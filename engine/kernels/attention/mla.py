@@ -28,7 +28,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
 from engine.kernels.launch import launch_dependents, wait_for_previous
 
@@ -93,11 +92,6 @@ class MlaExtendRows:
     offsets: Tensor  # [R + 1] int64
 
 
-def interpreted() -> bool:
-    """Whether TRITON_INTERPRET was set when this module was imported: kernels run on the CPU, slowly."""
-    return isinstance(decode_kernel, InterpretedFunction)
-
-
 def decode_cut(shape: MlaShape, dtype: torch.dtype) -> Cut:
     """The cut of the decode kernel. Few heads are one block of lines, for the tensor cores' smallest tile; many are
     blocks of 64, the smallest that Hopper's own instructions take."""
@@ -107,14 +101,14 @@ def decode_cut(shape: MlaShape, dtype: torch.dtype) -> Cut:
     return Cut(lines=lines, positions=32, warps=4 if lines == 16 else 8, stages=3 if lines <= 32 else 2)
 
 
-def extend_cut(shape: MlaShape, dtype: torch.dtype) -> Cut:
+def mla_extend_cut(shape: MlaShape, dtype: torch.dtype) -> Cut:
     """The cut of the extend kernel: as many lines as the registers hold."""
     if dtype.itemsize == 4:
         return Cut(lines=16, positions=16, warps=4, stages=1)
     return Cut(lines=64, positions=32, warps=8, stages=2)
 
 
-def decode_teams(shape: MlaShape, dtype: torch.dtype, device: torch.device) -> int:
+def mla_decode_teams(shape: MlaShape, dtype: torch.dtype, device: torch.device) -> int:
     """Teams whose programs the device runs at once: two a processor if they are small."""
     if device.type == "cpu":
         return 3
@@ -123,7 +117,7 @@ def decode_teams(shape: MlaShape, dtype: torch.dtype, device: torch.device) -> i
     return max(1, (2 if cut.lines == 16 else 1) * processors // triton.cdiv(shape.heads, cut.lines))
 
 
-def list_blocks(starts: np.ndarray, lengths: np.ndarray, heads: int, lines: int) -> np.ndarray:
+def list_mla_blocks(starts: np.ndarray, lengths: np.ndarray, heads: int, lines: int) -> np.ndarray:
     """[2, B] int64: row and number of each block of `lines` lines of rows longer than 1; longest contexts first."""
     rows = np.flatnonzero(lengths > 1)
     counts = -(-lengths[rows] * heads // lines)
@@ -133,7 +127,7 @@ def list_blocks(starts: np.ndarray, lengths: np.ndarray, heads: int, lines: int)
     return np.ascontiguousarray(np.stack((row, block))[:, order], np.int64)
 
 
-def attend_decode(
+def attend_mla_decode(
     query: Tensor, rotated: Tensor, cache: Tensor, page_table: Tensor, out: Tensor, rows: MlaDecodeRows,
     shape: MlaShape, cut: Cut | None = None,
 ) -> None:  # fmt: skip
@@ -162,12 +156,12 @@ def attend_decode(
     )  # fmt: skip
 
 
-def attend_extend(
+def attend_mla_extend(
     query: Tensor, rotated: Tensor, cache: Tensor, page_table: Tensor, out: Tensor, rows: MlaExtendRows,
     shape: MlaShape, cut: Cut | None = None,
 ) -> None:  # fmt: skip
     """As `attend_decode`, for rows of several tokens."""
-    cut = cut or extend_cut(shape, query.dtype)
+    cut = cut or mla_extend_cut(shape, query.dtype)
     extend_kernel[(rows.blocks.shape[1],)](
         query, rotated, cache, page_table, out, rows.blocks, rows.slots, rows.starts, rows.offsets,
         rows.blocks.shape[1], *strides(query, rotated), page_table.stride(0), **constants(shape, query, cache),

@@ -1,4 +1,4 @@
-"""The operations of ops.py as Triton kernels, for GPUs: each reads its inputs once and writes its results once.
+"""The operations of reference.py as Triton kernels, for GPUs: each reads its inputs once and writes its results once.
 
 One program takes one token (or one head of one token), so a decode step's kernels are over in about the time of a
 launch. Sums are taken in float32 and rounded where the reference rounds. Left out: fusion with the matrix products.

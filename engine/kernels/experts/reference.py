@@ -67,8 +67,8 @@ class Recorder:
 
 class ExpertWeights(NamedTuple):
     """The matrices of all experts, each a SwiGLU: `gate_up` [experts, 2 * I, H], gate before up, and `down`
-    [experts, H, I]. In FP8 (see fp8.py) they have scales: of blocks, [experts, 2, row blocks, column blocks] and
-    [experts, row blocks, column blocks], or of rows, [experts, 2 * I] and [experts, H]."""
+    [experts, H, I]. In FP8 (engine/kernels/fp8/reference.py) they have scales: of blocks, [experts, 2, row blocks,
+    column blocks] and [experts, row blocks, column blocks], or of rows, [experts, 2 * I] and [experts, H]."""
 
     gate_up: Tensor
     down: Tensor

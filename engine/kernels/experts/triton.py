@@ -1,4 +1,4 @@
-"""The operations of moe.py on a GPU, in Triton: four launches for a few tokens, five or six for a step of more.
+"""The operations of reference.py on a GPU, in Triton: four launches for a few tokens, five or six for a step of more.
 
     gate ─ route ─┬─ few tokens: vector_up ─ vector_down
                   ├─ more: (order, where they are many) ─ multiply gate, up ─ multiply down ─ combine

@@ -1,4 +1,4 @@
-"""Products with E4M3 weights on a GPU, and activations becoming E4M3, in Triton: what fp8.py defines.
+"""Products with E4M3 weights on a GPU, and activations becoming E4M3, in Triton: what reference.py defines.
 
     one token   a vector times the matrix: `vector_kernel`
     some        `linear_kernel` with activations as they are, few rows of the matrix a program: to read takes the time
