@@ -21,6 +21,7 @@ from engine.http.admin import admin, experts
 from engine.http.anthropic import messages as anthropic
 from engine.http.anthropic import reply as anthropic_reply
 from engine.http.connections import listen
+from engine.http.exporting import tracing_to
 from engine.http.fields import IGNORED, Ignored, send_ignored
 from engine.http.intake import CODINGS, INTAKE, Intake
 from engine.http.keys import Keys, key_check
@@ -43,7 +44,6 @@ from engine.http.responses import tokens as response_tokens
 from engine.http.responses.store import STORE, ResponseStore
 from engine.http.service import SERVICE, Service
 from engine.http.sse import describe_error
-from engine.http.tracing import tracing_to
 from engine.http.wire import error_object, json_response, to_json
 
 if TYPE_CHECKING:

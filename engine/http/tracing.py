@@ -5,20 +5,16 @@ nothing is done for a token. Attributes have the names of OpenTelemetry's semant
 have one, in the engine's words otherwise. Left out: prompts and replies, which never go into a span.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar
-from functools import partial
 from time import perf_counter
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from engine.errors import ConfigError, RequestError
 from engine.messages.reply import Chunk
 from engine.messages.request import Generate, Job, SamplingParams
-
-if TYPE_CHECKING:
-    from engine.http.otlp import Tracing
 
 PROVIDER = "actorserve"  # the provider of the model, and the service, in words of OpenTelemetry
 TRACES_PATH = "/v1/traces"
@@ -190,22 +186,3 @@ def traces_url(endpoint: str) -> str:
         )
     path = parts.path.rstrip("/")
     return parts._replace(path=path if path.endswith(TRACES_PATH) else path + TRACES_PATH).geturl()
-
-
-def tracing_to(endpoint: str | None) -> "Callable[[], Tracing] | None":
-    """What opens the tracing to `endpoint`; None without one, and then OpenTelemetry is not imported.
-
-    Raises ConfigError for what is no URL, and where OpenTelemetry is not installed."""
-    if endpoint is None:
-        return None
-    traces_url(endpoint)
-    try:
-        from engine.http.otlp import Tracing
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("opentelemetry"):
-            raise
-        raise ConfigError(
-            f"--otlp-endpoint is {endpoint!r}, and tracing needs packages that are not installed (there is no "
-            f"{error.name}): pip install 'actorserve[otel]', or leave the option out"
-        ) from None
-    return partial(Tracing, endpoint)

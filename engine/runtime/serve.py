@@ -60,9 +60,9 @@ def serve(config: Config) -> int:
 
 async def _serve(config: Config, start: Start | None, began: float) -> int:
     from engine.http.app import serve as serve_http
+    from engine.http.exporting import tracing_to
     from engine.http.keys import Keys
     from engine.http.origins import Access
-    from engine.http.tracing import tracing_to
     from engine.runtime.core import core_actors
     from engine.runtime.launch import open_front
 

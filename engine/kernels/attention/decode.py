@@ -352,7 +352,8 @@ def add_prefix(
 def attend_piece(
     q, size, cache, line, first, last, head, d, n, largest, total, summed,
     SCALE: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, PAGE_STRIDE: tl.constexpr, PRECISION: tl.constexpr, FP8: tl.constexpr, POSITIONS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, PAGE_STRIDE: tl.constexpr, PRECISION: tl.constexpr, FP8: tl.constexpr,
+    POSITIONS: tl.constexpr,
 ):  # fmt: skip
     """Adds positions `first` .. `last` of a row. The pages of a block are looked up while the one before computes."""
     page = tl.load(line + tl.minimum(first + n, last) // PAGE_SIZE)

@@ -27,9 +27,10 @@ from engine.cli import main
 from engine.config import resolve
 from engine.errors import ConfigError, WorkerError
 from engine.http.app import ROUTES
+from engine.http.exporting import tracing_to
 from engine.http.otlp import Delivery, Said
 from engine.http.request_id import HEADER
-from engine.http.tracing import OPERATIONS, ReplyTrace, Trace, clean, traces_url, tracing_to
+from engine.http.tracing import OPERATIONS, ReplyTrace, Trace, clean, traces_url
 from engine.messages.reply import Chunk
 
 pytestmark = pytest.mark.anyio
