@@ -18,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
+from bench.lib.floors import BANDWIDTH
 from bench.lib.timing import graph_time
 from engine.errors import ConfigError
 from engine.kernels.attention import decode as decoding
@@ -115,7 +116,7 @@ def bench_decode(backends: list[str]) -> None:
     for model, page_size, dtype, (rows, length) in cases:
         setting = Setting(HEADS[model], rows, length, page_size, dtype)
         kind = "fp8" if dtype.itemsize == 1 else "bf16"
-        line = f"{model:12} {page_size:>4} {kind:>5} {f'{rows} x {length}':>13} {setting.bytes / 4.3e6:>9.1f}"
+        line = f"{model:12} {page_size:>4} {kind:>5} {f'{rows} x {length}':>13} {1e6 * setting.bytes / BANDWIDTH:>9.1f}"
         for name in backends:
             time = decode_row(name, setting)
             line += f"  {name}: -" if time is None else f"  {name}: {setting.bytes / time / 1e3:6.0f} ({time:6.1f})"

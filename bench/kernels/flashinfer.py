@@ -14,12 +14,13 @@ import numpy as np
 import torch
 import triton
 
+from bench.lib.floors import RATE
 from engine.layers import AttentionShape
 from engine.worker.steps.batch import build_batch
 from engine_plugins.attention.flashinfer.mha import FlashInferAttention
 
 DEVICE = torch.device("cuda")
-DIM, PAGE, RATE = 128, 16, 790  # TFLOP/s of a matrix product in bfloat16
+DIM, PAGE = 128, 16
 PROMPTS = ((1, 0, 128), (1, 0, 512), (1, 0, 1024), (4, 0, 1024), (16, 0, 512), (1, 0, 8192), (1, 4096, 128),
            (1, 4096, 1024), (1, 16384, 512), (8, 2048, 256), (32, 1024, 64))  # fmt: skip
 
@@ -42,7 +43,7 @@ def bench_prompts(heads: tuple[int, int]) -> None:
         batch = build_batch(step, tokens, pages, PAGE, ())
         work = 4 * heads[0] * DIM * rows * (start * length + length * (length + 1) / 2)
         chosen = backend.prepare(batch)[0].kernel.name
-        line = f"{rows:>3} x {start:>5}+{length:<5} floor {work / RATE / 1e6:8.1f} us"
+        line = f"{rows:>3} x {start:>5}+{length:<5} floor {1e6 * work / RATE:8.1f} us"
         for name in backend._kernels:
             backend._extend_kernel = lambda lengths, name=name: name
             attend = functools.partial(backend.attend, query, cache, backend.prepare(batch))

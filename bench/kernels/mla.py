@@ -20,6 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
+from bench.lib.floors import BANDWIDTH, RATE
 from bench.lib.timing import graph_time
 from engine.errors import ConfigError
 from engine.kernels.attention import mla as triton_mla
@@ -30,7 +31,6 @@ from engine.plugin.registry import Plugins, resolve
 from engine.worker.steps.batch import build_batch
 
 DEVICE = torch.device("cuda")
-BANDWIDTH, RATE = 4.3e12, 790e12
 BATCHES, CONTEXTS = (1, 32, 128), (1024, 8192, 32768)
 SMALL = ((1, 256), (2, 256), (4, 256), (8, 256), (256, 256), (256, 1024))
 CUTS = ((16, 32, 4, 2), (16, 32, 4, 3), (16, 32, 8, 3), (16, 64, 4, 3), (32, 32, 8, 3), (32, 64, 8, 3),
