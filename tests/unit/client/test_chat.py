@@ -21,7 +21,7 @@ from rich.console import Console
 
 from engine import cli
 from engine.client.chat import MAX_TOKENS, Conversation
-from engine.config import options_of
+from engine.client.options import sampling_options
 from engine.errors import RequestError
 from engine.messages.reply import Chunk
 from engine.messages.request import SamplingParams
@@ -113,7 +113,7 @@ def test_settings(talk: Talk) -> None:
     talk.take("/set temperature default", "hi")
     assert talk.source.asked[-1][1].temperature is None
     listing = talk.take("/set")
-    for name in SamplingParams.__struct_fields__:
+    for name in (option.name for option in sampling_options()):
         assert f"{name} " in listing
 
 
@@ -123,7 +123,7 @@ def test_the_settings_stand_in_columns(talk: Talk) -> None:
     assert max(map(len, lines)) <= 80
     (second,) = {line.index(word) for line in lines for word in ("long,", '{"5"', "none", "1024") if f" {word}" in line}
     third = next(line for line in lines if line.startswith("top_p ")).index("keep")
-    for option in options_of(SamplingParams):
+    for option in sampling_options():
         row = next(place for place, line in enumerate(lines) if line.startswith(f"{option.name} "))
         assert lines[row][second - 1] == lines[row][third - 1] == " " != lines[row][second]
         told = lines[row][third:]

@@ -149,7 +149,10 @@ async def test_pictures_are_refused_because_the_model_reads_text(
 )
 async def test_what_the_engine_refuses_goes_by_the_clients_name(path: str, body: object, param: str) -> None:
     said = "max_tokens 9 and a prompt of 8 tokens are over the model's length of 10; ask for at most 2 tokens"
-    async with serving(FakeFront([RequestError(said, param="max_tokens")])) as url:
+    template = said.replace("max_tokens", "{max_tokens}").replace("2", "{room}")
+    refused = RequestError(template, param="max_tokens", facts={"room": 2})
+    assert refused.message == said
+    async with serving(FakeFront([refused])) as url:
         status, answer = await post(url + path, body)
     assert (status, answer["error"]["param"]) == (400, param)
     assert answer["error"]["message"] == said.replace("max_tokens", param)

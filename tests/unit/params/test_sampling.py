@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from engine.errors import RequestError
+from engine.errors import RequestError, Words
 from engine.messages.request import SamplingParams
-from engine.params.sampling import SamplingDefaults, check_sampling, model_defaults
+from engine.params.sampling import NATIVE, SamplingDefaults, check_sampling, model_defaults
 
 
 @pytest.mark.parametrize(
@@ -63,8 +63,10 @@ def test_refused(field: str, value: Any) -> None:
 
 
 def test_the_clients_own_name_is_used() -> None:
-    with pytest.raises(RequestError, match=r"^max_new_tokens is 0"):
-        check_sampling(SamplingParams(max_tokens=0), {"max_tokens": "max_new_tokens"})
+    with pytest.raises(RequestError, match=r"^max_tokens is 0") as caught:
+        check_sampling(SamplingParams(max_tokens=0))
+    told = caught.value.worded(Words(NATIVE.names))
+    assert told.message.startswith("max_new_tokens is 0;") and told.param == "max_new_tokens"
 
 
 def test_min_tokens_within_max_tokens() -> None:
