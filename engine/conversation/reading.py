@@ -82,9 +82,10 @@ class Reading(Struct, frozen=True):
         return self.sampling.grammar
 
     def grammar_names(self, field: str) -> dict[str, str]:
-        """What the client calls the parts of its grammar that an error may be about; it asked for one in `field`, or
-        it is its tools'."""
-        if not field or self.wanted.mode == "required":
+        """What the client, who asked for a grammar in `field`, calls the parts of it that an error may be about."""
+        if not field:
+            return {}
+        if self.wanted.mode == "required":
             return {"grammar": "tools"}
         if self.grammar is None or self.grammar.beside is None:
             return {"grammar": field}

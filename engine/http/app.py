@@ -40,7 +40,7 @@ from engine.http.responses import responses
 from engine.http.responses import tokens as response_tokens
 from engine.http.responses.store import STORE, ResponseStore
 from engine.http.service import SERVICE, Service
-from engine.http.sse import OURS, WORDS, describe_error
+from engine.http.sse import describe_error, words_of
 from engine.http.wire import error_object, json_response, to_json
 
 if TYPE_CHECKING:
@@ -258,7 +258,7 @@ async def shape_errors(request: web.Request, handler: Handler) -> web.StreamResp
         status, body = error.status, error_object(message, status=error.status, code=code)
         headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
     except Exception as error:
-        status, body = describe_error(error, request.get(WORDS, OURS))
+        status, body = describe_error(error, words_of(request))
         headers = {}
     service = request.app[SERVICE]
     service.metrics.count_error(status)

@@ -20,7 +20,7 @@ from engine.config import ServerOptions
 from engine.errors import RequestError, Words, let_go
 from engine.http.metrics import Metrics
 from engine.http.request_id import called
-from engine.http.sse import WORDS, Events, send_events
+from engine.http.sse import CALLED, WORDS, Events, send_events
 from engine.http.wire import json_response
 from engine.messages.reply import Chunk
 from engine.messages.request import Generate, Job, SamplingParams
@@ -103,11 +103,11 @@ SERVICE = web.AppKey("service", Service)
 
 
 def sampling_of(
-    request: web.Request, words: Words, fields: Mapping[str, Any], called: Mapping[str, str]
+    request: web.Request, words: Words, fields: Mapping[str, Any], called: dict[str, str]
 ) -> SamplingParams:
     """The checked SamplingParams of `fields`. From here on errors about `request` are told in `words`, and name fields
-    as its client has `called` them."""
-    request[WORDS] = words.calling(called)
+    as its client has `called` them, to which the caller may add."""
+    request[WORDS], request[CALLED] = words, called
     sampling = SamplingParams(**fields)
     check_sampling(sampling)
     return sampling

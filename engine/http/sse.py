@@ -20,7 +20,10 @@ HEADERS = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",  # nginx would hold events back
 }
-WORDS = web.RequestKey("words", Words)  # how errors about a request are told, once its handler knows
+# How errors about a request are told, once its handler knows: the words of its API, and what its client calls fields
+# that have several names there.
+WORDS = web.RequestKey("words", Words)
+CALLED = web.RequestKey("called", dict[str, str])
 OURS = Words()
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,11 @@ class Events(Protocol[Item_contra]):
 def data_event(payload: bytes) -> bytes:
     """One event whose data is `payload`, JSON on one line."""
     return b"data: %b\n\n" % payload
+
+
+def words_of(request: web.Request) -> Words:
+    """The words in which `request` is told of errors."""
+    return request.get(WORDS, OURS).calling(request.get(CALLED, {}))
 
 
 def describe_error(error: Exception, words: Words = OURS) -> tuple[int, dict[str, object]]:
@@ -89,6 +97,6 @@ async def send_events(
     except ConnectionError:  # the client is gone: nobody to tell
         raise
     except Exception as error:
-        await response.write(failure(error, request.get(WORDS, OURS)))
+        await response.write(failure(error, words_of(request)))
     await response.write_eof()
     return response

@@ -191,11 +191,13 @@ def nests_deeply(value: Any) -> bool:
 
 class Ask(Struct, frozen=True):
     """How a value asks for a grammar: of which `kind`, and what `source` and `strict` find in the value. Without
-    `source` the value is it; a `kind` that depends on the value is a function of it."""
+    `source` the value is it; a `kind` that depends on the value is a function of it. `place` is where in the value an
+    error about the source points."""
 
     kind: GrammarKind | Callable[[Any], GrammarKind]
     source: Callable[[Any], Any] | None = None
     strict: Callable[[Any], bool | None] | None = None
+    place: str = ""
 
 
 Asking = Ask | Mapping[Any, Ask]  # by the type of the value, or by the name of a field inside it
@@ -219,7 +221,7 @@ class GrammarFields:
         given = list(self._given(values, path))
         if not given:
             return None, ""
-        name, kind, value, strict = given[0]
+        name, kind, value, strict, place = given[0]
         if any(not _same(given[0], other) for other in given[1:]):
             raise RequestError(_only_one([one[0] for one in given]), param=given[1][0])
         if (strictly := getattr(body, "strict_schema", None)) is not None:
@@ -227,7 +229,7 @@ class GrammarFields:
         try:
             return made(kind, value, strict=strict), name
         except RequestError as error:
-            raise error.worded(Words({kind: name})) from None
+            raise error.worded(Words({kind: name + place})) from None
 
     def _given(self, values: tuple[Any, ...], path: str) -> Iterator["Given"]:
         for (name, asking), value in zip(self._fields.items(), values, strict=True):
@@ -235,16 +237,17 @@ class GrammarFields:
                 yield from _read(asking, value, path + name)
 
 
-Given = tuple[str, GrammarKind, Any, bool]  # what the client calls it, its kind, its source, and whether it is strict
+# What the client calls it, its kind, its source, whether it is strict, and where in it the source stands.
+Given = tuple[str, GrammarKind, Any, bool, str]
 
 
 def _read(asking: Asking, value: Any, name: str) -> Iterator[Given]:
     match asking:
-        case Ask(kind, source, strict):
+        case Ask(kind, source, strict, place):
             kind = kind if isinstance(kind, str) else kind(value)
             found = value if source is None else source(value)
             if kind != "json_object" or found is not False:
-                yield name, kind, found, strict is None or strict(value) is not False
+                yield name, kind, found, strict is None or strict(value) is not False, place
         case Mapping() if (ask := asking.get(type(value))) is not None:
             yield from _read(ask, value, name)
         case Mapping():

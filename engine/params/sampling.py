@@ -11,9 +11,7 @@ only the model knows (its length, its vocabulary) is checked where the prompt is
 leaves out has the default of the model, if its generation_config.json states one, else that of OpenAI's API.
 """
 
-import re
 from collections.abc import Callable, Mapping
-from math import prod
 from operator import attrgetter
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
@@ -22,6 +20,7 @@ import msgspec
 from msgspec import Meta, Struct, StructMeta
 
 from engine.errors import RequestError, shown
+from engine.params.expressions import check_expression, refusal
 from engine.params.grammar import Grammar, GrammarKeywords, from_keywords
 
 INT32_MAX = 2**31 - 1
@@ -29,8 +28,6 @@ MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024
 MAX_STOP_TOKENS = 1024
 MAX_REGEXES = 4
-MAX_REGEX_SIZE = 1 << 18
-MAX_REGEX_SECONDS = 0.1
 MAX_BIASES = 1024
 MAX_BAD_WORDS = 128
 MAX_ALLOWED = 1 << 18  # token ids: as many as the largest vocabularies have
@@ -122,7 +119,7 @@ class Expressions(Texts, frozen=True):
     def check(self, field: str, value: Any, params: Any = None) -> None:
         super().check(field, value, params)
         for pattern in value:
-            _check_regex(field, pattern)
+            check_expression(field, pattern)
 
 
 class Ids(Struct, frozen=True):
@@ -165,40 +162,6 @@ class Biases(Struct, frozen=True):
 
 ID = Whole(0, INT32_MAX, "send ids of the model's vocabulary")
 Kind = Real | Whole | Switch | Texts | Ids | Biases
-
-
-def refusal(field: str, given: str, bound: str, remedy: str) -> RequestError:
-    """The error that `field` is `given`; the remedy may name the field in braces."""
-    facts = {"given": given, "bound": bound}
-    return RequestError(f"{{{field}}} is {{given}}; it must be {{bound}} ({remedy})", param=field, facts=facts)
-
-
-def _check_regex(field: str, pattern: str) -> None:
-    import regex  # here, as nobody who sends none should wait for it
-
-    size = _compiled_size(pattern)
-    if size > MAX_REGEX_SIZE:
-        bound = f"an expression of at most {MAX_REGEX_SIZE} characters when its repetitions are written out"
-        raise refusal(field, shown(pattern), bound, "repeat less, nest less, leave comments and the flag x out")
-    try:
-        matches_nothing = regex.compile(pattern).search("", timeout=MAX_REGEX_SECONDS) is not None
-    except (regex.error, RecursionError, OverflowError, TimeoutError) as error:
-        facts = {"given": shown(pattern), "error": str(error)}
-        message = f"{{{field}}} is {{given}}; it must be a regular expression (correct it: {{error}})"
-        raise RequestError(message, param=field, facts=facts) from None
-    if matches_nothing:
-        bound = "an expression that matches no empty text"
-        raise refusal(field, shown(pattern), bound, "it would end every reply")
-
-
-def _compiled_size(pattern: str) -> int:
-    """A bound of what compiling `pattern` writes out: X{2} becomes XX, X+ and X{1,} become XX*, at every level, so that
-    a few characters could take all memory there is. Comments, which could hide a repetition, are too much."""
-    if re.search(r"\(\?[\w-]*x|\(\?#", pattern):
-        return MAX_REGEX_SIZE + 1
-    counted = re.findall(r"\{(\d{1,9})(,?)", pattern)
-    repeats = prod(max(1, int(least) + bool(more)) for least, more in counted)
-    return len(pattern) * repeats * 2 ** pattern.count(")+")
 
 
 # ── the table ────────────────────────────────────────────────────────────────────────────────
@@ -456,30 +419,6 @@ def check_sampling(params: SamplingParams) -> None:
             if getattr(params, name):
                 message = f"detokenize is false and {{{name}}} is given, which is looked for in the text; send "
                 raise RequestError(f"{message}stop_token_ids", param=name, facts={})
-
-
-def model_defaults(generation: Mapping[str, Any]) -> tuple[SamplingDefaults, list[str]]:
-    """The defaults that a generation_config.json states, and a sentence for each value that is out of bounds.
-
-    In place of such a value stands the API's own default. `do_sample: false` means temperature 0."""
-    kinds: dict[str, Kind] = {field.name: field.kind for field in FIELDS}
-    kinds["max_new_tokens"] = Whole(1, INT32_MAX, "leave it out for the model's length")
-    stated: dict[str, Any] = {}
-    wrong = []
-    for name in SamplingDefaults.__struct_fields__:
-        if (value := generation.get(name)) is None:
-            continue
-        try:
-            kinds[name].check(name, value)
-        except RequestError as error:
-            wrong.append(error.message)
-        else:
-            stated[name] = value
-    if (samples := generation.get("do_sample")) not in (None, True, False):
-        wrong.append(f"do_sample is {shown(samples)}; it must be true or false (false is temperature 0)")
-    elif samples is False:
-        stated["temperature"] = 0.0
-    return SamplingDefaults(**stated), wrong
 
 
 StructType = TypeVar("StructType", bound=Struct)

@@ -6,7 +6,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from engine.config import Config
 from engine.conversation.parsers import choose_parsers
 from engine.errors import ConfigError
-from engine.params.sampling import SamplingDefaults, model_defaults
+from engine.params.defaults import model_defaults
+from engine.params.sampling import SamplingDefaults
 from engine.plugin.registry import Plugins
 from engine.plugin.specs import Checkpoint, TextSpec
 from engine.plugin.terms import Terms

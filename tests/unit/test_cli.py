@@ -170,8 +170,9 @@ def test_every_sampling_parameter_is_a_flag(asked: list[Any]) -> None:
         value = objects.get(option.name, {float: "0.5", bool: None}.get(option.kind, "7"))
         switch = option.flag if option.default is not True else option.flag.replace("--", "--no-")
         flags = [switch] if value is None else [option.flag, value]
-        assert cli.main(["generate", "--raw", "hi", *flags]) == 0
-        assert asked[-1] != SamplingParams(), option.flag
+        beside = {"json_schema": "{}"} if option.name == "strict_schema" else {}
+        assert cli.main(["generate", "--raw", "hi", *flags, *(("--json-schema", "{}") if beside else ())]) == 0
+        assert asked[-1] != SamplingParams(**beside), option.flag
 
 
 def test_plugins_as_json_and_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,6 @@ anthropic_reply.py. Left out, and refused by name: images and documents, tools t
 
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
-from operator import attrgetter
 from typing import Annotated, Any, ClassVar, Literal
 from uuid import uuid4
 
@@ -165,7 +164,7 @@ class AnthropicFormat(Body, tag_field="type", tag="json_schema"):
     schema: dict[str, Any] | bool
 
 
-FORMATS = GrammarFields({"format": {AnthropicFormat: Ask("json_schema", attrgetter("schema"))}})
+FORMATS = GrammarFields({"format": {"schema": Ask("json_schema")}})
 
 
 class OutputConfig(Body):
@@ -261,11 +260,13 @@ async def messages(request: web.Request, body: MessagesBody) -> web.StreamRespon
     field = ""
     if body.output_config is not None:
         fields["grammar"], field = FORMATS.asked(body.output_config, "output_config.")
-    sampling = sampling_of(request, ANTHROPIC_WORDS, fields, {**names, "grammar": field} if field else names)
+    if field:
+        names["grammar"] = field
+    sampling = sampling_of(request, ANTHROPIC_WORDS, fields, names)
     wanted = wanted_of(body)
     conversation, options = conversation_of(body), _options(request, body, wanted)
     reading = reading_of(service.front.text, sampling, conversation, options, wanted)
-    request[WORDS] = request[WORDS].calling(reading.grammar_names(field))
+    names |= reading.grammar_names(field)
     rid = f"msg_{uuid4().hex}"
     job = Generate(rid, messages=conversation, **options, **reading.job)
     reply = AnthropicReply(rid, service.model, reading)

@@ -19,7 +19,6 @@ from engine.http.grammars import OPENAI_FIELDS
 from engine.http.openai.bodies import SamplingBody
 from engine.http.openai.replies import Wording, complete
 from engine.http.service import SERVICE, check_kept, salt_of, sampling_of
-from engine.http.sse import WORDS
 from engine.http.tools import FEW_MESSAGES, FEW_TOOLS, Effort, ToolName, among, checked, tool_of
 from engine.http.wire import Body, to_json
 from engine.messages.request import Generate
@@ -213,7 +212,7 @@ async def chat_completions(request: web.Request, body: ChatBody) -> web.StreamRe
             ignore(request, "reasoning_effort")
     separate, told = body.separate_reasoning is not False, _tells_reasoning(body)
     reading = reading_of(text, sampling, messages, options, wanted, separate=separate, told=told)
-    request[WORDS] = request[WORDS].calling(reading.grammar_names(field))
+    called |= reading.grammar_names(field)
     job = Generate(
         f"chatcmpl-{uuid4().hex}",
         messages=messages,

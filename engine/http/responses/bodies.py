@@ -93,7 +93,7 @@ FORMATS = GrammarFields(
     {
         "format": {
             ObjectFormat: Ask("json_object"),
-            SchemaTextBody: Ask("json_schema", attrgetter("schema"), attrgetter("strict")),
+            SchemaTextBody: Ask("json_schema", attrgetter("schema"), attrgetter("strict"), place=".schema"),
         }
     }
 )

@@ -32,7 +32,7 @@ from engine.http.responses.objects import (
 from engine.http.responses.store import STORE, Response, ResponseStore, Told
 from engine.http.responses.tools import wanted_tools
 from engine.http.service import SERVICE, Service, sampling_of
-from engine.http.sse import WORDS, send_events
+from engine.http.sse import CALLED, send_events, words_of
 from engine.http.wire import Reply, json_response
 from engine.messages.reply import Chunk
 from engine.messages.request import Generate, SamplingParams
@@ -86,14 +86,14 @@ async def create(request: web.Request, body: ResponsesBody) -> web.StreamRespons
     messages = [*spoken, *conversation]
     options = options_of(request, body, wanted)
     reading = reading_of(service.front.text, sampling, messages, options, wanted)
-    words = request[WORDS] = request[WORDS].calling(reading.grammar_names(field))
+    request[CALLED] |= reading.grammar_names(field)
     defaults = SamplingDefaults() if service.front.text is None else service.front.text.defaults
     asked = described(body, defaults.under(sampling), service.model, wanted)
     response = Response(asked, conversation, reading, scored=sampling.logprobs is not None)
     job = Generate(response.id, messages=messages, priority=body.priority or 0, **options, **reading.job)
     chunks = _generate(service, called(request, response.id), job)
     if body.background:
-        store.run(response, chunks, words)
+        store.run(response, chunks, words_of(request))
         return await _follow(request, response) if body.stream else json_response(response.object())
     async with aclosing(_recorded(chunks, response, store if keep else None)) as told:
         if body.stream:
@@ -195,7 +195,9 @@ def asked_of(request: web.Request, body: ResponsesBody) -> tuple[SamplingParams,
     elif likeliest:
         message = f'top_logprobs is {likeliest}; it needs include: ["{LOGPROBS}"]'
         raise RequestError(message, param="top_logprobs")
-    return sampling_of(request, RESPONSE_WORDS, fields, {**names, "grammar": field} if field else names), field
+    if field:
+        names["grammar"] = field
+    return sampling_of(request, RESPONSE_WORDS, fields, names), field
 
 
 def format_of(body: ResponsesBody) -> PlainText | ObjectText | SchemaText:

@@ -7,7 +7,8 @@ import pytest
 
 from engine.errors import RequestError, Words
 from engine.messages.request import SamplingParams
-from engine.params.sampling import NATIVE, SamplingDefaults, check_sampling, model_defaults
+from engine.params.defaults import model_defaults
+from engine.params.sampling import NATIVE, SamplingDefaults, check_sampling
 
 
 @pytest.mark.parametrize(
