@@ -53,12 +53,16 @@ class Real(Struct, frozen=True):
     def range(self) -> dict[str, float]:
         return {"exclusiveMinimum" if self.above else "minimum": self.low, "maximum": self.high}
 
+    @property
+    def holds(self) -> str:
+        bound = f"above {self.low} and at most {self.high}" if self.above else f"from {self.low} to {self.high}"
+        return f"a number {bound}"
+
     def check(self, field: str, value: Any, params: Any = None) -> None:
         # The comparison is written so that NaN fails it.
         good = isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
         if not good or (self.above and value == self.low):
-            bound = f"above {self.low} and at most {self.high}" if self.above else f"from {self.low} to {self.high}"
-            raise refusal(field, shown(value), f"a number {bound}", self.off)
+            raise refusal(field, shown(value), self.holds, self.off)
 
 
 class Whole(Struct, frozen=True):
@@ -74,6 +78,10 @@ class Whole(Struct, frozen=True):
     def range(self) -> dict[str, float]:
         return {"minimum": self.low, "maximum": self.high}
 
+    @property
+    def holds(self) -> str:
+        return f"a whole number from {self.low} to {self.high}"
+
     def check(self, field: str, value: Any, params: Any = None) -> None:
         low, high = (self.low, self.high) if self.within is None or params is None else self.within(params)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -85,9 +93,13 @@ class Switch(Struct, frozen=True):
 
     body: Any = bool | None
 
+    @property
+    def holds(self) -> str:
+        return "true or false"
+
     def check(self, field: str, value: Any, params: Any = None) -> None:
         if not isinstance(value, bool):
-            raise refusal(field, shown(value), "true or false", "leave it out for the default")
+            raise refusal(field, shown(value), self.holds, "leave it out for the default")
 
 
 class Texts(Struct, frozen=True):
@@ -95,6 +107,10 @@ class Texts(Struct, frozen=True):
 
     most: int
     body: Any = list[str] | None
+
+    @property
+    def holds(self) -> str:
+        return f"at most {self.most} strings"
 
     def check(self, field: str, value: Any, params: Any = None) -> None:
         if isinstance(value, str) or len(value) > self.most:
@@ -129,6 +145,10 @@ class Ids(Struct, frozen=True):
     some: bool = False
     body: Any = list[int] | None
 
+    @property
+    def holds(self) -> str:
+        return f"at most {self.most} token ids"
+
     def check(self, field: str, value: Any, params: Any = None) -> None:
         if len(value) > self.most:
             raise refusal(field, f"{len(value)} ids", f"at most {self.most}", "send fewer")
@@ -150,6 +170,10 @@ class Biases(Struct, frozen=True):
     most: int
     each: Real
     body: Any = dict[int, float] | None
+
+    @property
+    def holds(self) -> str:
+        return f"a number for each of at most {self.most} token ids"
 
     def check(self, field: str, value: Any, params: Any = None) -> None:
         if not isinstance(value, dict) or len(value) > self.most:
