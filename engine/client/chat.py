@@ -289,9 +289,11 @@ class Conversation:
             raise ConfigError(f"there is no setting {name!r}; /set lists them{did_you_mean(name, options)}")
         if not text:
             raise ConfigError(f"/set {name} has no value; it takes {options[name].expects}, or default")
-        value = options[name].default if text == "default" else options[name].read(text, name)
+        value = settings_of(SamplingParams())[name] if text == "default" else options[name].read(text, name)
         params = SamplingParams(**{**settings_of(self.params), name: value})
         check_sampling(params)
+        if settings_of(params)[name] != value:
+            raise ConfigError(f"{name} goes with a schema, and none is set; /set json_schema first")
         self.params = params
         self._note(f"{name} {'default' if text == 'default' else _shown(value)}")
 

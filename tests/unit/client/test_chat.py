@@ -24,7 +24,7 @@ from engine.client.chat import MAX_TOKENS, Conversation
 from engine.client.options import sampling_options
 from engine.errors import RequestError
 from engine.messages.reply import Chunk
-from engine.messages.request import SamplingParams
+from engine.messages.request import Grammar, SamplingParams
 
 
 class Scripted:
@@ -112,6 +112,10 @@ def test_settings(talk: Talk) -> None:
     assert talk.source.asked[-1][1] == SamplingParams(temperature=0.7, max_tokens=5, stop=("a", "b"))
     talk.take("/set temperature default", "hi")
     assert talk.source.asked[-1][1].temperature is None
+    talk.take("/set json_schema {}", "/set strict_schema false", "/set logit_bias default", "hi")
+    assert talk.source.asked[-1][1].grammar == Grammar("json_schema", "{}", strict=False)
+    talk.take("/set json_schema default", "hi")
+    assert talk.source.asked[-1][1].grammar is None
     listing = talk.take("/set")
     for name in (option.name for option in sampling_options()):
         assert f"{name} " in listing
@@ -181,6 +185,7 @@ def test_completion_by_tab(talk: Talk, line: str, words: list[str]) -> None:
     [
         ("/rest", ["/rest", "did you mean '/reset'"]),
         ("/set temprature 1", ["temprature", "did you mean 'temperature'"]),
+        ("/set strict_schema false", ["strict_schema goes with a schema", "/set json_schema first"]),
         ("/set temperature hot", ["temperature", "'hot'", "a number"]),
         ("/set temperature 9", ["temperature", "9", "from 0 to 2"]),
         ("/set top_p", ["top_p", "a number", "default"]),
