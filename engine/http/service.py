@@ -103,10 +103,12 @@ SERVICE = web.AppKey("service", Service)
 
 
 def sampling_of(
-    request: web.Request, words: Words, fields: Mapping[str, Any], called: dict[str, str]
+    request: web.Request, words: Words, fields: Mapping[str, Any], *, called: dict[str, str], grammar: str = ""
 ) -> SamplingParams:
     """The checked SamplingParams of `fields`. From here on errors about `request` are told in `words`, and name fields
-    as its client has `called` them, to which the caller may add."""
+    as its client has `called` them, and what it asked for a grammar in as `grammar`. The caller may add to `called`."""
+    if grammar:
+        called["grammar"] = grammar
     request[WORDS], request[CALLED] = words, called
     sampling = SamplingParams(**fields)
     check_sampling(sampling)

@@ -260,9 +260,7 @@ async def messages(request: web.Request, body: MessagesBody) -> web.StreamRespon
     field = ""
     if body.output_config is not None:
         fields["grammar"], field = FORMATS.asked(body.output_config, "output_config.")
-    if field:
-        names["grammar"] = field
-    sampling = sampling_of(request, ANTHROPIC_WORDS, fields, names)
+    sampling = sampling_of(request, ANTHROPIC_WORDS, fields, called=names, grammar=field)
     wanted = wanted_of(body)
     conversation, options = conversation_of(body), _options(request, body, wanted)
     reading = reading_of(service.front.text, sampling, conversation, options, wanted)

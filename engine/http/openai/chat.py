@@ -201,9 +201,7 @@ async def chat_completions(request: web.Request, body: ChatBody) -> web.StreamRe
     if body.logprobs:
         fields["logprobs"] = likeliest or 0
     fields["grammar"], field = OPENAI_FIELDS.asked(body)
-    if field:
-        called["grammar"] = field
-    sampling = sampling_of(request, CHAT_WORDS, fields, called)
+    sampling = sampling_of(request, CHAT_WORDS, fields, called=called, grammar=field)
     messages, wanted, text = plain_messages(body.messages), wanted_of(body), service.front.text
     options = template_options(body)
     if body.reasoning_effort is not None:

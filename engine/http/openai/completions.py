@@ -44,15 +44,13 @@ async def completions(request: web.Request, body: CompletionBody) -> web.StreamR
         )
     fields, called = COMPLETIONS.given(body)
     fields["grammar"], field = OPENAI_FIELDS.asked(body)
-    if field:
-        called["grammar"] = field
     logprobs, about_prompt = fields.get("logprobs"), fields.get("prompt_logprobs")
     if body.echo and about_prompt is None:
         if logprobs is not None:
             fields["prompt_logprobs"], called["prompt_logprobs"] = logprobs, "logprobs"
         elif fields.get("max_tokens") == 0:
             fields["prompt_logprobs"] = 0  # the prompt is all of the reply, as where it is read for these
-    sampling = sampling_of(request, COMPLETION_WORDS, fields, called)
+    sampling = sampling_of(request, COMPLETION_WORDS, fields, called=called, grammar=field)
     rid, salt = f"cmpl-{uuid4().hex}", salt_of(body.cache_salt)
     prompts = prompts_of(body.prompt)
     check_choices(len(prompts), 1 if body.n is None else body.n)

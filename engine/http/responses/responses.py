@@ -195,9 +195,7 @@ def asked_of(request: web.Request, body: ResponsesBody) -> tuple[SamplingParams,
     elif likeliest:
         message = f'top_logprobs is {likeliest}; it needs include: ["{LOGPROBS}"]'
         raise RequestError(message, param="top_logprobs")
-    if field:
-        names["grammar"] = field
-    return sampling_of(request, RESPONSE_WORDS, fields, names), field
+    return sampling_of(request, RESPONSE_WORDS, fields, called=names, grammar=field), field
 
 
 def format_of(body: ResponsesBody) -> PlainText | ObjectText | SchemaText:
