@@ -158,6 +158,19 @@ async def test_what_the_engine_refuses_goes_by_the_clients_name(path: str, body:
     assert answer["error"]["message"] == said.replace("max_tokens", param)
 
 
+async def test_an_error_in_a_stream_goes_by_the_clients_name() -> None:
+    late = RequestError("{max_tokens} is over {most}", param="max_tokens", facts={"most": 2})
+    async with serving(FakeFront([*chunks("a", finish=None), late])) as url, aiohttp.ClientSession() as session:
+        for path, body, name in (
+            (CHAT, {"messages": HI, "max_completion_tokens": 9}, "max_completion_tokens"),
+            (NATIVE, {"text": "x"}, "max_new_tokens"),
+            ("/v1/responses", {"input": "x"}, "max_output_tokens"),
+        ):
+            async with session.post(url + path, json={**body, "stream": True}) as response:
+                assert response.status == 200
+                assert f"{name} is over 2" in await response.text(), path
+
+
 @pytest.mark.parametrize("body", [{"priority": None}, {"stream": True, "stream_options": {"include_usage": None}}])
 async def test_null_is_the_same_as_leaving_out(body: dict[str, object]) -> None:
     async with (
