@@ -196,7 +196,7 @@ class SchedulerActor:
             await self._refuse(message.rid, error)
 
     async def _refuse(self, rid: str, error: RequestError) -> None:
-        await self.front.send(Failed(rid, error.status, error.code, error.message, error.param))
+        await self.front.send(Failed.of(rid, error))
 
     async def _abort(self, rid: str) -> None:
         if self.scheduler is None or self.shelf is None:
