@@ -5,11 +5,12 @@
 
 A layer learns its name in the checkpoint after it is constructed, and only then is it known whether the scheme takes
 it: until then its weight is on the device `meta`, which takes no memory. A stacked layer is quantized whole or not at
-all. Left out: matrices divided over ranks, embeddings.
+all. Of matrices that are divided over ranks, each rank stores its part. Left out: embeddings.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,29 @@ from engine.plugin.specs import LazyTensor
 
 if TYPE_CHECKING:
     from engine.layers.build import Build
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What a rank holds of matrices that lie one below the other: these `rows` of each, by its name, and `columns`."""
+
+    rows: Mapping[str, slice]
+    columns: slice
+
+    @classmethod
+    def whole(cls, sizes: Mapping[str, int], inputs: int) -> "Shard":
+        """All of matrices of so many rows."""
+        return cls({part: slice(0, size) for part, size in sizes.items()}, slice(0, inputs))
+
+    def rows_of(self, part: str) -> int:
+        """How many rows of that matrix."""
+        rows = self.rows[part]
+        return int(rows.stop - rows.start)
+
+    @property
+    def inputs(self) -> int:
+        """How many columns."""
+        return int(self.columns.stop - self.columns.start)
 
 
 class Quantized(ABC):
@@ -44,7 +68,9 @@ class Quantized(ABC):
 
 
 class QuantizedLinear(Quantized):
-    """Matrices one below the other, of as many columns; `tensors` has `weight`. `suffixes` is by names in `tensors`."""
+    """Matrices one below the other, of as many columns; `tensors` has `weight`. `suffixes` is by names in `tensors`.
+
+    Of K columns and N rows those of this rank are meant."""
 
     @abstractmethod
     def load(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> None:
@@ -86,9 +112,12 @@ class Scheme(ABC):
         """Whether the module at `path` in the checkpoint is quantized."""
 
     @abstractmethod
-    def linear(self, build: "Build", parts: Mapping[str, int], inputs: int) -> QuantizedLinear:
-        """The storage of a layer with so many rows in each of its parts."""
+    def linear(self, build: "Build", parts: Mapping[str, int], inputs: int, shard: Shard) -> QuantizedLinear:
+        """The storage of `shard` of a layer with so many rows in each of its parts, in the whole model.
+
+        Raises ConfigError for one that cannot be stored so: a block that has one scale may lie on two ranks."""
 
     @abstractmethod
-    def experts(self, build: "Build", count: int, size: int, inner: int) -> QuantizedExperts:
-        """The storage of `count` gated MLPs between `size` and `inner`."""
+    def experts(self, build: "Build", count: int, size: int, inner: int, share: slice) -> QuantizedExperts:
+        """The storage of `count` gated MLPs between `size` and `inner`, of the latter's numbers `share` alone: rows of
+        gate and up, columns of down. Raises ConfigError as `linear`."""

@@ -136,8 +136,9 @@ class TextSpec(Struct, frozen=True):
 class LazyTensor(Protocol):
     """A weight not read yet. Indexing with slices reads just that part, as a CPU torch tensor.
 
-    A matrix that is stored in blocks may have a method `packed() -> tuple[str, numpy.ndarray] | None`: GGUF's name of
-    the block type and the uint8 bytes [rows, bytes of a row], for kernels that work on them as they are.
+    A matrix that is stored in blocks may have a method `packed(rows: slice, columns: slice)` which returns that part as
+    tuple[str, numpy.ndarray]: GGUF's name of the block type and the uint8 bytes [rows, bytes of a row], for kernels
+    that work on them as they are. It returns None where `columns` begin or end within a block.
     """
 
     @property

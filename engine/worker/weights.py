@@ -77,11 +77,14 @@ class Watched:
         self._read(part.numel())
         return part
 
-    def packed(self) -> tuple[str, Any] | None:
+    def packed(self, rows: slice, columns: slice) -> tuple[str, Any] | None:
         packed = getattr(self._tensor, "packed", None)
-        found: tuple[str, Any] | None = None if packed is None else packed()
+        found: tuple[str, Any] | None = None if packed is None else packed(rows, columns)
         if found is not None:
-            self._read(self._left)
+            high, wide = (
+                len(range(*index.indices(size))) for index, size in zip((rows, columns), self.shape, strict=True)
+            )
+            self._read(high * wide)
         return found
 
     def _read(self, numbers: int) -> None:
