@@ -21,13 +21,13 @@ class Ranks:
         """What the ranks return, in their order. Raises AssertionError with what went wrong on one."""
         for end in self._ends:
             end.send((function, arguments))
-        results = []
+        answers = []
         for rank, end in enumerate(self._ends):
             assert end.poll(SECONDS), f"rank {rank} has not answered within {SECONDS:.0f} s"
-            result, failure = end.recv()
+            answers.append(end.recv())
+        for rank, (_, failure) in enumerate(answers):
             assert not failure, f"rank {rank} failed:\n{failure}"
-            results.append(result)
-        return results
+        return [result for result, _ in answers]
 
 
 @contextmanager
