@@ -106,9 +106,10 @@ def fill_at_random(model: Model, ties: bool = False) -> None:
             f"{free / 2**30:.2f} GiB free"
         )
     model.allocate()
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
+    generator = torch.Generator(next(model.parameters()).device)
     layers = [layer for layer in model.modules() if isinstance(layer, Layer)]
-    for layer in layers:
+    for number, layer in enumerate(layers):
+        generator.manual_seed(number)  # what all ranks hold whole is the same on all, whatever came before
         layer.fill_at_random(generator)
         if ties and isinstance(layer, Router):
             for weight in layer.parameters():

@@ -1,6 +1,7 @@
 """Ranks as processes of this machine, which have joined over gloo and wait for what a test has them do."""
 
 import multiprocessing
+import os
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,3 +74,5 @@ def _rank(end: Connection, rendezvous: str, rank: int, tp: int, pp: int) -> None
         except Exception:
             end.send((None, traceback.format_exc()))
     groups.leave()
+    end.close()
+    os._exit(0)  # the interpreter would take a second to end

@@ -15,6 +15,7 @@ from engine.kernels.cpu.calls import kernels
 from engine.layers import Build, ColumnLinear, Experts, Model, QKVLinear, ReplicatedLinear, RowLinear
 from engine.parallel.mesh import Mesh
 from engine.plugin.kernels import dequantize, quantize_blocks, quantize_rows
+from engine.worker.weights import fill_at_random
 from engine_plugins.attention.torch.mha import TorchAttention
 from engine_plugins.models.llama import Llama
 from engine_plugins.models.qwen3_moe import Qwen3Moe
@@ -106,6 +107,17 @@ def test_ranks_share_key_value_heads_where_there_are_too_few() -> None:
 def test_a_replicated_layer_is_whole_on_each_rank() -> None:
     weight = torch.randn(7, 6)
     assert torch.equal(loaded(ReplicatedLinear(build(1, 2), 6, 7), {"mlp.own.weight": weight}).weight, weight)
+
+
+def test_dummy_weights_that_ranks_hold_whole_are_the_same_on_all() -> None:
+    config, _, _ = tiny("Qwen3Moe", **EXPERTS, vocab_size=95)
+    models = [Qwen3Moe(config, build(rank, 2)) for rank in range(2)]
+    for model in models:
+        fill_at_random(model)
+    zero, one = (dict(model.named_parameters()) for model in models)
+    assert zero["lm_head.weight"].shape != one["lm_head.weight"].shape
+    whole = [name for name in zero if name.endswith(WHOLE)]
+    assert len(whole) > 6 and all(torch.equal(zero[name], one[name]) for name in whole)
 
 
 # ── packed ───────────────────────────────────────────────────────────────────────────────────
