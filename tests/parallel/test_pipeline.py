@@ -92,16 +92,18 @@ def test_two_ranges_are_the_whole(whole: ModelHarness) -> None:
 @torch.inference_mode()
 def test_two_stages_are_the_whole(case: tuple[Any, ...], whole: ModelHarness) -> None:
     model, config, tensors, attention = case
-    hidden, batch = whole.runner.forward(ROWS)
-    wanted = whole.runner.model.logits(hidden)
     stages = [stage(model, config, tensors, rank, 2, attention) for rank in range(2)]
     assert [*stages[0].held, *stages[1].held] == list(whole.runner.model.held)
-    passed = None
-    for each in stages:
-        mine = own(batch, each, allocate(each.kv_spec(), whole.each * whole.slots, torch.device("cpu")))
-        passed = each.embed(mine) if passed is None else passed
-        passed = each.run(passed, mine, each.held.start, each.held.stop)
-    torch.testing.assert_close(stages[1].logits(passed), wanted, atol=1e-5, rtol=1e-5)
+    caches = [allocate(each.kv_spec(), whole.each * whole.slots, torch.device("cpu")) for each in stages]
+    for rows in ([[0, 0, 15, 1], [1, 0, 4, 1]], [[1, 4, 1, 1], [0, 15, 6, 1]]):
+        hidden, batch = whole.runner.forward(np.array(rows, np.int64))
+        passed = None
+        for each, cache in zip(stages, caches, strict=True):
+            mine = own(batch, each, cache)
+            passed = each.embed(mine) if passed is None else passed
+            passed = each.run(passed, mine, each.held.start, each.held.stop)
+        wanted = whole.runner.model.logits(hidden)
+        torch.testing.assert_close(stages[1].logits(passed), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_a_stage_holds_and_caches_its_layers_alone(case: tuple[Any, ...], whole: ModelHarness) -> None:
