@@ -230,6 +230,7 @@ class CausalLM(Model):
 
     One that attends otherwise than by heads with keys and values of their own writes `attention`."""
 
+    staged = True
     block: type[Block] = Block
     rotaries: nn.ModuleList  # for each KV group
 

@@ -144,9 +144,11 @@ class Model(nn.Module, ABC):
 
     A subclass sets `vocab_size`, `backends` (one for each KV group) and `held`, the layers that it has, and writes
     `embed`, `run` and `logits`. With a pipeline a rank holds a range of the layers: `held` is `build.stage(layers)`.
-    The first stage embeds, and what `run` returns on one stage goes to `run` of the next.
+    The first stage embeds, and what `run` returns on one stage goes to `run` of the next. A model that does so says
+    that it is `staged`; others run on one stage alone.
     """
 
+    staged = False
     vocab_size: int
     held: range = range(1)
     backends: tuple[Backend, ...] = ()
@@ -156,6 +158,8 @@ class Model(nn.Module, ABC):
     def __init__(self, config: dict[str, Any], build: Build) -> None:
         """Allocates the weights, unset. Raises ConfigError for a configuration that it cannot run."""
         super().__init__()
+        if build.mesh.pp > 1 and not self.staged:
+            raise ConfigError(f"{type(self).__name__} runs on one stage, and there are {build.mesh.pp} (pp); say pp 1")
         self.device = build.device
 
     @abstractmethod

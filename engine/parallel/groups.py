@@ -64,7 +64,7 @@ def join(mesh: Mesh, rendezvous: str, device: torch.device = CPU, seconds: float
             timeout=timedelta(seconds=seconds),
             device_id=device if on_gpu else None,
         )
-    except (distributed.DistError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:  # torch has no narrower one for all that can fail here
         raise ConfigError(f"rank {mesh.rank} of {mesh.size} cannot join the others at {rendezvous}: {error}") from error
     made: dict[tuple[int, ...], ProcessGroup] = {}
     for axis in AXES:  # each rank makes all groups, in one order, as torch wants it; equal ones are made once

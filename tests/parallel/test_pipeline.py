@@ -17,8 +17,8 @@ from engine.plugin.testing import ModelHarness
 from engine.worker.memory import allocate
 from engine_plugins.attention.torch.mha import TorchAttention
 from engine_plugins.attention.torch.mla import TorchLatentAttention
-from engine_plugins.models.bert import Bert
 from engine_plugins.models.deepseek import Deepseek
+from engine_plugins.models.echo import Echo
 from engine_plugins.models.gemma import Gemma3
 from engine_plugins.models.llama import Llama
 from engine_plugins.models.qwen3_moe import Qwen3Moe
@@ -127,7 +127,8 @@ def test_weights_that_no_stage_has_are_unknown_all_the_same() -> None:
 def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(ConfigError, match="3 layers do not reach for 4 stages"):
         stage(Llama, TINY, {}, 0, 4, TorchAttention)
-    bert = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "type_vocab_size": 2, "layer_norm_eps": 1e-5}
-    bert |= {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_act": "gelu", "max_position_embeddings": 8}
-    with pytest.raises(ConfigError, match=r"bert model runs on one stage, and there are 2"):
-        stage(Bert, bert, {}, 0, 2, TorchAttention)
+
+
+def test_a_model_that_knows_no_stages_is_refused_on_several() -> None:
+    with pytest.raises(ConfigError, match=r"Echo runs on one stage, and there are 2"):
+        stage(Echo, {}, {}, 0, 2, TorchAttention)

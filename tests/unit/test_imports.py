@@ -13,10 +13,11 @@ FILES = sorted(
     path.relative_to(ROOT).as_posix() for top in ("engine", "plugins") for path in (ROOT / top).rglob("*.py")
 )
 
-PLUGIN_FACE = {"engine.plugin", *(f"engine.plugin.{name}" for name in ("layers", "kernels", "testing"))}
+PLUGIN_FACE = {"engine.plugin", *(f"engine.plugin.{name}" for name in ("layers", "kernels", "collectives", "testing"))}
 PLUGIN_FACE |= {"engine.plugin.hookspecs", "engine.plugin.specs", "engine.plugin.parsing"}
 TORCH_FOLDERS = ("engine/worker/", "engine/layers/", "engine/kernels/", "engine/parallel/", "plugins/")
-TORCH_FILES = tuple(f"engine/plugin/{name}.py" for name in ("layers", "kernels", "testing"))
+TORCH_FILES = tuple(f"engine/plugin/{name}.py" for name in ("layers", "kernels", "collectives", "testing"))
+TORCH_FILES += tuple(f"engine/testing/{name}.py" for name in ("attention", "models", "tensors"))
 PURE = ("engine/sched/", "engine/cache/", "engine/parallel/mesh.py")
 IMPURE = {"torch", "anyio", "asyncio", "socket", "threading", "time"}
 
