@@ -12,7 +12,17 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.kernels.cpu.calls import kernels
-from engine.layers import Build, ColumnLinear, Experts, Model, QKVLinear, ReplicatedLinear, RowLinear
+from engine.layers import (
+    Build,
+    ColumnLinear,
+    Embedding,
+    Experts,
+    LMHead,
+    Model,
+    QKVLinear,
+    ReplicatedLinear,
+    RowLinear,
+)
 from engine.parallel.mesh import Mesh
 from engine.plugin.kernels import dequantize, quantize_blocks, quantize_rows
 from engine.worker.weights import fill_at_random
@@ -102,6 +112,21 @@ def test_ranks_share_key_value_heads_where_there_are_too_few() -> None:
         query = weights["attn.q.weight"][rank * 8 : rank * 8 + 8]
         wanted = torch.cat((query, weights["attn.k.weight"][kv], weights["attn.v.weight"][kv]))
         assert torch.equal(layer.weight, wanted)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_does_not_gather_has_its_part_of_the_vocabulary(tied: bool) -> None:
+    weight, hidden = torch.randn(95, 16), torch.randn(3, 16)
+    parts = []
+    for rank in range(3):
+        built = build(rank, 3)
+        embedding = Embedding(built, 95, 16)
+        embedding.load("embed.weight", "weight", "", weight)
+        head = LMHead(built, 16, 95, tied=embedding if tied else None, gathers=False)
+        loaded(head, {} if tied else {"lm_head.weight": weight}, "lm_head")
+        parts.append(head(hidden))
+        assert parts[-1].shape[1] == head.share.stop - head.share.start == len(head.weight)
+    torch.testing.assert_close(torch.cat(parts, dim=1), hidden @ weight.T)
 
 
 def test_a_replicated_layer_is_whole_on_each_rank() -> None:

@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from numpy.typing import NDArray
 from oracle import tiny
 from packed import Blocks
 from ranks import Ranks, open_ranks
 from torch import Tensor
 
+from engine.messages.step import StepPlan
 from engine.parallel.collectives import all_gather, all_reduce, broadcast, reduce_scatter
 from engine.parallel.groups import Groups
 from engine.plugin.kernels import quantize_blocks
@@ -46,6 +48,10 @@ CASES = {
     "latent attention of V2 Lite": (f"{MODELS}.deepseek:Deepseek", "DeepseekV2", {**LATENT, "q_lora_rank": None}),
     "FP8": (f"{MODELS}.qwen3_moe:Qwen3Moe", "Qwen3Moe", {**EXPERTS, **LARGE, "moe_intermediate_size": 256}),
     "packed": (f"{MODELS}.llama:Llama", "Llama", {**LARGE, "tie_word_embeddings": True}),
+}
+BERT = {
+    **{"vocab_size": 95, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 6},
+    **{"max_position_embeddings": 63, "type_vocab_size": 1},
 }
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 COUNT = 24
@@ -101,6 +107,30 @@ def test_two_ranks_reply_as_one(case: str, ranks: Ranks, tmp_path: Path) -> None
     assert one[0] == two[0] == said
     assert np.array_equal(one[1], two[1])
     np.testing.assert_allclose(one[1], logits, atol=1e-4)
+
+
+def vectors(groups: Groups | None, file: Path) -> NDArray[np.float32]:
+    """What the encoder of `file` makes of each prompt."""
+    config, tensors = torch.load(file, weights_only=False)
+    harness = ModelHarness(resolve(f"{MODELS}.bert:Bert"), config, tensors, groups=groups)
+    asked = prompts(config["vocab_size"])
+    plan = harness.admit(asked)
+    rows = np.array([(slot, 0, len(ids), 2) for slot, ids in enumerate(asked)], "<i4").tobytes()
+    done = harness.runner.finish(harness.runner.launch(StepPlan(1, rows, plan.admits)))
+    return np.frombuffer(done.vectors, "<f4").reshape(len(asked), -1)
+
+
+def test_two_ranks_embed_as_one(ranks: Ranks, tmp_path: Path) -> None:
+    config = transformers.BertConfig(**BERT)
+    torch.manual_seed(0)
+    model = transformers.BertModel(config).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(mean=0.0 if parameter.ndim > 1 else 0.5, std=0.2)
+    torch.save((config.to_dict(), dict(model.state_dict())), tmp_path / "model")
+    whole = vectors(None, tmp_path / "model")
+    assert np.abs(whole[0] - whole[1]).max() > 1e-2
+    for part in ranks.run(vectors, tmp_path / "model"):
+        np.testing.assert_allclose(part, whole, atol=1e-5)
 
 
 def collectives(groups: Groups, dtype: torch.dtype) -> list[Tensor]:
