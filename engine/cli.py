@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def serve(arguments: argparse.Namespace) -> int:
     """Serve a model over HTTP: the OpenAI API and a native one."""
     config = _config(arguments)
-    from engine.runtime.launch import serve as serve_engine
+    from engine.runtime.serve import serve as serve_engine
 
     return serve_engine(config)
 

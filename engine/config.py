@@ -191,6 +191,13 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
         bool,
         Meta(description="a log line for each request that ends: id, route, status, tokens, seconds; not for probes"),
     ] = False
+    otlp_endpoint: Annotated[
+        Annotated[str, Meta(min_length=1)] | None,
+        Meta(
+            description="collector that gets a trace of each request, http://localhost:4318 (OTLP over HTTP); default: "
+            "none is made"
+        ),
+    ] = None
     profile_dir: Annotated[
         Annotated[str, Meta(min_length=1)] | None,
         Meta(description="directory that /start_profile may write traces to; default: it is refused"),

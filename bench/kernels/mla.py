@@ -22,9 +22,9 @@ from torch import Tensor
 
 from bench.lib.timing import graph_time
 from engine.errors import ConfigError
-from engine.kernels import ops_for
 from engine.kernels.attention import mla as triton_mla
 from engine.kernels.dense.reference import LatentNorm
+from engine.kernels.dense.triton import TritonOps
 from engine.layers import AttentionShape, Batch, LatentBackend, LatentShape
 from engine.plugin.registry import Plugins, resolve
 from engine.worker.steps.batch import build_batch
@@ -132,7 +132,7 @@ def bench_layer(backends: list[str], heads: list[int]) -> None:
         norm = LatentNorm(setting.random(512), 1e-6)
         rotation = (torch.ones(rows, 1, 32, device=DEVICE), torch.zeros(rows, 1, 32, device=DEVICE))
         places = torch.arange(rows, device=DEVICE)
-        write = partial(ops_for(query).latent_into_pages, query, latents, norm, rotation, True)
+        write = partial(TritonOps().latent_into_pages, query, latents, norm, rotation, True)
         before = graph_time(partial(write_into, write, places), setting.caches)
         line = f"heads {count:>3} rows {rows:>3}: norm, rotation, pages {before:5.1f}"
         for name in backends:
@@ -241,7 +241,7 @@ def cut_time(setting: Setting, cut: triton_mla.Cut, each: int) -> float:
     out = torch.empty_like(query)
     try:
         return graph_time(
-            lambda cache: triton_mla.attend_decode(query, rotated, cache, setting.table, out, rows, shape, cut),
+            lambda cache: triton_mla.attend_mla_decode(query, rotated, cache, setting.table, out, rows, shape, cut),
             setting.caches,
         )
     except triton.runtime.errors.OutOfResources:

@@ -18,14 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.kernels.logits.bitmask_reference import apply_bitmask, pack_ids
 from engine.kernels.logits.draw import draw
 from engine.kernels.logits.filters import cuts
+from engine.kernels.logits.reference import Filters, LogitOps, pack_ids
+from engine.kernels.logits.triton import TritonLogitOps
 from engine.messages.request import Sampling
 from engine.messages.step import SlotAdmit
 from engine.worker.sampling.adjustments import Adjustments
-from engine.worker.sampling.logprobs import score, score_reference
-from engine.worker.sampling.sampler import Columns, sample
+from engine.worker.sampling.logprobs import score
+from engine.worker.sampling.sampler import Columns
 
 FILTERS: dict[str, dict[str, float]] = {
     "none": {},
@@ -89,15 +90,17 @@ def measure(kind: str, rows: int, size: int, dtype: torch.dtype, fields: dict[st
         cut = cuts(logits, slots, reals[0], reals[1], reals[2], top_ks) if columns.filters else None
         draw(logits, slots, lasts, reals[0], seeds, tokens, cut)
 
-    positions = np.ones(rows, np.int64)
-    torchs = microseconds(lambda: sample(logits.float(), columns, positions), repeats=3)
-    return microseconds(replayed(ours)), torchs
+    def torchs() -> None:
+        filters = Filters(reals[1], reals[2], top_ks) if columns.filters else None
+        LogitOps().draw(logits, slots, lasts, reals[0], seeds, tokens, filters)
+
+    return microseconds(replayed(ours)), microseconds(torchs, repeats=3)
 
 
 def measure_rest(rows: int, size: int, dtype: torch.dtype, said: int) -> dict[str, float]:
     """Microseconds of what else a step may do with its logits, where all rows have `said` tokens and ask for it."""
     logits = logits_of("sharp", rows, size, dtype)
-    exact = logits.float()
+    exact, kernels = logits.float(), TritonLogitOps()
     generator = np.random.default_rng(0)
     tokens = torch.from_numpy(generator.integers(0, size, (rows + 1, said + 1)).astype(np.int32)).cuda()
     ids = np.sort(generator.choice(size, 300, replace=False)).astype("<i4")
@@ -110,12 +113,12 @@ def measure_rest(rows: int, size: int, dtype: torch.dtype, said: int) -> dict[st
     found = {"to float32": microseconds(lambda: logits.to(torch.float32, copy=True))}
     slots, ends = np.arange(rows), np.full(rows, said)
     for name, fields in asked.items():
-        adjustments = Adjustments(rows, size, logits.device)
+        adjustments = Adjustments(rows, size, logits.device, kernels)
         sampling = Sampling(**plain, **fields)
         adjustments.admit([SlotAdmit(slot, b"", sampling, said // 2) for slot in range(rows)])
         found[name] = microseconds(partial(adjustments.apply, exact, slots, ends, tokens))
     drawn, every = torch.zeros(rows, dtype=torch.int64, device="cuda"), torch.arange(rows, device="cuda")
-    found["log-probabilities"] = microseconds(replayed(lambda: score(logits, drawn, every)))
+    found["log-probabilities"] = microseconds(replayed(lambda: score(kernels, logits, drawn, every)))
     temperatures = torch.ones(rows, device="cuda")
     sampled = partial(draw, logits, every, every, temperatures, every, tokens.new_zeros(rows, rows + 1))
     found["draw"] = microseconds(replayed(sampled))
@@ -124,8 +127,8 @@ def measure_rest(rows: int, size: int, dtype: torch.dtype, said: int) -> dict[st
         masks = torch.from_numpy(np.stack(left)).cuda()
         found[f"draw {name}, by masks"] = microseconds(replayed(partial(sampled, masks=(masks, every))))
     barred = logits.clone()
-    found["masks, written"] = microseconds(replayed(lambda: apply_bitmask(barred, masks, every)))
-    found["log-probabilities, torch"] = microseconds(lambda: score_reference(logits, drawn, 20), repeats=3)
+    found["masks, written"] = microseconds(replayed(lambda: kernels.apply_bitmask(barred, masks, every)))
+    found["log-probabilities, torch"] = microseconds(lambda: LogitOps().score(logits, drawn, None, 20), repeats=3)
     return found
 
 

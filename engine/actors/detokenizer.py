@@ -76,7 +76,7 @@ class Replies:
         hits: list[StopHit] = []
         failures: list[Failed] = []
         finishes = {finish.row: finish for finish in message.finishes}
-        cached = dict(message.cached)
+        cached, prefills = dict(message.cached), dict(message.prefills)
         scores = {part.row: part for part in message.logprobs}
         prompts = {part.row: part for part in message.prompt_logprobs}
         vectors = dict(message.vectors)
@@ -91,7 +91,7 @@ class Replies:
             if row in cached:
                 reply.cached_tokens = cached[row]
             finish = finishes.get(row)
-            if reply.plain and finish is None and row not in scores:  # most rows of most steps
+            if reply.plain and finish is None and row not in scores and row not in prefills:  # most rows of most steps
                 reply.completion_tokens += count
                 text, counts = reply.decoder.push(ids), (reply.prompt_tokens, reply.cached_tokens)
                 chunks.append(Chunk(rid, text, ids, None, None, *counts, reply.completion_tokens))
@@ -113,6 +113,8 @@ class Replies:
                 chunk = msgspec.structs.replace(chunk, vector=vectors[row])
             if reply.echo or reply.prompt is not None or reply.prompt_ids or row in scores:
                 chunk = self._completed(chunk, reply, scores.get(row), prompts.get(row))
+            if row in prefills:
+                chunk = msgspec.structs.replace(chunk, prefill_seconds=prefills[row])
             chunks.append(chunk)
         return chunks, hits, failures
 

@@ -100,7 +100,7 @@ class SchedulerActor:
         scheduler = self.scheduler
         if scheduler is None or self.paused or self.worker not in RUNNING:
             return
-        while self.in_flight < self.credits and (plan := scheduler.plan()) is not None:
+        while self.in_flight < self.credits and (plan := scheduler.plan(time.monotonic())) is not None:
             self.in_flight += 1
             self._checked = False
             await self.executor.send(plan)
@@ -154,7 +154,7 @@ class SchedulerActor:
         self.credits = MORE_CREDITS if done.seconds < SHORT_STEP_SECONDS else CREDITS
         self.idle_seconds += done.idle
         stuck = self.scheduler.stuck(done) if done.stuck else []
-        tokens = self.scheduler.commit(done)
+        tokens = self.scheduler.commit(done, time.monotonic())
         for rid, cause in stuck:
             self.scheduler.stop(rid)
             await self.front.send(Failed(rid, 400, "no_token_left", cause, "grammar"))

@@ -48,7 +48,8 @@ class Spare:
     async def take(self) -> tuple[Process, Frames[Any]] | None:
         """The spare, for whoever asks to boot and to end it; None where there is none. No other is started before the
         next `want`."""
-        self._wanted = anyio.Event()
+        if self._wanted.is_set():  # else `run` waits for this one
+            self._wanted = anyio.Event()
         held, self._held = self._held, None
         if held is not None:
             self._watching.cancel()

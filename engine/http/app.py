@@ -43,6 +43,7 @@ from engine.http.responses import tokens as response_tokens
 from engine.http.responses.store import STORE, ResponseStore
 from engine.http.service import SERVICE, Service
 from engine.http.sse import describe_error
+from engine.http.tracing import tracing_to
 from engine.http.wire import error_object, json_response, to_json
 
 if TYPE_CHECKING:
@@ -186,6 +187,10 @@ def create_app(front: "Front", options: ServerOptions) -> web.Application:
     if options.log_requests:
         checks.insert(0, log_request)
     app = web.Application(middlewares=checks)
+    if (open_tracing := tracing_to(options.otlp_endpoint)) is not None:
+        tracing = open_tracing()
+        app.middlewares.insert(0, tracing.middleware)
+        app.on_cleanup.append(lambda app: tracing.close())
     app.on_response_prepare.extend((send_id, send_ignored))
     app[IGNORED] = Ignored(strict=options.strict_fields)
     gate.join(app)

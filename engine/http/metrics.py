@@ -28,6 +28,7 @@ from prometheus_client.utils import floatToGoString
 from engine.errors import EngineError
 from engine.http.log import TALLY
 from engine.http.metric_aliases import Family, WithAliases
+from engine.http.tracing import ReplyTrace
 from engine.messages.control import ExpertCounts, Stats
 from engine.messages.reply import Chunk
 
@@ -88,10 +89,12 @@ class Metrics:
             registry=self.registry,
         )
 
-    async def watch(self, stream: AsyncGenerator[Chunk], endpoint: str) -> AsyncGenerator[Chunk]:
-        """`stream` unchanged, its times and its end recorded; closing this closes it."""
+    async def watch(
+        self, stream: AsyncGenerator[Chunk], endpoint: str, trace: ReplyTrace | None = None
+    ) -> AsyncGenerator[Chunk]:
+        """`stream` unchanged, its times and its end recorded, in `trace` too; closing this closes it."""
         start = last = perf_counter()
-        first, tokens = None, 0
+        first, tokens, prefill = None, 0, None
         chunk: Chunk | None = None
         reason = "disconnect"
         try:
@@ -100,23 +103,25 @@ class Metrics:
                     now = perf_counter()
                     new = chunk.completion_tokens - tokens
                     if new > 0:
-                        first = first or now
+                        if first is None:
+                            first, prefill = now, chunk.prefill_seconds
                         self._observe_tokens(now - last, new, first=tokens == 0)
                         tokens, last = chunk.completion_tokens, now
                     if chunk.finish is not None:
                         reason = chunk.finish
                         self._request.observe(now - start)
                     yield chunk
-        except EngineError:
-            reason = "error" if tokens else "refused"
-            raise
-        except Exception:
-            reason = "error"
+        except Exception as error:
+            reason = "refused" if isinstance(error, EngineError) and not tokens else "error"
+            if trace is not None:
+                trace.fail(error)
             raise
         finally:
             self._requests.labels(endpoint, reason).inc()
             if (tally := TALLY.get()) is not None:
                 tally.add(chunk, first, reason)
+            if trace is not None:
+                trace.end(chunk, (first, last), prefill)
 
     def _observe_tokens(self, seconds: float, new: int, *, first: bool) -> None:
         if first:

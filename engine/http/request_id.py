@@ -10,6 +10,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from engine.errors import RequestError
+from engine.http.tracing import TRACE
 from engine.logs import REQUEST_ID
 
 HEADER = "X-Request-Id"
@@ -47,6 +48,8 @@ async def name_request(request: web.Request, handler: Handler) -> web.StreamResp
 
 def called(request: web.Request, rid: str) -> str:
     """The id of `request`, which asks for what we call `rid`: the client's, or from now on `rid`."""
+    if (trace := TRACE.get()) is not None:
+        trace.id = rid
     if HEADER not in request.headers:
         _name(request, rid)
     return request[ID]

@@ -21,6 +21,7 @@ from engine.errors import RequestError, let_go
 from engine.http.metrics import Metrics
 from engine.http.request_id import called
 from engine.http.sse import Events, send_events
+from engine.http.tracing import TRACE
 from engine.http.wire import json_response
 from engine.messages.reply import Chunk
 from engine.messages.request import Generate, Job
@@ -52,6 +53,11 @@ class Service:
         self.metrics = Metrics(front, self.model, options.metrics_aliases)
         self._named: dict[str, dict[object, list[str]]] = {}  # ids that stand for the rids of one request, or of more
 
+    def generate(self, job: Job, endpoint: str) -> AsyncGenerator[Chunk]:
+        """The reply to `job`, which /metrics counts for `endpoint` and the request's trace tells of."""
+        trace = TRACE.get()
+        return self.metrics.watch(self.front.generate(job), endpoint, None if trace is None else trace.reply(job))
+
     def abort(self, rid: str | None) -> int:
         """End what runs as `rid`, all its replies, or everything with None; how many replies were open."""
         if rid is None:
@@ -76,6 +82,8 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         """Raise RequestError (404) unless `name` is one of the served names or left out."""
+        if (trace := TRACE.get()) is not None:
+            trace.model = name
         if name is not None and name not in self.models:
             known = " or ".join(repr(served) for served in self.models)
             message = f"the model {name[:200]!r} is not served here; use {known}, or leave model out"
@@ -103,11 +111,15 @@ async def answer(
     *,
     endpoint: str,
     stream: bool,
+    samples: int = 1,
     names: Mapping[str, str] = MappingProxyType({}),
 ) -> web.StreamResponse:
     """Run `jobs` together and answer `request`, known as `rid`, with them; what one raises ends all.
 
-    Errors raised before the first chunk reach the caller; `names` maps our fields to the client's in them."""
+    There are `samples` of them in a row to each prompt. Errors raised before the first chunk reach the caller; `names`
+    maps our fields to the client's in them."""
+    if (trace := TRACE.get()) is not None:
+        trace.samples = samples
     with in_client_words(names):
         return await _answer(request, rid, jobs, reply, endpoint, stream)
 
@@ -130,7 +142,7 @@ async def _answer(
     request: web.Request, rid: str, jobs: Sequence[Generate], reply: Reply, endpoint: str, stream: bool
 ) -> web.StreamResponse:
     service = request.app[SERVICE]
-    streams = [service.metrics.watch(service.front.generate(job), endpoint) for job in jobs]
+    streams = [service.generate(job, endpoint) for job in jobs]
     with service.known_as(called(request, rid), rid, jobs):
         async with numbered(streams) as chunks:
             if stream:

@@ -1,10 +1,10 @@
 """What models are built from. A model states its sharding through these layers and holds no rank arithmetic."""
 
 from engine.kernels.experts.reference import ExpertWeights, Routed, Routing
-from engine.layers.activation import gated_activation, gelu_and_mul, silu_and_mul
+from engine.layers.activation import gated_activation
 from engine.layers.attention import Attention, AttentionBackend, AttentionShape, Backend, PagedAttention, Prefix
 from engine.layers.batch import Batch, Mirror
-from engine.layers.build import Build
+from engine.layers.build import Build, Scheme
 from engine.layers.decoder import (
     AttentionKind,
     Block,
@@ -23,7 +23,7 @@ from engine.layers.mla import LatentAttention
 from engine.layers.model import Elsewhere, Layer, Model, check_shape, empty_weight, put
 from engine.layers.moe import Experts, Mixture, Router, SparseMLP
 from engine.layers.norm import RMSNorm
-from engine.layers.quantization import Quantized, QuantizedExperts, QuantizedLinear, Scheme, Shard
+from engine.layers.quantization import Quantized, QuantizedExperts, QuantizedLinear, Shard
 from engine.layers.rotary import Rotary, rope_terms, rope_type, yarn_scale
 
 __all__ = [
@@ -74,10 +74,8 @@ __all__ = [
     "check_shape",
     "empty_weight",
     "gated_activation",
-    "gelu_and_mul",
     "put",
     "rope_terms",
     "rope_type",
-    "silu_and_mul",
     "yarn_scale",
 ]

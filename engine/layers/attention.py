@@ -8,14 +8,15 @@ that all windows have passed stay with their request until it ends.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.kernels import ops_for
+from engine.kernels import choose
 from engine.kernels.dense.reference import HeadNorms, Heads, Rotation
+from engine.kernels.types import Prefix
 from engine.layers.batch import Batch, upload
 from engine.layers.kv_scales import FP8_TYPES, KVScales
 from engine.plugin.specs import KVGroup
@@ -38,14 +39,6 @@ class AttentionShape:
     kv_dtype: torch.dtype | None = None
 
 
-class Prefix(NamedTuple):
-    """Rows of a step whose contexts begin with the same pages: their indices, ascending, and how many positions of
-    them are the same, whole pages all."""
-
-    rows: np.ndarray
-    positions: int
-
-
 class Backend(ABC):
     """What the worker knows of a backend: the layout of its cache, and a plan of each step for all layers.
 
@@ -63,6 +56,7 @@ class Backend(ABC):
         self.device = device
         self.dtype = dtype
         self.kv_dtype = kv_dtype or dtype
+        self.kernels = choose(device, dtype)  # of which `Build` puts its own in the place
 
     def upload(self, numbers: np.ndarray) -> Tensor:
         """A device copy of a host array that does not wait for the device."""
@@ -147,7 +141,7 @@ class PagedAttention(AttentionBackend):
         """`query` [T, query_heads, head_dim] over pages that hold all keys and values; [T, query_heads * head_dim]."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, places: Tensor, plan: Any) -> Tensor:
-        ops_for(query).write_pages(key, value, cache, places)
+        self.kernels.dense.write_pages(key, value, cache, places)
         return self.attend(query, cache, plan)
 
 
@@ -179,7 +173,7 @@ class Attention(nn.Module):
         Query and key heads pass `norms`, then turn by `rotation`, where there are such."""
         if self.scales is not None:
             qkv, norms = self.scales.before(qkv, norms)
-        ops, plan = ops_for(qkv), batch.plans[self.group]
+        ops, plan = self.backend.kernels.dense, batch.plans[self.group]
         cache = batch.caches[self.group][self.layer]
         if isinstance(self.backend, PagedAttention):
             query = ops.rotate_into_pages(qkv, heads, norms, rotation, cache, batch.places)

@@ -5,15 +5,18 @@ attention in copies (dp), which the mesh knows and layers do not yet.
 """
 
 import dataclasses
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from engine.errors import ConfigError
+from engine.kernels import KernelSet, choose
 from engine.layers.attention import AttentionBackend, AttentionShape, Backend
 from engine.layers.latent import LatentBackend, LatentShape
-from engine.layers.quantization import Scheme
+from engine.layers.quantization import QuantizedExperts, QuantizedLinear, Shard
 from engine.parallel.collectives import Group
 from engine.parallel.groups import Groups
 from engine.parallel.mesh import ALONE, Axis, Mesh
@@ -34,10 +37,13 @@ class Build:
     mesh: Mesh = ALONE
     groups: Groups | None = None  # where the ranks of `mesh` have joined; a model can be built and loaded without
     kv_dtype: torch.dtype | None = None  # of the KV cache; by default `dtype`
-    quantization: Scheme | None = None  # how matrices are stored; by default in `dtype`
+    quantization: "Scheme | None" = None  # how matrices are stored; by default in `dtype`
     deferred: bool = False  # weights take no memory, on the device `meta`, until `Model.load` or `Model.allocate`
+    kernels: KernelSet = None  # type: ignore[assignment]  # by default the fastest for `dtype` on `device`
 
     def __post_init__(self) -> None:
+        if self.kernels is None:
+            object.__setattr__(self, "kernels", choose(self.device, self.dtype))
         for name, size in (("ep", self.mesh.ep), ("dp", self.mesh.dp)):
             if size > 1:
                 raise ConfigError(f"{name} is {size}, and models run with {name} 1 alone so far; say {name} 1")
@@ -93,6 +99,7 @@ class Build:
         )
         backend = self.attention_backend(shape, self.page_size, self.device, self.dtype)
         assert isinstance(backend, AttentionBackend), f"{backend} is not for attention of heads"
+        backend.kernels = self.kernels
         return backend
 
     def latent_attention(self, shape: LatentShape) -> LatentBackend:
@@ -101,8 +108,33 @@ class Build:
         shape = dataclasses.replace(shape, query_heads=heads, kv_dtype=self.kv_dtype)
         backend = self.attention_backend(shape, self.page_size, self.device, self.dtype)
         assert isinstance(backend, LatentBackend), f"{backend} is not for latent attention"
+        backend.kernels = self.kernels
         return backend
 
 
 def _count(share: slice) -> int:
     return int(share.stop - share.start)
+
+
+class Scheme(ABC):
+    """A quantization as a plugin provides it: constructed once, then asked by every layer that has matrices."""
+
+    def __init__(self, terms: Mapping[str, Any] | None) -> None:  # noqa: B027
+        """`terms` are config.json's `quantization_config`; None where it has none, and weights are to be quantized.
+
+        Raises ConfigError for what would run and be wrong."""
+
+    @abstractmethod
+    def takes(self, path: str) -> bool:
+        """Whether the module at `path` in the checkpoint is quantized."""
+
+    @abstractmethod
+    def linear(self, build: Build, parts: Mapping[str, int], inputs: int, shard: Shard) -> QuantizedLinear:
+        """The storage of `shard` of a layer with so many rows in each of its parts, in the whole model.
+
+        Raises ConfigError for one that cannot be stored so: a block that has one scale may lie on two ranks."""
+
+    @abstractmethod
+    def experts(self, build: Build, count: int, size: int, inner: int, share: slice) -> QuantizedExperts:
+        """The storage of `count` gated MLPs between `size` and `inner`, of the latter's numbers `share` alone: rows of
+        gate and up, columns of down. Raises ConfigError as `linear`."""

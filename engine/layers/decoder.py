@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from engine.errors import ConfigError
 from engine.kernels.dense.reference import HeadNorms
-from engine.layers.activation import gated_activation, silu_and_mul
+from engine.layers.activation import gated_activation
 from engine.layers.attention import Attention
 from engine.layers.batch import Batch
 from engine.layers.build import Build
@@ -32,6 +32,7 @@ from engine.layers.rotary import Rotary
 from engine.plugin.specs import LazyTensor
 from engine.plugin.terms import MANY, Terms
 
+SILU = ("silu", "swish")  # two names of one activation
 Rotations = Sequence[tuple[Tensor, Tensor]]  # per KV group: the cosines and sines of the step's positions
 
 
@@ -110,7 +111,7 @@ class DecoderShape:
         mixture = self.mixture
         if mixture is None or layer not in mixture.layers:
             return GatedMLP(self, build)
-        if self.activation not in ("silu", "swish"):
+        if self.activation not in SILU:
             raise ConfigError(f"experts with the activation {self.activation!r} are not supported; known is silu")
         size, count = self.hidden_size, mixture.routing.experts
         shared = GatedMLP(self, build, mixture.shared, summed=False) if mixture.shared else None
@@ -214,8 +215,8 @@ class GatedMLP(nn.Module):
         super().__init__()
         size, inner = shape.hidden_size, inner or shape.intermediate_size
         self.gate_up_proj = ColumnLinear(build, size, {"gate_proj": inner, "up_proj": inner}, shape.mlp_bias)
-        self.activation = gated_activation(shape.activation)
-        self.silu = self.activation is silu_and_mul
+        self.activation = gated_activation(build, shape.activation)
+        self.silu = shape.activation in SILU
         self.down_proj = RowLinear(build, inner, size, shape.mlp_bias, summed=summed)
 
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:

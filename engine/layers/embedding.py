@@ -6,9 +6,9 @@ ids ─ vectors of this rank's tokens, zeros for others ─ all_reduce ─> hidd
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engine.kernels.cpu.calls import PackedMatrix
+from engine.kernels.types import PackedMatrix
 from engine.layers.build import Build
-from engine.layers.linear import Linear, packed_matrix
+from engine.layers.linear import Linear, packed_part
 from engine.layers.model import Layer, check_shape, copy_weight, empty_weight
 from engine.layers.quantization import Shard
 from engine.parallel.collectives import all_gather, all_reduce
@@ -24,6 +24,7 @@ class Embedding(Layer):
 
     def __init__(self, build: Build, vocab_size: int, size: int, divided: bool = True) -> None:
         super().__init__()
+        self.kernels = build.kernels
         self.vocab_size, self.size = vocab_size, size
         self.group = build.group("tp")
         self.divided = divided and self.group.size > 1
@@ -50,12 +51,13 @@ class Embedding(Layer):
 
     def load(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> None:
         index = self.share, slice(0, self.size)
-        self.matrix = packed_matrix(self.weight, tensor, *index)
-        if self.matrix is None:
+        packed = packed_part(self.kernels.dense, tensor, *index)
+        if packed is None:
             return copy_weight(name, self.weight, tensor, (self.vocab_size, self.size), index)
         check_shape(name, tensor, (self.vocab_size, self.size))
+        (self.matrix,) = self.kernels.dense.matrices([packed])
         self.register_buffer("packed", self.matrix.data)
-        self.weight = nn.Parameter(self.weight[:0].clone(), requires_grad=False)
+        self.weight = nn.Parameter(self.weight.new_empty(0, self.weight.shape[1]), requires_grad=False)
 
 
 class LMHead(Linear):

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.kernels import ops_for
 from engine.layers.attention import Backend
 from engine.layers.batch import Batch
 from engine.plugin.specs import KVGroup
@@ -221,7 +220,7 @@ class LatentBackend(Backend):
         shape = self.shape
         keys, values = up.split([shape.key_dim, shape.value_dim], dim=1)
         unrotated, rotated = query.split([shape.key_dim, shape.rope_dim], dim=2)
-        ops = ops_for(query)
+        ops = self.kernels.dense
         attended = self.attend(ops.multiply_heads(unrotated, keys), rotated, cache, plan)
         return ops.multiply_heads(attended, values.transpose(1, 2))
 
@@ -247,10 +246,10 @@ class LatentBackend(Backend):
 
     def gather(self, cache: Tensor, places: Tensor) -> Tensor:
         """The latents [m, width] at `places`, in the activations' type."""
-        width = self.shape.width
         if cache.dtype == self.dtype:
-            return cache.view(-1, width)[places]
-        return cache.view(torch.uint8).view(-1, width)[places].view(cache.dtype).to(self.dtype)
+            return cache[places // self.page_size, places % self.page_size]
+        numbers = cache.view(torch.uint8)[places // self.page_size, places % self.page_size]
+        return numbers.view(cache.dtype).to(self.dtype)
 
 
 def cut(lengths: np.ndarray, most: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

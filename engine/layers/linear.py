@@ -17,10 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
-from engine.kernels import ops_for
-from engine.kernels.cpu.calls import KINDS, PackedMatrix, kernels_for
-from engine.kernels.dense.reference import Heads
-from engine.layers.activation import silu_and_mul
+from engine.kernels.dense.reference import Heads, Ops
+from engine.kernels.types import Packed, PackedMatrix
 from engine.layers.batch import Batch
 from engine.layers.build import Build
 from engine.layers.model import Layer, check_shape, checkpoint_path, copy_weight, empty_weight
@@ -30,14 +28,13 @@ from engine.parallel.mesh import Axis
 from engine.plugin.specs import LazyTensor
 
 
-def packed_matrix(weight: Tensor, tensor: LazyTensor, rows: slice, columns: slice) -> PackedMatrix | None:
-    """That part of `tensor` as it is packed in the checkpoint, where it can stay so in place of `weight`; else None."""
-    kernels = kernels_for(weight)
+def packed_part(dense: Ops, tensor: LazyTensor, rows: slice, columns: slice) -> Packed | None:
+    """That part of `tensor` as it is packed in the checkpoint, where `dense` multiplies by such; else None."""
     packed = getattr(tensor, "packed", None)
-    if kernels is None or packed is None or (found := packed(rows, columns)) is None:
+    if not dense.packed_kinds or packed is None:
         return None
-    kind, blocks = found
-    return kernels.matrix(kind, torch.from_numpy(blocks).contiguous()) if kind in KINDS else None
+    found: Packed | None = packed(rows, columns)
+    return found if found is not None and found[0] in dense.packed_kinds else None
 
 
 class Linear(Layer):
@@ -70,7 +67,7 @@ class Linear(Layer):
         self.bias = empty_weight(build, rows) if bias else None
         self.quantized: QuantizedLinear | None = None
         self.path = ""
-        self._packed: dict[str, PackedMatrix] = {}
+        self._packed: dict[str, Packed] = {}  # until all parts have come
         self.matrices: tuple[PackedMatrix, ...] = ()  # all of the weight, once every part has come packed
 
     def forward(self, inputs: Tensor, batch: Batch | None = None) -> Tensor:
@@ -78,7 +75,7 @@ class Linear(Layer):
         if self.quantized is not None:
             return self.quantized.linear(inputs, self.bias)
         if not self.matrices:
-            return ops_for(inputs).linear(inputs, self.weight, self.bias)
+            return self.build.kernels.dense.linear(inputs, self.weight, self.bias)
         inputs = inputs.contiguous()
         if len(self.matrices) == 1:
             out = torch.empty(inputs.shape[0], self.matrices[0].rows)
@@ -97,13 +94,13 @@ class Linear(Layer):
 
     def silu(self, inputs: Tensor, batch: Batch | None = None) -> Tensor:
         """silu(gate) * up of a dense layer whose parts are these: [T, inputs] to [T, rows / 2]."""
-        return ops_for(inputs).linear_silu(inputs, self.weight, self.bias)
+        return self.build.kernels.dense.linear_silu(inputs, self.weight, self.bias)
 
     def gated(self, gate_up: Tensor, batch: Batch | None = None) -> Tensor:
         """`forward` of silu(gate) * up, which `gate_up` [T, 2 * inputs] holds: [T, rows]."""
         if self.quantized is not None:
             return self.quantized.linear(gate_up, self.bias, gated=True)
-        return self(silu_and_mul(gate_up), batch)
+        return self(self.build.kernels.dense.silu_and_mul(gate_up), batch)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [rows, inputs], or what it stands for, in `dtype`, by default that of activations."""
@@ -193,16 +190,16 @@ class Linear(Layer):
 
     def keep_packed(self, name: str, part: str, tensor: LazyTensor) -> bool:
         """Takes `tensor` as it is packed in the checkpoint; False when it cannot stay so."""
-        matrix = packed_matrix(self.weight, tensor, self.shard.rows[part], self.shard.columns)
-        if matrix is None:
+        packed = packed_part(self.build.kernels.dense, tensor, self.shard.rows[part], self.shard.columns)
+        if packed is None:
             return False
         check_shape(name, tensor, (self.sizes[part], self.inputs))
-        self._packed[part] = matrix
+        self._packed[part] = packed
         if len(self._packed) == len(self.parts):
-            self.matrices = _joined([self._packed.pop(each) for each in self.parts])
+            self.matrices = self.build.kernels.dense.matrices([self._packed.pop(each) for each in self.parts])
             for index, matrix in enumerate(self.matrices):
                 self.register_buffer(f"packed_{index}", matrix.data)
-            self.weight = nn.Parameter(self.weight[:0].clone(), requires_grad=False)
+            self.weight = nn.Parameter(self.weight.new_empty(0, self.shard.inputs), requires_grad=False)
         return True
 
     def unpack_parts(self) -> None:
@@ -210,19 +207,10 @@ class Linear(Layer):
         begin = 0
         for part in self.parts:
             size = self.shard.rows_of(part)
-            if matrix := self._packed.pop(part, None):
+            if packed := self._packed.pop(part, None):
+                (matrix,) = self.build.kernels.dense.matrices([packed])
                 self.weight[begin : begin + size] = matrix.unpacked()
             begin += size
-
-
-def _joined(matrices: list[PackedMatrix]) -> tuple[PackedMatrix, ...]:
-    """Neighbours of one kind as one matrix: one pass over the threads instead of several."""
-    joined: list[PackedMatrix] = []
-    for matrix in matrices:
-        if joined and joined[-1].kind == matrix.kind:
-            matrix = matrix.below(joined.pop())
-        joined.append(matrix)
-    return tuple(joined)
 
 
 class ColumnLinear(Linear):

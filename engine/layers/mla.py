@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from engine.kernels import ops_for
 from engine.kernels.dense.reference import LatentNorm, Rotation
 from engine.layers.batch import Batch
 from engine.layers.build import Build
@@ -82,7 +81,8 @@ class LatentAttention(nn.Module):
         query = query.unflatten(1, (shape.query_heads, -1))
         cache = batch.caches[self.group][self.layer]
         norm = LatentNorm(self.kv_a_layernorm.weight, self.kv_a_layernorm.epsilon)
-        ops_for(hidden).latent_into_pages(query, latents, norm, rotation, self.interleaved, cache, batch.places)
+        dense = self.backend.kernels.dense
+        dense.latent_into_pages(query, latents, norm, rotation, self.interleaved, cache, batch.places)
         up = self.kv_b_proj.matrices_of_heads()
         out = self.backend.forward(query, latents, up, cache, batch.plans[self.group])
         return self.o_proj(out.flatten(1), batch)

@@ -161,6 +161,7 @@ class Model(nn.Module, ABC):
         if build.mesh.pp > 1 and not self.staged:
             raise ConfigError(f"{type(self).__name__} runs on one stage, and there are {build.mesh.pp} (pp); say pp 1")
         self.device = build.device
+        self.kernels = build.kernels
 
     @abstractmethod
     def embed(self, batch: Batch) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
-from engine.kernels.experts.reference import ExpertWeights, Recorder, Routed, Routing, moe_ops_for
+from engine.kernels.experts.reference import ExpertWeights, Recorder, Routed, Routing
 from engine.layers.batch import Batch
 from engine.layers.build import Build
 from engine.layers.model import Layer, copy_weight, empty_weight
@@ -48,6 +48,7 @@ class Router(Layer):
 
     def __init__(self, build: Build, routing: Routing, size: int, corrected: bool = False) -> None:
         super().__init__()
+        self.kernels = build.kernels
         self.routing = routing
         counts = torch.zeros(routing.experts, dtype=torch.int64, device=build.device)
         self.recorder = Recorder(counts, torch.zeros(1, dtype=torch.int32, device=build.device))
@@ -58,7 +59,7 @@ class Router(Layer):
     def forward(self, hidden: Tensor, batch: Batch) -> Routed:
         """`hidden` [T, size] of the tokens of `batch` to (weights [T, k] float32, experts [T, k] int64, and what the
         kernels know of them). Padding of a captured step chooses no expert."""
-        ops = moe_ops_for(hidden)
+        ops = self.kernels.experts
         logits = ops.gate(hidden, self.weight)
         return ops.route(logits, self.e_score_correction_bias, self.routing, self.recorder, batch.real)
 
@@ -96,7 +97,7 @@ class Experts(Layer):
         the ranks as the experts are: each rank gives its part.
         """
         stored = ExpertWeights(self.gate_up, self.down) if self.quantized is None else self.quantized.weights()
-        made = moe_ops_for(hidden).experts(hidden, Routed(weights, experts, order), stored, base)
+        made = self.build.kernels.experts.experts(hidden, Routed(weights, experts, order), stored, base)
         return all_reduce(made, self.group)
 
     # ── loading ──────────────────────────────────────────────────────────────────────────────

@@ -12,16 +12,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from engine.kernels.experts.reference import ExpertWeights
 from engine.plugin.specs import LazyTensor
-
-if TYPE_CHECKING:
-    from engine.layers.build import Build
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,27 +93,3 @@ class QuantizedExperts(Quantized):
     @abstractmethod
     def weights(self, dtype: torch.dtype | None = None) -> ExpertWeights:
         """As the kernels take them; or those that they stand for, in `dtype`."""
-
-
-class Scheme(ABC):
-    """A quantization as a plugin provides it: constructed once, then asked by every layer that has matrices."""
-
-    def __init__(self, terms: Mapping[str, Any] | None) -> None:  # noqa: B027
-        """`terms` are config.json's `quantization_config`; None where it has none, and weights are to be quantized.
-
-        Raises ConfigError for what would run and be wrong."""
-
-    @abstractmethod
-    def takes(self, path: str) -> bool:
-        """Whether the module at `path` in the checkpoint is quantized."""
-
-    @abstractmethod
-    def linear(self, build: "Build", parts: Mapping[str, int], inputs: int, shard: Shard) -> QuantizedLinear:
-        """The storage of `shard` of a layer with so many rows in each of its parts, in the whole model.
-
-        Raises ConfigError for one that cannot be stored so: a block that has one scale may lie on two ranks."""
-
-    @abstractmethod
-    def experts(self, build: "Build", count: int, size: int, inner: int, share: slice) -> QuantizedExperts:
-        """The storage of `count` gated MLPs between `size` and `inner`, of the latter's numbers `share` alone: rows of
-        gate and up, columns of down. Raises ConfigError as `linear`."""

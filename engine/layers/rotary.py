@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
-from engine.kernels import ops_for
 from engine.layers.build import Build
 from engine.plugin.terms import LONGEST, Terms
 
@@ -31,6 +30,7 @@ class Rotary(nn.Module):
 
     def __init__(self, build: Build, config: Mapping[str, Any], head_dim: int) -> None:
         super().__init__()
+        self.kernels = build.kernels
         scaling = rope_terms(config)
         kind = rope_type(scaling)
         known = {"default": _default, "linear": _linear, "llama3": _llama3, "longrope": _longrope, "su": _longrope}
@@ -51,7 +51,7 @@ class Rotary(nn.Module):
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """`positions` [T] to (cosines, sines), each [T, 1, size / 2]: `size` of head_dim dimensions rotate."""
-        cosines, sines = ops_for(self.frequencies).rotation(positions, self.frequencies, self.magnitude)
+        cosines, sines = self.kernels.dense.rotation(positions, self.frequencies, self.magnitude)
         return cosines.to(self.dtype), sines.to(self.dtype)
 
 

@@ -17,9 +17,9 @@ class Finish(Part, frozen=True):
 class Tokens(Message, frozen=True):
     """scheduler → detokenizer: the new tokens of a step; row i is `rids[i]` with `counts[i]` tokens.
 
-    `cached` names, for rows whose first token this is, how many prompt tokens the cache held. With the first token
-    come the `prompt_logprobs`, where asked for: those of all prompt tokens but the first, which has none. `vectors`
-    are float32, by row.
+    `cached` names, for rows whose first token this is, how many prompt tokens the cache held, and `prefills` the
+    seconds since the request first had a place in a step. With the first token come the `prompt_logprobs`, where asked
+    for: those of all prompt tokens but the first, which has none. `vectors` are float32, by row.
     """
 
     step: int
@@ -31,6 +31,7 @@ class Tokens(Message, frozen=True):
     logprobs: tuple[Logprobs, ...] = ()
     prompt_logprobs: tuple[Logprobs, ...] = ()
     vectors: tuple[tuple[int, bytes], ...] = ()
+    prefills: tuple[tuple[int, float], ...] = ()
 
 
 class TokenLogprob(Part, frozen=True):
@@ -50,7 +51,8 @@ class Chunk(Part, frozen=True):
 
     `matched` is the stop string, the stop expression or the stop token id that ended the reply. Token counts are of
     the request so far. `ids` includes the stop token; `text` includes what stopped it only if that is asked for.
-    `logprobs`, where asked for, go with `ids`; `prompt_logprobs` and `prompt_ids` (int32) come with the first token.
+    `logprobs`, where asked for, go with `ids`; `prompt_logprobs` and `prompt_ids` (int32) come with the first token, as
+    does `prefill_seconds`: from the request's first place in a step to that token.
     The one chunk of an Embed holds its `vector` (float32), unless it was aborted.
     """
 
@@ -66,6 +68,7 @@ class Chunk(Part, frozen=True):
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     vector: bytes = b""
     prompt_ids: bytes = b""
+    prefill_seconds: float | None = None
 
 
 class Chunks(Message, frozen=True):

@@ -1,29 +1,56 @@
-"""Kernels, for plugins: what engine.kernels offers to models, attention backends and quantization schemes."""
+"""Kernels, for plugins: what engine.kernels offers to models, attention backends and quantization schemes.
 
-from importlib.util import find_spec
-from types import ModuleType
-from typing import TYPE_CHECKING
+A layer computes with its build's `KernelSet`; what is chosen there needs no plugin's help. The rest is for backends of
+attention. What is in Triton is imported when it is first asked for, as `kernels.attend_decode` of this module: then
+there is a ConfigError where Triton is not installed.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError
-from engine.kernels import ops_for
-from engine.kernels.cpu.calls import MOST_QUERIES, Kernels, attention_tasks, kernels
+from engine.kernels import KernelSet, has_triton
+from engine.kernels.cpu.calls import MOST_QUERIES, Kernels, attention_tasks
 from engine.kernels.dense.reference import HeadNorms, Heads, Ops, Rotation
-from engine.kernels.fp8.reference import (
-    BLOCK,
-    E4M3,
-    Fp8Weight,
-    dequantize,
-    fp8_ops_for,
-    multiplies_fp8,
-    quantize_blocks,
-    quantize_rows,
-)
+from engine.kernels.fp8.reference import BLOCK, E4M3, Fp8Weight, dequantize, quantize_blocks, quantize_rows
 
 if TYPE_CHECKING:
-    from engine.kernels.attention.decode import DecodeRows, Scratch, SharedRows
-    from engine.kernels.attention.expanded import ExpandedRows
-    from engine.kernels.attention.extend import ExtendRows
-    from engine.kernels.attention.mla import MlaDecodeRows, MlaExtendRows, MlaScratch
+    from engine.kernels.attention.decode import (
+        DecodeRows,
+        Scratch,
+        SharedRows,
+        attend_decode,
+        decode_teams,
+        list_shared,
+        plan_decode,
+    )
+    from engine.kernels.attention.expanded import (
+        ExpandedRows,
+        attend_expanded,
+        expanded_cut,
+        join_keys,
+        list_expanded,
+    )
+    from engine.kernels.attention.extend import (
+        ExtendRows,
+        PagedShape,
+        attend_extend,
+        extend_blocks,
+        interpreted,
+        list_extend_blocks,
+    )
+    from engine.kernels.attention.mla import (
+        MlaDecodeRows,
+        MlaExtendRows,
+        MlaScratch,
+        MlaShape,
+        attend_mla_decode,
+        attend_mla_extend,
+        list_mla_blocks,
+        mla_decode_teams,
+        mla_extend_cut,
+    )
+    from engine.kernels.attention.page_lists import list_pages
 
 __all__ = [
     "BLOCK",
@@ -35,67 +62,59 @@ __all__ = [
     "Fp8Weight",
     "HeadNorms",
     "Heads",
+    "KernelSet",
     "Kernels",
     "MlaDecodeRows",
     "MlaExtendRows",
     "MlaScratch",
+    "MlaShape",
     "Ops",
+    "PagedShape",
     "Rotation",
     "Scratch",
     "SharedRows",
+    "attend_decode",
+    "attend_expanded",
+    "attend_extend",
+    "attend_mla_decode",
+    "attend_mla_extend",
     "attention_tasks",
+    "decode_teams",
     "dequantize",
-    "fp8_ops_for",
-    "kernels",
-    "multiplies_fp8",
-    "ops_for",
-    "page_lists",
+    "expanded_cut",
+    "extend_blocks",
+    "interpreted",
+    "join_keys",
+    "list_expanded",
+    "list_extend_blocks",
+    "list_mla_blocks",
+    "list_pages",
+    "list_shared",
+    "mla_decode_teams",
+    "mla_extend_cut",
+    "plan_decode",
     "quantize_blocks",
     "quantize_rows",
-    "triton_attention",
-    "triton_decode",
-    "triton_expanded",
-    "triton_mla",
 ]
 
-
-def triton_attention() -> ModuleType:
-    """The module engine.kernels.attention.extend. Raises ConfigError where Triton is not installed."""
-    if find_spec("triton") is None:
-        raise ConfigError("attention triton needs the package triton: pip install triton")
-    from engine.kernels.attention import extend as triton_attention
-
-    return triton_attention
-
-
-def triton_decode() -> ModuleType:
-    """The module engine.kernels.attention.decode. Raises ConfigError where Triton is not installed."""
-    triton_attention()
-    from engine.kernels.attention import decode as triton_decode
-
-    return triton_decode
+_IN_TRITON = {  # modules of engine.kernels.attention
+    "decode": ("DecodeRows", "Scratch", "SharedRows", "attend_decode", "decode_teams", "list_shared", "plan_decode"),
+    "expanded": ("ExpandedRows", "attend_expanded", "expanded_cut", "join_keys", "list_expanded"),
+    "extend": ("ExtendRows", "PagedShape", "attend_extend", "extend_blocks", "interpreted", "list_extend_blocks"),
+    "mla": (
+        *("MlaDecodeRows", "MlaExtendRows", "MlaScratch", "MlaShape", "attend_mla_decode", "attend_mla_extend"),
+        *("list_mla_blocks", "mla_decode_teams", "mla_extend_cut"),
+    ),
+    "page_lists": ("list_pages",),
+}
 
 
-def page_lists() -> ModuleType:
-    """The module engine.kernels.attention.page_lists. Raises ConfigError where Triton is not installed."""
-    if find_spec("triton") is None:
-        raise ConfigError("lists of pages are made by the package triton: pip install triton")
-    from engine.kernels.attention import page_lists
-
-    return page_lists
-
-
-def triton_mla() -> ModuleType:
-    """The module engine.kernels.attention.mla. Raises ConfigError where Triton is not installed."""
-    triton_attention()
-    from engine.kernels.attention import mla as triton_mla
-
-    return triton_mla
-
-
-def triton_expanded() -> ModuleType:
-    """The module engine.kernels.attention.expanded. Raises ConfigError where Triton is not installed."""
-    triton_attention()
-    from engine.kernels.attention import expanded as triton_expanded
-
-    return triton_expanded
+def __getattr__(name: str) -> Any:
+    home = next((module for module, names in _IN_TRITON.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if not has_triton():
+        raise ConfigError(f"the attention kernel {name} needs the package triton: pip install triton")
+    found = getattr(import_module(f"engine.kernels.attention.{home}"), name)
+    globals()[name] = found  # from now on there is nothing to look up
+    return found

@@ -14,10 +14,10 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, entry_points, version
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import pluggy
@@ -309,29 +309,49 @@ def resolve(target: str) -> Any:
 # ── loading ──────────────────────────────────────────────────────────────────────────────────
 
 
-def _discover() -> tuple[list[EntryPoint], dict[str, list[EntryPoint]]]:
+class _Manifest(NamedTuple):
+    """An entry point, and the distribution that it is of."""
+
+    point: EntryPoint
+    distribution: str
+    version: str
+
+    @property
+    def name(self) -> str:
+        return self.point.name
+
+    @property
+    def source(self) -> str:
+        """The distribution, for people: "actorserve 0.1.0"."""
+        return f"{self.distribution} {self.version}"
+
+
+def _discover() -> tuple[list[_Manifest], dict[str, list[_Manifest]]]:
     """Our own manifests, and those of others by entry-point name; nothing is imported."""
-    ours: list[EntryPoint] = []
-    others: dict[str, list[EntryPoint]] = {}
+    ours: list[_Manifest] = []
+    others: dict[str, list[_Manifest]] = {}
+    read: dict[Distribution, tuple[str, str]] = {}  # the metadata of each, once: all else takes less time
     for point in entry_points(group=GROUP):
-        if point.dist is not None and point.dist.name == OURS:
-            ours.append(point)
+        if (distribution := point.dist) is None:
+            continue
+        if distribution not in read:
+            about = distribution.metadata
+            read[distribution] = about["Name"], about["Version"]
+        manifest = _Manifest(point, *read[distribution])
+        if manifest.distribution == OURS:
+            ours.append(manifest)
         else:
-            others.setdefault(point.name, []).append(point)
+            others.setdefault(point.name, []).append(manifest)
     if not ours:
         raise PluginError(f"the distribution {OURS!r} is not installed here, so no plugin is known; run `make install`")
     return sorted(ours, key=lambda point: point.name), others
 
 
-def _only(points: list[EntryPoint]) -> EntryPoint:
-    if len(points) > 1:
-        raise PluginError(f"two distributions have a plugin {points[0].name!r}: {' and '.join(map(_source, points))}")
-    return points[0]
-
-
-def _source(point: EntryPoint) -> str:
-    """The distribution of an entry point, for people: "actorserve 0.1.0"."""
-    return f"{point.dist.name} {point.dist.version}" if point.dist is not None else point.value
+def _only(manifests: list[_Manifest]) -> _Manifest:
+    if len(manifests) > 1:
+        sources = " and ".join(manifest.source for manifest in manifests)
+        raise PluginError(f"two distributions have a plugin {manifests[0].name!r}: {sources}")
+    return manifests[0]
 
 
 class _Loader:
@@ -339,56 +359,56 @@ class _Loader:
 
     def __init__(self) -> None:
         self.registries: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
-        self.sources: dict[tuple[str, str], EntryPoint] = {}
-        self.points: list[EntryPoint] = []
+        self.sources: dict[tuple[str, str], _Manifest] = {}
+        self.manifests: list[_Manifest] = []
         self._pluggy = pluggy.PluginManager("engine")
         self._pluggy.add_hookspecs(hookspecs)
 
-    def add(self, point: EntryPoint) -> None:
+    def add(self, manifest: _Manifest) -> None:
         """Import one manifest, check its hooks, and run them. Adding it again does nothing."""
-        if point in self.points:
+        if manifest in self.manifests:
             return
-        said = f"plugin {point.name!r} of {_source(point)}"
+        said = f"plugin {manifest.name!r} of {manifest.source}"
         try:
-            manifest = point.load()
+            module = manifest.point.load()
         except Exception as error:
             raise PluginError(f"{said} fails to load: {type(error).__name__}: {error}") from error
-        if not isinstance(manifest, ModuleType):
-            raise PluginError(f"{said}: the entry point must name a module, not {point.value!r}")
-        _refuse_unknown_hooks(manifest, said)
-        self.points.append(point)
+        if not isinstance(module, ModuleType):
+            raise PluginError(f"{said}: the entry point must name a module, not {manifest.point.value!r}")
+        _refuse_unknown_hooks(module, said)
+        self.manifests.append(manifest)
         try:
-            self._pluggy.register(manifest, name=f"{_source(point)}: {point.name}")
+            self._pluggy.register(module, name=f"{manifest.source}: {manifest.name}")
         except (pluggy.PluginValidationError, ValueError) as error:
             raise PluginError(f"{said}: {error}") from error
         for hook, kind in HOOKS.items():
-            self._run(manifest, hook, kind, point, said)
+            self._run(module, hook, kind, manifest, said)
 
-    def _run(self, manifest: ModuleType, hook: str, kind: str, point: EntryPoint, said: str) -> None:
-        rest = [plugin for plugin in self._pluggy.get_plugins() if plugin is not manifest]
+    def _run(self, module: ModuleType, hook: str, kind: str, manifest: _Manifest, said: str) -> None:
+        rest = [plugin for plugin in self._pluggy.get_plugins() if plugin is not module]
         try:
-            self._pluggy.subset_hook_caller(hook, rest)(register=self._registrar(kind, point, said))
+            self._pluggy.subset_hook_caller(hook, rest)(register=self._registrar(kind, manifest, said))
         except PluginError:
             raise
         except Exception as error:
             raise PluginError(f"{said}: {hook} fails: {type(error).__name__}: {error}") from error
 
-    def _registrar(self, kind: str, point: EntryPoint, said: str) -> Callable[..., None]:
+    def _registrar(self, kind: str, manifest: _Manifest, said: str) -> Callable[..., None]:
         """The `register` that one manifest's hook of `kind` is called with."""
 
         def register(name: str, target: str, **fields: Any) -> None:
             entry = _entry(KINDS[kind], {"name": name, "target": target, **fields}, f"{said}: register({name!r})")
             if name in self.registries[kind]:
-                both = f"{_source(self.sources[kind, name])} and {_source(point)}"
+                both = f"{self.sources[kind, name].source} and {manifest.source}"
                 raise PluginError(f"two plugins register {name!r} among {kind}: {both}; leave one out of --plugins")
             self.registries[kind][name] = entry
-            self.sources[kind, name] = point
+            self.sources[kind, name] = manifest
 
         return register
 
-    def frozen(self, named: Sequence[str], others: Mapping[str, list[EntryPoint]]) -> Plugins:
+    def frozen(self, named: Sequence[str], others: Mapping[str, list[_Manifest]]) -> Plugins:
         insisted = {key for key in self.sources if key[1] in named and key[1] not in others}
-        preferred = {key for key, point in self.sources.items() if key in insisted or point.name in others}
+        preferred = {key for key, manifest in self.sources.items() if key in insisted or manifest.name in others}
         registries: dict[str, Any] = {
             kind: MappingProxyType(dict(entries)) for kind, entries in self.registries.items()
         }
@@ -401,21 +421,20 @@ class _Loader:
 
     def _loaded_rows(self, named: set[tuple[str, str]]) -> list[PluginRow]:
         rows = []
-        for (kind, name), point in self.sources.items():
-            assert point.dist is not None
+        for (kind, name), manifest in self.sources.items():
             state = "named" if (kind, name) in named else "loaded"
             about = self.registries[kind][name].description
             hooks = (f"register_{kind}",)
-            rows.append(PluginRow(name, kind, point.dist.version, point.dist.name, hooks, state, about))
+            rows.append(PluginRow(name, kind, manifest.version, manifest.distribution, hooks, state, about))
         return rows
 
-    def _available_rows(self, others: Mapping[str, list[EntryPoint]]) -> list[PluginRow]:
+    def _available_rows(self, others: Mapping[str, list[_Manifest]]) -> list[PluginRow]:
         """Third-party entry points that were not named: not imported, so their hooks are not known."""
-        waiting = [point for points in others.values() for point in points if point not in self.points]
         return [
-            PluginRow(point.name, "", point.dist.version, point.dist.name, (), "available")
-            for point in waiting
-            if point.dist is not None
+            PluginRow(manifest.name, "", manifest.version, manifest.distribution, (), "available")
+            for manifests in others.values()
+            for manifest in manifests
+            if manifest not in self.manifests
         ]
 
 

@@ -138,7 +138,8 @@ class LazyTensor(Protocol):
 
     A matrix that is stored in blocks may have a method `packed(rows: slice, columns: slice)` which returns that part as
     tuple[str, numpy.ndarray]: GGUF's name of the block type and the uint8 bytes [rows, bytes of a row], for kernels
-    that work on them as they are. It returns None where `columns` begin or end within a block.
+    that work on them as they are. It returns None where `columns` begin or end within a block. Bytes that are read-only
+    lie in a mapped file, and are copied by whoever keeps them.
     """
 
     @property

@@ -93,14 +93,14 @@ class Terms(dict[str, Any]):
     def words(self, name: str, count: int | None = None) -> tuple[str, ...]:
         """A list of strings, `count` of them if that is given; empty where there is none."""
         found = self._list(name, count)
-        if not all(isinstance(each, str) for each in found):
+        if not set(map(type, found)) <= {str}:  # without a line of Python for each: a vocabulary has 100,000
             raise self.wrong(name, "a list of strings")
         return found
 
     def integers(self, name: str, count: int | None = None, *, low: int = 0, high: int = MOST) -> tuple[int, ...]:
         """A list of integers from `low` to `high`, `count` of them if that is given; empty where there is none."""
         found = self._list(name, count)
-        if not all(type(each) is int and low <= each <= high for each in found):
+        if not set(map(type, found)) <= {int} or (found and not low <= min(found) <= max(found) <= high):
             raise self.wrong(name, f"a list of integers from {low} to {high}")
         return found
 

@@ -6,8 +6,7 @@
 
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import anyio
 import anyio.abc
@@ -19,30 +18,14 @@ from engine.config import Config
 from engine.errors import EngineError
 from engine.logs import set_up_logging
 from engine.messages import FromFront, ToFront
-from engine.messages.control import Boot, Fatal, Preload
+from engine.messages.control import Boot, Fatal
 from engine.plugin.registry import Plugins
 from engine.runtime.actor import Actor, supervise
 from engine.runtime.allocator import give_back_large_blocks
-from engine.runtime.channel import BlockingFrames, Frames, Outbox, channel, open_channel
-from engine.runtime.process import Process, Start, ended, exit_cause, spawn
+from engine.runtime.channel import Frames, Outbox, channel, open_channel
+from engine.runtime.process import Start, ended, exit_cause, spawn
 
 PLANS = 4  # three credits and a Reset: the scheduler never waits to send
-
-
-@contextmanager
-def early_worker(config: Config) -> Iterator[Start]:
-    """Starts a device process that imports while the front still makes sure that it can be of use, and ends it with the
-    block; what it yields starts workers for `core_actors`, this one first."""
-    early: list[tuple[socket.socket, Process]] = [spawn("engine.worker")]
-    sock, process = early[0]
-    try:
-        with suppress(ConnectionError):  # then the executor says why it has ended
-            BlockingFrames(sock, receives=None).send(Preload(config, spare=False))
-        yield lambda: early.pop() if early else spawn("engine.worker")
-    finally:
-        process.kill()
-        process.wait()
-        sock.close()
 
 
 def core_actors(

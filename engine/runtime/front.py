@@ -67,6 +67,7 @@ def joined(chunks: Sequence[Chunk]) -> Chunk:
         logprobs=tuple([token for chunk in chunks for token in chunk.logprobs]),
         prompt_logprobs=tuple([token for chunk in chunks for token in chunk.prompt_logprobs]),
         prompt_ids=b"".join([chunk.prompt_ids for chunk in chunks]),
+        prefill_seconds=next((chunk.prefill_seconds for chunk in chunks if chunk.prefill_seconds is not None), None),
     )
 
 

@@ -3,6 +3,7 @@
 Left out: what runs in them, and when one is started again.
 """
 
+import os
 import signal
 import socket
 import subprocess
@@ -15,7 +16,17 @@ import anyio
 import anyio.abc
 import anyio.to_thread
 
+from engine.config import Config
 from engine.runtime.channel import Frames
+
+SMALL_MACHINE = 4  # processors up to which one process for front and core is the faster placement
+
+
+def placement(config: Config) -> str:
+    """`single` or `split`, with `auto` decided."""
+    if config.process.placement != "auto":
+        return config.process.placement
+    return "single" if (os.cpu_count() or 1) <= SMALL_MACHINE else "split"
 
 
 class Process(Protocol):

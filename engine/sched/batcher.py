@@ -40,7 +40,8 @@ from engine.sched.waiting import WaitingQueue
 class Scheduler:
     """Continuous batching of requests over `slots` device rows and `pages` KV pages of `page_size` tokens.
 
-    The caller sends each plan to the device, and commits its result, in order. `policy` orders the queue.
+    The caller sends each plan to the device, and commits its result, in order, and says with both what its clock
+    shows, in seconds. `policy` orders the queue.
     Nothing but `admit` refuses.
     """
 
@@ -61,6 +62,7 @@ class Scheduler:
         self.max_step_tokens = max_step_tokens
         self.max_waiting = max_waiting
         self.prefix_cache = prefix_cache
+        self._now = 0.0  # when the plan at hand is made
         self._steps = 0
         self._prompt_tokens = 0  # of requests that came to run, as are the cached ones among them
         self._cached_tokens = 0
@@ -164,8 +166,9 @@ class Scheduler:
 
     # ── a step's plan ────────────────────────────────────────────────────────────────────────
 
-    def plan(self) -> StepPlan | None:
+    def plan(self, now: float = 0.0) -> StepPlan | None:
         """The next step; None if there is nothing to compute before a result or a request comes."""
+        self._now = now
         step = StepColumns(self.max_step_tokens)
         self._grow(step)
         self._plan_decodes(step)
@@ -249,7 +252,7 @@ class Scheduler:
         if not (request.length <= budget if request.pools else self._place_pages(request)):
             return False
         if request.cached < 0:
-            request.cached = request.computed
+            request.cached, request.began = request.computed, self._now
             self._cached_tokens += request.cached
             self._prompt_tokens += request.prompt_len
         request.slot = self._free_slots.pop()
@@ -286,11 +289,11 @@ class Scheduler:
         """The numbers of the grammars that live requests have."""
         return {request.grammar for request in self._requests.values()}
 
-    def commit(self, done: StepDone) -> Tokens | None:
+    def commit(self, done: StepDone, now: float = 0.0) -> Tokens | None:
         """Take in the result of the oldest step in flight; None if it gives nobody a token."""
         number, step = self._in_flight.popleft()
         assert done.step == number, f"step {done.step} is done, but step {number} is the oldest in flight"
-        reply = ReplyColumns()
+        reply = ReplyColumns(now)
         tokens = array("i", done.tokens).tolist()
         for scores in done.prompt_logprobs:
             if number >= (request := step.scoring[scores.row]).since:

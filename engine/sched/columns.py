@@ -52,14 +52,19 @@ class StepColumns:
 class ReplyColumns:
     """The columns of a Tokens while it is built."""
 
-    __slots__ = ("cached", "counts", "finishes", "logprobs", "prompt_logprobs", "rids", "tokens", "vectors")
+    __slots__ = (
+        *("cached", "counts", "finishes", "logprobs", "now", "prefills"),
+        *("prompt_logprobs", "rids", "tokens", "vectors"),
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, now: float) -> None:
+        self.now = now
         self.rids: list[str] = []
         self.counts = array("i")
         self.tokens: list[int] = []
         self.finishes: list[Finish] = []
         self.cached: list[tuple[int, int]] = []
+        self.prefills: list[tuple[int, float]] = []
         self.logprobs: list[Logprobs] = []
         self.prompt_logprobs: list[Logprobs] = []
         self.vectors: list[tuple[int, bytes]] = []
@@ -86,6 +91,7 @@ class ReplyColumns:
             request.first = False
             row = len(self.rids) - 1
             self.cached.append((row, request.cached))
+            self.prefills.append((row, self.now - request.began))
             if request.scores:
                 self.prompt_logprobs.append(joined(row, request.scores))
                 request.scores = []
@@ -114,6 +120,7 @@ class ReplyColumns:
             logprobs=tuple(self.logprobs),
             prompt_logprobs=tuple(self.prompt_logprobs),
             vectors=tuple(self.vectors),
+            prefills=tuple(self.prefills),
         )
 
 

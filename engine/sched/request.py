@@ -39,6 +39,7 @@ class Request:
     length: int
     computed: int = 0
     cached: int = -1  # prompt tokens the cache held when it first ran; -1 before
+    began: float = 0.0  # when it first ran, in the seconds of the caller's clock
     first: bool = True  # its first token is still to come
     scored: int = NEVER  # prompt positions whose log-probabilities have come; NEVER when no more are wanted
     scores: list[Logprobs] = field(default_factory=list)  # those that have come and were not passed on

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.kernels.attention.reference import attend
 from engine.kernels.dense.reference import write_latents
 from engine.layers.attention import AttentionBackend, AttentionShape, Backend
 from engine.layers.batch import Batch
@@ -96,7 +97,7 @@ def check_attention(
             filled = [(0, length) for length in before]
             _attend(built, case, filled, contexts, table, caches, layer)
         got = _attend(built, case, case.rows, contexts, table, caches, layer)
-        wanted = torch.cat([_reference(context, case, scale, start)
+        wanted = torch.cat([_attended(context, kv_heads, start, scale, case.window)
                             for context, (start, _) in zip(contexts, case.rows, strict=True)])  # fmt: skip
         assert_close(got.double().cpu(), wanted, tolerance, f"layer {layer} of {case}")
 
@@ -138,15 +139,9 @@ def _attend(
     return out.view(-1, case.heads[0], case.head_dim)
 
 
-def _reference(context: Tensor, case: AttentionCase, scale: float, start: int) -> Tensor:
-    """Attention by its definition, in float64: [length, query_heads, head_dim] of one row's last positions."""
-    query_heads, kv_heads = case.heads
-    key, value = (part[:, :kv_heads].repeat_interleave(query_heads // kv_heads, dim=1) for part in context[:2])
-    scores = torch.einsum("qhd,khd->hqk", context[2][start:], key) * scale
-    unseen = torch.ones(scores.shape[1:], dtype=torch.bool).triu(start + 1)
-    if case.window is not None:
-        unseen |= torch.ones_like(unseen).tril(start - case.window)
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(unseen, -torch.inf).softmax(-1), value)
+def _attended(context: Tensor, kv_heads: int, start: int, scale: float, window: int | None) -> Tensor:
+    key, value = context[:2, :, :kv_heads]
+    return attend(context[2][start:], key, value, scale, window)
 
 
 # ── latent attention ─────────────────────────────────────────────────────────────────────────

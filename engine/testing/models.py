@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from engine.layers.attention import Backend
-from engine.layers.build import Build
+from engine.layers.build import Build, Scheme
 from engine.layers.model import Model
-from engine.layers.quantization import Scheme
 from engine.messages.request import Sampling
 from engine.messages.step import SlotAdmit, StepPlan
 from engine.parallel.groups import Groups

@@ -7,13 +7,15 @@ nothing. What may yet turn out to be one is held back. Pure logic: it knows neit
 """
 
 import codecs
+import itertools
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Protocol
 
 import regex
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 
 from engine.errors import RequestError
 
@@ -30,26 +32,46 @@ class Decoder(Protocol):
     def flush(self) -> str: ...
 
 
+def is_byte_level(tokenizer: Tokenizer) -> bool:
+    """Whether its tokens are bytes."""
+    return isinstance(tokenizer.decoder, decoders.ByteLevel)
+
+
+def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that are no text."""
+    return frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+
+
+def _written() -> str:
+    """The 256 bytes as byte-level vocabularies write them: as themselves where that can be printed, or else as the next
+    character from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = itertools.count(0x100)
+    return "".join(chr(byte if byte in printable else next(others)) for byte in range(256))
+
+
+CHARMAP = codecs.charmap_build(_written())
+
+
+def bytes_of(token: str) -> bytes:
+    """The bytes of a byte-level token; an added one is written as it is."""
+    try:
+        return codecs.charmap_encode(token, "strict", CHARMAP)[0]
+    except UnicodeEncodeError:
+        return token.encode()
+
+
 class TokenBytes(dict[int, bytes]):
     """The bytes of a byte-level token, filled in as ids are seen; `skipped` and unknown ones have none."""
 
     def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int] = frozenset()) -> None:
         self._tokenizer = tokenizer
         self._skipped = skipped
-        # byte-level vocabularies write each byte as a printable character: itself, or else the next from U+0100 on
-        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-        others = sorted(set(range(256)) - set(printable))
-        self._byte = {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
 
     def __missing__(self, id: int) -> bytes:
         token = None if id in self._skipped else self._tokenizer.id_to_token(id)
-        if token is None:
-            token = ""
-        if all(character in self._byte for character in token):
-            self[id] = bytes(self._byte[character] for character in token)
-        else:  # an added token, which is written as it is
-            self[id] = token.encode()
-        return self[id]
+        spelled = self[id] = bytes_of(token or "")
+        return spelled
 
 
 class ByteDecoder:
@@ -67,17 +89,46 @@ class ByteDecoder:
         return self._utf8.decode(b"", final=True)
 
 
+class ByteTokens:
+    """The tokens of single bytes in a vocabulary with byte fallback, such as `<0xE6>`; it may have none.
+
+    tokenizers decodes neighbouring byte tokens as one, and where they are not UTF-8 as a whole, all of them become
+    U+FFFD: whole characters too, which a client may have been sent. SentencePiece keeps whole characters."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        found = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        ids = [id for id in found if id is not None]
+        whole = len(ids) == 256 and tokenizer.decode([ids[ord("A")]], skip_special_tokens=False) == "A"
+        self._ids = ids if whole else []
+        self._bytes = {id: byte for byte, id in enumerate(self._ids)}
+
+    def mended(self, ids: Sequence[int]) -> Sequence[int]:
+        """`ids`, with the bytes of U+FFFD in the place of each byte or beginning of a character that is not UTF-8."""
+        if self._bytes.keys().isdisjoint(ids):
+            return ids
+        mended: list[int] = []
+        for of_bytes, run in groupby(ids, self._bytes.__contains__):
+            if of_bytes:
+                text = bytes(self._bytes[id] for id in run).decode("utf-8", "replace")
+                mended += [self._ids[byte] for byte in text.encode()]
+            else:
+                mended += run
+        return mended
+
+
 class WindowDecoder:
     """For any other tokenizer: decodes the last tokens again, after those before them for context.
 
     A text that ends in U+FFFD may be a character cut in two and waits for more, for at most `PATIENCE` pushes.
-    Byte-fallback tokens that never become UTF-8 may so come out as fewer or more U+FFFD than decoded as a whole.
+    Byte tokens of which more than that many in a row are not UTF-8 may so come out as fewer or more U+FFFD than
+    decoded as a whole.
     """
 
     PATIENCE = 16
 
-    def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int], byte_tokens: ByteTokens) -> None:
         self._tokenizer = tokenizer
+        self._byte_tokens = byte_tokens
         self._skipped = skipped
         self._ids: list[int] = []  # context, then tokens whose text is not released
         self._context = 0  # how many are context, and what they read
@@ -99,7 +150,8 @@ class WindowDecoder:
         return self._decode()[len(self._context_text) :]
 
     def _decode(self) -> str:
-        text: str = self._tokenizer.decode(self._ids, skip_special_tokens=False)  # those to skip are not there
+        ids = self._byte_tokens.mended(self._ids)
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)  # those to skip are not there
         return text
 
 
@@ -114,21 +166,21 @@ class NoDecoder:
 
 
 class Spelling(dict[int, bytes]):
-    """The bytes of any token as a person should see it, filled in as ids are seen: special tokens by their names.
+    """The bytes of any token as a person should see it, filled in as ids are seen: `special` tokens by their names.
 
-    `token_bytes` are those of a byte-level tokenizer. Ids that the tokenizer does not know are empty."""
+    Ids that the tokenizer does not know are empty."""
 
-    def __init__(self, tokenizer: Tokenizer, special: frozenset[int], token_bytes: TokenBytes | None) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._special = special
-        self._token_bytes = token_bytes
+        self._byte_level = is_byte_level(tokenizer)
+        self.special = special_ids(tokenizer)
 
     def __missing__(self, id: int) -> bytes:
         token: str = self._tokenizer.id_to_token(id) or ""
-        if id in self._special:
+        if id in self.special:
             spelled = token.encode()
-        elif self._token_bytes is not None:
-            spelled = self._token_bytes[id]
+        elif self._byte_level:
+            spelled = bytes_of(token)
         elif byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
             spelled = bytes([int(byte[1], 16)])
         else:

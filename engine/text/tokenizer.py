@@ -9,7 +9,7 @@ from functools import cache, lru_cache, partial
 from typing import Any
 
 from msgspec import Struct
-from tokenizers import decoders, normalizers, pre_tokenizers
+from tokenizers import normalizers, pre_tokenizers
 
 from engine.conversation.parsers import Parsers
 from engine.conversation.template import ChatTemplate, requested
@@ -17,7 +17,18 @@ from engine.errors import RequestError
 from engine.params.sampling import SamplingDefaults
 from engine.plugin.parsing import ToolParser
 from engine.plugin.specs import TextSpec
-from engine.text.decoding import ByteDecoder, Decoder, NoDecoder, ReplyDecoder, Spelling, TokenBytes, WindowDecoder
+from engine.text.decoding import (
+    ByteDecoder,
+    ByteTokens,
+    Decoder,
+    NoDecoder,
+    ReplyDecoder,
+    Spelling,
+    TokenBytes,
+    WindowDecoder,
+    is_byte_level,
+    special_ids,
+)
 
 OPENAI_DEFAULTS = SamplingDefaults()
 TOOL_USE = "tool_use"  # the name of the template for conversations with tools
@@ -59,13 +70,13 @@ class Text:
         self._named = {name: ChatTemplate(template, *marks) for name, template in named.items()}
         self._template = None if source is None else ChatTemplate(source, *marks)
         added = spec.tokenizer.get_added_tokens_decoder()
-        self._special = frozenset(id for id, token in added.items() if token.special)
+        self._special = special_ids(spec.tokenizer)
         self.special_tokens = [added[id].content for id in sorted(self._special)]
         self._unmarked = frozenset(id for id in self._special if added[id].content not in parsers.special)
-        self._byte_level = isinstance(spec.tokenizer.decoder, decoders.ByteLevel)
+        self._byte_level = is_byte_level(spec.tokenizer)
+        self._byte_tokens = ByteTokens(spec.tokenizer)
         self._token_bytes = cache(partial(TokenBytes, spec.tokenizer))  # by the special tokens that are skipped
-        spelled = self._token_bytes(self._special) if self._byte_level else None
-        self.spelling = Spelling(spec.tokenizer, self._special, spelled)
+        self.spelling = Spelling(spec.tokenizer)
         self._requested_template = lru_cache(TEMPLATES)(requested(*marks))
 
     @property
@@ -201,7 +212,8 @@ class Text:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`, without special tokens; bytes that are not UTF-8 become U+FFFD."""
-        text: str = self.spec.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        mended = self._byte_tokens.mended(ids)
+        text: str = self.spec.tokenizer.decode(mended, skip_special_tokens=skip_special_tokens)
         return text
 
     def id_of(self, token: str) -> int | None:
@@ -240,7 +252,7 @@ class Text:
         skipped = frozenset() if not skip_special_tokens else self._unmarked if show_marks else self._special
         if self._byte_level:
             return ByteDecoder(self._token_bytes(skipped))
-        return WindowDecoder(self.spec.tokenizer, skipped)
+        return WindowDecoder(self.spec.tokenizer, skipped, self._byte_tokens)
 
 
 class TooWide(RequestError):

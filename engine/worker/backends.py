@@ -6,8 +6,8 @@ from typing import Any
 
 from engine.errors import ConfigError
 from engine.layers.attention import Backend
+from engine.layers.build import Scheme
 from engine.layers.latent import LatentShape
-from engine.layers.quantization import Scheme
 from engine.plugin.registry import Plugins, resolve
 from engine.plugin.terms import Terms
 

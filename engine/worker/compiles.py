@@ -5,15 +5,16 @@ Left out: what torch and its libraries load on first use.
 
 import logging
 import time
-from importlib.util import find_spec
 from typing import Any
+
+from engine.kernels import has_triton
 
 log = logging.getLogger("engine.worker")
 
 
 def tell_of_compiles() -> None:
     """From now on the log has a line for each kernel that Triton compiles, or loads from its cache, in this process."""
-    if find_spec("triton") is None:
+    if not has_triton():
         return
     from triton import knobs
 

@@ -141,9 +141,12 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
     slots = config.schedule.max_running or defaults.slots
     step_tokens = config.schedule.max_step_tokens or defaults.step_tokens
     with _timed(phases, "grammars"):  # what is left of it
-        ready_grammars = None if grammars is None else grammars.ready(slots, device)
+        ready_grammars = None if grammars is None else grammars.ready(slots, device, build.kernels.logits)
     spec, activations = model.kv_spec(), 0
     if device.type == "cuda":
+        logger.info(
+            "running the largest step, of %d tokens in %d rows, for the memory that it takes", step_tokens, slots
+        )
         with _timed(phases, "largest step"):
             activations = peak_bytes(model, device, slots, min(limit, build.max_model_len), step_tokens)
     with _timed(phases, "kv cache"):

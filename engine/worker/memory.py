@@ -1,6 +1,7 @@
 """How many KV pages the device's memory holds, and the tensors they live in.
 
-One tensor a layer group, [layers, pages, *page shape]; which page holds what is the scheduler's business.
+One tensor a KV group, [pages, layers, *page shape]: a page is one piece of memory over all layers, so that it moves in
+one copy. Which page holds what is the scheduler's business.
 Left out: tiers below the device's memory.
 """
 
@@ -17,7 +18,7 @@ GPU_FRACTION = 0.9
 CPU_FRACTION = 0.3
 CPU_CEILING = 4 << 30  # bytes that a CPU's cache takes unasked: the machine is not ours alone
 
-Caches = tuple[tuple[Tensor, ...], ...]  # per KV group, per layer: [pages, *page shape]
+Caches = tuple[tuple[Tensor, ...], ...]  # per KV group, per layer: [pages, *page shape], pages a stride apart
 
 
 def count_pages(
@@ -86,11 +87,11 @@ def choose_max_model_len(option: int | None, model_limit: int, cache_tokens: int
 
 def allocate(spec: KVSpec, pages: int, device: torch.device) -> Caches:
     """Zeroed caches. Never read before written by a correct backend, but a masked-out NaN is still a NaN."""
-    return tuple(_allocate_group(group, pages, device).unbind(0) for group in spec.groups)
+    return tuple(_allocate_group(group, pages, device).unbind(1) for group in spec.groups)
 
 
 def _allocate_group(group: KVGroup, pages: int, device: torch.device) -> Tensor:
-    shape = (group.layers, pages, *group.shape)
+    shape = (pages, group.layers, *group.shape)
     dtype = getattr(torch, group.dtype)
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)

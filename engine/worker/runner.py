@@ -115,8 +115,9 @@ class Runner:
         # One slot more than there are: the padding of a graph's rows.
         self.tokens = torch.zeros(slots + 1, max_model_len + 1, dtype=torch.int32, device=device)
         self.page_table = torch.zeros(slots + 1, pages, dtype=torch.int32, device=device)
-        self.sampler = Sampler(self.tokens)
-        self.adjustments = Adjustments(slots, model.vocab_size, device)
+        self._logits = model.kernels.logits
+        self.sampler = Sampler(self.tokens, self._logits)
+        self.adjustments = Adjustments(slots, model.vocab_size, device, self._logits)
         self.grammars = grammars
         self.unscored = np.zeros((slots, 2), np.int64)  # prompt positions to be scored: from, to
         self._ahead_of: torch.cuda.Event | None = None  # the end of the last step, while it is not known to be over
@@ -218,11 +219,11 @@ class Runner:
             catch_up()
             adjusted = adjusted.clone() if adjusted is logits and len(asking) else adjusted
             self.grammars.mask(adjusted, guided)
-        tokens = self.sampler.draw(adjusted, slots, lasts, on_device)
+        tokens = self.sampler.draw(adjusted, slots, on_device)
         if not len(asking):
             return Result(tokens, prompts=prompts, guided=guided)
         which = upload(asking, self.device)
-        scores = score(logits, tokens[which], which)
+        scores = score(self._logits, logits, tokens[which], which)
         spans = [(int(row), index, index + 1, int(wanted[row])) for index, row in enumerate(asking)]
         return Result(tokens, Block(scores, spans), prompts, guided=guided)
 
@@ -266,7 +267,8 @@ class Runner:
             places.append(np.stack((offsets[row] + steps, np.full(count, slot), firsts[row] + 1 + steps)))
             at += count
         index, slots, positions = upload(np.concatenate(places, axis=1), self.device)
-        scores = score_prompt(hidden[index], self.tokens[slots, positions], self.model.logits, self.model.vocab_size)
+        tokens, model = self.tokens[slots, positions], self.model
+        scores = score_prompt(self._logits, hidden[index], tokens, model.logits, model.vocab_size)
         return Block(scores, spans)
 
     def apply(self, plan: StepPlan) -> None:

@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from engine.errors import ConfigError
 from engine.layers.model import Layer, Model
@@ -50,8 +48,13 @@ def load_weights(model: Model, tensors: Tensors) -> None:
 
     The bar goes to standard error, if that is a terminal.
     """
+    if not sys.stderr.isatty():
+        return model.load(tensors)
+    from rich.console import Console  # here: importing it takes as long as reading a small model
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("loading weights", total=sum(math.prod(tensor.shape) for _, tensor in tensors))
 
         def advance(numbers: int) -> None:

@@ -1,4 +1,4 @@
-"""Talk to the model through the openai client (`pip install openai`). An empty line ends the talk.
+"""Talk to the model through the openai client (`pip install openai`). An empty line or Ctrl-D ends the talk.
 
 python examples/client/chat_openai.py
 
@@ -6,6 +6,7 @@ ENGINE_URL says where the server is, if not at http://127.0.0.1:8000.
 """
 
 import os
+from contextlib import suppress
 
 from openai import OpenAI
 from openai.types.chat import ChatCompletionMessageParam
@@ -29,4 +30,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with suppress(EOFError):  # Ctrl-D
+        main()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.plugin import ConfigError
-from engine.plugin.kernels import MOST_QUERIES, attention_tasks, kernels
+from engine.plugin.kernels import MOST_QUERIES, Kernels, attention_tasks
 from engine.plugin.layers import AttentionShape, Batch, PagedAttention
 
 DIMENSIONS = range(16, 257, 16)
@@ -31,8 +31,8 @@ class CpuAttention(PagedAttention):
 
     def __init__(self, shape: AttentionShape, page_size: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(shape, page_size, device, dtype)
-        found = kernels() if device.type == "cpu" and dtype == torch.float32 else None
-        if found is None or self.kv_dtype != torch.float32:
+        found = self.kernels.dense
+        if not isinstance(found, Kernels) or self.kv_dtype != torch.float32:
             raise ConfigError(
                 f"attention cpu needs a C compiler and float32 on a CPU, and has {dtype}, cached as {self.kv_dtype}, "
                 f"on {device}"
@@ -64,7 +64,7 @@ class CpuAttention(PagedAttention):
         self._kernels.library.attend(
             *(query.data_ptr(), query.stride(0), cache.data_ptr(), plan.table.data_ptr(), plan.table.stride(0)),
             *(plan.tasks.ctypes.data, len(plan.tasks)),
-            *(self.page_size, shape.query_heads, shape.kv_heads, shape.head_dim),
+            *(self.page_size, cache.stride(0), shape.query_heads, shape.kv_heads, shape.head_dim),
             *(shape.scale, shape.window or 0, out.data_ptr()),
         )
         return out

@@ -25,8 +25,6 @@ from engine.plugin.kernels import (
     E4M3,
     Fp8Weight,
     dequantize,
-    fp8_ops_for,
-    multiplies_fp8,
     quantize_blocks,
     quantize_rows,
 )
@@ -246,11 +244,11 @@ class Loaded:
                 raise ConfigError(f"weight {name} is FP8, but the checkpoint has no {ends} beside it")
 
 
-def dense_instead(device: torch.device) -> bool:
-    """Whether this device cannot multiply FP8."""
-    if multiplies_fp8(device):
+def dense_instead(build: Build) -> bool:
+    """Whether the build's kernels are no faster by FP8 weights."""
+    if build.kernels.fp8.pays:
         return False
-    log.debug("no FP8 products on %s: the weights are kept as what they stand for", device)
+    log.debug("no FP8 products on %s: the weights are kept as what they stand for", build.device)
     return True
 
 
@@ -277,6 +275,7 @@ class Fp8Linear(QuantizedLinear):
     def __init__(
         self, build: Build, parts: Mapping[str, int], inputs: int, shard: Shard, granularity: Granularity
     ) -> None:
+        self._build = build
         self.held = {part: Part((rows, inputs), shard.rows[part], shard.columns) for part, rows in parts.items()}
         self.parts = {part: shard.rows_of(part) for part in parts}
         rows = sum(self.parts.values())
@@ -308,10 +307,10 @@ class Fp8Linear(QuantizedLinear):
     def loaded(self, path: str) -> bool:
         self._loaded.check()
         self._divide()
-        return dense_instead(self.weight.device)
+        return dense_instead(self._build)
 
     def _divide(self) -> None:
-        ops = fp8_ops_for(self.weight)
+        ops = self._build.kernels.fp8
         if self.scale.dim() == 1:
             self._spans = [ops.weight(self.weight, self.scale)]
             return
@@ -325,7 +324,7 @@ class Fp8Linear(QuantizedLinear):
                 first_row, first_block = row, block
 
     def linear(self, inputs: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor:
-        ops = fp8_ops_for(inputs)
+        ops = self._build.kernels.fp8
         if len(self._spans) == 1:
             return ops.linear(inputs, self._spans[0], bias, gated)
         sizes = [len(span.numbers) for span in self._spans]
@@ -346,6 +345,7 @@ class Fp8Experts(QuantizedExperts):
     ignored = ACTIVATION_SCALES
 
     def __init__(self, build: Build, count: int, size: int, inner: int, share: slice, granularity: Granularity) -> None:
+        self._build = build
         self.up = Part((inner, size), share, slice(0, size))
         self.down = Part((size, inner), slice(0, size), share)
         inner = share.stop - share.start
@@ -374,7 +374,7 @@ class Fp8Experts(QuantizedExperts):
 
     def loaded(self, path: str) -> bool:
         self._loaded.check()
-        return dense_instead(self.stored.down.device)
+        return dense_instead(self._build)
 
     def weights(self, dtype: torch.dtype | None = None) -> ExpertWeights:
         if dtype is None:

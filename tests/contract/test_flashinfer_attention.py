@@ -14,12 +14,13 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.layers import AttentionShape, Batch
+from engine.plugin import kernels
 from engine.plugin.testing import ATTENTION_CASES, AttentionCase, check_attention
 from engine_plugins.attention.flashinfer import mha as flashinfer
 from engine_plugins.attention.flashinfer.mha import FlashInferAttention
 
 pytest.importorskip("triton")
-from engine.kernels.attention.page_lists import list_pages_reference
+from engine.kernels.attention.reference import list_pages
 
 CPU = torch.device("cpu")
 MIXED = AttentionCase(page_size=4, heads=(8, 2), head_dim=64, rows=((9, 1), (30, 1), (0, 300), (7, 1), (5, 140)))
@@ -87,7 +88,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, Definition]:
     monkeypatch.setattr(flashinfer, "check_installed", lambda: None)
     monkeypatch.setattr(flashinfer, "hardware", lambda _: ((9, 0), 12))
     monkeypatch.setattr(flashinfer, "load_kernels", load)
-    monkeypatch.setattr(flashinfer, "page_lists", lambda: SimpleNamespace(list_pages=list_pages_reference))
+    monkeypatch.setitem(vars(kernels), "list_pages", list_pages)
     for name in ("PLAN_BYTES", "FLOAT_BYTES"):
         monkeypatch.setattr(flashinfer, name, 1024)
     return made

@@ -5,7 +5,6 @@ refuses.
 read.
 """
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,14 +15,14 @@ from torch import Tensor
 from engine.errors import ConfigError
 from engine.kernels.dense.reference import write_latents
 from engine.layers import Batch, LatentShape
+from engine.plugin import kernels
 from engine.plugin.testing import LATENT_CASES, LatentCase, check_latent_attention, latent_reference
 from engine_plugins.attention.flashinfer import mla as flashinfer
 from engine_plugins.attention.flashinfer.mla import FlashInferLatentAttention
 from engine_plugins.attention.triton import mla as triton_latent
 
 pytest.importorskip("triton")
-from engine.kernels.attention.expanded import join_keys_reference
-from engine.kernels.attention.page_lists import list_pages_reference
+from engine.kernels.attention.reference import join_keys, list_pages
 
 CPU = torch.device("cpu")
 PROCESSORS = 12
@@ -115,8 +114,8 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> tuple[Absorbed, Ragged]:
     monkeypatch.setattr(flashinfer, "kernel_name", lambda *_: "fa3")
     monkeypatch.setattr(flashinfer, "load_mla", lambda *_: made[0])
     monkeypatch.setattr(flashinfer, "load_ragged", lambda *_: made[1])
-    monkeypatch.setattr(flashinfer, "page_lists", lambda: SimpleNamespace(list_pages=list_pages_reference))
-    monkeypatch.setattr(flashinfer, "triton_expanded", lambda: SimpleNamespace(join_keys=join_keys_reference))
+    monkeypatch.setitem(vars(kernels), "list_pages", list_pages)
+    monkeypatch.setitem(vars(kernels), "join_keys", join_keys)
     monkeypatch.setattr(flashinfer, "PLAN_BYTES", 1024)
     monkeypatch.setattr(FlashInferLatentAttention, "few_rows", 0)
     return made

@@ -201,6 +201,20 @@ def test_a_file_of_tokens_that_is_none_is_named(tmp_path: Path, name: str, conte
         SafetensorsCheckpoint.open(str(tmp_path)).text()
 
 
+def test_added_tokens_that_the_library_would_number_anew_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, ["<s>", "</s>"], False, {}) / "tokenizer.json"
+    said = json.loads(path.read_text())
+    assert [token["id"] for token in said["added_tokens"]] == [256, 257]
+    said["added_tokens"][1]["id"] = 300
+    path.write_text(json.dumps(said))
+    with pytest.raises(ConfigError, match=r"added token '</s>' the id 300, and tokenizers reads it as 257"):
+        SafetensorsCheckpoint.open(str(tmp_path)).text()
+    said["model"]["vocab"] |= {"<s>": 256, "</s>": 300}  # the remedy that the message names
+    path.write_text(json.dumps(said))
+    tokenizer = SafetensorsCheckpoint.open(str(tmp_path)).text().tokenizer
+    assert (tokenizer.encode("</s>").ids, tokenizer.decode([300], skip_special_tokens=False)) == ([300], "</s>")
+
+
 # ── named templates ──────────────────────────────────────────────────────────────────────────
 
 TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}

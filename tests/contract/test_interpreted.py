@@ -23,7 +23,16 @@ FILES = (
 def test_the_kernels_interpreted_do_what_they_are_defined_as(name: str) -> None:
     """Each file in a process of its own: the interpreter is chosen when triton is imported, for all that follows."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__).with_name(name))],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            str(Path(__file__).parents[1] / "lib" / name),
+        ],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,

@@ -36,7 +36,7 @@ def test_absorbed_rows(heads: int, cache: str) -> None:
     fixed = {**triton_mla.constants(shape, torch.empty(0, dtype=BF16)), "ROWS": 256, "LEAST": 4}
     for kernel, cut in (
         (triton_mla.decode_kernel, triton_mla.decode_cut(shape, BF16)),
-        (triton_mla.extend_kernel, triton_mla.extend_cut(shape, BF16)),
+        (triton_mla.extend_kernel, triton_mla.mla_extend_cut(shape, BF16)),
     ):
         own = {**fixed, "LINES": cut.lines, "POSITIONS": cut.positions}
         made = compiled(kernel, own, cache=cache, num_warps=cut.warps, num_stages=cut.stages)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from engine.kernels.attention import decode as decoding
 from engine.kernels.attention import extend as kernels
-from engine.kernels.attention.page_lists import BLOCK, PROGRAMS, list_pages, list_pages_reference
+from engine.kernels.attention.page_lists import BLOCK, PROGRAMS, list_pages
+from engine.kernels.attention.reference import list_pages as list_pages_reference
 from engine.layers import AttentionShape, Batch, Mirror, Prefix
 from engine.plugin.testing import ATTENTION_CASES, AttentionCase, check_attention
 from engine_plugins.attention import hybrid

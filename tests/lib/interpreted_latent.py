@@ -8,6 +8,7 @@ from torch import Tensor
 
 from engine.kernels.attention import expanded as triton_expanded
 from engine.kernels.attention import mla as triton_mla
+from engine.kernels.attention import reference
 from engine.kernels.dense.reference import write_latents
 from engine.layers import Batch, LatentShape, Mirror
 from engine.plugin.testing import LATENT_CASES, LatentCase, check_latent_attention, latent_reference
@@ -116,12 +117,12 @@ def test_whole_keys_are_joined(heads: int) -> None:
     both, latents = torch.randn(5, heads, 48), torch.randn(5, 40)
     key, rotated = both[..., :32], latents[:, 24:]
     joined = triton_expanded.join_keys(key, rotated)
-    assert joined.is_contiguous() and torch.equal(joined, triton_expanded.join_keys_reference(key, rotated))
+    assert joined.is_contiguous() and torch.equal(joined, reference.join_keys(key, rotated))
 
 
 def test_blocks_cover_all_lines_and_the_longest_contexts_come_first() -> None:
     starts, lengths = np.array([5, 0, 64, 7]), np.array([9, 1, 4, 8])
-    rows, blocks = triton_mla.list_blocks(starts, lengths, heads=6, lines=16)
+    rows, blocks = triton_mla.list_mla_blocks(starts, lengths, heads=6, lines=16)
     assert sorted(zip(rows.tolist(), blocks.tolist(), strict=True)) == [
         *((0, block) for block in range(4)), *((2, block) for block in range(2)), *((3, block) for block in range(3)),
     ]  # fmt: skip

@@ -6,19 +6,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawing import filtered, sample
 
-from engine.kernels.logits import adjustments as triton_adjustments
 from engine.kernels.logits.bitmask import apply_bitmask
-from engine.kernels.logits.bitmask_reference import apply_bitmask_reference, mask_words, pack_ids
 from engine.kernels.logits.draw import draw
 from engine.kernels.logits.filters import cuts
-from engine.kernels.logits.reference import EDITS, ID, LENGTH, START, UNTIL, VALUE, edit_reference, penalize_reference
+from engine.kernels.logits.reference import EDITS, ID, LENGTH, START, UNTIL, VALUE, LogitOps, mask_words, pack_ids
 from engine.kernels.logits.scores import score
+from engine.kernels.logits.triton import TritonLogitOps
 from engine.messages.request import Sampling
 from engine.messages.step import SlotAdmit
 from engine.worker.sampling import adjustments as worker_logits
-from engine.worker.sampling.logprobs import score_reference
-from engine.worker.sampling.sampler import Columns, filtered, sample
+from engine.worker.sampling.logprobs import Scores
+from engine.worker.sampling.sampler import Columns
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -42,7 +42,7 @@ def test_bitmasks_leave_what_has_a_bit(size: int, dtype: torch.dtype) -> None:
     for lines in (None, torch.tensor([3, 2, 0, 0], device=DEVICE)):
         got, wanted = logits.clone(), logits.clone()
         apply_bitmask(got, mask, rows, lines)
-        apply_bitmask_reference(wanted, mask, rows, lines)
+        LogitOps().apply_bitmask(wanted, mask, rows, lines)
         assert torch.equal(got, wanted)
         for i, row in enumerate(rows.tolist()):
             ids = allowed[i if lines is None else int(lines[i])]
@@ -219,7 +219,7 @@ def test_scores_are_those_of_the_definition(shape: tuple[int, int], kind: str, d
     tokens = torch.randint(0, size, (count,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     tokens[0] = logits[rows[0]].argmax()
     logprobs, ranks, top_ids, top_logprobs = score(logits, tokens, rows, 20)
-    wanted = score_reference(logits[rows].double().float(), tokens, 20)
+    wanted = Scores(*LogitOps().score(logits[rows].double().float(), tokens, None, 20))
     assert torch.equal(ranks, wanted.ranks)
     torch.testing.assert_close(logprobs, wanted.logprobs, atol=2e-5, rtol=1e-6)
     torch.testing.assert_close(top_logprobs, wanted.top_logprobs, atol=2e-5, rtol=1e-6)
@@ -255,7 +255,7 @@ def asking(slot: int, kind: int, size: int, prompt_len: int) -> SlotAdmit:
 
 def adjustments_of(count: int, size: int, prompts: np.ndarray) -> worker_logits.Adjustments:
     """Each slot asks for something else; some for nothing."""
-    adjustments = worker_logits.Adjustments(count, size, torch.device(DEVICE))
+    adjustments = worker_logits.Adjustments(count, size, torch.device(DEVICE), LogitOps())
     adjustments.admit([asking(slot, slot % 7, size, int(prompts[slot])) for slot in range(count)])
     return adjustments
 
@@ -266,12 +266,8 @@ def applied(
 ) -> torch.Tensor:  # fmt: skip
     """`logits` [S, V] as the kernels of this `kind` adjust them; row s is of `slots[s]`, which has `ends[s]` tokens."""
     scratch = torch.zeros(5, logits.shape[1], dtype=torch.int32, device=DEVICE)
-    if kind == "reference":
-        monkeypatch.setattr(worker_logits, "penalize", lambda *a: penalize_reference(*a[:-1]))
-        monkeypatch.setattr(worker_logits, "edit", edit_reference)
-    else:
-        monkeypatch.setattr(worker_logits, "penalize", lambda *a: triton_adjustments.penalize(*a[:-1], scratch=scratch))
-        monkeypatch.setattr(worker_logits, "edit", triton_adjustments.edit)
+    monkeypatch.setattr(adjustments, "_kernels", LogitOps() if kind == "reference" else TritonLogitOps())
+    monkeypatch.setattr(adjustments, "_scratch", scratch)
     out = logits.clone()
     adjustments.apply(out, slots, ends, tokens)
     assert not scratch.any(), "the scratch must be left clean"
@@ -344,13 +340,13 @@ def test_slots_that_pass_from_hand_to_hand_hold_what_new_ones_hold(monkeypatch: 
     generator = np.random.default_rng(6)
     tokens = torch.from_numpy(generator.integers(0, 4, (slots, longest)).astype(np.int32)).to(DEVICE)
     logits = random(slots, size)
-    used = worker_logits.Adjustments(slots, size, torch.device(DEVICE))
+    used = worker_logits.Adjustments(slots, size, torch.device(DEVICE), LogitOps())
     ends, kinds, every = np.zeros(slots, np.int64), np.full(slots, 2), np.arange(slots)
     for _ in range(20):
         admitted = generator.permutation(slots)[: generator.integers(1, slots + 1)]
         kinds[admitted], ends[admitted] = generator.integers(0, 7, len(admitted)), generator.integers(1, longest, 1)
         used.admit([asking(int(slot), int(kinds[slot]), size, int(ends[slot]) // 2) for slot in admitted])
-        fresh = worker_logits.Adjustments(slots, size, torch.device(DEVICE))
+        fresh = worker_logits.Adjustments(slots, size, torch.device(DEVICE), LogitOps())
         fresh.admit([asking(int(slot), int(kinds[slot]), size, int(ends[slot]) // 2) for slot in every])
         got = applied(used, logits, every, ends, "triton", tokens, monkeypatch)
         wanted = applied(fresh, logits, every, ends, "reference", tokens, monkeypatch)

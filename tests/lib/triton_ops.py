@@ -11,9 +11,8 @@ from engine.kernels.dense import triton as triton_ops
 from engine.kernels.dense.linear import Cut, skinny_cut, skinny_linear
 from engine.kernels.dense.reference import HeadNorms, Heads, LatentNorm, Ops
 from engine.kernels.dense.triton import TritonOps
-from engine.kernels.logits.bitmask_reference import apply_bitmask_reference, pack_ids
 from engine.kernels.logits.draw import draw
-from engine.worker.sampling.sampler import gumbel
+from engine.kernels.logits.reference import LogitOps, gumbel, pack_ids
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -182,7 +181,7 @@ def test_draws_under_masks_are_those_of_what_they_leave(dtype: torch.dtype) -> N
     masks = np.stack([pack_ids(ids, size) for ids in (few, some, np.arange(size), few[1:2])])
     table, lines = torch.from_numpy(masks).to(DEVICE), torch.tensor([3, 0, 1, 2, 1, 0] * rows)[:rows].to(DEVICE)
     barred = logits.clone()
-    apply_bitmask_reference(barred, table, torch.arange(rows, device=DEVICE), lines)
+    LogitOps().apply_bitmask(barred, table, torch.arange(rows, device=DEVICE), lines)
     slots, temperatures = torch.arange(rows, device=DEVICE), torch.tensor([1.0, 0.6, 1.0, 0.0] * rows)[:rows].to(DEVICE)
     tokens = torch.zeros(2, rows, rows + 1, dtype=torch.int32, device=DEVICE)
     before = logits.clone()

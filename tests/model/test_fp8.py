@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from engine.errors import ConfigError, PluginError
-from engine.kernels.fp8.reference import E4M3, dequantize, multiplies_fp8, quantize_blocks, quantize_rows
+from engine.kernels import choose
+from engine.kernels.fp8.reference import E4M3, dequantize, quantize_blocks, quantize_rows
 from engine.layers import Build, ColumnLinear, Experts
 from engine.layers.linear import Linear
 from engine.plugin.registry import Plugins
@@ -132,7 +133,7 @@ def test_fp8_checkpoints_are_what_they_stand_for(family, form):
 @pytest.mark.parametrize("scenario", MODEL_SCENARIOS)
 def test_as_a_gpu_stores_them(family, scenario, monkeypatch):
     """The numbers stay FP8, and every product is made of them and their scales."""
-    monkeypatch.setattr(fp8, "dense_instead", lambda device: False)
+    monkeypatch.setattr(fp8, "dense_instead", lambda build: False)
     model, name, changes = FAMILIES[family]
     config, tensors, reference = described(through_fp8(tiny_model(name, **changes), "blocks"))
     stored = quantized(tensors, "blocks", "weight_scale_inv")
@@ -161,7 +162,7 @@ def test_a_directory_in_the_hugging_face_layout(tmp_path, caplog):
 def test_other_checkpoints_are_quantized_as_they_are_loaded(family, monkeypatch):
     """What comes of it is what transformers makes of the weights after FP8; nothing but matrices changes, and of those
     DeepSeek's kv_b_proj is kept as what it stands for."""
-    monkeypatch.setattr(fp8, "dense_instead", lambda device: False)
+    monkeypatch.setattr(fp8, "dense_instead", lambda build: False)
     model, name, changes = FAMILIES[family]
     config, tensors, _ = tiny(name, **changes)
     _, _, reference = described(through_fp8(tiny_model(name, **changes), "blocks"))
@@ -214,7 +215,7 @@ def loaded(layer, tensors, path="mlp.own"):
 @pytest.mark.parametrize("way", ["blocks", "rows"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_stacked_parts_end_where_they_end(sizes, way, bias, monkeypatch):
-    monkeypatch.setattr(fp8, "dense_instead", lambda device: False)
+    monkeypatch.setattr(fp8, "dense_instead", lambda build: False)
     generator = torch.Generator().manual_seed(0)
     parts = {f"p{index}": size for index, size in enumerate(sizes)}
     tensors, dense = {}, []
@@ -234,7 +235,7 @@ def test_stacked_parts_end_where_they_end(sizes, way, bias, monkeypatch):
 
 
 def test_where_there_are_no_fp8_products_weights_are_what_they_stand_for():
-    assert not multiplies_fp8(torch.device("cpu"))
+    assert not choose(torch.device("cpu"), torch.float32).fp8.pays
     numbers, scale = quantize_blocks(torch.randn(200, 150))
     layer = loaded(
         ColumnLinear(build(Fp8(BLOCKS)), 150, 200), {"mlp.own.weight": numbers, "mlp.own.weight_scale": scale}

@@ -123,6 +123,13 @@ def test_weights_are_dequantized_as_the_gguf_package_does(checkpoint, reader, na
         assert np.array_equal(weight[:, 288:].numpy(), expected[:, 288:])
 
 
+def test_packed_rows_are_copied_only_where_their_order_is_another(checkpoint):
+    tensors = dict(checkpoint.tensors())
+    for name, copied in (("mlp.up_proj", False), ("self_attn.v_proj", False), ("self_attn.q_proj", True)):
+        _, rows = tensors[f"model.layers.0.{name}.weight"].packed()
+        assert rows.flags.writeable is copied, name
+
+
 def test_front_process_needs_neither_torch_nor_the_package_itself():
     code = (
         "import sys; from engine_plugins.checkpoints.gguf.checkpoint import GGUFCheckpoint;"

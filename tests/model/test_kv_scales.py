@@ -10,7 +10,8 @@ from oracle import tiny
 from torch import Tensor
 
 from engine.errors import ConfigError
-from engine.kernels.dense.reference import HeadNorms, Heads, Ops
+from engine.kernels import KernelSet
+from engine.kernels.dense.reference import HeadNorms, Heads
 from engine.layers import Attention, Build
 from engine.layers import attention as layers_attention
 from engine.layers.attention import AttentionShape, PagedAttention
@@ -23,12 +24,7 @@ FP8 = torch.float8_e4m3fn
 CPU = torch.device("cpu")
 ROUNDING = 2.0**-4  # of numbers of three bits after the first
 PAGE, LENGTH = 4, 21
-
-
-@pytest.fixture(autouse=True)
-def _in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The C kernels write float32 alone."""
-    monkeypatch.setattr(layers_attention, "ops_for", lambda tensor: Ops())
+IN_TORCH = KernelSet()  # the C kernels write float32 alone
 
 
 class Plain(PagedAttention):
@@ -56,6 +52,7 @@ def run(qkv: Tensor, heads: Heads, scales: tuple[float, float], kv_dtype: Any, n
     shape = AttentionShape(layers=1, query_heads=heads.query, kv_heads=heads.kv, head_dim=heads.dim,
                            scale=heads.dim**-0.5, kv_dtype=kv_dtype)  # fmt: skip
     backend = Plain(shape, PAGE, CPU, torch.float32)
+    backend.kernels = IN_TORCH
     layer = Attention(backend, 0)
     layer.scale(*scales, heads, norms, qkv)
     cache = torch.zeros(6, 2, PAGE, heads.kv, heads.dim, dtype=kv_dtype or torch.float32)
@@ -119,7 +116,7 @@ def test_scales_are_rounded_up_to_powers_of_two() -> None:
 
 def build(kv_dtype: torch.dtype | None) -> Build:
     return Build(dtype=torch.float32, device=CPU, page_size=PAGE, max_model_len=64, attention_backend=Plain,
-                 kv_dtype=kv_dtype)  # fmt: skip
+                 kv_dtype=kv_dtype, kernels=IN_TORCH)  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "kind"), [(Llama, "Llama"), (Qwen, "Qwen3")])

@@ -172,7 +172,7 @@ ROW_TERMS = {"quant_method": "fp8"}
 @pytest.mark.parametrize(("terms", "make"), [(BLOCK_TERMS, quantize_blocks), (ROW_TERMS, quantize_rows)])
 @pytest.mark.parametrize(("inner", "tp"), [(512, 2), (128, 2), (256, 4)])
 def test_fp8_parts_are_parts_of_the_whole(terms: dict, make: Any, inner: int, tp: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr(fp8, "dense_instead", lambda device: False)
+    monkeypatch.setattr(fp8, "dense_instead", lambda build: False)
     size = 200
     stored = [make(torch.randn(*shape)) for shape in ((inner, size), (size, inner))]
     dense = [dequantize(*each) for each in stored]

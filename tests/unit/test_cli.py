@@ -25,7 +25,7 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 def served(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """Configs that `engine serve` would have served."""
     configs: list[Config] = []
-    monkeypatch.setattr("engine.runtime.launch.serve", lambda config: configs.append(config) or 0)
+    monkeypatch.setattr("engine.runtime.serve.serve", lambda config: configs.append(config) or 0)
     return configs
 
 
@@ -138,7 +138,7 @@ def test_a_plugin_that_fails_to_import_shows_its_own_traceback(
 
         return int(resolve("engine.errors:Missing"))
 
-    monkeypatch.setattr("engine.runtime.launch.serve", broken)
+    monkeypatch.setattr("engine.runtime.serve.serve", broken)
     assert cli.main(["serve"]) == 2
     said = capsys.readouterr().err
     assert "Traceback" in said

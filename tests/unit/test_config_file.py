@@ -28,7 +28,7 @@ def test_options_stand_at_the_top_or_in_the_table_of_their_group(tmp_path: Path)
 def test_flags_overrule_the_environment_and_that_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, "port = 1\nmax_running = 2\npage_size = 3\n")
     served: list[Config] = []
-    monkeypatch.setattr("engine.runtime.launch.serve", lambda config: served.append(config) or 0)
+    monkeypatch.setattr("engine.runtime.serve.serve", lambda config: served.append(config) or 0)
     monkeypatch.setenv("ENGINE_MAX_RUNNING", "20")
     monkeypatch.setenv("ENGINE_PORT", "10")
     assert cli.main(["serve", "--config", path, "--port", "100"]) == 0

@@ -42,7 +42,8 @@ async def test_the_chat(run: Any) -> None:
     front = FakeFront(chunks("Hello", " there"))
     async with serving(front) as url:
         assert "Hello there\n" in await run("chat_openai.py", url, typed="hi\nmore\n\n")
-    assert [len(asked.messages or ()) for asked in front.asked] == [1, 3]
+        await run("chat_openai.py", url, typed="hi\n")  # and Ctrl-D
+    assert [len(asked.messages or ()) for asked in front.asked] == [1, 3, 1]
     assert all(asked.sampling.max_tokens for asked in front.asked)
 
 

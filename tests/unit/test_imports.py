@@ -1,6 +1,7 @@
 """Imports point one way: the rules of the house, held against the syntax tree of every file."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,9 +16,9 @@ FILES = sorted(
 
 PLUGIN_FACE = {"engine.plugin", *(f"engine.plugin.{name}" for name in ("layers", "kernels", "collectives", "testing"))}
 PLUGIN_FACE |= {"engine.plugin.hookspecs", "engine.plugin.specs", "engine.plugin.parsing"}
-TORCH_FOLDERS = ("engine/worker/", "engine/layers/", "engine/kernels/", "engine/parallel/", "plugins/")
+TORCH_ROOMS = ("worker", "layers", "kernels", "parallel", "testing")
+TORCH_FOLDERS = (*(f"engine/{room}/" for room in TORCH_ROOMS), "plugins/")
 TORCH_FILES = tuple(f"engine/plugin/{name}.py" for name in ("layers", "kernels", "collectives", "testing"))
-TORCH_FILES += tuple(f"engine/testing/{name}.py" for name in ("attention", "models", "tensors"))
 PURE = ("engine/sched/", "engine/cache/", "engine/parallel/mesh.py")
 IMPURE = {"torch", "anyio", "asyncio", "socket", "threading", "time"}
 
@@ -125,6 +126,55 @@ def test_the_rules_catch(path: str, source: str) -> None:
 )
 def test_the_rules_allow(path: str, source: str) -> None:
     assert violations(path, source) == []
+
+
+def circles(sources: dict[str, str]) -> dict[str, set[str]]:
+    """The files that import each other in circles, or lie between two circles, each with what it imports of them.
+    `sources` are the files' texts by their paths.
+
+    An import that only a type checker sees counts as any other, but for those of engine/__init__.py: it names what it
+    fronts, and imports that at first use."""
+    names: dict[str, str] = {}
+    for path in sources:
+        dotted = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        names[re.sub(r"^plugins\b", "engine_plugins", dotted)] = path
+    graph: dict[str, set[str]] = {}
+    for path, source in sources.items():
+        seen = [module for module, typing in imports(path, source) if not (typing and path == "engine/__init__.py")]
+        found = {names.get(module) or names.get(module.rpartition(".")[0]) for module in seen}
+        graph[path] = {each for each in found if each is not None and each != path}
+    left = graph
+    while True:  # what imports nothing that is left, or is imported by nothing, is in no circle
+        imported = set().union(*left.values()) if left else set()
+        kept = {path: targets & left.keys() for path, targets in left.items() if path in imported}
+        kept = {path: targets & kept.keys() for path, targets in kept.items() if targets & kept.keys()}
+        if kept == left:
+            break
+        left = kept
+    return left
+
+
+def test_no_two_files_import_each_other_in_a_circle() -> None:
+    assert circles({path: (ROOT / path).read_text() for path in FILES}) == {}
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        {"engine/a.py": "import engine.b", "engine/b.py": "from engine import a"},
+        {"engine/a.py": "from engine.b.c import X", "engine/b/c.py": "def late():\n    from engine.a import Y"},
+        {"engine/a.py": "import engine.b", "engine/b.py": "import engine.c", "engine/c.py": "import engine.a"},
+        {"engine/a.py": "if TYPE_CHECKING:\n    from engine.b import X", "engine/b.py": "import engine.a"},
+        {"plugins/a/x.py": "from engine_plugins.a.y import X", "plugins/a/y.py": "from .x import Y"},
+    ],
+)
+def test_circles_are_found(sources: dict[str, str]) -> None:
+    assert circles(sources | {"engine/z.py": "import engine.a", "engine/y.py": ""})
+
+
+def test_one_place_asks_whether_triton_is_installed() -> None:
+    asking = [path for path in FILES if 'find_spec("triton")' in (ROOT / path).read_text()]
+    assert asking == ["engine/kernels/__init__.py"]
 
 
 MANIFESTS = sorted(f"engine_plugins.{path.parent.name}" for path in (ROOT / "plugins").glob("*/__init__.py"))

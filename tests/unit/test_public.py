@@ -35,4 +35,4 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 def test_the_version_is_the_distributions() -> None:
     from importlib.metadata import version
 
-    assert engine.__version__ == version("engine")
+    assert engine.__version__ == version("actorserve")

@@ -266,7 +266,7 @@ async def messages(request: web.Request, body: MessagesBody) -> web.StreamRespon
     rid = f"msg_{uuid4().hex}"
     job = Generate(rid, sampling, messages=conversation, **options, **reading.job)
     reply = AnthropicReply(rid, service.model, reading)
-    chunks = service.metrics.watch(service.front.generate(job), "messages")
+    chunks = service.generate(job, "messages")
     names = CLIENT_NAMES | reading.grammar_names(None if grammar_of(sampling) is None else FORMAT)
     with in_client_words(names), service.known_as(called(request, rid), rid, [job]):
         async with aclosing(chunks):

@@ -207,7 +207,9 @@ async def generate(request: web.Request, body: GenerateBody) -> web.StreamRespon
         "prompt": "text" if body.text is not None else "input_ids",
         "grammar": "sampling_params",
     }
-    return await answer(request, rid, jobs, reply, endpoint="generate", stream=bool(body.stream), names=names)
+    return await answer(
+        request, rid, jobs, reply, endpoint="generate", stream=bool(body.stream), samples=samples, names=names
+    )
 
 
 def samples_of(params: Sequence[NativeSampling]) -> int:

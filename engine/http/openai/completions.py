@@ -163,7 +163,9 @@ async def _complete(
         names["max_tokens"] = "max_completion_tokens"
     called = grammar_fields(body)[1]
     names |= called | reading.grammar_names(called.get("grammar"))
-    return await answer(request, rid, jobs, reply, endpoint=endpoint, stream=bool(body.stream), names=names)
+    return await answer(
+        request, rid, jobs, reply, endpoint=endpoint, stream=bool(body.stream), samples=samples, names=names
+    )
 
 
 # ── from a body to a Generate ────────────────────────────────────────────────────────────────

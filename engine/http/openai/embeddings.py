@@ -253,7 +253,7 @@ async def vectors_of(
     chunks: dict[str, Chunk] = {}
 
     async def one(name: str, job: Embed) -> None:
-        async with window, aclosing(service.metrics.watch(service.front.generate(job), endpoint)) as stream:
+        async with window, aclosing(service.generate(job, endpoint)) as stream:
             try:
                 chunks[name] = await anext(stream)
             except RequestError as error:

@@ -158,7 +158,7 @@ async def input_items(request: web.Request, query: ItemsQuery) -> web.Response:
 async def _generate(service: Service, id: str, job: Generate, names: dict[str, str]) -> AsyncGenerator[Chunk]:
     """The reply to `job`, which is known as `id` too; errors name fields by `names`."""
     with in_client_words(names), service.known_as(id, job.rid, [job]):
-        async with aclosing(service.metrics.watch(service.front.generate(job), "responses")) as chunks:
+        async with aclosing(service.generate(job, "responses")) as chunks:
             async for chunk in chunks:
                 yield chunk
 

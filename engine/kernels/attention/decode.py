@@ -24,7 +24,6 @@ Left out: soft caps, sinks, prefixes within prefixes, windows over shared prefix
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -42,9 +41,7 @@ from engine.kernels.attention.extend import (
     score_block,
 )
 from engine.kernels.launch import launch_dependents, wait_for_previous
-
-if TYPE_CHECKING:
-    from engine.layers.attention import Prefix
+from engine.kernels.types import Prefix
 
 PREFIX_PIECES = 4  # at most, of a shared prefix
 PREFIX_ROUND = 128  # positions; what is shared is a multiple of it, hence of any cut's block
@@ -152,7 +149,7 @@ def plan_decode(
 
 
 def list_shared(
-    prefixes: "Sequence[Prefix]", rows: int, shape: PagedShape, teams: int
+    prefixes: Sequence[Prefix], rows: int, shape: PagedShape, teams: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The numbers of SharedRows, each as long as there are tiles or members, `tiles` and `firsts` whole.
 
@@ -180,8 +177,8 @@ def attend_decode(
     blocks: Blocks | None = None,
 ) -> None:  # fmt: skip
     """Attends with the tokens of `rows`. `query`, `out` [T, query_heads, head_dim], the last dimension dense, `out`
-    in query's dtype; `cache` [pages, 2, page_size, kv_heads, head_dim] of that dtype or float8_e4m3fn; `page_table`
-    [slots, P] int32."""
+    in query's dtype; `cache` [pages, 2, page_size, kv_heads, head_dim] of that dtype or float8_e4m3fn, each page dense
+    and the next any stride away; `page_table` [slots, P] int32."""
     blocks = blocks or decode_blocks(shape, query.dtype, len(rows.slots))
     count, group, scratch, shared = len(rows.slots), triton.next_power_of_2(shape.group), rows.scratch, rows.shared
     fixed = constants(shape, query, cache)
@@ -236,19 +233,14 @@ def decode_kernel(
     firsts, counts, prefix_partial, prefix_maxima,
     count, teams, out_stride, query_stride, table_stride,
     SCALE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, FP8: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, PAGE_STRIDE: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    FP8: tl.constexpr,
     ROWS: tl.constexpr, QUERIES: tl.constexpr, POSITIONS: tl.constexpr, SHARED: tl.constexpr,
     PREFIX_PIECES: tl.constexpr, GROUP_BLOCK: tl.constexpr, SOME: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
+    """The pieces of one team for one key head, one after the other."""
     team, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
-    row_ids = tl.arange(0, ROWS)
-    spans = tl.load(positions + row_ids, mask=row_ids < count, other=-1).to(tl.int32) + 1
-    if WINDOW > 0:
-        spans = tl.minimum(spans, WINDOW)
-    if SHARED:
-        spans -= tl.load(firsts + row_ids, mask=row_ids < count, other=0).to(tl.int32)
-    step = tl.where(tl.max(spans) <= SHORT, max(SHORT, POSITIONS), POSITIONS)
-    blocks = tl.cdiv(spans, step)
+    step, blocks = divide(positions, firsts, count, WINDOW, SHARED, ROWS, POSITIONS)
     until = tl.cumsum(blocks)
     total_blocks = tl.sum(blocks)
     range_length = tl.maximum(tl.cdiv(total_blocks, teams), 1)
@@ -260,14 +252,9 @@ def decode_kernel(
     while at < finish:
         row = tl.sum((until <= at).to(tl.int32))
         earlier = tl.sum(tl.where(until <= at, blocks, 0))  # blocks of the rows before
-        end = tl.load(positions + row).to(tl.int32) + 1
-        token = tl.load(tokens + row)
-        line = page_table + tl.load(slots + row) * table_stride
-        own = 0
-        if WINDOW > 0:
-            own = tl.maximum(end - WINDOW, 0)
-        if SHARED:
-            own = tl.load(firsts + row).to(tl.int32)
+        end, token, line, own = load_row(
+            row, positions, tokens, slots, firsts, page_table, table_stride, WINDOW, SHARED
+        )
         row_end = earlier + tl.cdiv(end - own, step)
         stop = tl.minimum(finish, row_end)
         first = own + (at - earlier) * step
@@ -278,58 +265,141 @@ def decode_kernel(
         total = tl.zeros([QUERIES], tl.float32)
         summed = tl.zeros([QUERIES, DIM_BLOCK], tl.float32)
         if SHARED:  # who begins a row begins with what its prefix gave
-            cut = tl.load(counts + 1).to(tl.int32)
-            prefix_units = PREFIX_PIECES * count * KV_HEADS * GROUP
-            for prefix in range(0, tl.where((own > 0) & (at == earlier), cut, 0)):
-                prefix_unit = ((prefix * count + row) * KV_HEADS + head) * GROUP + g
-                part = tl.load(prefix_partial + prefix_unit[:, None] * DIM + d[None, :], mask=inside, other=0.0)
-                top = tl.load(prefix_maxima + prefix_unit, mask=g < GROUP, other=0.0)
-                part_total = tl.load(prefix_maxima + prefix_units + prefix_unit, mask=g < GROUP, other=0.0)
-                new = tl.maximum(largest, top)
-                weight, rescale = tl.exp2(top - new), tl.exp2(largest - new)
-                total = total * rescale + part_total * weight
-                summed = summed * rescale[:, None] + part * weight[:, None]
-                largest = new
-        page = tl.load(line + tl.minimum(first + n, last) // PAGE_SIZE)
-        for begin in tl.range(first, last + 1, POSITIONS):
-            here = tl.minimum(begin + n, last)
-            key, value = load_block(cache + head * DIM, page, here, d, KV_HEADS, DIM, DIM_BLOCK, PAGE_SIZE)
-            page = tl.load(line + tl.minimum(begin + POSITIONS + n, last) // PAGE_SIZE)
-            scores = score_block(q, size, key, SCALE, PRECISION, FP8)
-            scores = tl.where((begin + n <= last)[None, :], scores, float("-inf"))
-            largest, total, summed = add_block(q, scores, value, largest, total, summed, PRECISION)
+            largest, total, summed = add_prefix(
+                prefix_partial, prefix_maxima, counts, count, row, head, own, at, earlier, g, d,
+                largest, total, summed, KV_HEADS, GROUP, DIM, PREFIX_PIECES,
+            )  # fmt: skip
+        largest, total, summed = attend_piece(
+            q, size, cache, line, first, last, head, d, n, largest, total, summed,
+            SCALE, KV_HEADS, DIM, DIM_BLOCK, PAGE_SIZE, PAGE_STRIDE, PRECISION, FP8, POSITIONS,
+        )  # fmt: skip
         target = out + token * out_stride + head * GROUP * DIM
         if (at == earlier) & (stop == row_end):
             tl.store(target + g[:, None] * DIM + d[None, :], summed / total[:, None], mask=inside)
         else:
             units = 2 * teams * KV_HEADS * GROUP
             unit = ((2 * team + (at == earlier).to(tl.int32)) * KV_HEADS + head) * GROUP
-            tl.store(partial + (unit + g[:, None]) * DIM + d[None, :], summed, mask=inside)
-            tl.store(maxima + unit + g, largest, mask=g < GROUP)
-            tl.store(maxima + units + unit + g, total, mask=g < GROUP)
-            tl.debug_barrier()  # all of this program's stores come before the count, which publishes them
+            publish(partial, maxima, unit, units, g, d, largest, total, summed, GROUP, DIM)
             opener = earlier // range_length  # the team that begins the row
             pieces = (row_end - 1) // range_length - opener + 1
             done = tl.atomic_add(arrived + row * KV_HEADS + head, 1, sem="acq_rel")
             if done == pieces - 1:
                 tl.store(arrived + row * KV_HEADS + head, 0)
-                some = tl.arange(0, SOME)
-                top = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
-                all_total = tl.zeros([GROUP_BLOCK], tl.float32)
-                all_summed = tl.zeros([GROUP_BLOCK, DIM_BLOCK], tl.float32)
-                for begin in range(0, pieces, SOME):
-                    piece = begin + some
-                    place = tl.where(piece == 0, 2 * opener + 1, 2 * (opener + piece))
-                    top, all_total, all_summed = add_pieces(
-                        partial, maxima, units, place * KV_HEADS + head, piece < pieces, top, all_total, all_summed,
-                        GROUP, DIM, GROUP_BLOCK, DIM_BLOCK,
-                    )  # fmt: skip
-                few = tl.arange(0, GROUP_BLOCK)
-                tl.store(
-                    target + few[:, None] * DIM + d[None, :], all_summed / all_total[:, None],
-                    mask=(few < GROUP)[:, None] & (d < DIM)[None, :],
+                sum_up(
+                    partial, maxima, units, opener, pieces, head, target, d,
+                    KV_HEADS, GROUP, DIM, GROUP_BLOCK, DIM_BLOCK, SOME,
                 )  # fmt: skip
         at = stop
+
+
+@triton.jit
+def divide(
+    positions, firsts, count,
+    WINDOW: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr,
+):  # fmt: skip
+    """How many positions a block is, and how many blocks each row has, [ROWS]."""
+    row_ids = tl.arange(0, ROWS)
+    spans = tl.load(positions + row_ids, mask=row_ids < count, other=-1).to(tl.int32) + 1
+    if WINDOW > 0:
+        spans = tl.minimum(spans, WINDOW)
+    if SHARED:
+        spans -= tl.load(firsts + row_ids, mask=row_ids < count, other=0).to(tl.int32)
+    step = tl.where(tl.max(spans) <= SHORT, max(SHORT, POSITIONS), POSITIONS)
+    return step, tl.cdiv(spans, step)
+
+
+@triton.jit
+def load_row(
+    row, positions, tokens, slots, firsts, page_table, table_stride, WINDOW: tl.constexpr, SHARED: tl.constexpr
+):
+    """The end of a row's context, its token, its line of the page table, and the first position that is its own to
+    read: neither passed by the window, nor read by the prefix kernel."""
+    end = tl.load(positions + row).to(tl.int32) + 1
+    token = tl.load(tokens + row)
+    line = page_table + tl.load(slots + row) * table_stride
+    own = 0
+    if WINDOW > 0:
+        own = tl.maximum(end - WINDOW, 0)
+    if SHARED:
+        own = tl.load(firsts + row).to(tl.int32)
+    return end, token, line, own
+
+
+@triton.jit
+def add_prefix(
+    partial, maxima, counts, count, row, head, own, at, earlier, g, d, largest, total, summed,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """Adds what the prefix kernel left for a row and key head, where the piece is the row's first: largest score, sum
+    of exponentials, values [QUERIES, DIM_BLOCK]."""
+    inside = (g < GROUP)[:, None] & (d < DIM)[None, :]
+    cut = tl.load(counts + 1).to(tl.int32)
+    units = PIECES * count * KV_HEADS * GROUP
+    for prefix in range(0, tl.where((own > 0) & (at == earlier), cut, 0)):
+        unit = ((prefix * count + row) * KV_HEADS + head) * GROUP + g
+        part = tl.load(partial + unit[:, None] * DIM + d[None, :], mask=inside, other=0.0)
+        top = tl.load(maxima + unit, mask=g < GROUP, other=0.0)
+        part_total = tl.load(maxima + units + unit, mask=g < GROUP, other=0.0)
+        new = tl.maximum(largest, top)
+        weight, rescale = tl.exp2(top - new), tl.exp2(largest - new)
+        total = total * rescale + part_total * weight
+        summed = summed * rescale[:, None] + part * weight[:, None]
+        largest = new
+    return largest, total, summed
+
+
+@triton.jit
+def attend_piece(
+    q, size, cache, line, first, last, head, d, n, largest, total, summed,
+    SCALE: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, PAGE_STRIDE: tl.constexpr, PRECISION: tl.constexpr, FP8: tl.constexpr, POSITIONS: tl.constexpr,
+):  # fmt: skip
+    """Adds positions `first` .. `last` of a row. The pages of a block are looked up while the one before computes."""
+    page = tl.load(line + tl.minimum(first + n, last) // PAGE_SIZE)
+    for begin in tl.range(first, last + 1, POSITIONS):
+        here = tl.minimum(begin + n, last)
+        key, value = load_block(cache + head * DIM, page, here, d, KV_HEADS, DIM, DIM_BLOCK, PAGE_SIZE, PAGE_STRIDE)
+        page = tl.load(line + tl.minimum(begin + POSITIONS + n, last) // PAGE_SIZE)
+        scores = score_block(q, size, key, SCALE, PRECISION, FP8)
+        scores = tl.where((begin + n <= last)[None, :], scores, float("-inf"))
+        largest, total, summed = add_block(q, scores, value, largest, total, summed, PRECISION)
+    return largest, total, summed
+
+
+@triton.jit
+def publish(partial, maxima, unit, units, g, d, largest, total, summed, GROUP: tl.constexpr, DIM: tl.constexpr):
+    """Leaves a piece for whoever sums up the row. All stores of this program come before the count that follows, which
+    publishes them."""
+    inside = (g < GROUP)[:, None] & (d < DIM)[None, :]
+    tl.store(partial + (unit + g[:, None]) * DIM + d[None, :], summed, mask=inside)
+    tl.store(maxima + unit + g, largest, mask=g < GROUP)
+    tl.store(maxima + units + unit + g, total, mask=g < GROUP)
+    tl.debug_barrier()
+
+
+@triton.jit
+def sum_up(
+    partial, maxima, units, opener, pieces, head, target, d,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+    DIM_BLOCK: tl.constexpr, SOME: tl.constexpr,
+):  # fmt: skip
+    """Stores at `target` what all `pieces` of a row give, of which the team `opener` left the first."""
+    some = tl.arange(0, SOME)
+    top = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_BLOCK], tl.float32)
+    summed = tl.zeros([GROUP_BLOCK, DIM_BLOCK], tl.float32)
+    for begin in range(0, pieces, SOME):
+        piece = begin + some
+        place = tl.where(piece == 0, 2 * opener + 1, 2 * (opener + piece))
+        top, total, summed = add_pieces(
+            partial, maxima, units, place * KV_HEADS + head, piece < pieces, top, total, summed,
+            GROUP, DIM, GROUP_BLOCK, DIM_BLOCK,
+        )  # fmt: skip
+    few = tl.arange(0, GROUP_BLOCK)
+    tl.store(
+        target + few[:, None] * DIM + d[None, :], summed / total[:, None],
+        mask=(few < GROUP)[:, None] & (d < DIM)[None, :],
+    )  # fmt: skip
 
 
 @triton.jit
@@ -363,7 +433,8 @@ def add_pieces(
 def prefix_kernel(
     query, cache, page_table, slots, tokens, counts, tiles, members, partial, maxima, count, query_stride, table_stride,
     SCALE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, FP8: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, PAGE_STRIDE: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    FP8: tl.constexpr,
     QUERIES: tl.constexpr, POSITIONS: tl.constexpr, PIECES: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
     """Line i of the queries' matrix is member i // GROUP of the tile, query head i % GROUP of the group."""
@@ -389,7 +460,9 @@ def prefix_kernel(
         summed = tl.zeros([QUERIES, DIM_BLOCK], tl.float32)
         page = tl.load(line + tl.maximum(tl.minimum(first + n, past - 1), 0) // PAGE_SIZE)
         for begin in tl.range(first, past, POSITIONS):
-            key, value = load_block(cache + head * DIM, page, begin + n, d, KV_HEADS, DIM, DIM_BLOCK, PAGE_SIZE)
+            key, value = load_block(
+                cache + head * DIM, page, begin + n, d, KV_HEADS, DIM, DIM_BLOCK, PAGE_SIZE, PAGE_STRIDE
+            )
             page = tl.load(line + tl.minimum(begin + POSITIONS + n, past - 1) // PAGE_SIZE)
             scores = score_block(q, size, key, SCALE, PRECISION, FP8)
             largest, total, summed = add_block(q, scores, value, largest, total, summed, PRECISION)

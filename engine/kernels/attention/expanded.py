@@ -36,6 +36,7 @@ class ExpandedCut:
 
 
 def expanded_cut(dtype: torch.dtype) -> ExpandedCut:
+    """The cut of the kernel for activations of `dtype`."""
     if dtype.itemsize == 4:
         return ExpandedCut(queries=16, keys=16, warps=4, stages=1)
     return ExpandedCut(queries=128, keys=64, warps=8, stages=2)
@@ -141,7 +142,7 @@ def join_kernel(key, rotated, out, key_row, key_head, rotated_row, heads, KEY: t
 
 
 def join_keys(key: Tensor, rotated: Tensor) -> Tensor:
-    """Whole keys [m, heads, key_dim + rope_dim] of `key` [m, heads, key_dim] and `rotated` [m, rope_dim]."""
+    """As `join_keys` in reference.py."""
     count, heads, dim = key.shape
     assert key.stride(2) == rotated.stride(1) == 1
     out = torch.empty(count, heads, dim + rotated.shape[1], dtype=key.dtype, device=key.device)
@@ -151,8 +152,3 @@ def join_keys(key: Tensor, rotated: Tensor) -> Tensor:
         KEY=dim, ROPE=rotated.shape[1], HEADS=together, num_warps=2,
     )  # fmt: skip
     return out
-
-
-def join_keys_reference(key: Tensor, rotated: Tensor) -> Tensor:
-    """As `join_keys`, in torch."""
-    return torch.cat((key, rotated[:, None].expand(-1, key.shape[1], -1)), dim=2)

@@ -1,12 +1,12 @@
 """What paged attention kernels in Triton have in common, and the one for rows of several tokens.
 
-All compute what engine.plugin.testing's reference does: query i of a row at position p = start + i sees the cached
+All compute what `attend` in reference.py does: query i of a row at position p = start + i sees the cached
 positions max(0, p + 1 - window) .. p, all heads of a group share a key head, scores are in float32 and softmax is
 taken online (arXiv:1805.02867). Keys and values are read where they lie: position n of a slot is at page
 page_table[slot, n // page_size]. The query heads of one key head are rows of one matrix, so that keys are read once.
 
 **Extend** has a program for each key head and block of queries, listed on the host; longest contexts come first.
-Rows of one token are triton_decode.py's.
+Rows of one token are decode.py's.
 
 Left out: soft caps, sinks, tree masks, a cut of the context of short extensions, latent attention.
 """
@@ -89,8 +89,8 @@ def attend_extend(
     blocks: Blocks | None = None,
 ) -> None:  # fmt: skip
     """Attends with the tokens of `rows`. `query`, `out` [T, query_heads, head_dim], the last dimension dense, `out`
-    in query's dtype; `cache` [pages, 2, page_size, kv_heads, head_dim] of that dtype or float8_e4m3fn; `page_table`
-    [slots, P] int32."""
+    in query's dtype; `cache` [pages, 2, page_size, kv_heads, head_dim] of that dtype or float8_e4m3fn, each page dense
+    and the next any stride away; `page_table` [slots, P] int32."""
     blocks = blocks or extend_blocks(shape, query.dtype)
     extend_kernel[(shape.kv_heads, rows.blocks.shape[1])](
         query, cache, page_table, out,
@@ -112,6 +112,7 @@ def constants(shape: PagedShape, query: Tensor, cache: Tensor) -> dict[str, obje
         "DIM": shape.head_dim,
         "DIM_BLOCK": triton.next_power_of_2(shape.head_dim),
         "PAGE_SIZE": shape.page_size,
+        "PAGE_STRIDE": cache.stride(0),
         "WINDOW": shape.window or 0,
         "PRECISION": "ieee" if query.dtype == torch.float32 else None,
         "FP8": cache.dtype == torch.float8_e4m3fn,
@@ -160,10 +161,18 @@ def add_block(q, scores, value, largest, total, summed, PRECISION: tl.constexpr)
 
 @triton.jit
 def load_block(
-    keys, page, n, d, KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, PAGE_SIZE: tl.constexpr
+    keys,
+    page,
+    n,
+    d,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    PAGE_STRIDE: tl.constexpr,
 ):
     """Keys and values [positions, DIM_BLOCK] at positions `n` of a slot, which are in pages `page`."""
-    place = page.to(tl.int64) * (2 * PAGE_SIZE * KV_HEADS * DIM) + (n % PAGE_SIZE) * (KV_HEADS * DIM)
+    place = page.to(tl.int64) * PAGE_STRIDE + (n % PAGE_SIZE) * (KV_HEADS * DIM)
     pointers = keys + place[:, None] + d[None, :]
     values = pointers + PAGE_SIZE * KV_HEADS * DIM
     if DIM == DIM_BLOCK:
@@ -178,7 +187,8 @@ def load_block(
 def extend_kernel(
     query, cache, page_table, out, blocks, slots, starts, offsets, count, query_stride, out_stride, table_stride,
     SCALE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, FP8: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, PAGE_STRIDE: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    FP8: tl.constexpr,
     QUERIES: tl.constexpr, POSITIONS: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
     """Line i of the queries' matrix is token i // GROUP of the block, query head i % GROUP of the group."""
@@ -208,14 +218,14 @@ def extend_kernel(
     n = seen_from + tl.arange(0, POSITIONS)
     page = tl.load(line + tl.minimum(n, end - 1) // PAGE_SIZE)
     for _ in tl.range(seen_from, clear, POSITIONS):
-        key, value = load_block(keys, page, n, d, KV_HEADS, DIM, DIM_BLOCK, PAGE_SIZE)
+        key, value = load_block(keys, page, n, d, KV_HEADS, DIM, DIM_BLOCK, PAGE_SIZE, PAGE_STRIDE)
         n += POSITIONS
         page = tl.load(line + tl.minimum(n, end - 1) // PAGE_SIZE)
         scores = score_block(q, size, key, SCALE, PRECISION, FP8)
         largest, total, summed = add_block(q, scores, value, largest, total, summed, PRECISION)
     position = start + within
     for _ in tl.range(clear, end, POSITIONS):
-        key, value = load_block(keys, page, tl.minimum(n, end - 1), d, KV_HEADS, DIM, DIM_BLOCK, PAGE_SIZE)
+        key, value = load_block(keys, page, tl.minimum(n, end - 1), d, KV_HEADS, DIM, DIM_BLOCK, PAGE_SIZE, PAGE_STRIDE)
         scores = score_block(q, size, key, SCALE, PRECISION, FP8)
         seen = n[None, :] <= position[:, None]
         if WINDOW > 0:

@@ -28,7 +28,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
 from engine.kernels.launch import launch_dependents, wait_for_previous
 
@@ -93,11 +92,6 @@ class MlaExtendRows:
     offsets: Tensor  # [R + 1] int64
 
 
-def interpreted() -> bool:
-    """Whether TRITON_INTERPRET was set when this module was imported: kernels run on the CPU, slowly."""
-    return isinstance(decode_kernel, InterpretedFunction)
-
-
 def decode_cut(shape: MlaShape, dtype: torch.dtype) -> Cut:
     """The cut of the decode kernel. Few heads are one block of lines, for the tensor cores' smallest tile; many are
     blocks of 64, the smallest that Hopper's own instructions take."""
@@ -107,14 +101,14 @@ def decode_cut(shape: MlaShape, dtype: torch.dtype) -> Cut:
     return Cut(lines=lines, positions=32, warps=4 if lines == 16 else 8, stages=3 if lines <= 32 else 2)
 
 
-def extend_cut(shape: MlaShape, dtype: torch.dtype) -> Cut:
+def mla_extend_cut(shape: MlaShape, dtype: torch.dtype) -> Cut:
     """The cut of the extend kernel: as many lines as the registers hold."""
     if dtype.itemsize == 4:
         return Cut(lines=16, positions=16, warps=4, stages=1)
     return Cut(lines=64, positions=32, warps=8, stages=2)
 
 
-def decode_teams(shape: MlaShape, dtype: torch.dtype, device: torch.device) -> int:
+def mla_decode_teams(shape: MlaShape, dtype: torch.dtype, device: torch.device) -> int:
     """Teams whose programs the device runs at once: two a processor if they are small."""
     if device.type == "cpu":
         return 3
@@ -123,7 +117,7 @@ def decode_teams(shape: MlaShape, dtype: torch.dtype, device: torch.device) -> i
     return max(1, (2 if cut.lines == 16 else 1) * processors // triton.cdiv(shape.heads, cut.lines))
 
 
-def list_blocks(starts: np.ndarray, lengths: np.ndarray, heads: int, lines: int) -> np.ndarray:
+def list_mla_blocks(starts: np.ndarray, lengths: np.ndarray, heads: int, lines: int) -> np.ndarray:
     """[2, B] int64: row and number of each block of `lines` lines of rows longer than 1; longest contexts first."""
     rows = np.flatnonzero(lengths > 1)
     counts = -(-lengths[rows] * heads // lines)
@@ -133,13 +127,13 @@ def list_blocks(starts: np.ndarray, lengths: np.ndarray, heads: int, lines: int)
     return np.ascontiguousarray(np.stack((row, block))[:, order], np.int64)
 
 
-def attend_decode(
+def attend_mla_decode(
     query: Tensor, rotated: Tensor, cache: Tensor, page_table: Tensor, out: Tensor, rows: MlaDecodeRows,
     shape: MlaShape, cut: Cut | None = None,
 ) -> None:  # fmt: skip
     """Attends with the tokens of `rows`. `query` [T, heads, latent_dim], `rotated` [T, heads, rope_dim], the last
-    dimensions dense; `cache` [pages, page_size, latent_dim + rope_dim] of their dtype or float8_e4m3fn; `page_table`
-    [slots, P] int32; `out` as query, contiguous."""
+    dimensions dense; `cache` [pages, page_size, latent_dim + rope_dim] of their dtype or float8_e4m3fn, each page dense
+    and the next any stride away; `page_table` [slots, P] int32; `out` as query, contiguous."""
     cut = cut or decode_cut(shape, query.dtype)
     count, scratch = len(rows.slots), rows.scratch
     cutting = {
@@ -150,7 +144,7 @@ def attend_decode(
     decode_kernel[(rows.teams * triton.cdiv(shape.heads, cut.lines),)](
         query, rotated, cache, page_table, out, rows.slots, rows.positions, rows.tokens,
         scratch.partial, scratch.maxima, count, rows.teams, 2 * rows.teams * shape.heads, *strides(query, rotated),
-        page_table.stride(0), **constants(shape, query), **cutting, LINES=cut.lines,
+        page_table.stride(0), **constants(shape, query, cache), **cutting, LINES=cut.lines,
         num_warps=cut.warps, num_stages=cut.stages, **launch_dependents(query),
     )  # fmt: skip
     # Few rows have many parts, which one program would read for long; many rows have few.
@@ -162,15 +156,15 @@ def attend_decode(
     )  # fmt: skip
 
 
-def attend_extend(
+def attend_mla_extend(
     query: Tensor, rotated: Tensor, cache: Tensor, page_table: Tensor, out: Tensor, rows: MlaExtendRows,
     shape: MlaShape, cut: Cut | None = None,
 ) -> None:  # fmt: skip
     """As `attend_decode`, for rows of several tokens."""
-    cut = cut or extend_cut(shape, query.dtype)
+    cut = cut or mla_extend_cut(shape, query.dtype)
     extend_kernel[(rows.blocks.shape[1],)](
         query, rotated, cache, page_table, out, rows.blocks, rows.slots, rows.starts, rows.offsets,
-        rows.blocks.shape[1], *strides(query, rotated), page_table.stride(0), **constants(shape, query),
+        rows.blocks.shape[1], *strides(query, rotated), page_table.stride(0), **constants(shape, query, cache),
         LINES=cut.lines, POSITIONS=cut.positions, num_warps=cut.warps, num_stages=cut.stages,
         **launch_dependents(query),
     )  # fmt: skip
@@ -181,23 +175,25 @@ def strides(query: Tensor, rotated: Tensor) -> tuple[int, int, int, int]:
     return query.stride(0), query.stride(1), rotated.stride(0), rotated.stride(1)
 
 
-def constants(shape: MlaShape, query: Tensor) -> dict[str, object]:
+def constants(shape: MlaShape, query: Tensor, cache: Tensor) -> dict[str, object]:
     return {
         "SCALE": shape.scale * 1.4426950408889634,  # exponentials are of base 2
         "HEADS": shape.heads,
         "LATENT": shape.latent_dim,
         "ROPE": shape.rope_dim,
         "PAGE_SIZE": shape.page_size,
+        "PAGE_STRIDE": cache.stride(0),
         "PRECISION": "ieee" if query.dtype == torch.float32 else None,
     }
 
 
 @triton.jit
 def add_latents(q, r, cache, page, n, seen, largest, total, summed, LATENT: tl.constexpr, ROPE: tl.constexpr,
-                PAGE_SIZE: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                PAGE_SIZE: tl.constexpr, PAGE_STRIDE: tl.constexpr, SCALE: tl.constexpr,
+                PRECISION: tl.constexpr):  # fmt: skip
     """One block of positions more: new maximum, sum of exponentials, and sum of latents, of each line. `n` [positions]
     are in pages `page`; `seen` says which of them each line sees."""
-    place = cache + (page.to(tl.int64) * PAGE_SIZE + n % PAGE_SIZE)[:, None] * (LATENT + ROPE)
+    place = cache + (page.to(tl.int64) * PAGE_STRIDE + n % PAGE_SIZE * (LATENT + ROPE))[:, None]
     latent = tl.load(place + tl.arange(0, LATENT)[None, :]).to(q.dtype)
     turned = tl.load(place + LATENT + tl.arange(0, ROPE)[None, :]).to(q.dtype)
     scores = tl.dot(q, tl.trans(latent), input_precision=PRECISION)
@@ -227,6 +223,7 @@ def decode_kernel(
     query, rotated, cache, page_table, out, slots, positions, tokens, partial, maxima, count, teams, units,
     query_row, query_head, rotated_row, rotated_head, table_stride,
     SCALE: tl.constexpr, HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    PAGE_STRIDE: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr, LEAST: tl.constexpr, LINES: tl.constexpr,
     DEPENDS: tl.constexpr,
 ):  # fmt: skip
@@ -261,7 +258,7 @@ def decode_kernel(
             following = tl.load(line + tl.minimum(block + POSITIONS + n, last) // PAGE_SIZE)
             largest, total, summed = add_latents(
                 q, r, cache, page, here, (block + n <= last)[None, :], largest, total, summed,
-                LATENT, ROPE, PAGE_SIZE, SCALE, PRECISION,
+                LATENT, ROPE, PAGE_SIZE, PAGE_STRIDE, SCALE, PRECISION,
             )  # fmt: skip
             page = following
         if stop - at == row_finish - begin:
@@ -312,6 +309,7 @@ def extend_kernel(
     query, rotated, cache, page_table, out, blocks, slots, starts, offsets, count,
     query_row, query_head, rotated_row, rotated_head, table_stride,
     SCALE: tl.constexpr, HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    PAGE_STRIDE: tl.constexpr,
     PRECISION: tl.constexpr, LINES: tl.constexpr, POSITIONS: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
     """Line i of the row's matrix is token i // HEADS of the row, head i % HEADS."""
@@ -340,7 +338,7 @@ def extend_kernel(
             here = first + n
             largest, total, summed = add_latents(
                 q, r, cache, page, tl.minimum(here, end - 1), here[None, :] <= position[:, None],
-                largest, total, summed, LATENT, ROPE, PAGE_SIZE, SCALE, PRECISION,
+                largest, total, summed, LATENT, ROPE, PAGE_SIZE, PAGE_STRIDE, SCALE, PRECISION,
             )  # fmt: skip
             page = following
     tl.store(out + (token * HEADS + head)[:, None] * LATENT + d, summed / total[:, None], mask=mine[:, None])

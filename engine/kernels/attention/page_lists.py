@@ -32,16 +32,7 @@ def _list_kernel(page_table, slots, offsets, pages, line, BLOCK: tl.constexpr, P
 
 
 def list_pages(page_table: Tensor, slots: Tensor, offsets: Tensor, pages: Tensor) -> None:
-    """Writes row r's pages, the first of the line `page_table[slots[r]]`, to pages[offsets[r] : offsets[r + 1]].
-
-    `page_table` [slots, P] int32, lines dense; `slots` [R] int64; `offsets` [R + 1] int32, ascending from 0 by at most
-    P; `pages` int32, at least offsets[R]; what lies behind that stays. All on one device."""
+    """As `list_pages` in reference.py."""
     assert page_table.stride(1) == 1 and page_table.dtype == pages.dtype == offsets.dtype == torch.int32
     grid = (len(slots), PROGRAMS)
     _list_kernel[grid](page_table, slots, offsets, pages, page_table.stride(0), BLOCK=BLOCK, PROGRAMS=PROGRAMS)
-
-
-def list_pages_reference(page_table: Tensor, slots: Tensor, offsets: Tensor, pages: Tensor) -> None:
-    """As `list_pages`, in torch."""
-    for row, (first, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
-        pages[first:end] = page_table[slots[row], : end - first]

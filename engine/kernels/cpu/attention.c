@@ -1,4 +1,5 @@
-// Causal attention of query tokens over a paged cache [pages, 2, page_size, kv_heads, dim], in float32.
+// Causal attention of query tokens over a paged cache [pages, 2, page_size, kv_heads, dim], a page `page_stride` floats after
+// the one before it, in float32.
 //
 // A task is a run of tokens of one row with one kv head. It passes over the row's keys, KEYS at a time: they are turned
 // on their side once for all queries of the task, so that a vector holds a query's scores of as many keys, and 4
@@ -22,11 +23,11 @@ typedef struct {
 } Keys;
 
 static INLINE void gather(Keys *keys, const float *cache, const int32_t *pages, int start, int count, int page_size,
-                          int kv_heads, int kv, int dim) {
+                          long page_stride, int kv_heads, int kv, int dim) {
     const float *rows[KEYS];
     long token_size = (long)kv_heads * dim, half_page = page_size * token_size;
     for (int j = 0, page = start / page_size, offset = start % page_size; j < count; j++) {
-        rows[j] = cache + (long)pages[page] * 2 * half_page + offset * token_size + (long)kv * dim;
+        rows[j] = cache + pages[page] * page_stride + offset * token_size + (long)kv * dim;
         keys->values[j] = rows[j] + half_page;
         if (++offset == page_size) offset = 0, page++;
     }
@@ -97,7 +98,7 @@ static void look(int first, State *state, const Keys *keys, const float *const *
 // tasks [n, 4]: first token, number of tokens, row in `table`, position of the first token; query [tokens, heads, dim],
 // a token `query_stride` floats after the one before it; out [tokens, query_heads * dim]
 void attend(const float *query, long query_stride, const float *cache, const int32_t *table, long table_stride,
-            const int32_t *tasks, int count, int page_size, int query_heads, int kv_heads, int dim, float scale,
+            const int32_t *tasks, int count, int page_size, long page_stride, int query_heads, int kv_heads, int dim, float scale,
             int window, float *out) {
     int group = query_heads / kv_heads;
 #pragma omp parallel for schedule(dynamic, 1) if (count * kv_heads > 1)
@@ -119,7 +120,7 @@ void attend(const float *query, long query_stride, const float *cache, const int
         int end = position + task[1], begin = window && position > window ? position - window + 1 : 0;
         for (int start = begin / KEYS * KEYS; start < end; start += KEYS) {
             int size = end - start < KEYS ? end - start : KEYS;
-            gather(&keys, cache, table + task[2] * table_stride, start, size, page_size, kv_heads, kv, dim);
+            gather(&keys, cache, table + task[2] * table_stride, start, size, page_size, page_stride, kv_heads, kv, dim);
             for (int q = 0; q < padded; q += TOGETHER) {
                 int at[TOGETHER];
                 for (int i = 0; i < TOGETHER; i++) at[i] = place[q + i] - start;

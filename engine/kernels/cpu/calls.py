@@ -1,8 +1,9 @@
 """The CPU kernels of *.c: compiled on first use, called through ctypes.
 
 A compiler is asked for once; the library is kept in the user's cache, or in a temporary folder where that cannot be
-used, under a name that holds everything it depends on. `kernels()` is None where there is no compiler, or
-ENGINE_CPU_KERNELS=0: layers then do the same in torch. All take and return float32 tensors on the CPU.
+used, under a name that holds everything it depends on. Without a compiler, one that is in the cache serves. `kernels()`
+is None where there is neither, or ENGINE_CPU_KERNELS=0: layers then do the same in torch. All take and return float32
+tensors on the CPU.
 """
 
 import ctypes
@@ -15,22 +16,27 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.kernels.dense.reference import HeadNorms, Heads, Ops, Rotation
+from engine.kernels.types import Packed, PackedMatrix
 
 log = logging.getLogger("engine.kernels")
 
 FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
+SILENCE = 0.9  # seconds between two lines of the log while all wait for the compiler
 WIDE = "-mprefer-vector-width=512"  # compilers for x86 prefer 256 bits by themselves
 
 # GGUF's name of a block type to (number in blocks.h, weights in a block, bytes in a block).
@@ -61,12 +67,12 @@ SIGNATURES = {
     "gelu_and_mul": (_pointer, _int, _int, _pointer),
     "rotate_heads": (
         *(_pointer, _long, _int, _int, _int, _int, _pointer, _pointer, _float),
-        *(_pointer, _pointer, _int, _pointer, _int, _pointer),
+        *(_pointer, _pointer, _int, _pointer, _int, _long, _pointer),
     ),
-    "write_pages": (_pointer, _pointer, _long, _long, _pointer, _int, _int, _int, _pointer),
+    "write_pages": (_pointer, _pointer, _long, _long, _pointer, _int, _int, _long, _int, _pointer),
     "attend": (
         *(_pointer, _long, _pointer, _pointer, _long, _pointer),
-        *(_int, _int, _int, _int, _int, _float, _int, _pointer),
+        *(_int, _int, _long, _int, _int, _int, _float, _int, _pointer),
     ),
 }
 
@@ -80,14 +86,17 @@ def kernels() -> "Kernels | None":
     if os.environ.get("ENGINE_CPU_KERNELS") == "0":
         return None
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        log.warning("no C compiler: the CPU runs at a fraction of its speed; install gcc or clang")
-        return None
     try:
-        library = _library(compiler)
+        library = _library(compiler) if compiler else _compiled_before()
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         log.warning("the CPU kernels do not compile, so the CPU runs at a fraction of its speed: %s", said.strip())
+        return None
+    if library is None:
+        log.warning(
+            "no C compiler, and no kernels compiled before for this processor: the CPU runs at a fraction of its "
+            "speed; install gcc or clang"
+        )
         return None
     for name, arguments in SIGNATURES.items():
         function = getattr(library, name)
@@ -99,12 +108,23 @@ def kernels() -> "Kernels | None":
 def _library(compiler: str) -> ctypes.CDLL:
     """The library out of the user's cache, or where that cannot be used, out of a temporary folder."""
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "engine"
-        return ctypes.CDLL(str(_build(compiler, cache)))
+        return ctypes.CDLL(str(_build(compiler, _cache())))
     except (OSError, RuntimeError) as error:  # it cannot be written or mapped, or there is no home
         folder = _temporary_folder()
         log.warning("the cache cannot be used (%s); the CPU kernels are kept in %s", error, folder)
     return ctypes.CDLL(str(_build(compiler, folder)))
+
+
+def _compiled_before() -> ctypes.CDLL | None:
+    """A library in the user's cache, whatever compiled it: an image may have left its compiler behind."""
+    with suppress(RuntimeError):  # there is no home
+        for found in sorted(_cache().glob(f"{_stem()}-*.so")):
+            return ctypes.CDLL(str(found))
+    return None
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "engine"
 
 
 def _temporary_folder() -> Path:
@@ -124,24 +144,43 @@ def _build(compiler: str, cache: Path) -> Path:
     """The library's path in `cache`; compiled unless it is there. Raises CalledProcessError, and OSError where `cache`
     cannot be used."""
     openmp = _openmp()
-    sources = sorted(FOLDER.glob("*.[ch]"))
-    parts = (*(source.read_text() for source in sources), compiler, *FLAGS, str(openmp), _processor())
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    target = cache / f"cpu-{digest}.so"
+    target = cache / f"{_stem()}-{_digest(compiler, 8)}.so"
     if target.exists():
         return target
     cache.mkdir(parents=True, exist_ok=True)
     wide = (WIDE,) if platform.machine() in ("x86_64", "AMD64") else ()
     with tempfile.TemporaryDirectory(dir=cache) as folder, ThreadPoolExecutor() as pool:
-        log.info("compiling the CPU kernels, once, with %s", compiler)
+        log.info("compiling the CPU kernels, once and for some seconds, with %s", compiler)
         linked = Path(folder, "cpu.so")
-        objects = {str(source): str(Path(folder, f"{source.stem}.o")) for source in sources if source.suffix == ".c"}
+        objects = {str(source): str(Path(folder, f"{source.stem}.o")) for source in sorted(FOLDER.glob("*.c"))}
         commands = [(compiler, *FLAGS, *wide, "-c", source, "-o", compiled) for source, compiled in objects.items()]
-        list(pool.map(_run, commands))
+        _wait_for([pool.submit(_run, command) for command in commands])
         runtime = str(openmp) if openmp else "-fopenmp"
         _run((compiler, "-shared", *objects.values(), runtime, "-lm", "-o", str(linked)))
         os.replace(linked, target)  # whole or not at all, whoever else is compiling
     return target
+
+
+def _stem() -> str:
+    """The library's name without its compiler: the sources, the flags, the OpenMP runtime and the processor."""
+    sources = (source.read_text() for source in sorted(FOLDER.glob("*.[ch]")))
+    return "cpu-" + _digest("\0".join((*sources, *FLAGS, str(_openmp()), _processor())), 16)
+
+
+def _digest(text: str, length: int) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def _wait_for(compilations: Sequence["Future[None]"]) -> None:
+    """Returns when all have ended, and says meanwhile how many have. Raises what they raise."""
+    began, pending = time.monotonic(), set(compilations)
+    while pending:
+        ended, pending = wait(pending, timeout=SILENCE)
+        for each in ended:
+            each.result()
+        if pending:
+            ready, seconds = len(compilations) - len(pending), time.monotonic() - began
+            log.info("%d of %d files compiled after %.0f s", ready, len(compilations), seconds)
 
 
 def _run(command: Sequence[str]) -> None:
@@ -171,14 +210,16 @@ def _processor() -> str:
 class Kernels(Ops):
     """What *.c export, on float32 tensors. Use the one that `kernels()` returns."""
 
+    packed_kinds = frozenset(KINDS)
+
     def __init__(self, library: Any) -> None:
         self.library = library  # a ctypes.CDLL, or what records its calls
         self._scratch = torch.empty(0)
         self._scratch_size = library.gemm_scratch()  # floats a thread
 
-    def matrix(self, kind: str, data: Tensor) -> "PackedMatrix":
-        """A weight matrix in blocks of `kind`: `data` uint8 [rows, bytes of a row]."""
-        return PackedMatrix(self, kind, data)
+    def matrices(self, parts: Sequence[Packed]) -> tuple[PackedMatrix, ...]:
+        kinds = groupby(parts, key=lambda part: part[0])
+        return tuple(CpuMatrix(self, kind, _stacked([rows for _, rows in same])) for kind, same in kinds)
 
     def scratch(self, threads: int) -> int:
         """The address of what `gemm` works in: fresh memory at each call would cost more than the call."""
@@ -228,7 +269,7 @@ class Kernels(Ops):
     def rotate_heads(
         self, qkv: Tensor, heads: Heads, norms: HeadNorms | None, rotation: Rotation | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = self._rotate(qkv, heads, norms, rotation, None, 0, None)
+        qkv = self._rotate(qkv, heads, norms, rotation)
         query, key, value = qkv.split([heads.query, heads.kv, heads.kv], dim=1)
         return query, key, value
 
@@ -241,8 +282,7 @@ class Kernels(Ops):
         cache: Tensor,
         places: Tensor,
     ) -> Tensor:
-        places = places.contiguous()
-        qkv = self._rotate(qkv, heads, norms, rotation, places.data_ptr(), cache.shape[2], cache.data_ptr())
+        qkv = self._rotate(qkv, heads, norms, rotation, cache, places.contiguous())
         return qkv[:, : heads.query]
 
     def _rotate(
@@ -251,9 +291,8 @@ class Kernels(Ops):
         heads: Heads,
         norms: HeadNorms | None,
         rotation: Rotation | None,
-        places: int | None,
-        page_size: int,
-        cache: int | None,
+        cache: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """`rotate_heads` in place, then into the cache if there is one; the heads, [T, query + 2 * kv, dim]."""
         query, kv, dim = heads
@@ -262,10 +301,11 @@ class Kernels(Ops):
         turned = (
             (rotation[0].data_ptr(), rotation[1].data_ptr(), rotation[0].shape[-1]) if rotation else (None, None, 0)
         )
+        written: tuple[int | None, ...] = (None, 0, 0, None)
+        if cache is not None and places is not None:
+            written = (places.data_ptr(), cache.shape[2], cache.stride(0), cache.data_ptr())
         tokens, size = qkv.shape
-        self.library.rotate_heads(
-            *(qkv.data_ptr(), size, tokens, query, kv, dim), *normed, *turned, *(places, page_size, cache)
-        )
+        self.library.rotate_heads(*(qkv.data_ptr(), size, tokens, query, kv, dim), *normed, *turned, *written)
         return qkv.view(tokens, query + 2 * kv, dim)
 
     def write_pages(self, key: Tensor, value: Tensor, cache: Tensor, places: Tensor) -> None:
@@ -273,20 +313,21 @@ class Kernels(Ops):
         tokens, kv, dim = key.shape
         self.library.write_pages(
             *(key.data_ptr(), value.data_ptr(), key.stride(0), value.stride(0)),
-            *(places.data_ptr(), tokens, cache.shape[2], kv * dim, cache.data_ptr()),
+            *(places.data_ptr(), tokens, cache.shape[2], cache.stride(0), kv * dim, cache.data_ptr()),
         )
 
 
-def kernels_for(tensor: Tensor) -> Kernels | None:
-    """The kernels, where they can work on `tensor`: float32 on a CPU."""
-    return kernels() if tensor.is_cpu and tensor.dtype is torch.float32 else None
+def _stacked(parts: Sequence[NDArray[np.uint8]]) -> Tensor:
+    """`parts` below each other in memory that is written: what is read-only is a file's, and is copied, once."""
+    if len(parts) == 1 and parts[0].flags.writeable:
+        return torch.from_numpy(np.ascontiguousarray(parts[0]))
+    stacked = torch.empty(sum(len(rows) for rows in parts), parts[0].shape[1], dtype=torch.uint8)
+    np.concatenate(parts, out=stacked.numpy())
+    return stacked
 
 
-class PackedMatrix:
-    """A weight matrix [rows, inputs] in the blocks of its file.
-
-    What is computed with it is what would be computed with the float32 matrix that it unpacks to, exactly.
-    """
+class CpuMatrix:
+    """As `PackedMatrix`, on a CPU."""
 
     def __init__(self, kernels: Kernels, kind: str, data: Tensor) -> None:
         self._number, weights, size = KINDS[kind]
@@ -297,12 +338,7 @@ class PackedMatrix:
         self.inputs = data.shape[1] // size * weights
         self._kernels = kernels
 
-    def below(self, upper: "PackedMatrix") -> "PackedMatrix":
-        """The rows of `upper` and then these, as one matrix."""
-        return PackedMatrix(self._kernels, self.kind, torch.cat((upper.data, self.data)))
-
     def linear(self, inputs: Tensor, out: Tensor) -> None:
-        """`inputs` [T, inputs], dense, times the transposed matrix into `out` [T, rows], whose rows may be strided."""
         tokens = inputs.shape[0]
         called_with = (
             *(self._number, self.data.data_ptr(), self.rows, self.inputs),
@@ -315,13 +351,11 @@ class PackedMatrix:
             self._kernels.library.gemm(*called_with, self._kernels.scratch(threads), threads)
 
     def select(self, ids: Tensor) -> Tensor:
-        """The rows `ids` [T] int64, as [T, inputs]."""
         out = torch.empty(ids.shape[0], self.inputs)
         self._unpack(ids.contiguous().data_ptr(), ids.shape[0], out)
         return out
 
     def unpacked(self) -> Tensor:
-        """The whole matrix, [rows, inputs]."""
         out = torch.empty(self.rows, self.inputs)
         self._unpack(None, self.rows, out)
         return out

@@ -65,10 +65,11 @@ void gelu_and_mul(const float *gate_up, int tokens, int size, float *out) {
 // Query and key heads pass their norms, if there are any, and turn: dimension i with i + half. If
 // there is a cache, keys and values then go to their places in it. qkv [tokens, heads, dim], a token `stride` floats
 // after the one before it: `queries` heads of queries, then `kv` of keys and as many of values.
-// cosines, sines [tokens, half]; cache [pages, 2, page_size, kv, dim]
+// cosines, sines [tokens, half]; cache [pages, 2, page_size, kv, dim], a page
+// `page_stride` floats after the one before it
 void rotate_heads(float *qkv, long stride, int tokens, int queries, int kv, int dim, const float *query_norm,
                   const float *key_norm, float epsilon, const float *cosines, const float *sines, int half,
-                  const int64_t *places, int page_size, float *cache) {
+                  const int64_t *places, int page_size, long page_stride, float *cache) {
     long size = (long)kv * dim;
 #pragma omp parallel for schedule(static) if (tokens >= MANY)
     for (int t = 0; t < tokens; t++) {
@@ -85,7 +86,7 @@ void rotate_heads(float *qkv, long stride, int tokens, int queries, int kv, int 
         }
         if (!cache) continue;
         const float *key = qkv + t * stride + (long)queries * dim;
-        float *target = cache + (places[t] / page_size * 2 * page_size + places[t] % page_size) * size;
+        float *target = cache + places[t] / page_size * page_stride + places[t] % page_size * size;
         memcpy(target, key, size * sizeof(float));
         memcpy(target + page_size * size, key + size, size * sizeof(float));
     }
@@ -93,10 +94,10 @@ void rotate_heads(float *qkv, long stride, int tokens, int queries, int kv, int 
 
 // Writes keys and values [tokens, kv_heads, dim] (tokens a stride apart) to their places in the cache
 void write_pages(const float *key, const float *value, long key_stride, long value_stride, const int64_t *places,
-                 int tokens, int page_size, int size, float *cache) {
+                 int tokens, int page_size, long page_stride, int size, float *cache) {
     for (int t = 0; t < tokens; t++) {
         long page = places[t] / page_size, offset = places[t] % page_size;
-        float *target = cache + (page * 2 * page_size + offset) * size;
+        float *target = cache + page * page_stride + offset * size;
         memcpy(target, key + t * key_stride, size * sizeof(float));
         memcpy(target + (long)page_size * size, value + t * value_stride, size * sizeof(float));
     }

@@ -21,7 +21,7 @@ FEW_TOKENS = 64  # of a step whose products are ours; beyond, cuBLAS is as good
 @triton.jit
 def _latent_kernel(
     query, latents, weight, cosines, sines, cache, places,
-    heads, pairs, size, query_row, query_head, latent_row, width, rope_begin, epsilon,
+    heads, pairs, size, query_row, query_head, latent_row, width, page_size, page_stride, rope_begin, epsilon,
     INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, SIZE: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -48,7 +48,8 @@ def _latent_kernel(
         tl.store(line + at, normed, mask=mask)
         tl.store(rope + first_at, turned, mask=there)
         tl.store(rope + second_at, other, mask=there)
-        place = cache + tl.load(places + token) * width
+        at_place = tl.load(places + token)
+        place = cache + at_place // page_size * page_stride + at_place % page_size * width
         stored = cache.dtype.element_ty
         tl.store(place + at, normed.to(tl.float32).to(stored), mask=mask)
         tl.store(place + size + first_at, turned.to(tl.float32).to(stored), mask=there)
@@ -80,13 +81,14 @@ def latent_into_pages(
     tokens, heads, dim = query.shape
     cosines, sines = rotation
     size, pairs, width = len(norm.weight), cosines.shape[-1], latents.shape[1]
-    assert latents.stride(1) == 1 and query.stride(2) == 1 and cache.is_contiguous()
+    assert latents.stride(1) == 1 and query.stride(2) == 1 and cache.stride(1) == width
     if not tokens:
         return
     together = min(triton.next_power_of_2(heads), 16 if tokens * heads > MANY_PROGRAMS else 4)
     _latent_kernel[(tokens, 1 + triton.cdiv(heads, together))](
         query, latents, norm.weight, cosines, sines, cache, places,
-        heads, pairs, size, query.stride(0), query.stride(1), latents.stride(0), width, dim - 2 * pairs, norm.epsilon,
+        heads, pairs, size, query.stride(0), query.stride(1), latents.stride(0), width,
+        cache.shape[1], cache.stride(0), dim - 2 * pairs, norm.epsilon,
         INTERLEAVED=interleaved, HEADS=together, PAIRS=triton.next_power_of_2(pairs), SIZE=triton.next_power_of_2(size),
         num_warps=2, **launch_dependents(query),
     )  # fmt: skip

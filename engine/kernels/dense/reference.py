@@ -1,14 +1,17 @@
 """What stands between a model's matrices and its attention, in plain torch: the definition of every such operation.
 
-`ops_for` gives the fastest implementation for a tensor: C on a CPU (cpu.py), Triton on a GPU (triton.py). Each of them
-overrides what it does better, and is tested against this one.
+The implementations are C on a CPU (engine/kernels/cpu/calls.py) and Triton on a GPU (triton.py). Each of them overrides
+what it does better, and is tested against this one.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from engine.kernels.types import Packed, PackedMatrix
 
 
 class Heads(NamedTuple):
@@ -38,7 +41,16 @@ Rotation = tuple[Tensor, Tensor]  # cosines and sines [T, 1, pairs]: dimension i
 
 
 class Ops:
-    """The operations in torch. All take and return tensors of one device; sums are taken in float32."""
+    """The operations in torch. All take and return tensors of one device; sums are taken in float32.
+
+    `packed_kinds` are GGUF's names of the block types that `matrices` takes: none, in torch."""
+
+    packed_kinds: frozenset[str] = frozenset()
+
+    def matrices(self, parts: Sequence[Packed]) -> tuple[PackedMatrix, ...]:
+        """`parts`, one below the other, as weights that are multiplied by as they are packed in their file: neighbours
+        of one kind, one of `packed_kinds`, are one matrix."""
+        raise NotImplementedError(f"no products with blocks of {parts[0][0]}")
 
     def linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """y = x Wᵀ + b: `inputs` [T, K], `weight` [N, K], `bias` [N] to [T, N]."""
@@ -156,9 +168,9 @@ class Ops:
 
 def write_latents(latents: Tensor, cache: Tensor, places: Tensor) -> None:
     """Puts `latents` [T, width] at `places` [T] of `cache` [pages, page_size, width], rounded to its type."""
-    flat = cache.view(-1, cache.shape[-1])
+    pages, offsets = places // cache.shape[1], places % cache.shape[1]
     if cache.dtype == torch.float8_e4m3fn:
         most = torch.finfo(cache.dtype).max
-        flat.view(torch.uint8)[places] = latents.clamp(-most, most).to(cache.dtype).view(torch.uint8)
+        cache.view(torch.uint8)[pages, offsets] = latents.clamp(-most, most).to(cache.dtype).view(torch.uint8)
     else:
-        flat[places] = latents.to(cache.dtype)
+        cache[pages, offsets] = latents.to(cache.dtype)

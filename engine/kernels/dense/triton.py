@@ -1,4 +1,4 @@
-"""The operations of ops.py as Triton kernels, for GPUs: each reads its inputs once and writes its results once.
+"""The operations of reference.py as Triton kernels, for GPUs: each reads its inputs once and writes its results once.
 
 One program takes one token (or one head of one token), so a decode step's kernels are over in about the time of a
 launch. Sums are taken in float32 and rounded where the reference rounds. Left out: fusion with the matrix products.
@@ -97,7 +97,7 @@ def _gated_kernel(gate_up, out, size, GELU: tl.constexpr, BLOCK: tl.constexpr, D
 @triton.jit(do_not_specialize=["tokens"])
 def _heads_kernel(
     qkv, query, key_norm, query_norm, cosines, sines, cache, places,
-    tokens, query_heads, kv_heads, dim, pairs, row_stride, epsilon,
+    tokens, query_heads, kv_heads, dim, pairs, row_stride, page_stride, epsilon,
     PAGE_SIZE: tl.constexpr, NORMS: tl.constexpr, ROTATES: tl.constexpr, CACHES: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
@@ -142,8 +142,8 @@ def _heads_kernel(
         place = tl.load(places + token, mask=token < tokens, other=0)
         half = tl.where(is_value, 1, 0)
         kv_head = head + h - query_heads - half * kv_heads
-        row = (place // PAGE_SIZE * 2 + half) * PAGE_SIZE + place % PAGE_SIZE
-        line = cache + (row * kv_heads + kv_head) * dim
+        row = half * PAGE_SIZE + place % PAGE_SIZE
+        line = cache + place // PAGE_SIZE * page_stride + (row * kv_heads + kv_head) * dim
         stored = cache.dtype.element_ty
         tl.store(line + low, first.to(tl.float32).to(stored), mask=in_low)
         tl.store(line + pairs + low, second.to(tl.float32).to(stored), mask=in_low)
@@ -155,8 +155,8 @@ def _heads_kernel(
 
 
 @triton.jit
-def _write_kernel(key, value, cache, places, kv_heads, dim, page_size, key_stride, value_stride, BLOCK: tl.constexpr,
-                  DEPENDS: tl.constexpr):  # fmt: skip
+def _write_kernel(key, value, cache, places, kv_heads, dim, page_size, page_stride, key_stride, value_stride,
+                  BLOCK: tl.constexpr, DEPENDS: tl.constexpr):  # fmt: skip
     token, half = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.arange(0, BLOCK)
     mask = at < kv_heads * dim
@@ -165,9 +165,13 @@ def _write_kernel(key, value, cache, places, kv_heads, dim, page_size, key_strid
         source = value + token * value_stride
     wait_for_previous(DEPENDS)
     place = tl.load(places + token)
-    row = (place // page_size * 2 + half) * page_size + place % page_size
+    row = half * page_size + place % page_size
     numbers = tl.load(source + at, mask=mask, other=0.0)
-    tl.store(cache + row * kv_heads * dim + at, numbers.to(tl.float32).to(cache.dtype.element_ty), mask=mask)
+    tl.store(
+        cache + place // page_size * page_stride + row * kv_heads * dim + at,
+        numbers.to(tl.float32).to(cache.dtype.element_ty),
+        mask=mask,
+    )
 
 
 def _warps(block: int) -> int:
@@ -301,7 +305,7 @@ class TritonOps(Ops):
         _heads_kernel[(triton.cdiv(tokens, each), count // together)](
             qkv, query, key_norm, query_norm, cosines, sines,
             qkv if cache is None else cache, qkv if places is None else places,
-            tokens, heads.query, heads.kv, dim, pairs, qkv.stride(0), epsilon,
+            tokens, heads.query, heads.kv, dim, pairs, qkv.stride(0), 0 if cache is None else cache.stride(0), epsilon,
             PAGE_SIZE=1 if cache is None else cache.shape[2],
             NORMS=norms is not None, ROTATES=rotation is not None, CACHES=cache is not None,
             TOKENS=each, HEADS=triton.next_power_of_2(together), PAIRS=triton.next_power_of_2(pairs),
@@ -316,7 +320,7 @@ class TritonOps(Ops):
         if tokens:
             block = triton.next_power_of_2(heads * dim)
             _write_kernel[(tokens, 2)](
-                key, value, cache, places, heads, dim, cache.shape[2], key.stride(0), value.stride(0),
+                key, value, cache, places, heads, dim, cache.shape[2], cache.stride(0), key.stride(0), value.stride(0),
                 BLOCK=block, num_warps=_warps(block), **launch_dependents(key),
             )  # fmt: skip
 

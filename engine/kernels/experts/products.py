@@ -1,11 +1,11 @@
 """The matrix products of a mixture of experts in Triton, and what comes between and after them.
 
     few tokens   each choice is a vector times its expert's matrices: `vector_up`, then `vector_down`, which also sums
-    more         tasks, choices of one expert (triton_routing.py): `multiply` by gate and up, then by down; `combine`
+    more         tasks, choices of one expert (routing.py): `multiply` by gate and up, then by down; `combine`
 
 A task's product reads its expert's weights once, and an expert that no token chose is not read at all. Weights are of
-the activations' type, or FP8 (fp8.py) with a scale for each block of 128 x 128 or for each row, and become what the
-activations are. Where both are FP8, triton_experts_fp8.py multiplies.
+the activations' type, or FP8 with a scale for each block of 128 x 128 or for each row, and become what the
+activations are. Where both are FP8, products_fp8.py multiplies.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The products of a mixture of experts where weights and activations are FP8 (fp8.py), by a Hopper's matrix units.
+"""The products of a mixture of experts where weights and activations are FP8, by a Hopper's matrix units.
 
     choices of a task [rows, K] ─┐
     its expert's matrix [N, K] ──┴─ product of a step of K ─ times the scales of both ─ sum
@@ -6,7 +6,7 @@
 To bfloat16 a Hopper converts E4M3 by a unit that makes 16 numbers a cycle: slower than memory gives them. Its matrix
 units take E4M3 from shared memory as it is, 64 lines or more. Where tasks have fewer, the lines are the matrix's, and
 the product is transposed: no weight passes through a register. Scales are loaded a step before they are wanted. Left
-out: sizes that are no multiples of 128, which triton_experts.py multiplies.
+out: sizes that are no multiples of 128, which products.py multiplies.
 """
 
 import torch
@@ -32,6 +32,35 @@ def scaled_product(x, w, each, scale, FLIPPED: tl.constexpr):
     """x wᵀ, or FLIPPED w xᵀ, times the scales of the lines of x and that of the block of w."""
     factor = each * scale
     return tl.dot(w, tl.trans(x)) * factor[None, :] if FLIPPED else tl.dot(x, tl.trans(w)) * factor[:, None]
+
+
+@triton.jit
+def sum_products(
+    lines, matrix, within_matrix, input_scales, input_stride, source, scale,
+    N: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr, GATED: tl.constexpr, SCALES: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, FLIPPED: tl.constexpr,
+):  # fmt: skip
+    """Products of choices with rows of a matrix, and with those of another where GATED, [ROWS, COLUMNS] or FLIPPED.
+    The scales of a step are read one step ahead."""
+    each = tl.load(input_scales + source)
+    gate_scale = block_scale(scale, 0, SCALES)
+    up_scale = block_scale(scale, TILES if GATED else 0, SCALES)
+    gates = tl.zeros([COLUMNS, ROWS] if FLIPPED else [ROWS, COLUMNS], tl.float32)
+    ups = tl.zeros_like(gates)
+    for start in range(0, K, DEPTH):
+        x, w = tl.load(lines + start), tl.load(matrix + start + within_matrix)
+        if GATED:
+            u = tl.load(matrix + (N * K + start) + within_matrix)
+        ahead = tl.minimum(start + DEPTH, K - DEPTH)
+        next_each = tl.load(input_scales + ahead // DEPTH * input_stride + source)
+        next_gate_scale = block_scale(scale, ahead // BLOCK, SCALES)
+        gates += scaled_product(x, w, each, gate_scale, FLIPPED)
+        if GATED:
+            next_up_scale = block_scale(scale, TILES + ahead // BLOCK, SCALES)
+            ups += scaled_product(x, u, each, up_scale, FLIPPED)
+            up_scale = next_up_scale
+        each, gate_scale = next_each, next_gate_scale
+    return gates, ups
 
 
 @triton.jit(do_not_specialize=["places", "input_stride", "out_stride"])
@@ -69,24 +98,10 @@ def multiply_fp8_kernel(
         scale = scales
         if SCALES == 1:
             scale += expert * (2 * tiles if GATED else tiles) + column // BLOCK * (K // BLOCK)
-        each = tl.load(input_scales + source)
-        gate_scale = block_scale(scale, 0, SCALES)
-        up_scale = block_scale(scale, tiles if GATED else 0, SCALES)
-        gates = tl.zeros([COLUMNS, ROWS] if FLIPPED else [ROWS, COLUMNS], tl.float32)
-        ups = tl.zeros_like(gates)
-        for start in range(0, K, DEPTH):
-            x, w = tl.load(lines + start), tl.load(matrix + start + within_matrix)
-            if GATED:
-                u = tl.load(matrix + (N * K + start) + within_matrix)
-            ahead = tl.minimum(start + DEPTH, K - DEPTH)
-            next_each = tl.load(input_scales + ahead // DEPTH * input_stride + source)
-            next_gate_scale = block_scale(scale, ahead // BLOCK, SCALES)
-            gates += scaled_product(x, w, each, gate_scale, FLIPPED)
-            if GATED:
-                next_up_scale = block_scale(scale, tiles + ahead // BLOCK, SCALES)
-                ups += scaled_product(x, u, each, up_scale, FLIPPED)
-                up_scale = next_up_scale
-            each, gate_scale = next_each, next_gate_scale
+        gates, ups = sum_products(
+            lines, matrix, within_matrix, input_scales, input_stride, source, scale,
+            N, K, tiles, GATED, SCALES, BLOCK, ROWS, COLUMNS, DEPTH, FLIPPED,
+        )  # fmt: skip
         if FLIPPED:
             gates, ups = tl.trans(gates), tl.trans(ups)
         if SCALES == 2:
@@ -107,7 +122,7 @@ def multiply_fp8(
     inputs: Tensor, input_scales: Tensor, weight: Tensor, scale: Tensor, tasks: Order | Tensor, cut: Cut, top_k: int,
     out: Tensor, out_scales: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """As triton_experts.py's `multiply`, of E4M3 `inputs` and `weight`, whose sizes are multiples of 128.
+    """As `multiply` of products.py, of E4M3 `inputs` and `weight`, whose sizes are multiples of 128.
 
     `input_scales` [lines, K / cut.depth] are of cut.depth numbers each, `out_scales` of E4M3 `out` of cut.columns; both
     lie as `quantize_tokens` makes them. `tasks` may be the experts [T, k], each choice a task by itself: for so few

@@ -1,12 +1,10 @@
 """A mixture of experts in plain torch: which experts a token gets, and what they make of it. The definition of both.
 
-`moe_ops_for` gives the fastest implementation for a tensor, each tested against this one. A token's k choices are its
-k experts; a choice's row among all choices is token * k + slot. Left out: experts spread over several devices.
+triton.py computes the same on a GPU. A token's k choices are its k experts; a choice's row among all choices is
+token * k + slot. Left out: experts spread over several devices.
 """
 
-import functools
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -69,8 +67,8 @@ class Recorder:
 
 class ExpertWeights(NamedTuple):
     """The matrices of all experts, each a SwiGLU: `gate_up` [experts, 2 * I, H], gate before up, and `down`
-    [experts, H, I]. In FP8 (see fp8.py) they have scales: of blocks, [experts, 2, row blocks, column blocks] and
-    [experts, row blocks, column blocks], or of rows, [experts, 2 * I] and [experts, H]."""
+    [experts, H, I]. In FP8 (engine/kernels/fp8/reference.py) they have scales: of blocks, [experts, 2, row blocks,
+    column blocks] and [experts, row blocks, column blocks], or of rows, [experts, 2 * I] and [experts, H]."""
 
     gate_up: Tensor
     down: Tensor
@@ -145,21 +143,3 @@ class MoeOps:
                 out.index_add_(0, tokens, made.to(torch.float32) * scale[rows, None])
                 begin += count
         return out.to(hidden.dtype)
-
-
-_REFERENCE = MoeOps()
-
-
-def moe_ops_for(tensor: Tensor) -> MoeOps:
-    """The operations that work best on what `tensor` is: a GPU's in Triton, else torch."""
-    return gpu_moe_ops() if tensor.is_cuda else _REFERENCE
-
-
-@functools.cache
-def gpu_moe_ops() -> MoeOps:
-    """Triton's, where it is installed."""
-    if find_spec("triton") is None:
-        return _REFERENCE
-    from engine.kernels.experts.triton import TritonMoeOps
-
-    return TritonMoeOps()

@@ -1,4 +1,4 @@
-"""The operations of moe.py on a GPU, in Triton: four launches for a few tokens, five or six for a step of more.
+"""The operations of reference.py on a GPU, in Triton: four launches for a few tokens, five or six for a step of more.
 
     gate ─ route ─┬─ few tokens: vector_up ─ vector_down
                   ├─ more: (order, where they are many) ─ multiply gate, up ─ multiply down ─ combine
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.kernels import ops_for
+from engine.kernels.dense.reference import Ops
 from engine.kernels.experts.products import combine, multiply, vector_down, vector_up
 from engine.kernels.experts.products_fp8 import multiply_pair
 from engine.kernels.experts.reference import ExpertWeights, MoeOps, Recorder, Routed, Routing
@@ -76,7 +76,10 @@ def wants_fp8(hidden: Tensor, weights: ExpertWeights) -> bool:
 
 
 class TritonMoeOps(MoeOps):
-    """The operations on CUDA tensors."""
+    """The operations on CUDA tensors. `dense` activates between torch's grouped products."""
+
+    def __init__(self, dense: Ops | None = None) -> None:
+        self._dense = dense or Ops()
 
     def gate(self, hidden: Tensor, weight: Tensor) -> Tensor:
         if 0 < len(hidden) <= GATE_TOKENS and hidden.shape[1] <= LONGEST_LINE:
@@ -146,7 +149,7 @@ class TritonMoeOps(MoeOps):
         real = position < order.ends[-1]  # what comes after is padding's
         choices = torch.where(real, order.choices.to(torch.int64), 0)
         made = torch._grouped_mm(hidden[choices // top_k], weights.gate_up.transpose(1, 2), offs=order.ends)
-        made = ops_for(made).silu_and_mul(made)
+        made = self._dense.silu_and_mul(made)
         made = torch._grouped_mm(made, weights.down.transpose(1, 2), offs=order.ends)
         places = torch.zeros(count + 1, dtype=torch.int32, device=hidden.device)
         places[torch.where(real, choices, count)] = position.to(torch.int32)

@@ -5,15 +5,13 @@ DeepSeek-V3, arXiv:2412.19437), or one for each row, [rows]; what it stands for 
 stacked, with more dimensions before these. Activations [T, K] have a scale for each 128 numbers of a token.
 """
 
-import functools
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.kernels import ops_for
+from engine.kernels.dense.reference import Ops
 
 BLOCK = 128
 LARGEST = 448.0  # of E4M3
@@ -95,7 +93,15 @@ class Fp8Weight:
 
 
 class Fp8Ops:
-    """What can be done with such a weight, in torch."""
+    """What can be done with such a weight, in torch. `dense` activates what is gated.
+
+    `pays` says whether a product is faster by FP8 weights than by what they stand for: if not, a model had better keep
+    that."""
+
+    pays = False
+
+    def __init__(self, dense: Ops | None = None) -> None:
+        self.dense = dense or Ops()
 
     def weight(self, numbers: Tensor, scale: Tensor) -> Fp8Weight:
         """The weight as `linear` takes it."""
@@ -108,28 +114,7 @@ class Fp8Ops:
         An implementation may make FP8 of activations, with a scale for each token or each 128 of its numbers.
         """
         if gated:
-            inputs = ops_for(inputs).silu_and_mul(inputs)
+            inputs = self.dense.silu_and_mul(inputs)
         dense = dequantize(weight.numbers, weight.scale)
         product = functional.linear(inputs.to(torch.float32), dense, None if bias is None else bias.to(torch.float32))
         return product.to(inputs.dtype)
-
-
-_REFERENCE = Fp8Ops()
-
-
-def fp8_ops_for(tensor: Tensor) -> Fp8Ops:
-    """The operations that work best on what `tensor` is: a GPU's in Triton, else torch."""
-    return _gpu_ops() if tensor.is_cuda and multiplies_fp8(tensor.device) else _REFERENCE
-
-
-@functools.cache
-def multiplies_fp8(device: torch.device) -> bool:
-    """Whether there are kernels for E4M3 weights on `device`: on GPUs from Ada and Hopper on, with Triton."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9) and bool(find_spec("triton"))
-
-
-@functools.cache
-def _gpu_ops() -> Fp8Ops:
-    from engine.kernels.fp8.triton import TritonFp8Ops
-
-    return TritonFp8Ops()

@@ -1,4 +1,4 @@
-"""Products with E4M3 weights on a GPU, and activations becoming E4M3, in Triton: what fp8.py defines.
+"""Products with E4M3 weights on a GPU, and activations becoming E4M3, in Triton: what reference.py defines.
 
     one token   a vector times the matrix: `vector_kernel`
     some        `linear_kernel` with activations as they are, few rows of the matrix a program: to read takes the time
@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from engine.kernels import ops_for
 from engine.kernels.fp8.reference import BLOCK, E4M3, LARGEST, Fp8Ops, Fp8Weight
 from engine.kernels.launch import launch_dependents, wait_for_previous
 
@@ -250,6 +249,11 @@ def linear_kernel(
         tl.store(target, total.to(out.dtype.element_ty), mask=(m < tokens)[:, None] & (n < N)[None, :])
 
 
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether the GPU `device` multiplies E4M3 numbers: from Ada and Hopper on."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 @functools.cache
 def scaled_product_of_blocks(device: torch.device) -> bool:
     """Whether torch multiplies with scales of blocks on this GPU: a Hopper, with CUDA 12.9 or newer. It is tried."""
@@ -280,6 +284,8 @@ def multiply_blocks(
 class TritonFp8Ops(Fp8Ops):
     """The operations on CUDA tensors."""
 
+    pays = True
+
     def weight(self, numbers: Tensor, scale: Tensor) -> Fp8Weight:
         aligned = numbers.shape[0] % 16 == 0 and numbers.shape[1] % 16 == 0
         if scale.dim() == 1 or not aligned or not scaled_product_of_blocks(numbers.device):
@@ -289,7 +295,7 @@ class TritonFp8Ops(Fp8Ops):
     def linear(self, inputs: Tensor, weight: Fp8Weight, bias: Tensor | None, gated: bool = False) -> Tensor:
         tokens, size = len(inputs), weight.numbers.shape[1]
         if tokens <= READING_TOKENS or inputs.dtype == torch.float32:
-            inputs = ops_for(inputs).silu_and_mul(inputs) if gated else inputs
+            inputs = self.dense.silu_and_mul(inputs) if gated else inputs
             if inputs.stride(1) != 1:
                 inputs = inputs.contiguous()
             if tokens <= 1:

@@ -1,4 +1,4 @@
-"""adjustments.py in Triton: work for the tokens that a row has, not for its vocabulary.
+"""Penalties and edits in Triton: work for the tokens that a row has, not for its vocabulary.
 
 Penalties take two launches over the tokens: one counts them in a scratch of the vocabulary's size, the other takes each
 count out again, and whoever gets it penalises that token. So each is penalised once, and the scratch is clean.
@@ -16,7 +16,7 @@ EDITS_BLOCK = 256
 
 @triton.jit
 def _penalty(columns, number, count, slot):
-    """A float32 column; the numbers are those of adjustments.py."""
+    """A float32 column; the numbers are those of reference.py."""
     return tl.load(columns + number * count + slot).to(tl.float32, bitcast=True)
 
 
@@ -59,7 +59,7 @@ def _penalize_kernel(
 
 
 def penalize(logits: Tensor, asking: AskingRows, tables: SlotTables, tokens: Tensor, scratch: Tensor) -> None:
-    """As engine.kernels.logits.reference.penalize."""
+    """As `LogitOps.penalize`."""
     size = logits.shape[1]
     for begin in range(0, len(asking.rows), len(scratch)):
         rows, slots, ends = (each[begin : begin + len(scratch)] for each in (asking.rows, asking.slots, asking.ends))
@@ -104,7 +104,7 @@ def _edit_kernel(
 
 
 def edit(logits: Tensor, asking: AskingRows, tables: SlotTables, tokens: Tensor, most: int) -> None:
-    """As engine.kernels.logits.reference.edit."""
+    """As `LogitOps.edit`."""
     _, slot_count, width = tables.edits.shape
     _edit_kernel[(len(asking.rows), triton.cdiv(most, EDITS_BLOCK))](
         logits, asking.rows, asking.slots, asking.ends, tables.columns, tables.edits, tables.prefixes, tokens,

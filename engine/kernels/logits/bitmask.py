@@ -1,4 +1,4 @@
-"""bitmask.py in Triton: -inf where a bit is missing.
+"""Masks in Triton: -inf where a bit is missing.
 
 Whole lines are read and written, 16 bytes a thread. To write only what is barred would take as many stores as there
 are numbers, and the memory 32 bytes for each."""
@@ -30,7 +30,7 @@ def _bitmask_kernel(logits, mask, rows, lines, size, stride, mask_stride, LINES:
 
 
 def apply_bitmask(logits: Tensor, mask: Tensor, rows: Tensor, lines: Tensor | None = None) -> None:
-    """As engine.kernels.logits.bitmask_reference.apply_bitmask."""
+    """As `LogitOps.apply_bitmask`."""
     size = logits.shape[1]
     _bitmask_kernel[(len(rows), triton.cdiv(size, CHUNK))](
         logits, mask, rows, rows if lines is None else lines, size, logits.stride(0), mask.stride(0),

@@ -1,6 +1,6 @@
 """Drawing tokens in one pass over the logits, in Triton: argmax of logit / temperature + Gumbel noise.
 
-The noise is that of engine/worker/sampling/sampler.py, made where it is used: entry i of a row is a hash of i under a
+The noise is that of `gumbel` in reference.py, made where it is used: entry i of a row is a hash of i under a
 key of the row's seed and position. The kernel's time goes into it, so logarithms are the processor's own, to 22 bits. A
 row is cut into chunks, so that one row fills a GPU too; a second kernel takes the best of them, the lowest id of
 equals. What filters leave of a row is said by a cut (filters.py). Arguments that are rows of a tensor come with any
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.logits.bitmask import lets_through
-from engine.kernels.logits.bitmask_reference import mask_words
+from engine.kernels.logits.reference import mask_words
 
 CHUNK = 4096  # logits that one program looks at
 
@@ -105,14 +105,7 @@ def draw(
     cuts: tuple[Tensor, Tensor] | None = None,
     masks: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """One token a row: ids [S] int64, also written into `tokens` [slots, positions] int32 after the row's last one.
-
-    `logits` [S, V] of any float type, each row dense; `slots` and `lasts` [S] int64 are each row's slot and the
-    position of its last token; `temperatures` float32 (0 is argmax) and `seeds` int64 are by slot. The draw is keyed by
-    the seed and the position `lasts` + 1. `cuts` are what filters.cuts says is left of each row; without, all is.
-    `masks` are bits [lines, mask_words(V)] int32 and the line of each row [S] int64: what has no bit is not drawn. Not
-    both: what filters leave depends on the masks, which are to be applied before (bitmask.py).
-    """
+    """As `LogitOps.draw`; `cuts` are what filters.cuts says is left of each row."""
     rows, size = logits.shape
     assert masks is None or (cuts is None and masks[0].dtype == torch.int32 and masks[0].shape[1] == mask_words(size))
     chunks = triton.cdiv(size, CHUNK)

@@ -1,8 +1,8 @@
 """Top-k, top-p and min-p without sorting, in Triton: where each row's logits are cut.
 
 A cut is a logit and an id: what is above the logit stays, and of what equals it the ids up to that one. The draw that
-follows (sampling.py) leaves the rest out, so nothing is written back. What the filters keep is defined by `filtered` in
-engine/worker/sampling/sampler.py. Sums are taken in a fixed order: a cut does not depend on other rows, nor on chance.
+follows (draw.py) leaves the rest out, so nothing is written back. What the filters keep is defined by `filtered` in
+reference.py. Sums are taken in a fixed order: a cut does not depend on other rows, nor on chance.
 
     logits ── scan ──> maximum and mass of each group of 32, of each chunk ── cut ──> floors, lasts
                                                            (reads the groups that can hold the cut)

@@ -1,6 +1,6 @@
 """Log-probabilities in one pass over the logits, in Triton: a token's own, its rank, and the likeliest ones.
 
-`score_reference` in engine/worker/sampling/logprobs.py is the definition. The likeliest K are in the K groups with the
+`LogitOps.score` in reference.py is the definition. The likeliest K are in the K groups with the
 largest maxima, so a second kernel, one program a row, looks at K groups and no more. Equals come in the order of their
 ids.
 """
@@ -78,12 +78,7 @@ def _score_kernel(
 
 
 def score(logits: Tensor, tokens: Tensor, rows: Tensor | None, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of N tokens: log-probabilities [N] float32, ranks [N] int32, the `count` likeliest ids [N, count] int32, and
-    those ids' log-probabilities.
-
-    `logits` [S, V] of any float type, each row dense; `tokens` [N] int64, of the rows `rows` [N] int64, by default of
-    all in turn.
-    """
+    """As `LogitOps.score`; equals come in the order of their ids."""
     size, count_rows, device = logits.shape[1], len(tokens), logits.device
     chunks = triton.cdiv(size, CHUNK)
     groups = chunks * (CHUNK // GROUP)

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.kernels.logits.bitmask_reference import apply_bitmask, mask_words, pack_ids
 from engine.kernels.logits.reference import (
     COLUMNS,
     EDIT_LINES,
@@ -27,9 +26,10 @@ from engine.kernels.logits.reference import (
     PROMPT_LEN,
     REPETITION,
     AskingRows,
+    LogitOps,
     SlotTables,
-    edit,
-    penalize,
+    mask_words,
+    pack_ids,
 )
 from engine.layers.batch import upload
 from engine.messages.request import Sampling
@@ -107,7 +107,8 @@ class Adjustments:
     lie in one table, so that a slot's base moves when those before it change.
     """
 
-    def __init__(self, slots: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, slots: int, vocab_size: int, device: torch.device, kernels: LogitOps) -> None:
+        self._kernels = kernels
         self._vocab_size = vocab_size
         self._device = device
         self._penalizes, self._edits, self._allows = np.zeros((3, slots), bool)
@@ -177,11 +178,11 @@ class Adjustments:
         penalized, edited, allowed = numbers.split([len(kind) for kind in kinds], dim=1)
         if len(kinds[0]):
             asking = AskingRows.of(penalized, int(positions[kinds[0]].max()))
-            penalize(logits, asking, self._tables, tokens, self._scratch)
+            self._kernels.penalize(logits, asking, self._tables, tokens, self._scratch)
         if len(kinds[1]):
             asked = slots[kinds[1]]
             asking = AskingRows.of(edited, int(self._longest_prefix[asked].max()))
-            edit(logits, asking, self._tables, tokens, int(self._columns[EDITS, asked].max()))
+            self._kernels.edit(logits, asking, self._tables, tokens, int(self._columns[EDITS, asked].max()))
         if len(kinds[2]):
             assert self._masks is not None
-            apply_bitmask(logits, self._masks, allowed[0], allowed[1])
+            self._kernels.apply_bitmask(logits, self._masks, allowed[0], allowed[1])

@@ -25,7 +25,7 @@ from torch import Tensor
 from engine.config import Config
 from engine.errors import EngineError
 from engine.grammars.engines import Engines
-from engine.kernels.logits.bitmask_reference import apply_bitmask
+from engine.kernels.logits.reference import LogitOps
 from engine.layers.batch import upload
 from engine.messages.assets import GrammarLoaded, LoadGrammar
 from engine.messages.step import SlotAdmit
@@ -138,10 +138,12 @@ class Beginning:
             engines.warm_up()
         return engines, vocabulary
 
-    def ready(self, slots: int, device: torch.device) -> "Grammars | None":
+    def ready(self, slots: int, device: torch.device, kernels: LogitOps) -> "Grammars | None":
         """None for a model without an end token: no reply under a grammar could end."""
         engines, vocabulary = self._made.result()
-        return Grammars(engines, self._thread, vocabulary, slots, device) if vocabulary.eos_ids else None
+        if not vocabulary.eos_ids:
+            return None
+        return Grammars(engines, self._thread, vocabulary, slots=slots, device=device, kernels=kernels)
 
 
 def begin_grammars(config: Config, plugins: Plugins, checkpoint: Checkpoint, size: int) -> Beginning | None:
@@ -154,8 +156,16 @@ class Grammars:
     """The grammars that the device has been sent, and the guides of its slots."""
 
     def __init__(
-        self, engines: Engines, thread: ThreadPoolExecutor, vocabulary: Vocabulary, slots: int, device: torch.device
+        self,
+        engines: Engines,
+        thread: ThreadPoolExecutor,
+        vocabulary: Vocabulary,
+        *,
+        slots: int,
+        device: torch.device,
+        kernels: LogitOps,
     ) -> None:
+        self._kernels = kernels
         self._engines = engines
         self._thread = thread
         self._spelled = vocabulary.tokens
@@ -264,7 +274,7 @@ class Grammars:
     def warm_up(self, dtype: torch.dtype) -> None:
         """Compiles what `mask` needs for logits of `dtype`."""
         logits = torch.zeros(1, len(self._spelled), dtype=dtype, device=self._device)
-        apply_bitmask(logits, self.masks, *torch.tensor([[0], [ALL]], device=self._device))
+        self._kernels.apply_bitmask(logits, self.masks, *torch.tensor([[0], [ALL]], device=self._device))
 
     def mask(self, logits: Tensor, guided: Guided) -> None:
         """-inf, in place, for what the grammars of `logits` [S, V] bar, once the guides have read all tokens."""
@@ -275,7 +285,7 @@ class Grammars:
         count = len(rows)
         numbers = upload(np.array(rows + lines + self._table.new, np.int64), self._device)
         self._table.send(numbers[2 * count :])
-        apply_bitmask(logits, self._table.masks, numbers[:count], numbers[count : 2 * count])
+        self._kernels.apply_bitmask(logits, self._table.masks, numbers[:count], numbers[count : 2 * count])
         if forced:  # other wishes do not hold up the end
             logits[upload(np.array(forced, np.int64), self._device)[:, None], self._end_ids] = 0.0
 

@@ -8,11 +8,11 @@ times the vocabulary is more than memory should have to hold.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from engine.kernels.logits.reference import LogitOps
 from engine.messages.step import Logprobs
 from engine.params.sampling import MAX_LOGPROBS
 
@@ -43,33 +43,20 @@ class Scores:
         )
 
 
-def score(logits: Tensor, tokens: Tensor, rows: Tensor | None = None) -> Scores:
+def score(kernels: LogitOps, logits: Tensor, tokens: Tensor, rows: Tensor | None = None) -> Scores:
     """`logits` [S, V] of any float type; `tokens` [N] of the rows `rows` [N], both int64; by default of all in turn."""
-    count = min(MAX_LOGPROBS, logits.shape[1])
-    if logits.is_cuda and find_spec("triton") is not None:
-        from engine.kernels.logits import scores
-
-        return Scores(*scores.score(logits, tokens, rows, count))
-    return score_reference(logits if rows is None else logits[rows], tokens, count)
+    return Scores(*kernels.score(logits, tokens, rows, min(MAX_LOGPROBS, logits.shape[1])))
 
 
-def score_reference(logits: Tensor, tokens: Tensor, count: int) -> Scores:
-    """The definition of `score`, but that it leaves the order of equals open."""
-    logits, tokens = logits.to(torch.float32), tokens.to(torch.int64)
-    total = logits.logsumexp(dim=-1, keepdim=True)
-    own = logits.gather(1, tokens[:, None])
-    best = logits.topk(count, dim=-1)
-    ranks = (logits > own).sum(dim=-1) + 1
-    return Scores((own - total)[:, 0], ranks.to(torch.int32), best.indices.to(torch.int32), best.values - total)
-
-
-def score_prompt(hidden: Tensor, tokens: Tensor, logits: Callable[[Tensor], Tensor], vocab_size: int) -> Scores:
+def score_prompt(
+    kernels: LogitOps, hidden: Tensor, tokens: Tensor, logits: Callable[[Tensor], Tensor], vocab_size: int
+) -> Scores:
     """`hidden` [N, H] of the positions before `tokens` [N]; `logits` makes [n, V] of [n, H]."""
 
     def pieces() -> Iterator[Scores]:
         count = max(1, PIECE // vocab_size)
         for part, said in zip(hidden.split(count), tokens.split(count), strict=True):
-            yield score(logits(part), said)
+            yield score(kernels, logits(part), said)
 
     parts = list(pieces())
     return Scores(

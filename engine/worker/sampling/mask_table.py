@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.kernels.logits.bitmask_reference import mask_words
+from engine.kernels.logits.reference import mask_words
 
 ROOM = 64 << 20  # bytes of masks
 MOST_LINES = 4096

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.kernels.cpu.calls import kernels
+from engine.kernels.cpu.calls import Kernels
 from engine.kernels.cpu.recording import Recording
 from engine.layers.batch import Batch
 from engine.worker.steps.graphs import Tables
@@ -71,7 +71,8 @@ class RecordedSteps:
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
         self._steps: dict[int, RecordedStep] = {}
-        self._kernels = kernels()
+        dense = tables.model.kernels.dense
+        self._kernels = dense if isinstance(dense, Kernels) else None
         self._possible = self._kernels is not None and bool(tables.model.backends)
 
     def fits(self, rows: np.ndarray) -> bool:

@@ -28,8 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.plugin import ConfigError
-from engine.plugin.kernels import page_lists
+from engine.plugin import ConfigError, kernels
 from engine.plugin.layers import AttentionShape, Batch, Mirror, PagedAttention
 
 logger = logging.getLogger("engine.attention")
@@ -107,7 +106,7 @@ class FlashInferAttention(PagedAttention):
         self._kernels = load_kernels(names, dtype, self.kv_dtype, shape.head_dim, windowed=shape.window is not None)
         self._programmatic = capability[0] >= 9  # dependent launch
         self._window_left = -1 if shape.window is None else shape.window - 1
-        self._lists = page_lists()
+        self._list_pages = kernels.list_pages
         self._floats = torch.zeros(max(FLOAT_BYTES, self._eager_bytes()), dtype=torch.uint8, device=device)
         self._numbers = [torch.empty(PLAN_BYTES, dtype=torch.uint8, device=device) for _ in range(2)]
         pinned = device.type == "cuda"
@@ -133,7 +132,7 @@ class FlashInferAttention(PagedAttention):
         queries, pages, last = row_lists(batch.starts[first:end], batch.lengths[first:end], self.page_size)
         lists = RowLists(self.upload(np.concatenate((queries, pages, last))))
         listed = torch.empty(int(pages[-1]), dtype=torch.int32, device=self.device)
-        self._lists.list_pages(batch.page_table, batch.slots[first:end], lists.pages, listed)
+        self._list_pages(batch.page_table, batch.slots[first:end], lists.pages, listed)
         tokens = int(queries[-1])
         extends = tokens > end - first
         kernel = self._kernels[self._extend_kernel(batch.lengths[first:end]) if extends else "fa2"]
@@ -215,7 +214,7 @@ class FlashInferAttention(PagedAttention):
         queries += first
         plan.mirror.send()
         launch.info = self._plan(launch, queries, pages, starts + lengths, plan.most, captured=True)
-        self._lists.list_pages(plan.page_table, plan.slots, launch.lists.pages, launch.pages)
+        self._list_pages(plan.page_table, plan.slots, launch.lists.pages, launch.pages)
 
     def attend(self, query: Tensor, cache: Tensor, plan: list[Launch] | CapturedLaunch) -> Tensor:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)

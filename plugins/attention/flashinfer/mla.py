@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.plugin import ConfigError
-from engine.plugin.kernels import page_lists, triton_expanded
+from engine.plugin import ConfigError, kernels
 from engine.plugin.layers import Batch, LatentShape, Mirror
 from engine_plugins.attention.flashinfer.mha import FA3_TILE, check_installed, compile_modules, fa3_plan_bytes, hardware
 from engine_plugins.attention.triton.mla import Plan, TritonLatentAttention
@@ -92,8 +91,8 @@ class FlashInferLatentAttention(TritonLatentAttention):
         self._ragged = load_ragged(shape, dtype) if name == "fa3" else None
         logger.info("expanded rows attend by %s", "FlashInfer's FA3 kernel" if self._ragged else "Triton's kernel")
         self._programmatic = capability[0] >= 9  # dependent launch
-        self._join_keys = triton_expanded().join_keys
-        self._lists = page_lists()
+        self._join_keys = kernels.join_keys
+        self._list_pages = kernels.list_pages
         self._pinned_turns = [self._pinned(PLAN_BYTES) for _ in range(TURNS)]
         self._turn = 0
         # Shared by all launches: kernels run one after the other, as do the copies of captured steps' plans.
@@ -124,7 +123,7 @@ class FlashInferLatentAttention(TritonLatentAttention):
         starts, lengths = batch.starts[first:end], batch.lengths[first:end]
         pages = page_offsets(starts, lengths, self.page_size)
         listed = torch.empty(int(pages[-1]), dtype=torch.int32, device=self.device)
-        self._lists.list_pages(batch.page_table, batch.slots[first:end], self.upload(pages), listed)
+        self._list_pages(batch.page_table, batch.slots[first:end], self.upload(pages), listed)
         begin = int(batch.offsets[first])
         numbers = torch.empty(PLAN_BYTES, dtype=torch.uint8, device=self.device)
         launch = Launch(begin, int(batch.offsets[end]), bool((lengths > 1).any()), listed, numbers)
@@ -174,7 +173,7 @@ class FlashInferLatentAttention(TritonLatentAttention):
         host[: min(rows + 1, len(pages))] = pages[: rows + 1]
         plan.offsets.send()
         listed = plan.offsets.device.view(torch.int32)[: rows + 1]
-        self._lists.list_pages(plan.page_table, plan.slots, listed, launch.pages)
+        self._list_pages(plan.page_table, plan.slots, listed, launch.pages)
         self._turn = (self._turn + 1) % TURNS
         self._plan(launch, self._pinned_turns[self._turn], offsets, pages, starts + lengths)
         info = list(launch.info)

@@ -48,6 +48,7 @@ class TorchAttention(AttentionBackend):
             raise ConfigError(
                 f"attention torch keeps the KV cache in {dtype}, not {self.kv_dtype}; say --kv-dtype auto"
             )
+        self._halves_apart = 2 * shape.layers  # of a page and the next one, in the flat cache
 
     def kv_group(self) -> KVGroup:
         shape = (2, self.page_size, self.shape.kv_heads, self.shape.head_dim)
@@ -55,7 +56,8 @@ class TorchAttention(AttentionBackend):
 
     def prepare(self, batch: Batch) -> Plan:
         size = self.page_size
-        key_places = batch.places + batch.places.div(size, rounding_mode="floor") * size
+        pages = batch.places.div(size, rounding_mode="floor")
+        key_places = batch.places + pages * (self._halves_apart - 1) * size
         rows = np.flatnonzero(batch.lengths == 1)
         table = batch.pages(size)
         decodes = halves = mask = None
@@ -90,7 +92,7 @@ class TorchAttention(AttentionBackend):
             table = table.gather(1, pages.clamp_(max=table.shape[1] - 1))
             keys = keys + begins * size
         mask = self._seen(self._tensor(ends)[:, None], keys)
-        return _halves(table[:, :count]), mask[:, None, None]
+        return self._halves(table[:, :count]), mask[:, None, None]
 
     def _prefill(self, batch: Batch, pages: Tensor, row: int) -> Prefill:
         start, length, window = int(batch.starts[row]), int(batch.lengths[row]), self.shape.window
@@ -103,13 +105,13 @@ class TorchAttention(AttentionBackend):
         mask = self._seen(positions[-length:, None], positions)
         if start == 0:
             return Prefill(tokens, None, mask)
-        return Prefill(tokens, _halves(pages[first : -(-end // self.page_size)]), mask)
+        return Prefill(tokens, self._halves(pages[first : -(-end // self.page_size)]), mask)
 
     def _tensor(self, numbers: np.ndarray) -> Tensor:
         return torch.from_numpy(numbers).to(self.device, non_blocking=True)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, places: Tensor, plan: Plan) -> Tensor:
-        tokens = cache.view(-1, self.shape.kv_heads, self.shape.head_dim)
+        tokens = self._flat(cache).flatten(0, 1)
         tokens.index_copy_(0, plan.key_places, key)
         tokens.index_copy_(0, plan.value_places, value)
         if plan.decodes is None and not plan.prefills:
@@ -153,11 +155,16 @@ class TorchAttention(AttentionBackend):
     def _gather(self, cache: Tensor, halves: Tensor) -> Tensor:
         """Keys and values of the pages: `halves` [2, R, pages] to [2, R, kv_heads, pages * page_size, head_dim]."""
         _, rows, pages = halves.shape
-        flat = cache.view(-1, self.page_size, self.shape.kv_heads, self.shape.head_dim)
-        gathered = flat.index_select(0, halves.reshape(-1))
+        gathered = self._flat(cache).index_select(0, halves.reshape(-1))
         return gathered.view(2, rows, pages * self.page_size, *gathered.shape[2:]).transpose(2, 3)
 
+    def _flat(self, cache: Tensor) -> Tensor:
+        """One layer's cache [pages, 2, page_size, kv_heads, head_dim] as halves of pages end to end, those of the other
+        layers between: [halves, page_size, kv_heads, head_dim]."""
+        halves = (len(cache) - 1) * self._halves_apart + 2
+        return cache.as_strided((halves, *cache.shape[2:]), cache.stride()[1:])
 
-def _halves(pages: Tensor) -> Tensor:
-    """Where the keys, then the values, of `pages` are in the flat cache: [...] to [2, ...]."""
-    return torch.stack((2 * pages, 2 * pages + 1))
+    def _halves(self, pages: Tensor) -> Tensor:
+        """Where the keys, then the values, of `pages` are in the flat cache: [...] to [2, ...]."""
+        first = self._halves_apart * pages
+        return torch.stack((first, first + 1))

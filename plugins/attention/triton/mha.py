@@ -1,7 +1,7 @@
 """Paged attention in Triton, for GPUs: keys and values are read where they lie, for any page size and head size.
 
 Rows of one token go to a kernel that cuts long contexts among programs, others to one that cuts prompts into blocks
-(engine/kernels/attention/decode.py, triton_attention.py). Decode steps can be captured: of their plan nothing comes
+(engine/kernels/attention/decode.py, extend.py). Decode steps can be captured: of their plan nothing comes
 from the host but which rows share a prefix.
 """
 
@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.plugin import ConfigError
-from engine.plugin.kernels import triton_attention, triton_decode
+from engine.plugin import ConfigError, kernels
 from engine.plugin.layers import AttentionShape, Batch, Mirror, PagedAttention, Prefix
 
 if TYPE_CHECKING:
@@ -39,8 +38,6 @@ class TritonAttention(PagedAttention):
 
     def __init__(self, shape: AttentionShape, page_size: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(shape, page_size, device, dtype)
-        self._kernels = kernels = triton_attention()
-        self._decoding = triton_decode()
         if device.type != "cuda" and not kernels.interpreted():
             raise ConfigError(f"attention triton runs on GPUs, not on {device}; say --plugins torch")
         if dtype not in DTYPES or self.kv_dtype not in (dtype, torch.float8_e4m3fn):
@@ -65,8 +62,8 @@ class TritonAttention(PagedAttention):
     def prepare(self, batch: Batch) -> Plan:
         decode, extend = self.decode_rows(batch, np.flatnonzero(batch.lengths == 1)), None
         if not (batch.lengths == 1).all():
-            blocks = self._kernels.list_extend_blocks(batch.starts, batch.lengths, self._block_tokens)
-            extend = self._kernels.ExtendRows(
+            blocks = kernels.list_extend_blocks(batch.starts, batch.lengths, self._block_tokens)
+            extend = kernels.ExtendRows(
                 blocks=self.upload(blocks), slots=batch.slots, starts=batch.row_starts, offsets=batch.row_offsets
             )
         return Plan(batch.page_table, decode, extend)
@@ -85,8 +82,8 @@ class TritonAttention(PagedAttention):
         if self.shape.window is not None:
             return None
         rows = len(batch.slots)
-        numbers = Mirror(self._decoding.SharedRows.size(rows), self.device)
-        shared = self._decoding.SharedRows.of(numbers.device, rows, self._shape, self._shared)
+        numbers = Mirror(kernels.SharedRows.size(rows), self.device)
+        shared = kernels.SharedRows.of(numbers.device, rows, self._shape, self._shared)
         self._shared = self._shared or shared  # graphs run one at a time, and the largest is captured first
         decode = self._decode(batch.slots, batch.row_starts, batch.row_offsets[:-1])
         return Plan(batch.page_table, dataclasses.replace(decode, shared=shared), None, numbers)
@@ -95,8 +92,8 @@ class TritonAttention(PagedAttention):
         assert plan.numbers is not None
         host = plan.numbers.host()
         host[:] = 0
-        teams = self._decoding.decode_teams(self._shape, self.device, len(slots))
-        filled = self._decoding.list_shared(prefixes, len(slots), self._shape, teams)
+        teams = kernels.decode_teams(self._shape, self.device, len(slots))
+        filled = kernels.list_shared(prefixes, len(slots), self._shape, teams)
         for part, values in zip(np.split(host, np.cumsum([2, 3 * len(slots), len(slots)])), filled, strict=True):
             part[: len(values)] = values
         plan.numbers.send()
@@ -106,7 +103,7 @@ class TritonAttention(PagedAttention):
         blocks = -(-len(batch.ids) // self._block_tokens) + rows + 1
         numbers = Mirror(2 * (rows + blocks), self.device)
         positions, tokens, listed = numbers.device.split([rows, rows, 2 * blocks])
-        extend = self._kernels.ExtendRows(
+        extend = kernels.ExtendRows(
             blocks=listed.view(2, blocks), slots=batch.slots, starts=batch.row_starts, offsets=batch.row_offsets
         )
         return Plan(batch.page_table, self._decode(batch.slots[:-1], positions, tokens), extend, numbers)
@@ -117,14 +114,14 @@ class TritonAttention(PagedAttention):
         positions, tokens, listed = host[:rows], host[rows : 2 * rows], host[2 * rows :].reshape(2, -1)
         positions[:], tokens[:count] = -1, offsets[:-1]
         positions[:count][lengths == 1] = starts[lengths == 1]
-        blocks = self._kernels.list_extend_blocks(starts, lengths, self._block_tokens)
+        blocks = kernels.list_extend_blocks(starts, lengths, self._block_tokens)
         listed[0], listed[1] = count, 0  # an empty row
         listed[:, : blocks.shape[1]] = blocks
         plan.numbers.send()
 
     def _decode(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> "DecodeRows":
-        teams = self._decoding.decode_teams(self._shape, self.device, len(slots))
-        rows = self._decoding.plan_decode(slots, positions, tokens, self._shape, teams, self._scratch)
+        teams = kernels.decode_teams(self._shape, self.device, len(slots))
+        rows = kernels.plan_decode(slots, positions, tokens, self._shape, teams, self._scratch)
         self._scratch = rows.scratch
         return rows
 
@@ -136,6 +133,6 @@ class TritonAttention(PagedAttention):
     def attend_into(self, out: Tensor, query: Tensor, cache: Tensor, plan: Plan) -> None:
         """As `attend`, for the tokens of `plan`."""
         if plan.decode is not None:
-            self._decoding.attend_decode(query, cache, plan.page_table, out, plan.decode, self._shape)
+            kernels.attend_decode(query, cache, plan.page_table, out, plan.decode, self._shape)
         if plan.extend is not None:
-            self._kernels.attend_extend(query, cache, plan.page_table, out, plan.extend, self._shape)
+            kernels.attend_extend(query, cache, plan.page_table, out, plan.extend, self._shape)

@@ -1,7 +1,7 @@
 """Latent attention in Triton, for GPUs: latents are read where they lie, once for many query heads.
 
 Absorbed rows of one token go to a kernel that divides contexts evenly among programs, longer ones to one that cuts
-prompts into blocks (engine/kernels/attention/mla.py); expanded rows to one of their own (triton_expanded.py). Steps can
+prompts into blocks (engine/kernels/attention/mla.py); expanded rows to one of their own (expanded.py). Steps can
 be captured: of a decode step's plan nothing comes from the host.
 """
 
@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.plugin import ConfigError
-from engine.plugin.kernels import triton_expanded, triton_mla
+from engine.plugin import ConfigError, kernels
 from engine.plugin.layers import Batch, LatentBackend, LatentShape, Mirror
 
 if TYPE_CHECKING:
@@ -38,19 +37,18 @@ class TritonLatentAttention(LatentBackend):
 
     def __init__(self, shape: LatentShape, page_size: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(shape, page_size, device, dtype)
-        self._kernels, self._expanding = triton_mla(), triton_expanded()
-        check_served(shape, device, dtype, self.kv_dtype, interpreted=self._kernels.interpreted())
-        self._shape = self._kernels.MlaShape(
+        check_served(shape, device, dtype, self.kv_dtype, interpreted=kernels.interpreted())
+        self._shape = kernels.MlaShape(
             heads=shape.query_heads,
             latent_dim=shape.latent_dim,
             rope_dim=shape.rope_dim,
             page_size=page_size,
             scale=shape.scale,
         )
-        self._teams = self._kernels.decode_teams(self._shape, dtype, device)
-        self._scratch: MlaScratch = self._kernels.MlaScratch.of(self._teams, self._shape, device)
-        self._lines = self._kernels.extend_cut(self._shape, dtype).lines
-        self._queries = self._expanding.expanded_cut(dtype).queries
+        self._teams = kernels.mla_decode_teams(self._shape, dtype, device)
+        self._scratch: MlaScratch = kernels.MlaScratch.of(self._teams, self._shape, device)
+        self._lines = kernels.mla_extend_cut(self._shape, dtype).lines
+        self._queries = kernels.expanded_cut(dtype).queries
 
     def prepare_absorbed(self, batch: Batch) -> Plan:
         rows = np.flatnonzero(batch.lengths == 1)
@@ -59,7 +57,7 @@ class TritonLatentAttention(LatentBackend):
             index = self.upload(rows)
             decode = self._decode(*(part[index] for part in (batch.slots, batch.row_starts, batch.row_offsets)))
         if len(rows) < len(batch.lengths):
-            listed = self._kernels.list_blocks(batch.starts, batch.lengths, self._shape.heads, self._lines)
+            listed = kernels.list_mla_blocks(batch.starts, batch.lengths, self._shape.heads, self._lines)
             extend = self._extend(batch, self.upload(listed))
         return Plan(batch.page_table, decode, extend)
 
@@ -80,47 +78,42 @@ class TritonLatentAttention(LatentBackend):
         positions, tokens, listed = host[:rows], host[rows : 2 * rows], host[2 * rows :].reshape(2, -1)
         positions[:], tokens[:count] = -1, offsets[:-1]
         positions[:count][lengths == 1] = starts[lengths == 1]
-        blocks = self._kernels.list_blocks(starts, lengths, self._shape.heads, self._lines)
+        blocks = kernels.list_mla_blocks(starts, lengths, self._shape.heads, self._lines)
         listed[0], listed[1] = count, 0  # an empty row
         listed[:, : blocks.shape[1]] = blocks
         plan.numbers.send()
 
     def _decode(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> "MlaDecodeRows":
-        rows: MlaDecodeRows = self._kernels.MlaDecodeRows(
+        return kernels.MlaDecodeRows(
             slots=slots, positions=positions, tokens=tokens, scratch=self._scratch, teams=self._teams
         )
-        return rows
 
     def _extend(self, batch: Batch, blocks: Tensor) -> "MlaExtendRows":
-        rows: MlaExtendRows = self._kernels.MlaExtendRows(
+        return kernels.MlaExtendRows(
             blocks=blocks, slots=batch.slots, starts=batch.row_starts, offsets=batch.row_offsets
         )
-        return rows
 
     def attend(self, query: Tensor, rotated: Tensor, cache: Tensor, plan: Plan) -> Tensor:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         common = (query, rotated, cache, plan.page_table, out)
         if plan.decode is not None:
-            self._kernels.attend_decode(*common, plan.decode, self._shape)
+            kernels.attend_mla_decode(*common, plan.decode, self._shape)
         if plan.extend is not None:
-            self._kernels.attend_extend(*common, plan.extend, self._shape)
+            kernels.attend_mla_extend(*common, plan.extend, self._shape)
         return out
 
     def prepare_expanded(self, queries: np.ndarray, keys: np.ndarray, causal: bool) -> "ExpandedRows":
-        blocks = self._expanding.list_expanded(queries, keys, causal, self._queries)
+        blocks = kernels.list_expanded(queries, keys, causal, self._queries)
         ends = [np.concatenate(([0], np.cumsum(lengths))) for lengths in (queries, keys)]
         parts = self.upload(np.concatenate((blocks.ravel(), *ends))).split([blocks.size, *map(len, ends)])
-        rows: ExpandedRows = self._expanding.ExpandedRows(
-            blocks=parts[0].view(2, -1), queries=parts[1], keys=parts[2], causal=causal
-        )
-        return rows
+        return kernels.ExpandedRows(blocks=parts[0].view(2, -1), queries=parts[1], keys=parts[2], causal=causal)
 
     def attend_expanded(
         self, query: Tensor, key: Tensor, rotated: Tensor, value: Tensor, plan: "ExpandedRows"
     ) -> tuple[Tensor, Tensor]:
         out = query.new_empty(*query.shape[:2], value.shape[2])
         sums = query.new_empty(query.shape[:2], dtype=torch.float32)
-        self._expanding.attend_expanded(query, key, rotated, value, out, sums, plan, self.shape.scale)
+        kernels.attend_expanded(query, key, rotated, value, out, sums, plan, self.shape.scale)
         return out, sums
 
 

@@ -212,15 +212,15 @@ class GGUFLazyTensor:
         return torch.from_numpy(weight if weight.flags.writeable else weight.copy())
 
     def packed(self, rows: slice, columns: slice) -> tuple[str, NDArray[np.uint8]] | None:
-        """The blocks of that part as they are stored, in Hugging Face's order of rows; None for what is not a matrix,
-        and where the part ends within a block."""
+        """The blocks of that part where the file is mapped, or a copy in Hugging Face's order of rows; None for what is
+        not a matrix, and where the part ends within a block."""
         if len(self.shape) != 2:
             return None
         begin, end, _ = columns.indices(self.shape[1])
         weights, _ = gguf.GGML_QUANT_SIZES[self._stored.kind]
         if begin % weights or end % weights:
             return None
-        return self._stored.kind.name, self._blocks(rows, begin, end).copy()
+        return self._stored.kind.name, self._blocks(rows, begin, end)
 
     def _blocks(self, rows: slice, begin: int, end: int) -> NDArray[np.uint8]:
         """Those that hold the columns begin .. end-1, of which the first begins a block: [rows, bytes]."""

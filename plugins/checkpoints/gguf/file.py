@@ -82,13 +82,23 @@ class GGUFFile:
         self._position = start + self._scalar("<Q")
         return self._map[start : self._position].decode()
 
+    def _strings(self, count: int) -> list[str]:
+        """As many times `_string`, which would take thrice as long: a vocabulary has 100,000 and more."""
+        found, size_at, data, position = [], struct.Struct("<Q").unpack_from, self._map, self._position
+        for _ in range(count):
+            begin = position + 8
+            position = begin + size_at(data, position)[0]
+            found.append(str(data[begin:position], "utf-8"))
+            self._position = position  # where it is damaged, if it is
+        return found
+
     def _value(self, kind: int) -> Any:
         if kind == STRING:
             return self._string()
         if kind == ARRAY:
             item, count = self._scalar("<I"), self._scalar("<Q")
             if item == STRING:
-                return [self._string() for _ in range(count)]
+                return self._strings(count)
             values = np.frombuffer(self._map, SCALARS[item], count, self._position)
             self._position += values.nbytes
             return values.tolist()

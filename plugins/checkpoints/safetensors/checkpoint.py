@@ -43,6 +43,17 @@ class NamedTemplate(Struct):
     template: str
 
 
+class AddedToken(Struct):
+    id: int
+    content: str
+
+
+class TokenizerFile(Struct):
+    """tokenizer.json, as far as tokenizers does not hold to it."""
+
+    added_tokens: list[AddedToken] = []
+
+
 class TokenizerConfig(Struct):
     """tokenizer_config.json, without its tokens."""
 
@@ -72,7 +83,7 @@ class Architectures(Struct):
     architectures: list[str] = []
 
 
-Described = TypeVar("Described", TokenizerConfig, Ends, WeightIndex, Architectures, dict[str, Any])
+Described = TypeVar("Described", TokenizerConfig, TokenizerFile, Ends, WeightIndex, Architectures, dict[str, Any])
 
 
 class SafetensorsCheckpoint:
@@ -182,12 +193,27 @@ class SafetensorsCheckpoint:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise ConfigError(f"{path} cannot be read: {error}") from error
+        self._check_added(tokenizer)
         tokenizer.no_truncation()  # settings of the training run that the file may carry along
         tokenizer.no_padding()
         if sentence_options(self._path).do_lower_case:
             own = [tokenizer.normalizer] if tokenizer.normalizer else []
             tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
         return tokenizer
+
+    def _check_added(self, tokenizer: Tokenizer) -> None:
+        """Raises ConfigError where tokenizers gave an added token another id than the file.
+
+        It numbers those that the vocabulary lacks anew, in order, even onto ids in use."""
+        added = self._read("tokenizer.json", TokenizerFile).added_tokens
+        for token in added:
+            id = tokenizer.token_to_id(token.content)
+            if id != token.id and token.content not in tokenizer.get_vocab(with_added_tokens=False):
+                raise ConfigError(
+                    f"{self._path / 'tokenizer.json'} gives the added token {token.content!r} the id {token.id}, and "
+                    f"tokenizers reads it as {id}, because ids below it are not given; put the added tokens into the "
+                    "file's vocabulary as well, with their ids"
+                )
 
     def _chat_templates(self, configured: str | list[NamedTemplate] | dict[str, str] | None) -> dict[str, str]:
         """By name, "default" that of chat_template.jinja; where there are no such files, those of

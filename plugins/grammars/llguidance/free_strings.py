@@ -15,6 +15,7 @@ strings and words, where that would not hold.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ FEW = 24  # characters left, up to which the table is the quicker way: longer to
 NOT_FREE = frozenset({"pattern", "format", "patternProperties", "propertyNames", "contentEncoding", "x-guidance"})
 CHOICES = frozenset({"anyOf", "oneOf", "allOf", "$ref", "$dynamicRef"})
 WORDS = frozenset({"enum", "const"})
+EXTRAORDINARY = re.compile(rb'[\x00-\x1f"\\\x7f]')  # bytes; those of longer characters are none of them
 PROBES = "~^`|;_@QZ#%&*+=<>zqxj"  # rare in schemas
 
 MakeTokenizer = Callable[[Vocabulary, Sequence[bytes], list[str]], llguidance.LLTokenizer]
@@ -57,13 +59,12 @@ def _objects(value: Any) -> Iterator[dict[str, Any]]:
 
 def ordinary_length(token: bytes) -> int:
     """Characters of a token that is nothing but ordinary ones; else 0."""
+    if EXTRAORDINARY.search(token):
+        return 0
     try:
-        text = token.decode()
+        return len(token.decode())
     except UnicodeDecodeError:
         return 0
-    if any(character in '"\\\x7f' or character < " " for character in text):
-        return 0
-    return len(text)
 
 
 class FreeStrings:
@@ -78,8 +79,9 @@ class FreeStrings:
         self.lengths = [0 if id in vocabulary.special else ordinary_length(token) for id, token in enumerate(tokens)]
         alone = {token[0]: id for id, token in enumerate(tokens) if len(token) == 1 and id not in vocabulary.special}
         self._byte_ids = alone
+        bytes_alone = bytes(alone)
         self._left_out = [
-            length > 0 and len(token) > 1 and all(byte in alone for byte in token)
+            length > 0 and len(token) > 1 and not token.strip(bytes_alone)
             for token, length in zip(tokens, self.lengths, strict=True)
         ]
         lengths = np.array(self.lengths)

@@ -353,7 +353,7 @@ def test_each_command_on_the_echo_model(capsys: pytest.CaptureFixture[str], line
 
 def test_a_server_that_we_start_has_our_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[Config] = []
-    monkeypatch.setattr("engine.runtime.launch.serve", lambda config: served.append(config) or 0)
+    monkeypatch.setattr("engine.runtime.serve.serve", lambda config: served.append(config) or 0)
     monkeypatch.setenv("ENGINE_MAX_RUNNING", "3")
     monkeypatch.delenv("ENGINE_SPARE_WORKER", raising=False)  # of all tests
     config = resolve({"prefix_cache": "false", "plugins": "llama,lpm", "api_key": "-k,l", "max_running": "64"})

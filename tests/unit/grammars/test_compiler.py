@@ -30,7 +30,7 @@ pytestmark = [
 ]
 Answer = Compiled | Fatal
 SOURCES = ("one", "two", "three")
-ODD = [sys.executable, str(Path(__file__).with_name("slow_compiler.py"))]
+ODD = [sys.executable, str(Path(__file__).parents[2] / "lib" / "slow_compiler.py")]
 
 
 def config(seconds: float = 10.0, helpers: int = 2) -> Config:

@@ -12,6 +12,8 @@ import pytest
 from house import House, counted, open_house, prompt
 from test_compiler import start
 
+import engine.grammars.vocabulary
+import engine.text.checkpoint
 import engine.text.fallback
 from engine.errors import RequestError
 from engine.messages.request import Generate, Grammar
@@ -204,12 +206,13 @@ async def test_without_an_engine_the_remedy_is_said(monkeypatch: pytest.MonkeyPa
 
 
 async def test_a_model_that_ends_nothing_follows_no_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = engine.text.fallback.read_text
+    real = engine.text.checkpoint.read_text
 
     def endless(*given: Any) -> Any:
         return msgspec.structs.replace(real(*given), eos_ids=())
 
     monkeypatch.setattr(engine.text.fallback, "read_text", endless)
+    monkeypatch.setattr(engine.grammars.vocabulary, "read_text", endless)
     async with open_house() as house:
         assert (await refusal(house, with_regex("a"))).code == "no_end_token"
 

@@ -1,10 +1,13 @@
-"""Bit masks in torch; Triton's are held against these in tests/contract."""
+"""Bit masks in numpy and torch; Triton's are held against these in tests/contract."""
 
 import numpy as np
 import pytest
 import torch
 
-from engine.kernels.logits.bitmask_reference import apply_bitmask, apply_bitmask_reference, mask_words, pack_ids
+from engine.kernels.logits.host import HostLogitOps
+from engine.kernels.logits.reference import LogitOps, mask_words, pack_ids
+
+apply_bitmask = HostLogitOps().apply_bitmask
 
 
 def test_the_bits_are_those_of_little_endian_words():
@@ -37,7 +40,7 @@ def test_a_bit_bars_or_lets_through(size: int, rows: list[int]) -> None:
         for token in range(size):
             if not int(masks[line, token // 32]) >> (token % 32) & 1:
                 wanted[row, token] = -torch.inf
-    for apply in (apply_bitmask, apply_bitmask_reference):
+    for apply in (apply_bitmask, LogitOps().apply_bitmask):
         got = logits.clone()
         apply(got, masks, torch.tensor(rows))
         assert torch.equal(got, wanted)

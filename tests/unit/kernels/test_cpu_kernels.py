@@ -4,6 +4,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import torch
 
 from engine.kernels.cpu import calls as cpu
 from engine.kernels.dense.reference import HeadNorms, Heads, Ops
-from engine.layers import AttentionShape, Build, ColumnLinear, Embedding, LMHead, RMSNorm, silu_and_mul
+from engine.layers import AttentionShape, Build, ColumnLinear, Embedding, LMHead, RMSNorm
 from engine_plugins.attention.cpu import CpuAttention
 from engine_plugins.attention.torch.mha import TorchAttention
 
@@ -49,7 +50,7 @@ def test_every_kind_unpacks_exactly_and_multiplies(kind: str) -> None:
     rows, inputs = 50, 1280 if kind.endswith("_K") else 288
     packed = blocks(kind, rows, inputs)
     whole = unpacked(kind, packed)
-    matrix = KERNELS.matrix(kind, torch.from_numpy(packed.copy()))
+    (matrix,) = KERNELS.matrices([(kind, packed.copy())])
     assert (matrix.rows, matrix.inputs) == (rows, inputs)
     assert torch.equal(matrix.unpacked(), whole)
     ids = torch.tensor([3, 0, 49, 3])
@@ -69,7 +70,7 @@ def test_every_kind_unpacks_exactly_and_multiplies(kind: str) -> None:
 @pytest.mark.parametrize("alone", [1, cpu.GEMM_TOKENS])
 def test_a_token_does_not_depend_on_its_neighbours(kind: str, alone: int) -> None:
     """To the bit, among few tokens as among many; `inputs` is more than gemm takes at a time."""
-    matrix = KERNELS.matrix(kind, torch.from_numpy(blocks(kind, 100, 1024)))
+    (matrix,) = KERNELS.matrices([(kind, blocks(kind, 100, 1024))])
     x = torch.randn(cpu.GEMM_TOKENS + 21, 1024, generator=torch.Generator().manual_seed(1))
     first = torch.empty(alone, 100)
     matrix.linear(x[:alone], first)
@@ -175,6 +176,33 @@ def build(dtype: torch.dtype = torch.float32) -> Build:
     )
 
 
+@needs_kernels
+def test_rows_of_a_file_are_copied_once_and_others_not_at_all() -> None:
+    mapped = [np.frombuffer(blocks("Q8_0", 24, 64, seed).tobytes(), np.uint8).reshape(24, -1) for seed in range(3)]
+    half = blocks("F16", 8, 64)
+    joined, alone, last = KERNELS.matrices(
+        [("Q8_0", mapped[0]), ("Q8_0", mapped[1]), ("F16", half), ("Q8_0", mapped[2])]
+    )
+    assert [(matrix.kind, matrix.rows) for matrix in (joined, alone, last)] == [("Q8_0", 48), ("F16", 8), ("Q8_0", 24)]
+    assert torch.equal(joined.unpacked(), torch.cat([unpacked("Q8_0", rows) for rows in mapped[:2]]))
+    assert torch.equal(last.unpacked(), unpacked("Q8_0", mapped[2]))
+    assert np.shares_memory(alone.data.numpy(), half)
+    assert not np.shares_memory(last.data.numpy(), mapped[2])
+
+
+def test_the_log_is_not_silent_while_a_compiler_runs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(cpu, "SILENCE", 0.0)
+    done, failing = Future(), Future()
+    done.set_result(None)
+    caplog.handler.addFilter(lambda record: failing.done() or failing.set_exception(OSError("no compiler")) or True)
+    with pytest.raises(OSError, match="no compiler"):
+        cpu._wait_for([done, failing])
+    assert "1 of 2 files compiled after 0 s" in caplog.text
+
+
 @pytest.mark.parametrize("kinds", [("Q4_1", "Q4_1"), ("Q4_1", "Q8_0"), ("Q4_1", "Q2_K")], ids="-".join)
 def test_a_layer_keeps_its_parts_packed_if_it_can(kinds: tuple[str, str]) -> None:
     parts = dict(zip(("gate_proj", "up_proj"), (Stored(kinds[0], blocks(kinds[0], 24, 256)), None), strict=True))
@@ -213,15 +241,18 @@ def test_without_kernels_layers_do_the_same_in_torch(monkeypatch: pytest.MonkeyP
         layer, norm = ColumnLinear(build(), 256, 24), RMSNorm(build(), 24, 1e-5)
         layer.load("proj.weight", "weight", "", stored)
         norm.weight.fill_(1.5)
-        return silu_and_mul(norm(layer(x)))
+        return build().kernels.dense.silu_and_mul(norm(layer(x)))
 
     with_kernels = run()
     monkeypatch.setattr(cpu, "kernels", lambda: None)
     assert torch.allclose(run(), with_kernels, atol=1e-5)
 
 
-def test_no_compiler_is_a_warning_with_the_remedy(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+def test_no_compiler_is_a_warning_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.delenv("ENGINE_CPU_KERNELS", raising=False)
     assert cpu.kernels.__wrapped__() is None
@@ -292,6 +323,20 @@ def test_no_library_is_loaded_from_a_folder_that_others_can_write(
     assert cpu._library("cc").one() == 1
     assert not any(elsewhere.iterdir())
     assert not any(expected.iterdir())
+
+
+def test_without_a_compiler_what_was_compiled_before_serves(
+    monkeypatch: pytest.MonkeyPatch, one_function: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert cpu._compiled_before() is None
+    assert cpu._library("cc").one() == 1
+    found = cpu._compiled_before()
+    assert found is not None and found.one() == 1
+    monkeypatch.setattr(cpu, "_processor", lambda: "another")
+    assert cpu._compiled_before() is None
+    no_home(monkeypatch)
+    assert cpu._compiled_before() is None
 
 
 def test_a_compiler_that_is_not_there_is_not_the_caches_fault(

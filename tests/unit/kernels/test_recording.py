@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.kernels import KernelSet
 from engine.kernels.cpu import calls as cpu
 from engine.kernels.cpu.recording import Recording
 from engine.worker.steps.graphs import Tables
@@ -35,9 +36,9 @@ def test_a_recording_does_not_import_torchs_compiler() -> None:
     """A worker would wait a second for it, in its first step."""
     script = """
 import sys, torch
-from engine.kernels import cpu
-from engine.kernels.recording import Recording
-with Recording(cpu.kernels()):
+from engine.kernels.cpu import calls
+from engine.kernels.cpu.recording import Recording
+with Recording(calls.kernels()):
     torch.empty(3)
 assert "torch._dynamo" not in sys.modules
 """
@@ -80,9 +81,10 @@ class Counting:
     def __init__(self, captured: bool = True, in_torch: bool = False) -> None:
         self.backends = (Backend(captured),)
         self.in_torch = in_torch
+        self.kernels = KernelSet(dense=KERNELS)
         self.runs = 0
         numbers = torch.arange(32 * 32, dtype=torch.float32).view(32, 32)
-        self.matrix = KERNELS.matrix("F32", numbers.view(torch.uint8))
+        self.matrix = KERNELS.matrices([("F32", numbers.view(torch.uint8).numpy())])[0]
 
     def __call__(self, batch: Any) -> Tensor:
         self.runs += 1
@@ -128,4 +130,4 @@ def test_a_model_that_computes_in_torch_runs_as_it_is(caplog: pytest.LogCaptureF
 @torch.inference_mode()
 def test_a_backend_that_cannot_be_captured_runs_as_it_is() -> None:
     assert not steps(Counting(captured=False)).fits(rows((1, 1)))
-    assert not steps(SimpleNamespace(backends=())).fits(rows((1, 1)))
+    assert not steps(SimpleNamespace(kernels=KernelSet(dense=KERNELS), backends=())).fits(rows((1, 1)))

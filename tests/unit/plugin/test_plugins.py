@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from importlib.metadata import Distribution
 from pathlib import Path
 from textwrap import dedent
 
@@ -88,6 +89,17 @@ def test_registries_are_frozen() -> None:
         plugins.models["x"] = plugins.models["llama"]  # type: ignore[index]
     with pytest.raises(AttributeError):
         plugins.models = {}  # type: ignore[misc]
+
+
+def test_the_metadata_of_a_distribution_is_read_once(distribute: Distribute, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the whole README in it, and takes longer than all else."""
+    distribute("engine-two", {"one": "one_manifest", "two": "two_manifest"}, one_manifest="", two_manifest="")
+    read = []
+    metadata = Distribution.metadata.fget
+    monkeypatch.setattr(Distribution, "metadata", property(lambda self: read.append(self) or metadata(self)))
+    rows = Plugins.load(["one", "two"]).listing()
+    assert {row.distribution for row in rows} == {"actorserve"}
+    assert len(read) == len(set(read)) == 2
 
 
 def test_a_kept_register_cannot_change_a_frozen_registry(distribute: Distribute) -> None:
@@ -319,12 +331,12 @@ def test_a_quantization_is_the_checkpoints_or_the_named_one(distribute: Distribu
 def test_latent_attention_has_backends_of_its_own_under_the_same_names(distribute: Distribute) -> None:
     plugins = Plugins.load()
     entry, reason = plugins.attention_for("cuda", latent=True)
-    assert entry.name == "flashinfer" and "latent" in entry.target and "before torch (0), triton (20)" in reason
+    assert entry.name == "flashinfer" and "Latent" in entry.target and "before torch (0), triton (20)" in reason
     assert [other.name for other in plugins.attention_after(entry, "cuda", latent=True)] == ["triton", "torch"]
     assert plugins.attention_for("cpu", latent=True)[0].name == "torch"
     for latent in (False, True):
         entry, reason = Plugins.load(["triton"]).attention_for("cuda", latent)
-        assert (entry.name, reason) == ("triton", "named in --plugins") and ("latent" in entry.target) is latent
+        assert (entry.name, reason) == ("triton", "named in --plugins") and ("Latent" in entry.target) is latent
         with pytest.raises(PluginError, match="backend 'triton', which runs on cuda, not on cpu"):
             Plugins.load(["triton"]).attention_for("cpu", latent)
     with pytest.raises(PluginError, match="names cpu, which is no latent attention backend; there is torch, triton"):
@@ -457,7 +469,7 @@ def test_what_the_user_names_is_confirmed(
 def test_loading_leaves_torch_alone() -> None:
     program = """
 import sys
-from engine.plugin.manager import Plugins
+from engine.plugin.registry import Plugins
 plugins = Plugins.load()
 plugins.model_for(["LlamaForCausalLM"]), plugins.attention_for("cpu"), plugins.policy()
 sys.exit("torch" in sys.modules)

@@ -83,7 +83,7 @@ def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1024
 """
 BLOCKS = """
-from engine.allocator import give_back_large_blocks
+from engine.runtime.allocator import give_back_large_blocks
 assert give_back_large_blocks()
 del (large := [bytes(31 * 2**20)])[:]
 before, small = resident(), []
@@ -95,8 +95,8 @@ print(resident() - before)
 """
 WORDS = """
 import random
-from engine.plugin.manager import Plugins
-from engine.text import Text
+from engine.plugin.registry import Plugins
+from engine.text.tokenizer import Text
 text = Text(Plugins.load().open_checkpoint("echo").text())
 before = resident()
 for _ in range(12_000):

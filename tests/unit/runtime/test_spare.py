@@ -155,6 +155,16 @@ async def keeping(start: Starter) -> AsyncIterator[Spare]:
     assert all(process.poll() is not None for process in start.started)
 
 
+async def test_there_is_none_before_the_worker_is_ready() -> None:
+    start = Starter()
+    async with keeping(start) as spare:
+        await anyio.wait_all_tasks_blocked()
+        assert not start.started
+        assert await spare.take() is None  # for a worker that has died before it was ready
+        spare.want(())
+        await until(lambda: len(start.started) == 1)
+
+
 async def test_spares_that_never_live_are_given_up(caplog: pytest.LogCaptureFixture) -> None:
     start = Starter(script="import sys; sys.exit(3)")
     spare = Spare(CONFIG, start, delay=0.0)
@@ -278,8 +288,8 @@ def test_a_spare_ends_with_its_parent() -> None:
 import sys, time
 from engine.config import resolve
 from engine.messages import FromWorker, Preload
-from engine.channel import BlockingFrames
-from engine.process import spawn
+from engine.runtime.channel import BlockingFrames
+from engine.runtime.process import spawn
 sock, process = spawn("engine.worker")
 frames = BlockingFrames(sock, receives=FromWorker)
 frames.send(Preload(resolve({"model": "echo"})))

@@ -60,7 +60,9 @@ def chunks_of(ask: dict[str, Any], parts: list[list[int]]) -> list[Chunk]:
         cached = ((0, 2),) if first and part else ()
         first, at = first and not part, at + len(part)
         counts, tokens = array("i", [len(part)]).tobytes(), array("i", part).tobytes()
-        step = Tokens(number, ["r"], counts, tokens, (finish,) if finish else (), cached, scored, prompt_scored)
+        prefills = ((0, 0.25),) if cached else ()
+        columns = ((finish,) if finish else (), cached, scored, prompt_scored, (), prefills)
+        step = Tokens(number, ["r"], counts, tokens, *columns)
         made += replies.tokens(step)[0]
     return made
 
@@ -96,6 +98,9 @@ def test_an_openai_stream_says_what_the_whole_says(ask: dict[str, Any], chat: bo
         echo=bool(ask["echo"]),
     )  # fmt: skip
     pieces, at_once = chunks_of(ask, parts), chunks_of(ask, [ids])
+    seconds = [chunk.prefill_seconds for chunk in pieces if chunk.ids]
+    assert seconds == [0.25, *[None] * (len(seconds) - 1)][: len(seconds)]  # with the first token, once
+    assert joined(pieces).prefill_seconds == joined(at_once).prefill_seconds
     whole = msgspec.json.decode(OpenAIReply("r", "m", wording).whole([joined(at_once)]))
     streaming = OpenAIReply("r", "m", wording)
     *events, usage = decoded(b"".join(streaming.event((0, chunk)) for chunk in pieces))

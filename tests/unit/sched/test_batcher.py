@@ -335,6 +335,17 @@ def test_a_retracted_request_keeps_its_place_and_reports_cached_once():
     assert bench.cached["b"] == 0
 
 
+def test_the_prefill_lasts_from_the_first_place_in_a_step_to_the_first_token():
+    bench = Bench(pages=100, page_size=2, slots=2, depth=2)
+    scheduler, device = bench.scheduler, bench.device
+    scheduler.admit(request("long", list(range(3)) * 20, max_new=2))
+    steps = -(-60 // scheduler.max_step_tokens)  # its chunks
+    told = [scheduler.commit(device.run(scheduler.plan(now=10.0 + step)), now=10.5 + step) for step in range(steps + 1)]
+    assert [message and message.prefills for message in told] == [None] * (steps - 1) + [((0, steps - 0.5),), ()]
+    scheduler.admit(request("short", [1], max_new=1))
+    assert scheduler.commit(device.run(scheduler.plan(now=99.0)), now=99.25).prefills == ((0, 0.25),)
+
+
 def test_results_of_an_earlier_stay_on_the_device_are_dropped():
     bench = Bench(pages=6, page_size=2, slots=2, depth=3)
     bench.admit(request("a", [0, 1], max_new=11, seed=0), request("b", [3, 3], max_new=9, seed=1))

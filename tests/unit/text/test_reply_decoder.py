@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from engine.errors import RequestError
 from engine.plugin.specs import TextSpec
-from engine.text.decoding import LONGEST_MATCH
+from engine.text.decoding import LONGEST_MATCH, bytes_of
 from engine.text.tokenizer import Text
 
 SPECIAL = "<|end|>"
@@ -119,6 +119,22 @@ def test_broken_byte_fallback_neither_raises_nor_waits_for_ever(ids):
         decoder.push([id])
         assert len(decoder._decoder._ids) < 64
     decoder.flush()
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("日本".encode()[:-1], "日\ufffd"),  # as a reply ends at max_tokens
+        (b"\xe6" + "日本".encode(), "\ufffd日本"),
+        ("日".encode() + b"\xe6" + "本".encode(), "日\ufffd本"),
+        ("é".encode() * 20 + b"\xc3", "é" * 20 + "\ufffd"),
+    ],
+)
+def test_a_broken_byte_leaves_the_characters_beside_it_whole(data, expected):
+    ids = [BYTE_FALLBACK.id_of(f"<0x{byte:02X}>") for byte in data]
+    assert BYTE_FALLBACK.decode(ids) == expected
+    decoder = BYTE_FALLBACK.reply()
+    assert "".join(decoder.push([id]) for id in ids) + decoder.flush() == expected
 
 
 PATTERNS = ["a+b", "h.llo", "[ab]{2,}", r"e\s*h", "(?i)HE|o", r"\bhe", "b|a.*b", "(?<=o)a", "o$", "é|ï+b?", "😀{2}"]
@@ -272,3 +288,18 @@ def test_empty_stop_string_is_refused():
     with pytest.raises(RequestError, match="empty string would end") as refusal:
         BYTE_LEVEL.reply(("a", ""))
     assert refusal.value.param == "stop"
+
+
+# ── the bytes of tokens ──────────────────────────────────────────────────────────────────────
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_byte_level_tokens_are_the_bytes_of_their_text(text: str) -> None:
+    written = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
+    assert b"".join(bytes_of(token) for token, _ in written) == text.encode()
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_tokens_that_no_bytes_are_written_as_are_taken_as_they_are(text: str) -> None:
+    added = text + " "  # a byte-level vocabulary writes a space as another character
+    assert bytes_of(added) == added.encode()

@@ -57,7 +57,7 @@ def admission() -> Admission:
 
 def odd_process() -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
     ours, theirs = socket.socketpair()
-    command = [sys.executable, str(Path(__file__).with_name("odd_text_process.py")), str(theirs.fileno())]
+    command = [sys.executable, str(Path(__file__).parents[2] / "lib" / "odd_text_process.py"), str(theirs.fileno())]
     with theirs:
         return ours, subprocess.Popen(command, pass_fds=[theirs.fileno()])
 

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from engine import ConfigError, Engine, SamplingParams, WorkerError
+from engine.kernels.logits import reference
 from engine.plugin.testing import ModelHarness
 from engine.worker import runner
 from engine.worker.main import peak_bytes
-from engine.worker.sampling import adjustments as logits
-from engine.worker.sampling import sampler
 from engine.worker.steps.graphs import ladder
 from engine_plugins.models.echo import Echo
 
@@ -33,20 +32,21 @@ TERMS = {
 def test_the_profile_run_asks_for_all_that_a_step_can_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its peak is that of the largest step only if every row filters, penalises and wants log-probabilities."""
     asked: dict[str, list[int]] = {}
+    harness = ModelHarness(Echo, {}, {})
 
     def watch(module: Any, name: str) -> None:
         function = getattr(module, name)
 
-        def watched(first: Any, *rest: Any) -> Any:
-            asked.setdefault(name, []).append(len(first))
-            return function(first, *rest)
+        def watched(*given: Any) -> Any:
+            asked.setdefault(name, []).append(len(next(each for each in given if isinstance(each, torch.Tensor))))
+            return function(*given)
 
         monkeypatch.setattr(module, name, watched)
 
     for module, names in (
-        (logits, ("penalize", "edit", "apply_bitmask")),
+        (harness.runner._logits, ("penalize", "edit", "apply_bitmask")),
         (runner, ("score", "score_prompt")),
-        (sampler, ("filtered", "_top_k", "_top_p")),
+        (reference, ("filtered", "_top_k", "_top_p")),
     ):
         for name in names:
             watch(module, name)
@@ -54,7 +54,6 @@ def test_the_profile_run_asks_for_all_that_a_step_can_be_asked(monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(peaks))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(peaks))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    harness = ModelHarness(Echo, {}, {})
     model, cpu = harness.runner.model, torch.device("cpu")
     held = -(-(48 + 1) // 4) * model.kv_spec().page_bytes
     assert peak_bytes(model, cpu, slots=5, max_model_len=64, step_tokens=48) == 4900 - held

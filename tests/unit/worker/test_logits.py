@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers.generation.logits_process import NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
+from engine.kernels import choose
 from engine.messages.request import Sampling
 from engine.messages.step import SlotAdmit
 from engine.worker.sampling.adjustments import Adjustments
@@ -12,6 +13,7 @@ from engine.worker.sampling.logprobs import PIECE, score, score_prompt
 
 VOCABULARY = 50
 CPU = torch.device("cpu")
+KERNELS = choose(CPU, torch.float32).logits
 GENERATOR = np.random.default_rng(0)
 
 
@@ -21,7 +23,7 @@ def ids(*numbers):
 
 def adjusted(logits, *rows):
     """`logits` with row i of slot i: (prompt, reply so far, what its Sampling says)."""
-    adjustments = Adjustments(len(rows) + 2, logits.shape[1], CPU)
+    adjustments = Adjustments(len(rows) + 2, logits.shape[1], CPU, KERNELS)
     table = torch.from_numpy(GENERATOR.integers(0, VOCABULARY, (len(rows) + 2, 40)).astype(np.int32))  # stale tokens
     for slot, (prompt, reply, asked) in enumerate(rows):
         said = [*prompt, *reply]
@@ -44,7 +46,7 @@ PROMPT, REPLY = [3, 7, 7, 9, 11], [7, 12, 12, 12, 3, 40]
 def test_a_step_in_which_nobody_asks_is_left_alone():
     logits = logits_of(3)
     assert torch.equal(adjusted(logits, *[(PROMPT, REPLY, {})] * 3), logits)
-    untouched = Adjustments(1, VOCABULARY, CPU)
+    untouched = Adjustments(1, VOCABULARY, CPU, KERNELS)
     untouched.apply(logits, np.zeros(1, int), np.zeros(1, int), None)  # does not look at the table
 
 
@@ -122,7 +124,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
 
 def test_a_slot_forgets_the_request_before():
-    adjustments = Adjustments(1, VOCABULARY, CPU)
+    adjustments = Adjustments(1, VOCABULARY, CPU, KERNELS)
     asked = Sampling(1.0, 0, 1.0, 0.0, 0, repetition_penalty=2.0)
     adjustments.admit([SlotAdmit(0, ids(1), asked, 1)])
     adjustments.admit([SlotAdmit(0, ids(1), Sampling(1.0, 0, 1.0, 0.0, 0), 1)])
@@ -134,7 +136,7 @@ def test_a_slot_forgets_the_request_before():
 
 def test_bad_words_of_a_slot_outlive_those_of_others():
     """What precedes them lies in one table for all slots, which is packed anew."""
-    adjustments = Adjustments(3, VOCABULARY, CPU)
+    adjustments = Adjustments(3, VOCABULARY, CPU, KERNELS)
 
     def admit(slot, **asked):
         adjustments.admit([SlotAdmit(slot, ids(*PROMPT), Sampling(1.0, 0, 1.0, 0.0, 0, **asked), len(PROMPT))])
@@ -163,7 +165,7 @@ def test_bad_words_of_a_slot_outlive_those_of_others():
 def test_scores_are_log_softmax_with_ranks_and_the_likeliest():
     logits = logits_of(4)
     tokens = torch.tensor([3, 0, 49, int(logits[3].argmax())])
-    scores = score(logits, tokens)
+    scores = score(KERNELS, logits, tokens)
     expected = logits.double().log_softmax(-1)
     assert torch.allclose(scores.logprobs.double(), expected[range(4), tokens], atol=1e-5)
     order = logits.argsort(dim=-1, descending=True)
@@ -185,7 +187,7 @@ def test_a_prompt_is_scored_piece_by_piece():
         return torch.cos(part * torch.arange(VOCABULARY))
 
     tokens = torch.arange(7)
-    whole = score(logits(hidden), tokens)
-    pieces = score_prompt(hidden, tokens, logits, PIECE // 3)
+    whole = score(KERNELS, logits(hidden), tokens)
+    pieces = score_prompt(KERNELS, hidden, tokens, logits, PIECE // 3)
     assert asked == [7, 3, 3, 1]
     assert torch.equal(whole.logprobs, pieces.logprobs) and torch.equal(whole.top_ids, pieces.top_ids)

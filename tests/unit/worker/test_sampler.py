@@ -6,10 +6,12 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from drawing import filtered, sample
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedConfig
 
+from engine.kernels.logits.reference import gumbel
 from engine.messages.request import Sampling
-from engine.worker.sampling.sampler import Columns, filtered, gumbel, sample
+from engine.worker.sampling.sampler import Columns
 
 
 def columns(*rows):
@@ -62,7 +64,7 @@ def test_noise_is_a_function_of_seed_position_and_id():
 
 
 def test_splitmix64_is_the_published_one():
-    from engine.worker.sampling.sampler import GAMMA, _mix
+    from engine.kernels.logits.reference import GAMMA, _mix
 
     outputs = _mix(torch.arange(1, 4) * GAMMA)  # state 0
     assert [value % 2**64 for value in outputs.tolist()] == [

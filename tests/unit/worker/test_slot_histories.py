@@ -92,7 +92,7 @@ class Device:
         )
         model = Pairs({}, build)
         with ThreadPoolExecutor(1) as thread:
-            grammars = Grammars(engines(), thread, WORDS, SLOTS, CPU)
+            grammars = Grammars(engines(), thread, WORDS, slots=SLOTS, device=CPU, kernels=build.kernels.logits)
             for number, source in GRAMMARS.items():
                 grammars.load(LoadGrammar(number, "llguidance", Grammar("regex", source), b""), lambda _: None)
         size = {"slots": SLOTS, "max_model_len": LONGEST, "page_size": PAGE}

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.kernels import choose
 from engine.messages.request import Sampling
 from engine.messages.step import SlotAdmit
 from engine.worker.sampling.adjustments import Adjustments
@@ -22,6 +23,7 @@ from engine.worker.sampling.sampler import Columns, Sampler
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SLOTS, VOCABULARY, POSITIONS = 3, 40, 32
+KERNELS = choose(DEVICE, torch.float32).logits
 FEW = 4  # the ids that texts and bad words are made of, so that these match
 
 Row = tuple[torch.Tensor, int, tuple[bytes, ...], Columns]  # logits as adjusted, the token drawn, scores, parameters
@@ -89,8 +91,8 @@ class Device:
 
     def __init__(self) -> None:
         self.tokens = torch.zeros(SLOTS, POSITIONS, dtype=torch.int32, device=DEVICE)
-        self.sampler = Sampler(self.tokens)
-        self.adjustments = Adjustments(SLOTS, VOCABULARY, DEVICE)
+        self.sampler = Sampler(self.tokens, KERNELS)
+        self.adjustments = Adjustments(SLOTS, VOCABULARY, DEVICE, KERNELS)
         self.requests: dict[int, Request] = {}
 
     def admit(self, requests: dict[int, Request]) -> None:
@@ -109,9 +111,9 @@ class Device:
         adjusted = logits.clone()
         self.adjustments.apply(adjusted, which, ends, self.tokens)
         on_device = torch.from_numpy(np.stack((which, ends - 1))).to(DEVICE)
-        drawn = self.sampler.draw(adjusted, which, ends - 1, on_device)
+        drawn = self.sampler.draw(adjusted, which, on_device)
         assert self.tokens[which, ends].tolist() == drawn.tolist()
-        columns, scores = self.sampler.columns.rows(which), score(logits, drawn).moved(torch.Tensor.cpu)
+        columns, scores = self.sampler.columns.rows(which), score(KERNELS, logits, drawn).moved(torch.Tensor.cpu)
         return [
             (adjusted[row], int(drawn[row]), told(scores, row, int(columns.logprobs[row])), one(columns, row))
             for row in range(len(slots))

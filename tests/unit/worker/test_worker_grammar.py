@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.grammars.engines import Engines
-from engine.kernels.logits.bitmask_reference import apply_bitmask
+from engine.kernels.logits.host import HostLogitOps
 from engine.layers.attention import AttentionBackend
 from engine.layers.build import Build
 from engine.messages.assets import GrammarLoaded, LoadGrammar
@@ -41,7 +41,7 @@ def no_attention(*_: Any) -> AttentionBackend:
 def grammars() -> Grammars:
     entries = Plugins.load(("llguidance",)).grammar_engines()
     engines = Engines(entries, WORDS, threads=2, whitespace=True)
-    return Grammars(engines, ThreadPoolExecutor(1), WORDS, SLOTS, CPU)
+    return Grammars(engines, ThreadPoolExecutor(1), WORDS, slots=SLOTS, device=CPU, kernels=HostLogitOps())
 
 
 class Device:
@@ -130,7 +130,7 @@ def test_lines_for_a_graph_bar_what_is_barred_outside(device: Device) -> None:
     assert guided is not None
     barred, expected = torch.zeros(2, 2, len(device.grammars._spelled))
     lines = torch.from_numpy(device.grammars.lines(guided, 2))
-    apply_bitmask(barred, device.grammars.masks, torch.arange(2), lines)
+    HostLogitOps().apply_bitmask(barred, device.grammars.masks, torch.arange(2), lines)
     device.grammars.mask(expected, guided)
     assert torch.equal(barred, expected)
     assert not barred[0].any() and barred[1].isfinite().sum() in (10, 11)
