@@ -23,6 +23,7 @@ from engine.messages import ToWorker
 from engine.messages.assets import DropGrammar, LoadGrammar
 from engine.messages.control import Boot, CountExperts, Ping, Pong, Profile, WorkerReady
 from engine.messages.step import StepPlan
+from engine.parallel.mesh import Mesh
 from engine.plugin.registry import Plugins, resolve
 from engine.plugin.terms import LONGEST, Terms
 from engine.runtime.channel import BlockingFrames
@@ -124,8 +125,7 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
             page_size=config.cache.page_size,
             max_model_len=min(limit, config.model.max_model_len or limit),
             attention_backend=backends.build,
-            rank=boot.rank,
-            world=boot.world,
+            mesh=Mesh(boot.rank, tp=boot.world),
             kv_dtype=torch.float8_e4m3fn if config.cache.kv_dtype == "fp8" else None,
             quantization=quantization(plugins, terms),
             deferred=True,

@@ -25,7 +25,7 @@ from engine.layers.encoder import Encoder
 from engine.layers.model import Model
 from engine.messages.request import Sampling
 from engine.messages.step import Logprobs, SlotAdmit, StepDone, StepPlan
-from engine.worker.experts import heed_padding
+from engine.worker.experts import routers_of
 from engine.worker.memory import Caches, copy_pages
 from engine.worker.sampling.adjustments import Adjustments
 from engine.worker.sampling.grammars import Grammars, Guided
@@ -122,7 +122,7 @@ class Runner:
         self.unscored = np.zeros((slots, 2), np.int64)  # prompt positions to be scored: from, to
         self._ahead_of: torch.cuda.Event | None = None  # the end of the last step, while it is not known to be over
         draw = self._draw_plain if self.sampler.captures else None
-        real = heed_padding(model)
+        real = bool(routers_of(model))
         masks = grammars is not None
         tables = Tables(model, caches, self.tokens, self.page_table, page_size, real, draw, masks)
         self.decode_graphs = DecodeGraphs(tables) if device.type != "cpu" else RecordedSteps(tables)
@@ -185,7 +185,7 @@ class Runner:
             return Result(nothing)
         if isinstance(self.model, Encoder):
             hidden, batch = self.forward(rows)
-            return Result(nothing, vectors=self.model.embed(hidden, batch))
+            return Result(nothing, vectors=self.model.pool(hidden, batch))
         prompts = None
         on_device: Sequence[Tensor] | Tensor
         steps: DecodeGraphs | RecordedSteps | None = None

@@ -18,7 +18,7 @@ from engine.layers.attention import PagedAttention, Prefix
 from engine.layers.batch import Batch, Mirror
 from engine.messages.control import CountAction, CountExperts
 from engine.plugin.testing import ModelHarness
-from engine.worker.experts import count_experts, heed_padding
+from engine.worker.experts import count_experts, routers_of
 from engine.worker.steps import graphs
 from engine.worker.steps.graphs import (
     FEW_ROWS_TOKENS,
@@ -125,7 +125,7 @@ def dense() -> ModelHarness:
 
 def tables(harness: ModelHarness) -> Tables:
     runner = harness.runner
-    real = heed_padding(runner.model)
+    real = bool(routers_of(runner.model))
     return Tables(runner.model, runner.caches, runner.tokens, runner.page_table, runner.page_size, counts_real=real)
 
 

@@ -53,10 +53,13 @@ class Pairs(Model):
         generator = torch.Generator().manual_seed(0)
         self.table = (torch.randn(SIZE + 1, SIZE, SIZE, generator=generator) * 4).round() / 2
 
-    def forward(self, batch: Batch) -> Tensor:
+    def embed(self, batch: Batch) -> Tensor:
+        return batch.ids[:, None]
+
+    def run(self, hidden: Tensor, batch: Batch, first: int, last: int) -> Tensor:
         """[T, 2]: each token, and the one before it as the cache has it; SIZE before the first."""
         tokens = batch.caches[0][0].view(-1)
-        tokens[batch.places] = batch.ids.to(tokens.dtype)
+        tokens[batch.places] = hidden[:, 0].to(tokens.dtype)
         slots = batch.slots.repeat_interleave(batch.row_offsets.diff())
         earlier = (batch.positions - 1).clamp(min=0)
         before = tokens[batch.page_table[slots, earlier // PAGE].to(torch.int64) * PAGE + earlier % PAGE]
