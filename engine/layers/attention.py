@@ -18,6 +18,7 @@ from engine.kernels import ops_for
 from engine.kernels.dense.reference import HeadNorms, Heads, Rotation
 from engine.layers.batch import Batch, upload
 from engine.layers.kv_scales import FP8_TYPES, KVScales
+from engine.messages.step import STEPS_IN_FLIGHT
 from engine.plugin.specs import KVGroup
 
 
@@ -53,8 +54,13 @@ class Backend(ABC):
     it, so a row may use pages that another row of the same step fills. Query i of row r sees positions
     0 .. starts[r]+i of that row and nothing else, whatever else lies in the pages: they start as zeros and are reused
     without being cleared.
+
+    Where a row begins is `batch.row_starts` on the device. The host's `starts` are the same, but for rows of drafts
+    on a GPU, which may begin later than the host knows: who plans on the host from `starts`, as FlashInfer does, can
+    serve no such rows. Steps with drafts are not captured, so `refill` and its kin always get exact ones.
     """
 
+    steps_in_flight: int = STEPS_IN_FLIGHT  # whose plans may be under way at a time: what takes turns has so many
     most_graph_tokens: float = float("inf")  # of a step with prompts, beyond which `prepare` has a faster way
 
     def __init__(self, page_size: int, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype | None) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from engine.layers.attention import Backend
@@ -17,10 +18,13 @@ from engine.messages.request import Sampling
 from engine.messages.step import SlotAdmit, StepPlan
 from engine.plugin.registry import Plugins
 from engine.plugin.terms import Terms
+from engine.testing.steps import step_plan
 from engine.testing.tensors import assert_close
 from engine.worker.backends import Backends
 from engine.worker.memory import allocate
-from engine.worker.runner import Runner, Step
+from engine.worker.runner import Runner
+from engine.worker.steps.results import Step
+from engine.worker.steps.rows import Rows
 
 # ── models ───────────────────────────────────────────────────────────────────────────────────
 
@@ -76,12 +80,12 @@ class ModelHarness:
         for slot, (owner, count) in (cached or {}).items():
             pages[slot, :count] = pages[owner, :count]
         triples = [(admit.slot, index, pages[admit.slot, index]) for admit in admits for index in range(self.each)]
-        return StepPlan(0, b"", admits, np.array(triples, "<i4").tobytes())
+        return step_plan(0, [], admits, triples)
 
     @torch.inference_mode()
     def logits(self, rows: Sequence[tuple[int, int, int]]) -> list[Tensor]:
         """Logits at every position of a step's rows (slot, start, length): [length, vocab_size] each."""
-        hidden, _ = self.runner.forward(np.array([[*row, 0] for row in rows], np.int64))
+        hidden, _ = self.runner.compute(Rows.of(np.array([[*row, 0] for row in rows])))
         return list(self.runner.model.logits(hidden).cpu().split([length for _, _, length in rows]))
 
 
@@ -133,11 +137,11 @@ def _greedy(harness: ModelHarness, reference: Reference, prompts: list[list[int]
         rows = [
             (slot, len(ids) + step - 1, 1, 1) if step else (slot, 0, len(ids), 1) for slot, ids in enumerate(prompts)
         ]
-        rows_bytes = np.array(rows, "<i4").tobytes()
         if len(steps) == ahead:
             finish_first()
-        steps.append(harness.runner.launch(StepPlan(step, rows_bytes, plan.admits, plan.pages)))
-        plan = StepPlan(0, b"")
+        now = step_plan(step, rows)
+        steps.append(harness.runner.launch(replace(now, admits=plan.admits, pages=plan.pages)))
+        plan = StepPlan(0)
     while steps:
         finish_first()
     for slot, prompt in enumerate(prompts):

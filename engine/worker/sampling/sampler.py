@@ -73,14 +73,15 @@ class Columns:
 class Sampler:
     """How each slot is sampled, and the draws of a step, which go into the device's table of tokens.
 
-    `tokens` [slots, positions] int32 is the Runner's. On a GPU what kernels need of each slot is kept there too, so
-    that a step uploads nothing; one draws in a pass over the logits, after others have found where filters cut them.
+    `tokens` [slots, positions] int32 and `lengths` [slots] int64 are the Runner's. On a GPU what kernels need of each
+    slot is kept there too, so that a step uploads nothing; one draws in a pass over the logits, after others have
+    found where filters cut them.
     """
 
-    def __init__(self, tokens: Tensor) -> None:
+    def __init__(self, tokens: Tensor, lengths: Tensor) -> None:
         slots = len(tokens)
         self.columns = Columns.empty(slots)
-        self._tokens = tokens
+        self._tokens, self._lengths = tokens, lengths
         self._filters = np.zeros(slots, bool)  # whether a slot asks for any: it takes long to ask the columns each step
         self._kernel = tokens.is_cuda and find_spec("triton") is not None
         self._reals = torch.zeros(3, slots, dtype=torch.float32, device=tokens.device)  # temperature, top_p, min_p
@@ -118,19 +119,21 @@ class Sampler:
         them, as engine.kernels.logits.draw.draw takes it."""
         from engine.kernels.logits.draw import draw
 
-        return draw(logits, on_device[0], on_device[1], self._reals[0], self._seeds, self._tokens, cut, masks)
+        return draw(
+            logits, on_device[0], on_device[1], self._reals[0], self._seeds, self._tokens, self._lengths, cut, masks
+        )
 
-    def draw(
-        self, logits: Tensor, slots: np.ndarray, lasts: np.ndarray, on_device: Sequence[Tensor] | Tensor
-    ) -> Tensor:
-        """Draws one token a row, ids [S] int64, and puts each after its row's last one.
+    def draw(self, logits: Tensor, slots: np.ndarray, on_device: Sequence[Tensor] | Tensor) -> Tensor:
+        """Draws one token a row, ids [S] int64, puts each after its row's last one, and counts it to its slot's length.
 
-        `logits` [S, V]; `slots` and `lasts` [S] int64 are each row's slot and the position of its last token, and
-        `on_device` [2, S] the same there.
+        `logits` [S, V]; `slots` [S] int64 are the rows' slots, and `on_device` [2, S] the same there, and the position
+        of each row's last token.
         """
         if not self._kernel:
-            tokens = sample(logits.to(torch.float32), self.columns.rows(slots), lasts + 1)
-            self._tokens[on_device[0], on_device[1] + 1] = tokens.to(torch.int32)
+            places = on_device[1] + 1
+            tokens = sample(logits.to(torch.float32), self.columns.rows(slots), places)
+            self._tokens[on_device[0], places] = tokens.to(torch.int32)
+            self._lengths[on_device[0]] = places + 1
             return tokens
         if not self._filters[slots].any():
             return self.draw_plain(logits, on_device)
@@ -141,18 +144,18 @@ class Sampler:
         return self.draw_plain(logits, on_device, cut)
 
 
-def sample(logits: Tensor, rows: Columns, positions: np.ndarray) -> Tensor:
+def sample(logits: Tensor, rows: Columns, positions: Tensor | np.ndarray) -> Tensor:
     """Draws one token a row: `logits` [S, V] float32 to ids [S] int64.
 
-    `positions` [S] are those of the tokens drawn. Temperature 0 is argmax, the lowest id of equals; else the draw is
-    Gumbel-max (arXiv:1411.0030) over what the filters leave.
+    `positions` [S] int64 are those of the tokens drawn. Temperature 0 is argmax, the lowest id of equals; else the
+    draw is Gumbel-max (arXiv:1411.0030) over what the filters leave.
     """
     greedy = logits.argmax(dim=-1)
     if not rows.temperature.any():
         return greedy
-    wholes = upload(np.stack((rows.seed, positions)), logits.device)
+    positions = torch.as_tensor(positions, device=logits.device)
     scores = filtered(logits, rows)
-    scores += gumbel(wholes[0], wholes[1], logits.shape[1])
+    scores += gumbel(upload(rows.seed, logits.device), positions, logits.shape[1])
     drawn = upload(rows.temperature, logits.device) > 0
     return torch.where(drawn, scores.argmax(dim=-1), greedy)
 

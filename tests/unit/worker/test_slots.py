@@ -89,7 +89,7 @@ class Device:
 
     def __init__(self) -> None:
         self.tokens = torch.zeros(SLOTS, POSITIONS, dtype=torch.int32, device=DEVICE)
-        self.sampler = Sampler(self.tokens)
+        self.sampler = Sampler(self.tokens, torch.zeros(SLOTS, dtype=torch.int64, device=DEVICE))
         self.adjustments = Adjustments(SLOTS, VOCABULARY, DEVICE)
         self.requests: dict[int, Request] = {}
 
@@ -109,7 +109,7 @@ class Device:
         adjusted = logits.clone()
         self.adjustments.apply(adjusted, which, ends, self.tokens)
         on_device = torch.from_numpy(np.stack((which, ends - 1))).to(DEVICE)
-        drawn = self.sampler.draw(adjusted, which, ends - 1, on_device)
+        drawn = self.sampler.draw(adjusted, which, on_device)
         assert self.tokens[which, ends].tolist() == drawn.tolist()
         columns, scores = self.sampler.columns.rows(which), score(logits, drawn).moved(torch.Tensor.cpu)
         return [
