@@ -82,7 +82,7 @@ class Scheduler:
         self._tree = RadixTree(self.page_size)
         # All that run, by how far the plans have got:
         self._prefilling: dict[str, Request] = {}  # not to the end of the prompt
-        self._decoding = DecodeRows(self.slots, self.drafts)
+        self._decoding = DecodeRows(self.drafts)
         self._ending: dict[str, Request] = {}  # to the end: the last token is in flight, or the vector
         self._stop_ids: Counter[int] = Counter()  # of all that run
         self._free_slots = list(range(self.slots - 1, -1, -1))
@@ -363,7 +363,7 @@ class Scheduler:
     ) -> None:
         """Rows yielded several tokens, or none."""
         scored = {scores.row: scores for scores in logprobs}
-        spans = [] if step.spans is None else step.spans.tolist()
+        spans = step.spans or []
         at = 0
         for row, (request, count) in enumerate(zip(step.requests, counts, strict=True)):
             first, at = at, at + count

@@ -6,14 +6,10 @@ Log-probabilities are only passed on: cut to the tokens that are kept, or joined
 from array import array
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from engine.messages.reply import Finish, Tokens
 from engine.messages.step import NOTHING, TOKEN, VECTOR, Logprobs, SlotAdmit, StepPlan
 from engine.sched.request import Request
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 class StepColumns:
@@ -30,7 +26,7 @@ class StepColumns:
     def __init__(self, budget: int) -> None:
         self.budget = budget  # tokens that may still be planned
         self.slots, self.starts, self.lengths, self.yields = array("i"), array("i"), array("i"), array("i")
-        self.spans: np.ndarray | None = None  # of each row that decodes, if any may yield several tokens
+        self.spans: list[int] | None = None  # of each row that decodes, if any may yield several tokens
         self.pages: dict[tuple[int, int], int] = {}  # (slot, index): page
         self.admits: list[SlotAdmit] = []
         self.requests: list[Request] = []

@@ -44,7 +44,10 @@ class Request:
 
     # Its place on the device, while it runs.
     slot: int = -1
-    row: int = -1  # in rows.py, while it decodes
+    row: int = -1  # in rows.py, while it decodes; so are the next three
+    room: int = 0  # tokens that `pages` hold
+    span: int = 1  # tokens that it computes in a step at most: its last one and drafts
+    ahead: int = 0  # how many tokens more than it surely has it may have once all plans sent have run
     since: int = NEVER  # first step of this stay on the device: results of earlier steps are dropped
     node: Node | None = None  # where its shared prefix ends in the tree; locked by this request
     shared: int = 0  # leading pages that the tree owns
