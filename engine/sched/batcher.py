@@ -199,11 +199,14 @@ class Scheduler:
             if sum(missing) <= self._available:
                 break
             self._retract(self._cheapest())
-        for request, tokens in short:
-            held, needed = len(request.pages), pages_for(tokens, self.page_size)
-            self._add_pages(request, needed - held)
-            self._decoding.grow(request, needed * self.page_size)
-            step.set_pages(request, range(held, needed))
+        else:
+            return
+        pages = self._take(sum(missing))
+        for (request, _), count in zip(short, missing, strict=True):
+            held = len(request.pages)
+            request.pages += [pages.pop() for _ in range(count)]
+            self._decoding.grow(request, (held + count) * self.page_size)
+            step.set_pages(request, range(held, held + count))
 
     def _plan_decodes(self, step: StepColumns) -> None:
         """A row for each: they fit, as nobody joins the running requests but with budget to spare."""
@@ -289,7 +292,7 @@ class Scheduler:
             return False
         request.shared = len(request.pages)
         request.computed = request.shared * self.page_size
-        self._add_pages(request, missing)
+        request.pages += self._take(missing)
         return True
 
     # ── a step's result ──────────────────────────────────────────────────────────────────────
@@ -401,14 +404,14 @@ class Scheduler:
         """Pages that can be had without retracting anyone."""
         return self._pool.free_pages + self._tree.evictable
 
-    def _add_pages(self, request: Request, count: int) -> None:
-        """Append `count` of the available pages to `request`'s own."""
+    def _take(self, count: int) -> list[int]:
+        """`count` of the available pages."""
         shortage = count - self._pool.free_pages
         if shortage > 0:
             self._pool.give(self._tree.evict(shortage))
         pages = self._pool.take(count)
         assert pages is not None, "more pages are taken than are available"
-        request.pages += pages
+        return pages
 
     def _share(self, request: Request, end: int) -> range:
         """Hand the tree the whole pages before position `end`. Where it has the same already, `request` takes
