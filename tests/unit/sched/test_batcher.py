@@ -4,15 +4,17 @@ from array import array
 from collections import deque
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from simulated_device import VOCABULARY, SimulatedDevice, naive, sampling, scores
+from simulated_device import VOCABULARY, SimulatedDevice, least_steps, naive, sampling, scores
 
 from engine.errors import RequestError
 from engine.messages.reply import Tokens
 from engine.messages.request import Admit
+from engine.messages.step import TOKEN as TOKEN_ROW
 from engine.sched import Scheduler
+from engine.testing.steps import rows_of
 from engine_plugins.policies.order import FirstComeFirstServed, LongestPrefixMatch
 
 POLICIES = {"fcfs": FirstComeFirstServed, "lpm": LongestPrefixMatch}
@@ -224,7 +226,7 @@ class AnythingHappens(RuleBasedStateMachine):
 
 
 TestAnything = AnythingHappens.TestCase
-TestAnything.settings = settings(max_examples=250, stateful_step_count=40, deadline=None, report_multiple_bugs=False)
+TestAnything.settings = settings(max_examples=250, stateful_step_count=40, deadline=None)
 
 
 # ── what is promised, one by one ─────────────────────────────────────────────────────────────
@@ -367,6 +369,47 @@ def test_several_tokens_from_one_row_save_steps():
     bench.admit(request("x", [1, 2], max_new=60))
     bench.drain()
     assert bench.scheduler.counts()["steps"] < 40
+
+
+@given(
+    depth=st.integers(1, 4),
+    burst=st.integers(1, 4),
+    ids=st.lists(TOKEN, min_size=1, max_size=9),
+    max_new=st.integers(1, 40),
+    stop_ids=st.sampled_from([(), (0,), (1, 3)]),
+    seed=st.integers(0, 99),
+)
+def test_a_row_that_gets_several_tokens_wastes_no_step(depth, burst, ids, max_new, stop_ids, seed):
+    """With any number of steps in flight, a lone request ends with the step that it would end with if each were planned
+    in the knowledge of the one before."""
+    bench = Bench(depth=depth, burst=burst)
+    admit = request("x", ids, max_new, stop_ids=stop_ids, seed=seed)
+    bench.admit(admit)
+    steps = 0
+    while bench.live:
+        while len(bench.flying) < depth and bench.plan():
+            pass
+        bench.commit()
+        steps += 1
+    assert steps == least_steps(admit, burst)
+    bench.drain()
+
+
+def test_a_grammar_gets_one_token_a_step():
+    """Its masks are for the token after those that are known."""
+    bench = Bench(burst=4, depth=3)
+    bench.scheduler.admit(request("x", [1, 2], max_new=9), grammar=7)
+    rows = []
+    while plan := bench.scheduler.plan():
+        rows += rows_of(plan)
+    assert rows == [(0, 0, 2, TOKEN_ROW), *((0, start, 1, TOKEN_ROW) for start in range(2, 10))]
+
+
+def test_drafts_leave_budget_for_a_row_of_each_request():
+    bench = Bench(burst=4, slots=6, max_step_tokens=6, depth=2)
+    for seed in range(6):
+        bench.admit(request(f"r{seed}", [seed % 4], max_new=20, seed=seed))
+    bench.drain()  # the device checks the budget
 
 
 def test_higher_priority_first_then_the_order_of_arrival():
