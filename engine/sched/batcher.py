@@ -509,5 +509,5 @@ class Scheduler:
         assert sorted(slots) == list(range(self.slots)), "slots are lost or taken twice"
         assert sorted(self._requests) == sorted(request.rid for request in chain(running, self._queue))
         assert all(request.computed < len(request.ids) for request in self._prefilling.values())
-        self._decoding.check_integrity(self.page_size)
+        self._decoding.check_integrity(self.page_size, idle=not self._in_flight)
         assert self._stop_ids == sum((Counter(request.stop_ids) for request in running), Counter())

@@ -134,8 +134,8 @@ class DecodeRows:
         self.leave(request)
         return True
 
-    def check_integrity(self, page_size: int) -> None:
-        """Assert that columns and requests fit together."""
+    def check_integrity(self, page_size: int, idle: bool) -> None:
+        """Assert that columns and requests fit together; `idle`, all that was planned is known."""
         assert [request.row for request in self.requests] == list(range(len(self.requests)))
         assert self.rids == [request.rid for request in self.requests]
         assert self._slots.tolist() == [request.slot for request in self.requests]
@@ -144,6 +144,7 @@ class DecodeRows:
             assert len(request.ids) <= self._clock + offset < request.limit
             assert request.room == len(request.pages) * page_size
             assert request.ahead >= 0 and (self._drafts or not request.ahead)
+            assert not idle or (len(request.ids), 0) == (self._clock + offset, request.ahead)
 
 
 def moved_up(whole: list[T], row: int) -> list[T]:

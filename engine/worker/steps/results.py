@@ -52,8 +52,8 @@ class Head:
     draws: Draws
     on_device: Sequence[Tensor] | Tensor  # [2, D] int64: the slot of each draw, and the position it is drawn after
     logits: Tensor | None
-    steps: DecodeGraphs | RecordedSteps | None
-    guided: Guided | None
+    steps: DecodeGraphs | RecordedSteps | None = None
+    guided: Guided | None = None
     known: Tensor | None = None  # [D] int64: tokens of each draw's slot before it; where rows have drafts
     drafted: Tensor | None = None  # [D] int64: what stands where the draws will
 

@@ -21,7 +21,7 @@ from engine.sched import Scheduler
 from engine.testing.steps import rows_of, step_plan
 from engine.worker.steps.batch import build_batch
 from engine.worker.steps.drafts import Draws, held, real_starts
-from engine.worker.steps.results import Step
+from engine.worker.steps.results import Head, Step
 from engine.worker.steps.rows import Rows
 from engine_plugins.policies.order import FirstComeFirstServed
 
@@ -126,6 +126,29 @@ def test_a_stop_id_among_drafts_ends_the_reply(alone: dict[str, Told], depth: in
         whole = alone[rid].tokens
         end = whole.index(stop) + 1 if stop in whole else len(whole)
         assert told.tokens == whole[:end]
+
+
+def test_what_a_slot_has_stays_though_it_is_drawn_again() -> None:
+    """A row near its limit begins earlier: what it then draws of known tokens may differ in the last bit of a logit."""
+    runner = harness("torch").runner
+    runner.tokens[1, :9] = torch.tensor([10, 11, 12, 13, 14, 15, 16, 17, 18], dtype=torch.int32)
+    runner.lengths[1] = 6
+    draws = Draws.of(Rows.of(np.array([(1, 3, 4, DRAFTS)])))
+    slots, lasts = torch.full((4,), 1), torch.arange(3, 7)
+    head = Head(draws, (slots, lasts), None, None, None, torch.full((4,), 6), torch.tensor([14, 15, 16, 17]))
+    kept = runner.publish(head, torch.tensor([90, 91, 16, 40]))
+    assert kept is not None and (kept.skipped.tolist(), kept.counts.tolist()) == ([2], [2])
+    assert runner.tokens[1, :8].tolist() == [10, 11, 12, 13, 14, 15, 16, 40] and runner.lengths[1] == 8
+
+
+def test_every_rank_has_the_tokens_of_rank_0() -> None:
+    """What is drawn on another rank gives way, in its tables and in what it reports."""
+    runner = harness("torch").runner
+    runner.agree = lambda tokens: tokens.copy_(torch.tensor([5, 6]))
+    head = Head(Draws.of(Rows.of(np.array([(0, 0, 4, TOKEN), (2, 3, 1, TOKEN)]))), torch.tensor([[0, 2], [3, 3]]), None)
+    tokens = torch.tensor([1, 2])
+    assert runner.publish(head, tokens) is None
+    assert tokens.tolist() == [5, 6] and runner.tokens[[0, 2], 4].tolist() == [5, 6]
 
 
 def test_rows_begin_where_their_slots_stand() -> None:
