@@ -22,18 +22,19 @@ Left out: preemption by priority while slots and pages last; tiers; more than on
 
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from itertools import accumulate, chain, compress
+from collections.abc import Iterator
+from itertools import chain
 
 from engine.cache.pool import PagePool
 from engine.cache.radix import Node, RadixTree
 from engine.errors import RequestError
 from engine.messages.reply import Finish, Tokens
 from engine.messages.request import Admit
-from engine.messages.step import Logprobs, SlotAdmit, StepDone, StepPlan
+from engine.messages.step import SlotAdmit, StepDone, StepPlan
 from engine.plugin.specs import Policy
-from engine.sched.columns import ReplyColumns, StepColumns, finish_of
+from engine.sched.columns import StepColumns
 from engine.sched.limits import check_fits, check_whole, pages_for
+from engine.sched.reply import Reply
 from engine.sched.request import NEVER, Request, rank
 from engine.sched.rows import DecodeRows
 from engine.sched.waiting import WaitingQueue
@@ -311,86 +312,19 @@ class Scheduler:
         """Take in the result of the oldest step in flight; None if it gives nobody a token."""
         number, step = self._in_flight.popleft()
         assert done.step == number, f"step {done.step} is done, but step {number} is the oldest in flight"
-        for scores in done.prompt_logprobs:
-            if number >= (request := step.scoring[scores.row]).since:
-                request.add_scores(scores)
-        reply, tokens = ReplyColumns(), array("i", done.tokens)
+        reply = Reply(number, step)
+        reply.add_prompt_scores(done.prompt_logprobs)
+        tokens = array("i", done.tokens)
         if step.spans is None and len(tokens) == len(step.requests):
-            self._commit_one_each(number, step, tokens, done.logprobs, reply)
+            reply.take_one_each(tokens, done.logprobs, self._stop_ids, whole=step.departures == self._departures)
         else:
-            self._commit_several(number, step, array("i", done.counts), tokens, done.logprobs, reply)
-        if step.pooled:
-            self._commit_vectors(number, step.pooled, done.vectors, reply)
-        self._generated_tokens += len(reply.tokens)
-        return reply.message(number) if reply.rids else None
-
-    def _commit_one_each(
-        self, number: int, step: StepColumns, tokens: "array[int]", logprobs: tuple[Logprobs, ...], reply: ReplyColumns
-    ) -> None:
-        """Each row yielded one token, as in most steps: only rows that begin, end or ask for more are looked at."""
-        requests, rids, ids = step.requests, step.rids, step.ids
-        place: Sequence[int] = range(len(requests))  # of each row in the reply
-        if step.departures != self._departures:
-            alive = [number >= request.since for request in requests]
-            place = [count - 1 if lives else -1 for lives, count in zip(alive, accumulate(alive), strict=True)]
-            requests, rids, ids = (
-                list(compress(requests, alive)),
-                list(compress(rids, alive)),
-                list(compress(ids, alive)),
-            )
-            tokens = array("i", compress(tokens, alive))
-        reply.accept_one_each(rids, ids, tokens)
-        for row in place[len(place) - step.firsts :]:
-            if row >= 0:
-                reply.begin(row, requests[row])
-        for scores in logprobs:
-            if (row := place[scores.row]) >= 0:
-                reply.add_logprobs(row, scores)
-        ending = {place[row] for row in step.ending if place[row] >= 0}
-        if not self._stop_ids.keys().isdisjoint(tokens):
-            ending |= {row for row, token in enumerate(tokens) if token in requests[row].stop_ids}
-        for row in sorted(ending):
-            finish = finish_of(row, requests[row], tokens[row])
-            assert finish is not None
-            reply.finishes.append(finish)
-            self._end(requests[row])
-
-    def _commit_several(
-        self,
-        number: int,
-        step: StepColumns,
-        counts: "array[int]",
-        tokens: "array[int]",
-        logprobs: tuple[Logprobs, ...],
-        reply: ReplyColumns,
-    ) -> None:
-        """Rows yielded several tokens, or none."""
-        scored = {scores.row: scores for scores in logprobs}
-        spans = step.spans or []
-        at = 0
-        for row, (request, count) in enumerate(zip(step.requests, counts, strict=True)):
-            first, at = at, at + count
-            if number < request.since:
-                continue  # it ended, or lost its slot, after this step was planned
-            if request.row >= 0 and row < len(spans) and self._decoding.correct(request, spans[row], count):
+            for request in reply.take_several(array("i", done.counts), tokens, done.logprobs, self._decoding):
                 self._ending[request.rid] = request
-            if not count:
-                continue
-            ended = reply.accept(request, tokens[first:at])
-            reply.begin(len(reply.rids) - 1, request)
-            if row in scored:
-                reply.add_logprobs(len(reply.rids) - 1, scored[row])
-            if ended:
-                self._end(request)
-
-    def _commit_vectors(self, number: int, pooled: list[Request], vectors: bytes, reply: ReplyColumns) -> None:
-        """`vectors` holds one of each request in `pooled`; it is all that was wanted of them."""
-        size = len(vectors) // len(pooled)
-        assert size, f"step {number} brought no vectors"
-        for index, request in enumerate(pooled):
-            if number >= request.since:
-                reply.add_vector(request, vectors[index * size : (index + 1) * size])
-                self._end(request)
+        reply.take_vectors(done.vectors)
+        for request in reply.ended:
+            self._end(request)
+        self._generated_tokens += len(reply.tokens)
+        return reply.message() if reply.rids else None
 
     def _end(self, request: Request) -> None:
         """Its last word is said."""

@@ -1,14 +1,8 @@
-"""The two messages of every step while they are built, column by column.
-
-Log-probabilities are only passed on: cut to the tokens that are kept, or joined where a prompt came in chunks.
-"""
+"""The plan of a step while it is built, column by column."""
 
 from array import array
-from collections import deque
-from collections.abc import Sequence
 
-from engine.messages.reply import Finish, Tokens
-from engine.messages.step import NOTHING, TOKEN, VECTOR, Logprobs, SlotAdmit, StepPlan
+from engine.messages.step import NOTHING, TOKEN, VECTOR, SlotAdmit, StepPlan
 from engine.sched.request import Request
 
 
@@ -79,100 +73,3 @@ class StepColumns:
             admits=tuple(self.admits),
             pages=pages.tobytes(),
         )
-
-
-class ReplyColumns:
-    """The columns of a Tokens while it is built."""
-
-    __slots__ = ("cached", "counts", "finishes", "logprobs", "prompt_logprobs", "rids", "tokens", "vectors")
-
-    def __init__(self) -> None:
-        self.rids: list[str] = []
-        self.counts = array("i")
-        self.tokens = array("i")
-        self.finishes: list[Finish] = []
-        self.cached: list[tuple[int, int]] = []
-        self.logprobs: list[Logprobs] = []
-        self.prompt_logprobs: list[Logprobs] = []
-        self.vectors: list[tuple[int, bytes]] = []
-
-    def accept_one_each(self, rids: list[str], ids: "Sequence[array[int]]", tokens: "array[int]") -> None:
-        """Add one token to each request, of which `ids` are the tokens so far."""
-        self.rids, self.tokens = rids, tokens
-        self.counts = array("i", [1]) * len(rids)
-        deque(map(array.append, ids, tokens), maxlen=0)  # a loop that runs in C
-
-    def accept(self, request: Request, tokens: "array[int]") -> bool:
-        """Add `tokens` to `request` and to this reply, up to where the request ends; True if it does."""
-        row, kept, finish = len(self.rids), 0, None
-        for token in tokens:
-            kept += 1
-            request.ids.append(token)
-            if finish := finish_of(row, request, token):
-                self.finishes.append(finish)
-                break
-        self.rids.append(request.rid)
-        self.counts.append(kept)
-        self.tokens += tokens[:kept]
-        return finish is not None
-
-    def begin(self, row: int, request: Request) -> None:
-        """Say what goes with the first token of `request`, if it is in this reply, in this row."""
-        if request.first:
-            request.first = False
-            self.cached.append((row, request.cached))
-            if request.scores:
-                self.prompt_logprobs.append(joined(row, request.scores))
-                request.scores = []
-
-    def add_logprobs(self, row: int, scores: Logprobs) -> None:
-        """Add those of the tokens accepted in `row`, which `scores` begins with."""
-        self.logprobs.append(cut(row, scores, self.counts[row]))
-
-    def add_vector(self, request: Request, vector: bytes) -> None:
-        """The one thing to say to a request that asks for a vector."""
-        row = len(self.rids)
-        self.rids = [*self.rids, request.rid]
-        self.counts.append(0)
-        self.vectors.append((row, vector))
-        self.finishes.append(Finish(row, "stop"))
-
-    def message(self, number: int) -> Tokens:
-        return Tokens(
-            step=number,
-            rids=self.rids,
-            counts=self.counts.tobytes(),
-            tokens=self.tokens.tobytes(),
-            finishes=tuple(self.finishes),
-            cached=tuple(self.cached),
-            logprobs=tuple(self.logprobs),
-            prompt_logprobs=tuple(self.prompt_logprobs),
-            vectors=tuple(self.vectors),
-        )
-
-
-def finish_of(row: int, request: Request, token: int) -> Finish | None:
-    """How `request` ends with `token`, its last one, if it does."""
-    if token in request.stop_ids:
-        return Finish(row, "stop", token)
-    if len(request.ids) == request.limit:
-        return Finish(row, "length")
-    return None
-
-
-def joined(row: int, parts: list[Logprobs]) -> Logprobs:
-    """Those of successive parts of a prompt, as one, of row `row`."""
-    columns = zip(*((part.logprobs, part.ranks, part.top_ids, part.top_logprobs) for part in parts), strict=True)
-    return Logprobs(row, *map(b"".join, columns))
-
-
-def cut(row: int, scores: Logprobs, count: int) -> Logprobs:
-    """Those of the first `count` tokens of `scores`, of row `row`."""
-    wide = 4 * (len(scores.top_ids) // len(scores.ranks))  # bytes of a token's likeliest
-    return Logprobs(
-        row,
-        scores.logprobs[: 4 * count],
-        scores.ranks[: 4 * count],
-        scores.top_ids[: wide * count],
-        scores.top_logprobs[: wide * count],
-    )
