@@ -66,7 +66,7 @@ class Reply:
         for scores in logprobs:
             if (row := place[scores.row]) >= 0:
                 self.logprobs.append(cut(row, scores, 1))
-        ending = {place[row] for row in self._step.ending if place[row] >= 0}
+        ending = {place[row] for row in self._step.ending if place[row] >= 0} if self._step.ending else set()
         if not stop_ids.keys().isdisjoint(tokens):
             ending |= {row for row, token in enumerate(tokens) if token in requests[row].stop_ids}
         for row in sorted(ending):

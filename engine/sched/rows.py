@@ -102,12 +102,13 @@ class DecodeRows:
             step.budget -= count
         attention = self._attention()
         self._clock += 1
+        if not attention:
+            return []
         step.ending = [row for row in attention if self._clock + self._offsets[row] == self.requests[row].limit]
         ended = [self.requests[row] for row in step.ending]
         for request in ended:
             self.leave(request)
-        if attention:
-            self._due = min(self._dues, default=self._clock)
+        self._due = min(self._dues, default=self._clock)
         return ended
 
     def _plan_drafts(self, step: StepColumns) -> None:
