@@ -55,9 +55,9 @@ class Backend(ABC):
     0 .. starts[r]+i of that row and nothing else, whatever else lies in the pages: they start as zeros and are reused
     without being cleared.
 
-    Where a row begins is `batch.row_starts` on the device. The host's `starts` are the same, but for rows of drafts
-    on a GPU, which may begin later than the host knows: who plans on the host from `starts`, as FlashInfer does, can
-    serve no such rows. Steps with drafts are not captured, so `refill` and its kin always get exact ones.
+    Rows begin at `batch.row_starts`, on the device. The host's `starts` are the same, but for rows of drafts on a GPU:
+    these may begin later than the host knows, so a backend that plans on the host from `starts`, as FlashInfer does,
+    cannot serve them. No step with drafts is captured, so `refill` and its like always get exact starts.
     """
 
     steps_in_flight: int = STEPS_IN_FLIGHT  # whose plans may be under way at a time: what takes turns has so many

@@ -1,7 +1,7 @@
 """One step of the device: what is planned and what has come of it.
 
-A step is relative to the device: a row that yields tokens begins where its slot stands when the step runs, which the
-scheduler need not know yet. Left out: how tensors of one step pass between ranks (engine/parallel).
+A step is relative to the device: a row of drafts begins where its slot stands when the step runs, which the scheduler
+need not know yet. Left out: how tensors of one step pass between ranks (engine/parallel).
 """
 
 from engine.messages.base import Message, Part
@@ -34,18 +34,20 @@ class StepPlan(Message, frozen=True):
     """scheduler → every rank: all that one step needs, in the order it is applied.
 
     `admits`, then `pages` (int32 [n, 3]: slot, index in the slot's page list, page), then the forward pass over R rows,
-    whose columns are int32 [R]. Row r computes `lengths[r]` positions of slot `slots[r]`, and `yields[r]` says what
-    comes of them and where they begin:
+    whose columns are int32 [R]. Row r computes `lengths[r]` positions of slot `slots[r]` from `starts[r]` on, and
+    `yields[r]` says what comes of them:
 
-        NOTHING  a part of a prompt, from `starts[r]` on
-        TOKEN    the last tokens of the slot; one token is drawn after them
-        DRAFTS   the last token and the drafts after it; those that are drawn again, and the token drawn after them,
-                 are yielded: at most `lengths[r]`, at least one, and none only if the slot holds `limit` tokens
-        VECTOR   all tokens of the slot; they become one vector
+        NOTHING  they are a part of a prompt
+        TOKEN    they are the last tokens of the slot; one token is drawn after them
+        DRAFTS   they are the last token and the drafts after it; those that are drawn again, and the token drawn after
+                 them, are yielded: at most `lengths[r]`, at least one, and none only if the slot holds `limit` tokens
+        VECTOR   they are all tokens of the slot, and become one vector
 
-    For rows of a TOKEN or DRAFTS, `starts[r]` is the least position that the row may begin at. The device reads the
-    real one from `lengths[slot]`, the tokens that it holds. Both are equal where every row of the slot in flight yields
-    one token. The slot has pages for the most that the row may reach.
+    A row of DRAFTS is relative to the device. Its start is what the scheduler is sure of, the least that it may be; the
+    device reads the real one from `lengths[slot]`, the tokens that the slot holds by then. The slot has pages for the
+    most that the row may reach. Every other start is exact: a row of a TOKEN follows none of DRAFTS that is in flight.
+    So whatever plans on the host from exact starts (FlashInfer, captured steps, log-probabilities of prompts) serves
+    all rows but those of DRAFTS. Prefixes that rows share may be looked for with the least start.
 
     `lane` names the pipeline's micro-batch. Steps run on the device in the order sent, so a page freed by step n may be
     written by step n+1.
