@@ -17,7 +17,7 @@ from engine.plugin.specs import KVSpec
 
 
 class Encoder(Model):
-    """A subclass sets `vocab_size` and `embedding_size`, and writes `forward` and `embed`.
+    """A subclass sets `vocab_size` and `embedding_size`, and writes `forward` and `pool`.
 
     Every row of a batch starts at position 0 and is a whole prompt.
     """
@@ -30,7 +30,7 @@ class Encoder(Model):
         self._page_size = build.page_size
 
     @abstractmethod
-    def embed(self, hidden: Tensor, batch: Batch) -> Tensor:
+    def pool(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Float32 vectors [R, embedding_size] of the rows whose hidden states are `hidden` [T, H]."""
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ class Model(nn.Module, ABC):
     def forward(self, batch: Batch) -> Tensor:
         """The hidden states of the step's tokens, [T, H]."""
 
-    def embed(self, hidden: Tensor, batch: Batch) -> Tensor:
+    def pool(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Float32 vectors [R, embedding_size] of the rows whose hidden states are `hidden` [T, H], of a model that
         yields vectors."""
         raise NotImplementedError(f"{type(self).__name__} makes no vectors")

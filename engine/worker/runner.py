@@ -124,7 +124,7 @@ class Runner:
         forward = self.forward(rows)
         if self.model.yields == VECTOR:
             assert forward.batch is not None
-            return Result(self._no_tokens, vectors=self.model.embed(forward.hidden, forward.batch))
+            return Result(self._no_tokens, vectors=self.model.pool(forward.hidden, forward.batch))
         prompts = self._score_prompts(rows, forward)
         if (rows.yields == NOTHING).all():
             return Result(self._no_tokens, prompts=prompts)

@@ -181,7 +181,7 @@ class Bert(Encoder):
     def forward(self, batch: Batch) -> Tensor:
         return self.encoder(self.embeddings(batch), grouped(batch))
 
-    def embed(self, hidden: Tensor, batch: Batch) -> Tensor:
+    def pool(self, hidden: Tensor, batch: Batch) -> Tensor:
         firsts = batch.row_offsets[:-1]
         if self.mode == "cls":
             vectors = hidden[firsts].to(torch.float32)
