@@ -27,6 +27,7 @@ from engine.layers.attention import AttentionShape, PagedAttention, Prefix
 from engine.layers.batch import Batch
 from engine.plugin.registry import Plugins, resolve
 from engine.worker.steps.batch import build_batch
+from engine.worker.steps.rows import Rows
 
 DEVICE = torch.device("cuda")
 HEADS = {"llama3.1-8b": (32, 8), "qwen3-0.6b": (16, 8)}
@@ -67,7 +68,7 @@ class Setting:
     def batch(self, starts: np.ndarray, lengths: np.ndarray) -> Batch:
         rows = np.stack([np.arange(self.rows), starts, lengths, np.ones_like(starts)], axis=1)
         tokens = torch.zeros(self.rows, self.length + 1, dtype=torch.int32, device=DEVICE)
-        return build_batch(rows, tokens, self.table, self.page_size, ())
+        return build_batch(Rows.of(rows), tokens, self.table, self.page_size, ())
 
     def decode_batch(self) -> Batch:
         return self.batch(np.full(self.rows, self.length - 1), np.ones(self.rows, np.int64))

@@ -29,6 +29,7 @@ from engine.kernels.dense.triton import TritonOps
 from engine.layers import AttentionShape, Batch, LatentBackend, LatentShape
 from engine.plugin.registry import Plugins, resolve
 from engine.worker.steps.batch import build_batch
+from engine.worker.steps.rows import Rows
 
 DEVICE = torch.device("cuda")
 BATCHES, CONTEXTS = (1, 32, 128), (1024, 8192, 32768)
@@ -66,7 +67,7 @@ class Setting:
     def batch(self, starts: np.ndarray, lengths: np.ndarray) -> Batch:
         rows = np.stack([np.arange(self.rows), starts, lengths, np.ones_like(starts)], axis=1)
         tokens = torch.zeros(self.rows, self.length + 1, dtype=torch.int32, device=DEVICE)
-        return build_batch(rows, tokens, self.table, self.page_size, ())
+        return build_batch(Rows.of(rows), tokens, self.table, self.page_size, ())
 
     def decode_batch(self) -> Batch:
         return self.batch(np.full(self.rows, self.length - 1), np.ones(self.rows, np.int64))

@@ -12,6 +12,7 @@ from torch import Tensor
 from engine.layers.batch import Batch
 from engine.layers.build import Build
 from engine.layers.model import Model
+from engine.messages.step import VECTOR
 from engine.plugin.specs import KVSpec
 
 
@@ -21,7 +22,7 @@ class Encoder(Model):
     Every row of a batch starts at position 0 and is a whole prompt.
     """
 
-    embedding_size: int
+    yields = VECTOR
 
     @abstractmethod
     def __init__(self, config: dict[str, Any], build: Build) -> None:

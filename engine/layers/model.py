@@ -19,6 +19,7 @@ from engine.errors import ConfigError
 from engine.layers.attention import Backend
 from engine.layers.batch import Batch
 from engine.layers.build import Build
+from engine.messages.step import TOKEN
 from engine.plugin.specs import KVSpec, LazyTensor
 
 LARGEST = 1 << 44  # bytes of one weight
@@ -151,6 +152,8 @@ class Model(nn.Module, ABC):
     staged = False
     vocab_size: int
     held: range = range(1)
+    yields: int = TOKEN  # what comes of a row, as in a StepPlan: a TOKEN, or a VECTOR
+    embedding_size: int = 0  # numbers of a vector
     backends: tuple[Backend, ...] = ()
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # ends of names in checkpoints that hold no weight
 
@@ -175,6 +178,11 @@ class Model(nn.Module, ABC):
     def forward(self, batch: Batch) -> Tensor:
         """The hidden states of the step's tokens, [T, H], where all layers are here."""
         return self.run(self.embed(batch), batch, self.held.start, self.held.stop)
+
+    def pool(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Float32 vectors [R, embedding_size] of the rows whose hidden states are `hidden` [T, H], of a model that
+        yields vectors."""
+        raise NotImplementedError(f"{type(self).__name__} makes no vectors")
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from engine.layers.attention import Backend
@@ -18,10 +19,13 @@ from engine.parallel.groups import Groups
 from engine.parallel.mesh import ALONE
 from engine.plugin.registry import Plugins
 from engine.plugin.terms import Terms
+from engine.testing.steps import step_plan
 from engine.testing.tensors import assert_close
 from engine.worker.backends import Backends
 from engine.worker.memory import allocate
-from engine.worker.runner import Runner, Step
+from engine.worker.runner import Runner
+from engine.worker.steps.results import Step
+from engine.worker.steps.rows import Rows
 
 # ── models ───────────────────────────────────────────────────────────────────────────────────
 
@@ -81,12 +85,12 @@ class ModelHarness:
         for slot, (owner, count) in (cached or {}).items():
             pages[slot, :count] = pages[owner, :count]
         triples = [(admit.slot, index, pages[admit.slot, index]) for admit in admits for index in range(self.each)]
-        return StepPlan(0, b"", admits, np.array(triples, "<i4").tobytes())
+        return step_plan(0, [], admits, triples)
 
     @torch.inference_mode()
     def logits(self, rows: Sequence[tuple[int, int, int]]) -> list[Tensor]:
         """Logits at every position of a step's rows (slot, start, length): [length, vocab_size] each."""
-        hidden, _ = self.runner.forward(np.array([[*row, 0] for row in rows], np.int64))
+        hidden, _ = self.runner.compute(Rows.of(np.array([[*row, 0] for row in rows])))
         return list(self.runner.model.logits(hidden).cpu().split([length for _, _, length in rows]))
 
     def greedy(self, prompts: Sequence[list[int]], count: int, ahead: int = 3) -> list[list[int]]:
@@ -106,9 +110,8 @@ class ModelHarness:
             ]
             if len(steps) == ahead:
                 finish_first()
-            rows_bytes = np.array(rows, "<i4").tobytes()
-            steps.append(self.runner.launch(StepPlan(step, rows_bytes, plan.admits, plan.pages)))
-            plan = StepPlan(0, b"")
+            steps.append(self.runner.launch(replace(step_plan(step, rows), admits=plan.admits, pages=plan.pages)))
+            plan = StepPlan(0)
         while steps:
             finish_first()
         return np.stack(done, axis=1).tolist()

@@ -15,6 +15,7 @@ from engine.parallel.mesh import Mesh
 from engine.plugin import Terms
 from engine.plugin.testing import ModelHarness
 from engine.worker.memory import allocate
+from engine.worker.steps.rows import Rows
 from engine_plugins.attention.torch.mha import TorchAttention
 from engine_plugins.attention.torch.mla import TorchLatentAttention
 from engine_plugins.models.deepseek import Deepseek
@@ -37,7 +38,7 @@ CASES: dict[str, tuple[type[Model], str, dict[str, Any], Any]] = {
     "two kinds of layers": (Gemma3, "Gemma3", {**WINDOWS, "num_hidden_layers": 4}, TorchAttention),
     "latent attention": (Deepseek, "DeepseekV3", LATENT, TorchLatentAttention),
 }
-ROWS = np.array([[0, 0, 21, 1], [1, 0, 9, 1]], np.int64)
+ROWS = Rows.of(np.array([[0, 0, 21, 1], [1, 0, 9, 1]]))
 
 
 def stage(model: type[Model], config: dict[str, Any], tensors: Any, rank: int, pp: int, attention: Any) -> Model:
@@ -75,14 +76,14 @@ def whole(case: tuple[Any, ...]) -> ModelHarness:
     model, config, tensors, attention = case
     harness = ModelHarness(model, config, tensors, attention=attention)
     generator = np.random.default_rng(1)
-    harness.runner.apply(harness.admit([generator.integers(0, 96, length).tolist() for length in ROWS[:, 2]]))
+    harness.runner.apply(harness.admit([generator.integers(0, 96, length).tolist() for length in ROWS.lengths]))
     return harness
 
 
 @torch.inference_mode()
 def test_two_ranges_are_the_whole(whole: ModelHarness) -> None:
     model = whole.runner.model
-    hidden, batch = whole.runner.forward(ROWS)
+    hidden, batch = whole.runner.compute(ROWS)
     for cut in range(1, len(model.held)):
         between = model.run(model.embed(batch), batch, 0, cut)
         assert between.shape == hidden.shape
@@ -96,7 +97,7 @@ def test_two_stages_are_the_whole(case: tuple[Any, ...], whole: ModelHarness) ->
     assert [*stages[0].held, *stages[1].held] == list(whole.runner.model.held)
     caches = [allocate(each.kv_spec(), whole.each * whole.slots, torch.device("cpu")) for each in stages]
     for rows in ([[0, 0, 15, 1], [1, 0, 4, 1]], [[1, 4, 1, 1], [0, 15, 6, 1]]):
-        hidden, batch = whole.runner.forward(np.array(rows, np.int64))
+        hidden, batch = whole.runner.compute(Rows.of(np.array(rows)))
         passed = None
         for each, cache in zip(stages, caches, strict=True):
             mine = own(batch, each, cache)

@@ -14,12 +14,13 @@ from packed import Blocks
 from ranks import Ranks, open_ranks
 from torch import Tensor
 
-from engine.messages.step import StepPlan
+from engine.messages.step import VECTOR
 from engine.parallel.collectives import all_gather, all_reduce, broadcast, reduce_scatter
 from engine.parallel.groups import Groups
 from engine.plugin.kernels import quantize_blocks
 from engine.plugin.registry import resolve
 from engine.plugin.testing import ModelHarness
+from engine.testing.steps import step_plan
 from engine_plugins.quantization.fp8 import Fp8
 
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 8}
@@ -115,8 +116,8 @@ def vectors(groups: Groups | None, file: Path) -> NDArray[np.float32]:
     harness = ModelHarness(resolve(f"{MODELS}.bert:Bert"), config, tensors, groups=groups)
     asked = prompts(config["vocab_size"])
     plan = harness.admit(asked)
-    rows = np.array([(slot, 0, len(ids), 2) for slot, ids in enumerate(asked)], "<i4").tobytes()
-    done = harness.runner.finish(harness.runner.launch(StepPlan(1, rows, plan.admits)))
+    rows = [(slot, 0, len(ids), VECTOR) for slot, ids in enumerate(asked)]
+    done = harness.runner.finish(harness.runner.launch(step_plan(1, rows, plan.admits)))
     return np.frombuffer(done.vectors, "<f4").reshape(len(asked), -1)
 
 

@@ -24,11 +24,12 @@ from engine.layers.build import Build
 from engine.layers.model import Model
 from engine.messages.assets import LoadGrammar
 from engine.messages.request import Admit, Grammar, Sampling
-from engine.messages.step import Logprobs, SlotAdmit, StepPlan
+from engine.messages.step import Logprobs, SlotAdmit
 from engine.plugin.registry import Plugins
 from engine.plugin.specs import KVGroup, KVSpec, Vocabulary
 from engine.plugin.testing import ModelHarness
 from engine.sched import Scheduler
+from engine.testing.steps import step_plan
 from engine.worker.backends import Backends
 from engine.worker.memory import allocate
 from engine.worker.runner import Runner
@@ -259,10 +260,8 @@ def replies(device: ModelHarness) -> list[tuple[bytes, Any, Any]]:
     steps += [[(slot, length + at, 1, 1) for slot, length in enumerate((7, 2, 5))] for at in range(6)]
     done = []
     for number, rows in enumerate(steps):
-        first = (admits, np.array(pages, "<i4").tobytes()) if number == 0 else ((), b"")
-        done.append(
-            device.runner.finish(device.runner.launch(StepPlan(number, np.array(rows, "<i4").tobytes(), *first)))
-        )
+        first = (admits, pages) if number == 0 else ()
+        done.append(device.runner.finish(device.runner.launch(step_plan(number, rows, *first))))
     return [(step.tokens, step.logprobs, step.prompt_logprobs) for step in done]
 
 
