@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
+from engine.messages.assets import Need
 from engine.messages.base import Message, Part
 
 GrammarKind = Literal["json_object", "json_schema", "regex", "ebnf", "lark", "choice", "structural_tag"]
@@ -170,7 +171,8 @@ class Sampling(Part, frozen=True):
 
 
 class Admit(Message, frozen=True):
-    """tokenizer → scheduler: a checked request. `ids` is int32; `max_new` 0 asks for a vector in place of tokens."""
+    """tokenizer → scheduler: a checked request. `ids` is int32; `max_new` 0 asks for a vector in place of tokens. It
+    runs once all its `needs` are met."""
 
     rid: str
     ids: bytes
@@ -179,7 +181,7 @@ class Admit(Message, frozen=True):
     max_new: int
     priority: int = 0
     cache_salt: str = ""
-    grammar: Grammar | None = None
+    needs: tuple[Need, ...] = ()
 
 
 class Abort(Message, frozen=True):

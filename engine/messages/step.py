@@ -1,5 +1,6 @@
 """One step of the device: what is planned and what has come of it."""
 
+from engine.messages.assets import Bound
 from engine.messages.base import Message, Part
 from engine.messages.request import Sampling
 
@@ -7,15 +8,14 @@ from engine.messages.request import Sampling
 class SlotAdmit(Part, frozen=True):
     """A request takes device row `slot`: its tokens so far (int32), of which `prompt_len` are its prompt, and how to
     sample it. If its prompt's log-probabilities are asked for, those of its first `scored` + 1 tokens are known.
-    `grammar` is the number of a LoadGrammar; 0 is none. It begins behind the text `after` (see Grammar)."""
+    `bound` are the things on the device that it uses."""
 
     slot: int
     ids: bytes
     sampling: Sampling
     prompt_len: int = 0
     scored: int = 0
-    grammar: int = 0
-    after: str = ""
+    bound: tuple[Bound, ...] = ()
 
 
 class StepPlan(Message, frozen=True):

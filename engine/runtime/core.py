@@ -19,6 +19,7 @@ from engine.errors import EngineError
 from engine.logs import set_up_logging
 from engine.messages import FromFront, ToFront
 from engine.messages.control import Boot, Fatal
+from engine.messages.grammars import GRAMMAR
 from engine.plugin.registry import Plugins
 from engine.runtime.actor import Actor, supervise
 from engine.runtime.allocator import give_back_large_blocks
@@ -38,7 +39,7 @@ def core_actors(
     to_scheduler, scheduler_inbox = open_channel()
     to_executor, executor_inbox = channel(PLANS)
     to_compiler, compiler_inbox = open_channel()
-    scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, to_compiler, front)
+    scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, {GRAMMAR: to_compiler}, front)
     executor = ExecutorActor(config, executor_inbox, to_scheduler, start)
     compiler = CompilerActor(config, compiler_inbox, to_scheduler)
     return [scheduler, executor, compiler], to_scheduler

@@ -14,6 +14,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from engine.cache.radix import Node
+from engine.messages.assets import Bound
 from engine.messages.request import Admit, Sampling
 from engine.messages.step import Logprobs
 
@@ -33,8 +34,7 @@ class Request:
     sampling: Sampling
     stop_ids: frozenset[int]
     salt: bytes  # its prefix is shared with requests of the same salt alone
-    grammar: int  # its number on the device; 0 is none
-    after: str  # what it begins behind
+    bound: tuple[Bound, ...]  # its needs, met
 
     length: int
     computed: int = 0
@@ -52,8 +52,8 @@ class Request:
     capacity: int = 0  # tokens that `pages` can hold
 
     @classmethod
-    def admitted(cls, admit: Admit, arrival: int, grammar: int = 0) -> "Request":
-        """A waiting request, from what the tokenizer says; `grammar` is the number of its grammar."""
+    def admitted(cls, admit: Admit, arrival: int, bound: tuple[Bound, ...] = ()) -> "Request":
+        """A waiting request, from what the tokenizer says; its needs are met as `bound` says."""
         ids = array("i", admit.ids)
         asks = admit.sampling.prompt_logprobs >= 0 and len(ids) > 1  # nothing predicts a prompt's first token
         return cls(
@@ -66,8 +66,7 @@ class Request:
             sampling=admit.sampling,
             stop_ids=frozenset(admit.stop_ids),
             salt=admit.cache_salt.encode(),
-            grammar=grammar,
-            after=admit.grammar.after if admit.grammar else "",
+            bound=bound,
             length=len(ids),
             scored=0 if asks else NEVER,
         )

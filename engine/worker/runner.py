@@ -23,9 +23,11 @@ from torch import Tensor
 from engine.layers.batch import Batch, upload
 from engine.layers.encoder import Encoder
 from engine.layers.model import Model
+from engine.messages.grammars import GRAMMAR
 from engine.messages.request import Sampling
 from engine.messages.step import Logprobs, SlotAdmit, StepDone, StepPlan
 from engine.worker.experts import heed_padding
+from engine.worker.loaders import Loader
 from engine.worker.memory import Caches, copy_pages
 from engine.worker.sampling.adjustments import Adjustments
 from engine.worker.sampling.grammars import Grammars, Guided
@@ -118,6 +120,7 @@ class Runner:
         self.sampler = Sampler(self.tokens)
         self.adjustments = Adjustments(slots, model.vocab_size, device)
         self.grammars = grammars
+        self.loaders: dict[str, Loader] = {} if grammars is None else {GRAMMAR: grammars}  # by kind of need
         self.unscored = np.zeros((slots, 2), np.int64)  # prompt positions to be scored: from, to
         self._ahead_of: torch.cuda.Event | None = None  # the end of the last step, while it is not known to be over
         draw = self._draw_plain if self.sampler.captures else None
