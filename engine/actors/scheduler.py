@@ -10,6 +10,7 @@ import logging
 import time
 from array import array
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import anyio
@@ -35,7 +36,6 @@ from engine.messages.control import (
     WorkerReady,
     WorkerSilent,
 )
-from engine.messages.grammars import GRAMMAR
 from engine.messages.reply import Failed, Finish, Tokens
 from engine.messages.request import Abort, Admit, StopHit
 from engine.messages.step import StepDone
@@ -55,6 +55,14 @@ RUNNING = ("ready", "stalled")  # states of a worker that reads what it is sent
 LOST = "the device worker stopped while this request was running, and is being restarted; send the request again"
 
 
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """What makes one kind of need, and how many things of it are `kept` that no request uses."""
+
+    inbox: Outbox[ToMaker]
+    kept: int
+
+
 class SchedulerActor:
     name = "scheduler"
 
@@ -64,17 +72,17 @@ class SchedulerActor:
         policy: Policy,
         inbox: MemoryObjectReceiveStream[ToScheduler],
         executor: Outbox[ToExecutor],
-        makers: Mapping[str, Outbox[ToMaker]],
+        makers: Mapping[str, Maker],
         front: Outbox[ToFront],
     ) -> None:
         self.config = config
         self.policy = policy
         self.inbox = inbox
         self.executor = executor
-        self.makers = makers  # by the kind of what they make
+        self.makers = makers  # by the kind of need
         self.front = front
         self.scheduler: Scheduler | None = None
-        self.room = WaitingRoom({GRAMMAR: config.grammar.grammar_cache})
+        self.room = WaitingRoom({kind: maker.kept for kind, maker in makers.items()})
         self.worker: Literal["starting", "ready", "restarting", "stalled", "failed"] = "starting"
         self.cause = ""
         self.in_flight = 0
@@ -196,7 +204,7 @@ class SchedulerActor:
         """Send what is due in the waiting room to makers and device; queue and refuse requests."""
         assert self.scheduler is not None, "the front lets requests in only once the worker is ready"
         for make in due.makes:
-            await self.makers[make.kind].send(make)
+            await self.makers[make.kind].inbox.send(make)
         for message in due.device:
             await self.executor.send(message)
         for admit, bound in due.ready:
@@ -236,7 +244,7 @@ class SchedulerActor:
                 max_waiting=schedule.max_waiting,
             )
         for maker in self.makers.values():
-            await maker.send(ready)
+            await maker.inbox.send(ready)
         await self._pass_on(self.room.started())
         if self.worker == "restarting":
             self.restarts += 1

@@ -16,10 +16,12 @@ import engine.grammars.vocabulary
 import engine.text.checkpoint
 import engine.text.fallback
 from engine.errors import RequestError
-from engine.messages.assets import Bound
+from engine.messages import FromExecutor
+from engine.messages.assets import Bound, Loaded
 from engine.messages.grammars import GRAMMAR, grammar_need
 from engine.messages.request import Admit, Generate, Grammar, Sampling
 from engine.plugin.registry import Plugins
+from engine.runtime.channel import Outbox
 
 pytestmark = pytest.mark.anyio
 JSON = '{"type":"object","properties":{"a":{"type":"integer"}}}'
@@ -165,6 +167,54 @@ async def test_a_worker_that_dies_gets_the_grammars_again() -> None:
                 await anyio.sleep(0.01)
         assert await house.text(with_regex("one", "again")) == counted("a", 5)
         assert house.executor.loaded == [1, 1]
+
+
+async def test_no_step_is_planned_before_a_restarted_worker_has_what_its_rows_need() -> None:
+    async with odd_house(seconds=0.002, max_running=1) as house, anyio.create_task_group() as group:
+        assert await house.text(with_regex("one")) == counted("a", 5)
+        ended: list[str] = []
+
+        async def ask(rid: str, tokens: int) -> None:
+            request = prompt("a", rid, regex="one", max_tokens=tokens)
+            try:
+                ended.append(await house.text(request))
+            except RequestError as error:
+                ended.append(error.code)
+
+        group.start_soon(ask, "runs", 2000)
+        while not house.scheduler.in_flight:
+            await anyio.sleep(0.001)
+        group.start_soon(ask, "queued", 5)
+        logic = house.scheduler.scheduler
+        while logic is None or logic.counts()["waiting"] < 1:
+            await anyio.sleep(0.001)
+        slow = SlowLoads(house.executor.scheduler)
+        house.executor.scheduler = slow
+        await house.executor.lose("tested")
+        with anyio.fail_after(5):
+            await slow.asked.wait()
+            while house.front.health().status != "ready":
+                await anyio.sleep(0.001)
+            await house.front.flush()  # all that came before is done
+            assert house.scheduler.in_flight == 0 and ended == ["worker_lost"]
+            slow.gate.set()
+            while len(ended) < 2:
+                await anyio.sleep(0.001)
+        assert ended[1] == counted("a", 5)
+
+
+class SlowLoads:
+    """The way from the executor to the scheduler, on which the word of what is loaded waits for `gate`."""
+
+    def __init__(self, outbox: Outbox[FromExecutor]) -> None:
+        self.outbox = outbox
+        self.asked, self.gate = anyio.Event(), anyio.Event()
+
+    async def send(self, message: FromExecutor) -> None:
+        if isinstance(message, Loaded):
+            self.asked.set()
+            await self.gate.wait()
+        await self.outbox.send(message)
 
 
 async def test_grammars_that_are_compiled_while_a_worker_starts_hold_nothing_up() -> None:
