@@ -165,7 +165,6 @@ class WaitingRoom:
         """The device is gone. Who waits for something that it was loading for the first time is refused."""
         due = Due()
         self._device = False
-        self._reloading.clear()
         for asset in list(self._assets.values()):
             if asset.state == "loading" and not asset.proved:
                 refusal = RequestError(
