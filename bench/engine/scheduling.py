@@ -101,13 +101,12 @@ async def actors(running: int, steps: int, reading: bool) -> list[float]:
     def core(config: Config, front: Outbox[ToFront]) -> tuple[list[Actor], Outbox[FromFront]]:
         to_scheduler, scheduler_inbox = open_channel()
         to_executor, executor_inbox = channel(4)
-        to_compiler, _ = open_channel()
         policy = Plugins.load(()).policy(config.schedule.policy)
         ready = WorkerReady(PAGES, PAGE, running, 8192, LONGEST, 257, 4, "none", "none", {})
         executor = FakeExecutor(ready, executor_inbox, to_scheduler)
         executor.device = device
         return [
-            SchedulerActor(config, policy, scheduler_inbox, to_executor, to_compiler, front),
+            SchedulerActor(config, policy, scheduler_inbox, to_executor, {}, front),
             executor,
         ], to_scheduler
 

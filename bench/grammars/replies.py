@@ -23,6 +23,7 @@ import jsonschema_rs
 
 from engine import AsyncEngine, RequestError, SamplingParams
 from engine.messages.control import Stats
+from engine.messages.grammars import GRAMMAR
 
 MEMBER = "bfcl_eval/data/BFCL_v4_live_simple.json"
 TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": None}  # as Python has them, and JSON Schema
@@ -69,7 +70,7 @@ async def run(given: argparse.Namespace, asked: list[tuple[str, dict[str, Any]]]
     compiled: list[float] = []
 
     def on_stats(stats: Stats) -> None:
-        compiled.extend(array("f", stats.compile_seconds))
+        compiled.extend(array("f", stats.make_seconds.get(GRAMMAR, b"")))
 
     async with AsyncEngine(**{"model": "smollm2-135m", "max_model_len": 2048, **options}) as engine:
         engine.front.on_stats.append(on_stats)

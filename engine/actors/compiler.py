@@ -1,4 +1,4 @@
-"""The compiler actor: grammars to and from the process that compiles them (engine/grammars/compiler.py).
+"""The compiler actor, the maker of grammars: to and from the process that compiles (engine/grammars/compiler.py).
 
 The process is started for the first grammar: who sends none pays nothing. If it dies, what it had under way is answered
 with an error that may be tried again, and the next grammar starts another.
@@ -10,11 +10,15 @@ from contextlib import suppress
 import anyio
 import anyio.abc
 import anyio.to_thread
+import msgspec
 from anyio.streams.memory import MemoryObjectReceiveStream
 
 from engine.config import Config
-from engine.messages.assets import Compile, Compiled
-from engine.messages.control import Boot, Fatal
+from engine.messages import ToMaker
+from engine.messages.assets import Made
+from engine.messages.control import Boot, Fatal, WorkerReady
+from engine.messages.grammars import GRAMMAR, Compile, Compiled, PackedGrammar
+from engine.messages.request import Grammar
 from engine.runtime.channel import Frames, Outbox
 from engine.runtime.process import Start, ended, exit_cause, frames_of, spawn
 
@@ -27,18 +31,29 @@ class CompilerActor:
     def __init__(
         self,
         config: Config,
-        inbox: MemoryObjectReceiveStream[Compile],
-        scheduler: Outbox[Compiled],
+        inbox: MemoryObjectReceiveStream[ToMaker],
+        scheduler: Outbox[Made],
         start: Start = lambda: spawn("engine.grammars.compiler"),
     ) -> None:
         self.config = config
         self.inbox = inbox
         self.scheduler = scheduler
         self._start = start
+        self._vocab_size = 0
 
     async def run(self) -> None:
-        async for first in self.inbox:
-            await self._one_life(first)
+        async for message in self.inbox:
+            if (first := self._job(message)) is not None:
+                await self._one_life(first)
+
+    def _job(self, message: ToMaker) -> Compile | None:
+        """What the process is to do; None for what only this actor takes in."""
+        if isinstance(message, WorkerReady):
+            self._vocab_size = message.vocab_size
+            return None
+        assert self._vocab_size, "a grammar is wanted before a worker was ready"
+        grammar = msgspec.msgpack.decode(message.content, type=Grammar)
+        return Compile(message.number, grammar, self._vocab_size)
 
     async def _one_life(self, first: Compile) -> None:
         """Run one process until it ends; `first` is the grammar that it is started for."""
@@ -53,8 +68,9 @@ class CompilerActor:
                 await frames.send(Boot(self.config))
                 await frames.send(first)
                 async for message in self.inbox:
-                    open_jobs.add(message.number)
-                    await frames.send(message)
+                    if (job := self._job(message)) is not None:
+                        open_jobs.add(job.number)
+                        await frames.send(job)
 
         async with frames_of(sock, process, Compiled | Fatal) as frames:
             async with anyio.create_task_group() as group:
@@ -64,12 +80,28 @@ class CompilerActor:
                         cause = message.cause
                         continue
                     open_jobs.discard(message.number)
-                    await self.scheduler.send(message)
+                    await self.scheduler.send(made(message))
                 group.cancel_scope.cancel()
             cause = cause or exit_cause(await ended(process))
         log.error("the grammar compiler is gone: %s", cause)
         said = f"the grammar compiler stopped while it worked on this; send the request again (cause: {cause})"
         for number in open_jobs:
-            await self.scheduler.send(
-                Compiled(number, 0.0, status=503, code="compiler_lost", cause=said, lasting=False)
-            )
+            lost = Compiled(number, 0.0, status=503, code="compiler_lost", cause=said, lasting=False)
+            await self.scheduler.send(made(lost))
+
+
+def made(answer: Compiled) -> Made:
+    """What the scheduler is told of a compilation."""
+    if answer.grammar is not None:
+        payload = msgspec.msgpack.encode(PackedGrammar(answer.engine, answer.grammar, answer.packed))
+        return Made(GRAMMAR, answer.number, answer.seconds, payload)
+    return Made(
+        GRAMMAR,
+        answer.number,
+        answer.seconds,
+        status=answer.status,
+        code=answer.code,
+        cause=answer.cause,
+        lasting=answer.lasting,
+        param=answer.param,
+    )

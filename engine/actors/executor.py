@@ -16,7 +16,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream
 from engine.actors.spare import SPARE_SECONDS, Spare
 from engine.config import Config
 from engine.messages import FromExecutor, FromWorker, ToExecutor
-from engine.messages.assets import GrammarLoaded
+from engine.messages.assets import Loaded
 from engine.messages.control import (
     Boot,
     ExpertCounts,
@@ -124,7 +124,7 @@ class ExecutorActor:
                 case StepDone():
                     life.busy -= 1
                     await self.scheduler.send(message)
-                case Profiled() | ExpertCounts() | GrammarLoaded():
+                case Profiled() | ExpertCounts() | Loaded():
                     await self.scheduler.send(message)
                 case WorkerReady():
                     life.ready = True

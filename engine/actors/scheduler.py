@@ -1,6 +1,7 @@
 """The scheduler actor: keeps the device ahead by a step or more, whatever else arrives.
 
-All decisions are `engine.sched`'s; this file holds the loop, the credits, the way of grammars and the heartbeat.
+All decisions are `engine.sched`'s; this file holds the loop, the credits and the heartbeat.
+What requests need on the device is passed between the waiting room, its makers and the executor, whatever it is.
 While step n+1 runs, StepDone(n) arrives, is committed, and n+2 is planned and sent: the device never waits for the
 host. Paused, it plans nothing; what is in flight ends, and only then is the Pause answered.
 """
@@ -8,6 +9,8 @@ host. Paused, it plans nothing; what is in flight ends, and only then is the Pau
 import logging
 import time
 from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import anyio
@@ -15,8 +18,8 @@ from anyio.streams.memory import MemoryObjectReceiveStream
 
 from engine.config import Config
 from engine.errors import RequestError
-from engine.messages import ToExecutor, ToFront, ToScheduler
-from engine.messages.assets import Compile, Compiled, GrammarLoaded
+from engine.messages import ToExecutor, ToFront, ToMaker, ToScheduler
+from engine.messages.assets import Loaded, Made
 from engine.messages.control import (
     CountExperts,
     ExpertCounts,
@@ -39,7 +42,7 @@ from engine.messages.step import STEPS_IN_FLIGHT, StepDone
 from engine.plugin.specs import Policy
 from engine.runtime.channel import Outbox, received
 from engine.sched import Scheduler
-from engine.sched.shelf import Shelf
+from engine.sched.assets import Due, WaitingRoom
 
 log = logging.getLogger("engine.scheduler")
 
@@ -51,6 +54,14 @@ RUNNING = ("ready", "stalled")  # states of a worker that reads what it is sent
 LOST = "the device worker stopped while this request was running, and is being restarted; send the request again"
 
 
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """What makes one kind of need, and how many things of it are `kept` that no request uses."""
+
+    inbox: Outbox[ToMaker]
+    kept: int
+
+
 class SchedulerActor:
     name = "scheduler"
 
@@ -60,17 +71,17 @@ class SchedulerActor:
         policy: Policy,
         inbox: MemoryObjectReceiveStream[ToScheduler],
         executor: Outbox[ToExecutor],
-        compiler: Outbox[Compile],
+        makers: Mapping[str, Maker],
         front: Outbox[ToFront],
     ) -> None:
         self.config = config
         self.policy = policy
         self.inbox = inbox
         self.executor = executor
-        self.compiler = compiler
+        self.makers = makers  # by the kind of need
         self.front = front
         self.scheduler: Scheduler | None = None
-        self.shelf: Shelf | None = None
+        self.room = WaitingRoom({kind: maker.kept for kind, maker in makers.items()})
         self.worker: Literal["starting", "ready", "restarting", "stalled", "failed"] = "starting"
         self.cause = ""
         self.in_flight = 0
@@ -79,7 +90,7 @@ class SchedulerActor:
         self._pauses: list[Pause] = []  # not answered yet
         self._asked: dict[int, type[Profiled | ExpertCounts]] = {}  # by its number, what the worker is still to answer
         self.step_seconds = array("f")
-        self.compile_seconds = array("f")
+        self.make_seconds: dict[str, array[float]] = {}  # by kind
         self.idle_seconds = 0.0
         self.restarts = 0
         self.restart_seconds = 0.0  # of the last one
@@ -97,7 +108,7 @@ class SchedulerActor:
 
     async def _fill_credits(self) -> None:
         scheduler = self.scheduler
-        if scheduler is None or self.paused or self.worker not in RUNNING:
+        if scheduler is None or self.paused or self.worker not in RUNNING or self.room.reloading(scheduler.used):
             return
         while self.in_flight < self.credits and (plan := scheduler.plan(time.monotonic())) is not None:
             self.in_flight += 1
@@ -109,13 +120,17 @@ class SchedulerActor:
             case StepDone():
                 await self._commit(message)
             case Admit():
-                await self._admit(message)
+                await self._pass_on(self.room.admit(message))
             case Abort():
                 await self._abort(message.rid)
-            case Compiled():
-                await self._compiled(message)
-            case GrammarLoaded():
-                await self._loaded(message)
+            case Made():
+                self.make_seconds.setdefault(message.kind, array("f")).append(message.seconds)
+                await self._pass_on(self.room.made(message))
+                await self._evict()
+                await self._send_stats()
+            case Loaded():
+                await self._pass_on(self.room.loaded(message))
+                await self._evict()
             case StopHit():
                 if self.scheduler:
                     self.scheduler.stop(message.rid, message.keep)
@@ -184,68 +199,35 @@ class SchedulerActor:
             self._asked[message.number] = answer
             await self.executor.send(message)
 
-    async def _admit(self, message: Admit) -> None:
+    async def _pass_on(self, due: Due) -> None:
+        """Send what is due in the waiting room to makers and device; queue and refuse requests."""
         assert self.scheduler is not None, "the front lets requests in only once the worker is ready"
-        try:
-            if message.grammar is None:
-                self.scheduler.admit(message)
-            else:
-                await self._admit_with_grammar(message)
-        except RequestError as error:
-            await self._refuse(message.rid, error)
+        for make in due.makes:
+            await self.makers[make.kind].inbox.send(make)
+        for message in due.device:
+            await self.executor.send(message)
+        for admit, bound in due.ready:
+            try:
+                self.scheduler.admit(admit, bound)
+            except RequestError as error:
+                due.refused.append((admit.rid, error))
+        for rid, refusal in due.refused:
+            await self.front.send(Failed.of(rid, refusal))
 
-    async def _refuse(self, rid: str, error: RequestError) -> None:
-        await self.front.send(Failed.of(rid, error))
+    async def _evict(self) -> None:
+        assert self.scheduler is not None
+        for drop in self.room.evict(self.scheduler.used()):
+            await self.executor.send(drop)
 
     async def _abort(self, rid: str) -> None:
-        if self.scheduler is None or self.shelf is None:
+        if self.scheduler is None:
             return
-        if self.shelf.abort(rid):
+        if self.room.abort(rid):
             no_tokens = array("i", [0]).tobytes()
             tokens = Tokens(step=0, rids=[rid], counts=no_tokens, tokens=b"", finishes=(Finish(0, "abort"),))
             await self.front.send(tokens)
         elif tokens_of_it := self.scheduler.abort(rid):
             await self.front.send(tokens_of_it)
-
-    # ── grammars ─────────────────────────────────────────────────────────────────────────────
-
-    async def _admit_with_grammar(self, message: Admit) -> None:
-        """Queue a request whose grammar the device has; let others wait for theirs."""
-        assert self.scheduler is not None and self.shelf is not None
-        if number := self.shelf.number(message):
-            self.scheduler.admit(message, number)
-        elif compile := self.shelf.wait(message):
-            await self.compiler.send(compile)
-
-    async def _compiled(self, message: Compiled) -> None:
-        assert self.scheduler is not None and self.shelf is not None
-        self.compile_seconds.append(message.seconds)
-        load, waited, refusal = self.shelf.compiled(message)
-        if load is not None and self.worker in RUNNING:  # one that starts gets all there are once it is ready
-            await self.executor.send(load)
-        for admit in waited:
-            assert refusal is not None
-            await self._refuse(admit.rid, refusal)
-        await self._forget_grammars()
-        await self._send_stats()
-
-    async def _loaded(self, message: GrammarLoaded) -> None:
-        assert self.scheduler is not None and self.shelf is not None
-        waited, refusal = self.shelf.loaded(message)
-        for admit in waited:
-            try:
-                if refusal is not None:
-                    raise refusal
-                self.scheduler.admit(admit, message.number)
-            except RequestError as error:
-                await self._refuse(admit.rid, error)
-        await self._forget_grammars()
-
-    async def _forget_grammars(self) -> None:
-        assert self.scheduler is not None and self.shelf is not None
-        for drop in self.shelf.evict(self.scheduler.grammars()):
-            if self.worker in RUNNING:
-                await self.executor.send(drop)
 
     async def _ready(self, ready: WorkerReady) -> None:
         if self.scheduler is None:
@@ -260,10 +242,9 @@ class SchedulerActor:
                 prefix_cache=self.config.cache.prefix_cache,
                 max_waiting=schedule.max_waiting,
             )
-            self.shelf = Shelf(self.config.grammar.grammar_cache, ready.vocab_size)
-        assert self.shelf is not None
-        for load in self.shelf.again():  # before any plan that needs them
-            await self.executor.send(load)
+        for maker in self.makers.values():
+            await maker.inbox.send(ready)
+        await self._pass_on(self.room.started())
         if self.worker == "restarting":
             self.restarts += 1
             self.restart_seconds = time.monotonic() - self._lost_at
@@ -274,7 +255,7 @@ class SchedulerActor:
 
     async def _lost(self, cause: str) -> None:
         """Everything on the device is gone: end what ran there, keep what waits, start afresh."""
-        assert self.scheduler is not None and self.shelf is not None
+        assert self.scheduler is not None
         if self.worker != "restarting":  # else it is the one that was to take its place
             self._lost_at = time.monotonic()
         self.worker, self.cause = "restarting", cause
@@ -282,9 +263,7 @@ class SchedulerActor:
         await self._send_stats()
         for rid in self.scheduler.reset():
             await self.front.send(Failed(rid, 503, "worker_lost", f"{LOST} (cause: {cause})"))
-        waited, refusal = self.shelf.lost()
-        for admit in waited:
-            await self._refuse(admit.rid, refusal)
+        await self._pass_on(self.room.lost())
         await self._answer_pauses()
         asked, self._asked = self._asked, {}
         for number, answer in asked.items():
@@ -297,22 +276,24 @@ class SchedulerActor:
             await self._send_stats()
             if self.scheduler is not None and not self.in_flight and not self._checked:
                 self.scheduler.check_integrity()
+                self.room.check_integrity()
                 self._checked = True
             await anyio.sleep(HEARTBEAT_SECONDS)
 
     async def _send_stats(self) -> None:
         seconds, self.step_seconds = self.step_seconds.tobytes(), array("f")
-        compiled, self.compile_seconds = self.compile_seconds.tobytes(), array("f")
-        counts = self.scheduler.counts() if self.scheduler else {}
-        if self.shelf is not None:
-            counts["waiting"] += self.shelf.waiting
+        made, self.make_seconds = self.make_seconds, {}
+        counts: dict[str, int] = {}
+        if self.scheduler is not None:
+            counts = self.scheduler.counts()
+            counts["waiting"] += self.room.waiting
         stats = Stats(
             self.worker,
             self.cause,
             step_seconds=seconds,
             paused=self.paused,
             idle_seconds_total=self.idle_seconds,
-            compile_seconds=compiled,
+            make_seconds={kind: each.tobytes() for kind, each in made.items()},
             restarts_total=self.restarts,
             restart_seconds=self.restart_seconds,
             **counts,

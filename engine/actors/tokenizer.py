@@ -16,7 +16,9 @@ from anyio.streams.memory import MemoryObjectReceiveStream
 
 from engine.errors import RequestError, let_go
 from engine.messages import FromFront, ToDetokenizer, ToTokenizer
+from engine.messages.assets import Need
 from engine.messages.control import WorkerReady
+from engine.messages.grammars import grammar_need
 from engine.messages.reply import Failed, Finish, Tokens
 from engine.messages.request import Abort, Admit, Embed, Generate, Grammar, Job, Open, Sampling, SamplingParams
 from engine.messages.text import Prepare, Prepared, TextAnswer, TextJob
@@ -90,9 +92,14 @@ class Admission:
             max(max_new, 1),
             request.priority,
             request.cache_salt,
-            self._grammar(request),
+            self._needs(request),
         )
         return opened, admitted
+
+    def _needs(self, request: Generate) -> tuple[Need, ...]:
+        """What must be on the device before `request` runs; RequestError where that cannot be."""
+        grammar = self._grammar(request)
+        return () if grammar is None else (grammar_need(grammar),)
 
     def _grammar(self, request: Generate) -> Grammar | None:
         """The grammar that is asked for; RequestError where none can be followed."""

@@ -2,5 +2,5 @@
 
 What a request may say is in engine/params/grammar.py; `compiler` is the process that compiles it where it can be
 killed. Using what was compiled is the worker's (engine/worker/sampling/grammars.py), waiting for it the scheduler's
-(engine/sched/shelf.py).
+(engine/sched/assets.py).
 """

@@ -36,8 +36,8 @@ from engine.grammars.closed import prepared
 from engine.grammars.engines import Engines, Unmade
 from engine.grammars.vocabulary import read_vocabulary
 from engine.logs import set_up_logging
-from engine.messages.assets import Compile, Compiled
 from engine.messages.control import Boot, Fatal
+from engine.messages.grammars import Compile, Compiled
 from engine.messages.request import Grammar
 from engine.plugin.registry import Plugins
 from engine.plugin.specs import CompiledGrammar

@@ -30,6 +30,7 @@ from engine.http.log import TALLY
 from engine.http.metric_aliases import Family, WithAliases
 from engine.http.tracing import ReplyTrace
 from engine.messages.control import ExpertCounts, Stats
+from engine.messages.grammars import GRAMMAR
 from engine.messages.reply import Chunk
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ class Metrics:
         self._aliases.on_stats(stats)
         for seconds in array("f", stats.step_seconds):
             self._step.observe(seconds)
-        for seconds in array("f", stats.compile_seconds):
+        for seconds in array("f", stats.make_seconds.get(GRAMMAR, b"")):
             self._compile.observe(seconds)
 
     def page(self, accept: str) -> tuple[bytes, str]:

@@ -13,11 +13,11 @@ travel as the bytes of little-endian int32 (`ids`) or float32 arrays: one copy, 
                              executor <──frames──> worker
 
 A long text goes from the tokenizer, and from http, to a text process (TextWork; Prepared, Tokenized, Detokenized).
-A grammar goes from the scheduler to the compiler (Compile, Compiled), then to the worker (LoadGrammar, GrammarLoaded),
-and then its requests run.
+A request may need things on the device, such as a grammar. They go from the scheduler to their maker (Make, Made), then
+to the worker (Load, Loaded), and then the request runs. The maker of grammars asks its process (Compile, Compiled).
 """
 
-from engine.messages.assets import Compiled, DropGrammar, GrammarLoaded, LoadGrammar
+from engine.messages.assets import Drop, Load, Loaded, Made, Make
 from engine.messages.control import (
     Boot,
     CountExperts,
@@ -48,12 +48,13 @@ FromTextProcess = TextAnswer | Failed | Retired | Fatal
 ToTokenizer = Job | Abort | WorkerReady
 ToTheDevice = Profile | CountExperts  # questions of http's that the worker answers
 FromTheDevice = Profiled | ExpertCounts
-ToWorker = Boot | Preload | StepPlan | LoadGrammar | DropGrammar | ToTheDevice | Ping
-FromWorker = WorkerReady | StepDone | GrammarLoaded | FromTheDevice | Pong | Fatal
+ToWorker = Boot | Preload | StepPlan | Load | Drop | ToTheDevice | Ping
+FromWorker = WorkerReady | StepDone | Loaded | FromTheDevice | Pong | Fatal
 FromFront = Admit | Abort | StopHit | Flush | Pause | ToTheDevice
-FromExecutor = StepDone | GrammarLoaded | FromTheDevice | WorkerReady | WorkerLost | WorkerSilent | Fatal
-ToScheduler = FromFront | FromExecutor | Compiled
-ToExecutor = StepPlan | LoadGrammar | DropGrammar | ToTheDevice | Reset
+FromExecutor = StepDone | Loaded | FromTheDevice | WorkerReady | WorkerLost | WorkerSilent | Fatal
+ToScheduler = FromFront | FromExecutor | Made
+ToExecutor = StepPlan | Load | Drop | ToTheDevice | Reset
+ToMaker = Make | WorkerReady
 ToDetokenizer = Open | Tokens | Failed
 ToFront = Tokens | Failed | Stats | Flushed | Paused | FromTheDevice | WorkerReady | Fatal
 ToHttp = Chunks | Failed | Stats | Flushed | Paused | FromTheDevice | WorkerReady | Fatal

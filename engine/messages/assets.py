@@ -1,52 +1,73 @@
-"""Grammars on their way: to the compiler, and to the device."""
+"""What requests need on the device before they may run: made once, loaded, and shared by its content.
 
-from engine.messages.base import Message
-from engine.messages.request import Grammar
+A kind is a word ("grammar"). The scheduler reads neither content nor payload: maker and loader of a kind agree on them.
+Numbers begin with 1, are not used again, and belong to one thing whatever its kind.
+"""
+
+from engine.messages.base import Message, Part
 
 
-class Compile(Message, frozen=True):
-    """scheduler → compiler: a grammar that a request waits for, and how many tokens the model has. Numbers begin with 1
-    and are not used again."""
+class Need(Part, frozen=True):
+    """A thing that a request waits for. Needs of the same kind and `content` share one thing. `use` is this request's
+    alone: how its row uses the thing."""
 
+    kind: str
+    content: bytes
+    use: bytes = b""
+
+
+class Bound(Part, frozen=True):
+    """A need that is met: the `number` of the thing on the device."""
+
+    kind: str
     number: int
-    grammar: Grammar
-    vocab_size: int
+    use: bytes = b""
 
 
-class Compiled(Message, frozen=True):
-    """compiler → scheduler: what became of it, after `seconds`: what `engine` packed of `grammar`, as that was given
-    to it, or the error of all that wait (fields as in RequestError; `param` is "grammar", or "format" where what is
-    refused is what stands beside a grammar's tools). `lasting` says that it would be the same again."""
+class Make(Message, frozen=True):
+    """scheduler → maker of this kind: prepare what a request waits for."""
 
+    kind: str
+    number: int
+    content: bytes
+
+
+class Made(Message, frozen=True):
+    """maker → scheduler: the answer to a Make after `seconds`: the payload that a device loads, or a refusal for all
+    that wait.
+
+    A `status` other than 0 refuses; `code`, `cause` and `param` are as in RequestError. `lasting` says that another
+    attempt would be refused too."""
+
+    kind: str
     number: int
     seconds: float
-    engine: str = ""
-    grammar: Grammar | None = None
-    packed: bytes = b""
+    payload: bytes = b""
     status: int = 0
     code: str = ""
     cause: str = ""
     lasting: bool = True
-    param: str = "grammar"
+    param: str = ""
 
 
-class LoadGrammar(Message, frozen=True):
-    """scheduler → rank 0: get this ready for rows that come with its number; see Compiled."""
+class Load(Message, frozen=True):
+    """scheduler → worker: get this ready for rows that come with its number."""
 
+    kind: str
     number: int
-    engine: str
-    grammar: Grammar
-    packed: bytes
+    payload: bytes
 
 
-class GrammarLoaded(Message, frozen=True):
-    """rank 0 → scheduler: it is ready, or it cannot be, for a reason."""
+class Loaded(Message, frozen=True):
+    """worker → scheduler: it is ready, or cannot be used for a reason."""
 
+    kind: str
     number: int
     cause: str = ""
 
 
-class DropGrammar(Message, frozen=True):
-    """scheduler → rank 0: no row will come with this number again."""
+class Drop(Message, frozen=True):
+    """scheduler → worker: no row will come with this number again."""
 
+    kind: str
     number: int

@@ -160,10 +160,10 @@ class Stats(Message, frozen=True):
     """scheduler → http: the heartbeat of the core, every second and when work ends.
 
     Counters (`*_total`, `steps`) only grow. `step_seconds` holds float32 device times of the steps since the last
-    Stats; `idle_seconds_total` sums what the device waited for the host between them; `compile_seconds` (float32) are
-    those of the grammars compiled since then. `worker` is the state of the device process; `paused` is as the last
-    Pause said. `restarts_total` counts workers that took the place of one that died, the last of them after
-    `restart_seconds`.
+    Stats; `idle_seconds_total` sums what the device waited for the host between them; `make_seconds` (float32, by kind)
+    are those of the needs that makers have answered since then. `worker` is the state of the device process; `paused`
+    is as the last Pause said. `restarts_total` counts workers that took the place of one that died, the last of them
+    after `restart_seconds`.
     """
 
     worker: Literal["starting", "ready", "restarting", "stalled", "failed"]
@@ -181,6 +181,6 @@ class Stats(Message, frozen=True):
     step_seconds: bytes = b""
     paused: bool = False
     idle_seconds_total: float = 0.0
-    compile_seconds: bytes = b""
+    make_seconds: dict[str, bytes] = {}  # noqa: RUF012 - msgspec copies it
     restarts_total: int = 0
     restart_seconds: float = 0.0

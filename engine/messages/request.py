@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from engine.messages.assets import Need
 from engine.messages.base import Message
 from engine.params.grammar import Grammar as Grammar
 from engine.params.grammar import GrammarKind as GrammarKind
@@ -81,7 +82,8 @@ class Open(Message, frozen=True):
 
 
 class Admit(Message, frozen=True):
-    """tokenizer → scheduler: a checked request. `ids` is int32; `max_new` 0 asks for a vector in place of tokens."""
+    """tokenizer → scheduler: a checked request. `ids` is int32; `max_new` 0 asks for a vector in place of tokens. It
+    runs once all its `needs` are met."""
 
     rid: str
     ids: bytes
@@ -90,7 +92,7 @@ class Admit(Message, frozen=True):
     max_new: int
     priority: int = 0
     cache_salt: str = ""
-    grammar: Grammar | None = None
+    needs: tuple[Need, ...] = ()
 
 
 class Abort(Message, frozen=True):

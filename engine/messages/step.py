@@ -4,6 +4,7 @@ A step is relative to the device: a row of drafts begins where its slot stands w
 need not know yet. Left out: how tensors of one step pass between ranks (engine/parallel).
 """
 
+from engine.messages.assets import Bound
 from engine.messages.base import Message, Part
 from engine.messages.request import Sampling
 
@@ -17,16 +18,15 @@ NOTHING, TOKEN, DRAFTS, VECTOR = range(4)
 class SlotAdmit(Part, frozen=True):
     """A request takes device row `slot`: its tokens so far (int32), of which `prompt_len` are its prompt, and how to
     sample it. If its prompt's log-probabilities are asked for, those of its first `scored` + 1 tokens are known.
-    `grammar` is the number of a LoadGrammar; 0 is none. It begins behind the text `after` (see Grammar). It ends at
-    `limit` tokens, which only rows that yield drafts look at."""
+    `bound` are the things on the device that it uses. It ends at `limit` tokens, which only rows that yield drafts look
+    at."""
 
     slot: int
     ids: bytes
     sampling: Sampling
     prompt_len: int = 0
     scored: int = 0
-    grammar: int = 0
-    after: str = ""
+    bound: tuple[Bound, ...] = ()
     limit: int = 0
 
 

@@ -13,12 +13,13 @@ import anyio.abc
 
 from engine.actors.compiler import CompilerActor
 from engine.actors.executor import ExecutorActor
-from engine.actors.scheduler import SchedulerActor
+from engine.actors.scheduler import Maker, SchedulerActor
 from engine.config import Config
 from engine.errors import EngineError
 from engine.logs import set_up_logging
 from engine.messages import FromFront, ToFront
 from engine.messages.control import Boot, Fatal
+from engine.messages.grammars import GRAMMAR
 from engine.messages.step import STEPS_IN_FLIGHT
 from engine.plugin.registry import Plugins
 from engine.runtime.actor import Actor, supervise
@@ -39,7 +40,8 @@ def core_actors(
     to_scheduler, scheduler_inbox = open_channel()
     to_executor, executor_inbox = channel(PLANS)
     to_compiler, compiler_inbox = open_channel()
-    scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, to_compiler, front)
+    makers = {GRAMMAR: Maker(to_compiler, kept=config.grammar.grammar_cache)}
+    scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, makers, front)
     executor = ExecutorActor(config, executor_inbox, to_scheduler, start)
     compiler = CompilerActor(config, compiler_inbox, to_scheduler)
     return [scheduler, executor, compiler], to_scheduler

@@ -28,12 +28,13 @@ from itertools import chain
 from engine.cache.pool import PagePool
 from engine.cache.radix import Node, RadixTree
 from engine.errors import RequestError
+from engine.messages.assets import Bound
 from engine.messages.reply import Finish, Tokens
 from engine.messages.request import Admit
 from engine.messages.step import SlotAdmit, StepDone, StepPlan
 from engine.plugin.specs import Policy
 from engine.sched.columns import StepColumns
-from engine.sched.limits import check_fits, check_whole, pages_for
+from engine.sched.limits import check_fits, check_whole, pages_for, rid_in_use
 from engine.sched.reply import Reply
 from engine.sched.request import NEVER, Request, rank
 from engine.sched.rows import DecodeRows
@@ -116,18 +117,13 @@ class Scheduler:
 
     # ── requests come and go ─────────────────────────────────────────────────────────────────
 
-    def admit(self, admit: Admit, grammar: int = 0) -> None:
-        """Queue a request whose grammar, if it has one, has this number on the device. Raises RequestError: 400 if it
-        can never fit, 409 if its rid lives, 503 if the queue is full."""
+    def admit(self, admit: Admit, bound: tuple[Bound, ...] = ()) -> None:
+        """Queue a request whose needs are met as `bound` says. Raises RequestError: 400 if it can never fit, 409 if its
+        rid lives, 503 if the queue is full."""
         rid = admit.rid
         if rid in self._requests:
-            raise RequestError(
-                f"request id {rid!r} is in use by a live request; choose another or wait until it ends",
-                param="rid",
-                code="duplicate_rid",
-                status=409,
-            )
-        request = Request.admitted(admit, self._arrivals, grammar)
+            raise rid_in_use(rid)
+        request = Request.admitted(admit, self._arrivals, bound)
         if request.pools:
             check_whole(request, self.max_model_len, self.max_step_tokens)
         else:
@@ -251,8 +247,7 @@ class Scheduler:
                     sampling=request.sampling,
                     prompt_len=request.prompt_len,
                     scored=scored,
-                    grammar=request.grammar,
-                    after=request.after,
+                    bound=request.bound,
                     limit=request.limit,
                 )
             )
@@ -307,9 +302,9 @@ class Scheduler:
         rows = ((step.requests[row], cause) for row, cause in done.stuck)
         return [(request.rid, cause) for request, cause in rows if number >= request.since]
 
-    def grammars(self) -> set[int]:
-        """The numbers of the grammars that live requests have."""
-        return {request.grammar for request in self._requests.values()}
+    def used(self) -> set[int]:
+        """The numbers of the things on the device that live requests have."""
+        return {bound.number for request in self._requests.values() for bound in request.bound}
 
     def commit(self, done: StepDone, now: float = 0.0) -> Tokens | None:
         """Take in the result of the oldest step in flight; None if it gives nobody a token."""

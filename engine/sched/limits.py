@@ -5,6 +5,16 @@ from engine.params.lengths import THE_INPUT, check_length
 from engine.sched.request import Request
 
 
+def rid_in_use(rid: str) -> RequestError:
+    """For a request whose id a live one has."""
+    return RequestError(
+        f"request id {rid!r} is in use by a live request; choose another or wait until it ends",
+        param="rid",
+        code="duplicate_rid",
+        status=409,
+    )
+
+
 def pages_for(tokens: int, page_size: int) -> int:
     """Pages that hold `tokens` tokens."""
     return -(-tokens // page_size)

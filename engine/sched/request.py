@@ -14,6 +14,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from engine.cache.radix import Node
+from engine.messages.assets import Bound
 from engine.messages.request import Admit, Sampling
 from engine.messages.step import Logprobs
 
@@ -33,8 +34,7 @@ class Request:
     sampling: Sampling
     stop_ids: frozenset[int]
     salt: bytes  # its prefix is shared with requests of the same salt alone
-    grammar: int  # its number on the device; 0 is none
-    after: str  # what it begins behind
+    bound: tuple[Bound, ...]  # its needs, met
 
     computed: int = 0  # positions; of a request that decodes, rows.py says it
     cached: int = -1  # prompt tokens the cache held when it first ran; -1 before
@@ -55,8 +55,8 @@ class Request:
     pages: list[int] = field(default_factory=list)
 
     @classmethod
-    def admitted(cls, admit: Admit, arrival: int, grammar: int = 0) -> "Request":
-        """A waiting request, from what the tokenizer says; `grammar` is the number of its grammar."""
+    def admitted(cls, admit: Admit, arrival: int, bound: tuple[Bound, ...] = ()) -> "Request":
+        """A waiting request, from what the tokenizer says; its needs are met as `bound` says."""
         ids = array("i", admit.ids)
         asks = admit.sampling.prompt_logprobs >= 0 and len(ids) > 1  # nothing predicts a prompt's first token
         return cls(
@@ -69,8 +69,7 @@ class Request:
             sampling=admit.sampling,
             stop_ids=frozenset(admit.stop_ids),
             salt=admit.cache_salt.encode(),
-            grammar=grammar,
-            after=admit.grammar.after if admit.grammar else "",
+            bound=bound,
             scored=0 if asks else NEVER,
         )
 

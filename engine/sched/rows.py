@@ -13,6 +13,7 @@ result moves its offset. Such rows are always due.
 from array import array
 from typing import TypeVar
 
+from engine.messages.grammars import GRAMMAR
 from engine.messages.step import DRAFTS, TOKEN
 from engine.sched.columns import StepColumns
 from engine.sched.request import Request
@@ -40,7 +41,8 @@ class DecodeRows:
     def join(self, request: Request, room: int) -> None:
         """`request`, whose first token is in flight, decodes from the next step on; its pages hold `room` tokens."""
         request.row, request.ahead = len(self.requests), 0
-        request.span = 1 if request.grammar else 1 + self._drafts  # a grammar's mask is for one token after known ones
+        ruled = any(bound.kind == GRAMMAR for bound in request.bound)  # its mask is for one token after known ones
+        request.span = 1 if ruled else 1 + self._drafts
         self.requests = [*self.requests, request]
         self.rids = [*self.rids, request.rid]
         self.ids = [*self.ids, request.ids]

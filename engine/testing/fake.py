@@ -3,7 +3,7 @@
 `FakeDevice` counts upwards from each row's last token, as the `echo` model does, so a lost, doubled or
 reordered step shows as a gap in the count. It keeps tokens only: no KV memory is simulated, and no sampling
 parameter but those that ask for log-probabilities is looked at: a token's is made up from its id and its place.
-Grammars are ready as soon as they are compiled, and not held to.
+What requests need is loaded as soon as it is made, and not held to.
 A vector is the sum of its prompt's ids and how many they are.
 """
 
@@ -14,7 +14,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream
 from msgspec.structs import replace
 
 from engine.messages import FromExecutor, ToExecutor
-from engine.messages.assets import DropGrammar, GrammarLoaded, LoadGrammar
+from engine.messages.assets import Drop, Load, Loaded
 from engine.messages.control import CountExperts, ExpertCounts, Profile, Profiled, Reset, WorkerLost, WorkerReady
 from engine.messages.step import VECTOR, Logprobs, SlotAdmit, StepDone, StepPlan
 from engine.runtime.channel import Outbox
@@ -97,7 +97,7 @@ class FakeExecutor:
         self.lost = False
         self.steps = self.since = 0
         self.counting = False
-        self.grammars: list[int] = []  # that were loaded
+        self.loaded: list[int] = []  # numbers of what requests need
         self.dropped: list[int] = []
 
     async def run(self) -> None:
@@ -112,10 +112,10 @@ class FakeExecutor:
                 await self.scheduler.send(Profiled(message.number, message.folder))
             elif isinstance(message, CountExperts) and not self.lost:
                 await self.scheduler.send(self.count(message))
-            elif isinstance(message, LoadGrammar):
-                self.grammars.append(message.number)
-                await self.scheduler.send(GrammarLoaded(message.number))
-            elif isinstance(message, DropGrammar):
+            elif isinstance(message, Load):
+                self.loaded.append(message.number)
+                await self.scheduler.send(Loaded(message.kind, message.number))
+            elif isinstance(message, Drop):
                 self.dropped.append(message.number)
             elif isinstance(message, StepPlan) and not self.lost:
                 self.steps += 1

@@ -19,7 +19,7 @@ from engine.errors import ConfigError
 from engine.layers.build import Build
 from engine.layers.model import Model
 from engine.messages import ToWorker
-from engine.messages.assets import DropGrammar, LoadGrammar
+from engine.messages.assets import Drop, Load
 from engine.messages.control import Boot, CountExperts, Ping, Pong, Profile, WorkerReady
 from engine.messages.step import VECTOR, StepPlan
 from engine.parallel.mesh import Mesh
@@ -86,12 +86,10 @@ def serve(frames: BlockingFrames[ToWorker], runner: Runner) -> None:
             case StepPlan():
                 with profiler.launching(message):
                     in_flight.append(runner.launch(message, catch_up))
-            case LoadGrammar():
-                assert runner.grammars is not None, "requests with a grammar are let in only where there are engines"
-                runner.grammars.load(message, frames.send)
-            case DropGrammar():
-                assert runner.grammars is not None
-                runner.grammars.drop(message.number)
+            case Load():
+                runner.loaders[message.kind].load(message, frames.send)
+            case Drop():
+                runner.loaders[message.kind].drop(message.number)
             case Profile():
                 frames.send(profiler.answer(message, len(in_flight)))
             case CountExperts():

@@ -22,9 +22,11 @@ from torch import Tensor
 
 from engine.layers.batch import Batch, upload
 from engine.layers.model import Model
+from engine.messages.grammars import GRAMMAR
 from engine.messages.request import Sampling
 from engine.messages.step import NOTHING, VECTOR, SlotAdmit, StepDone, StepPlan
 from engine.worker.experts import routers_of
+from engine.worker.loaders import Loader
 from engine.worker.memory import Caches
 from engine.worker.sampling.adjustments import Adjustments
 from engine.worker.sampling.grammars import Grammars
@@ -78,6 +80,7 @@ class Runner:
         self.adjustments = Adjustments(slots, model.vocab_size, device, self._logits)
         self.grammars = grammars
         self.agree = agree
+        self.loaders: dict[str, Loader] = {} if grammars is None else {GRAMMAR: grammars}  # by kind of need
         self.unscored = np.zeros((slots, 2), np.int64)  # prompt positions to be scored: from, to
         self._no_tokens = torch.empty(0, dtype=torch.int64, device=device)
         self._ahead_of: torch.cuda.Event | None = None  # the end of the last step, while it is not known to be over

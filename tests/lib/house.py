@@ -7,10 +7,11 @@ from typing import Any
 import anyio
 
 from engine.actors.compiler import CompilerActor
-from engine.actors.scheduler import SchedulerActor
+from engine.actors.scheduler import Maker, SchedulerActor
 from engine.config import Config, resolve
 from engine.messages import FromFront, ToFront
 from engine.messages.control import WorkerReady
+from engine.messages.grammars import GRAMMAR
 from engine.messages.request import Generate, SamplingParams
 from engine.plugin.registry import Plugins
 from engine.runtime.actor import Actor
@@ -79,7 +80,8 @@ async def open_house(
         slots, step_tokens = config.schedule.max_running, config.schedule.max_step_tokens
         held, longest = 0 if embedding_size else pages, pages * size
         ready = WorkerReady(held, size, slots, step_tokens, longest, vocab_size, 4, "none", "none", {}, embedding_size)
-        house.scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, to_compiler, front)
+        makers = {GRAMMAR: Maker(to_compiler, kept=config.grammar.grammar_cache)}
+        house.scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, makers, front)
         house.executor = FakeExecutor(ready, executor_inbox, to_scheduler, seconds)
         started = {"start": compiler} if compiler else {}
         house.compiler = CompilerActor(config, compiler_inbox, to_scheduler, **started)

@@ -188,7 +188,7 @@ async def server_info(request: web.Request) -> web.Response:
     service = request.app[SERVICE]
     front = service.front
     state, stats = front.health(), msgspec.structs.asdict(front.stats)
-    del stats["step_seconds"], stats["compile_seconds"]
+    del stats["step_seconds"], stats["make_seconds"]
     device = None if front.info is None else msgspec.structs.asdict(front.info)
     phases = None if device is None else device.pop("phases")
     options = {

@@ -12,12 +12,12 @@ leaves no choice about are sampled like others.
 
 import logging
 import os
-import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ from engine.errors import EngineError
 from engine.grammars.engines import Engines
 from engine.kernels.logits.reference import LogitOps
 from engine.layers.batch import upload
-from engine.messages.assets import GrammarLoaded, LoadGrammar
+from engine.messages.assets import Bound, Load, Loaded
+from engine.messages.grammars import GRAMMAR, PackedGrammar
 from engine.messages.step import SlotAdmit
 from engine.plugin.registry import Plugins
 from engine.plugin.specs import Checkpoint, CompiledGrammar, GrammarEngine, GrammarEntry, Vocabulary
@@ -118,8 +119,8 @@ class Guided:
         self.groups = list(groups.values())
 
 
-class Beginning:
-    """Grammars on their way, in a thread beside the loading of the model: a vocabulary takes a while to take in."""
+class GrammarStart:
+    """Grammar engines on their way, in a thread beside the loading of the model: reading a vocabulary takes a while."""
 
     def __init__(self, config: Config, entries: Sequence[GrammarEntry], checkpoint: Checkpoint, size: int) -> None:
         self._thread = ThreadPoolExecutor(1, "grammars")
@@ -146,14 +147,14 @@ class Beginning:
         return Grammars(engines, self._thread, vocabulary, slots=slots, device=device, kernels=kernels)
 
 
-def begin_grammars(config: Config, plugins: Plugins, checkpoint: Checkpoint, size: int) -> Beginning | None:
+def begin_grammars(config: Config, plugins: Plugins, checkpoint: Checkpoint, size: int) -> GrammarStart | None:
     """None where no grammar engine is installed. `size` is the model's number of tokens."""
     entries = plugins.grammar_engines()
-    return Beginning(config, entries, checkpoint, size) if entries else None
+    return GrammarStart(config, entries, checkpoint, size) if entries else None
 
 
 class Grammars:
-    """The grammars that the device has been sent, and the guides of its slots."""
+    """The grammars that the device has been sent, and the guides of its slots. The Loader of the kind "grammar"."""
 
     def __init__(
         self,
@@ -176,34 +177,31 @@ class Grammars:
         self._device = device
         self._guides: list[Guide | None] = [None] * slots
         self._last: tuple[bytes, Guided | None] | None = None  # slots of the last step, and what they have
-        self._new: dict[int, SlotAdmit] = {}  # by slot, whose guides are still to be made
-        self._changed = threading.Condition()
+        self._new: dict[int, tuple[SlotAdmit, Bound]] = {}  # by slot, whose guides are still to be made
         self._loaded: dict[int, tuple[GrammarEngine, CompiledGrammar] | str] = {}  # a text says why it is not there
 
     # ── grammars come and go ─────────────────────────────────────────────────────────────────
 
-    def load(self, message: LoadGrammar, tell: Callable[[GrammarLoaded], None]) -> None:
+    def load(self, message: Load, tell: Callable[[Loaded], None]) -> None:
         """Get a grammar ready in a thread, then `tell`."""
         self._thread.submit(self._load, message, tell)
 
-    def _load(self, message: LoadGrammar, tell: Callable[[GrammarLoaded], None]) -> None:
+    def _load(self, message: Load, tell: Callable[[Loaded], None]) -> None:
         made: tuple[GrammarEngine, CompiledGrammar] | str
         try:
-            engine = self._engines.named(message.engine)
-            made = engine, engine.load(message.grammar, message.packed)
+            packed = msgspec.msgpack.decode(message.payload, type=PackedGrammar)
+            engine = self._engines.named(packed.engine)
+            made = engine, engine.load(packed.grammar, packed.packed)
         except Exception as error:  # of a library; it is this grammar's alone
-            log.exception("a grammar of %s cannot be loaded", message.engine)
+            log.exception("grammar %d cannot be loaded", message.number)
             said = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
             made = f"the compiled grammar cannot be used: {said}"
-        with self._changed:
-            self._loaded[message.number] = made
-            self._changed.notify_all()
-        tell(GrammarLoaded(message.number, made if isinstance(made, str) else ""))
+        self._loaded[message.number] = made
+        tell(Loaded(message.kind, message.number, made if isinstance(made, str) else ""))
 
     def drop(self, number: int) -> None:
         """No row will come with it again; those that have it keep it."""
-        with self._changed:
-            self._loaded.pop(number, None)
+        self._loaded.pop(number, None)
         self._table.forget(self._known.pop(number, {}))
 
     # ── rows ─────────────────────────────────────────────────────────────────────────────────
@@ -213,21 +211,20 @@ class Grammars:
         when it is first sampled, while the device computes."""
         self._guides[admit.slot] = self._last = None
         self._new.pop(admit.slot, None)
-        if admit.grammar:
-            self._new[admit.slot] = admit
+        for bound in admit.bound:
+            if bound.kind == GRAMMAR:
+                self._new[admit.slot] = admit, bound
 
-    def _guide(self, admit: SlotAdmit) -> Guide:
-        with self._changed:  # it is there, but right after the start of a device whose forerunner was lost
-            self._changed.wait_for(lambda: admit.grammar in self._loaded)
-            found = self._loaded[admit.grammar]
+    def _guide(self, admit: SlotAdmit, bound: Bound) -> Guide:
+        found = self._loaded[bound.number]
         sampling = admit.sampling
         watched = bool(sampling.min_tokens or sampling.allowed_ids or sampling.bad_words)
-        after = admit.after.encode()
+        number, after = bound.number, bound.use
         if isinstance(found, str):
-            return Guide(admit.grammar, None, None, after, watched, cause=found)
+            return Guide(number, None, None, after, watched, cause=found)
         engine, compiled = found
-        known = self._known.setdefault(admit.grammar, {})
-        guide = Guide(admit.grammar, engine, compiled.matcher(), after, watched, known=known)
+        known = self._known.setdefault(number, {})
+        guide = Guide(number, engine, compiled.matcher(), after, watched, known=known)
         alone = Guided([0], [guide])
         for token in np.frombuffer(admit.ids, "<i4")[admit.prompt_len :].tolist():
             self.accept(alone, [token])
@@ -239,7 +236,7 @@ class Grammars:
             return self._last[1]
         places = slots.tolist()
         for slot in self._new.keys() & set(places):
-            self._guides[slot] = self._guide(self._new.pop(slot))
+            self._guides[slot] = self._guide(*self._new.pop(slot))
         guides = [self._guides[slot] for slot in places]
         rows = [row for row, guide in enumerate(guides) if guide is not None]
         guided = Guided(rows, [guide for guide in guides if guide is not None]) if rows else None

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import msgspec
 import pytest
 
 from engine.actors.compiler import CompilerActor
 from engine.config import Config, GrammarOptions, ModelOptions
 from engine.conversation.calls import Tool, allowed, either, forced
 from engine.grammars.compiler import helpers
-from engine.messages.assets import Compile, Compiled
-from engine.messages.control import Boot, Fatal
+from engine.messages.assets import Make
+from engine.messages.control import Boot, Fatal, WorkerReady
+from engine.messages.grammars import GRAMMAR, Compile, Compiled, PackedGrammar, grammar_need
 from engine.messages.request import Grammar
 from engine.plugin.registry import Plugins, resolve
 from engine.runtime.channel import BlockingFrames, open_channel
@@ -215,6 +217,13 @@ def test_a_refusal_names_the_tool_whose_parameters_it_is_about(name: str) -> Non
         assert "const has the number 18446744073709551616" in found[number].cause and found[number].param == "grammar"
 
 
+READY = WorkerReady(1, 1, 1, 1, 1, vocab_size=64, kv_bytes_per_token=4, device="none", attention="none", phases={})
+
+
+def make(number: int, source: str) -> Make:
+    return Make(GRAMMAR, number, grammar_need(Grammar("regex", source)).content)
+
+
 async def test_the_actor_starts_it_when_it_is_needed_and_again_when_it_is_gone() -> None:
     to_compiler, inbox = open_channel()
     to_scheduler, answered = open_channel()
@@ -228,18 +237,20 @@ async def test_the_actor_starts_it_when_it_is_needed_and_again_when_it_is_gone()
     actor = CompilerActor(config(), inbox, to_scheduler, begin)
     async with anyio.create_task_group() as group:
         group.start_soon(actor.run)
+        await to_compiler.send(READY)
         await anyio.sleep(0.05)
         assert not processes
         with anyio.fail_after(60):
-            await to_compiler.send(Compile(1, Grammar("regex", "one"), 64))
+            await to_compiler.send(make(1, "one"))
             assert (await answered.receive()).number == 1
-            await to_compiler.send(Compile(2, Grammar("regex", "sleep 60"), 64))
+            await to_compiler.send(make(2, "sleep 60"))
             await anyio.sleep(0.2)
             processes[0].kill()
             lost = await answered.receive()
             assert (lost.number, lost.status, lost.code, lost.lasting) == (2, 503, "compiler_lost", False)
             assert "SIGKILL" in lost.cause
-            await to_compiler.send(Compile(3, Grammar("regex", "two"), 64))
-            assert (await answered.receive()).grammar == Grammar("regex", "two")
+            await to_compiler.send(make(3, "two"))
+            payload = (await answered.receive()).payload
+            assert msgspec.msgpack.decode(payload, type=PackedGrammar).grammar == Grammar("regex", "two")
         group.cancel_scope.cancel()
     assert len(processes) == 2 and all(process.poll() is not None for process in processes)

@@ -16,8 +16,12 @@ import engine.grammars.vocabulary
 import engine.text.checkpoint
 import engine.text.fallback
 from engine.errors import RequestError
-from engine.messages.request import Generate, Grammar
+from engine.messages import FromExecutor
+from engine.messages.assets import Bound, Loaded
+from engine.messages.grammars import GRAMMAR, grammar_need
+from engine.messages.request import Admit, Generate, Grammar, Sampling
 from engine.plugin.registry import Plugins
+from engine.runtime.channel import Outbox
 
 pytestmark = pytest.mark.anyio
 JSON = '{"type":"object","properties":{"a":{"type":"integer"}}}'
@@ -41,7 +45,7 @@ async def odd_house(**options: Any) -> AsyncIterator[House]:
     async with open_house(compiler=Compilers(), **options) as house:
         yield house
         await house.settled()
-        assert house.scheduler.shelf is not None and house.scheduler.shelf.waiting == 0
+        assert house.scheduler.room.waiting == 0
 
 
 def with_regex(source: str, rid: str = "r", **params: Any) -> Generate:
@@ -57,10 +61,10 @@ async def refusal(house: House, request: Generate) -> RequestError:
 async def test_a_reply_comes_once_its_grammar_is_there() -> None:
     async with odd_house() as house:
         assert await house.text(with_regex("one")) == counted("a", 5)
-        assert [(admit.grammar, admit.after) for admit in house.executor.device.admits.values()] == [(1, "")]
+        assert [admit.bound for admit in house.executor.device.admits.values()] == [(Bound(GRAMMAR, 1),)]
         request = prompt("a", max_tokens=5, grammar=Grammar("regex", "one", after="</think>"))
         assert await house.text(request) == counted("a", 5)
-        assert {(admit.grammar, admit.after) for admit in house.executor.device.admits.values()} == {(1, "</think>")}
+        assert {admit.bound for admit in house.executor.device.admits.values()} == {(Bound(GRAMMAR, 1, b"</think>"),)}
 
 
 async def test_others_run_while_a_grammar_is_compiled_and_it_is_compiled_once() -> None:
@@ -73,15 +77,15 @@ async def test_others_run_while_a_grammar_is_compiled_and_it_is_compiled_once() 
         async with anyio.create_task_group() as group:
             for number in range(20):
                 group.start_soon(ask, number)
-            while house.scheduler.shelf is None or house.scheduler.shelf.waiting < 20:
+            while house.scheduler.room.waiting < 20:
                 await anyio.sleep(0.01)
             assert await house.text(prompt("b", "free", max_tokens=5)) == counted("b", 5)
             assert await house.text(with_regex("quick", "quick")) == counted("a", 5)
             counts = house.scheduler.scheduler.counts() if house.scheduler.scheduler else {}
             assert (counts["running"], counts["waiting"]) == (0, 0)  # those that wait for a grammar hold nothing
-            assert texts == [] and house.scheduler.shelf.waiting == 20
+            assert texts == [] and house.scheduler.room.waiting == 20
         assert texts == [counted("a", 5)] * 20
-        assert {load.number for load in house.scheduler.shelf.again()} == {1, 2}
+        assert made_in(house) == {1, 2}
 
 
 async def test_a_refusal_names_what_was_asked_and_is_answered_again_without_a_compiler() -> None:
@@ -98,17 +102,19 @@ async def test_a_timeout_is_a_refusal_that_is_not_kept() -> None:
     async with odd_house(grammar_seconds=0.3) as house:
         error = await refusal(house, with_regex("sleep 60"))
         assert (error.status, error.code) == (400, "grammar_timeout") and "0.3 s" in error.message
-        assert house.scheduler.shelf is not None
-        number = house.scheduler.shelf.wait(admit_of(with_regex("sleep 60")))
-        assert number is not None and number.number == 2  # it is compiled anew
-        house.scheduler.shelf.abort("r")
+        (make,) = house.scheduler.room.admit(admit_of(with_regex("sleep 60"))).makes
+        assert make.number == 2  # it is compiled anew
+        house.scheduler.room.abort("r")
 
 
 def admit_of(request: Generate) -> Any:
-    from test_shelf import admit
-
     assert request.grammar is not None
-    return admit(request.rid, request.grammar.source)
+    return Admit(request.rid, b"", Sampling(0.0, 0, 1.0, 0.0, 0), (), 1, needs=(grammar_need(request.grammar),))
+
+
+def made_in(house: House) -> set[int]:
+    """The numbers of what the makers have made."""
+    return {asset.number for asset in house.scheduler.room._assets.values() if asset.payload}
 
 
 async def test_who_leaves_while_waiting_is_forgotten() -> None:
@@ -159,7 +165,55 @@ async def test_a_worker_that_dies_gets_the_grammars_again() -> None:
             while house.front.health().status != "ready" or house.executor.lost:
                 await anyio.sleep(0.01)
         assert await house.text(with_regex("one", "again")) == counted("a", 5)
-        assert house.executor.grammars == [1, 1]
+        assert house.executor.loaded == [1, 1]
+
+
+async def test_no_step_is_planned_before_a_restarted_worker_has_what_its_rows_need() -> None:
+    async with odd_house(seconds=0.002, max_running=1) as house, anyio.create_task_group() as group:
+        assert await house.text(with_regex("one")) == counted("a", 5)
+        ended: list[str] = []
+
+        async def ask(rid: str, tokens: int) -> None:
+            request = prompt("a", rid, regex="one", max_tokens=tokens)
+            try:
+                ended.append(await house.text(request))
+            except RequestError as error:
+                ended.append(error.code)
+
+        group.start_soon(ask, "runs", 2000)
+        while not house.scheduler.in_flight:
+            await anyio.sleep(0.001)
+        group.start_soon(ask, "queued", 5)
+        logic = house.scheduler.scheduler
+        while logic is None or logic.counts()["waiting"] < 1:
+            await anyio.sleep(0.001)
+        slow = SlowLoads(house.executor.scheduler)
+        house.executor.scheduler = slow
+        await house.executor.lose("tested")
+        with anyio.fail_after(5):
+            await slow.asked.wait()
+            while house.front.health().status != "ready":
+                await anyio.sleep(0.001)
+            await house.front.flush()  # all that came before is done
+            assert house.scheduler.in_flight == 0 and ended == ["worker_lost"]
+            slow.gate.set()
+            while len(ended) < 2:
+                await anyio.sleep(0.001)
+        assert ended[1] == counted("a", 5)
+
+
+class SlowLoads:
+    """The way from the executor to the scheduler, on which the word of what is loaded waits for `gate`."""
+
+    def __init__(self, outbox: Outbox[FromExecutor]) -> None:
+        self.outbox = outbox
+        self.asked, self.gate = anyio.Event(), anyio.Event()
+
+    async def send(self, message: FromExecutor) -> None:
+        if isinstance(message, Loaded):
+            self.asked.set()
+            await self.gate.wait()
+        await self.outbox.send(message)
 
 
 async def test_grammars_that_are_compiled_while_a_worker_starts_hold_nothing_up() -> None:
@@ -175,14 +229,14 @@ async def test_grammars_that_are_compiled_while_a_worker_starts_hold_nothing_up(
         for number in range(1, 8):
             group.start_soon(ask, number)
         with anyio.fail_after(10):
-            while house.scheduler.shelf is None or len(house.scheduler.shelf.again()) < 8:
+            while len(made_in(house)) < 8:
                 await anyio.sleep(0.01)
             await house.front.flush()
             assert house.front.health().status == "restarting"
             house.executor.restarted.set()
             while len(texts) < 7:
                 await anyio.sleep(0.01)
-        assert sorted(house.executor.grammars) == [1, *range(1, 9)]  # none twice on one device
+        assert sorted(house.executor.loaded) == [1, *range(1, 9)]  # none twice on one device
 
 
 async def test_grammars_beyond_the_cache_are_forgotten_on_the_device_too() -> None:

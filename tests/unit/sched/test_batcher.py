@@ -10,6 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from simulated_device import VOCABULARY, SimulatedDevice, least_steps, naive, sampling, scores
 
 from engine.errors import RequestError
+from engine.messages.assets import Bound
+from engine.messages.grammars import GRAMMAR
 from engine.messages.reply import Tokens
 from engine.messages.request import Admit
 from engine.messages.step import TOKEN as TOKEN_ROW
@@ -409,7 +411,7 @@ def test_a_row_that_gets_several_tokens_wastes_no_step(depth, burst, ids, max_ne
 def test_a_grammar_gets_one_token_a_step():
     """Its masks are for the token after those that are known."""
     bench = Bench(burst=4, depth=3)
-    bench.scheduler.admit(request("x", [1, 2], max_new=9), grammar=7)
+    bench.scheduler.admit(request("x", [1, 2], max_new=9), (Bound(GRAMMAR, 7),))
     rows = []
     while plan := bench.scheduler.plan():
         rows += rows_of(plan)

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -22,7 +23,8 @@ from engine.layers.attention import AttentionBackend
 from engine.layers.batch import Batch
 from engine.layers.build import Build
 from engine.layers.model import Model
-from engine.messages.assets import LoadGrammar
+from engine.messages.assets import Bound, Load
+from engine.messages.grammars import GRAMMAR, PackedGrammar
 from engine.messages.request import Admit, Grammar, Sampling
 from engine.messages.step import Logprobs, SlotAdmit
 from engine.plugin.registry import Plugins
@@ -95,7 +97,8 @@ class Device:
         with ThreadPoolExecutor(1) as thread:
             grammars = Grammars(engines(), thread, WORDS, slots=SLOTS, device=CPU, kernels=build.kernels.logits)
             for number, source in GRAMMARS.items():
-                grammars.load(LoadGrammar(number, "llguidance", Grammar("regex", source), b""), lambda _: None)
+                payload = msgspec.msgpack.encode(PackedGrammar("llguidance", Grammar("regex", source), b""))
+                grammars.load(Load(GRAMMAR, number, payload), lambda _: None)
         size = {"slots": SLOTS, "max_model_len": LONGEST, "page_size": PAGE}
         self.runner = Runner(model, allocate(model.kv_spec(), PAGES, CPU), CPU, grammars=grammars, **size)
         self.launched: deque[Any] = deque()
@@ -105,7 +108,8 @@ class Device:
     def admit(self, rid: str, request: tuple[Admit, int]) -> None:
         admit, grammar = request
         self.said[rid] = []
-        self.scheduler.admit(Admit(rid, *[getattr(admit, name) for name in admit.__struct_fields__[1:]]), grammar)
+        bound = (Bound(GRAMMAR, grammar),) if grammar else ()
+        self.scheduler.admit(msgspec.structs.replace(admit, rid=rid), bound)
 
     def step(self) -> bool:
         """Launches a step and takes the result of the one before in; False where there is nothing to do."""

@@ -14,7 +14,7 @@ from engine.layers.batch import Mirror
 from engine.runtime.core import PLANS
 mirror = Mirror(2, torch.device("cpu"))
 hosts = {mirror.host().ctypes.data for _ in range(50)}
-actor = SchedulerActor(Config(model=ModelOptions(model="echo")), *[None] * 5)
+actor = SchedulerActor(Config(model=ModelOptions(model="echo")), *[None] * 3, {}, None)
 print(len(hosts), Backend.steps_in_flight, PLANS, actor.credits)
 """
 

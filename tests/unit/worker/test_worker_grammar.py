@@ -14,7 +14,8 @@ from engine.grammars.engines import Engines
 from engine.kernels.logits.host import HostLogitOps
 from engine.layers.attention import AttentionBackend
 from engine.layers.build import Build
-from engine.messages.assets import GrammarLoaded, LoadGrammar
+from engine.messages.assets import Bound, Load, Loaded
+from engine.messages.grammars import GRAMMAR, PackedGrammar
 from engine.messages.request import Grammar, Sampling
 from engine.messages.step import SlotAdmit, StepDone
 from engine.plugin.registry import Plugins
@@ -61,9 +62,10 @@ class Device:
         self.caught_up = 0
         self.steps = 0
 
-    def load(self, number: int, source: str, kind: Any = "regex") -> GrammarLoaded:
-        told: list[GrammarLoaded] = []
-        self.grammars.load(LoadGrammar(number, "llguidance", Grammar(kind, source), b""), told.append)
+    def load(self, number: int, source: str, kind: Any = "regex") -> Loaded:
+        told: list[Loaded] = []
+        payload = msgspec.msgpack.encode(PackedGrammar("llguidance", Grammar(kind, source), b""))
+        self.grammars.load(Load(GRAMMAR, number, payload), told.append)
         self.grammars._thread.submit(lambda: None).result()
         return told[0]
 
@@ -99,7 +101,12 @@ def device(grammars: Grammars) -> Device:
 def admit(slot: int, text: str, grammar: int = 1, reply: bytes = b"", after: str = "", **sampling: Any) -> SlotAdmit:
     ids = np.array(list(text.encode() + reply), "<i4").tobytes()
     asked = msgspec.structs.replace(GREEDY, **sampling)
-    return SlotAdmit(slot, ids, asked, len(text), grammar=grammar, after=after)
+    bound = (Bound(GRAMMAR, grammar, after.encode()),) if grammar else ()
+    return SlotAdmit(slot, ids, asked, len(text), bound=bound)
+
+
+def guide_of(grammars: Grammars, admitted: SlotAdmit) -> Guide:
+    return grammars._guide(admitted, *admitted.bound)
 
 
 def decode(device: Device, slot: int, at: int, count: int) -> None:
@@ -108,7 +115,7 @@ def decode(device: Device, slot: int, at: int, count: int) -> None:
 
 
 def test_a_reply_follows_its_grammar_and_ends_where_it_must(device: Device) -> None:
-    assert device.load(1, "[0-9]{3}") == GrammarLoaded(1)
+    assert device.load(1, "[0-9]{3}") == Loaded(GRAMMAR, 1)
     device.step([(0, 0, 2, 1)], admit(0, "ab"))
     decode(device, 0, 2, 3)
     assert device.said() == [*b"012", END]
@@ -220,7 +227,7 @@ def test_a_grammar_that_outgrows_its_engine_says_so(
     lower = llguidance.LLParserLimits(step_max_items=MOST_ITEMS, max_items_in_row=200)
     monkeypatch.setattr(engine, "_limits", lower)
     device.load(1, 'start: s\ns: s s | "a"', "lark")
-    guided = Guided([0], [grammars._guide(admit(0, "a", reply=b"a" * 150))])
+    guided = Guided([0], [guide_of(grammars, admit(0, "a", reply=b"a" * 150))])
     (stuck,) = grammars.accept(guided, [ord("a")])
     assert stuck[1].startswith("the grammar cannot go on: Current row has 201 items; max is 200")
     assert stuck[1].endswith("; simplify it") and "state" not in stuck[1]
@@ -295,7 +302,7 @@ def test_masks_of_a_grammar_that_is_dropped_are_forgotten(grammars: Grammars, de
 
 def test_a_grammar_begins_behind_the_reasoning(device: Device, grammars: Grammars) -> None:
     device.load(1, "[0-9]{2}")
-    guide = grammars._guide(admit(0, "a", after="</t>"))
+    guide = guide_of(grammars, admit(0, "a", after="</t>"))
     logits = torch.zeros(1, 257)
 
     def allowed() -> list[int]:
@@ -315,8 +322,8 @@ def test_a_grammar_begins_behind_the_reasoning(device: Device, grammars: Grammar
 
 def test_the_reasoning_so_far_is_read_by_a_row_that_comes_back(device: Device, grammars: Grammars) -> None:
     device.load(1, "[0-9]{2}")
-    inside = grammars._guide(admit(0, "a", reply=b"no</t", after="</t>"))
-    behind = grammars._guide(admit(0, "a", reply=b"no</t>1", after="</t>"))
+    inside = guide_of(grammars, admit(0, "a", reply=b"no</t", after="</t>"))
+    behind = guide_of(grammars, admit(0, "a", reply=b"no</t>1", after="</t>"))
     assert (inside.after, inside.tail, behind.after) == (b"</t>", b"</t", b"")
     assert grammars.accept(Guided([0], [behind]), [ord("2")]) == ()
     assert grammars.accept(Guided([0], [behind]), [ord("3")]) == ((0, NO_TOKEN),)
