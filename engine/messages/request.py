@@ -170,7 +170,9 @@ class Sampling(Part, frozen=True):
 
 
 class Admit(Message, frozen=True):
-    """tokenizer → scheduler: a checked request. `ids` is int32; `max_new` 0 asks for a vector in place of tokens."""
+    """tokenizer → scheduler: a checked request. `ids` is int32; `max_new` 0 asks for a vector in place of tokens.
+
+    `keys` (int32, one an id) is what prefixes are shared by, where that is not the ids themselves (cache/keys.py)."""
 
     rid: str
     ids: bytes
@@ -180,6 +182,7 @@ class Admit(Message, frozen=True):
     priority: int = 0
     cache_salt: str = ""
     grammar: Grammar | None = None
+    keys: bytes = b""
 
 
 class Abort(Message, frozen=True):

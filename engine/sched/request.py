@@ -28,6 +28,7 @@ class Request:
     arrival: int
     priority: int
     ids: "array[int]"  # int32: the prompt and what was sampled and committed
+    keys: "array[int]"  # int32: what the tree knows them by; the same array, unless the prompt holds more than text
     prompt_len: int
     limit: int  # prompt_len + max_new: the length at which it ends
     sampling: Sampling
@@ -56,12 +57,15 @@ class Request:
     def admitted(cls, admit: Admit, arrival: int, grammar: int = 0) -> "Request":
         """A waiting request, from what the tokenizer says; `grammar` is the number of its grammar."""
         ids = array("i", admit.ids)
+        keys = array("i", admit.keys) if admit.keys else ids
+        assert len(keys) == len(ids), f"{len(ids)} ids have {len(keys)} keys"
         asks = admit.sampling.prompt_logprobs >= 0 and len(ids) > 1  # nothing predicts a prompt's first token
         return cls(
             rid=admit.rid,
             arrival=arrival,
             priority=admit.priority,
             ids=ids,
+            keys=keys,
             prompt_len=len(ids),
             limit=len(ids) + admit.max_new,
             sampling=admit.sampling,
