@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
+from engine.conversation.parts import Message as ChatMessage
 from engine.messages.base import Message, Part
 
 GrammarKind = Literal["json_object", "json_schema", "regex", "ebnf", "lark", "choice", "structural_tag"]
@@ -89,7 +90,7 @@ class Generate(Message, frozen=True):
     sampling: SamplingParams
     text: str | None = None
     ids: bytes | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: list[ChatMessage] | None = None
     priority: int = 0
     default_max_tokens: int | None = None
     # How the chat template writes `messages`: see Text.render_chat.

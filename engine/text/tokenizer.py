@@ -12,6 +12,7 @@ from msgspec import Struct
 from tokenizers import normalizers, pre_tokenizers
 
 from engine.conversation.parsers import Parsers
+from engine.conversation.parts import Message, without_media
 from engine.conversation.template import ChatTemplate, requested
 from engine.errors import RequestError
 from engine.params.sampling import SamplingDefaults
@@ -121,7 +122,7 @@ class Text:
 
     def encode_chat(
         self,
-        messages: list[dict[str, Any]],
+        messages: Sequence[Message],
         *,
         opening: str = "",
         special: bool = False,
@@ -169,7 +170,7 @@ class Text:
 
     def render_chat(
         self,
-        messages: list[dict[str, Any]],
+        messages: Sequence[Message],
         *,
         chat_template: str | None = None,
         tools: list[dict[str, Any]] | None = None,
@@ -177,14 +178,16 @@ class Text:
     ) -> str:
         """The conversation as the chat template writes it, up to where the assistant speaks; the options are those of
         ChatTemplate.render. `chat_template`, a template or the name of one of the model's, takes the place of the one
-        that the model has for this. Raises RequestError as `encode_chat` does."""
-        return self._template_for(chat_template, bool(tools)).render(messages, tools=tools, **options)
+        that the model has for this. Raises RequestError as `encode_chat` does, and for media, which no model here has a
+        processor for."""
+        readable = without_media(messages)
+        return self._template_for(chat_template, bool(tools)).render(readable, tools=tools, **options)
 
     def reasoning_open(
         self,
         start: str,
         end: str,
-        messages: list[dict[str, Any]],
+        messages: Sequence[Message],
         *,
         chat_template: str | None = None,
         tools: bool = False,

@@ -18,7 +18,7 @@ from engine.http.openai.conversation import (
     FEW_TOOLS,
     ChatMessage,
     ToolBody,
-    plain_messages,
+    messages_of,
     template_options,
     tools_of,
 )
@@ -105,7 +105,7 @@ async def tokenize(request: web.Request, body: TokenizeBody) -> web.Response:
     if body.prompt is not None:
         job = Tokenize(body.prompt, special=special is not False, names=names)
     else:
-        messages = plain_messages(body.messages or [])
+        messages = messages_of(body.messages or [])
         options = {"tools": [tool.described() for tool in tools_of(body.tools)], **template_options(body)}
         job = Tokenize(None, messages, options, special=bool(special), names=names)
     found = await tokenized(service, job, "prompt" if body.messages is None else "messages")

@@ -20,7 +20,7 @@ from engine.http.openai.conversation import (
     NamedTool,
     among,
     either,
-    plain_messages,
+    messages_of,
     template_options,
     tools_of,
 )
@@ -62,7 +62,7 @@ async def chat_completions(request: web.Request, body: ChatBody) -> web.StreamRe
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
     )
-    messages, wanted, text = plain_messages(body.messages), wanted_of(body), request.app[SERVICE].front.text
+    messages, wanted, text = messages_of(body.messages), wanted_of(body), request.app[SERVICE].front.text
     options = template_options(body)
     if body.reasoning_effort is not None:
         options, degree = with_effort(text, options, body.reasoning_effort, tools=bool(wanted.offered))

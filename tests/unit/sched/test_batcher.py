@@ -2,6 +2,7 @@
 
 from array import array
 from collections import deque
+from itertools import takewhile
 
 import pytest
 from hypothesis import given, settings
@@ -277,9 +278,10 @@ def test_prefixes_are_shared_exactly_where_keys_agree(prompts, page_size):
         while bench.live:
             bench.step()
         most = (len(keys) - 1) // page_size * page_size
-        agreed = [next((at for at, pair in enumerate(zip(keys, old)) if pair[0] != pair[1]), min(len(keys), len(old)))
-                  for old in computed]  # fmt: skip
-        assert bench.cached[rid] == max([min(most, length // page_size * page_size) for length in agreed], default=0)
+        alike = [sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(keys, old, strict=False)))
+                 for old in computed]  # fmt: skip
+        whole = [min(most, length // page_size * page_size) for length in alike]
+        assert bench.cached[rid] == max(whole, default=0)
         computed.append(keys + bench.tokens[rid][:-1])
     bench.drain()
 
