@@ -6,8 +6,8 @@
         Call      a call of a tool that the model made
         Result    what a tool returned: parts again, of text and media
 
-What a model reads of it is decided where the chat template writes it (template.py). Where a model has no processor for
-media, `without_media` refuses them; that is the one place. A canonical text of the parts, hashed in chained blocks so
+What a model reads of it is decided where the chat template writes it (template.py). Media meet the model, and may be
+refused, in one place (media.py). A canonical text of the parts, hashed in chained blocks so
 that a router knows a conversation without its template, will stand here. Pure structs: nothing is fetched or decoded.
 """
 
@@ -128,18 +128,6 @@ def as_one(messages: Sequence[Message], between: str = "") -> Message:
 def media_of(messages: Iterable[Message]) -> list[Image | Video]:
     """The pictures and clips of a conversation, in their order."""
     return [part for message in messages for part in message.shown if not isinstance(part, Text)]
-
-
-def without_media(messages: Sequence[Message]) -> Sequence[Message]:
-    """`messages`, for a model without a processor for media. Raises RequestError where they hold any."""
-    for medium in media_of(messages):
-        raise RequestError(
-            f"{medium.place}.type is {medium.kind!r}, and the model reads text alone; send text, or ask a model that "
-            "reads it",
-            param=f"{medium.place}.type",
-            code="unsupported_parameter",
-        )
-    return messages
 
 
 # ── from what a program says ─────────────────────────────────────────────────────────────────

@@ -70,8 +70,9 @@ class ChatTemplate:
         Raises RequestError when the template refuses the messages, or has no place for their media."""
         if not messages:
             raise RequestError("messages is empty; send at least one message", param="messages")
-        begun = messages[-1].text
+        begun = ""
         if continue_final_message:
+            begun = _last_text(messages[-1]) if self._listed(messages[-1]) else messages[-1].text
             messages = [*messages[:-1], _left_open(messages[-1])]
         able = None
         if tools or any(message.role == "tool" or message.calls for message in messages):
@@ -110,15 +111,11 @@ class ChatTemplate:
     def _as_written(self, messages: Sequence[Message], able: "Abilities | None" = None) -> list[dict[str, Any]]:
         """`messages` as this template takes them, their calls as it is `able` to write them."""
         text, alone = (False, False) if able is None else (able.text_arguments, able.alone)
-        kind = self.content
-        return list(
-            as_written(
-                messages,
-                text_arguments=text,
-                alone=alone,
-                listed=lambda message: kind == "parts" or (kind == "either" and bool(media_of([message]))),
-            )
-        )
+        return list(as_written(messages, text_arguments=text, alone=alone, listed=self._listed))
+
+    def _listed(self, message: Message) -> bool:
+        """Whether it is given the content of `message` as a list of parts."""
+        return self.content == "parts" or (self.content == "either" and bool(media_of([message])))
 
     # ── what it is able to say ───────────────────────────────────────────────────────────────
 
@@ -207,6 +204,12 @@ PROBE_RESULT = Message("tool", (Result("probe0000", (Text("probe_result"),)),), 
 # ── a reply that goes on ─────────────────────────────────────────────────────────────────────
 
 
+def _last_text(message: Message) -> str:
+    """The text that a reply goes on from, where each part is written by itself."""
+    last = message.parts[-1] if message.parts else None
+    return last.text if isinstance(last, Text) else ""
+
+
 def _left_open(message: Message) -> Message:
     """`message` with its end marked: whatever the template puts after it is cut off once it is rendered."""
     if message.calls:
@@ -220,13 +223,8 @@ def _left_open(message: Message) -> Message:
             "append the beginning of the reply",
             param="continue_final_message",
         )
-    *before, last = message.parts or (Text(""),)
-    ended = (
-        (*before, Text(last.text + OPEN_END + " "))
-        if isinstance(last, Text)
-        else (*message.parts, Text(OPEN_END + " "))
-    )
-    return replace(message, parts=ended)
+    kept = message.parts[:-1] if message.parts and isinstance(message.parts[-1], Text) else message.parts
+    return replace(message, parts=(*kept, Text(_last_text(message) + OPEN_END + " ")))
 
 
 def _up_to_mark(text: str, begun: str) -> str:
