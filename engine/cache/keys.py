@@ -9,7 +9,6 @@ same placeholder, whatever it shows, so its keys come from the hash of its conte
 Keys are int32, as ids are, so text needs no second array and the tree's memory and comparisons stay as they are. Keys
 of media are negative, and no token id is, so neither is ever taken for the other. Each value has 31 bits of a hash
 over content and length, so a page that holds k tokens of another picture is taken for its own once in 2^(31 k).
-A canonical text of a conversation's parts, hashed in chained blocks for a router, will stand here as well.
 """
 
 import hashlib

@@ -88,6 +88,8 @@ class Message(Struct, frozen=True, array_like=True):
     @property
     def text(self) -> str:
         """All texts as one."""
+        if len(self.parts) == 1 and isinstance(only := self.parts[0], Text):  # as nearly all have
+            return only.text
         return "".join(part.text for part in self.shown if isinstance(part, Text))
 
     @property
@@ -97,6 +99,8 @@ class Message(Struct, frozen=True, array_like=True):
 
     @property
     def calls(self) -> list[Call]:
+        if len(self.parts) == 1 and isinstance(self.parts[0], Text):
+            return []
         return [part for part in self.parts if isinstance(part, Call)]
 
     @property
@@ -127,7 +131,25 @@ def as_one(messages: Sequence[Message], between: str = "") -> Message:
 
 def media_of(messages: Iterable[Message]) -> list[Image | Video]:
     """The pictures and clips of a conversation, in their order."""
-    return [part for message in messages for part in message.shown if not isinstance(part, Text)]
+    media: list[Image | Video] = []
+    for message in messages:
+        for part in message.parts:
+            if isinstance(part, Text):  # as nearly all are
+                continue
+            if isinstance(part, Result):
+                media += [shown for shown in part.parts if not isinstance(shown, Text)]
+            elif not isinstance(part, Call):
+                media.append(part)
+    return media
+
+
+def has_tools(messages: Iterable[Message]) -> bool:
+    """Whether tools were called, or have answered."""
+    for message in messages:
+        for part in message.parts:
+            if not isinstance(part, Text) and isinstance(part, Call | Result):
+                return True
+    return False
 
 
 # ── from what a program says ─────────────────────────────────────────────────────────────────

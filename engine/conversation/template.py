@@ -21,7 +21,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from engine.conversation.content_format import goes_through_parts
-from engine.conversation.parts import Call, Message, Result, Text, media_of, said
+from engine.conversation.parts import Call, Message, Result, Text, has_tools, media_of, said
 from engine.conversation.tools import as_written, in_other_words, with_names
 from engine.errors import ConfigError, RequestError
 from engine.plugin.parsing import CallSyntax
@@ -75,10 +75,10 @@ class ChatTemplate:
             begun = _last_text(messages[-1]) if self._listed(messages[-1]) else messages[-1].text
             messages = [*messages[:-1], _left_open(messages[-1])]
         able = None
-        if tools or any(message.role == "tool" or message.calls for message in messages):
+        if tools or has_tools(messages):
             able = self.abilities
             messages, tools = self._told(messages, tools)
-        if (media := media_of(messages)) and self.content == "text":
+        if self.content == "text" and (media := media_of(messages)):
             place = media[0].place
             raise RequestError(f"the chat template has no place for {place}; send text alone", param=place)
         plain = self._as_written(messages, able)
@@ -111,7 +111,8 @@ class ChatTemplate:
     def _as_written(self, messages: Sequence[Message], able: "Abilities | None" = None) -> list[dict[str, Any]]:
         """`messages` as this template takes them, their calls as it is `able` to write them."""
         text, alone = (False, False) if able is None else (able.text_arguments, able.alone)
-        return list(as_written(messages, text_arguments=text, alone=alone, listed=self._listed))
+        listed = None if self.content == "text" else self._listed
+        return list(as_written(messages, text_arguments=text, alone=alone, listed=listed))
 
     def _listed(self, message: Message) -> bool:
         """Whether it is given the content of `message` as a list of parts."""

@@ -26,17 +26,24 @@ def as_written(
     *,
     text_arguments: bool = False,
     alone: bool = False,
-    listed: Callable[[Message], bool] = lambda _: False,
+    listed: Callable[[Message], bool] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """`messages` as a template takes them, in OpenAI's shape.
 
     A content is one text, or where it is `listed`, a list of parts. The arguments of calls are text, or the object that
     the text holds, if it holds one; if `alone`, calls are in messages of their own, whose content is None."""
     for message in messages:
-        content = [_part(part) for part in message.shown] if listed(message) else message.text
-        about = {"name": message.name, "tool_call_id": message.answers, "reasoning_content": message.reasoning}
-        plain = {"role": message.role, "content": content}
-        plain |= {name: value for name, value in about.items() if value is not None} | message.extra
+        in_parts = listed is not None and listed(message)
+        content = [_part(part) for part in message.shown] if in_parts else message.text
+        plain: dict[str, Any] = {"role": message.role, "content": content}
+        if message.name is not None:
+            plain["name"] = message.name
+        if message.role == "tool" and (answered := message.answers) is not None:
+            plain["tool_call_id"] = answered
+        if message.reasoning is not None:
+            plain["reasoning_content"] = message.reasoning
+        if message.extra:
+            plain |= message.extra
         if not (calls := message.calls):
             yield plain
             continue

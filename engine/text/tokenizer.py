@@ -147,8 +147,9 @@ class Text:
         self._check_fits(text, most, "prompt")
         if not (ids := self.encode(text) if special else self._encode(text, False)):
             raise RequestError("the chat template makes an empty prompt of the messages; say more", param="messages")
-        media = readable(messages, self.media)
-        return self.media.placed(ids, media) if media and self.media is not None else (ids, ())
+        if self.media is None or not (media := readable(messages, self.media)):
+            return ids, ()
+        return self.media.placed(ids, media)
 
     def _check_fits(self, text: str, most: int | None, name: str) -> None:
         if most is None:

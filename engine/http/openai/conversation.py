@@ -186,11 +186,12 @@ def _message(message: ChatMessage, path: str) -> Message:
     if content is None and message.role != "assistant":
         raise RequestError(f"{path}.content is missing; a {message.role} message needs a text", param=f"{path}.content")
     role: Role = "system" if message.role == "developer" else message.role
-    shown = _parts(content, f"{path}.content")
+    shown = _parts(content, path)
     parts: tuple[Part, ...] = (Result(message.tool_call_id, shown),) if role == "tool" else shown
-    calls = (Call(call.function.name, call.function.arguments, call.id) for call in message.tool_calls or ())
+    if message.tool_calls:
+        parts += tuple(Call(call.function.name, call.function.arguments, call.id) for call in message.tool_calls)
     thought = either(message, "reasoning_content", "reasoning", f"{path}.")
-    return Message(role, (*parts, *calls), name=message.name or None, reasoning=thought or None)
+    return Message(role, parts, name=message.name or None, reasoning=thought or None)
 
 
 def _parts(content: str | Sequence[ContentPart] | None, path: str) -> tuple[Shown, ...]:
@@ -202,9 +203,9 @@ def _parts(content: str | Sequence[ContentPart] | None, path: str) -> tuple[Show
             case TextPart():
                 parts.append(Text(part.text))
             case ImagePart():
-                parts.append(Image(part.image_url.url, f"{path}[{index}]", "image_url", part.image_url.detail))
+                parts.append(Image(part.image_url.url, f"{path}.content[{index}]", "image_url", part.image_url.detail))
             case VideoPart():
-                parts.append(Video(part.video_url.url, f"{path}[{index}]", "video_url"))
+                parts.append(Video(part.video_url.url, f"{path}.content[{index}]", "video_url"))
     return tuple(parts)
 
 
