@@ -132,7 +132,10 @@ def test_content_parts_are_joined(text):
         ([{"role": ["user"], "content": "a"}], r"has role \['user'\]"),
         ([{"role": "user"}], "has content None"),
         ([{"role": "user", "content": 3}], "has content 3"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "reads only text"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+            "nor an image_url or a video_url with its url",
+        ),
         ([{"role": "user", "content": "\ud83d"}], "half of a surrogate pair"),
     ],
 )
