@@ -83,8 +83,6 @@ class ReplyColumns:
             if len(ids) == request.limit:
                 finish = Finish(len(self.rids), "length")
                 break
-        if request.keys is not ids:
-            request.keys += ids[-kept:]
         if finish is not None:
             self.finishes.append(finish)
         self.rids.append(request.rid)
