@@ -36,10 +36,10 @@ def as_written(
         in_parts = listed is not None and listed(message)
         content = [_part(part) for part in message.shown] if in_parts else message.text
         plain: dict[str, Any] = {"role": message.role, "content": content}
-        if message.name is not None:
-            plain["name"] = message.name
         if message.role == "tool" and (answered := message.answers) is not None:
             plain["tool_call_id"] = answered
+        if message.name is not None:
+            plain["name"] = message.name
         if message.reasoning is not None:
             plain["reasoning_content"] = message.reasoning
         if message.extra:

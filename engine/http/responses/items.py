@@ -236,9 +236,9 @@ def input_items(conversation: Sequence[Message], key: str, namespaces: Mapping[s
             case "tool":
                 items.append(FunctionOutputItem(f"{key}_{len(items)}", message.answers or "", message.text))
             case "user" | "system" | "assistant" as role:
-                content = _content(message)
-                if content or not message.calls:
-                    items.append(MessageItem(f"{key}_{len(items)}", role, content or [_said(role, "")]))
+                if not (message.is_silent and message.calls):
+                    content = _content(message) or [_said(role, "")]
+                    items.append(MessageItem(f"{key}_{len(items)}", role, content))
         for call in message.calls:
             named = _named(call.name, namespaces, call.arguments)
             items.append(FunctionCallItem(f"{key}_{len(items)}", "completed", call.id or "", *named))

@@ -18,9 +18,11 @@ from engine.http.anthropic.messages import CountBody, conversation_of
 from engine.http.openai import conversation as openai
 from engine.http.responses.bodies import ResponsesBody
 from engine.http.responses.bodies import messages_of as messages_of_items
+from engine.http.responses.items import InputImage, InputText, MessageItem, OutputText, input_items
 from engine.http.wire import Body, BodyDecoder
 from engine.messages.request import Generate, SamplingParams
 from engine.plugin.parsing import ToolParser
+from engine.runtime.offline import to_request
 from engine.text.tokenizer import Text as ModelText
 
 URL = "data:image/png;base64,AAAA"
@@ -71,7 +73,7 @@ class Messages(Body):
 
 
 def test_the_same_parts_from_a_program_and_from_openai_s_clients() -> None:
-    assert read_messages(MESSAGES) == PARTS
+    assert read_messages(MESSAGES) == to_request(MESSAGES, None).messages == PARTS
     assert openai.messages_of(body(Messages, {"messages": MESSAGES}).messages) == PARTS
 
 
@@ -90,6 +92,20 @@ def test_parts_from_responses() -> None:
         Message("assistant", (Call("f", "{}", "1"),)),
         Message("tool", (Result("1", (Image(URL, "input[2].output[0]", "input_image", "high"),)),)),
     ]
+
+
+def test_messages_are_listed_as_items() -> None:
+    calls = Message("assistant", (Text(""), Call("f", "{}", "1")), reasoning="t")
+    shown = Message("user", (Text("a"), Text("b"), Image(URL, "here", "input_image", "low")))
+    items = input_items([shown, calls, Message("assistant", ())], "k")
+    assert [type(item).__name__ for item in items] == [
+        "MessageItem",
+        "ReasoningItem",
+        "FunctionCallItem",
+        "MessageItem",
+    ]
+    assert isinstance(items[0], MessageItem) and items[0].content == [InputText("ab"), InputImage(URL, "low")]
+    assert isinstance(items[3], MessageItem) and items[3].content == [OutputText("")]
 
 
 def test_parts_from_anthropic_s_clients() -> None:
