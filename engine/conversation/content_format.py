@@ -6,8 +6,11 @@ through a list, over something that is the content of something in `messages`. N
 are followed, through `set`, `for` and the parameters of its macros; their scopes are not told apart. Pure logic.
 """
 
+from collections.abc import Iterator
+
 from jinja2 import nodes
 
+ROUNDS = 8  # names of names of names: more than any template has
 GOING_THROUGH = frozenset({"map", "select", "reject", "selectattr", "rejectattr", "groupby"})  # filters of lists
 
 
@@ -28,63 +31,57 @@ class _Names:
         loops = [
             (loop.target.name, loop.iter) for loop in tree.find_all(nodes.For) if isinstance(loop.target, nodes.Name)
         ]
-        known = 0
-        while known != (known := self._count()):  # until nothing more follows
-            for name, value in loops:
-                if self._is_list(value):
-                    self._messages.add(name)
-            for name, value in bound:
-                for kind, names in (
-                    (self._is_list, self._lists),
-                    (self._is_message, self._messages),
-                    (self.is_content, self._contents),
-                ):
-                    if kind(value):
-                        names.add(name)
-
-    def _count(self) -> int:
-        return len(self._lists) + len(self._messages) + len(self._contents)
+        for _ in range(ROUNDS):
+            self._messages |= {name for name, value in loops if self._is_list(value)}
+            self._lists |= {name for name, value in bound if self._is_list(value)}
+            self._messages |= {name for name, value in bound if self._is_message(value)}
+            self._contents |= {name for name, value in bound if self.is_content(value)}
 
     def _is_list(self, value: nodes.Node) -> bool:
-        value = _bare(value)
-        return isinstance(value, nodes.Name) and value.name in self._lists
+        return any(isinstance(one, nodes.Name) and one.name in self._lists for one in _same(value))
 
     def _is_message(self, value: nodes.Node) -> bool:
-        if isinstance(value, nodes.Getitem) and not isinstance(value.arg, nodes.Slice):
-            return self._is_list(value.node)
-        value = _bare(value)
-        return isinstance(value, nodes.Name) and value.name in self._messages
+        for one in _same(value):
+            match one:
+                case nodes.Name(name=name) if name in self._messages:
+                    return True
+                case nodes.Getitem(node=of) if self._is_list(of):
+                    return True
+        return False
 
     def is_content(self, value: nodes.Node) -> bool:
-        """Whether `value` is the content of a message, or a part of it."""
-        value = _bare(value)
-        match value:
-            case nodes.Name():
-                return value.name in self._contents
-            case nodes.Getattr():
-                return value.attr == "content" and self._is_message(value.node)
-            case nodes.Getitem(arg=nodes.Const(value="content")):
-                return self._is_message(value.node)
+        """Whether `value` is the content of a message, or some of its parts."""
+        for one in _same(value):
+            match one:
+                case nodes.Name(name=name) if name in self._contents:
+                    return True
+                case nodes.Getattr(attr="content", node=of) if self._is_message(of):
+                    return True
+                case nodes.Getitem(arg=nodes.Const(value="content"), node=of) if self._is_message(of):
+                    return True
         return False
 
 
-def _bindings(tree: nodes.Template) -> list[tuple[str, nodes.Node]]:
+def _bindings(tree: nodes.Template) -> Iterator[tuple[str, nodes.Node]]:
     """What `set` and calls of macros give to names."""
-    bound: list[tuple[str, nodes.Node]] = [
-        (one.target.name, one.node) for one in tree.find_all(nodes.Assign) if isinstance(one.target, nodes.Name)
-    ]
+    for one in tree.find_all(nodes.Assign):
+        if isinstance(one.target, nodes.Name):
+            yield one.target.name, one.node
     macros = {macro.name: [argument.name for argument in macro.args] for macro in tree.find_all(nodes.Macro)}
     for call in tree.find_all(nodes.Call):
         if isinstance(call.node, nodes.Name) and call.node.name in macros:
-            bound += zip(macros[call.node.name], call.args, strict=False)
-            bound += [(keyword.key, keyword.value) for keyword in call.kwargs]
-    return bound
+            yield from zip(macros[call.node.name], call.args, strict=False)
+            yield from ((keyword.key, keyword.value) for keyword in call.kwargs)
 
 
-def _bare(value: nodes.Node) -> nodes.Node:
-    """`value` without filters and slices, which leave it the same kind of thing."""
-    while isinstance(value, nodes.Filter) or (isinstance(value, nodes.Getitem) and isinstance(value.arg, nodes.Slice)):
-        if value.node is None:  # of a filter block
-            break
-        value = value.node
-    return value
+def _same(value: nodes.Node) -> Iterator[nodes.Node]:
+    """What `value` may be, but for filters and slices, which leave it the same kind of thing."""
+    match value:
+        case nodes.Filter(node=nodes.Node() as of) | nodes.Getitem(node=of, arg=nodes.Slice()):
+            yield from _same(of)
+        case nodes.CondExpr(expr1=first, expr2=second) | nodes.Or(left=first, right=second):
+            yield from _same(first)
+            if second is not None:
+                yield from _same(second)
+        case _:
+            yield value

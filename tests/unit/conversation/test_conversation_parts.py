@@ -162,7 +162,8 @@ TEMPLATES = [
     (CHATML, "text"),
     (PARTS_ONLY, "parts"),
     (EITHER, "either"),
-    ("{% set all = messages[1:] if 0 else messages %}" + PARTS_ONLY, "parts"),
+    ("{% set all = messages[1:] if 0 else messages %}" + PARTS_ONLY.replace("in messages", "in all"), "parts"),
+    ("{% for m in messages %}{% set c = m.content or [] %}{{ c | map(attribute='text') | join }}{% endfor %}", "parts"),
     ("{% set said = messages | list %}" + PARTS_ONLY.replace("in messages", "in said[0:]"), "parts"),
     ("{% for m in messages %}{% set c = m.content %}" + LOOP.replace("m['content']", "c") + "{% endfor %}", "parts"),
     (
