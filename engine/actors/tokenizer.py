@@ -14,6 +14,8 @@ import anyio
 import anyio.abc
 from anyio.streams.memory import MemoryObjectReceiveStream
 
+from engine.cache.keys import keys_with
+from engine.conversation.media import Runs
 from engine.errors import RequestError, let_go
 from engine.messages import FromFront, ToDetokenizer, ToTokenizer
 from engine.messages.assets import Need
@@ -48,7 +50,7 @@ class Admission:
 
     def _admit_text(self, request: Generate) -> tuple[Open, Admit]:
         try:
-            ids = self._encode(request)
+            ids, keys = self._encode(request)
         except TooWide as error:
             assert self.max_model_len is not None, "requests are let in only once the worker is ready"
             raise prompt_too_long(error.least, self.max_model_len, characters=error.characters) from None
@@ -93,6 +95,7 @@ class Admission:
             request.priority,
             request.cache_salt,
             self._needs(request),
+            keys=keys,
         )
         return opened, admitted
 
@@ -192,10 +195,12 @@ class Admission:
                     facts={},
                 )
 
-    def _encode(self, request: Generate) -> "array[int]":
+    def _encode(self, request: Generate) -> tuple["array[int]", bytes]:
+        """The ids of the prompt and their keys, as Admit has these."""
+        runs: Runs = ()
         most = self.max_model_len if request.last is None else MOST_CUT
         if request.messages is not None:
-            conversation = self.text.encode_chat(
+            conversation, runs = self.text.encode_conversation(
                 request.messages,
                 opening=request.opening,
                 special=bool(request.special),
@@ -213,7 +218,9 @@ class Admission:
             ids = array("i")
             ids.frombytes(request.ids or b"")
         self._check_ids(ids, "prompt")
-        return ids if request.last is None else ids[-self._kept(request.last, request.sampling.max_tokens) :]
+        keys = keys_with(ids, runs)
+        first = 0 if request.last is None else -self._kept(request.last, request.sampling.max_tokens)
+        return ids[first:], b"" if keys is ids else keys[first:].tobytes()
 
     def _kept(self, last: int, new: int | None) -> int:
         """How many tokens of a prompt stay; a `last` of -1 leaves room for `new`, or one."""

@@ -1,7 +1,7 @@
 """A radix tree from token prefixes to the pages that hold their keys and values.
 
-Everything is whole pages. A key is the int32 bytes of the tokens of whole pages, so that finding a prefix is
-one dictionary look-up and one memcmp a node; nodes split at page borders only.
+Everything is whole pages. A key is the int32 bytes of whole pages of keys, one a token (keys.py: for text, its id), so
+that finding a prefix is one dictionary look-up and one memcmp a node; nodes split at page borders only.
 
     root ── A: 3 pages ──┬── B: 1 page        A request that uses B holds a lock on B and on A. What nobody
                          └── C: 2 pages       locks may be evicted, leaves first, least recently used first.

@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from engine.conversation.calls import Tool, allowed, either, forced
 from engine.conversation.parsers import Parsers, ReplyParser, merged
+from engine.conversation.parts import Message
 from engine.errors import RequestError
 from engine.messages.reply import Chunk
 from engine.messages.request import Grammar, SamplingParams
@@ -172,7 +173,7 @@ def _is_json(text: str) -> bool:
 def reading_of(
     text: Text | None,
     sampling: SamplingParams,
-    messages: list[dict[str, Any]],
+    messages: Sequence[Message],
     options: dict[str, Any],
     wanted: Wanted,
     *,
@@ -214,7 +215,7 @@ def reading_of(
 
 
 def _reasons(
-    text: Text, reasoning: type[ReasoningParser], messages: list[dict[str, Any]], options: dict[str, Any]
+    text: Text, reasoning: type[ReasoningParser], messages: Sequence[Message], options: dict[str, Any]
 ) -> bool:
     """Whether a reply is to begin with reasoning where the prompt leaves that open: if the template has a switch that
     closes it, as most families have, and it is not used."""

@@ -2,23 +2,27 @@
 
 Templates are programs of the checkpoint's. Whether one tells the model of tools, or writes past calls, nothing
 declares: it is found out by rendering a small conversation once. What a template lacks is said in its messages
-(tools.py). Pure logic. Left out: documents and media.
+(tools.py). A content is one text to a template, or a list of parts where it goes through those. Pure logic. Left out:
+documents; the tokens that a medium stands for.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import jinja2
 from jinja2 import meta
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from msgspec import Struct
+from msgspec.structs import replace
 
-from engine.conversation.tools import as_written, in_other_words, plain_message, with_names
+from engine.conversation.content_format import goes_through_parts
+from engine.conversation.parts import Call, Message, Result, Text, has_tools, media_of, said
+from engine.conversation.tools import as_written, in_other_words, with_names
 from engine.errors import ConfigError, RequestError
 from engine.plugin.parsing import CallSyntax
 
@@ -52,7 +56,7 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: list[dict[str, Any]],
+        messages: Sequence[Message],
         *,
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
@@ -63,15 +67,23 @@ class ChatTemplate:
 
         `tools` are those that may be called, as OpenAI writes them. `continue_final_message` ends the text inside the
         last message, for the reply to go on from there. `template_kwargs` are variables of the template's own.
-        Raises RequestError for malformed messages, and when the template refuses them."""
+        Raises RequestError when the template refuses the messages, or has no place for their media."""
         if not messages:
             raise RequestError("{messages} is empty; send at least one message", param="messages", facts={})
-        plain = [plain_message(index, message) for index, message in enumerate(messages)]
-        begun = plain[-1]["content"]
+        begun = ""
         if continue_final_message:
-            plain[-1] = _left_open(plain[-1])
-        if tools or any(message["role"] == "tool" or "tool_calls" in message for message in plain):
-            plain, tools = self._told(plain, tools)
+            begun = _last_text(messages[-1]) if self._listed(messages[-1]) else messages[-1].text
+            messages = [*messages[:-1], _left_open(messages[-1])]
+        able = None
+        if tools or has_tools(messages):
+            able = self.abilities
+            messages, tools = self._told(messages, tools)
+        if self.content == "text" and (media := media_of(messages)):
+            place = media[0].place
+            raise RequestError(
+                "the chat template has no place for {place}; send text alone", param=place, facts={"place": place}
+            )
+        plain = self._as_written(messages, able)
         own = {
             "messages": plain,
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
@@ -91,17 +103,23 @@ class ChatTemplate:
         return _up_to_mark(text, begun) if continue_final_message else text
 
     def _told(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
-    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-        """`messages` and `tools` as this template takes them; what it cannot say is said in messages."""
+        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None
+    ) -> tuple[list[Message], list[dict[str, Any]] | None]:
+        """`messages` and `tools` as far as this template can say them; what it cannot is said in messages."""
         able = self.abilities
-        named = with_names(messages)
-        messages = list(as_written(named, text_arguments=able.text_arguments, alone=able.alone))
         untold = None if able.tools else tools
-        if able.calls and untold is None:
-            return messages, tools
-        messages = in_other_words(messages, untold, self._syntax, calls=not able.calls, system=able.system)
-        return messages, tools if able.tools else None
+        told = in_other_words(with_names(messages), untold, self._syntax, calls=not able.calls, system=able.system)
+        return told, tools if able.tools else None
+
+    def _as_written(self, messages: Sequence[Message], able: "Abilities | None" = None) -> list[dict[str, Any]]:
+        """`messages` as this template takes them, their calls as it is `able` to write them."""
+        text, alone = (False, False) if able is None else (able.text_arguments, able.alone)
+        listed = None if self.content == "text" else self._listed
+        return list(as_written(messages, text_arguments=text, alone=alone, listed=listed))
+
+    def _listed(self, message: Message) -> bool:
+        """Whether it is given the content of `message` as a list of parts."""
+        return self.content == "parts" or (self.content == "either" and bool(media_of([message])))
 
     # ── what it is able to say ───────────────────────────────────────────────────────────────
 
@@ -111,23 +129,31 @@ class ChatTemplate:
         return frozenset(meta.find_undeclared_variables(environment().parse(self._source)))
 
     @cached_property
+    def content(self) -> Literal["text", "parts", "either"]:
+        """What it takes as a message's content. One that goes through parts may write a text as it is as well: it is
+        given parts only where there is more than text."""
+        if not goes_through_parts(environment().parse(self._source)):
+            return "text"
+        return "either" if "probe" in self._render([{"role": "user", "content": "probe"}]) else "parts"
+
+    @cached_property
     def abilities(self) -> Abilities:
         """Found out once, by rendering."""
         tools = "probe_tool" in self._probe([PROBE_USER], tools=[PROBE_TOOL])
-        system = "probe_system" in self._probe([{"role": "system", "content": "probe_system"}, PROBE_USER])
+        system = "probe_system" in self._probe([said("system", "probe_system"), PROBE_USER])
         for alone in (False, True):
             for text_arguments in (False, True):
-                called = as_written([PROBE_USER, PROBE_CALL, PROBE_RESULT], text_arguments=text_arguments, alone=alone)
-                text = self._probe(list(called), tools=[PROBE_TOOL] if tools else None)
+                able = Abilities(tools, True, system, text_arguments, alone)
+                text = self._probe([PROBE_USER, PROBE_CALL, PROBE_RESULT], able, tools=[PROBE_TOOL] if tools else None)
                 if "probe_value" in text and "probe_result" in text:
-                    return Abilities(tools, True, system, text_arguments, alone)
+                    return able
         return Abilities(tools, False, system)
 
     def reasoning_open(
         self,
         start: str,
         end: str,
-        messages: list[dict[str, Any]],
+        messages: Sequence[Message],
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -135,22 +161,26 @@ class ChatTemplate:
     ) -> bool | None:
         """Whether a prompt of `messages` ends inside of reasoning, which stands between `start` and `end`: True right
         after its start, False right after its end, None where it says nothing of it."""
-        last = messages[-1] if messages else {}
+        last = messages[-1] if messages else said("user", "")
         if continue_final_message:
-            said = str(last.get("content") or "")
-            return said.rfind(start) > said.rfind(end) if start in said else False
+            begun = last.text
+            return begun.rfind(start) > begun.rfind(end) if start in begun else False
         variables = json.dumps(template_kwargs or {}, sort_keys=True)
-        ending = self._ending(last.get("role") == "tool", add_generation_prompt, variables).rstrip()
+        ending = self._ending(last.role == "tool", add_generation_prompt, variables).rstrip()
         return True if ending.endswith(start) else False if ending.endswith(end) else None
 
     def _find_ending(self, after_tool: bool, add_generation_prompt: bool, variables: str) -> str:
         """How a prompt ends; that depends on the template's variables and on who spoke last."""
         able, messages = self.abilities, [PROBE_USER]
         if after_tool and able.calls:
-            messages += as_written([PROBE_CALL, PROBE_RESULT], text_arguments=able.text_arguments, alone=able.alone)
-        return self._probe(messages, add_generation_prompt=add_generation_prompt, **json.loads(variables))
+            messages = [*messages, PROBE_CALL, PROBE_RESULT]
+        return self._probe(messages, able, add_generation_prompt=add_generation_prompt, **json.loads(variables))
 
-    def _probe(self, messages: list[dict[str, Any]], **variables: Any) -> str:
+    def _probe(self, messages: Sequence[Message], able: Abilities | None = None, **variables: Any) -> str:
+        return self._render(self._as_written(messages, able), **variables)
+
+    def _render(self, messages: list[dict[str, Any]], **variables: Any) -> str:
+        """What it makes of `messages`; nothing where it refuses them."""
         given = {"documents": None, "tools": None, "add_generation_prompt": True, **variables}
         try:
             return self._compiled.render({**given, "messages": messages, **self._tokens})
@@ -158,7 +188,7 @@ class ChatTemplate:
             return ""
 
 
-PROBE_USER: dict[str, Any] = {"role": "user", "content": "probe"}
+PROBE_USER = said("user", "probe")
 PROBE_TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -171,42 +201,34 @@ PROBE_TOOL: dict[str, Any] = {
         },
     },
 }
-PROBE_CALL: dict[str, Any] = {
-    "role": "assistant",
-    "content": "",
-    "tool_calls": [
-        {
-            "id": "probe0000",
-            "type": "function",
-            "function": {"name": "probe_tool", "arguments": '{"probe_argument": "probe_value"}'},
-        }
-    ],
-}
-PROBE_RESULT: dict[str, Any] = {
-    "role": "tool",
-    "tool_call_id": "probe0000",
-    "name": "probe_tool",
-    "content": "probe_result",
-}
+PROBE_CALL = Message("assistant", (Call("probe_tool", '{"probe_argument": "probe_value"}', "probe0000"),))
+PROBE_RESULT = Message("tool", (Result("probe0000", (Text("probe_result"),)),), name="probe_tool")
 
 
 # ── a reply that goes on ─────────────────────────────────────────────────────────────────────
 
 
-def _left_open(message: dict[str, Any]) -> dict[str, Any]:
+def _last_text(message: Message) -> str:
+    """The text that a reply goes on from, where each part is written by itself."""
+    last = message.parts[-1] if message.parts else None
+    return last.text if isinstance(last, Text) else ""
+
+
+def _left_open(message: Message) -> Message:
     """`message` with its end marked: whatever the template puts after it is cut off once it is rendered."""
-    if "tool_calls" in message:
+    if message.calls:
         raise RequestError(
             "the last message is a call of a tool, and no reply can go on from that; append what the tool returned",
             param="messages",
         )
-    if message["role"] != "assistant":
+    if message.role != "assistant":
         raise RequestError(
-            f"continue_final_message needs a last message of the assistant's, and it is of the {message['role']}'s; "
+            f"continue_final_message needs a last message of the assistant's, and it is of the {message.role}'s; "
             "append the beginning of the reply",
             param="continue_final_message",
         )
-    return {**message, "content": message["content"] + OPEN_END + " "}
+    kept = message.parts[:-1] if message.parts and isinstance(message.parts[-1], Text) else message.parts
+    return replace(message, parts=(*kept, Text(_last_text(message) + OPEN_END + " ")))
 
 
 def _up_to_mark(text: str, begun: str) -> str:

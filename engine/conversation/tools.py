@@ -1,86 +1,76 @@
-"""Tools in a conversation: past calls as templates take them, and all of it in plain words for templates that do not.
+"""Tools in a conversation: messages as templates take them, and all of it in plain words for templates that do not.
 
 A template without a branch for tools is helped out by messages: a system message describes the tools and how a call is
 written (the `syntax` of the parser in use), past calls are part of what the assistant said, and what they returned is
-said by the user in <tool_response>. What a reply must be so that it calls a tool is in call_grammar.py. Pure logic.
+said by the user in <tool_response>. What a reply must be so that it calls a tool is in calls.py. Pure logic.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
-from engine.errors import RequestError
+from msgspec.structs import replace
+
+from engine.conversation.parts import Call as PastCall
+from engine.conversation.parts import Image, Message, Shown, Text, as_one, said
 from engine.plugin.parsing import Call, CallSyntax
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 EXAMPLE = Call("the_name", '{"an_argument": "its value"}')
 
 
-# ── messages, checked ────────────────────────────────────────────────────────────────────────
+# ── as templates take them ───────────────────────────────────────────────────────────────────
 
 
-def plain_message(index: int, message: dict[str, Any]) -> dict[str, Any]:
-    """`message` with its content as one string, as templates expect it, and without an empty list of calls.
+def as_written(
+    messages: Iterable[Message],
+    *,
+    text_arguments: bool = False,
+    alone: bool = False,
+    listed: Callable[[Message], bool] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """`messages` as a template takes them, in OpenAI's shape.
 
-    Raises RequestError when it is malformed."""
-
-    def refuse(what: str) -> NoReturn:
-        raise RequestError(f"messages[{index}] {what}", param="messages")
-
-    if not isinstance(message, dict):
-        refuse(f"is {message!r}; an object with role and content is needed")
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        refuse(f"has role {role!r}; it must be one of {', '.join(ROLES)}")
-    if content is None and role == "assistant":
-        content = ""
-    if isinstance(content, list):
-        for part in content:
-            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                refuse('has a content part that is not {"type": "text", "text": "..."}; this model reads only text')
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        refuse(f"has content {content!r}; a string or a list of text parts is needed")
-    if not isinstance(message.get("tool_call_id"), str | None):
-        refuse(f"has tool_call_id {message['tool_call_id']!r:.80}; send the id of the call as text")
-    plain = {**message, "content": content}
-    if not (calls := plain.pop("tool_calls", None)):
-        return plain
-    for call in calls if isinstance(calls, list) else [calls]:
-        function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            refuse(f'has the tool call {call!r:.80}; {{"function": {{"name", "arguments"}}}} is needed')
-        if not isinstance(function.get("arguments"), str | dict):
-            refuse(f"has a call of {function['name']!r} without arguments; send them as text that holds JSON")
-        if not isinstance(call.get("id"), str | None):
-            refuse(f"has a call of {function['name']!r} with the id {call['id']!r:.80}; send it as text")
-    return plain | {"tool_calls": calls}
-
-
-def as_written(messages: Iterable[dict[str, Any]], *, text_arguments: bool, alone: bool) -> Iterator[dict[str, Any]]:
-    """`messages` with calls as a template wants them: arguments as text, or as the object that the text holds, if it
-    holds one; and if `alone`, in messages of their own, whose content is None."""
+    A content is one text, or where it is `listed`, a list of parts. The arguments of calls are text, or the object that
+    the text holds, if it holds one; if `alone`, calls are in messages of their own, whose content is None."""
     for message in messages:
-        if "tool_calls" not in message:
-            yield message
+        in_parts = listed is not None and listed(message)
+        content = [_part(part) for part in message.shown] if in_parts else message.text
+        plain: dict[str, Any] = {"role": message.role, "content": content}
+        if message.role == "tool" and (answered := message.answers) is not None:
+            plain["tool_call_id"] = answered
+        if message.name is not None:
+            plain["name"] = message.name
+        if message.reasoning is not None:
+            plain["reasoning_content"] = message.reasoning
+        if message.extra:
+            plain |= message.extra
+        if not (calls := message.calls):
+            yield plain
             continue
-        calls = []
-        for call in message["tool_calls"]:
-            given = call["function"]["arguments"]
-            arguments = _text_of(given) if text_arguments else _object_of(given)
-            calls.append({"type": "function", **call, "function": {**call["function"], "arguments": arguments}})
-        if alone and message["content"]:
-            yield {key: value for key, value in message.items() if key != "tool_calls"}
-        yield {**message, "tool_calls": calls} | ({"content": None} if alone else {})
+        if alone and content:
+            yield plain
+        written = [
+            {"type": "function"}
+            | ({} if call.id is None else {"id": call.id})
+            | {
+                "function": {
+                    "name": call.name,
+                    "arguments": call.arguments if text_arguments else _object_of(call.arguments),
+                }
+            }
+            for call in calls
+        ]
+        yield plain | {"tool_calls": written} | ({"content": None} if alone else {})
 
 
-def _text_of(arguments: str | dict[str, Any]) -> str:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+def _part(part: Shown) -> dict[str, Any]:
+    """One of a content's parts. Of media a template writes the placeholder alone."""
+    if isinstance(part, Text):
+        return {"type": "text", "text": part.text}
+    return {"type": "image" if isinstance(part, Image) else "video"}
 
 
-def _object_of(arguments: str | dict[str, Any]) -> str | dict[str, Any]:
-    if isinstance(arguments, dict):
-        return arguments
+def _object_of(arguments: str) -> str | dict[str, Any]:
     try:
         value = json.loads(arguments or "{}")
     except (ValueError, RecursionError):
@@ -88,16 +78,16 @@ def _object_of(arguments: str | dict[str, Any]) -> str | dict[str, Any]:
     return value if isinstance(value, dict) else arguments
 
 
-def with_names(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def with_names(messages: Sequence[Message]) -> list[Message]:
     """`messages`, in which those of tools name the tool: some templates ask for that, and clients do not say it."""
     names: dict[str, str] = {}
     named = []
     for message in messages:
-        for call in message.get("tool_calls") or ():
-            names[call.get("id") or ""] = call["function"]["name"]
-        answered = names.get(message.get("tool_call_id") or "")
-        missing = message["role"] == "tool" and not message.get("name") and answered
-        named.append({**message, "name": answered} if missing else message)
+        for call in message.calls:
+            names[call.id or ""] = call.name
+        answered = names.get(message.answers or "")
+        missing = message.role == "tool" and not message.name and answered
+        named.append(replace(message, name=answered) if missing else message)
     return named
 
 
@@ -105,28 +95,29 @@ def with_names(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def in_other_words(
-    messages: Sequence[dict[str, Any]],
+    messages: Sequence[Message],
     tools: Sequence[dict[str, Any]] | None,
     syntax: CallSyntax,
     *,
     calls: bool,
     system: bool,
-) -> list[dict[str, Any]]:
+) -> list[Message]:
     """`messages` for a template that does not describe `tools`, if there are any, nor, if `calls`, writes past calls.
 
     The tools are described in a system message, or where the template takes no `system` in the first one."""
-    said = list(_spelled_out(messages, syntax)) if calls else list(messages)
+    told = list(_spelled_out(messages, syntax)) if calls else list(messages)
     if not tools:
-        return said
+        return told
     words = introduction(tools, syntax)
-    first = said[0]
-    if first["role"] in ("system", "developer"):
-        said[0] = {**first, "content": f"{first['content']}\n\n{words}" if first["content"] else words}
+    first = told[0]
+    between = (Text("\n\n"),) if first.text else ()
+    if first.role in ("system", "developer"):
+        told[0] = replace(first, parts=(*first.parts, *between, Text(words)))
     elif system:
-        said.insert(0, {"role": "system", "content": words})
+        told.insert(0, said("system", words))
     else:
-        said[0] = {**first, "content": f"{words}\n\n{first['content']}"}
-    return said
+        told[0] = replace(first, parts=(Text(f"{words}\n\n"), *first.parts))
+    return told
 
 
 def introduction(tools: Sequence[dict[str, Any]], syntax: CallSyntax) -> str:
@@ -140,22 +131,29 @@ def introduction(tools: Sequence[dict[str, Any]], syntax: CallSyntax) -> str:
     )
 
 
-def _spelled_out(messages: Sequence[dict[str, Any]], syntax: CallSyntax) -> Iterator[dict[str, Any]]:
+def _spelled_out(messages: Sequence[Message], syntax: CallSyntax) -> Iterator[Message]:
     """Calls as part of what the assistant said; what they returned as one message of the user's."""
-    returned: list[str] = []
+    returned: list[Message] = []
     for message in messages:
-        if message["role"] == "tool":
-            returned.append(f"<tool_response>\n{message['content']}\n</tool_response>")
+        if message.role == "tool":
+            whole = (Text("<tool_response>\n"), *message.shown, Text("\n</tool_response>"))
+            returned.append(Message("user", whole))
             continue
         if returned:
-            yield {"role": "user", "content": "\n".join(returned)}
+            yield as_one(returned, "\n")
             returned = []
-        if calls := message.get("tool_calls"):
-            functions = [call["function"] for call in calls]
-            written = syntax.write([Call(one["name"], _text_of(one["arguments"])) for one in functions])
-            rest = {key: value for key, value in message.items() if key != "tool_calls"}
-            yield rest | {"content": f"{message['content']}\n{written}" if message["content"] else written}
+        if calls := message.calls:
+            written = syntax.write([Call(call.name, _rewritten(call.arguments)) for call in calls])
+            rest = [part for part in message.parts if not isinstance(part, PastCall)]
+            between = [Text("\n")] if message.text else []
+            yield replace(message, parts=(*rest, *between, Text(written)))
         else:
             yield message
     if returned:
-        yield {"role": "user", "content": "\n".join(returned)}
+        yield as_one(returned, "\n")
+
+
+def _rewritten(arguments: str) -> str:
+    """`arguments` as JSON is written here, if they are an object."""
+    value = _object_of(arguments)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

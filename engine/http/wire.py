@@ -161,7 +161,7 @@ def _invalid(kind: type[Body], said: str, data: bytes = b"") -> RequestError:
         if (medium := _medium_of(reason, path)) is not None:
             message = f"{path} is {medium!r}, and the model reads text alone; send text, or ask a model that reads it"
             return RequestError(message, param=path, code="unsupported_parameter")
-        if reason.startswith("Invalid enum value") and (choices := _choices_at(kind, path)):
+        if reason.startswith("Invalid ") and (choices := _choices_at(kind, path)):
             remedy = f"send one of {', '.join(choices)}"
         message = f"{path or 'the request body'}: {reason[:1].lower()}{shortened(reason[1:], 300)}; {remedy}"
         return RequestError(message, param=path or None)
@@ -205,6 +205,10 @@ def _choices_at(kind: type[Body], path: str) -> list[str]:
     """The values that the field at a msgspec error path may have; none where they are not listed."""
     parent, _, name = re.sub(r"\[[^\]]*\]", "", path).rpartition(".")
     hint = get_type_hints(_struct_at(kind, parent)).get(name)
+    if hint is None:  # the tag of one of several structs
+        grandparent, _, name = parent.rpartition(".")
+        within = get_type_hints(_struct_at(kind, grandparent)).get(name)
+        return [repr(struct.__struct_config__.tag) for struct in structs_in(within, Body)]
     return [choice for part in (hint, *get_args(hint)) for choice in _literals(part)]
 
 

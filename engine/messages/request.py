@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from engine.conversation.parts import Message as ChatMessage
 from engine.messages.assets import Need
 from engine.messages.base import Message
 from engine.params.grammar import Grammar as Grammar
@@ -23,7 +24,7 @@ class Generate(Message, frozen=True):
     sampling: SamplingParams
     text: str | None = None
     ids: bytes | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: list[ChatMessage] | None = None
     priority: int = 0
     default_max_tokens: int | None = None
     # How the chat template writes `messages`: see Text.render_chat.
@@ -83,7 +84,9 @@ class Open(Message, frozen=True):
 
 class Admit(Message, frozen=True):
     """tokenizer → scheduler: a checked request. `ids` is int32; `max_new` 0 asks for a vector in place of tokens. It
-    runs once all its `needs` are met."""
+    runs once all its `needs` are met.
+
+    `keys` (int32, one an id) is what prefixes are shared by, where that is not the ids themselves (cache/keys.py)."""
 
     rid: str
     ids: bytes
@@ -93,6 +96,7 @@ class Admit(Message, frozen=True):
     priority: int = 0
     cache_salt: str = ""
     needs: tuple[Need, ...] = ()
+    keys: bytes = b""
 
 
 class Abort(Message, frozen=True):

@@ -3,6 +3,7 @@
 from typing import Any
 
 from engine.config import Config
+from engine.conversation.parts import Message as ChatMessage
 from engine.messages.base import Message
 from engine.messages.request import Admit, Embed, Generate, Open
 
@@ -20,7 +21,7 @@ class Tokenize(Message, frozen=True):
     (those of Text.render_chat). More than `most` tokens are refused; with `names` each token's text is told as well."""
 
     text: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: list[ChatMessage] | None = None
     options: dict[str, Any] = {}  # noqa: RUF012 - msgspec copies it
     special: bool = False
     names: bool = False

@@ -25,6 +25,7 @@ from anyio.from_thread import BlockingPortal
 from msgspec import Struct
 
 from engine.config import Config, resolve
+from engine.conversation.parts import read_messages
 from engine.errors import ConfigError, EngineError, RequestError
 from engine.messages.control import Stats
 from engine.messages.reply import Chunk, TokenLogprob
@@ -62,7 +63,7 @@ def is_batch(prompt: Prompt | Sequence[Prompt]) -> bool:
 
 
 def to_request(prompt: Prompt, params: SamplingParams | None, priority: int = 0, cache_salt: str = "") -> Generate:
-    """Raises RequestError for parameters out of range."""
+    """Raises RequestError for parameters out of range, and for malformed messages."""
     params = params or SamplingParams()
     check_sampling(params)
     if not isinstance(priority, int) or not -(1 << 31) <= priority < 1 << 31:
@@ -72,7 +73,7 @@ def to_request(prompt: Prompt, params: SamplingParams | None, priority: int = 0,
         return Generate(rid, params, text=prompt, priority=priority, cache_salt=cache_salt)
     items: list[Any] = list(prompt)
     if items and isinstance(items[0], dict):
-        return Generate(rid, params, messages=items, priority=priority, cache_salt=cache_salt)
+        return Generate(rid, params, messages=read_messages(items), priority=priority, cache_salt=cache_salt)
     return Generate(rid, params, ids=packed(items), priority=priority, cache_salt=cache_salt)
 
 

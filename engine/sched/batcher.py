@@ -351,7 +351,7 @@ class Scheduler:
         first, last = request.shared, end // self.page_size
         if request.node is None or last <= first:
             return range(0)
-        key = request.ids[first * self.page_size : last * self.page_size].tobytes()
+        key = request.key(first * self.page_size, last * self.page_size)
         request.node, held = self._tree.extend(request.node, key, request.pages[first:last])
         changed = slice(first, first + len(held))
         self._pool.give(request.pages[changed])
@@ -410,7 +410,7 @@ class Scheduler:
     def _reusable(self, request: Request) -> bytes:
         """The key of the pages that a cache hit may give: one token at least is computed, to sample from."""
         whole = (len(request.ids) - 1) // self.page_size
-        return request.ids[: whole * self.page_size].tobytes()
+        return request.key(0, whole * self.page_size)
 
     def _uses_cache(self, request: Request) -> bool:
         """Whether cached pages are of use to `request`: its prompt is computed whole while it is to be scored."""

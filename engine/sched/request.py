@@ -29,6 +29,7 @@ class Request:
     arrival: int
     priority: int
     ids: "array[int]"  # int32: the prompt and what was sampled and committed
+    keys: "array[int]"  # int32: what the tree knows the prompt by, where that is not its ids; empty for text
     prompt_len: int
     limit: int  # prompt_len + max_new: the length at which it ends
     sampling: Sampling
@@ -58,12 +59,15 @@ class Request:
     def admitted(cls, admit: Admit, arrival: int, bound: tuple[Bound, ...] = ()) -> "Request":
         """A waiting request, from what the tokenizer says; its needs are met as `bound` says."""
         ids = array("i", admit.ids)
+        keys = array("i", admit.keys)
+        assert len(keys) in (0, len(ids)), f"{len(ids)} ids have {len(keys)} keys"
         asks = admit.sampling.prompt_logprobs >= 0 and len(ids) > 1  # nothing predicts a prompt's first token
         return cls(
             rid=admit.rid,
             arrival=arrival,
             priority=admit.priority,
             ids=ids,
+            keys=keys,
             prompt_len=len(ids),
             limit=len(ids) + admit.max_new,
             sampling=admit.sampling,
@@ -77,6 +81,13 @@ class Request:
     def pools(self) -> bool:
         """Whether a vector is asked for: its prompt is computed whole, in one step, without pages."""
         return self.limit == self.prompt_len
+
+    def key(self, first: int, end: int) -> bytes:
+        """What the tree knows the tokens `first` .. `end` - 1 by: tokens of the reply by their ids."""
+        if not self.keys:
+            return self.ids[first:end].tobytes()
+        known = self.keys[first:end]
+        return (known + self.ids[first + len(known) : end]).tobytes()
 
     def scores_in(self, start: int, end: int) -> bool:
         """Whether a chunk of these positions yields log-probabilities of the prompt that are not known yet."""

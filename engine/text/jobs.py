@@ -9,6 +9,8 @@ from typing import Any
 import msgspec
 
 from engine.actors.tokenizer import Admission
+from engine.conversation.parts import Message
+from engine.conversation.parts import Text as TextPart
 from engine.errors import RequestError
 from engine.messages.request import Embed, Generate
 from engine.messages.text import Detokenize, Detokenized, Prepare, Prepared, TextAnswer, TextJob, Tokenize, Tokenized
@@ -79,15 +81,15 @@ def _ids(ids: bytes | None) -> int:
     return len(ids or b"") // (4 * IDS)
 
 
-def _conversation(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, template: str | None) -> int:
+def _conversation(messages: list[Message], tools: list[dict[str, Any]] | None, template: str | None) -> int:
     """A template that a request brings may do anything: it is never small."""
     size = A_MESSAGE * len(messages) + (0 if template is None else LARGE + len(template))
     if tools:
         size += _written(tools)
     for message in messages:
-        for name in ("content", "reasoning_content", "tool_calls"):
-            if value := message.get(name):
-                size += len(value) if isinstance(value, str) else _written(value)
+        size += sum(len(part.text) for part in message.shown if isinstance(part, TextPart))
+        size += sum(len(call.name) + len(call.arguments) for call in message.calls)
+        size += len(message.reasoning or "")
     return size
 
 

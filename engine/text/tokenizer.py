@@ -11,7 +11,9 @@ from typing import Any
 from msgspec import Struct
 from tokenizers import normalizers, pre_tokenizers
 
+from engine.conversation.media import MediaProcessor, Runs, readable
 from engine.conversation.parsers import Parsers
+from engine.conversation.parts import Message
 from engine.conversation.template import ChatTemplate, requested
 from engine.errors import RequestError
 from engine.params.lengths import THE_INPUT, check_unicode
@@ -46,7 +48,8 @@ class Text:
     """One model's text: prompts to token ids, token ids to text.
 
     `chat_template` takes the place of the checkpoint's own; `parsers` are those that will read replies; `defaults` are
-    the values of sampling fields that requests leave out. Raises ConfigError when the template is malformed.
+    the values of sampling fields that requests leave out; without a processor for `media` it reads text alone. Raises
+    ConfigError when the template is malformed.
     """
 
     def __init__(
@@ -55,8 +58,10 @@ class Text:
         chat_template: str | None = None,
         parsers: Parsers | None = None,
         defaults: SamplingDefaults = OPENAI_DEFAULTS,
+        media: MediaProcessor | None = None,
     ) -> None:
         self.spec = spec
+        self.media = media
         self.defaults = defaults
         self.parsers = parsers = parsers or Parsers()
         if resize := getattr(spec.tokenizer.model, "_resize_cache", None):  # of a kind that keeps words
@@ -120,17 +125,21 @@ class Text:
         ids: list[int] = tokenizer.post_process(encoding, None, True).ids
         return ids if first is None else [first, *ids]
 
-    def encode_chat(
+    def encode_chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
+        """The token ids of `encode_conversation`."""
+        return self.encode_conversation(messages, **options)[0]
+
+    def encode_conversation(
         self,
-        messages: list[dict[str, Any]],
+        messages: Sequence[Message],
         *,
         opening: str = "",
         special: bool = False,
         most: int | None = None,
         **options: Any,
-    ) -> list[int]:
+    ) -> tuple[list[int], Runs]:
         """Token ids of a conversation as `render_chat` writes it, and of `opening` behind it; the options are its own.
-        With `special` the tokenizer adds what it adds to a text.
+        With `special` the tokenizer adds what it adds to a text. With them come the keys of what is no text.
 
         Raises RequestError when the model has no template, it refuses the messages, or these are too long, as in
         `encode`."""
@@ -139,7 +148,9 @@ class Text:
         self._check_fits(text, most, "prompt")
         if not (ids := self.encode(text) if special else self._encode(text, False)):
             raise RequestError("the chat template makes an empty prompt of the messages; say more", param="messages")
-        return ids
+        if self.media is None or not (media := readable(messages, self.media)):
+            return ids, ()
+        return self.media.placed(ids, media)
 
     def _check_fits(self, text: str, most: int | None, name: str) -> None:
         if most is None:
@@ -171,7 +182,7 @@ class Text:
 
     def render_chat(
         self,
-        messages: list[dict[str, Any]],
+        messages: Sequence[Message],
         *,
         chat_template: str | None = None,
         tools: list[dict[str, Any]] | None = None,
@@ -179,14 +190,16 @@ class Text:
     ) -> str:
         """The conversation as the chat template writes it, up to where the assistant speaks; the options are those of
         ChatTemplate.render. `chat_template`, a template or the name of one of the model's, takes the place of the one
-        that the model has for this. Raises RequestError as `encode_chat` does."""
+        that the model has for this. Raises RequestError as `encode_chat` does, and for media where the
+        model reads text alone."""
+        readable(messages, self.media)
         return self._template_for(chat_template, bool(tools)).render(messages, tools=tools, **options)
 
     def reasoning_open(
         self,
         start: str,
         end: str,
-        messages: list[dict[str, Any]],
+        messages: Sequence[Message],
         *,
         chat_template: str | None = None,
         tools: bool = False,

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from engine.conversation.parts import read_messages
 from engine.errors import ConfigError
 from engine.text.tokenizer import Text
 from engine_plugins.checkpoints.gguf.checkpoint import GGUFCheckpoint, GGUFLazyTensor
@@ -235,7 +236,7 @@ def test_text(checkpoint, tokenizer):
     assert spec.tokenizer.encode(prompt).ids == tokenizer.encode(prompt).ids
     text = Text(spec)
     assert text.decode(text.encode(prompt)) == "hello hello 10é"
-    assert text.render_chat([{"role": "user", "content": "hello"}]) == "<s>[user]hello</s>"
+    assert text.render_chat(read_messages([{"role": "user", "content": "hello"}])) == "<s>[user]hello</s>"
 
 
 @pytest.mark.parametrize("format", [GGUFCheckpoint, SafetensorsCheckpoint])
@@ -268,8 +269,8 @@ def test_gguf_first_token_is_added(paths, tokenizer):
 def test_gguf_templates_with_names(tmp_path, model, tokenizer):
     path = write_gguf(tmp_path / "a.gguf", model, tokenizer, tokenizer__chat_template__tool_use="{{ tools }}")
     text = Text(GGUFCheckpoint.open(str(path)).text())
-    assert text.render_chat([{"role": "user", "content": "hello"}]) == "<s>[user]hello</s>"
-    assert "'name': 'f'" in text.render_chat([{"role": "user", "content": "hello"}], tools=[TOOL])
+    assert text.render_chat(read_messages([{"role": "user", "content": "hello"}])) == "<s>[user]hello</s>"
+    assert "'name': 'f'" in text.render_chat(read_messages([{"role": "user", "content": "hello"}]), tools=[TOOL])
 
 
 def test_gguf_quantized_rows(tmp_path):

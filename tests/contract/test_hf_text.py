@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
+from engine.conversation.parts import read_messages
 from engine.errors import ConfigError
 from engine.text.tokenizer import Text
 from engine_plugins.checkpoints.safetensors.checkpoint import SafetensorsCheckpoint
@@ -64,8 +65,13 @@ def same(folder: Path) -> None:
         assert text.encode(words, add_special_tokens=False) == ids
         assert text.decode(ids) == peer.decode(ids, skip_special_tokens=True)
     if spec.chat_template is not None:
-        assert text.render_chat(CHAT) == peer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
-        assert text.encode_chat(CHAT) == peer.apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"]
+        assert text.render_chat(read_messages(CHAT)) == peer.apply_chat_template(
+            CHAT, tokenize=False, add_generation_prompt=True
+        )
+        assert (
+            text.encode_chat(read_messages(CHAT))
+            == peer.apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"]
+        )
 
 
 def config(**terms: Any) -> dict[str, Any]:
@@ -245,8 +251,8 @@ def test_a_conversation_with_tools_takes_the_template_for_them(tmp_path: Path, n
         if name == "one file" and tools:
             continue  # a template that says nothing of tools gets a message that does
         expected = peer.apply_chat_template(messages, tools=tools, tokenize=False)
-        assert text.render_chat(messages, tools=tools) == expected
+        assert text.render_chat(read_messages(messages), tools=tools) == expected
     if name != "one file":
         expected = peer.apply_chat_template(messages, chat_template="tool_use", tools=[TOOL], tokenize=False)
-        assert text.render_chat(messages, chat_template="tool_use", tools=[TOOL]) == expected
-        assert Text(text.spec, "mine").render_chat(messages) == "mine"
+        assert text.render_chat(read_messages(messages), chat_template="tool_use", tools=[TOOL]) == expected
+        assert Text(text.spec, "mine").render_chat(read_messages(messages)) == "mine"

@@ -9,6 +9,7 @@ import anyio
 from engine.actors.tokenizer import Admission
 from engine.config import Config, ServerOptions
 from engine.conversation.parsers import Parsers
+from engine.conversation.tools import as_written
 from engine.http.app import serve
 from engine.messages.control import Flushed, Stats, WorkerReady
 from engine.messages.reply import Chunk
@@ -44,6 +45,11 @@ def text_of(template: str | None, tool: str | None = None, reasoning: str | None
     targets = [None if name is None else resolve(plugins.parsers[name].target) for name in (tool, reasoning)]
     spec = plugins.open_checkpoint("echo").text()
     return Text(spec, template, Parsers(*targets))
+
+
+def written(request: Generate) -> list[dict[str, Any]]:
+    """The messages of `request` as a chat template takes them, with the arguments of calls as text."""
+    return list(as_written(request.messages or (), text_arguments=True))
 
 
 class Inline:

@@ -3,7 +3,8 @@
 Keys and values stand for the prefix they were computed from: position p of a row writes a hash of its tokens up to
 p, and a row may attend only to pages that hold exactly the hashes of its own prefix. A page shared wrongly, freed
 too early or never written shows at once. Sampling is a function of the prefix and the request's seed. What a
-request's salt is the device learns from `bad_words`: it goes into the hashes, so that salts may share no page.
+request's salt is the device learns from `bad_words`: it goes into the hashes, so that salts may share no page. So do a
+prompt's keys, where they are not its ids: a device sees what an image shows, and not its placeholders.
 
 A row of drafts begins where its slot stands, as on a real device: which of its drafts are right is a function of the
 prefix too. What the wrong ones leave in the cache are hashes that nobody may read.
@@ -47,10 +48,16 @@ def least_steps(admit: Admit, burst: int) -> int:
     return steps
 
 
+def seen(sampling: Sampling, ids: list[int]) -> list[int]:
+    """What the device reads at each position: the keys of the prompt, and of what follows the ids."""
+    keys = array("i", sampling.bad_words[1])
+    return [*keys[: len(ids)], *ids[len(keys) :]]
+
+
 def naive(admit: Admit) -> tuple[list[int], str]:
     """What a request yields when it has a device to itself: its tokens, and why it ends."""
     prefix, tokens = started(admit.sampling), []
-    for token in array("i", admit.ids):
+    for token in seen(admit.sampling, array("i", admit.ids).tolist()):
         prefix = extended(prefix, token)
     while len(tokens) < admit.max_new:
         tokens.append(sampled(prefix, admit.sampling.seed))
@@ -62,7 +69,7 @@ def naive(admit: Admit) -> tuple[list[int], str]:
 
 def started(sampling: Sampling) -> int:
     """The hash of no tokens."""
-    return hash(sampling.bad_words)
+    return hash(sampling.bad_words[0])
 
 
 def scores(row: int, start: int, tokens: list[int], wide: int) -> Logprobs:
@@ -72,9 +79,9 @@ def scores(row: int, start: int, tokens: list[int], wide: int) -> Logprobs:
     return Logprobs(row, array("f", places).tobytes(), array("i", tokens).tobytes(), numbers, numbers)
 
 
-def sampling(seed: int, salt: str = "", logprobs: int = -1, prompt_logprobs: int = -1) -> Sampling:
+def sampling(seed: int, salt: str = "", logprobs: int = -1, prompt_logprobs: int = -1, keys: bytes = b"") -> Sampling:
     return Sampling(
-        temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=seed, bad_words=(salt.encode(),),
+        temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=seed, bad_words=(salt.encode(), keys),
         logprobs=logprobs, prompt_logprobs=prompt_logprobs,
     )  # fmt: skip
 
@@ -174,7 +181,7 @@ class SimulatedDevice:
     def _prefixes(self, slot: int) -> list[int]:
         """The hash of the tokens up to each position."""
         prefix, prefixes = started(self.admits[slot].sampling), []
-        for token in self.tokens[slot]:
+        for token in seen(self.admits[slot].sampling, self.tokens[slot]):
             prefix = extended(prefix, token)
             prefixes.append(prefix)
         return prefixes

@@ -10,6 +10,7 @@ import jsonschema_rs
 import pytest
 
 from engine import Engine, Reply, RequestError, SamplingParams
+from engine.conversation.parts import read_messages
 from engine.text.tokenizer import Text
 
 pytest.importorskip("llguidance")
@@ -135,7 +136,7 @@ def test_a_grammar_that_begins_behind_a_text() -> None:
         async with AsyncEngine(resolve({"model": "smollm2-135m", "max_model_len": 256})) as engine:
             grammar = Grammar("choice", '["yes","no"]', after=".")
             params = SamplingParams(temperature=0, max_tokens=40, grammar=grammar)
-            job = Generate("r", params, messages=MESSAGES)
+            job = Generate("r", params, messages=read_messages(MESSAGES))
             return "".join([chunk.text async for chunk in engine.front.generate(job)])
 
     text = anyio.run(ask)

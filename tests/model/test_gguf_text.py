@@ -12,6 +12,7 @@ from transformers import GemmaTokenizer, LlamaTokenizer, Qwen2Tokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
 from transformers.tokenization_utils_base import generate_merges
 
+from engine.conversation.parts import read_messages
 from engine.errors import ConfigError
 from engine.text.tokenizer import Text
 from engine_plugins.checkpoints.gguf.checkpoint import GGUFCheckpoint
@@ -143,7 +144,7 @@ def test_first_and_last_tokens(tmp_path, byte_level):
     qwen = write_byte_level(tmp_path / "c.gguf", byte_level, "qwen2", architecture="qwen2", bos_token_id=count)
     assert qwen.spec.eos_ids == (count, count + 2)  # as Qwen's generation_config.json says
     assert not qwen.spec.add_bos
-    assert qwen.render_chat([{"role": "user", "content": "hi"}]) == "<|im_start|>user\nhi<|im_end|>\n"
+    assert qwen.render_chat(read_messages([{"role": "user", "content": "hi"}])) == "<|im_start|>user\nhi<|im_end|>\n"
 
 
 # ── SentencePiece ────────────────────────────────────────────────────────────────────────────

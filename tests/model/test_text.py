@@ -6,6 +6,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
+from engine.conversation.parts import read_messages
 from engine.errors import ConfigError, RequestError
 from engine.plugin.specs import TextSpec
 from engine.text.tokenizer import Text
@@ -92,9 +93,9 @@ def test_vocabulary_and_special_tokens(text):
 
 @pytest.mark.parametrize("messages", CHATS)
 def test_chat_is_rendered_as_transformers_renders_it(text, peer, messages):
-    ours = text.render_chat(messages)
+    ours = text.render_chat(read_messages(messages))
     assert ours == peer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert text.encode_chat(messages) == peer(ours, add_special_tokens=False).input_ids
+    assert text.encode_chat(read_messages(messages)) == peer(ours, add_special_tokens=False).input_ids
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def test_chat_is_rendered_as_transformers_renders_it(text, peer, messages):
     ],
 )
 def test_template_language_is_that_of_transformers(peer, template):
-    ours = empty_text(template, peer.bos_token, peer.eos_token).render_chat(CHATS[2])
+    ours = empty_text(template, peer.bos_token, peer.eos_token).render_chat(read_messages(CHATS[2]))
     expected = peer.apply_chat_template(CHATS[2], chat_template=template, tokenize=False, add_generation_prompt=True)
     assert ours == expected
     assert ours != ""
@@ -117,8 +118,8 @@ def test_template_language_is_that_of_transformers(peer, template):
 
 def test_content_parts_are_joined(text):
     parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "2 + 2?"}]
-    assert text.render_chat([{"role": "user", "content": parts}]) == text.render_chat(
-        [{"role": "user", "content": "What is 2 + 2?"}]
+    assert text.render_chat(read_messages([{"role": "user", "content": parts}])) == text.render_chat(
+        read_messages([{"role": "user", "content": "What is 2 + 2?"}])
     )
 
 
@@ -131,27 +132,30 @@ def test_content_parts_are_joined(text):
         ([{"role": ["user"], "content": "a"}], r"has role \['user'\]"),
         ([{"role": "user"}], "has content None"),
         ([{"role": "user", "content": 3}], "has content 3"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "reads only text"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+            "nor an image_url or a video_url with its url",
+        ),
         ([{"role": "user", "content": "\ud83d"}], "half of a surrogate pair"),
     ],
 )
 def test_bad_messages_are_refused(text, messages, says):
     with pytest.raises(RequestError, match=says) as refusal:
-        text.encode_chat(messages)
+        text.encode_chat(read_messages(messages))
     assert (refusal.value.param, refusal.value.status) == ("messages", 400)
 
 
 def test_the_templates_own_refusal_reaches_the_client():
     text = empty_text("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(RequestError, match="roles must alternate") as refusal:
-        text.render_chat(CHATS[0])
+        text.render_chat(read_messages(CHATS[0]))
     assert refusal.value.param == "messages"
 
 
 @pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ messages.append(1) }}", "{{ ''.__class__.__mro__[1]() }}"])
 def test_a_failing_or_hostile_template_is_a_refusal(template):
     with pytest.raises(RequestError, match="chat template refuses"):
-        empty_text(template).render_chat(CHATS[0])
+        empty_text(template).render_chat(read_messages(CHATS[0]))
 
 
 def test_a_malformed_template_stops_the_start():
@@ -161,11 +165,11 @@ def test_a_malformed_template_stops_the_start():
 
 def test_a_model_without_template_says_what_to_do():
     with pytest.raises(RequestError, match="/v1/completions"):
-        empty_text(None).encode_chat(CHATS[0])
+        empty_text(None).encode_chat(read_messages(CHATS[0]))
 
 
 def test_a_template_given_takes_the_place_of_the_models(text):
-    assert Text(text.spec, chat_template="{{ messages[0].content }}").render_chat(CHATS[0]) == "Hi"
+    assert Text(text.spec, chat_template="{{ messages[0].content }}").render_chat(read_messages(CHATS[0])) == "Hi"
 
 
 def test_first_token_is_added_where_the_model_asks_for_it(text):
@@ -181,4 +185,4 @@ def test_half_a_character_in_a_prompt_is_refused(text):
 
 
 def test_the_clock_of_templates():
-    assert empty_text("{{ strftime_now('%Y') }}").render_chat(CHATS[0]) == str(datetime.now().year)
+    assert empty_text("{{ strftime_now('%Y') }}").render_chat(read_messages(CHATS[0])) == str(datetime.now().year)

@@ -14,7 +14,7 @@ from typing import Any
 
 import anyio.to_thread
 import pytest
-from http_front import FakeFront, chunks, serving
+from http_front import FakeFront, chunks, serving, written
 from test_embeddings import open_site as open_embeddings
 from test_http_tools import front as tool_front
 
@@ -52,7 +52,7 @@ async def test_tools(run: Any) -> None:
     async with serving(front) as url:
         assert 'count_letters({"word": "sky"}) = 3' in await run("tools_openai.py", url, "How long?", "--must")
     assert front.asked[0].grammar is not None
-    assert front.asked[1].messages[-1]["content"] == "3"  # type: ignore[index]
+    assert written(front.asked[1])[-1]["content"] == "3"
     assert all(asked.sampling.max_tokens for asked in front.asked)
 
 

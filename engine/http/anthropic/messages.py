@@ -1,7 +1,7 @@
 """The Anthropic API: /v1/messages and /v1/messages/count_tokens, for text and tools.
 
 A last message of the assistant's is continued; successive messages of one role are one. What replies look like is in
-anthropic_reply.py. Left out, and refused by name: images and documents, tools that the server runs, batches.
+anthropic_reply.py. Left out, and refused by name: documents, tools that the server runs, batches.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,7 @@ from aiohttp import web
 from msgspec import Meta
 
 from engine.conversation.calls import Tool
+from engine.conversation.parts import Call, Image, Message, Part, Result, Shown, Text, as_one, said
 from engine.conversation.reading import Wanted, reading_of
 from engine.errors import RequestError, Words
 from engine.http.anthropic.reply import AnthropicReply, failure_event
@@ -56,6 +57,24 @@ class TextBlock(Body, tag_field="type", tag="text"):
     rules: ClassVar[Mapping[str, Rule]] = {"cache_control": LABEL, "citations": hint()}  # every prefix is cached
 
 
+class Base64Source(Body, tag_field="type", tag="base64"):
+    media_type: str
+    data: str
+
+
+class URLSource(Body, tag_field="type", tag="url"):
+    url: str
+
+
+class ImageBlock(Body, tag_field="type", tag="image"):
+    """A picture, for a model that sees."""
+
+    source: Base64Source | URLSource
+    cache_control: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {"cache_control": LABEL}
+
+
 class ToolReferenceBlock(Body, tag_field="type", tag="tool_reference"):
     """A tool of the request that a search has found."""
 
@@ -78,7 +97,7 @@ class ToolUseBlock(Body, tag_field="type", tag="tool_use"):
 
 class ToolResultBlock(Body, tag_field="type", tag="tool_result"):
     tool_use_id: str
-    content: str | list[TextBlock | ToolReferenceBlock] | None = None
+    content: str | list[TextBlock | ImageBlock | ToolReferenceBlock] | None = None
     is_error: bool | None = None
     cache_control: Any = None
     toolset_name: Any = None
@@ -106,7 +125,7 @@ class RedactedThinkingBlock(Body, tag_field="type", tag="redacted_thinking"):
     rules: ClassVar[Mapping[str, Rule]] = {"data": ECHO}
 
 
-Block = TextBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock | RedactedThinkingBlock
+Block = TextBlock | ImageBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock | RedactedThinkingBlock
 
 
 class AnthropicMessage(Body):
@@ -292,59 +311,45 @@ async def count_tokens(request: web.Request, body: CountBody) -> web.Response:
 # ── from a body to a Generate ────────────────────────────────────────────────────────────────
 
 
-def conversation_of(body: CountBody) -> list[dict[str, Any]]:
-    """The messages as a chat template takes them: the system's first, no two of one role in a row but tools'."""
-    runs: list[list[dict[str, Any]]] = []  # of turns that become one
+def conversation_of(body: CountBody) -> list[Message]:
+    """The messages with their parts: the system's first, no two of one role in a row but tools'."""
+    runs: list[list[Message]] = []  # of messages that become one
     if body.system:
-        runs.append([{"role": "system", "content": _text(body.system)}])
+        runs.append([Message("system", _parts(body.system, "system"))])
     for index, message in enumerate(body.messages):
         for turn in _turns(message, f"messages[{index}].content"):
-            if runs and runs[-1][0]["role"] == turn["role"] != "tool":
+            if runs and runs[-1][0].role == turn.role != "tool":
                 runs[-1].append(turn)
             else:
                 runs.append([turn])
-    return [run[0] if len(run) == 1 else _as_one(run) for run in runs]
+    return [as_one(run, "\n") for run in runs]
 
 
-def _as_one(turns: list[dict[str, Any]]) -> dict[str, Any]:
-    one = dict(item for turn in turns for item in turn.items())
-    one["content"] = "\n".join(turn["content"] for turn in turns if turn["content"])
-    if calls := [call for turn in turns for call in turn.get("tool_calls", ())]:
-        one["tool_calls"] = calls
-    return one
-
-
-def _turns(message: AnthropicMessage, path: str) -> list[dict[str, Any]]:
-    """One message as the template has it: the results of tools each by itself, then the rest."""
+def _turns(message: AnthropicMessage, path: str) -> list[Message]:
+    """One message as several: the results of tools each by itself, then the rest."""
     if isinstance(message.content, str):
-        return [{"role": message.role, "content": message.content}]
-    results: list[dict[str, Any]] = []
-    said: list[str] = []
+        return [said(message.role, message.content)]
+    results: list[Message] = []
+    parts: list[Part] = []
     thought: list[str] = []
-    calls: list[dict[str, Any]] = []
     for index, block in enumerate(message.content):
         place = f"{path}[{index}]"
         match block:
-            case TextBlock():
-                said.append(block.text)
+            case TextBlock() | ImageBlock():
+                parts += _parts([block], path, index)
             case ToolResultBlock():
                 _goes_with(message, "user", place)
-                told = _text(block.content or "")
-                results.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": told})
+                told = Result(block.tool_use_id, _parts(block.content or "", f"{place}.content"))
+                results.append(Message("tool", (told,)))
             case ToolUseBlock():
                 _goes_with(message, "assistant", place)
                 check_nesting(block.input, f"{place}.input")
-                function = {"name": block.name, "arguments": to_json(block.input).decode()}
-                calls.append({"id": block.id, "type": "function", "function": function})
+                parts.append(Call(block.name, to_json(block.input).decode(), block.id))
             case ThinkingBlock():
                 _goes_with(message, "assistant", place)
                 thought.append(block.thinking)
-    rest: dict[str, Any] = {"role": message.role, "content": "".join(said)}
-    if thought:
-        rest["reasoning_content"] = "".join(thought)
-    if calls:
-        rest["tool_calls"] = calls
-    return results if results and not rest["content"] else [*results, rest]
+    rest = Message(message.role, tuple(parts), reasoning="".join(thought) if thought else None)
+    return results if results and rest.is_silent else [*results, rest]
 
 
 def _goes_with(message: AnthropicMessage, role: str, path: str) -> None:
@@ -352,14 +357,25 @@ def _goes_with(message: AnthropicMessage, role: str, path: str) -> None:
         raise RequestError(f"{path} goes with the role {role}, not {message.role}", param=path)
 
 
-def _text(content: str | Sequence[TextBlock | ToolReferenceBlock]) -> str:
-    """A content as one text. The model is told of a tool that is referred to anyway, so its name is enough."""
+def _parts(
+    content: str | Sequence[TextBlock | ImageBlock | ToolReferenceBlock], path: str, first: int = 0
+) -> tuple[Shown, ...]:
+    """The parts of a content at `path`, from its block `first` on. The model is told of a tool that is referred to
+    anyway, so its name is enough."""
     if isinstance(content, str):
-        return content
-    return "".join(
-        block.text if isinstance(block, TextBlock) else f"The tool {block.tool_name} can be called.\n"
-        for block in content
-    )
+        return (Text(content),) if content else ()
+    parts: list[Shown] = []
+    for index, block in enumerate(content, first):
+        match block:
+            case TextBlock():
+                parts.append(Text(block.text))
+            case ToolReferenceBlock():
+                parts.append(Text(f"The tool {block.tool_name} can be called.\n"))
+            case ImageBlock(source=URLSource(url=url)):
+                parts.append(Image(url, f"{path}[{index}]", "image"))
+            case ImageBlock(source=Base64Source(media_type=kind, data=data)):
+                parts.append(Image(f"data:{kind};base64,{data}", f"{path}[{index}]", "image"))
+    return tuple(parts)
 
 
 def _options(request: web.Request, body: CountBody, wanted: Wanted) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import msgspec
 from aiohttp import web
 
 from engine.errors import RequestError, Words
-from engine.http.openai.chat import ChatMessage, ToolBody, plain_messages, template_options, tools_of
+from engine.http.openai.chat import ChatMessage, ToolBody, messages_of, template_options, tools_of
 from engine.http.service import SERVICE, Service
 from engine.http.sse import WORDS
 from engine.http.tools import FEW_MESSAGES, FEW_TOOLS
@@ -98,7 +98,7 @@ async def tokenize(request: web.Request, body: TokenizeBody) -> web.Response:
     if body.prompt is not None:
         job = Tokenize(body.prompt, special=special is not False, names=names)
     else:
-        messages = plain_messages(body.messages or [])
+        messages = messages_of(body.messages or [])
         options = {"tools": [tool.described() for tool in tools_of(body.tools)], **template_options(body)}
         job = Tokenize(None, messages, options, special=bool(special), names=names)
     if body.messages is not None:

@@ -1,7 +1,7 @@
 """/v1/chat/completions: its messages, tools and template, from what clients send to a `Generate`.
 
 The fields that it shares with /v1/completions are in bodies.py, and what the replies look like is in replies.py.
-Left out: images and sound; how a call is forced, and how replies are read (conversation/reading.py).
+Left out: sound and files; how a call is forced, and how replies are read (conversation/reading.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,7 @@ from uuid import uuid4
 from aiohttp import web
 
 from engine.conversation.calls import Tool
+from engine.conversation.parts import Call, Image, Message, Part, Result, Role, Shown, Text, Video
 from engine.conversation.reading import Wanted, reading_of
 from engine.errors import RequestError, Words
 from engine.http.effort import with_effort
@@ -32,12 +33,43 @@ CHAT_WORDS = Words({**CHAT.names, "prompt": "messages", "grammar": "tools"})
 # ── bodies ───────────────────────────────────────────────────────────────────────────────────
 
 
-class TextPart(Body):
-    type: Literal["text"]
+class TextPart(Body, tag_field="type", tag="text"):
     text: str
     cache_control: Any = None
 
     rules: ClassVar[Mapping[str, Rule]] = {"cache_control": LABEL}
+
+
+class ImageURL(Body):
+    """A data: or an http(s): URL, and how finely the picture is to be read."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(Body, tag_field="type", tag="image_url"):
+    """A picture, for a model that sees."""
+
+    image_url: ImageURL
+    cache_control: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {"cache_control": LABEL}
+
+
+class VideoURL(Body):
+    url: str
+
+
+class VideoPart(Body, tag_field="type", tag="video_url"):
+    """A clip, for a model that sees."""
+
+    video_url: VideoURL
+    cache_control: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {"cache_control": LABEL}
+
+
+ContentPart = TextPart | ImagePart | VideoPart
 
 
 class PastFunction(Body):
@@ -58,12 +90,12 @@ class PastCall(Body):
 
 
 class ChatMessage(Body):
-    """One message. A developer's is a system message to the model; the parts of a content are joined.
+    """One message. A developer's is a system message to the model.
 
     `reasoning` is vLLM's name for `reasoning_content`."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | list[ContentPart] | None = None
     name: str | None = None
     tool_calls: list[PastCall] | None = None
     tool_call_id: str | None = None
@@ -202,7 +234,7 @@ async def chat_completions(request: web.Request, body: ChatBody) -> web.StreamRe
         fields["logprobs"] = likeliest or 0
     fields["grammar"], field = OPENAI_FIELDS.asked(body)
     sampling = sampling_of(request, CHAT_WORDS, fields, called=called, grammar=field)
-    messages, wanted, text = plain_messages(body.messages), wanted_of(body), service.front.text
+    messages, wanted, text = messages_of(body.messages), wanted_of(body), service.front.text
     options = template_options(body)
     if body.reasoning_effort is not None:
         options, degree = with_effort(text, options, body.reasoning_effort, tools=bool(wanted.offered))
@@ -256,39 +288,49 @@ def wanted_of(body: ChatBody) -> Wanted:
 # ── messages ─────────────────────────────────────────────────────────────────────────────────
 
 
-def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages as a chat template takes them: {"role", "content"}, and what else was given."""
+def messages_of(messages: Sequence[ChatMessage]) -> list[Message]:
+    """Messages with their parts. Raises RequestError where one lacks what its role needs, or has what does not go with
+    that."""
     if not messages:
         raise RequestError("messages is empty; send at least one message", param="messages")
-    return [_plain(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
 
-def _plain(message: ChatMessage, path: str) -> dict[str, Any]:
+def _message(message: ChatMessage, path: str) -> Message:
     only = (("tool_calls", "assistant"), ("reasoning_content", "assistant"), ("reasoning", "assistant"))
-    for field, role in (*only, ("tool_call_id", "tool")):
-        if getattr(message, field) and message.role != role:
-            raise RequestError(f"{path}.{field} goes with the role {role}, not {message.role}", param=f"{path}.{field}")
+    for field, theirs in (*only, ("tool_call_id", "tool")):
+        if getattr(message, field) and message.role != theirs:
+            raise RequestError(
+                f"{path}.{field} goes with the role {theirs}, not {message.role}", param=f"{path}.{field}"
+            )
     if message.role == "tool" and not message.tool_call_id:
         missing = f"{path}.tool_call_id is missing; send the id of the call that this message answers"
         raise RequestError(missing, param=f"{path}.tool_call_id")
     content = message.content
     if content is None and message.role != "assistant":
         raise RequestError(f"{path}.content is missing; a {message.role} message needs a text", param=f"{path}.content")
-    text = content if isinstance(content, str) else "".join(part.text for part in content or ())
-    plain: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": text}
-    thought = either(message, "reasoning_content", "reasoning", f"{path}.")
-    beside = {"name": message.name, "tool_call_id": message.tool_call_id, "reasoning_content": thought}
-    plain |= {field: value for field, value in beside.items() if value}
+    role: Role = "system" if message.role == "developer" else message.role
+    shown = _parts(content, path)
+    parts: tuple[Part, ...] = (Result(message.tool_call_id, shown),) if role == "tool" else shown
     if message.tool_calls:
-        plain["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.function.name, "arguments": call.function.arguments},
-            }
-            for call in message.tool_calls
-        ]
-    return plain
+        parts += tuple(Call(call.function.name, call.function.arguments, call.id) for call in message.tool_calls)
+    thought = either(message, "reasoning_content", "reasoning", f"{path}.")
+    return Message(role, parts, name=message.name or None, reasoning=thought or None)
+
+
+def _parts(content: str | Sequence[ContentPart] | None, path: str) -> tuple[Shown, ...]:
+    if isinstance(content, str):
+        return (Text(content),) if content else ()
+    parts: list[Shown] = []
+    for index, part in enumerate(content or ()):
+        match part:
+            case TextPart():
+                parts.append(Text(part.text))
+            case ImagePart():
+                parts.append(Image(part.image_url.url, f"{path}.content[{index}]", "image_url", part.image_url.detail))
+            case VideoPart():
+                parts.append(Video(part.video_url.url, f"{path}.content[{index}]", "video_url"))
+    return tuple(parts)
 
 
 def either(body: Body, name: str, alias: str, path: str = "") -> Any:

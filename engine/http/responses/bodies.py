@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
+from engine.conversation.parts import Call, Image, Message, Result, Role, Shown, Text, as_one, said
 from engine.errors import RequestError
 from engine.http.fields import ECHO, LABEL, Only, Rule, hint, unserved
 from engine.http.grammars import NamedSchema, ObjectFormat, PlainFormat
@@ -27,8 +28,7 @@ Metadata = Annotated[
 ]
 
 
-class InputPart(Body):
-    type: Literal["input_text", "output_text", "reasoning_text", "summary_text"]
+class InputTextPart(Body, tag_field="type", tag="input_text"):
     text: str
     annotations: Any = None
     logprobs: Any = None
@@ -42,6 +42,32 @@ class InputPart(Body):
         "prompt_cache_breakpoint": LABEL,
         "cache_control": LABEL,
     }
+
+
+class OutputTextPart(InputTextPart, tag_field="type", tag="output_text"):
+    """What the model said."""
+
+
+class ReasoningTextPart(InputTextPart, tag_field="type", tag="reasoning_text"):
+    """What it thought."""
+
+
+class SummaryTextPart(InputTextPart, tag_field="type", tag="summary_text"):
+    """What it thought, in short."""
+
+
+class InputImagePart(Body, tag_field="type", tag="input_image"):
+    """A picture, for a model that sees: a data: or an http(s): URL."""
+
+    image_url: str
+    detail: Literal["auto", "low", "high"] | None = None
+    prompt_cache_breakpoint: Any = None
+    cache_control: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {"prompt_cache_breakpoint": LABEL, "cache_control": LABEL}
+
+
+InputPart = InputTextPart | OutputTextPart | ReasoningTextPart | SummaryTextPart | InputImagePart
 
 
 class InputItemBody(Body):
@@ -195,28 +221,26 @@ class ItemsQuery(Body):
 # ── from an input to messages ────────────────────────────────────────────────────────────────
 
 
-def messages_of(input: str | list[InputItemBody]) -> list[dict[str, Any]]:
-    """`input` as a chat template takes it: calls and reasoning are part of what the assistant said."""
+def messages_of(input: str | list[InputItemBody]) -> list[Message]:
+    """`input` as messages: calls and reasoning are part of what the assistant said."""
     if isinstance(input, str):
-        return [{"role": "user", "content": input}]
+        return [said("user", input)]
     if not input:
         raise RequestError("input is empty; send at least one message", param="input")
-    messages: list[dict[str, Any]] = []
+    runs: list[list[Message]] = []  # of messages that become one
+    text = False  # whether the last run says something already
     for index, item in enumerate(input):
         message = _message(item, f"input[{index}]")
-        last = messages[-1] if messages else {}
-        if last.get("role") == message["role"] == "assistant" and ("tool_calls" in message or not last["content"]):
-            calls = last.get("tool_calls", [])  # made here, so it may grow
-            calls += message.get("tool_calls", ())
-            last.update(message, content=last["content"] + message["content"])
-            if calls:
-                last["tool_calls"] = calls
+        if runs and runs[-1][0].role == message.role == "assistant" and (message.calls or not text):
+            runs[-1].append(message)
         else:
-            messages.append(message)
-    return messages
+            runs.append([message])
+            text = False
+        text = text or bool(message.text)
+    return [as_one(run) for run in runs]
 
 
-def _message(item: InputItemBody, path: str) -> dict[str, Any]:
+def _message(item: InputItemBody, path: str) -> Message:
     """One item as a message."""
     needs = {
         "message": ("role", "content"),
@@ -232,15 +256,23 @@ def _message(item: InputItemBody, path: str) -> dict[str, Any]:
             raise RequestError(f"{path}.{field} does not go with the type {item.type}", param=f"{path}.{field}")
     match item.type:
         case "function_call":
-            function = {"name": full_name(item.name or "", item.namespace), "arguments": item.arguments}
-            call = {"id": item.call_id, "type": "function", "function": function}
-            return {"role": "assistant", "content": "", "tool_calls": [call]}
+            name = full_name(item.name or "", item.namespace)
+            return Message("assistant", (Call(name, item.arguments or "", item.call_id),))
         case "function_call_output":
-            return {"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)}
+            return Message("tool", (Result(item.call_id, _parts(item.output, f"{path}.output")),))
         case "reasoning":
-            return {"role": "assistant", "content": "", "reasoning_content": _text(item.content)}
-    return {"role": "system" if item.role == "developer" else item.role, "content": _text(item.content)}
+            thought = Message("assistant", _parts(item.content, f"{path}.content")).text
+            return Message("assistant", (), reasoning=thought)
+    role: Role = "system" if item.role == "developer" else item.role or "user"
+    return Message(role, _parts(item.content, f"{path}.content"))
 
 
-def _text(content: str | list[InputPart] | None) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content or ())
+def _parts(content: str | list[InputPart] | None, path: str) -> tuple[Shown, ...]:
+    if isinstance(content, str):
+        return (Text(content),) if content else ()
+    return tuple(
+        Image(part.image_url, f"{path}[{index}]", "input_image", part.detail)
+        if isinstance(part, InputImagePart)
+        else Text(part.text)
+        for index, part in enumerate(content or ())
+    )

@@ -1,18 +1,19 @@
 """The items of a response: what the model thinks, messages and calls of tools, as OpenAI's responses API has them.
 
-An output is a list of items in the order of the reply. A conversation, which is kept as chat templates take it, is
-shown as items too. How items come about in a stream is response_events.py's.
+An output is a list of items in the order of the reply. A conversation, which is kept as messages of parts, is shown as
+items too. How items come about in a stream is response_events.py's.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from engine.conversation.parsers import merged
+from engine.conversation.parts import Image, Message, Text
 from engine.http.openai.logprobs import ChatToken, chat_token
 from engine.http.wire import Reply
 from engine.messages.reply import Chunk
@@ -38,6 +39,11 @@ class OutputText(Reply, frozen=True, tag_field="type", tag="output_text"):
 
 class InputText(Reply, frozen=True, tag_field="type", tag="input_text"):
     text: str
+
+
+class InputImage(Reply, frozen=True, tag_field="type", tag="input_image"):
+    image_url: str
+    detail: str = "auto"
 
 
 class ReasoningText(Reply, frozen=True, tag_field="type", tag="reasoning_text"):
@@ -81,7 +87,7 @@ class MessageItem(Reply, frozen=True, tag_field="type", tag="message"):
 
     id: str
     role: Literal["user", "assistant", "system"]
-    content: list[InputText | OutputText]
+    content: list[InputText | InputImage | OutputText]
     status: Literal["completed"] = "completed"
 
 
@@ -220,21 +226,35 @@ def with_status(item: OutputItem, status: ItemStatus) -> OutputItem:
             return msgspec.structs.replace(item, status=status)
 
 
-def input_items(
-    conversation: Sequence[dict[str, Any]], key: str, namespaces: Mapping[str, str] = NO_NAMES
-) -> list[InputItem]:
+def input_items(conversation: Sequence[Message], key: str, namespaces: Mapping[str, str] = NO_NAMES) -> list[InputItem]:
     """The items of `conversation`, whose ids begin with `key`; `namespaces` are as Items has them."""
     items: list[InputItem] = []
     for message in conversation:
-        if thought := message.get("reasoning_content"):
+        if thought := message.reasoning:
             items.append(ReasoningItem(f"{key}_{len(items)}", "completed", [ReasoningText(thought)]))
-        said, calls = message["content"], message.get("tool_calls", ())
-        if message["role"] == "tool":
-            items.append(FunctionOutputItem(f"{key}_{len(items)}", message["tool_call_id"], said))
-        elif said or not calls:
-            text = OutputText(said) if message["role"] == "assistant" else InputText(said)
-            items.append(MessageItem(f"{key}_{len(items)}", message["role"], [text]))
-        for call in calls:
-            named = _named(call["function"]["name"], namespaces, call["function"]["arguments"])
-            items.append(FunctionCallItem(f"{key}_{len(items)}", "completed", call["id"], *named))
+        match message.role:
+            case "tool":
+                items.append(FunctionOutputItem(f"{key}_{len(items)}", message.answers or "", message.text))
+            case "user" | "system" | "assistant" as role:
+                if not (message.is_silent and message.calls):
+                    content = _content(message) or [_said(role, "")]
+                    items.append(MessageItem(f"{key}_{len(items)}", role, content))
+        for call in message.calls:
+            named = _named(call.name, namespaces, call.arguments)
+            items.append(FunctionCallItem(f"{key}_{len(items)}", "completed", call.id or "", *named))
     return items
+
+
+def _content(message: Message) -> list[InputText | InputImage | OutputText]:
+    """What `message` shows; successive texts are one."""
+    content: list[InputText | InputImage | OutputText] = []
+    for is_text, run in groupby(message.shown, lambda part: isinstance(part, Text)):
+        if is_text:
+            content.append(_said(message.role, "".join(part.text for part in run if isinstance(part, Text))))
+        else:
+            content += [InputImage(part.source, part.detail or "auto") for part in run if isinstance(part, Image)]
+    return content
+
+
+def _said(role: str, text: str) -> InputText | OutputText:
+    return OutputText(text) if role == "assistant" else InputText(text)

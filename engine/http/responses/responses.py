@@ -1,7 +1,7 @@
 """The OpenAI Responses API: /v1/responses with streams, background replies and conversations by reference.
 
 What is stored, and for how long, is `stored.py`'s; events are `response_events.py`'s, tools `response_tools.py`'s.
-Left out: images and files, prompt templates, `conversation`.
+Left out: files, prompt templates, `conversation`.
 """
 
 from collections.abc import AsyncGenerator
@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from aiohttp import web
 
+from engine.conversation.parts import said
 from engine.conversation.reading import Wanted, reading_of
 from engine.errors import RequestError, Words
 from engine.http.effort import with_effort
@@ -82,7 +83,7 @@ async def create(request: web.Request, body: ResponsesBody) -> web.StreamRespons
     earlier = [] if body.previous_response_id is None else store.conversation(body.previous_response_id)
     conversation = [*earlier, *messages_of(body.input)]
     wanted = wanted_of(body)
-    spoken = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    spoken = [said("system", body.instructions)] if body.instructions else []
     messages = [*spoken, *conversation]
     options = options_of(request, body, wanted)
     reading = reading_of(service.front.text, sampling, messages, options, wanted)

@@ -17,6 +17,7 @@ import msgspec
 from aiohttp import web
 
 from engine.conversation.parsers import assembled
+from engine.conversation.parts import Call, Message, Text
 from engine.conversation.reading import NOTHING, Reading
 from engine.errors import RequestError, Words
 from engine.http.responses.footprint import footprint
@@ -56,7 +57,7 @@ class Response:
     that changes."""
 
     def __init__(
-        self, asked: Asked, conversation: list[dict[str, Any]], reading: Reading = NOTHING, *, scored: bool = False
+        self, asked: Asked, conversation: list[Message], reading: Reading = NOTHING, *, scored: bool = False
     ) -> None:
         self.id = f"resp_{uuid4().hex}"
         self.key = uuid4().hex  # of its items
@@ -91,18 +92,12 @@ class Response:
     def _events(self) -> Iterator[Event]:
         return (event for _, events in self._told for event in events)
 
-    def continued(self) -> list[dict[str, Any]]:
+    def continued(self) -> list[Message]:
         """The conversation with the reply at its end."""
-        said = assembled(self._events())
-        reply: dict[str, Any] = {"role": "assistant", "content": said.content}
-        if said.reasoning:
-            reply["reasoning_content"] = said.reasoning
-        if said.calls:
-            reply["tool_calls"] = [
-                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                for call in said.calls
-            ]
-        return [*self._conversation, reply]
+        reply = assembled(self._events())
+        text = (Text(reply.content),) if reply.content else ()
+        calls = (Call(call.name, call.arguments, call.id) for call in reply.calls)
+        return [*self._conversation, Message("assistant", (*text, *calls), reasoning=reply.reasoning or None)]
 
     # ── becoming ─────────────────────────────────────────────────────────────────────────────
 
@@ -326,7 +321,7 @@ class ResponseStore:
             response.resized = None
             self.held -= response.size
 
-    def conversation(self, id: str) -> list[dict[str, Any]]:
+    def conversation(self, id: str) -> list[Message]:
         """What was said up to the end of the response `id`. Raises RequestError where that cannot be gone on from."""
         if (response := self._stored(id)) is None:
             raise RequestError(

@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from aiohttp import web
 
+from engine.conversation.parts import said
 from engine.conversation.reading import reading_of
 from engine.http.fields import Rule
 from engine.http.native.tokenize import tokenized
@@ -51,7 +52,7 @@ async def input_tokens(request: web.Request, body: InputTokensBody) -> web.Respo
     earlier = []
     if body.previous_response_id is not None:
         earlier = request.app[STORE].conversation(body.previous_response_id)
-    spoken = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    spoken = [said("system", body.instructions)] if body.instructions else []
     messages = [*spoken, *earlier, *messages_of(body.input)]
     how = options_of(request, asked, wanted)
     reading = reading_of(service.front.text, sampling, messages, how, wanted)

@@ -16,7 +16,7 @@ import anyio
 import anyio.from_thread
 import anyio.to_thread
 import pytest
-from http_front import FakeFront, chunks, serving
+from http_front import FakeFront, chunks, serving, written
 from rich.console import Console
 
 from engine import cli
@@ -328,7 +328,7 @@ async def test_a_chat_with_a_server(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     async with serving(front, api_key=("key",)) as url:
         argv = ["chat", "--url", url, "--api-key", "key", "--system", "s", "--min-p", "0.5"]
         assert await anyio.to_thread.run_sync(cli.main, argv) == 0
-    assert [message["content"] for message in front.asked[-1].messages or ()] == ["s", "hi", "Hello, world", "you"]
+    assert [message["content"] for message in written(front.asked[-1])] == ["s", "hi", "Hello, world", "you"]
     assert front.asked[0].sampling.min_p == 0.5
     said = capsys.readouterr().out
     assert "Hello, world\n" in said

@@ -8,6 +8,7 @@ import pytest
 from http_front import text_of
 
 from engine.conversation.calls import Tool, allowed, either, forced
+from engine.conversation.parts import read_messages
 from engine.conversation.reading import Reading, Wanted, reading_of
 from engine.errors import RequestError
 from engine.messages.request import Grammar, SamplingParams
@@ -115,7 +116,7 @@ def test_a_family_without_a_syntax_of_its_own_is_forced_to_json() -> None:
 
 
 def reading(template: str, reasoner: str | None, wanted: Wanted, sampling: SamplingParams, **options: Any) -> Reading:
-    return reading_of(text_of(template, "hermes", reasoner), sampling, HI, options, wanted)
+    return reading_of(text_of(template, "hermes", reasoner), sampling, read_messages(HI), options, wanted)
 
 
 FREE = SamplingParams()
@@ -150,7 +151,7 @@ def test_a_continued_message_says_itself_whether_it_is_reasoning() -> None:
     text = text_of(THINKING, None, "qwen3")
     for said, opened in (("<think>\nHm", True), ("<think>Hm</think>Y", False), ("Yes", False)):
         messages = [*HI, {"role": "assistant", "content": said}]
-        found = reading_of(text, FREE, messages, {"continue_final_message": True}, Wanted())
+        found = reading_of(text, FREE, read_messages(messages), {"continue_final_message": True}, Wanted())
         assert found.opened is opened
 
 
@@ -171,7 +172,7 @@ def test_nothing_to_read() -> None:
         }
     found = reading(THINKING, "qwen3", Wanted(), SamplingParams(detokenize=False))
     assert found.reader() is None
-    assert reading_of(None, FREE, HI, {}, FORCED).reader() is None  # still loading: refused later
+    assert reading_of(None, FREE, read_messages(HI), {}, FORCED).reader() is None  # still loading: refused later
 
 
 def test_special_tokens_that_are_marks_stay_in_the_text() -> None:

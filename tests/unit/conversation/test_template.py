@@ -7,6 +7,7 @@ import pytest
 from http_front import text_of
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from engine.conversation.parts import read_messages
 from engine.conversation.template import Abilities, ChatTemplate
 from engine.conversation.tools import introduction
 from engine.errors import RequestError
@@ -67,38 +68,38 @@ def test_what_a_template_is_able_to_say(source: str, abilities: Abilities) -> No
 
 
 def test_a_template_gets_what_it_asks_for() -> None:
-    rendered = template(OBJECT).render(PAST, tools=[TOOL])
+    rendered = template(OBJECT).render(read_messages(PAST), tools=[TOOL])
     assert rendered == (
         f'{json.dumps(TOOL)}\n<user>Do.\n<assistant>[f {{"a": "é"}}][g {{}}]\n<tool>one(f)\n<tool>two(g)\n'
         "<assistant>Done.\n"
     )
-    assert '[f of {"a": "é"}]' in template(TEXT).render(PAST)
+    assert '[f of {"a": "é"}]' in template(TEXT).render(read_messages(PAST))
 
 
 def test_calls_that_stand_alone() -> None:
     said = [PAST[0], {**PAST[1], "content": "Yes."}, *PAST[2:4]]
     calls = '<calls>f {"a": "é"}\n<calls>g {}\n<tool>one\n<tool>two\n'
-    assert template(ALONE).render(said) == f"<user>Do.\n<assistant>Yes.\n{calls}"
-    assert template(ALONE).render(PAST[:4]) == f"<user>Do.\n{calls}"
+    assert template(ALONE).render(read_messages(said)) == f"<user>Do.\n<assistant>Yes.\n{calls}"
+    assert template(ALONE).render(read_messages(PAST[:4])) == f"<user>Do.\n{calls}"
 
 
 def test_arguments_that_are_no_json_are_passed_on() -> None:
     call = {"id": "1", "function": {"name": "f", "arguments": "{oops"}}
     said = [{"role": "assistant", "content": "", "tool_calls": [call]}]
-    assert template(OBJECT).render(said) == '<assistant>[f "{oops"]\n'
+    assert template(OBJECT).render(read_messages(said)) == '<assistant>[f "{oops"]\n'
     as_object = {"id": "1", "function": {"name": "f", "arguments": {"a": 1}}}  # as the offline API may have it
-    assert '[f of {"a": 1}]' in template(TEXT).render([said[0] | {"tool_calls": [as_object]}])
+    assert '[f of {"a": 1}]' in template(TEXT).render(read_messages([said[0] | {"tool_calls": [as_object]}]))
 
 
 def test_an_empty_list_of_calls_is_none() -> None:
     said = [{"role": "assistant", "content": "x", "tool_calls": []}]
-    assert template("{{ 'tool_calls' in messages[0] }}").render(said) == "False"
+    assert template("{{ 'tool_calls' in messages[0] }}").render(read_messages(said)) == "False"
 
 
 @pytest.mark.parametrize("system", [None, "Be kind."])
 def test_what_a_template_cannot_say_is_said_in_messages(system: str | None) -> None:
     spoken = [{"role": "system", "content": system}] if system else []
-    rendered = template(CHATML).render([*spoken, *PAST], tools=[TOOL])
+    rendered = template(CHATML).render(read_messages([*spoken, *PAST]), tools=[TOOL])
     words = introduction([TOOL], HERMES)
     assert json.dumps(TOOL["function"]) in words and HERMES.begin.partition("NAME")[0] in words
     begin = f"<system>{system}\n\n{words}" if system else f"<system>{words}"
@@ -112,17 +113,17 @@ def test_what_a_template_cannot_say_is_said_in_messages(system: str | None) -> N
 
 
 def test_without_a_system_role_the_first_message_introduces_the_tools() -> None:
-    rendered = template(NO_SYSTEM).render(PAST[:1], tools=[TOOL])
+    rendered = template(NO_SYSTEM).render(read_messages(PAST[:1]), tools=[TOOL])
     assert rendered == f"<user>{introduction([TOOL], HERMES)}\n\nDo.\n"
 
 
 def test_a_template_that_writes_calls_but_tells_of_no_tools() -> None:
-    rendered = template(TEXT).render(PAST, tools=[TOOL])
+    rendered = template(TEXT).render(read_messages(PAST), tools=[TOOL])
     assert introduction([TOOL], HERMES) in rendered and '[f of {"a": "é"}]' in rendered
 
 
 def test_a_conversation_without_tools_is_left_alone() -> None:
-    assert template(CHATML).render(PAST[:1]) == "<user>Do.\n"
+    assert template(CHATML).render(read_messages(PAST[:1])) == "<user>Do.\n"
 
 
 @pytest.mark.parametrize(
@@ -137,19 +138,23 @@ def test_a_conversation_without_tools_is_left_alone() -> None:
 )
 def test_malformed_calls_are_refused(message: dict[str, Any], says: str) -> None:
     with pytest.raises(RequestError, match=says):
-        template(OBJECT).render([{"role": "assistant", "content": "", **message}])
+        template(OBJECT).render(read_messages([{"role": "assistant", "content": "", **message}]))
 
 
 @pytest.mark.parametrize("source", [CHATML, OBJECT, ALONE])
 @pytest.mark.parametrize("said", ["", "Yes."])
 def test_no_reply_goes_on_from_a_call(source: str, said: str) -> None:
     with pytest.raises(RequestError, match="append what the tool returned"):
-        template(source).render([PAST[0], {**PAST[1], "content": said}], continue_final_message=True)
+        template(source).render(read_messages([PAST[0], {**PAST[1], "content": said}]), continue_final_message=True)
 
 
 @pytest.mark.parametrize("source", [CHATML, OBJECT, ALONE])
 def test_a_reply_goes_on_after_calls_and_what_they_returned(source: str) -> None:
-    assert template(source).render(PAST, tools=[TOOL], continue_final_message=True).endswith("<assistant>Done.")
+    assert (
+        template(source)
+        .render(read_messages(PAST), tools=[TOOL], continue_final_message=True)
+        .endswith("<assistant>Done.")
+    )
 
 
 # ── how a prompt ends ────────────────────────────────────────────────────────────────────────
@@ -176,15 +181,15 @@ AFTER_TOOL = (
 def test_whether_a_prompt_ends_inside_of_reasoning(
     source: str, messages: Any, variables: Any, open: bool | None
 ) -> None:
-    found = template(source).reasoning_open("<think>", "</think>", messages, template_kwargs=variables)
+    found = template(source).reasoning_open("<think>", "</think>", read_messages(messages), template_kwargs=variables)
     assert found is open
 
 
 def test_the_text_of_a_model_knows_its_parsers() -> None:
     text = text_of(CHATML, "mistral", "qwen3")
     assert set(text.parsers.special) == {"[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<think>", "</think>"}
-    assert "[TOOL_CALLS] [" in text.render_chat(PAST[:2])
-    assert text.reasoning_open("<think>", "</think>", PAST[:1], chat_template=CHATML + "<think>") is True
+    assert "[TOOL_CALLS] [" in text.render_chat(read_messages(PAST[:2]))
+    assert text.reasoning_open("<think>", "</think>", read_messages(PAST[:1]), chat_template=CHATML + "<think>") is True
 
 
 # ── the language, as transformers has it ─────────────────────────────────────────────────────
@@ -217,7 +222,7 @@ SCOPED = (
 def test_a_template_renders_as_in_transformers(source: str) -> None:
     tokens = {"bos_token": "<s>", "pad_token": "<pad>"}
     (expected,), _ = render_jinja_template([SAID], chat_template=source, add_generation_prompt=True, **tokens)
-    assert ChatTemplate(source, tokens, HERMES).render(SAID) == expected
+    assert ChatTemplate(source, tokens, HERMES).render(read_messages(SAID)) == expected
 
 
 @pytest.mark.parametrize("source", [WHOLE, TRIMMED, "{{ messages[-1].content.rstrip() }} end", SCOPED])
@@ -225,7 +230,7 @@ def test_a_template_renders_as_in_transformers(source: str) -> None:
 def test_a_message_goes_on_as_in_transformers(source: str, begun: str) -> None:
     messages = [SAID[0], {"role": "assistant", "content": begun}]
     (expected,), _ = render_jinja_template([messages], chat_template=source, continue_final_message=True)
-    assert template(source).render(messages, continue_final_message=True) == expected
+    assert template(source).render(read_messages(messages), continue_final_message=True) == expected
 
 
 @pytest.mark.parametrize("source", ["{{ messages[0].content }}", "{{ messages[-1].content.split('</think>')[-1] }}"])
@@ -234,4 +239,4 @@ def test_a_message_that_the_template_cuts_cannot_go_on(source: str) -> None:
     with pytest.raises(ValueError, match="does not appear"):
         render_jinja_template([messages], chat_template=source, continue_final_message=True)
     with pytest.raises(RequestError, match="leaves out the last message, or a part of it"):
-        template(source).render(messages, continue_final_message=True)
+        template(source).render(read_messages(messages), continue_final_message=True)

@@ -9,7 +9,7 @@ import anyio
 import msgspec
 import openai
 import pytest
-from http_front import FakeFront, chunks, serving
+from http_front import FakeFront, chunks, serving, written
 from hypothesis import given
 from hypothesis import strategies as st
 from openai.types import completion_create_params
@@ -79,7 +79,7 @@ async def test_chat() -> None:
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (7, 3, 10)
     assert answer.usage.prompt_tokens_details.cached_tokens == 4
     (asked,) = front.asked
-    assert asked.messages == [{"role": "system", "content": "ab"}, {"role": "user", "content": "hi"}]
+    assert written(asked) == [{"role": "system", "content": "ab"}, {"role": "user", "content": "hi"}]
     assert (asked.rid, asked.priority, asked.text, asked.ids) == (answer.id, 2, None, None)
     assert asked.sampling == SamplingParams(
         temperature=0.5, top_p=0.9, top_k=5, min_p=0.1, seed=-3, max_tokens=9,

@@ -6,7 +6,7 @@ from typing import Any
 import anthropic
 import openai
 import pytest
-from http_front import FakeFront, serving, text_of
+from http_front import FakeFront, serving, text_of, written
 from test_http import HI, client, post
 from test_http_choices import logprob, served
 from test_http_tool_apis import claude, thinking
@@ -59,7 +59,7 @@ async def test_a_function_in_a_namespace(streamed: bool) -> None:
         assert told == ["get_weather", "agents.get_weather"]
         returned = {"type": "function_call_output", "call_id": call.call_id, "output": "sun"}
         await api.responses.create(**CODEX | {"input": [*CODEX["input"], call.to_dict(), returned]})
-    calls = (made.asked[1].messages or [])[2]["tool_calls"]
+    calls = written(made.asked[1])[2]["tool_calls"]
     assert [one["function"]["name"] for one in calls] == ["agents.get_weather"]  # as the model called it
 
 
@@ -216,7 +216,7 @@ async def test_a_tool_that_a_search_has_found() -> None:
     ]
     async with serving(made) as url, claude(url) as api:
         await api.messages.create(model="fake", messages=said, max_tokens=9, tools=[TOOL])
-    result = (made.asked[0].messages or [])[2]
+    result = written(made.asked[0])[2]
     assert (result["role"], result["content"]) == ("tool", "The tool get_weather can be called.\n")
     assert [tool["function"]["name"] for tool in made.asked[0].tools or ()] == ["get_weather"]
 

@@ -1,14 +1,18 @@
 """Every refusal of the HTTP API: its status, its OpenAI shape, and that it names the value and the remedy."""
 
 import re
+from collections.abc import AsyncGenerator
 
 import aiohttp
 import openai
 import pytest
-from http_front import FakeFront, chunks, serving
+from http_front import FakeFront, chunks, serving, text_of
 from test_http import HI, client, post, stream
 
 from engine.errors import RequestError, WorkerError
+from engine.messages.reply import Chunk
+from engine.messages.request import Generate
+from engine.messages.text import Prepare
 from engine.runtime.front import Health
 
 pytestmark = pytest.mark.anyio
@@ -16,7 +20,7 @@ pytestmark = pytest.mark.anyio
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 NATIVE = "/generate"
-IMAGE = {"type": "image_url", "text": ""}
+IMAGE = {"type": "image", "text": ""}
 
 # path, body, param, what the message must say
 REFUSED = [
@@ -25,7 +29,11 @@ REFUSED = [
     (CHAT, {"messages": []}, "messages", "empty"),
     (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content", "needs a text"),
     (CHAT, {"messages": [{"role": "boss", "content": "x"}]}, "messages[0].role", "'boss'"),
-    (CHAT, {"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content[0].type", "image_url"),
+    (CHAT, {"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content[0].type", "image"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "smell"}]}]}, "messages[0].content[0].type",
+     "send one of 'text', 'image_url', 'video_url'"),
+    ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "smell"}]}]}, "input[0].content[0].type",
+     "send one of 'input_text', 'output_text'"),
     (CHAT, {"messages": [{"role": "user", "content": "x", "colour": 1}]}, "messages[0].colour", "unknown field"),
     (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0]", "missing required"),
     (CHAT, {"messages": HI, "temprature": 1}, "temprature", "did you mean temperature?"),
@@ -109,6 +117,20 @@ async def test_a_bad_request_is_refused(path: str, body: object, param: str | No
     assert not front.asked
 
 
+class Tokenizing(FakeFront):
+    """Refuses what the tokenizer of a model refuses that reads text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = text_of("{% for m in messages %}{{ m.content }}{% endfor %}")
+
+    async def generate(self, request: Generate) -> AsyncGenerator[Chunk, None]:
+        assert self.texts is not None
+        await self.texts.ask(Prepare(request, 2048, 1000))
+        async for chunk in super().generate(request):
+            yield chunk
+
+
 SEEN = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
 RESULT = {"type": "tool_result", "tool_use_id": "a", "content": [SEEN]}
 MEDIA = [
@@ -131,7 +153,7 @@ async def test_pictures_are_refused_because_the_model_reads_text(
 ) -> None:
     body = {"max_tokens": 9} if path == "/v1/messages" else {}
     kind = SEEN["type"] if inner else part["type"]
-    async with serving(FakeFront()) as url:
+    async with serving(Tokenizing()) as url:
         status, answer = await post(url + path, body | {field: [{"role": "user", "content": [part]}]})
     place = f"{field}[0].content[0]{inner}.type"
     assert (status, answer["error"]["param"]) == (400, place)

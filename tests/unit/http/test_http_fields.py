@@ -10,7 +10,7 @@ import anthropic
 import msgspec
 import pytest
 from anthropic.types.beta import message_create_params
-from http_front import FakeFront, chunks, serving
+from http_front import FakeFront, chunks, serving, written
 from openai.types.responses import response_create_params
 from test_http import HI, client, post
 from test_http_tools import CALL_TIME, PARAMETERS, PLAIN, THINKING, TOOLS, front, grammar_of, pieces, said, talk
@@ -266,7 +266,7 @@ async def test_past_reasoning_by_both_names() -> None:
     made = front("x")
     for fields in ({"reasoning": "y"}, {"reasoning_content": "y"}, {"reasoning": "y", "reasoning_content": "y"}):
         await send(CHAT, {"messages": [*HI, {"role": "assistant", "content": "x", **fields}, *HI]}, made)
-        assert (made.asked[-1].messages or [])[1]["reasoning_content"] == "y"
+        assert written(made.asked[-1])[1]["reasoning_content"] == "y"
     twice = {"role": "assistant", "content": "x", "reasoning": "y", "reasoning_content": "z"}
     for message, param in ((twice, "messages[0].reasoning"), (HI[0] | {"reasoning": "y"}, "messages[0].reasoning")):
         status, answer, _ = await send(CHAT, {"messages": [message]}, made)

@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 import anthropic
 import pytest
-from http_front import FakeFront, serving
+from http_front import FakeFront, serving, written
 from test_http import client, post
 from test_http_responses import merged
 from test_http_schemas import content, hold, hold_events
@@ -180,7 +180,7 @@ async def test_what_tools_returned() -> None:
         },
     ]
     await messaged(made, False, messages=said, tools=CLAUDE_TOOLS)
-    user, assistant, first, second, then = made.asked[0].messages or ()
+    user, assistant, first, second, then = written(made.asked[0])
     assert (user["content"], assistant["content"], assistant["reasoning_content"]) == ("Weather?", "One moment.", "Hm.")
     assert [json.loads(call["function"]["arguments"]) for call in assistant["tool_calls"]] == [READ, {}]
     assert first == {"role": "tool", "tool_call_id": "1", "content": "sun"}
@@ -197,7 +197,7 @@ async def test_what_tools_returned() -> None:
         ({"tools": [*CLAUDE_TOOLS, CLAUDE_TOOLS[0]]}, "tools[2]", "two tools are called 'get_weather'"),
         ({"tools": [{"name": "f", "input_schema": {"type": "array"}}]}, "tools[0].input_schema", "'array'"),
         ({"tools": [{"type": "bash", "name": "bash", "input_schema": {}}]}, "tools[0].type", "'bash'"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].type", "'image'"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages[0].content[0].type", "'video'"),
         ({"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": {}}]}]},
          "messages[0].content[0]", "goes with the role assistant"),
         ({"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "colour": 1}]}]},
@@ -269,9 +269,9 @@ async def test_a_conversation_with_calls() -> None:
         spoken: list[Any] = [{"role": "user", "content": "Weather?"}, *(item.to_dict() for item in first.output)]
         await api.responses.create(model="fake", input=[*spoken, *returned])
         listed = await api.responses.input_items.list(by_reference.id, order="asc")
-    referred, sent = (asked.messages for asked in made.asked[1:])
+    referred, sent = (written(asked) for asked in made.asked[1:])
     assert referred == sent
-    user, assistant, *results = referred or ()
+    user, assistant, *results = referred
     assert user == {"role": "user", "content": "Weather?"}
     assert (assistant["content"], assistant["reasoning_content"]) == ("One moment.", "Hm.")
     assert [call["function"]["arguments"] for call in assistant["tool_calls"]] == [ARGUMENTS, "{}"]

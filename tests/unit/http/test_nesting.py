@@ -7,6 +7,7 @@ import pytest
 from house import counted, open_house, prompt
 from test_http_routes import HI, open_site
 
+from engine.conversation.parts import read_messages
 from engine.errors import RequestError
 from engine.messages.request import Generate, SamplingParams
 from engine.params.grammar import MAX_NESTING
@@ -69,5 +70,8 @@ async def test_what_other_clients_nest_ends_their_request_alone() -> None:
     said = [*HI, {"role": "assistant", "content": "", "tool_calls": [call]}]
     async with open_house() as house:
         with pytest.raises(RequestError, match="nests too deeply"):
-            await house.text(Generate("deep", SamplingParams(), messages=said))
+            read_messages(said)
+        with pytest.raises(RequestError, match="nests too deeply"):
+            tool = {"type": "function", "function": {"name": "f", "parameters": arguments}}
+            await house.text(Generate("deep", SamplingParams(), messages=read_messages(HI), tools=[tool]))
         assert await house.text(prompt("a", max_tokens=5)) == counted("a", 5)

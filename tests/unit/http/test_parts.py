@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_http import post
 
+from engine.conversation.tools import as_written
 from engine.errors import RequestError
 from engine.http import parts
 from engine.http.anthropic.messages import CountBody, conversation_of
@@ -217,7 +218,7 @@ def test_turns_of_one_role_become_one() -> None:
     ]
     said = conversation_of(BodyDecoder(CountBody).decode(msgspec.json.encode({"messages": turns, "system": "s"})))
     function = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    assert said == [
+    assert list(as_written(said, text_arguments=True)) == [
         {"role": "system", "content": "s"},
         {"role": "user", "content": "one\ntwo"},
         {"role": "assistant", "content": "ab", "reasoning_content": "t", "tool_calls": [function, function]},
@@ -229,7 +230,7 @@ def test_items_of_one_turn_become_one() -> None:
     items = [{"type": "reasoning", "content": [{"type": "reasoning_text", "text": "t"}]}, call, call]
     body = BodyDecoder(ResponsesBody).decode(msgspec.json.encode({"input": [USER, *items, USER]}))
     function = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    assert messages_of(body.input) == [
+    assert list(as_written(messages_of(body.input), text_arguments=True)) == [
         USER,
         {"role": "assistant", "content": "", "reasoning_content": "t", "tool_calls": [function, function]},
         USER,

@@ -11,6 +11,7 @@ import pytest
 
 from engine import messages
 from engine.config import Config
+from engine.conversation.parts import said
 from engine.messages.base import Message
 from engine.messages.control import Boot, Stats, WorkerReady
 from engine.messages.reply import Chunk, Chunks, Finish, Tokens
@@ -21,7 +22,12 @@ from engine.runtime.channel import BlockingFrames, Frames, channel, pack, receiv
 IDS = array("i", [1, -2, 1 << 30]).tobytes()
 SAMPLING = Sampling(0.7, 40, 0.9, 0.05, 1 << 62)
 EXAMPLES: list[Message] = [
-    Generate("r", SamplingParams(stop=("é", "\n\n")), messages=[{"role": "user", "content": "hi"}], priority=-1),
+    Generate(
+        "r",
+        SamplingParams(stop=("é", "\n\n")),
+        messages=[said("user", "hi")],
+        priority=-1,
+    ),
     Generate("r", SamplingParams(seed=-(1 << 63)), ids=IDS),
     Admit("r", IDS, SAMPLING, (2, 0), 17),
     StepPlan(7, IDS, IDS, IDS, IDS, (SlotAdmit(3, IDS, SAMPLING),), IDS, 1),

@@ -2,6 +2,7 @@
 
 from array import array
 from collections import deque
+from itertools import takewhile
 
 import pytest
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from simulated_device import VOCABULARY, SimulatedDevice, least_steps, naive, sampling, scores
 
+from engine.cache.keys import keys_with, media_keys
 from engine.errors import RequestError
 from engine.messages.assets import Bound
 from engine.messages.grammars import GRAMMAR
@@ -22,9 +24,10 @@ from engine_plugins.policies.order import FirstComeFirstServed, LongestPrefixMat
 POLICIES = {"fcfs": FirstComeFirstServed, "lpm": LongestPrefixMatch}
 
 
-def request(rid, ids, max_new=4, *, stop_ids=(), priority=0, seed=0, salt="", logprobs=-1, prompt_logprobs=-1):
-    asked = sampling(seed, salt, logprobs, prompt_logprobs)
-    return Admit(rid, array("i", ids).tobytes(), asked, tuple(stop_ids), max_new, priority, salt)
+def request(rid, ids, max_new=4, *, stop_ids=(), priority=0, seed=0, salt="", logprobs=-1, prompt_logprobs=-1, keys=()):
+    keys = array("i", keys).tobytes()
+    asked = sampling(seed, salt, logprobs, prompt_logprobs, keys)
+    return Admit(rid, array("i", ids).tobytes(), asked, tuple(stop_ids), max_new, priority, salt, keys=keys)
 
 
 class Bench:
@@ -134,6 +137,12 @@ TOKEN = st.integers(0, VOCABULARY - 1)
 STEM = (0, 1, 2, 3, 0, 1, 1, 2, 3, 3, 2, 1)  # prompts share parts of it
 
 
+def shown(ids, pictures):
+    """The keys of `ids`, in which the first of `pictures` stands at 1 and the next at 5, three tokens long each."""
+    runs = [(start, media_keys(bytes([picture]), 3)) for start, picture in zip((1, 5), pictures, strict=False)]
+    return keys_with(array("i", ids), [(start, run) for start, run in runs if start + 3 <= len(ids)])
+
+
 class AnythingHappens(RuleBasedStateMachine):
     @initialize(
         pages=st.integers(2, 16),
@@ -160,11 +169,12 @@ class AnythingHappens(RuleBasedStateMachine):
         salt=st.sampled_from(["", "", "a", "b"]),
         logprobs=st.sampled_from([-1, -1, 0, 2]),
         prompt_logprobs=st.sampled_from([-1, -1, -1, 0, 1]),
+        pictures=st.sampled_from([(), (), (0,), (1,), (1, 2)]),
     )
-    def admit(self, stem, tail, max_new, **options):
+    def admit(self, stem, tail, max_new, pictures, **options):
         ids = [*STEM[:stem], *tail]
         self.next += 1
-        admit = request(f"r{self.next}", ids, max_new, **options)
+        admit = request(f"r{self.next}", ids, max_new, keys=shown(ids, pictures) if pictures else (), **options)
         fits = len(ids) >= 1 and len(ids) + max_new <= 24 and len(ids) + max_new - 1 <= self.capacity
         if fits:
             self.bench.admit(admit)
@@ -254,6 +264,40 @@ def test_salts_keep_prefixes_apart():
         bench.admit(request(f"r{rid}", [1] * 9, max_new=1, salt=salt))
     bench.drain()  # the device checks that no row reads a page of another salt
     assert bench.cached == {"r0": 0, "r1": 0, "r2": 0, "r3": 8}
+
+
+PIECE = st.one_of(TOKEN, st.sampled_from(["one picture", "another"]))
+
+
+@given(prompts=st.lists(st.lists(PIECE, min_size=1, max_size=8), min_size=2, max_size=5), page_size=st.integers(1, 4))
+@settings(deadline=None)
+def test_prefixes_are_shared_exactly_where_keys_agree(prompts, page_size):
+    bench = Bench(pages=200, page_size=page_size, max_step_tokens=5)
+    computed = []  # the keys of all that is in the cache
+    for index, pieces in enumerate(prompts):
+        runs = [[piece] if isinstance(piece, int) else media_keys(piece.encode(), 3).tolist() for piece in pieces]
+        keys = [key for run in runs for key in run]
+        ids = [max(key, 0) for key in keys]  # all pictures have the same placeholder, a token of texts too
+        rid = f"r{index}"
+        bench.admit(request(rid, ids, max_new=3, keys=keys if keys != ids else ()))
+        while bench.live:
+            bench.step()
+        most = (len(keys) - 1) // page_size * page_size
+        alike = [sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(keys, old, strict=False)))
+                 for old in computed]  # fmt: skip
+        whole = [min(most, length // page_size * page_size) for length in alike]
+        assert bench.cached[rid] == max(whole, default=0)
+        computed.append(keys + bench.tokens[rid][:-1])
+    bench.drain()
+
+
+def test_a_retracted_picture_finds_its_own_pages_again():
+    bench = Bench(pages=12, page_size=2, slots=3, depth=3, max_step_tokens=5)
+    for seed in range(6):
+        keys = shown([0] * 6, (seed % 2,))
+        bench.admit(request(f"r{seed}", [0] * 6, max_new=16, seed=seed, keys=keys))
+    bench.drain()
+    assert bench.scheduler.counts()["retractions_total"] > 2
 
 
 @pytest.mark.parametrize("max_step_tokens", [5, 100])

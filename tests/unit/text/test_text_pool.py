@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from engine.actors.tokenizer import Admission, TokenizerActor
 from engine.config import Config, ModelOptions
+from engine.conversation.parts import Call, Message, said
 from engine.errors import RequestError
 from engine.messages.control import WorkerReady
 from engine.messages.reply import Failed, Tokens
@@ -81,7 +82,7 @@ async def told(pool: TextPool, what: str, size: int = LARGE) -> int:
 
 
 def chat(*contents: str, **options: Any) -> Generate:
-    return Generate("r", SEEDED, messages=[{"role": "user", "content": text} for text in contents], **options)
+    return Generate("r", SEEDED, messages=[said("user", text) for text in contents], **options)
 
 
 def tool(**schema: Any) -> dict[str, Any]:
@@ -119,8 +120,8 @@ JOBS: list[TextJob] = [
     Tokenize("some text", special=True, names=True),
     Tokenize("x" * 1000, most=10),
     Tokenize("x" * 40, most=10),
-    Tokenize(None, [{"role": "user", "content": "a"}], {"tools": [tool()]}, names=True),
-    Tokenize(None, [{"role": "user", "content": "no"}], special=True),
+    Tokenize(None, [said("user", "a")], {"tools": [tool()]}, names=True),
+    Tokenize(None, [said("user", "no")], special=True),
     Detokenize(array("i", [97, 256]).tobytes()),
     Detokenize(array("i", [97, 256]).tobytes(), skip_special_tokens=True),
     Detokenize(array("i", [97, 300]).tobytes()),
@@ -172,8 +173,8 @@ async def test_small_jobs_need_no_process() -> None:
         (Prepare(chat("a", tools=[tool()] * 10), 1, 1), False),
         (Prepare(chat("a", tools=[tool()] * 1000), 1, 1), True),
         (Prepare(chat("a", chat_template="{{ messages }}"), 1, 1), True),
-        (Tokenize(None, [{"role": "assistant", "content": "", "tool_calls": [{"f": "x" * LARGE}]}]), True),
-        (Tokenize(None, [{"role": "assistant", "content": None, "reasoning_content": "x" * LARGE}]), True),
+        (Tokenize(None, [Message("assistant", (Call("f", "x" * LARGE),))]), True),
+        (Tokenize(None, [said("assistant", "", reasoning="x" * LARGE)]), True),
         (Detokenize(bytes(4 * 100)), False),
         (Detokenize(bytes(4 * 30_000)), True),
     ],
