@@ -7,31 +7,28 @@ travel as the bytes of little-endian int32 (`ids`) or float32 arrays: one copy, 
                                 │Admit/Abort        ^      │StopHit
                                 v                   │Tokens v
                              scheduler ─────────────┘<──────┘
-                                │ ^                 ──Stats/Flushed/Paused/Profiled/ExpertCounts/Fatal──> http
-   StepPlan/Profile/CountExperts/Reset│ │StepDone, Profiled, ExpertCounts, WorkerReady, WorkerLost, …
+                                │ ^                 ──Stats/Answer/Fatal──> http
+              StepPlan/Ask/Reset│ │StepDone, Answer, WorkerReady, WorkerLost, …
                                 v │
                              executor <──frames──> worker
 
 A long text goes from the tokenizer, and from http, to a text process (TextWork; Prepared, Tokenized, Detokenized).
 A grammar goes from the scheduler to the compiler (Compile, Compiled), then to the worker (LoadGrammar, GrammarLoaded),
-and then its requests run.
+and then its requests run. A question (Flush, Pause, or an Ask, which the worker answers) goes from http to the
+scheduler and comes back as the Answer of its number.
 """
 
 from engine.messages.assets import Compiled, DropGrammar, GrammarLoaded, LoadGrammar
 from engine.messages.control import (
+    Answer,
+    Ask,
     Boot,
-    CountExperts,
-    ExpertCounts,
     Fatal,
     Flush,
-    Flushed,
     Pause,
-    Paused,
     Ping,
     Pong,
     Preload,
-    Profile,
-    Profiled,
     Reset,
     Stats,
     WorkerLost,
@@ -46,14 +43,12 @@ from engine.messages.text import Retired, TextAnswer, TextBoot, TextWork
 ToTextProcess = TextBoot | TextWork
 FromTextProcess = TextAnswer | Failed | Retired | Fatal
 ToTokenizer = Job | Abort | WorkerReady
-ToTheDevice = Profile | CountExperts  # questions of http's that the worker answers
-FromTheDevice = Profiled | ExpertCounts
-ToWorker = Boot | Preload | StepPlan | LoadGrammar | DropGrammar | ToTheDevice | Ping
-FromWorker = WorkerReady | StepDone | GrammarLoaded | FromTheDevice | Pong | Fatal
-FromFront = Admit | Abort | StopHit | Flush | Pause | ToTheDevice
-FromExecutor = StepDone | GrammarLoaded | FromTheDevice | WorkerReady | WorkerLost | WorkerSilent | Fatal
+ToWorker = Boot | Preload | StepPlan | LoadGrammar | DropGrammar | Ask | Ping
+FromWorker = WorkerReady | StepDone | GrammarLoaded | Answer | Pong | Fatal
+FromFront = Admit | Abort | StopHit | Flush | Pause | Ask
+FromExecutor = StepDone | GrammarLoaded | Answer | WorkerReady | WorkerLost | WorkerSilent | Fatal
 ToScheduler = FromFront | FromExecutor | Compiled
-ToExecutor = StepPlan | LoadGrammar | DropGrammar | ToTheDevice | Reset
+ToExecutor = StepPlan | LoadGrammar | DropGrammar | Ask | Reset
 ToDetokenizer = Open | Tokens | Failed
-ToFront = Tokens | Failed | Stats | Flushed | Paused | FromTheDevice | WorkerReady | Fatal
-ToHttp = Chunks | Failed | Stats | Flushed | Paused | FromTheDevice | WorkerReady | Fatal
+ToFront = Tokens | Failed | Stats | Answer | WorkerReady | Fatal
+ToHttp = Chunks | Failed | Stats | Answer | WorkerReady | Fatal

@@ -21,16 +21,16 @@ from engine.layers.encoder import Encoder
 from engine.layers.model import Model
 from engine.messages import ToWorker
 from engine.messages.assets import DropGrammar, LoadGrammar
-from engine.messages.control import Boot, CountExperts, Ping, Pong, Profile, WorkerReady
+from engine.messages.control import Ask, Boot, Ping, Pong, WorkerReady
 from engine.messages.step import StepPlan
 from engine.plugin.registry import Plugins, resolve
 from engine.plugin.terms import LONGEST, Terms
 from engine.runtime.channel import BlockingFrames
 from engine.worker.backends import Backends, quantization
 from engine.worker.compiles import tell_of_compiles
-from engine.worker.experts import count_experts
 from engine.worker.memory import allocate, choose_max_model_len, count_pages
 from engine.worker.profiling import StepProfiler
+from engine.worker.questions import Questions
 from engine.worker.runner import Runner, Step
 from engine.worker.sampling.grammars import begin_grammars
 from engine.worker.steps.warmup import FILTERED, PENALIZED, PLAIN, everything
@@ -65,6 +65,7 @@ def serve(frames: BlockingFrames[ToWorker], runner: Runner) -> None:
     """
     in_flight: deque[Step] = deque()
     profiler = StepProfiler(runner.device)
+    questions = Questions(runner, profiler, lambda: len(in_flight))
 
     def finish_first() -> None:
         with profiler.finishing():
@@ -91,10 +92,8 @@ def serve(frames: BlockingFrames[ToWorker], runner: Runner) -> None:
             case DropGrammar():
                 assert runner.grammars is not None
                 runner.grammars.drop(message.number)
-            case Profile():
-                frames.send(profiler.answer(message, len(in_flight)))
-            case CountExperts():
-                frames.send(count_experts(runner.model, message))
+            case Ask():
+                frames.send(questions.answer(message))
             case Ping():
                 frames.send(Pong())
             case None:

@@ -1,16 +1,19 @@
 """A whole engine without a device: the real actors around a FakeExecutor and the echo model's text."""
 
+from array import array
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import anyio
+import msgspec
 
 from engine.actors.compiler import CompilerActor
 from engine.actors.scheduler import SchedulerActor
 from engine.config import Config, resolve
 from engine.messages import FromFront, ToFront
-from engine.messages.control import WorkerReady
+from engine.messages.control import Answer, Ask, WorkerReady
+from engine.messages.questions import CountExperts, Echo, ExpertCounts, Profile
 from engine.messages.request import Generate, SamplingParams
 from engine.plugin.registry import Plugins
 from engine.runtime.actor import Actor
@@ -30,6 +33,31 @@ def prompt(text: str, rid: str = "r", **params: Any) -> Generate:
 def counted(start: str, count: int) -> str:
     """What the echo model says after a prompt that ends in `start`."""
     return bytes((ord(start) + 1 + index) % 256 for index in range(count)).decode(errors="replace")
+
+
+class Answers:
+    """What the fake device answers: where a trace would be, and made-up counts of layers 1 and 3 with three experts
+    each. The first of the counts is how many steps there were since the start."""
+
+    def __init__(self, executor: FakeExecutor) -> None:
+        self.executor = executor
+        self.since = 0
+        self.counting = False
+
+    def __call__(self, ask: Ask) -> Answer:
+        value: Any
+        match msgspec.msgpack.decode(ask.question, type=Profile | CountExperts | Echo):
+            case Profile(folder):
+                value = folder
+            case Echo(value):
+                pass
+            case CountExperts(action):
+                if action == "start":
+                    self.since = self.executor.steps
+                self.counting = action == "start" or (self.counting and action != "stop")
+                counts = array("q", [self.executor.steps - self.since, 1, 2, 3, 4, 5])
+                value = ExpertCounts(self.counting, (1, 3), counts.tobytes())
+        return Answer(ask.number, msgspec.msgpack.encode(value))
 
 
 class House:
@@ -81,6 +109,7 @@ async def open_house(
         ready = WorkerReady(held, size, slots, step_tokens, longest, vocab_size, 4, "none", "none", {}, embedding_size)
         house.scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, to_compiler, front)
         house.executor = FakeExecutor(ready, executor_inbox, to_scheduler, seconds)
+        house.executor.answer = Answers(house.executor)
         started = {"start": compiler} if compiler else {}
         house.compiler = CompilerActor(config, compiler_inbox, to_scheduler, **started)
         return [house.scheduler, house.executor, house.compiler], to_scheduler

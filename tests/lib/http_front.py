@@ -69,7 +69,6 @@ class FakeFront:
         self.stats = Stats("ready")
         self.on_stats: list[Callable[[Stats], None]] = []
         self.state = Health("ready")
-        self.experts = None
         self.script = list(script or chunks("Hello", ", ", "world"))
         self.hangs = hangs  # after its script, before the end
         self.pause = pause  # seconds before each item of it
@@ -114,7 +113,7 @@ class FakeFront:
         return len(self.open)
 
     async def flush(self) -> Flushed:
-        return Flushed(0, 12, 3)
+        return Flushed(12, 3)
 
 
 @asynccontextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.actors.scheduler import CREDITS, MORE_CREDITS
 from engine.layers.attention import PagedAttention, Prefix
 from engine.layers.batch import Batch, Mirror
-from engine.messages.control import CountAction, CountExperts
+from engine.messages.questions import CountAction
 from engine.plugin.testing import ModelHarness
 from engine.worker.experts import count_experts, heed_padding
 from engine.worker.steps import graphs
@@ -272,7 +272,7 @@ def test_padding_chooses_no_experts(harness: ModelHarness) -> None:
     model = harness.runner.model
 
     def chosen(action: CountAction) -> list[int]:
-        counts = count_experts(model, CountExperts(0, action)).counts
+        counts = count_experts(model, action).counts
         return np.frombuffer(counts, "<i8").reshape(3, 8).sum(axis=1).tolist()
 
     decode, prompts = DecodeGraphs(tables(harness)), PromptGraphs(tables(harness), 5, FEW_ROWS_TOKENS)

@@ -17,7 +17,7 @@ from engine.http.admin import experts
 from engine.http.fields import Rule, unserved
 from engine.http.service import SERVICE
 from engine.http.wire import Body, Reply, json_response
-from engine.messages.control import Profiled
+from engine.messages.questions import Profile
 from engine.messages.request import Embed, Generate, Job, SamplingParams
 from engine.params.sampling import INT32_MAX, SamplingDefaults
 
@@ -178,7 +178,7 @@ def probe_of(*, makes_vectors: bool) -> Job:
 
 async def metrics(request: web.Request) -> web.Response:
     """Give all figures in the format of Prometheus."""
-    await experts.refresh(request.app[SERVICE].front)
+    await experts.refresh(request.app[SERVICE])
     body, content_type = request.app[SERVICE].metrics.page(request.headers.get("Accept", ""))
     return web.Response(body=body, headers={"Content-Type": content_type})
 
@@ -252,14 +252,15 @@ async def continue_generation(request: web.Request) -> web.Response:
 async def start_profile(request: web.Request, body: ProfileBody) -> web.Response:
     """Trace the next steps of the device worker into a file for chrome://tracing or Perfetto."""
     folder = profile_folder(request.app[SERVICE].options.profile_dir, body.output_dir)
-    profiled = await request.app[SERVICE].front.profile(str(folder), body.num_steps or MOST_PROFILED)
-    return _profile_reply(profiled, running=True)
+    path = await request.app[SERVICE].front.ask(Profile(str(folder), body.num_steps or MOST_PROFILED))
+    return json_response(ProfileReply(path, running=True))
 
 
 async def stop_profile(request: web.Request) -> web.Response:
     """End the trace that runs; the answer comes when the file is written. One that has ended by itself is named."""
     profile_folder(request.app[SERVICE].options.profile_dir, None)
-    return _profile_reply(await request.app[SERVICE].front.profile("", 0), running=False)
+    path = await request.app[SERVICE].front.ask(Profile())
+    return json_response(ProfileReply(path, running=False))
 
 
 def profile_folder(allowed: str | None, wanted: str | None) -> Path:
@@ -272,9 +273,3 @@ def profile_folder(allowed: str | None, wanted: str | None) -> Path:
         message = f"output_dir is {wanted!r}, which is not in --profile-dir; send a relative path, or leave it out"
         raise RequestError(message, param="output_dir")
     return folder
-
-
-def _profile_reply(profiled: Profiled, *, running: bool) -> web.Response:
-    if profiled.cause:
-        raise RequestError(profiled.cause)
-    return json_response(ProfileReply(profiled.path, running))
