@@ -15,6 +15,7 @@ from engine import __version__
 from engine.errors import RequestError
 from engine.http.admin import experts
 from engine.http.fields import Rule, unserved
+from engine.http.openapi import Route
 from engine.http.service import SERVICE
 from engine.http.wire import Body, Reply, json_response
 from engine.messages.questions import Profile
@@ -273,3 +274,26 @@ def profile_folder(allowed: str | None, wanted: str | None) -> Path:
         message = f"output_dir is {wanted!r}, which is not in --profile-dir; send a relative path, or leave it out"
         raise RequestError(message, param="output_dir")
     return folder
+
+
+ROUTES = (
+    Route("POST", "/abort_request", abort_request, takes=AbortBody, gives=AbortReply),
+    Route("POST", "/flush_cache", flush_cache, gives=FlushReply),
+    Route("POST", "/pause_generation", pause_generation, takes=PauseBody, gives=PauseReply),
+    Route("POST", "/continue_generation", continue_generation, gives=PauseReply),
+    Route("POST", "/start_profile", start_profile, takes=ProfileBody, gives=ProfileReply),
+    Route("POST", "/stop_profile", stop_profile, gives=ProfileReply),
+    # Probes and Prometheus carry no key.
+    Route("GET", "/health", health, gives=HealthReply, unready=HealthReply, open=True),
+    Route("GET", "/readyz", health, gives=HealthReply, unready=HealthReply, open=True),
+    Route("GET", "/ping", health, gives=HealthReply, unready=HealthReply, open=True),
+    Route("POST", "/ping", health, gives=HealthReply, unready=HealthReply, open=True),
+    Route("GET", "/livez", livez, gives=LiveReply, unready=LiveReply, open=True),
+    Route("GET", "/health_generate", health_generate, gives=ProbeReply, unready=HealthReply),
+    Route("GET", "/metrics", metrics, open=True, content="text/plain"),
+    Route("GET", "/version", version, gives=VersionReply),
+    Route("GET", "/server_info", server_info, gives=ServerInfo),
+    Route("GET", "/get_server_info", server_info, gives=ServerInfo),
+    Route("GET", "/model_info", model_info, gives=ModelInfo),
+    Route("GET", "/get_model_info", model_info, gives=ModelInfo),
+)

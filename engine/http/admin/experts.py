@@ -9,6 +9,7 @@ import anyio
 from aiohttp import web
 
 from engine.errors import EngineError
+from engine.http.openapi import Route
 from engine.http.service import SERVICE, Service
 from engine.http.wire import Reply, json_response
 from engine.messages.questions import CountAction, CountExperts, ExpertCounts
@@ -63,3 +64,11 @@ async def refresh(service: Service) -> None:
             await _counts(service, "look")
         except EngineError:  # it is going down: the page tells what was counted last
             return
+
+
+ROUTES = (
+    Route("POST", "/expert_distribution/start", start, gives=CountingReply),
+    Route("POST", "/expert_distribution/stop", stop, gives=CountingReply),
+    Route("GET", "/expert_distribution/dump", dump, gives=DistributionReply),
+    Route("POST", "/expert_distribution/dump", dump, gives=DistributionReply),
+)

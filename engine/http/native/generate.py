@@ -25,6 +25,7 @@ from engine.http.openai.completions import (
     told_apart,
 )
 from engine.http.openai.grammars import grammar_fields
+from engine.http.openapi import ErrorReply, Route
 from engine.http.request_id import check_id
 from engine.http.service import answer
 from engine.http.sse import DONE
@@ -398,3 +399,15 @@ def finished(chunk: Chunk) -> Stopped | TooLong | Aborted | None:
             return TooLong(chunk.completion_tokens)
         case "abort":
             return Aborted()
+
+
+ROUTES = (
+    Route(
+        "POST",
+        "/generate",
+        generate,
+        takes=GenerateBody,
+        gives=GenerateReply | list[GenerateReply],
+        events=(GenerateReply, ErrorReply),
+    ),
+)

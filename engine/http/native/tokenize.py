@@ -22,6 +22,7 @@ from engine.http.openai.conversation import (
     template_options,
     tools_of,
 )
+from engine.http.openapi import Route
 from engine.http.service import SERVICE, Service, in_client_words
 from engine.http.wire import Body, Reply, json_response
 from engine.messages.text import Detokenize, Detokenized, Tokenize, Tokenized
@@ -155,3 +156,10 @@ def texts_of(service: Service) -> "TextPool":
 def _too_many(what: str, most: int, param: str) -> RequestError:
     message = f"{what}, and at most {most} are taken; send them in parts"
     return RequestError(message, param=param, code="context_length_exceeded")
+
+
+ROUTES = (
+    Route("POST", "/tokenize", tokenize, takes=TokenizeBody, gives=TokenizeReply),
+    Route("POST", "/detokenize", detokenize, takes=DetokenizeBody, gives=DetokenizeReply),
+    Route("GET", "/tokenizer_info", tokenizer_info, gives=TokenizerInfo),
+)

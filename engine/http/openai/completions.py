@@ -26,7 +26,15 @@ from engine.http.openai.conversation import (
 )
 from engine.http.openai.effort import with_effort
 from engine.http.openai.grammars import grammar_fields
-from engine.http.openai.replies import OpenAIReply, Wording
+from engine.http.openai.replies import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    OpenAIReply,
+    TextCompletion,
+    TextCompletionChunk,
+    Wording,
+)
+from engine.http.openapi import ErrorReply, Route
 from engine.http.service import SERVICE, answer
 from engine.messages.request import Generate, SamplingParams
 from engine.params.sampling import check_sampling
@@ -323,3 +331,23 @@ def pack_ids(ids: list[int], param: str) -> bytes:
     if not ids:
         raise RequestError(f"{param} is an empty list; send at least one token id", param=param)
     return struct.pack(f"<{len(ids)}i", *ids)
+
+
+ROUTES = (
+    Route(
+        "POST",
+        "/v1/chat/completions",
+        chat_completions,
+        takes=ChatBody,
+        gives=ChatCompletion,
+        events=(ChatCompletionChunk, ErrorReply),
+    ),
+    Route(
+        "POST",
+        "/v1/completions",
+        completions,
+        takes=CompletionBody,
+        gives=TextCompletion,
+        events=(TextCompletionChunk, ErrorReply),
+    ),
+)

@@ -9,6 +9,7 @@ from engine.conversation.reading import reading_of
 from engine.http.fields import Rule
 from engine.http.native.tokenize import tokenized
 from engine.http.openai.conversation import FEW_MESSAGES, FEW_TOOLS
+from engine.http.openapi import Route
 from engine.http.responses.bodies import InputItemBody, ReasoningBody, ResponsesBody, TextBody, messages_of
 from engine.http.responses.responses import CLIENT_NAMES, options_of, sampling_of, wanted_of
 from engine.http.responses.store import STORE
@@ -59,3 +60,6 @@ async def input_tokens(request: web.Request, body: InputTokensBody) -> web.Respo
         options = {"tools": reading.tools or [], "opening": reading.opening, **how}
         found = await tokenized(service, Tokenize(None, messages, options), "input")
     return json_response(InputTokensReply(len(found.ids) // 4))
+
+
+ROUTES = (Route("POST", "/v1/responses/input_tokens", input_tokens, takes=InputTokensBody, gives=InputTokensReply),)
