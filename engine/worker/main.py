@@ -23,10 +23,12 @@ from engine.messages import ToWorker
 from engine.messages.assets import DropGrammar, LoadGrammar
 from engine.messages.control import Ask, Boot, Ping, Pong, WorkerReady
 from engine.messages.step import StepPlan
+from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins, resolve
 from engine.plugin.terms import LONGEST, Terms
 from engine.runtime.channel import BlockingFrames
 from engine.worker.backends import Backends, quantization
+from engine.worker.choices import model_for
 from engine.worker.compiles import tell_of_compiles
 from engine.worker.memory import allocate, choose_max_model_len, count_pages
 from engine.worker.profiling import StepProfiler
@@ -111,7 +113,7 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
     torch.set_num_threads(config.process.threads or physical_cores())
     with _timed(phases, "checkpoint"):
         plugins = Plugins.load(config.model.plugins)
-        checkpoint = plugins.open_checkpoint(config.model.model)
+        checkpoint = open_checkpoint(plugins, config.model.model)
         terms = Terms(checkpoint.config())
         tensors = checked_tensors(checkpoint, terms) if config.model.load == "auto" else []
         backends = Backends(plugins, device.type)
@@ -183,7 +185,7 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
 
 def make_model(plugins: Plugins, terms: Terms, build: Build) -> Model:
     """The model that config.json names, its weights not filled. ConfigError for what its plugin misses there."""
-    entry = plugins.model_for(terms.words("architectures"))
+    entry = model_for(plugins, terms.words("architectures"))
     model_class = resolve(entry.target)
     try:
         model: Model = model_class(terms, build).eval()

@@ -21,6 +21,7 @@ from engine.runtime.channel import Outbox, channel, open_channel
 from engine.runtime.front import Front
 from engine.runtime.launch import open_front
 from engine.runtime.process import Start
+from engine.sched.policies import make_policy
 from engine.testing.fake import FakeExecutor
 
 GREEDY = {"temperature": 0.0}
@@ -102,7 +103,7 @@ async def open_house(
         to_scheduler, scheduler_inbox = open_channel()
         to_executor, executor_inbox = channel(4)
         to_compiler, compiler_inbox = open_channel()
-        policy = Plugins.load(()).policy(config.schedule.policy)
+        policy = make_policy(Plugins.load(()), config.schedule.policy)
         size = config.cache.page_size
         slots, step_tokens = config.schedule.max_running, config.schedule.max_step_tokens
         held, longest = 0 if embedding_size else pages, pages * size

@@ -14,13 +14,14 @@ from engine.config import resolve
 from engine.messages.control import Boot
 from engine.messages.request import Sampling
 from engine.messages.step import SlotAdmit, StepPlan
+from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins
 from engine.text.tokenizer import Text
 from engine.worker.main import start
 
 COUNTING = "1, 2, 3, 4, 5, 6, 7,"
 STORY = "Once upon a time, in a small village by the sea, there lived"
-TEXT = Text(Plugins.load(()).open_checkpoint("smollm2-135m").text())
+TEXT = Text(open_checkpoint(Plugins.load(()), "smollm2-135m").text())
 
 
 @pytest.fixture(scope="module")
