@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from engine.messages.request import Grammar
-    from engine.sched.request import Request
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "uint8": 1, "int8": 1}
 
@@ -192,10 +191,25 @@ class GrammarEngine(Protocol):
 # ── policies ─────────────────────────────────────────────────────────────────────────────────
 
 
+class Waiting(Struct, frozen=True, kw_only=True):
+    """A request in the waiting queue, as a policy sees it. Lengths are in tokens.
+
+    `arrival` numbers requests as they came. `length` tokens are to be computed, less what the cache holds: the prompt
+    of `prompt_len`, and what was generated before the request had to give its pages back. At most `max_new` are still
+    to be generated.
+    """
+
+    arrival: int
+    priority: int
+    prompt_len: int
+    length: int
+    max_new: int
+
+
 class Policy(Protocol):
     """Orders the waiting queue before each step. Pure; called with at most a few hundred requests."""
 
-    def order(self, waiting: "Sequence[Request]", matched: "Sequence[int]") -> list[int]:
+    def order(self, waiting: "Sequence[Waiting]", matched: "Sequence[int]") -> list[int]:
         """Indices of `waiting` (given by priority, then arrival), first to run first; `matched[i]` tokens of
         waiting[i] are cached. `needs_match` False says that `matched` is not looked at."""
         ...

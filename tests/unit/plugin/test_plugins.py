@@ -12,7 +12,7 @@ import pytest
 from engine.errors import ConfigError, PluginError
 from engine.grammars import engines
 from engine.grammars.engines import grammar_engines
-from engine.plugin import hub
+from engine.plugin import Waiting, hub
 from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.hookspecs import KINDS
 from engine.plugin.registry import Plugins, resolve
@@ -503,14 +503,12 @@ def test_the_example_package_loads_by_name(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.syspath_prepend(str(EXAMPLE))
     monkeypatch.syspath_prepend(str(tmp_path))
     policy = make_policy(Plugins.load(list(points)))
-
-    class Waiting:
-        def __init__(self, ids: list[int]) -> None:
-            self.ids = ids
-
-    waiting = [Waiting([1] * 10), Waiting([1] * 4), Waiting([1] * 7)]
-    assert policy.order(waiting, [0, 0, 0]) == [1, 2, 0]  # type: ignore[arg-type]
-    assert policy.order(waiting, [9, 0, 0]) == [0, 1, 2]  # type: ignore[arg-type]
+    waiting = [
+        Waiting(arrival=arrival, priority=0, prompt_len=length, length=length, max_new=9)
+        for arrival, length in enumerate((10, 4, 7))
+    ]
+    assert policy.order(waiting, [0, 0, 0]) == [1, 2, 0]
+    assert policy.order(waiting, [9, 0, 0]) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
