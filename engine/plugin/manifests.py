@@ -118,10 +118,11 @@ def _module_of(path: str) -> ModuleType:
     """The file `path` as the module of its stem, so that its targets find it. Imported once in a process."""
     name, origin = Path(path).stem, os.path.realpath(path)
     known = sys.modules.get(name)
-    if known is not None and os.path.realpath(getattr(known, "__file__", None) or "") == origin:
-        return known
-    if known is not None or importlib.util.find_spec(name) is not None:
+    found = importlib.util.find_spec(name)  # itself, where its folder is on the path: that of `python -m` is
+    if found is not None and os.path.realpath(found.origin or "") != origin:
         raise PluginError(f"--plugins {path}: there is another module {name!r}; rename the file")
+    if known is not None:
+        return known
     spec = importlib.util.spec_from_file_location(name, origin)
     assert spec is not None and spec.loader is not None, "a path that ends in .py has a loader"
     sys.modules[name] = module = importlib.util.module_from_spec(spec)

@@ -84,13 +84,14 @@ def say_scheduling(plugins: Plugins, config: Config) -> None:
 
 
 @asynccontextmanager
-async def open_front(config: Config, core: Core | None = None) -> AsyncIterator[Front]:
+async def open_front(config: Config, core: Core | None = None, plugins: Plugins | None = None) -> AsyncIterator[Front]:
     """A running engine as its clients see it; the device may still be loading (`await front.ready()`).
 
-    `core` overrules where and of what the core is made; tests drive it without a device.
+    `core` overrules where and of what the core is made; tests drive it without a device. `plugins` are those of the
+    config, where they are loaded already.
     Raises ConfigError and PluginError for what cannot work, before anything is started.
     """
-    plugins = Plugins.load(config.model.plugins)
+    plugins = plugins or Plugins.load(config.model.plugins)
     say_scheduling(plugins, config)
     check_parsers(plugins, config.server)
     # In a thread that a Ctrl-C may leave behind: the model may be on its way from the hub.

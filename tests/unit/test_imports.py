@@ -13,7 +13,7 @@ FILES = sorted(
     path.relative_to(ROOT).as_posix() for top in ("engine", "plugins") for path in (ROOT / top).rglob("*.py")
 )
 
-PLUGIN_FACE = {"engine.plugin", *(f"engine.plugin.{name}" for name in ("layers", "kernels", "collectives", "testing"))}
+PLUGIN_FACE = {"engine.plugin", *(f"engine.plugin.{name}" for name in ("layers", "kernels", "http", "testing"))}
 PLUGIN_FACE |= {"engine.plugin.hookspecs", "engine.plugin.specs", "engine.plugin.parsing"}
 TORCH_FOLDERS = ("engine/worker/", "engine/layers/", "engine/kernels/", "engine/distributed/", "plugins/")
 TORCH_FILES = tuple(f"engine/{name}.py" for name in ("plugin/layers", "plugin/kernels", "plugin/testing"))
