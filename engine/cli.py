@@ -1,4 +1,4 @@
-"""The `engine` command: serve, chat, generate, bench, plugins, completion.
+"""The `engine` command: serve, chat, generate, bench, plugins, completion; and those that plugins register.
 
 No flag is declared here: those of the engine derive from `engine.config`, those of sampling from SamplingParams,
 those of chat and bench from `engine.client.options`.
@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
@@ -179,10 +180,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    return _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    return _parser(words).parse_args(words)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """For the command line `words`; they matter only where they name plugins, and a command of theirs."""
     parser = _Parser(prog="engine", description="A small, fast, pluggable serving engine for large language models.")
     parser.add_argument("--version", action="version", version=f"engine {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -213,7 +216,44 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, completion, " SHELL")
     command.add_argument("shell", metavar="SHELL", choices=SHELLS, help=f"one of {', '.join(SHELLS)}")
+    first = next(iter(words), "")
+    if first not in commands.choices and (named := _named_plugins(words)):
+        _add_registered(commands, named, first)
     return parser
+
+
+def _named_plugins(words: Sequence[str]) -> tuple[str, ...]:
+    """What --plugins among `words` says, or else ENGINE_PLUGINS."""
+    option = _option(ModelOptions, "plugins")
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument(option.flag, default=os.environ.get(option.variable, ""))
+    with suppress(argparse.ArgumentError):  # the command's own parser says what is wrong
+        names: tuple[str, ...] = option.read(finder.parse_known_args(words)[0].plugins, option.flag)
+        return names
+    return ()
+
+
+def _add_registered(commands: Any, named: Sequence[str], wanted: str) -> None:
+    """Add the commands that the plugins `named` register; only the one that is `wanted` is imported.
+
+    Raises PluginError for one that has the name of a command of ours."""
+    from engine.plugin.registry import Plugins
+    from engine.plugin.registry import resolve as imported
+
+    plugins = Plugins.load(named)
+    for name, entry in plugins.entries("commands").items():
+        if name in commands.choices:
+            source = plugins.sources["commands", name]
+            raise PluginError(f"the command {name!r} of {source} has the name of engine's own; leave it out")
+        about = entry.description.rstrip(".")
+        command = commands.add_parser(
+            name, help=about or None, description=f"{about}.", usage=f"engine {name} [OPTIONS]"
+        )
+        _add(command, _option(ModelOptions, "plugins"))
+        if name == wanted:
+            made = imported(entry.target)()
+            made.add_arguments(command)
+            command.set_defaults(run=made.run)
 
 
 def _parse_bench(commands: Any) -> None:

@@ -33,6 +33,7 @@ from bench.lib import synthetic, traces, workloads  # noqa: E402
 from bench.lib.floors import BANDWIDTH, RATE  # noqa: E402
 from engine import AsyncEngine, SamplingParams  # noqa: E402
 from engine.messages.control import Stats  # noqa: E402
+from engine.messages.questions import Profile  # noqa: E402
 
 BATCHES = (8, 32, 64, 128, 256)
 TURNS = 9  # of what is compared with itself under schemas
@@ -295,9 +296,10 @@ class Bench:
         with TemporaryDirectory() as folder:
             for batch in (1, 32, 256):
                 _, long = workloads.decode_step(self.vocab, batch, 0)
-                await self.engine.front.profile(folder, 64)
+                await self.engine.front.ask(Profile(folder, 64))
                 await self.seconds(long)
-                seen = traces.waits(Path((await self.engine.front.profile("", 0)).path), batch)
+                path = await self.engine.front.ask(Profile())
+                seen = traces.waits(Path(path), batch)
                 print(f"batch {batch}, traced: {seen}", flush=True)
         return []
 

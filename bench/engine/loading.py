@@ -17,8 +17,10 @@ from pathlib import Path
 import torch
 
 from engine.layers.build import Build
+from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins, resolve
 from engine.worker.backends import Backends
+from engine.worker.choices import model_for
 from engine.worker.weights import load_weights, weight_bytes
 
 CONFIG = Path(__file__).parent / "configs" / "llama3.1-8b" / "config.json"
@@ -89,7 +91,7 @@ def copied(size: int) -> float:
 def load(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
     """Seconds, and the bytes that the weights take."""
     plugins = Plugins.load(())
-    checkpoint = plugins.open_checkpoint(str(folder))
+    checkpoint = open_checkpoint(plugins, str(folder))
     terms = checkpoint.config()
     build = Build(
         dtype=dtype,
@@ -98,7 +100,7 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[float,
         max_model_len=4096,
         attention_backend=Backends(plugins, device.type).build,
     )
-    model = resolve(plugins.model_for(terms["architectures"]).target)(terms, build)
+    model = resolve(model_for(plugins, terms["architectures"]).target)(terms, build)
     began = time.perf_counter()
     load_weights(model, list(checkpoint.tensors()))
     if device.type == "cuda":

@@ -34,6 +34,7 @@ from engine.client.client import Client
 from engine.client.options import TrafficOptions
 from engine.config import resolve
 from engine.errors import EngineError
+from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins
 
 HOME = Path(__file__).parents[2] / ".peers"
@@ -116,7 +117,7 @@ def safetensors_folder() -> Path:
     if (folder / "config.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = Plugins.load(()).open_checkpoint(MODEL)
+    checkpoint = open_checkpoint(Plugins.load(()), MODEL)
     text = checkpoint.text()
     weights = {name: tensor[:].to(torch.bfloat16).contiguous() for name, tensor in checkpoint.tensors()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

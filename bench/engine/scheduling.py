@@ -32,6 +32,7 @@ from engine.runtime.actor import Actor
 from engine.runtime.channel import Outbox, channel, open_channel
 from engine.runtime.launch import open_front
 from engine.sched import Scheduler
+from engine.sched.policies import make_policy
 from engine.testing.fake import FakeDevice, FakeExecutor
 
 PAGE = 16
@@ -57,7 +58,7 @@ class TimedDevice(FakeDevice):
 
 def logic(running: int, steps: int) -> list[float]:
     """Seconds of plan + commit of each decode step, two in flight."""
-    policy = Plugins.load(()).policy("fcfs")
+    policy = make_policy(Plugins.load(()), "fcfs")
     scheduler = Scheduler(
         pages=PAGES,
         page_size=PAGE,
@@ -101,7 +102,7 @@ async def actors(running: int, steps: int, reading: bool) -> list[float]:
     def core(config: Config, front: Outbox[ToFront]) -> tuple[list[Actor], Outbox[FromFront]]:
         to_scheduler, scheduler_inbox = open_channel()
         to_executor, executor_inbox = channel(4)
-        policy = Plugins.load(()).policy(config.schedule.policy)
+        policy = make_policy(Plugins.load(()), config.schedule.policy)
         ready = WorkerReady(PAGES, PAGE, running, 8192, LONGEST, 257, 4, "none", "none", {})
         executor = FakeExecutor(ready, executor_inbox, to_scheduler)
         executor.device = device

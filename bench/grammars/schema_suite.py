@@ -77,7 +77,7 @@ def fetch(folder: Path) -> None:
 
 def made(name: str) -> GrammarEngine:
     """The engine `name`, over single bytes."""
-    engine: GrammarEngine = resolve(Plugins.load().grammars[name].target)(WORDS, threads=1, whitespace=True)
+    engine: GrammarEngine = resolve(Plugins.load().entries("grammars")[name].target)(WORDS, threads=1, whitespace=True)
     return engine
 
 

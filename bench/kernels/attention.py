@@ -76,7 +76,9 @@ class Setting:
 
 def paged_backend(name: str, setting: Setting) -> PagedAttention | None:
     try:
-        built = resolve(Plugins.load().attention[name].target)(setting.shape, setting.page_size, DEVICE, torch.bfloat16)
+        built = resolve(Plugins.load().entries("attention")[name].target)(
+            setting.shape, setting.page_size, DEVICE, torch.bfloat16
+        )
     except (ConfigError, KeyError) as error:
         print(f"{name}: {error}")
         return None

@@ -73,7 +73,7 @@ class Setting:
         return self.batch(np.full(self.rows, self.length - 1), np.ones(self.rows, np.int64))
 
     def backend(self, name: str, **attributes: Any) -> LatentBackend | None:
-        made = type("Changed", (resolve(Plugins.load().latent_attention[name].target),), attributes)
+        made = type("Changed", (resolve(Plugins.load().entries("latent_attention")[name].target),), attributes)
         try:
             built = made(self.shape, self.page_size, DEVICE, torch.bfloat16)
         except ConfigError as error:
@@ -209,7 +209,9 @@ def full_time(setting: Setting) -> float:
     if 4 * rows * length * heads * 128 > 30 << 30:
         return float("inf")
     shape = AttentionShape(layers=1, query_heads=heads, kv_heads=heads, head_dim=128, scale=128**-0.5)
-    backend = resolve(Plugins.load().attention["triton"].target)(shape, setting.page_size, DEVICE, torch.bfloat16)
+    backend = resolve(Plugins.load().entries("attention")["triton"].target)(
+        shape, setting.page_size, DEVICE, torch.bfloat16
+    )
     pages = (setting.table.numel(), 2, setting.page_size, heads, 128)
     cache = torch.randn(pages, device=DEVICE, dtype=torch.bfloat16)
     batch, query = setting.decode_batch(), setting.random(rows, heads, 128)

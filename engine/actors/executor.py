@@ -18,12 +18,11 @@ from engine.config import Config
 from engine.messages import FromExecutor, FromWorker, ToExecutor
 from engine.messages.assets import Loaded
 from engine.messages.control import (
+    Answer,
     Boot,
-    ExpertCounts,
     Fatal,
     Ping,
     Pong,
-    Profiled,
     Reset,
     WorkerLost,
     WorkerReady,
@@ -124,7 +123,7 @@ class ExecutorActor:
                 case StepDone():
                     life.busy -= 1
                     await self.scheduler.send(message)
-                case Profiled() | ExpertCounts() | Loaded():
+                case Answer() | Loaded():
                     await self.scheduler.send(message)
                 case WorkerReady():
                     life.ready = True

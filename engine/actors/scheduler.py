@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import anyio
+import msgspec
 from anyio.streams.memory import MemoryObjectReceiveStream
 
 from engine.config import Config
@@ -21,15 +22,12 @@ from engine.errors import RequestError
 from engine.messages import ToExecutor, ToFront, ToMaker, ToScheduler
 from engine.messages.assets import Loaded, Made
 from engine.messages.control import (
-    CountExperts,
-    ExpertCounts,
+    Answer,
+    Ask,
     Fatal,
     Flush,
     Flushed,
     Pause,
-    Paused,
-    Profile,
-    Profiled,
     Reset,
     Stats,
     WorkerLost,
@@ -88,7 +86,7 @@ class SchedulerActor:
         self.credits = STEPS_IN_FLIGHT - 1
         self.paused = False
         self._pauses: list[Pause] = []  # not answered yet
-        self._asked: dict[int, type[Profiled | ExpertCounts]] = {}  # by its number, what the worker is still to answer
+        self._asked: set[int] = set()  # numbers of what the worker is still to answer
         self.step_seconds = array("f")
         self.make_seconds: dict[str, array[float]] = {}  # by kind
         self.idle_seconds = 0.0
@@ -136,17 +134,16 @@ class SchedulerActor:
                     self.scheduler.stop(message.rid, message.keep)
             case Flush():
                 freed, in_use = self.scheduler.flush() if self.scheduler else (0, 0)
-                await self.front.send(Flushed(message.number, freed, in_use))
+                flushed = msgspec.msgpack.encode(Flushed(freed, in_use))
+                await self.front.send(Answer(message.number, flushed))
             case Pause():
                 self.paused = message.paused
                 self._pauses.append(message)
                 await self._answer_pauses()
-            case Profile():
-                await self._ask_worker(message, Profiled)
-            case CountExperts():
-                await self._ask_worker(message, ExpertCounts)
-            case Profiled() | ExpertCounts():
-                del self._asked[message.number]
+            case Ask():
+                await self._ask_worker(message)
+            case Answer():
+                self._asked.remove(message.number)
                 await self.front.send(message)
             case WorkerReady():
                 await self._ready(message)
@@ -189,14 +186,14 @@ class SchedulerActor:
             self.scheduler.retract_all()
         await self._send_stats()
         for pause in pauses:
-            await self.front.send(Paused(pause.number, pause.paused))
+            await self.front.send(Answer(pause.number))
 
-    async def _ask_worker(self, message: Profile | CountExperts, answer: type[Profiled | ExpertCounts]) -> None:
+    async def _ask_worker(self, message: Ask) -> None:
         if self.worker not in RUNNING:
             cause = f"the device worker is {self.worker}, and answers nothing; ask again when /health says ready"
-            await self.front.send(answer(message.number, cause=cause))
+            await self.front.send(Answer(message.number, cause=cause))
         else:
-            self._asked[message.number] = answer
+            self._asked.add(message.number)
             await self.executor.send(message)
 
     async def _pass_on(self, due: Due) -> None:
@@ -265,10 +262,10 @@ class SchedulerActor:
             await self.front.send(Failed(rid, 503, "worker_lost", f"{LOST} (cause: {cause})"))
         await self._pass_on(self.room.lost())
         await self._answer_pauses()
-        asked, self._asked = self._asked, {}
-        for number, answer in asked.items():
+        asked, self._asked = sorted(self._asked), set()
+        for number in asked:
             said = f"the device worker was lost, and with it what it traced and counted: {cause}"
-            await self.front.send(answer(number, cause=said))
+            await self.front.send(Answer(number, cause=said))
         await self.executor.send(Reset())
 
     async def _heartbeat(self) -> None:

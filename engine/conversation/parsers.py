@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from engine.config import ServerOptions
 from engine.errors import PluginError, did_you_mean
+from engine.plugin.hookspecs import ParserEntry
 from engine.plugin.parsing import (
     Call,
     CallArguments,
@@ -24,7 +25,6 @@ from engine.plugin.parsing import (
     ToolParser,
 )
 from engine.plugin.registry import Plugins, resolve
-from engine.plugin.specs import ParserEntry
 
 DEFAULT_TOOL_PARSER = "hermes"  # of a model of no known family, which is then told how to write calls
 
@@ -76,7 +76,7 @@ def choose_parser(
         return None, f"--{kind}-parser none"
     if name != "auto":
         return _named(plugins, kind, name), f"--{kind}-parser"
-    entries = [entry for entry in plugins.parsers.values() if entry.kind == kind]
+    entries = [entry for entry in plugins.entries("parsers").values() if entry.kind == kind]
     preferred = [entry for entry in entries if ("parsers", entry.name) in plugins.named]
     if len(preferred) > 1:
         both = " and ".join(entry.name for entry in preferred)
@@ -91,8 +91,9 @@ def choose_parser(
     for entry in entries:
         if family := set(entry.architectures) & set(architectures):
             return entry, f"a {', '.join(sorted(family))}"
-    if kind == "tool" and DEFAULT_TOOL_PARSER in plugins.parsers:
-        return plugins.parsers[DEFAULT_TOOL_PARSER], "no family is known, so the model is told how to write calls"
+    if kind == "tool" and DEFAULT_TOOL_PARSER in plugins.entries("parsers"):
+        reason = "no family is known, so the model is told how to write calls"
+        return plugins.entries("parsers")[DEFAULT_TOOL_PARSER], reason
     return None, "no family is known"
 
 
@@ -101,7 +102,7 @@ def _asked(options: ServerOptions) -> tuple[tuple[Kind, str], ...]:
 
 
 def _named(plugins: Plugins, kind: Kind, name: str) -> ParserEntry:
-    known = {entry.name: entry for entry in plugins.parsers.values() if entry.kind == kind}
+    known = {entry.name: entry for entry in plugins.entries("parsers").values() if entry.kind == kind}
     if name not in known:
         listed = ", ".join(["auto", "none", *known])
         raise PluginError(f"unknown {kind} parser {name!r}{did_you_mean(name, known)}; known: {listed}")

@@ -33,12 +33,13 @@ from engine.config import Config
 from engine.conversation.calls import parameters_in
 from engine.errors import EngineError, PluginError, RequestError
 from engine.grammars.closed import prepared
-from engine.grammars.engines import Engines, Unmade
+from engine.grammars.engines import Engines, Unmade, grammar_engines
 from engine.grammars.vocabulary import read_vocabulary
 from engine.logs import set_up_logging
 from engine.messages.control import Boot, Fatal
 from engine.messages.grammars import Compile, Compiled
 from engine.messages.request import Grammar
+from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins
 from engine.plugin.specs import CompiledGrammar
 from engine.runtime.channel import BlockingFrames
@@ -147,10 +148,10 @@ class Compiler:
     def _ready(self, vocab_size: int) -> Engines:
         began = time.perf_counter()
         plugins = Plugins.load(self._config.model.plugins)
-        checkpoint = plugins.open_checkpoint(self._config.model.model)
+        checkpoint = open_checkpoint(plugins, self._config.model.model)
         vocabulary = read_vocabulary(checkpoint, self._config, vocab_size)
         whitespace = self._config.grammar.json_whitespace
-        engines = Engines(plugins.grammar_engines(), vocabulary, threads=1, whitespace=whitespace)
+        engines = Engines(grammar_engines(plugins), vocabulary, threads=1, whitespace=whitespace)
         engines.warm_up()
         self._engines = engines
         log.info("grammar compiler ready after %.1f s: %d tokens", time.perf_counter() - began, vocab_size)

@@ -2,11 +2,13 @@
 
 import logging
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 
-from engine.errors import RequestError
+from engine.errors import PluginError, RequestError
 from engine.messages.request import Grammar
-from engine.plugin.registry import resolve
-from engine.plugin.specs import CompiledGrammar, GrammarEngine, GrammarEntry, Vocabulary
+from engine.plugin.hookspecs import GrammarEntry
+from engine.plugin.registry import Plugins, resolve
+from engine.plugin.specs import CompiledGrammar, GrammarEngine, Vocabulary
 
 log = logging.getLogger("engine.grammars")
 
@@ -68,3 +70,25 @@ class Engines:
             "llguidance xgrammar",
             code="unsupported_grammar",
         )
+
+
+def grammar_engines(plugins: Plugins) -> list[GrammarEntry]:
+    """The grammar engines to be asked, in that order, of those that are installed: those named in --plugins, else
+    all. Raises PluginError for a named one that is not installed."""
+    ordered = sorted(plugins.entries("grammars").values(), key=lambda entry: -entry.preference)
+    named = [entry for entry in ordered if ("grammars", entry.name) in plugins.named]
+    for entry in named:
+        if not _installed(entry):
+            raise PluginError(
+                f"--plugins names the grammar engine {entry.name!r}, and its package is not installed; "
+                f"pip install {entry.package}"
+            )
+    return named or [entry for entry in ordered if _installed(entry)]
+
+
+def _installed(entry: GrammarEntry) -> bool:
+    try:
+        version(entry.package)
+    except PackageNotFoundError:
+        return False
+    return True

@@ -8,7 +8,7 @@ aborts the request. Left out: TLS and rate limits, which a proxy in front does w
 import errno
 import math
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import anyio
@@ -17,28 +17,24 @@ from aiohttp.typedefs import Handler
 
 from engine.config import ServerOptions
 from engine.errors import ConfigError
-from engine.http.admin import admin, experts
-from engine.http.anthropic import messages as anthropic
-from engine.http.anthropic import reply as anthropic_reply
+from engine.http.admin import routes as admin
+from engine.http.anthropic import routes as anthropic
+from engine.http.anthropic.messages import PREFIX
+from engine.http.anthropic.reply import error_of
 from engine.http.connections import listen
 from engine.http.exporting import tracing_to
 from engine.http.fields import IGNORED, Ignored, send_ignored
 from engine.http.intake import CODINGS, INTAKE, Intake
 from engine.http.keys import Keys, key_check
 from engine.http.log import QUIET, LoadLog, log_request
-from engine.http.native import generate as native
-from engine.http.native import tokenize as tokens
-from engine.http.openai import chat, completions, embeddings, models
-from engine.http.openai import replies as choices
-from engine.http.openapi import DOCUMENT, ErrorReply, Route, describe, openapi_document
+from engine.http.native import routes as native
+from engine.http.openai import routes as openai
+from engine.http.openai.models import ANTHROPIC_VERSION
+from engine.http.openapi import DOCUMENT, Route, describe
 from engine.http.origins import Access, Gate, warn_of_any_origin
-from engine.http.page import pages
+from engine.http.page import routes as page
 from engine.http.request_id import name_request, send_id
-from engine.http.responses import bodies as response_bodies
-from engine.http.responses import events as response_events
-from engine.http.responses import objects as response_objects
-from engine.http.responses import responses
-from engine.http.responses import tokens as response_tokens
+from engine.http.responses import routes as responses
 from engine.http.responses.store import STORE, ResponseStore
 from engine.http.service import SERVICE, Service
 from engine.http.sse import describe_error, words_of
@@ -49,139 +45,26 @@ if TYPE_CHECKING:
 
 CLOSE_SECONDS = 1.0  # what handlers still running at the end get; draining happens before
 ROUTES = (
-    Route(
-        "POST",
-        "/v1/chat/completions",
-        chat.chat_completions,
-        takes=chat.ChatBody,
-        gives=choices.ChatCompletion,
-        events=(choices.ChatCompletionChunk, ErrorReply),
-    ),
-    Route(
-        "POST",
-        "/v1/completions",
-        completions.completions,
-        takes=completions.CompletionBody,
-        gives=choices.TextCompletion,
-        events=(choices.TextCompletionChunk, ErrorReply),
-    ),
-    Route(
-        "POST",
-        "/v1/responses",
-        responses.create,
-        takes=response_bodies.ResponsesBody,
-        gives=response_objects.ResponseObject,
-        events=response_events.EVENTS,
-        done=False,
-    ),
-    Route(
-        "POST",
-        "/v1/responses/input_tokens",
-        response_tokens.input_tokens,
-        takes=response_tokens.InputTokensBody,
-        gives=response_tokens.InputTokensReply,
-    ),
-    Route(
-        "GET",
-        "/v1/responses/{response_id}",
-        responses.retrieve,
-        takes=response_bodies.RetrieveQuery,
-        gives=response_objects.ResponseObject,
-        events=response_events.EVENTS,
-        done=False,
-    ),
-    Route("DELETE", "/v1/responses/{response_id}", responses.delete, gives=responses.DeletedReply),
-    Route("POST", "/v1/responses/{response_id}/cancel", responses.cancel, gives=response_objects.ResponseObject),
-    Route(
-        "GET",
-        "/v1/responses/{response_id}/input_items",
-        responses.input_items,
-        takes=response_bodies.ItemsQuery,
-        gives=responses.ItemList,
-    ),
-    Route(
-        "POST",
-        anthropic.PREFIX,
-        anthropic.messages,
-        takes=anthropic.MessagesBody,
-        gives=anthropic_reply.MessageReply,
-        events=anthropic_reply.EVENTS,
-        done=False,
-        error=anthropic_reply.AnthropicErrorReply,
-    ),
-    Route(
-        "POST",
-        f"{anthropic.PREFIX}/count_tokens",
-        anthropic.count_tokens,
-        takes=anthropic.CountBody,
-        gives=anthropic.CountReply,
-        error=anthropic_reply.AnthropicErrorReply,
-    ),
-    Route(
-        "POST",
-        "/v1/embeddings",
-        embeddings.embeddings,
-        takes=embeddings.EmbeddingBody,
-        gives=embeddings.EmbeddingList,
-    ),
-    Route("POST", "/v1/score", embeddings.score, takes=embeddings.ScoreBody, gives=embeddings.ScoreList),
-    Route("POST", "/score", embeddings.score, takes=embeddings.ScoreBody, gives=embeddings.ScoreList),
-    Route("POST", "/v1/rerank", embeddings.rerank, takes=embeddings.RerankBody, gives=embeddings.RerankReply),
-    Route("POST", "/v2/rerank", embeddings.rerank, takes=embeddings.RerankBody, gives=embeddings.RerankReply),
-    Route("POST", "/rerank", embeddings.rerank, takes=embeddings.RerankBody, gives=embeddings.RerankReply),
-    Route("GET", "/v1/models", models.models, gives=models.ModelList, others=(models.AnthropicModelList,)),
-    Route("GET", "/v1/models/", models.models, gives=models.ModelList, others=(models.AnthropicModelList,)),
-    Route("GET", "/v1/models/{model:.+}", models.model, gives=models.ModelReply, others=(models.AnthropicModel,)),
-    Route(
-        "POST",
-        "/generate",
-        native.generate,
-        takes=native.GenerateBody,
-        gives=native.GenerateReply | list[native.GenerateReply],
-        events=(native.GenerateReply, ErrorReply),
-    ),
-    Route("POST", "/tokenize", tokens.tokenize, takes=tokens.TokenizeBody, gives=tokens.TokenizeReply),
-    Route("POST", "/detokenize", tokens.detokenize, takes=tokens.DetokenizeBody, gives=tokens.DetokenizeReply),
-    Route("GET", "/tokenizer_info", tokens.tokenizer_info, gives=tokens.TokenizerInfo),
-    Route("POST", "/abort_request", admin.abort_request, takes=admin.AbortBody, gives=admin.AbortReply),
-    Route("POST", "/flush_cache", admin.flush_cache, gives=admin.FlushReply),
-    Route("POST", "/pause_generation", admin.pause_generation, takes=admin.PauseBody, gives=admin.PauseReply),
-    Route("POST", "/continue_generation", admin.continue_generation, gives=admin.PauseReply),
-    Route("POST", "/expert_distribution/start", experts.start, gives=experts.CountingReply),
-    Route("POST", "/expert_distribution/stop", experts.stop, gives=experts.CountingReply),
-    Route("GET", "/expert_distribution/dump", experts.dump, gives=experts.DistributionReply),
-    Route("POST", "/expert_distribution/dump", experts.dump, gives=experts.DistributionReply),
-    Route("POST", "/start_profile", admin.start_profile, takes=admin.ProfileBody, gives=admin.ProfileReply),
-    Route("POST", "/stop_profile", admin.stop_profile, gives=admin.ProfileReply),
-    # Probes and Prometheus carry no key.
-    Route("GET", "/health", admin.health, gives=admin.HealthReply, unready=admin.HealthReply, open=True),
-    Route("GET", "/readyz", admin.health, gives=admin.HealthReply, unready=admin.HealthReply, open=True),
-    Route("GET", "/ping", admin.health, gives=admin.HealthReply, unready=admin.HealthReply, open=True),
-    Route("POST", "/ping", admin.health, gives=admin.HealthReply, unready=admin.HealthReply, open=True),
-    Route("GET", "/livez", admin.livez, gives=admin.LiveReply, unready=admin.LiveReply, open=True),
-    Route("GET", "/health_generate", admin.health_generate, gives=admin.ProbeReply, unready=admin.HealthReply),
-    Route("GET", "/metrics", admin.metrics, open=True, content="text/plain"),
-    Route("GET", "/version", admin.version, gives=admin.VersionReply),
-    Route("GET", "/server_info", admin.server_info, gives=admin.ServerInfo),
-    Route("GET", "/get_server_info", admin.server_info, gives=admin.ServerInfo),
-    Route("GET", "/model_info", admin.model_info, gives=admin.ModelInfo),
-    Route("GET", "/get_model_info", admin.model_info, gives=admin.ModelInfo),
-    Route("GET", "/openapi.json", openapi_document),
-    Route("GET", "/docs", pages.docs, open=True, content="text/html"),
+    *openai.ROUTES,
+    *responses.ROUTES,
+    *anthropic.ROUTES,
+    *native.ROUTES,
+    *admin.ROUTES,
+    *page.ROUTES,
 )
-OPEN_PATHS = frozenset(route.path for route in ROUTES if route.open)
-PAGES = frozenset(route.path for route in ROUTES if route.content == "text/html")
-METHODS = frozenset(route.method for route in ROUTES)
 
 
-def create_app(front: "Front", options: ServerOptions) -> web.Application:
-    """The application over `front`; it adds its metrics to `front.on_stats`.
+def create_app(front: "Front", options: ServerOptions, routes: Sequence[Route] = ROUTES) -> web.Application:
+    """The application of `routes` over `front`; it adds its metrics to `front.on_stats`.
 
     Run it with `handler_cancellation=True`, as `serve` does, or clients that leave are not noticed.
     Raises ConfigError for options that say nothing of who may call.
     """
-    gate, keys = Gate(Access.of(options), pages=PAGES, methods=METHODS), Keys(options)
-    checks = [shape_errors, name_request, gate.middleware(), key_check(keys, OPEN_PATHS)]
+    open_paths = frozenset(route.path for route in routes if route.open)
+    pages = frozenset(route.path for route in routes if route.content == "text/html")
+    methods = frozenset(route.method for route in routes)
+    gate, keys = Gate(Access.of(options), pages=pages, methods=methods), Keys(options)
+    checks = [shape_errors, name_request, gate.middleware(), key_check(keys, open_paths)]
     if options.log_requests:
         checks.insert(0, log_request)
     app = web.Application(middlewares=checks)
@@ -194,21 +77,23 @@ def create_app(front: "Front", options: ServerOptions) -> web.Application:
     gate.join(app)
     app[SERVICE] = service = Service(front, options)
     front.on_stats.append(service.metrics.on_stats)
-    app[QUIET] = OPEN_PATHS
+    app[QUIET] = open_paths
     app[INTAKE] = Intake(options)
     app[STORE] = store = ResponseStore()
     app.on_cleanup.append(lambda app: store.close())
-    app[DOCUMENT] = to_json(describe(ROUTES, models=service.models, keyed=keys.asked))
-    app.add_routes([route.served(strict=options.strict_fields) for route in ROUTES])
+    app[DOCUMENT] = to_json(describe(routes, models=service.models, keyed=keys.asked))
+    app.add_routes([route.served(strict=options.strict_fields) for route in routes])
     return app
 
 
-async def serve(front: "Front", options: ServerOptions, *, started: Callable[[str], None]) -> None:
-    """Serve until cancelled; `started` gets the URL once the port listens. At the end, what is open ends with an error.
+async def serve(
+    front: "Front", options: ServerOptions, routes: Sequence[Route] = ROUTES, *, started: Callable[[str], None]
+) -> None:
+    """Serve `routes` until cancelled, which ends what is open with an error; `started` gets the URL of the open port.
 
     Raises ConfigError if `options.host` and `options.port` cannot be listened on, or there are too few descriptors.
     """
-    app, load = create_app(front, options), LoadLog()
+    app, load = create_app(front, options, routes), LoadLog()
     front.on_stats.append(load.on_stats)
     warn_of_any_origin(options)
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=CLOSE_SECONDS)
@@ -274,8 +159,8 @@ async def shape_errors(request: web.Request, handler: Handler) -> web.StreamResp
         headers["Retry-After"] = str(max(1, math.ceil(service.options.drain_seconds)) if draining else 1)
     if status == 415:
         headers["Accept-Encoding"] = ", ".join(CODINGS)
-    theirs = request.path.startswith(anthropic.PREFIX) or models.ANTHROPIC_VERSION in request.headers
-    worded = anthropic_reply.error_of(body, status) if theirs else body
+    theirs = request.path.startswith(PREFIX) or ANTHROPIC_VERSION in request.headers
+    worded = error_of(body, status) if theirs else body
     return _ending_with_body(request, json_response(worded, status=status, headers=headers))
 
 

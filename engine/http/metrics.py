@@ -29,8 +29,9 @@ from engine.errors import EngineError
 from engine.http.log import TALLY
 from engine.http.metric_aliases import Family, WithAliases
 from engine.http.tracing import ReplyTrace
-from engine.messages.control import ExpertCounts, Stats
+from engine.messages.control import Stats
 from engine.messages.grammars import GRAMMAR
+from engine.messages.questions import ExpertCounts
 from engine.messages.reply import Chunk
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class Metrics:
             self._shown = CollectorRegistry()
             self._shown.register(self._aliases)
         self.registry.register(SchedulerFigures(front, model))
+        self.experts = ExpertChoices()
+        self.registry.register(self.experts)
         self._requests = Counter(
             "engine_requests",
             "Requests that ended, by endpoint and how: stop, length, abort, disconnect, refused, error",
@@ -177,15 +180,26 @@ class TokenTimes(Collector):
         )
 
 
-def _choices(counted: ExpertCounts) -> Metric:
-    """How often each expert was chosen, as last counted."""
-    text = "Choices of an expert by a token since /expert_distribution/start"
-    family = CounterMetricFamily("engine_expert_choices", text, labels=["layer", "expert"])
-    counts = array("q", counted.counts)
-    experts = len(counts) // max(len(counted.layers), 1)
-    for place, count in enumerate(counts):
-        family.add_metric([str(counted.layers[place // experts]), str(place % experts)], count)
-    return family
+class ExpertChoices(Collector):
+    """How often each expert was chosen, once that is counted. `counted` is what the worker last answered."""
+
+    counted: ExpertCounts | None = None
+
+    def describe(self) -> list[Metric]:
+        """Nothing: the registry then does not scrape at start to learn the names."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """One family, or none."""
+        if self.counted is None:
+            return
+        text = "Choices of an expert by a token since /expert_distribution/start"
+        family = CounterMetricFamily("engine_expert_choices", text, labels=["layer", "expert"])
+        counts, layers = array("q", self.counted.counts), self.counted.layers
+        experts = len(counts) // max(len(layers), 1)
+        for place, count in enumerate(counts):
+            family.add_metric([str(layers[place // experts]), str(place % experts)], count)
+        yield family
 
 
 class SchedulerFigures(Collector):
@@ -229,8 +243,6 @@ class SchedulerFigures(Collector):
         )
         yield from (GaugeMetricFamily(name, text, value=value) for name, text, value in gauges)
         yield from (CounterMetricFamily(name, text, value=value) for name, text, value in counters)
-        if (counts := self._front.experts) is not None:
-            yield _choices(counts)
         labels = {"model": self._model}
         if info is not None:
             labels |= {"device": info.device, "attention": info.attention}

@@ -7,31 +7,29 @@ travel as the bytes of little-endian int32 (`ids`) or float32 arrays: one copy, 
                                 │Admit/Abort        ^      │StopHit
                                 v                   │Tokens v
                              scheduler ─────────────┘<──────┘
-                                │ ^                 ──Stats/Flushed/Paused/Profiled/ExpertCounts/Fatal──> http
-   StepPlan/Profile/CountExperts/Reset│ │StepDone, Profiled, ExpertCounts, WorkerReady, WorkerLost, …
+                                │ ^                 ──Stats/Answer/Fatal──> http
+              StepPlan/Ask/Reset│ │StepDone, Answer, WorkerReady, WorkerLost, …
                                 v │
                              executor <──frames──> worker
 
 A long text goes from the tokenizer, and from http, to a text process (TextWork; Prepared, Tokenized, Detokenized).
 A request may need things on the device, such as a grammar. They go from the scheduler to their maker (Make, Made), then
 to the worker (Load, Loaded), and then the request runs. The maker of grammars asks its process (Compile, Compiled).
+A question (Flush, Pause, or an Ask, which the worker answers) goes from http to the scheduler and comes back as the
+Answer of its number.
 """
 
 from engine.messages.assets import Drop, Load, Loaded, Made, Make
 from engine.messages.control import (
+    Answer,
+    Ask,
     Boot,
-    CountExperts,
-    ExpertCounts,
     Fatal,
     Flush,
-    Flushed,
     Pause,
-    Paused,
     Ping,
     Pong,
     Preload,
-    Profile,
-    Profiled,
     Reset,
     Stats,
     WorkerLost,
@@ -46,15 +44,13 @@ from engine.messages.text import Retired, TextAnswer, TextBoot, TextWork
 ToTextProcess = TextBoot | TextWork
 FromTextProcess = TextAnswer | Failed | Retired | Fatal
 ToTokenizer = Job | Abort | WorkerReady
-ToTheDevice = Profile | CountExperts  # questions of http's that the worker answers
-FromTheDevice = Profiled | ExpertCounts
-ToWorker = Boot | Preload | StepPlan | Load | Drop | ToTheDevice | Ping
-FromWorker = WorkerReady | StepDone | Loaded | FromTheDevice | Pong | Fatal
-FromFront = Admit | Abort | StopHit | Flush | Pause | ToTheDevice
-FromExecutor = StepDone | Loaded | FromTheDevice | WorkerReady | WorkerLost | WorkerSilent | Fatal
+ToWorker = Boot | Preload | StepPlan | Load | Drop | Ask | Ping
+FromWorker = WorkerReady | StepDone | Loaded | Answer | Pong | Fatal
+FromFront = Admit | Abort | StopHit | Flush | Pause | Ask
+FromExecutor = StepDone | Loaded | Answer | WorkerReady | WorkerLost | WorkerSilent | Fatal
 ToScheduler = FromFront | FromExecutor | Made
-ToExecutor = StepPlan | Load | Drop | ToTheDevice | Reset
+ToExecutor = StepPlan | Load | Drop | Ask | Reset
 ToMaker = Make | WorkerReady
 ToDetokenizer = Open | Tokens | Failed
-ToFront = Tokens | Failed | Stats | Flushed | Paused | FromTheDevice | WorkerReady | Fatal
-ToHttp = Chunks | Failed | Stats | Flushed | Paused | FromTheDevice | WorkerReady | Fatal
+ToFront = Tokens | Failed | Stats | Answer | WorkerReady | Fatal
+ToHttp = Chunks | Failed | Stats | Answer | WorkerReady | Fatal

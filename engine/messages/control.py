@@ -1,9 +1,9 @@
-"""The worker's life, questions to it, and the heartbeat of the core."""
+"""The worker's life, questions and their answers, and the heartbeat of the core."""
 
 from typing import Literal
 
 from engine.config import Config
-from engine.messages.base import Message
+from engine.messages.base import Message, Part
 
 
 class WorkerReady(Message, frozen=True):
@@ -47,80 +47,47 @@ class Reset(Message, frozen=True):
     """scheduler → executor: every plan before this one was for a worker that is gone."""
 
 
+class Ask(Message, frozen=True):
+    """http → scheduler → executor → worker: a `question` of messages/questions.py, packed.
+
+    The one Answer to it has the same `number`, also where the worker dies first."""
+
+    number: int
+    question: bytes
+
+
+class Answer(Message, frozen=True):
+    """worker → executor → scheduler → http: what was asked with this `number`; the scheduler answers for itself, too.
+
+    `value` is packed, and of the type that the question says. Or `cause` says why there is none."""
+
+    number: int
+    value: bytes = b""
+    cause: str = ""
+
+
 class Flush(Message, frozen=True):
-    """http → scheduler: forget every cached prefix that no running request uses. The answer has the same `number`."""
+    """http → scheduler: forget every cached prefix that no running request uses. The Answer's value is a Flushed."""
 
     number: int
 
 
-class Flushed(Message, frozen=True):
-    """scheduler → http: the answer to a Flush: pages freed, and pages still in use."""
+class Flushed(Part, frozen=True):
+    """What a Flush did: pages freed, and pages still in use."""
 
-    number: int
     freed: int
     in_use: int
 
 
 class Pause(Message, frozen=True):
-    """http → scheduler: plan no new steps, or go on; requests stay open and new ones wait. Numbered as a Flush.
+    """http → scheduler: plan no new steps, or go on; requests stay open and new ones wait.
 
-    `retract` sends those that run back to the queue, so that they hold no page while it is paused."""
+    The Answer has no value; if `paused`, nothing runs on the device by then. `retract` sends requests that run back to
+    the queue, so that they hold no page while it is paused."""
 
     number: int
     paused: bool
     retract: bool = False
-
-
-class Paused(Message, frozen=True):
-    """scheduler → http: the answer to a Pause; if `paused`, nothing runs on the device any more."""
-
-    number: int
-    paused: bool
-
-
-class Profile(Message, frozen=True):
-    """http → scheduler → executor → worker: trace the steps launched from now on, or end that. Numbered as a Flush.
-
-    With a `folder` a trace begins, which goes into a new file there after `steps` steps; without, it ends now.
-    """
-
-    number: int
-    folder: str = ""
-    steps: int = 0
-
-
-class Profiled(Message, frozen=True):
-    """worker → executor → scheduler → http: the answer to a Profile: where the trace is, or is to be.
-
-    Or its `cause` says why there is none."""
-
-    number: int
-    path: str = ""
-    cause: str = ""
-
-
-CountAction = Literal["start", "stop", "look"]
-
-
-class CountExperts(Message, frozen=True):
-    """http → scheduler → executor → worker: count how often each expert is chosen, from nothing on; end that; or only
-    look. Numbered as a Flush."""
-
-    number: int
-    action: CountAction
-
-
-class ExpertCounts(Message, frozen=True):
-    """worker → executor → scheduler → http: the answer to a CountExperts; or its `cause` says why there is none.
-
-    `counts` (int64 [layers, experts]) are of those layers that have experts, whose numbers `layers` are.
-    """
-
-    number: int
-    counting: bool = False
-    layers: tuple[int, ...] = ()
-    counts: bytes = b""
-    cause: str = ""
 
 
 class Boot(Message, frozen=True):

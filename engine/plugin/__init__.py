@@ -5,6 +5,7 @@ from engine.messages.request import Grammar
 from engine.plugin.hookspecs import hookimpl
 from engine.plugin.specs import (
     Checkpoint,
+    Command,
     CompiledGrammar,
     GrammarEngine,
     KVGroup,
@@ -14,6 +15,7 @@ from engine.plugin.specs import (
     Policy,
     TextSpec,
     Vocabulary,
+    Waiting,
 )
 from engine.plugin.terms import LONGEST, MANY, MOST, Terms
 
@@ -22,6 +24,7 @@ __all__ = [
     "MANY",
     "MOST",
     "Checkpoint",
+    "Command",
     "CompiledGrammar",
     "ConfigError",
     "Grammar",
@@ -36,5 +39,6 @@ __all__ = [
     "Terms",
     "TextSpec",
     "Vocabulary",
+    "Waiting",
     "hookimpl",
 ]

@@ -1,82 +1,24 @@
-"""What a plugin provides, kind by kind: the registry entries and the protocols behind them.
+"""What a plugin provides, kind by kind: the protocols behind the targets that its manifest names.
 
-Torch-free, so that the front process can read manifests, tokenizers and configurations without it.
-An entry names its code as "module:attribute"; the code is imported where it is used, once.
+Torch-free, so that the front process can read tokenizers and configurations without it.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from msgspec import Struct
 
 if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+
     import numpy as np
     import torch
     from tokenizers import Tokenizer
 
     from engine.messages.request import Grammar
-    from engine.sched.request import Request
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "uint8": 1, "int8": 1}
-
-
-# ── registry entries, filled by the hooks ────────────────────────────────────────────────────
-
-
-class Entry(Struct, frozen=True, kw_only=True):
-    """What every kind shares: a `name` users type and a `target` "module:attribute"."""
-
-    name: str
-    target: str
-    description: str = ""
-
-
-class ModelEntry(Entry, frozen=True, kw_only=True):
-    """A model family. `architectures` are the names of config.json that it answers to."""
-
-    architectures: tuple[str, ...]
-
-
-class AttentionEntry(Entry, frozen=True, kw_only=True):
-    """An attention backend. Of those that run on a device, the highest `preference` is chosen."""
-
-    devices: tuple[str, ...]
-    preference: int = 0
-
-
-class CheckpointEntry(Entry, frozen=True, kw_only=True):
-    """A checkpoint format. `models` maps names that come with it ("smollm2-135m") to what they are."""
-
-    models: dict[str, str] = {}
-
-
-class QuantizationEntry(Entry, frozen=True, kw_only=True):
-    """A quantization. `methods` are the `quant_method`s of config.json that it reads."""
-
-    methods: tuple[str, ...] = ()
-
-
-class PolicyEntry(Entry, frozen=True, kw_only=True):
-    """An order of the waiting queue."""
-
-
-class ParserEntry(Entry, frozen=True, kw_only=True):
-    """A parser of replies. It is chosen for a model whose chat template holds all of `markers`, the one with the most
-    of them first, else for a model of one of `architectures`."""
-
-    kind: Literal["tool", "reasoning"]
-    markers: tuple[str, ...] = ()
-    architectures: tuple[str, ...] = ()
-
-
-class GrammarEntry(Entry, frozen=True, kw_only=True):
-    """A grammar engine. Those that are installed are asked in order of `preference`, the highest first; the first that
-    takes a grammar has it. `kinds` are those of messages.GrammarKind, `package` is what `pip install` must have got."""
-
-    kinds: tuple[str, ...]
-    package: str
-    preference: int = 0
 
 
 # ── KV memory ────────────────────────────────────────────────────────────────────────────────
@@ -250,12 +192,42 @@ class GrammarEngine(Protocol):
 # ── policies ─────────────────────────────────────────────────────────────────────────────────
 
 
+class Waiting(Struct, frozen=True, kw_only=True):
+    """A request in the waiting queue, as a policy sees it. Lengths are in tokens.
+
+    `arrival` numbers requests as they came. `length` tokens are to be computed, less what the cache holds: the prompt
+    of `prompt_len`, and what was generated before the request had to give its pages back. At most `max_new` are still
+    to be generated.
+    """
+
+    arrival: int
+    priority: int
+    prompt_len: int
+    length: int
+    max_new: int
+
+
 class Policy(Protocol):
     """Orders the waiting queue before each step. Pure; called with at most a few hundred requests."""
 
-    def order(self, waiting: "Sequence[Request]", matched: "Sequence[int]") -> list[int]:
+    def order(self, waiting: "Sequence[Waiting]", matched: "Sequence[int]") -> list[int]:
         """Indices of `waiting` (given by priority, then arrival), first to run first; `matched[i]` tokens of
         waiting[i] are cached. `needs_match` False says that `matched` is not looked at."""
         ...
 
     needs_match: bool
+
+
+# ── commands ─────────────────────────────────────────────────────────────────────────────────
+
+
+class Command(Protocol):
+    """A subcommand of `engine`. Made and asked only when it is the one that is called."""
+
+    def add_arguments(self, parser: "ArgumentParser") -> None:
+        """Declare its arguments. `--plugins` is there already."""
+        ...
+
+    def run(self, arguments: "Namespace") -> int:
+        """Do it; the exit code. A ConfigError ends it with one line and the code 2."""
+        ...

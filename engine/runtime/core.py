@@ -26,6 +26,7 @@ from engine.runtime.actor import Actor, supervise
 from engine.runtime.allocator import give_back_large_blocks
 from engine.runtime.channel import Frames, Outbox, channel, open_channel
 from engine.runtime.process import Start, ended, exit_cause, spawn
+from engine.sched.policies import make_policy
 
 PLANS = STEPS_IN_FLIGHT + 1  # and a Reset: the scheduler never waits to send
 
@@ -36,7 +37,7 @@ def core_actors(
     """The scheduler, the executor and the compiler of grammars, joined; and where to send what is for the scheduler.
 
     `start` starts a device process, in the place of the usual way."""
-    policy = Plugins.load(config.model.plugins).policy(config.schedule.policy)
+    policy = make_policy(Plugins.load(config.model.plugins), config.schedule.policy)
     to_scheduler, scheduler_inbox = open_channel()
     to_executor, executor_inbox = channel(PLANS)
     to_compiler, compiler_inbox = open_channel()

@@ -10,7 +10,7 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import anyio
 import msgspec
@@ -20,20 +20,8 @@ from msgspec import Struct
 from engine.config import Config
 from engine.errors import EngineError, RequestError, WorkerError, shut_down
 from engine.messages import FromFront, ToHttp, ToTokenizer
-from engine.messages.control import (
-    CountAction,
-    CountExperts,
-    ExpertCounts,
-    Fatal,
-    Flush,
-    Flushed,
-    Pause,
-    Paused,
-    Profile,
-    Profiled,
-    Stats,
-    WorkerReady,
-)
+from engine.messages.control import Answer, Ask, Fatal, Flush, Flushed, Pause, Stats, WorkerReady
+from engine.messages.questions import Question, Value
 from engine.messages.reply import Chunk, Chunks, Failed
 from engine.messages.request import Abort, Generate, Job
 from engine.runtime.channel import Outbox
@@ -136,7 +124,6 @@ class Front:
         self.info: WorkerReady | None = None
         self.stats = Stats("starting")
         self.on_stats: list[Callable[[Stats], None]] = []
-        self.experts: ExpertCounts | None = None  # as last asked for, once they are counted
         self.draining = False
         self.failure: str | None = None
         self._inbox = inbox
@@ -147,7 +134,7 @@ class Front:
         self._keys: dict[str, Mailbox] = {}
         self._heard = time.monotonic()
         self._changed = anyio.Event()
-        self._asked: dict[int, asyncio.Future[Any]] = {}  # who waits for the answer of that number
+        self._asked: dict[int, asyncio.Future[Answer]] = {}  # who waits for the answer of that number
 
     # ── the actor ────────────────────────────────────────────────────────────────────────────
 
@@ -166,7 +153,7 @@ class Front:
                     self.stats = message
                     for listener in self.on_stats:
                         listener(message)
-                case Flushed() | Paused() | Profiled() | ExpertCounts():
+                case Answer():
                     answer = self._asked.get(message.number)  # who asked may have left
                     if answer is not None and not answer.done():
                         answer.set_result(message)
@@ -276,37 +263,34 @@ class Front:
 
     async def flush(self) -> Flushed:
         """Forget the cached prefixes that nothing uses."""
-        flushed: Flushed = await self._ask(Flush(next(self._numbers)))
-        return flushed
+        value = await self._answer(Flush(next(self._numbers)))
+        return msgspec.msgpack.decode(value, type=Flushed)
 
     async def pause(self, paused: bool, *, retract: bool = False) -> None:
         """Plan no more steps, or go on; returns once it is so, and when pausing, nothing runs on the device.
 
         With `retract`, what runs goes back to the queue and holds no page meanwhile."""
-        await self._ask(Pause(next(self._numbers), paused, retract))
+        await self._answer(Pause(next(self._numbers), paused, retract))
 
-    async def profile(self, folder: str, steps: int) -> Profiled:
-        """Trace the next `steps` steps into a new file in `folder`; with neither, end the trace that runs."""
-        profiled: Profiled = await self._ask(Profile(next(self._numbers), folder, steps))
-        return profiled
+    async def ask(self, question: Question[Value]) -> Value:
+        """The worker's answer to `question`.
 
-    async def count_experts(self, action: CountAction) -> ExpertCounts:
-        """Count from nothing on how often each expert is chosen, end that, or look at the counts."""
-        counts: ExpertCounts = await self._ask(CountExperts(next(self._numbers), action))
-        if not counts.cause:
-            self.experts = counts
-        return counts
+        Raises RequestError with the worker's cause when it has none, WorkerError when the engine ends first."""
+        return question.read(await self._answer(Ask(next(self._numbers), question.packed())))
 
-    async def _ask(self, question: Flush | Pause | Profile | CountExperts) -> Any:
-        """The scheduler's answer. Raises WorkerError when there will be none."""
+    async def _answer(self, asked: Flush | Pause | Ask) -> bytes:
+        """The value of the Answer to `asked`."""
         if self.failure:
             raise WorkerError(self.failure)
-        answer = self._asked[question.number] = asyncio.get_running_loop().create_future()
+        future = self._asked[asked.number] = asyncio.get_running_loop().create_future()
         try:
-            await self._scheduler.send(question)
-            return await answer
+            await self._scheduler.send(asked)
+            answer = await future
         finally:
-            del self._asked[question.number]
+            del self._asked[asked.number]
+        if answer.cause:
+            raise RequestError(answer.cause)
+        return answer.value
 
     async def drain(self, seconds: float) -> int:
         """Let in nothing more and wait at most `seconds` for open requests; how many are left."""

@@ -16,9 +16,11 @@ from engine.actors.tokenizer import Admission, TokenizerActor
 from engine.config import Config
 from engine.conversation.parsers import check_parsers
 from engine.conversation.template import read_template
+from engine.grammars.engines import grammar_engines
 from engine.messages import FromFront, ToDetokenizer, ToFront, ToHttp
 from engine.messages.reply import Failed, Tokens
 from engine.params.sampling import SamplingDefaults
+from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins
 from engine.plugin.specs import TextSpec
 from engine.runtime.actor import Actor, supervise
@@ -26,6 +28,7 @@ from engine.runtime.channel import Outbox, channel, open_channel
 from engine.runtime.core import CoreLink, core_actors
 from engine.runtime.front import Front
 from engine.runtime.process import placement
+from engine.sched.policies import make_policy, policy_name
 from engine.text.fallback import sampling_defaults, text_of
 from engine.text.pool import TextPool
 
@@ -71,29 +74,30 @@ def say_sampling_defaults(spec: TextSpec, config: Config) -> None:
 
 def say_scheduling(plugins: Plugins, config: Config) -> None:
     """Log the policy and the grammar engines that the user chose. Raises PluginError for one that is none."""
-    plugins.policy(config.schedule.policy)
-    name, asked = plugins.policy_name(config.schedule.policy), config.schedule.policy
+    make_policy(plugins, config.schedule.policy)
+    name, asked = policy_name(plugins, config.schedule.policy), config.schedule.policy
     if ("policies", name) in plugins.named or asked != "auto":
         log.info("scheduling policy: %s (%s)", name, "named in --plugins" if asked == "auto" else "--policy")
-    engines = [entry.name for entry in plugins.grammar_engines() if ("grammars", entry.name) in plugins.named]
+    engines = [entry.name for entry in grammar_engines(plugins) if ("grammars", entry.name) in plugins.named]
     if engines:
         log.info("grammar engines: %s (named in --plugins)", ", ".join(engines))
 
 
 @asynccontextmanager
-async def open_front(config: Config, core: Core | None = None) -> AsyncIterator[Front]:
+async def open_front(config: Config, core: Core | None = None, plugins: Plugins | None = None) -> AsyncIterator[Front]:
     """A running engine as its clients see it; the device may still be loading (`await front.ready()`).
 
-    `core` overrules where and of what the core is made; tests drive it without a device.
+    `core` overrules where and of what the core is made; tests drive it without a device. `plugins` are those of the
+    config, where they are loaded already.
     Raises ConfigError and PluginError for what cannot work, before anything is started.
     """
-    plugins = Plugins.load(config.model.plugins)
+    plugins = plugins or Plugins.load(config.model.plugins)
     say_scheduling(plugins, config)
     check_parsers(plugins, config.server)
     # In a thread that a Ctrl-C may leave behind: the model may be on its way from the hub.
-    checkpoint = await anyio.to_thread.run_sync(plugins.open_checkpoint, config.model.model, abandon_on_cancel=True)
+    checkpoint = await anyio.to_thread.run_sync(open_checkpoint, plugins, config.model.model, abandon_on_cancel=True)
     template = read_template(config.model.chat_template)
-    grammars = plugins.grammar_engines()
+    grammars = grammar_engines(plugins)
     to_tokenizer, tokenizer_inbox = open_channel()
     to_detokenizer, detokenizer_inbox = channel(STEPS_AHEAD)
     to_front, front_inbox = channel(REPLIES_AHEAD)

@@ -59,10 +59,13 @@ def serve(config: Config) -> int:
 
 
 async def _serve(config: Config, start: Start | None, began: float) -> int:
+    from engine.http.app import ROUTES
     from engine.http.app import serve as serve_http
     from engine.http.exporting import tracing_to
     from engine.http.keys import Keys
     from engine.http.origins import Access
+    from engine.http.plugins import with_plugins
+    from engine.plugin.registry import Plugins
     from engine.runtime.core import core_actors
     from engine.runtime.launch import open_front
 
@@ -70,8 +73,10 @@ async def _serve(config: Config, start: Start | None, began: float) -> int:
     Access.of(config.server)  # what is wrong with who may call, or with tracing, is said before anything is started
     tracing_to(config.server.otlp_endpoint)
     keyed = Keys(config.server).asked
+    plugins = Plugins.load(config.model.plugins)
+    routes = with_plugins(ROUTES, plugins)
     code = 0
-    async with open_front(config, core) as front, anyio.create_task_group() as group:
+    async with open_front(config, core, plugins) as front, anyio.create_task_group() as group:
         listening = anyio.Event()
         url = ""
 
@@ -81,7 +86,7 @@ async def _serve(config: Config, start: Start | None, began: float) -> int:
             listening.set()
 
         async def http() -> None:
-            await serve_http(front, config.server, started=started)
+            await serve_http(front, config.server, routes, started=started)
 
         async def announce() -> None:
             await listening.wait()

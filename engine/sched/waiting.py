@@ -4,10 +4,10 @@ Higher priority goes first under every policy; a policy orders within a priority
 offered, so that a step's cost does not grow with the queue.
 """
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 
-from engine.plugin.specs import Policy
+from engine.plugin.specs import Policy, Waiting
 from engine.sched.request import Request, rank
 
 OFFERED = 256  # most requests a policy is asked to order
@@ -21,6 +21,7 @@ class WaitingQueue:
         self._policy = policy
         self._matched = matched
         self._requests: list[Request] = []  # by rank
+        self._views: list[Waiting] = []  # what the policy sees of each; no request changes while it waits
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -30,13 +31,15 @@ class WaitingQueue:
 
     def add(self, request: Request) -> None:
         """Put `request` at its place: one that ran before keeps its arrival."""
-        insort(self._requests, request, key=rank)
+        index = bisect_left(self._requests, rank(request), key=rank)
+        self._requests.insert(index, request)
+        self._views.insert(index, _view(request))
 
     def remove(self, request: Request) -> None:
         """Take out `request`, which waits."""
         index = bisect_left(self._requests, rank(request), key=rank)
         assert self._requests[index] is request
-        del self._requests[index]
+        del self._requests[index], self._views[index]
 
     def ordered(self) -> list[Request]:
         """The requests to try now, first to run first."""
@@ -47,7 +50,17 @@ class WaitingQueue:
             matched = [self._matched(request) for request in head]
         else:
             matched = [0] * len(head)
-        order = [head[index] for index in self._policy.order(head, matched)]
+        order = [head[index] for index in self._policy.order(self._views[:OFFERED], matched)]
         if head[0].priority != head[-1].priority:
             order.sort(key=lambda request: -request.priority)
         return order
+
+
+def _view(request: Request) -> Waiting:
+    return Waiting(
+        arrival=request.arrival,
+        priority=request.priority,
+        prompt_len=request.prompt_len,
+        length=len(request.ids),
+        max_new=request.limit - len(request.ids),
+    )

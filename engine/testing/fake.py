@@ -8,6 +8,7 @@ A vector is the sum of its prompt's ids and how many they are.
 """
 
 from array import array
+from collections.abc import Callable
 
 import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream
@@ -15,7 +16,7 @@ from msgspec.structs import replace
 
 from engine.messages import FromExecutor, ToExecutor
 from engine.messages.assets import Drop, Load, Loaded
-from engine.messages.control import CountExperts, ExpertCounts, Profile, Profiled, Reset, WorkerLost, WorkerReady
+from engine.messages.control import Answer, Ask, Reset, WorkerLost, WorkerReady
 from engine.messages.step import VECTOR, Logprobs, SlotAdmit, StepDone, StepPlan
 from engine.runtime.channel import Outbox
 from engine.testing.steps import rows_of
@@ -95,8 +96,8 @@ class FakeExecutor:
         self.restarted: anyio.Event | None = None  # a restart lasts until then
         self.device = FakeDevice()
         self.lost = False
-        self.steps = self.since = 0
-        self.counting = False
+        self.steps = 0
+        self.answer: Callable[[Ask], Answer] = unanswered
         self.loaded: list[int] = []  # numbers of what requests need
         self.dropped: list[int] = []
 
@@ -108,10 +109,8 @@ class FakeExecutor:
                     await self.restarted.wait()
                 self.device, self.lost = FakeDevice(), False
                 await self.scheduler.send(self.ready)
-            elif isinstance(message, Profile) and not self.lost:
-                await self.scheduler.send(Profiled(message.number, message.folder))
-            elif isinstance(message, CountExperts) and not self.lost:
-                await self.scheduler.send(self.count(message))
+            elif isinstance(message, Ask) and not self.lost:
+                await self.scheduler.send(self.answer(message))
             elif isinstance(message, Load):
                 self.loaded.append(message.number)
                 await self.scheduler.send(Loaded(message.kind, message.number))
@@ -123,14 +122,11 @@ class FakeExecutor:
                 if not self.lost:
                     await self.scheduler.send(replace(self.device.step(message), seconds=self.seconds))
 
-    def count(self, message: CountExperts) -> ExpertCounts:
-        """Of layers 1 and 3 with three experts each: how many steps there were since the start, and made-up numbers."""
-        if message.action == "start":
-            self.since = self.steps
-        self.counting = message.action == "start" or (self.counting and message.action != "stop")
-        counts = array("q", [self.steps - self.since, 1, 2, 3, 4, 5])
-        return ExpertCounts(message.number, self.counting, (1, 3), counts.tobytes())
-
     async def lose(self, cause: str) -> None:
         self.lost = True
         await self.scheduler.send(WorkerLost(cause))
+
+
+def unanswered(ask: Ask) -> Answer:
+    """What a fake device says to a question, unless a test lets it answer."""
+    return Answer(ask.number, cause="a fake device answers no questions")

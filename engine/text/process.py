@@ -17,11 +17,13 @@ import msgspec
 
 from engine.actors.tokenizer import Admission
 from engine.errors import EngineError, RequestError
+from engine.grammars.engines import grammar_engines
 from engine.logs import set_up_logging
 from engine.messages import ToTextProcess
 from engine.messages.control import Fatal
 from engine.messages.reply import Failed
 from engine.messages.text import Retired, TextAnswer, TextBoot, TextJob, TextWork
+from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins
 from engine.runtime.channel import BlockingFrames
 from engine.text.fallback import text_of
@@ -64,10 +66,10 @@ def main(descriptor: int) -> None:
 
 def _load(boot: TextBoot) -> Admission:
     plugins = Plugins.load(boot.config.model.plugins)
-    checkpoint = plugins.open_checkpoint(boot.config.model.model)
+    checkpoint = open_checkpoint(plugins, boot.config.model.model)
     text = text_of(plugins, checkpoint, boot.config, boot.template)
     log.debug("text process ready")
-    return Admission(text, bool(plugins.grammar_engines()))
+    return Admission(text, bool(grammar_engines(plugins)))
 
 
 def unpacked(work: TextWork) -> TextJob:

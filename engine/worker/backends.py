@@ -10,6 +10,7 @@ from engine.layers.build import Scheme
 from engine.layers.latent import LatentShape
 from engine.plugin.registry import Plugins, resolve
 from engine.plugin.terms import Terms
+from engine.worker.choices import attention_after, attention_for, quantization_for
 
 logger = logging.getLogger("engine.worker")
 
@@ -25,8 +26,8 @@ class Backends:
     def build(self, shape: Any, *arguments: Any) -> Backend:
         """As the backend's constructor; `shape` says which kind is wanted. Raises the last one's ConfigError."""
         latent = isinstance(shape, LatentShape)
-        first, reason = self._plugins.attention_for(self._device, latent)
-        entries = [first, *self._plugins.attention_after(first, self._device, latent)]
+        first, reason = attention_for(self._plugins, self._device, latent)
+        entries = [first, *attention_after(self._plugins, first, self._device, latent)]
         for entry in entries:
             try:
                 backend: Backend = resolve(entry.target)(shape, *arguments)
@@ -46,7 +47,7 @@ def quantization(plugins: Plugins, terms: Mapping[str, Any]) -> Scheme | None:
     """How the matrices of a checkpoint with these `terms` of config.json are stored; None: in the activations' type."""
     terms = Terms.of(terms)
     config = terms.section("quantization_config") if terms.get("quantization_config") is not None else None
-    found = plugins.quantization_for(None if config is None else config.word("quant_method"))
+    found = quantization_for(plugins, None if config is None else config.word("quant_method"))
     if found is None:
         return None
     entry, reason = found

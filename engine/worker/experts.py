@@ -8,9 +8,10 @@ import re
 
 import torch
 
+from engine.errors import RequestError
 from engine.layers.model import Model
 from engine.layers.moe import Router
-from engine.messages.control import CountExperts, ExpertCounts
+from engine.messages.questions import CountAction, ExpertCounts
 
 NONE = "the model has no experts to choose from; ask a server with a mixture of experts"
 
@@ -21,21 +22,21 @@ def routers_of(model: Model) -> dict[str, Router]:
 
 
 @torch.inference_mode()
-def count_experts(model: Model, message: CountExperts) -> ExpertCounts:
-    """Does what `message` says, and tells the counts."""
+def count_experts(model: Model, action: CountAction) -> ExpertCounts:
+    """Does `action`, and tells the counts. Raises RequestError for a model without experts."""
     routers = routers_of(model)
     if not routers:
-        return ExpertCounts(message.number, cause=NONE)
+        raise RequestError(NONE)
     recorders = [router.recorder for router in routers.values()]
-    if message.action == "start":
+    if action == "start":
         for recorder in recorders:
             recorder.counts.zero_()
-    if message.action != "look":
+    if action != "look":
         for recorder in recorders:
-            recorder.on.fill_(message.action == "start")
+            recorder.on.fill_(action == "start")
     counts = torch.stack([recorder.counts for recorder in recorders]).cpu()
     counting = bool(recorders[0].on.item())
-    return ExpertCounts(message.number, counting, _layers(list(routers)), counts.numpy().astype("<i8").tobytes())
+    return ExpertCounts(counting, _layers(list(routers)), counts.numpy().astype("<i8").tobytes())
 
 
 def _layers(paths: list[str]) -> tuple[int, ...]:

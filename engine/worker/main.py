@@ -20,17 +20,19 @@ from engine.layers.build import Build
 from engine.layers.model import Model
 from engine.messages import ToWorker
 from engine.messages.assets import Drop, Load
-from engine.messages.control import Boot, CountExperts, Ping, Pong, Profile, WorkerReady
+from engine.messages.control import Ask, Boot, Ping, Pong, WorkerReady
 from engine.messages.step import VECTOR, StepPlan
 from engine.parallel.mesh import Mesh
+from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins, resolve
 from engine.plugin.terms import LONGEST, Terms
 from engine.runtime.channel import BlockingFrames
 from engine.worker.backends import Backends, quantization
+from engine.worker.choices import model_for
 from engine.worker.compiles import tell_of_compiles
-from engine.worker.experts import count_experts
 from engine.worker.memory import allocate, choose_max_model_len, count_pages
 from engine.worker.profiling import StepProfiler
+from engine.worker.questions import Questions
 from engine.worker.runner import Runner
 from engine.worker.sampling.grammars import begin_grammars
 from engine.worker.steps.results import Step
@@ -66,6 +68,7 @@ def serve(frames: BlockingFrames[ToWorker], runner: Runner) -> None:
     """
     in_flight: deque[Step] = deque()
     profiler = StepProfiler(runner.device)
+    questions = Questions(runner, profiler, lambda: len(in_flight))
 
     def finish_first() -> None:
         with profiler.finishing():
@@ -90,10 +93,8 @@ def serve(frames: BlockingFrames[ToWorker], runner: Runner) -> None:
                 runner.loaders[message.kind].load(message, frames.send)
             case Drop():
                 runner.loaders[message.kind].drop(message.number)
-            case Profile():
-                frames.send(profiler.answer(message, len(in_flight)))
-            case CountExperts():
-                frames.send(count_experts(runner.model, message))
+            case Ask():
+                frames.send(questions.answer(message))
             case Ping():
                 frames.send(Pong())
             case None:
@@ -111,7 +112,7 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
     torch.set_num_threads(config.process.threads or physical_cores())
     with _timed(phases, "checkpoint"):
         plugins = Plugins.load(config.model.plugins)
-        checkpoint = plugins.open_checkpoint(config.model.model)
+        checkpoint = open_checkpoint(plugins, config.model.model)
         terms = Terms(checkpoint.config())
         tensors = checked_tensors(checkpoint, terms) if config.model.load == "auto" else []
         backends = Backends(plugins, device.type)
@@ -189,7 +190,7 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
 
 def make_model(plugins: Plugins, terms: Terms, build: Build) -> Model:
     """The model that config.json names, its weights not filled. ConfigError for what its plugin misses there."""
-    entry = plugins.model_for(terms.words("architectures"))
+    entry = model_for(plugins, terms.words("architectures"))
     model_class = resolve(entry.target)
     try:
         model: Model = model_class(terms, build).eval()

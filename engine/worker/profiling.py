@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from engine.messages.control import Profile, Profiled
+from engine.errors import RequestError
+from engine.messages.questions import Profile
 from engine.messages.step import StepPlan
 
 log = logging.getLogger("engine.worker")
@@ -30,29 +31,31 @@ class StepProfiler:
         self._left = 0  # steps to be finished, those in flight at the start among them
         self._written = ""  # the last trace, until a Profile has been told of it
 
-    def answer(self, message: Profile, in_flight: int) -> Profiled:
-        """Begins or ends a trace, as `message` says; `in_flight` steps have been launched before."""
-        if not message.folder:
+    def answer(self, asked: Profile, in_flight: int) -> str:
+        """Begins or ends a trace, as `asked`, and tells its path; `in_flight` steps have been launched before.
+
+        Raises RequestError for what cannot begin or end."""
+        if not asked.folder:
             if self._profile is not None:
                 self._end()
             path, self._written = self._written, ""
-            cause = "" if path else "no profile is running; POST /start_profile begins one"
-            return Profiled(message.number, path, cause)
+            if not path:
+                raise RequestError("no profile is running; POST /start_profile begins one")
+            return path
         if self._profile is not None:
-            cause = f"a profile is running already, for {self._path}; POST /stop_profile ends it"
-            return Profiled(message.number, cause=cause)
-        folder = Path(message.folder)
+            raise RequestError(f"a profile is running already, for {self._path}; POST /stop_profile ends it")
+        folder = Path(asked.folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._path = folder / f"steps-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}.trace.json.gz"
             self._path.touch(exist_ok=False)
         except OSError as error:
-            return Profiled(message.number, cause=f"{folder} cannot be written to: {error.strerror}; say another")
-        self._left = in_flight + message.steps
+            raise RequestError(f"{folder} cannot be written to: {error.strerror}; say another") from error
+        self._left = in_flight + asked.steps
         self._profile = profile(activities=self._activities)
         self._profile.start()
-        log.info("tracing %d steps for %s", message.steps, self._path)
-        return Profiled(message.number, str(self._path))
+        log.info("tracing %d steps for %s", asked.steps, self._path)
+        return str(self._path)
 
     @contextmanager
     def launching(self, plan: StepPlan) -> Iterator[None]:

@@ -3,6 +3,8 @@
 from engine.plugin import hookimpl
 from engine.plugin.hookspecs import Register
 
+API = 1
+
 
 @hookimpl
 def register_grammars(register: Register) -> None:

@@ -66,6 +66,8 @@ REASONING: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ),
 )
 
+API = 1
+
 
 @hookimpl
 def register_parsers(register: Register) -> None:

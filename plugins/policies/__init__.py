@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 from engine.plugin import hookimpl
 
+API = 1
+
 
 @hookimpl
 def register_policies(register: Callable[..., None]) -> None:

@@ -1,7 +1,8 @@
 """Two orders of the waiting queue. The scheduler itself puts higher priority first, before either."""
 
 from collections.abc import Sequence
-from typing import Any
+
+from engine.plugin import Waiting
 
 
 class FirstComeFirstServed:
@@ -9,7 +10,7 @@ class FirstComeFirstServed:
 
     needs_match = False
 
-    def order(self, waiting: Sequence[Any], matched: Sequence[int]) -> list[int]:
+    def order(self, waiting: Sequence[Waiting], matched: Sequence[int]) -> list[int]:
         return list(range(len(waiting)))
 
 
@@ -20,5 +21,5 @@ class LongestPrefixMatch:
 
     needs_match = True
 
-    def order(self, waiting: Sequence[Any], matched: Sequence[int]) -> list[int]:
+    def order(self, waiting: Sequence[Waiting], matched: Sequence[int]) -> list[int]:
         return sorted(range(len(waiting)), key=lambda index: -matched[index])

@@ -13,7 +13,7 @@ from engine.worker.steps.batch import build_batch
 from engine.worker.steps.rows import Rows
 from engine_plugins.attention.torch.mha import TorchAttention
 
-ON_CPU = [entry for entry in Plugins.load().attention.values() if "cpu" in entry.devices]
+ON_CPU = [entry for entry in Plugins.load().entries("attention").values() if "cpu" in entry.devices]
 
 
 @pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)

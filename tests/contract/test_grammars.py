@@ -8,8 +8,8 @@ import pytest
 
 from engine.errors import RequestError
 from engine.messages.request import Grammar, GrammarKind
+from engine.plugin.hookspecs import GrammarEntry
 from engine.plugin.registry import Plugins, resolve
-from engine.plugin.specs import GrammarEntry
 from engine.plugin.testing import (
     GRAMMAR_CASES,
     INVALID,
@@ -25,7 +25,7 @@ ENTRIES = [
     pytest.param(
         entry, id=entry.name, marks=pytest.mark.skipif(importlib.util.find_spec(entry.package) is None, reason="")
     )
-    for entry in Plugins.load().grammars.values()
+    for entry in Plugins.load().entries("grammars").values()
 ]
 
 
@@ -71,7 +71,7 @@ ODD = '\x00\t\x7f\x85\u2028é"\\'  # characters that Lark takes in no literal as
 def test_a_literal_may_hold_any_character(kind: GrammarKind, source: str) -> None:
     pytest.importorskip("llguidance")
     case = GrammarCase(kind=kind, source=source, right=(ODD,), wrong=("", ODD[:-1], ODD.replace("\x85", "\x86")))
-    assert check_grammar(resolve(Plugins.load().grammars["llguidance"].target), case)
+    assert check_grammar(resolve(Plugins.load().entries("grammars")["llguidance"].target), case)
 
 
 EBNF: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
@@ -105,14 +105,14 @@ def test_what_escapes_of_gbnf_mean(
     if kind == "structural_tag":
         source = json.dumps({"type": "structural_tag", "format": {"type": "grammar", "grammar": source}})
     case = GrammarCase(kind=kind, source=source, right=right, wrong=("", *wrong))
-    assert check_grammar(resolve(Plugins.load().grammars["llguidance"].target), case)
+    assert check_grammar(resolve(Plugins.load().entries("grammars")["llguidance"].target), case)
 
 
 @pytest.mark.parametrize(
     "rule", [r'"\q"', r'"\u12"', r'"\ud800"', r'"\U00110000"', r"[\q]", r"[\ud83d-\ude00]", r'"\xg1"']
 )
 def test_an_escape_of_gbnf_that_is_none_is_refused(rule: str) -> None:
-    engine = resolve(Plugins.load().grammars["llguidance"].target)(vocabulary(), threads=1, whitespace=True)
+    engine = resolve(Plugins.load().entries("grammars")["llguidance"].target)(vocabulary(), threads=1, whitespace=True)
     with pytest.raises(RequestError, match="llguidance does not take the ebnf"):
         engine.compile(Grammar("ebnf", f"root ::= {rule}"))
 
@@ -136,7 +136,7 @@ LARK: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
 def test_a_schema_within_lark_is_held_to_as_alone(source: str, right: tuple[str, ...], wrong: tuple[str, ...]) -> None:
     pytest.importorskip("llguidance")
     case = GrammarCase(kind="lark", source=source, right=right, wrong=wrong)
-    assert check_grammar(resolve(Plugins.load().grammars["llguidance"].target), case)
+    assert check_grammar(resolve(Plugins.load().entries("grammars")["llguidance"].target), case)
 
 
 def test_an_ambiguous_grammar_is_given_up_before_it_holds_up_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def test_an_ambiguous_grammar_is_given_up_before_it_holds_up_others(monkeypatch:
     module = pytest.importorskip("engine_plugins.grammars.llguidance.engine")
     monkeypatch.setattr(module, "MOST_ITEMS", 100)
     words = vocabulary()
-    made = resolve(Plugins.load().grammars["llguidance"].target)(words, threads=1, whitespace=True)
+    made = resolve(Plugins.load().entries("grammars")["llguidance"].target)(words, threads=1, whitespace=True)
     masks = np.zeros((1, -(-len(words.tokens) // 32)), np.int32)
     matcher = made.compile(Grammar("lark", "start: s\ns: s s | s s s | /[a-z ]/ | /[ -~]/")).matcher()
     for _ in range(40):

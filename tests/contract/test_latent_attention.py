@@ -10,7 +10,7 @@ from engine.plugin.registry import Plugins, resolve
 from engine.plugin.testing import LATENT_CASES, LatentCase, check_latent_attention
 from engine_plugins.attention.torch.mla import TorchLatentAttention
 
-ON_CPU = [entry for entry in Plugins.load().latent_attention.values() if "cpu" in entry.devices]
+ON_CPU = [entry for entry in Plugins.load().entries("latent_attention").values() if "cpu" in entry.devices]
 FP8 = torch.float8_e4m3fn
 
 

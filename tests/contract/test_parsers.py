@@ -13,7 +13,7 @@ from engine.plugin.registry import Plugins, resolve
 from engine.plugin.testing import check_any_split, check_reasoning_parser, check_tool_parser
 from engine.testing.parsers import parsed
 
-ENTRIES = Plugins.load().parsers
+ENTRIES = Plugins.load().entries("parsers")
 TOOLS = [name for name, entry in ENTRIES.items() if entry.kind == "tool"]
 REASONING = [name for name, entry in ENTRIES.items() if entry.kind == "reasoning"]
 NAMES = ["f", "get-weather"]

@@ -17,7 +17,7 @@ OURS = ("no_forcing", "x-guidance", "whitespace_pattern", "coerce_one_of", "leni
 @pytest.fixture(scope="module")
 def engine() -> GrammarEngine:
     pytest.importorskip("llguidance")
-    made: GrammarEngine = resolve(Plugins.load().grammars["llguidance"].target)(
+    made: GrammarEngine = resolve(Plugins.load().entries("grammars")["llguidance"].target)(
         vocabulary(), threads=1, whitespace=True
     )
     return made
@@ -182,7 +182,7 @@ def test_of_a_structural_tag(engine: GrammarEngine, format: dict[str, Any], what
 
 def test_xgrammar_holds_to_the_schemas_in_a_structural_tag_as_well() -> None:
     pytest.importorskip("xgrammar")
-    made = resolve(Plugins.load().grammars["xgrammar"].target)(vocabulary(), threads=1, whitespace=True)
+    made = resolve(Plugins.load().entries("grammars")["xgrammar"].target)(vocabulary(), threads=1, whitespace=True)
     for schema in ({"type": "string", "not": {"const": "a"}}, {"properties": {"a": {"const": 2**64}}}):
         content = {"type": "or", "elements": [{"type": "json_schema", "json_schema": schema}, CONST]}
         tag = {"type": "tag", "begin": "<a>", "content": content, "end": "</a>"}

@@ -136,7 +136,7 @@ def test_numbers_that_a_double_does_not_tell_apart_are_refused_or_exact(number: 
 def test_a_number_of_64_bits_is_offered_to_the_next_engine() -> None:
     for name in ENGINES:
         pytest.importorskip(name)
-    entries = [Plugins.load().grammars[name] for name in ENGINES]
+    entries = [Plugins.load().entries("grammars")[name] for name in ENGINES]
     engines = Engines(entries, suite.WORDS, threads=1, whitespace=True)
     for name in ENGINES:
         engines.named(name)

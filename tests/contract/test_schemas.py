@@ -79,7 +79,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 def engine(name: str) -> GrammarEngine:
     pytest.importorskip(name)
-    made: GrammarEngine = resolve(Plugins.load().grammars[name].target)(WORDS, threads=1, whitespace=True)
+    made: GrammarEngine = resolve(Plugins.load().entries("grammars")[name].target)(WORDS, threads=1, whitespace=True)
     return made
 
 

@@ -23,6 +23,7 @@ from engine.config import resolve
 from engine.errors import ConfigError, EngineError
 from engine.layers import Model
 from engine.messages.control import Boot, WorkerReady
+from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins
 from engine.worker.main import start
 
@@ -217,7 +218,7 @@ def test_end_tokens_that_the_model_does_not_have_end_nothing(folders: dict[str, 
 @pytest.mark.parametrize("path", ["a" * 5000, "a/" * 3000, "/dev/null/a.gguf", "/proc/self/mem.gguf"], ids=len)
 def test_a_path_that_the_system_refuses_is_named(path: str) -> None:
     with pytest.raises(ConfigError, match=r"--model|there is no file"):
-        Plugins.load().open_checkpoint(path)
+        open_checkpoint(Plugins.load(), path)
 
 
 def test_a_server_that_cannot_start_says_one_line_and_fails(folders: dict[str, Path], tmp_path: Path) -> None:

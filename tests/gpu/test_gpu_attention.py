@@ -25,13 +25,13 @@ from engine.worker.steps.rows import Rows
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 TOLERANCES = {torch.float32: 5e-5, torch.float16: 4e-3, torch.bfloat16: 2.5e-2}
 FP8 = torch.float8_e4m3fn
-BACKENDS = [entry.name for entry in Plugins.load().attention.values() if "cuda" in entry.devices]
+BACKENDS = [entry.name for entry in Plugins.load().entries("attention").values() if "cuda" in entry.devices]
 DEVICE = torch.device("cuda")
 
 
 @functools.cache
 def backend_class(name: str) -> type[AttentionBackend]:
-    return resolve(Plugins.load().attention[name].target)
+    return resolve(Plugins.load().entries("attention")[name].target)
 
 
 def build(name: str, shape: AttentionShape, page_size: int, dtype: torch.dtype) -> AttentionBackend:

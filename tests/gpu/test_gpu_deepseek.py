@@ -30,7 +30,7 @@ CONFIG: dict[str, Any] = {
     "n_group": 4, "topk_group": 4, "norm_topk_prob": True, "routed_scaling_factor": 1.0, "rms_norm_eps": 1e-6,
     "max_position_embeddings": 1024, "rope_theta": 10000.0, "hidden_act": "silu",
 }  # fmt: skip
-BACKENDS = [entry.name for entry in Plugins.load().latent_attention.values() if "cuda" in entry.devices]
+BACKENDS = [entry.name for entry in Plugins.load().entries("latent_attention").values() if "cuda" in entry.devices]
 LENGTH = 1024
 LIMIT = 0.04  # of the logits' deviation, on average: a chosen expert may differ where two are about as good
 
@@ -69,7 +69,7 @@ class Harness(ModelHarness):
 
 
 def harness(name: str, tensors: dict[str, Tensor], **attributes: Any) -> ModelHarness:
-    backend = type("Changed", (resolve(Plugins.load().latent_attention[name].target),), attributes)
+    backend = type("Changed", (resolve(Plugins.load().entries("latent_attention")[name].target),), attributes)
     try:
         return Harness(
             Deepseek, CONFIG, tensors, attention=backend, device="cuda", dtype=torch.bfloat16, max_model_len=LENGTH

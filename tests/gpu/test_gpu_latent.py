@@ -24,14 +24,14 @@ from engine.plugin.testing import LATENT_CASES, LatentCase, check_latent_attenti
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 TOLERANCES = {torch.float32: 5e-5, torch.float16: 8e-3, torch.bfloat16: 4e-2}
 FP8 = torch.float8_e4m3fn
-BACKENDS = [entry.name for entry in Plugins.load().latent_attention.values() if "cuda" in entry.devices]
+BACKENDS = [entry.name for entry in Plugins.load().entries("latent_attention").values() if "cuda" in entry.devices]
 DEVICE = torch.device("cuda")
 DEEPSEEK = (512, 64, 128, 128)
 
 
 @functools.cache
 def backend_class(name: str) -> type[LatentBackend]:
-    return resolve(Plugins.load().latent_attention[name].target)
+    return resolve(Plugins.load().entries("latent_attention")[name].target)
 
 
 def build(name: str, shape: LatentShape, page_size: int, dtype: torch.dtype, **attributes: Any) -> LatentBackend:

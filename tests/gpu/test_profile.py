@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engine import AsyncEngine, SamplingParams
+from engine.messages.questions import Profile
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 TERMS = {
@@ -30,11 +31,10 @@ def test_a_trace_has_steps_and_kernels(tmp_path: Path) -> None:
     async def traced() -> str:
         async with AsyncEngine(model=str(tmp_path), load="dummy", device="cuda", kv_tokens=4096) as engine:
             await engine.front.ready()
-            begun = await engine.front.profile(str(tmp_path / "traces"), 8)
-            assert not begun.cause
+            await engine.front.ask(Profile(str(tmp_path / "traces"), 8))
             params = SamplingParams(temperature=0.5, max_tokens=20, ignore_eos=True)
             await engine.generate([[1, 2, 3], [4, 5]], params)
-            return (await engine.front.profile("", 0)).path
+            return await engine.front.ask(Profile())
 
     with gzip.open(anyio.run(traced)) as file:
         events = json.load(file)["traceEvents"]

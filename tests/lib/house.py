@@ -1,17 +1,20 @@
 """A whole engine without a device: the real actors around a FakeExecutor and the echo model's text."""
 
+from array import array
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import anyio
+import msgspec
 
 from engine.actors.compiler import CompilerActor
 from engine.actors.scheduler import Maker, SchedulerActor
 from engine.config import Config, resolve
 from engine.messages import FromFront, ToFront
-from engine.messages.control import WorkerReady
+from engine.messages.control import Answer, Ask, WorkerReady
 from engine.messages.grammars import GRAMMAR
+from engine.messages.questions import CountExperts, Echo, ExpertCounts, Profile
 from engine.messages.request import Generate, SamplingParams
 from engine.plugin.registry import Plugins
 from engine.runtime.actor import Actor
@@ -19,6 +22,7 @@ from engine.runtime.channel import Outbox, channel, open_channel
 from engine.runtime.front import Front
 from engine.runtime.launch import open_front
 from engine.runtime.process import Start
+from engine.sched.policies import make_policy
 from engine.testing.fake import FakeExecutor
 
 GREEDY = {"temperature": 0.0}
@@ -31,6 +35,31 @@ def prompt(text: str, rid: str = "r", **params: Any) -> Generate:
 def counted(start: str, count: int) -> str:
     """What the echo model says after a prompt that ends in `start`."""
     return bytes((ord(start) + 1 + index) % 256 for index in range(count)).decode(errors="replace")
+
+
+class Answers:
+    """What the fake device answers: where a trace would be, and made-up counts of layers 1 and 3 with three experts
+    each. The first of the counts is how many steps there were since the start."""
+
+    def __init__(self, executor: FakeExecutor) -> None:
+        self.executor = executor
+        self.since = 0
+        self.counting = False
+
+    def __call__(self, ask: Ask) -> Answer:
+        value: Any
+        match msgspec.msgpack.decode(ask.question, type=Profile | CountExperts | Echo):
+            case Profile(folder):
+                value = folder
+            case Echo(value):
+                pass
+            case CountExperts(action):
+                if action == "start":
+                    self.since = self.executor.steps
+                self.counting = action == "start" or (self.counting and action != "stop")
+                counts = array("q", [self.executor.steps - self.since, 1, 2, 3, 4, 5])
+                value = ExpertCounts(self.counting, (1, 3), counts.tobytes())
+        return Answer(ask.number, msgspec.msgpack.encode(value))
 
 
 class House:
@@ -75,7 +104,7 @@ async def open_house(
         to_scheduler, scheduler_inbox = open_channel()
         to_executor, executor_inbox = channel(4)
         to_compiler, compiler_inbox = open_channel()
-        policy = Plugins.load(()).policy(config.schedule.policy)
+        policy = make_policy(Plugins.load(()), config.schedule.policy)
         size = config.cache.page_size
         slots, step_tokens = config.schedule.max_running, config.schedule.max_step_tokens
         held, longest = 0 if embedding_size else pages, pages * size
@@ -83,6 +112,7 @@ async def open_house(
         makers = {GRAMMAR: Maker(to_compiler, kept=config.grammar.grammar_cache)}
         house.scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, makers, front)
         house.executor = FakeExecutor(ready, executor_inbox, to_scheduler, seconds)
+        house.executor.answer = Answers(house.executor)
         started = {"start": compiler} if compiler else {}
         house.compiler = CompilerActor(config, compiler_inbox, to_scheduler, **started)
         return [house.scheduler, house.executor, house.compiler], to_scheduler

@@ -15,6 +15,7 @@ from engine.messages.control import Flushed, Stats, WorkerReady
 from engine.messages.reply import Chunk
 from engine.messages.request import Generate
 from engine.messages.text import TextAnswer, TextJob
+from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins, resolve
 from engine.runtime.front import Health
 from engine.text.jobs import perform
@@ -42,8 +43,8 @@ def chunks(
 def text_of(template: str | None, tool: str | None = None, reasoning: str | None = None) -> Text:
     """The echo model's text with another chat template, and with parsers by name."""
     plugins = Plugins.load()
-    targets = [None if name is None else resolve(plugins.parsers[name].target) for name in (tool, reasoning)]
-    spec = plugins.open_checkpoint("echo").text()
+    targets = [None if name is None else resolve(plugins.entries("parsers")[name].target) for name in (tool, reasoning)]
+    spec = open_checkpoint(plugins, "echo").text()
     return Text(spec, template, Parsers(*targets))
 
 
@@ -75,7 +76,6 @@ class FakeFront:
         self.stats = Stats("ready")
         self.on_stats: list[Callable[[Stats], None]] = []
         self.state = Health("ready")
-        self.experts = None
         self.script = list(script or chunks("Hello", ", ", "world"))
         self.hangs = hangs  # after its script, before the end
         self.pause = pause  # seconds before each item of it
@@ -120,7 +120,7 @@ class FakeFront:
         return len(self.open)
 
     async def flush(self) -> Flushed:
-        return Flushed(0, 12, 3)
+        return Flushed(12, 3)
 
 
 @asynccontextmanager

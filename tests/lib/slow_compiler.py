@@ -9,7 +9,8 @@ from engine.errors import RequestError
 from engine.grammars import compiler
 from engine.grammars.engines import Engines
 from engine.messages.request import Grammar
-from engine.plugin.specs import GrammarEntry, Vocabulary
+from engine.plugin.hookspecs import GrammarEntry
+from engine.plugin.specs import Vocabulary
 
 
 class Odd:

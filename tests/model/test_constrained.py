@@ -11,6 +11,7 @@ import pytest
 
 from engine import Engine, Reply, RequestError, SamplingParams
 from engine.conversation.parts import read_messages
+from engine.plugin.checkpoints import open_checkpoint
 from engine.text.tokenizer import Text
 
 pytest.importorskip("llguidance")
@@ -148,7 +149,7 @@ def test_the_vocabulary_is_what_the_tokenizer_says(engine: Engine) -> None:
     from engine.grammars.vocabulary import read_vocabulary
     from engine.plugin.registry import Plugins
 
-    checkpoint = Plugins.load().open_checkpoint("smollm2-135m")
+    checkpoint = open_checkpoint(Plugins.load(), "smollm2-135m")
     words = read_vocabulary(checkpoint, Config(), 49152)
     text = Text(checkpoint.text())
     ids = text.encode('{"name": "Zoë 日本"}\n')

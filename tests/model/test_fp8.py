@@ -18,6 +18,7 @@ from engine.kernels import choose
 from engine.kernels.fp8.reference import E4M3, dequantize, quantize_blocks, quantize_rows
 from engine.layers import Build, ColumnLinear, Experts
 from engine.layers.linear import Linear
+from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins
 from engine.plugin.testing import MODEL_SCENARIOS, ModelHarness, check_model
 from engine.worker.backends import quantization
@@ -148,7 +149,7 @@ def test_a_directory_in_the_hugging_face_layout(tmp_path, caplog):
     (tmp_path / "config.json").write_text(json.dumps(described_as))
     save_file(quantized(tensors, "blocks", "weight_scale_inv"), tmp_path / "model.safetensors")
     plugins = Plugins.load()
-    checkpoint = plugins.open_checkpoint(str(tmp_path))
+    checkpoint = open_checkpoint(plugins, str(tmp_path))
     terms = checkpoint.config()
     scheme = quantization(plugins, terms)
     assert isinstance(scheme, Fp8) and "quantization fp8 (the checkpoint's quant_method is fp8)" in caplog.text

@@ -11,6 +11,7 @@ from oracle import tiny_model
 from engine.errors import ConfigError
 from engine.plugin.registry import Plugins, resolve
 from engine.plugin.testing import check_model
+from engine.worker.choices import model_for
 from engine_plugins.checkpoints.gguf.checkpoint import GGUFCheckpoint
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -129,7 +130,7 @@ def load(path):
     """(model class, config.json's terms, weights) of a GGUF."""
     checkpoint = GGUFCheckpoint.open(str(path))
     config = checkpoint.config()
-    entry = Plugins.load().model_for(config["architectures"])
+    entry = model_for(Plugins.load(), config["architectures"])
     return resolve(entry.target), config, dict(checkpoint.tensors())
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.layers.attention import PagedAttention, Prefix
 from engine.layers.batch import Batch, Mirror
-from engine.messages.control import CountAction, CountExperts
+from engine.messages.questions import CountAction
 from engine.messages.step import STEPS_IN_FLIGHT
 from engine.plugin.testing import ModelHarness
 from engine.worker.experts import count_experts, routers_of
@@ -273,7 +273,7 @@ def test_padding_chooses_no_experts(harness: ModelHarness) -> None:
     model = harness.runner.model
 
     def chosen(action: CountAction) -> list[int]:
-        counts = count_experts(model, CountExperts(0, action)).counts
+        counts = count_experts(model, action).counts
         return np.frombuffer(counts, "<i8").reshape(3, 8).sum(axis=1).tolist()
 
     decode, prompts = DecodeGraphs(tables(harness)), PromptGraphs(tables(harness), 5, FEW_ROWS_TOKENS)

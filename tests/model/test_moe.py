@@ -5,7 +5,7 @@ import pytest
 import torch
 from oracle import tiny
 
-from engine.messages.control import CountExperts
+from engine.errors import RequestError
 from engine.plugin.testing import MODEL_SCENARIOS, ModelHarness, check_model
 from engine.worker.experts import count_experts
 from engine.worker.weights import fill_at_random
@@ -59,8 +59,8 @@ def test_choices_are_counted_while_they_are_asked_for():
     harness.runner.apply(harness.admit([list(range(20))]))
 
     def count(action):
-        counted = count_experts(model, CountExperts(7, action))
-        assert (counted.number, counted.layers, counted.cause) == (7, (0, 2), "")
+        counted = count_experts(model, action)
+        assert counted.layers == (0, 2)
         return counted.counting, np.frombuffer(counted.counts, "<i8").reshape(2, 8)
 
     harness.logits([(0, 0, 4)])
@@ -84,10 +84,10 @@ def test_dummy_weights_with_ties_choose_the_same_experts_for_all_tokens():
     chosen = []
     for ties in (False, True):
         fill_at_random(model, ties)
-        count_experts(model, CountExperts(1, "start"))
+        count_experts(model, "start")
         harness.runner.apply(harness.admit([tokens]))
         harness.logits([(0, 0, len(tokens))])
-        counts = np.frombuffer(count_experts(model, CountExperts(1, "stop")).counts, "<i8").reshape(-1, 8)
+        counts = np.frombuffer(count_experts(model, "stop").counts, "<i8").reshape(-1, 8)
         chosen.append((counts > 0).sum(axis=1))
     even, tied = chosen
     assert (even > 3).all() and (tied == 3).all()
@@ -95,4 +95,5 @@ def test_dummy_weights_with_ties_choose_the_same_experts_for_all_tokens():
 
 def test_a_model_without_experts_says_so():
     model = ModelHarness(Llama, *tiny("Llama")[:2]).runner.model
-    assert "no experts" in count_experts(model, CountExperts(1, "start")).cause
+    with pytest.raises(RequestError, match="no experts"):
+        count_experts(model, "start")

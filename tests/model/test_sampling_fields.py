@@ -14,6 +14,7 @@ from engine.config import resolve
 from engine.messages.control import Boot
 from engine.messages.request import Sampling
 from engine.messages.step import SlotAdmit
+from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins
 from engine.testing.steps import step_plan
 from engine.text.tokenizer import Text
@@ -22,7 +23,7 @@ from engine.worker.steps.rows import Rows
 
 COUNTING = "1, 2, 3, 4, 5, 6, 7,"
 STORY = "Once upon a time, in a small village by the sea, there lived"
-TEXT = Text(Plugins.load(()).open_checkpoint("smollm2-135m").text())
+TEXT = Text(open_checkpoint(Plugins.load(()), "smollm2-135m").text())
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from engine.kernels.cpu.calls import kernels
 from engine.messages.control import Boot
 from engine.messages.request import Sampling
 from engine.messages.step import SlotAdmit
+from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins
 from engine.runtime.launch import open_front
 from engine.testing.steps import step_plan
@@ -101,7 +102,7 @@ def test_exact_ids_however_the_work_is_cut(options: dict[str, Any]) -> None:
 def test_first_step_logits() -> None:
     config = resolve({"model": "smollm2-135m", "max_model_len": 64})
     runner, ready = start(Boot(config), 0.0)
-    ids = Text(Plugins.load(()).open_checkpoint("smollm2-135m").text()).encode(FRANCE)
+    ids = Text(open_checkpoint(Plugins.load(()), "smollm2-135m").text()).encode(FRANCE)
     sampling = SlotAdmit(0, np.array(ids, "<i4").tobytes(), Sampling(0.0, 0, 1.0, 0.0, 0))
     runner.apply(step_plan(1, [], [sampling], [(0, 0, 3)]))
     with torch.inference_mode():

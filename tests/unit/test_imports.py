@@ -14,7 +14,7 @@ FILES = sorted(
     path.relative_to(ROOT).as_posix() for top in ("engine", "plugins") for path in (ROOT / top).rglob("*.py")
 )
 
-PLUGIN_FACE = {"engine.plugin", *(f"engine.plugin.{name}" for name in ("layers", "kernels", "collectives", "testing"))}
+PLUGIN_FACE = {"engine.plugin", *(f"engine.plugin.{name}" for name in ("layers", "kernels", "http", "testing"))}
 PLUGIN_FACE |= {"engine.plugin.hookspecs", "engine.plugin.specs", "engine.plugin.parsing"}
 TORCH_ROOMS = ("worker", "layers", "kernels", "parallel", "testing")
 TORCH_FOLDERS = (*(f"engine/{room}/" for room in TORCH_ROOMS), "plugins/")

@@ -15,9 +15,10 @@ from engine import __version__
 from engine.errors import RequestError
 from engine.http.admin import experts
 from engine.http.fields import Rule, unserved
+from engine.http.openapi import Route
 from engine.http.service import SERVICE
 from engine.http.wire import Body, Reply, json_response
-from engine.messages.control import Profiled
+from engine.messages.questions import Profile
 from engine.messages.request import Embed, Generate, Job, SamplingParams
 from engine.params.sampling import INT32_MAX, SamplingDefaults
 
@@ -178,7 +179,7 @@ def probe_of(*, makes_vectors: bool) -> Job:
 
 async def metrics(request: web.Request) -> web.Response:
     """Give all figures in the format of Prometheus."""
-    await experts.refresh(request.app[SERVICE].front)
+    await experts.refresh(request.app[SERVICE])
     body, content_type = request.app[SERVICE].metrics.page(request.headers.get("Accept", ""))
     return web.Response(body=body, headers={"Content-Type": content_type})
 
@@ -252,14 +253,15 @@ async def continue_generation(request: web.Request) -> web.Response:
 async def start_profile(request: web.Request, body: ProfileBody) -> web.Response:
     """Trace the next steps of the device worker into a file for chrome://tracing or Perfetto."""
     folder = profile_folder(request.app[SERVICE].options.profile_dir, body.output_dir)
-    profiled = await request.app[SERVICE].front.profile(str(folder), body.num_steps or MOST_PROFILED)
-    return _profile_reply(profiled, running=True)
+    path = await request.app[SERVICE].front.ask(Profile(str(folder), body.num_steps or MOST_PROFILED))
+    return json_response(ProfileReply(path, running=True))
 
 
 async def stop_profile(request: web.Request) -> web.Response:
     """End the trace that runs; the answer comes when the file is written. One that has ended by itself is named."""
     profile_folder(request.app[SERVICE].options.profile_dir, None)
-    return _profile_reply(await request.app[SERVICE].front.profile("", 0), running=False)
+    path = await request.app[SERVICE].front.ask(Profile())
+    return json_response(ProfileReply(path, running=False))
 
 
 def profile_folder(allowed: str | None, wanted: str | None) -> Path:
@@ -274,7 +276,24 @@ def profile_folder(allowed: str | None, wanted: str | None) -> Path:
     return folder
 
 
-def _profile_reply(profiled: Profiled, *, running: bool) -> web.Response:
-    if profiled.cause:
-        raise RequestError(profiled.cause)
-    return json_response(ProfileReply(profiled.path, running))
+ROUTES = (
+    Route("POST", "/abort_request", abort_request, takes=AbortBody, gives=AbortReply),
+    Route("POST", "/flush_cache", flush_cache, gives=FlushReply),
+    Route("POST", "/pause_generation", pause_generation, takes=PauseBody, gives=PauseReply),
+    Route("POST", "/continue_generation", continue_generation, gives=PauseReply),
+    Route("POST", "/start_profile", start_profile, takes=ProfileBody, gives=ProfileReply),
+    Route("POST", "/stop_profile", stop_profile, gives=ProfileReply),
+    # Probes and Prometheus carry no key.
+    Route("GET", "/health", health, gives=HealthReply, unready=HealthReply, open=True),
+    Route("GET", "/readyz", health, gives=HealthReply, unready=HealthReply, open=True),
+    Route("GET", "/ping", health, gives=HealthReply, unready=HealthReply, open=True),
+    Route("POST", "/ping", health, gives=HealthReply, unready=HealthReply, open=True),
+    Route("GET", "/livez", livez, gives=LiveReply, unready=LiveReply, open=True),
+    Route("GET", "/health_generate", health_generate, gives=ProbeReply, unready=HealthReply),
+    Route("GET", "/metrics", metrics, open=True, content="text/plain"),
+    Route("GET", "/version", version, gives=VersionReply),
+    Route("GET", "/server_info", server_info, gives=ServerInfo),
+    Route("GET", "/get_server_info", server_info, gives=ServerInfo),
+    Route("GET", "/model_info", model_info, gives=ModelInfo),
+    Route("GET", "/get_model_info", model_info, gives=ModelInfo),
+)

@@ -4,18 +4,15 @@ The counts are of layers and experts, enough for a heat map; /metrics has them t
 """
 
 from array import array
-from typing import TYPE_CHECKING
 
 import anyio
 from aiohttp import web
 
-from engine.errors import EngineError, RequestError
-from engine.http.service import SERVICE
+from engine.errors import EngineError
+from engine.http.openapi import Route
+from engine.http.service import SERVICE, Service
 from engine.http.wire import Reply, json_response
-from engine.messages.control import CountAction, ExpertCounts
-
-if TYPE_CHECKING:
-    from engine.runtime.front import Front
+from engine.messages.questions import CountAction, CountExperts, ExpertCounts
 
 SCRAPE_SECONDS = 2.0  # metrics do not wait longer for the device, and tell what was counted last
 
@@ -34,36 +31,44 @@ class DistributionReply(Reply, frozen=True):
 
 async def start(request: web.Request) -> web.Response:
     """Count from nothing on how many tokens choose each expert."""
-    return json_response(CountingReply((await _counts(request, "start")).counting))
+    return json_response(CountingReply((await _counts(request.app[SERVICE], "start")).counting))
 
 
 async def stop(request: web.Request) -> web.Response:
     """Count no more; what was counted can still be dumped."""
-    return json_response(CountingReply((await _counts(request, "stop")).counting))
+    return json_response(CountingReply((await _counts(request.app[SERVICE], "stop")).counting))
 
 
 async def dump(request: web.Request) -> web.Response:
     """Tell how many tokens chose each expert, by layer, since the start."""
-    counted = await _counts(request, "look")
+    counted = await _counts(request.app[SERVICE], "look")
     counts = array("q", counted.counts).tolist()
     each = len(counts) // len(counted.layers)
     rows = [counts[first : first + each] for first in range(0, len(counts), each)]
     return json_response(DistributionReply(counted.counting, counted.layers, rows))
 
 
-async def _counts(request: web.Request, action: CountAction) -> ExpertCounts:
-    counted = await request.app[SERVICE].front.count_experts(action)
-    if counted.cause:
-        raise RequestError(counted.cause)
+async def _counts(service: Service, action: CountAction) -> ExpertCounts:
+    """The counts after `action`, which /metrics shows from now on."""
+    service.metrics.experts.counted = counted = await service.front.ask(CountExperts(action))
     return counted
 
 
-async def refresh(front: "Front") -> None:
+async def refresh(service: Service) -> None:
     """Asks the device for what it has counted, if it counts."""
-    if front.experts is None or not front.experts.counting:
+    counted = service.metrics.experts.counted
+    if counted is None or not counted.counting:
         return
     with anyio.move_on_after(SCRAPE_SECONDS):
         try:
-            await front.count_experts("look")
+            await _counts(service, "look")
         except EngineError:  # it is going down: the page tells what was counted last
             return
+
+
+ROUTES = (
+    Route("POST", "/expert_distribution/start", start, gives=CountingReply),
+    Route("POST", "/expert_distribution/stop", stop, gives=CountingReply),
+    Route("GET", "/expert_distribution/dump", dump, gives=DistributionReply),
+    Route("POST", "/expert_distribution/dump", dump, gives=DistributionReply),
+)

@@ -16,10 +16,11 @@ from engine.conversation.calls import Tool
 from engine.conversation.parts import Call, Image, Message, Part, Result, Shown, Text, as_one, said
 from engine.conversation.reading import Wanted, reading_of
 from engine.errors import RequestError, Words
-from engine.http.anthropic.reply import AnthropicReply, failure_event
+from engine.http.anthropic.reply import EVENTS, AnthropicErrorReply, AnthropicReply, MessageReply, failure_event
 from engine.http.effort import with_effort
 from engine.http.fields import ECHO, LABEL, Only, Rule, hint, ignore, label, unserved
 from engine.http.native.tokenize import tokenized
+from engine.http.openapi import Route
 from engine.http.request_id import called
 from engine.http.service import SERVICE, sampling_of
 from engine.http.sse import WORDS, send_events
@@ -421,3 +422,25 @@ def wanted_of(body: CountBody) -> Wanted:
     modes: dict[str, Literal["none", "auto", "required"]] = {"none": "none", "auto": "auto"}
     mode = modes.get(choice.type, "required")
     return Wanted(checked(tools), mode, choice.name, not choice.disable_parallel_tool_use)
+
+
+ROUTES = (
+    Route(
+        "POST",
+        PREFIX,
+        messages,
+        takes=MessagesBody,
+        gives=MessageReply,
+        events=EVENTS,
+        done=False,
+        error=AnthropicErrorReply,
+    ),
+    Route(
+        "POST",
+        f"{PREFIX}/count_tokens",
+        count_tokens,
+        takes=CountBody,
+        gives=CountReply,
+        error=AnthropicErrorReply,
+    ),
+)

@@ -15,6 +15,7 @@ from msgspec import UNSET, Struct, UnsetType
 from engine.errors import RequestError, Words
 from engine.http.fields import Rule, unserved
 from engine.http.grammars import OWN_FIELDS, OwnGrammar
+from engine.http.openapi import ErrorReply, Route
 from engine.http.request_id import check_id
 from engine.http.service import answer, check_choices, pack_ids, salt_of, sampled, told_apart
 from engine.http.sse import DONE, WORDS
@@ -326,3 +327,15 @@ def finished(chunk: Chunk) -> Stopped | TooLong | Aborted | None:
             return TooLong(chunk.completion_tokens)
         case "abort":
             return Aborted()
+
+
+ROUTES = (
+    Route(
+        "POST",
+        "/generate",
+        generate,
+        takes=GenerateBody,
+        gives=GenerateReply | list[GenerateReply],
+        events=(GenerateReply, ErrorReply),
+    ),
+)

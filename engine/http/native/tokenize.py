@@ -13,6 +13,7 @@ from aiohttp import web
 
 from engine.errors import RequestError, Words
 from engine.http.openai.chat import ChatMessage, ToolBody, messages_of, template_options, tools_of
+from engine.http.openapi import Route
 from engine.http.service import SERVICE, Service
 from engine.http.sse import WORDS
 from engine.http.tools import FEW_MESSAGES, FEW_TOOLS
@@ -147,3 +148,10 @@ def texts_of(service: Service) -> "TextPool":
 def _too_many(what: str, most: int, param: str) -> RequestError:
     message = f"{what}, and at most {most} are taken; send them in parts"
     return RequestError(message, param=param, code="context_length_exceeded")
+
+
+ROUTES = (
+    Route("POST", "/tokenize", tokenize, takes=TokenizeBody, gives=TokenizeReply),
+    Route("POST", "/detokenize", detokenize, takes=DetokenizeBody, gives=DetokenizeReply),
+    Route("GET", "/tokenizer_info", tokenizer_info, gives=TokenizerInfo),
+)

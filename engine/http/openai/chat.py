@@ -18,7 +18,8 @@ from engine.http.effort import with_effort
 from engine.http.fields import ECHO, LABEL, Rule, hint, ignore, label, unserved
 from engine.http.grammars import OPENAI_FIELDS
 from engine.http.openai.bodies import SamplingBody
-from engine.http.openai.replies import Wording, complete
+from engine.http.openai.replies import ChatCompletion, ChatCompletionChunk, Wording, complete
+from engine.http.openapi import ErrorReply, Route
 from engine.http.service import SERVICE, check_kept, salt_of, sampling_of
 from engine.http.tools import FEW_MESSAGES, FEW_TOOLS, Effort, ToolName, among, checked, tool_of
 from engine.http.wire import Body, to_json
@@ -390,3 +391,15 @@ def template_options(body: TemplateFields) -> dict[str, Any]:
         "template_kwargs": body.chat_template_kwargs,
         "chat_template": body.chat_template,
     }
+
+
+ROUTES = (
+    Route(
+        "POST",
+        "/v1/chat/completions",
+        chat_completions,
+        takes=ChatBody,
+        gives=ChatCompletion,
+        events=(ChatCompletionChunk, ErrorReply),
+    ),
+)

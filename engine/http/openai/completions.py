@@ -13,7 +13,8 @@ from engine.errors import RequestError, Words
 from engine.http.fields import Rule, unserved
 from engine.http.grammars import OPENAI_FIELDS
 from engine.http.openai.bodies import SamplingBody
-from engine.http.openai.replies import Wording, complete
+from engine.http.openai.replies import TextCompletion, TextCompletionChunk, Wording, complete
+from engine.http.openapi import ErrorReply, Route
 from engine.http.service import SERVICE, check_choices, check_kept, pack_ids, salt_of, sampling_of, told_apart
 from engine.http.wire import TokenId
 from engine.messages.request import Generate
@@ -86,3 +87,15 @@ def prompts_of(prompt: str | list[int | str | list[int]]) -> list[str | list[int
     message = "prompt mixes token ids with whole prompts; send one list of ids, or a list of prompts"
     ids, prompts = told_apart(prompt, RequestError(message, param="prompt"))
     return prompts or [ids]
+
+
+ROUTES = (
+    Route(
+        "POST",
+        "/v1/completions",
+        completions,
+        takes=CompletionBody,
+        gives=TextCompletion,
+        events=(TextCompletionChunk, ErrorReply),
+    ),
+)

@@ -20,6 +20,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from engine.errors import RequestError, Words
 from engine.http.fields import LABEL, Rule, unserved
+from engine.http.openapi import Route
 from engine.http.request_id import called
 from engine.http.service import SERVICE, Service, check_kept, pack_ids, told_apart
 from engine.http.wire import Body, Priority, Reply, TokenId, json_response
@@ -291,3 +292,13 @@ def cosine(left: "array[float]", right: "array[float]") -> float:
     """That of two vectors; 0 where one has no length."""
     size = sqrt(sum(map(mul, left, left)) * sum(map(mul, right, right)))
     return sum(map(mul, left, right)) / size if size else 0.0
+
+
+ROUTES = (
+    Route("POST", "/v1/embeddings", embeddings, takes=EmbeddingBody, gives=EmbeddingList),
+    Route("POST", "/v1/score", score, takes=ScoreBody, gives=ScoreList),
+    Route("POST", "/score", score, takes=ScoreBody, gives=ScoreList),
+    Route("POST", "/v1/rerank", rerank, takes=RerankBody, gives=RerankReply),
+    Route("POST", "/v2/rerank", rerank, takes=RerankBody, gives=RerankReply),
+    Route("POST", "/rerank", rerank, takes=RerankBody, gives=RerankReply),
+)

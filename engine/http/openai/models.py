@@ -5,6 +5,7 @@ from typing import Literal
 
 from aiohttp import web
 
+from engine.http.openapi import Route
 from engine.http.service import SERVICE
 from engine.http.wire import Reply, json_response
 
@@ -70,3 +71,10 @@ def _anthropic_model(request: web.Request, name: str) -> AnthropicModel:
     model = _model(request, name)
     created = datetime.fromtimestamp(model.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return AnthropicModel(name, name, created, model.max_model_len, model.max_model_len)
+
+
+ROUTES = (
+    Route("GET", "/v1/models", models, gives=ModelList, others=(AnthropicModelList,)),
+    Route("GET", "/v1/models/", models, gives=ModelList, others=(AnthropicModelList,)),
+    Route("GET", "/v1/models/{model:.+}", model, gives=ModelReply, others=(AnthropicModel,)),
+)

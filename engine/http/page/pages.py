@@ -12,6 +12,8 @@ from pathlib import Path
 
 from aiohttp import web
 
+from engine.http.openapi import Route, openapi_document
+
 
 async def docs(request: web.Request) -> web.Response:
     """Show every route and object for people: a page, which asks for the API key itself where there is one."""
@@ -36,3 +38,9 @@ def _page(name: str) -> tuple[bytes, str]:
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return page, policy
+
+
+ROUTES = (
+    Route("GET", "/openapi.json", openapi_document),
+    Route("GET", "/docs", docs, open=True, content="text/html"),
+)

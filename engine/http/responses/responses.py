@@ -16,9 +16,10 @@ from engine.errors import RequestError, Words
 from engine.http.effort import with_effort
 from engine.http.fields import ignore
 from engine.http.grammars import ObjectFormat
+from engine.http.openapi import Route
 from engine.http.request_id import called
 from engine.http.responses.bodies import FORMATS, ItemsQuery, ResponsesBody, RetrieveQuery, SchemaTextBody, messages_of
-from engine.http.responses.events import ResponseEvents
+from engine.http.responses.events import EVENTS, ResponseEvents
 from engine.http.responses.items import InputItem
 from engine.http.responses.objects import (
     Asked,
@@ -27,6 +28,7 @@ from engine.http.responses.objects import (
     ObjectText,
     PlainText,
     Reasoning,
+    ResponseObject,
     SchemaText,
     TextOptions,
 )
@@ -247,3 +249,20 @@ def described(body: ResponsesBody, used: SamplingDefaults, model: str, wanted: W
         tools=tuple(FunctionTool(one.name, one.description, one.parameters, one.strict) for one in wanted.tools),
         text=TextOptions(format_of(body)),
     )
+
+
+ROUTES = (
+    Route("POST", "/v1/responses", create, takes=ResponsesBody, gives=ResponseObject, events=EVENTS, done=False),
+    Route(
+        "GET",
+        "/v1/responses/{response_id}",
+        retrieve,
+        takes=RetrieveQuery,
+        gives=ResponseObject,
+        events=EVENTS,
+        done=False,
+    ),
+    Route("DELETE", "/v1/responses/{response_id}", delete, gives=DeletedReply),
+    Route("POST", "/v1/responses/{response_id}/cancel", cancel, gives=ResponseObject),
+    Route("GET", "/v1/responses/{response_id}/input_items", input_items, takes=ItemsQuery, gives=ItemList),
+)

@@ -9,6 +9,7 @@ from engine.conversation.parts import said
 from engine.conversation.reading import reading_of
 from engine.http.fields import Rule
 from engine.http.native.tokenize import tokenized
+from engine.http.openapi import Route
 from engine.http.responses.bodies import InputItemBody, ReasoningBody, ResponsesBody, TextBody, messages_of
 from engine.http.responses.responses import asked_of, options_of, wanted_of
 from engine.http.responses.store import STORE
@@ -59,3 +60,6 @@ async def input_tokens(request: web.Request, body: InputTokensBody) -> web.Respo
     options = {"tools": reading.tools or [], "opening": reading.opening, **how}
     found = await tokenized(service, Tokenize(None, messages, options))
     return json_response(InputTokensReply(len(found.ids) // 4))
+
+
+ROUTES = (Route("POST", "/v1/responses/input_tokens", input_tokens, takes=InputTokensBody, gives=InputTokensReply),)

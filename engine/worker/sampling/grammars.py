@@ -24,14 +24,15 @@ from torch import Tensor
 
 from engine.config import Config
 from engine.errors import EngineError
-from engine.grammars.engines import Engines
+from engine.grammars.engines import Engines, grammar_engines
 from engine.kernels.logits.reference import LogitOps
 from engine.layers.batch import upload
 from engine.messages.assets import Bound, Load, Loaded
 from engine.messages.grammars import GRAMMAR, PackedGrammar
 from engine.messages.step import SlotAdmit
+from engine.plugin.hookspecs import GrammarEntry
 from engine.plugin.registry import Plugins
-from engine.plugin.specs import Checkpoint, CompiledGrammar, GrammarEngine, GrammarEntry, Vocabulary
+from engine.plugin.specs import Checkpoint, CompiledGrammar, GrammarEngine, Vocabulary
 from engine.worker.sampling.mask_table import ALL, ENDS, Lines, MaskTable
 
 log = logging.getLogger("engine.worker")
@@ -149,7 +150,7 @@ class GrammarStart:
 
 def begin_grammars(config: Config, plugins: Plugins, checkpoint: Checkpoint, size: int) -> GrammarStart | None:
     """None where no grammar engine is installed. `size` is the model's number of tokens."""
-    entries = plugins.grammar_engines()
+    entries = grammar_engines(plugins)
     return GrammarStart(config, entries, checkpoint, size) if entries else None
 
 

@@ -1,7 +1,8 @@
 """Shortest job first. Not fair: a long prompt waits for as long as shorter ones keep coming."""
 
 from collections.abc import Sequence
-from typing import Any
+
+from engine.plugin import Waiting
 
 
 class ShortestFirst:
@@ -9,5 +10,5 @@ class ShortestFirst:
 
     needs_match = True
 
-    def order(self, waiting: Sequence[Any], matched: Sequence[int]) -> list[int]:
-        return sorted(range(len(waiting)), key=lambda index: len(waiting[index].ids) - matched[index])
+    def order(self, waiting: Sequence[Waiting], matched: Sequence[int]) -> list[int]:
+        return sorted(range(len(waiting)), key=lambda index: waiting[index].length - matched[index])

@@ -15,7 +15,7 @@ from engine.conversation.parts import Call, Image, Message, Result, Text, Video,
 from engine.conversation.template import ChatTemplate
 from engine.errors import RequestError
 from engine.http.anthropic.messages import CountBody, conversation_of
-from engine.http.openai import conversation as openai
+from engine.http.openai import chat as openai
 from engine.http.responses.bodies import ResponsesBody
 from engine.http.responses.bodies import messages_of as messages_of_items
 from engine.http.responses.items import InputImage, InputText, MessageItem, OutputText, input_items

@@ -68,7 +68,7 @@ def test_a_parser_named_in_plugins_wins_over_the_automatic_choice() -> None:
 
 
 def test_another_name_for_the_same() -> None:
-    assert PLUGINS.parsers["qwen"].target == PLUGINS.parsers["hermes"].target
+    assert PLUGINS.entries("parsers")["qwen"].target == PLUGINS.entries("parsers")["hermes"].target
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from engine.conversation.reading import Reading, Wanted, reading_of
 from engine.errors import RequestError
 from engine.messages.request import Grammar, SamplingParams
 from engine.plugin import Vocabulary
+from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.parsing import JSON_LIST, Call, ToolParser
 from engine.plugin.registry import Plugins, resolve
 
@@ -28,7 +29,7 @@ ANSWER = Grammar(
 )
 Accepts = Callable[[Grammar, str], bool]
 PARSERS = {
-    name: resolve(entry.target) for name, entry in Plugins.load().parsers.items() if entry.kind == "tool"
+    name: resolve(entry.target) for name, entry in Plugins.load().entries("parsers").items() if entry.kind == "tool"
 }  # fmt: skip
 
 
@@ -37,7 +38,7 @@ def accepts(request: pytest.FixtureRequest) -> Accepts:
     """Whether a text is a whole reply of a grammar, by an engine and a vocabulary of bytes."""
     pytest.importorskip(request.param)
     vocabulary = Vocabulary([*(bytes([byte]) for byte in range(256)), b"<end>"], frozenset([256]), (256,))
-    engine = resolve(Plugins.load().grammars[request.param].target)(vocabulary, threads=1, whitespace=True)
+    engine = resolve(Plugins.load().entries("grammars")[request.param].target)(vocabulary, threads=1, whitespace=True)
 
     def whole(grammar: Grammar, text: str) -> bool:
         matcher = engine.compile(grammar).matcher()
@@ -181,7 +182,7 @@ def test_special_tokens_that_are_marks_stay_in_the_text() -> None:
     from engine.conversation.parsers import Parsers
     from engine.text.tokenizer import Text
 
-    spec = Plugins.load().open_checkpoint("echo").text()
+    spec = open_checkpoint(Plugins.load(), "echo").text()
     spec.tokenizer.add_special_tokens([AddedToken("[TOOL_CALLS]", special=True), AddedToken("[OTHER]", special=True)])
     text = Text(spec, None, Parsers(PARSERS["mistral"]))
     ids = [97, 257, 258, 98]

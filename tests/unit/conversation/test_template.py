@@ -13,7 +13,7 @@ from engine.conversation.tools import introduction
 from engine.errors import RequestError
 from engine.plugin.registry import Plugins, resolve
 
-HERMES = resolve(Plugins.load().parsers["hermes"].target).syntax
+HERMES = resolve(Plugins.load().entries("parsers")["hermes"].target).syntax
 CHATML = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
 TOLD = "{% if tools %}{% for t in tools %}{{ t | tojson }}\n{% endfor %}{% endif %}"
 CALLS = (

@@ -186,7 +186,7 @@ def test_real_engines_compile_and_refuse() -> None:
 
 
 def test_of_tools_and_a_format_that_is_blamed_which_is_refused() -> None:
-    syntax = resolve(Plugins.load().parsers["hermes"].target).syntax
+    syntax = resolve(Plugins.load().entries("parsers")["hermes"].target).syntax
     good, bad = {"type": "object", "properties": {}}, {"not": {"const": 1}}
     asked = [
         either([Tool("f", parameters)], syntax, Grammar("json_schema", json.dumps(format)), parallel=True)
@@ -201,7 +201,7 @@ def test_of_tools_and_a_format_that_is_blamed_which_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["hermes", "llama3_json", "mistral", "deepseek_v3", "pythonic"])
 def test_a_refusal_names_the_tool_whose_parameters_it_is_about(name: str) -> None:
-    syntax = resolve(Plugins.load().parsers[name].target).syntax
+    syntax = resolve(Plugins.load().entries("parsers")[name].target).syntax
     bad = {"type": "object", "properties": {"id": {"const": 2**64}, "x": {"not": {"const": 1}}}}
     tools = [Tool("first", {"type": "object"}), Tool("second", bad, strict=True), Tool("third", bad)]
     plain = Grammar("json_schema", '{"type":"object","properties":{"a":{"type":"integer"}}}')

@@ -11,6 +11,7 @@ pytest.importorskip("llguidance")
 from engine.config import Config, ModelOptions
 from engine.grammars.vocabulary import read_vocabulary
 from engine.messages.request import Grammar
+from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins
 from engine.plugin.specs import Vocabulary
 from engine_plugins.grammars.llguidance.engine import LLGrammar, LLGuidance, LLMatcher
@@ -44,7 +45,7 @@ LEFT_ALONE: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def words() -> Vocabulary:
-    checkpoint = Plugins.load().open_checkpoint("smollm2-135m")
+    checkpoint = open_checkpoint(Plugins.load(), "smollm2-135m")
     return read_vocabulary(checkpoint, Config(model=ModelOptions(model="smollm2-135m")), 49152)
 
 

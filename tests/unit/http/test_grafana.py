@@ -12,7 +12,8 @@ from http_front import FakeFront, chunks
 
 from engine.http.app import ROUTES
 from engine.http.metrics import Metrics
-from engine.messages.control import ExpertCounts, WorkerReady
+from engine.messages.control import WorkerReady
+from engine.messages.questions import ExpertCounts
 
 pytestmark = pytest.mark.anyio
 FOLDER = Path(__file__).parents[3] / "examples" / "grafana"
@@ -52,8 +53,8 @@ async def samples() -> dict[str, set[str]]:
     """The labels of each sample on a page of /metrics on which everything has happened, by its name."""
     front = FakeFront()
     front.info = WorkerReady(100, 16, 8, 2048, 2048, 1000, 1024, "cpu", "torch", {})
-    front.experts = ExpertCounts(1, True, (0,), b"\0" * 8)  # type: ignore[assignment]
     metrics = Metrics(front, "fake")  # type: ignore[arg-type]
+    metrics.experts.counted = ExpertCounts(True, (0,), b"\0" * 8)
     metrics.count_error(400)
 
     async def reply() -> Any:

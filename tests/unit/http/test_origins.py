@@ -19,6 +19,7 @@ from engine.config import ServerOptions
 from engine.errors import ConfigError, RequestError
 from engine.http.app import ROUTES
 from engine.http.origins import MOST_TOLD, Access, Origin, binds_loopback, read_authority, read_origin
+from engine.messages.questions import CountExperts, Profile, Question
 
 pytestmark = pytest.mark.anyio
 LOOPBACK = Access.of(ServerOptions())
@@ -265,13 +266,13 @@ class Watched(FakeFront):
     async def pause(self, wanted: bool, *, retract: bool = False) -> None:
         self.did.append("pause")
 
-    async def profile(self, folder: str, steps: int) -> Any:
-        self.did.append("profile")
-        raise RequestError("not here")
-
-    async def count_experts(self, action: str) -> Any:
-        if action != "look":
-            self.did.append("count")
+    async def ask(self, question: Question[Any]) -> Any:
+        match question:
+            case Profile():
+                self.did.append("profile")
+                raise RequestError("not here")
+            case CountExperts(action) if action != "look":
+                self.did.append("count")
         raise RequestError("no experts here")
 
 

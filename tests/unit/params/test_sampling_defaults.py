@@ -12,6 +12,7 @@ from engine.actors.tokenizer import Admission
 from engine.config import resolve
 from engine.messages.request import Generate, SamplingParams
 from engine.params.sampling import SamplingDefaults
+from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins
 from engine.runtime.launch import say_sampling_defaults
 from engine.text.fallback import sampling_defaults
@@ -22,7 +23,7 @@ MODEL = SamplingDefaults(temperature=0.25, top_p=0.5, top_k=3, min_p=0.125, repe
 
 
 def admission() -> Admission:
-    text = Text(Plugins.load(()).open_checkpoint("echo").text(), defaults=MODEL)
+    text = Text(open_checkpoint(Plugins.load(()), "echo").text(), defaults=MODEL)
     made = Admission(text)
     made.max_model_len = 100
     return made
@@ -75,7 +76,7 @@ async def test_no_api_has_values_of_its_own(path: str, body: dict[str, Any]) -> 
 
 
 def test_the_start_says_the_defaults_and_names_those_out_of_bounds(caplog: pytest.LogCaptureFixture) -> None:
-    spec = Plugins.load(()).open_checkpoint("echo").text()
+    spec = open_checkpoint(Plugins.load(()), "echo").text()
     spec = msgspec.structs.replace(spec, generation={"temperature": 7, "top_p": 0.9})
     with caplog.at_level(logging.INFO):
         say_sampling_defaults(spec, resolve({}))
@@ -87,5 +88,5 @@ def test_the_start_says_the_defaults_and_names_those_out_of_bounds(caplog: pytes
 
 
 def test_the_embedded_chat_model_has_its_cards() -> None:
-    spec = Plugins.load(()).open_checkpoint("smollm2-135m").text()
+    spec = open_checkpoint(Plugins.load(()), "smollm2-135m").text()
     assert spec.generation == {"temperature": 0.2, "top_p": 0.9}

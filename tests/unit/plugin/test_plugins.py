@@ -1,18 +1,23 @@
-"""The plugin manager against distributions made up on the spot: what it loads, what it refuses, what it chooses."""
+"""The registry against distributions made up on the spot: what it loads, what it refuses, what it chooses."""
 
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from importlib.metadata import Distribution
+from importlib.metadata import Distribution, PackageNotFoundError
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
 
 from engine.errors import ConfigError, PluginError
-from engine.plugin import hub
-from engine.plugin import registry as manager
-from engine.plugin.registry import HOOKS, Plugins, resolve
+from engine.grammars import engines
+from engine.grammars.engines import grammar_engines
+from engine.plugin import Waiting, hub
+from engine.plugin.checkpoints import open_checkpoint
+from engine.plugin.hookspecs import KINDS
+from engine.plugin.registry import Plugins, resolve
+from engine.sched.policies import make_policy
+from engine.worker.choices import attention_after, attention_for, model_for, quantization_for
 
 Distribute = Callable[..., None]
 
@@ -75,20 +80,20 @@ def refused(*named: str) -> str:
 
 def test_built_ins_come_through_the_same_hooks() -> None:
     plugins = Plugins.load()
-    assert "llama" in plugins.models
-    assert "torch" in plugins.attention
-    assert "fp8" in plugins.quantization
-    assert {"gguf", "safetensors"} <= set(plugins.checkpoints)
-    assert {"fcfs", "lpm"} <= set(plugins.policies)
+    assert "llama" in plugins.entries("models")
+    assert "torch" in plugins.entries("attention")
+    assert "fp8" in plugins.entries("quantization")
+    assert {"gguf", "safetensors"} <= set(plugins.entries("checkpoints"))
+    assert {"fcfs", "lpm"} <= set(plugins.entries("policies"))
     assert {row.state for row in plugins.listing() if row.distribution == "actorserve"} == {"loaded"}
 
 
 def test_registries_are_frozen() -> None:
     plugins = Plugins.load()
     with pytest.raises(TypeError):
-        plugins.models["x"] = plugins.models["llama"]  # type: ignore[index]
+        plugins.entries("models")["x"] = plugins.entries("models")["llama"]  # type: ignore[index]
     with pytest.raises(AttributeError):
-        plugins.models = {}  # type: ignore[misc]
+        plugins.registries = {}  # type: ignore[misc]
 
 
 def test_the_metadata_of_a_distribution_is_read_once(distribute: Distribute, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +119,7 @@ def test_a_kept_register_cannot_change_a_frozen_registry(distribute: Distribute)
     distribute("late", {"late": "late_manifest"}, late_manifest=source)
     plugins = Plugins.load(["late"])
     sys.modules["late_manifest"].kept[0]("sneaky", "late_manifest:kept")
-    assert "sneaky" not in plugins.policies
+    assert "sneaky" not in plugins.entries("policies")
 
 
 def test_third_parties_are_imported_only_when_named(distribute: Distribute) -> None:
@@ -131,8 +136,8 @@ def test_a_named_third_party_is_loaded_and_all_it_registers_is_named(distribute:
     plugins = Plugins.load(["reverse"])
     (row,) = (row for row in plugins.listing() if row.distribution == "engine-reverse")
     assert (row.name, row.kind, row.state, row.hooks) == ("backwards", "policies", "named", ("register_policies",))
-    assert plugins.policy("auto").order([1, 2], [0, 0]) == [1, 0]
-    assert plugins.policy("fcfs").order([1, 2], [0, 0]) == [0, 1]  # asked for by name, it still is itself
+    assert make_policy(plugins, "auto").order([1, 2], [0, 0]) == [1, 0]
+    assert make_policy(plugins, "fcfs").order([1, 2], [0, 0]) == [0, 1]  # asked for by name, it still is itself
 
 
 def test_an_unknown_name_lists_the_known_and_the_nearest(distribute: Distribute) -> None:
@@ -188,7 +193,7 @@ def test_two_distributions_with_one_entry_point_are_both_named(distribute: Distr
     [
         ("@hookimpl\ndef register_modles(register): ...", ["'register_modles'", "did you mean 'register_models'"]),
         ("def register_modles(register): ...", ["'register_modles'", "did you mean 'register_models'"]),
-        ("@hookimpl\ndef frobnicate(register): ...", ["'frobnicate'", *HOOKS]),
+        ("@hookimpl\ndef frobnicate(register): ...", ["'frobnicate'", *(f"register_{kind}" for kind in KINDS)]),
         ("def register_models(register): ...", ["register_models", "@hookimpl"]),
         ("@hookimpl\ndef register_models(registry): ...", ["registry"]),
     ],
@@ -253,45 +258,45 @@ def register_attention(register):
 
 
 def test_a_model_is_found_by_architecture() -> None:
-    assert Plugins.load().model_for(["LlamaForCausalLM"]).name == "llama"
+    assert model_for(Plugins.load(), ["LlamaForCausalLM"]).name == "llama"
     with pytest.raises(PluginError, match=r"FooForCausalLM.*LlamaForCausalLM"):
-        Plugins.load().model_for(["FooForCausalLM"])
+        model_for(Plugins.load(), ["FooForCausalLM"])
 
 
 def test_a_named_model_wins(distribute: Distribute) -> None:
     distribute("fast", {"fast": "fast"}, fast=MODELS)
     plugins = Plugins.load(["fast"])
-    assert plugins.model_for(["LlamaForCausalLM"]).name == "llama-fast"
-    assert plugins.model_for(["MistralForCausalLM"]).name == "llama"  # the package has nothing for it
-    assert Plugins.load(["fast", "other"]).model_for(["OtherForCausalLM"]).name == "other"
+    assert model_for(plugins, ["LlamaForCausalLM"]).name == "llama-fast"
+    assert model_for(plugins, ["MistralForCausalLM"]).name == "llama"  # the package has nothing for it
+    assert model_for(Plugins.load(["fast", "other"]), ["OtherForCausalLM"]).name == "other"
     with pytest.raises(PluginError, match="llama and llama-fast"):
-        Plugins.load(["fast", "llama"]).model_for(["LlamaForCausalLM"])
+        model_for(Plugins.load(["fast", "llama"]), ["LlamaForCausalLM"])
 
 
 def test_a_model_named_in_vain_is_refused() -> None:
     with pytest.raises(PluginError, match=r"llama serves LlamaForCausalLM.*FooForCausalLM"):
-        Plugins.load(["llama"]).model_for(["FooForCausalLM"])
+        model_for(Plugins.load(["llama"]), ["FooForCausalLM"])
 
 
 def test_attention_is_chosen_by_preference_unless_named(distribute: Distribute) -> None:
     distribute("fast", {"fast": "fast"}, fast=MODELS.replace("-5", "99").replace('"quick"', '"quickest"'))
-    entry, reason = Plugins.load().attention_for("cpu")
+    entry, reason = attention_for(Plugins.load(), "cpu")
     assert entry.name == "cpu"
     assert "before torch" in reason
-    assert [other.name for other in Plugins.load().attention_after(entry, "cpu")] == ["torch"]
-    named, _ = Plugins.load(["cpu"]).attention_for("cpu")
-    assert Plugins.load(["cpu"]).attention_after(named, "cpu") == []
-    entry, reason = Plugins.load(["fast"]).attention_for("cuda")
+    assert [other.name for other in attention_after(Plugins.load(), entry, "cpu")] == ["torch"]
+    named, _ = attention_for(Plugins.load(["cpu"]), "cpu")
+    assert attention_after(Plugins.load(["cpu"]), named, "cpu") == []
+    entry, reason = attention_for(Plugins.load(["fast"]), "cuda")
     assert (entry.name, reason) == ("quickest", "named in --plugins")
     with pytest.raises(PluginError, match="'quickest', which runs on cuda, not on cpu"):
-        Plugins.load(["fast", "quickest"]).attention_for("cpu")
+        attention_for(Plugins.load(["fast", "quickest"]), "cpu")
     with pytest.raises(PluginError, match=r"'tpu'.*torch"):
-        Plugins.load().attention_for("tpu")
+        attention_for(Plugins.load(), "tpu")
 
 
 def test_a_named_attention_wins_over_a_preferred_one(distribute: Distribute) -> None:
     distribute("fast", {"fast": "fast"}, fast=MODELS)  # preference -5: below torch
-    assert Plugins.load(["fast"]).attention_for("cuda")[0].name == "quick"
+    assert attention_for(Plugins.load(["fast"]), "cuda")[0].name == "quick"
 
 
 QUANTIZATIONS = """
@@ -308,11 +313,11 @@ def test_a_quantization_is_the_checkpoints_or_the_named_one(distribute: Distribu
     distribute("fast", {"fast": "fast"}, fast=QUANTIZATIONS)
 
     def chosen(method: str | None, *named: str) -> str:
-        found = Plugins.load(named).quantization_for(method)
+        found = quantization_for(Plugins.load(named), method)
         assert found is not None
         return f"{found[0].name}: {found[1]}"
 
-    assert Plugins.load().quantization_for(None) is None
+    assert quantization_for(Plugins.load(), None) is None
     assert chosen("fp8") == "fp8: the checkpoint's quant_method is fp8"
     assert chosen("fp8", "fast").startswith("eight: ")
     assert chosen("awq", "fast").startswith("four: ")
@@ -330,29 +335,93 @@ def test_a_quantization_is_the_checkpoints_or_the_named_one(distribute: Distribu
 
 def test_latent_attention_has_backends_of_its_own_under_the_same_names(distribute: Distribute) -> None:
     plugins = Plugins.load()
-    entry, reason = plugins.attention_for("cuda", latent=True)
+    entry, reason = attention_for(plugins, "cuda", latent=True)
     assert entry.name == "flashinfer" and "Latent" in entry.target and "before torch (0), triton (20)" in reason
-    assert [other.name for other in plugins.attention_after(entry, "cuda", latent=True)] == ["triton", "torch"]
-    assert plugins.attention_for("cpu", latent=True)[0].name == "torch"
+    assert [other.name for other in attention_after(plugins, entry, "cuda", latent=True)] == ["triton", "torch"]
+    assert attention_for(plugins, "cpu", latent=True)[0].name == "torch"
     for latent in (False, True):
-        entry, reason = Plugins.load(["triton"]).attention_for("cuda", latent)
+        entry, reason = attention_for(Plugins.load(["triton"]), "cuda", latent)
         assert (entry.name, reason) == ("triton", "named in --plugins") and ("Latent" in entry.target) is latent
         with pytest.raises(PluginError, match="backend 'triton', which runs on cuda, not on cpu"):
-            Plugins.load(["triton"]).attention_for("cpu", latent)
+            attention_for(Plugins.load(["triton"]), "cpu", latent)
     with pytest.raises(PluginError, match="names cpu, which is no latent attention backend; there is torch, triton"):
-        Plugins.load(["cpu"]).attention_for("cpu", latent=True)
+        attention_for(Plugins.load(["cpu"]), "cpu", latent=True)
     distribute("fast", {"fast": "fast"}, fast=MODELS)  # has none: the choice is ours
-    assert Plugins.load(["fast"]).attention_for("cuda", latent=True)[0].name == "flashinfer"
+    assert attention_for(Plugins.load(["fast"]), "cuda", latent=True)[0].name == "flashinfer"
 
 
 def test_policies() -> None:
     plugins = Plugins.load()
-    assert plugins.policy("auto").order(["a", "b"], [0, 9]) == [0, 1]
-    assert Plugins.load(["lpm"]).policy().order(["a", "b"], [0, 9]) == [1, 0]
+    assert make_policy(plugins, "auto").order(["a", "b"], [0, 9]) == [0, 1]
+    assert make_policy(Plugins.load(["lpm"])).order(["a", "b"], [0, 9]) == [1, 0]
     with pytest.raises(PluginError, match="unknown policy 'fcsf'; did you mean 'fcfs'"):
-        plugins.policy("fcsf")
+        make_policy(plugins, "fcsf")
     with pytest.raises(PluginError, match="fcfs and lpm; choose one with --policy"):
-        Plugins.load(["lpm", "fcfs"]).policy()
+        make_policy(Plugins.load(["lpm", "fcfs"]))
+
+
+# ── the number of the API, and files ─────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("API = 2", ["plugin API 2", "has API 1", "upgrade the engine", "version of the plugin for this API"]),
+        ("from engine.plugin import not_there_yet\nAPI = 3", ["plugin API 3", "has API 1"]),
+        ("API = '1'", ["'1'", "a number such as 1"]),
+        ("API = 0", ["its API is 0"]),
+        ("API = True", ["its API is True"]),
+    ],
+)
+def test_a_manifest_for_another_api_is_refused_with_both_numbers(
+    distribute: Distribute, source: str, words: list[str]
+) -> None:
+    distribute("late", {"late": "late_manifest"}, late_manifest=source)
+    said = refused("late")
+    assert [word for word in ["'late' of late 1.2", *words] if word not in said] == []
+
+
+def test_a_manifest_without_a_number_is_of_the_first_api(distribute: Distribute) -> None:
+    distribute("one", {"one": "one_manifest"}, one_manifest=POLICY.format(name="backwards", module="one_manifest"))
+    assert "backwards" in Plugins.load(["one"]).entries("policies")
+
+
+def test_built_in_manifests_state_their_api() -> None:
+    for folder in (Path(__file__).parents[3] / "plugins").glob("*/__init__.py"):
+        assert "\nAPI = 1\n" in folder.read_text(), folder
+    assert "\nAPI = 1\n" in (EXAMPLE / "engine_shortest" / "__init__.py").read_text()
+
+
+def test_a_file_is_a_plugin_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "whole_plugin", raising=False)
+    path = tmp_path / "whole_plugin.py"
+    path.write_text(POLICY.format(name="backwards", module="whole_plugin"))
+    for _ in range(2):  # the front and the core may be one process
+        plugins = Plugins.load([str(path)])
+        assert make_policy(plugins).order([1, 2], [0, 0]) == [1, 0]
+    (row,) = (row for row in plugins.listing() if row.name == "backwards")
+    assert (row.distribution, row.version, row.state) == (str(path), "", "named")
+    monkeypatch.chdir(tmp_path)
+    assert make_policy(Plugins.load(["./whole_plugin.py"])).order([1, 2], [0, 0]) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "words"),
+    [
+        ("none.py", None, ["none.py: there is no such file"]),
+        ("json.py", "", ["another module 'json'", "rename the file"]),
+        ("two-words.py", "", ["name the file like one"]),
+        ("ruined.py", "1 / 0", ["ruined.py fails to load: ZeroDivisionError"]),
+        ("newer.py", "API = 2\n1 / 0", ["newer.py is written for plugin API 2, and this engine has API 1"]),
+    ],
+)
+def test_a_file_that_is_no_plugin_is_refused(tmp_path: Path, name: str, source: str | None, words: list[str]) -> None:
+    path = tmp_path / name
+    if source is not None:
+        path.write_text(source)
+    said = refused(str(path))
+    assert [word for word in words if word not in said] == []
+    assert path.stem not in sys.modules or path.stem == "json"
 
 
 # ── opening a checkpoint ─────────────────────────────────────────────────────────────────────
@@ -365,12 +434,12 @@ def toys(distribute: Distribute) -> Plugins:
 
 
 def test_an_embedded_name_goes_to_its_format(toys: Plugins) -> None:
-    assert toys.open_checkpoint("toy-1b").model == "toy-1b"  # type: ignore[attr-defined]
+    assert open_checkpoint(toys, "toy-1b").model == "toy-1b"  # type: ignore[attr-defined]
 
 
 def test_a_path_goes_to_the_format_that_knows_it(toys: Plugins, tmp_path: Path) -> None:
     path = str(tmp_path / "a.toy")
-    assert toys.open_checkpoint(path).model == path  # type: ignore[attr-defined]
+    assert open_checkpoint(toys, path).model == path  # type: ignore[attr-defined]
 
 
 def test_a_hub_id_is_fetched(toys: Plugins, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,7 +450,7 @@ def test_a_hub_id_is_fetched(toys: Plugins, monkeypatch: pytest.MonkeyPatch) -> 
         return "/cache/toyhub"
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert toys.open_checkpoint("org/model").model == "/cache/toyhub"  # type: ignore[attr-defined]
+    assert open_checkpoint(toys, "org/model").model == "/cache/toyhub"  # type: ignore[attr-defined]
     ((model, kwargs),) = calls
     assert model == "org/model"
     assert {"*.json", "*.safetensors", "*.jinja"} <= set(kwargs["allow_patterns"])
@@ -401,7 +470,7 @@ def test_a_cold_cache_offline_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("model", ["no-such-model", "no/such/model", "./no-model", "../no/model"])
 def test_what_is_nothing_lists_what_model_takes(model: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        Plugins.load().open_checkpoint(model)
+        open_checkpoint(Plugins.load(), model)
     for words in (model, ".gguf file", "Hugging Face id"):
         assert words in str(caught.value)
 
@@ -409,12 +478,12 @@ def test_what_is_nothing_lists_what_model_takes(model: str) -> None:
 @pytest.mark.parametrize("model", ["/no/model.gguf", "no/model.gguf"])
 def test_a_missing_gguf_file_is_no_hub_id(model: str) -> None:
     with pytest.raises(ConfigError, match=f"no file {model}"):
-        Plugins.load().open_checkpoint(model)
+        open_checkpoint(Plugins.load(), model)
 
 
 def test_a_near_miss_of_an_embedded_name_is_told(toys: Plugins) -> None:
     with pytest.raises(ConfigError, match="did you mean 'toy-1b'"):
-        toys.open_checkpoint("toy-1c")
+        open_checkpoint(toys, "toy-1c")
 
 
 # ── the example for authors ──────────────────────────────────────────────────────────────────
@@ -433,15 +502,13 @@ def test_the_example_package_loads_by_name(tmp_path: Path, monkeypatch: pytest.M
     (info / "entry_points.txt").write_text("[engine.plugins]\n" + "".join(f"{k} = {v}\n" for k, v in points.items()))
     monkeypatch.syspath_prepend(str(EXAMPLE))
     monkeypatch.syspath_prepend(str(tmp_path))
-    policy = Plugins.load(list(points)).policy()
-
-    class Waiting:
-        def __init__(self, ids: list[int]) -> None:
-            self.ids = ids
-
-    waiting = [Waiting([1] * 10), Waiting([1] * 4), Waiting([1] * 7)]
-    assert policy.order(waiting, [0, 0, 0]) == [1, 2, 0]  # type: ignore[arg-type]
-    assert policy.order(waiting, [9, 0, 0]) == [0, 1, 2]  # type: ignore[arg-type]
+    policy = make_policy(Plugins.load(list(points)))
+    waiting = [
+        Waiting(arrival=arrival, priority=0, prompt_len=length, length=length, max_new=9)
+        for arrival, length in enumerate((10, 4, 7))
+    ]
+    assert policy.order(waiting, [0, 0, 0]) == [1, 2, 0]
+    assert policy.order(waiting, [9, 0, 0]) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -470,8 +537,10 @@ def test_loading_leaves_torch_alone() -> None:
     program = """
 import sys
 from engine.plugin.registry import Plugins
+from engine.sched.policies import make_policy
+from engine.worker.choices import attention_for, model_for
 plugins = Plugins.load()
-plugins.model_for(["LlamaForCausalLM"]), plugins.attention_for("cpu"), plugins.policy()
+model_for(plugins, ["LlamaForCausalLM"]), attention_for(plugins, "cpu"), make_policy(plugins)
 sys.exit("torch" in sys.modules)
 """
     subprocess.run([sys.executable, "-c", program], timeout=60, check=True)
@@ -482,13 +551,13 @@ def test_grammar_engines_are_asked_in_order_and_a_named_one_alone(monkeypatch: p
 
     def version(package: str) -> str:
         if package not in installed:
-            raise manager.PackageNotFoundError(package)
+            raise PackageNotFoundError(package)
         return "1"
 
-    monkeypatch.setattr(manager, "version", version)
-    assert [entry.name for entry in Plugins.load().grammar_engines()] == ["llguidance", "xgrammar"]
-    assert [entry.name for entry in Plugins.load(("xgrammar",)).grammar_engines()] == ["xgrammar"]
+    monkeypatch.setattr(engines, "version", version)
+    assert [entry.name for entry in grammar_engines(Plugins.load())] == ["llguidance", "xgrammar"]
+    assert [entry.name for entry in grammar_engines(Plugins.load(("xgrammar",)))] == ["xgrammar"]
     installed.remove("xgrammar")
-    assert [entry.name for entry in Plugins.load().grammar_engines()] == ["llguidance"]
+    assert [entry.name for entry in grammar_engines(Plugins.load())] == ["llguidance"]
     with pytest.raises(PluginError, match="not installed; pip install xgrammar"):
-        Plugins.load(("xgrammar",)).grammar_engines()
+        grammar_engines(Plugins.load(("xgrammar",)))

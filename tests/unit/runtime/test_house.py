@@ -9,6 +9,8 @@ import pytest
 from house import counted, open_house, prompt
 
 from engine.errors import RequestError
+from engine.messages.control import Answer, Flushed
+from engine.messages.questions import CountExperts, Echo
 from engine.messages.request import Generate, SamplingParams
 
 pytestmark = pytest.mark.anyio
@@ -249,3 +251,22 @@ async def test_flush_forgets_what_nobody_uses() -> None:
         flushed = await house.front.flush()
         assert (flushed.freed, flushed.in_use) == (10, 0)
         assert house.scheduler.scheduler.counts()["pages_free"] == 1024
+
+
+async def test_questions_to_the_worker_are_answered_each_with_its_own_value_or_cause() -> None:
+    async with open_house() as house:
+        answers: dict[int, int] = {}
+
+        async def ask(value: int) -> None:
+            answers[value] = await house.front.ask(Echo(value))
+
+        async with anyio.create_task_group() as group:
+            for value in range(20):
+                group.start_soon(ask, value)
+            assert await house.front.flush() == Flushed(0, 0)
+        assert answers == {value: value for value in range(20)}
+        assert (await house.front.ask(CountExperts("start"))).layers == (1, 3)
+        house.executor.answer = lambda ask: Answer(ask.number, cause="it will not say")
+        with pytest.raises(RequestError, match="it will not say"):
+            await house.front.ask(Echo())
+        await house.settled()

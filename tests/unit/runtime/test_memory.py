@@ -83,6 +83,7 @@ def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1024
 """
 BLOCKS = """
+from engine.plugin.checkpoints import open_checkpoint
 from engine.runtime.allocator import give_back_large_blocks
 assert give_back_large_blocks()
 del (large := [bytes(31 * 2**20)])[:]
@@ -97,7 +98,7 @@ WORDS = """
 import random
 from engine.plugin.registry import Plugins
 from engine.text.tokenizer import Text
-text = Text(Plugins.load().open_checkpoint("echo").text())
+text = Text(open_checkpoint(Plugins.load(), "echo").text())
 before = resident()
 for _ in range(12_000):
     text.encode("".join(random.choices("abcdefgh", k=250)), False)

@@ -28,6 +28,7 @@ from engine.messages.control import WorkerReady
 from engine.messages.reply import Failed, Tokens
 from engine.messages.request import Abort, Admit, Embed, Generate, Open, Sampling, SamplingParams
 from engine.messages.text import Detokenize, Prepare, Prepared, TextJob, Tokenize, Tokenized
+from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins
 from engine.runtime.actor import supervise
 from engine.runtime.channel import open_channel
@@ -49,7 +50,7 @@ SEEDED = SamplingParams(seed=7, max_tokens=4)
 @cache
 def text() -> Text:
     plugins = Plugins.load(())
-    return text_of(plugins, plugins.open_checkpoint("echo"), CONFIG, TEMPLATE)
+    return text_of(plugins, open_checkpoint(plugins, "echo"), CONFIG, TEMPLATE)
 
 
 def admission() -> Admission:

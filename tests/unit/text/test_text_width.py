@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from engine.errors import RequestError
+from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins
 from engine.plugin.specs import TextSpec
 from engine.text.tokenizer import MOST_CHARACTERS, Text, width_of
@@ -43,7 +44,7 @@ def kept() -> list[Tokenizer]:
         byte_level(("a", "b"), without="c"),
         composed,
         changed(pre_tokenizer=pre_tokenizers.Sequence([split, level])),
-        Plugins.load(()).open_checkpoint("smollm2-135m").text().tokenizer,
+        open_checkpoint(Plugins.load(()), "smollm2-135m").text().tokenizer,
     ]
 
 

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.grammars.engines import Engines
+from engine.grammars.engines import Engines, grammar_engines
 from engine.kernels.cpu.calls import kernels
 from engine.layers.attention import AttentionBackend
 from engine.layers.batch import Batch
@@ -82,7 +82,7 @@ def no_attention(*_: Any) -> AttentionBackend:
 
 @cache
 def engines() -> Engines:
-    return Engines(Plugins.load(("llguidance",)).grammar_engines(), WORDS, threads=1, whitespace=True)
+    return Engines(grammar_engines(Plugins.load(("llguidance",))), WORDS, threads=1, whitespace=True)
 
 
 class Device:

@@ -15,7 +15,9 @@ import torch
 from engine.config import CacheOptions, Config, ModelOptions, ProcessOptions, ScheduleOptions
 from engine.errors import ConfigError
 from engine.messages import FromWorker
-from engine.messages.control import Boot, Fatal, Ping, Pong, WorkerReady
+from engine.messages.control import Answer, Ask, Boot, Fatal, Ping, Pong, WorkerReady
+from engine.messages.questions import CountExperts
+from engine.messages.questions import Echo as EchoQuestion
 from engine.messages.request import Sampling
 from engine.messages.step import SlotAdmit, StepDone, StepPlan
 from engine.plugin.specs import KVGroup, KVSpec
@@ -80,6 +82,15 @@ def test_a_worker_counts_answers_pings_and_ends_with_its_peer():
 
         frames.send(Ping())
         assert frames.receive() == Pong()
+
+        asked = EchoQuestion({"a": [1, "b"]})
+        frames.send(Ask(7, asked.packed()))
+        answer = frames.receive()
+        assert isinstance(answer, Answer) and (answer.number, answer.cause) == (7, "")
+        assert asked.read(answer.value) == {"a": [1, "b"]}
+        frames.send(Ask(8, CountExperts("start").packed()))
+        answer = frames.receive()
+        assert (answer.number, answer.value) == (8, b"") and "no experts" in answer.cause
 
         # A prompt of five in chunks of three and two, beside one of one; then decode, sent without waiting.
         process.send_signal(signal.SIGINT)  # the parent's business

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.grammars.engines import Engines
+from engine.grammars.engines import Engines, grammar_engines
 from engine.kernels.logits.host import HostLogitOps
 from engine.layers.attention import AttentionBackend
 from engine.layers.build import Build
@@ -42,7 +42,7 @@ def no_attention(*_: Any) -> AttentionBackend:
 
 @pytest.fixture
 def grammars() -> Grammars:
-    entries = Plugins.load(("llguidance",)).grammar_engines()
+    entries = grammar_engines(Plugins.load(("llguidance",)))
     engines = Engines(entries, WORDS, threads=2, whitespace=True)
     return Grammars(engines, ThreadPoolExecutor(1), WORDS, slots=SLOTS, device=CPU, kernels=HostLogitOps())
 

@@ -1,0 +1,5 @@
+"""The routes of SGLang's and vLLM's own APIs, joined; each module declares those that it serves."""
+
+from engine.http.native import generate, tokenize
+
+ROUTES = (*generate.ROUTES, *tokenize.ROUTES)

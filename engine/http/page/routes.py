@@ -1,0 +1,5 @@
+"""The routes of people who read, joined; each module declares those that it serves."""
+
+from engine.http.page import pages
+
+ROUTES = (*pages.ROUTES,)

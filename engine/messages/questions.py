@@ -1,0 +1,63 @@
+"""Questions to the worker, and what it answers: known to whoever asks over HTTP and to `worker/questions.py` alone.
+
+A question travels packed inside an `Ask`, and its value inside an `Answer`. So the front, the scheduler, the executor
+and the fake device pass on every question without knowing it:
+
+    class CountPages(Question[int], frozen=True):   # 1. here: what is asked, and the type of the value
+        tree: bool = False
+
+    CountPages: self._count_pages                   # 2. in worker/questions.py: a line of the table, and its method
+    pages = await front.ask(CountPages(tree=True))  # 3. in the route that asks: an int, or a RequestError
+"""
+
+from typing import Any, Generic, Literal, TypeVar, get_args
+
+import msgspec
+from msgspec import Struct
+
+Value = TypeVar("Value")
+CountAction = Literal["start", "stop", "look"]
+
+
+class Question(Struct, Generic[Value], frozen=True, array_like=True, tag=True):
+    """Base of every question to the worker. `Value` is the type of its answer."""
+
+    def packed(self) -> bytes:
+        """The question as `Ask.question` carries it."""
+        return msgspec.msgpack.encode(self)
+
+    def read(self, value: bytes) -> Value:
+        """The answer in `Answer.value`."""
+        (kind,) = get_args(type(self).__orig_bases__[0])  # type: ignore[attr-defined]
+        found: Value = msgspec.msgpack.decode(value, type=kind)
+        return found
+
+
+class Profile(Question[str], frozen=True):
+    """Trace the steps launched from now on, or end that. The value is the path of the trace.
+
+    With a `folder` a trace begins, which goes into a new file there after `steps` steps; without, it ends now.
+    """
+
+    folder: str = ""
+    steps: int = 0
+
+
+class ExpertCounts(Struct, frozen=True, array_like=True):
+    """`counts` (int64 [layers, experts]) are of those layers that have experts, whose numbers `layers` are."""
+
+    counting: bool
+    layers: tuple[int, ...]
+    counts: bytes
+
+
+class CountExperts(Question[ExpertCounts], frozen=True):
+    """Count how often each expert is chosen, from zero on; end that; or only look."""
+
+    action: CountAction
+
+
+class Echo(Question[Any], frozen=True):
+    """Give `value` back: for tests of the way to the worker."""
+
+    value: Any = None
