@@ -18,8 +18,8 @@ from engine.config import resolve
 from engine.messages.control import Boot
 from engine.messages.request import Sampling
 from engine.messages.step import SlotAdmit, StepPlan
-from engine.worker.main import start
 from engine.worker.runner import Runner
+from engine.worker.start import start
 
 STEPS = 20
 

@@ -10,7 +10,7 @@ travel as the bytes of little-endian int32 (`ids`) or float32 arrays: one copy, 
                                 │ ^                 ──Stats/Flushed/Paused/Profiled/ExpertCounts/Fatal──> http
    StepPlan/Profile/CountExperts/Reset│ │StepDone, Profiled, ExpertCounts, WorkerReady, WorkerLost, …
                                 v │
-                             executor <──frames──> worker
+                             executor <──frames──> worker, one a rank
 
 A long text goes from the tokenizer, and from http, to a text process (TextWork; Prepared, Tokenized, Detokenized).
 A grammar goes from the scheduler to the compiler (Compile, Compiled), then to the worker (LoadGrammar, GrammarLoaded),
@@ -19,6 +19,7 @@ and then its requests run.
 
 from engine.messages.assets import Compiled, DropGrammar, GrammarLoaded, LoadGrammar
 from engine.messages.control import (
+    Agreed,
     Boot,
     CountExperts,
     ExpertCounts,
@@ -32,6 +33,7 @@ from engine.messages.control import (
     Preload,
     Profile,
     Profiled,
+    Proposed,
     Reset,
     Stats,
     WorkerLost,
@@ -48,8 +50,8 @@ FromTextProcess = TextAnswer | Failed | Retired | Fatal
 ToTokenizer = Job | Abort | WorkerReady
 ToTheDevice = Profile | CountExperts  # questions of http's that the worker answers
 FromTheDevice = Profiled | ExpertCounts
-ToWorker = Boot | Preload | StepPlan | LoadGrammar | DropGrammar | ToTheDevice | Ping
-FromWorker = WorkerReady | StepDone | GrammarLoaded | FromTheDevice | Pong | Fatal
+ToWorker = Boot | Preload | Agreed | StepPlan | LoadGrammar | DropGrammar | ToTheDevice | Ping
+FromWorker = Proposed | WorkerReady | StepDone | GrammarLoaded | FromTheDevice | Pong | Fatal
 FromFront = Admit | Abort | StopHit | Flush | Pause | ToTheDevice
 FromExecutor = StepDone | GrammarLoaded | FromTheDevice | WorkerReady | WorkerLost | WorkerSilent | Fatal
 ToScheduler = FromFront | FromExecutor | Compiled

@@ -16,7 +16,7 @@ from engine.messages.request import Sampling
 from engine.messages.step import SlotAdmit, StepPlan
 from engine.plugin.registry import Plugins
 from engine.text.tokenizer import Text
-from engine.worker.main import start
+from engine.worker.start import start
 
 COUNTING = "1, 2, 3, 4, 5, 6, 7,"
 STORY = "Once upon a time, in a small village by the sea, there lived"

@@ -25,7 +25,7 @@ from engine.messages.step import SlotAdmit, StepPlan
 from engine.plugin.registry import Plugins
 from engine.runtime.launch import open_front
 from engine.text.tokenizer import Text
-from engine.worker.main import start
+from engine.worker.start import start
 
 
 @pytest.fixture(scope="module")

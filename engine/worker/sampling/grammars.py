@@ -11,7 +11,6 @@ leaves no choice about are sampled like others.
 """
 
 import logging
-import os
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +30,7 @@ from engine.messages.assets import GrammarLoaded, LoadGrammar
 from engine.messages.step import SlotAdmit
 from engine.plugin.registry import Plugins
 from engine.plugin.specs import Checkpoint, CompiledGrammar, GrammarEngine, GrammarEntry, Vocabulary
+from engine.runtime.processors import processors
 from engine.worker.sampling.mask_table import ALL, ENDS, Lines, MaskTable
 
 log = logging.getLogger("engine.worker")
@@ -131,8 +131,7 @@ class Beginning:
         from engine.grammars.vocabulary import read_vocabulary  # here, beside the loading: it takes a while too
 
         vocabulary = read_vocabulary(checkpoint, config, size)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = max(1, min(MOST_THREADS, cores - 1))
+        threads = max(1, min(MOST_THREADS, processors() - 1))
         engines = Engines(entries, vocabulary, threads=threads, whitespace=config.grammar.json_whitespace)
         if vocabulary.eos_ids:
             engines.warm_up()

@@ -10,9 +10,9 @@ import torch
 from engine import ConfigError, Engine, SamplingParams, WorkerError
 from engine.plugin.testing import ModelHarness
 from engine.worker import runner
-from engine.worker.main import peak_bytes
 from engine.worker.sampling import adjustments as logits
 from engine.worker.sampling import sampler
+from engine.worker.start import peak_bytes
 from engine.worker.steps.graphs import ladder
 from engine_plugins.models.echo import Echo
 

@@ -21,7 +21,7 @@ from engine.messages.step import SlotAdmit, StepDone, StepPlan
 from engine.plugin.specs import KVGroup, KVSpec
 from engine.plugin.testing import MODEL_SCENARIOS, check_model
 from engine.runtime.channel import BlockingFrames
-from engine.worker.main import serve
+from engine.worker.loop import serve
 from engine.worker.memory import allocate, available_memory, choose_max_model_len, copy_pages, count_pages
 from engine_plugins.checkpoints.echo import END, EchoCheckpoint
 from engine_plugins.models.echo import Echo
