@@ -54,7 +54,7 @@ class Texts:
         below = {length: -length for length in set(lengths)}  # one object of each, as a cache likes it
         self.free = [below[length] or key for length, key in zip(lengths, self.keys, strict=True)]
         several = (sum(part != b"" for part in token.split(b",")) for token in tokens if b"," in token)
-        self.seen = 2 + max(1, *several)
+        self.seen = 2 + max([1, *several])
         words = -(-len(tokens) // 32)
         self._kept = np.empty((max(64, KEPT // (4 * words)), words), np.int32)  # no memory before it is used
         self._used = 0
