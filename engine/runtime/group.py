@@ -60,6 +60,7 @@ class Rank:
         self.proposed: int | None = None
         self.ready: WorkerReady | None = None
         self.last_words: str | None = None
+        self.details = ""  # a traceback
 
 
 class WorkerGroup:
@@ -137,9 +138,7 @@ class WorkerGroup:
                 rank.ready = message
                 await self._all_ready()
             case Fatal():
-                rank.last_words = message.cause
-                if message.details:
-                    log.error("%s ended by an exception\n%s", message.actor, message.details)
+                rank.last_words, rank.details = message.cause, message.details
             case Pong():
                 pass
 
@@ -236,6 +235,8 @@ class WorkerGroup:
         for rank in self._gone:
             if rank is not first and rank.last_words is not None:
                 log.info("%safter that: %s", self._named(rank), rank.last_words)
+        if first.details:
+            log.error("%sit ended by an exception\n%s", self._named(first), first.details)
         cause = first.last_words if first.last_words is not None else await first.child.exit_cause()
         return f"{self._named(first)}{cause}"
 

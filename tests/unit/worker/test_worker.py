@@ -217,6 +217,8 @@ def test_pages_fill_the_share_of_memory_but_no_more_than_can_be_used():
     free = available_memory(CPU)
     pages = count_pages(SPEC, CacheOptions(memory_fraction=0.5), CPU, 0, most_tokens=16)
     assert pages == pytest.approx(free * 0.5 / SPEC.page_bytes, rel=0.1)
+    half = count_pages(SPEC, CacheOptions(memory_fraction=0.5), CPU, 0, most_tokens=16, ranks=2)
+    assert half == pytest.approx(pages / 2, rel=0.2)  # others take and give back memory meanwhile
     assert count_pages(SPEC, CacheOptions(), CPU, 0, most_tokens=33) == 3
     assert count_pages(SPEC, CacheOptions(), CPU, 0, most_tokens=1 << 40) * SPEC.page_bytes <= 4 << 30
     assert count_pages(SPEC, CacheOptions(kv_tokens=1000), CPU, 0, most_tokens=16) == 62
