@@ -188,13 +188,15 @@ class WorkerGroup:
     async def _watch(self) -> None:
         """Ask workers whether they are there, but for one whose results are awaited; report those silent too long."""
         limit = self._config.process.stall_seconds
-        began, told = time.monotonic(), False
+        began, told = time.monotonic(), ""
         ping = bytes(pack(self._encoder, Ping()))
         while True:
             await anyio.sleep(PING_SECONDS)
             if not self.ready:
-                if not told and time.monotonic() - began > WAIT_SECONDS:
-                    told = self._tell_who_starts()
+                late = self._who_starts()
+                if late not in ("", told) and time.monotonic() - began > WAIT_SECONDS:
+                    log.info("%s still to start; the others wait", late)
+                    told = late
                 continue
             for rank in self._ranks:
                 if not rank.busy and not rank.pinged:
@@ -205,12 +207,10 @@ class WorkerGroup:
                     rank.silent = True
                     await self._report_silence(quiet)
 
-    def _tell_who_starts(self) -> bool:
-        """Say whom the ranks wait for, if some do."""
-        late = [rank for rank in self._ranks if rank.proposed is None and rank.ready is None]
-        if late and len(late) < len(self._ranks):
-            log.info("%s still to start; the others wait", self._listed(late))
-        return bool(late) and len(late) < len(self._ranks)
+    def _who_starts(self) -> str:
+        """Whom the ranks wait for, where some wait for others."""
+        late = [rank for rank in self._ranks if rank.proposed is None]
+        return self._listed(late) if 0 < len(late) < len(self._ranks) else ""
 
     async def _speaks_again(self, rank: Rank) -> None:
         rank.silent = False

@@ -38,6 +38,7 @@ READY = WorkerReady(
 
 def step(frames: BlockingFrames[ToWorker], boot: Boot, odd: dict[str, Any], device: FakeDevice, plan: StepPlan) -> None:
     if odd.get("die_at") == plan.step:
+        time.sleep(odd.get("die_after", 0))
         os._exit(7)
     if odd.get("hang_at") == plan.step:
         time.sleep(odd.get("hang_seconds", 600))

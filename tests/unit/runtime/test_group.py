@@ -122,9 +122,12 @@ async def test_whichever_rank_dies_all_are_ended_for_its_cause_and_started_again
         await house.next(StepDone)
 
 
-async def test_a_rank_that_dies_without_a_word_is_the_cause_of_those_that_have_lost_it() -> None:
+async def test_a_rank_that_dies_without_a_word_is_the_cause_of_those_that_have_lost_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Rank 0 says what a collective says whose peer has gone, and before rank 1's end is seen."""
-    script = {"0": {"fail_at": 1, "says": "connection closed by peer"}, "1": {"die_at": 1}}
+    script = {"0": {"fail_at": 1, "says": "connection closed by peer"}, "1": {"die_at": 1, "die_after": 0.5}}
+    monkeypatch.setattr(group_module, "GRACE_SECONDS", SECONDS)
     async with executing(script) as house:
         await house.next(WorkerReady)
         await house.step(1)
