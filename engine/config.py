@@ -101,6 +101,24 @@ class ScheduleOptions(Struct, frozen=True, kw_only=True):
     ] = "auto"
 
 
+class ParallelOptions(Struct, frozen=True, kw_only=True):
+    """Several devices."""
+
+    tp: Annotated[
+        Positive, Meta(description="devices that each layer's weights are divided over, a worker process each")
+    ] = 1
+
+    @property
+    def ranks(self) -> int:
+        """How many workers there are."""
+        return self.tp
+
+    @property
+    def reporter(self) -> int:
+        """The rank whose results are those of all: the first of the last stage."""
+        return self.ranks - self.tp
+
+
 class ProcessOptions(Struct, frozen=True, kw_only=True):
     """Processes."""
 
@@ -108,9 +126,9 @@ class ProcessOptions(Struct, frozen=True, kw_only=True):
         Literal["auto", "cpu", "cuda"], Meta(description="where the model runs; auto takes a GPU if there is one")
     ] = "auto"
     cuda_graphs: Annotated[bool, Meta(description="replay steps as CUDA graphs, where the backend allows it")] = True
-    threads: Annotated[Positive | None, Meta(description="CPU threads of the worker; default: the physical cores")] = (
-        None
-    )
+    threads: Annotated[
+        Positive | None, Meta(description="CPU threads of a worker; default: its share of the physical cores")
+    ] = None
     placement: Annotated[
         Literal["auto", "single", "split"],
         Meta(description="single: HTTP and scheduler share a process; split: one each; auto: single up to 4 cores"),
@@ -119,7 +137,7 @@ class ProcessOptions(Struct, frozen=True, kw_only=True):
         bool | None,
         Meta(
             description="keep a second worker process that has imported what it needs, and waits for the first to die: "
-            "150 MiB without a GPU; none where memory is short; default: `engine serve` does"
+            "150 MiB without a GPU; none where memory is short, or beside several workers; default: `engine serve` does"
         ),
     ] = None
     stall_seconds: Annotated[float, Meta(gt=0, description="seconds of a silent worker before health says stalled")] = (
@@ -252,6 +270,7 @@ class Config(Struct, frozen=True, kw_only=True):
     model: ModelOptions = ModelOptions()
     cache: CacheOptions = CacheOptions()
     schedule: ScheduleOptions = ScheduleOptions()
+    parallel: ParallelOptions = ParallelOptions()
     process: ProcessOptions = ProcessOptions()
     grammar: GrammarOptions = GrammarOptions()
     server: ServerOptions = ServerOptions()

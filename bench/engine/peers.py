@@ -36,6 +36,7 @@ from engine.config import resolve
 from engine.errors import EngineError
 from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins
+from engine.runtime.processors import processors
 
 HOME = Path(__file__).parents[2] / ".peers"
 MODEL = "smollm2-135m"
@@ -81,7 +82,7 @@ MEASURES = {
 
 
 def peers() -> dict[str, Peer]:
-    file, cores = gguf_file(), str(len(os.sched_getaffinity(0)))
+    file, cores = gguf_file(), str(processors())
     llama, vllm = HOME / "llama/bin/python", HOME / "vllm/bin/python"
     config = resolve({"model": MODEL, "max_model_len": str(LENGTH)}, os.environ)
     flags = ["--n_ctx", str(LENGTH), "--n_threads", cores, "--n_threads_batch", cores, "--interrupt_requests", "False"]
@@ -210,7 +211,7 @@ def main() -> None:
     known = peers()
     found: dict[str, dict[str, list[float]]] = {}
     skipped: dict[str, str] = {}
-    print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}")
+    print(f"{platform.machine()}, {processors()} cores, Python {platform.python_version()}")
     for name in options.only.split(","):
         peer = known[name]
         print(f"{name}: {peer.about}", flush=True)

@@ -10,7 +10,6 @@ training would. `a mask` is of one row by itself; `a step` fills the masks of `-
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from engine.messages.request import Grammar
 from engine.plugin.hookspecs import GrammarEntry
 from engine.plugin.registry import Plugins, resolve
 from engine.plugin.specs import CompiledGrammar, GrammarEngine, Vocabulary
+from engine.runtime.processors import processors
 
 SCHEMAS: dict[str, Any] = {
     "hard": workloads.JSON_SCHEMA,
@@ -110,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=max(1, len(os.sched_getaffinity(0)) - 1))
+    parser.add_argument("--threads", type=int, default=max(1, processors() - 1))
     parser.add_argument("--tokens", type=int, default=150)
     parser.add_argument("--only", default=",".join(SCHEMAS))
     given = parser.parse_args()

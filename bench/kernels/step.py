@@ -19,8 +19,8 @@ from engine.messages.control import Boot
 from engine.messages.request import Sampling
 from engine.messages.step import TOKEN, SlotAdmit, StepPlan
 from engine.testing.steps import step_plan
-from engine.worker.main import start
 from engine.worker.runner import Runner
+from engine.worker.start import start
 
 STEPS = 20
 

@@ -20,7 +20,7 @@ from engine.messages.control import Boot, Fatal, WorkerReady
 from engine.messages.grammars import GRAMMAR, Compile, Compiled, PackedGrammar
 from engine.messages.request import Grammar
 from engine.runtime.channel import Frames, Outbox
-from engine.runtime.process import Start, ended, exit_cause, frames_of, spawn
+from engine.runtime.process import Child, Start, spawn
 
 log = logging.getLogger("engine.grammars")
 
@@ -58,7 +58,6 @@ class CompilerActor:
     async def _one_life(self, first: Compile) -> None:
         """Run one process until it ends; `first` is the grammar that it is started for."""
         log.info("starting the grammar compiler")
-        sock, process = self._start()
         open_jobs: set[int] = set()
         cause = ""
 
@@ -72,17 +71,17 @@ class CompilerActor:
                         open_jobs.add(job.number)
                         await frames.send(job)
 
-        async with frames_of(sock, process, Compiled | Fatal) as frames:
+        async with await Child[Compiled | Fatal].start(self._start, Compiled | Fatal) as child:
             async with anyio.create_task_group() as group:
-                group.start_soon(forward, frames)
-                async for message in frames:
+                group.start_soon(forward, child.frames)
+                async for message in child.frames:
                     if isinstance(message, Fatal):
                         cause = message.cause
                         continue
                     open_jobs.discard(message.number)
                     await self.scheduler.send(made(message))
                 group.cancel_scope.cancel()
-            cause = cause or exit_cause(await ended(process))
+            cause = cause or await child.exit_cause()
         log.error("the grammar compiler is gone: %s", cause)
         said = f"the grammar compiler stopped while it worked on this; send the request again (cause: {cause})"
         for number in open_jobs:

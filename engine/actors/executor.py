@@ -1,13 +1,12 @@
-"""The executor actor: keeps one device process alive and passes steps to and fro.
+"""The executor actor: keeps the workers of a model alive, one for each rank, and passes steps to and fro.
 
-It starts the worker, hands it the configuration, forwards each `StepPlan` and returns each `StepDone`. When
-the process dies it says why (`WorkerLost`), waits for the scheduler's `Reset`, and boots another: the spare (spare.py),
-or a new one. A worker that cannot even start, or fails three times in a row to start again, is `Fatal`. A worker that
-is silent for too long is reported but not killed: a first compilation may take minutes.
+It starts the processes and runs them as one group (runtime/group.py), which has one life. When that ends it says why
+(`WorkerLost`), waits for the scheduler's `Reset`, and starts another: with the spare (spare.py), which only one worker
+alone has, or with new processes. A group that cannot even start, or fails three times in a row to start again, is
+`Fatal`.
 """
 
 import logging
-import time
 
 import anyio
 import msgspec
@@ -16,26 +15,14 @@ from anyio.streams.memory import MemoryObjectReceiveStream
 from engine.actors.spare import SPARE_SECONDS, Spare
 from engine.config import Config
 from engine.messages import FromExecutor, FromWorker, ToExecutor
-from engine.messages.assets import Loaded
-from engine.messages.control import (
-    Answer,
-    Boot,
-    Fatal,
-    Ping,
-    Pong,
-    Reset,
-    WorkerLost,
-    WorkerReady,
-    WorkerSilent,
-)
-from engine.messages.step import StepDone, StepPlan
-from engine.runtime.channel import Frames, Outbox
-from engine.runtime.process import Process, Start, connected, ended, exit_cause, put_down, spawn
+from engine.messages.control import Fatal, Reset, WorkerLost, WorkerReady
+from engine.runtime.channel import Outbox
+from engine.runtime.group import WorkerGroup
+from engine.runtime.process import Child, Start, end_all, spawn
 
 log = logging.getLogger("engine.executor")
 
 MOST_FAILED_STARTS = 3
-PING_SECONDS = 1.0
 RESTART_SECONDS = 2.0  # longer after each failed start
 
 
@@ -58,13 +45,13 @@ class ExecutorActor:
 
     async def run(self) -> None:
         async with anyio.create_task_group() as group:
-            if self.config.process.spare_worker:
+            if self.config.process.spare_worker and self.config.parallel.ranks == 1:
                 group.start_soon(self.spare.run)
             await self._lives()
             group.cancel_scope.cancel()
 
     async def _lives(self) -> None:
-        """One worker after the other, until one cannot be started."""
+        """One group after the other, until one cannot be started."""
         failed_starts = 0
         first = True
         while True:
@@ -86,95 +73,33 @@ class ExecutorActor:
             log.info("restarting the device worker")
 
     async def _one_life(self) -> tuple[bool, str]:
-        """Run one worker until it ends; whether it ever was ready, and why it ended."""
-        process, frames = await self.spare.take() or await self._new()
-        log.debug("device worker is process %d", process.pid)
-        life = _Life()
+        """Run one group of workers until it ends; whether it ever was ready, and why it ended."""
+        children: list[Child[FromWorker]] = []
         try:
-            async with anyio.create_task_group() as group:
-                group.start_soon(self._forward, frames, life)
-                group.start_soon(self._watch, frames, life)
-                await self._listen(frames, life)
-                group.cancel_scope.cancel()
-            code = await ended(process)
+            if held := await self.spare.take():
+                children.append(held)
+            while len(children) < self.config.parallel.ranks:
+                children.append(await Child[FromWorker].start(self._start, FromWorker))
+            log.debug("device workers are processes %s", ", ".join(str(child.process.pid) for child in children))
+            group = WorkerGroup(self.config, children, self.scheduler, self._ready)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._forward, group)
+                cause = await group.live()
+                tasks.cancel_scope.cancel()
+            return group.ready, cause
+        except OSError as error:  # the system starts no more processes, or has no memory for one
+            return False, f"a worker cannot be started: {error}"
         finally:
-            await put_down(process, frames)
-        return life.ready, life.cause or exit_cause(code)
+            await end_all(children)
 
-    async def _new(self) -> tuple[Process, Frames[FromWorker]]:
-        sock, process = self._start()
-        try:
-            return process, await connected(sock, FromWorker)
-        except BaseException:
-            await put_down(process, None)
-            raise
+    def _ready(self, ready: WorkerReady) -> None:
+        self.config = _fixed(self.config, ready)
+        self.spare.want(ready.modules)
 
-    async def _listen(self, frames: Frames[FromWorker], life: "_Life") -> None:
-        try:
-            await frames.send(Boot(self.config))
-        except anyio.BrokenResourceError:
-            return
-        async for message in frames:
-            life.heard = time.monotonic()
-            if life.silent:
-                life.silent = False
-                await self.scheduler.send(WorkerSilent(0.0))
-            match message:
-                case StepDone():
-                    life.busy -= 1
-                    await self.scheduler.send(message)
-                case Answer() | Loaded():
-                    await self.scheduler.send(message)
-                case WorkerReady():
-                    life.ready = True
-                    self.config = _fixed(self.config, message)
-                    self.spare.want(message.modules)
-                    await self.scheduler.send(msgspec.structs.replace(message, modules=()))
-                case Fatal():
-                    life.cause = message.cause
-                    if message.details:
-                        log.error("%s ended by an exception\n%s", message.actor, message.details)
-                case Pong():
-                    pass
-
-    async def _forward(self, frames: Frames[FromWorker], life: "_Life") -> None:
+    async def _forward(self, group: WorkerGroup) -> None:
         async for message in self.inbox:
-            if isinstance(message, Reset):
-                continue
-            life.busy += isinstance(message, StepPlan)
-            try:
-                await frames.send(message)
-            except anyio.BrokenResourceError:
-                return
-
-    async def _watch(self, frames: Frames[FromWorker], life: "_Life") -> None:
-        """Ask an idle worker whether it is there; report one that is silent too long."""
-        limit = self.config.process.stall_seconds
-        while True:
-            await anyio.sleep(PING_SECONDS)
-            if not life.ready:
-                continue
-            if not life.busy:
-                try:
-                    await frames.send(Ping())
-                except anyio.BrokenResourceError:
-                    return
-            quiet = time.monotonic() - life.heard
-            if quiet > limit and not life.silent:
-                life.silent = True
-                log.warning("no word from the device worker for %.0f s", quiet)
-                await self.scheduler.send(WorkerSilent(quiet))
-
-
-class _Life:
-    """What is known of one worker process: steps it holds, when it last spoke, and its last words."""
-
-    def __init__(self) -> None:
-        self.ready = False
-        self.busy = 0
-        self.silent = False
-        self.heard = time.monotonic()
-        self.cause = ""
+            if not isinstance(message, Reset):
+                await group.send(message)
 
 
 def _fixed(config: Config, ready: WorkerReady) -> Config:

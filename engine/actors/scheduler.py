@@ -151,7 +151,7 @@ class SchedulerActor:
                 await self._lost(message.cause)
             case WorkerSilent():
                 self.worker = "stalled" if message.seconds else "ready"
-                self.cause = f"no word from the device for {message.seconds:.0f} s" if message.seconds else ""
+                self.cause = message.cause
                 await self._send_stats()
             case Fatal():
                 self.worker, self.cause = "failed", message.cause

@@ -7,16 +7,14 @@ times no more. Where memory is short there is none.
 """
 
 import logging
-from typing import Any
 
 import anyio
 
 from engine.config import Config
 from engine.messages import FromWorker
 from engine.messages.control import Fatal, Pong, Preload
-from engine.runtime.channel import Frames
 from engine.runtime.memory import free_memory
-from engine.runtime.process import Process, Start, connected, ended, exit_cause, put_down
+from engine.runtime.process import Child, Start
 
 log = logging.getLogger("engine.spare")
 
@@ -35,7 +33,7 @@ class Spare:
         self._delay = delay
         self._wanted = anyio.Event()
         self._modules: dict[str, None] = {}
-        self._held: tuple[Process, Frames[Any]] | None = None
+        self._held: Child[FromWorker] | None = None
         self._watching = anyio.CancelScope()
         self._released = anyio.Event()
         self.imported = False  # the one that is held
@@ -45,7 +43,7 @@ class Spare:
         self._modules |= dict.fromkeys(modules)
         self._wanted.set()
 
-    async def take(self) -> tuple[Process, Frames[Any]] | None:
+    async def take(self) -> Child[FromWorker] | None:
         """The spare, for whoever asks to boot and to end it; None where there is none. No other is started before the
         next `want`."""
         if self._wanted.is_set():  # else `run` waits for this one
@@ -81,43 +79,41 @@ class Spare:
     async def _keep(self) -> str:
         """Start one and hold it until it is taken, or memory is short; why it ended, if that was its own doing."""
         try:
-            sock, process = self._start()
+            child = await Child[FromWorker].start(self._start, FromWorker)
         except OSError as error:  # no more processes, or no memory for one
             return f"it cannot be started: {error}"
-        frames: Frames[Any] | None = None
-        held: tuple[Process, Frames[Any]] | None = None
+        self._held, self._released = child, anyio.Event()
+        self._watching = anyio.CancelScope()
+        cause = ""
         try:
-            frames = await connected(sock, FromWorker)
-            try:
-                await frames.send(Preload(self._config, tuple(self._modules)))
-            except anyio.BrokenResourceError:
-                return exit_cause(await ended(process))
-            self._held = held = process, frames
-            self._released = anyio.Event()
-            with anyio.CancelScope() as self._watching:
-                cause = await self._watch(process, frames)
-            return "" if self._watching.cancelled_caught else cause
+            with self._watching:
+                cause = await self._watch(child)
+            return cause
         finally:
             self.imported = False
-            if held is None or self._held is held:  # nobody has taken it
+            if self._held is child:  # nobody has taken it
                 self._held = None
-                await put_down(process, frames)
+                await child.end()
             self._released.set()
 
-    async def _watch(self, process: Process, frames: Frames[FromWorker]) -> str:
-        """Returns once it has ended, and why; or nothing where memory is short."""
+    async def _watch(self, child: Child[FromWorker]) -> str:
+        """Have it import; returns once it has ended, and why; or nothing where memory is short."""
+        try:
+            await child.frames.send(Preload(self._config, tuple(self._modules)))
+        except anyio.BrokenResourceError:
+            return await child.exit_cause()
         cause = ""
         while True:
             with anyio.move_on_after(LOOK_SECONDS):
-                async for message in frames:
+                async for message in child.frames:
                     match message:
                         case Pong():
                             self.imported = True
-                            log.debug("the spare worker, process %d, has imported all it needs", process.pid)
+                            log.debug("the spare worker, process %d, has imported all it needs", child.process.pid)
                         case Fatal():
                             cause = message.cause
                             log.debug("%s", message.details)
-                return cause or exit_cause(await ended(process))
+                return cause or await child.exit_cause()
             if free_memory() < LEAST_MEMORY:
                 log.info("ending the spare worker: less than %d MiB of memory are free", LEAST_MEMORY >> 20)
                 return ""

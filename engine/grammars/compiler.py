@@ -43,6 +43,7 @@ from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins
 from engine.plugin.specs import CompiledGrammar
 from engine.runtime.channel import BlockingFrames
+from engine.runtime.processors import processors
 
 log = logging.getLogger("engine.grammars")
 
@@ -102,7 +103,7 @@ class Compiler:
         self._descriptor = descriptor
         self._config = config
         self._seconds = config.grammar.grammar_seconds
-        self._most = config.grammar.grammar_helpers or helpers(os.cpu_count() or 1)
+        self._most = config.grammar.grammar_helpers or helpers(processors())
         self._engines: Engines | None = None
         self._queue: deque[Compile] = deque()
         self._children: dict[int, Child] = {}  # by pipe

@@ -10,7 +10,7 @@ travel as the bytes of little-endian int32 (`ids`) or float32 arrays: one copy, 
                                 │ ^                 ──Stats/Answer/Fatal──> http
               StepPlan/Ask/Reset│ │StepDone, Answer, WorkerReady, WorkerLost, …
                                 v │
-                             executor <──frames──> worker
+                             executor <──frames──> worker, one a rank
 
 A long text goes from the tokenizer, and from http, to a text process (TextWork; Prepared, Tokenized, Detokenized).
 A request may need things on the device, such as a grammar. They go from the scheduler to their maker (Make, Made), then
@@ -21,6 +21,7 @@ Answer of its number.
 
 from engine.messages.assets import Drop, Load, Loaded, Made, Make
 from engine.messages.control import (
+    Agreed,
     Answer,
     Ask,
     Boot,
@@ -30,6 +31,7 @@ from engine.messages.control import (
     Ping,
     Pong,
     Preload,
+    Proposed,
     Reset,
     Stats,
     WorkerLost,
@@ -44,8 +46,8 @@ from engine.messages.text import Retired, TextAnswer, TextBoot, TextWork
 ToTextProcess = TextBoot | TextWork
 FromTextProcess = TextAnswer | Failed | Retired | Fatal
 ToTokenizer = Job | Abort | WorkerReady
-ToWorker = Boot | Preload | StepPlan | Load | Drop | Ask | Ping
-FromWorker = WorkerReady | StepDone | Loaded | Answer | Pong | Fatal
+ToWorker = Boot | Preload | Agreed | StepPlan | Load | Drop | Ask | Ping
+FromWorker = Proposed | WorkerReady | StepDone | Loaded | Answer | Pong | Fatal
 FromFront = Admit | Abort | StopHit | Flush | Pause | Ask
 FromExecutor = StepDone | Loaded | Answer | WorkerReady | WorkerLost | WorkerSilent | Fatal
 ToScheduler = FromFront | FromExecutor | Made

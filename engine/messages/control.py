@@ -7,7 +7,7 @@ from engine.messages.base import Message, Part
 
 
 class WorkerReady(Message, frozen=True):
-    """worker → scheduler: what the device can hold, and how the start went.
+    """worker → scheduler: what the device can hold, and how the start went; of several ranks, what all of them can.
 
     `pages` of `page_size` tokens; a step takes `max_step_tokens`; `phases` maps a start-up phase to its seconds.
     A model that makes vectors of `embedding_size` generates no text; of others it is 0. `modules` are those that this
@@ -38,9 +38,11 @@ class WorkerLost(Message, frozen=True):
 
 
 class WorkerSilent(Message, frozen=True):
-    """executor → scheduler: no word from the device process for `seconds`; 0 means it answers again."""
+    """executor → scheduler: no word from the device process for `seconds`, or of several from those that `cause`
+    names, for people; 0 means that all answer again."""
 
     seconds: float
+    cause: str = ""
 
 
 class Reset(Message, frozen=True):
@@ -91,11 +93,26 @@ class Pause(Message, frozen=True):
 
 
 class Boot(Message, frozen=True):
-    """executor → worker: the first frame; the worker loads the model named in `config`."""
+    """executor → worker: the first frame; the worker loads the model named in `config`.
+
+    It is one of `world` ranks, which meet at `rendezvous` (an address of torch.distributed)."""
 
     config: Config
     rank: int = 0
     world: int = 1
+    rendezvous: str = ""
+
+
+class Proposed(Message, frozen=True):
+    """worker → executor, where there are several: how many pages this rank has the memory for, its weights in place."""
+
+    pages: int
+
+
+class Agreed(Message, frozen=True):
+    """executor → worker, once all ranks have proposed: how many pages each is to allocate, which is the fewest."""
+
+    pages: int
 
 
 class Preload(Message, frozen=True):

@@ -83,8 +83,12 @@ class Frames(Generic[T]):
 
     async def send(self, message: Any) -> None:
         """Raises BrokenResourceError when the peer is gone."""
+        await self.send_packed(bytes(pack(self._encoder, message)))
+
+    async def send_packed(self, frame: bytes) -> None:
+        """As `send`, of what `pack` has made: one frame may go to several peers."""
         async with self._sending:
-            await self._stream.send(bytes(pack(self._encoder, message)))
+            await self._stream.send(frame)
 
     async def __aiter__(self) -> AsyncIterator[T]:
         buffer = self._buffer

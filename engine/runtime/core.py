@@ -25,7 +25,7 @@ from engine.plugin.registry import Plugins
 from engine.runtime.actor import Actor, supervise
 from engine.runtime.allocator import give_back_large_blocks
 from engine.runtime.channel import Frames, Outbox, channel, open_channel
-from engine.runtime.process import Start, ended, exit_cause, spawn
+from engine.runtime.process import Child, Start, spawn
 from engine.sched.policies import make_policy
 
 PLANS = STEPS_IN_FLIGHT + 1  # and a Reset: the scheduler never waits to send
@@ -66,20 +66,16 @@ class CoreLink:
             await self._frames.send(message)
 
     async def run(self) -> None:
-        ours, process = spawn("engine.runtime.core")
+        child = await Child[ToFront].start(lambda: spawn("engine.runtime.core"), ToFront)
         try:
-            self._frames = Frames(await anyio.abc.UNIXSocketStream.from_socket(ours), ToFront)
+            self._frames = child.frames
             await self._frames.send(Boot(self._config))
             self._open.set()
             async for message in self._frames:
                 await self._front.send(message)
-            await self._front.send(Fatal("core process", exit_cause(await ended(process))))
+            await self._front.send(Fatal("core process", await child.exit_cause()))
         finally:
-            ours.close()
-            with anyio.CancelScope(shield=True):
-                if self._frames is not None:
-                    await self._frames.aclose()  # which ends it
-                await ended(process)
+            await child.leave()
 
 
 async def _run(descriptor: int) -> None:

@@ -3,14 +3,12 @@
 Left out: what runs in them, and when one is started again.
 """
 
-import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import anyio
 import anyio.abc
@@ -18,15 +16,19 @@ import anyio.to_thread
 
 from engine.config import Config
 from engine.runtime.channel import Frames
+from engine.runtime.processors import processors
+
+T = TypeVar("T")
 
 SMALL_MACHINE = 4  # processors up to which one process for front and core is the faster placement
+LINGER_SECONDS = 5.0  # that a process may take to end once it has closed its frames
 
 
 def placement(config: Config) -> str:
     """`single` or `split`, with `auto` decided."""
     if config.process.placement != "auto":
         return config.process.placement
-    return "single" if (os.cpu_count() or 1) <= SMALL_MACHINE else "split"
+    return "single" if processors() <= SMALL_MACHINE else "split"
 
 
 class Process(Protocol):
@@ -60,37 +62,62 @@ def spawn(module: str) -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
     return ours, process
 
 
-async def connected(sock: socket.socket, kind: Any) -> Frames[Any]:
-    """The frames, of messages of `kind`, over our end of a socket from `spawn`."""
-    return Frames(await anyio.abc.UNIXSocketStream.from_socket(sock), kind)
+class Child(Generic[T]):
+    """A process that `start` has started, and the frames to it. It does not outlive its context.
+
+    `start` is the one seam between an engine and its processes: what it returns may as well stand for a process of
+    another host, whose frames travel over TCP."""
+
+    def __init__(self, process: Process, frames: Frames[T]) -> None:
+        self.process = process
+        self.frames = frames
+
+    @classmethod
+    async def start(cls, start: Start, receives: Any) -> "Child[T]":
+        """Start one that sends messages of the types `receives`. Raises OSError where the system starts no more."""
+        sock, process = start()
+        try:
+            kind = anyio.abc.UNIXSocketStream if sock.family == socket.AF_UNIX else anyio.abc.SocketStream
+            return cls(process, Frames(await kind.from_socket(sock), receives))
+        except BaseException:
+            sock.close()
+            process.kill()
+            process.wait()
+            raise
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *failure: object) -> None:
+        await self.end()
+
+    async def end(self) -> None:
+        """End it, however far it has come."""
+        self.process.kill()
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(self.process.wait)
+            await self.frames.aclose()
+
+    async def leave(self) -> None:
+        """Close the frames, at which it ends by itself; or is ended if it lingers."""
+        with anyio.CancelScope(shield=True):
+            await self.frames.aclose()
+            await self.exit_cause()
+
+    async def exit_cause(self) -> str:
+        """Why it has ended, in words, once its frames have; it is killed if it lingers."""
+        with anyio.move_on_after(LINGER_SECONDS):
+            return exit_cause(await anyio.to_thread.run_sync(self.process.wait, abandon_on_cancel=True))
+        self.process.kill()
+        return exit_cause(await anyio.to_thread.run_sync(self.process.wait))
 
 
-async def put_down(process: Process, frames: Frames[Any] | None) -> None:
-    """End a process, however far it has come, and close the frames to it."""
-    with anyio.CancelScope(shield=True):
-        process.kill()
-        await anyio.to_thread.run_sync(process.wait)
-        if frames is not None:
-            await frames.aclose()
-
-
-@asynccontextmanager
-async def frames_of(sock: socket.socket, process: Process, kind: Any) -> AsyncIterator[Frames[Any]]:
-    """The frames, of messages of `kind`, of a process from `spawn`. It does not outlive the context."""
-    frames: Frames[Any] | None = None
-    try:
-        frames = await connected(sock, kind)
-        yield frames
-    finally:
-        await put_down(process, frames)
-
-
-async def ended(process: Process) -> int:
-    """The exit code of a process whose stream has ended; it is killed if it lingers."""
-    with anyio.move_on_after(5):
-        return await anyio.to_thread.run_sync(process.wait, abandon_on_cancel=True)
-    process.kill()
-    return await anyio.to_thread.run_sync(process.wait)
+async def end_all(children: Sequence[Child[Any]]) -> None:
+    """End several, none of them waiting for another."""
+    for child in children:
+        child.process.kill()
+    for child in children:
+        await child.end()
 
 
 def exit_cause(code: int) -> str:

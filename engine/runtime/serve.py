@@ -1,49 +1,59 @@
 """Serve over HTTP: the device process first, then all else, until a signal or a failure.
 
-    serve ── early worker: imports torch ──────────────> boots when the front knows that it can be of use
+    serve ── early workers: import torch ─────────────> boot when the front knows that they can be of use
       └────── launch, http: imported meanwhile ──> front
 
-The worker's imports take longer than all that this process does before it is ready. So what this module imports at its
-top is what starting the worker takes.
+A worker's imports take longer than all that this process does before it is ready. So what this module imports at its
+top is what starting the workers takes.
 """
 
 import logging
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
+from typing import TYPE_CHECKING
 
 import anyio
+from anyio.abc import TaskGroup
 from msgspec.structs import replace
 
 from engine import __version__
-from engine.config import Config
+from engine.config import Config, ServerOptions
 from engine.errors import WorkerError
 from engine.logs import set_up_logging
 from engine.messages.control import Preload, WorkerReady
 from engine.runtime.allocator import give_back_large_blocks
 from engine.runtime.channel import BlockingFrames
-from engine.runtime.process import Process, Start, placement, spawn
+from engine.runtime.process import Start, placement, spawn
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from engine.http.openapi import Route
+    from engine.runtime.front import Front
 
 log = logging.getLogger("engine")
 
 
 @contextmanager
-def early_worker(config: Config) -> Iterator[Start]:
-    """Starts a device process that imports while the front still makes sure that it can be of use, and ends it with the
-    block; what it yields starts workers for `core_actors`, this one first."""
-    early: list[tuple[socket.socket, Process]] = [spawn("engine.worker")]
-    sock, process = early[0]
+def early_workers(config: Config) -> Iterator[Start]:
+    """Starts the device processes, which import while the front still makes sure that they can be of use, and ends them
+    with the block; what it yields starts workers for `core_actors`, these first."""
+    early = [spawn("engine.worker") for _ in range(config.parallel.ranks)]
+    left = list(early)
     try:
-        with suppress(ConnectionError):  # then the executor says why it has ended
-            BlockingFrames(sock, receives=None).send(Preload(config, spare=False))
-        yield lambda: early.pop() if early else spawn("engine.worker")
+        for sock, _ in early:
+            with suppress(ConnectionError):  # then the executor says why it has ended
+                BlockingFrames(sock, receives=None).send(Preload(config, spare=False))
+        yield lambda: left.pop(0) if left else spawn("engine.worker")
     finally:
-        process.kill()
-        process.wait()
-        sock.close()
+        for _, process in early:
+            process.kill()
+        for sock, process in early:
+            process.wait()
+            sock.close()
 
 
 def serve(config: Config) -> int:
@@ -54,13 +64,12 @@ def serve(config: Config) -> int:
     log.info("engine %s: starting %s", __version__, config.model.model)
     if config.process.spare_worker is None:
         config = replace(config, process=replace(config.process, spare_worker=True))
-    with early_worker(config) if placement(config) == "single" else nullcontext() as start:
+    with early_workers(config) if placement(config) == "single" else nullcontext() as start:
         return anyio.run(_serve, config, start, began, backend_options={"use_uvloop": True})
 
 
 async def _serve(config: Config, start: Start | None, began: float) -> int:
     from engine.http.app import ROUTES
-    from engine.http.app import serve as serve_http
     from engine.http.exporting import tracing_to
     from engine.http.keys import Keys
     from engine.http.origins import Access
@@ -75,67 +84,92 @@ async def _serve(config: Config, start: Start | None, began: float) -> int:
     keyed = Keys(config.server).asked
     plugins = Plugins.load(config.model.plugins)
     routes = with_plugins(ROUTES, plugins)
-    code = 0
     async with open_front(config, core, plugins) as front, anyio.create_task_group() as group:
-        listening = anyio.Event()
-        url = ""
-
-        def started(at: str) -> None:
-            nonlocal url
-            url = at
-            listening.set()
-
-        async def http() -> None:
-            await serve_http(front, config.server, routes, started=started)
-
-        async def announce() -> None:
-            await listening.wait()
-            with suppress(WorkerError):  # `failure` says so
-                say_ready(url, await front.ready())
-
-        def say_ready(url: str, info: WorkerReady) -> None:
-            phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in info.phases.items())
-            log.info("worker on %s: %s", info.device, phases)
-            if info.embedding_size:
-                log.info("vectors of %d numbers, of at most %d tokens", info.embedding_size, info.max_model_len)
-            else:
-                size, tokens = info.page_size, info.pages * info.page_size
-                log.info("KV cache: %d tokens in pages of %d; attention: %s", tokens, size, info.attention)
-            log.info("ready after %.1f s on %s", time.monotonic() - began, url)
-            embeds = info.embedding_size > 0
-            print(try_line(url, front.model_name, keyed=keyed, embeds=embeds), flush=True)
-
-        async def signals() -> None:
-            with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
-                async for _ in received:
-                    if front.draining:
-                        break
-                    if front.open:
-                        log.info(
-                            "draining: %s open and may go on for up to %.0f s; a second signal ends what is open",
-                            _requests(front.open), config.server.drain_seconds,
-                        )  # fmt: skip
-                    group.start_soon(drain)
-            close()
-
-        async def drain() -> None:
-            await front.drain(config.server.drain_seconds)
-            close()
-
-        def close() -> None:
-            if left := front.end():
-                log.warning("%s still open and now ended with an error", _requests(left))
-            group.cancel_scope.cancel()
-
-        async def failure() -> None:
-            nonlocal code
-            log.error("%s", await front.failed())
-            code = 1
-            group.cancel_scope.cancel()
-
-        for task in (http, announce, signals, failure):
+        service = Service(front, config.server, routes, group, began=began, keyed=keyed)
+        for task in (service.http, service.announce, service.signals, service.failure):
             group.start_soon(task)
-    return code
+    return service.code
+
+
+class Service:
+    """What a server does beside its actors: listen, say that it is ready, heed signals, and end where the engine fails.
+
+    The first thing to end cancels `group`; `code` is the process's exit code then."""
+
+    def __init__(
+        self,
+        front: "Front",
+        options: ServerOptions,
+        routes: "Sequence[Route]",
+        group: TaskGroup,
+        *,
+        began: float,
+        keyed: bool,
+    ) -> None:
+        self.code = 0
+        self._front = front
+        self._options = options
+        self._routes = routes
+        self._group = group
+        self._began = began
+        self._keyed = keyed  # an API key is asked for
+        self._listening = anyio.Event()
+        self._url = ""
+
+    async def http(self) -> None:
+        from engine.http.app import serve as serve_http
+
+        await serve_http(self._front, self._options, self._routes, started=self._started)
+
+    def _started(self, url: str) -> None:
+        self._url = url
+        self._listening.set()
+
+    async def announce(self) -> None:
+        """Say what the worker is and where to ask, once both are ready."""
+        await self._listening.wait()
+        with suppress(WorkerError):  # `failure` says so
+            self._say_ready(await self._front.ready())
+
+    def _say_ready(self, info: WorkerReady) -> None:
+        phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in info.phases.items())
+        log.info("worker on %s: %s", info.device, phases)
+        if info.embedding_size:
+            log.info("vectors of %d numbers, of at most %d tokens", info.embedding_size, info.max_model_len)
+        else:
+            size, tokens = info.page_size, info.pages * info.page_size
+            log.info("KV cache: %d tokens in pages of %d; attention: %s", tokens, size, info.attention)
+        log.info("ready after %.1f s on %s", time.monotonic() - self._began, self._url)
+        embeds = info.embedding_size > 0
+        print(try_line(self._url, self._front.model_name, keyed=self._keyed, embeds=embeds), flush=True)
+
+    async def signals(self) -> None:
+        """The first lets what is open come to its end, for a while; the second does not."""
+        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+            async for _ in received:
+                if self._front.draining:
+                    break
+                if self._front.open:
+                    log.info(
+                        "draining: %s open and may go on for up to %.0f s; a second signal ends what is open",
+                        _requests(self._front.open), self._options.drain_seconds,
+                    )  # fmt: skip
+                self._group.start_soon(self._drain)
+        self._close()
+
+    async def _drain(self) -> None:
+        await self._front.drain(self._options.drain_seconds)
+        self._close()
+
+    def _close(self) -> None:
+        if left := self._front.end():
+            log.warning("%s still open and now ended with an error", _requests(left))
+        self._group.cancel_scope.cancel()
+
+    async def failure(self) -> None:
+        log.error("%s", await self._front.failed())
+        self.code = 1
+        self._group.cancel_scope.cancel()
 
 
 def _requests(count: int) -> str:

@@ -11,10 +11,8 @@ queue; if a process has it already, that process gets one more second.
 
 import asyncio
 import logging
-import os
-import socket
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 
 import anyio
@@ -31,7 +29,8 @@ from engine.messages.reply import Failed
 from engine.messages.text import Retired, TextAnswer, TextBoot, TextJob, TextWork
 from engine.runtime.actor import first_failure
 from engine.runtime.channel import Frames, channel
-from engine.runtime.process import Process, ended, exit_cause, frames_of, spawn
+from engine.runtime.process import Child, Start, spawn
+from engine.runtime.processors import processors
 from engine.text.jobs import LARGE, perform, size_of
 
 log = logging.getLogger("engine.text")
@@ -99,7 +98,7 @@ class TextPool:
         template: str | None,
         admission: Admission,
         *,
-        start: Callable[[], tuple[socket.socket, Process]] = lambda: spawn("engine.text.process"),
+        start: Start = lambda: spawn("engine.text.process"),
         most: int | None = None,
         seconds: float = SECONDS,
     ) -> None:
@@ -107,7 +106,7 @@ class TextPool:
         self._boot = TextBoot(config, template)
         self._start = start
         self._seconds = seconds
-        count = most or processes(os.cpu_count() or 1)
+        count = most or processes(processors())
         self._helpers: Sequence[Helper] = [Helper(takes_huge=number > 0 or count == 1) for number in range(count)]
         self._queue: deque[Work] = deque()
         self._held = 0
@@ -184,23 +183,23 @@ class TextPool:
         """Run one process from `work` on until it ends; a job that another process shall be given: this one had
         done some before it was lost, so it may have ended before this job came."""
         try:
-            sock, process = self._start()
+            child = await Child[FromTextProcess].start(self._start, FromTextProcess)
         except OSError as error:
             log.error("no text process can be started: %s", error)
             work.end(_lost(f"none can be started: {error}"))
             return None
-        log.debug("text process is process %d", process.pid)
+        log.debug("text process is process %d", child.process.pid)
         helper.running = True
         answered = 0
         try:
-            async with frames_of(sock, process, FromTextProcess) as frames:
-                answers = aiter(frames)
+            async with child:
+                frames, answers = child.frames, aiter(child.frames)
                 with suppress(anyio.BrokenResourceError):  # the reader sees the end of the stream too
                     await frames.send(self._boot)
                 while True:
                     goes_on, cause = await self._exchange(frames, answers, work)
                     if not goes_on and cause is not None:
-                        cause = cause or exit_cause(await ended(process))
+                        cause = cause or await child.exit_cause()
                         log.error("a text process is gone: %s", cause)
                         if answered:
                             return work

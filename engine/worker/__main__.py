@@ -1,8 +1,8 @@
 """`python -m engine.worker FD`: a device process on the inherited, connected stream socket FD.
 
-The first frame is Boot; the answer is WorkerReady, or Fatal and exit status 1. A spare worker gets Preload before it,
-imports, answers Pong and waits. Ends with status 0 when the peer closes. Ctrl-C is the parent's business, which drains
-first.
+The first frame is Boot; the answer is WorkerReady, or Fatal and exit status 1. Where there are several ranks, Proposed
+and Agreed come between. A spare worker gets Preload before its Boot, imports, answers Pong and waits. Ends with status
+0 when the peer closes. Ctrl-C is the parent's business, which drains first.
 """
 
 import gc
@@ -19,7 +19,7 @@ import msgspec
 from engine.errors import EngineError, PluginError
 from engine.logs import set_up_logging
 from engine.messages import ToWorker
-from engine.messages.control import Boot, Fatal, Pong, Preload
+from engine.messages.control import Agreed, Boot, Fatal, Pong, Preload, Proposed
 from engine.runtime.channel import BlockingFrames
 from engine.worker.spare import expendable, import_all, import_worker, imported_since
 
@@ -66,18 +66,36 @@ def _run(frames: BlockingFrames[ToWorker], boot: Boot, import_seconds: float) ->
     """`import_seconds` are those that this start has waited for already."""
     began = time.perf_counter()
     import_worker()
-    from engine.worker.main import serve, start
+    from engine.worker.loop import serve
+    from engine.worker.start import start
 
     known = set(sys.modules)
-    runner, ready = start(boot, import_seconds + time.perf_counter() - began)
+
+    def agree(pages: int) -> int:
+        return _agreed(frames, pages) if boot.world > 1 else pages
+
+    runner, ready = start(boot, import_seconds + time.perf_counter() - began, agree)
     ready = msgspec.structs.replace(ready, modules=imported_since(known))
     gc.collect()
     gc.freeze()  # a look at all that there is by now takes tens of milliseconds, in the middle of a step
     try:
         frames.send(ready)
-        serve(frames, runner)
+        serve(frames, runner, reports=boot.rank == boot.config.parallel.reporter)
     except ConnectionError as error:
         raise PeerGone from error
+
+
+def _agreed(frames: BlockingFrames[ToWorker], pages: int) -> int:
+    """How many pages all ranks allocate, this one having room for `pages`. Waits for all ranks."""
+    try:
+        frames.send(Proposed(pages))
+        agreed = frames.receive()
+    except ConnectionError as error:
+        raise PeerGone from error
+    if agreed is None:
+        raise PeerGone
+    assert isinstance(agreed, Agreed), f"a worker that has proposed got {type(agreed).__name__}"
+    return agreed.pages
 
 
 def _prepare(frames: BlockingFrames[ToWorker], prepare: Preload) -> tuple[Boot | None, float]:

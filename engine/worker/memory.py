@@ -28,15 +28,20 @@ def count_pages(
     weight_bytes: int,
     most_tokens: int,
     activation_bytes: int = 0,
+    *,
+    ranks: int = 1,
 ) -> int:
     """Pages to allocate, once the weights are in place; none for a model that keeps nothing.
 
     `most_tokens` is what running requests can use at most; on a CPU no more is taken unasked. `activation_bytes` are
-    left for the largest step. Raises ConfigError when not one page fits, or `kv_tokens` asks for more than there is.
+    left for the largest step. A CPU's memory is that of all `ranks`, each of which has its part. Raises ConfigError
+    where not one page fits, or `kv_tokens` asks for more than there is.
     """
     if not spec.groups:
         return 0
     free = max(available_memory(device) - activation_bytes, 0)
+    if device.type == "cpu":
+        free //= ranks
     if options.kv_tokens is not None:
         pages = options.kv_tokens // spec.page_size
         if pages == 0:

@@ -25,7 +25,8 @@ def import_worker() -> None:
     """Imports the worker, and torch with it; an eighth faster without looking for garbage among what imports leave."""
     gc.disable()
     try:
-        importlib.import_module("engine.worker.main")
+        importlib.import_module("engine.worker.start")
+        importlib.import_module("engine.worker.loop")
     finally:
         gc.enable()
     gc.freeze()

@@ -25,7 +25,7 @@ from engine.layers import Model
 from engine.messages.control import Boot, WorkerReady
 from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins
-from engine.worker.main import start
+from engine.worker.start import start
 
 EXAMPLES = int(os.environ.get("START_EXAMPLES", "15"))  # of each family
 FEW = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))

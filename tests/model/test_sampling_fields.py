@@ -18,7 +18,7 @@ from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins
 from engine.testing.steps import step_plan
 from engine.text.tokenizer import Text
-from engine.worker.main import start
+from engine.worker.start import start
 from engine.worker.steps.rows import Rows
 
 COUNTING = "1, 2, 3, 4, 5, 6, 7,"

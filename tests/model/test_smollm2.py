@@ -27,7 +27,7 @@ from engine.plugin.registry import Plugins
 from engine.runtime.launch import open_front
 from engine.testing.steps import step_plan
 from engine.text.tokenizer import Text
-from engine.worker.main import start
+from engine.worker.start import start
 from engine.worker.steps.rows import Rows
 
 

@@ -11,7 +11,6 @@ leaves no choice about are sampled like others.
 """
 
 import logging
-import os
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from engine.messages.step import SlotAdmit
 from engine.plugin.hookspecs import GrammarEntry
 from engine.plugin.registry import Plugins
 from engine.plugin.specs import Checkpoint, CompiledGrammar, GrammarEngine, Vocabulary
+from engine.runtime.processors import processors
 from engine.worker.sampling.mask_table import ALL, ENDS, Lines, MaskTable
 
 log = logging.getLogger("engine.worker")
@@ -133,8 +133,7 @@ class GrammarStart:
         from engine.grammars.vocabulary import read_vocabulary  # here, beside the loading: it takes a while too
 
         vocabulary = read_vocabulary(checkpoint, config, size)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = max(1, min(MOST_THREADS, cores - 1))
+        threads = max(1, min(MOST_THREADS, processors() - 1))
         engines = Engines(entries, vocabulary, threads=threads, whitespace=config.grammar.json_whitespace)
         if vocabulary.eos_ids:
             engines.warm_up()

@@ -338,3 +338,11 @@ def test_masks_that_are_no_longer_kept_are_filled_again() -> None:
 def test_of_other_schemas_no_states_are_told(schema: Any) -> None:
     compiled = compiled_of(ENGINES[True], schema)
     assert compiled.states is None and compiled.matcher().state is None
+
+
+def test_a_vocabulary_without_a_comma_has_an_engine_too() -> None:
+    letters = Vocabulary([b"a", b"b", b"</s>"], frozenset({2}), (2,))
+    compiled = LLGuidance(letters, threads=1, whitespace=True).compile(Grammar("regex", "ab"))
+    masks = np.zeros((1, 1), np.int32)
+    LLGuidance(letters, threads=1, whitespace=True).fill([compiled.matcher()], masks, [0])
+    assert masks[0, 0] == 0b001

@@ -47,7 +47,7 @@ from engine.messages import Boot
 from engine.worker.spare import import_worker
 
 import_worker()
-from engine.worker.main import start
+from engine.worker.start import start
 
 runner, ready = start(Boot(resolve({{"model": sys.argv[1], "kv_tokens": 512, "device": "cpu"}})), 0.0)
 print(json.dumps([runner.grammars is not None, [name for name in {NOT_OF_THE_WORKER} if name in sys.modules]]))

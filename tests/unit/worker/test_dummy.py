@@ -11,7 +11,7 @@ from engine import ConfigError, Engine, SamplingParams, WorkerError
 from engine.kernels.logits import reference
 from engine.plugin.testing import ModelHarness
 from engine.worker import runner
-from engine.worker.main import peak_bytes
+from engine.worker.start import peak_bytes
 from engine.worker.steps.graphs import ladder
 from engine_plugins.models.echo import Echo
 

@@ -24,7 +24,7 @@ from engine.plugin.specs import KVGroup, KVSpec
 from engine.plugin.testing import MODEL_SCENARIOS, check_model
 from engine.runtime.channel import BlockingFrames
 from engine.testing.steps import step_plan
-from engine.worker.main import serve
+from engine.worker.loop import serve
 from engine.worker.memory import allocate, available_memory, choose_max_model_len, count_pages
 from engine_plugins.checkpoints.echo import END, EchoCheckpoint
 from engine_plugins.models.echo import Echo
@@ -223,6 +223,8 @@ def test_pages_fill_the_share_of_memory_but_no_more_than_can_be_used():
     free = available_memory(CPU)
     pages = count_pages(SPEC, CacheOptions(memory_fraction=0.5), CPU, 0, most_tokens=16)
     assert pages == pytest.approx(free * 0.5 / SPEC.page_bytes, rel=0.1)
+    half = count_pages(SPEC, CacheOptions(memory_fraction=0.5), CPU, 0, most_tokens=16, ranks=2)
+    assert half == pytest.approx(pages / 2, rel=0.2)  # others take and give back memory meanwhile
     assert count_pages(SPEC, CacheOptions(), CPU, 0, most_tokens=33) == 3
     assert count_pages(SPEC, CacheOptions(), CPU, 0, most_tokens=1 << 40) * SPEC.page_bytes <= 4 << 30
     assert count_pages(SPEC, CacheOptions(kv_tokens=1000), CPU, 0, most_tokens=16) == 62

@@ -1,0 +1,77 @@
+"""The worker's loop: runs the steps it is sent, one launched ahead of the one it waits for, and answers questions.
+
+A result is sent as soon as it is there, and a plan launched as soon as it comes: so the device goes from one step to
+the next without a gap. All ranks get the same frames in the same order and launch the same steps; one of them reports
+what came of each.
+"""
+
+from collections import deque
+
+from engine.messages import ToWorker
+from engine.messages.assets import Drop, Load
+from engine.messages.control import Ask, Ping, Pong
+from engine.messages.step import StepPlan
+from engine.runtime.channel import BlockingFrames
+from engine.worker.profiling import StepProfiler
+from engine.worker.questions import Questions
+from engine.worker.runner import Runner
+from engine.worker.steps.results import Step
+
+GLANCE = 5e-5  # seconds between two looks at the device, while a step runs and no plan has come
+
+
+def serve(frames: BlockingFrames[ToWorker], runner: Runner, *, reports: bool = True) -> None:
+    """Runs steps until the peer closes; `reports`: and sends what came of them."""
+    loop = Loop(frames, runner, reports)
+    while (message := loop.next()) is not None:
+        loop.handle(message)
+
+
+class Loop:
+    """Steps in flight, oldest first, and the trace of them, if one is made."""
+
+    def __init__(self, frames: BlockingFrames[ToWorker], runner: Runner, reports: bool) -> None:
+        self._frames = frames
+        self._runner = runner
+        self._reports = reports
+        self._in_flight: deque[Step] = deque()
+        self._profiler = StepProfiler(runner.device)
+        self._questions = Questions(runner, self._profiler, lambda: len(self._in_flight))
+
+    def next(self) -> ToWorker | None:
+        """The next frame; meanwhile, steps that end are finished. None once the peer has closed."""
+        while self._in_flight:
+            if self._in_flight[0].ready():
+                self._finish_first()
+            elif self._frames.waiting(GLANCE):
+                break
+        return self._frames.receive()
+
+    def handle(self, message: ToWorker) -> None:
+        runner = self._runner
+        match message:
+            case StepPlan():
+                # Where rows follow a grammar, the results before are sent while the model runs: what makes their masks
+                # is what others need to plan on.
+                with self._profiler.launching(message):
+                    self._in_flight.append(runner.launch(message, self._catch_up))
+            case Load():
+                runner.loaders[message.kind].load(message, self._frames.send)
+            case Drop():
+                runner.loaders[message.kind].drop(message.number)
+            case Ask():
+                self._frames.send(self._questions.answer(message))
+            case Ping():
+                self._frames.send(Pong())
+            case _:
+                raise AssertionError(f"a worker that runs got {type(message).__name__}")
+
+    def _finish_first(self) -> None:
+        with self._profiler.finishing():
+            done = self._runner.finish(self._in_flight.popleft())
+            if self._reports:
+                self._frames.send(done)
+
+    def _catch_up(self) -> None:
+        while self._in_flight:
+            self._finish_first()

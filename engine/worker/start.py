@@ -1,0 +1,280 @@
+"""How a worker starts: from the names in a configuration to a runner with its weights, its KV cache and its graphs.
+
+Left out: the loop that runs steps then (loop.py), and who starts workers.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine.config import Config, ProcessOptions
+from engine.errors import ConfigError
+from engine.layers.build import Build
+from engine.layers.model import Model
+from engine.messages.control import Boot, WorkerReady
+from engine.messages.step import VECTOR
+from engine.parallel.groups import join
+from engine.parallel.mesh import Mesh
+from engine.plugin.checkpoints import open_checkpoint
+from engine.plugin.registry import Plugins, resolve
+from engine.plugin.specs import Checkpoint
+from engine.plugin.terms import LONGEST, Terms
+from engine.runtime.processors import cores
+from engine.worker.backends import Backends, quantization
+from engine.worker.choices import model_for
+from engine.worker.compiles import tell_of_compiles
+from engine.worker.memory import allocate, choose_max_model_len, count_pages
+from engine.worker.runner import Runner
+from engine.worker.sampling.grammars import begin_grammars
+from engine.worker.steps.warmup import FILTERED, PENALIZED, PLAIN, everything
+from engine.worker.weights import Tensors, checked_tensors, fill_at_random, load_weights, weight_bytes
+
+logger = logging.getLogger("engine.worker")
+
+SMALL_STEP = 16  # tokens of the smallest step that a GPU is warmed up with, and of a row of it
+WARM_UP_TOKENS = 16  # on a CPU; a GPU is warmed up with steps of all sizes, the largest of which shows what it takes
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Rows, and tokens, of the largest step."""
+
+    slots: int
+    step_tokens: int
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CPU_SIZES = Sizes(slots=64, step_tokens=2048)
+GPU_SIZES = Sizes(slots=256, step_tokens=8192)
+
+
+Agree = Callable[[int], int]  # from the pages that this rank has room for to those that every rank allocates
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model comes from, and what serves its layers. `limit` is its longest sequence."""
+
+    plugins: Plugins
+    checkpoint: Checkpoint
+    terms: Terms  # of config.json
+    tensors: Tensors  # none where weights are made up
+    backends: Backends
+    limit: int
+
+
+def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages) -> tuple[Runner, WorkerReady]:
+    """Brings up the model that `boot` names. Raises ConfigError or PluginError for what cannot work.
+
+    All ranks of a group go through the same phases in the same order: on the way they run steps, in which ranks wait
+    for each other. `agree` waits for all ranks too."""
+    config, phases = boot.config, {"import": import_seconds}
+    device = choose_device(config.process, rank=boot.rank, ranks=boot.world)
+    torch.set_num_threads(config.process.threads or max(1, cores() // boot.world))
+    with _timed(phases, "checkpoint"):
+        source = open_source(config, device)
+    place: dict[str, Any] = {}
+    if boot.world > 1:
+        with _timed(phases, "ranks"):
+            place = take_place(boot, device)
+    sizes = choose_sizes(config, device)
+    with _timed(phases, "weights"):
+        build = make_build(config, source, device, place)
+        model = make_model(source.plugins, source.terms, build)
+        beginning = None
+        if model.yields != VECTOR:
+            beginning = begin_grammars(config, source.plugins, source.checkpoint, model.vocab_size)
+        fill(model, config, source.tensors)
+    logger.info("%.0f MiB of weights in %s on %s", weight_bytes(model) / 2**20, build.dtype, device)
+    with _timed(phases, "grammars"):  # what is left of it
+        grammars = None if beginning is None else beginning.ready(sizes.slots, device, build.kernels.logits)
+    activations = 0
+    if device.type == "cuda":
+        with _timed(phases, "largest step"):
+            activations = peak_bytes(model, device, sizes.slots, build.max_model_len, sizes.step_tokens)
+    spec = model.kv_spec()
+    with _timed(phases, "kv cache"):
+        needs = {"most_tokens": sizes.slots * build.max_model_len, "activation_bytes": activations, "ranks": boot.world}
+        pages = agree(count_pages(spec, config.cache, device, weight_bytes(model), **needs))
+        cache_tokens = pages * spec.page_size if spec.groups else None
+        runner = Runner(
+            model,
+            allocate(spec, pages + 1, device),  # one for the padding of CUDA graphs
+            device,
+            slots=sizes.slots,
+            max_model_len=choose_max_model_len(config.model.max_model_len, source.limit, cache_tokens),
+            page_size=spec.page_size,
+            grammars=grammars,
+        )
+    attention = source.backends.chosen
+    with _timed(phases, "warm-up"):
+        warm_up(runner, config, pages=pages, step_tokens=sizes.step_tokens, dtype=build.dtype, attention=attention)
+    return runner, readiness(runner, sizes, pages=pages, attention=attention, phases=phases)
+
+
+def open_source(config: Config, device: torch.device) -> Source:
+    """The checkpoint that `config` names, its weights looked at but not read."""
+    plugins = Plugins.load(config.model.plugins)
+    checkpoint = open_checkpoint(plugins, config.model.model)
+    terms = Terms(checkpoint.config())
+    tensors = checked_tensors(checkpoint, terms) if config.model.load == "auto" else []
+    backends = Backends(plugins, device.type)
+    return Source(plugins, checkpoint, terms, tensors, backends, _model_limit(terms, config))
+
+
+def take_place(boot: Boot, device: torch.device) -> dict[str, Any]:
+    """Meets the other ranks. Returns what Build is to know of them."""
+    mesh = Mesh(boot.rank, tp=boot.config.parallel.tp)
+    logger.info("rank %d of %d, with %d threads", boot.rank, boot.world, torch.get_num_threads())
+    return {"mesh": mesh, "groups": join(mesh, boot.rendezvous, device)}
+
+
+def make_build(config: Config, source: Source, device: torch.device, place: dict[str, Any]) -> Build:
+    """What the layers are built with; `place` has its terms about ranks."""
+    return Build(
+        dtype=choose_dtype(config, device, source.terms),
+        device=device,
+        page_size=config.cache.page_size,
+        max_model_len=min(source.limit, config.model.max_model_len or source.limit),
+        attention_backend=source.backends.build,
+        kv_dtype=torch.float8_e4m3fn if config.cache.kv_dtype == "fp8" else None,
+        quantization=quantization(source.plugins, source.terms),
+        deferred=True,
+        **place,
+    )
+
+
+def fill(model: Model, config: Config, tensors: Tensors) -> None:
+    """Gives `model` its weights, or made-up ones."""
+    if config.model.load != "auto":
+        fill_at_random(model, ties=config.model.load == "dummy-ties")
+    else:
+        load_weights(model, tensors)
+
+
+def warm_up(
+    runner: Runner, config: Config, *, pages: int, step_tokens: int, dtype: torch.dtype, attention: str
+) -> None:
+    """Runs what is slow the first time; on a GPU, captures what can be captured."""
+    if runner.device.type == "cpu":
+        runner.warm_up(WARM_UP_TOKENS)
+        return
+    if config.process.cuda_graphs and not runner.capture(pages, config.cache.prefix_cache, step_tokens):
+        logger.info("no CUDA graphs: attention backend %s cannot be captured", attention)
+    if runner.grammars is not None:
+        runner.grammars.warm_up(dtype)
+    tell_of_compiles()
+
+
+def readiness(runner: Runner, sizes: Sizes, *, pages: int, attention: str, phases: dict[str, float]) -> WorkerReady:
+    """What this rank can do."""
+    model, spec, device = runner.model, runner.model.kv_spec(), runner.device
+    return WorkerReady(
+        pages=pages,
+        page_size=spec.page_size,
+        slots=sizes.slots,
+        max_step_tokens=sizes.step_tokens,
+        max_model_len=runner.tokens.shape[1] - 1,  # a sequence and the token after it
+        vocab_size=model.vocab_size,
+        kv_bytes_per_token=spec.page_bytes // spec.page_size,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        attention=attention or "none",
+        phases=phases,
+        embedding_size=model.embedding_size,
+    )
+
+
+def make_model(plugins: Plugins, terms: Terms, build: Build) -> Model:
+    """The model that config.json names, its weights not filled. ConfigError for what its plugin misses there."""
+    entry = model_for(plugins, terms.words("architectures"))
+    model_class = resolve(entry.target)
+    try:
+        model: Model = model_class(terms, build).eval()
+    except KeyError as error:
+        raise ConfigError(f"the model's configuration has no {error}, which the {entry.name} model needs") from None
+    return model
+
+
+def peak_bytes(model: Model, device: torch.device, slots: int, max_model_len: int, step_tokens: int) -> int:
+    """Bytes of activations in the largest step: `step_tokens` of prompts in as many rows as there can be, each of which
+    asks for all that can be asked of its logits.
+
+    Runs it on a small cache; what compiles on first use does so here."""
+    logger.info("running the largest step, of %d tokens in %d rows, for the memory that it takes", step_tokens, slots)
+    spec = model.kv_spec()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    pages = -(-(min(step_tokens, max_model_len) + 1) // spec.page_size)
+    caches = allocate(spec, pages, device)
+    runner = Runner(model, caches, device, slots=slots, max_model_len=max_model_len, page_size=spec.page_size)
+    runner.warm_up(step_tokens, slots, PLAIN if model.yields == VECTOR else everything(model.vocab_size))
+    runner.warm_up(step_tokens, 1, FILTERED)
+    for sampling in (PENALIZED, PLAIN):
+        runner.warm_up(1, 1, sampling)
+    tokens = step_tokens // 2
+    while tokens >= SMALL_STEP:  # kernels are cut by the size of a step
+        runner.warm_up(tokens, min(slots, tokens // SMALL_STEP), PLAIN)
+        tokens //= 2
+    peak = torch.cuda.max_memory_allocated(device) - before
+    return peak - pages * spec.page_bytes
+
+
+@contextmanager
+def _timed(phases: dict[str, float], name: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    phases[name] = time.perf_counter() - began
+
+
+def choose_device(options: ProcessOptions, *, rank: int = 0, ranks: int = 1) -> torch.device:
+    """The device of a rank, as `options` say. ConfigError where torch sees no GPU, or fewer than there are ranks."""
+    present = torch.cuda.is_available()
+    if options.device == "cuda" and not present:
+        raise ConfigError(
+            f"--device cuda, but torch {torch.__version__} sees no GPU: install a CUDA build of torch and a driver, "
+            "or say --device cpu"
+        )
+    if not present or options.device == "cpu":
+        return torch.device("cpu")
+    if (seen := torch.cuda.device_count()) < ranks:
+        raise ConfigError(f"--tp {ranks} needs {ranks} GPUs, and torch sees {seen}; say at most --tp {seen}")
+    device = torch.device("cuda", rank)
+    if rank:
+        torch.cuda.set_device(device)
+    return device
+
+
+def choose_sizes(config: Config, device: torch.device) -> Sizes:
+    """Those that are given, or usual on `device`."""
+    usual = GPU_SIZES if device.type == "cuda" else CPU_SIZES
+    return Sizes(
+        slots=config.schedule.max_running or usual.slots,
+        step_tokens=config.schedule.max_step_tokens or usual.step_tokens,
+    )
+
+
+def choose_dtype(config: Config, device: torch.device, terms: Terms) -> torch.dtype:
+    """The type of weights and activations. `terms` are those of config.json."""
+    name: str = config.model.dtype
+    if name == "auto":
+        said = terms.word("dtype", None) or terms.word("torch_dtype", "bfloat16")
+        name = "float32" if device.type == "cpu" else said
+    if name not in DTYPES:
+        raise ConfigError(f"the checkpoint's dtype {name!r} is not known; say --dtype bfloat16, float16 or float32")
+    return DTYPES[name]
+
+
+def _model_limit(terms: Terms, config: Config) -> int:
+    places = terms.integer("max_position_embeddings", None, high=LONGEST)
+    trained = terms.section("pooling").integer("max_seq_length", None, high=LONGEST)  # of an encoder, may be less
+    limits = [limit for limit in (trained, places) if limit is not None]
+    if limits:
+        return min(limits)
+    if config.model.max_model_len is None:
+        raise ConfigError("the model's configuration has no max_position_embeddings; say --max-model-len")
+    return config.model.max_model_len

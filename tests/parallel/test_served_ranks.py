@@ -1,0 +1,71 @@
+"""Two ranks behind one server: `--tp 2` replies as `--tp 1`, by the same actors, and outlives the death of a rank.
+
+A tiny seeded Llama is written to a directory first, whose heads two ranks can divide."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from oracle import tiny_model
+from test_processes import children
+from tokenizers import Tokenizer, models
+
+from engine import AsyncEngine, Engine, EngineError, Reply, RequestError, SamplingParams, WorkerError
+
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes through /proc"),
+]
+OPTIONS: dict[str, Any] = {"device": "cpu", "threads": 1, "max_running": 4, "kv_tokens": 1024, "page_size": 4}
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8], [1, 6, 1, 8] * 9]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a tiny Llama with a tokenizer of one letter a token."""
+    folder = tmp_path_factory.mktemp("llama")
+    model = tiny_model("Llama", num_attention_heads=4, tie_word_embeddings=False)
+    model.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({chr(0x100 + i): i for i in range(96)}, unk_token=chr(0x100)))
+    words.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> list[list[int]]:
+    """What one worker replies to each prompt."""
+    with Engine(model=str(folder), **OPTIONS) as engine:
+        return [reply.ids for reply in engine.generate(PROMPTS, GREEDY)]
+
+
+async def restarted(engine: AsyncEngine, prompt: list[int]) -> Reply:
+    """The reply to `prompt` once the group has been started again."""
+    while True:
+        try:
+            return await engine.generate(prompt, GREEDY)
+        except (WorkerError, RequestError):
+            await anyio.sleep(0.05)
+
+
+@pytest.mark.anyio
+async def test_two_ranks_reply_as_one_and_are_started_again_as_one(folder: Path, alone: list[list[int]]) -> None:
+    assert len({token for ids in alone for token in ids}) > 4  # decided, and not all alike
+    before = set(children(os.getpid()))
+    async with AsyncEngine(model=str(folder), tp=2, **OPTIONS) as engine:
+        with anyio.fail_after(120):
+            for _ in range(2):
+                assert [reply.ids for reply in await engine.generate(PROMPTS, GREEDY)] == alone
+                workers = sorted(pid for pid, name in children(os.getpid()).items() if name == "engine.worker")
+                workers = [pid for pid in workers if pid not in before]
+                assert len(workers) == 2
+                os.kill(workers[1], signal.SIGKILL)
+                assert (await restarted(engine, PROMPTS[0])).ids == alone[0]
+    assert set(children(os.getpid())) == before
+
+
+def test_heads_that_ranks_cannot_divide_are_refused_with_both_numbers(folder: Path) -> None:
+    with pytest.raises(EngineError, match=r"rank \d of 3: .* 3 ranks"), Engine(model=str(folder), tp=3, **OPTIONS):
+        pass
