@@ -1,7 +1,7 @@
-"""Where in a JSON schema a reply is, as far as what may follow depends on it.
+"""The place of a reply in a JSON schema, as far as the rest of the reply depends on it.
 
-What has been said in strings and numbers that are over is forgotten, and so is the number of items where no bound looks
-at it. Of what is still open there is kept what its end depends on:
+Finished strings and numbers are forgotten, and so is the number of items without bounds. For open values it keeps what
+their end depends on:
 
     [{"id":12,"name":"ab        in item 1 of at least 64, behind the key `name`, in a string with 2 characters
 

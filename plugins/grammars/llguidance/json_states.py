@@ -1,13 +1,13 @@
-"""States of replies under a JSON schema, told apart so that replies in one state have one mask and one future.
+"""States of replies under a JSON schema: replies in one state have the same mask and the same continuations.
 
     (state, token) ──> state        looked up; read in json_places.py when it is first met
         state ──────> mask          filled by a matcher that is led there once, then kept
 
-So a reply has no matcher of its own, and a token of it is one look into a table. What ordinary characters do to a free
-string depends on nothing but how many there are, so there is an entry for each length and none for each of 100,000
-tokens. A long array that must have (or may have) so and so many items would have every state once an item: instead its
-items are counted beside the state, and the state says no more of the count than one token can see. Whatever is not
-understood, or not let through, is left to a matcher of the reply's own.
+So a reply has no matcher of its own, and each of its tokens is one table look-up. The effect of ordinary characters on
+a free string depends only on their number, so there is an entry for each length and not for each of 100,000 tokens. A
+long array with bounds would have every state once for each item; instead its items are counted beside the state, and
+the state holds only as much of the count as one token can see. A matcher of the reply's own handles anything that is
+not understood or not allowed.
 """
 
 import re

@@ -1,9 +1,8 @@
-"""What llguidance says of a grammar that it does not take, for whoever sent it.
+"""Turns llguidance's errors about a grammar into errors for the client that sent it.
 
-It speaks of the text that it was given, in its own language: other lines than the client wrote, with options of ours
-among them, and expressions as they were rewritten. So a place is told where the client's own text is Lark, in its own
-lines; elsewhere what is wrong is named as the client wrote it, or not at all. Left out: names of rules that were
-changed on the way from EBNF.
+llguidance reports errors in the rewritten text: other lines than the client wrote, with options of ours among them, and
+rewritten expressions. So a line is named only if the client's own text is Lark, in its own lines. Otherwise the error
+names the part as the client wrote it, or not at all. Left out: names of rules that were changed on the way from EBNF.
 """
 
 import json
