@@ -237,7 +237,7 @@ def compiled(job: Compile, engines: Engines) -> Compiled:
         name, made = whole(grammar, engines)
         why = unusable(engines, name, made.matcher(), job.vocab_size)
         if why is not None:
-            return refused("invalid_grammar", f"no reply could be of this {grammar.kind}{why}; correct it")
+            return refused("invalid_grammar", f"no reply can match this {grammar.kind}{why}; correct it")
         packed = made.packed()
     except Unmade as unmade:
         return Compiled(job.number, 0.0, unmade.name)

@@ -223,7 +223,7 @@ class Expressions:
                 match = pattern.search(self._text, self.open_from, partial=True, timeout=MATCH_SECONDS)
             except TimeoutError:
                 raise RequestError(
-                    f"the stop_regex {pattern.pattern!r:.80} took over {MATCH_SECONDS} s to look for; simplify it",
+                    f"the stop_regex {pattern.pattern!r:.80} took over {MATCH_SECONDS} s to search; simplify it",
                     param="stop_regex",
                 ) from None
             if match is None:

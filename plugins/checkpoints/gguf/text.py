@@ -115,7 +115,7 @@ def _bpe(fields: Terms, vocabulary: dict[str, int], merges: list[Any], **options
     try:
         return Tokenizer(models.BPE(vocabulary, merges, **options))
     except Exception as error:  # the library raises bare Exception
-        raise ConfigError(f"the tokenizer in {fields.source} does not hold together: {error}") from error
+        raise ConfigError(f"the tokenizer in {fields.source} is inconsistent: {error}") from error
 
 
 def _byte_level(fields: Terms, tokens: list[str], cut: Cut) -> Tokenizer:

@@ -56,8 +56,8 @@ def merges(schema: Any) -> bool:
 
 
 def with_bounds(schema: dict[str, Any], *, merging: bool) -> dict[str, Any]:
-    """`schema` with its bounds as they are held to; `merging` as `merges` says of the whole. Raises Unheld for some
-    that cannot be written so."""
+    """`schema` with its bounds rewritten; `merging` is what `merges` says of the whole. Raises Unheld for bounds that
+    cannot be rewritten."""
     bounds = {name: schema[name] for name in BOUNDS if _is_number(schema.get(name))}
     step = bounds.get("multipleOf", 1)
     by_parts = len(bounds) > 1 and step > 0 and step != int(step)

@@ -1,4 +1,4 @@
-"""Structural tags, as XGrammar defines them, written as a grammar in llguidance's Lark.
+"""Translates structural tags, as XGrammar defines them, into a grammar in llguidance's Lark.
 
 A tag describes the text between two marks, and a trigger is the text that begins a tag; text outside of tags is free.
 Free text is one lazy lexeme that ends with the first trigger. A special token, which no text can spell, is written by
@@ -46,7 +46,7 @@ def _refuse(why: str) -> RequestError:
 
 
 def _beyond(why: str) -> RequestError:
-    """What another engine may take."""
+    """The refusal of a tag that another engine may take."""
     message = f"the structural_tag cannot be used: {why}; write it otherwise, or pip install xgrammar"
     return RequestError(message, code="unsupported_grammar")
 
@@ -133,7 +133,7 @@ class _Writer:
 
     def _schema(self, format: Mapping[str, Any]) -> str:
         if format.get("style", "json") != "json":
-            raise _beyond(f"the style {format['style']!r} of a json_schema is not written; only json is")
+            raise _beyond(f"the style {format['style']!r} of a json_schema is not supported; only json is")
         schema = format.get("json_schema", True)
         if not isinstance(schema, dict | bool):
             raise _refuse(f"json_schema is {json.dumps(schema)[:80]}, not a schema")
@@ -142,7 +142,7 @@ class _Writer:
     def _text(self, format: Mapping[str, Any]) -> str:
         for name in ("excludes", "max_tokens", "max_chars"):
             if format.get(name):
-                raise _beyond(f"{name} of an any_text is not held to")
+                raise _beyond(f"{name} of an any_text cannot be enforced")
         return self._lexeme(ANY)
 
     def _grammar(self, format: Mapping[str, Any]) -> str:
@@ -195,7 +195,7 @@ class _Writer:
     def _triggered(self, format: Mapping[str, Any]) -> str:
         """( free text, trigger, rest of one of its tags )*, free text."""
         if format.get("excludes"):
-            raise _beyond("excludes of triggered_tags is not held to")
+            raise _beyond("excludes of triggered_tags cannot be enforced")
         triggers, tags = self._list(format, "triggers", str), self._list(format, "tags", dict)
         groups: list[str] = []
         whole: list[str] = []

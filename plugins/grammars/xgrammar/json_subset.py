@@ -39,7 +39,7 @@ MOST_NUMBER = 2**53  # beyond it a double is not exact, which bounds of numbers 
 
 
 def check_schema(schema: Any, path: str = "#") -> None:
-    """Raises RequestError naming the first keyword that would not be held to."""
+    """Raises RequestError naming the first keyword that cannot be enforced."""
     if isinstance(schema, bool):
         if not schema:
             raise _refuse("false", path)
@@ -70,7 +70,7 @@ def check_tag(tag: Any) -> None:
 
 def _refuse(keyword: str, path: str, why: str = "") -> RequestError:
     return RequestError(
-        f"xgrammar does not hold to {keyword} at {path}{why}; leave it out, or install llguidance",
+        f"xgrammar cannot enforce {keyword} at {path}{why}; leave it out, or install llguidance",
         code="unsupported_keyword",
     )
 
@@ -116,7 +116,7 @@ def _check_typed(schema: dict[str, Any], said: set[str], path: str) -> None:
             raise _refuse(sorted(said)[0], path, " without a type beside it")
         return
     if kind not in BY_TYPE:
-        raise RequestError(f"type at {path} is {str(kind)[:80]!r}, which is none", code="invalid_grammar")
+        raise RequestError(f"type at {path} is {str(kind)[:80]!r}, which is not a type", code="invalid_grammar")
     if others := said - BY_TYPE[kind]:
         raise _refuse(sorted(others)[0], path)
     if kind == "object":
