@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
@@ -25,10 +25,11 @@ from engine.client.options import (
     RepeatOptions,
     ReportOptions,
     TrafficOptions,
+    sampling_options,
 )
 from engine.config import Config, ModelOptions, Option, ServerOptions, groups, options_of, read_file, resolve
-from engine.errors import ConfigError, EngineError, PluginError, did_you_mean
-from engine.messages.request import SamplingParams
+from engine.errors import ConfigError, EngineError, PluginError, RequestError, Words, did_you_mean
+from engine.params.sampling import SamplingParams, check_sampling
 
 SHELLS = ("bash", "zsh", "fish", "tcsh")
 Run = Callable[[argparse.Namespace], int]
@@ -193,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, chat)
     _add_group(command, ChatOptions)
-    _add_group(command, SamplingParams, "Sampling")
+    _add_sampling(command)
     _add_engine(command)
     _add(command, _option(ServerOptions, "api_key"))
 
@@ -202,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--raw", action="store_true", help="complete PROMPT as it is, without the model's chat template"
     )
-    _add_group(command, SamplingParams, "Sampling")
+    _add_sampling(command)
     _add_engine(command)
     _parse_bench(commands)
 
@@ -256,10 +257,16 @@ def _add_file(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=about)
 
 
-def _add_group(command: argparse.ArgumentParser, struct: type[Struct], title: str | None = None) -> None:
-    group = command.add_argument_group(title or (struct.__doc__ or "").rstrip("."))
+def _add_group(command: argparse.ArgumentParser, struct: type[Struct]) -> None:
+    group = command.add_argument_group((struct.__doc__ or "").rstrip("."))
     for option in options_of(struct):
-        _add(group, option, repeated=struct is SamplingParams)
+        _add(group, option)
+
+
+def _add_sampling(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("Sampling")
+    for option in sampling_options():
+        _add(group, option, repeated=True)
 
 
 def _add(group: Any, option: Option, *, repeated: bool = False) -> None:
@@ -294,15 +301,22 @@ def _option(struct: type[Struct], name: str) -> Option:
 
 def _given(struct: type[Given], arguments: argparse.Namespace) -> Given:
     """A `struct` of what the command line says; the rest is at its default."""
-    given = [option for option in options_of(struct) if option.name in arguments]
-    return struct(**{option.name: option.read(getattr(arguments, option.name), option.flag) for option in given})
+    return struct(**_values(options_of(struct), arguments))
+
+
+def _values(options: Iterable[Option], arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says of `options`, by their names."""
+    given = [option for option in options if option.name in arguments]
+    return {option.name: option.read(getattr(arguments, option.name), option.flag) for option in given}
 
 
 def _sampling(arguments: argparse.Namespace) -> SamplingParams:
-    from engine.params.sampling import check_sampling
-
-    params = _given(SamplingParams, arguments)
-    check_sampling(params, {option.name: option.flag for option in options_of(SamplingParams)})
+    options = sampling_options()
+    try:
+        params = SamplingParams(**_values(options, arguments))
+        check_sampling(params)
+    except RequestError as error:
+        raise error.worded(Words({option.name: option.flag for option in options})) from None
     return params
 
 

@@ -416,7 +416,7 @@ def _unwrap(annotation: Any) -> tuple[Any, list[Meta]]:
     while True:
         if get_origin(annotation) is Annotated:
             annotation, *found = get_args(annotation)
-            metas += found
+            metas += (mark for mark in found if isinstance(mark, Meta))
         elif get_origin(annotation) in (Union, UnionType):
             (annotation,) = (member for member in get_args(annotation) if member is not NoneType)
         else:

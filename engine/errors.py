@@ -4,7 +4,8 @@ An error names what is wrong, the value, and what to do. Our own bugs are `asser
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 
 class EngineError(Exception):
@@ -27,17 +28,60 @@ class RequestError(EngineError):
     """One request is refused or failed; nothing else is touched.
 
     `status` is the HTTP status, `code` the machine-readable word of the OpenAI error object, and
-    `param` the request field at fault, where there is one.
+    `param` our name of the request field at fault, where there is one.
+
+    With `facts`, `message` is a template, "{max_tokens} is {given}; it must be {bound}". A name in braces is one of the
+    facts or one of our fields; `worded` writes the fields as the client calls them.
     """
 
     def __init__(
-        self, message: str, *, param: str | None = None, code: str = "invalid_value", status: int = 400
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str = "invalid_value",
+        status: int = 400,
+        facts: Mapping[str, str | int | float] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.message = message
+        self.template = message
+        self.facts = facts
+        self.message = message if facts is None else message.format_map(_Filled(facts))
+        super().__init__(self.message)
         self.param = param
         self.code = code
         self.status = status
+
+    def worded(self, words: "Words") -> "RequestError":
+        """The same error as the client whose API has these `words` is told it."""
+        message = self.message
+        if self.facts is not None:
+            message = self.template.format_map(_Filled({**self.facts, **words.names}))
+            if (phrase := words.phrases.get(self.template)) is not None:
+                message = phrase.format_map(_Filled({**self.facts, "message": message}))
+        param = words.names.get(self.param or "", self.param)
+        return RequestError(message, param=param, code=self.code, status=self.status)
+
+
+class Words:
+    """How one API tells errors: `names` are its names of our fields, and `phrases` its own templates for some of ours,
+    in which {message} is what the others say."""
+
+    def __init__(
+        self, names: Mapping[str, str] = MappingProxyType({}), phrases: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        self.names = names
+        self.phrases = phrases
+
+    def calling(self, names: Mapping[str, str]) -> "Words":
+        """These words, for a client that calls some fields by other `names`."""
+        return Words({**self.names, **names}, self.phrases) if names else self
+
+
+class _Filled(dict[str, str | int | float]):
+    """What stands in the braces of a template: a field without another name has its own."""
+
+    def __missing__(self, field: str) -> str:
+        return field
 
 
 def shut_down() -> RequestError:
@@ -53,6 +97,16 @@ def let_go(error: BaseException) -> None:
     the garbage collector comes by.
     """
     error.__traceback__ = error.__context__ = error.__cause__ = None
+
+
+def shown(value: object) -> str:
+    """`value` for a message: whole if short, else its beginning."""
+    return shortened(repr(value[:80] if isinstance(value, str) else value))
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """`text` for a message, of at most so many characters."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:

@@ -30,52 +30,15 @@ import anyio  # noqa: E402
 from msgspec import Struct  # noqa: E402
 
 from bench.lib import synthetic, traces, workloads  # noqa: E402
+from bench.lib.floors import BANDWIDTH, RATE  # noqa: E402
 from engine import AsyncEngine, SamplingParams  # noqa: E402
 from engine.messages.control import Stats  # noqa: E402
 
-BANDWIDTH, RATE = 4.3e12, 790e12  # bytes and operations a second, measured on an H200
 BATCHES = (8, 32, 64, 128, 256)
 TURNS = 9  # of what is compared with itself under schemas
-# (vLLM, SGLang): output tokens/s for nano, constrained and throughput; ms for latency, ttft and steps; else seconds
-PEERS: dict[str, dict[str, tuple[float, float]]] = {
-    "qwen3-0.6b": {
-        "nano": (23480, 21190),
-        "constrained": (26300, 41600),
-        "JSON_SCHEMA": (2470, 1030),
-        "easy schema": (0, 30300),  # vLLM was not measured on it
-        "latency": (1.70, 1.54),
-        "ttft": (8.6, 9.6),
-        "step 8": (1.72, 1.61),
-        "step 32": (1.98, 1.99),
-        "step 64": (2.71, 2.46),
-        "step 128": (3.14, 3.42),
-        "step 256": (4.62, 5.19),
-    },
-    "llama3.1-8b": {
-        "throughput": (6016, 5969),
-        "latency": (4.96, 4.76),
-        "ttft": (16.7, 11.9),
-        "step 8": (5.01, 5.07),
-        "step 32": (5.55, 5.53),
-        "step 64": (6.02, 6.21),
-        "step 128": (7.26, 7.62),
-        "step 256": (11.0, 11.6),
-        "prefill": (3.08, 3.05),
-        "shared cold": (4.34, 4.77),
-        "shared warm": (4.09, 3.87),
-    },
-    "dsv2-lite": {
-        "throughput": (12450, 7770),
-        "latency": (3.38, 3.47),
-        "ttft": (21.8, 64.8),
-        "step 8": (4.06, 6.87),
-        "step 32": (4.66, 9.85),
-        "step 64": (4.90, 10.4),
-        "step 128": (5.79, 14.2),
-        "step 256": (8.00, 16.2),
-        "prefill": (1.48, 1.92),
-    },
-}
+PEERS: dict[str, dict[str, tuple[float, float]]] = json.loads(
+    Path(__file__).parents[1].joinpath("peers.json").read_text()
+)
 
 
 class Shape(Struct, frozen=True):

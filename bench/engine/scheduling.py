@@ -49,7 +49,7 @@ class TimedDevice(FakeDevice):
 
     def step(self, plan: StepPlan) -> StepDone:
         began = time.process_time()
-        self.marks.append((len(plan.rows) // 16, began - self.spent))
+        self.marks.append((len(plan.slots) // 4, began - self.spent))
         done = super().step(plan)
         self.spent += time.process_time() - began
         return done
@@ -86,7 +86,7 @@ def logic(running: int, steps: int) -> list[float]:
         done = in_flight.pop(0)
         again = time.process_time()
         scheduler.commit(done)
-        if len(plan.rows) == running * 16:
+        if len(plan.slots) == running * 4:
             seconds.append(planned - began + time.process_time() - again)
     return seconds
 

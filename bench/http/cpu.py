@@ -1,12 +1,12 @@
 """CPU time that the front process spends on one event, and on one whole request, over HTTP.
 
-    python -m bench.http.cpu [--against DIR] [--rows chat,completions,requests] [--streams 64] [--turns 5] [--json FILE]
+    python -m bench.http.cpu [--against DIR] [--rows chat,requests,chats] [--streams 64] [--turns 5] [--json FILE]
 
 The echo model answers, and the core is a process of its own (`--placement split`), so the front's CPU time is that of
 HTTP, tokenizer and detokenizer alone. It is read from /proc before and after each load. The load comes from this
 process over raw sockets. `chat` and `completions` stream replies of `TOKENS` tokens, and their figure is CPU time for
-each event; the figure of `requests` is CPU time for one request that is answered whole, one after another on
-connections that are kept. `--against DIR` measures a second checkout, with the Python of its own .venv, in turn with
+each event; the figure of `requests` and `chats` is CPU time for one request that is answered whole, one after another
+on connections that are kept. `--against DIR` measures a second checkout, with the Python of its own .venv, in turn with
 this one: the last column is the median of the turns' ratios. Linux alone.
 """
 
@@ -37,7 +37,10 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "stream": True} | SAMPLING),
     "completions": ("/v1/completions", {"prompt": "a", "stream": True} | SAMPLING),
     "requests": ("/v1/completions", {"prompt": "a"} | SAMPLING | {"max_tokens": 1}),
+    "chats": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]} | SAMPLING | {"max_tokens": 1}),
 }
+
+WHOLE = ("requests", "chats")
 
 
 def start(checkout: Path, port: int, log: Any) -> "subprocess.Popen[bytes]":
@@ -85,7 +88,7 @@ async def kept(port: int, sent: bytes) -> int:
 
 async def load(port: int, row: str, streams: int) -> int:
     """`streams` clients at once; how many events or requests they had."""
-    sent, client, done = request(*BODIES[row]), kept if row == "requests" else streamed, []
+    sent, client, done = request(*BODIES[row]), kept if row in WHOLE else streamed, []
 
     async def one() -> None:
         done.append(await client(port, sent))

@@ -18,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
+from bench.lib.floors import BANDWIDTH
 from bench.lib.timing import graph_time
 from engine.errors import ConfigError
 from engine.kernels.attention import decode as decoding
@@ -26,6 +27,7 @@ from engine.layers.attention import AttentionShape, PagedAttention, Prefix
 from engine.layers.batch import Batch
 from engine.plugin.registry import Plugins, resolve
 from engine.worker.steps.batch import build_batch
+from engine.worker.steps.rows import Rows
 
 DEVICE = torch.device("cuda")
 HEADS = {"llama3.1-8b": (32, 8), "qwen3-0.6b": (16, 8)}
@@ -66,7 +68,7 @@ class Setting:
     def batch(self, starts: np.ndarray, lengths: np.ndarray) -> Batch:
         rows = np.stack([np.arange(self.rows), starts, lengths, np.ones_like(starts)], axis=1)
         tokens = torch.zeros(self.rows, self.length + 1, dtype=torch.int32, device=DEVICE)
-        return build_batch(rows, tokens, self.table, self.page_size, ())
+        return build_batch(Rows.of(rows), tokens, self.table, self.page_size, ())
 
     def decode_batch(self) -> Batch:
         return self.batch(np.full(self.rows, self.length - 1), np.ones(self.rows, np.int64))
@@ -115,7 +117,7 @@ def bench_decode(backends: list[str]) -> None:
     for model, page_size, dtype, (rows, length) in cases:
         setting = Setting(HEADS[model], rows, length, page_size, dtype)
         kind = "fp8" if dtype.itemsize == 1 else "bf16"
-        line = f"{model:12} {page_size:>4} {kind:>5} {f'{rows} x {length}':>13} {setting.bytes / 4.3e6:>9.1f}"
+        line = f"{model:12} {page_size:>4} {kind:>5} {f'{rows} x {length}':>13} {1e6 * setting.bytes / BANDWIDTH:>9.1f}"
         for name in backends:
             time = decode_row(name, setting)
             line += f"  {name}: -" if time is None else f"  {name}: {setting.bytes / time / 1e3:6.0f} ({time:6.1f})"

@@ -14,12 +14,14 @@ import numpy as np
 import torch
 import triton
 
+from bench.lib.floors import RATE
 from engine.layers import AttentionShape
 from engine.worker.steps.batch import build_batch
+from engine.worker.steps.rows import Rows
 from engine_plugins.attention.flashinfer.mha import FlashInferAttention
 
 DEVICE = torch.device("cuda")
-DIM, PAGE, RATE = 128, 16, 790  # TFLOP/s of a matrix product in bfloat16
+DIM, PAGE = 128, 16
 PROMPTS = ((1, 0, 128), (1, 0, 512), (1, 0, 1024), (4, 0, 1024), (16, 0, 512), (1, 0, 8192), (1, 4096, 128),
            (1, 4096, 1024), (1, 16384, 512), (8, 2048, 256), (32, 1024, 64))  # fmt: skip
 
@@ -39,10 +41,10 @@ def bench_prompts(heads: tuple[int, int]) -> None:
         query = torch.randn(rows * length, heads[0], DIM, device=DEVICE, dtype=torch.bfloat16)
         step = np.stack([np.arange(rows), np.full(rows, start), np.full(rows, length), np.ones(rows, np.int64)], axis=1)
         tokens = torch.zeros(rows, start + length + 1, dtype=torch.int32, device=DEVICE)
-        batch = build_batch(step, tokens, pages, PAGE, ())
+        batch = build_batch(Rows.of(step), tokens, pages, PAGE, ())
         work = 4 * heads[0] * DIM * rows * (start * length + length * (length + 1) / 2)
         chosen = backend.prepare(batch)[0].kernel.name
-        line = f"{rows:>3} x {start:>5}+{length:<5} floor {work / RATE / 1e6:8.1f} us"
+        line = f"{rows:>3} x {start:>5}+{length:<5} floor {1e6 * work / RATE:8.1f} us"
         for name in backend._kernels:
             backend._extend_kernel = lambda lengths, name=name: name
             attend = functools.partial(backend.attend, query, cache, backend.prepare(batch))
@@ -59,7 +61,7 @@ def bench_plans(heads: tuple[int, int]) -> None:
     for rows in (256, 64, 8, 1):
         pages = table(rows, 1024)
         step = np.stack([np.arange(rows), np.full(rows, 900), np.ones(rows, np.int64), np.ones(rows, np.int64)], axis=1)
-        batch = build_batch(step, torch.zeros(rows, 1025, dtype=torch.int32, device=DEVICE), pages, PAGE, ())
+        batch = build_batch(Rows.of(step), torch.zeros(rows, 1025, dtype=torch.int32, device=DEVICE), pages, PAGE, ())
         plan = backend.capture(batch)
         assert plan is not None
         times = []

@@ -19,10 +19,10 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.testing import do_bench_cudagraph
 
+from bench.lib.floors import BANDWIDTH, RATE_FP8
 from engine.kernels.fp8.reference import E4M3, Fp8Ops, Fp8Weight, blocks
 from engine.kernels.fp8.triton import Cut, TritonFp8Ops, quantize_tokens
 
-BANDWIDTH, RATE = 4.3e12, 1580e12
 OPS = TritonFp8Ops()
 SHAPES = {
     "v3 q_a kv_a": (2112, 7168),
@@ -94,7 +94,9 @@ def line(tokens: int, rows: int, columns: int, weights: list[Fp8Weight]) -> str:
         cells.append(f"{name} {microseconds(way, inputs, weights):.1f}" + (f" WRONG by {off:.2f}" if off > 0.1 else ""))
     rowwise = [weight_of(rows, columns, rowwise=True) for _ in range(len(weights))]
     cells.append(f"rows {microseconds(lambda x, w: OPS.by_lines(x, w, None), inputs, rowwise):.1f}")
-    floor = 1e6 * max((rows * columns + 2 * tokens * (rows + columns)) / BANDWIDTH, 2 * tokens * rows * columns / RATE)
+    floor = 1e6 * max(
+        (rows * columns + 2 * tokens * (rows + columns)) / BANDWIDTH, 2 * tokens * rows * columns / RATE_FP8
+    )
     return f"{tokens:6} floor {floor:8.1f}  bf16 {cublas:8.1f}  " + "  ".join(cells)
 
 

@@ -17,11 +17,11 @@ import triton
 from torch import Tensor
 from torch.nn.functional import linear
 
+from bench.lib.floors import BANDWIDTH, RATE
 from bench.lib.timing import graph_time
 from engine.kernels.dense.linear import Cut, skinny_linear
 from engine.kernels.dense.triton import TritonOps
 
-BANDWIDTH, RATE = 4.3e12, 790e12
 DEVICE = torch.device("cuda")
 SHAPES = {
     "qwen3-0.6b": {"qkv": (4096, 1024), "o": (1024, 2048), "gate_up": (6144, 1024), "down": (1024, 3072)},

@@ -20,6 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
+from bench.lib.floors import BANDWIDTH, RATE
 from bench.lib.timing import graph_time
 from engine.errors import ConfigError
 from engine.kernels.attention import mla as triton_mla
@@ -28,9 +29,9 @@ from engine.kernels.dense.triton import TritonOps
 from engine.layers import AttentionShape, Batch, LatentBackend, LatentShape
 from engine.plugin.registry import Plugins, resolve
 from engine.worker.steps.batch import build_batch
+from engine.worker.steps.rows import Rows
 
 DEVICE = torch.device("cuda")
-BANDWIDTH, RATE = 4.3e12, 790e12
 BATCHES, CONTEXTS = (1, 32, 128), (1024, 8192, 32768)
 SMALL = ((1, 256), (2, 256), (4, 256), (8, 256), (256, 256), (256, 1024))
 CUTS = ((16, 32, 4, 2), (16, 32, 4, 3), (16, 32, 8, 3), (16, 64, 4, 3), (32, 32, 8, 3), (32, 64, 8, 3),
@@ -66,7 +67,7 @@ class Setting:
     def batch(self, starts: np.ndarray, lengths: np.ndarray) -> Batch:
         rows = np.stack([np.arange(self.rows), starts, lengths, np.ones_like(starts)], axis=1)
         tokens = torch.zeros(self.rows, self.length + 1, dtype=torch.int32, device=DEVICE)
-        return build_batch(rows, tokens, self.table, self.page_size, ())
+        return build_batch(Rows.of(rows), tokens, self.table, self.page_size, ())
 
     def decode_batch(self) -> Batch:
         return self.batch(np.full(self.rows, self.length - 1), np.ones(self.rows, np.int64))

@@ -23,6 +23,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.testing import do_bench_cudagraph
 
+from bench.lib.floors import BANDWIDTH, RATE
 from engine.kernels.experts.products import combine, multiply, vector_down, vector_up
 from engine.kernels.experts.products_fp8 import multiply_fp8
 from engine.kernels.experts.reference import ExpertWeights, Routed, Routing
@@ -31,7 +32,6 @@ from engine.kernels.experts.triton import ALONE, VECTOR_TOKENS, TritonMoeOps, re
 from engine.kernels.fp8.reference import BLOCK, E4M3
 from engine.kernels.fp8.triton import Cut, quantize_tokens
 
-BANDWIDTH, RATE = 4.3e12, 790e12
 OPS = TritonMoeOps()
 
 

@@ -85,14 +85,15 @@ def measure(kind: str, rows: int, size: int, dtype: torch.dtype, fields: dict[st
     reals = torch.from_numpy(np.stack((columns.temperature, columns.top_p, columns.min_p))).cuda()
     top_ks, seeds = torch.from_numpy(columns.top_k).int().cuda(), torch.from_numpy(columns.seed).cuda()
     tokens = torch.zeros(rows, 8, dtype=torch.int32, device="cuda")
+    lengths = torch.zeros(rows, dtype=torch.int64, device="cuda")
 
     def ours() -> None:
         cut = cuts(logits, slots, reals[0], reals[1], reals[2], top_ks) if columns.filters else None
-        draw(logits, slots, lasts, reals[0], seeds, tokens, cut)
+        draw(logits, slots, lasts, reals[0], seeds, tokens, lengths, cut)
 
     def torchs() -> None:
         filters = Filters(reals[1], reals[2], top_ks) if columns.filters else None
-        LogitOps().draw(logits, slots, lasts, reals[0], seeds, tokens, filters)
+        LogitOps().draw(logits, slots, lasts, reals[0], seeds, tokens, lengths, filters)
 
     return microseconds(replayed(ours)), microseconds(torchs, repeats=3)
 

@@ -17,7 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 from engine.config import resolve
 from engine.messages.control import Boot
 from engine.messages.request import Sampling
-from engine.messages.step import SlotAdmit, StepPlan
+from engine.messages.step import TOKEN, SlotAdmit, StepPlan
+from engine.testing.steps import step_plan
 from engine.worker.main import start
 from engine.worker.runner import Runner
 
@@ -26,16 +27,16 @@ STEPS = 20
 
 def plan(runner: Runner, rows: int, first: int, length: int, admit: bool) -> StepPlan:
     """`rows` rows of `length` tokens from position `first`, each with pages of its own."""
-    numbers = np.array([[slot, first, length, 1] for slot in range(rows)], "<i4").tobytes()
+    numbers = [(slot, first, length, TOKEN) for slot in range(rows)]
     if not admit:
-        return StepPlan(0, numbers)
+        return step_plan(0, numbers)
     longest = first + length + STEPS + 1
     pages = -(-longest // runner.page_size)
     ids = np.ones(first + length, "<i4").tobytes()
     sampling = Sampling(0.6, 0, 1.0, 0.0, 1)
     admits = tuple(SlotAdmit(slot, ids, sampling, first + length) for slot in range(rows))
     triples = [(slot, index, slot * pages + index) for slot in range(rows) for index in range(pages)]
-    return StepPlan(0, numbers, admits, np.array(triples, "<i4").tobytes())
+    return step_plan(0, numbers, admits, triples)
 
 
 def shares(runner: Runner, plans: list[StepPlan]) -> None:
@@ -79,7 +80,7 @@ def main() -> None:
     print(f"\na prompt of {given.prompt}")
     first = plan(runner, 1, 0, given.prompt, admit=True)
     runner.finish(runner.launch(first))
-    shares(runner, [StepPlan(0, first.rows)] * 10)
+    shares(runner, [plan(runner, 1, 0, given.prompt, admit=False)] * 10)
 
 
 if __name__ == "__main__":

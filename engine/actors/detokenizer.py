@@ -101,7 +101,7 @@ class Replies:
             except RequestError as error:
                 self.close(rid)
                 hits.append(StopHit(rid, reply.decoder.used))
-                failures.append(Failed(rid, error.status, error.code, error.message, error.param))
+                failures.append(Failed.of(rid, error))
                 continue
             if ended_here:
                 hits.append(StopHit(rid, reply.decoder.kept))

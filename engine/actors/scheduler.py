@@ -1,4 +1,4 @@
-"""The scheduler actor: keeps two steps in flight on the device, whatever else arrives, and a third if steps are short.
+"""The scheduler actor: keeps the device ahead by a step or more, whatever else arrives.
 
 All decisions are `engine.sched`'s; this file holds the loop, the credits, the way of grammars and the heartbeat.
 While step n+1 runs, StepDone(n) arrives, is committed, and n+2 is planned and sent: the device never waits for the
@@ -35,7 +35,7 @@ from engine.messages.control import (
 )
 from engine.messages.reply import Failed, Finish, Tokens
 from engine.messages.request import Abort, Admit, StopHit
-from engine.messages.step import StepDone
+from engine.messages.step import STEPS_IN_FLIGHT, StepDone
 from engine.plugin.specs import Policy
 from engine.runtime.channel import Outbox, received
 from engine.sched import Scheduler
@@ -43,10 +43,9 @@ from engine.sched.shelf import Shelf
 
 log = logging.getLogger("engine.scheduler")
 
-CREDITS = 2
 # Where a step takes no longer than a result's way here and a plan's way back, the plan after the next must be at the
-# device already. A third step in flight costs a row that ends one more dropped token, and a new request a step's wait.
-MORE_CREDITS, SHORT_STEP_SECONDS = 3, 0.002
+# device already. One step in flight more costs a row that ends one more dropped token, and a new request a step's wait.
+SHORT_STEP_SECONDS = 0.002
 HEARTBEAT_SECONDS = 1.0
 RUNNING = ("ready", "stalled")  # states of a worker that reads what it is sent
 LOST = "the device worker stopped while this request was running, and is being restarted; send the request again"
@@ -75,7 +74,7 @@ class SchedulerActor:
         self.worker: Literal["starting", "ready", "restarting", "stalled", "failed"] = "starting"
         self.cause = ""
         self.in_flight = 0
-        self.credits = CREDITS
+        self.credits = STEPS_IN_FLIGHT - 1
         self.paused = False
         self._pauses: list[Pause] = []  # not answered yet
         self._asked: dict[int, type[Profiled | ExpertCounts]] = {}  # by its number, what the worker is still to answer
@@ -151,7 +150,7 @@ class SchedulerActor:
         assert self.scheduler is not None
         self.in_flight -= 1
         self.step_seconds.append(done.seconds)
-        self.credits = MORE_CREDITS if done.seconds < SHORT_STEP_SECONDS else CREDITS
+        self.credits = STEPS_IN_FLIGHT - (done.seconds >= SHORT_STEP_SECONDS)
         self.idle_seconds += done.idle
         stuck = self.scheduler.stuck(done) if done.stuck else []
         tokens = self.scheduler.commit(done, time.monotonic())
@@ -196,7 +195,7 @@ class SchedulerActor:
             await self._refuse(message.rid, error)
 
     async def _refuse(self, rid: str, error: RequestError) -> None:
-        await self.front.send(Failed(rid, error.status, error.code, error.message, error.param))
+        await self.front.send(Failed.of(rid, error))
 
     async def _abort(self, rid: str) -> None:
         if self.scheduler is None or self.shelf is None:

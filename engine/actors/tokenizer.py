@@ -8,7 +8,7 @@ stay in order all the same: its Open comes before its Admit, and an Abort ends i
 import random
 from array import array
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import anyio
 import anyio.abc
@@ -20,11 +20,11 @@ from engine.messages.control import WorkerReady
 from engine.messages.reply import Failed, Finish, Tokens
 from engine.messages.request import Abort, Admit, Embed, Generate, Grammar, Job, Open, Sampling, SamplingParams
 from engine.messages.text import Prepare, Prepared, TextAnswer, TextJob
-from engine.params.grammar import check_grammar, grammar_of
-from engine.params.lengths import prompt_too_long, reply_too_long
+from engine.params.lengths import THE_INPUT, check_length, check_unicode, prompt_too_long
+from engine.params.sampling import HANDED_ON, OPTIONAL
 from engine.runtime.actor import first_failure
 from engine.runtime.channel import Outbox
-from engine.text.tokenizer import Text, TooWide, check_unicode
+from engine.text.tokenizer import Text, TooWide
 
 MOST_CUT = 1 << 16  # tokens of a prompt of which only the last are kept, as far as its characters tell
 UNSAMPLED = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)  # of a vector, no token is
@@ -55,8 +55,9 @@ class Admission:
         max_new = self._max_new(len(ids), params.max_tokens, default)
         if params.min_tokens > max_new:
             raise RequestError(
-                f"min_tokens is {params.min_tokens}, but the reply may have {max_new} tokens; lower it",
+                "{min_tokens} is {least}, but the reply may have {most} tokens; lower it",
                 param="min_tokens",
+                facts={"least": params.min_tokens, "most": max_new},
             )
         stop_ids = self._stop_ids(params)
         echo = ""
@@ -95,11 +96,8 @@ class Admission:
 
     def _grammar(self, request: Generate) -> Grammar | None:
         """The grammar that is asked for; RequestError where none can be followed."""
-        grammar = grammar_of(request.sampling) if request.grammar is None else request.grammar
-        if grammar is None:
+        if (grammar := request.grammar) is None:
             return None
-        if request.grammar is not None:
-            check_grammar(grammar, "grammar")
         if not self.grammars:
             raise RequestError(
                 f"a {grammar.kind} is asked for, and no grammar engine is installed here; pip install llguidance",
@@ -121,10 +119,10 @@ class Admission:
         self._check_ids(ids, "input")
         if len(ids) > self.max_model_len:
             raise RequestError(
-                f"the input has {len(ids)} tokens, and the model takes at most {self.max_model_len}; shorten it, or "
-                "send it in parts",
+                "{input} has {tokens} tokens, and the model takes at most {most}; shorten it, or send it in parts",
                 param="input",
                 code="context_length_exceeded",
+                facts={**THE_INPUT, "tokens": len(ids), "most": self.max_model_len},
             )
         opened = Open(request.rid, len(ids), (), detokenize=False)
         return opened, Admit(request.rid, ids.tobytes(), UNSAMPLED, (), 0, request.priority)
@@ -153,18 +151,14 @@ class Admission:
                     param="allowed_token_ids",
                 )
         used = self.text.defaults.under(params)
+        fields: dict[str, Any] = {name: getattr(used, name) for name in OPTIONAL}
+        fields |= {name: getattr(params, name) for name in HANDED_ON}
+        fields["top_k"] = max(used.top_k, 0)
         return Sampling(
-            temperature=used.temperature,
-            top_k=max(used.top_k, 0),
-            top_p=used.top_p,
-            min_p=used.min_p,
+            **fields,
             seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
-            presence_penalty=params.presence_penalty,
-            frequency_penalty=params.frequency_penalty,
-            repetition_penalty=used.repetition_penalty,
             bias_ids=array("i", params.logit_bias).tobytes(),
             biases=array("f", params.logit_bias.values()).tobytes(),
-            min_tokens=params.min_tokens,
             stop_ids=array("i", stop_ids if params.min_tokens else ()).tobytes(),
             bad_words=tuple(array("i", word).tobytes() for word in bad_words),
             allowed_ids=array("i", params.allowed_token_ids).tobytes(),
@@ -185,9 +179,10 @@ class Admission:
         for token in ids:
             if token >= self.vocab_size:
                 raise RequestError(
-                    f"{name} holds token id {token}, which is outside the model's vocabulary; use ids from 0 to "
+                    f"{{{name}}} holds token id {token}, which is outside the model's vocabulary; use ids from 0 to "
                     f"{self.vocab_size - 1}",
                     param=name,
+                    facts={},
                 )
 
     def _encode(self, request: Generate) -> "array[int]":
@@ -220,7 +215,8 @@ class Admission:
 
     def _check_ids(self, ids: "array[int]", name: str) -> None:
         if not ids:
-            raise RequestError(f"the {name} is empty; send at least one token", param=name)
+            what = "{input}" if name == "input" else "the {prompt}"
+            raise RequestError(f"{what} is empty; send at least one token", param=name, facts=THE_INPUT)
         if not 0 <= min(ids) <= max(ids) < self.vocab_size:
             wrong = next(token for token in ids if not 0 <= token < self.vocab_size)
             raise RequestError(
@@ -230,13 +226,10 @@ class Admission:
 
     def _max_new(self, prompt: int, wanted: int | None, default: int | None) -> int:
         assert self.max_model_len is not None, "requests are let in only once the worker is ready"
-        room = self.max_model_len - prompt
-        if room < 1:
-            raise prompt_too_long(prompt, self.max_model_len)
-        if wanted is not None and wanted > room:
-            raise reply_too_long(prompt, wanted, self.max_model_len)
+        check_length(prompt, 1 if wanted is None else wanted, self.max_model_len)
         if wanted is not None:
             return wanted
+        room = self.max_model_len - prompt
         return room if default is None else min(room, default)
 
     def _stop_ids(self, params: SamplingParams) -> tuple[int, ...]:
@@ -351,4 +344,4 @@ class TokenizerActor:
         await self.detokenizer.send(Tokens(0, [rid], no_tokens, b"", (Finish(0, "abort"),)))
 
     async def _refuse(self, rid: str, error: RequestError) -> None:
-        await self.detokenizer.send(Failed(rid, error.status, error.code, error.message, error.param))
+        await self.detokenizer.send(Failed.of(rid, error))

@@ -22,9 +22,9 @@ from msgspec import Struct
 from rich.console import Console
 from rich.table import Column, Table
 
-from engine.client.client import Client, changed
-from engine.client.options import ChatOptions
-from engine.config import Config, options_of
+from engine.client.client import Client, changed, settings_of
+from engine.client.options import ChatOptions, sampling_options
+from engine.config import Config
 from engine.errors import ConfigError, EngineError, RequestError, did_you_mean
 from engine.http.keys import own_key
 from engine.messages.reply import Chunk
@@ -277,9 +277,9 @@ class Conversation:
         self._note(f"system prompt: {self.system or 'none'}")
 
     def _set(self, words: str) -> None:
-        options = {option.name: option for option in options_of(SamplingParams)}
+        options = {option.name: option for option in sampling_options()}
         if not words:
-            values = {name: _shown(getattr(self.params, name)) for name in options}
+            values = {name: _shown(value) for name, value in settings_of(self.params).items()}
             values["max_tokens"] = str(self.params.max_tokens or MAX_TOKENS)
             self._columns([(name, values[name], option.description) for name, option in options.items()])
             return
@@ -289,9 +289,11 @@ class Conversation:
             raise ConfigError(f"there is no setting {name!r}; /set lists them{did_you_mean(name, options)}")
         if not text:
             raise ConfigError(f"/set {name} has no value; it takes {options[name].expects}, or default")
-        value = getattr(SamplingParams(), name) if text == "default" else options[name].read(text, name)
-        params = msgspec.structs.replace(self.params, **{name: value})
+        value = settings_of(SamplingParams())[name] if text == "default" else options[name].read(text, name)
+        params = SamplingParams(**{**settings_of(self.params), name: value})
         check_sampling(params)
+        if settings_of(params)[name] != value:
+            raise ConfigError(f"{name} goes with a schema, and none is set; /set json_schema first")
         self.params = params
         self._note(f"{name} {'default' if text == 'default' else _shown(value)}")
 
@@ -305,7 +307,7 @@ class Conversation:
     def completions(self, line: str) -> list[str]:
         """The completions of the last word of `line`, in which Tab was pressed."""
         *before, word = line.split(" ")
-        options = {option.name: option for option in options_of(SamplingParams)}
+        options = {option.name: option for option in sampling_options()}
         match before:
             case []:
                 known: Iterable[str] = self._commands if word.startswith("/") else ()
@@ -366,7 +368,7 @@ def _shown(value: Any) -> str:
 
 def _params(settings: dict[str, Any]) -> SamplingParams:
     """The parameters that `settings` describe. Raises ConfigError."""
-    options = {option.name: option for option in options_of(SamplingParams)}
+    options = {option.name: option for option in sampling_options()}
     for name in settings:
         if name not in options:
             raise ConfigError(f"there is no setting {name!r}{did_you_mean(name, options)}")

@@ -13,7 +13,8 @@ from msgspec import Struct
 
 from engine.errors import ConfigError, RequestError, WorkerError
 from engine.messages.reply import Chunk
-from engine.messages.request import SamplingParams
+from engine.params.grammar import GrammarKeywords, keywords_of
+from engine.params.sampling import SamplingParams
 
 
 class _Delta(Struct):
@@ -196,11 +197,15 @@ class Client:
 
 
 def changed(params: SamplingParams) -> dict[str, Any]:
-    """The fields of `params` that are not at their default."""
-    default = SamplingParams()
-    return {
-        name: value for name in params.__struct_fields__ if (value := getattr(params, name)) != getattr(default, name)
-    }
+    """The keywords of `params` that are not at their default."""
+    default = settings_of(SamplingParams())
+    return {name: value for name, value in settings_of(params).items() if value != default[name]}
+
+
+def settings_of(params: SamplingParams) -> dict[str, Any]:
+    """The keywords that make `params`, by name, those of its grammar among them."""
+    fields = msgspec.structs.asdict(params)
+    return fields | msgspec.structs.asdict(GrammarKeywords(**keywords_of(fields.pop("grammar"))))
 
 
 def error_message(error: Any) -> str:

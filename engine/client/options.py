@@ -1,4 +1,5 @@
-"""The options of `engine chat` and `engine bench`, declared as engine/config.py declares the engine's.
+"""The options of `engine chat` and `engine bench`, declared as engine/config.py declares the engine's, and the flags of
+sampling, which derive from the table of its fields.
 
 They stand apart because they configure a client, not an engine: they are flags only, without a variable in the
 environment.
@@ -8,7 +9,9 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from engine.config import Positive
+from engine.config import Option, Positive, options_of
+from engine.params.grammar import GrammarKeywords
+from engine.params.sampling import SamplingParams
 
 
 class ChatOptions(Struct, frozen=True, kw_only=True):
@@ -87,3 +90,9 @@ class ReportOptions(Struct, frozen=True, kw_only=True):
 
     json: Annotated[str | None, Meta(description="file to write the figures to, as JSON")] = None
     plot: Annotated[str | None, Meta(description="file to draw the distributions in, as SVG")] = None
+
+
+def sampling_options() -> tuple[Option, ...]:
+    """What a command line, or /set, may say of a request: the keywords of SamplingParams."""
+    fields = (option for option in options_of(SamplingParams) if option.name != "grammar")
+    return (*fields, *options_of(GrammarKeywords))

@@ -55,16 +55,13 @@ def allowed(tools: Sequence[Tool], syntax: CallSyntax, *, held: bool = False) ->
     return _grammar({"type": "triggered_tags", "triggers": [syntax.trigger], "tags": tags}, tools)
 
 
-def either(
-    tools: Sequence[Tool], syntax: CallSyntax, other: Grammar, *, parallel: bool, name: str = "tools"
-) -> Grammar:
-    """Calls of `tools`, or a reply of the grammar `other`, which the client calls `name`. Raises RequestError if that
-    cannot be said as one."""
+def either(tools: Sequence[Tool], syntax: CallSyntax, other: Grammar, *, parallel: bool) -> Grammar:
+    """Calls of `tools`, or a reply of the grammar `other`. Raises RequestError if that cannot be said as one."""
     calls = _calls(tools, syntax, parallel=parallel)
     if other.kind == "regex":
         return _grammar({"type": "or", "elements": [calls, {"type": "regex", "pattern": other.source}]}, tools, other)
     if other.kind not in ("json_schema", "json_object"):
-        raise _apart(other.kind, name)
+        raise _apart(other.kind)
     schema = ANY_OBJECT if other.kind == "json_object" else msgspec.json.decode(other.source)
     key = JSON_CALL.fullmatch(syntax.begin)
     if key is None or syntax.opening:
@@ -73,7 +70,7 @@ def either(
     # A call is JSON as well: engines tell the two apart only within one schema. Then there is no second call.
     both = {"anyOf": [*(_object(tool, key[1]) for tool in tools), schema]}
     if "$ref" in (source := msgspec.json.encode(both).decode()):  # which would refer to another place
-        raise _apart("a schema with $ref", name)
+        raise _apart("a schema with $ref")
     return Grammar("json_schema", source, strict=other.strict, beside=other, tools=_names(tools))
 
 
@@ -101,9 +98,9 @@ def _names(tools: Sequence[Tool]) -> tuple[str, ...]:
     return tuple(tool.name for tool in tools)
 
 
-def _apart(what: str, name: str) -> RequestError:
+def _apart(what: str) -> RequestError:
     message = f"{what} and tools exclude each other unless tool_choice is none; leave one out"
-    return RequestError(message, param=name)
+    return RequestError(message, param="grammar")
 
 
 def _object(tool: Tool, key: str) -> dict[str, Any]:

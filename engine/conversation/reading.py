@@ -16,11 +16,9 @@ from engine.conversation.parsers import Parsers, ReplyParser, merged
 from engine.errors import RequestError
 from engine.messages.reply import Chunk
 from engine.messages.request import Grammar, SamplingParams
-from engine.params.grammar import grammar_of
 from engine.plugin.parsing import CallArguments, CallBegin, Event, Reasoning, ReasoningParser, ToolParser
 from engine.text.tokenizer import Text
 
-NO_NAMES: dict[str, str] = {}
 FinishReason = Literal["stop", "length", "abort"] | None
 
 
@@ -59,11 +57,11 @@ class Wanted(Struct, frozen=True):
 class Reading(Struct, frozen=True):
     """What a request's conversation makes of its replies.
 
-    The first fields are those of Generate. `opened` is as ReasoningParser has it; `separate` says that reasoning is
-    told apart, `marks` are the ids of the tokens around it, if each is one."""
+    The first three fields are those of Generate. `opened` is as ReasoningParser has it; `separate` says that reasoning
+    is told apart, `marks` are the ids of the tokens around it, if each is one."""
 
+    sampling: SamplingParams = SamplingParams()
     tools: list[dict[str, Any]] | None = None
-    grammar: Grammar | None = None
     opening: str = ""
     parsers: Parsers = Parsers()
     wanted: Wanted = Wanted()
@@ -76,12 +74,18 @@ class Reading(Struct, frozen=True):
     def job(self) -> dict[str, Any]:
         """The fields of a Generate that follow from it."""
         show = self.parsers.reasoning is not None or self.parsers.tool is not None
-        return {"tools": self.tools, "grammar": self.grammar, "opening": self.opening, "show_marks": show}
+        return {"sampling": self.sampling, "tools": self.tools, "opening": self.opening, "show_marks": show}
 
-    def grammar_names(self, field: str | None) -> dict[str, str]:
-        """What the client calls the parts of its grammar that an error may be about; it asked for one in `field`, or
-        it is its tools'."""
-        if field is None or self.wanted.mode == "required":
+    @property
+    def grammar(self) -> Grammar | None:
+        """What a reply must be, its calls of tools included."""
+        return self.sampling.grammar
+
+    def grammar_names(self, field: str) -> dict[str, str]:
+        """What the client, who asked for a grammar in `field`, calls the parts of it that an error may be about."""
+        if not field:
+            return {}
+        if self.wanted.mode == "required":
             return {"grammar": "tools"}
         if self.grammar is None or self.grammar.beside is None:
             return {"grammar": field}
@@ -174,20 +178,18 @@ def reading_of(
     *,
     separate: bool = True,
     told: bool = True,
-    names: dict[str, str] = NO_NAMES,
 ) -> Reading:
     """How to read replies to `messages`, which the chat template writes with `options`.
 
-    `separate` False leaves reasoning in the content, `told` False leaves it out. `names` are those that the client has
-    for fields of `sampling`, and for the grammar in them.
+    `separate` False leaves reasoning in the content, `told` False leaves it out.
     Raises RequestError for tools that cannot be served so."""
-    grammar = grammar_of(sampling, names)
     if text is None:  # it is still being read: the request will be refused
-        return Reading(grammar=grammar)
+        return Reading(sampling)
+    grammar = sampling.grammar
     tool = text.parsers.tool if wanted.offered else None
     if wanted.offered:
         _check(wanted, tool, sampling)
-        grammar = _with_tools(wanted, tool, grammar, names.get("grammar", "tools"))
+        grammar = _with_tools(wanted, tool, grammar)
     reasoning, opened, opening = text.parsers.reasoning if sampling.detokenize else None, None, ""
     options = {**options, "tools": bool(wanted.offered)}
     if reasoning is not None:
@@ -199,15 +201,15 @@ def reading_of(
             grammar = msgspec.structs.replace(grammar, after=reasoning.end)
     start, end = (None, None) if reasoning is None else (text.id_of(reasoning.start), text.id_of(reasoning.end))
     return Reading(
-        [tool.described() for tool in wanted.offered] or None,
-        grammar,
-        opening,
-        Parsers(tool, reasoning),
-        wanted,
-        opened,
-        separate and reasoning is not None,
-        told,
-        None if start is None or end is None else (start, end),
+        sampling if grammar is sampling.grammar else msgspec.structs.replace(sampling, grammar=grammar),
+        tools=[tool.described() for tool in wanted.offered] or None,
+        opening=opening,
+        parsers=Parsers(tool, reasoning),
+        wanted=wanted,
+        opened=opened,
+        separate=separate and reasoning is not None,
+        told=told,
+        marks=None if start is None or end is None else (start, end),
     )
 
 
@@ -235,14 +237,13 @@ def _check(wanted: Wanted, parser: type[ToolParser] | None, sampling: SamplingPa
         )
 
 
-def _with_tools(wanted: Wanted, parser: type[ToolParser] | None, grammar: Grammar | None, name: str) -> Grammar | None:
-    """What a reply must be that may, or must, call tools; `grammar` is what else it must be, which the client calls
-    `name`."""
+def _with_tools(wanted: Wanted, parser: type[ToolParser] | None, grammar: Grammar | None) -> Grammar | None:
+    """What a reply must be that may, or must, call tools; `grammar` is what else it must be."""
     if parser is None:
         return grammar
     parallel = wanted.parallel and wanted.named is None
     if wanted.mode == "required":  # what else the reply must be is of its text, and there is none
         return forced(wanted.callable, parser.syntax, parallel=parallel)
     if grammar is not None:
-        return either(wanted.callable, parser.syntax, grammar, parallel=parallel, name=name)
+        return either(wanted.callable, parser.syntax, grammar, parallel=parallel)
     return allowed(wanted.callable, parser.syntax, held=wanted.held)

@@ -65,7 +65,7 @@ class ChatTemplate:
         last message, for the reply to go on from there. `template_kwargs` are variables of the template's own.
         Raises RequestError for malformed messages, and when the template refuses them."""
         if not messages:
-            raise RequestError("messages is empty; send at least one message", param="messages")
+            raise RequestError("{messages} is empty; send at least one message", param="messages", facts={})
         plain = [plain_message(index, message) for index, message in enumerate(messages)]
         begun = plain[-1]["content"]
         if continue_final_message:
@@ -80,8 +80,9 @@ class ChatTemplate:
         }
         if taken := sorted(own.keys() & (template_kwargs or {})):
             raise RequestError(
-                f"chat_template_kwargs sets {', '.join(taken)}, which the request itself does; leave it out there",
+                "{chat_template_kwargs} sets {taken}, which the request itself does; leave it out there",
                 param="chat_template_kwargs",
+                facts={"taken": ", ".join(taken)},
             )
         try:
             text = self._compiled.render({"documents": None, **(template_kwargs or {}), **own})

@@ -28,9 +28,7 @@ from engine.http.keys import Keys, key_check
 from engine.http.log import QUIET, LoadLog, log_request
 from engine.http.native import generate as native
 from engine.http.native import tokenize as tokens
-from engine.http.openai import bodies as completion_bodies
-from engine.http.openai import completions as openai
-from engine.http.openai import embeddings, models
+from engine.http.openai import chat, completions, embeddings, models
 from engine.http.openai import replies as choices
 from engine.http.openapi import DOCUMENT, ErrorReply, Route, describe, openapi_document
 from engine.http.origins import Access, Gate, warn_of_any_origin
@@ -43,7 +41,7 @@ from engine.http.responses import responses
 from engine.http.responses import tokens as response_tokens
 from engine.http.responses.store import STORE, ResponseStore
 from engine.http.service import SERVICE, Service
-from engine.http.sse import describe_error
+from engine.http.sse import describe_error, words_of
 from engine.http.wire import error_object, json_response, to_json
 
 if TYPE_CHECKING:
@@ -54,16 +52,16 @@ ROUTES = (
     Route(
         "POST",
         "/v1/chat/completions",
-        openai.chat_completions,
-        takes=completion_bodies.ChatBody,
+        chat.chat_completions,
+        takes=chat.ChatBody,
         gives=choices.ChatCompletion,
         events=(choices.ChatCompletionChunk, ErrorReply),
     ),
     Route(
         "POST",
         "/v1/completions",
-        openai.completions,
-        takes=completion_bodies.CompletionBody,
+        completions.completions,
+        takes=completions.CompletionBody,
         gives=choices.TextCompletion,
         events=(choices.TextCompletionChunk, ErrorReply),
     ),
@@ -265,7 +263,7 @@ async def shape_errors(request: web.Request, handler: Handler) -> web.StreamResp
         status, body = error.status, error_object(message, status=error.status, code=code)
         headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
     except Exception as error:
-        status, body = describe_error(error)
+        status, body = describe_error(error, words_of(request))
         headers = {}
     service = request.app[SERVICE]
     service.metrics.count_error(status)

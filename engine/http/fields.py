@@ -17,7 +17,7 @@ import msgspec
 from aiohttp import web
 from msgspec import Struct
 
-from engine.errors import RequestError
+from engine.errors import RequestError, shortened
 
 HEADER = "X-Ignored-Fields"
 NAMED = 64  # names that one header has at most
@@ -64,9 +64,8 @@ class Rule(Struct, frozen=True, kw_only=True):
         accepted = " or ".join(_json(other) for other in (*self.neutral, None))
         if self.only is not None:
             accepted += f", and {self.only.says} is ignored"
-        shown = _json(value[:80] if isinstance(value, str) else value)
-        shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-        message = f"{path} is not supported yet: got {shown}, accepted is only {accepted}; {self.remedy}"
+        given = shortened(_json(value[:80] if isinstance(value, str) else value))
+        message = f"{path} is not supported yet: got {given}, accepted is only {accepted}; {self.remedy}"
         return RequestError(message, param=path, code=self.code)
 
 

@@ -1,4 +1,4 @@
-"""docs/fields.md, whole: every field of every body, as served, a hint or refused.
+"""docs/fields.md, whole: the sampling fields, then every field of every body, as served, a hint or refused.
 
 `python -m engine.http.fields_page > docs/fields.md` writes it.
 """
@@ -7,16 +7,18 @@ from collections.abc import Iterator, Sequence
 from textwrap import wrap
 from typing import get_type_hints
 
+from engine.config import options_of
 from engine.http.app import ROUTES
 from engine.http.fields import HEADER, Rule
 from engine.http.openapi import Route
 from engine.http.wire import Body, structs_in, to_json
+from engine.params.sampling import APIS, FIELDS, SamplingParams
 
 HEAD = f"""# Fields of requests
 
 <!-- Written by `make docs` from the bodies in engine/http; edit there. -->
 
-Each field of a request's body is of one of three classes:
+Each field of a request's body is of one of three classes; the sampling fields, which are served, have a table first.
 
 - **Served**: the engine does what it says. [http.md](http.md) tells how.
 - **Hint**: the reply is right without it. It is ignored, the log says so once for each field, and every answer to such
@@ -39,11 +41,26 @@ def page(routes: Sequence[Route] = ROUTES) -> str:
     for route in routes:
         if route.takes is not None and route.method == "POST":
             bodies.setdefault(route.takes, []).append(f"`{route.public_path}`")
-    lines = [HEAD]
+    lines = [HEAD, *_sampling()]
     for body, paths in bodies.items():
         lines += [f"## {', '.join(paths)}", ""]
         lines += _body(body)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _sampling() -> Iterator[str]:
+    """The table of the sampling fields, and what the APIs call them."""
+    yield from (
+        "## Sampling fields",
+        "",
+        f"| field | holds | meaning | {' | '.join(APIS)} |",
+        f"|{'---|' * (3 + len(APIS))}",
+    )
+    about = {option.name: option.description for option in options_of(SamplingParams)}
+    for field in FIELDS:
+        names = (", ".join(f"`{name}`" for name in field.names(api)) for api in APIS)
+        yield f"| `{field.name}` | {field.kind.holds} | {about[field.name]} | {' | '.join(names)} |"
+    yield ""
 
 
 def _body(body: type[Body]) -> Iterator[str]:

@@ -22,36 +22,13 @@ from engine.http.fields import IGNORED
 from engine.http.intake import read_body, release_body, without_expecting
 from engine.http.parts import UNCOUNTED, check_parts
 from engine.http.wire import Body, BodyDecoder, Reply, StructType, ignored_fields, json_response, structs_in
-from engine.params.sampling import INT32_MAX, MAX_LOGPROBS, MAX_PENALTY, MAX_REPETITION
+from engine.params.sampling import APIS, FIELDS, RANGES
 
 REFERENCE = "#/components/schemas/{name}"
-# The bounds of sampling parameters that are numbers. `check_sampling` holds requests to them, with better words than
-# a decoder has; a test holds the two together.
-RANGES: Mapping[str, Mapping[str, float]] = MappingProxyType(
-    {
-        "temperature": {"minimum": 0, "maximum": 2},
-        "top_p": {"exclusiveMinimum": 0, "maximum": 1},
-        "min_p": {"minimum": 0, "maximum": 1},
-        "top_k": {"minimum": -1, "maximum": INT32_MAX},
-        "seed": {"minimum": -(2**63), "maximum": 2**63 - 1},
-        "max_tokens": {"minimum": 1, "maximum": INT32_MAX},
-        "min_tokens": {"minimum": 0, "maximum": INT32_MAX},
-        "presence_penalty": {"minimum": -MAX_PENALTY, "maximum": MAX_PENALTY},
-        "frequency_penalty": {"minimum": -MAX_PENALTY, "maximum": MAX_PENALTY},
-        "repetition_penalty": {"exclusiveMinimum": 0, "maximum": MAX_REPETITION},
-        "logprobs": {"minimum": 0, "maximum": MAX_LOGPROBS},
-        "prompt_logprobs": {"minimum": 0, "maximum": MAX_LOGPROBS},
-    }
-)
-CLIENT_NAMES: Mapping[str, str] = MappingProxyType(
-    {
-        "max_completion_tokens": "max_tokens",
-        "max_new_tokens": "max_tokens",
-        "max_output_tokens": "max_tokens",
-        "min_new_tokens": "min_tokens",
-        "sampling_seed": "seed",
-        "top_logprobs": "logprobs",
-    }
+# Every name that an API has for a sampling field that is a number, and its bounds: `check_sampling` holds requests to
+# them, with better words than a decoder has.
+BOUNDS: Mapping[str, Mapping[str, float]] = MappingProxyType(
+    {name: RANGES[field.name] for api in APIS for field in FIELDS if field.name in RANGES for name in field.names(api)}
 )
 
 
@@ -180,7 +157,7 @@ def _bound(schema: dict[str, Any]) -> None:
     for name, described in schema["properties"].items():
         for either in described.get("anyOf", [described]):
             if either.get("type") in ("integer", "number"):
-                either |= {**RANGES.get(CLIENT_NAMES.get(name, name), {}), **either}
+                either |= {**BOUNDS.get(name, {}), **either}
 
 
 def _describe_rules(kind: type[Body], schema: dict[str, Any]) -> None:

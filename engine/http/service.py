@@ -5,26 +5,27 @@ API words its answers; `answer` does the rest. Leaving `answer` in any way, the 
 client included, closes the front's generators, and that aborts the requests.
 """
 
-import re
+import struct
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 import anyio.lowlevel
+import msgspec
 from aiohttp import web
 from anyio.streams.memory import MemoryObjectSendStream
 
 from engine.config import ServerOptions
-from engine.errors import RequestError, let_go
+from engine.errors import RequestError, Words, let_go
 from engine.http.metrics import Metrics
 from engine.http.request_id import called
-from engine.http.sse import Events, send_events
+from engine.http.sse import CALLED, WORDS, Events, send_events
 from engine.http.tracing import TRACE
 from engine.http.wire import json_response
 from engine.messages.reply import Chunk
-from engine.messages.request import Generate, Job
+from engine.messages.request import Generate, Job, SamplingParams
+from engine.params.sampling import check_sampling
 from engine.runtime.actor import first_failure
 from engine.runtime.front import joined
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from engine.runtime.front import Front
 
 
+MAX_SAMPLES = 128  # replies to one prompt
+MAX_CHOICES = 1024  # replies to one request
+MAX_SALT_LENGTH = 1024
 STARTED = 64  # replies that are begun before others have their turn
 
 
@@ -103,6 +107,92 @@ class Service:
 SERVICE = web.AppKey("service", Service)
 
 
+# ── from a body to Generates ─────────────────────────────────────────────────────────────────
+
+
+def sampling_of(
+    request: web.Request, words: Words, fields: Mapping[str, Any], *, called: dict[str, str], grammar: str = ""
+) -> SamplingParams:
+    """The checked SamplingParams of `fields`. From here on errors about `request` are told in `words`, and name fields
+    as its client has `called` them, and what it asked for a grammar in as `grammar`. The caller may add to `called`."""
+    if grammar:
+        called["grammar"] = grammar
+    request[WORDS], request[CALLED] = words, called
+    sampling = SamplingParams(**fields)
+    check_sampling(sampling)
+    return sampling
+
+
+def check_kept(tokens: int | None) -> int | None:
+    """`truncate_prompt_tokens`, how many tokens of a prompt are kept."""
+    if tokens == 0:
+        message = "truncate_prompt_tokens is 0; keep at least one token, or send -1 for as many as there is room for"
+        raise RequestError(message, param="truncate_prompt_tokens")
+    return tokens
+
+
+def salt_of(salt: str | None) -> str:
+    """`cache_salt`, by default that of everybody."""
+    if salt is not None and not 1 <= len(salt) <= MAX_SALT_LENGTH:
+        raise RequestError(
+            f"cache_salt has {len(salt)} characters; send 1 to {MAX_SALT_LENGTH}, or leave it out", param="cache_salt"
+        )
+    return salt or ""
+
+
+def check_choices(prompts: int, samples: int, name: str = "prompt") -> None:
+    """Raise RequestError when so many replies to each of so many prompts, which the client calls `name`, are too many.
+
+    To be asked before anything is made for each of them."""
+    if not 1 <= samples <= MAX_SAMPLES:
+        raise RequestError(f"n is {samples}; it must be from 1 to {MAX_SAMPLES}", param="n")
+    if prompts * samples > MAX_CHOICES:
+        raise RequestError(
+            f"{prompts} prompts with {samples} replies each are over the {MAX_CHOICES} of one request; send less",
+            param="n" if samples > 1 else name,
+        )
+
+
+def sampled(prompts: list[Generate], samples: int) -> list[Generate]:
+    """`samples` requests for each of `prompts`, in order. Of a seeded one, sample i has seed + i.
+
+    Those that would share an id have `-` and their number appended to it."""
+    check_choices(len(prompts), samples)
+    if samples == 1 and len({prompt.rid for prompt in prompts}) == len(prompts):
+        return prompts
+    jobs: list[Generate] = []
+    for prompt in prompts:
+        for sample in range(samples):
+            params = prompt.sampling
+            if params.seed is not None and sample:
+                seed = (params.seed + sample + (1 << 63)) % (1 << 64) - (1 << 63)
+                params = msgspec.structs.replace(params, seed=seed)
+            jobs.append(msgspec.structs.replace(prompt, rid=f"{prompt.rid}-{len(jobs)}", sampling=params))
+    return jobs
+
+
+def told_apart(items: list[Any], mixed: RequestError) -> tuple[list[int], list[Any]]:
+    """`items` as token ids or as whole prompts, and an empty list of the other. Raises `mixed` for some of both.
+
+    There may be a million, so the loop over them is not Python's."""
+    kinds = set(map(type, items))
+    if kinds <= {int}:
+        return items, []
+    if int in kinds:
+        raise mixed
+    return [], items
+
+
+def pack_ids(ids: list[int], param: str) -> bytes:
+    """Token ids as little-endian int32."""
+    if not ids:
+        raise RequestError(f"{param} is an empty list; send at least one token id", param=param)
+    return struct.pack(f"<{len(ids)}i", *ids)
+
+
+# ── from Generates to an answer ──────────────────────────────────────────────────────────────
+
+
 async def answer(
     request: web.Request,
     rid: str,
@@ -112,35 +202,12 @@ async def answer(
     endpoint: str,
     stream: bool,
     samples: int = 1,
-    names: Mapping[str, str] = MappingProxyType({}),
 ) -> web.StreamResponse:
     """Run `jobs` together and answer `request`, known as `rid`, with them; what one raises ends all.
 
-    There are `samples` of them in a row to each prompt. Errors raised before the first chunk reach the caller; `names`
-    maps our fields to the client's in them."""
+    There are `samples` of them in a row to each prompt. Errors raised before the first chunk reach the caller."""
     if (trace := TRACE.get()) is not None:
         trace.samples = samples
-    with in_client_words(names):
-        return await _answer(request, rid, jobs, reply, endpoint, stream)
-
-
-@contextmanager
-def in_client_words(names: Mapping[str, str]) -> Iterator[None]:
-    """While this lasts, a RequestError names a field as the client does: `names` maps ours to those."""
-    try:
-        yield
-    except RequestError as error:
-        param = names.get(error.param or "")
-        if param is None:
-            raise
-        message = re.sub(rf"\b{error.param}\b(?= is| and| [0-9])", param, error.message)
-        let_go(error)
-        raise RequestError(message, param=param, code=error.code, status=error.status) from None
-
-
-async def _answer(
-    request: web.Request, rid: str, jobs: Sequence[Generate], reply: Reply, endpoint: str, stream: bool
-) -> web.StreamResponse:
     service = request.app[SERVICE]
     streams = [service.generate(job, endpoint) for job in jobs]
     with service.known_as(called(request, rid), rid, jobs):

@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 
 from aiohttp import web
 
-from engine.errors import RequestError, WorkerError, let_go
+from engine.errors import RequestError, Words, WorkerError, let_go
 from engine.http.wire import error_object, to_json
 
 DONE = b"data: [DONE]\n\n"
@@ -20,6 +20,11 @@ HEADERS = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",  # nginx would hold events back
 }
+# How errors about a request are told, once its handler knows: the words of its API, and what its client calls fields
+# that have several names there.
+WORDS = web.RequestKey("words", Words)
+CALLED = web.RequestKey("called", dict[str, str])
+OURS = Words()
 log = logging.getLogger(__name__)
 
 
@@ -39,17 +44,23 @@ def data_event(payload: bytes) -> bytes:
     return b"data: %b\n\n" % payload
 
 
-def describe_error(error: Exception) -> tuple[int, dict[str, object]]:
-    """The HTTP status and the OpenAI error object of any exception, whose life ends here; unforeseen ones are logged
-    whole."""
-    described = _described(error)
+def words_of(request: web.Request) -> Words:
+    """The words in which `request` is told of errors."""
+    return request.get(WORDS, OURS).calling(request.get(CALLED, {}))
+
+
+def describe_error(error: Exception, words: Words = OURS) -> tuple[int, dict[str, object]]:
+    """The HTTP status and the OpenAI error object of any exception, whose life ends here; `words` are those of the
+    client's API. Unforeseen ones are logged whole."""
+    described = _described(error, words)
     let_go(error)
     return described
 
 
-def _described(error: Exception) -> tuple[int, dict[str, object]]:
+def _described(error: Exception, words: Words) -> tuple[int, dict[str, object]]:
     match error:
         case RequestError():
+            error = error.worded(words)
             return error.status, error_object(error.message, status=error.status, code=error.code, param=error.param)
         case WorkerError():
             return 503, error_object(str(error), status=503, code="engine_unavailable")
@@ -59,9 +70,9 @@ def _described(error: Exception) -> tuple[int, dict[str, object]]:
             return 500, error_object(message, status=500, code="internal_error")
 
 
-def failure_event(error: Exception) -> bytes:
-    """The last event of a stream that fails, as OpenAI's completions word it."""
-    return data_event(to_json(describe_error(error)[1]))
+def failure_event(error: Exception, words: Words) -> bytes:
+    """The last event of a stream that fails, as OpenAI's completions shape it."""
+    return data_event(to_json(describe_error(error, words)[1]))
 
 
 async def send_events(
@@ -69,11 +80,11 @@ async def send_events(
     chunks: AsyncIterator[Item],
     events: Events[Item],
     *,
-    failure: Callable[[Exception], bytes] = failure_event,
+    failure: Callable[[Exception, Words], bytes] = failure_event,
 ) -> web.StreamResponse:
     """Answer `request` with `chunks` as they come; what the first chunk raises is raised here.
 
-    `failure` words the event of an error after that."""
+    `failure` makes the event of an error after that."""
     first = await anext(chunks)
     response = web.StreamResponse(headers=HEADERS)
     await response.prepare(request)
@@ -86,6 +97,6 @@ async def send_events(
     except ConnectionError:  # the client is gone: nobody to tell
         raise
     except Exception as error:
-        await response.write(failure(error))
+        await response.write(failure(error, words_of(request)))
     await response.write_eof()
     return response

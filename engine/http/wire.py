@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import cache
 from operator import attrgetter
-from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 from aiohttp import web
-from msgspec import Struct
+from msgspec import Meta, Struct
 
-from engine.errors import RequestError
+from engine.errors import RequestError, shortened
 from engine.http.fields import Rule, in_general
+from engine.params.sampling import INT32_MAX
 
 MAX_BODY_BYTES = 32 * 2**20
 UNKNOWN_FIELD = "Object contains unknown field `"  # as msgspec says it
@@ -26,6 +27,8 @@ MEDIA = frozenset(
     | {"input_audio", "document", "file", "input_file"}
 )
 ENCODER = msgspec.json.Encoder()
+TokenId = Annotated[int, Meta(ge=0, le=INT32_MAX)]
+Priority = Annotated[int, Meta(ge=-INT32_MAX, le=INT32_MAX)]
 
 
 class Body(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -160,9 +163,9 @@ def _invalid(kind: type[Body], said: str, data: bytes = b"") -> RequestError:
             return RequestError(message, param=path, code="unsupported_parameter")
         if reason.startswith("Invalid enum value") and (choices := _choices_at(kind, path)):
             remedy = f"send one of {', '.join(choices)}"
-        message = f"{path or 'the request body'}: {reason[:1].lower()}{_short(reason[1:], 300)}; {remedy}"
+        message = f"{path or 'the request body'}: {reason[:1].lower()}{shortened(reason[1:], 300)}; {remedy}"
         return RequestError(message, param=path or None)
-    name = _short(unknown.removesuffix("`"))
+    name = shortened(unknown.removesuffix("`"))
     parent = _struct_at(kind, path)
     known = [field for field in parent.__struct_fields__ if field not in parent.rules]
     close = get_close_matches(name, known, n=1)
@@ -215,10 +218,6 @@ def structs_in(hint: Any, base: type[StructType]) -> Iterator[type[StructType]]:
         yield hint
     for part in get_args(hint):
         yield from structs_in(part, base)
-
-
-def _short(text: str, most: int = 80) -> str:
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def to_json(value: Any) -> bytes:

@@ -18,12 +18,12 @@ from engine.layers.decoder import (
 from engine.layers.embedding import Embedding, LMHead
 from engine.layers.encoder import Encoder
 from engine.layers.latent import LatentBackend, LatentShape
-from engine.layers.linear import ColumnLinear, QKVLinear, RowLinear
+from engine.layers.linear import ColumnLinear, QKVLinear, ReplicatedLinear, RowLinear
 from engine.layers.mla import LatentAttention
-from engine.layers.model import Layer, Model, check_shape, empty_weight, put
+from engine.layers.model import Elsewhere, Layer, Model, check_shape, empty_weight, put
 from engine.layers.moe import Experts, Mixture, Router, SparseMLP
 from engine.layers.norm import RMSNorm
-from engine.layers.quantization import Quantized, QuantizedExperts, QuantizedLinear
+from engine.layers.quantization import Quantized, QuantizedExperts, QuantizedLinear, Shard
 from engine.layers.rotary import Rotary, rope_terms, rope_type, yarn_scale
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "ColumnLinear",
     "Decoder",
     "DecoderShape",
+    "Elsewhere",
     "Embedding",
     "Encoder",
     "ExpertWeights",
@@ -59,6 +60,7 @@ __all__ = [
     "QuantizedExperts",
     "QuantizedLinear",
     "RMSNorm",
+    "ReplicatedLinear",
     "Rotary",
     "Rotations",
     "Routed",
@@ -67,6 +69,7 @@ __all__ = [
     "RowLinear",
     "Scheme",
     "SelfAttention",
+    "Shard",
     "SparseMLP",
     "check_shape",
     "empty_weight",

@@ -19,6 +19,7 @@ from engine.kernels.dense.reference import HeadNorms, Heads, Rotation
 from engine.kernels.types import Prefix
 from engine.layers.batch import Batch, upload
 from engine.layers.kv_scales import FP8_TYPES, KVScales
+from engine.messages.step import STEPS_IN_FLIGHT
 from engine.plugin.specs import KVGroup
 
 
@@ -46,8 +47,13 @@ class Backend(ABC):
     it, so a row may use pages that another row of the same step fills. Query i of row r sees positions
     0 .. starts[r]+i of that row and nothing else, whatever else lies in the pages: they start as zeros and are reused
     without being cleared.
+
+    Rows begin at `batch.row_starts`, on the device. The host's `starts` are the same, but for rows of drafts on a GPU:
+    these may begin later than the host knows, so a backend that plans on the host from `starts`, as FlashInfer does,
+    cannot serve them. No step with drafts is captured, so `refill` and its like always get exact starts.
     """
 
+    steps_in_flight: int = STEPS_IN_FLIGHT  # whose plans may be under way at a time: what takes turns has so many
     most_graph_tokens: float = float("inf")  # of a step with prompts, beyond which `prepare` has a faster way
 
     def __init__(self, page_size: int, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype | None) -> None:

@@ -1,8 +1,7 @@
 """The inputs of one step, as a model and its attention backend see them, and how host numbers reach a device.
 
-R rows (one request's part of the step each) hold T tokens, laid end to end; S of the rows are sampled.
-Host arrays let a backend plan its work without asking the device. Left out: media embeddings, spans of
-speculated tokens.
+R rows (one request's part of the step each) hold T tokens, laid end to end. Host arrays let a backend plan its work
+without asking the device. Left out: media embeddings.
 """
 
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from engine.messages.step import STEPS_IN_FLIGHT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,10 +23,9 @@ class Batch:
     places: Tensor  # [T] int64, device: page * page_size + offset, where each token's K/V is written
     page_table: Tensor  # [slots, P] int32, device: pages of every slot; entries past its own are pages, but not its
     slots: Tensor  # [R] int64, device: the rows' lines in `page_table`
-    row_starts: Tensor  # [R] int64, device: as `starts`
+    row_starts: Tensor  # [R] int64, device: tokens of the request that are in the cache already
     row_offsets: Tensor  # [R + 1] int64, device: as `offsets`
-    sampled: Tensor  # [S] int64, device: which of the T tokens are sampled from, in row order
-    starts: np.ndarray  # [R] int64, host: tokens of the request that are in the cache already
+    starts: np.ndarray  # [R] int64, host: as row_starts; of a row of drafts on a GPU the least it may be
     lengths: np.ndarray  # [R] int64, host: tokens computed in this step, at least 1
     offsets: np.ndarray  # [R + 1] int64, host: row r's tokens are offsets[r] .. offsets[r+1]-1 of the T
     caches: tuple[tuple[Tensor, ...], ...]  # per KV group, per layer: [pages, *page shape]
@@ -47,21 +47,18 @@ def upload(numbers: np.ndarray, device: torch.device) -> Tensor:
 class Mirror:
     """Numbers of the host that a CUDA graph reads at one address: fill what `host` gives, then `send` it.
 
-    A copy runs when the device comes to it, so the host's buffers take turns: `AHEAD` copies may be under way, as many
-    as there are steps in flight and more.
+    A copy runs when the device comes to it, so the host's buffers take turns: one for each step that may be in flight.
     """
-
-    AHEAD = 4
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.device = torch.zeros(size, dtype=torch.int64, device=device)
         pinned = device.type == "cuda"
-        self._hosts = [torch.zeros(size, dtype=torch.int64, pin_memory=pinned) for _ in range(self.AHEAD)]
+        self._hosts = [torch.zeros(size, dtype=torch.int64, pin_memory=pinned) for _ in range(STEPS_IN_FLIGHT)]
         self._turn = 0
 
     def host(self) -> np.ndarray:
         """[size] int64, with what it held some sends ago."""
-        self._turn = (self._turn + 1) % self.AHEAD
+        self._turn = (self._turn + 1) % STEPS_IN_FLIGHT
         numbers: np.ndarray = self._hosts[self._turn].numpy()
         return numbers
 

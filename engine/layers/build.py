@@ -1,7 +1,7 @@
 """What a model is built with: where, in which type, on which rank, with which attention and quantization.
 
-Layers ask it for their share of a dimension, so models never see a rank. Left out until tensor
-parallelism comes: process groups; `world` is 1.
+Layers ask it for their share of a dimension, so models never see a rank. Left out: experts divided by number (ep) and
+attention in copies (dp), which the mesh knows and layers do not yet.
 """
 
 import dataclasses
@@ -12,10 +12,14 @@ from typing import Any
 
 import torch
 
+from engine.errors import ConfigError
 from engine.kernels import KernelSet, choose
 from engine.layers.attention import AttentionBackend, AttentionShape, Backend
 from engine.layers.latent import LatentBackend, LatentShape
-from engine.layers.quantization import QuantizedExperts, QuantizedLinear
+from engine.layers.quantization import QuantizedExperts, QuantizedLinear, Shard
+from engine.parallel.collectives import Group
+from engine.parallel.groups import Groups
+from engine.parallel.mesh import ALONE, Axis, Mesh
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +34,8 @@ class Build:
     page_size: int
     max_model_len: int
     attention_backend: Callable[..., Backend]  # a backend class, or what chooses one for a shape
-    rank: int = 0
-    world: int = 1
+    mesh: Mesh = ALONE
+    groups: Groups | None = None  # where the ranks of `mesh` have joined; a model can be built and loaded without
     kv_dtype: torch.dtype | None = None  # of the KV cache; by default `dtype`
     quantization: "Scheme | None" = None  # how matrices are stored; by default in `dtype`
     deferred: bool = False  # weights take no memory, on the device `meta`, until `Model.load` or `Model.allocate`
@@ -40,17 +44,36 @@ class Build:
     def __post_init__(self) -> None:
         if self.kernels is None:
             object.__setattr__(self, "kernels", choose(self.device, self.dtype))
+        for name, size in (("ep", self.mesh.ep), ("dp", self.mesh.dp)):
+            if size > 1:
+                raise ConfigError(f"{name} is {size}, and models run with {name} 1 alone so far; say {name} 1")
 
-    def share(self, size: int) -> slice:
-        """This rank's part of a dimension that is divided evenly over the ranks."""
-        assert size % self.world == 0, f"{size} does not divide over {self.world} ranks"
-        part = size // self.world
-        return slice(self.rank * part, (self.rank + 1) * part)
+    def group(self, axis: Axis = "tp") -> Group:
+        """The ranks that share a dimension which is divided along `axis`."""
+        return (self.groups or Groups.apart(self.mesh)).along(axis)
 
-    def local(self, size: int) -> int:
-        """How much of a divided dimension this rank holds."""
-        share = self.share(size)
+    def share(self, size: int, axis: Axis = "tp", what: str = "numbers") -> slice:
+        """This rank's part of a dimension that is divided evenly. Raises ConfigError where it does not divide; `what`
+        names the dimension in it."""
+        return self.mesh.share(size, axis, what)
+
+    def local(self, size: int, axis: Axis = "tp", what: str = "numbers") -> int:
+        """How much of a divided dimension this rank holds. Raises ConfigError as `share`."""
+        share = self.share(size, axis, what)
         return share.stop - share.start
+
+    def query_heads(self, heads: int) -> slice:
+        """Those of the model's query heads that this rank computes."""
+        return self.share(heads, "attention_tp", "query heads")
+
+    def kv_heads(self, heads: int) -> slice:
+        """Those of the model's key-value heads that this rank's query heads attend to: where there are fewer than
+        ranks, several have the same one."""
+        return self.mesh.repeated_share(heads, "attention_tp", "key-value heads")
+
+    def stage(self, layers: int) -> range:
+        """Those of the model's layers that this rank holds. Raises ConfigError where there are more stages."""
+        return self.mesh.stage(layers)
 
     def attention(
         self,
@@ -67,8 +90,8 @@ class Build:
         """
         shape = AttentionShape(
             layers=layers,
-            query_heads=self.local(query_heads),
-            kv_heads=self.local(kv_heads),
+            query_heads=_count(self.query_heads(query_heads)),
+            kv_heads=_count(self.kv_heads(kv_heads)),
             head_dim=head_dim,
             scale=head_dim**-0.5 if scale is None else scale,
             window=window if window is not None and window < self.max_model_len else None,
@@ -81,11 +104,16 @@ class Build:
 
     def latent_attention(self, shape: LatentShape) -> LatentBackend:
         """The backend that serves the latent attention of `shape`, whose heads are the whole model's."""
-        shape = dataclasses.replace(shape, query_heads=self.local(shape.query_heads), kv_dtype=self.kv_dtype)
+        heads = _count(self.query_heads(shape.query_heads))
+        shape = dataclasses.replace(shape, query_heads=heads, kv_dtype=self.kv_dtype)
         backend = self.attention_backend(shape, self.page_size, self.device, self.dtype)
         assert isinstance(backend, LatentBackend), f"{backend} is not for latent attention"
         backend.kernels = self.kernels
         return backend
+
+
+def _count(share: slice) -> int:
+    return int(share.stop - share.start)
 
 
 class Scheme(ABC):
@@ -101,9 +129,12 @@ class Scheme(ABC):
         """Whether the module at `path` in the checkpoint is quantized."""
 
     @abstractmethod
-    def linear(self, build: Build, parts: Mapping[str, int], inputs: int) -> QuantizedLinear:
-        """The storage of a layer with so many rows in each of its parts."""
+    def linear(self, build: Build, parts: Mapping[str, int], inputs: int, shard: Shard) -> QuantizedLinear:
+        """The storage of `shard` of a layer with so many rows in each of its parts, in the whole model.
+
+        Raises ConfigError for one that cannot be stored so: a block that has one scale may lie on two ranks."""
 
     @abstractmethod
-    def experts(self, build: Build, count: int, size: int, inner: int) -> QuantizedExperts:
-        """The storage of `count` gated MLPs between `size` and `inner`."""
+    def experts(self, build: Build, count: int, size: int, inner: int, share: slice) -> QuantizedExperts:
+        """The storage of `count` gated MLPs between `size` and `inner`, of the latter's numbers `share` alone: rows of
+        gate and up, columns of down. Raises ConfigError as `linear`."""

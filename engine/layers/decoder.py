@@ -11,6 +11,7 @@ norms that are not RMS, layers that differ in more than their attention and whet
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Self
 
 import torch
@@ -24,7 +25,7 @@ from engine.layers.batch import Batch
 from engine.layers.build import Build
 from engine.layers.embedding import Embedding, LMHead
 from engine.layers.linear import ColumnLinear, QKVLinear, RowLinear
-from engine.layers.model import Layer, Model
+from engine.layers.model import Elsewhere, Layer, Model
 from engine.layers.moe import Experts, Mixture, Router, SparseMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import Rotary
@@ -112,38 +113,50 @@ class DecoderShape:
             return GatedMLP(self, build)
         if self.activation not in SILU:
             raise ConfigError(f"experts with the activation {self.activation!r} are not supported; known is silu")
-        router = Router(build, mixture.routing, self.hidden_size)
-        return SparseMLP(
-            router, Experts(build, mixture.routing.experts, self.hidden_size, mixture.inner, mixture.parts)
-        )
+        size, count = self.hidden_size, mixture.routing.experts
+        shared = GatedMLP(self, build, mixture.shared, summed=False) if mixture.shared else None
+        router = Router(build, mixture.routing, size, mixture.corrected)
+        return SparseMLP(router, Experts(build, count, size, mixture.inner, mixture.parts), shared)
 
 
 class Decoder(nn.Module):
-    def __init__(self, shape: DecoderShape, build: Build, blocks: Sequence["Block"]) -> None:
+    """Embedding, blocks and the norm after them: of `blocks`, by number, those that this stage of a pipeline holds, the
+    embedding where it has the first one, or the head shares its matrix, and the norm where it has the last one."""
+
+    def __init__(self, shape: DecoderShape, build: Build, blocks: Mapping[int, "Block"]) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(build, shape.vocab_size, shape.hidden_size)
-        self.layers = nn.ModuleList(blocks)
-        self.norm = shape.norm(build, shape.hidden_size)
+        self.count = len(shape.layers)  # of the blocks that are run: a model may hold further ones
+        embeds, ends = 0 in blocks, self.count - 1 in blocks
+        embeds = embeds or (ends and shape.tied)
+        self.embed_tokens = Embedding(build, shape.vocab_size, shape.hidden_size) if embeds else Elsewhere()
+        self.layers = nn.ModuleList(blocks.get(layer, Elsewhere()) for layer in range(self.count))
+        self.norm = shape.norm(build, shape.hidden_size) if ends else Elsewhere()
         # rounded as the weights are, because the models were trained so
         self.embedding_scale = float(torch.tensor(shape.embedding_scale, dtype=build.dtype))
 
-    def forward(self, batch: Batch, rotations: Rotations) -> Tensor:
-        hidden = self.embed_tokens(batch.ids)
-        if self.embedding_scale != 1.0:
-            hidden = hidden * self.embedding_scale
+    def embed(self, batch: Batch) -> Tensor:
+        hidden: Tensor = self.embed_tokens(batch.ids)
+        return hidden if self.embedding_scale == 1.0 else hidden * self.embedding_scale
+
+    def run(self, hidden: Tensor, batch: Batch, rotations: Rotations, first: int, last: int) -> Tensor:
+        """Blocks first .. last-1, and after the last of all the norm. Between ranges the stream and what is still to be
+        added to it are their sum: one tensor [T, H]."""
         stream = None
-        for layer in self.layers:
-            hidden, stream = layer(hidden, stream, batch, rotations)
-        return self.norm.add(hidden, stream)[0]
+        for block in islice(self.layers, first, last):
+            hidden, stream = block(hidden, stream, batch, rotations)
+        if last == self.count:
+            assert isinstance(self.norm, RMSNorm)
+            return self.norm.add(hidden, stream)[0]
+        return hidden if stream is None else hidden + stream
 
 
 class Block(nn.Module):
     """Attention, then an MLP; each reads a norm of the stream, and the next norm adds what it says to it."""
 
-    def __init__(self, shape: DecoderShape, build: Build, attention: Attention, mlp: nn.Module) -> None:
+    def __init__(self, shape: DecoderShape, build: Build, attention: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
         self.input_layernorm = shape.norm(build, shape.hidden_size)
-        self.self_attn = SelfAttention(shape, build, attention)
+        self.self_attn = attention
         self.post_attention_layernorm = shape.norm(build, shape.hidden_size)
         self.mlp = mlp
 
@@ -153,7 +166,7 @@ class Block(nn.Module):
         """`hidden` [T, H] is still to be added to `stream`, None before the first block; so is what is returned."""
         hidden, stream = self.input_layernorm.add(hidden, stream)
         hidden, stream = self.post_attention_layernorm.add(self.self_attn(hidden, batch, rotations), stream)
-        return self.mlp(hidden), stream
+        return self.mlp(hidden, batch), stream
 
 
 class SelfAttention(Layer):
@@ -165,7 +178,7 @@ class SelfAttention(Layer):
         super().__init__()
         size, heads, head_dim = shape.hidden_size, shape.query_heads, shape.head_dim
         self.qkv_proj = QKVLinear(build, size, heads, shape.kv_heads, head_dim, shape.qkv_bias)
-        self.o_proj = RowLinear(build, heads * head_dim, size, shape.output_bias)
+        self.o_proj = RowLinear(build, heads * head_dim, size, shape.output_bias, axis="attention_tp")
         self.q_norm = shape.norm(build, head_dim) if shape.head_norms else None
         self.k_norm = shape.norm(build, head_dim) if shape.head_norms else None
         self.attention = attention
@@ -190,67 +203,88 @@ class SelfAttention(Layer):
 
     def forward(self, hidden: Tensor, batch: Batch, rotations: Rotations) -> Tensor:
         rotation = rotations[self.attention.group]
-        attended = self.attention(self.qkv_proj(hidden), self.qkv_proj.heads, batch, rotation, self.norms)
-        return self.o_proj(attended)
+        attended = self.attention(self.qkv_proj(hidden, batch), self.qkv_proj.heads, batch, rotation, self.norms)
+        return self.o_proj(attended, batch)
 
 
 class GatedMLP(nn.Module):
-    def __init__(self, shape: DecoderShape, build: Build) -> None:
+    """A gated MLP of the shape's intermediate size, or of `inner`. Where it is not `summed`, each rank returns its part
+    of the sum."""
+
+    def __init__(self, shape: DecoderShape, build: Build, inner: int | None = None, *, summed: bool = True) -> None:
         super().__init__()
-        size, inner = shape.hidden_size, shape.intermediate_size
+        size, inner = shape.hidden_size, inner or shape.intermediate_size
         self.gate_up_proj = ColumnLinear(build, size, {"gate_proj": inner, "up_proj": inner}, shape.mlp_bias)
         self.activation = gated_activation(build, shape.activation)
         self.silu = shape.activation in SILU
-        self.down_proj = RowLinear(build, inner, size, shape.mlp_bias)
+        self.down_proj = RowLinear(build, inner, size, shape.mlp_bias, summed=summed)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
         if self.silu and self.gate_up_proj.dense and self.down_proj.dense:
-            return self.down_proj(self.gate_up_proj.silu(hidden))
-        gate_up = self.gate_up_proj(hidden)
-        return self.down_proj.gated(gate_up) if self.silu else self.down_proj(self.activation(gate_up))
+            return self.down_proj(self.gate_up_proj.silu(hidden, batch), batch)
+        gate_up = self.gate_up_proj(hidden, batch)
+        return self.down_proj.gated(gate_up, batch) if self.silu else self.down_proj(self.activation(gate_up), batch)
 
 
 class CausalLM(Model):
-    """A model that is a decoder and a head. A subclass says how its config.json reads."""
+    """A model that is a decoder and a head. A subclass says how its config.json reads.
 
+    One that attends otherwise than by heads with keys and values of their own writes `attention`."""
+
+    staged = True
     block: type[Block] = Block
+    rotaries: nn.ModuleList  # for each KV group
 
     def __init__(self, config: dict[str, Any], build: Build) -> None:
         super().__init__(config, build)
-        shape = self.shape_of(Terms.of(config))
+        terms = Terms.of(config)
+        shape = self.shape_of(terms)
         self.vocab_size = shape.vocab_size
         self.logit_cap = shape.logit_cap
-        groups = sorted(set(shape.layers))  # kinds that no layer is of get no KV group
-        kinds = [shape.kinds[group] for group in groups]
-        heads = (shape.query_heads, shape.kv_heads, shape.head_dim)
-        backends = tuple(
-            build.attention(shape.layers.count(group), *heads, scale=shape.scale, window=kind.window)
-            for group, kind in zip(groups, kinds, strict=True)
-        )
-        self.backends = backends
-        self.rotaries = nn.ModuleList(Rotary(build, kind.rope, shape.head_dim) for kind in kinds)
-        attentions = []
-        for layer, kind_of_layer in enumerate(shape.layers):
-            group = groups.index(kind_of_layer)
-            place = shape.layers[:layer].count(kind_of_layer)
-            attentions.append(Attention(backends[group], place, group))
-        blocks = [
-            self.block(shape, build, attention, shape.mlp(build, layer)) for layer, attention in enumerate(attentions)
-        ]
+        self.held = build.stage(len(shape.layers))
+        attention = self.attention(terms, shape, build)
+        blocks = {
+            layer: self.block(shape, build, module, shape.mlp(build, layer)) for layer, module in attention.items()
+        }
         self.model = Decoder(shape, build, blocks)
-        tied = self.model.embed_tokens if shape.tied else None
-        self.lm_head = LMHead(build, shape.hidden_size, shape.vocab_size, tied)
+        ends = self.held.stop == len(shape.layers)
+        tied = self.model.embed_tokens if shape.tied and ends else None
+        assert tied is None or isinstance(tied, Embedding)
+        self.lm_head = LMHead(build, shape.hidden_size, shape.vocab_size, tied) if ends else Elsewhere()
 
     @staticmethod
     @abstractmethod
     def shape_of(config: Terms) -> DecoderShape:
         """What `config`, in config.json's terms, says. Raises ConfigError for what would run and be wrong."""
 
-    def forward(self, batch: Batch) -> Tensor:
-        return self.model(batch, [rotary(batch.positions) for rotary in self.rotaries])
+    def attention(self, config: Terms, shape: DecoderShape, build: Build) -> dict[int, nn.Module]:
+        """The attention of each layer that is `held`, by the layer's number. Sets `backends` and `rotaries`."""
+        held = [shape.layers[layer] for layer in self.held]
+        groups = sorted(set(held))  # kinds that no layer is of get no KV group
+        kinds = [shape.kinds[group] for group in groups]
+        heads = (shape.query_heads, shape.kv_heads, shape.head_dim)
+        backends = tuple(
+            build.attention(held.count(group), *heads, scale=shape.scale, window=kind.window)
+            for group, kind in zip(groups, kinds, strict=True)
+        )
+        self.backends = backends
+        self.rotaries = nn.ModuleList(Rotary(build, kind.rope, shape.head_dim) for kind in kinds)
+        made: dict[int, nn.Module] = {}
+        for index, (layer, kind_of_layer) in enumerate(zip(self.held, held, strict=True)):
+            group = groups.index(kind_of_layer)
+            place = held[:index].count(kind_of_layer)
+            made[layer] = SelfAttention(shape, build, Attention(backends[group], place, group))
+        return made
+
+    def embed(self, batch: Batch) -> Tensor:
+        return self.model.embed(batch)
+
+    def run(self, hidden: Tensor, batch: Batch, first: int, last: int) -> Tensor:
+        rotations = [rotary(batch.positions) for rotary in self.rotaries]
+        return self.model.run(hidden, batch, rotations, first, last)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        logits = self.lm_head(hidden)
+        logits: Tensor = self.lm_head(hidden)
         if self.logit_cap is not None:
             logits = logits.to(torch.float32).div_(self.logit_cap).tanh_().mul_(self.logit_cap)
         return logits

@@ -1,47 +1,86 @@
-"""From token ids to vectors and back to logits."""
+"""From token ids to vectors and back to logits: the vocabulary is divided over the ranks, and need not divide evenly.
+
+ids ─ vectors of this rank's tokens, zeros for others ─ all_reduce ─> hidden … ─ this rank's logits ─ all_gather ─>
+"""
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from engine.kernels.types import PackedMatrix
 from engine.layers.build import Build
-from engine.layers.linear import ColumnLinear, packed_rows
-from engine.layers.model import Layer, check_shape, empty_weight
+from engine.layers.linear import Linear, packed_part
+from engine.layers.model import Layer, check_shape, copy_weight, empty_weight
+from engine.layers.quantization import Shard
+from engine.parallel.collectives import all_gather, all_reduce
 from engine.plugin.specs import LazyTensor
+
+WORDS = "tokens of the vocabulary"
 
 
 class Embedding(Layer):
-    """A table of one vector a token. Every rank holds it whole; on a CPU it stays packed if the checkpoint's is."""
+    """A table of one vector a token; on a CPU it stays packed if the checkpoint's is.
 
-    def __init__(self, build: Build, vocab_size: int, size: int) -> None:
+    Its tokens are divided over the ranks, unless `divided` is false: a small table is held whole by all."""
+
+    def __init__(self, build: Build, vocab_size: int, size: int, divided: bool = True) -> None:
         super().__init__()
         self.kernels = build.kernels
-        self.weight = empty_weight(build, vocab_size, size)
+        self.vocab_size, self.size = vocab_size, size
+        self.group = build.group("tp")
+        self.divided = divided and self.group.size > 1
+        self.share = build.mesh.uneven_share(vocab_size, "tp", WORDS) if self.divided else slice(0, vocab_size)
+        self.weight = empty_weight(build, self.share.stop - self.share.start, size)
         self.matrix: PackedMatrix | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
         """`ids` [T] int64 to [T, size]."""
+        if not self.divided:
+            return self._vectors(ids)
+        elsewhere = (ids < self.share.start) | (ids >= self.share.stop)
+        vectors = self._vectors((ids - self.share.start).masked_fill_(elsewhere, 0))
+        return all_reduce(vectors.masked_fill_(elsewhere[:, None], 0.0), self.group)
+
+    def _vectors(self, ids: Tensor) -> Tensor:
+        """Of `ids` counted from this rank's first."""
         if self.matrix is not None:
             return self.matrix.select(ids)
         return nn.functional.embedding(ids, self.weight)
 
+    def whole(self, parameter: str, part: str) -> tuple[int, ...] | None:
+        return self.vocab_size, self.size
+
     def load(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> None:
-        packed = packed_rows(self.kernels.dense, tensor, 1)
+        index = self.share, slice(0, self.size)
+        packed = packed_part(self.kernels.dense, tensor, *index)
         if packed is None:
-            return super().load(name, parameter, part, tensor)
-        check_shape(name, tensor, tuple(self.weight.shape))
+            return copy_weight(name, self.weight, tensor, (self.vocab_size, self.size), index)
+        check_shape(name, tensor, (self.vocab_size, self.size))
         (self.matrix,) = self.kernels.dense.matrices([packed])
         self.register_buffer("packed", self.matrix.data)
         self.weight = nn.Parameter(self.weight.new_empty(0, self.weight.shape[1]), requires_grad=False)
 
 
-class LMHead(ColumnLinear):
-    """From hidden states to logits. `tied` shares the matrix of that embedding instead of having its own."""
+class LMHead(Linear):
+    """From hidden states to logits. `tied` shares the matrix of that embedding instead of having its own.
 
-    def __init__(self, build: Build, size: int, vocab_size: int, tied: Embedding | None = None) -> None:
-        super().__init__(build, size, vocab_size if tied is None else 0, quantizable=False)
+    Each rank multiplies with its tokens' part of the matrix. If it `gathers`, `forward` returns all logits on all
+    ranks; else those of `share` alone.
+    """
+
+    def __init__(
+        self, build: Build, size: int, vocab_size: int, tied: Embedding | None = None, gathers: bool = True
+    ) -> None:
+        share = build.mesh.uneven_share(vocab_size, "tp", WORDS)
+        own = share if tied is None else slice(0, 0)
+        sizes = {"": vocab_size if tied is None else 0}
+        super().__init__(build, sizes, size, Shard({"": own}, slice(0, size)), bias=False, quantizable=False)
+        self.share = share
         self._tied = (tied,) if tied is not None else ()  # in a tuple: it is not a part of this module
         if tied is not None:
             self.weight = tied.weight
+        self.vocab_size = vocab_size
+        self.group = build.group("tp")
+        self.gathers = gathers and self.group.size > 1
 
     def loaded(self) -> None:
         super().loaded()
@@ -49,6 +88,13 @@ class LMHead(ColumnLinear):
             self.weight = embedding.weight
             self.matrices = (embedding.matrix,) if embedding.matrix is not None else ()
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[S, size] to logits [S, vocab_size]."""
-        return super().forward(hidden)
+    def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
+        """[S, size] to logits [S, vocab_size], or those of `share`."""
+        logits = super().forward(hidden)
+        return self._gathered(logits) if self.gathers else logits
+
+    def _gathered(self, logits: Tensor) -> Tensor:
+        most = -(-self.vocab_size // self.group.size)
+        if logits.shape[1] < most:  # the last rank's: all ranks send as many
+            logits = functional.pad(logits, (0, most - logits.shape[1]))
+        return all_gather(logits, self.group, dim=1)[:, : self.vocab_size].contiguous()

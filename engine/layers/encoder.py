@@ -12,16 +12,17 @@ from torch import Tensor
 from engine.layers.batch import Batch
 from engine.layers.build import Build
 from engine.layers.model import Model
+from engine.messages.step import VECTOR
 from engine.plugin.specs import KVSpec
 
 
 class Encoder(Model):
-    """A subclass sets `vocab_size` and `embedding_size`, and writes `forward` and `embed`.
+    """A subclass sets `vocab_size` and `embedding_size`, and writes `embed`, `run` and `pool`.
 
     Every row of a batch starts at position 0 and is a whole prompt.
     """
 
-    embedding_size: int
+    yields = VECTOR
 
     @abstractmethod
     def __init__(self, config: dict[str, Any], build: Build) -> None:
@@ -29,7 +30,7 @@ class Encoder(Model):
         self._page_size = build.page_size
 
     @abstractmethod
-    def embed(self, hidden: Tensor, batch: Batch) -> Tensor:
+    def pool(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Float32 vectors [R, embedding_size] of the rows whose hidden states are `hidden` [T, H]."""
 
     def logits(self, hidden: Tensor) -> Tensor:

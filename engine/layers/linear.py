@@ -2,12 +2,16 @@
 
 Projections of the same input are stacked into one matrix, hence one GEMM; each layer declares which
 tensors of the checkpoint are its parts. On a CPU parts that the checkpoint holds in packed blocks stay packed
-(engine/kernels/cpu/calls.py); where the build has a quantization, matrices are stored by it (quantization.py). With one
-rank every share is the whole. Left out until there are more: RowLinear's sum over ranks, key-value heads repeated where
-there are more ranks than heads, and shares of packed and quantized parts.
+(engine/kernels/cpu/calls.py); where the build has a quantization, matrices are stored by it (quantization.py). A rank
+holds a `Shard` of its matrices; with one rank it is the whole. A RowLinear takes what a ColumnLinear returns, so the
+ranks meet once, in the sum of the former:
+
+    x, on all ranks ─ ColumnLinear ─> outputs, divided ─ … ─ RowLinear ─> parts of a sum ─ all_reduce ─> on all ranks
+
+Packed parts stay packed where a cut between ranks falls between blocks; where it falls within one, they are unpacked.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,44 +19,59 @@ from torch import Tensor, nn
 from engine.errors import ConfigError
 from engine.kernels.dense.reference import Heads, Ops
 from engine.kernels.types import Packed, PackedMatrix
+from engine.layers.batch import Batch
 from engine.layers.build import Build
 from engine.layers.model import Layer, check_shape, checkpoint_path, copy_weight, empty_weight
-from engine.layers.quantization import QuantizedLinear
+from engine.layers.quantization import QuantizedLinear, Shard
+from engine.parallel.collectives import all_reduce
+from engine.parallel.mesh import Axis
 from engine.plugin.specs import LazyTensor
 
 
-def packed_rows(dense: Ops, tensor: LazyTensor, world: int) -> Packed | None:
-    """`tensor` as it is packed in the checkpoint, where `dense` multiplies by such; else None."""
+def packed_part(dense: Ops, tensor: LazyTensor, rows: slice, columns: slice) -> Packed | None:
+    """That part of `tensor` as it is packed in the checkpoint, where `dense` multiplies by such; else None."""
     packed = getattr(tensor, "packed", None)
-    if not dense.packed_kinds or packed is None or world != 1:
+    if not dense.packed_kinds or packed is None:
         return None
-    found: Packed | None = packed()
+    found: Packed | None = packed(rows, columns)
     return found if found is not None and found[0] in dense.packed_kinds else None
 
 
 class Linear(Layer):
     """y = x Wᵀ + b with the weight [rows, inputs] of all parts, one after the other: dense, packed or quantized.
 
-    A quantization is asked once the layer's name is known; a layer that is not `quantizable` is dense.
+    `sizes` are the output features of each part and `inputs` the input features, of the whole model; of these the rank
+    holds `shard`. A quantization is asked once the layer's name is known; a layer that is not `quantizable` is dense.
     """
 
-    sizes: Mapping[str, int]  # output features of each part, of the whole model
     held_dense = False  # what is quantized in the checkpoint is kept as what it stands for: `weight` is used itself
 
-    def __init__(self, build: Build, inputs: int, rows: int, bias: bool, quantizable: bool = True) -> None:
+    def __init__(
+        self,
+        build: Build,
+        sizes: Mapping[str, int],
+        inputs: int,
+        shard: Shard,
+        bias: bool,
+        quantizable: bool = True,
+    ) -> None:
         super().__init__()
         self.build = build
+        self.sizes = dict(sizes)
+        self.parts = tuple(sizes)
         self.inputs = inputs
+        self.shard = shard
+        rows = sum(shard.rows_of(part) for part in sizes)
         self.waits = build.quantization is not None and quantizable  # to be named, before it is known how it is stored
-        self.weight = empty_weight(build, rows, inputs, device=torch.device("meta") if self.waits else None)
+        self.weight = empty_weight(build, rows, shard.inputs, device=torch.device("meta") if self.waits else None)
         self.bias = empty_weight(build, rows) if bias else None
         self.quantized: QuantizedLinear | None = None
         self.path = ""
         self._packed: dict[str, Packed] = {}  # until all parts have come
         self.matrices: tuple[PackedMatrix, ...] = ()  # all of the weight, once every part has come packed
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """[T, inputs] to [T, rows]."""
+    def forward(self, inputs: Tensor, batch: Batch | None = None) -> Tensor:
+        """[T, inputs] to [T, rows]. `batch` is the step whose tokens these are; None if they are some of its tokens."""
         if self.quantized is not None:
             return self.quantized.linear(inputs, self.bias)
         if not self.matrices:
@@ -73,15 +92,15 @@ class Linear(Layer):
         """Whether `weight` is used as it is, neither quantized nor packed."""
         return self.quantized is None and not self.matrices
 
-    def silu(self, inputs: Tensor) -> Tensor:
+    def silu(self, inputs: Tensor, batch: Batch | None = None) -> Tensor:
         """silu(gate) * up of a dense layer whose parts are these: [T, inputs] to [T, rows / 2]."""
         return self.build.kernels.dense.linear_silu(inputs, self.weight, self.bias)
 
-    def gated(self, gate_up: Tensor) -> Tensor:
+    def gated(self, gate_up: Tensor, batch: Batch | None = None) -> Tensor:
         """`forward` of silu(gate) * up, which `gate_up` [T, 2 * inputs] holds: [T, rows]."""
         if self.quantized is not None:
             return self.quantized.linear(gate_up, self.bias, gated=True)
-        return self(self.build.kernels.dense.silu_and_mul(gate_up))
+        return self(self.build.kernels.dense.silu_and_mul(gate_up), batch)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [rows, inputs], or what it stands for, in `dtype`, by default that of activations."""
@@ -111,7 +130,7 @@ class Linear(Layer):
                 "supported; quantize all or none of them"
             )
         else:
-            self.quantized = scheme.linear(self.build, self.sizes, self.inputs)
+            self.quantized = scheme.linear(self.build, self.sizes, self.inputs, self.shard)
             for name, parameter in self.quantized.tensors.items():
                 self.register_parameter(name, parameter)
 
@@ -130,6 +149,19 @@ class Linear(Layer):
         if self.quantized is not None and parameter in self.quantized.tensors:
             return None
         return (self.sizes[part], self.inputs)[: 2 if parameter == "weight" else 1]
+
+    def load(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> None:
+        if self.load_quantized(name, parameter, part, tensor):
+            return
+        if parameter == "weight" and self.keep_packed(name, part, tensor):
+            return
+        begin = 0
+        for each in self.parts[: self.parts.index(part)]:
+            begin += self.shard.rows_of(each)
+        whole = (self.sizes[part], self.inputs)[: 2 if parameter == "weight" else 1]
+        index = (self.shard.rows[part], self.shard.columns)[: len(whole)]
+        target = self.get_parameter(parameter)[begin : begin + self.shard.rows_of(part)]
+        copy_weight(name, target, tensor, whole, index)
 
     def load_quantized(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> bool:
         """Takes `tensor` if the weight is quantized and it belongs to that."""
@@ -158,35 +190,59 @@ class Linear(Layer):
 
     def keep_packed(self, name: str, part: str, tensor: LazyTensor) -> bool:
         """Takes `tensor` as it is packed in the checkpoint; False when it cannot stay so."""
-        packed = packed_rows(self.build.kernels.dense, tensor, self.build.world)
+        packed = packed_part(self.build.kernels.dense, tensor, self.shard.rows[part], self.shard.columns)
         if packed is None:
             return False
-        check_shape(name, tensor, (self.sizes[part], self.weight.shape[1]))
+        check_shape(name, tensor, (self.sizes[part], self.inputs))
         self._packed[part] = packed
         if len(self._packed) == len(self.parts):
             self.matrices = self.build.kernels.dense.matrices([self._packed.pop(each) for each in self.parts])
             for index, matrix in enumerate(self.matrices):
                 self.register_buffer(f"packed_{index}", matrix.data)
-            self.weight = nn.Parameter(self.weight.new_empty(0, self.inputs), requires_grad=False)
+            self.weight = nn.Parameter(self.weight.new_empty(0, self.shard.inputs), requires_grad=False)
         return True
 
     def unpack_parts(self) -> None:
         """Some part did not come packed: those that did take their dense place."""
         begin = 0
-        for part, size in self.sizes.items():
+        for part in self.parts:
+            size = self.shard.rows_of(part)
             if packed := self._packed.pop(part, None):
                 (matrix,) = self.build.kernels.dense.matrices([packed])
                 self.weight[begin : begin + size] = matrix.unpacked()
-            begin += self.build.local(size)
+            begin += size
 
 
 class ColumnLinear(Linear):
-    """y = x Wᵀ + b, its output features divided over the ranks.
+    """y = x Wᵀ + b, its output features divided over the ranks along `axis`.
 
     `outputs` is the number of output features, or of each part's by the part's name in the checkpoint:
     `self.gate_up_proj = ColumnLinear(build, hidden, {"gate_proj": inner, "up_proj": inner})` loads
-    `…gate_proj.weight` and `…up_proj.weight`, and returns [T, 2 * inner].
+    `…gate_proj.weight` and `…up_proj.weight`, and returns [T, 2 * inner] with one rank, a rank's share with more.
+    `replicated` names parts that every rank holds whole.
     """
+
+    def __init__(
+        self,
+        build: Build,
+        inputs: int,
+        outputs: int | Mapping[str, int],
+        bias: bool = False,
+        quantizable: bool = True,
+        *,
+        replicated: Collection[str] = (),
+        axis: Axis = "tp",
+    ) -> None:
+        sizes = {"": outputs} if isinstance(outputs, int) else dict(outputs)
+        rows = {
+            part: slice(0, size) if part in replicated else build.share(size, axis, f"outputs of {part or 'a layer'}")
+            for part, size in sizes.items()
+        }
+        super().__init__(build, sizes, inputs, Shard(rows, slice(0, inputs)), bias, quantizable)
+
+
+class ReplicatedLinear(Linear):
+    """y = x Wᵀ + b, whole on every rank; `outputs` as a ColumnLinear's."""
 
     def __init__(
         self,
@@ -197,53 +253,64 @@ class ColumnLinear(Linear):
         quantizable: bool = True,
     ) -> None:
         sizes = {"": outputs} if isinstance(outputs, int) else dict(outputs)
-        super().__init__(build, inputs, sum(build.local(size) for size in sizes.values()), bias, quantizable)
-        self.sizes = sizes
-        self.parts = tuple(sizes)
-
-    def load(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> None:
-        if self.load_quantized(name, parameter, part, tensor):
-            return
-        if parameter == "weight" and self.keep_packed(name, part, tensor):
-            return
-        begin = 0
-        for each, size in self.sizes.items():
-            if each == part:
-                break
-            begin += self.build.local(size)
-        rows = self.build.local(self.sizes[part])
-        whole = (self.sizes[part], self.weight.shape[1])[: 2 if parameter == "weight" else 1]
-        target = self.get_parameter(parameter)[begin : begin + rows]
-        copy_weight(name, target, tensor, whole, (self.build.share(self.sizes[part]),))
+        super().__init__(build, sizes, inputs, Shard.whole(sizes, inputs), bias, quantizable)
 
 
-class QKVLinear(ColumnLinear):
-    """The query, key and value projections as one, its heads divided over the ranks.
+class QKVLinear(Linear):
+    """The query, key and value projections as one, its heads divided over the ranks that share attention.
 
-    `heads` says how what it returns, [T, (query + 2 * kv) * dim], divides on this rank.
+    Where there are more ranks than key-value heads, several ranks hold the same one. `heads` says how what it returns,
+    [T, (query + 2 * kv) * dim], divides on this rank; `parts` are the names of the three in checkpoints.
     """
 
     def __init__(
-        self, build: Build, inputs: int, query_heads: int, kv_heads: int, head_dim: int, bias: bool = False
+        self,
+        build: Build,
+        inputs: int,
+        query_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        bias: bool = False,
+        parts: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj"),
     ) -> None:
-        sizes = {"q_proj": query_heads * head_dim, "k_proj": kv_heads * head_dim, "v_proj": kv_heads * head_dim}
-        super().__init__(build, inputs, sizes, bias)
-        self.heads = Heads(build.local(query_heads), build.local(kv_heads), head_dim)
+        query, key = build.query_heads(query_heads), build.kv_heads(kv_heads)
+        counts, shares = (query_heads, kv_heads, kv_heads), (query, key, key)
+        sizes = {part: count * head_dim for part, count in zip(parts, counts, strict=True)}
+        rows = {part: slice(s.start * head_dim, s.stop * head_dim) for part, s in zip(parts, shares, strict=True)}
+        super().__init__(build, sizes, inputs, Shard(rows, slice(0, inputs)), bias)
+        self.heads = Heads(query.stop - query.start, key.stop - key.start, head_dim)
 
 
 class RowLinear(Linear):
-    """y = x Wᵀ + b, its input features divided over the ranks: it takes what a ColumnLinear returns."""
+    """y = x Wᵀ + b, its input features divided over the ranks along `axis`: it takes what a ColumnLinear returns.
 
-    def __init__(self, build: Build, inputs: int, outputs: int, bias: bool = False) -> None:
-        assert build.world == 1, "the sum over ranks is not built yet"
-        super().__init__(build, build.local(inputs), outputs, bias)
-        self.sizes = {"": outputs}
+    It sums over the ranks, unless `summed` is false: then whoever takes its parts of the sum does."""
+
+    def __init__(
+        self,
+        build: Build,
+        inputs: int,
+        outputs: int,
+        bias: bool = False,
+        *,
+        summed: bool = True,
+        axis: Axis = "tp",
+    ) -> None:
+        shard = Shard({"": slice(0, outputs)}, build.share(inputs, axis, "inputs of a layer"))
+        super().__init__(build, {"": outputs}, inputs, shard, bias)
+        self.group = build.group(axis)
+        self.sums = summed and self.group.size > 1
+
+    def forward(self, inputs: Tensor, batch: Batch | None = None) -> Tensor:
+        out = super().forward(inputs, batch)
+        return all_reduce(out, self.group) if self.sums else out
+
+    def gated(self, gate_up: Tensor, batch: Batch | None = None) -> Tensor:
+        out = super().gated(gate_up, batch)
+        return all_reduce(out, self.group) if self.sums and self.quantized is not None else out
 
     def load(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> None:
-        if self.load_quantized(name, parameter, part, tensor):
+        if parameter == "bias" and self.group.place:  # the first rank adds it to the sum
+            self.get_parameter("bias").zero_()
             return
-        if parameter == "bias":
-            return super().load(name, parameter, part, tensor)
-        if not self.keep_packed(name, part, tensor):
-            whole = (self.weight.shape[0], self.inputs)
-            copy_weight(name, self.weight, tensor, whole, (slice(None), self.build.share(self.inputs)))
+        super().load(name, parameter, part, tensor)

@@ -19,6 +19,7 @@ from engine.errors import ConfigError
 from engine.layers.attention import Backend
 from engine.layers.batch import Batch
 from engine.layers.build import Build
+from engine.messages.step import TOKEN
 from engine.plugin.specs import KVSpec, LazyTensor
 
 LARGEST = 1 << 44  # bytes of one weight
@@ -133,13 +134,26 @@ def check_shape(name: str, tensor: LazyTensor, whole: tuple[int, ...]) -> None:
 Wanted = dict[str, tuple[Layer, str, str]]  # by a tensor's name: the layer, parameter and part that `load` is told
 
 
+class Elsewhere(nn.Module):
+    """In the place of a layer that another stage of the pipeline holds: its weights in a checkpoint are passed over."""
+
+
 class Model(nn.Module, ABC):
     """A model family: constructed from config.json's terms and a Build, then loaded, then run.
 
-    A subclass sets `vocab_size` and `backends` (one for each KV group), and writes `forward` and `logits`.
+        ids ─ embed ─> hidden ─ run: layers first .. last-1 ─> hidden ─ logits
+
+    A subclass sets `vocab_size`, `backends` (one for each KV group) and `held`, the layers that it has, and writes
+    `embed`, `run` and `logits`. With a pipeline a rank holds a range of the layers: `held` is `build.stage(layers)`.
+    The first stage embeds, and what `run` returns on one stage goes to `run` of the next. A model that does so says
+    that it is `staged`; others run on one stage alone.
     """
 
+    staged = False
     vocab_size: int
+    held: range = range(1)
+    yields: int = TOKEN  # what comes of a row, as in a StepPlan: a TOKEN, or a VECTOR
+    embedding_size: int = 0  # numbers of a vector
     backends: tuple[Backend, ...] = ()
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # ends of names in checkpoints that hold no weight
 
@@ -147,12 +161,28 @@ class Model(nn.Module, ABC):
     def __init__(self, config: dict[str, Any], build: Build) -> None:
         """Allocates the weights, unset. Raises ConfigError for a configuration that it cannot run."""
         super().__init__()
+        if build.mesh.pp > 1 and not self.staged:
+            raise ConfigError(f"{type(self).__name__} runs on one stage, and there are {build.mesh.pp} (pp); say pp 1")
         self.device = build.device
         self.kernels = build.kernels
 
     @abstractmethod
+    def embed(self, batch: Batch) -> Tensor:
+        """What the first layer reads: a vector of each of the step's tokens, [T, H]."""
+
+    @abstractmethod
+    def run(self, hidden: Tensor, batch: Batch, first: int, last: int) -> Tensor:
+        """Layers first .. last-1 on `hidden` [T, H], what `embed` or the layer before returned, which may be written
+        over. Returns [T, H]; after the last layer of the model, what `logits` reads."""
+
     def forward(self, batch: Batch) -> Tensor:
-        """The hidden states of the step's tokens, [T, H]."""
+        """The hidden states of the step's tokens, [T, H], where all layers are here."""
+        return self.run(self.embed(batch), batch, self.held.start, self.held.stop)
+
+    def pool(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Float32 vectors [R, embedding_size] of the rows whose hidden states are `hidden` [T, H], of a model that
+        yields vectors."""
+        raise NotImplementedError(f"{type(self).__name__} makes no vectors")
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
@@ -218,7 +248,10 @@ class Model(nn.Module, ABC):
         aliases: set[str] = set()
         extras: set[str] = set()
         seen: set[int] = set()
+        elsewhere: list[str] = []
         for path, layer in self.named_modules():
+            if isinstance(layer, Elsewhere):
+                elsewhere.append(f"{path}.")
             if not isinstance(layer, Layer):
                 continue
             aliases.update(layer.passed_over(path))
@@ -236,12 +269,12 @@ class Model(nn.Module, ABC):
             for name, (layer, parameter, _) in wanted.items()
             if name not in extras and parameter not in layer.optional()
         }
-        unknown, found = [], []
+        unknown, found, others = [], [], tuple(elsewhere)
         for name, tensor in tensors:
             if name in wanted:
                 found.append((name, tensor))
                 missing.pop(name, None)
-            elif name not in aliases and not name.endswith(self.ignored):
+            elif name not in aliases and not name.endswith(self.ignored) and not name.startswith(others):
                 unknown.append(name)
         if missing or unknown:
             both = (("missing", list(missing)), ("unknown", unknown))

@@ -4,8 +4,9 @@
             ├───────────────────────────────────┴─ experts ─(+)─
             └─ shared expert, if there is one ───────────────┘
 
-All experts' matrices of a kind are one tensor, so a kernel finds any expert by its number. Left out: experts spread
-over several devices; on a CPU, experts that stay packed as the checkpoint has them.
+All experts' matrices of a kind are one tensor, so a kernel finds any expert by its number. Each of several ranks holds
+a share of every expert's width, routes all tokens as the others do, and makes a part of the sum. Left out: experts
+divided by number; on a CPU, experts that stay packed as the checkpoint has them.
 """
 
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 
 from engine.errors import ConfigError
 from engine.kernels.experts.reference import ExpertWeights, Recorder, Routed, Routing
+from engine.layers.batch import Batch
 from engine.layers.build import Build
 from engine.layers.model import Layer, copy_weight, empty_weight
 from engine.layers.quantization import QuantizedExperts
+from engine.parallel.collectives import all_reduce
 from engine.plugin.specs import LazyTensor
 
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")  # as most checkpoints name them
@@ -25,11 +28,15 @@ EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")  # as most checkpoints name
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
-    """The mixtures of a decoder: `inner` is the size of an expert, `layers` are those that have one."""
+    """The mixtures of a decoder: `inner` is the size of an expert, `layers` are those that have one.
+
+    `shared` is the size of the expert that every token passes; 0 for none."""
 
     routing: Routing
     inner: int
     layers: frozenset[int]
+    shared: int = 0
+    corrected: bool = False  # the router has a bias for choosing
     parts: tuple[str, str, str] = EXPERT_PARTS
 
 
@@ -43,38 +50,40 @@ class Router(Layer):
         super().__init__()
         self.kernels = build.kernels
         self.routing = routing
-        self.real: Tensor | None = None  # how many tokens of a captured step are no padding, [1] int64
         counts = torch.zeros(routing.experts, dtype=torch.int64, device=build.device)
         self.recorder = Recorder(counts, torch.zeros(1, dtype=torch.int32, device=build.device))
         self.weight = empty_weight(build, routing.experts, size)
         bias = empty_weight(build, routing.experts, dtype=torch.float32) if corrected else None
         self.e_score_correction_bias = bias
 
-    def forward(self, hidden: Tensor) -> Routed:
-        """`hidden` [T, size] to (weights [T, k] float32, experts [T, k] int64, and what the kernels know of them)."""
+    def forward(self, hidden: Tensor, batch: Batch) -> Routed:
+        """`hidden` [T, size] of the tokens of `batch` to (weights [T, k] float32, experts [T, k] int64, and what the
+        kernels know of them). Padding of a captured step chooses no expert."""
         ops = self.kernels.experts
         logits = ops.gate(hidden, self.weight)
-        return ops.route(logits, self.e_score_correction_bias, self.routing, self.recorder, self.real)
+        return ops.route(logits, self.e_score_correction_bias, self.routing, self.recorder, batch.real)
 
 
 class Experts(Layer):
     """`count` gated MLPs between `size` and `inner`, of which each token uses a few.
 
     The checkpoint has a module for each, `…experts.{i}`, with three matrices that go by the names in `parts`: gate,
-    up and down.
+    up and down. A rank has `share` of their width.
     """
 
     def __init__(
         self, build: Build, count: int, size: int, inner: int, parts: tuple[str, str, str] = EXPERT_PARTS
     ) -> None:
         super().__init__()
-        assert build.world == 1, "experts on several ranks are not built yet"
         self.count, self.size, self.inner = count, size, inner
         self.build = build
+        self.share = build.share(inner, "tp", "numbers of an expert's width")
+        self.group = build.group("tp")
+        width = self.share.stop - self.share.start
         self.waits = build.quantization is not None  # to be named, before it is known how it is stored
         waits = torch.device("meta") if self.waits else None
-        self.gate_up = empty_weight(build, count, 2 * inner, size, device=waits)
-        self.down = empty_weight(build, count, size, inner, device=waits)
+        self.gate_up = empty_weight(build, count, 2 * width, size, device=waits)
+        self.down = empty_weight(build, count, size, width, device=waits)
         self.quantized: QuantizedExperts | None = None
         self.path = ""
         self._parts = parts
@@ -84,10 +93,12 @@ class Experts(Layer):
     ) -> Tensor:
         """What the experts make of `hidden` [T, size], weighed and summed, [T, size]; `base` [T, size] is added.
 
-        `weights` [T, k] float32, `experts` [T, k] int64 and `order` are what a Router returned.
+        `weights` [T, k] float32, `experts` [T, k] int64 and `order` are what a Router returned. `base` is summed over
+        the ranks as the experts are: each rank gives its part.
         """
         stored = ExpertWeights(self.gate_up, self.down) if self.quantized is None else self.quantized.weights()
-        return self.build.kernels.experts.experts(hidden, Routed(weights, experts, order), stored, base)
+        made = self.build.kernels.experts.experts(hidden, Routed(weights, experts, order), stored, base)
+        return all_reduce(made, self.group)
 
     # ── loading ──────────────────────────────────────────────────────────────────────────────
 
@@ -104,7 +115,7 @@ class Experts(Layer):
         elif taken < len(modules):
             raise ConfigError(f"the checkpoint quantizes {taken} of the {len(modules)} matrices of {path}, not all")
         else:
-            self.quantized = scheme.experts(self.build, self.count, self.size, self.inner)
+            self.quantized = scheme.experts(self.build, self.count, self.size, self.inner, self.share)
             for name, parameter in self.quantized.tensors.items():
                 self.register_parameter(name, parameter)
 
@@ -148,15 +159,20 @@ class Experts(Layer):
         if self.quantized is not None:
             return self.quantized.load(name, parameter, int(expert), int(matrix == self._parts[1]), tensor)
         target = self.get_parameter(parameter)[int(expert)]
+        index = (slice(0, self.size), self.share)
         if parameter == "gate_up":
             target = target.chunk(2)[self._parts.index(matrix)]
-        copy_weight(name, target, tensor, tuple(target.shape), (slice(None),))
+            index = (self.share, slice(0, self.size))
+        whole = self.whole(parameter, part)
+        assert whole is not None
+        copy_weight(name, target, tensor, whole, index)
 
 
 class SparseMLP(nn.Module):
     """A router and its experts in the place of an MLP, with a shared expert that every token passes, or without.
 
-    The names of the members are those of most checkpoints.
+    The names of the members are those of most checkpoints. What the shared expert makes is not summed over the ranks:
+    the experts do that, of both.
     """
 
     def __init__(self, gate: Router, experts: Experts, shared_experts: nn.Module | None = None) -> None:
@@ -165,6 +181,6 @@ class SparseMLP(nn.Module):
         self.experts = experts
         self.shared_experts = shared_experts
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        base = None if self.shared_experts is None else self.shared_experts(hidden)
-        return self.experts(hidden, *self.gate(hidden), base=base)
+    def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
+        base = None if self.shared_experts is None else self.shared_experts(hidden, batch)
+        return self.experts(hidden, *self.gate(hidden, batch), base=base)

@@ -5,11 +5,12 @@
 
 A layer learns its name in the checkpoint after it is constructed, and only then is it known whether the scheme takes
 it: until then its weight is on the device `meta`, which takes no memory. A stacked layer is quantized whole or not at
-all. Left out: matrices divided over ranks, embeddings.
+all. Of matrices that are divided over ranks, each rank stores its part. Left out: embeddings.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
@@ -17,6 +18,29 @@ from torch import Tensor, nn
 
 from engine.kernels.experts.reference import ExpertWeights
 from engine.plugin.specs import LazyTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What a rank holds of matrices that lie one below the other: these `rows` of each, by its name, and `columns`."""
+
+    rows: Mapping[str, slice]
+    columns: slice
+
+    @classmethod
+    def whole(cls, sizes: Mapping[str, int], inputs: int) -> "Shard":
+        """All of matrices of so many rows."""
+        return cls({part: slice(0, size) for part, size in sizes.items()}, slice(0, inputs))
+
+    def rows_of(self, part: str) -> int:
+        """How many rows of that matrix."""
+        rows = self.rows[part]
+        return int(rows.stop - rows.start)
+
+    @property
+    def inputs(self) -> int:
+        """How many columns."""
+        return int(self.columns.stop - self.columns.start)
 
 
 class Quantized(ABC):
@@ -40,7 +64,9 @@ class Quantized(ABC):
 
 
 class QuantizedLinear(Quantized):
-    """Matrices one below the other, of as many columns; `tensors` has `weight`. `suffixes` is by names in `tensors`."""
+    """Matrices one below the other, of as many columns; `tensors` has `weight`. `suffixes` is by names in `tensors`.
+
+    Of K columns and N rows those of this rank are meant."""
 
     @abstractmethod
     def load(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> None:

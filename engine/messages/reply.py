@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from engine.errors import RequestError
 from engine.messages.base import Message, Part
 from engine.messages.step import Logprobs
 
@@ -78,10 +79,23 @@ class Chunks(Message, frozen=True):
 
 
 class Failed(Message, frozen=True):
-    """anyone → detokenizer → http: `rid` ends with an error of its own (fields as in RequestError)."""
+    """anyone → detokenizer → http: `rid` ends with an error of its own (fields as in RequestError: with `facts`,
+    `message` is a template)."""
 
     rid: str
     status: int
     code: str
     message: str
     param: str | None = None
+    facts: dict[str, str | int | float] | None = None
+
+    @classmethod
+    def of(cls, rid: str, error: RequestError) -> "Failed":
+        """The message that `rid` ends with `error`."""
+        facts = None if error.facts is None else dict(error.facts)
+        return cls(rid, error.status, error.code, error.template, error.param, facts)
+
+    @property
+    def error(self) -> RequestError:
+        """What it says, as the exception that it was."""
+        return RequestError(self.message, param=self.param, code=self.code, status=self.status, facts=self.facts)

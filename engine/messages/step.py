@@ -1,13 +1,24 @@
-"""One step of the device: what is planned and what has come of it."""
+"""One step of the device: what is planned and what has come of it.
+
+A step is relative to the device: a row of drafts begins where its slot stands when the step runs, which the scheduler
+need not know yet. Left out: how tensors of one step pass between ranks (engine/parallel).
+"""
 
 from engine.messages.base import Message, Part
 from engine.messages.request import Sampling
+
+STEPS_IN_FLIGHT = 3
+"""The most steps that are planned and not yet committed. Every buffer that steps take turns in has as many places."""
+
+NOTHING, TOKEN, DRAFTS, VECTOR = range(4)
+"""What a row yields, as said at StepPlan."""
 
 
 class SlotAdmit(Part, frozen=True):
     """A request takes device row `slot`: its tokens so far (int32), of which `prompt_len` are its prompt, and how to
     sample it. If its prompt's log-probabilities are asked for, those of its first `scored` + 1 tokens are known.
-    `grammar` is the number of a LoadGrammar; 0 is none. It begins behind the text `after` (see Grammar)."""
+    `grammar` is the number of a LoadGrammar; 0 is none. It begins behind the text `after` (see Grammar). It ends at
+    `limit` tokens, which only rows that yield drafts look at."""
 
     slot: int
     ids: bytes
@@ -16,23 +27,40 @@ class SlotAdmit(Part, frozen=True):
     scored: int = 0
     grammar: int = 0
     after: str = ""
+    limit: int = 0
 
 
 class StepPlan(Message, frozen=True):
     """scheduler → every rank: all that one step needs, in the order it is applied.
 
-    `admits`, then `pages` (int32 [n, 3]: slot, index in the slot's page list, page), then `copies`
-    (int32 [n, 2]: source page, destination page), then the forward pass over `rows` (int32 [n, 4]:
-    slot, start position, length, and what comes of it: 0 nothing, 1 its last position is sampled, 2 its
-    positions, all there are, become one vector).
-    Steps run on the device in the order sent, so a page freed by step n may be written by step n+1.
+    `admits`, then `pages` (int32 [n, 3]: slot, index in the slot's page list, page), then the forward pass over R rows,
+    whose columns are int32 [R]. Row r computes `lengths[r]` positions of slot `slots[r]` from `starts[r]` on, and
+    `yields[r]` says what comes of them:
+
+        NOTHING  they are a part of a prompt
+        TOKEN    they are the last tokens of the slot; one token is drawn after them
+        DRAFTS   they are the last token and the drafts after it; those that are drawn again, and the token drawn after
+                 them, are yielded: at most `lengths[r]`, at least one, and none only if the slot holds `limit` tokens
+        VECTOR   they are all tokens of the slot, and become one vector
+
+    A row of DRAFTS is relative to the device. Its start is what the scheduler is sure of, the least that it may be; the
+    device reads the real one from `lengths[slot]`, the tokens that the slot holds by then. The slot has pages for the
+    most that the row may reach. Every other start is exact: a row of a TOKEN follows none of DRAFTS that is in flight.
+    So whatever plans on the host from exact starts (FlashInfer, captured steps, log-probabilities of prompts) serves
+    all rows but those of DRAFTS. Prefixes that rows share may be looked for with the least start.
+
+    `lane` names the pipeline's micro-batch. Steps run on the device in the order sent, so a page freed by step n may be
+    written by step n+1.
     """
 
     step: int
-    rows: bytes
+    slots: bytes = b""
+    starts: bytes = b""
+    lengths: bytes = b""
+    yields: bytes = b""
     admits: tuple[SlotAdmit, ...] = ()
     pages: bytes = b""
-    copies: bytes = b""
+    lane: int = 0
 
 
 class Logprobs(Part, frozen=True):
@@ -47,14 +75,14 @@ class Logprobs(Part, frozen=True):
 
 
 class StepDone(Message, frozen=True):
-    """rank 0 → scheduler: `counts` (int32) tokens for each sampled row in plan order, `tokens` flat.
+    """rank 0 → scheduler: `counts` (int32) tokens for each row of a TOKEN or DRAFTS in plan order, `tokens` flat.
 
-    A count may exceed one (speculation). `seconds` is the step's time on the device, `idle` the time that the device
-    waited between this step and the one before, where this one was sent before that was over. `logprobs` has an entry
-    for each sampled row that asks, its `row` counted among the sampled ones. `prompt_logprobs` has one for each of all
-    the plan's rows that computes prompt positions p not scored yet: it holds those of the tokens at p + 1. `vectors`
-    (float32 [n, size]) are those of the rows that ask for one, in plan order. `stuck` names sampled rows that cannot go
-    on, each with a sentence for its client; their count is 0.
+    `seconds` is the step's time on the device, `idle` the time that the device waited between this step and the one
+    before, where this one was sent before that was over. `logprobs` has an entry for each of those rows that asks, its
+    `row` counted among them. `prompt_logprobs` has one for each of all the plan's rows that computes prompt positions p
+    not scored yet: it holds those of the tokens at p + 1. `vectors` (float32 [n, size]) are those of the rows that ask
+    for one, in plan order. `stuck` names rows that cannot go on, counted as in `logprobs`, each with a sentence for its
+    client; their count is 0.
     """
 
     step: int

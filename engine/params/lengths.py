@@ -1,49 +1,60 @@
-"""How a request is told that it is too long, in words that other software recognises.
+"""Whether a text fits a model, checked once for the tokenizer and the scheduler, and whether it is Unicode.
 
-OpenAI's clients look for "maximum context length is N tokens". Anthropic's look for words of their own, which
-`as_anthropic` makes of ours: both are here, so that the one reads what the other writes.
+An error about a length says so in words that other software recognises: OpenAI's clients look for "maximum context
+length is N tokens". Anthropic's look for words of their own, which `ANTHROPIC_PHRASES` makes of the same facts.
 """
 
-import re
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from engine.errors import RequestError
 
 CODE = "context_length_exceeded"
-PROMPT = re.compile(
-    r"has (?:\d+ characters, which are at least )?(\d+) tokens, and the model's maximum context length is (\d+) tokens"
+PROMPT_TOO_LONG = (
+    "the prompt has {size}, and the model's maximum context length is {most} tokens, reply included; shorten it to at "
+    "most {most_prompt} tokens"
 )
-REPLY = re.compile(r"has (\d+) tokens and \w+ is (\d+), but the maximum context length is (\d+) tokens")
+REPLY_TOO_LONG = (
+    "the prompt has {tokens} tokens and {max_tokens} is {new}, but the maximum context length is {most} tokens for "
+    "both; lower it to at most {room}, or shorten the prompt"
+)
+ANTHROPIC_PHRASES: Mapping[str, str] = MappingProxyType(
+    {
+        PROMPT_TOO_LONG: "prompt is too long: {tokens} tokens > {most_prompt} maximum; {message}",
+        REPLY_TOO_LONG: "input length and `max_tokens` exceed context limit: {tokens} + {new} > {most}; {message}",
+    }
+)
+# `{input}` in a template: embeddings, which have several, name the one at fault.
+THE_INPUT: Mapping[str, str] = MappingProxyType({"input": "the input"})
 
 
-def prompt_too_long(tokens: int, most: int, *, characters: int = 0, name: str = "prompt") -> RequestError:
+def check_length(prompt: int, new: int, most: int) -> None:
+    """Raise RequestError unless a prompt of `prompt` tokens and a reply of `new`, at least one, are at most `most`."""
+    if prompt + 1 > most:
+        raise prompt_too_long(prompt, most)
+    if prompt + new > most:
+        raise reply_too_long(prompt, new, most)
+
+
+def prompt_too_long(tokens: int, most: int, *, characters: int = 0) -> RequestError:
     """The error about a prompt of `tokens` tokens, at least, where prompt and reply together may have `most`.
 
-    `characters` is how many the prompt has, if its tokens were not counted; `name` is what the client calls it."""
+    `characters` is how many the prompt has, if its tokens were not counted."""
     size = f"{characters} characters, which are at least {tokens} tokens" if characters else f"{tokens} tokens"
-    return RequestError(
-        f"the {name} has {size}, and the model's maximum context length is {most} tokens, reply included; shorten it "
-        f"to at most {most - 1} tokens",
-        param=name,
-        code=CODE,
-    )
+    facts: dict[str, str | int | float] = {"size": size, "tokens": tokens, "most": most, "most_prompt": most - 1}
+    return RequestError(PROMPT_TOO_LONG, param="prompt", code=CODE, facts=facts)
 
 
 def reply_too_long(tokens: int, new: int, most: int) -> RequestError:
     """The error about a prompt of `tokens` tokens and a max_tokens of `new` that are over `most`."""
-    return RequestError(
-        f"the prompt has {tokens} tokens and max_tokens is {new}, but the maximum context length is {most} tokens for "
-        f"both; lower it to at most {most - tokens}, or shorten the prompt",
-        param="max_tokens",
-        code=CODE,
-    )
+    facts = {"tokens": tokens, "new": new, "most": most, "room": most - tokens}
+    return RequestError(REPLY_TOO_LONG, param="max_tokens", code=CODE, facts=facts)
 
 
-def as_anthropic(message: str) -> str:
-    """One of the errors above in Anthropic's words, and ours behind them; any other as it is."""
-    if (found := REPLY.search(message)) is not None:
-        tokens, new, most = found.groups()
-        return f"input length and `max_tokens` exceed context limit: {tokens} + {new} > {most}; {message}"
-    if (found := PROMPT.search(message)) is not None:
-        tokens, most = found.groups()
-        return f"prompt is too long: {tokens} tokens > {int(most) - 1} maximum; {message}"
-    return message
+def check_unicode(text: str, field: str) -> None:
+    """Raise RequestError when `text` of `field` cannot be written as UTF-8: JSON may carry half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        message = f"{{{field}}} holds half of a surrogate pair, {{half}}; send whole characters"
+        raise RequestError(message, param=field, facts={"half": repr(text[error.start])}) from None

@@ -136,9 +136,10 @@ class TextSpec(Struct, frozen=True):
 class LazyTensor(Protocol):
     """A weight not read yet. Indexing with slices reads just that part, as a CPU torch tensor.
 
-    A matrix that is stored in blocks may have a method `packed() -> tuple[str, numpy.ndarray] | None`: GGUF's name of
-    the block type and the uint8 bytes [rows, bytes of a row], for kernels that work on them as they are. Bytes that are
-    read-only lie in a mapped file, and are copied by whoever keeps them.
+    A matrix that is stored in blocks may have a method `packed(rows: slice, columns: slice)` which returns that part as
+    tuple[str, numpy.ndarray]: GGUF's name of the block type and the uint8 bytes [rows, bytes of a row], for kernels
+    that work on them as they are. It returns None where `columns` begin or end within a block. Bytes that are read-only
+    lie in a mapped file, and are copied by whoever keeps them.
     """
 
     @property

@@ -19,13 +19,14 @@ from engine.errors import EngineError
 from engine.logs import set_up_logging
 from engine.messages import FromFront, ToFront
 from engine.messages.control import Boot, Fatal
+from engine.messages.step import STEPS_IN_FLIGHT
 from engine.plugin.registry import Plugins
 from engine.runtime.actor import Actor, supervise
 from engine.runtime.allocator import give_back_large_blocks
 from engine.runtime.channel import Frames, Outbox, channel, open_channel
 from engine.runtime.process import Start, ended, exit_cause, spawn
 
-PLANS = 4  # three credits and a Reset: the scheduler never waits to send
+PLANS = STEPS_IN_FLIGHT + 1  # and a Reset: the scheduler never waits to send
 
 
 def core_actors(

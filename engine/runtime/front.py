@@ -160,7 +160,7 @@ class Front:
                             box.put(chunk)
                 case Failed():
                     if box := self._keys.get(message.rid):
-                        box.fail(_error(message))
+                        box.fail(message.error)
                 case Stats():
                     self._heard = time.monotonic()
                     self.stats = message
@@ -358,7 +358,3 @@ def check_task(request: Job, model: str, info: WorkerReady) -> None:
             "an embedding model: engine serve --model all-minilm-l6-v2",
             code="wrong_task",
         )
-
-
-def _error(failed: Failed) -> EngineError:
-    return RequestError(failed.message, param=failed.param, code=failed.code, status=failed.status)

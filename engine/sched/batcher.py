@@ -1,8 +1,9 @@
 """The scheduler: which rows run in the next step, and which pages they write.
 
-`plan` runs ahead of the device by as many steps as its caller allows: it assumes that every row survives, and
-then knows every length. Only a stop id can prove it wrong, and costs one dropped token. `commit` takes the
-results, in the order of the plans. A step is built in four parts:
+`plan` runs ahead of the device by as many steps as its caller allows: it assumes that every row survives. A row begins
+where its slot stands on the device by then, so a row that got several tokens wastes no step that was planned before
+that was known. Only a stop id can prove a plan wrong, and costs one dropped row. `commit` takes the results, in the
+order of the plans. A step is built in four parts:
 
     1. pages for every running row: from the pool, from the cache, or from the request that loses least
     2. decode rows: requests whose tokens but the last are computed
@@ -31,9 +32,11 @@ from engine.messages.reply import Finish, Tokens
 from engine.messages.request import Admit
 from engine.messages.step import SlotAdmit, StepDone, StepPlan
 from engine.plugin.specs import Policy
-from engine.sched.columns import ReplyColumns, StepColumns
+from engine.sched.columns import StepColumns
 from engine.sched.limits import check_fits, check_whole, pages_for
+from engine.sched.reply import Reply
 from engine.sched.request import NEVER, Request, rank
+from engine.sched.rows import DecodeRows
 from engine.sched.waiting import WaitingQueue
 
 
@@ -41,7 +44,8 @@ class Scheduler:
     """Continuous batching of requests over `slots` device rows and `pages` KV pages of `page_size` tokens.
 
     The caller sends each plan to the device, and commits its result, in order, and says with both what its clock
-    shows, in seconds. `policy` orders the queue.
+    shows, in seconds. `policy` orders the queue. The
+    device proposes up to `drafts` tokens a row.
     Nothing but `admit` refuses.
     """
 
@@ -55,6 +59,7 @@ class Scheduler:
         policy: Policy,
         prefix_cache: bool,
         max_waiting: int,
+        drafts: int = 0,
     ) -> None:
         self.page_size = page_size
         self.slots = slots
@@ -62,12 +67,14 @@ class Scheduler:
         self.max_step_tokens = max_step_tokens
         self.max_waiting = max_waiting
         self.prefix_cache = prefix_cache
+        self.drafts = drafts
         self._now = 0.0  # when the plan at hand is made
         self._steps = 0
         self._prompt_tokens = 0  # of requests that came to run, as are the cached ones among them
         self._cached_tokens = 0
         self._generated_tokens = 0
         self._retractions = 0
+        self._departures = 0  # of requests from the device
         self._arrivals = 0
         self._requests: dict[str, Request] = {}  # all that live, by rid
         self._queue = WaitingQueue(policy, self._cached)
@@ -76,8 +83,11 @@ class Scheduler:
     def _start_afresh(self, pages: int) -> None:
         self._pool = PagePool(pages)
         self._tree = RadixTree(self.page_size)
-        self._decoding: dict[str, Request] = {}  # running, one token behind
-        self._prefilling: dict[str, Request] = {}  # running, further behind
+        # All that run, by how far the plans have got:
+        self._prefilling: dict[str, Request] = {}  # not to the end of the prompt
+        self._decoding = DecodeRows(self.drafts)
+        self._ending: dict[str, Request] = {}  # to the end: the last token is in flight, or the vector
+        self._stop_ids: Counter[int] = Counter()  # of all that run
         self._free_slots = list(range(self.slots - 1, -1, -1))
         self._in_flight: deque[tuple[int, StepColumns]] = deque()
 
@@ -102,7 +112,7 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Requests that have a slot."""
-        return len(self._decoding) + len(self._prefilling)
+        return len(self._decoding) + len(self._prefilling) + len(self._ending)
 
     # ── requests come and go ─────────────────────────────────────────────────────────────────
 
@@ -170,14 +180,16 @@ class Scheduler:
         """The next step; None if there is nothing to compute before a result or a request comes."""
         self._now = now
         step = StepColumns(self.max_step_tokens)
-        self._grow(step)
-        self._plan_decodes(step)
+        step.departures = self._departures
+        if self._decoding:
+            self._grow(step)
+            self._plan_decodes(step)
         if self._prefilling:
             self._plan_prefills(step)
         if self._queue and self._free_slots and step.budget:
             assert not self._prefilling, "a prompt left budget unused, so that others would compute its prefix again"
             self._plan_admissions(step)
-        if not step.rows:
+        if not step.slots:
             assert not step.pages and not step.admits
             return None
         self._steps += 1
@@ -186,26 +198,24 @@ class Scheduler:
 
     def _grow(self, step: StepColumns) -> None:
         """Find the pages that running rows need next. Who must give way does so before any row is planned."""
-        while short := [r for r in self._running() if r.capacity < r.length < r.limit]:
-            if sum(pages_for(r.length, self.page_size) - len(r.pages) for r in short) <= self._available:
+        while short := self._decoding.short():
+            missing = [pages_for(tokens, self.page_size) - len(request.pages) for request, tokens in short]
+            if sum(missing) <= self._available:
                 break
             self._retract(self._cheapest())
-        for request in short:
+        else:
+            return
+        pages = self._take(sum(missing))
+        for (request, _), count in zip(short, missing, strict=True):
             held = len(request.pages)
-            self._add_pages(request, pages_for(request.length, self.page_size) - held)
-            step.set_pages(request, range(held, len(request.pages)))
+            request.pages += [pages.pop() for _ in range(count)]
+            self._decoding.grow(request, (held + count) * self.page_size)
+            step.set_pages(request, range(held, held + count))
 
     def _plan_decodes(self, step: StepColumns) -> None:
-        """One token for each: they fit, as nobody joins the running requests but with budget to spare."""
-        rows, sampled = step.rows, step.sampled
-        for request in self._decoding.values():
-            length = request.length
-            if length < request.limit:  # else its last token is in flight
-                rows += (request.slot, length - 1, 1, 1)
-                sampled.append((request, length))
-                request.computed = length
-                request.length = length + 1
-        step.budget -= len(sampled)
+        """A row for each: they fit, as nobody joins the running requests but with budget to spare."""
+        for request in self._decoding.plan(step):
+            self._ending[request.rid] = request
 
     def _plan_prefills(self, step: StepColumns) -> None:
         for request in list(self._prefilling.values()):
@@ -214,18 +224,19 @@ class Scheduler:
             self._plan_chunk(step, request)
 
     def _plan_chunk(self, step: StepColumns, request: Request) -> None:
-        """Compute as much of `request` as the budget allows; at its end, sample. Its tokens are all known."""
-        start = request.computed
-        end = min(request.length, start + step.budget)
-        step.budget -= end - start
-        ends = end == request.length
-        step.add_row(request, start, end - start, sample=ends)
+        """Compute as much of `request` as the budget allows; at its end, draw a token. Its tokens are all known."""
+        start, length = request.computed, len(request.ids)
+        end = min(length, start + step.budget)
+        step.add_chunk(request, start, end - start, last=end == length)
         request.computed = end
         step.set_pages(request, self._share(request, end))
-        if ends:
-            step.sampled.append((request, end))
-            request.length = end + 1
-            self._decoding[request.rid] = self._prefilling.pop(request.rid)
+        if end < length:
+            return
+        del self._prefilling[request.rid]
+        if length + 1 == request.limit:
+            self._ending[request.rid] = request
+        else:
+            self._decoding.join(request, len(request.pages) * self.page_size)
 
     def _plan_admissions(self, step: StepColumns) -> None:
         for request in self._queue.ordered():
@@ -233,8 +244,18 @@ class Scheduler:
                 return
             self._queue.remove(request)
             scored = min(request.scored, request.prompt_len)
-            taken = (request.slot, request.ids.tobytes(), request.sampling, request.prompt_len, scored)
-            step.admits.append(SlotAdmit(*taken, request.grammar, request.after))
+            step.admits.append(
+                SlotAdmit(
+                    slot=request.slot,
+                    ids=request.ids.tobytes(),
+                    sampling=request.sampling,
+                    prompt_len=request.prompt_len,
+                    scored=scored,
+                    grammar=request.grammar,
+                    after=request.after,
+                    limit=request.limit,
+                )
+            )
             if request.pools:
                 self._plan_whole(step, request)
                 continue
@@ -242,14 +263,14 @@ class Scheduler:
             self._plan_chunk(step, request)
 
     def _plan_whole(self, step: StepColumns, request: Request) -> None:
-        """Compute all of `request`, which asks for a vector: its last step, as if a last token were in flight."""
-        step.add_pooled_row(request)
-        request.computed, request.length = request.length, request.length + 1
-        self._decoding[request.rid] = self._prefilling.pop(request.rid)
+        """Compute all of `request`, which asks for a vector."""
+        step.add_whole(request)
+        request.computed = len(request.ids)
+        self._ending[request.rid] = self._prefilling.pop(request.rid)
 
     def _place(self, request: Request, budget: int) -> bool:
         """Give a waiting request a slot, and either pages for its tokens or, if it asks for a vector, the step."""
-        if not (request.length <= budget if request.pools else self._place_pages(request)):
+        if not (len(request.ids) <= budget if request.pools else self._place_pages(request)):
             return False
         if request.cached < 0:
             request.cached, request.began = request.computed, self._now
@@ -257,6 +278,7 @@ class Scheduler:
             self._prompt_tokens += request.prompt_len
         request.slot = self._free_slots.pop()
         request.since = self._steps + 1
+        self._stop_ids.update(request.stop_ids)
         self._prefilling[request.rid] = request
         return True
 
@@ -266,7 +288,7 @@ class Scheduler:
         if self._uses_cache(request):
             request.node, request.pages = self._tree.match(self._reusable(request), request.salt)
             self._tree.lock(request.node)  # before looking at what is available: these pages no longer are
-        missing = pages_for(request.length, self.page_size) - len(request.pages)
+        missing = pages_for(len(request.ids), self.page_size) - len(request.pages)
         if missing + self.running > self._available:
             if request.node is not None:
                 self._tree.unlock(request.node)
@@ -274,7 +296,7 @@ class Scheduler:
             return False
         request.shared = len(request.pages)
         request.computed = request.shared * self.page_size
-        self._add_pages(request, missing)
+        request.pages += self._take(missing)
         return True
 
     # ── a step's result ──────────────────────────────────────────────────────────────────────
@@ -282,7 +304,7 @@ class Scheduler:
     def stuck(self, done: StepDone) -> list[tuple[str, str]]:
         """Of the result of the oldest step in flight, before it is committed: who cannot go on, and why."""
         number, step = self._in_flight[0]
-        rows = ((step.sampled[row][0], cause) for row, cause in done.stuck)
+        rows = ((step.requests[row], cause) for row, cause in done.stuck)
         return [(request.rid, cause) for request, cause in rows if number >= request.since]
 
     def grammars(self) -> set[int]:
@@ -293,45 +315,24 @@ class Scheduler:
         """Take in the result of the oldest step in flight; None if it gives nobody a token."""
         number, step = self._in_flight.popleft()
         assert done.step == number, f"step {done.step} is done, but step {number} is the oldest in flight"
-        reply = ReplyColumns(now)
-        tokens = array("i", done.tokens).tolist()
-        for scores in done.prompt_logprobs:
-            if number >= (request := step.scoring[scores.row]).since:
-                request.add_scores(scores)
-        scored = {scores.row: scores for scores in done.logprobs}
-        at = 0
-        for row, ((request, position), count) in enumerate(zip(step.sampled, array("i", done.counts), strict=True)):
-            first, at = at, at + count
-            if number < request.since:
-                continue  # it ended, or lost its slot, after this step was planned
-            known = len(request.ids) - position  # a step that gave several may have given these
-            first += known
-            if first < at:
-                ended = reply.accept(request, tokens[first:at])
-                if row in scored:
-                    reply.add_logprobs(scored[row], known)
-                if ended:
-                    del self._requests[request.rid]
-                    self._release(request)
-                    continue
-            if len(request.ids) > request.length:  # more than was foreseen: it has to catch up
-                request.length = len(request.ids)
-                self._decoding.pop(request.rid, None)
-                self._prefilling[request.rid] = request
-        if step.pooled:
-            self._commit_vectors(number, step.pooled, done.vectors, reply)
+        reply = Reply(number, step, now)
+        reply.add_prompt_scores(done.prompt_logprobs)
+        tokens = array("i", done.tokens)
+        if step.spans is None and len(tokens) == len(step.requests):
+            reply.take_one_each(tokens, done.logprobs, self._stop_ids, whole=step.departures == self._departures)
+        else:
+            for request in reply.take_several(array("i", done.counts), tokens, done.logprobs, self._decoding):
+                self._ending[request.rid] = request
+        reply.take_vectors(done.vectors)
+        for request in reply.ended:
+            self._end(request)
         self._generated_tokens += len(reply.tokens)
-        return reply.message(number) if reply.rids else None
+        return reply.message() if reply.rids else None
 
-    def _commit_vectors(self, number: int, pooled: list[Request], vectors: bytes, reply: ReplyColumns) -> None:
-        """`vectors` holds one of each request in `pooled`; it is all that was wanted of them."""
-        size = len(vectors) // len(pooled)
-        assert size, f"step {number} brought no vectors"
-        for index, request in enumerate(pooled):
-            if number >= request.since:
-                reply.add_vector(request, vectors[index * size : (index + 1) * size])
-                del self._requests[request.rid]
-                self._release(request)
+    def _end(self, request: Request) -> None:
+        """Its last word is said."""
+        del self._requests[request.rid]
+        self._release(request)
 
     # ── pages ────────────────────────────────────────────────────────────────────────────────
 
@@ -340,15 +341,14 @@ class Scheduler:
         """Pages that can be had without retracting anyone."""
         return self._pool.free_pages + self._tree.evictable
 
-    def _add_pages(self, request: Request, count: int) -> None:
-        """Append `count` of the available pages to `request`'s own."""
+    def _take(self, count: int) -> list[int]:
+        """`count` of the available pages."""
         shortage = count - self._pool.free_pages
         if shortage > 0:
             self._pool.give(self._tree.evict(shortage))
         pages = self._pool.take(count)
         assert pages is not None, "more pages are taken than are available"
-        request.pages += pages
-        request.capacity = len(request.pages) * self.page_size
+        return pages
 
     def _share(self, request: Request, end: int) -> range:
         """Hand the tree the whole pages before position `end`. Where it has the same already, `request` takes
@@ -380,31 +380,41 @@ class Scheduler:
         """Whom to retract: lowest priority, then least computed; never the one that must make progress."""
         kept = min(self._running(), key=rank)
         others = (request for request in self._running() if request is not kept)
-        return min(others, key=lambda request: (request.priority, request.computed, -request.arrival))
+        return min(others, key=lambda request: (request.priority, self._computed(request), -request.arrival))
+
+    def _computed(self, request: Request) -> int:
+        return request.computed if request.row < 0 else self._decoding.computed(request)
 
     def _release(self, request: Request, end: int | None = None) -> None:
         """The one place where a running request gives back its pages, its locks and its slot. Pages of known
         tokens (before position `end`, if given) stay in the cache.
 
         Steps in flight may still read and write what is freed here: they run before any step that reuses it."""
+        if request.row >= 0:
+            self._decoding.leave(request)
         known = min(request.computed, len(request.ids))
         self._share(request, known if end is None else min(known, end))
         self._pool.give(request.pages[request.shared :])
         if request.node is not None:
             self._tree.unlock(request.node)
         self._free_slots.append(request.slot)
-        self._decoding.pop(request.rid, None)
         self._prefilling.pop(request.rid, None)
+        self._ending.pop(request.rid, None)
+        for stop_id in request.stop_ids:
+            self._stop_ids[stop_id] -= 1
+            if not self._stop_ids[stop_id]:
+                del self._stop_ids[stop_id]
+        self._departures += 1
         request.leave()
 
     # ── looking ──────────────────────────────────────────────────────────────────────────────
 
     def _running(self) -> Iterator[Request]:
-        return chain(self._decoding.values(), self._prefilling.values())
+        return chain(self._decoding.requests, self._ending.values(), self._prefilling.values())
 
     def _reusable(self, request: Request) -> bytes:
         """The key of the pages that a cache hit may give: one token at least is computed, to sample from."""
-        whole = (request.length - 1) // self.page_size
+        whole = (len(request.ids) - 1) // self.page_size
         return request.ids[: whole * self.page_size].tobytes()
 
     def _uses_cache(self, request: Request) -> bool:
@@ -435,5 +445,6 @@ class Scheduler:
         slots = [request.slot for request in running] + self._free_slots
         assert sorted(slots) == list(range(self.slots)), "slots are lost or taken twice"
         assert sorted(self._requests) == sorted(request.rid for request in chain(running, self._queue))
-        assert all(request.computed == request.length - 1 for request in self._decoding.values())
-        assert all(request.computed < request.length for request in self._prefilling.values())
+        assert all(request.computed < len(request.ids) for request in self._prefilling.values())
+        self._decoding.check_integrity(self.page_size, idle=not self._in_flight)
+        assert self._stop_ids == sum((Counter(request.stop_ids) for request in running), Counter())

@@ -1,7 +1,7 @@
 """What the scheduler refuses at once: a request that waiting would never serve, or that cannot be told apart."""
 
 from engine.errors import RequestError
-from engine.params.lengths import prompt_too_long, reply_too_long
+from engine.params.lengths import THE_INPUT, check_length
 from engine.sched.request import Request
 
 
@@ -13,15 +13,17 @@ def pages_for(tokens: int, page_size: int) -> int:
 def check_whole(request: Request, max_model_len: int, max_step_tokens: int) -> None:
     """Raises RequestError (400) if `request`, which asks for a vector, is empty or does not fit into one step."""
     if request.prompt_len == 0:
-        raise RequestError("the input has 0 tokens; send at least one", param="input", code="empty_prompt")
+        message = "{input} has 0 tokens; send at least one"
+        raise RequestError(message, param="input", code="empty_prompt", facts=THE_INPUT)
     most = min(max_model_len, max_step_tokens)
     if request.prompt_len > most:
         remedy = "" if max_model_len <= max_step_tokens else ", or start with a larger --max-step-tokens"
         raise RequestError(
-            f"the input has {request.prompt_len} tokens, and the model takes at most {most} at once; shorten it or "
+            f"{{input}} has {request.prompt_len} tokens, and the model takes at most {most} at once; shorten it or "
             f"send it in parts{remedy}",
             param="input",
             code="context_length_exceeded",
+            facts=THE_INPUT,
         )
 
 
@@ -30,15 +32,13 @@ def check_fits(request: Request, max_model_len: int, pages: int, page_size: int)
     prompt, new = request.prompt_len, request.limit - request.prompt_len
     if prompt == 0:
         raise RequestError("the prompt has 0 tokens; send at least one", param="prompt", code="empty_prompt")
-    if prompt + 1 > max_model_len:
-        raise prompt_too_long(prompt, max_model_len)
-    if prompt + new > max_model_len:
-        raise reply_too_long(prompt, new, max_model_len)
+    check_length(prompt, new, max_model_len)
     needed = pages_for(prompt + new - 1, page_size)  # the last token is never computed
     if needed > pages:
         raise RequestError(
-            f"{prompt} prompt tokens and max_tokens {new} need {needed} KV pages of {page_size} tokens, but there "
-            f"are {pages}; keep prompt + max_tokens within {pages * page_size + 1}, or start with more KV memory",
+            f"{prompt} prompt tokens and {{max_tokens}} {new} need {needed} KV pages of {page_size} tokens, but there "
+            f"are {pages}; keep prompt + {{max_tokens}} within {pages * page_size + 1}, or start with more KV memory",
             param="max_tokens",
             code="kv_capacity_exceeded",
+            facts={},
         )

@@ -1,13 +1,13 @@
 """One request as the scheduler knows it: its tokens, its place on the device, and how far the plans have got.
 
-                     computed        length
-    ids      ┌──────────┬──────────────┬────────────
-    tokens   │ in cache │ to compute   │ (nothing yet)
-             └──────────┴──────────────┴────────────
-    pages    └shared┴own──────────────────┘
+                     computed       len(ids)   sure     most
+    ids      ┌──────────┬──────────────┐         ╎        ╎
+    tokens   │ in cache │ to compute   │ in flight (of a row that decodes)
+             └──────────┴──────────────┘         ╎        ╎
+    pages    └shared┴own──────────────────────────────────┘
 
-`computed` and `length` run ahead of the device: they count what the plans sent will have done. `length` is
-the number of tokens there will be then, so it is len(ids) plus the samples in flight.
+`computed` runs ahead of the device: it counts what the plans sent will have done. A request decodes once its prompt is
+planned to the end. From then on rows.py holds how many tokens it will surely have, and the most that it may have.
 """
 
 from array import array
@@ -36,8 +36,7 @@ class Request:
     grammar: int  # its number on the device; 0 is none
     after: str  # what it begins behind
 
-    length: int
-    computed: int = 0
+    computed: int = 0  # positions; of a request that decodes, rows.py says it
     cached: int = -1  # prompt tokens the cache held when it first ran; -1 before
     began: float = 0.0  # when it first ran, in the seconds of the caller's clock
     first: bool = True  # its first token is still to come
@@ -46,11 +45,14 @@ class Request:
 
     # Its place on the device, while it runs.
     slot: int = -1
+    row: int = -1  # in rows.py, while it decodes; so are the next three
+    room: int = 0  # tokens that `pages` hold
+    span: int = 1  # tokens that it computes in a step at most: its last one and drafts
+    ahead: int = 0  # how many tokens more than it surely has it may have once all plans sent have run
     since: int = NEVER  # first step of this stay on the device: results of earlier steps are dropped
     node: Node | None = None  # where its shared prefix ends in the tree; locked by this request
     shared: int = 0  # leading pages that the tree owns
     pages: list[int] = field(default_factory=list)
-    capacity: int = 0  # tokens that `pages` can hold
 
     @classmethod
     def admitted(cls, admit: Admit, arrival: int, grammar: int = 0) -> "Request":
@@ -69,7 +71,6 @@ class Request:
             salt=admit.cache_salt.encode(),
             grammar=grammar,
             after=admit.grammar.after if admit.grammar else "",
-            length=len(ids),
             scored=0 if asks else NEVER,
         )
 
@@ -92,8 +93,8 @@ class Request:
     def leave(self) -> None:
         """Forget the place on the device; what was computed for it is to be found in the cache or done again."""
         self.slot, self.since = -1, NEVER
-        self.node, self.shared, self.pages, self.capacity = None, 0, [], 0
-        self.computed, self.length = 0, len(self.ids)
+        self.node, self.shared, self.pages = None, 0, []
+        self.computed = 0
 
 
 def rank(request: Request) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from engine.plugin.specs import KVSpec
 from engine.testing.tensors import assert_close
 from engine.worker.memory import allocate
 from engine.worker.steps.batch import build_batch
+from engine.worker.steps.rows import Rows
 
 # ── attention ────────────────────────────────────────────────────────────────────────────────
 
@@ -130,7 +131,7 @@ def _attend(
     plan = np.array([[row, *rows[row], 0] for row in kept], np.int64)
     longest = max(start + length for start, length in rows)
     ids = torch.zeros(len(rows), longest + 1, dtype=torch.int32, device=backend.device)
-    batch: Batch = build_batch(plan, ids, table.to(backend.device), case.page_size, caches)
+    batch: Batch = build_batch(Rows.of(plan), ids, table.to(backend.device), case.page_size, caches)
     spans = [contexts[row][:, rows[row][0] : sum(rows[row])] for row in kept]
     tokens = torch.cat(spans, dim=1).to(backend.device, backend.dtype)
     query, key, value = tokens[2], tokens[0, :, : case.heads[1]], tokens[1, :, : case.heads[1]]
@@ -228,7 +229,7 @@ def latent_step(backend: Backend, table: Tensor, rows: Sequence[tuple[int, int]]
     plan = np.array([[row, start, length, 0] for row, (start, length) in enumerate(rows) if length], np.int64)
     longest = max(start + length for start, length in rows)
     ids = torch.zeros(len(rows), longest + 1, dtype=torch.int32, device=backend.device)
-    batch: Batch = build_batch(plan, ids, table.to(backend.device), backend.page_size, caches)
+    batch: Batch = build_batch(Rows.of(plan), ids, table.to(backend.device), backend.page_size, caches)
     return batch
 
 

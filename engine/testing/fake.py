@@ -16,9 +16,9 @@ from msgspec.structs import replace
 from engine.messages import FromExecutor, ToExecutor
 from engine.messages.assets import DropGrammar, GrammarLoaded, LoadGrammar
 from engine.messages.control import CountExperts, ExpertCounts, Profile, Profiled, Reset, WorkerLost, WorkerReady
-from engine.messages.step import Logprobs, SlotAdmit, StepDone, StepPlan
+from engine.messages.step import VECTOR, Logprobs, SlotAdmit, StepDone, StepPlan
 from engine.runtime.channel import Outbox
-from engine.sched.columns import POOL
+from engine.testing.steps import rows_of
 
 BYTES = 256
 
@@ -48,13 +48,11 @@ class FakeDevice:
         for admit in plan.admits:
             self.tokens[admit.slot] = array("i", admit.ids)
             self.admits[admit.slot] = admit
-        rows = array("i", plan.rows)
         sampled = array("i")
         logprobs: list[Logprobs] = []
         prompt_logprobs: list[Logprobs] = []
         vectors = array("f")
-        columns = zip(rows[0::4], rows[1::4], rows[2::4], rows[3::4], strict=True)
-        for row, (slot, start, length, sample) in enumerate(columns):
+        for row, (slot, start, length, yields) in enumerate(rows_of(plan)):
             ids = self.tokens[slot]
             end = start + length
             assert end <= len(ids), f"slot {slot} is asked for position {end - 1} of {len(ids)} known tokens"
@@ -63,10 +61,10 @@ class FakeDevice:
             first, last = max(start, admit.scored) + 1, min(end + 1, admit.prompt_len)
             if asked.prompt_logprobs >= 0 and first < last:
                 prompt_logprobs.append(made_up(row, first, ids[first:last], asked.prompt_logprobs))
-            if sample == POOL:
+            if yields == VECTOR:
                 assert (start, end) == (0, len(ids)), f"slot {slot} is to be made a vector, but not of all it holds"
                 vectors.extend((sum(ids), len(ids)))
-            elif sample:
+            elif yields:
                 token = (ids[end - 1] + 1) % BYTES
                 del ids[end:]
                 ids.append(token)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from engine.layers.attention import Backend
@@ -14,12 +15,17 @@ from engine.layers.build import Build, Scheme
 from engine.layers.model import Model
 from engine.messages.request import Sampling
 from engine.messages.step import SlotAdmit, StepPlan
+from engine.parallel.groups import Groups
+from engine.parallel.mesh import ALONE
 from engine.plugin.registry import Plugins
 from engine.plugin.terms import Terms
+from engine.testing.steps import step_plan
 from engine.testing.tensors import assert_close
 from engine.worker.backends import Backends
 from engine.worker.memory import allocate
-from engine.worker.runner import Runner, Step
+from engine.worker.runner import Runner
+from engine.worker.steps.results import Step
+from engine.worker.steps.rows import Rows
 
 # ── models ───────────────────────────────────────────────────────────────────────────────────
 
@@ -29,7 +35,8 @@ Reference = Callable[[list[int]], Tensor]  # ids to logits [len(ids), vocab_size
 class ModelHarness:
     """A model with caches and tables, driven as the worker drives it; request i has slot i.
 
-    Pages of the requests are scattered. `tensors` maps names in the checkpoint to weights.
+    Pages of the requests are scattered. `tensors` maps names in the checkpoint to weights. With `groups` it is one rank
+    of several, which all do the same.
     """
 
     page_size = 4
@@ -46,6 +53,7 @@ class ModelHarness:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         max_model_len: int = 64,
+        groups: Groups | None = None,
     ) -> None:
         build = Build(
             dtype=dtype,
@@ -53,6 +61,8 @@ class ModelHarness:
             page_size=self.page_size,
             max_model_len=max_model_len,
             attention_backend=attention or Backends(Plugins.load(), device).build,
+            mesh=groups.mesh if groups is not None else ALONE,
+            groups=groups,
             quantization=quantization,
             deferred=True,
         )
@@ -75,13 +85,36 @@ class ModelHarness:
         for slot, (owner, count) in (cached or {}).items():
             pages[slot, :count] = pages[owner, :count]
         triples = [(admit.slot, index, pages[admit.slot, index]) for admit in admits for index in range(self.each)]
-        return StepPlan(0, b"", admits, np.array(triples, "<i4").tobytes())
+        return step_plan(0, [], admits, triples)
 
     @torch.inference_mode()
     def logits(self, rows: Sequence[tuple[int, int, int]]) -> list[Tensor]:
         """Logits at every position of a step's rows (slot, start, length): [length, vocab_size] each."""
-        hidden, _ = self.runner.forward(np.array([[*row, 0] for row in rows], np.int64))
+        hidden, _ = self.runner.compute(Rows.of(np.array([[*row, 0] for row in rows])))
         return list(self.runner.model.logits(hidden).cpu().split([length for _, _, length in rows]))
+
+    def greedy(self, prompts: Sequence[list[int]], count: int, ahead: int = 3) -> list[list[int]]:
+        """The next `count` ids of each prompt. Steps are launched without looking at the results of those before, as
+        the engine does, and `ahead` of them."""
+        plan = self.admit(prompts)
+        steps: deque[Step] = deque()
+        done: list[np.ndarray] = []
+
+        def finish_first() -> None:
+            done.append(np.frombuffer(self.runner.finish(steps.popleft()).tokens, "<i4"))
+
+        for step in range(count):
+            rows = [
+                (slot, len(ids) + step - 1, 1, 1) if step else (slot, 0, len(ids), 1)
+                for slot, ids in enumerate(prompts)
+            ]
+            if len(steps) == ahead:
+                finish_first()
+            steps.append(self.runner.launch(replace(step_plan(step, rows), admits=plan.admits, pages=plan.pages)))
+            plan = StepPlan(0)
+        while steps:
+            finish_first()
+        return np.stack(done, axis=1).tolist()
 
 
 def _whole(harness: ModelHarness, reference: Reference, prompts: list[list[int]], tolerance: float) -> None:
@@ -119,31 +152,13 @@ def _cached(harness: ModelHarness, reference: Reference, prompts: list[list[int]
 
 
 def _greedy(harness: ModelHarness, reference: Reference, prompts: list[list[int]], tolerance: float) -> None:
-    """Steps are launched without looking at the results of those before, as the engine does, and as many ahead."""
-    count, ahead = 10, 3
-    plan = harness.admit(prompts)
-    steps: deque[Step] = deque()
-    done: list[np.ndarray] = []
-
-    def finish_first() -> None:
-        done.append(np.frombuffer(harness.runner.finish(steps.popleft()).tokens, "<i4"))
-
-    for step in range(count):
-        rows = [
-            (slot, len(ids) + step - 1, 1, 1) if step else (slot, 0, len(ids), 1) for slot, ids in enumerate(prompts)
-        ]
-        rows_bytes = np.array(rows, "<i4").tobytes()
-        if len(steps) == ahead:
-            finish_first()
-        steps.append(harness.runner.launch(StepPlan(step, rows_bytes, plan.admits, plan.pages)))
-        plan = StepPlan(0, b"")
-    while steps:
-        finish_first()
+    count = 10
+    done = harness.greedy(prompts, count)
     for slot, prompt in enumerate(prompts):
         ids = list(prompt)
         for _ in range(count):
             ids.append(int(reference(ids)[-1].argmax()))
-        got = [int(tokens[slot]) for tokens in done]
+        got = done[slot]
         assert got == ids[len(prompt) :], f"greedy ids of row {slot} are {got}, not {ids[len(prompt) :]}"
 
 

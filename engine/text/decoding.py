@@ -222,10 +222,9 @@ class Expressions:
             try:
                 match = pattern.search(self._text, self.open_from, partial=True, timeout=MATCH_SECONDS)
             except TimeoutError:
-                raise RequestError(
-                    f"the stop_regex {pattern.pattern!r:.80} took over {MATCH_SECONDS} s to search; simplify it",
-                    param="stop_regex",
-                ) from None
+                message = f"the {{stop_regex}} {{pattern}} took over {MATCH_SECONDS} s to search; simplify it"
+                facts = {"pattern": f"{pattern.pattern!r:.80}"}
+                raise RequestError(message, param="stop_regex", facts=facts) from None
             if match is None:
                 continue
             if match.partial:

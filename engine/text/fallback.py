@@ -2,7 +2,8 @@
 
 from engine.config import Config
 from engine.conversation.parsers import choose_parsers
-from engine.params.sampling import SamplingDefaults, model_defaults
+from engine.params.defaults import model_defaults
+from engine.params.sampling import SamplingDefaults
 from engine.plugin.registry import Plugins
 from engine.plugin.specs import Checkpoint, TextSpec
 from engine.text.checkpoint import read_text

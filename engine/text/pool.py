@@ -233,8 +233,7 @@ class TextPool:
                     case Fatal():
                         cause = answer.cause
                     case Failed():
-                        _, status, code, message, param = msgspec.structs.astuple(answer)
-                        work.end(RequestError(message, param=param, code=code, status=status))
+                        work.end(answer.error)
                         return not retired, None
                     case _:
                         work.end(answer)

@@ -81,7 +81,7 @@ def answered(admission: Admission, work: TextWork) -> TextAnswer | Failed:
     try:
         return perform(admission, unpacked(work))
     except RequestError as error:
-        return Failed("", error.status, error.code, error.message, error.param)
+        return Failed.of("", error)
     except RecursionError:
         return Failed("", 400, "invalid_value", "the request nests too deeply; flatten it")
     except MemoryError:

@@ -14,6 +14,7 @@ from tokenizers import normalizers, pre_tokenizers
 from engine.conversation.parsers import Parsers
 from engine.conversation.template import ChatTemplate, requested
 from engine.errors import RequestError
+from engine.params.lengths import THE_INPUT, check_unicode
 from engine.params.sampling import SamplingDefaults
 from engine.plugin.parsing import ToolParser
 from engine.plugin.specs import TextSpec
@@ -143,22 +144,23 @@ class Text:
     def _check_fits(self, text: str, most: int | None, name: str) -> None:
         if most is None:
             return
+        what = "{input}" if name == "input" else f"the {name}"
         if len(text) > (taken := max(MOST_CHARACTERS, CHARACTERS * most)):
             raise RequestError(
-                f"the {name} has {len(text)} characters, and at most {taken} are tokenized at once; shorten it",
+                f"{what} has {len(text)} characters, and at most {taken} are tokenized at once; shorten it",
                 param=name,
                 code="context_length_exceeded",
+                facts=THE_INPUT,
             )
         if self._width is None or len(text) <= most * self._width.most:
             return
         if (least := self._width.fewest(text)) > most:
             raise TooWide(
-                f"the {name} has {len(text)} characters, which are at least {least} tokens, and at most {most} are "
-                "taken; shorten it",
+                f"{what} has {len(text)} characters, which are at least {least} tokens, and at most {most} are taken; "
+                "shorten it",
+                param=name,
                 least=least,
                 characters=len(text),
-                param=name,
-                code="context_length_exceeded",
             )
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -242,7 +244,8 @@ class Text:
 
         Raises RequestError for an empty stop."""
         if not all(stop):
-            raise RequestError(f"stop is {list(stop)!r}; an empty string would end every reply", param="stop")
+            message = "{stop} is {given}; an empty string would end every reply"
+            raise RequestError(message, param="stop", facts={"given": repr(list(stop))})
         if not detokenize:
             return ReplyDecoder(NoDecoder())
         decoder = self._decoder(skip_special_tokens, show_marks)
@@ -258,8 +261,8 @@ class Text:
 class TooWide(RequestError):
     """A text has more `characters` than the allowed number of tokens can stand for: it has at least `least` tokens."""
 
-    def __init__(self, message: str, *, least: int, characters: int, param: str, code: str) -> None:
-        super().__init__(message, param=param, code=code)
+    def __init__(self, message: str, *, param: str, least: int, characters: int) -> None:
+        super().__init__(message, param=param, code="context_length_exceeded", facts=THE_INPUT)
         self.least = least
         self.characters = characters
 
@@ -309,16 +312,3 @@ def _kinds(step: dict[str, Any]) -> list[str]:
     if step["type"] == "Sequence":
         return [kind for inner in step["pretokenizers"] for kind in _kinds(inner)]
     return ["Removed" if step.get("behavior") == "Removed" else step["type"]]
-
-
-# ── prompts ──────────────────────────────────────────────────────────────────────────────────
-
-
-def check_unicode(text: str, param: str) -> None:
-    """Raises RequestError when `text` cannot be written as UTF-8: JSON may carry half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"{param} holds half of a surrogate pair, {text[error.start]!r}; send whole characters", param=param
-        ) from None

@@ -1,44 +1,18 @@
-"""What a worker does about mixtures of experts: padding chooses none, and how often each is chosen can be asked for.
+"""How often each expert is chosen.
 
-The padding of a captured step would choose experts like any token: their weights would be read for nothing, and counted
-as choices. So a batch says how many of its tokens are real, and the routers are told before each forward pass.
-
-Routers count on the device, while they are told to; here the counts are read, which waits for the steps launched
-before.
+Routers count on the device, while they are told to: in tensors of their own, at the addresses that CUDA graphs know.
+Here the counts are read, which waits for the steps launched before.
 """
 
 import re
-from typing import Any
 
 import torch
 
-from engine.layers.batch import Batch
 from engine.layers.model import Model
 from engine.layers.moe import Router
 from engine.messages.control import CountExperts, ExpertCounts
 
 NONE = "the model has no experts to choose from; ask a server with a mixture of experts"
-
-
-class Herald:
-    """A hook before the forward pass, which tells `routers` how many tokens of the batch are real."""
-
-    def __init__(self, routers: list[Router]) -> None:
-        self.routers = routers
-
-    def __call__(self, model: Model, inputs: tuple[Any, ...]) -> None:
-        (batch,) = inputs
-        assert isinstance(batch, Batch)
-        for router in self.routers:
-            router.real = batch.real
-
-
-def heed_padding(model: Model) -> bool:
-    """Whether it matters to `model` how many tokens of a batch are real: then its routers will be told."""
-    routers = list(routers_of(model).values())
-    if routers and not any(isinstance(hook, Herald) for hook in model._forward_pre_hooks.values()):
-        model.register_forward_pre_hook(Herald(routers))
-    return bool(routers)
 
 
 def routers_of(model: Model) -> dict[str, Router]:

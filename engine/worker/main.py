@@ -17,12 +17,12 @@ import torch
 from engine.config import Config, ProcessOptions
 from engine.errors import ConfigError
 from engine.layers.build import Build
-from engine.layers.encoder import Encoder
 from engine.layers.model import Model
 from engine.messages import ToWorker
 from engine.messages.assets import DropGrammar, LoadGrammar
 from engine.messages.control import Boot, CountExperts, Ping, Pong, Profile, WorkerReady
-from engine.messages.step import StepPlan
+from engine.messages.step import VECTOR, StepPlan
+from engine.parallel.mesh import Mesh
 from engine.plugin.registry import Plugins, resolve
 from engine.plugin.terms import LONGEST, Terms
 from engine.runtime.channel import BlockingFrames
@@ -31,8 +31,9 @@ from engine.worker.compiles import tell_of_compiles
 from engine.worker.experts import count_experts
 from engine.worker.memory import allocate, choose_max_model_len, count_pages
 from engine.worker.profiling import StepProfiler
-from engine.worker.runner import Runner, Step
+from engine.worker.runner import Runner
 from engine.worker.sampling.grammars import begin_grammars
+from engine.worker.steps.results import Step
 from engine.worker.steps.warmup import FILTERED, PENALIZED, PLAIN, everything
 from engine.worker.weights import checked_tensors, fill_at_random, load_weights, weight_bytes
 
@@ -124,14 +125,13 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
             page_size=config.cache.page_size,
             max_model_len=min(limit, config.model.max_model_len or limit),
             attention_backend=backends.build,
-            rank=boot.rank,
-            world=boot.world,
+            mesh=Mesh(boot.rank, tp=boot.world),
             kv_dtype=torch.float8_e4m3fn if config.cache.kv_dtype == "fp8" else None,
             quantization=quantization(plugins, terms),
             deferred=True,
         )
         model = make_model(plugins, terms, build)
-        grammars = None if isinstance(model, Encoder) else begin_grammars(config, plugins, checkpoint, model.vocab_size)
+        grammars = None if model.yields == VECTOR else begin_grammars(config, plugins, checkpoint, model.vocab_size)
         if config.model.load != "auto":
             fill_at_random(model, ties=config.model.load == "dummy-ties")
         else:
@@ -155,8 +155,15 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
         cache_tokens = pages * spec.page_size if spec.groups else None
         max_model_len = choose_max_model_len(config.model.max_model_len, limit, cache_tokens)
         caches = allocate(spec, pages + 1, device)  # one for the padding of CUDA graphs
-        options = {"slots": slots, "max_model_len": max_model_len, "page_size": spec.page_size}
-        runner = Runner(model, caches, device, **options, grammars=ready_grammars)
+        runner = Runner(
+            model,
+            caches,
+            device,
+            slots=slots,
+            max_model_len=max_model_len,
+            page_size=spec.page_size,
+            grammars=ready_grammars,
+        )
     with _timed(phases, "warm-up"):
         if device.type == "cpu":
             runner.warm_up(WARM_UP_TOKENS)
@@ -177,7 +184,7 @@ def start(boot: Boot, import_seconds: float) -> tuple[Runner, WorkerReady]:
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         attention=backends.chosen or "none",
         phases=phases,
-        embedding_size=model.embedding_size if isinstance(model, Encoder) else 0,
+        embedding_size=model.embedding_size,
     )
     return runner, ready
 
@@ -204,7 +211,7 @@ def peak_bytes(model: Model, device: torch.device, slots: int, max_model_len: in
     pages = -(-(min(step_tokens, max_model_len) + 1) // spec.page_size)
     caches = allocate(spec, pages, device)
     runner = Runner(model, caches, device, slots=slots, max_model_len=max_model_len, page_size=spec.page_size)
-    runner.warm_up(step_tokens, slots, PLAIN if isinstance(model, Encoder) else everything(model.vocab_size))
+    runner.warm_up(step_tokens, slots, PLAIN if model.yields == VECTOR else everything(model.vocab_size))
     runner.warm_up(step_tokens, 1, FILTERED)
     for sampling in (PENALIZED, PLAIN):
         runner.warm_up(1, 1, sampling)

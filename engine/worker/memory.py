@@ -99,13 +99,6 @@ def _allocate_group(group: KVGroup, pages: int, device: torch.device) -> Tensor:
     return torch.from_numpy(np.zeros(pages * group.page_bytes, np.uint8)).view(dtype).view(shape)
 
 
-def copy_pages(caches: Caches, source: Tensor, destination: Tensor) -> None:
-    """Copies pages `source` [n] to `destination` [n] in every layer. All are read before any is written."""
-    for group in caches:
-        for cache in group:
-            cache[destination] = cache[source]
-
-
 def available_memory(device: torch.device) -> int:
     """Bytes that can be allocated on `device` now."""
     if device.type == "cuda":

@@ -59,7 +59,7 @@ class StepProfiler:
         if self._profile is None:
             yield
             return
-        lengths = np.frombuffer(plan.rows, "<i4").reshape(-1, 4)[:, 2]
+        lengths = np.frombuffer(plan.lengths, "<i4")
         with record_function(f"step {plan.step}: {len(lengths)} rows, {lengths.sum()} tokens"):
             yield
 

@@ -1,91 +1,45 @@
-"""Runs steps on one device: applies a StepPlan to the device's tables, computes, samples, and reports.
+"""Runs steps on one device, in stages:
 
-    tokens[slot, position] ── gather ──> ids ── model ──> hidden ── logits ── adjust ── mask ── sample ─┐
-        ^───────────────────────────────────────────────────────────────────────────────────────────────┘
+    apply ──> gather ──> forward ──> head ──> choose ──> publish ──> report
+    tables    rows       hidden      logits   tokens     │           StepDone, once the device is there
+      ^──────────── tokens[slot, position], lengths[slot] ┘
 
-The sampled tokens go back into the table on the device, so a step may be launched before the result of the
-one before is known. On a GPU `launch` returns while the device computes, and most steps replay a CUDA graph
-(graphs.py); on a CPU the step is over by then. Rows that follow a grammar need the tokens of all steps
-before on the host: `launch` asks for them when the model is on its way, and makes the masks meanwhile (grammar.py).
-Left out: copies on a side stream, more than one token a row.
+The tokens drawn go back into the tables on the device, so a step may be launched before the result of the one before is
+known, and a row of drafts begins where its slot stands by then. On a GPU `launch` returns while the device computes,
+and most steps replay a CUDA graph (steps/graphs.py); on a CPU the step is over by then. Rows that follow a grammar need
+the tokens of all steps before on the host: `choose` asks for them when the model is on its way, and makes the masks
+meanwhile (sampling/grammars.py).
+Left out: copies on a side stream; who proposes drafts.
 """
 
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.layers.batch import Batch, upload
-from engine.layers.encoder import Encoder
 from engine.layers.model import Model
 from engine.messages.request import Sampling
-from engine.messages.step import Logprobs, SlotAdmit, StepDone, StepPlan
-from engine.worker.experts import heed_padding
-from engine.worker.memory import Caches, copy_pages
+from engine.messages.step import NOTHING, VECTOR, SlotAdmit, StepDone, StepPlan
+from engine.worker.experts import routers_of
+from engine.worker.memory import Caches
 from engine.worker.sampling.adjustments import Adjustments
-from engine.worker.sampling.grammars import Grammars, Guided
-from engine.worker.sampling.logprobs import Scores, score, score_prompt
+from engine.worker.sampling.grammars import Grammars
+from engine.worker.sampling.logprobs import score, score_prompt
 from engine.worker.sampling.sampler import Sampler
 from engine.worker.steps.batch import build_batch
+from engine.worker.steps.drafts import Draws, Held, held, real_starts
 from engine.worker.steps.graphs import ALL_ROWS_TOKENS, DecodeGraphs, Tables, most_prompt_tokens, prompt_graphs
 from engine.worker.steps.prefixes import LEAST_ROWS, SharedPrefixes
 from engine.worker.steps.recorded import RecordedSteps
+from engine.worker.steps.results import Block, Forward, Head, Result, Step
+from engine.worker.steps.rows import Rows
 from engine.worker.steps.warmup import PLAIN
 
 SHORT_PROMPT = 1024  # tokens, up to which those of several requests are sent to the device together
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Log-probabilities computed together. A span is a row, where its tokens begin in them and end, and how many
-    likeliest ones it asks for."""
-
-    scores: Scores
-    spans: list[tuple[int, int, int, int]]
-
-    def messages(self) -> tuple[Logprobs, ...]:
-        return tuple(self.scores.message(*span) for span in self.spans)
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What a step yields: `tokens` [S] int64, and log-probabilities of sampled rows and of prompts that ask; or
-    float32 `vectors` [R, size]. `guided` are the rows that follow a grammar."""
-
-    tokens: Tensor
-    sampled: Block | None = None
-    prompts: Block | None = None
-    vectors: Tensor | None = None
-    guided: Guided | None = None
-
-    def moved(self, move: Callable[[Tensor], Tensor]) -> "Result":
-        """The same, each tensor put elsewhere by `move`."""
-        sampled, prompts = (
-            block and dataclasses.replace(block, scores=block.scores.moved(move))
-            for block in (self.sampled, self.prompts)
-        )
-        vectors = None if self.vectors is None else move(self.vectors)
-        return Result(move(self.tokens), sampled, prompts, vectors, self.guided)
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A step under way. The `result` on the host holds once `ready`."""
-
-    step: int
-    result: Result
-    seconds: float = 0.0  # on a CPU
-    began: torch.cuda.Event | None = None  # on a GPU
-    ended: torch.cuda.Event | None = None
-    previous: torch.cuda.Event | None = None  # the end of the step before, if this one was launched ahead of it
-
-    def ready(self) -> bool:
-        return self.ended is None or self.ended.query()
 
 
 def _nothing() -> None:
@@ -105,7 +59,9 @@ class Runner:
         max_model_len: int,
         page_size: int,
         grammars: Grammars | None = None,
+        agree: Callable[[Tensor], object] | None = None,
     ) -> None:
+        """`agree` makes tokens [D] int64, in place, those of rank 0, where there are several ranks."""
         self.model = model
         self.caches = caches
         self.device = device
@@ -115,14 +71,18 @@ class Runner:
         # One slot more than there are: the padding of a graph's rows.
         self.tokens = torch.zeros(slots + 1, max_model_len + 1, dtype=torch.int32, device=device)
         self.page_table = torch.zeros(slots + 1, pages, dtype=torch.int32, device=device)
+        self.lengths = torch.zeros(slots + 1, dtype=torch.int64, device=device)  # tokens of each slot
+        self.limits = np.zeros(slots, np.int64)  # tokens at which the request of each slot ends
         self._logits = model.kernels.logits
-        self.sampler = Sampler(self.tokens, self._logits)
+        self.sampler = Sampler(self.tokens, self.lengths, self._logits)
         self.adjustments = Adjustments(slots, model.vocab_size, device, self._logits)
         self.grammars = grammars
+        self.agree = agree
         self.unscored = np.zeros((slots, 2), np.int64)  # prompt positions to be scored: from, to
+        self._no_tokens = torch.empty(0, dtype=torch.int64, device=device)
         self._ahead_of: torch.cuda.Event | None = None  # the end of the last step, while it is not known to be over
         draw = self._draw_plain if self.sampler.captures else None
-        real = heed_padding(model)
+        real = bool(routers_of(model))
         masks = grammars is not None
         tables = Tables(model, caches, self.tokens, self.page_table, page_size, real, draw, masks)
         self.decode_graphs = DecodeGraphs(tables) if device.type != "cpu" else RecordedSteps(tables)
@@ -154,125 +114,30 @@ class Runner:
             idle = step.previous.elapsed_time(step.began) / 1e3 if step.previous is not None else 0.0
             if self._ahead_of is step.ended:  # nothing was launched meanwhile: the device waits for work
                 self._ahead_of = None
-        result = step.result
-        tokens = result.tokens.numpy().astype("<i4")
-        counts = np.ones(len(tokens), "<i4")
-        stuck: tuple[tuple[int, str], ...] = ()
-        if result.guided:
-            assert self.grammars is not None
-            stuck = self.grammars.accept(result.guided, tokens.tolist())
-            counts[[row for row, _ in stuck]] = 0
-        return StepDone(
-            step.step,
-            counts.tobytes(),
-            tokens[counts > 0].tobytes(),
-            seconds,
-            result.sampled.messages() if result.sampled else (),
-            result.prompts.messages() if result.prompts else (),
-            idle,
-            b"" if result.vectors is None else result.vectors.numpy().astype("<f4").tobytes(),
-            stuck,
-        )
+        return self.report(step.step, step.result, seconds, idle)
 
     def _run(self, plan: StepPlan, catch_up: Callable[[], None]) -> Result:
-        """What the step yields, on the device."""
+        """All stages but the last: what the step yields, on the device."""
         self.apply(plan)
-        rows = np.frombuffer(plan.rows, "<i4").reshape(-1, 4).astype(np.int64)
-        sampled = rows[rows[:, 3] != 0]
-        slots, lasts = sampled[:, 0], sampled[:, 1] + sampled[:, 2] - 1
-        nothing = torch.empty(0, dtype=torch.int64, device=self.device)
+        rows = self.gather(plan)
         if not len(rows):
-            return Result(nothing)
-        if isinstance(self.model, Encoder):
-            hidden, batch = self.forward(rows)
-            return Result(nothing, vectors=self.model.embed(hidden, batch))
-        prompts = None
-        on_device: Sequence[Tensor] | Tensor
-        steps: DecodeGraphs | RecordedSteps | None = None
-        if len(sampled) == len(rows) and self.decode_graphs.fits(rows):
-            steps, hidden, on_device = self._decode(rows)
-        else:
-            hidden, offsets = self._hidden(rows)
-            prompts = self._score_prompts(rows, hidden)
-            if not len(sampled):
-                return Result(nothing, prompts=prompts)
-            ends, *on_device = upload(np.stack((offsets[1:][rows[:, 3] != 0] - 1, slots, lasts)), self.device)
-            hidden = hidden[ends]
-        guided = self.grammars.guided(slots) if self.grammars is not None else None
-        adjusts = self.adjustments.acts(slots)
-        if isinstance(steps, DecodeGraphs) and steps.draws and not adjusts and self.sampler.plain(slots):
-            lines = None
-            if guided is not None:
-                assert self.grammars is not None
-                catch_up()
-                lines = self.grammars.lines(guided, len(rows))
-            return Result(steps.draw(len(rows), lines), guided=guided)
-        logits = self.model.logits(hidden)
-        wanted = self.sampler.columns.logprobs[slots]
-        asking = np.flatnonzero(wanted >= 0)
-        adjusted = logits
-        if adjusts:
-            adjusted = logits.to(torch.float32, copy=len(asking) > 0)
-            self.adjustments.apply(adjusted, slots, lasts + 1, self.tokens)
-        if guided:
-            assert self.grammars is not None
-            catch_up()
-            adjusted = adjusted.clone() if adjusted is logits and len(asking) else adjusted
-            self.grammars.mask(adjusted, guided)
-        tokens = self.sampler.draw(adjusted, slots, on_device)
-        if not len(asking):
-            return Result(tokens, prompts=prompts, guided=guided)
-        which = upload(asking, self.device)
-        scores = score(self._logits, logits, tokens[which], which)
-        spans = [(int(row), index, index + 1, int(wanted[row])) for index, row in enumerate(asking)]
-        return Result(tokens, Block(scores, spans), prompts, guided=guided)
+            return Result(self._no_tokens)
+        forward = self.forward(rows)
+        if self.model.yields == VECTOR:
+            assert forward.batch is not None
+            return Result(self._no_tokens, vectors=self.model.pool(forward.hidden, forward.batch))
+        prompts = self._score_prompts(rows, forward)
+        if (rows.yields == NOTHING).all():
+            return Result(self._no_tokens, prompts=prompts)
+        head = self.head(rows, forward)
+        tokens = self.choose(head, catch_up)
+        kept = self.publish(head, tokens)
+        return Result(tokens, head.draws, kept, self._score_drawn(head, tokens), prompts, guided=head.guided)
 
-    def _decode(self, rows: np.ndarray) -> tuple[DecodeGraphs | RecordedSteps, Tensor, Tensor]:
-        """Hidden states of a step of one token a row, its slots and positions, and whose graph they are from."""
-        if self.prefixes is not None and (prefixes := self.prefixes.find(rows[:, 0], rows[:, 1])):
-            return self.shared_graphs, *self.shared_graphs.replay(rows, prefixes)
-        return self.decode_graphs, *self.decode_graphs.replay(rows)
-
-    def _draw_plain(self, hidden: Tensor, on_device: Tensor, lines: Tensor | None) -> Tensor:
-        """Tokens of rows that ask for no more than a temperature, under masks of those `lines`, as a graph has it."""
-        masks = None
-        if lines is not None:
-            assert self.grammars is not None
-            masks = self.grammars.masks, lines
-        return self.sampler.draw_plain(self.model.logits(hidden), on_device, masks=masks)
-
-    def _hidden(self, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        """Hidden states [T, H] of the tokens of `rows`, and where each row's begin, [R + 1]."""
-        for graphs in self.prompt_graphs:
-            if graphs.fits(rows):
-                return graphs.replay(rows)
-        hidden, batch = self.forward(rows)
-        return hidden, batch.offsets
-
-    def _score_prompts(self, rows: np.ndarray, hidden: Tensor) -> Block | None:
-        """The log-probabilities of prompt tokens after the positions that `rows` compute, where they are asked for."""
-        firsts, ends = self.unscored[rows[:, 0]].T
-        firsts = np.maximum(firsts, rows[:, 1])
-        counts = np.minimum(ends, rows[:, 1] + rows[:, 2]) - firsts
-        if not (counts > 0).any():
-            return None
-        offsets = np.cumsum(rows[:, 2]) - rows[:, 2] + firsts - rows[:, 1]  # of each first position, in `hidden`
-        spans: list[tuple[int, int, int, int]] = []
-        places: list[np.ndarray] = []
-        at = 0
-        for row in np.flatnonzero(counts > 0):
-            slot, count = rows[row, 0], int(counts[row])
-            spans.append((int(row), at, at + count, int(self.sampler.columns.prompt_logprobs[slot])))
-            steps = np.arange(count)
-            places.append(np.stack((offsets[row] + steps, np.full(count, slot), firsts[row] + 1 + steps)))
-            at += count
-        index, slots, positions = upload(np.concatenate(places, axis=1), self.device)
-        tokens, model = self.tokens[slots, positions], self.model
-        scores = score_prompt(self._logits, hidden[index], tokens, model.logits, model.vocab_size)
-        return Block(scores, spans)
+    # ── apply ────────────────────────────────────────────────────────────────────────────────
 
     def apply(self, plan: StepPlan) -> None:
-        """Brings the tables up to date: admits, then pages, then page copies."""
+        """Brings the tables up to date: admits, then pages."""
         self.sampler.admit(plan.admits)
         self.adjustments.admit(plan.admits)
         self._write_ids(plan.admits)
@@ -280,19 +145,22 @@ class Runner:
             if self.grammars is not None:
                 self.grammars.admit(admit)
             asks = admit.sampling.prompt_logprobs >= 0
+            self.limits[admit.slot] = admit.limit
             self.unscored[admit.slot] = (admit.scored, admit.prompt_len - 1) if asks else (0, 0)
         if plan.pages:
             slot, index, page = self._upload_columns(plan.pages, 3)
             self.page_table[slot, index] = page.to(torch.int32)
             if self.prefixes is not None:
                 self.prefixes.apply(np.frombuffer(plan.pages, "<i4").reshape(-1, 3), admitted=bool(plan.admits))
-        if plan.copies:
-            source, destination = self._upload_columns(plan.copies, 2)
-            copy_pages(self.caches, source, destination)
 
     def _write_ids(self, admits: Sequence[SlotAdmit]) -> None:
-        """Those of short prompts in one copy: with one for each of many requests, the host would take longer than the
-        device."""
+        """And how many they are. Those of short prompts go in one copy: with one for each of many requests, the host
+        would take longer than the device."""
+        if not admits:
+            return
+        numbers = np.array([(admit.slot, len(admit.ids) // 4) for admit in admits], np.int64).T.copy()
+        admitted, counts = upload(numbers, self.device)
+        self.lengths[admitted] = counts
         short: dict[int, np.ndarray] = {}
         for admit in admits:
             ids = np.frombuffer(admit.ids, "<i4")
@@ -310,11 +178,186 @@ class Runner:
         """int32 bytes of n rows to int64 [columns, n]."""
         return upload(np.frombuffer(packed, "<i4").reshape(-1, columns).T.astype(np.int64, order="C"), self.device)
 
-    def forward(self, rows: np.ndarray) -> tuple[Tensor, Batch]:
-        """Hidden states [T, H] of the tokens of `rows` (int64 [R, 4], R at least 1), and the batch they came from."""
-        batch = build_batch(rows, self.tokens, self.page_table, self.page_size, self.caches)
+    # ── gather ───────────────────────────────────────────────────────────────────────────────
+
+    def gather(self, plan: StepPlan) -> Rows:
+        """The rows of a step. Ids and pages are gathered on the device, from the tables, as part of `forward`."""
+        rows = Rows.planned(plan)
+        if self.device.type == "cpu" and rows.drafts.any():
+            rows = dataclasses.replace(rows, starts=real_starts(rows, self.lengths, self.limits).numpy())
+        return rows
+
+    # ── forward ──────────────────────────────────────────────────────────────────────────────
+
+    def forward(self, rows: Rows) -> Forward:
+        """The hidden states of the step of `rows`, of which there is one at least."""
+        if self.decode_graphs.fits(rows):
+            steps = self.decode_graphs
+            prefixes = self.prefixes.find(rows.slots, rows.starts) if self.prefixes is not None else ()
+            if prefixes:
+                steps = self.shared_graphs
+            hidden, on_device = steps.replay(rows, prefixes)
+            return Forward(hidden, np.arange(len(rows) + 1), steps=steps, on_device=on_device)
+        drafts = rows.drafts.any()
+        for graphs in self.prompt_graphs:
+            if not drafts and graphs.fits(rows):
+                return Forward(*graphs.replay(rows))
+        hidden, batch = self.compute(rows)
+        return Forward(hidden, batch.offsets, batch)
+
+    def compute(self, rows: Rows) -> tuple[Tensor, Batch]:
+        """Runs the model as it is: hidden states [T, H] of the tokens of `rows`, and the batch they came from."""
+        guessed = self.device.type != "cpu" and rows.drafts.any()
+        starts = real_starts(rows, self.lengths, self.limits) if guessed else None
+        batch = build_batch(rows, self.tokens, self.page_table, self.page_size, self.caches, starts)
         batch = dataclasses.replace(batch, plans=self.model.prepare(batch))
         return self.model(batch), batch
+
+    # ── head ─────────────────────────────────────────────────────────────────────────────────
+
+    def head(self, rows: Rows, forward: Forward) -> Head:
+        """The logits of the positions that tokens are drawn after."""
+        steps = forward.steps
+        draws = Draws.of(rows) if steps is None else Draws.decode(rows)
+        guided = self.grammars.guided(draws.slots) if self.grammars is not None else None
+        if steps is not None:
+            assert forward.on_device is not None
+            within = steps.draws and not self.adjustments.acts(draws.slots) and self.sampler.plain(draws.slots)
+            logits = None if within else self.model.logits(forward.hidden)
+            return Head(draws, forward.on_device, logits, steps, guided)
+        index, slots, lasts = upload(np.stack((draws.index, draws.slots, draws.lasts)), self.device)
+        logits = self.model.logits(forward.hidden[index])
+        if not draws.rows.drafts.any():
+            return Head(draws, (slots, lasts), logits, None, guided)
+        assert forward.batch is not None, "steps with drafts are not captured"
+        lasts = forward.batch.positions[index]
+        return Head(draws, (slots, lasts), logits, None, guided, self.lengths[slots], self.tokens[slots, lasts + 1])
+
+    def _score_prompts(self, rows: Rows, forward: Forward) -> Block | None:
+        """The log-probabilities of prompt tokens after the positions that `rows` compute, where they are asked for."""
+        firsts, ends = self.unscored[rows.slots].T
+        firsts = np.maximum(firsts, rows.starts)
+        counts = np.minimum(ends, rows.starts + rows.lengths) - firsts
+        if not (counts > 0).any():
+            return None
+        offsets = forward.offsets[:-1] + firsts - rows.starts  # of each first position, in the hidden states
+        spans: list[tuple[int, int, int, int]] = []
+        places: list[np.ndarray] = []
+        at = 0
+        for row in np.flatnonzero(counts > 0):
+            slot, count = rows.slots[row], int(counts[row])
+            spans.append((int(row), at, at + count, int(self.sampler.columns.prompt_logprobs[slot])))
+            steps = np.arange(count)
+            places.append(np.stack((offsets[row] + steps, np.full(count, slot), firsts[row] + 1 + steps)))
+            at += count
+        index, slots, positions = upload(np.concatenate(places, axis=1), self.device)
+        tokens = self.tokens[slots, positions]
+        scores = score_prompt(self._logits, forward.hidden[index], tokens, self.model.logits, self.model.vocab_size)
+        return Block(scores, spans)
+
+    # ── choose ───────────────────────────────────────────────────────────────────────────────
+
+    def choose(self, head: Head, catch_up: Callable[[], None]) -> Tensor:
+        """Draws tokens, [D] int64: by the captured step, or from logits as the rows ask."""
+        draws, guided = head.draws, head.guided
+        slots = draws.slots
+        if head.logits is None:
+            lines = None
+            if guided is not None:
+                assert self.grammars is not None
+                catch_up()
+                lines = self.grammars.lines(guided, len(slots))
+            assert head.steps is not None
+            return head.steps.draw(len(slots), lines)
+        logits = head.logits
+        asked = bool((self.sampler.columns.logprobs[slots] >= 0).any())  # of these logits, as the model made them
+        adjusted = logits
+        if self.adjustments.acts(slots):
+            adjusted = logits.to(torch.float32, copy=asked)
+            exact = head.known is None or self.device.type == "cpu"
+            ends = draws.lasts + 1 if exact else np.maximum(self.limits[slots], draws.lasts + 1)
+            self.adjustments.apply(adjusted, slots, ends, self.tokens, None if exact else head.on_device[1] + 1)
+        if guided is not None:
+            assert self.grammars is not None
+            catch_up()
+            adjusted = adjusted.clone() if adjusted is logits and asked else adjusted
+            self.grammars.mask(adjusted, guided)
+        return self.sampler.draw(adjusted, slots, head.on_device)
+
+    def _draw_plain(self, hidden: Tensor, on_device: Tensor, lines: Tensor | None) -> Tensor:
+        """Tokens of rows that ask for no more than a temperature, under masks of those `lines`, as a graph has it."""
+        masks = None
+        if lines is not None:
+            assert self.grammars is not None
+            masks = self.grammars.masks, lines
+        return self.sampler.draw_plain(self.model.logits(hidden), on_device, masks=masks)
+
+    # ── publish ──────────────────────────────────────────────────────────────────────────────
+
+    def publish(self, head: Head, tokens: Tensor) -> Held | None:
+        """Makes the tables of this rank say what was drawn: `choose` has written a token after each draw, and counted
+        it. Of rows of drafts, what holds stays."""
+        slots, lasts = head.on_device
+        if self.agree is not None:
+            self.agree(tokens)
+            self.tokens[slots, lasts + 1] = tokens.to(torch.int32)
+        if head.known is None or head.drafted is None:
+            return None
+        kept = held(head.draws, tokens, head.drafted, lasts + 1, head.known)
+        had = lasts + 1 < head.known
+        self.tokens[slots, lasts + 1] = torch.where(had, head.drafted, tokens).to(torch.int32)
+        firsts = upload(head.draws.firsts, self.device)
+        self.lengths[slots[firsts]] = head.known[firsts] + kept.counts
+        return kept
+
+    def _score_drawn(self, head: Head, tokens: Tensor) -> Block | None:
+        """The log-probabilities of what was drawn, where they are asked for."""
+        draws, columns = head.draws, self.sampler.columns
+        rows = np.flatnonzero(columns.logprobs[draws.rows.slots] >= 0)
+        if not len(rows):
+            return None
+        assert head.logits is not None, "a captured step draws for rows that ask for nothing more"
+        counts = draws.counts[rows]
+        ends = np.cumsum(counts)
+        which = upload(np.repeat(draws.firsts[rows] - ends + counts, counts) + np.arange(ends[-1]), self.device)
+        wide = columns.logprobs[draws.rows.slots[rows]]
+        spans = list(zip(rows.tolist(), (ends - counts).tolist(), ends.tolist(), wide.tolist(), strict=True))
+        return Block(score(self._logits, head.logits, tokens[which], which), spans)
+
+    # ── report ───────────────────────────────────────────────────────────────────────────────
+
+    def report(self, step: int, result: Result, seconds: float, idle: float) -> StepDone:
+        """What the scheduler is told, once `result` is on the host."""
+        tokens = result.tokens.numpy().astype("<i4")
+        counts, skipped, sampled = np.ones(len(tokens), "<i4"), None, result.sampled
+        if result.held is not None:
+            counts, skipped = result.held.counts.numpy().astype("<i4"), result.held.skipped.numpy()
+        stuck: tuple[tuple[int, str], ...] = ()
+        if result.guided is not None:
+            assert self.grammars is not None and result.draws is not None
+            stuck = self.grammars.accept(result.guided, tokens.tolist())
+            rows = np.searchsorted(result.draws.firsts, [draw for draw, _ in stuck], "right") - 1
+            stuck = tuple((int(row), cause) for row, (_, cause) in zip(rows, stuck, strict=True))
+            counts[rows] = 0
+        if skipped is not None:
+            assert result.draws is not None
+            tokens = tokens[result.draws.chosen(skipped, counts)]
+            sampled = sampled and sampled.cut(skipped, counts)
+        elif stuck:
+            tokens = tokens[counts > 0]
+        return StepDone(
+            step=step,
+            counts=counts.tobytes(),
+            tokens=tokens.tobytes(),
+            seconds=seconds,
+            logprobs=sampled.messages() if sampled else (),
+            prompt_logprobs=result.prompts.messages() if result.prompts else (),
+            idle=idle,
+            vectors=b"" if result.vectors is None else result.vectors.numpy().astype("<f4").tobytes(),
+            stuck=stuck,
+        )
+
+    # ── before there is any step ─────────────────────────────────────────────────────────────
 
     def capture(self, scratch_page: int, shares: bool = True, step_tokens: int = ALL_ROWS_TOKENS[-1]) -> bool:
         """Makes CUDA graphs of steps, which have `step_tokens` at most; padding writes to `scratch_page`. `shares`:
@@ -325,7 +368,6 @@ class Runner:
         most = min(step_tokens, slots * longest, most_prompt_tokens(self.model))
         for graphs in reversed(self.prompt_graphs):  # the largest steps first
             graphs.capture(most, pool)
-        assert isinstance(self.decode_graphs, DecodeGraphs)
         if shares and slots >= LEAST_ROWS:
             self.shared_graphs.capture(slots, pool)
             if self.shared_graphs.most == slots:
@@ -343,13 +385,18 @@ class Runner:
         ids = np.zeros(length, "<i4").tobytes()
         admits = tuple(SlotAdmit(slot, ids, sampling, length) for slot in range(rows))
         triples = [(slot, index, index) for slot in range(rows) for index in range(pages)]
-        self._warm_step(rows, 0, length, StepPlan(0, b"", admits, np.array(triples, "<i4").tobytes()))
-        if length < longest and not isinstance(self.model, Encoder):
-            self._warm_step(rows, length, 1, StepPlan(0, b""))
+        self._warm_step(rows, 0, length, admits, np.array(triples, "<i4").tobytes())
+        if length < longest and self.model.yields != VECTOR:
+            self._warm_step(rows, length, 1)
 
-    def _warm_step(self, count: int, start: int, length: int, plan: StepPlan) -> None:
-        rows = np.array([[slot, start, length, 1] for slot in range(count)], "<i4").tobytes()
-        self.finish(self.launch(msgspec.structs.replace(plan, rows=rows)))
+    def _warm_step(
+        self, count: int, start: int, length: int, admits: tuple[SlotAdmit, ...] = (), pages: bytes = b""
+    ) -> None:
+        starts, lengths, yields = (
+            np.full(count, number, "<i4").tobytes() for number in (start, length, self.model.yields)
+        )
+        slots = np.arange(count, dtype="<i4").tobytes()
+        self.finish(self.launch(StepPlan(0, slots, starts, lengths, yields, admits, pages)))
 
 
 def _to_pinned(tensor: Tensor) -> Tensor:

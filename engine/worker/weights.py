@@ -80,11 +80,14 @@ class Watched:
         self._read(part.numel())
         return part
 
-    def packed(self) -> tuple[str, Any] | None:
+    def packed(self, rows: slice, columns: slice) -> tuple[str, Any] | None:
         packed = getattr(self._tensor, "packed", None)
-        found: tuple[str, Any] | None = None if packed is None else packed()
+        found: tuple[str, Any] | None = None if packed is None else packed(rows, columns)
         if found is not None:
-            self._read(self._left)
+            high, wide = (
+                len(range(*index.indices(size))) for index, size in zip((rows, columns), self.shape, strict=True)
+            )
+            self._read(high * wide)
         return found
 
     def _read(self, numbers: int) -> None:
@@ -106,9 +109,10 @@ def fill_at_random(model: Model, ties: bool = False) -> None:
             f"{free / 2**30:.2f} GiB free"
         )
     model.allocate()
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
+    generator = torch.Generator(next(model.parameters()).device)
     layers = [layer for layer in model.modules() if isinstance(layer, Layer)]
-    for layer in layers:
+    for number, layer in enumerate(layers):
+        generator.manual_seed(number)  # what all ranks hold whole is the same on all, whatever came before
         layer.fill_at_random(generator)
         if ties and isinstance(layer, Router):
             for weight in layer.parameters():

@@ -11,6 +11,7 @@ was trained with, a second text (`token_type_ids` are 0), relative positions.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
@@ -18,7 +19,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.plugin import LONGEST, MANY, ConfigError, LazyTensor, Terms
-from engine.plugin.layers import Batch, Build, ColumnLinear, Embedding, Encoder, Layer, RowLinear, empty_weight
+from engine.plugin.layers import (
+    Batch,
+    Build,
+    ColumnLinear,
+    Embedding,
+    Encoder,
+    Layer,
+    QKVLinear,
+    RowLinear,
+    empty_weight,
+)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
@@ -97,8 +108,10 @@ class Embeddings(nn.Module):
         super().__init__()
         size = config.integer("hidden_size")
         self.word_embeddings = Embedding(build, config.integer("vocab_size"), size)
-        self.position_embeddings = Embedding(build, config.integer("max_position_embeddings", high=LONGEST), size)
-        self.token_type_embeddings = Embedding(build, config.integer("type_vocab_size"), size)
+        self.position_embeddings = Embedding(
+            build, config.integer("max_position_embeddings", high=LONGEST), size, divided=False
+        )
+        self.token_type_embeddings = Embedding(build, config.integer("type_vocab_size"), size, divided=False)
         self.LayerNorm = LayerNorm(build, size, config.number("layer_norm_eps"))
 
     def forward(self, batch: Batch) -> Tensor:
@@ -114,11 +127,11 @@ class Projections(nn.Module):
         size, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
         if size % heads:
             raise config.wrong("num_attention_heads", f"a divisor of hidden_size, which is {size}")
-        self.qkv = ColumnLinear(build, size, {"query": size, "key": size, "value": size}, bias=True)
         self.head_dim = size // heads
+        self.qkv = QKVLinear(build, size, heads, heads, self.head_dim, bias=True, parts=("query", "key", "value"))
 
-    def forward(self, hidden: Tensor) -> Iterable[Tensor]:
-        return self.qkv(hidden).unflatten(1, (3, -1, self.head_dim)).unbind(1)
+    def forward(self, hidden: Tensor, batch: Batch) -> Iterable[Tensor]:
+        return self.qkv(hidden, batch).unflatten(1, (3, -1, self.head_dim)).unbind(1)
 
 
 class Output(nn.Module):
@@ -130,8 +143,8 @@ class Output(nn.Module):
         self.dense = RowLinear(build, inputs, size, bias=True)
         self.LayerNorm = LayerNorm(build, size, config.number("layer_norm_eps"))
 
-    def forward(self, said: Tensor, told: Tensor) -> Tensor:
-        return self.LayerNorm(self.dense(said) + told)
+    def forward(self, said: Tensor, told: Tensor, batch: Batch) -> Tensor:
+        return self.LayerNorm(self.dense(said, batch) + told)
 
 
 class Block(nn.Module):
@@ -144,21 +157,21 @@ class Block(nn.Module):
         self.output = Output(config, build, inner)
         self.activation = ACTIVATIONS[config["hidden_act"]]
 
-    def forward(self, hidden: Tensor, groups: list[Group]) -> Tensor:
-        query, key, value = self.attention["self"](hidden)
-        hidden = self.attention["output"](attend(query, key, value, groups), hidden)
-        return self.output(self.activation(self.intermediate["dense"](hidden)), hidden)
+    def forward(self, hidden: Tensor, batch: Batch, groups: list[Group]) -> Tensor:
+        query, key, value = self.attention["self"](hidden, batch)
+        hidden = self.attention["output"](attend(query, key, value, groups), hidden, batch)
+        return self.output(self.activation(self.intermediate["dense"](hidden, batch)), hidden, batch)
 
 
 class Blocks(nn.Module):
-    def __init__(self, config: Terms, build: Build) -> None:
+    def __init__(self, config: Terms, build: Build, count: int) -> None:
         super().__init__()
-        count = config.integer("num_hidden_layers", high=MANY)
         self.layer = nn.ModuleList(Block(config, build) for _ in range(count))
 
-    def forward(self, hidden: Tensor, groups: list[Group]) -> Tensor:
-        for block in self.layer:
-            hidden = block(hidden, groups)
+    def forward(self, hidden: Tensor, batch: Batch, first: int, last: int) -> Tensor:
+        groups = grouped(batch)
+        for block in islice(self.layer, first, last):
+            hidden = block(hidden, batch, groups)
         return hidden
 
 
@@ -176,12 +189,17 @@ class Bert(Encoder):
         self.vocab_size = config.integer("vocab_size")
         self.embedding_size = config.integer("hidden_size")
         self.embeddings = Embeddings(config, build)
-        self.encoder = Blocks(config, build)
+        layers = config.integer("num_hidden_layers", high=MANY)
+        self.held = range(layers)
+        self.encoder = Blocks(config, build, layers)
 
-    def forward(self, batch: Batch) -> Tensor:
-        return self.encoder(self.embeddings(batch), grouped(batch))
+    def embed(self, batch: Batch) -> Tensor:
+        return self.embeddings(batch)
 
-    def embed(self, hidden: Tensor, batch: Batch) -> Tensor:
+    def run(self, hidden: Tensor, batch: Batch, first: int, last: int) -> Tensor:
+        return self.encoder(hidden, batch, first, last)
+
+    def pool(self, hidden: Tensor, batch: Batch) -> Tensor:
         firsts = batch.row_offsets[:-1]
         if self.mode == "cls":
             vectors = hidden[firsts].to(torch.float32)

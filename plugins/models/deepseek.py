@@ -9,130 +9,93 @@ run yet. Left out: running them, biases of attention, V3.2's sparse attention.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from engine.plugin import MANY, ConfigError, LazyTensor, Terms
 from engine.plugin.layers import (
-    Batch,
+    Block,
     Build,
-    ColumnLinear,
+    CausalLM,
     DecoderShape,
-    Embedding,
-    Experts,
-    GatedMLP,
+    Elsewhere,
     LatentAttention,
+    LatentBackend,
     LatentShape,
-    LMHead,
     Mixture,
-    Model,
+    ReplicatedLinear,
     Rotary,
-    Router,
     Routing,
-    SparseMLP,
     rope_terms,
     rope_type,
     yarn_scale,
 )
 
-Rotation = tuple[Tensor, Tensor]
 
-
-class DeepseekBlock(nn.Module):
-    """Latent attention, then an MLP; each reads a norm of the stream, and the next norm adds what it says to it."""
-
-    def __init__(self, shape: DecoderShape, build: Build, attention: LatentAttention, mlp: nn.Module) -> None:
-        super().__init__()
-        self.input_layernorm = shape.norm(build, shape.hidden_size)
-        self.self_attn = attention
-        self.post_attention_layernorm = shape.norm(build, shape.hidden_size)
-        self.mlp = mlp
-
-    def forward(self, hidden: Tensor, stream: Tensor | None, batch: Batch, rotation: Rotation) -> tuple[Tensor, Tensor]:
-        """`hidden` [T, H] is still to be added to `stream`, None before the first block; so is what is returned."""
-        hidden, stream = self.input_layernorm.add(hidden, stream)
-        hidden, stream = self.post_attention_layernorm.add(self.self_attn(hidden, batch, rotation), stream)
-        return self.mlp(hidden), stream
-
-
-class NextTokenBlock(DeepseekBlock):
+class NextTokenBlock(Block):
     """A block that predicts one token further, from the state of a position and the token that followed it.
 
     Embedding and head are the model's; of its own are the norms of both inputs, the projection of the two to one, and
     the norm before the head. Held, not run.
     """
 
-    def __init__(self, shape: DecoderShape, build: Build, attention: LatentAttention, mlp: nn.Module) -> None:
+    def __init__(self, shape: DecoderShape, build: Build, attention: nn.Module, mlp: nn.Module) -> None:
         super().__init__(shape, build, attention, mlp)
         self.enorm = shape.norm(build, shape.hidden_size)
         self.hnorm = shape.norm(build, shape.hidden_size)
-        self.eh_proj = ColumnLinear(build, 2 * shape.hidden_size, shape.hidden_size)
+        self.eh_proj = ReplicatedLinear(build, 2 * shape.hidden_size, shape.hidden_size)
         self.shared_head = nn.ModuleDict({"norm": shape.norm(build, shape.hidden_size)})
 
 
-class DeepseekDecoder(nn.Module):
-    def __init__(self, shape: DecoderShape, build: Build, blocks: Sequence[DeepseekBlock]) -> None:
-        super().__init__()
-        self.embed_tokens = Embedding(build, shape.vocab_size, shape.hidden_size)
-        self.layers = nn.ModuleList(blocks)
-        self.norm = shape.norm(build, shape.hidden_size)
-        self.run = len(shape.layers)  # blocks; those after them are held
-
-    def forward(self, batch: Batch, rotation: Rotation) -> Tensor:
-        hidden, stream = self.embed_tokens(batch.ids), None
-        for layer in self.layers[: self.run]:
-            hidden, stream = layer(hidden, stream, batch, rotation)
-        return self.norm.add(hidden, stream)[0]
-
-
-class Deepseek(Model):
+class Deepseek(CausalLM):
     """`DeepseekV2ForCausalLM` and `DeepseekV3ForCausalLM` of Hugging Face."""
 
     def __init__(self, config: Terms, build: Build) -> None:
         config = Terms.of(config)
         super().__init__(config, build)
-        shape = shape_of(config)
-        self.vocab_size = shape.vocab_size
-        count, further = len(shape.layers), further_layers(config)
-        latent = latent_shape(config)
-        backend = build.latent_attention(latent)
-        self.backends = (backend,)
-        self.rotary = Rotary(build, config, latent.rope_dim)
-        blocks = []
-        for layer in range(count + further):
-            attention = LatentAttention(
-                build,
-                backend,
-                layer,
-                shape.hidden_size,
-                shape.query_heads,
-                query_dim=config.integer("q_lora_rank", None),
-                interleaved=config.flag("rope_interleave", True),
-            )
-            block = DeepseekBlock if layer < count else NextTokenBlock
-            blocks.append(block(shape, build, attention, mlp(config, shape, build, layer)))
-        self.model = DeepseekDecoder(shape, build, blocks)
-        self.lm_head = LMHead(
-            build, shape.hidden_size, shape.vocab_size, self.model.embed_tokens if shape.tied else None
-        )
+        shape = self.shape_of(config)
+        count = len(shape.layers)
+        further = range(count, count + further_layers(config))
+        for layer in further:  # the stage with the head holds them
+            if self.held.stop < count:
+                self.model.layers.append(Elsewhere())
+                continue
+            attention = self._attention(config, shape, build, layer)
+            self.model.layers.append(NextTokenBlock(shape, build, attention, shape.mlp(build, layer)))
         shared = ("embed_tokens.weight", "shared_head.head.weight")  # copies of the model's own
-        copies = (f"model.layers.{layer}.{name}" for layer in range(count, count + further) for name in shared)
+        copies = (f"model.layers.{layer}.{name}" for layer in further for name in shared)
         self.ignored = (*self.ignored, *copies)
 
-    def forward(self, batch: Batch) -> Tensor:
-        return self.model(batch, self.rotary(batch.positions))
+    @staticmethod
+    def shape_of(config: Terms) -> DecoderShape:
+        return shape_of(config)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self.lm_head(hidden)
+    def attention(self, config: Terms, shape: DecoderShape, build: Build) -> dict[int, nn.Module]:
+        latent = dataclasses.replace(latent_shape(config), layers=len(self.held))
+        self.backends = (build.latent_attention(latent),)
+        self.rotaries = nn.ModuleList([Rotary(build, config, latent.rope_dim)])
+        return {layer: self._attention(config, shape, build, layer) for layer in self.held}
+
+    def _attention(self, config: Terms, shape: DecoderShape, build: Build, layer: int) -> LatentAttention:
+        (backend,) = self.backends
+        assert isinstance(backend, LatentBackend)
+        return LatentAttention(
+            build,
+            backend,
+            layer - self.held.start,
+            shape.hidden_size,
+            shape.query_heads,
+            query_dim=config.integer("q_lora_rank", None),
+            interleaved=config.flag("rope_interleave", True),
+        )
 
     def load(self, tensors: Iterable[tuple[str, LazyTensor]]) -> None:
         """A checkpoint may lack the blocks that are not run: then the model has none."""
         listed = list(tensors)
-        names = {name for name, _ in listed}
-        run = self.model.run
-        if not any(name.startswith(f"model.layers.{run}.") for name in names):
+        run = self.model.count
+        if not any(name.startswith(f"model.layers.{run}.") for name, _ in listed):
             del self.model.layers[run:]
         super().load(listed)
 
@@ -152,10 +115,13 @@ def shape_of(config: Terms) -> DecoderShape:
         return DecoderShape.of(config)
     first, every = config.integer("first_k_dense_replace", 0, low=0), config.integer("moe_layer_freq", 1)
     count = config.integer("num_hidden_layers", high=MANY) + further_layers(config)
+    chosen = routing(config)
     mixture = Mixture(
-        routing=routing(config),
+        routing=chosen,
         inner=config.integer("moe_intermediate_size"),
         layers=frozenset(layer for layer in range(first, count) if layer % every == 0),
+        shared=config.integer("moe_intermediate_size") * config.integer("n_shared_experts", 0, low=0, high=MANY),
+        corrected=chosen.scoring == "sigmoid",
     )
     return DecoderShape.of(config, mixture=mixture)
 
@@ -206,16 +172,3 @@ def latent_shape(config: Terms) -> LatentShape:
         value_dim=config.integer("v_head_dim"),
         scale=(key_dim + rope_dim) ** -0.5 * stretch**2,
     )
-
-
-def mlp(config: Terms, shape: DecoderShape, build: Build, layer: int) -> nn.Module:
-    """What comes after the attention of that layer."""
-    mixture = shape.mixture
-    if mixture is None or layer not in mixture.layers:
-        return GatedMLP(shape, build)
-    corrected = mixture.routing.scoring == "sigmoid"
-    router = Router(build, mixture.routing, shape.hidden_size, corrected)
-    experts = Experts(build, mixture.routing.experts, shape.hidden_size, mixture.inner)
-    inner = mixture.inner * config.integer("n_shared_experts", 0, low=0, high=MANY)
-    shared = GatedMLP(dataclasses.replace(shape, intermediate_size=inner), build) if inner else None
-    return SparseMLP(router, experts, shared)

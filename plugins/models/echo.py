@@ -21,10 +21,14 @@ class Echo(Model):
         self.vocab_size = 257
         self.page_size = build.page_size
 
-    def forward(self, batch: Batch) -> Tensor:
-        """The ids themselves, [T, 1] float32. They pass through the cache, so that pages matter."""
+    def embed(self, batch: Batch) -> Tensor:
+        """The ids themselves, [T, 1] float32."""
+        return batch.ids[:, None].to(torch.float32)
+
+    def run(self, hidden: Tensor, batch: Batch, first: int, last: int) -> Tensor:
+        """The same. They pass through the cache, so that pages matter."""
         cache = batch.caches[0][0].view(-1)
-        cache[batch.places] = batch.ids.to(cache.dtype)
+        cache[batch.places] = hidden[:, 0].to(cache.dtype)
         return cache[batch.places, None].to(torch.float32)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -10,13 +10,13 @@ multiply by 1 + weight; embeddings are scaled by the root of their size. Left ou
 from torch import Tensor, nn
 
 from engine.plugin import MANY, ConfigError, Terms
-from engine.plugin.layers import Attention, AttentionKind, Batch, Block, Build, CausalLM, DecoderShape, Rotations
+from engine.plugin.layers import AttentionKind, Batch, Block, Build, CausalLM, DecoderShape, Rotations
 
 
 class GemmaBlock(Block):
     """Attention, then a gated MLP, with a norm before and after each."""
 
-    def __init__(self, shape: DecoderShape, build: Build, attention: Attention, mlp: nn.Module) -> None:
+    def __init__(self, shape: DecoderShape, build: Build, attention: nn.Module, mlp: nn.Module) -> None:
         super().__init__(shape, build, attention, mlp)
         self.pre_feedforward_layernorm = shape.norm(build, shape.hidden_size)
         self.post_feedforward_layernorm = shape.norm(build, shape.hidden_size)
@@ -27,7 +27,7 @@ class GemmaBlock(Block):
         hidden, stream = self.input_layernorm.add(hidden, stream)
         attended = self.post_attention_layernorm(self.self_attn(hidden, batch, rotations))
         hidden, stream = self.pre_feedforward_layernorm.add(attended, stream)
-        return self.post_feedforward_layernorm(self.mlp(hidden)), stream
+        return self.post_feedforward_layernorm(self.mlp(hidden, batch)), stream
 
 
 class Gemma3(CausalLM):

@@ -63,11 +63,15 @@ class Rows:
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
         rows, *others = index if isinstance(index, tuple) else (index,)
-        begin, end, step = rows.indices(self.shape[0])
-        return self._tensor[(slice(self._first + begin, self._first + end, step), *others)]
+        return self._tensor[(self._moved(rows), *others)]
 
-    def packed(self) -> tuple[str, np.ndarray] | None:
-        """The rows' blocks as they are stored, where the tensor has such."""
+    def packed(self, rows: slice, columns: slice) -> tuple[str, np.ndarray] | None:
+        """The blocks of some of the rows as they are stored, where the tensor has such."""
         packed = getattr(self._tensor, "packed", None)
-        found = None if packed is None else packed()
-        return None if found is None else (found[0], found[1][self._first : self._first + self.shape[0]])
+        found: tuple[str, np.ndarray] | None = None if packed is None else packed(self._moved(rows), columns)
+        return found
+
+    def _moved(self, rows: slice) -> slice:
+        """The same rows, as the tensor counts them."""
+        begin, end, step = rows.indices(self.shape[0])
+        return slice(self._first + begin, self._first + end, step)

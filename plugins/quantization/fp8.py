@@ -5,8 +5,9 @@ It reads what DeepSeek, Qwen and others publish (`weight_scale_inv` of blocks) a
 loaded. Embeddings, the head, routers and norms stay as they are. Activations become FP8 on the way, where a step has
 many tokens, each by its own largest; scales for them in a checkpoint are passed over.
 
-A device without FP8 products gets the weights that these stand for, in the type of activations. Left out: blocks of
-other sizes, E5M2, scales of the KV cache.
+A device without FP8 products gets the weights that these stand for, in the type of activations. A cut between ranks may
+fall within a checkpoint's block only if a rank's part lies in that one block: it then has the block's scale. Others are
+refused, as the scales of a part begin where it does. Left out: blocks of other sizes, E5M2, scales of the KV cache.
 """
 
 import logging
@@ -33,6 +34,7 @@ from engine.plugin.layers import (
     QuantizedExperts,
     QuantizedLinear,
     Scheme,
+    Shard,
     check_shape,
     empty_weight,
     put,
@@ -58,6 +60,7 @@ class Stored:
     granularity: Granularity
     taken: tuple[re.Pattern[str], ...] = (ALL,)
     left: tuple[re.Pattern[str], ...] = ()
+    made: bool = False  # as the checkpoint is loaded, which is not quantized
 
     @classmethod
     def read(cls, config: Terms) -> "Stored":
@@ -127,7 +130,7 @@ def _granularity(block: tuple[int, ...]) -> Granularity:
 
 class Fp8(Scheme):
     def __init__(self, terms: Mapping[str, Any] | None) -> None:
-        self.stored = Stored("blocks") if terms is None else Stored.read(Terms.of(terms))
+        self.stored = Stored("blocks", made=True) if terms is None else Stored.read(Terms.of(terms))
 
     def takes(self, path: str) -> bool:
         stored = self.stored
@@ -136,11 +139,26 @@ class Fp8(Scheme):
             return False
         return any(pattern.match(name) for pattern in stored.taken for name in names)
 
-    def linear(self, build: Build, parts: Mapping[str, int], inputs: int) -> QuantizedLinear:
-        return Fp8Linear(build, parts, inputs, self.stored.granularity)
+    def linear(self, build: Build, parts: Mapping[str, int], inputs: int, shard: Shard) -> QuantizedLinear:
+        for part, rows in parts.items():
+            self._check_cut(rows, shard.rows[part])
+        self._check_cut(inputs, shard.columns)
+        return Fp8Linear(build, parts, inputs, shard, self.stored.granularity)
 
-    def experts(self, build: Build, count: int, size: int, inner: int) -> QuantizedExperts:
-        return Fp8Experts(build, count, size, inner, self.stored.granularity)
+    def experts(self, build: Build, count: int, size: int, inner: int, share: slice) -> QuantizedExperts:
+        self._check_cut(inner, share)
+        return Fp8Experts(build, count, size, inner, share, self.stored.granularity)
+
+    def _check_cut(self, size: int, share: slice) -> None:
+        """Raises ConfigError where a rank's part of `size` numbers would share a block's scale in more than one block
+        of its own. All ranks find the same."""
+        width = share.stop - share.start
+        divided = width < size and self.stored.granularity == "blocks" and not self.stored.made
+        if divided and size > BLOCK and width % BLOCK and BLOCK % width:
+            raise ConfigError(
+                f"an FP8 matrix of {size} rows or columns divides into parts of {width}, which cut blocks of {BLOCK} "
+                f"numbers with one scale each; choose a tp for which parts are multiples of {BLOCK}"
+            )
 
 
 # ── what both kinds of layers do ─────────────────────────────────────────────────────────────
@@ -154,6 +172,34 @@ def read(tensor: LazyTensor) -> Tensor:
     return tensor[tuple(slice(None) for _ in tensor.shape)]
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The part [rows, columns] of a checkpoint's matrix `whole` that a rank stores."""
+
+    whole: tuple[int, int]
+    rows: slice
+    columns: slice
+
+    def numbers(self, name: str, tensor: LazyTensor) -> Tensor:
+        check_shape(name, tensor, self.whole)
+        return tensor[self.rows, self.columns]
+
+    def block_scales(self, name: str, tensor: LazyTensor) -> Tensor:
+        check_shape(name, tensor, (blocks(self.whole[0]), blocks(self.whole[1])))
+        rows, columns = (slice(part.start // BLOCK, blocks(part.stop)) for part in (self.rows, self.columns))
+        return tensor[rows, columns]
+
+    def row_scales(self, name: str, tensor: LazyTensor) -> Tensor:
+        """[rows], or one number for all."""
+        if tuple(tensor.shape) in ((), (1,), (1, 1)):
+            return read(tensor).view(1)
+        if len(tensor.shape) == 1:
+            check_shape(name, tensor, (self.whole[0],))
+            return tensor[self.rows]
+        check_shape(name, tensor, (self.whole[0], 1))
+        return tensor[self.rows, 0:1][:, 0]
+
+
 class Loaded:
     """Which matrices have come as FP8 numbers, and which have a scale."""
 
@@ -162,10 +208,9 @@ class Loaded:
         self._numbers: dict[Any, str] = {}
         self._scaled: set[Any] = set()
 
-    def weight(self, key: Any, name: str, tensor: LazyTensor, numbers: Tensor, scale: Tensor) -> None:
-        """Fills `numbers` [rows, columns] and, if the tensor is not quantized, `scale`."""
-        check_shape(name, tensor, tuple(numbers.shape))
-        weight = read(tensor)
+    def weight(self, key: Any, name: str, tensor: LazyTensor, part: Part, numbers: Tensor, scale: Tensor) -> None:
+        """Fills `numbers` [rows, columns] with that part and, if the tensor is not quantized, `scale`."""
+        weight = part.numbers(name, tensor)
         if weight.dtype == E4M3:
             put(weight, numbers)
             self._numbers[key] = name
@@ -183,15 +228,12 @@ class Loaded:
         scale.copy_(its_scale)
         self._scaled.add(key)
 
-    def scale(self, key: Any, name: str, tensor: LazyTensor, scale: Tensor) -> None:
+    def scale(self, key: Any, name: str, tensor: LazyTensor, part: Part, scale: Tensor) -> None:
         """Fills `scale`, of blocks or of rows; the one of a whole tensor goes to all rows."""
-        if self.granularity == "rows" and tuple(tensor.shape) in ((), (1,), (1, 1)):
-            scale.fill_(float(read(tensor)))
-        elif self.granularity == "rows" and tuple(tensor.shape) == (len(scale), 1):
-            scale.copy_(read(tensor)[:, 0])
+        if self.granularity == "rows":
+            scale.copy_(part.row_scales(name, tensor))
         else:
-            check_shape(name, tensor, tuple(scale.shape))
-            scale.copy_(read(tensor))
+            scale.copy_(part.block_scales(name, tensor))
         self._scaled.add(key)
 
     def check(self) -> None:
@@ -230,12 +272,15 @@ class Fp8Linear(QuantizedLinear):
     optional = frozenset({"weight_scale"})
     ignored = ACTIVATION_SCALES
 
-    def __init__(self, build: Build, parts: Mapping[str, int], inputs: int, granularity: Granularity) -> None:
-        rows = sum(parts.values())
+    def __init__(
+        self, build: Build, parts: Mapping[str, int], inputs: int, shard: Shard, granularity: Granularity
+    ) -> None:
         self._build = build
-        self.parts = parts
-        self.weight = empty_weight(build, rows, inputs, dtype=E4M3)
-        shape = (sum(map(blocks, parts.values())), blocks(inputs)) if granularity == "blocks" else (rows,)
+        self.held = {part: Part((rows, inputs), shard.rows[part], shard.columns) for part, rows in parts.items()}
+        self.parts = {part: shard.rows_of(part) for part in parts}
+        rows = sum(self.parts.values())
+        self.weight = empty_weight(build, rows, shard.inputs, dtype=E4M3)
+        shape = (sum(map(blocks, self.parts.values())), blocks(shard.inputs)) if granularity == "blocks" else (rows,)
         self.scale = empty_weight(build, *shape, dtype=torch.float32)
         self.tensors = {"weight": self.weight, "weight_scale": self.scale}
         self._loaded = Loaded(granularity)
@@ -255,9 +300,9 @@ class Fp8Linear(QuantizedLinear):
     def load(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> None:
         numbers, scale = self._part(part)
         if parameter == "weight":
-            self._loaded.weight(part, name, tensor, numbers, scale)
+            self._loaded.weight(part, name, tensor, self.held[part], numbers, scale)
         else:
-            self._loaded.scale(part, name, tensor, scale)
+            self._loaded.scale(part, name, tensor, self.held[part], scale)
 
     def loaded(self, path: str) -> bool:
         self._loaded.check()
@@ -299,8 +344,11 @@ class Fp8Experts(QuantizedExperts):
     optional = frozenset({"gate_up_scale", "down_scale"})
     ignored = ACTIVATION_SCALES
 
-    def __init__(self, build: Build, count: int, size: int, inner: int, granularity: Granularity) -> None:
+    def __init__(self, build: Build, count: int, size: int, inner: int, share: slice, granularity: Granularity) -> None:
         self._build = build
+        self.up = Part((inner, size), share, slice(0, size))
+        self.down = Part((size, inner), slice(0, size), share)
+        inner = share.stop - share.start
         up = (2, blocks(inner), blocks(size)) if granularity == "blocks" else (2 * inner,)
         down = (blocks(size), blocks(inner)) if granularity == "blocks" else (size,)
         self.tensors = {
@@ -314,14 +362,15 @@ class Fp8Experts(QuantizedExperts):
 
     def load(self, name: str, parameter: str, expert: int, half: int, tensor: LazyTensor) -> None:
         matrix = parameter.removesuffix("_scale")
+        part = self.up if matrix == "gate_up" else self.down
         numbers, scale = self.tensors[matrix][expert], self.tensors[f"{matrix}_scale"][expert]
         if matrix == "gate_up":
             numbers = numbers.chunk(2)[half]
             scale = scale[half] if scale.dim() == 3 else scale.chunk(2)[half]
         if parameter == matrix:
-            self._loaded.weight((matrix, expert, half), name, tensor, numbers, scale)
+            self._loaded.weight((matrix, expert, half), name, tensor, part, numbers, scale)
         else:
-            self._loaded.scale((matrix, expert, half), name, tensor, scale)
+            self._loaded.scale((matrix, expert, half), name, tensor, part, scale)
 
     def loaded(self, path: str) -> bool:
         self._loaded.check()

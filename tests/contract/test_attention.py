@@ -10,6 +10,7 @@ from engine.layers import AttentionShape
 from engine.plugin.registry import Plugins, resolve
 from engine.plugin.testing import ATTENTION_CASES, AttentionCase, check_attention
 from engine.worker.steps.batch import build_batch
+from engine.worker.steps.rows import Rows
 from engine_plugins.attention.torch.mha import TorchAttention
 
 ON_CPU = [entry for entry in Plugins.load().attention.values() if "cpu" in entry.devices]
@@ -73,7 +74,7 @@ def test_only_the_pages_of_the_window_are_gathered():
     backend = TorchAttention(shape, 4, torch.device("cpu"), torch.float32)
     rows = np.array([[0, 100, 1, 1], [1, 3, 1, 1], [2, 90, 4, 1]])
     tokens, table = torch.zeros(3, 101, dtype=torch.int32), torch.arange(78, dtype=torch.int32).view(3, 26)
-    plan = backend.prepare(build_batch(rows, tokens, table, 4, ()))
+    plan = backend.prepare(build_batch(Rows.of(rows), tokens, table, 4, ()))
     assert (plan.halves[0] // 2)[0].tolist() == [23, 24, 25]  # of positions 95 to 100
     (prefill,) = plan.prefills
     assert (prefill.halves[0] // 2).tolist() == [52 + 21, 52 + 22, 52 + 23]  # of positions 85 to 93

@@ -6,6 +6,7 @@ And, format by format, that what is missing or broken is refused by name.
 import json
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -17,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from engine.errors import ConfigError
 from engine.text.tokenizer import Text
-from engine_plugins.checkpoints.gguf.checkpoint import GGUFCheckpoint
+from engine_plugins.checkpoints.gguf.checkpoint import GGUFCheckpoint, GGUFLazyTensor
 from engine_plugins.checkpoints.safetensors.checkpoint import SafetensorsCheckpoint
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -155,6 +156,36 @@ def checkpoint(request, paths):
 
 
 # ── what every format does ───────────────────────────────────────────────────────────────────
+
+
+PARTS = [(slice(0, 32), slice(0, 64)), (slice(16, 48), slice(32, 64)), (slice(32, 64), slice(7, 33))]
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"])
+@pytest.mark.parametrize("index", PARTS, ids=str)
+def test_a_part_of_a_matrix_is_a_part_of_the_whole(checkpoint, name, index):
+    tensor = dict(checkpoint.tensors())[name]
+    assert torch.equal(tensor[index], tensor[:][index])
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "BF16"])
+def test_a_part_of_packed_blocks_is_a_part_of_the_whole(tmp_path, kind):
+    weight = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
+    if kind == "BF16":
+        save_file({"x.weight": weight.bfloat16()}, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text('{"architectures": ["X"]}')
+        ((_, tensor),) = SafetensorsCheckpoint.open(str(tmp_path)).tensors()
+        weights = 32
+    else:
+        type_ = gguf.GGMLQuantizationType[kind]
+        blocks = gguf.quantize(weight.numpy(), type_)
+        tensor = GGUFLazyTensor(SimpleNamespace(bytes=blocks, kind=type_, shape=(16, 128)))
+        weights = gguf.GGML_QUANT_SIZES[type_][0]
+    rows, columns = slice(4, 12), slice(weights, 3 * weights)
+    found, blocks = tensor.packed(rows, columns)
+    unpacked = gguf.dequantize(blocks, gguf.GGMLQuantizationType[found]).reshape(8, -1)
+    assert found == kind and np.array_equal(unpacked, tensor[:].float().numpy()[rows, columns])
+    assert tensor.packed(rows, slice(0, weights - 1)) is None and tensor.packed(rows, slice(5, 5 + weights - 1)) is None
 
 
 def test_config_says_what_the_model_is(checkpoint, model):

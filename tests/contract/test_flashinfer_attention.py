@@ -124,7 +124,7 @@ class Captured:
         nothing, empty = torch.zeros(0, dtype=torch.int64), np.empty(0, np.int64)
         self.batch = Batch(
             ids=torch.zeros(tokens, dtype=torch.int64), positions=nothing, places=nothing, page_table=self.table,
-            slots=self.slots, row_starts=nothing, row_offsets=nothing, sampled=nothing, starts=empty, lengths=empty,
+            slots=self.slots, row_starts=nothing, row_offsets=nothing, starts=empty, lengths=empty,
             offsets=empty, caches=(),
         )  # fmt: skip
 
@@ -178,14 +178,18 @@ def test_steps_with_many_rows_or_tokens_are_not_captured(
     assert FlashInferAttention(step.shape, 4, CPU, torch.float32).most_graph_tokens > 1 << 20
 
 
-def test_plans_of_steps_under_way_do_not_share_pinned_memory(modules: dict[str, Definition]) -> None:
-    step, seen = Captured(1, 1), []
+@pytest.mark.parametrize("steps", [2, 5])
+def test_plans_of_steps_under_way_do_not_share_pinned_memory(
+    modules: dict[str, Definition], monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    monkeypatch.setattr(FlashInferAttention, "steps_in_flight", steps)
+    step, seen, turns = Captured(1, 1), [], 2 * steps
     plan = step.backend.capture(step.batch)
     original = modules["fa2"].plan
     modules["fa2"].plan = lambda *given: (seen.append(given[2].data_ptr()), original(*given))[1]  # type: ignore[method-assign]
-    for start in range(flashinfer.TURNS):
+    for start in range(turns):
         step.backend.refill(plan, np.zeros(1, np.int64), np.array([start]))
-    assert len(set(seen)) == flashinfer.TURNS
+    assert len(set(seen)) == turns
 
 
 def test_the_workspace_holds_what_flashinfer_plans_for() -> None:

@@ -164,7 +164,7 @@ class Captured:
         nothing, empty = torch.zeros(0, dtype=torch.int64), np.empty(0, np.int64)
         self.batch = Batch(
             ids=torch.zeros(tokens, dtype=torch.int64), positions=nothing, places=nothing, page_table=self.table,
-            slots=self.slots, row_starts=nothing, row_offsets=nothing, sampled=nothing, starts=empty, lengths=empty,
+            slots=self.slots, row_starts=nothing, row_offsets=nothing, starts=empty, lengths=empty,
             offsets=empty, caches=(),
         )  # fmt: skip
 
@@ -223,12 +223,16 @@ def test_a_captured_step_with_prompts_leaves_its_empty_rows_out_and_its_grid_as_
     assert {plan["pairs"] for plan in modules[0].plans} == {heads > 64}
 
 
-def test_plans_of_steps_under_way_do_not_share_pinned_memory(modules: tuple[Absorbed, Ragged]) -> None:
+@pytest.mark.parametrize("steps", [2, 5])
+def test_plans_of_steps_under_way_do_not_share_pinned_memory(
+    modules: tuple[Absorbed, Ragged], monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    monkeypatch.setattr(FlashInferLatentAttention, "steps_in_flight", steps)
     step = Captured(1, 1, 16)
     plan = step.backend.capture(step.batch)
-    for start in range(flashinfer.TURNS):
+    for start in range(steps):
         step.backend.refill(plan, np.zeros(1, np.int64), np.array([start]))
-    assert len({plan["pinned"] for plan in modules[0].plans}) == flashinfer.TURNS
+    assert len({plan["pinned"] for plan in modules[0].plans}) == steps
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ CONFIG = {"hidden_size": SIZE, "num_attention_heads": HEADS, "vocab_size": VOCAB
 
 def weights() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    tall = dict.fromkeys(("embed", "lm_head"), (VOCABULARY, SIZE))
+    tall = dict.fromkeys(("embed_tokens", "lm_head"), (VOCABULARY, SIZE))
     square = {f"{name}_proj": (SIZE, SIZE) for name in "qkvo"}
     return {f"{name}.weight": torch.randn(shape, generator=generator) for name, shape in (tall | square).items()}
 
@@ -29,7 +29,7 @@ def test_the_model_of_the_guide(scenario: str) -> None:
 
     def reference(ids: list[int]) -> torch.Tensor:
         weight = {name.removesuffix(".weight"): tensor.double() for name, tensor in tensors.items()}
-        hidden = weight["embed"][ids]
+        hidden = weight["embed_tokens"][ids]
         parts = (hidden @ weight[f"{name}_proj"].T for name in "qkv")
         query, key, value = (part.view(len(ids), HEADS, -1).transpose(0, 1) for part in parts)
         scores = (query @ key.transpose(1, 2) / (SIZE // HEADS) ** 0.5).masked_fill(

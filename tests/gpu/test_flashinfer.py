@@ -44,7 +44,7 @@ class Steps:
         nothing, empty = slots[:0], np.empty(0, np.int64)
         batch = Batch(
             ids=torch.zeros(tokens, dtype=torch.int64, device=DEVICE), positions=nothing, places=nothing,
-            page_table=self.table, slots=slots, row_starts=starts, row_offsets=offsets, sampled=nothing,
+            page_table=self.table, slots=slots, row_starts=starts, row_offsets=offsets,
             starts=empty, lengths=empty, offsets=empty, caches=(),
         )  # fmt: skip
         plan = self.backend.capture_prompts(batch) if prompts else self.backend.capture(batch)

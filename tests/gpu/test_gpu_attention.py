@@ -20,6 +20,7 @@ from engine.layers.batch import Batch
 from engine.plugin.registry import Plugins, resolve
 from engine.plugin.testing import ATTENTION_CASES, AttentionCase, check_attention
 from engine.worker.steps.batch import build_batch
+from engine.worker.steps.rows import Rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 TOLERANCES = {torch.float32: 5e-5, torch.float16: 4e-3, torch.bfloat16: 2.5e-2}
@@ -117,7 +118,7 @@ class Bench:
     def eager(self, starts: np.ndarray) -> Tensor:
         """A decode step of all rows: [rows, query_heads, head_dim]."""
         rows = np.stack([np.arange(len(starts)), starts, np.ones_like(starts), np.ones_like(starts)], axis=1)
-        batch = build_batch(rows, self.tokens, self.table, self.size, ((self.cache,),))
+        batch = build_batch(Rows.of(rows), self.tokens, self.table, self.size, ((self.cache,),))
         return self.forward(batch, self.backend.prepare(batch))
 
     def forward(self, batch: Batch, plan: Any) -> Tensor:
@@ -137,7 +138,6 @@ class Bench:
             slots=slots,
             row_starts=positions,
             row_offsets=rows,
-            sampled=rows[:-1],
             starts=nothing,
             lengths=nothing,
             offsets=nothing,

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine.messages.step import StepPlan
+from engine.messages.step import VECTOR
 from engine.plugin.testing import ModelHarness
+from engine.testing.steps import step_plan
 from engine_plugins.models.bert import Bert
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -29,11 +30,11 @@ def test_vectors_are_those_of_a_cpu(lengths: tuple[int, ...], dtype: torch.dtype
     )
     config, tensors = model.config.to_dict(), dict(model.state_dict())
     prompts = [np.random.default_rng(length).integers(0, 96, length).tolist() for length in lengths]
-    rows = np.array([(slot, 0, length, 2) for slot, length in enumerate(lengths)], "<i4").tobytes()
+    rows = [(slot, 0, length, VECTOR) for slot, length in enumerate(lengths)]
     made = []
     for device, kind in (("cpu", torch.float32), ("cuda", dtype)):
         harness = ModelHarness(Bert, config, tensors, device=device, dtype=kind)
         admits = harness.admit(prompts).admits
-        done = harness.runner.finish(harness.runner.launch(StepPlan(1, rows, admits)))
+        done = harness.runner.finish(harness.runner.launch(step_plan(1, rows, admits)))
         made.append(np.frombuffer(done.vectors, "<f4").reshape(len(lengths), 256))
     assert np.abs(made[0] - made[1]).max() < tolerance

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.layers import Build
-from engine.messages.step import StepPlan
 from engine.plugin.registry import Plugins, resolve
 from engine.plugin.testing import ModelHarness
+from engine.testing.steps import step_plan
+from engine.worker.steps.rows import Rows
 from engine_plugins.attention.torch.mla import TorchLatentAttention
 from engine_plugins.models.deepseek import Deepseek
 
@@ -116,19 +117,20 @@ def test_graphs_replay_what_steps_do(name: str) -> None:
     made.order = made.order[made.order != made.each * 4 - 1][: made.each * 3]
     runner.apply(made.admit(prompts))
     assert runner.capture(scratch_page=made.each * 4 - 1)
-    rows = np.array([(slot, 0, len(ids), 1) for slot, ids in enumerate(prompts)], np.int64)
+    rows = Rows.of(np.array([(slot, 0, len(ids), 1) for slot, ids in enumerate(prompts)]))
     with torch.inference_mode():
         assert runner.prompt_graphs[0].fits(rows)
         hidden, offsets = runner.prompt_graphs[0].replay(rows)
         logits = runner.model.logits(hidden).clone().split(np.diff(offsets).tolist())
         for got, ids in zip(logits, prompts, strict=True):
             assert_near(got, reference(tensors, ids))
-        steps = np.array([(slot, len(ids) - 1, 1, 1) for slot, ids in enumerate(prompts)], np.int64)
-        assert runner.decode_graphs.fits(steps)
-        hidden, _ = runner.decode_graphs.replay(steps)
+        steps = [(slot, len(ids) - 1, 1, 1) for slot, ids in enumerate(prompts)]
+        decodes = Rows.of(np.array(steps))
+        assert runner.decode_graphs.fits(decodes)
+        hidden, _ = runner.decode_graphs.replay(decodes)
         for got, ids in zip(runner.model.logits(hidden), prompts, strict=True):
             assert_near(got, reference(tensors, ids)[-1])
-    assert runner.finish(runner.launch(StepPlan(0, steps.astype("<i4").tobytes()))).counts
+    assert runner.finish(runner.launch(step_plan(0, steps))).counts
 
 
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "torch"])
@@ -142,7 +144,7 @@ def test_launching_a_step_waits_for_nothing(name: str) -> None:
         [(2, 0, 3, 1), (0, 150, 210, 1), (1, 40, 30, 1)],
         [(0, 360, 1, 1), (1, 70, 1, 1)],
     ]
-    packed = [StepPlan(number, np.array(rows, "<i4").tobytes()) for number, rows in enumerate(steps)]
+    packed = [step_plan(number, rows) for number, rows in enumerate(steps)]
     runner.apply(admitted)
     for plan in packed:
         runner.finish(runner.launch(plan))  # compiles

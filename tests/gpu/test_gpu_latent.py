@@ -131,7 +131,7 @@ class Bench:
         nothing = np.empty(0, np.int64)
         return Batch(
             ids=torch.zeros(len(self.query), dtype=torch.int64, device=DEVICE), positions=starts, places=starts,
-            page_table=self.table, slots=slots, row_starts=starts, row_offsets=offsets, sampled=slots[:0],
+            page_table=self.table, slots=slots, row_starts=starts, row_offsets=offsets,
             starts=nothing, lengths=nothing, offsets=nothing, caches=((self.cache,),),
         )  # fmt: skip
 

@@ -15,9 +15,10 @@ from test_fp8 import BLOCKS, TENSORS, quantized, through_fp8
 
 from engine.kernels.fp8.reference import E4M3
 from engine.messages.control import CountExperts
-from engine.messages.step import StepPlan
 from engine.plugin.testing import MODEL_SCENARIOS, ModelHarness, check_model
+from engine.testing.steps import step_plan
 from engine.worker.experts import count_experts
+from engine.worker.steps.rows import Rows
 from engine_plugins.attention.triton.mha import TritonAttention
 from engine_plugins.models.llama import Llama
 from engine_plugins.models.mixtral import Mixtral
@@ -89,15 +90,15 @@ def test_graphs_route_anew_and_leave_padding_out(quantization: Fp8 | None) -> No
     prompts = [np.random.default_rng(slot).integers(0, 96, length).tolist() for slot, length in enumerate((150, 70, 9))]
     runner.apply(made.admit(prompts))
     assert runner.capture(made.each * 4 - 1, False)
-    rows = np.array([(slot, 0, len(ids), 1) for slot, ids in enumerate(prompts)], np.int64)
-    steps = np.array([(slot, len(ids) - 1, 1, 1) for slot, ids in enumerate(prompts)], np.int64)
+    rows = Rows.of(np.array([(slot, 0, len(ids), 1) for slot, ids in enumerate(prompts)]))
+    steps = Rows.of(np.array([(slot, len(ids) - 1, 1, 1) for slot, ids in enumerate(prompts)]))
     count_experts(runner.model, CountExperts(0, "start"))
     with torch.inference_mode():
         hidden, _ = runner.prompt_graphs[0].replay(rows)
-        wanted, _ = runner.forward(rows)
+        wanted, _ = runner.compute(rows)
         assert (hidden.float() - wanted.float()).abs().mean() < 0.02 * wanted.float().std()
         hidden, _ = runner.decode_graphs.replay(steps)
-        wanted, _ = runner.forward(steps)
+        wanted, _ = runner.compute(steps)
         assert (hidden.float() - wanted.float()).abs().mean() < 0.02 * wanted.float().std()
     counted = count_experts(runner.model, CountExperts(0, "stop"))
     counts = np.frombuffer(counted.counts, "<i8").reshape(2, 8)
@@ -110,7 +111,7 @@ def test_launching_a_step_waits_for_nothing(quantization: Fp8 | None) -> None:
     runner = made.runner
     admitted = made.admit([list(range(90)) * 4, list(range(70)), [5, 6, 7]])
     steps = [[(0, 0, 150, 0), (1, 0, 40, 0)], [(2, 0, 3, 1), (0, 150, 210, 1)], [(0, 360, 1, 1), (2, 3, 1, 1)]]
-    packed = [StepPlan(number, np.array(rows, "<i4").tobytes()) for number, rows in enumerate(steps)]
+    packed = [step_plan(number, rows) for number, rows in enumerate(steps)]
     runner.apply(admitted)
     for plan in packed:
         runner.finish(runner.launch(plan))  # compiles

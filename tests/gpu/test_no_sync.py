@@ -5,12 +5,14 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 from engine.errors import ConfigError
 from engine.messages.request import Sampling
 from engine.messages.step import SlotAdmit, StepPlan
 from engine.plugin.registry import Plugins
 from engine.plugin.testing import ModelHarness
+from engine.testing.steps import step_plan
 from engine.worker.backends import Backends
 from engine.worker.steps.graphs import DecodeGraphs
 from engine.worker.steps.warmup import FILTERED, PLAIN, everything
@@ -59,16 +61,16 @@ def test_a_graph_draws_what_is_drawn_outside(monkeypatch: pytest.MonkeyPatch) ->
     harness = built("triton", graphs=True)
     runner = harness.runner
     ids = [np.arange(length, dtype="<i4") + 7 for length in (20, 9, 30)]
-    pages = harness.admit([row.tolist() for row in ids]).pages
+    plan = harness.admit([row.tolist() for row in ids])
     asked = [Sampling(temperature, 0, 1.0, 0.0, seed) for seed, temperature in enumerate((0.0, 0.7, 1.3))]
     admits = tuple(SlotAdmit(slot, ids[slot].tobytes(), asked[slot], len(ids[slot])) for slot in range(3))
-    prompts = np.array([(slot, 0, len(ids[slot]), 1) for slot in range(3)], "<i4").tobytes()
-    runner.finish(runner.launch(StepPlan(0, prompts, admits, pages)))
+    prompts = step_plan(0, [(slot, 0, len(ids[slot]), 1) for slot in range(3)])
+    runner.finish(runner.launch(replace(prompts, admits=admits, pages=plan.pages)))
     drawn = []
     for _ in range(2):
         for step in range(4):
-            plan = np.array([(slot, len(ids[slot]) + step, 1, 1) for slot in range(3)], "<i4").tobytes()
-            drawn.append(runner.finish(runner.launch(StepPlan(0, plan))).tokens)
+            rows = [(slot, len(ids[slot]) + step, 1, 1) for slot in range(3)]
+            drawn.append(runner.finish(runner.launch(step_plan(0, rows))).tokens)
         monkeypatch.setattr(DecodeGraphs, "draws", False)
     assert drawn[:4] == drawn[4:] and len(set(drawn)) > 1
 
@@ -88,8 +90,8 @@ def test_launching_a_step_waits_for_nothing(backend: str, graphs: bool, plain: b
         admits = tuple(SlotAdmit(slot, ids[slot].tobytes(), asked[slot], len(ids[slot])) for slot in range(3))
         steps = [[(0, 0, 20, 1), (1, 0, 5, 0)], [(0, 20, 1, 1), (1, 5, 4, 1), (2, 0, 30, 1)]]
         steps += [[(0, 21 + step, 1, 1), (1, 9 + step, 1, 1), (2, 30 + step, 1, 1)] for step in range(3)]
-        packed = [np.array(rows, "<i4").tobytes() for rows in steps]
-        return [StepPlan(0, packed[0], admits, pages), *(StepPlan(0, rows) for rows in packed[1:])]
+        first, *rest = (step_plan(0, rows) for rows in steps)
+        return [replace(first, admits=admits, pages=pages), *rest]
 
     for plan in plans():
         runner.finish(runner.launch(plan))  # compiles

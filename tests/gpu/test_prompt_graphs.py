@@ -14,6 +14,7 @@ from oracle import tiny
 
 from engine.errors import ConfigError
 from engine.plugin.testing import ModelHarness
+from engine.worker.steps.rows import Rows
 from engine_plugins.attention.hybrid import HybridAttention
 from engine_plugins.attention.triton.mha import TritonAttention
 from engine_plugins.models.qwen import Qwen
@@ -61,10 +62,10 @@ STEPS = {
 @pytest.mark.parametrize("step", STEPS)
 @torch.inference_mode()
 def test_a_replayed_step_is_the_step(made: ModelHarness, step: str) -> None:
-    runner, rows = made.runner, np.array([(*row, 1) for row in STEPS[step]], np.int64)
+    runner, rows = made.runner, Rows.of(np.array([(*row, 1) for row in STEPS[step]]))
     chosen = [graphs for graphs in runner.prompt_graphs if graphs.fits(rows)]
     assert chosen, "there is a graph for it"
-    wanted, batch = runner.forward(rows)
+    wanted, batch = runner.compute(rows)
     hidden, offsets = chosen[0].replay(rows)
     assert offsets.tolist() == batch.offsets.tolist()
     assert torch.isfinite(hidden).all()

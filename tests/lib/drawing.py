@@ -26,7 +26,9 @@ def sample(logits: Tensor, rows: Columns, positions: np.ndarray) -> Tensor:
     numbers = parameters(rows, logits.device)
     seeds, lasts = (torch.from_numpy(each).to(logits.device) for each in (rows.seed, positions - 1))
     tokens = torch.zeros(len(logits), int(positions.max()) + 1, dtype=torch.int32, device=logits.device)
+    lengths = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
     filters = Filters(*numbers[1:]) if rows.filters else None
-    drawn = operations.draw(logits, slots, lasts, numbers[0], seeds, tokens, filters)
+    drawn = operations.draw(logits, slots, lasts, numbers[0], seeds, tokens, lengths, filters)
     assert torch.equal(tokens[slots, lasts + 1].long(), drawn)
+    assert torch.equal(lengths, lasts + 2)
     return drawn

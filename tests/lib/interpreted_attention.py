@@ -140,7 +140,7 @@ def test_one_prompt_plan_serves_steps_of_other_rows(kind: str, monkeypatch: pyte
     nothing = np.empty(0, np.int64)
     batch = Batch(
         ids=ids, positions=ids, places=ids, page_table=table, slots=slots, row_starts=starts, row_offsets=offsets,
-        sampled=ids, starts=nothing, lengths=nothing, offsets=nothing, caches=((cache,),),
+        starts=nothing, lengths=nothing, offsets=nothing, caches=((cache,),),
     )  # fmt: skip
     plan = backend.capture_prompts(batch)
     backend.refill_prompts(plan, nothing, nothing, np.zeros(1, np.int64))

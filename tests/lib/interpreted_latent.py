@@ -70,7 +70,7 @@ class Steps:
         nothing, empty = numbers[:0], np.empty(0, np.int64)
         return Batch(
             ids=torch.zeros(len(self.query), dtype=torch.int64), positions=nothing, places=nothing,
-            page_table=self.table, slots=slots, row_starts=starts, row_offsets=offsets, sampled=nothing,
+            page_table=self.table, slots=slots, row_starts=starts, row_offsets=offsets,
             starts=empty, lengths=empty, offsets=empty, caches=(),
         )  # fmt: skip
 

@@ -4,14 +4,19 @@ Keys and values stand for the prefix they were computed from: position p of a ro
 p, and a row may attend only to pages that hold exactly the hashes of its own prefix. A page shared wrongly, freed
 too early or never written shows at once. Sampling is a function of the prefix and the request's seed. What a
 request's salt is the device learns from `bad_words`: it goes into the hashes, so that salts may share no page.
+
+A row of drafts begins where its slot stands, as on a real device: which of its drafts are right is a function of the
+prefix too. What the wrong ones leave in the cache are hashes that nobody may read.
 """
 
 from array import array
 
 from engine.messages.request import Admit, Sampling
-from engine.messages.step import Logprobs, SlotAdmit, StepDone, StepPlan
+from engine.messages.step import DRAFTS, NOTHING, Logprobs, SlotAdmit, StepDone, StepPlan
+from engine.testing.steps import rows_of
 
 VOCABULARY = 4
+WRONG = -1  # the hash that a wrong draft leaves
 
 
 def extended(prefix: int, token: int) -> int:
@@ -20,6 +25,26 @@ def extended(prefix: int, token: int) -> int:
 
 def sampled(prefix: int, seed: int) -> int:
     return hash((prefix, seed)) // 7 % VOCABULARY
+
+
+def burst_after(prefix: int, burst: int) -> int:
+    """How many tokens a row gets that stands there, if it may have so many."""
+    return 1 + prefix % burst
+
+
+def least_steps(admit: Admit, burst: int) -> int:
+    """Steps from the first to the one that ends a request of one chunk, none of them wasted."""
+    tokens, _ = naive(admit)
+    ids = array("i", admit.ids).tolist() + tokens
+    prefix, prefixes = started(admit.sampling), []
+    for token in ids:
+        prefix = extended(prefix, token)
+        prefixes.append(prefix)
+    length, steps = len(ids) - len(tokens) + 1, 1  # the prompt's step yields one token
+    while length < len(ids):
+        length += burst_after(prefixes[length - 1], burst)
+        steps += 1
+    return steps
 
 
 def naive(admit: Admit) -> tuple[list[int], str]:
@@ -55,7 +80,7 @@ def sampling(seed: int, salt: str = "", logprobs: int = -1, prompt_logprobs: int
 
 
 class SimulatedDevice:
-    """`burst` tokens at most from a sampled row, as a speculating device gives; `computed` counts positions."""
+    """`burst` tokens at most from a row of drafts; `computed` counts positions."""
 
     def __init__(self, pages: int, page_size: int, slots: int, max_step_tokens: int, burst: int = 1) -> None:
         self.pages, self.page_size, self.slots = pages, page_size, slots
@@ -68,40 +93,67 @@ class SimulatedDevice:
         self.order: list[int] = []  # seeds in the order of admission to slots
 
     def run(self, plan: StepPlan) -> StepDone:
-        rows = self._columns(plan.rows, 4)
         self._apply_updates(plan)
-        assert rows and len({slot for slot, *_ in rows}) == len(rows), "a slot has two rows in a step"
-        assert sum(length for _, _, length, _ in rows) <= self.max_step_tokens
-        prefixes = {slot: self._prefixes(slot, start + length) for slot, start, length, _ in rows}
+        planned = list(rows_of(plan))
+        assert planned and len({slot for slot, *_ in planned}) == len(planned), "a slot has two rows in a step"
+        assert sum(length for _, _, length, _ in planned) <= self.max_step_tokens
+        rows = [(slot, self._start(slot, start, *rest), *rest) for slot, start, *rest in planned]
+        known = {slot: len(self.tokens[slot]) for slot, *_ in rows}
+        new = {row[0]: self._yielded(*row) for row in rows}
+        prefixes = {slot: self._prefixes(slot) for slot, *_ in rows}
         written: dict[tuple[int, int], int] = {}
         for slot, start, length, _ in rows:
             assert length > 0
             for position in range(start, start + length):
-                place, value = self._place(slot, position), prefixes[slot][position]
+                right = position < len(self.tokens[slot]) - (position >= known[slot])
+                place, value = self._place(slot, position), prefixes[slot][position] if right else WRONG
                 assert written.setdefault(place, value) == value, f"two rows of a step write {place}"
         self.store |= written
         self.computed += sum(length for _, _, length, _ in rows)
         counts, tokens = array("i"), array("i")
         logprobs: list[Logprobs] = []
         prompt_logprobs: list[Logprobs] = []
-        for row, (slot, start, length, sample) in enumerate(rows):
-            end = start + length
+        for row, (slot, start, length, yields) in enumerate(rows):
             admit = self.admits[slot]
-            first, last = max(start, admit.scored), min(end, admit.prompt_len - 1)
+            first, last = max(start, admit.scored), min(start + length, admit.prompt_len - 1)
             if admit.sampling.prompt_logprobs >= 0 and first < last:
                 scored = self.tokens[slot][first + 1 : last + 1]
                 prompt_logprobs.append(scores(row, first + 1, scored, admit.sampling.prompt_logprobs))
-            for position in range(end):
+            for position in range(min(start + length, len(self.tokens[slot]) - (yields != NOTHING))):
                 place = self._place(slot, position)
                 assert self.store.get(place) == prefixes[slot][position], f"slot {slot} reads another's page at {place}"
-            if sample:
-                new = self._sample(prefixes[slot][end - 1], admit.sampling.seed)
-                if admit.sampling.logprobs >= 0:
-                    logprobs.append(scores(len(counts), end, new, admit.sampling.logprobs))
-                self.tokens[slot][end : end + len(new)] = new
-                counts.append(len(new))
-                tokens += array("i", new)
+            if yields != NOTHING:
+                if admit.sampling.logprobs >= 0 and new[slot]:
+                    logprobs.append(scores(len(counts), known[slot], new[slot], admit.sampling.logprobs))
+                counts.append(len(new[slot]))
+                tokens += array("i", new[slot])
         return StepDone(plan.step, counts.tobytes(), tokens.tobytes(), 0.0, tuple(logprobs), tuple(prompt_logprobs))
+
+    def _start(self, slot: int, start: int, length: int, yields: int) -> int:
+        """Where a row really begins, as StepPlan says."""
+        if yields == NOTHING:
+            return start
+        known = len(self.tokens[slot])
+        real = min(known - 1, self.admits[slot].limit - 1 - length) if yields == DRAFTS else known - length
+        assert start <= known - (1 if yields == DRAFTS else length), f"slot {slot} has fewer tokens than was sure"
+        assert yields == DRAFTS or real == start, f"slot {slot} yields one token each, so its start is known"
+        return real
+
+    def _yielded(self, slot: int, start: int, length: int, yields: int) -> list[int]:
+        """Draws the tokens that a row yields, and appends them to its slot."""
+        if yields == NOTHING:
+            assert start + length <= len(self.tokens[slot]), f"slot {slot} computes tokens that are not there yet"
+            return []
+        prefix, seed = self._prefixes(slot)[-1], self.admits[slot].sampling.seed
+        most = start + length + 1 - len(self.tokens[slot])  # one after each computed position from the last token on
+        count = min(most, burst_after(prefix, self.burst)) if yields == DRAFTS else 1
+        assert count > 0 or len(self.tokens[slot]) == self.admits[slot].limit, f"slot {slot} wastes a row"
+        new: list[int] = []
+        for _ in range(count):
+            new.append(sampled(prefix, seed))
+            prefix = extended(prefix, new[-1])
+        self.tokens[slot] += new
+        return new
 
     def _apply_updates(self, plan: StepPlan) -> None:
         for admit in plan.admits:
@@ -109,31 +161,20 @@ class SimulatedDevice:
             self.tokens[admit.slot] = list(array("i", admit.ids))
             self.admits[admit.slot] = admit
             self.order.append(admit.sampling.seed)
-        updates = self._columns(plan.pages, 3)
+        numbers = array("i", plan.pages)
+        updates = [tuple(numbers[at : at + 3]) for at in range(0, len(numbers), 3)]
         assert len({(slot, index) for slot, index, _ in updates}) == len(updates), "a page is set twice in a step"
         for slot, index, page in updates:
             assert 0 <= page < self.pages
             self.table[slot, index] = page
 
-    @staticmethod
-    def _columns(data: bytes, width: int) -> list[tuple[int, ...]]:
-        numbers = array("i", data)
-        return [tuple(numbers[at : at + width]) for at in range(0, len(numbers), width)]
-
     def _place(self, slot: int, position: int) -> tuple[int, int]:
         return self.table[slot, position // self.page_size], position % self.page_size
 
-    def _prefixes(self, slot: int, end: int) -> list[int]:
-        assert end <= len(self.tokens[slot]), f"slot {slot} computes tokens that are not there yet"
+    def _prefixes(self, slot: int) -> list[int]:
+        """The hash of the tokens up to each position."""
         prefix, prefixes = started(self.admits[slot].sampling), []
-        for token in self.tokens[slot][:end]:
+        for token in self.tokens[slot]:
             prefix = extended(prefix, token)
             prefixes.append(prefix)
         return prefixes
-
-    def _sample(self, prefix: int, seed: int) -> list[int]:
-        new: list[int] = []
-        for _ in range(1 + prefix % self.burst):
-            new.append(sampled(prefix, seed))
-            prefix = extended(prefix, new[-1])
-        return new

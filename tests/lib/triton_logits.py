@@ -186,10 +186,12 @@ def test_filtered_draws_are_those_of_the_definition(dtype: torch.dtype) -> None:
     lasts = torch.arange(count, device=DEVICE) * 5
     tokens = torch.zeros(count, int(lasts[-1]) + 2, dtype=torch.int32, device=DEVICE)
     cut = cuts(logits, slots, temperatures, *rest)
-    got = draw(logits, slots, lasts, temperatures, seeds, tokens, cut)
+    lengths = torch.zeros(count, dtype=torch.int64, device=DEVICE)
+    got = draw(logits, slots, lasts, temperatures, seeds, tokens, lengths, cut)
+    assert torch.equal(lengths, lasts + 2)
     wanted = sample(logits.float(), asked, lasts.cpu().numpy() + 1)
     assert (got == wanted).float().mean() >= (0.98 if GPU else 1.0)
-    half = draw(logits[3:4], slots[3:4], lasts[3:4], temperatures, seeds, tokens, tuple(c[3:4] for c in cut))
+    half = draw(logits[3:4], slots[3:4], lasts[3:4], temperatures, seeds, tokens, lengths, tuple(c[3:4] for c in cut))
     assert half.tolist() == got[3:4].tolist()
 
 

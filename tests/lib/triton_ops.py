@@ -160,7 +160,9 @@ def test_draws_are_those_of_the_definition(dtype: torch.dtype) -> None:
     temperatures = torch.tensor([0.0, 0.0, 0.6, 1.0, 0.0, 2.0] * rows)[:rows].to(DEVICE)[slots.argsort()]
     seeds = torch.arange(rows, device=DEVICE) * 0x123456789ABCDEF - 5
     tokens = torch.zeros(rows, lasts[-1] + 2, dtype=torch.int32, device=DEVICE)
-    got = draw(logits, slots, lasts, temperatures, seeds, tokens)
+    lengths = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
+    got = draw(logits, slots, lasts, temperatures, seeds, tokens, lengths)
+    assert torch.equal(lengths[slots], lasts + 2)
     assert got[:2].tolist() == [77, 0] and got[5] == 8000 and got[3] >= 4096
     assert torch.equal(tokens[slots, lasts + 1].long(), got) and int((tokens != 0).sum()) <= rows
     each = temperatures[slots, None]
@@ -185,8 +187,9 @@ def test_draws_under_masks_are_those_of_what_they_leave(dtype: torch.dtype) -> N
     slots, temperatures = torch.arange(rows, device=DEVICE), torch.tensor([1.0, 0.6, 1.0, 0.0] * rows)[:rows].to(DEVICE)
     tokens = torch.zeros(2, rows, rows + 1, dtype=torch.int32, device=DEVICE)
     before = logits.clone()
-    got = draw(logits, slots, slots, temperatures, slots, tokens[0], masks=(table, lines))
-    assert torch.equal(got, draw(barred, slots, slots, temperatures, slots, tokens[1]))
+    lengths = torch.zeros_like(slots)
+    got = draw(logits, slots, slots, temperatures, slots, tokens[0], lengths, masks=(table, lines))
+    assert torch.equal(got, draw(barred, slots, slots, temperatures, slots, tokens[1], lengths))
     assert torch.equal(tokens[0], tokens[1]) and torch.equal(logits, before)
     assert got[0] == 4099 and set(got[lines == 0].tolist()) <= set(few.tolist())
 
@@ -199,7 +202,9 @@ def test_draws_at_the_lowest_temperatures_are_of_the_largest() -> None:
     lasts = torch.arange(4, device=DEVICE)
     temperatures = torch.tensor([1e-45, 1e-39, 1e-39, 1e-37], device=DEVICE)
     tokens = torch.zeros(4, 5, dtype=torch.int32, device=DEVICE)
-    assert torch.equal(draw(logits, lasts, lasts, temperatures, lasts, tokens), logits.argmax(dim=-1))
+    assert torch.equal(
+        draw(logits, lasts, lasts, temperatures, lasts, tokens, torch.zeros_like(lasts)), logits.argmax(dim=-1)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

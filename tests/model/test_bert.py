@@ -21,9 +21,10 @@ from engine import Engine, RequestError
 from engine.config import resolve
 from engine.errors import ConfigError
 from engine.http.app import serve
-from engine.messages.step import StepPlan
+from engine.messages.step import VECTOR
 from engine.plugin.testing import ModelHarness
 from engine.runtime.launch import open_front
+from engine.testing.steps import step_plan
 from engine_plugins.checkpoints import embedded
 from engine_plugins.checkpoints.embedded import embedded_path
 from engine_plugins.checkpoints.safetensors.checkpoint import EMBEDDED, SafetensorsCheckpoint
@@ -65,8 +66,8 @@ def vectors(config: dict[str, Any], tensors: dict[str, torch.Tensor], prompts: l
     harness = ModelHarness(Bert, config, tensors)
     runner = harness.runner
     plan = harness.admit(prompts)
-    rows = np.array([(slot, 0, len(ids), 2) for slot, ids in enumerate(prompts)], "<i4").tobytes()
-    done = runner.finish(runner.launch(StepPlan(1, rows, plan.admits)))
+    rows = [(slot, 0, len(ids), VECTOR) for slot, ids in enumerate(prompts)]
+    done = runner.finish(runner.launch(step_plan(1, rows, plan.admits)))
     assert (done.counts, done.tokens) == (b"", b"")
     return torch.from_numpy(np.frombuffer(done.vectors, "<f4").copy()).view(len(prompts), -1)
 

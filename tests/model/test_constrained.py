@@ -133,9 +133,9 @@ def test_a_grammar_that_begins_behind_a_text() -> None:
 
     async def ask() -> str:
         async with AsyncEngine(resolve({"model": "smollm2-135m", "max_model_len": 256})) as engine:
-            params = SamplingParams(temperature=0, max_tokens=40)
             grammar = Grammar("choice", '["yes","no"]', after=".")
-            job = Generate("r", params, messages=MESSAGES, grammar=grammar)
+            params = SamplingParams(temperature=0, max_tokens=40, grammar=grammar)
+            job = Generate("r", params, messages=MESSAGES)
             return "".join([chunk.text async for chunk in engine.front.generate(job)])
 
     text = anyio.run(ask)

@@ -13,12 +13,12 @@ import torch
 from oracle import tiny
 from torch import Tensor
 
-from engine.actors.scheduler import CREDITS, MORE_CREDITS
 from engine.layers.attention import PagedAttention, Prefix
 from engine.layers.batch import Batch, Mirror
 from engine.messages.control import CountAction, CountExperts
+from engine.messages.step import STEPS_IN_FLIGHT
 from engine.plugin.testing import ModelHarness
-from engine.worker.experts import count_experts, heed_padding
+from engine.worker.experts import count_experts, routers_of
 from engine.worker.steps import graphs
 from engine.worker.steps.graphs import (
     FEW_ROWS_TOKENS,
@@ -29,6 +29,7 @@ from engine.worker.steps.graphs import (
     prompt_graphs,
     shared_ladder,
 )
+from engine.worker.steps.rows import Rows
 from engine_plugins.models.llama import Llama
 from engine_plugins.models.qwen3_moe import Qwen3Moe
 
@@ -125,12 +126,12 @@ def dense() -> ModelHarness:
 
 def tables(harness: ModelHarness) -> Tables:
     runner = harness.runner
-    real = heed_padding(runner.model)
+    real = bool(routers_of(runner.model))
     return Tables(runner.model, runner.caches, runner.tokens, runner.page_table, runner.page_size, counts_real=real)
 
 
 def test_numbers_of_all_steps_in_flight_have_places_of_their_own_on_the_host() -> None:
-    mirror, steps = Mirror(2, torch.device("cpu")), max(CREDITS, MORE_CREDITS)
+    mirror, steps = Mirror(2, torch.device("cpu")), STEPS_IN_FLIGHT
     hosts = [mirror.host() for _ in range(steps)]
     for number, host in enumerate(hosts):
         host[:] = number
@@ -140,18 +141,18 @@ def test_numbers_of_all_steps_in_flight_have_places_of_their_own_on_the_host() -
 @torch.inference_mode()
 def test_a_replayed_decode_step_is_the_step(harness: ModelHarness) -> None:
     decode = DecodeGraphs(tables(harness))
-    assert not decode.fits(np.array([[0, 9, 1, 1]]))
+    assert not decode.fits(Rows.of(np.array([[0, 9, 1, 1]])))
     assert decode.capture(4, pool=None)
     harness.logits([(slot, 0, 30) for slot in range(3)])
     for step in ([(1, 9)], [(2, 29), (0, 4)], [(0, 17), (2, 0), (1, 28)]):
-        rows = np.array([(slot, position, 1, 1) for slot, position in step], np.int64)
+        rows = Rows.of(np.array([(slot, position, 1, 1) for slot, position in step]))
         assert decode.fits(rows)
         hidden, on_device = decode.replay(rows)
         assert on_device.T.tolist() == [list(each) for each in step]
-        expected, _ = harness.runner.forward(rows)
+        expected, _ = harness.runner.compute(rows)
         assert torch.allclose(hidden, expected, atol=1e-5)
     assert not decode.draws
-    assert not decode.fits(np.array([[0, 9, 2, 1]])) and not decode.fits(np.zeros((5, 4), np.int64))
+    assert not decode.fits(Rows.of(np.array([[0, 9, 2, 1]]))) and not decode.fits(Rows.of(np.zeros((5, 4), np.int64)))
 
 
 @torch.inference_mode()
@@ -165,7 +166,7 @@ def test_tokens_are_drawn_by_a_second_graph(harness: ModelHarness) -> None:
     decode = DecodeGraphs(dataclasses.replace(tables(harness), draw=draw, masks=True))
     assert decode.capture(4, pool=None)
     harness.logits([(slot, 0, 30) for slot in range(3)])
-    rows = np.array([(2, 29, 1, 1), (0, 4, 1, 1), (1, 11, 1, 1)])
+    rows = Rows.of(np.array([(2, 29, 1, 1), (0, 4, 1, 1), (1, 11, 1, 1)]))
     hidden, _ = decode.replay(rows)
     tokens = harness.runner.model.logits(hidden).argmax(-1)
     assert decode.draws and torch.equal(decode.draw(3, None), tokens)
@@ -179,14 +180,14 @@ def test_a_replayed_step_with_prompts_is_the_step(harness: ModelHarness) -> None
     prompts = PromptGraphs(tables(harness), 5, FEW_ROWS_TOKENS)
     assert prompts.capture(64, pool=None)
     for step in ([(0, 0, 11)], [(1, 0, 7), (0, 11, 1), (2, 0, 20)], [(1, 7, 3), (2, 20, 2)], [(0, 0, 30), (1, 0, 30)]):
-        rows = np.array([(*row, 1) for row in step], np.int64)
+        rows = Rows.of(np.array([(*row, 1) for row in step]))
         assert prompts.fits(rows)
         hidden, offsets = prompts.replay(rows)
-        expected, batch = harness.runner.forward(rows)
+        expected, batch = harness.runner.compute(rows)
         assert offsets.tolist() == batch.offsets.tolist()
         assert torch.allclose(hidden, expected, atol=1e-5)
-    assert not prompts.fits(np.array([(0, 0, 65, 1)])), "too many tokens"
-    assert not prompts.fits(np.array([(0, 0, 1, 1)] * 5)), "no row is left to be the empty one"
+    assert not prompts.fits(Rows.of(np.array([(0, 0, 65, 1)]))), "too many tokens"
+    assert not prompts.fits(Rows.of(np.array([(0, 0, 1, 1)] * 5))), "no row is left to be the empty one"
 
 
 @torch.inference_mode()
@@ -204,12 +205,12 @@ def test_sizes_that_a_backend_cannot_capture_are_left_to_larger_ones(
     )
     prompts = PromptGraphs(tables(harness), 5, (16, 32, 48, 64))
     assert prompts.capture(64, pool=None)
-    rows = np.array([(0, 0, 20, 1), (1, 0, 5, 1)])
+    rows = Rows.of(np.array([(0, 0, 20, 1), (1, 0, 5, 1)]))
     hidden, _ = prompts.replay(rows)
-    assert torch.allclose(hidden, harness.runner.forward(rows)[0], atol=1e-5)
-    assert prompts.fits(np.array([(0, 0, 48, 1)])) and not prompts.fits(np.array([(0, 0, 49, 1)]))
+    assert torch.allclose(hidden, harness.runner.compute(rows)[0], atol=1e-5)
+    assert prompts.fits(Rows.of(np.array([(0, 0, 48, 1)]))) and not prompts.fits(Rows.of(np.array([(0, 0, 49, 1)])))
     assert prompts.capture(40, pool=None), "steps have no more tokens: that is the last size"
-    assert prompts.fits(np.array([(0, 0, 40, 1)])) and not prompts.fits(np.array([(0, 0, 41, 1)]))
+    assert prompts.fits(Rows.of(np.array([(0, 0, 40, 1)]))) and not prompts.fits(Rows.of(np.array([(0, 0, 41, 1)])))
     assert not prompts.capture(15, pool=None), "too few for any"
     refused |= {16, 48}
     assert not PromptGraphs(tables(harness), 5, (16, 32, 48, 64)).capture(64, pool=None)
@@ -239,10 +240,10 @@ def test_a_runner_captures_what_its_steps_can_be(harness: ModelHarness, monkeypa
     assert (few.most, others.most, runner.decode_graphs.most) == (256, 0, 4), "few rows have graphs of so many tokens"
     assert runner.prefixes is not None
     assert runner.capture(harness.each * harness.slots - 1, shares=False, step_tokens=100)
-    rows = np.array([(slot, 0, 30, 1) for slot in range(3)])
+    rows = Rows.of(np.array([(slot, 0, 30, 1) for slot in range(3)]))
     assert few.most == 100 and few.fits(rows) and not others.fits(rows)
-    hidden, _ = runner._hidden(rows)
-    assert torch.allclose(hidden, runner.forward(rows)[0], atol=1e-5)
+    hidden = runner.forward(rows).hidden
+    assert torch.allclose(hidden, runner.compute(rows)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("harness", ["dense"], indirect=True)
@@ -278,11 +279,11 @@ def test_padding_chooses_no_experts(harness: ModelHarness) -> None:
     decode, prompts = DecodeGraphs(tables(harness)), PromptGraphs(tables(harness), 5, FEW_ROWS_TOKENS)
     assert decode.capture(4, pool=None) and prompts.capture(64, pool=None)
     assert chosen("start") == [0, 0, 0]
-    decode.replay(np.array([[0, 9, 1, 1], [1, 9, 1, 1], [2, 9, 1, 1]]))
+    decode.replay(Rows.of(np.array([[0, 9, 1, 1], [1, 9, 1, 1], [2, 9, 1, 1]])))
     assert chosen("look") == [3 * 3] * 3
-    prompts.replay(np.array([[0, 0, 11, 1], [1, 0, 7, 1]]))
+    prompts.replay(Rows.of(np.array([[0, 0, 11, 1], [1, 0, 7, 1]])))
     assert chosen("look") == [(3 + 18) * 3] * 3
-    harness.runner.forward(np.array([[0, 0, 11, 1]]))
+    harness.runner.compute(Rows.of(np.array([[0, 0, 11, 1]])))
     assert chosen("stop") == [(3 + 18 + 11) * 3] * 3
 
 
@@ -291,9 +292,9 @@ def test_a_step_with_shared_prefixes_has_a_graph_that_is_told_of_them(harness: M
     shared = DecodeGraphs(tables(harness), shared=True)
     assert shared.capture(4, pool=None) and shared_ladder(256) == [16, 32, 64, 128, 192, 256]
     harness.logits([(slot, 0, 30) for slot in range(3)])
-    rows, prefixes = np.array([(0, 17, 1, 1), (2, 9, 1, 1)]), (Prefix(np.array([0, 1]), 8),)
+    rows, prefixes = Rows.of(np.array([(0, 17, 1, 1), (2, 9, 1, 1)])), (Prefix(np.array([0, 1]), 8),)
     hidden, _ = shared.replay(rows, prefixes)
-    assert torch.allclose(hidden, harness.runner.forward(rows)[0], atol=1e-5)
+    assert torch.allclose(hidden, harness.runner.compute(rows)[0], atol=1e-5)
     assert [plan["prefixes"] for plan in shared._graphs[4].plans] == [prefixes]
 
 

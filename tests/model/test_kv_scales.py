@@ -17,6 +17,7 @@ from engine.layers import attention as layers_attention
 from engine.layers.attention import AttentionShape, PagedAttention
 from engine.layers.kv_scales import power_of_two
 from engine.worker.steps.batch import build_batch
+from engine.worker.steps.rows import Rows
 from engine_plugins.models.llama import Llama
 from engine_plugins.models.qwen import Qwen
 
@@ -57,7 +58,7 @@ def run(qkv: Tensor, heads: Heads, scales: tuple[float, float], kv_dtype: Any, n
     layer.scale(*scales, heads, norms, qkv)
     cache = torch.zeros(6, 2, PAGE, heads.kv, heads.dim, dtype=kv_dtype or torch.float32)
     tokens, table = torch.zeros(1, LENGTH + 1, dtype=torch.int32), torch.arange(6, dtype=torch.int32)[None]
-    batch = build_batch(np.array([[0, 0, LENGTH, 1]]), tokens, table, PAGE, ((cache,),))
+    batch = build_batch(Rows.of(np.array([[0, 0, LENGTH, 1]])), tokens, table, PAGE, ((cache,),))
     batch = type(batch)(**{name: getattr(batch, name) for name in batch.__slots__} | {"plans": (batch,)})
     return layer(qkv.clone(), heads, batch, None, norms)
 

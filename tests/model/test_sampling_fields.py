@@ -13,10 +13,12 @@ from engine import Engine, Reply, SamplingParams
 from engine.config import resolve
 from engine.messages.control import Boot
 from engine.messages.request import Sampling
-from engine.messages.step import SlotAdmit, StepPlan
+from engine.messages.step import SlotAdmit
 from engine.plugin.registry import Plugins
+from engine.testing.steps import step_plan
 from engine.text.tokenizer import Text
 from engine.worker.main import start
+from engine.worker.steps.rows import Rows
 
 COUNTING = "1, 2, 3, 4, 5, 6, 7,"
 STORY = "Once upon a time, in a small village by the sea, there lived"
@@ -37,10 +39,10 @@ def expected() -> torch.Tensor:
     runner, _ = start(Boot(resolve({"model": "smollm2-135m", "max_model_len": 64})), 0.0)
     ids = [*TEXT.encode(STORY), *reply.ids]
     admit = SlotAdmit(0, np.array(ids, "<i4").tobytes(), Sampling(0.0, 0, 1.0, 0.0, 0))
-    pages = np.array([(0, index, index) for index in range(4)], "<i4").tobytes()
-    runner.apply(StepPlan(1, b"", (admit,), pages))
+    pages = [(0, index, index) for index in range(4)]
+    runner.apply(step_plan(1, [], [admit], pages))
     with torch.inference_mode():
-        hidden, _ = runner.forward(np.array([[0, 0, len(ids), 1]], np.int64))
+        hidden, _ = runner.compute(Rows.of(np.array([[0, 0, len(ids), 1]])))
         return runner.model.logits(hidden).double().log_softmax(-1)
 
 

@@ -21,11 +21,13 @@ from engine.http.app import serve
 from engine.kernels.cpu.calls import kernels
 from engine.messages.control import Boot
 from engine.messages.request import Sampling
-from engine.messages.step import SlotAdmit, StepPlan
+from engine.messages.step import SlotAdmit
 from engine.plugin.registry import Plugins
 from engine.runtime.launch import open_front
+from engine.testing.steps import step_plan
 from engine.text.tokenizer import Text
 from engine.worker.main import start
+from engine.worker.steps.rows import Rows
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +103,10 @@ def test_first_step_logits() -> None:
     runner, ready = start(Boot(config), 0.0)
     ids = Text(Plugins.load(()).open_checkpoint("smollm2-135m").text()).encode(FRANCE)
     sampling = SlotAdmit(0, np.array(ids, "<i4").tobytes(), Sampling(0.0, 0, 1.0, 0.0, 0))
-    runner.apply(StepPlan(1, b"", (sampling,), np.array([[0, 0, 3]], "<i4").tobytes()))
+    runner.apply(step_plan(1, [], [sampling], [(0, 0, 3)]))
     with torch.inference_mode():
-        hidden, batch = runner.forward(np.array([[0, 0, len(ids), 1]], np.int64))
-        logits = runner.model.logits(hidden[batch.sampled])[0]
+        hidden, _ = runner.compute(Rows.of(np.array([[0, 0, len(ids), 1]])))
+        logits = runner.model.logits(hidden[-1:])[0]
     assert ready.vocab_size == len(logits) == 49152
     top = logits.topk(5)
     assert top.indices.tolist() == list(FRANCE_LOGITS)
@@ -117,13 +119,13 @@ def test_a_recorded_step_is_the_step_to_the_bit() -> None:
     ids = np.arange(1000, 1040).astype("<i4").tobytes()
     admits = tuple(SlotAdmit(slot, ids, Sampling(0.0, 0, 1.0, 0.0, 0)) for slot in range(3))
     pages = [(slot, index, slot * 3 + index) for slot in range(3) for index in range(3)]
-    runner.apply(StepPlan(1, b"", admits, np.array(pages, "<i4").tobytes()))
-    prompts = np.array([[0, 0, 20, 0], [1, 0, 33, 0], [2, 0, 5, 0]], np.int64)
+    runner.apply(step_plan(1, [], admits, pages))
+    prompts = Rows.of(np.array([[0, 0, 20, 0], [1, 0, 33, 0], [2, 0, 5, 0]]))
     with torch.inference_mode():
-        runner.forward(prompts)
+        runner.compute(prompts)
         for step in ([[0, 20, 1, 1], [2, 5, 1, 1]], [[1, 33, 1, 1], [0, 21, 1, 1]]):
-            rows = np.array(step, np.int64)
-            expected, _ = runner.forward(rows)
+            rows = Rows.of(np.array(step))
+            expected, _ = runner.compute(rows)
             assert runner.decode_graphs.fits(rows)
             assert torch.equal(runner.decode_graphs.replay(rows)[0], expected)
 

@@ -10,6 +10,7 @@ import pytest
 
 import engine
 from engine import cli
+from engine.client.options import sampling_options
 from engine.config import Config, groups, options_of
 from engine.messages.request import SamplingParams
 
@@ -164,13 +165,14 @@ def test_generate_raw_sends_the_prompt_as_it_is(asked: list[Any]) -> None:
 
 
 def test_every_sampling_parameter_is_a_flag(asked: list[Any]) -> None:
-    for option in options_of(SamplingParams):
+    for option in sampling_options():
         objects = {"logit_bias": '{"7": -1}', "json_schema": "{}", "structural_tag": "{}"}
         value = objects.get(option.name, {float: "0.5", bool: None}.get(option.kind, "7"))
         switch = option.flag if option.default is not True else option.flag.replace("--", "--no-")
         flags = [switch] if value is None else [option.flag, value]
-        assert cli.main(["generate", "--raw", "hi", *flags]) == 0
-        assert asked[-1] != SamplingParams(), option.flag
+        beside = {"json_schema": "{}"} if option.name == "strict_schema" else {}
+        assert cli.main(["generate", "--raw", "hi", *flags, *(("--json-schema", "{}") if beside else ())]) == 0
+        assert asked[-1] != SamplingParams(**beside), option.flag
 
 
 def test_plugins_as_json_and_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,9 +16,10 @@ FILES = sorted(
 
 PLUGIN_FACE = {"engine.plugin", *(f"engine.plugin.{name}" for name in ("layers", "kernels", "collectives", "testing"))}
 PLUGIN_FACE |= {"engine.plugin.hookspecs", "engine.plugin.specs", "engine.plugin.parsing"}
-TORCH_FOLDERS = ("engine/worker/", "engine/layers/", "engine/kernels/", "engine/testing/", "plugins/")
+TORCH_ROOMS = ("worker", "layers", "kernels", "parallel", "testing")
+TORCH_FOLDERS = (*(f"engine/{room}/" for room in TORCH_ROOMS), "plugins/")
 TORCH_FILES = tuple(f"engine/plugin/{name}.py" for name in ("layers", "kernels", "collectives", "testing"))
-PURE_FOLDERS = ("engine/sched/", "engine/cache/")
+PURE = ("engine/sched/", "engine/cache/", "engine/parallel/mesh.py")
 IMPURE = {"torch", "anyio", "asyncio", "socket", "threading", "time"}
 
 
@@ -61,9 +62,9 @@ def violations(path: str, source: str) -> list[str]:
         if path.startswith("plugins/") and top == "engine_plugins" and module.split(".")[1:2] != path.split("/")[1:2]:
             found.append(f"{path} imports {module}: a plugin imports no other kind of plugin")
         if top == "torch" and not typing and not path.startswith(TORCH_FOLDERS + TORCH_FILES):
-            found.append(f"{path} imports torch: only workers, layers, kernels and collectives do")
-        if path.startswith(PURE_FOLDERS) and top in IMPURE:
-            found.append(f"{path} imports {module}: scheduling and cache are pure")
+            found.append(f"{path} imports torch: only workers, layers, kernels and parallel do")
+        if path.startswith(PURE) and top in IMPURE:
+            found.append(f"{path} imports {module}: scheduling, cache and the mesh are pure")
     return found
 
 
@@ -90,6 +91,7 @@ def test_imports_point_one_way(path: str) -> None:
         ("engine/sched/batcher.py", "import anyio"),
         ("engine/cache/pool.py", "from time import monotonic"),
         ("engine/cache/pool.py", "import torch"),
+        ("engine/parallel/mesh.py", "import torch"),
         ("plugins/models/llama.py", "from engine.layers import Linear"),
         ("plugins/models/llama.py", "from engine import Engine"),
         ("plugins/models/llama.py", "import engine.worker"),
@@ -111,6 +113,7 @@ def test_the_rules_catch(path: str, source: str) -> None:
     [
         ("engine/worker/runner.py", "import torch"),
         ("engine/plugin/layers.py", "import torch"),
+        ("engine/parallel/groups.py", "def join():\n    import torch.distributed"),
         ("engine/plugin/specs.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
         ("engine/runtime/front.py", "import torchless_thing"),
         (
@@ -177,7 +180,9 @@ def test_one_place_asks_whether_triton_is_installed() -> None:
 MANIFESTS = sorted(f"engine_plugins.{path.parent.name}" for path in (ROOT / "plugins").glob("*/__init__.py"))
 
 
-@pytest.mark.parametrize("module", ["engine", "engine.cli", "engine.http.app", "engine.runtime.launch", *MANIFESTS])
+@pytest.mark.parametrize(
+    "module", ["engine", "engine.cli", "engine.http.app", "engine.runtime.launch", "engine.parallel.mesh", *MANIFESTS]
+)
 def test_importing_leaves_torch_out(module: str) -> None:
     program = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)

@@ -14,31 +14,34 @@ from msgspec import Meta
 
 from engine.conversation.calls import Tool
 from engine.conversation.reading import Wanted, reading_of
-from engine.errors import RequestError
+from engine.errors import RequestError, Words
 from engine.http.anthropic.reply import AnthropicReply, failure_event
+from engine.http.effort import with_effort
 from engine.http.fields import ECHO, LABEL, Only, Rule, hint, ignore, label, unserved
 from engine.http.native.tokenize import tokenized
-from engine.http.openai.conversation import CALLED_DIRECTLY, FEW_MESSAGES, FEW_TOOLS, Effort, ToolName, checked, tool_of
-from engine.http.openai.effort import with_effort
 from engine.http.request_id import called
-from engine.http.service import SERVICE, in_client_words
-from engine.http.sse import send_events
+from engine.http.service import SERVICE, sampling_of
+from engine.http.sse import WORDS, send_events
+from engine.http.tools import CALLED_DIRECTLY, FEW_MESSAGES, FEW_TOOLS, Effort, ToolName, checked, tool_of
 from engine.http.wire import Body, Reply, json_response, to_json
-from engine.messages.request import Generate, SamplingParams
+from engine.messages.request import Generate
 from engine.messages.text import Tokenize
-from engine.params.grammar import check_nesting, grammar_of
-from engine.params.sampling import INT32_MAX, check_sampling
+from engine.params.grammar import Ask, GrammarFields, check_nesting
+from engine.params.lengths import ANTHROPIC_PHRASES
+from engine.params.sampling import ANTHROPIC, INT32_MAX
 from engine.runtime.front import joined
 
 PREFIX = "/v1/messages"
-FORMAT = "output_config.format.schema"
-CLIENT_NAMES = {
-    "prompt": "messages",
-    "stop": "stop_sequences",
-    "json_schema": FORMAT,
-    "continue_final_message": "messages",  # what a last message of the assistant's asks for
-    "chat_template_kwargs": "thinking",
-}
+ANTHROPIC_WORDS = Words(
+    {
+        **ANTHROPIC.names,
+        "prompt": "messages",
+        "grammar": "tools",
+        "continue_final_message": "messages",  # what a last message of the assistant's asks for
+        "chat_template_kwargs": "thinking",
+    },
+    ANTHROPIC_PHRASES,
+)
 SEARCHES = ("tool_search_tool_regex_20251119", "tool_search_tool_bm25_20251119")
 
 
@@ -161,6 +164,9 @@ class AnthropicFormat(Body, tag_field="type", tag="json_schema"):
     schema: dict[str, Any] | bool
 
 
+FORMATS = GrammarFields({"format": {"schema": Ask("json_schema")}})
+
+
 class OutputConfig(Body):
     """`effort` is for the chat template, if that reads `reasoning_effort`."""
 
@@ -212,13 +218,11 @@ class CountBody(Body):
     }
 
 
+@ANTHROPIC.fields
 class MessagesBody(CountBody, kw_only=True):
     max_tokens: Annotated[int, Meta(ge=1, le=INT32_MAX)]
     stop_sequences: list[str] | None = None
     stream: bool | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
     metadata: Any = None
     billing_policy: Any = None
     container: Any = None
@@ -252,23 +256,20 @@ async def messages(request: web.Request, body: MessagesBody) -> web.StreamRespon
     """Answer a conversation in Anthropic's shape, whole or streamed."""
     service = request.app[SERVICE]
     service.check_model(body.model)
-    given = {name: value for name in ("temperature", "top_p", "top_k") if (value := getattr(body, name)) is not None}
-    if body.output_config is not None and (format := body.output_config.format) is not None:
-        check_nesting(format.schema, FORMAT)
-        given["json_schema"] = to_json(format.schema).decode()
-    sampling = SamplingParams(max_tokens=body.max_tokens, stop=tuple(body.stop_sequences or ()), **given)
-    check_sampling(sampling, CLIENT_NAMES)
+    fields, names = ANTHROPIC.given(body)
+    field = ""
+    if body.output_config is not None:
+        fields["grammar"], field = FORMATS.asked(body.output_config, "output_config.")
+    sampling = sampling_of(request, ANTHROPIC_WORDS, fields, called=names, grammar=field)
     wanted = wanted_of(body)
     conversation, options = conversation_of(body), _options(request, body, wanted)
-    reading = reading_of(
-        service.front.text, sampling, conversation, options, wanted, names=CLIENT_NAMES | {"grammar": FORMAT}
-    )
+    reading = reading_of(service.front.text, sampling, conversation, options, wanted)
+    names |= reading.grammar_names(field)
     rid = f"msg_{uuid4().hex}"
-    job = Generate(rid, sampling, messages=conversation, **options, **reading.job)
+    job = Generate(rid, messages=conversation, **options, **reading.job)
     reply = AnthropicReply(rid, service.model, reading)
     chunks = service.generate(job, "messages")
-    names = CLIENT_NAMES | reading.grammar_names(None if grammar_of(sampling) is None else FORMAT)
-    with in_client_words(names), service.known_as(called(request, rid), rid, [job]):
+    with service.known_as(called(request, rid), rid, [job]):
         async with aclosing(chunks):
             if body.stream:
                 return await send_events(request, chunks, reply, failure=failure_event)
@@ -283,7 +284,8 @@ async def count_tokens(request: web.Request, body: CountBody) -> web.Response:
     wanted = wanted_of(body)
     conversation, options = conversation_of(body), _options(request, body, wanted)
     tools = [tool.described() for tool in wanted.offered]
-    found = await tokenized(service, Tokenize(None, conversation, {"tools": tools, **options}), "messages")
+    request[WORDS] = ANTHROPIC_WORDS
+    found = await tokenized(service, Tokenize(None, conversation, {"tools": tools, **options}))
     return json_response(CountReply(len(found.ids) // 4))
 
 

@@ -11,10 +11,10 @@ from msgspec import UNSET, Struct, UnsetType
 
 from engine.conversation.parsers import assembled
 from engine.conversation.reading import Reading
+from engine.errors import Words
 from engine.http.sse import describe_error
 from engine.http.wire import Reply, to_json
 from engine.messages.reply import Chunk
-from engine.params.lengths import as_anthropic
 from engine.plugin.parsing import CallArguments, CallBegin, CallEnd, Content, Event, Reasoning
 
 THREADS = "thread_unsupported_request"  # makes a client go on without threads
@@ -155,14 +155,14 @@ EVENTS: tuple[type[Struct], ...] = get_args(AnyEvent)
 def error_of(error: dict[str, Any], status: int) -> AnthropicErrorReply:
     """An OpenAI error object, worded as Anthropic's; `param` and `code` are kept beside it."""
     kind = ERRORS.get(status, "invalid_request_error" if status < 500 else "api_error")
-    fields = error["error"] | {"type": kind, "message": as_anthropic(error["error"]["message"])}
+    fields = error["error"] | {"type": kind}
     details = ErrorDetails(THREADS) if fields["code"] == THREADS else UNSET
     return AnthropicErrorReply("error", AnthropicErrorFields(**fields, details=details))
 
 
-def failure_event(error: Exception) -> bytes:
+def failure_event(error: Exception, words: Words) -> bytes:
     """The last event of a stream that fails."""
-    status, fields = describe_error(error)
+    status, fields = describe_error(error, words)
     return _event(error_of(fields, status))
 
 

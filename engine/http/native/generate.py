@@ -12,77 +12,34 @@ import anyio.lowlevel
 from aiohttp import web
 from msgspec import UNSET, Struct, UnsetType
 
-from engine.errors import RequestError
+from engine.errors import RequestError, Words
 from engine.http.fields import Rule, unserved
-from engine.http.openai.bodies import Priority, TokenId
-from engine.http.openai.completions import (
-    allowed_ids,
-    check_choices,
-    pack_ids,
-    salt_of,
-    sampled,
-    stop_strings,
-    told_apart,
-)
-from engine.http.openai.grammars import grammar_fields
+from engine.http.grammars import OWN_FIELDS, OwnGrammar
 from engine.http.request_id import check_id
-from engine.http.service import answer
-from engine.http.sse import DONE
-from engine.http.wire import Body, Reply, to_json
+from engine.http.service import answer, check_choices, pack_ids, salt_of, sampled, told_apart
+from engine.http.sse import DONE, WORDS
+from engine.http.wire import Body, Priority, Reply, TokenId, to_json
 from engine.messages.reply import Chunk, TokenLogprob
 from engine.messages.request import Generate, SamplingParams
-from engine.params.sampling import MAX_REGEXES, check_sampling
+from engine.params.sampling import MAX_REGEXES, NATIVE, check_sampling
 
 MAX_NEW_TOKENS = 128  # SGLang's default
 MAX_EXPRESSIONS = 64  # of stop_regex, in one request
-CLIENT_NAMES = {
-    "max_tokens": "max_new_tokens",
-    "min_tokens": "min_new_tokens",
-    "seed": "sampling_seed",
-    "logprobs": "top_logprobs_num",
-    "prompt_logprobs": "top_logprobs_num",
-}
+NATIVE_WORDS = Words(
+    {
+        **NATIVE.names,
+        "logprobs": "top_logprobs_num",
+        "prompt_logprobs": "top_logprobs_num",
+        "grammar": "sampling_params",
+    }
+)
 
 
-SAME = (
-    "temperature", "top_p", "top_k", "min_p", "ignore_eos", "presence_penalty", "frequency_penalty",
-    "repetition_penalty", "logit_bias", "skip_special_tokens", "detokenize",
-)  # fmt: skip
-
-
-class NativeSampling(Body):
+@NATIVE.fields
+class NativeSampling(OwnGrammar):
     """`sampling_params`. Null is the same as absent."""
 
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    sampling_seed: int | None = None
-    max_new_tokens: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
     n: int | None = None
-    min_new_tokens: int | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
-    stop_regex: str | list[str] | None = None
-    bad_words: list[str] | None = None
-    allowed_token_ids: list[int] | None = None
-    json_schema: str | dict[str, Any] | None = None
-    json_object: bool | None = None
-    regex: str | None = None
-    ebnf: str | None = None
-    lark: str | None = None
-    choice: list[str] | None = None
-    structural_tag: str | dict[str, Any] | None = None
-    strict_schema: bool | None = None
-    skip_special_tokens: bool | None = None
-    no_stop_trim: bool | None = None
-    include_stop_str_in_output: bool | None = None
-    detokenize: bool | None = None
     spaces_between_special_tokens: Any = None
     custom_params: Any = None
 
@@ -172,19 +129,21 @@ class GenerateReply(Reply, frozen=True):
 
 async def generate(request: web.Request, body: GenerateBody) -> web.StreamResponse:
     """Answer texts or token ids with text and token ids, as SGLang does."""
+    request[WORDS] = NATIVE_WORDS.calling({"prompt": "text" if body.text is not None else "input_ids"})
     prompts, batch = prompts_of(body)
     count = len(prompts)
     params = spread(body.sampling_params, count, "sampling_params", NativeSampling())
     samples = samples_of(params)
     check_choices(count, samples, "text" if body.text is not None else "input_ids")
-    check_expressions(params)
+    given = [NATIVE.given(each, "sampling_params.")[0] for each in params]
+    check_expressions(given)
     scores = scores_of(body, count)
     rids = spread(body.rid, count, "rid", uuid4().hex)
     for each in rids:
         check_id(each, "rid")
     checked = []
-    for sampling, score in zip(params, scores, strict=True):
-        checked.append(native_sampling(sampling, score))
+    for one, fields, score in zip(params, given, scores, strict=True):
+        checked.append(native_sampling(one, fields, score))
         await anyio.lowlevel.checkpoint()  # a check may take milliseconds, and there may be a thousand
     asked = [
         Generate(
@@ -202,14 +161,7 @@ async def generate(request: web.Request, body: GenerateBody) -> web.StreamRespon
     whose = [score for score in scores for _ in range(len(jobs) // count)]
     reply = NativeReply([job.rid for job in jobs], whose, listed=batch or len(jobs) > 1)
     rid = uuid4().hex if isinstance(body.rid, list) else rids[0]
-    names = {
-        "max_tokens": "max_new_tokens",
-        "prompt": "text" if body.text is not None else "input_ids",
-        "grammar": "sampling_params",
-    }
-    return await answer(
-        request, rid, jobs, reply, endpoint="generate", stream=bool(body.stream), samples=samples, names=names
-    )
+    return await answer(request, rid, jobs, reply, endpoint="generate", stream=bool(body.stream), samples=samples)
 
 
 def samples_of(params: Sequence[NativeSampling]) -> int:
@@ -222,9 +174,9 @@ def samples_of(params: Sequence[NativeSampling]) -> int:
     return samples.pop()
 
 
-def check_expressions(params: Sequence[NativeSampling]) -> None:
+def check_expressions(given: Sequence[Mapping[str, Any]]) -> None:
     """Raise RequestError when the prompts have too many different expressions: each takes milliseconds to compile."""
-    expressions = {pattern for each in params for pattern in stop_strings(each.stop_regex)[: MAX_REGEXES + 1]}
+    expressions = {pattern for each in given for pattern in each.get("stop_regex", ())[: MAX_REGEXES + 1]}
     if len(expressions) > MAX_EXPRESSIONS:
         raise RequestError(
             f"sampling_params have {len(expressions)} different expressions in stop_regex, and at most "
@@ -256,38 +208,14 @@ def scores_of(body: GenerateBody, count: int) -> list[Scores]:
     return [Scores(*each, text) for each in zip(wanted, starts, tops, strict=True)]
 
 
-def native_sampling(body: NativeSampling, scores: Scores) -> SamplingParams:
-    """The checked SamplingParams of a `sampling_params` object, with SGLang's defaults."""
-    given = {name: value for name in SAME if (value := getattr(body, name)) is not None}
-    grammar, called = grammar_fields(body, "sampling_params.")
-    sampling = SamplingParams(
-        max_tokens=body.max_new_tokens,
-        min_tokens=body.min_new_tokens or 0,
-        seed=body.sampling_seed,
-        stop=stop_strings(body.stop),
-        stop_regex=stop_strings(body.stop_regex),
-        stop_token_ids=tuple(body.stop_token_ids or ()),
-        bad_words=tuple(body.bad_words or ()),
-        allowed_token_ids=allowed_ids(body.allowed_token_ids),
-        logprobs=scores.top if scores.wanted else None,
-        prompt_logprobs=scores.top if scores.wanted and scores.start >= 0 else None,
-        include_stop_str_in_output=stop_kept(body),
-        **given,
-        **grammar,
-    )
-    check_sampling(sampling, CLIENT_NAMES | called)
+def native_sampling(body: NativeSampling, given: Mapping[str, Any], scores: Scores) -> SamplingParams:
+    """The checked SamplingParams of a `sampling_params` object, of which `given` are the sampling fields."""
+    grammar, _ = OWN_FIELDS.asked(body, "sampling_params.")
+    top = scores.top if scores.wanted else None
+    about_prompt = top if scores.start >= 0 else None
+    sampling = SamplingParams(**given, logprobs=top, prompt_logprobs=about_prompt, grammar=grammar)
+    check_sampling(sampling)
     return sampling
-
-
-def stop_kept(body: NativeSampling) -> bool:
-    """Whether what stops a reply is part of it: SGLang and vLLM have each a name for that."""
-    ours, theirs = body.no_stop_trim, body.include_stop_str_in_output
-    if None not in (ours, theirs) and ours != theirs:
-        raise RequestError(
-            f"no_stop_trim is {ours} and include_stop_str_in_output is {theirs}; they mean the same, so send one",
-            param="sampling_params.no_stop_trim",
-        )
-    return bool(ours or theirs)
 
 
 def prompts_of(body: GenerateBody) -> tuple[Sequence[str | list[int]], bool]:

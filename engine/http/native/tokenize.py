@@ -11,19 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 from aiohttp import web
 
-from engine.errors import RequestError
-from engine.http.openai.bodies import TokenId
-from engine.http.openai.conversation import (
-    FEW_MESSAGES,
-    FEW_TOOLS,
-    ChatMessage,
-    ToolBody,
-    plain_messages,
-    template_options,
-    tools_of,
-)
-from engine.http.service import SERVICE, Service, in_client_words
-from engine.http.wire import Body, Reply, json_response
+from engine.errors import RequestError, Words
+from engine.http.openai.chat import ChatMessage, ToolBody, plain_messages, template_options, tools_of
+from engine.http.service import SERVICE, Service
+from engine.http.sse import WORDS
+from engine.http.tools import FEW_MESSAGES, FEW_TOOLS
+from engine.http.wire import Body, Reply, TokenId, json_response
 from engine.messages.text import Detokenize, Detokenized, Tokenize, Tokenized
 
 if TYPE_CHECKING:
@@ -108,7 +101,9 @@ async def tokenize(request: web.Request, body: TokenizeBody) -> web.Response:
         messages = plain_messages(body.messages or [])
         options = {"tools": [tool.described() for tool in tools_of(body.tools)], **template_options(body)}
         job = Tokenize(None, messages, options, special=bool(special), names=names)
-    found = await tokenized(service, job, "prompt" if body.messages is None else "messages")
+    if body.messages is not None:
+        request[WORDS] = Words({"prompt": "messages"})
+    found = await tokenized(service, job)
     ids = array("i", found.ids).tolist()
     length = None if service.front.info is None else service.front.info.max_model_len
     return json_response(TokenizeReply(len(ids), length, ids, found.names))
@@ -126,13 +121,10 @@ async def detokenize(request: web.Request, body: DetokenizeBody) -> web.Response
     return json_response(DetokenizeReply(answer.text))
 
 
-async def tokenized(service: Service, job: Tokenize, name: str) -> Tokenized:
-    """The answer to `job`, whose text or messages the client calls `name`.
-
-    Raises RequestError where they have more tokens than are counted."""
+async def tokenized(service: Service, job: Tokenize) -> Tokenized:
+    """The answer to `job`. Raises RequestError where its text or its messages have more tokens than are counted."""
     most = most_tokens(service)
-    with in_client_words({"prompt": name}):
-        answer = await texts_of(service).ask(msgspec.structs.replace(job, most=most))
+    answer = await texts_of(service).ask(msgspec.structs.replace(job, most=most))
     assert isinstance(answer, Tokenized), f"a Tokenize was answered by {type(answer).__name__}"
     return answer
 

@@ -18,13 +18,11 @@ import anyio
 from aiohttp import web
 from msgspec import UNSET, Meta, UnsetType
 
-from engine.errors import RequestError
+from engine.errors import RequestError, Words
 from engine.http.fields import LABEL, Rule, unserved
-from engine.http.openai.bodies import Priority, TokenId
-from engine.http.openai.completions import pack_ids, told_apart
 from engine.http.request_id import called
-from engine.http.service import SERVICE, Service
-from engine.http.wire import Body, Reply, json_response
+from engine.http.service import SERVICE, Service, check_kept, pack_ids, told_apart
+from engine.http.wire import Body, Priority, Reply, TokenId, json_response
 from engine.messages.reply import Chunk
 from engine.messages.request import Embed
 from engine.params.sampling import INT32_MAX
@@ -243,9 +241,7 @@ async def vectors_of(
     """A chunk with a vector for each of `inputs`, in order; what one raises, named as its client did, ends all."""
     service = request.app[SERVICE]
     rids = [rid] if len(inputs) == 1 else [f"{rid}-{index}" for index in range(len(inputs))]
-    if asked.truncate_prompt_tokens == 0:
-        message = "truncate_prompt_tokens is 0; keep at least one token, or send -1 for as many as the model takes"
-        raise RequestError(message, param="truncate_prompt_tokens")
+    check_kept(asked.truncate_prompt_tokens)
     jobs = [job_of(own, *item, asked) for own, item in zip(rids, inputs.items(), strict=True)]
     info = service.front.info
     # One step's worth runs, the next waits in the queue; more would only fill that.
@@ -257,7 +253,7 @@ async def vectors_of(
             try:
                 chunks[name] = await anext(stream)
             except RequestError as error:
-                raise renamed(error, name) from None
+                raise error.worded(Words({"input": name, "prompt": name})) from None
         if chunks[name].finish == "abort":
             message = "the request was ended by /abort_request; send it again"
             raise RequestError(message, code="aborted", status=409)
@@ -276,14 +272,6 @@ def job_of(rid: str, name: str, given: Input, asked: Asked) -> Embed:
     text = given if isinstance(given, str) else None
     ids = pack_ids(given, name) if not isinstance(given, str) else None
     return Embed(rid, text, ids, asked.priority or 0, asked.truncate_prompt_tokens)
-
-
-def renamed(error: RequestError, name: str) -> RequestError:
-    """`error` of an input as of the one that its client calls `name`."""
-    if error.param not in ("input", "prompt"):
-        return error
-    message = error.message.replace(f"the {error.param}", name, 1)
-    return RequestError(message, param=name, code=error.code, status=error.status)
 
 
 def usage_of(chunks: Sequence[Chunk]) -> EmbeddingUsage:

@@ -11,10 +11,13 @@ from collections.abc import Hashable, Sequence
 from typing import Literal
 
 import msgspec
+from aiohttp import web
 from msgspec import UNSET, Struct, UnsetType
 
 from engine.conversation.parsers import Parsed, assembled
 from engine.conversation.reading import NOTHING, Reader, Reading
+from engine.errors import RequestError
+from engine.http.openai.bodies import SamplingBody, StreamOptions
 from engine.http.openai.logprobs import (
     ChatLogprobs,
     PromptLogprobs,
@@ -24,9 +27,11 @@ from engine.http.openai.logprobs import (
     prompt_tokens,
     text_logprobs,
 )
+from engine.http.service import SERVICE, answer, sampled
 from engine.http.sse import DONE, data_event
 from engine.http.wire import Reply, to_json
 from engine.messages.reply import Chunk
+from engine.messages.request import Generate
 from engine.plugin.parsing import CallArguments, CallBegin, CallEnd, Content, Event, Reasoning
 
 MARK = "\0"  # where an event's text will stand
@@ -189,6 +194,32 @@ class Wording(Struct, frozen=True, kw_only=True):
     echo: bool = False
 
 
+async def complete(
+    request: web.Request,
+    body: SamplingBody,
+    prompts: list[Generate],
+    wording: Wording,
+    reading: Reading = NOTHING,
+) -> web.StreamResponse:
+    """Answer with `body.n` replies to each of `prompts`, worded as `wording` and the stream's options say."""
+    options = body.stream_options or StreamOptions()
+    if body.stream_options is not None and not body.stream:
+        raise RequestError("stream_options needs stream: true", param="stream_options")
+    rid, samples = prompts[0].rid, 1 if body.n is None else body.n
+    jobs = sampled(prompts, samples)
+    wording = msgspec.structs.replace(
+        wording,
+        samples=samples,
+        choices=len(jobs),
+        token_ids=bool(body.return_token_ids),
+        usage=bool(options.include_usage),
+        continuous_usage=bool(options.continuous_usage_stats),
+    )
+    reply = OpenAIReply(rid, request.app[SERVICE].model, wording, reading)
+    endpoint = "chat" if wording.chat else "completions"
+    return await answer(request, rid, jobs, reply, endpoint=endpoint, stream=bool(body.stream), samples=samples)
+
+
 class OpenAIReply:
     """The replies to one request, chunk by chunk or whole."""
 
@@ -199,7 +230,7 @@ class OpenAIReply:
         self._head = (rid, int(time.time()), model)
         self._last: list[Chunk | None] = [None] * wording.choices
         self._finished = 0
-        self._offsets = [TextOffset() for _ in range(wording.choices)]
+        self._offsets = [TextOffset() for _ in range(wording.choices)] if wording.logprobs and not wording.chat else []
         self._detailed = wording.logprobs or wording.prompt_logprobs or wording.continuous_usage or wording.token_ids
         self._around: dict[tuple[int, Hashable], tuple[bytes, bytes]] = {}
 

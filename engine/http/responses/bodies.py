@@ -1,17 +1,19 @@
 """What /v1/responses is asked, and the messages that its input becomes."""
 
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
 from engine.errors import RequestError
 from engine.http.fields import ECHO, LABEL, Only, Rule, hint, unserved
-from engine.http.openai.bodies import Priority
-from engine.http.openai.conversation import FEW_MESSAGES, FEW_TOOLS, Effort
-from engine.http.openai.grammars import NamedSchema, ObjectFormat, PlainFormat
+from engine.http.grammars import NamedSchema, ObjectFormat, PlainFormat
 from engine.http.responses.tools import ResponseTool, ResponseToolChoice, full_name
-from engine.http.wire import Body
+from engine.http.tools import FEW_MESSAGES, FEW_TOOLS, Effort
+from engine.http.wire import Body, Priority
+from engine.params.grammar import Ask, GrammarFields
+from engine.params.sampling import RESPONSES
 
 Includable = Literal[
     "file_search_call.results", "web_search_call.results", "web_search_call.action.sources",
@@ -87,6 +89,16 @@ class TextBody(Body):
     rules: ClassVar[Mapping[str, Rule]] = {"verbosity": hint("medium")}
 
 
+FORMATS = GrammarFields(
+    {
+        "format": {
+            ObjectFormat: Ask("json_object"),
+            SchemaTextBody: Ask("json_schema", attrgetter("schema"), attrgetter("strict"), place=".schema"),
+        }
+    }
+)
+
+
 class ReasoningBody(Body):
     """`effort` is for the chat template, if that has a switch."""
 
@@ -104,6 +116,7 @@ class ReasoningBody(Body):
     }
 
 
+@RESPONSES.fields
 class ResponsesBody(Body):
     """Null is the same as absent. `top_k`, `min_p`, `seed`, `stop` and `priority` are extensions."""
 
@@ -111,13 +124,6 @@ class ResponsesBody(Body):
     model: str | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
-    max_output_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
     priority: Priority | None = None
     text: TextBody | None = None
     stream: bool | None = None
@@ -129,7 +135,6 @@ class ResponsesBody(Body):
     parallel_tool_calls: bool | None = None
     include: list[Includable] | None = None
     reasoning: ReasoningBody | None = None
-    top_logprobs: int | None = None
     cache_control: Any = None
     client_metadata: Any = None
     max_tool_calls: Any = None

@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 import msgspec
 from msgspec import Struct
 
+from engine.errors import Words
 from engine.http.openai.logprobs import ChatToken
 from engine.http.responses.items import (
     FunctionCallItem,
@@ -126,10 +127,10 @@ class ResponseEvents:
             events += [*self._close(status), self._status(status, self._response.object())]
         return b"".join(events)
 
-    def failure(self, error: Exception) -> bytes:
+    def failure(self, error: Exception, words: Words) -> bytes:
         """The last event of a stream that fails."""
         if not self._response.ended:
-            self._response.fail(describe_error(error))
+            self._response.fail(describe_error(error, words))
         return self._status("failed", self._response.object())
 
     def _opening(self) -> list[bytes]:

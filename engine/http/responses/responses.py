@@ -11,13 +11,12 @@ from typing import Any, Literal
 from aiohttp import web
 
 from engine.conversation.reading import Wanted, reading_of
-from engine.errors import RequestError
+from engine.errors import RequestError, Words
+from engine.http.effort import with_effort
 from engine.http.fields import ignore
-from engine.http.openai.completions import stop_strings
-from engine.http.openai.effort import with_effort
-from engine.http.openai.grammars import ObjectFormat
+from engine.http.grammars import ObjectFormat
 from engine.http.request_id import called
-from engine.http.responses.bodies import ItemsQuery, ResponsesBody, RetrieveQuery, SchemaTextBody, messages_of
+from engine.http.responses.bodies import FORMATS, ItemsQuery, ResponsesBody, RetrieveQuery, SchemaTextBody, messages_of
 from engine.http.responses.events import ResponseEvents
 from engine.http.responses.items import InputItem
 from engine.http.responses.objects import (
@@ -32,22 +31,23 @@ from engine.http.responses.objects import (
 )
 from engine.http.responses.store import STORE, Response, ResponseStore, Told
 from engine.http.responses.tools import wanted_tools
-from engine.http.service import SERVICE, Service, in_client_words
-from engine.http.sse import send_events
-from engine.http.wire import Reply, json_response, to_json
+from engine.http.service import SERVICE, Service, sampling_of
+from engine.http.sse import CALLED, send_events, words_of
+from engine.http.wire import Reply, json_response
 from engine.messages.reply import Chunk
 from engine.messages.request import Generate, SamplingParams
-from engine.params.grammar import check_nesting, grammar_of
-from engine.params.sampling import SamplingDefaults, check_sampling
+from engine.params.sampling import RESPONSES, SamplingDefaults
 
-CLIENT_NAMES = {
-    "prompt": "input",
-    "messages": "input",
-    "logprobs": "top_logprobs",
-    "max_tokens": "max_output_tokens",
-    "json_schema": "text.format.schema",
-    "chat_template_kwargs": "reasoning.effort",
-}
+RESPONSE_WORDS = Words(
+    {
+        **RESPONSES.names,
+        "prompt": "input",
+        "messages": "input",
+        "chat_template_kwargs": "reasoning.effort",
+        "grammar": "tools",
+    }
+)
+FORMAT = "text.format"
 LOGPROBS = "message.output_text.logprobs"
 
 
@@ -78,24 +78,22 @@ async def create(request: web.Request, body: ResponsesBody) -> web.StreamRespons
     keep = body.store is not False
     if body.background and not keep:
         raise RequestError("background is true and store is false; a background response is stored", param="store")
-    sampling = sampling_of(body)
+    sampling, field = asked_of(request, body)
     earlier = [] if body.previous_response_id is None else store.conversation(body.previous_response_id)
     conversation = [*earlier, *messages_of(body.input)]
     wanted = wanted_of(body)
     spoken = [{"role": "system", "content": body.instructions}] if body.instructions else []
     messages = [*spoken, *conversation]
     options = options_of(request, body, wanted)
-    reading = reading_of(
-        service.front.text, sampling, messages, options, wanted, names=CLIENT_NAMES | {"grammar": "text.format"}
-    )
+    reading = reading_of(service.front.text, sampling, messages, options, wanted)
+    request[CALLED] |= reading.grammar_names(field)
     defaults = SamplingDefaults() if service.front.text is None else service.front.text.defaults
     asked = described(body, defaults.under(sampling), service.model, wanted)
     response = Response(asked, conversation, reading, scored=sampling.logprobs is not None)
-    job = Generate(response.id, sampling, messages=messages, priority=body.priority or 0, **options, **reading.job)
-    names = CLIENT_NAMES | reading.grammar_names(None if grammar_of(sampling) is None else "text.format")
-    chunks = _generate(service, called(request, response.id), job, names)
+    job = Generate(response.id, messages=messages, priority=body.priority or 0, **options, **reading.job)
+    chunks = _generate(service, called(request, response.id), job)
     if body.background:
-        store.run(response, chunks)
+        store.run(response, chunks, words_of(request))
         return await _follow(request, response) if body.stream else json_response(response.object())
     async with aclosing(_recorded(chunks, response, store if keep else None)) as told:
         if body.stream:
@@ -155,9 +153,9 @@ async def input_items(request: web.Request, query: ItemsQuery) -> web.Response:
     return json_response(ItemList(page, first, last, begin + len(page) < len(items)))
 
 
-async def _generate(service: Service, id: str, job: Generate, names: dict[str, str]) -> AsyncGenerator[Chunk]:
-    """The reply to `job`, which is known as `id` too; errors name fields by `names`."""
-    with in_client_words(names), service.known_as(id, job.rid, [job]):
+async def _generate(service: Service, id: str, job: Generate) -> AsyncGenerator[Chunk]:
+    """The reply to `job`, which is known as `id` too."""
+    with service.known_as(id, job.rid, [job]):
         async with aclosing(service.generate(job, "responses")) as chunks:
             async for chunk in chunks:
                 yield chunk
@@ -185,24 +183,19 @@ async def _follow(request: web.Request, response: Response, after: int = -1) -> 
 # ── from a body to a Generate ────────────────────────────────────────────────────────────────
 
 
-def sampling_of(body: ResponsesBody) -> SamplingParams:
-    """The checked SamplingParams of `body`."""
-    fields = ("temperature", "top_p", "top_k", "min_p", "seed")
-    given = {name: value for name in fields if (value := getattr(body, name)) is not None}
-    match body.text and body.text.format:
-        case ObjectFormat():
-            given["json_object"] = True
-        case SchemaTextBody() as asked:
-            check_nesting(asked.schema, "text.format.schema")
-            given |= {"json_schema": to_json(asked.schema).decode(), "strict_schema": asked.strict is not False}
+def asked_of(request: web.Request, body: ResponsesBody) -> tuple[SamplingParams, str]:
+    """The checked SamplingParams of `body`, and what the client calls their grammar."""
+    fields, names = RESPONSES.given(body)
+    field = ""
+    if body.text is not None:
+        fields["grammar"], field = FORMATS.asked(body.text, "text.")
+    likeliest = fields.pop("logprobs", None)
     if LOGPROBS in (body.include or ()):
-        given["logprobs"] = body.top_logprobs or 0
-    elif body.top_logprobs:
-        message = f'top_logprobs is {body.top_logprobs}; it needs include: ["{LOGPROBS}"]'
+        fields["logprobs"] = likeliest or 0
+    elif likeliest:
+        message = f'top_logprobs is {likeliest}; it needs include: ["{LOGPROBS}"]'
         raise RequestError(message, param="top_logprobs")
-    sampling = SamplingParams(max_tokens=body.max_output_tokens, stop=stop_strings(body.stop), **given)
-    check_sampling(sampling, CLIENT_NAMES)
-    return sampling
+    return sampling_of(request, RESPONSE_WORDS, fields, called=names, grammar=field), field
 
 
 def format_of(body: ResponsesBody) -> PlainText | ObjectText | SchemaText:
@@ -235,11 +228,12 @@ def options_of(request: web.Request, body: ResponsesBody, wanted: Wanted) -> dic
 
 def described(body: ResponsesBody, used: SamplingDefaults, model: str, wanted: Wanted) -> Asked:
     """The fields of a response object that only say what was asked; `used` are the sampling values in force."""
+    given, _ = RESPONSES.given(body)
     return Asked(
         model=model,
         instructions=body.instructions,
         previous_response_id=body.previous_response_id,
-        max_output_tokens=body.max_output_tokens,
+        max_output_tokens=given.get("max_tokens"),
         temperature=used.temperature,
         top_p=used.top_p,
         background=bool(body.background),
@@ -247,7 +241,7 @@ def described(body: ResponsesBody, used: SamplingDefaults, model: str, wanted: W
         metadata=body.metadata or {},
         parallel_tool_calls=wanted.parallel,
         reasoning=Reasoning(body.reasoning.effort if body.reasoning else None),
-        top_logprobs=body.top_logprobs or 0,
+        top_logprobs=given.get("logprobs", 0),
         tool_choice=wanted.mode if wanted.named is None else ChosenTool(wanted.named),
         tools=tuple(FunctionTool(one.name, one.description, one.parameters, one.strict) for one in wanted.tools),
         text=TextOptions(format_of(body)),

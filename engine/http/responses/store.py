@@ -18,7 +18,7 @@ from aiohttp import web
 
 from engine.conversation.parsers import assembled
 from engine.conversation.reading import NOTHING, Reading
-from engine.errors import RequestError
+from engine.errors import RequestError, Words
 from engine.http.responses.footprint import footprint
 from engine.http.responses.items import InputItem, ItemStatus, OutputItem, Scores, input_items, output_of, together
 from engine.http.responses.objects import (
@@ -31,7 +31,7 @@ from engine.http.responses.objects import (
     ResponseUsage,
     Status,
 )
-from engine.http.sse import describe_error
+from engine.http.sse import OURS, describe_error
 from engine.messages.reply import Chunk
 from engine.plugin.parsing import Content, Event
 
@@ -159,18 +159,18 @@ class Response:
         self._changed.set()
         self._changed = anyio.Event()
 
-    def start(self, chunks: AsyncGenerator[Chunk]) -> "asyncio.Task[None]":
-        """Make the reply in a task of its own."""
-        self._task = asyncio.create_task(self._take(chunks))
+    def start(self, chunks: AsyncGenerator[Chunk], words: Words) -> "asyncio.Task[None]":
+        """Make the reply in a task of its own; its error is told in `words`."""
+        self._task = asyncio.create_task(self._take(chunks, words))
         return self._task
 
-    async def _take(self, chunks: AsyncGenerator[Chunk]) -> None:
+    async def _take(self, chunks: AsyncGenerator[Chunk], words: Words) -> None:
         try:
             async with aclosing(chunks):
                 async for chunk in chunks:
                     self.add(chunk)
         except Exception as error:
-            self.fail(describe_error(error))
+            self.fail(describe_error(error, words))
 
     async def cancel(self) -> None:
         """End it if it still runs, and wait until it has ended."""
@@ -260,12 +260,14 @@ class ResponseStore:
         self._ended[response.id] = response
         self._trim()
 
-    def run(self, response: Response, chunks: AsyncGenerator[Chunk]) -> None:
-        """Store `response` and make it in the background. Raises RequestError where there is no room for it."""
+    def run(self, response: Response, chunks: AsyncGenerator[Chunk], words: Words = OURS) -> None:
+        """Store `response` and make it in the background; its error is told in `words`.
+
+        Raises RequestError where there is no room for it."""
         self._check_room(response)
         self._count(response)
         self._running[response.id] = response
-        task = response.start(chunks)
+        task = response.start(chunks, words)
         self._tasks.add(task)
         task.add_done_callback(lambda task: self._done(task, response))
         self._trim()

@@ -8,12 +8,12 @@ from aiohttp import web
 from engine.conversation.reading import reading_of
 from engine.http.fields import Rule
 from engine.http.native.tokenize import tokenized
-from engine.http.openai.conversation import FEW_MESSAGES, FEW_TOOLS
 from engine.http.responses.bodies import InputItemBody, ReasoningBody, ResponsesBody, TextBody, messages_of
-from engine.http.responses.responses import CLIENT_NAMES, options_of, sampling_of, wanted_of
+from engine.http.responses.responses import asked_of, options_of, wanted_of
 from engine.http.responses.store import STORE
 from engine.http.responses.tools import ResponseTool, ResponseToolChoice
-from engine.http.service import SERVICE, in_client_words
+from engine.http.service import SERVICE
+from engine.http.tools import FEW_MESSAGES, FEW_TOOLS
 from engine.http.wire import Body, Reply, json_response
 from engine.messages.text import Tokenize
 
@@ -47,15 +47,14 @@ async def input_tokens(request: web.Request, body: InputTokensBody) -> web.Respo
     service.check_model(body.model)
     served = {name: getattr(body, name) for name in body.__struct_fields__ if name not in body.rules}
     asked = ResponsesBody(**served)
-    sampling, wanted = sampling_of(asked), wanted_of(asked)
+    (sampling, _), wanted = asked_of(request, asked), wanted_of(asked)
     earlier = []
     if body.previous_response_id is not None:
         earlier = request.app[STORE].conversation(body.previous_response_id)
     spoken = [{"role": "system", "content": body.instructions}] if body.instructions else []
     messages = [*spoken, *earlier, *messages_of(body.input)]
-    with in_client_words(CLIENT_NAMES):
-        how = options_of(request, asked, wanted)
-        reading = reading_of(service.front.text, sampling, messages, how, wanted, names={"grammar": "text.format"})
-        options = {"tools": reading.tools or [], "opening": reading.opening, **how}
-        found = await tokenized(service, Tokenize(None, messages, options), "input")
+    how = options_of(request, asked, wanted)
+    reading = reading_of(service.front.text, sampling, messages, how, wanted)
+    options = {"tools": reading.tools or [], "opening": reading.opening, **how}
+    found = await tokenized(service, Tokenize(None, messages, options))
     return json_response(InputTokensReply(len(found.ids) // 4))

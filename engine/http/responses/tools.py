@@ -14,7 +14,7 @@ from engine.conversation.calls import Tool
 from engine.conversation.reading import Wanted
 from engine.errors import RequestError
 from engine.http.fields import LABEL, Rule, hint
-from engine.http.openai.conversation import CALLED_DIRECTLY, FEW_TOOLS, ToolName, among, checked, tool_of
+from engine.http.tools import CALLED_DIRECTLY, FEW_TOOLS, ToolName, among, checked, tool_of
 from engine.http.wire import Body
 
 

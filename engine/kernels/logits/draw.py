@@ -84,7 +84,7 @@ def _draw_kernel(
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots", "lasts"])
-def _choose_kernel(best, where, slots, lasts, tokens, out, chunks, tokens_stride, BLOCK: tl.constexpr):
+def _choose_kernel(best, where, slots, lasts, tokens, lengths, out, chunks, tokens_stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     mask = at < chunks
@@ -92,7 +92,9 @@ def _choose_kernel(best, where, slots, lasts, tokens, out, chunks, tokens_stride
     ids = tl.load(where + row * chunks + at, mask=mask, other=2147483647)
     chosen = tl.min(tl.where(scores == tl.max(scores, 0), ids, 2147483647), 0)
     tl.store(out + row, chosen.to(tl.int64))
-    tl.store(tokens + tl.load(slots + row) * tokens_stride + tl.load(lasts + row) + 1, chosen)
+    slot, place = tl.load(slots + row), tl.load(lasts + row) + 1
+    tl.store(tokens + slot * tokens_stride + place, chosen)
+    tl.store(lengths + slot, place + 1)
 
 
 def draw(
@@ -102,6 +104,7 @@ def draw(
     temperatures: Tensor,
     seeds: Tensor,
     tokens: Tensor,
+    lengths: Tensor,
     cuts: tuple[Tensor, Tensor] | None = None,
     masks: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
@@ -120,5 +123,7 @@ def draw(
         CUTS=cuts is not None, MASKS=masks is not None, BLOCK=CHUNK, FAST=logits.is_cuda, num_warps=8,
     )  # fmt: skip
     block = triton.next_power_of_2(chunks)
-    _choose_kernel[(rows,)](best, where, slots, lasts, tokens, out, chunks, tokens.stride(0), BLOCK=block, num_warps=1)
+    _choose_kernel[(rows,)](
+        best, where, slots, lasts, tokens, lengths, out, chunks, tokens.stride(0), BLOCK=block, num_warps=1
+    )
     return out

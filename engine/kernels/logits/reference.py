@@ -134,10 +134,12 @@ class LogitOps:
         temperatures: Tensor,
         seeds: Tensor,
         tokens: Tensor,
+        lengths: Tensor,
         filters: Filters | None = None,
         masks: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """One token a row: ids [S] int64, also written into `tokens` [slots, positions] int32 after the row's last one.
+        """One token a row: ids [S] int64, also written into `tokens` [slots, positions] int32 after the row's last one,
+        and counted in `lengths` [slots] int64: as many tokens as the slot then has.
 
         `logits` [S, V] of any float type, each row dense; `slots` and `lasts` [S] int64 are each row's slot and the
         position of its last token; `temperatures` float32 and `seeds` int64 are by slot. Temperature 0 is argmax, the
@@ -159,6 +161,7 @@ class LogitOps:
             scores += gumbel(seeds[slots], lasts + 1, logits.shape[1])
             ids = torch.where(temperature > 0, scores.argmax(dim=-1), ids)
         tokens[slots, lasts + 1] = ids.to(torch.int32)
+        lengths[slots] = lasts + 2
         return ids
 
     def score(

@@ -31,11 +31,12 @@ class TritonLogitOps(LogitOps):
         temperatures: Tensor,
         seeds: Tensor,
         tokens: Tensor,
+        lengths: Tensor,
         filters: Filters | None = None,
         masks: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         cut = None if filters is None else cuts(logits, slots, temperatures, *filters)
-        return draw.draw(logits, slots, lasts, temperatures, seeds, tokens, cut, masks)
+        return draw.draw(logits, slots, lasts, temperatures, seeds, tokens, lengths, cut, masks)
 
     def score(
         self, logits: Tensor, tokens: Tensor, rows: Tensor | None, count: int

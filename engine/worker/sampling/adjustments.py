@@ -167,14 +167,19 @@ class Adjustments:
         """Whether anything is asked for any of `slots`."""
         return bool((self._penalizes[slots] | self._edits[slots] | self._allows[slots]).any())
 
-    def apply(self, logits: Tensor, slots: np.ndarray, positions: np.ndarray, tokens: Tensor) -> None:
+    def apply(
+        self, logits: Tensor, slots: np.ndarray, positions: np.ndarray, tokens: Tensor, exact: Tensor | None = None
+    ) -> None:
         """Changes `logits` [S, V] float32, in place. Row s is of `slots[s]`, whose tokens before `positions[s]` are in
-        `tokens` [slots, P], the device's table."""
+        `tokens` [slots, P], the device's table. Where the host does not know the positions, `exact` [S] int64 are those
+        on the device, and `positions` the most they may be."""
         kinds = [np.flatnonzero(asks[slots]) for asks in (self._penalizes, self._edits, self._allows)]
         if not any(map(len, kinds)):
             return
         rows = np.concatenate(kinds)
         numbers = upload(np.stack((rows, slots[rows], positions[rows])), self._device)
+        if exact is not None:
+            numbers[2] = exact[numbers[0]]
         penalized, edited, allowed = numbers.split([len(kind) for kind in kinds], dim=1)
         if len(kinds[0]):
             asking = AskingRows.of(penalized, int(positions[kinds[0]].max()))

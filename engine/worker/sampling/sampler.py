@@ -70,14 +70,14 @@ class Columns:
 class Sampler:
     """How each slot is sampled, and the draws of a step, which go into the device's table of tokens.
 
-    `tokens` [slots, positions] int32 is the Runner's. What kernels need of each slot is kept on the device too, so
-    that a step uploads nothing.
+    `tokens` [slots, positions] int32 and `lengths` [slots] int64 are the Runner's. What kernels need of each slot is
+    kept on the device too, so that a step uploads nothing.
     """
 
-    def __init__(self, tokens: Tensor, kernels: LogitOps) -> None:
+    def __init__(self, tokens: Tensor, lengths: Tensor, kernels: LogitOps) -> None:
         slots = len(tokens)
         self.columns = Columns.empty(slots)
-        self._tokens = tokens
+        self._tokens, self._lengths = tokens, lengths
         self._filters = np.zeros(slots, bool)  # whether a slot asks for any: it takes long to ask the columns each step
         self._kernels = kernels
         self._reals = torch.zeros(3, slots, dtype=torch.float32, device=tokens.device)  # temperature, top_p, min_p
@@ -115,11 +115,11 @@ class Sampler:
         them, as `LogitOps.draw` takes it."""
         slots, lasts = on_device[0], on_device[1]
         return self._kernels.draw(
-            logits, slots, lasts, self._reals[0], self._seeds, self._tokens, filters=filters, masks=masks
+            logits, slots, lasts, self._reals[0], self._seeds, self._tokens, self._lengths, filters=filters, masks=masks
         )
 
     def draw(self, logits: Tensor, slots: np.ndarray, on_device: Sequence[Tensor] | Tensor) -> Tensor:
-        """Draws one token a row, ids [S] int64, and puts each after its row's last one.
+        """Draws one token a row, ids [S] int64, puts each after its row's last one, and counts it.
 
         `logits` [S, V]; `slots` [S] int64 is each row's slot; `on_device` [2, S] are the slots there, and the positions
         of the rows' last tokens.

@@ -1,39 +1,47 @@
-"""From a StepPlan's rows to a Batch: what is known on the host goes up in one copy, the rest is gathered there."""
+"""From the rows of a step to a Batch: what is known on the host goes up in one copy, the rest is gathered there."""
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from engine.layers.batch import Batch, upload
+from engine.worker.steps.rows import Rows
 
 
 def build_batch(
-    rows: np.ndarray, tokens: Tensor, page_table: Tensor, page_size: int, caches: tuple[tuple[Tensor, ...], ...]
+    rows: Rows,
+    tokens: Tensor,
+    page_table: Tensor,
+    page_size: int,
+    caches: tuple[tuple[Tensor, ...], ...],
+    starts: Tensor | None = None,
 ) -> Batch:
-    """`rows` int64 [R, 4] as in StepPlan; `tokens` [slots, positions] and `page_table` [slots, pages], int32.
+    """`tokens` [slots, positions] and `page_table` [slots, pages], int32. `starts` [R] int64 on the device is where the
+    rows begin, if the host does not know it.
 
     The ids are read from `tokens` on the device, where the step before may still be about to write them.
     """
-    slots, starts, lengths, sample = rows.T
-    offsets = np.concatenate(([0], np.cumsum(lengths)))
-    row_of_token = np.repeat(np.arange(len(rows)), lengths)
-    positions = starts[row_of_token] + np.arange(offsets[-1]) - offsets[row_of_token]
-    sampled = offsets[1:][sample != 0] - 1
-    host = (slots[row_of_token], positions, slots, starts, offsets, sampled)
+    offsets = np.concatenate(([0], np.cumsum(rows.lengths)))
+    row_of_token = np.repeat(np.arange(len(rows)), rows.lengths)
+    positions = rows.starts[row_of_token] + np.arange(offsets[-1]) - offsets[row_of_token]
+    host = [rows.slots[row_of_token], positions, rows.slots, rows.starts, offsets]
+    if starts is not None:
+        host.append(row_of_token)
     parts = upload(np.concatenate(host), tokens.device).split([len(part) for part in host])
-    token_slots, token_positions, row_slots, row_starts, row_offsets, sampled_tokens = parts
-    page = page_table[token_slots, token_positions // page_size].to(torch.int64)
+    token_slots, token_positions, row_slots, row_starts, row_offsets = parts[:5]
+    if starts is not None:
+        token_positions = token_positions + (starts - row_starts)[parts[5]]
+        row_starts = starts
+    page = page_table[token_slots, token_positions // page_size]
     return Batch(
-        ids=tokens[token_slots, token_positions].to(torch.int64),
+        ids=tokens[token_slots, token_positions].to(token_slots.dtype),
         positions=token_positions,
-        places=page * page_size + token_positions % page_size,
+        places=page.to(token_slots.dtype) * page_size + token_positions % page_size,
         page_table=page_table,
         slots=row_slots,
         row_starts=row_starts,
         row_offsets=row_offsets,
-        sampled=sampled_tokens,
-        starts=starts,
-        lengths=lengths,
+        starts=rows.starts,
+        lengths=rows.lengths,
         offsets=offsets,
         caches=caches,
     )

@@ -31,6 +31,7 @@ from engine.layers.batch import Batch, Mirror
 from engine.layers.model import Model
 from engine.worker.memory import Caches
 from engine.worker.steps.prefixes import LEAST_ROWS
+from engine.worker.steps.rows import Rows
 from engine.worker.weights import weight_bytes
 
 NOTHING = np.empty(0, np.int64)
@@ -86,7 +87,6 @@ class Tables:
             slots=slots,
             row_starts=starts,
             row_offsets=offsets,
-            sampled=offsets[:0],
             starts=NOTHING,
             lengths=NOTHING,
             offsets=NOTHING,
@@ -182,9 +182,9 @@ class DecodeGraphs(StepGraphs):
         offsets = torch.arange(len(slots) + 1, device=slots.device)
         return self._tables.batch(slots, positions, slots, positions, offsets, plans)
 
-    def fits(self, rows: np.ndarray) -> bool:
-        """Whether the step of `rows`, int64 [R, 4] as in a StepPlan, is one of these."""
-        return len(rows) <= self.most and bool((rows[:, 2] == 1).all())
+    def fits(self, rows: Rows) -> bool:
+        """Whether the step of `rows` is one of these."""
+        return len(rows) <= self.most and rows.decode
 
     def _refill(
         self, plans: tuple[Any, ...], slots: np.ndarray, starts: np.ndarray, prefixes: Sequence[Prefix]
@@ -195,14 +195,14 @@ class DecodeGraphs(StepGraphs):
             else:
                 backend.refill(plan, slots, starts)
 
-    def replay(self, rows: np.ndarray, prefixes: Sequence[Prefix] = ()) -> tuple[Tensor, Tensor]:
+    def replay(self, rows: Rows, prefixes: Sequence[Prefix] = ()) -> tuple[Tensor, Tensor]:
         """Runs the step: hidden states [R, H], and the device's copy of slots and positions [2, R]; good until the next
         replay. `prefixes` are what rows share."""
         count = len(rows)
         chosen = self._graphs[self._sizes[bisect.bisect_left(self._sizes, count)]]
         numbers = chosen.numbers.host().reshape(2, -1)
         numbers[0, count:], numbers[1, count:] = self._tables.scratch, 0
-        numbers[:, :count] = rows[:, :2].T
+        numbers[:, :count] = rows.slots, rows.starts
         chosen.numbers.send()
         self._refill(chosen.plans, numbers[0], numbers[1], prefixes)
         chosen.graph.replay()
@@ -245,7 +245,7 @@ class PromptGraphs(StepGraphs):
     def _captured(self, size: int, pool: Any) -> Captured | None:
         backends = self._tables.model.backends
         numbers = Mirror(2 * size + 3 * self._rows + 1, self._tables.tokens.device)
-        self._fill(numbers.host(), size, np.zeros((0, 4), np.int64))
+        self._fill(numbers.host(), size, Rows.of(np.zeros((0, 4), np.int64)))
         numbers.send()
         plans = tuple(backend.capture_prompts(self._batch(numbers.device, ())) for backend in backends)
         if not plans or any(plan is None for plan in plans):
@@ -261,11 +261,11 @@ class PromptGraphs(StepGraphs):
         token_slots, positions, slots, starts, offsets = numbers.split([size, size, rows, rows, rows + 1])
         return self._tables.batch(token_slots, positions, slots, starts, offsets, plans)
 
-    def _fill(self, numbers: np.ndarray, size: int, rows: np.ndarray) -> np.ndarray:
+    def _fill(self, numbers: np.ndarray, size: int, rows: Rows) -> np.ndarray:
         """Writes a step; returns its offsets [R + 1]."""
         ends = np.cumsum([size, size, self._rows, self._rows])
         token_slots, positions, slots, starts, offsets = np.split(numbers, ends)
-        row_slots, row_starts, lengths = rows[:, :3].T
+        row_slots, row_starts, lengths = rows.slots, rows.starts, rows.lengths
         count, total = len(rows), int(lengths.sum())
         token_slots[total:], positions[total:] = self._tables.scratch, 0
         slots[count:], starts[count:], offsets[0], offsets[count:] = self._tables.scratch, 0, 0, total
@@ -276,19 +276,19 @@ class PromptGraphs(StepGraphs):
         filled: np.ndarray = offsets[: count + 1].copy()
         return filled
 
-    def fits(self, rows: np.ndarray) -> bool:
-        """Whether the step of `rows`, int64 [R, 4] as in a StepPlan, is one of these."""
-        return len(rows) < self._rows and int(rows[:, 2].sum()) <= self.most
+    def fits(self, rows: Rows) -> bool:
+        """Whether the step of `rows`, none of them of drafts, is one of these."""
+        return len(rows) < self._rows and int(rows.lengths.sum()) <= self.most
 
-    def replay(self, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
+    def replay(self, rows: Rows) -> tuple[Tensor, np.ndarray]:
         """Runs the step: hidden states [T, H] of the rows' tokens, good until the next replay, and offsets [R + 1]."""
-        total = int(rows[:, 2].sum())
+        total = int(rows.lengths.sum())
         size = self._sizes[bisect.bisect_left(self._sizes, total)]
         chosen = self._graphs[size]
         offsets = self._fill(chosen.numbers.host(), size, rows)
         chosen.numbers.send()
         for backend, plan in zip(self._tables.model.backends, chosen.plans, strict=True):
-            backend.refill_prompts(plan, rows[:, 1], rows[:, 2], offsets)
+            backend.refill_prompts(plan, rows.starts, rows.lengths, offsets)
         chosen.graph.replay()
         return chosen.hidden[:total], offsets
 

@@ -35,8 +35,9 @@ class SharedPrefixes:
             self._known = (b"", ())
 
     def find(self, slots: np.ndarray, starts: np.ndarray) -> tuple[Prefix, ...]:
-        """Prefixes of two rows or more, disjoint, for rows that compute position `starts[r]` of `slots[r]` ([R] int64);
-        none where they would save little. Until a slot is admitted the same slots have the same prefixes."""
+        """Prefixes of two rows or more, disjoint, for rows that compute position `starts[r]` of `slots[r]`, or a later
+        one ([R] int64); none where they would save little. Until a slot is admitted the same slots have the same
+        prefixes."""
         if len(slots) < LEAST_ROWS:
             return ()
         key = slots.tobytes()

@@ -8,6 +8,7 @@ small part and what a recording holds (the activations of all layers) is large; 
 """
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from engine.kernels.cpu.calls import Kernels
 from engine.kernels.cpu.recording import Recording
+from engine.layers.attention import Prefix
 from engine.layers.batch import Batch
 from engine.worker.steps.graphs import Tables
+from engine.worker.steps.rows import Rows
 
 log = logging.getLogger("engine.worker")
 
@@ -39,8 +42,8 @@ class RecordedStep:
         slots, positions = self.inputs.unbind(0)
         return self._tables.batch(slots, positions, slots, positions, self._offsets, plans)
 
-    def run(self, recording: Recording, rows: np.ndarray) -> Tensor:
-        """The step of `rows`, int64 [R, 4], for the first time: hidden states [R, H]."""
+    def run(self, recording: Recording, rows: Rows) -> Tensor:
+        """The step of `rows` for the first time: hidden states [R, H]."""
         self._fill(rows)
         self._static = self._batch(self.plans)
         with recording:
@@ -48,7 +51,7 @@ class RecordedStep:
         self._recording = recording
         return self._hidden
 
-    def replay(self, rows: np.ndarray) -> Tensor | None:
+    def replay(self, rows: Rows) -> Tensor | None:
         """The same step of other `rows`; None where it has not run yet."""
         if self._recording is None:
             return None
@@ -59,10 +62,10 @@ class RecordedStep:
         self._recording.replay()
         return self._hidden
 
-    def _fill(self, rows: np.ndarray) -> None:
-        self.inputs.numpy()[:] = rows[:, :2].T
+    def _fill(self, rows: Rows) -> None:
+        self.inputs.numpy()[:] = rows.slots, rows.starts
         for backend, plan in zip(self._tables.model.backends, self.plans, strict=True):
-            backend.refill(plan, rows[:, 0], rows[:, 1])
+            backend.refill(plan, rows.slots, rows.starts)
 
 
 class RecordedSteps:
@@ -75,10 +78,16 @@ class RecordedSteps:
         self._kernels = dense if isinstance(dense, Kernels) else None
         self._possible = self._kernels is not None and bool(tables.model.backends)
 
-    def fits(self, rows: np.ndarray) -> bool:
-        """Whether the step of `rows`, int64 [R, 4] as in a StepPlan, is recorded, or is to be."""
+    draws = False  # tokens are drawn from logits
+
+    def capture(self, most: int, pool: object) -> bool:
+        """Whether steps can be recorded: each is, when it first runs."""
+        return self._possible
+
+    def fits(self, rows: Rows) -> bool:
+        """Whether the step of `rows` is recorded, or is to be."""
         count = len(rows)
-        if not self._possible or count > MOST_ROWS or not (rows[:, 2] == 1).all():
+        if not self._possible or count > MOST_ROWS or not rows.decode:
             return False
         if count not in self._steps:
             step = RecordedStep(count, self._tables)
@@ -87,8 +96,9 @@ class RecordedSteps:
             self._steps[count] = step
         return True
 
-    def replay(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Runs the step: hidden states [R, H], and slots and positions [2, R]; good until the next replay."""
+    def replay(self, rows: Rows, prefixes: Sequence[Prefix] = ()) -> tuple[Tensor, Tensor]:
+        """Runs the step: hidden states [R, H], and slots and positions [2, R]; good until the next replay. Nothing is
+        made of `prefixes`."""
         step = self._steps[len(rows)]
         hidden = step.replay(rows)
         if hidden is None:
@@ -98,6 +108,9 @@ class RecordedSteps:
             if recording.computed:
                 self._impossible(f"the model computes {', '.join(sorted(recording.computed))} in torch")
         return hidden, step.inputs
+
+    def draw(self, count: int, lines: np.ndarray | None) -> Tensor:
+        raise AssertionError("a recorded step draws no tokens")
 
     def _impossible(self, why: str) -> bool:
         log.info("decode steps are not recorded: %s", why)

@@ -42,7 +42,6 @@ FLOAT_BYTES = 256 << 20  # partial sums of split contexts; grows where a capture
 MOST_FLOAT_BYTES = 1 << 30
 CAPTURED_ROWS = 64  # of a captured step with prompts; where more are of one token, these want a kernel of their own
 FA3_TILE = 128  # queries of one head that FA3 takes at a time
-TURNS = 8  # plans whose copies may be under way: two a step, as many steps as a Mirror allows
 NORMAL, CAUSAL, NHD = 0, 1, 0  # flashinfer.utils.MaskMode and TensorLayout
 
 
@@ -110,7 +109,8 @@ class FlashInferAttention(PagedAttention):
         self._floats = torch.zeros(max(FLOAT_BYTES, self._eager_bytes()), dtype=torch.uint8, device=device)
         self._numbers = [torch.empty(PLAN_BYTES, dtype=torch.uint8, device=device) for _ in range(2)]
         pinned = device.type == "cuda"
-        self._pinned = [torch.empty(PLAN_BYTES, dtype=torch.uint8, pin_memory=pinned) for _ in range(TURNS)]
+        turns = 2 * self.steps_in_flight  # plans whose copies may be under way: two a step
+        self._pinned = [torch.empty(PLAN_BYTES, dtype=torch.uint8, pin_memory=pinned) for _ in range(turns)]
         self._turn = 0
         self._pages = torch.empty(0, dtype=torch.int32, device=device)  # of captured steps; only one of them runs
 
@@ -156,7 +156,7 @@ class FlashInferAttention(PagedAttention):
         most: int,
         captured: bool = False,
     ) -> Any:
-        shape, self._turn = self.shape, (self._turn + 1) % TURNS
+        shape, self._turn = self.shape, (self._turn + 1) % len(self._pinned)
         arguments: list[Any] = [launch.floats, launch.numbers, self._pinned[self._turn]]
         arguments += [torch.from_numpy(part) for part in (queries, pages, ends.astype(np.int32))]
         arguments += [most, len(ends), shape.query_heads, shape.kv_heads, self.page_size, captured]

@@ -34,7 +34,6 @@ WORKS = 16384  # tiles of queries by pieces of contexts that a plan has room for
 TILES = 12288  # of a launch, so that with the pieces of those that are cut there are fewer than WORKS
 TILE = 64  # queries times heads that a processor takes at a time; two work together where rows have more
 FEW_ROWS = 8  # of a captured decode step that is Triton's
-TURNS = 6  # plans of captured steps whose copies may be under way: one a step, more than a Mirror allows
 NORMAL, CAUSAL, NHD = 0, 1, 0  # flashinfer.utils.MaskMode and TensorLayout
 LN2 = 0.6931471805599453
 
@@ -93,7 +92,7 @@ class FlashInferLatentAttention(TritonLatentAttention):
         self._programmatic = capability[0] >= 9  # dependent launch
         self._join_keys = kernels.join_keys
         self._list_pages = kernels.list_pages
-        self._pinned_turns = [self._pinned(PLAN_BYTES) for _ in range(TURNS)]
+        self._pinned_turns = [self._pinned(PLAN_BYTES) for _ in range(self.steps_in_flight)]  # of captured steps
         self._turn = 0
         # Shared by all launches: kernels run one after the other, as do the copies of captured steps' plans.
         self._floats = torch.zeros(self._partial_bytes(), dtype=torch.uint8, device=device)
@@ -174,7 +173,7 @@ class FlashInferLatentAttention(TritonLatentAttention):
         plan.offsets.send()
         listed = plan.offsets.device.view(torch.int32)[: rows + 1]
         self._list_pages(plan.page_table, plan.slots, listed, launch.pages)
-        self._turn = (self._turn + 1) % TURNS
+        self._turn = (self._turn + 1) % len(self._pinned_turns)
         self._plan(launch, self._pinned_turns[self._turn], offsets, pages, starts + lengths)
         info = list(launch.info)
         assert plan.grid in ([], info), f"a plan of {info}, and the graph was captured with {plan.grid}"

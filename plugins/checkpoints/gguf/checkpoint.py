@@ -203,19 +203,30 @@ class GGUFLazyTensor:
         if len(self.shape) == 1:  # a norm or a bias: its one dimension is a row of the file
             assert self._order is None
             return torch.from_numpy(dequantize(self._stored.bytes, self._stored.kind)[first] - np.float32(self._offset))
-        rows = self._stored.bytes[first if self._order is None else self._order[first]]
-        weight = dequantize(rows, self._stored.kind)
-        if others:
-            weight = np.ascontiguousarray(weight[(slice(None), *others)])
+        columns = others[0] if others else slice(None)
+        begin, end, _ = columns.indices(self.shape[1])
+        weights, _ = gguf.GGML_QUANT_SIZES[self._stored.kind]
+        before = begin // weights * weights  # where the first block begins
+        weight = dequantize(self._blocks(first, before, end), self._stored.kind)[:, begin - before : end - before]
+        weight = np.ascontiguousarray(weight)
         return torch.from_numpy(weight if weight.flags.writeable else weight.copy())
 
-    def packed(self) -> tuple[str, NDArray[np.uint8]] | None:
-        """The blocks in the mapped file, or a copy in Hugging Face's order of rows; None for a tensor that is not a
-        matrix."""
+    def packed(self, rows: slice, columns: slice) -> tuple[str, NDArray[np.uint8]] | None:
+        """The blocks of that part in the mapped file, or a copy in Hugging Face's order of rows; None for a tensor that
+        is not a matrix, and if the part ends within a block."""
         if len(self.shape) != 2:
             return None
-        rows = self._stored.bytes
-        return self._stored.kind.name, rows if self._order is None else rows[self._order]
+        begin, end, _ = columns.indices(self.shape[1])
+        weights, _ = gguf.GGML_QUANT_SIZES[self._stored.kind]
+        if begin % weights or end % weights:
+            return None
+        return self._stored.kind.name, self._blocks(rows, begin, end)
+
+    def _blocks(self, rows: slice, begin: int, end: int) -> NDArray[np.uint8]:
+        """Those that hold the columns begin .. end-1, of which the first begins a block: [rows, bytes]."""
+        weights, size = gguf.GGML_QUANT_SIZES[self._stored.kind]
+        blocks = slice(begin // weights * size, -(-end // weights) * size)
+        return self._stored.bytes[rows if self._order is None else self._order[rows], blocks]
 
 
 def _decimal(value: Any) -> Any:

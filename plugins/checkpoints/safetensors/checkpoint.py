@@ -283,12 +283,15 @@ class SafetensorsLazyTensor:
         except SafetensorError as error:  # a type that torch does not have
             raise ConfigError(f"weight {self._name} cannot be read: {error}") from error
 
-    def packed(self) -> "tuple[str, NDArray[np.uint8]] | None":
-        """A matrix of 16-bit floats as blocks of 32 numbers; None for anything else."""
+    def packed(self, rows: slice, columns: slice) -> "tuple[str, NDArray[np.uint8]] | None":
+        """That part of a matrix of 16-bit floats as blocks of 32 numbers; None for anything else."""
         stored = self._file.get_slice(self._name)
         kind = stored.get_dtype()
-        if kind not in ("BF16", "F16") or len(self.shape) != 2 or self.shape[1] % BLOCK:
+        if kind not in ("BF16", "F16") or len(self.shape) != 2:
+            return None
+        begin, end, _ = columns.indices(self.shape[1])
+        if (end - begin) % BLOCK:
             return None
         import torch
 
-        return kind, stored[:].view(torch.uint8).numpy()
+        return kind, stored[rows, columns].contiguous().view(torch.uint8).numpy()

@@ -21,10 +21,10 @@ from rich.console import Console
 
 from engine import cli
 from engine.client.chat import MAX_TOKENS, Conversation
-from engine.config import options_of
+from engine.client.options import sampling_options
 from engine.errors import RequestError
 from engine.messages.reply import Chunk
-from engine.messages.request import SamplingParams
+from engine.messages.request import Grammar, SamplingParams
 
 
 class Scripted:
@@ -112,8 +112,12 @@ def test_settings(talk: Talk) -> None:
     assert talk.source.asked[-1][1] == SamplingParams(temperature=0.7, max_tokens=5, stop=("a", "b"))
     talk.take("/set temperature default", "hi")
     assert talk.source.asked[-1][1].temperature is None
+    talk.take("/set json_schema {}", "/set strict_schema false", "/set logit_bias default", "hi")
+    assert talk.source.asked[-1][1].grammar == Grammar("json_schema", "{}", strict=False)
+    talk.take("/set json_schema default", "hi")
+    assert talk.source.asked[-1][1].grammar is None
     listing = talk.take("/set")
-    for name in SamplingParams.__struct_fields__:
+    for name in (option.name for option in sampling_options()):
         assert f"{name} " in listing
 
 
@@ -123,7 +127,7 @@ def test_the_settings_stand_in_columns(talk: Talk) -> None:
     assert max(map(len, lines)) <= 80
     (second,) = {line.index(word) for line in lines for word in ("long,", '{"5"', "none", "1024") if f" {word}" in line}
     third = next(line for line in lines if line.startswith("top_p ")).index("keep")
-    for option in options_of(SamplingParams):
+    for option in sampling_options():
         row = next(place for place, line in enumerate(lines) if line.startswith(f"{option.name} "))
         assert lines[row][second - 1] == lines[row][third - 1] == " " != lines[row][second]
         told = lines[row][third:]
@@ -181,6 +185,7 @@ def test_completion_by_tab(talk: Talk, line: str, words: list[str]) -> None:
     [
         ("/rest", ["/rest", "did you mean '/reset'"]),
         ("/set temprature 1", ["temprature", "did you mean 'temperature'"]),
+        ("/set strict_schema false", ["strict_schema goes with a schema", "/set json_schema first"]),
         ("/set temperature hot", ["temperature", "'hot'", "a number"]),
         ("/set temperature 9", ["temperature", "9", "from 0 to 2"]),
         ("/set top_p", ["top_p", "a number", "default"]),

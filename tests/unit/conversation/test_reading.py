@@ -164,8 +164,8 @@ def test_nothing_to_read() -> None:
     for wanted in (Wanted(), Wanted(TOOLS, "none")):
         found = reading(PLAIN, None, wanted, FREE)
         assert found.reader() is None and found.job == {
+            "sampling": FREE,
             "tools": None,
-            "grammar": None,
             "opening": "",
             "show_marks": False,
         }

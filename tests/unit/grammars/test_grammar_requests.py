@@ -58,7 +58,7 @@ async def test_a_reply_comes_once_its_grammar_is_there() -> None:
     async with odd_house() as house:
         assert await house.text(with_regex("one")) == counted("a", 5)
         assert [(admit.grammar, admit.after) for admit in house.executor.device.admits.values()] == [(1, "")]
-        request = msgspec.structs.replace(prompt("a", max_tokens=5), grammar=Grammar("regex", "one", after="</think>"))
+        request = prompt("a", max_tokens=5, grammar=Grammar("regex", "one", after="</think>"))
         assert await house.text(request) == counted("a", 5)
         assert {(admit.grammar, admit.after) for admit in house.executor.device.admits.values()} == {(1, "</think>")}
 
@@ -107,8 +107,8 @@ async def test_a_timeout_is_a_refusal_that_is_not_kept() -> None:
 def admit_of(request: Generate) -> Any:
     from test_shelf import admit
 
-    assert request.sampling.regex is not None
-    return admit(request.rid, request.sampling.regex)
+    assert request.grammar is not None
+    return admit(request.rid, request.grammar.source)
 
 
 async def test_who_leaves_while_waiting_is_forgotten() -> None:
@@ -222,5 +222,5 @@ async def test_real_grammars_go_the_same_way() -> None:
         assert await house.text(prompt("a", json_schema=JSON, max_tokens=5)) == counted("a", 5)
         error = await refusal(house, prompt("a", json_schema='{"type":"object","not":{"const":1}}'))
         assert error.code == "unsupported_keyword" and '["not"]' in error.message
-        request = msgspec.structs.replace(prompt("a"), grammar=Grammar("json_schema", "[]"))
-        assert "a JSON schema is an object" in (await refusal(house, request)).message
+        with pytest.raises(RequestError, match="a JSON schema is an object"):  # refused before it is on its way
+            prompt("a", json_schema="[]")

@@ -20,7 +20,8 @@ from engine.config import ServerOptions
 from engine.errors import ConfigError
 from engine.http.app import ROUTES, serve
 from engine.http.native.generate import GenerateBody, NativeReply, NativeSampling, Scores
-from engine.http.openai.bodies import ChatBody, CompletionBody
+from engine.http.openai.chat import ChatBody
+from engine.http.openai.completions import CompletionBody
 from engine.messages.control import Stats
 from engine.messages.request import SamplingParams
 from engine.runtime.front import Health, joined

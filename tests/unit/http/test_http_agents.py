@@ -186,7 +186,7 @@ async def test_a_format_of_anthropics_clients() -> None:
         )
         counted = await api.messages.count_tokens(model="fake", messages=HI, output_config=config)  # type: ignore[arg-type]
         assert counted.input_tokens > 0
-    assert json.loads(made.asked[0].sampling.json_schema or "") == PARAMETERS
+    assert made.asked[0].grammar is not None and json.loads(made.asked[0].grammar.source) == PARAMETERS
     assert made.asked[0].grammar is not None and made.asked[0].grammar.kind == "json_schema"
     assert made.asked[1].grammar is not None and made.asked[1].grammar.kind == "structural_tag"  # the call wins
 

@@ -149,10 +149,26 @@ async def test_pictures_are_refused_because_the_model_reads_text(
 )
 async def test_what_the_engine_refuses_goes_by_the_clients_name(path: str, body: object, param: str) -> None:
     said = "max_tokens 9 and a prompt of 8 tokens are over the model's length of 10; ask for at most 2 tokens"
-    async with serving(FakeFront([RequestError(said, param="max_tokens")])) as url:
+    template = said.replace("max_tokens", "{max_tokens}").replace("2", "{room}")
+    refused = RequestError(template, param="max_tokens", facts={"room": 2})
+    assert refused.message == said
+    async with serving(FakeFront([refused])) as url:
         status, answer = await post(url + path, body)
     assert (status, answer["error"]["param"]) == (400, param)
     assert answer["error"]["message"] == said.replace("max_tokens", param)
+
+
+async def test_an_error_in_a_stream_goes_by_the_clients_name() -> None:
+    late = RequestError("{max_tokens} is over {most}", param="max_tokens", facts={"most": 2})
+    async with serving(FakeFront([*chunks("a", finish=None), late])) as url, aiohttp.ClientSession() as session:
+        for path, body, name in (
+            (CHAT, {"messages": HI, "max_completion_tokens": 9}, "max_completion_tokens"),
+            (NATIVE, {"text": "x"}, "max_new_tokens"),
+            ("/v1/responses", {"input": "x"}, "max_output_tokens"),
+        ):
+            async with session.post(url + path, json={**body, "stream": True}) as response:
+                assert response.status == 200
+                assert f"{name} is over 2" in await response.text(), path
 
 
 @pytest.mark.parametrize("body", [{"priority": None}, {"stream": True, "stream_options": {"include_usage": None}}])

@@ -8,11 +8,10 @@ from http_front import FakeFront, serving
 from pydantic import BaseModel
 from test_http import HI, client, post
 
-from engine.errors import RequestError
-from engine.http.openai.grammars import GrammarBody
+from engine.errors import RequestError, Words
+from engine.http.grammars import GrammarBody
 from engine.messages.request import Grammar, SamplingParams
-from engine.params.grammar import MAX_GRAMMAR, grammar_of
-from engine.params.sampling import check_sampling
+from engine.params.grammar import MAX_GRAMMAR
 
 pytestmark = pytest.mark.anyio
 
@@ -87,7 +86,7 @@ async def test_every_clients_words_become_one_grammar(fields: dict[str, Any], gr
         for path, prompt in ((CHAT, {"messages": HI}), (TEXT, {"prompt": "x"})):
             status, answer = await post(url + path, {**prompt, **fields})
             assert status == 200, answer
-    assert [grammar_of(job.sampling) for job in front.asked] == [grammar, grammar]
+    assert [job.grammar for job in front.asked] == [grammar, grammar]
 
 
 @pytest.mark.parametrize(("fields", "param", "says"), REFUSED)
@@ -104,7 +103,7 @@ async def test_the_older_structural_tag_becomes_the_newer() -> None:
     asked = {"type": "structural_tag", "structures": STRUCTURES, "triggers": ["<a"]}
     async with serving(front) as url:
         await post(url + CHAT, {"messages": HI, "response_format": asked})
-    grammar = grammar_of(front.asked[0].sampling)
+    grammar = front.asked[0].grammar
     assert grammar is not None
     content = {"type": "json_schema", "json_schema": SCHEMA}
     tag = {"type": "tag", "begin": "<a>", "content": content, "end": "</a>"}
@@ -123,7 +122,7 @@ async def test_the_native_route_has_its_own(fields: dict[str, Any], grammar: Gra
         both = {"text": "x", "sampling_params": {"regex": "a", "ebnf": "b"}}
         refused = await post(url + NATIVE, both)
     assert status == 200, answer
-    assert grammar_of(front.asked[0].sampling) == grammar
+    assert front.asked[0].grammar == grammar
     assert (refused[0], refused[1]["error"]["param"]) == (400, "sampling_params.ebnf")
 
 
@@ -144,7 +143,7 @@ async def test_responses_tell_the_format_again(format: dict[str, Any], grammar: 
     async with serving(front) as url:
         status, answer = await post(url + RESPONSES, {"input": "x", "text": {"format": format, "verbosity": "medium"}})
     assert status == 200, answer
-    assert grammar_of(front.asked[0].sampling) == grammar
+    assert front.asked[0].grammar == grammar
     assert {name: answer["text"]["format"][name] for name in format} == format
 
 
@@ -160,7 +159,7 @@ async def test_the_openai_client_parses_into_a_model() -> None:
         other = await api.responses.parse(model="fake", input="x", text_format=Person)
     assert answer.choices[0].message.parsed == Person(name="A") == other.output_parsed
     for job in front.asked:
-        grammar = grammar_of(job.sampling)
+        grammar = job.grammar
         assert grammar is not None and grammar.strict and json.loads(grammar.source)["required"] == ["name"]
 
 
@@ -170,12 +169,14 @@ def test_every_field_is_tried() -> None:
 
 
 def test_sampling_parameters_are_checked_by_the_names_that_a_client_has() -> None:
-    with pytest.raises(RequestError, match="--regex and --lark are given"):
-        check_sampling(SamplingParams(regex="a", lark="b"), {"regex": "--regex", "lark": "--lark"})
+    with pytest.raises(RequestError, match="regex and lark are given") as caught:
+        SamplingParams(regex="a", lark="b")
+    told = caught.value.worded(Words({"regex": "--regex", "lark": "--lark"}))
+    assert told.message.startswith("--regex and --lark are given") and told.param == "--lark"
     with pytest.raises(RequestError, match="json_schema is a dict; send it as text"):
-        check_sampling(SamplingParams(json_schema={"type": "object"}))  # type: ignore[arg-type]
+        SamplingParams(json_schema={"type": "object"})  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="strict_schema is 1; it must be true or false"):
-        check_sampling(SamplingParams(strict_schema=1))  # type: ignore[arg-type]
-    for params in (SamplingParams(regex="\ud800"), SamplingParams(choice=("a", "\ud800"))):
+        SamplingParams(strict_schema=1)  # type: ignore[arg-type]
+    for fields in ({"regex": "\ud800"}, {"choice": ("a", "\ud800")}):
         with pytest.raises(RequestError, match="half of a surrogate pair"):
-            check_sampling(params)
+            SamplingParams(**fields)  # type: ignore[arg-type]

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from test_http import HI, client, post
 from test_http_routes import Site, open_site
 
-from engine.errors import RequestError
+from engine.errors import RequestError, Words
 from engine.http.app import ROUTES
-from engine.params.lengths import as_anthropic, prompt_too_long, reply_too_long
+from engine.params.lengths import ANTHROPIC_PHRASES, prompt_too_long, reply_too_long
 
 pytestmark = pytest.mark.anyio
 CHAT, TEXT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"
@@ -134,13 +134,15 @@ async def test_words_that_other_software_looks_for() -> None:
 
 @given(Counts, Counts, Counts)
 def test_what_is_told_can_be_read(tokens: int, new: int, most: int) -> None:
+    theirs = Words(phrases=ANTHROPIC_PHRASES)
     counted_tokens, by_characters = prompt_too_long(tokens, most), prompt_too_long(tokens, most, characters=new)
     assert f"maximum context length is {most} tokens" in counted_tokens.message
     for error in (counted_tokens, by_characters):
-        assert as_anthropic(error.message).startswith(f"prompt is too long: {tokens} tokens > {most - 1} maximum; ")
-    said = as_anthropic(reply_too_long(tokens, new, most).message)
+        assert error.worded(theirs).message.startswith(f"prompt is too long: {tokens} tokens > {most - 1} maximum; ")
+    said = reply_too_long(tokens, new, most).worded(theirs).message
     assert said.startswith(f"input length and `max_tokens` exceed context limit: {tokens} + {new} > {most}; ")
-    assert as_anthropic("the input has 3 tokens; send fewer") == "the input has 3 tokens; send fewer"
+    other = RequestError("the input has 3 tokens; send fewer")
+    assert other.worded(theirs).message == "the input has 3 tokens; send fewer"
 
 
 async def test_characters_alone_may_be_too_many() -> None:

@@ -124,7 +124,7 @@ def test_the_start_refuses_before_anything_runs(tmp_path: Path, capsys: pytest.C
     ):
         assert cli.main(["serve", "--model", "echo", *flags]) == 2
         said = capsys.readouterr().err
-        assert re.match(r"engine: error: [^\n]*\n$", said) and says in said
+        assert re.match(r"(.* starting echo\n)?engine: error: [^\n]*\n$", said) and says in said
 
 
 def test_lists_are_split_and_files_are_read_for_clients(file: Path) -> None:

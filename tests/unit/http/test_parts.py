@@ -16,7 +16,8 @@ from engine.errors import RequestError
 from engine.http import parts
 from engine.http.anthropic.messages import CountBody, conversation_of
 from engine.http.native import generate as native
-from engine.http.openai import completions as openai
+from engine.http.openai.chat import ChatBody
+from engine.http.openai.completions import prompts_of
 from engine.http.parts import MAX_PARTS, MAX_VALUES, UNCOUNTED, PartCounter, check_parts, sliced
 from engine.http.responses.bodies import ResponsesBody, messages_of
 from engine.http.wire import BodyDecoder, ignored_fields
@@ -188,7 +189,7 @@ async def test_more_tokens_than_are_counted_are_refused() -> None:
 
 
 def test_a_name_of_any_length_is_refused_in_short_words() -> None:
-    decoder = BodyDecoder(openai.ChatBody)
+    decoder = BodyDecoder(ChatBody)
     for body in (
         {"x" * 100_000: 1},
         {" - at `$" * 10_000: 1},
@@ -238,8 +239,8 @@ def test_items_of_one_turn_become_one() -> None:
 def test_prompts_and_ids_are_told_apart() -> None:
     assert native.prompts_of(native.GenerateBody(input_ids=[1, 2])) == ([[1, 2]], False)
     assert native.prompts_of(native.GenerateBody(input_ids=[[1], [2]])) == ([[1], [2]], True)
-    assert openai.prompts_of([[1], "a"]) == [[1], "a"]
-    assert openai.prompts_of([]) == [[]]
+    assert prompts_of([[1], "a"]) == [[1], "a"]
+    assert prompts_of([]) == [[]]
     for mixed in ([1, "a"], ["a", 1]):
         with pytest.raises(RequestError, match="mixes"):
-            openai.prompts_of(mixed)
+            prompts_of(mixed)

@@ -165,8 +165,9 @@ class Stored:
     def __getitem__(self, index: object) -> torch.Tensor:
         return self.whole[index]
 
-    def packed(self) -> tuple[str, np.ndarray]:
-        return self.kind, self.bytes.copy()
+    def packed(self, rows: slice, columns: slice) -> tuple[str, np.ndarray]:
+        assert columns == slice(0, self.shape[1])
+        return self.kind, self.bytes[rows].copy()
 
 
 def build(dtype: torch.dtype = torch.float32) -> Build:

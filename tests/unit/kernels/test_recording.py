@@ -15,6 +15,7 @@ from engine.kernels.cpu import calls as cpu
 from engine.kernels.cpu.recording import Recording
 from engine.worker.steps.graphs import Tables
 from engine.worker.steps.recorded import MOST_ROWS, RecordedSteps
+from engine.worker.steps.rows import Rows
 
 KERNELS = cpu.kernels()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason="there is no C compiler here")
@@ -97,8 +98,8 @@ def steps(model: Any) -> RecordedSteps:
     return RecordedSteps(Tables(model, (), tokens, torch.zeros(5, 2, dtype=torch.int32), 2))
 
 
-def rows(*pairs: tuple[int, int], length: int = 1) -> np.ndarray:
-    return np.array([(slot, start, length, 1) for slot, start in pairs], np.int64)
+def rows(*pairs: tuple[int, int], length: int = 1) -> Rows:
+    return Rows.of(np.array([(slot, start, length, 1) for slot, start in pairs]))
 
 
 @torch.inference_mode()
@@ -108,9 +109,9 @@ def test_steps_are_recorded_once_for_each_number_of_rows() -> None:
     for number, step in enumerate([rows((0, 1), (3, 2)), rows((4, 0), (1, 3)), rows((2, 2), (2, 3))]):
         assert recorded.fits(step)
         hidden, inputs = recorded.replay(step)
-        assert hidden[:, 0].tolist() == [(slot * 4 + start) * 32 for slot, start in step[:, :2].tolist()]
-        assert torch.equal(inputs, torch.from_numpy(step[:, :2].T)) and model.runs == 1, number
-        assert model.backends[0].starts.tolist() == step[:, 1].tolist()
+        assert hidden[:, 0].tolist() == ((step.slots * 4 + step.starts) * 32).tolist()
+        assert torch.equal(inputs, torch.from_numpy(np.stack((step.slots, step.starts)))) and model.runs == 1, number
+        assert model.backends[0].starts.tolist() == step.starts.tolist()
     assert recorded.fits(rows((0, 0))) and not recorded.fits(rows((0, 0), length=2))
     assert not recorded.fits(rows(*[(0, 0)] * (MOST_ROWS + 1)))
     recorded.replay(rows((1, 1)))

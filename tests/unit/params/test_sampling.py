@@ -3,11 +3,29 @@
 import math
 from typing import Any
 
+import msgspec
 import pytest
 
-from engine.errors import RequestError
-from engine.messages.request import SamplingParams
-from engine.params.sampling import SamplingDefaults, check_sampling, model_defaults
+from engine.errors import RequestError, Words
+from engine.http.anthropic.messages import MessagesBody
+from engine.http.native.generate import NativeSampling
+from engine.http.openai.chat import ChatBody
+from engine.http.openai.completions import CompletionBody
+from engine.http.responses.bodies import ResponsesBody
+from engine.messages.request import Grammar, SamplingParams
+from engine.params.defaults import model_defaults
+from engine.params.grammar import keywords_of
+from engine.params.sampling import (
+    ANTHROPIC,
+    CHAT,
+    COMPLETIONS,
+    FIELDS,
+    NATIVE,
+    RESPONSES,
+    Api,
+    SamplingDefaults,
+    check_sampling,
+)
 
 
 @pytest.mark.parametrize(
@@ -63,8 +81,10 @@ def test_refused(field: str, value: Any) -> None:
 
 
 def test_the_clients_own_name_is_used() -> None:
-    with pytest.raises(RequestError, match=r"^max_new_tokens is 0"):
-        check_sampling(SamplingParams(max_tokens=0), {"max_tokens": "max_new_tokens"})
+    with pytest.raises(RequestError, match=r"^max_tokens is 0") as caught:
+        check_sampling(SamplingParams(max_tokens=0))
+    told = caught.value.worded(Words(NATIVE.names))
+    assert told.message.startswith("max_new_tokens is 0;") and told.param == "max_new_tokens"
 
 
 def test_min_tokens_within_max_tokens() -> None:
@@ -112,3 +132,54 @@ def test_what_a_request_says_wins() -> None:
     assert model.under(said) == SamplingDefaults()
     assert model.under(SamplingParams()) == model
     assert model.under(SamplingParams(top_k=-1)).top_k == -1
+
+
+@pytest.mark.parametrize(
+    ("api", "body"),
+    [
+        (CHAT, ChatBody),
+        (COMPLETIONS, CompletionBody),
+        (NATIVE, NativeSampling),
+        (RESPONSES, ResponsesBody),
+        (ANTHROPIC, MessagesBody),
+    ],
+)
+def test_a_body_has_the_fields_of_the_table(api: Api, body: type[msgspec.Struct]) -> None:
+    names = {name for name, _ in api.columns}
+    assert names <= set(body.__struct_fields__)
+    assert {field.name for _, field in api.columns} == set(api.names) <= {field.name for field in FIELDS}
+
+
+def test_names_of_one_field_are_one_field() -> None:
+    body = msgspec.convert({"messages": [], "repeat_penalty": 1.5, "stop": "x", "logit_bias": {3: 1}}, ChatBody)
+    said = {"repetition_penalty": 1.5, "stop": ("x",), "logit_bias": {3: 1.0}}
+    assert CHAT.given(body) == (said, {"repetition_penalty": "repeat_penalty"})
+    both = msgspec.convert({"messages": [], "max_tokens": 3, "max_completion_tokens": 3}, ChatBody)
+    assert CHAT.given(both) == ({"max_tokens": 3}, {})
+    differ = msgspec.convert({"messages": [], "max_tokens": 3, "max_completion_tokens": 4}, ChatBody)
+    with pytest.raises(RequestError, match="max_tokens is 3 and max_completion_tokens is 4; they mean the same"):
+        CHAT.given(differ)
+    assert CHAT.given(msgspec.convert({"messages": []}, ChatBody)) == ({}, {})
+
+
+def test_a_keyword_makes_the_grammar() -> None:
+    assert SamplingParams(regex="a+").grammar == Grammar("regex", "a+")
+    assert SamplingParams(json_schema="{}", strict_schema=False).grammar == Grammar("json_schema", "{}", strict=False)
+    assert SamplingParams(choice=(), regex=None, json_object=False).grammar is None
+    with pytest.raises(RequestError, match="grammar and regex are given"):
+        SamplingParams(regex="a", grammar=Grammar("json_object"))
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {},
+        {"json_object": True},
+        {"json_schema": "{}", "strict_schema": False},
+        {"regex": "a"},
+        {"choice": ("a", "b")},
+        {"structural_tag": "{}"},
+    ],
+)
+def test_a_grammar_leads_back_to_its_keywords(keywords: dict[str, Any]) -> None:
+    assert keywords_of(SamplingParams(**keywords).grammar) == keywords

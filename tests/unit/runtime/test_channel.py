@@ -24,7 +24,7 @@ EXAMPLES: list[Message] = [
     Generate("r", SamplingParams(stop=("é", "\n\n")), messages=[{"role": "user", "content": "hi"}], priority=-1),
     Generate("r", SamplingParams(seed=-(1 << 63)), ids=IDS),
     Admit("r", IDS, SAMPLING, (2, 0), 17),
-    StepPlan(7, IDS, (SlotAdmit(3, IDS, SAMPLING),), IDS, IDS),
+    StepPlan(7, IDS, IDS, IDS, IDS, (SlotAdmit(3, IDS, SAMPLING),), IDS, 1),
     StepDone(7, IDS, IDS, 0.25),
     Tokens(7, ["a", "b"], IDS, IDS, (Finish(1, "stop", 2), Finish(0, "length")), ((0, 128),)),
     Chunks([Chunk("a", "text", [1, 2], "stop", "\n", 3, 2, 1)]),

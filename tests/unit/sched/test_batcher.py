@@ -4,15 +4,17 @@ from array import array
 from collections import deque
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from simulated_device import VOCABULARY, SimulatedDevice, naive, sampling, scores
+from simulated_device import VOCABULARY, SimulatedDevice, least_steps, naive, sampling, scores
 
 from engine.errors import RequestError
 from engine.messages.reply import Tokens
 from engine.messages.request import Admit
+from engine.messages.step import TOKEN as TOKEN_ROW
 from engine.sched import Scheduler
+from engine.testing.steps import rows_of
 from engine_plugins.policies.order import FirstComeFirstServed, LongestPrefixMatch
 
 POLICIES = {"fcfs": FirstComeFirstServed, "lpm": LongestPrefixMatch}
@@ -31,8 +33,9 @@ class Bench:
         burst=1, max_model_len=1000, max_waiting=1000,
     ):  # fmt: skip
         self.scheduler = Scheduler(
-            pages, page_size, slots, max_model_len, max_step_tokens, POLICIES[policy](), prefix_cache, max_waiting
-        )
+            pages, page_size, slots, max_model_len, max_step_tokens, POLICIES[policy](), prefix_cache, max_waiting,
+            drafts=burst - 1,
+        )  # fmt: skip
         self.device = SimulatedDevice(pages, page_size, slots, max_step_tokens, burst)
         self.depth = depth
         self.flying = deque()
@@ -137,8 +140,8 @@ class AnythingHappens(RuleBasedStateMachine):
         max_step_tokens=st.sampled_from([1, 3, 7, 30]),
         policy=st.sampled_from(sorted(POLICIES)),
         prefix_cache=st.sampled_from([True, True, True, False]),
-        depth=st.integers(1, 3),
-        burst=st.sampled_from([1, 1, 3]),
+        depth=st.integers(1, 4),
+        burst=st.sampled_from([1, 1, 2, 4]),
     )
     def start(self, **options):
         self.bench = Bench(**options, max_model_len=24)
@@ -377,6 +380,47 @@ def test_several_tokens_from_one_row_save_steps():
     bench.admit(request("x", [1, 2], max_new=60))
     bench.drain()
     assert bench.scheduler.counts()["steps"] < 40
+
+
+@given(
+    depth=st.integers(1, 4),
+    burst=st.integers(1, 4),
+    ids=st.lists(TOKEN, min_size=1, max_size=9),
+    max_new=st.integers(1, 40),
+    stop_ids=st.sampled_from([(), (0,), (1, 3)]),
+    seed=st.integers(0, 99),
+)
+def test_a_row_that_gets_several_tokens_wastes_no_step(depth, burst, ids, max_new, stop_ids, seed):
+    """With any number of steps in flight, a lone request ends with the step that it would end with if each were planned
+    in the knowledge of the one before."""
+    bench = Bench(depth=depth, burst=burst)
+    admit = request("x", ids, max_new, stop_ids=stop_ids, seed=seed)
+    bench.admit(admit)
+    steps = 0
+    while bench.live:
+        while len(bench.flying) < depth and bench.plan():
+            pass
+        bench.commit()
+        steps += 1
+    assert steps == least_steps(admit, burst)
+    bench.drain()
+
+
+def test_a_grammar_gets_one_token_a_step():
+    """Its masks are for the token after those that are known."""
+    bench = Bench(burst=4, depth=3)
+    bench.scheduler.admit(request("x", [1, 2], max_new=9), grammar=7)
+    rows = []
+    while plan := bench.scheduler.plan():
+        rows += rows_of(plan)
+    assert rows == [(0, 0, 2, TOKEN_ROW), *((0, start, 1, TOKEN_ROW) for start in range(2, 10))]
+
+
+def test_drafts_leave_budget_for_a_row_of_each_request():
+    bench = Bench(burst=4, slots=6, max_step_tokens=6, depth=2)
+    for seed in range(6):
+        bench.admit(request(f"r{seed}", [seed % 4], max_new=20, seed=seed))
+    bench.drain()  # the device checks the budget
 
 
 def test_higher_priority_first_then_the_order_of_arrival():

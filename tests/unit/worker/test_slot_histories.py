@@ -24,11 +24,12 @@ from engine.layers.build import Build
 from engine.layers.model import Model
 from engine.messages.assets import LoadGrammar
 from engine.messages.request import Admit, Grammar, Sampling
-from engine.messages.step import Logprobs, SlotAdmit, StepPlan
+from engine.messages.step import Logprobs, SlotAdmit
 from engine.plugin.registry import Plugins
 from engine.plugin.specs import KVGroup, KVSpec, Vocabulary
 from engine.plugin.testing import ModelHarness
 from engine.sched import Scheduler
+from engine.testing.steps import step_plan
 from engine.worker.backends import Backends
 from engine.worker.memory import allocate
 from engine.worker.runner import Runner
@@ -53,10 +54,13 @@ class Pairs(Model):
         generator = torch.Generator().manual_seed(0)
         self.table = (torch.randn(SIZE + 1, SIZE, SIZE, generator=generator) * 4).round() / 2
 
-    def forward(self, batch: Batch) -> Tensor:
+    def embed(self, batch: Batch) -> Tensor:
+        return batch.ids[:, None]
+
+    def run(self, hidden: Tensor, batch: Batch, first: int, last: int) -> Tensor:
         """[T, 2]: each token, and the one before it as the cache has it; SIZE before the first."""
         tokens = batch.caches[0][0].view(-1)
-        tokens[batch.places] = batch.ids.to(tokens.dtype)
+        tokens[batch.places] = hidden[:, 0].to(tokens.dtype)
         slots = batch.slots.repeat_interleave(batch.row_offsets.diff())
         earlier = (batch.positions - 1).clamp(min=0)
         before = tokens[batch.page_table[slots, earlier // PAGE].to(torch.int64) * PAGE + earlier % PAGE]
@@ -256,10 +260,8 @@ def replies(device: ModelHarness) -> list[tuple[bytes, Any, Any]]:
     steps += [[(slot, length + at, 1, 1) for slot, length in enumerate((7, 2, 5))] for at in range(6)]
     done = []
     for number, rows in enumerate(steps):
-        first = (admits, np.array(pages, "<i4").tobytes()) if number == 0 else ((), b"")
-        done.append(
-            device.runner.finish(device.runner.launch(StepPlan(number, np.array(rows, "<i4").tobytes(), *first)))
-        )
+        first = (admits, pages) if number == 0 else ()
+        done.append(device.runner.finish(device.runner.launch(step_plan(number, rows, *first))))
     return [(step.tokens, step.logprobs, step.prompt_logprobs) for step in done]
 
 

@@ -91,7 +91,7 @@ class Device:
 
     def __init__(self) -> None:
         self.tokens = torch.zeros(SLOTS, POSITIONS, dtype=torch.int32, device=DEVICE)
-        self.sampler = Sampler(self.tokens, KERNELS)
+        self.sampler = Sampler(self.tokens, torch.zeros(SLOTS, dtype=torch.int64, device=DEVICE), KERNELS)
         self.adjustments = Adjustments(SLOTS, VOCABULARY, DEVICE, KERNELS)
         self.requests: dict[int, Request] = {}
 

@@ -21,8 +21,9 @@ from engine.messages.step import SlotAdmit, StepDone, StepPlan
 from engine.plugin.specs import KVGroup, KVSpec
 from engine.plugin.testing import MODEL_SCENARIOS, check_model
 from engine.runtime.channel import BlockingFrames
+from engine.testing.steps import step_plan
 from engine.worker.main import serve
-from engine.worker.memory import allocate, available_memory, choose_max_model_len, copy_pages, count_pages
+from engine.worker.memory import allocate, available_memory, choose_max_model_len, count_pages
 from engine_plugins.checkpoints.echo import END, EchoCheckpoint
 from engine_plugins.models.echo import Echo
 
@@ -60,12 +61,6 @@ def worker(boot):
             process.wait()
 
 
-def plan(step, rows, admits=(), pages=(), copies=()):
-    packed = (np.array(part, "<i4").tobytes() for part in (rows, pages, copies))
-    rows_bytes, pages_bytes, copies_bytes = packed
-    return StepPlan(step, rows_bytes, tuple(admits), pages_bytes, copies_bytes)
-
-
 def admit(slot, ids, temperature=0.0):
     return SlotAdmit(slot, np.array(ids, "<i4").tobytes(), Sampling(temperature, 0, 1.0, 0.0, 11))
 
@@ -89,18 +84,18 @@ def test_a_worker_counts_answers_pings_and_ends_with_its_peer():
         # A prompt of five in chunks of three and two, beside one of one; then decode, sent without waiting.
         process.send_signal(signal.SIGINT)  # the parent's business
         pages = [(0, 0, 9), (0, 1, 3), (2, 0, 50), (0, 2, 7), (2, 1, 1), (2, 2, 2)]
-        first = plan(1, [(0, 0, 3, 0), (2, 0, 1, 1)], [admit(0, [1, 2, 3, 4, 253]), admit(2, [40], 1.0)], pages)
+        first = step_plan(1, [(0, 0, 3, 0), (2, 0, 1, 1)], [admit(0, [1, 2, 3, 4, 253]), admit(2, [40], 1.0)], pages)
         frames.send(first)
-        frames.send(plan(2, [(2, 1, 1, 1), (0, 3, 2, 1)]))
+        frames.send(step_plan(2, [(2, 1, 1, 1), (0, 3, 2, 1)]))
         for step in range(3, 9):
-            frames.send(plan(step, [(0, step + 2, 1, 1), (2, step - 1, 1, 1)]))
+            frames.send(step_plan(step, [(0, step + 2, 1, 1), (2, step - 1, 1, 1)]))
         done = [frames.receive() for _ in range(8)]
         assert [reply.step for reply in done] == list(range(1, 9))
         assert [tokens_of(reply) for reply in done[:2]] == [[41], [42, 254]]
         assert [tokens_of(reply) for reply in done[2:]] == [[(255 + i) % 256, 43 + i] for i in range(6)]
         assert all(isinstance(reply, StepDone) and reply.seconds > 0 for reply in done)
 
-        frames.send(plan(9, []))
+        frames.send(step_plan(9, []))
         assert tokens_of(frames.receive()) == []
         frames._socket.close()
         assert process.wait(30) == 0
@@ -134,7 +129,7 @@ class Script:
 
 
 def test_a_plan_that_comes_is_launched_before_a_result_is_waited_for():
-    script = Script(plan(1, []), plan(2, []))
+    script = Script(step_plan(1, []), step_plan(2, []))
     serve(script, script)
     launches = ["receive", "launch 1", "receive", "launch 2"]
     assert script.done == [*launches, "finish 1", "send 1", "finish 2", "send 2", "receive"]
@@ -144,8 +139,8 @@ def test_a_plan_that_comes_is_launched_before_a_result_is_waited_for():
 def test_a_gpu_gives_the_same_count():
     with worker(Boot(config(process=ProcessOptions(device="cuda")))) as (_, frames):
         assert isinstance(frames.receive(), WorkerReady)
-        frames.send(plan(1, [(0, 0, 3, 1)], [admit(0, [1, 2, 3])], [(0, 0, 9), (0, 1, 3)]))
-        frames.send(plan(2, [(0, 3, 1, 1)]))
+        frames.send(step_plan(1, [(0, 0, 3, 1)], [admit(0, [1, 2, 3])], [(0, 0, 9), (0, 1, 3)]))
+        frames.send(step_plan(2, [(0, 3, 1, 1)]))
         assert [tokens_of(frames.receive()) for _ in range(2)] == [[4], [5]]
 
 
@@ -169,7 +164,7 @@ def test_a_start_that_cannot_work_is_told_in_a_sentence(changes, cause):
 def test_a_crash_is_told_with_its_traceback():
     with worker(Boot(config())) as (process, frames):
         assert isinstance(frames.receive(), WorkerReady)
-        frames.send(plan(1, [(99, 0, 1, 1)]))  # there is no slot 99
+        frames.send(step_plan(1, [(99, 0, 1, 1)]))  # there is no slot 99
         fatal = frames.receive()
         assert isinstance(fatal, Fatal) and "IndexError" in fatal.cause and "Traceback" not in fatal.cause
         assert "Traceback" in fatal.details and "runner.py" in fatal.details
@@ -251,19 +246,13 @@ def test_a_model_that_keeps_nothing_has_no_pages_and_its_own_length():
         choose_max_model_len(513, 512, None)
 
 
-def test_caches_start_as_zeros_and_pages_are_copied_in_every_layer():
+def test_caches_start_as_zeros():
     caches = allocate(SPEC, 5, CPU)
     assert [len(group) for group in caches] == [2, 1]
     assert caches[0][0].shape == (5, 2, 16, 3, 64) and caches[0][0].dtype == torch.bfloat16
     assert not any(cache.any() for group in caches for cache in group)
-    for group in caches:
-        for layer, cache in enumerate(group):
-            cache.copy_((torch.arange(5) + 10 * layer).view(5, *[1] * (cache.ndim - 1)).expand_as(cache))
-    copy_pages(caches, torch.tensor([1, 2]), torch.tensor([2, 4]))
-    assert [int(page.flatten()[0]) for page in caches[0][1]] == [10, 11, 11, 13, 12]
-    assert [int(page.flatten()[0]) for page in caches[1][0]] == [0, 1, 1, 3, 2]
 
 
 def test_plans_cross_the_socket_as_they_are():
-    sent = plan(3, [(1, 2, 3, 1)], [admit(1, [4, 5])], [(1, 0, 8)], [(7, 9)])
+    sent = step_plan(3, [(1, 2, 3, 1)], [admit(1, [4, 5])], [(1, 0, 8)])
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(sent), type=StepPlan) == sent

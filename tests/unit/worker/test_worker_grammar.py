@@ -16,13 +16,15 @@ from engine.layers.attention import AttentionBackend
 from engine.layers.build import Build
 from engine.messages.assets import GrammarLoaded, LoadGrammar
 from engine.messages.request import Grammar, Sampling
-from engine.messages.step import SlotAdmit, StepDone, StepPlan
+from engine.messages.step import SlotAdmit, StepDone
 from engine.plugin.registry import Plugins
 from engine.plugin.specs import Vocabulary
+from engine.testing.steps import step_plan
 from engine.worker.memory import allocate
-from engine.worker.runner import Runner, Step
+from engine.worker.runner import Runner
 from engine.worker.sampling.grammars import NO_TOKEN, Grammars, Guide, Guided
 from engine.worker.sampling.mask_table import FIXED
+from engine.worker.steps.results import Step
 from engine_plugins.checkpoints.echo import END
 from engine_plugins.grammars.llguidance.engine import MOST_ITEMS
 from engine_plugins.models.echo import Echo
@@ -68,8 +70,7 @@ class Device:
     def step(self, rows: list[tuple[int, ...]], *admits: SlotAdmit) -> None:
         pages = [(admit.slot, index, admit.slot * 16 + index) for admit in admits for index in range(16)]
         self.steps += 1
-        packed = np.array(rows, "<i4").tobytes(), admits, np.array(pages, "<i4").tobytes()
-        self.in_flight.append(self.runner.launch(StepPlan(self.steps, *packed), self.catch_up))
+        self.in_flight.append(self.runner.launch(step_plan(self.steps, rows, admits, pages), self.catch_up))
 
     def catch_up(self) -> None:
         self.caught_up += 1

@@ -1,30 +1,32 @@
-"""The messages and tools of OpenAI's chat API, from what clients send to what a chat template takes.
+"""/v1/chat/completions: its messages, tools and template, from what clients send to a `Generate`.
 
-Also what a request says of its template. Left out: images and sound; how a call is forced, and how replies are read
-(reading.py).
+The fields that it shares with /v1/completions are in bodies.py, and what the replies look like is in replies.py.
+Left out: images and sound; how a call is forced, and how replies are read (conversation/reading.py).
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Protocol
+from uuid import uuid4
 
-from msgspec import Meta
+from aiohttp import web
 
 from engine.conversation.calls import Tool
-from engine.errors import RequestError
-from engine.http.fields import ECHO, LABEL, Only, Rule, hint, unserved
+from engine.conversation.reading import Wanted, reading_of
+from engine.errors import RequestError, Words
+from engine.http.effort import with_effort
+from engine.http.fields import ECHO, LABEL, Rule, hint, ignore, label, unserved
+from engine.http.grammars import OPENAI_FIELDS
+from engine.http.openai.bodies import SamplingBody
+from engine.http.openai.replies import Wording, complete
+from engine.http.service import SERVICE, check_kept, salt_of, sampling_of
+from engine.http.tools import FEW_MESSAGES, FEW_TOOLS, Effort, ToolName, among, checked, tool_of
 from engine.http.wire import Body, to_json
+from engine.messages.request import Generate
 from engine.params.grammar import check_nesting
+from engine.params.sampling import CHAT
 
-TOOL_NAME = r"^[A-Za-z0-9_.\-]{1,128}$"
-ToolName = Annotated[str, Meta(pattern=TOOL_NAME)]
-# More than any honest client has. What all of them may hold together is in parts.py.
-FEW_MESSAGES = Meta(max_length=10_000)
-FEW_TOOLS = Meta(max_length=1024)
-# That programs of the server's may call a tool as well, which there are none of.
-CALLED_DIRECTLY = hint(
-    ["direct"], only=Only('a list with "direct"', lambda value: isinstance(value, list) and "direct" in value)
-)
 MAX_TEMPLATE_KWARGS = 1 << 16  # bytes of JSON: what follows from them is remembered by them
+CHAT_WORDS = Words({**CHAT.names, "prompt": "messages", "grammar": "tools"})
 
 
 # ── bodies ───────────────────────────────────────────────────────────────────────────────────
@@ -126,7 +128,129 @@ class AllowedChoice(Body, tag_field="type", tag="allowed_tools"):
 
 
 ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedChoice
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+@CHAT.fields
+class ChatBody(SamplingBody, kw_only=True):
+    messages: Annotated[list[ChatMessage], FEW_MESSAGES]
+    logprobs: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[list[ToolBody], FEW_TOOLS] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    separate_reasoning: bool | None = None
+    include_reasoning: bool | None = None
+    reasoning_effort: Effort | None = None
+    stream_reasoning: Any = None
+    best_of: Any = None
+    cache_control: Any = None
+    metadata: Any = None
+    store: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+    audio: Any = None
+    functions: Any = None
+    function_call: Any = None
+    modalities: Any = None
+    moderation: Any = None
+    prediction: Any = None
+    service_tier: Any = None
+    verbosity: Any = None
+    web_search_options: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {
+        **SamplingBody.rules,
+        "best_of": unserved(1, remedy="send n, and choose among the replies"),
+        "cache_control": LABEL,
+        "metadata": LABEL,
+        "store": label(False),
+        "safety_identifier": LABEL,
+        "prompt_cache_key": LABEL,
+        "prompt_cache_options": LABEL,
+        "prompt_cache_retention": LABEL,
+        "audio": unserved(),
+        "functions": unserved([], remedy="send tools, which took its place"),
+        "function_call": unserved("none", "auto", remedy="send tool_choice, which took its place"),
+        "modalities": unserved(["text"]),
+        "moderation": unserved(),
+        "prediction": hint(),
+        "service_tier": hint("auto", "default"),
+        "stream_reasoning": unserved(True),
+        "verbosity": hint("medium"),
+        "web_search_options": unserved(),
+    }
+
+
+# ── the handler ──────────────────────────────────────────────────────────────────────────────
+
+
+async def chat_completions(request: web.Request, body: ChatBody) -> web.StreamResponse:
+    """Answer a conversation, whole or streamed."""
+    service = request.app[SERVICE]
+    service.check_model(body.model)
+    service.check_template(body.chat_template)
+    fields, called = CHAT.given(body)
+    likeliest = fields.pop("logprobs", None)
+    if likeliest and not body.logprobs:
+        raise RequestError(f"top_logprobs is {likeliest}; it needs logprobs: true", param="top_logprobs")
+    if body.logprobs:
+        fields["logprobs"] = likeliest or 0
+    fields["grammar"], field = OPENAI_FIELDS.asked(body)
+    sampling = sampling_of(request, CHAT_WORDS, fields, called=called, grammar=field)
+    messages, wanted, text = plain_messages(body.messages), wanted_of(body), service.front.text
+    options = template_options(body)
+    if body.reasoning_effort is not None:
+        options, degree = with_effort(text, options, body.reasoning_effort, tools=bool(wanted.offered))
+        if not degree:
+            ignore(request, "reasoning_effort")
+    separate, told = body.separate_reasoning is not False, _tells_reasoning(body)
+    reading = reading_of(text, sampling, messages, options, wanted, separate=separate, told=told)
+    called |= reading.grammar_names(field)
+    job = Generate(
+        f"chatcmpl-{uuid4().hex}",
+        messages=messages,
+        priority=body.priority or 0,
+        cache_salt=salt_of(body.cache_salt),
+        special=body.add_special_tokens,
+        last=check_kept(body.truncate_prompt_tokens),
+        tell_prompt=bool(body.return_token_ids),
+        **options,
+        **reading.job,
+    )
+    about_prompt = sampling.prompt_logprobs is not None
+    wording = Wording(chat=True, logprobs=bool(body.logprobs), prompt_logprobs=about_prompt)
+    return await complete(request, body, [job], wording, reading)
+
+
+def _tells_reasoning(body: ChatBody) -> bool:
+    """Whether the reply has what the model thinks."""
+    told = body.include_reasoning is not False
+    if not told and body.separate_reasoning is False:
+        raise RequestError(
+            "separate_reasoning is false, which leaves reasoning in the content, and include_reasoning is false, which "
+            "leaves it out; send one",
+            param="include_reasoning",
+        )
+    return told
+
+
+def wanted_of(body: ChatBody) -> Wanted:
+    """What `body` says of tools."""
+    tools, choice = tools_of(body.tools), body.tool_choice
+    parallel = body.parallel_tool_calls is not False
+    match choice:
+        case NamedTool(function):
+            return Wanted(tools, "required", function.name, parallel)
+        case AllowedChoice(allowed):
+            names = [tool.function.name for tool in allowed.tools]
+            few = among(tools, names, "tool_choice.allowed_tools.tools")
+            return Wanted(few, allowed.mode, None, parallel, held=len(few) < len(tools))
+    return Wanted(tools, choice or "auto", None, parallel)
 
 
 # ── messages ─────────────────────────────────────────────────────────────────────────────────
@@ -187,46 +311,7 @@ def tools_of(tools: Sequence[ToolBody] | None) -> list[Tool]:
         found.append(
             tool_of(function.name, function.parameters, function.description, function.strict, f"{path}.parameters")
         )
-    return checked(found)
-
-
-def tool_of(
-    name: str, parameters: dict[str, Any] | None, description: str | None, strict: bool | None, path: str
-) -> Tool:
-    """One tool, whose schema of parameters the client calls `path`. Raises RequestError unless that is of an object."""
-    kind = "object" if parameters is None else parameters.get("type", "object")
-    if kind != "object":
-        raise RequestError(
-            f"{path}.type is {kind!r:.80}; arguments come by name, so the schema must be of an object", param=path
-        )
-    check_nesting(parameters, path)
-    return Tool(name, None if parameters is None else {"type": "object", **parameters}, description, bool(strict))
-
-
-def checked(tools: list[Tool]) -> list[Tool]:
-    """Raises RequestError where two of `tools` have one name."""
-    names: set[str] = set()
-    for index, tool in enumerate(tools):
-        if tool.name in names:
-            message = f"two tools are called {tool.name!r}; give each a name of its own"
-            raise RequestError(message, param=f"tools[{index}]")
-        names.add(tool.name)
-    return tools
-
-
-def among(tools: list[Tool], names: Sequence[str], path: str) -> list[Tool]:
-    """Those of `tools` that the client lists in `path`, as if it had sent no others."""
-    known = {tool.name: tool for tool in tools}
-    for index, name in enumerate(names):
-        if name not in known:
-            raise RequestError(
-                f"{path}[{index}] names {name!r:.200}, which is no tool of the request; its tools: "
-                f"{', '.join(known) or 'none at all'}",
-                param=path,
-            )
-    if not names:
-        raise RequestError(f"{path} is empty; allow at least one tool, or send tool_choice none", param=path)
-    return [tool for tool in tools if tool.name in names]
+    return checked(found) if found else found
 
 
 # ── templates ────────────────────────────────────────────────────────────────────────────────
@@ -243,12 +328,13 @@ class TemplateFields(Protocol):
 
 def template_options(body: TemplateFields) -> dict[str, Any]:
     """How to render the messages of `body`, as Generate and Text.render_chat take it."""
-    check_nesting(body.chat_template_kwargs, "chat_template_kwargs")
-    if (size := len(to_json(body.chat_template_kwargs))) > MAX_TEMPLATE_KWARGS:
-        raise RequestError(
-            f"chat_template_kwargs has {size} bytes, and at most {MAX_TEMPLATE_KWARGS} are taken; send less",
-            param="chat_template_kwargs",
-        )
+    if body.chat_template_kwargs is not None:
+        check_nesting(body.chat_template_kwargs, "chat_template_kwargs")
+        if (size := len(to_json(body.chat_template_kwargs))) > MAX_TEMPLATE_KWARGS:
+            raise RequestError(
+                f"chat_template_kwargs has {size} bytes, and at most {MAX_TEMPLATE_KWARGS} are taken; send less",
+                param="chat_template_kwargs",
+            )
     going_on = bool(body.continue_final_message)
     if going_on and body.add_generation_prompt:
         raise RequestError(

@@ -1,0 +1,81 @@
+"""How ranks find each other: torch.distributed under a rendezvous of the caller, with a process group for each axis.
+
+On GPUs they talk through NCCL, on CPUs through gloo. A rank that is alone joins nothing, and torch.distributed is not
+imported. Left out: watching that a collective ends.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine.errors import ConfigError
+from engine.parallel.collectives import Group
+from engine.parallel.mesh import AXES, Axis, Mesh
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+SECONDS = 600.0  # that a rank waits for the others: they load their weights meanwhile
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """The groups of one rank, by axis."""
+
+    mesh: Mesh
+    by_axis: Mapping[Axis, Group]
+
+    @classmethod
+    def apart(cls, mesh: Mesh) -> "Groups":
+        """Of a rank that has not joined the others, if there are any."""
+        return cls(mesh, {axis: _group(mesh, axis, None) for axis in AXES})
+
+    def along(self, axis: Axis) -> Group:
+        return self.by_axis[axis]
+
+    def leave(self) -> None:
+        """Ends the connections to the other ranks. Nothing may be under way."""
+        if self.mesh.size > 1:
+            import torch.distributed as distributed
+
+            distributed.destroy_process_group()
+
+
+def join(mesh: Mesh, rendezvous: str, device: torch.device = CPU, seconds: float = SECONDS) -> Groups:
+    """Waits for all ranks of `mesh` at `rendezvous`: "tcp://host:port", where rank 0 listens, or "file:///path", a file
+    that does not exist yet in a folder that all see. Called once a process.
+
+    `seconds` are how long to wait, here and in collectives. Raises ConfigError where the others do not come."""
+    if mesh.size == 1:
+        return Groups.apart(mesh)
+    import torch.distributed as distributed
+
+    on_gpu = device.type == "cuda"
+    try:
+        distributed.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            init_method=rendezvous,
+            rank=mesh.rank,
+            world_size=mesh.size,
+            timeout=timedelta(seconds=seconds),
+            device_id=device if on_gpu else None,
+        )
+    except (RuntimeError, ValueError) as error:  # torch has no narrower one for all that can fail here
+        raise ConfigError(f"rank {mesh.rank} of {mesh.size} cannot join the others at {rendezvous}: {error}") from error
+    made: dict[tuple[int, ...], ProcessGroup] = {}
+    for axis in AXES:  # each rank makes all groups, in one order, as torch wants it; equal ones are made once
+        for ranks in mesh.groups(axis):
+            if len(ranks) > 1 and ranks not in made:
+                everybody = len(ranks) == mesh.size
+                group = distributed.group.WORLD if everybody else distributed.new_group(list(ranks))
+                assert group is not None
+                made[ranks] = group
+    return Groups(mesh, {axis: _group(mesh, axis, made.get(mesh.group(axis))) for axis in AXES})
+
+
+def _group(mesh: Mesh, axis: Axis, process_group: "ProcessGroup | None") -> Group:
+    return Group(mesh.group(axis), mesh.coordinates[axis], process_group)

@@ -1,0 +1,173 @@
+"""Two ranks, two processes: a model divided between them gives the greedy ids of the whole one, in float32."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from numpy.typing import NDArray
+from oracle import tiny
+from packed import Blocks
+from ranks import Ranks, open_ranks
+from torch import Tensor
+
+from engine.messages.step import VECTOR
+from engine.parallel.collectives import all_gather, all_reduce, broadcast, reduce_scatter
+from engine.parallel.groups import Groups
+from engine.plugin.kernels import quantize_blocks
+from engine.plugin.registry import resolve
+from engine.plugin.testing import ModelHarness
+from engine.testing.steps import step_plan
+from engine_plugins.quantization.fp8 import Fp8
+
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 8}
+LATENT = {
+    **{"kv_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 10, "num_key_value_heads": 6},
+    **{"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "n_shared_experts": 2},
+    **{"first_k_dense_replace": 1, "n_group": 4, "topk_group": 2},
+}
+LARGE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 64}
+MODELS = "engine_plugins.models"
+CASES = {
+    "llama": (f"{MODELS}.llama:Llama", "Llama", {}),
+    "tied, one key-value head for both, a vocabulary that does not divide": (
+        f"{MODELS}.llama:Llama",
+        "Llama",
+        {"num_key_value_heads": 1, "vocab_size": 97, "tie_word_embeddings": True},
+    ),
+    "biases, a vocabulary that does not divide": (
+        f"{MODELS}.llama:Llama",
+        "Llama",
+        {"attention_bias": True, "mlp_bias": True, "vocab_size": 95},
+    ),
+    "mixture": (f"{MODELS}.qwen3_moe:Qwen3Moe", "Qwen3Moe", EXPERTS),
+    "two kinds of layers": (f"{MODELS}.gemma:Gemma3", "Gemma3", {"head_dim": 8, "sliding_window": 7}),
+    "latent attention, shared experts": (f"{MODELS}.deepseek:Deepseek", "DeepseekV3", {**LATENT, "q_lora_rank": 20}),
+    "latent attention of V2 Lite": (f"{MODELS}.deepseek:Deepseek", "DeepseekV2", {**LATENT, "q_lora_rank": None}),
+    "FP8": (f"{MODELS}.qwen3_moe:Qwen3Moe", "Qwen3Moe", {**EXPERTS, **LARGE, "moe_intermediate_size": 256}),
+    "packed": (f"{MODELS}.llama:Llama", "Llama", {**LARGE, "tie_word_embeddings": True}),
+}
+BERT = {
+    **{"vocab_size": 95, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 6},
+    **{"max_position_embeddings": 63, "type_vocab_size": 1},
+}
+BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    with open_ranks(tmp_path_factory.mktemp("ranks"), tp=2) as opened:
+        yield opened
+
+
+def prompts(vocab_size: int) -> list[list[int]]:
+    generator = np.random.default_rng(1)
+    return [generator.integers(0, vocab_size, length).tolist() for length in (21, 9, 14)]
+
+
+def stored(case: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The weights as the checkpoint of `case` has them."""
+    matrices = {name for name in tensors if name.endswith("_proj.weight")}
+    if case == "FP8":
+        config["quantization_config"] = BLOCKS
+        for name in matrices:
+            tensors[name], tensors[f"{name}_scale_inv"] = quantize_blocks(tensors[name])
+    if case == "packed":
+        packed = {*matrices, "model.embed_tokens.weight"}
+        return {name: Blocks.of("Q8_0", each) if name in packed else each for name, each in tensors.items()}
+    for name, tensor in tensors.items():
+        if name.endswith("_proj.bias"):
+            tensor.sub_(0.5)  # around zero, or one token would be all replies
+    return tensors
+
+
+def replies(groups: Groups | None, model: str, file: Path) -> tuple[list[list[int]], NDArray[np.float32]]:
+    """What the model of `file` says to each prompt, and its logits at each token of the first."""
+    config, tensors = torch.load(file, weights_only=False)
+    scheme = Fp8(config["quantization_config"]) if "quantization_config" in config else None
+    harness = ModelHarness(resolve(model), config, tensors, quantization=scheme, groups=groups)
+    asked = prompts(config["vocab_size"])
+    said = harness.greedy(asked, COUNT)
+    (logits,) = harness.logits([(0, 0, len(asked[0]))])
+    return said, logits.numpy()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_reply_as_one(case: str, ranks: Ranks, tmp_path: Path) -> None:
+    model, family, changes = CASES[case]
+    file = tmp_path / "model"
+    config, tensors, _ = tiny(family, **changes)
+    torch.save((config, stored(case, config, tensors)), file)
+    said, logits = replies(None, model, file)
+    assert len({token for reply in said for token in reply}) > 2  # decided, and not all alike
+    one, two = ranks.run(replies, model, file)
+    assert one[0] == two[0] == said
+    assert np.array_equal(one[1], two[1])
+    np.testing.assert_allclose(one[1], logits, atol=1e-4)
+
+
+def vectors(groups: Groups | None, file: Path) -> NDArray[np.float32]:
+    """What the encoder of `file` makes of each prompt."""
+    config, tensors = torch.load(file, weights_only=False)
+    harness = ModelHarness(resolve(f"{MODELS}.bert:Bert"), config, tensors, groups=groups)
+    asked = prompts(config["vocab_size"])
+    plan = harness.admit(asked)
+    rows = [(slot, 0, len(ids), VECTOR) for slot, ids in enumerate(asked)]
+    done = harness.runner.finish(harness.runner.launch(step_plan(1, rows, plan.admits)))
+    return np.frombuffer(done.vectors, "<f4").reshape(len(asked), -1)
+
+
+def test_two_ranks_embed_as_one(ranks: Ranks, tmp_path: Path) -> None:
+    config = transformers.BertConfig(**BERT)
+    torch.manual_seed(0)
+    model = transformers.BertModel(config).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(mean=0.0 if parameter.ndim > 1 else 0.5, std=0.2)
+    torch.save((config.to_dict(), dict(model.state_dict())), tmp_path / "model")
+    whole = vectors(None, tmp_path / "model")
+    assert np.abs(whole[0] - whole[1]).max() > 1e-2
+    for part in ranks.run(vectors, tmp_path / "model"):
+        np.testing.assert_allclose(part, whole, atol=1e-5)
+
+
+def collectives(groups: Groups, dtype: torch.dtype) -> list[Tensor]:
+    """What each collective makes of the rank's numbers, which are 10 * rank + 0 .. 7."""
+    group, rank = groups.along("tp"), groups.mesh.rank
+    mine = (torch.arange(8).view(4, 2) + 10 * rank).to(dtype)
+    return [
+        all_reduce(mine.clone(), group),
+        all_gather(mine, group),
+        all_gather(mine.t(), group, dim=1),
+        reduce_scatter(mine, group),
+        broadcast(mine.clone(), group, source=1),
+        all_reduce(mine.clone(), groups.along("pp")),  # a group of one
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64], ids=str)
+def test_collectives(dtype: torch.dtype, ranks: Ranks) -> None:
+    zero, one = ((torch.arange(8).view(4, 2) + 10 * rank).to(dtype) for rank in range(2))
+    for rank, got in enumerate(ranks.run(collectives, dtype)):
+        total = zero + one
+        wanted = [total, torch.cat((zero, one)), torch.cat((zero.t(), one.t()), dim=1)]
+        wanted += [total[2 * rank : 2 * rank + 2], one, (zero, one)[rank]]
+        for mine, expected in zip(got, wanted, strict=True):
+            assert torch.equal(mine, expected)
+
+
+def ranks_of(groups: Groups) -> tuple[int, ...]:
+    return groups.along("tp").ranks
+
+
+def broken(groups: Groups) -> None:
+    raise RuntimeError(f"rank {groups.mesh.rank} is broken")
+
+
+def test_what_fails_on_a_rank_is_said(ranks: Ranks) -> None:
+    with pytest.raises(AssertionError, match=r"rank 0 failed:\n[^$]*rank 0 is broken"):
+        ranks.run(broken)
+    assert ranks.run(ranks_of) == [(0, 1), (0, 1)]
