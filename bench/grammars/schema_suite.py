@@ -1,4 +1,4 @@
-"""What the grammar engines make of the official JSON-Schema-Test-Suite: the tables of docs/grammars.md.
+"""What the grammar engines make of the official JSON-Schema-Test-Suite: the table of bench/RESULTS.md.
 
     python -m bench.grammars.schema_suite [--suite FOLDER] [--engine llguidance|xgrammar] [--show]
     python -m bench.grammars.schema_suite --fetch FOLDER

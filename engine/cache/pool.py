@@ -1,8 +1,8 @@
-"""The free pages of the KV cache, as numbers; who owns a page that is not free is the owner's business.
+"""The free pages of the KV cache, as numbers. Owners keep track of the pages that are not free.
 
 Each page belongs to exactly one of the free list, the radix tree and one request. A page may be freed while
-steps already sent still touch it: steps run on the device in the order sent, so whoever is given the page
-next writes it only after them.
+steps already sent still touch it: steps run on the device in the order sent, so the next owner writes the page only
+after them.
 
 Left out: page contents and bytes (the worker's), reference counts (the tree's locks).
 """

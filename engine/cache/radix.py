@@ -50,7 +50,7 @@ class RadixTree:
     def match(self, key: bytes, salt: bytes = b"") -> tuple[Node, list[int]]:
         """The longest cached prefix of `key` in whole pages: the node where it ends, and its pages.
 
-        To use the pages, lock the node before anything else is asked of the tree."""
+        To use the pages, lock the node before any other call of the tree."""
         root = self._root(salt)
         path, _, part = self._descend(root, key)
         if not path:
@@ -117,7 +117,7 @@ class RadixTree:
             node = node.parent
 
     def unlock(self, node: Node) -> None:
-        """Undo one `lock`; a prefix that nobody locks any more counts as used just now."""
+        """Undo one `lock`. A prefix without locks counts as used just now."""
         self._tick += 1
         while node.parent is not None:
             node.locks -= 1

@@ -305,7 +305,7 @@ class Conversation:
         self._console.print(table, soft_wrap=False)
 
     def completions(self, line: str) -> list[str]:
-        """What the last word of `line`, which Tab was pressed in, may become."""
+        """The completions of the last word of `line`, in which Tab was pressed."""
         *before, word = line.split(" ")
         options = {option.name: option for option in sampling_options()}
         match before:
@@ -367,7 +367,7 @@ def _shown(value: Any) -> str:
 
 
 def _params(settings: dict[str, Any]) -> SamplingParams:
-    """`changed`, undone. Raises ConfigError."""
+    """The parameters that `settings` describe. Raises ConfigError."""
     options = {option.name: option for option in sampling_options()}
     for name in settings:
         if name not in options:

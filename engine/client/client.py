@@ -18,7 +18,7 @@ from engine.params.sampling import SamplingParams
 
 
 class _Delta(Struct):
-    """What the model thinks is shown as it comes, like what it says; servers have two names for it."""
+    """Reasoning is shown as it comes, like the content; servers have two names for it."""
 
     content: str | None = None
     reasoning_content: str | None = None

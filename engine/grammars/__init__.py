@@ -1,6 +1,5 @@
-"""From what a client asks a reply to be to something that masks can be made of; docs/grammars.md has the way.
+"""Compiles the grammar of a request so that masks can be made of it; docs/grammars.md says how.
 
-What a request may say is in engine/params/grammar.py; `compiler` is the process that compiles it where it can be
-killed. Using what was compiled is the worker's (engine/worker/sampling/grammars.py), waiting for it the scheduler's
-(engine/sched/assets.py).
+engine/params/grammar.py checks the grammar, and `compiler` is a process that compiles it and can be killed. The worker
+uses the result (engine/worker/sampling/grammars.py); requests wait for it in engine/sched/assets.py.
 """

@@ -1,9 +1,9 @@
-"""Strict schemas: what a JSON schema leaves open is closed, so that a reply has the properties that it names alone.
+"""Closes the objects of a strict JSON schema, so that a reply has only the properties that it declares.
 
-JSON Schema lets an object have any property that the schema does not speak of. Nobody who asks for a reply wants those,
-and a small model that may go on with them does. Every reply that is let through is valid by the schema as it was sent.
-Left open: an object of which no property is named, or that must have others than those that are; a schema that puts
-objects together (allOf, $ref beside properties), where closing a part would leave nothing.
+JSON Schema allows properties that the schema does not declare. Clients do not want them in a reply, and a small model
+continues with them if it may. Every reply that a closed schema allows is valid by the schema as sent. Left open: an
+object that declares no property, or requires undeclared ones; a schema that combines objects (allOf, $ref beside
+properties), because closing a part could leave no valid reply.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ SINGLE = ("items", "additionalProperties", "contains", "not", "if", "then", "els
 
 
 def prepared(grammar: Grammar) -> Grammar:
-    """`grammar` as engines take it: its schemas in fewer words, and closed if it is strict."""
+    """`grammar` as engines take it, with its schemas simplified, and closed if it is strict."""
     if grammar.kind not in ("json_schema", "structural_tag"):
         return grammar
     value = msgspec.json.decode(grammar.source)
@@ -37,7 +37,7 @@ def _closed_and_simpler(schema: Any) -> Any:
 
 
 def close(schema: Any) -> Any:
-    """`schema` with nothing left open that it does not name."""
+    """`schema` with its objects closed."""
     if any(_composes(node) for node in _schemas(schema)):
         return schema
     return _closed(schema)
@@ -74,7 +74,7 @@ def _inner(schema: dict[str, Any]) -> Iterator[Any]:
 
 
 def _composes(schema: dict[str, Any]) -> bool:
-    """Whether what an object may have is said in several places."""
+    """Whether several places describe the properties of an object."""
     named = isinstance(schema.get("properties"), dict)
     if any(name in schema for name in IN_PLACE):
         return True
@@ -102,7 +102,7 @@ def _closed(schema: Any) -> Any:
 
 
 def _all_named(schema: dict[str, Any]) -> bool:
-    """Whether an object can do with the properties that are named, and nothing says what becomes of others."""
+    """Whether the declared properties include all required ones, and nothing is said about others."""
     named, required, least = schema.get("properties"), schema.get("required", ()), schema.get("minProperties", 0)
     if not isinstance(named, dict) or any(name in schema for name in OPENERS):
         return False

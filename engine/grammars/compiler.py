@@ -1,13 +1,13 @@
-"""`python -m engine.grammars.compiler FD`: compiles grammars where that can be stopped, for the peer on socket FD.
+"""`python -m engine.grammars.compiler FD`: compiles grammars in processes that can be killed, for the peer on socket
+FD.
 
     Compile ──> this process: vocabulary and engines, ready made ──fork──> child: compiles one grammar, and ends
     Compiled <─────────────────────────────────────────────────pipe───────┘
 
-The first frame is Boot. A grammar may be a program that runs for ever or wants all memory there is, in a library that
-cannot be interrupted; so each is compiled in a child of its own, which the kernel ends at the deadline and which can
-have only so much memory. A fork costs some milliseconds, as nothing has to be imported or read again. Several run
-beside each other, so that a slow one holds up no others; one that takes long gives way to everything else on the
-machine. Left out: systems without fork.
+The first frame is Boot. A grammar may run for ever or use all memory, in a library that cannot be interrupted. So each
+compiles in a child of its own, which the kernel ends at the deadline and whose memory is limited. A fork costs some
+milliseconds, because nothing is imported or read again. Several children run at once, so that a slow one does not hold
+up others. A child that takes long gives way to everything else on the machine. Left out: systems without fork.
 """
 
 import logging
@@ -68,12 +68,11 @@ class Child:
     said: bytearray = field(default_factory=bytearray)
 
     def give_way(self) -> None:
-        """Run only where nothing else wants to: on Linux it is stopped as soon as anything does.
+        """Run only on processors that nothing else wants: on Linux the child stops as soon as anything does.
 
-        A niceness is not enough there: a processor that runs a nice process counts as busy, and others, such as the
-        worker's threads, would be woken beside each other on the next one. Where Linux shares the processors between
-        sessions first (autogroup) a priority counts within one alone, and the session, which is this child's own, is
-        made nice."""
+        Niceness is not enough: a processor that runs a nice process counts as busy, so threads of the worker would
+        share the next one. If Linux first shares the processors between sessions (autogroup), a priority counts only
+        within a session. So the session, which is this child's own, is made nice."""
         self.due = math.inf
         group = Path(f"/proc/{self.process}/autogroup")
         try:
@@ -91,7 +90,8 @@ class Child:
 
 
 def helpers(cores: int) -> int:
-    """How many grammars are compiled at a time, where nobody says so: a slow one holds up no others on any machine."""
+    """The default number of grammars that compile at a time. It is never one, so that a slow one does not hold up
+    others."""
     return max(FEWEST_HELPERS, min(MOST_HELPERS, cores // 2))
 
 
@@ -159,7 +159,7 @@ class Compiler:
         return engines
 
     def _read(self, pipe: int, poll: "select.poll") -> None:
-        """Take in what a child says; at its end, pass it on."""
+        """Read a child's output; at its end, pass it on."""
         child = self._children[pipe]
         if more := os.read(pipe, 1 << 20):
             child.said += more
@@ -180,7 +180,7 @@ class Compiler:
             self._frames.send(msgspec.structs.replace(answer, seconds=seconds))
 
     def _make(self, engine: str, job: Compile) -> None:
-        """Make the engine that `job` needs, here, for all children to come; then it begins again."""
+        """Make the engine that `job` needs in this process, for all later children, and begin the job again."""
         assert self._engines is not None
         try:
             self._engines.named(engine)
@@ -190,7 +190,7 @@ class Compiler:
             self._frames.send(Compiled(job.number, 0.0, status=400, code="no_grammar_engine", cause=str(error)))
 
     def _ended(self, job: Compile, code: int, computed: float) -> Compiled:
-        """What is to be said of a child that did not say it, and had a processor for `computed` seconds."""
+        """The answer for a child that ended without one, and had a processor for `computed` seconds."""
         kind = job.grammar.kind
         if code == -signal.SIGALRM:
             cause = f"the {kind} took longer to compile than the {self._seconds:g} s that --grammar-seconds allows; "
@@ -221,7 +221,7 @@ def compile_and_exit(job: Compile, engines: Engines, pipe: int, seconds: float) 
 
 
 def limit_memory() -> None:
-    """No more than MEMORY beside what this process has; where the system does not tell, that is not bounded."""
+    """Allow MEMORY beside what this process has. If the system does not tell that, memory is not bounded."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         most = int(statm.read_text().split()[0]) * resource.getpagesize() + MEMORY
@@ -229,7 +229,7 @@ def limit_memory() -> None:
 
 
 def compiled(job: Compile, engines: Engines) -> Compiled:
-    """What becomes of a grammar, which is proved by its first mask; or the name alone of an engine that is not made."""
+    """The compiled grammar, proved by its first mask; or only the name of an engine that is not made yet."""
 
     def refused(code: str, cause: str, param: str = "grammar") -> Compiled:
         return Compiled(job.number, 0.0, status=400, code=code, cause=cause, param=param)
@@ -239,7 +239,7 @@ def compiled(job: Compile, engines: Engines) -> Compiled:
         name, made = whole(grammar, engines)
         why = unusable(engines, name, made.matcher(), job.vocab_size)
         if why is not None:
-            return refused("invalid_grammar", f"no reply could be of this {grammar.kind}{why}; correct it")
+            return refused("invalid_grammar", f"no reply can match this {grammar.kind}{why}; correct it")
         packed = made.packed()
     except Unmade as unmade:
         return Compiled(job.number, 0.0, unmade.name)
@@ -254,8 +254,8 @@ def compiled(job: Compile, engines: Engines) -> Compiled:
 
 
 def whole(grammar: Grammar, engines: Engines) -> tuple[str, CompiledGrammar]:
-    """As Engines.compile. Where `grammar` is refused for what the client asked for beside its tools, it is that which
-    is refused; where it is for a tool's parameters, the refusal names the tool."""
+    """As Engines.compile. A refusal names the client's own grammar if that is at fault, or the tool whose parameters
+    are."""
     try:
         return engines.compile(grammar)
     except RequestError as error:
@@ -276,7 +276,7 @@ def whole(grammar: Grammar, engines: Engines) -> tuple[str, CompiledGrammar]:
 
 
 def unusable(engines: Engines, name: str, matcher: object, vocab_size: int) -> str | None:
-    """Why nothing can come first; None if something can."""
+    """The reason why no token can come first; None if one can."""
     masks = np.zeros((1, -(-vocab_size // 32)), np.int32)
     engines.named(name).fill([matcher], masks, [0])
     if error := getattr(matcher, "error", ""):

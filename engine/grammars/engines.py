@@ -1,4 +1,5 @@
-"""The grammar engines of one model: the first that takes a grammar has it. For the compiler and for the worker."""
+"""The grammar engines of one model, for the compiler and the worker. The first engine that takes a grammar compiles
+it."""
 
 import logging
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ log = logging.getLogger("engine.grammars")
 
 
 class Unmade(Exception):
-    """An engine is to be asked that has not been made."""
+    """A grammar needs an engine that has not been made yet."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -22,7 +23,7 @@ class Unmade(Exception):
 
 
 class Engines:
-    """Made of `entries`, in the order in which they are asked, each when it is first needed."""
+    """The engines of `entries`, in the order in which they are asked; each is made when it is first needed."""
 
     def __init__(
         self, entries: Sequence[GrammarEntry], vocabulary: Vocabulary, *, threads: int, whitespace: bool
@@ -46,9 +47,9 @@ class Engines:
             self.named(next(iter(self._entries)))
 
     def compile(self, grammar: Grammar) -> tuple[str, CompiledGrammar]:
-        """The name of the engine that takes `grammar`, and what it made of it. Raises the RequestError of the first
-        that was asked and does not; only what that calls an unsupported_grammar is shown to the next. Raises Unmade
-        for an engine that is not made yet: making one may take longer than compiling."""
+        """The name of the engine that takes `grammar`, and the compiled grammar. Only an unsupported_grammar goes to
+        the next engine; if none takes it, raises the RequestError of the first. Raises Unmade for an engine that is not
+        made yet, because making one may take longer than compiling."""
         refusals: list[RequestError] = []
         for name, entry in self._entries.items():
             if grammar.kind not in entry.kinds:

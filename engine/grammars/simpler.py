@@ -1,11 +1,11 @@
-"""JSON schemas in fewer words: what forbids nothing is left out, and some keywords are said by others.
+"""Simplifies JSON schemas: keywords that forbid nothing are left out, and some are rewritten into others.
 
     {"type": "array", "uniqueItems": false, "minContains": 1}      {"type": "array"}
     {"propertyNames": {"enum": ["a", "b"]}, "additionalProperties": X}      {"properties": {"a": X, "b": X}, ...: false}
     {"if": {}, "then": X}      {"allOf": [X]}
 
-A schema and what becomes of it are valid for the same values. What is malformed stays as it is, for an engine to say
-so. Left out: all that needs to know what a reference refers to.
+A schema and its simplified form are valid for the same values. Malformed parts stay as they are, and an engine reports
+them. Left out: rules that would need to resolve references.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,7 +46,7 @@ Rule = Callable[[Schema, bool], None]
 
 
 def simpler(schema: Any) -> Any:
-    """`schema`, valid for the same values, in fewer words."""
+    """`schema` simplified, valid for the same values."""
     schema = _changed(schema, (_unevaluated,), legacy=False)
     if any(name in each for each in _all_schemas(schema) for name in UNEVALUATED):
         return schema  # which asks what other keywords have looked at: what forbids nothing may look at something
@@ -119,7 +119,7 @@ def _count(value: Any) -> int | None:
 
 
 def _types(schema: Schema) -> list[str] | None:
-    """The types that `schema` names; None where it names none."""
+    """The types that `schema` names; None if it names none."""
     types = schema.get("type")
     types = [types] if isinstance(types, str) else types
     return types if isinstance(types, list) and all(isinstance(each, str) for each in types) else None
@@ -135,7 +135,7 @@ def _all_of(schema: Schema, more: Any) -> None:
 
 
 def _other_types(schema: Schema, legacy: bool) -> None:
-    """What speaks of values that are of no type that is named."""
+    """Drops keywords for types that the schema does not name."""
     types = _types(schema)
     for type, keywords in OF_TYPE.items():
         if types is not None and type not in types:
@@ -144,7 +144,7 @@ def _other_types(schema: Schema, legacy: bool) -> None:
 
 
 def _numbers_of(schema: Schema, legacy: bool) -> None:
-    """Of properties, where their names alone see to it."""
+    """Drops bounds on the number of properties that the declared names guarantee already."""
     if _count(schema.get("minProperties")) == 0:
         del schema["minProperties"]
     properties, required = schema.get("properties", {}), schema.get("required", [])
@@ -160,7 +160,7 @@ def _numbers_of(schema: Schema, legacy: bool) -> None:
 
 
 def _lists(schema: Schema, legacy: bool) -> None:
-    """Of items: which there must be, and that none is twice."""
+    """Drops or rewrites keywords about items: those that must be there, and uniqueness."""
     least = 1 if legacy else _count(schema.get("minContains", 1))
     most = None if legacy else _count(schema.get("maxContains"))
     if "contains" not in schema or (least == 0 and "maxContains" not in schema):
@@ -182,7 +182,7 @@ def _lists(schema: Schema, legacy: bool) -> None:
 
 
 def _names(schema: Schema, legacy: bool) -> None:
-    """Names of properties are strings; which ones there may be is said by naming them, or by a pattern of theirs."""
+    """Rewrites `propertyNames` by declaring the names or by a pattern for them."""
     names = schema.get("propertyNames")
     if names is True or (isinstance(names, dict) and _says_string(names)):
         del schema["propertyNames"]
@@ -220,7 +220,7 @@ def _says_string(names: Schema) -> bool:
 
 
 def _pattern_of(names: Schema) -> str | None:
-    """What a name must be, in one expression; None where it takes two."""
+    """What a name must match, as one expression; None if that takes two."""
     if "pattern" in names:
         pattern = names["pattern"]
         return pattern if isinstance(pattern, str) and not names.keys() & set(LENGTHS) else None
@@ -231,7 +231,7 @@ def _pattern_of(names: Schema) -> str | None:
 
 
 def _dependent(schema: Schema, legacy: bool) -> None:
-    """What one property asks of others, where it asks nothing or what is asked anyway."""
+    """Drops dependencies between properties that demand nothing, or nothing new."""
     required: list[Any] = schema["required"] if isinstance(schema.get("required"), list) else []
     for keyword in ("dependentRequired", "dependentSchemas", "dependencies"):
         asked = schema.get(keyword)
@@ -261,7 +261,7 @@ def _conditions(schema: Schema, legacy: bool) -> None:
 
 
 def _negations(schema: Schema, legacy: bool) -> None:
-    """A negation of nothing, of everything, of a negation, or of types."""
+    """Rewrites a negation of nothing, of everything, of a negation, or of types."""
     if "not" not in schema:
         return
     negated = schema["not"]
@@ -282,7 +282,7 @@ def _negations(schema: Schema, legacy: bool) -> None:
 
 
 def _unevaluated(schema: Schema, legacy: bool) -> None:
-    """Of what nothing else speaks: as if said of what is additional, where all is said in one place."""
+    """Rewrites `unevaluated…` as `additional…` if one place declares everything."""
     apart = any(name in schema for name in IN_PLACE)
     for unevaluated, additional in (("unevaluatedProperties", "additionalProperties"), ("unevaluatedItems", "items")):
         if unevaluated not in schema:

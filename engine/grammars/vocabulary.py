@@ -7,7 +7,7 @@ from engine.text.decoding import Spelling
 
 
 def read_vocabulary(checkpoint: Checkpoint, config: Config, size: int) -> Vocabulary:
-    """All tokens of `checkpoint`, for a model of `size` of them, which may be more than the tokenizer has."""
+    """All tokens of `checkpoint`, for a model of `size` tokens, which may be more than the tokenizer has."""
     text = read_text(checkpoint, config)
     spelling = Spelling(text.tokenizer)
     special = frozenset(id for id in spelling.special if id < size)

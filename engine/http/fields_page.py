@@ -22,9 +22,9 @@ Each field of a request's body is of one of three classes; the sampling fields, 
 
 - **Served**: the engine does what it says. [http.md](http.md) tells how.
 - **Hint**: the reply is right without it. It is ignored, the log says so once for each field, and every answer to such
-  a request names it in the header `{HEADER}`. With `--strict-fields` it is refused, but for those marked "label",
-  which say who asks, or how to keep, cache or bill, and "echo", which come back from a reply and are not named in the
-  header.
+  a request names it in the header `{HEADER}`. With `--strict-fields` it is refused, but for those marked
+  "label", which say who asks, or how to keep, cache or bill, and "echo", which come back from a reply and are not
+  named in the header.
 - **Refused**: the reply would be wrong without it: a 400 with the code `unsupported_parameter`.
 
 Values in brackets ask for what is done anyway, and are taken of hints and of refused fields alike; so is `null`. Fields

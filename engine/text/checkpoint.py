@@ -1,6 +1,6 @@
-"""What a checkpoint says of its text, read; and what stands in for it where dummy weights have none.
+"""Reads a checkpoint's text: its tokenizer and what goes with it, or a stand-in for dummy weights that have none.
 
-Every process that knows tokens needs this, and most of them no chat template: hence apart from model_text.py.
+Every process that knows tokens needs this, and most of them need no chat template, so it stands apart from fallback.py.
 """
 
 import msgspec
@@ -13,7 +13,8 @@ from engine.plugin.terms import Terms
 
 
 def read_text(checkpoint: Checkpoint, config: Config) -> TextSpec:
-    """The checkpoint's text; with dummy weights and no tokenizer, one token a byte, for what has 256 tokens or more.
+    """The checkpoint's text. With dummy weights and no tokenizer, one token a byte, if the model has 256 tokens or
+    more.
 
     Ids that no token of the model has end no reply: they are left out of `eos_ids`."""
     try:

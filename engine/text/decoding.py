@@ -2,8 +2,8 @@
 
     ids ──> Decoder: characters ──> ReplyDecoder: stop strings and expressions ──> text that may be sent
 
-A stop string or expression is looked for after each token, so that how tokens are split over messages changes
-nothing. What may yet turn out to be one is held back. Pure logic: it knows neither channels nor torch.
+The text is searched for stop strings and expressions after each token, so the split of tokens over messages changes
+nothing. Text that may become a stop is held back. Pure logic: it knows neither channels nor torch.
 """
 
 import codecs
@@ -38,12 +38,12 @@ def is_byte_level(tokenizer: Tokenizer) -> bool:
 
 
 def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """The tokens that are no text."""
+    """The ids of special tokens, which have no text."""
     return frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
 
 
 def _written() -> str:
-    """The 256 bytes as byte-level vocabularies write them: as themselves where that can be printed, or else as the next
+    """The 256 bytes as byte-level vocabularies write them: printable ones as themselves, any other as the next
     character from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = itertools.count(0x100)
@@ -92,8 +92,8 @@ class ByteDecoder:
 class ByteTokens:
     """The tokens of single bytes in a vocabulary with byte fallback, such as `<0xE6>`; it may have none.
 
-    tokenizers decodes neighbouring byte tokens as one, and where they are not UTF-8 as a whole, all of them become
-    U+FFFD: whole characters too, which a client may have been sent. SentencePiece keeps whole characters."""
+    The tokenizers library decodes neighbouring byte tokens as one text. If that is not UTF-8, all of them become
+    U+FFFD, also whole characters that a client may already have. SentencePiece keeps whole characters."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         found = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
@@ -156,7 +156,7 @@ class WindowDecoder:
 
 
 class NoDecoder:
-    """For replies whose text nobody wants."""
+    """For replies without text (`detokenize` false)."""
 
     def push(self, ids: Sequence[int]) -> str:
         return ""
@@ -190,7 +190,7 @@ class Spelling(dict[int, bytes]):
 
 
 def beginnings(stop: Sequence[str]) -> dict[str, list[str]]:
-    """All that begins one of `stop` without being all of it, longest first, by its last character."""
+    """All proper beginnings of the texts in `stop`, longest first, by their last character."""
     by_last: dict[str, list[str]] = {}
     for start in sorted({word[:end] for word in stop for end in range(1, len(word))}, key=len, reverse=True):
         by_last.setdefault(start[-1], []).append(start)
@@ -222,7 +222,7 @@ class Expressions:
             try:
                 match = pattern.search(self._text, self.open_from, partial=True, timeout=MATCH_SECONDS)
             except TimeoutError:
-                message = f"the {{stop_regex}} {{pattern}} took over {MATCH_SECONDS} s to look for; simplify it"
+                message = f"the {{stop_regex}} {{pattern}} took over {MATCH_SECONDS} s to search; simplify it"
                 facts = {"pattern": f"{pattern.pattern!r:.80}"}
                 raise RequestError(message, param="stop_regex", facts=facts) from None
             if match is None:

@@ -1,6 +1,6 @@
-"""What is done with texts for requests, and how much work that is: the same in the front and in a text process.
+"""The jobs on texts of requests and their sizes, the same in the front and in a text process.
 
-A job is a struct, and so is its answer, so that where it is done makes no difference. Pure logic.
+A job and its answer are structs, so they do not depend on the process that does the job. Pure logic.
 """
 
 from array import array
@@ -22,7 +22,7 @@ IDS = 5  # token ids that cost as much as a character
 
 
 def perform(admission: Admission, job: TextJob) -> TextAnswer:
-    """The answer to `job`. Raises RequestError where it cannot be done as it is asked for."""
+    """The answer to `job`. Raises RequestError if it cannot be done as requested."""
     match job:
         case Prepare(request, max_model_len, vocab_size):
             admission.max_model_len, admission.vocab_size = max_model_len, vocab_size
@@ -60,7 +60,7 @@ def _detokenized(text: Text, job: Detokenize) -> Detokenized:
 
 
 def size_of(job: TextJob) -> int:
-    """About as many characters as take as long to encode."""
+    """The size of a job: the number of characters that take about as long to encode."""
     match job:
         case Prepare(Generate() as request):
             if request.messages is not None:
@@ -82,7 +82,7 @@ def _ids(ids: bytes | None) -> int:
 
 
 def _conversation(messages: list[Message], tools: list[dict[str, Any]] | None, template: str | None) -> int:
-    """A template that a request brings may do anything: it is never small."""
+    """The size of a conversation. A template of the request may do anything, so it is never small."""
     size = A_MESSAGE * len(messages) + (0 if template is None else LARGE + len(template))
     if tools:
         size += _written(tools)
@@ -94,7 +94,7 @@ def _conversation(messages: list[Message], tools: list[dict[str, Any]] | None, t
 
 
 def _written(value: Any) -> int:
-    """The length of `value` as JSON; 0 for what nests too deeply, which is refused before it costs anything."""
+    """The length of `value` as JSON; 0 for a value that nests too deeply, which is refused before it costs anything."""
     try:
         try:
             return len(msgspec.json.encode(value))

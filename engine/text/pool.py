@@ -48,8 +48,8 @@ def processes(cores: int) -> int:
 
 
 class Work:
-    """One job on its way, and where its answer will be. Both are forgotten once nobody waits for that: a future that
-    was cancelled leads to the frames of its request."""
+    """One job on its way, and the future of its answer. Both are dropped once nobody waits for them, because a
+    cancelled future keeps the frames of its request alive."""
 
     def __init__(self, job: TextWork, size: int) -> None:
         self.job: TextWork | None = job
@@ -67,7 +67,8 @@ class Work:
             self.answer.set_result(with_)
 
     def abandon(self) -> None:
-        """Nobody waits for it any more: let go of its text, which a process that is idle would keep until its next."""
+        """Drop the job's text, because nobody waits for it any more; an idle process would keep it until its next
+        job."""
         self.job = self.answer = None
         if self.scope is not None:
             self.scope.deadline = min(self.scope.deadline, anyio.current_time() + GRACE)
@@ -120,7 +121,7 @@ class TextPool:
     async def ask(self, job: TextJob) -> TextAnswer:
         """The answer to `job`; a small one is done before this returns to the event loop.
 
-        Raises RequestError where it cannot be done as asked (400), or not now (503)."""
+        Raises RequestError if it cannot be done as requested (400), or not now (503)."""
         size = size_of(job)
         if size <= LARGE:
             return perform(self.admission, job)
@@ -147,7 +148,7 @@ class TextPool:
                 self._queue.remove(work)
 
     def _hand_out(self) -> None:
-        """Give what waits to who is free, those first whose process runs."""
+        """Give waiting jobs to free helpers, first to those whose process runs."""
         for work in list(self._queue):
             free = [helper for helper in self._helpers if helper.free and (helper.takes_huge or work.size <= HUGE)]
             if free:
@@ -180,8 +181,8 @@ class TextPool:
         self._hand_out()
 
     async def _one_life(self, helper: Helper, work: Work) -> Work | None:
-        """Run one process from `work` on until it ends; a job that another process shall be given: this one had
-        done some before it was lost, so it may have ended before this job came."""
+        """Run one process from `work` on until it ends. Returns a job for another process, if this one had done some
+        jobs before it was lost: then it may have ended before this job came."""
         try:
             child = await Child[FromTextProcess].start(self._start, FromTextProcess)
         except OSError as error:
@@ -215,7 +216,8 @@ class TextPool:
     async def _exchange(
         self, frames: Frames[FromTextProcess], answers: AsyncIterator[FromTextProcess], work: Work
     ) -> tuple[bool, str | None]:
-        """Have `work` done; whether the process goes on, and where it was lost, the cause, as far as it told one."""
+        """Have `work` done. Returns whether the process goes on, and if it was lost, the cause as far as it is
+        known."""
         retired, cause = False, ""
         with anyio.move_on_after(self._seconds) as scope:
             work.scope = scope
@@ -248,7 +250,7 @@ class TextPool:
 
 
 def packed(job: TextJob) -> TextWork:
-    """`job` as a process takes it. Raises RequestError for what a program put in that is no JSON."""
+    """`job` as a process takes it. Raises RequestError for a program's values that are not JSON."""
     try:
         try:
             return TextWork(msgspec.msgpack.encode(job))

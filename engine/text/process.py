@@ -1,7 +1,7 @@
 """`python -m engine.text.process FD`: renders and tokenizes long prompts, one at a time, for the peer on socket FD.
 
-Templates and the decoding of JSON hold the interpreter's lock, so a thread would hold up the event loop as they do
-themselves. The first frame is TextBoot; then every TextWork is answered, in order. Ends when the peer closes. Left out:
+Templates and the decoding of JSON hold the interpreter's lock, so in a thread they would still hold up the event loop.
+The first frame is TextBoot; then every TextWork is answered, in order. Ends when the peer closes. Left out:
 deadlines, which are the peer's; it ends this process.
 """
 
@@ -79,7 +79,7 @@ def unpacked(work: TextWork) -> TextJob:
 
 
 def answered(admission: Admission, work: TextWork) -> TextAnswer | Failed:
-    """The answer to the job in `work`, or why there is none."""
+    """The answer to the job in `work`, or the reason why there is none."""
     try:
         return perform(admission, unpacked(work))
     except RequestError as error:
@@ -92,7 +92,7 @@ def answered(admission: Admission, work: TextWork) -> TextAnswer | Failed:
 
 
 def _largest() -> int:
-    """The most bytes that this process has had in memory."""
+    """The peak memory of this process, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNITS
 
 

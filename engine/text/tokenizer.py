@@ -1,4 +1,4 @@
-"""Text in, text out: a model's tokenizer, with its chat template. How replies are decoded is in decoding.py.
+"""A model's tokenizer with its chat template. decoding.py decodes replies.
 
 Pure logic: it knows neither channels nor torch.
 """
@@ -47,9 +47,9 @@ WORDS_KEPT = 4096  # words whose tokens the tokenizer remembers: of up to 255 by
 class Text:
     """One model's text: prompts to token ids, token ids to text.
 
-    `chat_template` takes the place of the checkpoint's own; `parsers` are those that will read replies; `defaults` are
-    the values of sampling fields that requests leave out; without a processor for `media` it reads text alone. Raises
-    ConfigError when the template is malformed.
+    `chat_template` replaces the checkpoint's own, `parsers` read the replies, and `defaults` are the values of sampling
+    fields that requests leave out; without a processor for `media` the model reads text alone. Raises ConfigError
+    when the template is malformed.
     """
 
     def __init__(
@@ -94,8 +94,8 @@ class Text:
     ) -> list[int]:
         """Token ids of a completion prompt, with the first token that the model asks for.
 
-        Raises RequestError when `text`, which the client calls `name`, holds half of a surrogate pair, and where it
-        cannot be of at most `most` tokens: what is sure to be too long is not encoded."""
+        Raises RequestError when `text`, which the client calls `name`, holds half of a surrogate pair, or cannot have
+        at most `most` tokens: a text that is sure to be too long is not encoded."""
         check_unicode(text, name)
         self._check_fits(text, most, name)
         ids = self._encode(text, add_special_tokens)
@@ -272,7 +272,7 @@ class Text:
 
 
 class TooWide(RequestError):
-    """A text has more `characters` than so many tokens can stand for: it is at least `least` of them."""
+    """A text has more `characters` than the allowed number of tokens can stand for: it has at least `least` tokens."""
 
     def __init__(self, message: str, *, param: str, least: int, characters: int) -> None:
         super().__init__(message, param=param, code="context_length_exceeded", facts=THE_INPUT)
@@ -281,8 +281,8 @@ class TooWide(RequestError):
 
 
 class Width(Struct, frozen=True):
-    """How many characters of a text one token can stand for at most, apart from the characters `dropped`, which have
-    no token."""
+    """The most characters of a text that one token can stand for, not counting the characters `dropped`, which have no
+    token."""
 
     most: int
     dropped: tuple[str, ...]
@@ -293,9 +293,9 @@ class Width(Struct, frozen=True):
 
 
 def width_of(tokenizer: Any) -> Width | None:
-    """The width of the tokens of `tokenizer`; None where it may leave out some of a text.
+    """The width of the tokens of `tokenizer`; None if it may leave out some of a text.
 
-    BERT's, for one, drops spaces and accents, and makes one token of a long word that it does not know."""
+    BERT's tokenizer, for example, drops spaces and accents, and makes one token of a long unknown word."""
     steps = [] if tokenizer.pre_tokenizer is None else _kinds(json.loads(tokenizer.pre_tokenizer.__getstate__()))
     composes = isinstance(tokenizer.normalizer, normalizers.NFC)
     if not (

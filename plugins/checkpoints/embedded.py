@@ -1,4 +1,4 @@
-"""Models that come inside Python packages, found without importing these: they may need what is not installed."""
+"""Models that come inside Python packages, found without importing the packages, whose dependencies may be missing."""
 
 from importlib.util import find_spec
 from pathlib import Path

@@ -3,7 +3,7 @@
     V3, R1  <｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME, a line with ```json, the arguments, ```<｜tool▁call▁end｜>
     V3.1    <｜tool▁call▁begin｜>NAME<｜tool▁sep｜>, the arguments, <｜tool▁call▁end｜>
 
-All read both; they differ in how they write, and in what R1 and the models distilled from it take for the first mark.
+All read both. They differ in how they write, and in the texts that R1 and its distilled models use as the first mark.
 """
 
 from typing import ClassVar

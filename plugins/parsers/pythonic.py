@@ -1,7 +1,7 @@
 """Calls as Llama 4 writes them: a list of Python calls with literal arguments, at the beginning of the reply.
 
-A call is told as a whole: what is no call with literal arguments of a tool that was offered, is content. A list of
-JSON objects, which a forced reply is, is read too. Left out: positional arguments, variables, nested calls.
+A call is reported as a whole. Text that is not a call of an offered tool with literal arguments is content. A list of
+JSON objects, as in a forced reply, is read too. Left out: positional arguments, variables, nested calls.
 """
 
 import ast
@@ -86,7 +86,7 @@ class Pythonic(ToolParser):
 
 
 def json_of(arguments: str) -> str | None:
-    """The arguments of a Python call, "(a=1)", as a JSON object; None where they are no literals by name."""
+    """The arguments of a Python call, "(a=1)", as a JSON object; None unless they are literals by name."""
     try:
         call = ast.parse(f"f{arguments}", mode="eval").body
         if not isinstance(call, ast.Call) or call.args:
@@ -102,7 +102,8 @@ def json_of(arguments: str) -> str | None:
 
 
 def _literal(node: ast.expr) -> Any:
-    """What a literal says; JSON's words for true, false and null are taken as well. Raises ValueError for others."""
+    """The value of a literal; JSON's words for true, false and null are accepted as well. Raises ValueError for
+    others."""
     match node:
         case ast.Constant(value=str() | bool() | int() | float() | None):
             return node.value

@@ -1,4 +1,4 @@
-"""Families that think between <think> and </think> before they reply."""
+"""Families that write their reasoning between <think> and </think> before they reply."""
 
 from engine.plugin.parsing import ReasoningParser
 

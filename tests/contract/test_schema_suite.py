@@ -36,11 +36,11 @@ REMARKS = {"idn-email", "idn-hostname", "regex", "ecmascript-regex", "content"}
 @pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize("draft", suite.DRAFTS)
 def test_the_official_suite(name: str, draft: str) -> None:
-    """Each schema is refused, or right on all of its tests; the table of docs/grammars.md says how many."""
+    """Each schema is refused, or right on all of its tests; the table of bench/RESULTS.md says how many."""
     pytest.importorskip(name)
     made = suite.made(name)
     counts: Counter[str] = Counter()
-    docs = (Path(__file__).parents[2] / "docs" / "grammars.md").read_text()
+    docs = (Path(__file__).parents[2] / "bench" / "RESULTS.md").read_text()
     for part in suite.PARTS:
         here: Counter[str] = Counter()
         for file in sorted((SUITE / draft / part).glob("*.json")):

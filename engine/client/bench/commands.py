@@ -1,6 +1,6 @@
 """The four measurements: a server under load, the offline engine's throughput and latency, and its start.
 
-Every reply has exactly the length that was asked for: greedy, past the model's own end tokens.
+Every reply has exactly the requested length: greedy, past the model's own end tokens.
 """
 
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -152,7 +152,7 @@ def extra_body(text: str | None) -> dict[str, Any]:
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on standard error, if that is a terminal; what it gives is called for each one done."""
+    """A bar on standard error, if that is a terminal; call the function that it gives for each one done."""
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -22,7 +22,7 @@ Ask = Callable[[str, int], AsyncGenerator[Chunk, None]]
 
 class Record(Struct):
     """One request as its client saw it. Times are in seconds since the run began; `pieces` has one for each piece
-    of text. Of what is counted, 0 is what the server did not say."""
+    of text. A count is 0 if the server did not give it."""
 
     sent: float
     pieces: list[float]
@@ -49,12 +49,12 @@ class Record(Struct):
 
     @property
     def per_token(self) -> float | None:
-        """Time for each token after the first, over the whole reply; of a single token there is none."""
+        """Time for each token after the first, over the whole reply; a single token has none."""
         return (self.pieces[-1] - self.pieces[0]) / (self.output_tokens - 1) if self.output_tokens > 1 else None
 
 
 class Run(Struct, frozen=True):
-    """What came of some traffic. `asked` counts every turn; a conversation ends with its first failure."""
+    """The outcome of some traffic. `asked` counts every turn; a conversation ends with its first failure."""
 
     records: list[Record]
     asked: int

@@ -1,4 +1,4 @@
-"""A server in a process of its own for as long as it is measured: ours, or a peer's in its own environment."""
+"""Runs a server in a process of its own while it is measured: ours, or a peer's in its own environment."""
 
 import os
 import signal

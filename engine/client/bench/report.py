@@ -27,7 +27,7 @@ LABELS = {
 
 
 class Report(Struct, frozen=True):
-    """What a measurement has to say. `milliseconds` is by the keys of LABELS."""
+    """The result of a measurement. `milliseconds` is by the keys of LABELS."""
 
     command: str
     settings: dict[str, Any]

@@ -101,7 +101,7 @@ class GGUFCheckpoint:
         }
 
     def _rope_scaling(self, prefix: str, config: dict[str, Any]) -> dict[str, Any] | None:
-        """config.json's `rope_scaling`; None where the frequencies are not scaled."""
+        """config.json's `rope_scaling`; None if the frequencies are not scaled."""
         fields, kind = self._fields, self._fields.word(f"{prefix}.rope.scaling.type", "none")
         tables = {name: self._table(name) for name in ROPE_TABLES if name in self._file.tensors}
         if both := tables.get("rope_freqs.weight"):  # Llama 3's, worked out; as long divisors they apply to any length
@@ -212,8 +212,8 @@ class GGUFLazyTensor:
         return torch.from_numpy(weight if weight.flags.writeable else weight.copy())
 
     def packed(self, rows: slice, columns: slice) -> tuple[str, NDArray[np.uint8]] | None:
-        """The blocks of that part where the file is mapped, or a copy in Hugging Face's order of rows; None for what is
-        not a matrix, and where the part ends within a block."""
+        """The blocks of that part in the mapped file, or a copy in Hugging Face's order of rows; None for a tensor that
+        is not a matrix, and if the part ends within a block."""
         if len(self.shape) != 2:
             return None
         begin, end, _ = columns.indices(self.shape[1])
@@ -237,8 +237,8 @@ def _decimal(value: Any) -> Any:
 def dequantize(rows: NDArray[np.uint8], kind: gguf.GGMLQuantizationType) -> NDArray[np.float32]:
     """`gguf.dequantize` of uint8 [..., bytes of a row], four times as fast.
 
-    It works through 16 rows at a time; several folded into one leave it fewer rounds. A fold is of
-    whole rows, hence of whole blocks. Raises ConfigError for a type that it does not know."""
+    The library works through 16 rows at a time, so folding several rows into one leaves fewer rounds. A fold has whole
+    rows, hence whole blocks. Raises ConfigError for an unknown type."""
     if rows.size == 0:
         return np.empty(quant_shape_from_byte_shape(rows.shape, kind), np.float32)
     count = int(np.prod(rows.shape[:-1]))

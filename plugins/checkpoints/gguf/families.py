@@ -1,6 +1,6 @@
-"""What differs from one GGUF architecture to another, as data: names, numbers, and what llama.cpp changes in weights.
+"""The differences between GGUF architectures, as data: names, numbers, and llama.cpp's changes to weights.
 
-The names are those of `gguf.MODEL_ARCH`; what the converter of llama.cpp does to weights is undone as they are read.
+The names are those of `gguf.MODEL_ARCH`. Reading undoes the changes that llama.cpp's converter makes to weights.
 """
 
 from collections.abc import Callable
@@ -39,8 +39,8 @@ class Family(Struct, frozen=True, kw_only=True):
     ends: tuple[str, ...] = ()
 
     def read(self, fields: Terms, prefix: str) -> Config:
-        """The numbers of the metadata `fields` under config.json's names; those that a file lacks, or where they are
-        optional has as 0, are left out. Raises ConfigError for one that is of another kind or out of its range."""
+        """The numbers of the metadata `fields` under config.json's names. Absent ones are left out, and so are optional
+        ones that are 0. Raises ConfigError for a number of another kind or out of its range."""
         found: Config = {}
         for ours, theirs in (self.numbers | self.optional).items():
             key, optional = f"{prefix}.{theirs}", ours in self.optional
@@ -62,7 +62,7 @@ class Family(Struct, frozen=True, kw_only=True):
         return found
 
     def translate(self, name: str, path: Path) -> str:
-        """The Hugging Face name of the GGUF tensor `name`; ConfigError if the family has none such."""
+        """The Hugging Face name of the GGUF tensor `name`. Raises ConfigError if the family has no such tensor."""
         if name in self.tensors:
             return self.tensors[name]
         block, _, rest = name.partition(".")
@@ -130,8 +130,8 @@ QWEN3 = Family(
 
 
 def gemma_terms(config: Config) -> Config:
-    """No file says how scores are scaled: the largest model does it by the size of its stream, all others by their
-    head size. A file without a window has no windowed layers."""
+    """No file has the scale of attention scores: the largest model scales by the size of its hidden states, all others
+    by their head size. A file without a window has no windowed layers."""
     largest = config["num_hidden_layers"] == 62
     scalar = config["hidden_size"] // config["num_attention_heads"] if largest else config["head_dim"]
     period = config["sliding_window_pattern"] if config.get("sliding_window") else 1

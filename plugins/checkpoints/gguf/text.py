@@ -52,7 +52,8 @@ PRE_TOKENIZERS = {
 
 
 def text_spec(file: GGUFFile, ends_of_reply: tuple[str, ...]) -> TextSpec:
-    """The tokenizer of the metadata and what goes with it; `ends_of_reply` are control tokens, where it has them.
+    """The tokenizer of the metadata and what goes with it; `ends_of_reply` are control tokens, if the vocabulary has
+    them.
 
     Raises ConfigError for another kind of vocabulary, or a pre-tokenizer that is not in PRE_TOKENIZERS."""
     fields = Terms(file.fields, str(file.path))
@@ -96,7 +97,7 @@ def text_spec(file: GGUFFile, ends_of_reply: tuple[str, ...]) -> TextSpec:
 
 
 def _token_id(fields: Terms, key: str, count: int) -> int | None:
-    """The id of the token that a field names; None where there is none, or none of that id, as llama.cpp has it."""
+    """The id of the token that a field names; None if there is no such field or no such token, as in llama.cpp."""
     id = fields.integer(f"tokenizer.ggml.{key}_token_id", None, low=0, high=LARGEST_ID)
     return id if id is None or id < count else None
 
@@ -110,11 +111,11 @@ def _cut(fields: Terms) -> Cut:
 
 
 def _bpe(fields: Terms, vocabulary: dict[str, int], merges: list[Any], **options: Any) -> Tokenizer:
-    """Raises ConfigError for a merge that is none of two tokens to a third."""
+    """Byte-level BPE. Raises ConfigError for a merge that does not make a token of two tokens."""
     try:
         return Tokenizer(models.BPE(vocabulary, merges, **options))
     except Exception as error:  # the library raises bare Exception
-        raise ConfigError(f"the tokenizer in {fields.source} does not hold together: {error}") from error
+        raise ConfigError(f"the tokenizer in {fields.source} is inconsistent: {error}") from error
 
 
 def _byte_level(fields: Terms, tokens: list[str], cut: Cut) -> Tokenizer:
@@ -151,7 +152,8 @@ def _sentencepiece(fields: Terms, tokens: list[str], kinds: list[int]) -> Tokeni
 
 
 def merges(pieces: dict[str, float]) -> list[tuple[str, str]]:
-    """Every two of `pieces` that together are a third, best score of that first, then longest left part."""
+    """All pairs of `pieces` that together are a third piece, by the score of that, best first, then by the longest left
+    part."""
     ranked = []
     for piece, score in pieces.items():
         for cut in range(1, len(piece)):

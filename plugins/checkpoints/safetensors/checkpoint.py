@@ -49,7 +49,7 @@ class AddedToken(Struct):
 
 
 class TokenizerFile(Struct):
-    """tokenizer.json, as far as tokenizers does not hold to it."""
+    """The parts of tokenizer.json that the tokenizers library does not follow."""
 
     added_tokens: list[AddedToken] = []
 
@@ -62,7 +62,7 @@ class TokenizerConfig(Struct):
 
 
 class Ends(Struct):
-    """What config.json and generation_config.json say of the end of a reply."""
+    """The tokens that end a reply, from config.json and generation_config.json."""
 
     eos_token_id: int | list[int] | None = None
 
@@ -74,7 +74,7 @@ class WeightIndex(Struct):
 
 
 class Stored(Struct):
-    """A weight in the header of a .safetensors file, where there is a word on the file, too."""
+    """A weight in the header of a .safetensors file; the header also has an entry about the file."""
 
     data_offsets: tuple[int, int] = (0, 0)
 
@@ -108,7 +108,7 @@ class SafetensorsCheckpoint:
         return cls(path)
 
     def name(self) -> str:
-        """The embedded name, or the directory's; of a hub snapshot (.../models--a--b/snapshots/...) `a/b`."""
+        """The embedded name, or the directory's; `a/b` for a hub snapshot (.../models--a--b/snapshots/...)."""
         if self._name is not None:
             return self._name
         path = self._path.resolve()
@@ -117,7 +117,7 @@ class SafetensorsCheckpoint:
         return path.name
 
     def config(self) -> dict[str, Any]:
-        """config.json, with `pooling` where the directory is one of sentence-transformers.
+        """config.json, with `pooling` if the directory is one of sentence-transformers.
 
         Raises ConfigError when it is damaged, names no architecture or pools in an unknown way."""
         if not self._read("config.json", Architectures).architectures:
@@ -128,9 +128,10 @@ class SafetensorsCheckpoint:
         return config
 
     def text(self) -> TextSpec:
-        """tokenizer.json, with what tokenizer_config.json, generation_config.json and older files say of it.
+        """tokenizer.json, completed by tokenizer_config.json, generation_config.json and older files.
 
-        Whether a text begins with a token is said by the tokenizer's own post-processor alone. Raises ConfigError when
+        Only the tokenizer's own post-processor decides whether a text begins with a special token. Raises ConfigError
+        when
         tokenizer.json is missing, or a file is damaged."""
         tokenizer, config = self._tokenizer(), self._read("tokenizer_config.json", TokenizerConfig, optional=True)
         special = add_special_tokens(self._path, tokenizer)
@@ -165,8 +166,8 @@ class SafetensorsCheckpoint:
                 yield name, SafetensorsLazyTensor(file, name)
 
     def _files(self) -> list[Path]:
-        """The weight files: a whole model.safetensors, else those that the index names, else all that are not for
-        something else: what lies beside the former two is another format's, an adapter's, or left over."""
+        """The weight files: a whole model.safetensors, else the files that the index names, else all files that serve
+        no other purpose. Files beside the former two are of another format, of an adapter, or left over."""
         index = "model.safetensors.index.json"
         if (self._path / "model.safetensors").is_file():
             named = ["model.safetensors"]
@@ -202,9 +203,9 @@ class SafetensorsCheckpoint:
         return tokenizer
 
     def _check_added(self, tokenizer: Tokenizer) -> None:
-        """Raises ConfigError where tokenizers gave an added token another id than the file.
+        """Raises ConfigError if tokenizers gave an added token another id than the file.
 
-        It numbers those that the vocabulary lacks anew, in order, even onto ids in use."""
+        It renumbers tokens that the vocabulary lacks, in order, even onto ids in use."""
         added = self._read("tokenizer.json", TokenizerFile).added_tokens
         for token in added:
             id = tokenizer.token_to_id(token.content)
@@ -216,7 +217,7 @@ class SafetensorsCheckpoint:
                 )
 
     def _chat_templates(self, configured: str | list[NamedTemplate] | dict[str, str] | None) -> dict[str, str]:
-        """By name, "default" that of chat_template.jinja; where there are no such files, those of
+        """The templates by name; chat_template.jinja is "default". Without such files, those of
         tokenizer_config.json."""
         paths = {path.stem: path for path in sorted((self._path / "additional_chat_templates").glob("*.jinja"))}
         if (path := self._path / "chat_template.jinja").is_file():
@@ -239,7 +240,7 @@ class SafetensorsCheckpoint:
 
 
 def read_template(path: Path) -> str:
-    """Raises ConfigError when the file is no text."""
+    """The text of a template file. Raises ConfigError when the file is not text."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -247,7 +248,7 @@ def read_template(path: Path) -> str:
 
 
 def damage(path: Path, error: Exception) -> str:
-    """What is wrong with a weight file that cannot be opened because of `error`."""
+    """The damage of a weight file that cannot be opened because of `error`, in words."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -283,7 +284,7 @@ class SafetensorsLazyTensor:
             raise ConfigError(f"weight {self._name} cannot be read: {error}") from error
 
     def packed(self, rows: slice, columns: slice) -> "tuple[str, NDArray[np.uint8]] | None":
-        """That part of a matrix of 16-bit floats as the blocks of 32 that it is; None for anything else."""
+        """That part of a matrix of 16-bit floats as blocks of 32 numbers; None for anything else."""
         stored = self._file.get_slice(self._name)
         kind = stored.get_dtype()
         if kind not in ("BF16", "F16") or len(self.shape) != 2:

@@ -1,7 +1,7 @@
 """How a directory of the sentence-transformers library turns hidden states into vectors, in config.json's terms.
 
 modules.json names the steps; those of an ordinary encoder (run it, pool, normalise) become the term `pooling`. Left
-out: prompts to put before a text (config_sentence_transformers.json), which are the client's to send.
+out: prompts before a text (config_sentence_transformers.json), which the client must send.
 """
 
 from pathlib import Path
@@ -38,9 +38,9 @@ Described = TypeVar("Described")
 
 
 def pooling_terms(folder: Path) -> dict[str, Any] | None:
-    """`mode`, `normalize` and, if it is bounded, `max_seq_length`; None where there is no modules.json.
+    """`mode`, `normalize` and, if it is bounded, `max_seq_length`; None without a modules.json.
 
-    Raises ConfigError for a step or a pooling that it does not know, and for what cannot be read."""
+    Raises ConfigError for an unknown step or pooling, and for a file that cannot be read."""
     if not (folder / "modules.json").is_file():
         return None
     modules = {module.kind: module for module in _read(folder / "modules.json", list[Module])}
@@ -57,13 +57,13 @@ def pooling_terms(folder: Path) -> dict[str, Any] | None:
 
 
 def _longest(path: Path) -> int | None:
-    """What the tokenizer has been set to, where that is a length: many say a number without meaning."""
+    """The tokenizer's own limit, if it is a real length: many have a number without meaning."""
     said = _read(path, dict[str, Any]).get("model_max_length") if path.is_file() else None
     return said if type(said) is int and 0 < said <= LONGEST else None
 
 
 def sentence_options(folder: Path) -> SentenceOptions:
-    """Those of the directory; the defaults where it says none."""
+    """The options of the directory; defaults for those that it leaves out."""
     path = folder / "sentence_bert_config.json"
     return _read(path, SentenceOptions) if path.is_file() else SentenceOptions()
 

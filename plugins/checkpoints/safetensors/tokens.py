@@ -1,8 +1,8 @@
-"""The special tokens of a Hugging Face directory: what stands beside tokenizer.json, read as transformers reads it.
+"""The special tokens of a Hugging Face directory, from the files beside tokenizer.json, read as in transformers.
 
 tokenizer_config.json has named tokens ("bos_token", any "…_token"), tokens without a name, and perhaps
-`added_tokens_decoder`; where it lacks that, the older special_tokens_map.json and added_tokens.json are read as well.
-What tokenizer.json does not have is added to the tokenizer. Left out: tokens that only a Python class names.
+`added_tokens_decoder`. Without the latter, the older special_tokens_map.json and added_tokens.json are read as well.
+Tokens that tokenizer.json lacks are added to the tokenizer. Left out: tokens that only a Python class names.
 """
 
 from collections.abc import Iterable
@@ -21,8 +21,8 @@ Named = dict[str, AddedToken]
 
 
 def add_special_tokens(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
-    """Adds to `tokenizer` what the files in `folder` have and it has not. Returns the named tokens, as templates know
-    them. Raises ConfigError for a file that cannot be read, and for what is no token."""
+    """Adds the tokens of the files in `folder` that `tokenizer` lacks. Returns the named tokens, as templates know
+    them. Raises ConfigError for a file that cannot be read, and for an entry that is not a token."""
     path = folder / "tokenizer_config.json"
     config = read_object(path)
     if OLD_EXTRA in config and not config.get(EXTRA):
@@ -59,7 +59,7 @@ def add_special_tokens(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; an empty one where there is no file. Raises ConfigError for anything else."""
+    """The JSON object in a file; an empty one without a file. Raises ConfigError for anything else."""
     if not path.is_file():
         return {}
     try:
@@ -69,12 +69,12 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _is_specific(key: str) -> bool:
-    """Whether this is a name for a token that transformers does not know: one for images, say."""
+    """Whether this names a kind of token that transformers does not know, for example one for images."""
     return key.endswith("_token") and key not in NAMES and not key.startswith("add_")
 
 
 def _token(value: Any, special: bool = False) -> AddedToken:
-    """A token as the files have it, a string or an object; `special` is whether a string is."""
+    """A token as the files have it, a string or an object; `special` says whether a string is special."""
     if isinstance(value, str):
         return AddedToken(value, special=special)
     options = {key: option for key, option in value.items() if key != "__type"}
@@ -95,7 +95,7 @@ def _merge(config: dict[str, Any], older: dict[str, Any]) -> None:
 
 
 def _older(tokens: dict[str, Any], special: set[str]) -> dict[int, AddedToken]:
-    """added_tokens.json: by id, whether they are special by whether they are among `special`."""
+    """The tokens of added_tokens.json by id; those among `special` are special."""
     return {
         int(id): AddedToken(text, normalized=text not in special, special=text in special)
         for text, id in tokens.items()
@@ -105,7 +105,7 @@ def _older(tokens: dict[str, Any], special: set[str]) -> dict[int, AddedToken]:
 def _missing(
     tokenizer: Tokenizer, listed: dict[int, AddedToken], named: Named, extra: Iterable[AddedToken]
 ) -> list[AddedToken]:
-    """What is to be added, in the order in which transformers does, as that gives ids."""
+    """The tokens to add, in the order of transformers, because the order gives the ids."""
     there = tokenizer.get_added_tokens_decoder().values()
     known = {repr(token) for token in there}
     missing = [token for _, token in sorted(listed.items()) if repr(token) not in known]

@@ -1,1 +1,1 @@
-"""Grammars by llguidance, and JSON Schema in the words that it takes."""
+"""Grammars by llguidance, and JSON Schema rewritten so that it takes it."""

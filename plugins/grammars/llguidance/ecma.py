@@ -1,12 +1,12 @@
-"""`pattern` of JSON Schema, an expression of ECMA-262, in the language of grammar engines, which is another.
+"""Translates `pattern` of JSON Schema, an expression of ECMA-262, into the syntax of grammar engines.
 
     ^a|[b&&c]\\s     found anywhere in a string, `&&` are two signs, \\s is any space of Unicode
     (?:a(?s:.*)|(?s:.*)[b\\x{26}c][\\x{9}...])     the whole string, in Rust's syntax
 
 An expression is read as with ECMA-262's flag `u`, which JSON Schema recommends: a character is a code point. A brace or
-bracket that cannot be anything else is taken for itself, as without that flag, unless the expression has what only the
-flag gives a meaning. Left out, and refused in words: what no
-engine can hold to (look-around, \\b, back references) and what is no ECMA-262.
+bracket that cannot be anything else is a literal, as without that flag, unless the expression has syntax that only the
+flag gives a meaning. Left out, and refused in words: what no engine can enforce (look-around, \\b, back references)
+and what is not ECMA-262.
 """
 
 import re
@@ -37,7 +37,7 @@ MOST_SHOWN = 80  # characters of an expression
 
 
 class Unheld(Exception):
-    """What cannot be held to: why, with a remedy, and the code of the refusal."""
+    """The expression or schema cannot be enforced: the reason with a remedy, and the code of the refusal."""
 
     def __init__(self, why: str, remedy: str, code: str) -> None:
         super().__init__(f"{why}; {remedy}")

@@ -1,10 +1,10 @@
 """llguidance: expressions by derivatives under an Earley parser, over a trie of the vocabulary.
 
-A grammar is compiled in about a millisecond and the rest is done when a state is first met; so nothing is packed, and
-`load` compiles again. JSON schemas are held to exactly, in the words of json_exact.py: a keyword that is not
-implemented is refused by name. Long strings of bounded length, which would walk most of the trie at each token, are in
-free_strings.py; replies that are told apart by states, and need no matcher of their own, in json_states.py. Left out:
-threads of the library's own, which cost more than they save (docs/grammars.md).
+A grammar compiles in about a millisecond, and the rest is done when a state is first met. So nothing is packed, and
+`load` compiles again. JSON schemas are enforced exactly (json_exact.py), and a keyword that is not implemented is
+refused by name. free_strings.py has long strings of bounded length, which would walk most of the trie at each token.
+json_states.py has replies that are identified by states and need no matcher of their own. Left out: threads of the
+library's own, which cost more than they save (bench/RESULTS.md).
 """
 
 import json
@@ -35,8 +35,8 @@ SOME_WHITESPACE = r"\x20|\n[\x20\t]{0,32}"
 
 
 def free(lark: str) -> str:
-    """`lark` without forcing: where a grammar leaves one text alone, all tokens that it may be written in are let
-    through, and not just those of one way to write it."""
+    """`lark` without forcing: if a grammar leaves only one text, all tokens that may write it are allowed, not just
+    those of one way to write it."""
     found = HEADER.search(lark)
     try:
         options = json.loads(found[1]) if found else {}
@@ -48,7 +48,7 @@ def free(lark: str) -> str:
 
 
 def with_schemas(lark: str) -> str:
-    """`lark` with its JSON schemas as they are held to, on as many lines."""
+    """`lark` with its JSON schemas made exact, on as many lines."""
     written, at = [], 0
     for found in PARTS.finditer(lark):
         if not found["json"] or found.start() < at:
@@ -65,8 +65,8 @@ def with_schemas(lark: str) -> str:
 
 
 class LLMatcher:
-    """One reply. Where its grammar has states, all that is known of it is its `state` (json_states.py), until that is
-    None. Where it has bounded strings, `string` knows more of them."""
+    """One reply. If its grammar has states, it is only known by its `state` (json_states.py), until that is None. If
+    its grammar has bounded strings, `string` knows more of them."""
 
     __slots__ = ("_full", "grammar", "items", "said", "state", "string")
 
@@ -90,7 +90,7 @@ class LLMatcher:
         return outgrown(self._full.get_error()) if self._full is not None and self._full.is_error() else ""
 
     def consume(self, tokens: Sequence[int]) -> bool:
-        """Without states. False where one of them may not come."""
+        """Consume tokens without states. False if one of them may not come."""
         if self.string is not None:
             for token in tokens:
                 self.string.push(token)
@@ -101,13 +101,14 @@ class LLMatcher:
         return taken
 
     def leave_states(self) -> bool:
-        """From now on without: what its reply has said is read. False where that may not be."""
+        """Continue without states: a matcher reads the reply so far. False if it does not allow that."""
         exact = self.grammar.exact()
         self._full, self.string, self.state = exact.full, exact.string, None
         return not self.said or self.consume(self.said)
 
     def mask(self, pointer: int, size: int) -> int:
-        """Write a mask of `size` bytes, without states. How many ordinary characters it leaves out."""
+        """Write a mask of `size` bytes, without states. Returns the number of ordinary characters that it leaves
+        out."""
         full, string = self.full, self.string
         left = 0 if string is None else string.left(full)
         (full if string is None or not left else string.caught_up()).unsafe_compute_mask_ptr(pointer, size)
@@ -134,7 +135,7 @@ class LLGrammar:
         return LLMatcher(self, self._full.deep_copy(), None if self._string is None else self._string.copy(), None)
 
     def led(self, path: tuple[int, ...]) -> LLMatcher:
-        """A matcher that has read `path`; until the next call."""
+        """A matcher that has read `path`, valid until the next call."""
         guide, rest = self._guides.pop(path, None), path[:0]
         if guide is None:
             guide, rest = self._guides.pop(path[:-1], None), path[-1:]

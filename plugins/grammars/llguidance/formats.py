@@ -1,8 +1,8 @@
-"""`format` of JSON Schema, as expressions in Rust's syntax that match whole strings: what they let through is of it.
+"""`format` of JSON Schema, as expressions in Rust's syntax that match whole strings and only valid ones.
 
-After the RFCs that JSON Schema names. Left out, and so never said by a reply: leap seconds, quoted names and IPv6
-literals in addresses of mail, and names of hosts that are encoded (`xn--...`), which no expression can check. Formats
-that are not here are remarks, as JSON Schema has it (`regex`, `idn-email`, `idn-hostname`, and names of one's own).
+The expressions follow the RFCs that JSON Schema names. Left out, so that no reply contains them: leap seconds, quoted
+names and IPv6 literals in mail addresses, and encoded host names (`xn--...`), which no expression can check. Other
+formats are annotations, as in JSON Schema (`regex`, `idn-email`, `idn-hostname`, and a client's own names).
 """
 
 from collections.abc import Mapping
@@ -50,7 +50,7 @@ def uri(more: str = "", private: str = "") -> str:
 
 
 def reference(more: str = "", private: str = "") -> str:
-    """That, or what is relative to one, of which the first segment has no colon."""
+    """A URI, or a reference relative to one, whose first segment has no colon."""
     first = rf"(?:[0-9A-Za-z._~!$&'()*+,;=@{more}-]|{ENCODED})+(?:/{_segment(more)}*)*"
     relative = f"(?:{_authority(more)}|{_rooted(more)}|{first})?{_behind(more, private)}"
     return f"{uri(more, private)}|{relative}"

@@ -1,17 +1,17 @@
 """Masks inside JSON strings of bounded length, without a walk over the vocabulary.
 
 In a string that may have `left` more characters, a token that is nothing but ordinary characters may come next if it
-has at most `left` of them: a table has the mask for each number. What else may come (the closing quote and what follows
-in the same token, an escape, a part of a character) is asked of a second matcher, whose vocabulary lacks those tokens,
-and which reads the reply byte by byte. The two together are exactly the mask of the whole vocabulary:
+has at most `left` of them: a table has the mask for each number. A second matcher decides about all other tokens (the
+closing quote and what follows in the same token, an escape, a part of a character). Its vocabulary lacks the ordinary
+tokens, and it reads the reply byte by byte. The two together are exactly the mask of the whole vocabulary:
 
     upto[left] ──┐
                  ├── or ──> mask          in place of walking, at 9 characters left, all tokens of 10 and more
     few tokens ──┘
 
-How many are left is asked by offering a character that the schema's own words do not have: where that is taken, all
-ordinary characters are. Left out, by `probe_of`: schemas whose strings have patterns or formats, and choices between
-strings and words, where that would not hold.
+The number of characters left is found by offering a character that the schema's own words do not have: if it is
+allowed, all ordinary characters are. `probe_of` leaves out schemas for which that is not true: those whose strings have
+patterns or formats, and choices between strings and words.
 """
 
 import json

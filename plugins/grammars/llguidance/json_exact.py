@@ -1,9 +1,9 @@
-"""A JSON schema in the words that llguidance takes as they are meant, or a refusal.
+"""Rewrites a JSON schema so that llguidance enforces it exactly, or refuses it.
 
-Its numbers are those of a double, its expressions are Rust's, and its formats let some texts through that are none. So
-here numbers are checked (json_numbers.py), `pattern` is translated (ecma.py), and a `format` becomes the expressions of
-formats.py; formats that nobody here knows are remarks, as in JSON Schema. Left out: what a keyword that says nothing is
-left out for, which is engine/grammars/simpler.py's.
+llguidance reads numbers as doubles, its expressions are Rust's, and its formats allow some invalid texts. So this
+module checks numbers (json_numbers.py), translates `pattern` (ecma.py), and turns a `format` into the expressions of
+formats.py; unknown formats are annotations, as in JSON Schema. Left out: dropping keywords that forbid nothing, which
+engine/grammars/simpler.py does.
 """
 
 import re
@@ -20,7 +20,7 @@ OLD_DRAFT = re.compile(r"draft-0[0-3]\b")
 
 
 def exact(schema: Any) -> Any:
-    """`schema` for llguidance. Raises Unheld naming the keyword that would not be held to as it is meant."""
+    """`schema` for llguidance. Raises Unheld naming the keyword that cannot be enforced exactly."""
     return _exact(schema, merges(schema))
 
 

@@ -1,8 +1,8 @@
-"""Numbers of a JSON schema as llguidance holds to them, or a refusal.
+"""Rewrites the numbers of a JSON schema so that llguidance enforces them exactly, or refuses them.
 
-It reads them as doubles. It lets a whole number through that is an exclusive bound, where the other bound is farther
-from 0 and less than one away. Next to a bound it wants as many digits as that has, which multiples may not have. So
-what a double does not tell from its neighbours is refused, and bounds are written otherwise, for the same numbers.
+llguidance reads them as doubles. It allows a whole number that is an exclusive bound, if the other bound is farther
+from 0 and less than one away. Next to a bound it wants as many digits as the bound has, which multiples may not have.
+So a number that a double cannot tell from its neighbours is refused, and bounds are rewritten for the same numbers.
 """
 
 import math
@@ -56,8 +56,8 @@ def merges(schema: Any) -> bool:
 
 
 def with_bounds(schema: dict[str, Any], *, merging: bool) -> dict[str, Any]:
-    """`schema` with its bounds as they are held to; `merging` as `merges` says of the whole. Raises Unheld for some
-    that cannot be written so."""
+    """`schema` with its bounds rewritten; `merging` is what `merges` says of the whole. Raises Unheld for bounds that
+    cannot be rewritten."""
     bounds = {name: schema[name] for name in BOUNDS if _is_number(schema.get(name))}
     step = bounds.get("multipleOf", 1)
     by_parts = len(bounds) > 1 and step > 0 and step != int(step)

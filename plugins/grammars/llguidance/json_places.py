@@ -1,7 +1,7 @@
-"""Where in a JSON schema a reply is, as far as what may follow depends on it.
+"""The place of a reply in a JSON schema, as far as the rest of the reply depends on it.
 
-What has been said in strings and numbers that are over is forgotten, and so is the number of items where no bound looks
-at it. Of what is still open there is kept what its end depends on:
+Finished strings and numbers are forgotten, and so is the number of items without bounds. For open values it keeps what
+their end depends on:
 
     [{"id":12,"name":"ab        in item 1 of at least 64, behind the key `name`, in a string with 2 characters
 
@@ -67,7 +67,7 @@ class Node:
 
 
 class Unknown(Exception):
-    """A schema, or a text, that this module does not follow."""
+    """This module does not follow the schema or the text."""
 
 
 def read_schema(schema: Any) -> list[Node]:
@@ -111,7 +111,7 @@ class _Reader:
         return len(self.nodes) - 1
 
     def _refer(self, name: Any) -> int:
-        """Of one of the definitions; names that have to be unescaped are left out."""
+        """The node of one of the definitions. Left out: names that have to be unescaped."""
         found = DEFINED.fullmatch(name) if isinstance(name, str) else None
         if found is None:
             raise Unknown
@@ -129,7 +129,7 @@ class _Reader:
         return place
 
     def _choose(self, branches: Any) -> int:
-        """Between what begins with different bytes."""
+        """The node of a choice between values that begin with different bytes."""
         place = len(self.nodes)
         node = Node("")
         self.nodes.append(node)
@@ -183,7 +183,7 @@ def _count(schema: dict[str, Any], name: str) -> int | None:
 
 
 def _written(name: str) -> bytes:
-    """A name as a reply has it, between its quotes. Raises Unknown where it might be written in other ways."""
+    """A name as a reply has it, between its quotes. Raises Unknown if it has other spellings."""
     if any(character in '"\\\x7f' or character < " " for character in name):
         raise Unknown
     return name.encode()
@@ -203,7 +203,7 @@ def _scalar(schema: dict[str, Any], types: Any, words: Any) -> Node:
 
 
 def _range(schema: dict[str, Any]) -> tuple[float, float] | None:
-    """What the integers of a schema lie between; None for bounds that are no integers, or too large."""
+    """The bounds of the integers of a schema; None for bounds that are not integers, or too large."""
     bounds = [schema.get(name) for name in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")]
     if any(bound is not None and (type(bound) is not int or abs(bound) >= 10**MOST_DIGITS) for bound in bounds):
         return None
@@ -244,7 +244,7 @@ def _expected(nodes: list[Node], stack: tuple[tuple[int, int], ...], first: int)
 
 
 def _alike_spaces(text: bytes) -> bytes:
-    """Behind a new line a tab is worth as much as a space."""
+    """After a line break, a tab counts as a space."""
     return text.replace(b"\t", b" ") if text[:1] == b"\n" else text
 
 

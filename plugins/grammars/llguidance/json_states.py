@@ -1,13 +1,13 @@
-"""States of replies under a JSON schema, told apart so that replies in one state have one mask and one future.
+"""States of replies under a JSON schema: replies in one state have the same mask and the same continuations.
 
     (state, token) ──> state        looked up; read in json_places.py when it is first met
         state ──────> mask          filled by a matcher that is led there once, then kept
 
-So a reply has no matcher of its own, and a token of it is one look into a table. What ordinary characters do to a free
-string depends on nothing but how many there are, so there is an entry for each length and none for each of 100,000
-tokens. A long array that must have (or may have) so and so many items would have every state once an item: instead its
-items are counted beside the state, and the state says no more of the count than one token can see. Whatever is not
-understood, or not let through, is left to a matcher of the reply's own.
+So a reply has no matcher of its own, and each of its tokens is one table look-up. The effect of ordinary characters on
+a free string depends only on their number, so there is an entry for each length and not for each of 100,000 tokens. A
+long array with bounds would have every state once for each item; instead its items are counted beside the state, and
+the state holds only as much of the count as one token can see. A matcher of the reply's own handles anything that is
+not understood or not allowed.
 """
 
 import re
@@ -63,7 +63,7 @@ class Texts:
         self._told = 0  # states of all grammars, and of some that are no more
 
     def mask(self, state: "State") -> np.ndarray | None:
-        """That of `state`, if it is kept."""
+        """The mask of `state`, if it is kept."""
         return self._kept[state.line] if state.age == self._age else None
 
     def keep(self, state: "State", mask: np.ndarray) -> None:
@@ -74,7 +74,8 @@ class Texts:
         self._used += 1
 
     def make_room(self) -> None:
-        """For one state more: where all grammars have as many as there may be, the one with the most begins anew."""
+        """Make room for one more state: if all grammars together have the most allowed, the one with the most begins
+        anew."""
         self._told += 1
         if self._told < MOST_OF_ALL:
             return
@@ -126,8 +127,8 @@ class States:
         self._moves = self._led = 0
 
     def next(self, state: State, items: int, token: int, said: Sequence[int]) -> tuple[State | None, int]:
-        """The state behind a `token` that may come in `state`, and the number of items then; None where it is unknown.
-        `said` is all that its reply has said before."""
+        """The state after a `token` that may come in `state`, and the number of items then; None if it is unknown.
+        `said` is the text of the reply so far."""
         key = state.keys[token]
         if (found := self._ahead.get((state, items, key))) is not None:
             return found
@@ -182,7 +183,7 @@ class States:
         return state
 
     def _sight(self, place: Place, items: int) -> tuple[int, int, bool]:
-        """What one token may see of the number of items."""
+        """The part of the number of items that one token can see."""
         at = self._long_one(place)
         if at < 0:
             return 0, 0, False
@@ -204,7 +205,7 @@ def _with_count(place: Place, at: int, count: int) -> Place:
 
 
 def states_of(schema: Any, texts: Texts) -> States | None:
-    """Of replies under a JSON schema; None where they cannot be told."""
+    """The states of replies under a JSON schema; None if they cannot be identified."""
     try:
         return States(read_schema(schema), texts)
     except Unknown:

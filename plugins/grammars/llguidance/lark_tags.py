@@ -1,6 +1,6 @@
-"""Structural tags, as XGrammar defines them, written as a grammar in llguidance's Lark.
+"""Translates structural tags, as XGrammar defines them, into a grammar in llguidance's Lark.
 
-A tag says what stands between two texts, a trigger from what text on a tag is meant; what is outside of tags is free.
+A tag describes the text between two marks, and a trigger is the text that begins a tag; text outside of tags is free.
 Free text is one lazy lexeme that ends with the first trigger. A special token, which no text can spell, is written by
 its id wherever its name stands in a literal. Left out, and refused by name: styles other than JSON, dispatch, counts
 of tokens or characters.
@@ -33,7 +33,7 @@ def to_lark(tag: Mapping[str, Any], special: Mapping[str, int], schema: Callable
     """`tag` is {"type": "structural_tag", "format": ...}; `special` are the special tokens' ids by name, `schema`
     writes a JSON schema.
 
-    Raises RequestError for what is malformed or cannot be written."""
+    Raises RequestError for a tag that is malformed or cannot be expressed."""
     if tag.get("type") != "structural_tag" or not isinstance(tag.get("format"), dict):
         raise _refuse('it must be {"type": "structural_tag", "format": {...}}')
     writer = _Writer(special, schema)
@@ -46,7 +46,7 @@ def _refuse(why: str) -> RequestError:
 
 
 def _beyond(why: str) -> RequestError:
-    """What another engine may take."""
+    """The refusal of a tag that another engine may take."""
     message = f"the structural_tag cannot be used: {why}; write it otherwise, or pip install xgrammar"
     return RequestError(message, code="unsupported_grammar")
 
@@ -133,7 +133,7 @@ class _Writer:
 
     def _schema(self, format: Mapping[str, Any]) -> str:
         if format.get("style", "json") != "json":
-            raise _beyond(f"the style {format['style']!r} of a json_schema is not written; only json is")
+            raise _beyond(f"the style {format['style']!r} of a json_schema is not supported; only json is")
         schema = format.get("json_schema", True)
         if not isinstance(schema, dict | bool):
             raise _refuse(f"json_schema is {json.dumps(schema)[:80]}, not a schema")
@@ -142,7 +142,7 @@ class _Writer:
     def _text(self, format: Mapping[str, Any]) -> str:
         for name in ("excludes", "max_tokens", "max_chars"):
             if format.get(name):
-                raise _beyond(f"{name} of an any_text is not held to")
+                raise _beyond(f"{name} of an any_text cannot be enforced")
         return self._lexeme(ANY)
 
     def _grammar(self, format: Mapping[str, Any]) -> str:
@@ -195,7 +195,7 @@ class _Writer:
     def _triggered(self, format: Mapping[str, Any]) -> str:
         """( free text, trigger, rest of one of its tags )*, free text."""
         if format.get("excludes"):
-            raise _beyond("excludes of triggered_tags is not held to")
+            raise _beyond("excludes of triggered_tags cannot be enforced")
         triggers, tags = self._list(format, "triggers", str), self._list(format, "tags", dict)
         groups: list[str] = []
         whole: list[str] = []
@@ -232,8 +232,8 @@ def quoted(text: str) -> str:
 def ebnf_to_lark(source: str) -> str:
     """A grammar in GBNF. Raises a bare Exception, as the library does.
 
-    The library writes some escapes as others are written, and takes what a class holds for Rust's, where `&&`, `--` and
-    `~~` mean something; so each character is written in the one way that everybody reads alike."""
+    The library confuses some escapes, and reads a class as Rust's, where `&&`, `--` and `~~` mean something. So each
+    character is written in the one way that every reader understands alike."""
 
     def plain(found: re.Match[str]) -> str:
         part = found[0]
@@ -246,7 +246,7 @@ def ebnf_to_lark(source: str) -> str:
 
 
 def _character(found: re.Match[str]) -> str | None:
-    """What one character of a GBNF text is; None for an escape that is none, which the library refuses."""
+    """The value of one character of a GBNF text; None for an invalid escape, which the library refuses."""
     text = found[0]
     if number := found["two"] or found["four"] or found["eight"]:
         code = int(number, 16)

@@ -1,9 +1,8 @@
-"""What llguidance says of a grammar that it does not take, for whoever sent it.
+"""Turns llguidance's errors about a grammar into errors for the client that sent it.
 
-It speaks of the text that it was given, in its own language: other lines than the client wrote, with options of ours
-among them, and expressions as they were rewritten. So a place is told where the client's own text is Lark, in its own
-lines; elsewhere what is wrong is named as the client wrote it, or not at all. Left out: names of rules that were
-changed on the way from EBNF.
+llguidance reports errors in the rewritten text: other lines than the client wrote, with options of ours among them, and
+rewritten expressions. So a line is named only if the client's own text is Lark, in its own lines. Otherwise the error
+names the part as the client wrote it, or not at all. Left out: names of rules that were changed on the way from EBNF.
 """
 
 import json
@@ -49,7 +48,7 @@ def refusal(grammar: Grammar, said: str, code: str = "invalid_grammar") -> Reque
 
 
 def outgrown(said: str) -> str:
-    """What a matcher says that has stopped, if that is for the size of its grammar and not for a token."""
+    """The error of a matcher that stopped because of the size of its grammar, and not because of a token."""
     text = said.partition("\n<state>")[0].removeprefix("Parser Error: ").removeprefix("parser error: ").strip()
     return "" if any(of_token in text for of_token in TOKENS) else text
 
@@ -62,7 +61,7 @@ def _in_lines(source: str, line: int, column: int) -> str:
 
 
 def _in_words(grammar: Grammar, text: str, code: str) -> tuple[str, str, str]:
-    """What is wrong, the code and the remedy."""
+    """The fault, the code and the remedy."""
     if found := EXPRESSION.match(text):
         return _in_expression(grammar, found[1], found[2]), code, "correct it"
     if found := LOOK_AROUND.fullmatch(text):
@@ -90,7 +89,7 @@ def _in_words(grammar: Grammar, text: str, code: str) -> tuple[str, str, str]:
 
 
 def _in_expression(grammar: Grammar, shown: str, reason: str) -> str:
-    """What is wrong with a regular expression; `shown` has it as it was rewritten, marked from below."""
+    """The fault of a regular expression; `shown` has the rewritten expression, marked from below."""
     lines = shown.split("\n")
     marked = next((index for index, line in enumerate(lines) if index and line.strip(" ") and not line.strip(" ^")), 0)
     start, end = lines[marked].find("^"), lines[marked].rfind("^") + 1
@@ -105,7 +104,7 @@ def _in_expression(grammar: Grammar, shown: str, reason: str) -> str:
 
 
 def _as_written(grammar: Grammar, expression: str) -> str:
-    """An expression that was rewritten, as the client has it; nothing, if that is not found."""
+    """The client's own text of a rewritten expression; empty if that is not found."""
     rewritten = (
         text for text in _texts(grammar) if llguidance.regex_to_lark(text, ASCII).strip(" ") == expression.strip(" ")
     )

@@ -1,8 +1,8 @@
 """XGrammar: pushdown automata over bytes, with the part of each mask that depends on nothing else made when compiling.
 
 Compiling is its expensive part (a string of at most 200 characters takes ten seconds), so the result is packed for the
-process that uses it. Of JSON schemas it passes over what it does not know, so json_subset.py refuses what it would not
-hold to exactly.
+process that uses it. It ignores keywords of JSON schemas that it does not know, so json_subset.py refuses schemas that
+it would not enforce exactly.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""Which JSON schemas XGrammar holds to exactly, checked before it compiles one: what it would pass over is refused.
+"""Checks a JSON schema before XGrammar compiles it, and refuses keywords that it would ignore.
 
-Found with the JSON-Schema-Test-Suite and by generating replies (docs/grammars.md): it takes a keyword into account
-where the type that it speaks of is said beside it, and one way of saying what a value may be at a time. Keywords that
-no specification knows say nothing, and are passed over by everybody.
+Found with the JSON-Schema-Test-Suite and by generating replies (bench/RESULTS.md): XGrammar enforces a keyword only
+beside the type that it belongs to, and only one description of a value at a time. Keywords that no specification knows
+are ignored, as everywhere.
 """
 
 import re
@@ -39,7 +39,7 @@ MOST_NUMBER = 2**53  # beyond it a double is not exact, which bounds of numbers 
 
 
 def check_schema(schema: Any, path: str = "#") -> None:
-    """Raises RequestError naming the first keyword that would not be held to."""
+    """Raises RequestError naming the first keyword that cannot be enforced."""
     if isinstance(schema, bool):
         if not schema:
             raise _refuse("false", path)
@@ -70,7 +70,7 @@ def check_tag(tag: Any) -> None:
 
 def _refuse(keyword: str, path: str, why: str = "") -> RequestError:
     return RequestError(
-        f"xgrammar does not hold to {keyword} at {path}{why}; leave it out, or install llguidance",
+        f"xgrammar cannot enforce {keyword} at {path}{why}; leave it out, or install llguidance",
         code="unsupported_keyword",
     )
 
@@ -116,7 +116,7 @@ def _check_typed(schema: dict[str, Any], said: set[str], path: str) -> None:
             raise _refuse(sorted(said)[0], path, " without a type beside it")
         return
     if kind not in BY_TYPE:
-        raise RequestError(f"type at {path} is {str(kind)[:80]!r}, which is none", code="invalid_grammar")
+        raise RequestError(f"type at {path} is {str(kind)[:80]!r}, which is not a type", code="invalid_grammar")
     if others := said - BY_TYPE[kind]:
         raise _refuse(sorted(others)[0], path)
     if kind == "object":

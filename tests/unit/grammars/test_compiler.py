@@ -154,8 +154,8 @@ def test_as_many_run_at_a_time_as_there_are_helpers() -> None:
     ("source", "code", "says", "lasting"),
     [
         ("refuse this", "unsupported_keyword", "this is not known", True),
-        ("nothing", "invalid_grammar", "no reply could be of this regex; correct it", True),
-        ("broken", "invalid_grammar", "no reply could be of this regex: too complex", True),
+        ("nothing", "invalid_grammar", "no reply can match this regex; correct it", True),
+        ("broken", "invalid_grammar", "no reply can match this regex: too complex", True),
         ("memory", "grammar_too_large", "regex", True),
         ("abort", "grammar_too_large", "breaks its compiler", False),
         ("raise that", "grammar_too_large", "breaks its compiler", False),

@@ -21,10 +21,11 @@ from engine.config import Config, resolve
 from engine.messages.assets import Load, Loaded
 from engine.messages.control import Answer, Ask, Fatal, Reset, WorkerLost, WorkerReady, WorkerSilent
 from engine.messages.request import Sampling
-from engine.messages.step import SlotAdmit, StepDone, StepPlan
+from engine.messages.step import TOKEN, SlotAdmit, StepDone
 from engine.runtime import group as group_module
 from engine.runtime.channel import channel, open_channel
 from engine.runtime.process import Process
+from engine.testing.steps import step_plan
 
 pytestmark = pytest.mark.anyio
 SECONDS = 60
@@ -59,7 +60,7 @@ class House:
     async def step(self, number: int) -> None:
         """One row of one token, whose next one is 98."""
         admits = (SlotAdmit(0, array("i", [97]).tobytes(), Sampling(0.0, 0, 1.0, 0.0, 1)),)
-        await self.to_executor.send(StepPlan(number, array("i", [0, 0, 1, 1]).tobytes(), admits))
+        await self.to_executor.send(step_plan(number, [(0, 0, 1, TOKEN)], admits))
 
 
 def _tcp_pair() -> tuple[socket.socket, socket.socket]:
