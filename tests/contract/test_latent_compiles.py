@@ -33,7 +33,8 @@ def compiled(kernel: Any, constants: dict[str, Any], **others: Any) -> Any:
 @pytest.mark.parametrize(("heads", "cache"), [(16, "*bf16"), (128, "*fp8e4nv")])
 def test_absorbed_rows(heads: int, cache: str) -> None:
     shape = triton_mla.MlaShape(heads=heads, latent_dim=512, rope_dim=64, page_size=16, scale=0.1)
-    fixed = {**triton_mla.constants(shape, torch.empty(0, dtype=BF16)), "ROWS": 256, "LEAST": 4}
+    pages = torch.empty(1, 16, 576, dtype=BF16)
+    fixed = {**triton_mla.constants(shape, torch.empty(0, dtype=BF16), pages), "ROWS": 256, "LEAST": 4}
     for kernel, cut in (
         (triton_mla.decode_kernel, triton_mla.decode_cut(shape, BF16)),
         (triton_mla.extend_kernel, triton_mla.mla_extend_cut(shape, BF16)),

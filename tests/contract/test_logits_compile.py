@@ -29,7 +29,7 @@ CASES: list[tuple[Any, str, dict[str, Any]]] = [
         )
         for cuts, masks in ((False, False), (True, False), (False, True))
     ),
-    (sampling._choose_kernel, "*fp32 *i32 *i64 *i64 *i32 *i64 i32 i32", {"BLOCK": 64}),
+    (sampling._choose_kernel, "*fp32 *i32 *i64 *i64 *i32 *i64 *i64 i32 i32", {"BLOCK": 64}),
     (
         scores._scan_kernel,
         f"LOGITS *i64 *i64 {SCANNED} *i32 i32 i32 i32",

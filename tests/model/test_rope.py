@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from engine.errors import ConfigError
+from engine.kernels import KernelSet
 from engine.layers import DecoderShape, Rotary
 from engine.plugin import Terms
 from engine_plugins.models.gemma import Gemma3
@@ -22,7 +23,7 @@ from engine_plugins.models.qwen import Qwen
 from engine_plugins.models.qwen3_moe import Qwen3Moe
 
 LONGEST = 64
-BUILD = SimpleNamespace(max_model_len=LONGEST, device=torch.device("cpu"), dtype=torch.float32)
+BUILD = SimpleNamespace(max_model_len=LONGEST, device=torch.device("cpu"), dtype=torch.float32, kernels=KernelSet())
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4, "vocab_size": 9}
 SIZES |= {"intermediate_size": 8, "rms_norm_eps": 1e-6, "max_position_embeddings": LONGEST, "head_dim": 16}
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}

@@ -20,7 +20,6 @@ from engine.messages import FromExecutor
 from engine.messages.assets import Bound, Loaded
 from engine.messages.grammars import GRAMMAR, grammar_need
 from engine.messages.request import Admit, Generate, Grammar, Sampling
-from engine.plugin.registry import Plugins
 from engine.runtime.channel import Outbox
 
 pytestmark = pytest.mark.anyio
@@ -249,7 +248,7 @@ async def test_grammars_beyond_the_cache_are_forgotten_on_the_device_too() -> No
 
 
 async def test_without_an_engine_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Plugins, "grammar_engines", lambda self: [])
+    monkeypatch.setattr("engine.runtime.launch.grammar_engines", lambda plugins: [])
     async with open_house() as house:
         error = await refusal(house, with_regex("a"))
         assert (error.code, error.param) == (

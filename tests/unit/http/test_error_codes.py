@@ -58,8 +58,11 @@ def documented() -> set[str]:
     return {code for row in rows for code in re.findall(r"`(\w+)`", row)}
 
 
+MADE_UP = {"grammar_failed"}  # of a kind's name, in engine/sched/assets.py
+
+
 def test_the_codes_of_the_docs_are_all_codes() -> None:
-    assert raised() == documented()
+    assert raised() | MADE_UP == documented()
 
 
 def test_codes_are_found_however_they_are_written() -> None:

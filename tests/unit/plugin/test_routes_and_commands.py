@@ -148,7 +148,7 @@ def test_routes_of_two_plugins_collide_with_both_names(write: Write) -> None:
 
 
 def test_a_body_with_the_name_of_one_of_ours_is_refused(write: Write) -> None:
-    with pytest.raises(PluginError, match=r"own_names:ChatBody has the name of .*bodies:ChatBody"):
+    with pytest.raises(PluginError, match=r"own_names:ChatBody has the name of .*chat:ChatBody"):
         routes_of(write("own_names", ROUTE.format(name="own_names", body="ChatBody")))
 
 

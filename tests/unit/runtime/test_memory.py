@@ -97,6 +97,7 @@ print(resident() - before)
 WORDS = """
 import random
 from engine.plugin.registry import Plugins
+from engine.plugin.checkpoints import open_checkpoint
 from engine.text.tokenizer import Text
 text = Text(open_checkpoint(Plugins.load(), "echo").text())
 before = resident()
