@@ -2,7 +2,7 @@
 
     python -m bench.kernels.flashinfer
 
-Its decode beside other backends is in kernels_attention.py. FlashInfer must not compile while this runs: start the
+Its decode beside other backends is in attention.py. FlashInfer must not compile while this runs: start the
 engine with it once, or set FLASHINFER_DISABLE_JIT=1 and be told.
 """
 

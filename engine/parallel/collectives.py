@@ -49,7 +49,9 @@ def all_gather(tensor: Tensor, group: Group, dim: int = 0) -> Tensor:
 
     tensor = tensor.contiguous()
     stacked = tensor.new_empty(group.size, *tensor.shape)
-    distributed.all_gather_into_tensor(stacked.flatten(0, 1), tensor, group=group.joined())
+    # torch 2.13 gives the same call another name, and warns of the first
+    gather = getattr(distributed, "all_gather_single", distributed.all_gather_into_tensor)
+    gather(stacked.flatten(0, 1), tensor, group=group.joined())
     return stacked.flatten(0, 1) if dim == 0 else stacked.movedim(0, dim).flatten(dim, dim + 1)
 
 

@@ -56,9 +56,12 @@ def join(mesh: Mesh, rendezvous: str, device: torch.device = CPU, seconds: float
 
     on_gpu = device.type == "cuda"
     try:
+        # A file is opened here, as torch reads a URL and would cut a path at "#" or "?".
+        path = rendezvous.removeprefix("file://") if rendezvous.startswith("file://") else None
         distributed.init_process_group(
             "nccl" if on_gpu else "gloo",
-            init_method=rendezvous,
+            init_method=rendezvous if path is None else None,
+            store=None if path is None else distributed.FileStore(path, mesh.size),
             rank=mesh.rank,
             world_size=mesh.size,
             timeout=timedelta(seconds=seconds),

@@ -103,7 +103,8 @@ class Mesh:
         ranks, place = self.extent(axis), self.coordinates[axis]
         if size % ranks:
             raise ConfigError(
-                f"{size} {what} do not divide over {ranks} ranks ({axis}); choose a size that divides them"
+                f"{size} {what} do not divide over {ranks} ranks ({axis}); choose a number of ranks (--tp) that "
+                f"divides {size}"
             )
         part = size // ranks
         return slice(place * part, (place + 1) * part)

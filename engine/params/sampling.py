@@ -297,7 +297,7 @@ class SamplingParams(_Keywords, frozen=True, kw_only=True, array_like=True, meta
     min_tokens: Annotated[
         int,
         Meta(description="shortest reply: nothing stops it before"),
-        Whole(0, INT32_MAX, "0 is off; max_tokens bounds it", within=_least_length),
+        Whole(0, INT32_MAX, "0 is off; the length of the reply bounds it", within=_least_length),
         Named(native="min_new_tokens"),
     ] = 0
     presence_penalty: Annotated[

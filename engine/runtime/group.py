@@ -232,7 +232,7 @@ class WorkerGroup:
             return self._cause
         first = next((rank for rank in self._gone if rank.last_words is None), self._gone[0])
         for rank in self._gone:
-            if rank is not first and rank.last_words is not None:
+            if rank is not first and rank.last_words not in (None, first.last_words):
                 log.info("%safter that: %s", self._named(rank), rank.last_words)
         if first.details:
             log.error("%sit ended by an exception\n%s", self._named(first), first.details)

@@ -1,4 +1,4 @@
-"""Tables by slot on a GPU; the checks are those of tests/null, which see the device themselves."""
+"""Tables by slot on a GPU; the checks are those of tests/unit/worker, which see the device themselves."""
 
 import pytest
 import torch

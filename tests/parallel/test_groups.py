@@ -44,3 +44,25 @@ def test_who_does_not_find_the_others_says_so(rendezvous: str, tmp_path: Path) -
     where = rendezvous.format(folder=tmp_path)
     with pytest.raises(ConfigError, match=f"rank 1 of 2 cannot join the others at {where}"):
         join(Mesh(1, tp=2), where, seconds=0.5)
+
+
+MEETING = """
+import sys
+import torch
+from engine.parallel.collectives import all_reduce
+from engine.parallel.groups import join
+from engine.parallel.mesh import Mesh
+groups = join(Mesh(int(sys.argv[1]), tp=2), sys.argv[2], seconds=60)
+assert all_reduce(torch.ones(2), groups.along("tp")).tolist() == [2, 2]
+groups.leave()
+"""
+
+
+def test_a_file_to_meet_at_may_have_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / "a b#c?d"
+    folder.mkdir()
+    run = [sys.executable, "-W", "error::FutureWarning", "-c", MEETING]
+    ranks = [subprocess.Popen([*run, str(rank), f"file://{folder}/ranks"], stderr=subprocess.PIPE) for rank in (0, 1)]
+    said = [rank.communicate(timeout=100)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]

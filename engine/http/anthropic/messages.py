@@ -1,7 +1,7 @@
 """The Anthropic API: /v1/messages and /v1/messages/count_tokens, for text and tools.
 
 A last message of the assistant's is continued; successive messages of one role are one. What replies look like is in
-anthropic_reply.py. Left out, and refused by name: documents, tools that the server runs, batches.
+reply.py. Left out, and refused by name: documents, tools that the server runs, batches.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
 """The items of a response: what the model thinks, messages and calls of tools, as OpenAI's responses API has them.
 
 An output is a list of items in the order of the reply. A conversation, which is kept as messages of parts, is shown as
-items too. How items come about in a stream is response_events.py's.
+items too. How items come about in a stream is events.py's.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

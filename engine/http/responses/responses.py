@@ -1,6 +1,6 @@
 """The OpenAI Responses API: /v1/responses with streams, background replies and conversations by reference.
 
-What is stored, and for how long, is `stored.py`'s; events are `response_events.py`'s, tools `response_tools.py`'s.
+What is stored, and for how long, is `store.py`'s; events are `events.py`'s, tools `tools.py`'s.
 Left out: files, prompt templates, `conversation`.
 """
 
