@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from engine.config import Config
     from engine.errors import ConfigError, EngineError, PluginError, RequestError, WorkerError
     from engine.messages.reply import Chunk
-    from engine.messages.request import SamplingParams
+    from engine.params.sampling import SamplingParams
     from engine.runtime.offline import AsyncEngine, Engine, Reply
 
 __version__ = "0.1.0"
@@ -25,7 +25,7 @@ _HOMES = {
     "PluginError": "engine.errors",
     "Reply": "engine.runtime.offline",
     "RequestError": "engine.errors",
-    "SamplingParams": "engine.messages.request",
+    "SamplingParams": "engine.params.sampling",
     "WorkerError": "engine.errors",
 }
 

@@ -25,8 +25,9 @@ from engine.actors.scheduler import SchedulerActor
 from engine.config import Config, resolve
 from engine.messages import FromFront, ToFront
 from engine.messages.control import WorkerReady
-from engine.messages.request import Admit, Generate, Sampling, SamplingParams
+from engine.messages.request import Admit, Generate
 from engine.messages.step import StepDone, StepPlan
+from engine.params.sampling import Sampling, SamplingParams
 from engine.plugin.registry import Plugins
 from engine.runtime.actor import Actor
 from engine.runtime.channel import Outbox, channel, open_channel

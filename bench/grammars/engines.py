@@ -22,7 +22,7 @@ from bench.lib import synthetic, workloads
 from engine.errors import RequestError
 from engine.grammars.closed import prepared
 from engine.grammars.engines import grammar_engines
-from engine.messages.request import Grammar
+from engine.params.grammar import Grammar
 from engine.plugin.hookspecs import GrammarEntry
 from engine.plugin.registry import Plugins, resolve
 from engine.plugin.specs import CompiledGrammar, GrammarEngine, Vocabulary

@@ -27,7 +27,7 @@ from msgspec import Struct
 
 from engine.errors import RequestError
 from engine.grammars.closed import prepared
-from engine.messages.request import Grammar
+from engine.params.grammar import Grammar
 from engine.plugin.registry import Plugins, resolve
 from engine.plugin.specs import CompiledGrammar, GrammarEngine, Vocabulary
 

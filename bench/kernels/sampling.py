@@ -22,8 +22,8 @@ from engine.kernels.logits.draw import draw
 from engine.kernels.logits.filters import cuts
 from engine.kernels.logits.reference import Filters, LogitOps, pack_ids
 from engine.kernels.logits.triton import TritonLogitOps
-from engine.messages.request import Sampling
 from engine.messages.step import SlotAdmit
+from engine.params.sampling import Sampling
 from engine.worker.sampling.adjustments import Adjustments
 from engine.worker.sampling.logprobs import score
 from engine.worker.sampling.sampler import Columns

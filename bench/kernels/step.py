@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from engine.config import resolve
 from engine.messages.control import Boot
-from engine.messages.request import Sampling
 from engine.messages.step import TOKEN, SlotAdmit, StepPlan
+from engine.params.sampling import Sampling
 from engine.testing.steps import step_plan
 from engine.worker.runner import Runner
 from engine.worker.start import start

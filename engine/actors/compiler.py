@@ -18,7 +18,7 @@ from engine.messages import ToMaker
 from engine.messages.assets import Made
 from engine.messages.control import Boot, Fatal, WorkerReady
 from engine.messages.grammars import GRAMMAR, Compile, Compiled, PackedGrammar
-from engine.messages.request import Grammar
+from engine.params.grammar import Grammar
 from engine.runtime.channel import Frames, Outbox
 from engine.runtime.process import Child, Start, spawn
 

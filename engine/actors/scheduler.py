@@ -34,7 +34,7 @@ from engine.messages.control import (
     WorkerReady,
     WorkerSilent,
 )
-from engine.messages.reply import Failed, Finish, Tokens
+from engine.messages.reply import Failed, Tokens
 from engine.messages.request import Abort, Admit, StopHit
 from engine.messages.step import STEPS_IN_FLIGHT, StepDone
 from engine.plugin.specs import Policy
@@ -220,9 +220,7 @@ class SchedulerActor:
         if self.scheduler is None:
             return
         if self.room.abort(rid):
-            no_tokens = array("i", [0]).tobytes()
-            tokens = Tokens(step=0, rids=[rid], counts=no_tokens, tokens=b"", finishes=(Finish(0, "abort"),))
-            await self.front.send(tokens)
+            await self.front.send(Tokens.aborted(rid))
         elif tokens_of_it := self.scheduler.abort(rid):
             await self.front.send(tokens_of_it)
 

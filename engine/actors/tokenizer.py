@@ -21,11 +21,12 @@ from engine.messages import FromFront, ToDetokenizer, ToTokenizer
 from engine.messages.assets import Need
 from engine.messages.control import WorkerReady
 from engine.messages.grammars import grammar_need
-from engine.messages.reply import Failed, Finish, Tokens
-from engine.messages.request import Abort, Admit, Embed, Generate, Grammar, Job, Open, Sampling, SamplingParams
+from engine.messages.reply import Failed, Tokens
+from engine.messages.request import Abort, Admit, Embed, Generate, Job, Open
 from engine.messages.text import Prepare, Prepared, TextAnswer, TextJob
+from engine.params.grammar import Grammar
 from engine.params.lengths import THE_INPUT, check_length, check_unicode, prompt_too_long
-from engine.params.sampling import HANDED_ON, OPTIONAL
+from engine.params.sampling import HANDED_ON, OPTIONAL, Sampling, SamplingParams
 from engine.runtime.actor import first_failure
 from engine.runtime.channel import Outbox
 from engine.text.tokenizer import Text, TooWide
@@ -354,8 +355,7 @@ class TokenizerActor:
     async def _end(self, rid: str) -> None:
         """End a request of which the scheduler knows nothing, as it would."""
         await self.detokenizer.send(Open(rid, 0, ()))
-        no_tokens = array("i", [0]).tobytes()
-        await self.detokenizer.send(Tokens(0, [rid], no_tokens, b"", (Finish(0, "abort"),)))
+        await self.detokenizer.send(Tokens.aborted(rid))
 
     async def _refuse(self, rid: str, error: RequestError) -> None:
         await self.detokenizer.send(Failed.of(rid, error))

@@ -28,8 +28,7 @@ from engine.config import Config
 from engine.errors import ConfigError, EngineError, RequestError, did_you_mean
 from engine.http.keys import own_key
 from engine.messages.reply import Chunk
-from engine.messages.request import SamplingParams
-from engine.params.sampling import check_sampling
+from engine.params.sampling import SamplingParams, check_sampling
 from engine.runtime.offline import AsyncEngine
 
 PROMPT = "\001\x1b[1;36m\002> \001\x1b[0m\002"  # the marks tell readline what takes no room on the line

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Struct
 
 from engine.errors import RequestError
-from engine.messages.request import Grammar
+from engine.params.grammar import Grammar
 from engine.plugin.parsing import CallSyntax
 
 JSON_CALL = re.compile(r'\{"name": "NAME", "(\w+)": ')

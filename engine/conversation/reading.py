@@ -16,7 +16,8 @@ from engine.conversation.parsers import Parsers, ReplyParser, merged
 from engine.conversation.parts import Message
 from engine.errors import RequestError
 from engine.messages.reply import Chunk
-from engine.messages.request import Grammar, SamplingParams
+from engine.params.grammar import Grammar
+from engine.params.sampling import SamplingParams
 from engine.plugin.parsing import CallArguments, CallBegin, Event, Reasoning, ReasoningParser, ToolParser
 from engine.text.tokenizer import Text
 

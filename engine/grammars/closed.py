@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from engine.grammars.simpler import simpler
-from engine.messages.request import Grammar
+from engine.params.grammar import Grammar
 
 OPENERS = ("additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames", "$dynamicRef")
 IN_PLACE = ("allOf", "if", "then", "else", "dependentSchemas", "not")

@@ -38,7 +38,7 @@ from engine.grammars.vocabulary import read_vocabulary
 from engine.logs import set_up_logging
 from engine.messages.control import Boot, Fatal
 from engine.messages.grammars import Compile, Compiled
-from engine.messages.request import Grammar
+from engine.params.grammar import Grammar
 from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins
 from engine.plugin.specs import CompiledGrammar

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from engine.errors import PluginError, RequestError
-from engine.messages.request import Grammar
+from engine.params.grammar import Grammar
 from engine.plugin.hookspecs import GrammarEntry
 from engine.plugin.registry import Plugins, resolve
 from engine.plugin.specs import CompiledGrammar, GrammarEngine, Vocabulary

@@ -24,8 +24,8 @@ from engine.http.sse import CALLED, WORDS, Events, send_events
 from engine.http.tracing import TRACE
 from engine.http.wire import json_response
 from engine.messages.reply import Chunk
-from engine.messages.request import Generate, Job, SamplingParams
-from engine.params.sampling import check_sampling
+from engine.messages.request import Generate, Job
+from engine.params.sampling import SamplingParams, check_sampling
 from engine.runtime.actor import first_failure
 from engine.runtime.front import joined
 

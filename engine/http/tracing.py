@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 
 from engine.errors import ConfigError, RequestError
 from engine.messages.reply import Chunk
-from engine.messages.request import Generate, Job, SamplingParams
+from engine.messages.request import Generate, Job
+from engine.params.sampling import SamplingParams
 
 PROVIDER = "actorserve"  # the provider of the model, and the service, in words of OpenTelemetry
 TRACES_PATH = "/v1/traces"

@@ -4,7 +4,7 @@ import msgspec
 
 from engine.messages.assets import Need
 from engine.messages.base import Message, Part
-from engine.messages.request import Grammar
+from engine.params.grammar import Grammar
 
 GRAMMAR = "grammar"  # the kind of these needs
 

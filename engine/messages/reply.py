@@ -34,6 +34,11 @@ class Tokens(Message, frozen=True):
     vectors: tuple[tuple[int, bytes], ...] = ()
     prefills: tuple[tuple[int, float], ...] = ()
 
+    @classmethod
+    def aborted(cls, rid: str, step: int = 0) -> "Tokens":
+        """The last word to `rid`, which was aborted: no token."""
+        return cls(step, [rid], counts=bytes(4), tokens=b"", finishes=(Finish(0, "abort"),))
+
 
 class TokenLogprob(Part, frozen=True):
     """One token and its log-probability, None for the first of a prompt. `text` is its bytes as UTF-8, U+FFFD where

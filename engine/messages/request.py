@@ -5,10 +5,8 @@ from typing import Any
 from engine.conversation.parts import Message as ChatMessage
 from engine.messages.assets import Need
 from engine.messages.base import Message
-from engine.params.grammar import Grammar as Grammar
-from engine.params.grammar import GrammarKind as GrammarKind
-from engine.params.sampling import Sampling as Sampling
-from engine.params.sampling import SamplingParams as SamplingParams
+from engine.params.grammar import Grammar
+from engine.params.sampling import Sampling, SamplingParams
 
 
 class Generate(Message, frozen=True):

@@ -6,7 +6,7 @@ need not know yet. Left out: how tensors of one step pass between ranks (engine/
 
 from engine.messages.assets import Bound
 from engine.messages.base import Message, Part
-from engine.messages.request import Sampling
+from engine.params.sampling import Sampling
 
 STEPS_IN_FLIGHT = 3
 """The most steps that are planned and not yet committed. Every buffer that steps take turns in has as many places."""

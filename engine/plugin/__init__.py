@@ -1,7 +1,7 @@
 """The only package that plugins import. This face of it needs no torch; `layers` and `testing` do."""
 
 from engine.errors import ConfigError, PluginError, RequestError
-from engine.messages.request import Grammar
+from engine.params.grammar import Grammar
 from engine.plugin.hookspecs import hookimpl
 from engine.plugin.specs import (
     Checkpoint,

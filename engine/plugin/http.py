@@ -13,7 +13,8 @@ from aiohttp import web
 from engine.http.service import SERVICE
 from engine.http.wire import Body, Reply, json_response
 from engine.messages.reply import Chunk
-from engine.messages.request import Embed, Generate, SamplingParams
+from engine.messages.request import Embed, Generate
+from engine.params.sampling import SamplingParams
 from engine.runtime.front import Front
 
 __all__ = ["Body", "Chunk", "Embed", "Front", "Generate", "Reply", "SamplingParams", "front_of", "json_response"]

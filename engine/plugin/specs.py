@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
 
-    from engine.messages.request import Grammar
+    from engine.params.grammar import Grammar
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "uint8": 1, "int8": 1}
 

@@ -29,8 +29,8 @@ from engine.conversation.parts import read_messages
 from engine.errors import ConfigError, EngineError, RequestError
 from engine.messages.control import Stats
 from engine.messages.reply import Chunk, TokenLogprob
-from engine.messages.request import Embed, Generate, SamplingParams
-from engine.params.sampling import check_sampling
+from engine.messages.request import Embed, Generate
+from engine.params.sampling import SamplingParams, check_sampling
 from engine.runtime.actor import first_failure
 from engine.runtime.front import Front, joined
 from engine.runtime.launch import open_front

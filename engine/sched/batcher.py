@@ -29,7 +29,7 @@ from engine.cache.pool import PagePool
 from engine.cache.radix import Node, RadixTree
 from engine.errors import RequestError
 from engine.messages.assets import Bound
-from engine.messages.reply import Finish, Tokens
+from engine.messages.reply import Tokens
 from engine.messages.request import Admit
 from engine.messages.step import SlotAdmit, StepDone, StepPlan
 from engine.plugin.specs import Policy
@@ -153,8 +153,7 @@ class Scheduler:
         """End `rid` now, and what to say of it; None if no such request lives."""
         if not self.stop(rid):
             return None
-        no_tokens = array("i", [0]).tobytes()
-        return Tokens(step=self._steps, rids=[rid], counts=no_tokens, tokens=b"", finishes=(Finish(0, "abort"),))
+        return Tokens.aborted(rid, self._steps)
 
     def reset(self) -> list[str]:
         """The device lost everything: forget the requests that run, and name them. Waiting ones stay."""

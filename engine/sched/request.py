@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 
 from engine.cache.radix import Node
 from engine.messages.assets import Bound
-from engine.messages.request import Admit, Sampling
+from engine.messages.request import Admit
 from engine.messages.step import Logprobs
+from engine.params.sampling import Sampling
 
 NEVER = 1 << 62
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import RequestError
-from engine.messages.request import Grammar, GrammarKind
+from engine.params.grammar import Grammar, GrammarKind
 from engine.plugin.specs import CompiledGrammar, GrammarEngine, Vocabulary
 
 WORDS = (

@@ -13,10 +13,10 @@ from torch import Tensor
 from engine.layers.attention import Backend
 from engine.layers.build import Build, Scheme
 from engine.layers.model import Model
-from engine.messages.request import Sampling
 from engine.messages.step import SlotAdmit, StepPlan
 from engine.parallel.groups import Groups
 from engine.parallel.mesh import ALONE
+from engine.params.sampling import Sampling
 from engine.plugin.registry import Plugins
 from engine.plugin.terms import Terms
 from engine.testing.steps import step_plan

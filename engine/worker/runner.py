@@ -23,8 +23,8 @@ from torch import Tensor
 from engine.layers.batch import Batch, upload
 from engine.layers.model import Model
 from engine.messages.grammars import GRAMMAR
-from engine.messages.request import Sampling
 from engine.messages.step import NOTHING, VECTOR, SlotAdmit, StepDone, StepPlan
+from engine.params.sampling import Sampling
 from engine.worker.experts import routers_of
 from engine.worker.loaders import Loader
 from engine.worker.memory import Caches

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -18,8 +17,8 @@ from engine.layers.build import Build
 from engine.layers.model import Model
 from engine.messages.control import Boot, WorkerReady
 from engine.messages.step import VECTOR
-from engine.parallel.groups import join
-from engine.parallel.mesh import Mesh
+from engine.parallel.groups import Groups, join
+from engine.parallel.mesh import ALONE, Mesh
 from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins, resolve
 from engine.plugin.specs import Checkpoint
@@ -78,13 +77,13 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
     torch.set_num_threads(config.process.threads or max(1, cores() // boot.world))
     with _timed(phases, "checkpoint"):
         source = open_source(config, device)
-    place: dict[str, Any] = {}
+    groups = Groups.apart(ALONE)
     if boot.world > 1:
         with _timed(phases, "ranks"):
-            place = take_place(boot, device)
+            groups = meet(boot, device)
     sizes = choose_sizes(config, device)
     with _timed(phases, "weights"):
-        build = make_build(config, source, device, place)
+        build = make_build(config, source, device, groups)
         model = make_model(source.plugins, source.terms, build)
         beginning = None
         if model.yields != VECTOR:
@@ -127,15 +126,15 @@ def open_source(config: Config, device: torch.device) -> Source:
     return Source(plugins, checkpoint, terms, tensors, backends, _model_limit(terms, config))
 
 
-def take_place(boot: Boot, device: torch.device) -> dict[str, Any]:
-    """Meets the other ranks. Returns what Build is to know of them."""
+def meet(boot: Boot, device: torch.device) -> Groups:
+    """Joins the other ranks."""
     mesh = Mesh(boot.rank, tp=boot.config.parallel.tp)
     logger.info("rank %d of %d, with %d threads", boot.rank, boot.world, torch.get_num_threads())
-    return {"mesh": mesh, "groups": join(mesh, boot.rendezvous, device)}
+    return join(mesh, boot.rendezvous, device)
 
 
-def make_build(config: Config, source: Source, device: torch.device, place: dict[str, Any]) -> Build:
-    """What the layers are built with; `place` has its terms about ranks."""
+def make_build(config: Config, source: Source, device: torch.device, groups: Groups) -> Build:
+    """What the layers are built with."""
     return Build(
         dtype=choose_dtype(config, device, source.terms),
         device=device,
@@ -145,7 +144,8 @@ def make_build(config: Config, source: Source, device: torch.device, place: dict
         kv_dtype=torch.float8_e4m3fn if config.cache.kv_dtype == "fp8" else None,
         quantization=quantization(source.plugins, source.terms),
         deferred=True,
-        **place,
+        mesh=groups.mesh,
+        groups=groups,
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from engine.errors import RequestError
-from engine.messages.request import Grammar, GrammarKind
+from engine.params.grammar import Grammar, GrammarKind
 from engine.plugin.hookspecs import GrammarEntry
 from engine.plugin.registry import Plugins, resolve
 from engine.plugin.testing import (

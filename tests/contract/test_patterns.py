@@ -6,7 +6,7 @@ import pytest
 from schema_pairs import suite
 
 from engine.errors import RequestError
-from engine.messages.request import Grammar
+from engine.params.grammar import Grammar
 from engine.plugin.specs import GrammarEngine
 
 # As Node 20 has it with the flag u, or without where that does not take the expression: patterns, what they are found

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from engine.errors import RequestError
-from engine.messages.request import Grammar, GrammarKind
+from engine.params.grammar import Grammar, GrammarKind
 from engine.plugin.registry import Plugins, resolve
 from engine.plugin.specs import GrammarEngine
 from engine.testing.grammars import vocabulary

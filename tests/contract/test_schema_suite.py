@@ -17,7 +17,7 @@ from schema_pairs import Maker, suite
 from engine.errors import RequestError
 from engine.grammars.closed import prepared
 from engine.grammars.engines import Engines
-from engine.messages.request import Grammar
+from engine.params.grammar import Grammar
 from engine.plugin.registry import Plugins
 
 ENGINES = ("llguidance", "xgrammar")

@@ -12,7 +12,7 @@ import pytest
 
 from engine.errors import RequestError
 from engine.grammars.closed import prepared
-from engine.messages.request import Grammar
+from engine.params.grammar import Grammar
 from engine.plugin.registry import Plugins, resolve
 from engine.plugin.specs import GrammarEngine
 from engine.testing.grammars import vocabulary

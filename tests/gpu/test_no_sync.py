@@ -8,8 +8,8 @@ import torch
 from msgspec.structs import replace
 
 from engine.errors import ConfigError
-from engine.messages.request import Sampling
 from engine.messages.step import SlotAdmit, StepPlan
+from engine.params.sampling import Sampling
 from engine.plugin.registry import Plugins
 from engine.plugin.testing import ModelHarness
 from engine.testing.steps import step_plan

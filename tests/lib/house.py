@@ -15,7 +15,8 @@ from engine.messages import FromFront, ToFront
 from engine.messages.control import Answer, Ask, WorkerReady
 from engine.messages.grammars import GRAMMAR
 from engine.messages.questions import CountExperts, Echo, ExpertCounts, Profile
-from engine.messages.request import Generate, SamplingParams
+from engine.messages.request import Generate
+from engine.params.sampling import SamplingParams
 from engine.plugin.registry import Plugins
 from engine.runtime.actor import Actor
 from engine.runtime.channel import Outbox, channel, open_channel

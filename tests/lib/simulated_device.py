@@ -12,8 +12,9 @@ prefix too. What the wrong ones leave in the cache are hashes that nobody may re
 
 from array import array
 
-from engine.messages.request import Admit, Sampling
+from engine.messages.request import Admit
 from engine.messages.step import DRAFTS, NOTHING, Logprobs, SlotAdmit, StepDone, StepPlan
+from engine.params.sampling import Sampling
 from engine.testing.steps import rows_of
 
 VOCABULARY = 4

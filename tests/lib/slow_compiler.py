@@ -8,7 +8,7 @@ from typing import Any
 from engine.errors import RequestError
 from engine.grammars import compiler
 from engine.grammars.engines import Engines
-from engine.messages.request import Grammar
+from engine.params.grammar import Grammar
 from engine.plugin.hookspecs import GrammarEntry
 from engine.plugin.specs import Vocabulary
 

@@ -14,8 +14,8 @@ from engine.kernels.logits.filters import cuts
 from engine.kernels.logits.reference import EDITS, ID, LENGTH, START, UNTIL, VALUE, LogitOps, mask_words, pack_ids
 from engine.kernels.logits.scores import score
 from engine.kernels.logits.triton import TritonLogitOps
-from engine.messages.request import Sampling
 from engine.messages.step import SlotAdmit
+from engine.params.sampling import Sampling
 from engine.worker.sampling import adjustments as worker_logits
 from engine.worker.sampling.logprobs import Scores
 from engine.worker.sampling.sampler import Columns

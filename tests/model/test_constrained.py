@@ -130,7 +130,8 @@ def test_a_grammar_that_begins_behind_a_text() -> None:
     import anyio
 
     from engine.config import resolve
-    from engine.messages.request import Generate, Grammar
+    from engine.messages.request import Generate
+    from engine.params.grammar import Grammar
     from engine.runtime.offline import AsyncEngine
 
     async def ask() -> str:

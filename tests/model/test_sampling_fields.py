@@ -12,8 +12,8 @@ import torch
 from engine import Engine, Reply, SamplingParams
 from engine.config import resolve
 from engine.messages.control import Boot
-from engine.messages.request import Sampling
 from engine.messages.step import SlotAdmit
+from engine.params.sampling import Sampling
 from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins
 from engine.testing.steps import step_plan

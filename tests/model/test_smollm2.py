@@ -20,8 +20,8 @@ from engine.config import resolve
 from engine.http.app import serve
 from engine.kernels.cpu.calls import kernels
 from engine.messages.control import Boot
-from engine.messages.request import Sampling
 from engine.messages.step import SlotAdmit
+from engine.params.sampling import Sampling
 from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins
 from engine.runtime.launch import open_front

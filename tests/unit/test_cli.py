@@ -12,7 +12,7 @@ import engine
 from engine import cli
 from engine.client.options import sampling_options
 from engine.config import Config, groups, options_of
-from engine.messages.request import SamplingParams
+from engine.params.sampling import SamplingParams
 
 
 @pytest.fixture(autouse=True)

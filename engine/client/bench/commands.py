@@ -22,7 +22,7 @@ from engine.client.options import BatchOptions, LengthOptions, LoadOptions, Repe
 from engine.config import Config
 from engine.errors import ConfigError, WorkerError
 from engine.http.keys import own_key
-from engine.messages.request import SamplingParams
+from engine.params.sampling import SamplingParams
 from engine.runtime.offline import AsyncEngine
 
 CONCURRENCY = 8

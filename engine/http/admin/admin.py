@@ -19,8 +19,8 @@ from engine.http.openapi import Route
 from engine.http.service import SERVICE
 from engine.http.wire import Body, Reply, json_response
 from engine.messages.questions import Profile
-from engine.messages.request import Embed, Generate, Job, SamplingParams
-from engine.params.sampling import INT32_MAX, SamplingDefaults
+from engine.messages.request import Embed, Generate, Job
+from engine.params.sampling import INT32_MAX, SamplingDefaults, SamplingParams
 
 PROBE_SECONDS = 20.0  # an answer that takes longer is no sign of health
 SECRET = frozenset({"api_key"})

@@ -21,8 +21,8 @@ from engine.http.service import answer, check_choices, pack_ids, salt_of, sample
 from engine.http.sse import DONE, WORDS
 from engine.http.wire import Body, Priority, Reply, TokenId, to_json
 from engine.messages.reply import Chunk, TokenLogprob
-from engine.messages.request import Generate, SamplingParams
-from engine.params.sampling import MAX_REGEXES, NATIVE, check_sampling
+from engine.messages.request import Generate
+from engine.params.sampling import MAX_REGEXES, NATIVE, SamplingParams, check_sampling
 
 MAX_NEW_TOKENS = 128  # SGLang's default
 MAX_EXPRESSIONS = 64  # of stop_regex, in one request

@@ -38,8 +38,8 @@ from engine.http.service import SERVICE, Service, sampling_of
 from engine.http.sse import CALLED, send_events, words_of
 from engine.http.wire import Reply, json_response
 from engine.messages.reply import Chunk
-from engine.messages.request import Generate, SamplingParams
-from engine.params.sampling import RESPONSES, SamplingDefaults
+from engine.messages.request import Generate
+from engine.params.sampling import RESPONSES, SamplingDefaults, SamplingParams
 
 RESPONSE_WORDS = Words(
     {

@@ -32,8 +32,8 @@ from engine.kernels.logits.reference import (
     pack_ids,
 )
 from engine.layers.batch import upload
-from engine.messages.request import Sampling
 from engine.messages.step import SlotAdmit
+from engine.params.sampling import Sampling
 
 ALWAYS = 2**31 - 1  # `until` of an edit that does not end
 SCRATCH_BYTES = 64 << 20  # in which a GPU counts tokens, of so many rows at a time

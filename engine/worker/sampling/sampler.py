@@ -16,8 +16,8 @@ from torch import Tensor
 
 from engine.kernels.logits.reference import Filters, LogitOps
 from engine.layers.batch import upload
-from engine.messages.request import Sampling
 from engine.messages.step import SlotAdmit
+from engine.params.sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from engine.messages.request import Sampling
-from engine.params.sampling import MAX_BIASES, MAX_LOGPROBS
+from engine.params.sampling import MAX_BIASES, MAX_LOGPROBS, Sampling
 
 PLAIN = Sampling(1.0, 0, 1.0, 0.0, 0)
 FILTERED = Sampling(0.9, 50, 0.9, 0.01, 0)

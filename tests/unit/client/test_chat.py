@@ -24,7 +24,8 @@ from engine.client.chat import MAX_TOKENS, Conversation
 from engine.client.options import sampling_options
 from engine.errors import RequestError
 from engine.messages.reply import Chunk
-from engine.messages.request import Grammar, SamplingParams
+from engine.params.grammar import Grammar
+from engine.params.sampling import SamplingParams
 
 
 class Scripted:

@@ -20,7 +20,8 @@ from engine.http.responses.bodies import ResponsesBody
 from engine.http.responses.bodies import messages_of as messages_of_items
 from engine.http.responses.items import InputImage, InputText, MessageItem, OutputText, input_items
 from engine.http.wire import Body, BodyDecoder
-from engine.messages.request import Generate, SamplingParams
+from engine.messages.request import Generate
+from engine.params.sampling import SamplingParams
 from engine.plugin.parsing import ToolParser
 from engine.runtime.offline import to_request
 from engine.text.tokenizer import Text as ModelText

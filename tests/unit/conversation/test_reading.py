@@ -11,7 +11,8 @@ from engine.conversation.calls import Tool, allowed, either, forced
 from engine.conversation.parts import read_messages
 from engine.conversation.reading import Reading, Wanted, reading_of
 from engine.errors import RequestError
-from engine.messages.request import Grammar, SamplingParams
+from engine.params.grammar import Grammar
+from engine.params.sampling import SamplingParams
 from engine.plugin import Vocabulary
 from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.parsing import JSON_LIST, Call, ToolParser

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from engine.grammars.closed import close, prepared
-from engine.messages.request import Grammar
+from engine.params.grammar import Grammar
 
 ONE: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}}
 CLOSED = {**ONE, "additionalProperties": False}

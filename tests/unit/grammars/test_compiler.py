@@ -22,7 +22,7 @@ from engine.grammars.compiler import helpers
 from engine.messages.assets import Make
 from engine.messages.control import Boot, Fatal, WorkerReady
 from engine.messages.grammars import GRAMMAR, Compile, Compiled, PackedGrammar, grammar_need
-from engine.messages.request import Grammar
+from engine.params.grammar import Grammar
 from engine.plugin.registry import Plugins, resolve
 from engine.runtime.channel import BlockingFrames, open_channel
 

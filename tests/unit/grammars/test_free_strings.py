@@ -10,7 +10,7 @@ pytest.importorskip("llguidance")
 
 from engine.config import Config, ModelOptions
 from engine.grammars.vocabulary import read_vocabulary
-from engine.messages.request import Grammar
+from engine.params.grammar import Grammar
 from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins
 from engine.plugin.specs import Vocabulary

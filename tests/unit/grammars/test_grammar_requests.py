@@ -19,7 +19,9 @@ from engine.errors import RequestError
 from engine.messages import FromExecutor
 from engine.messages.assets import Bound, Loaded
 from engine.messages.grammars import GRAMMAR, grammar_need
-from engine.messages.request import Admit, Generate, Grammar, Sampling
+from engine.messages.request import Admit, Generate
+from engine.params.grammar import Grammar
+from engine.params.sampling import Sampling
 from engine.runtime.channel import Outbox
 
 pytestmark = pytest.mark.anyio

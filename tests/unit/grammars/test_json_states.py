@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("llguidance")
 
-from engine.messages.request import Grammar
+from engine.params.grammar import Grammar
 from engine.plugin.specs import Vocabulary
 from engine.testing import grammars as grammar_checks
 from engine_plugins.grammars.llguidance import json_states

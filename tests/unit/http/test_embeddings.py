@@ -22,7 +22,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from engine.errors import RequestError, WorkerError
 from engine.http.app import ROUTES
 from engine.http.openapi import describe
-from engine.messages.request import Admit, Embed, Sampling
+from engine.messages.request import Admit, Embed
+from engine.params.sampling import Sampling
 from engine.plugin.specs import TextSpec
 from engine.sched import Scheduler
 from engine.testing.fake import FakeDevice

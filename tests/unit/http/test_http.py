@@ -23,7 +23,7 @@ from engine.http.native.generate import GenerateBody, NativeReply, NativeSamplin
 from engine.http.openai.chat import ChatBody
 from engine.http.openai.completions import CompletionBody
 from engine.messages.control import Stats
-from engine.messages.request import SamplingParams
+from engine.params.sampling import SamplingParams
 from engine.runtime.front import Health, joined
 
 pytestmark = pytest.mark.anyio

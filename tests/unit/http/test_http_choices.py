@@ -16,7 +16,7 @@ from house import House, counted, open_house
 from http_front import FakeFront, chunks, serving
 from test_http import HI, client, post, stream
 
-from engine.messages.request import SamplingParams
+from engine.params.sampling import SamplingParams
 
 pytestmark = pytest.mark.anyio
 

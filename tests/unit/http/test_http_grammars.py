@@ -10,8 +10,8 @@ from test_http import HI, client, post
 
 from engine.errors import RequestError, Words
 from engine.http.grammars import GrammarBody
-from engine.messages.request import Grammar, SamplingParams
-from engine.params.grammar import MAX_GRAMMAR
+from engine.params.grammar import MAX_GRAMMAR, Grammar
+from engine.params.sampling import SamplingParams
 
 pytestmark = pytest.mark.anyio
 

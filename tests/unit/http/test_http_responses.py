@@ -17,7 +17,7 @@ from engine.http.responses.bodies import ResponsesBody
 from engine.http.responses.events import ResponseEvents
 from engine.http.responses.responses import described
 from engine.messages.reply import Chunk
-from engine.messages.request import SamplingParams
+from engine.params.sampling import SamplingParams
 
 pytestmark = pytest.mark.anyio
 GREEDY: dict[str, Any] = {"model": "echo", "temperature": 0}

@@ -12,7 +12,8 @@ from test_http import HI, client, post, stream
 from engine.client.client import Client
 from engine.errors import RequestError
 from engine.messages.reply import Chunk
-from engine.messages.request import Generate, SamplingParams
+from engine.messages.request import Generate
+from engine.params.sampling import SamplingParams
 
 pytestmark = pytest.mark.anyio
 CHAT = "/v1/chat/completions"

@@ -9,8 +9,9 @@ from test_http_routes import HI, open_site
 
 from engine.conversation.parts import read_messages
 from engine.errors import RequestError
-from engine.messages.request import Generate, SamplingParams
+from engine.messages.request import Generate
 from engine.params.grammar import MAX_NESTING
+from engine.params.sampling import SamplingParams
 
 pytestmark = pytest.mark.anyio
 CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"

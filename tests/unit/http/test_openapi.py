@@ -13,8 +13,7 @@ from engine.config import ServerOptions
 from engine.errors import RequestError
 from engine.http.app import ROUTES, create_app
 from engine.http.openapi import describe
-from engine.messages.request import SamplingParams
-from engine.params.sampling import RANGES, check_sampling
+from engine.params.sampling import RANGES, SamplingParams, check_sampling
 
 DOCUMENT = describe(ROUTES, models=["fake"], keyed=False)
 BODIES = [route for route in ROUTES if route.takes is not None and route.method == "POST"]

@@ -22,7 +22,7 @@ from engine.http.responses.footprint import footprint
 from engine.http.responses.responses import described, wanted_of
 from engine.http.responses.store import Response, ResponseStore
 from engine.messages.reply import Chunk, TokenLogprob
-from engine.messages.request import SamplingParams
+from engine.params.sampling import SamplingParams
 
 pytestmark = pytest.mark.anyio
 KILO = 1024

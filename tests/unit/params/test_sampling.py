@@ -12,9 +12,8 @@ from engine.http.native.generate import NativeSampling
 from engine.http.openai.chat import ChatBody
 from engine.http.openai.completions import CompletionBody
 from engine.http.responses.bodies import ResponsesBody
-from engine.messages.request import Grammar, SamplingParams
 from engine.params.defaults import model_defaults
-from engine.params.grammar import keywords_of
+from engine.params.grammar import Grammar, keywords_of
 from engine.params.sampling import (
     ANTHROPIC,
     CHAT,
@@ -24,6 +23,7 @@ from engine.params.sampling import (
     RESPONSES,
     Api,
     SamplingDefaults,
+    SamplingParams,
     check_sampling,
 )
 

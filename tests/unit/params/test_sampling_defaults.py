@@ -10,8 +10,8 @@ from http_front import FakeFront, serving, text_of
 
 from engine.actors.tokenizer import Admission
 from engine.config import resolve
-from engine.messages.request import Generate, SamplingParams
-from engine.params.sampling import SamplingDefaults
+from engine.messages.request import Generate
+from engine.params.sampling import SamplingDefaults, SamplingParams
 from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins
 from engine.runtime.launch import say_sampling_defaults

@@ -15,8 +15,9 @@ from engine.conversation.parts import said
 from engine.messages.base import Message
 from engine.messages.control import Boot, Stats, WorkerReady
 from engine.messages.reply import Chunk, Chunks, Finish, Tokens
-from engine.messages.request import Abort, Admit, Generate, Sampling, SamplingParams
+from engine.messages.request import Abort, Admit, Generate
 from engine.messages.step import SlotAdmit, StepDone, StepPlan
+from engine.params.sampling import Sampling, SamplingParams
 from engine.runtime.channel import BlockingFrames, Frames, channel, pack, received
 
 IDS = array("i", [1, -2, 1 << 30]).tobytes()

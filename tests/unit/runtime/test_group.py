@@ -20,8 +20,8 @@ from engine.actors.executor import ExecutorActor
 from engine.config import Config, resolve
 from engine.messages.assets import Load, Loaded
 from engine.messages.control import Answer, Ask, Fatal, Reset, WorkerLost, WorkerReady, WorkerSilent
-from engine.messages.request import Sampling
 from engine.messages.step import TOKEN, SlotAdmit, StepDone
+from engine.params.sampling import Sampling
 from engine.runtime import group as group_module
 from engine.runtime.channel import channel, open_channel
 from engine.runtime.process import Process

@@ -11,7 +11,8 @@ from house import counted, open_house, prompt
 from engine.errors import RequestError
 from engine.messages.control import Answer, Flushed
 from engine.messages.questions import CountExperts, Echo
-from engine.messages.request import Generate, SamplingParams
+from engine.messages.request import Generate
+from engine.params.sampling import SamplingParams
 
 pytestmark = pytest.mark.anyio
 

@@ -10,7 +10,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from engine.errors import RequestError
 from engine.messages.assets import Bound, Drop, Load, Loaded, Made, Make, Need
 from engine.messages.grammars import GRAMMAR, grammar_need
-from engine.messages.request import Admit, Grammar, Sampling
+from engine.messages.request import Admit
+from engine.params.grammar import Grammar
+from engine.params.sampling import Sampling
 from engine.sched.assets import Due, WaitingRoom
 
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)

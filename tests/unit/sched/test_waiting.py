@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from engine.messages.request import Admit, Sampling
+from engine.messages.request import Admit
+from engine.params.sampling import Sampling
 from engine.plugin import Waiting
 from engine.sched.request import Request
 from engine.sched.waiting import WaitingQueue

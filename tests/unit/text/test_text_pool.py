@@ -26,8 +26,9 @@ from engine.conversation.parts import Call, Message, said
 from engine.errors import RequestError
 from engine.messages.control import WorkerReady
 from engine.messages.reply import Failed, Tokens
-from engine.messages.request import Abort, Admit, Embed, Generate, Open, Sampling, SamplingParams
+from engine.messages.request import Abort, Admit, Embed, Generate, Open
 from engine.messages.text import Detokenize, Prepare, Prepared, TextJob, Tokenize, Tokenized
+from engine.params.sampling import Sampling, SamplingParams
 from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins
 from engine.runtime.actor import supervise

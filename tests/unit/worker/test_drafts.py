@@ -14,8 +14,9 @@ from torch import Tensor
 
 from engine.layers.batch import Batch
 from engine.messages.reply import Tokens
-from engine.messages.request import Admit, Sampling
+from engine.messages.request import Admit
 from engine.messages.step import DRAFTS, NOTHING, TOKEN, Logprobs, StepPlan
+from engine.params.sampling import Sampling
 from engine.plugin.testing import ModelHarness
 from engine.sched import Scheduler
 from engine.testing.steps import rows_of, step_plan

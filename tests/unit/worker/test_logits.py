@@ -6,8 +6,8 @@ import torch
 from transformers.generation.logits_process import NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from engine.kernels import choose
-from engine.messages.request import Sampling
 from engine.messages.step import SlotAdmit
+from engine.params.sampling import Sampling
 from engine.worker.sampling.adjustments import Adjustments
 from engine.worker.sampling.logprobs import PIECE, score, score_prompt
 

@@ -10,7 +10,7 @@ from drawing import filtered, sample
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedConfig
 
 from engine.kernels.logits.reference import gumbel
-from engine.messages.request import Sampling
+from engine.params.sampling import Sampling
 from engine.worker.sampling.sampler import Columns
 
 

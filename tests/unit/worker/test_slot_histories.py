@@ -25,8 +25,10 @@ from engine.layers.build import Build
 from engine.layers.model import Model
 from engine.messages.assets import Bound, Load
 from engine.messages.grammars import GRAMMAR, PackedGrammar
-from engine.messages.request import Admit, Grammar, Sampling
+from engine.messages.request import Admit
 from engine.messages.step import Logprobs, SlotAdmit
+from engine.params.grammar import Grammar
+from engine.params.sampling import Sampling
 from engine.plugin.registry import Plugins
 from engine.plugin.specs import KVGroup, KVSpec, Vocabulary
 from engine.plugin.testing import ModelHarness

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.kernels import choose
-from engine.messages.request import Sampling
 from engine.messages.step import SlotAdmit
+from engine.params.sampling import Sampling
 from engine.worker.sampling.adjustments import Adjustments
 from engine.worker.sampling.logprobs import Scores, score
 from engine.worker.sampling.sampler import Columns, Sampler

@@ -18,8 +18,8 @@ from engine.messages import FromWorker
 from engine.messages.control import Answer, Ask, Boot, Fatal, Ping, Pong, WorkerReady
 from engine.messages.questions import CountExperts
 from engine.messages.questions import Echo as EchoQuestion
-from engine.messages.request import Sampling
 from engine.messages.step import SlotAdmit, StepDone, StepPlan
+from engine.params.sampling import Sampling
 from engine.plugin.specs import KVGroup, KVSpec
 from engine.plugin.testing import MODEL_SCENARIOS, check_model
 from engine.runtime.channel import BlockingFrames

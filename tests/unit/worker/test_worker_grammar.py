@@ -16,8 +16,9 @@ from engine.layers.attention import AttentionBackend
 from engine.layers.build import Build
 from engine.messages.assets import Bound, Load, Loaded
 from engine.messages.grammars import GRAMMAR, PackedGrammar
-from engine.messages.request import Grammar, Sampling
 from engine.messages.step import SlotAdmit, StepDone
+from engine.params.grammar import Grammar
+from engine.params.sampling import Sampling
 from engine.plugin.registry import Plugins
 from engine.plugin.specs import Vocabulary
 from engine.testing.steps import step_plan
