@@ -234,7 +234,7 @@ class SchedulerActor:
                 max_model_len=ready.max_model_len,
                 max_step_tokens=ready.max_step_tokens,
                 policy=self.policy,
-                prefix_cache=self.config.cache.prefix_cache,
+                prefix_cache=self.config.cache.prefix_cache and not ready.recurrent,
                 max_waiting=schedule.max_waiting,
             )
         for maker in self.makers.values():

@@ -4,7 +4,9 @@ R rows (one request's part of the step each) hold T tokens, laid end to end. Hos
 without asking the device. Left out: media embeddings.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ import torch
 from torch import Tensor
 
 from engine.messages.step import STEPS_IN_FLIGHT
+
+NO_STATES: Mapping[str, tuple[Tensor, ...]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +33,8 @@ class Batch:
     lengths: np.ndarray  # [R] int64, host: tokens computed in this step, at least 1
     offsets: np.ndarray  # [R + 1] int64, host: row r's tokens are offsets[r] .. offsets[r+1]-1 of the T
     caches: tuple[tuple[Tensor, ...], ...]  # per KV group, per layer: [pages, *page shape]
+    # by the name of a state group, per layer: [slots + 1, *shape]; a row reads and writes its slot's line
+    states: Mapping[str, tuple[Tensor, ...]] = field(default_factory=lambda: NO_STATES)
     plans: tuple[Any, ...] = ()  # per KV group: what its attention backend's `prepare` returned
     real: Tensor | None = None  # [1] int64, device: how many of the T tokens are no padding, where some may be
 
@@ -36,6 +42,16 @@ class Batch:
         """[R, P] int64: the pages of each row, as many as the longest has; a line's further ones are not its own."""
         count = -(-int((self.starts + self.lengths).max()) // page_size)
         return self.page_table[self.slots, :count].to(torch.int64)
+
+    @property
+    def begins(self) -> Tensor:
+        """[R] bool, device: which rows compute the first token of their request. Their states are zeros."""
+        return self.row_starts == 0
+
+    def token_rows(self) -> Tensor:
+        """[T] int64, device: the row of each token. Padding of a captured step is of rows of the scratch slot."""
+        numbers = torch.arange(len(self.ids), device=self.ids.device)
+        return (torch.searchsorted(self.row_offsets, numbers, right=True) - 1).clamp_(max=len(self.slots) - 1)
 
 
 def upload(numbers: np.ndarray, device: torch.device) -> Tensor:

@@ -27,7 +27,6 @@ class Encoder(Model):
     @abstractmethod
     def __init__(self, config: dict[str, Any], build: Build) -> None:
         super().__init__(config, build)
-        self._page_size = build.page_size
 
     @abstractmethod
     def pool(self, hidden: Tensor, batch: Batch) -> Tensor:
@@ -38,4 +37,4 @@ class Encoder(Model):
 
     def kv_spec(self) -> KVSpec:
         """Nothing is kept."""
-        return KVSpec(self._page_size, ())
+        return KVSpec(self.page_size, ())

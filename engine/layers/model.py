@@ -20,7 +20,7 @@ from engine.layers.attention import Backend
 from engine.layers.batch import Batch
 from engine.layers.build import Build
 from engine.messages.step import TOKEN
-from engine.plugin.specs import KVSpec, LazyTensor
+from engine.plugin.specs import KVSpec, LazyTensor, StateGroup
 
 LARGEST = 1 << 44  # bytes of one weight
 PIECE_BYTES = 32 << 20
@@ -147,6 +147,10 @@ class Model(nn.Module, ABC):
     `embed`, `run` and `logits`. With a pipeline a rank holds a range of the layers: `held` is `build.stage(layers)`.
     The first stage embeds, and what `run` returns on one stage goes to `run` of the next. A model that does so says
     that it is `staged`; others run on one stage alone.
+
+    Recurrent layers keep `states`, which they read and write at `batch.states[name][layer][slots]`. These start as
+    zeros with each request, and each position is computed once, in order, however prompts are cut. A decode step on a
+    GPU is captured, and so are prompts up to `most_graph_tokens`: layers then see the batch's tensors alone.
     """
 
     staged = False
@@ -155,6 +159,8 @@ class Model(nn.Module, ABC):
     yields: int = TOKEN  # what comes of a row, as in a StepPlan: a TOKEN, or a VECTOR
     embedding_size: int = 0  # numbers of a vector
     backends: tuple[Backend, ...] = ()
+    states: tuple[StateGroup, ...] = ()  # what its recurrent layers keep of each request
+    most_graph_tokens: float = float("inf")  # as of Backend; 0 where layers plan prompts on the host
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # ends of names in checkpoints that hold no weight
 
     @abstractmethod
@@ -164,6 +170,7 @@ class Model(nn.Module, ABC):
         if build.mesh.pp > 1 and not self.staged:
             raise ConfigError(f"{type(self).__name__} runs on one stage, and there are {build.mesh.pp} (pp); say pp 1")
         self.device = build.device
+        self.page_size = build.page_size
         self.kernels = build.kernels
 
     @abstractmethod
@@ -190,10 +197,9 @@ class Model(nn.Module, ABC):
         part of a CUDA graph: nothing here may wait for the device, or depend on what the host knew."""
 
     def kv_spec(self) -> KVSpec:
-        """The KV cache that it needs: by default one group a backend."""
-        return KVSpec(
-            page_size=self.backends[0].page_size, groups=tuple(backend.kv_group() for backend in self.backends)
-        )
+        """What it keeps of requests: by default one group of pages a backend, and `states`."""
+        groups = tuple(backend.kv_group() for backend in self.backends)
+        return KVSpec(page_size=self.page_size, groups=groups, states=self.states)
 
     def prepare(self, batch: Batch) -> tuple[Any, ...]:
         """What goes into `batch.plans` before `forward`."""

@@ -11,7 +11,8 @@ class WorkerReady(Message, frozen=True):
 
     `pages` of `page_size` tokens; a step takes `max_step_tokens`; `phases` maps a start-up phase to its seconds.
     A model that makes vectors of `embedding_size` generates no text; of others it is 0. `modules` are those that this
-    start imported, for a spare worker: the executor keeps them to itself.
+    start imported, for a spare worker: the executor keeps them to itself. A `recurrent` model keeps states of requests,
+    which no page holds: no cached prefix serves it, and no drafts.
     """
 
     pages: int
@@ -26,6 +27,7 @@ class WorkerReady(Message, frozen=True):
     phases: dict[str, float]
     embedding_size: int = 0
     modules: tuple[str, ...] = ()
+    recurrent: bool = False
 
 
 class WorkerLost(Message, frozen=True):

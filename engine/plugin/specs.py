@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from msgspec import Struct
 
+from engine.errors import PluginError
+
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
@@ -37,18 +39,48 @@ class KVGroup(Struct, frozen=True):
         return self.layers * prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
-class KVSpec(Struct, frozen=True):
-    """Bytes and layout of a page, declared by a model together with its attention backend.
+class StateGroup(Struct, frozen=True):
+    """State of recurrent layers: one tensor of `shape` and `dtype` a layer for each request, however long it is.
 
-    A page is `page_size` consecutive tokens of one request in every layer of every group.
+    Layers that keep two tensors (Mamba's convolution and its state) declare two groups; `name` tells them apart. Sizes
+    are those of one rank: a layer that is divided over ranks declares its own share, and a stage its own layers.
+    """
+
+    name: str
+    layers: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one request over all layers of the group."""
+        return self.layers * prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+class KVSpec(Struct, frozen=True):
+    """What a model keeps of requests, declared by it together with its attention backend: pages, and states.
+
+    A page is `page_size` consecutive tokens of one request in every layer of every group. `states` are what a request
+    holds once. No page holds them, so a model that has any computes every prompt from its first token.
     """
 
     page_size: int
     groups: tuple[KVGroup, ...]
+    states: tuple[StateGroup, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [group.name for group in self.states]
+        if len(set(names)) < len(names):
+            raise PluginError(f"two groups of states have one name, in {', '.join(names)}; give each its own")
 
     @property
     def page_bytes(self) -> int:
         return sum(group.page_bytes for group in self.groups)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the states of one request."""
+        return sum(group.slot_bytes for group in self.states)
 
 
 # ── checkpoints ──────────────────────────────────────────────────────────────────────────────

@@ -269,6 +269,7 @@ def least_of(ranks: Sequence[WorkerReady]) -> WorkerReady:
         **fewest,
         kv_bytes_per_token=sum(ready.kv_bytes_per_token for ready in ranks),
         phases=phases,
+        recurrent=any(ready.recurrent for ready in ranks),
         modules=tuple(dict.fromkeys(name for ready in ranks for name in ready.modules)),
         device=ranks[0].device if len(ranks) == 1 else f"{len(ranks)} × {ranks[0].device}",
     )

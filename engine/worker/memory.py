@@ -1,9 +1,13 @@
-"""How many KV pages the device's memory holds, and the tensors they live in.
+"""How many KV pages the device's memory holds, and the tensors that pages and states live in.
 
 One tensor a KV group, [pages, layers, *page shape]: a page is one piece of memory over all layers, so that it moves in
-one copy. Which page holds what is the scheduler's business.
-Left out: tiers below the device's memory.
+one copy. Which page holds what is the scheduler's business. States of recurrent layers have a line for each slot; their
+memory is taken before pages are counted.
+Left out: tiers below the device's memory; states kept with the pages of a prefix.
 """
+
+from collections.abc import Mapping
+from math import prod
 
 import numpy as np
 import torch
@@ -11,7 +15,7 @@ from torch import Tensor
 
 from engine.config import CacheOptions
 from engine.errors import ConfigError
-from engine.plugin.specs import KVGroup, KVSpec
+from engine.plugin.specs import KVGroup, KVSpec, StateGroup
 from engine.runtime.memory import free_memory
 
 GPU_FRACTION = 0.9
@@ -30,30 +34,24 @@ def count_pages(
     activation_bytes: int = 0,
     *,
     ranks: int = 1,
+    slots: int = 0,
 ) -> int:
     """Pages to allocate, once the weights are in place; none for a model that keeps nothing.
 
     `most_tokens` is what running requests can use at most; on a CPU no more is taken unasked. `activation_bytes` are
-    left for the largest step. A CPU's memory is that of all `ranks`, each of which has its part. Raises ConfigError
-    where not one page fits, or `kv_tokens` asks for more than there is.
+    left for the largest step, and room for the states of `slots` requests. A CPU's memory is that of all `ranks`, each
+    of which has its part. Raises ConfigError where states or one page do not fit, or `kv_tokens` asks for more than
+    there is.
     """
-    if not spec.groups:
+    if not (spec.groups or spec.states):
         return 0
     free = max(available_memory(device) - activation_bytes, 0)
     if device.type == "cpu":
         free //= ranks
+    states = state_bytes(spec, slots)
     if options.kv_tokens is not None:
-        pages = options.kv_tokens // spec.page_size
-        if pages == 0:
-            raise ConfigError(
-                f"--kv-tokens {options.kv_tokens} is less than one page of {spec.page_size} tokens; raise it"
-            )
-        if pages * spec.page_bytes > free:
-            raise ConfigError(
-                f"--kv-tokens {options.kv_tokens} needs {_size(pages * spec.page_bytes)}, and {device} has "
-                f"{_size(free)} free; at most {free // spec.page_bytes * spec.page_size} fit"
-            )
-        return pages
+        check_states(spec, slots, free, f"{device} has")
+        return _pages_for(options.kv_tokens, spec, free - states, device)
     if device.type == "cuda":
         fraction = options.memory_fraction or GPU_FRACTION
         total = torch.cuda.get_device_properties(device).total_memory
@@ -62,16 +60,50 @@ def count_pages(
         fraction = options.memory_fraction or CPU_FRACTION
         total = free + weight_bytes
         budget = int(total * fraction) - weight_bytes
-        if options.memory_fraction is None:
-            most_pages = -(-most_tokens // spec.page_size)
-            budget = min(budget, CPU_CEILING, most_pages * spec.page_bytes)
+    check_states(spec, slots, budget, f"--memory-fraction {fraction} of {_size(total)} on {device} leaves")
+    budget -= states
+    most_pages = -(-most_tokens // spec.page_size)
+    if not spec.groups:
+        return most_pages  # they are numbers alone
+    if device.type == "cpu" and options.memory_fraction is None:
+        budget = min(budget, CPU_CEILING, most_pages * spec.page_bytes)
     if budget < spec.page_bytes:
+        beside = f"{_size(weight_bytes)} of weights" + (f" and {_size(states)} of states" if states else "")
         raise ConfigError(
             f"no memory for the KV cache: --memory-fraction {fraction} of {_size(total)} on {device} leaves "
-            f"{_size(max(budget, 0))} beside {_size(weight_bytes)} of weights, and one page of {spec.page_size} tokens "
+            f"{_size(max(budget, 0))} beside {beside}, and one page of {spec.page_size} tokens "
             f"takes {_size(spec.page_bytes)}; raise --memory-fraction, or say --kv-tokens"
         )
     return budget // spec.page_bytes
+
+
+def _pages_for(kv_tokens: int, spec: KVSpec, free: int, device: torch.device) -> int:
+    """Pages of as many tokens as are asked for."""
+    pages = kv_tokens // spec.page_size
+    if pages == 0:
+        raise ConfigError(f"--kv-tokens {kv_tokens} is less than one page of {spec.page_size} tokens; raise it")
+    if pages * spec.page_bytes > free:
+        raise ConfigError(
+            f"--kv-tokens {kv_tokens} needs {_size(pages * spec.page_bytes)}, and {device} has "
+            f"{_size(free)} free; at most {free // spec.page_bytes * spec.page_size} fit"
+        )
+    return pages
+
+
+def state_bytes(spec: KVSpec, slots: int) -> int:
+    """Bytes of the states of `slots` requests, and of the scratch slot's."""
+    return (slots + 1) * spec.slot_bytes
+
+
+def check_states(spec: KVSpec, slots: int, room: int, who: str) -> None:
+    """Raises ConfigError where the states of `slots` requests take more than the `room` bytes that `who` has."""
+    room = max(room, 0)
+    if (needed := state_bytes(spec, slots)) > room:
+        fit = room // spec.slot_bytes - 1
+        remedy = f"say --max-running {fit} or less" if fit > 0 else "take a device with more memory"
+        raise ConfigError(
+            f"the states of {slots} requests take {_size(needed)}, and {who} {_size(room)} for them; {remedy}"
+        )
 
 
 def choose_max_model_len(option: int | None, model_limit: int, cache_tokens: int | None) -> int:
@@ -92,16 +124,40 @@ def choose_max_model_len(option: int | None, model_limit: int, cache_tokens: int
 
 def allocate(spec: KVSpec, pages: int, device: torch.device) -> Caches:
     """Zeroed caches. Never read before written by a correct backend, but a masked-out NaN is still a NaN."""
-    return tuple(_allocate_group(group, pages, device).unbind(1) for group in spec.groups)
+    return tuple(_allocate(pages, group, device).unbind(1) for group in spec.groups)
 
 
-def _allocate_group(group: KVGroup, pages: int, device: torch.device) -> Tensor:
-    shape = (pages, group.layers, *group.shape)
+class States:
+    """The states of recurrent layers, a line for each slot: `layers` has them by the group's name, per layer
+    [slots + 1, *shape]. The last line is the scratch slot's, for the padding of CUDA graphs."""
+
+    def __init__(self, spec: KVSpec, slots: int, device: torch.device) -> None:
+        """Raises ConfigError where `device` has too little memory for them."""
+        if spec.states:
+            check_states(spec, slots, available_memory(device), f"{device} has")
+        whole = {group.name: _allocate(slots + 1, group, device) for group in spec.states}
+        self.layers: Mapping[str, tuple[Tensor, ...]] = {name: tensor.unbind(1) for name, tensor in whole.items()}
+        # A slot is one piece of memory over all layers of a group. Floats of one byte can be filled as integers alone.
+        self._lines = [each.view(torch.uint8) if each.itemsize == 1 else each for each in whole.values()]
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self._lines)
+
+    def clear(self, slots: Tensor) -> None:
+        """Makes the states of `slots`, int64 on the device, zeros. Does not wait for the device."""
+        for lines in self._lines:
+            lines.index_fill_(0, slots, 0)
+
+
+def _allocate(count: int, group: KVGroup | StateGroup, device: torch.device) -> Tensor:
+    """Zeros [count, layers, *shape]: a page, or a slot, is one piece of memory over all layers."""
+    shape = (count, group.layers, *group.shape)
     dtype = getattr(torch, group.dtype)
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy's zeros come from calloc: memory that the system commits when a page is first written.
-    return torch.from_numpy(np.zeros(pages * group.page_bytes, np.uint8)).view(dtype).view(shape)
+    # numpy's zeros come from calloc: memory that the system commits when it is first written.
+    return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def available_memory(device: torch.device) -> int:

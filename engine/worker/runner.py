@@ -27,7 +27,7 @@ from engine.messages.step import NOTHING, VECTOR, SlotAdmit, StepDone, StepPlan
 from engine.params.sampling import Sampling
 from engine.worker.experts import routers_of
 from engine.worker.loaders import Loader
-from engine.worker.memory import Caches
+from engine.worker.memory import Caches, States
 from engine.worker.sampling.adjustments import Adjustments
 from engine.worker.sampling.grammars import Grammars
 from engine.worker.sampling.logprobs import score, score_prompt
@@ -74,6 +74,7 @@ class Runner:
         self.tokens = torch.zeros(slots + 1, max_model_len + 1, dtype=torch.int32, device=device)
         self.page_table = torch.zeros(slots + 1, pages, dtype=torch.int32, device=device)
         self.lengths = torch.zeros(slots + 1, dtype=torch.int64, device=device)  # tokens of each slot
+        self.states = States(model.kv_spec(), slots, device)
         self.limits = np.zeros(slots, np.int64)  # tokens at which the request of each slot ends
         self._logits = model.kernels.logits
         self.sampler = Sampler(self.tokens, self.lengths, self._logits)
@@ -87,7 +88,8 @@ class Runner:
         draw = self._draw_plain if self.sampler.captures else None
         real = bool(routers_of(model))
         masks = grammars is not None
-        tables = Tables(model, caches, self.tokens, self.page_table, page_size, real, draw, masks)
+        states = self.states.layers
+        tables = Tables(model, caches, self.tokens, self.page_table, page_size, real, draw, masks, states)
         self.decode_graphs = DecodeGraphs(tables) if device.type != "cpu" else RecordedSteps(tables)
         self.shared_graphs = DecodeGraphs(tables, shared=True)
         self.prompt_graphs = prompt_graphs(tables)
@@ -143,7 +145,7 @@ class Runner:
         """Brings the tables up to date: admits, then pages."""
         self.sampler.admit(plan.admits)
         self.adjustments.admit(plan.admits)
-        self._write_ids(plan.admits)
+        self._begin(plan.admits)
         for admit in plan.admits:
             if self.grammars is not None:
                 self.grammars.admit(admit)
@@ -156,14 +158,15 @@ class Runner:
             if self.prefixes is not None:
                 self.prefixes.apply(np.frombuffer(plan.pages, "<i4").reshape(-1, 3), admitted=bool(plan.admits))
 
-    def _write_ids(self, admits: Sequence[SlotAdmit]) -> None:
-        """And how many they are. Those of short prompts go in one copy: with one for each of many requests, the host
-        would take longer than the device."""
+    def _begin(self, admits: Sequence[SlotAdmit]) -> None:
+        """Writes ids, and how many they are, and clears states. Those of short prompts go in one copy: with one for
+        each of many requests, the host would take longer than the device."""
         if not admits:
             return
         numbers = np.array([(admit.slot, len(admit.ids) // 4) for admit in admits], np.int64).T.copy()
         admitted, counts = upload(numbers, self.device)
         self.lengths[admitted] = counts
+        self.states.clear(admitted)
         short: dict[int, np.ndarray] = {}
         for admit in admits:
             ids = np.frombuffer(admit.ids, "<i4")
@@ -186,6 +189,7 @@ class Runner:
     def gather(self, plan: StepPlan) -> Rows:
         """The rows of a step. Ids and pages are gathered on the device, from the tables, as part of `forward`."""
         rows = Rows.planned(plan)
+        assert not (self.states and rows.drafts.any()), "a state that a wrong draft has changed cannot be taken back"
         if self.device.type == "cpu" and rows.drafts.any():
             rows = dataclasses.replace(rows, starts=real_starts(rows, self.lengths, self.limits).numpy())
         return rows
@@ -212,7 +216,8 @@ class Runner:
         """Runs the model as it is: hidden states [T, H] of the tokens of `rows`, and the batch they came from."""
         guessed = self.device.type != "cpu" and rows.drafts.any()
         starts = real_starts(rows, self.lengths, self.limits) if guessed else None
-        batch = build_batch(rows, self.tokens, self.page_table, self.page_size, self.caches, starts)
+        states = self.states.layers
+        batch = build_batch(rows, self.tokens, self.page_table, self.page_size, self.caches, starts, states)
         batch = dataclasses.replace(batch, plans=self.model.prepare(batch))
         return self.model(batch), batch
 
@@ -364,14 +369,15 @@ class Runner:
 
     def capture(self, scratch_page: int, shares: bool = True, step_tokens: int = ALL_ROWS_TOKENS[-1]) -> bool:
         """Makes CUDA graphs of steps, which have `step_tokens` at most; padding writes to `scratch_page`. `shares`:
-        requests may share pages. False where decode steps can have no graphs."""
+        requests may share pages, which those of a model with states never do. False where decode steps can have no
+        graphs."""
         self.page_table[-1] = scratch_page
         pool = torch.cuda.graph_pool_handle()
         slots, longest = len(self.tokens) - 1, self.tokens.shape[1] - 1
         most = min(step_tokens, slots * longest, most_prompt_tokens(self.model))
         for graphs in reversed(self.prompt_graphs):  # the largest steps first
             graphs.capture(most, pool)
-        if shares and slots >= LEAST_ROWS:
+        if shares and not self.states and slots >= LEAST_ROWS:
             self.shared_graphs.capture(slots, pool)
             if self.shared_graphs.most == slots:
                 self.prefixes = SharedPrefixes(slots, self.page_table.shape[1], self.page_size)

@@ -27,7 +27,7 @@ from engine.runtime.processors import cores
 from engine.worker.backends import Backends, quantization
 from engine.worker.choices import model_for
 from engine.worker.compiles import tell_of_compiles
-from engine.worker.memory import allocate, choose_max_model_len, count_pages
+from engine.worker.memory import allocate, choose_max_model_len, count_pages, state_bytes
 from engine.worker.runner import Runner
 from engine.worker.sampling.grammars import begin_grammars
 from engine.worker.steps.warmup import FILTERED, PENALIZED, PLAIN, everything
@@ -99,8 +99,8 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
     spec = model.kv_spec()
     with _timed(phases, "kv cache"):
         needs = {"most_tokens": sizes.slots * build.max_model_len, "activation_bytes": activations, "ranks": boot.world}
-        pages = agree(count_pages(spec, config.cache, device, weight_bytes(model), **needs))
-        cache_tokens = pages * spec.page_size if spec.groups else None
+        pages = agree(count_pages(spec, config.cache, device, weight_bytes(model), slots=sizes.slots, **needs))
+        cache_tokens = pages * spec.page_size if pages else None
         runner = Runner(
             model,
             allocate(spec, pages + 1, device),  # one for the padding of CUDA graphs
@@ -110,6 +110,9 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
             page_size=spec.page_size,
             grammars=grammars,
         )
+    if spec.states:
+        size = state_bytes(spec, sizes.slots) / 2**20
+        logger.info("%.0f MiB of states, which no page holds: cached prefixes are not reused", size)
     attention = source.backends.chosen
     with _timed(phases, "warm-up"):
         warm_up(runner, config, pages=pages, step_tokens=sizes.step_tokens, dtype=build.dtype, attention=attention)
@@ -186,6 +189,7 @@ def readiness(runner: Runner, sizes: Sizes, *, pages: int, attention: str, phase
         attention=attention or "none",
         phases=phases,
         embedding_size=model.embedding_size,
+        recurrent=bool(spec.states),
     )
 
 
@@ -221,7 +225,7 @@ def peak_bytes(model: Model, device: torch.device, slots: int, max_model_len: in
         runner.warm_up(tokens, min(slots, tokens // SMALL_STEP), PLAIN)
         tokens //= 2
     peak = torch.cuda.max_memory_allocated(device) - before
-    return peak - pages * spec.page_bytes
+    return peak - pages * spec.page_bytes - state_bytes(spec, slots)
 
 
 @contextmanager

@@ -19,7 +19,6 @@ class Echo(Model):
     def __init__(self, config: dict[str, Any], build: Build) -> None:
         super().__init__(config, build)
         self.vocab_size = 257
-        self.page_size = build.page_size
 
     def embed(self, batch: Batch) -> Tensor:
         """The ids themselves, [T, 1] float32."""

@@ -1,9 +1,11 @@
 """From the rows of a step to a Batch: what is known on the host goes up in one copy, the rest is gathered there."""
 
+from collections.abc import Mapping
+
 import numpy as np
 from torch import Tensor
 
-from engine.layers.batch import Batch, upload
+from engine.layers.batch import NO_STATES, Batch, upload
 from engine.worker.steps.rows import Rows
 
 
@@ -14,6 +16,7 @@ def build_batch(
     page_size: int,
     caches: tuple[tuple[Tensor, ...], ...],
     starts: Tensor | None = None,
+    states: Mapping[str, tuple[Tensor, ...]] = NO_STATES,
 ) -> Batch:
     """`tokens` [slots, positions] and `page_table` [slots, pages], int32. `starts` [R] int64 on the device is where the
     rows begin, if the host does not know it.
@@ -44,4 +47,5 @@ def build_batch(
         lengths=rows.lengths,
         offsets=offsets,
         caches=caches,
+        states=states,
     )

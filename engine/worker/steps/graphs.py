@@ -7,8 +7,8 @@ a launch where kernels launched one by one would cost hundreds.
 A graph reads slots and positions from one place and gathers the rest from the worker's tables itself. It ends with the
 hidden states. A decode step has others for what follows where no row asks for more than a temperature, one without and
 one with the masks of grammars, and so costs the host two launches. Missing rows and tokens are those of the scratch
-slot, whose keys and values go to the scratch page. All graphs share one memory pool, as only one of them runs at a
-time.
+slot, whose keys and values go to the scratch page, and whose states are its own. All graphs share one memory pool, as
+only one of them runs at a time.
 
 `DecodeGraphs` are for steps of one token a row; `PromptGraphs` for steps with prompts whose kernels would take longer
 to launch than to run: a thousand tokens of any model, and more of a small one. Left out: larger prompts.
@@ -17,8 +17,8 @@ to launch than to run: a thousand tokens of any model, and more of a small one. 
 import bisect
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from engine.layers.attention import Prefix
-from engine.layers.batch import Batch, Mirror
+from engine.layers.batch import NO_STATES, Batch, Mirror
 from engine.layers.model import Model
 from engine.worker.memory import Caches
 from engine.worker.steps.prefixes import LEAST_ROWS
@@ -69,10 +69,16 @@ class Tables:
     # can be captured; and whether there are masks.
     draw: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
     masks: bool = False
+    states: Mapping[str, tuple[Tensor, ...]] = field(default_factory=lambda: NO_STATES)
 
     @property
     def scratch(self) -> int:
         return len(self.tokens) - 1
+
+    def captures(self, plans: tuple[Any, ...]) -> bool:
+        """Whether steps with these `plans` of the attention backends can be captured. What recurrent layers do can be,
+        by their contract; of a model that has neither it is not known."""
+        return all(plan is not None for plan in plans) and bool(plans or self.states)
 
     def batch(
         self, token_slots: Tensor, positions: Tensor, slots: Tensor, starts: Tensor, offsets: Tensor, plans: Any
@@ -91,6 +97,7 @@ class Tables:
             lengths=NOTHING,
             offsets=NOTHING,
             caches=self.caches,
+            states=self.states,
             plans=plans,
             real=(token_slots != self.scratch).sum().view(1) if self.counts_real else None,
         )
@@ -166,7 +173,7 @@ class DecodeGraphs(StepGraphs):
         numbers.send()
         batch = self._batch(numbers.device, ())
         plans = tuple(backend.capture_shared(batch) if self._shared else backend.capture(batch) for backend in backends)
-        if not plans or any(plan is None for plan in plans):
+        if not self._tables.captures(plans):
             return None
         self._refill(plans, host[:size], host[size:], ())
         graph, hidden = captured(lambda: self._tables.model(self._batch(numbers.device, plans)), pool)
@@ -248,7 +255,7 @@ class PromptGraphs(StepGraphs):
         self._fill(numbers.host(), size, Rows.of(np.zeros((0, 4), np.int64)))
         numbers.send()
         plans = tuple(backend.capture_prompts(self._batch(numbers.device, ())) for backend in backends)
-        if not plans or any(plan is None for plan in plans):
+        if not self._tables.captures(plans):
             return None
         for backend, plan in zip(backends, plans, strict=True):
             backend.refill_prompts(plan, NOTHING, NOTHING, np.zeros(1, np.int64))
@@ -303,9 +310,9 @@ def prompt_graphs(tables: Tables) -> tuple[PromptGraphs, PromptGraphs]:
 def most_prompt_tokens(model: Model) -> int:
     """Tokens of the largest step with prompts for which a graph pays: whose launches take longer than its kernels, and
     whose attention has no faster way without."""
-    layers = sum(group.layers for group in model.kv_spec().groups)
+    layers = max(sum(group.layers for group in model.kv_spec().groups), len(model.held))  # not all of them may attend
     most = max(SMALL_PROMPTS, WORK_TO_LAUNCH * layers / max(weight_bytes(model), 1))
-    return int(min([most, *(backend.most_graph_tokens for backend in model.backends)]))
+    return int(min([most, model.most_graph_tokens, *(backend.most_graph_tokens for backend in model.backends)]))
 
 
 def captured(run: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
