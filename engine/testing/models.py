@@ -1,4 +1,6 @@
-"""Contract checks of models: a prompt whole, in chunks, in a batch or cached gives one reply. Imports torch."""
+"""Contract checks of models: a prompt whole, in chunks, in a batch, cached or in a used slot gives one reply.
+
+Imports torch."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -70,10 +72,12 @@ class ModelHarness:
         with torch.inference_mode():
             built.load(tensors.items())
         self.each = -(-max_model_len // self.page_size)
-        caches = allocate(built.kv_spec(), self.each * self.slots, build.device)
+        scratch_page = self.each * self.slots
+        caches = allocate(built.kv_spec(), scratch_page + 1, build.device)
         self.runner = Runner(
             built, caches, build.device, slots=self.slots, max_model_len=max_model_len, page_size=self.page_size
         )
+        self.runner.page_table[-1] = scratch_page
         self.order = np.random.default_rng(0).permutation(self.each * self.slots)
 
     def admit(self, prompts: Iterable[list[int]], cached: Mapping[int, tuple[int, int]] | None = None) -> StepPlan:
@@ -140,7 +144,10 @@ def _batched(harness: ModelHarness, reference: Reference, prompts: list[list[int
 
 
 def _cached(harness: ModelHarness, reference: Reference, prompts: list[list[int]], tolerance: float) -> None:
-    """Slot 1 finds its first pages computed by slot 0 before, slot 2 by slot 0 in the same step."""
+    """Slot 1 finds its first pages computed by slot 0 before, slot 2 by slot 0 in the same step. A model with states
+    never gets cached pages."""
+    if harness.runner.states:
+        return
     owner = prompts[0]
     ids = [owner, owner[:8] + prompts[1], owner[:12] + prompts[2]]
     harness.runner.apply(harness.admit(ids, cached={1: (0, 2), 2: (0, 3)}))
@@ -149,6 +156,29 @@ def _cached(harness: ModelHarness, reference: Reference, prompts: list[list[int]
     for (slot, start, _), got in zip(rows, harness.logits(rows), strict=True):
         where = f"the logits of slot {slot}, whose first {start} tokens are cached"
         assert_close(got, reference(ids[slot])[start:], tolerance, where)
+
+
+def _reused(harness: ModelHarness, reference: Reference, prompts: list[list[int]], tolerance: float) -> None:
+    """The slots had other requests, one of which ended within its prompt."""
+    harness.runner.apply(harness.admit(prompts[1:]))
+    harness.logits([(0, 0, 4), (1, 0, len(prompts[2]))])
+    harness.runner.apply(harness.admit(prompts[:2]))
+    rows = [(1, 0, len(prompts[1])), (0, 0, len(prompts[0]))]
+    for (slot, _, _), got in zip(rows, harness.logits(rows), strict=True):
+        assert_close(got, reference(prompts[slot]), tolerance, f"the logits of slot {slot}, which had another request")
+
+
+def _padded(harness: ModelHarness, reference: Reference, prompts: list[list[int]], tolerance: float) -> None:
+    """Beside rows of the scratch slot, as captured steps have them; slot 1 waits for a step."""
+    harness.runner.apply(harness.admit(prompts[:2]))
+    padding, lengths = [(harness.slots, 0, 1)] * 2, [len(ids) for ids in prompts]
+    steps = [[(0, 0, 5), (1, 0, lengths[1] - 1)], [(0, 5, lengths[0] - 5)], [(1, lengths[1] - 1, 1)]]
+    parts: dict[int, list[Tensor]] = {0: [], 1: []}
+    for rows in steps:
+        for (slot, _, _), got in zip(rows, harness.logits([*rows, *padding]), strict=False):
+            parts[slot].append(got)
+    for slot, got in parts.items():
+        assert_close(torch.cat(got), reference(prompts[slot]), tolerance, f"the logits of slot {slot} beside padding")
 
 
 def _greedy(harness: ModelHarness, reference: Reference, prompts: list[list[int]], tolerance: float) -> None:
@@ -162,7 +192,15 @@ def _greedy(harness: ModelHarness, reference: Reference, prompts: list[list[int]
         assert got == ids[len(prompt) :], f"greedy ids of row {slot} are {got}, not {ids[len(prompt) :]}"
 
 
-_SCENARIOS = {"whole": _whole, "chunked": _chunked, "batched": _batched, "cached": _cached, "greedy": _greedy}
+_SCENARIOS = {
+    "whole": _whole,
+    "chunked": _chunked,
+    "batched": _batched,
+    "cached": _cached,
+    "reused": _reused,
+    "padded": _padded,
+    "greedy": _greedy,
+}
 MODEL_SCENARIOS: tuple[str, ...] = tuple(_SCENARIOS)
 
 
@@ -179,8 +217,9 @@ def check_model(
     dtype: torch.dtype = torch.float32,
     tolerance: float = 1e-4,
 ) -> None:
-    """Runs one of MODEL_SCENARIOS: a whole prompt, one in chunks, among other rows, with cached pages, and greedy
-    decoding; compares logits, or ids, with `reference` (ids to logits [len(ids), vocab_size]).
+    """Runs one of MODEL_SCENARIOS: a whole prompt, one in chunks, among other rows, with cached pages, in a slot that
+    had another request, beside padding, and greedy decoding; compares logits, or ids, with `reference` (ids to logits
+    [len(ids), vocab_size]).
 
     `config` is in config.json's terms; 16 tokens of vocabulary and 64 positions are enough. `attention` is by
     default the built-in choice for `device`. With a `quantization`, `reference` is of the weights as they are stored.

@@ -93,6 +93,7 @@ async def open_house(
     seconds: float = 0.0,
     vocab_size: int = 257,
     embedding_size: int = 0,
+    recurrent: bool = False,
     compiler: Start | None = None,
     **options: Any,
 ) -> AsyncIterator[House]:
@@ -109,7 +110,8 @@ async def open_house(
         size = config.cache.page_size
         slots, step_tokens = config.schedule.max_running, config.schedule.max_step_tokens
         held, longest = 0 if embedding_size else pages, pages * size
-        ready = WorkerReady(held, size, slots, step_tokens, longest, vocab_size, 4, "none", "none", {}, embedding_size)
+        sizes = (held, size, slots, step_tokens, longest, vocab_size)
+        ready = WorkerReady(*sizes, 4, "none", "none", {}, embedding_size, recurrent=recurrent)
         makers = {GRAMMAR: Maker(to_compiler, kept=config.grammar.grammar_cache)}
         house.scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, makers, front)
         house.executor = FakeExecutor(ready, executor_inbox, to_scheduler, seconds)

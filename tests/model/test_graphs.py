@@ -78,7 +78,8 @@ class PlainAttention(PagedAttention):
         for row, (start, length) in enumerate(zip(plan["starts"], plan["lengths"], strict=True)):
             first, end = int(plan["offsets"][row]), int(start + length)
             pages = plan["table"][plan["slots"][row]].long()
-            key, value = cache[pages].transpose(0, 1).flatten(1, 2)[:, :end].repeat_interleave(2, dim=2)
+            each = self.shape.query_heads // self.shape.kv_heads
+            key, value = cache[pages].transpose(0, 1).flatten(1, 2)[:, :end].repeat_interleave(each, dim=2)
             scores = torch.einsum("qhd,khd->hqk", query[first : first + length], key) * self.shape.scale
             unseen = torch.ones(length, end, dtype=torch.bool).triu(int(start) + 1)
             weights = scores.masked_fill(unseen, -torch.inf).softmax(-1)
