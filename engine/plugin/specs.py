@@ -51,6 +51,10 @@ class StateGroup(Struct, frozen=True):
     shape: tuple[int, ...]
     dtype: str
 
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_BYTES:
+            raise PluginError(f"states {self.name!r} are of type {self.dtype!r}; known are {', '.join(DTYPE_BYTES)}")
+
     @property
     def slot_bytes(self) -> int:
         """Bytes of one request over all layers of the group."""

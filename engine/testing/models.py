@@ -177,8 +177,9 @@ def _padded(harness: ModelHarness, reference: Reference, prompts: list[list[int]
     for rows in steps:
         for (slot, _, _), got in zip(rows, harness.logits([*rows, *padding]), strict=False):
             parts[slot].append(got)
-    for slot, got in parts.items():
-        assert_close(torch.cat(got), reference(prompts[slot]), tolerance, f"the logits of slot {slot} beside padding")
+    for slot, computed in parts.items():
+        got = torch.cat(computed)
+        assert_close(got, reference(prompts[slot]), tolerance, f"the logits of slot {slot} beside padding")
 
 
 def _greedy(harness: ModelHarness, reference: Reference, prompts: list[list[int]], tolerance: float) -> None:

@@ -1,6 +1,8 @@
 """Models that keep states of requests: a toy of gated recurrences and attention, against its definition in float64."""
 
+import re
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,28 @@ def test_recurrent_models_keep_the_contract_of_models(scenario: str, mix: str) -
     kinds = MIXES[mix]
     config = CONFIG | {"layer_types": list(kinds)}
     check_model(ToyRecurrent, config, weights(kinds), partial(reference, kinds=kinds), scenario)
+
+
+GUIDE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+
+
+@pytest.mark.parametrize("scenario", MODEL_SCENARIOS)
+def test_the_recurrent_model_of_the_guide(scenario: str) -> None:
+    (source,) = re.findall(r"```python\n(from engine\.plugin import StateGroup\n.*?)```", GUIDE, re.DOTALL)
+    names: dict[str, type] = {}
+    exec(source, names)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"embed_tokens": (16, 8), "value_proj": (8, 8), "out_proj": (8, 8), "lm_head": (16, 8)}
+    tensors = {f"{name}.weight": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+    def reference(ids: list[int]) -> torch.Tensor:
+        weight = {name: tensors[f"{name}.weight"].double() for name in shapes}
+        hidden = weight["embed_tokens"][ids]
+        ago = torch.arange(len(ids))[:, None] - torch.arange(len(ids))
+        averages = (0.1 * 0.9 ** ago.clamp(min=0).double()).tril() @ (hidden @ weight["value_proj"].T)
+        return ((hidden + averages @ weight["out_proj"].T) @ weight["lm_head"].T).float()
+
+    check_model(names["Averages"], {"hidden_size": 8, "vocab_size": 16}, tensors, reference, scenario)
 
 
 class Forgetful(ToyRecurrent):

@@ -119,7 +119,9 @@ def test_states_have_a_line_a_slot_and_are_cleared_by_slot() -> None:
     assert states.layers["b"][0].float().tolist() == [0, 1, 0, 1]
 
 
-def test_two_groups_of_one_name_are_refused() -> None:
+def test_groups_that_cannot_be_are_refused() -> None:
+    with pytest.raises(PluginError, match="states 'a' are of type 'int3'; known are float32, bfloat16"):
+        StateGroup("a", 1, (3,), "int3")
     with pytest.raises(PluginError, match="two groups of states have one name, in a, a"):
         KVSpec(16, (), (StateGroup("a", 1, (3,), "float32"), StateGroup("a", 2, (4,), "float32")))
 
@@ -174,7 +176,7 @@ class Drive:
 prompts = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=18)
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(
     depth=st.integers(1, 4),
     arrivals=st.lists(
