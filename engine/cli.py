@@ -28,8 +28,9 @@ from engine.client.options import (
     TrafficOptions,
     sampling_options,
 )
-from engine.config import Config, ModelOptions, Option, ServerOptions, groups, options_of, read_file, resolve
+from engine.config import Config, ModelOptions, ServerOptions, groups, read_file, resolve
 from engine.errors import ConfigError, EngineError, PluginError, RequestError, Words, did_you_mean
+from engine.options.option import Option, options_of
 from engine.params.sampling import SamplingParams, check_sampling
 
 SHELLS = ("bash", "zsh", "fish", "tcsh")

@@ -4,19 +4,22 @@ Options are grouped by who reads them; `Config` composes the groups, is resolved
 every process as msgpack, and is never changed. Field names are unique across groups: `max_running` is
 `--max-running` on the command line, `ENGINE_MAX_RUNNING` in the environment and `max_running` in the TOML file of
 `--config`. The command line overrules the environment, and the environment the file.
+
+What a field is to people, its name, its bounds in words and how a text is read, is in engine/options/.
 """
 
-import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType, NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
 from engine.errors import ConfigError, did_you_mean
+from engine.options.option import Option, options_of
+from engine.options.page import options_page
 
 # A bound on a value that may also be None belongs inside the union, on the number.
 Positive = Annotated[int, Meta(ge=1)]
@@ -276,80 +279,7 @@ class Config(Struct, frozen=True, kw_only=True):
     server: ServerOptions = ServerOptions()
 
 
-# ── what is derived from the structs ─────────────────────────────────────────────────────────
-
-
-class Option(Struct, frozen=True):
-    """One field of an options struct, as people meet it.
-
-    `annotation` is the field's declared type, `kind` the bare type in it without None and bounds."""
-
-    name: str
-    annotation: Any
-    default: Any
-    kind: Any
-    bounds: str
-    description: str
-
-    @property
-    def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
-
-    @property
-    def variable(self) -> str:
-        return "ENGINE_" + self.name.upper()
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        """The only values it takes, where they are a fixed list."""
-        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
-
-    @property
-    def listed(self) -> bool:
-        """Whether it holds several values."""
-        return get_origin(self.kind) is tuple
-
-    @property
-    def expects(self) -> str:
-        """What a value must be, in words: "an integer from 1 to 256"."""
-        if self.choices:
-            return ", ".join(self.choices[:-1]) + " or " + self.choices[-1]
-        if self.listed:
-            item = get_args(self.kind)[0]
-            if get_origin(item) is Literal:
-                return "a comma-separated list of " + " or ".join(get_args(item))
-            return "a comma-separated list" if item is str else "a list of integers"
-        if get_origin(self.kind) is dict:
-            return "a JSON object"
-        return {bool: "true or false", int: "an integer", float: "a number", str: "text"}[self.kind] + self.bounds
-
-    def read(self, value: Any, origin: str) -> Any:
-        """`value`, text or already of the right type, as the field's type.
-
-        Raises ConfigError naming `origin` (a flag or a variable), the value and what is taken."""
-        given = value
-        if self.listed and isinstance(value, str):
-            value = [part.strip() for part in value.split(",") if part.strip()]
-        try:
-            if get_origin(self.kind) is dict and isinstance(value, str):
-                return msgspec.json.decode(value, type=self.annotation)
-            converted = msgspec.convert(value, self.annotation, strict=False)
-            if isinstance(converted, float) and not math.isfinite(converted):
-                raise msgspec.ValidationError("not finite")
-            return converted
-        except msgspec.DecodeError:  # a ValidationError is one
-            hint = did_you_mean(str(value), self.choices)
-            raise ConfigError(f"{origin} is {given!r}, but takes {self.expects}{hint}") from None
-
-
-def options_of(struct: type[Struct]) -> tuple[Option, ...]:
-    """The fields of `struct` as options, in order."""
-    options = []
-    for field in msgspec.structs.fields(struct):
-        kind, metas = _unwrap(field.type)
-        description = next((meta.description for meta in metas if meta.description), "")
-        options.append(Option(field.name, field.type, field.default, kind, _bounds(metas), description))
-    return tuple(options)
+# ── where values come from ───────────────────────────────────────────────────────────────────
 
 
 def groups() -> dict[str, type[Struct]]:
@@ -406,51 +336,6 @@ def resolve(
     return Config(**values)
 
 
-def options_page() -> str:
-    """docs/options.md, whole."""
-    lines = [
-        "# Options",
-        "",
-        "<!-- Written by `make docs` from engine/config.py; edit there. -->",
-        "",
-        "Each option is a flag of `engine serve` and `engine generate` (those of the HTTP server only of the former),",
-        "and a variable of the environment, which the flag overrules: `--max-running 8` or `ENGINE_MAX_RUNNING=8`.",
-        "`--config serve.toml`, or `ENGINE_CONFIG`, names a TOML file of options: `max_running = 8`, at its top level",
-        "or in a table named as the group (`[schedule]`). Flags and variables overrule it.",
-        "A true-or-false option has two flags: `--prefix-cache` and `--no-prefix-cache`.",
-    ]
-    for struct in groups().values():
-        title = (struct.__doc__ or "").rstrip(".")
-        lines += ["", f"## {title}", "", "| flag | variable | takes | default | meaning |", "|---|---|---|---|---|"]
-        for option in options_of(struct):
-            default = "" if option.default in (None, ()) else f"`{str(option.default).lower()}`"
-            cells = (f"`{option.flag}`", f"`{option.variable}`", option.expects, default, option.description)
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _unwrap(annotation: Any) -> tuple[Any, list[Meta]]:
-    """The bare type under `Annotated` and `| None`, and every Meta met on the way."""
-    metas: list[Meta] = []
-    while True:
-        if get_origin(annotation) is Annotated:
-            annotation, *found = get_args(annotation)
-            metas += (mark for mark in found if isinstance(mark, Meta))
-        elif get_origin(annotation) in (Union, UnionType):
-            (annotation,) = (member for member in get_args(annotation) if member is not NoneType)
-        else:
-            return annotation, metas
-
-
-def _bounds(metas: list[Meta]) -> str:
-    """Bounds in words: " from 1 to 256", " above 0, at most 1", or nothing."""
-    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    found = {key: getattr(meta, key) for meta in metas for key in words if getattr(meta, key) is not None}
-    if found.keys() == {"ge", "le"}:
-        return f" from {found['ge']} to {found['le']}"
-    return "".join(f", {words[key]} {bound}" for key, bound in found.items())
-
-
 def _refuse_unknown(given: Iterable[str], environ: Iterable[str], known: list[Option]) -> None:
     """A name that is no option stops the start. Of the environment, where ENGINE_ is not ours alone, only
     a near miss does: it is a misspelling, and ignoring it would be worse."""
@@ -467,4 +352,4 @@ def _refuse_unknown(given: Iterable[str], environ: Iterable[str], known: list[Op
 
 
 if __name__ == "__main__":
-    print(options_page(), end="")
+    print(options_page(groups().values()), end="")

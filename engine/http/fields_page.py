@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from textwrap import wrap
 from typing import get_type_hints
 
-from engine.config import options_of
 from engine.http.app import ROUTES
 from engine.http.fields import HEADER, Rule
 from engine.http.openapi import Route
 from engine.http.wire import Body, structs_in, to_json
+from engine.options.option import options_of
 from engine.params.sampling import APIS, FIELDS, SamplingParams
 
 HEAD = f"""# Fields of requests

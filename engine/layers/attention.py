@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.kernels import choose
+from engine.kernels import KernelSet, choose
 from engine.kernels.dense.reference import HeadNorms, Heads, Rotation
 from engine.kernels.types import Prefix
 from engine.layers.batch import Batch, upload
@@ -56,13 +56,24 @@ class Backend(ABC):
     steps_in_flight: int = STEPS_IN_FLIGHT  # whose plans may be under way at a time: what takes turns has so many
     most_graph_tokens: float = float("inf")  # of a step with prompts, beyond which `prepare` has a faster way
 
-    def __init__(self, page_size: int, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype | None) -> None:
-        """`kv_dtype` is the cache's type, by default `dtype`, that of the activations."""
+    def __init__(
+        self,
+        shape: Any,
+        page_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        kernel_set: KernelSet | None = None,
+    ) -> None:
+        """`shape` is what the layers share, of the type that a subclass declares; `dtype` that of the activations.
+        `kernel_set` is the model's, as `Build` gives it; a backend without a model has the fastest one.
+
+        Raises ConfigError for a shape, page size or type that the backend cannot serve."""
+        self.shape = shape
         self.page_size = page_size
         self.device = device
         self.dtype = dtype
-        self.kv_dtype = kv_dtype or dtype
-        self.kernels = choose(device, dtype)  # of which `Build` puts its own in the place
+        self.kv_dtype: torch.dtype = shape.kv_dtype or dtype
+        self.kernels = choose(device, dtype) if kernel_set is None else kernel_set
 
     def upload(self, numbers: np.ndarray) -> Tensor:
         """A device copy of a host array that does not wait for the device."""
@@ -117,10 +128,7 @@ class AttentionBackend(Backend):
     up to its own.
     """
 
-    def __init__(self, shape: AttentionShape, page_size: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Raises ConfigError for a shape, page size or type that the backend cannot serve."""
-        super().__init__(page_size, device, dtype, shape.kv_dtype)
-        self.shape = shape
+    shape: AttentionShape
 
     @abstractmethod
     def forward(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, places: Tensor, plan: Any) -> Tensor:

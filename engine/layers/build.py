@@ -97,18 +97,16 @@ class Build:
             window=window if window is not None and window < self.max_model_len else None,
             kv_dtype=self.kv_dtype,
         )
-        backend = self.attention_backend(shape, self.page_size, self.device, self.dtype)
+        backend = self.attention_backend(shape, self.page_size, self.device, self.dtype, self.kernels)
         assert isinstance(backend, AttentionBackend), f"{backend} is not for attention of heads"
-        backend.kernels = self.kernels
         return backend
 
     def latent_attention(self, shape: LatentShape) -> LatentBackend:
         """The backend that serves the latent attention of `shape`, whose heads are the whole model's."""
         heads = _count(self.query_heads(shape.query_heads))
         shape = dataclasses.replace(shape, query_heads=heads, kv_dtype=self.kv_dtype)
-        backend = self.attention_backend(shape, self.page_size, self.device, self.dtype)
+        backend = self.attention_backend(shape, self.page_size, self.device, self.dtype, self.kernels)
         assert isinstance(backend, LatentBackend), f"{backend} is not for latent attention"
-        backend.kernels = self.kernels
         return backend
 
 

@@ -89,13 +89,9 @@ class LatentBackend(Backend):
     how absorbed rows attend over pages, and expanded ones over keys and values that lie side by side.
     """
 
+    shape: LatentShape
     chunk_bytes = CHUNK_BYTES
     most_graph_tokens = 1024  # more tokens of prompts are better expanded
-
-    def __init__(self, shape: LatentShape, page_size: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Raises ConfigError for a shape, page size or type that the backend cannot serve."""
-        super().__init__(page_size, device, dtype, shape.kv_dtype)
-        self.shape = shape
 
     def kv_group(self) -> KVGroup:
         shape = (self.page_size, self.shape.width)

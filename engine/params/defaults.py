@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.errors import RequestError, shown
-from engine.params.sampling import FIELDS, INT32_MAX, Kind, SamplingDefaults, Whole
+from engine.params.fields import INT32_MAX, Kind, Whole
+from engine.params.sampling import FIELDS, SamplingDefaults
 
 
 def model_defaults(generation: Mapping[str, Any]) -> tuple[SamplingDefaults, list[str]]:

@@ -10,7 +10,7 @@ from operator import attrgetter
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, StructMeta
 
 from engine.errors import RequestError, Words, shown
 from engine.params.lengths import check_unicode
@@ -99,6 +99,24 @@ def from_keywords(options: Mapping[str, Any]) -> Grammar | None:
         message = f"{{{kind}}} is a {{type}}; send it as text (json.dumps(...))"
         raise RequestError(message, param=kind, facts={"type": type(options[kind]).__name__})
     return made(kind, options[kind], strict=options.get("strict_schema", True))
+
+
+KEYWORDS = frozenset(GrammarKeywords.__struct_fields__)
+
+
+class TakesGrammar(StructMeta):
+    """Of a struct with a field `grammar`: lets it take the keywords of GrammarKeywords in its place."""
+
+    def __call__(cls, **fields: Any) -> Any:
+        if KEYWORDS.isdisjoint(fields):
+            return super().__call__(**fields)
+        options = {name: fields.pop(name) for name in KEYWORDS & fields.keys()}
+        if (grammar := from_keywords(options)) is not None:
+            if fields.get("grammar") is not None:
+                message = f"grammar and {{{grammar.kind}}} are given, and a reply can be only one of them"
+                raise RequestError(message, param=grammar.kind, facts={})
+            fields["grammar"] = grammar
+        return super().__call__(**fields)
 
 
 def keywords_of(grammar: Grammar | None) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from engine.kernels.fp8.reference import BLOCK, E4M3, Fp8Weight, dequantize, qua
 if TYPE_CHECKING:
     from engine.kernels.attention.decode import (
         DecodeRows,
-        Scratch,
         SharedRows,
         attend_decode,
         decode_teams,
@@ -51,6 +50,7 @@ if TYPE_CHECKING:
         mla_extend_cut,
     )
     from engine.kernels.attention.page_lists import list_pages
+    from engine.kernels.attention.pieces import Scratch
 
 __all__ = [
     "BLOCK",
@@ -98,7 +98,7 @@ __all__ = [
 ]
 
 _IN_TRITON = {  # modules of engine.kernels.attention
-    "decode": ("DecodeRows", "Scratch", "SharedRows", "attend_decode", "decode_teams", "list_shared", "plan_decode"),
+    "decode": ("DecodeRows", "SharedRows", "attend_decode", "decode_teams", "list_shared", "plan_decode"),
     "expanded": ("ExpandedRows", "attend_expanded", "expanded_cut", "join_keys", "list_expanded"),
     "extend": ("ExtendRows", "PagedShape", "attend_extend", "extend_blocks", "interpreted", "list_extend_blocks"),
     "mla": (
@@ -106,6 +106,7 @@ _IN_TRITON = {  # modules of engine.kernels.attention
         *("list_mla_blocks", "mla_decode_teams", "mla_extend_cut"),
     ),
     "page_lists": ("list_pages",),
+    "pieces": ("Scratch",),
 }
 
 

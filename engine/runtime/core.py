@@ -32,12 +32,13 @@ PLANS = STEPS_IN_FLIGHT + 1  # and a Reset: the scheduler never waits to send
 
 
 def core_actors(
-    config: Config, front: Outbox[ToFront], start: Start | None = None
+    config: Config, front: Outbox[ToFront], start: Start | None = None, plugins: Plugins | None = None
 ) -> tuple[list[Actor], Outbox[FromFront]]:
     """The scheduler, the executor and the compiler of grammars, joined; and where to send what is for the scheduler.
 
-    `start` starts a device process, in the place of the usual way."""
-    policy = make_policy(Plugins.load(config.model.plugins), config.schedule.policy)
+    `start` starts a device process, in the place of the usual way. `plugins` are those of the config, where the front
+    is in this process and has loaded them."""
+    policy = make_policy(plugins or Plugins.load(config.model.plugins), config.schedule.policy)
     to_scheduler, scheduler_inbox = open_channel()
     to_executor, executor_inbox = channel(PLANS)
     to_compiler, compiler_inbox = open_channel()

@@ -6,6 +6,7 @@ open_front(config) ── tokenizer, detokenizer, front ── and the core, her
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import anyio
 import anyio.to_thread
@@ -102,7 +103,7 @@ async def open_front(config: Config, core: Core | None = None, plugins: Plugins 
     to_detokenizer, detokenizer_inbox = channel(STEPS_AHEAD)
     to_front, front_inbox = channel(REPLIES_AHEAD)
     from_core = FromCore(to_detokenizer, to_front)
-    core = core or (core_actors if placement(config) == "single" else linked_core)
+    core = core or (partial(core_actors, plugins=plugins) if placement(config) == "single" else linked_core)
     actors, to_scheduler = core(config, from_core)
     name = (*config.server.served_model_name, checkpoint.name())[0]
     front = Front(config, name, front_inbox, to_tokenizer, to_scheduler)

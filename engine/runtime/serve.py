@@ -78,11 +78,11 @@ async def _serve(config: Config, start: Start | None, began: float) -> int:
     from engine.runtime.core import core_actors
     from engine.runtime.launch import open_front
 
-    core = None if start is None else partial(core_actors, start=start)
     Access.of(config.server)  # what is wrong with who may call, or with tracing, is said before anything is started
     tracing_to(config.server.otlp_endpoint)
     keyed = Keys(config.server).asked
     plugins = Plugins.load(config.model.plugins)
+    core = None if start is None else partial(core_actors, start=start, plugins=plugins)
     routes = with_plugins(ROUTES, plugins)
     async with open_front(config, core, plugins) as front, anyio.create_task_group() as group:
         service = Service(front, config.server, routes, group, began=began, keyed=keyed)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.plugin import ConfigError
-from engine.plugin.kernels import MOST_QUERIES, Kernels, attention_tasks
+from engine.plugin.kernels import MOST_QUERIES, Kernels, KernelSet, attention_tasks
 from engine.plugin.layers import AttentionShape, Batch, PagedAttention
 
 DIMENSIONS = range(16, 257, 16)
@@ -29,8 +29,15 @@ class Plan:
 class CpuAttention(PagedAttention):
     """Causal attention of any grouping of heads, with or without a window."""
 
-    def __init__(self, shape: AttentionShape, page_size: int, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(shape, page_size, device, dtype)
+    def __init__(
+        self,
+        shape: AttentionShape,
+        page_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        kernel_set: KernelSet | None = None,
+    ) -> None:
+        super().__init__(shape, page_size, device, dtype, kernel_set)
         found = self.kernels.dense
         if not isinstance(found, Kernels) or self.kv_dtype != torch.float32:
             raise ConfigError(

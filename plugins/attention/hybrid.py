@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from engine.plugin import ConfigError
+from engine.plugin.kernels import KernelSet
 from engine.plugin.layers import AttentionShape, Batch, Mirror
 from engine_plugins.attention.flashinfer.mha import (
-    FA3_TILE,
     PLAN_BYTES,
     CapturedLaunch,
     FlashInferAttention,
     Launch,
-    fa3_plan_bytes,
     leading_ones,
 )
+from engine_plugins.attention.flashinfer.modules import FA3_TILE, fa3_plan_bytes
 from engine_plugins.attention.triton.mha import Plan, TritonAttention
 
 TRITON_TOKENS = 1024  # of a captured step, whose rows may all be short: up to so many it is Triton's
@@ -57,9 +57,16 @@ class PromptAttention(FlashInferAttention):
 class HybridAttention(TritonAttention):
     """Serves what FlashInferAttention does on Hopper, but FP8 caches."""
 
-    def __init__(self, shape: AttentionShape, page_size: int, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(shape, page_size, device, dtype)
-        self._prompts = PromptAttention(shape, page_size, device, dtype)
+    def __init__(
+        self,
+        shape: AttentionShape,
+        page_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        kernel_set: KernelSet | None = None,
+    ) -> None:
+        super().__init__(shape, page_size, device, dtype, kernel_set)
+        self._prompts = PromptAttention(shape, page_size, device, dtype, kernel_set)
 
     def prepare(self, batch: Batch) -> Any:
         ones = leading_ones(batch.lengths)

@@ -17,6 +17,7 @@ from engine.layers import AttentionShape, Batch
 from engine.plugin import kernels
 from engine.plugin.testing import ATTENTION_CASES, AttentionCase, check_attention
 from engine_plugins.attention.flashinfer import mha as flashinfer
+from engine_plugins.attention.flashinfer import modules as installed
 from engine_plugins.attention.flashinfer.mha import FlashInferAttention
 
 pytest.importorskip("triton")
@@ -229,10 +230,38 @@ def test_a_missing_or_other_version_is_refused_with_what_to_do(monkeypatch: pyte
 
 def test_what_cannot_be_compiled_is_refused_before_it_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     specs = {"fa2": SimpleNamespace(name="batch_prefill")}
-    monkeypatch.setattr(flashinfer, "has_nvcc", lambda: False)
+    monkeypatch.setattr(installed, "has_nvcc", lambda: False)
     monkeypatch.delenv("FLASHINFER_DISABLE_JIT", raising=False)
     with pytest.raises(ConfigError, match="compile batch_prefill, and there is no nvcc"):
-        flashinfer.compile_modules(specs)
+        installed.compile_modules(specs)
     monkeypatch.setenv("FLASHINFER_DISABLE_JIT", "1")
     with pytest.raises(ConfigError, match="batch_prefill is not compiled, and FLASHINFER_DISABLE_JIT"):
-        flashinfer.compile_modules(specs)
+        installed.compile_modules(specs)
+
+
+def test_modules_that_are_missing_are_compiled_together_before_all_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+
+    def module(name: str, compiled: bool) -> installed.Module:
+        def describe(*terms: Any) -> SimpleNamespace:
+            assert terms == (name, 64)
+            return SimpleNamespace(name=f"described {name}", is_compiled=compiled)
+
+        return installed.Module(describe, lambda *terms: done.append(terms) or f"loaded {name}", (name, 64))
+
+    monkeypatch.setattr(installed, "compile_modules", lambda specs: done.append([*specs]))
+    wanted = {name: module(name, name == "there") for name in ("there", "fa2", "fa3")}
+    assert installed.load_modules("b", wanted) == {name: f"loaded {name}" for name in wanted}
+    assert done == [["fa2", "fa3"], ("there", 64), ("fa2", 64), ("fa3", 64)]
+    done.clear()
+    installed.load_modules("b", {"there": wanted["there"]})
+    assert done == [("there", 64)]
+
+
+def test_a_module_that_does_not_load_is_refused_in_the_name_of_its_backend() -> None:
+    def broken(*_: Any) -> Any:
+        raise OSError("undefined symbol")
+
+    wanted = {"fa2": installed.Module(lambda *_: SimpleNamespace(is_compiled=True), broken, ())}
+    with pytest.raises(ConfigError, match=r"^latent attention flashinfer: undefined symbol"):
+        installed.load_modules("latent attention flashinfer", wanted)

@@ -52,8 +52,7 @@ def attended(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 def run(qkv: Tensor, heads: Heads, scales: tuple[float, float], kv_dtype: Any, norms: HeadNorms | None) -> Tensor:
     shape = AttentionShape(layers=1, query_heads=heads.query, kv_heads=heads.kv, head_dim=heads.dim,
                            scale=heads.dim**-0.5, kv_dtype=kv_dtype)  # fmt: skip
-    backend = Plain(shape, PAGE, CPU, torch.float32)
-    backend.kernels = IN_TORCH
+    backend = Plain(shape, PAGE, CPU, torch.float32, IN_TORCH)
     layer = Attention(backend, 0)
     layer.scale(*scales, heads, norms, qkv)
     cache = torch.zeros(6, 2, PAGE, heads.kv, heads.dim, dtype=kv_dtype or torch.float32)

@@ -11,7 +11,8 @@ import pytest
 import engine
 from engine import cli
 from engine.client.options import sampling_options
-from engine.config import Config, groups, options_of
+from engine.config import Config, groups
+from engine.options.option import options_of
 from engine.params.sampling import SamplingParams
 
 

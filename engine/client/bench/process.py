@@ -15,8 +15,9 @@ import anyio
 import anyio.to_thread
 import msgspec
 
-from engine.config import Config, groups, options_of
+from engine.config import Config, groups
 from engine.errors import WorkerError
+from engine.options.option import options_of
 
 POLL = 0.01
 PATIENCE = 600.0

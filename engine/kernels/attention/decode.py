@@ -40,6 +40,7 @@ from engine.kernels.attention.extend import (
     scaled_query,
     score_block,
 )
+from engine.kernels.attention.pieces import Scratch, begin_piece, end_piece
 from engine.kernels.launch import launch_dependents, wait_for_previous
 from engine.kernels.types import Prefix
 
@@ -47,25 +48,6 @@ PREFIX_PIECES = 4  # at most, of a shared prefix
 PREFIX_ROUND = 128  # positions; what is shared is a multiple of it, hence of any cut's block
 SHORT: tl.constexpr = tl.constexpr(256)  # positions
 FEW_ROWS = 64  # up to which few large blocks are better than many small ones
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scratch:
-    """What pieces of rows give, between the programs of the decode kernel. A team leaves two pieces at most: one of a
-    row that it did not begin, one of a row that it did not end."""
-
-    partial: Tensor  # [2 * teams, kv_heads, group, head_dim] float32
-    maxima: Tensor  # [2, 2 * teams, kv_heads, group] float32: largest score, sum of exponentials
-    arrived: Tensor  # [rows, kv_heads] int32: pieces done; zeros between launches
-
-    @classmethod
-    def of(cls, teams: int, rows: int, shape: PagedShape, device: torch.device) -> "Scratch":
-        heads = (shape.kv_heads, shape.group)
-        return cls(
-            partial=torch.empty(2 * teams, *heads, shape.head_dim, device=device),
-            maxima=torch.empty(2, 2 * teams, *heads, device=device),
-            arrived=torch.zeros(rows, shape.kv_heads, dtype=torch.int32, device=device),
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,34 +243,19 @@ def decode_kernel(
         last = tl.minimum(own + (stop - earlier) * step, end) - 1
         heads = head * GROUP * DIM + g[:, None] * DIM + d[None, :]
         q, size = scaled_query(tl.load(query + token * query_stride + heads, mask=inside, other=0.0), FP8)
-        largest = tl.full([QUERIES], float("-inf"), tl.float32)
-        total = tl.zeros([QUERIES], tl.float32)
-        summed = tl.zeros([QUERIES, DIM_BLOCK], tl.float32)
-        if SHARED:  # who begins a row begins with what its prefix gave
-            largest, total, summed = add_prefix(
-                prefix_partial, prefix_maxima, counts, count, row, head, own, at, earlier, g, d,
-                largest, total, summed, KV_HEADS, GROUP, DIM, PREFIX_PIECES,
-            )  # fmt: skip
+        largest, total, summed = begin_piece(
+            prefix_partial, prefix_maxima, counts, count, row, head, own, at, earlier, g, d,
+            SHARED, KV_HEADS, GROUP, DIM, PREFIX_PIECES,
+        )  # fmt: skip
         largest, total, summed = attend_piece(
             q, size, cache, line, first, last, head, d, n, largest, total, summed,
             SCALE, KV_HEADS, DIM, DIM_BLOCK, PAGE_SIZE, PAGE_STRIDE, PRECISION, FP8, POSITIONS,
         )  # fmt: skip
         target = out + token * out_stride + head * GROUP * DIM
-        if (at == earlier) & (stop == row_end):
-            tl.store(target + g[:, None] * DIM + d[None, :], summed / total[:, None], mask=inside)
-        else:
-            units = 2 * teams * KV_HEADS * GROUP
-            unit = ((2 * team + (at == earlier).to(tl.int32)) * KV_HEADS + head) * GROUP
-            publish(partial, maxima, unit, units, g, d, largest, total, summed, GROUP, DIM)
-            opener = earlier // range_length  # the team that begins the row
-            pieces = (row_end - 1) // range_length - opener + 1
-            done = tl.atomic_add(arrived + row * KV_HEADS + head, 1, sem="acq_rel")
-            if done == pieces - 1:
-                tl.store(arrived + row * KV_HEADS + head, 0)
-                sum_up(
-                    partial, maxima, units, opener, pieces, head, target, d,
-                    KV_HEADS, GROUP, DIM, GROUP_BLOCK, DIM_BLOCK, SOME,
-                )  # fmt: skip
+        end_piece(
+            partial, maxima, arrived, target, largest, total, summed, g, d, team, teams, row, head, at, stop, earlier,
+            row_end, range_length, KV_HEADS, GROUP, DIM, GROUP_BLOCK, DIM_BLOCK, SOME,
+        )  # fmt: skip
         at = stop
 
 
@@ -326,29 +293,6 @@ def load_row(
 
 
 @triton.jit
-def add_prefix(
-    partial, maxima, counts, count, row, head, own, at, earlier, g, d, largest, total, summed,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr,
-):  # fmt: skip
-    """Adds what the prefix kernel left for a row and key head, where the piece is the row's first: largest score, sum
-    of exponentials, values [QUERIES, DIM_BLOCK]."""
-    inside = (g < GROUP)[:, None] & (d < DIM)[None, :]
-    cut = tl.load(counts + 1).to(tl.int32)
-    units = PIECES * count * KV_HEADS * GROUP
-    for prefix in range(0, tl.where((own > 0) & (at == earlier), cut, 0)):
-        unit = ((prefix * count + row) * KV_HEADS + head) * GROUP + g
-        part = tl.load(partial + unit[:, None] * DIM + d[None, :], mask=inside, other=0.0)
-        top = tl.load(maxima + unit, mask=g < GROUP, other=0.0)
-        part_total = tl.load(maxima + units + unit, mask=g < GROUP, other=0.0)
-        new = tl.maximum(largest, top)
-        weight, rescale = tl.exp2(top - new), tl.exp2(largest - new)
-        total = total * rescale + part_total * weight
-        summed = summed * rescale[:, None] + part * weight[:, None]
-        largest = new
-    return largest, total, summed
-
-
-@triton.jit
 def attend_piece(
     q, size, cache, line, first, last, head, d, n, largest, total, summed,
     SCALE: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
@@ -365,66 +309,6 @@ def attend_piece(
         scores = tl.where((begin + n <= last)[None, :], scores, float("-inf"))
         largest, total, summed = add_block(q, scores, value, largest, total, summed, PRECISION)
     return largest, total, summed
-
-
-@triton.jit
-def publish(partial, maxima, unit, units, g, d, largest, total, summed, GROUP: tl.constexpr, DIM: tl.constexpr):
-    """Leaves a piece for whoever sums up the row. All stores of this program come before the count that follows, which
-    publishes them."""
-    inside = (g < GROUP)[:, None] & (d < DIM)[None, :]
-    tl.store(partial + (unit + g[:, None]) * DIM + d[None, :], summed, mask=inside)
-    tl.store(maxima + unit + g, largest, mask=g < GROUP)
-    tl.store(maxima + units + unit + g, total, mask=g < GROUP)
-    tl.debug_barrier()
-
-
-@triton.jit
-def sum_up(
-    partial, maxima, units, opener, pieces, head, target, d,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, GROUP_BLOCK: tl.constexpr,
-    DIM_BLOCK: tl.constexpr, SOME: tl.constexpr,
-):  # fmt: skip
-    """Stores at `target` what all `pieces` of a row give, of which the team `opener` left the first."""
-    some = tl.arange(0, SOME)
-    top = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_BLOCK], tl.float32)
-    summed = tl.zeros([GROUP_BLOCK, DIM_BLOCK], tl.float32)
-    for begin in range(0, pieces, SOME):
-        piece = begin + some
-        place = tl.where(piece == 0, 2 * opener + 1, 2 * (opener + piece))
-        top, total, summed = add_pieces(
-            partial, maxima, units, place * KV_HEADS + head, piece < pieces, top, total, summed,
-            GROUP, DIM, GROUP_BLOCK, DIM_BLOCK,
-        )  # fmt: skip
-    few = tl.arange(0, GROUP_BLOCK)
-    tl.store(
-        target + few[:, None] * DIM + d[None, :], summed / total[:, None],
-        mask=(few < GROUP)[:, None] & (d < DIM)[None, :],
-    )  # fmt: skip
-
-
-@triton.jit
-def add_pieces(
-    partial, maxima, units, places, real, top, total, summed,
-    GROUP: tl.constexpr, DIM: tl.constexpr, GROUP_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Adds pieces to a sum of pieces: largest score, sum of exponentials, values [GROUP_BLOCK, DIM_BLOCK]. A piece and
-    key head is at `places`, if `real`. Reads past the first-level cache, which may hold what was there before another
-    program wrote."""
-    g, d = tl.arange(0, GROUP_BLOCK), tl.arange(0, DIM_BLOCK)
-    there = real[:, None] & (g < GROUP)[None, :]
-    at = places.to(tl.int64)[:, None] * GROUP + g[None, :]
-    largest = tl.load(maxima + at, mask=there, other=float("-inf"), cache_modifier=".cg")
-    totals = tl.load(maxima + units + at, mask=there, other=0.0, cache_modifier=".cg")
-    part = tl.load(
-        partial + at[:, :, None] * DIM + d[None, None, :],
-        mask=there[:, :, None] & (d < DIM)[None, None, :], other=0.0, cache_modifier=".cg",
-    )  # fmt: skip
-    new = tl.maximum(top, tl.max(largest, 0))
-    anchor = tl.where(new == float("-inf"), 0.0, new)
-    weights, rescale = tl.exp2(largest - anchor[None, :]), tl.exp2(top - anchor)
-    summed = summed * rescale[:, None] + tl.sum(part * weights[:, :, None], 0)
-    return new, total * rescale + tl.sum(totals * weights, 0), summed
 
 
 @triton.jit(

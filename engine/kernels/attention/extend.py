@@ -183,6 +183,15 @@ def load_block(
     return key, value
 
 
+@triton.jit
+def sees(position, n, WINDOW: tl.constexpr):
+    """Whether queries at `position` see positions `n`: [queries, positions]."""
+    seen = n[None, :] <= position[:, None]
+    if WINDOW > 0:
+        seen = seen & (n[None, :] > position[:, None] - WINDOW)
+    return seen
+
+
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["blocks", "slots", "starts", "offsets"])
 def extend_kernel(
     query, cache, page_table, out, blocks, slots, starts, offsets, count, query_stride, out_stride, table_stride,
@@ -227,9 +236,7 @@ def extend_kernel(
     for _ in tl.range(clear, end, POSITIONS):
         key, value = load_block(keys, page, tl.minimum(n, end - 1), d, KV_HEADS, DIM, DIM_BLOCK, PAGE_SIZE, PAGE_STRIDE)
         scores = score_block(q, size, key, SCALE, PRECISION, FP8)
-        seen = n[None, :] <= position[:, None]
-        if WINDOW > 0:
-            seen = seen & (n[None, :] > position[:, None] - WINDOW)
+        seen = sees(position, n, WINDOW)
         n += POSITIONS
         page = tl.load(line + tl.minimum(n, end - 1) // PAGE_SIZE)
         scores = tl.where(seen, scores, float("-inf"))

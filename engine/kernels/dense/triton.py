@@ -94,6 +94,27 @@ def _gated_kernel(gate_up, out, size, GELU: tl.constexpr, BLOCK: tl.constexpr, D
     tl.store(out + row * size + at, x.to(gate.dtype) * up, mask=mask)
 
 
+@triton.jit
+def _norm_head(
+    first, second, third, query_norm, key_norm, is_query, low, rest, pairs, dim, epsilon, kind: tl.constexpr
+):
+    """The parts of heads, float32, normalised together and rounded to `kind`."""
+    square = tl.sum(first * first, 1) + tl.sum(second * second, 1) + tl.sum(third * third, 1)
+    scale = (1.0 / tl.sqrt_rn(square / dim + epsilon))[:, None]
+    weight = query_norm if is_query else key_norm
+    first = (first * scale * tl.load(weight + low, mask=low < pairs, other=0.0).to(tl.float32)).to(kind)
+    second = (second * scale * tl.load(weight + pairs + low, mask=low < pairs, other=0.0).to(tl.float32)).to(kind)
+    third = (third * scale * tl.load(weight + rest, mask=rest < dim, other=0.0).to(tl.float32)).to(kind)
+    return first.to(tl.float32), second.to(tl.float32), third.to(tl.float32)
+
+
+@triton.jit
+def _store_head(target, first, second, third, low, rest, pairs, in_low, in_rest):
+    tl.store(target + low, first, mask=in_low)
+    tl.store(target + pairs + low, second, mask=in_low)
+    tl.store(target + rest, third, mask=in_rest)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _heads_kernel(
     qkv, query, key_norm, query_norm, cosines, sines, cache, places,
@@ -118,15 +139,9 @@ def _heads_kernel(
     third = tl.load(begin + rest, mask=in_rest, other=0.0).to(tl.float32)
     if not is_value:
         if NORMS:
-            square = tl.sum(first * first, 1) + tl.sum(second * second, 1) + tl.sum(third * third, 1)
-            scale = (1.0 / tl.sqrt_rn(square / dim + epsilon))[:, None]
-            weight = query_norm if is_query else key_norm
-            first = (first * scale * tl.load(weight + low, mask=low < pairs, other=0.0).to(tl.float32)).to(kind)
-            second = (second * scale * tl.load(weight + pairs + low, mask=low < pairs, other=0.0).to(tl.float32)).to(
-                kind
+            first, second, third = _norm_head(
+                first, second, third, query_norm, key_norm, is_query, low, rest, pairs, dim, epsilon, kind
             )
-            third = (third * scale * tl.load(weight + rest, mask=rest < dim, other=0.0).to(tl.float32)).to(kind)
-            first, second, third = first.to(tl.float32), second.to(tl.float32), third.to(tl.float32)
         if ROTATES:
             cosine = tl.load(cosines + token * pairs + low, mask=in_low, other=0.0).to(tl.float32)
             sine = tl.load(sines + token * pairs + low, mask=in_low, other=0.0).to(tl.float32)
@@ -135,9 +150,7 @@ def _heads_kernel(
     first, second, third = first.to(kind), second.to(kind), third.to(kind)
     if is_query:
         target = query + (token * query_heads + head + h) * dim
-        tl.store(target + low, first, mask=in_low)
-        tl.store(target + pairs + low, second, mask=in_low)
-        tl.store(target + rest, third, mask=in_rest)
+        _store_head(target, first, second, third, low, rest, pairs, in_low, in_rest)
     elif CACHES:
         place = tl.load(places + token, mask=token < tokens, other=0)
         half = tl.where(is_value, 1, 0)
@@ -145,13 +158,10 @@ def _heads_kernel(
         row = half * PAGE_SIZE + place % PAGE_SIZE
         line = cache + place // PAGE_SIZE * page_stride + (row * kv_heads + kv_head) * dim
         stored = cache.dtype.element_ty
-        tl.store(line + low, first.to(tl.float32).to(stored), mask=in_low)
-        tl.store(line + pairs + low, second.to(tl.float32).to(stored), mask=in_low)
-        tl.store(line + rest, third.to(tl.float32).to(stored), mask=in_rest)
+        first, second = first.to(tl.float32).to(stored), second.to(tl.float32).to(stored)
+        _store_head(line, first, second, third.to(tl.float32).to(stored), low, rest, pairs, in_low, in_rest)
     elif not is_value:
-        tl.store(begin + low, first, mask=in_low)
-        tl.store(begin + pairs + low, second, mask=in_low)
-        tl.store(begin + rest, third, mask=in_rest)
+        _store_head(begin, first, second, third, low, rest, pairs, in_low, in_rest)
 
 
 @triton.jit

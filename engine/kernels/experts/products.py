@@ -111,6 +111,29 @@ def vector_down_kernel(
 # ── tasks ────────────────────────────────────────────────────────────────────────────────────
 
 
+@triton.jit
+def sum_products(
+    lines, matrix, scale, k, N: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr, GATED: tl.constexpr,
+    SCALES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    STEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products of choices with rows of a matrix, and with those of another where GATED, [ROWS, COLUMNS]."""
+    EVEN: tl.constexpr = K % DEPTH == 0
+    gates = tl.zeros([ROWS, COLUMNS], tl.float32)
+    ups = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, K, DEPTH):
+        for step in tl.static_range(DEPTH // STEP):
+            start = first + step * STEP
+            block = (start if EVEN else tl.minimum(start, K - 1)) // BLOCK
+            there = (start + k < K)[None, :]
+            x, w = load_step(lines + start, there, EVEN), load_step(matrix + start, there, EVEN)
+            gates = add_product(gates, x, w, x, scale + block, False, SCALES, PRECISION)
+            if GATED:
+                u = load_step(matrix + N * K + start, there, EVEN)
+                ups = add_product(ups, x, u, x, scale + TILES + block, False, SCALES, PRECISION)
+    return gates, ups
+
+
 @triton.jit(do_not_specialize=["places"])
 def multiply_kernel(
     inputs, weight, scales, out, choices, tasks, count, places,
@@ -124,7 +147,6 @@ def multiply_kernel(
     order. Otherwise `inputs` are by place, and results go to the choices' own rows.
     """
     STEP: tl.constexpr = BLOCK if DEPTH > BLOCK and SCALES == 1 else DEPTH
-    EVEN: tl.constexpr = K % DEPTH == 0
     blocks: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     tiles: tl.constexpr = (N + BLOCK - 1) // BLOCK * ((K + BLOCK - 1) // BLOCK)
     first_task = tl.program_id(0) // (TOGETHER * blocks) * TOGETHER
@@ -145,18 +167,9 @@ def multiply_kernel(
         scale = scales
         if SCALES == 1:
             scale += expert * (2 * tiles if GATED else tiles) + column // BLOCK * ((K + BLOCK - 1) // BLOCK)
-        gates = tl.zeros([ROWS, COLUMNS], tl.float32)
-        ups = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for first in range(0, K, DEPTH):
-            for step in tl.static_range(DEPTH // STEP):
-                start = first + step * STEP
-                block = (start if EVEN else tl.minimum(start, K - 1)) // BLOCK
-                there = (start + k < K)[None, :]
-                x, w = load_step(lines + start, there, EVEN), load_step(matrix + start, there, EVEN)
-                gates = add_product(gates, x, w, x, scale + block, False, SCALES, PRECISION)
-                if GATED:
-                    u = load_step(matrix + N * K + start, there, EVEN)
-                    ups = add_product(ups, x, u, x, scale + tiles + block, False, SCALES, PRECISION)
+        gates, ups = sum_products(
+            lines, matrix, scale, k, N, K, tiles, GATED, SCALES, BLOCK, ROWS, COLUMNS, DEPTH, STEP, PRECISION
+        )
         if SCALES == 2:
             line = scales + expert * (2 * N if GATED else N) + n
             gates *= tl.load(line, mask=n < N, other=0.0)[None, :]

@@ -63,6 +63,16 @@ def sum_products(
     return gates, ups
 
 
+@triton.jit
+def load_task(choices, tasks, places, task, m, ORDERED: tl.constexpr):
+    """Of lines `m` of a task: their places in the order, their choices, and how many lines there are."""
+    begin, rows = task, 1
+    if ORDERED:
+        begin, rows = tl.load(tasks + places + task), tl.load(tasks + 2 * places + task)
+    place = begin + tl.minimum(m, rows - 1)
+    return place, tl.load(choices + place) if ORDERED else place, rows
+
+
 @triton.jit(do_not_specialize=["places", "input_stride", "out_stride"])
 def multiply_fp8_kernel(
     inputs, input_scales, weight, scales, out, out_scales, choices, tasks, count, places, input_stride, out_stride,
@@ -86,11 +96,7 @@ def multiply_fp8_kernel(
     if expert >= 0:
         task, column = first_task + within % side, within // side * COLUMNS
         m, n, k = tl.arange(0, ROWS), column + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
-        begin, rows = task, 1
-        if ORDERED:
-            begin, rows = tl.load(tasks + places + task), tl.load(tasks + 2 * places + task)
-        place = begin + tl.minimum(m, rows - 1)
-        choice = tl.load(choices + place) if ORDERED else place
+        place, choice, rows = load_task(choices, tasks, places, task, m, ORDERED)
         source = choice // TOP_K if GATED else place
         lines = inputs + source[:, None].to(tl.int64) * K + k[None, :]
         matrix = weight + expert * (2 * N * K if GATED else N * K) + column * K

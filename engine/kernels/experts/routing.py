@@ -146,6 +146,18 @@ def place_choices(slot, token, totals, before, ids, order, ends, tasks, count, p
         tl.store(tasks + 2 * places + task + step, tl.minimum(totals - step * ROWS, ROWS), mask=there)
 
 
+@triton.jit
+def score_experts(x, inside, SIGMOID: tl.constexpr):
+    """Scores of logits `x` [tokens, experts]: each by itself, or as shares of one."""
+    if SIGMOID:
+        scores = 1.0 / (1.0 + tl.exp(-x))
+    else:
+        x = tl.where(inside, x, float("-inf"))
+        powers = tl.exp(x - tl.max(tl.where(inside, x, -3.0e38), 1)[:, None])
+        scores = powers / tl.maximum(tl.sum(powers, 1), 1e-37)[:, None]
+    return scores
+
+
 @triton.jit(do_not_specialize=["tokens", "places"])
 def route_kernel(
     logits, bias, weights, experts, chunks, recorded, recording, real, order, ends, tasks, count, tokens, places, scale,
@@ -159,13 +171,7 @@ def route_kernel(
     wait_for_previous(DEPENDS)
     last = tl.load(real) if PADDED else tokens
     at = token[:, None].to(tl.int64) * EXPERTS + ids[None, :]
-    x = tl.load(logits + at, mask=inside, other=float("-inf"))
-    if SIGMOID:
-        scores = 1.0 / (1.0 + tl.exp(-x))
-    else:
-        x = tl.where(inside, x, float("-inf"))
-        powers = tl.exp(x - tl.max(tl.where(inside, x, -3.0e38), 1)[:, None])
-        scores = powers / tl.maximum(tl.sum(powers, 1), 1e-37)[:, None]
+    scores = score_experts(tl.load(logits + at, mask=inside, other=float("-inf")), inside, SIGMOID)
     choice = scores
     if BIASED:
         choice += tl.load(bias + ids, mask=ids < EXPERTS, other=0.0)[None, :]

@@ -208,6 +208,27 @@ def _nucleus(
     return low, last
 
 
+@triton.jit
+def _list_groups(
+    maxima, sums, chunk_maxima, listed, groups, whole, top, temperature, top_p, top_k,
+    SHIFT: tl.constexpr, GROUP: tl.constexpr, CHUNK_GROUPS: tl.constexpr, GROUPS: tl.constexpr, HALVINGS: tl.constexpr,
+):  # fmt: skip
+    """Lists the groups whose largest logit reaches the bound of a row's cut: (the first key at or above the bound, how
+    many logits are in these groups)."""
+    g = tl.arange(0, GROUPS)
+    largest = tl.load(maxima + g, mask=g < groups, other=float("-inf"))
+    bound = _bound(
+        largest, sums, chunk_maxima, g, groups, whole, top, temperature, top_p, top_k, GROUP, CHUNK_GROUPS, HALVINGS
+    )
+    kept = (g < groups) & (largest >= bound)
+    tl.store(listed + tl.cumsum(kept.to(tl.int32), 0) - 1, g, mask=kept)
+    count = tl.sum(kept.to(tl.int32), 0) * GROUP
+    tl.debug_barrier()  # the list is read by other threads than wrote it
+    # Keys of negative numbers end in ones, of others in zeros.
+    low = key_of(bound, 0).to(tl.int64)
+    return tl.where(low < 0, low, low + ((1 << SHIFT) - 1)) >> SHIFT, count
+
+
 @triton.jit(do_not_specialize_on_alignment=["slots"])
 def _cut_kernel(
     logits, slots, temperatures, top_ps, min_ps, top_ks, maxima, sums, chunk_maxima, chunk_sums, listed, floors, lasts,
@@ -237,19 +258,10 @@ def _cut_kernel(
         floor = tl.where(min_p > 0.0, top + temperature * tl.log(min_p), float("-inf"))
         tl.store(floors + row, floor)
         if (top_p < 1.0) | (top_k > 0):
-            g = tl.arange(0, GROUPS)
-            largest = tl.load(maxima + g, mask=g < groups, other=float("-inf"))
-            bound = _bound(
-                largest, sums + row * groups, chunk_maxima, g, groups, whole, top, temperature, top_p, top_k,
-                GROUP, CHUNK_GROUPS, HALVINGS,
+            low, count = _list_groups(
+                maxima, sums + row * groups, chunk_maxima, listed, groups, whole, top, temperature, top_p, top_k,
+                SHIFT, GROUP, CHUNK_GROUPS, GROUPS, HALVINGS,
             )  # fmt: skip
-            kept = (g < groups) & (largest >= bound)
-            tl.store(listed + tl.cumsum(kept.to(tl.int32), 0) - 1, g, mask=kept)
-            count = tl.sum(kept.to(tl.int32), 0) * GROUP
-            tl.debug_barrier()  # the list is read by other threads than wrote it
-            # The first key at or above the bound: those of negative numbers end in ones, of others in zeros.
-            low = key_of(bound, 0).to(tl.int64)
-            low = tl.where(low < 0, low, low + ((1 << SHIFT) - 1)) >> SHIFT
             high = key_of(top, SHIFT).to(tl.int64) + 1
             if top_k > 0:
                 low = _search(

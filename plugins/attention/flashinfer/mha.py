@@ -15,13 +15,8 @@ caps, queries in FP8.
 """
 
 import logging
-import os
-import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module, metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,20 +24,28 @@ import torch
 from torch import Tensor
 
 from engine.plugin import ConfigError, kernels
-from engine.plugin.layers import AttentionShape, Batch, Mirror, PagedAttention
+from engine.plugin.kernels import KernelSet
+from engine.plugin.layers import AttentionShape, Batch, Mirror
+from engine_plugins.attention.flashinfer.modules import (
+    CAUSAL,
+    DTYPES,
+    FA3_TILE,
+    NHD,
+    NORMAL,
+    check_installed,
+    hardware,
+    load_modules,
+    prefill_module,
+)
+from engine_plugins.attention.into import AttentionInto
 
 logger = logging.getLogger("engine.attention")
 
-VERSIONS = ("0.6.14",)  # whose plan and run take the arguments given here
 HEAD_DIMS = (64, 128, 256)
-DTYPES = (torch.bfloat16, torch.float16)
-COMPILE_SECONDS = {"fa2": 40, "fa3": 80}  # with 16 processors
 PLAN_BYTES = 8 << 20  # of a step that is not captured: FlashInfer's own size
 FLOAT_BYTES = 256 << 20  # partial sums of split contexts; grows where a captured step needs more
 MOST_FLOAT_BYTES = 1 << 30
 CAPTURED_ROWS = 64  # of a captured step with prompts; where more are of one token, these want a kernel of their own
-FA3_TILE = 128  # queries of one head that FA3 takes at a time
-NORMAL, CAUSAL, NHD = 0, 1, 0  # flashinfer.utils.MaskMode and TensorLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +90,20 @@ class CapturedLaunch:
     most: int
 
 
-class FlashInferAttention(PagedAttention):
+class FlashInferAttention(AttentionInto):
     """Serves bfloat16 and float16, each with a cache of its own type or float8_e4m3fn, and head sizes 64, 128, 256.
 
     The constructor loads FlashInfer's compiled modules, or compiles them where there is a compiler."""
 
-    def __init__(self, shape: AttentionShape, page_size: int, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(shape, page_size, device, dtype)
+    def __init__(
+        self,
+        shape: AttentionShape,
+        page_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        kernel_set: KernelSet | None = None,
+    ) -> None:
+        super().__init__(shape, page_size, device, dtype, kernel_set)
         check_served(shape, device, dtype, self.kv_dtype)
         check_installed()
         capability, self._processors = hardware(device)
@@ -216,13 +226,7 @@ class FlashInferAttention(PagedAttention):
         launch.info = self._plan(launch, queries, pages, starts + lengths, plan.most, captured=True)
         self._list_pages(plan.page_table, plan.slots, launch.lists.pages, launch.pages)
 
-    def attend(self, query: Tensor, cache: Tensor, plan: list[Launch] | CapturedLaunch) -> Tensor:
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        self.attend_into(out, query, cache, plan)
-        return out.view(len(out), -1)
-
     def attend_into(self, out: Tensor, query: Tensor, cache: Tensor, plan: Sequence[Launch] | CapturedLaunch) -> None:
-        """As `attend`, for the tokens of `plan`."""
         keys, values = cache.unbind(1)
         for launch in [plan.launch] if isinstance(plan, CapturedLaunch) else plan:
             self._run(launch, query[launch.begin : launch.end], keys, values, out[launch.begin : launch.end])
@@ -281,11 +285,6 @@ def row_lists(starts: np.ndarray, lengths: np.ndarray, page_size: int) -> tuple[
     return queries, listed, ((ends - 1) % page_size + 1).astype(np.int32)
 
 
-def fa3_plan_bytes(works: int, processors: int) -> int:
-    """Of FA3's plan: 7 lists of tiles times heads and one of processors, PrefillSM90Plan in its scheduler.cuh."""
-    return 32 * works + 4 * processors + 4096
-
-
 def tile_size(most: int, rows: int, shape: AttentionShape) -> int:
     """Queries times heads of a group in FA2's tile of a captured step: FA2DetermineCtaTileQ in its utils.cuh."""
     packed = (most - rows + 1) * (shape.query_heads // shape.kv_heads)
@@ -306,11 +305,6 @@ def float_bytes(most: int, rows: int, shape: AttentionShape, processors: int) ->
     return tiles * shape.query_heads * (shape.head_dim + 1) * 4 + 64
 
 
-def hardware(device: torch.device) -> tuple[tuple[int, int], int]:
-    """A GPU's compute capability, and how many processors it has."""
-    return torch.cuda.get_device_capability(device), torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def check_served(shape: AttentionShape, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
     """Raises ConfigError for what the kernels do not compute."""
     if device.type != "cuda":
@@ -324,63 +318,11 @@ def check_served(shape: AttentionShape, device: torch.device, dtype: torch.dtype
         raise ConfigError(f"attention flashinfer takes head sizes of 64, 128 and 256, not {shape.head_dim}")
 
 
-def check_installed() -> None:
-    """Raises ConfigError where FlashInfer is missing, or another version than VERSIONS."""
-    try:
-        version = metadata.version("flashinfer-python")
-    except metadata.PackageNotFoundError:
-        raise ConfigError(
-            f"attention flashinfer needs the package flashinfer-python: pip install flashinfer-python=={VERSIONS[-1]}"
-        ) from None
-    if version not in VERSIONS:
-        raise ConfigError(
-            f"attention flashinfer is written for flashinfer-python {', '.join(VERSIONS)}, not {version}: "
-            f"pip install flashinfer-python=={VERSIONS[-1]}"
-        )
-
-
 def load_kernels(
     names: list[str], dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, windowed: bool
 ) -> dict[str, Kernel]:
     """The modules for `names`, compiled first where they are not yet. Raises ConfigError where they cannot be had."""
-    jit, prefill = import_module("flashinfer.jit"), import_module("flashinfer.prefill")
     # types of queries, cache, output, indices; head sizes; no positions of its own, window, no soft cap, float32 scores
     terms = (dtype, kv_dtype, dtype, torch.int32, head_dim, head_dim, 0, windowed, False, False)
-    try:
-        specs = {name: jit.gen_batch_prefill_module(name, *terms) for name in names}
-        missing = {name: spec for name, spec in specs.items() if not spec.is_compiled}
-        if missing:
-            compile_modules(missing)
-        return {name: Kernel(name, prefill.get_batch_prefill_module(name, *terms)) for name in names}
-    except (RuntimeError, OSError) as error:  # what FlashInfer raises when it cannot compile or load a module
-        raise ConfigError(f"attention flashinfer: {error}") from error
-
-
-def compile_modules(specs: dict[str, Any]) -> None:
-    """Compiles modules at once, into FlashInfer's cache. Raises ConfigError where that is not possible or wanted."""
-    names = ", ".join(spec.name for spec in specs.values())
-    if os.environ.get("FLASHINFER_DISABLE_JIT"):
-        raise ConfigError(f"attention flashinfer: {names} is not compiled, and FLASHINFER_DISABLE_JIT forbids it")
-    lacking = [tool for tool, there in (("nvcc", has_nvcc()), ("ninja", shutil.which("ninja"))) if not there]
-    if lacking:
-        raise ConfigError(
-            f"attention flashinfer has to compile {names}, and there is no {' and no '.join(lacking)}: install the "
-            "CUDA toolkit and ninja, or FlashInfer's compiled modules (the package flashinfer-jit-cache)"
-        )
-    environment, core = import_module("flashinfer.jit.env"), import_module("flashinfer.jit.core")
-    seconds = max(COMPILE_SECONDS[name] for name in specs)
-    logger.info(
-        "compiling flashinfer's %s, once (about %d s with 16 processors), into %s",
-        names,
-        seconds,
-        environment.FLASHINFER_JIT_DIR,
-    )
-    began = time.perf_counter()
-    core.build_jit_specs(list(specs.values()))
-    logger.info("compiled flashinfer's modules in %.0f s", time.perf_counter() - began)
-
-
-def has_nvcc() -> bool:
-    """Whether CUDA's compiler is where FlashInfer looks for it."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    return shutil.which("nvcc") is not None or (Path(home) / "bin" / "nvcc").exists()
+    loaded = load_modules("attention flashinfer", {name: prefill_module(name, *terms) for name in names})
+    return {name: Kernel(name, module) for name, module in loaded.items()}

@@ -7,12 +7,11 @@ Captured decode steps of a few rows are Triton's too: FlashInfer's kernel waits 
 which takes longer than so little work. Both of FlashInfer's kernels read a plan, which it makes on the host from
 lengths and copies to the device; one serves all layers. The MLA kernel wants the pages of all rows in one list
 (engine/kernels/attention/page_lists.py). It is called below FlashInfer's wrapper classes, for the reasons that
-flashinfer.py gives. Left out: FA2 for expanded rows.
+mha.py gives. Left out: FA2 for expanded rows.
 """
 
 import logging
 from dataclasses import dataclass, field
-from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
@@ -21,20 +20,32 @@ import torch
 from torch import Tensor
 
 from engine.plugin import ConfigError, kernels
+from engine.plugin.kernels import KernelSet
 from engine.plugin.layers import Batch, LatentShape, Mirror
-from engine_plugins.attention.flashinfer.mha import FA3_TILE, check_installed, compile_modules, fa3_plan_bytes, hardware
+from engine_plugins.attention.flashinfer.modules import (
+    CAUSAL,
+    DTYPES,
+    FA3_TILE,
+    NHD,
+    NORMAL,
+    check_installed,
+    fa3_plan_bytes,
+    hardware,
+    load_modules,
+    mla_module,
+    prefill_module,
+)
 from engine_plugins.attention.triton.mla import Plan, TritonLatentAttention
 
 logger = logging.getLogger("engine.attention")
 
-DTYPES = (torch.bfloat16, torch.float16)
+NAME = "latent attention flashinfer"
 DIMS = (512, 64)  # of latents and of what is rotated: the only ones that FlashInfer is used with
 PLAN_BYTES = 1 << 20  # of the MLA kernel's plan: 9 lists of WORKS numbers, and a few of one a processor
 WORKS = 16384  # tiles of queries by pieces of contexts that a plan has room for, whether it says so or not
 TILES = 12288  # of a launch, so that with the pieces of those that are cut there are fewer than WORKS
 TILE = 64  # queries times heads that a processor takes at a time; two work together where rows have more
 FEW_ROWS = 8  # of a captured decode step that is Triton's
-NORMAL, CAUSAL, NHD = 0, 1, 0  # flashinfer.utils.MaskMode and TensorLayout
 LN2 = 0.6931471805599453
 
 
@@ -80,10 +91,17 @@ class FlashInferLatentAttention(TritonLatentAttention):
 
     few_rows = FEW_ROWS
 
-    def __init__(self, shape: LatentShape, page_size: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        shape: LatentShape,
+        page_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        kernel_set: KernelSet | None = None,
+    ) -> None:
         check_dims(shape, device, dtype, shape.kv_dtype or dtype)
         check_installed()
-        super().__init__(shape, page_size, device, dtype)
+        super().__init__(shape, page_size, device, dtype, kernel_set)
         capability, self._processors = hardware(device)
         name = kernel_name(capability, dtype, self.kv_dtype)
         self._module = load_mla(name, dtype, self.kv_dtype)
@@ -296,26 +314,13 @@ def kernel_name(capability: tuple[int, int], dtype: torch.dtype, kv_dtype: torch
 
 def load_mla(name: str, dtype: torch.dtype, kv_dtype: torch.dtype) -> Any:
     """The module of the MLA kernel, compiled first where it is not yet. Raises ConfigError where it cannot be had."""
-    jit, mla = import_module("flashinfer.jit"), import_module("flashinfer.mla._core")
-    terms = (name, dtype, kv_dtype, dtype, torch.int32, *DIMS, False)  # … output, indices, latents, no profiler
-    return load(name, lambda: jit.gen_batch_mla_module(*terms), lambda: mla.get_batch_mla_module(*terms))
+    terms = (dtype, kv_dtype, dtype, torch.int32, *DIMS, False)  # … output, indices, latents, no profiler
+    return load_modules(NAME, {name: mla_module(name, *terms)})[name]
 
 
 def load_ragged(shape: LatentShape, dtype: torch.dtype) -> Any:
-    """FA3's module for expanded rows."""
-    jit, prefill = import_module("flashinfer.jit"), import_module("flashinfer.prefill")
+    """FA3's module for expanded rows. Raises ConfigError as `load_mla`."""
     # types of queries, keys, output, indices; head sizes; no positions of its own, window, soft cap, float32 scores
     dims = (shape.key_dim + shape.rope_dim, shape.value_dim)
-    terms = ("fa3", dtype, dtype, dtype, torch.int32, *dims, 0, False, False, False)
-    return load("fa3", lambda: jit.gen_batch_prefill_module(*terms), lambda: prefill.get_batch_prefill_module(*terms))
-
-
-def load(name: str, spec: Any, module: Any) -> Any:
-    """`module()`, once what `spec()` describes is compiled."""
-    try:
-        described = spec()
-        if not described.is_compiled:
-            compile_modules({name: described})
-        return module()
-    except (RuntimeError, OSError) as error:  # what FlashInfer raises when it cannot compile or load a module
-        raise ConfigError(f"latent attention flashinfer: {error}") from error
+    terms = (dtype, dtype, dtype, torch.int32, *dims, 0, False, False, False)
+    return load_modules(NAME, {"fa3": prefill_module("fa3", *terms)})["fa3"]

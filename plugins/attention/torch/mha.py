@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from engine.plugin import ConfigError, KVGroup
+from engine.plugin.kernels import KernelSet
 from engine.plugin.layers import AttentionBackend, AttentionShape, Batch
 
 
@@ -42,8 +43,15 @@ class Plan:
 class TorchAttention(AttentionBackend):
     """A page is [2, page_size, kv_heads, head_dim]: its keys, then its values."""
 
-    def __init__(self, shape: AttentionShape, page_size: int, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(shape, page_size, device, dtype)
+    def __init__(
+        self,
+        shape: AttentionShape,
+        page_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        kernel_set: KernelSet | None = None,
+    ) -> None:
+        super().__init__(shape, page_size, device, dtype, kernel_set)
         if self.kv_dtype != dtype:
             raise ConfigError(
                 f"attention torch keeps the KV cache in {dtype}, not {self.kv_dtype}; say --kv-dtype auto"

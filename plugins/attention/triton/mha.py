@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from engine.plugin import ConfigError, kernels
-from engine.plugin.layers import AttentionShape, Batch, Mirror, PagedAttention, Prefix
+from engine.plugin.kernels import KernelSet
+from engine.plugin.layers import AttentionShape, Batch, Mirror, Prefix
+from engine_plugins.attention.into import AttentionInto
 
 if TYPE_CHECKING:
     from engine.plugin.kernels import DecodeRows, ExtendRows, Scratch, SharedRows
@@ -33,11 +35,18 @@ class Plan:
     numbers: Mirror | None = None  # of a captured step: what differs from replay to replay
 
 
-class TritonAttention(PagedAttention):
+class TritonAttention(AttentionInto):
     """Serves bfloat16, float16 and float32, each with a cache of its own type or float8_e4m3fn."""
 
-    def __init__(self, shape: AttentionShape, page_size: int, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(shape, page_size, device, dtype)
+    def __init__(
+        self,
+        shape: AttentionShape,
+        page_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        kernel_set: KernelSet | None = None,
+    ) -> None:
+        super().__init__(shape, page_size, device, dtype, kernel_set)
         if device.type != "cuda" and not kernels.interpreted():
             raise ConfigError(f"attention triton runs on GPUs, not on {device}; say --plugins torch")
         if dtype not in DTYPES or self.kv_dtype not in (dtype, torch.float8_e4m3fn):
@@ -125,13 +134,7 @@ class TritonAttention(PagedAttention):
         self._scratch = rows.scratch
         return rows
 
-    def attend(self, query: Tensor, cache: Tensor, plan: Plan) -> Tensor:
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        self.attend_into(out, query, cache, plan)
-        return out.view(len(out), -1)
-
     def attend_into(self, out: Tensor, query: Tensor, cache: Tensor, plan: Plan) -> None:
-        """As `attend`, for the tokens of `plan`."""
         if plan.decode is not None:
             kernels.attend_decode(query, cache, plan.page_table, out, plan.decode, self._shape)
         if plan.extend is not None:

@@ -439,7 +439,7 @@ print(" ".join(sys.modules), file=sys.stderr)
 
 def test_the_page_names_every_option() -> None:
     from engine.client import options as tool_options
-    from engine.config import options_of
+    from engine.options.option import options_of
 
     page = (ROOT / "docs/bench.md").read_text()
     for struct in vars(tool_options).values():

@@ -59,7 +59,7 @@ PLAIN = {
     "http/openai/chat.py",
     "http/openai/replies.py",
     "http/service.py",
-    "params/sampling.py",
+    "params/fields.py",
     "params/grammar.py",
     "conversation/reading.py",
 }

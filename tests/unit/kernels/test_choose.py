@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import engine.kernels
+import engine.layers.attention
 from engine.errors import ConfigError
 from engine.kernels import KernelSet, choose
 from engine.kernels.cpu import calls as cpu
@@ -15,7 +16,10 @@ from engine.kernels.cpu.calls import Kernels
 from engine.kernels.dense.reference import Ops
 from engine.kernels.fp8.reference import Fp8Ops
 from engine.kernels.logits.host import HostLogitOps
-from engine.layers import Build, RMSNorm
+from engine.layers import AttentionShape, Build, LatentShape, RMSNorm
+from engine_plugins.attention.cpu import CpuAttention
+from engine_plugins.attention.torch.mha import TorchAttention
+from engine_plugins.attention.torch.mla import TorchLatentAttention
 
 CPU = torch.device("cpu")
 MEMBERS = [field.name for field in dataclasses.fields(KernelSet)]
@@ -97,3 +101,23 @@ def test_layers_compute_with_the_kernels_of_their_build() -> None:
     ours = Build(**terms, attention_backend=no_attention, kernels=KernelSet(dense=Halves(), fp8=Fp8Ops()))
     assert RMSNorm(ours, 3, 1e-5)(torch.ones(1, 3)).tolist() == [[0.5] * 3]
     assert type(Build(**terms, attention_backend=no_attention).kernels.dense) is type(choose(CPU, torch.float32).dense)
+
+
+def test_an_attention_backend_gets_the_kernels_of_its_build_and_chooses_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen_again(*_: object) -> KernelSet:
+        raise AssertionError("the build has chosen")
+
+    ours = KernelSet()
+    terms = {"dtype": torch.float32, "device": CPU, "page_size": 4, "max_model_len": 8, "kernels": ours}
+    latents = {"latent_dim": 16, "rope_dim": 16, "key_dim": 16, "value_dim": 16}
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.layers.attention, "choose", chosen_again)
+        assert Build(**terms, attention_backend=TorchAttention).attention(1, 2, 2, 16).kernels is ours
+        build = Build(**terms, attention_backend=TorchLatentAttention)
+        shape = LatentShape(layers=1, query_heads=2, scale=1.0, **latents)
+        assert build.latent_attention(shape).kernels is ours
+        with pytest.raises(ConfigError, match="needs a C compiler"):  # `ours` are the definitions, in torch
+            Build(**terms, attention_backend=CpuAttention).attention(1, 2, 2, 16)
+    alone = TorchAttention(AttentionShape(layers=1, query_heads=2, kv_heads=2, head_dim=16, scale=1.0), 4, CPU,
+                           torch.float32)  # fmt: skip
+    assert type(alone.kernels.dense) is type(choose(CPU, torch.float32).dense)

@@ -5,6 +5,13 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
+
+from engine.config import Config, resolve
+from engine.plugin.registry import Plugins
+from engine.runtime import launch
+from engine.runtime.core import core_actors
+
 # Packages that the front needs and starting the device process does not.
 LATER = (
     "aiohttp",
@@ -68,3 +75,27 @@ def test_the_worker_is_started_before_the_front_is_imported() -> None:
 
 def test_a_worker_imports_nothing_that_only_the_front_needs() -> None:
     assert output(A_WORKER, "echo") == [True, []]
+
+
+@pytest.mark.anyio
+async def test_plugins_are_loaded_once_where_front_and_core_share_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Made(Exception):
+        """The actors of the core are made; nothing is started."""
+
+    loaded: list[Any] = []
+    load = Plugins.load
+
+    def counting(named: Any = ()) -> Plugins:
+        loaded.append(named)
+        return load(named)
+
+    def core(config: Config, front: Any, **others: Any) -> Any:
+        actors, _ = core_actors(config, front, **others)
+        raise Made([actor.name for actor in actors])
+
+    monkeypatch.setattr(Plugins, "load", counting)
+    monkeypatch.setattr(launch, "core_actors", core)
+    with pytest.raises(Made, match="scheduler"):
+        async with launch.open_front(resolve({"model": "echo", "placement": "single", "plugins": ("lpm",)})):
+            pass
+    assert loaded == [("lpm",)]

@@ -1,0 +1,30 @@
+"""docs/options.md, written from the structs that declare the options. `python -m engine.config` prints it."""
+
+from collections.abc import Iterable
+
+from msgspec import Struct
+
+from engine.options.option import options_of
+
+
+def options_page(structs: Iterable[type[Struct]]) -> str:
+    """docs/options.md, whole: a table for each of `structs`."""
+    lines = [
+        "# Options",
+        "",
+        "<!-- Written by `make docs` from engine/config.py; edit there. -->",
+        "",
+        "Each option is a flag of `engine serve` and `engine generate` (those of the HTTP server only of the former),",
+        "and a variable of the environment, which the flag overrules: `--max-running 8` or `ENGINE_MAX_RUNNING=8`.",
+        "`--config serve.toml`, or `ENGINE_CONFIG`, names a TOML file of options: `max_running = 8`, at its top level",
+        "or in a table named as the group (`[schedule]`). Flags and variables overrule it.",
+        "A true-or-false option has two flags: `--prefix-cache` and `--no-prefix-cache`.",
+    ]
+    for struct in structs:
+        title = (struct.__doc__ or "").rstrip(".")
+        lines += ["", f"## {title}", "", "| flag | variable | takes | default | meaning |", "|---|---|---|---|---|"]
+        for option in options_of(struct):
+            default = "" if option.default in (None, ()) else f"`{str(option.default).lower()}`"
+            cells = (f"`{option.flag}`", f"`{option.variable}`", option.expects, default, option.description)
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
