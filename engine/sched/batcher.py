@@ -174,8 +174,7 @@ class Scheduler:
     def plan(self, now: float = 0.0) -> StepPlan | None:
         """The next step; None if there is nothing to compute before a result or a request comes."""
         self._now = now
-        step = StepColumns(self.max_step_tokens)
-        step.departures = self._departures
+        step = StepColumns(self.max_step_tokens, self._departures)
         if self._decoding:
             self._grow(step)
             self._plan_decodes(step)
@@ -184,7 +183,7 @@ class Scheduler:
         if self._queue and self._free_slots and step.budget:
             assert not self._prefilling, "a prompt left budget unused, so that others would compute its prefix again"
             self._plan_admissions(step)
-        if not step.slots:
+        if not step.rows:
             assert not step.pages and not step.admits
             return None
         self._steps += 1
@@ -239,17 +238,16 @@ class Scheduler:
                 return
             self._queue.remove(request)
             scored = min(request.scored, request.prompt_len)
-            step.admits.append(
-                SlotAdmit(
-                    slot=request.slot,
-                    ids=request.ids.tobytes(),
-                    sampling=request.sampling,
-                    prompt_len=request.prompt_len,
-                    scored=scored,
-                    bound=request.bound,
-                    limit=request.limit,
-                )
+            admit = SlotAdmit(
+                slot=request.slot,
+                ids=request.ids.tobytes(),
+                sampling=request.sampling,
+                prompt_len=request.prompt_len,
+                scored=scored,
+                bound=request.bound,
+                limit=request.limit,
             )
+            step.admits += (admit,)
             if request.pools:
                 self._plan_whole(step, request)
                 continue
@@ -317,7 +315,8 @@ class Scheduler:
         else:
             for request in reply.take_several(array("i", done.counts), tokens, done.logprobs, self._decoding):
                 self._ending[request.rid] = request
-        reply.take_vectors(done.vectors)
+        if step.pooled:
+            reply.take_vectors(done.vectors)
         for request in reply.ended:
             self._end(request)
         self._generated_tokens += len(reply.tokens)
