@@ -74,11 +74,13 @@ class DecodeRows:
     def _attention(self) -> list[int]:
         """The rows that are due."""
         clock = self._clock
-        return [row for row, due in enumerate(self._dues) if due <= clock] if clock >= self._due else []
+        return [row for row, due in enumerate(self._dues) if due <= clock]
 
     def short(self) -> list[tuple[Request, int]]:
         """The rows whose next step may outgrow their pages, and the tokens that these must hold."""
-        found = []
+        found: list[tuple[Request, int]] = []
+        if self._clock < self._due:
+            return found
         for row in self._attention():
             request = self.requests[row]
             most = self._clock + self._offsets[row] + request.ahead
@@ -101,10 +103,11 @@ class DecodeRows:
         starts = array("i", [offset + last for offset in self._offsets]).tobytes()
         slots, lengths, yields = self._plan_drafts(step) if self._drafts else self._plan_tokens(step)
         step.decodes = slots, starts, lengths, yields
+        if self._clock < self._due:
+            self._clock += 1
+            return []
         attention = self._attention()
         self._clock += 1
-        if not attention:
-            return []
         step.ending = [row for row in attention if self._clock + self._offsets[row] == self.requests[row].limit]
         ended = [self.requests[row] for row in step.ending]
         for request in ended:
@@ -113,7 +116,7 @@ class DecodeRows:
         return ended
 
     def _plan_tokens(self, step: StepColumns) -> tuple[bytes, bytes, bytes]:
-        """The slots of the rows, and what they compute and yield: one token each. The same until one joins or leaves."""
+        """The slots of the rows, and what they compute and yield: one token each. They change with who is here."""
         if self._plain is None:
             one, token = array("i", [1]), array("i", [TOKEN])
             self._plain = self._slots.tobytes(), (one * len(self)).tobytes(), (token * len(self)).tobytes()
