@@ -319,15 +319,16 @@ async def test_a_refusal_before_the_first_chunk_has_its_own_status(
     assert "secret" not in answer["message"]
 
 
-async def test_draining_says_when_to_retry() -> None:
+@pytest.mark.parametrize(("seconds", "said"), [(12.5, "13"), (0, "1"), (3600, "60")])
+async def test_draining_says_when_to_retry(seconds: float, said: str) -> None:
     front = FakeFront([RequestError("shutting down", code="draining", status=503)])
     front.state = Health("draining", "shutting down")
     async with (
-        serving(front, drain_seconds=12.5) as url,
+        serving(front, drain_seconds=seconds) as url,
         aiohttp.ClientSession() as session,
         session.post(url + NATIVE, json={"text": "x"}) as response,
     ):
-        assert (response.status, response.headers["Retry-After"]) == (503, "13")
+        assert (response.status, response.headers["Retry-After"]) == (503, said)
 
 
 @pytest.mark.parametrize("error", [WorkerError("signal 9"), RequestError("out of luck"), ZeroDivisionError("secret")])
