@@ -43,6 +43,7 @@ from engine.http.wire import error_object, json_response, to_json
 if TYPE_CHECKING:
     from engine.runtime.front import Front
 
+MOST_RETRY_SECONDS = 60  # that Retry-After says: clients sleep for as long as it does
 CLOSE_SECONDS = 1.0  # what handlers still running at the end get; draining happens before
 ROUTES = (
     *openai.ROUTES,
@@ -156,12 +157,17 @@ async def shape_errors(request: web.Request, handler: Handler) -> web.StreamResp
         headers["WWW-Authenticate"] = "Bearer"
     if status == 503:
         draining = service.front.health().status == "draining"
-        headers["Retry-After"] = str(max(1, math.ceil(service.options.drain_seconds)) if draining else 1)
+        headers["Retry-After"] = str(retry_seconds(service.options.drain_seconds) if draining else 1)
     if status == 415:
         headers["Accept-Encoding"] = ", ".join(CODINGS)
     theirs = request.path.startswith(PREFIX) or ANTHROPIC_VERSION in request.headers
     worded = error_of(body, status) if theirs else body
     return _ending_with_body(request, json_response(worded, status=status, headers=headers))
+
+
+def retry_seconds(drain_seconds: float) -> int:
+    """When to ask again a server that drains for so long: another one may stand in its place earlier, so soon."""
+    return min(max(1, math.ceil(drain_seconds)), MOST_RETRY_SECONDS)
 
 
 def _ending_with_body(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:

@@ -117,8 +117,9 @@ def load_line(before: Stats, now: Stats, seconds: float) -> str:
     if not (now.running or now.waiting or prompt or replied):
         return ""
     held = now.pages - now.pages_free - now.pages_cached
+    paused = "paused; " if now.paused else ""
     return (
-        f"{now.running} running, {now.waiting} waiting; {prompt / seconds:.1f} prompt tokens/s, "
+        f"{paused}{now.running} running, {now.waiting} waiting; {prompt / seconds:.1f} prompt tokens/s, "
         f"{replied / seconds:.1f} output tokens/s; KV cache {100 * held / max(now.pages, 1):.0f} % in use, "
         f"{100 * cached / max(prompt, 1):.0f} % of prompt tokens from it"
     )

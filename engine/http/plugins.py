@@ -40,18 +40,29 @@ def _route(entry: RouteEntry, said: str) -> Route:
     named = NAME.fullmatch(entry.name)
     if named is None:
         raise PluginError(f"{said}: its name must be a method of {', '.join(METHODS)} and a path, as in 'GET /hello'")
-    takes = resolve(entry.takes) if entry.takes else None
+    takes = _imported(entry.takes, said) if entry.takes else None
     if takes is not None and not (isinstance(takes, type) and issubclass(takes, Body)):
         raise PluginError(f"{said}: {entry.takes} is no subclass of engine.plugin.http.Body")
+    handler = _imported(entry.target, said)
+    if not callable(handler):
+        raise PluginError(f"{said}: {entry.target} is no function but a {type(handler).__name__}; name its handler")
     return Route(
         method=named[1],  # type: ignore[arg-type]
         path=named[2],
-        handler=resolve(entry.target),
+        handler=handler,
         takes=takes,
-        gives=resolve(entry.gives) if entry.gives else None,
+        gives=_imported(entry.gives, said) if entry.gives else None,
         open=entry.open,
         content=entry.content,
     )
+
+
+def _imported(target: str, said: str) -> Any:
+    """What `target` names; an error names the route and its plugin, as in `said`."""
+    try:
+        return resolve(target)
+    except PluginError as error:
+        raise PluginError(f"{said}: {error}; correct it, or leave the plugin out of --plugins") from error.__cause__
 
 
 def _served(route: Route) -> tuple[str, str]:

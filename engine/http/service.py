@@ -145,7 +145,7 @@ def check_choices(prompts: int, samples: int, name: str = "prompt") -> None:
 
     To be asked before anything is made for each of them."""
     if not 1 <= samples <= MAX_SAMPLES:
-        raise RequestError(f"n is {samples}; it must be from 1 to {MAX_SAMPLES}", param="n")
+        raise RequestError(f"{{n}} is {samples}; it must be from 1 to {MAX_SAMPLES}", param="n", facts={})
     if prompts * samples > MAX_CHOICES:
         raise RequestError(
             f"{prompts} prompts with {samples} replies each are over the {MAX_CHOICES} of one request; send less",

@@ -11,9 +11,12 @@ Left out: when a group is started again (actors/executor.py), and what a stalled
 """
 
 import logging
+import os
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import anyio
@@ -44,6 +47,21 @@ WAIT_SECONDS = 10.0  # that ranks wait for another one's start before the log sa
 GRACE_SECONDS = 0.5  # after the first rank's end, for those to be seen that ended at the same time
 
 Reply = Answer | Loaded
+
+
+@contextmanager
+def meeting_place() -> Iterator[str]:
+    """The address of a file that ranks of this machine meet at. On Linux it is in memory and has no name, so nothing of
+    it is left behind, however this process ends."""
+    if sys.platform != "linux":
+        with tempfile.TemporaryDirectory(prefix="engine-ranks-") as folder:
+            yield f"file://{folder}/rendezvous"
+        return
+    file = os.memfd_create("engine-ranks")
+    try:
+        yield f"file:///proc/{os.getpid()}/fd/{file}"
+    finally:
+        os.close(file)
 
 
 class Rank:
@@ -97,11 +115,11 @@ class WorkerGroup:
 
     async def live(self) -> str:
         """Boot the ranks and pass on what they say until one ends; why it did, for people."""
-        with tempfile.TemporaryDirectory(prefix="engine-ranks-") as folder:
+        with meeting_place() as rendezvous:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._watch)
                 for rank in self._ranks:
-                    boot = Boot(self._config, rank.number, len(self._ranks), f"file://{folder}/rendezvous")
+                    boot = Boot(self._config, rank.number, len(self._ranks), rendezvous)
                     tasks.start_soon(self._listen, rank, boot)
                 await self._ended.wait()
                 with anyio.move_on_after(GRACE_SECONDS):

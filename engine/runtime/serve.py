@@ -10,10 +10,11 @@ top is what starting the workers takes.
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal
 
 import anyio
 from anyio.abc import TaskGroup
@@ -91,6 +92,19 @@ async def _serve(config: Config, start: Start | None, began: float) -> int:
     return service.code
 
 
+Task = Literal["chat", "completions", "embeddings"]  # what a newcomer is to try
+TRIES: Mapping[Task, tuple[str, str]] = MappingProxyType(
+    {
+        "chat": (
+            "chat/completions",
+            '"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 60, "stream": true',
+        ),
+        "completions": ("completions", '"prompt": "Once upon a time", "max_tokens": 60, "stream": true'),
+        "embeddings": ("embeddings", '"input": ["Say hello."]'),
+    }
+)
+
+
 class Service:
     """What a server does beside its actors: listen, say that it is ready, heed signals, and end where the engine fails.
 
@@ -140,8 +154,10 @@ class Service:
             size, tokens = info.page_size, info.pages * info.page_size
             log.info("KV cache: %d tokens in pages of %d; attention: %s", tokens, size, info.attention)
         log.info("ready after %.1f s on %s", time.monotonic() - self._began, self._url)
-        embeds = info.embedding_size > 0
-        print(try_line(self._url, self._front.model_name, keyed=self._keyed, embeds=embeds), flush=True)
+        assert self._front.text is not None, "an open front has read its model's text"
+        chat = self._front.text.has_template
+        task: Task = "embeddings" if info.embedding_size else "chat" if chat else "completions"
+        print(try_line(self._url, self._front.model_name, task, keyed=self._keyed), flush=True)
 
     async def signals(self) -> None:
         """The first lets what is open come to its end, for a while; the second does not."""
@@ -176,12 +192,9 @@ def _requests(count: int) -> str:
     return "1 request is" if count == 1 else f"{count} requests are"
 
 
-def try_line(url: str, model: str, *, keyed: bool = False, embeds: bool = False) -> str:
+def try_line(url: str, model: str, task: Task, *, keyed: bool = False) -> str:
     """A curl command that a newcomer can paste; `keyed` says that an API key is asked for."""
     key = "-H 'Authorization: Bearer YOUR_KEY' " if keyed else ""
-    path = "chat/completions"
-    said = '"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 60, "stream": true'
-    if embeds:
-        path, said = "embeddings", '"input": ["Say hello."]'
+    path, said = TRIES[task]
     body = f'{{"model": "{model}", {said}}}'
     return f"\nTry:\n  curl -N {url}/v1/{path} {key}-H 'Content-Type: application/json' -d '{body}'\n"

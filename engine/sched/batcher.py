@@ -174,17 +174,17 @@ class Scheduler:
     def plan(self, now: float = 0.0) -> StepPlan | None:
         """The next step; None if there is nothing to compute before a result or a request comes."""
         self._now = now
-        step = StepColumns(self.max_step_tokens)
-        step.departures = self._departures
-        if self._decoding:
+        step = StepColumns(self.max_step_tokens, self._departures)
+        if self._decoding.requests:
             self._grow(step)
-            self._plan_decodes(step)
+            for request in self._decoding.plan(step):  # they fit: nobody joins them but with budget to spare
+                self._ending[request.rid] = request
         if self._prefilling:
             self._plan_prefills(step)
         if self._queue and self._free_slots and step.budget:
             assert not self._prefilling, "a prompt left budget unused, so that others would compute its prefix again"
             self._plan_admissions(step)
-        if not step.slots:
+        if not (step.requests or step.prompts):
             assert not step.pages and not step.admits
             return None
         self._steps += 1
@@ -206,11 +206,6 @@ class Scheduler:
             request.pages += [pages.pop() for _ in range(count)]
             self._decoding.grow(request, (held + count) * self.page_size)
             step.set_pages(request, range(held, held + count))
-
-    def _plan_decodes(self, step: StepColumns) -> None:
-        """A row for each: they fit, as nobody joins the running requests but with budget to spare."""
-        for request in self._decoding.plan(step):
-            self._ending[request.rid] = request
 
     def _plan_prefills(self, step: StepColumns) -> None:
         for request in list(self._prefilling.values()):
@@ -239,17 +234,16 @@ class Scheduler:
                 return
             self._queue.remove(request)
             scored = min(request.scored, request.prompt_len)
-            step.admits.append(
-                SlotAdmit(
-                    slot=request.slot,
-                    ids=request.ids.tobytes(),
-                    sampling=request.sampling,
-                    prompt_len=request.prompt_len,
-                    scored=scored,
-                    bound=request.bound,
-                    limit=request.limit,
-                )
+            admit = SlotAdmit(
+                slot=request.slot,
+                ids=request.ids.tobytes(),
+                sampling=request.sampling,
+                prompt_len=request.prompt_len,
+                scored=scored,
+                bound=request.bound,
+                limit=request.limit,
             )
+            step.admits += (admit,)
             if request.pools:
                 self._plan_whole(step, request)
                 continue
@@ -310,14 +304,16 @@ class Scheduler:
         number, step = self._in_flight.popleft()
         assert done.step == number, f"step {done.step} is done, but step {number} is the oldest in flight"
         reply = Reply(number, step, now)
-        reply.add_prompt_scores(done.prompt_logprobs)
+        if done.prompt_logprobs:
+            reply.add_prompt_scores(done.prompt_logprobs)
         tokens = array("i", done.tokens)
         if step.spans is None and len(tokens) == len(step.requests):
             reply.take_one_each(tokens, done.logprobs, self._stop_ids, whole=step.departures == self._departures)
         else:
             for request in reply.take_several(array("i", done.counts), tokens, done.logprobs, self._decoding):
                 self._ending[request.rid] = request
-        reply.take_vectors(done.vectors)
+        if step.pooled:
+            reply.take_vectors(done.vectors)
         for request in reply.ended:
             self._end(request)
         self._generated_tokens += len(reply.tokens)

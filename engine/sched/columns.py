@@ -1,6 +1,9 @@
 """The plan of a step while it is built, column by column."""
 
 from array import array
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from types import MappingProxyType
 
 from engine.messages.step import NOTHING, TOKEN, VECTOR, SlotAdmit, StepPlan
 from engine.sched.request import Request
@@ -10,32 +13,34 @@ class StepColumns:
     """The columns of a StepPlan while it is built, and whose rows they are until its result comes.
 
     Rows that decode come first, so rows that yield tokens are in the same order in the plan, here and in its result.
-    `requests`, `rids` and `ids` are of these, and may be lists that others hold: they are replaced, not changed."""
+    `requests`, `rids` and `ids` are of these, and may be lists that others hold: they are replaced, not changed. So is
+    all that stands here without being made for each step, because most steps have none of it."""
 
-    __slots__ = (
-        "admits", "budget", "departures", "ending", "firsts", "ids", "lengths", "pages", "pooled", "requests", "rids",
-        "scoring", "slots", "spans", "starts", "yields",
-    )  # fmt: skip
+    decodes: tuple[bytes, bytes, bytes, bytes] = (b"", b"", b"", b"")  # slots, starts, lengths, yields, of rows that do
+    spans: list[int] | None = None  # of each row that decodes, if any may yield several tokens
+    admits: tuple[SlotAdmit, ...] = ()
+    firsts = 0  # how many of `requests`, the last ones, do not decode yet: their prompt ends here
+    ending: Sequence[int] = ()  # rows whose token is surely the last of their request
+    pooled: tuple[Request, ...] = ()  # whose vectors the step yields
+    scoring: Mapping[int, Request] = MappingProxyType({})  # by row: whose prompt's log-probabilities the step yields
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, departures: int) -> None:
         self.budget = budget  # tokens that may still be planned
-        self.slots, self.starts, self.lengths, self.yields = array("i"), array("i"), array("i"), array("i")
-        self.spans: list[int] | None = None  # of each row that decodes, if any may yield several tokens
+        self.departures = departures  # how many requests had left the device when the step was planned
+        self.prompts: list[tuple[int, int, int, int]] = []  # slot, start, length, yields of each row of a prompt
         self.pages: dict[tuple[int, int], int] = {}  # (slot, index): page
-        self.admits: list[SlotAdmit] = []
         self.requests: list[Request] = []
         self.rids: list[str] = []
         self.ids: list[array[int]] = []
-        self.firsts = 0  # how many of them, the last ones, do not decode yet: their prompt ends here
-        self.ending: list[int] = []  # rows whose token is surely the last of their request
-        self.pooled: list[Request] = []  # whose vectors the step yields
-        self.scoring: dict[int, Request] = {}  # by row: whose prompt's log-probabilities the step yields
-        self.departures = 0  # how many requests had left the device when the step was planned
+
+    @property
+    def rows(self) -> int:
+        return len(self.decodes[0]) // 4 + len(self.prompts)
 
     def add_chunk(self, request: Request, start: int, length: int, *, last: bool) -> None:
         """Compute `length` prompt tokens of `request` from position `start`; after the `last` ones, draw a token."""
         if request.scores_in(start, start + length):
-            self.scoring[len(self.slots)] = request
+            self.scoring = {**self.scoring, self.rows: request}
         self._add(request.slot, start, length, TOKEN if last else NOTHING)
         if last:
             if len(request.ids) + 1 == request.limit:
@@ -48,13 +53,10 @@ class StepColumns:
     def add_whole(self, request: Request) -> None:
         """Compute all of `request`, and make a vector of it."""
         self._add(request.slot, 0, len(request.ids), VECTOR)
-        self.pooled.append(request)
+        self.pooled += (request,)
 
     def _add(self, slot: int, start: int, length: int, yields: int) -> None:
-        self.slots.append(slot)
-        self.starts.append(start)
-        self.lengths.append(length)
-        self.yields.append(yields)
+        self.prompts.append((slot, start, length, yields))
         self.budget -= length
 
     def set_pages(self, request: Request, indices: range) -> None:
@@ -63,13 +65,15 @@ class StepColumns:
             self.pages[request.slot, index] = request.pages[index]
 
     def message(self, number: int) -> StepPlan:
-        pages = array("i", [number for (slot, index), page in self.pages.items() for number in (slot, index, page)])
+        slots, starts, lengths, yields = self.decodes
+        if self.prompts:
+            slots, starts, lengths, yields = (
+                column + array("i", more).tobytes()
+                for column, more in zip(self.decodes, zip(*self.prompts, strict=True), strict=True)
+            )
+        pages = b""
+        if self.pages:
+            pages = array("i", chain.from_iterable((*place, page) for place, page in self.pages.items())).tobytes()
         return StepPlan(
-            step=number,
-            slots=self.slots.tobytes(),
-            starts=self.starts.tobytes(),
-            lengths=self.lengths.tobytes(),
-            yields=self.yields.tobytes(),
-            admits=tuple(self.admits),
-            pages=pages.tobytes(),
+            step=number, slots=slots, starts=starts, lengths=lengths, yields=yields, admits=self.admits, pages=pages
         )

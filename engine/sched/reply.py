@@ -9,7 +9,6 @@ chunks.
 """
 
 from array import array
-from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, compress
 
@@ -19,24 +18,28 @@ from engine.sched.columns import StepColumns
 from engine.sched.request import Request
 from engine.sched.rows import DecodeRows
 
+ONE = array("i", [1]).tobytes()
+
 
 class Reply:
     """What result `number`, that of `step`, says, at `now`. `ended` are the requests whose last word is said."""
+
+    # Most steps have none of these, so they are replaced, not changed:
+    ended: tuple[Request, ...] = ()
+    finishes: tuple[Finish, ...] = ()
+    cached: tuple[tuple[int, int], ...] = ()
+    prefills: tuple[tuple[int, float], ...] = ()
+    logprobs: tuple[Logprobs, ...] = ()
+    prompt_logprobs: tuple[Logprobs, ...] = ()
+    vectors: tuple[tuple[int, bytes], ...] = ()
 
     def __init__(self, number: int, step: StepColumns, now: float = 0.0) -> None:
         self._now = now
         self._number = number
         self._step = step
-        self.ended: list[Request] = []
         self.rids: list[str] = []  # may be the step's own: replaced, not changed
-        self.counts = array("i")
+        self.counts = b""
         self.tokens = array("i")
-        self.finishes: list[Finish] = []
-        self.cached: list[tuple[int, int]] = []
-        self.prefills: list[tuple[int, float]] = []
-        self.logprobs: list[Logprobs] = []
-        self.prompt_logprobs: list[Logprobs] = []
-        self.vectors: list[tuple[int, bytes]] = []
 
     def _awaited(self, request: Request) -> bool:
         """Whether `request` has not ended, nor lost its slot, since the step was planned."""
@@ -60,18 +63,19 @@ class Reply:
             place = [count - 1 if kept else -1 for kept, count in zip(awaited, accumulate(awaited), strict=True)]
             requests, rids = list(compress(requests, awaited)), list(compress(rids, awaited))
             ids, tokens = list(compress(ids, awaited)), array("i", compress(tokens, awaited))
-        self.rids, self.counts, self.tokens = rids, array("i", [1]) * len(rids), tokens
-        deque(map(array.append, ids, tokens), maxlen=0)  # a loop that runs in C
-        for row in place[len(place) - self._step.firsts :]:
-            if row >= 0:
-                self._begin(row, requests[row])
-        for scores in logprobs:
-            if (row := place[scores.row]) >= 0:
-                self.logprobs.append(cut(row, scores, 1))
+        self.rids, self.counts, self.tokens = rids, ONE * len(rids), tokens
+        for sequence, token in zip(ids, tokens, strict=True):
+            sequence.append(token)
+        if self._step.firsts:
+            for row in place[-self._step.firsts :]:
+                if row >= 0:
+                    self._begin(row, requests[row])
+        if logprobs:
+            self.logprobs = tuple(cut(place[scores.row], scores, 1) for scores in logprobs if place[scores.row] >= 0)
         ending = {place[row] for row in self._step.ending if place[row] >= 0} if self._step.ending else set()
         if not stop_ids.keys().isdisjoint(tokens):
             ending |= {row for row, token in enumerate(tokens) if token in requests[row].stop_ids}
-        for row in sorted(ending):
+        for row in sorted(ending) if ending else ():
             assert self._finish(row, requests[row], tokens[row]), "a row's last token does not end it"
 
     def take_several(
@@ -99,31 +103,31 @@ class Reply:
             if self._finish(row, request, token):
                 break
         self.rids.append(request.rid)
-        self.counts.append(kept)
+        self.counts += array("i", (kept,)).tobytes()
         self.tokens += tokens[:kept]
         self._begin(row, request)
         if scores is not None:
-            self.logprobs.append(cut(row, scores, kept))
+            self.logprobs += (cut(row, scores, kept),)
 
     def _begin(self, row: int, request: Request) -> None:
         """Say what goes with the first token of `request`, if this is it."""
         if request.first:
             request.first = False
-            self.cached.append((row, request.cached))
-            self.prefills.append((row, self._now - request.began))
+            self.cached += ((row, request.cached),)
+            self.prefills += ((row, self._now - request.began),)
             if request.scores:
-                self.prompt_logprobs.append(joined(row, request.scores))
+                self.prompt_logprobs += (joined(row, request.scores),)
                 request.scores = []
 
     def _finish(self, row: int, request: Request, token: int) -> bool:
         """Whether `request` ends with `token`, its last one."""
         if token in request.stop_ids:
-            self.finishes.append(Finish(row, "stop", token))
+            self.finishes += (Finish(row, "stop", token),)
         elif len(request.ids) == request.limit:
-            self.finishes.append(Finish(row, "length"))
+            self.finishes += (Finish(row, "length"),)
         else:
             return False
-        self.ended.append(request)
+        self.ended += (request,)
         return True
 
     def take_vectors(self, vectors: bytes) -> None:
@@ -135,23 +139,23 @@ class Reply:
             if self._awaited(request):
                 row = len(self.rids)
                 self.rids = [*self.rids, request.rid]
-                self.counts.append(0)
-                self.vectors.append((row, vectors[index * size : (index + 1) * size]))
-                self.finishes.append(Finish(row, "stop"))
-                self.ended.append(request)
+                self.counts += bytes(4)
+                self.vectors += ((row, vectors[index * size : (index + 1) * size]),)
+                self.finishes += (Finish(row, "stop"),)
+                self.ended += (request,)
 
     def message(self) -> Tokens:
         return Tokens(
             step=self._number,
             rids=self.rids,
-            counts=self.counts.tobytes(),
+            counts=self.counts,
             tokens=self.tokens.tobytes(),
-            finishes=tuple(self.finishes),
-            cached=tuple(self.cached),
-            logprobs=tuple(self.logprobs),
-            prompt_logprobs=tuple(self.prompt_logprobs),
-            vectors=tuple(self.vectors),
-            prefills=tuple(self.prefills),
+            finishes=self.finishes,
+            cached=self.cached,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+            vectors=self.vectors,
+            prefills=self.prefills,
         )
 
 

@@ -29,6 +29,7 @@ class DecodeRows:
         self.rids: list[str] = []
         self.ids: list[array[int]] = []
         self._slots = array("i")
+        self._plain: tuple[bytes, bytes, bytes] | None = None  # slots, lengths and yields of a step without drafts
         self._offsets: list[int] = []
         self._dues: list[int] = []
         self._due = 0  # no row is due before
@@ -47,6 +48,7 @@ class DecodeRows:
         self.rids = [*self.rids, request.rid]
         self.ids = [*self.ids, request.ids]
         self._slots.append(request.slot)
+        self._plain = None
         self._offsets.append(len(request.ids) + 1 - self._clock)
         self._dues.append(0)
         self.grow(request, room)
@@ -56,6 +58,7 @@ class DecodeRows:
         row, last = request.row, self.requests[-1]
         request.computed = self.computed(request)
         last.row, request.row = row, -1
+        self._plain = None
         self.requests = moved_up(self.requests.copy(), row)
         self.rids = moved_up(self.rids.copy(), row)
         self.ids = moved_up(self.ids.copy(), row)
@@ -71,11 +74,13 @@ class DecodeRows:
     def _attention(self) -> list[int]:
         """The rows that are due."""
         clock = self._clock
-        return [row for row, due in enumerate(self._dues) if due <= clock] if clock >= self._due else []
+        return [row for row, due in enumerate(self._dues) if due <= clock]
 
     def short(self) -> list[tuple[Request, int]]:
         """The rows whose next step may outgrow their pages, and the tokens that these must hold."""
-        found = []
+        found: list[tuple[Request, int]] = []
+        if self._clock < self._due:
+            return found
         for row in self._attention():
             request = self.requests[row]
             most = self._clock + self._offsets[row] + request.ahead
@@ -93,19 +98,16 @@ class DecodeRows:
 
     def plan(self, step: StepColumns) -> list[Request]:
         """Adds a row for each request to `step`, which has none yet. Those that it surely ends leave, and are told."""
-        count, last = len(self.requests), self._clock - 1
+        last = self._clock - 1
         step.requests, step.rids, step.ids = self.requests, self.rids, self.ids
-        step.slots = self._slots[:]
-        step.starts = array("i", [offset + last for offset in self._offsets])
-        if self._drafts:
-            self._plan_drafts(step)
-        else:
-            step.lengths, step.yields = array("i", [1]) * count, array("i", [TOKEN]) * count
-            step.budget -= count
+        starts = array("i", [offset + last for offset in self._offsets]).tobytes()
+        slots, lengths, yields = self._plan_drafts(step) if self._drafts else self._plan_tokens(step)
+        step.decodes = slots, starts, lengths, yields
+        if self._clock < self._due:
+            self._clock += 1
+            return []
         attention = self._attention()
         self._clock += 1
-        if not attention:
-            return []
         step.ending = [row for row in attention if self._clock + self._offsets[row] == self.requests[row].limit]
         ended = [self.requests[row] for row in step.ending]
         for request in ended:
@@ -113,8 +115,16 @@ class DecodeRows:
         self._due = min(self._dues, default=self._clock)
         return ended
 
-    def _plan_drafts(self, step: StepColumns) -> None:
-        """What rows compute and yield where that may be several tokens."""
+    def _plan_tokens(self, step: StepColumns) -> tuple[bytes, bytes, bytes]:
+        """The slots of the rows, and what they compute and yield: one token each. They change with who is here."""
+        if self._plain is None:
+            one, token = array("i", [1]), array("i", [TOKEN])
+            self._plain = self._slots.tobytes(), (one * len(self)).tobytes(), (token * len(self)).tobytes()
+        step.budget -= len(self.requests)
+        return self._plain
+
+    def _plan_drafts(self, step: StepColumns) -> tuple[bytes, bytes, bytes]:
+        """The slots of the rows, and what they compute and yield where that may be several tokens."""
         spans = [
             min(request.span, request.limit - self._clock - offset)
             for request, offset in zip(self.requests, self._offsets, strict=True)
@@ -123,9 +133,10 @@ class DecodeRows:
             spans = [1] * len(spans)
         for request, span in zip(self.requests, spans, strict=True):
             request.ahead += span - 1
-        step.spans, step.lengths = spans, array("i", spans)
-        step.yields = array("i", [DRAFTS if request.span > 1 else TOKEN for request in self.requests])
+        step.spans = spans
         step.budget -= sum(spans)
+        yields = array("i", [DRAFTS if request.span > 1 else TOKEN for request in self.requests])
+        return self._slots.tobytes(), array("i", spans).tobytes(), yields.tobytes()
 
     def correct(self, request: Request, planned: int, count: int) -> bool:
         """A row of `request` that was planned to yield up to `planned` tokens has yielded `count`. True if what is in

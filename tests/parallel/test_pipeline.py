@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import TINY, tiny
+from test_deepseek import further
 from torch import Tensor
 
 from engine.errors import ConfigError
@@ -123,6 +124,17 @@ def test_weights_that_no_stage_has_are_unknown_all_the_same() -> None:
     tensors["model.layers.7.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(ConfigError, match=r"1 unknown \(model.layers.7.mlp.up_proj.weight\)"):
         stage(Llama, config, tensors, 0, 2, TorchAttention)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "left out"])
+def test_blocks_that_predict_further_tokens_are_the_last_stages_alone(rank: int, stored: bool) -> None:
+    config, tensors = tiny("DeepseekV3", **LATENT, num_mtp_layers=0)[:2]
+    more = further(tensors, config) if stored else tensors
+    own = stage(Deepseek, {**config, "num_nextn_predict_layers": 1}, more, rank, 3, TorchLatentAttention)
+    names = {name for name, _ in own.named_parameters()}
+    assert own.held == range(rank, rank + 1) and any(name.startswith(f"model.layers.{rank}.") for name in names)
+    assert any(name.startswith("model.layers.3.") for name in names) == (stored and rank == 2)
 
 
 def test_more_stages_than_layers_are_refused() -> None:

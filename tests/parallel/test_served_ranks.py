@@ -2,8 +2,11 @@
 
 A tiny seeded Llama is written to a directory first, whose heads two ranks can divide."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +67,23 @@ async def test_two_ranks_reply_as_one_and_are_started_again_as_one(folder: Path,
                 os.kill(workers[1], signal.SIGKILL)
                 assert (await restarted(engine, PROMPTS[0])).ids == alone[0]
     assert set(children(os.getpid())) == before
+
+
+KILLED = """
+import json, os, signal, sys
+from engine import Engine
+
+with Engine(model=sys.argv[1], tp=2, **json.loads(sys.argv[2])):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the file that ranks meet at has a name")
+def test_a_killed_engine_leaves_no_file(folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(folder), json.dumps(OPTIONS)]
+    done = subprocess.run(command, env={**os.environ, "TMPDIR": str(tmp_path)}, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    assert not list(tmp_path.glob("engine-*"))
 
 
 def test_heads_that_ranks_cannot_divide_are_refused_with_both_numbers(folder: Path) -> None:

@@ -26,14 +26,6 @@ from engine.params.sampling import MAX_REGEXES, NATIVE, SamplingParams, check_sa
 
 MAX_NEW_TOKENS = 128  # SGLang's default
 MAX_EXPRESSIONS = 64  # of stop_regex, in one request
-NATIVE_WORDS = Words(
-    {
-        **NATIVE.names,
-        "logprobs": "top_logprobs_num",
-        "prompt_logprobs": "top_logprobs_num",
-        "grammar": "sampling_params",
-    }
-)
 
 
 @NATIVE.fields
@@ -128,23 +120,42 @@ class GenerateReply(Reply, frozen=True):
     index: int | UnsetType = UNSET
 
 
+def words_of(body: GenerateBody, index: int | None = None) -> Words:
+    """How errors are told: by the path of a field in `body`, among the sampling_params of prompt `index` if there is a
+    list of them."""
+    place = "sampling_params" if index is None else sampling_place(body, index)
+    names = {name: f"{place}.{own}" for name, own in {**NATIVE.names, "n": "n"}.items()}
+    prompt = "text" if body.text is not None else "input_ids"
+    top = "top_logprobs_num"
+    return Words({**names, "logprobs": top, "prompt_logprobs": top, "grammar": place, "prompt": prompt})
+
+
+def sampling_place(body: GenerateBody, index: int) -> str:
+    """Where `body` has the sampling_params of prompt `index`."""
+    return f"sampling_params[{index}]" if isinstance(body.sampling_params, list) else "sampling_params"
+
+
 async def generate(request: web.Request, body: GenerateBody) -> web.StreamResponse:
     """Answer texts or token ids with text and token ids, as SGLang does."""
-    request[WORDS] = NATIVE_WORDS.calling({"prompt": "text" if body.text is not None else "input_ids"})
+    request[WORDS] = words_of(body)
     prompts, batch = prompts_of(body)
     count = len(prompts)
     params = spread(body.sampling_params, count, "sampling_params", NativeSampling())
     samples = samples_of(params)
     check_choices(count, samples, "text" if body.text is not None else "input_ids")
-    given = [NATIVE.given(each, "sampling_params.")[0] for each in params]
+    given = [NATIVE.given(each, f"{sampling_place(body, index)}.")[0] for index, each in enumerate(params)]
     check_expressions(given)
     scores = scores_of(body, count)
     rids = spread(body.rid, count, "rid", uuid4().hex)
     for each in rids:
         check_id(each, "rid")
     checked = []
-    for one, fields, score in zip(params, given, scores, strict=True):
-        checked.append(native_sampling(one, fields, score))
+    for index, (one, fields, score) in enumerate(zip(params, given, scores, strict=True)):
+        place = sampling_place(body, index)
+        try:
+            checked.append(native_sampling(one, fields, score, place))
+        except RequestError as error:
+            raise error.worded(words_of(body, index)) from None
         await anyio.lowlevel.checkpoint()  # a check may take milliseconds, and there may be a thousand
     asked = [
         Generate(
@@ -209,9 +220,11 @@ def scores_of(body: GenerateBody, count: int) -> list[Scores]:
     return [Scores(*each, text) for each in zip(wanted, starts, tops, strict=True)]
 
 
-def native_sampling(body: NativeSampling, given: Mapping[str, Any], scores: Scores) -> SamplingParams:
-    """The checked SamplingParams of a `sampling_params` object, of which `given` are the sampling fields."""
-    grammar, _ = OWN_FIELDS.asked(body, "sampling_params.")
+def native_sampling(
+    body: NativeSampling, given: Mapping[str, Any], scores: Scores, place: str = "sampling_params"
+) -> SamplingParams:
+    """The checked SamplingParams of the `sampling_params` object at `place`; `given` are its sampling fields."""
+    grammar, _ = OWN_FIELDS.asked(body, f"{place}.")
     top = scores.top if scores.wanted else None
     about_prompt = top if scores.start >= 0 else None
     sampling = SamplingParams(**given, logprobs=top, prompt_logprobs=about_prompt, grammar=grammar)

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.anyio
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 NATIVE = "/generate"
+OWN = "sampling_params"
 IMAGE = {"type": "image", "text": ""}
 
 # path, body, param, what the message must say
@@ -94,8 +95,15 @@ REFUSED = [
     (NATIVE, {"text": "x", "rid": "a\r\nSet-Cookie: b"}, "rid", "printable ASCII"),
     (NATIVE, {"text": "x", "token_ids_logprob": [1]}, "token_ids_logprob", "not supported yet"),
     (NATIVE, {"text": "x", "sampling_params": {"max_tokens": 3}}, "sampling_params.max_tokens", "max_new_tokens"),
-    (NATIVE, {"text": "x", "sampling_params": {"max_new_tokens": 0}}, "max_new_tokens", "max_new_tokens is 0"),
-    (NATIVE, {"text": "x", "sampling_params": {"sampling_seed": 2**63}}, "sampling_seed", "9223372036854775808"),
+    (NATIVE, {"text": "x", "sampling_params": {"max_new_tokens": 0}}, f"{OWN}.max_new_tokens", "max_new_tokens is 0"),
+    (NATIVE, {"text": "x", "sampling_params": {"sampling_seed": 2**63}}, f"{OWN}.sampling_seed", "9223372036854775808"),
+    (NATIVE, {"text": "x", "sampling_params": {"temperature": "hot"}}, f"{OWN}.temperature", "got `str`"),
+    (NATIVE, {"text": "x", "sampling_params": {"temperature": 3}}, f"{OWN}.temperature", f"{OWN}.temperature is 3"),
+    (NATIVE, {"text": "x", "sampling_params": {"n": 0}}, f"{OWN}.n", f"{OWN}.n is 0; it must be from 1"),
+    (NATIVE, {"text": ["x"] * 2, "sampling_params": [{}, {"min_p": "a"}]}, f"{OWN}[1].min_p", "got `str`"),
+    (NATIVE, {"text": ["x"] * 2, "sampling_params": [{}, {"min_p": 2}]}, f"{OWN}[1].min_p", f"{OWN}[1].min_p is 2"),
+    (NATIVE, {"text": ["x"] * 2, "sampling_params": [{}, {"json_schema": "3"}]}, f"{OWN}[1].json_schema", "an object"),
+    (NATIVE, {"text": ["x"] * 2, "sampling_params": {"min_p": 2}}, f"{OWN}.min_p", f"{OWN}.min_p is 2"),
     (NATIVE, {"text": "x", "sampling_params": {"regex": 3}}, "sampling_params.regex", "got `int`"),
     (NATIVE, {"text": "x", "sampling_params": {"json_schema": "3"}}, "sampling_params.json_schema", "an object, true"),
     ("/abort_request", {}, "rid", "send a rid"),
@@ -166,7 +174,7 @@ async def test_pictures_are_refused_because_the_model_reads_text(
         (CHAT, {"messages": HI, "max_tokens": 9}, "max_tokens"),
         (CHAT, {"messages": HI, "max_completion_tokens": 9}, "max_completion_tokens"),
         (CHAT, {"messages": HI, "max_completion_tokens": 9, "stream": True}, "max_completion_tokens"),
-        (NATIVE, {"text": "x", "sampling_params": {"max_new_tokens": 9}}, "max_new_tokens"),
+        (NATIVE, {"text": "x", "sampling_params": {"max_new_tokens": 9}}, f"{OWN}.max_new_tokens"),
     ],
 )
 async def test_what_the_engine_refuses_goes_by_the_clients_name(path: str, body: object, param: str) -> None:
@@ -185,7 +193,7 @@ async def test_an_error_in_a_stream_goes_by_the_clients_name() -> None:
     async with serving(FakeFront([*chunks("a", finish=None), late])) as url, aiohttp.ClientSession() as session:
         for path, body, name in (
             (CHAT, {"messages": HI, "max_completion_tokens": 9}, "max_completion_tokens"),
-            (NATIVE, {"text": "x"}, "max_new_tokens"),
+            (NATIVE, {"text": "x"}, f"{OWN}.max_new_tokens"),
             ("/v1/responses", {"input": "x"}, "max_output_tokens"),
         ):
             async with session.post(url + path, json={**body, "stream": True}) as response:
@@ -311,15 +319,16 @@ async def test_a_refusal_before_the_first_chunk_has_its_own_status(
     assert "secret" not in answer["message"]
 
 
-async def test_draining_says_when_to_retry() -> None:
+@pytest.mark.parametrize(("seconds", "said"), [(12.5, "13"), (0, "1"), (3600, "60")])
+async def test_draining_says_when_to_retry(seconds: float, said: str) -> None:
     front = FakeFront([RequestError("shutting down", code="draining", status=503)])
     front.state = Health("draining", "shutting down")
     async with (
-        serving(front, drain_seconds=12.5) as url,
+        serving(front, drain_seconds=seconds) as url,
         aiohttp.ClientSession() as session,
         session.post(url + NATIVE, json={"text": "x"}) as response,
     ):
-        assert (response.status, response.headers["Retry-After"]) == (503, "13")
+        assert (response.status, response.headers["Retry-After"]) == (503, said)
 
 
 @pytest.mark.parametrize("error", [WorkerError("signal 9"), RequestError("out of luck"), ZeroDivisionError("secret")])

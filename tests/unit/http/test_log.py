@@ -189,6 +189,8 @@ def test_idle_seconds_have_no_line(counts: list[int]) -> None:
     idle = Stats("ready", prompt_tokens_total=prompt, cached_tokens_total=cached, generated_tokens_total=replied)
     assert load_line(idle, idle, 10.0) == ""
     assert load_line(idle, msgspec.structs.replace(idle, waiting=1), 10.0).startswith("0 running, 1 waiting")
+    paused = msgspec.structs.replace(idle, waiting=1, paused=True)
+    assert load_line(idle, paused, 10.0).startswith("paused; 0 running, 1 waiting; 0.0 prompt tokens/s")
     more = msgspec.structs.replace(idle, generated_tokens_total=replied + 1)
     assert "0.1 output tokens/s" in load_line(idle, more, 10.0)
     assert load_line(more, idle, 10.0) == "", "counts of a new worker may begin anew"

@@ -130,7 +130,12 @@ def test_no_plugin_adds_no_route() -> None:
         (("POST /shout", "SHOUT /shout"), ["'SHOUT /shout'", "GET, POST, DELETE", "'GET /hello'"]),
         (("POST /shout", "/shout"), ["a method of GET"]),
         (("(Body)", ""), ["wrong:Shout is no subclass of engine.plugin.http.Body"]),
-        (("wrong:shout", "wrong:shot"), ["wrong:shot cannot be imported"]),
+        (
+            ("wrong:shout", "wrong:shot"),
+            ["'POST /shout'", "wrong.py", "wrong:shot cannot be imported", "leave the plugin"],
+        ),
+        (('takes="wrong:Shout"', 'takes="wrong:Shot"'), ["'POST /shout'", "wrong.py", "wrong:Shot cannot be imported"]),
+        (("wrong:shout", "wrong:API"), ["'POST /shout'", "wrong.py", "wrong:API is no function but a int"]),
     ],
 )
 def test_a_route_that_cannot_be_is_refused(write: Write, changes: tuple[str, str], words: list[str]) -> None:
