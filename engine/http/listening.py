@@ -78,7 +78,7 @@ def _socket(family: int, address: tuple[object, ...], *, shared: bool) -> socket
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(address)  # type: ignore[arg-type]
+        sock.bind(address)
     except BaseException:
         sock.close()
         raise

@@ -1,7 +1,7 @@
 """`python -m engine.runtime.front_process FD`: one of several fronts, which has tokenizer, detokenizer and HTTP.
 
 What it imports is imported while the supervisor (fronts.py) still makes sure that a start can work; then comes its
-FrontBoot. It ends when the supervisor closes the way to the hub or is gone, and heeds no signal: a Ctrl-C in a terminal,
+FrontBoot. It ends when the supervisor closes the way to the hub or is gone. It heeds no signal: a Ctrl-C in a terminal,
 or the SIGTERM of a service manager to all processes, is for the supervisor, which lets replies come to their end first.
 """
 
@@ -134,8 +134,7 @@ async def _run(descriptor: int) -> None:
     except Ended:
         return
     except (ConfigError, PluginError) as error:
-        kind = "ConfigError" if isinstance(error, ConfigError) else "PluginError"
-        await link.send(Refused(kind, str(error)))
+        await link.send(Refused("ConfigError" if isinstance(error, ConfigError) else "PluginError", str(error)))
 
 
 def main() -> None:

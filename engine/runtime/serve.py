@@ -59,9 +59,7 @@ def serve(config: Config) -> int:
     if config.process.spare_worker is None:
         config = replace(config, process=replace(config.process, spare_worker=True))
     if (count := fronts(config)) > 1:
-        from engine.runtime.supervisor import serve_fronts
-
-        return serve_fronts(config, count, began)
+        return _serve_several(config, count, began)
     with early_workers(config) if placement(config) == "single" else nullcontext() as start:
         return anyio.run(_serve, config, start, began, backend_options={"use_uvloop": True})
 
@@ -83,6 +81,23 @@ async def _serve(config: Config, start: Start | None, began: float) -> int:
         group.start_soon(partial(serve_http, front, config.server, routes, started=service.started))
         service.start()
     return service.code
+
+
+def _serve_several(config: Config, count: int, began: float) -> int:
+    """As `serve`, with so many front processes."""
+    from engine.runtime.supervisor import early_fronts, open_fronts
+
+    async def run() -> int:
+        keyed = check_server(config.server)
+        async with open_fronts(config, early, start) as fronts, anyio.create_task_group() as group:
+            service = Service(fronts, config.server, group, began=began, keyed=keyed)
+            service.start()
+            await fronts.listening.wait()
+            service.started(early.url)
+        return service.code
+
+    with early_workers(config) as start, early_fronts(config, count) as early:
+        return anyio.run(run, backend_options={"use_uvloop": True})
 
 
 def check_server(options: ServerOptions) -> bool:

@@ -1,69 +1,73 @@
-"""Serve with several front processes: the sockets first, then device and front processes, then the core in this one.
+"""Start an engine of several front processes around the core in this one: what launch.py is to one front.
 
-    serve_fronts ── early workers, early fronts: they import ──> boot once it is known that a start can work
-          └──────── core, hub, fronts.py, signals
+    early_fronts ── sockets; front processes, which import ──> boot once it is known that a start can work
+    open_fronts  ── core, hub, fronts.py
 
-As in serve.py, what this module imports at its top is what starting the processes takes.
+What this module imports at its top is what starting the processes takes, as in serve.py, which adds signals.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from socket import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-import anyio
 import anyio.to_thread
 
 from engine.config import Config
 from engine.http.listening import bound, url_of
 from engine.runtime.board import Board
 from engine.runtime.process import Start, spawn
-from engine.runtime.serve import Service, check_server, early_workers
 
 if TYPE_CHECKING:
-    from engine.runtime.fronts import StartFront
+    from engine.runtime.fronts import FrontProcesses, StartFront
 
+MODULE = "engine.runtime.front_process"
 log = logging.getLogger("engine")
 
 
+class EarlyFronts(NamedTuple):
+    """What several fronts share, and what starts the process of one."""
+
+    board: Board
+    sockets: Sequence[Sequence[socket]]
+    start: "StartFront"
+    url: str
+
+
 @contextmanager
-def early_fronts(board: Board, sockets: Sequence[Sequence[socket]]) -> "Iterator[StartFront]":
-    """Starts the front processes, which import, and ends them with the block; what it yields starts that of a number,
-    these first."""
+def early_fronts(config: Config, count: int) -> Iterator[EarlyFronts]:
+    """Listens, and starts so many front processes, which import; ends them with the block. Raises ConfigError if the
+    host and port cannot be listened on."""
+    sockets = bound(config.server, count)
+    board = Board.shared(count)
     assert board.descriptor is not None
     inherited = [(board.descriptor, *(each.fileno() for each in own)) for own in sockets]
-    early = [spawn("engine.runtime.front_process", *descriptors) for descriptors in inherited]
+    early = [spawn(MODULE, *descriptors) for descriptors in inherited]
     left = dict(enumerate(early))
+    url = url_of(config.server.host, sockets[0][0].getsockname()[1])
     try:
-        yield lambda number: left.pop(number, None) or spawn("engine.runtime.front_process", *inherited[number])
+        yield EarlyFronts(
+            board, sockets, lambda number: left.pop(number, None) or spawn(MODULE, *inherited[number]), url
+        )
     finally:
         for _, process in early:
             process.kill()
         for sock, process in early:
             process.wait()
             sock.close()
+        for each in {each for own in sockets for each in own}:
+            each.close()
+        board.close()
 
 
-def serve_fronts(config: Config, count: int, began: float) -> int:
-    """Serve over HTTP with so many fronts until a signal or a failure; the process's exit code."""
-    sockets = bound(config.server, count)
-    board = Board.shared(count)
-    with early_workers(config) as start, early_fronts(board, sockets) as start_front:
-        run = partial(_serve, config, board, sockets, start, start_front, began=began)
-        return anyio.run(run, backend_options={"use_uvloop": True})
+@asynccontextmanager
+async def open_fronts(
+    config: Config, early: EarlyFronts, start: Start | None = None
+) -> "AsyncIterator[FrontProcesses]":
+    """A running engine as who serves it sees it; fronts and device may still be loading. `start` starts a worker.
 
-
-async def _serve(
-    config: Config,
-    board: Board,
-    sockets: Sequence[Sequence[socket]],
-    start: Start,
-    start_front: "StartFront",
-    *,
-    began: float,
-) -> int:
+    Raises ConfigError and PluginError for what cannot work."""
     from engine.http.log import LoadLog
     from engine.http.origins import warn_of_any_origin
     from engine.plugin.checkpoints import open_checkpoint
@@ -73,21 +77,16 @@ async def _serve(
     from engine.runtime.fronts import FrontProcesses
     from engine.runtime.hub import Hub
 
-    keyed = check_server(config.server)
     warn_of_any_origin(config.server)
     plugins = Plugins.load(config.model.plugins)
     say_scheduling(plugins, config)
-    # Here, before the fronts do the same, as the model may be on its way from the hub.
+    # Before the fronts do the same, and in a thread that a Ctrl-C may leave behind: the model may be on its way here.
     checkpoint = await anyio.to_thread.run_sync(open_checkpoint, plugins, config.model.model, abandon_on_cancel=True)
-    name = (*config.server.served_model_name, checkpoint.name())[0]
-    hub = Hub(board.count)
+    hub = Hub(early.board.count)
     hub.on_stats.append(LoadLog().on_stats)
-    actors, hub.scheduler = core_actors(config, hub, start, board.count)
-    fronts = FrontProcesses(config, hub, board, sockets, start_front, name)
-    log.info("%d front processes serve HTTP", board.count)
-    async with supervise(*actors, fronts), anyio.create_task_group() as group:
-        service = Service(fronts, config.server, group, began=began, keyed=keyed)
-        service.start()
-        await fronts.listening.wait()
-        service.started(url_of(config.server.host, sockets[0][0].getsockname()[1]))
-    return service.code
+    actors, hub.scheduler = core_actors(config, hub, start, early.board.count)
+    name = (*config.server.served_model_name, checkpoint.name())[0]
+    fronts = FrontProcesses(config, hub, early.board, early.sockets, early.start, name)
+    log.info("%d front processes serve HTTP", early.board.count)
+    async with supervise(*actors, fronts):
+        yield fronts

@@ -5,6 +5,8 @@ a b c d  │ e f g      │ h i j k        moves to the end of its own, so one p
          4            7            11  = ends      and a row leaves in the same way, backwards
 """
 
+from typing import Any
+
 from engine.sched.columns import StepColumns
 from engine.sched.request import Request
 from engine.sched.rows import DecodeRows
@@ -38,8 +40,9 @@ class GroupedRows(DecodeRows):
         other, before = self.requests[row], request.row
         if before == row:
             return
-        for column in (self.requests, self.rids, self.ids, self._slots, self._offsets, self._dues):
-            column[before], column[row] = column[row], column[before]  # type: ignore[index]
+        columns: tuple[Any, ...] = (self.requests, self.rids, self.ids, self._slots, self._offsets, self._dues)
+        for column in columns:
+            column[before], column[row] = column[row], column[before]
         request.row, other.row = row, before
 
     def plan(self, step: StepColumns) -> list[Request]:
