@@ -38,7 +38,7 @@ class Option(Struct, frozen=True):
     @property
     def choices(self) -> tuple[str, ...]:
         """The only values it takes, where they are a fixed list."""
-        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+        return tuple(map(str, get_args(self.kind))) if get_origin(self.kind) is Literal else ()
 
     @property
     def listed(self) -> bool:

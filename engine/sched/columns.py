@@ -18,6 +18,7 @@ class StepColumns:
 
     decodes: tuple[bytes, bytes, bytes, bytes] = (b"", b"", b"", b"")  # slots, starts, lengths, yields, of rows that do
     spans: list[int] | None = None  # of each row that decodes, if any may yield several tokens
+    ends: list[int] | None = None  # of several fronts: where the rows of each end that decode
     admits: tuple[SlotAdmit, ...] = ()
     firsts = 0  # how many of `requests`, the last ones, do not decode yet: their prompt ends here
     ending: Sequence[int] = ()  # rows whose token is surely the last of their request
