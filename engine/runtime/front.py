@@ -18,7 +18,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 from msgspec import Struct
 
 from engine.config import Config
-from engine.errors import EngineError, RequestError, WorkerError, shut_down
+from engine.errors import EngineError, RequestError, WorkerError, counted, shut_down
 from engine.messages import FromFront, ToHttp, ToTokenizer
 from engine.messages.control import Answer, Ask, Fatal, Flush, Flushed, Pause, Stats, WorkerReady
 from engine.messages.questions import Question, Value
@@ -311,8 +311,8 @@ class Front:
         limit = self.most_open
         if len(self._open) >= limit:
             raise RequestError(
-                f"{len(self._open)} requests are open, and {limit} is the limit; try again later "
-                "or raise --max-waiting",
+                f"{counted(len(self._open), 'request is', 'requests are')} open, and {limit} is the limit; try "
+                "again later or raise --max-waiting",
                 code="queue_full",
                 status=503,
             )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.config import CacheOptions
-from engine.errors import ConfigError
+from engine.errors import ConfigError, counted
 from engine.plugin.specs import KVGroup, KVSpec
 from engine.runtime.memory import free_memory
 
@@ -46,7 +46,7 @@ def count_pages(
         pages = options.kv_tokens // spec.page_size
         if pages == 0:
             raise ConfigError(
-                f"--kv-tokens {options.kv_tokens} is less than one page of {spec.page_size} tokens; raise it"
+                f"--kv-tokens {options.kv_tokens} is less than one page of {counted(spec.page_size, 'token')}; raise it"
             )
         if pages * spec.page_bytes > free:
             raise ConfigError(
@@ -68,8 +68,9 @@ def count_pages(
     if budget < spec.page_bytes:
         raise ConfigError(
             f"no memory for the KV cache: --memory-fraction {fraction} of {_size(total)} on {device} leaves "
-            f"{_size(max(budget, 0))} beside {_size(weight_bytes)} of weights, and one page of {spec.page_size} tokens "
-            f"takes {_size(spec.page_bytes)}; raise --memory-fraction, or say --kv-tokens"
+            f"{_size(max(budget, 0))} beside {_size(weight_bytes)} of weights, and one page of "
+            f"{counted(spec.page_size, 'token')} takes {_size(spec.page_bytes)}; raise --memory-fraction, or say "
+            "--kv-tokens"
         )
     return budget // spec.page_bytes
 
@@ -79,12 +80,12 @@ def choose_max_model_len(option: int | None, model_limit: int, cache_tokens: int
 
     Raises ConfigError when `option` is over either."""
     if option is not None and option > model_limit:
-        raise ConfigError(f"--max-model-len {option} is over the model's own limit of {model_limit} tokens")
+        raise ConfigError(f"--max-model-len {option} is over the model's own limit of {counted(model_limit, 'token')}")
     if cache_tokens is None:
         return option or model_limit
     if option is not None and option > cache_tokens:
         raise ConfigError(
-            f"--max-model-len {option} is over the {cache_tokens} tokens that the KV cache holds; "
+            f"--max-model-len {option} is over the {counted(cache_tokens, 'token')} that the KV cache holds; "
             "lower it, or raise --memory-fraction or --kv-tokens"
         )
     return min(option or model_limit, cache_tokens)
