@@ -99,6 +99,11 @@ def let_go(error: BaseException) -> None:
     error.__traceback__ = error.__context__ = error.__cause__ = None
 
 
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """`count` things by their name: "1 token", "2 tokens", "1 entry", "2 entries" with `plural`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {plural or noun + 's'}"
+
+
 def shown(value: object) -> str:
     """`value` for a message: whole if short, else its beginning."""
     return shortened(repr(value[:80] if isinstance(value, str) else value))

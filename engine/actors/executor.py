@@ -14,6 +14,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream
 
 from engine.actors.spare import SPARE_SECONDS, Spare
 from engine.config import Config
+from engine.errors import counted
 from engine.messages import FromExecutor, FromWorker, ToExecutor
 from engine.messages.control import Fatal, Reset, WorkerLost, WorkerReady
 from engine.runtime.channel import Outbox
@@ -62,7 +63,9 @@ class ExecutorActor:
             first = False
             failed_starts = 0 if was_ready else failed_starts + 1
             if failed_starts >= MOST_FAILED_STARTS:
-                await self.scheduler.send(Fatal("worker", f"it failed to start {failed_starts} times: {cause}"))
+                await self.scheduler.send(
+                    Fatal("worker", f"it failed to start {counted(failed_starts, 'time')}: {cause}")
+                )
                 return
             log.error("the device worker is gone: %s", cause)
             await self.scheduler.send(WorkerLost(cause))

@@ -16,7 +16,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream
 
 from engine.cache.keys import keys_with
 from engine.conversation.media import Runs
-from engine.errors import RequestError, let_go
+from engine.errors import RequestError, counted, let_go
 from engine.messages import FromFront, ToDetokenizer, ToTokenizer
 from engine.messages.assets import Need
 from engine.messages.control import WorkerReady
@@ -60,9 +60,9 @@ class Admission:
         max_new = self._max_new(len(ids), params.max_tokens, default)
         if params.min_tokens > max_new:
             raise RequestError(
-                "{min_tokens} is {least}, but the reply may have {most} tokens; lower it",
+                "{min_tokens} is {least}, but the reply may have {most}; lower it",
                 param="min_tokens",
-                facts={"least": params.min_tokens, "most": max_new},
+                facts={"least": params.min_tokens, "most": counted(max_new, "token")},
             )
         stop_ids = self._stop_ids(params)
         echo = ""

@@ -25,7 +25,7 @@ from rich.table import Column, Table
 from engine.client.client import Client, changed, settings_of
 from engine.client.options import ChatOptions, sampling_options
 from engine.config import Config
-from engine.errors import ConfigError, EngineError, RequestError, did_you_mean
+from engine.errors import ConfigError, EngineError, RequestError, counted, did_you_mean
 from engine.http.keys import own_key
 from engine.messages.reply import Chunk
 from engine.params.sampling import SamplingParams, check_sampling
@@ -114,7 +114,7 @@ class Exchange(Struct, frozen=True):
         said = self.last.completion_tokens
         rate = (said - 1) / (self.seconds - self.first_seconds) if said > 1 and self.seconds > self.first_seconds else 0
         return (
-            f"{self.last.prompt_tokens} tokens in ({self.last.cached_tokens} cached), {said} out; "
+            f"{counted(self.last.prompt_tokens, 'token')} in ({self.last.cached_tokens} cached), {said} out; "
             f"first after {self.first_seconds * 1e3:.0f} ms, then {rate:.1f} tokens/s; ended by {self.last.finish}"
         )
 
@@ -324,13 +324,13 @@ class Conversation:
             return
         self._console.print(f"last reply: {self.exchanges[-1]}")
         tokens = sum(exchange.last.completion_tokens for exchange in self.exchanges)
-        self._console.print(f"all {len(self.exchanges)}: {tokens} tokens out")
+        self._console.print(f"all {len(self.exchanges)}: {counted(tokens, 'token')} out")
 
     def _save(self, path: str) -> None:
         saved = Saved(self.messages, self.system, changed(self.params))
         with _files("/save", path) as file:
             file.write_bytes(msgspec.json.format(msgspec.json.encode(saved)))
-        self._note(f"saved {len(self.messages)} messages in {path}")
+        self._note(f"saved {counted(len(self.messages), 'message')} in {path}")
 
     def _load(self, path: str) -> None:
         with _files("/load", path) as file:
@@ -343,7 +343,7 @@ class Conversation:
         check_sampling(params)
         self.messages, self.system, self.params = saved.messages, saved.system, params
         self.exchanges.clear()
-        self._note(f"loaded {len(self.messages)} messages from {path}")
+        self._note(f"loaded {counted(len(self.messages), 'message')} from {path}")
 
     def _exit(self, _: str) -> None:
         self._left = True

@@ -25,7 +25,7 @@ from aiohttp import web
 from msgspec import Struct
 
 from engine.config import ServerOptions
-from engine.errors import ConfigError
+from engine.errors import ConfigError, counted
 from engine.http.half_closed import HalfClosed
 from engine.http.listening import BACKLOG
 from engine.http.request_id import HEADER, new_id
@@ -135,7 +135,8 @@ class Door:
         self.full = Refusal(
             503,
             "too_many_connections",
-            f"the server has {most} connections open, the most that it takes (--max-connections); try again later",
+            f"the server has {counted(most, 'connection')} open, the most that it takes (--max-connections); try again "
+            "later",
             {"Retry-After": "1"},
         )
         self.late = Refusal(

@@ -9,7 +9,7 @@ from secrets import token_hex
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from engine.errors import RequestError
+from engine.errors import RequestError, counted
 from engine.http.tracing import TRACE
 from engine.logs import REQUEST_ID
 
@@ -29,7 +29,8 @@ def check_id(id: str, name: str) -> None:
     """Raise RequestError unless `id`, which the client calls `name`, can go into a header and a log."""
     if not 1 <= len(id) <= MAX_LENGTH or not (id.isascii() and id.isprintable()):
         raise RequestError(
-            f"{name} is {id[:80]!r} ({len(id)} characters); send 1 to {MAX_LENGTH} printable ASCII characters",
+            f"{name} is {id[:80]!r} ({counted(len(id), 'character')}); send 1 to {MAX_LENGTH} printable ASCII "
+            "characters",
             param=name,
         )
 

@@ -17,7 +17,7 @@ from aiohttp import web
 from anyio.streams.memory import MemoryObjectSendStream
 
 from engine.config import ServerOptions
-from engine.errors import RequestError, Words, let_go
+from engine.errors import RequestError, Words, counted, let_go
 from engine.http.metrics import Metrics
 from engine.http.request_id import called
 from engine.http.sse import CALLED, WORDS, Events, send_events
@@ -148,7 +148,8 @@ def check_choices(prompts: int, samples: int, name: str = "prompt") -> None:
         raise RequestError(f"{{n}} is {samples}; it must be from 1 to {MAX_SAMPLES}", param="n", facts={})
     if prompts * samples > MAX_CHOICES:
         raise RequestError(
-            f"{prompts} prompts with {samples} replies each are over the {MAX_CHOICES} of one request; send less",
+            f"{counted(prompts, 'prompt')} with {counted(samples, 'reply', 'replies')} each are over the {MAX_CHOICES} "
+            "of one request; send less",
             param="n" if samples > 1 else name,
         )
 

@@ -15,7 +15,7 @@ import msgspec
 from aiohttp import web
 from msgspec import Meta, Struct
 
-from engine.errors import RequestError, shortened
+from engine.errors import RequestError, counted, shortened
 from engine.http.fields import Rule, in_general
 from engine.params.sampling import INT32_MAX
 
@@ -66,7 +66,7 @@ class BodyDecoder(Generic[BodyType]):
         except msgspec.ValidationError as error:
             raise _invalid(self._kind, str(error), data) from None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            message = f"the request body ({len(data)} bytes) is not valid JSON: {error}"
+            message = f"the request body ({counted(len(data), 'byte')}) is not valid JSON: {error}"
             raise RequestError(message, code="invalid_json") from None
         except RecursionError:
             raise RequestError("the request body is nested too deeply; flatten it", code="invalid_json") from None

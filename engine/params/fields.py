@@ -37,14 +37,15 @@ class Real(Struct, frozen=True):
 
     @property
     def holds(self) -> str:
-        bound = f"above {self.low} and at most {self.high}" if self.above else f"from {self.low} to {self.high}"
+        bound = f"above {self.low:g} and at most {self.high:g}" if self.above else f"from {self.low:g} to {self.high:g}"
         return f"a number {bound}"
 
     def check(self, field: str, value: Any, params: Any = None) -> None:
         # The comparison is written so that NaN fails it.
         good = isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
         if not good or (self.above and value == self.low):
-            raise refusal(field, shown(value), self.holds, self.off)
+            plain = isinstance(value, float) and value.is_integer() and abs(value) < 1e15
+            raise refusal(field, shown(int(value) if plain else value), self.holds, self.off)
 
 
 class Whole(Struct, frozen=True):

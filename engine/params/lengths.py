@@ -7,7 +7,7 @@ length is N tokens". Anthropic's look for words of their own, which `ANTHROPIC_P
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from engine.errors import RequestError
+from engine.errors import RequestError, counted
 
 CODE = "context_length_exceeded"
 PROMPT_TOO_LONG = (
@@ -15,7 +15,7 @@ PROMPT_TOO_LONG = (
     "most {most_prompt} tokens"
 )
 REPLY_TOO_LONG = (
-    "the prompt has {tokens} tokens and {max_tokens} is {new}, but the maximum context length is {most} tokens for "
+    "the prompt has {size} and {max_tokens} is {new}, but the maximum context length is {most} tokens for "
     "both; lower it to at most {room}, or shorten the prompt"
 )
 ANTHROPIC_PHRASES: Mapping[str, str] = MappingProxyType(
@@ -40,14 +40,21 @@ def prompt_too_long(tokens: int, most: int, *, characters: int = 0) -> RequestEr
     """The error about a prompt of `tokens` tokens, at least, where prompt and reply together may have `most`.
 
     `characters` is how many the prompt has, if its tokens were not counted."""
-    size = f"{characters} characters, which are at least {tokens} tokens" if characters else f"{tokens} tokens"
+    size = counted(tokens, "token")
+    size = f"{characters} characters, which are at least {size}" if characters else size
     facts: dict[str, str | int | float] = {"size": size, "tokens": tokens, "most": most, "most_prompt": most - 1}
     return RequestError(PROMPT_TOO_LONG, param="prompt", code=CODE, facts=facts)
 
 
 def reply_too_long(tokens: int, new: int, most: int) -> RequestError:
     """The error about a prompt of `tokens` tokens and a max_tokens of `new` that are over `most`."""
-    facts = {"tokens": tokens, "new": new, "most": most, "room": most - tokens}
+    facts: dict[str, str | int | float] = {
+        "size": counted(tokens, "token"),
+        "tokens": tokens,
+        "new": new,
+        "most": most,
+        "room": most - tokens,
+    }
     return RequestError(REPLY_TOO_LONG, param="max_tokens", code=CODE, facts=facts)
 
 

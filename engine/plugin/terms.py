@@ -10,7 +10,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any, TypeVar, overload
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, counted
 
 MOST = 1 << 24  # of a size: no model has a dimension, a vocabulary or a window near it
 MANY = 4096  # of what is built one by one, layers and experts
@@ -137,6 +137,7 @@ class Terms(dict[str, Any]):
             raise self.wrong(name, "a list")
         if value and count is not None and len(value) != count:
             raise ConfigError(
-                f"{self.within}{name} has {len(value)} entries in {self.source}; it must have {count}, one for each"
+                f"{self.within}{name} has {counted(len(value), 'entry', 'entries')} in {self.source}; it must have "
+                f"{count}, one for each"
             )
         return tuple(value)

@@ -18,7 +18,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 from msgspec import Struct
 
 from engine.config import Config
-from engine.errors import EngineError, RequestError, WorkerError, shut_down
+from engine.errors import EngineError, RequestError, WorkerError, counted, shut_down
 from engine.messages import FromFront, ToHttp, ToTokenizer
 from engine.messages.control import Answer, Ask, Fatal, Flush, Flushed, Pause, Stats, WorkerReady
 from engine.messages.questions import Question, Value
@@ -331,7 +331,8 @@ class Front:
         limit, everywhere = self.most_open, self.board.total(Counter.REQUESTS)
         if everywhere >= limit:
             raise RequestError(
-                f"{everywhere} requests are open, and {limit} is the limit; try again later or raise --max-waiting",
+                f"{counted(everywhere, 'request is', 'requests are')} open, and {limit} is the limit; try again later "
+                "or raise --max-waiting",
                 code="queue_full",
                 status=503,
             )

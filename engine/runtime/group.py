@@ -23,6 +23,7 @@ import anyio
 import msgspec
 
 from engine.config import Config
+from engine.errors import counted
 from engine.messages import FromExecutor, FromWorker, ToWorker
 from engine.messages.assets import Loaded
 from engine.messages.control import (
@@ -167,7 +168,9 @@ class WorkerGroup:
         least = min(proposed)
         if least < max(proposed):
             short = proposed.index(least)
-            log.info("rank %d has room for %d pages of KV cache, the fewest: so have all ranks", short, least)
+            log.info(
+                "rank %d has room for %s of KV cache, the fewest: so have all ranks", short, counted(least, "page")
+            )
         await self.send(Agreed(least))
 
     async def _all_ready(self) -> None:

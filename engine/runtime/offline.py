@@ -26,7 +26,7 @@ from msgspec import Struct
 
 from engine.config import Config, resolve
 from engine.conversation.parts import read_messages
-from engine.errors import ConfigError, EngineError, RequestError
+from engine.errors import ConfigError, EngineError, RequestError, counted
 from engine.messages.control import Stats
 from engine.messages.reply import Chunk, TokenLogprob
 from engine.messages.request import Embed, Generate
@@ -162,7 +162,9 @@ class AsyncEngine:
         prompts = prompt if batch else [prompt]
         each = params if isinstance(params, list | tuple) else [params] * len(prompts)
         if len(each) != len(prompts):
-            raise RequestError(f"{len(prompts)} prompts and {len(each)} SamplingParams; give one for each, or one")
+            raise RequestError(
+                f"{counted(len(prompts), 'prompt')} and {len(each)} SamplingParams; give one for each, or one"
+            )
         requests = [to_request(*pair, priority, cache_salt) for pair in zip(prompts, each, strict=True)]
         replies = await together(self._whole, requests)
         return replies if batch else replies[0]

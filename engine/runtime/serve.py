@@ -22,7 +22,7 @@ from msgspec.structs import replace
 
 from engine import __version__
 from engine.config import Config, ServerOptions
-from engine.errors import WorkerError
+from engine.errors import WorkerError, counted
 from engine.logs import set_up_logging
 from engine.messages.control import Preload, WorkerReady
 from engine.runtime.allocator import give_back_large_blocks
@@ -216,7 +216,7 @@ class Service:
 
 
 def _requests(count: int) -> str:
-    return "1 request is" if count == 1 else f"{count} requests are"
+    return counted(count, "request is", "requests are")
 
 
 def try_line(url: str, model: str, task: Task, *, keyed: bool = False) -> str:

@@ -27,7 +27,7 @@ from itertools import chain
 
 from engine.cache.pool import PagePool
 from engine.cache.radix import Node, RadixTree
-from engine.errors import RequestError
+from engine.errors import RequestError, counted
 from engine.messages.assets import Bound
 from engine.messages.reply import Tokens
 from engine.messages.request import Admit
@@ -136,7 +136,8 @@ class Scheduler:
             check_fits(request, self.max_model_len, self._pool.size, self.page_size)
         if len(self._queue) >= self.max_waiting:
             raise RequestError(
-                f"{len(self._queue)} requests wait, and at most {self.max_waiting} may; try again later",
+                f"{counted(len(self._queue), 'request waits', 'requests wait')}, and at most {self.max_waiting} may; "
+                "try again later",
                 code="queue_full",
                 status=503,
             )

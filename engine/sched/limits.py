@@ -1,6 +1,6 @@
 """What the scheduler refuses at once: a request that waiting would never serve, or that cannot be told apart."""
 
-from engine.errors import RequestError
+from engine.errors import RequestError, counted
 from engine.params.lengths import THE_INPUT, check_length
 from engine.sched.request import Request
 
@@ -46,8 +46,9 @@ def check_fits(request: Request, max_model_len: int, pages: int, page_size: int)
     needed = pages_for(prompt + new - 1, page_size)  # the last token is never computed
     if needed > pages:
         raise RequestError(
-            f"{prompt} prompt tokens and {{max_tokens}} {new} need {needed} KV pages of {page_size} tokens, but there "
-            f"are {pages}; keep prompt + {{max_tokens}} within {pages * page_size + 1}, or start with more KV memory",
+            f"{counted(prompt, 'prompt token')} and {{max_tokens}} {new} need {counted(needed, 'KV page')} of "
+            f"{counted(page_size, 'token')}, but there are {pages}; keep prompt + {{max_tokens}} within "
+            f"{pages * page_size + 1}, or start with more KV memory",
             param="max_tokens",
             code="kv_capacity_exceeded",
             facts={},

@@ -11,7 +11,7 @@ import msgspec
 from engine.actors.tokenizer import Admission
 from engine.conversation.parts import Message
 from engine.conversation.parts import Text as TextPart
-from engine.errors import RequestError
+from engine.errors import RequestError, counted
 from engine.messages.request import Embed, Generate
 from engine.messages.text import Detokenize, Detokenized, Prepare, Prepared, TextAnswer, TextJob, Tokenize, Tokenized
 from engine.text.tokenizer import Text
@@ -40,7 +40,7 @@ def _tokenized(text: Text, job: Tokenize) -> Tokenized:
         ids = text.encode_chat(job.messages, special=job.special, most=job.most, **job.options)
     if len(ids) > job.most:
         raise RequestError(
-            f"the prompt has {len(ids)} tokens, and at most {job.most} are taken; send it in parts",
+            f"the prompt has {counted(len(ids), 'token')}, and at most {job.most} are taken; send it in parts",
             param="prompt",
             code="context_length_exceeded",
         )

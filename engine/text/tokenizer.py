@@ -15,7 +15,7 @@ from engine.conversation.media import MediaProcessor, Runs, readable
 from engine.conversation.parsers import Parsers
 from engine.conversation.parts import Message
 from engine.conversation.template import ChatTemplate, requested
-from engine.errors import RequestError
+from engine.errors import RequestError, counted
 from engine.params.lengths import THE_INPUT, check_unicode
 from engine.params.sampling import SamplingDefaults
 from engine.plugin.parsing import ToolParser
@@ -155,10 +155,10 @@ class Text:
     def _check_fits(self, text: str, most: int | None, name: str) -> None:
         if most is None:
             return
-        what = "{input}" if name == "input" else f"the {name}"
+        what, size = "{input}" if name == "input" else f"the {name}", counted(len(text), "character")
         if len(text) > (taken := max(MOST_CHARACTERS, CHARACTERS * most)):
             raise RequestError(
-                f"{what} has {len(text)} characters, and at most {taken} are tokenized at once; shorten it",
+                f"{what} has {size}, and at most {taken} are tokenized at once; shorten it",
                 param=name,
                 code="context_length_exceeded",
                 facts=THE_INPUT,
@@ -167,7 +167,7 @@ class Text:
             return
         if (least := self._width.fewest(text)) > most:
             raise TooWide(
-                f"{what} has {len(text)} characters, which are at least {least} tokens, and at most {most} are taken; "
+                f"{what} has {size}, which are at least {counted(least, 'token')}, and at most {most} are taken; "
                 "shorten it",
                 param=name,
                 least=least,

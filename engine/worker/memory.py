@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.config import CacheOptions
-from engine.errors import ConfigError
+from engine.errors import ConfigError, counted
 from engine.plugin.specs import KVGroup, KVSpec, StateGroup
 from engine.runtime.memory import free_memory
 
@@ -71,7 +71,7 @@ def count_pages(
         beside = f"{_size(weight_bytes)} of weights" + (f" and {_size(states)} of states" if states else "")
         raise ConfigError(
             f"no memory for the KV cache: --memory-fraction {fraction} of {_size(total)} on {device} leaves "
-            f"{_size(max(budget, 0))} beside {beside}, and one page of {spec.page_size} tokens "
+            f"{_size(max(budget, 0))} beside {beside}, and one page of {counted(spec.page_size, 'token')} "
             f"takes {_size(spec.page_bytes)}; raise --memory-fraction, or say --kv-tokens"
         )
     return budget // spec.page_bytes
@@ -111,12 +111,12 @@ def choose_max_model_len(option: int | None, model_limit: int, cache_tokens: int
 
     Raises ConfigError when `option` is over either."""
     if option is not None and option > model_limit:
-        raise ConfigError(f"--max-model-len {option} is over the model's own limit of {model_limit} tokens")
+        raise ConfigError(f"--max-model-len {option} is over the model's own limit of {counted(model_limit, 'token')}")
     if cache_tokens is None:
         return option or model_limit
     if option is not None and option > cache_tokens:
         raise ConfigError(
-            f"--max-model-len {option} is over the {cache_tokens} tokens that the KV cache holds; "
+            f"--max-model-len {option} is over the {counted(cache_tokens, 'token')} that the KV cache holds; "
             "lower it, or raise --memory-fraction or --kv-tokens"
         )
     return min(option or model_limit, cache_tokens)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from engine.errors import RequestError
+from engine.errors import RequestError, counted
 from engine.messages.questions import Profile
 from engine.messages.step import StepPlan
 
@@ -54,7 +54,7 @@ class StepProfiler:
         self._left = in_flight + asked.steps
         self._profile = profile(activities=self._activities)
         self._profile.start()
-        log.info("tracing %d steps for %s", asked.steps, self._path)
+        log.info("tracing %s for %s", counted(asked.steps, "step"), self._path)
         return str(self._path)
 
     @contextmanager

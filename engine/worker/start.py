@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.config import Config, ProcessOptions
-from engine.errors import ConfigError
+from engine.errors import ConfigError, counted
 from engine.layers.build import Build
 from engine.layers.model import Model
 from engine.messages.control import Boot, WorkerReady
@@ -132,7 +132,7 @@ def open_source(config: Config, device: torch.device) -> Source:
 def meet(boot: Boot, device: torch.device) -> Groups:
     """Joins the other ranks."""
     mesh = Mesh(boot.rank, tp=boot.config.parallel.tp)
-    logger.info("rank %d of %d, with %d threads", boot.rank, boot.world, torch.get_num_threads())
+    logger.info("rank %d of %d, with %s", boot.rank, boot.world, counted(torch.get_num_threads(), "thread"))
     return join(mesh, boot.rendezvous, device)
 
 
@@ -209,7 +209,11 @@ def peak_bytes(model: Model, device: torch.device, slots: int, max_model_len: in
     asks for all that can be asked of its logits.
 
     Runs it on a small cache; what compiles on first use does so here."""
-    logger.info("running the largest step, of %d tokens in %d rows, for the memory that it takes", step_tokens, slots)
+    logger.info(
+        "running the largest step, of %s in %s, for the memory that it takes",
+        counted(step_tokens, "token"),
+        counted(slots, "row"),
+    )
     spec = model.kv_spec()
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)

@@ -1,11 +1,16 @@
 """An error says the same fault in the words of whichever API is asked, wherever in the engine it was found."""
 
+import re
+from pathlib import Path
+
 import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.errors import RequestError, Words
+import engine.errors
+from engine.errors import RequestError, Words, counted
 from engine.messages.reply import Failed
+from engine.params.lengths import prompt_too_long, reply_too_long
 
 FIELD = "{max_tokens} is {given}; it must be {bound}, as {min_tokens} is"
 FACTS = {"given": 7, "bound": "at most 5"}
@@ -55,3 +60,28 @@ def test_an_error_crosses_a_channel_with_its_facts() -> None:
     came = msgspec.msgpack.decode(packed, type=Failed).error
     assert came.worded(Words({"max_tokens": "n"})).message == error.worded(Words({"max_tokens": "n"})).message
     assert (came.param, came.code, came.status) == (error.param, error.code, error.status)
+
+
+def test_one_thing_is_told_in_the_singular() -> None:
+    said = [counted(count, "token") for count in (0, 1, 2)] + [counted(count, "entry", "entries") for count in (1, 2)]
+    assert said == ["0 tokens", "1 token", "2 tokens", "1 entry", "2 entries"]
+    assert str(reply_too_long(1, 64, 64)).startswith("the prompt has 1 token and max_tokens is 64, but the maximum ")
+    assert "maximum context length is 64 tokens" in str(reply_too_long(1, 64, 64))
+    assert "the prompt has 3 characters, which are at least 1 token, and" in str(prompt_too_long(1, 1, characters=3))
+
+
+def test_a_count_before_a_plural_goes_through_counted() -> None:
+    """Names of things that are counted, after a number that may be 1: `len(…)` or a %d."""
+    things = "tokens|threads|requests|prompts|entries|messages|steps|rows|pages|bytes|files|texts|replies|characters"
+    found = re.compile(rf"\{{len\([^{{}}]*\)\}} ({things})\b|%d ({things})\b")
+    # These are many, or say 0: their bound is above 1.
+    many = {"http/service.py", "http/openai/embeddings.py", "params/sampling.py", "text/pool.py", "runtime/serve.py",
+            "worker/profiling.py", "grammars/compiler.py"}  # fmt: skip
+    root = Path(engine.errors.__file__).parent
+    wrong = {
+        f"{path.relative_to(root)}: {match[0]}"
+        for path in root.rglob("*.py")
+        if str(path.relative_to(root)) not in many
+        for match in found.finditer(path.read_text())
+    }
+    assert not wrong

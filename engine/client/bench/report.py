@@ -13,7 +13,7 @@ from engine.client.bench.load import Run
 from engine.client.bench.plot import draw
 from engine.client.bench.spread import Spread, spread
 from engine.client.options import ReportOptions
-from engine.errors import ConfigError
+from engine.errors import ConfigError, counted
 
 LABELS = {
     "ttft": "time to first token (TTFT)",
@@ -94,7 +94,7 @@ def publish(report: Report, samples: Samples, options: ReportOptions) -> int:
         console.print(f"  {line}")
     console.print(table(report.milliseconds))
     for error, count in report.errors.items():
-        console.print(f"failed {count} times: {error}", style="red", markup=False)
+        console.print(f"failed {counted(count, 'time')}: {error}", style="red", markup=False)
     if options.json:
         _write(options.json, msgspec.json.format(msgspec.json.encode(report)))
     if options.plot:
@@ -112,12 +112,12 @@ def total_lines(totals: Mapping[str, float]) -> list[str]:
     """The totals in sentences."""
     if not totals:
         return []
-    counted = f"{totals['input_tokens']:.0f} tokens in ({totals['cached_tokens']:.0f} of them cached)"
+    read = f"{counted(round(totals['input_tokens']), 'token')} in ({totals['cached_tokens']:.0f} of them cached)"
     return [
-        f"{totals['answered']:.0f} requests in {totals['seconds']:.2f} s, {totals['failed']:.0f} failed",
+        f"{counted(round(totals['answered']), 'request')} in {totals['seconds']:.2f} s, {totals['failed']:.0f} failed",
         f"{totals['requests_per_second']:.2f} requests/s, {totals['output_tokens_per_second']:.1f} output tokens/s, "
         f"{totals['tokens_per_second']:.1f} tokens/s in and out",
-        f"{counted if totals['input_tokens'] else 'input tokens not reported'}, {totals['output_tokens']:.0f} out",
+        f"{read if totals['input_tokens'] else 'input tokens not reported'}, {totals['output_tokens']:.0f} out",
     ]
 
 

@@ -12,7 +12,7 @@ import anyio.lowlevel
 from aiohttp import web
 from msgspec import UNSET, Struct, UnsetType
 
-from engine.errors import RequestError, Words
+from engine.errors import RequestError, Words, counted
 from engine.http.fields import Rule, unserved
 from engine.http.grammars import OWN_FIELDS, OwnGrammar
 from engine.http.openapi import ErrorReply, Route
@@ -256,7 +256,8 @@ def spread(value: Value | list[Value] | None, count: int, name: str, default: Va
     if not isinstance(value, list):
         return [default if value is None else value] * count
     if len(value) != count:
-        message = f"{name} has {len(value)} entries for {count} prompts; send as many, or one value for all"
+        given, prompts = counted(len(value), "entry", "entries"), counted(count, "prompt")
+        message = f"{name} has {given} for {prompts}; send as many, or one value for all"
         raise RequestError(message, param=name)
     return value
 

@@ -18,7 +18,7 @@ import anyio
 from aiohttp import web
 from msgspec import UNSET, Meta, UnsetType
 
-from engine.errors import RequestError, Words
+from engine.errors import RequestError, Words, counted
 from engine.http.fields import LABEL, Rule, unserved
 from engine.http.openapi import Route
 from engine.http.request_id import called
@@ -171,7 +171,8 @@ async def score(request: web.Request, body: ScoreBody) -> web.Response:
     firsts, seconds = named(body.text_1, "text_1"), named(body.text_2, "text_2")
     if len(firsts) not in (1, len(seconds)):
         raise RequestError(
-            f"text_1 has {len(firsts)} texts and text_2 {len(seconds)}; send one text_1 for all, or one for each",
+            f"text_1 has {counted(len(firsts), 'text')} and text_2 {len(seconds)}; send one text_1 for all, or one for "
+            "each",
             param="text_1",
         )
     rid = f"score-{uuid4().hex}"

@@ -29,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.errors import counted
 from engine.kernels.dense.reference import HeadNorms, Heads, Ops, Rotation
 from engine.kernels.types import Packed, PackedMatrix
 
@@ -180,7 +181,7 @@ def _wait_for(compilations: Sequence["Future[None]"]) -> None:
             each.result()
         if pending:
             ready, seconds = len(compilations) - len(pending), time.monotonic() - began
-            log.info("%d of %d files compiled after %.0f s", ready, len(compilations), seconds)
+            log.info("%d of %s compiled after %.0f s", ready, counted(len(compilations), "file"), seconds)
 
 
 def _run(command: Sequence[str]) -> None:
