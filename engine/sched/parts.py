@@ -46,19 +46,29 @@ class Parts(Reply):
 
     def messages(self) -> list[Tokens]:
         """What is said to each front that it concerns, in their order."""
-        number, rids, ends = self._number, self.rids, self._ends
-        counts, tokens = bytes(self.counts), bytes(self.tokens)
-        plain = ends[-1] == len(rids) and not self._details()
-        last = () if plain else self._last(counts[4 * ends[-1] :], tokens[4 * ends[-1] :])
-        details: list[dict[str, Any]] = [] if plain else self._placed(self._details())
+        rids, ends = self.rids, self._ends
+        about_rows = self.finishes or self.cached or self.prefills or self.logprobs or self.prompt_logprobs
+        if about_rows or self.vectors or ends[-1] < len(rids):
+            return self._with_details()
+        number, counts, tokens = self._number, bytes(self.counts), bytes(self.tokens)
         said, start = [], 0
-        for front, end in enumerate(ends):
-            own = rids[start:end], counts[4 * start : 4 * end], tokens[4 * start : 4 * end]
-            if plain and end > start:  # most steps
-                said.append(Tokens(number, *own))
-            elif not plain and (end > start or last[front][0]):
-                columns = (mine + more for mine, more in zip(own, last[front], strict=True))
-                said.append(Tokens(number, *columns, **details[front]))
+        for end in ends:
+            if end > start:
+                said.append(Tokens(number, rids[start:end], counts[4 * start : 4 * end], tokens[4 * start : 4 * end]))
+                start = end
+        return said
+
+    def _with_details(self) -> list[Tokens]:
+        """As `messages`, where a row does not decode, or has more than a token to tell."""
+        rids, counts, tokens = self.rids, bytes(self.counts), bytes(self.tokens)
+        last = self._last(counts[4 * self._ends[-1] :], tokens[4 * self._ends[-1] :])
+        details = self._placed(self._details())
+        said, start = [], 0
+        for end, (more_rids, more_counts, more_tokens), more in zip(self._ends, last, details, strict=True):
+            own = rids[start:end] + more_rids
+            if own:
+                columns = counts[4 * start : 4 * end] + more_counts, tokens[4 * start : 4 * end] + more_tokens
+                said.append(Tokens(self._number, own, *columns, **more))
             start = end
         return said
 

@@ -31,7 +31,7 @@ class Line:
     def __init__(self) -> None:
         self.said: list[Any] = []
 
-    def put(self, frame: bytearray) -> None:
+    def put(self, frame: bytes) -> None:
         assert frame_length(frame) == len(frame) - HEADER
         self.said.append(DECODER.decode(frame[HEADER:]))
 
@@ -227,6 +227,6 @@ async def test_a_line_whose_front_is_gone_takes_what_it_gets(pair: Any) -> None:
     ours, theirs = pair
     line = SocketLine(ours)
     theirs.close()
-    line.put(bytearray(b"\0" * 100))
-    line.put(bytearray(b"\0" * 100))
+    line.put(bytes(b"\0" * 100))
+    line.put(bytes(b"\0" * 100))
     assert line.kept == 0 and not line.holds_back
