@@ -19,6 +19,7 @@ import pytest
 from engine.config import Config, ServerOptions, resolve
 from engine.errors import ConfigError
 from engine.http.listening import bound
+from engine.runtime import fronts as fronts_module
 from engine.runtime import process
 from engine.runtime.board import Counter
 from engine.runtime.fronts import FrontProcesses
@@ -55,9 +56,9 @@ class Engine:
         return self.fronts._board.of(front, Counter.REQUESTS)
 
     @asynccontextmanager
-    async def stream_on(self, front: int, length: int = LENGTH) -> AsyncIterator[aiohttp.StreamReader]:
+    async def stream_on(self, front: int, length: int = LENGTH, **more: Any) -> AsyncIterator[aiohttp.StreamReader]:
         """A long reply that comes from `front`: the kernel chooses, so others are opened and left until it does."""
-        body = {"text": "a", "stream": True, "sampling_params": {"temperature": 0, "max_new_tokens": length}}
+        body = {"text": "a", "stream": True, "sampling_params": {"temperature": 0, "max_new_tokens": length}, **more}
         for _ in range(50):
             before = self.open(front)
             async with AsyncExitStack() as stack:
@@ -147,6 +148,56 @@ async def test_a_front_that_stands_still_is_ended_and_holds_up_nobody(caplog: py
                 await anyio.sleep(0.05)
         assert any("it did nothing for 2 s and was ended" in record.message for record in caplog.records)
         await engine.settled()
+
+
+async def test_a_front_that_leaves_too_much_unread_is_ended(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fronts_module, "MOST_KEPT", 1 << 19)
+    logging.getLogger("engine").propagate = True
+    async with running(stall_seconds=600) as engine, AsyncExitStack() as stack:
+        wide = {"return_logprob": True, "top_logprobs_num": 20}
+        await stack.enter_async_context(engine.stream_on(0, 25_000, **wide))
+        first = engine.pid(0)
+        os.kill(first, signal.SIGSTOP)
+        with anyio.fail_after(60):
+            while 0 not in engine.fronts._lives or engine.pid(0) == first:
+                await anyio.sleep(0.05)
+        assert any("that it was sent, and was ended" in record.message for record in caplog.records)
+        await engine.settled()
+
+
+async def test_a_drain_lets_replies_of_all_fronts_end_and_a_close_tells_those_that_are_left() -> None:
+    whole = bytes((ord("a") + 1 + index) % 256 for index in range(LENGTH)).decode(errors="replace")
+    async with AsyncExitStack() as stack, anyio.create_task_group() as group:
+        async with running() as engine:
+            for name in (signal.SIGINT, signal.SIGTERM):  # a front heeds none
+                os.kill(engine.pid(0), name)
+            streams = [await stack.enter_async_context(engine.stream_on(front)) for front in (0, 1)]
+            longest = await stack.enter_async_context(engine.stream_on(1, 25_000))
+            left, ends = [], []
+
+            async def drain() -> None:
+                left.append(await engine.fronts.drain(60))
+
+            async def read() -> None:
+                ends.append((await longest.read()).decode())
+
+            group.start_soon(read)
+            group.start_soon(drain)
+            with anyio.fail_after(20):
+                while (await engine.asked("GET", "/health"))["status"] != "draining":
+                    await anyio.sleep(0.01)
+            refused = await engine.asked("POST", "/generate", json={"text": "a"})
+            assert refused["error"]["code"] == "draining"
+            for stream in streams:
+                assert said(await stream.read()) == whole
+            assert engine.fronts.draining and engine.fronts.end() == 1 and not left
+        with anyio.fail_after(20):
+            while not ends:
+                await anyio.sleep(0.01)
+        assert "the server is shutting down" in ends[0].strip().split("\n\n")[-1]
+        group.cancel_scope.cancel()
 
 
 async def test_a_limit_is_that_of_the_whole_engine() -> None:
