@@ -15,7 +15,6 @@ from itertools import accumulate, compress
 from engine.messages.reply import Finish, Tokens
 from engine.messages.step import Logprobs
 from engine.sched.columns import StepColumns
-from engine.sched.parts import ends_of, parts
 from engine.sched.request import Request
 from engine.sched.rows import DecodeRows
 
@@ -39,8 +38,6 @@ class Reply:
         self._number = number
         self._step = step
         self.rids: list[str] = []  # may be the step's own: replaced, not changed
-        self.requests: list[Request] = []  # the same
-        self._ends: list[int] | None = None  # where the rows of each front end that decode, if there are several
         self.counts = b""
         self.tokens = array("i")
 
@@ -66,9 +63,7 @@ class Reply:
             place = [count - 1 if kept else -1 for kept, count in zip(awaited, accumulate(awaited), strict=True)]
             requests, rids = list(compress(requests, awaited)), list(compress(rids, awaited))
             ids, tokens = list(compress(ids, awaited)), array("i", compress(tokens, awaited))
-        if self._step.ends is not None:
-            self._ends = self._step.ends if whole else ends_of(awaited, self._step.ends)
-        self.requests, self.rids, self.counts, self.tokens = requests, rids, ONE * len(rids), tokens
+        self.rids, self.counts, self.tokens = rids, ONE * len(rids), tokens
         for sequence, token in zip(ids, tokens, strict=True):
             sequence.append(token)
         if self._step.firsts:
@@ -107,7 +102,6 @@ class Reply:
             request.ids.append(token)
             if self._finish(row, request, token):
                 break
-        self.requests.append(request)
         self.rids.append(request.rid)
         self.counts += array("i", (kept,)).tobytes()
         self.tokens += tokens[:kept]
@@ -144,7 +138,6 @@ class Reply:
         for index, request in enumerate(pooled):
             if self._awaited(request):
                 row = len(self.rids)
-                self.requests = [*self.requests, request]
                 self.rids = [*self.rids, request.rid]
                 self.counts += bytes(4)
                 self.vectors += ((row, vectors[index * size : (index + 1) * size]),)
@@ -165,16 +158,10 @@ class Reply:
             prefills=self.prefills,
         )
 
-    def messages(self, fronts: int) -> list[Tokens]:
-        """As `message`, for each of so many fronts that it concerns."""
-        if not self.rids:
-            return []
-        return parts(self.message(), self.tokens, self.requests, self._ends or [0] * fronts)
 
-
-def joined(row: int, chunks: list[Logprobs]) -> Logprobs:
-    """Those of successive chunks of a prompt, as one, of row `row`."""
-    columns = zip(*((part.logprobs, part.ranks, part.top_ids, part.top_logprobs) for part in chunks), strict=True)
+def joined(row: int, parts: list[Logprobs]) -> Logprobs:
+    """Those of successive parts of a prompt, as one, of row `row`."""
+    columns = zip(*((part.logprobs, part.ranks, part.top_ids, part.top_logprobs) for part in parts), strict=True)
     return Logprobs(row, *map(b"".join, columns))
 
 
