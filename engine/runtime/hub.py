@@ -54,7 +54,7 @@ class SocketLine:
         self._less = asyncio.Event()
         self._closed = False
 
-    def put(self, frame: bytes) -> None:
+    def put(self, frame: bytes | bytearray) -> None:
         """Send `frame` after all that is kept."""
         if self._closed:
             return

@@ -74,7 +74,7 @@ class Parts(Reply):
 
     def _details(self) -> dict[str, Sequence[Any]]:
         """The columns about single rows that are not empty."""
-        columns = {
+        columns: dict[str, Sequence[Any]] = {
             "finishes": self.finishes,
             "cached": self.cached,
             "logprobs": self.logprobs,

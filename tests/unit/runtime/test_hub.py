@@ -63,7 +63,7 @@ def tokens(*rids: str) -> Tokens:
 
 async def test_what_is_of_a_front_goes_to_it_alone() -> None:
     hub, _, lines = joined(3)
-    mine = [tokens("302", "2"), Failed("102", 400, "c", "m"), Answer(256 * 9 + 2, b"x")]
+    mine: list[Any] = [tokens("302", "2"), Failed("102", 400, "c", "m"), Answer(256 * 9 + 2, b"x")]
     for message in mine:
         await hub.send(message)
     await hub.send(tokens("1"))
@@ -76,7 +76,8 @@ async def test_what_is_of_all_goes_to_all_and_to_who_comes_later() -> None:
     heard: list[Stats] = []
     hub.on_stats.append(heard.append)
     old, new = Stats("ready", steps=1), Stats("ready", steps=2)
-    for message in (old, READY, new):
+    messages: list[Any] = [old, READY, new]
+    for message in messages:
         await hub.send(message)
     assert lines[0].said == lines[1].said == [old, READY, new]
     assert heard == [old, new] and await hub.ready() == READY
