@@ -65,6 +65,7 @@ class TokenBytes(dict[int, bytes]):
     """The bytes of a byte-level token, filled in as ids are seen; `skipped` and unknown ones have none."""
 
     def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int] = frozenset()) -> None:
+        self.texts = TokenTexts(self)
         self._tokenizer = tokenizer
         self._skipped = skipped
 
@@ -74,16 +75,40 @@ class TokenBytes(dict[int, bytes]):
         return spelled
 
 
-class ByteDecoder:
-    """For byte-level tokenizers: tokens are bytes, and text is their UTF-8."""
+class TokenTexts(dict[int, str | None]):
+    """The text of a byte-level token of whole characters, None for any other; filled in as ids are seen."""
 
     def __init__(self, token_bytes: TokenBytes) -> None:
         self._token_bytes = token_bytes
+
+    def __missing__(self, id: int) -> str | None:
+        try:
+            text = self._token_bytes[id].decode()
+        except UnicodeDecodeError:
+            self[id] = None
+            return None
+        self[id] = text
+        return text
+
+
+class ByteDecoder:
+    """For byte-level tokenizers: tokens are bytes, and text is their UTF-8.
+
+    Where no character is begun, a token of whole characters is one look into a table."""
+
+    def __init__(self, token_bytes: TokenBytes) -> None:
+        self._token_bytes = token_bytes
+        self._texts = token_bytes.texts
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._begun = False  # a character, whose last bytes are still to come
 
     def push(self, ids: Sequence[int]) -> str:
+        if len(ids) == 1 and not self._begun and (text := self._texts[ids[0]]) is not None:
+            return text
         table = self._token_bytes
-        return self._utf8.decode(table[ids[0]] if len(ids) == 1 else b"".join([table[id] for id in ids]))
+        text = self._utf8.decode(b"".join([table[id] for id in ids]))
+        self._begun = bool(self._utf8.getstate()[0])
+        return text
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)

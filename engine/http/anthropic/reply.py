@@ -13,10 +13,12 @@ from engine.conversation.parsers import assembled
 from engine.conversation.reading import Reading
 from engine.errors import Words
 from engine.http.sse import describe_error
-from engine.http.wire import Reply, to_json
+from engine.http.streams import Plain
+from engine.http.wire import ENCODER, Reply, to_json
 from engine.messages.reply import Chunk
 from engine.plugin.parsing import CallArguments, CallBegin, CallEnd, Content, Event, Reasoning
 
+MARK = "\0"  # where an event's text will stand
 THREADS = "thread_unsupported_request"  # makes a client go on without threads
 ERRORS = {
     400: "invalid_request_error",
@@ -181,8 +183,9 @@ class AnthropicReply:
         self._index = -1
         self._open: type[ContentBlock] | None = None  # the kind of the block that is open
 
-    def event(self, chunk: Chunk) -> bytes:
-        """The events of `chunk`."""
+    def event(self, part: tuple[int, Chunk]) -> bytes:
+        """The events of a chunk of the one reply."""
+        _, chunk = part
         events = b""
         if not self._started:
             self._started = True
@@ -194,6 +197,14 @@ class AnthropicReply:
             events += self._close() + _event(MessageDelta(Stop(*self._stop(chunk)), _usage(chunk)))
             events += _event(MessageStop())
         return events
+
+    def plain(self, index: int) -> Plain | None:
+        """What words the text of plain tokens, in the block of text that is open."""
+        if self._open is not TextContent or (self._reader is not None and not self._reader.plain):
+            return None
+        delta = _event(BlockDelta(TextDelta(MARK), self._index))
+        before, _, after = delta.rpartition(to_json(MARK))
+        return lambda text: before + ENCODER.encode(text) + after
 
     def whole(self, reply: Chunk) -> bytes:
         """The message that is not streamed, of its chunks joined."""
