@@ -33,11 +33,12 @@ class Reply:
 
     __slots__ = (
         *("box", "cached_tokens", "completion_tokens", "decoder", "echo"),
-        *("include_stop", "plain", "prompt", "prompt_ids", "prompt_only", "prompt_tokens"),
+        *("include_stop", "plain", "plain_decoder", "prompt", "prompt_ids", "prompt_only", "prompt_tokens"),
     )
 
     def __init__(self, decoder: ReplyDecoder, opened: Open) -> None:
         self.decoder = decoder
+        self.plain_decoder = decoder.decoder
         self.box: Mailbox | None = None  # where plain tokens go, once the first chunk is there
         self.prompt_tokens = opened.prompt_tokens
         self.cached_tokens = 0
@@ -109,7 +110,9 @@ class Replies:
                 continue
             if ids and row not in told and (box := reply.box) is not None:  # most rows of most steps
                 reply.completion_tokens += count
-                box.tokens(reply.decoder.push(ids), ids, now)
+                decoder = reply.plain_decoder
+                text = decoder.texts[ids[0]] if count == 1 else None
+                box.taker.tokens(decoder.push(ids) if text is None else text, ids, now)
                 continue
             try:
                 chunk = self._row(rid, reply, ids, row, beside, hits)

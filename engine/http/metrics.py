@@ -164,7 +164,11 @@ class ReplyWatch:
 
     def tokens(self, count: int, now: float) -> None:
         """`count` more tokens came, not the first ones."""
-        self._inter.observe((now - self._last) / count, count)
+        inter, seconds = self._inter, (now - self._last) / count
+        if seconds == inter.seconds:
+            inter.alike += count
+        else:
+            inter.observe(seconds, count)
         self._tokens += count
         self._last = now
 
@@ -207,17 +211,22 @@ class TokenTimes(Collector):
     def __init__(self) -> None:
         self._counts = [0] * (len(TOKEN_BUCKETS) + 1)  # by bucket, the last without a bound
         self._sum = 0.0
-        self._seconds, self._bucket = 0.0, 0  # the last time, which all rows of a step share, and its bucket
+        self.seconds = 0.0  # the last time, which all rows of a step share
+        self.alike = 0  # tokens of that time, not counted yet
 
     def observe(self, seconds: float, count: int) -> None:
         """`count` tokens came `seconds` after the one before, each."""
-        if seconds != self._seconds:
-            self._seconds, self._bucket = seconds, bisect_left(TOKEN_BUCKETS, seconds)
-        self._counts[self._bucket] += count
-        self._sum += seconds * count
+        self._count()
+        self.seconds, self.alike = seconds, count
+
+    def _count(self) -> None:
+        self._counts[bisect_left(TOKEN_BUCKETS, self.seconds)] += self.alike
+        self._sum += self.seconds * self.alike
+        self.alike = 0
 
     def collect(self) -> Iterator[Metric]:
         """The one family."""
+        self._count()
         bounds = [*map(floatToGoString, TOKEN_BUCKETS), "+Inf"]
         yield HistogramMetricFamily(
             "engine_inter_token_seconds",

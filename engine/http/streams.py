@@ -21,10 +21,12 @@ from aiohttp.http import StreamWriter
 
 from engine.errors import Words
 from engine.http.sse import HEADERS, failure_event, words_of
+from engine.http.wire import ENCODER
 from engine.messages.reply import Chunk
 from engine.runtime.mailbox import Gathered, Mailbox
 
-Plain = Callable[[str], bytes]
+escaped = ENCODER.encode  # a text as JSON
+Around = tuple[bytes, bytes]  # what stands before and after the JSON of a text
 
 
 class Events(Protocol):
@@ -33,37 +35,62 @@ class Events(Protocol):
     def event(self, part: tuple[int, Chunk], /) -> bytes:
         """Bytes to write for a part of a choice: no event, one or several, whole."""
 
-    def plain(self, index: int, /) -> Plain | None:
-        """What words the text of plain tokens of choice `index` from now on, until `event` is called for it again;
+    def plain(self, index: int, /) -> Around | None:
+        """The event of the text of plain tokens of choice `index` from now on, until `event` is called for it again;
         None where `event` must see them."""
 
 
-class Choice:
+class Heads(dict[int, bytes]):
+    """What is written before the JSON of a text, by its length: the head of a chunk of HTTP/1.1, where there is one,
+    and the beginning of the event."""
+
+    def __init__(self, around: Around, *, chunked: bool) -> None:
+        self._before, after = around
+        self._rest = len(self._before) + len(after)
+        self._chunked = chunked
+
+    def __missing__(self, length: int) -> bytes:
+        head = b"%x\r\n" % (self._rest + length) if self._chunked else b""
+        self[length] = head + self._before
+        return self[length]
+
+
+class Choice(Gathered):
     """Takes one reply, and writes its events or gathers what they will be of."""
 
-    __slots__ = ("_index", "_plain", "_stream", "gathered", "waits")
+    __slots__ = ("_heads", "_index", "_stream", "_tail", "around", "waits")
 
     def __init__(self, stream: "Stream", index: int) -> None:
+        super().__init__()
         self._stream = stream
         self._index = index
-        self._plain: Plain | None = None
-        self.gathered = Gathered()
+        self.around: Around | None = None  # of plain tokens
+        self._heads: Heads | None = None  # the same, where they are written from here
+        self._tail = b""
         self.waits = False  # for the handler, with what is gathered
 
-    def tokens(self, text: str, ids: list[int]) -> None:
+    def tokens(self, text: str, ids: list[int], now: float) -> None:
         """Plain tokens."""
         stream = self._stream
-        if stream.direct and (plain := self._plain) is not None:
-            self.gathered.passed(len(ids))
-            if text:
-                stream.write(plain(text))
+        if (transport := stream.transport) is None or (heads := self._heads) is None:
+            super().tokens(text, ids, now)
+            stream.told(self)
             return
-        self.gathered.tokens(text, ids)
-        stream.told(self)
+        if (watch := self.watch) is not None:
+            watch.tokens(len(ids), now)
+        self._tokens += len(ids)
+        if text:
+            said = escaped(text)
+            if transport.is_closing():
+                stream.fail(ConnectionResetError("the client has left"))
+                return
+            transport.write(b"".join((heads[len(said)], said, self._tail)))
+            if transport.get_write_buffer_size() > stream.most:
+                stream.wake()
 
     def chunk(self, chunk: Chunk) -> None:
         """Any other part."""
-        self.gathered.chunk(chunk)
+        super().chunk(chunk)
         if chunk.finish is not None:
             self._stream.left -= 1
         self._stream.told(self)
@@ -76,69 +103,76 @@ class Choice:
         """The events of what is gathered."""
         self.waits = False
         events = self._stream.events
-        data = events.event((self._index, self.gathered.take()))
-        self._plain = events.plain(self._index)
+        data = events.event((self._index, self.take()))
+        around = events.plain(self._index)
+        if around is not self.around:
+            self.around = around
+            self._heads = None
         return data
+
+    def go_direct(self, *, chunked: bool) -> None:
+        """Find out what is written around plain tokens."""
+        if self._heads is None and self.around is not None:
+            self._heads = Heads(self.around, chunked=chunked)
+            self._tail = self.around[1] + (b"\r\n" if chunked else b"")
 
 
 class Stream:
-    """The way of several choices to one client. `direct` says that they write to its connection themselves; `left` is
-    how many have not ended."""
+    """The way of several choices to one client. `transport` is there while they write to it themselves, and may hold
+    `most` bytes; `left` is how many have not ended."""
 
     def __init__(self, events: Events, boxes: Sequence[Mailbox]) -> None:
         self.events = events
-        self.direct = False
+        self.transport: asyncio.Transport | None = None
+        self.most = 0
         self.left = len(boxes)
-        self._waiting: list[Choice] = []  # in order, those that have gathered something
+        self.wakes = 0  # how often the handler was woken
+        self._chunked = False
+        self._waiting: list[Choice] = []  # in order, those that have gathered something for the handler
         self._error: Exception | None = None
         self._wanted: asyncio.Future[None] | None = None
-        self._writer: StreamWriter | None = None
-        self._transport: asyncio.Transport | None = None
-        self._most = 0  # bytes that the transport may hold
-        for index, box in enumerate(boxes):
-            box.hand_to(Choice(self, index))
+        self._choices = [Choice(self, index) for index in range(len(boxes))]
+        for box, choice in zip(boxes, self._choices, strict=True):
+            box.hand_to(choice)
 
     # ── called by choices ────────────────────────────────────────────────────────────────────
 
     def told(self, choice: Choice) -> None:
         """`choice` has gathered something: write it, or leave it to the handler. The last event is for the handler,
         which ends the answer with it in one write."""
-        if not self.direct or not self.left:
+        if self.transport is None or not self.left:
             if not choice.waits:
                 choice.waits = True
                 self._waiting.append(choice)
-            self._wake()
+            self.wake()
             return
         try:
             data = choice.events()
         except Exception as error:  # of this request alone: the others of the step go on
             self.fail(error)
-        else:
-            if data:
-                self.write(data)
+            return
+        choice.go_direct(chunked=self._chunked)
+        if data:
+            self._write(self.transport, data)
 
-    def write(self, data: bytes) -> None:
-        """Write events to the connection at once."""
-        transport, writer = self._transport, self._writer
-        assert transport is not None and writer is not None
+    def _write(self, transport: asyncio.Transport, data: bytes) -> None:
         if transport.is_closing():
             self.fail(ConnectionResetError("the client has left"))
             return
-        if writer.chunked:
-            data = b"%x\r\n%b\r\n" % (len(data), data)
-        writer.output_size += len(data)
-        transport.write(data)
-        if transport.get_write_buffer_size() > self._most:
-            self._wake()
+        transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        if transport.get_write_buffer_size() > self.most:
+            self.wake()
 
     def fail(self, error: Exception) -> None:
         """End the stream with `error`, unless it has one."""
         self._error = self._error or error
-        self._wake()
+        self.wake()
 
-    def _wake(self) -> None:
-        self.direct = False
+    def wake(self) -> None:
+        """From now on leave all to the handler."""
+        self.transport = None
         if (wanted := self._wanted) is not None and not wanted.done():
+            self.wakes += 1
             wanted.set_result(None)
 
     # ── called by the handler ────────────────────────────────────────────────────────────────
@@ -174,12 +208,16 @@ class Stream:
 
     def _go_direct(self, request: web.Request, response: web.StreamResponse, writer: StreamWriter) -> None:
         """Let choices write to the connection, if its headers are sent and bytes need no change on the way."""
-        transport = request.transport
+        transport = cast(asyncio.Transport | None, request.transport)
         if transport is None:
             raise ConnectionResetError("the client has left")
-        self._writer, self._transport = writer, cast(asyncio.Transport, transport)
-        self._most = self._transport.get_write_buffer_limits()[1]
-        self.direct = writer.output_size > 0 and writer.length is None and not response.compression
+        if not writer.output_size or writer.length is not None or response.compression:
+            return
+        self._chunked = writer.chunked
+        self.most = transport.get_write_buffer_limits()[1]
+        for choice in self._choices:
+            choice.go_direct(chunked=writer.chunked)
+        self.transport = transport
 
     async def _woken(self) -> None:
         if not self._waiting and self._error is None:

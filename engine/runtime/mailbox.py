@@ -35,18 +35,21 @@ def joined(chunks: Sequence[Chunk]) -> Chunk:
 class Taker(Protocol):
     """What takes one reply as it comes. Nothing here may wait or raise."""
 
-    def tokens(self, text: str, ids: list[int]) -> None:
-        """The text of new tokens with nothing beside them, neither the first nor the last of the reply."""
+    watch: "Watch | None"
+
+    def tokens(self, text: str, ids: list[int], now: float) -> None:
+        """The text of new tokens that came at `now` (as perf_counter has it), with nothing beside them, neither the
+        first nor the last of the reply. `watch` is to be told."""
 
     def chunk(self, chunk: Chunk) -> None:
-        """Any other part of the reply; the last has a finish reason."""
+        """Any other part of the reply, of which `watch` knows; the last has a finish reason."""
 
     def fail(self, error: Exception) -> None:
         """The reply ends with `error`."""
 
 
 class Watch(Protocol):
-    """What is told when parts of one reply came, `now` as perf_counter has it."""
+    """What is told when parts of one reply come."""
 
     def tokens(self, count: int, now: float) -> None: ...
 
@@ -58,9 +61,10 @@ class Watch(Protocol):
 class Gathered:
     """Successive parts of one reply, until they are taken as one chunk. A chunk comes before any plain tokens."""
 
-    __slots__ = ("_chunks", "_ids", "_last", "_texts", "_tokens")
+    __slots__ = ("_chunks", "_ids", "_last", "_texts", "_tokens", "watch")
 
     def __init__(self) -> None:
+        self.watch: Watch | None = None
         self._chunks: list[Chunk] = []
         self._texts: list[str] = []  # of plain tokens after those chunks
         self._ids: list[int] = []
@@ -70,15 +74,13 @@ class Gathered:
     def __bool__(self) -> bool:
         return bool(self._chunks or self._ids)
 
-    def tokens(self, text: str, ids: list[int]) -> None:
+    def tokens(self, text: str, ids: list[int], now: float) -> None:
         """Take in plain tokens."""
+        if (watch := self.watch) is not None:
+            watch.tokens(len(ids), now)
         self._texts.append(text)
         self._ids += ids
         self._tokens += len(ids)
-
-    def passed(self, count: int) -> None:
-        """Count plain tokens that went another way."""
-        self._tokens += count
 
     def chunk(self, chunk: Chunk) -> None:
         """Take in any other part."""
@@ -103,93 +105,110 @@ class Gathered:
         return Chunk(last.rid, text, ids, None, None, last.prompt_tokens, last.cached_tokens, completed)
 
 
-class Mailbox:
-    """What one request is told.
+class Inbox(Gathered):
+    """Gathers a reply for a task that waits for each part.
 
-    A bare future wakes its reader: with hundreds of replies a step, an event made anew for each costs more than
-    all the scheduling.
-    """
+    A bare future wakes it: with hundreds of replies a step, an event made anew for each costs more than all the
+    scheduling."""
 
-    __slots__ = ("_closed", "_gathered", "_taker", "_wanted", "ended", "error", "failed", "key", "rid", "watch")
+    __slots__ = ("_wanted", "error")
 
-    def __init__(self, rid: str, key: str) -> None:
-        self.rid = rid  # as its client calls it
-        self.key = key
+    def __init__(self) -> None:
+        super().__init__()
         self.error: Exception | None = None  # until it is raised
-        self.failed = False
-        self.ended = False  # the last chunk is here
-        self.watch: Watch | None = None
-        self._gathered = Gathered()
-        self._taker: Taker | None = None
         self._wanted: asyncio.Future[None] | None = None
-        self._closed = False
 
     def tokens(self, text: str, ids: list[int], now: float) -> None:
-        """New tokens that came at `now`, of which there is nothing to say but this."""
-        if (watch := self.watch) is not None:
-            watch.tokens(len(ids), now)
-        if (taker := self._taker) is not None:
-            taker.tokens(text, ids)
-        elif not self._closed:
-            self._gathered.tokens(text, ids)
-            self._wake()
+        """Take in plain tokens."""
+        super().tokens(text, ids, now)
+        self._wake()
 
-    def put(self, chunk: Chunk, now: float | None = None) -> None:
-        """Any other part of the reply."""
-        self.ended = self.ended or chunk.finish is not None
-        if (watch := self.watch) is not None:
-            watch.chunk(chunk, perf_counter() if now is None else now)
-        if (taker := self._taker) is not None:
-            taker.chunk(chunk)
-        elif not self._closed:
-            self._gathered.chunk(chunk)
-            self._wake()
+    def chunk(self, chunk: Chunk) -> None:
+        """Take in any other part."""
+        super().chunk(chunk)
+        self._wake()
 
     def fail(self, error: Exception) -> None:
-        """End the reply with `error`."""
-        if self._closed:
-            return
-        self.failed = True
-        if (watch := self.watch) is not None:
-            watch.fail(error)
-        if (taker := self._taker) is not None:
-            taker.fail(error)
-        else:
-            self.error = error
-            self._wake()
+        """The reply ends with `error`."""
+        self.error = error
+        self._wake()
 
-    def hand_to(self, taker: Taker) -> None:
-        """Let `taker` have what is here, and from now on all that comes."""
-        self._taker = taker
-        if self._gathered:
-            taker.chunk(self._gathered.take())
-        if self.error is not None:
-            taker.fail(self._taken_error())
-
-    def close(self) -> None:
-        """Its reader has left: nothing is kept, and nobody is told."""
-        self._closed = True
-        self._taker = self.watch = self.error = None
-        self._gathered = Gathered()
-
-    async def take(self) -> Chunk:
+    async def part(self) -> Chunk:
         """What has arrived, merged into one chunk; raises the request's error once all else is taken."""
-        while not self._gathered:
-            if self.failed:
-                raise self._taken_error()
+        while not self:
+            if self.error is not None:
+                raise self.taken_error()
             self._wanted = asyncio.get_running_loop().create_future()
             await self._wanted
-        return self._gathered.take()
+        return self.take()
+
+    def taken_error(self) -> Exception:
+        """The error, which is held here no longer: its traceback leads to this mailbox, and to the whole request."""
+        error, self.error = self.error, None
+        assert error is not None, "an error is taken once"
+        return error
 
     def _wake(self) -> None:
         if (wanted := self._wanted) is not None and not wanted.done():
             wanted.set_result(None)
 
-    def _taken_error(self) -> Exception:
-        """The error, which is held here no longer: its traceback leads to this mailbox, and to the whole request."""
-        error, self.error = self.error, None
-        assert error is not None, "an error is taken once"
-        return error
+
+class Nobody:
+    """Takes what comes for a reader that has left."""
+
+    watch: Watch | None = None
+
+    def tokens(self, text: str, ids: list[int], now: float) -> None: ...
+
+    def chunk(self, chunk: Chunk) -> None: ...
+
+    def fail(self, error: Exception) -> None: ...
+
+
+class Mailbox:
+    """What one request is told. The detokenizer gives plain tokens to `taker` itself, all else to `put` and `fail`."""
+
+    __slots__ = ("_inbox", "ended", "failed", "key", "rid", "taker", "watch")
+
+    def __init__(self, rid: str, key: str) -> None:
+        self.rid = rid  # as its client calls it
+        self.key = key
+        self.failed = False
+        self.ended = False  # the last chunk is here
+        self.watch: Watch | None = None
+        self._inbox = Inbox()
+        self.taker: Taker = self._inbox
+
+    def put(self, chunk: Chunk, now: float | None = None) -> None:
+        """A part of the reply that is more than plain tokens."""
+        self.ended = self.ended or chunk.finish is not None
+        if (watch := self.watch) is not None:
+            watch.chunk(chunk, perf_counter() if now is None else now)
+        self.taker.chunk(chunk)
+
+    def fail(self, error: Exception) -> None:
+        """End the reply with `error`."""
+        self.failed = True
+        if (watch := self.watch) is not None:
+            watch.fail(error)
+        self.taker.fail(error)
+
+    def hand_to(self, taker: Taker) -> None:
+        """Let `taker` have what is here, and from now on all that comes."""
+        self.taker, inbox = taker, self._inbox
+        taker.watch = self.watch
+        if inbox:
+            taker.chunk(inbox.take())
+        if inbox.error is not None:
+            taker.fail(inbox.taken_error())
+
+    def close(self) -> None:
+        """Its reader has left: nothing is kept, and nobody is told."""
+        self.taker, self.watch, self._inbox = Nobody(), None, Inbox()
+
+    async def take(self) -> Chunk:
+        """What has arrived, merged into one chunk; raises the request's error once all else is taken."""
+        return await self._inbox.part()
 
 
 # ── replies that are read once they have ended ───────────────────────────────────────────────

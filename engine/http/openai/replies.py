@@ -29,8 +29,8 @@ from engine.http.openai.logprobs import (
 )
 from engine.http.service import SERVICE, answer, sampled
 from engine.http.sse import DONE, data_event
-from engine.http.streams import Plain
-from engine.http.wire import ENCODER, Reply, to_json
+from engine.http.streams import Around
+from engine.http.wire import Reply, to_json
 from engine.messages.reply import Chunk
 from engine.messages.request import Generate
 from engine.plugin.parsing import CallArguments, CallBegin, CallEnd, Content, Event, Reasoning
@@ -288,22 +288,19 @@ class OpenAIReply:
             case CallEnd():
                 return b""
 
-    def plain(self, index: int) -> Plain | None:
-        """What words the text of plain tokens of choice `index`, where there is no more to tell of them."""
+    def plain(self, index: int) -> Around | None:
+        """The event of the text of plain tokens of choice `index`, where there is no more to tell of them."""
         reader = self._readers[index]
         if self._detailed or (reader is not None and not reader.plain):
             return None
-        before, after = self._text_around(index, Content, Content(MARK))
-        return lambda text: before + ENCODER.encode(text) + after
+        return self._text_around(index, Content, Content(MARK))
 
     def _text_event(self, index: int, kind: Hashable, told: Content | Reasoning | CallArguments) -> bytes:
         """An event of choice `index` with a text alone."""
         before, after = self._text_around(index, kind, told)
         return before + to_json(told.text) + after
 
-    def _text_around(
-        self, index: int, kind: Hashable, told: Content | Reasoning | CallArguments
-    ) -> tuple[bytes, bytes]:
+    def _text_around(self, index: int, kind: Hashable, told: Content | Reasoning | CallArguments) -> Around:
         """What stands around such a text: the same for all of a `kind`."""
         around = self._around.get((index, kind))
         if around is None:
