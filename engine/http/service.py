@@ -61,29 +61,43 @@ class Service:
         return self.metrics.watch(self.front.generate(job), endpoint, None if trace is None else trace.reply(job))
 
     @asynccontextmanager
-    async def replies(self, jobs: Sequence[Job], endpoint: str) -> AsyncIterator[list[Mailbox]]:
-        """The mailboxes of the replies to `jobs`, counted and traced as by `generate`; leaving aborts what goes on."""
+    async def replies(
+        self, request: web.Request, rid: str, jobs: Sequence[Job], endpoint: str
+    ) -> AsyncIterator[list[Mailbox]]:
+        """The mailboxes of the replies to `jobs`, by which `request`, known as `rid`, is answered. They are counted and
+        traced as by `generate`; leaving aborts what goes on."""
         boxes: list[Mailbox] = []
         watches: list[ReplyWatch] = []
-        trace = TRACE.get()
         try:
-            for job in jobs:
-                watches.append(watch := self.metrics.watching(endpoint, None if trace is None else trace.reply(job)))
-                try:
-                    box = self.front.begin(job)
-                except Exception as error:
-                    watch.fail(error)
-                    raise
-                box.watch = watch
-                boxes.append(box)
-                if len(boxes) % STARTED == 0:
-                    await anyio.lowlevel.checkpoint()
-            yield boxes
+            try:
+                for job in jobs:
+                    self._begin(job, endpoint, boxes, watches)
+                    if len(boxes) % STARTED == 0:
+                        await anyio.lowlevel.checkpoint()
+            finally:
+                id = called(request, rid)
+            with self.known_as(id, rid, jobs):
+                yield boxes
         finally:
             for box in boxes:
                 self.front.leave(box)
             for watch in watches:
                 watch.end()
+
+    def _begin(self, job: Job, endpoint: str, boxes: list[Mailbox], watches: list[ReplyWatch]) -> None:
+        """Begin one, and watch it, refused or not."""
+        try:
+            boxes.append(box := self.front.begin(job))
+        except Exception as error:
+            watches.append(self._watch(job, endpoint))
+            watches[-1].fail(error)
+            raise
+        watches.append(self._watch(job, endpoint))
+        box.watch = watches[-1]
+
+    def _watch(self, job: Job, endpoint: str) -> ReplyWatch:
+        trace = TRACE.get()
+        return self.metrics.watching(endpoint, None if trace is None else trace.reply(job))
 
     def abort(self, rid: str | None) -> int:
         """End what runs as `rid`, all its replies, or everything with None; how many replies were open."""
@@ -232,10 +246,9 @@ async def answer(
     if (trace := TRACE.get()) is not None:
         trace.samples = samples
     service = request.app[SERVICE]
-    opened = service.replies(jobs, endpoint)
-    with service.known_as(called(request, rid), rid, jobs):
-        if stream:
-            return await send_replies(request, opened, reply)
-        async with opened as boxes:
-            replies = await whole(boxes)
+    opened = service.replies(request, rid, jobs, endpoint)
+    if stream:
+        return await send_replies(request, opened, reply)
+    async with opened as boxes:
+        replies = await whole(boxes)
     return json_response(reply.whole(replies))

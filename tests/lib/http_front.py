@@ -101,8 +101,9 @@ class FakeFront:
 
     def begin(self, request: Generate) -> Mailbox:
         """As the front's; what `generate` yields comes into the mailbox."""
+        reply = self.generate(request)
         box = Mailbox(request.rid, request.rid)
-        self._pumps[box] = asyncio.get_running_loop().create_task(self._pump(box, self.generate(request)))
+        self._pumps[box] = asyncio.get_running_loop().create_task(self._pump(box, reply))
         return box
 
     async def _pump(self, box: Mailbox, reply: AsyncGenerator[Chunk, None]) -> None:
@@ -110,7 +111,9 @@ class FakeFront:
             async with aclosing(reply):
                 async for chunk in reply:
                     box.put(chunk)
-                    await anyio.lowlevel.checkpoint()  # its reader takes one chunk at a time
+                    await anyio.lowlevel.checkpoint()
+                    while getattr(box.taker, "waits", False):  # its reader takes one chunk at a time
+                        await anyio.sleep(0.001)
         except Exception as error:
             box.fail(error)
 

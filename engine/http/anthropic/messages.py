@@ -20,7 +20,6 @@ from engine.http.effort import with_effort
 from engine.http.fields import ECHO, LABEL, Only, Rule, hint, ignore, label, unserved
 from engine.http.native.tokenize import tokenized
 from engine.http.openapi import Route
-from engine.http.request_id import called
 from engine.http.service import SERVICE, sampling_of
 from engine.http.sse import WORDS
 from engine.http.streams import send_replies
@@ -288,12 +287,11 @@ async def messages(request: web.Request, body: MessagesBody) -> web.StreamRespon
     rid = f"msg_{uuid4().hex}"
     job = Generate(rid, messages=conversation, **options, **reading.job)
     reply = AnthropicReply(rid, service.model, reading)
-    opened = service.replies([job], "messages")
-    with service.known_as(called(request, rid), rid, [job]):
-        if body.stream:
-            return await send_replies(request, opened, reply, failure=failure_event)
-        async with opened as boxes:
-            (made,) = await whole(boxes)
+    opened = service.replies(request, rid, [job], "messages")
+    if body.stream:
+        return await send_replies(request, opened, reply, failure=failure_event)
+    async with opened as boxes:
+        (made,) = await whole(boxes)
     return json_response(reply.whole(made))
 
 

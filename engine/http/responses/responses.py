@@ -96,17 +96,15 @@ async def create(request: web.Request, body: ResponsesBody) -> web.StreamRespons
     asked = described(body, defaults.under(sampling), service.model, wanted)
     response = Response(asked, conversation, reading, scored=sampling.logprobs is not None)
     job = Generate(response.id, messages=messages, priority=body.priority or 0, **options, **reading.job)
-    id = called(request, response.id)
     if body.background:
-        store.run(response, _generate(service, id, job), words_of(request))
+        store.run(response, _generate(service, called(request, response.id), job), words_of(request))
         return await _follow(request, response) if body.stream else json_response(response.object())
-    opened = service.replies([job], "responses")
+    opened = service.replies(request, response.id, [job], "responses")
     recorded = Recorded(response, store if keep else None)
-    with service.known_as(id, job.rid, [job]):
-        if body.stream:
-            return await send_replies(request, opened, recorded, failure=recorded.events.failure)
-        async with opened as boxes:
-            (made,) = await whole(boxes)
+    if body.stream:
+        return await send_replies(request, opened, recorded, failure=recorded.events.failure)
+    async with opened as boxes:
+        (made,) = await whole(boxes)
     recorded.add(made)
     return json_response(response.object())
 
