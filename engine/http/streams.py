@@ -14,7 +14,7 @@ of mailboxes (`sse.send_events`).
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol, cast
+from typing import Protocol
 
 from aiohttp import web
 from aiohttp.http import StreamWriter
@@ -126,7 +126,6 @@ class Stream:
         self.transport: asyncio.Transport | None = None
         self.most = 0
         self.left = len(boxes)
-        self.wakes = 0  # how often the handler was woken
         self._chunked = False
         self._waiting: list[Choice] = []  # in order, those that have gathered something for the handler
         self._error: Exception | None = None
@@ -172,7 +171,6 @@ class Stream:
         """From now on leave all to the handler."""
         self.transport = None
         if (wanted := self._wanted) is not None and not wanted.done():
-            self.wakes += 1
             wanted.set_result(None)
 
     # ── called by the handler ────────────────────────────────────────────────────────────────
@@ -208,7 +206,7 @@ class Stream:
 
     def _go_direct(self, request: web.Request, response: web.StreamResponse, writer: StreamWriter) -> None:
         """Let choices write to the connection, if its headers are sent and bytes need no change on the way."""
-        transport = cast(asyncio.Transport | None, request.transport)
+        transport = request.transport
         if transport is None:
             raise ConnectionResetError("the client has left")
         if not writer.output_size or writer.length is not None or response.compression:
