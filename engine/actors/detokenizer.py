@@ -1,37 +1,45 @@
 """The detokenizer actor: tokens become text, and a stop string ends a reply.
 
-`Replies` is the logic: one open reply a request, fed with the `Tokens` of each step, answering with one
-`Chunk` for each request that has something to say. Unknown rids are ignored: a reply that a stop string
-ended may still get the token of a step that was already in flight.
+`Replies` is the logic: one open reply a request, fed with the `Tokens` of each step. Most rows of most steps are plain:
+new tokens, neither the first nor the last of their reply, with nothing beside them. Their text goes straight into the
+request's mailbox, and no struct is made. Any other row is answered with a `Chunk`. Unknown rids are ignored: a reply
+that a stop string ended may still get the token of a step that was already in flight.
 """
 
 from array import array
+from collections.abc import Mapping
+from time import perf_counter
+from types import MappingProxyType
 
 import msgspec
 from anyio.streams.memory import MemoryObjectReceiveStream
 
 from engine.errors import RequestError
-from engine.messages import FromFront, ToDetokenizer, ToHttp
-from engine.messages.reply import Chunk, Chunks, Failed, Finish, TokenLogprob, Tokens
+from engine.messages import FromFront, ToDetokenizer
+from engine.messages.reply import Chunk, Failed, Finish, TokenLogprob, Tokens
 from engine.messages.request import Open, StopHit
 from engine.messages.step import Logprobs
 from engine.runtime.channel import Outbox
+from engine.runtime.mailbox import Mailbox
 from engine.text.decoding import ReplyDecoder
 from engine.text.tokenizer import Text
 
 IMPOSSIBLE = -9999.0  # the log-probability of what cannot be, which JSON has no number for
+NOWHERE: Mapping[str, Mailbox] = MappingProxyType({})
 
 
 class Reply:
     """One request's text so far: what its decoder holds and the counts that go with it."""
 
     __slots__ = (
-        *("cached_tokens", "completion_tokens", "decoder", "echo"),
-        *("include_stop", "plain", "prompt", "prompt_ids", "prompt_only", "prompt_tokens"),
+        *("box", "cached_tokens", "completion_tokens", "decoder", "echo"),
+        *("include_stop", "plain", "plain_decoder", "prompt", "prompt_ids", "prompt_only", "prompt_tokens"),
     )
 
     def __init__(self, decoder: ReplyDecoder, opened: Open) -> None:
         self.decoder = decoder
+        self.plain_decoder = decoder.decoder
+        self.box: Mailbox | None = None  # where plain tokens go, once the first chunk is there
         self.prompt_tokens = opened.prompt_tokens
         self.cached_tokens = 0
         self.completion_tokens = 0
@@ -45,11 +53,24 @@ class Reply:
         self.plain = not (opened.stop or opened.stop_regex or about_prompt)
 
 
-class Replies:
-    """The open replies, by rid."""
+class Beside:
+    """What the `Tokens` of a step say beside tokens, by row; `rows` are those that it says anything of."""
 
-    def __init__(self, text: Text) -> None:
+    def __init__(self, message: Tokens) -> None:
+        self.finishes = {finish.row: finish for finish in message.finishes}
+        self.cached, self.prefills = dict(message.cached), dict(message.prefills)
+        self.scores = {part.row: part for part in message.logprobs}
+        self.prompts = {part.row: part for part in message.prompt_logprobs}
+        self.vectors = dict(message.vectors)
+        self.rows = {*self.finishes, *self.cached, *self.prefills, *self.scores, *self.prompts, *self.vectors}
+
+
+class Replies:
+    """The open replies, by rid. `boxes` are the mailboxes of requests, by rid too."""
+
+    def __init__(self, text: Text, boxes: Mapping[str, Mailbox] = NOWHERE) -> None:
         self._text = text
+        self._boxes = boxes
         self._open: dict[str, Reply] = {}
 
     def __len__(self) -> int:
@@ -70,16 +91,15 @@ class Replies:
     def close(self, rid: str) -> None:
         self._open.pop(rid, None)
 
-    def tokens(self, message: Tokens) -> tuple[list[Chunk], list[StopHit], list[Failed]]:
-        """The chunks of one step, and the replies that a stop string has ended in it, or an error."""
+    def tokens(self, message: Tokens, now: float = 0.0) -> tuple[list[Chunk], list[StopHit], list[Failed]]:
+        """The chunks of one step, which came at `now`, and the replies that a stop string has ended in it, or an error.
+
+        Plain rows are in their mailboxes already, if they have one."""
         chunks: list[Chunk] = []
         hits: list[StopHit] = []
         failures: list[Failed] = []
-        finishes = {finish.row: finish for finish in message.finishes}
-        cached, prefills = dict(message.cached), dict(message.prefills)
-        scores = {part.row: part for part in message.logprobs}
-        prompts = {part.row: part for part in message.prompt_logprobs}
-        vectors = dict(message.vectors)
+        beside = Beside(message)
+        told = beside.rows
         flat = array("i", message.tokens).tolist()
         at = 0
         for row, (rid, count) in enumerate(zip(message.rids, array("i", message.counts), strict=True)):
@@ -88,35 +108,47 @@ class Replies:
             reply = self._open.get(rid)
             if reply is None:
                 continue
-            if row in cached:
-                reply.cached_tokens = cached[row]
-            finish = finishes.get(row)
-            if reply.plain and finish is None and row not in scores and row not in prefills:  # most rows of most steps
+            if ids and row not in told and (box := reply.box) is not None:  # most rows of most steps
                 reply.completion_tokens += count
-                text, counts = reply.decoder.push(ids), (reply.prompt_tokens, reply.cached_tokens)
-                chunks.append(Chunk(rid, text, ids, None, None, *counts, reply.completion_tokens))
+                decoder = reply.plain_decoder
+                text = decoder.texts[ids[0]] if count == 1 else None
+                box.taker.tokens(decoder.push(ids) if text is None else text, ids, now)
                 continue
             try:
-                chunk, ended_here = self._advance(rid, reply, ids, finish)
+                chunk = self._row(rid, reply, ids, row, beside, hits)
             except RequestError as error:
                 self.close(rid)
                 hits.append(StopHit(rid, reply.decoder.used))
                 failures.append(Failed.of(rid, error))
                 continue
-            if ended_here:
-                hits.append(StopHit(rid, reply.decoder.kept))
-            if chunk.finish is not None:
-                self.close(rid)
-            elif not chunk.text and not chunk.ids:
-                continue
-            if row in vectors:
-                chunk = msgspec.structs.replace(chunk, vector=vectors[row])
-            if reply.echo or reply.prompt is not None or reply.prompt_ids or row in scores:
-                chunk = self._completed(chunk, reply, scores.get(row), prompts.get(row))
-            if row in prefills:
-                chunk = msgspec.structs.replace(chunk, prefill_seconds=prefills[row])
-            chunks.append(chunk)
+            if chunk is not None:
+                chunks.append(chunk)
+                if reply.plain:
+                    reply.box = self._boxes.get(rid)
         return chunks, hits, failures
+
+    def _row(
+        self, rid: str, reply: Reply, ids: list[int], row: int, beside: Beside, hits: list[StopHit]
+    ) -> Chunk | None:
+        """What a row says, None if that is nothing; to `hits` comes a stop in it that the scheduler does not know of.
+
+        Raises RequestError when a stop expression takes too long."""
+        if row in beside.cached:
+            reply.cached_tokens = beside.cached[row]
+        chunk, ended_here = self._advance(rid, reply, ids, beside.finishes.get(row))
+        if ended_here:
+            hits.append(StopHit(rid, reply.decoder.kept))
+        if chunk.finish is not None:
+            self.close(rid)
+        elif not chunk.text and not chunk.ids:
+            return None
+        if row in beside.vectors:
+            chunk = msgspec.structs.replace(chunk, vector=beside.vectors[row])
+        if reply.echo or reply.prompt is not None or reply.prompt_ids or row in beside.scores:
+            chunk = self._completed(chunk, reply, beside.scores.get(row), beside.prompts.get(row))
+        if row in beside.prefills:
+            chunk = msgspec.structs.replace(chunk, prefill_seconds=beside.prefills[row])
+        return chunk
 
     def _advance(self, rid: str, reply: Reply, ids: list[int], finish: Finish | None) -> tuple[Chunk, bool]:
         """What the new `ids` of `reply` say, and whether they hold a stop that the scheduler does not know of.
@@ -183,33 +215,44 @@ class Replies:
 
 
 class DetokenizerActor:
+    """Puts replies into `boxes`, the mailboxes of the front of this process, by rid."""
+
     name = "detokenizer"
 
     def __init__(
         self,
-        replies: Replies,
+        text: Text,
+        boxes: Mapping[str, Mailbox],
         inbox: MemoryObjectReceiveStream[ToDetokenizer],
         scheduler: Outbox[FromFront],
-        http: Outbox[ToHttp],
     ) -> None:
-        self.replies = replies
+        self.replies = Replies(text, boxes)
+        self.boxes = boxes
         self.inbox = inbox
         self.scheduler = scheduler
-        self.http = http
 
     async def run(self) -> None:
         async for message in self.inbox:
             match message:
+                case Tokens():
+                    await self._tell(message)
                 case Open():
                     self.replies.open(message)
                 case Failed():
                     self.replies.close(message.rid)
-                    await self.http.send(message)
-                case Tokens():
-                    chunks, hits, failures = self.replies.tokens(message)
-                    for hit in hits:
-                        await self.scheduler.send(hit)
-                    for failure in failures:
-                        await self.http.send(failure)
-                    if chunks:
-                        await self.http.send(Chunks(chunks))
+                    self._fail(message)
+
+    async def _tell(self, message: Tokens) -> None:
+        now = perf_counter()
+        chunks, hits, failures = self.replies.tokens(message, now)
+        for failure in failures:
+            self._fail(failure)
+        for chunk in chunks:
+            if (box := self.boxes.get(chunk.rid)) is not None:
+                box.put(chunk, now)
+        for hit in hits:
+            await self.scheduler.send(hit)
+
+    def _fail(self, failed: Failed) -> None:
+        if (box := self.boxes.get(failed.rid)) is not None:
+            box.fail(failed.error)

@@ -1,7 +1,7 @@
 """What the server counts, in Prometheus' text format, from two sources.
 
-Latencies are measured here, where a reply passes on its way to its client: `watch` wraps its stream. Figures of
-the scheduler are read from the front's latest Stats when Prometheus asks. Each server has its own registry, so
+Latencies are measured where the tokens of a reply come, before they are written to its client (`ReplyWatch`). Figures
+of the scheduler are read from the front's latest Stats when Prometheus asks. Each server has its own registry, so
 two servers in one process do not mix. docs/http.md lists the names.
 """
 
@@ -13,6 +13,7 @@ from itertools import accumulate
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+import msgspec
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -68,15 +69,15 @@ class Metrics:
             ["status"],
             registry=self.registry,
         )
-        self._first_token = Histogram(
+        self.first_token = Histogram(
             "engine_time_to_first_token_seconds",
             "From a request's arrival to its first token",
             buckets=FIRST_TOKEN_BUCKETS,
             registry=self.registry,
         )
-        self._inter_token = TokenTimes()
-        self.registry.register(self._inter_token)
-        self._request = Histogram(
+        self.inter_token = TokenTimes()
+        self.registry.register(self.inter_token)
+        self.request = Histogram(
             "engine_request_seconds",
             "From a request's arrival to the end of its reply",
             buckets=REQUEST_BUCKETS,
@@ -93,45 +94,29 @@ class Metrics:
             registry=self.registry,
         )
 
+    def watching(self, endpoint: str, trace: ReplyTrace | None = None) -> "ReplyWatch":
+        """A watch over a reply that begins now; `trace` is told of it too."""
+        return ReplyWatch(self, endpoint, trace)
+
     async def watch(
         self, stream: AsyncGenerator[Chunk], endpoint: str, trace: ReplyTrace | None = None
     ) -> AsyncGenerator[Chunk]:
         """`stream` unchanged, its times and its end recorded, in `trace` too; closing this closes it."""
-        start = last = perf_counter()
-        first, tokens, prefill = None, 0, None
-        chunk: Chunk | None = None
-        reason = "disconnect"
+        watch = self.watching(endpoint, trace)
         try:
             async with aclosing(stream):
                 async for chunk in stream:
-                    now = perf_counter()
-                    new = chunk.completion_tokens - tokens
-                    if new > 0:
-                        if first is None:
-                            first, prefill = now, chunk.prefill_seconds
-                        self._observe_tokens(now - last, new, first=tokens == 0)
-                        tokens, last = chunk.completion_tokens, now
-                    if chunk.finish is not None:
-                        reason = chunk.finish
-                        self._request.observe(now - start)
+                    watch.chunk(chunk, perf_counter())
                     yield chunk
         except Exception as error:
-            reason = "refused" if isinstance(error, EngineError) and not tokens else "error"
-            if trace is not None:
-                trace.fail(error)
+            watch.fail(error)
             raise
         finally:
-            self._requests.labels(endpoint, reason).inc()
-            if (tally := TALLY.get()) is not None:
-                tally.add(chunk, first, reason)
-            if trace is not None:
-                trace.end(chunk, (first, last), prefill)
+            watch.end()
 
-    def _observe_tokens(self, seconds: float, new: int, *, first: bool) -> None:
-        if first:
-            self._first_token.observe(seconds)
-        else:
-            self._inter_token.observe(seconds / new, new)
+    def count_end(self, endpoint: str, reason: str) -> None:
+        """A reply for `endpoint` is over."""
+        self._requests.labels(endpoint, reason).inc()
 
     def count_error(self, status: int) -> None:
         """An error answer with HTTP `status` is about to be sent."""
@@ -156,6 +141,69 @@ class Metrics:
         return encode(self._shown), content_type
 
 
+class ReplyWatch:
+    """The times of one reply and how it ends. A token costs two additions where the others of its step took as long."""
+
+    __slots__ = (
+        *("_chunk", "_endpoint", "_first", "_inter", "_last", "_metrics"),
+        *("_prefill", "_reason", "_start", "_tally", "_tokens", "_trace"),
+    )
+
+    def __init__(self, metrics: Metrics, endpoint: str, trace: ReplyTrace | None) -> None:
+        self._metrics = metrics
+        self._inter = metrics.inter_token
+        self._endpoint = endpoint
+        self._trace = trace
+        self._tally = TALLY.get()
+        self._start = self._last = perf_counter()
+        self._first: float | None = None
+        self._prefill: float | None = None
+        self._tokens = 0
+        self._chunk: Chunk | None = None  # the last that is one
+        self._reason = "disconnect"
+
+    def tokens(self, count: int, now: float) -> None:
+        """`count` more tokens came, not the first ones."""
+        inter, seconds = self._inter, (now - self._last) / count
+        if seconds == inter.seconds:
+            inter.alike += count
+        else:
+            inter.observe(seconds, count)
+        self._tokens += count
+        self._last = now
+
+    def chunk(self, chunk: Chunk, now: float) -> None:
+        """Any part of the reply came."""
+        self._chunk = chunk
+        if (new := chunk.completion_tokens - self._tokens) > 0:
+            if self._first is None:
+                self._first, self._prefill = now, chunk.prefill_seconds
+                self._metrics.first_token.observe(now - self._start)
+            else:
+                self._inter.observe((now - self._last) / new, new)
+            self._tokens, self._last = chunk.completion_tokens, now
+        if chunk.finish is not None:
+            self._reason = chunk.finish
+            self._metrics.request.observe(now - self._start)
+
+    def fail(self, error: Exception) -> None:
+        """The reply ends with `error`."""
+        self._reason = "refused" if isinstance(error, EngineError) and not self._tokens else "error"
+        if self._trace is not None:
+            self._trace.fail(error)
+
+    def end(self) -> None:
+        """The reply is over, in one of these ways or because its client has left."""
+        chunk = self._chunk
+        if chunk is not None and chunk.completion_tokens < self._tokens:  # left in the middle
+            chunk = msgspec.structs.replace(chunk, completion_tokens=self._tokens)
+        self._metrics.count_end(self._endpoint, self._reason)
+        if self._tally is not None:
+            self._tally.add(chunk, self._first, self._reason)
+        if self._trace is not None:
+            self._trace.end(chunk, (self._first, self._last), self._prefill)
+
+
 class TokenTimes(Collector):
     """The histogram of the times between tokens. It counts each token of each reply, for a tenth of what the library's
     own histogram costs: that has a lock for each number."""
@@ -163,14 +211,22 @@ class TokenTimes(Collector):
     def __init__(self) -> None:
         self._counts = [0] * (len(TOKEN_BUCKETS) + 1)  # by bucket, the last without a bound
         self._sum = 0.0
+        self.seconds = 0.0  # the last time, which all rows of a step share
+        self.alike = 0  # tokens of that time, not counted yet
 
     def observe(self, seconds: float, count: int) -> None:
         """`count` tokens came `seconds` after the one before, each."""
-        self._counts[bisect_left(TOKEN_BUCKETS, seconds)] += count
-        self._sum += seconds * count
+        self._count()
+        self.seconds, self.alike = seconds, count
+
+    def _count(self) -> None:
+        self._counts[bisect_left(TOKEN_BUCKETS, self.seconds)] += self.alike
+        self._sum += self.seconds * self.alike
+        self.alike = 0
 
     def collect(self) -> Iterator[Metric]:
         """The one family."""
+        self._count()
         bounds = [*map(floatToGoString, TOKEN_BUCKETS), "+Inf"]
         yield HistogramMetricFamily(
             "engine_inter_token_seconds",

@@ -2,32 +2,30 @@
 
 A handler makes a `Generate` for each reply (`n` of them to each of several prompts) and a `Reply`, which knows how one
 API words its answers; `answer` does the rest. Leaving `answer` in any way, the handler's cancellation by a vanished
-client included, closes the front's generators, and that aborts the requests.
+client included, leaves the requests' mailboxes, and that aborts the requests.
 """
 
 import struct
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-import anyio
 import anyio.lowlevel
 import msgspec
 from aiohttp import web
-from anyio.streams.memory import MemoryObjectSendStream
 
 from engine.config import ServerOptions
-from engine.errors import RequestError, Words, counted, let_go
-from engine.http.metrics import Metrics
+from engine.errors import RequestError, Words, counted
+from engine.http.metrics import Metrics, ReplyWatch
 from engine.http.request_id import called
-from engine.http.sse import CALLED, WORDS, Events, send_events
+from engine.http.sse import CALLED, WORDS
+from engine.http.streams import Events, send_replies
 from engine.http.tracing import TRACE
 from engine.http.wire import json_response
 from engine.messages.reply import Chunk
 from engine.messages.request import Generate, Job
 from engine.params.sampling import SamplingParams, check_sampling
-from engine.runtime.actor import first_failure
-from engine.runtime.front import joined
+from engine.runtime.mailbox import Mailbox, whole
 
 if TYPE_CHECKING:
     from engine.runtime.front import Front
@@ -39,7 +37,7 @@ MAX_SALT_LENGTH = 1024
 STARTED = 64  # replies that are begun before others have their turn
 
 
-class Reply(Events[tuple[int, Chunk]], Protocol):
+class Reply(Events, Protocol):
     """One API's wording of the replies to a request: events for each numbered chunk, or one JSON value for all."""
 
     def whole(self, replies: list[Chunk]) -> bytes:
@@ -61,6 +59,45 @@ class Service:
         """The reply to `job`, which /metrics counts for `endpoint` and the request's trace tells of."""
         trace = TRACE.get()
         return self.metrics.watch(self.front.generate(job), endpoint, None if trace is None else trace.reply(job))
+
+    @asynccontextmanager
+    async def replies(
+        self, request: web.Request, rid: str, jobs: Sequence[Job], endpoint: str
+    ) -> AsyncIterator[list[Mailbox]]:
+        """The mailboxes of the replies to `jobs`, by which `request`, known as `rid`, is answered. They are counted and
+        traced as by `generate`; leaving aborts what goes on."""
+        boxes: list[Mailbox] = []
+        watches: list[ReplyWatch] = []
+        try:
+            try:
+                for job in jobs:
+                    self._begin(job, endpoint, boxes, watches)
+                    if len(boxes) % STARTED == 0:
+                        await anyio.lowlevel.checkpoint()
+            finally:
+                id = called(request, rid)
+            with self.known_as(id, rid, jobs):
+                yield boxes
+        finally:
+            for box in boxes:
+                self.front.leave(box)
+            for watch in watches:
+                watch.end()
+
+    def _begin(self, job: Job, endpoint: str, boxes: list[Mailbox], watches: list[ReplyWatch]) -> None:
+        """Begin one, and watch it, refused or not."""
+        try:
+            boxes.append(box := self.front.begin(job))
+        except Exception as error:
+            watches.append(self._watch(job, endpoint))
+            watches[-1].fail(error)
+            raise
+        watches.append(self._watch(job, endpoint))
+        box.watch = watches[-1]
+
+    def _watch(self, job: Job, endpoint: str) -> ReplyWatch:
+        trace = TRACE.get()
+        return self.metrics.watching(endpoint, None if trace is None else trace.reply(job))
 
     def abort(self, rid: str | None) -> int:
         """End what runs as `rid`, all its replies, or everything with None; how many replies were open."""
@@ -210,54 +247,9 @@ async def answer(
     if (trace := TRACE.get()) is not None:
         trace.samples = samples
     service = request.app[SERVICE]
-    streams = [service.generate(job, endpoint) for job in jobs]
-    with service.known_as(called(request, rid), rid, jobs):
-        async with numbered(streams) as chunks:
-            if stream:
-                return await send_events(request, chunks, reply)
-            replies: list[list[Chunk]] = [[] for _ in jobs]
-            async for index, chunk in chunks:
-                replies[index].append(chunk)
-    return json_response(reply.whole([joined(parts) for parts in replies]))
-
-
-@asynccontextmanager
-async def numbered(streams: Sequence[AsyncGenerator[Chunk]]) -> AsyncIterator[AsyncIterator[tuple[int, Chunk]]]:
-    """The chunks of all `streams` as they come, each with its stream's number; leaving it closes them all."""
-    if len(streams) == 1:
-        async with aclosing(streams[0]) as only:
-            yield ((0, chunk) async for chunk in only)
-        return
-    sender, receiver = anyio.create_memory_object_stream[tuple[int, Chunk | Exception]](0)
-
-    async def pump(index: int, sender: MemoryObjectSendStream[tuple[int, Chunk | Exception]]) -> None:
-        try:
-            async with aclosing(streams[index]) as stream, sender:
-                try:
-                    async for chunk in stream:
-                        await sender.send((index, chunk))
-                except Exception as error:
-                    await sender.send((index, error))  # which may be cancelled, and then leads to `error`
-        except BaseException as error:  # a task group holds it for long
-            let_go(error)
-            raise
-
-    async def chunks() -> AsyncIterator[tuple[int, Chunk]]:
-        async for index, item in receiver:
-            if isinstance(item, Exception):
-                raise item
-            yield index, item
-
-    try:
-        async with anyio.create_task_group() as group, receiver:
-            with sender:
-                for index in range(len(streams)):
-                    group.start_soon(pump, index, sender.clone())
-                    if index % STARTED == STARTED - 1:
-                        await anyio.lowlevel.checkpoint()
-            try:
-                yield chunks()
-            finally:
-                group.cancel_scope.cancel()
-    except BaseExceptionGroup as failures:
-        raise first_failure(failures) from None
+    opened = service.replies(request, rid, jobs, endpoint)
+    if stream:
+        return await send_replies(request, opened, reply)
+    async with opened as boxes:
+        replies = await whole(boxes)
+    return json_response(reply.whole(replies))

@@ -3,7 +3,7 @@
 Structs are frozen, tagged and `array_like`, so a frame is a short msgpack array. Columns of numbers
 travel as the bytes of little-endian int32 (`ids`) or float32 arrays: one copy, no per-number cost.
 
-    http ──Generate/Embed──> tokenizer ──Open──> detokenizer ──Chunks──> http
+    http ──Generate/Embed──> tokenizer ──Open──> detokenizer ── text, by mailboxes ──> http
                                 │Admit/Abort        ^      │StopHit
                                 v                   │Tokens v
                              scheduler ─────────────┘<──────┘
@@ -50,7 +50,7 @@ from engine.messages.fronts import (
     PeerAsk,
     Refused,
 )
-from engine.messages.reply import Chunks, Failed, Tokens
+from engine.messages.reply import Failed, Tokens
 from engine.messages.request import Abort, Admit, Job, Open, StopHit
 from engine.messages.step import StepDone, StepPlan
 from engine.messages.text import Retired, TextAnswer, TextBoot, TextWork
@@ -67,6 +67,6 @@ ToExecutor = StepPlan | Load | Drop | Ask | Reset
 ToMaker = Make | WorkerReady
 ToDetokenizer = Open | Tokens | Failed
 ToFront = Tokens | Failed | Stats | Answer | WorkerReady | Fatal
-ToHttp = Chunks | Failed | Stats | Answer | WorkerReady | Fatal
+ToHttp = Stats | Answer | WorkerReady | Fatal
 ToFrontProcess = FrontBoot | ToFront | PeerAsk | PeerAnswers | Drain
 FromFrontProcess = FromFront | PeerAsk | PeerAnswer | Listening | Drained | Refused

@@ -77,14 +77,8 @@ class Chunk(Part, frozen=True):
     prefill_seconds: float | None = None
 
 
-class Chunks(Message, frozen=True):
-    """detokenizer → http: what one step has to say to its clients."""
-
-    chunks: list[Chunk]
-
-
 class Failed(Message, frozen=True):
-    """anyone → detokenizer → http: `rid` ends with an error of its own (fields as in RequestError: with `facts`,
+    """anyone → detokenizer: `rid` ends with an error of its own (fields as in RequestError: with `facts`,
     `message` is a template)."""
 
     rid: str

@@ -1,15 +1,14 @@
 """The front: what HTTP and the offline API talk to. Requests go in, streams of chunks come out.
 
-Each open request has a mailbox. A slow client's mailbox merges what it has not taken yet, so it never holds
-up the others, and it is bounded by the request's own length. Inside, a request goes by a short number of
-ours, so that a client may reuse its own id as soon as its request has ended.
+Each open request has a mailbox (`mailbox.py`), into which the detokenizer puts the reply. Inside, a request goes by a
+short number of ours, so that a client may reuse its own id as soon as its request has ended.
 """
 
 import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Literal, NamedTuple
 
 import anyio
@@ -22,10 +21,12 @@ from engine.errors import EngineError, RequestError, WorkerError, counted, shut_
 from engine.messages import FromFront, ToHttp, ToTokenizer
 from engine.messages.control import Answer, Ask, Fatal, Flush, Flushed, Pause, Stats, WorkerReady
 from engine.messages.questions import Question, Value
-from engine.messages.reply import Chunk, Chunks, Failed
+from engine.messages.reply import Chunk
 from engine.messages.request import Abort, Generate, Job
 from engine.runtime.board import Board, Counter
 from engine.runtime.channel import Outbox
+from engine.runtime.mailbox import Mailbox
+from engine.runtime.mailbox import joined as joined  # callers take it from here
 from engine.runtime.peers import Peers
 from engine.text.pool import TextPool
 from engine.text.tokenizer import Text
@@ -48,69 +49,12 @@ class Health(Struct, frozen=True):
         return self.status == "ready"
 
 
-def joined(chunks: Sequence[Chunk]) -> Chunk:
-    """Successive chunks of one reply as one."""
-    return msgspec.structs.replace(
-        chunks[-1],
-        text="".join([chunk.text for chunk in chunks]),
-        ids=[id for chunk in chunks for id in chunk.ids],
-        logprobs=tuple([token for chunk in chunks for token in chunk.logprobs]),
-        prompt_logprobs=tuple([token for chunk in chunks for token in chunk.prompt_logprobs]),
-        prompt_ids=b"".join([chunk.prompt_ids for chunk in chunks]),
-        prefill_seconds=next((chunk.prefill_seconds for chunk in chunks if chunk.prefill_seconds is not None), None),
-    )
-
-
 class Place(NamedTuple):
     """Where a front stands among others. `numbers` are those that no other front gives to a request or a question."""
 
     peers: Peers
     board: Board
     numbers: Iterator[int]
-
-
-class Mailbox:
-    """What one request has been sent and not yet taken.
-
-    A bare future wakes its reader: with hundreds of replies a step, an event made anew for each costs more than
-    all the scheduling.
-    """
-
-    __slots__ = ("_chunks", "_wanted", "error", "failed", "key")
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-        self.error: EngineError | None = None  # until it is raised
-        self.failed = False
-        self._chunks: list[Chunk] = []
-        self._wanted: asyncio.Future[None] | None = None
-
-    def put(self, chunk: Chunk) -> None:
-        self._chunks.append(chunk)
-        if (wanted := self._wanted) is not None and not wanted.done():
-            wanted.set_result(None)
-
-    def fail(self, error: EngineError) -> None:
-        self.error = error
-        self.failed = True
-        if (wanted := self._wanted) is not None and not wanted.done():
-            wanted.set_result(None)
-
-    async def take(self) -> Chunk:
-        """What has arrived, merged into one chunk; raises the request's error once all else is taken."""
-        while not self._chunks:
-            if self.failed:
-                raise self._taken_error()
-            self._wanted = asyncio.get_running_loop().create_future()
-            await self._wanted
-        chunks, self._chunks = self._chunks, []
-        return chunks[0] if len(chunks) == 1 else joined(chunks)
-
-    def _taken_error(self) -> EngineError:
-        """The error, which is held here no longer: its traceback leads to this mailbox, and to the whole request."""
-        error, self.error = self.error, None
-        assert error is not None, "an error is taken once"
-        return error
 
 
 class Front:
@@ -145,7 +89,7 @@ class Front:
         self._scheduler = scheduler
         self._numbers = place.numbers
         self._open: dict[str, Mailbox] = {}
-        self._keys: dict[str, Mailbox] = {}
+        self.boxes: dict[str, Mailbox] = {}  # the same, by their keys: the detokenizer puts replies there
         self._heard = time.monotonic()
         self._changed = anyio.Event()
         self._asked: dict[int, asyncio.Future[Answer]] = {}  # who waits for the answer of that number
@@ -155,13 +99,6 @@ class Front:
     async def run(self) -> None:
         async for message in self._inbox:
             match message:
-                case Chunks():
-                    for chunk in message.chunks:
-                        if box := self._keys.get(chunk.rid):
-                            box.put(chunk)
-                case Failed():
-                    if box := self._keys.get(message.rid):
-                        box.fail(message.error)
                 case Stats():
                     self._heard = time.monotonic()
                     self.stats = message
@@ -251,28 +188,46 @@ class Front:
             await self._changed.wait()
         return self.failure
 
+    def begin(self, request: Job) -> Mailbox:
+        """Open `request`: its reply comes into the mailbox until the last chunk or an error, or until `leave`, which
+        must follow. Raises RequestError when it is refused at once, WorkerError when nothing runs any more."""
+        box = self._admit(request)
+        try:
+            self._tokenizer.send_nowait(msgspec.structs.replace(request, rid=box.key))
+        except BaseException:
+            self._forget(box)
+            raise
+        return box
+
+    def leave(self, box: Mailbox) -> None:
+        """Close the request of `box`, and abort it if its reply goes on."""
+        self._forget(box)
+        if not box.ended and not box.failed:
+            self._tokenizer.send_nowait(Abort(box.key))
+        box.close()
+        self._wake()
+
+    def _forget(self, box: Mailbox) -> None:
+        del self._open[box.rid]
+        del self.boxes[box.key]
+        self.board.add(Counter.REQUESTS, -1)
+
     async def generate(self, request: Job) -> AsyncGenerator[Chunk, None]:
         """The reply to `request`, chunk by chunk, the last with a finish reason. That to an Embed is one chunk.
 
         Closing or cancelling the generator aborts the request. Raises RequestError when it is refused,
         WorkerError when the device fails it.
         """
-        box, rid = self._admit(request), request.rid
-        ended = False
+        box = self.begin(request)
         try:
-            self._tokenizer.send_nowait(msgspec.structs.replace(request, rid=box.key))
             del request  # a prompt may be long, and is not held while its reply is made
+            ended = False
             while not ended:
                 chunk = await box.take()
                 ended = chunk.finish is not None
                 yield chunk
         finally:
-            del self._open[rid]
-            del self._keys[box.key]
-            self.board.add(Counter.REQUESTS, -1)
-            if not ended and not box.failed:
-                self._tokenizer.send_nowait(Abort(box.key))
-            self._wake()
+            self.leave(box)
 
     def abort(self, rid: str | None) -> int:
         """End the request `rid`, or all with None, as its client's `abort`; how many were open."""
@@ -343,8 +298,8 @@ class Front:
                 code="rid_in_use",
                 status=409,
             )
-        box = Mailbox(format(next(self._numbers), "x"))
-        self._open[request.rid] = self._keys[box.key] = box
+        box = Mailbox(request.rid, format(next(self._numbers), "x"))
+        self._open[request.rid] = self.boxes[box.key] = box
         self.board.add(Counter.REQUESTS)
         return box
 

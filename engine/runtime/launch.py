@@ -12,7 +12,7 @@ import anyio
 import anyio.to_thread
 from msgspec.structs import asdict
 
-from engine.actors.detokenizer import DetokenizerActor, Replies
+from engine.actors.detokenizer import DetokenizerActor
 from engine.actors.tokenizer import Admission, TokenizerActor
 from engine.config import Config
 from engine.conversation.parsers import check_parsers
@@ -35,7 +35,7 @@ from engine.text.pool import TextPool
 log = logging.getLogger("engine")
 
 STEPS_AHEAD = 8  # steps of text that may wait before the scheduler does
-REPLIES_AHEAD = 64
+NEWS_AHEAD = 64  # of the engine, for the front
 
 
 class FromCore:
@@ -92,7 +92,7 @@ async def open_front(
     grammars = grammar_engines(plugins)
     to_tokenizer, tokenizer_inbox = open_channel()
     to_detokenizer, detokenizer_inbox = channel(STEPS_AHEAD)
-    to_front, front_inbox = channel(REPLIES_AHEAD)
+    to_front, front_inbox = channel(NEWS_AHEAD)
     from_core = FromCore(to_detokenizer, to_front)
     core = core or (partial(core_actors, plugins=plugins) if placement(config) == "single" else linked_core)
     actors, to_scheduler = core(config, from_core)
@@ -105,7 +105,7 @@ async def open_front(
         admission = Admission(text, bool(grammars))
         front.texts = pool = TextPool(config, template, admission)
         tokenizer = TokenizerActor(admission, tokenizer_inbox, to_detokenizer, to_scheduler, pool)
-        detokenizer = DetokenizerActor(Replies(text), detokenizer_inbox, to_scheduler, to_front)
+        detokenizer = DetokenizerActor(text, front.boxes, detokenizer_inbox, to_scheduler)
         async with supervise(pool, tokenizer, detokenizer):
             try:
                 yield front

@@ -10,7 +10,7 @@ import codecs
 import itertools
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Protocol
 
@@ -21,11 +21,26 @@ from engine.errors import RequestError
 
 REPLACEMENT = "\ufffd"  # what bytes that are not, or not yet, UTF-8 decode to
 LONGEST_MATCH = 1024  # characters that a stop expression may match, and so holds back at most
+UTF8 = codecs.getincrementaldecoder("utf-8")
 MATCH_SECONDS = 0.1  # longest search for a stop expression after one token
 
 
+class NoTexts(dict[int, str | None]):
+    """A table without texts."""
+
+    def __missing__(self, id: int) -> None:
+        return None
+
+
+NO_TEXTS: Mapping[int, str | None] = NoTexts()
+
+
 class Decoder(Protocol):
-    """Token ids in, text out as soon as it is certain; `flush` gives what never became certain."""
+    """Token ids in, text out as soon as it is certain; `flush` gives what never became certain.
+
+    If `texts` has the text of an id, `push` of that id alone would return it and change nothing."""
+
+    texts: Mapping[int, str | None]
 
     def push(self, ids: Sequence[int]) -> str: ...
 
@@ -65,6 +80,7 @@ class TokenBytes(dict[int, bytes]):
     """The bytes of a byte-level token, filled in as ids are seen; `skipped` and unknown ones have none."""
 
     def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int] = frozenset()) -> None:
+        self.texts = TokenTexts(self)
         self._tokenizer = tokenizer
         self._skipped = skipped
 
@@ -74,16 +90,34 @@ class TokenBytes(dict[int, bytes]):
         return spelled
 
 
-class ByteDecoder:
-    """For byte-level tokenizers: tokens are bytes, and text is their UTF-8."""
+class TokenTexts(dict[int, str | None]):
+    """The text of a byte-level token by itself, None for one that begins a character; filled in as ids are seen."""
 
     def __init__(self, token_bytes: TokenBytes) -> None:
         self._token_bytes = token_bytes
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def __missing__(self, id: int) -> str | None:
+        utf8 = UTF8("replace")
+        text = utf8.decode(self._token_bytes[id])
+        self[id] = None if utf8.getstate()[0] else text
+        return self[id]
+
+
+class ByteDecoder:
+    """For byte-level tokenizers: tokens are bytes, and text is their UTF-8.
+
+    Where no character is begun, the text of a token that begins none is in a table, `texts`."""
+
+    def __init__(self, token_bytes: TokenBytes) -> None:
+        self._token_bytes = token_bytes
+        self._utf8 = UTF8("replace")
+        self.texts: Mapping[int, str | None] = token_bytes.texts
 
     def push(self, ids: Sequence[int]) -> str:
         table = self._token_bytes
-        return self._utf8.decode(table[ids[0]] if len(ids) == 1 else b"".join([table[id] for id in ids]))
+        text = self._utf8.decode(b"".join([table[id] for id in ids]))
+        self.texts = NO_TEXTS if self._utf8.getstate()[0] else table.texts
+        return text
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)
@@ -125,6 +159,7 @@ class WindowDecoder:
     """
 
     PATIENCE = 16
+    texts = NO_TEXTS
 
     def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int], byte_tokens: ByteTokens) -> None:
         self._tokenizer = tokenizer
@@ -157,6 +192,8 @@ class WindowDecoder:
 
 class NoDecoder:
     """For replies without text (`detokenize` false)."""
+
+    texts = NO_TEXTS
 
     def push(self, ids: Sequence[int]) -> str:
         return ""
@@ -266,6 +303,11 @@ class ReplyDecoder:
         self._held = ""  # text that could begin a stop
         self._length = 0  # characters of text so far, and per token those up to and with it
         self._ends: list[int] = []
+
+    @property
+    def decoder(self) -> Decoder:
+        """What `push` does, where nothing ends the reply early."""
+        return self._decoder
 
     @property
     def used(self) -> int:

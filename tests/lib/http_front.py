@@ -1,10 +1,12 @@
 """A Front without an engine: it says what a test tells it to, and remembers what it was asked."""
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 
 from engine.actors.tokenizer import Admission
 from engine.config import Config, ServerOptions
@@ -19,6 +21,7 @@ from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins, resolve
 from engine.runtime.board import Board
 from engine.runtime.front import Health
+from engine.runtime.mailbox import Mailbox
 from engine.runtime.peers import Peers
 from engine.text.jobs import perform
 from engine.text.tokenizer import Text
@@ -88,6 +91,7 @@ class FakeFront:
         self.closed = anyio.Event()
         self.open: set[str] = set()
         self.aborted: list[str | None] = []
+        self._pumps: dict[Mailbox, asyncio.Task[None]] = {}
 
     @property
     def texts(self) -> "Inline | None":
@@ -98,6 +102,28 @@ class FakeFront:
 
     def dead(self) -> str:
         return self.state.cause if self.state.status == "failed" else ""
+
+    def begin(self, request: Generate) -> Mailbox:
+        """As the front's; what `generate` yields comes into the mailbox."""
+        reply = self.generate(request)
+        box = Mailbox(request.rid, request.rid)
+        self._pumps[box] = asyncio.get_running_loop().create_task(self._pump(box, reply))
+        return box
+
+    async def _pump(self, box: Mailbox, reply: AsyncGenerator[Chunk, None]) -> None:
+        try:
+            async with aclosing(reply):
+                async for chunk in reply:
+                    box.put(chunk)
+                    await anyio.lowlevel.checkpoint()
+                    while getattr(box.taker, "waits", False):  # its reader takes one chunk at a time
+                        await anyio.sleep(0.001)
+        except Exception as error:
+            box.fail(error)
+
+    def leave(self, box: Mailbox) -> None:
+        self._pumps.pop(box).cancel()
+        box.close()
 
     async def generate(self, request: Generate) -> AsyncGenerator[Chunk, None]:
         self.asked.append(request)

@@ -5,7 +5,6 @@ reply.py. Left out, and refused by name: documents, tools that the server runs, 
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, Literal
 from uuid import uuid4
 
@@ -21,9 +20,9 @@ from engine.http.effort import with_effort
 from engine.http.fields import ECHO, LABEL, Only, Rule, hint, ignore, label, unserved
 from engine.http.native.tokenize import tokenized
 from engine.http.openapi import Route
-from engine.http.request_id import called
 from engine.http.service import SERVICE, sampling_of
-from engine.http.sse import WORDS, send_events
+from engine.http.sse import WORDS
+from engine.http.streams import send_replies
 from engine.http.tools import CALLED_DIRECTLY, FEW_MESSAGES, FEW_TOOLS, Effort, ToolName, checked, tool_of
 from engine.http.wire import Body, Reply, json_response, to_json
 from engine.messages.request import Generate
@@ -31,7 +30,7 @@ from engine.messages.text import Tokenize
 from engine.params.grammar import Ask, GrammarFields, check_nesting
 from engine.params.lengths import ANTHROPIC_PHRASES
 from engine.params.sampling import ANTHROPIC, INT32_MAX
-from engine.runtime.front import joined
+from engine.runtime.mailbox import whole
 
 PREFIX = "/v1/messages"
 ANTHROPIC_WORDS = Words(
@@ -288,13 +287,12 @@ async def messages(request: web.Request, body: MessagesBody) -> web.StreamRespon
     rid = f"msg_{uuid4().hex}"
     job = Generate(rid, messages=conversation, **options, **reading.job)
     reply = AnthropicReply(rid, service.model, reading)
-    chunks = service.generate(job, "messages")
-    with service.known_as(called(request, rid), rid, [job]):
-        async with aclosing(chunks):
-            if body.stream:
-                return await send_events(request, chunks, reply, failure=failure_event)
-            whole = joined([chunk async for chunk in chunks])
-    return json_response(reply.whole(whole))
+    opened = service.replies(request, rid, [job], "messages")
+    if body.stream:
+        return await send_replies(request, opened, reply, failure=failure_event)
+    async with opened as boxes:
+        (made,) = await whole(boxes)
+    return json_response(reply.whole(made))
 
 
 async def count_tokens(request: web.Request, body: CountBody) -> web.Response:

@@ -13,10 +13,12 @@ from engine.conversation.parsers import assembled
 from engine.conversation.reading import Reading
 from engine.errors import Words
 from engine.http.sse import describe_error
+from engine.http.streams import Around
 from engine.http.wire import Reply, to_json
 from engine.messages.reply import Chunk
 from engine.plugin.parsing import CallArguments, CallBegin, CallEnd, Content, Event, Reasoning
 
+MARK = "\0"  # where an event's text will stand
 THREADS = "thread_unsupported_request"  # makes a client go on without threads
 ERRORS = {
     400: "invalid_request_error",
@@ -180,9 +182,11 @@ class AnthropicReply:
         self._started = False
         self._index = -1
         self._open: type[ContentBlock] | None = None  # the kind of the block that is open
+        self._around: Around | None = None  # of a text in it
 
-    def event(self, chunk: Chunk) -> bytes:
-        """The events of `chunk`."""
+    def event(self, part: tuple[int, Chunk]) -> bytes:
+        """The events of a chunk of the one reply."""
+        _, chunk = part
         events = b""
         if not self._started:
             self._started = True
@@ -194,6 +198,15 @@ class AnthropicReply:
             events += self._close() + _event(MessageDelta(Stop(*self._stop(chunk)), _usage(chunk)))
             events += _event(MessageStop())
         return events
+
+    def plain(self, index: int) -> Around | None:
+        """The event of the text of plain tokens, in the block of text that is open."""
+        if self._open is not TextContent or (self._reader is not None and not self._reader.plain):
+            return None
+        if self._around is None:
+            before, _, after = _event(BlockDelta(TextDelta(MARK), self._index)).rpartition(to_json(MARK))
+            self._around = before, after
+        return self._around
 
     def whole(self, reply: Chunk) -> bytes:
         """The message that is not streamed, of its chunks joined."""
@@ -246,7 +259,7 @@ class AnthropicReply:
 
     def _begin(self, kind: type[ContentBlock], block: ContentBlock) -> bytes:
         closed = self._close()
-        self._open = kind
+        self._open, self._around = kind, None
         self._index += 1
         return closed + _event(BlockStart(block, self._index))
 

@@ -279,6 +279,9 @@ class NativeReply:
         self._open -= chunk.finish is not None
         return self._replies[index].event(chunk) + (DONE if not self._open else b"")
 
+    def plain(self, index: int) -> None:
+        """Each event has the counts of tokens, so none is plain."""
+
     def whole(self, replies: Sequence[Chunk]) -> bytes:
         """The object of a reply that is not streamed, or the list of them."""
         objects = [one.whole(chunk) for one, chunk in zip(self._replies, replies, strict=True)]

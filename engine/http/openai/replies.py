@@ -29,6 +29,7 @@ from engine.http.openai.logprobs import (
 )
 from engine.http.service import SERVICE, answer, sampled
 from engine.http.sse import DONE, data_event
+from engine.http.streams import Around
 from engine.http.wire import Reply, to_json
 from engine.messages.reply import Chunk
 from engine.messages.request import Generate
@@ -287,15 +288,27 @@ class OpenAIReply:
             case CallEnd():
                 return b""
 
+    def plain(self, index: int) -> Around | None:
+        """The event of the text of plain tokens of choice `index`, where there is no more to tell of them."""
+        reader = self._readers[index]
+        if self._detailed or (reader is not None and not reader.plain):
+            return None
+        return self._text_around(index, Content, Content(MARK))
+
     def _text_event(self, index: int, kind: Hashable, told: Content | Reasoning | CallArguments) -> bytes:
-        """An event of choice `index` with a text alone; what stands around that is the same for all of a `kind`."""
+        """An event of choice `index` with a text alone."""
+        before, after = self._text_around(index, kind, told)
+        return before + to_json(told.text) + after
+
+    def _text_around(self, index: int, kind: Hashable, told: Content | Reasoning | CallArguments) -> Around:
+        """What stands around such a text: the same for all of a `kind`."""
         around = self._around.get((index, kind))
         if around is None:
             marked = msgspec.structs.replace(told, text=MARK)
             plain = DeltaChoice(index, _delta(marked)) if self._wording.chat else TextChoice(index, MARK)
             before, _, after = self._event(plain).rpartition(to_json(MARK))
             around = self._around[index, kind] = before, after
-        return around[0] + to_json(told.text) + around[1]
+        return around
 
     def _has_details(self, chunk: Chunk) -> bool:
         """Whether `chunk` has something to tell beside its text."""

@@ -36,10 +36,12 @@ from engine.http.responses.store import STORE, Response, ResponseStore, Told
 from engine.http.responses.tools import wanted_tools
 from engine.http.service import SERVICE, Service, sampling_of
 from engine.http.sse import CALLED, send_events, words_of
+from engine.http.streams import send_replies
 from engine.http.wire import Reply, json_response
 from engine.messages.reply import Chunk
 from engine.messages.request import Generate
 from engine.params.sampling import RESPONSES, SamplingDefaults, SamplingParams
+from engine.runtime.mailbox import whole
 
 RESPONSE_WORDS = Words(
     {
@@ -94,16 +96,16 @@ async def create(request: web.Request, body: ResponsesBody) -> web.StreamRespons
     asked = described(body, defaults.under(sampling), service.model, wanted)
     response = Response(asked, conversation, reading, scored=sampling.logprobs is not None)
     job = Generate(response.id, messages=messages, priority=body.priority or 0, **options, **reading.job)
-    chunks = _generate(service, called(request, response.id), job)
     if body.background:
-        store.run(response, chunks, words_of(request))
+        store.run(response, _generate(service, called(request, response.id), job), words_of(request))
         return await _follow(request, response) if body.stream else json_response(response.object())
-    async with aclosing(_recorded(chunks, response, store if keep else None)) as told:
-        if body.stream:
-            events = ResponseEvents(response)
-            return await send_events(request, told, events, failure=events.failure)
-        async for _ in told:
-            pass
+    opened = service.replies(request, response.id, [job], "responses")
+    recorded = Recorded(response, store if keep else None)
+    if body.stream:
+        return await send_replies(request, opened, recorded, failure=recorded.events.failure)
+    async with opened as boxes:
+        (made,) = await whole(boxes)
+    recorded.add(made)
     return json_response(response.object())
 
 
@@ -164,16 +166,27 @@ async def _generate(service: Service, id: str, job: Generate) -> AsyncGenerator[
                 yield chunk
 
 
-async def _recorded(
-    chunks: AsyncGenerator[Chunk], response: Response, store: ResponseStore | None
-) -> AsyncGenerator[Told]:
-    """`chunks`, taken down in `response`, which is put into `store` before the last one is passed on."""
-    async with aclosing(chunks):
-        async for chunk in chunks:
-            told = response.add(chunk)
-            if store is not None and response.ended:
-                store.put(response)
-            yield told
+class Recorded:
+    """The events of a reply that is taken down in `response`, which is put into `store` before the last is sent."""
+
+    def __init__(self, response: Response, store: ResponseStore | None) -> None:
+        self.events = ResponseEvents(response)
+        self._response = response
+        self._store = store
+
+    def add(self, chunk: Chunk) -> Told:
+        """Take down `chunk`; what is told of it."""
+        told = self._response.add(chunk)
+        if self._store is not None and self._response.ended:
+            self._store.put(self._response)
+        return told
+
+    def event(self, part: tuple[int, Chunk]) -> bytes:
+        """The events of a chunk of the one reply."""
+        return self.events.event(self.add(part[1]))
+
+    def plain(self, index: int) -> None:
+        """All is taken down, so no tokens are plain."""
 
 
 async def _follow(request: web.Request, response: Response, after: int = -1) -> web.StreamResponse:

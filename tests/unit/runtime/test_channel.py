@@ -14,7 +14,7 @@ from engine.config import Config
 from engine.conversation.parts import said
 from engine.messages.base import Message
 from engine.messages.control import Boot, Stats, WorkerReady
-from engine.messages.reply import Chunk, Chunks, Finish, Tokens
+from engine.messages.reply import Failed, Finish, Tokens
 from engine.messages.request import Abort, Admit, Generate
 from engine.messages.step import SlotAdmit, StepDone, StepPlan
 from engine.params.sampling import Sampling, SamplingParams
@@ -34,7 +34,7 @@ EXAMPLES: list[Message] = [
     StepPlan(7, IDS, IDS, IDS, IDS, (SlotAdmit(3, IDS, SAMPLING),), IDS, 1),
     StepDone(7, IDS, IDS, 0.25),
     Tokens(7, ["a", "b"], IDS, IDS, (Finish(1, "stop", 2), Finish(0, "length")), ((0, 128),)),
-    Chunks([Chunk("a", "text", [1, 2], "stop", "\n", 3, 2, 1)]),
+    Failed("a", 400, "code", "{field} is wrong", "field", {"at": 1}),
     Stats("restarting", "why", step_seconds=array("f", [0.5]).tobytes()),
     WorkerReady(10, 16, 4, 64, 160, 257, 8, "cpu", "torch", {"weights": 0.5}),
     Boot(Config()),
