@@ -12,7 +12,6 @@ this one: the last column is the median of the turns' ratios. Linux alone.
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -25,12 +24,12 @@ import anyio
 import anyio.abc
 import anyio.to_thread
 
+from bench.lib.processes import cpu_seconds
 from engine.client.bench.process import free_port
 
 HERE = Path(__file__).parents[2]
 TOKENS = 64
 REQUESTS = 20  # that a connection sends, one after another
-TICKS = os.sysconf("SC_CLK_TCK")
 PATIENCE = 120.0
 SAMPLING = {"max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
 BODIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -49,12 +48,6 @@ def start(checkout: Path, port: int, log: Any) -> "subprocess.Popen[bytes]":
     options = ["--model", "echo", "--placement", "split", "--port", str(port), "--max-running", "256"]
     command = [python, "-m", "engine.cli", "serve", *options]
     return subprocess.Popen(command, cwd=checkout, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-
-
-def cpu_seconds(pid: int) -> float:
-    """User and system time of all threads of the process."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
 
 
 def request(path: str, body: dict[str, Any]) -> bytes:

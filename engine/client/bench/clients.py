@@ -15,7 +15,7 @@ import anyio
 from msgspec import Struct
 
 from engine.client.bench.asking import Target
-from engine.client.bench.jobs import Begin, Broken, FromClient, Job, Played, Ready, Replied
+from engine.client.bench.jobs import Begin, FromClient, Job, Played, Ready, Replied
 from engine.client.bench.load import Run, run_of
 from engine.client.bench.traffic import Conversation
 from engine.errors import ConfigError, WorkerError
@@ -104,8 +104,6 @@ class Clients:
         message = await anext(messages, None)
         if message is None:
             raise WorkerError(f"a client process of the load generator is gone: {await child.exit_cause()}")
-        if isinstance(message, Broken):
-            raise WorkerError(message.cause)
         return message
 
 

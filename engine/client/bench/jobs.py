@@ -44,11 +44,5 @@ class Played(Message, frozen=True):
     late: tuple[float, float]
 
 
-class Broken(Message, frozen=True):
-    """client → parent: the load cannot be played."""
-
-    cause: str
-
-
 ToClient = Job | Begin
-FromClient = Ready | Replied | Played | Broken
+FromClient = Ready | Replied | Played
