@@ -251,13 +251,16 @@ class Bench:
                     await self._turn(turn, server, row, prompts, clients[count], turns)
                 print(line(turns, server), flush=True)
 
+    async def _offline(self, job: Job) -> Result:
+        return await anyio.to_thread.run_sync(self.beside.measure, job, abandon_on_cancel=True)
+
     async def _turn(self, turn: int, server: Server, row: Row, prompts: Prompts, clients: Clients, into: Turns) -> None:
         given, seed = self.given, random.Random(f"{server.name} {row.name} {turn}").getrandbits(31)
         job = Job(row.requests, row.streams, given.prompt, given.reply, given.temperature, seed)
         figures: dict[str, Any] = {}
         for beside in (True, False) if turn % 2 else (False, True):
             if beside:
-                figures |= from_offline(await anyio.to_thread.run_sync(self.beside.measure, job), row, given.reply)
+                figures |= from_offline(await self._offline(job), row, given.reply)
             else:
                 http, said = await over_http(server, row, prompts, clients, given, seed)
                 figures |= http
