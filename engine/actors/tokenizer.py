@@ -40,7 +40,8 @@ MOST_CUT = 1 << 16  # tokens of a prompt of which only the last are kept, as far
 Encoded = tuple[Prompt, list[int]]  # and what the tokenizer made of it
 SLICE = 0.002  # seconds of rendering after which others have their turn
 AT_ONCE = 2_000  # characters that are encoded in the event loop: a thread would take as long to get going
-TOGETHER, TOGETHER_CHARACTERS = 32, 1 << 15  # prompts that are encoded at a time, and their characters
+FIRST_TOGETHER, MOST_TOGETHER = 4, 32  # prompts that are encoded at a time: few first, so that the device can begin
+MOST_CHARACTERS = 1 << 15  # of those
 UNSAMPLED = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)  # of a vector, no token is
 
 
@@ -362,7 +363,7 @@ class TokenizerActor:
     async def _admit_all(self, requests: list[Job]) -> None:
         """In order, and so many at a time that the first ones need not wait for all."""
         some: list[tuple[Job, Prompt | None]] = []
-        characters, began = 0, time.perf_counter()
+        together, characters, began = FIRST_TOGETHER, 0, time.perf_counter()
         for request in requests:
             try:
                 prompt = self.admission.written(request)
@@ -371,9 +372,10 @@ class TokenizerActor:
                 continue
             some.append((request, prompt))
             characters += 0 if prompt is None else len(prompt.text)
-            if len(some) >= TOGETHER or characters > TOGETHER_CHARACTERS:
+            if len(some) >= together or characters > MOST_CHARACTERS:
                 await self._admit_some(some, characters)
                 some, characters, began = [], 0, time.perf_counter()
+                together = min(2 * together, MOST_TOGETHER)
             elif time.perf_counter() - began > SLICE:
                 await anyio.lowlevel.checkpoint()
                 began = time.perf_counter()
@@ -383,8 +385,10 @@ class TokenizerActor:
         """Encode the prompts together, and hand each request on."""
         encode = self.admission.text.encode_prompts
         prompts = [prompt for _, prompt in some if prompt is not None]
-        made = encode(prompts) if characters <= AT_ONCE else await anyio.to_thread.run_sync(encode, prompts)
-        ids = iter(made)
+        if characters > AT_ONCE:
+            ids = iter(await anyio.to_thread.run_sync(encode, prompts))
+        else:
+            ids = iter(encode(prompts) if prompts else ())
         for request, prompt in some:
             encoded = None if prompt is None else (prompt, next(ids))
             try:
