@@ -133,6 +133,13 @@ class ProcessOptions(Struct, frozen=True, kw_only=True):
         Literal["auto", "single", "split"],
         Meta(description="single: HTTP and scheduler share a process; split: one each; auto: single up to 4 cores"),
     ] = "auto"
+    fronts: Annotated[
+        Literal["auto", 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16],
+        Meta(
+            description="processes that serve HTTP and do the work on text, of `engine serve`; auto: beside a GPU one "
+            "for each 4 cores, at most 8; else 1"
+        ),
+    ] = "auto"
     spare_worker: Annotated[
         bool | None,
         Meta(
@@ -140,9 +147,14 @@ class ProcessOptions(Struct, frozen=True, kw_only=True):
             "150 MiB without a GPU; none where memory is short, or beside several workers; default: `engine serve` does"
         ),
     ] = None
-    stall_seconds: Annotated[float, Meta(gt=0, description="seconds of a silent worker before health says stalled")] = (
-        60.0
-    )
+    stall_seconds: Annotated[
+        float,
+        Meta(
+            gt=0,
+            description="seconds of a silent worker before health says stalled, and of a front that stands still "
+            "before another takes its place",
+        ),
+    ] = 60.0
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="least severe log line shown")
     ] = "info"
@@ -302,7 +314,7 @@ class Option(Struct, frozen=True):
     @property
     def choices(self) -> tuple[str, ...]:
         """The only values it takes, where they are a fixed list."""
-        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+        return tuple(map(str, get_args(self.kind))) if get_origin(self.kind) is Literal else ()
 
     @property
     def listed(self) -> bool:

@@ -17,7 +17,7 @@ import asyncio
 import logging
 import resource
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Final, cast
 
@@ -27,11 +27,11 @@ from msgspec import Struct
 from engine.config import ServerOptions
 from engine.errors import ConfigError
 from engine.http.half_closed import HalfClosed
+from engine.http.listening import BACKLOG
 from engine.http.request_id import HEADER, new_id
 from engine.http.wire import error_object, json_response, to_json
 
 MOST_CONNECTIONS: Final = 4096  # unless the limit of open files is lower
-BACKLOG: Final = 2048  # connections that the kernel holds until they are accepted
 RESERVED_FILES: Final = 256  # descriptors for all else: workers, compilers, files, connections that are refused
 LINGERING: Final = 64  # refused connections that are waited for
 KEEP_ALIVE_SECONDS: Final = 75.0
@@ -40,15 +40,41 @@ BODY_LINGER_SECONDS: Final = 10.0  # the same, after the head: aiohttp reads on,
 READ_BYTES: Final = 16 * 2**10  # of a body that nobody reads yet, twice as much is parsed, or 1024 chunks
 
 
-async def listen(server: web.Server, options: ServerOptions, count_error: Callable[[int], None]) -> asyncio.Server:
-    """Accept connections to `server` at the host and port of `options`; `count_error` gets the statuses of refusals.
+async def listen(
+    server: web.Server,
+    options: ServerOptions,
+    count_error: Callable[[int], None],
+    sockets: Sequence[socket.socket] = (),
+) -> "Listener":
+    """Accept connections to `server` at the host and port of `options`, or those to `sockets`, if there are some;
+    `count_error` gets the statuses of refusals.
 
     Raises ConfigError if there are too few descriptors, and OSError if the address cannot be listened on.
     """
     most, backlog = connection_limits(options.max_connections)
     loop = asyncio.get_running_loop()
     door = Door(server, options, most, count_error)
-    return await loop.create_server(lambda: Connection(door), options.host, options.port, backlog=backlog)
+    made = lambda: Connection(door)  # noqa: E731
+    if not sockets:
+        return Listener([await loop.create_server(made, options.host, options.port, backlog=backlog)])
+    return Listener([await loop.create_server(made, sock=each, backlog=backlog) for each in sockets])
+
+
+class Listener:
+    """Servers that accept, one or one for each socket."""
+
+    def __init__(self, servers: Sequence[asyncio.Server]) -> None:
+        self._servers = servers
+
+    @property
+    def port(self) -> int:
+        """Where the first of them listens."""
+        return int(self._servers[0].sockets[0].getsockname()[1])
+
+    def close(self) -> None:
+        """Accept nothing more."""
+        for server in self._servers:
+            server.close()
 
 
 def connection_limits(asked: int | None) -> tuple[int, int]:

@@ -9,8 +9,8 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Literal
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import anyio
 import msgspec
@@ -24,7 +24,9 @@ from engine.messages.control import Answer, Ask, Fatal, Flush, Flushed, Pause, S
 from engine.messages.questions import Question, Value
 from engine.messages.reply import Chunk, Chunks, Failed
 from engine.messages.request import Abort, Generate, Job
+from engine.runtime.board import Board, Counter
 from engine.runtime.channel import Outbox
+from engine.runtime.peers import Peers
 from engine.text.pool import TextPool
 from engine.text.tokenizer import Text
 
@@ -57,6 +59,14 @@ def joined(chunks: Sequence[Chunk]) -> Chunk:
         prompt_ids=b"".join([chunk.prompt_ids for chunk in chunks]),
         prefill_seconds=next((chunk.prefill_seconds for chunk in chunks if chunk.prefill_seconds is not None), None),
     )
+
+
+class Place(NamedTuple):
+    """Where a front stands among others. `numbers` are those that no other front gives to a request or a question."""
+
+    peers: Peers
+    board: Board
+    numbers: Iterator[int]
 
 
 class Mailbox:
@@ -115,9 +125,13 @@ class Front:
         inbox: MemoryObjectReceiveStream[ToHttp],
         tokenizer: MemoryObjectSendStream[ToTokenizer],
         scheduler: Outbox[FromFront],
+        place: Place | None = None,
     ) -> None:
+        place = place or Place(Peers(), Board(), itertools.count())
         self.config = config
         self.model_name = model_name
+        self.peers = place.peers
+        self.board = place.board
         self.text: Text | None = None  # once it is read
         self.texts: TextPool | None = None  # the same, for what needs no device: counting tokens
         self.created = int(time.time())
@@ -129,7 +143,7 @@ class Front:
         self._inbox = inbox
         self._tokenizer = tokenizer
         self._scheduler = scheduler
-        self._numbers = itertools.count()
+        self._numbers = place.numbers
         self._open: dict[str, Mailbox] = {}
         self._keys: dict[str, Mailbox] = {}
         self._heard = time.monotonic()
@@ -187,7 +201,7 @@ class Front:
 
     @property
     def open(self) -> int:
-        """How many requests are open."""
+        """How many requests of this front are open."""
         return len(self._open)
 
     def _wake(self) -> None:
@@ -215,7 +229,7 @@ class Front:
 
     @property
     def most_open(self) -> int:
-        """How many requests may be open at once; 0 until the device is ready."""
+        """How many requests may be open at once, at all fronts; 0 until the device is ready."""
         return 0 if self.info is None else self.info.slots + self.config.schedule.max_waiting
 
     async def ready(self) -> WorkerReady:
@@ -250,6 +264,7 @@ class Front:
         finally:
             del self._open[rid]
             del self._keys[box.key]
+            self.board.add(Counter.REQUESTS, -1)
             if not ended and not box.failed:
                 self._tokenizer.send_nowait(Abort(box.key))
             self._wake()
@@ -308,11 +323,10 @@ class Front:
         if self.info is None:
             raise RequestError("the model is still loading; try again in a moment", code="starting", status=503)
         check_task(request, self.model_name, self.info)
-        limit = self.most_open
-        if len(self._open) >= limit:
+        limit, everywhere = self.most_open, self.board.total(Counter.REQUESTS)
+        if everywhere >= limit:
             raise RequestError(
-                f"{len(self._open)} requests are open, and {limit} is the limit; try again later "
-                "or raise --max-waiting",
+                f"{everywhere} requests are open, and {limit} is the limit; try again later or raise --max-waiting",
                 code="queue_full",
                 status=503,
             )
@@ -325,6 +339,7 @@ class Front:
             )
         box = Mailbox(format(next(self._numbers), "x"))
         self._open[request.rid] = self._keys[box.key] = box
+        self.board.add(Counter.REQUESTS)
         return box
 
 

@@ -17,7 +17,9 @@ from engine.messages.request import Generate
 from engine.messages.text import TextAnswer, TextJob
 from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins, resolve
+from engine.runtime.board import Board
 from engine.runtime.front import Health
+from engine.runtime.peers import Peers
 from engine.text.jobs import perform
 from engine.text.tokenizer import Text
 
@@ -73,6 +75,8 @@ class FakeFront:
         self.created = 1_700_000_000
         self.info: WorkerReady | None = READY
         self.most_open = 100
+        self.peers = Peers()
+        self.board = Board()
         self.stats = Stats("ready")
         self.on_stats: list[Callable[[Stats], None]] = []
         self.state = Health("ready")
