@@ -86,6 +86,10 @@ class Served:
             time.sleep(0.01)
         return time.monotonic() - began
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def processes(self) -> dict[int, str]:
         """Process id to its role: front, or the module that it runs (`engine.worker`)."""
         return {self._process.pid: "front", **children(self._process.pid)}
@@ -102,8 +106,13 @@ class Served:
             key = f"{role.removeprefix('engine.')} MiB"
             if role != "engine.worker" or pid == self.workers[-1]:
                 found[key] = found.get(key, 0) + resident(pid)
+        return found | self.held()
+
+    def held(self) -> dict[str, int]:
+        """Pages of the cache that requests hold, and requests that run or wait."""
         self.ask("/flush_cache", {})
         (state,) = self.ask("/server_info")[1]["internal_states"]
-        found["pages held"] = state["pages"] - state["pages_free"]
-        found["running"] = state["running"] + state["waiting"]
-        return found
+        return {
+            "pages held": state["pages"] - state["pages_free"],
+            "running": state["running"] + state["waiting"],
+        }
