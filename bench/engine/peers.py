@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import torch
 from msgspec import Struct
 from safetensors.torch import save_file
 
-from engine.client.bench.commands import asker
+from engine.client.bench.asking import Asker, Target
 from engine.client.bench.load import Ask, play
 from engine.client.bench.process import free_port, running, serve_command
 from engine.client.bench.traffic import conversations
@@ -164,13 +165,14 @@ async def measure(peer: Peer, repeat: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {name: [] for name in MEASURES}
     async with (
         running(peer.command(port), port, health=peer.health, environment=peer.environment) as started,
-        Client(started.url, timeout=600) as client,
+        Client(started.url) as client,
     ):
-        for index in range(repeat + 1):
-            for number, (name, what) in enumerate(MEASURES.items()):
-                value = await one_round(asker(client, "openai", {}), what, seed=100 * index + number)
-                if index:  # the first round warms up
-                    found[name].append(value)
+        with closing(Asker(Target(started.url, client.model_name))) as ask:
+            for index in range(repeat + 1):
+                for number, (name, what) in enumerate(MEASURES.items()):
+                    value = await one_round(ask, what, seed=100 * index + number)
+                    if index:  # the first round warms up
+                        found[name].append(value)
     return {**found, "ready": [started.ready - started.began]}
 
 

@@ -14,7 +14,6 @@ import asyncio
 import http.client
 import json
 import multiprocessing
-import os
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
+from bench.lib.processes import cpu_seconds
 from engine.client.bench.process import free_port, serve_command
 from engine.config import resolve
 from engine.http.app import serve
@@ -137,12 +137,6 @@ def measured(port: int, pid: int, path: str, body: bytes, repeat: int) -> tuple[
     seconds = ours.recv()
     prober.join()
     return status, seconds, spent / repeat, took / repeat
-
-
-def cpu_seconds(pid: int) -> float:
-    """Of one process of Linux, so far, its children apart."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager

@@ -1,36 +1,38 @@
-"""CPU time that the front process spends on one event, and on one whole request, over HTTP.
+"""CPU time that the front processes spend on one event, and on one whole request, over HTTP.
 
-    python -m bench.http.cpu [--against DIR] [--rows chat,requests,chats] [--streams 64] [--turns 5] [--json FILE]
+    python -m bench.http.cpu [--against DIR] [--fronts 1,2,4] [--rows chat,requests,chats] [--streams 64,256,1024]
+        [--turns 5] [--json FILE]
 
-The echo model answers, and the core is a process of its own (`--placement split`), so the front's CPU time is that of
-HTTP, tokenizer and detokenizer alone. It is read from /proc before and after each load. The load comes from this
-process over raw sockets. `chat` and `completions` stream replies of `TOKENS` tokens, and their figure is CPU time for
-each event; the figure of `requests` and `chats` is CPU time for one request that is answered whole, one after another
-on connections that are kept. `--against DIR` measures a second checkout, with the Python of its own .venv, in turn with
-this one: the last column is the median of the turns' ratios. Linux alone.
+The echo model answers, and the core is a process of its own (`--placement split`, or the supervisor of several fronts),
+so the fronts' CPU time is that of HTTP, tokenizer and detokenizer alone. It is read from /proc before and after each
+load, and is the sum of all fronts. The last column is what as many cores as fronts could do in a second: fronts x
+1,000,000 / microseconds. The load comes from this process over raw sockets. `chat` and `completions` stream replies of
+`TOKENS` tokens, and their figure is CPU time for each event; the figure of `requests` and `chats` is CPU time for one
+request that is answered whole, one after another on connections that are kept. `--against DIR` measures a second
+checkout, with the Python of its own .venv, in turn with this one, as one front; the ratio is the median of the turns'
+ratios of our first server to it. Linux alone.
 """
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 import anyio.abc
 import anyio.to_thread
 
+from bench.lib.processes import cpu_seconds, fronts
 from engine.client.bench.process import free_port
 
 HERE = Path(__file__).parents[2]
 TOKENS = 64
 REQUESTS = 20  # that a connection sends, one after another
-TICKS = os.sysconf("SC_CLK_TCK")
 PATIENCE = 120.0
 SAMPLING = {"max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
 BODIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -41,20 +43,24 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 WHOLE = ("requests", "chats")
+THEIRS = "theirs"
 
 
-def start(checkout: Path, port: int, log: Any) -> "subprocess.Popen[bytes]":
-    """`engine serve` of `checkout` on `port`, its core in a process of its own."""
+class Server(NamedTuple):
+    name: str
+    port: int
+    pid: int
+    fronts: int
+
+
+def start(checkout: Path, fronts: int, most: int, port: int) -> "subprocess.Popen[bytes]":
+    """`engine serve` of `checkout` on `port` for `most` streams, its core in another process than its fronts."""
     python = sys.executable if checkout == HERE else str(checkout / ".venv/bin/python")
-    options = ["--model", "echo", "--placement", "split", "--port", str(port), "--max-running", "256"]
+    options = ["--model", "echo", "--port", str(port), "--max-running", str(most), "--kv-tokens", str(512 * most)]
+    options += ["--placement", "split"] if fronts == 1 else ["--fronts", str(fronts)]
     command = [python, "-m", "engine.cli", "serve", *options]
-    return subprocess.Popen(command, cwd=checkout, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-
-
-def cpu_seconds(pid: int) -> float:
-    """User and system time of all threads of the process."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(command, cwd=checkout, stdin=quiet, stdout=quiet, stderr=quiet)
 
 
 def request(path: str, body: dict[str, Any]) -> bytes:
@@ -111,48 +117,65 @@ def wait(port: int, process: "subprocess.Popen[bytes]") -> None:
     raise SystemExit(f"the server on port {port} did not start")
 
 
-def measure(port: int, pid: int, row: str, streams: int) -> float:
-    """Microseconds of the front's CPU time for each event or request."""
-    before = cpu_seconds(pid)
-    count = anyio.run(load, port, row, streams)
-    return (cpu_seconds(pid) - before) / count * 1e6
+def measure(server: Server, row: str, streams: int) -> float:
+    """Microseconds of the fronts' CPU time for each event or request."""
+    pids = fronts(server.pid)
+    before = sum(map(cpu_seconds, pids))
+    count = anyio.run(load, server.port, row, streams)
+    return (sum(map(cpu_seconds, pids)) - before) / count * 1e6
+
+
+def show(servers: list[Server], row: str, streams: int, values: list[list[float]]) -> None:
+    """A line for each server; the last may be the other checkout."""
+    for server, one in zip(servers, values, strict=True):
+        middle = statistics.median(one)
+        cell = f"{middle:7.1f} ({min(one):.1f} - {max(one):.1f})"
+        ratio = ""
+        if server.name == THEIRS:
+            ratios = [ours / theirs for ours, theirs in zip(values[0], one, strict=True)]
+            ratio = f"  ours / theirs {statistics.median(ratios):.3f} ({min(ratios):.3f} - {max(ratios):.3f})"
+        print(f"{row:12s} {streams:6d} {server.name:10s} {cell:26s} {server.fronts * 1e6 / middle:12,.0f}{ratio}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", type=Path)
+    parser.add_argument("--fronts", default="1")
     parser.add_argument("--rows", default=",".join(BODIES))
-    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--streams", default="64")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=4, help="loads in a turn: a clock tick is 10 ms")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    checkouts = [HERE, *([options.against.resolve()] if options.against else [])]
-    rows: dict[str, list[list[float]]] = {row: [[] for _ in checkouts] for row in options.rows.split(",")}
+    streams = [int(each) for each in options.streams.split(",")]
+    wanted = [(HERE, int(each), f"{each} fronts") for each in options.fronts.split(",")]
+    if options.against:
+        wanted.append((options.against.resolve(), 1, THEIRS))
+    rows: dict[tuple[str, int], list[list[float]]] = {
+        (row, count): [[] for _ in wanted] for row in options.rows.split(",") for count in streams
+    }
     with ExitStack() as stack:
         servers = []
-        for checkout in checkouts:
+        for checkout, count, name in wanted:
             port = free_port()
-            process = start(checkout, port, subprocess.DEVNULL)
+            process = start(checkout, count, max(streams), port)
             stack.callback(process.wait, 30)
             stack.callback(process.terminate)
             wait(port, process)
-            servers.append((port, process.pid))
+            servers.append(Server(name, port, process.pid, count))
         for turn in range(options.turns + 1):
-            for row, values in rows.items():
+            for (row, count), values in rows.items():
                 order = list(zip(servers, values, strict=True))
-                for (port, pid), into in order if turn % 2 else order[::-1]:
-                    spent = [measure(port, pid, row, options.streams) for _ in range(options.rounds)]
+                for server, into in order if turn % 2 else order[::-1]:
+                    spent = [measure(server, row, count) for _ in range(options.rounds)]
                     if turn:  # the first warms up
                         into.append(statistics.fmean(spent))
-    print(f"{options.streams} clients, {options.turns} turns; us of the front's CPU time, median (min - max)")
-    for row, values in rows.items():
-        cells = [f"{statistics.median(one):7.1f} ({min(one):.1f} - {max(one):.1f})" for one in values]
-        ratios = [ours / theirs for ours, theirs in zip(values[0], values[-1], strict=True)]
-        ratio = f"  ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} - {max(ratios):.3f})"
-        print(f"{row:12s} {'   against '.join(cells)}{ratio if options.against else ''}")
+    print(f"{options.turns} turns; us of the fronts' CPU time, median (min - max); a second on a core for each front")
+    for (row, count), values in rows.items():
+        show(servers, row, count, values)
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=2))
+        named = {f"{row} {count}": values for (row, count), values in rows.items()}
+        options.json.write_text(json.dumps({"servers": [server.name for server in servers], **named}, indent=2))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from bench.lib.processes import children, descriptors, resident, threads
+
 START_SECONDS = 300.0
 RESTART_LIMIT = 120.0
 
@@ -84,9 +86,13 @@ class Served:
             time.sleep(0.01)
         return time.monotonic() - began
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def processes(self) -> dict[int, str]:
         """Process id to its role: front, or the module that it runs (`engine.worker`)."""
-        return {self._process.pid: "front", **_children(self._process.pid)}
+        return {self._process.pid: "front", **children(self._process.pid)}
 
     def spares(self) -> list[int]:
         """Workers that wait for the one that runs to die."""
@@ -94,38 +100,19 @@ class Served:
 
     def figures(self) -> dict[str, int]:
         """Descriptors and threads of the front, MiB resident of each role, and pages of the cache."""
-        front = Path("/proc", str(self._process.pid))
-        found = {"descriptors": len(list((front / "fd").iterdir())), "threads": len(list((front / "task").iterdir()))}
+        front = self._process.pid
+        found = {"descriptors": descriptors(front), "threads": threads(front)}
         for pid, role in self.processes().items():
             key = f"{role.removeprefix('engine.')} MiB"
             if role != "engine.worker" or pid == self.workers[-1]:
-                found[key] = found.get(key, 0) + _resident(pid)
+                found[key] = found.get(key, 0) + resident(pid)
+        return found | self.held()
+
+    def held(self) -> dict[str, int]:
+        """Pages of the cache that requests hold, and requests that run or wait."""
         self.ask("/flush_cache", {})
         (state,) = self.ask("/server_info")[1]["internal_states"]
-        found["pages held"] = state["pages"] - state["pages_free"]
-        found["running"] = state["running"] + state["waiting"]
-        return found
-
-
-def _children(parent: int) -> dict[int, str]:
-    found: dict[int, str] = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            owner = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-        except OSError:  # it has gone meanwhile
-            continue
-        if owner == parent and b"-m" in words:
-            pid = int(entry.name)
-            found |= {pid: words[words.index(b"-m") + 1].decode(), **_children(pid)}
-    return found
-
-
-def _resident(pid: int) -> int:
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE") >> 20
+        return {
+            "pages held": state["pages"] - state["pages_free"],
+            "running": state["running"] + state["waiting"],
+        }

@@ -1,8 +1,9 @@
 """A tokenizer of a real one's size for models that have only a config.json: byte-level BPE of made-up words.
 
 Its tokens are spread as a multilingual vocabulary's are: words with and without a space before them, capitals, digits,
-punctuation as JSON and code have it, runs of spaces, Chinese. Nothing can be encoded well with it; what is decoded, and
-what a grammar lets through, costs what it would with a real one.
+punctuation as JSON and code have it, runs of spaces, Chinese. What is decoded, and what a grammar lets through, costs
+what it would with a real one. A text is encoded byte by byte; with `whole_words` a word of the vocabulary is one token,
+and a text of such words costs the search for words and a look into the vocabulary for each.
 """
 
 import json
@@ -59,27 +60,33 @@ KINDS: dict[Any, int] = {
 }
 
 
-def tokenizer(size: int) -> Tokenizer:
+def words(size: int) -> list[str]:
+    """The words of `tokenizer(size)` that begin with a space and are of small letters: each is one token of it."""
+    spelled = [token.decode(errors="ignore") for token in tokens(size - SPECIAL)]
+    return [word for word in spelled if word.startswith(" ") and word[1:].isascii() and word[1:].islower()]
+
+
+def tokenizer(size: int, whole_words: bool = False) -> Tokenizer:
     spelled = tokens(size - SPECIAL)
     # As byte-level BPE writes bytes: the printable ones as themselves, the others as the characters from U+0100 on.
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     symbols = [chr(byte if byte in printable else next(others)) for byte in range(256)]
     vocabulary = {"".join(symbols[byte] for byte in token): id for id, token in enumerate(spelled)}
-    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=whole_words))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=whole_words)
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens([AddedToken(f"<|{id}|>", special=True) for id in range(len(spelled), size)])
     return made
 
 
 @contextmanager
-def with_tokenizer(model: Path) -> Iterator[Path]:
+def with_tokenizer(model: Path, whole_words: bool = False) -> Iterator[Path]:
     """A directory like `model` that has a tokenizer as well; it ends replies with the last of its special tokens."""
     config = json.loads((model / "config.json").read_text())
     size = config["vocab_size"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": size - 1}))
-        tokenizer(size).save(str(folder / "tokenizer.json"))
+        tokenizer(size, whole_words).save(str(folder / "tokenizer.json"))
         yield folder

@@ -1,17 +1,22 @@
 """The tokenizer actor: what a client sent becomes token ids and a checked `Admit`.
 
-`Admission` is the logic; the actor moves messages. A long prompt is rendered and encoded in a process of the text
-pool, so that replies and health go on meanwhile, and shorter prompts that came later go past it. A request's messages
-stay in order all the same: its Open comes before its Admit, and an Abort ends it in the pool or follows its Admit.
+`Admission` is the logic; the actor moves messages. Prompts that come together are rendered in slices, between which
+replies go on, and encoded together in a thread, where the tokenizer holds no lock; a short one alone is encoded here
+and now. A long prompt is rendered and encoded in a process of the text pool, and shorter prompts that came later go
+past it. A request's messages stay in order all the same: its Open comes before its Admit, and an Abort ends it in the
+pool or follows its Admit.
 """
 
 import random
+import time
 from array import array
 from collections.abc import Iterable
 from typing import Any, Protocol
 
 import anyio
 import anyio.abc
+import anyio.lowlevel
+import anyio.to_thread
 from anyio.streams.memory import MemoryObjectReceiveStream
 
 from engine.cache.keys import keys_with
@@ -28,10 +33,15 @@ from engine.params.grammar import Grammar
 from engine.params.lengths import THE_INPUT, check_length, check_unicode, prompt_too_long
 from engine.params.sampling import HANDED_ON, OPTIONAL, Sampling, SamplingParams
 from engine.runtime.actor import first_failure
-from engine.runtime.channel import Outbox
-from engine.text.tokenizer import Text, TooWide
+from engine.runtime.channel import Outbox, received
+from engine.text.tokenizer import Prompt, Text, TooWide
 
 MOST_CUT = 1 << 16  # tokens of a prompt of which only the last are kept, as far as its characters tell
+Encoded = tuple[Prompt, list[int]]  # and what the tokenizer made of it
+SLICE = 0.002  # seconds of rendering after which others have their turn
+AT_ONCE = 2_000  # characters that are encoded in the event loop: a thread would take as long to get going
+FIRST_TOGETHER, MOST_TOGETHER = 4, 32  # prompts that are encoded at a time: few first, so that the device can begin
+MOST_CHARACTERS = 1 << 15  # of those
 UNSAMPLED = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)  # of a vector, no token is
 
 
@@ -45,16 +55,47 @@ class Admission:
         self.vocab_size = text.vocab_size  # the model's, which may have fewer rows, once the worker says so
         self._seeds = random.SystemRandom()
 
-    def admit(self, request: Job) -> tuple[Open, Admit]:
-        """Raises RequestError: no or too long a prompt, an id outside the vocabulary, a bad template."""
-        return self._admit_vector(request) if isinstance(request, Embed) else self._admit_text(request)
+    def written(self, request: Job) -> Prompt | None:
+        """The text of `request` as it is encoded; None where it has none, or only its beginning is encoded.
 
-    def _admit_text(self, request: Generate) -> tuple[Open, Admit]:
+        Raises RequestError: too long a prompt, a bad template."""
+        if isinstance(request, Embed):
+            whole = request.text is not None and request.first is None
+            return self.text.prompt(request.text or "", most=self.max_model_len, name="input") if whole else None
         try:
-            ids, keys = self._encode(request)
+            return self._written(request)
         except TooWide as error:
             assert self.max_model_len is not None, "requests are let in only once the worker is ready"
             raise prompt_too_long(error.least, self.max_model_len, characters=error.characters) from None
+
+    def _written(self, request: Generate) -> Prompt | None:
+        most = self.max_model_len if request.last is None else MOST_CUT
+        if request.messages is not None:
+            return self.text.conversation(
+                request.messages,
+                opening=request.opening,
+                special=bool(request.special),
+                most=most,
+                tools=request.tools,
+                add_generation_prompt=request.add_generation_prompt,
+                continue_final_message=request.continue_final_message,
+                template_kwargs=request.template_kwargs,
+                chat_template=request.chat_template,
+            )
+        return None if request.text is None else self.text.prompt(request.text, request.special is not False, most=most)
+
+    def admit(self, request: Job, encoded: Encoded | None = None) -> tuple[Open, Admit]:
+        """`encoded` is what `written` and the tokenizer have made of it, if they have.
+
+        Raises RequestError: no or too long a prompt, an id outside the vocabulary, a bad template."""
+        if encoded is None and (prompt := self.written(request)) is not None:
+            encoded = prompt, self.text.encode_prompts([prompt])[0]
+        return (
+            self._admit_vector(request, encoded) if isinstance(request, Embed) else self._admit_text(request, encoded)
+        )
+
+    def _admit_text(self, request: Generate, encoded: Encoded | None) -> tuple[Open, Admit]:
+        ids, keys = self._ids_and_keys(request, encoded)
         params = request.sampling
         default = request.default_max_tokens or self.text.defaults.max_new_tokens
         max_new = self._max_new(len(ids), params.max_tokens, default)
@@ -124,9 +165,9 @@ class Admission:
             )
         return grammar
 
-    def _admit_vector(self, request: Embed) -> tuple[Open, Admit]:
+    def _admit_vector(self, request: Embed, encoded: Encoded | None) -> tuple[Open, Admit]:
         assert self.max_model_len is not None, "requests are let in only once the worker is ready"
-        ids = self._encode_vector(request, self.max_model_len)
+        ids = self._encode_vector(request, encoded, self.max_model_len)
         self._check_ids(ids, "input")
         if len(ids) > self.max_model_len:
             raise RequestError(
@@ -138,13 +179,13 @@ class Admission:
         opened = Open(request.rid, len(ids), (), detokenize=False)
         return opened, Admit(request.rid, ids.tobytes(), UNSAMPLED, (), 0, request.priority)
 
-    def _encode_vector(self, request: Embed, most: int) -> "array[int]":
+    def _encode_vector(self, request: Embed, encoded: Encoded | None, most: int) -> "array[int]":
         """The tokens that the vector is made of."""
+        if encoded is not None:
+            return array("i", self.text.finished(*encoded)[0])
         kept = most if request.first == -1 else request.first
         if request.text is not None and kept is not None:
             return array("i", self.text.encode_first(request.text, kept, most=MOST_CUT, name="input"))
-        if request.text is not None:
-            return array("i", self.text.encode(request.text, most=most, name="input"))
         ids = array("i", request.ids or b"")
         return ids if kept is None else ids[:kept]
 
@@ -196,25 +237,12 @@ class Admission:
                     facts={},
                 )
 
-    def _encode(self, request: Generate) -> tuple["array[int]", bytes]:
+    def _ids_and_keys(self, request: Generate, encoded: Encoded | None) -> tuple["array[int]", bytes]:
         """The ids of the prompt and their keys, as Admit has these."""
         runs: Runs = ()
-        most = self.max_model_len if request.last is None else MOST_CUT
-        if request.messages is not None:
-            conversation, runs = self.text.encode_conversation(
-                request.messages,
-                opening=request.opening,
-                special=bool(request.special),
-                most=most,
-                tools=request.tools,
-                add_generation_prompt=request.add_generation_prompt,
-                continue_final_message=request.continue_final_message,
-                template_kwargs=request.template_kwargs,
-                chat_template=request.chat_template,
-            )
-            ids = array("i", conversation)
-        elif request.text is not None:
-            ids = array("i", self.text.encode(request.text, request.special is not False, most=most))
+        if encoded is not None:
+            whole, runs = self.text.finished(*encoded)
+            ids = array("i", whole)
         else:
             ids = array("i")
             ids.frombytes(request.ids or b"")
@@ -293,44 +321,83 @@ class TokenizerActor:
         try:
             async with anyio.create_task_group() as group:
                 async for message in self.inbox:
-                    await self._take(message, group)
+                    messages = received(self.inbox, message)
                     del message  # not held while the next one is waited for
+                    await self._take(messages, group)
+                    del messages
                 group.cancel_scope.cancel()
         except BaseExceptionGroup as failures:
             raise first_failure(failures) from None
 
-    async def _take(self, message: ToTokenizer, group: anyio.abc.TaskGroup) -> None:
-        match message:
-            case Generate() | Embed():
-                await self._begin(message, group)
-            case Abort():
-                if (underway := self._underway.get(message.rid)) is not None:
-                    underway.abort()
-                else:
-                    await self.scheduler.send(message)
-            case WorkerReady():
-                self.admission.max_model_len = message.max_model_len
-                self.admission.vocab_size = message.vocab_size
+    async def _take(self, messages: list[ToTokenizer], group: anyio.abc.TaskGroup) -> None:
+        """Do what `messages` ask for, in order; requests that stand together are encoded together."""
+        together: list[Job] = []
+        for message in messages:
+            if isinstance(message, Generate | Embed) and not self._is_large(message):
+                together.append(message)
+                continue
+            await self._admit_all(together)
+            together = []
+            match message:
+                case Generate() | Embed():
+                    self._underway[message.rid] = underway = Underway()
+                    group.start_soon(self._elsewhere, self._job(message), underway)
+                case Abort():
+                    if (found := self._underway.get(message.rid)) is not None:
+                        found.abort()
+                    else:
+                        await self.scheduler.send(message)
+                case WorkerReady():
+                    self.admission.max_model_len = message.max_model_len
+                    self.admission.vocab_size = message.vocab_size
+        await self._admit_all(together)
 
-    async def _begin(self, request: Job, group: anyio.abc.TaskGroup) -> None:
+    def _job(self, request: Job) -> Prepare:
         length, vocabulary = self.admission.max_model_len, self.admission.vocab_size
         assert length is not None, "requests are let in only once the worker is ready"
-        job = Prepare(request, length, vocabulary)
-        if self.pool.is_large(job):
-            self._underway[request.rid] = underway = Underway()
-            group.start_soon(self._elsewhere, job, underway)
-            return
-        try:
-            opened, admitted = self.admission.admit(request)
-        except RequestError as error:
-            let_go(error)
-            await self._refuse(request.rid, error)
-        except RecursionError as error:
-            let_go(error)
-            await self._refuse(request.rid, RequestError("the request nests too deeply; flatten it"))
+        return Prepare(request, length, vocabulary)
+
+    def _is_large(self, request: Job) -> bool:
+        return self.pool.is_large(self._job(request))
+
+    async def _admit_all(self, requests: list[Job]) -> None:
+        """In order, and so many at a time that the first ones need not wait for all."""
+        some: list[tuple[Job, Prompt | None]] = []
+        together, characters, began = FIRST_TOGETHER, 0, time.perf_counter()
+        for request in requests:
+            try:
+                prompt = self.admission.written(request)
+            except (RequestError, RecursionError) as error:
+                await self._refuse(request.rid, error)
+                continue
+            some.append((request, prompt))
+            characters += 0 if prompt is None else len(prompt.text)
+            if len(some) >= together or characters > MOST_CHARACTERS:
+                await self._admit_some(some, characters)
+                some, characters, began = [], 0, time.perf_counter()
+                together = min(2 * together, MOST_TOGETHER)
+            elif time.perf_counter() - began > SLICE:
+                await anyio.lowlevel.checkpoint()
+                began = time.perf_counter()
+        await self._admit_some(some, characters)
+
+    async def _admit_some(self, some: list[tuple[Job, Prompt | None]], characters: int) -> None:
+        """Encode the prompts together, and hand each request on."""
+        encode = self.admission.text.encode_prompts
+        prompts = [prompt for _, prompt in some if prompt is not None]
+        if characters > AT_ONCE:
+            ids = iter(await anyio.to_thread.run_sync(encode, prompts))
         else:
-            await self.detokenizer.send(opened)
-            await self.scheduler.send(admitted)
+            ids = iter(encode(prompts) if prompts else ())
+        for request, prompt in some:
+            encoded = None if prompt is None else (prompt, next(ids))
+            try:
+                opened, admitted = self.admission.admit(request, encoded)
+            except (RequestError, RecursionError) as error:
+                await self._refuse(request.rid, error)
+            else:
+                await self.detokenizer.send(opened)
+                await self.scheduler.send(admitted)
 
     async def _elsewhere(self, job: Prepare, underway: Underway) -> None:
         """Have the pool do `job`, while others go past it."""
@@ -347,7 +414,6 @@ class TokenizerActor:
             if underway.aborted:  # meanwhile
                 await self.scheduler.send(Abort(rid))
         except RequestError as error:
-            let_go(error)
             await self._refuse(rid, error)
         finally:
             del self._underway[rid]
@@ -357,5 +423,8 @@ class TokenizerActor:
         await self.detokenizer.send(Open(rid, 0, ()))
         await self.detokenizer.send(Tokens.aborted(rid))
 
-    async def _refuse(self, rid: str, error: RequestError) -> None:
+    async def _refuse(self, rid: str, error: RequestError | RecursionError) -> None:
+        let_go(error)
+        if isinstance(error, RecursionError):
+            error = RequestError("the request nests too deeply; flatten it")
         await self.detokenizer.send(Failed.of(rid, error))

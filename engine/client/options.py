@@ -57,7 +57,8 @@ class LoadOptions(Struct, frozen=True, kw_only=True):
         str | None, Meta(description="server to measure (http://host:port); default: start one with the options below")
     ] = None
     api: Annotated[
-        Literal["openai", "native"], Meta(description="openai is /v1/completions of any server; native is /generate")
+        Literal["openai", "chat", "native"],
+        Meta(description="openai is /v1/completions of any server, chat /v1/chat/completions; native is /generate"),
     ] = "openai"
     concurrency: Annotated[
         Positive | None, Meta(description="requests open at any time; default: 8, where no --rate is given")
@@ -66,6 +67,9 @@ class LoadOptions(Struct, frozen=True, kw_only=True):
         Annotated[float, Meta(gt=0)] | None,
         Meta(description="requests a second (conversations, with multi-turn) in a Poisson process, however many open"),
     ] = None
+    clients: Annotated[
+        str, Meta(description="processes that send the load, a number, or auto: by cores and by --concurrency")
+    ] = "auto"
     warmup: Annotated[int, Meta(ge=0, description="unmeasured requests that come first, one after another")] = 1
     timeout: Annotated[float, Meta(gt=0, description="seconds after which a request has failed")] = 600.0
     extra_body: Annotated[

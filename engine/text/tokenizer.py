@@ -44,6 +44,16 @@ TEMPLATES = 16  # templates of requests that are kept compiled
 WORDS_KEPT = 4096  # words whose tokens the tokenizer remembers: of up to 255 bytes, and up to 8 KiB each
 
 
+class Prompt(Struct, frozen=True):
+    """A text on its way to token ids, checked. With `special` the tokenizer adds what it adds to a text, with `bos` the
+    model's first token is put before it where that is missing. A conversation has its `messages`."""
+
+    text: str
+    special: bool
+    bos: bool
+    messages: Sequence[Message] | None = None
+
+
 class Text:
     """One model's text: prompts to token ids, token ids to text.
 
@@ -96,14 +106,15 @@ class Text:
 
         Raises RequestError when `text`, which the client calls `name`, holds half of a surrogate pair, or cannot have
         at most `most` tokens: a text that is sure to be too long is not encoded."""
+        return self.encode_prompt(self.prompt(text, add_special_tokens, most=most, name=name))[0]
+
+    def prompt(
+        self, text: str, add_special_tokens: bool = True, *, most: int | None = None, name: str = "prompt"
+    ) -> Prompt:
+        """A text that can be encoded. Raises RequestError as `encode` does."""
         check_unicode(text, name)
         self._check_fits(text, most, name)
-        ids = self._encode(text, add_special_tokens)
-        if not add_special_tokens:
-            return ids
-        if self.spec.add_bos and self.spec.bos_id is not None and ids[:1] != [self.spec.bos_id]:
-            return [self.spec.bos_id, *ids]
-        return ids
+        return Prompt(text, add_special_tokens, add_special_tokens and self.spec.add_bos)
 
     def encode_first(self, text: str, kept: int, *, most: int | None = None, name: str = "prompt") -> list[int]:
         """Token ids of the beginning of `text`, `kept` at most, with what the tokenizer adds around it.
@@ -143,12 +154,51 @@ class Text:
 
         Raises RequestError when the model has no template, it refuses the messages, or these are too long, as in
         `encode`."""
+        return self.encode_prompt(self.conversation(messages, opening=opening, special=special, most=most, **options))
+
+    def conversation(
+        self,
+        messages: Sequence[Message],
+        *,
+        opening: str = "",
+        special: bool = False,
+        most: int | None = None,
+        **options: Any,
+    ) -> Prompt:
+        """The conversation as a text that can be encoded. Raises RequestError as `encode_conversation` does."""
         text = self.render_chat(messages, **options) + opening
         check_unicode(text, "messages")
         self._check_fits(text, most, "prompt")
-        if not (ids := self.encode(text) if special else self._encode(text, False)):
+        return Prompt(text, special, special and self.spec.add_bos, messages)
+
+    # ── from a prompt to its ids ─────────────────────────────────────────────────────────────
+
+    def encode_prompt(self, prompt: Prompt) -> tuple[list[int], Runs]:
+        """Token ids, and the keys of what is no text."""
+        return self.finished(prompt, self._encode(prompt.text, prompt.special))
+
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """What the tokenizer makes of each, in its own threads and without the interpreter's lock; `finished` makes
+        ids of it. May be called in a thread."""
+        made: dict[int, list[int]] = {}
+        for special in (False, True):
+            chosen = [index for index, prompt in enumerate(prompts) if prompt.special is special]
+            texts = [prompts[index].text for index in chosen]
+            encodings = self.spec.tokenizer.encode_batch_fast(texts, add_special_tokens=special) if texts else ()
+            made |= {index: encoding.ids for index, encoding in zip(chosen, encodings, strict=True)}
+        return [made[index] for index in range(len(prompts))]
+
+    def finished(self, prompt: Prompt, ids: list[int]) -> tuple[list[int], Runs]:
+        """`ids`, which the tokenizer has made of `prompt`, with what the tokenizer does not know of.
+
+        Raises RequestError for a conversation of which nothing is left."""
+        if prompt.bos and self.spec.bos_id is not None and ids[:1] != [self.spec.bos_id]:
+            ids = [self.spec.bos_id, *ids]
+        if prompt.messages is None:
+            return ids, ()
+        if not ids:
             raise RequestError("the chat template makes an empty prompt of the messages; say more", param="messages")
-        if self.media is None or not (media := readable(messages, self.media)):
+        if self.media is None or not (media := readable(prompt.messages, self.media)):
             return ids, ()
         return self.media.placed(ids, media)
 

@@ -4,7 +4,7 @@ Every reply has exactly the requested length: greedy, past the model's own end t
 """
 
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from typing import Any
 
 import anyio
@@ -13,7 +13,9 @@ from msgspec import Struct
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from engine.client.bench.load import Ask, Run, play
+from engine.client.bench.asking import Asker, Target
+from engine.client.bench.clients import clients_of, started
+from engine.client.bench.load import Ask, Run, of_chunks, play
 from engine.client.bench.process import free_port, running, serve_command, serve_environment
 from engine.client.bench.report import Report, Samples, publish, report_of, samples_of
 from engine.client.bench.traffic import Conversation, conversations
@@ -61,17 +63,19 @@ async def measure_server(config: Config, model: str | None, traffic: TrafficOpti
     if load.concurrency is not None and load.rate is not None:
         raise ConfigError(f"--concurrency is {load.concurrency} and --rate is {load.rate}; give one of them")
     concurrency = None if load.rate is not None else load.concurrency or CONCURRENCY
-    extra = extra_body(load.extra_body)
+    count = clients_of(load.clients, concurrency)
     asked = conversations(traffic)
-    async with _server(config, model, load) as client:
-        ask = asker(client, load.api, extra)
-        _all_answered(await play(_warm_up(traffic, load.warmup), ask, concurrency=1))
+    async with _server(config, model, load) as target, started(count) as clients:
+        with closing(Asker(target)) as ask:
+            _all_answered(await play(_warm_up(traffic, load.warmup), ask, concurrency=1))
         with progress("requests", traffic.requests) as advance:
-            run = await play(asked, ask, concurrency=concurrency, rate=load.rate, seed=traffic.seed, on_reply=advance)
-        pressure = {"concurrency": concurrency} if concurrency else {"rate": f"{load.rate:g}/s"}
-        settings = {"model": client.model_name, "api": load.api, **_settings(traffic), **pressure}
+            run, loads = await clients.play(
+                target, asked, concurrency=concurrency, rate=load.rate, seed=traffic.seed, on_replies=advance
+            )
+    pressure = {"concurrency": concurrency} if concurrency else {"rate": f"{load.rate:g}/s"}
+    settings = {"model": target.model, "api": load.api, **_settings(traffic), **pressure, "clients": count}
     samples = samples_of([run])
-    return report_of("serve", settings, [run], samples), samples
+    return report_of("serve", settings, [run], samples, loads), samples
 
 
 async def measure_throughput(config: Config, traffic: TrafficOptions) -> Result:
@@ -109,12 +113,13 @@ async def measure_startup(config: Config, repetition: RepeatOptions) -> Result:
         for _ in range(repetition.repeat):
             port = free_port()
             async with (
-                running(serve_command(config, port), port, environment=serve_environment(config)) as started,
-                Client(started.url, api_key=own_key(config.server)) as client,
+                running(serve_command(config, port), port, environment=serve_environment(config)) as server,
+                Client(server.url, api_key=own_key(config.server)) as client,
             ):
-                run = _all_answered(await play(shortest, asker(client, "openai", {})))
                 model = client.model_name
-            ready.append((started.ready - started.began) * 1e3)
+                with closing(Asker(Target(server.url, model, api_key=own_key(config.server)))) as ask:
+                    run = _all_answered(await play(shortest, ask))
+            ready.append((server.ready - server.began) * 1e3)
             first.append(ready[-1] + run.records[0].first * 1e3)
             advance()
     samples = {"ready": ready, "first_token": first}
@@ -124,21 +129,10 @@ async def measure_startup(config: Config, repetition: RepeatOptions) -> Result:
 # ── how it is asked ──────────────────────────────────────────────────────────────────────────
 
 
-def asker(client: Client, api: str, extra: dict[str, Any]) -> Ask:
-    """Asks a server; `extra` is merged into each body."""
-    if api == "native":
-        return lambda prompt, length: client.generate(
-            prompt, {"temperature": 0, "max_new_tokens": length, "ignore_eos": True}, **extra
-        )
-    return lambda prompt, length: client.complete(
-        prompt, **{"max_tokens": length, "temperature": 0, "ignore_eos": True, **extra}
-    )
-
-
 def offline_asker(engine: AsyncEngine) -> Ask:
     """Asks an engine in this process."""
-    return lambda prompt, length: engine.stream(
-        prompt, SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
+    return of_chunks(
+        lambda prompt, length: engine.stream(prompt, SamplingParams(temperature=0, max_tokens=length, ignore_eos=True))
     )
 
 
@@ -151,28 +145,31 @@ def extra_body(text: str | None) -> dict[str, Any]:
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on standard error, if that is a terminal; call the function that it gives for each one done."""
+def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
+    """A bar on standard error, if that is a terminal; call the function that it gives for each one done, or with how
+    many were."""
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
+        yield lambda count=1: bar.advance(task, count)
 
 
 @asynccontextmanager
-async def _server(config: Config, model: str | None, load: LoadOptions) -> AsyncIterator[Client]:
+async def _server(config: Config, model: str | None, load: LoadOptions) -> AsyncIterator[Target]:
     key = own_key(config.server)
+    extra = extra_body(load.extra_body)
+
+    async def target(url: str) -> Target:
+        async with Client(url, api_key=key, model=model, timeout=load.timeout) as client:
+            return Target(client.url, client.model_name, load.api, key, extra, load.timeout)
+
     if load.url is not None:
-        async with Client(load.url, api_key=key, model=model, timeout=load.timeout) as client:
-            yield client
+        yield await target(load.url)
         return
     port = free_port()
-    async with (
-        running(serve_command(config, port), port, environment=serve_environment(config)) as started,
-        Client(started.url, api_key=key, timeout=load.timeout) as client,
-    ):
-        yield client
+    async with running(serve_command(config, port), port, environment=serve_environment(config)) as server:
+        yield await target(server.url)
 
 
 def _warm_up(lengths: LengthOptions, count: int) -> list[Conversation]:

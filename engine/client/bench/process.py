@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 import aiohttp
 import anyio
@@ -25,9 +26,10 @@ GRACE = 20.0
 
 
 class Started(msgspec.Struct, frozen=True):
-    """A server that is ready: its URL, and when (perf_counter) it was started and was ready."""
+    """A server that is ready: its URL and process, and when (perf_counter) it was started and was ready."""
 
     url: str
+    pid: int
     began: float
     ready: float
 
@@ -66,9 +68,14 @@ def free_port() -> int:
 
 @asynccontextmanager
 async def running(
-    command: Sequence[str], port: int, *, health: str = "/health", environment: Mapping[str, str] | None = None
+    command: Sequence[str],
+    port: int,
+    *,
+    health: str = "/health",
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
 ) -> AsyncIterator[Started]:
-    """Run `command`, a server on `port`, from when `health` answers 200 to the end of the context.
+    """Run `command` in `folder`, a server on `port`, from when `health` answers 200 to the end of the context.
 
     Raises WorkerError with the last lines it wrote when it ends before, or is not ready within ten minutes.
     """
@@ -83,6 +90,7 @@ async def running(
             stderr=subprocess.STDOUT,
             start_new_session=True,
             env={**os.environ, **(environment or {})},
+            cwd=folder,
         )
         try:
             async with aiohttp.ClientSession() as http:
@@ -93,7 +101,7 @@ async def running(
                         how = "is not ready" if process.returncode is None else f"ended with code {process.returncode}"
                         raise WorkerError(f"the server {how} after {time.perf_counter() - began:.0f} s:\n{said}")
                     await anyio.sleep(POLL)
-            yield Started(url, began, time.perf_counter())
+            yield Started(url, process.pid, began, time.perf_counter())
         finally:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(_end, process)

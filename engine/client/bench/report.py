@@ -9,7 +9,8 @@ from msgspec import Struct
 from rich.console import Console
 from rich.table import Table
 
-from engine.client.bench.load import Run
+from engine.client.bench.clients import ClientLoad, warnings
+from engine.client.bench.load import Record, Run
 from engine.client.bench.plot import draw
 from engine.client.bench.spread import Spread, spread
 from engine.client.options import ReportOptions
@@ -27,7 +28,7 @@ LABELS = {
 
 
 class Report(Struct, frozen=True):
-    """The result of a measurement. `milliseconds` is by the keys of LABELS."""
+    """The result of a measurement. `milliseconds` is by the keys of LABELS; `clients` has the client processes."""
 
     command: str
     settings: dict[str, Any]
@@ -35,6 +36,7 @@ class Report(Struct, frozen=True):
     milliseconds: dict[str, Spread]
     requests: list[dict[str, Any]]
     errors: dict[str, int]
+    clients: Sequence[ClientLoad] = ()
 
 
 Samples = Mapping[str, Sequence[float]]
@@ -57,6 +59,7 @@ def totals_of(runs: Sequence[Run]) -> dict[str, float]:
     records = [record for run in runs for record in run.answered]
     seconds = sum(run.seconds for run in runs)
     read, said = (sum(getattr(record, name) for record in records) for name in ("input_tokens", "output_tokens"))
+    pieces = sum(len(record.pieces) for record in records)
     return {
         "seconds": seconds,
         "answered": len(records),
@@ -67,10 +70,27 @@ def totals_of(runs: Sequence[Run]) -> dict[str, float]:
         "requests_per_second": len(records) / seconds,
         "output_tokens_per_second": said / seconds,
         "tokens_per_second": (read + said) / seconds,
+        "events": pieces,
+        "events_per_second": pieces / seconds,
+        "one_token_share": one_token_share(records),
     }
 
 
-def report_of(command: str, settings: dict[str, Any], runs: Sequence[Run], samples: Samples) -> Report:
+def one_token_share(records: Sequence[Record]) -> float:
+    """The least share of the events with a text that can have held one token each: of n tokens in m events, at most
+    n - m events held more. A token without a text of its own counts as one that came with another."""
+    pieces = sum(len(record.pieces) for record in records)
+    least = sum(max(0, 2 * len(record.pieces) - record.output_tokens) for record in records)
+    return least / pieces if pieces else 0.0
+
+
+def report_of(
+    command: str,
+    settings: dict[str, Any],
+    runs: Sequence[Run],
+    samples: Samples,
+    clients: Sequence[ClientLoad] = (),
+) -> Report:
     """The report of `runs`; `samples` are by the keys of LABELS, in milliseconds."""
     requests = []
     errors: dict[str, int] = {}
@@ -83,16 +103,18 @@ def report_of(command: str, settings: dict[str, Any], runs: Sequence[Run], sampl
             errors[record.error] = errors.get(record.error, 0) + 1
         requests.append(row)
     spreads = {name: spread(values) for name, values in samples.items() if values}
-    return Report(command, settings, totals_of(runs) if runs else {}, spreads, requests, errors)
+    return Report(command, settings, totals_of(runs) if runs else {}, spreads, requests, errors, clients)
 
 
 def publish(report: Report, samples: Samples, options: ReportOptions) -> int:
     """Print the report, write the files that were asked for; the exit code: 1 if anything failed."""
     console = Console(highlight=False, width=None if Console().is_terminal else 100)
     console.print(f"\n[bold]{headline(report)}[/bold]")
-    for line in total_lines(report.totals):
+    for line in total_lines(report.totals) + client_lines(report):
         console.print(f"  {line}")
     console.print(table(report.milliseconds))
+    for warning in warnings(report.clients):
+        console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     for error, count in report.errors.items():
         console.print(f"failed {counted(count, 'time')}: {error}", style="red", markup=False)
     if options.json:
@@ -118,6 +140,19 @@ def total_lines(totals: Mapping[str, float]) -> list[str]:
         f"{totals['requests_per_second']:.2f} requests/s, {totals['output_tokens_per_second']:.1f} output tokens/s, "
         f"{totals['tokens_per_second']:.1f} tokens/s in and out",
         f"{read if totals['input_tokens'] else 'input tokens not reported'}, {totals['output_tokens']:.0f} out",
+    ]
+
+
+def client_lines(report: Report) -> list[str]:
+    """The events of a server in sentences, and how the clients fared."""
+    if not (loads := report.clients):
+        return []
+    totals = report.totals
+    what = "1 client process" if len(loads) == 1 else f"{len(loads)} client processes, the busiest"
+    return [
+        f"{totals['events_per_second']:.0f} events/s, at least {totals['one_token_share']:.1%} of them with one token",
+        f"{what}: {max(load.cpu for load in loads):.0%} of a core, "
+        f"woke at most {max(load.late_most for load in loads) * 1e3:.1f} ms too late",
     ]
 
 

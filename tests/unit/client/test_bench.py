@@ -7,7 +7,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import cli
-from engine.client.bench.load import Record, Run, play
+from engine.client.bench.asking import Api, Asker, Target
+from engine.client.bench.load import Clock, Record, Run, of_chunks, play
 from engine.client.bench.plot import draw, ticks
 from engine.client.bench.process import serve_command, serve_environment
 from engine.client.bench.report import report_of, samples_of, totals_of
@@ -34,6 +35,7 @@ from engine.client.options import TrafficOptions
 from engine.config import Config, resolve
 from engine.errors import RequestError, WorkerError
 from engine.messages.reply import Chunk
+from engine.params.sampling import SamplingParams
 
 ROOT = Path(__file__).parents[3]
 
@@ -125,7 +127,7 @@ def singles(count: int) -> list[tuple[Turn]]:
 async def test_so_many_requests_are_open(concurrency: int | None, most: int) -> None:
     answers = Answers()
     replies: list[None] = []
-    run = await play(singles(7), answers, concurrency=concurrency, on_reply=lambda: replies.append(None))
+    run = await play(singles(7), of_chunks(answers), concurrency=concurrency, on_reply=lambda: replies.append(None))
     assert answers.most == most
     assert sorted(answers.prompts) == [f"p{number}" for number in range(7)]
     assert answers.lengths == [int(prompt[1:]) + 1 for prompt in answers.prompts]
@@ -134,7 +136,7 @@ async def test_so_many_requests_are_open(concurrency: int | None, most: int) -> 
 
 @pytest.mark.anyio
 async def test_a_record_has_what_came() -> None:
-    run = await play(singles(1), Answers())
+    run = await play(singles(1), of_chunks(Answers()))
     (record,) = run.records
     assert (record.input_tokens, record.cached_tokens, record.output_tokens) == (11, 4, 3)
     assert len(record.pieces) == 2  # the last chunk brought no text
@@ -147,14 +149,14 @@ async def test_a_record_has_what_came() -> None:
 @pytest.mark.anyio
 async def test_a_conversation_grows_by_its_replies() -> None:
     answers = Answers()
-    run = await play([(Turn("a", 1), Turn("b", 1), Turn("c", 1))], answers)
+    run = await play([(Turn("a", 1), Turn("b", 1), Turn("c", 1))], of_chunks(answers))
     assert answers.prompts == ["a", "a<0>b", "a<0>b<1>c"]
     assert all(before.ended <= after.sent for before, after in pairwise(run.records))
 
 
 @pytest.mark.anyio
 async def test_a_failure_ends_its_conversation_alone() -> None:
-    run = await play([(Turn("a", 1), Turn("b", 1)), (Turn("c", 1),)], Answers(fails_at=0), concurrency=1)
+    run = await play([(Turn("a", 1), Turn("b", 1)), (Turn("c", 1),)], of_chunks(Answers(fails_at=0)), concurrency=1)
     assert [record.error for record in run.records] == ["no", None]
     assert run.asked == 3
     assert totals_of([run])["failed"] == 2
@@ -165,7 +167,7 @@ async def test_a_failure_ends_its_conversation_alone() -> None:
 
 @pytest.mark.anyio
 async def test_at_a_rate_the_clock_starts_when_a_request_was_due() -> None:
-    run = await play(singles(5), Answers(), rate=2000.0, seed=4)
+    run = await play(singles(5), of_chunks(Answers()), rate=2000.0, seed=4)
     due = arrivals(2000.0, 4)
     assert sorted(record.sent for record in run.records) == [next(due) for _ in range(5)]
     assert all(record.first >= 0 for record in run.records)
@@ -179,7 +181,7 @@ async def test_tokens_that_a_server_does_not_count(finish: Any, counted: int) ->
         yield Chunk("", "b", [])
         yield Chunk("", "", [], finish)
 
-    run = await play([(Turn("p", 9),)], ask)
+    run = await play([(Turn("p", 9),)], of_chunks(ask))
     assert run.records[0].output_tokens == counted
 
 
@@ -188,7 +190,7 @@ async def test_a_reply_without_text_has_a_first_token_too() -> None:
     async def ask(prompt: str, length: int) -> AsyncGenerator[Chunk, None]:
         yield Chunk("", "", [], "length", None, 3, 0, 1)
 
-    (record,) = (await play(singles(1), ask)).records
+    (record,) = (await play(singles(1), of_chunks(ask))).records
     assert record.first >= 0
     assert record.gaps == []
     assert record.per_token is None
@@ -229,18 +231,41 @@ EVENTS = (
 )
 
 
+CUTS = pytest.mark.parametrize("size", [1, 7, 60, 10_000])
+
+
 @pytest.mark.anyio
-@pytest.mark.parametrize("size", [1, 7, 60, 10_000])
+@CUTS
 async def test_events_are_read_however_they_are_cut(size: int) -> None:
     cut = [EVENTS[start : start + size] for start in range(0, len(EVENTS), size)]
     async with raw_server(*cut) as url, Client(url, model="m") as client:
-        found = [chunk async for chunk in client.complete("p")]
+        found = [chunk async for chunk in client.chat([], SamplingParams())]
     assert [chunk.text for chunk in found] == ["Hé", "llo", ""]
     assert (found[-1].finish, found[-1].prompt_tokens, found[-1].completion_tokens) == ("length", 5, 2)
 
 
+async def asked(url: str, api: Api = "openai") -> tuple[str, Record]:
+    """What the load generator reads of one request."""
+    record = Record(0.0, [])
+    with closing(Asker(Target(url, "m", api))) as ask:
+        read = await ask(["p"], 2, record, Clock(0.0))
+        return read(), record
+
+
 @pytest.mark.anyio
-@pytest.mark.parametrize(
+@CUTS
+async def test_the_load_generator_reads_them_too(size: int) -> None:
+    cut = [EVENTS[start : start + size] for start in range(0, len(EVENTS), size)]
+    async with raw_server(*cut) as url:
+        text, record = await asked(url)
+    assert text == "Héllo"
+    assert (record.error, record.input_tokens, record.output_tokens) == (None, 5, 2)
+    assert len(record.pieces) == 2
+    assert record.events == 4
+    assert record.pieces[0] <= record.pieces[1] <= record.ended
+
+
+FAILURES = pytest.mark.parametrize(
     ("writes", "status", "error", "said"),
     [
         ([b'data: {"choices":[{"text":"a"}]}\n\n'], 200, WorkerError, "without a finish reason"),
@@ -250,10 +275,23 @@ async def test_events_are_read_however_they_are_cut(size: int) -> None:
         ([b"<html>bad gateway</html>"], 502, RequestError, "bad gateway"),
     ],
 )
+
+
+@pytest.mark.anyio
+@FAILURES
 async def test_a_reply_that_fails_says_why(writes: list[bytes], status: int, error: type[Exception], said: str) -> None:
     async with raw_server(*writes, status=status) as url, Client(url, model="m") as client:
         with pytest.raises(error, match=said):
-            [chunk async for chunk in client.complete("p")]
+            [chunk async for chunk in client.chat([], SamplingParams())]
+
+
+@pytest.mark.anyio
+@FAILURES
+async def test_a_failed_reply_is_recorded(writes: list[bytes], status: int, error: type[Exception], said: str) -> None:
+    async with raw_server(*writes, status=status) as url:
+        text, record = await asked(url)
+    assert text == ""
+    assert said in (record.error or "")
 
 
 @pytest.mark.anyio

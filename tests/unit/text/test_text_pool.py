@@ -6,8 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from array import array
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from engine.actors.tokenizer import Admission, TokenizerActor
 from engine.config import Config, ModelOptions
 from engine.conversation.parts import Call, Message, said
+from engine.conversation.parts import said as said_by
 from engine.errors import RequestError
 from engine.messages.control import WorkerReady
 from engine.messages.reply import Failed, Tokens
@@ -37,7 +39,7 @@ from engine.text import pool as text_pool
 from engine.text.fallback import text_of
 from engine.text.jobs import LARGE, perform, size_of
 from engine.text.pool import HUGE, TextPool, processes
-from engine.text.tokenizer import Text
+from engine.text.tokenizer import Prompt, Text
 
 pytestmark = pytest.mark.anyio
 CONFIG = Config(model=ModelOptions(model="echo"))
@@ -311,7 +313,7 @@ class ScriptedPool:
         self.left: list[str] = []
 
     def is_large(self, job: Any) -> bool:
-        return job.job.text.startswith("large")
+        return (job.job.text or "").startswith("large")
 
     async def ask(self, job: Any) -> Prepared:
         rid = job.job.rid
@@ -395,6 +397,64 @@ def test_an_admit_never_comes_after_its_abort(texts: list[str], seed: int, slow:
             assert told == [Open, Admit]
         if Admit in told and rid in aborted:
             assert of_it[-1] is Abort
+
+
+class Counting(Text):
+    """The echo model's text, which remembers how many prompts were encoded at a time, and in which thread."""
+
+    def __init__(self) -> None:
+        self.__dict__.update(text().__dict__)
+        self.batches: list[tuple[int, bool]] = []
+
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        self.batches.append((len(prompts), threading.current_thread() is threading.main_thread()))
+        return super().encode_prompts(prompts)
+
+
+async def admitted(script: list[Any], count: int) -> tuple[list[Any], Counting]:
+    """What a tokenizer that gets all of `script` at once says, until that is `count` messages."""
+    said: list[Any] = []
+    counting = Counting()
+    sender, inbox = open_channel()
+    for message in [WorkerReady(1, 1, 1, 1, 4096, 257, 1, "", "", {}), *script]:
+        sender.send_nowait(message)
+    actor = TokenizerActor(Admission(counting), inbox, Record(said, 0), Record(said, 0), ScriptedPool({}))
+    async with supervise(actor):
+        with anyio.fail_after(60):
+            while len(said) < count:
+                await anyio.sleep(0.001)
+    return said, counting
+
+
+async def test_prompts_that_come_together_are_encoded_together_beside_the_loop() -> None:
+    messages = [[said_by("user", f"{index} {'x' * 500}")] for index in range(80)]
+    requests = [Generate(str(index), SEEDED, messages=messages[index]) for index in range(80)]
+    requests[5] = Generate("5", SEEDED, messages=[said_by("user", "no")])
+    requests[7] = Generate("7", SEEDED, ids=array("i", [1, 2]).tobytes())
+    requests[9] = Generate("9", SEEDED, text="y" * 5000)  # more than the model takes
+    requests[11] = Generate("11", SEEDED, text="z", special=False)
+    said, counting = await admitted([*requests, Abort("79")], 161 - 2)
+    assert said[-1] == Abort("79")
+    assert [one.rid for one in said if isinstance(one, Failed)] == ["5", "9"]
+    alone = admission()
+    alone.max_model_len = 4096
+    for index in sorted({*range(80)} - {5, 9}):
+        opened, admit = (one for one in said if getattr(one, "rid", "") == str(index) and not isinstance(one, Abort))
+        assert (opened, admit) == alone.admit(requests[index])
+        assert isinstance(opened, Open) and isinstance(admit, Admit)
+    order = [int(one.rid) for one in said if isinstance(one, Admit)]
+    assert order == sorted(order)
+    sizes = [size for size, _ in counting.batches]
+    assert sizes[:3] == [4, 7, 16]  # the seventh of eight has ids
+    assert max(sizes) <= 32
+    assert not any(here for _, here in counting.batches)
+
+
+async def test_a_short_prompt_alone_is_encoded_at_once() -> None:
+    _, counting = await admitted([Generate("a", SEEDED, text="x" * 1000)], 2)
+    assert counting.batches == [(1, True)]
+    _, counting = await admitted([Generate("a", SEEDED, text="x" * 3000)], 2)
+    assert counting.batches == [(1, False)]
 
 
 async def test_a_long_prompt_is_answered_and_one_may_be_aborted_on_its_way() -> None:
