@@ -21,7 +21,7 @@ from engine.http.admin import routes as admin
 from engine.http.anthropic import routes as anthropic
 from engine.http.anthropic.messages import PREFIX
 from engine.http.anthropic.reply import error_of
-from engine.http.connections import listen
+from engine.http.connections import listen, listen_to_fronts
 from engine.http.exporting import tracing_to
 from engine.http.fields import IGNORED, Ignored, send_ignored
 from engine.http.intake import CODINGS, INTAKE, Intake
@@ -33,6 +33,7 @@ from engine.http.openai.models import ANTHROPIC_VERSION
 from engine.http.openapi import DOCUMENT, Route, describe
 from engine.http.origins import Access, Gate, warn_of_any_origin
 from engine.http.page import routes as page
+from engine.http.passing import PASSAGE, Passage
 from engine.http.request_id import name_request, send_id
 from engine.http.responses import routes as responses
 from engine.http.responses.store import STORE, ResponseStore
@@ -78,8 +79,9 @@ def create_app(front: "Front", options: ServerOptions, routes: Sequence[Route] =
     app[SERVICE] = service = Service(front, options)
     front.on_stats.append(service.metrics.on_stats)
     app[QUIET] = open_paths
-    app[INTAKE] = Intake(options)
-    app[STORE] = store = ResponseStore()
+    app[INTAKE] = Intake(options, front.board)
+    app[PASSAGE] = Passage(front.peers)
+    app[STORE] = store = ResponseStore(front.board, front.peers)
     app.on_cleanup.append(lambda app: store.close())
     app[DOCUMENT] = to_json(describe(routes, models=service.models, keyed=keys.asked))
     app.add_routes([route.served(strict=options.strict_fields) for route in routes])
@@ -99,10 +101,13 @@ async def serve(
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=CLOSE_SECONDS)
     await runner.setup()
     assert runner.server is not None, "it is set up"
-    listener = None
+    listener, count_error = None, app[SERVICE].metrics.count_error
+    inner = None  # for what other fronts pass on
     try:
         try:
-            listener = await listen(runner.server, options, app[SERVICE].metrics.count_error)
+            listener = await listen(runner.server, options, count_error, front.board)
+            if path := app[PASSAGE].path:
+                inner = await listen_to_fronts(runner.server, options, count_error, path)
         except OSError as error:
             raise _cannot_listen(options, error) from error
         started(_url(options.host, listener.sockets[0].getsockname()[1]))
@@ -113,8 +118,9 @@ async def serve(
         front.end()  # whatever cancels us: each stream gets the event that says why it ends
         app[INTAKE].end()
         with anyio.CancelScope(shield=True):
-            if listener is not None:
-                listener.close()
+            for one in (listener, inner):
+                if one is not None:
+                    one.close()
             await runner.cleanup()
 
 

@@ -15,9 +15,12 @@ Left out: bodies (`intake`), and limits by client, which a proxy in front does w
 
 import asyncio
 import logging
+import math
+import os
 import resource
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Final, cast
 
@@ -29,6 +32,7 @@ from engine.errors import ConfigError
 from engine.http.half_closed import HalfClosed
 from engine.http.request_id import HEADER, new_id
 from engine.http.wire import error_object, json_response, to_json
+from engine.runtime.board import Board, Counter
 
 MOST_CONNECTIONS: Final = 4096  # unless the limit of open files is lower
 BACKLOG: Final = 2048  # connections that the kernel holds until they are accepted
@@ -40,15 +44,29 @@ BODY_LINGER_SECONDS: Final = 10.0  # the same, after the head: aiohttp reads on,
 READ_BYTES: Final = 16 * 2**10  # of a body that nobody reads yet, twice as much is parsed, or 1024 chunks
 
 
-async def listen(server: web.Server, options: ServerOptions, count_error: Callable[[int], None]) -> asyncio.Server:
+async def listen(
+    server: web.Server, options: ServerOptions, count_error: Callable[[int], None], board: Board | None = None
+) -> asyncio.Server:
     """Accept connections to `server` at the host and port of `options`; `count_error` gets the statuses of refusals.
+    The limit is one of all fronts together, whose connections are on the `board`.
 
     Raises ConfigError if there are too few descriptors, and OSError if the address cannot be listened on.
     """
     most, backlog = connection_limits(options.max_connections)
     loop = asyncio.get_running_loop()
-    door = Door(server, options, most, count_error)
+    door = Door(server, options, count_error, most=most, board=board)
     return await loop.create_server(lambda: Connection(door), options.host, options.port, backlog=backlog)
+
+
+async def listen_to_fronts(
+    server: web.Server, options: ServerOptions, count_error: Callable[[int], None], path: str
+) -> asyncio.Server:
+    """Accept what other fronts pass on (`passing`) at the Unix socket `path`: no connection of a client's, so no limit
+    counts it."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)  # of the front before this one
+    door = Door(server, options, count_error)
+    return await asyncio.get_running_loop().create_unix_server(lambda: Connection(door), path, backlog=BACKLOG)
 
 
 def connection_limits(asked: int | None) -> tuple[int, int]:
@@ -92,17 +110,23 @@ class Refusal(Struct, frozen=True):
 
 
 class Door:
-    """What the connections of one server share: their limits, and how many there are."""
+    """What the connections of one server share: their limits, and how many there are at all fronts."""
 
     def __init__(
-        self, server: web.Server, options: ServerOptions, most: int, count_error: Callable[[int], None]
+        self,
+        server: web.Server,
+        options: ServerOptions,
+        count_error: Callable[[int], None],
+        *,
+        most: float = math.inf,
+        board: Board | None = None,
     ) -> None:
         self.server = server
         self.most = most
+        self.board = board or Board()
         self.count_error = count_error
         self.read_timeout = options.read_timeout
         self.write_timeout = options.write_timeout
-        self.open = 0
         self.lingering = 0  # refused, and not closed yet
         # What aiohttp would log is what clients send that is not HTTP; `shape_errors` logs all that is ours.
         self.logger = logging.Logger("engine.http", logging.CRITICAL)
@@ -142,9 +166,9 @@ class Connection(HalfClosed):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin, or answer 503 where there are too many already."""
         door = self._door
-        if door.open < door.most:
+        if door.board.total(Counter.CONNECTIONS) < door.most:
             self._admitted = True
-            door.open += 1
+            door.board.add(Counter.CONNECTIONS)
             _bound_writing(transport, door.write_timeout)
             super().connection_made(transport)
             return
@@ -158,7 +182,7 @@ class Connection(HalfClosed):
         """The socket is closed."""
         self._disarm()
         if self._admitted:
-            self._door.open -= 1
+            self._door.board.add(Counter.CONNECTIONS, -1)
         else:
             self._door.lingering -= 1
         super().connection_lost(exc)

@@ -226,7 +226,7 @@ async def abort_request(request: web.Request, body: AbortBody) -> web.Response:
         rid = None if body.rid is None else body.rid[:200]
         message = f"rid is {rid!r} and abort_all is {body.abort_all}; send a rid, or abort_all: true, not both"
         raise RequestError(message, param="rid")
-    return json_response(AbortReply(request.app[SERVICE].abort(body.rid)))
+    return json_response(AbortReply(await request.app[SERVICE].abort(body.rid)))
 
 
 async def flush_cache(request: web.Request) -> web.Response:
@@ -237,10 +237,10 @@ async def flush_cache(request: web.Request) -> web.Response:
 
 async def pause_generation(request: web.Request, body: PauseBody) -> web.Response:
     """Plan no more steps; the answer comes when the device is idle. Requests stay open, new ones wait."""
-    front = request.app[SERVICE].front
+    service = request.app[SERVICE]
     if body.mode == "abort":
-        front.abort(None)
-    await front.pause(True, retract=body.mode == "retract")
+        await service.abort(None)
+    await service.front.pause(True, retract=body.mode == "retract")
     return json_response(PauseReply(True))
 
 
