@@ -58,7 +58,7 @@ ROW_BYTES = CELL * (HISTOGRAMS_AT + sum(len(bounds) + 2 for bounds in BUCKETS.va
 
 
 class Histogram:
-    """One histogram of a row. An observation costs a tenth of the library's, which has a lock for each number."""
+    """One histogram of a row. An observation costs less than half of the library's, which has locks."""
 
     __slots__ = ("_bounds", "_counts", "_place", "_sum", "_sums")
 

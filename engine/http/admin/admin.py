@@ -21,6 +21,7 @@ from engine.http.wire import Body, Reply, json_response
 from engine.messages.questions import Profile
 from engine.messages.request import Embed, Generate, Job
 from engine.params.sampling import INT32_MAX, SamplingDefaults, SamplingParams
+from engine.runtime.board import Board, Counter
 
 PROBE_SECONDS = 20.0  # an answer that takes longer is no sign of health
 SECRET = frozenset({"api_key"})
@@ -138,8 +139,17 @@ class ModelInfo(Reply, frozen=True):
 
 async def health(request: web.Request) -> web.Response:
     """Say whether a request would be served now: 200, else 503 with the cause."""
-    state = request.app[SERVICE].front.health()
-    return json_response(HealthReply(state.status, state.cause), status=200 if state.ok else 503)
+    front = request.app[SERVICE].front
+    state = front.health()
+    if state.ok:  # others take the requests of a front that is being started again
+        return json_response(HealthReply(state.status, starting_of(front.board)))
+    return json_response(HealthReply(state.status, state.cause), status=503)
+
+
+def starting_of(board: Board) -> str:
+    """Which fronts do not answer yet; nothing where all do."""
+    starting = [str(n) for n in range(board.count) if n != board.number and not board.of(n, Counter.BEATS)]
+    return f"of {board.count} fronts, {', '.join(starting)} (from 0) starts; the others answer" if starting else ""
 
 
 async def livez(request: web.Request) -> web.Response:
