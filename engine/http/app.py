@@ -96,9 +96,8 @@ async def serve(
     Raises ConfigError if `options.host` and `options.port` cannot be listened on, or there are too few descriptors.
     """
     app, load = create_app(front, options, routes), LoadLog()
-    if first := not front.peers.number:  # what is said of the whole engine is said once
-        front.on_stats.append(load.on_stats)
-        warn_of_any_origin(options)
+    front.on_stats.append(load.on_stats)
+    warn_of_any_origin(options)
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=CLOSE_SECONDS)
     await runner.setup()
     assert runner.server is not None, "it is set up"
@@ -115,8 +114,7 @@ async def serve(
         await anyio.sleep_forever()
     finally:
         front.on_stats.remove(app[SERVICE].metrics.on_stats)
-        if first:
-            front.on_stats.remove(load.on_stats)
+        front.on_stats.remove(load.on_stats)
         front.end()  # whatever cancels us: each stream gets the event that says why it ends
         app[INTAKE].end()
         with anyio.CancelScope(shield=True):

@@ -92,7 +92,8 @@ class Service:
             raise in_use(min(ours))
         self._claims |= claims
         try:
-            if any(await peers.ask(ClaimIds(peers.number, tuple(claims)))):
+            taken = await peers.ask(ClaimIds(peers.number, tuple(claims)))
+            if any(taken):
                 raise in_use(", ".join(claims))
             self._claims |= dict.fromkeys(claims, True)
             yield

@@ -477,7 +477,3 @@ async def test_a_request_that_is_passed_on_is_checked_counted_and_logged_once(ca
         ]
         page = await samples(first)
         assert page['engine_http_errors_total{status="401"}'] == page['engine_http_errors_total{status="400"}'] == 1
-
-
-async def test_the_load_is_logged_by_one_front(engine: Joined) -> None:
-    assert [len(front.on_stats) for front in engine.fronts] == [2, 1]
