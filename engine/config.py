@@ -133,6 +133,13 @@ class ProcessOptions(Struct, frozen=True, kw_only=True):
         Literal["auto", "single", "split"],
         Meta(description="single: HTTP and scheduler share a process; split: one each; auto: single up to 4 cores"),
     ] = "auto"
+    fronts: Annotated[
+        Literal["auto", 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16],
+        Meta(
+            description="processes that serve HTTP and do the work on text, of `engine serve`; auto: beside a GPU one "
+            "for each 4 cores, at most 8; else 1"
+        ),
+    ] = "auto"
     spare_worker: Annotated[
         bool | None,
         Meta(
@@ -302,7 +309,7 @@ class Option(Struct, frozen=True):
     @property
     def choices(self) -> tuple[str, ...]:
         """The only values it takes, where they are a fixed list."""
-        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+        return tuple(map(str, get_args(self.kind))) if get_origin(self.kind) is Literal else ()
 
     @property
     def listed(self) -> bool:

@@ -34,6 +34,7 @@ from engine.messages.control import (
     WorkerReady,
     WorkerSilent,
 )
+from engine.messages.fronts import FrontLost
 from engine.messages.reply import Failed, Tokens
 from engine.messages.request import Abort, Admit, StopHit
 from engine.messages.step import STEPS_IN_FLIGHT, StepDone
@@ -41,6 +42,7 @@ from engine.plugin.specs import Policy
 from engine.runtime.channel import Outbox, received
 from engine.sched import Scheduler
 from engine.sched.assets import Due, WaitingRoom
+from engine.sched.fronts import front_of
 
 log = logging.getLogger("engine.scheduler")
 
@@ -71,6 +73,7 @@ class SchedulerActor:
         executor: Outbox[ToExecutor],
         makers: Mapping[str, Maker],
         front: Outbox[ToFront],
+        fronts: int = 1,
     ) -> None:
         self.config = config
         self.policy = policy
@@ -78,6 +81,7 @@ class SchedulerActor:
         self.executor = executor
         self.makers = makers  # by the kind of need
         self.front = front
+        self.fronts = fronts  # that `front` stands for
         self.scheduler: Scheduler | None = None
         self.room = WaitingRoom({kind: maker.kept for kind, maker in makers.items()})
         self.worker: Literal["starting", "ready", "restarting", "stalled", "failed"] = "starting"
@@ -121,6 +125,8 @@ class SchedulerActor:
                 await self._pass_on(self.room.admit(message))
             case Abort():
                 await self._abort(message.rid)
+            case FrontLost():
+                self._abort_all_of(message.number)
             case Made():
                 self.make_seconds.setdefault(message.kind, array("f")).append(message.seconds)
                 await self._pass_on(self.room.made(message))
@@ -165,13 +171,13 @@ class SchedulerActor:
         self.credits = STEPS_IN_FLIGHT - (done.seconds >= SHORT_STEP_SECONDS)
         self.idle_seconds += done.idle
         stuck = self.scheduler.stuck(done) if done.stuck else []
-        tokens = self.scheduler.commit(done, time.monotonic())
+        replies = self.scheduler.commit_each(done, time.monotonic())
         for rid, cause in stuck:
             self.scheduler.stop(rid)
             await self.front.send(Failed(rid, 400, "no_token_left", cause, "grammar"))
         # The next plan leaves before the tokens do: the device comes first.
         await self._fill_credits()
-        if tokens is not None:
+        for tokens in replies:
             await self.front.send(tokens)
         if not self.in_flight:
             await self._send_stats()
@@ -224,6 +230,18 @@ class SchedulerActor:
         elif tokens_of_it := self.scheduler.abort(rid):
             await self.front.send(tokens_of_it)
 
+    def _abort_all_of(self, front: int) -> None:
+        """End what a front has sent that is gone: nobody is to be told."""
+        if self.scheduler is None:
+            return
+        self._checked = False
+        for rid in self.room.rids():
+            if front_of(rid) == front:
+                self.room.abort(rid)
+        for rid in self.scheduler.rids():
+            if front_of(rid) == front:
+                self.scheduler.stop(rid)
+
     async def _ready(self, ready: WorkerReady) -> None:
         if self.scheduler is None:
             schedule = self.config.schedule
@@ -236,6 +254,7 @@ class SchedulerActor:
                 policy=self.policy,
                 prefix_cache=self.config.cache.prefix_cache,
                 max_waiting=schedule.max_waiting,
+                fronts=self.fronts,
             )
         for maker in self.makers.values():
             await maker.inbox.send(ready)

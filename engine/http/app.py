@@ -5,9 +5,7 @@ A client that disconnects cancels its handler (`handler_cancellation`), which cl
 aborts the request. Left out: TLS and rate limits, which a proxy in front does well.
 """
 
-import errno
 import math
-import socket
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,16 +14,16 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from engine.config import ServerOptions
-from engine.errors import ConfigError
 from engine.http.admin import routes as admin
 from engine.http.anthropic import routes as anthropic
 from engine.http.anthropic.messages import PREFIX
 from engine.http.anthropic.reply import error_of
-from engine.http.connections import listen, listen_to_fronts
+from engine.http.connections import listen
 from engine.http.exporting import tracing_to
 from engine.http.fields import IGNORED, Ignored, send_ignored
 from engine.http.intake import CODINGS, INTAKE, Intake
 from engine.http.keys import Keys, key_check
+from engine.http.listening import cannot_listen, url_of
 from engine.http.log import QUIET, LoadLog, log_request
 from engine.http.native import routes as native
 from engine.http.openai import routes as openai
@@ -42,6 +40,8 @@ from engine.http.sse import describe_error, words_of
 from engine.http.wire import error_object, json_response, to_json
 
 if TYPE_CHECKING:
+    import socket
+
     from engine.runtime.front import Front
 
 CLOSE_SECONDS = 1.0  # what handlers still running at the end get; draining happens before
@@ -89,54 +89,50 @@ def create_app(front: "Front", options: ServerOptions, routes: Sequence[Route] =
 
 
 async def serve(
-    front: "Front", options: ServerOptions, routes: Sequence[Route] = ROUTES, *, started: Callable[[str], None]
+    front: "Front",
+    options: ServerOptions,
+    routes: Sequence[Route] = ROUTES,
+    *,
+    started: Callable[[str], None],
+    sockets: Sequence["socket.socket"] = (),
 ) -> None:
     """Serve `routes` until cancelled, which ends what is open with an error; `started` gets the URL of the open port.
 
+    One front of several gets its `sockets`, which listen; what is said once is said by who started it.
     Raises ConfigError if `options.host` and `options.port` cannot be listened on, or there are too few descriptors.
     """
     app, load = create_app(front, options, routes), LoadLog()
-    front.on_stats.append(load.on_stats)
-    warn_of_any_origin(options)
+    if not sockets:
+        front.on_stats.append(load.on_stats)
+        warn_of_any_origin(options)
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=CLOSE_SECONDS)
     await runner.setup()
     assert runner.server is not None, "it is set up"
-    listener, count_error = None, app[SERVICE].metrics.count_error
-    inner = None  # for what other fronts pass on
+    listener = None
     try:
         try:
-            listener = await listen(runner.server, options, count_error, front.board)
-            if path := app[PASSAGE].path:
-                inner = await listen_to_fronts(runner.server, options, count_error, path)
+            listener = await listen(
+                runner.server,
+                options,
+                app[SERVICE].metrics.count_error,
+                board=front.board,
+                sockets=sockets,
+                passage=app[PASSAGE].path,
+            )
         except OSError as error:
-            raise _cannot_listen(options, error) from error
-        started(_url(options.host, listener.sockets[0].getsockname()[1]))
+            raise cannot_listen(options, error) from error
+        started(url_of(options.host, listener.port))
         await anyio.sleep_forever()
     finally:
         front.on_stats.remove(app[SERVICE].metrics.on_stats)
-        front.on_stats.remove(load.on_stats)
+        if not sockets:
+            front.on_stats.remove(load.on_stats)
         front.end()  # whatever cancels us: each stream gets the event that says why it ends
         app[INTAKE].end()
         with anyio.CancelScope(shield=True):
-            for one in (listener, inner):
-                if one is not None:
-                    one.close()
+            if listener is not None:
+                listener.close()
             await runner.cleanup()
-
-
-def _url(host: str, port: int) -> str:
-    """Where a client on this machine reaches the server."""
-    reachable = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
-
-
-def _cannot_listen(options: ServerOptions, error: OSError) -> ConfigError:
-    where = f"{options.host}:{options.port}"
-    if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-        return ConfigError(f"cannot listen on {where}: {error.strerror}; give an address of this machine with --host")
-    if error.errno == errno.EADDRINUSE:
-        return ConfigError(f"cannot listen on {where}: the port is taken; choose another with --port (0: any free one)")
-    return ConfigError(f"cannot listen on {where}: {error.strerror}; choose another port with --port")
 
 
 @web.middleware

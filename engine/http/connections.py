@@ -19,8 +19,9 @@ import math
 import os
 import resource
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from http import HTTPStatus
 from typing import Final, cast
 
@@ -30,12 +31,12 @@ from msgspec import Struct
 from engine.config import ServerOptions
 from engine.errors import ConfigError
 from engine.http.half_closed import HalfClosed
+from engine.http.listening import BACKLOG
 from engine.http.request_id import HEADER, new_id
 from engine.http.wire import error_object, json_response, to_json
 from engine.runtime.board import Board, Counter
 
 MOST_CONNECTIONS: Final = 4096  # unless the limit of open files is lower
-BACKLOG: Final = 2048  # connections that the kernel holds until they are accepted
 RESERVED_FILES: Final = 256  # descriptors for all else: workers, compilers, files, connections that are refused
 LINGERING: Final = 64  # refused connections that are waited for
 KEEP_ALIVE_SECONDS: Final = 75.0
@@ -45,28 +46,51 @@ READ_BYTES: Final = 16 * 2**10  # of a body that nobody reads yet, twice as much
 
 
 async def listen(
-    server: web.Server, options: ServerOptions, count_error: Callable[[int], None], board: Board | None = None
-) -> asyncio.Server:
-    """Accept connections to `server` at the host and port of `options`; `count_error` gets the statuses of refusals.
-    The limit is one of all fronts together, whose connections are on the `board`.
+    server: web.Server,
+    options: ServerOptions,
+    count_error: Callable[[int], None],
+    *,
+    board: Board | None = None,
+    sockets: Sequence[socket.socket] = (),
+    passage: str = "",
+) -> "Listener":
+    """Accept connections to `server` at the host and port of `options`, or those to `sockets`, if there are some;
+    `count_error` gets the statuses of refusals. The limit is one of all fronts together, whose connections are on the
+    `board`. What other fronts pass on (`passing`) comes to the Unix socket `passage`; no limit counts that.
 
     Raises ConfigError if there are too few descriptors, and OSError if the address cannot be listened on.
     """
     most, backlog = connection_limits(options.max_connections)
     loop = asyncio.get_running_loop()
     door = Door(server, options, count_error, most=most, board=board)
-    return await loop.create_server(lambda: Connection(door), options.host, options.port, backlog=backlog)
+    made, servers = partial(Connection, door), []
+    if not sockets:
+        servers = [await loop.create_server(made, options.host, options.port, backlog=backlog)]
+    for each in sockets:
+        servers.append(await loop.create_server(made, sock=each, backlog=backlog))
+    if passage:
+        with suppress(FileNotFoundError):
+            os.unlink(passage)  # of the front before this one
+        inner = Door(server, options, count_error)
+        servers.append(await loop.create_unix_server(partial(Connection, inner), passage, backlog=backlog))
+    return Listener(servers)
 
 
-async def listen_to_fronts(
-    server: web.Server, options: ServerOptions, count_error: Callable[[int], None], path: str
-) -> asyncio.Server:
-    """Accept what other fronts pass on (`passing`) at the Unix socket `path`: no connection of a client's, so no limit
-    counts it."""
-    with suppress(FileNotFoundError):
-        os.unlink(path)  # of the front before this one
-    door = Door(server, options, count_error)
-    return await asyncio.get_running_loop().create_unix_server(lambda: Connection(door), path, backlog=BACKLOG)
+class Listener:
+    """Servers that accept: one, or one for each socket."""
+
+    def __init__(self, servers: Sequence[asyncio.Server]) -> None:
+        self._servers = servers
+
+    @property
+    def port(self) -> int:
+        """Where the first of them listens."""
+        return int(self._servers[0].sockets[0].getsockname()[1])
+
+    def close(self) -> None:
+        """Accept nothing more."""
+        for server in self._servers:
+            server.close()
 
 
 def connection_limits(asked: int | None) -> tuple[int, int]:

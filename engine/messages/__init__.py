@@ -16,7 +16,8 @@ A long text goes from the tokenizer, and from http, to a text process (TextWork;
 A request may need things on the device, such as a grammar. They go from the scheduler to their maker (Make, Made), then
 to the worker (Load, Loaded), and then the request runs. The maker of grammars asks its process (Compile, Compiled).
 A question (Flush, Pause, or an Ask, which the worker answers) goes from http to the scheduler and comes back as the
-Answer of its number.
+Answer of its number. Where there are several front processes, a hub stands between them and the scheduler, and carries
+what they ask each other (PeerAsk, PeerAnswer, PeerAnswers).
 """
 
 from engine.messages.assets import Drop, Load, Loaded, Made, Make
@@ -38,6 +39,17 @@ from engine.messages.control import (
     WorkerReady,
     WorkerSilent,
 )
+from engine.messages.fronts import (
+    Drain,
+    Drained,
+    FrontBoot,
+    FrontLost,
+    Listening,
+    PeerAnswer,
+    PeerAnswers,
+    PeerAsk,
+    Refused,
+)
 from engine.messages.reply import Chunks, Failed, Tokens
 from engine.messages.request import Abort, Admit, Job, Open, StopHit
 from engine.messages.step import StepDone, StepPlan
@@ -50,9 +62,11 @@ ToWorker = Boot | Preload | Agreed | StepPlan | Load | Drop | Ask | Ping
 FromWorker = Proposed | WorkerReady | StepDone | Loaded | Answer | Pong | Fatal
 FromFront = Admit | Abort | StopHit | Flush | Pause | Ask
 FromExecutor = StepDone | Loaded | Answer | WorkerReady | WorkerLost | WorkerSilent | Fatal
-ToScheduler = FromFront | FromExecutor | Made
+ToScheduler = FromFront | FrontLost | FromExecutor | Made
 ToExecutor = StepPlan | Load | Drop | Ask | Reset
 ToMaker = Make | WorkerReady
 ToDetokenizer = Open | Tokens | Failed
 ToFront = Tokens | Failed | Stats | Answer | WorkerReady | Fatal
 ToHttp = Chunks | Failed | Stats | Answer | WorkerReady | Fatal
+ToFrontProcess = FrontBoot | ToFront | PeerAsk | PeerAnswers | Drain
+FromFrontProcess = FromFront | PeerAsk | PeerAnswer | Listening | Drained | Refused

@@ -1,6 +1,9 @@
 """Between the supervisor, which holds the core, and front processes: how a front starts and ends, and what fronts ask
 each other. What goes to and from the scheduler travels beside these as it is."""
 
+from typing import Literal
+
+from engine.config import Config
 from engine.messages.base import Message, Part
 
 
@@ -33,3 +36,43 @@ class PeerAnswers(Message, frozen=True):
 
     number: int
     values: tuple[PeerValue, ...]
+
+
+class FrontBoot(Message, frozen=True):
+    """supervisor → front: the first frame. It is front `number` of `count`, the `life`th process of that number.
+
+    It inherits the descriptors `board` (runtime/board.py) and `sockets`, which listen."""
+
+    config: Config
+    number: int
+    count: int
+    life: int
+    board: int
+    sockets: tuple[int, ...]
+
+
+class Listening(Message, frozen=True):
+    """front → supervisor: it answers what comes to its sockets."""
+
+
+class Refused(Message, frozen=True):
+    """front → supervisor: an option cannot work; `kind` is the class of the error."""
+
+    kind: Literal["ConfigError", "PluginError"]
+    message: str
+
+
+class Drain(Message, frozen=True):
+    """supervisor → front: let in nothing more, and say Drained once nothing is open, or after so many seconds."""
+
+    seconds: float
+
+
+class Drained(Message, frozen=True):
+    """front → supervisor: the answer to Drain."""
+
+
+class FrontLost(Message, frozen=True):
+    """hub → scheduler: front `number` is gone; end all requests that it has sent."""
+
+    number: int

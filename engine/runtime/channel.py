@@ -102,6 +102,12 @@ class Frames(Generic[T]):
             except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
                 return
 
+    @property
+    def sock(self) -> socket.socket:
+        """What they travel over."""
+        found: socket.socket = self._stream.extra(anyio.abc.SocketAttribute.raw_socket)
+        return found
+
     async def aclose(self) -> None:
         await self._stream.aclose()
 

@@ -4,6 +4,7 @@
 `CoreLink` is the front's end of that socket. Which of the two it is, no actor can tell.
 """
 
+import logging
 import socket
 import sys
 from contextlib import suppress
@@ -16,9 +17,11 @@ from engine.actors.executor import ExecutorActor
 from engine.actors.scheduler import Maker, SchedulerActor
 from engine.config import Config
 from engine.errors import EngineError
+from engine.grammars.engines import grammar_engines
 from engine.logs import set_up_logging
 from engine.messages import FromFront, ToFront
 from engine.messages.control import Boot, Fatal
+from engine.messages.fronts import FrontLost
 from engine.messages.grammars import GRAMMAR
 from engine.messages.step import STEPS_IN_FLIGHT
 from engine.plugin.registry import Plugins
@@ -26,26 +29,39 @@ from engine.runtime.actor import Actor, supervise
 from engine.runtime.allocator import give_back_large_blocks
 from engine.runtime.channel import Frames, Outbox, channel, open_channel
 from engine.runtime.process import Child, Start, spawn
-from engine.sched.policies import make_policy
+from engine.sched.policies import make_policy, policy_name
+
+log = logging.getLogger("engine")
 
 PLANS = STEPS_IN_FLIGHT + 1  # and a Reset: the scheduler never waits to send
 
 
 def core_actors(
-    config: Config, front: Outbox[ToFront], start: Start | None = None
-) -> tuple[list[Actor], Outbox[FromFront]]:
+    config: Config, front: Outbox[ToFront], start: Start | None = None, fronts: int = 1
+) -> tuple[list[Actor], Outbox[FromFront | FrontLost]]:
     """The scheduler, the executor and the compiler of grammars, joined; and where to send what is for the scheduler.
 
-    `start` starts a device process, in the place of the usual way."""
+    `start` starts a device process, in the place of the usual way. `front` stands for so many `fronts`."""
     policy = make_policy(Plugins.load(config.model.plugins), config.schedule.policy)
     to_scheduler, scheduler_inbox = open_channel()
     to_executor, executor_inbox = channel(PLANS)
     to_compiler, compiler_inbox = open_channel()
     makers = {GRAMMAR: Maker(to_compiler, kept=config.grammar.grammar_cache)}
-    scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, makers, front)
+    scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, makers, front, fronts)
     executor = ExecutorActor(config, executor_inbox, to_scheduler, start)
     compiler = CompilerActor(config, compiler_inbox, to_scheduler)
     return [scheduler, executor, compiler], to_scheduler
+
+
+def say_scheduling(plugins: Plugins, config: Config) -> None:
+    """Log the policy and the grammar engines that the user chose. Raises PluginError for one that is none."""
+    make_policy(plugins, config.schedule.policy)
+    name, asked = policy_name(plugins, config.schedule.policy), config.schedule.policy
+    if ("policies", name) in plugins.named or asked != "auto":
+        log.info("scheduling policy: %s (%s)", name, "named in --plugins" if asked == "auto" else "--policy")
+    engines = [entry.name for entry in grammar_engines(plugins) if ("grammars", entry.name) in plugins.named]
+    if engines:
+        log.info("grammar engines: %s (named in --plugins)", ", ".join(engines))
 
 
 class CoreLink:

@@ -10,7 +10,7 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import anyio
 import msgspec
@@ -59,6 +59,14 @@ def joined(chunks: Sequence[Chunk]) -> Chunk:
         prompt_ids=b"".join([chunk.prompt_ids for chunk in chunks]),
         prefill_seconds=next((chunk.prefill_seconds for chunk in chunks if chunk.prefill_seconds is not None), None),
     )
+
+
+class Place(NamedTuple):
+    """Where a front stands among others. `numbers` are those that no other front gives to a request or a question."""
+
+    peers: Peers
+    board: Board
+    numbers: Iterator[int]
 
 
 class Mailbox:
@@ -117,16 +125,13 @@ class Front:
         inbox: MemoryObjectReceiveStream[ToHttp],
         tokenizer: MemoryObjectSendStream[ToTokenizer],
         scheduler: Outbox[FromFront],
-        *,
-        peers: Peers | None = None,
-        board: Board | None = None,
-        numbers: Iterator[int] | None = None,
+        place: Place | None = None,
     ) -> None:
-        """`numbers` are those that no other front gives to a request or a question."""
+        place = place or Place(Peers(), Board(), itertools.count())
         self.config = config
         self.model_name = model_name
-        self.peers = peers or Peers()
-        self.board = board or Board()
+        self.peers = place.peers
+        self.board = place.board
         self.text: Text | None = None  # once it is read
         self.texts: TextPool | None = None  # the same, for what needs no device: counting tokens
         self.created = int(time.time())
@@ -138,7 +143,7 @@ class Front:
         self._inbox = inbox
         self._tokenizer = tokenizer
         self._scheduler = scheduler
-        self._numbers = numbers or itertools.count()
+        self._numbers = place.numbers
         self._open: dict[str, Mailbox] = {}
         self._keys: dict[str, Mailbox] = {}
         self._heard = time.monotonic()

@@ -25,10 +25,9 @@ from engine.plugin.registry import Plugins
 from engine.plugin.specs import TextSpec
 from engine.runtime.actor import Actor, supervise
 from engine.runtime.channel import Outbox, channel, open_channel
-from engine.runtime.core import CoreLink, core_actors
-from engine.runtime.front import Front
+from engine.runtime.core import CoreLink, core_actors, say_scheduling
+from engine.runtime.front import Front, Place
 from engine.runtime.process import placement
-from engine.sched.policies import make_policy, policy_name
 from engine.text.fallback import sampling_defaults, text_of
 from engine.text.pool import TextPool
 
@@ -72,27 +71,19 @@ def say_sampling_defaults(spec: TextSpec, config: Config) -> None:
         log.info("sampling defaults of the model: %s (--sampling-defaults openai leaves them out)", said)
 
 
-def say_scheduling(plugins: Plugins, config: Config) -> None:
-    """Log the policy and the grammar engines that the user chose. Raises PluginError for one that is none."""
-    make_policy(plugins, config.schedule.policy)
-    name, asked = policy_name(plugins, config.schedule.policy), config.schedule.policy
-    if ("policies", name) in plugins.named or asked != "auto":
-        log.info("scheduling policy: %s (%s)", name, "named in --plugins" if asked == "auto" else "--policy")
-    engines = [entry.name for entry in grammar_engines(plugins) if ("grammars", entry.name) in plugins.named]
-    if engines:
-        log.info("grammar engines: %s (named in --plugins)", ", ".join(engines))
-
-
 @asynccontextmanager
-async def open_front(config: Config, core: Core | None = None, plugins: Plugins | None = None) -> AsyncIterator[Front]:
+async def open_front(
+    config: Config, core: Core | None = None, plugins: Plugins | None = None, place: Place | None = None
+) -> AsyncIterator[Front]:
     """A running engine as its clients see it; the device may still be loading (`await front.ready()`).
 
     `core` overrules where and of what the core is made; tests drive it without a device. `plugins` are those of the
-    config, where they are loaded already.
+    config, where they are loaded already. `place` is that of one front of several.
     Raises ConfigError and PluginError for what cannot work, before anything is started.
     """
     plugins = plugins or Plugins.load(config.model.plugins)
-    say_scheduling(plugins, config)
+    if place is None:
+        say_scheduling(plugins, config)
     check_parsers(plugins, config.server)
     # In a thread that a Ctrl-C may leave behind: the model may be on its way from the hub.
     checkpoint = await anyio.to_thread.run_sync(open_checkpoint, plugins, config.model.model, abandon_on_cancel=True)
@@ -105,7 +96,7 @@ async def open_front(config: Config, core: Core | None = None, plugins: Plugins 
     core = core or (core_actors if placement(config) == "single" else linked_core)
     actors, to_scheduler = core(config, from_core)
     name = (*config.server.served_model_name, checkpoint.name())[0]
-    front = Front(config, name, front_inbox, to_tokenizer, to_scheduler)
+    front = Front(config, name, front_inbox, to_tokenizer, to_scheduler, place)
     # The device process starts first: it loads for seconds while the tokenizer is read here.
     async with supervise(*actors, front):
         front.text = text = await anyio.to_thread.run_sync(text_of, plugins, checkpoint, config, template)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import anyio
@@ -15,12 +16,16 @@ import anyio.abc
 import anyio.to_thread
 
 from engine.config import Config
+from engine.errors import ConfigError
 from engine.runtime.channel import Frames
 from engine.runtime.processors import processors
 
 T = TypeVar("T")
 
 SMALL_MACHINE = 4  # processors up to which one process for front and core is the faster placement
+CORES_OF_A_FRONT = 4  # where a GPU makes tokens: one is the front's, and the others are for all else
+MOST_FRONTS = 8  # that are started without being asked for
+GPUS = tuple(map(Path, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))  # one of these is there beside a GPU
 LINGER_SECONDS = 5.0  # that a process may take to end once it has closed its frames
 
 
@@ -29,6 +34,25 @@ def placement(config: Config) -> str:
     if config.process.placement != "auto":
         return config.process.placement
     return "single" if processors() <= SMALL_MACHINE else "split"
+
+
+def fronts(config: Config) -> int:
+    """How many front processes serve HTTP, with `auto` decided. Raises ConfigError for several where one process is to
+    hold front and core.
+
+    A CPU makes no more tokens than one front sends, and each front takes memory; nor is a core given away where there
+    are few."""
+    process = config.process
+    if process.fronts == "auto":
+        if process.placement != "auto" or process.device == "cpu" or not any(path.exists() for path in GPUS):
+            return 1
+        return min(max(processors() // CORES_OF_A_FRONT, 1), MOST_FRONTS)
+    if process.fronts > 1 and process.placement != "auto":
+        raise ConfigError(
+            f"--placement is {process.placement} and --fronts is {process.fronts}; several fronts have a placement of "
+            "their own: leave one of the options out"
+        )
+    return process.fronts
 
 
 class Process(Protocol):
@@ -43,8 +67,9 @@ class Process(Protocol):
 Start = Callable[[], tuple[socket.socket, Process]]  # our end of its socket, and the process
 
 
-def spawn(module: str) -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
-    """Start `python -m module FD` with a connected socket as descriptor FD, and return our end of it.
+def spawn(module: str, *inherited: int) -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
+    """Start `python -m module FD` with a connected socket as descriptor FD, and return our end of it. It also has the
+    descriptors `inherited`.
 
     In a session of its own, so that Ctrl-C in a terminal reaches only the parent, which drains. The
     child notices a dead parent by the end of the stream, and we a dead child.
@@ -53,7 +78,7 @@ def spawn(module: str) -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
     try:
         process = subprocess.Popen(
             [sys.executable, "-m", module, str(theirs.fileno())],
-            pass_fds=(theirs.fileno(),),
+            pass_fds=(theirs.fileno(), *inherited),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )

@@ -4,7 +4,7 @@
       └────── launch, http: imported meanwhile ──> front
 
 A worker's imports take longer than all that this process does before it is ready. So what this module imports at its
-top is what starting the workers takes.
+top is what starting the workers takes. Several fronts are processes of their own (supervisor.py).
 """
 
 import logging
@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import anyio
 from anyio.abc import TaskGroup
@@ -26,13 +26,7 @@ from engine.logs import set_up_logging
 from engine.messages.control import Preload, WorkerReady
 from engine.runtime.allocator import give_back_large_blocks
 from engine.runtime.channel import BlockingFrames
-from engine.runtime.process import Start, placement, spawn
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from engine.http.openapi import Route
-    from engine.runtime.front import Front
+from engine.runtime.process import Start, fronts, placement, spawn
 
 log = logging.getLogger("engine")
 
@@ -64,64 +58,97 @@ def serve(config: Config) -> int:
     log.info("engine %s: starting %s", __version__, config.model.model)
     if config.process.spare_worker is None:
         config = replace(config, process=replace(config.process, spare_worker=True))
+    if (count := fronts(config)) > 1:
+        return _serve_several(config, count, began)
     with early_workers(config) if placement(config) == "single" else nullcontext() as start:
         return anyio.run(_serve, config, start, began, backend_options={"use_uvloop": True})
 
 
 async def _serve(config: Config, start: Start | None, began: float) -> int:
     from engine.http.app import ROUTES
-    from engine.http.exporting import tracing_to
-    from engine.http.keys import Keys
-    from engine.http.origins import Access
+    from engine.http.app import serve as serve_http
     from engine.http.plugins import with_plugins
     from engine.plugin.registry import Plugins
     from engine.runtime.core import core_actors
     from engine.runtime.launch import open_front
 
     core = None if start is None else partial(core_actors, start=start)
-    Access.of(config.server)  # what is wrong with who may call, or with tracing, is said before anything is started
-    tracing_to(config.server.otlp_endpoint)
-    keyed = Keys(config.server).asked
+    keyed = check_server(config.server)
     plugins = Plugins.load(config.model.plugins)
     routes = with_plugins(ROUTES, plugins)
     async with open_front(config, core, plugins) as front, anyio.create_task_group() as group:
-        service = Service(front, config.server, routes, group, began=began, keyed=keyed)
-        for task in (service.http, service.announce, service.signals, service.failure):
-            group.start_soon(task)
+        service = Service(front, config.server, group, began=began, keyed=keyed)
+        group.start_soon(partial(serve_http, front, config.server, routes, started=service.started))
+        service.start()
     return service.code
 
 
+def _serve_several(config: Config, count: int, began: float) -> int:
+    """As `serve`, with so many front processes."""
+    from engine.runtime.supervisor import early_fronts, open_fronts
+
+    async def run() -> int:
+        keyed = check_server(config.server)
+        async with open_fronts(config, early, start) as fronts, anyio.create_task_group() as group:
+            service = Service(fronts, config.server, group, began=began, keyed=keyed)
+            service.start()
+            await fronts.listening.wait()
+            service.started(early.url)
+        return service.code
+
+    with early_workers(config) as start, early_fronts(config, count) as early:
+        return anyio.run(run, backend_options={"use_uvloop": True})
+
+
+def check_server(options: ServerOptions) -> bool:
+    """Raise ConfigError for what is wrong with who may call, or with tracing, before anything is started; whether an
+    API key is asked for."""
+    from engine.http.exporting import tracing_to
+    from engine.http.keys import Keys
+    from engine.http.origins import Access
+
+    Access.of(options)
+    tracing_to(options.otlp_endpoint)
+    return Keys(options).asked
+
+
+class Served(Protocol):
+    """An engine as who serves it sees it: a front, or several (fronts.py)."""
+
+    model_name: str
+    draining: bool
+
+    @property
+    def open(self) -> int: ...
+    async def ready(self) -> WorkerReady: ...
+    async def failed(self) -> str: ...
+    async def drain(self, seconds: float) -> int: ...
+    def end(self) -> int: ...
+
+
 class Service:
-    """What a server does beside its actors: listen, say that it is ready, heed signals, and end where the engine fails.
+    """What a server does beside its actors and HTTP: say that it is ready, heed signals, and end where the engine
+    fails.
 
     The first thing to end cancels `group`; `code` is the process's exit code then."""
 
-    def __init__(
-        self,
-        front: "Front",
-        options: ServerOptions,
-        routes: "Sequence[Route]",
-        group: TaskGroup,
-        *,
-        began: float,
-        keyed: bool,
-    ) -> None:
+    def __init__(self, front: Served, options: ServerOptions, group: TaskGroup, *, began: float, keyed: bool) -> None:
         self.code = 0
         self._front = front
         self._options = options
-        self._routes = routes
         self._group = group
         self._began = began
         self._keyed = keyed  # an API key is asked for
         self._listening = anyio.Event()
         self._url = ""
 
-    async def http(self) -> None:
-        from engine.http.app import serve as serve_http
+    def start(self) -> None:
+        """Begin all that."""
+        for task in (self.announce, self.signals, self.failure):
+            self._group.start_soon(task)
 
-        await serve_http(self._front, self._options, self._routes, started=self._started)
-
-    def _started(self, url: str) -> None:
+    def started(self, url: str) -> None:
+        """Requests to `url` are answered from now on."""
         self._url = url
         self._listening.set()
 

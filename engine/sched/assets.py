@@ -94,6 +94,10 @@ class WaitingRoom:
         """Requests that wait."""
         return len(self._requests)
 
+    def rids(self) -> list[str]:
+        """Those of the requests that wait."""
+        return list(self._requests)
+
     def admit(self, admit: Admit) -> Due:
         """Let a request through if it needs nothing that is not there; else keep it until all is."""
         due = Due()

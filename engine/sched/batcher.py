@@ -34,6 +34,8 @@ from engine.messages.request import Admit
 from engine.messages.step import SlotAdmit, StepDone, StepPlan
 from engine.plugin.specs import Policy
 from engine.sched.columns import StepColumns
+from engine.sched.fronts import front_of
+from engine.sched.grouped import GroupedRows
 from engine.sched.limits import check_fits, check_whole, pages_for, rid_in_use
 from engine.sched.reply import Reply
 from engine.sched.request import NEVER, Request, rank
@@ -61,6 +63,7 @@ class Scheduler:
         prefix_cache: bool,
         max_waiting: int,
         drafts: int = 0,
+        fronts: int = 1,
     ) -> None:
         self.page_size = page_size
         self.slots = slots
@@ -69,6 +72,7 @@ class Scheduler:
         self.max_waiting = max_waiting
         self.prefix_cache = prefix_cache
         self.drafts = drafts
+        self.fronts = fronts  # that requests come from
         self._now = 0.0  # when the plan at hand is made
         self._steps = 0
         self._prompt_tokens = 0  # of requests that came to run, as are the cached ones among them
@@ -86,7 +90,7 @@ class Scheduler:
         self._tree = RadixTree(self.page_size)
         # All that run, by how far the plans have got:
         self._prefilling: dict[str, Request] = {}  # not to the end of the prompt
-        self._decoding = DecodeRows(self.drafts)
+        self._decoding = GroupedRows(self.drafts, self.fronts) if self.fronts > 1 else DecodeRows(self.drafts)
         self._ending: dict[str, Request] = {}  # to the end: the last token is in flight, or the vector
         self._stop_ids: Counter[int] = Counter()  # of all that run
         self._free_slots = list(range(self.slots - 1, -1, -1))
@@ -124,6 +128,8 @@ class Scheduler:
         if rid in self._requests:
             raise rid_in_use(rid)
         request = Request.admitted(admit, self._arrivals, bound)
+        if self.fronts > 1:
+            request.front = front_of(rid)
         if request.pools:
             check_whole(request, self.max_model_len, self.max_step_tokens)
         else:
@@ -305,8 +311,23 @@ class Scheduler:
         """The numbers of the things on the device that live requests have."""
         return {bound.number for request in self._requests.values() for bound in request.bound}
 
+    def rids(self) -> list[str]:
+        """Those of all requests that live."""
+        return list(self._requests)
+
     def commit(self, done: StepDone, now: float = 0.0) -> Tokens | None:
         """Take in the result of the oldest step in flight; None if it gives nobody a token."""
+        reply = self._take_in(done, now)
+        return reply.message() if reply.rids else None
+
+    def commit_each(self, done: StepDone, now: float = 0.0) -> list[Tokens]:
+        """As `commit`: what it gives, for each front that it concerns."""
+        reply = self._take_in(done, now)
+        if self.fronts > 1:
+            return reply.messages(self.fronts)
+        return [reply.message()] if reply.rids else []
+
+    def _take_in(self, done: StepDone, now: float) -> Reply:
         number, step = self._in_flight.popleft()
         assert done.step == number, f"step {done.step} is done, but step {number} is the oldest in flight"
         reply = Reply(number, step, now)
@@ -321,7 +342,7 @@ class Scheduler:
         for request in reply.ended:
             self._end(request)
         self._generated_tokens += len(reply.tokens)
-        return reply.message() if reply.rids else None
+        return reply
 
     def _end(self, request: Request) -> None:
         """Its last word is said."""

@@ -13,8 +13,8 @@ class StepColumns:
     `requests`, `rids` and `ids` are of these, and may be lists that others hold: they are replaced, not changed."""
 
     __slots__ = (
-        "admits", "budget", "departures", "ending", "firsts", "ids", "lengths", "pages", "pooled", "requests", "rids",
-        "scoring", "slots", "spans", "starts", "yields",
+        "admits", "budget", "departures", "ending", "ends", "firsts", "ids", "lengths", "pages", "pooled", "requests",
+        "rids", "scoring", "slots", "spans", "starts", "yields",
     )  # fmt: skip
 
     def __init__(self, budget: int) -> None:
@@ -27,6 +27,7 @@ class StepColumns:
         self.rids: list[str] = []
         self.ids: list[array[int]] = []
         self.firsts = 0  # how many of them, the last ones, do not decode yet: their prompt ends here
+        self.ends: list[int] | None = None  # of several fronts: where the rows of each end that decode
         self.ending: list[int] = []  # rows whose token is surely the last of their request
         self.pooled: list[Request] = []  # whose vectors the step yields
         self.scoring: dict[int, Request] = {}  # by row: whose prompt's log-probabilities the step yields

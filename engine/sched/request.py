@@ -37,6 +37,7 @@ class Request:
     stop_ids: frozenset[int]
     salt: bytes  # its prefix is shared with requests of the same salt alone
     bound: tuple[Bound, ...]  # its needs, met
+    front: int = 0  # that has sent it
 
     computed: int = 0  # positions; of a request that decodes, rows.py says it
     cached: int = -1  # prompt tokens the cache held when it first ran; -1 before
