@@ -66,7 +66,9 @@ class FrontProcesses:
         listening: Sequence[Sequence[socket]],
         start: StartFront,
         model_name: str,
+        folder: str = "",
     ) -> None:
+        """In `folder` the fronts have sockets for each other (http/passing.py)."""
         self.model_name = model_name
         self.listening = anyio.Event()  # all do
         self._config = config
@@ -74,6 +76,8 @@ class FrontProcesses:
         self._board = board
         self._sockets = listening
         self._start = start
+        self._folder = folder
+        self._created = int(time.time())
         self._lives: dict[int, Life] = {}
         self._first: set[int] = set(range(hub.count))  # that have not listened yet
         self.draining = False
@@ -143,7 +147,16 @@ class FrontProcesses:
         try:
             descriptors = tuple(each.fileno() for each in self._sockets[number])
             assert self._board.descriptor is not None
-            boot = FrontBoot(self._config, number, self._hub.count, life_number, self._board.descriptor, descriptors)
+            boot = FrontBoot(
+                self._config,
+                number,
+                self._hub.count,
+                life_number,
+                self._board.descriptor,
+                descriptors,
+                self._folder,
+                self._created,
+            )
             await child.frames.send(boot)
             self._lives[number] = life
             self._hub.join(number, life.line)
