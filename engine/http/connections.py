@@ -60,7 +60,7 @@ async def listen(
 
     Raises ConfigError if there are too few descriptors, and OSError if the address cannot be listened on.
     """
-    most, backlog = connection_limits(options.max_connections)
+    most, backlog = connection_limits(options.max_connections, each=2 if passage else 1)
     loop = asyncio.get_running_loop()
     door = Door(server, options, count_error, most=most, board=board)
     made, servers = partial(Connection, door), []
@@ -93,25 +93,28 @@ class Listener:
             server.close()
 
 
-def connection_limits(asked: int | None) -> tuple[int, int]:
+def connection_limits(asked: int | None, each: int = 1) -> tuple[int, int]:
     """How many connections are open at most, and how many wait to be accepted; raises the soft limit of open files
     if it must and can. ConfigError if `asked` connections do not fit.
 
+    Each takes a descriptor, or two where its request may be passed on to another front, or come from there.
     A loop accepts all that wait before the first of them is looked at, so both share the descriptors.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     endless = 2**31  # what infinity, a negative number here, stands for
     files = endless if soft == resource.RLIM_INFINITY else soft
-    needed = (asked or MOST_CONNECTIONS) + BACKLOG + RESERVED_FILES
+    needed = (asked or MOST_CONNECTIONS) * each + BACKLOG + RESERVED_FILES
     if files < needed:
         files = min(needed, endless if hard == resource.RLIM_INFINITY else hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
     backlog = min(BACKLOG, files // 4)
-    room = files - backlog - min(RESERVED_FILES, files // 2)
+    others = backlog + min(RESERVED_FILES, files // 2)
+    room = (files - others) // each
     if asked is not None and asked > room:
         raise ConfigError(
-            f"--max-connections is {asked}, but this process may open {files} files, of which {files - room} are for "
-            f"other uses; ask for at most {room}, or raise the limit of open files (ulimit -n)"
+            f"--max-connections is {asked}, but this process may open {files} files, of which {others} are for other "
+            f"uses{', and a connection of one of several fronts takes two' * (each > 1)}; ask for at most {room}, or "
+            "raise the limit of open files (ulimit -n)"
         )
     return min(asked or MOST_CONNECTIONS, room), backlog
 

@@ -60,16 +60,19 @@ ROW_BYTES = CELL * (HISTOGRAMS_AT + sum(len(bounds) + 2 for bounds in BUCKETS.va
 class Histogram:
     """One histogram of a row. An observation costs less than half of the library's, which has locks."""
 
-    __slots__ = ("_bounds", "_counts", "_place", "_sum", "_sums")
+    __slots__ = ("_bounds", "_bucket", "_counts", "_place", "_seconds", "_sum", "_sums")
 
     def __init__(self, row: "Row", name: str) -> None:
         self._bounds, self._place = BUCKETS[name], PLACES[name]
         self._counts, self._sums = row.counts, row.sums
         self._sum = self._place + len(self._bounds) + 1
+        self._seconds, self._bucket = 0.0, self._place  # the last time, which all rows of a step share, and its bucket
 
     def observe(self, seconds: float, count: int = 1) -> None:
         """`count` things took `seconds` each."""
-        self._counts[self._place + bisect_left(self._bounds, seconds)] += count
+        if seconds != self._seconds:
+            self._seconds, self._bucket = seconds, self._place + bisect_left(self._bounds, seconds)
+        self._counts[self._bucket] += count
         self._sums[self._sum] += seconds * count
 
 

@@ -52,8 +52,8 @@ class Metrics:
         self.experts = ExpertChoices()
         self.registry.register(self.experts)
         self.registry.register(Counted(self.rows))
-        self._first_token, self._inter_token = Histogram(row, "first_token"), Histogram(row, "inter_token")
-        self._request = Histogram(row, "request")
+        self.first_token, self.inter_token = Histogram(row, "first_token"), Histogram(row, "inter_token")
+        self.request = Histogram(row, "request")
         self._step, self._compile = Histogram(row, "step"), Histogram(row, "compile")
 
     async def watch(
@@ -76,7 +76,7 @@ class Metrics:
                         tokens, last = chunk.completion_tokens, now
                     if chunk.finish is not None:
                         reason = chunk.finish
-                        self._request.observe(now - start)
+                        self.request.observe(now - start)
                     yield chunk
         except Exception as error:
             reason = "refused" if isinstance(error, EngineError) and not tokens else "error"
@@ -84,7 +84,7 @@ class Metrics:
                 trace.fail(error)
             raise
         finally:
-            self.row.count_request(endpoint, reason)
+            self.count_end(endpoint, reason)
             if (tally := TALLY.get()) is not None:
                 tally.add(chunk, first, reason)
             if trace is not None:
@@ -92,9 +92,13 @@ class Metrics:
 
     def _observe_tokens(self, seconds: float, new: int, *, first: bool) -> None:
         if first:
-            self._first_token.observe(seconds)
+            self.first_token.observe(seconds)
         else:
-            self._inter_token.observe(seconds / new, new)
+            self.inter_token.observe(seconds / new, new)
+
+    def count_end(self, endpoint: str, reason: str) -> None:
+        """A reply for `endpoint` is over."""
+        self.row.count_request(endpoint, reason)
 
     def count_error(self, status: int) -> None:
         """An error answer with HTTP `status` is about to be sent."""

@@ -9,6 +9,8 @@ If the front that had it is gone, so is what it had, and whoever was asked says 
 Left out: requests that name no front; they ask all of them (`Service.abort`).
 """
 
+import errno
+import io
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from engine.runtime.peers import Peers
 
 CONNECT_SECONDS: Final = 10.0
+GONE: Final = (errno.ENOENT, errno.ECONNREFUSED)  # of a connection: nobody listens
 # What is said between two neighbours, and the marks of a body that has been unpacked here.
 OWN_HEADERS: Final = frozenset(
     {
@@ -68,7 +71,8 @@ class Passage:
     async def pass_on(self, request: web.Request, number: int, body: bytes) -> web.StreamResponse | None:
         """The answer of front `number` to `request`; None if that front is gone.
 
-        Raises WorkerError if it ends before it answers. Leaving this ends the request there, as a client's leaving."""
+        Raises WorkerError if it ends before it answers, or takes no more. Leaving this ends the request there, as a
+        client's leaving."""
         connector = aiohttp.UnixConnector(self._path(number), force_close=True)
         session = aiohttp.ClientSession(
             connector=connector,
@@ -81,15 +85,19 @@ class Passage:
         async with session:
             try:
                 async with session.request(
-                    request.method, url, headers=_headers(request.headers), data=body or None, allow_redirects=False
+                    request.method,
+                    url,
+                    headers=_headers(request.headers),
+                    data=io.BytesIO(body) if body else None,
+                    allow_redirects=False,
                 ) as answer:
                     return await _relayed(request, answer)
-            except aiohttp.ClientConnectorError:
-                return None
             except aiohttp.ClientError as error:
+                if isinstance(error, aiohttp.ClientConnectorError) and error.os_error.errno in GONE:
+                    return None
                 raise WorkerError(
-                    f"front {number}, which had what the request is about, has ended ({type(error).__name__}); what it "
-                    "stored is lost, so send the conversation anew"
+                    f"front {number}, which has what the request is about, did not answer ({type(error).__name__}); "
+                    "send the request again"
                 ) from None
 
     def _path(self, number: int) -> str:

@@ -287,6 +287,10 @@ async def test_a_conversation_goes_on_at_the_front_that_has_it(engine: Joined) -
         events = re.findall(r"^event: (.*)$", await response.text(), re.MULTILINE)
     assert events[0] == "response.created" and events[-1] == "response.completed"
     assert (await get(first, f"/v1/responses/{more['id']}/input_items"))[1]["data"][0]["content"][0]["text"] == "And?"
+    long = "x" * 3_000_000
+    status, more = await post(first, "/v1/responses", asked | {"input": long})
+    assert status == 200 and (engine.fronts[1].asked[-1].messages or ())[-1].text == long
+    assert engine.board.total(Counter.BODY_BYTES) == 0
     status, said = await post(first, "/v1/responses", asked | {"temperature": 9})
     assert (status, said["error"]["param"]) == (400, "temperature")
 
@@ -380,7 +384,7 @@ async def test_an_answer_whose_front_dies_does_not_look_whole(engine: Joined, sa
         else:
             status, told = await post(engine.sessions[1], "/v1/responses", asked)
             assert (status, told["error"]["code"]) == (503, "engine_unavailable")
-            assert told["error"]["message"].startswith("front 0, which had what the request is about, has ended")
+            assert told["error"]["message"].startswith("front 0, which has what the request is about, did not answer")
         group.cancel_scope.cancel()
 
 
