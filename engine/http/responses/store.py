@@ -372,12 +372,11 @@ class ResponseStore:
 
     async def _trim_others(self) -> None:
         try:
-            while self._full:
+            forgotten = 1
+            while self._full and forgotten:
                 forgotten = sum(await self._peers.ask(ForgetOldest())) + self._forget_own()
-                if not forgotten:  # who has the first does not answer: the limit holds all the same
-                    if not self._ended:
-                        return
-                    self.forget(next(iter(self._ended)))
+            while self._full and self._ended:  # who has the first does not answer: the limit holds all the same
+                self.forget(next(iter(self._ended)))
         finally:
             self._trimming = None
 
