@@ -239,6 +239,7 @@ async def test_of_two_that_claim_an_id_at_once_one_has_it() -> None:
             statuses.append(status)
 
         async with anyio.create_task_group() as group:
+            group.cancel_scope.deadline = anyio.current_time() + 10
             for session in engine.sessions:
                 group.start_soon(one, session)
             while not statuses:
@@ -246,6 +247,7 @@ async def test_of_two_that_claim_an_id_at_once_one_has_it() -> None:
             await engine.fronts[0].began.wait()
             assert statuses == [409] and engine.fronts[1].asked == []
             group.cancel_scope.cancel()
+        assert engine.fronts[0].asked, "the lower number has the id"
 
 
 # ── stored responses ─────────────────────────────────────────────────────────────────────────
