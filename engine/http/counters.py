@@ -3,8 +3,9 @@
     row = statuses [200] | endpoints [32 × (name, a count by reason)] | totals | histograms [counts by bucket …, sum] …
 
 A row is never zeroed: the front that takes the place of a dead one counts on in its row. So what a dead front has
-counted stays, up to its last token, and no counter goes backwards. One cell has one writer and is 8 bytes, so it is
-read whole; two cells of one histogram may be an observation apart while their front observes.
+counted stays, but for the times of its last step's tokens (`TokenTimes`), and no counter goes backwards. One cell has
+one writer and is 8 bytes, so it is read whole; two cells of one histogram may be an observation apart while their front
+observes.
 Every front is told the scheduler's totals by heartbeats and keeps them in its row too: a scrape tells the greatest, so
 they do not go backwards where a front is behind another, or has heard no heartbeat yet.
 """
@@ -60,20 +61,40 @@ ROW_BYTES = CELL * (HISTOGRAMS_AT + sum(len(bounds) + 2 for bounds in BUCKETS.va
 class Histogram:
     """One histogram of a row. An observation costs less than half of the library's, which has locks."""
 
-    __slots__ = ("_bounds", "_bucket", "_counts", "_place", "_seconds", "_sum", "_sums")
+    __slots__ = ("_bounds", "_counts", "_place", "_sum", "_sums")
 
     def __init__(self, row: "Row", name: str) -> None:
         self._bounds, self._place = BUCKETS[name], PLACES[name]
         self._counts, self._sums = row.counts, row.sums
         self._sum = self._place + len(self._bounds) + 1
-        self._seconds, self._bucket = 0.0, self._place  # the last time, which all rows of a step share, and its bucket
 
     def observe(self, seconds: float, count: int = 1) -> None:
         """`count` things took `seconds` each."""
-        if seconds != self._seconds:
-            self._seconds, self._bucket = seconds, self._place + bisect_left(self._bounds, seconds)
-        self._counts[self._bucket] += count
+        self._counts[self._place + bisect_left(self._bounds, seconds)] += count
         self._sums[self._sum] += seconds * count
+
+
+class TokenTimes(Histogram):
+    """The times between tokens. Those of a step are mostly alike: they are counted once another time comes, or with
+    `settle`, which heartbeats do."""
+
+    __slots__ = ("alike", "seconds")
+
+    def __init__(self, row: "Row") -> None:
+        super().__init__(row, "inter_token")
+        self.seconds = 0.0  # the last time
+        self.alike = 0  # tokens of that time, not counted yet
+
+    def observe(self, seconds: float, count: int = 1) -> None:
+        """`count` tokens came `seconds` after the one before, each."""
+        self.settle()
+        self.seconds, self.alike = seconds, count
+
+    def settle(self) -> None:
+        """Count what is not counted yet."""
+        if self.alike:
+            super().observe(self.seconds, self.alike)
+            self.alike = 0
 
 
 class Row:

@@ -23,7 +23,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from engine.errors import EngineError
-from engine.http.counters import TOTALS, Histogram, Row, Rows
+from engine.http.counters import TOTALS, Histogram, Row, Rows, TokenTimes
 from engine.http.log import TALLY
 from engine.http.metric_aliases import Family, WithAliases
 from engine.http.tracing import ReplyTrace
@@ -51,10 +51,10 @@ class Metrics:
         self.registry.register(SchedulerFigures(front, model, self.rows))
         self.experts = ExpertChoices()
         self.registry.register(self.experts)
-        self.registry.register(Counted(self.rows))
-        self.first_token, self.inter_token = Histogram(row, "first_token"), Histogram(row, "inter_token")
+        self.first_token, self.inter_token = Histogram(row, "first_token"), TokenTimes(row)
         self.request = Histogram(row, "request")
         self._step, self._compile = Histogram(row, "step"), Histogram(row, "compile")
+        self.registry.register(Counted(self.rows, self.inter_token))
 
     async def watch(
         self, stream: AsyncGenerator[Chunk], endpoint: str, trace: ReplyTrace | None = None
@@ -108,6 +108,7 @@ class Metrics:
         """Drain the times in a heartbeat; called once for each Stats, as a scrape could miss one."""
         self._aliases.on_stats(stats)
         self.row.keep(stats)
+        self.inter_token.settle()
         for seconds in array("f", stats.step_seconds):
             self._step.observe(seconds)
         for seconds in array("f", stats.make_seconds.get(GRAMMAR, b"")):
@@ -125,10 +126,12 @@ class Metrics:
 
 
 class Counted(Collector):
-    """What the fronts have counted, of all of them together."""
+    """What the fronts have counted, of all of them together. What others hold back (`own` is this front's) is a
+    heartbeat old at most."""
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: Rows, own: TokenTimes) -> None:
         self._rows = rows
+        self._own = own
 
     def describe(self) -> list[Metric]:
         """Nothing: the registry then does not scrape at start to learn the names."""
@@ -136,6 +139,7 @@ class Counted(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """One family for each counter and each histogram."""
+        self._own.settle()
         text = "Requests that ended, by endpoint and how: stop, length, abort, disconnect, refused, error"
         requests = CounterMetricFamily("engine_requests", text, labels=["endpoint", "reason"])
         for labels, count in self._rows.requests().items():

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from engine.http import counters
-from engine.http.counters import BUCKETS, ENDPOINTS, OTHER, REASONS, ROW_BYTES, Histogram, Row, Rows
+from engine.http.counters import BUCKETS, ENDPOINTS, OTHER, REASONS, ROW_BYTES, Histogram, Row, Rows, TokenTimes
 from engine.messages.control import Stats
 from engine.runtime.board import KEPT, Board
 
@@ -48,6 +48,20 @@ def test_times_are_in_the_bucket_whose_bound_they_do_not_pass() -> None:
     buckets, total = Rows(memory).histogram("inter_token")
     assert buckets[:3] == [("0.001", 1), ("0.002", 4), ("0.005", 4)] and buckets[-1] == ("+Inf", 5)
     assert total == pytest.approx(0.001 + 0.0033 + 7)
+
+
+def test_times_that_are_alike_are_counted_together() -> None:
+    memory = memories(1)
+    rows, times = Rows(memory), TokenTimes(Row(memory[0]))
+    times.observe(0.004, 2)
+    times.alike += 3  # as the replies of one step do
+    assert rows.histogram("inter_token")[1] == 0
+    times.observe(0.04)
+    assert dict(rows.histogram("inter_token")[0])["0.005"] == dict(rows.histogram("inter_token")[0])["+Inf"] == 5
+    times.settle()
+    times.settle()
+    buckets, total = rows.histogram("inter_token")
+    assert buckets[-1] == ("+Inf", 6) and total == pytest.approx(0.06)
 
 
 def test_endpoints_beyond_the_last_place_are_counted_together() -> None:

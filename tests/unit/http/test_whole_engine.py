@@ -88,6 +88,7 @@ async def test_what_a_dead_front_had_counted_stays(engine: Joined) -> None:
     for listener in engine.fronts[0].on_stats:
         listener(stats)
     engine.fronts[1].stats = Stats("ready", generated_tokens_total=30)  # it has not heard of it yet
+    await samples(engine.sessions[1])  # which counts what it has held back
     before = await samples(engine.sessions[0])
     await engine.end(0)
     other = await samples(engine.sessions[1])
