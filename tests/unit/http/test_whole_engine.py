@@ -50,6 +50,11 @@ async def engine() -> AsyncIterator[Joined]:
         yield joined
 
 
+def hanging() -> FakeFront:
+    """A front whose replies begin and do not end."""
+    return FakeFront(chunks("a", finish=None), hangs=True)
+
+
 # ── metrics and health ───────────────────────────────────────────────────────────────────────
 
 
@@ -144,7 +149,7 @@ async def test_experts_that_one_front_was_told_to_count_are_on_every_page() -> N
 
 async def test_abort_reaches_the_front_that_has_the_request() -> None:
     async with (
-        joined_fronts(FakeFront(hangs=True), FakeFront(hangs=True)) as engine,
+        joined_fronts(hanging(), hanging()) as engine,
         anyio.create_task_group() as group,
     ):
         first, second = engine.fronts
@@ -166,7 +171,7 @@ async def test_abort_reaches_the_front_that_has_the_request() -> None:
 
 async def test_an_id_that_clients_share_ends_all_choices_at_every_front() -> None:
     async with (
-        joined_fronts(FakeFront(hangs=True), FakeFront(hangs=True)) as engine,
+        joined_fronts(hanging(), hanging()) as engine,
         anyio.create_task_group() as group,
     ):
         for session in engine.sessions:
@@ -207,7 +212,7 @@ async def test_a_pause_that_aborts_ends_the_requests_of_all_first() -> None:
 
 
 async def test_a_rid_belongs_to_one_request_of_the_whole_engine() -> None:
-    async with joined_fronts(FakeFront(hangs=True), FakeFront()) as engine, anyio.create_task_group() as group:
+    async with joined_fronts(hanging(), FakeFront()) as engine, anyio.create_task_group() as group:
         group.start_soon(post, engine.sessions[0], "/generate", {"text": "x", "rid": "mine"})
         await engine.fronts[0].began.wait()
         status, said = await post(engine.sessions[1], "/generate", {"text": "x", "rid": ["mine"]})
@@ -221,7 +226,7 @@ async def test_a_rid_belongs_to_one_request_of_the_whole_engine() -> None:
 
 
 async def test_of_two_that_claim_an_id_at_once_one_has_it() -> None:
-    async with joined_fronts(FakeFront(hangs=True), FakeFront(hangs=True)) as engine:
+    async with joined_fronts(hanging(), hanging()) as engine:
         statuses: list[int] = []
         send, both = engine.hub.send, anyio.Event()
 
@@ -447,8 +452,7 @@ async def test_the_response_that_ended_first_is_forgotten_wherever_it_is(monkeyp
 
 async def test_room_in_the_store_is_that_of_all_fronts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stored, "MAX_RESPONSES", 2)
-    fronts = [FakeFront(chunks("a", finish=None), hangs=True) for _ in range(2)]
-    async with joined_fronts(*fronts) as engine:
+    async with joined_fronts(hanging(), hanging()) as engine:
         body = BODY | {"background": True}
         made = [(await post(session, "/v1/responses", body))[1]["id"] for session in engine.sessions]
         for session in engine.sessions:
