@@ -147,9 +147,14 @@ class ProcessOptions(Struct, frozen=True, kw_only=True):
             "150 MiB without a GPU; none where memory is short, or beside several workers; default: `engine serve` does"
         ),
     ] = None
-    stall_seconds: Annotated[float, Meta(gt=0, description="seconds of a silent worker before health says stalled")] = (
-        60.0
-    )
+    stall_seconds: Annotated[
+        float,
+        Meta(
+            gt=0,
+            description="seconds of a silent worker before health says stalled, and of a front that stands still "
+            "before another takes its place",
+        ),
+    ] = 60.0
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="least severe log line shown")
     ] = "info"

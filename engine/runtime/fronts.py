@@ -9,10 +9,13 @@ takes over its listening sockets, with the connections that wait there. A front 
 stands still, is ended for that. Left out: what a front does (front_process.py), and whose messages are whose (hub.py).
 """
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from socket import socket
+from typing import NamedTuple
 
 import anyio
 import anyio.abc
@@ -44,13 +47,21 @@ class Life:
     def __init__(self, child: Child[FromFrontProcess], line: SocketLine) -> None:
         self.child = child
         self.line = line
-        self.began = time.monotonic()
         self.listening = False
         self.drained = False
         self.refusal: EngineError | None = None
         self.cause = ""  # why it was ended by us
         self.beats = 0  # that were seen last
         self.missed = 0  # looks at which there were no more
+
+
+class Gone(NamedTuple):
+    """How one process of a front has ended: whether it came to listen, and the error that it ended with, if it did."""
+
+    cause: str
+    listened: bool
+    refusal: EngineError | None
+    seconds: float
 
 
 class FrontProcesses:
@@ -124,50 +135,39 @@ class FrontProcesses:
 
     async def _keep(self, number: int) -> None:
         """One process after the other."""
-        failed = soon = life_number = 0
-        while not self.draining:
-            life = await self._live(number, life_number)
+        failed = soon = 0
+        for life in itertools.count():
+            gone = await self._live(number, life)
             if self.draining:
                 return
-            life_number += 1
-            failed = 0 if life.listening else failed + 1
-            if life.refusal is not None and number in self._first:
-                raise life.refusal
+            if gone.refusal is not None and number in self._first:
+                raise gone.refusal
+            failed = 0 if gone.listened else failed + 1
             if failed >= MOST_FAILED_STARTS:
-                raise WorkerError(f"front {number} failed to start {failed} times: {life.cause}")
-            soon = soon + 1 if time.monotonic() - life.began < SOON_SECONDS else 0
-            wait = min(RESTART_SECONDS * 2 ** (soon - 1), LONGEST_RESTART_SECONDS) if soon > 1 else 0
-            log.error("front %d is gone: %s; it is started again", number, life.cause)
-            await anyio.sleep(wait)
+                raise WorkerError(f"front {number} failed to start {failed} times: {gone.cause}")
+            soon = soon + 1 if gone.seconds < SOON_SECONDS else 0
+            log.error("front %d is gone: %s; it is started again", number, gone.cause)
+            if soon > 1:
+                await anyio.sleep(min(RESTART_SECONDS * 2 ** (soon - 1), LONGEST_RESTART_SECONDS))
 
-    async def _live(self, number: int, life_number: int) -> Life:
+    async def _live(self, number: int, number_of_life: int) -> Gone:
         """Run one process to its end."""
-        child = await Child[FromFrontProcess].start(lambda: self._start(number), FromFrontProcess)
+        began = time.monotonic()
+        try:
+            child = await Child[FromFrontProcess].start(lambda: self._start(number), FromFrontProcess)
+        except OSError as error:  # the system starts no more processes, or has no memory for one
+            return Gone(f"it cannot be started: {error}", listened=False, refusal=None, seconds=0.0)
         life = Life(child, SocketLine(child.frames.sock))
         try:
-            descriptors = tuple(each.fileno() for each in self._sockets[number])
-            assert self._board.descriptor is not None
-            boot = FrontBoot(
-                self._config,
-                number,
-                self._hub.count,
-                life_number,
-                self._board.descriptor,
-                descriptors,
-                self._folder,
-                self._created,
-            )
-            await child.frames.send(boot)
-            self._lives[number] = life
-            self._hub.join(number, life.line)
+            with suppress(anyio.BrokenResourceError):  # it has ended already
+                await child.frames.send(self._boot(number, number_of_life))
+                self._lives[number] = life
+                self._hub.join(number, life.line)
             async for message in child.frames:
                 await self._take(number, life, message)
             exit_cause = await child.exit_cause()
-            life.cause = life.cause or str(life.refusal or exit_cause)
-            return life
-        except anyio.BrokenResourceError:  # it has ended before it was booted
-            life.cause = await child.exit_cause()
-            return life
+            cause = life.cause or str(life.refusal or exit_cause)
+            return Gone(cause, listened=life.listening, refusal=life.refusal, seconds=time.monotonic() - began)
         finally:
             life.line.close()
             self._lives.pop(number, None)
@@ -176,6 +176,20 @@ class FrontProcesses:
                 await self._hub.leave(number)
             self._board.clear(number)
             self._wake()
+
+    def _boot(self, number: int, life: int) -> FrontBoot:
+        descriptors = tuple(each.fileno() for each in self._sockets[number])
+        assert self._board.descriptor is not None
+        return FrontBoot(
+            self._config,
+            number,
+            self._hub.count,
+            life,
+            self._board.descriptor,
+            descriptors,
+            self._folder,
+            self._created,
+        )
 
     async def _take(self, number: int, life: Life, message: FromFrontProcess) -> None:
         match message:

@@ -24,7 +24,7 @@ from engine.messages import FromFrontProcess, ToFront
 from engine.messages.control import Answer, Fatal, Stats, WorkerReady
 from engine.messages.fronts import Drained, FrontLost, Listening, PeerAnswer, PeerAnswers, PeerAsk, PeerValue, Refused
 from engine.messages.reply import Failed, Tokens
-from engine.runtime.channel import Outbox, pack
+from engine.runtime.channel import HEADER, Outbox
 from engine.sched.fronts import front_of, front_of_number
 
 ENOUGH = 1 << 20  # bytes that a line keeps before the core waits for its front
@@ -38,7 +38,7 @@ class Line(Protocol):
 
     @property
     def holds_back(self) -> bool: ...
-    def put(self, frame: bytearray, /) -> None: ...
+    def put(self, frame: bytes, /) -> None: ...
     async def room(self) -> None: ...
 
 
@@ -54,7 +54,7 @@ class SocketLine:
         self._less = asyncio.Event()
         self._closed = False
 
-    def put(self, frame: bytearray) -> None:
+    def put(self, frame: bytes | bytearray) -> None:
         """Send `frame` after all that is kept."""
         if self._closed:
             return
@@ -166,7 +166,7 @@ class Hub:
     async def _put(self, front: int, message: ToFront) -> None:
         line = self._lines.get(front)
         if line is not None:  # else nobody waits for it any more
-            line.put(pack(self._encoder, message))
+            line.put(self._packed(message))
             if line.holds_back:
                 await line.room()
 
@@ -201,11 +201,16 @@ class Hub:
             await self._changed.wait()
         return self.failure
 
+    def _packed(self, message: Any) -> bytes:
+        """A frame. Most are short, so a copy costs less than making room for the length first."""
+        body = self._encoder.encode(message)
+        return len(body).to_bytes(HEADER, "little") + body
+
     # ── fronts ───────────────────────────────────────────────────────────────────────────────
 
     def to_all(self, message: Any) -> None:
         """Send `message` to every front that is there."""
-        frame = pack(self._encoder, message)
+        frame = self._packed(message)
         for line in self._lines.values():
             line.put(frame)
 
@@ -214,7 +219,7 @@ class Hub:
         self._lines[front] = line
         for message in (self._stats, self.info):
             if message is not None:
-                line.put(pack(self._encoder, message))
+                line.put(self._packed(message))
 
     async def leave(self, front: int) -> None:
         """`front` is gone: the scheduler ends its requests, and nobody waits for its answers."""
@@ -249,7 +254,7 @@ class Hub:
         key = front, asked.number
         others = self._lines.keys() - {front}
         self._questions[key] = Question(asked, set(others))
-        frame = pack(self._encoder, asked)
+        frame = self._packed(asked)
         for other in others:
             self._lines[other].put(frame)
         if others:
@@ -273,4 +278,4 @@ class Hub:
         question, line = self._questions.pop(key, None), self._lines.get(key[0])
         if question is not None and line is not None:
             values = tuple(PeerValue(front, question.values[front]) for front in sorted(question.values))
-            line.put(pack(self._encoder, PeerAnswers(key[1], values)))
+            line.put(self._packed(PeerAnswers(key[1], values)))

@@ -37,6 +37,7 @@ from engine.sched.columns import StepColumns
 from engine.sched.fronts import front_of
 from engine.sched.grouped import GroupedRows
 from engine.sched.limits import check_fits, check_whole, pages_for, rid_in_use
+from engine.sched.parts import Parts
 from engine.sched.reply import Reply
 from engine.sched.request import NEVER, Request, rank
 from engine.sched.rows import DecodeRows
@@ -321,16 +322,16 @@ class Scheduler:
         return reply.message() if reply.rids else None
 
     def commit_each(self, done: StepDone, now: float = 0.0) -> list[Tokens]:
-        """As `commit`: what it gives, for each front that it concerns."""
+        """As `commit`: what each front is told that it concerns."""
         reply = self._take_in(done, now)
-        if self.fronts > 1:
-            return reply.messages(self.fronts)
+        if isinstance(reply, Parts):
+            return reply.messages()
         return [reply.message()] if reply.rids else []
 
     def _take_in(self, done: StepDone, now: float) -> Reply:
         number, step = self._in_flight.popleft()
         assert done.step == number, f"step {done.step} is done, but step {number} is the oldest in flight"
-        reply = Reply(number, step, now)
+        reply = Reply(number, step, now) if self.fronts == 1 else Parts(number, step, now, self.fronts)
         reply.add_prompt_scores(done.prompt_logprobs)
         tokens = array("i", done.tokens)
         if step.spans is None and len(tokens) == len(step.requests):

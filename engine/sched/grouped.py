@@ -35,13 +35,16 @@ class GroupedRows(DecodeRows):
             self._swap(request, self._ends[front])
         super().leave(request)
 
+    def _columns(self) -> tuple[Any, ...]:
+        return self.requests, self.rids, self.ids, self._slots, self._offsets, self._dues
+
     def _swap(self, request: Request, row: int) -> None:
         """Let `request` and whoever is in `row` change places."""
-        other, before = self.requests[row], request.row
+        before = request.row
         if before == row:
             return
-        columns: tuple[Any, ...] = (self.requests, self.rids, self.ids, self._slots, self._offsets, self._dues)
-        for column in columns:
+        other = self.requests[row]
+        for column in self._columns():
             column[before], column[row] = column[row], column[before]
         request.row, other.row = row, before
 

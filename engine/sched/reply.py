@@ -16,7 +16,6 @@ from itertools import accumulate, compress
 from engine.messages.reply import Finish, Tokens
 from engine.messages.step import Logprobs
 from engine.sched.columns import StepColumns
-from engine.sched.parts import ends_of, parts
 from engine.sched.request import Request
 from engine.sched.rows import DecodeRows
 
@@ -30,8 +29,6 @@ class Reply:
         self._step = step
         self.ended: list[Request] = []
         self.rids: list[str] = []  # may be the step's own: replaced, not changed
-        self.requests: list[Request] = []  # the same
-        self._ends: list[int] | None = None  # where the rows of each front end that decode, if there are several
         self.counts = array("i")
         self.tokens = array("i")
         self.finishes: list[Finish] = []
@@ -63,9 +60,6 @@ class Reply:
             place = [count - 1 if kept else -1 for kept, count in zip(awaited, accumulate(awaited), strict=True)]
             requests, rids = list(compress(requests, awaited)), list(compress(rids, awaited))
             ids, tokens = list(compress(ids, awaited)), array("i", compress(tokens, awaited))
-        if self._step.ends is not None:
-            self._ends = self._step.ends if whole else ends_of(awaited, self._step.ends)
-        self.requests = requests
         self.rids, self.counts, self.tokens = rids, array("i", [1]) * len(rids), tokens
         deque(map(array.append, ids, tokens), maxlen=0)  # a loop that runs in C
         for row in place[len(place) - self._step.firsts :]:
@@ -98,19 +92,18 @@ class Reply:
 
     def _accept(self, request: Request, tokens: "array[int]", scores: Logprobs | None) -> None:
         """Add `tokens` to `request` and to the reply, up to where the request ends."""
-        row, count = len(self.rids), 0
+        row, kept = len(self.rids), 0
         for token in tokens:
-            count += 1
+            kept += 1
             request.ids.append(token)
             if self._finish(row, request, token):
                 break
-        self.requests.append(request)
         self.rids.append(request.rid)
-        self.counts.append(count)
-        self.tokens += tokens[:count]
+        self.counts.append(kept)
+        self.tokens += tokens[:kept]
         self._begin(row, request)
         if scores is not None:
-            self.logprobs.append(cut(row, scores, count))
+            self.logprobs.append(cut(row, scores, kept))
 
     def _begin(self, row: int, request: Request) -> None:
         """Say what goes with the first token of `request`, if this is it."""
@@ -141,7 +134,6 @@ class Reply:
         for index, request in enumerate(pooled):
             if self._awaited(request):
                 row = len(self.rids)
-                self.requests = [*self.requests, request]
                 self.rids = [*self.rids, request.rid]
                 self.counts.append(0)
                 self.vectors.append((row, vectors[index * size : (index + 1) * size]))
@@ -162,16 +154,10 @@ class Reply:
             prefills=tuple(self.prefills),
         )
 
-    def messages(self, fronts: int) -> list[Tokens]:
-        """As `message`, for each of so many fronts that it concerns."""
-        if not self.rids:
-            return []
-        return parts(self.message(), self.tokens, self.requests, self._ends or [0] * fronts)
 
-
-def joined(row: int, chunks: list[Logprobs]) -> Logprobs:
-    """Those of successive chunks of a prompt, as one, of row `row`."""
-    columns = zip(*((part.logprobs, part.ranks, part.top_ids, part.top_logprobs) for part in chunks), strict=True)
+def joined(row: int, parts: list[Logprobs]) -> Logprobs:
+    """Those of successive parts of a prompt, as one, of row `row`."""
+    columns = zip(*((part.logprobs, part.ranks, part.top_ids, part.top_logprobs) for part in parts), strict=True)
     return Logprobs(row, *map(b"".join, columns))
 
 
