@@ -99,7 +99,7 @@ def let_go(error: BaseException) -> None:
     error.__traceback__ = error.__context__ = error.__cause__ = None
 
 
-def counted(count: int, noun: str, plural: str = "") -> str:
+def counted(count: float, noun: str, plural: str = "") -> str:
     """`count` things by their name: "1 token", "2 tokens", "1 entry", "2 entries" with `plural`."""
     return f"{count} {noun}" if count == 1 else f"{count} {plural or noun + 's'}"
 

@@ -31,6 +31,7 @@ from engine.http.openai.models import ANTHROPIC_VERSION
 from engine.http.openapi import DOCUMENT, Route, describe
 from engine.http.origins import Access, Gate, warn_of_any_origin
 from engine.http.page import routes as page
+from engine.http.passing import PASSAGE, Passage
 from engine.http.request_id import name_request, send_id
 from engine.http.responses import routes as responses
 from engine.http.responses.store import STORE, ResponseStore
@@ -79,8 +80,9 @@ def create_app(front: "Front", options: ServerOptions, routes: Sequence[Route] =
     app[SERVICE] = service = Service(front, options)
     front.on_stats.append(service.metrics.on_stats)
     app[QUIET] = open_paths
-    app[INTAKE] = Intake(options)
-    app[STORE] = store = ResponseStore()
+    app[INTAKE] = Intake(options, front.board)
+    app[PASSAGE] = Passage(front.peers)
+    app[STORE] = store = ResponseStore(front.board, front.peers)
     app.on_cleanup.append(lambda app: store.close())
     app[DOCUMENT] = to_json(describe(routes, models=service.models, keyed=keys.asked))
     app.add_routes([route.served(strict=options.strict_fields) for route in routes])
@@ -110,7 +112,14 @@ async def serve(
     listener = None
     try:
         try:
-            listener = await listen(runner.server, options, app[SERVICE].metrics.count_error, sockets)
+            listener = await listen(
+                runner.server,
+                options,
+                app[SERVICE].metrics.count_error,
+                board=front.board,
+                sockets=sockets,
+                passage=app[PASSAGE].path,
+            )
         except OSError as error:
             raise cannot_listen(options, error) from error
         started(url_of(options.host, listener.port))

@@ -15,9 +15,13 @@ Left out: bodies (`intake`), and limits by client, which a proxy in front does w
 
 import asyncio
 import logging
+import math
+import os
 import resource
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from http import HTTPStatus
 from typing import Final, cast
 
@@ -30,6 +34,7 @@ from engine.http.half_closed import HalfClosed
 from engine.http.listening import BACKLOG
 from engine.http.request_id import HEADER, new_id
 from engine.http.wire import error_object, json_response, to_json
+from engine.runtime.board import Board, Counter
 
 MOST_CONNECTIONS: Final = 4096  # unless the limit of open files is lower
 RESERVED_FILES: Final = 256  # descriptors for all else: workers, compilers, files, connections that are refused
@@ -44,24 +49,35 @@ async def listen(
     server: web.Server,
     options: ServerOptions,
     count_error: Callable[[int], None],
+    *,
+    board: Board | None = None,
     sockets: Sequence[socket.socket] = (),
+    passage: str = "",
 ) -> "Listener":
     """Accept connections to `server` at the host and port of `options`, or those to `sockets`, if there are some;
-    `count_error` gets the statuses of refusals.
+    `count_error` gets the statuses of refusals. The limit is one of all fronts together, whose connections are on the
+    `board`. What other fronts pass on (`passing`) comes to the Unix socket `passage`; no limit counts that.
 
     Raises ConfigError if there are too few descriptors, and OSError if the address cannot be listened on.
     """
-    most, backlog = connection_limits(options.max_connections)
+    most, backlog = connection_limits(options.max_connections, each=2 if passage else 1)
     loop = asyncio.get_running_loop()
-    door = Door(server, options, most, count_error)
-    made = lambda: Connection(door)  # noqa: E731
+    door = Door(server, options, count_error, most=most, board=board)
+    made, servers = partial(Connection, door), []
     if not sockets:
-        return Listener([await loop.create_server(made, options.host, options.port, backlog=backlog)])
-    return Listener([await loop.create_server(made, sock=each, backlog=backlog) for each in sockets])
+        servers = [await loop.create_server(made, options.host, options.port, backlog=backlog)]
+    for each in sockets:
+        servers.append(await loop.create_server(made, sock=each, backlog=backlog))
+    if passage:
+        with suppress(FileNotFoundError):
+            os.unlink(passage)  # of the front before this one
+        inner = Door(server, options, count_error)
+        servers.append(await loop.create_unix_server(partial(Connection, inner), passage, backlog=backlog))
+    return Listener(servers)
 
 
 class Listener:
-    """Servers that accept, one or one for each socket."""
+    """Servers that accept: one, or one for each socket."""
 
     def __init__(self, servers: Sequence[asyncio.Server]) -> None:
         self._servers = servers
@@ -77,25 +93,28 @@ class Listener:
             server.close()
 
 
-def connection_limits(asked: int | None) -> tuple[int, int]:
+def connection_limits(asked: int | None, each: int = 1) -> tuple[int, int]:
     """How many connections are open at most, and how many wait to be accepted; raises the soft limit of open files
     if it must and can. ConfigError if `asked` connections do not fit.
 
+    Each takes a descriptor, or two where its request may be passed on to another front, or come from there.
     A loop accepts all that wait before the first of them is looked at, so both share the descriptors.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     endless = 2**31  # what infinity, a negative number here, stands for
     files = endless if soft == resource.RLIM_INFINITY else soft
-    needed = (asked or MOST_CONNECTIONS) + BACKLOG + RESERVED_FILES
+    needed = (asked or MOST_CONNECTIONS) * each + BACKLOG + RESERVED_FILES
     if files < needed:
         files = min(needed, endless if hard == resource.RLIM_INFINITY else hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
     backlog = min(BACKLOG, files // 4)
-    room = files - backlog - min(RESERVED_FILES, files // 2)
+    others = backlog + min(RESERVED_FILES, files // 2)
+    room = (files - others) // each
     if asked is not None and asked > room:
         raise ConfigError(
-            f"--max-connections is {asked}, but this process may open {files} files, of which {files - room} are for "
-            f"other uses; ask for at most {room}, or raise the limit of open files (ulimit -n)"
+            f"--max-connections is {asked}, but this process may open {files} files, of which {others} are for other "
+            f"uses{', and a connection of one of several fronts takes two' * (each > 1)}; ask for at most {room}, or "
+            "raise the limit of open files (ulimit -n)"
         )
     return min(asked or MOST_CONNECTIONS, room), backlog
 
@@ -118,17 +137,23 @@ class Refusal(Struct, frozen=True):
 
 
 class Door:
-    """What the connections of one server share: their limits, and how many there are."""
+    """What the connections of one server share: their limits, and how many there are at all fronts."""
 
     def __init__(
-        self, server: web.Server, options: ServerOptions, most: int, count_error: Callable[[int], None]
+        self,
+        server: web.Server,
+        options: ServerOptions,
+        count_error: Callable[[int], None],
+        *,
+        most: float = math.inf,
+        board: Board | None = None,
     ) -> None:
         self.server = server
         self.most = most
+        self.board = board or Board()
         self.count_error = count_error
         self.read_timeout = options.read_timeout
         self.write_timeout = options.write_timeout
-        self.open = 0
         self.lingering = 0  # refused, and not closed yet
         # What aiohttp would log is what clients send that is not HTTP; `shape_errors` logs all that is ours.
         self.logger = logging.Logger("engine.http", logging.CRITICAL)
@@ -169,9 +194,9 @@ class Connection(HalfClosed):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin, or answer 503 where there are too many already."""
         door = self._door
-        if door.open < door.most:
+        if door.board.total(Counter.CONNECTIONS) < door.most:
             self._admitted = True
-            door.open += 1
+            door.board.add(Counter.CONNECTIONS)
             _bound_writing(transport, door.write_timeout)
             super().connection_made(transport)
             return
@@ -185,7 +210,7 @@ class Connection(HalfClosed):
         """The socket is closed."""
         self._disarm()
         if self._admitted:
-            self._door.open -= 1
+            self._door.board.add(Counter.CONNECTIONS, -1)
         else:
             self._door.lingering -= 1
         super().connection_lost(exc)

@@ -3,7 +3,7 @@
 | bound | what it holds | beyond it |
 |---|---|---|
 | size | one body, unpacked | 413, from `Content-Length` before a byte is read |
-| bytes held | the bodies of all requests that are being read or decoded | 503 |
+| bytes held | the bodies of all requests that are being read or decoded, at all fronts | 503 |
 | pace | what a client must send in `read_timeout` seconds of our waiting | 408 |
 
 The parser leaves bodies packed (`auto_decompress=False` in `connections`), because it would unpack all that one
@@ -29,6 +29,7 @@ from engine.config import ServerOptions
 from engine.errors import RequestError, shut_down
 from engine.http.half_closed import CONTINUE
 from engine.http.wire import MAX_BODY_BYTES
+from engine.runtime.board import Board, Counter
 
 SMALL_BYTES: Final = 64 * 2**10  # a body up to this size that has come whole is not counted
 PIECE_BYTES: Final = 64 * 2**10  # most that is unpacked at a time: 0.1 to 0.3 ms
@@ -61,9 +62,10 @@ def release_body(request: web.Request) -> None:
 
 
 class Intake:
-    """The bodies that one server reads, and how many bytes of them it holds."""
+    """The bodies that one front reads, and how many bytes of them it holds; `board` has those of all fronts."""
 
-    def __init__(self, options: ServerOptions) -> None:
+    def __init__(self, options: ServerOptions, board: Board | None = None) -> None:
+        self._board = board or Board()
         self._most_held = options.max_body_memory
         self._most = min(MAX_BODY_BYTES, options.max_body_memory)  # more than all may hold would never fit
         self._seconds = options.read_timeout
@@ -90,7 +92,7 @@ class Intake:
 
     @property
     def held(self) -> int:
-        """Bytes of the bodies that are being read or decoded."""
+        """Bytes of the bodies that are being read or decoded here."""
         return self._total
 
     def end(self) -> None:
@@ -100,7 +102,11 @@ class Intake:
 
     def release(self, payload: StreamReader) -> None:
         """Nothing of the body that came from `payload` is held any more."""
-        self._total -= self._held.pop(payload, 0)
+        self._count(-self._held.pop(payload, 0))
+
+    def _count(self, size: int) -> None:
+        self._total += size
+        self._board.add(Counter.BODY_BYTES, size)
 
     async def _whole(self, payload: StreamReader, unpacker: "Unpacker | None") -> bytes:
         body, packed, pace = io.BytesIO(), 0, Pace(payload, self._seconds)
@@ -122,15 +128,16 @@ class Intake:
         held = self._held.get(payload, 0) + len(data)
         if held > self._most:
             raise self._too_large()
-        if self._total + len(data) > self._most_held:
+        total = self._board.total(Counter.BODY_BYTES)
+        if total + len(data) > self._most_held:
             raise RequestError(
-                f"the server holds {self._total} bytes of request bodies and may hold {self._most_held} "
+                f"the server holds {total} bytes of request bodies and may hold {self._most_held} "
                 "(--max-body-memory); send the request again later",
                 code="too_many_bytes",
                 status=503,
             )
         self._held[payload] = held
-        self._total += len(data)
+        self._count(len(data))
         body.write(data)
 
     async def _unpack(self, unpacker: "Unpacker", data: bytes, payload: StreamReader, body: io.BytesIO) -> None:

@@ -12,7 +12,7 @@ from time import monotonic, perf_counter
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from engine.http.request_id import ensure_named
+from engine.http.request_id import PASSED, ensure_named
 from engine.messages.control import Stats
 from engine.messages.reply import Chunk
 
@@ -81,7 +81,7 @@ async def log_request(request: web.Request, handler: Handler) -> web.StreamRespo
     finally:
         tally.answered = True
         ensure_named(request)
-        if status != 200 or path not in request.app[QUIET]:
+        if PASSED not in request and (status != 200 or path not in request.app[QUIET]):
             tally.write(status)
 
 

@@ -1,20 +1,19 @@
 """What the server counts, in Prometheus' text format, from two sources.
 
-Latencies are measured where the tokens of a reply come, before they are written to its client (`ReplyWatch`). Figures
-of the scheduler are read from the front's latest Stats when Prometheus asks. Each server has its own registry, so
-two servers in one process do not mix. docs/http.md lists the names.
+Latencies are measured where the tokens of a reply come, before they are written to its client (`ReplyWatch`). Each
+front counts in a row of memory that all fronts read (`counters`), so the page is of the whole engine, whichever front
+gives it. Figures of the scheduler are read from the front's latest Stats when Prometheus asks. docs/http.md lists the
+names.
 """
 
 from array import array
-from bisect import bisect_left
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
-from itertools import accumulate
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 import msgspec
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -24,9 +23,9 @@ from prometheus_client.core import (
 )
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from engine.errors import EngineError
+from engine.http.counters import TOTALS, Histogram, Row, Rows, TokenTimes
 from engine.http.log import TALLY
 from engine.http.metric_aliases import Family, WithAliases
 from engine.http.tracing import ReplyTrace
@@ -38,15 +37,9 @@ from engine.messages.reply import Chunk
 if TYPE_CHECKING:
     from engine.runtime.front import Front
 
-# Seconds. A step on a fast GPU takes 5 ms, one on a small CPU 100 ms.
-TOKEN_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)
-FIRST_TOKEN_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)
-COMPILE_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
-REQUEST_BUCKETS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600)
-
 
 class Metrics:
-    """The counters and histograms of one server."""
+    """The counters and histograms of one engine, as this front adds to them and tells them."""
 
     def __init__(self, front: "Front", model: str, aliases: Sequence[Family] = ()) -> None:
         self.registry = self._shown = CollectorRegistry()
@@ -54,45 +47,16 @@ class Metrics:
         if aliases:
             self._shown = CollectorRegistry()
             self._shown.register(self._aliases)
-        self.registry.register(SchedulerFigures(front, model))
+        board = front.board
+        self.rows = Rows([board.kept(number) for number in range(board.count)])
+        self.row = row = Row(board.kept(board.number))
+        self.registry.register(SchedulerFigures(front, model, self.rows))
         self.experts = ExpertChoices()
         self.registry.register(self.experts)
-        self._requests = Counter(
-            "engine_requests",
-            "Requests that ended, by endpoint and how: stop, length, abort, disconnect, refused, error",
-            ["endpoint", "reason"],
-            registry=self.registry,
-        )
-        self._errors = Counter(
-            "engine_http_errors",
-            "Error answers, by HTTP status; errors inside a stream are not here",
-            ["status"],
-            registry=self.registry,
-        )
-        self.first_token = Histogram(
-            "engine_time_to_first_token_seconds",
-            "From a request's arrival to its first token",
-            buckets=FIRST_TOKEN_BUCKETS,
-            registry=self.registry,
-        )
-        self.inter_token = TokenTimes()
-        self.registry.register(self.inter_token)
-        self.request = Histogram(
-            "engine_request_seconds",
-            "From a request's arrival to the end of its reply",
-            buckets=REQUEST_BUCKETS,
-            registry=self.registry,
-        )
-        self._step = Histogram(
-            "engine_step_seconds", "Time of one step on the device", buckets=TOKEN_BUCKETS, registry=self.registry
-        )
-
-        self._compile = Histogram(
-            "engine_grammar_compile_seconds",
-            "Time to compile one grammar, refused ones among them",
-            buckets=COMPILE_BUCKETS,
-            registry=self.registry,
-        )
+        self.first_token, self.inter_token = Histogram(row, "first_token"), TokenTimes(row)
+        self.request = Histogram(row, "request")
+        self._step, self._compile = Histogram(row, "step"), Histogram(row, "compile")
+        self.registry.register(Counted(self.rows, self.inter_token))
 
     def watching(self, endpoint: str, trace: ReplyTrace | None = None) -> "ReplyWatch":
         """A watch over a reply that begins now; `trace` is told of it too."""
@@ -116,15 +80,17 @@ class Metrics:
 
     def count_end(self, endpoint: str, reason: str) -> None:
         """A reply for `endpoint` is over."""
-        self._requests.labels(endpoint, reason).inc()
+        self.row.count_request(endpoint, reason)
 
     def count_error(self, status: int) -> None:
         """An error answer with HTTP `status` is about to be sent."""
-        self._errors.labels(status).inc()
+        self.row.count_error(status)
 
     def on_stats(self, stats: Stats) -> None:
         """Drain the times in a heartbeat; called once for each Stats, as a scrape could miss one."""
         self._aliases.on_stats(stats)
+        self.row.keep(stats)
+        self.inter_token.settle()
         for seconds in array("f", stats.step_seconds):
             self._step.observe(seconds)
         for seconds in array("f", stats.make_seconds.get(GRAMMAR, b"")):
@@ -204,42 +170,53 @@ class ReplyWatch:
             self._trace.end(chunk, (self._first, self._last), self._prefill)
 
 
-class TokenTimes(Collector):
-    """The histogram of the times between tokens. It counts each token of each reply, for a tenth of what the library's
-    own histogram costs: that has a lock for each number."""
+class Counted(Collector):
+    """What the fronts have counted, of all of them together. What others hold back (`own` is this front's) is a
+    heartbeat old at most."""
 
-    def __init__(self) -> None:
-        self._counts = [0] * (len(TOKEN_BUCKETS) + 1)  # by bucket, the last without a bound
-        self._sum = 0.0
-        self.seconds = 0.0  # the last time, which all rows of a step share
-        self.alike = 0  # tokens of that time, not counted yet
+    def __init__(self, rows: Rows, own: TokenTimes) -> None:
+        self._rows = rows
+        self._own = own
 
-    def observe(self, seconds: float, count: int) -> None:
-        """`count` tokens came `seconds` after the one before, each."""
-        self._count()
-        self.seconds, self.alike = seconds, count
-
-    def _count(self) -> None:
-        self._counts[bisect_left(TOKEN_BUCKETS, self.seconds)] += self.alike
-        self._sum += self.seconds * self.alike
-        self.alike = 0
+    def describe(self) -> list[Metric]:
+        """Nothing: the registry then does not scrape at start to learn the names."""
+        return []
 
     def collect(self) -> Iterator[Metric]:
-        """The one family."""
-        self._count()
-        bounds = [*map(floatToGoString, TOKEN_BUCKETS), "+Inf"]
-        yield HistogramMetricFamily(
-            "engine_inter_token_seconds",
-            "Between two tokens of one reply; tokens that come together share the time",
-            buckets=list(zip(bounds, accumulate(self._counts), strict=True)),
-            sum_value=self._sum,
-        )
+        """One family for each counter and each histogram."""
+        self._own.settle()
+        text = "Requests that ended, by endpoint and how: stop, length, abort, disconnect, refused, error"
+        requests = CounterMetricFamily("engine_requests", text, labels=["endpoint", "reason"])
+        for labels, count in self._rows.requests().items():
+            requests.add_metric(labels, count)
+        yield requests
+        text = "Error answers, by HTTP status; errors inside a stream are not here"
+        errors = CounterMetricFamily("engine_http_errors", text, labels=["status"])
+        for status, count in self._rows.errors().items():
+            errors.add_metric([str(status)], count)
+        yield errors
+        for name, key, text in (
+            ("engine_time_to_first_token_seconds", "first_token", "From a request's arrival to its first token"),
+            (
+                "engine_inter_token_seconds",
+                "inter_token",
+                "Between two tokens of one reply; tokens that come together share the time",
+            ),
+            ("engine_request_seconds", "request", "From a request's arrival to the end of its reply"),
+        ):
+            yield HistogramMetricFamily(name, text, *self._rows.histogram(key))
+        for name, key, text in (  # of the core, whose heartbeats every front counts
+            ("engine_step_seconds", "step", "Time of one step on the device"),
+            ("engine_grammar_compile_seconds", "compile", "Time to compile one grammar, refused ones among them"),
+        ):
+            yield HistogramMetricFamily(name, text, *self._rows.histogram(key, max))
 
 
 class ExpertChoices(Collector):
     """How often each expert was chosen, once that is counted. `counted` is what the worker last answered."""
 
     counted: ExpertCounts | None = None
+    changes = 0  # of the counting, when that was
 
     def describe(self) -> list[Metric]:
         """Nothing: the registry then does not scrape at start to learn the names."""
@@ -261,9 +238,10 @@ class ExpertChoices(Collector):
 class SchedulerFigures(Collector):
     """Gauges and counters that the scheduler keeps, read from `front.stats` at scrape time."""
 
-    def __init__(self, front: "Front", model: str) -> None:
+    def __init__(self, front: "Front", model: str, rows: Rows) -> None:
         self._front = front
         self._model = model
+        self._rows = rows
 
     def describe(self) -> list[Metric]:
         """Nothing: the registry then does not scrape at start to learn the names."""
@@ -273,6 +251,7 @@ class SchedulerFigures(Collector):
         """One family for each figure."""
         stats, info = self._front.stats, self._front.info
         held = stats.pages - stats.pages_free - stats.pages_cached
+        totals = {name: self._rows.total(name, getattr(stats, name)) for name in TOTALS}
         gauges = (
             ("engine_ready", "1 while the engine answers, else 0", float(self._front.health().ok)),
             ("engine_requests_running", "Requests in the running batch", stats.running),
@@ -284,18 +263,22 @@ class SchedulerFigures(Collector):
             (
                 "engine_cache_hit_ratio",
                 "Share of all prompt tokens so far that the prefix cache held",
-                stats.cached_tokens_total / max(stats.prompt_tokens_total, 1),
+                totals["cached_tokens_total"] / max(totals["prompt_tokens_total"], 1),
             ),
             ("engine_worker_restart_seconds", "From the last death of the worker to ready", stats.restart_seconds),
         )
         counters = (
-            ("engine_prompt_tokens", "Prompt tokens of admitted requests", stats.prompt_tokens_total),
-            ("engine_cached_tokens", "Prompt tokens that the prefix cache held", stats.cached_tokens_total),
-            ("engine_generated_tokens", "Tokens sampled", stats.generated_tokens_total),
-            ("engine_retractions", "Requests put back into the queue for want of pages", stats.retractions_total),
-            ("engine_steps", "Steps of the device", stats.steps),
-            ("engine_device_idle_seconds", "Time that the device waited for the next step", stats.idle_seconds_total),
-            ("engine_worker_restarts", "Device workers that took the place of a dead one", stats.restarts_total),
+            ("engine_prompt_tokens", "Prompt tokens of admitted requests", totals["prompt_tokens_total"]),
+            ("engine_cached_tokens", "Prompt tokens that the prefix cache held", totals["cached_tokens_total"]),
+            ("engine_generated_tokens", "Tokens sampled", totals["generated_tokens_total"]),
+            ("engine_retractions", "Requests put back into the queue for want of pages", totals["retractions_total"]),
+            ("engine_steps", "Steps of the device", totals["steps"]),
+            (
+                "engine_device_idle_seconds",
+                "Time that the device waited for the next step",
+                totals["idle_seconds_total"],
+            ),
+            ("engine_worker_restarts", "Device workers that took the place of a dead one", totals["restarts_total"]),
         )
         yield from (GaugeMetricFamily(name, text, value=value) for name, text, value in gauges)
         yield from (CounterMetricFamily(name, text, value=value) for name, text, value in counters)

@@ -21,6 +21,7 @@ from engine import __version__
 from engine.http.fields import IGNORED
 from engine.http.intake import read_body, release_body, without_expecting
 from engine.http.parts import UNCOUNTED, check_parts
+from engine.http.passing import passed_on
 from engine.http.wire import Body, BodyDecoder, Reply, StructType, ignored_fields, json_response, structs_in
 from engine.params.sampling import APIS, FIELDS, RANGES
 
@@ -48,7 +49,8 @@ class Route(Struct, frozen=True):
 
     It answers with `gives` (or, for clients of other APIs, with one of `others`), or with `unready` at status 503, or
     streams `events`, the last of which is "[DONE]" if `done`; `error` is the shape of its errors. `open` routes ask for
-    no API key. `content` is the type of what is not JSON.
+    no API key. `content` is the type of what is not JSON. `kept` is the parameter of the path, or the field of the
+    body, that is the id of something that one front has: others pass the request on to that (`passing`).
     """
 
     method: Literal["GET", "POST", "DELETE"]
@@ -63,6 +65,7 @@ class Route(Struct, frozen=True):
     open: bool = False
     content: str = "application/json"
     error: type[Struct] = ErrorReply
+    kept: str = ""
 
     @property
     def public_path(self) -> str:
@@ -72,7 +75,17 @@ class Route(Struct, frozen=True):
     def served(self, *, strict: bool = False) -> web.RouteDef:
         """The route for aiohttp; its handler gets what the request carries as `takes`. If `strict`, hints are
         refused."""
-        return web.route(self.method, self.path, self._decoding(strict), expect_handler=without_expecting)
+        handler = self._decoding(strict)
+        if f"{{{self.kept}}}" in self.path:
+            handler = self._passing(handler)
+        return web.route(self.method, self.path, handler, expect_handler=without_expecting)
+
+    def _passing(self, handler: Handler) -> Handler:
+        async def where_it_is(request: web.Request) -> web.StreamResponse:
+            answer = await passed_on(request, request.match_info[self.kept])
+            return await handler(request) if answer is None else answer
+
+        return where_it_is
 
     def _decoding(self, strict: bool) -> Handler:
         if self.takes is None:
@@ -89,6 +102,9 @@ class Route(Struct, frozen=True):
             request.app[IGNORED].note(request, ignored_fields(body, strict=strict))
             if len(data) > UNCOUNTED:  # decoding it took its time: others first
                 await anyio.lowlevel.checkpoint()
+            named = getattr(body, self.kept) if self.kept else None
+            if named is not None and (answer := await passed_on(request, named, data)) is not None:
+                return answer
             del data
             release_body(request)
             return await self.handler(request, body)

@@ -31,7 +31,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from engine import __version__
 from engine.errors import ConfigError
-from engine.http.request_id import HEADER, ID
+from engine.http.request_id import HEADER, ID, PASSED
 from engine.http.service import SERVICE
 from engine.http.tracing import OPERATIONS, PROVIDER, TRACE, Trace, Value, clean, traces_url
 
@@ -126,7 +126,8 @@ def trace_requests(tracer: Tracer) -> Middleware:
             return response
         finally:
             TRACE.reset(token)
-            trace.end(status, request.get(ID, ""))
+            if PASSED not in request:  # else it is never sent: the front that answers has one of its own
+                trace.end(status, request.get(ID, ""))
 
     return trace_request
 

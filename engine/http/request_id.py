@@ -18,6 +18,7 @@ ANTHROPIC_HEADER = "Request-Id"
 ANTHROPIC_PATHS = "/v1/messages"
 MAX_LENGTH = 256
 ID = web.RequestKey("id", str)
+PASSED = web.RequestKey("passed", bool)  # another front answers (`passing`), and logs and traces the request
 
 
 def new_id() -> str:

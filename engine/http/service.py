@@ -22,9 +22,11 @@ from engine.http.sse import CALLED, WORDS
 from engine.http.streams import Events, send_replies
 from engine.http.tracing import TRACE
 from engine.http.wire import json_response
+from engine.messages.peers import AbortRequests, ClaimIds
 from engine.messages.reply import Chunk
 from engine.messages.request import Generate, Job
 from engine.params.sampling import SamplingParams, check_sampling
+from engine.runtime.front import in_use
 from engine.runtime.mailbox import Mailbox, whole
 
 if TYPE_CHECKING:
@@ -54,6 +56,9 @@ class Service:
         self.models = options.served_model_name or (self.model,)
         self.metrics = Metrics(front, self.model, options.metrics_aliases)
         self._named: dict[str, dict[object, list[str]]] = {}  # ids that stand for the rids of one request, or of more
+        self._claims: dict[str, bool] = {}  # ids that clients gave their requests, and whether all fronts know
+        front.peers.answers(AbortRequests, self._aborted)
+        front.peers.answers(ClaimIds, self._claimed)
 
     def generate(self, job: Job, endpoint: str) -> AsyncGenerator[Chunk]:
         """The reply to `job`, which /metrics counts for `endpoint` and the request's trace tells of."""
@@ -99,12 +104,44 @@ class Service:
         trace = TRACE.get()
         return self.metrics.watching(endpoint, None if trace is None else trace.reply(job))
 
-    def abort(self, rid: str | None) -> int:
-        """End what runs as `rid`, all its replies, or everything with None; how many replies were open."""
+    async def abort(self, rid: str | None) -> int:
+        """End what runs as `rid` at any front, all its replies, or everything with None; how many replies were open."""
+        return self._abort_here(rid) + sum(await self.front.peers.ask(AbortRequests(rid)))
+
+    def _abort_here(self, rid: str | None) -> int:
         if rid is None:
             return self.front.abort(None)
         rids = {rid}.union(*self._named.get(rid, {}).values())
         return sum(self.front.abort(one) for one in rids)
+
+    async def _aborted(self, asked: AbortRequests) -> int:
+        return self._abort_here(asked.rid)
+
+    @asynccontextmanager
+    async def claimed(self, rids: Sequence[str]) -> AsyncIterator[None]:
+        """While this lasts, no other request runs as one of `rids`, which its client gave, at any front.
+
+        Raises RequestError where one does already. A front that is alone has no need of this: it knows all its ids."""
+        peers, claims = self.front.peers, dict.fromkeys(rids, False)
+        if peers.count == 1 or not claims:
+            yield
+            return
+        if ours := claims.keys() & self._claims.keys():
+            raise in_use(min(ours))
+        self._claims |= claims
+        try:
+            taken = await peers.ask(ClaimIds(peers.number, tuple(claims)))
+            if any(taken):
+                raise in_use(", ".join(claims))
+            self._claims |= dict.fromkeys(claims, True)
+            yield
+        finally:
+            for rid in claims:
+                del self._claims[rid]
+
+    async def _claimed(self, asked: ClaimIds) -> bool:
+        ours = [self._claims[rid] for rid in asked.rids if rid in self._claims]
+        return any(ours) or (bool(ours) and self.front.peers.number < asked.asker)
 
     @contextmanager
     def known_as(self, id: str, rid: str, jobs: Sequence[Job]) -> Iterator[None]:

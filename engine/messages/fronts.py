@@ -41,7 +41,8 @@ class PeerAnswers(Message, frozen=True):
 class FrontBoot(Message, frozen=True):
     """supervisor → front: the first frame. It is front `number` of `count`, the `life`th process of that number.
 
-    It inherits the descriptors `board` (runtime/board.py) and `sockets`, which listen."""
+    It inherits the descriptors `board` (runtime/board.py) and `sockets`, which listen. In `folder` the fronts have the
+    sockets over which they pass on requests; `created` is when the engine was started, in seconds since 1970."""
 
     config: Config
     number: int
@@ -49,6 +50,8 @@ class FrontBoot(Message, frozen=True):
     life: int
     board: int
     sockets: tuple[int, ...]
+    folder: str
+    created: int
 
 
 class Listening(Message, frozen=True):

@@ -2,9 +2,11 @@
 
     row 0   BEATS  CONNECTIONS  REQUESTS  …      written by front 0 alone, read by all
     row 1   BEATS  CONNECTIONS  REQUESTS  …      and so on: a limit of the whole engine is a sum over a column
+    kept 0 …  kept 1 …                           what each front counts for good: the metrics (http/counters.py)
 
 A counter is an aligned 64-bit number that one process writes, so nobody takes a lock. Two fronts may look at a limit in
-the same microsecond, and then both let one in. A front that is alone has a board of one row.
+the same microsecond, and then both let one in. A front that is alone has a board of one row. The row of a front that is
+gone is zeroed, and what is kept is not.
 """
 
 import mmap
@@ -15,6 +17,7 @@ from typing import Self
 
 WIDTH = 16  # counters of a row: two lines of a processor's cache, so that fronts do not take them from each other
 ROW = 8 * WIDTH  # bytes
+KEPT = 8192  # bytes that each front keeps
 
 
 class Counter(IntEnum):
@@ -26,6 +29,9 @@ class Counter(IntEnum):
     BODY_BYTES = 3  # of request bodies that are being read or decoded
     STORED = 4  # kept responses
     STORED_BYTES = 5
+    BACKGROUND = 6  # those of the kept responses that are still being made
+    BACKGROUND_BYTES = 7
+    OLDEST = 8  # when the first of the kept responses ended, by the monotonic clock in ns; 0 where none has
 
 
 class Board:
@@ -35,8 +41,8 @@ class Board:
         self.descriptor = descriptor
         self.number = number
         self.count = count
-        self._memory = mmap.mmap(-1 if descriptor is None else descriptor, ROW * count)
-        self._cells = memoryview(self._memory).cast("q")
+        self._memory = mmap.mmap(-1 if descriptor is None else descriptor, (ROW + KEPT) * count)
+        self._cells = memoryview(self._memory)[: ROW * count].cast("q")
         self._own = number * WIDTH
 
     @classmethod
@@ -47,7 +53,7 @@ class Board:
         else:
             with tempfile.TemporaryFile() as file:
                 descriptor = os.dup(file.fileno())
-        os.ftruncate(descriptor, ROW * count)
+        os.ftruncate(descriptor, (ROW + KEPT) * count)
         return cls(descriptor, count=count)
 
     def add(self, counter: Counter, by: int = 1) -> None:
@@ -69,6 +75,11 @@ class Board:
     def total(self, counter: Counter) -> int:
         """The sum over all fronts."""
         return sum(self._cells[counter::WIDTH])
+
+    def kept(self, number: int) -> memoryview:
+        """The bytes that front `number` keeps. A new front of that number finds them as the one before left them."""
+        begin = ROW * self.count + KEPT * number
+        return memoryview(self._memory)[begin : begin + KEPT]
 
     def clear(self, number: int) -> None:
         """Zero the row of a front that is gone."""

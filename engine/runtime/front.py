@@ -292,16 +292,17 @@ class Front:
                 status=503,
             )
         if request.rid in self._open:
-            raise RequestError(
-                f"a request with rid {request.rid!r} is still running; use another rid",
-                param="rid",
-                code="rid_in_use",
-                status=409,
-            )
+            raise in_use(request.rid)
         box = Mailbox(request.rid, format(next(self._numbers), "x"))
         self._open[request.rid] = self.boxes[box.key] = box
         self.board.add(Counter.REQUESTS)
         return box
+
+
+def in_use(rid: str) -> RequestError:
+    """The error of a request whose `rid` another one has."""
+    message = f"a request with rid {rid!r} is still running; use another rid"
+    return RequestError(message, param="rid", code="rid_in_use", status=409)
 
 
 def check_task(request: Job, model: str, info: WorkerReady) -> None:

@@ -95,7 +95,7 @@ class HubLink:
 async def _serve(boot: FrontBoot, link: HubLink) -> None:
     config = boot.config
     board = Board(boot.board, boot.number, boot.count)
-    link.peers = Peers(boot.number, boot.count, link)
+    link.peers = Peers(boot.number, boot.count, link, folder=boot.folder)
     place = Place(link.peers, board, numbers_of(boot.number, boot.life))
     sockets = [socket.socket(fileno=descriptor) for descriptor in boot.sockets]
     plugins = Plugins.load(config.model.plugins)
@@ -112,6 +112,7 @@ async def _serve(boot: FrontBoot, link: HubLink) -> None:
 
     async with open_front(config, link.core, plugins, place) as front, anyio.create_task_group() as group:
         link.front = front
+        front.created = boot.created  # as all tell it, whenever they were started
         logging.getLogger("engine").setLevel(config.process.log_level.upper())
         listening = anyio.Event()
         group.start_soon(beat)

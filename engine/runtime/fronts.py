@@ -77,7 +77,9 @@ class FrontProcesses:
         listening: Sequence[Sequence[socket]],
         start: StartFront,
         model_name: str,
+        folder: str = "",
     ) -> None:
+        """In `folder` the fronts have sockets for each other (http/passing.py)."""
         self.model_name = model_name
         self.chats = False  # the model has a chat template, once a front has said so
         self.listening = anyio.Event()  # all do
@@ -86,6 +88,8 @@ class FrontProcesses:
         self._board = board
         self._sockets = listening
         self._start = start
+        self._folder = folder
+        self._created = int(time.time())
         self._lives: dict[int, Life] = {}
         self._first: set[int] = set(range(hub.count))  # that have not listened yet
         self.draining = False
@@ -177,7 +181,16 @@ class FrontProcesses:
     def _boot(self, number: int, life: int) -> FrontBoot:
         descriptors = tuple(each.fileno() for each in self._sockets[number])
         assert self._board.descriptor is not None
-        return FrontBoot(self._config, number, self._hub.count, life, self._board.descriptor, descriptors)
+        return FrontBoot(
+            self._config,
+            number,
+            self._hub.count,
+            life,
+            self._board.descriptor,
+            descriptors,
+            self._folder,
+            self._created,
+        )
 
     async def _take(self, number: int, life: Life, message: FromFrontProcess) -> None:
         match message:

@@ -25,12 +25,16 @@ Kind = TypeVar("Kind", bound=Question[Any])
 
 
 class Peers:
-    """Front `number` of `count`; without a `hub` it is alone."""
+    """Front `number` of `count`; without a `hub` it is alone. The fronts meet in `folder`, where each has a socket for
+    what others pass on to it (http/passing.py)."""
 
-    def __init__(self, number: int = 0, count: int = 1, hub: Outbox[PeerAsk] | None = None) -> None:
+    def __init__(
+        self, number: int = 0, count: int = 1, hub: Outbox[PeerAsk] | None = None, *, folder: str = ""
+    ) -> None:
         assert (hub is None) == (count == 1), "several fronts have a hub, and one has none"
         self.number = number
         self.count = count
+        self.folder = folder
         self._hub = hub
         self._numbers = itertools.count()
         self._asked: dict[int, asyncio.Future[PeerAnswers]] = {}

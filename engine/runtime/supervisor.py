@@ -7,6 +7,7 @@ What this module imports at its top is what starting the processes takes, as in 
 """
 
 import logging
+import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from socket import socket
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from engine.runtime.fronts import FrontProcesses, StartFront
 
 MODULE = "engine.runtime.front_process"
+LONGEST, SHORT = 60, "/tmp"  # the path of a Unix socket has 104 bytes or a few more
 log = logging.getLogger("engine")
 
 
@@ -33,6 +35,7 @@ class EarlyFronts(NamedTuple):
     sockets: Sequence[Sequence[socket]]
     start: "StartFront"
     url: str
+    folder: str  # of sockets for each other
 
 
 @contextmanager
@@ -45,10 +48,11 @@ def early_fronts(config: Config, count: int) -> Iterator[EarlyFronts]:
     inherited = [(board.descriptor, *(each.fileno() for each in own)) for own in sockets]
     early = [spawn(MODULE, *descriptors) for descriptors in inherited]
     left = dict(enumerate(early))
+    folder = tempfile.TemporaryDirectory(prefix="engine-", dir=SHORT if len(tempfile.gettempdir()) > LONGEST else None)
     url = url_of(config.server.host, sockets[0][0].getsockname()[1])
     try:
         yield EarlyFronts(
-            board, sockets, lambda number: left.pop(number, None) or spawn(MODULE, *inherited[number]), url
+            board, sockets, lambda number: left.pop(number, None) or spawn(MODULE, *inherited[number]), url, folder.name
         )
     finally:
         for _, process in early:
@@ -59,6 +63,7 @@ def early_fronts(config: Config, count: int) -> Iterator[EarlyFronts]:
         for each in {each for own in sockets for each in own}:
             each.close()
         board.close()
+        folder.cleanup()
 
 
 @asynccontextmanager
@@ -86,7 +91,7 @@ async def open_fronts(
     hub.on_stats.append(LoadLog().on_stats)
     actors, hub.scheduler = core_actors(config, hub, start, plugins, early.board.count)
     name = (*config.server.served_model_name, checkpoint.name())[0]
-    fronts = FrontProcesses(config, hub, early.board, early.sockets, early.start, name)
+    fronts = FrontProcesses(config, hub, early.board, early.sockets, early.start, name, early.folder)
     log.info("%d front processes serve HTTP", early.board.count)
     async with supervise(*actors, fronts):
         yield fronts

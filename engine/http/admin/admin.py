@@ -21,6 +21,7 @@ from engine.http.wire import Body, Reply, json_response
 from engine.messages.questions import Profile
 from engine.messages.request import Embed, Generate, Job
 from engine.params.sampling import INT32_MAX, SamplingDefaults, SamplingParams
+from engine.runtime.board import Board, Counter
 
 PROBE_SECONDS = 20.0  # an answer that takes longer is no sign of health
 SECRET = frozenset({"api_key"})
@@ -138,8 +139,17 @@ class ModelInfo(Reply, frozen=True):
 
 async def health(request: web.Request) -> web.Response:
     """Say whether a request would be served now: 200, else 503 with the cause."""
-    state = request.app[SERVICE].front.health()
-    return json_response(HealthReply(state.status, state.cause), status=200 if state.ok else 503)
+    front = request.app[SERVICE].front
+    state = front.health()
+    if state.ok:  # others take the requests of a front that is being started again
+        return json_response(HealthReply(state.status, starting_of(front.board)))
+    return json_response(HealthReply(state.status, state.cause), status=503)
+
+
+def starting_of(board: Board) -> str:
+    """Which fronts do not answer yet; nothing where all do."""
+    starting = [str(n) for n in range(board.count) if n != board.number and not board.of(n, Counter.BEATS)]
+    return f"of {board.count} fronts, {', '.join(starting)} (from 0) starts; the others answer" if starting else ""
 
 
 async def livez(request: web.Request) -> web.Response:
@@ -226,7 +236,7 @@ async def abort_request(request: web.Request, body: AbortBody) -> web.Response:
         rid = None if body.rid is None else body.rid[:200]
         message = f"rid is {rid!r} and abort_all is {body.abort_all}; send a rid, or abort_all: true, not both"
         raise RequestError(message, param="rid")
-    return json_response(AbortReply(request.app[SERVICE].abort(body.rid)))
+    return json_response(AbortReply(await request.app[SERVICE].abort(body.rid)))
 
 
 async def flush_cache(request: web.Request) -> web.Response:
@@ -237,10 +247,10 @@ async def flush_cache(request: web.Request) -> web.Response:
 
 async def pause_generation(request: web.Request, body: PauseBody) -> web.Response:
     """Plan no more steps; the answer comes when the device is idle. Requests stay open, new ones wait."""
-    front = request.app[SERVICE].front
+    service = request.app[SERVICE]
     if body.mode == "abort":
-        front.abort(None)
-    await front.pause(True, retract=body.mode == "retract")
+        await service.abort(None)
+    await service.front.pause(True, retract=body.mode == "retract")
     return json_response(PauseReply(True))
 
 

@@ -31,12 +31,12 @@ class DistributionReply(Reply, frozen=True):
 
 async def start(request: web.Request) -> web.Response:
     """Count from nothing on how many tokens choose each expert."""
-    return json_response(CountingReply((await _counts(request.app[SERVICE], "start")).counting))
+    return json_response(CountingReply((await _changed(request.app[SERVICE], "start")).counting))
 
 
 async def stop(request: web.Request) -> web.Response:
     """Count no more; what was counted can still be dumped."""
-    return json_response(CountingReply((await _counts(request.app[SERVICE], "stop")).counting))
+    return json_response(CountingReply((await _changed(request.app[SERVICE], "stop")).counting))
 
 
 async def dump(request: web.Request) -> web.Response:
@@ -48,16 +48,26 @@ async def dump(request: web.Request) -> web.Response:
     return json_response(DistributionReply(counted.counting, counted.layers, rows))
 
 
+async def _changed(service: Service, action: CountAction) -> ExpertCounts:
+    """The counts after `action`; the /metrics of every front show them from now on."""
+    counted = await _counts(service, action)
+    service.metrics.row.note_experts()
+    return counted
+
+
 async def _counts(service: Service, action: CountAction) -> ExpertCounts:
     """The counts after `action`, which /metrics shows from now on."""
+    changes = service.metrics.rows.expert_changes()
     service.metrics.experts.counted = counted = await service.front.ask(CountExperts(action))
+    service.metrics.experts.changes = changes
     return counted
 
 
 async def refresh(service: Service) -> None:
-    """Asks the device for what it has counted, if it counts."""
-    counted = service.metrics.experts.counted
-    if counted is None or not counted.counting:
+    """Asks the device for what it has counted, if it counts, or another front has heard more of it."""
+    known = service.metrics.experts
+    counts = known.counted is not None and known.counted.counting
+    if not counts and known.changes == service.metrics.rows.expert_changes():
         return
     with anyio.move_on_after(SCRAPE_SECONDS):
         try:

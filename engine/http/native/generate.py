@@ -17,7 +17,7 @@ from engine.http.fields import Rule, unserved
 from engine.http.grammars import OWN_FIELDS, OwnGrammar
 from engine.http.openapi import ErrorReply, Route
 from engine.http.request_id import check_id
-from engine.http.service import answer, check_choices, pack_ids, salt_of, sampled, told_apart
+from engine.http.service import SERVICE, answer, check_choices, pack_ids, salt_of, sampled, told_apart
 from engine.http.sse import DONE, WORDS
 from engine.http.wire import Body, Priority, Reply, TokenId, to_json
 from engine.messages.reply import Chunk, TokenLogprob
@@ -173,7 +173,9 @@ async def generate(request: web.Request, body: GenerateBody) -> web.StreamRespon
     whose = [score for score in scores for _ in range(len(jobs) // count)]
     reply = NativeReply([job.rid for job in jobs], whose, listed=batch or len(jobs) > 1)
     rid = uuid4().hex if isinstance(body.rid, list) else rids[0]
-    return await answer(request, rid, jobs, reply, endpoint="generate", stream=bool(body.stream), samples=samples)
+    stream = bool(body.stream)
+    async with request.app[SERVICE].claimed([job.rid for job in jobs] if body.rid is not None else ()):
+        return await answer(request, rid, jobs, reply, endpoint="generate", stream=stream, samples=samples)
 
 
 def samples_of(params: Sequence[NativeSampling]) -> int:

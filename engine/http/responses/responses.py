@@ -17,6 +17,7 @@ from engine.http.effort import with_effort
 from engine.http.fields import ignore
 from engine.http.grammars import ObjectFormat
 from engine.http.openapi import Route
+from engine.http.passing import id_at
 from engine.http.request_id import called
 from engine.http.responses.bodies import FORMATS, ItemsQuery, ResponsesBody, RetrieveQuery, SchemaTextBody, messages_of
 from engine.http.responses.events import EVENTS, ResponseEvents
@@ -94,7 +95,8 @@ async def create(request: web.Request, body: ResponsesBody) -> web.StreamRespons
     request[CALLED] |= reading.grammar_names(field)
     defaults = SamplingDefaults() if service.front.text is None else service.front.text.defaults
     asked = described(body, defaults.under(sampling), service.model, wanted)
-    response = Response(asked, conversation, reading, scored=sampling.logprobs is not None)
+    id = id_at(service.front.peers.number, "resp")
+    response = Response(asked, conversation, reading, scored=sampling.logprobs is not None, id=id)
     job = Generate(response.id, messages=messages, priority=body.priority or 0, **options, **reading.job)
     if body.background:
         store.run(response, _generate(service, called(request, response.id), job), words_of(request))
@@ -265,7 +267,16 @@ def described(body: ResponsesBody, used: SamplingDefaults, model: str, wanted: W
 
 
 ROUTES = (
-    Route("POST", "/v1/responses", create, takes=ResponsesBody, gives=ResponseObject, events=EVENTS, done=False),
+    Route(
+        "POST",
+        "/v1/responses",
+        create,
+        takes=ResponsesBody,
+        gives=ResponseObject,
+        events=EVENTS,
+        done=False,
+        kept="previous_response_id",
+    ),
     Route(
         "GET",
         "/v1/responses/{response_id}",
@@ -274,8 +285,16 @@ ROUTES = (
         gives=ResponseObject,
         events=EVENTS,
         done=False,
+        kept="response_id",
     ),
-    Route("DELETE", "/v1/responses/{response_id}", delete, gives=DeletedReply),
-    Route("POST", "/v1/responses/{response_id}/cancel", cancel, gives=ResponseObject),
-    Route("GET", "/v1/responses/{response_id}/input_items", input_items, takes=ItemsQuery, gives=ItemList),
+    Route("DELETE", "/v1/responses/{response_id}", delete, gives=DeletedReply, kept="response_id"),
+    Route("POST", "/v1/responses/{response_id}/cancel", cancel, gives=ResponseObject, kept="response_id"),
+    Route(
+        "GET",
+        "/v1/responses/{response_id}/input_items",
+        input_items,
+        takes=ItemsQuery,
+        gives=ItemList,
+        kept="response_id",
+    ),
 )

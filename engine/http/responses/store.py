@@ -3,12 +3,17 @@
 At most `MAX_RESPONSES` with `MAX_BYTES` between them, all counted that a response holds. Beyond either, those that
 ended first are forgotten, but none that still runs: where those that run leave no room, another one is refused. A
 restart forgets all.
+
+Each front stores the responses that it has made, and the limits are those of all fronts together: what they hold is on
+the board. The front that holds the one that ended first forgets it, so another one may have to ask for that, and for
+the time of a message there is one too many.
 """
 
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Literal
 from uuid import uuid4
 
@@ -20,6 +25,7 @@ from engine.conversation.parsers import assembled
 from engine.conversation.parts import Call, Message, Text
 from engine.conversation.reading import NOTHING, Reading
 from engine.errors import RequestError, Words
+from engine.http.passing import id_at
 from engine.http.responses.footprint import footprint
 from engine.http.responses.items import InputItem, ItemStatus, OutputItem, Scores, input_items, output_of, together
 from engine.http.responses.objects import (
@@ -33,8 +39,11 @@ from engine.http.responses.objects import (
     Status,
 )
 from engine.http.sse import OURS, describe_error
+from engine.messages.peers import ForgetOldest
 from engine.messages.reply import Chunk
 from engine.plugin.parsing import Content, Event
+from engine.runtime.board import Board, Counter
+from engine.runtime.peers import Peers
 
 MAX_RESPONSES = 1000
 MAX_BYTES = 64 * 2**20
@@ -57,9 +66,15 @@ class Response:
     that changes."""
 
     def __init__(
-        self, asked: Asked, conversation: list[Message], reading: Reading = NOTHING, *, scored: bool = False
+        self,
+        asked: Asked,
+        conversation: list[Message],
+        reading: Reading = NOTHING,
+        *,
+        scored: bool = False,
+        id: str = "",
     ) -> None:
-        self.id = f"resp_{uuid4().hex}"
+        self.id = id or id_at(0, "resp")
         self.key = uuid4().hex  # of its items
         self.background: bool = asked.background
         self.status: Status = "queued" if self.background else "in_progress"
@@ -67,6 +82,7 @@ class Response:
         self._conversation = conversation
         self._created = int(time.time())
         self._completed: int | None = None
+        self.stored = 0  # when it was stored as ended, by the monotonic clock in ns, which all fronts share
         self._error: ResponseError | None = None
         self._error_status = 0
         self._reader = reading.reader()
@@ -232,15 +248,19 @@ def _item_status(status: Status) -> ItemStatus:
 
 
 class ResponseStore:
-    """The stored responses of one server, and the tasks that make those in the background.
+    """The stored responses of one front, and the tasks that make those in the background.
 
-    `held` is how many bytes all of them hold, at most."""
+    `held` is how many bytes all of them hold, at most. Without `board` and `peers` there are no other fronts."""
 
-    def __init__(self) -> None:
+    def __init__(self, board: Board | None = None, peers: Peers | None = None) -> None:
         self.held = 0
+        self._board = board or Board()
+        self._peers = peers or Peers()
         self._running: dict[str, Response] = {}
         self._ended: dict[str, Response] = {}  # those that ended first come first
         self._tasks: set[asyncio.Task[None]] = set()
+        self._trimming: asyncio.Task[None] | None = None
+        self._peers.answers(ForgetOldest, self._forget_oldest)
 
     def __len__(self) -> int:
         return len(self._running) + len(self._ended)
@@ -252,7 +272,7 @@ class ResponseStore:
             response.unstored()
             return
         self._count(response)
-        self._ended[response.id] = response
+        self._end(response)
         self._trim()
 
     def run(self, response: Response, chunks: AsyncGenerator[Chunk], words: Words = OURS) -> None:
@@ -262,6 +282,7 @@ class ResponseStore:
         self._check_room(response)
         self._count(response)
         self._running[response.id] = response
+        self._count_running(1, response.size)
         task = response.start(chunks, words)
         self._tasks.add(task)
         task.add_done_callback(lambda task: self._done(task, response))
@@ -276,10 +297,10 @@ class ResponseStore:
                 code="response_too_large",
                 status=413,
             )
-        size = response.size + sum(running.size for running in self._running.values())
-        if len(self._running) >= MAX_RESPONSES or size > MAX_BYTES:
+        running = self._board.total(Counter.BACKGROUND)
+        if running >= MAX_RESPONSES or response.size + self._board.total(Counter.BACKGROUND_BYTES) > MAX_BYTES:
             raise RequestError(
-                f"{len(self._running)} responses are made in the background, and the store has no room for another "
+                f"{running} responses are made in the background, and the store has no room for another "
                 f"one (of {MAX_RESPONSES} with {MAX_BYTES} bytes between them); try again later, or leave background "
                 "out",
                 param="background",
@@ -287,22 +308,80 @@ class ResponseStore:
                 status=503,
             )
 
-    def _count(self, response: Response) -> None:
-        self.held += response.size
-        response.resized = self._grow
+    # ── what is held ─────────────────────────────────────────────────────────────────────────
 
-    def _grow(self, size: int) -> None:
+    def _count(self, response: Response) -> None:
+        response.resized = partial(self._grow, response.id)
+        self._hold(1, response.size)
+
+    def _grow(self, id: str, size: int) -> None:
+        self._hold(0, size)
+        if id in self._running:
+            self._count_running(0, size)
+
+    def _hold(self, count: int, size: int) -> None:
         self.held += size
+        self._board.add(Counter.STORED, count)
+        self._board.add(Counter.STORED_BYTES, size)
+
+    def _count_running(self, count: int, size: int) -> None:
+        self._board.add(Counter.BACKGROUND, count)
+        self._board.add(Counter.BACKGROUND_BYTES, size)
+
+    def _end(self, response: Response) -> None:
+        response.stored = time.monotonic_ns()
+        self._ended[response.id] = response
+        self._show_oldest()
+
+    def _show_oldest(self) -> None:
+        self._board.set(Counter.OLDEST, next(iter(self._ended.values())).stored if self._ended else 0)
 
     def _done(self, task: "asyncio.Task[None]", response: Response) -> None:
         self._tasks.discard(task)
         if self._running.pop(response.id, None) is not None:  # it was not deleted
-            self._ended[response.id] = response
+            self._count_running(-1, -response.size)
+            self._end(response)
             self._trim()
 
+    # ── no more than there is room for ───────────────────────────────────────────────────────
+
+    @property
+    def _full(self) -> bool:
+        """Whether all fronts together hold too much."""
+        total = self._board.total
+        return total(Counter.STORED) > MAX_RESPONSES or total(Counter.STORED_BYTES) > MAX_BYTES
+
     def _trim(self) -> None:
-        while self._ended and (len(self) > MAX_RESPONSES or self.held > MAX_BYTES):
-            self.forget(next(iter(self._ended)))
+        """Forget what ended first, at whichever front it is."""
+        self._forget_own()
+        if self._full and self._trimming is None and self._peers.count > 1:
+            self._trimming = asyncio.create_task(self._trim_others())
+
+    def _forget_own(self) -> int:
+        """Forget those of this front that ended before all others, while there are too many; how many they were."""
+        forgotten = 0
+        others = [number for number in range(self._board.count) if number != self._board.number]
+        while self._full and self._ended:
+            oldest = next(iter(self._ended.values()))
+            elsewhere = [self._board.of(number, Counter.OLDEST) for number in others]
+            if any(0 < ended < oldest.stored for ended in elsewhere):
+                break
+            self.forget(oldest.id)
+            forgotten += 1
+        return forgotten
+
+    async def _trim_others(self) -> None:
+        try:
+            forgotten = 1
+            while self._full and forgotten:
+                forgotten = sum(await self._peers.ask(ForgetOldest())) + self._forget_own()
+            while self._full and self._ended:  # who has the first does not answer: the limit holds all the same
+                self.forget(next(iter(self._ended)))
+        finally:
+            self._trimming = None
+
+    async def _forget_oldest(self, asked: ForgetOldest) -> int:
+        return self._forget_own()
 
     def get(self, id: str) -> Response:
         """Raises RequestError (404) where there is no such response, or no more."""
@@ -316,10 +395,13 @@ class ResponseStore:
 
     def forget(self, id: str) -> None:
         """Hold the response `id` no longer, if it is stored."""
-        response = self._ended.pop(id, None) or self._running.pop(id, None)
+        if (response := self._ended.pop(id, None)) is not None:
+            self._show_oldest()
+        elif (response := self._running.pop(id, None)) is not None:
+            self._count_running(-1, -response.size)
         if response is not None:
             response.resized = None
-            self.held -= response.size
+            self._hold(-1, -response.size)
 
     def conversation(self, id: str) -> list[Message]:
         """What was said up to the end of the response `id`. Raises RequestError where that cannot be gone on from."""
@@ -338,10 +420,11 @@ class ResponseStore:
 
     async def close(self) -> None:
         """End what still runs."""
-        for task in self._tasks:
+        tasks = self._tasks if self._trimming is None else {*self._tasks, self._trimming}
+        for task in tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        if tasks:
+            await asyncio.wait(tasks)
 
 
 STORE = web.AppKey("responses", ResponseStore)

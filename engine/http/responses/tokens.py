@@ -62,4 +62,13 @@ async def input_tokens(request: web.Request, body: InputTokensBody) -> web.Respo
     return json_response(InputTokensReply(len(found.ids) // 4))
 
 
-ROUTES = (Route("POST", "/v1/responses/input_tokens", input_tokens, takes=InputTokensBody, gives=InputTokensReply),)
+ROUTES = (
+    Route(
+        "POST",
+        "/v1/responses/input_tokens",
+        input_tokens,
+        takes=InputTokensBody,
+        gives=InputTokensReply,
+        kept="previous_response_id",
+    ),
+)

@@ -108,6 +108,15 @@ def test_connections_leave_descriptors_for_the_rest(
     assert limits[-1] == (then, hard)
 
 
+def test_a_connection_of_one_of_several_fronts_may_need_two_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [(1024, 20_000)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, given: limits.append(given))
+    assert connection_limits(8000, each=2) == (8000, 2048) and limits[-1][0] == 18_304
+    with pytest.raises(ConfigError, match=r"20000 files, of which 2304 are .* takes two; ask for at most 8848"):
+        connection_limits(9000, each=2)
+
+
 # ── who reads slowly ─────────────────────────────────────────────────────────────────────────
 
 

@@ -142,7 +142,7 @@ async def test_a_body_is_held_until_it_is_decoded_or_its_client_leaves() -> None
 @pytest.mark.parametrize("path", [route.path for route in ROUTES if route.takes is not None and route.method == "POST"])
 async def test_no_route_holds_a_body_for_longer_than_its_request(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     intakes: list[Intake] = []
-    monkeypatch.setattr(app, "Intake", lambda options: intakes.append(Intake(options)) or intakes[0])
+    monkeypatch.setattr(app, "Intake", lambda *given: intakes.append(Intake(*given)) or intakes[0])
     empty, packed = b"{" + b" " * 100_000 + b"}", gzip.compress(b"{]" * 50_000)
     async with serving(FakeFront()) as url:
         async with dial(url) as stream:

@@ -20,6 +20,7 @@ from house import House, open_house
 from http_front import FakeFront, chunks, serving
 from hypothesis import given
 from hypothesis import strategies as st
+from joined_fronts import joined_fronts
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
@@ -488,3 +489,20 @@ def test_phases_follow_each_other(replies: list[tuple[float, ...]], answers: boo
     assert times == sorted(times)
     assert (times[0], times[1:-1:2]) == (min(began), times[2::2])
     assert times[-1] <= max(ends)
+
+
+async def test_a_request_that_is_passed_on_is_one_span_of_the_front_that_answers(collector: Collector) -> None:
+    async with joined_fronts(FakeFront(), FakeFront(), otlp_endpoint=collector.url) as engine:
+        first, second = engine.sessions
+        async with first.post("/v1/responses", json={"input": "Hi."}) as response:
+            made = await response.json()
+        asked = {"input": "And?", "previous_response_id": made["id"]}
+        async with second.post("/v1/responses", json=asked, headers=SAMPLED) as response:
+            more = await response.json()
+    begun, passed = await collector.servers(2)
+    assert begun.attributes["gen_ai.response.id"] == made["id"]
+    assert (
+        passed.attributes["gen_ai.response.id"] == more["id"] and passed.attributes["gen_ai.usage.output_tokens"] == 3
+    )
+    assert (passed.trace, passed.parent) == (TRACE_ID, PARENT)
+    assert len([span for span in collector.spans if span.kind == SERVER]) == 2  # the servers have sent all
