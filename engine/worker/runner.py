@@ -62,8 +62,10 @@ class Runner:
         page_size: int,
         grammars: Grammars | None = None,
         agree: Callable[[Tensor], object] | None = None,
+        check: Callable[[], object] = _nothing,
     ) -> None:
-        """`agree` makes tokens [D] int64, in place, those of rank 0, where there are several ranks."""
+        """`agree` makes tokens [D] int64, in place, those of rank 0, where there are several ranks. `check` raises
+        where a step that is over has gone wrong on the device."""
         self.model = model
         self.caches = caches
         self.device = device
@@ -80,6 +82,7 @@ class Runner:
         self.adjustments = Adjustments(slots, model.vocab_size, device, self._logits)
         self.grammars = grammars
         self.agree = agree
+        self._check = check
         self.loaders: dict[str, Loader] = {} if grammars is None else {GRAMMAR: grammars}  # by kind of need
         self.unscored = np.zeros((slots, 2), np.int64)  # prompt positions to be scored: from, to
         self._no_tokens = torch.empty(0, dtype=torch.int64, device=device)
@@ -113,6 +116,7 @@ class Runner:
         seconds, idle = step.seconds, 0.0
         if step.began is not None and step.ended is not None:
             step.ended.synchronize()
+            self._check()
             seconds = step.began.elapsed_time(step.ended) / 1e3
             idle = step.previous.elapsed_time(step.began) / 1e3 if step.previous is not None else 0.0
             if self._ahead_of is step.ended:  # nothing was launched meanwhile: the device waits for work
