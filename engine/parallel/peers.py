@@ -16,6 +16,7 @@ import statistics
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,7 +28,6 @@ from engine.kernels.dense.reference import Ops
 from engine.parallel.collectives import Group
 
 if TYPE_CHECKING:
-
     from engine.kernels.collectives.exchange import Inboxes
 
 logger = logging.getLogger("engine.worker")
@@ -35,9 +35,8 @@ logger = logging.getLogger("engine.worker")
 SMALL_BYTES = 4 << 20  # of a part, at most, that is sent by words
 LARGE_BYTES = 256 << 20  # of a rank's inboxes for what is sent by rows
 ROWS = (1, 16, 64, 256, 1024, 4096, 8192)  # that are measured, and as many as the largest step has
-STARTING = 2**31 - 1  # looks that a rank takes while others may still compile
-SERVING = 1 << 25  # and after that: some ten seconds
-CALLS, REPLAYS = 8, 5
+STARTING = 1 << 28  # looks that a rank takes while others may still compile: minutes
+SERVING = 1 << 25  # and after that
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ class PeerMemory:
     """The inboxes of the ranks of one group, and when they are used: the Peers of it."""
 
     def __init__(self, ways: Sequence["Inboxes"]) -> None:
-        self._ways = tuple(ways)
+        self.ways = tuple(ways)
         self._control, self._failed = ways[0].control, ways[0].failed
         self.borders: tuple[Border, ...] = ()
 
@@ -60,7 +59,7 @@ class PeerMemory:
         size = part.numel() * part.element_size()
         for border in self.borders:
             if size <= border.most:
-                way = None if border.way is None else self._ways[border.way]
+                way = None if border.way is None else self.ways[border.way]
                 return way if way is not None and way.takes(part) else None
         return None
 
@@ -77,12 +76,12 @@ class PeerMemory:
         way.exchange(part, stream, weight, epsilon)
         return True
 
-    def started(self) -> None:
-        self._control.fill_(SERVING)
+    def started(self, looks: int = SERVING) -> None:
+        self._control.fill_(looks)
 
     def check(self, ranks: Sequence[int]) -> None:
         if found := int(self._failed):
-            own, other = ranks[self._ways[0].place], ranks[found - 1]
+            own, other = ranks[self.ways[0].place], ranks[found - 1]
             raise EngineError(
                 f"rank {own} waited in vain for rank {other} in a sum over the ranks; rank {other} has stopped, or "
                 "runs other steps"
@@ -95,48 +94,34 @@ class PeerMemory:
         kind = {"dtype": dtype, "device": device}
         part, stream = torch.zeros(rows, width, **kind), torch.zeros(rows, width, **kind)  # type: ignore[call-overload]
         weight = torch.ones(width, **kind)  # type: ignore[call-overload]
-        times = torch.full((len(sizes), 1 + len(self._ways)), float("inf"), device=device)
+        times = torch.full((len(sizes), 1 + len(self.ways)), float("inf"), device=device)
         for line, count in enumerate(sizes):
             own = part[:count], stream[:count], weight, 1e-6
-
-            def by_nccl(own: tuple[Tensor, Tensor, Tensor, float] = own) -> None:
-                import torch.distributed as distributed
-
-                distributed.all_reduce(own[0], group=group.joined())
-                ops.add_rms_norm(*own)
-
-            calls: list[Callable[[], object] | None] = [by_nccl]
-            calls += [
-                (lambda way=way, own=own: way.exchange(*own)) if way.takes(own[0]) else None for way in self._ways
-            ]
+            calls: list[Callable[[], object] | None] = [partial(sum_by_nccl, group, ops, *own)]
+            calls += [partial(way.exchange, *own) if way.takes(own[0]) else None for way in self.ways]
             for column, call in enumerate(calls):
                 if call is not None:
-                    times[line, column] = _graph_time(call)
+                    times[line, column] = graph_time(call)
         agreed = _slowest(times, group).tolist()
         best = [min(range(len(line)), key=line.__getitem__) for line in agreed]
         row_bytes = part[:1].nbytes
         self.borders = tuple(
             Border(count * row_bytes, None if way == 0 else way - 1) for count, way in zip(sizes, best, strict=True)
         )
+        self.check(group.ranks)
         names = ("NCCL", "words", "rows")
         return ", ".join(f"{count} rows {names[way]} {line[way]:.1f} us (NCCL {line[0]:.1f})"
                          for count, way, line in zip(sizes, best, agreed, strict=True))  # fmt: skip
 
 
-def open_peers(
-    group: Group, device: torch.device, *, width: int, rows: int, dtype: torch.dtype, ops: Ops
-) -> PeerMemory | None:
-    """Memory for sums of up to `rows` rows of `width` numbers over the ranks of `group`, which have all called this;
-    None where they cannot write to each other's memory. Then NCCL does all."""
+def join_peers(group: Group, device: torch.device, *, width: int, rows: int, dtype: torch.dtype) -> PeerMemory | None:
+    """Memory for sums of up to `rows` rows of `width` numbers over the ranks of `group`, all of which call this. None
+    where they cannot write to each other's memory. It sums nothing before it has been measured."""
     from engine.kernels.collectives.exchange import KINDS
 
     if dtype not in KINDS or not has_triton() or not _on_one_host(group, device):
         return None
-    peers = PeerMemory(_ways(group, device, words=width * dtype.itemsize // 4, rows=rows))
-    found = peers.measure(group, width, rows, dtype, ops)
-    peers.check(group.ranks)
-    logger.info("sums over %d ranks, with the norm: %s", group.size, found)
-    return peers
+    return PeerMemory(_ways(group, device, words=width * dtype.itemsize // 4, rows=rows))
 
 
 def _ways(group: Group, device: torch.device, *, words: int, rows: int) -> list["Inboxes"]:
@@ -150,8 +135,8 @@ def _ways(group: Group, device: torch.device, *, words: int, rows: int) -> list[
     ranks, others = group.size, group.size - 1
     few = max(1, min(rows, SMALL_BYTES // (4 * words)))
     many = max(1, min(rows, LARGE_BYTES // (2 * others * 4 * words)))
-    shapes = [((2, others, few, words), torch.int64), ((2, others, many, words), torch.int32)]
-    shapes += [((2, others, many), torch.int32)]
+    shapes: list[tuple[tuple[int, ...], torch.dtype]] = [((2, others, few, words), torch.int64)]
+    shapes += [((2, others, many, words), torch.int32), ((2, others, many), torch.int32)]
     places, total = [], 0
     for shape, kind in shapes:
         places.append(total)
@@ -192,6 +177,14 @@ def _on_one_host(group: Group, device: torch.device) -> bool:
     return len(set(hosts)) == 1 and all(reaches)
 
 
+def sum_by_nccl(group: Group, ops: Ops, part: Tensor, stream: Tensor, weight: Tensor, epsilon: float) -> None:
+    """As an exchange, by NCCL and the norm's own kernel."""
+    import torch.distributed as distributed
+
+    distributed.all_reduce(part, group=group.joined())
+    ops.add_rms_norm(part, stream, weight, epsilon)
+
+
 def _slowest(times: Tensor, group: Group) -> Tensor:
     import torch.distributed as distributed
 
@@ -199,22 +192,23 @@ def _slowest(times: Tensor, group: Group) -> Tensor:
     return times
 
 
-def _graph_time(call: Callable[[], object]) -> float:
-    """Microseconds of one call in a CUDA graph of several, the median of replays."""
+def graph_time(call: Callable[[], object], calls: int = 8, replays: int = 5) -> float:
+    """Microseconds of one call in a CUDA graph of `calls`, the median of `replays`. A capture does not mind what NCCL's
+    own threads ask the device meanwhile."""
     call()
     torch.cuda.synchronize()
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.cuda.stream(stream):
         graph.capture_begin(capture_error_mode="thread_local")
-        for _ in range(CALLS):
+        for _ in range(calls):
             call()
         graph.capture_end()
     times = []
-    for _ in range(2 + REPLAYS):
+    for _ in range(2 + replays):
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         began.record()
         graph.replay()
         ended.record()
         ended.synchronize()
-        times.append(1e3 * began.elapsed_time(ended) / CALLS)
+        times.append(1e3 * began.elapsed_time(ended) / calls)
     return statistics.median(times[2:])

@@ -144,15 +144,15 @@ def meet(boot: Boot, device: torch.device) -> Groups:
 
 def join_memory(groups: Groups, config: Config, source: Source, sizes: Sizes) -> Groups:
     """Lets the GPUs of a host write to each other's memory, for sums. It is taken before pages are counted."""
-    from engine.parallel.peers import open_peers
+    from engine.parallel.peers import join_peers
 
     width, dtype = source.terms.integer("hidden_size", None), choose_dtype(config, groups.device, source.terms)
-    if width is None:
+    group, rows = groups.along("tp"), sizes.step_tokens
+    if width is None or (peers := join_peers(group, groups.device, width=width, rows=rows, dtype=dtype)) is None:
         return groups
-    ops, group = choose(groups.device, dtype).dense, groups.along("tp")
-    return groups.with_peers(
-        "tp", open_peers(group, groups.device, width=width, rows=sizes.step_tokens, dtype=dtype, ops=ops)
-    )
+    found = peers.measure(group, width, rows, dtype, choose(groups.device, dtype).dense)
+    logger.info("sums over %d ranks with the norm behind them: %s", group.size, found)
+    return groups.with_peers("tp", peers)
 
 
 def make_build(config: Config, source: Source, device: torch.device, groups: Groups) -> Build:

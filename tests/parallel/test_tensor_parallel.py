@@ -11,7 +11,6 @@ import transformers
 from numpy.typing import NDArray
 from oracle import tiny
 from packed import Blocks
-from ranks import Ranks, open_ranks
 from torch import Tensor
 
 from engine.messages.step import VECTOR
@@ -20,6 +19,7 @@ from engine.parallel.groups import Groups
 from engine.plugin.kernels import quantize_blocks
 from engine.plugin.registry import resolve
 from engine.plugin.testing import ModelHarness
+from engine.testing.ranks import Ranks, open_ranks
 from engine.testing.steps import step_plan
 from engine_plugins.quantization.fp8 import Fp8
 

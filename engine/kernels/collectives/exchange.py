@@ -123,8 +123,8 @@ def _add_and_norm(low, high, w0, w1, stream, at, mask, size, epsilon, KIND: tl.c
 @triton.jit
 def exchange_kernel(
     part, stream, weight, out, boxes, flags, epochs, control, failed, words, box_words, box_rows, epsilon,
-    ME: tl.constexpr, RANKS: tl.constexpr, KIND: tl.constexpr, EACH: tl.constexpr, NORM: tl.constexpr, WORDS: tl.constexpr,
-    BLOCK: tl.constexpr, SENDS: tl.constexpr, TAKES: tl.constexpr, DEPENDS: tl.constexpr,
+    ME: tl.constexpr, RANKS: tl.constexpr, KIND: tl.constexpr, EACH: tl.constexpr, NORM: tl.constexpr,
+    WORDS: tl.constexpr, BLOCK: tl.constexpr, SENDS: tl.constexpr, TAKES: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -206,11 +206,12 @@ class Inboxes:
         rows, words = self.boxes[0].shape[2:]
         whole, old = part.view(torch.int32), (part if stream is None else stream).view(torch.int32)
         block = triton.next_power_of_2(size)
+        warps = max(4, min(16 if self.by_words else 8, block // 128))
         exchange_kernel[(part.shape[0],)](
             whole, old, part if weight is None else weight, whole, self.boxes, self.flags, self.epochs, self.control,
             self.failed, size, words, rows, epsilon,
-            ME=self.place, RANKS=len(self.boxes), KIND=KINDS[part.dtype], EACH=4 // part.element_size(), NORM=stream is not None, WORDS=self.by_words,
-            BLOCK=block, SENDS=sends, TAKES=takes, num_warps=max(4, min(16 if self.by_words else 8, block // 128)),
-            **launch_dependents(part),
+            ME=self.place, RANKS=len(self.boxes), KIND=KINDS[part.dtype], EACH=4 // part.element_size(),
+            NORM=stream is not None, WORDS=self.by_words, BLOCK=block, SENDS=sends, TAKES=takes,
+            num_warps=warps, **launch_dependents(part),
         )  # fmt: skip
         return part
