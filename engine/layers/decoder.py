@@ -265,6 +265,7 @@ class CausalLM(Model):
         tied = self.model.embed_tokens if shape.tied and ends else None
         assert tied is None or isinstance(tied, Embedding)
         self.lm_head = LMHead(build, shape.hidden_size, shape.vocab_size, tied) if ends else Elsewhere()
+        self.vocabulary = self.lm_head.divided if isinstance(self.lm_head, LMHead) else None
 
     @staticmethod
     @abstractmethod
@@ -303,7 +304,12 @@ class CausalLM(Model):
         return self.model.run(hidden, batch, rotations, first, last)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.lm_head(hidden)
+        return self._capped(self.lm_head(hidden))
+
+    def own_logits(self, hidden: Tensor) -> Tensor:
+        return self._capped(self.lm_head.own(hidden))
+
+    def _capped(self, logits: Tensor) -> Tensor:
         if self.logit_cap is not None:
             logits = logits.to(torch.float32).div_(self.logit_cap).tanh_().mul_(self.logit_cap)
         return logits

@@ -29,6 +29,13 @@ class Peers(Protocol):
         False as `sum`."""
         ...
 
+    def choose(
+        self, found: tuple[Tensor, Tensor], slots: Tensor, lasts: Tensor, tokens: Tensor, lengths: Tensor
+    ) -> Tensor | None:
+        """The best of the scores and ids [S, chunks] that each rank has `found`, ids [S] int64, as
+        kernels/collectives/draw.py says; None as `sum`."""
+        ...
+
     def started(self) -> None:
         """All that compiles has compiled: from now on a rank that waits for long waits in vain."""
         ...
@@ -57,12 +64,30 @@ class Group:
         return self.process_group
 
 
+@dataclass(frozen=True, slots=True)
+class Divided:
+    """This rank's `part` of `size` things, which the ranks of a group divide."""
+
+    part: slice
+    size: int
+    group: Group
+
+
 def all_reduce(tensor: Tensor, group: Group) -> Tensor:
     """The sum over the group's ranks, in place."""
     if group.size > 1 and not (group.peers is not None and group.peers.sum(tensor)):
         import torch.distributed as distributed
 
         distributed.all_reduce(tensor, group=group.joined())
+    return tensor
+
+
+def largest(tensor: Tensor, group: Group) -> Tensor:
+    """The largest over the group's ranks of each number, in place."""
+    if group.size > 1:
+        import torch.distributed as distributed
+
+        distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX, group=group.joined())
     return tensor
 
 

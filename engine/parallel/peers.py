@@ -76,6 +76,16 @@ class PeerMemory:
         way.exchange(part, stream, weight, epsilon)
         return True
 
+    def choose(
+        self, found: tuple[Tensor, Tensor], slots: Tensor, lasts: Tensor, tokens: Tensor, lengths: Tensor
+    ) -> Tensor | None:
+        from engine.kernels.collectives.draw import choose_over_ranks
+
+        by_words = self.ways[0]
+        if len(found[0]) > by_words.boxes[0].shape[2]:
+            return None
+        return choose_over_ranks(by_words, found, slots, lasts, tokens, lengths)
+
     def started(self, looks: int = SERVING) -> None:
         self._control.fill_(looks)
 

@@ -64,14 +64,14 @@ def _rounded(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def _line(half, row, box_rows, SOURCE: tl.constexpr, TARGET: tl.constexpr, RANKS: tl.constexpr):
+def line_of(half, row, box_rows, SOURCE: tl.constexpr, TARGET: tl.constexpr, RANKS: tl.constexpr):
     """The place of a row among the inboxes of a rank, which has none for itself."""
     slot: tl.constexpr = SOURCE if SOURCE < TARGET else SOURCE - 1
     return (half * (RANKS - 1) + slot) * box_rows + row
 
 
 @triton.jit
-def _send(own, box, flag, line, box_words, at, mask, epoch, WORDS: tl.constexpr):
+def send_row(own, box, flag, line, box_words, at, mask, epoch, WORDS: tl.constexpr):
     """Writes a row into an inbox of a peer."""
     place = box + line * box_words + at
     if WORDS:
@@ -89,7 +89,7 @@ def _absent(got, epoch, mask):
 
 
 @triton.jit
-def _take(box, flag, line, box_words, at, mask, epoch, left, WORDS: tl.constexpr):
+def take_row(box, flag, line, box_words, at, mask, epoch, left, WORDS: tl.constexpr):
     """A row from an inbox of this rank, and how much of it has not come within `left` looks."""
     place = box + line * box_words + at
     if WORDS:
@@ -140,8 +140,8 @@ def exchange_kernel(
     if SENDS:
         for rank in tl.static_range(RANKS):
             if rank != ME:
-                line = _line(half, row, box_rows, ME, rank, RANKS)
-                _send(own, boxes[rank], flags[rank], line, box_words, at, mask, epoch, WORDS)
+                line = line_of(half, row, box_rows, ME, rank, RANKS)
+                send_row(own, boxes[rank], flags[rank], line, box_words, at, mask, epoch, WORDS)
     if TAKES:
         low = tl.zeros([BLOCK], tl.float32)
         high = tl.zeros([BLOCK], tl.float32)
@@ -150,8 +150,8 @@ def exchange_kernel(
                 low += _low(own, KIND, EACH)
                 high += _high(own, KIND, EACH)
             else:
-                line = _line(half, row, box_rows, rank, ME, RANKS)
-                got, missing = _take(boxes[ME], flags[ME], line, box_words, at, mask, epoch, left, WORDS)
+                line = line_of(half, row, box_rows, rank, ME, RANKS)
+                got, missing = take_row(boxes[ME], flags[ME], line, box_words, at, mask, epoch, left, WORDS)
                 if missing > 0:
                     tl.store(failed, rank + 1)
                     tl.store(control, 0)
