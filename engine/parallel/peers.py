@@ -50,7 +50,9 @@ class Border:
 class PeerMemory:
     """The inboxes of the ranks of one group, and when they are used: the Peers of it."""
 
-    def __init__(self, ways: Sequence["Inboxes"]) -> None:
+    def __init__(self, ways: Sequence["Inboxes"], held: object) -> None:
+        """`held` are what the addresses of the inboxes lie in: unmapped when they are dropped."""
+        self._held = held
         self.ways = tuple(ways)
         self._control, self._failed = ways[0].control, ways[0].failed
         self.borders: tuple[Border, ...] = ()
@@ -131,10 +133,10 @@ def join_peers(group: Group, device: torch.device, *, width: int, rows: int, dty
 
     if dtype not in KINDS or not has_triton() or not _on_one_host(group, device):
         return None
-    return PeerMemory(_ways(group, device, words=width * dtype.itemsize // 4, rows=rows))
+    return _opened(group, device, words=width * dtype.itemsize // 4, rows=rows)
 
 
-def _ways(group: Group, device: torch.device, *, words: int, rows: int) -> list["Inboxes"]:
+def _opened(group: Group, device: torch.device, *, words: int, rows: int) -> PeerMemory:
     """The inboxes by words, then those by rows, in one piece of memory that is zero."""
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     import torch.distributed as distributed
@@ -169,7 +171,7 @@ def _ways(group: Group, device: torch.device, *, words: int, rows: int) -> list[
         made.append(
             Inboxes(place=group.place, boxes=boxes, flags=of_all(2), epochs=epochs, control=control, failed=failed)
         )
-    return made
+    return PeerMemory(made, (memory, handle))
 
 
 def _on_one_host(group: Group, device: torch.device) -> bool:
