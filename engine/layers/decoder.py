@@ -307,6 +307,7 @@ class CausalLM(Model):
         return self._capped(self.lm_head(hidden))
 
     def own_logits(self, hidden: Tensor) -> Tensor:
+        assert isinstance(self.lm_head, LMHead), "the last stage has the head"
         return self._capped(self.lm_head.own(hidden))
 
     def _capped(self, logits: Tensor) -> Tensor:
