@@ -10,7 +10,7 @@ norms that are not RMS, layers that differ in more than their attention and whet
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Self
 
@@ -29,6 +29,7 @@ from engine.layers.model import Elsewhere, Layer, Model
 from engine.layers.moe import Experts, Mixture, Router, SparseMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import Rotary
+from engine.parallel.collectives import all_reduce
 from engine.plugin.specs import LazyTensor
 from engine.plugin.terms import MANY, Terms
 
@@ -67,6 +68,9 @@ class DecoderShape:
     scale: float | None = None  # of attention scores; by default head_dim ** -0.5
     embedding_scale: float = 1.0
     logit_cap: float | None = None  # logits are squeezed into -cap .. cap
+    # Whether attention and MLP sum over the ranks. If not, the norm sums that adds what they say to the stream, in one
+    # kernel: a CausalLM whose blocks do no more with it than that says so.
+    summed: bool = True
     mixture: Mixture | None = None  # of experts, in the place of the MLP of the layers that it names
 
     @classmethod
@@ -106,17 +110,22 @@ class DecoderShape:
     def norm(self, build: Build, size: int) -> RMSNorm:
         return RMSNorm(build, size, self.epsilon, self.norm_offset)
 
+    def stream_norm(self, build: Build) -> RMSNorm:
+        """One that adds what attention or an MLP says to the stream."""
+        return RMSNorm(build, self.hidden_size, self.epsilon, self.norm_offset, sums=not self.summed)
+
     def mlp(self, build: Build, layer: int) -> nn.Module:
         """What comes after the attention of that layer."""
         mixture = self.mixture
         if mixture is None or layer not in mixture.layers:
-            return GatedMLP(self, build)
+            return GatedMLP(self, build, summed=self.summed)
         if self.activation not in SILU:
             raise ConfigError(f"experts with the activation {self.activation!r} are not supported; known is silu")
         size, count = self.hidden_size, mixture.routing.experts
         shared = GatedMLP(self, build, mixture.shared, summed=False) if mixture.shared else None
         router = Router(build, mixture.routing, size, mixture.corrected)
-        return SparseMLP(router, Experts(build, count, size, mixture.inner, mixture.parts), shared)
+        experts = Experts(build, count, size, mixture.inner, mixture.parts, summed=self.summed)
+        return SparseMLP(router, experts, shared)
 
 
 class Decoder(nn.Module):
@@ -130,7 +139,8 @@ class Decoder(nn.Module):
         embeds = embeds or (ends and shape.tied)
         self.embed_tokens = Embedding(build, shape.vocab_size, shape.hidden_size) if embeds else Elsewhere()
         self.layers = nn.ModuleList(blocks.get(layer, Elsewhere()) for layer in range(self.count))
-        self.norm = shape.norm(build, shape.hidden_size) if ends else Elsewhere()
+        self.norm = shape.stream_norm(build) if ends else Elsewhere()
+        self.parts = None if shape.summed else build.group("tp")  # what is still to be added is a part of a sum
         # rounded as the weights are, because the models were trained so
         self.embedding_scale = float(torch.tensor(shape.embedding_scale, dtype=build.dtype))
 
@@ -147,7 +157,9 @@ class Decoder(nn.Module):
         if last == self.count:
             assert isinstance(self.norm, RMSNorm)
             return self.norm.add(hidden, stream)[0]
-        return hidden if stream is None else hidden + stream
+        if stream is None:
+            return hidden
+        return (hidden if self.parts is None else all_reduce(hidden, self.parts)) + stream
 
 
 class Block(nn.Module):
@@ -155,9 +167,9 @@ class Block(nn.Module):
 
     def __init__(self, shape: DecoderShape, build: Build, attention: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
-        self.input_layernorm = shape.norm(build, shape.hidden_size)
+        self.input_layernorm = shape.stream_norm(build)
         self.self_attn = attention
-        self.post_attention_layernorm = shape.norm(build, shape.hidden_size)
+        self.post_attention_layernorm = shape.stream_norm(build)
         self.mlp = mlp
 
     def forward(
@@ -178,7 +190,9 @@ class SelfAttention(Layer):
         super().__init__()
         size, heads, head_dim = shape.hidden_size, shape.query_heads, shape.head_dim
         self.qkv_proj = QKVLinear(build, size, heads, shape.kv_heads, head_dim, shape.qkv_bias)
-        self.o_proj = RowLinear(build, heads * head_dim, size, shape.output_bias, axis="attention_tp")
+        self.o_proj = RowLinear(
+            build, heads * head_dim, size, shape.output_bias, summed=shape.summed, axis="attention_tp"
+        )
         self.q_norm = shape.norm(build, head_dim) if shape.head_norms else None
         self.k_norm = shape.norm(build, head_dim) if shape.head_norms else None
         self.attention = attention
@@ -238,7 +252,7 @@ class CausalLM(Model):
     def __init__(self, config: dict[str, Any], build: Build) -> None:
         super().__init__(config, build)
         terms = Terms.of(config)
-        shape = self.shape_of(terms)
+        shape = self.decoder_shape(terms)
         self.vocab_size = shape.vocab_size
         self.logit_cap = shape.logit_cap
         self.held = build.stage(len(shape.layers))
@@ -251,11 +265,17 @@ class CausalLM(Model):
         tied = self.model.embed_tokens if shape.tied and ends else None
         assert tied is None or isinstance(tied, Embedding)
         self.lm_head = LMHead(build, shape.hidden_size, shape.vocab_size, tied) if ends else Elsewhere()
+        self.vocabulary = self.lm_head.divided if isinstance(self.lm_head, LMHead) else None
 
     @staticmethod
     @abstractmethod
     def shape_of(config: Terms) -> DecoderShape:
         """What `config`, in config.json's terms, says. Raises ConfigError for what would run and be wrong."""
+
+    @classmethod
+    def decoder_shape(cls, config: Terms) -> DecoderShape:
+        """`shape_of`, and whether the norms sum over the ranks: they do unless a block has a `forward` of its own."""
+        return replace(cls.shape_of(config), summed=cls.block.forward is not Block.forward)
 
     def attention(self, config: Terms, shape: DecoderShape, build: Build) -> dict[int, nn.Module]:
         """The attention of each layer that is `held`, by the layer's number. Sets `backends` and `rotaries`."""
@@ -284,7 +304,13 @@ class CausalLM(Model):
         return self.model.run(hidden, batch, rotations, first, last)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.lm_head(hidden)
+        return self._capped(self.lm_head(hidden))
+
+    def own_logits(self, hidden: Tensor) -> Tensor:
+        assert isinstance(self.lm_head, LMHead), "the last stage has the head"
+        return self._capped(self.lm_head.own(hidden))
+
+    def _capped(self, logits: Tensor) -> Tensor:
         if self.logit_cap is not None:
             logits = logits.to(torch.float32).div_(self.logit_cap).tanh_().mul_(self.logit_cap)
         return logits

@@ -1,7 +1,11 @@
 """From token ids to vectors and back to logits: the vocabulary is divided over the ranks, and need not divide evenly.
 
 ids ─ vectors of this rank's tokens, zeros for others ─ all_reduce ─> hidden … ─ this rank's logits ─ all_gather ─>
+
+Where tokens are drawn of a rank's own logits, nothing is gathered (worker/sampling/shares.py).
 """
+
+from dataclasses import replace
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -11,10 +15,11 @@ from engine.layers.build import Build
 from engine.layers.linear import Linear, packed_part
 from engine.layers.model import Layer, check_shape, copy_weight, empty_weight
 from engine.layers.quantization import Shard
-from engine.parallel.collectives import all_gather, all_reduce
+from engine.parallel.collectives import Divided, all_gather, all_reduce
 from engine.plugin.specs import LazyTensor
 
 WORDS = "tokens of the vocabulary"
+TOGETHER = 32  # tokens whose bits are one word of a mask: ranks have whole words
 
 
 class Embedding(Layer):
@@ -28,7 +33,7 @@ class Embedding(Layer):
         self.vocab_size, self.size = vocab_size, size
         self.group = build.group("tp")
         self.divided = divided and self.group.size > 1
-        self.share = build.mesh.uneven_share(vocab_size, "tp", WORDS) if self.divided else slice(0, vocab_size)
+        self.share = _share(build, vocab_size) if self.divided else slice(0, vocab_size)
         self.weight = empty_weight(build, self.share.stop - self.share.start, size)
         self.matrix: PackedMatrix | None = None
 
@@ -70,7 +75,7 @@ class LMHead(Linear):
     def __init__(
         self, build: Build, size: int, vocab_size: int, tied: Embedding | None = None, gathers: bool = True
     ) -> None:
-        share = build.mesh.uneven_share(vocab_size, "tp", WORDS)
+        share = _share(build, vocab_size)
         own = share if tied is None else slice(0, 0)
         sizes = {"": vocab_size if tied is None else 0}
         super().__init__(build, sizes, size, Shard({"": own}, slice(0, size)), bias=False, quantizable=False)
@@ -81,6 +86,7 @@ class LMHead(Linear):
         self.vocab_size = vocab_size
         self.group = build.group("tp")
         self.gathers = gathers and self.group.size > 1
+        self.most = replace(build.mesh, rank=0).uneven_share(vocab_size, "tp", WORDS, TOGETHER).stop
 
     def loaded(self) -> None:
         super().loaded()
@@ -90,11 +96,23 @@ class LMHead(Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
         """[S, size] to logits [S, vocab_size], or those of `share`."""
-        logits = super().forward(hidden)
+        logits = self.own(hidden)
         return self._gathered(logits) if self.gathers else logits
 
+    def own(self, hidden: Tensor) -> Tensor:
+        """[S, size] to the logits of `share`."""
+        return super().forward(hidden)
+
+    @property
+    def divided(self) -> Divided | None:
+        """Whose logits `own` makes, where these are not all."""
+        return Divided(self.share, self.vocab_size, self.group) if self.gathers else None
+
     def _gathered(self, logits: Tensor) -> Tensor:
-        most = -(-self.vocab_size // self.group.size)
-        if logits.shape[1] < most:  # the last rank's: all ranks send as many
-            logits = functional.pad(logits, (0, most - logits.shape[1]))
+        if logits.shape[1] < self.most:  # the last rank's: all ranks send as many
+            logits = functional.pad(logits, (0, self.most - logits.shape[1]))
         return all_gather(logits, self.group, dim=1)[:, : self.vocab_size].contiguous()
+
+
+def _share(build: Build, vocab_size: int) -> slice:
+    return build.mesh.uneven_share(vocab_size, "tp", WORDS, TOGETHER)

@@ -39,7 +39,7 @@ class LatentAttention(nn.Module):
     """Layer `layer` of KV group `group`, of `heads` heads in the whole model.
 
     Queries are projected through `query_dim` numbers if that is given. `interleaved` says how the rotated dimensions
-    lie in the checkpoint (`Ops.latent_into_pages`).
+    lie in the checkpoint (`Ops.latent_into_pages`). Where it is not `summed`, each rank returns its part of the sum.
     """
 
     def __init__(
@@ -52,6 +52,8 @@ class LatentAttention(nn.Module):
         query_dim: int | None,
         interleaved: bool,
         group: int = 0,
+        *,
+        summed: bool = True,
     ) -> None:
         super().__init__()
         shape = backend.shape
@@ -69,7 +71,7 @@ class LatentAttention(nn.Module):
         self.q_b_proj = None if query_dim is None else ColumnLinear(build, query_dim, queries, axis="attention_tp")
         self.kv_a_layernorm = RMSNorm(build, shape.latent_dim, EPSILON)
         self.kv_b_proj = UpProjection(build, shape, heads)
-        self.o_proj = RowLinear(build, heads * shape.value_dim, size, axis="attention_tp")
+        self.o_proj = RowLinear(build, heads * shape.value_dim, size, summed=summed, axis="attention_tp")
 
     def forward(self, hidden: Tensor, batch: Batch, rotations: Sequence[Rotation]) -> Tensor:
         """`hidden` [T, size] to [T, size]; `rotations` by KV group."""

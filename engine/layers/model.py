@@ -20,6 +20,7 @@ from engine.layers.attention import Backend
 from engine.layers.batch import Batch
 from engine.layers.build import Build
 from engine.messages.step import TOKEN
+from engine.parallel.collectives import Divided
 from engine.plugin.specs import KVSpec, LazyTensor, StateGroup
 
 LARGEST = 1 << 44  # bytes of one weight
@@ -161,6 +162,7 @@ class Model(nn.Module, ABC):
     backends: tuple[Backend, ...] = ()
     states: tuple[StateGroup, ...] = ()  # what its recurrent layers keep of each request
     most_graph_tokens: float = float("inf")  # as of Backend; 0 where layers plan prompts on the host
+    vocabulary: Divided | None = None  # whose logits a rank makes, where several divide them
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # ends of names in checkpoints that hold no weight
 
     @abstractmethod
@@ -195,6 +197,10 @@ class Model(nn.Module, ABC):
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [S, vocab_size] of some of the hidden states, [S, H]; of their type or float32. On a GPU this may be
         part of a CUDA graph: nothing here may wait for the device, or depend on what the host knew."""
+
+    def own_logits(self, hidden: Tensor) -> Tensor:
+        """As `logits`, of this rank's tokens alone where there is a `vocabulary`."""
+        return self.logits(hidden)
 
     def kv_spec(self) -> KVSpec:
         """What it keeps of requests: by default one group of pages a backend, and `states`."""

@@ -72,13 +72,21 @@ class Experts(Layer):
     """
 
     def __init__(
-        self, build: Build, count: int, size: int, inner: int, parts: tuple[str, str, str] = EXPERT_PARTS
+        self,
+        build: Build,
+        count: int,
+        size: int,
+        inner: int,
+        parts: tuple[str, str, str] = EXPERT_PARTS,
+        *,
+        summed: bool = True,
     ) -> None:
         super().__init__()
         self.count, self.size, self.inner = count, size, inner
         self.build = build
         self.share = build.share(inner, "tp", "numbers of an expert's width")
         self.group = build.group("tp")
+        self.sums = summed and self.group.size > 1
         width = self.share.stop - self.share.start
         self.waits = build.quantization is not None  # to be named, before it is known how it is stored
         waits = torch.device("meta") if self.waits else None
@@ -94,11 +102,11 @@ class Experts(Layer):
         """What the experts make of `hidden` [T, size], weighed and summed, [T, size]; `base` [T, size] is added.
 
         `weights` [T, k] float32, `experts` [T, k] int64 and `order` are what a Router returned. `base` is summed over
-        the ranks as the experts are: each rank gives its part.
+        the ranks as the experts are: each rank gives its part. A layer that is not `summed` returns this rank's part.
         """
         stored = ExpertWeights(self.gate_up, self.down) if self.quantized is None else self.quantized.weights()
         made = self.build.kernels.experts.experts(hidden, Routed(weights, experts, order), stored, base)
-        return all_reduce(made, self.group)
+        return all_reduce(made, self.group) if self.sums else made
 
     # ── loading ──────────────────────────────────────────────────────────────────────────────
 

@@ -1,17 +1,48 @@
 """What the ranks of a group do together. Alone, a rank does nothing, and torch.distributed is not imported.
 
 All ranks of a group must make the same calls in the same order, with tensors of the same shape and type; sums are the
-same on all of them, bit for bit. On a GPU they may be part of a CUDA graph. Left out: reductions of our own for few
-numbers.
+same on all of them, bit for bit. On a GPU they may be part of a CUDA graph. Where a group has `peers`, small sums take
+a kernel of our own (peers.py).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from engine.kernels.dense.reference import Ops
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+class Peers(Protocol):
+    """What sums in the place of the process group, where it is faster (peers.py). All ranks are told the same."""
+
+    def sum(self, part: Tensor) -> bool:
+        """Sums `part` [T, size] over the ranks, in place; False where that is left to the process group."""
+        ...
+
+    def sum_add_norm(self, part: Tensor, stream: Tensor, weight: Tensor, epsilon: float) -> bool:
+        """Adds the sum of the ranks' `part` [T, size] to `stream` and puts the norm of that in the place of `part`;
+        False as `sum`."""
+        ...
+
+    def choose(
+        self, found: tuple[Tensor, Tensor], slots: Tensor, lasts: Tensor, tokens: Tensor, lengths: Tensor
+    ) -> Tensor | None:
+        """The best of the scores and ids [S, chunks] that each rank has `found`, ids [S] int64, as
+        kernels/collectives/draw.py says; None as `sum`."""
+        ...
+
+    def started(self) -> None:
+        """All that compiles has compiled: from now on a rank that waits for long waits in vain."""
+        ...
+
+    def check(self, ranks: Sequence[int]) -> None:
+        """Raises EngineError where this one of `ranks` has waited for another in vain. Waits for nothing itself."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +53,7 @@ class Group:
     ranks: tuple[int, ...]
     place: int
     process_group: "ProcessGroup | None" = None
+    peers: Peers | None = None
 
     @property
     def size(self) -> int:
@@ -32,13 +64,41 @@ class Group:
         return self.process_group
 
 
+@dataclass(frozen=True, slots=True)
+class Divided:
+    """This rank's `part` of `size` things, which the ranks of a group divide."""
+
+    part: slice
+    size: int
+    group: Group
+
+
 def all_reduce(tensor: Tensor, group: Group) -> Tensor:
     """The sum over the group's ranks, in place."""
-    if group.size > 1:
+    if group.size > 1 and not (group.peers is not None and group.peers.sum(tensor)):
         import torch.distributed as distributed
 
         distributed.all_reduce(tensor, group=group.joined())
     return tensor
+
+
+def largest(tensor: Tensor, group: Group) -> Tensor:
+    """The largest over the group's ranks of each number, in place."""
+    if group.size > 1:
+        import torch.distributed as distributed
+
+        distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX, group=group.joined())
+    return tensor
+
+
+def sum_add_norm(
+    part: Tensor, stream: Tensor, weight: Tensor, epsilon: float, *, group: Group, ops: Ops
+) -> tuple[Tensor, Tensor]:
+    """(rms_norm of the sum, the sum) of `stream` [T, size] and the `part` [T, size] of each rank of the group. May
+    write over both arguments."""
+    if group.peers is not None and group.peers.sum_add_norm(part, stream, weight, epsilon):
+        return part, stream
+    return ops.add_rms_norm(all_reduce(part, group), stream, weight, epsilon)
 
 
 def all_gather(tensor: Tensor, group: Group, dim: int = 0) -> Tensor:

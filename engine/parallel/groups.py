@@ -4,6 +4,7 @@ On GPUs they talk through NCCL, on CPUs through gloo. A rank that is alone joins
 imported. Left out: watching that a collective ends.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.errors import ConfigError
-from engine.parallel.collectives import Group
+from engine.parallel.collectives import Group, Peers
 from engine.parallel.mesh import AXES, Axis, Mesh
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Groups:
 
     mesh: Mesh
     by_axis: Mapping[Axis, Group]
+    device: torch.device = CPU
 
     @classmethod
     def apart(cls, mesh: Mesh) -> "Groups":
@@ -36,6 +38,37 @@ class Groups:
 
     def along(self, axis: Axis) -> Group:
         return self.by_axis[axis]
+
+    def with_peers(self, axis: Axis, peers: Peers | None) -> "Groups":
+        """The same, whose sums along `axis`, and along what has the same ranks, may go through `peers`."""
+        ranks = self.along(axis).ranks
+        changed = {
+            other: dataclasses.replace(group, peers=peers) if group.ranks == ranks else group
+            for other, group in self.by_axis.items()
+        }
+        return dataclasses.replace(self, by_axis=changed)
+
+    def least(self, number: int) -> int:
+        """The least that any rank gives. All ranks must call this, in the same order among their collectives."""
+        if self.mesh.size == 1:
+            return number
+        import torch.distributed as distributed
+
+        found = torch.tensor([number], device=self.device)
+        distributed.all_reduce(found, op=distributed.ReduceOp.MIN)
+        return int(found)
+
+    def started(self) -> None:
+        """All that compiles has compiled: from now on a wait that is long is in vain."""
+        for group in self.by_axis.values():
+            if group.peers is not None:
+                group.peers.started()
+
+    def check(self) -> None:
+        """Raises EngineError where this rank has waited for another in vain."""
+        for group in self.by_axis.values():
+            if group.peers is not None:
+                group.peers.check(group.ranks)
 
     def leave(self) -> None:
         """Ends the connections to the other ranks. Nothing may be under way."""
@@ -77,7 +110,7 @@ def join(mesh: Mesh, rendezvous: str, device: torch.device = CPU, seconds: float
                 group = distributed.group.WORLD if everybody else distributed.new_group(list(ranks))
                 assert group is not None
                 made[ranks] = group
-    return Groups(mesh, {axis: _group(mesh, axis, made.get(mesh.group(axis))) for axis in AXES})
+    return Groups(mesh, {axis: _group(mesh, axis, made.get(mesh.group(axis))) for axis in AXES}, device)
 
 
 def _group(mesh: Mesh, axis: Axis, process_group: "ProcessGroup | None") -> Group:

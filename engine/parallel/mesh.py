@@ -124,12 +124,16 @@ class Mesh:
         one = self.coordinates[axis] * size // ranks
         return slice(one, one + 1)
 
-    def uneven_share(self, size: int, axis: Axis, what: str) -> slice:
+    def uneven_share(self, size: int, axis: Axis, what: str, multiple: int = 1) -> slice:
         """This rank's part of a dimension that need not divide: all have as many, but for the last, which has the rest.
+        They have a `multiple` of that number, where that makes their parts larger by a fiftieth at most.
 
         Raises ConfigError where nothing is left for the last."""
         ranks, place = self.extent(axis), self.coordinates[axis]
         part = -(-size // ranks)
+        rounded = -(-part // multiple) * multiple
+        if 50 * (rounded - part) <= part and size > rounded * (ranks - 1):
+            part = rounded
         if size <= part * (ranks - 1):
             raise ConfigError(f"{size} {what}, {part} a rank, leave nothing for the last of {ranks} ranks ({axis})")
         return slice(place * part, min((place + 1) * part, size))

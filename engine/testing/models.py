@@ -62,7 +62,7 @@ class ModelHarness:
             device=torch.device(device),
             page_size=self.page_size,
             max_model_len=max_model_len,
-            attention_backend=attention or Backends(Plugins.load(), device).build,
+            attention_backend=attention or Backends(Plugins.load(), torch.device(device).type).build,
             mesh=groups.mesh if groups is not None else ALONE,
             groups=groups,
             quantization=quantization,

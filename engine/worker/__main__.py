@@ -6,6 +6,7 @@ and Agreed come between. A spare worker gets Preload before its Boot, imports, a
 """
 
 import gc
+import logging
 import os
 import signal
 import socket
@@ -120,5 +121,16 @@ def _fatal(actor: str, error: Exception) -> Fatal:
     return Fatal(actor, f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))
 
 
+def _end(status: int) -> None:
+    """A rank ends as it is: to take leave of ranks that are gone, or while graphs hold collectives, may hang."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    status = main(int(sys.argv[1]))
+    if "torch.distributed.distributed_c10d" in sys.modules:
+        _end(status)
+    sys.exit(status)

@@ -29,7 +29,7 @@ from engine.worker.experts import routers_of
 from engine.worker.loaders import Loader
 from engine.worker.memory import Caches, States
 from engine.worker.sampling.adjustments import Adjustments
-from engine.worker.sampling.grammars import Grammars
+from engine.worker.sampling.grammars import Grammars, Guided
 from engine.worker.sampling.logprobs import score, score_prompt
 from engine.worker.sampling.sampler import Sampler
 from engine.worker.steps.batch import build_batch
@@ -62,8 +62,10 @@ class Runner:
         page_size: int,
         grammars: Grammars | None = None,
         agree: Callable[[Tensor], object] | None = None,
+        check: Callable[[], object] = _nothing,
     ) -> None:
-        """`agree` makes tokens [D] int64, in place, those of rank 0, where there are several ranks."""
+        """`agree` makes tokens [D] int64, in place, those of rank 0, where there are several ranks. `check` raises
+        where a step that is over has gone wrong on the device."""
         self.model = model
         self.caches = caches
         self.device = device
@@ -77,10 +79,11 @@ class Runner:
         self.states = States(model.kv_spec(), slots, device)
         self.limits = np.zeros(slots, np.int64)  # tokens at which the request of each slot ends
         self._logits = model.kernels.logits
-        self.sampler = Sampler(self.tokens, self.lengths, self._logits)
+        self.sampler = Sampler(self.tokens, self.lengths, self._logits, model.vocabulary)
         self.adjustments = Adjustments(slots, model.vocab_size, device, self._logits)
         self.grammars = grammars
         self.agree = agree
+        self._check = check
         self.loaders: dict[str, Loader] = {} if grammars is None else {GRAMMAR: grammars}  # by kind of need
         self.unscored = np.zeros((slots, 2), np.int64)  # prompt positions to be scored: from, to
         self._no_tokens = torch.empty(0, dtype=torch.int64, device=device)
@@ -115,6 +118,7 @@ class Runner:
         seconds, idle = step.seconds, 0.0
         if step.began is not None and step.ended is not None:
             step.ended.synchronize()
+            self._check()
             seconds = step.began.elapsed_time(step.ended) / 1e3
             idle = step.previous.elapsed_time(step.began) / 1e3 if step.previous is not None else 0.0
             if self._ahead_of is step.ended:  # nothing was launched meanwhile: the device waits for work
@@ -231,15 +235,26 @@ class Runner:
         if steps is not None:
             assert forward.on_device is not None
             within = steps.draws and not self.adjustments.acts(draws.slots) and self.sampler.plain(draws.slots)
-            logits = None if within else self.model.logits(forward.hidden)
-            return Head(draws, forward.on_device, logits, steps, guided)
+            if within:
+                return Head(draws, forward.on_device, None, steps, guided)
+            logits, own = self._head_logits(forward.hidden, draws.slots, guided)
+            return Head(draws, forward.on_device, logits, steps, guided, own=own)
         index, slots, lasts = upload(np.stack((draws.index, draws.slots, draws.lasts)), self.device)
-        logits = self.model.logits(forward.hidden[index])
+        logits, own = self._head_logits(forward.hidden[index], draws.slots, guided)
         if not draws.rows.drafts.any():
-            return Head(draws, (slots, lasts), logits, None, guided)
+            return Head(draws, (slots, lasts), logits, None, guided, own=own)
         assert forward.batch is not None, "steps with drafts are not captured"
         lasts = forward.batch.positions[index]
-        return Head(draws, (slots, lasts), logits, None, guided, self.lengths[slots], self.tokens[slots, lasts + 1])
+        known, drafted = self.lengths[slots], self.tokens[slots, lasts + 1]
+        return Head(draws, (slots, lasts), logits, None, guided, known, drafted, own=own)
+
+    def _head_logits(self, hidden: Tensor, slots: np.ndarray, guided: Guided | None) -> tuple[Tensor, bool]:
+        """The logits [D, V] that tokens of `slots` are drawn from; or, and True, those of this rank's tokens alone,
+        where these suffice: where no row asks for what needs all."""
+        own = self.sampler.draws_own(guided is not None) and self.sampler.plain(slots)
+        if own and not self.adjustments.acts(slots):
+            return self.model.own_logits(hidden), True
+        return self.model.logits(hidden), False
 
     def _score_prompts(self, rows: Rows, forward: Forward) -> Block | None:
         """The log-probabilities of prompt tokens after the positions that `rows` compute, where they are asked for."""
@@ -278,6 +293,13 @@ class Runner:
             assert head.steps is not None
             return head.steps.draw(len(slots), lines)
         logits = head.logits
+        if head.own:
+            masks = None
+            if guided is not None:
+                assert self.grammars is not None
+                catch_up()
+                masks = self.grammars.masks, upload(self.grammars.lines(guided, len(slots)), self.device)
+            return self.sampler.draw_own(logits, head.on_device, masks)
         asked = bool((self.sampler.columns.logprobs[slots] >= 0).any())  # of these logits, as the model made them
         adjusted = logits
         if self.adjustments.acts(slots):
@@ -298,6 +320,8 @@ class Runner:
         if lines is not None:
             assert self.grammars is not None
             masks = self.grammars.masks, lines
+        if self.sampler.draws_own(masks is not None):
+            return self.sampler.draw_own(self.model.own_logits(hidden), on_device, masks)
         return self.sampler.draw_plain(self.model.logits(hidden), on_device, masks=masks)
 
     # ── publish ──────────────────────────────────────────────────────────────────────────────

@@ -13,6 +13,7 @@ import torch
 
 from engine.config import Config, ProcessOptions
 from engine.errors import ConfigError, counted
+from engine.kernels import choose
 from engine.layers.build import Build
 from engine.layers.model import Model
 from engine.messages.control import Boot, WorkerReady
@@ -30,6 +31,7 @@ from engine.worker.compiles import tell_of_compiles
 from engine.worker.memory import allocate, choose_max_model_len, count_pages, state_bytes
 from engine.worker.runner import Runner
 from engine.worker.sampling.grammars import begin_grammars
+from engine.worker.steps.graphs import most_prompt_tokens
 from engine.worker.steps.warmup import FILTERED, PENALIZED, PLAIN, everything
 from engine.worker.weights import Tensors, checked_tensors, fill_at_random, load_weights, weight_bytes
 
@@ -82,6 +84,9 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
         with _timed(phases, "ranks"):
             groups = meet(boot, device)
     sizes = choose_sizes(config, device)
+    if boot.world > 1 and device.type == "cuda":
+        with _timed(phases, "peers"):
+            groups = join_memory(groups, config, source, sizes)
     with _timed(phases, "weights"):
         build = make_build(config, source, device, groups)
         model = make_model(source.plugins, source.terms, build)
@@ -109,13 +114,17 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
             max_model_len=choose_max_model_len(config.model.max_model_len, source.limit, cache_tokens),
             page_size=spec.page_size,
             grammars=grammars,
+            check=groups.check,
         )
     if spec.states:
         size = state_bytes(spec, sizes.slots) / 2**20
         logger.info("%.0f MiB of states, which no page holds: cached prefixes are not reused", size)
     attention = source.backends.chosen
     with _timed(phases, "warm-up"):
-        warm_up(runner, config, pages=pages, step_tokens=sizes.step_tokens, dtype=build.dtype, attention=attention)
+        # Graphs pay up to a size that depends on a rank's weights: all capture the same.
+        most = groups.least(min(sizes.step_tokens, most_prompt_tokens(model)))
+        warm_up(runner, config, pages=pages, step_tokens=most, dtype=build.dtype, attention=attention)
+    groups.started()
     return runner, readiness(runner, sizes, pages=pages, attention=attention, phases=phases)
 
 
@@ -134,6 +143,19 @@ def meet(boot: Boot, device: torch.device) -> Groups:
     mesh = Mesh(boot.rank, tp=boot.config.parallel.tp)
     logger.info("rank %d of %d, with %s", boot.rank, boot.world, counted(torch.get_num_threads(), "thread"))
     return join(mesh, boot.rendezvous, device)
+
+
+def join_memory(groups: Groups, config: Config, source: Source, sizes: Sizes) -> Groups:
+    """Lets the GPUs of a host write to each other's memory, for sums. It is taken before pages are counted."""
+    from engine.parallel.peers import join_peers
+
+    width, dtype = source.terms.integer("hidden_size", None), choose_dtype(config, groups.device, source.terms)
+    group, rows = groups.along("tp"), sizes.step_tokens
+    if width is None or (peers := join_peers(group, groups.device, width=width, rows=rows, dtype=dtype)) is None:
+        return groups
+    found = peers.measure(group, width, rows, dtype, choose(groups.device, dtype).dense)
+    logger.info("sums over %d ranks with the norm behind them: %s", group.size, found)
+    return groups.with_peers("tp", peers)
 
 
 def make_build(config: Config, source: Source, device: torch.device, groups: Groups) -> Build:

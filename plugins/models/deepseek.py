@@ -55,7 +55,7 @@ class Deepseek(CausalLM):
     def __init__(self, config: Terms, build: Build) -> None:
         config = Terms.of(config)
         super().__init__(config, build)
-        shape = self.shape_of(config)
+        shape = self.decoder_shape(config)
         count = len(shape.layers)
         further = range(count, count + further_layers(config))
         for layer in further:  # the stage with the head holds them
@@ -89,6 +89,7 @@ class Deepseek(CausalLM):
             shape.query_heads,
             query_dim=config.integer("q_lora_rank", None),
             interleaved=config.flag("rope_interleave", True),
+            summed=shape.summed,
         )
 
     def load(self, tensors: Iterable[tuple[str, LazyTensor]]) -> None:

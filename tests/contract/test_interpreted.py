@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 FILES = (
     "interpreted_attention.py",
     "interpreted_latent.py",
+    "triton_collectives.py",
     "triton_fp8.py",
     "triton_logits.py",
     "triton_mixtures.py",

@@ -5,7 +5,7 @@ does not have them."""
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,26 @@ def types_by_name(names: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
     return {name: kind for kind, arguments in names.items() for name in arguments}
 
 
-def compile_for_hopper(kernel: Any, constants: Mapping[str, Any], types: Mapping[str, str], **options: int) -> Any:
+def compile_for_hopper(
+    kernel: Any,
+    constants: Mapping[str, Any],
+    types: Mapping[str, str | tuple[str, ...]],
+    *,
+    multiples: Collection[str] = (),
+    **options: int,
+) -> Any:
     """What Triton makes of `kernel`. Arguments that are in neither are int32; those that it does not have are passed
-    over. Pointers are of 16 bytes, as those of torch's allocator: copies would be of single numbers, and none would run
-    ahead, if they were not."""
+    over, and several types are those of a tuple. Pointers are of 16 bytes, as those of torch's allocator: copies would
+    be of single numbers, and none would run ahead, if they were not. The integers `multiples` are multiples of 16."""
     values = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in values else types.get(name, "i32") for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in values.items()}
-    aligned: Any = {
-        (place,): [["tt.divisibility", 16]] for place, kind in enumerate(signature.values()) if kind.startswith("*")
-    }
+    aligned: Any = {}
+    for place, (name, kind) in enumerate(signature.items()):
+        if isinstance(kind, tuple):
+            aligned |= {(place, each): [["tt.divisibility", 16]] for each in range(len(kind))}
+        elif kind.startswith("*") or name in multiples:
+            aligned[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, places, aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(options))
 

@@ -14,7 +14,7 @@ import anyio
 import pytest
 from oracle import tiny_model
 from test_processes import children
-from tokenizers import Tokenizer, models
+from tiny_checkpoint import ASKED, assert_same, save_checkpoint
 
 from engine import AsyncEngine, Engine, EngineError, Reply, RequestError, SamplingParams, WorkerError
 
@@ -28,12 +28,10 @@ PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8], [1, 6, 1, 8] * 9]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of a tiny Llama with a tokenizer of one letter a token."""
+    """A checkpoint of a tiny Llama whose vocabulary two ranks divide between words of a mask."""
     folder = tmp_path_factory.mktemp("llama")
-    model = tiny_model("Llama", num_attention_heads=4, tie_word_embeddings=False)
-    model.save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({chr(0x100 + i): i for i in range(96)}, unk_token=chr(0x100)))
-    words.save(str(folder / "tokenizer.json"))
+    changes = {"num_attention_heads": 4, "tie_word_embeddings": False, "vocab_size": 128, "eos_token_id": 127}
+    save_checkpoint(tiny_model("Llama", **changes), folder)
     return folder
 
 
@@ -89,3 +87,14 @@ def test_a_killed_engine_leaves_no_file(folder: Path, tmp_path: Path) -> None:
 def test_heads_that_ranks_cannot_divide_are_refused_with_both_numbers(folder: Path) -> None:
     with pytest.raises(EngineError, match=r"rank \d of 3: .* 3 ranks"), Engine(model=str(folder), tp=3, **OPTIONS):
         pass
+
+
+def test_whatever_is_asked_two_ranks_reply_as_one(folder: Path) -> None:
+    """Together, in steps where some rows need all logits and others do not, and each kind alone."""
+    said: list[list[Reply]] = []
+    for tp in (1, 2):
+        with Engine(model=str(folder), tp=tp, **{**OPTIONS, "max_running": 16}) as engine:
+            said.append(engine.generate([PROMPTS[0]] * len(ASKED), list(ASKED.values())))
+            said[-1] += [engine.generate(PROMPTS[1], params) for params in ASKED.values()]
+    assert_same(said[1], said[0])
+    assert len({tuple(reply.ids) for reply in said[0]}) > len(ASKED)

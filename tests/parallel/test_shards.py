@@ -27,6 +27,8 @@ from engine.parallel.mesh import Mesh
 from engine.plugin.kernels import dequantize, quantize_blocks, quantize_rows
 from engine.worker.weights import fill_at_random
 from engine_plugins.attention.torch.mha import TorchAttention
+from engine_plugins.attention.torch.mla import TorchLatentAttention
+from engine_plugins.models.deepseek import Deepseek
 from engine_plugins.models.llama import Llama
 from engine_plugins.models.qwen3_moe import Qwen3Moe
 from engine_plugins.quantization import fp8
@@ -81,18 +83,26 @@ class Counted:
 
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+LATENT = {
+    **{"kv_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 10, "num_key_value_heads": 6},
+    **{"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "n_shared_experts": 2},
+    **{"first_k_dense_replace": 1, "q_lora_rank": 20, "n_group": 4, "topk_group": 2},
+}
 WHOLE = ("norm.weight", "mlp.gate.weight")  # ends of names of what each rank holds whole
+WHOLE += ("q_a_proj.weight", "kv_a_proj_with_mqa.weight", "e_score_correction_bias")
 
 
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize(
-    ("model", "family", "changes"), [(Llama, "Llama", {"attention_bias": True}), (Qwen3Moe, "Qwen3Moe", EXPERTS)]
+    ("model", "family", "changes"),
+    [(Llama, "Llama", {"attention_bias": True}), (Qwen3Moe, "Qwen3Moe", EXPERTS), (Deepseek, "DeepseekV3", LATENT)],
 )
 def test_a_rank_reads_its_part_of_each_tensor_alone(model: type[Model], family: str, changes: dict, tp: int) -> None:
     config, tensors, _ = tiny(family, **changes)
+    attention = TorchLatentAttention if model is Deepseek else TorchAttention
     for rank in range(tp):
         counted = {name: Counted(tensor) for name, tensor in tensors.items()}
-        model(config, build(rank, tp)).load(counted.items())
+        model(config, build(rank, tp, attention_backend=attention)).load(counted.items())
         for name, each in counted.items():
             parts = 1 if name.endswith(WHOLE) else tp
             if name.endswith("o_proj.bias"):  # added once

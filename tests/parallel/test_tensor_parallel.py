@@ -11,7 +11,6 @@ import transformers
 from numpy.typing import NDArray
 from oracle import tiny
 from packed import Blocks
-from ranks import Ranks, open_ranks
 from torch import Tensor
 
 from engine.messages.step import VECTOR
@@ -20,6 +19,7 @@ from engine.parallel.groups import Groups
 from engine.plugin.kernels import quantize_blocks
 from engine.plugin.registry import resolve
 from engine.plugin.testing import ModelHarness
+from engine.testing.ranks import Ranks, open_ranks
 from engine.testing.steps import step_plan
 from engine_plugins.quantization.fp8 import Fp8
 
@@ -108,6 +108,26 @@ def test_two_ranks_reply_as_one(case: str, ranks: Ranks, tmp_path: Path) -> None
     assert one[0] == two[0] == said
     assert np.array_equal(one[1], two[1])
     np.testing.assert_allclose(one[1], logits, atol=1e-4)
+
+
+def without_gathering(groups: Groups, model: str, file: Path) -> list[list[int]]:
+    """What the model of `file` says where logits cannot be gathered."""
+
+    def gather(*_: object, **__: object) -> Tensor:
+        raise AssertionError("logits are gathered")
+
+    config, tensors = torch.load(file, weights_only=False)
+    harness = ModelHarness(resolve(model), config, tensors, groups=groups)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.layers.embedding.all_gather", gather)
+        return harness.greedy(prompts(config["vocab_size"]), COUNT)
+
+
+def test_greedy_rows_gather_no_logits(ranks: Ranks, tmp_path: Path) -> None:
+    model, family, changes = CASES["llama"]
+    torch.save(tiny(family, **changes)[:2], tmp_path / "model")
+    said, _ = replies(None, model, tmp_path / "model")
+    assert ranks.run(without_gathering, model, tmp_path / "model") == [said, said]
 
 
 def vectors(groups: Groups | None, file: Path) -> NDArray[np.float32]:

@@ -17,7 +17,9 @@ from torch import Tensor
 from engine.kernels.logits.reference import Filters, LogitOps
 from engine.layers.batch import upload
 from engine.messages.step import SlotAdmit
+from engine.parallel.collectives import Divided
 from engine.params.sampling import Sampling
+from engine.worker.sampling.shares import ShareDraw
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +73,13 @@ class Sampler:
     """How each slot is sampled, and the draws of a step, which go into the device's table of tokens.
 
     `tokens` [slots, positions] int32 and `lengths` [slots] int64 are the Runner's. What kernels need of each slot is
-    kept on the device too, so that a step uploads nothing.
+    kept on the device too, so that a step uploads nothing. Where ranks divide the `vocabulary`, tokens can be drawn
+    from a rank's own logits.
     """
 
-    def __init__(self, tokens: Tensor, lengths: Tensor, kernels: LogitOps) -> None:
+    def __init__(self, tokens: Tensor, lengths: Tensor, kernels: LogitOps, vocabulary: Divided | None = None) -> None:
         slots = len(tokens)
+        self._share = None if vocabulary is None else ShareDraw(vocabulary, kernels)
         self.columns = Columns.empty(slots)
         self._tokens, self._lengths = tokens, lengths
         self._filters = np.zeros(slots, bool)  # whether a slot asks for any: it takes long to ask the columns each step
@@ -103,6 +107,18 @@ class Sampler:
     def plain(self, slots: np.ndarray) -> bool:
         """Whether none of `slots` asks for filters or log-probabilities."""
         return not (self._filters[slots] | (self.columns.logprobs[slots] >= 0)).any()
+
+    def draws_own(self, masked: bool) -> bool:
+        """Whether plain rows, under masks if they are `masked`, are drawn from a rank's own logits."""
+        return self._share is not None and (self._share.masks or not masked)
+
+    def draw_own(
+        self, logits: Tensor, on_device: Sequence[Tensor] | Tensor, masks: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """As `draw_plain`, from this rank's own logits."""
+        assert self._share is not None
+        tables = self._reals[0], self._seeds, self._tokens, self._lengths
+        return self._share.draw(logits, on_device, *tables, masks)
 
     def draw_plain(
         self,

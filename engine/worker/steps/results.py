@@ -56,6 +56,7 @@ class Head:
     guided: Guided | None = None
     known: Tensor | None = None  # [D] int64: tokens of each draw's slot before it; where rows have drafts
     drafted: Tensor | None = None  # [D] int64: what stands where the draws will
+    own: bool = False  # the logits are those of this rank's tokens alone
 
 
 @dataclass(frozen=True, slots=True)

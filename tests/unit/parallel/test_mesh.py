@@ -69,6 +69,18 @@ def test_uneven_shares_are_the_whole_one_after_the_other(tp: int, size: int) -> 
     assert {share.stop - share.start for share in shares[:-1]} <= {part}
 
 
+@given(st.integers(1, 8), st.integers(1, 200_000))
+def test_uneven_shares_have_whole_words_of_a_mask_where_that_costs_little(tp: int, size: int) -> None:
+    part = -(-size // tp)
+    if size <= part * (tp - 1):
+        return
+    shares = [Mesh(rank, tp=tp).uneven_share(size, "tp", "tokens", 32) for rank in range(tp)]
+    assert [shares[0].start, *(share.stop for share in shares)] == [*(share.start for share in shares), size]
+    assert all(share.stop - share.start <= part * 1.02 for share in shares) and shares[-1].stop > shares[-1].start
+    if size >= 1600 * tp + 32 * tp * tp:
+        assert all(share.start % 32 == 0 for share in shares)
+
+
 @pytest.mark.parametrize(("heads", "tp"), [(8, 2), (2, 2), (1, 2), (2, 8), (3, 6)])
 def test_each_query_head_is_where_its_key_value_head_is(heads: int, tp: int) -> None:
     queries = 24

@@ -1,4 +1,5 @@
-"""Ranks as processes of this machine, which have joined over gloo and wait for what a test has them do."""
+"""Ranks as processes of this machine, which have joined and wait for what a test or a benchmark has them do: over gloo
+on CPUs, over NCCL on GPUs, one each."""
 
 import multiprocessing
 import os
@@ -32,13 +33,13 @@ class Ranks:
 
 
 @contextmanager
-def open_ranks(folder: Path, tp: int, pp: int = 1) -> Iterator[Ranks]:
+def open_ranks(folder: Path, tp: int, pp: int = 1, *, gpus: bool = False) -> Iterator[Ranks]:
     """Starts tp * pp ranks that meet in `folder`, and ends them."""
     context = multiprocessing.get_context("spawn")
     pairs = [context.Pipe() for _ in range(tp * pp)]
     rendezvous = f"file://{folder / 'rendezvous'}"
     started = [
-        context.Process(target=_rank, args=(theirs, rendezvous, rank, tp, pp), daemon=True)
+        context.Process(target=_rank, args=(theirs, rendezvous, rank, tp, pp, gpus), daemon=True)
         for rank, (_, theirs) in enumerate(pairs)
     ]
     for process in started:
@@ -56,14 +57,17 @@ def open_ranks(folder: Path, tp: int, pp: int = 1) -> Iterator[Ranks]:
                 process.kill()
 
 
-def _rank(end: Connection, rendezvous: str, rank: int, tp: int, pp: int) -> None:
+def _rank(end: Connection, rendezvous: str, rank: int, tp: int, pp: int, gpus: bool) -> None:
     import torch
 
     from engine.parallel.groups import join
     from engine.parallel.mesh import Mesh
 
     torch.set_num_threads(1)
-    groups = join(Mesh(rank, tp=tp, pp=pp), rendezvous, seconds=SECONDS)
+    device = torch.device("cuda", rank) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+    groups = join(Mesh(rank, tp=tp, pp=pp), rendezvous, device, seconds=SECONDS)
     while True:
         try:
             function, arguments = end.recv()
@@ -73,6 +77,7 @@ def _rank(end: Connection, rendezvous: str, rank: int, tp: int, pp: int) -> None
             end.send((function(groups, *arguments), ""))
         except Exception:
             end.send((None, traceback.format_exc()))
-    groups.leave()
+    if not gpus:  # where graphs that hold collectives are left, to take leave may hang
+        groups.leave()
     end.close()
     os._exit(0)  # the interpreter would take a second to end
