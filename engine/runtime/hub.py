@@ -166,7 +166,7 @@ class Hub:
     async def _put(self, front: int, message: ToFront) -> None:
         line = self._lines.get(front)
         if line is not None:  # else nobody waits for it any more
-            line.put(self._packed(message))
+            line.put(self.packed(message))
             if line.holds_back:
                 await line.room()
 
@@ -201,7 +201,7 @@ class Hub:
             await self._changed.wait()
         return self.failure
 
-    def _packed(self, message: Any) -> bytes:
+    def packed(self, message: Any) -> bytes:
         """A frame. Most are short, so a copy costs less than making room for the length first."""
         body = self._encoder.encode(message)
         return len(body).to_bytes(HEADER, "little") + body
@@ -210,7 +210,7 @@ class Hub:
 
     def to_all(self, message: Any) -> None:
         """Send `message` to every front that is there."""
-        frame = self._packed(message)
+        frame = self.packed(message)
         for line in self._lines.values():
             line.put(frame)
 
@@ -219,7 +219,7 @@ class Hub:
         self._lines[front] = line
         for message in (self._stats, self.info):
             if message is not None:
-                line.put(self._packed(message))
+                line.put(self.packed(message))
 
     async def leave(self, front: int) -> None:
         """`front` is gone: the scheduler ends its requests, and nobody waits for its answers."""
@@ -254,7 +254,7 @@ class Hub:
         key = front, asked.number
         others = self._lines.keys() - {front}
         self._questions[key] = Question(asked, set(others))
-        frame = self._packed(asked)
+        frame = self.packed(asked)
         for other in others:
             self._lines[other].put(frame)
         if others:
@@ -278,4 +278,4 @@ class Hub:
         question, line = self._questions.pop(key, None), self._lines.get(key[0])
         if question is not None and line is not None:
             values = tuple(PeerValue(front, question.values[front]) for front in sorted(question.values))
-            line.put(self._packed(PeerAnswers(key[1], values)))
+            line.put(self.packed(PeerAnswers(key[1], values)))

@@ -5,6 +5,7 @@ a b c d  │ e f g      │ h i j k        moves to the end of its own, so one p
          4            7            11  = ends      and a row leaves in the same way, backwards
 """
 
+from itertools import pairwise
 from typing import Any
 
 from engine.sched.columns import StepColumns
@@ -22,31 +23,33 @@ class GroupedRows(DecodeRows):
     def join(self, request: Request, room: int) -> None:
         """As DecodeRows.join; its lists are new, so rows change places in them."""
         super().join(request, room)
-        for front in range(len(self._ends) - 1, request.front, -1):
-            self._swap(request, self._ends[front - 1])
-        for front in range(request.front, len(self._ends)):
-            self._ends[front] += 1
+        ends = self._ends
+        self._move(request, [ends[front - 1] for front in range(len(ends) - 1, request.front, -1)])
+        for front in range(request.front, len(ends)):
+            ends[front] += 1
 
     def leave(self, request: Request) -> None:
         """As DecodeRows.leave, which takes the last row, so it becomes that."""
         self.requests, self.rids, self.ids = self.requests.copy(), self.rids.copy(), self.ids.copy()
-        for front in range(request.front, len(self._ends)):
-            self._ends[front] -= 1
-            self._swap(request, self._ends[front])
+        ends = self._ends
+        for front in range(request.front, len(ends)):
+            ends[front] -= 1
+        self._move(request, ends[request.front :])
         super().leave(request)
 
-    def _columns(self) -> tuple[Any, ...]:
-        return self.requests, self.rids, self.ids, self._slots, self._offsets, self._dues
-
-    def _swap(self, request: Request, row: int) -> None:
-        """Let `request` and whoever is in `row` change places."""
-        before = request.row
-        if before == row:
+    def _move(self, request: Request, rows: list[int]) -> None:
+        """Let `request` change places with who is in each of `rows`, one after the other."""
+        at = request.row
+        steps = [(before, row) for before, row in pairwise([at, *rows]) if before != row]
+        if not steps:
             return
-        other = self.requests[row]
-        for column in self._columns():
-            column[before], column[row] = column[row], column[before]
-        request.row, other.row = row, before
+        columns: tuple[Any, ...] = (self.requests, self.rids, self.ids, self._slots, self._offsets, self._dues)
+        for column in columns:
+            for before, row in steps:
+                column[before], column[row] = column[row], column[before]
+        for before, row in steps:
+            self.requests[before].row = before
+            request.row = row
 
     def plan(self, step: StepColumns) -> list[Request]:
         """As DecodeRows.plan; the step knows where the groups end."""

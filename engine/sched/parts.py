@@ -7,7 +7,7 @@ front    0 0 0 0   1 1 1   1 0      a slice of each column. The others, of promp
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from msgspec.structs import replace
@@ -37,11 +37,13 @@ class Parts(Reply):
             return
         self._ends = step.ends
         if not whole:
-            begun = step.requests[len(step.requests) - step.firsts :]
+            begun = step.requests[len(step.requests) - step.firsts :] if step.firsts else ()
             decoding = len(self.rids) - sum(map(self._awaited, begun))
-            end = 0
+            dropped = len(step.requests) - len(self.rids)
+            # A group begins where it began in the step, or by at most as many rows earlier as were dropped.
             self._ends = [
-                end := bisect_right(self.rids, front, end, decoding, key=front_of) for front in range(len(step.ends))
+                bisect_right(self.rids, front, max(end - dropped, 0), min(end, decoding), key=front_of)
+                for front, end in enumerate(step.ends)
             ]
 
     def messages(self) -> list[Tokens]:
@@ -60,72 +62,47 @@ class Parts(Reply):
 
     def _with_details(self) -> list[Tokens]:
         """As `messages`, where a row does not decode, or has more than a token to tell."""
-        rids, counts, tokens = self.rids, bytes(self.counts), bytes(self.tokens)
-        last = self._last(counts[4 * self._ends[-1] :], tokens[4 * self._ends[-1] :])
-        details = self._placed(self._details())
-        said, start = [], 0
-        for end, (more_rids, more_counts, more_tokens), more in zip(self._ends, last, details, strict=True):
-            own = rids[start:end] + more_rids
-            if own:
-                columns = counts[4 * start : 4 * end] + more_counts, tokens[4 * start : 4 * end] + more_tokens
-                said.append(Tokens(self._number, own, *columns, **more))
+        rids, counts, tokens, ends = self.rids, bytes(self.counts), bytes(self.tokens), self._ends
+        own: list[tuple[list[str], bytearray, bytearray]] = []
+        start = 0
+        for end in ends:
+            columns = bytearray(counts[4 * start : 4 * end]), bytearray(tokens[4 * start : 4 * end])
+            own.append((rids[start:end], *columns))
             start = end
-        return said
+        others: dict[int, tuple[int, int]] = {}  # rows that do not decode: the front of each, and its place there
+        if (at := start) < len(rids):
+            for row, count in enumerate(array("i", counts[4 * start :]), start):
+                front = front_of(rids[row])
+                its_rids, its_counts, its_tokens = own[front]
+                others[row] = front, len(its_rids)
+                its_rids.append(rids[row])
+                its_counts += count.to_bytes(4, "little")
+                its_tokens += tokens[4 * at : 4 * (at + count)]
+                at += count
+        more = self._details(others)
+        return [
+            Tokens(self._number, its_rids, bytes(its_counts), bytes(its_tokens), **more.get(front, {}))
+            for front, (its_rids, its_counts, its_tokens) in enumerate(own)
+            if its_rids
+        ]
 
-    def _details(self) -> dict[str, Sequence[Any]]:
-        """The columns about single rows that are not empty."""
-        columns: dict[str, Sequence[Any]] = {
-            "finishes": self.finishes,
-            "cached": self.cached,
-            "logprobs": self.logprobs,
-            "prompt_logprobs": self.prompt_logprobs,
-            "vectors": self.vectors,
-            "prefills": self.prefills,
-        }
-        return {name: column for name, column in columns.items() if column}
-
-    def _last(self, counts: bytes, tokens: bytes) -> list[tuple[list[str], bytes, bytes]]:
-        """For each front the rows behind those that decode, which have these `counts` and `tokens`."""
-        found = [([], bytearray(), bytearray()) for _ in self._ends]  # type: ignore[var-annotated]
-        at, rest = 0, self.rids[self._ends[-1] :]
-        for rid, count in zip(rest, array("i", counts), strict=True):
-            own = found[front_of(rid)]
-            own[0].append(rid)
-            own[1].extend(count.to_bytes(4, "little"))
-            own[2].extend(tokens[at : at + 4 * count])
-            at += 4 * count
-        return [(rids, bytes(own_counts), bytes(own_tokens)) for rids, own_counts, own_tokens in found]
-
-    def _placed(self, columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-        """For each front what `columns` say of its rows, by their places there."""
-        place = self._places()
-        found: list[dict[str, Any]] = [{} for _ in self._ends]
-        for name, column in columns.items():
+    def _details(self, others: Mapping[int, tuple[int, int]]) -> dict[int, dict[str, Any]]:
+        """What is said about single rows, by front, column and place there."""
+        found: dict[int, dict[str, Any]] = {}
+        columns: tuple[tuple[str, Sequence[Any]], ...] = (
+            ("finishes", self.finishes), ("cached", self.cached), ("prefills", self.prefills),
+            ("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs), ("vectors", self.vectors),
+        )  # fmt: skip
+        for name, column in columns:
             for item in column:
-                if isinstance(item, tuple):
-                    front, row = place(item[0])
-                    moved: Any = (row, item[1])
+                pair = type(item) is tuple
+                row = item[0] if pair else item.row
+                if row in others:
+                    front, place = others[row]
                 else:
-                    front, row = place(item.row)
-                    moved = item if row == item.row else replace(item, row=row)
-                found[front][name] = (*found[front].get(name, ()), moved)
+                    front = bisect_right(self._ends, row)
+                    place = row - self._ends[front - 1] if front else row
+                moved = (place, item[1]) if pair else replace(item, row=place)
+                said = found.setdefault(front, {})
+                said[name] = (*said.get(name, ()), moved)
         return found
-
-    def _places(self) -> Callable[[int], tuple[int, int]]:
-        """What tells the front of a row, and its place there."""
-        ends = self._ends
-        starts = [0, *ends[:-1]]
-        lengths = [end - start for start, end in zip(starts, ends, strict=True)]
-        others: dict[int, tuple[int, int]] = {}
-        for row in range(ends[-1], len(self.rids)):
-            front = front_of(self.rids[row])
-            others[row] = front, lengths[front]
-            lengths[front] += 1
-
-        def place(row: int) -> tuple[int, int]:
-            if row in others:
-                return others[row]
-            front = bisect_right(ends, row)
-            return front, row - starts[front]
-
-        return place

@@ -7,6 +7,7 @@ import anyio
 import anyio.lowlevel
 import msgspec
 import pytest
+from house import counted, open_house, prompt
 
 from engine.errors import WorkerError
 from engine.messages import ToFrontProcess
@@ -17,6 +18,7 @@ from engine.messages.request import Abort
 from engine.runtime import hub as hub_module
 from engine.runtime.channel import HEADER, frame_length, pack
 from engine.runtime.hub import Hub, SocketLine
+from engine.sched.fronts import front_of
 
 pytestmark = pytest.mark.anyio
 READY = WorkerReady(8, 4, 2, 64, 64, 257, 4, "none", "none", {})
@@ -149,6 +151,41 @@ async def test_a_front_that_does_not_answer_is_not_waited_for(monkeypatch: pytes
         while not lines[0].said:
             await anyio.sleep(0.005)
     assert lines[0].said == [PeerAnswers(1, (PeerValue(1, b"one"),))]
+
+
+async def test_the_scheduler_ends_what_a_lost_front_has_sent_wherever_it_is() -> None:
+    """One waits in the queue, and one runs; the others go on to their end."""
+    async with open_house(max_running=2) as house, anyio.create_task_group() as group:
+        texts: dict[str, str] = {}
+        begun = {rid: anyio.Event() for rid in "abcd"}
+
+        async def one(rid: str, count: int) -> None:
+            text = ""
+            async for chunk in house.front.generate(prompt("a", rid=rid, max_tokens=count)):
+                text += chunk.text
+                begun[rid].set()
+            texts[rid] = text
+
+        await house.front.pause(True)
+        for rid, count in (("a", 300), ("b", 300), ("c", 5), ("d", 5)):  # their keys are those of fronts 1, 2, 3, 4
+            group.start_soon(one, rid, count)
+        logic = house.scheduler.scheduler
+        assert logic is not None
+        with anyio.fail_after(10):
+            while len(logic.rids()) < 4:
+                await anyio.sleep(0.002)
+        fronts = {rid: front_of(house.front._open[rid].key) for rid in "abcd"}
+        assert sorted(fronts.values()) == list(range(min(fronts.values()), min(fronts.values()) + 4))
+        await house.front._scheduler.send(FrontLost(fronts["c"]))  # type: ignore[arg-type]
+        await house.front.pause(False)
+        await begun["a"].wait()
+        await house.front._scheduler.send(FrontLost(fronts["a"]))  # type: ignore[arg-type]
+        with anyio.fail_after(20):
+            while len(texts) < 2:
+                await anyio.sleep(0.002)
+        assert texts == {"b": counted("a", 300), "d": counted("a", 5)}
+        await house.settled()
+        group.cancel_scope.cancel()
 
 
 @pytest.fixture
