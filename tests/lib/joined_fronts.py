@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
-from http_front import FakeFront, serving
+from http_front import FakeFront, chunks, serving
 
 from engine.messages.fronts import PeerAnswers, PeerAsk, PeerValue
 from engine.runtime.board import Board, Counter
@@ -100,3 +100,33 @@ async def joined_fronts(*fronts: FakeFront, **options: Any) -> AsyncIterator[Joi
             finally:
                 with anyio.CancelScope(shield=True):
                     await joined.aclose()
+
+
+# ── what tests ask them ──────────────────────────────────────────────────────────────────────
+
+
+async def post(session: aiohttp.ClientSession, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+    async with session.post(path, json={} if body is None else body, headers=headers) as response:
+        return response.status, await response.json()
+
+
+async def get(session: aiohttp.ClientSession, path: str) -> tuple[int, Any]:
+    async with session.get(path) as response:
+        return response.status, await response.json()
+
+
+async def delete(session: aiohttp.ClientSession, path: str) -> tuple[int, Any]:
+    async with session.delete(path) as response:
+        return response.status, await response.json()
+
+
+async def samples(session: aiohttp.ClientSession) -> dict[str, float]:
+    """The page of /metrics, by name and labels."""
+    async with session.get("/metrics") as response:
+        lines = [line for line in (await response.text()).splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+def hanging() -> FakeFront:
+    """A front whose replies begin and do not end."""
+    return FakeFront(chunks("a", finish=None), hangs=True)
