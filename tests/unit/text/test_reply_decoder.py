@@ -102,6 +102,26 @@ def test_byte_level_reply_is_the_whole_decoded_up_to_the_stop(reply):
     check(BYTE_LEVEL, reply)
 
 
+@given(byte_level_ids)
+def test_a_text_in_the_table_is_what_pushing_the_token_would_say(ids):
+    decoder, other = BYTE_LEVEL.reply().decoder, BYTE_LEVEL.reply()
+    for id in ids:
+        text = decoder.texts[id]
+        assert (decoder.push([id]) if text is None else text) == other.push([id])
+    assert decoder.flush() == other.flush()
+
+
+def test_a_token_of_whole_characters_is_in_the_table_unless_a_character_is_begun():
+    decoder = BYTE_LEVEL.reply().decoder
+    (letter,) = BYTE_LEVEL.encode("a")
+    begins = next(id for id in range(BYTE_LEVEL.vocab_size) if BYTE_LEVEL.spelling[id] == b"\xc3")
+    assert (decoder.texts[letter], decoder.texts[begins]) == ("a", None)
+    assert decoder.push([begins]) == ""
+    assert decoder.texts[letter] is None
+    assert decoder.push([letter]) == "\ufffda"
+    assert decoder.texts[letter] == "a"
+
+
 valid_fallback_ids = st.lists(
     st.one_of(texts.map(BYTE_FALLBACK.encode), st.just([BYTE_FALLBACK.vocab_size - 1])), max_size=4
 ).map(joined)
