@@ -153,7 +153,7 @@ def exchange_kernel(
             else:
                 line = line_of(half, row, box_rows, rank, ME, RANKS)
                 got, missing = take_row(boxes[ME], flags[ME], line, box_words, at, mask, epoch, left, WORDS)
-                if missing > 0:
+                if (missing > 0) & (left > 0):  # the first that is missed is told
                     tl.store(failed, rank + 1)
                     tl.store(control, 0)
                 low += _low(got, KIND, EACH)
