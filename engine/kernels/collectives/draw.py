@@ -77,7 +77,7 @@ def _choose_kernel(
             if rank != ME:
                 line = line_of(half, row, box_rows, rank, ME, RANKS)
                 got, missing = take_row(boxes[ME], epochs, line, box_words, two, two < 2, epoch, left, True)
-                if missing > 0:
+                if (missing > 0) & (left > 0):  # the first that is missed is told
                     tl.store(failed, rank + 1)
                     tl.store(control, 0)
                 score = tl.sum(tl.where(two == 0, got, 0), 0).to(tl.float32, bitcast=True)

@@ -110,12 +110,11 @@ def take_row(box, flag, line, box_words, at, mask, epoch, left, WORDS: tl.conste
 
 
 @triton.jit
-def _add_and_norm(low, high, w0, w1, stream, at, mask, size, epsilon, KIND: tl.constexpr, EACH: tl.constexpr):
-    """Adds the sum to a row of `stream`, in place: the norm of that."""
-    old = tl.load(stream + at, mask=mask, other=0)
+def _add_and_norm(low, high, old, w0, w1, place, mask, size, epsilon, KIND: tl.constexpr, EACH: tl.constexpr):
+    """Adds the sum to the `old` row of the stream, which is at `place`: the norm of that."""
     low = _rounded(_rounded(low, KIND) + _low(old, KIND, EACH), KIND)
     high = _rounded(_rounded(high, KIND) + _high(old, KIND, EACH), KIND)
-    tl.store(stream + at, _packed(low, high, KIND, EACH), mask=mask)
+    tl.store(place, _packed(low, high, KIND, EACH), mask=mask)
     scale = 1.0 / tl.sqrt_rn(tl.sum(low * low + high * high, 0) / size + epsilon)
     return low * scale * w0, high * scale * w1
 
@@ -134,6 +133,8 @@ def exchange_kernel(
         w1 = tl.load(weight + EACH * at + (EACH - 1), mask=mask, other=0.0).to(tl.float32)
     wait_for_previous(DEPENDS)
     own = tl.load(part + row * words + at, mask=mask, other=0)
+    if NORM:
+        old = tl.load(stream + row * words + at, mask=mask, other=0)  # now: it is here when the parts are
     epoch = tl.load(epochs + row) + 1
     left = tl.load(control)
     half = (epoch & 1).to(tl.int64)
@@ -152,16 +153,15 @@ def exchange_kernel(
             else:
                 line = line_of(half, row, box_rows, rank, ME, RANKS)
                 got, missing = take_row(boxes[ME], flags[ME], line, box_words, at, mask, epoch, left, WORDS)
-                if missing > 0:
+                if (missing > 0) & (left > 0):  # the first that is missed is told
                     tl.store(failed, rank + 1)
                     tl.store(control, 0)
                 low += _low(got, KIND, EACH)
                 high += _high(got, KIND, EACH)
         tl.store(epochs + row, epoch)
         if NORM:
-            low, high = _add_and_norm(
-                low, high, w0, w1, stream + row * words, at, mask, words * EACH, epsilon, KIND, EACH
-            )
+            place = stream + row * words + at
+            low, high = _add_and_norm(low, high, old, w0, w1, place, mask, words * EACH, epsilon, KIND, EACH)
         tl.store(out + row * words + at, _packed(low, high, KIND, EACH), mask=mask)
 
 
