@@ -11,6 +11,12 @@ pytestmark = MARKS
 NUMBERS = dict.fromkeys(("part", "stream", "out", "flags", "epochs", "control", "failed"), "*i32")
 
 
+@pytest.mark.parametrize("by_words", [True, False])
+def test_sums_of_float32(by_words: bool) -> None:
+    made = compiled(2, norm=True, by_words=by_words, whole=True)
+    assert bytes_spilled(made) == 0
+
+
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "sum"])
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_sums_by_words(ranks: int, norm: bool) -> None:
@@ -29,12 +35,19 @@ def test_sums_by_rows(ranks: int, norm: bool) -> None:
     assert "st.global.v4.b32" in made.asm["ptx"] and bytes_spilled(made) == 0
 
 
-def compiled(ranks: int, norm: bool, by_words: bool):
-    from triton.language import bfloat16
+def compiled(ranks: int, norm: bool, by_words: bool, whole: bool = False):
+    """`whole`: of numbers that are a word each, float32; else of bfloat16."""
+    from triton.language import bfloat16, float32
 
     box = "*i64" if by_words else "*i32"
-    types = NUMBERS | {"weight": "*bf16", "epsilon": "fp32", "boxes": (box,) * ranks, "flags": ("*i32",) * ranks}
-    constants = {"ME": ranks - 1, "RANKS": ranks, "KIND": bfloat16, "EACH": 2, "NORM": norm, "WORDS": by_words}
+    types = NUMBERS | {
+        "weight": "*fp32" if whole else "*bf16",
+        "epsilon": "fp32",
+        "boxes": (box,) * ranks,
+        "flags": ("*i32",) * ranks,
+    }
+    constants = {"ME": ranks - 1, "RANKS": ranks, "NORM": norm, "WORDS": by_words}
+    constants |= {"KIND": float32, "EACH": 1} if whole else {"KIND": bfloat16, "EACH": 2}
     constants |= {"BLOCK": 2048, "SENDS": True, "TAKES": True, "DEPENDS": True}
     return compile_for_hopper(
         exchange.exchange_kernel, constants, types, multiples=("words", "box_words"), num_warps=16 if by_words else 8

@@ -35,9 +35,10 @@ KINDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: 
 @triton.jit
 def _low(words, KIND: tl.constexpr, EACH: tl.constexpr):
     """The first number of a word of 32 bits, as float32."""
-    if EACH == 1:
+    if EACH == 1:  # with `else`, because Triton 3.6 compiles what follows a return
         return words.to(tl.float32, bitcast=True)
-    return words.to(tl.int16).to(KIND, bitcast=True).to(tl.float32)
+    else:
+        return words.to(tl.int16).to(KIND, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -45,7 +46,8 @@ def _high(words, KIND: tl.constexpr, EACH: tl.constexpr):
     """The second number of a word, or 0 where a word is one number."""
     if EACH == 1:
         return tl.zeros_like(words).to(tl.float32)
-    return (words >> 16).to(tl.int16).to(KIND, bitcast=True).to(tl.float32)
+    else:
+        return (words >> 16).to(tl.int16).to(KIND, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -53,9 +55,10 @@ def _packed(low, high, KIND: tl.constexpr, EACH: tl.constexpr):
     """Words of numbers, which are rounded."""
     if EACH == 1:
         return low.to(tl.int32, bitcast=True)
-    first = low.to(KIND).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    second = high.to(KIND).to(tl.int16, bitcast=True).to(tl.int32) << 16
-    return first | second
+    else:
+        first = low.to(KIND).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        second = high.to(KIND).to(tl.int16, bitcast=True).to(tl.int32) << 16
+        return first | second
 
 
 @triton.jit
