@@ -4,7 +4,7 @@ Left out: the wire beneath (engine/client/client.py, engine/client/bench/wire.py
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
@@ -12,8 +12,9 @@ from msgspec import Struct
 from engine.errors import WorkerError
 
 DONE = b"[DONE]"
+Finish = Literal["stop", "length", "abort"]
 # A reason of another server that is none of ours ended the reply without a stop of ours.
-FINISHES: dict[str, Any] = {"stop": "stop", "length": "length"}
+FINISHES: dict[str, Finish] = {"stop": "stop", "length": "length"}
 
 
 class _Delta(Struct):
@@ -76,7 +77,7 @@ class Reading:
 
     def __init__(self, api: str) -> None:
         self.take: Callable[[bytes], str] = self._native if api == "native" else self._openai
-        self.finish: str | None = None
+        self.finish: Finish | None = None
         self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
         self._so_far = 0
 
