@@ -64,7 +64,7 @@ async def burst(admission: Admission, requests: list[Generate]) -> tuple[float, 
         for request in requests:
             jobs.send_nowait(request)
         group.start_soon(neighbour)
-        times = []
+        times: list[float] = []
         with anyio.fail_after(PATIENCE):
             while len(times) < len(requests):
                 assert isinstance(await scheduler.receive(), Admit)

@@ -11,10 +11,10 @@ from msgspec import Struct
 
 from engine.errors import WorkerError
 
+FinishReason = Literal["stop", "length", "abort"]
 DONE = b"[DONE]"
-Finish = Literal["stop", "length", "abort"]
 # A reason of another server that is none of ours ended the reply without a stop of ours.
-FINISHES: dict[str, Finish] = {"stop": "stop", "length": "length"}
+FINISHES: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 
 class _Delta(Struct):
@@ -77,7 +77,7 @@ class Reading:
 
     def __init__(self, api: str) -> None:
         self.take: Callable[[bytes], str] = self._native if api == "native" else self._openai
-        self.finish: Finish | None = None
+        self.finish: FinishReason | None = None
         self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
         self._so_far = 0
 
