@@ -18,10 +18,11 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import anyio
 import anyio.abc
@@ -53,14 +54,13 @@ class Server(NamedTuple):
     fronts: int
 
 
-def start(checkout: Path, fronts: int, most: int, port: int) -> "subprocess.Popen[bytes]":
+def start(checkout: Path, fronts: int, most: int, port: int, log: IO[bytes]) -> "subprocess.Popen[bytes]":
     """`engine serve` of `checkout` on `port` for `most` streams, its core in another process than its fronts."""
     python = sys.executable if checkout == HERE else str(checkout / ".venv/bin/python")
     options = ["--model", "echo", "--port", str(port), "--max-running", str(most), "--kv-tokens", str(512 * most)]
     options += ["--placement", "split"] if fronts == 1 else ["--fronts", str(fronts)]
     command = [python, "-m", "engine.cli", "serve", *options]
-    quiet = subprocess.DEVNULL
-    return subprocess.Popen(command, cwd=checkout, stdin=quiet, stdout=quiet, stderr=quiet)
+    return subprocess.Popen(command, cwd=checkout, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
 
 
 def request(path: str, body: dict[str, Any]) -> bytes:
@@ -105,7 +105,7 @@ async def load(port: int, row: str, streams: int) -> int:
     return sum(done)
 
 
-def wait(port: int, process: "subprocess.Popen[bytes]") -> None:
+def wait(port: int, process: "subprocess.Popen[bytes]", log: IO[bytes]) -> None:
     """Until the server answers a request; SystemExit when it ends before or does not within two minutes."""
     began = time.monotonic()
     while time.monotonic() - began < PATIENCE and process.poll() is None:
@@ -114,7 +114,8 @@ def wait(port: int, process: "subprocess.Popen[bytes]") -> None:
             return
         except (OSError, AssertionError, anyio.EndOfStream):
             time.sleep(0.2)
-    raise SystemExit(f"the server on port {port} did not start")
+    log.seek(0)
+    raise SystemExit(f"the server on port {port} did not start:\n{log.read()[-2000:].decode(errors='replace')}")
 
 
 def measure(server: Server, row: str, streams: int) -> float:
@@ -158,10 +159,11 @@ def main() -> None:
         servers = []
         for checkout, count, name in wanted:
             port = free_port()
-            process = start(checkout, count, max(streams), port)
+            log = stack.enter_context(tempfile.TemporaryFile())
+            process = start(checkout, count, max(streams), port, log)
             stack.callback(process.wait, 30)
             stack.callback(process.terminate)
-            wait(port, process)
+            wait(port, process, log)
             servers.append(Server(name, port, process.pid, count))
         for turn in range(options.turns + 1):
             for (row, count), values in rows.items():
