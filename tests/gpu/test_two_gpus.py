@@ -185,7 +185,6 @@ LATENT: dict[str, Any] = {
 }
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"head_dim": 32, "tie_word_embeddings": False}),
-    "gemma": ("Gemma3", {"head_dim": 32, "sliding_window": 64}),
     "mixture": ("Qwen3Moe", EXPERTS),
     "latent": ("DeepseekV3", LATENT),
 }
