@@ -179,7 +179,7 @@ SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8,
 SIZES |= {"vocab_size": 257, "max_position_embeddings": 512}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 64, "head_dim": 32}
 LATENT: dict[str, Any] = {
-    **{"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "q_lora_rank": 128},
+    **{"kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64, "q_lora_rank": 128},
     **{"num_attention_heads": 16, "num_key_value_heads": 16, "n_routed_experts": 8, "num_experts_per_tok": 3},
     **{"moe_intermediate_size": 64, "n_shared_experts": 2, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2},
 }
