@@ -35,32 +35,30 @@ KINDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: 
 @triton.jit
 def _low(words, KIND: tl.constexpr, EACH: tl.constexpr):
     """The first number of a word of 32 bits, as float32."""
-    if EACH == 1:
-        number = words.to(tl.float32, bitcast=True)
+    if EACH == 1:  # with `else`, because Triton 3.6 compiles what follows a return
+        return words.to(tl.float32, bitcast=True)
     else:
-        number = words.to(tl.int16).to(KIND, bitcast=True).to(tl.float32)
-    return number
+        return words.to(tl.int16).to(KIND, bitcast=True).to(tl.float32)
 
 
 @triton.jit
 def _high(words, KIND: tl.constexpr, EACH: tl.constexpr):
     """The second number of a word, or 0 where a word is one number."""
     if EACH == 1:
-        number = tl.zeros_like(words).to(tl.float32)
+        return tl.zeros_like(words).to(tl.float32)
     else:
-        number = (words >> 16).to(tl.int16).to(KIND, bitcast=True).to(tl.float32)
-    return number
+        return (words >> 16).to(tl.int16).to(KIND, bitcast=True).to(tl.float32)
 
 
 @triton.jit
 def _packed(low, high, KIND: tl.constexpr, EACH: tl.constexpr):
     """Words of numbers, which are rounded."""
     if EACH == 1:
-        words = low.to(tl.int32, bitcast=True)
+        return low.to(tl.int32, bitcast=True)
     else:
         first = low.to(KIND).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        words = first | (high.to(KIND).to(tl.int16, bitcast=True).to(tl.int32) << 16)
-    return words
+        second = high.to(KIND).to(tl.int16, bitcast=True).to(tl.int32) << 16
+        return first | second
 
 
 @triton.jit
