@@ -41,9 +41,10 @@ class Embedding(Layer):
         """`ids` [T] int64 to [T, size]."""
         if not self.divided:
             return self._vectors(ids)
-        elsewhere = (ids < self.share.start) | (ids >= self.share.stop)
-        vectors = self._vectors((ids - self.share.start).masked_fill_(elsewhere, 0))
-        return all_reduce(vectors.masked_fill_(elsewhere[:, None], 0.0), self.group)
+        local = ids - self.share.start
+        near = local.clamp(0, self.share.stop - self.share.start - 1)
+        vectors = self._vectors(near).masked_fill_((near != local)[:, None], 0.0)
+        return all_reduce(vectors, self.group)
 
     def _vectors(self, ids: Tensor) -> Tensor:
         """Of `ids` counted from this rank's first."""

@@ -36,7 +36,8 @@ SMALL_BYTES = 4 << 20  # of a part, at most, that is sent by words
 LARGE_BYTES = 256 << 20  # of a rank's inboxes for what is sent by rows
 ROWS = (1, 16, 64, 256, 1024, 4096, 8192)  # that are measured, and as many as the largest step has
 STARTING = 1 << 28  # looks that a rank takes while others may still compile: minutes
-SERVING = 1 << 25  # and after that
+SERVING_SECONDS = 8.0  # that it looks after that
+TRIAL = 20_000  # looks, to see how long one takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ class PeerMemory:
         self.ways = tuple(ways)
         self._control, self._failed = ways[0].control, ways[0].failed
         self.borders: tuple[Border, ...] = ()
+        self._look = 1e-6  # seconds, until it is measured
 
     def _way(self, part: Tensor) -> "Inboxes | None":
         size = part.numel() * part.element_size()
@@ -88,8 +90,8 @@ class PeerMemory:
             return None
         return choose_over_ranks(by_words, found, slots, lasts, tokens, lengths)
 
-    def started(self, looks: int = SERVING) -> None:
-        self._control.fill_(looks)
+    def started(self, seconds: float = SERVING_SECONDS) -> None:
+        self._control.fill_(min(STARTING, int(seconds / self._look)))
 
     def check(self, ranks: Sequence[int]) -> None:
         if found := int(self._failed):
@@ -121,9 +123,23 @@ class PeerMemory:
             Border(count * row_bytes, None if way == 0 else way - 1) for count, way in zip(sizes, best, strict=True)
         )
         self.check(group.ranks)
+        self._look = self._time_a_look(part[:1])
         names = ("NCCL", "words", "rows")
         return ", ".join(f"{count} rows {names[way]} {line[way]:.1f} us (NCCL {line[0]:.1f})"
                          for count, way, line in zip(sizes, best, agreed, strict=True))  # fmt: skip
+
+    def _time_a_look(self, part: Tensor) -> float:
+        """Seconds of a look for what has not come. All ranks wait in vain here, so that all count as many exchanges."""
+        for _ in range(2):  # the first one compiles
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._control.fill_(TRIAL)
+            began.record()
+            self.ways[0].exchange(part, sends=False)
+            ended.record()
+            ended.synchronize()
+            self._failed.zero_()
+        self._control.fill_(STARTING)
+        return began.elapsed_time(ended) / 1e3 / TRIAL
 
 
 def join_peers(group: Group, device: torch.device, *, width: int, rows: int, dtype: torch.dtype) -> PeerMemory | None:

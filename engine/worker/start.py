@@ -154,7 +154,8 @@ def join_memory(groups: Groups, config: Config, source: Source, sizes: Sizes) ->
     if width is None or (peers := join_peers(group, groups.device, width=width, rows=rows, dtype=dtype)) is None:
         return groups
     found = peers.measure(group, width, rows, dtype, choose(groups.device, dtype).dense)
-    logger.info("sums over %d ranks with the norm behind them: %s", group.size, found)
+    if group.place == 0:  # all have agreed on it
+        logger.info("sums over %d ranks with the norm behind them: %s", group.size, found)
     return groups.with_peers("tp", peers)
 
 
