@@ -44,7 +44,8 @@ HERE = Path(__file__).parents[2]
 APIS: dict[str, Api] = {"completions": "openai", "chat": "chat", "native": "native"}
 USUAL = "completions-256,chat-256,completions-1024,chat-1024,one"
 ONE = 4  # requests of the row `one`
-HALF = "0.42"  # of the device's memory: the server and the offline engine are there together
+# Of the device's memory: the server starts beside the offline engine, and --memory-fraction counts what others hold.
+OFFLINE_FRACTION, SERVER_FRACTION = "0.42", "0.84"
 # The shape of most templates: marks that are one token each around a role and a text.
 TEMPLATE = (
     "{%- for message in messages %}"
@@ -313,9 +314,10 @@ async def run(given: Any) -> list[Turns]:
     most = max(row.streams for row in rows)
     with prepared(given.model, most) as (options, words):
         options |= dict(option.split("=", 1) for option in given.option)
+        beside_options = dict(options)
         if not {"kv_tokens", "memory_fraction"} & set(options):
-            options["memory_fraction"] = HALF
-        with offline(options) as beside:
+            beside_options["memory_fraction"], options["memory_fraction"] = OFFLINE_FRACTION, SERVER_FRACTION
+        with offline(beside_options) as beside:
             bench = Bench(given, rows, beside, words)
             print(HEAD, flush=True)
             for fronts_ in given.fronts.split(","):
