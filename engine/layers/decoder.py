@@ -239,7 +239,7 @@ class CausalLM(Model):
         super().__init__(config, build)
         terms = Terms.of(config)
         shape = self.shape_of(terms)
-        self.vocab_size = shape.vocab_size
+        self.vocab_size, self.width = shape.vocab_size, shape.hidden_size
         self.logit_cap = shape.logit_cap
         self.held = build.stage(len(shape.layers))
         attention = self.attention(terms, shape, build)

@@ -1,0 +1,129 @@
+"""Stages in processes of their own: a model in a pipeline gives the greedy ids of the whole one, in float32."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from msgspec.structs import replace
+from numpy.typing import NDArray
+from oracle import tiny
+from ranks import Ranks, open_ranks
+from test_tensor_parallel import EXPERTS, LATENT, MODELS, prompts
+
+from engine.messages.step import NOTHING, TOKEN, StepDone, StepPlan
+from engine.parallel.groups import Groups
+from engine.parallel.pipeline import join_stages
+from engine.plugin.registry import resolve
+from engine.plugin.testing import ModelHarness
+from engine.testing.steps import step_plan
+
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": (f"{MODELS}.llama:Llama", "Llama", {}),
+    "tied": (f"{MODELS}.llama:Llama", "Llama", {"tie_word_embeddings": True}),
+    "two kinds of layers": (f"{MODELS}.gemma:Gemma3", "Gemma3", {"head_dim": 8, "sliding_window": 7}),
+    "mixture": (f"{MODELS}.qwen3_moe:Qwen3Moe", "Qwen3Moe", EXPERTS),
+    "latent attention": (f"{MODELS}.deepseek:Deepseek", "DeepseekV3", {**LATENT, "q_lora_rank": 20}),
+}
+STEPS = 12
+LOGPROBS = 3
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    with open_ranks(tmp_path_factory.mktemp("ranks"), tp=1, pp=2) as opened:
+        opened.run(meet)
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    with open_ranks(tmp_path_factory.mktemp("ranks"), tp=2, pp=2) as opened:
+        opened.run(meet)
+        yield opened
+
+
+PIPELINE: Any = None  # of a rank's process
+
+
+def meet(groups: Groups) -> None:
+    global PIPELINE
+    PIPELINE = join_stages(groups)
+
+
+def plans(asked: list[list[int]]) -> list[StepPlan]:
+    """Two lanes: the first and the third prompt, of which the first comes in chunks, and the second. A lane's next step
+    is planned, and launched, before the one of the other lane is over. In the midst of it slot 1 has a new request."""
+    first, second, third = (len(ids) for ids in asked)
+    made = [
+        [(0, 0, 10, NOTHING), (2, 0, third, TOKEN)],
+        [(0, 10, first - 10, TOKEN), (1, 0, second, TOKEN)],
+    ]
+    for step in range(STEPS):
+        made.append([(2, third + step, 1, TOKEN), (0, first + step, 1, TOKEN)])
+        after = step - STEPS // 2
+        made.append(
+            [(1, 0, second, TOKEN)] if after == 0 else [(1, second + (step if after < 0 else after - 1), 1, TOKEN)]
+        )
+    return [step_plan(number, rows) for number, rows in enumerate(made)]
+
+
+def replies(groups: Groups | None, model: str, file: Path, logprobs: int) -> tuple[list[list[int]], NDArray[Any]]:
+    """What is drawn in each step, and the log-probabilities of that and of the first prompt."""
+    config, tensors = torch.load(file, weights_only=False)
+    harness = ModelHarness(resolve(model), config, tensors, groups=groups, pipeline=PIPELINE if groups else None)
+    runner, asked = harness.runner, prompts(config["vocab_size"])
+    admitted = harness.admit(asked)
+    admits = tuple(
+        replace(
+            admit,
+            sampling=replace(admit.sampling, logprobs=logprobs, prompt_logprobs=logprobs if not admit.slot else -1),
+            prompt_len=len(admit.ids) // 4,
+        )
+        for admit in admitted.admits
+    )
+    again = replace(admits[1], ids=np.array(asked[1][::-1], "<i4").tobytes())
+    done: list[StepDone] = []
+    under_way = []
+    for number, plan in enumerate(plans(asked)):
+        if number == 0:
+            plan = replace(plan, admits=admits, pages=admitted.pages)
+        if np.frombuffer(plan.slots, "<i4")[0] == 1 and number > 1 and np.frombuffer(plan.starts, "<i4")[0] == 0:
+            plan = replace(plan, admits=(again,))
+        under_way.append(runner.launch(plan))
+        if len(under_way) == 3:
+            done.append(runner.finish(under_way.pop(0)))
+    done += [runner.finish(step) for step in under_way]
+    if runner.stage is not None:
+        runner.stage.settle()
+    scores = b"".join(part.logprobs for each in done for part in (*each.prompt_logprobs, *each.logprobs))
+    return [np.frombuffer(each.tokens, "<i4").tolist() for each in done], np.frombuffer(scores, "<f4")
+
+
+def check(ranks: Ranks, case: str, folder: Path, logprobs: int) -> None:
+    model, family, changes = CASES[case]
+    file = folder / "model"
+    config, tensors, _ = tiny(family, **changes)
+    torch.save((config, tensors), file)
+    said, scores = replies(None, model, file, logprobs)
+    assert len({token for reply in said for token in reply}) > 2  # decided, and not all alike
+    answers = ranks.run(replies, model, file, logprobs)
+    last = answers[len(answers) // 2 :]
+    assert all(tokens == said for tokens, _ in last)
+    assert all(not sum(tokens, []) for tokens, _ in answers[: len(answers) // 2])
+    assert len(scores) == (len(prompts(96)[0]) - 1 + sum(len(tokens) for tokens in said) if logprobs >= 0 else 0)
+    for _, found in last:
+        np.testing.assert_allclose(found, scores, atol=1e-4)
+
+
+@pytest.mark.parametrize("logprobs", [-1, LOGPROBS])
+@pytest.mark.parametrize("case", CASES)
+def test_two_stages_reply_as_one(case: str, logprobs: int, two: Ranks, tmp_path: Path) -> None:
+    check(two, case, tmp_path, logprobs)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_stages_of_two_ranks_reply_as_one(case: str, four: Ranks, tmp_path: Path) -> None:
+    check(four, case, tmp_path, LOGPROBS)
