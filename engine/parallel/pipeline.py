@@ -12,7 +12,7 @@ must not hold up what comes from there. Left out: who needs what when (engine/wo
 
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from torch import Tensor
 from engine.messages.step import steps_in_flight
 from engine.parallel.collectives import Group
 from engine.parallel.groups import Groups
-from engine.parallel.mesh import Mesh
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
@@ -44,10 +43,12 @@ class Coming:
 class Pipeline:
     """This rank's ends of the links to other stages."""
 
-    def __init__(self, mesh: Mesh, forwards: "dict[Pair, ProcessGroup]", back: "dict[Pair, ProcessGroup]") -> None:
-        self.group = Group(mesh.group("pp"), mesh.coordinates["pp"])
+    def __init__(
+        self, rank: int, group: Group, forwards: "dict[Pair, ProcessGroup]", back: "dict[Pair, ProcessGroup]"
+    ) -> None:
+        self.group = group  # of the ranks in this one's place of each stage
         self._forwards, self._back = forwards, back
-        self._rank = mesh.rank
+        self._rank = rank
         self._sent: deque[tuple[Tensor, Work]] = deque()
         # Of as many steps as are in flight at most. What is older has been received, as the step has ended.
         sends = self.group.size - 1 if self.last else 1
@@ -81,6 +82,14 @@ class Pipeline:
         peer = self.group.ranks[-1]
         return _receive(like, peer, self._back[self._rank, peer])
 
+    def gathered(self, own: object) -> list[Any]:
+        """What each stage gives, in their order: all ranks call this between the same two steps. Waits for them."""
+        import torch.distributed as distributed
+
+        found: list[Any] = [None] * self.group.size
+        distributed.all_gather_object(found, own, group=self.group.joined())
+        return found
+
     def _send(self, tensor: Tensor, peer: int, group: "ProcessGroup") -> None:
         import torch.distributed as distributed
 
@@ -111,20 +120,8 @@ def join_stages(groups: Groups) -> Pipeline | None:
         for made, pairs in zip(links, (zip(ranks, ranks[1:], strict=False), _to_last(ranks)), strict=True):
             for pair in pairs:
                 made[pair] = distributed.new_group(list(pair))
-    return Pipeline(mesh, *links)
+    return Pipeline(mesh.rank, groups.along("pp"), *links)
 
 
 def _to_last(ranks: tuple[int, ...]) -> list[Pair]:
     return [(rank, ranks[-1]) for rank in ranks[:-1]]
-
-
-def gathered(value: object, groups: Groups) -> list[object]:
-    """What each stage gives, in their order; small, and not while a step is being captured."""
-    group = groups.along("pp")
-    if group.size == 1:
-        return [value]
-    import torch.distributed as distributed
-
-    found: list[object] = [None] * group.size
-    distributed.all_gather_object(found, value, group=group.joined())
-    return found

@@ -23,7 +23,7 @@ Left out: preemption by priority while slots and pages last; tiers; more than on
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 
 from engine.cache.pool import PagePool
 from engine.cache.radix import Node, RadixTree
@@ -33,15 +33,17 @@ from engine.messages.reply import Tokens
 from engine.messages.request import Admit
 from engine.messages.step import SlotAdmit, StepDone, StepPlan
 from engine.plugin.specs import Policy
+from engine.sched.chunks import ChunkRule
 from engine.sched.columns import StepColumns
 from engine.sched.fronts import front_of
-from engine.sched.grouped import GroupedRows
+from engine.sched.lanes import Lanes
 from engine.sched.limits import check_fits, check_whole, pages_for, rid_in_use
 from engine.sched.parts import Parts
 from engine.sched.reply import Reply
 from engine.sched.request import NEVER, Request, rank
-from engine.sched.rows import DecodeRows
 from engine.sched.waiting import WaitingQueue
+
+LOOKED_AT = 32  # requests that wait, when it is asked how much there is to compute
 
 
 class Scheduler:
@@ -49,7 +51,7 @@ class Scheduler:
 
     The caller sends each plan to the device, and commits its result, in order, and says with both what its clock
     shows, in seconds. `policy` orders the queue. The
-    device proposes up to `drafts` tokens a row.
+    device proposes up to `drafts` tokens a row. With `chunks` it is a pipeline, whose stages need a lane of rows each.
     Nothing but `admit` refuses.
     """
 
@@ -65,7 +67,9 @@ class Scheduler:
         max_waiting: int,
         drafts: int = 0,
         fronts: int = 1,
+        chunks: ChunkRule | None = None,
     ) -> None:
+        assert chunks is None or not drafts, "stages of a pipeline do not know where rows of drafts begin"
         self.page_size = page_size
         self.slots = slots
         self.max_model_len = max_model_len
@@ -74,6 +78,7 @@ class Scheduler:
         self.prefix_cache = prefix_cache
         self.drafts = drafts
         self.fronts = fronts  # that requests come from
+        self.chunks = chunks
         self._now = 0.0  # when the plan at hand is made
         self._steps = 0
         self._prompt_tokens = 0  # of requests that came to run, as are the cached ones among them
@@ -91,7 +96,8 @@ class Scheduler:
         self._tree = RadixTree(self.page_size)
         # All that run, by how far the plans have got:
         self._prefilling: dict[str, Request] = {}  # not to the end of the prompt
-        self._decoding = GroupedRows(self.drafts, self.fronts) if self.fronts > 1 else DecodeRows(self.drafts)
+        self._lanes = Lanes.empty(1 if self.chunks is None else self.chunks.stages, self.drafts, self.fronts)
+        self._decoding = self._lanes.rows[0]  # those of the lane whose turn it is
         self._ending: dict[str, Request] = {}  # to the end: the last token is in flight, or the vector
         self._stop_ids: Counter[int] = Counter()  # of all that run
         self._free_slots = list(range(self.slots - 1, -1, -1))
@@ -118,7 +124,7 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Requests that have a slot."""
-        return len(self._decoding) + len(self._prefilling) + len(self._ending)
+        return len(self._lanes) + len(self._prefilling) + len(self._ending)
 
     # ── requests come and go ─────────────────────────────────────────────────────────────────
 
@@ -182,7 +188,22 @@ class Scheduler:
     def plan(self, now: float = 0.0) -> StepPlan | None:
         """The next step; None if there is nothing to compute before a result or a request comes."""
         self._now = now
-        step = StepColumns(self.max_step_tokens, self._departures)
+        if self.chunks is None:
+            return self._plan_step(StepColumns(self.max_step_tokens, self._departures))
+        self._lanes.even_out()
+        work = self.chunks.budget(chain(self._prefilling.values(), islice(self._queue, LOOKED_AT)))
+        for lane in self._lanes.turns():
+            step = StepColumns(self.max_step_tokens, self._departures)
+            step.lane, step.work = lane, work
+            before, self._lanes.lane = self._lanes.lane, lane
+            self._decoding = self._lanes.rows[lane]
+            if (plan := self._plan_step(step)) is not None:
+                return plan
+            self._lanes.lane = before
+        return None
+
+    def _plan_step(self, step: StepColumns) -> StepPlan | None:
+        """`step`, of the lane whose turn it is."""
         if self._decoding.requests:
             self._grow(step)
             for request in self._decoding.plan(step):  # they fit: nobody joins them but with budget to spare
@@ -225,6 +246,8 @@ class Scheduler:
         """Compute as much of `request` as the budget allows; at its end, draw a token. Its tokens are all known."""
         start, length = request.computed, len(request.ids)
         end = min(length, start + step.budget)
+        if self.chunks is not None:
+            end = self.chunks.cut(step, start, end, self.page_size)
         step.add_chunk(request, start, end - start, last=end == length)
         request.computed = end
         step.set_pages(request, self._share(request, end))
@@ -234,7 +257,7 @@ class Scheduler:
         if length + 1 == request.limit:
             self._ending[request.rid] = request
         else:
-            self._decoding.join(request, len(request.pages) * self.page_size)
+            self._lanes.join(request, len(request.pages) * self.page_size)
 
     def _plan_admissions(self, step: StepColumns) -> None:
         for request in self._queue.ordered():
@@ -333,7 +356,8 @@ class Scheduler:
         if step.spans is None and len(tokens) == len(step.requests):
             reply.take_one_each(tokens, done.logprobs, self._stop_ids, whole=step.departures == self._departures)
         else:
-            for request in reply.take_several(array("i", done.counts), tokens, done.logprobs, self._decoding):
+            rows = self._lanes.rows[step.lane]
+            for request in reply.take_several(array("i", done.counts), tokens, done.logprobs, rows):
                 self._ending[request.rid] = request
         if step.pooled:
             reply.take_vectors(done.vectors)
@@ -396,7 +420,7 @@ class Scheduler:
         return min(others, key=lambda request: (request.priority, self._computed(request), -request.arrival))
 
     def _computed(self, request: Request) -> int:
-        return request.computed if request.row < 0 else self._decoding.computed(request)
+        return request.computed if request.row < 0 else self._lanes.of(request).computed(request)
 
     def _release(self, request: Request, end: int | None = None) -> None:
         """The one place where a running request gives back its pages, its locks and its slot. Pages of known
@@ -404,7 +428,7 @@ class Scheduler:
 
         Steps in flight may still read and write what is freed here: they run before any step that reuses it."""
         if request.row >= 0:
-            self._decoding.leave(request)
+            self._lanes.of(request).leave(request)
         known = min(request.computed, len(request.ids))
         self._share(request, known if end is None else min(known, end))
         self._pool.give(request.pages[request.shared :])
@@ -423,7 +447,7 @@ class Scheduler:
     # ── looking ──────────────────────────────────────────────────────────────────────────────
 
     def _running(self) -> Iterator[Request]:
-        return chain(self._decoding.requests, self._ending.values(), self._prefilling.values())
+        return chain(self._lanes.requests, self._ending.values(), self._prefilling.values())
 
     def _reusable(self, request: Request) -> bytes:
         """The key of the pages that a cache hit may give: one token at least is computed, to sample from."""
@@ -459,5 +483,5 @@ class Scheduler:
         assert sorted(slots) == list(range(self.slots)), "slots are lost or taken twice"
         assert sorted(self._requests) == sorted(request.rid for request in chain(running, self._queue))
         assert all(request.computed < len(request.ids) for request in self._prefilling.values())
-        self._decoding.check_integrity(self.page_size, idle=not self._in_flight)
+        self._lanes.check_integrity(self.page_size, idle=not self._in_flight)
         assert self._stop_ids == sum((Counter(request.stop_ids) for request in running), Counter())

@@ -48,6 +48,7 @@ class Request:
 
     # Its place on the device, while it runs.
     slot: int = -1
+    lane: int = 0  # of a pipeline, while it decodes
     row: int = -1  # in rows.py, while it decodes; so are the next three
     room: int = 0  # tokens that `pages` hold
     span: int = 1  # tokens that it computes in a step at most: its last one and drafts

@@ -25,7 +25,7 @@ class Questions:
     def __init__(self, runner: Runner, profiler: StepProfiler, in_flight: Callable[[], int]) -> None:
         self._table: Mapping[type[Question[Any]], Callable[[Any], Any]] = {
             Profile: lambda asked: profiler.answer(asked, in_flight()),
-            CountExperts: lambda asked: count_experts(runner.model, asked.action),
+            CountExperts: lambda asked: count_experts(runner.model, asked.action, runner.gathered),
             Echo: lambda asked: asked.value,
         }
         self._decoder = msgspec.msgpack.Decoder(reduce(or_, self._table))

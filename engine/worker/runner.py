@@ -15,6 +15,7 @@ Left out: copies on a side stream; who proposes drafts.
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -384,6 +385,10 @@ class Runner:
             vectors=b"" if result.vectors is None else result.vectors.numpy().astype("<f4").tobytes(),
             stuck=stuck,
         )
+
+    def gathered(self, own: object) -> list[Any]:
+        """What this rank's model gives, and those of all other stages, in their order."""
+        return [own] if self.stage is None else self.stage.pipeline.gathered(own)
 
     # ── before there is any step ─────────────────────────────────────────────────────────────
 

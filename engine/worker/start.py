@@ -33,6 +33,7 @@ from engine.worker.runner import Runner
 from engine.worker.sampling.grammars import begin_grammars
 from engine.worker.steps.warmup import FILTERED, PENALIZED, PLAIN, everything
 from engine.worker.weights import Tensors, checked_tensors, fill_at_random, load_weights, weight_bytes
+from engine.worker.work import attention_work
 
 logger = logging.getLogger("engine.worker")
 
@@ -193,6 +194,7 @@ def readiness(runner: Runner, sizes: Sizes, *, pages: int, attention: str, phase
         phases=phases,
         embedding_size=model.embedding_size,
         recurrent=bool(spec.states),
+        attention_work=attention_work(model),
     )
 
 

@@ -40,7 +40,7 @@ class Stage:
     """Between a runner and the other stages. `tokens` [slots, positions] and `lengths` [slots] are the runner's."""
 
     def __init__(self, pipeline: Pipeline, model: Model, tokens: Tensor, lengths: Tensor) -> None:
-        self._pipeline = pipeline
+        self.pipeline = pipeline
         self._width, self._dtype, self._device = model.width, model.dtype, tokens.device
         assert self._width, f"{type(model).__name__} says that it is staged, and not how wide its hidden states are"
         self._tokens, self._lengths = tokens, lengths
@@ -49,7 +49,7 @@ class Stage:
     @property
     def last(self) -> bool:
         """Whether tokens are drawn here."""
-        return self._pipeline.last
+        return self.pipeline.last
 
     def admit(self, admits: Sequence[SlotAdmit]) -> None:
         """From now on these slots have other requests: what is still drawn for the ones before is not for them."""
@@ -63,17 +63,17 @@ class Stage:
         assert not rows.drafts.any(), "a stage cannot know where rows of drafts begin"
         while any(np.isin(drawn.slots[drawn.kept], rows.slots).any() for drawn in self._awaited):
             self._settle_first()
-        if self._pipeline.first:
+        if self.pipeline.first:
             return None
         count = int(rows.lengths.sum())
         like = torch.empty(count, self._width, dtype=self._dtype, device=self._device)
-        return self._pipeline.hidden(like).wait()
+        return self.pipeline.hidden(like).wait()
 
     def leave(self, rows: Rows, hidden: Tensor, *, lent: bool) -> None:
         """Passes on the hidden states [T, H] of a step, and expects its tokens; `lent` ones are written over by the
         next step."""
         assert hidden.dtype == self._dtype and hidden.shape[1] == self._width, (hidden.dtype, hidden.shape)
-        self._pipeline.send_hidden(hidden.clone() if lent else hidden)
+        self.pipeline.send_hidden(hidden.clone() if lent else hidden)
         draws = Draws.of(rows)
         if len(draws.slots):
             self._awaited.append(Drawn(draws.slots, draws.lasts, np.ones(len(draws.slots), bool)))
@@ -90,13 +90,13 @@ class Stage:
         """Begins to receive what is expected; what was expected before is on its way already."""
         if drawn.coming is None:
             like = torch.empty(len(drawn.slots), dtype=torch.int64, device=self._device)
-            drawn.coming = self._pipeline.tokens(like)
+            drawn.coming = self.pipeline.tokens(like)
         return drawn.coming
 
     def tell(self, tokens: Tensor) -> None:
         """On the last stage: what a step has drawn, [D] int64, goes to the others."""
         if len(tokens):
-            self._pipeline.send_tokens(tokens.clone())
+            self.pipeline.send_tokens(tokens.clone())
 
     def settle(self) -> None:
         """Waits for all that is expected."""
