@@ -12,9 +12,9 @@ must not hold up what comes from there. Left out: who needs what when (engine/wo
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from engine.messages.step import steps_in_flight
@@ -117,7 +117,7 @@ def join_stages(groups: Groups) -> Pipeline | None:
 
     links: tuple[dict[Pair, ProcessGroup], dict[Pair, ProcessGroup]] = ({}, {})
     for ranks in mesh.groups("pp"):  # each rank makes all groups, in one order, as torch wants it
-        for made, pairs in zip(links, (zip(ranks, ranks[1:], strict=False), _to_last(ranks)), strict=True):
+        for made, pairs in zip(links, (pairwise(ranks), _to_last(ranks)), strict=True):
             for pair in pairs:
                 made[pair] = distributed.new_group(list(pair))
     return Pipeline(mesh.rank, groups.along("pp"), *links)

@@ -23,27 +23,26 @@ Left out: preemption by priority while slots and pages last; tiers; more than on
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import chain
 
 from engine.cache.pool import PagePool
-from engine.cache.radix import Node, RadixTree
+from engine.cache.radix import RadixTree
 from engine.errors import RequestError, counted
 from engine.messages.assets import Bound
 from engine.messages.reply import Tokens
 from engine.messages.request import Admit
-from engine.messages.step import SlotAdmit, StepDone, StepPlan
+from engine.messages.step import StepDone, StepPlan
 from engine.plugin.specs import Policy
 from engine.sched.chunks import ChunkRule
 from engine.sched.columns import StepColumns
 from engine.sched.fronts import front_of
+from engine.sched.integrity import check_pages
 from engine.sched.lanes import Lanes
 from engine.sched.limits import check_fits, check_whole, pages_for, rid_in_use
 from engine.sched.parts import Parts
 from engine.sched.reply import Reply
 from engine.sched.request import NEVER, Request, rank
 from engine.sched.waiting import WaitingQueue
-
-LOOKED_AT = 32  # requests that wait, when it is asked how much there is to compute
 
 
 class Scheduler:
@@ -191,15 +190,13 @@ class Scheduler:
         if self.chunks is None:
             return self._plan_step(StepColumns(self.max_step_tokens, self._departures))
         self._lanes.even_out()
-        work = self.chunks.budget(chain(self._prefilling.values(), islice(self._queue, LOOKED_AT)))
+        work = self.chunks.budget(chain(self._prefilling.values(), self._queue))
         for lane in self._lanes.turns():
             step = StepColumns(self.max_step_tokens, self._departures)
-            step.lane, step.work = lane, work
-            before, self._lanes.lane = self._lanes.lane, lane
-            self._decoding = self._lanes.rows[lane]
+            step.lane, step.work, self._decoding = lane, work, self._lanes.rows[lane]
             if (plan := self._plan_step(step)) is not None:
+                self._lanes.last = lane
                 return plan
-            self._lanes.lane = before
         return None
 
     def _plan_step(self, step: StepColumns) -> StepPlan | None:
@@ -257,24 +254,14 @@ class Scheduler:
         if length + 1 == request.limit:
             self._ending[request.rid] = request
         else:
-            self._lanes.join(request, len(request.pages) * self.page_size)
+            self._lanes.join(request, len(request.pages) * self.page_size, step.lane)
 
     def _plan_admissions(self, step: StepColumns) -> None:
         for request in self._queue.ordered():
             if not step.budget or not self._free_slots or not self._place(request, step.budget):
                 return
             self._queue.remove(request)
-            scored = min(request.scored, request.prompt_len)
-            admit = SlotAdmit(
-                slot=request.slot,
-                ids=request.ids.tobytes(),
-                sampling=request.sampling,
-                prompt_len=request.prompt_len,
-                scored=scored,
-                bound=request.bound,
-                limit=request.limit,
-            )
-            step.admits += (admit,)
+            step.admits += (request.slot_admit(),)
             if request.pools:
                 self._plan_whole(step, request)
                 continue
@@ -305,7 +292,7 @@ class Scheduler:
         """Give a waiting request pages for all its tokens, if as many are left as running rows: each of those
         soon needs its next page, and none should be retracted for a newcomer."""
         if self._uses_cache(request):
-            request.node, request.pages = self._tree.match(self._reusable(request), request.salt)
+            request.node, request.pages = self._tree.match(request.reusable(self.page_size), request.salt)
             self._tree.lock(request.node)  # before looking at what is available: these pages no longer are
         missing = pages_for(len(request.ids), self.page_size) - len(request.pages)
         if missing + self.running > self._available:
@@ -362,14 +349,10 @@ class Scheduler:
         if step.pooled:
             reply.take_vectors(done.vectors)
         for request in reply.ended:
-            self._end(request)
+            del self._requests[request.rid]
+            self._release(request)
         self._generated_tokens += len(reply.tokens)
         return reply
-
-    def _end(self, request: Request) -> None:
-        """Its last word is said."""
-        del self._requests[request.rid]
-        self._release(request)
 
     # ── pages ────────────────────────────────────────────────────────────────────────────────
 
@@ -417,10 +400,7 @@ class Scheduler:
         """Whom to retract: lowest priority, then least computed; never the one that must make progress."""
         kept = min(self._running(), key=rank)
         others = (request for request in self._running() if request is not kept)
-        return min(others, key=lambda request: (request.priority, self._computed(request), -request.arrival))
-
-    def _computed(self, request: Request) -> int:
-        return request.computed if request.row < 0 else self._lanes.of(request).computed(request)
+        return min(others, key=lambda request: (request.priority, self._lanes.computed(request), -request.arrival))
 
     def _release(self, request: Request, end: int | None = None) -> None:
         """The one place where a running request gives back its pages, its locks and its slot. Pages of known
@@ -449,11 +429,6 @@ class Scheduler:
     def _running(self) -> Iterator[Request]:
         return chain(self._lanes.requests, self._ending.values(), self._prefilling.values())
 
-    def _reusable(self, request: Request) -> bytes:
-        """The key of the pages that a cache hit may give: one token at least is computed, to sample from."""
-        whole = (len(request.ids) - 1) // self.page_size
-        return request.key(0, whole * self.page_size)
-
     def _uses_cache(self, request: Request) -> bool:
         """Whether cached pages are of use to `request`: its prompt is computed whole while it is to be scored."""
         return self.prefix_cache and request.scored == NEVER
@@ -461,24 +436,12 @@ class Scheduler:
     def _cached(self, request: Request) -> int:
         if not self._uses_cache(request):
             return 0
-        return self._tree.match_length(self._reusable(request), request.salt) * self.page_size
+        return self._tree.match_length(request.reusable(self.page_size), request.salt) * self.page_size
 
     def check_integrity(self) -> None:
         """Assert that pages, locks, slots and requests fit together. For tests, and when idle."""
         running = list(self._running())
-        self._tree.check_integrity()
-        self._pool.check_integrity(
-            [node.pages for node in self._tree.nodes()] + [request.pages[request.shared :] for request in running]
-        )
-        locks: Counter[Node] = Counter()
-        for request in running:
-            shared = [] if request.node is None else self._tree.path(request.node)
-            assert shared == request.pages[: request.shared], f"{request.rid} strays from the tree"
-            node = request.node
-            while node is not None and node.parent is not None:
-                locks[node] += 1
-                node = node.parent
-        assert all(node.locks == locks[node] for node in self._tree.nodes()), "a lock outlives its request"
+        check_pages(self._tree, self._pool, running)
         slots = [request.slot for request in running] + self._free_slots
         assert sorted(slots) == list(range(self.slots)), "slots are lost or taken twice"
         assert sorted(self._requests) == sorted(request.rid for request in chain(running, self._queue))

@@ -13,6 +13,7 @@ Left out: what decode rows of the same step cost beyond one token each.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from math import sqrt
 
 from engine.sched.columns import StepColumns
@@ -20,6 +21,7 @@ from engine.sched.request import Request
 
 SHARES = 2
 LEAST = 512
+LOOKED_AT = 32  # requests that run or wait, when it is asked how much there is to compute
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,8 @@ class ChunkRule:
 
     def budget(self, requests: Iterable[Request]) -> float:
         """The work that a step's prompts get, where the prompts of `requests` are still to be computed."""
-        left = sum(self.work(each.computed, len(each.ids) - each.computed) for each in requests)
+        some = islice(requests, LOOKED_AT)
+        left = sum(self.work(each.computed, len(each.ids) - each.computed) for each in some)
         least, most = self.work(0, min(self.least, self.most)), self.work(0, self.most)
         return min(most, max(least, left / (SHARES * self.stages)))
 

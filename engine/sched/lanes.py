@@ -21,11 +21,12 @@ UNEVEN = 4  # a lane has too many rows if it has more than another by one and a 
 
 
 class Lanes:
-    """The requests that decode, in lanes. `rows[lane]` are those of one; whose turn it was last is `lane`."""
+    """The requests that decode, in lanes. `rows[lane]` are those of one; whose turn it was `last` is for the caller to
+    say."""
 
     def __init__(self, rows: Sequence[DecodeRows]) -> None:
         self.rows = rows
-        self.lane = 0
+        self.last = 0
 
     @classmethod
     def empty(cls, count: int, drafts: int, fronts: int) -> "Lanes":
@@ -40,20 +41,26 @@ class Lanes:
         return chain.from_iterable(rows.requests for rows in self.rows)
 
     def turns(self) -> list[int]:
-        """The lanes in the order of their turns; the last one had the last step."""
+        """The lanes in the order of their turns."""
+        return self._after(self.last)
+
+    def _after(self, lane: int) -> list[int]:
         count = len(self.rows)
-        return [(self.lane + after) % count for after in range(1, count + 1)]
+        return [(lane + after) % count for after in range(1, count + 1)]
 
     def of(self, request: Request) -> DecodeRows:
         return self.rows[request.lane]
 
-    def join(self, request: Request, room: int) -> None:
-        """As DecodeRows.join, in the lane that suits."""
+    def computed(self, request: Request) -> int:
+        """Positions of `request` that are sure to be computed once all plans sent have run."""
+        return request.computed if request.row < 0 else self.of(request).computed(request)
+
+    def join(self, request: Request, room: int, lane: int) -> None:
+        """As DecodeRows.join, in the lane that suits; the prompt ends in a step of `lane`."""
         if len(self.rows) > 1:
             share = len(self) // len(self.rows) + 1
-            lane = self.lane
             if len(self.rows[lane]) >= share:
-                lane = min(reversed(self.turns()), key=lambda each: len(self.rows[each]))
+                lane = min(reversed(self._after(lane)), key=lambda each: len(self.rows[each]))
             request.lane = lane
         self.of(request).join(request, room)
 

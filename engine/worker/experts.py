@@ -23,10 +23,13 @@ def routers_of(model: Model) -> dict[str, Router]:
     return {path: layer for path, layer in model.named_modules() if isinstance(layer, Router)}
 
 
+def alone(own: object) -> list[Any]:
+    """What each stage gives, where there is one."""
+    return [own]
+
+
 @torch.inference_mode()
-def count_experts(
-    model: Model, action: CountAction, gathered: Callable[[object], list[Any]] = lambda own: [own]
-) -> ExpertCounts:
+def count_experts(model: Model, action: CountAction, gathered: Callable[[object], list[Any]] = alone) -> ExpertCounts:
     """Does `action`, and tells the counts of all stages: `gathered` makes a list of what each stage gives. Raises
     RequestError for a model without experts."""
     routers = routers_of(model)

@@ -15,7 +15,6 @@ Left out: copies on a side stream; who proposes drafts.
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -64,11 +63,9 @@ class Runner:
         max_model_len: int,
         page_size: int,
         grammars: Grammars | None = None,
-        agree: Callable[[Tensor], object] | None = None,
         pipeline: Pipeline | None = None,
     ) -> None:
-        """`agree` makes tokens [D] int64, in place, those of rank 0, where there are several ranks. Where the model is
-        a stage of a `pipeline`, its last stage draws."""
+        """Where the model is a stage of a `pipeline`, tokens are drawn on its last stage."""
         self.model = model
         self.caches = caches
         self.device = device
@@ -85,12 +82,10 @@ class Runner:
         self.sampler = Sampler(self.tokens, self.lengths, self._logits)
         self.adjustments = Adjustments(slots, model.vocab_size, device, self._logits)
         self.grammars = grammars
-        self.agree = agree
         self.stage = None if pipeline is None else Stage(pipeline, model, self.tokens, self.lengths)
         self.draws = self.stage is None or self.stage.last
-        self.loaders: dict[str, Loader] = {} if grammars is None else {GRAMMAR: grammars}  # by kind of need
-        if not self.draws:
-            self.loaders[GRAMMAR] = LoadedElsewhere()
+        loader = grammars if self.draws else LoadedElsewhere()
+        self.loaders: dict[str, Loader] = {} if loader is None else {GRAMMAR: loader}  # by kind of need
         self.unscored = np.zeros((slots, 2), np.int64)  # prompt positions to be scored: from, to
         self._no_tokens = torch.empty(0, dtype=torch.int64, device=device)
         self._ahead_of: torch.cuda.Event | None = None  # the end of the last step, while it is not known to be over
@@ -214,8 +209,7 @@ class Runner:
     # ── forward ──────────────────────────────────────────────────────────────────────────────
 
     def forward(self, rows: Rows, entering: Tensor | None = None) -> Forward:
-        """The hidden states of the step of `rows`, of which there is one at least; `entering` are those that the stage
-        before has passed on."""
+        """The hidden states of the step of `rows`, one or more; `entering` are from the stage before."""
         if self.decode_graphs.fits(rows):
             steps = self.decode_graphs
             prefixes = self.prefixes.find(rows.slots, rows.starts) if self.prefixes is not None else ()
@@ -231,8 +225,7 @@ class Runner:
         return Forward(hidden, batch.offsets, batch)
 
     def compute(self, rows: Rows, entering: Tensor | None = None) -> tuple[Tensor, Batch]:
-        """Runs the model as it is: hidden states [T, H] of the tokens of `rows`, and the batch they came from.
-        `entering` is as in `forward`."""
+        """Runs the model as it is: hidden states [T, H] of the tokens of `rows`, and the batch they came from."""
         guessed = self.device.type != "cpu" and rows.drafts.any()
         starts = real_starts(rows, self.lengths, self.limits) if guessed else None
         states = self.states.layers
@@ -325,9 +318,6 @@ class Runner:
         """Makes the tables of this rank say what was drawn: `choose` has written a token after each draw, and counted
         it. Of rows of drafts, what holds stays."""
         slots, lasts = head.on_device
-        if self.agree is not None:
-            self.agree(tokens)
-            self.tokens[slots, lasts + 1] = tokens.to(torch.int32)
         if self.stage is not None:
             self.stage.tell(tokens)
         if head.known is None or head.drafted is None:
@@ -385,10 +375,6 @@ class Runner:
             vectors=b"" if result.vectors is None else result.vectors.numpy().astype("<f4").tobytes(),
             stuck=stuck,
         )
-
-    def gathered(self, own: object) -> list[Any]:
-        """What this rank's model gives, and those of all other stages, in their order."""
-        return [own] if self.stage is None else self.stage.pipeline.gathered(own)
 
     # ── before there is any step ─────────────────────────────────────────────────────────────
 

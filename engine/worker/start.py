@@ -231,8 +231,15 @@ def peak_bytes(
     torch.cuda.reset_peak_memory_stats(device)
     pages = -(-(min(step_tokens, max_model_len) + 1) // spec.page_size)
     caches = allocate(spec, pages, device)
-    sizes: dict[str, int] = {"slots": slots, "max_model_len": max_model_len, "page_size": spec.page_size}
-    runner = Runner(model, caches, device, **sizes, pipeline=pipeline)
+    runner = Runner(
+        model,
+        caches,
+        device,
+        slots=slots,
+        max_model_len=max_model_len,
+        page_size=spec.page_size,
+        pipeline=pipeline,
+    )
     runner.warm_up(step_tokens, slots, PLAIN if model.yields == VECTOR else everything(model.vocab_size))
     runner.warm_up(step_tokens, 1, FILTERED)
     for sampling in (PENALIZED, PLAIN):
