@@ -14,12 +14,16 @@ from oracle import tiny
 from ranks import Ranks, open_ranks
 from test_tensor_parallel import EXPERTS, LATENT, MODELS, prompts
 
+from engine.messages.control import Ask
+from engine.messages.questions import CountAction, CountExperts, ExpertCounts
 from engine.messages.step import NOTHING, TOKEN, StepDone, StepPlan
 from engine.parallel.groups import Groups
 from engine.parallel.pipeline import join_stages
 from engine.plugin.registry import resolve
 from engine.plugin.testing import ModelHarness
 from engine.testing.steps import step_plan
+from engine.worker.profiling import StepProfiler
+from engine.worker.questions import Questions
 
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": (f"{MODELS}.llama:Llama", "Llama", {}),
@@ -106,6 +110,35 @@ def replies(groups: Groups | None, model: str, file: Path, logprobs: int) -> tup
         runner.stage.settle()
     scores = b"".join(part.logprobs for each in done for part in (*each.prompt_logprobs, *each.logprobs))
     return [np.frombuffer(each.tokens, "<i4").tolist() for each in done], np.frombuffer(scores, "<f4")
+
+
+def counted(groups: Groups | None, model: str, file: Path) -> ExpertCounts:
+    """How often experts were chosen for the tokens of some steps."""
+    config, tensors = torch.load(file, weights_only=False)
+    harness = ModelHarness(resolve(model), config, tensors, groups=groups, pipeline=PIPELINE if groups else None)
+    runner, asked = harness.runner, prompts(config["vocab_size"])
+    questions = Questions(runner, StepProfiler(runner.device), lambda: 0)
+
+    def ask(action: CountAction) -> ExpertCounts:
+        question = CountExperts(action)
+        return question.read(questions.answer(Ask(1, question.packed())).value)
+
+    assert ask("start").counting
+    admitted = harness.admit(asked)
+    for plan in plans(asked)[:4]:
+        whole = replace(plan, admits=admitted.admits, pages=admitted.pages) if plan.step == 0 else plan
+        runner.finish(runner.launch(whole))
+    if runner.stage is not None:
+        runner.stage.settle()
+    return ask("stop")
+
+
+def test_counts_of_experts_are_those_of_all_stages(two: Ranks, tmp_path: Path) -> None:
+    model, family, changes = CASES["mixture"]
+    torch.save(tiny(family, **changes)[:2], tmp_path / "model")
+    wanted = counted(None, model, tmp_path / "model")
+    assert wanted.layers == (0, 1, 2) and sum(np.frombuffer(wanted.counts, "<i8")) == 3 * 3 * (21 + 9 + 14 + 3)
+    assert two.run(counted, model, tmp_path / "model") == [wanted, wanted]
 
 
 def check(ranks: Ranks, case: str, folder: Path, logprobs: int) -> None:

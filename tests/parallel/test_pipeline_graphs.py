@@ -1,0 +1,121 @@
+"""Each stage captures or records its own layers: what comes in and goes out stays outside of its graphs.
+
+The stages are runners of this process, joined by queues; a stand-in for a graph computes anew from what the replay put
+in place."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from msgspec.structs import replace
+from oracle import tiny
+from test_graphs import PlainAttention, captured
+from test_pipeline_ranks import plans
+from test_tensor_parallel import prompts
+from torch import Tensor
+
+from engine.messages.step import StepPlan
+from engine.parallel.collectives import Group
+from engine.parallel.groups import Groups
+from engine.parallel.mesh import Mesh
+from engine.plugin.testing import ModelHarness
+from engine.worker.steps import graphs
+from engine.worker.steps.graphs import DecodeGraphs, PromptGraphs
+from engine_plugins.models.llama import Llama
+
+
+@dataclass
+class Wires:
+    """What is on its way to each stage."""
+
+    hidden: dict[int, deque[Tensor]] = field(default_factory=dict)
+    tokens: dict[int, deque[Tensor]] = field(default_factory=dict)
+
+
+@dataclass
+class Later:
+    """What is taken from a wire where it is waited for."""
+
+    take: Callable[[], Tensor]
+    like: Tensor
+
+    def wait(self) -> Tensor:
+        found = self.take()
+        assert (found.shape, found.dtype) == (self.like.shape, self.like.dtype)
+        return found
+
+
+class End:
+    """In the place of a Pipeline."""
+
+    def __init__(self, place: int, stages: int, wires: Wires) -> None:
+        self.group = Group(tuple(range(stages)), place)
+        self.first, self.last = place == 0, place == stages - 1
+        self._wires, self._place = wires, place
+        wires.hidden[place], wires.tokens[place] = deque(), deque()
+
+    def send_hidden(self, hidden: Tensor) -> None:
+        self._wires.hidden[self._place + 1].append(hidden)
+
+    def hidden(self, like: Tensor) -> Later:
+        return Later(self._wires.hidden[self._place].popleft, like)
+
+    def send_tokens(self, tokens: Tensor) -> None:
+        for place in self.group.ranks[:-1]:
+            self._wires.tokens[place].append(tokens)
+
+    def tokens(self, like: Tensor) -> Later:
+        return Later(self._wires.tokens[self._place].popleft, like)
+
+
+def stage(place: int, stages: int, wires: Wires, config: dict[str, Any], tensors: Any) -> ModelHarness:
+    groups, end = Groups.apart(Mesh(place, pp=stages)), End(place, stages, wires)
+    pipeline: Any = end
+    return ModelHarness(Llama, config, tensors, attention=PlainAttention, groups=groups, pipeline=pipeline)
+
+
+def capture(harness: ModelHarness) -> list[int]:
+    """Makes graphs of decode steps and of steps with prompts, and has the runner replay them; how many there are."""
+    runner = harness.runner
+    tables = runner.shared_graphs._tables
+    decode, some = DecodeGraphs(tables), PromptGraphs(tables, 5, (32, 64))
+    assert decode.capture(4, pool=None) and some.capture(64, pool=None)
+    runner.decode_graphs, runner.prompt_graphs = decode, (some, some)
+    return [len(decode._graphs), len(some._graphs)]
+
+
+def given(harness: ModelHarness, plan: StepPlan, asked: list[list[int]]) -> StepPlan:
+    admitted = harness.admit(asked)
+    return replace(plan, admits=admitted.admits, pages=admitted.pages) if plan.step == 0 else plan
+
+
+@pytest.mark.parametrize("captures", [False, True], ids=["as it is", "captured"])
+@pytest.mark.parametrize("stages", [2, 3])
+def test_stages_that_replay_reply_as_one(stages: int, captures: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "captured", captured)
+    config, tensors, _ = tiny("Llama")
+    asked = prompts(config["vocab_size"])
+    steps = [plan for plan in plans(asked) if plan.step < 13]
+    whole = ModelHarness(Llama, config, tensors, attention=PlainAttention)
+    wanted = [whole.runner.finish(whole.runner.launch(given(whole, plan, asked))).tokens for plan in steps]
+    assert len(set(wanted)) > 6
+    wires = Wires()
+    pipeline = [stage(place, stages, wires, config, tensors) for place in range(stages)]
+    if captures:
+        assert all(capture(harness) == [3, 2] for harness in pipeline)
+    said: list[bytes] = []
+    for plan in steps:
+        for harness in pipeline:
+            done = harness.runner.finish(harness.runner.launch(given(harness, plan, asked)))
+        said.append(done.tokens)
+    assert said == wanted
+    if captures:
+        assert all(harness.runner.decode_graphs._last is not None for harness in pipeline)  # they were replayed
+    for harness in pipeline[:-1]:
+        assert harness.runner.stage is not None
+        harness.runner.stage.settle()
+        assert torch.equal(harness.runner.tokens, pipeline[-1].runner.tokens)
+        assert torch.equal(harness.runner.lengths, pipeline[-1].runner.lengths)
