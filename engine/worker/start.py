@@ -272,7 +272,10 @@ def choose_device(options: ProcessOptions, *, rank: int = 0, ranks: int = 1) -> 
     if not present or options.device == "cpu":
         return torch.device("cpu")
     if (seen := torch.cuda.device_count()) < ranks:
-        raise ConfigError(f"{ranks} ranks (--tp times --pp) need as many GPUs, and torch sees {seen}; say less")
+        raise ConfigError(
+            f"--tp times --pp is {ranks} and needs as many GPUs, and torch sees {seen}; say --tp and --pp of at most "
+            f"{seen} together"
+        )
     device = torch.device("cuda", rank)
     if rank:
         torch.cuda.set_device(device)
