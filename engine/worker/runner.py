@@ -132,10 +132,9 @@ class Runner:
         rows = self.gather(plan)
         if not len(rows):
             return Result(self._no_tokens)
-        stage = self.stage
-        forward = self.forward(rows, None if stage is None else stage.enter(rows))
-        if stage is not None and not stage.last:
-            stage.leave(rows, forward.hidden, lent=forward.batch is None)
+        forward = self.forward(rows, self.stage and self.stage.enter(rows))
+        if self.stage is not None and not self.stage.last:
+            self.stage.leave(rows, forward.hidden, lent=forward.batch is None)
             return Result(self._no_tokens)
         if self.model.yields == VECTOR:
             assert forward.batch is not None
