@@ -17,11 +17,12 @@ from test_pipeline_ranks import plans
 from test_tensor_parallel import prompts
 from torch import Tensor
 
-from engine.messages.step import StepPlan
+from engine.messages.step import TOKEN, StepPlan, steps_in_flight
 from engine.parallel.collectives import Group
 from engine.parallel.groups import Groups
 from engine.parallel.mesh import Mesh
 from engine.plugin.testing import ModelHarness
+from engine.testing.steps import step_plan
 from engine.worker.steps import graphs
 from engine.worker.steps.graphs import DecodeGraphs, PromptGraphs
 from engine_plugins.models.llama import Llama
@@ -119,3 +120,20 @@ def test_stages_that_replay_reply_as_one(stages: int, captures: bool, monkeypatc
         harness.runner.stage.settle()
         assert torch.equal(harness.runner.tokens, pipeline[-1].runner.tokens)
         assert torch.equal(harness.runner.lengths, pipeline[-1].runner.lengths)
+
+
+def test_tokens_that_nobody_reads_are_taken_in_all_the_same() -> None:
+    """Steps of prompts with one token to come: each slot is another request's before its token could be read."""
+    config, tensors, _ = tiny("Llama")
+    wires = Wires()
+    first, last = (stage(place, 2, wires, config, tensors) for place in range(2))
+    assert first.runner.stage is not None
+    for number in range(10):
+        plan = replace(first.admit([[number + 1, 2, 3]]), step=number)
+        plan = replace(step_plan(number, [(0, 0, 3, TOKEN)]), admits=plan.admits, pages=plan.pages)
+        for harness in (first, last):
+            harness.runner.finish(harness.runner.launch(plan))
+        assert len(wires.tokens[0]) == min(number + 1, steps_in_flight(2))  # the others have been received
+    first.runner.stage.settle()
+    assert not wires.tokens[0]
+    assert first.runner.tokens[0, :4].tolist() == last.runner.tokens[0, :4].tolist()

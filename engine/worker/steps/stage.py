@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.layers.batch import upload
 from engine.layers.model import Model
-from engine.messages.step import SlotAdmit
+from engine.messages.step import SlotAdmit, steps_in_flight
 from engine.parallel.pipeline import Coming, Pipeline
 from engine.worker.steps.drafts import Draws
 from engine.worker.steps.rows import Rows
@@ -45,6 +45,7 @@ class Stage:
         assert self._width, f"{type(model).__name__} says that it is staged, and not how wide its hidden states are"
         self._tokens, self._lengths = tokens, lengths
         self._awaited: deque[Drawn] = deque()  # in the order of steps
+        self._most_awaited = steps_in_flight(pipeline.group.size)
 
     @property
     def last(self) -> bool:
@@ -79,6 +80,8 @@ class Stage:
             self._awaited.append(Drawn(draws.slots, draws.lasts, np.ones(len(draws.slots), bool)))
             if self._device.type == "cpu":
                 self.listen()
+            while len(self._awaited) > self._most_awaited:  # its step is over, and nobody has read what it drew
+                self._settle_first()
 
     def listen(self) -> None:
         """Begins to receive all that is expected. On a CPU at once, beside the next step; on a GPU the receiving end
