@@ -132,7 +132,7 @@ class Runner:
         rows = self.gather(plan)
         if not len(rows):
             return Result(self._no_tokens)
-        forward = self.forward(rows, self.stage and self.stage.enter(rows))
+        forward = self.forward(rows, None if self.stage is None else self.stage.enter(rows))
         if self.stage is not None and not self.stage.last:
             self.stage.leave(rows, forward.hidden, lent=forward.batch is None)
             return Result(self._no_tokens)

@@ -1,7 +1,7 @@
 """What a token of a prompt costs, by the shapes of a model's layers: products alone, and with each token of context.
 
 Left out: layers that see a window, whose cost does not grow; the head, as few tokens of a prompt have logits; what
-norms, what expands latents and the like take; how much faster a device does one than the other.
+norms and the like take; how much faster a device does one than the other.
 """
 
 from engine.layers.attention import AttentionShape
