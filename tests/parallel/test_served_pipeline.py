@@ -77,8 +77,25 @@ def test_whatever_is_asked_two_stages_of_two_ranks_reply_as_one(folder: Path, al
         assert_same(said(engine), alone)
 
 
+@pytest.mark.matrix
+def test_two_stages_reply_as_one_when_pages_run_out(folder: Path, alone: list[Reply]) -> None:
+    """Requests are sent back to the queue while their tokens are on their way, and others take their slots."""
+    asked = [PROMPTS[index % 3 * 2][: 4 + index] for index in range(12)]
+    few = {**OPTIONS, "kv_tokens": 256, "max_model_len": 200}
+    params = SamplingParams(temperature=0.8, seed=3, max_tokens=90, ignore_eos=True)
+    said = []
+    for stages in (1, 2, 3):
+        with Engine(model=str(folder), pp=stages, **few) as engine:
+            said.append([reply.ids for reply in engine.generate(asked, params)])
+            assert engine.stats().retractions_total > 2
+    assert said[0] == said[1] == said[2] and all(len(ids) == 90 for ids in said[0])
+
+
 @pytest.mark.anyio
-async def test_two_stages_go_on_after_clients_have_left_and_are_started_again(folder: Path, alone: list[Reply]) -> None:
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.matrix)])
+async def test_two_stages_go_on_after_clients_have_left_and_are_started_again(
+    stage: int, folder: Path, alone: list[Reply]
+) -> None:
     wanted = [reply.ids for reply in alone[: len(PROMPTS)]]
     before = set(children(os.getpid()))
     async with AsyncEngine(model=str(folder), pp=2, **OPTIONS) as engine:
@@ -91,12 +108,11 @@ async def test_two_stages_go_on_after_clients_have_left_and_are_started_again(fo
                 with anyio.move_on_after(0.005):
                     await engine.generate(STEM[::-1], GREEDY)
                 assert [reply.ids for reply in await engine.generate(PROMPTS, GREEDY)] == wanted
-            for stage in (0, 1):
-                pids = workers(before)
-                assert len(pids) == 2
-                os.kill(pids[stage], signal.SIGKILL)
-                assert (await restarted(engine, PROMPTS[1])).ids == wanted[1]
-                assert [reply.ids for reply in await engine.generate(PROMPTS, GREEDY)] == wanted
+            pids = workers(before)
+            assert len(pids) == 2
+            os.kill(pids[stage], signal.SIGKILL)
+            assert (await restarted(engine, PROMPTS[1])).ids == wanted[1]
+            assert [reply.ids for reply in await engine.generate(PROMPTS, GREEDY)] == wanted
     assert set(children(os.getpid())) == before
 
 
