@@ -137,3 +137,28 @@ def test_tokens_that_nobody_reads_are_taken_in_all_the_same() -> None:
     first.runner.stage.settle()
     assert not wires.tokens[0]
     assert first.runner.tokens[0, :4].tolist() == last.runner.tokens[0, :4].tolist()
+
+
+def test_the_first_stage_is_ahead_by_a_step_of_each_lane() -> None:
+    """It launches step k + stages - 1 before the last stage has run step k: nothing it reads comes from there."""
+    config, tensors, _ = tiny("Llama")
+    asked = prompts(config["vocab_size"])
+    lanes = len(asked)
+    rows = [
+        (lane, len(asked[lane]) + turn - 1, 1, TOKEN) if turn else (lane, 0, len(asked[lane]), TOKEN)
+        for turn in range(6)
+        for lane in range(lanes)
+    ]
+    steps = [step_plan(number, [row]) for number, row in enumerate(rows)]
+    whole = ModelHarness(Llama, config, tensors, attention=PlainAttention)
+    wanted = [whole.runner.finish(whole.runner.launch(given(whole, plan, asked))).tokens for plan in steps]
+    wires = Wires()
+    pipeline = [stage(place, lanes, wires, config, tensors) for place in range(lanes)]
+    said: list[bytes] = []
+    for turn in range(len(steps) + lanes - 1):
+        for place, harness in enumerate(pipeline):  # all are at work in a turn, and none has what others do in it
+            if 0 <= turn - place < len(steps):
+                plan = given(harness, steps[turn - place], asked)
+                done = harness.runner.finish(harness.runner.launch(plan))
+                said += [done.tokens] if place == lanes - 1 else []
+    assert said == wanted
