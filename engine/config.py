@@ -110,11 +110,15 @@ class ParallelOptions(Struct, frozen=True, kw_only=True):
     tp: Annotated[
         Positive, Meta(description="devices that each layer's weights are divided over, a worker process each")
     ] = 1
+    pp: Annotated[
+        Positive,
+        Meta(description="stages that the layers are divided into, which steps pass in turn; each has --tp devices"),
+    ] = 1
 
     @property
     def ranks(self) -> int:
         """How many workers there are."""
-        return self.tp
+        return self.tp * self.pp
 
     @property
     def reporter(self) -> int:

@@ -37,11 +37,12 @@ from engine.messages.control import (
 from engine.messages.fronts import FrontLost
 from engine.messages.reply import Failed, Tokens
 from engine.messages.request import Abort, Admit, StopHit
-from engine.messages.step import STEPS_IN_FLIGHT, StepDone
+from engine.messages.step import StepDone, steps_in_flight
 from engine.plugin.specs import Policy
 from engine.runtime.channel import Outbox, received
 from engine.sched import Scheduler
 from engine.sched.assets import Due, WaitingRoom
+from engine.sched.chunks import ChunkRule
 from engine.sched.fronts import front_of
 
 log = logging.getLogger("engine.scheduler")
@@ -87,7 +88,8 @@ class SchedulerActor:
         self.worker: Literal["starting", "ready", "restarting", "stalled", "failed"] = "starting"
         self.cause = ""
         self.in_flight = 0
-        self.credits = STEPS_IN_FLIGHT - 1
+        self.most_credits = steps_in_flight(config.parallel.pp)
+        self.credits = self.most_credits - 1
         self.paused = False
         self._pauses: list[Pause] = []  # not answered yet
         self._asked: set[int] = set()  # numbers of what the worker is still to answer
@@ -168,7 +170,7 @@ class SchedulerActor:
         assert self.scheduler is not None
         self.in_flight -= 1
         self.step_seconds.append(done.seconds)
-        self.credits = STEPS_IN_FLIGHT - (done.seconds >= SHORT_STEP_SECONDS)
+        self.credits = self.most_credits - (done.seconds >= SHORT_STEP_SECONDS)
         self.idle_seconds += done.idle
         stuck = self.scheduler.stuck(done) if done.stuck else []
         replies = self.scheduler.commit_each(done, time.monotonic())
@@ -244,7 +246,7 @@ class SchedulerActor:
 
     async def _ready(self, ready: WorkerReady) -> None:
         if self.scheduler is None:
-            schedule = self.config.schedule
+            schedule, stages = self.config.schedule, self.config.parallel.pp
             self.scheduler = Scheduler(
                 pages=ready.pages,
                 page_size=ready.page_size,
@@ -255,6 +257,7 @@ class SchedulerActor:
                 prefix_cache=self.config.cache.prefix_cache and not ready.recurrent,
                 max_waiting=schedule.max_waiting,
                 fronts=self.fronts,
+                chunks=ChunkRule(ready.max_step_tokens, stages, ready.attention_work) if stages > 1 else None,
             )
         for maker in self.makers.values():
             await maker.inbox.send(ready)

@@ -253,7 +253,7 @@ class CausalLM(Model):
         super().__init__(config, build)
         terms = Terms.of(config)
         shape = self.decoder_shape(terms)
-        self.vocab_size = shape.vocab_size
+        self.vocab_size, self.width = shape.vocab_size, shape.hidden_size
         self.logit_cap = shape.logit_cap
         self.held = build.stage(len(shape.layers))
         attention = self.attention(terms, shape, build)

@@ -146,8 +146,8 @@ class Model(nn.Module, ABC):
 
     A subclass sets `vocab_size`, `backends` (one for each KV group) and `held`, the layers that it has, and writes
     `embed`, `run` and `logits`. With a pipeline a rank holds a range of the layers: `held` is `build.stage(layers)`.
-    The first stage embeds, and what `run` returns on one stage goes to `run` of the next. A model that does so says
-    that it is `staged`; others run on one stage alone.
+    The first stage embeds, and what `run` returns on one stage goes to `run` of the next, as `width` numbers a token of
+    the build's type. A model that does so says that it is `staged`; others run on one stage alone.
 
     Recurrent layers keep `states`, which they read and write at `batch.states[name][layer][slots]`. These start as
     zeros with each request, and each position is computed once, in order, however prompts are cut. A decode step on a
@@ -155,6 +155,7 @@ class Model(nn.Module, ABC):
     """
 
     staged = False
+    width: int = 0  # of the hidden states that a staged model passes on
     vocab_size: int
     held: range = range(1)
     yields: int = TOKEN  # what comes of a row, as in a StepPlan: a TOKEN, or a VECTOR
@@ -172,6 +173,7 @@ class Model(nn.Module, ABC):
         if build.mesh.pp > 1 and not self.staged:
             raise ConfigError(f"{type(self).__name__} runs on one stage, and there are {build.mesh.pp} (pp); say pp 1")
         self.device = build.device
+        self.dtype = build.dtype
         self.page_size = build.page_size
         self.kernels = build.kernels
 
@@ -184,9 +186,10 @@ class Model(nn.Module, ABC):
         """Layers first .. last-1 on `hidden` [T, H], what `embed` or the layer before returned, which may be written
         over. Returns [T, H]; after the last layer of the model, what `logits` reads."""
 
-    def forward(self, batch: Batch) -> Tensor:
-        """The hidden states of the step's tokens, [T, H], where all layers are here."""
-        return self.run(self.embed(batch), batch, self.held.start, self.held.stop)
+    def forward(self, batch: Batch, hidden: Tensor | None = None) -> Tensor:
+        """The hidden states of the step's tokens, [T, H], after the layers that are `held`; `hidden` [T, H] are those
+        that the stage before has passed on, and may be written over."""
+        return self.run(self.embed(batch) if hidden is None else hidden, batch, self.held.start, self.held.stop)
 
     def pool(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Float32 vectors [R, embedding_size] of the rows whose hidden states are `hidden` [T, H], of a model that

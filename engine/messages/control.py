@@ -12,7 +12,8 @@ class WorkerReady(Message, frozen=True):
     `pages` of `page_size` tokens; a step takes `max_step_tokens`; `phases` maps a start-up phase to its seconds.
     A model that makes vectors of `embedding_size` generates no text; of others it is 0. `modules` are those that this
     start imported, for a spare worker: the executor keeps them to itself. A `recurrent` model keeps states of requests,
-    which no page holds: no cached prefix serves it, and no drafts.
+    which no page holds: no cached prefix serves it, and no drafts. `attention_work` is what each token of context adds
+    to the work that a token of a prompt takes, as a part of what that is without context.
     """
 
     pages: int
@@ -28,6 +29,7 @@ class WorkerReady(Message, frozen=True):
     embedding_size: int = 0
     modules: tuple[str, ...] = ()
     recurrent: bool = False
+    attention_work: float = 0.0
 
 
 class WorkerLost(Message, frozen=True):

@@ -9,7 +9,14 @@ from engine.messages.base import Message, Part
 from engine.params.sampling import Sampling
 
 STEPS_IN_FLIGHT = 3
-"""The most steps that are planned and not yet committed. Every buffer that steps take turns in has as many places."""
+"""The most steps that a rank has launched and its device not yet run. Every buffer that steps take turns in has as many
+places. Without a pipeline they are the steps that are planned and not yet committed."""
+
+
+def steps_in_flight(stages: int = 1) -> int:
+    """The most steps that are planned and not yet committed: one more for each stage of a pipeline."""
+    return STEPS_IN_FLIGHT + stages - 1
+
 
 NOTHING, TOKEN, DRAFTS, VECTOR = range(4)
 """What a row yields, as said at StepPlan."""

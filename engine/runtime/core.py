@@ -23,7 +23,7 @@ from engine.messages import FromFront, ToFront
 from engine.messages.control import Boot, Fatal
 from engine.messages.fronts import FrontLost
 from engine.messages.grammars import GRAMMAR
-from engine.messages.step import STEPS_IN_FLIGHT
+from engine.messages.step import steps_in_flight
 from engine.plugin.registry import Plugins
 from engine.runtime.actor import Actor, supervise
 from engine.runtime.allocator import give_back_large_blocks
@@ -33,7 +33,7 @@ from engine.sched.policies import make_policy, policy_name
 
 log = logging.getLogger("engine")
 
-PLANS = STEPS_IN_FLIGHT + 1  # and a Reset: the scheduler never waits to send
+PLANS = steps_in_flight() + 1  # and a Reset: the scheduler never waits to send
 
 
 def core_actors(
@@ -49,7 +49,7 @@ def core_actors(
     is in this process and has loaded them. `front` stands for so many `fronts`."""
     policy = make_policy(plugins or Plugins.load(config.model.plugins), config.schedule.policy)
     to_scheduler, scheduler_inbox = open_channel()
-    to_executor, executor_inbox = channel(PLANS)
+    to_executor, executor_inbox = channel(PLANS + config.parallel.pp - 1)
     to_compiler, compiler_inbox = open_channel()
     makers = {GRAMMAR: Maker(to_compiler, kept=config.grammar.grammar_cache)}
     scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, makers, front, fronts)

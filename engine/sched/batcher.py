@@ -26,21 +26,22 @@ from collections.abc import Iterator
 from itertools import chain
 
 from engine.cache.pool import PagePool
-from engine.cache.radix import Node, RadixTree
+from engine.cache.radix import RadixTree
 from engine.errors import RequestError, counted
 from engine.messages.assets import Bound
 from engine.messages.reply import Tokens
 from engine.messages.request import Admit
-from engine.messages.step import SlotAdmit, StepDone, StepPlan
+from engine.messages.step import StepDone, StepPlan
 from engine.plugin.specs import Policy
+from engine.sched.chunks import ChunkRule
 from engine.sched.columns import StepColumns
 from engine.sched.fronts import front_of
-from engine.sched.grouped import GroupedRows
+from engine.sched.integrity import check_pages
+from engine.sched.lanes import Lanes
 from engine.sched.limits import check_fits, check_whole, pages_for, rid_in_use
 from engine.sched.parts import Parts
 from engine.sched.reply import Reply
 from engine.sched.request import NEVER, Request, rank
-from engine.sched.rows import DecodeRows
 from engine.sched.waiting import WaitingQueue
 
 
@@ -49,7 +50,7 @@ class Scheduler:
 
     The caller sends each plan to the device, and commits its result, in order, and says with both what its clock
     shows, in seconds. `policy` orders the queue. The
-    device proposes up to `drafts` tokens a row.
+    device proposes up to `drafts` tokens a row. With `chunks` it is a pipeline, whose stages need a lane of rows each.
     Nothing but `admit` refuses.
     """
 
@@ -65,7 +66,9 @@ class Scheduler:
         max_waiting: int,
         drafts: int = 0,
         fronts: int = 1,
+        chunks: ChunkRule | None = None,
     ) -> None:
+        assert chunks is None or not drafts, "stages of a pipeline do not know where rows of drafts begin"
         self.page_size = page_size
         self.slots = slots
         self.max_model_len = max_model_len
@@ -74,6 +77,7 @@ class Scheduler:
         self.prefix_cache = prefix_cache
         self.drafts = drafts
         self.fronts = fronts  # that requests come from
+        self.chunks = chunks
         self._now = 0.0  # when the plan at hand is made
         self._steps = 0
         self._prompt_tokens = 0  # of requests that came to run, as are the cached ones among them
@@ -91,7 +95,8 @@ class Scheduler:
         self._tree = RadixTree(self.page_size)
         # All that run, by how far the plans have got:
         self._prefilling: dict[str, Request] = {}  # not to the end of the prompt
-        self._decoding = GroupedRows(self.drafts, self.fronts) if self.fronts > 1 else DecodeRows(self.drafts)
+        self._lanes = Lanes.empty(1 if self.chunks is None else self.chunks.stages, self.drafts, self.fronts)
+        self._decoding = self._lanes.rows[0]  # those of the lane whose turn it is
         self._ending: dict[str, Request] = {}  # to the end: the last token is in flight, or the vector
         self._stop_ids: Counter[int] = Counter()  # of all that run
         self._free_slots = list(range(self.slots - 1, -1, -1))
@@ -118,7 +123,7 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Requests that have a slot."""
-        return len(self._decoding) + len(self._prefilling) + len(self._ending)
+        return len(self._lanes) + len(self._prefilling) + len(self._ending)
 
     # ── requests come and go ─────────────────────────────────────────────────────────────────
 
@@ -182,7 +187,20 @@ class Scheduler:
     def plan(self, now: float = 0.0) -> StepPlan | None:
         """The next step; None if there is nothing to compute before a result or a request comes."""
         self._now = now
-        step = StepColumns(self.max_step_tokens, self._departures)
+        if self.chunks is None:
+            return self._plan_step(StepColumns(self.max_step_tokens, self._departures))
+        self._lanes.even_out()
+        work = self.chunks.budget(chain(self._prefilling.values(), self._queue))
+        for lane in self._lanes.turns():
+            step = StepColumns(self.max_step_tokens, self._departures)
+            step.lane, step.work, self._decoding = lane, work, self._lanes.rows[lane]
+            if (plan := self._plan_step(step)) is not None:
+                self._lanes.last = lane
+                return plan
+        return None
+
+    def _plan_step(self, step: StepColumns) -> StepPlan | None:
+        """`step`, of the lane whose turn it is."""
         if self._decoding.requests:
             self._grow(step)
             for request in self._decoding.plan(step):  # they fit: nobody joins them but with budget to spare
@@ -225,6 +243,8 @@ class Scheduler:
         """Compute as much of `request` as the budget allows; at its end, draw a token. Its tokens are all known."""
         start, length = request.computed, len(request.ids)
         end = min(length, start + step.budget)
+        if self.chunks is not None:
+            end = self.chunks.cut(step, start, end, self.page_size)
         step.add_chunk(request, start, end - start, last=end == length)
         request.computed = end
         step.set_pages(request, self._share(request, end))
@@ -234,24 +254,14 @@ class Scheduler:
         if length + 1 == request.limit:
             self._ending[request.rid] = request
         else:
-            self._decoding.join(request, len(request.pages) * self.page_size)
+            self._lanes.join(request, len(request.pages) * self.page_size, step.lane)
 
     def _plan_admissions(self, step: StepColumns) -> None:
         for request in self._queue.ordered():
             if not step.budget or not self._free_slots or not self._place(request, step.budget):
                 return
             self._queue.remove(request)
-            scored = min(request.scored, request.prompt_len)
-            admit = SlotAdmit(
-                slot=request.slot,
-                ids=request.ids.tobytes(),
-                sampling=request.sampling,
-                prompt_len=request.prompt_len,
-                scored=scored,
-                bound=request.bound,
-                limit=request.limit,
-            )
-            step.admits += (admit,)
+            step.admits += (request.slot_admit(),)
             if request.pools:
                 self._plan_whole(step, request)
                 continue
@@ -282,7 +292,7 @@ class Scheduler:
         """Give a waiting request pages for all its tokens, if as many are left as running rows: each of those
         soon needs its next page, and none should be retracted for a newcomer."""
         if self._uses_cache(request):
-            request.node, request.pages = self._tree.match(self._reusable(request), request.salt)
+            request.node, request.pages = self._tree.match(request.reusable(self.page_size), request.salt)
             self._tree.lock(request.node)  # before looking at what is available: these pages no longer are
         missing = pages_for(len(request.ids), self.page_size) - len(request.pages)
         if missing + self.running > self._available:
@@ -333,19 +343,16 @@ class Scheduler:
         if step.spans is None and len(tokens) == len(step.requests):
             reply.take_one_each(tokens, done.logprobs, self._stop_ids, whole=step.departures == self._departures)
         else:
-            for request in reply.take_several(array("i", done.counts), tokens, done.logprobs, self._decoding):
+            rows = self._lanes.rows[step.lane]
+            for request in reply.take_several(array("i", done.counts), tokens, done.logprobs, rows):
                 self._ending[request.rid] = request
         if step.pooled:
             reply.take_vectors(done.vectors)
         for request in reply.ended:
-            self._end(request)
+            del self._requests[request.rid]
+            self._release(request)
         self._generated_tokens += len(reply.tokens)
         return reply
-
-    def _end(self, request: Request) -> None:
-        """Its last word is said."""
-        del self._requests[request.rid]
-        self._release(request)
 
     # ── pages ────────────────────────────────────────────────────────────────────────────────
 
@@ -393,10 +400,7 @@ class Scheduler:
         """Whom to retract: lowest priority, then least computed; never the one that must make progress."""
         kept = min(self._running(), key=rank)
         others = (request for request in self._running() if request is not kept)
-        return min(others, key=lambda request: (request.priority, self._computed(request), -request.arrival))
-
-    def _computed(self, request: Request) -> int:
-        return request.computed if request.row < 0 else self._decoding.computed(request)
+        return min(others, key=lambda request: (request.priority, self._lanes.computed(request), -request.arrival))
 
     def _release(self, request: Request, end: int | None = None) -> None:
         """The one place where a running request gives back its pages, its locks and its slot. Pages of known
@@ -404,7 +408,7 @@ class Scheduler:
 
         Steps in flight may still read and write what is freed here: they run before any step that reuses it."""
         if request.row >= 0:
-            self._decoding.leave(request)
+            self._lanes.of(request).leave(request)
         known = min(request.computed, len(request.ids))
         self._share(request, known if end is None else min(known, end))
         self._pool.give(request.pages[request.shared :])
@@ -423,12 +427,7 @@ class Scheduler:
     # ── looking ──────────────────────────────────────────────────────────────────────────────
 
     def _running(self) -> Iterator[Request]:
-        return chain(self._decoding.requests, self._ending.values(), self._prefilling.values())
-
-    def _reusable(self, request: Request) -> bytes:
-        """The key of the pages that a cache hit may give: one token at least is computed, to sample from."""
-        whole = (len(request.ids) - 1) // self.page_size
-        return request.key(0, whole * self.page_size)
+        return chain(self._lanes.requests, self._ending.values(), self._prefilling.values())
 
     def _uses_cache(self, request: Request) -> bool:
         """Whether cached pages are of use to `request`: its prompt is computed whole while it is to be scored."""
@@ -437,27 +436,15 @@ class Scheduler:
     def _cached(self, request: Request) -> int:
         if not self._uses_cache(request):
             return 0
-        return self._tree.match_length(self._reusable(request), request.salt) * self.page_size
+        return self._tree.match_length(request.reusable(self.page_size), request.salt) * self.page_size
 
     def check_integrity(self) -> None:
         """Assert that pages, locks, slots and requests fit together. For tests, and when idle."""
         running = list(self._running())
-        self._tree.check_integrity()
-        self._pool.check_integrity(
-            [node.pages for node in self._tree.nodes()] + [request.pages[request.shared :] for request in running]
-        )
-        locks: Counter[Node] = Counter()
-        for request in running:
-            shared = [] if request.node is None else self._tree.path(request.node)
-            assert shared == request.pages[: request.shared], f"{request.rid} strays from the tree"
-            node = request.node
-            while node is not None and node.parent is not None:
-                locks[node] += 1
-                node = node.parent
-        assert all(node.locks == locks[node] for node in self._tree.nodes()), "a lock outlives its request"
+        check_pages(self._tree, self._pool, running)
         slots = [request.slot for request in running] + self._free_slots
         assert sorted(slots) == list(range(self.slots)), "slots are lost or taken twice"
         assert sorted(self._requests) == sorted(request.rid for request in chain(running, self._queue))
         assert all(request.computed < len(request.ids) for request in self._prefilling.values())
-        self._decoding.check_integrity(self.page_size, idle=not self._in_flight)
+        self._lanes.check_integrity(self.page_size, idle=not self._in_flight)
         assert self._stop_ids == sum((Counter(request.stop_ids) for request in running), Counter())

@@ -24,6 +24,8 @@ class StepColumns:
     ending: Sequence[int] = ()  # rows whose token is surely the last of their request
     pooled: tuple[Request, ...] = ()  # whose vectors the step yields
     scoring: Mapping[int, Request] = MappingProxyType({})  # by row: whose prompt's log-probabilities the step yields
+    lane = 0  # whose rows decode
+    work = 0.0  # that its prompts may still take, in a pipeline (chunks.py)
 
     def __init__(self, budget: int, departures: int) -> None:
         self.budget = budget  # tokens that may still be planned
@@ -76,5 +78,12 @@ class StepColumns:
         if self.pages:
             pages = array("i", chain.from_iterable((*place, page) for place, page in self.pages.items())).tobytes()
         return StepPlan(
-            step=number, slots=slots, starts=starts, lengths=lengths, yields=yields, admits=self.admits, pages=pages
+            step=number,
+            slots=slots,
+            starts=starts,
+            lengths=lengths,
+            yields=yields,
+            admits=self.admits,
+            pages=pages,
+            lane=self.lane,
         )

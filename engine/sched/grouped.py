@@ -20,9 +20,9 @@ class GroupedRows(DecodeRows):
         super().__init__(drafts)
         self._ends = [0] * fronts  # where the group of each front ends
 
-    def join(self, request: Request, room: int) -> None:
+    def join(self, request: Request, room: int, tokens: int = 0) -> None:
         """As DecodeRows.join; its lists are new, so rows change places in them."""
-        super().join(request, room)
+        super().join(request, room, tokens)
         ends = self._ends
         self._move(request, [ends[front - 1] for front in range(len(ends) - 1, request.front, -1)])
         for front in range(request.front, len(ends)):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from engine.cache.radix import Node
 from engine.messages.assets import Bound
 from engine.messages.request import Admit
-from engine.messages.step import Logprobs
+from engine.messages.step import Logprobs, SlotAdmit
 from engine.params.sampling import Sampling
 
 NEVER = 1 << 62
@@ -48,6 +48,7 @@ class Request:
 
     # Its place on the device, while it runs.
     slot: int = -1
+    lane: int = 0  # of a pipeline, while it decodes
     row: int = -1  # in rows.py, while it decodes; so are the next three
     room: int = 0  # tokens that `pages` hold
     span: int = 1  # tokens that it computes in a step at most: its last one and drafts
@@ -90,6 +91,22 @@ class Request:
             return self.ids[first:end].tobytes()
         known = self.keys[first:end]
         return (known + self.ids[first + len(known) : end]).tobytes()
+
+    def reusable(self, page_size: int) -> bytes:
+        """The key of the pages that a cache hit may give: one token at least is computed, to sample from."""
+        return self.key(0, (len(self.ids) - 1) // page_size * page_size)
+
+    def slot_admit(self) -> SlotAdmit:
+        """What the device is told of it when it gets its slot."""
+        return SlotAdmit(
+            slot=self.slot,
+            ids=self.ids.tobytes(),
+            sampling=self.sampling,
+            prompt_len=self.prompt_len,
+            scored=min(self.scored, self.prompt_len),
+            bound=self.bound,
+            limit=self.limit,
+        )
 
     def scores_in(self, start: int, end: int) -> bool:
         """Whether a chunk of these positions yields log-probabilities of the prompt that are not known yet."""

@@ -39,8 +39,9 @@ class DecodeRows:
     def __len__(self) -> int:
         return len(self.requests)
 
-    def join(self, request: Request, room: int) -> None:
-        """`request`, whose first token is in flight, decodes from the next step on; its pages hold `room` tokens."""
+    def join(self, request: Request, room: int, tokens: int = 0) -> None:
+        """`request`, whose first token is in flight, decodes from the next step on; its pages hold `room` tokens.
+        `tokens` says how many it has once all plans sent have run, where there is more in flight than its first."""
         request.row, request.ahead = len(self.requests), 0
         ruled = any(bound.kind == GRAMMAR for bound in request.bound)  # its mask is for one token after known ones
         request.span = 1 if ruled else 1 + self._drafts
@@ -49,7 +50,7 @@ class DecodeRows:
         self.ids = [*self.ids, request.ids]
         self._slots.append(request.slot)
         self._plain = None
-        self._offsets.append(len(request.ids) + 1 - self._clock)
+        self._offsets.append((tokens or len(request.ids) + 1) - self._clock)
         self._dues.append(0)
         self.grow(request, room)
 

@@ -18,6 +18,7 @@ from engine.layers.model import Model
 from engine.messages.step import SlotAdmit, StepPlan
 from engine.parallel.groups import Groups
 from engine.parallel.mesh import ALONE
+from engine.parallel.pipeline import Pipeline
 from engine.params.sampling import Sampling
 from engine.plugin.registry import Plugins
 from engine.plugin.terms import Terms
@@ -38,7 +39,7 @@ class ModelHarness:
     """A model with caches and tables, driven as the worker drives it; request i has slot i.
 
     Pages of the requests are scattered. `tensors` maps names in the checkpoint to weights. With `groups` it is one rank
-    of several, which all do the same.
+    of several, which all do the same; with a `pipeline` one of its stages, of which the last has the tokens.
     """
 
     page_size = 4
@@ -56,6 +57,7 @@ class ModelHarness:
         dtype: torch.dtype = torch.float32,
         max_model_len: int = 64,
         groups: Groups | None = None,
+        pipeline: Pipeline | None = None,
     ) -> None:
         build = Build(
             dtype=dtype,
@@ -75,7 +77,13 @@ class ModelHarness:
         scratch_page = self.each * self.slots
         caches = allocate(built.kv_spec(), scratch_page + 1, build.device)
         self.runner = Runner(
-            built, caches, build.device, slots=self.slots, max_model_len=max_model_len, page_size=self.page_size
+            built,
+            caches,
+            build.device,
+            slots=self.slots,
+            max_model_len=max_model_len,
+            page_size=self.page_size,
+            pipeline=pipeline,
         )
         self.runner.page_table[-1] = scratch_page
         self.order = np.random.default_rng(0).permutation(self.each * self.slots)

@@ -5,6 +5,8 @@ Here the counts are read, which waits for the steps launched before.
 """
 
 import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -21,12 +23,25 @@ def routers_of(model: Model) -> dict[str, Router]:
     return {path: layer for path, layer in model.named_modules() if isinstance(layer, Router)}
 
 
+def alone(own: object) -> list[Any]:
+    """What each stage gives, where there is one."""
+    return [own]
+
+
 @torch.inference_mode()
-def count_experts(model: Model, action: CountAction) -> ExpertCounts:
-    """Does `action`, and tells the counts. Raises RequestError for a model without experts."""
+def count_experts(model: Model, action: CountAction, gathered: Callable[[object], list[Any]] = alone) -> ExpertCounts:
+    """Does `action`, and tells the counts of all stages: `gathered` makes a list of what each stage gives. Raises
+    RequestError for a model without experts."""
     routers = routers_of(model)
-    if not routers:
+    stages = [each for each in gathered(_count(routers, action) if routers else None) if each is not None]
+    if not stages:
         raise RequestError(NONE)
+    layers = tuple(layer for _, own, _ in stages for layer in own)
+    return ExpertCounts(stages[0][0], layers, b"".join(counts for _, _, counts in stages))
+
+
+def _count(routers: Mapping[str, Router], action: CountAction) -> tuple[bool, tuple[int, ...], bytes]:
+    """Does `action`, and tells whether these count, their layers, and their counts, int64 [layers, experts]."""
     recorders = [router.recorder for router in routers.values()]
     if action == "start":
         for recorder in recorders:
@@ -36,7 +51,7 @@ def count_experts(model: Model, action: CountAction) -> ExpertCounts:
             recorder.on.fill_(action == "start")
     counts = torch.stack([recorder.counts for recorder in recorders]).cpu()
     counting = bool(recorders[0].on.item())
-    return ExpertCounts(counting, _layers(list(routers)), counts.numpy().astype("<i8").tobytes())
+    return counting, _layers(list(routers)), counts.numpy().astype("<i8").tobytes()
 
 
 def _layers(paths: list[str]) -> tuple[int, ...]:

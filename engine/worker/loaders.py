@@ -15,3 +15,13 @@ class Loader(Protocol):
 
     def drop(self, number: int) -> None:
         """Forget a thing. Rows in flight may still use it."""
+
+
+class LoadedElsewhere:
+    """Of a rank that has no use for things of a kind: another stage of the pipeline has."""
+
+    def load(self, message: Load, tell: Callable[[Loaded], None]) -> None:
+        tell(Loaded(message.kind, message.number))
+
+    def drop(self, number: int) -> None:
+        """There is nothing to forget."""

@@ -10,7 +10,7 @@ from collections import deque
 from engine.messages import ToWorker
 from engine.messages.assets import Drop, Load
 from engine.messages.control import Ask, Ping, Pong
-from engine.messages.step import StepPlan
+from engine.messages.step import STEPS_IN_FLIGHT, StepPlan
 from engine.runtime.channel import BlockingFrames
 from engine.worker.profiling import StepProfiler
 from engine.worker.questions import Questions
@@ -45,6 +45,8 @@ class Loop:
                 self._finish_first()
             elif self._frames.waiting(GLANCE):
                 break
+        if self._runner.stage is not None and not self._in_flight:
+            self._runner.stage.listen()
         return self._frames.receive()
 
     def handle(self, message: ToWorker) -> None:
@@ -53,6 +55,8 @@ class Loop:
             case StepPlan():
                 # Where rows follow a grammar, the results before are sent while the model runs: what makes their masks
                 # is what others need to plan on.
+                if len(self._in_flight) == STEPS_IN_FLIGHT:  # in a pipeline: others may be on other stages
+                    self._finish_first()
                 with self._profiler.launching(message):
                     self._in_flight.append(runner.launch(message, self._catch_up))
             case Load():

@@ -14,7 +14,7 @@ import msgspec
 from engine.errors import RequestError
 from engine.messages.control import Answer, Ask
 from engine.messages.questions import CountExperts, Echo, Profile, Question
-from engine.worker.experts import count_experts
+from engine.worker.experts import alone, count_experts
 from engine.worker.profiling import StepProfiler
 from engine.worker.runner import Runner
 
@@ -23,9 +23,10 @@ class Questions:
     """Answers each Ask from its table; `in_flight` says how many steps are launched and not finished."""
 
     def __init__(self, runner: Runner, profiler: StepProfiler, in_flight: Callable[[], int]) -> None:
+        gathered = alone if runner.stage is None else runner.stage.pipeline.gathered
         self._table: Mapping[type[Question[Any]], Callable[[Any], Any]] = {
             Profile: lambda asked: profiler.answer(asked, in_flight()),
-            CountExperts: lambda asked: count_experts(runner.model, asked.action),
+            CountExperts: lambda asked: count_experts(runner.model, asked.action, gathered),
             Echo: lambda asked: asked.value,
         }
         self._decoder = msgspec.msgpack.Decoder(reduce(or_, self._table))

@@ -24,9 +24,10 @@ from engine.layers.batch import Batch, upload
 from engine.layers.model import Model
 from engine.messages.grammars import GRAMMAR
 from engine.messages.step import NOTHING, VECTOR, SlotAdmit, StepDone, StepPlan
+from engine.parallel.pipeline import Pipeline
 from engine.params.sampling import Sampling
 from engine.worker.experts import routers_of
-from engine.worker.loaders import Loader
+from engine.worker.loaders import LoadedElsewhere, Loader
 from engine.worker.memory import Caches, States
 from engine.worker.sampling.adjustments import Adjustments
 from engine.worker.sampling.grammars import Grammars, Guided
@@ -39,6 +40,7 @@ from engine.worker.steps.prefixes import LEAST_ROWS, SharedPrefixes
 from engine.worker.steps.recorded import RecordedSteps
 from engine.worker.steps.results import Block, Forward, Head, Result, Step
 from engine.worker.steps.rows import Rows
+from engine.worker.steps.stage import Stage
 from engine.worker.steps.warmup import PLAIN
 
 SHORT_PROMPT = 1024  # tokens, up to which those of several requests are sent to the device together
@@ -61,11 +63,11 @@ class Runner:
         max_model_len: int,
         page_size: int,
         grammars: Grammars | None = None,
-        agree: Callable[[Tensor], object] | None = None,
+        pipeline: Pipeline | None = None,
         check: Callable[[], object] = _nothing,
     ) -> None:
-        """`agree` makes tokens [D] int64, in place, those of rank 0, where there are several ranks. `check` raises
-        where a step that is over has gone wrong on the device."""
+        """Where the model is a stage of a `pipeline`, tokens are drawn on its last stage. `check` raises where a step
+        that is over has gone wrong on the device."""
         self.model = model
         self.caches = caches
         self.device = device
@@ -82,17 +84,20 @@ class Runner:
         self.sampler = Sampler(self.tokens, self.lengths, self._logits, model.vocabulary)
         self.adjustments = Adjustments(slots, model.vocab_size, device, self._logits)
         self.grammars = grammars
-        self.agree = agree
         self._check = check
-        self.loaders: dict[str, Loader] = {} if grammars is None else {GRAMMAR: grammars}  # by kind of need
+        self.stage = None if pipeline is None else Stage(pipeline, model, self.tokens, self.lengths)
+        self.draws = self.stage is None or self.stage.last
+        loader = grammars if self.draws else LoadedElsewhere()
+        self.loaders: dict[str, Loader] = {} if loader is None else {GRAMMAR: loader}  # by kind of need
         self.unscored = np.zeros((slots, 2), np.int64)  # prompt positions to be scored: from, to
         self._no_tokens = torch.empty(0, dtype=torch.int64, device=device)
         self._ahead_of: torch.cuda.Event | None = None  # the end of the last step, while it is not known to be over
-        draw = self._draw_plain if self.sampler.captures else None
+        draw = self._draw_plain if self.sampler.captures and self.draws else None
         real = bool(routers_of(model))
         masks = grammars is not None
         states = self.states.layers
-        tables = Tables(model, caches, self.tokens, self.page_table, page_size, real, draw, masks, states)
+        enters = pipeline is not None and not pipeline.first
+        tables = Tables(model, caches, self.tokens, self.page_table, page_size, real, draw, masks, states, enters)
         self.decode_graphs = DecodeGraphs(tables) if device.type != "cpu" else RecordedSteps(tables)
         self.shared_graphs = DecodeGraphs(tables, shared=True)
         self.prompt_graphs = prompt_graphs(tables)
@@ -131,7 +136,10 @@ class Runner:
         rows = self.gather(plan)
         if not len(rows):
             return Result(self._no_tokens)
-        forward = self.forward(rows)
+        forward = self.forward(rows, None if self.stage is None else self.stage.enter(rows))
+        if self.stage is not None and not self.stage.last:
+            self.stage.leave(rows, forward.hidden, lent=forward.batch is None)
+            return Result(self._no_tokens)
         if self.model.yields == VECTOR:
             assert forward.batch is not None
             return Result(self._no_tokens, vectors=self.model.pool(forward.hidden, forward.batch))
@@ -148,7 +156,10 @@ class Runner:
     def apply(self, plan: StepPlan) -> None:
         """Brings the tables up to date: admits, then pages."""
         self.sampler.admit(plan.admits)
-        self.adjustments.admit(plan.admits)
+        if self.stage is not None:
+            self.stage.admit(plan.admits)
+        if self.draws:
+            self.adjustments.admit(plan.admits)
         self._begin(plan.admits)
         for admit in plan.admits:
             if self.grammars is not None:
@@ -200,30 +211,30 @@ class Runner:
 
     # ── forward ──────────────────────────────────────────────────────────────────────────────
 
-    def forward(self, rows: Rows) -> Forward:
-        """The hidden states of the step of `rows`, of which there is one at least."""
+    def forward(self, rows: Rows, entering: Tensor | None = None) -> Forward:
+        """The hidden states of the step of `rows`, one or more; `entering` are from the stage before."""
         if self.decode_graphs.fits(rows):
             steps = self.decode_graphs
             prefixes = self.prefixes.find(rows.slots, rows.starts) if self.prefixes is not None else ()
             if prefixes:
                 steps = self.shared_graphs
-            hidden, on_device = steps.replay(rows, prefixes)
+            hidden, on_device = steps.replay(rows, prefixes, entering)
             return Forward(hidden, np.arange(len(rows) + 1), steps=steps, on_device=on_device)
         drafts = rows.drafts.any()
         for graphs in self.prompt_graphs:
             if not drafts and graphs.fits(rows):
-                return Forward(*graphs.replay(rows))
-        hidden, batch = self.compute(rows)
+                return Forward(*graphs.replay(rows, entering))
+        hidden, batch = self.compute(rows, entering)
         return Forward(hidden, batch.offsets, batch)
 
-    def compute(self, rows: Rows) -> tuple[Tensor, Batch]:
+    def compute(self, rows: Rows, entering: Tensor | None = None) -> tuple[Tensor, Batch]:
         """Runs the model as it is: hidden states [T, H] of the tokens of `rows`, and the batch they came from."""
         guessed = self.device.type != "cpu" and rows.drafts.any()
         starts = real_starts(rows, self.lengths, self.limits) if guessed else None
         states = self.states.layers
         batch = build_batch(rows, self.tokens, self.page_table, self.page_size, self.caches, starts, states)
         batch = dataclasses.replace(batch, plans=self.model.prepare(batch))
-        return self.model(batch), batch
+        return self.model(batch, entering), batch
 
     # ── head ─────────────────────────────────────────────────────────────────────────────────
 
@@ -330,9 +341,8 @@ class Runner:
         """Makes the tables of this rank say what was drawn: `choose` has written a token after each draw, and counted
         it. Of rows of drafts, what holds stays."""
         slots, lasts = head.on_device
-        if self.agree is not None:
-            self.agree(tokens)
-            self.tokens[slots, lasts + 1] = tokens.to(torch.int32)
+        if self.stage is not None:
+            self.stage.tell(tokens)
         if head.known is None or head.drafted is None:
             return None
         kept = held(head.draws, tokens, head.drafted, lasts + 1, head.known)
@@ -430,6 +440,8 @@ class Runner:
         )
         slots = np.arange(count, dtype="<i4").tobytes()
         self.finish(self.launch(StepPlan(0, slots, starts, lengths, yields, admits, pages)))
+        if self.stage is not None:
+            self.stage.settle()
 
 
 def _to_pinned(tensor: Tensor) -> Tensor:

@@ -17,9 +17,10 @@ from engine.kernels import choose
 from engine.layers.build import Build
 from engine.layers.model import Model
 from engine.messages.control import Boot, WorkerReady
-from engine.messages.step import VECTOR
+from engine.messages.step import VECTOR, steps_in_flight
 from engine.parallel.groups import Groups, join
 from engine.parallel.mesh import ALONE, Mesh
+from engine.parallel.pipeline import Pipeline, join_stages
 from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins, resolve
 from engine.plugin.specs import Checkpoint
@@ -34,6 +35,7 @@ from engine.worker.sampling.grammars import begin_grammars
 from engine.worker.steps.graphs import most_prompt_tokens
 from engine.worker.steps.warmup import FILTERED, PENALIZED, PLAIN, everything
 from engine.worker.weights import Tensors, checked_tensors, fill_at_random, load_weights, weight_bytes
+from engine.worker.work import attention_work
 
 logger = logging.getLogger("engine.worker")
 
@@ -83,6 +85,7 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
     if boot.world > 1:
         with _timed(phases, "ranks"):
             groups = meet(boot, device)
+    pipeline = join_stages(groups)
     sizes = choose_sizes(config, device)
     if boot.world > 1 and device.type == "cuda":
         with _timed(phases, "peers"):
@@ -91,7 +94,7 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
         build = make_build(config, source, device, groups)
         model = make_model(source.plugins, source.terms, build)
         beginning = None
-        if model.yields != VECTOR:
+        if model.yields != VECTOR and (pipeline is None or pipeline.last):
             beginning = begin_grammars(config, source.plugins, source.checkpoint, model.vocab_size)
         fill(model, config, source.tensors)
     logger.info("%.0f MiB of weights in %s on %s", weight_bytes(model) / 2**20, build.dtype, device)
@@ -100,7 +103,7 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
     activations = 0
     if device.type == "cuda":
         with _timed(phases, "largest step"):
-            activations = peak_bytes(model, device, sizes.slots, build.max_model_len, sizes.step_tokens)
+            activations = peak_bytes(model, device, sizes.slots, build.max_model_len, sizes.step_tokens, pipeline)
     spec = model.kv_spec()
     with _timed(phases, "kv cache"):
         needs = {"most_tokens": sizes.slots * build.max_model_len, "activation_bytes": activations, "ranks": boot.world}
@@ -114,6 +117,7 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
             max_model_len=choose_max_model_len(config.model.max_model_len, source.limit, cache_tokens),
             page_size=spec.page_size,
             grammars=grammars,
+            pipeline=pipeline,
             check=groups.check,
         )
     if spec.states:
@@ -140,7 +144,7 @@ def open_source(config: Config, device: torch.device) -> Source:
 
 def meet(boot: Boot, device: torch.device) -> Groups:
     """Joins the other ranks."""
-    mesh = Mesh(boot.rank, tp=boot.config.parallel.tp)
+    mesh = Mesh(boot.rank, tp=boot.config.parallel.tp, pp=boot.config.parallel.pp)
     logger.info("rank %d of %d, with %s", boot.rank, boot.world, counted(torch.get_num_threads(), "thread"))
     return join(mesh, boot.rendezvous, device)
 
@@ -213,6 +217,7 @@ def readiness(runner: Runner, sizes: Sizes, *, pages: int, attention: str, phase
         phases=phases,
         embedding_size=model.embedding_size,
         recurrent=bool(spec.states),
+        attention_work=attention_work(model),
     )
 
 
@@ -227,7 +232,14 @@ def make_model(plugins: Plugins, terms: Terms, build: Build) -> Model:
     return model
 
 
-def peak_bytes(model: Model, device: torch.device, slots: int, max_model_len: int, step_tokens: int) -> int:
+def peak_bytes(
+    model: Model,
+    device: torch.device,
+    slots: int,
+    max_model_len: int,
+    step_tokens: int,
+    pipeline: Pipeline | None = None,
+) -> int:
     """Bytes of activations in the largest step: `step_tokens` of prompts in as many rows as there can be, each of which
     asks for all that can be asked of its logits.
 
@@ -242,7 +254,15 @@ def peak_bytes(model: Model, device: torch.device, slots: int, max_model_len: in
     torch.cuda.reset_peak_memory_stats(device)
     pages = -(-(min(step_tokens, max_model_len) + 1) // spec.page_size)
     caches = allocate(spec, pages, device)
-    runner = Runner(model, caches, device, slots=slots, max_model_len=max_model_len, page_size=spec.page_size)
+    runner = Runner(
+        model,
+        caches,
+        device,
+        slots=slots,
+        max_model_len=max_model_len,
+        page_size=spec.page_size,
+        pipeline=pipeline,
+    )
     runner.warm_up(step_tokens, slots, PLAIN if model.yields == VECTOR else everything(model.vocab_size))
     runner.warm_up(step_tokens, 1, FILTERED)
     for sampling in (PENALIZED, PLAIN):
@@ -252,6 +272,8 @@ def peak_bytes(model: Model, device: torch.device, slots: int, max_model_len: in
         runner.warm_up(tokens, min(slots, tokens // SMALL_STEP), PLAIN)
         tokens //= 2
     peak = torch.cuda.max_memory_allocated(device) - before
+    if pipeline is not None:  # hidden states on their way, of as many steps as may be in flight
+        peak += steps_in_flight(pipeline.group.size) * step_tokens * model.width * model.dtype.itemsize
     return peak - pages * spec.page_bytes - state_bytes(spec, slots)
 
 
@@ -273,7 +295,10 @@ def choose_device(options: ProcessOptions, *, rank: int = 0, ranks: int = 1) -> 
     if not present or options.device == "cpu":
         return torch.device("cpu")
     if (seen := torch.cuda.device_count()) < ranks:
-        raise ConfigError(f"--tp {ranks} needs {ranks} GPUs, and torch sees {seen}; say at most --tp {seen}")
+        raise ConfigError(
+            f"--tp times --pp is {ranks} and needs as many GPUs, and torch sees {seen}; say --tp and --pp of at most "
+            f"{seen} together"
+        )
     device = torch.device("cuda", rank)
     if rank:
         torch.cuda.set_device(device)

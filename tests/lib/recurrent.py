@@ -89,7 +89,7 @@ class ToyRecurrent(Model):
             config.integer(f"{name}") for name in ("hidden_size", "inner_size", "num_attention_heads")
         )
         kinds = config["layer_types"]
-        self.vocab_size = config.integer("vocab_size")
+        self.vocab_size, self.width = config.integer("vocab_size"), size
         self.held = build.stage(len(kinds))
         held = [kinds[layer] for layer in self.held]
         attends, recurs = held.count("attention"), held.count("recurrent")

@@ -70,6 +70,13 @@ class Tables:
     draw: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
     masks: bool = False
     states: Mapping[str, tuple[Tensor, ...]] = field(default_factory=lambda: NO_STATES)
+    enters: bool = False  # whether hidden states come from the stage before
+
+    def entering(self, size: int) -> Tensor | None:
+        """Where the hidden states of a step of `size` tokens will come in, [size, H]; None where it embeds them."""
+        if not self.enters:
+            return None
+        return torch.zeros(size, self.model.width, dtype=self.model.dtype, device=self.tokens.device)
 
     @property
     def scratch(self) -> int:
@@ -120,7 +127,14 @@ class Captured:
     numbers: Mirror
     plans: tuple[Any, ...]
     hidden: Tensor  # [T, H]
+    entering: Tensor | None  # [T, H]: what it reads that the stage before has passed on
     drawings: tuple[Drawing, ...] = ()
+
+    def enter(self, hidden: Tensor | None) -> None:
+        """The next replay is of these hidden states, of some or all of its tokens."""
+        if self.entering is not None:
+            assert hidden is not None
+            self.entering[: len(hidden)].copy_(hidden)
 
 
 class StepGraphs(ABC):
@@ -176,13 +190,14 @@ class DecodeGraphs(StepGraphs):
         if not self._tables.captures(plans):
             return None
         self._refill(plans, host[:size], host[size:], ())
-        graph, hidden = captured(lambda: self._tables.model(self._batch(numbers.device, plans)), pool)
+        entering = self._tables.entering(size)
+        graph, hidden = captured(lambda: self._tables.model(self._batch(numbers.device, plans), entering), pool)
         drawings = []
         if (draw := self._tables.draw) is not None:
             for lines in (None, *([Mirror(size, numbers.device.device)] if self._tables.masks else [])):
                 run = partial(draw, hidden, numbers.device.view(2, -1), None if lines is None else lines.device)
                 drawings.append(Drawing(*captured(run, pool), lines))
-        return Captured(graph, numbers, plans, hidden, tuple(drawings))
+        return Captured(graph, numbers, plans, hidden, entering, tuple(drawings))
 
     def _batch(self, numbers: Tensor, plans: tuple[Any, ...]) -> Batch:
         slots, positions = numbers.view(2, -1).unbind(0)
@@ -202,9 +217,11 @@ class DecodeGraphs(StepGraphs):
             else:
                 backend.refill(plan, slots, starts)
 
-    def replay(self, rows: Rows, prefixes: Sequence[Prefix] = ()) -> tuple[Tensor, Tensor]:
+    def replay(
+        self, rows: Rows, prefixes: Sequence[Prefix] = (), entering: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Runs the step: hidden states [R, H], and the device's copy of slots and positions [2, R]; good until the next
-        replay. `prefixes` are what rows share."""
+        replay. `prefixes` are what rows share, `entering` the hidden states that the stage before has passed on."""
         count = len(rows)
         chosen = self._graphs[self._sizes[bisect.bisect_left(self._sizes, count)]]
         numbers = chosen.numbers.host().reshape(2, -1)
@@ -212,6 +229,7 @@ class DecodeGraphs(StepGraphs):
         numbers[:, :count] = rows.slots, rows.starts
         chosen.numbers.send()
         self._refill(chosen.plans, numbers[0], numbers[1], prefixes)
+        chosen.enter(entering)
         chosen.graph.replay()
         self._last = chosen
         return chosen.hidden[:count], chosen.numbers.device.view(2, -1)[:, :count]
@@ -259,8 +277,9 @@ class PromptGraphs(StepGraphs):
             return None
         for backend, plan in zip(backends, plans, strict=True):
             backend.refill_prompts(plan, NOTHING, NOTHING, np.zeros(1, np.int64))
-        graph, hidden = captured(lambda: self._tables.model(self._batch(numbers.device, plans)), pool)
-        return Captured(graph, numbers, plans, hidden)
+        entering = self._tables.entering(size)
+        graph, hidden = captured(lambda: self._tables.model(self._batch(numbers.device, plans), entering), pool)
+        return Captured(graph, numbers, plans, hidden, entering)
 
     def _batch(self, numbers: Tensor, plans: tuple[Any, ...]) -> Batch:
         rows = self._rows
@@ -287,8 +306,9 @@ class PromptGraphs(StepGraphs):
         """Whether the step of `rows`, none of them of drafts, is one of these."""
         return len(rows) < self._rows and int(rows.lengths.sum()) <= self.most
 
-    def replay(self, rows: Rows) -> tuple[Tensor, np.ndarray]:
-        """Runs the step: hidden states [T, H] of the rows' tokens, good until the next replay, and offsets [R + 1]."""
+    def replay(self, rows: Rows, entering: Tensor | None = None) -> tuple[Tensor, np.ndarray]:
+        """Runs the step: hidden states [T, H] of the rows' tokens, good until the next replay, and offsets [R + 1].
+        `entering` are the hidden states that the stage before has passed on."""
         total = int(rows.lengths.sum())
         size = self._sizes[bisect.bisect_left(self._sizes, total)]
         chosen = self._graphs[size]
@@ -296,6 +316,7 @@ class PromptGraphs(StepGraphs):
         chosen.numbers.send()
         for backend, plan in zip(self._tables.model.backends, chosen.plans, strict=True):
             backend.refill_prompts(plan, rows.starts, rows.lengths, offsets)
+        chosen.enter(entering)
         chosen.graph.replay()
         return chosen.hidden[:total], offsets
 

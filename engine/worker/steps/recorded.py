@@ -38,32 +38,36 @@ class RecordedStep:
         self._static = self._batch()
         self._recording: Recording | None = None
         self._hidden = torch.empty(0)
+        self._entering = tables.entering(rows)
 
     def _batch(self, plans: tuple[object, ...] = ()) -> Batch:
         slots, positions = self.inputs.unbind(0)
         return self._tables.batch(slots, positions, slots, positions, self._offsets, plans)
 
-    def run(self, recording: Recording, rows: Rows) -> Tensor:
+    def run(self, recording: Recording, rows: Rows, entering: Tensor | None) -> Tensor:
         """The step of `rows` for the first time: hidden states [R, H]."""
-        self._fill(rows)
+        self._fill(rows, entering)
         self._static = self._batch(self.plans)
         with recording:
-            self._hidden = self._tables.model(self._static)
+            self._hidden = self._tables.model(self._static, self._entering)
         self._recording = recording
         return self._hidden
 
-    def replay(self, rows: Rows) -> Tensor | None:
+    def replay(self, rows: Rows, entering: Tensor | None) -> Tensor | None:
         """The same step of other `rows`; None where it has not run yet."""
         if self._recording is None:
             return None
-        self._fill(rows)
+        self._fill(rows, entering)
         now = self._batch()
         self._static.ids.copy_(now.ids)
         self._static.places.copy_(now.places)
         self._recording.replay()
         return self._hidden
 
-    def _fill(self, rows: Rows) -> None:
+    def _fill(self, rows: Rows, entering: Tensor | None) -> None:
+        if self._entering is not None:
+            assert entering is not None
+            self._entering.copy_(entering)
         self.inputs.numpy()[:] = rows.slots, rows.starts
         for backend, plan in zip(self._tables.model.backends, self.plans, strict=True):
             backend.refill(plan, rows.slots, rows.starts)
@@ -97,15 +101,17 @@ class RecordedSteps:
             self._steps[count] = step
         return True
 
-    def replay(self, rows: Rows, prefixes: Sequence[Prefix] = ()) -> tuple[Tensor, Tensor]:
-        """Runs the step: hidden states [R, H], and slots and positions [2, R]; good until the next replay. Nothing is
-        made of `prefixes`."""
+    def replay(
+        self, rows: Rows, prefixes: Sequence[Prefix] = (), entering: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Runs the step: hidden states [R, H], and slots and positions [2, R]; good until the next replay. `entering`
+        are the hidden states that the stage before has passed on. Nothing is made of `prefixes`."""
         step = self._steps[len(rows)]
-        hidden = step.replay(rows)
+        hidden = step.replay(rows, entering)
         if hidden is None:
             assert self._kernels is not None
             recording = Recording(self._kernels)
-            hidden = step.run(recording, rows)
+            hidden = step.run(recording, rows, entering)
             if recording.computed:
                 self._impossible(f"the model computes {', '.join(sorted(recording.computed))} in torch")
         return hidden, step.inputs

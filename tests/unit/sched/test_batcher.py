@@ -18,6 +18,7 @@ from engine.messages.reply import Tokens
 from engine.messages.request import Admit
 from engine.messages.step import TOKEN as TOKEN_ROW
 from engine.sched import Scheduler
+from engine.sched.chunks import ChunkRule
 from engine.testing.steps import rows_of
 from engine_plugins.policies.order import FirstComeFirstServed, LongestPrefixMatch
 
@@ -35,11 +36,12 @@ class Bench:
 
     def __init__(
         self, pages=64, page_size=4, slots=8, max_step_tokens=64, policy="fcfs", prefix_cache=True, depth=2,
-        burst=1, max_model_len=1000, max_waiting=1000,
+        burst=1, max_model_len=1000, max_waiting=1000, lanes=1, attention=0.0, fronts=1,
     ):  # fmt: skip
         self.scheduler = Scheduler(
             pages, page_size, slots, max_model_len, max_step_tokens, POLICIES[policy](), prefix_cache, max_waiting,
-            drafts=burst - 1,
+            drafts=burst - 1, fronts=fronts,
+            chunks=ChunkRule(max_step_tokens, lanes, attention, least=2) if lanes > 1 else None,
         )  # fmt: skip
         self.device = SimulatedDevice(pages, page_size, slots, max_step_tokens, burst)
         self.depth = depth
@@ -153,9 +155,12 @@ class AnythingHappens(RuleBasedStateMachine):
         prefix_cache=st.sampled_from([True, True, True, False]),
         depth=st.integers(1, 4),
         burst=st.sampled_from([1, 1, 2, 4]),
+        lanes=st.sampled_from([1, 1, 1, 2, 3, 4]),
+        attention=st.sampled_from([0.0, 0.5]),
     )
-    def start(self, **options):
-        self.bench = Bench(**options, max_model_len=24)
+    def start(self, burst, lanes, **options):
+        burst = burst if lanes == 1 else 1
+        self.bench = Bench(**options, burst=burst, lanes=lanes, max_model_len=24)
         self.capacity = options["pages"] * options["page_size"]
         self.next = 0
 

@@ -2,6 +2,11 @@
 
 import subprocess
 import sys
+from typing import Any
+
+from engine.actors.scheduler import SchedulerActor
+from engine.config import Config, ModelOptions, ParallelOptions
+from engine.messages.step import STEPS_IN_FLIGHT, steps_in_flight
 
 OTHER = """
 import engine.messages.step as step
@@ -23,3 +28,12 @@ def test_another_number_sizes_all_that_steps_take_turns_in() -> None:
     """And the scheduler sends no more plans than that, which with a Reset fit into the executor's mailbox."""
     done = subprocess.run([sys.executable, "-c", OTHER], capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["7", "7", "8", "6"], done.stderr
+
+
+def test_each_stage_of_a_pipeline_has_a_step_more() -> None:
+    nothing: list[Any] = [None] * 3
+    for stages in (1, 2, 5):
+        config = Config(model=ModelOptions(model="echo"), parallel=ParallelOptions(pp=stages))
+        actor = SchedulerActor(config, *nothing, {}, nothing[0])
+        assert actor.most_credits == steps_in_flight(stages) == STEPS_IN_FLIGHT + stages - 1
+        assert actor.credits == stages + 1
