@@ -134,6 +134,16 @@ class Pong(Message, frozen=True):
     """worker → executor: yes."""
 
 
+class Beat(Message, frozen=True):
+    """worker → executor, each second, where there are several: the last step begun, and the collective it is in, the
+    `number`-th of its life, for `seconds`; none is ""."""
+
+    step: int
+    collective: str
+    number: int
+    seconds: float
+
+
 class Fatal(Message, frozen=True):
     """`actor` cannot go on; `cause` is a sentence that clients may read, `details` a traceback for the log."""
 

@@ -11,6 +11,7 @@ from engine.messages import ToWorker
 from engine.messages.assets import Drop, Load
 from engine.messages.control import Ask, Ping, Pong
 from engine.messages.step import StepPlan
+from engine.parallel.progress import PROGRESS
 from engine.runtime.channel import BlockingFrames
 from engine.worker.profiling import StepProfiler
 from engine.worker.questions import Questions
@@ -51,6 +52,7 @@ class Loop:
         runner = self._runner
         match message:
             case StepPlan():
+                PROGRESS.step = message.step
                 # Where rows follow a grammar, the results before are sent while the model runs: what makes their masks
                 # is what others need to plan on.
                 with self._profiler.launching(message):

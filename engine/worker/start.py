@@ -73,8 +73,9 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
     All ranks of a group go through the same phases in the same order: on the way they run steps, in which ranks wait
     for each other. `agree` waits for all ranks too."""
     config, phases = boot.config, {"import": import_seconds}
-    device = choose_device(config.process, rank=boot.rank, ranks=boot.world)
-    torch.set_num_threads(config.process.threads or max(1, cores() // boot.world))
+    here = boot.world // config.parallel.nnodes  # ranks of this host
+    device = choose_device(config.process, rank=boot.rank % here, ranks=here)
+    torch.set_num_threads(config.process.threads or max(1, cores() // here))
     with _timed(phases, "checkpoint"):
         source = open_source(config, device)
     groups = Groups.apart(ALONE)
@@ -98,7 +99,7 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
             activations = peak_bytes(model, device, sizes.slots, build.max_model_len, sizes.step_tokens)
     spec = model.kv_spec()
     with _timed(phases, "kv cache"):
-        needs = {"most_tokens": sizes.slots * build.max_model_len, "activation_bytes": activations, "ranks": boot.world}
+        needs = {"most_tokens": sizes.slots * build.max_model_len, "activation_bytes": activations, "ranks": here}
         pages = agree(count_pages(spec, config.cache, device, weight_bytes(model), slots=sizes.slots, **needs))
         cache_tokens = pages * spec.page_size if pages else None
         runner = Runner(
@@ -250,7 +251,9 @@ def choose_device(options: ProcessOptions, *, rank: int = 0, ranks: int = 1) -> 
     if not present or options.device == "cpu":
         return torch.device("cpu")
     if (seen := torch.cuda.device_count()) < ranks:
-        raise ConfigError(f"--tp {ranks} needs {ranks} GPUs, and torch sees {seen}; say at most --tp {seen}")
+        raise ConfigError(
+            f"{ranks} ranks on this host need {ranks} GPUs, and torch sees {seen}; say at most --tp {seen} a host"
+        )
     device = torch.device("cuda", rank)
     if rank:
         torch.cuda.set_device(device)
