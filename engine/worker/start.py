@@ -74,7 +74,7 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
     for each other. `agree` waits for all ranks too."""
     config, phases = boot.config, {"import": import_seconds}
     here = boot.world // config.parallel.nnodes  # ranks of this host
-    device = choose_device(config.process, rank=boot.rank % here, ranks=here)
+    device = choose_device(config.process, rank=boot.rank % here, ranks=here, hosts=config.parallel.nnodes)
     torch.set_num_threads(config.process.threads or max(1, cores() // here))
     with _timed(phases, "checkpoint"):
         source = open_source(config, device)
@@ -240,8 +240,9 @@ def _timed(phases: dict[str, float], name: str) -> Iterator[None]:
     phases[name] = time.perf_counter() - began
 
 
-def choose_device(options: ProcessOptions, *, rank: int = 0, ranks: int = 1) -> torch.device:
-    """The device of a rank, as `options` say. ConfigError where torch sees no GPU, or fewer than there are ranks."""
+def choose_device(options: ProcessOptions, *, rank: int = 0, ranks: int = 1, hosts: int = 1) -> torch.device:
+    """The device of a rank, one of `ranks` on this of so many `hosts`, as `options` say. ConfigError where torch sees no
+    GPU, or fewer than there are ranks."""
     present = torch.cuda.is_available()
     if options.device == "cuda" and not present:
         raise ConfigError(
@@ -251,9 +252,12 @@ def choose_device(options: ProcessOptions, *, rank: int = 0, ranks: int = 1) -> 
     if not present or options.device == "cpu":
         return torch.device("cpu")
     if (seen := torch.cuda.device_count()) < ranks:
-        raise ConfigError(
-            f"{ranks} ranks on this host need {ranks} GPUs, and torch sees {seen}; say at most --tp {seen} a host"
-        )
+        if hosts > 1:
+            raise ConfigError(
+                f"--tp over {hosts} hosts needs {ranks} GPUs on each, and torch sees {seen} on this one; say at most "
+                f"--tp {seen * hosts}"
+            )
+        raise ConfigError(f"--tp {ranks} needs {ranks} GPUs, and torch sees {seen}; say at most --tp {seen}")
     device = torch.device("cuda", rank)
     if rank:
         torch.cuda.set_device(device)
