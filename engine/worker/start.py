@@ -241,8 +241,8 @@ def _timed(phases: dict[str, float], name: str) -> Iterator[None]:
 
 
 def choose_device(options: ProcessOptions, *, rank: int = 0, ranks: int = 1, hosts: int = 1) -> torch.device:
-    """The device of a rank, one of `ranks` on this of so many `hosts`, as `options` say. ConfigError where torch sees no
-    GPU, or fewer than there are ranks."""
+    """The device of a rank, one of `ranks` on this of so many `hosts`, as `options` say. ConfigError where torch sees
+    no GPU, or fewer than there are ranks."""
     present = torch.cuda.is_available()
     if options.device == "cuda" and not present:
         raise ConfigError(

@@ -2,8 +2,9 @@
 
 SCRIPT maps a rank to what it does differently: `pages` (that it has room for), `ready` (fields of its WorkerReady),
 `late` (seconds until it starts), and what happens once it is ready: `die_at`, `fail_at` and `hang_at` name the step of
-a StepPlan. It sends the Beats whose fields `beats` lists. With `refuses`, questions to it are answered with that cause. A step is answered with the tokens of
-FakeDevice. Each rank that is not the first writes what it allocates into a file `rank` in `folder`."""
+a StepPlan. It sends the Beats whose fields `beats` lists. With `refuses`, questions to it are answered with that cause.
+A step is answered with the tokens of FakeDevice. Each rank that is not the first writes what it allocates into a file
+`rank` in `folder`."""
 
 import json
 import os

@@ -201,7 +201,7 @@ async def test_a_silent_rank_is_named_until_it_speaks_again(rank: int, monkeypat
         assert sum(isinstance(message, StepDone) for message in messages) == 1
 
 
-async def test_ranks_that_wait_for_each_other_are_named_and_ended_if_that_lasts(
+async def test_ranks_that_wait_are_named_and_ended_if_that_lasts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(group_module, "PING_SECONDS", 0.05)
