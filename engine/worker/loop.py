@@ -57,6 +57,7 @@ class Loop:
                 # is what others need to plan on.
                 with self._profiler.launching(message):
                     self._in_flight.append(runner.launch(message, self._catch_up))
+                PROGRESS.device_at(self._in_flight[0].step)
             case Load():
                 runner.loaders[message.kind].load(message, self._frames.send)
             case Drop():
@@ -71,6 +72,7 @@ class Loop:
     def _finish_first(self) -> None:
         with self._profiler.finishing():
             done = self._runner.finish(self._in_flight.popleft())
+            PROGRESS.device_at(self._in_flight[0].step if self._in_flight else -1)
             if self._reports:
                 self._frames.send(done)
 

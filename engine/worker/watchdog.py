@@ -21,9 +21,15 @@ BEAT_SECONDS = 1.0
 
 def beat() -> Beat:
     """Where this rank is now."""
-    collective = PROGRESS.collective
-    seconds = time.monotonic() - PROGRESS.since if collective else 0.0
-    return Beat(PROGRESS.step, collective, PROGRESS.number, seconds)
+    now, collective, on_device = time.monotonic(), PROGRESS.collective, PROGRESS.on_device
+    return Beat(
+        PROGRESS.step,
+        collective,
+        PROGRESS.number,
+        now - PROGRESS.since if collective else 0.0,
+        on_device,
+        now - PROGRESS.device_since if on_device >= 0 else 0.0,
+    )
 
 
 def watch(frames: BlockingFrames[ToWorker], parent: int) -> None:

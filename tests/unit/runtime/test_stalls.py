@@ -13,6 +13,10 @@ def inside(number: int, seconds: float, step: int = 45, collective: str = "all_r
     return Beat(step, collective, number, seconds)
 
 
+def on_device(step: int, seconds: float) -> Beat:
+    return Beat(46, "", 130, 0.0, step, seconds)
+
+
 @pytest.mark.parametrize(
     ("beats", "ages", "told"),
     [
@@ -43,9 +47,22 @@ def inside(number: int, seconds: float, step: int = 45, collective: str = "all_r
             "no sign of life from rank 1 (node 1 at 10.0.0.2) for 8 s; rank 0 is in all_reduce 123 of step 45 for "
             "6 s and waits for rank 1 (node 1 at 10.0.0.2)",
         ),
+        (
+            {0: on_device(45, 9.0), 1: Beat(44, "", 122, 0.0)},
+            [0.0, 0.0],
+            "the device of rank 0 is at step 45 for 9 s and waits for rank 1 (node 1 at 10.0.0.2), which has begun "
+            "step 44",
+        ),
+        (
+            {0: on_device(45, 9.0), 1: on_device(45, 9.0)},
+            [0.0, 0.0],
+            "the device of rank 0 is at step 45 for 9 s, as are those of all others; the device of rank 1 (node 1 at "
+            "10.0.0.2) is at step 45 for 9 s, as are those of all others",
+        ),
+        ({0: on_device(45, 5.0), 1: on_device(45, 5.0)}, [0.0, 0.0], ""),
         ({0: IDLE}, [0.0, 100.0], ""),  # one that never said a word is not silent: it has no watchdog
     ],
-    ids=["idle", "short", "outside", "behind", "link", "silent", "without"],
+    ids=["idle", "short", "outside", "behind", "link", "silent", "device", "devices", "step", "without"],
 )
 def test_who_waits_for_whom(beats: dict[int, Beat], ages: list[float], told: str) -> None:
     assert stalled(beats, dict(enumerate(ages)), NAMES) == told
