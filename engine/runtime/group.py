@@ -222,7 +222,10 @@ class WorkerGroup:
         began, told = time.monotonic(), ""
         ping = bytes(pack(self._encoder, Ping()))
         while True:
+            due = time.monotonic() + PING_SECONDS
             await anyio.sleep(PING_SECONDS)
+            for rank in self._ranks:  # beats that came while this process was held up are still to be read
+                rank.beaten += time.monotonic() - due
             if not self.ready:
                 late = self._who_starts()
                 if late not in ("", told) and time.monotonic() - began > WAIT_SECONDS:

@@ -231,7 +231,9 @@ class Stay:
         """Say each second that we are there; end where host 0 has no word for long."""
         while (quiet := time.monotonic() - self._heard) < SILENT_SECONDS:
             await frames.send(Ping())
+            due = time.monotonic() + PING_SECONDS
             await anyio.sleep(PING_SECONDS)
+            self._heard += time.monotonic() - due  # while this process was held up, nobody read
         log.warning("no word from node 0 for %.0f s; it is down, or the link to it is cut", quiet)
         tasks.cancel_scope.cancel()
 

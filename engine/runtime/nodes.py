@@ -239,7 +239,7 @@ class Nodes:
                     kept = self._attach(first, frames, stream)
                 case Join():
                     await self._join(first, frames, address)
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError, ConnectionError, msgspec.DecodeError) as error:
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError, OSError, msgspec.DecodeError) as error:
             log.debug("a connection from %s has ended: %s", address, error)
         finally:
             if not kept:
@@ -309,10 +309,14 @@ class Nodes:
         node.leave("its connection has ended; its engine was ended, or killed")
 
     async def _watch(self) -> None:
-        """Ask nodes for a word each second; who has none for long is gone."""
+        """Ask nodes for a word each second; who has none for long is gone. While this process was held up itself,
+        nobody read what they said."""
         while True:
+            due = time.monotonic() + PING_SECONDS
             await anyio.sleep(PING_SECONDS)
+            late = time.monotonic() - due
             for node in list(self._joined.values()):
+                node.heard += late
                 node.tell.send_nowait(Ping())
                 if (quiet := time.monotonic() - node.heard) > SILENT_SECONDS:
                     node.leave(f"no word from it for {quiet:.0f} s; it is down, or the link to it is cut")

@@ -15,9 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
-import requests
 import torch
 from nodes import TOKEN_OF_TESTS, free_port
 from oracle import tiny_model
@@ -95,8 +96,15 @@ class Server:
     def ask(self, number: int) -> Any:
         """The reply to a prompt: its ids, or the error."""
         body = {"input_ids": PROMPTS[number], "sampling_params": sampling(LENGTH)}
-        reply = requests.post(self._url, json=body, timeout=SECONDS).json()
+        with self._post(body) as answer:
+            reply = json.load(answer)
         return reply.get("output_ids") or reply
+
+    def _post(self, body: dict[str, Any]) -> Any:
+        try:
+            return urlopen(Request(self._url, json.dumps(body).encode()), timeout=SECONDS)
+        except HTTPError as error:
+            return error
 
     def serves(self) -> None:
         """Until a reply comes: what waits is served once the group has been started again."""
@@ -109,8 +117,8 @@ class Server:
     def open_reply(self) -> Iterator[Iterator[str]]:
         """The lines of a long reply of which the first is there."""
         body = {"input_ids": PROMPTS[0], "sampling_params": sampling(3000), "stream": True}
-        with requests.post(self._url, json=body, stream=True, timeout=SECONDS) as reply:
-            lines = (line.decode() for line in reply.iter_lines() if line)
+        with self._post(body) as answer:
+            lines = (line.decode() for line in answer if line.strip())
             assert "error" not in (first := next(lines)), first
             yield lines
 

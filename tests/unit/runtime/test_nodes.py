@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -212,6 +213,20 @@ async def test_a_silent_host_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(node_module, "PING_SECONDS", 600.0)
         lost = await hosts.next(WorkerLost)
         assert lost.cause.startswith("rank 1 of 2 (node 1 at 127.0.0.1): its host is gone: no word from it for 1 s")
+
+
+async def test_nobody_is_gone_because_node_0_was_held_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (nodes_module, node_module):
+        monkeypatch.setattr(module, "SILENT_SECONDS", 1.0)
+        monkeypatch.setattr(module, "PING_SECONDS", 0.1)
+    async with open_hosts({}) as (hosts, tasks):
+        tasks.start_soon(hosts.node, 1)
+        await hosts.next(WorkerReady)
+        time.sleep(2.5)  # noqa: ASYNC251 - that is what it is about
+        await hosts.step(0)
+        assert (await hosts.next(StepDone)).step == 0
+        os.kill(hosts.processes[1][-1].pid, signal.SIGKILL)
+        assert "it was killed by SIGKILL" in (await hosts.next(WorkerLost)).cause
 
 
 @pytest.mark.parametrize(
