@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from engine.errors import ConfigError, did_you_mean
+from engine.options.launchers import said_by_launcher
 from engine.options.option import Option, options_of
 from engine.options.page import options_page
 
@@ -114,6 +115,39 @@ class ParallelOptions(Struct, frozen=True, kw_only=True):
         Positive,
         Meta(description="stages that the layers are divided into, which steps pass in turn; each has --tp devices"),
     ] = 1
+    nnodes: Annotated[
+        Positive, Meta(description="hosts that the devices are divided over evenly; each runs `engine serve`")
+    ] = 1
+    node_rank: Annotated[
+        int, Meta(ge=0, description="which of the hosts this is; 0 serves HTTP, and the others serve it")
+    ] = 0
+    rendezvous: Annotated[
+        Annotated[str, Meta(min_length=1)] | None,
+        Meta(description="host:port of host 0, where the others join it"),
+    ] = None
+    dist_interface: Annotated[
+        Annotated[str, Meta(min_length=1)] | None,
+        Meta(
+            description="network interface that hosts talk over, a name or an address: a private one; default: the one "
+            "that leads to --rendezvous"
+        ),
+    ] = None
+    token_file: Annotated[
+        Annotated[str, Meta(min_length=1)] | None,
+        Meta(description="file with the secret that hosts prove to each other; or ENGINE_TOKEN has it"),
+    ] = None
+    launcher: Annotated[
+        Literal["none", "torchrun", "slurm", "lws"],
+        Meta(
+            description="whose variables say --nnodes, --node-rank and --rendezvous where these are left out: "
+            "torchrun's, Slurm's, or a Kubernetes LeaderWorkerSet's"
+        ),
+    ] = "none"
+
+    @property
+    def node_ranks(self) -> int:
+        """How many workers a host has."""
+        return self.ranks // self.nnodes
 
     @property
     def ranks(self) -> int:
@@ -348,6 +382,8 @@ def resolve(
                 said[option.name] = option.read(environ[option.variable], option.variable)
             elif option.name in file:
                 said[option.name] = file[option.name]
+        if group == "parallel":
+            said = said_by_launcher(said.get("launcher", "none"), environ) | said
         values[group] = groups()[group](**said)
     return Config(**values)
 

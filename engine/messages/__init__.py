@@ -25,6 +25,7 @@ from engine.messages.control import (
     Agreed,
     Answer,
     Ask,
+    Beat,
     Boot,
     Fatal,
     Flush,
@@ -50,6 +51,7 @@ from engine.messages.fronts import (
     PeerAsk,
     Refused,
 )
+from engine.messages.nodes import Attach, Bye, EndRanks, Join, RankEnded, StartRanks, TurnedAway, Welcome
 from engine.messages.reply import Failed, Tokens
 from engine.messages.request import Abort, Admit, Job, Open, StopHit
 from engine.messages.step import StepDone, StepPlan
@@ -59,7 +61,7 @@ ToTextProcess = TextBoot | TextWork
 FromTextProcess = TextAnswer | Failed | Retired | Fatal
 ToTokenizer = Job | Abort | WorkerReady
 ToWorker = Boot | Preload | Agreed | StepPlan | Load | Drop | Ask | Ping
-FromWorker = Proposed | WorkerReady | StepDone | Loaded | Answer | Pong | Fatal
+FromWorker = Proposed | WorkerReady | StepDone | Loaded | Answer | Pong | Beat | Fatal
 FromFront = Admit | Abort | StopHit | Flush | Pause | Ask
 FromExecutor = StepDone | Loaded | Answer | WorkerReady | WorkerLost | WorkerSilent | Fatal
 ToScheduler = FromFront | FrontLost | FromExecutor | Made
@@ -70,3 +72,5 @@ ToFront = Tokens | Failed | Stats | Answer | WorkerReady | Fatal
 ToHttp = Stats | Answer | WorkerReady | Fatal
 ToFrontProcess = FrontBoot | ToFront | PeerAsk | PeerAnswers | Drain
 FromFrontProcess = FromFront | PeerAsk | PeerAnswer | Listening | Drained | Refused
+FromNode = Join | Attach | RankEnded | Ping  # node n → node 0
+ToNode = Welcome | TurnedAway | StartRanks | EndRanks | Bye | Ping

@@ -136,6 +136,19 @@ class Pong(Message, frozen=True):
     """worker → executor: yes."""
 
 
+class Beat(Message, frozen=True):
+    """worker → executor, each second, where there are several: the last step begun, and the collective it is in, the
+    `number`-th of its life, for `seconds`; none is "". Its device is at step `on_device` for `device_seconds`, or at
+    none, which is -1."""
+
+    step: int
+    collective: str
+    number: int
+    seconds: float
+    on_device: int = -1
+    device_seconds: float = 0.0
+
+
 class Fatal(Message, frozen=True):
     """`actor` cannot go on; `cause` is a sentence that clients may read, `details` a traceback for the log."""
 

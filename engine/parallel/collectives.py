@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from engine.kernels.dense.reference import Ops
+from engine.parallel.progress import PROGRESS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -78,7 +79,8 @@ def all_reduce(tensor: Tensor, group: Group) -> Tensor:
     if group.size > 1 and not (group.peers is not None and group.peers.sum(tensor)):
         import torch.distributed as distributed
 
-        distributed.all_reduce(tensor, group=group.joined())
+        with PROGRESS.inside("all_reduce"):
+            distributed.all_reduce(tensor, group=group.joined())
     return tensor
 
 
@@ -111,7 +113,8 @@ def all_gather(tensor: Tensor, group: Group, dim: int = 0) -> Tensor:
     stacked = tensor.new_empty(group.size, *tensor.shape)
     # torch 2.13 gives the same call another name, and warns of the first
     gather = getattr(distributed, "all_gather_single", distributed.all_gather_into_tensor)
-    gather(stacked.flatten(0, 1), tensor, group=group.joined())
+    with PROGRESS.inside("all_gather"):
+        gather(stacked.flatten(0, 1), tensor, group=group.joined())
     return stacked.flatten(0, 1) if dim == 0 else stacked.movedim(0, dim).flatten(dim, dim + 1)
 
 
@@ -123,7 +126,8 @@ def reduce_scatter(tensor: Tensor, group: Group) -> Tensor:
 
     assert tensor.shape[0] % group.size == 0, f"{tensor.shape[0]} rows do not divide over {group.size} ranks"
     out = tensor.new_empty(tensor.shape[0] // group.size, *tensor.shape[1:])
-    distributed.reduce_scatter_tensor(out, tensor.contiguous(), group=group.joined())
+    with PROGRESS.inside("reduce_scatter"):
+        distributed.reduce_scatter_tensor(out, tensor.contiguous(), group=group.joined())
     return out
 
 
@@ -132,5 +136,6 @@ def broadcast(tensor: Tensor, group: Group, source: int = 0) -> Tensor:
     if group.size > 1:
         import torch.distributed as distributed
 
-        distributed.broadcast(tensor, src=group.ranks[source], group=group.joined())
+        with PROGRESS.inside("broadcast"):
+            distributed.broadcast(tensor, src=group.ranks[source], group=group.joined())
     return tensor

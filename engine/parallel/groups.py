@@ -5,6 +5,7 @@ imported. Left out: watching that a collective ends.
 """
 
 import dataclasses
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +18,7 @@ from engine.parallel.collectives import Group, Peers
 from engine.parallel.mesh import AXES, Axis, Mesh
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, Store
 
 SECONDS = 600.0  # that a rank waits for the others: they load their weights meanwhile
 CPU = torch.device("cpu")
@@ -89,12 +90,9 @@ def join(mesh: Mesh, rendezvous: str, device: torch.device = CPU, seconds: float
 
     on_gpu = device.type == "cuda"
     try:
-        # A file is opened here, as torch reads a URL and would cut a path at "#" or "?".
-        path = rendezvous.removeprefix("file://") if rendezvous.startswith("file://") else None
         distributed.init_process_group(
             "nccl" if on_gpu else "gloo",
-            init_method=rendezvous if path is None else None,
-            store=None if path is None else distributed.FileStore(path, mesh.size),
+            store=_store(rendezvous, mesh, timedelta(seconds=seconds)),
             rank=mesh.rank,
             world_size=mesh.size,
             timeout=timedelta(seconds=seconds),
@@ -111,6 +109,27 @@ def join(mesh: Mesh, rendezvous: str, device: torch.device = CPU, seconds: float
                 assert group is not None
                 made[ranks] = group
     return Groups(mesh, {axis: _group(mesh, axis, made.get(mesh.group(axis))) for axis in AXES}, device)
+
+
+def _store(rendezvous: str, mesh: Mesh, timeout: timedelta) -> "Store":
+    """Opened here, as torch reads a URL: it would cut a path at "#" or "?", listen on all interfaces of a host, and
+    heed variables of who has started us."""
+    import torch.distributed as distributed
+
+    kind, _, where = rendezvous.partition("://")
+    if kind == "file":
+        return distributed.FileStore(where, mesh.size)
+    host, _, port = where.rpartition(":")
+    if mesh.rank:
+        return distributed.TCPStore(host, int(port), mesh.size, is_master=False, timeout=timeout)
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # who has chosen the port keeps it by such a socket
+    listening.bind((host, int(port)))
+    listening.listen()
+    return distributed.TCPStore(
+        host, int(port), mesh.size, is_master=True, timeout=timeout, master_listen_fd=listening.detach()
+    )
 
 
 def _group(mesh: Mesh, axis: Axis, process_group: "ProcessGroup | None") -> Group:

@@ -15,7 +15,8 @@ import select
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
 import anyio
@@ -111,6 +112,10 @@ class Frames(Generic[T]):
     async def aclose(self) -> None:
         await self._stream.aclose()
 
+    async def abort(self) -> None:
+        """Close at once: a peer that is out of reach takes nothing more."""
+        await anyio.aclose_forcefully(self._stream)
+
 
 class BlockingFrames(Generic[T]):
     """The same frames for a process that has no event loop: the device worker. Any thread may send."""
@@ -124,11 +129,12 @@ class BlockingFrames(Generic[T]):
         self._sending = threading.Lock()
 
     def send(self, message: Any) -> None:
-        with self._sending:
+        """Raises ConnectionError when the peer is gone, or out of reach."""
+        with self._sending, _as_connection_error():
             self._socket.sendall(pack(self._encoder, message))
 
     def receive(self) -> T | None:
-        """The next message; None once the peer has closed."""
+        """The next message; None once the peer has closed. Raises ConnectionError where it is out of reach."""
         header = self._exactly(HEADER)
         body = header and self._exactly(frame_length(header))
         return self._decoder.decode(body) if body else None
@@ -144,8 +150,20 @@ class BlockingFrames(Generic[T]):
         data = bytearray(count)
         view = memoryview(data)
         while view:
-            got = self._socket.recv_into(view)
+            with _as_connection_error():
+                got = self._socket.recv_into(view)
             if not got:
                 return None
             view = view[got:]
         return data
+
+
+@contextmanager
+def _as_connection_error() -> Iterator[None]:
+    """The system has several errors for a host that cannot be reached, such as TimeoutError."""
+    try:
+        yield
+    except ConnectionError:
+        raise
+    except OSError as error:
+        raise ConnectionError(str(error)) from error

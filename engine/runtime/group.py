@@ -7,7 +7,8 @@
 Ranks wait for each other inside of a step, so none is of use alone: when one ends, all are ended, for its cause. Two
 things are agreed on at the start. Each rank proposes how many pages its memory has room for, once its weights are in
 place, and allocates the fewest that any has proposed; and what the group says it can do is the least of its ranks.
-Left out: when a group is started again (actors/executor.py), and what a stalled collective waits for.
+What each last said of itself tells who keeps the others waiting (stalls.py).
+Left out: when a group is started again (actors/executor.py).
 """
 
 import logging
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import anyio
@@ -29,6 +30,7 @@ from engine.messages.assets import Loaded
 from engine.messages.control import (
     Agreed,
     Answer,
+    Beat,
     Boot,
     Fatal,
     Ping,
@@ -40,6 +42,7 @@ from engine.messages.control import (
 from engine.messages.step import StepDone, StepPlan
 from engine.runtime.channel import Frames, Outbox, pack
 from engine.runtime.process import Child
+from engine.runtime.stalls import SILENT_SECONDS, stalled
 
 log = logging.getLogger("engine.executor")
 
@@ -72,6 +75,8 @@ class Rank:
         self.number = number
         self.child = child
         self.heard = time.monotonic()
+        self.beat: Beat | None = None
+        self.beaten = self.heard
         self.busy = 0
         self.silent = False
         self.pinged = False  # and nothing heard since
@@ -92,6 +97,7 @@ class WorkerGroup:
         children: Sequence[Child[FromWorker]],
         scheduler: Outbox[FromExecutor],
         on_ready: Callable[[WorkerReady], None],
+        meeting: Callable[[], AbstractContextManager[str]] = meeting_place,
     ) -> None:
         self.ready = False
         self._config = config
@@ -99,10 +105,12 @@ class WorkerGroup:
         self._reporter = self._ranks[config.parallel.reporter]
         self._scheduler = scheduler
         self._on_ready = on_ready
+        self._meeting = meeting
         self._encoder = msgspec.msgpack.Encoder()
         self._answers: dict[tuple[type[Reply], int], dict[int, Reply]] = {}  # that not all ranks have given
         self._gone: list[Rank] = []  # in the order in which they ended
         self._cause = ""
+        self._stalled = 0.0  # since when, if anyone is
         self._ended = anyio.Event()
         self._all_ended = anyio.Event()
 
@@ -116,11 +124,11 @@ class WorkerGroup:
 
     async def live(self) -> str:
         """Boot the ranks and pass on what they say until one ends; why it did, for people."""
-        with meeting_place() as rendezvous:
+        with self._meeting() as rendezvous:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._watch)
                 for rank in self._ranks:
-                    boot = Boot(self._config, rank.number, len(self._ranks), rendezvous)
+                    boot = Boot(rank.child.config(self._config), rank.number, len(self._ranks), rendezvous)
                     tasks.start_soon(self._listen, rank, boot)
                 await self._ended.wait()
                 with anyio.move_on_after(GRACE_SECONDS):
@@ -133,6 +141,9 @@ class WorkerGroup:
     async def _listen(self, rank: Rank, boot: Boot) -> None:
         await _attempt(rank.child.frames, bytes(pack(self._encoder, boot)))
         async for message in rank.child.frames:
+            if isinstance(message, Beat):
+                rank.beat, rank.beaten = message, time.monotonic()
+                continue
             rank.heard, rank.pinged = time.monotonic(), False
             if rank.silent:
                 await self._speaks_again(rank)
@@ -211,13 +222,17 @@ class WorkerGroup:
         began, told = time.monotonic(), ""
         ping = bytes(pack(self._encoder, Ping()))
         while True:
+            due = time.monotonic() + PING_SECONDS
             await anyio.sleep(PING_SECONDS)
+            for rank in self._ranks:  # beats that came while this process was held up are still to be read
+                rank.beaten += time.monotonic() - due
             if not self.ready:
                 late = self._who_starts()
                 if late not in ("", told) and time.monotonic() - began > WAIT_SECONDS:
                     log.info("%s still to start; the others wait", late)
                     told = late
                 continue
+            await self._look_for_stalls()
             for rank in self._ranks:
                 if not rank.busy and not rank.pinged:
                     rank.pinged = True
@@ -226,6 +241,27 @@ class WorkerGroup:
                 if quiet > limit and not rank.silent:
                     rank.silent = True
                     await self._report_silence(quiet)
+
+    async def _look_for_stalls(self) -> None:
+        """Name who keeps the others waiting, and whom, once that is so and once it is over. Where it lasts for as long
+        as a worker may be silent, nothing is awaited any more: all are ended."""
+        now = time.monotonic()
+        beats = {rank.number: rank.beat for rank in self._ranks if rank.beat is not None}
+        ages = {rank.number: now - rank.beaten for rank in self._ranks}
+        names = [f"rank {rank.number}{rank.child.place}" for rank in self._ranks]
+        cause = stalled(beats, ages, names)
+        if cause and not self._stalled:
+            self._stalled = now
+            log.warning("ranks wait: %s", cause)
+            await self._scheduler.send(WorkerSilent(SILENT_SECONDS, cause))
+        elif self._stalled and not cause:
+            self._stalled = 0.0
+            log.info("all ranks go on")
+            if not any(rank.silent for rank in self._ranks):
+                await self._scheduler.send(WorkerSilent(0.0))
+        elif cause and now - self._stalled > self._config.process.stall_seconds:
+            self._cause = cause
+            self._ended.set()
 
     def _who_starts(self) -> str:
         """Whom the ranks wait for, where some wait for others."""
@@ -261,10 +297,10 @@ class WorkerGroup:
         return f"{self._named(first)}{cause}"
 
     def _named(self, rank: Rank) -> str:
-        return "" if len(self._ranks) == 1 else f"rank {rank.number} of {len(self._ranks)}: "
+        return "" if len(self._ranks) == 1 else f"rank {rank.number} of {len(self._ranks)}{rank.child.place}: "
 
     def _listed(self, ranks: Sequence[Rank]) -> str:
-        numbers = ", ".join(str(rank.number) for rank in ranks)
+        numbers = ", ".join(f"{rank.number}{rank.child.place}" for rank in ranks)
         return f"rank{'s' if len(ranks) > 1 else ''} {numbers} of {len(self._ranks)}"
 
 

@@ -75,23 +75,27 @@ def spawn(module: str, *inherited: int) -> tuple[socket.socket, "subprocess.Pope
     child notices a dead parent by the end of the stream, and we a dead child.
     """
     ours, theirs = socket.socketpair()
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, str(theirs.fileno())],
-            pass_fds=(theirs.fileno(), *inherited),
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    finally:
-        theirs.close()
-    return ours, process
+    with theirs:
+        return ours, spawn_on(module, theirs, *inherited)
+
+
+def spawn_on(module: str, sock: socket.socket, *inherited: int) -> "subprocess.Popen[bytes]":
+    """As `spawn`, with a socket that is connected already; ours may be closed then."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module, str(sock.fileno())],
+        pass_fds=(sock.fileno(), *inherited),
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 class Child(Generic[T]):
     """A process that `start` has started, and the frames to it. It does not outlive its context.
 
-    `start` is the one seam between an engine and its processes: what it returns may as well stand for a process of
-    another host, whose frames travel over TCP."""
+    `start` is the one seam between an engine and its processes. One of another host, whose frames travel over TCP, is
+    a RemoteChild (nodes.py); `place` says so, for people."""
+
+    place = ""
 
     def __init__(self, process: Process, frames: Frames[T]) -> None:
         self.process = process
@@ -109,6 +113,10 @@ class Child(Generic[T]):
             process.kill()
             process.wait()
             raise
+
+    def config(self, config: Config) -> Config:
+        """What it is told of `config`."""
+        return config
 
     async def __aenter__(self) -> Self:
         return self

@@ -27,6 +27,7 @@ from engine.logs import set_up_logging
 from engine.messages.control import Preload, WorkerReady
 from engine.runtime.allocator import give_back_large_blocks
 from engine.runtime.channel import BlockingFrames
+from engine.runtime.meeting import check_hosts
 from engine.runtime.process import Start, fronts, placement, spawn
 
 log = logging.getLogger("engine")
@@ -36,7 +37,7 @@ log = logging.getLogger("engine")
 def early_workers(config: Config) -> Iterator[Start]:
     """Starts the device processes, which import while the front still makes sure that they can be of use, and ends them
     with the block; what it yields starts workers for `core_actors`, these first."""
-    early = [spawn("engine.worker") for _ in range(config.parallel.ranks)]
+    early = [spawn("engine.worker") for _ in range(config.parallel.node_ranks)]
     left = list(early)
     try:
         for sock, _ in early:
@@ -52,7 +53,13 @@ def early_workers(config: Config) -> Iterator[Start]:
 
 
 def serve(config: Config) -> int:
-    """Serve over HTTP until a signal or a failure; the process's exit code."""
+    """Serve over HTTP until a signal or a failure; or, as another host than the first, serve that one. The process's
+    exit code."""
+    check_hosts(config.parallel)
+    if config.parallel.node_rank:
+        from engine.runtime.node import run_node
+
+        return run_node(config)
     began = time.monotonic()
     set_up_logging(config.process.log_level)
     give_back_large_blocks()

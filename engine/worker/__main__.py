@@ -17,17 +17,20 @@ from contextlib import suppress
 
 import msgspec
 
+from engine.config import ParallelOptions
 from engine.errors import EngineError, PluginError
 from engine.logs import set_up_logging
 from engine.messages import ToWorker
 from engine.messages.control import Agreed, Boot, Fatal, Pong, Preload, Proposed
 from engine.runtime.channel import BlockingFrames
 from engine.worker.spare import expendable, import_all, import_worker, imported_since
+from engine.worker.watchdog import watch
 
 # Turns that an idle OpenMP thread spins before it sleeps: about half a millisecond, which bridges the gap between
 # two operations. libgomp's own 300000 burn many milliseconds, on a core that HTTP and the scheduler may be waiting
 # for: measured on two cores, one busy process beside a decode step made it 17 times slower, with this 5 times.
 SPIN_COUNT = "10000"
+PARENT = os.getppid()
 
 
 def main(descriptor: int) -> int:
@@ -66,6 +69,9 @@ class PeerGone(Exception):
 def _run(frames: BlockingFrames[ToWorker], boot: Boot, import_seconds: float) -> None:
     """`import_seconds` are those that this start has waited for already."""
     began = time.perf_counter()
+    if boot.world > 1:
+        watch(frames, PARENT)
+        choose_interface(boot.config.parallel)
     import_worker()
     from engine.worker.loop import serve
     from engine.worker.start import start
@@ -84,6 +90,13 @@ def _run(frames: BlockingFrames[ToWorker], boot: Boot, import_seconds: float) ->
         serve(frames, runner, reports=boot.rank == boot.config.parallel.reporter)
     except ConnectionError as error:
         raise PeerGone from error
+
+
+def choose_interface(parallel: ParallelOptions) -> None:
+    """Have gloo and NCCL use the interface that hosts talk over, unless their own variables are set."""
+    if parallel.nnodes > 1 and parallel.dist_interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", parallel.dist_interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={parallel.dist_interface}")
 
 
 def _agreed(frames: BlockingFrames[ToWorker], pages: int) -> int:

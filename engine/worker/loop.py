@@ -11,6 +11,7 @@ from engine.messages import ToWorker
 from engine.messages.assets import Drop, Load
 from engine.messages.control import Ask, Ping, Pong
 from engine.messages.step import STEPS_IN_FLIGHT, StepPlan
+from engine.parallel.progress import PROGRESS
 from engine.runtime.channel import BlockingFrames
 from engine.worker.profiling import StepProfiler
 from engine.worker.questions import Questions
@@ -53,12 +54,14 @@ class Loop:
         runner = self._runner
         match message:
             case StepPlan():
+                PROGRESS.step = message.step
                 # Where rows follow a grammar, the results before are sent while the model runs: what makes their masks
                 # is what others need to plan on.
                 if len(self._in_flight) == STEPS_IN_FLIGHT:  # in a pipeline: others may be on other stages
                     self._finish_first()
                 with self._profiler.launching(message):
                     self._in_flight.append(runner.launch(message, self._catch_up))
+                PROGRESS.device_at(self._in_flight[0].step)
             case Load():
                 runner.loaders[message.kind].load(message, self._frames.send)
             case Drop():
@@ -73,6 +76,7 @@ class Loop:
     def _finish_first(self) -> None:
         with self._profiler.finishing():
             done = self._runner.finish(self._in_flight.popleft())
+            PROGRESS.device_at(self._in_flight[0].step if self._in_flight else -1)
             if self._reports:
                 self._frames.send(done)
 

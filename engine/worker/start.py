@@ -77,8 +77,9 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
     All ranks of a group go through the same phases in the same order: on the way they run steps, in which ranks wait
     for each other. `agree` waits for all ranks too."""
     config, phases = boot.config, {"import": import_seconds}
-    device = choose_device(config.process, rank=boot.rank, ranks=boot.world)
-    torch.set_num_threads(config.process.threads or max(1, cores() // boot.world))
+    here = boot.world // config.parallel.nnodes  # ranks of this host
+    device = choose_device(config.process, rank=boot.rank % here, ranks=here, hosts=config.parallel.nnodes)
+    torch.set_num_threads(config.process.threads or max(1, cores() // here))
     with _timed(phases, "checkpoint"):
         source = open_source(config, device)
     groups = Groups.apart(ALONE)
@@ -106,7 +107,7 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
             activations = peak_bytes(model, device, sizes.slots, build.max_model_len, sizes.step_tokens, pipeline)
     spec = model.kv_spec()
     with _timed(phases, "kv cache"):
-        needs = {"most_tokens": sizes.slots * build.max_model_len, "activation_bytes": activations, "ranks": boot.world}
+        needs = {"most_tokens": sizes.slots * build.max_model_len, "activation_bytes": activations, "ranks": here}
         pages = agree(count_pages(spec, config.cache, device, weight_bytes(model), slots=sizes.slots, **needs))
         cache_tokens = pages * spec.page_size if pages else None
         runner = Runner(
@@ -284,8 +285,9 @@ def _timed(phases: dict[str, float], name: str) -> Iterator[None]:
     phases[name] = time.perf_counter() - began
 
 
-def choose_device(options: ProcessOptions, *, rank: int = 0, ranks: int = 1) -> torch.device:
-    """The device of a rank, as `options` say. ConfigError where torch sees no GPU, or fewer than there are ranks."""
+def choose_device(options: ProcessOptions, *, rank: int = 0, ranks: int = 1, hosts: int = 1) -> torch.device:
+    """The device of a rank, one of `ranks` on this of so many `hosts`, as `options` say. ConfigError where torch sees
+    no GPU, or fewer than there are ranks."""
     present = torch.cuda.is_available()
     if options.device == "cuda" and not present:
         raise ConfigError(
@@ -295,6 +297,11 @@ def choose_device(options: ProcessOptions, *, rank: int = 0, ranks: int = 1) -> 
     if not present or options.device == "cpu":
         return torch.device("cpu")
     if (seen := torch.cuda.device_count()) < ranks:
+        if hosts > 1:
+            raise ConfigError(
+                f"--tp times --pp over {hosts} hosts needs {ranks} GPUs on each, and torch sees {seen} on this one; "
+                f"say --tp and --pp of at most {seen * hosts} together"
+            )
         raise ConfigError(
             f"--tp times --pp is {ranks} and needs as many GPUs, and torch sees {seen}; say --tp and --pp of at most "
             f"{seen} together"

@@ -2,8 +2,9 @@
 
 SCRIPT maps a rank to what it does differently: `pages` (that it has room for), `ready` (fields of its WorkerReady),
 `late` (seconds until it starts), and what happens once it is ready: `die_at`, `fail_at` and `hang_at` name the step of
-a StepPlan. With `refuses`, questions to it are answered with that cause. A step is answered with the tokens of
-FakeDevice. Each rank that is not the first writes what it allocates into a file `rank` in `folder`."""
+a StepPlan. It sends the Beats whose fields `beats` lists. With `refuses`, questions to it are answered with that cause.
+A step is answered with the tokens of FakeDevice. Each rank that is not the first writes what it allocates into a file
+`rank` in `folder`."""
 
 import json
 import os
@@ -17,7 +18,7 @@ from msgspec.structs import replace
 
 from engine.messages import ToWorker
 from engine.messages.assets import Load, Loaded
-from engine.messages.control import Agreed, Answer, Ask, Boot, Fatal, Ping, Pong, Preload, Proposed, WorkerReady
+from engine.messages.control import Agreed, Answer, Ask, Beat, Boot, Fatal, Ping, Pong, Preload, Proposed, WorkerReady
 from engine.messages.step import StepPlan
 from engine.runtime.channel import BlockingFrames
 from engine.testing.fake import FakeDevice
@@ -68,6 +69,8 @@ def main(script: dict[str, Any], descriptor: int) -> None:
     if "folder" in script:
         Path(script["folder"], str(boot.rank)).write_text(f"{agreed.pages} {boot.world} {boot.rendezvous}")
     frames.send(replace(READY, pages=agreed.pages, **odd.get("ready", {})))
+    for fields in odd.get("beats", ()):
+        frames.send(Beat(*fields))
     device = FakeDevice()
     while (message := frames.receive()) is not None:
         match message:

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from engine.cli import _parser
-from engine.config import read_file
+from engine.config import read_file, resolve
 from engine.http.app import ROUTES
+from engine.runtime.meeting import check_hosts, meeting
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "examples" / "deploy"
@@ -76,3 +77,50 @@ def test_the_pod_has_probes_that_exist_and_time_to_drain() -> None:
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert arguments.api_key_file.startswith(f"{mounts['keys']}/")
     assert service["spec"]["selector"].items() <= deployment["spec"]["template"]["metadata"]["labels"].items()
+
+
+SIZES = ("tp", "model", "launcher", "token_file")
+
+
+def test_the_pods_of_a_set_are_hosts_of_one_engine() -> None:
+    made, service = yaml.safe_load_all((DEPLOY / "leaderworkerset.yaml").read_text())
+    template = made["spec"]["leaderWorkerTemplate"]
+    pods = [template[kind]["spec"] for kind in ("leaderTemplate", "workerTemplate")]
+    leader, worker = (parsed(pod["containers"][0]["args"]) for pod in pods)
+    assert [getattr(leader, name) for name in SIZES] == [getattr(worker, name) for name in SIZES]
+    environ = {"LWS_GROUP_SIZE": str(template["size"]), "LWS_LEADER_ADDRESS": "engine-0.engine"}
+    for index, (pod, arguments) in enumerate(zip(pods, (leader, worker), strict=True)):
+        given = {name: value for name, value in vars(arguments).items() if name != "run"}
+        parallel = resolve(given, {**environ, "LWS_WORKER_INDEX": str(index)}).parallel
+        check_hosts(parallel)
+        container = pod["containers"][0]
+        assert (parallel.nnodes, parallel.node_rank) == (template["size"], index)
+        assert int(container["resources"]["limits"]["nvidia.com/gpu"]) == parallel.node_ranks
+        mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        assert arguments.token_file.startswith(f"{mounts['token']}/")
+    container = pods[0]["containers"][0]
+    assert meeting(parallel)[1] in {port["containerPort"] for port in container["ports"]}
+    assert {container[kind]["httpGet"]["path"] for kind in container if kind.endswith("Probe")} <= PATHS
+    assert pods[0]["terminationGracePeriodSeconds"] > float(leader.drain_seconds)
+    labels = template["leaderTemplate"]["metadata"]["labels"]
+    assert service["spec"]["selector"].items() <= labels.items()
+
+
+def test_the_job_starts_one_process_on_each_host() -> None:
+    text = re.sub(r"\\\n\s*", " ", (DEPLOY / "slurm.sbatch").read_text())
+    said = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", text, flags=re.MULTILINE))
+    (command,) = re.findall(r"^srun (.+)$", text, flags=re.MULTILINE)
+    program, *words = shlex.split(command)
+    assert program.endswith("/bin/engine")
+    arguments = parsed(words)
+    environ = {
+        "SLURM_NNODES": said["nodes"],
+        "SLURM_NTASKS": str(int(said["nodes"]) * int(said["ntasks-per-node"])),
+        "SLURM_NODEID": "1",
+        "SLURM_STEP_NODELIST": "gpu[1-2]",
+    }
+    parallel = resolve({name: value for name, value in vars(arguments).items() if name != "run"}, environ).parallel
+    check_hosts(parallel)
+    assert parallel.rendezvous == "gpu1:29400"
+    assert parallel.node_ranks == int(said["gpus-per-node"])
+    assert float(arguments.drain_seconds) < int(said["signal"].split("@")[1])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -198,6 +199,18 @@ async def test_a_silent_rank_is_named_until_it_speaks_again(rank: int, monkeypat
         assert silent.seconds > 0.5 and silent.cause == f"no word from rank {rank} of 2 for {silent.seconds:.0f} s"
         assert again.seconds == 0
         assert sum(isinstance(message, StepDone) for message in messages) == 1
+
+
+async def test_ranks_that_wait_are_named_and_ended_if_that_lasts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(group_module, "PING_SECONDS", 0.05)
+    script = {"0": {"beats": [[45, "all_reduce", 123, 90.0]]}, "1": {"beats": [[45, "", 122, 0.0]]}}
+    async with executing(script, stall_seconds=0.5) as house:
+        await house.next(WorkerReady)
+        told = r"rank 0 is in all_reduce 123 of step 45 for 9\d s and waits for rank 1, in no collective of step 45"
+        assert re.fullmatch(told, (await house.next(WorkerSilent)).cause)
+        assert re.fullmatch(told, (await house.next(WorkerLost)).cause)
 
 
 async def test_questions_are_answered_once_by_all_and_refused_with_the_rank_that_cannot() -> None:

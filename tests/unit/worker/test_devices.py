@@ -1,0 +1,32 @@
+"""Which device a rank has, and that a host has enough of them, before anything is loaded."""
+
+import pytest
+import torch
+
+from engine.config import ProcessOptions
+from engine.errors import ConfigError
+from engine.worker.start import choose_device
+
+
+@pytest.fixture(autouse=True)
+def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+
+
+def test_a_rank_has_the_device_of_its_place_on_the_host() -> None:
+    devices = [choose_device(ProcessOptions(), rank=rank, ranks=4, hosts=2) for rank in range(4)]
+    assert devices == [torch.device("cuda", rank) for rank in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "cause"),
+    [
+        (1, "--tp 5 needs 5 GPUs, and torch sees 4; say at most --tp 4"),
+        (2, "--tp over 2 hosts needs 5 GPUs on each, and torch sees 4 on this one; say at most --tp 8"),
+    ],
+)
+def test_more_ranks_than_devices_are_refused_with_both_numbers(hosts: int, cause: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{cause}$"):
+        choose_device(ProcessOptions(), rank=0, ranks=5, hosts=hosts)
