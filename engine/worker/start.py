@@ -82,15 +82,8 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
     torch.set_num_threads(config.process.threads or max(1, cores() // here))
     with _timed(phases, "checkpoint"):
         source = open_source(config, device)
-    groups = Groups.apart(ALONE)
-    if boot.world > 1:
-        with _timed(phases, "ranks"):
-            groups = meet(boot, device)
-    pipeline = join_stages(groups)
     sizes = choose_sizes(config, device)
-    if boot.world > 1 and device.type == "cuda":
-        with _timed(phases, "peers"):
-            groups = join_memory(groups, config, source, sizes)
+    groups, pipeline = gather_ranks(boot, device, source, sizes, phases)
     with _timed(phases, "weights"):
         build = make_build(config, source, device, groups)
         model = make_model(source.plugins, source.terms, build)
@@ -131,6 +124,21 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
         warm_up(runner, config, pages=pages, step_tokens=most, dtype=build.dtype, attention=attention)
     groups.started()
     return runner, readiness(runner, sizes, pages=pages, attention=attention, phases=phases)
+
+
+def gather_ranks(
+    boot: Boot, device: torch.device, source: Source, sizes: Sizes, phases: dict[str, float]
+) -> tuple[Groups, Pipeline | None]:
+    """The groups that this rank is in, and its place among the stages, if there are several."""
+    if boot.world == 1:
+        return Groups.apart(ALONE), None
+    with _timed(phases, "ranks"):
+        groups = meet(boot, device)
+    pipeline = join_stages(groups)
+    if device.type == "cuda":
+        with _timed(phases, "peers"):
+            groups = join_memory(groups, boot.config, source, sizes)
+    return groups, pipeline
 
 
 def open_source(config: Config, device: torch.device) -> Source:
@@ -297,14 +305,10 @@ def choose_device(options: ProcessOptions, *, rank: int = 0, ranks: int = 1, hos
     if not present or options.device == "cpu":
         return torch.device("cpu")
     if (seen := torch.cuda.device_count()) < ranks:
-        if hosts > 1:
-            raise ConfigError(
-                f"--tp times --pp over {hosts} hosts needs {ranks} GPUs on each, and torch sees {seen} on this one; "
-                f"say --tp and --pp of at most {seen * hosts} together"
-            )
+        asked = f"{ranks} ranks (--tp times --pp)" if hosts == 1 else f"{ranks * hosts} ranks over {hosts} hosts"
         raise ConfigError(
-            f"--tp times --pp is {ranks} and needs as many GPUs, and torch sees {seen}; say --tp and --pp of at most "
-            f"{seen} together"
+            f"{asked} need {ranks} GPUs{' on each' if hosts > 1 else ''}, and torch sees {seen}"
+            f"{' on this one' if hosts > 1 else ''}; say --tp and --pp of at most {seen * hosts} ranks"
         )
     device = torch.device("cuda", rank)
     if rank:

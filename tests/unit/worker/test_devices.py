@@ -23,8 +23,12 @@ def test_a_rank_has_the_device_of_its_place_on_the_host() -> None:
 @pytest.mark.parametrize(
     ("hosts", "cause"),
     [
-        (1, "--tp 5 needs 5 GPUs, and torch sees 4; say at most --tp 4"),
-        (2, "--tp over 2 hosts needs 5 GPUs on each, and torch sees 4 on this one; say at most --tp 8"),
+        (1, r"5 ranks \(--tp times --pp\) need 5 GPUs, and torch sees 4; say --tp and --pp of at most 4 ranks"),
+        (
+            2,
+            "10 ranks over 2 hosts need 5 GPUs on each, and torch sees 4 on this one; say --tp and --pp of at most 8 "
+            "ranks",
+        ),
     ],
 )
 def test_more_ranks_than_devices_are_refused_with_both_numbers(hosts: int, cause: str) -> None:

@@ -142,16 +142,6 @@ def test_what_a_slot_has_stays_though_it_is_drawn_again() -> None:
     assert runner.tokens[1, :8].tolist() == [10, 11, 12, 13, 14, 15, 16, 40] and runner.lengths[1] == 8
 
 
-def test_every_rank_has_the_tokens_of_rank_0() -> None:
-    """What is drawn on another rank gives way, in its tables and in what it reports."""
-    runner = harness("torch").runner
-    runner.agree = lambda tokens: tokens.copy_(torch.tensor([5, 6]))
-    head = Head(Draws.of(Rows.of(np.array([(0, 0, 4, TOKEN), (2, 3, 1, TOKEN)]))), torch.tensor([[0, 2], [3, 3]]), None)
-    tokens = torch.tensor([1, 2])
-    assert runner.publish(head, tokens) is None
-    assert tokens.tolist() == [5, 6] and runner.tokens[[0, 2], 4].tolist() == [5, 6]
-
-
 def test_rows_begin_where_their_slots_stand() -> None:
     plan = step_plan(1, [(0, 4, 3, NOTHING), (1, 5, 4, DRAFTS), (2, 7, 1, TOKEN), (3, 5, 4, DRAFTS), (4, 5, 4, DRAFTS)])
     lengths = torch.tensor([20, 9, 8, 29, 30])
