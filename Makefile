@@ -1,5 +1,6 @@
 # make serve   set up what is missing and serve the default model on 127.0.0.1:8000; ARGS="--port 9000 ..." adds flags
 # make test    set up what is missing and run every check
+# make test-parallel   all tests of several ranks, those that take minutes too
 # make dist    the source distribution and the wheel, in dist/
 #
 # Linux without a GPU: TORCH_INDEX=https://download.pytorch.org/whl/cpu spares the download of CUDA libraries.
@@ -25,7 +26,7 @@ else
 FIRST_RUN := torch, the model (0.1 GB) and the packages of pyproject.toml
 endif
 
-.PHONY: install serve test format docs dist clean
+.PHONY: install serve test test-parallel format docs dist clean
 
 install: $(VENV)/.installed
 
@@ -36,7 +37,10 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not matrix"
+
+test-parallel: $(VENV)/.installed-test
+	$(BIN)/pytest tests/parallel
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
