@@ -89,7 +89,8 @@ def largest(tensor: Tensor, group: Group) -> Tensor:
     if group.size > 1:
         import torch.distributed as distributed
 
-        distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX, group=group.joined())
+        with PROGRESS.inside("all_reduce"):
+            distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX, group=group.joined())
     return tensor
 
 

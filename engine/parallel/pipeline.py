@@ -20,6 +20,7 @@ from torch import Tensor
 from engine.messages.step import steps_in_flight
 from engine.parallel.collectives import Group
 from engine.parallel.groups import Groups
+from engine.parallel.progress import PROGRESS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
@@ -29,14 +30,16 @@ Pair = tuple[int, int]
 
 @dataclass(slots=True)
 class Coming:
-    """A tensor that is on its way here."""
+    """A tensor that is on its way here from rank `peer`."""
 
     tensor: Tensor
+    peer: int
     work: "Work"
 
     def wait(self) -> Tensor:
         """The tensor, once it is here; on a GPU, for what is queued there from now on."""
-        self.work.wait()
+        with PROGRESS.inside(f"receive from rank {self.peer}"):
+            self.work.wait()
         return self.tensor
 
 
@@ -97,7 +100,8 @@ class Pipeline:
         assert work is not None, "this rank is in the group"
         self._sent.append((tensor, work))
         while len(self._sent) > self._kept:
-            self._sent.popleft()[1].wait()
+            with PROGRESS.inside("send to another stage"):
+                self._sent.popleft()[1].wait()
 
 
 def _receive(like: Tensor, peer: int, group: "ProcessGroup") -> Coming:
@@ -105,7 +109,7 @@ def _receive(like: Tensor, peer: int, group: "ProcessGroup") -> Coming:
 
     work = distributed.irecv(like, src=peer, group=group)
     assert work is not None, "this rank is in the group"
-    return Coming(like, work)
+    return Coming(like, peer, work)
 
 
 def join_stages(groups: Groups) -> Pipeline | None:

@@ -135,7 +135,7 @@ def gather_ranks(
     with _timed(phases, "ranks"):
         groups = meet(boot, device)
     pipeline = join_stages(groups)
-    if device.type == "cuda":
+    if device.type == "cuda" and groups.mesh.tp > 1:
         with _timed(phases, "peers"):
             groups = join_memory(groups, boot.config, source, sizes)
     return groups, pipeline
