@@ -11,7 +11,6 @@ import torch
 from msgspec.structs import replace
 from numpy.typing import NDArray
 from oracle import tiny
-from ranks import Ranks, open_ranks
 from test_tensor_parallel import EXPERTS, LATENT, MODELS, prompts
 
 from engine.messages.control import Ask
@@ -21,6 +20,7 @@ from engine.parallel.groups import Groups
 from engine.parallel.pipeline import join_stages
 from engine.plugin.registry import resolve
 from engine.plugin.testing import ModelHarness
+from engine.testing.ranks import Ranks, open_ranks
 from engine.testing.steps import step_plan
 from engine.worker.profiling import StepProfiler
 from engine.worker.questions import Questions
