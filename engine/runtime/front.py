@@ -25,6 +25,7 @@ from engine.messages.reply import Chunk
 from engine.messages.request import Abort, Generate, Job
 from engine.runtime.board import Board, Counter
 from engine.runtime.channel import Outbox
+from engine.runtime.lifecycle import Lifecycle
 from engine.runtime.mailbox import Mailbox
 from engine.runtime.mailbox import joined as joined  # callers take it from here
 from engine.runtime.peers import Peers
@@ -57,7 +58,7 @@ class Place(NamedTuple):
     numbers: Iterator[int]
 
 
-class Front:
+class Front(Lifecycle):
     """One engine, seen from its clients. Made by `engine.runtime.launch.open_front`."""
 
     name = "front"
@@ -71,6 +72,7 @@ class Front:
         scheduler: Outbox[FromFront],
         place: Place | None = None,
     ) -> None:
+        super().__init__()
         place = place or Place(Peers(), Board(), itertools.count())
         self.config = config
         self.model_name = model_name
@@ -79,11 +81,9 @@ class Front:
         self.text: Text | None = None  # once it is read
         self.texts: TextPool | None = None  # the same, for what needs no device: counting tokens
         self.created = int(time.time())
-        self.info: WorkerReady | None = None
         self.stats = Stats("starting")
         self.on_stats: list[Callable[[Stats], None]] = []
         self.draining = False
-        self.failure: str | None = None
         self._inbox = inbox
         self._tokenizer = tokenizer
         self._scheduler = scheduler
@@ -91,7 +91,6 @@ class Front:
         self._open: dict[str, Mailbox] = {}
         self.boxes: dict[str, Mailbox] = {}  # the same, by their keys: the detokenizer puts replies there
         self._heard = time.monotonic()
-        self._changed = anyio.Event()
         self._asked: dict[int, asyncio.Future[Answer]] = {}  # who waits for the answer of that number
 
     # ── the actor ────────────────────────────────────────────────────────────────────────────
@@ -146,10 +145,6 @@ class Front:
         """How many requests of this front are open."""
         return len(self._open)
 
-    def _wake(self) -> None:
-        self._changed.set()
-        self._changed = anyio.Event()
-
     # ── for clients ──────────────────────────────────────────────────────────────────────────
 
     def health(self) -> Health:
@@ -173,20 +168,6 @@ class Front:
     def most_open(self) -> int:
         """How many requests may be open at once, at all fronts; 0 until the device is ready."""
         return 0 if self.info is None else self.info.slots + self.config.schedule.max_waiting
-
-    async def ready(self) -> WorkerReady:
-        """Wait until the device is ready. Raises WorkerError when it never will be."""
-        while self.info is None:
-            if self.failure:
-                raise WorkerError(self.failure)
-            await self._changed.wait()
-        return self.info
-
-    async def failed(self) -> str:
-        """Wait for the end of the engine's life, and say why it ended."""
-        while not self.failure:
-            await self._changed.wait()
-        return self.failure
 
     def begin(self, request: Job) -> Mailbox:
         """Open `request`: its reply comes into the mailbox until the last chunk or an error, or until `leave`, which
