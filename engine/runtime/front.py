@@ -25,7 +25,6 @@ from engine.messages.reply import Chunk
 from engine.messages.request import Abort, Generate, Job
 from engine.runtime.board import Board, Counter
 from engine.runtime.channel import Outbox
-from engine.runtime.lifecycle import Lifecycle
 from engine.runtime.mailbox import Mailbox
 from engine.runtime.mailbox import joined as joined  # callers take it from here
 from engine.runtime.peers import Peers
@@ -58,7 +57,7 @@ class Place(NamedTuple):
     numbers: Iterator[int]
 
 
-class Front(Lifecycle):
+class Front:
     """One engine, seen from its clients. Made by `engine.runtime.launch.open_front`."""
 
     name = "front"
@@ -72,7 +71,6 @@ class Front(Lifecycle):
         scheduler: Outbox[FromFront],
         place: Place | None = None,
     ) -> None:
-        super().__init__()
         place = place or Place(Peers(), Board(), itertools.count())
         self.config = config
         self.model_name = model_name
@@ -81,9 +79,11 @@ class Front(Lifecycle):
         self.text: Text | None = None  # once it is read
         self.texts: TextPool | None = None  # the same, for what needs no device: counting tokens
         self.created = int(time.time())
+        self.info: WorkerReady | None = None
         self.stats = Stats("starting")
         self.on_stats: list[Callable[[Stats], None]] = []
         self.draining = False
+        self.failure: str | None = None
         self._inbox = inbox
         self._tokenizer = tokenizer
         self._scheduler = scheduler
@@ -91,6 +91,7 @@ class Front(Lifecycle):
         self._open: dict[str, Mailbox] = {}
         self.boxes: dict[str, Mailbox] = {}  # the same, by their keys: the detokenizer puts replies there
         self._heard = time.monotonic()
+        self._changed = anyio.Event()
         self._asked: dict[int, asyncio.Future[Answer]] = {}  # who waits for the answer of that number
 
     # ── the actor ────────────────────────────────────────────────────────────────────────────
@@ -145,6 +146,10 @@ class Front(Lifecycle):
         """How many requests of this front are open."""
         return len(self._open)
 
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = anyio.Event()
+
     # ── for clients ──────────────────────────────────────────────────────────────────────────
 
     def health(self) -> Health:
@@ -168,6 +173,20 @@ class Front(Lifecycle):
     def most_open(self) -> int:
         """How many requests may be open at once, at all fronts; 0 until the device is ready."""
         return 0 if self.info is None else self.info.slots + self.config.schedule.max_waiting
+
+    async def ready(self) -> WorkerReady:
+        """Wait until the device is ready. Raises WorkerError when it never will be."""
+        while self.info is None:
+            if self.failure:
+                raise WorkerError(self.failure)
+            await self._changed.wait()
+        return self.info
+
+    async def failed(self) -> str:
+        """Wait for the end of the engine's life, and say why it ended."""
+        while not self.failure:
+            await self._changed.wait()
+        return self.failure
 
     def begin(self, request: Job) -> Mailbox:
         """Open `request`: its reply comes into the mailbox until the last chunk or an error, or until `leave`, which

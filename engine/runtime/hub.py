@@ -19,12 +19,12 @@ from typing import Any, Protocol
 import anyio
 import msgspec
 
+from engine.errors import WorkerError
 from engine.messages import FromFrontProcess, ToFront
 from engine.messages.control import Answer, Fatal, Stats, WorkerReady
 from engine.messages.fronts import Drained, FrontLost, Listening, PeerAnswer, PeerAnswers, PeerAsk, PeerValue, Refused
 from engine.messages.reply import Failed, Tokens
 from engine.runtime.channel import HEADER, Outbox
-from engine.runtime.lifecycle import Lifecycle
 from engine.sched.fronts import front_of, front_of_number
 
 ENOUGH = 1 << 20  # bytes that a line keeps before the core waits for its front
@@ -133,15 +133,17 @@ class Question:
         self.values: dict[int, bytes] = {}
 
 
-class Hub(Lifecycle):
+class Hub:
     """Joins `count` fronts to the scheduler."""
 
     def __init__(self, count: int) -> None:
-        super().__init__()
         self.count = count
+        self.info: WorkerReady | None = None
+        self.failure = ""
         self.on_stats: list[Callable[[Stats], None]] = []
         self.scheduler: Outbox[Any] | None = None  # once there is one
         self._stats: Stats | None = None
+        self._changed = anyio.Event()
         self._lines: dict[int, Line] = {}
         self._encoder = msgspec.msgpack.Encoder()
         self._questions: dict[tuple[int, int], Question] = {}
@@ -180,6 +182,24 @@ class Hub(Lifecycle):
             case Fatal():
                 self.failure = self.failure or f"the {message.actor} cannot go on: {message.cause}"
                 self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    async def ready(self) -> WorkerReady:
+        """Wait until the device is ready. Raises WorkerError when it never will be."""
+        while self.info is None:
+            if self.failure:
+                raise WorkerError(self.failure)
+            await self._changed.wait()
+        return self.info
+
+    async def failed(self) -> str:
+        """Wait for the end of the core's life, and say why it ended."""
+        while not self.failure:
+            await self._changed.wait()
+        return self.failure
 
     def packed(self, message: Any) -> bytes:
         """A frame. Most are short, so a copy costs less than making room for the length first."""
