@@ -115,6 +115,9 @@ def shortened(text: str, most: int = 80) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """The hint that ends an error about an unknown `name`; empty when none of `known` is near (0 to 1: equal)."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    """The hint that ends an error about an unknown `name`; empty when none of `known` is near (0 to 1: equal).
+
+    A number is never the hint: one that is unknown is wrong, and not misspelt."""
+    words = [each for each in known if not each.isdecimal()]
+    near = difflib.get_close_matches(name, words, n=1, cutoff=cutoff)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -130,18 +130,18 @@ class Service:
             raise in_use(min(ours))
         self._claims |= claims
         try:
-            taken = await peers.ask(ClaimIds(peers.number, tuple(claims)))
-            if any(taken):
-                raise in_use(", ".join(claims))
+            for taken in await peers.ask(ClaimIds(peers.number, tuple(claims))):
+                if taken is not None:
+                    raise in_use(taken)
             self._claims |= dict.fromkeys(claims, True)
             yield
         finally:
             for rid in claims:
                 del self._claims[rid]
 
-    async def _claimed(self, asked: ClaimIds) -> bool:
-        ours = [self._claims[rid] for rid in asked.rids if rid in self._claims]
-        return any(ours) or (bool(ours) and self.front.peers.number < asked.asker)
+    async def _claimed(self, asked: ClaimIds) -> str | None:
+        first = self.front.peers.number < asked.asker  # of those that claim at once
+        return next((rid for rid in asked.rids if rid in self._claims and (first or self._claims[rid])), None)
 
     @contextmanager
     def known_as(self, id: str, rid: str, jobs: Sequence[Job]) -> Iterator[None]:

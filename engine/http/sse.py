@@ -1,8 +1,9 @@
-"""Server-sent events: one write for each chunk of a reply.
+"""Server-sent events: how an answer begins and fails, and one write for each item of an iterator.
 
-The status line is sent only when the first chunk is there, so a refused request is still answered with its own
+The status line is sent only when the first item is there, so a refused request is still answered with its own
 status. A failure after that can only be one more event: `data: {"error": …}`, and the stream ends without
-`[DONE]`. A slow client blocks its own handler (the transport's buffer is bounded), nobody else's.
+`[DONE]`. A slow client blocks its own handler (the transport's buffer is bounded), nobody else's. Left out: the events
+of replies that are being made, which no iterator gives (`streams`).
 """
 
 import logging

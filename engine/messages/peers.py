@@ -9,9 +9,9 @@ class AbortRequests(Question[int], frozen=True):
     rid: str | None
 
 
-class ClaimIds(Question[bool], frozen=True):
-    """Front `asker` wants to run requests as `rids`. The value says whether one of them runs here, or is about to and
-    comes first: of two fronts that claim one id at once, the lower number has it."""
+class ClaimIds(Question[str | None], frozen=True):
+    """Front `asker` wants to run requests as `rids`. The value is one of them that runs here, or is about to and comes
+    first: of two fronts that claim one id at once, the lower number has it. None where there is no such."""
 
     asker: int
     rids: tuple[str, ...]

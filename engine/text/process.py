@@ -29,8 +29,6 @@ from engine.runtime.channel import BlockingFrames
 from engine.text.fallback import text_of
 from engine.text.jobs import perform
 
-log = logging.getLogger("engine.text")
-
 GROWN = 1 << 30  # bytes above which a process gives up its memory: the system gets it back no other way
 UNITS = 1 if sys.platform == "darwin" else 1024  # bytes in which a process's largest size is told
 UNPACK = msgspec.msgpack.Decoder(TextJob)
@@ -48,12 +46,13 @@ def main(descriptor: int) -> None:
         if boot is None:
             return
         assert isinstance(boot, TextBoot), f"the first frame is {type(boot).__name__}, not TextBoot"
-        set_up_logging(boot.config.process.log_level)
+        set_up_logging("error")  # the front has said what it finds as it loads
         try:
             admission = _load(boot)
         except EngineError as error:
             frames.send(Fatal("text process", str(error)))
             return
+        logging.getLogger("engine").setLevel(boot.config.process.log_level.upper())
         while (work := frames.receive()) is not None:
             assert isinstance(work, TextWork), f"a text process that runs got {type(work).__name__}"
             answer = answered(admission, work)
@@ -68,7 +67,6 @@ def _load(boot: TextBoot) -> Admission:
     plugins = Plugins.load(boot.config.model.plugins)
     checkpoint = open_checkpoint(plugins, boot.config.model.model)
     text = text_of(plugins, checkpoint, boot.config, boot.template)
-    log.debug("text process ready")
     return Admission(text, bool(grammar_engines(plugins)))
 
 

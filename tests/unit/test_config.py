@@ -71,6 +71,13 @@ def test_refusals_name_the_option_the_value_and_the_bound(given, environ, said) 
         assert words in str(caught.value)
 
 
+def test_no_number_is_taken_for_a_misspelt_one() -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve({"fronts": "0"}, {})
+    assert str(caught.value).startswith("--fronts is '0', but takes auto, 1, 2, ")
+    assert "did you mean" not in str(caught.value)
+
+
 def test_variables_of_other_programs_are_left_alone() -> None:
     assert resolve({}, {"ENGINE_XYZZY_QUUX": "1"}) == Config()
 

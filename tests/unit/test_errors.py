@@ -75,7 +75,7 @@ def test_a_count_before_a_plural_goes_through_counted() -> None:
     things = "tokens|threads|requests|prompts|entries|messages|steps|rows|pages|bytes|files|texts|replies|characters"
     found = re.compile(rf"\{{len\([^{{}}]*\)\}} ({things})\b|%d ({things})\b")
     # These are many, or say 0: their bound is above 1.
-    many = {"http/service.py", "http/openai/embeddings.py", "params/sampling.py", "text/pool.py", "runtime/serve.py",
+    many = {"http/service.py", "http/openai/embeddings.py", "params/fields.py", "text/pool.py", "runtime/serve.py",
             "worker/profiling.py", "grammars/compiler.py"}  # fmt: skip
     root = Path(engine.errors.__file__).parent
     wrong = {

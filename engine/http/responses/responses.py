@@ -53,7 +53,6 @@ RESPONSE_WORDS = Words(
         "grammar": "tools",
     }
 )
-FORMAT = "text.format"
 LOGPROBS = "message.output_text.logprobs"
 
 

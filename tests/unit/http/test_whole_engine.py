@@ -188,6 +188,8 @@ async def test_a_rid_belongs_to_one_request_of_the_whole_engine() -> None:
         await engine.fronts[0].began.wait()
         status, said = await post(engine.sessions[1], "/generate", {"text": "x", "rid": ["mine"]})
         assert (status, said["error"]["code"], said["error"]["param"]) == (409, "rid_in_use", "rid")
+        _, said = await post(engine.sessions[1], "/generate", {"text": ["x", "y"], "rid": ["free", "mine"]})
+        assert said["error"]["message"] == "a request with rid 'mine' is still running; use another rid"
         assert (await post(engine.sessions[1], "/generate", {"text": "x", "rid": "other"}))[0] == 200
         group.cancel_scope.cancel()
         await engine.fronts[0].closed.wait()

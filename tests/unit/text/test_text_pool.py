@@ -472,3 +472,17 @@ async def test_a_long_prompt_is_answered_and_one_may_be_aborted_on_its_way() -> 
             await anyio.lowlevel.checkpoint()
             assert house.front.abort("b") == 1
         await house.settled()
+
+
+# ── the log ──────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_process_does_not_say_again_what_its_front_has_said(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(text_pool, "LARGE", -1)
+    pool = TextPool(CONFIG, TEMPLATE, admission(), most=1)
+    async with supervise(pool):
+        with anyio.fail_after(60):
+            assert isinstance(await pool.ask(Tokenize("abc")), Tokenized)
+    assert "parser: " not in capfd.readouterr().err
