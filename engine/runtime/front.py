@@ -90,7 +90,7 @@ class Front:
         self._open: dict[str, Mailbox] = {}
         self.boxes: dict[str, Mailbox] = {}  # the same, by their keys: the detokenizer puts replies there
         self._heard = time.monotonic()
-        self._changed = anyio.Event()
+        self._changed: anyio.Event | None = None  # while somebody waits for one
         self._asked: dict[int, asyncio.Future[Answer]] = {}  # who waits for the answer of that number
 
     # ── the actor ────────────────────────────────────────────────────────────────────────────
@@ -146,8 +146,15 @@ class Front:
         return len(self._open)
 
     def _wake(self) -> None:
-        self._changed.set()
-        self._changed = anyio.Event()
+        if (changed := self._changed) is not None:
+            self._changed = None
+            changed.set()
+
+    async def _change(self) -> None:
+        """Wait for the next change. An event is made where somebody waits: requests end all the time."""
+        if self._changed is None:
+            self._changed = anyio.Event()
+        await self._changed.wait()
 
     # ── for clients ──────────────────────────────────────────────────────────────────────────
 
@@ -178,13 +185,13 @@ class Front:
         while self.info is None:
             if self.failure:
                 raise WorkerError(self.failure)
-            await self._changed.wait()
+            await self._change()
         return self.info
 
     async def failed(self) -> str:
         """Wait for the end of the engine's life, and say why it ended."""
         while not self.failure:
-            await self._changed.wait()
+            await self._change()
         return self.failure
 
     def begin(self, request: Job) -> Mailbox:
@@ -271,7 +278,7 @@ class Front:
         self.draining = True
         with anyio.move_on_after(seconds):
             while self._open and not self.failure:
-                await self._changed.wait()
+                await self._change()
         return len(self._open)
 
     def _admit(self, request: Job) -> Mailbox:
