@@ -1,13 +1,14 @@
 """CPU time that the front processes spend on one event, and on one whole request, over HTTP.
 
     python -m bench.http.cpu [--against DIR] [--fronts 1,2,4] [--rows chat,requests,chats] [--streams 64,256,1024]
-        [--turns 5] [--json FILE]
+        [--tokens 64] [--turns 5] [--json FILE]
 
 The echo model answers, and the core is a process of its own (`--placement split`, or the supervisor of several fronts),
 so the fronts' CPU time is that of HTTP, tokenizer and detokenizer alone. It is read from /proc before and after each
 load, and is the sum of all fronts. The last column is what as many cores as fronts could do in a second: fronts x
 1,000,000 / microseconds. The load comes from this process over raw sockets. `chat` and `completions` stream replies of
-`TOKENS` tokens, and their figure is CPU time for each event; the figure of `requests` and `chats` is CPU time for one
+`--tokens` tokens, and their figure is CPU time for each event, the request's own share among it: two runs with other
+`--tokens` tell both apart. The figure of `requests` and `chats` is CPU time for one
 request that is answered whole, one after another on connections that are kept. `--against DIR` measures a second
 checkout, with the Python of its own .venv, in turn with this one, as one front; the ratio is the median of the turns'
 ratios of our first server to it. Linux alone.
@@ -32,10 +33,9 @@ from bench.lib.processes import cpu_seconds, fronts
 from engine.client.bench.process import free_port
 
 HERE = Path(__file__).parents[2]
-TOKENS = 64
 REQUESTS = 20  # that a connection sends, one after another
 PATIENCE = 120.0
-SAMPLING = {"max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+SAMPLING = {"temperature": 0, "ignore_eos": True}
 BODIES: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "stream": True} | SAMPLING),
     "completions": ("/v1/completions", {"prompt": "a", "stream": True} | SAMPLING),
@@ -54,10 +54,11 @@ class Server(NamedTuple):
     fronts: int
 
 
-def start(checkout: Path, fronts: int, most: int, port: int, log: IO[bytes]) -> "subprocess.Popen[bytes]":
-    """`engine serve` of `checkout` on `port` for `most` streams, its core in another process than its fronts."""
+def start(checkout: Path, fronts: int, most: int, port: int, log: IO[bytes], kept: int) -> "subprocess.Popen[bytes]":
+    """`engine serve` of `checkout` on `port` for `most` streams of at most `kept` tokens, its core in another process
+    than its fronts."""
     python = sys.executable if checkout == HERE else str(checkout / ".venv/bin/python")
-    options = ["--model", "echo", "--port", str(port), "--max-running", str(most), "--kv-tokens", str(512 * most)]
+    options = ["--model", "echo", "--port", str(port), "--max-running", str(most), "--kv-tokens", str(kept * most)]
     options += ["--placement", "split"] if fronts == 1 else ["--fronts", str(fronts)]
     command = [python, "-m", "engine.cli", "serve", *options]
     return subprocess.Popen(command, cwd=checkout, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
@@ -92,9 +93,10 @@ async def kept(port: int, sent: bytes) -> int:
     return REQUESTS
 
 
-async def load(port: int, row: str, streams: int) -> int:
+async def load(port: int, row: str, streams: int, tokens: int) -> int:
     """`streams` clients at once; how many events or requests they had."""
-    sent, client, done = request(*BODIES[row]), kept if row in WHOLE else streamed, []
+    path, body = BODIES[row]
+    sent, client, done = request(path, {"max_tokens": tokens} | body), kept if row in WHOLE else streamed, []
 
     async def one() -> None:
         done.append(await client(port, sent))
@@ -118,11 +120,11 @@ def wait(port: int, process: "subprocess.Popen[bytes]", log: IO[bytes]) -> None:
     raise SystemExit(f"the server on port {port} did not start:\n{log.read()[-2000:].decode(errors='replace')}")
 
 
-def measure(server: Server, row: str, streams: int) -> float:
+def measure(server: Server, row: str, streams: int, tokens: int) -> float:
     """Microseconds of the fronts' CPU time for each event or request."""
     pids = fronts(server.pid)
     before = sum(map(cpu_seconds, pids))
-    count = anyio.run(load, server.port, row, streams)
+    count = anyio.run(load, server.port, row, streams, tokens)
     return (sum(map(cpu_seconds, pids)) - before) / count * 1e6
 
 
@@ -144,6 +146,7 @@ def main() -> None:
     parser.add_argument("--fronts", default="1")
     parser.add_argument("--rows", default=",".join(BODIES))
     parser.add_argument("--streams", default="64")
+    parser.add_argument("--tokens", type=int, default=64, help="of a streamed reply")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=4, help="loads in a turn: a clock tick is 10 ms")
     parser.add_argument("--json", type=Path)
@@ -160,7 +163,7 @@ def main() -> None:
         for checkout, count, name in wanted:
             port = free_port()
             log = stack.enter_context(tempfile.TemporaryFile())
-            process = start(checkout, count, max(streams), port, log)
+            process = start(checkout, count, max(streams), port, log, max(512, 2 * options.tokens))
             stack.callback(process.wait, 30)
             stack.callback(process.terminate)
             wait(port, process, log)
@@ -169,7 +172,7 @@ def main() -> None:
             for (row, count), values in rows.items():
                 order = list(zip(servers, values, strict=True))
                 for server, into in order if turn % 2 else order[::-1]:
-                    spent = [measure(server, row, count) for _ in range(options.rounds)]
+                    spent = [measure(server, row, count, options.tokens) for _ in range(options.rounds)]
                     if turn:  # the first warms up
                         into.append(statistics.fmean(spent))
     print(f"{options.turns} turns; us of the fronts' CPU time, median (min - max); a second on a core for each front")

@@ -11,7 +11,6 @@ import anyio
 import anyio.abc
 import anyio.to_thread
 import msgspec
-from anyio.streams.memory import MemoryObjectReceiveStream
 
 from engine.config import Config
 from engine.messages import ToMaker
@@ -19,7 +18,7 @@ from engine.messages.assets import Made
 from engine.messages.control import Boot, Fatal, WorkerReady
 from engine.messages.grammars import GRAMMAR, Compile, Compiled, PackedGrammar
 from engine.params.grammar import Grammar
-from engine.runtime.channel import Frames, Outbox
+from engine.runtime.channel import Frames, Outbox, Receiver
 from engine.runtime.process import Child, Start, spawn
 
 log = logging.getLogger("engine.grammars")
@@ -31,7 +30,7 @@ class CompilerActor:
     def __init__(
         self,
         config: Config,
-        inbox: MemoryObjectReceiveStream[ToMaker],
+        inbox: Receiver[ToMaker],
         scheduler: Outbox[Made],
         start: Start = lambda: spawn("engine.grammars.compiler"),
     ) -> None:

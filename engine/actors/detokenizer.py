@@ -12,14 +12,13 @@ from time import perf_counter
 from types import MappingProxyType
 
 import msgspec
-from anyio.streams.memory import MemoryObjectReceiveStream
 
 from engine.errors import RequestError
 from engine.messages import FromFront, ToDetokenizer
 from engine.messages.reply import Chunk, Failed, Finish, TokenLogprob, Tokens
 from engine.messages.request import Open, StopHit
 from engine.messages.step import Logprobs
-from engine.runtime.channel import Outbox
+from engine.runtime.channel import Outbox, Receiver
 from engine.runtime.mailbox import Mailbox
 from engine.text.decoding import ReplyDecoder
 from engine.text.tokenizer import Text
@@ -223,7 +222,7 @@ class DetokenizerActor:
         self,
         text: Text,
         boxes: Mapping[str, Mailbox],
-        inbox: MemoryObjectReceiveStream[ToDetokenizer],
+        inbox: Receiver[ToDetokenizer],
         scheduler: Outbox[FromFront],
     ) -> None:
         self.replies = Replies(text, boxes)

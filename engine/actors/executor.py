@@ -11,14 +11,13 @@ import logging
 
 import anyio
 import msgspec
-from anyio.streams.memory import MemoryObjectReceiveStream
 
 from engine.actors.spare import SPARE_SECONDS, Spare
 from engine.config import Config
 from engine.errors import ConfigError, counted
 from engine.messages import FromExecutor, FromWorker, ToExecutor
 from engine.messages.control import Fatal, Reset, WorkerLost, WorkerReady
-from engine.runtime.channel import Outbox
+from engine.runtime.channel import Outbox, Receiver
 from engine.runtime.group import WorkerGroup, meeting_place
 from engine.runtime.meeting import check_hosts
 from engine.runtime.nodes import LostNode, Nodes, RemoteChild, check_attached
@@ -36,7 +35,7 @@ class ExecutorActor:
     def __init__(
         self,
         config: Config,
-        inbox: MemoryObjectReceiveStream[ToExecutor],
+        inbox: Receiver[ToExecutor],
         scheduler: Outbox[FromExecutor],
         start: Start | None = None,
         spare_seconds: float = SPARE_SECONDS,

@@ -15,7 +15,6 @@ from typing import Literal
 
 import anyio
 import msgspec
-from anyio.streams.memory import MemoryObjectReceiveStream
 
 from engine.config import Config
 from engine.errors import RequestError
@@ -39,7 +38,7 @@ from engine.messages.reply import Failed, Tokens
 from engine.messages.request import Abort, Admit, StopHit
 from engine.messages.step import StepDone, steps_in_flight
 from engine.plugin.specs import Policy
-from engine.runtime.channel import Outbox, received
+from engine.runtime.channel import Outbox, Receiver, received
 from engine.sched import Scheduler
 from engine.sched.assets import Due, WaitingRoom
 from engine.sched.chunks import ChunkRule
@@ -70,7 +69,7 @@ class SchedulerActor:
         self,
         config: Config,
         policy: Policy,
-        inbox: MemoryObjectReceiveStream[ToScheduler],
+        inbox: Receiver[ToScheduler],
         executor: Outbox[ToExecutor],
         makers: Mapping[str, Maker],
         front: Outbox[ToFront],

@@ -17,7 +17,6 @@ import anyio
 import anyio.abc
 import anyio.lowlevel
 import anyio.to_thread
-from anyio.streams.memory import MemoryObjectReceiveStream
 
 from engine.cache.keys import keys_with
 from engine.conversation.media import Runs
@@ -33,7 +32,7 @@ from engine.params.grammar import Grammar
 from engine.params.lengths import THE_INPUT, check_length, check_unicode, prompt_too_long
 from engine.params.sampling import HANDED_ON, OPTIONAL, Sampling, SamplingParams
 from engine.runtime.actor import first_failure
-from engine.runtime.channel import Outbox, received
+from engine.runtime.channel import Outbox, Receiver, received
 from engine.text.tokenizer import Prompt, Text, TooWide
 
 MOST_CUT = 1 << 16  # tokens of a prompt of which only the last are kept, as far as its characters tell
@@ -305,7 +304,7 @@ class TokenizerActor:
     def __init__(
         self,
         admission: Admission,
-        inbox: MemoryObjectReceiveStream[ToTokenizer],
+        inbox: Receiver[ToTokenizer],
         detokenizer: Outbox[ToDetokenizer],
         scheduler: Outbox[FromFront],
         pool: Pool,

@@ -66,7 +66,9 @@ def create_app(front: "Front", options: ServerOptions, routes: Sequence[Route] =
     pages = frozenset(route.path for route in routes if route.content == "text/html")
     methods = frozenset(route.method for route in routes)
     gate, keys = Gate(Access.of(options), pages=pages, methods=methods), Keys(options)
-    checks = [shape_errors, name_request, gate.middleware(), key_check(keys, open_paths)]
+    checks = [shape_errors, name_request, gate.middleware()]
+    if keys.asked:
+        checks.append(key_check(keys, open_paths))
     if options.log_requests:
         checks.insert(0, log_request)
     app = web.Application(middlewares=checks)

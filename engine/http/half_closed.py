@@ -24,13 +24,21 @@ PROBES = (("SO_KEEPALIVE", 1), ("TCP_KEEPIDLE", 1), ("TCP_KEEPINTVL", 1), ("TCP_
 class HalfClosed(web.RequestHandler):
     """A connection that goes on while a whole request is being answered, though its client sends no more."""
 
-    __slots__ = ("_body", "_ended")
+    __slots__ = ("_answered", "_body", "_ended")
 
     def data_received(self, data: bytes) -> None:
         """Parse, and remember the last body that began."""
         super().data_received(data)
         if self._messages:
             self._body = self._messages[-1][1]
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Send what is left of an answer, and count it."""
+        finished = await super().finish_response(request, resp, start_time)
+        self._answered = getattr(self, "_answered", 0) + 1
+        return finished
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep the connection open while there is something to answer; None or False closes it."""
@@ -48,8 +56,9 @@ class HalfClosed(web.RequestHandler):
         return True
 
     def _idle(self) -> bool:
-        """Whether the next request is waited for, which will not come."""
-        return not self._messages and self._waiter is not None and not self._waiter.done()
+        """Whether all that was asked is answered: the next request will not come. Most clients close as soon as they
+        have their answer, which is before this connection's task waits for another."""
+        return self._request_count == getattr(self, "_answered", 0)
 
     def _unfinished(self) -> bool:
         """Whether the body is cut off of the request whose turn it is, or of one that was answered before its end;

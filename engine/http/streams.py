@@ -55,6 +55,15 @@ class Heads(dict[int, bytes]):
         return self[length]
 
 
+class EventStream(web.StreamResponse):
+    """An answer whose head goes out with its first events, in one write."""
+
+    _send_headers_immediately = False
+
+    def __init__(self) -> None:
+        super().__init__(headers=HEADERS)
+
+
 class Choice(Gathered):
     """Takes one reply, and writes its events or gathers what they will be of."""
 
@@ -190,6 +199,8 @@ class Stream:
                 if data := self._events():
                     await response.write(data)
                     await writer.drain()
+                else:
+                    writer.send_headers()
             elif self._error is not None:
                 self._raise()
             else:
@@ -242,7 +253,7 @@ async def send_replies(
     async with opened as boxes:
         stream = Stream(events, boxes)
         await stream.begun()
-        response = web.StreamResponse(headers=HEADERS)
+        response = EventStream()
         try:
             last = await stream.send(request, response)
         except ConnectionError:  # the client is gone: nobody to tell

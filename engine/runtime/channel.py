@@ -1,8 +1,10 @@
 """Channels: how actors, and processes, hand each other messages.
 
-In one event loop a channel is an anyio memory stream and hands the struct over uncopied. Between
+In one event loop a channel is a `Sender` and a `Receiver`, which hand the struct over uncopied. Between
 processes it is `Frames`: each message one frame, a 4-byte little-endian length and then msgpack.
-Both sides have `send` and async iteration, so an actor does not know which it holds.
+Both sides have `send` and async iteration, so an actor does not know which it holds. A request passes several
+channels, so neither end gives up its turn of the event loop without need: a sender waits where there is no room, a
+receiver where there is nothing, and after `AT_ONCE` messages in a row.
 
 What happens when a channel is full: a memory channel of bounded size and a socket both make the
 sender wait. The channels on a request's way in (`open_channel`) are sized by admission instead: the
@@ -10,11 +12,13 @@ front opens a limited number of requests and each sends at most three messages, 
 waits, and no cycle of full channels can form between scheduler and detokenizer.
 """
 
+import asyncio
 import math
 import select
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar
@@ -22,13 +26,13 @@ from typing import Any, Generic, Protocol, TypeVar
 import anyio
 import anyio.abc
 import msgspec
-from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 T = TypeVar("T")
 T_contra = TypeVar("T_contra", contravariant=True)
 
 HEADER = 4
 MAX_FRAME = 1 << 28
+AT_ONCE = 16  # messages that a receiver takes before others have their turn
 
 
 class Outbox(Protocol[T_contra]):
@@ -37,24 +41,122 @@ class Outbox(Protocol[T_contra]):
     async def send(self, item: T_contra, /) -> None: ...
 
 
-def channel(capacity: int) -> tuple[MemoryObjectSendStream[Any], MemoryObjectReceiveStream[Any]]:
+class _Held(Generic[T]):
+    """What is in one channel, and who waits for what."""
+
+    __slots__ = ("capacity", "items", "receiver", "senders")
+
+    def __init__(self, capacity: float) -> None:
+        self.capacity = capacity
+        self.items: deque[T] = deque()
+        self.receiver: asyncio.Future[None] | None = None
+        self.senders: deque[asyncio.Future[None]] = deque()
+
+
+class Sender(Generic[T]):
+    """The end of a channel that messages are put into."""
+
+    __slots__ = ("_held",)
+
+    def __init__(self, held: _Held[T]) -> None:
+        self._held = held
+
+    async def send(self, item: T) -> None:
+        """Put `item` in, once there is room."""
+        held = self._held
+        while len(held.items) >= held.capacity:
+            room: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            held.senders.append(room)
+            try:
+                await room
+            except BaseException:
+                if room.done() and not room.cancelled():  # there was room, for the next one now
+                    _wake(held)
+                raise
+        self.send_nowait(item)
+
+    def send_nowait(self, item: T) -> None:
+        """Put `item` in. Raises anyio.WouldBlock where there is no room."""
+        held = self._held
+        if len(held.items) >= held.capacity:
+            raise anyio.WouldBlock
+        held.items.append(item)
+        if (receiver := held.receiver) is not None and not receiver.done():
+            receiver.set_result(None)
+
+
+class Receiver(Generic[T]):
+    """The end of a channel that messages are taken from, by one task at a time."""
+
+    __slots__ = ("_held", "_in_a_row")
+
+    def __init__(self, held: _Held[T]) -> None:
+        self._held = held
+        self._in_a_row = 0
+
+    def __len__(self) -> int:
+        """How many messages are waiting to be taken."""
+        return len(self._held.items)
+
+    def __aiter__(self) -> "Receiver[T]":
+        return self
+
+    async def __anext__(self) -> T:
+        return await self.receive()
+
+    async def receive(self) -> T:
+        """The next message, once there is one."""
+        held = self._held
+        self._in_a_row += 1
+        if self._in_a_row > AT_ONCE and held.items:
+            self._in_a_row = 0
+            await asyncio.sleep(0)
+        while not held.items:
+            assert held.receiver is None, "one task receives"
+            self._in_a_row = 0
+            held.receiver = asyncio.get_running_loop().create_future()
+            try:
+                await held.receiver
+            finally:
+                held.receiver = None
+        return self.receive_nowait()
+
+    def receive_nowait(self) -> T:
+        """The next message. Raises anyio.WouldBlock where there is none."""
+        held = self._held
+        if not held.items:
+            raise anyio.WouldBlock
+        item = held.items.popleft()
+        if held.senders:
+            _wake(held)
+        return item
+
+
+def _wake(held: _Held[Any]) -> None:
+    """Let the first sender go on that still waits."""
+    while held.senders:
+        if not (room := held.senders.popleft()).done():
+            room.set_result(None)
+            return
+
+
+def channel(capacity: float) -> tuple[Sender[Any], Receiver[Any]]:
     """A channel within one event loop that holds `capacity` messages, then makes its sender wait."""
-    return anyio.create_memory_object_stream[Any](capacity)
+    held: _Held[Any] = _Held(capacity)
+    return Sender(held), Receiver(held)
 
 
-def open_channel() -> tuple[MemoryObjectSendStream[Any], MemoryObjectReceiveStream[Any]]:
+def open_channel() -> tuple[Sender[Any], Receiver[Any]]:
     """A channel whose senders never wait, because admission bounds what they send (see above)."""
-    return anyio.create_memory_object_stream[Any](math.inf)
+    return channel(math.inf)
 
 
-def received(inbox: "MemoryObjectReceiveStream[T]", first: T) -> list[T]:
+def received(inbox: Receiver[T], first: T) -> list[T]:
     """`first` and whatever else already waits in `inbox`, in order, without waiting for more."""
     batch = [first]
-    while True:
-        try:
-            batch.append(inbox.receive_nowait())
-        except (anyio.WouldBlock, anyio.EndOfStream):
-            return batch
+    while inbox:
+        batch.append(inbox.receive_nowait())
+    return batch
 
 
 def pack(encoder: msgspec.msgpack.Encoder, message: Any) -> bytearray:
@@ -81,6 +183,8 @@ class Frames(Generic[T]):
         self._decoder = msgspec.msgpack.Decoder(receives)
         self._buffer = bytearray()
         self._sending = anyio.Lock()
+        # Where bytes that the kernel takes at once need not pass the stream, which keeps none of its own.
+        self._direct = self.sock if isinstance(stream, anyio.abc.UNIXSocketStream) else None
 
     async def send(self, message: Any) -> None:
         """Raises BrokenResourceError when the peer is gone."""
@@ -88,6 +192,10 @@ class Frames(Generic[T]):
 
     async def send_packed(self, frame: bytes) -> None:
         """As `send`, of what `pack` has made: one frame may go to several peers."""
+        if self._direct is not None and not self._sending.locked():
+            frame = frame[_taken(self._direct, frame) :]
+            if not frame:
+                return
         async with self._sending:
             await self._stream.send(frame)
 
@@ -115,6 +223,14 @@ class Frames(Generic[T]):
     async def abort(self) -> None:
         """Close at once: a peer that is out of reach takes nothing more."""
         await anyio.aclose_forcefully(self._stream)
+
+
+def _taken(sock: socket.socket, frame: bytes) -> int:
+    """How many bytes of `frame` the kernel takes now; none where it fails, which who sends the rest is told."""
+    try:
+        return sock.send(frame)
+    except OSError:
+        return 0
 
 
 class BlockingFrames(Generic[T]):

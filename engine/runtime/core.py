@@ -81,7 +81,8 @@ class CoreLink:
         self._open = anyio.Event()
 
     async def send(self, message: FromFront) -> None:
-        await self._open.wait()
+        if self._frames is None or not self._open.is_set():
+            await self._open.wait()
         assert self._frames is not None
         with suppress(anyio.BrokenResourceError):  # `run` sees the end of the stream and says why
             await self._frames.send(message)

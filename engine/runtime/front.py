@@ -13,7 +13,6 @@ from typing import Literal, NamedTuple
 
 import anyio
 import msgspec
-from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 from msgspec import Struct
 
 from engine.config import Config
@@ -24,7 +23,7 @@ from engine.messages.questions import Question, Value
 from engine.messages.reply import Chunk
 from engine.messages.request import Abort, Generate, Job
 from engine.runtime.board import Board, Counter
-from engine.runtime.channel import Outbox
+from engine.runtime.channel import Outbox, Receiver, Sender
 from engine.runtime.mailbox import Mailbox
 from engine.runtime.mailbox import joined as joined  # callers take it from here
 from engine.runtime.peers import Peers
@@ -67,8 +66,8 @@ class Front(Readiness):
         self,
         config: Config,
         model_name: str,
-        inbox: MemoryObjectReceiveStream[ToHttp],
-        tokenizer: MemoryObjectSendStream[ToTokenizer],
+        inbox: Receiver[ToHttp],
+        tokenizer: Sender[ToTokenizer],
         scheduler: Outbox[FromFront],
         place: Place | None = None,
     ) -> None:
@@ -253,7 +252,7 @@ class Front(Readiness):
         self.draining = True
         with anyio.move_on_after(seconds):
             while self._open and not self.failure:
-                await self._changed.wait()
+                await self._change()
         return len(self._open)
 
     def _admit(self, request: Job) -> Mailbox:

@@ -24,7 +24,7 @@ from engine.messages import FromFront, FromFrontProcess, ToFront, ToFrontProcess
 from engine.messages.fronts import Drain, Drained, FrontBoot, Listening, PeerAnswers, PeerAsk, Refused
 from engine.plugin.registry import Plugins
 from engine.runtime.actor import Actor
-from engine.runtime.allocator import give_back_large_blocks
+from engine.runtime.allocator import give_back_large_blocks, keep_for_good
 from engine.runtime.board import Board, Counter
 from engine.runtime.channel import Frames, Outbox
 from engine.runtime.front import Front, Place
@@ -108,6 +108,7 @@ async def _serve(boot: FrontBoot, link: HubLink) -> None:
 
     async def say_listening(front: Front) -> None:
         await listening.wait()
+        keep_for_good()
         await link.send(Listening(front.chats))
 
     async with open_front(config, link.core, plugins, place) as front, anyio.create_task_group() as group:

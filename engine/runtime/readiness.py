@@ -12,23 +12,30 @@ class Readiness:
     def __init__(self) -> None:
         self.info: WorkerReady | None = None
         self.failure = ""
-        self._changed = anyio.Event()
+        self._changed: anyio.Event | None = None  # while somebody waits for one
 
     async def ready(self) -> WorkerReady:
         """Wait until the device is ready. Raises WorkerError when it never will be."""
         while self.info is None:
             if self.failure:
                 raise WorkerError(self.failure)
-            await self._changed.wait()
+            await self._change()
         return self.info
 
     async def failed(self) -> str:
         """Wait for the end of the engine's life, and say why it ended."""
         while not self.failure:
-            await self._changed.wait()
+            await self._change()
         return self.failure
+
+    async def _change(self) -> None:
+        """Wait for the next change. An event is made where somebody waits: requests end all the time."""
+        if self._changed is None:
+            self._changed = anyio.Event()
+        await self._changed.wait()
 
     def _wake(self) -> None:
         """Have all who wait look again."""
-        self._changed.set()
-        self._changed = anyio.Event()
+        if (changed := self._changed) is not None:
+            self._changed = None
+            changed.set()

@@ -25,7 +25,7 @@ from engine.config import Config, ServerOptions
 from engine.errors import WorkerError, counted
 from engine.logs import set_up_logging
 from engine.messages.control import Preload, WorkerReady
-from engine.runtime.allocator import give_back_large_blocks
+from engine.runtime.allocator import give_back_large_blocks, keep_for_good
 from engine.runtime.channel import BlockingFrames
 from engine.runtime.meeting import check_hosts
 from engine.runtime.process import Start, fronts, placement, spawn
@@ -179,7 +179,9 @@ class Service:
         """Say what the worker is and where to ask, once both are ready."""
         await self._listening.wait()
         with suppress(WorkerError):  # `failure` says so
-            self._say_ready(await self._front.ready())
+            info = await self._front.ready()
+            keep_for_good()
+            self._say_ready(info)
 
     def _say_ready(self, info: WorkerReady) -> None:
         phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in info.phases.items())

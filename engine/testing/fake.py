@@ -11,14 +11,13 @@ from array import array
 from collections.abc import Callable
 
 import anyio
-from anyio.streams.memory import MemoryObjectReceiveStream
 from msgspec.structs import replace
 
 from engine.messages import FromExecutor, ToExecutor
 from engine.messages.assets import Drop, Load, Loaded
 from engine.messages.control import Answer, Ask, Reset, WorkerLost, WorkerReady
 from engine.messages.step import VECTOR, Logprobs, SlotAdmit, StepDone, StepPlan
-from engine.runtime.channel import Outbox
+from engine.runtime.channel import Outbox, Receiver
 from engine.testing.steps import rows_of
 
 BYTES = 256
@@ -85,7 +84,7 @@ class FakeExecutor:
     def __init__(
         self,
         ready: WorkerReady,
-        inbox: MemoryObjectReceiveStream[ToExecutor],
+        inbox: Receiver[ToExecutor],
         scheduler: Outbox[FromExecutor],
         seconds: float = 0.0,
     ) -> None:

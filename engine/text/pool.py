@@ -18,7 +18,6 @@ from contextlib import suppress
 import anyio
 import anyio.abc
 import msgspec
-from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from engine.actors.tokenizer import Admission
 from engine.config import Config
@@ -28,7 +27,7 @@ from engine.messages.control import Fatal
 from engine.messages.reply import Failed
 from engine.messages.text import Retired, TextAnswer, TextBoot, TextJob, TextWork
 from engine.runtime.actor import first_failure
-from engine.runtime.channel import Frames, channel
+from engine.runtime.channel import Frames, Receiver, Sender, channel
 from engine.runtime.process import Child, Start, spawn
 from engine.runtime.processors import processors
 from engine.text.jobs import LARGE, perform, size_of
@@ -81,8 +80,8 @@ class Helper:
         self.takes_huge = takes_huge
         self.free = True
         self.running = False
-        self.jobs: MemoryObjectSendStream[Work]
-        self.inbox: MemoryObjectReceiveStream[Work]
+        self.jobs: Sender[Work]
+        self.inbox: Receiver[Work]
         self.jobs, self.inbox = channel(1)
 
 

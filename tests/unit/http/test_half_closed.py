@@ -4,11 +4,14 @@ import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import anyio
 import pytest
 from anyio.abc import SocketStream
 from http_front import FakeFront, chunks, serving
+
+from engine.http.half_closed import HalfClosed
 
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": True})])]
 
@@ -123,3 +126,21 @@ async def test_a_half_closed_client_that_then_goes_ends_its_request() -> None:
         await client.aclose()
         with anyio.fail_after(15):
             await front.closed.wait()
+
+
+async def test_a_client_that_closes_once_it_is_answered_is_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its end may come before the connection's task waits for another request."""
+    looked: list[int] = []
+    monkeypatch.setattr(HalfClosed, "_look", lambda self, number: looked.append(number))
+    finish = HalfClosed.finish_response
+
+    async def finish_and_end(self: HalfClosed, *args: Any) -> Any:
+        finished = await finish(self, *args)
+        assert self.eof_received() is False
+        return finished
+
+    monkeypatch.setattr(HalfClosed, "finish_response", finish_and_end)
+    async with serving(FakeFront(chunks("a"))) as url, connected(url) as stream:
+        await stream.send(request({"text": "a"}, more="Connection: close\r\n"))
+        assert b"200 OK" in await all_of(stream)
+    assert not looked

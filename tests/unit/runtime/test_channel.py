@@ -18,7 +18,7 @@ from engine.messages.reply import Failed, Finish, Tokens
 from engine.messages.request import Abort, Admit, Generate
 from engine.messages.step import SlotAdmit, StepDone, StepPlan
 from engine.params.sampling import Sampling, SamplingParams
-from engine.runtime.channel import BlockingFrames, Frames, channel, pack, received
+from engine.runtime.channel import AT_ONCE, BlockingFrames, Frames, channel, open_channel, pack, received
 
 IDS = array("i", [1, -2, 1 << 30]).tobytes()
 SAMPLING = Sampling(0.7, 40, 0.9, 0.05, 1 << 62)
@@ -128,3 +128,47 @@ async def test_a_full_channel_makes_its_sender_wait() -> None:
         await outbox.send(2)
     assert scope.cancelled_caught
     assert received(inbox, await inbox.receive()) == [1]
+
+
+@pytest.mark.anyio
+async def test_a_channel_keeps_order_and_loses_nothing_when_a_waiting_end_is_cancelled() -> None:
+    outbox, inbox = channel(1)
+    with anyio.move_on_after(0) as scope:
+        await inbox.receive()
+    assert scope.cancelled_caught
+    taken: list[int] = []
+
+    async def send(first: int) -> None:
+        for number in range(first, first + 40):
+            await outbox.send(number)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(send, 0)
+        group.start_soon(send, 100)
+        while len(taken) < 80:
+            taken.append(await inbox.receive())
+    assert [number for number in taken if number < 100] == list(range(40))
+    assert [number for number in taken if number >= 100] == list(range(100, 140))
+    with pytest.raises(anyio.WouldBlock):
+        inbox.receive_nowait()
+
+
+@pytest.mark.anyio
+async def test_a_receiver_with_much_to_take_lets_others_have_their_turn() -> None:
+    outbox, inbox = open_channel()
+    for number in range(100):
+        outbox.send_nowait(number)
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await anyio.lowlevel.checkpoint()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(other)
+        for number in range(100):
+            assert await inbox.receive() == number
+        assert turns >= 100 // AT_ONCE - 1
+        group.cancel_scope.cancel()

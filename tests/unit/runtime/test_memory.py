@@ -113,3 +113,16 @@ def test_resident_memory_is_bounded(code: str, most: float) -> None:
     """In MiB. Without the bounds, freed blocks keep 80 or more and the tokenizer's cache of words takes 75."""
     done = subprocess.run([sys.executable, "-c", MEASURE + code], capture_output=True, text=True, check=True)
     assert float(done.stdout) < most
+
+
+def test_what_a_process_has_once_it_serves_is_not_collected_again() -> None:
+    script = """
+import gc
+from engine.runtime.allocator import keep_for_good
+kept = [[] for _ in range(1000)]
+assert gc.get_freeze_count() == 0
+keep_for_good()
+assert gc.get_freeze_count() > 1000
+assert not any(each is kept for each in gc.get_objects())
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
