@@ -43,7 +43,7 @@ def read_token(path: str | None, environ: Mapping[str, str] = os.environ) -> byt
     token = token.strip()
     if len(token) < LEAST:
         raise ConfigError(
-            f"the token has {len(token)} characters and needs {LEAST}: make one with `openssl rand -hex 32`"
+            f"the token has {counted(len(token), 'character')} and needs {LEAST}: make one with `openssl rand -hex 32`"
         )
     return token.encode()
 
