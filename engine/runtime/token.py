@@ -18,7 +18,7 @@ from pathlib import Path
 import anyio
 from anyio.abc import ByteStream
 
-from engine.errors import ConfigError, EngineError
+from engine.errors import ConfigError, EngineError, counted
 
 VARIABLE = "ENGINE_TOKEN"
 LEAST = 16  # characters of a token, which whoever sees a proof may try to guess
