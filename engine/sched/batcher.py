@@ -140,9 +140,9 @@ class Scheduler:
             check_whole(request, self.max_model_len, self.max_step_tokens)
         else:
             check_fits(request, self.max_model_len, self._pool.size, self.page_size)
-        if len(self._queue) >= self.max_waiting:
+        if len(self._queue) >= (room := self.max_waiting + len(self._free_slots)):  # who finds a slot does not wait
             raise RequestError(
-                f"{counted(len(self._queue), 'request waits', 'requests wait')}, and at most {self.max_waiting} may; "
+                f"{counted(len(self._queue), 'request waits', 'requests wait')}, and at most {room} may; "
                 "try again later",
                 code="queue_full",
                 status=503,

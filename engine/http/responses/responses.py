@@ -100,8 +100,13 @@ async def create(request: web.Request, body: ResponsesBody) -> web.StreamRespons
     if body.background:
         store.run(response, _generate(service, called(request, response.id), job), words_of(request))
         return await _follow(request, response) if body.stream else json_response(response.object())
-    opened = service.replies(request, response.id, [job], "responses")
     recorded = Recorded(response, store if keep else None)
+    if not body.stream and sampling.logprobs is not None:  # those of what is said, which is told apart chunk by chunk
+        async with aclosing(_generate(service, called(request, response.id), job)) as chunks:
+            async for chunk in chunks:
+                recorded.add(chunk)
+        return json_response(response.object())
+    opened = service.replies(request, response.id, [job], "responses")
     if body.stream:
         return await send_replies(request, opened, recorded, failure=recorded.events.failure)
     async with opened as boxes:

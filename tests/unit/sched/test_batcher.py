@@ -573,7 +573,7 @@ def test_what_can_never_fit_is_refused_with_the_numbers(ids, max_new, param, say
 
 
 def test_a_live_rid_and_a_full_queue_are_refused():
-    bench = Bench(max_waiting=2)
+    bench = Bench(max_waiting=1, slots=1)  # who finds a free slot does not wait
     bench.admit(request("a", [1]))
     with pytest.raises(RequestError, match="'a'") as refusal:
         bench.scheduler.admit(request("a", [2]))
