@@ -87,7 +87,7 @@ class Counting:
         numbers = torch.arange(32 * 32, dtype=torch.float32).view(32, 32)
         self.matrix = KERNELS.matrices([("F32", numbers.view(torch.uint8).numpy())])[0]
 
-    def __call__(self, batch: Any) -> Tensor:
+    def __call__(self, batch: Any, hidden: Tensor | None = None) -> Tensor:
         self.runs += 1
         hidden = self.matrix.select(batch.ids)
         return hidden * 2 if self.in_torch else hidden

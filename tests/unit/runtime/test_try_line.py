@@ -25,10 +25,10 @@ READY = WorkerReady(64, 16, 8, 64, 1024, 257, 4, "none", "none", {})
 def test_the_line_to_try_asks_what_the_model_can_answer(
     template: bool, vector: int, path: str, field: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    front: Any = SimpleNamespace(text=SimpleNamespace(has_template=template), model_name="tiny")
+    front: Any = SimpleNamespace(chats=template, model_name="tiny")
     nothing: Any = None
-    service = Service(front, ServerOptions(), (), nothing, began=0.0, keyed=True)
-    service._started("http://127.0.0.1:8000")
+    service = Service(front, ServerOptions(), nothing, began=0.0, keyed=True)
+    service.started("http://127.0.0.1:8000")
     ready: Any = {name: getattr(READY, name) for name in READY.__struct_fields__} | {"embedding_size": vector}
     service._say_ready(WorkerReady(**ready))
     command = shlex.split(capsys.readouterr().out.split("Try:\n", 1)[1])
