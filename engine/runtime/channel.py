@@ -25,6 +25,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import anyio
 import anyio.abc
+import anyio.lowlevel
 import msgspec
 
 T = TypeVar("T")
@@ -207,9 +208,27 @@ class Frames(Generic[T]):
                 del buffer[: HEADER + length]
                 yield message
             try:
-                buffer += await self._stream.receive(1 << 18)
+                data = await self._receive()
             except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
                 return
+            if not data:
+                return
+            buffer += data
+
+    async def _receive(self) -> bytes:
+        """What has come; nothing at the end. A Unix socket is read here, because anyio's stream lets the event loop
+        report an invalid state where it is cancelled in the turn in which bytes come."""
+        sock = self._direct
+        if sock is None:
+            return await self._stream.receive(1 << 18)
+        await anyio.lowlevel.checkpoint()
+        while True:
+            try:
+                return sock.recv(1 << 18)
+            except BlockingIOError:
+                await anyio.wait_readable(sock)
+            except OSError:
+                return b""
 
     @property
     def sock(self) -> socket.socket:
@@ -218,11 +237,18 @@ class Frames(Generic[T]):
         return found
 
     async def aclose(self) -> None:
+        self._wake_reader()
         await self._stream.aclose()
 
     async def abort(self) -> None:
         """Close at once: a peer that is out of reach takes nothing more."""
+        self._wake_reader()
         await anyio.aclose_forcefully(self._stream)
+
+    def _wake_reader(self) -> None:
+        """Whoever waits for more is told that there is none."""
+        if self._direct is not None and self._direct.fileno() >= 0:
+            anyio.notify_closing(self._direct)
 
 
 def _taken(sock: socket.socket, frame: bytes) -> int:
