@@ -74,6 +74,12 @@ class Backend(ABC):
         self.dtype = dtype
         self.kv_dtype: torch.dtype = shape.kv_dtype or dtype
         self.kernels = choose(device, dtype) if kernel_set is None else kernel_set
+        self.set_up()
+
+    def set_up(self) -> None:  # noqa: B027
+        """What a backend does once it knows all that: it refuses what it cannot serve, and loads its kernels.
+
+        Raises ConfigError, as the constructor then does."""
 
     def upload(self, numbers: np.ndarray) -> Tensor:
         """A device copy of a host array that does not wait for the device."""

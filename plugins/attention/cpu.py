@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from engine.plugin import ConfigError
-from engine.plugin.kernels import MOST_QUERIES, Kernels, KernelSet, attention_tasks
-from engine.plugin.layers import AttentionShape, Batch, PagedAttention
+from engine.plugin.kernels import MOST_QUERIES, Kernels, attention_tasks
+from engine.plugin.layers import Batch, PagedAttention
 
 DIMENSIONS = range(16, 257, 16)
 
@@ -29,15 +29,8 @@ class Plan:
 class CpuAttention(PagedAttention):
     """Causal attention of any grouping of heads, with or without a window."""
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        page_size: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        kernel_set: KernelSet | None = None,
-    ) -> None:
-        super().__init__(shape, page_size, device, dtype, kernel_set)
+    def set_up(self) -> None:
+        shape, device, dtype = self.shape, self.device, self.dtype
         found = self.kernels.dense
         if not isinstance(found, Kernels) or self.kv_dtype != torch.float32:
             raise ConfigError(

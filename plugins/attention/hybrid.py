@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.plugin import ConfigError
-from engine.plugin.kernels import KernelSet
-from engine.plugin.layers import AttentionShape, Batch, Mirror
+from engine.plugin.layers import Batch, Mirror
 from engine_plugins.attention.flashinfer.mha import (
     PLAN_BYTES,
     CapturedLaunch,
@@ -57,16 +56,9 @@ class PromptAttention(FlashInferAttention):
 class HybridAttention(TritonAttention):
     """Serves what FlashInferAttention does on Hopper, but FP8 caches."""
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        page_size: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        kernel_set: KernelSet | None = None,
-    ) -> None:
-        super().__init__(shape, page_size, device, dtype, kernel_set)
-        self._prompts = PromptAttention(shape, page_size, device, dtype, kernel_set)
+    def set_up(self) -> None:
+        super().set_up()
+        self._prompts = PromptAttention(self.shape, self.page_size, self.device, self.dtype, self.kernels)
 
     def prepare(self, batch: Batch) -> Any:
         ones = leading_ones(batch.lengths)

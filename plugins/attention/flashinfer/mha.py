@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from engine.plugin import ConfigError, kernels
-from engine.plugin.kernels import KernelSet
 from engine.plugin.layers import AttentionShape, Batch, Mirror
 from engine_plugins.attention.flashinfer.modules import (
     CAUSAL,
@@ -93,17 +92,10 @@ class CapturedLaunch:
 class FlashInferAttention(AttentionInto):
     """Serves bfloat16 and float16, each with a cache of its own type or float8_e4m3fn, and head sizes 64, 128, 256.
 
-    The constructor loads FlashInfer's compiled modules, or compiles them where there is a compiler."""
+    It loads FlashInfer's compiled modules when it is set up, or compiles them where there is a compiler."""
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        page_size: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        kernel_set: KernelSet | None = None,
-    ) -> None:
-        super().__init__(shape, page_size, device, dtype, kernel_set)
+    def set_up(self) -> None:
+        shape, device, dtype = self.shape, self.device, self.dtype
         check_served(shape, device, dtype, self.kv_dtype)
         check_installed()
         capability, self._processors = hardware(device)

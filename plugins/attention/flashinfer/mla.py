@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from engine.plugin import ConfigError, kernels
-from engine.plugin.kernels import KernelSet
 from engine.plugin.layers import Batch, LatentShape, Mirror
 from engine_plugins.attention.flashinfer.modules import (
     CAUSAL,
@@ -87,21 +86,15 @@ class FlashInferLatentAttention(TritonLatentAttention):
     """Serves bfloat16 and float16 with a cache of the same type, and on Hopper bfloat16 with float8_e4m3fn; latents of
     512 and 64 numbers.
 
-    The constructor loads FlashInfer's compiled modules, or compiles them where there is a compiler."""
+    It loads FlashInfer's compiled modules when it is set up, or compiles them where there is a compiler."""
 
     few_rows = FEW_ROWS
 
-    def __init__(
-        self,
-        shape: LatentShape,
-        page_size: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        kernel_set: KernelSet | None = None,
-    ) -> None:
-        check_dims(shape, device, dtype, shape.kv_dtype or dtype)
+    def set_up(self) -> None:
+        shape, device, dtype = self.shape, self.device, self.dtype
+        check_dims(shape, device, dtype, self.kv_dtype)
         check_installed()
-        super().__init__(shape, page_size, device, dtype, kernel_set)
+        super().set_up()
         capability, self._processors = hardware(device)
         name = kernel_name(capability, dtype, self.kv_dtype)
         self._module = load_mla(name, dtype, self.kv_dtype)

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from engine.plugin import ConfigError, KVGroup
-from engine.plugin.kernels import KernelSet
-from engine.plugin.layers import AttentionBackend, AttentionShape, Batch
+from engine.plugin.layers import AttentionBackend, Batch
 
 
 class Prefill(NamedTuple):
@@ -43,20 +42,12 @@ class Plan:
 class TorchAttention(AttentionBackend):
     """A page is [2, page_size, kv_heads, head_dim]: its keys, then its values."""
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        page_size: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        kernel_set: KernelSet | None = None,
-    ) -> None:
-        super().__init__(shape, page_size, device, dtype, kernel_set)
-        if self.kv_dtype != dtype:
+    def set_up(self) -> None:
+        if self.kv_dtype != self.dtype:
             raise ConfigError(
-                f"attention torch keeps the KV cache in {dtype}, not {self.kv_dtype}; say --kv-dtype auto"
+                f"attention torch keeps the KV cache in {self.dtype}, not {self.kv_dtype}; say --kv-dtype auto"
             )
-        self._halves_apart = 2 * shape.layers  # of a page and the next one, in the flat cache
+        self._halves_apart = 2 * self.shape.layers  # of a page and the next one, in the flat cache
 
     def kv_group(self) -> KVGroup:
         shape = (2, self.page_size, self.shape.kv_heads, self.shape.head_dim)

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.plugin import ConfigError, kernels
-from engine.plugin.kernels import KernelSet
-from engine.plugin.layers import AttentionShape, Batch, Mirror, Prefix
+from engine.plugin.layers import Batch, Mirror, Prefix
 from engine_plugins.attention.into import AttentionInto
 
 if TYPE_CHECKING:
@@ -38,15 +37,8 @@ class Plan:
 class TritonAttention(AttentionInto):
     """Serves bfloat16, float16 and float32, each with a cache of its own type or float8_e4m3fn."""
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        page_size: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        kernel_set: KernelSet | None = None,
-    ) -> None:
-        super().__init__(shape, page_size, device, dtype, kernel_set)
+    def set_up(self) -> None:
+        shape, device, dtype = self.shape, self.device, self.dtype
         if device.type != "cuda" and not kernels.interpreted():
             raise ConfigError(f"attention triton runs on GPUs, not on {device}; say --plugins torch")
         if dtype not in DTYPES or self.kv_dtype not in (dtype, torch.float8_e4m3fn):
@@ -60,7 +52,7 @@ class TritonAttention(AttentionInto):
             query_heads=shape.query_heads,
             kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
-            page_size=page_size,
+            page_size=self.page_size,
             scale=shape.scale,
             window=shape.window,
         )

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from engine.plugin import ConfigError, kernels
-from engine.plugin.kernels import KernelSet
 from engine.plugin.layers import Batch, LatentBackend, LatentShape, Mirror
 
 if TYPE_CHECKING:
@@ -36,21 +35,14 @@ class TritonLatentAttention(LatentBackend):
     """Serves bfloat16, float16 and float32, each with a cache of its own type or float8_e4m3fn, and dimensions that are
     powers of two."""
 
-    def __init__(
-        self,
-        shape: LatentShape,
-        page_size: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        kernel_set: KernelSet | None = None,
-    ) -> None:
-        super().__init__(shape, page_size, device, dtype, kernel_set)
+    def set_up(self) -> None:
+        shape, device, dtype = self.shape, self.device, self.dtype
         check_served(shape, device, dtype, self.kv_dtype, interpreted=kernels.interpreted())
         self._shape = kernels.MlaShape(
             heads=shape.query_heads,
             latent_dim=shape.latent_dim,
             rope_dim=shape.rope_dim,
-            page_size=page_size,
+            page_size=self.page_size,
             scale=shape.scale,
         )
         self._teams = kernels.mla_decode_teams(self._shape, dtype, device)
