@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.kernels.collectives.exchange import Inboxes, line_of, send_row, take_row
 from engine.kernels.logits.bitmask import lets_through
-from engine.kernels.logits.draw import CHUNK, _hash, _log, _mix
+from engine.kernels.logits.draw import CHUNK, with_noise
 
 
 @triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["slots", "lasts", "lines", "masks"])
@@ -36,14 +36,7 @@ def _best_kernel(
         scores = tl.where(kept, scores, float("-inf"))
         noisy = noisy & (tl.max(scores, 0) > float("-inf"))
     if noisy:
-        seed = tl.load(seeds + slot).to(tl.uint64, bitcast=True)
-        position = (tl.load(lasts + row) + 1).to(tl.uint64, bitcast=True)
-        golden = tl.full((), 0x9E3779B97F4A7C15, tl.uint64)
-        bits = _hash(ids, _mix(_mix(seed) + position * golden))
-        u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)
-        series = u * (1.0 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5)))))
-        exponential = tl.where(u < 1 / 16, series, -_log(1.0 - u, FAST))
-        scores = scores * tl.minimum(1.0 / temperature, 1e30) - _log(exponential, FAST)
+        scores = with_noise(scores, ids, temperature, tl.load(seeds + slot), tl.load(lasts + row) + 1, FAST)
         scores = tl.where(inside, scores, float("-inf"))
     top = tl.max(scores, 0)
     tl.store(best + row * chunks + chunk, top)

@@ -45,6 +45,19 @@ def _log(x, FAST: tl.constexpr):
     return tl.log(x)
 
 
+@triton.jit
+def with_noise(scores, ids, temperature, seed, position, FAST: tl.constexpr):
+    """Scores of tokens `ids` over the temperature, with Gumbel noise; `seed` and `position` are int64."""
+    golden = tl.full((), 0x9E3779B97F4A7C15, tl.uint64)
+    key = _mix(_mix(seed.to(tl.uint64, bitcast=True)) + position.to(tl.uint64, bitcast=True) * golden)
+    u = tl.minimum((_hash(ids, key).to(tl.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)
+    # -log1p(-u), where 1 - u would lose what matters by its series
+    series = u * (1.0 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5)))))
+    exponential = tl.where(u < 1 / 16, series, -_log(1.0 - u, FAST))
+    # A temperature whose inverse is too large for a float draws the largest score, as one that is near it does.
+    return scores * tl.minimum(1.0 / temperature, 1e30) - _log(exponential, FAST)
+
+
 @triton.jit(do_not_specialize_on_alignment=["slots", "lasts", "lines"])
 def _draw_kernel(
     logits, slots, lasts, temperatures, seeds, floors, cut_ids, masks, lines, best, where, size, chunks, stride,
@@ -67,16 +80,7 @@ def _draw_kernel(
     if CUTS or MASKS:
         noisy = noisy & (tl.max(scores, 0) > float("-inf"))
     if noisy:
-        seed = tl.load(seeds + slot).to(tl.uint64, bitcast=True)
-        position = (tl.load(lasts + row) + 1).to(tl.uint64, bitcast=True)
-        golden = tl.full((), 0x9E3779B97F4A7C15, tl.uint64)
-        bits = _hash(ids, _mix(_mix(seed) + position * golden))
-        u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)
-        # -log1p(-u), where 1 - u would lose what matters by its series
-        series = u * (1.0 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5)))))
-        exponential = tl.where(u < 1 / 16, series, -_log(1.0 - u, FAST))
-        # A temperature whose inverse is too large for a float draws the largest score, as one that is near it does.
-        scores = scores * tl.minimum(1.0 / temperature, 1e30) - _log(exponential, FAST)
+        scores = with_noise(scores, ids, temperature, tl.load(seeds + slot), tl.load(lasts + row) + 1, FAST)
         scores = tl.where(mask, scores, float("-inf"))
     top = tl.max(scores, 0)
     tl.store(best + row * chunks + chunk, top)
