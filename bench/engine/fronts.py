@@ -18,7 +18,6 @@ from engine.messages.request import Admit
 from engine.params.sampling import Sampling
 from engine.plugin.registry import Plugins
 from engine.runtime.channel import pack
-from engine.runtime.hub import Hub
 from engine.sched import Scheduler
 from engine.sched.policies import make_policy
 from engine.testing.fake import FakeDevice
@@ -43,8 +42,7 @@ class Run:
         )  # fmt: skip
         self._device = FakeDevice()
         self._flying: list[msgspec.Struct] = []
-        hub, encoder = Hub(fronts), msgspec.msgpack.Encoder()
-        self._pack = hub.packed if fronts > 1 else lambda message: pack(encoder, message)
+        self._encoder = msgspec.msgpack.Encoder()
         for _ in range(running):
             self._admit(self._random.randint(1, REPLY) if churn else LONGEST - 40)
 
@@ -69,7 +67,7 @@ class Run:
         done = self._flying.pop(0)
         again = time.process_time()
         for message in self._scheduler.commit_each(done):  # type: ignore[arg-type]
-            self._pack(message)
+            pack(self._encoder, message)
         self.seconds.append(planned - began + time.process_time() - again)
 
 

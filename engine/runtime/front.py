@@ -109,7 +109,7 @@ class Front(Readiness):
                 case WorkerReady():
                     await self._tokenizer.send(message)
                     self.info = message
-                    self._wake()
+                    self._changes.tell()
                 case Fatal():
                     self.fail(f"the {message.actor} cannot go on: {message.cause}")
 
@@ -132,7 +132,7 @@ class Front(Readiness):
         for answer in self._asked.values():
             if not answer.done():
                 answer.set_exception(error())
-        self._wake()
+        self._changes.tell()
 
     @property
     def chats(self) -> bool:
@@ -185,7 +185,7 @@ class Front(Readiness):
         if not box.ended and not box.failed:
             self._tokenizer.send_nowait(Abort(box.key))
         box.close()
-        self._wake()
+        self._changes.tell()
 
     def _forget(self, box: Mailbox) -> None:
         del self._open[box.rid]
@@ -252,7 +252,7 @@ class Front(Readiness):
         self.draining = True
         with anyio.move_on_after(seconds):
             while self._open and not self.failure:
-                await self._change()
+                await self._changes.next()
         return len(self._open)
 
     def _admit(self, request: Job) -> Mailbox:

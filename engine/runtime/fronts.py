@@ -26,6 +26,7 @@ from engine.messages import FromFrontProcess
 from engine.messages.control import WorkerReady
 from engine.messages.fronts import Drain, Drained, FrontBoot, Listening, Refused
 from engine.runtime.board import Board, Counter
+from engine.runtime.changes import Changes
 from engine.runtime.hub import Hub, SocketLine
 from engine.runtime.process import Child, Process
 
@@ -93,7 +94,7 @@ class FrontProcesses:
         self._lives: dict[int, Life] = {}
         self._first: set[int] = set(range(hub.count))  # that have not listened yet
         self.draining = False
-        self._changed = anyio.Event()
+        self._changes = Changes()
         self._most_missed = max(2, round(config.process.stall_seconds / LOOK_SECONDS))
 
     async def run(self) -> None:
@@ -124,7 +125,7 @@ class FrontProcesses:
         self._hub.to_all(Drain(seconds))
         with anyio.move_on_after(seconds):
             while not all(life.drained for life in self._lives.values()):
-                await self._changed.wait()
+                await self._changes.next()
         return self.open
 
     def end(self) -> int:
@@ -176,7 +177,7 @@ class FrontProcesses:
                 await child.leave()  # it ends what is open with an error first, if it lives
                 await self._hub.leave(number)
             self._board.clear(number)
-            self._wake()
+            self._changes.tell()
 
     def _boot(self, number: int, life: int) -> FrontBoot:
         descriptors = tuple(each.fileno() for each in self._sockets[number])
@@ -201,16 +202,12 @@ class FrontProcesses:
                     self.listening.set()
             case Drained():
                 life.drained = True
-                self._wake()
+                self._changes.tell()
             case Refused():
                 kind = ConfigError if message.kind == "ConfigError" else PluginError
                 life.refusal = kind(message.message)
             case _:
                 await self._hub.take(number, message)
-
-    def _wake(self) -> None:
-        self._changed.set()
-        self._changed = anyio.Event()
 
     async def _watch(self) -> None:
         """End a front that does not read, or stands still: its successor serves those who wait."""

@@ -118,7 +118,7 @@ class WorkerGroup:
         """To all ranks. Where one has ended, `live` sees that."""
         if isinstance(message, StepPlan):
             self._reporter.busy += 1
-        frame = bytes(pack(self._encoder, message))
+        frame = pack(self._encoder, message)
         for rank in self._ranks:
             await _attempt(rank.child.frames, frame)
 
@@ -139,7 +139,7 @@ class WorkerGroup:
     # ── what ranks say ───────────────────────────────────────────────────────────────────────
 
     async def _listen(self, rank: Rank, boot: Boot) -> None:
-        await _attempt(rank.child.frames, bytes(pack(self._encoder, boot)))
+        await _attempt(rank.child.frames, pack(self._encoder, boot))
         async for message in rank.child.frames:
             if isinstance(message, Beat):
                 rank.beat, rank.beaten = message, time.monotonic()

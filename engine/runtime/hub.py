@@ -23,7 +23,7 @@ from engine.messages import FromFrontProcess, ToFront
 from engine.messages.control import Answer, Fatal, Stats, WorkerReady
 from engine.messages.fronts import Drained, FrontLost, Listening, PeerAnswer, PeerAnswers, PeerAsk, PeerValue, Refused
 from engine.messages.reply import Failed, Tokens
-from engine.runtime.channel import HEADER, Outbox
+from engine.runtime.channel import Outbox, pack
 from engine.runtime.readiness import Readiness
 from engine.sched.fronts import front_of, front_of_number
 
@@ -54,7 +54,7 @@ class SocketLine:
         self._less = asyncio.Event()
         self._closed = False
 
-    def put(self, frame: bytes | bytearray) -> None:
+    def put(self, frame: bytes) -> None:
         """Send `frame` after all that is kept."""
         if self._closed:
             return
@@ -164,7 +164,7 @@ class Hub(Readiness):
     async def _put(self, front: int, message: ToFront) -> None:
         line = self._lines.get(front)
         if line is not None:  # else nobody waits for it any more
-            line.put(self.packed(message))
+            line.put(pack(self._encoder, message))
             if line.holds_back:
                 await line.room()
 
@@ -176,21 +176,16 @@ class Hub(Readiness):
                     listener(message)
             case WorkerReady():
                 self.info = message
-                self._wake()
+                self._changes.tell()
             case Fatal():
                 self.failure = self.failure or f"the {message.actor} cannot go on: {message.cause}"
-                self._wake()
-
-    def packed(self, message: Any) -> bytes:
-        """A frame. Most are short, so a copy costs less than making room for the length first."""
-        body = self._encoder.encode(message)
-        return len(body).to_bytes(HEADER, "little") + body
+                self._changes.tell()
 
     # ── fronts ───────────────────────────────────────────────────────────────────────────────
 
     def to_all(self, message: Any) -> None:
         """Send `message` to every front that is there."""
-        frame = self.packed(message)
+        frame = pack(self._encoder, message)
         for line in self._lines.values():
             line.put(frame)
 
@@ -199,7 +194,7 @@ class Hub(Readiness):
         self._lines[front] = line
         for message in (self._stats, self.info):
             if message is not None:
-                line.put(self.packed(message))
+                line.put(pack(self._encoder, message))
 
     async def leave(self, front: int) -> None:
         """`front` is gone: the scheduler ends its requests, and nobody waits for its answers."""
@@ -234,7 +229,7 @@ class Hub(Readiness):
         key = front, asked.number
         others = self._lines.keys() - {front}
         self._questions[key] = Question(asked, set(others))
-        frame = self.packed(asked)
+        frame = pack(self._encoder, asked)
         for other in others:
             self._lines[other].put(frame)
         if others:
@@ -258,4 +253,4 @@ class Hub(Readiness):
         question, line = self._questions.pop(key, None), self._lines.get(key[0])
         if question is not None and line is not None:
             values = tuple(PeerValue(front, question.values[front]) for front in sorted(question.values))
-            line.put(self.packed(PeerAnswers(key[1], values)))
+            line.put(pack(self._encoder, PeerAnswers(key[1], values)))

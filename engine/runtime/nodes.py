@@ -27,6 +27,7 @@ from engine.messages import FromNode, FromWorker
 from engine.messages.control import Ping
 from engine.messages.nodes import Attach, Bye, EndRanks, Join, RankEnded, StartRanks, TurnedAway, Welcome
 from engine.runtime.alike import alike, differences
+from engine.runtime.changes import Changes
 from engine.runtime.channel import Frames, open_channel
 from engine.runtime.interfaces import interface, resolved, watched
 from engine.runtime.meeting import meeting
@@ -152,7 +153,7 @@ class Nodes:
         self._token = read_token(config.parallel.token_file)
         self._alike: dict[str, str] | None = None
         self._joined: dict[int, Node] = {}
-        self._changed = anyio.Event()
+        self._changes = Changes()
         self._life = 0
         self.farewell = ""  # why the engine ends, where it fails
 
@@ -205,7 +206,7 @@ class Nodes:
             until = time.monotonic() + WAIT_SECONDS
             while len(missing) == len([n for n in range(1, self._count) if n not in self._joined]):
                 with anyio.move_on_after(until - time.monotonic()) as scope:
-                    await self._changed.wait()
+                    await self._changes.next()
                 if scope.cancelled_caught:
                     break
 
@@ -262,7 +263,7 @@ class Nodes:
             await frames.send(TurnedAway(cause))
             return
         self._joined[node.number] = node
-        self._change()
+        self._changes.tell()
         log.info("%s has joined", node.name)
         node.tell.send_nowait(Welcome())
         try:
@@ -275,7 +276,7 @@ class Nodes:
             node.leave("this one ends")
             if self._joined.get(node.number) is node:
                 del self._joined[node.number]
-            self._change()
+            self._changes.tell()
             log.info("%s is gone: %s", node.name, node.cause)
 
     def _refusal(self, join: Join, name: str) -> str:
@@ -285,10 +286,6 @@ class Nodes:
             return f"{held.name} has joined already: two hosts have --node-rank {join.node}"
         assert self._alike is not None
         return differences(name, join.alike, self._alike)
-
-    def _change(self) -> None:
-        self._changed.set()
-        self._changed = anyio.Event()
 
     async def _talk(self, node: Node, frames: Frames[Any]) -> None:
         """Pass on what there is to tell; a node that is still there when this engine ends is told that."""

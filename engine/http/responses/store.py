@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any, Literal
 from uuid import uuid4
 
-import anyio
 import msgspec
 from aiohttp import web
 
@@ -43,6 +42,7 @@ from engine.messages.peers import ForgetOldest
 from engine.messages.reply import Chunk
 from engine.plugin.parsing import Content, Event
 from engine.runtime.board import Board, Counter
+from engine.runtime.changes import Changes
 from engine.runtime.peers import Peers
 
 MAX_RESPONSES = 1000
@@ -94,7 +94,7 @@ class Response:
         self._given = MARGIN + (footprint(asked) + footprint(conversation) if asked.store else 0)
         self.size = self._given + (READER if self._reader is not None else 0)
         self.resized: Callable[[int], None] | None = None
-        self._changed = anyio.Event()
+        self._changes = Changes()
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -134,7 +134,7 @@ class Response:
         if chunk.finish is not None:
             self._completed = int(time.time())
             self._end()
-        self._wake()
+        self._changes.tell()
         return told
 
     def _end(self) -> None:
@@ -164,11 +164,7 @@ class Response:
         self._error = ResponseError(code, fields["message"], fields["param"])
         self._error_status, self.status = status, "failed"
         self._end()
-        self._wake()
-
-    def _wake(self) -> None:
-        self._changed.set()
-        self._changed = anyio.Event()
+        self._changes.tell()
 
     def start(self, chunks: AsyncGenerator[Chunk], words: Words) -> "asyncio.Task[None]":
         """Make the reply in a task of its own; its error is told in `words`."""
@@ -203,7 +199,7 @@ class Response:
                 raise RequestError(**msgspec.structs.asdict(self._error), status=self._error_status)
             if self.ended:
                 return
-            await self._changed.wait()
+            await self._changes.next()
 
     # ── as JSON ──────────────────────────────────────────────────────────────────────────────
 
