@@ -89,11 +89,16 @@ class Gathered:
         self._chunks.append(chunk)
         self._last, self._tokens = chunk, 0
 
-    def take(self) -> Chunk:
-        """All that is here, as one chunk."""
+    def parts(self) -> list[Chunk]:
+        """All that is here, plain tokens in a row as one chunk."""
         if self._ids:
             self._chunks.append(self._plain())
         chunks, self._chunks = self._chunks, []
+        return chunks
+
+    def take(self) -> Chunk:
+        """All that is here, as one chunk."""
+        chunks = self.parts()
         return chunks[0] if len(chunks) == 1 else joined(chunks)
 
     def _plain(self) -> Chunk:
@@ -249,6 +254,16 @@ class _Whole(Gathered):
 
 async def whole(boxes: Sequence[Mailbox]) -> list[Chunk]:
     """The replies of `boxes`, each as one chunk, once all have ended; what one raises ends the wait."""
+    return [taker.take() for taker in await _ended(boxes)]
+
+
+async def whole_parts(box: Mailbox) -> list[Chunk]:
+    """As `whole`, of one reply, in its parts."""
+    (taker,) = await _ended([box])
+    return taker.parts()
+
+
+async def _ended(boxes: Sequence[Mailbox]) -> Sequence[Gathered]:
     of = _Wholes(len(boxes))
     takers = [_Whole(of) for _ in boxes]
     for box, taker in zip(boxes, takers, strict=True):
@@ -257,4 +272,4 @@ async def whole(boxes: Sequence[Mailbox]) -> list[Chunk]:
     if (error := of.error) is not None:
         of.error = None
         raise error
-    return [taker.take() for taker in takers]
+    return takers

@@ -145,6 +145,15 @@ class Child(Generic[T]):
         return exit_cause(await anyio.to_thread.run_sync(self.process.wait))
 
 
+def end_early(early: Sequence[tuple[socket.socket, Process]]) -> None:
+    """End processes that `spawn` has started, whoever has taken them over."""
+    for _, process in early:
+        process.kill()
+    for sock, process in early:
+        process.wait()
+        sock.close()
+
+
 async def end_all(children: Sequence[Child[Any]]) -> None:
     """End several, none of them waiting for another."""
     for child in children:

@@ -28,7 +28,7 @@ from engine.messages.control import Preload, WorkerReady
 from engine.runtime.allocator import give_back_large_blocks, keep_for_good
 from engine.runtime.channel import BlockingFrames
 from engine.runtime.meeting import check_hosts
-from engine.runtime.process import Start, fronts, placement, spawn
+from engine.runtime.process import Start, end_early, fronts, placement, spawn
 
 log = logging.getLogger("engine")
 
@@ -45,11 +45,7 @@ def early_workers(config: Config) -> Iterator[Start]:
                 BlockingFrames(sock, receives=None).send(Preload(config, spare=False))
         yield lambda: left.pop(0) if left else spawn("engine.worker")
     finally:
-        for _, process in early:
-            process.kill()
-        for sock, process in early:
-            process.wait()
-            sock.close()
+        end_early(early)
 
 
 def serve(config: Config) -> int:

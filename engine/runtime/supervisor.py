@@ -18,7 +18,7 @@ import anyio.to_thread
 from engine.config import Config
 from engine.http.listening import bound, url_of
 from engine.runtime.board import Board
-from engine.runtime.process import Start, spawn
+from engine.runtime.process import Start, end_early, spawn
 
 if TYPE_CHECKING:
     from engine.runtime.fronts import FrontProcesses, StartFront
@@ -55,11 +55,7 @@ def early_fronts(config: Config, count: int) -> Iterator[EarlyFronts]:
             board, sockets, lambda number: left.pop(number, None) or spawn(MODULE, *inherited[number]), url, folder.name
         )
     finally:
-        for _, process in early:
-            process.kill()
-        for sock, process in early:
-            process.wait()
-            sock.close()
+        end_early(early)
         for each in {each for own in sockets for each in own}:
             each.close()
         board.close()

@@ -42,7 +42,7 @@ from engine.http.wire import Reply, json_response
 from engine.messages.reply import Chunk
 from engine.messages.request import Generate
 from engine.params.sampling import RESPONSES, SamplingDefaults, SamplingParams
-from engine.runtime.mailbox import whole
+from engine.runtime.mailbox import joined, whole_parts
 
 RESPONSE_WORDS = Words(
     {
@@ -101,17 +101,14 @@ async def create(request: web.Request, body: ResponsesBody) -> web.StreamRespons
         store.run(response, _generate(service, called(request, response.id), job), words_of(request))
         return await _follow(request, response) if body.stream else json_response(response.object())
     recorded = Recorded(response, store if keep else None)
-    if not body.stream and sampling.logprobs is not None:  # those of what is said, which is told apart chunk by chunk
-        async with aclosing(_generate(service, called(request, response.id), job)) as chunks:
-            async for chunk in chunks:
-                recorded.add(chunk)
-        return json_response(response.object())
     opened = service.replies(request, response.id, [job], "responses")
     if body.stream:
         return await send_replies(request, opened, recorded, failure=recorded.events.failure)
-    async with opened as boxes:
-        (made,) = await whole(boxes)
-    recorded.add(made)
+    async with opened as (box,):
+        parts = await whole_parts(box)
+    # Log-probabilities are of what is said, which is told apart part by part.
+    for part in parts if sampling.logprobs is not None else [joined(parts)]:
+        recorded.add(part)
     return json_response(response.object())
 
 
