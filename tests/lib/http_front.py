@@ -83,7 +83,7 @@ class FakeFront:
         self.stats = Stats("ready")
         self.on_stats: list[Callable[[Stats], None]] = []
         self.state = Health("ready")
-        self.script = list(script or chunks("Hello", ", ", "world"))
+        self.script = list(script or chunks("Hello", ", ", "world", finish=None if hangs else "stop"))
         self.hangs = hangs  # after its script, before the end
         self.pause = pause  # seconds before each item of it
         self.asked: list[Generate] = []

@@ -10,10 +10,11 @@ from typing import Any
 import anyio
 import pytest
 from oracle import tiny_model
+from restarts import restarted
 from test_processes import children
 from tiny_checkpoint import ASKED, assert_same, save_checkpoint
 
-from engine import AsyncEngine, Engine, EngineError, Reply, RequestError, SamplingParams, WorkerError
+from engine import AsyncEngine, Engine, EngineError, Reply, SamplingParams
 
 pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes through /proc"),
@@ -47,15 +48,6 @@ def alone(folder: Path) -> list[Reply]:
     """What one worker replies."""
     with Engine(model=str(folder), **OPTIONS) as engine:
         return said(engine)
-
-
-async def restarted(engine: AsyncEngine, prompt: list[int]) -> Reply:
-    """The reply to `prompt` once the group has been started again."""
-    while True:
-        try:
-            return await engine.generate(prompt, GREEDY)
-        except (WorkerError, RequestError):
-            await anyio.sleep(0.05)
 
 
 def workers(before: set[int]) -> list[int]:
@@ -111,7 +103,7 @@ async def test_two_stages_go_on_after_clients_have_left_and_are_started_again(
             pids = workers(before)
             assert len(pids) == 2
             os.kill(pids[stage], signal.SIGKILL)
-            assert (await restarted(engine, PROMPTS[1])).ids == wanted[1]
+            assert (await restarted(engine, PROMPTS[1], GREEDY)).ids == wanted[1]
             assert [reply.ids for reply in await engine.generate(PROMPTS, GREEDY)] == wanted
     assert set(children(os.getpid())) == before
 

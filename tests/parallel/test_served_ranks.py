@@ -13,10 +13,11 @@ from typing import Any
 import anyio
 import pytest
 from oracle import tiny_model
+from restarts import restarted
 from test_processes import children
 from tiny_checkpoint import ASKED, assert_same, save_checkpoint
 
-from engine import AsyncEngine, Engine, EngineError, Reply, RequestError, SamplingParams, WorkerError
+from engine import AsyncEngine, Engine, EngineError, Reply, SamplingParams
 
 pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes through /proc"),
@@ -42,15 +43,6 @@ def alone(folder: Path) -> list[list[int]]:
         return [reply.ids for reply in engine.generate(PROMPTS, GREEDY)]
 
 
-async def restarted(engine: AsyncEngine, prompt: list[int]) -> Reply:
-    """The reply to `prompt` once the group has been started again."""
-    while True:
-        try:
-            return await engine.generate(prompt, GREEDY)
-        except (WorkerError, RequestError):
-            await anyio.sleep(0.05)
-
-
 @pytest.mark.anyio
 async def test_two_ranks_reply_as_one_and_are_started_again_as_one(folder: Path, alone: list[list[int]]) -> None:
     assert len({token for ids in alone for token in ids}) > 4  # decided, and not all alike
@@ -63,7 +55,7 @@ async def test_two_ranks_reply_as_one_and_are_started_again_as_one(folder: Path,
                 workers = [pid for pid in workers if pid not in before]
                 assert len(workers) == 2
                 os.kill(workers[1], signal.SIGKILL)
-                assert (await restarted(engine, PROMPTS[0])).ids == alone[0]
+                assert (await restarted(engine, PROMPTS[0], GREEDY)).ids == alone[0]
     assert set(children(os.getpid())) == before
 
 

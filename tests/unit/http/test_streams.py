@@ -21,12 +21,12 @@ from http_front import FakeFront, serving
 from http_raw import dial, post
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from real_server import over_http
 
 from engine.config import ServerOptions
 from engine.conversation.reading import NOTHING
 from engine.errors import RequestError
 from engine.http.anthropic.reply import AnthropicReply
-from engine.http.app import serve
 from engine.http.native.generate import NativeReply, Scores
 from engine.http.openai.replies import OpenAIReply, Wording
 from engine.http.streams import Choice, Events, Stream, send_replies
@@ -358,21 +358,8 @@ async def test_a_closed_connection_ends_the_stream() -> None:
 @asynccontextmanager
 async def served_house(**options: Any) -> AsyncIterator[tuple[str, Any]]:
     """The real actors over a fake device, and HTTP in front."""
-    async with open_house(**options) as house, anyio.create_task_group() as group:
-        urls: list[str] = []
-        listening = anyio.Event()
-
-        def started(url: str) -> None:
-            urls.append(url)
-            listening.set()
-
-        async def run() -> None:
-            await serve(house.front, ServerOptions(port=0), started=started)
-
-        group.start_soon(run)
-        await listening.wait()
-        yield urls[0], house
-        group.cancel_scope.cancel()
+    async with open_house(**options) as house, over_http(house.front, ServerOptions(port=0)) as url:
+        yield url, house
 
 
 BODIES: dict[str, dict[str, Any]] = {
