@@ -160,19 +160,19 @@ async def test_abort_pause_and_metrics_over_new_connections(server: tuple[str, A
             for number, session in at.items():
                 group.start_soon(run, session, f"mine-{number}")
             await running(2)
-            for number in at:
+            assert await anew(url, "POST", "/pause_generation", {}) == (200, {"paused": True})
+            for number in at:  # neither ends by itself from here on
                 status, said = await anew(url, "POST", "/generate", LONG | {"rid": f"mine-{number}"})
                 assert (status, said["error"]["code"]) == (409, "rid_in_use")
-            assert await anew(url, "POST", "/pause_generation", {}) == (200, {"paused": True})
             with anyio.fail_after(20):
                 while [(await anew(url, "GET", "/health"))[1]["status"] for _ in range(4)] != ["paused"] * 4:
                     await anyio.sleep(0.02)
-            assert await anew(url, "POST", "/continue_generation") == (200, {"paused": False})
             assert await anew(url, "POST", "/abort_request", {"rid": "mine-0"}) == (200, {"aborted": 1})
             await running(1)
             assert await anew(url, "POST", "/abort_request", {"rid": "mine-0"}) == (200, {"aborted": 0})
             assert await anew(url, "POST", "/abort_request", {"abort_all": True}) == (200, {"aborted": 1})
             await running(0)
+            assert await anew(url, "POST", "/continue_generation") == (200, {"paused": False})
     assert sorted(ended) == [("mine-0", "abort"), ("mine-1", "abort")]
     async with each_front(url) as (at, _):
         pages = [await samples(session) for session in at.values()]
