@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+LIB = Path(__file__).parents[1] / "lib"
 FILES = (
     "interpreted_attention.py",
     "interpreted_latent.py",
@@ -32,9 +33,17 @@ def test_the_kernels_interpreted_do_what_they_are_defined_as(name: str) -> None:
             "-x",
             "-p",
             "no:cacheprovider",
-            str(Path(__file__).parents[1] / "lib" / name),
+            "-p",
+            "quick_interpreter",
+            str(LIB / name),
         ],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(LIB),
+            "TRITON_INTERPRET": "1",
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        },
         capture_output=True,
         text=True,
         timeout=290,

@@ -155,6 +155,10 @@ def routed_to(tokens: int, experts: int, top_k: int, seed: int = 3) -> Routed:
 
 SHAPES = [(2048, 1408), (1024, 768), (576, 200)] if GPU else [(48, 40), (160, 136)]
 KINDS = ["plain", "blocks", "rows"]
+# Interpreted, a large shape takes seconds: the one in blocks, of which it has parts.
+TASKS = (
+    list(itertools.product(KINDS, SHAPES)) if GPU else [("plain", (48, 40)), ("blocks", (160, 136)), ("rows", (48, 40))]
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -174,8 +178,7 @@ def test_few_tokens(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "shape"), TASKS, ids=str)
 def test_tasks(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     size, inner = shape
     weights = matrices(7, size, inner, kind, dtype)
@@ -271,22 +274,24 @@ def test_a_choice_of_padding_is_no_task_by_itself() -> None:
 def test_any_number_of_tokens(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a model calls it, through all regimes; FP8 activations show, where they are used."""
     dtype = torch.bfloat16 if GPU else torch.float32
-    routing = Routing(experts=8, top_k=2, normalised=True)
-    size, inner = (1024, 768) if GPU else (128, 128)
-    steps = (1, 4, 5, 40, 90, 1000) if GPU else (1, 5, 20)
+    experts = 8 if GPU else 4
+    routing = Routing(experts=experts, top_k=2, normalised=True)
+    size, inner = (1024, 768) if GPU else (128, 128) if kind != "plain" else (64, 64)
+    steps = (1, 4, 5, 40, 90, 1000) if GPU else (1, 5, 11)
     if not GPU:
         cut, wide = Cut(16, 32, 64, 1, 4, 2), Cut(16, 128, 128, 2, 4, 2)
         narrow = (Cut(16, 64, 128, 1, 4, 2), Cut(16, 64, 64, 1, 4, 2))
-        regimes = (Regime(2.0, (cut, cut), narrow), Regime(float("inf"), (cut, cut), (wide, wide)))
+        regimes = (Regime(3.0, (cut, cut), narrow), Regime(float("inf"), (cut, cut), (wide, wide)))
         monkeypatch.setattr(triton_moe, "REGIMES", regimes)
-    weights = matrices(8, size, inner, kind, dtype)
+    weights = matrices(experts, size, inner, kind, dtype)
     for tokens in steps:
-        logits, hidden = random(tokens, 8, seed=tokens), exact(tokens, size, dtype) / 64
+        logits, hidden = random(tokens, experts, seed=tokens), exact(tokens, size, dtype) / 64
         routed = TRITON.route(logits, None, routing)
         assert (routed.order is None) == (tokens <= triton_moe.VECTOR_TOKENS)
         got = TRITON.experts(hidden, routed, weights)
-        again = TRITON.experts(hidden, Routed(routed.weights, routed.experts), weights)
-        assert torch.equal(got, again), "the order, made by who routes or afterwards, is the same"
+        if GPU or tokens == 5:
+            again = TRITON.experts(hidden, Routed(routed.weights, routed.experts), weights)
+            assert torch.equal(got, again), "the order, made by who routes or afterwards, is the same"
         wanted = REFERENCE.experts(hidden, routed, weights)
         assert_near(got, wanted, TOLERANCE[dtype] if kind == "plain" else FP8_TOLERANCE)
         if kind != "plain":

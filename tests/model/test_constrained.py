@@ -52,7 +52,7 @@ def engine() -> Iterator[Engine]:
 
 
 def asked(seed: int, **grammar: Any) -> SamplingParams:
-    return SamplingParams(temperature=1.0, max_tokens=150, seed=seed, **grammar)
+    return SamplingParams(temperature=1.0, max_tokens=100, seed=seed, **grammar)
 
 
 def test_every_reply_that_ends_is_valid(engine: Engine) -> None:

@@ -11,7 +11,7 @@ import anyio.lowlevel
 import pytest
 from aiohttp.test_utils import make_mocked_request
 from anyio.abc import ByteStream
-from http_front import FakeFront, serving
+from http_front import FakeFront, chunks, serving
 from http_raw import BODY, answer, bare_socket, dial, errors_counted, long_body, post, readable, refusal, until_closed
 
 from engine.config import ServerOptions
@@ -119,7 +119,7 @@ async def test_the_bodies_of_all_requests_share_a_bound() -> None:
 
 
 async def test_a_body_is_held_until_it_is_decoded_or_its_client_leaves() -> None:
-    front = FakeFront(hangs=True)
+    front = FakeFront(chunks("a"), hangs=True)
     async with serving(front, max_body_memory=100_000) as url, AsyncExitStack() as stack:
         for _ in range(3):  # each is decoded, and its reply goes on
             stream = await stack.enter_async_context(dial(url))

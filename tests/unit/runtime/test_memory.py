@@ -10,7 +10,7 @@ import pytest
 from test_http_routes import open_site
 
 pytestmark = pytest.mark.anyio
-LARGE = 2**20
+LARGE = 2**18
 LONG = "x" * LARGE
 MESSAGES = [{"role": "user", "content": LONG}]
 
