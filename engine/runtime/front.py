@@ -235,11 +235,9 @@ class Front(Readiness):
         return question.read(await self._answer(Ask(next(self._numbers), question.packed())))
 
     async def cache_changes(self, after: int) -> CacheChanges:
-        """What has changed in the cache after the change with that number. It comes within about a second, and may be
-        nothing. Raises RequestError where no account of it is kept."""
-        if not self.config.cache.cache_events:
-            message = "this server does not tell what it caches; start it with --cache-events"
-            raise RequestError(message, code="not_supported", status=404)
+        """What has changed in the cache after the change with that number, where --cache-events is set. It comes within
+        about a second, and may be nothing."""
+        assert self.config.cache.cache_events, "no account of the cache is kept"
         value = await self._answer(FollowCache(next(self._numbers), after))
         return msgspec.msgpack.decode(value, type=CacheChanges)
 

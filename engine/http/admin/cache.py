@@ -12,6 +12,7 @@ import anyio
 from aiohttp import web
 from msgspec import Meta
 
+from engine.errors import RequestError
 from engine.http.openapi import Route
 from engine.http.service import SERVICE
 from engine.http.sse import data_event, send_events
@@ -49,7 +50,11 @@ class CacheEvent(Reply, frozen=True):
 
 async def cache_events(request: web.Request, query: CacheQuery) -> web.StreamResponse:
     """Tell which blocks of texts come into the cache and leave it; the server needs --cache-events for it."""
-    return await send_events(request, _followed(request.app[SERVICE].front, query.after), _CacheEvents())
+    front = request.app[SERVICE].front
+    if not front.config.cache.cache_events:
+        message = "this server does not tell what it caches; start it with --cache-events"
+        raise RequestError(message, code="not_supported", status=404)
+    return await send_events(request, _followed(front, query.after), _CacheEvents())
 
 
 async def _followed(front: Front, after: int) -> AsyncIterator[CacheChanges]:
