@@ -122,9 +122,9 @@ def main() -> None:
                     values[kind].append(spent)
     print(f"CPU microseconds of a request, {options.turns} turns, median (min - max)")
     for name, values in figures.items():
-        for kind, spent in values.items():
-            ratio = statistics.median(one / off for one, off in zip(spent, values["off"], strict=True))
-            cell = f"{statistics.median(spent):10.1f} ({min(spent):.1f} - {max(spent):.1f})"
+        for kind, taken in values.items():
+            ratio = statistics.median(one / off for one, off in zip(taken, values["off"], strict=True))
+            cell = f"{statistics.median(taken):10.1f} ({min(taken):.1f} - {max(taken):.1f})"
             print(f"  {name:26s} {kind:5s} {cell:36s} to off {ratio:.3f}")
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2))

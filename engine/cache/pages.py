@@ -5,6 +5,7 @@ Nobody is told of anything unless there is a `held`.
 """
 
 from collections.abc import Sequence
+from typing import Self
 
 from engine.cache.blocks import HeldBlocks, Named
 from engine.cache.pool import PagePool
@@ -22,6 +23,10 @@ class CachePages:
         self._held = held
         if held is not None:
             held.reset()
+
+    def afresh(self) -> Self:
+        """As many pages, all of them free."""
+        return type(self)(self.pool.size, self._page_size, self._held)
 
     @property
     def available(self) -> int:

@@ -79,7 +79,6 @@ class Scheduler:
         self.drafts = drafts
         self.fronts = fronts  # that requests come from
         self.chunks = chunks
-        self._held = held
         self._now = 0.0  # when the plan at hand is made
         self._steps = 0
         self._prompt_tokens = 0  # of requests that came to run, as are the cached ones among them
@@ -90,11 +89,10 @@ class Scheduler:
         self._arrivals = 0
         self._requests: dict[str, Request] = {}  # all that live, by rid
         self._queue = WaitingQueue(policy, self._cached)
-        self._start_afresh(pages)
+        self._start_afresh(CachePages(pages, page_size, held))
 
-    def _start_afresh(self, pages: int) -> None:
-        self._pages = CachePages(pages, self.page_size, self._held)
-        self._pool, self._tree = self._pages.pool, self._pages.tree
+    def _start_afresh(self, pages: CachePages) -> None:
+        self._pages, self._pool, self._tree = pages, pages.pool, pages.tree
         # All that run, by how far the plans have got:
         self._prefilling: dict[str, Request] = {}  # not to the end of the prompt
         self._lanes = Lanes.empty(1 if self.chunks is None else self.chunks.stages, self.drafts, self.fronts)
@@ -176,7 +174,7 @@ class Scheduler:
         lost = [request.rid for request in self._running()]
         for rid in lost:
             del self._requests[rid]
-        self._start_afresh(self._pool.size)
+        self._start_afresh(self._pages.afresh())
         return lost
 
     def flush(self) -> tuple[int, int]:
