@@ -127,6 +127,28 @@ async def test_a_conversation_is_named_as_it_grows() -> None:
         assert set(second[:-1]) <= told.held <= set(second)
 
 
+SYSTEM = "You are asked what a cache holds, and say so in short. " * 4
+BODIES: dict[str, dict[str, Any]] = {
+    CHAT: {"messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": TEXT}]},
+    "/v1/responses": {"instructions": SYSTEM, "input": [{"role": "user", "content": TEXT}], "store": False},
+    "/v1/messages": {"system": SYSTEM, "messages": [{"role": "user", "content": TEXT}]},
+    "/generate": {"text": TEXT},
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_each_api_has_the_names_that_a_router_makes_of_its_body(path: str) -> None:
+    told = Told()
+    most = {"/generate": {"sampling_params": {"max_new_tokens": 40}}, "/v1/responses": {"max_output_tokens": 40}}
+    async with engine() as (_, session):
+        body = BODIES[path] | most.get(path, {"max_tokens": 40})
+        await post(session, path, body)
+        await told.read(session)
+    known = digits(arrival_text(path, body))
+    assert len(known) >= 5 and told.held == set(known)
+    assert path == "/generate" or known == digits(arrival_text(CHAT, BODIES[CHAT]))
+
+
 async def test_a_reader_that_missed_nothing_is_told_what_is_new_and_any_other_all() -> None:
     one, other = Told(), Told()
     async with engine() as (_, session):

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from simulated_device import VOCABULARY, SimulatedDevice, sampling
 
-from engine.cache.blocks import HeldBlocks
+from engine.cache.blocks import MOST_NAMES, HeldBlocks, Named
 from engine.cache.log import CacheLog
 from engine.messages.cache import Blocks
 from engine.messages.request import Admit
 from engine.sched import Scheduler
 from engine.sched.chunks import ChunkRule
 from engine.sched.request import Request
+from engine.testing.fake import FakeDevice
 from engine_plugins.policies.order import LongestPrefixMatch
 
 STEM = (0, 1, 2, 3, 0, 1, 1, 2, 3, 3, 2, 1, 0, 2)  # prompts share parts of it
@@ -203,4 +204,71 @@ class AnythingHappens(RuleBasedStateMachine):
 
 
 TestAnything = AnythingHappens.TestCase
-TestAnything.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestAnything.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+
+
+# ── what is promised, one by one ─────────────────────────────────────────────────────────────
+
+
+def test_the_next_turn_names_what_a_reply_has_left() -> None:
+    log = CacheLog()
+    held = HeldBlocks(log)
+    scheduler, device = Scheduler(16, 4, 2, 100, 100, LongestPrefixMatch(), True, 10, held=held), FakeDevice()
+    first = list(range(10))
+    scheduler.admit(Admit("first", array("i", first).tobytes(), sampling(0), (), 7, blocks=blocks_of(first, "")))
+    while (plan := scheduler.plan()) is not None:
+        scheduler.commit(device.step(plan))
+    spoken = list(range(17))  # of which the last was never computed: four pages are cached
+    assert set(held_in(held)) < set(array("Q", blocks_of(spoken, "").hashes))
+    assert len(held) == 3
+    scheduler.admit(Admit("next", array("i", spoken).tobytes(), sampling(0), (), 7, blocks=blocks_of(spoken, "")))
+    scheduler.plan()  # places it: what it computes is no whole page
+    assert held_in(held) == list(array("Q", blocks_of(spoken, "").hashes)) and len(held) == 5
+
+
+def held_in(held: HeldBlocks) -> list[int]:
+    return [block for _, blocks in held.all() for block in blocks]
+
+
+def test_texts_that_differ_over_the_same_tokens_are_bounded() -> None:
+    log = CacheLog()
+    held, reader = HeldBlocks(log), Reader()
+    for text in range(10 * MOST_NAMES):
+        held.name(Named(Blocks(b"", array("Q", [text]).tobytes(), array("i", [4]).tobytes()), 4), [7], 1)
+    assert len(held) == MOST_NAMES
+    held.forget([7])
+    reader.read(log, held)
+    assert len(held) == 0 == len(reader.spaces)
+
+
+def test_a_log_that_nobody_reads_is_bounded_and_a_late_reader_is_told_all() -> None:
+    log = CacheLog(begins=5, most=100)
+    held, early, late = HeldBlocks(log), Reader(), Reader()
+    early.read(log, held)
+    for block in range(1000):
+        held.name(Named(Blocks(b"", array("Q", [block]).tobytes(), array("i", [1]).tobytes()), 1), [block], 1)
+        if block % 3 == 0:
+            held.forget([block])
+        assert log.size <= 100
+    for reader in (early, late):
+        reader.read(log, held)
+        assert len(reader.spaces) == len(held) == 666 and reader.number == log.last
+    assert (early.resets, late.resets) == (2, 1)
+    held.forget([1])
+    early.read(log, held)
+    assert early.resets == 2 and len(early.spaces) == 665
+
+
+def test_changes_of_one_kind_are_one_until_they_are_told() -> None:
+    log = CacheLog()
+    held = HeldBlocks(log)
+    log.stored(b"", [1, 2])
+    log.stored(b"", [3])
+    log.stored(b"other", [4])
+    assert [(change.kind, len(change.hashes) // 8) for change in log.since(0, held).changes] == [
+        ("stored", 3),
+        ("stored", 1),
+    ]
+    log.stored(b"other", [5])
+    assert log.last == 3
+    assert [change.space for change in log.since(2, held).changes] == [b"other"]
