@@ -58,10 +58,12 @@ async def cache_events(request: web.Request, query: CacheQuery) -> web.StreamRes
 
 
 async def _followed(front: Front, after: int) -> AsyncIterator[CacheChanges]:
-    while not front.draining:
+    while True:
         changes = await front.cache_changes(after)
         after = changes.number
         yield changes
+        if front.draining:
+            return
         await anyio.sleep(PAUSE_SECONDS)
 
 

@@ -28,7 +28,7 @@ def blocks_of(ids: list[int], salt: str) -> Blocks:
     """A block for every three tokens. Some end a token late, as where text and tokens part in different places."""
     hashes, ends = array("Q"), array("i")
     for end in range(BLOCK, len(ids) + 1, BLOCK):
-        block = hash((salt, *ids[:end])) & (1 << 64) - 1
+        block = hash((len(salt), *ids[:end])) & (1 << 64) - 1  # of numbers alone: the same in each run
         hashes.append(block)
         ends.append(min(end + block % 3 // 2, len(ids)))
     return Blocks(salt.encode(), hashes.tobytes(), ends.tobytes())
