@@ -79,6 +79,9 @@ class CacheOptions(Struct, frozen=True, kw_only=True):
     prefix_cache: Annotated[
         bool, Meta(description="keep finished requests' KV pages for prompts that share a prefix")
     ] = True
+    cache_events: Annotated[
+        bool, Meta(description="tell routers which texts' KV pages are cached, at /v1/cache/events")
+    ] = False
 
 
 class ScheduleOptions(Struct, frozen=True, kw_only=True):

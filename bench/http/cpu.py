@@ -54,13 +54,15 @@ class Server(NamedTuple):
     fronts: int
 
 
-def start(checkout: Path, fronts: int, most: int, port: int, log: IO[bytes], kept: int) -> "subprocess.Popen[bytes]":
+def start(
+    checkout: Path, fronts: int, most: int, port: int, log: IO[bytes], kept: int, *more: str
+) -> "subprocess.Popen[bytes]":
     """`engine serve` of `checkout` on `port` for `most` streams of at most `kept` tokens, its core in another process
-    than its fronts."""
+    than its fronts; `more` are options."""
     python = sys.executable if checkout == HERE else str(checkout / ".venv/bin/python")
     options = ["--model", "echo", "--port", str(port), "--max-running", str(most), "--kv-tokens", str(kept * most)]
     options += ["--placement", "split"] if fronts == 1 else ["--fronts", str(fronts)]
-    command = [python, "-m", "engine.cli", "serve", *options]
+    command = [python, "-m", "engine.cli", "serve", *options, *more]
     return subprocess.Popen(command, cwd=checkout, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
 
 

@@ -16,10 +16,13 @@ from typing import Literal
 import anyio
 import msgspec
 
+from engine.cache.blocks import HeldBlocks
+from engine.cache.log import CacheLog
 from engine.config import Config
 from engine.errors import RequestError
 from engine.messages import ToExecutor, ToFront, ToMaker, ToScheduler
 from engine.messages.assets import Loaded, Made
+from engine.messages.cache import FollowCache
 from engine.messages.control import (
     Answer,
     Ask,
@@ -92,6 +95,10 @@ class SchedulerActor:
         self.paused = False
         self._pauses: list[Pause] = []  # not answered yet
         self._asked: set[int] = set()  # numbers of what the worker is still to answer
+        # Numbers of changes grow over the lives of an engine: no life makes one a microsecond.
+        self.log = CacheLog(time.time_ns() // 1000) if config.cache.cache_events else None
+        self.held = None if self.log is None else HeldBlocks(self.log)
+        self._following: list[FollowCache] = []  # not answered yet
         self.step_seconds = array("f")
         self.make_seconds: dict[str, array[float]] = {}  # by kind
         self.idle_seconds = 0.0
@@ -107,6 +114,8 @@ class SchedulerActor:
                 for message in received(self.inbox, first):
                     await self._handle(message)
                 await self._fill_credits()
+                if self._following:
+                    await self._tell_followers()
             group.cancel_scope.cancel()
 
     async def _fill_credits(self) -> None:
@@ -149,6 +158,8 @@ class SchedulerActor:
                 await self._answer_pauses()
             case Ask():
                 await self._ask_worker(message)
+            case FollowCache():
+                self._following.append(message)
             case Answer():
                 self._asked.remove(message.number)
                 await self.front.send(message)
@@ -194,6 +205,17 @@ class SchedulerActor:
         await self._send_stats()
         for pause in pauses:
             await self.front.send(Answer(pause.number))
+
+    async def _tell_followers(self, *, all: bool = False) -> None:
+        """Answer those who have missed changes of the cache, or all who have asked for any."""
+        assert self.log is not None and self.held is not None, "the front refuses those who follow nothing"
+        waiting, self._following = self._following, []
+        for asked in waiting:
+            if all or asked.after != self.log.last:
+                changes = msgspec.msgpack.encode(self.log.since(asked.after, self.held))
+                await self.front.send(Answer(asked.number, changes))
+            else:
+                self._following.append(asked)
 
     async def _ask_worker(self, message: Ask) -> None:
         if self.worker not in RUNNING:
@@ -257,6 +279,7 @@ class SchedulerActor:
                 max_waiting=schedule.max_waiting,
                 fronts=self.fronts,
                 chunks=ChunkRule(ready.max_step_tokens, stages, ready.attention_work) if stages > 1 else None,
+                held=self.held,
             )
         for maker in self.makers.values():
             await maker.inbox.send(ready)
@@ -290,6 +313,8 @@ class SchedulerActor:
     async def _heartbeat(self) -> None:
         while True:
             await self._send_stats()
+            if self._following:
+                await self._tell_followers(all=True)
             if self.scheduler is not None and not self.in_flight and not self._checked:
                 self.scheduler.check_integrity()
                 self.room.check_integrity()

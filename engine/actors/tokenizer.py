@@ -23,6 +23,7 @@ from engine.conversation.media import Runs
 from engine.errors import RequestError, counted, let_go
 from engine.messages import FromFront, ToDetokenizer, ToTokenizer
 from engine.messages.assets import Need
+from engine.messages.cache import Blocks
 from engine.messages.control import WorkerReady
 from engine.messages.grammars import grammar_need
 from engine.messages.reply import Failed, Tokens
@@ -33,6 +34,7 @@ from engine.params.lengths import THE_INPUT, check_length, check_unicode, prompt
 from engine.params.sampling import HANDED_ON, OPTIONAL, Sampling, SamplingParams
 from engine.runtime.actor import first_failure
 from engine.runtime.channel import Outbox, Receiver, received
+from engine.text.blocks import Widths, blocks_of, is_plain
 from engine.text.tokenizer import Prompt, Text, TooWide
 
 MOST_CUT = 1 << 16  # tokens of a prompt of which only the last are kept, as far as its characters tell
@@ -47,9 +49,11 @@ UNSAMPLED = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)  # 
 class Admission:
     """Turns a job into what the detokenizer and the scheduler need to know of it."""
 
-    def __init__(self, text: Text, grammars: bool = True) -> None:
+    def __init__(self, text: Text, grammars: bool = True, *, named: bool = False) -> None:
         self.text = text
         self.grammars = grammars  # whether an engine for them is installed
+        self.named = named  # whether the scheduler is told what routers know prompts by
+        self._widths = Widths(text.spelling)
         self.max_model_len: int | None = None
         self.vocab_size = text.vocab_size  # the model's, which may have fewer rows, once the worker says so
         self._seeds = random.SystemRandom()
@@ -137,8 +141,14 @@ class Admission:
             request.cache_salt,
             self._needs(request),
             keys=keys,
+            blocks=self._blocks(request, encoded, ids) if self.named and not keys else None,
         )
         return opened, admitted
+
+    def _blocks(self, request: Generate, encoded: Encoded | None, ids: "array[int]") -> Blocks | None:
+        """What routers know the prompt `ids` by, where they can."""
+        prompt = None if encoded is None else encoded[0].text
+        return blocks_of(request, prompt, ids, self._widths) if is_plain(request) else None
 
     def _needs(self, request: Generate) -> tuple[Need, ...]:
         """What must be on the device before `request` runs; RequestError where that cannot be."""

@@ -5,6 +5,7 @@ from typing import Any
 from engine.conversation.parts import Message as ChatMessage
 from engine.messages.assets import Need
 from engine.messages.base import Message
+from engine.messages.cache import Blocks
 from engine.params.grammar import Grammar
 from engine.params.sampling import Sampling, SamplingParams
 
@@ -84,7 +85,8 @@ class Admit(Message, frozen=True):
     """tokenizer → scheduler: a checked request. `ids` is int32; `max_new` 0 asks for a vector in place of tokens. It
     runs once all its `needs` are met.
 
-    `keys` (int32, one an id) is what prefixes are shared by, where that is not the ids themselves (cache/keys.py)."""
+    `keys` (int32, one an id) is what prefixes are shared by, where that is not the ids themselves (cache/keys.py).
+    `blocks` are what a router knows the prompt by, where routers are told of the cache."""
 
     rid: str
     ids: bytes
@@ -95,6 +97,7 @@ class Admit(Message, frozen=True):
     cache_salt: str = ""
     needs: tuple[Need, ...] = ()
     keys: bytes = b""
+    blocks: Blocks | None = None
 
 
 class Abort(Message, frozen=True):

@@ -18,6 +18,7 @@ from msgspec import Struct
 from engine.config import Config
 from engine.errors import EngineError, RequestError, WorkerError, counted, shut_down
 from engine.messages import FromFront, ToHttp, ToTokenizer
+from engine.messages.cache import CacheChanges, FollowCache
 from engine.messages.control import Answer, Ask, Fatal, Flush, Flushed, Pause, Stats, WorkerReady
 from engine.messages.questions import Question, Value
 from engine.messages.reply import Chunk
@@ -233,7 +234,14 @@ class Front(Readiness):
         Raises RequestError with the worker's cause when it has none, WorkerError when the engine ends first."""
         return question.read(await self._answer(Ask(next(self._numbers), question.packed())))
 
-    async def _answer(self, asked: Flush | Pause | Ask) -> bytes:
+    async def cache_changes(self, after: int) -> CacheChanges:
+        """What has changed in the cache after the change with that number, where --cache-events is set. It comes within
+        about a second, and may be nothing."""
+        assert self.config.cache.cache_events, "no account of the cache is kept"
+        value = await self._answer(FollowCache(next(self._numbers), after))
+        return msgspec.msgpack.decode(value, type=CacheChanges)
+
+    async def _answer(self, asked: Flush | Pause | Ask | FollowCache) -> bytes:
         """The value of the Answer to `asked`."""
         if self.failure:
             raise WorkerError(self.failure)

@@ -102,7 +102,7 @@ async def open_front(
     async with supervise(*actors, front):
         front.text = text = await anyio.to_thread.run_sync(text_of, plugins, checkpoint, config, template)
         say_sampling_defaults(text.spec, config)
-        admission = Admission(text, bool(grammars))
+        admission = Admission(text, bool(grammars), named=config.cache.cache_events)
         front.texts = pool = TextPool(config, template, admission)
         tokenizer = TokenizerActor(admission, tokenizer_inbox, to_detokenizer, to_scheduler, pool)
         detokenizer = DetokenizerActor(text, front.boxes, detokenizer_inbox, to_scheduler)

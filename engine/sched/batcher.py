@@ -25,8 +25,8 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from itertools import chain
 
-from engine.cache.pool import PagePool
-from engine.cache.radix import RadixTree
+from engine.cache.blocks import HeldBlocks
+from engine.cache.pages import CachePages
 from engine.errors import RequestError, counted
 from engine.messages.assets import Bound
 from engine.messages.reply import Tokens
@@ -51,7 +51,7 @@ class Scheduler:
     The caller sends each plan to the device, and commits its result, in order, and says with both what its clock
     shows, in seconds. `policy` orders the queue. The
     device proposes up to `drafts` tokens a row. With `chunks` it is a pipeline, whose stages need a lane of rows each.
-    Nothing but `admit` refuses.
+    `held` is told of the blocks of prompts that come into the cache and leave it. Nothing but `admit` refuses.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class Scheduler:
         drafts: int = 0,
         fronts: int = 1,
         chunks: ChunkRule | None = None,
+        held: HeldBlocks | None = None,
     ) -> None:
         assert chunks is None or not drafts, "stages of a pipeline do not know where rows of drafts begin"
         self.page_size = page_size
@@ -88,11 +89,10 @@ class Scheduler:
         self._arrivals = 0
         self._requests: dict[str, Request] = {}  # all that live, by rid
         self._queue = WaitingQueue(policy, self._cached)
-        self._start_afresh(pages)
+        self._start_afresh(CachePages(pages, page_size, held))
 
-    def _start_afresh(self, pages: int) -> None:
-        self._pool = PagePool(pages)
-        self._tree = RadixTree(self.page_size)
+    def _start_afresh(self, pages: CachePages) -> None:
+        self._pages, self._pool, self._tree = pages, pages.pool, pages.tree
         # All that run, by how far the plans have got:
         self._prefilling: dict[str, Request] = {}  # not to the end of the prompt
         self._lanes = Lanes.empty(1 if self.chunks is None else self.chunks.stages, self.drafts, self.fronts)
@@ -134,6 +134,7 @@ class Scheduler:
         if rid in self._requests:
             raise rid_in_use(rid)
         request = Request.admitted(admit, self._arrivals, bound)
+        request.named = self._pages.named(admit.blocks)
         if self.fronts > 1:
             request.front = front_of(rid)
         if request.pools:
@@ -173,14 +174,13 @@ class Scheduler:
         lost = [request.rid for request in self._running()]
         for rid in lost:
             del self._requests[rid]
-        self._start_afresh(self._pool.size)
+        self._start_afresh(self._pages.afresh())
         return lost
 
     def flush(self) -> tuple[int, int]:
         """Forget cached prefixes that no running request uses: pages freed, and pages still in use."""
-        freed = self._tree.evict(self._tree.evictable)
-        self._pool.give(freed)
-        return len(freed), self._pool.size - self._pool.free_pages
+        freed = self._pages.evict(self._tree.evictable)
+        return freed, self._pool.size - self._pool.free_pages
 
     # ── a step's plan ────────────────────────────────────────────────────────────────────────
 
@@ -221,12 +221,12 @@ class Scheduler:
         """Find the pages that running rows need next. Who must give way does so before any row is planned."""
         while short := self._decoding.short():
             missing = [pages_for(tokens, self.page_size) - len(request.pages) for request, tokens in short]
-            if sum(missing) <= self._available:
+            if sum(missing) <= self._pages.available:
                 break
             self._retract(self._cheapest())
         else:
             return
-        pages = self._take(sum(missing))
+        pages = self._pages.take(sum(missing))
         for (request, _), count in zip(short, missing, strict=True):
             held = len(request.pages)
             request.pages += [pages.pop() for _ in range(count)]
@@ -295,14 +295,16 @@ class Scheduler:
             request.node, request.pages = self._tree.match(request.reusable(self.page_size), request.salt)
             self._tree.lock(request.node)  # before looking at what is available: these pages no longer are
         missing = pages_for(len(request.ids), self.page_size) - len(request.pages)
-        if missing + self.running > self._available:
+        if missing + self.running > self._pages.available:
             if request.node is not None:
                 self._tree.unlock(request.node)
             request.leave()
             return False
         request.shared = len(request.pages)
         request.computed = request.shared * self.page_size
-        request.pages += self._take(missing)
+        request.pages += self._pages.take(missing)
+        if request.named is not None:
+            self._pages.name(request.named, request.pages, request.shared)
         return True
 
     # ── a step's result ──────────────────────────────────────────────────────────────────────
@@ -356,20 +358,6 @@ class Scheduler:
 
     # ── pages ────────────────────────────────────────────────────────────────────────────────
 
-    @property
-    def _available(self) -> int:
-        """Pages that can be had without retracting anyone."""
-        return self._pool.free_pages + self._tree.evictable
-
-    def _take(self, count: int) -> list[int]:
-        """`count` of the available pages."""
-        shortage = count - self._pool.free_pages
-        if shortage > 0:
-            self._pool.give(self._tree.evict(shortage))
-        pages = self._pool.take(count)
-        assert pages is not None, "more pages are taken than are available"
-        return pages
-
     def _share(self, request: Request, end: int) -> range:
         """Hand the tree the whole pages before position `end`. Where it has the same already, `request` takes
         the tree's and frees its own: the indices of pages so changed."""
@@ -382,6 +370,8 @@ class Scheduler:
         self._pool.give(request.pages[changed])
         request.pages[changed] = held
         request.shared = last
+        if request.named is not None:
+            self._pages.name(request.named, request.pages, last)
         return range(changed.start, changed.stop)
 
     def _retract(self, request: Request) -> None:
@@ -441,6 +431,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Assert that pages, locks, slots and requests fit together. For tests, and when idle."""
         running = list(self._running())
+        self._pages.check_integrity()
         check_pages(self._tree, self._pool, running)
         slots = [request.slot for request in running] + self._free_slots
         assert sorted(slots) == list(range(self.slots)), "slots are lost or taken twice"

@@ -13,6 +13,7 @@ planned to the end. From then on rows.py holds how many tokens it will surely ha
 from array import array
 from dataclasses import dataclass, field
 
+from engine.cache.blocks import Named
 from engine.cache.radix import Node
 from engine.messages.assets import Bound
 from engine.messages.request import Admit
@@ -38,6 +39,7 @@ class Request:
     salt: bytes  # its prefix is shared with requests of the same salt alone
     bound: tuple[Bound, ...]  # its needs, met
     front: int = 0  # that has sent it
+    named: Named | None = None  # the blocks of its text, where somebody is told of them
 
     computed: int = 0  # positions; of a request that decodes, rows.py says it
     cached: int = -1  # prompt tokens the cache held when it first ran; -1 before

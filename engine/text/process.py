@@ -67,7 +67,7 @@ def _load(boot: TextBoot) -> Admission:
     plugins = Plugins.load(boot.config.model.plugins)
     checkpoint = open_checkpoint(plugins, boot.config.model.model)
     text = text_of(plugins, checkpoint, boot.config, boot.template)
-    return Admission(text, bool(grammar_engines(plugins)))
+    return Admission(text, bool(grammar_engines(plugins)), named=boot.config.cache.cache_events)
 
 
 def unpacked(work: TextWork) -> TextJob:

@@ -1,5 +1,5 @@
 """The routes of operators, joined; each module declares those that it serves."""
 
-from engine.http.admin import admin, experts
+from engine.http.admin import admin, cache, experts
 
-ROUTES = (*admin.ROUTES, *experts.ROUTES)
+ROUTES = (*admin.ROUTES, *cache.ROUTES, *experts.ROUTES)

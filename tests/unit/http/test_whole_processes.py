@@ -1,5 +1,6 @@
 """Two front processes on one port: a client may reach either, and each answers for the engine; and one is killed."""
 
+import json
 import os
 import re
 import signal
@@ -14,6 +15,8 @@ import aiohttp
 import anyio
 import pytest
 
+from engine.conversation.canonical import chained
+
 pytestmark = [
     pytest.mark.anyio,
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes through /proc"),
@@ -26,6 +29,7 @@ LONG = {"text": "a", "sampling_params": {"temperature": 0, "max_new_tokens": 400
 def server() -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The URL of `engine serve --fronts 2`, and its process."""
     command = [sys.executable, "-m", "engine.cli", "serve", "--model", "echo", "--port", "0", "--fronts", "2"]
+    command += ["--cache-events"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         log = ""
@@ -123,6 +127,24 @@ async def test_every_route_means_the_engine_over_any_connection(server: tuple[st
         for path in (f"/v1/responses/{made[0]}", f"/v1/responses/{made[1]}"):
             assert (await call(at[0], "DELETE", path))[0] == 200
             assert [(await anew(url, "GET", path))[0] for _ in range(4)] == [404] * 4
+
+
+async def test_each_front_tells_of_the_whole_cache(server: tuple[str, Any]) -> None:
+    url, _ = server
+    texts = [f"{number} " + "a prompt that goes to one front or the other. " * 6 for number in range(6)]
+    for text in texts:
+        assert (await anew(url, "POST", "/v1/completions", {"prompt": text, "max_tokens": 1}))[0] == 200
+    wanted = {block.to_bytes(8, "little").hex() for text in texts for block in chained(text)}
+    numbers = set()
+    for _ in range(6):
+        async with aiohttp.ClientSession(url) as session, session.get("/v1/cache/events") as response:
+            event = json.loads((await response.content.readline()).removeprefix(b"data: "))
+            numbers.add(event["number"])
+            reset, *stored = event["changes"]
+            blocks = "".join(change["blocks"] for change in stored)
+            assert reset["kind"] == "reset" and {change["kind"] for change in stored} == {"stored"}
+            assert wanted <= {blocks[at : at + 16] for at in range(0, len(blocks), 16)}
+    assert len(numbers) == 1
 
 
 async def test_a_background_response_is_streamed_and_cancelled_over_new_connections(server: tuple[str, Any]) -> None:

@@ -1,0 +1,65 @@
+"""The pages of one device's cache: free ones in the pool, cached ones in the tree, and what a router is told of these.
+
+Pages leave the tree in one place, `evict`, so the blocks of texts that lie in them (blocks.py) are never out of date.
+Nobody is told of anything unless there is a `held`.
+"""
+
+from collections.abc import Sequence
+from typing import Self
+
+from engine.cache.blocks import HeldBlocks, Named
+from engine.cache.pool import PagePool
+from engine.cache.radix import RadixTree
+from engine.messages.cache import Blocks
+
+
+class CachePages:
+    """`size` pages of `page_size` tokens, all free; `held` is emptied."""
+
+    def __init__(self, size: int, page_size: int, held: HeldBlocks | None = None) -> None:
+        self.pool = PagePool(size)
+        self.tree = RadixTree(page_size)
+        self._page_size = page_size
+        self._held = held
+        if held is not None:
+            held.reset()
+
+    def afresh(self) -> Self:
+        """As many pages, all of them free."""
+        return type(self)(self.pool.size, self._page_size, self._held)
+
+    @property
+    def available(self) -> int:
+        """Pages that can be had without retracting anyone."""
+        return self.pool.free_pages + self.tree.evictable
+
+    def take(self, count: int) -> list[int]:
+        """`count` of the available pages."""
+        shortage = count - self.pool.free_pages
+        if shortage > 0:
+            self.evict(shortage)
+        pages = self.pool.take(count)
+        assert pages is not None, "more pages are taken than are available"
+        return pages
+
+    def evict(self, count: int) -> int:
+        """Free up to `count` cached pages that nobody uses; how many were freed."""
+        freed = self.tree.evict(count)
+        if self._held is not None:
+            self._held.forget(freed)
+        self.pool.give(freed)
+        return len(freed)
+
+    def named(self, blocks: Blocks | None) -> Named | None:
+        """What a prompt's `blocks` are here; None where nobody is told of them."""
+        return None if blocks is None or self._held is None else Named(blocks, self._page_size)
+
+    def name(self, named: Named, pages: Sequence[int], shared: int) -> None:
+        """The first `shared` of `pages` are in the tree and hold the beginning of the prompt that `named` is of."""
+        assert self._held is not None, "nobody is told of blocks"
+        self._held.name(named, pages, shared)
+
+    def check_integrity(self) -> None:
+        """Assert that what is told of is in the tree."""
+        if self._held is not None:
+            self._held.check_integrity(page for node in self.tree.nodes() for page in node.pages)

@@ -1,0 +1,76 @@
+"""/v1/cache/events: which blocks of texts the cache holds, told as it changes, for routers.
+
+A block is named by the hash that a router makes of the same text (engine/conversation/canonical.py). Changes are
+numbered. A reader says which number it has; if the changes after that are not known any more, it is told all that is
+held. A stream ends for good only with the server: whoever lost it asks again with the last number that it read.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Final
+
+import anyio
+from aiohttp import web
+from msgspec import Meta
+
+from engine.errors import RequestError
+from engine.http.openapi import Route
+from engine.http.service import SERVICE
+from engine.http.sse import data_event, send_events
+from engine.http.wire import Body, Reply, to_json
+from engine.messages.cache import CacheChanges, Kind
+from engine.runtime.front import Front
+
+PAUSE_SECONDS: Final = 0.1  # between two events
+
+
+class CacheQuery(Body):
+    """`after` is the number of the last event read; without it the first event tells all that is held."""
+
+    after: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
+
+
+class CacheChangeReply(Reply, frozen=True):
+    """`blocks` are hashes of 16 hexadecimal digits each, in a row: the bytes of the digests, in the order of the text.
+    `space` is in hexadecimal digits too. Blocks that were evicted have none; a reset has no blocks and says that
+    nothing is held."""
+
+    kind: Kind
+    space: str
+    blocks: str
+
+
+class CacheEvent(Reply, frozen=True):
+    """The changes since the event with the number `after`, in their order; none, about once a second, where nothing
+    has changed."""
+
+    after: int
+    number: int
+    changes: list[CacheChangeReply]
+
+
+async def cache_events(request: web.Request, query: CacheQuery) -> web.StreamResponse:
+    """Tell which blocks of texts come into the cache and leave it; the server needs --cache-events for it."""
+    front = request.app[SERVICE].front
+    if not front.config.cache.cache_events:
+        message = "this server does not tell what it caches; start it with --cache-events"
+        raise RequestError(message, code="not_supported", status=404)
+    return await send_events(request, _followed(front, query.after), _CacheEvents())
+
+
+async def _followed(front: Front, after: int) -> AsyncIterator[CacheChanges]:
+    while True:
+        changes = await front.cache_changes(after)
+        after = changes.number
+        yield changes
+        if front.draining:
+            return
+        await anyio.sleep(PAUSE_SECONDS)
+
+
+class _CacheEvents:
+    def event(self, told: CacheChanges) -> bytes:
+        changes = [CacheChangeReply(each.kind, each.space.hex(), each.hashes.hex()) for each in told.changes]
+        return data_event(to_json(CacheEvent(told.after, told.number, changes)))
+
+
+ROUTES = (Route("GET", "/v1/cache/events", cache_events, takes=CacheQuery, events=(CacheEvent,), done=False),)
