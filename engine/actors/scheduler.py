@@ -111,7 +111,7 @@ class SchedulerActor:
 
     async def _fill_credits(self) -> None:
         scheduler = self.scheduler
-        if scheduler is None or self.paused or self.worker not in RUNNING or self.room.reloading(scheduler.used):
+        if scheduler is None or self.paused or self.worker not in RUNNING or self.room.reloading(scheduler.live.used):
             return
         while self.in_flight < self.credits and (plan := scheduler.plan(time.monotonic())) is not None:
             self.in_flight += 1
@@ -220,7 +220,7 @@ class SchedulerActor:
 
     async def _evict(self) -> None:
         assert self.scheduler is not None
-        for drop in self.room.evict(self.scheduler.used()):
+        for drop in self.room.evict(self.scheduler.live.used()):
             await self.executor.send(drop)
 
     async def _abort(self, rid: str) -> None:
@@ -239,7 +239,7 @@ class SchedulerActor:
         for rid in self.room.rids():
             if front_of(rid) == front:
                 self.room.abort(rid)
-        for rid in self.scheduler.rids():
+        for rid in list(self.scheduler.live.by_rid):
             if front_of(rid) == front:
                 self.scheduler.stop(rid)
 
