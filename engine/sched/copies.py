@@ -16,8 +16,10 @@ Left out: moving a request that runs to another copy.
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 from engine.messages.assets import Bound
+from engine.messages.control import CopyStats
 from engine.messages.reply import Tokens
 from engine.messages.request import Admit
 from engine.messages.step import StepDone, StepPlan
@@ -70,21 +72,29 @@ class Copies:
             for copy in range(copies)
         )
         self._steps = 0
+        self._tokens = [0] * copies  # that each has computed
+        self._most_tokens = 0  # of the copy that had the most, added over all steps
         self._in_flight: deque[tuple[int, list[Share]]] = deque()
         self._most_held = held_steps
         self._held = 0  # steps for which the queue has been held
 
     # ── figures ──────────────────────────────────────────────────────────────────────────────
 
-    def counts(self) -> dict[str, int]:
-        """As Scheduler.counts, of all copies."""
+    def counts(self) -> dict[str, Any]:
+        """As Scheduler.counts, of all copies, and of each."""
         each = [copy.counts() for copy in self.copies]
-        total = {name: sum(counts[name] for counts in each) for name in each[0]}
-        return {**total, "waiting": len(self.live.queue), "steps": self._steps}
-
-    def counts_by_copy(self) -> list[dict[str, int]]:
-        """Those of each copy."""
-        return [copy.counts() for copy in self.copies]
+        total: dict[str, Any] = {name: sum(counts[name] for counts in each) for name in each[0]}
+        copies = tuple(
+            CopyStats(*(counts[name] for name in ("running", "pages", "pages_free", "pages_cached")), tokens)
+            for counts, tokens in zip(each, self._tokens, strict=True)
+        )
+        return {
+            **total,
+            "waiting": len(self.live.queue),
+            "steps": self._steps,
+            "copies": copies,
+            "most_tokens_total": self._most_tokens,
+        }
 
     # ── requests come and go ─────────────────────────────────────────────────────────────────
 
@@ -136,6 +146,9 @@ class Copies:
         if not plans:
             return None
         self._steps += 1
+        tokens = [copy.max_step_tokens - step.budget for copy, step in zip(self.copies, steps, strict=True)]
+        self._tokens = [total + more for total, more in zip(self._tokens, tokens, strict=True)]
+        self._most_tokens += max(tokens)
         self._in_flight.append((self._steps, shares))
         return joined(self._steps, plans)
 

@@ -1,10 +1,11 @@
 """A simulated device for each copy of attention, which get their parts of a plan and join their results as ranks do."""
 
+from simulated_device import SimulatedDevice
+
 from engine.messages.step import NOTHING, StepDone, StepPlan
 from engine.sched.shares import gathered
 from engine.testing.steps import rows_of
 from engine.worker.steps.copies import Copy
-from simulated_device import SimulatedDevice
 
 
 class SimulatedCopies:

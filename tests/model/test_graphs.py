@@ -261,7 +261,7 @@ def test_many_slots_have_graphs_for_all_of_them(harness: ModelHarness) -> None:
 def test_prompts_of_many_requests_are_written_at_once(harness: ModelHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each where it belongs, an empty one nowhere, a long one by itself; what lies beyond a shorter one stays."""
     runner, before = harness.runner, harness.runner.tokens.clone()
-    monkeypatch.setattr("engine.worker.runner.SHORT_PROMPT", 3)
+    monkeypatch.setattr("engine.worker.steps.admits.SHORT_PROMPT", 3)
     runner.apply(harness.admit([[7, 8, 9], [], [5], [1, 2, 3, 4]]))
     before[0, :3], before[2, 0], before[3, :4] = torch.tensor([7, 8, 9]), 5, torch.tensor([1, 2, 3, 4])
     assert torch.equal(runner.tokens, before)

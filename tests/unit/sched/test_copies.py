@@ -1,20 +1,12 @@
 """Copies of attention: whatever happens, each request gets the tokens it would get alone, in the copy that suits it."""
 
-from array import array
-
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize
 from simulated_copies import SimulatedCopies
-from test_batcher import POLICIES, AnythingHappens, Bench, request
+from test_batcher import POLICIES, AnythingHappens, Bench
 
-from engine.messages.step import TOKEN, VECTOR
-from engine.sched import Scheduler
 from engine.sched.copies import Copies
-from engine.testing.fake import FakeDevice
-from engine.testing.steps import rows_of
-from engine_plugins.policies.order import FirstComeFirstServed
 
 
 class CopiesBench(Bench):

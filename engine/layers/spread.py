@@ -1,0 +1,58 @@
+"""What copies of attention share: an MLP or a mixture, divided over the ranks of all copies.
+
+    copy 0   attention ─ [T0, H] ─┐ all-gather               reduce-scatter ┌─ [T0, H] ─ attention …
+                                  ├───────────> [N, H] ─ MLP ──────────────>┤
+    copy 1   attention ─ [T1, H] ─┘             parts of a sum              └─ [T1, H] ─ attention …
+
+All ranks send as many tokens as the copy with the most has, which every host knows from the plan (`batch.spread`). In
+between, all tokens lie together without gaps, so that padding costs the MLP nothing. What comes back is summed over the
+copies; where several ranks share a copy's attention, it is still a part of the sum over these, as what attention itself
+returns is. Left out: sending tokens to those ranks alone that hold their experts.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from engine.layers.batch import Batch, Spread
+from engine.layers.build import Build
+from engine.parallel.collectives import Group, all_gather, all_reduce, reduce_scatter
+
+
+def gather(hidden: Tensor, spread: Spread, copies: Group) -> Tensor:
+    """`hidden` [T, H] of this copy's tokens to [N, H], those of all copies together, padding last."""
+    if len(hidden) < spread.most:
+        hidden = functional.pad(hidden, (0, 0, 0, spread.most - len(hidden)))
+    gathered = all_gather(hidden, copies)
+    return gathered if spread.order is None else gathered[spread.order]
+
+
+def scatter(made: Tensor, spread: Spread, count: int, copies: Group) -> Tensor:
+    """Of the sum over the copies of `made` [N, H], what is this copy's: the first `count` rows of it, [count, H]."""
+    return reduce_scatter(made if spread.back is None else made[spread.back], copies)[:count]
+
+
+def share_over_copies(mlp: nn.Module, build: Build, *, summed: bool) -> nn.Module:
+    """`mlp`, which takes tokens and their batch, and returns this rank's part of a sum over all: told this copy's
+    tokens, it computes those of all copies, and returns this copy's. They are the sum if it is `summed`, else a part of
+    that over the ranks that share attention.
+
+    It stays the same module, because its path in the model is its name in checkpoints."""
+    copies, ranks = build.group("dp"), build.group("attention_tp")
+
+    def before(_: nn.Module, inputs: tuple[Tensor, Batch]) -> tuple[Tensor, Batch]:
+        hidden, batch = inputs
+        return gather(hidden, _spread(batch), copies), batch
+
+    def after(_: nn.Module, inputs: tuple[Tensor, Batch], made: Tensor) -> Tensor:
+        batch = inputs[1]
+        own = scatter(made, _spread(batch), len(batch.ids), copies)
+        return all_reduce(own, ranks) if summed else own
+
+    mlp.register_forward_pre_hook(before)
+    mlp.register_forward_hook(after)
+    return mlp
+
+
+def _spread(batch: Batch) -> Spread:
+    assert batch.spread is not None, "a step of copies says how its tokens are spread"
+    return batch.spread
