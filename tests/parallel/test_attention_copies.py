@@ -6,24 +6,23 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from oracle import tiny
-from test_graphs import PlainAttention, captured
-from test_tensor_parallel import COUNT, EXPERTS, LATENT, MODELS, prompts
+from rank_replies import choices, replies
+from test_tensor_parallel import BERT, EXPERTS, LATENT, MODELS
+from torch.nn import functional
 
+from engine.config import resolve as resolve_options
 from engine.errors import ConfigError
 from engine.layers.batch import Spread
-from engine.layers.spread import gather, scatter
-from engine.messages.step import TOKEN
-from engine.parallel.groups import Groups
+from engine.parallel.groups import CPU, Groups
 from engine.parallel.mesh import Mesh
-from engine.plugin.registry import resolve
 from engine.plugin.testing import ModelHarness
+from engine.runtime.copies import check_copies
 from engine.testing.ranks import Ranks, open_ranks
-from engine.testing.steps import step_plan
-from engine.worker.experts import count_experts, routers_of
-from engine.worker.steps import graphs
-from engine.worker.steps.graphs import DecodeGraphs, PromptGraphs
 from engine_plugins.models.bert import Bert
+from engine_plugins.models.llama import Llama
 
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dense, biases": (f"{MODELS}.llama:Llama", "Llama", {"attention_bias": True, "mlp_bias": True, "vocab_size": 95}),
@@ -58,37 +57,6 @@ def saved(case: str, folder: Path, **changes: Any) -> tuple[str, Path]:
     return model, folder / "model"
 
 
-def replies(
-    groups: Groups | None, model: str, file: Path, slots: tuple[int, ...] | None, captures: bool = False
-) -> list[list[int]]:
-    """What the model of `file` says to the prompts in `slots`; of several copies, this rank's."""
-    config, tensors = torch.load(file, weights_only=False)
-    attention = PlainAttention if captures else None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graphs, "captured", captured)
-        harness = ModelHarness(resolve(model), config, tensors, groups=groups, attention=attention)
-        if captures:
-            replaying(harness)
-        said = harness.greedy(prompts(config["vocab_size"]), COUNT, slots=slots)
-    if captures:
-        assert harness.runner.decode_graphs._last is not None  # they were replayed
-    return said
-
-
-def replaying(harness: ModelHarness) -> None:
-    """Makes graphs of decode steps and of steps with prompts, and has the runner replay them."""
-    runner = harness.runner
-    tables = runner.shared_graphs._tables
-    decode, some = DecodeGraphs(tables), PromptGraphs(tables, 4, (16, 32, 64))
-    assert decode.capture(SLOTS, pool=None) and some.capture(64, pool=None)
-    runner.decode_graphs, runner.prompt_graphs = decode, (some, some)
-    runner.compute = not_captured  # type: ignore[method-assign]
-
-
-def not_captured(*_: object) -> Any:
-    raise AssertionError("a step is computed as it is")
-
-
 def of_copies(slots: tuple[int, ...], said: list[list[int]]) -> list[list[list[int]]]:
     """What each copy says, where one rank says so to the prompts in `slots`."""
     return [[reply for slot, reply in zip(slots, said, strict=True) if slot // SLOTS == copy] for copy in range(2)]
@@ -111,6 +79,15 @@ def test_captured_steps_have_one_size_on_all_copies(case: str, place: str, ranks
     assert ranks.run(replies, model, file, slots, True) == of_copies(slots, said)
 
 
+def test_padding_of_copies_chooses_no_expert(ranks: Ranks, tmp_path: Path) -> None:
+    model, file = saved("mixture", tmp_path)
+    alone = choices(None, model, file, None)
+    assert sum(alone) > 0
+    for slots in PLACES.values():  # all ranks route the tokens of all copies
+        assert ranks.run(choices, model, file, slots) == [alone, alone]
+
+
+@pytest.mark.matrix
 @pytest.mark.parametrize("case", ["mixture", "norms after the MLP"])
 def test_each_copy_may_have_several_ranks(case: str, four: Ranks, tmp_path: Path) -> None:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2} if case == "mixture" else {}
@@ -118,3 +95,49 @@ def test_each_copy_may_have_several_ranks(case: str, four: Ranks, tmp_path: Path
     said, slots = replies(None, model, file, None), PLACES["both"]
     first, second = of_copies(slots, said)
     assert four.run(replies, model, file, slots) == [first, first, second, second]
+
+
+@given(counts=st.lists(st.integers(0, 5), min_size=2, max_size=4).filter(any), most=st.integers(5, 7))
+def test_tokens_of_copies_lie_together_and_come_back(counts: list[int], most: int) -> None:
+    for spread in (Spread.of(counts, CPU), Spread.captured(torch.tensor(counts), most)):
+        numbers = [torch.arange(count) + 100 * copy for copy, count in enumerate(counts)]
+        padded = [functional.pad(each, (0, spread.most - len(each)), value=-1) for each in numbers]
+        gathered = torch.cat(padded)
+        together = gathered if spread.order is None else gathered[spread.order]
+        assert torch.equal(together[: sum(counts)], torch.cat(numbers))
+        assert len(together) == (len(counts) * most if not spread.counts else sum(counts))
+        back = together if spread.back is None else together[spread.back]
+        for copy, each in enumerate(back.view(len(counts), -1)):
+            assert torch.equal(each[: counts[copy]], numbers[copy])
+
+
+def test_what_does_not_run_in_copies_is_refused_in_words() -> None:
+    config, tensors, _ = tiny("Llama")
+    assert config["num_attention_heads"] == 6
+    groups = Groups.apart(Mesh(0, tp=8, dp=2))
+    with pytest.raises(ConfigError, match=r"6 query heads do not divide over 4 ranks .*--tp over --dp-attention"):
+        ModelHarness(Llama, config, tensors, groups=groups)
+    with pytest.raises(ConfigError, match=r"Bert runs with one copy of attention, and there are 2"):
+        ModelHarness(Bert, BERT, {}, groups=Groups.apart(Mesh(0, tp=2, dp=2)))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tp": 3, "dp_attention": 2}, "--dp-attention 2 does not divide --tp 3"),
+        ({"dp_attention": 2, "pp": 2}, "--dp-attention 2 does not go with --pp 2"),
+        ({"dp_attention": 4, "max_running": 3}, "--max-running 3 leaves no requests for some of the 4 copies"),
+        ({"dp_attention": 4, "max_step_tokens": 3}, "--max-step-tokens 3 leaves no tokens for some of the 4 copies"),
+    ],
+)
+def test_options_of_copies_that_do_not_go_together_are_refused(options: dict[str, int], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_copies(resolve_options(options))
+
+
+def test_copies_alone_say_how_many_ranks_there_are() -> None:
+    found = resolve_options({"dp_attention": 4}).parallel
+    assert (found.tp, found.ranks, list(found.reporters)) == (4, 4, [0, 1, 2, 3])
+    found = resolve_options({"dp_attention": 2, "tp": 4}).parallel
+    assert (found.tp, found.ranks, list(found.reporters)) == (4, 4, [0, 2])
+    check_copies(resolve_options({"dp_attention": 2, "tp": 4}))

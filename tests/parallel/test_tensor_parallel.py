@@ -11,6 +11,7 @@ import transformers
 from numpy.typing import NDArray
 from oracle import tiny
 from packed import Blocks
+from rank_replies import COUNT, prompts
 from torch import Tensor
 
 from engine.messages.step import VECTOR
@@ -55,18 +56,12 @@ BERT = {
     **{"max_position_embeddings": 63, "type_vocab_size": 1},
 }
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-COUNT = 24
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     with open_ranks(tmp_path_factory.mktemp("ranks"), tp=2) as opened:
         yield opened
-
-
-def prompts(vocab_size: int) -> list[list[int]]:
-    generator = np.random.default_rng(1)
-    return [generator.integers(0, vocab_size, length).tolist() for length in (21, 9, 14)]
 
 
 def stored(case: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -1,0 +1,65 @@
+"""What a rank of several replies, of a model in a file. It imports little, because each rank does."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from plain_attention import PlainAttention, captured
+
+from engine.parallel.groups import Groups
+from engine.plugin.registry import resolve
+from engine.testing.models import ModelHarness
+from engine.worker.experts import count_experts
+from engine.worker.steps import graphs
+from engine.worker.steps.graphs import DecodeGraphs, PromptGraphs
+
+COUNT = 24
+
+
+def prompts(vocab_size: int) -> list[list[int]]:
+    generator = np.random.default_rng(1)
+    return [generator.integers(0, vocab_size, length).tolist() for length in (21, 9, 14)]
+
+
+def replies(
+    groups: Groups | None, model: str, file: Path, slots: tuple[int, ...] | None, captures: bool = False
+) -> list[list[int]]:
+    """What the model of `file` says to prompts that have `slots`; of several copies, to those of this rank's. If it
+    `captures`, no step is computed but by replaying a graph."""
+    config, tensors = torch.load(file, weights_only=False)
+    attention = PlainAttention if captures else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "captured", captured)
+        harness = ModelHarness(resolve(model), config, tensors, groups=groups, attention=attention)
+        if captures:
+            replaying(harness)
+        said = harness.greedy(prompts(config["vocab_size"]), COUNT, slots=slots)
+    return said
+
+
+def choices(groups: Groups | None, model: str, file: Path, slots: tuple[int, ...] | None) -> list[int]:
+    """How often each expert of each layer is chosen meanwhile, where no step is computed but by replaying a graph."""
+    config, tensors = torch.load(file, weights_only=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "captured", captured)
+        harness = ModelHarness(resolve(model), config, tensors, groups=groups, attention=PlainAttention)
+        replaying(harness)
+        count_experts(harness.runner.model, "start")
+        harness.greedy(prompts(config["vocab_size"]), COUNT, slots=slots)
+    return np.frombuffer(count_experts(harness.runner.model, "look").counts, "<i8").tolist()
+
+
+def replaying(harness: ModelHarness) -> None:
+    """Makes graphs of decode steps and of steps with prompts, and has the runner replay them."""
+    runner = harness.runner
+    tables = runner.shared_graphs._tables
+    decode, some = DecodeGraphs(tables), PromptGraphs(tables, 4, (16, 32, 64))
+    assert decode.capture(harness.slots, pool=None) and some.capture(64, pool=None)
+    runner.decode_graphs, runner.prompt_graphs = decode, (some, some)
+    runner.compute = not_captured  # type: ignore[method-assign]
+
+
+def not_captured(*_: object) -> Any:
+    raise AssertionError("a step is computed as it is")
