@@ -16,11 +16,6 @@ class Pages:
         """Pages that can be had without taking them from anyone."""
         return self.pool.free_pages + self.tree.evictable
 
-    @property
-    def held(self) -> int:
-        """Pages that somebody uses."""
-        return self.pool.size - self.available
-
     def take(self, count: int) -> list[int]:
         """`count` of the available pages: prefixes that nobody uses are forgotten where too few are free."""
         shortage = count - self.pool.free_pages

@@ -29,7 +29,7 @@ from engine.layers.model import Elsewhere, Layer, Model
 from engine.layers.moe import Experts, Mixture, Router, SparseMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import Rotary
-from engine.layers.spread import share_over_copies
+from engine.layers.spread import over_copies
 from engine.parallel.collectives import all_reduce
 from engine.plugin.specs import LazyTensor
 from engine.plugin.terms import MANY, Terms
@@ -119,7 +119,9 @@ class DecoderShape:
         """What comes after the attention of that layer; copies of attention share it."""
         if build.mesh.dp == 1:
             return self._mlp(build, layer)
-        return share_over_copies(replace(self, summed=False)._mlp(build, layer), build, summed=self.summed)
+        mlp = replace(self, summed=False)._mlp(build, layer)
+        mlp.forward = over_copies(mlp.forward, build, summed=self.summed)  # it stays at its path in checkpoints
+        return mlp
 
     def _mlp(self, build: Build, layer: int) -> nn.Module:
         mixture = self.mixture

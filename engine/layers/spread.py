@@ -10,12 +10,16 @@ copies; where several ranks share a copy's attention, it is still a part of the 
 returns is. Left out: sending tokens to those ranks alone that hold their experts.
 """
 
-from torch import Tensor, nn
+from collections.abc import Callable
+
+from torch import Tensor
 from torch.nn import functional
 
 from engine.layers.batch import Batch, Spread
 from engine.layers.build import Build
 from engine.parallel.collectives import Group, all_gather, all_reduce, reduce_scatter
+
+Shared = Callable[[Tensor, Batch], Tensor]
 
 
 def gather(hidden: Tensor, spread: Spread, copies: Group) -> Tensor:
@@ -31,28 +35,19 @@ def scatter(made: Tensor, spread: Spread, count: int, copies: Group) -> Tensor:
     return reduce_scatter(made if spread.back is None else made[spread.back], copies)[:count]
 
 
-def share_over_copies(mlp: nn.Module, build: Build, *, summed: bool) -> nn.Module:
-    """`mlp`, which takes tokens and their batch, and returns this rank's part of a sum over all: told this copy's
-    tokens, it computes those of all copies, and returns this copy's. They are the sum if it is `summed`, else a part of
-    that over the ranks that share attention.
+def over_copies(mlp: Shared, build: Build, *, summed: bool = True) -> Shared:
+    """`mlp` as it is told of this copy's tokens: it computes those of all copies, of which this copy's come back.
 
-    It stays the same module, because its path in the model is its name in checkpoints."""
+    `mlp` returns this rank's part of a sum over all ranks. What comes back is the sum if it is `summed`, else a part of
+    it over the ranks that share attention. Where there is one copy, `mlp` itself is returned."""
+    if build.mesh.dp == 1:
+        return mlp
     copies, ranks = build.group("dp"), build.group("attention_tp")
 
-    def before(_: nn.Module, inputs: tuple[Tensor, Batch]) -> tuple[Tensor, Batch]:
-        hidden, batch = inputs
-        return gather(hidden, _spread(batch), copies), batch
-
-    def after(_: nn.Module, inputs: tuple[Tensor, Batch], made: Tensor) -> Tensor:
-        batch = inputs[1]
-        own = scatter(made, _spread(batch), len(batch.ids), copies)
+    def shared(hidden: Tensor, batch: Batch) -> Tensor:
+        spread = batch.spread
+        assert spread is not None, "a step of several copies says how its tokens are spread"
+        own = scatter(mlp(gather(hidden, spread, copies), batch), spread, len(hidden), copies)
         return all_reduce(own, ranks) if summed else own
 
-    mlp.register_forward_pre_hook(before)
-    mlp.register_forward_hook(after)
-    return mlp
-
-
-def _spread(batch: Batch) -> Spread:
-    assert batch.spread is not None, "a step of copies says how its tokens are spread"
-    return batch.spread
+    return shared

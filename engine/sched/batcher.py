@@ -78,7 +78,7 @@ class Scheduler:
         self.fronts = fronts  # that requests come from
         self.chunks = chunks
         self._now = 0.0  # when the plan at hand is made
-        self._steps = 0
+        self.steps = 0  # planned so far; of copies by any of them, so that a request may go from one to another
         self._prompt_tokens = 0  # of requests that came to run, as are the cached ones among them
         self._cached_tokens = 0
         self._generated_tokens = 0
@@ -115,7 +115,7 @@ class Scheduler:
             "cached_tokens_total": self._cached_tokens,
             "generated_tokens_total": self._generated_tokens,
             "retractions_total": self._retractions,
-            "steps": self._steps,
+            "steps": self.steps,
         }
 
     @property
@@ -129,9 +129,9 @@ class Scheduler:
         return len(self._free_slots)
 
     @property
-    def held_tokens(self) -> int:
-        """Tokens that the pages hold of requests that run."""
-        return self._pages.held * self.page_size
+    def context_tokens(self) -> int:
+        """Tokens that the pages of running requests hold, those of a shared prefix once for each."""
+        return sum(len(request.pages) for request in self.running_requests()) * self.page_size
 
     # ── requests come and go ─────────────────────────────────────────────────────────────────
 
@@ -160,7 +160,7 @@ class Scheduler:
         """End `rid` now, and what to say of it; None if no such request lives."""
         if not self.stop(rid):
             return None
-        return Tokens.aborted(rid, self._steps)
+        return Tokens.aborted(rid, self.steps)
 
     def reset(self) -> list[str]:
         """The device lost everything: forget the requests that run, and name them. Waiting ones stay."""
@@ -218,9 +218,9 @@ class Scheduler:
         if not (step.requests or step.prompts):
             assert not step.pages and not step.admits
             return None
-        self._steps += 1
-        self._in_flight.append((self._steps, step))
-        return step.message(self._steps)
+        self.steps += 1
+        self._in_flight.append((self.steps, step))
+        return step.message(self.steps)
 
     def _grow(self, step: StepColumns) -> None:
         """Find the pages that running rows need next. Who must give way does so before any row is planned."""
@@ -294,7 +294,7 @@ class Scheduler:
             self._cached_tokens += request.cached
             self._prompt_tokens += request.prompt_len
         request.slot = self._free_slots.pop()
-        request.since = self._steps + 1
+        request.since = self.steps + 1
         self._stop_ids.update(request.stop_ids)
         self._prefilling[request.rid] = request
         return True

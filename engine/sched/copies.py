@@ -4,14 +4,15 @@
             └─> copy 1: slots n .. 2n-1,  …                         ─ rows ─┴─> one plan, rows in the order of copies
 
 Each copy is planned by a Scheduler as if it were alone, and they share the requests that wait. A waiting request goes
-to the copy where it costs least: where few tokens are still to be computed, because the cache has its prefix, and few
-are held already, because whatever runs there reads those in each step. Pages that the cache alone holds cost nothing,
-or a copy that has served much would seem busy. One that has to give way comes back to the queue, and its pages stay in
-the cache: so it goes where it was, unless that copy is much fuller than another.
+to the copy where it costs least: where few of its tokens are to be computed, because the cache has its prefix, and
+where what runs has few tokens, because all of them are read in each step. Pages that the cache alone holds cost
+nothing, or a copy that has served much would seem busy. A request that has to give way comes back to the queue, and its
+pages stay in the cache: so it goes where it was, unless that copy is much fuller than another.
 
-All copies step together, so a step is as long as that of the copy with the most to do. Requests that come one by one
-would make many steps long, each for one copy. They may be held for a few steps, until there is one for each copy.
-Left out: moving a request that runs to another copy.
+All copies step together, so a step takes as long as the copy with the most to do. Prompts that come one by one would
+make many steps long, each for the sake of one copy, while the rows of all wait for their next tokens. So where many
+rows decode, requests are held for a few steps, until each copy can begin one. bench/engine/copies.py is where the
+numbers come from. Left out: moving a request that runs to another copy; steps of graphs that suit all copies.
 """
 
 from collections import deque
@@ -30,8 +31,9 @@ from engine.sched.live import LiveRequests
 from engine.sched.request import Request
 from engine.sched.shares import Share, parted
 
-COMPUTED = 4  # how many tokens that are held cost as much as one that is computed
-HELD_STEPS = 0  # that requests wait at most for others
+COMPUTED = 16  # how many tokens that are read in each step cost as much as one that is computed
+HELD_STEPS = 4  # for which requests are held at most
+BUSY_ROWS = 8  # that decode in a copy, on average, where requests are held
 
 
 class Copies:
@@ -52,6 +54,7 @@ class Copies:
         max_waiting: int,
         fronts: int = 1,
         held_steps: int = HELD_STEPS,
+        busy_rows: int = BUSY_ROWS,
     ) -> None:
         each = slots // copies
         self.live = LiveRequests(policy, self._cached, max_waiting, fronts)
@@ -75,7 +78,7 @@ class Copies:
         self._tokens = [0] * copies  # that each has computed
         self._most_tokens = 0  # of the copy that had the most, added over all steps
         self._in_flight: deque[tuple[int, list[Share]]] = deque()
-        self._most_held = held_steps
+        self._most_held, self._busy_rows = held_steps, max(1, copies * busy_rows)
         self._held = 0  # steps for which the queue has been held
 
     # ── figures ──────────────────────────────────────────────────────────────────────────────
@@ -85,7 +88,7 @@ class Copies:
         each = [copy.counts() for copy in self.copies]
         total: dict[str, Any] = {name: sum(counts[name] for counts in each) for name in each[0]}
         copies = tuple(
-            CopyStats(*(counts[name] for name in ("running", "pages", "pages_free", "pages_cached")), tokens)
+            CopyStats(counts["running"], counts["pages"], counts["pages_free"], counts["pages_cached"], tokens)
             for counts, tokens in zip(each, self._tokens, strict=True)
         )
         return {
@@ -134,6 +137,8 @@ class Copies:
 
     def plan(self, now: float = 0.0) -> StepPlan | None:
         """As Scheduler.plan: the next step of all copies, of which some may have no rows."""
+        for copy in self.copies:
+            copy.steps = self._steps
         steps = [copy.begin(now) for copy in self.copies]
         if self.live.queue and not self._holds(steps):
             self._place(steps)
@@ -142,7 +147,7 @@ class Copies:
         for copy, step in zip(self.copies, steps, strict=True):
             if (plan := copy.finish(step)) is not None:
                 plans.append(plan)
-                shares.append(Share(copy, plan.step, step.rows, len(step.requests), len(step.pooled)))
+                shares.append(Share(copy, step.rows, len(step.requests), len(step.pooled)))
         if not plans:
             return None
         self._steps += 1
@@ -154,28 +159,33 @@ class Copies:
 
     def _place(self, steps: Sequence[StepColumns]) -> None:
         """Let requests run, in the order of the queue, until one fits nowhere."""
+        loads = [copy.context_tokens for copy in self.copies]
         for request in self.live.queue.ordered():
-            having = [
-                (self._cost(copy, step, request), index)
+            costs = [
+                (loads[index] + self._cost(copy, request), index)
                 for index, (copy, step) in enumerate(zip(self.copies, steps, strict=True))
                 if step.budget and copy.free_slots
             ]
-            if not any(self.copies[index].enter(steps[index], request) for _, index in sorted(having)):
+            chosen = next(
+                (index for _, index in sorted(costs) if self.copies[index].enter(steps[index], request)), None
+            )
+            if chosen is None:
                 return
+            loads[chosen] += len(request.ids)
             self._held = 0
 
-    def _cost(self, copy: Scheduler, step: StepColumns, request: Request) -> int:
-        """What `request` costs in `copy`, in tokens that are held."""
-        planned = copy.max_step_tokens - step.budget
-        return copy.held_tokens + planned + COMPUTED * (len(request.ids) - copy.cached(request))
+    def _cost(self, copy: Scheduler, request: Request) -> int:
+        """What `request` costs in `copy`, in tokens that are read."""
+        return COMPUTED * (len(request.ids) - copy.cached(request))
 
     def _holds(self, steps: Sequence[StepColumns]) -> bool:
-        """Whether those that wait are held for a step, because they are fewer than the copies that could take one.
-        Never while no copy decodes, nor where the step has prompts anyway."""
+        """Whether those that wait are held for a step, because some copy could not begin one of them now. Never where
+        few rows decode, nor where the step has prompts anyway."""
         if self._held >= self._most_held or any(step.prompts for step in steps):
             return False
-        takers = sum(bool(step.budget and copy.free_slots) for copy, step in zip(self.copies, steps, strict=True))
-        if len(self.live.queue) >= takers or not any(step.requests for step in steps):
+        able = sum(bool(step.budget and copy.free_slots) for copy, step in zip(self.copies, steps, strict=True))
+        decoding = sum(len(step.requests) for step in steps)
+        if min(able, len(self.live.queue)) == len(steps) or decoding < self._busy_rows:
             return False
         self._held += 1
         return True

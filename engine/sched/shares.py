@@ -19,11 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """The part of one copy in a step: its own number of that step, how many rows it has, and how many of them yield
-    tokens and vectors."""
+    """The part of one copy in a step: how many rows it has, and how many of them yield tokens and vectors."""
 
     copy: "Scheduler"
-    step: int
     rows: int
     yielding: int
     vectors: int
@@ -32,7 +30,7 @@ class Share:
 def parted(done: StepDone, shares: Sequence[Share]) -> list[tuple[Share, StepDone]]:
     """What `done` says to each of `shares`, as a Scheduler that is alone would be told it."""
     if len(shares) == 1:
-        return [(shares[0], replace(done, step=shares[0].step))]
+        return [(shares[0], done)]
     counts = array("i", done.counts)
     wide = len(done.vectors) // max(1, sum(share.vectors for share in shares))
     parts: list[tuple[Share, StepDone]] = []
@@ -41,7 +39,7 @@ def parted(done: StepDone, shares: Sequence[Share]) -> list[tuple[Share, StepDon
         end = first + share.yielding
         tokens = sum(counts[first:end])
         part = StepDone(
-            step=share.step,
+            step=done.step,
             counts=done.counts[4 * first : 4 * end],
             tokens=done.tokens[4 * token : 4 * (token + tokens)],
             seconds=done.seconds,

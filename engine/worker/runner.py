@@ -70,9 +70,7 @@ class Runner:
         """Where the model is a stage of a `pipeline`, tokens are drawn on its last stage. Where attention runs in
         copies, `slots` and pages are those of this rank's `copy`, and the last page is a scratch page. `check` raises
         where a step that is over has gone wrong on the device."""
-        self.model = model
-        self.caches = caches
-        self.device = device
+        self.model, self.caches, self.device = model, caches, device
         self.page_size = page_size
         pages = -(-max_model_len // page_size)
         # One position beyond the longest sequence: its last token is sampled there, never computed.
@@ -86,8 +84,7 @@ class Runner:
         self.sampler = Sampler(self.tokens, self.lengths, self._logits, model.vocabulary)
         self.adjustments = Adjustments(slots, model.vocab_size, device, self._logits)
         self.grammars = grammars
-        self._check = check
-        self.copy = copy
+        self._check, self.copy = check, copy
         if copy is not None and caches:
             self.page_table[-1] = len(caches[0][0]) - 1
         self.stage = None if pipeline is None else Stage(pipeline, model, self.tokens, self.lengths)
@@ -102,8 +99,8 @@ class Runner:
         masks = grammars is not None
         states = self.states.layers
         enters = pipeline is not None and not pipeline.first
-        tables = Tables(model, caches, self.tokens, self.page_table, page_size, real, draw, masks, states, enters)
-        tables = dataclasses.replace(tables, copies=0 if copy is None else copy.copies)
+        shape = page_size, real, draw, masks, states, enters, 0 if copy is None else copy.copies
+        tables = Tables(model, caches, self.tokens, self.page_table, *shape)
         self.decode_graphs = DecodeGraphs(tables) if device.type != "cpu" else RecordedSteps(tables)
         self.shared_graphs = DecodeGraphs(tables, shared=True)
         self.prompt_graphs = prompt_graphs(tables)

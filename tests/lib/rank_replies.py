@@ -6,14 +6,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from plain_attention import PlainAttention, captured
 
+from engine.messages.step import VECTOR
 from engine.parallel.groups import Groups
 from engine.plugin.registry import resolve
 from engine.testing.models import ModelHarness
+from engine.testing.steps import step_plan
 from engine.worker.experts import count_experts
 from engine.worker.steps import graphs
 from engine.worker.steps.graphs import DecodeGraphs, PromptGraphs
+from engine_plugins.models.bert import Bert
 
 COUNT = 24
 
@@ -37,6 +41,17 @@ def replies(
             replaying(harness)
         said = harness.greedy(prompts(config["vocab_size"]), COUNT, slots=slots)
     return said
+
+
+def vectors(groups: Groups | None, file: Path, slots: tuple[int, ...] = (0, 1, 2)) -> NDArray[np.float32]:
+    """What the encoder of `file` makes of each prompt; of several copies, of those in this rank's."""
+    config, tensors = torch.load(file, weights_only=False)
+    harness = ModelHarness(Bert, config, tensors, groups=groups)
+    asked = prompts(config["vocab_size"])
+    plan = harness.admit(asked, slots=slots)
+    rows = [(slot, 0, len(ids), VECTOR) for slot, ids in zip(slots, asked, strict=True)]
+    done = harness.runner.finish(harness.runner.launch(step_plan(1, rows, plan.admits)))
+    return np.frombuffer(done.vectors, "<f4").reshape(-1, config["hidden_size"])
 
 
 def choices(groups: Groups | None, model: str, file: Path, slots: tuple[int, ...] | None) -> list[int]:

@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import tiny
-from rank_replies import choices, replies
-from test_tensor_parallel import BERT, EXPERTS, LATENT, MODELS
+from rank_replies import choices, replies, vectors
+from test_tensor_parallel import EXPERTS, LATENT, MODELS, save_bert
 from torch.nn import functional
 
 from engine.config import resolve as resolve_options
@@ -21,7 +22,7 @@ from engine.parallel.mesh import Mesh
 from engine.plugin.testing import ModelHarness
 from engine.runtime.copies import check_copies
 from engine.testing.ranks import Ranks, open_ranks
-from engine_plugins.models.bert import Bert
+from engine_plugins.models.echo import Echo
 from engine_plugins.models.llama import Llama
 
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -87,6 +88,14 @@ def test_padding_of_copies_chooses_no_expert(ranks: Ranks, tmp_path: Path) -> No
         assert ranks.run(choices, model, file, slots) == [alone, alone]
 
 
+@pytest.mark.parametrize("slots", PLACES.values(), ids=PLACES)
+def test_copies_embed_as_one_rank(slots: tuple[int, ...], ranks: Ranks, tmp_path: Path) -> None:
+    save_bert(tmp_path / "model")
+    whole = vectors(None, tmp_path / "model")
+    for copy, own in enumerate(ranks.run(vectors, tmp_path / "model", slots)):
+        np.testing.assert_allclose(own, whole[[slot // SLOTS == copy for slot in slots]], atol=1e-5)
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("case", ["mixture", "norms after the MLP"])
 def test_each_copy_may_have_several_ranks(case: str, four: Ranks, tmp_path: Path) -> None:
@@ -117,8 +126,8 @@ def test_what_does_not_run_in_copies_is_refused_in_words() -> None:
     groups = Groups.apart(Mesh(0, tp=8, dp=2))
     with pytest.raises(ConfigError, match=r"6 query heads do not divide over 4 ranks .*--tp over --dp-attention"):
         ModelHarness(Llama, config, tensors, groups=groups)
-    with pytest.raises(ConfigError, match=r"Bert runs with one copy of attention, and there are 2"):
-        ModelHarness(Bert, BERT, {}, groups=Groups.apart(Mesh(0, tp=2, dp=2)))
+    with pytest.raises(ConfigError, match=r"Echo runs with one copy of attention, and there are 2"):
+        ModelHarness(Echo, {}, {}, groups=Groups.apart(Mesh(0, tp=2, dp=2)))
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,9 @@ class Rows:
 
     @classmethod
     def planned(cls, plan: StepPlan, among: Among | None = None) -> "Rows":
-        columns = (plan.slots, plan.starts, plan.lengths, plan.yields)
-        return cls(*(np.frombuffer(column, "<i4").astype(np.int64) for column in columns), among)
+        packed = (plan.slots, plan.starts, plan.lengths, plan.yields)
+        slots, starts, lengths, yields = (np.frombuffer(column, "<i4").astype(np.int64) for column in packed)
+        return cls(slots, starts, lengths, yields, among)
 
     @classmethod
     def of(cls, rows: np.ndarray) -> "Rows":
