@@ -39,15 +39,16 @@ def over_copies(mlp: Shared, build: Build, *, summed: bool = True) -> Shared:
     """`mlp` as it is told of this copy's tokens: it computes those of all copies, of which this copy's come back.
 
     `mlp` returns this rank's part of a sum over all ranks. What comes back is the sum if it is `summed`, else a part of
-    it over the ranks that share attention. Where there is one copy, `mlp` itself is returned."""
-    if build.mesh.dp == 1:
-        return mlp
+    it over the ranks that share attention. One copy computes its tokens alone, and sums as well."""
     copies, ranks = build.group("dp"), build.group("attention_tp")
 
     def shared(hidden: Tensor, batch: Batch) -> Tensor:
         spread = batch.spread
-        assert spread is not None, "a step of several copies says how its tokens are spread"
-        own = scatter(mlp(gather(hidden, spread, copies), batch), spread, len(hidden), copies)
+        if copies.size == 1:
+            own = mlp(hidden, batch)
+        else:
+            assert spread is not None, "a step of several copies says how its tokens are spread"
+            own = scatter(mlp(gather(hidden, spread, copies), batch), spread, len(hidden), copies)
         return all_reduce(own, ranks) if summed else own
 
     return shared

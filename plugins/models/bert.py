@@ -136,12 +136,15 @@ class Projections(nn.Module):
 
 
 class Output(nn.Module):
-    """The last projection of a part of a block, and the norm after what that says is added to what it was told."""
+    """The last projection of a part of a block, and the norm of what that says and what the part was told."""
 
     def __init__(self, config: Terms, build: Build, dense: RowLinear) -> None:
         super().__init__()
         self.dense = dense
         self.LayerNorm = LayerNorm(build, config.integer("hidden_size"), config.number("layer_norm_eps"))
+
+    def forward(self, said: Tensor, told: Tensor) -> Tensor:
+        return self.LayerNorm(said + told)
 
 
 class Block(nn.Module):
@@ -152,15 +155,16 @@ class Block(nn.Module):
         parts = {"self": Projections(config, build), "output": Output(config, build, attended)}
         self.attention = nn.ModuleDict(parts)  # as one of its names cannot be an attribute
         self.intermediate = nn.ModuleDict({"dense": ColumnLinear(build, size, inner, bias=True)})
-        self.output = Output(config, build, RowLinear(build, inner, size, bias=True, summed=build.mesh.dp == 1))
+        self.output = Output(config, build, RowLinear(build, inner, size, bias=True, summed=False))
         self.activation = ACTIVATIONS[config["hidden_act"]]
         self.mlp = over_copies(self._mlp, build)
 
     def forward(self, hidden: Tensor, batch: Batch, groups: list[Group]) -> Tensor:
-        query, key, value = self.attention["self"](hidden, batch)
         output = self.attention["output"]
-        hidden = output.LayerNorm(output.dense(attend(query, key, value, groups), batch) + hidden)
-        return self.output.LayerNorm(self.mlp(hidden, batch) + hidden)
+        assert isinstance(output, Output)
+        query, key, value = self.attention["self"](hidden, batch)
+        hidden = output(output.dense(attend(query, key, value, groups), batch), hidden)
+        return self.output(self.mlp(hidden, batch), hidden)
 
     def _mlp(self, hidden: Tensor, batch: Batch) -> Tensor:
         made: Tensor = self.output.dense(self.activation(self.intermediate["dense"](hidden, batch)), batch)
