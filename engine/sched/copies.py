@@ -12,7 +12,7 @@ pages stay in the cache: so it goes where it was, unless that copy is much fulle
 All copies step together, so a step takes as long as the copy with the most to do. Prompts that come one by one would
 make many steps long, each for the sake of one copy, while the rows of all wait for their next tokens. So where many
 rows decode, requests are held for a few steps, until each copy can begin one. bench/engine/copies.py is where the
-numbers come from. Left out: moving a request that runs to another copy; steps of graphs that suit all copies.
+numbers come from. Left out: moving a request that runs to another copy.
 """
 
 from collections import deque
@@ -159,6 +159,8 @@ class Copies:
 
     def _place(self, steps: Sequence[StepColumns]) -> None:
         """Let requests run, in the order of the queue, until one fits nowhere."""
+        if not any(step.budget and copy.free_slots for copy, step in zip(self.copies, steps, strict=True)):
+            return
         loads = [copy.context_tokens for copy in self.copies]
         for request in self.live.queue.ordered():
             costs = [
