@@ -90,7 +90,8 @@ class ModelHarness:
             pipeline=pipeline,
             copy=copy,
         )
-        self.runner.page_table[-1] = scratch_page
+        if copy is None:
+            self.runner.page_table[-1] = scratch_page
         self.order = np.random.default_rng(0).permutation(self.each * self.slots)
 
     def admit(

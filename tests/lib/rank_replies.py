@@ -54,6 +54,15 @@ def vectors(groups: Groups | None, file: Path, slots: tuple[int, ...] = (0, 1, 2
     return np.frombuffer(done.vectors, "<f4").reshape(-1, config["hidden_size"])
 
 
+def written(groups: Groups, model: str, file: Path, slots: tuple[int, ...]) -> list[int]:
+    """The pages that this rank's cache has something in, after replies to prompts that have `slots`."""
+    config, tensors = torch.load(file, weights_only=False)
+    harness = ModelHarness(resolve(model), config, tensors, groups=groups)
+    harness.greedy(prompts(config["vocab_size"]), 3, slots=slots)
+    (cache, *_), *_ = harness.runner.caches
+    return cache.flatten(1).any(dim=1).nonzero()[:, 0].tolist()
+
+
 def choices(groups: Groups | None, model: str, file: Path, slots: tuple[int, ...] | None) -> list[int]:
     """How often each expert of each layer is chosen meanwhile, where no step is computed but by replaying a graph."""
     config, tensors = torch.load(file, weights_only=False)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import tiny
-from rank_replies import choices, replies, vectors
+from rank_replies import choices, replies, vectors, written
 from test_tensor_parallel import EXPERTS, LATENT, MODELS, save_bert
 from torch.nn import functional
 
@@ -78,6 +78,13 @@ def test_captured_steps_have_one_size_on_all_copies(case: str, place: str, ranks
     model, file = saved(case, tmp_path)
     said, slots = replies(None, model, file, None), PLACES[place]
     assert ranks.run(replies, model, file, slots, True) == of_copies(slots, said)
+
+
+def test_an_idle_copy_writes_to_its_scratch_page_alone(ranks: Ranks, tmp_path: Path) -> None:
+    idle, busy = ranks.run(written, *saved("mixture", tmp_path), PLACES["one is idle"])
+    scratch = 16 * SLOTS  # a sequence has up to 16 pages
+    assert idle == [scratch]
+    assert len(busy) > 10 and scratch not in busy
 
 
 def test_padding_of_copies_chooses_no_expert(ranks: Ranks, tmp_path: Path) -> None:
