@@ -148,9 +148,8 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(build, shape.vocab_size, shape.hidden_size) if embeds else Elsewhere()
         self.layers = nn.ModuleList(blocks.get(layer, Elsewhere()) for layer in range(self.count))
         self.norm = shape.stream_norm(build) if ends else Elsewhere()
-        self.parts = (
-            None if shape.summed else build.group("attention_tp")
-        )  # what is still to be added is a part of a sum
+        # What is still to be added is a part of a sum over these.
+        self.parts = None if shape.summed else build.group("attention_tp")
         # rounded as the weights are, because the models were trained so
         self.embedding_scale = float(torch.tensor(shape.embedding_scale, dtype=build.dtype))
 

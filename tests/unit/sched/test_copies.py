@@ -220,3 +220,16 @@ def test_a_decode_step_calls_no_more_for_many_rows_than_for_few():
         assert seen.count("array.append") == rows
         calls.append(len(seen) - rows)
     assert calls[0] == calls[1] <= 115
+
+
+def test_all_that_runs_goes_back_to_the_queue_where_the_server_is_paused():
+    bench = CopiesBench(copies=2, slots=6, depth=1)
+    bench.admit(*(request(f"r{index}", [index % 4] * 9, 9, seed=index) for index in range(8)))
+    for _ in range(4):
+        bench.step()
+    assert running(bench) == [3, 3]
+    bench.scheduler.retract_all()
+    bench.scheduler.check_integrity()
+    counts = bench.scheduler.counts()
+    assert (running(bench), counts["waiting"], counts["retractions_total"]) == ([0, 0], 8, 6)
+    bench.drain()  # Bench.told compares the tokens
