@@ -74,7 +74,11 @@ class CacheOptions(Struct, frozen=True, kw_only=True):
         Meta(description="share of the device's memory for weights and KV cache; default: 0.9 on a GPU, 0.3 on a CPU"),
     ] = None
     kv_tokens: Annotated[
-        Positive | None, Meta(description="size of the KV cache in tokens; default: what --memory-fraction leaves")
+        Positive | None,
+        Meta(
+            description="size of the KV cache in tokens, of each copy of attention; default: what --memory-fraction "
+            "leaves"
+        ),
     ] = None
     prefix_cache: Annotated[
         bool, Meta(description="keep finished requests' KV pages for prompts that share a prefix")
@@ -89,14 +93,17 @@ class ScheduleOptions(Struct, frozen=True, kw_only=True):
 
     max_running: Annotated[
         Annotated[int, Meta(ge=1, le=4096)] | None,
-        Meta(description="most requests in one step; default: 256 on a GPU, 64 on a CPU"),
+        Meta(
+            description="most requests in one step, which copies of attention divide; default: 256 on a GPU, 64 on a "
+            "CPU, for each copy"
+        ),
     ] = None
     max_waiting: Annotated[int, Meta(ge=1, description="most requests in the queue; one more is answered 503")] = 4096
     max_step_tokens: Annotated[
         Positive | None,
         Meta(
-            description="most tokens computed in one step: prompts are cut into chunks of at most this; "
-            "default: 8192 on a GPU, 2048 on a CPU"
+            description="most tokens computed in one step, which copies of attention divide: prompts are cut into "
+            "chunks of at most this; default: 8192 on a GPU, 2048 on a CPU"
         ),
     ] = None
     policy: Annotated[
@@ -117,6 +124,13 @@ class ParallelOptions(Struct, frozen=True, kw_only=True):
     pp: Annotated[
         Positive,
         Meta(description="stages that the layers are divided into, which steps pass in turn; each has --tp devices"),
+    ] = 1
+    dp_attention: Annotated[
+        Positive,
+        Meta(
+            description="copies of attention, each with requests and a KV cache of its own, which the --tp devices are "
+            "divided over; alone it sets --tp to the same"
+        ),
     ] = 1
     nnodes: Annotated[
         Positive, Meta(description="hosts that the devices are divided over evenly; each runs `engine serve`")
@@ -158,9 +172,9 @@ class ParallelOptions(Struct, frozen=True, kw_only=True):
         return self.tp * self.pp
 
     @property
-    def reporter(self) -> int:
-        """The rank whose results are those of all: the first of the last stage."""
-        return self.ranks - self.tp
+    def reporters(self) -> range:
+        """The ranks whose results are those of all: of the last stage the first of each copy of attention."""
+        return range(self.ranks - self.tp, self.ranks, self.tp // self.dp_attention)
 
 
 class ProcessOptions(Struct, frozen=True, kw_only=True):
@@ -387,6 +401,7 @@ def resolve(
                 said[option.name] = file[option.name]
         if group == "parallel":
             said = said_by_launcher(said.get("launcher", "none"), environ) | said
+            said.setdefault("tp", said.get("dp_attention", 1))
         values[group] = groups()[group](**said)
     return Config(**values)
 

@@ -1,11 +1,12 @@
 """CPU time of one step outside the device: scheduler and actors at 256 running requests, on a FakeExecutor.
 
-    python -m bench.engine.scheduling [--running 256] [--steps 2000] [--json FILE]
+    python -m bench.engine.scheduling [--running 256] [--steps 2000] [--copies 1] [--json FILE]
 
 Each request generates throughout; prompts are of mixed lengths. Figures are CPU time of the process (not wall clock),
 sampled a step at a time, less what the fake device itself takes. `logic` is plan + commit alone; the third row adds a
 task for each request that takes every chunk as it comes. The budget of the second row is 1 ms: a decode step of a small
-model on a fast GPU lasts about two.
+model on a fast GPU lasts about two. With `--copies`, `logic` is also measured for as many copies of attention, which
+divide the requests.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from engine.runtime.actor import Actor
 from engine.runtime.channel import Outbox, channel, open_channel
 from engine.runtime.launch import open_front
 from engine.sched import Scheduler
+from engine.sched.copies import Copies
 from engine.sched.policies import make_policy
 from engine.testing.fake import FakeDevice, FakeExecutor
 
@@ -57,19 +59,19 @@ class TimedDevice(FakeDevice):
         return done
 
 
-def logic(running: int, steps: int) -> list[float]:
+def logic(running: int, steps: int, copies: int = 1) -> list[float]:
     """Seconds of plan + commit of each decode step, two in flight."""
-    policy = make_policy(Plugins.load(()), "fcfs")
-    scheduler = Scheduler(
-        pages=PAGES,
-        page_size=PAGE,
-        slots=running,
-        max_model_len=LONGEST,
-        max_step_tokens=8192,
-        policy=policy,
-        prefix_cache=True,
-        max_waiting=running,
-    )
+    options: dict[str, Any] = {
+        "pages": PAGES,
+        "page_size": PAGE,
+        "slots": running,
+        "max_model_len": LONGEST,
+        "max_step_tokens": 8192,
+        "policy": make_policy(Plugins.load(()), "fcfs"),
+        "prefix_cache": True,
+        "max_waiting": running,
+    }
+    scheduler = Scheduler(**options) if copies == 1 else Copies(copies, **options)
     rng = random.Random(0)
     for index in range(running):
         ids = array("i", [rng.randrange(50_000) for _ in range(rng.randint(16, 512))])
@@ -87,7 +89,7 @@ def logic(running: int, steps: int) -> list[float]:
             continue
         done = in_flight.pop(0)
         again = time.process_time()
-        scheduler.commit(done)
+        scheduler.commit_each(done)
         if len(plan.slots) == running * 4:
             seconds.append(planned - began + time.process_time() - again)
     return seconds
@@ -148,6 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--running", type=int, default=256)
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--copies", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
@@ -159,6 +162,9 @@ def main() -> None:
         "scheduler + actors": run(reading=False),
         "and waking the clients": run(reading=True),
     }
+    if options.copies > 1:
+        divided = summary(logic(options.running, options.steps, options.copies))
+        figures[f"logic, {options.copies} copies"] = divided
     print(f"CPU time of a decode step, {options.running} running requests")
     for name, row in figures.items():
         print(f"  {name:24s} median {row['median_ms']:.3f} ms   p10 {row['p10_ms']:.3f}   p90 {row['p90_ms']:.3f}")

@@ -18,6 +18,7 @@ from engine.errors import ConfigError, counted
 from engine.messages import FromExecutor, FromWorker, ToExecutor
 from engine.messages.control import Fatal, Reset, WorkerLost, WorkerReady
 from engine.runtime.channel import Outbox, Receiver
+from engine.runtime.copies import check_copies
 from engine.runtime.group import WorkerGroup, meeting_place
 from engine.runtime.meeting import check_hosts
 from engine.runtime.nodes import LostNode, Nodes, RemoteChild, check_attached
@@ -46,6 +47,7 @@ class ExecutorActor:
         self._start: Start = start or (lambda: spawn("engine.worker"))
         self.spare = Spare(config, self._start, spare_seconds)
         check_hosts(config.parallel)
+        check_copies(config)
         if config.parallel.node_rank:
             raise ConfigError(f"--node-rank {config.parallel.node_rank} is for `engine serve`; node 0 has the engine")
         self._nodes = Nodes(config) if config.parallel.nnodes > 1 else None

@@ -11,7 +11,7 @@ import time
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import anyio
 import msgspec
@@ -45,6 +45,7 @@ from engine.runtime.channel import Outbox, Receiver, received
 from engine.sched import Scheduler
 from engine.sched.assets import Due, WaitingRoom
 from engine.sched.chunks import ChunkRule
+from engine.sched.copies import Copies
 from engine.sched.fronts import front_of
 
 log = logging.getLogger("engine.scheduler")
@@ -85,7 +86,7 @@ class SchedulerActor:
         self.makers = makers  # by the kind of need
         self.front = front
         self.fronts = fronts  # that `front` stands for
-        self.scheduler: Scheduler | None = None
+        self.scheduler: Scheduler | Copies | None = None
         self.room = WaitingRoom({kind: maker.kept for kind, maker in makers.items()})
         self.worker: Literal["starting", "ready", "restarting", "stalled", "failed"] = "starting"
         self.cause = ""
@@ -120,7 +121,7 @@ class SchedulerActor:
 
     async def _fill_credits(self) -> None:
         scheduler = self.scheduler
-        if scheduler is None or self.paused or self.worker not in RUNNING or self.room.reloading(scheduler.used):
+        if scheduler is None or self.paused or self.worker not in RUNNING or self.room.reloading(scheduler.live.used):
             return
         while self.in_flight < self.credits and (plan := scheduler.plan(time.monotonic())) is not None:
             self.in_flight += 1
@@ -242,7 +243,7 @@ class SchedulerActor:
 
     async def _evict(self) -> None:
         assert self.scheduler is not None
-        for drop in self.room.evict(self.scheduler.used()):
+        for drop in self.room.evict(self.scheduler.live.used()):
             await self.executor.send(drop)
 
     async def _abort(self, rid: str) -> None:
@@ -261,26 +262,13 @@ class SchedulerActor:
         for rid in self.room.rids():
             if front_of(rid) == front:
                 self.room.abort(rid)
-        for rid in self.scheduler.rids():
+        for rid in list(self.scheduler.live.by_rid):
             if front_of(rid) == front:
                 self.scheduler.stop(rid)
 
     async def _ready(self, ready: WorkerReady) -> None:
         if self.scheduler is None:
-            schedule, stages = self.config.schedule, self.config.parallel.pp
-            self.scheduler = Scheduler(
-                pages=ready.pages,
-                page_size=ready.page_size,
-                slots=ready.slots,
-                max_model_len=ready.max_model_len,
-                max_step_tokens=ready.max_step_tokens,
-                policy=self.policy,
-                prefix_cache=self.config.cache.prefix_cache and not ready.recurrent,
-                max_waiting=schedule.max_waiting,
-                fronts=self.fronts,
-                chunks=ChunkRule(ready.max_step_tokens, stages, ready.attention_work) if stages > 1 else None,
-                held=self.held,
-            )
+            self.scheduler = self._make_scheduler(ready)
         for maker in self.makers.values():
             await maker.inbox.send(ready)
         await self._pass_on(self.room.started())
@@ -291,6 +279,26 @@ class SchedulerActor:
         self.worker, self.cause = "ready", ""
         await self._send_stats()
         await self.front.send(ready)
+
+    def _make_scheduler(self, ready: WorkerReady) -> Scheduler | Copies:
+        """For what the device can hold."""
+        stages = self.config.parallel.pp
+        options: dict[str, Any] = {
+            "pages": ready.pages,
+            "page_size": ready.page_size,
+            "slots": ready.slots,
+            "max_model_len": ready.max_model_len,
+            "max_step_tokens": ready.max_step_tokens,
+            "policy": self.policy,
+            "prefix_cache": self.config.cache.prefix_cache and not ready.recurrent,
+            "max_waiting": self.config.schedule.max_waiting,
+            "fronts": self.fronts,
+            "held": self.held,
+        }
+        if ready.copies > 1:
+            return Copies(ready.copies, **options)
+        chunks = ChunkRule(ready.max_step_tokens, stages, ready.attention_work) if stages > 1 else None
+        return Scheduler(**options, chunks=chunks)
 
     async def _lost(self, cause: str) -> None:
         """Everything on the device is gone: end what ran there, keep what waits, start afresh."""
@@ -324,7 +332,7 @@ class SchedulerActor:
     async def _send_stats(self) -> None:
         seconds, self.step_seconds = self.step_seconds.tobytes(), array("f")
         made, self.make_seconds = self.make_seconds, {}
-        counts: dict[str, int] = {}
+        counts: dict[str, Any] = {}
         if self.scheduler is not None:
             counts = self.scheduler.counts()
             counts["waiting"] += self.room.waiting

@@ -108,9 +108,9 @@ class HeldBlocks:
         for space, found in spaces.items():
             yield space, list(found)
 
-    def check_integrity(self, pages: Iterable[int]) -> None:
-        """Assert that names are at `pages`, which are those of the tree, alone, and counted right."""
-        assert self._at.keys() <= set(pages), "a page names blocks that is not in the tree"
+    def check_integrity(self, pages: Iterable[int], cache: range) -> None:
+        """Assert that of the pages of `cache` only those of its tree, `pages`, have names, and these are counted."""
+        assert {page for page in self._at if page in cache} <= set(pages), "a page names blocks that is not in the tree"
         counted: dict[int, int] = {}
         for _, blocks in self._at.values():
             for block in blocks:

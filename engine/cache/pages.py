@@ -1,7 +1,8 @@
 """The pages of one device's cache: free ones in the pool, cached ones in the tree, and what a router is told of these.
 
 Pages leave the tree in one place, `evict`, so the blocks of texts that lie in them (blocks.py) are never out of date.
-Nobody is told of anything unless there is a `held`.
+Nobody is told of anything unless there is a `held`. Several caches may share one: it knows the pages of each by numbers
+of their own, from `first` on.
 """
 
 from collections.abc import Sequence
@@ -16,17 +17,18 @@ from engine.messages.cache import Blocks
 class CachePages:
     """`size` pages of `page_size` tokens, all free; `held` is emptied."""
 
-    def __init__(self, size: int, page_size: int, held: HeldBlocks | None = None) -> None:
+    def __init__(self, size: int, page_size: int, held: HeldBlocks | None = None, first: int = 0) -> None:
         self.pool = PagePool(size)
         self.tree = RadixTree(page_size)
         self._page_size = page_size
         self._held = held
+        self._first = first
         if held is not None:
             held.reset()
 
     def afresh(self) -> Self:
         """As many pages, all of them free."""
-        return type(self)(self.pool.size, self._page_size, self._held)
+        return type(self)(self.pool.size, self._page_size, self._held, self._first)
 
     @property
     def available(self) -> int:
@@ -46,9 +48,13 @@ class CachePages:
         """Free up to `count` cached pages that nobody uses; how many were freed."""
         freed = self.tree.evict(count)
         if self._held is not None:
-            self._held.forget(freed)
+            self._held.forget(self._first + page for page in freed)
         self.pool.give(freed)
         return len(freed)
+
+    def flush(self) -> tuple[int, int]:
+        """Free all cached pages that nobody uses: how many, and pages still in use."""
+        return self.evict(self.tree.evictable), self.pool.size - self.pool.free_pages
 
     def named(self, blocks: Blocks | None) -> Named | None:
         """What a prompt's `blocks` are here; None where nobody is told of them."""
@@ -57,9 +63,10 @@ class CachePages:
     def name(self, named: Named, pages: Sequence[int], shared: int) -> None:
         """The first `shared` of `pages` are in the tree and hold the beginning of the prompt that `named` is of."""
         assert self._held is not None, "nobody is told of blocks"
-        self._held.name(named, pages, shared)
+        self._held.name(named, [self._first + page for page in pages] if self._first else pages, shared)
 
     def check_integrity(self) -> None:
         """Assert that what is told of is in the tree."""
         if self._held is not None:
-            self._held.check_integrity(page for node in self.tree.nodes() for page in node.pages)
+            pages = (self._first + page for node in self.tree.nodes() for page in node.pages)
+            self._held.check_integrity(pages, range(self._first, self._first + self.pool.size))

@@ -235,6 +235,28 @@ class ExpertChoices(Collector):
         yield family
 
 
+def copies_of(stats: Stats) -> Iterator[Metric]:
+    """Figures of each copy of attention, where there are several."""
+    if not stats.copies:
+        return
+    gauges = (
+        ("engine_copy_requests_running", "Requests that run in a copy of attention", "running"),
+        ("engine_copy_kv_pages_free", "Pages of its KV cache that hold nothing", "pages_free"),
+        ("engine_copy_kv_pages_cached", "Pages of cached prefixes that no request uses", "pages_cached"),
+    )
+    for name, text, field in gauges:
+        gauge = GaugeMetricFamily(name, text, labels=["copy"])
+        for copy, each in enumerate(stats.copies):
+            gauge.add_metric([str(copy)], getattr(each, field))
+        yield gauge
+    tokens = CounterMetricFamily("engine_copy_tokens", "Tokens that a copy of attention computed", labels=["copy"])
+    for copy, each in enumerate(stats.copies):
+        tokens.add_metric([str(copy)], each.tokens_total)
+    yield tokens
+    text = "Tokens of the copy that had the most, over all steps"
+    yield CounterMetricFamily("engine_copy_most_tokens", text, value=stats.most_tokens_total)
+
+
 class SchedulerFigures(Collector):
     """Gauges and counters that the scheduler keeps, read from `front.stats` at scrape time."""
 
@@ -281,6 +303,7 @@ class SchedulerFigures(Collector):
             ("engine_worker_restarts", "Device workers that took the place of a dead one", totals["restarts_total"]),
         )
         yield from (GaugeMetricFamily(name, text, value=value) for name, text, value in gauges)
+        yield from copies_of(stats)
         yield from (CounterMetricFamily(name, text, value=value) for name, text, value in counters)
         labels = {"model": self._model}
         if info is not None:

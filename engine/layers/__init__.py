@@ -25,6 +25,7 @@ from engine.layers.moe import Experts, Mixture, Router, SparseMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.quantization import Quantized, QuantizedExperts, QuantizedLinear, Shard
 from engine.layers.rotary import Rotary, rope_terms, rope_type, yarn_scale
+from engine.layers.spread import over_copies
 
 __all__ = [
     "Attention",
@@ -74,6 +75,7 @@ __all__ = [
     "check_shape",
     "empty_weight",
     "gated_activation",
+    "over_copies",
     "put",
     "rope_terms",
     "rope_type",

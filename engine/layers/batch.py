@@ -4,7 +4,7 @@ R rows (one request's part of the step each) hold T tokens, laid end to end. Hos
 without asking the device. Left out: media embeddings.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +16,48 @@ from torch import Tensor
 from engine.messages.step import STEPS_IN_FLIGHT
 
 NO_STATES: Mapping[str, tuple[Tensor, ...]] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How many tokens of a step each copy of attention has, where there are several, and how they lie together.
+
+        gathered   a b . │ c d e        from each copy as many as the one with `most` has: [copies * most]
+        together   a b c d e            what layers get that all copies share: first all tokens, then padding, [N]
+
+    `order` says where the tokens together lie in what is gathered, `back` the reverse; where padding lies says nothing.
+    Both are None where the two are the same."""
+
+    counts: tuple[int, ...]  # host: tokens of each copy, 0 of one that is idle; none in a captured step
+    most: int
+    order: Tensor | None = None  # [N] int64, device
+    back: Tensor | None = None  # [copies * most] int64, device
+
+    @classmethod
+    def of(cls, counts: Sequence[int], device: torch.device) -> "Spread":
+        """Of a step that the host knows; together it has no padding."""
+        most, total = max(counts), sum(counts)
+        if min(counts) == most:
+            return cls(tuple(counts), most)
+        return cls(tuple(counts), most, *_orders(upload(np.array(counts, np.int64), device), most, total))
+
+    @classmethod
+    def captured(cls, counts: Tensor, most: int) -> "Spread":
+        """Of a captured step, whose copies have `most` tokens each, of which `counts` [copies] on the device are no
+        padding."""
+        return cls((), most, *_orders(counts, most, len(counts) * most))
+
+
+def _orders(counts: Tensor, most: int, size: int) -> tuple[Tensor, Tensor]:
+    """`order` and `back` of a Spread of `size` tokens together."""
+    copies, device = len(counts), counts.device
+    ends = counts.cumsum(0)
+    firsts = ends - counts
+    places = torch.arange(size, device=device)
+    copy = torch.searchsorted(ends, places, right=True).clamp_(max=copies - 1)
+    order = (copy * most + places - firsts[copy]).clamp_(max=copies * most - 1)
+    back = (firsts[:, None] + torch.arange(most, device=device)).clamp_(max=size - 1)
+    return order, back.flatten()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +78,9 @@ class Batch:
     # by the name of a state group, per layer: [slots + 1, *shape]; a row reads and writes its slot's line
     states: Mapping[str, tuple[Tensor, ...]] = field(default_factory=lambda: NO_STATES)
     plans: tuple[Any, ...] = ()  # per KV group: what its attention backend's `prepare` returned
-    real: Tensor | None = None  # [1] int64, device: how many of the T tokens are no padding, where some may be
+    # [1] int64, device: how many of the T tokens are no padding, where some may be; with `spread` of those together
+    real: Tensor | None = None
+    spread: Spread | None = None  # where attention runs in copies: this one's tokens are the T
 
     def pages(self, page_size: int) -> Tensor:
         """[R, P] int64: the pages of each row, as many as the longest has; a line's further ones are not its own."""

@@ -1,7 +1,7 @@
 """What a model is built with: where, in which type, on which rank, with which attention and quantization.
 
-Layers ask it for their share of a dimension, so models never see a rank. Left out: experts divided by number (ep) and
-attention in copies (dp), which the mesh knows and layers do not yet.
+Layers ask it for their share of a dimension, so models never see a rank. Left out: experts divided by number (ep),
+which the mesh knows and layers do not yet.
 """
 
 import dataclasses
@@ -44,9 +44,8 @@ class Build:
     def __post_init__(self) -> None:
         if self.kernels is None:
             object.__setattr__(self, "kernels", choose(self.device, self.dtype))
-        for name, size in (("ep", self.mesh.ep), ("dp", self.mesh.dp)):
-            if size > 1:
-                raise ConfigError(f"{name} is {size}, and models run with {name} 1 alone so far; say {name} 1")
+        if self.mesh.ep > 1:
+            raise ConfigError(f"ep is {self.mesh.ep}, and models run with ep 1 alone so far; say ep 1")
 
     def group(self, axis: Axis = "tp") -> Group:
         """The ranks that share a dimension which is divided along `axis`."""

@@ -29,6 +29,7 @@ from engine.layers.model import Elsewhere, Layer, Model
 from engine.layers.moe import Experts, Mixture, Router, SparseMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import Rotary
+from engine.layers.spread import over_copies
 from engine.parallel.collectives import all_reduce
 from engine.plugin.specs import LazyTensor
 from engine.plugin.terms import MANY, Terms
@@ -115,7 +116,14 @@ class DecoderShape:
         return RMSNorm(build, self.hidden_size, self.epsilon, self.norm_offset, sums=not self.summed)
 
     def mlp(self, build: Build, layer: int) -> nn.Module:
-        """What comes after the attention of that layer."""
+        """What comes after the attention of that layer; copies of attention share it."""
+        if build.mesh.dp == 1:
+            return self._mlp(build, layer)
+        mlp = replace(self, summed=False)._mlp(build, layer)
+        mlp.forward = over_copies(mlp.forward, build, summed=self.summed)  # it stays at its path in checkpoints
+        return mlp
+
+    def _mlp(self, build: Build, layer: int) -> nn.Module:
         mixture = self.mixture
         if mixture is None or layer not in mixture.layers:
             return GatedMLP(self, build, summed=self.summed)
@@ -140,7 +148,8 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(build, shape.vocab_size, shape.hidden_size) if embeds else Elsewhere()
         self.layers = nn.ModuleList(blocks.get(layer, Elsewhere()) for layer in range(self.count))
         self.norm = shape.stream_norm(build) if ends else Elsewhere()
-        self.parts = None if shape.summed else build.group("tp")  # what is still to be added is a part of a sum
+        # What is still to be added is a part of a sum over these.
+        self.parts = None if shape.summed else build.group("attention_tp")
         # rounded as the weights are, because the models were trained so
         self.embedding_scale = float(torch.tensor(shape.embedding_scale, dtype=build.dtype))
 
@@ -246,6 +255,7 @@ class CausalLM(Model):
     One that attends otherwise than by heads with keys and values of their own writes `attention`."""
 
     staged = True
+    in_copies = True
     block: type[Block] = Block
     rotaries: nn.ModuleList  # for each KV group
 

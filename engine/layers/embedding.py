@@ -1,4 +1,5 @@
 """From token ids to vectors and back to logits: the vocabulary is divided over the ranks, and need not divide evenly.
+Where attention runs in copies, each copy has all of it, divided over its ranks.
 
 ids ─ vectors of this rank's tokens, zeros for others ─ all_reduce ─> hidden … ─ this rank's logits ─ all_gather ─>
 
@@ -31,7 +32,7 @@ class Embedding(Layer):
         super().__init__()
         self.kernels = build.kernels
         self.vocab_size, self.size = vocab_size, size
-        self.group = build.group("tp")
+        self.group = build.group("attention_tp")
         self.divided = divided and self.group.size > 1
         self.share = _share(build, vocab_size) if self.divided else slice(0, vocab_size)
         self.weight = empty_weight(build, self.share.stop - self.share.start, size)
@@ -85,9 +86,9 @@ class LMHead(Linear):
         if tied is not None:
             self.weight = tied.weight
         self.vocab_size = vocab_size
-        self.group = build.group("tp")
+        self.group = build.group("attention_tp")
         self.gathers = gathers and self.group.size > 1
-        self.most = replace(build.mesh, rank=0).uneven_share(vocab_size, "tp", WORDS, TOGETHER).stop
+        self.most = replace(build.mesh, rank=0).uneven_share(vocab_size, "attention_tp", WORDS, TOGETHER).stop
 
     def loaded(self) -> None:
         super().loaded()
@@ -116,4 +117,4 @@ class LMHead(Linear):
 
 
 def _share(build: Build, vocab_size: int) -> slice:
-    return build.mesh.uneven_share(vocab_size, "tp", WORDS, TOGETHER)
+    return build.mesh.uneven_share(vocab_size, "attention_tp", WORDS, TOGETHER)

@@ -155,6 +155,7 @@ class Model(nn.Module, ABC):
     """
 
     staged = False
+    in_copies = False  # whether attention may run in copies, which share the other layers (layers/spread.py)
     width: int = 0  # of the hidden states that a staged model passes on
     vocab_size: int
     held: range = range(1)
@@ -172,6 +173,11 @@ class Model(nn.Module, ABC):
         super().__init__()
         if build.mesh.pp > 1 and not self.staged:
             raise ConfigError(f"{type(self).__name__} runs on one stage, and there are {build.mesh.pp} (pp); say pp 1")
+        if build.mesh.dp > 1 and not self.in_copies:
+            raise ConfigError(
+                f"{type(self).__name__} runs with one copy of attention, and there are {build.mesh.dp} "
+                "(--dp-attention); say --dp-attention 1"
+            )
         self.device = build.device
         self.dtype = build.dtype
         self.page_size = build.page_size

@@ -13,7 +13,7 @@ class RMSNorm(Layer):
     """RMSNorm (arXiv:1910.07467) over the last dimension; `epsilon` is added to the mean square.
 
     `offset` is added to the weight as it is loaded, which is then kept in float32: some models store weight - 1. One
-    that `sums` is told a part of a sum by `add`, on each of several ranks.
+    that `sums` is told a part of a sum by `add`, on each of the ranks that share attention.
     """
 
     def __init__(self, build: Build, size: int, epsilon: float, offset: float = 0.0, *, sums: bool = False) -> None:
@@ -22,7 +22,7 @@ class RMSNorm(Layer):
         self.weight = empty_weight(build, size, dtype=torch.float32 if offset else None)
         self.epsilon = epsilon
         self.offset = offset
-        self.group = build.group("tp")
+        self.group = build.group("attention_tp")
         self.sums = sums and self.group.size > 1
 
     def forward(self, hidden: Tensor) -> Tensor:

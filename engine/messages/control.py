@@ -9,7 +9,8 @@ from engine.messages.base import Message, Part
 class WorkerReady(Message, frozen=True):
     """worker → scheduler: what the device can hold, and how the start went; of several ranks, what all of them can.
 
-    `pages` of `page_size` tokens; a step takes `max_step_tokens`; `phases` maps a start-up phase to its seconds.
+    `pages` of `page_size` tokens; a step takes `slots` rows and `max_step_tokens`. Where attention runs in `copies`,
+    each has so many pages and tokens, and an equal share of the slots. `phases` maps a start-up phase to its seconds.
     A model that makes vectors of `embedding_size` generates no text; of others it is 0. `modules` are those that this
     start imported, for a spare worker: the executor keeps them to itself. A `recurrent` model keeps states of requests,
     which no page holds: no cached prefix serves it, and no drafts. `attention_work` is what each token of context adds
@@ -30,6 +31,7 @@ class WorkerReady(Message, frozen=True):
     modules: tuple[str, ...] = ()
     recurrent: bool = False
     attention_work: float = 0.0
+    copies: int = 1
 
 
 class WorkerLost(Message, frozen=True):
@@ -157,6 +159,16 @@ class Fatal(Message, frozen=True):
     details: str = ""
 
 
+class CopyStats(Part, frozen=True):
+    """Figures of one copy of attention, as in Stats; `tokens_total` are those that its steps have computed."""
+
+    running: int
+    pages: int
+    pages_free: int
+    pages_cached: int
+    tokens_total: int
+
+
 class Stats(Message, frozen=True):
     """scheduler → http: the heartbeat of the core, every second and when work ends.
 
@@ -164,7 +176,8 @@ class Stats(Message, frozen=True):
     Stats; `idle_seconds_total` sums what the device waited for the host between them; `make_seconds` (float32, by kind)
     are those of the needs that makers have answered since then. `worker` is the state of the device process; `paused`
     is as the last Pause said. `restarts_total` counts workers that took the place of one that died, the last of them
-    after `restart_seconds`.
+    after `restart_seconds`. Where attention runs in `copies`, `most_tokens_total` adds up, over all steps, the tokens
+    of the copy that had the most.
     """
 
     worker: Literal["starting", "ready", "restarting", "stalled", "failed"]
@@ -185,3 +198,5 @@ class Stats(Message, frozen=True):
     make_seconds: dict[str, bytes] = {}  # noqa: RUF012 - msgspec copies it
     restarts_total: int = 0
     restart_seconds: float = 0.0
+    copies: tuple[CopyStats, ...] = ()
+    most_tokens_total: int = 0

@@ -56,6 +56,9 @@ class StepPlan(Message, frozen=True):
     So whatever plans on the host from exact starts (FlashInfer, captured steps, log-probabilities of prompts) serves
     all rows but those of DRAFTS. Prefixes that rows share may be looked for with the least start.
 
+    Where attention runs in copies, rows are in the order of these, and each copy has as many slots: they are numbered
+    over all copies, and pages within each.
+
     `lane` names the pipeline's micro-batch. Steps run on the device in the order sent, so a page freed by step n may be
     written by step n+1.
     """
@@ -82,7 +85,9 @@ class Logprobs(Part, frozen=True):
 
 
 class StepDone(Message, frozen=True):
-    """rank 0 → scheduler: `counts` (int32) tokens for each row of a TOKEN or DRAFTS in plan order, `tokens` flat.
+    """worker → scheduler: `counts` (int32) tokens for each row of a TOKEN or DRAFTS in plan order, `tokens` flat.
+
+    One rank says so, or of each copy of attention one, of its own rows.
 
     `seconds` is the step's time on the device, `idle` the time that the device waited between this step and the one
     before, where this one was sent before that was over. `logprobs` has an entry for each of those rows that asks, its

@@ -112,7 +112,7 @@ def all_gather(tensor: Tensor, group: Group, dim: int = 0) -> Tensor:
 
     tensor = tensor.contiguous()
     stacked = tensor.new_empty(group.size, *tensor.shape)
-    # torch 2.13 gives the same call another name, and warns of the first
+    # torch 2.13 gives the same call another name, and warns of the first; so below
     gather = getattr(distributed, "all_gather_single", distributed.all_gather_into_tensor)
     with PROGRESS.inside("all_gather"):
         gather(stacked.flatten(0, 1), tensor, group=group.joined())
@@ -127,8 +127,9 @@ def reduce_scatter(tensor: Tensor, group: Group) -> Tensor:
 
     assert tensor.shape[0] % group.size == 0, f"{tensor.shape[0]} rows do not divide over {group.size} ranks"
     out = tensor.new_empty(tensor.shape[0] // group.size, *tensor.shape[1:])
+    scatter = getattr(distributed, "reduce_scatter_single", distributed.reduce_scatter_tensor)
     with PROGRESS.inside("reduce_scatter"):
-        distributed.reduce_scatter_tensor(out, tensor.contiguous(), group=group.joined())
+        scatter(out, tensor.contiguous(), group=group.joined())
     return out
 
 

@@ -102,8 +102,9 @@ class Mesh:
         Raises ConfigError where it does not divide; `what` names the dimension in it."""
         ranks, place = self.extent(axis), self.coordinates[axis]
         if size % ranks:
+            options = "--tp over --dp-attention" if axis == "attention_tp" and self.dp > 1 else "--tp"
             raise ConfigError(
-                f"{size} {what} do not divide over {ranks} ranks ({axis}); choose a number of ranks (--tp) that "
+                f"{size} {what} do not divide over {ranks} ranks ({axis}); choose a number of ranks ({options}) that "
                 f"divides {size}"
             )
         part = size // ranks

@@ -1,8 +1,8 @@
 """A worker group: one life of all ranks of a model, from their first frame to the end of any of them.
 
                     ┌── frames ──> rank 0     every plan, every question, to all
-    executor ──> group ── frames ──> rank 1     steps' results from one (`reporter`),
-                    └── frames ──> rank n     answers once all have given theirs
+    executor ──> group ── frames ──> rank 1     steps' results from one, or from one of each copy of
+                    └── frames ──> rank n     attention (`reporters`); answers once all have given theirs
 
 Ranks wait for each other inside of a step, so none is of use alone: when one ends, all are ended, for its cause. Two
 things are agreed on at the start. Each rank proposes how many pages its memory has room for, once its weights are in
@@ -43,6 +43,7 @@ from engine.messages.step import StepDone, StepPlan
 from engine.runtime.channel import Frames, Outbox, pack
 from engine.runtime.process import Child
 from engine.runtime.stalls import SILENT_SECONDS, stalled
+from engine.sched.shares import gathered
 
 log = logging.getLogger("engine.executor")
 
@@ -102,7 +103,8 @@ class WorkerGroup:
         self.ready = False
         self._config = config
         self._ranks = [Rank(number, child) for number, child in enumerate(children)]
-        self._reporter = self._ranks[config.parallel.reporter]
+        self._reporters = [self._ranks[number] for number in config.parallel.reporters]
+        self._parts: dict[int, dict[int, StepDone]] = {}  # of steps that not all reporters have told of, by rank
         self._scheduler = scheduler
         self._on_ready = on_ready
         self._meeting = meeting
@@ -117,7 +119,8 @@ class WorkerGroup:
     async def send(self, message: ToWorker) -> None:
         """To all ranks. Where one has ended, `live` sees that."""
         if isinstance(message, StepPlan):
-            self._reporter.busy += 1
+            for rank in self._reporters:
+                rank.busy += 1
         frame = pack(self._encoder, message)
         for rank in self._ranks:
             await _attempt(rank.child.frames, frame)
@@ -157,7 +160,7 @@ class WorkerGroup:
         match message:
             case StepDone():
                 rank.busy -= 1
-                await self._scheduler.send(message)
+                await self._step_done(rank, message)
             case Answer() | Loaded():
                 await self._collect(rank, message)
             case Proposed():
@@ -170,6 +173,17 @@ class WorkerGroup:
                 rank.last_words, rank.details = message.cause, message.details
             case Pong():
                 pass
+
+    async def _step_done(self, rank: Rank, part: StepDone) -> None:
+        """Pass on the result of a step, once all have told of it who do."""
+        if len(self._reporters) > 1:
+            parts = self._parts.setdefault(part.step, {})
+            parts[rank.number] = part
+            if len(parts) < len(self._reporters):
+                return
+            del self._parts[part.step]
+            part = gathered([parts[reporter.number] for reporter in self._reporters])
+        await self._scheduler.send(part)
 
     async def _agree(self) -> None:
         """Once all ranks have proposed, tell them how many pages there will be."""
@@ -199,14 +213,14 @@ class WorkerGroup:
         await self._scheduler.send(msgspec.structs.replace(ready, modules=()))
 
     async def _collect(self, rank: Rank, answer: Reply) -> None:
-        """Pass on the reporter's answer once all ranks have given theirs; or one that says why it has none."""
+        """Pass on the first reporter's answer once all ranks have given theirs; or one that says why it has none."""
         key = type(answer), answer.number
         answers = self._answers.setdefault(key, {})
         answers[rank.number] = answer
         if len(answers) < len(self._ranks):
             return
         del self._answers[key]
-        given = answers[self._reporter.number]
+        given = answers[self._reporters[0].number]
         if not given.cause:
             failed = next((number for number in sorted(answers) if answers[number].cause), None)
             if failed is not None:
@@ -314,7 +328,7 @@ async def _attempt(frames: Frames[Any], frame: bytes) -> None:
 
 def least_of(ranks: Sequence[WorkerReady]) -> WorkerReady:
     """What a group of ranks can do: what each of them can. A phase took as long as on the slowest rank, and a token's
-    keys and values take memory on each."""
+    keys and values take memory on each rank of a copy of attention."""
     names = dict.fromkeys(name for ready in ranks for name in ready.phases)
     phases = {name: max(ready.phases.get(name, 0.0) for ready in ranks) for name in names}
     fewest: Mapping[str, int] = {
@@ -324,7 +338,7 @@ def least_of(ranks: Sequence[WorkerReady]) -> WorkerReady:
     return msgspec.structs.replace(
         ranks[0],
         **fewest,
-        kv_bytes_per_token=sum(ready.kv_bytes_per_token for ready in ranks),
+        kv_bytes_per_token=sum(ready.kv_bytes_per_token for ready in ranks) // ranks[0].copies,
         phases=phases,
         recurrent=any(ready.recurrent for ready in ranks),
         modules=tuple(dict.fromkeys(name for ready in ranks for name in ready.modules)),

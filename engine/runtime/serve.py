@@ -27,6 +27,7 @@ from engine.logs import set_up_logging
 from engine.messages.control import Preload, WorkerReady
 from engine.runtime.allocator import give_back_large_blocks, keep_for_good
 from engine.runtime.channel import BlockingFrames
+from engine.runtime.copies import check_copies
 from engine.runtime.meeting import check_hosts
 from engine.runtime.process import Start, end_early, fronts, placement, spawn
 
@@ -52,6 +53,7 @@ def serve(config: Config) -> int:
     """Serve over HTTP until a signal or a failure; or, as another host than the first, serve that one. The process's
     exit code."""
     check_hosts(config.parallel)
+    check_copies(config)
     if config.parallel.node_rank:
         from engine.runtime.node import run_node
 
@@ -186,7 +188,8 @@ class Service:
             log.info("vectors of %d numbers, of at most %d tokens", info.embedding_size, info.max_model_len)
         else:
             size, tokens = info.page_size, info.pages * info.page_size
-            log.info("KV cache: %d tokens in pages of %d; attention: %s", tokens, size, info.attention)
+            each = f" in each of {info.copies} copies" if info.copies > 1 else ""
+            log.info("KV cache: %d tokens%s, in pages of %d; attention: %s", tokens, each, size, info.attention)
         log.info("ready after %.1f s on %s", time.monotonic() - self._began, self._url)
         task: Task = "embeddings" if info.embedding_size else "chat" if self._front.chats else "completions"
         print(try_line(self._url, self._front.model_name, task, keyed=self._keyed), flush=True)

@@ -13,11 +13,10 @@ order of the plans. A step is built in four parts:
 The whole pages of a chunk go into the tree when the chunk is planned, because steps run in order and write
 the keys and values of all their rows before any row attends. A running prompt leaves no budget for admissions
 until its last chunk is planned: thus whoever shares its prefix stays in the queue until the tree offers all of
-it, and a prefix is computed once under every policy.
+it, and a prefix is computed once under every policy. A request for a vector has no such life: its prompt is computed
+whole, in the one step that places it, without pages.
 
-A request for a vector has no such life: its prompt is computed whole, in the one step that places it, without pages.
-
-Left out: preemption by priority while slots and pages last; tiers; more than one device to choose from.
+Left out: preemption by priority while slots and pages last; tiers; which copy of attention has a request (copies.py).
 """
 
 from array import array
@@ -27,7 +26,6 @@ from itertools import chain
 
 from engine.cache.blocks import HeldBlocks
 from engine.cache.pages import CachePages
-from engine.errors import RequestError, counted
 from engine.messages.assets import Bound
 from engine.messages.reply import Tokens
 from engine.messages.request import Admit
@@ -35,23 +33,23 @@ from engine.messages.step import StepDone, StepPlan
 from engine.plugin.specs import Policy
 from engine.sched.chunks import ChunkRule
 from engine.sched.columns import StepColumns
-from engine.sched.fronts import front_of
 from engine.sched.integrity import check_pages
 from engine.sched.lanes import Lanes
-from engine.sched.limits import check_fits, check_whole, pages_for, rid_in_use
+from engine.sched.limits import check_fits, check_whole, pages_for
+from engine.sched.live import LiveRequests
 from engine.sched.parts import Parts
 from engine.sched.reply import Reply
 from engine.sched.request import NEVER, Request, rank
-from engine.sched.waiting import WaitingQueue
 
 
 class Scheduler:
     """Continuous batching of requests over `slots` device rows and `pages` KV pages of `page_size` tokens.
 
     The caller sends each plan to the device, and commits its result, in order, and says with both what its clock
-    shows, in seconds. `policy` orders the queue. The
-    device proposes up to `drafts` tokens a row. With `chunks` it is a pipeline, whose stages need a lane of rows each.
-    `held` is told of the blocks of prompts that come into the cache and leave it. Nothing but `admit` refuses.
+    shows, in seconds. `policy` orders the queue. The device proposes up to `drafts` tokens a row. With `chunks` it is a
+    pipeline, whose stages need a lane of rows each. `held` is told of the blocks of prompts that the cache holds. Of
+    copies of attention it schedules number `copy`, whose slots come after those of the copies before it, and `live` are
+    the requests of all. Nothing but `admit` refuses.
     """
 
     def __init__(
@@ -68,28 +66,28 @@ class Scheduler:
         fronts: int = 1,
         chunks: ChunkRule | None = None,
         held: HeldBlocks | None = None,
+        copy: int = 0,
+        live: LiveRequests | None = None,
     ) -> None:
         assert chunks is None or not drafts, "stages of a pipeline do not know where rows of drafts begin"
         self.page_size = page_size
-        self.slots = slots
+        self.slots = range(copy * slots, (copy + 1) * slots)
         self.max_model_len = max_model_len
         self.max_step_tokens = max_step_tokens
-        self.max_waiting = max_waiting
         self.prefix_cache = prefix_cache
         self.drafts = drafts
         self.fronts = fronts  # that requests come from
         self.chunks = chunks
         self._now = 0.0  # when the plan at hand is made
-        self._steps = 0
+        self.steps = 0  # planned so far; of copies by any of them, so that a request may go from one to another
         self._prompt_tokens = 0  # of requests that came to run, as are the cached ones among them
         self._cached_tokens = 0
         self._generated_tokens = 0
         self._retractions = 0
         self._departures = 0  # of requests from the device
-        self._arrivals = 0
-        self._requests: dict[str, Request] = {}  # all that live, by rid
-        self._queue = WaitingQueue(policy, self._cached)
-        self._start_afresh(CachePages(pages, page_size, held))
+        self.live = live or LiveRequests(policy, self.cached, max_waiting, fronts)
+        self._queue = self.live.queue
+        self._start_afresh(CachePages(pages, page_size, held, copy * pages))
 
     def _start_afresh(self, pages: CachePages) -> None:
         self._pages, self._pool, self._tree = pages, pages.pool, pages.tree
@@ -99,14 +97,13 @@ class Scheduler:
         self._decoding = self._lanes.rows[0]  # those of the lane whose turn it is
         self._ending: dict[str, Request] = {}  # to the end: the last token is in flight, or the vector
         self._stop_ids: Counter[int] = Counter()  # of all that run
-        self._free_slots = list(range(self.slots - 1, -1, -1))
+        self._free_slots = list(reversed(self.slots))
         self._in_flight: deque[tuple[int, StepColumns]] = deque()
 
     # ── figures ──────────────────────────────────────────────────────────────────────────────
 
     def counts(self) -> dict[str, int]:
-        """The figures of messages.Stats that the scheduler knows. `pages_cached` pages are held by the cache
-        alone, and are taken when no page is free."""
+        """The figures of messages.Stats that it knows. `pages_cached` are taken when no page is free."""
         return {
             "running": self.running,
             "waiting": len(self._queue),
@@ -117,7 +114,7 @@ class Scheduler:
             "cached_tokens_total": self._cached_tokens,
             "generated_tokens_total": self._generated_tokens,
             "retractions_total": self._retractions,
-            "steps": self._steps,
+            "steps": self.steps,
         }
 
     @property
@@ -125,41 +122,37 @@ class Scheduler:
         """Requests that have a slot."""
         return len(self._lanes) + len(self._prefilling) + len(self._ending)
 
+    @property
+    def free_slots(self) -> int:
+        """Slots that no request has."""
+        return len(self._free_slots)
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens that the pages of running requests hold, those of a shared prefix once for each."""
+        return sum(len(request.pages) for request in self.running_requests()) * self.page_size
+
     # ── requests come and go ─────────────────────────────────────────────────────────────────
 
     def admit(self, admit: Admit, bound: tuple[Bound, ...] = ()) -> None:
         """Queue a request whose needs are met as `bound` says. Raises RequestError: 400 if it can never fit, 409 if its
         rid lives, 503 if the queue is full."""
-        rid = admit.rid
-        if rid in self._requests:
-            raise rid_in_use(rid)
-        request = Request.admitted(admit, self._arrivals, bound)
+        self.live.admit(admit, bound, self.accept, self.free_slots)
+
+    def accept(self, request: Request, admit: Admit) -> None:
+        """Name the blocks of a request as `admit` says. Raises RequestError (400) if it can never fit."""
         request.named = self._pages.named(admit.blocks)
-        if self.fronts > 1:
-            request.front = front_of(rid)
         if request.pools:
             check_whole(request, self.max_model_len, self.max_step_tokens)
         else:
             check_fits(request, self.max_model_len, self._pool.size, self.page_size)
-        if len(self._queue) >= (room := self.max_waiting + len(self._free_slots)):  # who finds a slot does not wait
-            raise RequestError(
-                f"{counted(len(self._queue), 'request waits', 'requests wait')}, and at most {room} may; "
-                "try again later",
-                code="queue_full",
-                status=503,
-            )
-        self._arrivals += 1
-        self._requests[rid] = request
-        self._queue.add(request)
 
     def stop(self, rid: str, keep: int | None = None) -> bool:
         """End `rid` in silence; nobody waits for tokens after its first `keep`. False if no such request lives."""
-        request = self._requests.pop(rid, None)
+        request = self.live.end(rid)
         if request is None:
             return False
-        if request.slot < 0:
-            self._queue.remove(request)
-        else:
+        if request.slot >= 0:
             self._release(request, None if keep is None else request.prompt_len + keep)
         return True
 
@@ -167,55 +160,67 @@ class Scheduler:
         """End `rid` now, and what to say of it; None if no such request lives."""
         if not self.stop(rid):
             return None
-        return Tokens.aborted(rid, self._steps)
+        return Tokens.aborted(rid, self.steps)
 
     def reset(self) -> list[str]:
         """The device lost everything: forget the requests that run, and name them. Waiting ones stay."""
-        lost = [request.rid for request in self._running()]
+        lost = [request.rid for request in self.running_requests()]
         for rid in lost:
-            del self._requests[rid]
+            del self.live.by_rid[rid]
         self._start_afresh(self._pages.afresh())
         return lost
 
     def flush(self) -> tuple[int, int]:
         """Forget cached prefixes that no running request uses: pages freed, and pages still in use."""
-        freed = self._pages.evict(self._tree.evictable)
-        return freed, self._pool.size - self._pool.free_pages
+        return self._pages.flush()
 
     # ── a step's plan ────────────────────────────────────────────────────────────────────────
 
     def plan(self, now: float = 0.0) -> StepPlan | None:
         """The next step; None if there is nothing to compute before a result or a request comes."""
-        self._now = now
-        if self.chunks is None:
-            return self._plan_step(StepColumns(self.max_step_tokens, self._departures))
+        if self.chunks is not None:
+            return self._plan_lanes(now)
+        return self._complete(self.begin(now))
+
+    def _plan_lanes(self, now: float) -> StepPlan | None:
+        """As `plan`, of the lane whose turn it is."""
+        assert self.chunks is not None
         self._lanes.even_out()
         work = self.chunks.budget(chain(self._prefilling.values(), self._queue))
         for lane in self._lanes.turns():
-            step = StepColumns(self.max_step_tokens, self._departures)
-            step.lane, step.work, self._decoding = lane, work, self._lanes.rows[lane]
-            if (plan := self._plan_step(step)) is not None:
+            self._decoding = self._lanes.rows[lane]
+            if (plan := self._complete(self.begin(now, lane, work))) is not None:
                 self._lanes.last = lane
                 return plan
         return None
 
-    def _plan_step(self, step: StepColumns) -> StepPlan | None:
-        """`step`, of the lane whose turn it is."""
+    def begin(self, now: float, lane: int = 0, work: float = 0.0) -> StepColumns:
+        """A step with the rows of all that run. Who has several copies lets requests `enter`, and has it `finish`."""
+        self._now = now
+        step = StepColumns(self.max_step_tokens, self._departures)
+        step.lane, step.work = lane, work
         if self._decoding.requests:
             self._grow(step)
             for request in self._decoding.plan(step):  # they fit: nobody joins them but with budget to spare
                 self._ending[request.rid] = request
         if self._prefilling:
             self._plan_prefills(step)
-        if self._queue and self._free_slots and step.budget:
-            assert not self._prefilling, "a prompt left budget unused, so that others would compute its prefix again"
+            assert not (self._prefilling and step.budget), "who shares the prefix of a prompt would compute it again"
+        return step
+
+    def _complete(self, step: StepColumns) -> StepPlan | None:
+        if self._free_slots and step.budget and self._queue:
             self._plan_admissions(step)
+        return self.finish(step)
+
+    def finish(self, step: StepColumns) -> StepPlan | None:
+        """The plan of `step`; None if there is nothing in it."""
         if not (step.requests or step.prompts):
             assert not step.pages and not step.admits
             return None
-        self._steps += 1
-        self._in_flight.append((self._steps, step))
-        return step.message(self._steps)
+        self.steps += 1
+        self._in_flight.append((self.steps, step))
+        return step.message(self.steps)
 
     def _grow(self, step: StepColumns) -> None:
         """Find the pages that running rows need next. Who must give way does so before any row is planned."""
@@ -258,15 +263,21 @@ class Scheduler:
 
     def _plan_admissions(self, step: StepColumns) -> None:
         for request in self._queue.ordered():
-            if not step.budget or not self._free_slots or not self._place(request, step.budget):
+            if not step.budget or not self._free_slots or not self.enter(step, request):
                 return
-            self._queue.remove(request)
-            step.admits += (request.slot_admit(),)
-            if request.pools:
-                self._plan_whole(step, request)
-                continue
+
+    def enter(self, step: StepColumns, request: Request) -> bool:
+        """Let a waiting request run from `step` on, which has budget; there is a slot. False if it does not fit."""
+        if not self._place(request, step.budget):
+            return False
+        self._queue.remove(request)
+        step.admits += (request.slot_admit(),)
+        if request.pools:
+            self._plan_whole(step, request)
+        else:
             step.set_pages(request, range(len(request.pages)))
             self._plan_chunk(step, request)
+        return True
 
     def _plan_whole(self, step: StepColumns, request: Request) -> None:
         """Compute all of `request`, which asks for a vector."""
@@ -283,7 +294,7 @@ class Scheduler:
             self._cached_tokens += request.cached
             self._prompt_tokens += request.prompt_len
         request.slot = self._free_slots.pop()
-        request.since = self._steps + 1
+        request.since = self.steps + 1
         self._stop_ids.update(request.stop_ids)
         self._prefilling[request.rid] = request
         return True
@@ -315,14 +326,6 @@ class Scheduler:
         rows = ((step.requests[row], cause) for row, cause in done.stuck)
         return [(request.rid, cause) for request, cause in rows if number >= request.since]
 
-    def used(self) -> set[int]:
-        """The numbers of the things on the device that live requests have."""
-        return {bound.number for request in self._requests.values() for bound in request.bound}
-
-    def rids(self) -> list[str]:
-        """Those of all requests that live."""
-        return list(self._requests)
-
     def commit(self, done: StepDone, now: float = 0.0) -> Tokens | None:
         """Take in the result of the oldest step in flight; None if it gives nobody a token."""
         reply = self._take_in(done, now)
@@ -351,7 +354,7 @@ class Scheduler:
         if step.pooled:
             reply.take_vectors(done.vectors)
         for request in reply.ended:
-            del self._requests[request.rid]
+            del self.live.by_rid[request.rid]
             self._release(request)
         self._generated_tokens += len(reply.tokens)
         return reply
@@ -383,13 +386,13 @@ class Scheduler:
     def retract_all(self) -> None:
         """Send all that runs back to the queue. No step may be in flight: a result would be computed twice."""
         assert not self._in_flight, "a step in flight still gives tokens"
-        for request in list(self._running()):
+        for request in list(self.running_requests()):
             self._retract(request)
 
     def _cheapest(self) -> Request:
         """Whom to retract: lowest priority, then least computed; never the one that must make progress."""
-        kept = min(self._running(), key=rank)
-        others = (request for request in self._running() if request is not kept)
+        kept = min(self.running_requests(), key=rank)
+        others = (request for request in self.running_requests() if request is not kept)
         return min(others, key=lambda request: (request.priority, self._lanes.computed(request), -request.arrival))
 
     def _release(self, request: Request, end: int | None = None) -> None:
@@ -416,26 +419,32 @@ class Scheduler:
 
     # ── looking ──────────────────────────────────────────────────────────────────────────────
 
-    def _running(self) -> Iterator[Request]:
+    def running_requests(self) -> Iterator[Request]:
+        """Those that have a slot."""
         return chain(self._lanes.requests, self._ending.values(), self._prefilling.values())
 
     def _uses_cache(self, request: Request) -> bool:
         """Whether cached pages are of use to `request`: its prompt is computed whole while it is to be scored."""
         return self.prefix_cache and request.scored == NEVER
 
-    def _cached(self, request: Request) -> int:
+    def cached(self, request: Request) -> int:
+        """How many tokens of a waiting request the cache holds."""
         if not self._uses_cache(request):
             return 0
         return self._tree.match_length(request.reusable(self.page_size), request.salt) * self.page_size
 
     def check_integrity(self) -> None:
         """Assert that pages, locks, slots and requests fit together. For tests, and when idle."""
-        running = list(self._running())
+        self.check_own()
+        self.live.check_integrity(self.running_requests())
+
+    def check_own(self) -> None:
+        """As check_integrity, of what runs here alone."""
+        running = list(self.running_requests())
         self._pages.check_integrity()
         check_pages(self._tree, self._pool, running)
         slots = [request.slot for request in running] + self._free_slots
-        assert sorted(slots) == list(range(self.slots)), "slots are lost or taken twice"
-        assert sorted(self._requests) == sorted(request.rid for request in chain(running, self._queue))
+        assert sorted(slots) == list(self.slots), "slots are lost or taken twice"
         assert all(request.computed < len(request.ids) for request in self._prefilling.values())
         self._lanes.check_integrity(self.page_size, idle=not self._in_flight)
         assert self._stop_ids == sum((Counter(request.stop_ids) for request in running), Counter())

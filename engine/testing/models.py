@@ -27,6 +27,7 @@ from engine.testing.tensors import assert_close
 from engine.worker.backends import Backends
 from engine.worker.memory import allocate
 from engine.worker.runner import Runner
+from engine.worker.steps.copies import Copy
 from engine.worker.steps.results import Step
 from engine.worker.steps.rows import Rows
 
@@ -39,7 +40,8 @@ class ModelHarness:
     """A model with caches and tables, driven as the worker drives it; request i has slot i.
 
     Pages of the requests are scattered. `tensors` maps names in the checkpoint to weights. With `groups` it is one rank
-    of several, which all do the same; with a `pipeline` one of its stages, of which the last has the tokens.
+    of several, which all do the same; with a `pipeline` one of its stages, of which the last has the tokens. Where
+    attention runs in copies, each has `slots` slots, and its ranks have its tokens.
     """
 
     page_size = 4
@@ -76,6 +78,8 @@ class ModelHarness:
         self.each = -(-max_model_len // self.page_size)
         scratch_page = self.each * self.slots
         caches = allocate(built.kv_spec(), scratch_page + 1, build.device)
+        mesh = build.mesh
+        copy = Copy(mesh.coordinates["dp"], mesh.dp, self.slots) if mesh.dp > 1 else None
         self.runner = Runner(
             built,
             caches,
@@ -84,19 +88,29 @@ class ModelHarness:
             max_model_len=max_model_len,
             page_size=self.page_size,
             pipeline=pipeline,
+            copy=copy,
         )
-        self.runner.page_table[-1] = scratch_page
+        if copy is None:
+            self.runner.page_table[-1] = scratch_page
         self.order = np.random.default_rng(0).permutation(self.each * self.slots)
 
-    def admit(self, prompts: Iterable[list[int]], cached: Mapping[int, tuple[int, int]] | None = None) -> StepPlan:
-        """A plan without rows that gives prompts slots and pages. `cached` maps a slot to (owner, count): its
-        first `count` pages are those of slot `owner`."""
+    def admit(
+        self,
+        prompts: Iterable[list[int]],
+        cached: Mapping[int, tuple[int, int]] | None = None,
+        slots: Sequence[int] | None = None,
+    ) -> StepPlan:
+        """A plan without rows that gives prompts `slots`, by default the first ones, and pages. `cached` maps a slot to
+        (owner, count): its first `count` pages are those of slot `owner`."""
         greedy = Sampling(0.0, 0, 1.0, 0.0, 0)
-        admits = tuple(SlotAdmit(slot, np.array(ids, "<i4").tobytes(), greedy) for slot, ids in enumerate(prompts))
+        named = zip(range(self.slots) if slots is None else slots, prompts, strict=False)
+        admits = tuple(SlotAdmit(slot, np.array(ids, "<i4").tobytes(), greedy) for slot, ids in named)
         pages = self.order.reshape(self.slots, self.each).copy()
         for slot, (owner, count) in (cached or {}).items():
             pages[slot, :count] = pages[owner, :count]
-        triples = [(admit.slot, index, pages[admit.slot, index]) for admit in admits for index in range(self.each)]
+        triples = [
+            (admit.slot, index, pages[admit.slot % self.slots, index]) for admit in admits for index in range(self.each)
+        ]
         return step_plan(0, [], admits, triples)
 
     @torch.inference_mode()
@@ -105,10 +119,14 @@ class ModelHarness:
         hidden, _ = self.runner.compute(Rows.of(np.array([[*row, 0] for row in rows])))
         return list(self.runner.model.logits(hidden).cpu().split([length for _, _, length in rows]))
 
-    def greedy(self, prompts: Sequence[list[int]], count: int, ahead: int = 3) -> list[list[int]]:
-        """The next `count` ids of each prompt. Steps are launched without looking at the results of those before, as
-        the engine does, and `ahead` of them."""
-        plan = self.admit(prompts)
+    def greedy(
+        self, prompts: Sequence[list[int]], count: int, ahead: int = 3, slots: Sequence[int] | None = None
+    ) -> list[list[int]]:
+        """The next `count` ids of each prompt, which have `slots`, ascending; of several copies of attention, those of
+        this one. Steps are launched without looking at the results of those before, as the engine does, and `ahead` of
+        them."""
+        slots = range(len(prompts)) if slots is None else slots
+        plan = self.admit(prompts, slots=slots)
         steps: deque[Step] = deque()
         done: list[np.ndarray] = []
 
@@ -118,7 +136,7 @@ class ModelHarness:
         for step in range(count):
             rows = [
                 (slot, len(ids) + step - 1, 1, 1) if step else (slot, 0, len(ids), 1)
-                for slot, ids in enumerate(prompts)
+                for slot, ids in zip(slots, prompts, strict=True)
             ]
             if len(steps) == ahead:
                 finish_first()

@@ -10,6 +10,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from engine.parallel.mesh import Mesh
+
 SECONDS = 100.0
 
 
@@ -33,13 +35,13 @@ class Ranks:
 
 
 @contextmanager
-def open_ranks(folder: Path, tp: int, pp: int = 1, *, gpus: bool = False) -> Iterator[Ranks]:
-    """Starts tp * pp ranks that meet in `folder`, and ends them."""
+def open_ranks(folder: Path, tp: int, pp: int = 1, dp: int = 1, *, gpus: bool = False) -> Iterator[Ranks]:
+    """Starts tp * pp ranks that meet in `folder`, and ends them. Attention runs in `dp` copies."""
     context = multiprocessing.get_context("spawn")
     pairs = [context.Pipe() for _ in range(tp * pp)]
     rendezvous = f"file://{folder / 'rendezvous'}"
     started = [
-        context.Process(target=_rank, args=(theirs, rendezvous, rank, tp, pp, gpus), daemon=True)
+        context.Process(target=_rank, args=(theirs, rendezvous, Mesh(rank, tp=tp, pp=pp, dp=dp), gpus), daemon=True)
         for rank, (_, theirs) in enumerate(pairs)
     ]
     for process in started:
@@ -57,17 +59,16 @@ def open_ranks(folder: Path, tp: int, pp: int = 1, *, gpus: bool = False) -> Ite
                 process.kill()
 
 
-def _rank(end: Connection, rendezvous: str, rank: int, tp: int, pp: int, gpus: bool) -> None:
+def _rank(end: Connection, rendezvous: str, mesh: Mesh, gpus: bool) -> None:
     import torch
 
     from engine.parallel.groups import join
-    from engine.parallel.mesh import Mesh
 
     torch.set_num_threads(1)
-    device = torch.device("cuda", rank) if gpus else torch.device("cpu")
+    device = torch.device("cuda", mesh.rank) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
-    groups = join(Mesh(rank, tp=tp, pp=pp), rendezvous, device, seconds=SECONDS)
+    groups = join(mesh, rendezvous, device, seconds=SECONDS)
     while True:
         try:
             function, arguments = end.recv()

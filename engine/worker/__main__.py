@@ -87,7 +87,7 @@ def _run(frames: BlockingFrames[ToWorker], boot: Boot, import_seconds: float) ->
     gc.freeze()  # a look at all that there is by now takes tens of milliseconds, in the middle of a step
     try:
         frames.send(ready)
-        serve(frames, runner, reports=boot.rank == boot.config.parallel.reporter)
+        serve(frames, runner, reports=boot.rank in boot.config.parallel.reporters)
     except ConnectionError as error:
         raise PeerGone from error
 

@@ -14,7 +14,7 @@ Left out: copies on a side stream; who proposes drafts.
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -33,7 +33,9 @@ from engine.worker.sampling.adjustments import Adjustments
 from engine.worker.sampling.grammars import Grammars, Guided
 from engine.worker.sampling.logprobs import score, score_prompt
 from engine.worker.sampling.sampler import Sampler
+from engine.worker.steps.admits import write_ids
 from engine.worker.steps.batch import build_batch
+from engine.worker.steps.copies import Among, Copy
 from engine.worker.steps.drafts import Draws, Held, held, real_starts
 from engine.worker.steps.graphs import ALL_ROWS_TOKENS, DecodeGraphs, Tables, most_prompt_tokens, prompt_graphs
 from engine.worker.steps.prefixes import LEAST_ROWS, SharedPrefixes
@@ -42,8 +44,6 @@ from engine.worker.steps.results import Block, Forward, Head, Result, Step
 from engine.worker.steps.rows import Rows
 from engine.worker.steps.stage import Stage
 from engine.worker.steps.warmup import PLAIN
-
-SHORT_PROMPT = 1024  # tokens, up to which those of several requests are sent to the device together
 
 
 def _nothing() -> None:
@@ -64,13 +64,13 @@ class Runner:
         page_size: int,
         grammars: Grammars | None = None,
         pipeline: Pipeline | None = None,
+        copy: Copy | None = None,
         check: Callable[[], object] = _nothing,
     ) -> None:
-        """Where the model is a stage of a `pipeline`, tokens are drawn on its last stage. `check` raises where a step
-        that is over has gone wrong on the device."""
-        self.model = model
-        self.caches = caches
-        self.device = device
+        """Where the model is a stage of a `pipeline`, tokens are drawn on its last stage. Where attention runs in
+        copies, `slots` and pages are those of this rank's `copy`, and the last page is a scratch page. `check` raises
+        where a step that is over has gone wrong on the device."""
+        self.model, self.caches, self.device = model, caches, device
         self.page_size = page_size
         pages = -(-max_model_len // page_size)
         # One position beyond the longest sequence: its last token is sampled there, never computed.
@@ -84,7 +84,9 @@ class Runner:
         self.sampler = Sampler(self.tokens, self.lengths, self._logits, model.vocabulary)
         self.adjustments = Adjustments(slots, model.vocab_size, device, self._logits)
         self.grammars = grammars
-        self._check = check
+        self._check, self.copy = check, copy
+        if copy is not None and caches:
+            self.page_table[-1] = len(caches[0][0]) - 1
         self.stage = None if pipeline is None else Stage(pipeline, model, self.tokens, self.lengths)
         self.draws = self.stage is None or self.stage.last
         loader = grammars if self.draws else LoadedElsewhere()
@@ -97,7 +99,8 @@ class Runner:
         masks = grammars is not None
         states = self.states.layers
         enters = pipeline is not None and not pipeline.first
-        tables = Tables(model, caches, self.tokens, self.page_table, page_size, real, draw, masks, states, enters)
+        shape = page_size, real, draw, masks, states, enters, 0 if copy is None else copy.copies
+        tables = Tables(model, caches, self.tokens, self.page_table, *shape)
         self.decode_graphs = DecodeGraphs(tables) if device.type != "cpu" else RecordedSteps(tables)
         self.shared_graphs = DecodeGraphs(tables, shared=True)
         self.prompt_graphs = prompt_graphs(tables)
@@ -107,16 +110,17 @@ class Runner:
     def launch(self, plan: StepPlan, catch_up: Callable[[], None] = _nothing) -> Step:
         """Starts a step. Steps run in the order launched. `catch_up` is to `finish` all that are under way; it is
         called if a row follows a grammar, once the model is on its way."""
+        plan, among = (plan, None) if self.copy is None else self.copy.own(plan)
         if self.device.type == "cpu":
             began = time.perf_counter()
-            result = self._run(plan, catch_up)
-            return Step(plan.step, result, seconds=time.perf_counter() - began)
+            result = self._run(plan, among, catch_up)
+            return Step(plan.step, result, seconds=time.perf_counter() - began, among=among)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         previous, self._ahead_of = self._ahead_of, end
-        result = self._run(plan, catch_up).moved(_to_pinned)
+        result = self._run(plan, among, catch_up).moved(_to_pinned)
         end.record()
-        return Step(plan.step, result, began=start, ended=end, previous=previous)
+        return Step(plan.step, result, began=start, ended=end, previous=previous, among=among)
 
     def finish(self, step: Step) -> StepDone:
         """The result of a step, waiting for it if need be."""
@@ -128,17 +132,20 @@ class Runner:
             idle = step.previous.elapsed_time(step.began) / 1e3 if step.previous is not None else 0.0
             if self._ahead_of is step.ended:  # nothing was launched meanwhile: the device waits for work
                 self._ahead_of = None
-        return self.report(step.step, step.result, seconds, idle)
+        done = self.report(step.step, step.result, seconds, idle)
+        return done if step.among is None else step.among.numbered(done)
 
-    def _run(self, plan: StepPlan, catch_up: Callable[[], None]) -> Result:
+    def _run(self, plan: StepPlan, among: Among | None, catch_up: Callable[[], None]) -> Result:
         """All stages but the last: what the step yields, on the device."""
         self.apply(plan)
-        rows = self.gather(plan)
+        rows = self.gather(plan, among)
         if not len(rows):
             return Result(self._no_tokens)
         forward = self.forward(rows, None if self.stage is None else self.stage.enter(rows))
         if self.stage is not None and not self.stage.last:
             self.stage.leave(rows, forward.hidden, lent=forward.batch is None)
+            return Result(self._no_tokens)
+        if rows.idle:
             return Result(self._no_tokens)
         if self.model.yields == VECTOR:
             assert forward.batch is not None
@@ -160,7 +167,8 @@ class Runner:
             self.stage.admit(plan.admits)
         if self.draws:
             self.adjustments.admit(plan.admits)
-        self._begin(plan.admits)
+        if plan.admits:
+            self.states.clear(write_ids(plan.admits, self.tokens, self.lengths))
         for admit in plan.admits:
             if self.grammars is not None:
                 self.grammars.admit(admit)
@@ -173,37 +181,16 @@ class Runner:
             if self.prefixes is not None:
                 self.prefixes.apply(np.frombuffer(plan.pages, "<i4").reshape(-1, 3), admitted=bool(plan.admits))
 
-    def _begin(self, admits: Sequence[SlotAdmit]) -> None:
-        """Writes ids, and how many they are, and clears states. Those of short prompts go in one copy: with one for
-        each of many requests, the host would take longer than the device."""
-        if not admits:
-            return
-        numbers = np.array([(admit.slot, len(admit.ids) // 4) for admit in admits], np.int64).T.copy()
-        admitted, counts = upload(numbers, self.device)
-        self.lengths[admitted] = counts
-        self.states.clear(admitted)
-        short: dict[int, np.ndarray] = {}
-        for admit in admits:
-            ids = np.frombuffer(admit.ids, "<i4")
-            if len(ids) <= SHORT_PROMPT:
-                short[admit.slot] = ids
-            else:
-                self.tokens[admit.slot, : len(ids)] = upload(ids.copy(), self.device)
-        if short:
-            slots = np.repeat(list(short), [len(ids) for ids in short.values()])
-            positions = np.concatenate([np.arange(len(ids)) for ids in short.values()])
-            slot, position, token = upload(np.stack((slots, positions, np.concatenate([*short.values()]))), self.device)
-            self.tokens[slot, position] = token.to(torch.int32)
-
     def _upload_columns(self, packed: bytes, columns: int) -> Tensor:
         """int32 bytes of n rows to int64 [columns, n]."""
         return upload(np.frombuffer(packed, "<i4").reshape(-1, columns).T.astype(np.int64, order="C"), self.device)
 
     # ── gather ───────────────────────────────────────────────────────────────────────────────
 
-    def gather(self, plan: StepPlan) -> Rows:
-        """The rows of a step. Ids and pages are gathered on the device, from the tables, as part of `forward`."""
-        rows = Rows.planned(plan)
+    def gather(self, plan: StepPlan, among: Among | None = None) -> Rows:
+        """The rows of a step, which is `among` those of other copies of attention. Ids and pages are gathered on the
+        device, from the tables, as part of `forward`."""
+        rows = Rows.planned(plan, among)
         assert not (self.states and rows.drafts.any()), "a state that a wrong draft has changed cannot be taken back"
         if self.device.type == "cpu" and rows.drafts.any():
             rows = dataclasses.replace(rows, starts=real_starts(rows, self.lengths, self.limits).numpy())
@@ -220,9 +207,9 @@ class Runner:
                 steps = self.shared_graphs
             hidden, on_device = steps.replay(rows, prefixes, entering)
             return Forward(hidden, np.arange(len(rows) + 1), steps=steps, on_device=on_device)
-        drafts = rows.drafts.any()
+        drafting = rows.drafting
         for graphs in self.prompt_graphs:
-            if not drafts and graphs.fits(rows):
+            if not drafting and graphs.fits(rows):
                 return Forward(*graphs.replay(rows, entering))
         hidden, batch = self.compute(rows, entering)
         return Forward(hidden, batch.offsets, batch)
@@ -411,14 +398,15 @@ class Runner:
         most = min(step_tokens, slots * longest, most_prompt_tokens(self.model))
         for graphs in reversed(self.prompt_graphs):  # the largest steps first
             graphs.capture(most, pool)
-        if shares and not self.states and slots >= LEAST_ROWS:
+        if shares and not self.states and self.copy is None and slots >= LEAST_ROWS:
             self.shared_graphs.capture(slots, pool)
             if self.shared_graphs.most == slots:
                 self.prefixes = SharedPrefixes(slots, self.page_table.shape[1], self.page_size)
         return self.decode_graphs.capture(slots, pool)
 
     def warm_up(self, tokens: int, rows: int = 1, sampling: Sampling = PLAIN) -> None:
-        """Runs prompts of `tokens` in all (or as long as there can be) in `rows` rows, then a decode step of them.
+        """Runs prompts of `tokens` in all (or as long as there can be) in `rows` rows, then a decode step of them; each
+        copy of attention does.
 
         All ask for `sampling`, and use the first pages, as many as one of them needs."""
         longest = self.tokens.shape[1] - 1
@@ -426,20 +414,22 @@ class Runner:
         length = min(tokens // rows, longest)
         pages = -(-min(length + 1, longest) // self.page_size)
         ids = np.zeros(length, "<i4").tobytes()
-        admits = tuple(SlotAdmit(slot, ids, sampling, length) for slot in range(rows))
-        triples = [(slot, index, index) for slot in range(rows) for index in range(pages)]
-        self._warm_step(rows, 0, length, admits, np.array(triples, "<i4").tobytes())
+        firsts = [0] if self.copy is None else range(0, self.copy.copies * self.copy.slots, self.copy.slots)
+        slots = [first + row for first in firsts for row in range(rows)]
+        admits = tuple(SlotAdmit(slot, ids, sampling, length) for slot in slots)
+        triples = [(slot, index, index) for slot in slots for index in range(pages)]
+        self._warm_step(slots, 0, length, admits, np.array(triples, "<i4").tobytes())
         if length < longest and self.model.yields != VECTOR:
-            self._warm_step(rows, length, 1)
+            self._warm_step(slots, length, 1)
 
     def _warm_step(
-        self, count: int, start: int, length: int, admits: tuple[SlotAdmit, ...] = (), pages: bytes = b""
+        self, slots: list[int], start: int, length: int, admits: tuple[SlotAdmit, ...] = (), pages: bytes = b""
     ) -> None:
         starts, lengths, yields = (
-            np.full(count, number, "<i4").tobytes() for number in (start, length, self.model.yields)
+            np.full(len(slots), number, "<i4").tobytes() for number in (start, length, self.model.yields)
         )
-        slots = np.arange(count, dtype="<i4").tobytes()
-        self.finish(self.launch(StepPlan(0, slots, starts, lengths, yields, admits, pages)))
+        named = np.array(slots, "<i4").tobytes()
+        self.finish(self.launch(StepPlan(0, named, starts, lengths, yields, admits, pages)))
         if self.stage is not None:
             self.stage.settle()
 

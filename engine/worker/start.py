@@ -32,6 +32,7 @@ from engine.worker.compiles import tell_of_compiles
 from engine.worker.memory import allocate, choose_max_model_len, count_pages, state_bytes
 from engine.worker.runner import Runner
 from engine.worker.sampling.grammars import begin_grammars
+from engine.worker.steps.copies import Copy
 from engine.worker.steps.graphs import most_prompt_tokens
 from engine.worker.steps.warmup import FILTERED, PENALIZED, PLAIN, everything
 from engine.worker.weights import Tensors, checked_tensors, fill_at_random, load_weights, weight_bytes
@@ -45,7 +46,7 @@ WARM_UP_TOKENS = 16  # on a CPU; a GPU is warmed up with steps of all sizes, the
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Rows, and tokens, of the largest step."""
+    """Rows, and tokens, of the largest step; of each copy of attention."""
 
     slots: int
     step_tokens: int
@@ -97,7 +98,7 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
     activations = 0
     if device.type == "cuda":
         with _timed(phases, "largest step"):
-            activations = peak_bytes(model, device, sizes.slots, build.max_model_len, sizes.step_tokens, pipeline)
+            activations = peak_bytes(model, device, sizes, build.max_model_len, pipeline, groups.mesh)
     spec = model.kv_spec()
     with _timed(phases, "kv cache"):
         needs = {"most_tokens": sizes.slots * build.max_model_len, "activation_bytes": activations, "ranks": here}
@@ -112,6 +113,7 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
             page_size=spec.page_size,
             grammars=grammars,
             pipeline=pipeline,
+            copy=place_of(groups.mesh, sizes),
             check=groups.check,
         )
     if spec.states:
@@ -126,6 +128,11 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
     return runner, readiness(runner, sizes, pages=pages, attention=attention, phases=phases)
 
 
+def place_of(mesh: Mesh, sizes: Sizes) -> Copy | None:
+    """Which copy of attention this rank is of, if there are several."""
+    return None if mesh.dp == 1 else Copy(mesh.coordinates["dp"], mesh.dp, sizes.slots)
+
+
 def gather_ranks(
     boot: Boot, device: torch.device, source: Source, sizes: Sizes, phases: dict[str, float]
 ) -> tuple[Groups, Pipeline | None]:
@@ -135,7 +142,7 @@ def gather_ranks(
     with _timed(phases, "ranks"):
         groups = meet(boot, device)
     pipeline = join_stages(groups)
-    if device.type == "cuda" and groups.mesh.tp > 1:
+    if device.type == "cuda" and groups.mesh.extent("attention_tp") > 1:
         with _timed(phases, "peers"):
             groups = join_memory(groups, boot.config, source, sizes)
     return groups, pipeline
@@ -153,7 +160,8 @@ def open_source(config: Config, device: torch.device) -> Source:
 
 def meet(boot: Boot, device: torch.device) -> Groups:
     """Joins the other ranks."""
-    mesh = Mesh(boot.rank, tp=boot.config.parallel.tp, pp=boot.config.parallel.pp)
+    parallel = boot.config.parallel
+    mesh = Mesh(boot.rank, tp=parallel.tp, pp=parallel.pp, dp=parallel.dp_attention)
     logger.info("rank %d of %d, with %s", boot.rank, boot.world, counted(torch.get_num_threads(), "thread"))
     return join(mesh, boot.rendezvous, device)
 
@@ -163,13 +171,13 @@ def join_memory(groups: Groups, config: Config, source: Source, sizes: Sizes) ->
     from engine.parallel.peers import join_peers
 
     width, dtype = source.terms.integer("hidden_size", None), choose_dtype(config, groups.device, source.terms)
-    group, rows = groups.along("tp"), sizes.step_tokens
+    group, rows = groups.along("attention_tp"), sizes.step_tokens
     if width is None or (peers := join_peers(group, groups.device, width=width, rows=rows, dtype=dtype)) is None:
         return groups
     found = peers.measure(group, width, rows, dtype, choose(groups.device, dtype).dense)
     if group.place == 0:  # all have agreed on it
         logger.info("sums over %d ranks with the norm behind them: %s", group.size, found)
-    return groups.with_peers("tp", peers)
+    return groups.with_peers("attention_tp", peers)
 
 
 def make_build(config: Config, source: Source, device: torch.device, groups: Groups) -> Build:
@@ -213,10 +221,11 @@ def warm_up(
 def readiness(runner: Runner, sizes: Sizes, *, pages: int, attention: str, phases: dict[str, float]) -> WorkerReady:
     """What this rank can do."""
     model, spec, device = runner.model, runner.model.kv_spec(), runner.device
+    copies = 1 if runner.copy is None else runner.copy.copies
     return WorkerReady(
         pages=pages,
         page_size=spec.page_size,
-        slots=sizes.slots,
+        slots=sizes.slots * copies,
         max_step_tokens=sizes.step_tokens,
         max_model_len=runner.tokens.shape[1] - 1,  # a sequence and the token after it
         vocab_size=model.vocab_size,
@@ -227,6 +236,7 @@ def readiness(runner: Runner, sizes: Sizes, *, pages: int, attention: str, phase
         embedding_size=model.embedding_size,
         recurrent=bool(spec.states),
         attention_work=attention_work(model),
+        copies=copies,
     )
 
 
@@ -244,15 +254,16 @@ def make_model(plugins: Plugins, terms: Terms, build: Build) -> Model:
 def peak_bytes(
     model: Model,
     device: torch.device,
-    slots: int,
+    sizes: Sizes,
     max_model_len: int,
-    step_tokens: int,
     pipeline: Pipeline | None = None,
+    mesh: Mesh = ALONE,
 ) -> int:
     """Bytes of activations in the largest step: `step_tokens` of prompts in as many rows as there can be, each of which
     asks for all that can be asked of its logits.
 
-    Runs it on a small cache; what compiles on first use does so here."""
+    Runs it on a small cache; what compiles on first use does so here. Each copy of attention has such a step."""
+    slots, step_tokens = sizes.slots, sizes.step_tokens
     logger.info(
         "running the largest step, of %s in %s, for the memory that it takes",
         counted(step_tokens, "token"),
@@ -271,6 +282,7 @@ def peak_bytes(
         max_model_len=max_model_len,
         page_size=spec.page_size,
         pipeline=pipeline,
+        copy=place_of(mesh, sizes),
     )
     runner.warm_up(step_tokens, slots, PLAIN if model.yields == VECTOR else everything(model.vocab_size))
     runner.warm_up(step_tokens, 1, FILTERED)
@@ -317,11 +329,11 @@ def choose_device(options: ProcessOptions, *, rank: int = 0, ranks: int = 1, hos
 
 
 def choose_sizes(config: Config, device: torch.device) -> Sizes:
-    """Those that are given, or usual on `device`."""
-    usual = GPU_SIZES if device.type == "cuda" else CPU_SIZES
+    """Those that are given, or usual on `device`: copies of attention divide what is given, and usual tokens."""
+    usual, copies = GPU_SIZES if device.type == "cuda" else CPU_SIZES, config.parallel.dp_attention
     return Sizes(
-        slots=config.schedule.max_running or usual.slots,
-        step_tokens=config.schedule.max_step_tokens or usual.step_tokens,
+        slots=(config.schedule.max_running or usual.slots * copies) // copies,
+        step_tokens=(config.schedule.max_step_tokens or usual.step_tokens) // copies,
     )
 
 

@@ -29,6 +29,7 @@ from engine.plugin.layers import (
     QKVLinear,
     RowLinear,
     empty_weight,
+    over_copies,
 )
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -135,32 +136,39 @@ class Projections(nn.Module):
 
 
 class Output(nn.Module):
-    """What a part of a block says, added to what it was told."""
+    """The last projection of a part of a block, and the norm of what that says and what the part was told."""
 
-    def __init__(self, config: Terms, build: Build, inputs: int) -> None:
+    def __init__(self, config: Terms, build: Build, dense: RowLinear) -> None:
         super().__init__()
-        size = config.integer("hidden_size")
-        self.dense = RowLinear(build, inputs, size, bias=True)
-        self.LayerNorm = LayerNorm(build, size, config.number("layer_norm_eps"))
+        self.dense = dense
+        self.LayerNorm = LayerNorm(build, config.integer("hidden_size"), config.number("layer_norm_eps"))
 
-    def forward(self, said: Tensor, told: Tensor, batch: Batch) -> Tensor:
-        return self.LayerNorm(self.dense(said, batch) + told)
+    def forward(self, said: Tensor, told: Tensor) -> Tensor:
+        return self.LayerNorm(said + told)
 
 
 class Block(nn.Module):
     def __init__(self, config: Terms, build: Build) -> None:
         super().__init__()
         size, inner = config.integer("hidden_size"), config.integer("intermediate_size")
-        parts = {"self": Projections(config, build), "output": Output(config, build, size)}
+        attended = RowLinear(build, size, size, bias=True, axis="attention_tp")
+        parts = {"self": Projections(config, build), "output": Output(config, build, attended)}
         self.attention = nn.ModuleDict(parts)  # as one of its names cannot be an attribute
         self.intermediate = nn.ModuleDict({"dense": ColumnLinear(build, size, inner, bias=True)})
-        self.output = Output(config, build, inner)
+        self.output = Output(config, build, RowLinear(build, inner, size, bias=True, summed=False))
         self.activation = ACTIVATIONS[config["hidden_act"]]
+        self.mlp = over_copies(self._mlp, build)
 
     def forward(self, hidden: Tensor, batch: Batch, groups: list[Group]) -> Tensor:
+        output = self.attention["output"]
+        assert isinstance(output, Output)
         query, key, value = self.attention["self"](hidden, batch)
-        hidden = self.attention["output"](attend(query, key, value, groups), hidden, batch)
-        return self.output(self.activation(self.intermediate["dense"](hidden, batch)), hidden, batch)
+        hidden = output(output.dense(attend(query, key, value, groups), batch), hidden)
+        return self.output(self.mlp(hidden, batch), hidden)
+
+    def _mlp(self, hidden: Tensor, batch: Batch) -> Tensor:
+        made: Tensor = self.output.dense(self.activation(self.intermediate["dense"](hidden, batch)), batch)
+        return made
 
 
 class Blocks(nn.Module):
@@ -178,6 +186,8 @@ class Blocks(nn.Module):
 class Bert(Encoder):
     """Its vectors are what `pooling` in the configuration says: the mean of a prompt's tokens, or its first token
     ("cls"); of length 1 if `normalize`. Without `pooling` they are means of length 1."""
+
+    in_copies = True
 
     def __init__(self, config: Terms, build: Build) -> None:
         config = Terms.of(config)

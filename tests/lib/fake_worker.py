@@ -3,8 +3,8 @@
 SCRIPT maps a rank to what it does differently: `pages` (that it has room for), `ready` (fields of its WorkerReady),
 `late` (seconds until it starts), and what happens once it is ready: `die_at`, `fail_at` and `hang_at` name the step of
 a StepPlan. It sends the Beats whose fields `beats` lists. With `refuses`, questions to it are answered with that cause.
-A step is answered with the tokens of FakeDevice. Each rank that is not the first writes what it allocates into a file
-`rank` in `folder`."""
+A step is answered with the tokens of FakeDevice, where attention runs in copies with those of the rank's own copy. Each
+rank that is not the first writes what it allocates into a file `rank` in `folder`."""
 
 import json
 import os
@@ -19,9 +19,11 @@ from msgspec.structs import replace
 from engine.messages import ToWorker
 from engine.messages.assets import Load, Loaded
 from engine.messages.control import Agreed, Answer, Ask, Beat, Boot, Fatal, Ping, Pong, Preload, Proposed, WorkerReady
-from engine.messages.step import StepPlan
+from engine.messages.step import StepDone, StepPlan
+from engine.parallel.mesh import Mesh
 from engine.runtime.channel import BlockingFrames
 from engine.testing.fake import FakeDevice
+from engine.worker.steps.copies import Copy
 
 READY = WorkerReady(
     pages=0,
@@ -47,9 +49,15 @@ def step(frames: BlockingFrames[ToWorker], boot: Boot, odd: dict[str, Any], devi
         time.sleep(odd.get("fail_after", 0))
         frames.send(Fatal(f"worker {boot.rank}", odd["says"]))
         sys.exit(1)
-    done = device.step(plan)
-    if boot.rank == boot.config.parallel.reporter:
-        frames.send(done)
+    parallel = boot.config.parallel
+    if parallel.dp_attention == 1:
+        done = device.step(plan)
+    else:
+        mesh = Mesh(boot.rank, tp=parallel.tp, dp=parallel.dp_attention)
+        own, among = Copy(mesh.coordinates["dp"], mesh.dp, READY.slots // mesh.dp).own(plan)
+        done = StepDone(plan.step, b"", b"", 0.0) if among.idle else among.numbered(device.step(own))
+    if boot.rank in parallel.reporters:
+        frames.send(replace(done, seconds=float(boot.rank)))
 
 
 def main(script: dict[str, Any], descriptor: int) -> None:

@@ -137,6 +137,11 @@ class SimulatedDevice:
                 tokens += array("i", new[slot])
         return StepDone(plan.step, counts.tobytes(), tokens.tobytes(), 0.0, tuple(logprobs), tuple(prompt_logprobs))
 
+    def clear(self) -> None:
+        """All that was in the cache is lost."""
+        self.store.clear()
+        self.table.clear()
+
     def _start(self, slot: int, start: int, length: int, yields: int) -> int:
         """Where a row really begins, as StepPlan says."""
         if yields == NOTHING:

@@ -2,19 +2,19 @@
 
 import dataclasses
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from oracle import tiny
+from plain_attention import PlainAttention, captured
 from torch import Tensor
 
-from engine.layers.attention import PagedAttention, Prefix
-from engine.layers.batch import Batch, Mirror
+from engine.layers.attention import Prefix
+from engine.layers.batch import Mirror
 from engine.messages.questions import CountAction
 from engine.messages.step import STEPS_IN_FLIGHT
 from engine.plugin.testing import ModelHarness
@@ -43,53 +43,6 @@ CONFIG = {
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 64,
 }
-
-
-class PlainAttention(PagedAttention):
-    """By the definition, row by row. A plan is a dict with the rows: what a captured one is brought up to date with."""
-
-    def prepare(self, batch: Batch) -> dict[str, Any]:
-        plan = {"table": batch.page_table, "slots": batch.slots}
-        return plan | {"starts": batch.starts, "lengths": batch.lengths, "offsets": batch.offsets}
-
-    def capture(self, batch: Batch) -> dict[str, Any]:
-        return {"table": batch.page_table, "slots": batch.slots}
-
-    capture_prompts = capture
-
-    def refill(self, plan: dict[str, Any], slots: np.ndarray, starts: np.ndarray) -> None:
-        assert plan["slots"].tolist() == slots.tolist()
-        self.refill_prompts(plan, starts, np.ones_like(starts), np.arange(len(starts) + 1))
-
-    def capture_shared(self, batch: Batch) -> dict[str, Any]:
-        return self.capture(batch) | {"prefixes": None}
-
-    def refill_shared(self, plan: dict[str, Any], slots: np.ndarray, starts: np.ndarray, prefixes: Any) -> None:
-        plan["prefixes"] = prefixes
-        self.refill(plan, slots, starts)
-
-    def refill_prompts(
-        self, plan: dict[str, Any], starts: np.ndarray, lengths: np.ndarray, offsets: np.ndarray
-    ) -> None:
-        plan.update(starts=starts.copy(), lengths=lengths.copy(), offsets=offsets.copy())
-
-    def attend(self, query: Tensor, cache: Tensor, plan: dict[str, Any]) -> Tensor:
-        out = torch.full_like(query, torch.nan)  # of what belongs to no row
-        for row, (start, length) in enumerate(zip(plan["starts"], plan["lengths"], strict=True)):
-            first, end = int(plan["offsets"][row]), int(start + length)
-            pages = plan["table"][plan["slots"][row]].long()
-            each = self.shape.query_heads // self.shape.kv_heads
-            key, value = cache[pages].transpose(0, 1).flatten(1, 2)[:, :end].repeat_interleave(each, dim=2)
-            scores = torch.einsum("qhd,khd->hqk", query[first : first + length], key) * self.shape.scale
-            unseen = torch.ones(length, end, dtype=torch.bool).triu(int(start) + 1)
-            weights = scores.masked_fill(unseen, -torch.inf).softmax(-1)
-            out[first : first + length] = torch.einsum("hqk,khd->qhd", weights, value)
-        return out.flatten(1)
-
-
-def captured(run: Callable[[], Tensor], pool: Any) -> tuple[Any, Tensor]:
-    out = run()
-    return SimpleNamespace(replay=lambda: out.copy_(run())), out
 
 
 @pytest.fixture(params=["dense", "mixture"])
@@ -261,7 +214,7 @@ def test_many_slots_have_graphs_for_all_of_them(harness: ModelHarness) -> None:
 def test_prompts_of_many_requests_are_written_at_once(harness: ModelHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each where it belongs, an empty one nowhere, a long one by itself; what lies beyond a shorter one stays."""
     runner, before = harness.runner, harness.runner.tokens.clone()
-    monkeypatch.setattr("engine.worker.runner.SHORT_PROMPT", 3)
+    monkeypatch.setattr("engine.worker.steps.admits.SHORT_PROMPT", 3)
     runner.apply(harness.admit([[7, 8, 9], [], [5], [1, 2, 3, 4]]))
     before[0, :3], before[2, 0], before[3, :4] = torch.tensor([7, 8, 9]), 5, torch.tensor([1, 2, 3, 4])
     assert torch.equal(runner.tokens, before)

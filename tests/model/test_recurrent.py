@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from plain_attention import PlainAttention, captured
 from recurrent import CONFIG, KINDS, ToyRecurrent, reference, weights
-from test_graphs import PlainAttention, captured
 
 from engine.layers.build import Build
 from engine.parallel.mesh import Mesh

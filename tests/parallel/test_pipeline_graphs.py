@@ -12,9 +12,9 @@ import pytest
 import torch
 from msgspec.structs import replace
 from oracle import tiny
-from test_graphs import PlainAttention, captured
+from plain_attention import PlainAttention, captured
+from rank_replies import prompts
 from test_pipeline_ranks import plans
-from test_tensor_parallel import prompts
 from torch import Tensor
 
 from engine.messages.step import TOKEN, StepPlan, steps_in_flight

@@ -11,7 +11,8 @@ import torch
 from msgspec.structs import replace
 from numpy.typing import NDArray
 from oracle import tiny
-from test_tensor_parallel import EXPERTS, LATENT, MODELS, prompts
+from rank_replies import prompts
+from test_tensor_parallel import EXPERTS, LATENT, MODELS
 
 from engine.messages.control import Ask
 from engine.messages.questions import CountAction, CountExperts, ExpertCounts

@@ -11,16 +11,15 @@ import transformers
 from numpy.typing import NDArray
 from oracle import tiny
 from packed import Blocks
+from rank_replies import COUNT, prompts, vectors
 from torch import Tensor
 
-from engine.messages.step import VECTOR
 from engine.parallel.collectives import all_gather, all_reduce, broadcast, reduce_scatter
 from engine.parallel.groups import Groups
 from engine.plugin.kernels import quantize_blocks
 from engine.plugin.registry import resolve
 from engine.plugin.testing import ModelHarness
 from engine.testing.ranks import Ranks, open_ranks
-from engine.testing.steps import step_plan
 from engine_plugins.quantization.fp8 import Fp8
 
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 8}
@@ -55,18 +54,12 @@ BERT = {
     **{"max_position_embeddings": 63, "type_vocab_size": 1},
 }
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-COUNT = 24
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     with open_ranks(tmp_path_factory.mktemp("ranks"), tp=2) as opened:
         yield opened
-
-
-def prompts(vocab_size: int) -> list[list[int]]:
-    generator = np.random.default_rng(1)
-    return [generator.integers(0, vocab_size, length).tolist() for length in (21, 9, 14)]
 
 
 def stored(case: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -130,24 +123,17 @@ def test_greedy_rows_gather_no_logits(ranks: Ranks, tmp_path: Path) -> None:
     assert ranks.run(without_gathering, model, tmp_path / "model") == [said, said]
 
 
-def vectors(groups: Groups | None, file: Path) -> NDArray[np.float32]:
-    """What the encoder of `file` makes of each prompt."""
-    config, tensors = torch.load(file, weights_only=False)
-    harness = ModelHarness(resolve(f"{MODELS}.bert:Bert"), config, tensors, groups=groups)
-    asked = prompts(config["vocab_size"])
-    plan = harness.admit(asked)
-    rows = [(slot, 0, len(ids), VECTOR) for slot, ids in enumerate(asked)]
-    done = harness.runner.finish(harness.runner.launch(step_plan(1, rows, plan.admits)))
-    return np.frombuffer(done.vectors, "<f4").reshape(len(asked), -1)
-
-
-def test_two_ranks_embed_as_one(ranks: Ranks, tmp_path: Path) -> None:
+def save_bert(file: Path) -> None:
     config = transformers.BertConfig(**BERT)
     torch.manual_seed(0)
     model = transformers.BertModel(config).eval()
     for parameter in model.parameters():
         parameter.data.normal_(mean=0.0 if parameter.ndim > 1 else 0.5, std=0.2)
-    torch.save((config.to_dict(), dict(model.state_dict())), tmp_path / "model")
+    torch.save((config.to_dict(), dict(model.state_dict())), file)
+
+
+def test_two_ranks_embed_as_one(ranks: Ranks, tmp_path: Path) -> None:
+    save_bert(tmp_path / "model")
     whole = vectors(None, tmp_path / "model")
     assert np.abs(whole[0] - whole[1]).max() > 1e-2
     for part in ranks.run(vectors, tmp_path / "model"):

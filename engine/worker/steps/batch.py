@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from torch import Tensor
 
-from engine.layers.batch import NO_STATES, Batch, upload
+from engine.layers.batch import NO_STATES, Batch, Spread, upload
 from engine.worker.steps.rows import Rows
 
 
@@ -48,4 +48,5 @@ def build_batch(
         offsets=offsets,
         caches=caches,
         states=states,
+        spread=None if rows.among is None else Spread.of(rows.among.tokens, tokens.device),
     )

@@ -10,6 +10,9 @@ one with the masks of grammars, and so costs the host two launches. Missing rows
 slot, whose keys and values go to the scratch page, and whose states are its own. All graphs share one memory pool, as
 only one of them runs at a time.
 
+Where attention runs in copies, all ranks replay the graph of the same size, which fits the copy with the most. What
+they exchange has that size, and the counts of all copies are among the numbers.
+
 `DecodeGraphs` are for steps of one token a row; `PromptGraphs` for steps with prompts whose kernels would take longer
 to launch than to run: a thousand tokens of any model, and more of a small one. Left out: larger prompts.
 """
@@ -27,7 +30,7 @@ import torch
 from torch import Tensor
 
 from engine.layers.attention import Prefix
-from engine.layers.batch import NO_STATES, Batch, Mirror
+from engine.layers.batch import NO_STATES, Batch, Mirror, Spread
 from engine.layers.model import Model
 from engine.worker.memory import Caches
 from engine.worker.steps.prefixes import LEAST_ROWS
@@ -71,6 +74,7 @@ class Tables:
     masks: bool = False
     states: Mapping[str, tuple[Tensor, ...]] = field(default_factory=lambda: NO_STATES)
     enters: bool = False  # whether hidden states come from the stage before
+    copies: int = 0  # of attention, where there are several: a step ends with the tokens of each
 
     def entering(self, size: int) -> Tensor | None:
         """Where the hidden states of a step of `size` tokens will come in, [size, H]; None where it embeds them."""
@@ -88,9 +92,21 @@ class Tables:
         return all(plan is not None for plan in plans) and bool(plans or self.states)
 
     def batch(
-        self, token_slots: Tensor, positions: Tensor, slots: Tensor, starts: Tensor, offsets: Tensor, plans: Any
+        self,
+        token_slots: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        starts: Tensor,
+        offsets: Tensor,
+        plans: Any,
+        counts: Tensor | None = None,
     ) -> Batch:
-        """A step of T tokens, in R rows. Its host arrays are empty: they would not hold at the next replay."""
+        """A step of T tokens, in R rows, and of `counts` [copies] in all copies. Its host arrays are empty: they would
+        not hold at the next replay."""
+        spread = Spread.captured(counts, len(token_slots)) if self.copies and counts is not None else None
+        real = None
+        if self.counts_real:
+            real = (counts if spread is not None and counts is not None else token_slots != self.scratch).sum().view(1)
         page = self.page_table[token_slots, positions // self.page_size].to(torch.int64)
         return Batch(
             ids=self.tokens[token_slots, positions].to(torch.int64),
@@ -106,7 +122,8 @@ class Tables:
             caches=self.caches,
             states=self.states,
             plans=plans,
-            real=(token_slots != self.scratch).sum().view(1) if self.counts_real else None,
+            real=real,
+            spread=spread,
         )
 
 
@@ -181,32 +198,33 @@ class DecodeGraphs(StepGraphs):
 
     def _captured(self, size: int, pool: Any) -> Captured | None:
         backends = self._tables.model.backends
-        numbers = Mirror(2 * size, self._tables.tokens.device)
-        host = numbers.host()
-        host[:size], host[size:] = self._tables.scratch, 0
+        numbers = Mirror(2 * size + self._tables.copies, self._tables.tokens.device)
+        slots, positions, counts = _split(numbers.host(), size)
+        slots[:], positions[:], counts[:] = self._tables.scratch, 0, 0
         numbers.send()
-        batch = self._batch(numbers.device, ())
+        batch = self._batch(numbers.device, size, ())
         plans = tuple(backend.capture_shared(batch) if self._shared else backend.capture(batch) for backend in backends)
         if not self._tables.captures(plans):
             return None
-        self._refill(plans, host[:size], host[size:], ())
+        self._refill(plans, slots, positions, ())
         entering = self._tables.entering(size)
-        graph, hidden = captured(lambda: self._tables.model(self._batch(numbers.device, plans), entering), pool)
+        graph, hidden = captured(lambda: self._tables.model(self._batch(numbers.device, size, plans), entering), pool)
         drawings = []
         if (draw := self._tables.draw) is not None:
             for lines in (None, *([Mirror(size, numbers.device.device)] if self._tables.masks else [])):
-                run = partial(draw, hidden, numbers.device.view(2, -1), None if lines is None else lines.device)
+                on_device = numbers.device[: 2 * size].view(2, size)
+                run = partial(draw, hidden, on_device, None if lines is None else lines.device)
                 drawings.append(Drawing(*captured(run, pool), lines))
         return Captured(graph, numbers, plans, hidden, entering, tuple(drawings))
 
-    def _batch(self, numbers: Tensor, plans: tuple[Any, ...]) -> Batch:
-        slots, positions = numbers.view(2, -1).unbind(0)
-        offsets = torch.arange(len(slots) + 1, device=slots.device)
-        return self._tables.batch(slots, positions, slots, positions, offsets, plans)
+    def _batch(self, numbers: Tensor, size: int, plans: tuple[Any, ...]) -> Batch:
+        slots, positions, counts = _split(numbers, size)
+        offsets = torch.arange(size + 1, device=slots.device)
+        return self._tables.batch(slots, positions, slots, positions, offsets, plans, counts)
 
     def fits(self, rows: Rows) -> bool:
         """Whether the step of `rows` is one of these."""
-        return len(rows) <= self.most and rows.decode
+        return rows.most_rows <= self.most and rows.decode
 
     def _refill(
         self, plans: tuple[Any, ...], slots: np.ndarray, starts: np.ndarray, prefixes: Sequence[Prefix]
@@ -223,16 +241,19 @@ class DecodeGraphs(StepGraphs):
         """Runs the step: hidden states [R, H], and the device's copy of slots and positions [2, R]; good until the next
         replay. `prefixes` are what rows share, `entering` the hidden states that the stage before has passed on."""
         count = len(rows)
-        chosen = self._graphs[self._sizes[bisect.bisect_left(self._sizes, count)]]
-        numbers = chosen.numbers.host().reshape(2, -1)
-        numbers[0, count:], numbers[1, count:] = self._tables.scratch, 0
-        numbers[:, :count] = rows.slots, rows.starts
+        size = self._sizes[bisect.bisect_left(self._sizes, rows.most_rows)]
+        chosen = self._graphs[size]
+        slots, positions, counts = _split(chosen.numbers.host(), size)
+        slots[count:], positions[count:] = self._tables.scratch, 0
+        slots[:count], positions[:count] = rows.slots, rows.starts
+        if rows.among is not None:
+            counts[:] = rows.among.tokens
         chosen.numbers.send()
-        self._refill(chosen.plans, numbers[0], numbers[1], prefixes)
+        self._refill(chosen.plans, slots, positions, prefixes)
         chosen.enter(entering)
         chosen.graph.replay()
         self._last = chosen
-        return chosen.hidden[:count], chosen.numbers.device.view(2, -1)[:, :count]
+        return chosen.hidden[:count], chosen.numbers.device[: 2 * size].view(2, size)[:, :count]
 
     @property
     def draws(self) -> bool:
@@ -269,7 +290,7 @@ class PromptGraphs(StepGraphs):
 
     def _captured(self, size: int, pool: Any) -> Captured | None:
         backends = self._tables.model.backends
-        numbers = Mirror(2 * size + 3 * self._rows + 1, self._tables.tokens.device)
+        numbers = Mirror(2 * size + 3 * self._rows + 1 + self._tables.copies, self._tables.tokens.device)
         self._fill(numbers.host(), size, Rows.of(np.zeros((0, 4), np.int64)))
         numbers.send()
         plans = tuple(backend.capture_prompts(self._batch(numbers.device, ())) for backend in backends)
@@ -282,15 +303,18 @@ class PromptGraphs(StepGraphs):
         return Captured(graph, numbers, plans, hidden, entering)
 
     def _batch(self, numbers: Tensor, plans: tuple[Any, ...]) -> Batch:
-        rows = self._rows
-        size = (len(numbers) - 3 * rows - 1) // 2
-        token_slots, positions, slots, starts, offsets = numbers.split([size, size, rows, rows, rows + 1])
-        return self._tables.batch(token_slots, positions, slots, starts, offsets, plans)
+        rows, copies = self._rows, self._tables.copies
+        size = (len(numbers) - 3 * rows - 1 - copies) // 2
+        token_slots, positions, slots, starts, offsets, counts = numbers.split(
+            [size, size, rows, rows, rows + 1, copies]
+        )
+        return self._tables.batch(token_slots, positions, slots, starts, offsets, plans, counts)
 
     def _fill(self, numbers: np.ndarray, size: int, rows: Rows) -> np.ndarray:
         """Writes a step; returns its offsets [R + 1]."""
-        ends = np.cumsum([size, size, self._rows, self._rows])
-        token_slots, positions, slots, starts, offsets = np.split(numbers, ends)
+        ends = np.cumsum([size, size, self._rows, self._rows, self._rows + 1])
+        token_slots, positions, slots, starts, offsets, counts = np.split(numbers, ends)
+        counts[:] = 0 if rows.among is None else rows.among.tokens
         row_slots, row_starts, lengths = rows.slots, rows.starts, rows.lengths
         count, total = len(rows), int(lengths.sum())
         token_slots[total:], positions[total:] = self._tables.scratch, 0
@@ -304,13 +328,13 @@ class PromptGraphs(StepGraphs):
 
     def fits(self, rows: Rows) -> bool:
         """Whether the step of `rows`, none of them of drafts, is one of these."""
-        return len(rows) < self._rows and int(rows.lengths.sum()) <= self.most
+        return rows.most_rows < self._rows and rows.most_tokens <= self.most
 
     def replay(self, rows: Rows, entering: Tensor | None = None) -> tuple[Tensor, np.ndarray]:
         """Runs the step: hidden states [T, H] of the rows' tokens, good until the next replay, and offsets [R + 1].
         `entering` are the hidden states that the stage before has passed on."""
         total = int(rows.lengths.sum())
-        size = self._sizes[bisect.bisect_left(self._sizes, total)]
+        size = self._sizes[bisect.bisect_left(self._sizes, rows.most_tokens)]
         chosen = self._graphs[size]
         offsets = self._fill(chosen.numbers.host(), size, rows)
         chosen.numbers.send()
@@ -319,6 +343,11 @@ class PromptGraphs(StepGraphs):
         chosen.enter(entering)
         chosen.graph.replay()
         return chosen.hidden[:total], offsets
+
+
+def _split(numbers: Any, size: int) -> tuple[Any, Any, Any]:
+    """Of a decode step of `size` rows: slots, positions, and the tokens of each copy of attention, if there are any."""
+    return numbers[:size], numbers[size : 2 * size], numbers[2 * size :]
 
 
 def prompt_graphs(tables: Tables) -> tuple[PromptGraphs, PromptGraphs]:

@@ -3,9 +3,9 @@ Python.
 
 The first step of so many rows runs as any other and is recorded on the way; later ones write their slots, ids,
 positions and places where it read them, and repeat its calls. A model that computes something in torch, one with
-recurrent layers, and an attention backend that cannot `capture`, are left to run as they are. Left out: steps of many
-rows, where Python is a small part and what a recording holds (the activations of all layers) is large; steps with
-prompts.
+recurrent layers, copies of attention, and an attention backend that cannot `capture`, are left to run as they are.
+Left out: steps of many rows, where Python is a small part and what a recording holds (the activations of all layers) is
+large; steps with prompts.
 """
 
 import logging
@@ -82,6 +82,7 @@ class RecordedSteps:
         dense = tables.model.kernels.dense
         self._kernels = dense if isinstance(dense, Kernels) else None
         self._possible = self._kernels is not None and bool(tables.model.backends) and not tables.states
+        self._possible = self._possible and not tables.copies
 
     draws = False  # tokens are drawn from logits
 

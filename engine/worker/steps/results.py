@@ -12,6 +12,7 @@ from engine.layers.batch import Batch
 from engine.messages.step import Logprobs
 from engine.worker.sampling.grammars import Guided
 from engine.worker.sampling.logprobs import Scores
+from engine.worker.steps.copies import Among
 from engine.worker.steps.drafts import Draws, Held
 from engine.worker.steps.graphs import DecodeGraphs
 from engine.worker.steps.recorded import RecordedSteps
@@ -94,6 +95,7 @@ class Step:
     began: torch.cuda.Event | None = None  # on a GPU
     ended: torch.cuda.Event | None = None
     previous: torch.cuda.Event | None = None  # the end of the step before, if this one was launched ahead of it
+    among: Among | None = None  # what other copies of attention have of it
 
     def ready(self) -> bool:
         return self.ended is None or self.ended.query()

@@ -5,21 +5,26 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.messages.step import DRAFTS, NOTHING, TOKEN, StepPlan
+from engine.worker.steps.copies import Among
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The columns of a StepPlan, int64 [R]. On a GPU `starts` of rows of drafts are the least that they may be."""
+    """The columns of a StepPlan, int64 [R]. On a GPU `starts` of rows of drafts are the least that they may be.
+
+    Where attention runs in copies, they are this rank's rows, and `among` those of all copies."""
 
     slots: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
     yields: np.ndarray
+    among: Among | None = None
 
     @classmethod
-    def planned(cls, plan: StepPlan) -> "Rows":
-        columns = (plan.slots, plan.starts, plan.lengths, plan.yields)
-        return cls(*(np.frombuffer(column, "<i4").astype(np.int64) for column in columns))
+    def planned(cls, plan: StepPlan, among: Among | None = None) -> "Rows":
+        packed = (plan.slots, plan.starts, plan.lengths, plan.yields)
+        slots, starts, lengths, yields = (np.frombuffer(column, "<i4").astype(np.int64) for column in packed)
+        return cls(slots, starts, lengths, yields, among)
 
     @classmethod
     def of(cls, rows: np.ndarray) -> "Rows":
@@ -31,13 +36,35 @@ class Rows:
 
     @property
     def decode(self) -> bool:
-        """Whether each row computes one token and yields the next."""
+        """Whether each row, of any copy, computes one token and yields the next."""
+        if self.among is not None:
+            return self.among.decode
         return bool(((self.yields == TOKEN) & (self.lengths == 1)).all())
 
     @property
     def drafts(self) -> np.ndarray:
         """Which rows may yield several tokens, [R] bool."""
         return self.yields == DRAFTS
+
+    @property
+    def drafting(self) -> bool:
+        """Whether some row, of any copy, has drafts."""
+        return bool(self.drafts.any()) if self.among is None else self.among.drafts
+
+    @property
+    def most_rows(self) -> int:
+        """Of the copy that has the most."""
+        return len(self) if self.among is None else self.among.rows
+
+    @property
+    def most_tokens(self) -> int:
+        """Of the copy that has the most."""
+        return int(self.lengths.sum()) if self.among is None else max(self.among.tokens)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing in them but padding."""
+        return self.among is not None and self.among.idle
 
     @property
     def yielding(self) -> np.ndarray:

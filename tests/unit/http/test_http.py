@@ -22,7 +22,7 @@ from engine.http.app import ROUTES, serve
 from engine.http.native.generate import GenerateBody, NativeReply, NativeSampling, Scores
 from engine.http.openai.chat import ChatBody
 from engine.http.openai.completions import CompletionBody
-from engine.messages.control import Stats
+from engine.messages.control import CopyStats, Stats
 from engine.params.sampling import SamplingParams
 from engine.runtime.front import Health, joined
 
@@ -298,6 +298,22 @@ async def test_metrics() -> None:
         assert await samples(url, "engine_http_errors_total") == [({"status": "400"}, 1)]
         info = {"model": "fake", "device": "cpu", "attention": "torch"}
         assert await samples(url, "engine_info") == [(info, 1)]
+
+
+async def test_metrics_of_copies_of_attention() -> None:
+    front = FakeFront()
+    async with serving(front) as url:
+        assert await samples(url, "engine_copy_tokens_total") == []
+        front.stats = Stats("ready", copies=(CopyStats(3, 100, 20, 30, 700), CopyStats(1, 100, 40, 50, 500)),
+                            most_tokens_total=800)  # fmt: skip
+        expected = {
+            "engine_copy_requests_running": (3, 1), "engine_copy_kv_pages_free": (20, 40),
+            "engine_copy_kv_pages_cached": (30, 50), "engine_copy_tokens_total": (700, 500),
+        }  # fmt: skip
+        for name, (zero, one) in expected.items():
+            assert await samples(url, name) == [({"copy": "0"}, zero), ({"copy": "1"}, one)], name
+            assert f"`{name}`" in (Path(__file__).parents[3] / "docs" / "http.md").read_text()
+        assert await samples(url, "engine_copy_most_tokens_total") == [({}, 800)]
 
 
 async def test_abort_and_flush() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import anyio
 import fake_worker
 import pytest
+from msgspec.structs import replace
 
 from engine.actors.executor import ExecutorActor
 from engine.config import Config, resolve
@@ -26,6 +27,7 @@ from engine.params.sampling import Sampling
 from engine.runtime import group as group_module
 from engine.runtime.channel import channel, open_channel
 from engine.runtime.process import Process
+from engine.testing.fake import FakeDevice
 from engine.testing.steps import step_plan
 
 pytestmark = pytest.mark.anyio
@@ -114,6 +116,25 @@ async def test_all_ranks_agree_on_the_fewest_pages_and_run_every_step(tcp: bool,
         assert not len(house.heard)
         assert len(house.processes) == 3  # no spare
     assert not met or inode(meeting) != met
+
+
+async def test_the_result_of_a_step_is_that_of_all_copies_of_attention_in_the_order_of_its_rows() -> None:
+    script = {"0": {"hang_at": 2, "hang_seconds": 0.3}}  # the other copy is done with step 3 by then
+    async with executing(script, ranks=4, dp_attention=2) as house:
+        ready = await house.next(WorkerReady)
+        assert ready.kv_bytes_per_token == 8
+        scored = Sampling(0.0, 0, 1.0, 0.0, 1, logprobs=1, prompt_logprobs=0)
+        ids = {0: [10], 1: [20, 21], 2: [30], 3: [40, 41, 42]}
+        admits = [SlotAdmit(slot, array("i", each).tobytes(), scored, len(each)) for slot, each in ids.items()]
+        rows = [(slot, 0, len(each), TOKEN) for slot, each in ids.items()]
+        alone = FakeDevice().step(step_plan(1, rows, admits))
+        await house.to_executor.send(step_plan(1, rows, admits))
+        assert await house.next(StepDone) == replace(alone, seconds=2.0)  # rank 2 is the first of the second copy
+        for number, slot in ((2, 1), (3, 3)):  # the other copy has no row
+            await house.to_executor.send(step_plan(number, [(slot, len(ids[slot]), 1, TOKEN)]))
+        done = [await house.next(StepDone) for _ in range(2)]
+        assert [(each.step, array("i", each.tokens).tolist()) for each in done] == [(2, [23]), (3, [44])]
+        assert [each.logprobs[0].row for each in done] == [0, 0]
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])

@@ -172,7 +172,7 @@ async def test_the_scheduler_ends_what_a_lost_front_has_sent_wherever_it_is() ->
         logic = house.scheduler.scheduler
         assert logic is not None
         with anyio.fail_after(10):
-            while len(logic.rids()) < 4:
+            while len(logic.live.by_rid) < 4:
                 await anyio.sleep(0.002)
         fronts = {rid: front_of(house.front._open[rid].key) for rid in "abcd"}
         assert sorted(fronts.values()) == list(range(min(fronts.values()), min(fronts.values()) + 4))

@@ -225,10 +225,9 @@ class AnythingHappens(RuleBasedStateMachine):
     def lose_the_device(self):
         for rid in self.bench.scheduler.reset():
             self.bench.ends[rid] = "lost"
-        assert self.bench.scheduler.running == 0
+        assert self.bench.scheduler.counts()["running"] == 0
         self.bench.flying.clear()
-        self.bench.device.store.clear()
-        self.bench.device.table.clear()
+        self.bench.device.clear()
 
     @invariant()
     def nothing_is_lost(self):
@@ -370,9 +369,9 @@ def test_pages_run_out_for_the_lowest_priority_and_the_least_computed():
     )
     left = []
     while bench.live:
-        before = {r.rid for r in bench.scheduler._running()}
+        before = {r.rid for r in bench.scheduler.running_requests()}
         bench.step()
-        gone = before - {r.rid for r in bench.scheduler._running()} - bench.ends.keys()
+        gone = before - {r.rid for r in bench.scheduler.running_requests()} - bench.ends.keys()
         left += sorted(gone)
     assert left[:3] == ["short", "long", "urgent"]
     assert "oldest" not in left

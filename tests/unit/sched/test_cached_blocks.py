@@ -11,6 +11,7 @@ from simulated_device import VOCABULARY, SimulatedDevice, sampling
 
 from engine.cache.blocks import MOST_NAMES, HeldBlocks, Named
 from engine.cache.log import CacheLog
+from engine.cache.pages import CachePages
 from engine.messages.cache import Blocks
 from engine.messages.request import Admit
 from engine.sched import Scheduler
@@ -151,10 +152,10 @@ class AnythingHappens(RuleBasedStateMachine):
                 self.scheduler.commit(self.flying.popleft())
                 self.look()
 
-    @precondition(lambda self: self.scheduler.rids())
+    @precondition(lambda self: self.scheduler.live.by_rid)
     @rule(data=st.data(), keep=st.none() | st.integers(0, 3))
     def stop(self, data: st.DataObject, keep: int | None) -> None:
-        self.scheduler.stop(data.draw(st.sampled_from(self.scheduler.rids())), keep)
+        self.scheduler.stop(data.draw(st.sampled_from(list(self.scheduler.live.by_rid))), keep)
 
     @precondition(lambda self: not self.flying)
     @rule()
@@ -272,3 +273,30 @@ def test_changes_of_one_kind_are_one_until_they_are_told() -> None:
     log.stored(b"other", [5])
     assert log.last == 3
     assert [change.space for change in log.since(2, held).changes] == [b"other"]
+
+
+def test_what_two_copies_hold_is_held_until_both_have_lost_it() -> None:
+    log = CacheLog()
+    held = HeldBlocks(log)
+    caches = [CachePages(4, 2, held, first) for first in (0, 4)]
+    reader = Reader()
+    key = array("i", [1, 2, 3, 4])
+    blocks = Blocks(b"a", array("Q", [7, 8]).tobytes(), array("i", [2, 4]).tobytes())
+    nodes = []
+    for cache in caches:
+        root, _ = cache.tree.match(key.tobytes())
+        pages = cache.take(2)
+        node, _ = cache.tree.extend(root, key.tobytes(), list(pages))
+        named = cache.named(blocks)
+        assert named is not None
+        cache.name(named, pages, 2)
+        nodes.append(node)
+        reader.read(log, held)
+        assert reader.spaces == {7: "a", 8: "a"}
+    for cache, node, left in zip(caches, nodes, ({7, 8}, set()), strict=True):
+        cache.check_integrity()
+        cache.tree.unlock(node)
+        assert cache.flush() == (2, 0)
+        reader.read(log, held)
+        assert reader.spaces.keys() == left
+    assert caches[0].afresh().check_integrity() is None and len(held) == 0

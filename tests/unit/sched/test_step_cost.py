@@ -2,6 +2,7 @@
 
 import sys
 from array import array
+from collections.abc import Callable
 
 import pytest
 from simulated_device import sampling
@@ -32,7 +33,7 @@ def decoding(rows: int) -> tuple[Scheduler, int]:
     return scheduler, 4
 
 
-def calls_of(scheduler: Scheduler, done: StepDone) -> list[str]:
+def calls_of(plan: Callable[[], object], commit: Callable[[StepDone], object], done: StepDone) -> list[str]:
     """What one plan and one commit call, in Python and in C."""
     seen: list[str] = []
 
@@ -44,8 +45,8 @@ def calls_of(scheduler: Scheduler, done: StepDone) -> list[str]:
 
     sys.setprofile(note)
     try:
-        scheduler.plan()
-        scheduler.commit(done)
+        plan()
+        commit(done)
     finally:
         sys.setprofile(None)
     assert seen.pop() == "setprofile"
@@ -55,13 +56,15 @@ def calls_of(scheduler: Scheduler, done: StepDone) -> list[str]:
 @pytest.mark.parametrize("rows", [1, 2, 256])
 def test_a_decode_step_calls_no_more_for_many_rows_than_for_one_but_to_keep_each_token(rows):
     scheduler, step = decoding(rows)
-    calls = calls_of(scheduler, StepDone(step, ONE * rows, ONE * rows, 0.0))
+    done = StepDone(step, ONE * rows, ONE * rows, 0.0)
+    calls = calls_of(scheduler.plan, scheduler.commit, done)
     assert calls.count("array.append") == rows
     assert len(calls) - rows <= MOST_CALLS, calls
 
 
 def test_rows_are_looked_at_only_in_the_step_in_which_they_need_a_page():
     scheduler, step = decoding(256)
-    counts = [len(calls_of(scheduler, StepDone(step + n, ONE * 256, ONE * 256, 0.0))) - 256 for n in range(2 * PAGE)]
+    results = [StepDone(step + n, ONE * 256, ONE * 256, 0.0) for n in range(2 * PAGE)]
+    counts = [len(calls_of(scheduler.plan, scheduler.commit, done)) - 256 for done in results]
     dear = [n for n, count in enumerate(counts) if count > MOST_CALLS]
     assert len(dear) == 2 and dear[1] - dear[0] == PAGE, counts

@@ -11,7 +11,7 @@ from engine import ConfigError, Engine, SamplingParams, WorkerError
 from engine.kernels.logits import reference
 from engine.plugin.testing import ModelHarness
 from engine.worker import runner
-from engine.worker.start import peak_bytes
+from engine.worker.start import Sizes, peak_bytes
 from engine.worker.steps.graphs import ladder
 from engine_plugins.models.echo import Echo
 
@@ -56,7 +56,7 @@ def test_the_profile_run_asks_for_all_that_a_step_can_be_asked(monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     model, cpu = harness.runner.model, torch.device("cpu")
     held = -(-(48 + 1) // 4) * model.kv_spec().page_bytes
-    assert peak_bytes(model, cpu, slots=5, max_model_len=64, step_tokens=48) == 4900 - held
+    assert peak_bytes(model, cpu, Sizes(slots=5, step_tokens=48), max_model_len=64) == 4900 - held
     for name in ("penalize", "edit", "apply_bitmask", "score", "filtered", "_top_k", "_top_p"):
         assert asked[name][:2] == [5, 5], f"{name}: a step with prompts, and one of decode rows"
     assert asked["score_prompt"][0] == 5 * (48 // 5 - 1)

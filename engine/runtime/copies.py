@@ -1,0 +1,25 @@
+"""Whether the options of attention in copies go together: said before a process is started."""
+
+from engine.config import Config
+from engine.errors import ConfigError
+
+
+def check_copies(config: Config) -> None:
+    """Raises ConfigError where they do not."""
+    parallel, schedule = config.parallel, config.schedule
+    copies = parallel.dp_attention
+    if parallel.tp % copies:
+        raise ConfigError(f"--dp-attention {copies} does not divide --tp {parallel.tp}; choose one that does")
+    if copies > 1 and parallel.pp > 1:
+        raise ConfigError(
+            f"--dp-attention {copies} does not go with --pp {parallel.pp} yet: say --pp 1, or --dp-attention 1"
+        )
+    for name, what, number in (
+        ("--max-running", "requests", schedule.max_running),
+        ("--max-step-tokens", "tokens", schedule.max_step_tokens),
+    ):
+        if number is not None and number < copies:
+            raise ConfigError(
+                f"{name} {number} leaves no {what} for some of the {copies} copies of attention (--dp-attention); say "
+                f"{copies} or more"
+            )

@@ -1,0 +1,102 @@
+"""Attention in copies behind one server: it replies as one worker does, whichever copy a request is in, and outlives
+the death of a rank of any copy."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from oracle import tiny_model
+from restarts import restarted
+from test_processes import children
+from test_served_pipeline import GREEDY, PROMPTS, STEM, said, workers
+from tiny_checkpoint import assert_same, save_checkpoint
+
+from engine import AsyncEngine, Engine, EngineError, Reply, SamplingParams
+
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes through /proc"),
+]
+OPTIONS: dict[str, Any] = {
+    **{"device": "cpu", "threads": 1, "max_running": 12, "max_step_tokens": 48, "kv_tokens": 2048, "page_size": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mixture")
+    experts = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 8}
+    changes = {"num_attention_heads": 4, "vocab_size": 128, "eos_token_id": 127, "max_position_embeddings": 256}
+    save_checkpoint(tiny_model("Qwen3Moe", **experts, **changes), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> list[Reply]:
+    """What one worker replies."""
+    with Engine(model=str(folder), **OPTIONS) as engine:
+        assert engine.stats().pages * 4 == 2048
+        return said(engine)
+
+
+def test_whatever_is_asked_copies_of_two_ranks_each_reply_as_one(folder: Path, alone: list[Reply]) -> None:
+    with Engine(model=str(folder), tp=4, dp_attention=2, **OPTIONS) as engine:
+        ours = said(engine)
+        stats = engine.stats()
+    assert_same(ours, alone)
+    assert ours[-1].cached_tokens == alone[-1].cached_tokens > 190  # where the copy is that has the prefix
+    assert stats.pages * 4 == 2 * 2048  # each copy has as many as one worker
+    assert [copy.pages * 4 for copy in stats.copies] == [2048, 2048]
+    assert all(copy.tokens_total > 100 for copy in stats.copies)
+    assert max(copy.tokens_total for copy in stats.copies) < stats.most_tokens_total
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.matrix)])
+async def test_copies_go_on_after_clients_have_left_and_are_started_again(
+    rank: int, folder: Path, alone: list[Reply]
+) -> None:
+    wanted = [reply.ids for reply in alone[: len(PROMPTS)]]
+    before = set(children(os.getpid()))
+    async with AsyncEngine(model=str(folder), dp_attention=2, **OPTIONS) as engine:
+        with anyio.fail_after(120):
+            for _ in range(2):  # a client leaves amidst its reply, and one amidst its prompt
+                stream = engine.stream(PROMPTS[2], GREEDY)
+                async for _ in stream:
+                    break
+                await stream.aclose()
+                with anyio.move_on_after(0.005):
+                    await engine.generate(STEM[::-1], GREEDY)
+                assert [reply.ids for reply in await engine.generate(PROMPTS, GREEDY)] == wanted
+            pids = workers(before)
+            assert len(pids) == 2
+            os.kill(pids[rank], signal.SIGKILL)
+            assert (await restarted(engine, PROMPTS[1], GREEDY)).ids == wanted[1]
+            assert [reply.ids for reply in await engine.generate(PROMPTS, GREEDY)] == wanted
+            assert (await engine.front.flush()).in_use == 0
+    assert set(children(os.getpid())) == before
+
+
+@pytest.mark.matrix
+def test_copies_reply_as_one_when_pages_run_out(folder: Path) -> None:
+    asked = [PROMPTS[index % 3 * 2][: 4 + index] for index in range(12)]
+    few = {**OPTIONS, "kv_tokens": 256, "max_model_len": 200}
+    params = SamplingParams(temperature=0.8, seed=3, max_tokens=90, ignore_eos=True)
+    said = []
+    for copies in (1, 2):
+        with Engine(model=str(folder), dp_attention=copies, **few) as engine:
+            said.append([reply.ids for reply in engine.generate(asked, params)])
+            assert engine.stats().retractions_total > 2
+    assert said[0] == said[1] and all(len(ids) == 90 for ids in said[0])
+
+
+def test_copies_that_do_not_divide_ranks_are_refused_before_any_is_started(folder: Path) -> None:
+    before = set(children(os.getpid()))
+    with (
+        pytest.raises(EngineError, match=r"--dp-attention 2 does not divide --tp 3"),
+        Engine(model=str(folder), tp=3, dp_attention=2, **OPTIONS),
+    ):
+        pass
+    assert set(children(os.getpid())) == before
