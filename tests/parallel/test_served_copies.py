@@ -10,6 +10,8 @@ import anyio
 import pytest
 from oracle import tiny_model
 from restarts import restarted
+from smollm2 import COUNTING, COUNTING_IDS, LETTERS, LETTERS_IDS
+from smollm2 import GREEDY as GREEDY_TEXT
 from test_processes import children
 from test_served_pipeline import GREEDY, PROMPTS, STEM, said, workers
 from tiny_checkpoint import assert_same, save_checkpoint
@@ -100,3 +102,10 @@ def test_copies_that_do_not_divide_ranks_are_refused_before_any_is_started(folde
     ):
         pass
     assert set(children(os.getpid())) == before
+
+
+@pytest.mark.matrix
+def test_smollm2_whose_heads_two_ranks_cannot_divide_runs_in_two_copies() -> None:
+    with Engine(model="smollm2-135m", dp_attention=2, device="cpu", max_model_len=512, max_running=8) as engine:
+        assert [reply.ids for reply in engine.generate([COUNTING, LETTERS], GREEDY_TEXT)] == [COUNTING_IDS, LETTERS_IDS]
+        assert all(copy.tokens_total > 20 for copy in engine.stats().copies)
