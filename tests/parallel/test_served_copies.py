@@ -82,6 +82,14 @@ async def test_copies_go_on_after_clients_have_left_and_are_started_again(
 
 
 @pytest.mark.matrix
+def test_whatever_is_asked_copies_on_two_stages_reply_as_one(folder: Path, alone: list[Reply]) -> None:
+    with Engine(model=str(folder), pp=2, dp_attention=2, **OPTIONS) as engine:
+        ours = said(engine)
+        assert all(copy.tokens_total > 100 for copy in engine.stats().copies)
+    assert_same(ours, alone)
+
+
+@pytest.mark.matrix
 def test_copies_reply_as_one_when_pages_run_out(folder: Path) -> None:
     asked = [PROMPTS[index % 3 * 2][: 4 + index] for index in range(12)]
     few = {**OPTIONS, "kv_tokens": 256, "max_model_len": 200}
