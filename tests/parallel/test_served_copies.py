@@ -116,4 +116,3 @@ def test_copies_that_do_not_divide_ranks_are_refused_before_any_is_started(folde
 def test_smollm2_whose_heads_two_ranks_cannot_divide_runs_in_two_copies() -> None:
     with Engine(model="smollm2-135m", dp_attention=2, device="cpu", max_model_len=512, max_running=8) as engine:
         assert [reply.ids for reply in engine.generate([COUNTING, LETTERS], GREEDY_TEXT)] == [COUNTING_IDS, LETTERS_IDS]
-        assert all(copy.tokens_total > 20 for copy in engine.stats().copies)
