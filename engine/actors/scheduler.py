@@ -295,10 +295,9 @@ class SchedulerActor:
             "fronts": self.fronts,
             "held": self.held,
         }
-        if ready.copies > 1:
-            return Copies(ready.copies, **options)
-        chunks = ChunkRule(ready.max_step_tokens, stages, ready.attention_work) if stages > 1 else None
-        return Scheduler(**options, chunks=chunks)
+        if stages > 1:
+            options["chunks"] = ChunkRule(ready.max_step_tokens, stages, ready.attention_work)
+        return Copies(ready.copies, **options) if ready.copies > 1 else Scheduler(**options)
 
     async def _lost(self, cause: str) -> None:
         """Everything on the device is gone: end what ran there, keep what waits, start afresh."""

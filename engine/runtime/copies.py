@@ -10,10 +10,6 @@ def check_copies(config: Config) -> None:
     copies = parallel.dp_attention
     if parallel.tp % copies:
         raise ConfigError(f"--dp-attention {copies} does not divide --tp {parallel.tp}; choose one that does")
-    if copies > 1 and parallel.pp > 1:
-        raise ConfigError(
-            f"--dp-attention {copies} does not go with --pp {parallel.pp} yet: say --pp 1, or --dp-attention 1"
-        )
     for name, what, number in (
         ("--max-running", "requests", schedule.max_running),
         ("--max-step-tokens", "tokens", schedule.max_step_tokens),

@@ -184,21 +184,26 @@ class Scheduler:
 
     def _plan_lanes(self, now: float) -> StepPlan | None:
         """As `plan`, of the lane whose turn it is."""
-        assert self.chunks is not None
-        self._lanes.even_out()
-        work = self.chunks.budget(chain(self._prefilling.values(), self._queue))
+        work = self.begin_turn()
         for lane in self._lanes.turns():
-            self._decoding = self._lanes.rows[lane]
             if (plan := self._complete(self.begin(now, lane, work))) is not None:
                 self._lanes.last = lane
                 return plan
         return None
 
+    def begin_turn(self) -> float:
+        """Before the first step of a turn of lanes: the work that the prompts of each get."""
+        if self.chunks is None:
+            return 0.0
+        self._lanes.even_out()
+        return self.chunks.budget(chain(self._prefilling.values(), self._queue))
+
     def begin(self, now: float, lane: int = 0, work: float = 0.0) -> StepColumns:
         """A step with the rows of all that run. Who has several copies lets requests `enter`, and has it `finish`."""
         self._now = now
         step = StepColumns(self.max_step_tokens, self._departures)
-        step.lane, step.work = lane, work
+        if self.chunks is not None:
+            step.lane, step.work, self._decoding = lane, work, self._lanes.rows[lane]
         if self._decoding.requests:
             self._grow(step)
             for request in self._decoding.plan(step):  # they fit: nobody joins them but with budget to spare

@@ -40,6 +40,11 @@ class StepColumns:
     def rows(self) -> int:
         return len(self.decodes[0]) // 4 + len(self.prompts)
 
+    @property
+    def tokens(self) -> int:
+        """That it computes, where no row has drafts."""
+        return len(self.decodes[0]) // 4 + sum(length for _, _, length, _ in self.prompts)
+
     def add_chunk(self, request: Request, start: int, length: int, *, last: bool) -> None:
         """Compute `length` prompt tokens of `request` from position `start`; after the `last` ones, draw a token."""
         if request.scores_in(start, start + length):

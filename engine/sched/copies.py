@@ -27,6 +27,7 @@ from engine.messages.request import Admit
 from engine.messages.step import StepDone, StepPlan
 from engine.plugin.specs import Policy
 from engine.sched.batcher import Scheduler
+from engine.sched.chunks import ChunkRule
 from engine.sched.columns import StepColumns
 from engine.sched.live import LiveRequests
 from engine.sched.request import Request
@@ -40,7 +41,7 @@ BUSY_ROWS = 8  # that decode in a copy, on average, where requests are held
 class Copies:
     """`copies` schedulers of `pages` KV pages each, which divide `slots` evenly; used as one Scheduler is.
 
-    A step has up to `max_step_tokens` tokens of each copy."""
+    A step has up to `max_step_tokens` tokens of each copy. In a pipeline it is of the same lane in all copies."""
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class Copies:
         prefix_cache: bool,
         max_waiting: int,
         fronts: int = 1,
+        chunks: ChunkRule | None = None,
         held: HeldBlocks | None = None,
         held_steps: int = HELD_STEPS,
         busy_rows: int = BUSY_ROWS,
@@ -71,12 +73,15 @@ class Copies:
                 prefix_cache,
                 max_waiting,
                 fronts=fronts,
+                chunks=chunks,
                 held=held,
                 copy=copy,
                 live=self.live,
             )
             for copy in range(copies)
         )
+        self._lanes = 1 if chunks is None else chunks.stages
+        self._lane = 0  # whose turn it was last, in all copies
         self._steps = 0
         self._tokens = [0] * copies  # that each has computed
         self._most_tokens = 0  # of the copy that had the most, added over all steps
@@ -140,9 +145,19 @@ class Copies:
 
     def plan(self, now: float = 0.0) -> StepPlan | None:
         """As Scheduler.plan: the next step of all copies, of which some may have no rows."""
+        works = [copy.begin_turn() for copy in self.copies]
+        for after in range(1, self._lanes + 1):
+            lane = (self._lane + after) % self._lanes
+            if (plan := self._plan_lane(now, lane, works)) is not None:
+                self._lane = lane
+                return plan
+        return None
+
+    def _plan_lane(self, now: float, lane: int, works: Sequence[float]) -> StepPlan | None:
+        """As `plan`, of the rows of one lane of a pipeline, whose prompts get so much work in each copy."""
         for copy in self.copies:
             copy.steps = self._steps
-        steps = [copy.begin(now) for copy in self.copies]
+        steps = [copy.begin(now, lane, work) for copy, work in zip(self.copies, works, strict=True)]
         if self.live.queue and not self._holds(steps):
             self._place(steps)
         plans: list[StepPlan] = []
@@ -154,7 +169,7 @@ class Copies:
         if not plans:
             return None
         self._steps += 1
-        tokens = [copy.max_step_tokens - step.budget for copy, step in zip(self.copies, steps, strict=True)]
+        tokens = [step.tokens for step in steps]
         self._tokens = [total + more for total, more in zip(self._tokens, tokens, strict=True)]
         self._most_tokens += max(tokens)
         self._in_flight.append((self._steps, shares))
@@ -230,4 +245,5 @@ def joined(number: int, plans: Sequence[StepPlan]) -> StepPlan:
         yields=b"".join(plan.yields for plan in plans),
         admits=tuple(admit for plan in plans for admit in plan.admits),
         pages=b"".join(plan.pages for plan in plans),
+        lane=plans[0].lane,
     )

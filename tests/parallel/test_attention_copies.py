@@ -141,7 +141,6 @@ def test_what_does_not_run_in_copies_is_refused_in_words() -> None:
     ("options", "words"),
     [
         ({"tp": 3, "dp_attention": 2}, "--dp-attention 2 does not divide --tp 3"),
-        ({"dp_attention": 2, "pp": 2}, "--dp-attention 2 does not go with --pp 2"),
         ({"dp_attention": 4, "max_running": 3}, "--max-running 3 leaves no requests for some of the 4 copies"),
         ({"dp_attention": 4, "max_step_tokens": 3}, "--max-step-tokens 3 leaves no tokens for some of the 4 copies"),
     ],
@@ -154,6 +153,6 @@ def test_options_of_copies_that_do_not_go_together_are_refused(options: dict[str
 def test_copies_alone_say_how_many_ranks_there_are() -> None:
     found = resolve_options({"dp_attention": 4}).parallel
     assert (found.tp, found.ranks, list(found.reporters)) == (4, 4, [0, 1, 2, 3])
-    found = resolve_options({"dp_attention": 2, "tp": 4}).parallel
-    assert (found.tp, found.ranks, list(found.reporters)) == (4, 4, [0, 2])
-    check_copies(resolve_options({"dp_attention": 2, "tp": 4}))
+    found = resolve_options({"dp_attention": 2, "tp": 4, "pp": 2})
+    assert (found.parallel.ranks, list(found.parallel.reporters)) == (8, [4, 6])
+    check_copies(found)

@@ -10,6 +10,8 @@ import anyio
 import pytest
 from oracle import tiny_model
 from restarts import restarted
+from smollm2 import COUNTING, COUNTING_IDS, LETTERS, LETTERS_IDS
+from smollm2 import GREEDY as GREEDY_TEXT
 from test_processes import children
 from test_served_pipeline import GREEDY, PROMPTS, STEM, said, workers
 from tiny_checkpoint import assert_same, save_checkpoint
@@ -80,6 +82,14 @@ async def test_copies_go_on_after_clients_have_left_and_are_started_again(
 
 
 @pytest.mark.matrix
+def test_whatever_is_asked_copies_on_two_stages_reply_as_one(folder: Path, alone: list[Reply]) -> None:
+    with Engine(model=str(folder), pp=2, dp_attention=2, **OPTIONS) as engine:
+        ours = said(engine)
+        assert all(copy.tokens_total > 100 for copy in engine.stats().copies)
+    assert_same(ours, alone)
+
+
+@pytest.mark.matrix
 def test_copies_reply_as_one_when_pages_run_out(folder: Path) -> None:
     asked = [PROMPTS[index % 3 * 2][: 4 + index] for index in range(12)]
     few = {**OPTIONS, "kv_tokens": 256, "max_model_len": 200}
@@ -100,3 +110,9 @@ def test_copies_that_do_not_divide_ranks_are_refused_before_any_is_started(folde
     ):
         pass
     assert set(children(os.getpid())) == before
+
+
+@pytest.mark.matrix
+def test_smollm2_whose_heads_two_ranks_cannot_divide_runs_in_two_copies() -> None:
+    with Engine(model="smollm2-135m", dp_attention=2, device="cpu", max_model_len=512, max_running=8) as engine:
+        assert [reply.ids for reply in engine.generate([COUNTING, LETTERS], GREEDY_TEXT)] == [COUNTING_IDS, LETTERS_IDS]
