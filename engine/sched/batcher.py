@@ -33,7 +33,7 @@ from engine.messages.step import StepDone, StepPlan
 from engine.plugin.specs import Policy
 from engine.sched.chunks import ChunkRule
 from engine.sched.columns import StepColumns
-from engine.sched.integrity import check_pages
+from engine.sched.integrity import check_pages, check_slots
 from engine.sched.lanes import Lanes
 from engine.sched.limits import check_fits, check_whole, pages_for
 from engine.sched.live import LiveRequests
@@ -209,7 +209,9 @@ class Scheduler:
             for request in self._decoding.plan(step):  # they fit: nobody joins them but with budget to spare
                 self._ending[request.rid] = request
         if self._prefilling:
-            self._plan_prefills(step)
+            for request in list(self._prefilling.values()):
+                if step.budget:
+                    self._plan_chunk(step, request)
             assert not (self._prefilling and step.budget), "who shares the prefix of a prompt would compute it again"
         return step
 
@@ -242,12 +244,6 @@ class Scheduler:
             request.pages += [pages.pop() for _ in range(count)]
             self._decoding.grow(request, (held + count) * self.page_size)
             step.set_pages(request, range(held, held + count))
-
-    def _plan_prefills(self, step: StepColumns) -> None:
-        for request in list(self._prefilling.values()):
-            if not step.budget:
-                return
-            self._plan_chunk(step, request)
 
     def _plan_chunk(self, step: StepColumns, request: Request) -> None:
         """Compute as much of `request` as the budget allows; at its end, draw a token. Its tokens are all known."""
@@ -448,8 +444,6 @@ class Scheduler:
         running = list(self.running_requests())
         self._pages.check_integrity()
         check_pages(self._tree, self._pool, running)
-        slots = [request.slot for request in running] + self._free_slots
-        assert sorted(slots) == list(self.slots), "slots are lost or taken twice"
+        check_slots(self.slots, self._free_slots, self._stop_ids, running)
         assert all(request.computed < len(request.ids) for request in self._prefilling.values())
         self._lanes.check_integrity(self.page_size, idle=not self._in_flight)
-        assert self._stop_ids == sum((Counter(request.stop_ids) for request in running), Counter())

@@ -1,4 +1,4 @@
-"""Whether pages, locks and requests fit together: for tests, and for an engine that is idle."""
+"""Whether pages, locks, slots and requests fit together: for tests, and for an engine that is idle."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -23,3 +23,9 @@ def check_pages(tree: RadixTree, pool: PagePool, running: Sequence[Request]) -> 
             locks[node] += 1
             node = node.parent
     assert all(node.locks == locks[node] for node in tree.nodes()), "a lock outlives its request"
+
+
+def check_slots(slots: range, free: Sequence[int], stop_ids: Counter[int], running: Sequence[Request]) -> None:
+    """Assert that each of `slots` is free or one of the `running` requests', and that their stop ids are counted."""
+    assert sorted([*free, *(request.slot for request in running)]) == list(slots), "slots are lost or taken twice"
+    assert stop_ids == sum((Counter(request.stop_ids) for request in running), Counter())
