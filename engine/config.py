@@ -21,6 +21,7 @@ from engine.errors import ConfigError, did_you_mean
 from engine.options.launchers import said_by_launcher
 from engine.options.option import Option, options_of
 from engine.options.page import options_page
+from engine.parallel.mesh import Mesh
 
 # A bound on a value that may also be None belongs inside the union, on the number.
 Positive = Annotated[int, Meta(ge=1)]
@@ -115,6 +116,17 @@ class ParallelOptions(Struct, frozen=True, kw_only=True):
         Positive,
         Meta(description="stages that the layers are divided into, which steps pass in turn; each has --tp devices"),
     ] = 1
+    ep: Annotated[
+        Positive,
+        Meta(
+            description="groups of devices that a mixture's experts are divided over by number; it divides --tp, and "
+            "alone sets that"
+        ),
+    ] = 1
+    redundant_experts: Annotated[
+        int,
+        Meta(ge=0, description="copies of busy experts that each mixture has beside them, over all groups of --ep"),
+    ] = 0
     nnodes: Annotated[
         Positive, Meta(description="hosts that the devices are divided over evenly; each runs `engine serve`")
     ] = 1
@@ -153,6 +165,10 @@ class ParallelOptions(Struct, frozen=True, kw_only=True):
     def ranks(self) -> int:
         """How many workers there are."""
         return self.tp * self.pp
+
+    def mesh(self, rank: int = 0) -> Mesh:
+        """The ranks as `rank` sees them. Raises ConfigError for sizes that do not go together."""
+        return Mesh(rank, tp=self.tp, pp=self.pp, ep=self.ep)
 
     @property
     def reporter(self) -> int:
@@ -384,6 +400,7 @@ def resolve(
                 said[option.name] = file[option.name]
         if group == "parallel":
             said = said_by_launcher(said.get("launcher", "none"), environ) | said
+            said = {"tp": said.get("ep", 1)} | said
         values[group] = groups()[group](**said)
     return Config(**values)
 

@@ -1,7 +1,7 @@
 """What a model is built with: where, in which type, on which rank, with which attention and quantization.
 
-Layers ask it for their share of a dimension, so models never see a rank. Left out: experts divided by number (ep) and
-attention in copies (dp), which the mesh knows and layers do not yet.
+Layers ask it for their share of a dimension, so models never see a rank. Left out: attention in copies (dp), which the
+mesh knows and layers do not yet.
 """
 
 import dataclasses
@@ -38,15 +38,15 @@ class Build:
     groups: Groups | None = None  # where the ranks of `mesh` have joined; a model can be built and loaded without
     kv_dtype: torch.dtype | None = None  # of the KV cache; by default `dtype`
     quantization: "Scheme | None" = None  # how matrices are stored; by default in `dtype`
+    redundant_experts: int = 0  # copies of experts that each mixture has beside them, over all ranks
     deferred: bool = False  # weights take no memory, on the device `meta`, until `Model.load` or `Model.allocate`
     kernels: KernelSet = None  # type: ignore[assignment]  # by default the fastest for `dtype` on `device`
 
     def __post_init__(self) -> None:
         if self.kernels is None:
             object.__setattr__(self, "kernels", choose(self.device, self.dtype))
-        for name, size in (("ep", self.mesh.ep), ("dp", self.mesh.dp)):
-            if size > 1:
-                raise ConfigError(f"{name} is {size}, and models run with {name} 1 alone so far; say {name} 1")
+        if self.mesh.dp > 1:
+            raise ConfigError(f"dp is {self.mesh.dp}, and models run with dp 1 alone so far; say dp 1")
 
     def group(self, axis: Axis = "tp") -> Group:
         """The ranks that share a dimension which is divided along `axis`."""

@@ -33,13 +33,13 @@ class Ranks:
 
 
 @contextmanager
-def open_ranks(folder: Path, tp: int, pp: int = 1, *, gpus: bool = False) -> Iterator[Ranks]:
+def open_ranks(folder: Path, tp: int, pp: int = 1, *, ep: int = 1, gpus: bool = False) -> Iterator[Ranks]:
     """Starts tp * pp ranks that meet in `folder`, and ends them."""
     context = multiprocessing.get_context("spawn")
     pairs = [context.Pipe() for _ in range(tp * pp)]
     rendezvous = f"file://{folder / 'rendezvous'}"
     started = [
-        context.Process(target=_rank, args=(theirs, rendezvous, rank, tp, pp, gpus), daemon=True)
+        context.Process(target=_rank, args=(theirs, rendezvous, rank, tp, pp, ep, gpus), daemon=True)
         for rank, (_, theirs) in enumerate(pairs)
     ]
     for process in started:
@@ -57,7 +57,7 @@ def open_ranks(folder: Path, tp: int, pp: int = 1, *, gpus: bool = False) -> Ite
                 process.kill()
 
 
-def _rank(end: Connection, rendezvous: str, rank: int, tp: int, pp: int, gpus: bool) -> None:
+def _rank(end: Connection, rendezvous: str, rank: int, tp: int, pp: int, ep: int, gpus: bool) -> None:
     import torch
 
     from engine.parallel.groups import join
@@ -67,7 +67,7 @@ def _rank(end: Connection, rendezvous: str, rank: int, tp: int, pp: int, gpus: b
     device = torch.device("cuda", rank) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
-    groups = join(Mesh(rank, tp=tp, pp=pp), rendezvous, device, seconds=SECONDS)
+    groups = join(Mesh(rank, tp=tp, pp=pp, ep=ep), rendezvous, device, seconds=SECONDS)
     while True:
         try:
             function, arguments = end.recv()

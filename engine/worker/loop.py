@@ -13,6 +13,7 @@ from engine.messages.control import Ask, Ping, Pong
 from engine.messages.step import STEPS_IN_FLIGHT, StepPlan
 from engine.parallel.progress import PROGRESS
 from engine.runtime.channel import BlockingFrames
+from engine.worker.experts import ExpertWatch, alone
 from engine.worker.profiling import StepProfiler
 from engine.worker.questions import Questions
 from engine.worker.runner import Runner
@@ -37,7 +38,8 @@ class Loop:
         self._reports = reports
         self._in_flight: deque[Step] = deque()
         self._profiler = StepProfiler(runner.device)
-        self._questions = Questions(runner, self._profiler, lambda: len(self._in_flight))
+        self._experts = ExpertWatch(runner.model, alone if runner.stage is None else runner.stage.pipeline.gathered)
+        self._questions = Questions(self._experts, self._profiler, lambda: len(self._in_flight))
 
     def next(self) -> ToWorker | None:
         """The next frame; meanwhile, steps that end are finished. None once the peer has closed."""
@@ -55,6 +57,7 @@ class Loop:
         match message:
             case StepPlan():
                 PROGRESS.step = message.step
+                self._experts.step()
                 # Where rows follow a grammar, the results before are sent while the model runs: what makes their masks
                 # is what others need to plan on.
                 if len(self._in_flight) == STEPS_IN_FLIGHT:  # in a pipeline: others may be on other stages

@@ -19,7 +19,7 @@ from engine.layers.model import Model
 from engine.messages.control import Boot, WorkerReady
 from engine.messages.step import VECTOR, steps_in_flight
 from engine.parallel.groups import Groups, join
-from engine.parallel.mesh import ALONE, Mesh
+from engine.parallel.mesh import ALONE
 from engine.parallel.pipeline import Pipeline, join_stages
 from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins, resolve
@@ -29,6 +29,7 @@ from engine.runtime.processors import cores
 from engine.worker.backends import Backends, quantization
 from engine.worker.choices import model_for
 from engine.worker.compiles import tell_of_compiles
+from engine.worker.experts import routers_of
 from engine.worker.memory import allocate, choose_max_model_len, count_pages, state_bytes
 from engine.worker.runner import Runner
 from engine.worker.sampling.grammars import begin_grammars
@@ -87,6 +88,7 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
     with _timed(phases, "weights"):
         build = make_build(config, source, device, groups)
         model = make_model(source.plugins, source.terms, build)
+        check_experts(model, groups)
         beginning = None
         if model.yields != VECTOR and (pipeline is None or pipeline.last):
             beginning = begin_grammars(config, source.plugins, source.checkpoint, model.vocab_size)
@@ -153,7 +155,7 @@ def open_source(config: Config, device: torch.device) -> Source:
 
 def meet(boot: Boot, device: torch.device) -> Groups:
     """Joins the other ranks."""
-    mesh = Mesh(boot.rank, tp=boot.config.parallel.tp, pp=boot.config.parallel.pp)
+    mesh = boot.config.parallel.mesh(boot.rank)
     logger.info("rank %d of %d, with %s", boot.rank, boot.world, counted(torch.get_num_threads(), "thread"))
     return join(mesh, boot.rendezvous, device)
 
@@ -182,6 +184,7 @@ def make_build(config: Config, source: Source, device: torch.device, groups: Gro
         attention_backend=source.backends.build,
         kv_dtype=torch.float8_e4m3fn if config.cache.kv_dtype == "fp8" else None,
         quantization=quantization(source.plugins, source.terms),
+        redundant_experts=config.parallel.redundant_experts,
         deferred=True,
         mesh=groups.mesh,
         groups=groups,
@@ -239,6 +242,15 @@ def make_model(plugins: Plugins, terms: Terms, build: Build) -> Model:
     except KeyError as error:
         raise ConfigError(f"the model's configuration has no {error}, which the {entry.name} model needs") from None
     return model
+
+
+def check_experts(model: Model, groups: Groups) -> None:
+    """Raises ConfigError where experts are to be divided, and no stage of the model has any."""
+    if groups.mesh.ep > 1 and groups.least(-len(routers_of(model))) == 0:
+        raise ConfigError(
+            f"--ep {groups.mesh.ep} divides the experts of a mixture, and {type(model).__name__} has none; leave --ep "
+            f"out, or say --tp {groups.mesh.tp}"
+        )
 
 
 def peak_bytes(

@@ -7,7 +7,7 @@ from oracle import tiny
 
 from engine.errors import RequestError
 from engine.plugin.testing import MODEL_SCENARIOS, ModelHarness, check_model
-from engine.worker.experts import count_experts
+from engine.worker.experts import ExpertWatch
 from engine.worker.weights import fill_at_random
 from engine_plugins.models.llama import Llama
 from engine_plugins.models.mixtral import Mixtral
@@ -57,9 +57,10 @@ def test_choices_are_counted_while_they_are_asked_for():
     harness = ModelHarness(Qwen3Moe, config, tensors)
     model = harness.runner.model
     harness.runner.apply(harness.admit([list(range(20))]))
+    watch = ExpertWatch(model)
 
     def count(action):
-        counted = count_experts(model, action)
+        counted = watch.count(action)
         assert counted.layers == (0, 2)
         return counted.counting, np.frombuffer(counted.counts, "<i8").reshape(2, 8)
 
@@ -67,11 +68,11 @@ def test_choices_are_counted_while_they_are_asked_for():
     assert not count("look")[1].any()
     count("start")
     harness.logits([(0, 4, 6)])
-    counting, first = count("look")
-    assert counting and first.sum(axis=1).tolist() == [6 * 3, 6 * 3]
+    on, first = count("look")
+    assert on and first.sum(axis=1).tolist() == [6 * 3, 6 * 3]
     harness.logits([(0, 10, 5)])
-    counting, second = count("stop")
-    assert not counting and second.sum(axis=1).tolist() == [11 * 3, 11 * 3] and (second >= first).all()
+    on, second = count("stop")
+    assert not on and second.sum(axis=1).tolist() == [11 * 3, 11 * 3] and (second >= first).all()
     harness.logits([(0, 15, 5)])
     assert (count("look")[1] == second).all()
     assert not count("start")[1].any()
@@ -84,10 +85,11 @@ def test_dummy_weights_with_ties_choose_the_same_experts_for_all_tokens():
     chosen = []
     for ties in (False, True):
         fill_at_random(model, ties)
-        count_experts(model, "start")
+        watch = ExpertWatch(model)
+        watch.count("start")
         harness.runner.apply(harness.admit([tokens]))
         harness.logits([(0, 0, len(tokens))])
-        counts = np.frombuffer(count_experts(model, "stop").counts, "<i8").reshape(-1, 8)
+        counts = np.frombuffer(watch.count("stop").counts, "<i8").reshape(-1, 8)
         chosen.append((counts > 0).sum(axis=1))
     even, tied = chosen
     assert (even > 3).all() and (tied == 3).all()
@@ -96,4 +98,4 @@ def test_dummy_weights_with_ties_choose_the_same_experts_for_all_tokens():
 def test_a_model_without_experts_says_so():
     model = ModelHarness(Llama, *tiny("Llama")[:2]).runner.model
     with pytest.raises(RequestError, match="no experts"):
-        count_experts(model, "start")
+        ExpertWatch(model).count("start")
