@@ -230,6 +230,7 @@ def readiness(runner: Runner, sizes: Sizes, *, pages: int, attention: str, phase
         embedding_size=model.embedding_size,
         recurrent=bool(spec.states),
         attention_work=attention_work(model),
+        mixture=bool(routers_of(model)),
     )
 
 

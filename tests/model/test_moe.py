@@ -6,8 +6,9 @@ import torch
 from oracle import tiny
 
 from engine.errors import RequestError
+from engine.messages.questions import ExpertMap, ExpertWindow
 from engine.plugin.testing import MODEL_SCENARIOS, ModelHarness, check_model
-from engine.worker.experts import ExpertWatch
+from engine.worker.experts import ExpertWatch, experts_of, joined, routers_of
 from engine.worker.weights import fill_at_random
 from engine_plugins.models.llama import Llama
 from engine_plugins.models.mixtral import Mixtral
@@ -76,6 +77,51 @@ def test_choices_are_counted_while_they_are_asked_for():
     harness.logits([(0, 15, 5)])
     assert (count("look")[1] == second).all()
     assert not count("start")[1].any()
+
+
+def test_windows_tell_how_choices_change():
+    """Balance and drift of two layers, whose experts lie as if on two ranks, are those counted by hand."""
+    config, tensors, _ = tiny("Qwen3Moe", **EXPERTS, mlp_only_layers=[1])
+    model = ModelHarness(Qwen3Moe, config, tensors).runner.model
+    watch = ExpertWatch(model, window=4)
+    routers, experts = list(routers_of(model).values()), experts_of(model)
+    for layer in experts:
+        layer.placement = np.arange(8, dtype=np.int32).reshape(2, 4)
+    chosen = [  # in each window, of each layer
+        ([8, 0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]),
+        ([4, 0, 0, 0, 4, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]),
+        ([0] * 8, [0] * 8),
+        ([3, 0, 0, 0, 0, 0, 0, 1], [6, 0, 0, 0, 2, 0, 0, 0]),
+    ]
+    for counts in chosen:
+        watch.step()
+        for router, line in zip(routers, counts, strict=True):
+            router.counts += torch.tensor(line)
+        for _ in range(3):
+            watch.step()
+    for _ in range(8):
+        watch.step()
+    found = watch.look(now=False)
+    assert found.layers == (0, 2) and found.ranks == 2
+    assert np.frombuffer(found.counts, "<i8").reshape(2, 8).sum(axis=1).tolist() == [20, 24]
+    assert np.frombuffer(found.loads, "<f8").tolist() == [15, 5, 8 + 6, 8 + 2]
+    said = [(each.step, each.choices, each.balance, each.drift) for each in found.windows]
+    assert said == [(4, 16, 1.5, 0.0), (8, 16, 1.0, 0.25), (16, 12, 1.5, (0.5 + 0.75) / 2)], (
+        "a window without choices is none"
+    )
+    routers[0].counts += 1
+    assert np.frombuffer(watch.look(now=True).counts, "<i8").sum() == 20 + 24 + 8
+
+
+def test_maps_of_stages_join_by_the_windows_that_all_have():
+    windows = [ExpertWindow(4, 10, 1.0, 0.0), ExpertWindow(8, 20, 3.0, 0.5)]
+    numbers = {"placement": b"ab", "counts": b"c", "loads": b"d", "moved": 2}
+    one = ExpertMap((0, 1, 2), 2, windows=tuple(windows), **numbers)
+    two = ExpertMap((3,), 2, windows=(ExpertWindow(8, 5, 1.0, 0.1),), **numbers)
+    found = joined([one, two])
+    assert found.layers == (0, 1, 2, 3) and found.placement == b"abab" and found.moved == 4
+    (window,) = found.windows
+    assert (window.step, window.choices, window.balance) == (8, 25, 2.5) and abs(window.drift - 0.4) < 1e-9
 
 
 def test_dummy_weights_with_ties_choose_the_same_experts_for_all_tokens():
