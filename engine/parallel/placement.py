@@ -64,6 +64,13 @@ def copies_of(placement: Placement, experts: int) -> NDArray[np.int64]:
     return np.bincount(placement.ravel(), minlength=experts)
 
 
+def holds(placement: Placement, experts: int) -> NDArray[np.bool_]:
+    """[ranks, experts]: whether a rank has an expert."""
+    found = np.zeros((len(placement), experts), np.bool_)
+    np.put_along_axis(found, placement, True, axis=1)
+    return found
+
+
 def table_of(placement: Placement, rank: int, experts: int, most: int) -> NDArray[np.int32]:
     """The lines of `Places` (engine/kernels/experts/reference.py) that `rank` routes by: [experts, 1 + most] int32."""
     table = np.full((experts, 1 + most), -1, np.int32)
@@ -93,7 +100,8 @@ def arranged(old: Placement, new: Placement) -> Placement:
     their experts already, the best pair first, and what a rank has stays in its slot.
 
     All ranks are alike here; who cares on which host a line lies passes the ranks of one host alone."""
-    shared = np.array([[len(np.intersect1d(mine, line)) for line in new] for mine in old])
+    experts = 1 + int(old.max())
+    shared = holds(old, experts).astype(np.int64) @ holds(new, experts).astype(np.int64).T
     lines = np.empty_like(new)
     for _ in range(len(old)):
         rank, line = np.unravel_index(int(shared.argmax()), shared.shape)
