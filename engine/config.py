@@ -127,6 +127,16 @@ class ParallelOptions(Struct, frozen=True, kw_only=True):
         int,
         Meta(ge=0, description="copies of busy experts that each mixture has beside them, over all groups of --ep"),
     ] = 0
+    rebalance_threshold: Annotated[
+        Annotated[float, Meta(ge=1)] | None,
+        Meta(
+            description="load of the busiest group of --ep, over the mean one, from which on experts are moved between "
+            "groups; default: 1.2 with --redundant-experts, else they stay"
+        ),
+    ] = None
+    rebalance_tokens: Annotated[Positive, Meta(description="tokens to count, at least, before experts are moved")] = (
+        100_000
+    )
     nnodes: Annotated[
         Positive, Meta(description="hosts that the devices are divided over evenly; each runs `engine serve`")
     ] = 1

@@ -91,6 +91,11 @@ class LookAtExperts(Question[ExpertMap], frozen=True):
     now: bool = True
 
 
+class RebalanceExperts(Question[int], frozen=True):
+    """Arrange experts for what was chosen since this was last asked, or since the start. The value is how many layers
+    are looked at, with the steps that come."""
+
+
 class Echo(Question[Any], frozen=True):
     """Give `value` back: for tests of the way to the worker."""
 

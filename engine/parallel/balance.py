@@ -106,9 +106,9 @@ def improve(share: Loads, placement: Placement) -> Placement:
         own, rank, slot = np.unravel_index(int(after.argmin()), after.shape)
         if after[own, rank, slot] >= totals[busiest] * (1 - 1e-9):
             break
-        given_up, taken = placement[busiest, own], placement[rank, slot]
+        given_up, taken = int(placement[busiest, own]), int(placement[rank, slot])
         placement[busiest, own], placement[rank, slot] = taken, given_up
-        held[[busiest, rank], [given_up, taken]], held[[busiest, rank], [taken, given_up]] = False, True
+        held[busiest, [given_up, taken]], held[rank, [given_up, taken]] = (False, True), (True, False)
     return placement
 
 

@@ -87,7 +87,8 @@ def _run(frames: BlockingFrames[ToWorker], boot: Boot, import_seconds: float) ->
     gc.freeze()  # a look at all that there is by now takes tens of milliseconds, in the middle of a step
     try:
         frames.send(ready)
-        serve(frames, runner, reports=boot.rank == boot.config.parallel.reporter)
+        parallel = boot.config.parallel
+        serve(frames, runner, reports=boot.rank == parallel.reporter, parallel=parallel)
     except ConnectionError as error:
         raise PeerGone from error
 

@@ -21,12 +21,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.config import ParallelOptions
 from engine.errors import RequestError
 from engine.layers.model import Model
 from engine.layers.moe import Experts, Router, SparseMLP
 from engine.messages.questions import CountAction, ExpertCounts, ExpertMap, ExpertWindow
 from engine.messages.step import STEPS_IN_FLIGHT
+from engine.parallel.collectives import Group, broadcast
 from engine.parallel.placement import Placement, imbalance, rank_loads
+from engine.worker.rebalance import Rebalancer
 
 NONE = "the model has no experts to choose from; ask a server with a mixture of experts"
 WINDOW = 256  # steps
@@ -72,9 +75,13 @@ class Reading:
         return numbers
 
 
-def read(routers: Iterable[Router], step: int) -> Reading:
-    """Begins to copy what `routers` have counted, behind what the device has been told to do."""
+@torch.inference_mode()
+def read(routers: Iterable[Router], step: int, group: Group | None = None) -> Reading:
+    """Begins to copy what `routers` have counted, behind what the device has been told to do; with a `group`, what
+    those of its first rank have."""
     counts = torch.stack([router.counts for router in routers])
+    if group is not None:
+        broadcast(counts, group)
     if counts.device.type == "cpu":
         return Reading(step, counts, None)
     host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True).copy_(counts, non_blocking=True)
@@ -99,17 +106,27 @@ class ExpertWatch:
     """What this rank knows of the experts of its layers, from now on: what steps of warming up chose is forgotten."""
 
     @torch.inference_mode()
-    def __init__(self, model: Model, gathered: Gathered = alone, window: int = WINDOW) -> None:
+    def __init__(
+        self,
+        model: Model,
+        gathered: Gathered = alone,
+        parallel: ParallelOptions = ParallelOptions(),  # noqa: B008
+        window: int = WINDOW,
+    ) -> None:
         self._routers = routers_of(model)
         self._experts = experts_of(model)
         self._gathered = gathered
+        self._group = self._experts[0].group if self._experts else None
+        self.rebalancer = Rebalancer(self._experts, parallel)
         self._window = window
         self._steps = 0
         self._reading: Reading | None = None
         count = next((router.routing.experts for router in self._routers.values()), 0)
+        self._choices = sum(router.routing.top_k for router in self._routers.values())  # of a token
         self._last: Counts = np.zeros((len(self._routers), count), np.int64)  # at the end of the last window
         self._before: Counts | None = None  # what the last window counted
         self._windows: deque[ExpertWindow] = deque(maxlen=KEPT)
+        self._arranged = np.zeros_like(self._last)  # counts at the last rebalance that was asked for
         self._began: Counts | None = None
         self._ended: Counts | None = None
         for router in self._routers.values():
@@ -123,8 +140,14 @@ class ExpertWatch:
             self._close(self._reading)
             self._reading = None
         if self._steps and self._steps % self._window == 0:
-            self._reading = read(self._routers.values(), self._steps)
+            self._reading = self._read()
         self._steps += 1
+        self.rebalancer.step()
+
+    def _read(self) -> Reading:
+        """Where experts lie on several ranks, all read what the first has counted, and so decide alike."""
+        group = self._group if self.rebalancer.divided else None
+        return read(self._routers.values(), self._steps, group)
 
     def _close(self, reading: Reading) -> None:
         """The window that ended with `reading` becomes a figure of the past."""
@@ -135,6 +158,8 @@ class ExpertWatch:
             even = balance(new, self._placements()) if self._experts else 1.0
             self._windows.append(ExpertWindow(reading.step, total, even, moved))
             self._before = new
+            if self._experts:
+                self.rebalancer.observe(new, total / self._choices)
 
     def _placements(self) -> list[Placement]:
         return [layer.placement for layer in self._experts]
@@ -176,7 +201,30 @@ class ExpertWatch:
             counts.astype("<i8").tobytes(),
             np.stack(loads).astype("<f8").tobytes(),
             tuple(self._windows),
+            self.rebalancer.moved,
+            self.rebalancer.waiting,
         )
+
+    def rebalance(self) -> int:
+        """Has all layers of all stages arranged for what was chosen since this was last asked for, or since the start:
+        how many layers. They move with the next steps. Raises RequestError where there is nothing to do, or a rebalance
+        is under way."""
+        stages = self._of_stages(self._rebalance() if self._experts else None)
+        if causes := [each for each in stages if isinstance(each, str)]:
+            raise RequestError(causes[0])
+        return sum(stages)
+
+    def _rebalance(self) -> int | str:
+        if not self.rebalancer.divided:
+            return "all experts lie on one group of devices; start the server with --ep 2 or more"
+        if self.rebalancer.waiting:
+            return f"a rebalance is under way: {self.rebalancer.waiting} layers are still to be rearranged; ask later"
+        now = self._read().wait()
+        if not (now - self._arranged).any():
+            return "no token has chosen an expert since, so nothing is known of their loads; ask later"
+        self.rebalancer.begin(now - self._arranged)
+        self._arranged = now
+        return self.rebalancer.waiting
 
     def _of_stages(self, own: Any) -> list[Any]:
         found = [each for each in self._gathered(own) if each is not None]

@@ -7,6 +7,7 @@ what came of each.
 
 from collections import deque
 
+from engine.config import ParallelOptions
 from engine.messages import ToWorker
 from engine.messages.assets import Drop, Load
 from engine.messages.control import Ask, Ping, Pong
@@ -22,9 +23,15 @@ from engine.worker.steps.results import Step
 GLANCE = 5e-5  # seconds between two looks at the device, while a step runs and no plan has come
 
 
-def serve(frames: BlockingFrames[ToWorker], runner: Runner, *, reports: bool = True) -> None:
+def serve(
+    frames: BlockingFrames[ToWorker],
+    runner: Runner,
+    *,
+    reports: bool = True,
+    parallel: ParallelOptions = ParallelOptions(),  # noqa: B008
+) -> None:
     """Runs steps until the peer closes; `reports`: and sends what came of them."""
-    loop = Loop(frames, runner, reports)
+    loop = Loop(frames, runner, reports, parallel)
     while (message := loop.next()) is not None:
         loop.handle(message)
 
@@ -32,13 +39,16 @@ def serve(frames: BlockingFrames[ToWorker], runner: Runner, *, reports: bool = T
 class Loop:
     """Steps in flight, oldest first, and the trace of them, if one is made."""
 
-    def __init__(self, frames: BlockingFrames[ToWorker], runner: Runner, reports: bool) -> None:
+    def __init__(
+        self, frames: BlockingFrames[ToWorker], runner: Runner, reports: bool, parallel: ParallelOptions
+    ) -> None:
         self._frames = frames
         self._runner = runner
         self._reports = reports
         self._in_flight: deque[Step] = deque()
         self._profiler = StepProfiler(runner.device)
-        self._experts = ExpertWatch(runner.model, alone if runner.stage is None else runner.stage.pipeline.gathered)
+        gathered = alone if runner.stage is None else runner.stage.pipeline.gathered
+        self._experts = ExpertWatch(runner.model, gathered, parallel)
         self._questions = Questions(self._experts, self._profiler, lambda: len(self._in_flight))
 
     def next(self) -> ToWorker | None:

@@ -13,7 +13,7 @@ import msgspec
 
 from engine.errors import RequestError
 from engine.messages.control import Answer, Ask
-from engine.messages.questions import CountExperts, Echo, LookAtExperts, Profile, Question
+from engine.messages.questions import CountExperts, Echo, LookAtExperts, Profile, Question, RebalanceExperts
 from engine.worker.experts import ExpertWatch
 from engine.worker.profiling import StepProfiler
 
@@ -26,6 +26,7 @@ class Questions:
             Profile: lambda asked: profiler.answer(asked, in_flight()),
             CountExperts: lambda asked: experts.count(asked.action),
             LookAtExperts: lambda asked: experts.look(now=asked.now),
+            RebalanceExperts: lambda asked: experts.rebalance(),
             Echo: lambda asked: asked.value,
         }
         self._decoder = msgspec.msgpack.Decoder(reduce(or_, self._table))

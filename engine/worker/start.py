@@ -31,6 +31,7 @@ from engine.worker.choices import model_for
 from engine.worker.compiles import tell_of_compiles
 from engine.worker.experts import routers_of
 from engine.worker.memory import allocate, choose_max_model_len, count_pages, state_bytes
+from engine.worker.rebalance import most_moved
 from engine.worker.runner import Runner
 from engine.worker.sampling.grammars import begin_grammars
 from engine.worker.steps.graphs import most_prompt_tokens
@@ -296,6 +297,7 @@ def peak_bytes(
     peak = torch.cuda.max_memory_allocated(device) - before
     if pipeline is not None:  # hidden states on their way, of as many steps as may be in flight
         peak += steps_in_flight(pipeline.group.size) * step_tokens * model.width * model.dtype.itemsize
+    peak += most_moved(model)
     return peak - pages * spec.page_bytes - state_bytes(spec, slots)
 
 

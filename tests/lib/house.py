@@ -14,7 +14,16 @@ from engine.config import Config, resolve
 from engine.messages import FromFront, ToFront
 from engine.messages.control import Answer, Ask, WorkerReady
 from engine.messages.grammars import GRAMMAR
-from engine.messages.questions import CountExperts, Echo, ExpertCounts, ExpertMap, ExpertWindow, LookAtExperts, Profile
+from engine.messages.questions import (
+    CountExperts,
+    Echo,
+    ExpertCounts,
+    ExpertMap,
+    ExpertWindow,
+    LookAtExperts,
+    Profile,
+    RebalanceExperts,
+)
 from engine.messages.request import Generate
 from engine.params.sampling import SamplingParams
 from engine.plugin.registry import Plugins
@@ -62,13 +71,17 @@ class Answers:
 
     def __call__(self, ask: Ask) -> Answer:
         value: Any
-        match msgspec.msgpack.decode(ask.question, type=Profile | CountExperts | LookAtExperts | Echo):
+        match msgspec.msgpack.decode(
+            ask.question, type=Profile | CountExperts | LookAtExperts | RebalanceExperts | Echo
+        ):
             case Profile(folder):
                 value = folder
             case Echo(value):
                 pass
             case LookAtExperts():
                 value = EXPERT_MAP
+            case RebalanceExperts():
+                value = 2
             case CountExperts(action):
                 if action == "start":
                     self.since = self.executor.steps

@@ -4,18 +4,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracle import tiny
 from torch import Tensor
 
+from engine.config import ParallelOptions
+from engine.layers.model import Model
 from engine.layers.moe import Experts
+from engine.messages.questions import ExpertMap
 from engine.parallel.groups import Groups
-from engine.plugin.kernels import quantize_blocks
+from engine.parallel.placement import first_placement
+from engine.plugin.kernels import dequantize, quantize_blocks
 from engine.plugin.registry import resolve
 from engine.plugin.testing import ModelHarness
 from engine.testing.ranks import Ranks, open_ranks
-from engine.worker.experts import routers_of
+from engine.worker.experts import ExpertWatch, balance, experts_of, routers_of
+from engine_plugins.quantization import fp8
 from engine_plugins.quantization.fp8 import Fp8
 
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 8}
@@ -62,6 +68,9 @@ def saved(case: str, folder: Path) -> Path:
         config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
         for name in [name for name in tensors if name.endswith("_proj.weight")]:
             tensors[name], tensors[f"{name}_scale_inv"] = quantize_blocks(tensors[name])
+    for name, tensor in tensors.items():
+        if name.endswith("correction_bias"):
+            tensor[2:4] += 0.3  # all of a group, and more often chosen than others
     torch.save((config, tensors), folder / "model")
     return folder / "model"
 
@@ -70,7 +79,9 @@ def harness_of(groups: Groups | None, case: str, file: Path) -> ModelHarness:
     config, tensors = torch.load(file, weights_only=False)
     scheme = Fp8(config["quantization_config"]) if "quantization_config" in config else None
     model, redundant = resolve(CASES[case][0]), CASES[case][3] if groups is not None else 0
-    return ModelHarness(model, config, tensors, quantization=scheme, groups=groups, redundant_experts=redundant)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fp8, "dense_instead", lambda build: False)  # as on a GPU, weights stay FP8
+        return ModelHarness(model, config, tensors, quantization=scheme, groups=groups, redundant_experts=redundant)
 
 
 def replies(groups: Groups | None, case: str, file: Path) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
@@ -87,6 +98,46 @@ def replies(groups: Groups | None, case: str, file: Path) -> tuple[list[list[int
     harness.runner.apply(harness.admit([PROMPTS[0]]))
     harness.logits([(0, 0, len(PROMPTS[0]))])
     return said, counts, given
+
+
+def rebalanced(groups: Groups, case: str, file: Path) -> tuple[list[list[int]], ExpertMap, int]:
+    """What the model of `file` says to each prompt while experts move, because they are uneven or because that was
+    asked for; where they lie then, and how many slots have the weights that belong there."""
+    harness = harness_of(groups, case, file)
+    runner, model = harness.runner, harness.runner.model
+    before = [layer.placement.copy() for layer in experts_of(model)]
+    options = ParallelOptions(rebalance_threshold=1.0, rebalance_tokens=1, redundant_experts=CASES[case][3])
+    watch, launch = ExpertWatch(model, parallel=options, window=3), runner.launch
+
+    def launched(*arguments: Any) -> Any:
+        watch.step()
+        if watch.look(now=False).windows and not watch.rebalancer.waiting and not asked:
+            asked.append(watch.rebalance())
+        return launch(*arguments)
+
+    asked: list[int] = []
+    runner.launch = launched  # type: ignore[method-assign]
+    said = harness.greedy(PROMPTS, COUNT)
+    assert asked == [len(before)]
+    changed = [not np.array_equal(layer.placement, old) for layer, old in zip(experts_of(model), before, strict=True)]
+    assert any(changed) and watch.rebalancer.moved > 0 and not watch.rebalancer.waiting
+    return said, watch.look(), _right_slots(model, file)
+
+
+def _right_slots(model: Model, file: Path) -> int:
+    """How many slots of the layers hold the expert that their placement says, to the last bit."""
+    stored = torch.load(file, weights_only=False)[1]
+    tensors = {name.replace(".block_sparse_moe.", ".mlp."): tensor for name, tensor in stored.items()}
+    right = 0
+    for path, layer in model.named_modules():
+        if isinstance(layer, Experts):
+            for slot, expert in enumerate(layer.own):
+                name = f"{path}.{expert}.{layer._parts[2]}.weight"
+                weight = tensors[name]
+                if weight.dtype == torch.float8_e4m3fn:
+                    weight = dequantize(weight, tensors[f"{name}_scale_inv"])
+                right += torch.equal(layer.stored().matrices(slot, torch.float32)[1], weight[:, layer.share])
+    return right
 
 
 def _given(layer: Experts, chosen: Tensor) -> list[int]:
@@ -109,6 +160,34 @@ def assert_as_one(case: str, ranks: Ranks, ep: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_with_half_of_the_experts_reply_as_one(case: str, two: Ranks, tmp_path: Path) -> None:
     assert_as_one(case, two, 2, tmp_path)
+
+
+def assert_moves_change_nothing(case: str, ranks: Ranks, tmp_path: Path) -> None:
+    file = saved(case, tmp_path)
+    said, _, _ = replies(None, case, file)
+    for own, found, right in ranks.run(rebalanced, case, file):
+        assert own == said
+        placements = np.frombuffer(found.placement, "<i4").reshape(len(found.layers), found.ranks, -1)
+        assert right == placements[:, 0].size, "each slot has the weights that the map says"
+        counts = np.frombuffer(found.counts, "<i8").reshape(len(found.layers), -1)
+        first = balance(counts, [first_placement(counts.shape[1], found.ranks, CASES[case][3])] * len(counts))
+        assert balance(counts, placements) < max(first, 1.15), "uneven ones have become more even"
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case][3]])
+def test_experts_that_move_amid_replies_change_none(case: str, two: Ranks, tmp_path: Path) -> None:
+    assert_moves_change_nothing(case, two, tmp_path)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case][3]])
+def test_experts_that_move_between_groups_of_ranks_change_none(case: str, two_of_two: Ranks, tmp_path: Path) -> None:
+    assert_moves_change_nothing(case, two_of_two, tmp_path)
+
+
+@pytest.mark.matrix
+def test_experts_that_move_between_four_ranks_change_none(four: Ranks, tmp_path: Path) -> None:
+    assert_moves_change_nothing("deepseek, groups, shared experts, copies", four, tmp_path)
 
 
 @pytest.mark.matrix

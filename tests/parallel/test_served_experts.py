@@ -3,13 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from oracle import tiny_model
 from tiny_checkpoint import ASKED, assert_same, save_checkpoint
 
-from engine import Engine, EngineError
+from engine import AsyncEngine, Engine, EngineError, SamplingParams
 from engine.config import resolve
-from engine.errors import ConfigError
+from engine.errors import ConfigError, RequestError
+from engine.messages.questions import LookAtExperts, RebalanceExperts
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "threads": 1, "max_running": 16, "kv_tokens": 2048, "page_size": 4}
 SIZES = {"vocab_size": 128, "eos_token_id": 127, "num_attention_heads": 4}
@@ -70,3 +72,32 @@ def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
         Engine(model=str(tmp_path), ep=2, **OPTIONS),
     ):
         pass
+
+
+@pytest.mark.anyio
+async def test_experts_move_when_that_is_asked_for(folder: Path) -> None:
+    """Amid replies, between steps, on all ranks alike; those replies, and those after it, are those of one device."""
+    greedy = SamplingParams(temperature=0, max_tokens=28, ignore_eos=True)
+    async with AsyncEngine(model=str(folder), **OPTIONS) as engine:
+        alone = [reply.ids for reply in await engine.generate(PROMPTS, greedy)]
+        with pytest.raises(RequestError, match="start the server with --ep 2"):
+            await engine.front.ask(RebalanceExperts())
+    async with AsyncEngine(model=str(folder), ep=2, redundant_experts=4, **OPTIONS) as engine:
+        front = engine.front
+        with pytest.raises(RequestError, match="no token has chosen an expert"):
+            await front.ask(RebalanceExperts())
+        assert [reply.ids for reply in await engine.generate(PROMPTS, greedy)] == alone
+        before = await front.ask(LookAtExperts())
+        async with anyio.create_task_group() as tasks:
+            said: list[list[int]] = []
+
+            async def generate() -> None:
+                said.extend(reply.ids for reply in await engine.generate(PROMPTS, greedy))
+
+            tasks.start_soon(generate)
+            assert await front.ask(RebalanceExperts()) == len(before.layers)
+            with pytest.raises(RequestError, match=r"a rebalance is under way: . layers"):
+                await front.ask(RebalanceExperts())
+        after = await front.ask(LookAtExperts())
+        assert said == alone and after.waiting == 0 and after.moved > 0 and after.placement != before.placement
+        assert [reply.ids for reply in await engine.generate(PROMPTS, greedy)] == alone

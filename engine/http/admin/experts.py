@@ -16,7 +16,14 @@ from engine.errors import EngineError
 from engine.http.openapi import Route
 from engine.http.service import SERVICE, Service
 from engine.http.wire import Reply, json_response
-from engine.messages.questions import CountAction, CountExperts, ExpertCounts, ExpertMap, LookAtExperts
+from engine.messages.questions import (
+    CountAction,
+    CountExperts,
+    ExpertCounts,
+    ExpertMap,
+    LookAtExperts,
+    RebalanceExperts,
+)
 
 SCRAPE_SECONDS = 2.0  # metrics do not wait longer for the device, and tell what was counted last
 
@@ -81,6 +88,17 @@ def lined(numbers: Sequence[Any], lines: int) -> list[list[Any]]:
     return [list(numbers[line * each : (line + 1) * each]) for line in range(lines)]
 
 
+class RebalanceReply(Reply, frozen=True):
+    """So many `layers` are looked at, one after the other, and rearranged where that gains something."""
+
+    layers: int
+
+
+async def rebalance(request: web.Request) -> web.Response:
+    """Move experts between devices so that each has as much to do, by what was chosen since this was last asked."""
+    return json_response(RebalanceReply(await request.app[SERVICE].front.ask(RebalanceExperts())))
+
+
 async def start(request: web.Request) -> web.Response:
     """Count from nothing on how many tokens choose each expert."""
     return json_response(CountingReply((await _changed(request.app[SERVICE], "start")).counting))
@@ -131,6 +149,7 @@ async def refresh(service: Service) -> None:
 
 
 ROUTES = (
+    Route("POST", "/expert_distribution/rebalance", rebalance, gives=RebalanceReply),
     Route("GET", "/expert_distribution", look, gives=ExpertMapReply),
     Route("POST", "/expert_distribution/start", start, gives=CountingReply),
     Route("POST", "/expert_distribution/stop", stop, gives=CountingReply),

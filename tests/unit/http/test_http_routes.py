@@ -490,6 +490,7 @@ async def test_the_map_of_experts() -> None:
         assert said["placement"] == [[[0, 1], [2, 0]], [[0, 1], [0, 2]]] and said["balance"] == [1, 1]
         assert said["windows"][1] == {"step": 512, "choices": 10, "balance": 1.25, "drift": 0.125}
         assert (said["moved"], said["waiting"]) == (2, 1)
+        assert await site.post("/expert_distribution/rebalance") == (200, {"layers": 2})
         assert "engine_expert_balance" not in await _metrics(site), "no model without experts is asked"
         front = site.house.front
         assert front.info is not None
