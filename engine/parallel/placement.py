@@ -73,12 +73,20 @@ def holds(placement: Placement, experts: int) -> NDArray[np.bool_]:
 
 def table_of(placement: Placement, rank: int, experts: int, most: int) -> NDArray[np.int32]:
     """The lines of `Places` (engine/kernels/experts/reference.py) that `rank` routes by: [experts, 1 + most] int32."""
+    table = whole_table(placement, experts, most)
+    slots, copies = placement.shape[1], table[:, 1:]
+    copies[copies // slots != rank] = -1
+    copies[copies >= 0] -= rank * slots
+    return table
+
+
+def whole_table(placement: Placement, experts: int, most: int) -> NDArray[np.int32]:
+    """As `table_of`, with the places of copies on all ranks, rank * slots + slot: [experts, 1 + most] int32."""
     table = np.full((experts, 1 + most), -1, np.int32)
     table[:, 0] = 0
     for holder, line in enumerate(placement):
         table[line, 0] += 1  # no expert is twice in a line
-        if holder == rank:
-            table[line, table[line, 0]] = np.arange(len(line))
+        table[line, table[line, 0]] = holder * len(line) + np.arange(len(line))
     return table
 
 

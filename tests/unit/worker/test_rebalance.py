@@ -1,4 +1,4 @@
-"""When experts move, and at which step a layer's new arrangement is used; nothing travels here, as there are no ranks."""
+"""When experts move, and at which step a layer's new arrangement is used; nothing travels, as there are no ranks."""
 
 from types import SimpleNamespace
 from typing import Any
