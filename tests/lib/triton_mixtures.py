@@ -16,7 +16,7 @@ from engine.kernels.experts.products_fp8 import multiply_fp8, multiply_pair
 from engine.kernels.experts.reference import ExpertWeights, MoeOps, Places, Routed, Routing
 from engine.kernels.experts.routing import gate, order_reference, route
 from engine.kernels.experts.triton import Regime, TritonMoeOps
-from engine.kernels.fp8.reference import BLOCK, E4M3, quantize_blocks, quantize_rows
+from engine.kernels.fp8.reference import BLOCK, E4M3, dequantize, quantize_blocks, quantize_rows
 from engine.kernels.fp8.triton import Cut
 from engine.kernels.fp8.triton import quantize_tokens as triton_quantize_tokens
 from engine.parallel.placement import table_of
@@ -285,6 +285,41 @@ def test_tasks_with_fp8_activations(rows: int, each: int, ordered: bool, kind: s
     chosen = routed.experts.flatten()[place].tolist()
     sums = [weights.matrices(expert, torch.float32)[1] @ row for expert, row in zip(chosen, back, strict=True)]
     assert_near(again[place], torch.stack(sums).to(dtype), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("kind", ["blocks", "rows"])
+@pytest.mark.parametrize("rows", [16, 64], ids=["flipped", "as they are"])
+def test_fp8_operands_of_one_sign(rows: int, kind: str) -> None:
+    """Sums of thousands of positive products are not cut off (as in triton_fp8.py): gate times up is what it should be,
+    in the mean, as its silu is the gate itself."""
+    size, inner, top_k = (4096, 256, 2) if GPU else (256, 128, 2)
+    dtype = torch.bfloat16 if GPU else torch.float32
+    weights = matrices(3, size, inner, "plain", torch.float32)
+    halves = [[(quantize_blocks if kind == "blocks" else quantize_rows)(half.abs()) for half in one.chunk(2)]
+              for one in weights.gate_up]  # fmt: skip
+    gate_up = torch.stack([torch.cat([number for number, _ in one]) for one in halves])
+    join = torch.stack if kind == "blocks" else torch.cat
+    scale = torch.stack([join([scale for _, scale in one]) for one in halves])
+    hidden, routed = exact(40, size, dtype).abs() / 64, routed_to(40, 3, top_k)
+    order = order_reference(routed.experts, 3, rows)
+    out = torch.empty(40 * top_k, inner, dtype=dtype, device=DEVICE)
+    numbers, scales = triton_quantize_tokens(hidden)
+    multiply_fp8(numbers, scales, gate_up, scale, order, Cut(rows, 64, BLOCK, 2, 4, 2), top_k, out)
+    place = order.choices.long()
+    stored = ExpertWeights(gate_up, weights.down.to(E4M3), scale, torch.ones(3, size, device=DEVICE))
+    wanted = torch.empty(len(out), inner, dtype=torch.float64, device=DEVICE)
+    for line, choice in enumerate(place.tolist()):
+        both = both_of(stored, int(routed.experts.flatten()[choice])) @ hidden[choice // top_k].double()
+        wanted[line] = torch.nn.functional.silu(both[:inner]) * both[inner:]
+    assert abs(float((out.double() - wanted).mean() / wanted.mean())) < 4e-3
+
+
+def both_of(weights: ExpertWeights, expert: int) -> Tensor:
+    """Gate and up of an expert, in float64."""
+    assert weights.gate_up_scale is not None
+    scale = weights.gate_up_scale[expert]
+    halves = zip(weights.gate_up[expert].chunk(2), scale if scale.dim() == 3 else scale.chunk(2), strict=True)
+    return torch.cat([dequantize(*half) for half in halves]).double()
 
 
 def test_a_choice_of_padding_is_no_task_by_itself() -> None:
