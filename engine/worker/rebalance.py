@@ -7,7 +7,8 @@
 Everything follows from counts that all ranks have alike and from the number of steps, so all ranks decide and change
 the same at the same step, and nobody asks another. A step reads either the old arrangement or the new one. Where it is
 the new one, the same experts do the same for each token on another rank: replies differ by rounding at most. A layer
-that would gain little stays as it is. Left out: arrangements that weigh what moving costs against what it gains.
+that would gain little stays as it is. Left out: arrangements that weigh what moving costs against what it gains, or
+that keep groups of experts on a host, which would serve all-to-all alone.
 """
 
 import logging
@@ -104,7 +105,7 @@ class Rebalancer:
             if not self._moving.steps:
                 self._use(self._moving)
                 self._moving = None
-        while self._waiting and self._moving is None:
+        if self._waiting and self._moving is None:  # one a step: to arrange it may take some milliseconds
             self._moving = self._send(*self._waiting.popleft())
 
     # ── one layer ────────────────────────────────────────────────────────────────────────────

@@ -124,7 +124,9 @@ class MoeOps:
             padding = (torch.arange(len(logits), device=logits.device) >= real)[:, None]
             weights, experts = weights.masked_fill(padding, 0.0), experts.masked_fill(padding, -1)
         if counts is not None:
-            counts.scatter_add_(0, experts.flatten().clamp(min=0), (experts >= 0).flatten().to(torch.int64))
+            chosen = experts.flatten()
+            ones = torch.ones_like(chosen) if real is None else (chosen >= 0).to(torch.int64)
+            counts.scatter_add_(0, chosen if real is None else chosen.clamp(min=0), ones)
         if places is not None:
             lines = places.table[experts.clamp(min=0)]
             token = torch.arange(len(logits), device=logits.device)[:, None]

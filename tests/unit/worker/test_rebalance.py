@@ -46,7 +46,8 @@ def counts(*lines: list[int]) -> np.ndarray:
 
 
 def test_layers_move_one_after_the_other(layers: list[Any]) -> None:
-    """Each is used two steps after its weights have left; one that would gain little stays."""
+    """Each is used two steps after its weights have left; a step looks at one, and one that would gain
+    little stays."""
     moving, first = Rebalancer(layers, options()), first_placement(8, 2)
     moving.observe(counts(HOT, EVEN, HOT), 100)
     assert moving.waiting == 3
@@ -55,7 +56,7 @@ def test_layers_move_one_after_the_other(layers: list[Any]) -> None:
         moving.step()
         said.append([not np.array_equal(layer.placement, first) for layer in layers])
     yes, no = True, False
-    assert said == [[no] * 3, [no] * 3, *[[yes, no, no]] * 2, *[[yes, no, yes]] * 3]
+    assert said == [[no] * 3, [no] * 3, *[[yes, no, no]] * 3, *[[yes, no, yes]] * 2]
     assert moving.moved == 2 and moving.waiting == 0
     assert sorted(layers[0].placement.ravel().tolist()) == list(range(8))
 
