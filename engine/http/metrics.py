@@ -250,15 +250,11 @@ class MixtureFigures(Collector):
         """All families, or none."""
         if (found := self.found) is None:
             return
-        for name, text, value in (
-            ("balance", "Largest load of a rank over the mean one", found.windows[-1].balance if found.windows else 1),
-            (
-                "drift",
-                "Share of choices that went elsewhere than before",
-                found.windows[-1].drift if found.windows else 0,
-            ),
-        ):
-            yield GaugeMetricFamily(f"engine_expert_{name}", f"{text}, in the last window of steps", value)
+        even, drift = (found.windows[-1].balance, found.windows[-1].drift) if found.windows else (1.0, 0.0)
+        text = "Largest load of a rank over the mean one, in the last window of steps"
+        yield GaugeMetricFamily("engine_expert_balance", text, even)
+        text = "Share of choices that went elsewhere than before, in the last window of steps"
+        yield GaugeMetricFamily("engine_expert_drift", text, drift)
         text = "Choices that a rank would compute as experts lie now, over the mean"
         family = GaugeMetricFamily("engine_expert_load_ratio", text, labels=["rank"])
         loads = array("d", found.loads)

@@ -67,31 +67,15 @@ class ExpertMapReply(Reply, frozen=True):
     windows: list[WindowReply]
 
 
-async def look(request: web.Request) -> web.Response:
-    """Tell where experts lie, how often each was chosen, and how even that is, by layer and over time."""
-    return json_response(map_reply(await request.app[SERVICE].front.ask(LookAtExperts())))
-
-
-def map_reply(found: ExpertMap) -> ExpertMapReply:
-    lines, ranks = len(found.layers), found.ranks
-    loads = lined(array("d", found.loads), lines)
-    places = [lined(line, ranks) for line in lined(array("i", found.placement), lines)]
-    balance = [max(line) * ranks / sum(line) if any(line) else 1.0 for line in loads]
-    windows = [WindowReply(each.step, each.choices, each.balance, each.drift) for each in found.windows]
-    counts = lined(array("q", found.counts), lines)
-    return ExpertMapReply(found.layers, ranks, counts, places, loads, balance, found.moved, found.waiting, windows)
-
-
-def lined(numbers: Sequence[Any], lines: int) -> list[list[Any]]:
-    """`numbers` in so many lines of the same length."""
-    each = len(numbers) // max(lines, 1)
-    return [list(numbers[line * each : (line + 1) * each]) for line in range(lines)]
-
-
 class RebalanceReply(Reply, frozen=True):
     """So many `layers` are looked at, one after the other, and rearranged where that gains something."""
 
     layers: int
+
+
+async def look(request: web.Request) -> web.Response:
+    """Tell where experts lie, how often each was chosen, and how even that is, by layer and over time."""
+    return json_response(map_reply(await request.app[SERVICE].front.ask(LookAtExperts())))
 
 
 async def rebalance(request: web.Request) -> web.Response:
@@ -114,6 +98,22 @@ async def dump(request: web.Request) -> web.Response:
     counted = await _counts(request.app[SERVICE], "look")
     rows = lined(array("q", counted.counts), len(counted.layers))
     return json_response(DistributionReply(counted.counting, counted.layers, rows))
+
+
+def map_reply(found: ExpertMap) -> ExpertMapReply:
+    lines, ranks = len(found.layers), found.ranks
+    loads = lined(array("d", found.loads), lines)
+    places = [lined(line, ranks) for line in lined(array("i", found.placement), lines)]
+    balance = [max(line) * ranks / sum(line) if any(line) else 1.0 for line in loads]
+    windows = [WindowReply(each.step, each.choices, each.balance, each.drift) for each in found.windows]
+    counts = lined(array("q", found.counts), lines)
+    return ExpertMapReply(found.layers, ranks, counts, places, loads, balance, found.moved, found.waiting, windows)
+
+
+def lined(numbers: Sequence[Any], lines: int) -> list[list[Any]]:
+    """`numbers` in so many lines of the same length."""
+    each = len(numbers) // max(lines, 1)
+    return [list(numbers[line * each : (line + 1) * each]) for line in range(lines)]
 
 
 async def _changed(service: Service, action: CountAction) -> ExpertCounts:
