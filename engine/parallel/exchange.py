@@ -70,12 +70,11 @@ class Exchange:
         T may differ. With `most`, the same on all ranks and T at most, by fixed places."""
         ranks, top_k = self.group.size, places.shape[1]
         target = torch.where(places < 0, ranks, places // self.held)
-        goes = functional.one_hot(target, ranks + 1).amax(1)[:, :ranks]  # [T, ranks]
+        goes = target.new_zeros(len(hidden), ranks + 1).scatter_(1, target, 1)[:, :ranks]
         if most is None:
             sent, came = self._counts(goes.sum(0))
-            token, rank = goes.t().nonzero()[:, 1], goes.t().nonzero()[:, 0]
-            firsts = goes.sum(0).cumsum(0) - goes.sum(0)
-            place = firsts + goes.cumsum(0) - 1
+            rank, token = goes.t().nonzero().unbind(1)
+            place = goes.sum(0).cumsum(0) - goes.sum(0) + goes.cumsum(0) - 1
         else:
             assert len(hidden) <= most, f"{len(hidden)} tokens, and places for {most}"
             sent = came = [most] * ranks

@@ -2,21 +2,18 @@
 
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from exchanged import EXPERTS, OPS, PLACEMENTS, case, exchanged
 
-from engine.kernels.experts.reference import ExpertWeights, MoeOps, Routed, Routing
+from engine.kernels.experts.reference import Routed
 from engine.parallel.exchange import Exchange, places_of
 from engine.parallel.groups import Groups
 from engine.parallel.mesh import ALONE
 from engine.parallel.placement import whole_table
 from engine.testing.ranks import Ranks, open_ranks
 
-RANKS, EXPERTS, SIZE, INNER = 3, 7, 160, 12
-PLACEMENT = np.array([[0, 1, 6], [2, 3, 0], [4, 5, 0]], np.int32)  # expert 0 is on all
-OPS = MoeOps()
+RANKS = 3
 COUNTS = {"uneven": (5, 1, 9), "an idle rank": (4, 0, 3), "one has all": (0, 0, 6), "nobody has any": (0, 0, 0)}
 
 
@@ -24,38 +21,6 @@ COUNTS = {"uneven": (5, 1, 9), "an idle rank": (4, 0, 3), "one has all": (0, 0, 
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     with open_ranks(tmp_path_factory.mktemp("ranks"), tp=RANKS, ep=RANKS) as opened:
         yield opened
-
-
-def case(counts: tuple[int, ...], chosen: str) -> tuple[Tensor, Routed, ExpertWeights]:
-    """All tokens, in the order of ranks, with what they choose."""
-    generator = torch.Generator().manual_seed(sum(counts) + len(chosen))
-    hidden = torch.randn(sum(counts), SIZE, generator=generator)
-    logits = torch.randn(sum(counts), EXPERTS, generator=generator)
-    if chosen == "all to one rank":
-        logits[:, 2:4] += 100
-    routed = OPS.route(logits, None, Routing(experts=EXPERTS, top_k=2, normalised=True))
-    if chosen == "some are padding":
-        routed = routed._replace(experts=torch.where(torch.arange(len(hidden))[:, None] % 3 == 0, -1, routed.experts))
-        routed = routed._replace(weights=routed.weights.masked_fill(routed.experts < 0, 0.0))
-    weights = [torch.randn(EXPERTS, *shape, generator=generator) / 8 for shape in ((2 * INNER, SIZE), (SIZE, INNER))]
-    return hidden, routed, ExpertWeights(*weights)
-
-
-def exchanged(
-    groups: Groups, counts: tuple[int, ...], chosen: str, most: int | None, fp8: bool
-) -> tuple[Tensor, list[int], int]:
-    """What comes back for this rank's tokens; how many lines came from each rank, and how many of those chose."""
-    hidden, routed, weights = case(counts, chosen)
-    rank = groups.mesh.rank
-    own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
-    exchange = Exchange(groups.along("ep"), PLACEMENT.shape[1], fp8)
-    table = torch.from_numpy(whole_table(PLACEMENT, EXPERTS, RANKS))
-    places = places_of(table, routed.experts[own], first=rank)
-    arrived = exchange.dispatch(hidden[own], routed.weights[own], places, most)
-    held = ExpertWeights(*(None if each is None else each[PLACEMENT[rank]] for each in weights))
-    made = OPS.experts(arrived.hidden, Routed(arrived.weights, arrived.experts), held)
-    back = exchange.combine(made, arrived.way, len(hidden[own]))
-    return back, arrived.way.came, int((arrived.experts >= 0).any(1).sum())
 
 
 @pytest.mark.parametrize("chosen", ["by chance", "all to one rank", "some are padding"])
@@ -87,7 +52,7 @@ def test_hidden_states_that_travel_as_fp8(most: int | None, ranks: Ranks) -> Non
 
 
 def test_copies_of_an_expert_take_turns() -> None:
-    table = torch.from_numpy(whole_table(PLACEMENT, EXPERTS, RANKS))
+    table = torch.from_numpy(whole_table(PLACEMENTS[RANKS], EXPERTS, RANKS))
     assert table[0].tolist() == [3, 0, 5, 8] and table[6].tolist()[:2] == [1, 2]
     experts = torch.tensor([[0, 6], [0, -1], [0, 5], [0, 0]])
     assert places_of(table, experts).tolist() == [[0, 2], [5, -1], [8, 7], [0, 0]]
