@@ -25,7 +25,7 @@ def case(counts: tuple[int, ...], chosen: str) -> tuple[Tensor, Routed, ExpertWe
     hidden = torch.randn(sum(counts), SIZE, generator=generator)
     logits = torch.randn(sum(counts), EXPERTS, generator=generator)
     if chosen == "all to one rank":
-        logits[:, 2:4] += 100
+        logits[:, 4:6] += 100
     routed = OPS.route(logits, None, Routing(experts=EXPERTS, top_k=2, normalised=True))
     if chosen == "some are padding":
         routed = routed._replace(experts=torch.where(torch.arange(len(hidden))[:, None] % 3 == 0, -1, routed.experts))

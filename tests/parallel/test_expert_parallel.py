@@ -45,12 +45,6 @@ COUNT = 20
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    with open_ranks(tmp_path_factory.mktemp("two"), tp=2, ep=2) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     with open_ranks(tmp_path_factory.mktemp("four"), tp=4, ep=4) as opened:
         yield opened
