@@ -1,4 +1,4 @@
-"""The `engine` command: serve, chat, generate, bench, plugins, completion; and those that plugins register.
+"""The `engine` command: serve, chat, generate, bench, experts, plugins, completion; and those that plugins register.
 
 No flag is declared here: those of the engine derive from `engine.config`, those of sampling from SamplingParams,
 those of chat and bench from `engine.client.options`.
@@ -21,6 +21,7 @@ from engine import __version__
 from engine.client.options import (
     BatchOptions,
     ChatOptions,
+    ExpertsOptions,
     LengthOptions,
     LoadOptions,
     RepeatOptions,
@@ -129,6 +130,14 @@ def bench_startup(arguments: argparse.Namespace) -> int:
     return measure(_config(arguments), _given(RepeatOptions, arguments), _given(ReportOptions, arguments))
 
 
+def experts(arguments: argparse.Namespace) -> int:
+    """Show how busy a server's experts are, by layer and rank."""
+    options = _given(ExpertsOptions, arguments)
+    from engine.client.experts import show
+
+    return show(options, _config(arguments))
+
+
 def plugins(arguments: argparse.Namespace) -> int:
     """List the plugins that are known here."""
     from engine.plugin.registry import Plugins
@@ -210,6 +219,10 @@ def _parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     _add_sampling(command)
     _add_engine(command)
     _parse_bench(commands)
+
+    command = _command(commands, experts)
+    _add_group(command, ExpertsOptions)
+    _add(command, _option(ServerOptions, "api_key"))
 
     command = _command(commands, plugins)
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")

@@ -21,6 +21,7 @@ from engine.errors import ConfigError, did_you_mean
 from engine.options.launchers import said_by_launcher
 from engine.options.option import Option, options_of
 from engine.options.page import options_page
+from engine.options.parallel import ParallelOptions
 
 # A bound on a value that may also be None belongs inside the union, on the number.
 Positive = Annotated[int, Meta(ge=1)]
@@ -113,68 +114,6 @@ class ScheduleOptions(Struct, frozen=True, kw_only=True):
             "auto takes a policy named in --plugins, else fcfs"
         ),
     ] = "auto"
-
-
-class ParallelOptions(Struct, frozen=True, kw_only=True):
-    """Several devices."""
-
-    tp: Annotated[
-        Positive, Meta(description="devices that each layer's weights are divided over, a worker process each")
-    ] = 1
-    pp: Annotated[
-        Positive,
-        Meta(description="stages that the layers are divided into, which steps pass in turn; each has --tp devices"),
-    ] = 1
-    dp_attention: Annotated[
-        Positive,
-        Meta(
-            description="copies of attention, each with requests and a KV cache of its own, which the --tp devices are "
-            "divided over; alone it sets --tp to the same"
-        ),
-    ] = 1
-    nnodes: Annotated[
-        Positive, Meta(description="hosts that the devices are divided over evenly; each runs `engine serve`")
-    ] = 1
-    node_rank: Annotated[
-        int, Meta(ge=0, description="which of the hosts this is; 0 serves HTTP, and the others serve it")
-    ] = 0
-    rendezvous: Annotated[
-        Annotated[str, Meta(min_length=1)] | None,
-        Meta(description="host:port of host 0, where the others join it"),
-    ] = None
-    dist_interface: Annotated[
-        Annotated[str, Meta(min_length=1)] | None,
-        Meta(
-            description="network interface that hosts talk over, a name or an address: a private one; default: the one "
-            "that leads to --rendezvous"
-        ),
-    ] = None
-    token_file: Annotated[
-        Annotated[str, Meta(min_length=1)] | None,
-        Meta(description="file with the secret that hosts prove to each other; or ENGINE_TOKEN has it"),
-    ] = None
-    launcher: Annotated[
-        Literal["none", "torchrun", "slurm", "lws"],
-        Meta(
-            description="whose variables say --nnodes, --node-rank and --rendezvous where these are left out: "
-            "torchrun's, Slurm's, or a Kubernetes LeaderWorkerSet's"
-        ),
-    ] = "none"
-
-    @property
-    def node_ranks(self) -> int:
-        """How many workers a host has."""
-        return self.ranks // self.nnodes
-
-    @property
-    def ranks(self) -> int:
-        """How many workers there are."""
-        return self.tp * self.pp
-
-    @property
-    def reporters(self) -> range:
-        """The ranks whose results are those of all: of the last stage the first of each copy of attention."""
-        return range(self.ranks - self.tp, self.ranks, self.tp // self.dp_attention)
 
 
 class ProcessOptions(Struct, frozen=True, kw_only=True):
@@ -401,7 +340,7 @@ def resolve(
                 said[option.name] = file[option.name]
         if group == "parallel":
             said = said_by_launcher(said.get("launcher", "none"), environ) | said
-            said.setdefault("tp", said.get("dp_attention", 1))
+            said = {"tp": max(said.get("ep", 1), said.get("dp_attention", 1))} | said
         values[group] = groups()[group](**said)
     return Config(**values)
 

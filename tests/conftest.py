@@ -3,9 +3,13 @@
 import gc
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from engine.testing.ranks import Ranks
 
 settings.register_profile("untimed", deadline=None)  # a loaded machine is slow, and nothing is wrong
 settings.load_profile("untimed")
@@ -27,3 +31,12 @@ def uncollected(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if on_gpu:
         gc.enable()
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Ranks"]:
+    """Two ranks with half of the experts each: to start them takes some seconds, and several modules use them."""
+    from engine.testing.ranks import open_ranks
+
+    with open_ranks(tmp_path_factory.mktemp("two"), tp=2, ep=2) as opened:
+        yield opened

@@ -3,8 +3,9 @@
     python -m bench.kernels.moe [--shape v2-lite,v3] [--type bf16,fp8] [--tokens 1,8,...] [--sweep]
 
 Prints for each number of tokens: how many experts were chosen, the floor (an H200's 4.3 TB/s, 790 TFLOP/s in bfloat16
-and twice that in FP8), and in microseconds the whole layer, its parts, and without `--sweep` other ways: each choice as
-a vector by itself (`vector`); torch's grouped product, or for FP8 weights that by activations in bfloat16 (`other`).
+and twice that in FP8), and in microseconds the whole layer, its parts, what it takes to count choices, and without
+`--sweep` other ways: each choice as a vector by itself (`vector`); torch's grouped product, or for FP8 weights that by
+activations in bfloat16 (`other`).
 Every time is a CUDA graph's. `--sweep` tries other cuts for gate and up and for down, checks what they compute, and
 prints the best: for `REGIMES` of engine/kernels/experts/triton.py, and `ALONE` for FP8 weights and few tokens. For FP8
 the cuts are few, chosen by their registers and bytes under way; down must be as deep as gate and up have columns.
@@ -94,14 +95,15 @@ def floor(shape: Shape, tokens: int, chosen: int, fp8: bool) -> float:
 def line(shape: Shape, weights: ExpertWeights, tokens: int, fp8: bool, others: bool) -> str:
     hidden, gate, bias = step(shape, tokens)
 
-    def route() -> Routed:
-        return OPS.route(OPS.gate(hidden, gate), bias, shape.routing)
+    def route(counts: Tensor | None = None) -> Routed:
+        return OPS.route(OPS.gate(hidden, gate), bias, shape.routing, counts)
 
-    routed = route()
+    routed, counts = route(), torch.zeros(shape.routing.experts, dtype=torch.int64, device="cuda")
     chosen = len(routed.experts.unique())
     least = floor(shape, tokens, chosen, fp8)
     whole = microseconds(lambda: OPS.experts(hidden, route(), weights))
     routing = microseconds(route)
+    counting = microseconds(lambda: route(counts)) - routing
     products = microseconds(lambda: OPS.experts(hidden, routed, weights))
     each, parts, other = "", "", ""
     if others and tokens <= 16:
@@ -123,8 +125,8 @@ def line(shape: Shape, weights: ExpertWeights, tokens: int, fp8: bool, others: b
         elif hasattr(torch, "_grouped_mm"):
             other = f"{microseconds(lambda: OPS.by_library(hidden, routed, weights, None)):.1f}"
     return (
-        f"{tokens:6} {chosen:7} {least:8.1f} {whole:8.1f} {least / whole:6.0%} {routing:8.1f} {products:8.1f} "
-        f"{each:>8} {other:>8}  {parts}"
+        f"{tokens:6} {chosen:7} {least:8.1f} {whole:8.1f} {least / whole:6.0%} {routing:8.1f} {counting:8.2f} "
+        f"{products:8.1f} {each:>8} {other:>8}  {parts}"
     )
 
 
@@ -337,8 +339,8 @@ def main() -> None:
                 compile_all(name, fp8, steps, pool, given.workers)
         weights = weights_of(shape, fp8, shape.routing.experts)
         print(f"\n{name}, {kind}; us")
-        columns = ("tokens", "experts", "floor", "layer", "of it", "routing", "products", "vector", "other")
-        print("{:>6} {:>7} {:>8} {:>8} {:>6} {:>8} {:>8} {:>8} {:>8}  up + down + combine".format(*columns))
+        columns = ("tokens", "experts", "floor", "layer", "of it", "routing", "counting", "products", "vector", "other")
+        print("{:>6} {:>7} {:>8} {:>8} {:>6} {:>8} {:>8} {:>8} {:>8} {:>8}  up + down + combine".format(*columns))
         for tokens in steps:
             print(line(shape, weights, tokens, fp8, not given.sweep), flush=True)
         for tokens in steps if given.sweep else ():

@@ -87,20 +87,26 @@ class Client:
         except aiohttp.ClientError as error:
             raise WorkerError(f"{self.url}{path} did not answer: {error or type(error).__name__}") from None
 
-    async def _first_model(self) -> str:
-        url = f"{self.url}/v1/models"
+    async def get(self, path: str) -> bytes:
+        """What the server answers at `path`. Raises RequestError for an error answer, ConfigError for none."""
+        url = f"{self.url}{path}"
         try:
             async with self._http.get(url) as response:
                 body = await response.read()
                 if response.status != 200:
                     raise RequestError(f"{url} answered {response.status}: {refusal(body)}", status=response.status)
-            return str(msgspec.json.decode(body)["data"][0]["id"])
+                return body
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ConfigError(
                 f"no server answers at {self.url} ({error or type(error).__name__}); is it running?"
             ) from None
+
+    async def _first_model(self) -> str:
+        body = await self.get("/v1/models")
+        try:
+            return str(msgspec.json.decode(body)["data"][0]["id"])
         except (msgspec.DecodeError, KeyError, IndexError, TypeError):
-            raise ConfigError(f"{url} lists no model; name one with --model") from None
+            raise ConfigError(f"{self.url}/v1/models lists no model; name one with --model") from None
 
 
 def changed(params: SamplingParams) -> dict[str, Any]:

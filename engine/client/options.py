@@ -24,6 +24,16 @@ class ChatOptions(Struct, frozen=True, kw_only=True):
     system: Annotated[str | None, Meta(description="system prompt to begin with")] = None
 
 
+class ExpertsOptions(Struct, frozen=True, kw_only=True):
+    """Experts."""
+
+    url: Annotated[str, Meta(description="server to look at")] = "http://127.0.0.1:8000"
+    seconds: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="how often to look again, until interrupted; default: once"),
+    ] = None
+
+
 class LengthOptions(Struct, frozen=True, kw_only=True):
     """Prompts and replies."""
 

@@ -31,7 +31,7 @@ from engine.http.metric_aliases import Family, WithAliases
 from engine.http.tracing import ReplyTrace
 from engine.messages.control import Stats
 from engine.messages.grammars import GRAMMAR
-from engine.messages.questions import ExpertCounts
+from engine.messages.questions import ExpertCounts, ExpertMap
 from engine.messages.reply import Chunk
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ class Metrics:
         self.registry.register(SchedulerFigures(front, model, self.rows))
         self.experts = ExpertChoices()
         self.registry.register(self.experts)
+        self.mixture = MixtureFigures()
+        self.registry.register(self.mixture)
         self.first_token, self.inter_token = Histogram(row, "first_token"), TokenTimes(row)
         self.request = Histogram(row, "request")
         self._step, self._compile = Histogram(row, "step"), Histogram(row, "compile")
@@ -255,6 +257,34 @@ def copies_of(stats: Stats) -> Iterator[Metric]:
     yield tokens
     text = "Tokens of the copy that had the most, over all steps"
     yield CounterMetricFamily("engine_copy_most_tokens", text, value=stats.most_tokens_total)
+
+
+class MixtureFigures(Collector):
+    """How even the ranks of a mixture are. `found` is what the worker last answered."""
+
+    found: ExpertMap | None = None
+
+    def describe(self) -> list[Metric]:
+        """Nothing, as ExpertChoices."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """All families, or none."""
+        if (found := self.found) is None:
+            return
+        even, drift = (found.windows[-1].balance, found.windows[-1].drift) if found.windows else (1.0, 0.0)
+        text = "Largest load of a rank over the mean one, in the last window of steps"
+        yield GaugeMetricFamily("engine_expert_balance", text, even)
+        text = "Share of choices that went elsewhere than before, in the last window of steps"
+        yield GaugeMetricFamily("engine_expert_drift", text, drift)
+        text = "Choices that a rank would compute as experts lie now, over the mean"
+        family = GaugeMetricFamily("engine_expert_load_ratio", text, labels=["rank"])
+        loads = array("d", found.loads)
+        total = sum(loads)
+        for rank in range(found.ranks):
+            family.add_metric([str(rank)], sum(loads[rank :: found.ranks]) * found.ranks / total if total else 1.0)
+        yield family
+        yield CounterMetricFamily("engine_expert_layers_moved", "Layers whose experts were rearranged", found.moved)
 
 
 class SchedulerFigures(Collector):

@@ -1,7 +1,6 @@
 """What a model is built with: where, in which type, on which rank, with which attention and quantization.
 
-Layers ask it for their share of a dimension, so models never see a rank. Left out: experts divided by number (ep),
-which the mesh knows and layers do not yet.
+Layers ask it for their share of a dimension, so models never see a rank.
 """
 
 import dataclasses
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 
-from engine.errors import ConfigError
 from engine.kernels import KernelSet, choose
 from engine.layers.attention import AttentionBackend, AttentionShape, Backend
 from engine.layers.latent import LatentBackend, LatentShape
@@ -38,14 +36,13 @@ class Build:
     groups: Groups | None = None  # where the ranks of `mesh` have joined; a model can be built and loaded without
     kv_dtype: torch.dtype | None = None  # of the KV cache; by default `dtype`
     quantization: "Scheme | None" = None  # how matrices are stored; by default in `dtype`
+    redundant_experts: int = 0  # copies of experts that each mixture has beside them, over all ranks
     deferred: bool = False  # weights take no memory, on the device `meta`, until `Model.load` or `Model.allocate`
     kernels: KernelSet = None  # type: ignore[assignment]  # by default the fastest for `dtype` on `device`
 
     def __post_init__(self) -> None:
         if self.kernels is None:
             object.__setattr__(self, "kernels", choose(self.device, self.dtype))
-        if self.mesh.ep > 1:
-            raise ConfigError(f"ep is {self.mesh.ep}, and models run with ep 1 alone so far; say ep 1")
 
     def group(self, axis: Axis = "tp") -> Group:
         """The ranks that share a dimension which is divided along `axis`."""

@@ -5,22 +5,26 @@
             └─ shared expert, if there is one ───────────────┘
 
 All experts' matrices of a kind are one tensor, so a kernel finds any expert by its number. Each of several ranks holds
-a share of every expert's width, routes all tokens as the others do, and makes a part of the sum. Left out: experts
-divided by number; on a CPU, experts that stay packed as the checkpoint has them.
+a share of every expert's width, or with `ep` some of the experts. It routes all tokens as the others do, computes what
+it holds, and makes a part of the sum. Where an expert lies is a table that routing goes through, on the device: what is
+chosen are then numbers of this rank. Left out: on a CPU, experts that stay packed as the checkpoint has them.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
-from engine.kernels.experts.reference import ExpertWeights, Recorder, Routed, Routing
-from engine.layers.batch import Batch
+from engine.kernels.experts.reference import ExpertWeights, Places, Routed, Routing
+from engine.layers.batch import Batch, upload
 from engine.layers.build import Build
 from engine.layers.model import Layer, copy_weight, empty_weight
 from engine.layers.quantization import QuantizedExperts
 from engine.parallel.collectives import all_reduce
+from engine.parallel.placement import Placement, first_placement, table_of
 from engine.plugin.specs import LazyTensor
 
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")  # as most checkpoints name them
@@ -50,25 +54,28 @@ class Router(Layer):
         super().__init__()
         self.kernels = build.kernels
         self.routing = routing
-        counts = torch.zeros(routing.experts, dtype=torch.int64, device=build.device)
-        self.recorder = Recorder(counts, torch.zeros(1, dtype=torch.int32, device=build.device))
+        self.counts = torch.zeros(routing.experts, dtype=torch.int64, device=build.device)  # choices of each so far
+        self.places: Places | None = None  # of experts that lie on several ranks, as its Experts say
+        self.divided = build.mesh.ep > 1
         self.weight = empty_weight(build, routing.experts, size)
         bias = empty_weight(build, routing.experts, dtype=torch.float32) if corrected else None
         self.e_score_correction_bias = bias
 
     def forward(self, hidden: Tensor, batch: Batch) -> Routed:
         """`hidden` [T, size] of the tokens of `batch` to (weights [T, k] float32, experts [T, k] int64, and what the
-        kernels know of them). Padding of a captured step chooses no expert."""
+        kernels know of them). Padding of a captured step chooses no expert, and so do choices of another rank's."""
+        assert self.places is not None or not self.divided, "who has experts divided tells their router the places"
         ops = self.kernels.experts
-        logits = ops.gate(hidden, self.weight)
-        return ops.route(logits, self.e_score_correction_bias, self.routing, self.recorder, batch.real)
+        logits, bias = ops.gate(hidden, self.weight), self.e_score_correction_bias
+        return ops.route(logits, bias, self.routing, self.counts, batch.real, self.places)
 
 
 class Experts(Layer):
     """`count` gated MLPs between `size` and `inner`, of which each token uses a few.
 
     The checkpoint has a module for each, `…experts.{i}`, with three matrices that go by the names in `parts`: gate,
-    up and down. A rank has `share` of their width.
+    up and down. A rank has those in its line of `placement`, and `share` of their width. `places` is what the layer's
+    Router needs: None where this rank has all experts. Raises ConfigError for numbers that do not divide.
     """
 
     def __init__(
@@ -84,14 +91,21 @@ class Experts(Layer):
         super().__init__()
         self.count, self.size, self.inner = count, size, inner
         self.build = build
-        self.share = build.share(inner, "tp", "numbers of an expert's width")
+        ranks, redundant = build.mesh.ep, build.redundant_experts
+        self.placement: Placement = first_placement(count, ranks, redundant)
+        self.held = self.placement.shape[1]
+        self.most_copies = min(ranks, redundant + 1)
+        self.places: Places | None = None
+        if ranks > 1:
+            self.places = Places(torch.from_numpy(self._table(self.placement)).to(build.device), self.held)
+        self.share = build.share(inner, "expert_tp", "numbers of an expert's width")
         self.group = build.group("tp")
         self.sums = summed and self.group.size > 1
         width = self.share.stop - self.share.start
         self.waits = build.quantization is not None  # to be named, before it is known how it is stored
         waits = torch.device("meta") if self.waits else None
-        self.gate_up = empty_weight(build, count, 2 * width, size, device=waits)
-        self.down = empty_weight(build, count, size, width, device=waits)
+        self.gate_up = empty_weight(build, self.held, 2 * width, size, device=waits)
+        self.down = empty_weight(build, self.held, size, width, device=waits)
         self.quantized: QuantizedExperts | None = None
         self.path = ""
         self._parts = parts
@@ -104,9 +118,30 @@ class Experts(Layer):
         `weights` [T, k] float32, `experts` [T, k] int64 and `order` are what a Router returned. `base` is summed over
         the ranks as the experts are: each rank gives its part. A layer that is not `summed` returns this rank's part.
         """
-        stored = ExpertWeights(self.gate_up, self.down) if self.quantized is None else self.quantized.weights()
-        made = self.build.kernels.experts.experts(hidden, Routed(weights, experts, order), stored, base)
+        ops, routed = self.build.kernels.experts, Routed(weights, experts, order)
+        made = ops.experts(hidden, routed, self.stored(), base, self.count)
         return all_reduce(made, self.group) if self.sums else made
+
+    def stored(self) -> ExpertWeights:
+        """The matrices of the experts that this rank holds, [held, ...]."""
+        return ExpertWeights(self.gate_up, self.down) if self.quantized is None else self.quantized.weights()
+
+    # ── where experts lie ────────────────────────────────────────────────────────────────────
+
+    @property
+    def own(self) -> list[int]:
+        """The experts that this rank holds, in their order here."""
+        held: list[int] = self.placement[self.build.mesh.coordinates["ep"]].tolist()
+        return held
+
+    def place(self, placement: Placement) -> None:
+        """From the next step on, experts lie as `placement` says; their weights are there already."""
+        assert self.places is not None and placement.shape == self.placement.shape
+        self.placement = placement
+        self.places.table.copy_(upload(self._table(placement), self.places.table.device))
+
+    def _table(self, placement: Placement) -> NDArray[np.int32]:
+        return table_of(placement, self.build.mesh.coordinates["ep"], self.count, self.most_copies)
 
     # ── loading ──────────────────────────────────────────────────────────────────────────────
 
@@ -116,26 +151,27 @@ class Experts(Layer):
         if scheme is None or not self.waits:
             return
         self.waits = False
-        modules = self._modules_of(path, self._parts)
-        taken = sum(scheme.takes(module) for module, _ in modules)
+        modules = [f"{path}.{expert}.{part}" for expert in range(self.count) for part in self._parts]
+        taken = sum(map(scheme.takes, modules))
         if not taken:
             self.gate_up, self.down = (empty_weight(self.build, *each.shape) for each in (self.gate_up, self.down))
         elif taken < len(modules):
             raise ConfigError(f"the checkpoint quantizes {taken} of the {len(modules)} matrices of {path}, not all")
         else:
-            self.quantized = scheme.experts(self.build, self.count, self.size, self.inner, self.share)
+            self.quantized = scheme.experts(self.build, self.held, self.size, self.inner, self.share)
             for name, parameter in self.quantized.tensors.items():
                 self.register_parameter(name, parameter)
-
-    def _modules_of(self, path: str, parts: tuple[str, ...]) -> list[tuple[str, str]]:
-        """The checkpoint's modules, and how `load` is told of them."""
-        return [(f"{path}.{expert}.{part}", f"{expert}.{part}") for expert in range(self.count) for part in parts]
 
     def names(self, path: str, parameter: str) -> list[tuple[str, str]]:
         parts = self._parts[:2] if parameter.startswith("gate_up") else self._parts[2:]
         belonging = parameter.removeprefix("gate_up").removeprefix("down").removeprefix("_")
         ends = self.quantized.suffixes[belonging] if self.quantized is not None and belonging else ("weight",)
-        return [(f"{module}.{end}", part) for module, part in self._modules_of(path, parts) for end in ends]
+        return [
+            (f"{path}.{expert}.{part}.{end}", f"{place}.{part}")
+            for place, expert in enumerate(self.own)
+            for part in parts
+            for end in ends
+        ]
 
     def whole(self, parameter: str, part: str) -> tuple[int, ...] | None:
         if self.quantized is not None:
@@ -146,8 +182,16 @@ class Experts(Layer):
         return self.quantized.optional if self.quantized is not None else frozenset()
 
     def passed_over(self, path: str) -> list[str]:
+        """What belongs to experts of other ranks, too."""
         ignored = self.quantized.ignored if self.quantized is not None else ()
-        return [f"{module}.{name}" for module, _ in self._modules_of(path, self._parts) for name in ignored]
+        suffixes = self.quantized.suffixes.values() if self.quantized is not None else ()
+        all_of_them, own = (*ignored, "weight", *(end for ends in suffixes for end in ends)), set(self.own)
+        return [
+            f"{path}.{expert}.{part}.{end}"
+            for expert in range(self.count)
+            for part in self._parts
+            for end in (ignored if expert in own else all_of_them)
+        ]
 
     def loaded(self) -> None:
         if self.quantized is not None and self.quantized.loaded(self.path):
@@ -163,10 +207,10 @@ class Experts(Layer):
         self.quantized.fill_at_random(generator)
 
     def load(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> None:
-        expert, _, matrix = part.partition(".")
+        place, _, matrix = part.partition(".")
         if self.quantized is not None:
-            return self.quantized.load(name, parameter, int(expert), int(matrix == self._parts[1]), tensor)
-        target = self.get_parameter(parameter)[int(expert)]
+            return self.quantized.load(name, parameter, int(place), int(matrix == self._parts[1]), tensor)
+        target = self.get_parameter(parameter)[int(place)]
         index = (slice(0, self.size), self.share)
         if parameter == "gate_up":
             target = target.chunk(2)[self._parts.index(matrix)]
@@ -185,6 +229,7 @@ class SparseMLP(nn.Module):
 
     def __init__(self, gate: Router, experts: Experts, shared_experts: nn.Module | None = None) -> None:
         super().__init__()
+        gate.places = experts.places
         self.gate = gate
         self.experts = experts
         self.shared_experts = shared_experts

@@ -14,7 +14,8 @@ class WorkerReady(Message, frozen=True):
     A model that makes vectors of `embedding_size` generates no text; of others it is 0. `modules` are those that this
     start imported, for a spare worker: the executor keeps them to itself. A `recurrent` model keeps states of requests,
     which no page holds: no cached prefix serves it, and no drafts. `attention_work` is what each token of context adds
-    to the work that a token of a prompt takes, as a part of what that is without context.
+    to the work that a token of a prompt takes, as a part of what that is without context. A `mixture` has experts, of
+    which questions tell.
     """
 
     pages: int
@@ -32,6 +33,7 @@ class WorkerReady(Message, frozen=True):
     recurrent: bool = False
     attention_work: float = 0.0
     copies: int = 1
+    mixture: bool = False
 
 
 class WorkerLost(Message, frozen=True):

@@ -57,6 +57,45 @@ class CountExperts(Question[ExpertCounts], frozen=True):
     action: CountAction
 
 
+class ExpertWindow(Struct, frozen=True, array_like=True):
+    """Some successive steps, the last of which was number `step`: how many `choices` they made; the largest load of a
+    rank over the mean one, in the mean over layers (`balance`); and how far choices have moved from those of the window
+    before (`drift`): the share of them that would have to go to another expert to be as those were, from 0 to 1."""
+
+    step: int
+    choices: int
+    balance: float
+    drift: float
+
+
+class ExpertMap(Struct, frozen=True, array_like=True):
+    """Where the experts of `layers` lie on `ranks` groups of devices, and how busy they are. `placement` (int32
+    [layers, ranks, slots]) is the expert in each slot, `counts` (int64 [layers, experts]) choices since the start, and
+    `loads` (float64 [layers, ranks]) how many of those a group would compute as experts lie now. `windows` are the
+    last ones, oldest first. `moved` layers have been rearranged so far, and `waiting` ones still will be."""
+
+    layers: tuple[int, ...]
+    ranks: int
+    placement: bytes
+    counts: bytes
+    loads: bytes
+    windows: tuple[ExpertWindow, ...] = ()
+    moved: int = 0
+    waiting: int = 0
+
+
+class LookAtExperts(Question[ExpertMap], frozen=True):
+    """Where experts lie and how busy they are: by now, which waits for the steps under way; or as the last window
+    found it."""
+
+    now: bool = True
+
+
+class RebalanceExperts(Question[int], frozen=True):
+    """Arrange experts for what was chosen since this was last asked, or since the start. The value is how many layers
+    are looked at, with the steps that come."""
+
+
 class Echo(Question[Any], frozen=True):
     """Give `value` back: for tests of the way to the worker."""
 

@@ -31,6 +31,7 @@ class Groups:
     mesh: Mesh
     by_axis: Mapping[Axis, Group]
     device: torch.device = CPU
+    moves: Group | None = None  # the ranks of `ep` again, for weights that move beside the steps
 
     @classmethod
     def apart(cls, mesh: Mesh) -> "Groups":
@@ -108,7 +109,20 @@ def join(mesh: Mesh, rendezvous: str, device: torch.device = CPU, seconds: float
                 group = distributed.group.WORLD if everybody else distributed.new_group(list(ranks))
                 assert group is not None
                 made[ranks] = group
-    return Groups(mesh, {axis: _group(mesh, axis, made.get(mesh.group(axis))) for axis in AXES}, device)
+    by_axis = {axis: _group(mesh, axis, made.get(mesh.group(axis))) for axis in AXES}
+    return Groups(mesh, by_axis, device, _moves(mesh, device) if mesh.ep > 1 else None)
+
+
+def _moves(mesh: Mesh, device: torch.device) -> Group:
+    """A process group of its own for what goes on beside steps, whose collectives must not wait for it."""
+    import torch.distributed as distributed
+
+    own: ProcessGroup | None = None
+    for ranks in mesh.groups("ep"):
+        made = distributed.new_group(list(ranks))
+        own = made if mesh.rank in ranks else own
+    distributed.all_reduce(torch.zeros(1, device=device), group=own)  # NCCL joins all here: some may never send
+    return _group(mesh, "ep", own)
 
 
 def _store(rendezvous: str, mesh: Mesh, timeout: timedelta) -> "Store":

@@ -3,12 +3,13 @@
 Left out: what else hosts must have alike (alike.py).
 """
 
-from engine.config import ParallelOptions
 from engine.errors import ConfigError
+from engine.options.parallel import ParallelOptions
 
 
 def check_hosts(parallel: ParallelOptions) -> None:
-    """Raises ConfigError for options of several hosts that do not go together."""
+    """Raises ConfigError for numbers of ranks and hosts that do not go together."""
+    parallel.mesh()
     nodes, node = parallel.nnodes, parallel.node_rank
     if node >= nodes:
         raise ConfigError(f"--node-rank {node} is none of --nnodes {nodes}: they are 0 to {nodes - 1}")

@@ -60,6 +60,7 @@ class ModelHarness:
         max_model_len: int = 64,
         groups: Groups | None = None,
         pipeline: Pipeline | None = None,
+        redundant_experts: int = 0,
     ) -> None:
         build = Build(
             dtype=dtype,
@@ -70,6 +71,7 @@ class ModelHarness:
             mesh=groups.mesh if groups is not None else ALONE,
             groups=groups,
             quantization=quantization,
+            redundant_experts=redundant_experts,
             deferred=True,
         )
         built = model(Terms(config), build)

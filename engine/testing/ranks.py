@@ -35,13 +35,16 @@ class Ranks:
 
 
 @contextmanager
-def open_ranks(folder: Path, tp: int, pp: int = 1, dp: int = 1, *, gpus: bool = False) -> Iterator[Ranks]:
-    """Starts tp * pp ranks that meet in `folder`, and ends them. Attention runs in `dp` copies."""
+def open_ranks(folder: Path, tp: int, pp: int = 1, dp: int = 1, *, ep: int = 1, gpus: bool = False) -> Iterator[Ranks]:
+    """Starts tp * pp ranks that meet in `folder`, and ends them. Attention runs in `dp` copies, and experts are divided
+    over `ep` groups."""
     context = multiprocessing.get_context("spawn")
     pairs = [context.Pipe() for _ in range(tp * pp)]
     rendezvous = f"file://{folder / 'rendezvous'}"
     started = [
-        context.Process(target=_rank, args=(theirs, rendezvous, Mesh(rank, tp=tp, pp=pp, dp=dp), gpus), daemon=True)
+        context.Process(
+            target=_rank, args=(theirs, rendezvous, Mesh(rank, tp=tp, pp=pp, ep=ep, dp=dp), gpus), daemon=True
+        )
         for rank, (_, theirs) in enumerate(pairs)
     ]
     for process in started:

@@ -17,11 +17,11 @@ from contextlib import suppress
 
 import msgspec
 
-from engine.config import ParallelOptions
 from engine.errors import EngineError, PluginError
 from engine.logs import set_up_logging
 from engine.messages import ToWorker
 from engine.messages.control import Agreed, Boot, Fatal, Pong, Preload, Proposed
+from engine.options.parallel import ParallelOptions
 from engine.runtime.channel import BlockingFrames
 from engine.worker.spare import expendable, import_all, import_worker, imported_since
 from engine.worker.watchdog import watch
@@ -87,7 +87,8 @@ def _run(frames: BlockingFrames[ToWorker], boot: Boot, import_seconds: float) ->
     gc.freeze()  # a look at all that there is by now takes tens of milliseconds, in the middle of a step
     try:
         frames.send(ready)
-        serve(frames, runner, reports=boot.rank in boot.config.parallel.reporters)
+        parallel = boot.config.parallel
+        serve(frames, runner, reports=boot.rank in parallel.reporters, parallel=parallel)
     except ConnectionError as error:
         raise PeerGone from error
 

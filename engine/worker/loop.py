@@ -11,8 +11,10 @@ from engine.messages import ToWorker
 from engine.messages.assets import Drop, Load
 from engine.messages.control import Ask, Ping, Pong
 from engine.messages.step import STEPS_IN_FLIGHT, StepPlan
+from engine.options.parallel import ParallelOptions
 from engine.parallel.progress import PROGRESS
 from engine.runtime.channel import BlockingFrames
+from engine.worker.experts import ExpertWatch, alone
 from engine.worker.profiling import StepProfiler
 from engine.worker.questions import Questions
 from engine.worker.runner import Runner
@@ -21,9 +23,15 @@ from engine.worker.steps.results import Step
 GLANCE = 5e-5  # seconds between two looks at the device, while a step runs and no plan has come
 
 
-def serve(frames: BlockingFrames[ToWorker], runner: Runner, *, reports: bool = True) -> None:
+def serve(
+    frames: BlockingFrames[ToWorker],
+    runner: Runner,
+    *,
+    reports: bool = True,
+    parallel: ParallelOptions = ParallelOptions(),  # noqa: B008
+) -> None:
     """Runs steps until the peer closes; `reports`: and sends what came of them."""
-    loop = Loop(frames, runner, reports)
+    loop = Loop(frames, runner, reports, parallel)
     while (message := loop.next()) is not None:
         loop.handle(message)
 
@@ -31,13 +39,17 @@ def serve(frames: BlockingFrames[ToWorker], runner: Runner, *, reports: bool = T
 class Loop:
     """Steps in flight, oldest first, and the trace of them, if one is made."""
 
-    def __init__(self, frames: BlockingFrames[ToWorker], runner: Runner, reports: bool) -> None:
+    def __init__(
+        self, frames: BlockingFrames[ToWorker], runner: Runner, reports: bool, parallel: ParallelOptions
+    ) -> None:
         self._frames = frames
         self._runner = runner
         self._reports = reports
         self._in_flight: deque[Step] = deque()
         self._profiler = StepProfiler(runner.device)
-        self._questions = Questions(runner, self._profiler, lambda: len(self._in_flight))
+        gathered = alone if runner.stage is None else runner.stage.pipeline.gathered
+        self._experts = ExpertWatch(runner.model, gathered, parallel)
+        self._questions = Questions(self._experts, self._profiler, lambda: len(self._in_flight))
 
     def next(self) -> ToWorker | None:
         """The next frame; meanwhile, steps that end are finished. None once the peer has closed."""
@@ -55,6 +67,7 @@ class Loop:
         match message:
             case StepPlan():
                 PROGRESS.step = message.step
+                self._experts.step()
                 # Where rows follow a grammar, the results before are sent while the model runs: what makes their masks
                 # is what others need to plan on.
                 if len(self._in_flight) == STEPS_IN_FLIGHT:  # in a pipeline: others may be on other stages

@@ -13,20 +13,20 @@ import msgspec
 
 from engine.errors import RequestError
 from engine.messages.control import Answer, Ask
-from engine.messages.questions import CountExperts, Echo, Profile, Question
-from engine.worker.experts import alone, count_experts
+from engine.messages.questions import CountExperts, Echo, LookAtExperts, Profile, Question, RebalanceExperts
+from engine.worker.experts import ExpertWatch
 from engine.worker.profiling import StepProfiler
-from engine.worker.runner import Runner
 
 
 class Questions:
     """Answers each Ask from its table; `in_flight` says how many steps are launched and not finished."""
 
-    def __init__(self, runner: Runner, profiler: StepProfiler, in_flight: Callable[[], int]) -> None:
-        gathered = alone if runner.stage is None else runner.stage.pipeline.gathered
+    def __init__(self, experts: ExpertWatch, profiler: StepProfiler, in_flight: Callable[[], int]) -> None:
         self._table: Mapping[type[Question[Any]], Callable[[Any], Any]] = {
             Profile: lambda asked: profiler.answer(asked, in_flight()),
-            CountExperts: lambda asked: count_experts(runner.model, asked.action, gathered),
+            CountExperts: lambda asked: experts.count(asked.action),
+            LookAtExperts: lambda asked: experts.look(now=asked.now),
+            RebalanceExperts: lambda asked: experts.rebalance(),
             Echo: lambda asked: asked.value,
         }
         self._decoder = msgspec.msgpack.Decoder(reduce(or_, self._table))

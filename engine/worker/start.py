@@ -29,7 +29,9 @@ from engine.runtime.processors import cores
 from engine.worker.backends import Backends, quantization
 from engine.worker.choices import model_for
 from engine.worker.compiles import tell_of_compiles
+from engine.worker.experts import routers_of
 from engine.worker.memory import allocate, choose_max_model_len, count_pages, state_bytes
+from engine.worker.rebalance import most_moved
 from engine.worker.runner import Runner
 from engine.worker.sampling.grammars import begin_grammars
 from engine.worker.steps.copies import Copy
@@ -88,6 +90,7 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
     with _timed(phases, "weights"):
         build = make_build(config, source, device, groups)
         model = make_model(source.plugins, source.terms, build)
+        check_experts(model, groups)
         beginning = None
         if model.yields != VECTOR and (pipeline is None or pipeline.last):
             beginning = begin_grammars(config, source.plugins, source.checkpoint, model.vocab_size)
@@ -103,13 +106,13 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
     with _timed(phases, "kv cache"):
         needs = {"most_tokens": sizes.slots * build.max_model_len, "activation_bytes": activations, "ranks": here}
         pages = agree(count_pages(spec, config.cache, device, weight_bytes(model), slots=sizes.slots, **needs))
-        cache_tokens = pages * spec.page_size if pages else None
+        longest = choose_max_model_len(config.model.max_model_len, source.limit, pages * spec.page_size or None)
         runner = Runner(
             model,
             allocate(spec, pages + 1, device),  # one for the padding of CUDA graphs
             device,
             slots=sizes.slots,
-            max_model_len=choose_max_model_len(config.model.max_model_len, source.limit, cache_tokens),
+            max_model_len=longest,
             page_size=spec.page_size,
             grammars=grammars,
             pipeline=pipeline,
@@ -117,8 +120,7 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
             check=groups.check,
         )
     if spec.states:
-        size = state_bytes(spec, sizes.slots) / 2**20
-        logger.info("%.0f MiB of states, which no page holds: cached prefixes are not reused", size)
+        tell_of_states(state_bytes(spec, sizes.slots))
     attention = source.backends.chosen
     with _timed(phases, "warm-up"):
         # Graphs pay up to a size that depends on a rank's weights: all capture the same.
@@ -126,6 +128,11 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
         warm_up(runner, config, pages=pages, step_tokens=most, dtype=build.dtype, attention=attention)
     groups.started()
     return runner, readiness(runner, sizes, pages=pages, attention=attention, phases=phases)
+
+
+def tell_of_states(size: int) -> None:
+    """Logs what a model of `size` bytes of states cannot do."""
+    logger.info("%.0f MiB of states, which no page holds: cached prefixes are not reused", size / 2**20)
 
 
 def place_of(mesh: Mesh, sizes: Sizes) -> Copy | None:
@@ -160,8 +167,7 @@ def open_source(config: Config, device: torch.device) -> Source:
 
 def meet(boot: Boot, device: torch.device) -> Groups:
     """Joins the other ranks."""
-    parallel = boot.config.parallel
-    mesh = Mesh(boot.rank, tp=parallel.tp, pp=parallel.pp, dp=parallel.dp_attention)
+    mesh = boot.config.parallel.mesh(boot.rank)
     logger.info("rank %d of %d, with %s", boot.rank, boot.world, counted(torch.get_num_threads(), "thread"))
     return join(mesh, boot.rendezvous, device)
 
@@ -190,6 +196,7 @@ def make_build(config: Config, source: Source, device: torch.device, groups: Gro
         attention_backend=source.backends.build,
         kv_dtype=torch.float8_e4m3fn if config.cache.kv_dtype == "fp8" else None,
         quantization=quantization(source.plugins, source.terms),
+        redundant_experts=config.parallel.redundant_experts,
         deferred=True,
         mesh=groups.mesh,
         groups=groups,
@@ -237,6 +244,7 @@ def readiness(runner: Runner, sizes: Sizes, *, pages: int, attention: str, phase
         recurrent=bool(spec.states),
         attention_work=attention_work(model),
         copies=copies,
+        mixture=bool(routers_of(model)),
     )
 
 
@@ -249,6 +257,15 @@ def make_model(plugins: Plugins, terms: Terms, build: Build) -> Model:
     except KeyError as error:
         raise ConfigError(f"the model's configuration has no {error}, which the {entry.name} model needs") from None
     return model
+
+
+def check_experts(model: Model, groups: Groups) -> None:
+    """Raises ConfigError where experts are to be divided, and no stage of the model has any."""
+    if groups.mesh.ep > 1 and groups.least(-len(routers_of(model))) == 0:
+        raise ConfigError(
+            f"--ep {groups.mesh.ep} divides the experts of a mixture, and {type(model).__name__} has none; leave --ep "
+            f"out, or say --tp {groups.mesh.tp}"
+        )
 
 
 def peak_bytes(
@@ -295,6 +312,7 @@ def peak_bytes(
     peak = torch.cuda.max_memory_allocated(device) - before
     if pipeline is not None:  # hidden states on their way, of as many steps as may be in flight
         peak += steps_in_flight(pipeline.group.size) * step_tokens * model.width * model.dtype.itemsize
+    peak += most_moved(model)
     return peak - pages * spec.page_bytes - state_bytes(spec, slots)
 
 

@@ -21,7 +21,7 @@ TYPES = types_by_name({
     "*bf16": ("hidden", "inputs", "made", "base", "out", "weight"),
     "*fp32": ("logits", "bias", "weights", "scales", "input_scales", "out_scales"),
     "*i64": ("experts", "recorded", "real"),
-    "*i32": ("chunks", "recording", "order", "ends", "tasks", "count", "choices", "places"),
+    "*i32": ("chunks", "table", "order", "ends", "tasks", "count", "choices", "places"),
     "*fp8e4nv": ("numbers",),
     "fp32": ("scale",),
 })  # fmt: skip
@@ -114,8 +114,9 @@ def test_routing(v3: bool) -> None:
     usual = {**experts, "SIGMOID": v3, "BIASED": v3, "NORMALISED": v3, "RECORDS": True, "PADDED": True, "ROWS": 16}
     tile = {"EXPERTS": experts["EXPERTS"], "SIZE": 7168, "TOKENS": 1, "COLUMNS": 8192}
     compiled(triton_routing.gate_kernel, tile, logits="*fp32")
-    compiled(triton_routing.route_kernel, usual | {"ORDERS": not v3}, places="i32")
-    compiled(triton_routing.order_kernel, usual | {"SOME": 16}, places="i32")
+    held, line = (256 // 8 + 2, 9) if v3 else (64, 0)  # one of eight ranks with copies, or one alone
+    compiled(triton_routing.route_kernel, usual | {"ORDERS": not v3, "HELD": held, "LINE": line}, places="i32")
+    compiled(triton_routing.order_kernel, usual | {"EXPERTS": held, "SOME": 16}, places="i32")
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(2, 1), (3, 1), (8, 2)])
@@ -123,6 +124,7 @@ def test_routing_of_one_token_among_few_experts(experts: int, top_k: int) -> Non
     columns = 1 << (experts - 1).bit_length()
     cut = {"TOKENS": triton_routing.tokens_together(1, columns), "COLUMNS": columns, "ROWS": 16, "ORDERS": True}
     usual = {"EXPERTS": experts, "TOP_K": top_k, "GROUPS": 1, "KEPT": 1, "BEST": 1, "NORMALISED": True}
+    usual |= {"HELD": experts, "LINE": 0} if experts < 8 else {"HELD": 5, "LINE": 3}
     flags = dict.fromkeys(("SIGMOID", "BIASED", "RECORDS", "PADDED"), False)
     compiled(triton_routing.route_kernel, usual | cut | flags, places="i32", num_warps=1)
 

@@ -16,7 +16,7 @@ from test_fp8 import BLOCKS, TENSORS, quantized, through_fp8
 from engine.kernels.fp8.reference import E4M3
 from engine.plugin.testing import MODEL_SCENARIOS, ModelHarness, check_model
 from engine.testing.steps import step_plan
-from engine.worker.experts import count_experts
+from engine.worker.experts import ExpertWatch
 from engine.worker.steps.rows import Rows
 from engine_plugins.attention.triton.mha import TritonAttention
 from engine_plugins.models.llama import Llama
@@ -91,7 +91,8 @@ def test_graphs_route_anew_and_leave_padding_out(quantization: Fp8 | None) -> No
     assert runner.capture(made.each * 4 - 1, False)
     rows = Rows.of(np.array([(slot, 0, len(ids), 1) for slot, ids in enumerate(prompts)]))
     steps = Rows.of(np.array([(slot, len(ids) - 1, 1, 1) for slot, ids in enumerate(prompts)]))
-    count_experts(runner.model, "start")
+    watch = ExpertWatch(runner.model)
+    watch.count("start")
     with torch.inference_mode():
         hidden, _ = runner.prompt_graphs[0].replay(rows)
         wanted, _ = runner.compute(rows)
@@ -99,7 +100,7 @@ def test_graphs_route_anew_and_leave_padding_out(quantization: Fp8 | None) -> No
         hidden, _ = runner.decode_graphs.replay(steps)
         wanted, _ = runner.compute(steps)
         assert (hidden.float() - wanted.float()).abs().mean() < 0.02 * wanted.float().std()
-    counted = count_experts(runner.model, "stop")
+    counted = watch.count("stop")
     counts = np.frombuffer(counted.counts, "<i8").reshape(2, 8)
     assert counted.layers == (0, 2) and (counts.sum(axis=1) == 2 * (229 + 3) * 3).all()
 

@@ -14,7 +14,16 @@ from engine.config import Config, resolve
 from engine.messages import FromFront, ToFront
 from engine.messages.control import Answer, Ask, WorkerReady
 from engine.messages.grammars import GRAMMAR
-from engine.messages.questions import CountExperts, Echo, ExpertCounts, Profile
+from engine.messages.questions import (
+    CountExperts,
+    Echo,
+    ExpertCounts,
+    ExpertMap,
+    ExpertWindow,
+    LookAtExperts,
+    Profile,
+    RebalanceExperts,
+)
 from engine.messages.request import Generate
 from engine.params.sampling import SamplingParams
 from engine.plugin.registry import Plugins
@@ -38,6 +47,19 @@ def counted(start: str, count: int) -> str:
     return bytes((ord(start) + 1 + index) % 256 for index in range(count)).decode(errors="replace")
 
 
+# Layers 1 and 3 of three experts, of which two groups hold two each: expert 0 is on both.
+EXPERT_MAP = ExpertMap(
+    layers=(1, 3),
+    ranks=2,
+    placement=array("i", [0, 1, 2, 0, 0, 1, 0, 2]).tobytes(),
+    counts=array("q", [40, 10, 10, 0, 0, 0]).tobytes(),
+    loads=array("d", [30, 30, 0, 0]).tobytes(),
+    windows=(ExpertWindow(256, 50, 1.5, 0.0), ExpertWindow(512, 10, 1.25, 0.125)),
+    moved=2,
+    waiting=1,
+)
+
+
 class Answers:
     """What the fake device answers: where a trace would be, and made-up counts of layers 1 and 3 with three experts
     each. The first of the counts is how many steps there were since the start."""
@@ -49,11 +71,17 @@ class Answers:
 
     def __call__(self, ask: Ask) -> Answer:
         value: Any
-        match msgspec.msgpack.decode(ask.question, type=Profile | CountExperts | Echo):
+        match msgspec.msgpack.decode(
+            ask.question, type=Profile | CountExperts | LookAtExperts | RebalanceExperts | Echo
+        ):
             case Profile(folder):
                 value = folder
             case Echo(value):
                 pass
+            case LookAtExperts():
+                value = EXPERT_MAP
+            case RebalanceExperts():
+                value = 2
             case CountExperts(action):
                 if action == "start":
                     self.since = self.executor.steps

@@ -14,7 +14,7 @@ from engine.parallel.groups import Groups
 from engine.plugin.registry import resolve
 from engine.testing.models import ModelHarness
 from engine.testing.steps import step_plan
-from engine.worker.experts import count_experts
+from engine.worker.experts import ExpertWatch
 from engine.worker.steps import graphs
 from engine.worker.steps.graphs import DecodeGraphs, PromptGraphs
 from engine_plugins.models.bert import Bert
@@ -70,9 +70,10 @@ def choices(groups: Groups | None, model: str, file: Path, slots: tuple[int, ...
         patch.setattr(graphs, "captured", captured)
         harness = ModelHarness(resolve(model), config, tensors, groups=groups, attention=PlainAttention)
         replaying(harness)
-        count_experts(harness.runner.model, "start")
+        watch = ExpertWatch(harness.runner.model)
+        watch.count("start")
         harness.greedy(prompts(config["vocab_size"]), COUNT, slots=slots)
-    return np.frombuffer(count_experts(harness.runner.model, "look").counts, "<i8").tolist()
+    return np.frombuffer(watch.count("look").counts, "<i8").tolist()
 
 
 def replaying(harness: ModelHarness) -> None:

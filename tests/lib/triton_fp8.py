@@ -108,6 +108,24 @@ def test_fp8_activations(kind: str) -> None:
     assert_near(got, wanted, NEAR)
 
 
+@pytest.mark.parametrize("kind", ["blocks", "rows"])
+def test_operands_of_one_sign(kind: str) -> None:
+    """FP8 matrix units cut running sums off. Where signs are random that cannot be seen; here sums would be too small,
+    by 1.5% at 1,024 products and by 4.5% at 8,192."""
+    rows, columns = (256, 8192) if GPU else (64, 256)
+    dense = random(rows, columns, dtype=torch.float32, seed=1).abs()
+    matrix = Fp8Weight(*(quantize_blocks(dense) if kind == "blocks" else quantize_rows(dense)))
+    inputs = exact(70, columns, torch.float32).abs() / 64
+    wanted = inputs.double() @ dequantize(matrix.numbers, matrix.scale).double().T
+    numbers, scales = triton_quantize_tokens(inputs.to(DTYPE))
+    cut = Cut(64, 128, 128, 4, 4, 3) if GPU else Cut(16, 64, 128, 2, 4, 2)
+    results = [TRITON.by_kernel(numbers, scales, matrix, None, DTYPE, cut)]
+    if GPU:
+        results.append(TRITON.linear(inputs.to(DTYPE), TRITON.weight(matrix.numbers, matrix.scale), None))
+    for got in results:
+        assert abs(float((got.double() - wanted).mean() / wanted.mean())) < 2e-3
+
+
 def test_a_weight_stands_for_nearly_what_it_was_made_of() -> None:
     dense = random(300, 200, dtype=torch.float32)
     for quantize, most in ((quantize_blocks, 0.05), (quantize_rows, 0.04)):

@@ -3,6 +3,7 @@ on a CPU (test_interpreted.py, which runs this in a process of its own)."""
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from kernel_numbers import DEVICE, FP8_TOLERANCE, GPU, TOLERANCE, assert_near, exact, random
@@ -12,12 +13,13 @@ from engine.kernels.experts import routing as triton_routing
 from engine.kernels.experts import triton as triton_moe
 from engine.kernels.experts.products import combine, vector_down, vector_up
 from engine.kernels.experts.products_fp8 import multiply_fp8, multiply_pair
-from engine.kernels.experts.reference import ExpertWeights, MoeOps, Recorder, Routed, Routing
+from engine.kernels.experts.reference import ExpertWeights, MoeOps, Places, Routed, Routing
 from engine.kernels.experts.routing import gate, order_reference, route
 from engine.kernels.experts.triton import Regime, TritonMoeOps
-from engine.kernels.fp8.reference import BLOCK, E4M3, quantize_blocks, quantize_rows
+from engine.kernels.fp8.reference import BLOCK, E4M3, dequantize, quantize_blocks, quantize_rows
 from engine.kernels.fp8.triton import Cut
 from engine.kernels.fp8.triton import quantize_tokens as triton_quantize_tokens
+from engine.parallel.placement import table_of
 
 DTYPES = [torch.bfloat16, torch.float32] if GPU else [torch.float32]
 REFERENCE, TRITON = MoeOps(), TritonMoeOps()
@@ -60,16 +62,14 @@ def test_choices_their_order_and_their_counts(
     logits = 2 * random(tokens, routing.experts)
     bias = random(routing.experts, seed=1) if biased else None
     counts = torch.zeros(routing.experts, dtype=torch.int64, device=DEVICE)
-    recorder = Recorder(counts, torch.ones(1, dtype=torch.int32, device=DEVICE))
-    wanted, got = REFERENCE.route(logits, bias, routing), route(logits, bias, routing, rows, recorder)
+    wanted, got = REFERENCE.route(logits, bias, routing), route(logits, bias, routing, rows, counts)
     dense = [torch.zeros_like(logits).scatter(1, each.experts, each.weights) for each in (got, wanted)]
     torch.testing.assert_close(*dense)
     assert torch.equal(counts, torch.bincount(got.experts.flatten(), minlength=routing.experts))
     if rows:
         assert_ordered(got, routing.experts, rows)
-    recorder.on.zero_()
-    route(logits, bias, routing, rows, recorder)
-    assert int(counts.sum()) == tokens * routing.top_k, "what is not recorded is not counted"
+    route(logits, bias, routing, rows)
+    assert int(counts.sum()) == tokens * routing.top_k, "what is not asked for is not counted"
 
 
 def assert_ordered(routed: Routed, experts: int, rows: int) -> None:
@@ -95,11 +95,9 @@ def test_padding_chooses_no_expert(tokens: int, real: int, monkeypatch: pytest.M
     limit = torch.tensor([real], device=DEVICE)
     logits[real:] = torch.nan
     hidden[real:] = torch.nan
-    recorder = Recorder(
-        torch.zeros(8, dtype=torch.int64, device=DEVICE), torch.ones(1, dtype=torch.int32, device=DEVICE)
-    )
-    got, wanted = (ops.route(logits, None, routing, recorder, limit) for ops in (TRITON, REFERENCE))
-    assert int(recorder.counts.sum()) == 2 * real * 3
+    counts = torch.zeros(8, dtype=torch.int64, device=DEVICE)
+    got, wanted = (ops.route(logits, None, routing, counts, limit) for ops in (TRITON, REFERENCE))
+    assert int(counts.sum()) == 2 * real * 3
     for routed in (got, wanted):
         assert (routed.experts[real:] == -1).all() and not routed.weights[real:].any()
     if got.order is not None:
@@ -113,6 +111,44 @@ def test_padding_chooses_no_expert(tokens: int, real: int, monkeypatch: pytest.M
         alone = Routed(got.weights[:real], got.experts[:real])
         assert_near(mine, REFERENCE.experts(hidden[:real], alone, weights), 1e-4)
         assert_near(REFERENCE.experts(hidden, got, weights)[:real], mine, 1e-4)
+
+
+def placed(experts: int, placement: list[list[int]], rank: int) -> Places:
+    lines = torch.from_numpy(table_of(np.array(placement, np.int32), rank, experts, len(placement)))
+    return Places(lines.to(DEVICE), len(placement[rank]))
+
+
+@pytest.mark.parametrize("rows", [0, 16])
+@pytest.mark.parametrize(("tokens", "real"), [(21, 9), (21, 21)])
+def test_choices_among_the_experts_of_a_rank(
+    tokens: int, real: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the definition says, in several chunks; each choice is some rank's, and counts go by the experts chosen."""
+    if not GPU:
+        monkeypatch.setattr(triton_routing, "TILE", 64)
+    routing, limit = Routing(experts=6, top_k=3, normalised=True), torch.tensor([real], device=DEVICE)
+    placement = [[4, 0, 1], [2, 3, 1], [5, 1, 0]]
+    logits = 2 * random(tokens, 6)
+    whole = REFERENCE.route(logits, None, routing, None, limit)
+    seen = torch.zeros_like(logits, dtype=torch.int64)
+    for rank, line in enumerate(placement):
+        counts = torch.zeros(6, dtype=torch.int64, device=DEVICE)
+        where = placed(6, placement, rank)
+        got = route(logits, None, routing, rows, counts, limit, where)
+        wanted = REFERENCE.route(logits, None, routing, None, limit, where)
+        dense = [torch.zeros(tokens, 4, device=DEVICE).scatter(1, r.experts + 1, r.weights) for r in (got, wanted)]
+        torch.testing.assert_close(*dense)
+        assert torch.equal(counts, torch.bincount(whole.experts[:real].flatten(), minlength=6))
+        assert not got.weights[got.experts < 0].any()
+        held = torch.tensor([*line, 5], device=DEVICE)[got.experts]
+        seen += torch.zeros_like(seen).scatter_add(1, held, (got.experts >= 0).to(torch.int64))
+        if rows:
+            order, count = order_reference(got.experts, 3, rows), int((got.experts >= 0).sum())
+            assert torch.equal(got.order.choices[:count], order.choices[:count])
+            assert torch.equal(got.order.ends, order.ends) and int(got.order.count) == int(order.count)
+            tasks = slice(0, int(order.count))
+            assert torch.equal(got.order.tasks[:, tasks], order.tasks[:, tasks])
+    assert seen[:real].sum() == 3 * real and seen.max() == 1, "each choice is computed once"
 
 
 def test_logits_that_are_no_numbers_choose_experts_that_exist() -> None:
@@ -254,6 +290,41 @@ def test_tasks_with_fp8_activations(rows: int, each: int, ordered: bool, kind: s
     assert_near(again[place], torch.stack(sums).to(dtype), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("kind", ["blocks", "rows"])
+@pytest.mark.parametrize("rows", [16, 64], ids=["flipped", "as they are"])
+def test_fp8_operands_of_one_sign(rows: int, kind: str) -> None:
+    """Sums of thousands of positive products are not cut off (as in triton_fp8.py): gate times up is what it should be,
+    in the mean, as its silu is the gate itself."""
+    size, inner, top_k = (4096, 256, 2) if GPU else (256, 128, 2)
+    dtype = torch.bfloat16 if GPU else torch.float32
+    weights = matrices(3, size, inner, "plain", torch.float32)
+    halves = [[(quantize_blocks if kind == "blocks" else quantize_rows)(half.abs()) for half in one.chunk(2)]
+              for one in weights.gate_up]  # fmt: skip
+    gate_up = torch.stack([torch.cat([number for number, _ in one]) for one in halves])
+    join = torch.stack if kind == "blocks" else torch.cat
+    scale = torch.stack([join([scale for _, scale in one]) for one in halves])
+    hidden, routed = exact(40, size, dtype).abs() / 64, routed_to(40, 3, top_k)
+    order = order_reference(routed.experts, 3, rows)
+    out = torch.empty(40 * top_k, inner, dtype=dtype, device=DEVICE)
+    numbers, scales = triton_quantize_tokens(hidden)
+    multiply_fp8(numbers, scales, gate_up, scale, order, Cut(rows, 64, BLOCK, 2, 4, 2), top_k, out)
+    place = order.choices.long()
+    stored = ExpertWeights(gate_up, weights.down.to(E4M3), scale, torch.ones(3, size, device=DEVICE))
+    wanted = torch.empty(len(out), inner, dtype=torch.float64, device=DEVICE)
+    for line, choice in enumerate(place.tolist()):
+        both = both_of(stored, int(routed.experts.flatten()[choice])) @ hidden[choice // top_k].double()
+        wanted[line] = torch.nn.functional.silu(both[:inner]) * both[inner:]
+    assert abs(float((out.double() - wanted).mean() / wanted.mean())) < 4e-3
+
+
+def both_of(weights: ExpertWeights, expert: int) -> Tensor:
+    """Gate and up of an expert, in float64."""
+    assert weights.gate_up_scale is not None
+    scale = weights.gate_up_scale[expert]
+    halves = zip(weights.gate_up[expert].chunk(2), scale if scale.dim() == 3 else scale.chunk(2), strict=True)
+    return torch.cat([dequantize(*half) for half in halves]).double()
+
+
 def test_a_choice_of_padding_is_no_task_by_itself() -> None:
     """Its lines are not written, and its hidden state may hold anything."""
     weights, hidden, routed = matrices(3, 256, 128, "blocks", torch.float32), random(2, 256), routed_to(2, 3, 2)
@@ -301,6 +372,28 @@ def test_any_number_of_tokens(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
                 got - hidden, wanted, FP8_TOLERANCE if GPU else 2 * FP8_TOLERANCE
             )  # interpreted, FP8 is cut off
     assert TRITON.experts(hidden[:0], TRITON.route(logits[:0], None, routing), weights).shape == (0, size)
+
+
+@pytest.mark.parametrize("kind", KINDS if GPU else KINDS[:1])
+def test_parts_of_ranks_add_up(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank makes its experts' part of the sum, whatever takes how many tokens; those of an expert with copies are
+    spread over them."""
+    dtype = torch.bfloat16 if GPU else torch.float32
+    routing, placement = Routing(experts=8, top_k=2, normalised=True), [[0, 1, 2, 3, 6], [4, 5, 6, 7, 0]]
+    size, inner = (1024, 768) if GPU else (48, 32)
+    if not GPU:
+        cut = Cut(16, 32, 64, 1, 4, 2)
+        monkeypatch.setattr(triton_moe, "REGIMES", (Regime(float("inf"), (cut, cut), (cut, cut)),))
+    weights = matrices(8, size, inner, kind, dtype)
+    for tokens in (3, 90, 1000) if GPU else (9,):
+        logits, hidden = random(tokens, 8, seed=tokens), exact(tokens, size, dtype) / 64
+        wanted = REFERENCE.experts(hidden, REFERENCE.route(logits, None, routing), weights)
+        total = torch.zeros_like(wanted, dtype=torch.float32)
+        for rank, line in enumerate(placement):
+            routed = TRITON.route(logits, None, routing, places=placed(8, placement, rank))
+            held = ExpertWeights(*(None if each is None else each[line] for each in weights))
+            total += TRITON.experts(hidden, routed, held, among=8)
+        assert_near(total, wanted, TOLERANCE[dtype] if kind == "plain" else FP8_TOLERANCE)
 
 
 if GPU:

@@ -18,7 +18,7 @@ from engine.layers.batch import Mirror
 from engine.messages.questions import CountAction
 from engine.messages.step import STEPS_IN_FLIGHT
 from engine.plugin.testing import ModelHarness
-from engine.worker.experts import count_experts, routers_of
+from engine.worker.experts import ExpertWatch, routers_of
 from engine.worker.steps import graphs
 from engine.worker.steps.graphs import (
     FEW_ROWS_TOKENS,
@@ -224,10 +224,10 @@ def test_prompts_of_many_requests_are_written_at_once(harness: ModelHarness, mon
 @pytest.mark.parametrize("harness", ["mixture"], indirect=True)
 def test_padding_chooses_no_experts(harness: ModelHarness) -> None:
     """Neither that of rows nor that of tokens, and what is not replayed has none."""
-    model = harness.runner.model
+    watch = ExpertWatch(harness.runner.model)
 
     def chosen(action: CountAction) -> list[int]:
-        counts = count_experts(model, action).counts
+        counts = watch.count(action).counts
         return np.frombuffer(counts, "<i8").reshape(3, 8).sum(axis=1).tolist()
 
     decode, prompts = DecodeGraphs(tables(harness)), PromptGraphs(tables(harness), 5, FEW_ROWS_TOKENS)

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
@@ -11,7 +12,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from engine.errors import ConfigError
-from engine.kernels.experts.reference import MoeOps, Routing
+from engine.kernels.experts.reference import MoeOps, Places, Routing
+from engine.parallel.placement import table_of
 
 SIZE, EXPERTS, TOP_K = 24, 16, 4
 V2 = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5}
@@ -73,3 +75,21 @@ def test_the_bias_changes_choices_but_not_weights() -> None:
     biased = MoeOps().route(logits, torch.tensor([0.0, 0.0, 0.0, 5.0]), routing)
     assert biased.experts.tolist() == [[3]]
     torch.testing.assert_close(biased.weights, torch.sigmoid(logits[:, 3:]))
+
+
+def test_tokens_take_the_copies_of_an_expert_in_turn() -> None:
+    """Of expert 0, which two of three ranks hold; what another rank holds is nobody's choice here, and padding too."""
+    placement = np.array([[0, 1], [2, 0], [3, 4]], np.int32)
+    logits = torch.tensor([[9.0, 8.0, 0.0, 0.0, 0.0]] * 5)
+    routing, real = Routing(experts=5, top_k=2), torch.tensor([4])
+    chosen = []
+    for rank in range(3):
+        places = Places(torch.from_numpy(table_of(placement, rank, 5, 2)), 2)
+        counts = torch.zeros(5, dtype=torch.int64)
+        routed = MoeOps().route(logits, None, routing, counts, real, places)
+        assert counts.tolist() == [4, 4, 0, 0, 0], "what is chosen, wherever it lies"
+        assert ((routed.weights > 0) == (routed.experts >= 0)).all()
+        chosen.append(routed.experts.tolist())
+    assert chosen[0] == [[0, 1], [-1, 1], [0, 1], [-1, 1], [-1, -1]]
+    assert chosen[1] == [[-1, -1], [1, -1], [-1, -1], [1, -1], [-1, -1]]
+    assert chosen[2] == [[-1, -1]] * 5

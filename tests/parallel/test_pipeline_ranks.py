@@ -23,6 +23,7 @@ from engine.plugin.registry import resolve
 from engine.plugin.testing import ModelHarness
 from engine.testing.ranks import Ranks, open_ranks
 from engine.testing.steps import step_plan
+from engine.worker.experts import ExpertWatch, alone
 from engine.worker.profiling import StepProfiler
 from engine.worker.questions import Questions
 
@@ -118,7 +119,8 @@ def counted(groups: Groups | None, model: str, file: Path) -> ExpertCounts:
     config, tensors = torch.load(file, weights_only=False)
     harness = ModelHarness(resolve(model), config, tensors, groups=groups, pipeline=PIPELINE if groups else None)
     runner, asked = harness.runner, prompts(config["vocab_size"])
-    questions = Questions(runner, StepProfiler(runner.device), lambda: 0)
+    gathered = alone if runner.stage is None else runner.stage.pipeline.gathered
+    questions = Questions(ExpertWatch(runner.model, gathered), StepProfiler(runner.device), lambda: 0)
 
     def ask(action: CountAction) -> ExpertCounts:
         question = CountExperts(action)

@@ -111,6 +111,27 @@ def test_a_rank_reads_its_part_of_each_tensor_alone(model: type[Model], family: 
                 assert each.read == each.tensor.numel() // parts, name
 
 
+@pytest.mark.parametrize(("tp", "redundant"), [(2, 0), (2, 2), (4, 0)])
+def test_a_rank_reads_its_experts_alone(tp: int, redundant: int) -> None:
+    """Two groups of experts; where there are four ranks, each has half of the width of its group's."""
+    config, tensors, _ = tiny("Qwen3Moe", **EXPERTS, num_attention_heads=4)
+    for rank in range(tp):
+        counted = {name: Counted(tensor) for name, tensor in tensors.items()}
+        built = build(rank, tp, mesh=Mesh(rank, tp=tp, ep=2), redundant_experts=redundant)
+        model = Qwen3Moe(config, built)
+        model.load(counted.items())
+        first = next(layer for layer in model.modules() if isinstance(layer, Experts))
+        assert first.own == [[0, 1], [2, 3], [0, 1, 2], [3, 0, 1]][2 * (redundant > 0) + rank // (tp // 2)]
+        for name, each in counted.items():
+            if ".experts." in name:
+                mine = int(name.split(".")[5]) in first.own
+                assert each.read == mine * each.tensor.numel() // (tp // 2), name
+                if mine and name.endswith("down_proj.weight"):
+                    layer = model.get_submodule(name.rpartition(".experts")[0]).experts
+                    wanted = each.tensor[:, layer.share]
+                    assert torch.equal(layer.down[first.own.index(int(name.split(".")[5]))], wanted)
+
+
 def test_ranks_share_key_value_heads_where_there_are_too_few() -> None:
     weights = {f"attn.{name}.weight": torch.randn(rows, 6) for name, rows in zip("qkv", (32, 8, 8), strict=True)}
     for rank in range(4):
@@ -248,9 +269,26 @@ def test_what_does_not_divide_is_refused_with_both_numbers(change: dict, tp: int
         Llama({**TINY, **change}, build(0, tp, deferred=True))
 
 
-def test_what_layers_cannot_do_yet_is_refused() -> None:
-    with pytest.raises(ConfigError, match="ep is 2"):
-        build(0, 2, mesh=Mesh(0, tp=2, ep=2))
+@pytest.mark.parametrize(
+    ("count", "ep", "redundant", "said"),
+    [
+        (6, 4, 0, r"6 experts do not divide over 4 ranks \(ep\); .* or --redundant-experts 2"),
+        (8, 4, 2, r"8 experts and 2 copies do not divide over 4 ranks \(ep\); .* or --redundant-experts 4"),
+        (4, 2, 6, "6 redundant experts are more than 2 ranks can hold beside 4 experts.* at most 4"),
+        (4, 1, 2, "2 redundant experts are copies for other ranks.*choose an --ep of 2"),
+    ],
+)
+def test_experts_that_do_not_divide_are_refused_with_both_numbers(
+    count: int, ep: int, redundant: int, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Experts(build(0, 4, mesh=Mesh(0, tp=4, ep=ep), redundant_experts=redundant, deferred=True), count, 16, 8)
+
+
+def test_widths_of_experts_divide_within_a_group() -> None:
+    Experts(build(0, 4, mesh=Mesh(0, tp=4, ep=4)), 4, 16, 6)
+    with pytest.raises(ConfigError, match="9 numbers of an expert's width do not divide over 2 ranks"):
+        Experts(build(0, 4, mesh=Mesh(0, tp=4, ep=2)), 4, 16, 9)
 
 
 def test_the_blocks_of_the_tests_are_those_of_gguf() -> None:

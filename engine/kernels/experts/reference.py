@@ -1,7 +1,8 @@
 """A mixture of experts in plain torch: which experts a token gets, and what they make of it. The definition of both.
 
 triton.py computes the same on a GPU. A token's k choices are its k experts; a choice's row among all choices is
-token * k + slot. Left out: experts spread over several devices.
+token * k + slot. Where experts lie on several ranks, a choice is the number of an expert on this rank, or -1 for one
+that another rank computes. Left out: how tokens and results travel between ranks (engine/parallel).
 """
 
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ class Routing:
 
 
 class Routed(NamedTuple):
-    """The choices of T tokens: float32 `weights` and int64 `experts`, [T, k]; padding chooses -1, at weight 0.
+    """The choices of T tokens: float32 `weights` and int64 `experts`, [T, k]. Padding chooses -1, at weight 0, and so
+    does who chooses an expert of another rank.
 
     `order` is whatever the implementation that made them has prepared for its `experts`."""
 
@@ -58,11 +60,14 @@ class Routed(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Recorder:
-    """Where a layer's choices are counted: `counts` [experts] int64, while `on` [1] int32 is not zero."""
+class Places:
+    """Where the experts that are chosen lie. Line e of `table` [experts, 1 + most copies] int32, on the device, is how
+    many copies of expert e there are, then the number of each among the `held` experts of this rank, or -1 for a copy
+    on another one. Token t, counted among those of a step, takes copy t modulo their number: so all ranks, which see
+    the same tokens, take the same one."""
 
-    counts: Tensor
-    on: Tensor
+    table: Tensor
+    held: int
 
 
 class ExpertWeights(NamedTuple):
@@ -97,12 +102,13 @@ class MoeOps:
         logits: Tensor,
         bias: Tensor | None,
         routing: Routing,
-        recorder: Recorder | None = None,
+        counts: Tensor | None = None,
         real: Tensor | None = None,
+        places: Places | None = None,
     ) -> Routed:
-        """Chooses by float32 `logits` [T, experts] and the correction `bias` [experts], and counts in `recorder`. Of
-        equals, any may be chosen; a token's experts come in any order. Tokens from the number `real` [1] int64 on are
-        padding."""
+        """Chooses by float32 `logits` [T, experts] and the correction `bias` [experts]. Adds to `counts` [experts]
+        int64 how often each expert is chosen. Of equals, any may be chosen; a token's experts come in any order. Tokens
+        from the number `real` [1] int64 on are padding. With `places` what is returned are experts of this rank."""
         scores = logits.softmax(-1) if routing.scoring == "softmax" else logits.sigmoid()
         choice = scores if bias is None else scores + bias
         if routing.groups > 1:
@@ -117,14 +123,30 @@ class MoeOps:
         if real is not None:
             padding = (torch.arange(len(logits), device=logits.device) >= real)[:, None]
             weights, experts = weights.masked_fill(padding, 0.0), experts.masked_fill(padding, -1)
-        if recorder is not None and recorder.on.item():
-            recorder.counts.add_(torch.bincount(experts[experts >= 0], minlength=routing.experts))
+        if counts is not None:
+            chosen = experts.flatten()
+            ones = torch.ones_like(chosen) if real is None else (chosen >= 0).to(torch.int64)
+            counts.scatter_add_(0, chosen if real is None else chosen.clamp(min=0), ones)
+        if places is not None:
+            lines = places.table[experts.clamp(min=0)]
+            token = torch.arange(len(logits), device=logits.device)[:, None]
+            own = lines.gather(-1, (1 + token % lines[..., 0])[..., None])[..., 0].to(torch.int64)
+            experts = torch.where(experts < 0, -1, own)
+            weights = weights.masked_fill(experts < 0, 0.0)
         return Routed(weights * routing.scale, experts)
 
-    def experts(self, hidden: Tensor, routed: Routed, weights: ExpertWeights, base: Tensor | None = None) -> Tensor:
+    def experts(
+        self,
+        hidden: Tensor,
+        routed: Routed,
+        weights: ExpertWeights,
+        base: Tensor | None = None,
+        among: int | None = None,
+    ) -> Tensor:
         """The weighted sum of what each token's experts make of it, and of `base`, where there is one.
 
-        `hidden` and `base` [T, H]. Returns [T, H] of hidden's type; sums over experts are taken in float32.
+        `hidden` and `base` [T, H]. `among` are the experts that tokens chose from, where this rank has the `weights` of
+        some alone. Returns [T, H] of hidden's type; sums over experts are taken in float32.
         """
         top_k = routed.experts.shape[1]
         chosen = routed.experts.flatten()

@@ -6,7 +6,8 @@
 
 A token chooses an expert once at most, so a chunk's choices are a matrix of 0 and 1 over tokens and experts. Its sums
 over tokens are the experts' counts, and its running sums tell each choice its place in the order: no sort, no atomic
-counter, and the same order every time. Few tokens are one chunk, and then one kernel does both.
+counter, and the same order every time. Few tokens are one chunk, and then one kernel does both. Where a rank holds some
+experts alone, the matrix is over those: choices of others have no place in the order.
 
 A task is a line of matrix products with one expert's weights. There are as many places for tasks as there could be
 tasks; the kernels that take them stop at `count`. What is here has the same shapes whatever is chosen.
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.experts.reference import Recorder, Routed, Routing
+from engine.kernels.experts.reference import Places, Routed, Routing
 from engine.kernels.launch import launch_dependents, wait_for_previous
 
 TILE = 4096  # tokens times experts that one program looks at
@@ -158,10 +159,32 @@ def score_experts(x, inside, SIGMOID: tl.constexpr):
     return scores
 
 
+@triton.jit
+def choose_best(choice, ids, token, table, TOP_K: tl.constexpr, LINE: tl.constexpr, EXPERTS: tl.constexpr):
+    """The TOP_K best of each line of `choice` [tokens, experts]: the slot in which a token chose an expert, or -1; the
+    number of that expert on this rank, or -1; and the slot by those numbers. `table` has lines of LINE numbers, as
+    Places says; LINE is 0 where all experts are here."""
+    slot = tl.full(choice.shape, -1, tl.int32)
+    number = tl.zeros(choice.shape, tl.int32) + ids[None, :]
+    held = tl.full(choice.shape, -1, tl.int32)
+    for k in tl.static_range(TOP_K):
+        _, place = best_of(choice, ids, EXPERTS)
+        mine = ids[None, :] == place[:, None]
+        slot = tl.where(mine, k, slot)
+        if LINE:
+            line = table + place * LINE
+            own = tl.load(line + 1 + token % tl.load(line))
+            number = tl.where(mine, own[:, None], number)
+            held = tl.where(ids[None, :] == own[:, None], k, held)
+        choice = tl.where(mine, float("-inf"), choice)
+    return slot, number, held
+
+
 @triton.jit(do_not_specialize=["tokens", "places"])
 def route_kernel(
-    logits, bias, weights, experts, chunks, recorded, recording, real, order, ends, tasks, count, tokens, places, scale,
-    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr,
+    logits, bias, weights, experts, chunks, recorded, real, table, order, ends, tasks, count, tokens, places, scale,
+    EXPERTS: tl.constexpr, HELD: tl.constexpr, LINE: tl.constexpr, TOP_K: tl.constexpr, GROUPS: tl.constexpr,
+    KEPT: tl.constexpr, BEST: tl.constexpr,
     SIGMOID: tl.constexpr, BIASED: tl.constexpr, NORMALISED: tl.constexpr, RECORDS: tl.constexpr, PADDED: tl.constexpr,
     ORDERS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, DEPENDS: tl.constexpr,
 ):  # fmt: skip
@@ -179,12 +202,7 @@ def route_kernel(
     choice = tl.where((ids < EXPERTS)[None, :], choice, float("-inf"))
     if GROUPS > 1:
         choice = keep_groups(choice, ids, GROUPS, EXPERTS // GROUPS, KEPT, BEST, EXPERTS)
-    slot = tl.full([TOKENS, COLUMNS], -1, tl.int32)
-    for k in tl.static_range(TOP_K):
-        _, place = best_of(choice, ids, EXPERTS)
-        mine = ids[None, :] == place[:, None]
-        slot = tl.where(mine, k, slot)
-        choice = tl.where(mine, float("-inf"), choice)
+    slot, number, held = choose_best(choice, ids, token, table, TOP_K, LINE, EXPERTS)
     within = (slot >= 0) & (token < tokens)[:, None]
     target = token[:, None].to(tl.int64) * TOP_K + slot
     chosen = within & (token < last)[:, None]
@@ -194,17 +212,20 @@ def route_kernel(
         scores = scores * factor[:, None]
     else:
         scores = scores * scale
-    tl.store(weights + target, tl.where(chosen, scores, 0.0), mask=within)
-    tl.store(experts + target, tl.where(chosen, ids[None, :], -1).to(tl.int64), mask=within)
+    here = chosen & (number >= 0)
+    tl.store(weights + target, tl.where(here, scores, 0.0), mask=within)
+    tl.store(experts + target, tl.where(here, number, -1).to(tl.int64), mask=within)
     totals = tl.sum(chosen.to(tl.int32), 0)
-    if RECORDS:  # noqa: SIM102 (what is not compiled must not be evaluated)
-        if tl.load(recording) != 0:
-            tl.atomic_add(recorded + ids, totals.to(tl.int64), mask=(ids < EXPERTS) & (totals > 0), sem="relaxed")
+    if RECORDS:
+        tl.atomic_add(recorded + ids, totals.to(tl.int64), mask=(ids < EXPERTS) & (totals > 0), sem="relaxed")
+    if LINE:
+        slot = tl.where((token < tl.minimum(last, tokens))[:, None], held, -1)
+        totals = tl.sum((slot >= 0).to(tl.int32), 0)
     if ORDERS:
         place_choices(slot, token, totals, tl.zeros_like(totals), ids, order, ends, tasks, count, places, ROWS, TOP_K,
-                      EXPERTS)  # fmt: skip
+                      HELD)  # fmt: skip
     else:
-        tl.store(chunks + tl.program_id(0) * EXPERTS + ids, totals, mask=ids < EXPERTS)
+        tl.store(chunks + tl.program_id(0) * HELD + ids, totals, mask=ids < HELD)
 
 
 @triton.jit(do_not_specialize=["tokens", "places"])
@@ -239,18 +260,20 @@ def tokens_together(tokens: int, columns: int) -> int:
 
 
 def route(
-    logits: Tensor, bias: Tensor | None, routing: Routing, rows: int, recorder: Recorder | None = None,
-    real: Tensor | None = None,
+    logits: Tensor, bias: Tensor | None, routing: Routing, rows: int, counted: Tensor | None = None,
+    real: Tensor | None = None, where: Places | None = None,
 ) -> Routed:  # fmt: skip
     """As `MoeOps.route`; with an Order for tasks of `rows` choices, or none where `rows` is 0."""
+    held = routing.experts if where is None else where.held
+    assert held <= routing.experts, f"{held} experts on one rank, which are copies of {routing.experts}"
     tokens, top_k, device = len(logits), routing.top_k, logits.device
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=device)
     experts = torch.empty(tokens, top_k, dtype=torch.int64, device=device)
     columns = triton.next_power_of_2(routing.experts)
     together = tokens_together(tokens, columns)
     chunk_count = triton.cdiv(tokens, together)
-    places = task_places(tokens * top_k, routing.experts, rows) if rows else 0
-    counts = (tokens * top_k, routing.experts, 3 * places, 1, chunk_count * routing.experts)
+    places = task_places(tokens * top_k, held, rows) if rows else 0
+    counts = (tokens * top_k, held, 3 * places, 1, chunk_count * held)
     aligned = [triton.cdiv(each, 4) * 4 for each in counts]  # for another alignment kernels would be compiled anew
     numbers = torch.empty(sum(aligned), dtype=torch.int32, device=device)
     parts = zip(numbers.split(aligned), counts, strict=True)
@@ -259,20 +282,21 @@ def route(
         numbers.zero_()
         return Routed(weights, experts, Order(choices, ends, tasks.view(3, places), count, rows) if rows else None)
     ordered = bool(rows) and chunk_count == 1
-    sizes = {"EXPERTS": routing.experts, "TOP_K": top_k, "ROWS": rows, "TOKENS": together, "COLUMNS": columns}
+    sizes = {"TOP_K": top_k, "ROWS": rows, "TOKENS": together, "COLUMNS": columns}
     warps = max(1, min(8, together * columns // 512))
     route_kernel[(chunk_count,)](
         logits.contiguous(), logits if bias is None else bias, weights, experts, chunks,
-        chunks if recorder is None else recorder.counts, chunks if recorder is None else recorder.on,
-        chunks if real is None else real, choices, ends, tasks, count, tokens, places, routing.scale,
+        chunks if counted is None else counted, chunks if real is None else real,
+        chunks if where is None else where.table, choices, ends, tasks, count, tokens, places, routing.scale,
+        EXPERTS=routing.experts, HELD=held, LINE=0 if where is None else where.table.shape[1],
         GROUPS=routing.groups, KEPT=routing.kept_groups, BEST=routing.group_best,
         SIGMOID=routing.scoring == "sigmoid", BIASED=bias is not None, NORMALISED=routing.normalised,
-        RECORDS=recorder is not None, PADDED=real is not None, ORDERS=ordered, num_warps=warps, **sizes,
+        RECORDS=counted is not None, PADDED=real is not None, ORDERS=ordered, num_warps=warps, **sizes,
         **launch_dependents(logits),
     )  # fmt: skip
     if rows and not ordered:
         order_kernel[(chunk_count,)](
-            experts, chunks, choices, ends, tasks, count, tokens, places,
+            experts, chunks, choices, ends, tasks, count, tokens, places, EXPERTS=held,
             SOME=max(1, min(triton.next_power_of_2(chunk_count), TILE // columns)), num_warps=warps, **sizes,
             **launch_dependents(logits),
         )  # fmt: skip

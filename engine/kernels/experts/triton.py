@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.kernels.dense.reference import Ops
 from engine.kernels.experts.products import combine, multiply, vector_down, vector_up
 from engine.kernels.experts.products_fp8 import multiply_pair
-from engine.kernels.experts.reference import ExpertWeights, MoeOps, Recorder, Routed, Routing
+from engine.kernels.experts.reference import ExpertWeights, MoeOps, Places, Routed, Routing
 from engine.kernels.experts.routing import gate, order_reference, route
 from engine.kernels.fp8.reference import BLOCK, E4M3
 from engine.kernels.fp8.triton import LONGEST_LINE, Cut
@@ -93,28 +93,37 @@ class TritonMoeOps(MoeOps):
         logits: Tensor,
         bias: Tensor | None,
         routing: Routing,
-        recorder: Recorder | None = None,
+        counts: Tensor | None = None,
         real: Tensor | None = None,
+        places: Places | None = None,
     ) -> Routed:
         tokens = len(logits)
         rows = regime(tokens, routing.top_k, routing.experts).bfloat16[0].rows if tokens > VECTOR_TOKENS else 0
-        return route(logits, bias, routing, rows, recorder, real)
+        return route(logits, bias, routing, rows, counts, real, places)
 
-    def experts(self, hidden: Tensor, routed: Routed, weights: ExpertWeights, base: Tensor | None = None) -> Tensor:
+    def experts(
+        self,
+        hidden: Tensor,
+        routed: Routed,
+        weights: ExpertWeights,
+        base: Tensor | None = None,
+        among: int | None = None,
+    ) -> Tensor:
         tokens, top_k = routed.experts.shape
+        among = among or len(weights.down)
         if not tokens:
             return torch.empty_like(hidden)
         hidden, chosen = hidden.contiguous(), routed.experts.contiguous()
         routed = routed._replace(weights=routed.weights.contiguous(), experts=chosen)
         if wants_fp8(hidden, weights):
-            return self.by_fp8(hidden, routed, weights, base)
+            return self.by_fp8(hidden, routed, weights, base, among)
         if tokens <= VECTOR_TOKENS:
             made = vector_up(hidden, weights.gate_up, weights.gate_up_scale, chosen)
             return vector_down(made, weights.down, weights.down_scale, chosen, routed.weights, base)
-        up, down = regime(tokens, top_k, len(weights.down)).bfloat16
+        up, down = regime(tokens, top_k, among).bfloat16
         if routed.order is None or routed.order.rows != up.rows:
             routed = routed._replace(order=order_reference(chosen, len(weights.down), up.rows))
-        if tokens * top_k >= LIBRARY_SHARE * len(weights.down) and weights.down.dtype == hidden.dtype:
+        if tokens * top_k >= LIBRARY_SHARE * among and weights.down.dtype == hidden.dtype:
             return self.by_library(hidden, routed, weights, base)
         return self.by_task(hidden, routed, weights, base, up, down)
 
@@ -129,13 +138,15 @@ class TritonMoeOps(MoeOps):
         multiply(made, weights.down, weights.down_scale, routed.order, down, 0, lines)
         return combine(lines, routed.weights, None, base)
 
-    def by_fp8(self, hidden: Tensor, routed: Routed, weights: ExpertWeights, base: Tensor | None) -> Tensor:
+    def by_fp8(
+        self, hidden: Tensor, routed: Routed, weights: ExpertWeights, base: Tensor | None, among: int | None = None
+    ) -> Tensor:
         """`experts` where weights are FP8, by activations that become FP8."""
         tokens, top_k = routed.experts.shape
         if tokens <= VECTOR_TOKENS:
             lines = multiply_pair(hidden, routed.experts, weights, top_k, *ALONE)
         else:
-            up, down = regime(tokens, top_k, len(weights.down)).fp8
+            up, down = regime(tokens, top_k, among or len(weights.down)).fp8
             order = routed.order
             if order is None or order.rows != up.rows:
                 order = order_reference(routed.experts, len(weights.down), up.rows)

@@ -7,6 +7,7 @@ from typing import Any
 
 import aiohttp
 import anyio
+import msgspec
 import openai
 import pytest
 from house import House, counted, open_house, prompt
@@ -479,6 +480,24 @@ async def test_experts_are_counted_between_a_start_and_a_stop() -> None:
         assert 'engine_expert_choices_total{expert="2",layer="3"} 5.0' in page
         assert await site.post("/expert_distribution/stop") == (200, {"counting": False})
         assert (await site.post("/expert_distribution/dump"))[1]["counting"] is False
+
+
+async def test_the_map_of_experts() -> None:
+    async with open_site() as site:
+        status, said = await site.get("/expert_distribution")
+        assert status == 200 and said["layers"] == [1, 3] and said["ranks"] == 2
+        assert said["counts"] == [[40, 10, 10], [0, 0, 0]] and said["loads"] == [[30, 30], [0, 0]]
+        assert said["placement"] == [[[0, 1], [2, 0]], [[0, 1], [0, 2]]] and said["balance"] == [1, 1]
+        assert said["windows"][1] == {"step": 512, "choices": 10, "balance": 1.25, "drift": 0.125}
+        assert (said["moved"], said["waiting"]) == (2, 1)
+        assert await site.post("/expert_distribution/rebalance") == (200, {"layers": 2})
+        assert "engine_expert_balance" not in await _metrics(site), "no model without experts is asked"
+        front = site.house.front
+        assert front.info is not None
+        front.info = msgspec.structs.replace(front.info, mixture=True)
+        page = await _metrics(site)
+        assert "engine_expert_balance 1.25\n" in page and "engine_expert_drift 0.125\n" in page
+        assert 'engine_expert_load_ratio{rank="1"} 1.0\n' in page and "engine_expert_layers_moved_total 2.0\n" in page
 
 
 async def _metrics(site: Site) -> str:

@@ -5,8 +5,9 @@ import sys
 from typing import Any
 
 from engine.actors.scheduler import SchedulerActor
-from engine.config import Config, ModelOptions, ParallelOptions
+from engine.config import Config, ModelOptions
 from engine.messages.step import STEPS_IN_FLIGHT, steps_in_flight
+from engine.options.parallel import ParallelOptions
 
 OTHER = """
 import engine.messages.step as step

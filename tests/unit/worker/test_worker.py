@@ -117,6 +117,7 @@ class Script:
 
     device = torch.device("cpu")
     stage = None
+    model = torch.nn.Identity()
 
     def __init__(self, *messages):
         self.messages, self.done = list(messages), []
