@@ -21,14 +21,20 @@ def seconds_of(work: workloads.Work, worker: Worker) -> float:
     return seconds
 
 
-def main() -> None:
+def simulated() -> list[float]:
+    """The figures of MEASURED."""
     work = workloads.throughput(100_000, 0)
-    rows = [workloads.tokens_out(work) / seconds_of(work, Worker())]
-    rows.append(seconds_of(workloads.prefill(100_000, 0), Worker()))
-    worker = Worker()
-    rows += [seconds_of(part, worker) for part in workloads.shared_prefix(100_000, 0)]
+    shared = Worker()
+    return [
+        workloads.tokens_out(work) / seconds_of(work, Worker()),
+        seconds_of(workloads.prefill(100_000, 0), Worker()),
+        *(seconds_of(part, shared) for part in workloads.shared_prefix(100_000, 0)),
+    ]
+
+
+def main() -> None:
     print(f"{'':26s} {'measured':>9s} {'simulated':>9s}  ratio")
-    for (name, there), here in zip(MEASURED.items(), rows, strict=True):
+    for (name, there), here in zip(MEASURED.items(), simulated(), strict=True):
         print(f"{name:26s} {there:9.2f} {here:9.2f}  {here / there:.2f}")
 
 

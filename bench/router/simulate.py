@@ -102,11 +102,11 @@ class Fleet:
 
     # ── requests ─────────────────────────────────────────────────────────────────────────────
 
-    def run(self, waiting: Iterator[Session], users: int) -> Figures:
-        """`users` of the sessions `waiting` at a time, until all have ended."""
+    def run(self, waiting: Iterator[Session], users: int, ramp: float = RAMP) -> Figures:
+        """`users` of the sessions `waiting` at a time, until all have ended; the first begin within `ramp` seconds."""
         self._pending = waiting
         for user in range(users):
-            self.at(RAMP * user / users, self._next_session)
+            self.at(ramp * user / users, self._next_session)
         while self._events:
             self.now, _, what, arguments = heapq.heappop(self._events)
             what(*arguments)
@@ -189,7 +189,7 @@ def policy_of(name: str) -> RoutingPolicy:
 
 
 def simulate(
-    traffic: Traffic, policy: str, workers: int, *, kv_tokens: int = KV_TOKENS, seed: int = 0
+    traffic: Traffic, policy: str, workers: int, *, kv_tokens: int = KV_TOKENS, seed: int = 0, ramp: float = RAMP
 ) -> tuple[Figures, RoutingPolicy]:
     """One run. `policy` "told" is cache_aware with workers that publish."""
     told = policy == "told"
@@ -202,7 +202,7 @@ def simulate(
         _scale(fleet, 10)
         fleet.at(SCALED[0], _scale, fleet, 50)
         fleet.at(SCALED[1], _scale, fleet, 15)
-    return fleet.run(sessions(traffic, workers, seed), traffic.users * workers), made
+    return fleet.run(sessions(traffic, workers, seed), traffic.users * workers, ramp), made
 
 
 def _flap(fleet: Fleet, turn: int) -> None:

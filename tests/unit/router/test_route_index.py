@@ -53,7 +53,7 @@ class IndexMachine(RuleBasedStateMachine):
         return self.plain.setdefault(worker, Plain())
 
     def ages(self, worker: str) -> bool:
-        """Whether the mark of a new generation is free: only the index knows how far its walk has come."""
+        """Begin a new generation if its mark is free; only the index knows how far its walk has come."""
         holder = self.index._holder(worker)
         free = not self.index._retired & holder.bit((holder.young + 1) % MARKS)
         if free:
@@ -65,21 +65,28 @@ class IndexMachine(RuleBasedStateMachine):
     def sent(self, path: Path, worker: str) -> None:
         plain = self.of(worker)
         if plain.tells:
-            self.put(plain, path[:0], path, plain.leading(path, plain.told), plain.coming, plain.limit)
+            self.put(plain, path, plain.leading(path, plain.told), plain.coming, plain.limit)
         else:
             half = plain.limit // 2
             start = plain.leading(path, plain.young)
             fits = start == len(path) or len(plain.young) < half
             if fits or self.ages(worker):
-                self.put(plain, path[:0], path, start if fits else 0, plain.young, half)
+                self.put(plain, path, start if fits else 0, plain.young, half)
         self.index.sent(blocks_of(path), worker)
 
     @staticmethod
-    def put(plain: Plain, empty: Path, path: Path, start: int, into: set[Path], most: int) -> None:
+    def put(plain: Plain, path: Path, start: int, into: set[Path], most: int) -> None:
         for each in beginnings(path)[start:]:
             if len(into) >= most:
                 return
             into.add(each)
+
+    @rule(seed=st.integers(0, 99), worker=workers)
+    def much(self, seed: int, worker: str) -> None:
+        """As much as makes a generation old."""
+        rng = random.Random(seed)
+        for _ in range(12):
+            self.sent(tuple(rng.choices(range(3), k=rng.randint(1, 9))), worker)
 
     @rule(path=paths, worker=workers)
     def computed(self, path: Path, worker: str) -> None:
@@ -96,7 +103,7 @@ class IndexMachine(RuleBasedStateMachine):
         if not plain.tells:
             plain.__init__()  # type: ignore[misc]
             plain.tells = True
-        self.put(plain, path[:0], path, 0, plain.told, plain.limit)
+        self.put(plain, path, 0, plain.told, plain.limit)
         self.index.stored(blocks_of(path), worker)
 
     @rule(worker=workers, count=st.integers(1, 5), seed=st.integers(0, 99))
@@ -158,7 +165,7 @@ class IndexMachine(RuleBasedStateMachine):
 
 TestIndex = IndexMachine.TestCase
 TestIndex.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 
@@ -218,6 +225,10 @@ def test_a_walk_gives_back_the_memory_of_a_worker_that_left_and_its_place() -> N
         while index.tidy(7):
             pass
     assert len(index) == 0
+    assert len(index._names) == 1
+    for _ in range(5):
+        index.removed("never there")
+        index.reset("b")
     assert len(index._names) == 1
 
 
