@@ -181,19 +181,26 @@ class Fleet:
 # ── runs ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def policy_of(name: str) -> RoutingPolicy:
-    """The policy `name`; one that draws is seeded."""
-    target = resolve(Plugins.load(()).entries("routing")[name].target)
+def policy_of(name: str, plugins: Sequence[str] = ()) -> RoutingPolicy:
+    """The policy `name`, which may be of one of `plugins`; one that draws is seeded."""
+    target = resolve(Plugins.load(plugins).entries("routing")[name].target)
     made: RoutingPolicy = target(random.Random(0)) if name in ("random", "power_of_two") else target()
     return made
 
 
 def simulate(
-    traffic: Traffic, policy: str, workers: int, *, kv_tokens: int = KV_TOKENS, seed: int = 0, ramp: float = RAMP
+    traffic: Traffic,
+    policy: str,
+    workers: int,
+    *,
+    plugins: Sequence[str] = (),
+    kv_tokens: int = KV_TOKENS,
+    seed: int = 0,
+    ramp: float = RAMP,
 ) -> tuple[Figures, RoutingPolicy]:
     """One run. `policy` "told" is cache_aware with workers that publish."""
     told = policy == "told"
-    made = policy_of("cache_aware" if told else policy)
+    made = policy_of("cache_aware" if told else policy, plugins)
     fleet = Fleet(made, workers, kv_tokens, tells=told)
     if traffic.name == "flapping":
         for turn in range(1, 400):
@@ -224,6 +231,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[8])
     parser.add_argument("--traffics", nargs="+", default=list(TRAFFICS), choices=list(TRAFFICS))
     parser.add_argument("--policies", nargs="+", default=["least_load", "cache_aware", "told"])
+    parser.add_argument("--plugins", nargs="+", default=[])
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     print("traffic        workers policy       requests/s  ratio   hits  ratio TTFT p50, ms  p99, ms  ratio most/mean")
@@ -231,7 +239,7 @@ def main() -> None:
         for name in options.traffics:
             base: Figures | None = None
             for policy in ("round_robin", *options.policies):
-                figures, _ = simulate(TRAFFICS[name], policy, size, seed=options.seed)
+                figures, _ = simulate(TRAFFICS[name], policy, size, plugins=options.plugins, seed=options.seed)
                 base = base or figures
                 print(f"{name:14s} {size:7d} {policy:12s} {_row(figures, base)}", flush=True)
 

@@ -120,7 +120,7 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(worker=workers)
     def shrunk(self, worker: str) -> None:
         """A limit of LEAST stays, but a generation goes."""
-        if not self.of(worker).tells:
+        if worker in self.index._holders and not self.of(worker).tells:
             self.ages(worker)
         self.index.shrink(worker)
 

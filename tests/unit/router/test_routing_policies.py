@@ -167,6 +167,25 @@ def test_what_workers_tell_is_exact_to_a_block() -> None:
     assert policy.choose(arrival, views(0, 0)).matched == 0
 
 
+def test_a_request_that_is_never_answered_leaves_nothing_behind() -> None:
+    """It fails, or another router has sent it."""
+    policy = made("cache_aware")
+    policy.stored("w1", b"", [1])
+    policy.sent(ask("a", 40), "w1")  # nobody keeps it
+    assert policy.choose(ask("a", 40), views(0, 0)).matched == 0
+    kept = ask("a", 40)
+    policy.sent(kept, "w1")
+    assert policy.choose(ask("a", 40), views(0, 0)).matched == 40 * BLOCK
+    policy.answered(kept, "w1", None)
+    assert policy.choose(ask("a", 40), views(0, 0)).matched == 0
+    policy.removed("w1")
+    policy.answered(kept, "w1", 0.5)
+    policy.sent(kept, "w0")
+    policy.sent(kept, "w0")
+    del kept
+    assert not policy._open
+
+
 def test_the_share_that_was_cached_corrects_what_was_thought() -> None:
     """Of a worker that did not have what it was thought to have, what is as old is forgotten, and less is kept."""
     for cached, kept in ((0.0, False), (1.0, True)):
