@@ -17,6 +17,7 @@ from itertools import count
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from bench.router.traffic import TRAFFICS, Session, Traffic, Turn, sessions
 from bench.router.worker import KV_TOKENS, ROWS, Call, Step, Worker
@@ -73,6 +74,7 @@ class Fleet:
         self._kv_tokens = kv_tokens
         self._busy: list[bool] = []
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._gone: set[str] = set()
         self._order = count()
         self._rng = random.Random(0)
         self._numbers = count(1)
@@ -95,6 +97,7 @@ class Fleet:
     def drain(self, place: int) -> None:
         """No more requests for a worker; it ends what it has."""
         self.offered[place] = False
+        self._gone.add(self.views[place].name)
         self.policy.removed(self.views[place].name)
 
     def at(self, when: float, what: Callable[..., None], *arguments: Any) -> None:
@@ -169,13 +172,14 @@ class Fleet:
             view.running -= 1
             self.policy.answered(sent.arrival, view.name, sent.cached)
             self._go_on(sent.session)
-        if self.tells and self.offered[place] and (step.stored or step.evicted):
+        if self.tells and (step.stored or step.evicted):
             self.at(self.now + LATE, self._tell, view.name, step.stored, step.evicted)
         self._step(place)
 
     def _tell(self, name: str, stored: Sequence[int], evicted: Sequence[int]) -> None:
-        self.policy.stored(name, b"", stored)
-        self.policy.evicted(name, evicted)
+        if name not in self._gone:
+            self.policy.evicted(name, evicted)
+            self.policy.stored(name, b"", stored)
 
 
 # ── runs ─────────────────────────────────────────────────────────────────────────────────────
@@ -232,14 +236,17 @@ def main() -> None:
     parser.add_argument("--traffics", nargs="+", default=list(TRAFFICS), choices=list(TRAFFICS))
     parser.add_argument("--policies", nargs="+", default=["least_load", "cache_aware", "told"])
     parser.add_argument("--plugins", nargs="+", default=[])
+    parser.add_argument("--part", type=float, default=1.0, help="of the sessions: a shorter run")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     print("traffic        workers policy       requests/s  ratio   hits  ratio TTFT p50, ms  p99, ms  ratio most/mean")
     for size in options.workers:
         for name in options.traffics:
             base: Figures | None = None
+            whole = TRAFFICS[name]
+            traffic = replace(whole, sessions=max(1, round(options.part * whole.sessions)))
             for policy in ("round_robin", *options.policies):
-                figures, _ = simulate(TRAFFICS[name], policy, size, plugins=options.plugins, seed=options.seed)
+                figures, _ = simulate(traffic, policy, size, plugins=options.plugins, seed=options.seed)
                 base = base or figures
                 print(f"{name:14s} {size:7d} {policy:12s} {_row(figures, base)}", flush=True)
 
