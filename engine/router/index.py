@@ -14,7 +14,8 @@ they become fewer is found by bisection: a request of n blocks and k different l
 Generations stand for the least recently used order. What is sent marks the whole prefix with the youngest one. Once
 that has marked half of what a worker may have, the older one is retired, and the youngest becomes the older. A retired
 mark counts no more at once; `tidy` takes it off the blocks in small pieces. Until then the worker cannot retire another
-one, and is learnt no more of than it may have. So memory is bounded even if `tidy` is never called.
+one, so what is sent there stays within the bound, whether `tidy` comes in time or not. Blocks that a worker told of and
+dropped, and those of one that left, stay in the table without a mark that counts until `tidy` comes by.
 
 Left out: what a cache does that drops the beginning of a prefix before its end (its length is then said too long, until
 the end goes too); recency in finer steps than half of the bound.
@@ -71,7 +72,7 @@ class PrefixIndex:
     def lengths(self, blocks: Sequence[int]) -> dict[str, int]:
         """How many of `blocks`, from the first on, each worker holds that holds any."""
         held, names = {}, self._names
-        for count, ending in self._ends(blocks):
+        for count, ending in self._ends(blocks):  # of two counts of a worker the smaller one stays
             while ending:
                 place = ending.bit_length() - 1
                 ending ^= 1 << place
@@ -79,7 +80,8 @@ class PrefixIndex:
         return held
 
     def _ends(self, blocks: Sequence[int]) -> list[tuple[int, int]]:
-        """(n, the workers that hold n blocks and no more) for each such n but 0, the greatest first."""
+        """(n, the workers that hold n blocks and no more) for each such n but 0, the greatest first. One that holds the
+        end of a prefix without a part before it may be there twice."""
         found: list[tuple[int, int]] = []
         if not blocks or not (first := self._holding(blocks[0])):
             return found
@@ -152,9 +154,9 @@ class PrefixIndex:
 
     def evicted(self, blocks: Iterable[int], worker: str) -> None:
         """`worker` told that it no longer holds `blocks`."""
-        holder = self._holder(worker)
-        bit = holder.bit(TOLD)
-        if holder.tells:
+        holder = self._holders.get(worker)
+        if holder is not None and holder.tells:
+            bit = holder.bit(TOLD)
             holder.counts[TOLD] -= sum(self._unmark(block, bit) for block in blocks)
 
     def reset(self, worker: str) -> Holder:

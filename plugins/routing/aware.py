@@ -15,8 +15,9 @@ One worker's load moves that worker's requests alone, and only those whose match
 everybody asks for spreads by itself: its worker's load grows until the next one wins, which then holds it too.
 
 A worker that says how much of a prompt was cached corrects what is thought of it. One that tells what is in its cache
-is known to a block. The score without units is an idea of vLLM's production stack; docs/router.md compares.
-Left out: workers of different speed, which differ in their load alone.
+is known to a block.
+A score of shares is how vLLM's production stack routes (its issue 1035); what waits and what runs are one there.
+Left out: workers of different speed, which differ in their load alone; a bound of characters as an option.
 """
 
 import time
