@@ -100,6 +100,15 @@ def register_policies(register: Annotated[Register, PolicyEntry]) -> None:
     """register(name, target): a `specs.Policy` class, constructed without arguments."""
 
 
+class RoutingEntry(Entry, frozen=True, kw_only=True):
+    """A policy of the router."""
+
+
+@hookspec
+def register_routing(register: Annotated[Register, RoutingEntry]) -> None:
+    """register(name, target): a `routing.RoutingPolicy` subclass, constructed without arguments."""
+
+
 class ParserEntry(Entry, frozen=True, kw_only=True):
     """A parser of replies. It is chosen for a model whose chat template holds all of `markers`, the one with the most
     of them first, else for a model of one of `architectures`."""
