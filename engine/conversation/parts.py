@@ -7,8 +7,8 @@
         Result    what a tool returned: parts again, of text and media
 
 What a model reads of it is decided where the chat template writes it (template.py). Media meet the model, and may be
-refused, in one place (media.py). A canonical text of the parts, hashed in chained blocks so
-that a router knows a conversation without its template, will stand here. Pure structs: nothing is fetched or decoded.
+refused, in one place (media.py). A router knows a conversation without its template, by the canonical text of its parts
+(canonical.py). Pure structs: nothing is fetched or decoded.
 """
 
 import json
@@ -127,6 +127,32 @@ def as_one(messages: Sequence[Message], between: str = "") -> Message:
         parts += message.parts
     thought = [message.reasoning for message in messages if message.reasoning is not None]
     return Message(messages[0].role, tuple(parts), reasoning=thought[-1] if thought else None)
+
+
+def alternating(messages: Iterable[Message]) -> list[Message]:
+    """`messages` with successive ones of one role as one, in lines of their own; those of tools stay apart."""
+    runs: list[list[Message]] = []  # of messages that become one
+    for message in messages:
+        if runs and runs[-1][0].role == message.role != "tool":
+            runs[-1].append(message)
+        else:
+            runs.append([message])
+    return [as_one(run, "\n") for run in runs]
+
+
+def with_calls(messages: Iterable[Message]) -> list[Message]:
+    """`messages` in which calls and reasoning, which came as messages of their own, are part of what the assistant
+    said."""
+    runs: list[list[Message]] = []  # of messages that become one
+    text = False  # whether the last run says something already
+    for message in messages:
+        if runs and runs[-1][0].role == message.role == "assistant" and (message.calls or not text):
+            runs[-1].append(message)
+        else:
+            runs.append([message])
+            text = False
+        text = text or bool(message.text)
+    return [as_one(run) for run in runs]
 
 
 def media_of(messages: Iterable[Message]) -> list[Image | Video]:

@@ -12,7 +12,7 @@ from aiohttp import web
 from msgspec import Meta
 
 from engine.conversation.calls import Tool
-from engine.conversation.parts import Call, Image, Message, Part, Result, Shown, Text, as_one, said
+from engine.conversation.parts import Call, Image, Message, Part, Result, Shown, Text, alternating, said
 from engine.conversation.reading import Wanted, reading_of
 from engine.errors import RequestError, Words
 from engine.http.anthropic.reply import EVENTS, AnthropicErrorReply, AnthropicReply, MessageReply, failure_event
@@ -312,16 +312,10 @@ async def count_tokens(request: web.Request, body: CountBody) -> web.Response:
 
 def conversation_of(body: CountBody) -> list[Message]:
     """The messages with their parts: the system's first, no two of one role in a row but tools'."""
-    runs: list[list[Message]] = []  # of messages that become one
-    if body.system:
-        runs.append([Message("system", _parts(body.system, "system"))])
+    turns = [Message("system", _parts(body.system, "system"))] if body.system else []
     for index, message in enumerate(body.messages):
-        for turn in _turns(message, f"messages[{index}].content"):
-            if runs and runs[-1][0].role == turn.role != "tool":
-                runs[-1].append(turn)
-            else:
-                runs.append([turn])
-    return [as_one(run, "\n") for run in runs]
+        turns += _turns(message, f"messages[{index}].content")
+    return alternating(turns)
 
 
 def _turns(message: AnthropicMessage, path: str) -> list[Message]:

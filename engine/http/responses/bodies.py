@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
-from engine.conversation.parts import Call, Image, Message, Result, Role, Shown, Text, as_one, said
+from engine.conversation.parts import Call, Image, Message, Result, Role, Shown, Text, said, with_calls
 from engine.errors import RequestError
 from engine.http.fields import ECHO, LABEL, Only, Rule, hint, unserved
 from engine.http.grammars import NamedSchema, ObjectFormat, PlainFormat
@@ -227,17 +227,7 @@ def messages_of(input: str | list[InputItemBody]) -> list[Message]:
         return [said("user", input)]
     if not input:
         raise RequestError("input is empty; send at least one message", param="input")
-    runs: list[list[Message]] = []  # of messages that become one
-    text = False  # whether the last run says something already
-    for index, item in enumerate(input):
-        message = _message(item, f"input[{index}]")
-        if runs and runs[-1][0].role == message.role == "assistant" and (message.calls or not text):
-            runs[-1].append(message)
-        else:
-            runs.append([message])
-            text = False
-        text = text or bool(message.text)
-    return [as_one(run) for run in runs]
+    return with_calls(_message(item, f"input[{index}]") for index, item in enumerate(input))
 
 
 def _message(item: InputItemBody, path: str) -> Message:
