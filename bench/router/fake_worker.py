@@ -10,13 +10,14 @@ of two cores has room for what is measured.
 import asyncio
 import re
 import sys
-from typing import cast
+from typing import ClassVar, cast
 
 import uvloop
 
 EVENT = (
-    b'data: {"id":"chatcmpl-21059fdf6d6049d7afd58ac32526acae","created":1796030468,"model":"fake","choices":[{"index":0,'
-    b'"delta":{"content":" word"},"logprobs":null,"finish_reason":null}],"object":"chat.completion.chunk"}\n\n'
+    b'data: {"id":"chatcmpl-21059fdf6d6049d7afd58ac32526acae","created":1796030468,"model":"fake",'
+    b'"choices":[{"index":0,"delta":{"content":" word"},"logprobs":null,"finish_reason":null}],"object":'
+    b'"chat.completion.chunk"}\n\n'
 )
 CHUNK = b"%x\r\n%b\r\n" % (len(EVENT), EVENT)
 END = b"data: [DONE]\n\n"
@@ -33,7 +34,7 @@ TOKENS = re.compile(rb'"max_tokens": ?(\d+)')
 class Server(asyncio.Protocol):
     """One connection; a request has come once its body has."""
 
-    streams: "dict[Server, int]" = {}
+    streams: ClassVar["dict[Server, int]"] = {}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)

@@ -137,4 +137,5 @@ def resolve_router(given: Mapping[str, Any], environ: Mapping[str, str]) -> Rout
     """As `engine.config.resolve`, of a router's options. Raises ConfigError."""
     groups = router_groups()
     refuse_unknown(given, environ, groups.values())
-    return RouterConfig(**{group: struct(**said(struct, given, environ)) for group, struct in groups.items()})
+    values: dict[str, Any] = {group: struct(**said(struct, given, environ)) for group, struct in groups.items()}
+    return RouterConfig(**values)

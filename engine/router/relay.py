@@ -12,8 +12,9 @@ from aiohttp.http import HttpVersion11, StreamWriter
 from multidict import CIMultiDict
 
 from engine.client.bench.wire import HEAD_END, Address
+from engine.http.half_closed import HalfClosed
 from engine.http.passing import OWN_HEADERS
-from engine.http.request_id import HEADER, ID
+from engine.http.request_id import HEADER, rename
 from engine.router.wire import Head, Upstream
 
 OWN: Final = frozenset(str(name).lower().encode() for name in OWN_HEADERS)
@@ -76,9 +77,12 @@ async def relay(request: web.Request, upstream: Upstream, head: Head) -> Relayed
     ConnectionError where the client has left."""
     response = Relayed.of(head)
     if (id := response.headers.get(HEADER)) is not None:
-        request[ID] = id
+        rename(request, id)
     if not upstream.framed:
         response.force_close()  # its end is that of the connection
+    client = request.protocol
+    assert isinstance(client, HalfClosed)
+    client.tell_half_closed(upstream.half_close)  # whose probes tell whether the client is there (`half_closed`)
     writer = await response.prepare(request)
     assert isinstance(writer, StreamWriter)
     try:
@@ -99,5 +103,7 @@ async def relay(request: web.Request, upstream: Upstream, head: Head) -> Relayed
         if request.transport is not None:
             request.transport.abort()
         raise
+    finally:
+        client.tell_half_closed(None)
     await response.write_eof()
     return response

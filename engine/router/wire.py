@@ -9,7 +9,9 @@ connection, which in turn stops the worker. Left out: several requests at once o
 """
 
 import asyncio
+import socket
 import ssl
+import struct
 from collections.abc import Sequence
 from typing import Final, cast
 
@@ -177,6 +179,15 @@ class Upstream(asyncio.Protocol):
         if head is not None and not head.done():
             head.set_exception(error)
         self._wake()
+
+    def half_close(self) -> None:
+        """Send no more: the client has closed its sending side. A worker goes on or ends, as without a router."""
+        self._closes = True
+        if self.open and not self.ended and self._transport.can_write_eof():
+            self._transport.write_eof()
+            # What is closed later has said so already: let the system say that it is gone, by a reset.
+            sock = self._transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     # ── the way of a body ────────────────────────────────────────────────────────────────────
 
