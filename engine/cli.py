@@ -32,7 +32,7 @@ from engine.config import Config, ModelOptions, ServerOptions, groups, read_file
 from engine.errors import ConfigError, EngineError, PluginError, RequestError, Words, did_you_mean
 from engine.options.option import Option, options_of
 from engine.params.sampling import SamplingParams, check_sampling
-from engine.router.options import router_groups
+from engine.router.options import RegisterOptions, UpOptions, router_groups
 
 SHELLS = ("bash", "zsh", "fish", "tcsh")
 Run = Callable[[argparse.Namespace], int]
@@ -77,6 +77,15 @@ def router(arguments: argparse.Namespace) -> int:
     from engine.router.serve import run_router
 
     return run_router(config)
+
+
+def up(arguments: argparse.Namespace) -> int:
+    """Start several engines and a router before them, on this machine."""
+    config = _config(arguments)
+    options = _given(UpOptions, arguments)
+    from engine.router.up import run_up
+
+    return run_up(config, options, os.environ)
 
 
 def generate(arguments: argparse.Namespace) -> int:
@@ -211,6 +220,13 @@ def _parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     command = _command(commands, router)
     for struct in router_groups().values():
         _add_group(command, struct)
+
+    command = _command(commands, up)
+    _add_group(command, UpOptions)
+    _add_file(command)
+    for struct in groups().values():
+        if struct is not RegisterOptions:
+            _add_group(command, struct)
 
     command = _command(commands, chat)
     _add_group(command, ChatOptions)

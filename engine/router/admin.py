@@ -18,6 +18,7 @@ from engine.http.openapi import Route
 from engine.http.wire import Body, Reply, json_response
 from engine.router.asked import read_asked
 from engine.router.dispatch import Ticket
+from engine.router.peers import PATH as NOTES
 from engine.router.proxy import ticket_of
 from engine.router.router import ROUTER, Router
 from engine.router.workers import Worker, named
@@ -304,6 +305,14 @@ async def metrics(request: web.Request) -> web.Response:
     return web.Response(body=body, headers={"Content-Type": content_type})
 
 
+async def notes(request: web.Request) -> web.Response:
+    """What another router of the same workers did; in a form that only routers write."""
+    router = request.app[ROUTER]
+    router.admin_keys.check(keys_in(request))
+    router.peers.take(await read_body(request))
+    return web.Response(status=204)
+
+
 ROUTES = (
     Route("GET", "/workers", list_workers, gives=WorkersReply),
     Route("POST", "/workers", add_worker, takes=WorkerBody, gives=WorkerReply),
@@ -314,6 +323,7 @@ ROUTES = (
     Route("GET", "/list_workers", sglang_list, gives=UrlsReply),
     Route("GET", "/v1/loads", loads, gives=LoadsReply),
     Route("POST", "/v1/route", dry_run, gives=RouteReply),
+    Route("POST", NOTES, notes, content=""),
     Route("GET", "/readyz", health, gives=RouterHealthReply, open=True),
     Route("GET", "/health", health, gives=RouterHealthReply, open=True),
     Route("GET", "/ping", health, gives=RouterHealthReply, open=True),

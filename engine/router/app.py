@@ -23,6 +23,7 @@ from engine.http.request_id import name_request, send_id
 from engine.http.shaping import shaped
 from engine.router import admin, everywhere
 from engine.router.log import log_request
+from engine.router.peers import PATH as NOTES
 from engine.router.proxy import proxied
 from engine.router.router import ROUTER, Router
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 CLOSE_SECONDS = 1.0  # what handlers still running at the end get; draining happens before
 ROUTES: Sequence[Route] = (*admin.ROUTES, *everywhere.ROUTES)
-ADMIN = frozenset({"/workers", "/add_worker", "/remove_worker"})  # what needs the admin key needs no other
+ADMIN = frozenset({"/workers", "/add_worker", "/remove_worker", NOTES})  # what needs the admin key needs no other
 METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"})
 
 

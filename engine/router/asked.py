@@ -40,7 +40,7 @@ class Asked(Struct):
 def read_asked(request: web.Request, body: bytes, path: str = "") -> Asked:
     """What `request` with `body` asks for; with a `path`, as if it were for that."""
     path = path or request.path
-    fields = _fields(body) if request.method == "POST" else {}
+    fields = object_in(body) if request.method == "POST" and len(body) <= MOST_READ else {}
     text, model = "", _text(fields, "model")
     if fields:
         text = arrival_text(path, fields)
@@ -72,9 +72,9 @@ def cached_share(end: bytes) -> tuple[int, int] | None:
     return (held, whole) if 0 <= held <= whole and whole else None
 
 
-def _fields(body: bytes) -> Mapping[str, Any]:
-    """The object that `body` is; none for what is no JSON object."""
-    if not body or len(body) > MOST_READ or body.lstrip()[:1] != b"{":
+def object_in(body: bytes) -> Mapping[str, Any]:
+    """The object that `body` is; an empty one for what is no JSON object."""
+    if body.lstrip()[:1] != b"{":
         return {}
     try:
         fields = DECODE(body)

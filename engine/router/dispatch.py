@@ -15,10 +15,11 @@ import logging
 import math
 import time
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from engine.errors import RequestError, counted
 from engine.router.options import QueueOptions
@@ -69,6 +70,7 @@ class Dispatcher:
         self.fleet = fleet
         self.policy = policy
         self.outside: dict[str, int] = {}
+        self.on_sent: list[Callable[[Arrival, str], None]] = []
         self.refused = 0
         self.timed_out = 0
         self._options = options
@@ -116,6 +118,8 @@ class Dispatcher:
 
     def _chosen(self, arrival: Arrival, able: Sequence[Worker]) -> Choice:
         views = [each.view for each in able]
+        if outside := self.outside:
+            views = [replace(view, running=view.running + outside.get(view.name, 0)) for view in views]
         try:
             choice = self.policy.choose(arrival, views)
             if 0 <= choice.worker < len(views):
@@ -191,13 +195,24 @@ class Dispatcher:
         worker.counts.sent += 1
         worker.counts.prompt_chars += len(arrival.text)
         worker.counts.matched_chars += choice.matched
-        if arrival.program:
-            self._sessions[arrival.program] = worker.url
-            self._sessions.move_to_end(arrival.program)
+        self._stays(arrival.program, worker.url)
+        self.policy.sent(arrival, worker.url)
+        for told in self.on_sent:
+            told(arrival, worker.url)
+        return placed
+
+    def learn(self, arrival: Arrival, url: str) -> None:
+        """Another router has sent it to the worker at `url`."""
+        self._stays(arrival.program, url)
+        self.policy.sent(arrival, url)
+
+    def _stays(self, program: str, url: str) -> None:
+        """The calls of `program` go to the worker at `url` from now on."""
+        if program:
+            self._sessions[program] = url
+            self._sessions.move_to_end(program)
             if len(self._sessions) > MOST_SESSIONS:
                 self._sessions.popitem(last=False)
-        self.policy.sent(arrival, worker.url)
-        return placed
 
     def answering(self, placed: Placed) -> None:
         """The first byte has come, so its prompt is read."""

@@ -6,7 +6,6 @@ could not be asked, with the answers of the others. Left out: workers that were 
 """
 
 import asyncio
-from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
@@ -17,6 +16,7 @@ from msgspec import Struct
 from engine.http.intake import read_body
 from engine.http.openapi import Route
 from engine.http.wire import json_response
+from engine.router.asked import object_in
 from engine.router.router import ROUTER, Router
 from engine.router.workers import Worker
 
@@ -82,7 +82,7 @@ async def everywhere(request: web.Request) -> web.Response:
 async def abort(request: web.Request) -> web.Response:
     """End a request wherever it runs or waits, or all of them."""
     router, body = request.app[ROUTER], await read_body(request)
-    fields = _object(body)
+    fields = object_in(body)
     rid, everything = fields.get("rid"), fields.get("abort_all") is True
     known = router.places.running(rid) if isinstance(rid, str) and not everything else []
     here = router.dispatcher.abort(None if everything else rid) if everything or isinstance(rid, str) else 0
@@ -110,14 +110,6 @@ async def models(request: web.Request) -> web.Response:
             if isinstance(each, dict) and isinstance(each.get("id"), str):
                 found.setdefault(each["id"], each)
     return json_response({"object": "list", "data": list(found.values())})
-
-
-def _object(body: bytes) -> Mapping[str, Any]:
-    try:
-        value = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 ROUTES = (

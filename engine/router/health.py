@@ -10,12 +10,13 @@ A worker that was gone has lost its cache, so policies are told.
 import asyncio
 import logging
 import time
-from typing import Any, Final
+from contextvars import Context
+from typing import Final
 
 import aiohttp
-import msgspec
 
 from engine.errors import WorkerError
+from engine.router.asked import object_in
 from engine.router.keys import WorkerKeys
 from engine.router.workers import Fleet, State, Worker
 
@@ -36,7 +37,8 @@ class Health:
         fleet.on_added.append(self._begin)
 
     def _begin(self, worker: Worker) -> None:
-        worker.watch = asyncio.get_running_loop().create_task(self._watch(worker))
+        # It is of no request, though one may have added the worker.
+        worker.watch = asyncio.get_running_loop().create_task(self._watch(worker), context=Context())
 
     async def _watch(self, worker: Worker) -> None:
         failures, path, models_at, well_at = 0, 0, -MODELS_SECONDS, time.monotonic()
@@ -79,7 +81,7 @@ class Health:
             return "hung", f"no answer within {self._options.health_timeout:g} s ({type(error).__name__})"
         if status == 200:
             return "ready", ""
-        said = _object(body).get("cause") if status != 404 else None
+        said = object_in(body).get("cause") if status != 404 else None
         return "unready", str(said)[:MOST_CAUSE] if said else str(status)
 
     def _become(self, worker: Worker, state: State, cause: str) -> None:
@@ -102,7 +104,7 @@ class Health:
             status, body = await self.ask(worker, "/v1/models")
         except (aiohttp.ClientError, TimeoutError, OSError):
             return
-        data = _object(body).get("data") if status == 200 else None
+        data = object_in(body).get("data") if status == 200 else None
         if isinstance(data, list):
             names = [each.get("id") for each in data if isinstance(each, dict)]
             worker.models = tuple(name for name in names if isinstance(name, str))
@@ -121,11 +123,3 @@ class Health:
             method, worker.url + path, data=body or None, headers=headers, timeout=timeout
         ) as answer:
             return answer.status, await answer.read()
-
-
-def _object(body: bytes) -> dict[str, Any]:
-    try:
-        value = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return {}
-    return value if isinstance(value, dict) else {}

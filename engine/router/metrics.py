@@ -5,18 +5,16 @@ this page: `GET /workers/targets` tells Prometheus where to scrape them.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-if TYPE_CHECKING:
-    from engine.router.router import Router
+from engine.router.dispatch import Dispatcher
+from engine.router.workers import Fleet
 
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-STATES = ("starting", "ready", "unready", "hung", "gone")
 
 
 class RouterMetrics:
@@ -50,8 +48,9 @@ class RouterMetrics:
 class FleetFigures(Collector):
     """The figures of the queue and of each worker, at scrape time."""
 
-    def __init__(self, router: "Router") -> None:
-        self._router = router
+    def __init__(self, fleet: Fleet, dispatcher: Dispatcher) -> None:
+        self._fleet = fleet
+        self._dispatcher = dispatcher
 
     def describe(self) -> list[Metric]:
         """Nothing: the registry then does not scrape at start to learn the names."""
@@ -59,14 +58,14 @@ class FleetFigures(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """One family for each figure."""
-        dispatcher = self._router.dispatcher
+        dispatcher = self._dispatcher
         yield GaugeMetricFamily("engine_router_queue", "Requests that wait for a worker", value=dispatcher.waiting)
         text = "Requests that were refused because the queue was full, or waited too long"
         family = CounterMetricFamily("engine_router_refused", text, labels=["reason"])
         family.add_metric(["queue_full"], dispatcher.refused)
         family.add_metric(["queue_timeout"], dispatcher.timed_out)
         yield family
-        workers = list(self._router.fleet.workers.values())
+        workers = list(self._fleet.workers.values())
         gauges = (
             ("engine_router_worker_ready", "1 while requests may be sent there", lambda one: float(one.may_take)),
             ("engine_router_worker_running", "Requests that run there", lambda one: one.view.running),

@@ -23,7 +23,7 @@ class RouterOptions(Struct, frozen=True, kw_only=True):
 
     variables: ClassVar[str] = PREFIX
     workers: Annotated[tuple[str, ...], Meta(description="URLs of workers, http://a:8000,http://b:8000")] = ()
-    policy: Annotated[str, Meta(description="who gets a request: a routing policy's name")] = "round_robin"
+    policy: Annotated[str, Meta(description="who gets a request: a routing policy's name")] = "cache_aware"
     plugins: Annotated[tuple[str, ...], Meta(description="plugins to load, by name: a,b")] = ()
     workers_file: Annotated[
         Words | None, Meta(description="a file of workers, one URL a line; it is read again when it changes")

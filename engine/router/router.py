@@ -23,6 +23,7 @@ from engine.router.health import Health
 from engine.router.keys import WorkerKeys, admin_keys
 from engine.router.metrics import FleetFigures, RouterMetrics
 from engine.router.options import RouterConfig
+from engine.router.peers import Peers
 from engine.router.places import Places
 from engine.router.policy import RoutingPolicy
 from engine.router.workers import Fleet, Worker
@@ -55,7 +56,8 @@ class Router:
         self.dispatcher = Dispatcher(self.fleet, self.policy, config.queue)
         self.places = Places()
         self.metrics = RouterMetrics()
-        self.metrics.registry.register(FleetFigures(self))
+        self.peers = Peers(self.dispatcher, self.places)
+        self.metrics.registry.register(FleetFigures(self.fleet, self.dispatcher))
         self.draining = False
         self.began = time.time()
 
@@ -66,7 +68,7 @@ class Router:
             cookie_jar=aiohttp.DummyCookieJar(), connector=aiohttp.TCPConnector(limit=0)
         ) as session:
             self.fleet.session = session
-            tasks = [asyncio.create_task(each()) for each in (self._tidy, *discover(self.fleet))]
+            tasks = [asyncio.create_task(each()) for each in (self._tidy, self.peers.run, *discover(self.fleet))]
             try:
                 yield
             finally:
@@ -82,6 +84,7 @@ class Router:
             except Exception:
                 log.exception("the policy failed to tidy up")
                 more = False
+            self.peers.outside()
             await asyncio.sleep(0.0 if more else TIDY_SECONDS)
 
     async def holder(self, asked: Asked) -> str:

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from contextvars import Context
 from typing import Final, Literal
 
 import aiohttp
@@ -163,7 +164,7 @@ class Fleet:
         if not worker.draining:
             worker.draining = True
             log.info("worker %s drains: %d requests run there", worker.url, worker.view.running)
-            task = asyncio.get_running_loop().create_task(self._leave(worker))
+            task = asyncio.get_running_loop().create_task(self._leave(worker), context=Context())
             self._leaving.add(task)
             task.add_done_callback(self._leaving.discard)
             self.changed()

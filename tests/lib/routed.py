@@ -32,8 +32,8 @@ class RawWorker:
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
-                length = next((line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")), b":0")
-                body = await reader.readexactly(int(length.partition(b":")[2]))
+                fields = dict(line.lower().split(b": ", 1) for line in head.strip().split(b"\r\n")[1:])
+                body = await reader.readexactly(int(fields.get(b"content-length", 0)))
                 if self.hangs:
                     await asyncio.sleep(30)
                 if head.startswith(b"GET /readyz"):

@@ -85,4 +85,6 @@ def test_variables_of_other_programs_are_left_alone() -> None:
 
 def test_options_page_is_current() -> None:
     page = Path(__file__).parents[2] / "docs" / "options.md"
-    assert page.read_text() == options_page(groups().values(), router_groups().values()), "docs/options.md is stale; run `make docs`"
+    assert page.read_text() == options_page(groups().values(), router_groups().values()), (
+        "docs/options.md is stale; run `make docs`"
+    )

@@ -167,11 +167,10 @@ async def test_a_client_that_leaves_before_the_answer_begins_ends_it_too() -> No
 
 
 async def test_a_client_that_sends_no_more_is_answered() -> None:
-    async with raw_worker(says(b"{}")) as worker, routing(worker.url) as (url, _):
-        async with dial(url) as client:
-            await client.send(post(b"{}"))
-            await client.send_eof()
-            assert (await until_closed(client)).endswith(b"\r\n\r\n{}")
+    async with raw_worker(says(b"{}")) as worker, routing(worker.url) as (url, _), dial(url) as client:
+        await client.send(post(b"{}"))
+        await client.send_eof()
+        assert (await until_closed(client)).endswith(b"\r\n\r\n{}")
 
 
 # ── workers that die ─────────────────────────────────────────────────────────────────────────
@@ -267,7 +266,9 @@ async def test_a_connection_that_the_worker_closed_meanwhile_is_no_failure() -> 
         assert only.counts.moved == 0 and len(worker.asked) == 3
 
 
-@pytest.mark.parametrize("answer", [b"nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"])
+@pytest.mark.parametrize(
+    "answer", [b"nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"]
+)
 async def test_what_is_not_http_is_a_worker_that_fails(answer: bytes) -> None:
     async def odd(worker: RawWorker, writer: asyncio.StreamWriter, head: bytes, body: bytes) -> None:
         writer.write(answer)
