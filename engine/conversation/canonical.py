@@ -18,7 +18,6 @@ on with by its id. Pure logic, without template and tokenizer.
 """
 
 import hashlib
-import sys
 from array import array
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
@@ -48,10 +47,7 @@ def chained(text: str, space: bytes = b"") -> "array[int]":
     for end in range(BLOCK, len(text) + 1, BLOCK):
         update(text[end - BLOCK : end].encode("utf-8", "surrogatepass"))
         digests.append(copy().digest())
-    hashes = array("Q", b"".join(digests))
-    if sys.byteorder == "big":
-        hashes.byteswap()
-    return hashes
+    return array("Q", b"".join(digests))
 
 
 def space_of(cache_salt: str) -> bytes:

@@ -1,5 +1,8 @@
-"""What a routing policy is written with, for plugins: the base class, and what it is told and says. Torch-free."""
+"""What a routing policy is written with, for plugins: the base class, what it is told and says, and an index of who
+holds which prefix. Torch-free."""
 
+from engine.conversation.canonical import BLOCK, chained
+from engine.router.index import PrefixIndex
 from engine.router.policy import Arrival, Choice, RoutingPolicy, View
 
-__all__ = ["Arrival", "Choice", "RoutingPolicy", "View"]
+__all__ = ["BLOCK", "Arrival", "Choice", "PrefixIndex", "RoutingPolicy", "View", "chained"]

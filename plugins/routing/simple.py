@@ -1,5 +1,6 @@
 """Policies that look at the workers alone, not at what they hold."""
 
+import random
 from collections.abc import Sequence
 
 from engine.plugin.routing import Arrival, Choice, RoutingPolicy, View
@@ -16,3 +17,43 @@ class RoundRobin(RoutingPolicy):
 
     def sent(self, arrival: Arrival, worker: str) -> None:
         self._turn += 1
+
+
+class Random(RoutingPolicy):
+    """Any worker, each as likely."""
+
+    def __init__(self, rng: random.Random | None = None) -> None:
+        self._rng = rng or random.Random()
+
+    def choose(self, arrival: Arrival, workers: Sequence[View]) -> Choice:
+        return Choice(worker=self._rng.randrange(len(workers)), matched=0, reason="drawn")
+
+
+class PowerOfTwo(Random):
+    """The less loaded of two that are drawn: nearly as even as the least of all, and no herd runs to one worker when
+    several routers see the same loads a little late (Mitzenmacher 2001, IEEE TPDS 12(10))."""
+
+    def choose(self, arrival: Arrival, workers: Sequence[View]) -> Choice:
+        drawn = self._rng.sample(range(len(workers)), min(2, len(workers)))
+        best = min(drawn, key=lambda index: load(workers[index]))
+        return Choice(worker=best, matched=0, reason=f"the less loaded of {len(drawn)} drawn")
+
+
+class LeastLoad(RoutingPolicy):
+    """The worker with the fewest requests; among these, the one with the least of prompts to compute; then in turns."""
+
+    def __init__(self) -> None:
+        self._turn = 0
+
+    def choose(self, arrival: Arrival, workers: Sequence[View]) -> Choice:
+        count = len(workers)
+        best = min(range(count), key=lambda index: (load(workers[index]), (index - self._turn) % count))
+        return Choice(worker=best, matched=0, reason=f"the least load, {workers[best].running} requests")
+
+    def sent(self, arrival: Arrival, worker: str) -> None:
+        self._turn += 1
+
+
+def load(worker: View) -> tuple[int, int]:
+    """How loaded a worker is, to compare."""
+    return worker.running, worker.waiting_chars
