@@ -4,7 +4,8 @@
           └── none has: a bounded queue, by priority and arrival, until its deadline
 
 A ticket may be bound to one worker, which holds what it is about. Workers that it was sent to in vain are left out,
-until all were. A session stays where it was sent before, unless that worker has far more to do than others.
+until all were. Where the policy knows of no cache that holds a part, a session stays where it was sent before, unless
+that worker has far more to do than others.
 Left out: sending (`proxy`), and what a worker's cache holds (the policy).
 """
 
@@ -103,10 +104,10 @@ class Dispatcher:
             return None
         if ticket.bound:
             return able[0], Choice(0, 0, "holds what the request is about")
-        program = ticket.arrival.program
-        if program and (kept := self._kept(able, self._sessions.get(program, ""))) is not None:
-            return kept, Choice(0, 0, "its session is there")
         choice = self._chosen(ticket.arrival, able)
+        program = ticket.arrival.program
+        if program and not choice.matched and (kept := self._kept(able, self._sessions.get(program, ""))) is not None:
+            return kept, Choice(0, 0, "its session is there")
         return able[choice.worker], choice
 
     def _kept(self, able: Sequence[Worker], url: str) -> Worker | None:

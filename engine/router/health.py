@@ -95,6 +95,9 @@ class Health:
         if before == "gone":
             for reset in self._fleet.on_reset:
                 reset(worker.url)
+        if state == "ready":
+            for told in self._fleet.on_ready:
+                told(worker)
         if state in ("hung", "gone"):
             for upstream in list(worker.unanswered):
                 upstream.fail(WorkerError(f"the worker {worker.url} is {state}: {cause}"))

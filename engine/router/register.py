@@ -57,7 +57,7 @@ class Registration:
         said = ""
         async with self._session() as session:
             while True:
-                body = {"url": self._url, "registered": True}
+                body: dict[str, object] = {"url": self._url, "registered": True}
                 now = await _status(session, "POST", f"{router}/workers", body)
                 if now != said:
                     log.log(logging.INFO if now == "200" else logging.ERROR, "registering at %s: %s", router,

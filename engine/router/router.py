@@ -19,6 +19,7 @@ from engine.plugin.registry import Plugins, resolve
 from engine.router.asked import Asked
 from engine.router.discovery import discover
 from engine.router.dispatch import Dispatcher
+from engine.router.feeds import Feeds
 from engine.router.health import Health
 from engine.router.keys import WorkerKeys, admin_keys
 from engine.router.metrics import FleetFigures, RouterMetrics
@@ -53,6 +54,7 @@ class Router:
         self.worker_keys = WorkerKeys(config.router.worker_key_file)
         self.admin_keys = admin_keys(config)
         self.health = Health(self.fleet, self.worker_keys)
+        self.feeds = Feeds(self.fleet, self.policy, self.worker_keys)
         self.dispatcher = Dispatcher(self.fleet, self.policy, config.queue)
         self.places = Places()
         self.metrics = RouterMetrics()
@@ -74,6 +76,7 @@ class Router:
             finally:
                 for task in tasks:
                     task.cancel()
+                self.feeds.close()
                 self.fleet.close()
                 await asyncio.gather(*tasks, return_exceptions=True)
 

@@ -134,6 +134,7 @@ class Fleet:
         self.config = config
         self.workers: dict[str, Worker] = {}
         self.on_added: list[Callable[[Worker], None]] = []
+        self.on_ready: list[Callable[[Worker], None]] = []  # after a heartbeat that said otherwise
         self.on_change: list[Callable[[], None]] = []
         self.on_reset: list[Callable[[str], None]] = []  # its cache is empty, or unknown
         self.on_removed: list[Callable[[str], None]] = []

@@ -24,6 +24,7 @@ class RawWorker:
         self.models = models
         self.status = 200  # of heartbeats
         self.hangs = False  # answers nothing at all
+        self.tells = False  # asks `script` for the events of its cache too
         self.asked: list[tuple[bytes, bytes]] = []
         self.left = 0  # requests whose client has closed the connection before the answer was whole
         self.url = ""
@@ -38,6 +39,8 @@ class RawWorker:
                     await asyncio.sleep(30)
                 if head.startswith(b"GET /readyz"):
                     writer.write(whole(b"{}", status=self.status))
+                elif head.startswith(b"GET /v1/cache/events") and not self.tells:
+                    writer.write(whole(b"{}", status=404))
                 elif head.startswith(b"GET /v1/models"):
                     writer.write(whole(b'{"data":[{"id":"%b"}]}' % self.models.encode()))
                 else:

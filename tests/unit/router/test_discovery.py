@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 import anyio
 import pytest
-from routed import RawWorker, raw_worker, routing, says, until
+from routed import STREAM, RawWorker, chunk, raw_worker, routing, says, until
 
 from engine.config import resolve
 from engine.errors import ConfigError
@@ -166,6 +166,32 @@ async def test_routers_tell_each_other_what_they_did() -> None:
             await until(lambda: not told.dispatcher.outside)
         async with aiohttp.ClientSession() as session, session.post(f"{url}/router/notes", data=b"?") as refused:
             assert (refused.status, (await refused.json())["error"]["code"]) == (400, "invalid_notes")
+
+
+async def test_what_workers_tell_of_their_caches_reaches_the_policy() -> None:
+    held = asyncio.Event()
+
+    async def tells(worker: RawWorker, writer: asyncio.StreamWriter, head: bytes, body: bytes) -> None:
+        assert head.startswith(b"GET /v1/cache/events?after=0 ")
+        changes = [{"kind": "stored", "space": "ab", "blocks": "00" * 16}, {"kind": "evicted", "blocks": "11" * 8}]
+        event = b"data: " + json.dumps({"after": 0, "number": 2, "changes": changes}).encode() + b"\n\n"
+        writer.write(STREAM + chunk(event))
+        await held.wait()
+
+    async with raw_worker(tells) as one, raw_worker(says(b"{}")) as two, routing(wait=False) as (_, router):
+        told: list[tuple[Any, ...]] = []
+        for name in ("stored", "evicted", "reset"):
+            setattr(router.policy, name, lambda *what, name=name: told.append((name, *what)))
+        one.tells = True
+        for each in (one, two):
+            router.fleet.add(each.url, "test")
+        await until(lambda: len(told) == 2)
+        assert (told[0][:3], list(told[0][3])) == (("stored", one.url, b"\xab"), [0, 0])
+        assert (told[1][:2], list(told[1][2])) == (("evicted", one.url), [0x1111111111111111])
+        assert router.fleet.workers[one.url].counts.evictions == 1
+        router.fleet.remove(router.fleet.workers[one.url])
+        await until(lambda: one.left == 1)
+        assert router.fleet.workers[two.url].may_take and not two.asked
 
 
 # ── engine up ────────────────────────────────────────────────────────────────────────────────
