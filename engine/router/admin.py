@@ -159,27 +159,45 @@ async def add_worker(request: web.Request, body: WorkerBody) -> web.Response:
 def _add(request: web.Request, body: WorkerBody) -> Worker:
     router = request.app[ROUTER]
     router.admin_keys.check(keys_in(request))
+    barred = router.fleet.barred
     try:
-        return router.fleet.add(body.url, REGISTERED if body.registered else ADDED, body.capacity)
+        if body.registered and named(body.url) in barred:
+            raise RequestError(
+                f"{body.url} was removed from this router, so it cannot register itself; an operator may add it again",
+                param="url",
+                code="worker_barred",
+                status=409,
+            )
+        worker = router.fleet.add(body.url, REGISTERED if body.registered else ADDED, body.capacity)
     except ConfigError as error:
         raise RequestError(str(error), param="url") from None
+    barred.discard(worker.url)
+    return worker
 
 
 async def remove_worker(request: web.Request) -> web.Response:
     """Drain the worker at `url` and remove it; with `wait=false`, answer before it is empty. After `seconds`, what
-    still runs there is broken off."""
+    still runs there is broken off. With `registered=true` it is the worker itself that asks, and it may come again."""
     router, query = request.app[ROUTER], request.query
-    router.admin_keys.check(keys_in(request))
-    worker = _worker_of(router, query.get("url", ""))
     seconds = _seconds(query.get("seconds"))
-    router.fleet.drain(worker)
+    worker = _drained(request, itself=query.get("registered") == "true")
     if query.get("wait", "true") != "false":
         with anyio.move_on_after(seconds) as scope:
             await worker.left.wait()
         if scope.cancelled_caught:
             router.fleet.remove(worker)
-    removed = router.fleet.workers.get(worker.url) is not worker
-    return json_response(RemovedReply(worker.url, removed, worker.view.running))
+    return json_response(RemovedReply(worker.url, worker.left.is_set(), worker.view.running))
+
+
+def _drained(request: web.Request, *, itself: bool) -> Worker:
+    """The worker that the query names, which gets no more requests from now on."""
+    router = request.app[ROUTER]
+    router.admin_keys.check(keys_in(request))
+    worker = _worker_of(router, request.query.get("url", ""))
+    router.fleet.drain(worker)
+    if not itself:
+        router.fleet.barred.add(worker.url)
+    return worker
 
 
 def _seconds(said: str | None) -> float | None:
@@ -212,11 +230,8 @@ async def sglang_add(request: web.Request) -> web.Response:
 
 async def sglang_remove(request: web.Request) -> web.Response:
     """Drain the worker at `url` and remove it, as SGLang's router does; the answer does not wait."""
-    router = request.app[ROUTER]
-    router.admin_keys.check(keys_in(request))
-    worker = _worker_of(router, request.query.get("url", ""))
-    router.fleet.drain(worker)
-    return json_response(RemovedReply(worker.url, worker.url not in router.fleet.workers, worker.view.running))
+    worker = _drained(request, itself=False)
+    return json_response(RemovedReply(worker.url, worker.left.is_set(), worker.view.running))
 
 
 async def sglang_list(request: web.Request) -> web.Response:

@@ -15,7 +15,7 @@ from aiohttp.typedefs import Handler
 from engine.http.connections import listen
 from engine.http.fields import IGNORED, Ignored
 from engine.http.intake import INTAKE, Intake, without_expecting
-from engine.http.keys import Keys, key_check
+from engine.http.keys import Keys, key_check, keys_in
 from engine.http.listening import cannot_listen, url_of
 from engine.http.openapi import Route
 from engine.http.origins import Access, Gate, warn_of_any_origin
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 CLOSE_SECONDS = 1.0  # what handlers still running at the end get; draining happens before
 ROUTES: Sequence[Route] = (*admin.ROUTES, *everywhere.ROUTES)
-ADMIN = frozenset({"/workers", "/add_worker", "/remove_worker", NOTES})  # what needs the admin key needs no other
+CHANGES = frozenset({"/workers", "/add_worker", "/remove_worker", NOTES})  # what needs the admin key needs no other
+OPERATORS = frozenset(route.path for route in admin.ROUTES)
 METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"})
 
 
@@ -63,11 +64,15 @@ async def to_a_worker(request: web.Request) -> web.StreamResponse:
 
 
 def _unless_admins(check: "Middleware") -> "Middleware":
-    """`check`, but where the admin key is asked for in its place."""
+    """`check`, but on the routes of operators an admin's key is as good, and where that alone will do, it is checked
+    there."""
 
     @web.middleware
     async def check_key(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path in ADMIN and request.method != "GET" and request.app[ROUTER].admin_keys.asked:
+        admins = request.app[ROUTER].admin_keys
+        if request.path in CHANGES and request.method != "GET" and admins.asked:
+            return await handler(request)
+        if request.path in OPERATORS and admins.have(keys_in(request)):
             return await handler(request)
         return await check(request, handler)
 

@@ -34,24 +34,26 @@ class Breaker:
         """Seconds until one may be, at the earliest."""
         return 0.0 if self._until is None else max(0.0, self._until - now)
 
-    def sent(self) -> None:
-        """A request is sent; the first since the breaker has opened is on trial."""
+    def sent(self) -> bool:
+        """A request is sent; whether it is on trial, as the first since the breaker has opened."""
         self._trial = self._until is not None
+        return self._trial
 
     def succeeded(self) -> None:
         """A request was answered."""
         self._failures, self._until, self._trial, self._seconds = 0, None, False, self._first
 
-    def failed(self, now: float) -> bool:
-        """A request was not; whether the breaker opens."""
+    def failed(self, now: float, *, trial: bool = False) -> bool:
+        """A request was not, which may have been on trial; whether the breaker opens."""
         self._failures += 1
-        if not self._trial and (self._until is not None or self._failures < self._most):
+        if not trial and (self._until is not None or self._failures < self._most):
             return False  # one that was sent before it opened says nothing new
         self._until = now + self._seconds
         self._seconds = min(2 * self._seconds, LONGEST)
         self._trial = False
         return True
 
-    def undecided(self) -> None:
+    def undecided(self, *, trial: bool = False) -> None:
         """A request ended without saying anything of the worker: its client has left."""
-        self._trial = False
+        if trial:
+            self._trial = False

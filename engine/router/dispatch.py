@@ -57,11 +57,13 @@ class Ticket:
 
 
 class Placed(Struct):
-    """A request and its worker. `waiting` characters of it count there until its first byte."""
+    """A request and its worker. `waiting` characters of it count there until its first byte; `trial` says that the
+    worker's breaker waits for what becomes of it."""
 
     worker: Worker
     choice: Choice
     waiting: int
+    trial: bool
 
 
 class Dispatcher:
@@ -188,11 +190,10 @@ class Dispatcher:
             return None
         worker, choice = chosen
         arrival, view = ticket.arrival, worker.view
-        placed = Placed(worker, choice, max(0, len(arrival.text) - choice.matched))
+        placed = Placed(worker, choice, max(0, len(arrival.text) - choice.matched), worker.breaker.sent())
         view.running += 1
         view.waiting_chars += placed.waiting
         worker.emptied.clear()
-        worker.breaker.sent()
         worker.counts.sent += 1
         worker.counts.prompt_chars += len(arrival.text)
         worker.counts.matched_chars += choice.matched
@@ -233,21 +234,18 @@ class Dispatcher:
 
     def pump(self) -> None:
         """Send what waits and can be sent, the first first."""
-        if not self._queue:
-            return
-        left: list[tuple[int, int, Ticket]] = []
-        waiting, self._queue = sorted(self._queue), left
-        for place, entry in enumerate(waiting):
+        passed: list[tuple[int, int, Ticket]] = []  # those for workers that have no room, while others have some
+        while self._queue and any(each.room > 0 and each.may_take for each in self.fleet.workers.values()):
+            entry = heapq.heappop(self._queue)
             ticket = entry[2]
-            if not any(each.may_take and each.room > 0 for each in self.fleet.workers.values()):
-                left += waiting[place:]
-                break
             if ticket.found is None or ticket.found.done():
                 continue
             if (placed := self._take(ticket)) is None:
-                left.append(entry)
+                passed.append(entry)
             else:
                 ticket.found.set_result(placed)
+        for entry in passed:
+            heapq.heappush(self._queue, entry)
 
     def abort(self, rid: str | None) -> int:
         """End those requests in the queue that have this id, or all; how many."""

@@ -17,7 +17,8 @@ from engine.http.intake import read_body
 from engine.http.openapi import Route
 from engine.http.wire import json_response
 from engine.router.asked import object_in
-from engine.router.router import ROUTER, Router
+from engine.router.proxy import passed
+from engine.router.router import ROUTER
 from engine.router.workers import Worker
 
 SECONDS = 60.0  # that a worker may take
@@ -37,12 +38,16 @@ class Said(Struct):
     body: Any
 
 
-async def _of_each(
-    router: Router, workers: list[Worker], path: str, *, method: str = "GET", body: bytes = b"", seconds: float | None
-) -> list[Said]:
+async def _of_each(request: web.Request, workers: list[Worker], path: str, body: bytes | None = None) -> list[Said]:
+    """What `workers` answer to a GET, or to a POST of `body`."""
+    health, sent = request.app[ROUTER].health, passed(request)
+    method, seconds = ("GET", None) if body is None else ("POST", SECONDS)
+
     async def ask(worker: Worker) -> Said:
         try:
-            status, data = await router.health.ask(worker, path, method=method, body=body, seconds=seconds)
+            status, data = await health.ask(
+                worker, path, method=method, body=body or b"", headers=sent, seconds=seconds
+            )
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             return Said(worker.url, 0, f"no answer ({type(error).__name__})")
         try:
@@ -73,7 +78,7 @@ async def everywhere(request: web.Request) -> web.Response:
     router, body = request.app[ROUTER], await read_body(request)
     workers = [worker for worker in router.fleet.workers.values() if worker.state != "gone"]
     path = request.rel_url.raw_path_qs
-    answers = await _of_each(router, workers, path, method="POST", body=body, seconds=SECONDS)
+    answers = await _of_each(request, workers, path, body)
     bad = [each.status for each in answers if each.status != 200]
     alike = len(bad) == len(answers) and len(set(bad)) == 1 and bad[0]  # all refuse it in the same way
     return json_response(joined(answers), status=200 if not bad else bad[0] if alike else 502)
@@ -91,7 +96,7 @@ async def abort(request: web.Request) -> web.Response:
         workers = [worker for worker in workers if worker.url in known]
     elif here and not everything:
         return json_response({"aborted": here})
-    answers = await _of_each(router, workers, "/abort_request", method="POST", body=body, seconds=SECONDS)
+    answers = await _of_each(request, workers, "/abort_request", body)
     whole = joined(answers)
     refused = [each for each in answers if each.status != 200]
     if answers and len(refused) == len(answers) and refused[0].status:
@@ -101,15 +106,21 @@ async def abort(request: web.Request) -> web.Response:
 
 async def models(request: web.Request) -> web.Response:
     """The models of all workers, each once."""
-    router = request.app[ROUTER]
-    workers = [worker for worker in router.fleet.workers.values() if worker.state in ("ready", "starting", "unready")]
+    workers = [
+        worker
+        for worker in request.app[ROUTER].fleet.workers.values()
+        if worker.state in ("ready", "starting", "unready")
+    ]
     found: dict[str, Any] = {}
-    for said in await _of_each(router, workers, "/v1/models", seconds=None):
+    whole: dict[str, Any] = {"object": "list"}
+    for said in await _of_each(request, workers, "/v1/models"):
         data = said.body.get("data") if isinstance(said.body, dict) else None
+        if not found and isinstance(data, list):
+            whole = said.body  # whose shape is that of the client's API
         for each in data if isinstance(data, list) else ():
             if isinstance(each, dict) and isinstance(each.get("id"), str):
                 found.setdefault(each["id"], each)
-    return json_response({"object": "list", "data": list(found.values())})
+    return json_response(whole | {"data": list(found.values())})
 
 
 ROUTES = (

@@ -10,7 +10,9 @@ A worker that was gone has lost its cache, so policies are told.
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from contextvars import Context
+from types import MappingProxyType
 from typing import Final
 
 import aiohttp
@@ -24,6 +26,7 @@ PATHS: Final = ("/readyz", "/health")
 MODELS_SECONDS: Final = 30.0  # how old what is known of the models may be
 FORGET_SECONDS: Final = 600.0  # after which a worker that registered itself and is gone is forgotten
 MOST_CAUSE: Final = 200
+NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
 log = logging.getLogger("engine.router")
 
 
@@ -113,16 +116,23 @@ class Health:
             worker.models = tuple(name for name in names if isinstance(name, str))
 
     async def ask(
-        self, worker: Worker, path: str, *, method: str = "GET", body: bytes = b"", seconds: float | None = None
+        self,
+        worker: Worker,
+        path: str,
+        *,
+        method: str = "GET",
+        body: bytes = b"",
+        headers: Mapping[str, str] = NOTHING,
+        seconds: float | None = None,
     ) -> tuple[int, bytes]:
-        """A question of the router's own: the status and the body of the answer. Raises aiohttp.ClientError, OSError,
-        and TimeoutError after `seconds`, by default those of a heartbeat."""
+        """A question of the router's own, or one with a client's `headers`: the status and the body of the answer.
+        Raises aiohttp.ClientError, OSError, and TimeoutError after `seconds`, by default those of a heartbeat."""
         assert self._fleet.session is not None, "it is opened with the router"
         timeout = aiohttp.ClientTimeout(total=seconds or self._options.health_timeout)
-        headers = {"Content-Type": "application/json"} if body else {}
+        said = dict(headers) | ({"Content-Type": "application/json"} if body else {})
         if (key := self._keys.of(worker.url)) is not None:
-            headers["Authorization"] = f"Bearer {key}"
+            said["Authorization"] = f"Bearer {key}"
         async with self._fleet.session.request(
-            method, worker.url + path, data=body or None, headers=headers, timeout=timeout
+            method, worker.url + path, data=body or None, headers=said, timeout=timeout
         ) as answer:
             return answer.status, await answer.read()

@@ -35,6 +35,10 @@ class AdminKeys:
     def asked(self) -> bool:
         return self._keys.asked
 
+    def have(self, given: list[str]) -> bool:
+        """Whether one of the keys `given` is an admin's."""
+        return self._keys.asked and self._keys.have(given)
+
     def check(self, given: list[str]) -> None:
         """Raise RequestError unless one of the keys `given` is an admin's."""
         if not self._keys.asked:

@@ -19,6 +19,8 @@ import msgspec
 from msgspec import Struct
 
 from engine.errors import RequestError
+from engine.http.keys import own_key
+from engine.options.listening import ListenOptions
 from engine.router.dispatch import Dispatcher
 from engine.router.places import Places
 from engine.router.policy import Arrival
@@ -56,7 +58,9 @@ class Peers:
         self._fleet = dispatcher.fleet
         self._places = places
         self._name = uuid4().hex
-        self._urls = [url.rstrip("/") for url in self._fleet.config.router.peers]
+        options = self._fleet.config.router
+        self._key = own_key(ListenOptions(api_key=options.admin_key, api_key_file=options.admin_key_file))
+        self._urls = [url.rstrip("/") for url in options.peers]
         self._sent: deque[Note] = deque(maxlen=MOST_NOTES)
         self._responses: deque[tuple[str, str]] = deque(maxlen=MOST_NOTES)
         self._running: dict[str, tuple[float, dict[str, int]]] = {}  # by router: when it said so, and what
@@ -89,7 +93,7 @@ class Peers:
             await asyncio.gather(*(self._post(url, data) for url in self._urls))
 
     async def _post(self, url: str, data: bytes) -> None:
-        session, key = self._fleet.session, next(iter(self._fleet.config.router.admin_key or ()), None)
+        session, key = self._fleet.session, self._key
         assert session is not None, "it is opened with the router"
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:

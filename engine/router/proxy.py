@@ -12,12 +12,14 @@ whole must not look whole. A client that leaves cancels this, which closes the c
 import logging
 import math
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
 from msgspec import Struct
 
-from engine.errors import RequestError, WorkerError, counted
+from engine.errors import RequestError, WorkerError, counted, shut_down
 from engine.http.intake import read_body, release_body
 from engine.router.asked import RESPONSE_ID, Asked, cached_share, read_asked
 from engine.router.dispatch import Placed, Ticket
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 ELSEWHERE: Final = frozenset({429, 502, 503, 504})  # statuses of a worker that another one may do without
 FAILURES: Final = frozenset({502, 504})
 PATIENCE: Final = "X-Queue-Seconds"
+CLIENT: Final = ("Authorization", "x-api-key", "anthropic-version")
 log = logging.getLogger("engine.router")
 
 
@@ -52,9 +55,14 @@ class Moved(WorkerError):
     """The worker has not answered, and nothing went to the client."""
 
 
+def passed(request: web.Request) -> dict[str, str]:
+    """The headers of `request` by which a worker knows its client, for questions beside the request itself."""
+    return {name: request.headers[name] for name in CLIENT if name in request.headers}
+
+
 async def ticket_of(router: "Router", request: web.Request, asked: Asked) -> Ticket:
     """Where `request` may go, and how long it may wait. Raises RequestError, 404 if what it is about is gone."""
-    bound = await router.holder(asked) if asked.response else ""
+    bound = await router.holder(asked, passed(request)) if asked.response else ""
     seconds = math.inf
     if (said := request.headers.get(PATIENCE)) is not None:
         try:
@@ -70,6 +78,8 @@ async def ticket_of(router: "Router", request: web.Request, asked: Asked) -> Tic
 
 async def proxied(router: "Router", request: web.Request) -> web.StreamResponse:
     """The answer of a worker to `request`. Raises RequestError where no worker can answer it."""
+    if router.draining:
+        raise shut_down()
     body = await read_body(request)
     asked = read_asked(request, body)
     return await Journey(router, request, body, asked, await ticket_of(router, request, asked)).run()
@@ -115,7 +125,7 @@ class Journey:
         worker, places, rids = placed.worker, self._router.places, self._asked.rids
         places.begin(rids, worker.url)
         upstream: Upstream | None = None
-        verdict = worker.breaker.undecided
+        verdict = partial(worker.breaker.undecided, trial=placed.trial)
         try:
             upstream, head = await self._begun(worker)
             self._decision.first = time.perf_counter() - self._began
@@ -128,14 +138,15 @@ class Journey:
                 places.begin((id,), worker.url)
                 rids = (*rids, id)
             worker.streaming.add(upstream)
-            response = await self._relayed(worker, upstream, head)
-            verdict = worker.breaker.succeeded if head.status not in ELSEWHERE else worker.breaker.undecided
+            broken = partial(worker.failed, trial=placed.trial)
+            response = await self._relayed(worker, upstream, head, broken)
+            if head.status not in ELSEWHERE:
+                verdict = worker.breaker.succeeded
             return response
-        except Moved as error:
-            verdict = worker.breaker.undecided
+        except Moved:
             if upstream is None or head.status in FAILURES:
-                verdict = worker.failed
-            raise error
+                verdict = partial(worker.failed, trial=placed.trial)
+            raise
         finally:
             verdict()
             places.end(rids, worker.url)
@@ -169,12 +180,14 @@ class Journey:
                     raise Moved(f"{error} ({worker.url})") from None
                 raise
 
-    async def _relayed(self, worker: Worker, upstream: Upstream, head: Head) -> web.StreamResponse:
-        """Answer the client; what the answer says of itself is noted."""
+    async def _relayed(
+        self, worker: Worker, upstream: Upstream, head: Head, broken: Callable[[], None]
+    ) -> web.StreamResponse:
+        """Answer the client; what the answer says of itself is noted, and `broken` is called if it is not whole."""
         try:
             response = await relay(self._request, upstream, head)
         except WorkerError as error:
-            worker.failed()
+            broken()
             worker.counts.failed += 1
             log.warning("%s; its answer had begun, so the client's connection is closed", error)
             raise ConnectionResetError("the worker broke off") from None

@@ -73,7 +73,7 @@ class Registration:
         with anyio.move_on_after(LEAVE_SECONDS):
             async with self._session() as session, anyio.create_task_group() as group:
                 for router in self._routers:
-                    query = f"{router}/workers?wait=false&url={self._url}"
+                    query = f"{router}/workers?registered=true&wait=false&url={self._url}"
                     group.start_soon(_status, session, "DELETE", query, None)
 
     def _session(self) -> aiohttp.ClientSession:

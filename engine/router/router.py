@@ -7,7 +7,7 @@ discovery, admin ──> Fleet ──> Health (one task a worker)
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -90,12 +90,12 @@ class Router:
             self.peers.outside()
             await asyncio.sleep(0.0 if more else TIDY_SECONDS)
 
-    async def holder(self, asked: Asked) -> str:
-        """The URL of the worker that has the response that a request is about. Raises RequestError (404) if none."""
+    async def holder(self, asked: Asked, headers: Mapping[str, str]) -> str:
+        """The URL of the worker that has the response that a request with these `headers` is about. Raises RequestError (404) if none."""
         id, workers = asked.response, self.fleet.workers
         url = self.places.response(id)
         if not url:
-            url = await self._who_has(id)
+            url = await self._who_has(id, headers)
             if url:
                 self.places.learn(id, url)
         if url in workers:
@@ -108,12 +108,12 @@ class Router:
             status=404,
         )
 
-    async def _who_has(self, id: str) -> str:
+    async def _who_has(self, id: str, headers: Mapping[str, str]) -> str:
         """The URL of a worker that says that it has the response `id`; empty if none does."""
 
         async def has(worker: Worker) -> str:
             try:
-                status, _ = await self.health.ask(worker, f"/v1/responses/{id}")
+                status, _ = await self.health.ask(worker, f"/v1/responses/{id}", headers=headers)
             except (aiohttp.ClientError, TimeoutError, OSError):
                 return ""
             return worker.url if status == 200 else ""

@@ -243,7 +243,7 @@ class Upstream(asyncio.Protocol):
             return
         if not self._last:
             self._first = data
-        self._last.append(data)
+        self._last.append(data if len(data) <= LAST_BYTES else data[-LAST_BYTES:])
         if len(self._last) > LAST:
             del self._last[0]
         if self._chunks is not None:

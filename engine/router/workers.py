@@ -90,10 +90,10 @@ class Worker:
             return f"its last requests failed; it is tried again in {self.breaker.left(time.monotonic()):.1f} s"
         return "" if self.room > 0 else f"{self.view.running} requests run there, the most that it takes"
 
-    def failed(self) -> None:
+    def failed(self, *, trial: bool) -> None:
         """A request had no answer here, or half of one."""
         self.look.set()
-        if self.breaker.failed(time.monotonic()):
+        if self.breaker.failed(time.monotonic(), trial=trial):
             log.warning("worker %s failed too often; its next request is in %.0f s", self.url,
                         self.breaker.left(time.monotonic()))  # fmt: skip
 
@@ -133,6 +133,7 @@ class Fleet:
     def __init__(self, config: RouterConfig) -> None:
         self.config = config
         self.workers: dict[str, Worker] = {}
+        self.barred: set[str] = set()  # removed by an operator, and not to add themselves again
         self.on_added: list[Callable[[Worker], None]] = []
         self.on_ready: list[Callable[[Worker], None]] = []  # after a heartbeat that said otherwise
         self.on_change: list[Callable[[], None]] = []

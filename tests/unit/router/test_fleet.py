@@ -82,6 +82,18 @@ async def test_a_drained_worker_that_is_added_again_stays() -> None:
         assert list(router.fleet.workers) == [one.url]
 
 
+async def test_a_worker_that_an_operator_removed_does_not_come_back_by_itself() -> None:
+    async with raw_worker(says(b"1")) as one, routing(one.url) as (url, router):
+        itself = {"url": one.url, "registered": True}
+        assert (await call("DELETE", f"{url}/workers?url={one.url}&registered=true"))[1]["removed"] is True
+        assert (await call("POST", f"{url}/workers", itself))[1]["source"] == "registration"
+        assert (await call("DELETE", f"{url}/workers?url={one.url}"))[1]["removed"] is True
+        status, body = await call("POST", f"{url}/workers", itself)
+        assert (status, body["error"]["code"]) == (409, "worker_barred") and not router.fleet.workers
+        assert (await call("POST", f"{url}/workers", {"url": one.url}))[0] == 200
+        assert (await call("POST", f"{url}/workers", itself))[0] == 200
+
+
 async def test_after_its_seconds_a_drain_breaks_off_what_runs() -> None:
     async with raw_worker(Held()) as one, routing(one.url, retries=0) as (url, router), asyncio.TaskGroup() as group:
         first = group.create_task(ask(url))
@@ -168,13 +180,16 @@ def test_a_breaker_backs_off() -> None:
         waits.append(breaker.left(now))
         now += breaker.left(now)
         assert breaker.allows(now)
-        breaker.sent()
+        assert breaker.sent()
         assert not breaker.allows(now)  # one at a time
-        assert breaker.failed(now)
+        assert not breaker.failed(now) and not breaker.allows(now)  # another one, sent before
+        assert breaker.failed(now, trial=True)
     assert waits == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
     now += 60.0
     breaker.sent()
-    breaker.undecided()
+    breaker.undecided()  # another one
+    assert not breaker.allows(now)
+    breaker.undecided(trial=True)
     assert breaker.allows(now)
     breaker.sent()
     breaker.succeeded()

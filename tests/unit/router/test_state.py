@@ -131,7 +131,18 @@ async def test_what_is_for_all_is_done_by_all() -> None:
         assert (status, body["freed"], body["in_use"]) == (200, 24, 6)
         assert body["workers"][one] == {"status": 200, "answer": {"freed": 12, "in_use": 3}}
         status, body = await call(f"{url}/v1/models", method="GET")
-        assert [each["id"] for each in body["data"]] == ["fake"]
+        assert [each["id"] for each in body["data"]] == ["fake"] and body["object"] == "list"
+        status, body = await call(f"{url}/v1/models", method="GET", headers={"anthropic-version": "2023-06-01"})
+        assert [each["display_name"] for each in body["data"]] == ["fake"] and body["has_more"] is False
+
+
+async def test_workers_see_the_clients_key_where_the_router_asks_them_all() -> None:
+    async with serving(FakeFront(), api_key=("k",)) as one, routing(one, wait=False) as (url, router):
+        await until(lambda: router.fleet.workers[one].may_take)
+        key = {"x-api-key": "k"}
+        assert (await call(f"{url}/flush_cache"))[0] == 401
+        assert (await call(f"{url}/flush_cache", headers=key))[1]["freed"] == 12
+        assert (await call(f"{url}/v1/models", method="GET", headers=key))[1]["data"][0]["id"] == "fake"
 
 
 async def test_a_worker_that_does_not_do_it_is_named() -> None:
@@ -248,6 +259,9 @@ async def test_keys_of_clients_and_of_admins(tmp_path: Path) -> None:
         assert (await call(f"{url}/workers?url={one.url}", method="DELETE", headers=client))[0] == 401
         assert (await call(f"{url}/add_worker?url=http://127.0.0.1:1", headers=boss))[0] == 200
         assert (await call(f"{url}/workers", method="GET"))[0] == 401
+        for key in (client, boss):
+            assert (await call(f"{url}/workers", method="GET", headers=key))[0] == 200
+        assert (await call(f"{url}/v1/completions", {"prompt": "a"}, headers=boss))[0] == 401
         assert (await call(f"{url}/livez", method="GET"))[0] == 200
         assert len(router.fleet.workers) == 2
 
