@@ -91,7 +91,8 @@ class Router:
             await asyncio.sleep(0.0 if more else TIDY_SECONDS)
 
     async def holder(self, asked: Asked, headers: Mapping[str, str]) -> str:
-        """The URL of the worker that has the response that a request with these `headers` is about. Raises RequestError (404) if none."""
+        """The URL of the worker that has the response that a request with these `headers` is about. Raises RequestError
+        (404) if none."""
         id, workers = asked.response, self.fleet.workers
         url = self.places.response(id)
         if not url:

@@ -12,6 +12,7 @@ import asyncio
 import socket
 import ssl
 import struct
+from collections import deque
 from collections.abc import Sequence
 from typing import Final, cast
 
@@ -126,7 +127,7 @@ class Upstream(asyncio.Protocol):
         self._gathered: list[bytes] = []
         self._size = 0
         self._first: bytes = b""
-        self._last: list[bytes] = []
+        self._last: deque[bytes] = deque(maxlen=LAST)
         self._client: asyncio.Transport | None = None
         self._most = 0
         self._wanted: asyncio.Future[None] | None = None
@@ -155,7 +156,8 @@ class Upstream(asyncio.Protocol):
         self._size = 0
         self._bodiless = head.startswith(b"HEAD ")
         self._begun, self._chunks, self._left, self._broken = b"", None, None, None
-        self._gathered, self._first, self._last = [], b"", []
+        self._gathered, self._first = [], b""
+        self._last.clear()
         self._head = wanted = asyncio.get_running_loop().create_future()
         self._transport.write(head + body if len(body) < MOST_HEAD else head)
         if len(body) >= MOST_HEAD:
@@ -244,11 +246,9 @@ class Upstream(asyncio.Protocol):
         if not self._last:
             self._first = data
         self._last.append(data if len(data) <= LAST_BYTES else data[-LAST_BYTES:])
-        if len(self._last) > LAST:
-            del self._last[0]
-        if self._chunks is not None:
+        if (chunks := self._chunks) is not None:
             try:
-                self.ended = self._chunks.end(data)
+                self.ended = chunks.end(data)
             except WorkerError as error:
                 self.fail(error)
                 return
