@@ -3,6 +3,7 @@
     python -m bench.router.cost [--streams 64,256] [--tokens 256] [--turns 5] [--policy round_robin] [--json FILE]
 
 - `paced`: a fake worker gives each stream an event of one token every 50 ms, so that no two events come in one read.
+  The floor beside it is a bare relay in Python (`bare_relay`), which writes what it reads.
 - `front`: `engine serve` with the echo model and its core in another process; the front's CPU time in the same load,
   the router before it, stands beside the router's, and the ratio is that of the two.
 - `requests`: answers that are not streamed, of the fake worker, one after another on connections that are kept.
@@ -102,8 +103,9 @@ def main() -> None:
             words = ["engine.cli", "router", "--workers", f"http://127.0.0.1:{worker}", "--port", str(port)]
             return port, run([*words, "--policy", options.policy, "--log-level", "warning"])
 
-        fake, engine = free_port(), free_port()
+        fake, engine, bare = free_port(), free_port(), free_port()
         run(["bench.router.fake_worker", str(fake), str(PACE)])
+        relay = run(["bench.router.bare_relay", str(bare), str(fake)])
         log = stack.enter_context(tempfile.TemporaryFile())
         serving = start(HERE, 1, max(streams), engine, log, max(512, 2 * options.tokens))
         stack.callback(serving.wait, 30)
@@ -119,6 +121,9 @@ def main() -> None:
             for count in streams:
                 (ours,) = spent([router.pid], paced, "chat", count, options.tokens)
                 note(f"paced, {count} streams: router, us an event", ours)
+                (floor,) = spent([relay.pid], bare, "chat", count, options.tokens)
+                note(f"paced, {count} streams: bare relay, us an event", floor)
+                note(f"paced, {count} streams: router / bare relay", ours / floor)
                 ours, theirs = spent([other.pid, front], before, "chat", count, options.tokens)
                 note(f"front, {count} streams: router, us an event", ours)
                 note(f"front, {count} streams: front, us an event", theirs)

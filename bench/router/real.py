@@ -32,7 +32,7 @@ from engine.client.bench.process import free_port
 
 CONVERSATIONS, SYSTEMS, SYSTEM_WORDS, TURN_WORDS = 40, 8, 120, 12
 TOKENS = 6  # of a reply
-WORDS = ("river stone lamp window garden paper silver engine winter market bridge letter morning shadow").split(" ")
+WORDS = ("river", "stone", "lamp", "window", "garden", "paper", "silver", "winter", "market", "bridge")
 
 
 class Traffic:
@@ -108,14 +108,12 @@ class Engines:
         port = free_port()
         words = ["serve", "--model", self._model, "--port", str(port), "--threads", "1", "--kv-tokens", "16384"]
         words += ["--no-spare-worker", "--max-model-len", "2048", "--log-level", "warning"]
-        self.processes.append(run(self._stack, words))
+        self.processes.append(run(self._stack, words, self._stack.enter_context(tempfile.TemporaryFile())))
         self.urls.append(f"http://127.0.0.1:{port}")
         return self.urls[-1]
 
 
-def run(stack: ExitStack, words: list[str], log: IO[bytes] | None = None) -> "subprocess.Popen[bytes]":
-    if log is None:
-        log = stack.enter_context(tempfile.TemporaryFile())
+def run(stack: ExitStack, words: list[str], log: IO[bytes]) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "engine.cli", *words]
     process = subprocess.Popen(command, cwd=HERE, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
     stack.callback(process.wait, 60)
@@ -201,7 +199,7 @@ def main() -> int:
         engines = Engines(stack, options.model)
         urls = [engines.start() for _ in range(4)]
         port = free_port()
-        log = stack.enter_context(options.log.open("wb")) if options.log else None
+        log = stack.enter_context(options.log.open("wb") if options.log else tempfile.TemporaryFile())
         words = ["router", "--workers", ",".join(urls), "--port", str(port), "--policy", options.policy]
         run(stack, [*words, "--log-level", "info"], log)
         traffic = anyio.run(measure, f"http://127.0.0.1:{port}", engines, options)

@@ -77,8 +77,9 @@ class Written:
     def add_tools(self, tools: Iterable[Mapping[str, Any]]) -> None:
         """Tools as chat templates take them."""
         for tool in tools:
-            function = tool["function"]
-            self.add(TOOL, compact([function["name"], function.get("description") or None, function["parameters"]]))
+            function = tool.get("function", tool)
+            told = [function.get("name"), function.get("description") or None, function.get("parameters")]
+            self.add(TOOL, compact(told))
 
     def add_message(self, message: Message) -> None:
         role = "system" if message.role == "developer" else message.role

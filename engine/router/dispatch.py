@@ -198,7 +198,7 @@ class Dispatcher:
         worker.counts.prompt_chars += len(arrival.text)
         worker.counts.matched_chars += choice.matched
         self._stays(arrival.program, worker.url)
-        self.policy.sent(arrival, worker.url)
+        self._tell(self.policy.sent, arrival, worker.url)
         for told in self.on_sent:
             told(arrival, worker.url)
         return placed
@@ -206,7 +206,19 @@ class Dispatcher:
     def learn(self, arrival: Arrival, url: str) -> None:
         """Another router has sent it to the worker at `url`."""
         self._stays(arrival.program, url)
-        self.policy.sent(arrival, url)
+        self._tell(self.policy.sent, arrival, url)
+
+    def answered(self, arrival: Arrival, worker: Worker, cached: float | None) -> None:
+        """The answer came whole, and says what share of the prompt was cached, or does not."""
+        if arrival.text:
+            self._tell(self.policy.answered, arrival, worker.url, cached)
+
+    def _tell(self, told: Callable[..., None], *what: object) -> None:
+        """Tell the policy; no request fails because a policy does."""
+        try:
+            told(*what)
+        except Exception:
+            log.exception("the policy failed; the router goes on without it")
 
     def _stays(self, program: str, url: str) -> None:
         """The calls of `program` go to the worker at `url` from now on."""
@@ -275,4 +287,4 @@ class Dispatcher:
 
     def _forget(self, url: str) -> None:
         self.outside.pop(url, None)
-        self.policy.removed(url)
+        self._tell(self.policy.removed, url)

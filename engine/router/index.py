@@ -167,6 +167,8 @@ class PrefixIndex:
         if (holder := self._holders.pop(worker, None)) is not None:
             for mark in range(MARKS):
                 self._retire(holder, mark)
+            if not self._retired & 7 * holder.bit(0):
+                self._free.append(holder.slot)
 
     # ── marks ────────────────────────────────────────────────────────────────────────────────
 
@@ -233,8 +235,9 @@ class PrefixIndex:
 
     def _retire(self, holder: Holder, mark: int) -> None:
         self._valid &= ~holder.bit(mark)
-        self._retired |= holder.bit(mark)
-        holder.counts[mark] = 0
+        if holder.counts[mark]:
+            self._retired |= holder.bit(mark)
+            holder.counts[mark] = 0
 
     def tidy(self, most: int) -> bool:
         """Walk over at most `most` blocks and take off retired marks; True while more is left."""

@@ -137,6 +137,8 @@ class Journey:
             if id := head.names.get(b"x-request-id", b"").decode("latin-1"):
                 places.begin((id,), worker.url)
                 rids = (*rids, id)
+            if self._request.path == "/v1/responses" and (found := RESPONSE_ID.search(upstream.seen()[0])) is not None:
+                places.learn(found[1].decode(), worker.url)
             worker.streaming.add(upstream)
             broken = partial(worker.failed, trial=placed.trial)
             response = await self._relayed(worker, upstream, head, broken)
@@ -192,16 +194,11 @@ class Journey:
             log.warning("%s; its answer had begun, so the client's connection is closed", error)
             raise ConnectionResetError("the worker broke off") from None
         worker.counts.answered += 1
-        first, last = upstream.seen()
-        said, share = cached_share(last) if head.status == 200 else None, None
+        said = cached_share(upstream.seen()[1]) if head.status == 200 else None
         if said is not None:
-            share = said[0] / said[1]
             worker.counts.cached_tokens += said[0]
             worker.counts.prompt_tokens += said[1]
-        if self._asked.arrival.text:
-            self._router.policy.answered(self._asked.arrival, worker.url, share)
-        if self._request.path == "/v1/responses" and (found := RESPONSE_ID.search(first)) is not None:
-            self._router.places.learn(found[1].decode(), worker.url)
+        self._router.dispatcher.answered(self._asked.arrival, worker, None if said is None else said[0] / said[1])
         return response
 
     def _others(self, worker: Worker) -> bool:

@@ -11,6 +11,7 @@ from engine.logs import set_up_logging
 from engine.router.app import serve
 from engine.router.options import RouterConfig
 from engine.router.router import Router
+from engine.runtime.allocator import give_back_large_blocks, keep_for_good
 
 POLL_SECONDS = 0.05
 log = logging.getLogger("engine.router")
@@ -19,6 +20,7 @@ log = logging.getLogger("engine.router")
 def run_router(config: RouterConfig) -> int:
     """Serve until SIGTERM or SIGINT; the exit code. Raises ConfigError."""
     set_up_logging(config.router.log_level)
+    give_back_large_blocks()
     anyio.run(_serve, config, backend_options={"use_uvloop": True})
     return 0
 
@@ -27,6 +29,7 @@ async def _serve(config: RouterConfig) -> None:
     router = Router(config)
 
     def started(url: str) -> None:
+        keep_for_good()
         log.info("engine %s: routing by %s on %s", __version__, config.router.policy, url)
 
     async with anyio.create_task_group() as group:

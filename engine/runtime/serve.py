@@ -211,9 +211,11 @@ class Service:
     async def signals(self) -> None:
         """The first lets what is open come to its end, for a while; the second does not."""
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+            told = False
             async for _ in received:
-                if self._front.draining:
+                if told or self._front.draining:
                     break
+                told = True
                 if self._front.open:
                     log.info(
                         "draining: %s open and may go on for up to %.0f s; a second signal ends what is open",

@@ -1,22 +1,21 @@
 """The cache-aware policy: where most of a prompt is cached, unless the wait there is longer than that saves.
 
-A worker's load is its requests, and once more those prompts that wait for their first token, in the measure of a usual
-one.
+One score decides, and the highest wins. None of its parts has a unit, so nothing is to be tuned to a model:
 
-    1. workers whose load is near the least: the longest match among all wins, if it is one of theirs
-    2. if another worker has a longer match, a score decides among all: the share of the prompt that a worker holds,
-       less how much its load exceeds the mean, as a share of the mean. Neither has a unit, so it needs no tuning
-    3. nobody holds a part: the least load wins, and prompts that wait count HASTE times more. What workers hold says
-       nothing then. So a worker that has just come gets no heap of prompts at once
+      the share of the prompt that the worker holds
+    - the prompts that wait there for their first token, in lengths of this one; a quarter of it counts against a match
+    - how much its requests exceed the mean, as a share of the mean
+    + a little, if it is the worker of the request's program
 
-One worker's load moves that worker's requests alone, and only those whose match is not worth the wait. A prefix that
+A match saves the fleet work, while a wait costs this request alone: therefore the quarter. Where nobody holds a part of
+the prompt, all of the wait counts, and what workers hold says nothing. So a worker that has just come gets no heap of
+prompts at once, and the one that holds the least gets no more than others.
+
+One worker's load moves that worker's requests alone, and only those whose match is not worth it. A prefix that
 everybody asks for spreads by itself: its worker's load grows until the next one wins, which then holds it too.
 
-A program stays with its worker while its load is near the least and it still holds half of what another one does. A
-worker that says how much of a prompt was cached corrects what is thought of it. One that tells what is in its cache is
-known to a block.
-
-The score is that of vLLM's production stack, the window that of SGLang's router; docs/router.md compares them.
+A worker that says how much of a prompt was cached corrects what is thought of it. One that tells what is in its cache
+is known to a block. The score without units is an idea of vLLM's production stack; docs/router.md compares.
 Left out: workers of different speed, which differ in their load alone.
 """
 
@@ -24,18 +23,18 @@ import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 from engine.plugin.routing import BLOCK, Arrival, Choice, PrefixIndex, RoutingPolicy, View, chained
 
 CHARS = 1 << 24  # that may be known of one worker
-NEAR = 2.0  # requests above the least load that count as near it
-NEAR_SHARE = 0.1  # and this share of the mean load, where that is more
+AGAINST_MATCH = 0.25  # what a wait counts where a match is to be lost
+FEW = 4.0  # requests a worker: where there are fewer, one more or less says little
+STICKS = 0.25  # what the worker of a program has ahead
 WRONG = 0.5  # of what a worker was thought to hold: having less than this share of it is a mistake
 PROGRAMS = 1 << 16  # that are remembered
 OPEN = 1 << 16  # requests on their way that are remembered
-HASTE = 8.0  # what a prompt that waits counts more, where no cache decides
-USUAL = 4096.0  # characters of a prompt to compute, before any was seen
 TIDY = 512  # blocks that one piece of `tidy` walks over
 
 
@@ -45,7 +44,6 @@ class CacheAware(RoutingPolicy):
     def __init__(self, chars: int = CHARS) -> None:
         self.index = PrefixIndex(chars // BLOCK)
         self._turn = 0
-        self._usual = USUAL  # characters to compute of the prompts that came lately
         self._programs: OrderedDict[str, str] = OrderedDict()  # their workers, the least recently used first
         # Requests on their way, by identity and worker, with their blocks and how many of them were matched:
         self._open: OrderedDict[tuple[int, str], tuple[Arrival, array[int], int]] = OrderedDict()
@@ -54,42 +52,29 @@ class CacheAware(RoutingPolicy):
     def choose(self, arrival: Arrival, workers: Sequence[View]) -> Choice:
         """Where `arrival` goes; its text is hashed here, once for all methods."""
         held = self.index.lengths(self._blocks(arrival))
-        matched = [held.get(worker.name, 0) for worker in workers]
-        best, reason = self._best(arrival, workers, matched)
-        return Choice(worker=best, matched=matched[best] * BLOCK, reason=reason)
-
-    def _best(self, arrival: Arrival, workers: Sequence[View], matched: Sequence[int]) -> tuple[int, str]:
-        count, longest = len(workers), max(matched)
-        prompts = [worker.waiting_chars / max(BLOCK, self._usual) for worker in workers]
-        loads = [worker.running + waiting for worker, waiting in zip(workers, prompts, strict=True)]
-
-        def ease(index: int) -> tuple[float, int]:
-            """More of it is better; equals take turns."""
-            return -loads[index] - HASTE * prompts[index], -((index - self._turn) % count)
-
-        mean = sum(loads) / count
-        near = min(loads) + max(NEAR, NEAR_SHARE * mean)
+        size, count = max(BLOCK, len(arrival.text)), len(workers)
+        weight = AGAINST_MATCH if any(worker.name in held for worker in workers) else 1.0
+        mean = sum(worker.running for worker in workers) / count
+        scale = max(FEW, mean)
         home = self._programs.get(arrival.program)
-        for index, worker in enumerate(workers if home else ()):
-            if worker.name == home and loads[index] <= near and 2 * matched[index] >= longest:
-                return index, "its program's worker"
-        if not longest:
-            return max(range(count), key=ease), "nobody holds a part of it: the least load"
-        inside = (index for index in range(count) if loads[index] <= near)
-        best = max(inside, key=lambda index: (matched[index], ease(index)))
-        if matched[best] == longest:
-            return best, "the longest match, near the least load"
-        blocks, scale = max(1, len(arrival.text) // BLOCK), max(1.0, mean)
-        scores = [held / blocks - (load - mean) / scale for held, load in zip(matched, loads, strict=True)]
-        best = max(range(count), key=lambda index: (scores[index], ease(index)))
-        return best, f"the best score: it holds {matched[best] / blocks:.0%}, load {loads[best]:.1f} of {mean:.1f}"
+        best, highest = 0, -inf
+        for turn in range(count):  # equals take turns
+            index = (self._turn + turn) % count
+            worker = workers[index]
+            saved = held.get(worker.name, 0) * BLOCK - weight * worker.waiting_chars
+            score = saved / size - (worker.running - mean) / scale + STICKS * (worker.name == home)
+            if score > highest:
+                best, highest = index, score
+        matched = held.get(workers[best].name, 0) * BLOCK
+        longest = max(held.values(), default=0) * BLOCK
+        reason = f"score {highest:.2f}, {matched / size:.0%} of the prompt is there, {longest / size:.0%} at most"
+        return Choice(worker=best, matched=matched, reason=reason)
 
     def sent(self, arrival: Arrival, worker: str) -> None:
         self._turn += 1
         blocks = self._blocks(arrival)
         matched = self.index.lengths(blocks).get(worker, 0)
         self.index.sent(blocks, worker)
-        self._usual += (len(arrival.text) - matched * BLOCK - self._usual) / 64
         _remember(self._open, (id(arrival), worker), (arrival, blocks, matched), OPEN)
         if arrival.program:
             _remember(self._programs, arrival.program, worker, PROGRAMS)

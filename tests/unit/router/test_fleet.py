@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
@@ -9,6 +10,7 @@ import pytest
 from routed import RawWorker, raw_worker, routing, says, until, whole
 
 from engine.router.breaker import Breaker
+from engine.router.policy import Arrival, Choice, RoutingPolicy, View
 from engine.router.router import Router
 
 pytestmark = pytest.mark.anyio
@@ -28,7 +30,7 @@ class Held:
 
 async def ask(url: str, headers: dict[str, str] | None = None, **fields: Any) -> tuple[int, Any, dict[str, str]]:
     async with (
-        aiohttp.ClientSession() as session,
+        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(20)) as session,
         session.post(f"{url}/v1/completions", json={"prompt": "a"} | fields, headers=headers) as answer,
     ):
         return answer.status, json.loads(await answer.read()), dict(answer.headers)
@@ -275,6 +277,25 @@ async def test_models_are_sent_where_they_are_served() -> None:
         assert {(await ask(url, model="unheard-of"))[1] for _ in range(4)} == {"a", "b"}
         models = (await call("GET", f"{url}/v1/models"))[1]["data"]
         assert [each["id"] for each in models] == ["model-a", "model-b"]
+
+
+async def test_a_policy_that_fails_costs_no_request(caplog: pytest.LogCaptureFixture) -> None:
+    class Bad(RoutingPolicy):
+        def choose(self, arrival: Arrival, workers: Sequence[View]) -> Choice:
+            if arrival.text == "a":
+                raise ZeroDivisionError
+            return Choice(worker=7, matched=0, reason="no such worker")
+
+        def sent(self, arrival: Arrival, worker: str) -> None:
+            raise ZeroDivisionError
+
+        def answered(self, arrival: Arrival, worker: str, cached: float | None) -> None:
+            raise ZeroDivisionError
+
+    async with raw_worker(says(b"1")) as one, routing(one.url) as (url, router):
+        router.dispatcher.policy = Bad()
+        assert (await ask(url))[0] == (await ask(url, prompt="b"))[0] == 200
+        assert running(router) == 0 and "the policy chose worker 7 of 1" in caplog.text
 
 
 async def test_a_restarted_worker_is_forgotten_by_the_policy() -> None:

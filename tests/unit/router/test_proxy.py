@@ -33,7 +33,7 @@ async def test_a_stream_is_the_workers_byte_for_byte() -> None:
         writer.write(STREAM)
         for piece in pieces:  # ends of chunks, where a look at the last bytes alone would see the end of the body
             data = chunk(piece)
-            for cut in (data[:3], data[3:]):
+            for cut in (data[:3], data[3:-2], data[-2:]):
                 writer.write(cut)
                 await asyncio.sleep(0.002)
         writer.write(b"0\r\n\r\n")
@@ -74,6 +74,33 @@ async def test_answers_keep_status_reason_headers_and_bodies_of_any_kind() -> No
         head, body = worker.asked[0]
         assert head.startswith(b"PUT /anything/at%2Fall HTTP/1.1") and body == blob
         assert b"X-Own: 1" in head and b"Content-Type: x/y" in head
+
+
+async def test_heads_and_clients_of_http_1_0_are_answered() -> None:
+    async def answer(worker: RawWorker, writer: asyncio.StreamWriter, head: bytes, body: bytes) -> None:
+        if head.startswith(b"HEAD"):
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1234\r\n\r\n")
+        elif b" HTTP/1.0\r\n" in head:  # which takes no chunks
+            writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\ndata: 1\n\n")
+            await writer.drain()
+            writer.close()
+
+    async with raw_worker(answer) as worker, routing(worker.url) as (url, _):
+        async with aiohttp.ClientSession() as session:
+            for _ in range(2):
+                async with session.head(f"{url}/docs") as head:
+                    assert (head.status, head.headers["Content-Length"]) == (200, "1234")
+        async with dial(url) as client:
+            await client.send(b"GET /v1/x HTTP/1.0\r\nHost: localhost\r\n\r\n")
+            head_, _, body = (await until_closed(client)).partition(b"\r\n\r\n")
+            assert head_.startswith(b"HTTP/1.0 200") and body == b"data: 1\n\n"
+
+
+async def test_a_router_that_drains_refuses_what_is_new() -> None:
+    async with raw_worker(says(b"{}")) as worker, routing(worker.url) as (url, router):
+        router.draining = True
+        status, body = await body_of(url)
+        assert (status, json.loads(body)["error"]["code"]) == (503, "draining") and not worker.asked
 
 
 async def test_an_answer_that_ends_with_its_connection_is_passed_on_whole() -> None:
