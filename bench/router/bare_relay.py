@@ -32,7 +32,7 @@ class Client(Side):
 
     def data_received(self, data: bytes) -> None:
         if self.other is None:
-            asyncio.ensure_future(self.open(data))
+            self.opening = asyncio.ensure_future(self.open(data))
         else:
             self.other.write(data)
 

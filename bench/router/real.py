@@ -108,7 +108,8 @@ class Engines:
         port = free_port()
         words = ["serve", "--model", self._model, "--port", str(port), "--threads", "1", "--kv-tokens", "16384"]
         words += ["--no-spare-worker", "--max-model-len", "2048", "--log-level", "warning"]
-        self.processes.append(run(self._stack, words, self._stack.enter_context(tempfile.TemporaryFile())))
+        with tempfile.TemporaryFile() as log:
+            self.processes.append(run(self._stack, words, log))
         self.urls.append(f"http://127.0.0.1:{port}")
         return self.urls[-1]
 
@@ -199,9 +200,9 @@ def main() -> int:
         engines = Engines(stack, options.model)
         urls = [engines.start() for _ in range(4)]
         port = free_port()
-        log = stack.enter_context(options.log.open("wb") if options.log else tempfile.TemporaryFile())
         words = ["router", "--workers", ",".join(urls), "--port", str(port), "--policy", options.policy]
-        run(stack, [*words, "--log-level", "info"], log)
+        with open(options.log or os.devnull, "wb") as log:
+            run(stack, [*words, "--log-level", "info"], log)
         traffic = anyio.run(measure, f"http://127.0.0.1:{port}", engines, options)
     for said in traffic.said[:10]:
         print(f"lost: {said}")

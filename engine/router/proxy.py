@@ -125,7 +125,7 @@ class Journey:
         worker, places, rids = placed.worker, self._router.places, self._asked.rids
         places.begin(rids, worker.url)
         upstream: Upstream | None = None
-        verdict = partial(worker.breaker.undecided, trial=placed.trial)
+        verdict: Callable[[], None] = partial(worker.breaker.undecided, trial=placed.trial)
         try:
             upstream, head = await self._begun(worker)
             self._decision.first = time.perf_counter() - self._began
