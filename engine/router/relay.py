@@ -62,6 +62,8 @@ class Relayed(web.StreamResponse):
     def of(cls, head: Head) -> "Relayed":
         """The answer that begins with the worker's `head`."""
         dropped = DROPPED | named_in(head.names.get(b"connection", b"").decode("latin-1"))
+        if b"transfer-encoding" in head.names:  # which says alone where the body ends
+            dropped |= {b"content-length"}
         headers = CIMultiDict(
             (name.decode("latin-1"), value.decode("utf-8", "replace"))
             for name, value in head.headers

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Final
+from urllib.parse import quote
 
 import aiohttp
 from aiohttp import web
@@ -114,7 +115,7 @@ class Router:
 
         async def has(worker: Worker) -> str:
             try:
-                status, _ = await self.health.ask(worker, f"/v1/responses/{id}", headers=headers)
+                status, _ = await self.health.ask(worker, f"/v1/responses/{quote(id, safe='')}", headers=headers)
             except (aiohttp.ClientError, TimeoutError, OSError):
                 return ""
             return worker.url if status == 200 else ""

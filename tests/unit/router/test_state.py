@@ -58,6 +58,8 @@ async def test_stored_responses_are_found_where_they_are() -> None:
         assert (status, body["error"]["code"]) == (404, "response_not_found") and "has gone" in body["error"]["message"]
         status, body = await call(f"{url}/v1/responses", {"input": "more", "previous_response_id": made[0]})
         assert (status, body["error"]["param"]) == (404, "previous_response_id")
+        odd = {"input": "more", "previous_response_id": "../../flush_cache?x="}  # no way to another route
+        assert (await call(f"{url}/v1/responses", odd))[0] == 404
         status, body = await call(f"{url}/v1/responses/resp_unknown", method="GET")
         assert status == 404 and "none of the 1 workers has it" in body["error"]["message"]
 
