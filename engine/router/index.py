@@ -119,9 +119,9 @@ class PrefixIndex:
         self._mark(holder, blocks, start, holder.young)
 
     def computed(self, blocks: Sequence[int], worker: str) -> None:
-        """`worker` has answered the prompt of `blocks`: it has told by now what it holds of them, if it tells."""
-        holder = self._holder(worker)
-        if not holder.tells:
+        """The prompt of `blocks` is on its way to `worker` no more. If that tells, it has told what it holds of it."""
+        holder = self._holders.get(worker)
+        if holder is None or not holder.tells:
             return
         bit = holder.bit(COMING)
         for block in reversed(blocks):
@@ -131,14 +131,14 @@ class PrefixIndex:
 
     def shrink(self, worker: str) -> None:
         """`worker` holds less than is thought: forget its older generation, and let it have less from now on."""
-        holder = self._holder(worker)
-        if not holder.tells and self._age(holder):
+        holder = self._holders.get(worker)
+        if holder is not None and not holder.tells and self._age(holder):
             holder.limit = max(LEAST, holder.limit * 3 // 4)
 
     def grow(self, worker: str) -> None:
         """`worker` holds what is thought: let it have a little more."""
-        holder = self._holder(worker)
-        holder.limit = min(self.limit, holder.limit + holder.limit // 64)
+        if (holder := self._holders.get(worker)) is not None:
+            holder.limit = min(self.limit, holder.limit + holder.limit // 64)
 
     # ── what workers tell ────────────────────────────────────────────────────────────────────
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 
-class Arrival(Struct, frozen=True):
+class Arrival(Struct, frozen=True, weakref=True):
     """What is known of a request when it is routed.
 
     `text` is the canonical text of what the model will see: that of a longer conversation begins with that of the
@@ -66,7 +66,7 @@ class RoutingPolicy(ABC):
 
     def answered(self, arrival: Arrival, worker: str, cached: float | None) -> None:
         """It was answered. `cached` is the share of its prompt, 0 to 1, that the worker had in its cache; None if the
-        worker does not say so."""
+        worker does not say so. A request that fails, or that another router sent, is never answered."""
 
     def removed(self, worker: str) -> None:
         """The worker of that name has gone."""

@@ -20,11 +20,11 @@ Left out: workers of different speed, which differ in their load alone.
 """
 
 import time
+import weakref
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from math import inf
-from typing import Any
 
 from engine.plugin.routing import BLOCK, Arrival, Choice, PrefixIndex, RoutingPolicy, View, chained
 
@@ -34,7 +34,6 @@ FEW = 4.0  # requests a worker: where there are fewer, one more or less says lit
 STICKS = 0.25  # what the worker of a program has ahead
 WRONG = 0.5  # of what a worker was thought to hold: having less than this share of it is a mistake
 PROGRAMS = 1 << 16  # that are remembered
-OPEN = 1 << 16  # requests on their way that are remembered
 TIDY = 512  # blocks that one piece of `tidy` walks over
 
 
@@ -45,13 +44,16 @@ class CacheAware(RoutingPolicy):
         self.index = PrefixIndex(chars // BLOCK)
         self._turn = 0
         self._programs: OrderedDict[str, str] = OrderedDict()  # their workers, the least recently used first
-        # Requests on their way, by identity and worker, with their blocks and how many of them were matched:
-        self._open: OrderedDict[tuple[int, str], tuple[Arrival, array[int], int]] = OrderedDict()
-        self._last: tuple[Arrival, array[int]] | None = None  # `choose`, `sent` and `answered` hash a text once
+        # Requests on their way, by identity and worker: their blocks, and how many of them were matched.
+        self._open: dict[tuple[int, str], tuple[weakref.ref[Arrival], array[int], int]] = {}
+        # What `choose` found, so that `sent`, right after it, need not look again:
+        self._last: tuple[Arrival, array[int], dict[str, int]] | None = None
 
     def choose(self, arrival: Arrival, workers: Sequence[View]) -> Choice:
         """Where `arrival` goes; its text is hashed here, once for all methods."""
-        held = self.index.lengths(self._blocks(arrival))
+        blocks = chained(arrival.text, arrival.space)
+        held = self.index.lengths(blocks)
+        self._last = arrival, blocks, held
         size, count = max(BLOCK, len(arrival.text)), len(workers)
         weight = AGAINST_MATCH if any(worker.name in held for worker in workers) else 1.0
         mean = sum(worker.running for worker in workers) / count
@@ -72,12 +74,20 @@ class CacheAware(RoutingPolicy):
 
     def sent(self, arrival: Arrival, worker: str) -> None:
         self._turn += 1
-        blocks = self._blocks(arrival)
-        matched = self.index.lengths(blocks).get(worker, 0)
+        if self._last is None or self._last[0] is not arrival:
+            blocks = chained(arrival.text, arrival.space)
+            self._last = arrival, blocks, self.index.lengths(blocks)
+        _, blocks, held = self._last
+        matched = held.get(worker, 0)
+        self._last = None  # what is sent changes what is held
         self.index.sent(blocks, worker)
-        _remember(self._open, (id(arrival), worker), (arrival, blocks, matched), OPEN)
+        key = id(arrival), worker
+        self._open[key] = weakref.ref(arrival, lambda _: self._lost(key)), blocks, matched
         if arrival.program:
-            _remember(self._programs, arrival.program, worker, PROGRAMS)
+            self._programs[arrival.program] = worker
+            self._programs.move_to_end(arrival.program)
+            if len(self._programs) > PROGRAMS:
+                self._programs.popitem(last=False)
 
     def answered(self, arrival: Arrival, worker: str, cached: float | None) -> None:
         if (known := self._open.pop((id(arrival), worker), None)) is None:
@@ -90,6 +100,11 @@ class CacheAware(RoutingPolicy):
             self.index.shrink(worker)
         else:
             self.index.grow(worker)
+
+    def _lost(self, key: tuple[int, str]) -> None:
+        """Nobody knows of a request any more that was not answered."""
+        if (known := self._open.pop(key, None)) is not None:
+            self.index.computed(known[1], key[1])
 
     def removed(self, worker: str) -> None:
         self.index.removed(worker)
@@ -109,16 +124,3 @@ class CacheAware(RoutingPolicy):
             if time.perf_counter() >= end:
                 return True
         return False
-
-    def _blocks(self, arrival: Arrival) -> "array[int]":
-        if self._last is None or self._last[0] is not arrival:
-            self._last = arrival, chained(arrival.text, arrival.space)
-        return self._last[1]
-
-
-def _remember(known: OrderedDict[Any, Any], key: Any, value: Any, most: int) -> None:
-    """Put an entry last; of more than `most`, the first is forgotten."""
-    known[key] = value
-    known.move_to_end(key)
-    if len(known) > most:
-        known.popitem(last=False)
