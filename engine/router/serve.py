@@ -2,6 +2,8 @@
 
 import logging
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import anyio
@@ -11,6 +13,7 @@ from engine.logs import set_up_logging
 from engine.router.app import serve
 from engine.router.options import RouterConfig
 from engine.router.router import Router
+from engine.runtime.actor import first_failure
 from engine.runtime.allocator import give_back_large_blocks, keep_for_good
 
 POLL_SECONDS = 0.05
@@ -21,8 +24,19 @@ def run_router(config: RouterConfig) -> int:
     """Serve until SIGTERM or SIGINT; the exit code. Raises ConfigError."""
     set_up_logging(config.router.log_level)
     give_back_large_blocks()
-    anyio.run(_serve, config, backend_options={"use_uvloop": True})
+    with one_failure():
+        anyio.run(_serve, config, backend_options={"use_uvloop": True})
     return 0
+
+
+@contextmanager
+def one_failure() -> Iterator[None]:
+    """Raise the first failure of a task group by itself: people are told that one."""
+    try:
+        yield
+    except BaseExceptionGroup as failures:
+        failure = first_failure(failures)
+        raise failure from failure.__cause__
 
 
 async def _serve(config: RouterConfig) -> None:

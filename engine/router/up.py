@@ -30,7 +30,7 @@ from engine.router.app import serve
 from engine.router.options import RegisterOptions, RouterServerOptions, UpOptions, resolve_router
 from engine.router.replica import Replica
 from engine.router.router import Router
-from engine.router.serve import drained
+from engine.router.serve import drained, one_failure
 from engine.runtime.channel import BlockingFrames
 from engine.runtime.process import exit_cause, spawn
 from engine.runtime.processors import cores
@@ -47,7 +47,8 @@ log = logging.getLogger("engine.router")
 def run_up(config: Config, options: UpOptions, environ: Mapping[str, str]) -> int:
     """Run until a signal, or until replicas do not start; the exit code. Raises ConfigError."""
     set_up_logging(config.process.log_level)
-    return anyio.run(Up(config, options, environ).run, backend_options={"use_uvloop": True})
+    with one_failure():
+        return anyio.run(Up(config, options, environ).run, backend_options={"use_uvloop": True})
 
 
 def shares(config: Config, replicas: int, environ: Mapping[str, str], folder: Path = Path("/dev")) -> list[str | None]:

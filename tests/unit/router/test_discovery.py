@@ -15,6 +15,7 @@ import anyio
 import pytest
 from routed import STREAM, RawWorker, chunk, raw_worker, routing, says, until
 
+from engine.cli import main
 from engine.config import resolve
 from engine.errors import ConfigError
 from engine.options.listening import ListenOptions
@@ -239,6 +240,7 @@ async def test_one_command_starts_engines_and_a_router_and_ends_them(how: signal
             stderr=log,
             env=os.environ | {"ENGINE_THREADS": "1"},
         )
+    below: list[int] = []
     try:
         with anyio.fail_after(60):
             while b"all 2 engines are ready" not in (tmp_path / "log").read_bytes():
@@ -261,3 +263,24 @@ async def test_one_command_starts_engines_and_a_router_and_ends_them(how: signal
     finally:
         process.kill()
         process.wait()
+        for pid in filter(alive, below):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_what_cannot_work_ends_the_command_with_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("serve", "up"):  # of this process, other tests read the log
+        monkeypatch.setattr(f"engine.router.{module}.set_up_logging", lambda level: None)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for words, said in (
+            (["router", "--workers", "a:1", "--port", "0"], "a worker is 'a:1', but should be a URL"),
+            (["router", "--workers-dns", "name", "--port", "0"], "--workers-dns is 'name', but takes NAME:PORT"),
+            (["router", "--port", port], f"cannot listen on 127.0.0.1:{port}: the port is taken"),
+            (["up", "--model", "echo", "--port", port], f"cannot listen on 127.0.0.1:{port}: the port is taken"),
+        ):
+            assert main(words) == 2
+            assert f"engine: error: {said}" in capsys.readouterr().err
