@@ -113,14 +113,13 @@ class Up:
     def _config_of(self, url: str) -> Config:
         """What a replica is told."""
         config = self._config
-        loopback = url.replace("[::1]", "127.0.0.1") if "[" in url else url
         server = replace(config.server, host="127.0.0.1", port=0, api_key=None, api_key_file=None, cors_origins=())
         process = config.process
         if process.fronts == "auto":
             process = replace(process, fronts=1)
         if process.threads is None and self._devices[0] is None:
             process = replace(process, threads=max(1, cores() // self._count))
-        register = RegisterOptions(register=(loopback,), register_key=self._key)
+        register = RegisterOptions(register=(url,), register_key=self._key)
         return replace(config, server=server, process=process, register=register)
 
     async def _announce(self, url: str) -> None:
