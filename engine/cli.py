@@ -33,6 +33,7 @@ from engine.config import Config, ModelOptions, ServerOptions, groups, read_file
 from engine.errors import ConfigError, EngineError, PluginError, RequestError, Words, did_you_mean
 from engine.options.option import Option, options_of
 from engine.params.sampling import SamplingParams, check_sampling
+from engine.router.options import RegisterOptions, UpOptions, router_groups
 
 SHELLS = ("bash", "zsh", "fish", "tcsh")
 Run = Callable[[argparse.Namespace], int]
@@ -66,6 +67,26 @@ def serve(arguments: argparse.Namespace) -> int:
     from engine.runtime.serve import serve as serve_engine
 
     return serve_engine(config)
+
+
+def router(arguments: argparse.Namespace) -> int:
+    """Route requests to several engines, each where its prefix is cached."""
+    from engine.router.options import resolve_router
+
+    given = {name: value for name, value in vars(arguments).items() if name != "run"}
+    config = resolve_router(given, os.environ)
+    from engine.router.serve import run_router
+
+    return run_router(config)
+
+
+def up(arguments: argparse.Namespace) -> int:
+    """Start several engines and a router before them, on this machine."""
+    config = _config(arguments)
+    options = _given(UpOptions, arguments)
+    from engine.router.up import run_up
+
+    return run_up(config, options, os.environ)
 
 
 def generate(arguments: argparse.Namespace) -> int:
@@ -204,6 +225,17 @@ def _parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     _add_file(command)
     for struct in groups().values():
         _add_group(command, struct)
+
+    command = _command(commands, router)
+    for struct in router_groups().values():
+        _add_group(command, struct)
+
+    command = _command(commands, up)
+    _add_group(command, UpOptions)
+    _add_file(command)
+    for struct in groups().values():
+        if struct is not RegisterOptions:
+            _add_group(command, struct)
 
     command = _command(commands, chat)
     _add_group(command, ChatOptions)

@@ -9,7 +9,7 @@ What a field is to people, its name, its bounds in words and how a text is read,
 """
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -19,9 +19,12 @@ from msgspec import Meta, Struct
 
 from engine.errors import ConfigError, did_you_mean
 from engine.options.launchers import said_by_launcher
-from engine.options.option import Option, options_of
+from engine.options.listening import ListenOptions
+from engine.options.option import options_of
 from engine.options.page import options_page
 from engine.options.parallel import ParallelOptions
+from engine.options.resolving import refuse_unknown, said
+from engine.router.options import RegisterOptions, router_groups
 
 # A bound on a value that may also be None belongs inside the union, on the number.
 Positive = Annotated[int, Meta(ge=1)]
@@ -175,33 +178,9 @@ class GrammarOptions(Struct, frozen=True, kw_only=True):
     ] = True
 
 
-class ServerOptions(Struct, frozen=True, kw_only=True):
+class ServerOptions(ListenOptions, frozen=True, kw_only=True):
     """HTTP server."""
 
-    host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
-    api_key: Annotated[
-        Annotated[tuple[str, ...], Meta(min_length=1)] | None,
-        Meta(description="keys, a,b: clients must send one as `Authorization: Bearer KEY`; default: none asked"),
-    ] = None
-    api_key_file: Annotated[
-        Annotated[str, Meta(min_length=1)] | None,
-        Meta(description="a file of more keys, one a line; it is read again when it changes"),
-    ] = None
-    allowed_hosts: Annotated[
-        tuple[str, ...],
-        Meta(
-            description="names that a request's Host may have, a,*.b: beside localhost and addresses; * is any; "
-            "default: none more where --host is this machine alone, else any"
-        ),
-    ] = ()
-    cors_origins: Annotated[
-        tuple[str, ...],
-        Meta(
-            description="origins of pages that may use the server, http://localhost:5173,https://b: beside its own; "
-            "* is any, without cookies; default: none more"
-        ),
-    ] = ()
     served_model_name: Annotated[
         tuple[str, ...],
         Meta(description="names that requests may give, a,b: the first is shown in replies; default: the checkpoint's"),
@@ -213,10 +192,6 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
     strict_fields: Annotated[
         bool,
         Meta(description="refuse the fields of requests that are ignored otherwise because no reply is wrong for it"),
-    ] = False
-    log_requests: Annotated[
-        bool,
-        Meta(description="a log line for each request that ends: id, route, status, tokens, seconds; not for probes"),
     ] = False
     otlp_endpoint: Annotated[
         Annotated[str, Meta(min_length=1)] | None,
@@ -245,32 +220,6 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
     reasoning_parser: Annotated[
         str, Meta(description="how reasoning is told from the reply: a parser's name, none, or auto")
     ] = "auto"
-    drain_seconds: Annotated[float, Meta(ge=0, description="seconds that SIGTERM leaves running requests to end")] = (
-        30.0
-    )
-    max_connections: Annotated[
-        Positive | None,
-        Meta(
-            description="most connections; one more is answered 503; default: 4096, or fewer where the limit of open "
-            "files is low"
-        ),
-    ] = None
-    max_body_memory: Annotated[
-        Positive,
-        Meta(description="most bytes of request bodies being read or decoded, unpacked; beyond it 503"),
-    ] = 256 * 2**20
-    read_timeout: Annotated[
-        float,
-        Meta(
-            gt=0,
-            description="seconds for the head of a request; a body must bring 512 bytes for each of them, and may take "
-            "as long as it does; later is 408",
-        ),
-    ] = 30.0
-    write_timeout: Annotated[
-        float,
-        Meta(gt=0, description="seconds that a client may take nothing of an answer before it is disconnected (Linux)"),
-    ] = 600.0
 
 
 class Config(Struct, frozen=True, kw_only=True):
@@ -283,6 +232,7 @@ class Config(Struct, frozen=True, kw_only=True):
     process: ProcessOptions = ProcessOptions()
     grammar: GrammarOptions = GrammarOptions()
     server: ServerOptions = ServerOptions()
+    register: RegisterOptions = RegisterOptions()
 
 
 # ── where values come from ───────────────────────────────────────────────────────────────────
@@ -326,39 +276,16 @@ def resolve(
     Raises ConfigError for a name that is no option and for a value that its option does not take.
     """
     environ = environ or {}
-    by_group = {group: options_of(struct) for group, struct in groups().items()}
-    _refuse_unknown(given, environ, [option for options in by_group.values() for option in options])
+    refuse_unknown(given, environ, groups().values())
     values: dict[str, Any] = {}
-    for group, options in by_group.items():
-        said = {}
-        for option in options:
-            if option.name in given:
-                said[option.name] = option.read(given[option.name], option.flag)
-            elif option.variable in environ:
-                said[option.name] = option.read(environ[option.variable], option.variable)
-            elif option.name in file:
-                said[option.name] = file[option.name]
+    for group, struct in groups().items():
+        fields = said(struct, given, environ, file)
         if group == "parallel":
-            said = said_by_launcher(said.get("launcher", "none"), environ) | said
-            said = {"tp": max(said.get("ep", 1), said.get("dp_attention", 1))} | said
-        values[group] = groups()[group](**said)
+            fields = said_by_launcher(fields.get("launcher", "none"), environ) | fields
+            fields = {"tp": max(fields.get("ep", 1), fields.get("dp_attention", 1))} | fields
+        values[group] = struct(**fields)
     return Config(**values)
 
 
-def _refuse_unknown(given: Iterable[str], environ: Iterable[str], known: list[Option]) -> None:
-    """A name that is no option stops the start. Of the environment, where ENGINE_ is not ours alone, only
-    a near miss does: it is a misspelling, and ignoring it would be worse."""
-    names = [option.name for option in known]
-    for name in given:
-        if name not in names:
-            raise ConfigError(f"there is no option {name!r} (docs/options.md lists them){did_you_mean(name, names)}")
-    variables = [option.variable for option in known]
-    for name in environ:
-        misspelt = name.startswith("ENGINE_") and name not in variables
-        hint = did_you_mean(name, variables, cutoff=0.87) if misspelt else ""
-        if hint:
-            raise ConfigError(f"the environment sets {name}, which is no option{hint}")
-
-
 if __name__ == "__main__":
-    print(options_page(groups().values()), end="")
+    print(options_page(groups().values(), router_groups().values()), end="")

@@ -10,6 +10,7 @@ from typing import Any
 from msgspec import Struct
 
 from bench.router.costs import step_seconds
+from engine.cache.pages import CachePages
 from engine.messages.request import Admit
 from engine.messages.step import StepDone, StepPlan
 from engine.params.sampling import Sampling
@@ -55,7 +56,7 @@ class Publishing(Scheduler):
         self.evicted: list[int] = []
         super().__init__(**options)
 
-    def _start_afresh(self, pages: int) -> None:
+    def _start_afresh(self, pages: CachePages) -> None:
         super()._start_afresh(pages)
         evict = self._tree.evict
 

@@ -16,18 +16,15 @@ from aiohttp.typedefs import Handler
 from engine.config import ServerOptions
 from engine.http.admin import routes as admin
 from engine.http.anthropic import routes as anthropic
-from engine.http.anthropic.messages import PREFIX
-from engine.http.anthropic.reply import error_of
 from engine.http.connections import listen
 from engine.http.exporting import tracing_to
 from engine.http.fields import IGNORED, Ignored, send_ignored
-from engine.http.intake import CODINGS, INTAKE, Intake
+from engine.http.intake import INTAKE, Intake
 from engine.http.keys import Keys, key_check
 from engine.http.listening import cannot_listen, url_of
 from engine.http.log import QUIET, LoadLog, log_request
 from engine.http.native import routes as native
 from engine.http.openai import routes as openai
-from engine.http.openai.models import ANTHROPIC_VERSION
 from engine.http.openapi import DOCUMENT, Route, describe
 from engine.http.origins import Access, Gate, warn_of_any_origin
 from engine.http.page import routes as page
@@ -36,8 +33,8 @@ from engine.http.request_id import name_request, send_id
 from engine.http.responses import routes as responses
 from engine.http.responses.store import STORE, ResponseStore
 from engine.http.service import SERVICE, Service
-from engine.http.sse import describe_error, words_of
-from engine.http.wire import error_object, json_response, to_json
+from engine.http.shaping import shaped
+from engine.http.wire import to_json
 
 if TYPE_CHECKING:
     import socket
@@ -141,59 +138,17 @@ async def serve(
 @web.middleware
 async def shape_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answer every error with {"error": {message, type, param, code}}, or as Anthropic words it on its routes."""
-    try:
-        return _ending_with_body(request, await handler(request))
-    except ConnectionError:  # the client is gone: nobody to tell
-        raise
-    except web.RequestPayloadError as error:  # it is not encoded as its headers say
-        message = f"the request body cannot be read: {' '.join(str(error).split())}; check how it is encoded"
-        status, body, headers = 400, error_object(message, status=400, code="invalid_body"), {}
-    except web.HTTPException as error:
-        code, message = _http_words(request, error)
-        status, body = error.status, error_object(message, status=error.status, code=code)
-        headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
-    except Exception as error:
-        status, body = describe_error(error, words_of(request))
-        headers = {}
     service = request.app[SERVICE]
-    service.metrics.count_error(status)
-    if status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    if status == 503:
-        draining = service.front.health().status == "draining"
-        headers["Retry-After"] = str(retry_seconds(service.options.drain_seconds) if draining else 1)
-    if status == 415:
-        headers["Accept-Encoding"] = ", ".join(CODINGS)
-    theirs = request.path.startswith(PREFIX) or ANTHROPIC_VERSION in request.headers
-    worded = error_of(body, status) if theirs else body
-    return _ending_with_body(request, json_response(worded, status=status, headers=headers))
+
+    def finish(status: int, headers: dict[str, str]) -> None:
+        service.metrics.count_error(status)
+        if status == 503:
+            draining = service.front.health().status == "draining"
+            headers["Retry-After"] = str(retry_seconds(service.options.drain_seconds) if draining else 1)
+
+    return await shaped(request, handler, finish)
 
 
 def retry_seconds(drain_seconds: float) -> int:
     """When to ask again a server that drains for so long: another one may stand in its place earlier, so soon."""
     return min(max(1, math.ceil(drain_seconds)), MOST_RETRY_SECONDS)
-
-
-def _ending_with_body(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
-    """`response`, and the end of its connection if the body is not whole: nobody reads it, so the rest is dropped
-    unparsed until the client has its answer."""
-    if not request.content.is_eof():
-        response.force_close()
-        request.protocol.close()
-    return response
-
-
-def _http_words(request: web.Request, error: web.HTTPException) -> tuple[str, str]:
-    """The code and the message of an error that aiohttp itself raises."""
-    match error:
-        case web.HTTPNotFound():
-            return "not_found", f"there is no {request.path}; the routes are {', '.join(_paths(request.app))}"
-        case web.HTTPMethodNotAllowed():
-            allowed = ", ".join(sorted(error.allowed_methods))
-            return "method_not_allowed", f"{request.path} does not take {error.method}; use {allowed}"
-        case _:
-            return "http_error", error.reason
-
-
-def _paths(app: web.Application) -> list[str]:
-    return sorted({resource.canonical for resource in app.router.resources()})

@@ -28,12 +28,12 @@ from typing import Final, cast
 from aiohttp import web
 from msgspec import Struct
 
-from engine.config import ServerOptions
 from engine.errors import ConfigError, counted
 from engine.http.half_closed import HalfClosed
 from engine.http.listening import BACKLOG
 from engine.http.request_id import HEADER, new_id
 from engine.http.wire import error_object, json_response, to_json
+from engine.options.listening import ListenOptions
 from engine.runtime.board import Board, Counter
 
 MOST_CONNECTIONS: Final = 4096  # unless the limit of open files is lower
@@ -47,7 +47,7 @@ READ_BYTES: Final = 16 * 2**10  # of a body that nobody reads yet, twice as much
 
 async def listen(
     server: web.Server,
-    options: ServerOptions,
+    options: ListenOptions,
     count_error: Callable[[int], None],
     *,
     board: Board | None = None,
@@ -142,7 +142,7 @@ class Door:
     def __init__(
         self,
         server: web.Server,
-        options: ServerOptions,
+        options: ListenOptions,
         count_error: Callable[[int], None],
         *,
         most: float = math.inf,

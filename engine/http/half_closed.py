@@ -8,6 +8,7 @@ forgotten the connection: on Linux within about a minute.
 """
 
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from typing import cast
 
@@ -24,7 +25,14 @@ PROBES = (("SO_KEEPALIVE", 1), ("TCP_KEEPIDLE", 1), ("TCP_KEEPINTVL", 1), ("TCP_
 class HalfClosed(web.RequestHandler):
     """A connection that goes on while a whole request is being answered, though its client sends no more."""
 
-    __slots__ = ("_answered", "_body", "_ended")
+    __slots__ = ("_answered", "_body", "_ended", "_told")
+
+    def tell_half_closed(self, told: Callable[[], None] | None) -> None:
+        """Call `told` once the client sends no more, at once if that is so: who answers may have somebody to tell in
+        turn. With None, call nothing any more."""
+        self._told = told
+        if told is not None and getattr(self, "_ended", False):
+            told()
 
     def data_received(self, data: bytes) -> None:
         """Parse, and remember the last body that began."""
@@ -53,6 +61,8 @@ class HalfClosed(web.RequestHandler):
             with suppress(AttributeError, OSError):  # not every system and socket has them
                 sock.setsockopt(level, getattr(socket, name), value)
         self._loop.call_later(FIRST_LOOK, self._look, 1)
+        if (told := getattr(self, "_told", None)) is not None:
+            told()
         return True
 
     def _idle(self) -> bool:

@@ -25,10 +25,10 @@ import anyio
 from aiohttp import StreamReader, hdrs, web
 from aiohttp.http import HttpVersion11
 
-from engine.config import ServerOptions
 from engine.errors import RequestError, shut_down
 from engine.http.half_closed import CONTINUE
 from engine.http.wire import MAX_BODY_BYTES
+from engine.options.listening import ListenOptions
 from engine.runtime.board import Board, Counter
 
 SMALL_BYTES: Final = 64 * 2**10  # a body up to this size that has come whole is not counted
@@ -64,7 +64,7 @@ def release_body(request: web.Request) -> None:
 class Intake:
     """The bodies that one front reads, and how many bytes of them it holds; `board` has those of all fronts."""
 
-    def __init__(self, options: ServerOptions, board: Board | None = None) -> None:
+    def __init__(self, options: ListenOptions, board: Board | None = None) -> None:
         self._board = board or Board()
         self._most_held = options.max_body_memory
         self._most = min(MAX_BODY_BYTES, options.max_body_memory)  # more than all may hold would never fit

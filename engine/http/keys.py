@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from engine.config import ServerOptions
 from engine.errors import ConfigError, RequestError
+from engine.options.listening import ListenOptions
 
 if TYPE_CHECKING:
     from aiohttp.typedefs import Middleware
@@ -33,11 +33,12 @@ log = logging.getLogger(__name__)
 Stamp = tuple[int, int, int]
 
 
-def read_keys(path: str) -> list[str]:
-    """The keys in the file at `path`: one a line, without blank lines and those that begin with `#`.
+def read_keys(path: str, option: str = "--api-key-file") -> list[str]:
+    """The keys in the file at `path`, which `option` names: one a line, without blank lines and those that begin with
+    `#`.
 
     Raises ConfigError, which quotes no line, for a file that cannot be read or has no keys."""
-    origin = f"--api-key-file {path}"
+    origin = f"{option} {path}"
     try:
         with Path(path).open("rb") as file:
             text = file.read(MOST_BYTES + 1).decode()
@@ -57,7 +58,7 @@ def read_keys(path: str) -> list[str]:
     return keys
 
 
-def own_key(options: ServerOptions) -> str | None:
+def own_key(options: ListenOptions) -> str | None:
     """The key that a client started with the server's own options sends: the first one."""
     if options.api_key:
         return options.api_key[0]
@@ -67,12 +68,13 @@ def own_key(options: ServerOptions) -> str | None:
 class Keys:
     """The keys of one server. Raises ConfigError for a file of keys that is none."""
 
-    def __init__(self, options: ServerOptions) -> None:
+    def __init__(self, options: ListenOptions, *, option: str = "--api-key-file") -> None:
+        self._option = option
         self._secret = secrets.token_bytes(32)
         self._given = [self._digest(key) for key in options.api_key or ()]
         self._path = options.api_key_file
         self._stamp = None if self._path is None else _stamp(self._path)
-        self._filed = [] if self._path is None else [self._digest(key) for key in read_keys(self._path)]
+        self._filed = [] if self._path is None else [self._digest(key) for key in read_keys(self._path, option)]
         self._next = time.monotonic() + RELOAD_SECONDS
 
     @property
@@ -103,7 +105,7 @@ class Keys:
             return
         self._stamp = stamp
         try:
-            keys = read_keys(self._path)
+            keys = read_keys(self._path, self._option)
         except ConfigError as error:
             log.error("%s; the keys that it had before stay valid", error)
             return
@@ -120,6 +122,13 @@ def _stamp(path: str) -> Stamp | None:
     return (found.st_mtime_ns, found.st_size, found.st_ino) if stat.S_ISREG(found.st_mode) else None
 
 
+def keys_in(request: web.Request) -> list[str]:
+    """The keys that `request` carries, as a bearer token or as Anthropic's header."""
+    scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
+    given = [bearer.strip()] if scheme.lower() == "bearer" else []
+    return given + [key.strip() for key in request.headers.getall("x-api-key", [])[:1]]
+
+
 def key_check(keys: Keys, open_paths: frozenset[str]) -> "Middleware":
     """A middleware that refuses requests without a key, sent as a bearer token or as Anthropic's header does."""
 
@@ -127,12 +136,10 @@ def key_check(keys: Keys, open_paths: frozenset[str]) -> "Middleware":
     async def check_key(request: web.Request, handler: Handler) -> web.StreamResponse:
         if not keys.asked or request.path in open_paths:
             return await handler(request)
-        scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
-        given = [bearer.strip()] if scheme.lower() == "bearer" else []
-        given += [key.strip() for key in request.headers.getall("x-api-key", [])[:1]]
+        given = keys_in(request)
         if keys.have(given):
             return await handler(request)
-        said = "wrong" if scheme or given else "missing"
+        said = "wrong" if given or "Authorization" in request.headers else "missing"
         message = f"the API key is {said}; send the server's key as `Authorization: Bearer KEY`"
         raise RequestError(message, code="invalid_api_key", status=401)
 

@@ -8,13 +8,13 @@ next one. Left out: one front alone, whose socket the event loop makes.
 import errno
 import socket
 
-from engine.config import ServerOptions
 from engine.errors import ConfigError
+from engine.options.listening import ListenOptions
 
 BACKLOG = 2048  # connections that the kernel holds until they are accepted
 
 
-def bound(options: ServerOptions, fronts: int) -> list[list[socket.socket]]:
+def bound(options: ListenOptions, fronts: int) -> list[list[socket.socket]]:
     """Sockets that listen at the host and port of `options`, for each of so many fronts.
 
     Raises ConfigError if that cannot be."""
@@ -91,7 +91,7 @@ def url_of(host: str, port: int) -> str:
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
 
 
-def cannot_listen(options: ServerOptions, error: OSError) -> ConfigError:
+def cannot_listen(options: ListenOptions, error: OSError) -> ConfigError:
     """The error that says so, for people."""
     where = f"{options.host}:{options.port}"
     if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:

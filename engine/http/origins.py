@@ -23,8 +23,8 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 from msgspec import Struct
 
-from engine.config import ServerOptions
 from engine.errors import ConfigError, RequestError
+from engine.options.listening import ListenOptions
 
 if TYPE_CHECKING:
     from aiohttp.typedefs import Middleware
@@ -122,7 +122,7 @@ class Access(Struct, frozen=True):
     hosts: frozenset[str] | None = None
 
     @classmethod
-    def of(cls, options: ServerOptions) -> "Access":
+    def of(cls, options: ListenOptions) -> "Access":
         """What --cors-origins, --allowed-hosts and --host say. Raises ConfigError for what is no origin or host."""
         any_origin = "*" in options.cors_origins
         if any_origin and len(options.cors_origins) > 1:
@@ -298,7 +298,7 @@ class Gate:
             log.warning("refused: %s", message)
 
 
-def warn_of_any_origin(options: ServerOptions) -> None:
+def warn_of_any_origin(options: ListenOptions) -> None:
     """Say what `--cors-origins *` means where nothing else guards the server."""
     if "*" in options.cors_origins and not (options.api_key or options.api_key_file):
         log.warning("--cors-origins * without an API key: any page in a browser that reaches this server may use it")

@@ -41,10 +41,10 @@ async def name_request(request: web.Request, handler: Handler) -> web.StreamResp
     """Find or make the id of `request`. Raises RequestError for one that cannot be taken."""
     given = request.headers.get(HEADER)
     if given is None:
-        _name(request, new_id())
+        rename(request, new_id())
     else:
         check_id(given, HEADER)
-        _name(request, given)
+        rename(request, given)
     return await handler(request)
 
 
@@ -53,14 +53,14 @@ def called(request: web.Request, rid: str) -> str:
     if (trace := TRACE.get()) is not None:
         trace.id = rid
     if HEADER not in request.headers:
-        _name(request, rid)
+        rename(request, rid)
     return request[ID]
 
 
 def ensure_named(request: web.Request) -> None:
     """Give `request` an id if it was refused before it had one, or for the one it gave."""
     if ID not in request:
-        _name(request, new_id())
+        rename(request, new_id())
 
 
 async def send_id(request: web.Request, response: web.StreamResponse) -> None:
@@ -71,6 +71,7 @@ async def send_id(request: web.Request, response: web.StreamResponse) -> None:
         response.headers[ANTHROPIC_HEADER] = request[ID]
 
 
-def _name(request: web.Request, id: str) -> None:
+def rename(request: web.Request, id: str) -> None:
+    """From now on `request` is known by `id`."""
     request[ID] = id
     REQUEST_ID.set(id)

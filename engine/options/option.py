@@ -18,7 +18,8 @@ from engine.errors import ConfigError, did_you_mean
 class Option(Struct, frozen=True):
     """One field of an options struct, as people meet it.
 
-    `annotation` is the field's declared type, `kind` the bare type in it without None and bounds."""
+    `annotation` is the field's declared type, `kind` the bare type in it without None and bounds. Its variable begins
+    with `prefix`, which is what the struct declares as `variables`."""
 
     name: str
     annotation: Any
@@ -26,6 +27,7 @@ class Option(Struct, frozen=True):
     kind: Any
     bounds: str
     description: str
+    prefix: str = "ENGINE_"
 
     @property
     def flag(self) -> str:
@@ -33,7 +35,7 @@ class Option(Struct, frozen=True):
 
     @property
     def variable(self) -> str:
-        return "ENGINE_" + self.name.upper()
+        return self.prefix + self.name.upper()
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -80,11 +82,11 @@ class Option(Struct, frozen=True):
 
 def options_of(struct: type[Struct]) -> tuple[Option, ...]:
     """The fields of `struct` as options, in order."""
-    options = []
+    options, prefix = [], getattr(struct, "variables", "ENGINE_")
     for field in msgspec.structs.fields(struct):
         kind, metas = _unwrap(field.type)
         description = next((meta.description for meta in metas if meta.description), "")
-        options.append(Option(field.name, field.type, field.default, kind, _bounds(metas), description))
+        options.append(Option(field.name, field.type, field.default, kind, _bounds(metas), description, prefix))
     return tuple(options)
 
 

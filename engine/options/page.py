@@ -7,8 +7,8 @@ from msgspec import Struct
 from engine.options.option import options_of
 
 
-def options_page(structs: Iterable[type[Struct]]) -> str:
-    """docs/options.md, whole: a table for each of `structs`."""
+def options_page(engine: Iterable[type[Struct]], router: Iterable[type[Struct]]) -> str:
+    """docs/options.md, whole: a table for each struct, those of the engine first."""
     lines = [
         "# Options",
         "",
@@ -20,6 +20,19 @@ def options_page(structs: Iterable[type[Struct]]) -> str:
         "or in a table named as the group (`[schedule]`). Flags and variables overrule it.",
         "A true-or-false option has two flags: `--prefix-cache` and `--no-prefix-cache`.",
     ]
+    lines += tables(engine)
+    lines += [
+        "",
+        "# Options of the router",
+        "",
+        "Each is a flag of `engine router` ([router.md](router.md)), and a variable, which the flag overrules.",
+    ]
+    return "\n".join(lines + tables(router)) + "\n"
+
+
+def tables(structs: Iterable[type[Struct]]) -> list[str]:
+    """The lines of a table for each of `structs`."""
+    lines = []
     for struct in structs:
         title = (struct.__doc__ or "").rstrip(".")
         lines += ["", f"## {title}", "", "| flag | variable | takes | default | meaning |", "|---|---|---|---|---|"]
@@ -27,4 +40,4 @@ def options_page(structs: Iterable[type[Struct]]) -> str:
             default = "" if option.default in (None, ()) else f"`{str(option.default).lower()}`"
             cells = (f"`{option.flag}`", f"`{option.variable}`", option.expects, default, option.description)
             lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return lines

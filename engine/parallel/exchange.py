@@ -76,7 +76,7 @@ class Exchange:
             rank, token = goes.t().nonzero().unbind(1)
             place = goes.sum(0).cumsum(0) - goes.sum(0) + goes.cumsum(0) - 1
         else:
-            assert len(hidden) <= most, f"{len(hidden)} tokens, and places for {most}"
+            assert len(hidden) <= most, f"places for {most} tokens are too few for {len(hidden)}"
             sent = came = [most] * ranks
             hidden, weights, target, places, goes = (
                 functional.pad(each, (0, 0, 0, most - len(each)), value=value)

@@ -14,14 +14,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from types import MappingProxyType
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import anyio
 from anyio.abc import TaskGroup
 from msgspec.structs import replace
 
 from engine import __version__
-from engine.config import Config, ServerOptions
+from engine.config import Config
 from engine.errors import WorkerError, counted
 from engine.logs import set_up_logging
 from engine.messages.control import Preload, WorkerReady
@@ -30,6 +30,9 @@ from engine.runtime.channel import BlockingFrames
 from engine.runtime.copies import check_copies
 from engine.runtime.meeting import check_hosts
 from engine.runtime.process import Start, end_early, fronts, placement, spawn
+
+if TYPE_CHECKING:
+    from engine.router.register import Registration
 
 log = logging.getLogger("engine")
 
@@ -78,12 +81,12 @@ async def _serve(config: Config, start: Start | None, began: float) -> int:
     from engine.runtime.core import core_actors
     from engine.runtime.launch import open_front
 
-    keyed = check_server(config.server)
+    keyed = check_server(config)
     plugins = Plugins.load(config.model.plugins)
     core = None if start is None else partial(core_actors, start=start, plugins=plugins)
     routes = with_plugins(ROUTES, plugins)
     async with open_front(config, core, plugins) as front, anyio.create_task_group() as group:
-        service = Service(front, config.server, group, began=began, keyed=keyed)
+        service = Service(front, config, group, began=began, keyed=keyed)
         group.start_soon(partial(serve_http, front, config.server, routes, started=service.started))
         service.start()
     return service.code
@@ -94,9 +97,9 @@ def _serve_several(config: Config, count: int, began: float) -> int:
     from engine.runtime.supervisor import early_fronts, open_fronts
 
     async def run() -> int:
-        keyed = check_server(config.server)
+        keyed = check_server(config)
         async with open_fronts(config, early, start) as fronts, anyio.create_task_group() as group:
-            service = Service(fronts, config.server, group, began=began, keyed=keyed)
+            service = Service(fronts, config, group, began=began, keyed=keyed)
             service.start()
             await fronts.listening.wait()
             service.started(early.url)
@@ -106,15 +109,26 @@ def _serve_several(config: Config, count: int, began: float) -> int:
         return anyio.run(run, backend_options={"use_uvloop": True})
 
 
-def check_server(options: ServerOptions) -> bool:
-    """Raise ConfigError for what is wrong with who may call, or with tracing, before anything is started; whether an
-    API key is asked for."""
+def registration_of(config: Config) -> "Registration | None":
+    """What tells routers of the engine; None where none is to be told. Raises ConfigError."""
+    if not config.register.register:
+        return None
+    from engine.router.register import Registration
+
+    return Registration(config.register, config.server)
+
+
+def check_server(config: Config) -> bool:
+    """Raise ConfigError for what is wrong with who may call, with tracing or with registration, before anything is
+    started; whether an API key is asked for."""
+    options = config.server
     from engine.http.exporting import tracing_to
     from engine.http.keys import Keys
     from engine.http.origins import Access
 
     Access.of(options)
     tracing_to(options.otlp_endpoint)
+    registration_of(config)
     return Keys(options).asked
 
 
@@ -153,10 +167,11 @@ class Service:
 
     The first thing to end cancels `group`; `code` is the process's exit code then."""
 
-    def __init__(self, front: Served, options: ServerOptions, group: TaskGroup, *, began: float, keyed: bool) -> None:
+    def __init__(self, front: Served, config: Config, group: TaskGroup, *, began: float, keyed: bool) -> None:
         self.code = 0
         self._front = front
-        self._options = options
+        self._options = config.server
+        self._registration = registration_of(config)
         self._group = group
         self._began = began
         self._keyed = keyed  # an API key is asked for
@@ -180,6 +195,8 @@ class Service:
             info = await self._front.ready()
             keep_for_good()
             self._say_ready(info)
+            if self._registration is not None:
+                await self._registration.run(self._url)
 
     def _say_ready(self, info: WorkerReady) -> None:
         phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in info.phases.items())
@@ -197,9 +214,11 @@ class Service:
     async def signals(self) -> None:
         """The first lets what is open come to its end, for a while; the second does not."""
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+            told = False
             async for _ in received:
-                if self._front.draining:
+                if told or self._front.draining:
                     break
+                told = True
                 if self._front.open:
                     log.info(
                         "draining: %s open and may go on for up to %.0f s; a second signal ends what is open",
@@ -209,6 +228,8 @@ class Service:
         self._close()
 
     async def _drain(self) -> None:
+        if self._registration is not None:
+            await self._registration.leave()
         await self._front.drain(self._options.drain_seconds)
         self._close()
 

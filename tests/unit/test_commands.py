@@ -103,7 +103,7 @@ def check_curl(words: list[str]) -> None:
     body = words[words.index("-d") + 1] if "-d" in words else None
     method = words[words.index("-X") + 1] if "-X" in words else "GET" if body is None else "POST"
     (url,) = (word for word in words if word.startswith("http://"))
-    path = "/" + url.split("/", 3)[3]
+    path = "/" + url.split("/", 3)[3].partition("?")[0]
     assert any((route.method, route.path) == (method, path) for route in ROUTES), f"{method} {path}"
     if body is not None:
         json.loads(body)

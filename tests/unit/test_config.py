@@ -9,6 +9,7 @@ from engine.config import Config, groups, resolve
 from engine.errors import ConfigError
 from engine.options.option import options_of
 from engine.options.page import options_page
+from engine.router.options import router_groups
 
 ALL = [option for struct in groups().values() for option in options_of(struct)]
 
@@ -84,4 +85,6 @@ def test_variables_of_other_programs_are_left_alone() -> None:
 
 def test_options_page_is_current() -> None:
     page = Path(__file__).parents[2] / "docs" / "options.md"
-    assert page.read_text() == options_page(groups().values()), "docs/options.md is stale; run `make docs`"
+    assert page.read_text() == options_page(groups().values(), router_groups().values()), (
+        "docs/options.md is stale; run `make docs`"
+    )

@@ -181,7 +181,16 @@ MANIFESTS = sorted(f"engine_plugins.{path.parent.name}" for path in (ROOT / "plu
 
 
 @pytest.mark.parametrize(
-    "module", ["engine", "engine.cli", "engine.http.app", "engine.runtime.launch", "engine.parallel.mesh", *MANIFESTS]
+    "module",
+    [
+        "engine",
+        "engine.cli",
+        "engine.http.app",
+        "engine.router.serve",
+        "engine.runtime.launch",
+        "engine.parallel.mesh",
+        *MANIFESTS,
+    ],
 )
 def test_importing_leaves_torch_out(module: str) -> None:
     program = f"import sys, {module}; sys.exit('torch' in sys.modules)"

@@ -44,7 +44,7 @@ def serve_command(config: Config, port: int) -> list[str]:
     for group, struct in groups().items():
         for option in options_of(struct):
             value = getattr(getattr(config, group), option.name)
-            if option.name == "api_key":
+            if option.name in ("api_key", "register_key"):
                 continue
             if isinstance(value, bool):
                 command.append(option.flag if value else f"--no-{option.flag[2:]}")

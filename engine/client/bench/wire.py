@@ -31,10 +31,11 @@ class Address(Struct, frozen=True):
     secure: bool
 
     @classmethod
-    def of(cls, url: str) -> "Address":
+    def of(cls, url: str, option: str = "--url") -> "Address":
+        """Raises ConfigError, which names `option`, for what is no such URL."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"--url is {url!r}, but takes http://host:port or https://host:port")
+            raise ConfigError(f"{option} is {url!r}, but takes http://host:port or https://host:port")
         secure = parts.scheme == "https"
         return cls(parts.hostname, parts.port or (443 if secure else 80), parts.path.rstrip("/"), secure)
 

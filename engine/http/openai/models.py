@@ -7,9 +7,8 @@ from aiohttp import web
 
 from engine.http.openapi import Route
 from engine.http.service import SERVICE
+from engine.http.shaping import ANTHROPIC_VERSION
 from engine.http.wire import Reply, json_response
-
-ANTHROPIC_VERSION = "anthropic-version"  # a header of all its clients
 
 
 class ModelReply(Reply, frozen=True):

@@ -1,4 +1,4 @@
-"""Every code that an error may carry is in docs/http.md, and nothing else is."""
+"""Every code that an error may carry is in docs/http.md or docs/router.md, and nothing else is."""
 
 import ast
 import re
@@ -52,9 +52,10 @@ def raised() -> set[str]:
 
 
 def documented() -> set[str]:
-    page = (ROOT / "docs" / "http.md").read_text()
-    section = page.partition("\n## Errors\n")[2].partition("\n## ")[0]
-    rows = [line.split("|")[2] for line in section.splitlines() if re.match(r"\| (\d{3}|response) \|", line)]
+    pages = [(ROOT / "docs" / name).read_text() for name in ("http.md", "router.md")]
+    sections = [page.partition("\n## Errors\n")[2].partition("\n## ")[0] for page in pages]
+    lines = "\n".join(sections).splitlines()
+    rows = [line.split("|")[2] for line in lines if re.match(r"\| (\d{3}|response)(, \d{3})* \|", line)]
     return {code for row in rows for code in re.findall(r"`(\w+)`", row)}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine.config import ServerOptions
+from engine.config import Config
 from engine.messages.control import WorkerReady
 from engine.runtime.serve import Service
 
@@ -27,7 +27,7 @@ def test_the_line_to_try_asks_what_the_model_can_answer(
 ) -> None:
     front: Any = SimpleNamespace(chats=template, model_name="tiny")
     nothing: Any = None
-    service = Service(front, ServerOptions(), nothing, began=0.0, keyed=True)
+    service = Service(front, Config(), nothing, began=0.0, keyed=True)
     service.started("http://127.0.0.1:8000")
     ready: Any = {name: getattr(READY, name) for name in READY.__struct_fields__} | {"embedding_size": vector}
     service._say_ready(WorkerReady(**ready))

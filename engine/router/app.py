@@ -1,0 +1,118 @@
+"""The HTTP of a router: its own routes, and all others to its workers.
+
+A request passes the same door (`engine.http.origins`), the same check of its key (`engine.http.keys`) and the same
+limits (`engine.http.connections`) as at an engine. Left out: what is done with it (`proxy`, `admin`, `everywhere`).
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import anyio
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from engine.http.connections import listen
+from engine.http.fields import IGNORED, Ignored
+from engine.http.intake import INTAKE, Intake, without_expecting
+from engine.http.keys import Keys, key_check, keys_in
+from engine.http.listening import cannot_listen, url_of
+from engine.http.openapi import Route
+from engine.http.origins import Access, Gate, warn_of_any_origin
+from engine.http.request_id import name_request, send_id
+from engine.http.shaping import shaped
+from engine.router import admin, everywhere
+from engine.router.log import log_request
+from engine.router.peers import PATH as NOTES
+from engine.router.proxy import proxied
+from engine.router.router import ROUTER, Router
+
+if TYPE_CHECKING:
+    from aiohttp.typedefs import Middleware
+
+CLOSE_SECONDS = 1.0  # what handlers still running at the end get; draining happens before
+ROUTES: Sequence[Route] = (*admin.ROUTES, *everywhere.ROUTES)
+CHANGES = frozenset({"/workers", "/add_worker", "/remove_worker", NOTES})  # what needs the admin key needs no other
+OPERATORS = frozenset(route.path for route in admin.ROUTES)
+METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"})
+
+
+def create_app(router: Router) -> web.Application:
+    """Raises ConfigError for options that say nothing of who may call."""
+    options = router.config.server
+    open_paths = frozenset(route.path for route in ROUTES if route.open)
+    gate, keys = Gate(Access.of(options), pages=frozenset(), methods=METHODS), Keys(options)
+    checks = [shape_errors, name_request, gate.middleware()]
+    if keys.asked:
+        checks.append(_unless_admins(key_check(keys, open_paths)))
+    if options.log_requests or router.config.router.log_level == "debug":
+        checks.insert(0, log_request(open_paths))
+    app = web.Application(middlewares=checks)
+    app.on_response_prepare.append(send_id)
+    app[ROUTER] = router
+    app[IGNORED] = Ignored(strict=True)
+    app[INTAKE] = Intake(options)
+    gate.join(app)
+    app.add_routes([route.served(strict=True) for route in ROUTES])
+    app.add_routes([web.route("*", "/{path:.*}", to_a_worker, expect_handler=without_expecting)])
+    return app
+
+
+async def to_a_worker(request: web.Request) -> web.StreamResponse:
+    """Any other route: a worker answers."""
+    return await proxied(request.app[ROUTER], request)
+
+
+def _unless_admins(check: "Middleware") -> "Middleware":
+    """`check`, but on the routes of operators an admin's key is as good, and where that alone will do, it is checked
+    there."""
+
+    @web.middleware
+    async def check_key(request: web.Request, handler: Handler) -> web.StreamResponse:
+        admins = request.app[ROUTER].admin_keys
+        if request.path in CHANGES and request.method != "GET" and admins.asked:
+            return await handler(request)
+        if request.path in OPERATORS and admins.have(keys_in(request)):
+            return await handler(request)
+        return await check(request, handler)
+
+    return check_key
+
+
+@web.middleware
+async def shape_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer the router's own errors in the shape of an engine's."""
+    router = request.app[ROUTER]
+
+    def finish(status: int, headers: dict[str, str]) -> None:
+        router.metrics.count_error(status)
+        if status in (429, 503):
+            headers["Retry-After"] = str(router.dispatcher.retry_seconds())
+
+    return await shaped(request, handler, finish)
+
+
+async def serve(router: Router, *, started: Callable[[str], None]) -> None:
+    """Serve until cancelled, which ends what is open; `started` gets the URL of the open port.
+
+    Raises ConfigError if the address cannot be listened on."""
+    options = router.config.server
+    warn_of_any_origin(options)
+    runner = web.AppRunner(create_app(router), handler_cancellation=True, shutdown_timeout=CLOSE_SECONDS)
+    await runner.setup()
+    assert runner.server is not None, "it is set up"
+    listener = None
+    try:
+        async with router.running():
+            try:
+                listener = await listen(runner.server, options, router.metrics.count_error)
+            except OSError as error:
+                raise cannot_listen(options, error) from error
+            started(url_of(options.host, listener.port))
+            await anyio.sleep_forever()
+    finally:
+        with anyio.CancelScope(shield=True):
+            if listener is not None:
+                listener.close()
+            with suppress(ConnectionError):
+                await runner.cleanup()
