@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from engine.errors import ConfigError
 from engine.parallel.mesh import Mesh
 
 Positive = Annotated[int, Meta(ge=1)]
@@ -88,6 +89,9 @@ class ParallelOptions(Struct, frozen=True, kw_only=True):
 
     def mesh(self, rank: int = 0) -> Mesh:
         """The ranks as `rank` sees them. Raises ConfigError for sizes that do not go together."""
+        for flag, size in (("--ep", self.ep), ("--dp-attention", self.dp_attention)):
+            if self.tp % size:
+                raise ConfigError(f"{flag} {size} does not divide --tp {self.tp}; choose one that does")
         return Mesh(rank, tp=self.tp, pp=self.pp, ep=self.ep, dp=self.dp_attention)
 
     @property

@@ -6,10 +6,7 @@ from engine.errors import ConfigError
 
 def check_copies(config: Config) -> None:
     """Raises ConfigError where they do not."""
-    parallel, schedule = config.parallel, config.schedule
-    copies = parallel.dp_attention
-    if parallel.tp % copies:
-        raise ConfigError(f"--dp-attention {copies} does not divide --tp {parallel.tp}; choose one that does")
+    copies, schedule = config.parallel.dp_attention, config.schedule
     for name, what, number in (
         ("--max-running", "requests", schedule.max_running),
         ("--max-step-tokens", "tokens", schedule.max_step_tokens),

@@ -152,7 +152,6 @@ def test_what_does_not_run_in_copies_is_refused_in_words() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"tp": 3, "dp_attention": 2}, "--dp-attention 2 does not divide --tp 3"),
         ({"dp_attention": 4, "max_running": 3}, "--max-running 3 leaves no requests for some of the 4 copies"),
         ({"dp_attention": 4, "max_step_tokens": 3}, "--max-step-tokens 3 leaves no tokens for some of the 4 copies"),
     ],

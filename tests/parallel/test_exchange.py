@@ -73,7 +73,7 @@ def test_copies_of_an_expert_take_turns() -> None:
 
 def test_more_tokens_than_places_are_our_bug() -> None:
     exchange = Exchange(Groups.apart(ALONE).along("ep"), 2)
-    with pytest.raises(AssertionError, match="3 tokens, and places for 2"):
+    with pytest.raises(AssertionError, match="places for 2 tokens are too few for 3"):
         exchange.dispatch(torch.zeros(3, 4), torch.zeros(3, 1), torch.zeros(3, 1, dtype=torch.int64), 2)
 
 

@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_ep_alone_says_how_many_devices() -> None:
     assert resolve({"ep": 4}).parallel.ranks == resolve({}, {"ENGINE_EP": "4"}).parallel.ranks == 4
     assert resolve({"ep": 2, "tp": 4}).parallel.ranks == 4
-    with pytest.raises(ConfigError, match="ep 2 does not divide tp 3"):
+    with pytest.raises(ConfigError, match="--ep 2 does not divide --tp 3"):
         resolve({"ep": 2, "tp": 3}).parallel.mesh()
 
 
