@@ -43,8 +43,9 @@ def alone(folder: Path) -> list[Reply]:
         return said(engine)
 
 
-def test_whatever_is_asked_copies_of_two_ranks_each_reply_as_one(folder: Path, alone: list[Reply]) -> None:
-    with Engine(model=str(folder), tp=4, dp_attention=2, **OPTIONS) as engine:
+@pytest.mark.parametrize("tp", [2, pytest.param(4, marks=pytest.mark.matrix)])
+def test_whatever_is_asked_copies_reply_as_one(tp: int, folder: Path, alone: list[Reply]) -> None:
+    with Engine(model=str(folder), tp=tp, dp_attention=2, **OPTIONS) as engine:
         ours = said(engine)
         stats = engine.stats()
     assert_same(ours, alone)

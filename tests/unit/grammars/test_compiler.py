@@ -199,17 +199,15 @@ def test_of_tools_and_a_format_that_is_blamed_which_is_refused() -> None:
     assert found[3].grammar is not None
 
 
-@pytest.mark.parametrize("name", ["hermes", "llama3_json", "mistral", "deepseek_v3", "pythonic"])
-def test_a_refusal_names_the_tool_whose_parameters_it_is_about(name: str) -> None:
-    syntax = resolve(Plugins.load().entries("parsers")[name].target).syntax
+def test_a_refusal_names_the_tool_whose_parameters_it_is_about() -> None:
     bad = {"type": "object", "properties": {"id": {"const": 2**64}, "x": {"not": {"const": 1}}}}
     tools = [Tool("first", {"type": "object"}), Tool("second", bad, strict=True), Tool("third", bad)]
     plain = Grammar("json_schema", '{"type":"object","properties":{"a":{"type":"integer"}}}')
-    asked = [
-        forced(tools, syntax, parallel=True),
-        either(tools, syntax, plain, parallel=True),
-        *([allowed(tools, syntax)] if syntax.trigger else []),
-    ]
+    asked = []
+    for name in ("hermes", "llama3_json", "mistral", "deepseek_v3", "pythonic"):
+        syntax = resolve(Plugins.load().entries("parsers")[name].target).syntax
+        asked += [forced(tools, syntax, parallel=True), either(tools, syntax, plain, parallel=True)]
+        asked += [allowed(tools, syntax)] if syntax.trigger else []
     with compiler([sys.executable, "-m", "engine.grammars.compiler"], config(), asked) as frames:
         found = answers(frames, len(asked))
     for number in range(1, len(asked) + 1):
