@@ -88,7 +88,7 @@ class Rebalancer:
         pairs = zip(self._seen, self._layers, strict=True)
         even = float(np.mean([imbalance(rank_loads(line, layer.placement)) for line, layer in pairs]))
         if even > self._threshold:
-            logger.info("the busiest rank has %.2f times the mean load: experts move", even)
+            logger.info("the busiest rank has %.2f times the mean load: experts move where that gains enough", even)
             self.begin(self._seen)
         self._seen, self._tokens = None, 0.0
 
