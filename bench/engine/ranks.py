@@ -60,7 +60,7 @@ class Sizes(Struct, frozen=True):
     kv_tokens: int | None = 400_000  # on each rank, where they are no limit and two engines lie beside each other
     few_kv_tokens: int | None = 150_000  # on each rank, in `long`: 17 requests' on one that caches all of them
     redundant: int = 8
-    decode_rows: int = 64  # of the step that counting is compared with
+    steps: tuple[int, int, int] = (64, 128, 128)  # that counting is compared with: rows, tokens in, how many steps
 
 
 SMALL = Sizes(
@@ -72,7 +72,7 @@ SMALL = Sizes(
     kv_tokens=None,
     few_kv_tokens=None,
     redundant=4,
-    decode_rows=4,
+    steps=(4, 8, 8),
 )
 
 
@@ -317,13 +317,12 @@ def expert_bytes(setting: Setting) -> float:
 
 async def counting(setting: Setting) -> list[Figure]:
     """On this process's device: how long routers take with counts and without, of all layers, beside a decode step."""
-    rows, shape = setting.sizes.decode_rows, setting.shape()
+    (rows, tokens, count), shape = setting.sizes.steps, setting.shape()
     async with setting.engine(kv_tokens=setting.sizes.kv_tokens) as bench:
         times = []
         for turn in range(setting.sizes.turns):
-            short, long = workloads.decode_step(bench.vocab, rows, turn)
-            first = await bench.seconds(short)
-            times.append((await bench.seconds(long) - first) / 128)
+            first = await bench.seconds(work((rows, tokens, 1), bench.vocab, 80 + turn))
+            times.append((await bench.seconds(work((rows, tokens, 1 + count), bench.vocab, 90 + turn)) - first) / count)
     cuda = setting.options.get("device") != "cpu"
     device = torch.device("cuda" if cuda else "cpu")
     ops = choose(device, torch.bfloat16 if cuda else torch.float32).experts
