@@ -20,7 +20,7 @@ LATENT = {
 def test_each_row_says_what_was_measured(tmp_path: Path) -> None:
     config = {**tiny_model("DeepseekV3", **LATENT).config.to_dict(), "architectures": ["DeepseekV3ForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    options = [f"--option={option}" for option in ("device=cpu", "threads=1", "page_size=4")]
+    options = [f"--option={option}" for option in ("device=cpu", "threads=1", "page_size=4", "spare_worker=false")]
     found = ranks.main([str(tmp_path), "--small", *options, f"--json={tmp_path / 'figures'}"])
     written = json.loads((tmp_path / "figures").read_text())
     assert [(each["row"], each["name"]) for each in written] == [(each.row, each.name) for each in found]
