@@ -207,24 +207,26 @@ class ExpertWatch:
 
     def rebalance(self) -> int:
         """Has all layers of all stages arranged for what was chosen since this was last asked for, or since the start:
-        how many layers. They move with the next steps. Raises RequestError where there is nothing to do, or a rebalance
-        is under way."""
-        stages = self._of_stages(self._rebalance() if self._experts else None)
-        if causes := [each for each in stages if isinstance(each, str)]:
-            raise RequestError(causes[0])
-        return sum(stages)
+        how many layers. They move with the next steps. Raises RequestError, and moves nothing on any stage, where one
+        has nothing to do or a rebalance is under way on it."""
+        now = self._read().wait() if self.rebalancer.divided else self._arranged
+        stages = self._of_stages((self._refusal(now), len(self._experts)) if self._experts else None)
+        if cause := next((cause for cause, _ in stages if cause), ""):
+            raise RequestError(cause)
+        if self._experts:
+            self.rebalancer.begin(now - self._arranged)
+            self._arranged = now
+        return sum(layers for _, layers in stages)
 
-    def _rebalance(self) -> int | str:
+    def _refusal(self, now: Counts) -> str:
+        """Why the experts of this stage cannot be rearranged, of which `now` has been counted; empty where they can."""
         if not self.rebalancer.divided:
             return "all experts lie on one group of devices; start the server with --ep 2 or more"
         if self.rebalancer.waiting:
             return f"a rebalance is under way: {self.rebalancer.waiting} layers are still to be rearranged; ask later"
-        now = self._read().wait()
         if not (now - self._arranged).any():
             return "no token has chosen an expert since, so nothing is known of their loads; ask later"
-        self.rebalancer.begin(now - self._arranged)
-        self._arranged = now
-        return self.rebalancer.waiting
+        return ""
 
     def _of_stages(self, own: Any) -> list[Any]:
         found = [each for each in self._gathered(own) if each is not None]

@@ -1,7 +1,8 @@
 """Traces of steps, for people who look where the time goes: torch's profiler, from one step to another.
 
 A trace is Chrome's JSON, compressed: chrome://tracing and https://ui.perfetto.dev show it. Each step is a span with its
-number, its rows and its tokens. Writing one takes a while, in which no step is launched. Left out: more than one rank.
+number, its rows and its tokens. Writing one takes a while, in which no step is launched. Each rank traces itself, into
+a file of its own. Left out: one trace of all ranks.
 """
 
 import logging

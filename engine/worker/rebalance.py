@@ -4,11 +4,11 @@
     step n+1  the first: its new arrangement; weights leave for room beside the slots, on a stream of their own
     step n+3  they have come: copied into the slots, and the table of places says so; the next layer's leave
 
-Everything follows from counts that all ranks have alike and from the number of steps, so all ranks decide and change
-the same at the same step, and nobody asks another. A step reads either the old arrangement or the new one. Where it is
-the new one, the same experts do the same for each token on another rank: replies differ by rounding at most. A layer
-that would gain little stays as it is. Left out: arrangements that weigh what moving costs against what it gains, or
-that keep groups of experts on a host, which would serve all-to-all alone.
+Everything follows from counts, which the first rank of a stage gives to all, and from the number of steps. So all ranks
+decide and change the same at the same step, and nobody asks another. A step reads either the old arrangement or the new
+one. Where it is the new one, the same experts do the same for each token on another rank: replies differ by rounding at
+most. A layer that would gain little stays as it is. Left out: arrangements that weigh what moving costs against what it
+gains, or that keep groups of experts on a host, which would serve all-to-all alone.
 """
 
 import logging
@@ -88,7 +88,7 @@ class Rebalancer:
         pairs = zip(self._seen, self._layers, strict=True)
         even = float(np.mean([imbalance(rank_loads(line, layer.placement)) for line, layer in pairs]))
         if even > self._threshold:
-            logger.info("the busiest rank has %.2f times the mean load: experts move", even)
+            logger.info("the busiest rank has %.2f times the mean load: experts move where that gains enough", even)
             self.begin(self._seen)
         self._seen, self._tokens = None, 0.0
 

@@ -95,9 +95,12 @@ def replies(groups: Groups | None, case: str, file: Path) -> tuple[list[list[int
     return said, counts, given
 
 
-def rebalanced(groups: Groups, case: str, file: Path) -> tuple[list[list[int]], ExpertMap, int]:
+def rebalanced(
+    groups: Groups, case: str, file: Path, slots: tuple[int, ...] | None = None
+) -> tuple[list[list[int]], ExpertMap, int]:
     """What the model of `file` says to each prompt while experts move, because they are uneven or because that was
-    asked for; where they lie then, and how many slots have the weights that belong there."""
+    asked for; where they lie then, and how many slots have the weights that belong there. The prompts have `slots`; of
+    several copies of attention, what this one says."""
     harness = harness_of(groups, case, file)
     runner, model = harness.runner, harness.runner.model
     before = [layer.placement.copy() for layer in experts_of(model)]
@@ -114,7 +117,7 @@ def rebalanced(groups: Groups, case: str, file: Path) -> tuple[list[list[int]], 
     runner.launch = launched  # type: ignore[method-assign]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rebalance, "LEAST_GAIN", -1.0)  # whatever is counted, they move
-        said = harness.greedy(PROMPTS, COUNT)
+        said = harness.greedy(PROMPTS, COUNT, slots=slots)
     assert asked == [len(before)]
     changed = [not np.array_equal(layer.placement, old) for layer, old in zip(experts_of(model), before, strict=True)]
     assert all(changed) and watch.rebalancer.moved >= len(before)
@@ -159,11 +162,13 @@ def test_two_ranks_with_half_of_the_experts_reply_as_one(case: str, two: Ranks, 
     assert_as_one(case, two, 2, tmp_path)
 
 
-def assert_moves_change_nothing(case: str, ranks: Ranks, tmp_path: Path) -> None:
+def assert_moves_change_nothing(case: str, ranks: Ranks, tmp_path: Path, slots: tuple[int, ...] | None = None) -> None:
+    """Where prompts have `slots`, each rank has a copy of attention."""
     file = saved(case, tmp_path)
     said, _, _ = replies(None, case, file)
-    for own, found, right in ranks.run(rebalanced, case, file):
-        assert own == said
+    for rank, (own, found, right) in enumerate(ranks.run(rebalanced, case, file, slots)):
+        here = [True] * len(said) if slots is None else [slot // ModelHarness.slots == rank for slot in slots]
+        assert own == [reply for reply, mine in zip(said, here, strict=True) if mine]
         placements = np.frombuffer(found.placement, "<i4").reshape(len(found.layers), found.ranks, -1)
         assert right == placements[:, 0].size, "each slot has the weights that the map says"
         counts = np.frombuffer(found.counts, "<i8").reshape(len(found.layers), -1)
@@ -197,3 +202,15 @@ def test_four_ranks_with_a_quarter_of_the_experts_reply_as_one(case: str, four: 
 @pytest.mark.parametrize("case", CASES)
 def test_two_groups_of_two_ranks_reply_as_one(case: str, two_of_two: Ranks, tmp_path: Path) -> None:
     assert_as_one(case, two_of_two, 2, tmp_path)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case][3]])
+def test_experts_that_move_while_attention_is_in_copies_change_none(
+    case: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Of one copy and of both; counts are those of all copies' tokens, on all ranks."""
+    folder, first = tmp_path_factory.mktemp("copies"), ModelHarness.slots
+    with open_ranks(folder, tp=2, dp=2, ep=2) as opened:
+        for slots in ((1, first, first + 3), (first, first + 1, first + 2)):
+            assert_moves_change_nothing(case, opened, folder, slots)

@@ -1,12 +1,15 @@
 """Attention in copies behind one server: it replies as one worker does, whichever copy a request is in, and outlives
 the death of a rank of any copy."""
 
+import gzip
+import json
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import anyio
+import numpy as np
 import pytest
 from oracle import tiny_model
 from restarts import restarted
@@ -17,6 +20,7 @@ from test_served_pipeline import GREEDY, PROMPTS, STEM, said, workers
 from tiny_checkpoint import assert_same, save_checkpoint
 
 from engine import AsyncEngine, Engine, EngineError, Reply, SamplingParams
+from engine.messages.questions import CountExperts, Profile
 
 pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes through /proc"),
@@ -101,6 +105,37 @@ def test_copies_reply_as_one_when_pages_run_out(folder: Path) -> None:
             said.append([reply.ids for reply in engine.generate(asked, params)])
             assert engine.stats().retractions_total > 2
     assert said[0] == said[1] and all(len(ids) == 90 for ids in said[0])
+
+
+def traces(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir())
+
+
+def steps_of(file: Path) -> list[str]:
+    """The spans of steps in a trace, as they are named, in their order."""
+    with gzip.open(file) as trace:
+        events = json.load(trace)["traceEvents"]
+    found = [event for event in events if str(event["name"]).startswith("step ") and "tokens" in event["name"]]
+    return [event["name"] for event in sorted(found, key=lambda event: float(event["ts"]))]
+
+
+@pytest.mark.anyio
+@pytest.mark.matrix
+async def test_each_copy_writes_a_trace_of_the_same_steps(folder: Path, alone: list[Reply], tmp_path: Path) -> None:
+    wanted = [reply.ids for reply in alone[: len(PROMPTS)]]
+    async with AsyncEngine(model=str(folder), dp_attention=2, **OPTIONS) as engine:
+        await engine.front.ask(CountExperts("start"))
+        await engine.front.ask(Profile(str(tmp_path), 8))
+        assert [reply.ids for reply in await engine.generate(PROMPTS, GREEDY)] == wanted
+        path = await engine.front.ask(Profile())
+        counted = await engine.front.ask(CountExperts("stop"))
+    traced = {str(file): steps_of(file) for file in traces(tmp_path)}
+    assert len(traced) == 2 and len(traced[path]) >= 8
+    assert {tuple(steps[:8]) for steps in traced.values()} == {tuple(traced[path][:8])}
+    # All ranks count the choices of all copies: three of each token of each prompt, and of each reply but its last.
+    tokens = sum(len(ids) + GREEDY.max_tokens - 1 for ids in PROMPTS)
+    chosen = sum(np.frombuffer(counted.counts, "<i8").tolist())
+    assert 3 * len(counted.layers) * (tokens - 120) <= chosen <= 3 * len(counted.layers) * tokens  # of 120 cached
 
 
 def test_copies_that_do_not_divide_ranks_are_refused_before_any_is_started(folder: Path) -> None:

@@ -1,11 +1,16 @@
 """Experts over ranks behind an engine: `--ep 2` replies as one device, whatever is asked; what cannot be is refused."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 from oracle import tiny_model
+from restarts import restarted
+from test_processes import children
+from test_served_pipeline import workers
 from tiny_checkpoint import ASKED, assert_same, save_checkpoint
 
 from engine import AsyncEngine, Engine, EngineError, SamplingParams
@@ -97,3 +102,45 @@ async def test_experts_move_when_that_is_asked_for(folder: Path) -> None:
         after = await front.ask(LookAtExperts())
         assert said == alone and after.waiting == 0 and after.moved > 0 and after.placement != before.placement
         assert [reply.ids for reply in await engine.generate(PROMPTS, greedy)] == alone
+
+
+@pytest.mark.anyio
+@pytest.mark.matrix
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes through /proc")
+@pytest.mark.parametrize("copies", [1, 2])
+async def test_a_rank_that_is_killed_while_experts_move_is_started_again(copies: int, folder: Path) -> None:
+    """And clients that leave meanwhile take nothing along. Experts lie as at first then, and can move again."""
+    greedy = SamplingParams(temperature=0, max_tokens=28, ignore_eos=True)
+    async with AsyncEngine(model=str(folder), **OPTIONS) as engine:
+        alone = [reply.ids for reply in await engine.generate(PROMPTS, greedy)]
+    before = set(children(os.getpid()))
+    options = {**OPTIONS, "ep": 2, "redundant_experts": 4, "dp_attention": copies}
+    async with AsyncEngine(model=str(folder), **options) as engine:
+        front = engine.front
+        with anyio.fail_after(120):
+            first = (await front.ask(LookAtExperts())).placement
+            for rank in (1, 0):
+                assert [reply.ids for reply in await engine.generate(PROMPTS, greedy)] == alone
+                layers = await front.ask(RebalanceExperts())
+                assert (await front.ask(LookAtExperts(now=False))).waiting == layers > 1  # they move with steps
+                stream = engine.stream(PROMPTS[1], greedy)
+                async for _ in stream:  # its prompt and a step: the first layer is on its way, others wait
+                    break
+                await stream.aclose()
+                os.kill(workers(before)[rank], signal.SIGKILL)
+                assert (await restarted(engine, PROMPTS[0], greedy)).ids == alone[0]
+                found = await front.ask(LookAtExperts())
+                assert found.placement == first and (found.moved, found.waiting) == (0, 0)
+            assert [reply.ids for reply in await engine.generate(PROMPTS, greedy)] == alone
+            assert await front.ask(RebalanceExperts()) == layers
+            for _ in range(2):  # a client leaves amid its reply, and one amid its prompt, as experts move
+                stream = engine.stream(PROMPTS[1], greedy)
+                async for _ in stream:
+                    break
+                await stream.aclose()
+                with anyio.move_on_after(0.005):
+                    await engine.generate(PROMPTS[1][::-1], greedy)
+            assert [reply.ids for reply in await engine.generate(PROMPTS, greedy)] == alone
+            found = await front.ask(LookAtExperts())
+            assert found.moved > 0 and not found.waiting and found.placement != first
+            assert (await front.flush()).in_use == 0

@@ -133,7 +133,7 @@ async def _counts(service: Service, action: CountAction) -> ExpertCounts:
 
 async def refresh(service: Service) -> None:
     """Asks the device for what it has counted, if it counts, or another front has heard more of it; and of a mixture
-    for its last window, which waits for no step."""
+    for its last window, which waits for no step; stages of a pipeline wait for each other."""
     known, info = service.metrics.experts, service.front.info
     if info is not None and info.mixture:
         with anyio.move_on_after(SCRAPE_SECONDS), suppress(EngineError):

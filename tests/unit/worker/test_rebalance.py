@@ -1,15 +1,19 @@
 """When experts move, and at which step a layer's new arrangement is used; nothing travels, as there are no ranks."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
+from engine.errors import RequestError
+from engine.layers.model import Model
 from engine.options.parallel import ParallelOptions
+from engine.parallel.collectives import Group
 from engine.parallel.placement import Placement, first_placement
-from engine.worker import rebalance
+from engine.worker import experts, rebalance
+from engine.worker.experts import ExpertWatch
 from engine.worker.rebalance import Rebalancer
 
 EVEN, HOT = [10] * 8, [80, 70, 60, 50, 1, 1, 1, 1]
@@ -96,3 +100,25 @@ def test_what_was_even_is_forgotten(layers: list[Any]) -> None:
     moving.observe(counts(EVEN, EVEN, EVEN) * 100, 100)
     moving.observe(counts(HOT, HOT, HOT), 100)
     assert moving.waiting == 3
+
+
+def test_no_stage_moves_where_another_one_still_does(layers: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    routers = {
+        f"layers.{number}.mlp.gate": SimpleNamespace(
+            routing=SimpleNamespace(experts=8, top_k=1), counts=torch.zeros(8, dtype=torch.int64)
+        )
+        for number in range(3)
+    }
+    for layer in layers:
+        layer.group = Group((0,), 0)
+    monkeypatch.setattr(experts, "routers_of", lambda model: routers)
+    monkeypatch.setattr(experts, "experts_of", lambda model: layers)
+    other = ["a rebalance is under way: 2 layers are still to be rearranged; ask later"]
+    watch = ExpertWatch(cast("Model", None), lambda own: [own, (other[0], 2)], options())
+    for router in routers.values():
+        router.counts += torch.tensor(HOT)
+    with pytest.raises(RequestError, match="under way: 2 layers"):
+        watch.rebalance()
+    assert not watch.rebalancer.waiting
+    other[0] = ""
+    assert watch.rebalance() == 3 + 2 and watch.rebalancer.waiting == 3
