@@ -166,8 +166,9 @@ async def generate(request: web.Request, body: GenerateBody) -> web.StreamRespon
             priority=body.priority or 0,
             default_max_tokens=MAX_NEW_TOKENS,
             cache_salt=salt_of(body.cache_salt),
+            scored_after=score.before,
         )
-        for each, prompt, sampling in zip(rids, prompts, checked, strict=True)
+        for each, prompt, sampling, score in zip(rids, prompts, checked, scores, strict=True)
     ]
     jobs = sampled(asked, samples)
     whose = [score for score in scores for _ in range(len(jobs) // count)]
@@ -206,6 +207,11 @@ class Scores(Struct, frozen=True):
     start: int = -1
     top: int = 0
     text: bool = False
+
+    @property
+    def before(self) -> int:
+        """The last position of the prompt that need not be scored."""
+        return max(self.start - 1, 0)
 
 
 def scores_of(body: GenerateBody, count: int) -> list[Scores]:
@@ -319,7 +325,7 @@ class OneReply:
         """Of the reply so far, with the log-probabilities of `chunk`."""
         told: dict[str, Any] = {}
         if self._scores.wanted:
-            self._prompt += chunk.prompt_logprobs[max(self._scores.start, 0) :]
+            self._prompt += chunk.prompt_logprobs[max(self._scores.start, 0) - self._scores.before :]
             self._tokens += chunk.logprobs
             for name, tokens in (("input", self._prompt), ("output", self._tokens)):
                 told[f"{name}_token_logprobs"] = [self._entry(token) for token in tokens]
