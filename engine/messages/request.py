@@ -39,8 +39,8 @@ class Generate(Message, frozen=True):
     special: bool | None = None  # add the tokenizer's special tokens to the prompt; None: to `text`, not to `messages`
     last: int | None = None  # keep only so many tokens of the prompt, its last; -1: as many as there is room for
     tell_prompt: bool = False  # the ids of the prompt's tokens
-    # Of the prompt's log-probabilities, tell those of the tokens after this position, as if the prompt began there; what
-    # is before may come from the cache.
+    # Log-probabilities of the prompt are those of the tokens after this position, told as if the prompt began there.
+    # What comes before may be cached.
     scored_after: int = 0
 
     @property
@@ -63,10 +63,10 @@ class Embed(Message, frozen=True):
 class Open(Message, frozen=True):
     """tokenizer → detokenizer: tokens of `rid` will come; turn them into text until one of `stop` or `stop_regex`.
 
-    Neither is looked for in the first `min_tokens` tokens. `echo` goes before the reply's text. `prompt` (int32), the
-    tokens from the position `scored_after` on, is there where the prompt's log-probabilities are asked for; `prompt_only` says that no token of the reply is. The
-    next three fields are those of SamplingParams, and `show_marks` is Generate's. `prompt_ids` (int32) are there where
-    the prompt's ids are asked for.
+    Neither is looked for in the first `min_tokens` tokens. `echo` goes before the reply's text. `prompt` (int32) is
+    there where the prompt's log-probabilities are asked for: its tokens from the position `scored_after` on.
+    `prompt_only` says that no token of the reply is asked for. The next three fields are those of SamplingParams, and
+    `show_marks` is Generate's. `prompt_ids` (int32) are there where the prompt's ids are asked for.
     """
 
     rid: str
