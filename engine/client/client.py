@@ -3,7 +3,7 @@
 Speaks OpenAI's chat API to any server that has it. Left out: whole replies, retries, and load (engine/client/bench).
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import Any, Self
 
@@ -68,7 +68,7 @@ class Client:
 
     # ── the wire ─────────────────────────────────────────────────────────────────────────────
 
-    async def _events(self, path: str, body: dict[str, Any]) -> AsyncIterator[bytes]:
+    async def _events(self, path: str, body: dict[str, Any]) -> AsyncGenerator[bytes, None]:
         """The data of each server-sent event until `[DONE]`. Raises RequestError for an error answer."""
         payload = msgspec.json.encode(body)
         headers = {"Content-Type": "application/json"}
@@ -88,13 +88,19 @@ class Client:
             raise WorkerError(f"{self.url}{path} did not answer: {error or type(error).__name__}") from None
 
     async def _first_model(self) -> str:
+        return str((await self._models())[0]["id"])
+
+    async def _models(self) -> list[Any]:
+        """The models that the server lists, at least one."""
         url = f"{self.url}/v1/models"
         try:
             async with self._http.get(url) as response:
                 body = await response.read()
                 if response.status != 200:
                     raise RequestError(f"{url} answered {response.status}: {refusal(body)}", status=response.status)
-            return str(msgspec.json.decode(body)["data"][0]["id"])
+            listed: list[Any] = msgspec.json.decode(body)["data"]
+            listed[0]["id"]
+            return listed
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ConfigError(
                 f"no server answers at {self.url} ({error or type(error).__name__}); is it running?"
