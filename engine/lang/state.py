@@ -136,8 +136,8 @@ class Sequential:
     def __contains__(self, name: object) -> bool:
         return name in self._variables
 
-    def get_meta_info(self, name: str, timeout: float | None = None) -> Meta | None:
-        """What is known of the call that made `name`; None for a variable that no call made. Raises TimeoutError."""
+    def get_meta_info(self, name: str, timeout: float | None = None) -> Meta:
+        """What is known of the call that made `name`; an empty Meta where no call did. Raises TimeoutError."""
         variable = self._named(name)
         if not variable.value.done() and self._run.here:
             raise RuntimeError(f"{name!r} has not come yet; await s.get({name!r}) first")

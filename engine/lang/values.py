@@ -89,6 +89,9 @@ class Feed:
             yield piece
 
 
+NO_CALL = Meta()
+
+
 class Variable:
     """One variable. `place` is the line of the program that makes it."""
 
@@ -96,10 +99,10 @@ class Variable:
         self.name = name
         self.place = place
         self.value: Future[Any] = Future()
-        self.meta: Meta | None = None
+        self.meta = NO_CALL
         self.feed = Feed()
 
-    def set(self, value: Any, meta: Meta | None = None) -> None:
+    def set(self, value: Any, meta: Meta = NO_CALL) -> None:
         """It is there; whatever comes later is not looked at."""
         if not self.value.done():
             self.meta = meta

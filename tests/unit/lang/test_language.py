@@ -60,7 +60,7 @@ def test_text_and_variables(engine: Engine) -> None:
         assert (s.text(), s["two"], s.get_var("three")) == ("abcxyz{", "bc", "yz{")
         assert ("two" in s, "four" in s, s.messages(), s.error()) == (True, False, [], None)
         meta = s.get_meta_info("three")
-        assert meta is not None and (meta.finish, meta.prompt_tokens, meta.completion_tokens) == ("length", 4, 3)
+        assert (meta.finish, meta.prompt_tokens, meta.completion_tokens) == ("length", 4, 3)
         assert (s.usage.calls, s.usage.prompt_tokens, s.usage.completion_tokens) == (2, 1 + 4, 2 + 3)
 
 
@@ -81,7 +81,7 @@ def test_several_replies_and_the_first_goes_on(engine: Engine) -> None:
     s = program.run(backend=engine, **GREEDY)
     assert (s["b"], s["c"], s.text()) == (["bc"] * 3, "d", "abcd")
     meta = s.get_meta_info("b")
-    assert meta is not None and meta.completion_tokens == 6
+    assert meta.completion_tokens == 6
 
 
 def test_roles_are_written_by_the_models_template(engine: Engine) -> None:
@@ -113,7 +113,7 @@ def test_select_takes_what_the_model_says_next(engine: Engine) -> None:
     s = program.run(backend=engine)
     assert (s["one"], s["two"], s.text()) == ("bc", "d", "abcd")
     meta = s.get_meta_info("one")
-    assert meta is not None and [each.ids for each in meta.scores] == [[120], [98, 99], [98, 100]]
+    assert [each.ids for each in meta.scores] == [[120], [98, 99], [98, 100]]
     assert [round(each.mean) for each in meta.scores] == [-200, 0, -100]
 
 

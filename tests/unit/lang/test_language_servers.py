@@ -55,7 +55,6 @@ def test_our_server_gives_what_the_engine_gives(engine: Engine, server: Server, 
     assert [remote[name] for name in names] == [local[name] for name in names]
     for name in names:
         ours, theirs = local.get_meta_info(name), remote.get_meta_info(name)
-        assert ours is not None and theirs is not None
         assert (theirs.prompt_tokens, theirs.completion_tokens) == (ours.prompt_tokens, ours.completion_tokens)
         assert theirs.scores == ours.scores
     assert remote.usage.calls == local.usage.calls
@@ -68,7 +67,7 @@ def test_a_select_scores_its_choices_over_one_cached_prefix(engine: Engine, serv
 
     for backend, first in ((engine, "k"), (server, "l")):
         meta = program.run(first, backend=backend).get_meta_info("one")
-        assert meta is not None and (meta.prompt_tokens, meta.cached_tokens) == (3 * 64 + 4, 2 * 48), (
+        assert (meta.prompt_tokens, meta.cached_tokens) == (3 * 64 + 4, 2 * 48), (
             "whole pages, up to the token before the choice"
         )
 
