@@ -95,7 +95,8 @@ class Function:
             yield state
         finally:
             task.cancel()
-            await asyncio.wait([task])
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait([task])
         if not task.cancelled() and (error := task.exception()) is not None:
             raise error
 

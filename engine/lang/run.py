@@ -47,6 +47,8 @@ class Run:
     def on_end(self, tell: Callable[[BaseException], None]) -> None:
         """Call `tell` at the end, with why there is no more."""
         self._at_end.append(tell)
+        if self.ended is not None:
+            tell(self.ended)
 
     def start(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Begin a task of the run. In the event loop."""

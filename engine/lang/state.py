@@ -12,8 +12,8 @@ import asyncio
 import sys
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
+from concurrent.futures import Future, InvalidStateError
+from contextlib import contextmanager, suppress
 from typing import Any, Self, TypeVar
 
 from msgspec import Struct
@@ -306,10 +306,12 @@ class Sequential:
 
         def reach() -> None:
             self._reaching.discard(reached)
-            reached.set_result(None)
+            settle(reached)
 
         self._reaching.add(reached)
         self._do(reach, line())
+        if self._run.ended is not None:  # it ended meanwhile, in the event loop
+            settle(reached)
         return reached
 
     def _fail(self, step: Step, error: Exception) -> None:
@@ -332,10 +334,16 @@ class Sequential:
         for variable in self._own:
             if not variable.value.done():
                 variable.fail(ProgramError(f"{variable.place}: {variable.name!r} did not come: {why}"))
-        for reached in self._reaching:
-            reached.set_result(None)
-        for feed in (self._feed, *self._expected.values()):
+        for reached in list(self._reaching):
+            settle(reached)
+        for feed in (self._feed, *list(self._expected.values())):
             feed.end()
+
+
+def settle(reached: Future[None]) -> None:
+    """Let those who wait for `reached` go on; a thread and the event loop may both do so."""
+    with suppress(InvalidStateError):
+        reached.set_result(None)
 
 
 async def arrived(future: Future[Value]) -> Value:
