@@ -3,7 +3,6 @@
 import json
 import runpy
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 from real_server import over_http
 from smollm2 import COUNTING, FRANCE
 
-from engine import Engine, Reply, SamplingParams
+from engine import Engine, SamplingParams
 from engine.config import ServerOptions
 from engine.lang import (
     Server,
@@ -29,7 +28,7 @@ from engine.lang import (
 )
 
 EXAMPLES = Path(__file__).parents[2] / "examples/language"
-SCORES = SamplingParams(max_tokens=1, prompt_logprobs=0)
+SCORES = SamplingParams(max_tokens=0, prompt_logprobs=0)
 CHOICES = [" Paris", " Lyon", " the city of light"]
 
 
@@ -79,13 +78,13 @@ def test_a_select_has_the_scores_of_whole_prompts(engine: Engine, server: Server
     def program(s: State) -> None:
         s += FRANCE + select("city", CHOICES, choices_method=method)
 
-    prompt: Reply = engine.generate(FRANCE, SCORES)
+    prompt, *wholes = engine.generate([FRANCE, *(FRANCE + choice for choice in CHOICES)], SCORES)
     for backend in (engine, server):
         s = program.run(backend=backend)
         meta = s.get_meta_info("city")
         assert s["city"] == best
-        for choice, scores in zip(CHOICES, meta.scores, strict=True):
-            whole = engine.generate(FRANCE + choice, SCORES).prompt_logprobs[len(prompt.prompt_logprobs) :]
+        for reply, scores in zip(wholes, meta.scores, strict=True):
+            whole = reply.prompt_logprobs[len(prompt.prompt_logprobs) :]
             assert scores.ids == [token.id for token in whole]
             assert scores.logprobs == pytest.approx([token.logprob for token in whole], abs=2e-3)
             if method.needs_alone:
@@ -115,22 +114,19 @@ def test_a_token_across_the_end_of_the_prompt_is_healed(engine: Engine) -> None:
 
 def test_the_conversation(engine: Engine) -> None:
     example = runpy.run_path(str(EXAMPLES / "conversation.py"))
-    s = example["guide"].run(example["QUESTIONS"], backend=engine, temperature=0)
-    assert "Paris" in s["answer 0"] and s.usage.calls == 3
-    metas = [s.get_meta_info(f"answer {number}") for number in range(3)]
-    assert all(after.cached_tokens > before.prompt_tokens - 16 for before, after in pairwise(metas))
+    s = example["guide"].run(example["QUESTIONS"][:2], backend=engine, temperature=0)
+    assert "Paris" in s["answer 0"] and s.usage.calls == 2
+    assert s.get_meta_info("answer 1").cached_tokens > s.get_meta_info("answer 0").prompt_tokens - 16
 
 
 def test_the_classification(engine: Engine) -> None:
     example = runpy.run_path(str(EXAMPLES / "classification.py"))
-    states = example["topic"].run_batch([{"text": text} for text in example["TEXTS"]], backend=engine)
-    assert [s["label"] for s in states] == [" food", " travel", " money", " food"]
+    states = example["topic"].run_batch([{"text": text} for text in example["TEXTS"][:2]], backend=engine)
+    assert [s["label"] for s in states] == [" food", " travel"]
     assert all(s.usage.cached_tokens >= 2 * 64 for s in states)
 
 
 def test_the_extraction(engine: Engine) -> None:
     example = runpy.run_path(str(EXAMPLES / "extraction.py"))
-    s = example["people"].run(example["TEXTS"], backend=engine, temperature=0)
-    assert [json.loads(text) for text in s["person"]] == [
-        {"name": "Maria", "age": 34}, {"name": "Tom", "age": 52}, {"name": "Lena", "age": 9}
-    ]  # fmt: skip
+    s = example["people"].run(example["TEXTS"][:2], backend=engine, temperature=0)
+    assert [json.loads(text) for text in s["person"]] == [{"name": "Maria", "age": 34}, {"name": "Tom", "age": 52}]
