@@ -1,7 +1,8 @@
-"""The same programs in SGLang's language and in ours, on one server of ours; prints where their values differ.
+"""The same programs in SGLang's language and in ours, on a server of the default model; prints where values differ.
 
     pip download sglang --no-deps -d /tmp/sglang && unzip -q /tmp/sglang/*.whl -d /tmp/sglang
-    python bench/language/semantics.py /tmp/sglang/sglang
+    engine serve &
+    python bench/language/semantics.py http://127.0.0.1:8000 /tmp/sglang/sglang
 
 Only the language of SGLang is imported, and stand-ins take the place of what its utils.py imports and this does not
 need. The exit code is 1 if a value differs. "choices by their gain" may differ: SGLang 0.5.23 asks for the
@@ -11,20 +12,13 @@ log-probabilities of the choices alone without logprob_start_len, which means no
 import importlib
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[2] / "tests/lib"))
-
-from real_server import over_http
-
 import engine.lang
-from engine import Engine
-from engine.config import ServerOptions
 from engine.lang import Server
 
+EXPECTED = "choices by their gain"  # to differ
 Cases = dict[str, tuple[Callable[..., Any], Callable[[Any], Any]]]
 
 
@@ -92,7 +86,7 @@ def cases(language: Any) -> Cases:
         "typed values": (typed, names("days", "pi", "true", "word")),
         "regular expressions": (constrained, names("date")),
         "choices": (selects, lambda s: s.text()),
-        "choices by their gain": (gains, names("gains")),
+        EXPECTED: (gains, names("gains")),
         "token healing": (heals, names("end")),
         "roles": (chats, lambda s: (s["first"], s["second"], [m["content"] for m in s.messages()])),
         "forks": (forks, lambda s: (s["tale"], s["end"], s.text())),
@@ -119,15 +113,6 @@ def sglang(folder: str) -> Any:
     return language
 
 
-@contextmanager
-def served() -> Any:
-    """The URL of a server of the default model."""
-    with Engine(model="smollm2-135m", log_level="warning") as model:
-        site = over_http(model.inner.front, ServerOptions(port=0))
-        with model.portal.wrap_async_context_manager(site) as url:
-            yield url
-
-
 def outcome(state: Any, read: Callable[[Any], Any]) -> Any:
     """What is read of `state`, or what it fails with."""
     if (error := state.error()) is not None:
@@ -135,20 +120,20 @@ def outcome(state: Any, read: Callable[[Any], Any]) -> Any:
     return read(state)
 
 
-def main(folder: str) -> int:
+def main(url: str, folder: str) -> int:
     theirs = sglang(folder)
     differing = 0
-    with served() as url, Server(url) as server:
+    with Server(url) as server:
         module = importlib.import_module("sglang.lang.backend.runtime_endpoint")
         endpoint = module.RuntimeEndpoint(url, chat_template_name="chatml")
         for (name, (our, read)), (their, _) in zip(cases(engine.lang).items(), cases(theirs).values(), strict=True):
             found = outcome(engine.lang.function(our).run(backend=server, temperature=0), read)
             wanted = outcome(theirs.function(their).run(backend=endpoint, temperature=0), read)
             same = found == wanted
-            differing += not same and name != "choices by their gain"
+            differing += not same and name != EXPECTED
             print(f"{name:24}{'equal' if same else f'ours {found!r}, theirs {wanted!r}'}")
     return 1 if differing else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

@@ -26,6 +26,7 @@ from engine.lang.expressions import KNOWN, checked_fields
 from engine.lang.forks import State
 from engine.lang.local import Local
 from engine.lang.run import Run
+from engine.runtime.actor import first_failure
 from engine.runtime.offline import AsyncEngine, Engine
 
 CONCURRENCY = 96  # programs of a batch at once, as many as SGLang has threads on a small machine
@@ -111,7 +112,7 @@ class Function:
     def _prepared(
         self, backend: Backend, arguments: Sequence[Any], named: Mapping[str, Any]
     ) -> tuple[Run, State, Callable[[], Any]]:
-        timeout: float | None = named.get("timeout")
+        timeout: float | None = None if "timeout" in self._names else named.get("timeout")
         own = {name: value for name, value in named.items() if name in self._names}
         asked = {name: value for name, value in named.items() if name not in (*self._names, "timeout")}
         if wrong := [name for name in asked if name not in KNOWN]:
@@ -138,19 +139,21 @@ class Function:
         A program that fails does not end the others: its state raises where it is read."""
         if concurrency < 1:
             raise ConfigError(f"concurrency is {concurrency}; it must be 1 or more")
-        found, states = backend_of(backend), [None] * len(batch)
-        turn = iter(shared_first(batch))
-        made: list[Any] = states
+        found, turn = backend_of(backend), iter(shared_first(batch))
+        made: list[Any] = [None] * len(batch)
 
         async def work(advance: Callable[[], None]) -> None:
             for index in turn:
                 made[index] = await self._kept(found, {**named, **batch[index]})
                 advance()
 
-        with progress_bar(self.__name__, len(batch), shown=progress) as advance:
-            async with anyio.create_task_group() as group:
-                for _ in range(min(concurrency, len(batch))):
-                    group.start_soon(work, advance)
+        try:
+            with progress_bar(self.__name__, len(batch), shown=progress) as advance:
+                async with anyio.create_task_group() as group:
+                    for _ in range(min(concurrency, len(batch))):
+                        group.start_soon(work, advance)
+        except BaseExceptionGroup as failures:
+            raise first_failure(failures) from None
         return made
 
     async def _kept(self, backend: Backend, named: dict[str, Any]) -> State:

@@ -247,6 +247,8 @@ def test_a_batch_keeps_order_and_failures(engine: Engine) -> None:
         states[2].text()
     with pytest.raises(ConfigError, match="concurrency is 0"):
         program.run_batch(batch, backend=engine, concurrency=0)
+    with pytest.raises(ConfigError, match="no argument 'txt'"):
+        program.run_batch([{"txt": "a"}], backend=engine)
 
 
 def test_a_batch_begins_with_what_is_shared(engine: Engine) -> None:
