@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import anyio
@@ -27,6 +28,12 @@ from engine.lang import (
 )
 
 GREEDY: dict[str, Any] = {"temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with Engine(model="echo", log_level="error") as engine:
+        yield engine
 
 
 # ── what a program says ──────────────────────────────────────────────────────────────────────

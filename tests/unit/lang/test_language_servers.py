@@ -20,7 +20,13 @@ from engine.lang.choices import unconditional_likelihood_normalized
 GREEDY: dict[str, Any] = {"temperature": 0}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with Engine(model="echo", log_level="error") as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
 def server(engine: Engine) -> Iterator[Server]:
     served = over_http(engine.inner.front, ServerOptions(port=0))
     with engine.portal.wrap_async_context_manager(served) as url, Server(url) as server:
