@@ -49,7 +49,7 @@ def server(engine: Engine) -> Iterator[Server]:
 def everything(s: State) -> None:
     s += user("What is the capital of France?") + assistant("It is" + select("city", [" Lyon", " Paris"]) + ".")
     s += user("How many days has a week?") + assistant(gen_int("days", max_tokens=4))
-    s += user("Count.") + assistant(COUNTING[:6] + gen("count", max_tokens=8, stop=" 6"))
+    s += user("Count.") + assistant(COUNTING[:6] + gen("count", max_tokens=6))
 
 
 def test_a_program_is_the_same_on_an_engine_and_on_its_server(engine: Engine, server: Server) -> None:
@@ -79,7 +79,7 @@ def test_a_select_has_the_scores_of_whole_prompts(engine: Engine, server: Server
         s += FRANCE + select("city", CHOICES, choices_method=method)
 
     prompt, *wholes = engine.generate([FRANCE, *(FRANCE + choice for choice in CHOICES)], SCORES)
-    for backend in (engine, server):
+    for backend in (engine, server) if method.needs_alone else (engine,):
         s = program.run(backend=backend)
         meta = s.get_meta_info("city")
         assert s["city"] == best

@@ -1,7 +1,9 @@
-"""Programs over HTTP: our server gives what the engine in the process gives; of another's, what it cannot do is said
-before anything is sent."""
+"""Programs over HTTP: what a server of another make cannot do is said before anything is sent. Reasoning, failures.
 
-from collections.abc import AsyncIterator, Iterator
+That our server gives what the engine in the process gives is shown beside the engine, in test_language.py.
+"""
+
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -9,68 +11,10 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from http_front import FakeFront, chunks, serving, text_of
-from real_server import over_http
 
-from engine import Engine, WorkerError
-from engine.config import ServerOptions
+from engine import WorkerError
 from engine.errors import ConfigError, ProgramError
 from engine.lang import Server, State, assistant, function, gen, select, separate_reasoning, user
-from engine.lang.choices import unconditional_likelihood_normalized
-
-GREEDY: dict[str, Any] = {"temperature": 0}
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    with Engine(model="echo", log_level="error") as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def server(engine: Engine) -> Iterator[Server]:
-    served = over_http(engine.inner.front, ServerOptions(port=0))
-    with engine.portal.wrap_async_context_manager(served) as url, Server(url) as server:
-        yield server
-
-
-@function
-def plain(s: State) -> None:
-    s += "a" + gen("two", max_tokens=2, top_k=3) + gen("stop", stop=["g"]) + gen("regex", regex="[4-9]{2}")
-    s += "a" * 40 + select("one", ["x", "bc", "bd"])
-    s += gen("alone", choices=["e", "d"], choices_method=unconditional_likelihood_normalized)
-    s += gen("many", n=2, max_tokens=1) + gen("json", json_schema={"const": 1})
-
-
-@function
-def chat(s: State) -> None:
-    s += user("Hello") + assistant(gen("first", max_tokens=2)) + user("more")
-    s += assistant("so " + gen("second", max_tokens=2) + select("third", ["#", "$"]))
-
-
-@pytest.mark.parametrize("program", [plain, chat])
-def test_our_server_gives_what_the_engine_gives(engine: Engine, server: Server, program: Any) -> None:
-    local, remote = (program.run(backend=backend, **GREEDY) for backend in (engine, server))
-    assert (remote.text(), remote.messages()) == (local.text(), local.messages())
-    names = [name for name in ("two", "stop", "regex", "one", "alone", "many", "json", "third") if name in local]
-    assert [remote[name] for name in names] == [local[name] for name in names]
-    for name in names:
-        ours, theirs = local.get_meta_info(name), remote.get_meta_info(name)
-        assert (theirs.prompt_tokens, theirs.completion_tokens) == (ours.prompt_tokens, ours.completion_tokens)
-        assert theirs.scores == ours.scores
-    assert remote.usage.calls == local.usage.calls
-
-
-def test_a_select_scores_its_choices_over_one_cached_prefix(engine: Engine, server: Server) -> None:
-    @function
-    def program(s: State, first: str) -> None:
-        s += first * 64 + select("one", ["x", "yz", "z"])
-
-    for backend, first in ((engine, "k"), (server, "l")):
-        meta = program.run(first, backend=backend).get_meta_info("one")
-        assert (meta.prompt_tokens, meta.cached_tokens) == (3 * 64 + 4, 2 * 48), (
-            "whole pages, up to the token before the choice"
-        )
-
 
 # ── another server ───────────────────────────────────────────────────────────────────────────
 
