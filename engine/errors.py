@@ -24,6 +24,11 @@ class WorkerError(EngineError):
     """The device worker died or could not start. Ends the requests that were in flight."""
 
 
+class ProgramError(EngineError):
+    """A program of engine.lang cannot go on, or a value of it will not come. It names the program's line; its cause is
+    what went wrong there."""
+
+
 class RequestError(EngineError):
     """One request is refused or failed; nothing else is touched.
 

@@ -114,6 +114,7 @@ class Admission:
             if not params.detokenize:
                 raise RequestError("echo and detokenize: false exclude each other; send one", param="detokenize")
             echo = self.text.decode(ids.tolist(), params.skip_special_tokens) if request.text is None else request.text
+        after = min(request.scored_after, len(ids) - 1)
         opened = Open(
             request.rid,
             len(ids),
@@ -121,7 +122,7 @@ class Admission:
             params.stop_regex,
             params.min_tokens,
             echo,
-            None if params.prompt_logprobs is None else ids.tobytes(),
+            None if params.prompt_logprobs is None else ids[after:].tobytes(),
             prompt_only=max_new == 0,
             skip_special_tokens=params.skip_special_tokens,
             include_stop=params.include_stop_str_in_output,
@@ -141,6 +142,7 @@ class Admission:
             request.cache_salt,
             self._needs(request),
             keys=keys,
+            scored_after=after,
             blocks=self._blocks(request, encoded, ids) if self.named and not keys else None,
         )
         return opened, admitted

@@ -3,7 +3,7 @@
 Speaks OpenAI's chat API to any server that has it. Left out: whole replies, retries, and load (engine/client/bench).
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import Any, Self
 
@@ -68,7 +68,7 @@ class Client:
 
     # ── the wire ─────────────────────────────────────────────────────────────────────────────
 
-    async def _events(self, path: str, body: dict[str, Any]) -> AsyncIterator[bytes]:
+    async def _events(self, path: str, body: dict[str, Any]) -> AsyncGenerator[bytes, None]:
         """The data of each server-sent event until `[DONE]`. Raises RequestError for an error answer."""
         payload = msgspec.json.encode(body)
         headers = {"Content-Type": "application/json"}
@@ -102,9 +102,15 @@ class Client:
             ) from None
 
     async def _first_model(self) -> str:
+        return str((await self._models())[0]["id"])
+
+    async def _models(self) -> list[Any]:
+        """The models that the server lists, at least one."""
         body = await self.get("/v1/models")
         try:
-            return str(msgspec.json.decode(body)["data"][0]["id"])
+            listed: list[Any] = msgspec.json.decode(body)["data"]
+            listed[0]["id"]
+            return listed
         except (msgspec.DecodeError, KeyError, IndexError, TypeError):
             raise ConfigError(f"{self.url}/v1/models lists no model; name one with --model") from None
 

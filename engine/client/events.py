@@ -25,8 +25,12 @@ class _Delta(Struct):
     reasoning: str | None = None
 
     @property
+    def thought(self) -> str:
+        return self.reasoning_content or self.reasoning or ""
+
+    @property
     def text(self) -> str:
-        return (self.reasoning_content or self.reasoning or "") + (self.content or "")
+        return self.thought + (self.content or "")
 
 
 class _Choice(Struct):
@@ -79,6 +83,7 @@ class Reading:
         self.take: Callable[[bytes], str] = self._native if api == "native" else self._openai
         self.finish: FinishReason | None = None
         self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
+        self.reasoning = ""  # how the text that the last event added begins
         self._so_far = 0
 
     def _openai(self, data: bytes) -> str:
@@ -89,10 +94,12 @@ class Reading:
         if (usage := event.usage) is not None:
             self.prompt_tokens, self.completion_tokens = usage.prompt_tokens, usage.completion_tokens
             self.cached_tokens = (usage.prompt_tokens_details or _Details()).cached_tokens or 0
-        text = ""
+        text = thought = ""
         for choice in event.choices:
             text += choice.delta.text if choice.delta else choice.text or ""
+            thought = choice.delta.thought if choice.delta else ""
             self._end(choice.finish_reason)
+        self.reasoning = thought
         return text
 
     def _native(self, data: bytes) -> str:

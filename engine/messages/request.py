@@ -39,6 +39,9 @@ class Generate(Message, frozen=True):
     special: bool | None = None  # add the tokenizer's special tokens to the prompt; None: to `text`, not to `messages`
     last: int | None = None  # keep only so many tokens of the prompt, its last; -1: as many as there is room for
     tell_prompt: bool = False  # the ids of the prompt's tokens
+    # Log-probabilities of the prompt are those of the tokens after this position, told as if the prompt began there.
+    # What comes before may be cached.
+    scored_after: int = 0
 
     @property
     def grammar(self) -> Grammar | None:
@@ -61,9 +64,9 @@ class Open(Message, frozen=True):
     """tokenizer → detokenizer: tokens of `rid` will come; turn them into text until one of `stop` or `stop_regex`.
 
     Neither is looked for in the first `min_tokens` tokens. `echo` goes before the reply's text. `prompt` (int32) is
-    there where the prompt's log-probabilities are asked for; `prompt_only` says that no token of the reply is. The
-    next three fields are those of SamplingParams, and `show_marks` is Generate's. `prompt_ids` (int32) are there where
-    the prompt's ids are asked for.
+    there where the prompt's log-probabilities are asked for: its tokens from the position `scored_after` on.
+    `prompt_only` says that no token of the reply is asked for. The next three fields are those of SamplingParams, and
+    `show_marks` is Generate's. `prompt_ids` (int32) are there where the prompt's ids are asked for.
     """
 
     rid: str
@@ -85,6 +88,8 @@ class Admit(Message, frozen=True):
     """tokenizer → scheduler: a checked request. `ids` is int32; `max_new` 0 asks for a vector in place of tokens. It
     runs once all its `needs` are met.
 
+    The prompt's log-probabilities, where asked for, are those of the tokens after the position `scored_after`.
+
     `keys` (int32, one an id) is what prefixes are shared by, where that is not the ids themselves (cache/keys.py).
     `blocks` are what a router knows the prompt by, where routers are told of the cache."""
 
@@ -97,6 +102,7 @@ class Admit(Message, frozen=True):
     cache_salt: str = ""
     needs: tuple[Need, ...] = ()
     keys: bytes = b""
+    scored_after: int = 0
     blocks: Blocks | None = None
 
 

@@ -254,6 +254,16 @@ class Engine:
         self._life.cancel()
         self._stack.close()
 
+    @property
+    def inner(self) -> AsyncEngine:
+        """The engine in its event loop, for what runs there: see `portal`."""
+        return self._engine
+
+    @property
+    def portal(self) -> BlockingPortal:
+        """The way into its event loop."""
+        return self._portal
+
     def stats(self) -> Stats:
         """The scheduler's latest figures; at most a second old."""
         return self._engine.front.stats

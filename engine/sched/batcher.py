@@ -39,7 +39,7 @@ from engine.sched.limits import check_fits, check_whole, pages_for
 from engine.sched.live import LiveRequests
 from engine.sched.parts import Parts
 from engine.sched.reply import Reply
-from engine.sched.request import NEVER, Request, rank
+from engine.sched.request import Request, rank
 
 
 class Scheduler:
@@ -303,7 +303,7 @@ class Scheduler:
     def _place_pages(self, request: Request) -> bool:
         """Give a waiting request pages for all its tokens, if as many are left as running rows: each of those
         soon needs its next page, and none should be retracted for a newcomer."""
-        if self._uses_cache(request):
+        if self.prefix_cache:
             request.node, request.pages = self._tree.match(request.reusable(self.page_size), request.salt)
             self._tree.lock(request.node)  # before looking at what is available: these pages no longer are
         missing = pages_for(len(request.ids), self.page_size) - len(request.pages)
@@ -424,13 +424,9 @@ class Scheduler:
         """Those that have a slot."""
         return chain(self._lanes.requests, self._ending.values(), self._prefilling.values())
 
-    def _uses_cache(self, request: Request) -> bool:
-        """Whether cached pages are of use to `request`: its prompt is computed whole while it is to be scored."""
-        return self.prefix_cache and request.scored == NEVER
-
     def cached(self, request: Request) -> int:
         """How many tokens of a waiting request the cache holds."""
-        if not self._uses_cache(request):
+        if not self.prefix_cache:
             return 0
         return self._tree.match_length(request.reusable(self.page_size), request.salt) * self.page_size
 

@@ -66,7 +66,8 @@ class Request:
         ids = array("i", admit.ids)
         keys = array("i", admit.keys)
         assert len(keys) in (0, len(ids)), f"{len(ids)} ids have {len(keys)} keys"
-        asks = admit.sampling.prompt_logprobs >= 0 and len(ids) > 1  # nothing predicts a prompt's first token
+        # Nothing predicts a prompt's first token, nor that before those which are to be scored.
+        asks = admit.sampling.prompt_logprobs >= 0 and len(ids) > admit.scored_after + 1
         return cls(
             rid=admit.rid,
             arrival=arrival,
@@ -79,7 +80,7 @@ class Request:
             stop_ids=frozenset(admit.stop_ids),
             salt=admit.cache_salt.encode(),
             bound=bound,
-            scored=0 if asks else NEVER,
+            scored=admit.scored_after if asks else NEVER,
         )
 
     @property
@@ -95,8 +96,9 @@ class Request:
         return (known + self.ids[first + len(known) : end]).tobytes()
 
     def reusable(self, page_size: int) -> bytes:
-        """The key of the pages that a cache hit may give: one token at least is computed, to sample from."""
-        return self.key(0, (len(self.ids) - 1) // page_size * page_size)
+        """The key of the pages that a cache hit may give. One token at least is computed, to sample from, and all from
+        the first on whose successor is to be scored."""
+        return self.key(0, min(len(self.ids) - 1, self.scored) // page_size * page_size)
 
     def slot_admit(self) -> SlotAdmit:
         """What the device is told of it when it gets its slot."""

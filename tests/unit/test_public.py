@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
 import engine
+import engine.lang
 
 PUBLIC = {
     "AsyncEngine",
@@ -28,8 +31,16 @@ def test_the_exported_names_are_exactly_these() -> None:
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
-    code = "import sys, engine; print({'torch', 'anyio', 'aiohttp', 'msgspec'} & set(sys.modules))"
+    code = "import sys, engine.lang; print({'torch', 'anyio', 'aiohttp', 'msgspec'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_the_names_of_the_language_are_found() -> None:
+    assert dir(engine.lang) == sorted(engine.lang.__all__)
+    for name in engine.lang.__all__:
+        assert getattr(engine.lang, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'image'"):
+        engine.lang.image  # noqa: B018
 
 
 def test_the_version_is_the_distributions() -> None:

@@ -22,7 +22,7 @@ from engine.http.sse import DONE, WORDS
 from engine.http.wire import Body, Priority, Reply, TokenId, to_json
 from engine.messages.reply import Chunk, TokenLogprob
 from engine.messages.request import Generate
-from engine.params.sampling import MAX_REGEXES, NATIVE, SamplingParams, check_sampling
+from engine.params.sampling import INT32_MAX, MAX_REGEXES, NATIVE, SamplingParams, check_sampling
 
 MAX_NEW_TOKENS = 128  # SGLang's default
 MAX_EXPRESSIONS = 64  # of stop_regex, in one request
@@ -166,8 +166,9 @@ async def generate(request: web.Request, body: GenerateBody) -> web.StreamRespon
             priority=body.priority or 0,
             default_max_tokens=MAX_NEW_TOKENS,
             cache_salt=salt_of(body.cache_salt),
+            scored_after=score.before,
         )
-        for each, prompt, sampling in zip(rids, prompts, checked, strict=True)
+        for each, prompt, sampling, score in zip(rids, prompts, checked, scores, strict=True)
     ]
     jobs = sampled(asked, samples)
     whose = [score for score in scores for _ in range(len(jobs) // count)]
@@ -207,6 +208,11 @@ class Scores(Struct, frozen=True):
     top: int = 0
     text: bool = False
 
+    @property
+    def before(self) -> int:
+        """The last position of the prompt that need not be scored."""
+        return max(self.start - 1, 0) if self.start >= 0 else INT32_MAX
+
 
 def scores_of(body: GenerateBody, count: int) -> list[Scores]:
     """What each of `count` prompts asks for."""
@@ -229,6 +235,8 @@ def native_sampling(
     grammar, _ = OWN_FIELDS.asked(body, f"{place}.")
     top = scores.top if scores.wanted else None
     about_prompt = top if scores.start >= 0 else None
+    if about_prompt is None and given.get("max_tokens") == 0:
+        about_prompt = 0  # of no token; a reply of none is a prompt that is read, and cached
     sampling = SamplingParams(**given, logprobs=top, prompt_logprobs=about_prompt, grammar=grammar)
     check_sampling(sampling)
     return sampling
@@ -319,7 +327,8 @@ class OneReply:
         """Of the reply so far, with the log-probabilities of `chunk`."""
         told: dict[str, Any] = {}
         if self._scores.wanted:
-            self._prompt += chunk.prompt_logprobs[max(self._scores.start, 0) :]
+            if self._scores.start >= 0:
+                self._prompt += chunk.prompt_logprobs[self._scores.start - self._scores.before :]
             self._tokens += chunk.logprobs
             for name, tokens in (("input", self._prompt), ("output", self._tokens)):
                 told[f"{name}_token_logprobs"] = [self._entry(token) for token in tokens]

@@ -336,6 +336,12 @@ async def test_native_logprobs_and_batches() -> None:
         one["meta_info"]["cached_tokens"] = last[0]["meta_info"]["cached_tokens"]
         two["meta_info"]["cached_tokens"] = last[1]["meta_info"]["cached_tokens"]
         assert last == {0: one, 1: two}
+        ask = {"text": "cached" * 8, "return_logprob": True, "sampling_params": {"max_new_tokens": 0}}
+        for cached in (0, 44):
+            _, read = await post(f"{url}/generate", ask)
+            meta = read["meta_info"]
+            assert (read["text"], meta["prompt_tokens"], meta["cached_tokens"]) == ("", 48, cached)
+            assert meta["input_token_logprobs"] == meta["output_token_logprobs"] == []
         _, alone = await post(f"{url}/generate", {"text": "ab", "return_logprob": True, "sampling_params": {"n": 2}})
         assert [reply["meta_info"]["input_token_logprobs"] for reply in alone] == [[], []]
         assert alone[0]["meta_info"]["output_token_logprobs"][0][2] is None

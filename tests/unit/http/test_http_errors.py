@@ -97,7 +97,7 @@ REFUSED = [
     (NATIVE, {"text": "x", "rid": "a\r\nSet-Cookie: b"}, "rid", "printable ASCII"),
     (NATIVE, {"text": "x", "token_ids_logprob": [1]}, "token_ids_logprob", "not supported yet"),
     (NATIVE, {"text": "x", "sampling_params": {"max_tokens": 3}}, "sampling_params.max_tokens", "max_new_tokens"),
-    (NATIVE, {"text": "x", "sampling_params": {"max_new_tokens": 0}}, f"{OWN}.max_new_tokens", "max_new_tokens is 0"),
+    (NATIVE, {"text": "x", "sampling_params": {"max_new_tokens": -1}}, f"{OWN}.max_new_tokens", "max_new_tokens is -1"),
     (NATIVE, {"text": "x", "sampling_params": {"sampling_seed": 2**63}}, f"{OWN}.sampling_seed", "9223372036854775808"),
     (NATIVE, {"text": "x", "sampling_params": {"temperature": "hot"}}, f"{OWN}.temperature", "got `str`"),
     (NATIVE, {"text": "x", "sampling_params": {"temperature": 3}}, f"{OWN}.temperature", f"{OWN}.temperature is 3"),

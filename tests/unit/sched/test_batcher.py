@@ -25,10 +25,13 @@ from engine_plugins.policies.order import FirstComeFirstServed, LongestPrefixMat
 POLICIES = {"fcfs": FirstComeFirstServed, "lpm": LongestPrefixMatch}
 
 
-def request(rid, ids, max_new=4, *, stop_ids=(), priority=0, seed=0, salt="", logprobs=-1, prompt_logprobs=-1, keys=()):
+def request(
+    rid, ids, max_new=4, *, stop_ids=(), priority=0, seed=0, salt="", logprobs=-1, prompt_logprobs=-1, keys=(), after=0
+):  # fmt: skip
     keys = array("i", keys).tobytes()
     asked = sampling(seed, salt, logprobs, prompt_logprobs, keys)
-    return Admit(rid, array("i", ids).tobytes(), asked, tuple(stop_ids), max_new, priority, salt, keys=keys)
+    packed = array("i", ids).tobytes()
+    return Admit(rid, packed, asked, tuple(stop_ids), max_new, priority, salt, keys=keys, scored_after=after)
 
 
 class Bench:
@@ -103,8 +106,9 @@ class Bench:
             told = len(ids) + len(self.tokens[rid])
             expected = scores(row, told, new, asked.logprobs) if asked.logprobs >= 0 and new else None
             assert of_reply.pop(row, None) == expected
-            wanted = asked.prompt_logprobs >= 0 and len(ids) > 1 and new and not self.tokens[rid]
-            expected = scores(row, 1, ids[1:], asked.prompt_logprobs) if wanted else None
+            first = self.admitted[rid].scored_after + 1
+            wanted = asked.prompt_logprobs >= 0 and len(ids) > first and new and not self.tokens[rid]
+            expected = scores(row, first, ids[first:], asked.prompt_logprobs) if wanted else None
             assert of_prompt.pop(row, None) == expected
         assert not of_reply and not of_prompt
 
@@ -174,6 +178,7 @@ class AnythingHappens(RuleBasedStateMachine):
         salt=st.sampled_from(["", "", "a", "b"]),
         logprobs=st.sampled_from([-1, -1, 0, 2]),
         prompt_logprobs=st.sampled_from([-1, -1, -1, 0, 1]),
+        after=st.sampled_from([0, 0, 3, 5, 9]),
         pictures=st.sampled_from([(), (), (0,), (1,), (1, 2)]),
     )
     def admit(self, stem, tail, max_new, pictures, **options):
@@ -308,7 +313,8 @@ def test_a_retracted_picture_finds_its_own_pages_again():
 def test_a_prompt_to_be_scored_is_computed_whole(max_step_tokens):
     bench = Bench(max_step_tokens=max_step_tokens)
     bench.admit(request("cached", [0, 1, 2, 3] * 5, max_new=1))
-    bench.drain()
+    while bench.live:
+        bench.step()
     bench.admit(request("scored", [0, 1, 2, 3] * 5, max_new=1, prompt_logprobs=2, logprobs=1))
     bench.drain()  # Bench.told checks the scores
     assert (bench.cached["scored"], bench.device.computed) == (0, 40)
@@ -316,11 +322,30 @@ def test_a_prompt_to_be_scored_is_computed_whole(max_step_tokens):
     bench.drain()
 
 
-def test_scores_survive_retraction_once_each():
+@pytest.mark.parametrize(("after", "cached"), [(3, 0), (4, 4), (13, 12), (17, 16), (18, 16), (19, 16)])
+def test_what_comes_before_the_scored_tokens_is_taken_from_the_cache(after, cached):
+    bench = Bench()
+    bench.admit(request("cached", [0, 1, 2, 3] * 5, max_new=1))
+    while bench.live:
+        bench.step()
+    bench.admit(request("scored", [0, 1, 2, 3] * 5, max_new=1, prompt_logprobs=2, after=after))
+    bench.drain()  # Bench.told checks the scores
+    assert (bench.cached["scored"], bench.device.computed) == (cached, 40 - cached)
+
+
+def test_prompts_that_are_scored_share_what_comes_before():
+    bench = Bench()
+    bench.admit(*[request(f"r{last}", [0, 1, 2, 3] * 5 + [last], 1, prompt_logprobs=0, after=19) for last in range(4)])
+    bench.drain()
+    assert (bench.cached, bench.device.computed) == ({"r0": 0, "r1": 16, "r2": 16, "r3": 16}, 21 + 3 * 5)
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_scores_survive_retraction_once_each(after):
     bench = Bench(pages=12, page_size=2, slots=3, depth=3, max_step_tokens=5)
     ids = [0, 1, 2, 3, 1, 1]
     for seed in range(5):
-        bench.admit(request(f"r{seed}", ids, max_new=16, seed=seed, logprobs=1, prompt_logprobs=1))
+        bench.admit(request(f"r{seed}", ids, max_new=16, seed=seed, logprobs=1, prompt_logprobs=1, after=after))
     bench.drain()
     assert bench.scheduler.counts()["retractions_total"] > 2
 

@@ -1,0 +1,79 @@
+"""Programs that call a model many times: `@function`, gen, select, roles, forks. See docs/language.md.
+
+The names below are the whole language; they are imported when first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.lang.choices import (
+        greedy_token_selection,
+        token_length_normalized,
+        unconditional_likelihood_normalized,
+    )
+    from engine.lang.expressions import (
+        assistant,
+        assistant_begin,
+        assistant_end,
+        gen,
+        gen_int,
+        gen_string,
+        select,
+        separate_reasoning,
+        system,
+        system_begin,
+        system_end,
+        user,
+        user_begin,
+        user_end,
+    )
+    from engine.lang.forks import State
+    from engine.lang.program import function
+    from engine.lang.server import Server
+
+_HOMES = {
+    "choices": ("greedy_token_selection", "token_length_normalized", "unconditional_likelihood_normalized"),
+    "expressions": (
+        *("assistant", "assistant_begin", "assistant_end", "gen", "gen_int", "gen_string", "select"),
+        *("separate_reasoning", "system", "system_begin", "system_end", "user", "user_begin", "user_end"),
+    ),
+    "forks": ("State",),
+    "program": ("function",),
+    "server": ("Server",),
+}
+
+__all__ = [
+    "Server",
+    "State",
+    "assistant",
+    "assistant_begin",
+    "assistant_end",
+    "function",
+    "gen",
+    "gen_int",
+    "gen_string",
+    "greedy_token_selection",
+    "select",
+    "separate_reasoning",
+    "system",
+    "system_begin",
+    "system_end",
+    "token_length_normalized",
+    "unconditional_likelihood_normalized",
+    "user",
+    "user_begin",
+    "user_end",
+]
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"engine.lang.{home}"), name)
+    raise AttributeError(f"module 'engine.lang' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,273 @@
+"""What a program appends to its state: text, calls of the model, and roles around them.
+
+    s += system("Be brief.") + user(question) + assistant(gen("answer", max_tokens=64))
+
+`gen` takes every field of SamplingParams, as its one table has them (engine/params/sampling.py), and the keywords of
+grammars. A field that it leaves out has the value given to `run`, if any. Left out: images, tools; state.py does what
+these say.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+from msgspec import Struct
+
+from engine.errors import ConfigError, RequestError, did_you_mean, shown
+from engine.lang.choices import METHODS, ChoicesMethod, token_length_normalized
+from engine.params.fields import Texts
+from engine.params.grammar import KEYWORDS
+from engine.params.sampling import FIELDS, SamplingParams, check_sampling
+
+Role = Literal["system", "user", "assistant"]
+MAX_TOKENS = 128  # of a gen that says nothing else; as in SGLang
+FIELDS_BY_NAME = {field.name: field for field in FIELDS}
+KNOWN = {*FIELDS_BY_NAME, *KEYWORDS, "grammar"}
+# What a value of a type looks like, and where a number ends.
+NUMBER_ENDS = (" ", "\n")
+DTYPES: Mapping[type, str] = {
+    int: r"[-+]?[0-9]+[ \n]*",
+    float: r"[-+]?[0-9]*\.?[0-9]+[ \n]*",
+    bool: r"(True|False)",
+    str: r"\"[\w\d\s]*\"",
+}
+
+
+class Several(Struct, frozen=True):
+    """One after another."""
+
+    parts: tuple["Expression", ...]
+
+    def __add__(self, other: "Expression | list[Any]") -> "Several":
+        return several(self, other)
+
+    def __radd__(self, other: "Expression | list[Any]") -> "Several":
+        return several(other, self)
+
+
+class Appended(Struct, frozen=True):
+    """Anything but text: it can be added to text, and to others."""
+
+    def __add__(self, other: "Expression | list[Any]") -> Several:
+        return several(self, other)
+
+    def __radd__(self, other: "Expression | list[Any]") -> Several:
+        return several(other, self)
+
+
+class Gen(Appended, frozen=True):
+    """A reply of the model. `fields` are keywords of SamplingParams."""
+
+    name: str | None
+    fields: dict[str, Any]
+    n: int = 1
+    separate: bool = False
+
+    def params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """What is asked for; `defaults` are those of the run. Raises RequestError for a value out of bounds."""
+        given = {"max_tokens": MAX_TOKENS, **defaults, **self.fields}
+        if KEYWORDS & self.fields.keys():  # of this gen's own, so that a grammar of the run's does not stand beside it
+            given = {key: value for key, value in given.items() if key in self.fields or key not in GRAMMARS}
+        params = SamplingParams(**given)
+        check_sampling(params)
+        return params
+
+
+GRAMMARS = KEYWORDS | {"grammar"}
+
+
+class Select(Appended, frozen=True):
+    """One of some texts: that which the model finds best."""
+
+    name: str | None
+    choices: tuple[str, ...]
+    method: ChoicesMethod
+
+
+class RoleBegin(Appended, frozen=True):
+    """What comes next is said by `role`."""
+
+    role: Role
+
+
+class RoleEnd(Appended, frozen=True):
+    """`role` has said all."""
+
+    role: Role
+
+
+Expression: TypeAlias = str | Several | Gen | Select | RoleBegin | RoleEnd
+
+
+def several(*items: Any) -> Several:
+    """`items` as one expression; None is nothing, a list is its items. Raises TypeError for what is none."""
+    parts: list[Expression] = []
+    for item in items:
+        match item:
+            case None:
+                continue
+            case Several(inner):
+                parts += inner
+            case list() | tuple():
+                parts += several(*item).parts
+            case str() | Appended():
+                parts.append(item)  # type: ignore[arg-type]
+            case int() | float():
+                parts.append(str(item))
+            case _:
+                raise TypeError(f"a state takes text, gen, select, roles and lists of these, not {shown(item)}")
+    return Several(tuple(parts))
+
+
+# ── calls of the model ───────────────────────────────────────────────────────────────────────
+
+
+def gen(
+    name: str | None = None,
+    max_tokens: int | None = None,
+    *,
+    n: int = 1,
+    dtype: type | None = None,
+    choices: Sequence[str] | None = None,
+    choices_method: ChoicesMethod = token_length_normalized,
+    **fields: Any,
+) -> Gen | Select:
+    """A reply of the model, kept as the variable `name`; without one it is only in the text.
+
+    `fields` are those of SamplingParams: `stop`, `temperature`, `regex` and so on; `json_schema` may be a dictionary or
+    a class with `model_json_schema` (pydantic). `dtype` (int, float, bool, str) makes the reply the text of such a
+    value. With `choices` it is a `select`. With `n` above 1 the variable is a list, and the text goes on with its
+    first. Raises ConfigError for a field that there is none of, RequestError for a value out of bounds.
+    """
+    if max_tokens is not None:
+        fields["max_tokens"] = max_tokens
+    if choices is not None:
+        if wrong := fields.keys() - {"temperature"}:
+            raise ConfigError(f"a gen with choices is a select, which samples nothing; leave out {', '.join(wrong)}")
+        return select(name, choices, choices_method=choices_method, **fields)
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise RequestError(f"n is {shown(n)}; it must be a whole number from 1", param="n")
+    found = Gen(name, {**_typed(dtype), **checked_fields(fields)}, n)
+    if dtype in (int, float):
+        found.fields["stop"] = (*found.fields.get("stop", ()), *NUMBER_ENDS)
+    found.params({})
+    return found
+
+
+def checked_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords of SamplingParams, as it has them. Raises ConfigError for others."""
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name not in KNOWN:
+            raise ConfigError(f"gen has no field {name!r}{did_you_mean(name, KNOWN)}; docs/fields.md lists them")
+        if value is None:
+            continue
+        field = FIELDS_BY_NAME.get(name)
+        if field is not None and isinstance(field.kind, Texts):
+            value = field.kind.take(name, value)
+        elif name == "json_schema" and not isinstance(value, str):
+            schema = value.model_json_schema() if hasattr(value, "model_json_schema") else value
+            value = json.dumps(schema)
+        found[name] = value
+    return found
+
+
+def _typed(dtype: type | None) -> dict[str, Any]:
+    if dtype is None:
+        return {}
+    if dtype not in DTYPES:
+        known = ", ".join(each.__name__ for each in DTYPES)
+        raise ConfigError(f"dtype is {shown(dtype)}; it must be one of {known}")
+    return {"regex": DTYPES[dtype]}
+
+
+def gen_int(name: str | None = None, **fields: Any) -> Gen | Select:
+    """`gen` of a whole number, as text."""
+    return gen(name, dtype=int, **fields)
+
+
+def gen_string(name: str | None = None, **fields: Any) -> Gen | Select:
+    """`gen` of a string in double quotes."""
+    return gen(name, dtype=str, **fields)
+
+
+def select(
+    name: str | None = None,
+    choices: Sequence[str] = (),
+    temperature: float = 0.0,
+    choices_method: ChoicesMethod = token_length_normalized,
+) -> Select:
+    """One of `choices`, by the log-probabilities of their tokens behind the text so far.
+
+    Raises ConfigError for no choices, one that is no text, a temperature above 0, and an unknown method."""
+    if isinstance(choices, str) or not choices or not all(isinstance(each, str) and each for each in choices):
+        raise ConfigError(f"choices is {shown(choices)}; it must be a list of strings, none of them empty")
+    if temperature > 1e-5:
+        raise ConfigError(f"temperature is {shown(temperature)}; a select takes the best choice, so leave it at 0")
+    if choices_method not in METHODS:
+        known = ", ".join(each.name for each in METHODS)
+        raise ConfigError(f"choices_method is {shown(choices_method)}; it must be one of {known}")
+    return Select(name, tuple(choices), choices_method)
+
+
+def separate_reasoning(expression: Any) -> Several:
+    """`expression`, with what the model thinks in each `gen(name)` kept apart, as the variable `name` followed by
+    `_reasoning_content`. The parser is that of the served model."""
+    return Several(
+        tuple(
+            Gen(part.name, part.fields, part.n, True) if isinstance(part, Gen) else part
+            for part in several(expression).parts
+        )
+    )
+
+
+# ── roles ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _said_by(role: Role, expression: Any) -> Several:
+    return several(RoleBegin(role), expression, RoleEnd(role))
+
+
+def system(expression: Any = None) -> Several:
+    """A message of the system's."""
+    return _said_by("system", expression)
+
+
+def user(expression: Any = None) -> Several:
+    """A message of the user's."""
+    return _said_by("user", expression)
+
+
+def assistant(expression: Any = None) -> Several:
+    """A message of the assistant's: what the model says, or is told that it said."""
+    return _said_by("assistant", expression)
+
+
+def system_begin() -> RoleBegin:
+    """Begins a message of the system's."""
+    return RoleBegin("system")
+
+
+def system_end() -> RoleEnd:
+    """Ends it."""
+    return RoleEnd("system")
+
+
+def user_begin() -> RoleBegin:
+    """Begins a message of the user's."""
+    return RoleBegin("user")
+
+
+def user_end() -> RoleEnd:
+    """Ends it."""
+    return RoleEnd("user")
+
+
+def assistant_begin() -> RoleBegin:
+    """Begins a message of the assistant's."""
+    return RoleBegin("assistant")
+
+
+def assistant_end() -> RoleEnd:
+    """Ends it."""
+    return RoleEnd("assistant")

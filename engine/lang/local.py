@@ -1,0 +1,105 @@
+"""Programs call an engine in this process, without HTTP."""
+
+import uuid
+from array import array
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from anyio.from_thread import BlockingPortal
+
+from engine.conversation.parts import read_messages
+from engine.conversation.reading import Reader, Wanted, reading_of
+from engine.errors import RequestError, WorkerError
+from engine.lang.backend import Backend, Piece, Scored
+from engine.lang.transcript import Prompt
+from engine.lang.values import Meta
+from engine.messages.reply import Chunk
+from engine.messages.request import Generate
+from engine.messages.text import Tokenize, Tokenized
+from engine.params.sampling import SamplingParams
+from engine.plugin.parsing import Reasoning
+from engine.runtime.front import joined
+from engine.runtime.offline import AsyncEngine, packed, together
+
+SCORES = SamplingParams(max_tokens=0, prompt_logprobs=0)
+
+
+class Local(Backend):
+    """An AsyncEngine; `portal` is that of the Engine that it is in, if it is in one."""
+
+    def __init__(self, engine: AsyncEngine, portal: BlockingPortal | None = None) -> None:
+        self._engine = engine
+        self._portal = portal
+
+    @property
+    def portal(self) -> BlockingPortal | None:
+        return self._portal
+
+    def check(self, prompt: Prompt, params: SamplingParams | None, *, separate: bool = False) -> None:
+        if not prompt.messages:
+            if separate:
+                raise RequestError(
+                    "separate_reasoning needs roles: where reasoning ends, the chat template of the model says"
+                )
+        elif not self._engine.has_chat_template:
+            raise RequestError("the model has no chat template; write the program without roles, or pass one")
+
+    async def reply(self, prompt: Prompt, params: SamplingParams, *, separate: bool) -> AsyncGenerator[Piece, None]:
+        rid = uuid.uuid4().hex
+        if prompt.text is not None:
+            request, reader = Generate(rid, params, text=prompt.text), None
+        else:
+            request, reader = self._chat(rid, prompt, params, separate)
+        async with aclosing(self._engine.front.generate(request)) as chunks:
+            logprobs: tuple[Any, ...] = ()
+            async for chunk in chunks:
+                logprobs += chunk.logprobs
+                text, thought = (chunk.text, "") if reader is None else read(reader, chunk)
+                yield Piece(text, thought, None if chunk.finish is None else meta_of(chunk, logprobs))
+
+    def _chat(self, rid: str, prompt: Prompt, params: SamplingParams, separate: bool) -> tuple[Generate, Reader | None]:
+        messages, options = read_messages(prompt.messages), written(prompt)
+        reading = reading_of(self._engine.front.text, params, messages, options, Wanted(), separate=separate)
+        return Generate(rid, messages=messages, **options, **reading.job), reading.reader()
+
+    async def ids(self, prompt: Prompt) -> list[int]:
+        texts = self._engine.front.texts
+        assert texts is not None, "the engine is ready"
+        if prompt.text is not None:
+            job = Tokenize(prompt.text, special=True)
+        else:
+            job = Tokenize(None, read_messages(prompt.messages), written(prompt))
+        answer = await texts.ask(job)
+        assert isinstance(answer, Tokenized), f"a Tokenize was answered by {type(answer).__name__}"
+        return array("i", answer.ids).tolist()
+
+    async def score(self, prompts: Sequence[list[int]], first: Sequence[int]) -> list[Scored]:
+        async def one(index: int) -> Scored:
+            start = first[index]
+            after = max(start - 1, 0)
+            request = Generate(uuid.uuid4().hex, SCORES, ids=packed(prompts[index]), scored_after=after)
+            whole = joined([chunk async for chunk in self._engine.front.generate(request)])
+            if whole.finish == "abort":
+                raise WorkerError("the request was aborted; send it again")
+            return Scored([token.logprob for token in whole.prompt_logprobs[start - after :]], meta_of(whole, ()))
+
+        return await together(one, range(len(prompts)))
+
+
+def written(prompt: Prompt) -> dict[str, Any]:
+    """How the chat template writes the messages of `prompt`, as Generate and Tokenize take it."""
+    return {"add_generation_prompt": not prompt.begun, "continue_final_message": prompt.begun}
+
+
+def read(reader: Reader, chunk: Chunk) -> tuple[str, str]:
+    """What `chunk` adds to the content, and to the reasoning."""
+    events = reader.read(chunk)
+    thought = "".join(event.text for event in events if isinstance(event, Reasoning))
+    return "".join(getattr(event, "text", "") for event in events if not isinstance(event, Reasoning)), thought
+
+
+def meta_of(chunk: Chunk, logprobs: tuple[Any, ...]) -> Meta:
+    """What the last chunk says of its reply."""
+    counts = chunk.prompt_tokens, chunk.cached_tokens, chunk.completion_tokens
+    return Meta(chunk.finish or "", chunk.matched, *counts, logprobs)

@@ -1,0 +1,168 @@
+"""Programs call a server over HTTP: ours, or any with OpenAI's API.
+
+Replies come from /v1/completions and /v1/chat/completions, so the server's own template writes roles. A select asks
+our server for token ids (/tokenize) and for log-probabilities behind a cached prefix (/generate). What another server
+has no field for is refused before anything is sent. Left out: log-probabilities of replies, retries.
+"""
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import ExitStack, aclosing
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
+import anyio.from_thread
+import msgspec
+from anyio.from_thread import BlockingPortal
+
+from engine.client.client import Client, changed
+from engine.client.events import Reading, refusal
+from engine.errors import RequestError, WorkerError
+from engine.lang.backend import Backend, Piece, Scored
+from engine.lang.local import written
+from engine.lang.transcript import Prompt
+from engine.lang.values import Meta
+from engine.params.sampling import CHAT, COMPLETIONS, SamplingParams
+
+OWNER = "engine"  # of the models that our server lists
+# What every server with OpenAI's API has a field for.
+COMMON = {"temperature", "top_p", "seed", "max_tokens", "stop", "presence_penalty", "frequency_penalty", "logit_bias"}
+FORMATS = {"json_object", "json_schema", "strict_schema"}
+
+
+class Server(Client, Backend):
+    """A server at `url`. Use it as a context manager: with `async with` it lives in the running event loop, with `with`
+    in one of its own. The arguments are those of Client."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        """Raises ConfigError for a URL without http:// or https://."""
+        super().__init__(url, **options)
+        self._owner = ""
+        self._stack = ExitStack()
+        self._portal: BlockingPortal | None = None
+
+    @property
+    def portal(self) -> BlockingPortal | None:
+        return self._portal
+
+    @property
+    def _ours(self) -> bool:
+        return self._owner == OWNER
+
+    async def __aenter__(self) -> Self:
+        await super().__aenter__()
+        try:
+            listed = await self._models()
+        except BaseException:
+            await self._http.close()
+            raise
+        self._owner = str(listed[0].get("owned_by", ""))
+        return self
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            portal = stack.enter_context(anyio.from_thread.start_blocking_portal("asyncio", {"use_uvloop": True}))
+            stack.enter_context(portal.wrap_async_context_manager(self))
+            self._portal, self._stack = portal, stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._portal = None
+        self._stack.close()
+
+    # ── what it can do ───────────────────────────────────────────────────────────────────────
+
+    def check(self, prompt: Prompt, params: SamplingParams | None, *, separate: bool = False) -> None:
+        who = f"the server at {self.url} ({self._owner or 'of unknown make'})"
+        if separate and not prompt.messages:
+            raise RequestError("separate_reasoning needs roles: where reasoning ends, the server's template says")
+        asked = {} if params is None else changed(params)
+        if asked.keys() & {"logprobs", "prompt_logprobs"}:
+            raise RequestError("log-probabilities of a reply are not read over HTTP; leave out logprobs, or use Engine")
+        if self._ours:
+            return
+        if params is None:
+            raise RequestError(
+                f"{who} tells no log-probabilities of a prompt, which select needs; use a server of ours, or Engine"
+            )
+        if prompt.begun:
+            raise RequestError(
+                f"{who} cannot go on from the beginning of a message; let each assistant(...) begin with its gen"
+            )
+        if wrong := sorted(asked.keys() - COMMON - FORMATS):
+            raise RequestError(f"{who} has no field for {', '.join(wrong)}; leave it out, or use a server of ours")
+
+    # ── calls ────────────────────────────────────────────────────────────────────────────────
+
+    async def reply(self, prompt: Prompt, params: SamplingParams, *, separate: bool) -> AsyncGenerator[Piece, None]:
+        path, body = self._request(prompt, params, separate)
+        reading = Reading("openai")
+        async with aclosing(self._events(path, body)) as events:
+            async for data in events:
+                text = reading.take(data)
+                thought = reading.reasoning if separate else ""
+                yield Piece(text[len(thought) :], thought)
+        if reading.finish is None:
+            raise WorkerError(f"{self.url}{path} ended its reply without a finish reason")
+        counts = reading.prompt_tokens, reading.cached_tokens, reading.completion_tokens
+        yield Piece("", "", Meta(reading.finish, None, *counts))
+
+    def _request(self, prompt: Prompt, params: SamplingParams, separate: bool) -> tuple[str, dict[str, Any]]:
+        """The path and the body of a request for one reply."""
+        api = CHAT if prompt.messages else COMPLETIONS
+        fields = {api.names.get(name, name): value for name, value in changed(params).items()}
+        if not self._ours:
+            fields = in_openai_words(fields)
+        body = {"model": self.model_name, "stream": True, "stream_options": {"include_usage": True}, **fields}
+        if prompt.text is not None:
+            return "/v1/completions", {**body, "prompt": prompt.text}
+        body["messages"] = prompt.messages
+        if self._ours:
+            body |= {**written(prompt), "separate_reasoning": separate}
+        return "/v1/chat/completions", body
+
+    async def ids(self, prompt: Prompt) -> list[int]:
+        said = {"prompt": prompt.text} if prompt.text is not None else {"messages": prompt.messages, **written(prompt)}
+        found: list[int] = (await self._ask("/tokenize", said))["tokens"]
+        return found
+
+    async def score(self, prompts: Sequence[list[int]], first: Sequence[int]) -> list[Scored]:
+        body = {
+            "input_ids": prompts,
+            "sampling_params": {"max_new_tokens": 0},
+            "return_logprob": True,
+            "logprob_start_len": first,
+        }
+        metas = [reply["meta_info"] for reply in await self._ask("/generate", body)]
+        return [
+            Scored(
+                [token[0] for token in meta["input_token_logprobs"]],
+                Meta("length", None, meta["prompt_tokens"], meta["cached_tokens"]),
+            )
+            for meta in metas
+        ]
+
+    async def _ask(self, path: str, body: dict[str, Any]) -> Any:
+        """The whole answer. Raises RequestError for an error answer."""
+        headers = {"Content-Type": "application/json"}
+        try:
+            async with self._http.post(self.url + path, data=msgspec.json.encode(body), headers=headers) as response:
+                answer = await response.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise WorkerError(f"{self.url}{path} did not answer: {error or type(error).__name__}") from None
+        if response.status != 200:
+            raise RequestError(refusal(answer), status=response.status)
+        return msgspec.json.decode(answer)
+
+
+def in_openai_words(fields: dict[str, Any]) -> dict[str, Any]:
+    """`fields` with a grammar as OpenAI has it, in response_format."""
+    left = {name: value for name, value in fields.items() if name not in FORMATS}
+    if fields.get("json_object"):
+        left["response_format"] = {"type": "json_object"}
+    if (schema := fields.get("json_schema")) is not None:
+        named = {"name": "reply", "schema": msgspec.json.decode(schema), "strict": fields.get("strict_schema", True)}
+        left["response_format"] = {"type": "json_schema", "json_schema": named}
+    return left

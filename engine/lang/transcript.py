@@ -1,0 +1,106 @@
+"""What a program has said so far: plain text, or messages of a chat, and what of it is the next prompt.
+
+A program has one or the other. The chat template of the served model writes messages where the prompt is made
+(backend.py), so nothing here knows of tokens. Pure logic. Left out: images, tools.
+"""
+
+from typing import Any, NoReturn
+
+from msgspec import Struct
+
+from engine.errors import ProgramError
+from engine.lang.expressions import Role
+
+
+class Prompt(Struct, frozen=True):
+    """What the model goes on from: `text`, or `messages` in OpenAI's shape. `begun` says that the last of these is the
+    beginning of the reply."""
+
+    text: str | None = None
+    messages: tuple[dict[str, Any], ...] = ()
+    begun: bool = False
+
+    def with_(self, more: str) -> "Prompt":
+        """The prompt with `more` said behind it."""
+        if self.text is not None:
+            return Prompt(self.text + more)
+        *before, last = self.messages if self.begun else (*self.messages, {"role": "assistant", "content": ""})
+        return Prompt(None, (*before, {**last, "content": last["content"] + more}), True)
+
+
+class Transcript:
+    """The text of one state, in its pieces."""
+
+    def __init__(self) -> None:
+        self.role: Role | None = None
+        self._messages: list[tuple[Role, list[str]]] = []
+        self._plain: list[str] = []
+        self.length = 0  # characters
+
+    def copy(self) -> "Transcript":
+        """Another that goes on from here."""
+        made = Transcript()
+        made.role, made.length, made._plain = self.role, self.length, list(self._plain)
+        made._messages = [(role, list(pieces)) for role, pieces in self._messages]
+        return made
+
+    # ── what is said ─────────────────────────────────────────────────────────────────────────
+
+    def say(self, text: str) -> None:
+        """Raises ProgramError for text beside messages."""
+        if not text:
+            return
+        if self.role is not None:
+            self._messages[-1][1].append(text)
+        elif self._messages:
+            self._stray(f"the text {text[:40]!r}")
+        else:
+            self._plain.append(text)
+        self.length += len(text)
+
+    def begin(self, role: Role) -> None:
+        """A message begins. Raises ProgramError within another, and behind plain text."""
+        if self.role is not None:
+            raise ProgramError(f"a message of the {role} begins inside one of the {self.role}; end that first")
+        if self._plain:
+            raise ProgramError(
+                f"a message of the {role} comes behind text outside of any role; put the text into a role, too"
+            )
+        self.role = role
+        self._messages.append((role, []))
+
+    def end(self, role: Role) -> None:
+        """The message ends. Raises ProgramError where it is none of `role`."""
+        if self.role != role:
+            open_ = "no message is open" if self.role is None else f"the message is the {self.role}'s"
+            raise ProgramError(f"the end of a message of the {role}, but {open_}")
+        self.role = None
+
+    # ── what is there ────────────────────────────────────────────────────────────────────────
+
+    @property
+    def text(self) -> str:
+        """All that was said, without what a template puts around messages."""
+        return "".join(self._plain) + "".join(piece for _, pieces in self._messages for piece in pieces)
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """In OpenAI's shape; none of plain text."""
+        return [{"role": role, "content": "".join(pieces)} for role, pieces in self._messages]
+
+    def prompt(self) -> Prompt:
+        """What a reply goes on from here. Raises ProgramError where the assistant does not speak."""
+        if not self._messages:
+            return Prompt("".join(self._plain))
+        if self.role is None:
+            self._stray("a gen or select")
+        if self.role != "assistant":
+            raise ProgramError(
+                f"a gen or select is in a message of the {self.role}; chat templates let the assistant speak alone, so "
+                "put it into assistant(...), or write the program without roles"
+            )
+        messages = tuple(self.messages)
+        return Prompt(None, messages, True) if messages[-1]["content"] else Prompt(None, messages[:-1])
+
+    def _stray(self, what: str) -> NoReturn:
+        raise ProgramError(f"{what} stands outside of any role in a program with roles; put it into one")

@@ -1,0 +1,132 @@
+"""Programs over HTTP: what a server of another make cannot do is said before anything is sent. Reasoning, failures.
+
+That our server gives what the engine in the process gives is shown beside the engine, in test_language.py.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from http_front import FakeFront, chunks, serving, text_of
+
+from engine import WorkerError
+from engine.errors import ConfigError, ProgramError
+from engine.lang import Server, State, assistant, function, gen, select, separate_reasoning, user
+
+# ── another server ───────────────────────────────────────────────────────────────────────────
+
+
+@asynccontextmanager
+async def other(sent: list[dict[str, Any]]) -> AsyncIterator[str]:
+    """A server that is none of ours; it answers each request with "yes" and some reasoning."""
+
+    async def models(_: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "m", "owned_by": "others"}]})
+
+    async def reply(request: web.Request) -> web.StreamResponse:
+        sent.append(await request.json())
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        thought = b'{"choices":[{"delta":{"reasoning_content":"hm"}}]}'
+        said = b'{"choices":[{"delta":{"content":"yes"},"finish_reason":"stop"}]}'
+        if request.path == "/v1/completions":
+            thought, said = b'{"choices":[{"text":"y"}]}', b'{"choices":[{"text":"es","finish_reason":"stop"}]}'
+        for event in (thought, said, b'{"choices":[],"usage":{"prompt_tokens":5,"completion_tokens":2}}', b"[DONE]"):
+            await response.write(b"data: " + event + b"\n\n")
+        return response
+
+    app = web.Application()
+    app.router.add_get("/v1/models", models)
+    app.router.add_post("/v1/completions", reply)
+    app.router.add_post("/v1/chat/completions", reply)
+    async with TestServer(app) as server:
+        yield str(server.make_url("/"))
+
+
+@pytest.mark.anyio
+async def test_another_server_gets_fields_of_openais_alone() -> None:
+    @function
+    async def program(s: State) -> None:
+        s += user("Really?") + separate_reasoning(assistant(gen("a", stop="!", json_schema={"const": 1})))
+        assert await s.get("a") == "yes"
+        assert s["a_reasoning_content"] == "hm"
+
+    sent: list[dict[str, Any]] = []
+    async with other(sent) as url, Server(url) as server:
+        s = await program.run_async(backend=server, max_tokens=9)
+        assert (s.usage.prompt_tokens, s.usage.completion_tokens, s.text()) == (5, 2, "Really?yes")
+
+        @function
+        async def completes(s: State) -> None:
+            s += "Is it? " + gen("a")
+
+        assert (await completes.run_async(backend=server))["a"] == "yes"
+    assert sent[0] == {
+        "model": "m", "stream": True, "stream_options": {"include_usage": True}, "max_tokens": 9, "stop": ["!"],
+        "messages": [{"role": "user", "content": "Really?"}],
+        "response_format": {
+            "type": "json_schema", "json_schema": {"name": "reply", "schema": {"const": 1}, "strict": True}
+        },
+    }  # fmt: skip
+    assert (sent[1]["prompt"], sent[1]["max_tokens"]) == ("Is it? ", 128)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("append", "says"),
+    [
+        (lambda s: s.append("a" + gen("x", regex="a")), "no field for regex"),
+        (lambda s: s.append("a" + gen("x", top_k=3)), "no field for top_k"),
+        (lambda s: s.append("a" + select("x", ["a"])), "no log-probabilities of a prompt"),
+        (lambda s: s.append(assistant("a" + gen("x"))), "cannot go on from the beginning of a message"),
+        (lambda s: s.append("a" + gen("x", logprobs=1)), "not read over HTTP"),
+        (lambda s: s.append(separate_reasoning("a" + gen("x"))), "needs roles"),
+    ],
+)
+async def test_what_another_server_cannot_do_is_said_before_it_is_asked(append: Any, says: str) -> None:
+    @function
+    async def program(s: State) -> None:
+        append(s)
+
+    sent: list[dict[str, Any]] = []
+    async with other(sent) as url, Server(url) as server:
+        s = await program.run_async(backend=server)
+        with pytest.raises(ProgramError, match=says):
+            s["x"]
+    assert not sent
+
+
+# ── our server's errors and reasoning ────────────────────────────────────────────────────────
+
+
+@pytest.mark.anyio
+async def test_reasoning_is_told_apart_by_the_served_models_parser() -> None:
+    @function
+    async def program(s: State) -> None:
+        s += user("Why?") + separate_reasoning(assistant(gen("a")))
+        s += user("So?") + assistant(gen("b"))
+
+    front = FakeFront(chunks("<think>\nhm</think>", "\nYes"))
+    front.text = text_of("{% for m in messages %}{{ m['content'] }}{% endfor %}", reasoning="qwen3")
+    async with serving(front) as url, Server(url) as server:
+        s = await program.run_async(backend=server)
+    assert (s["a"], s["a_reasoning_content"]) == ("Yes", "hm")
+    assert s["b"] == "<think>\nhm</think>\nYes"
+
+
+@pytest.mark.anyio
+async def test_a_server_that_fails_or_is_not_there() -> None:
+    @function
+    async def program(s: State) -> None:
+        s += "a" + gen("x")
+
+    async with serving(FakeFront([WorkerError("the device is gone")])) as url, Server(url) as server:
+        s = await program.run_async(backend=server)
+        with pytest.raises(ProgramError, match="the device is gone"):
+            s["x"]
+    with pytest.raises(ConfigError, match="no server answers"):
+        async with Server(url):
+            pytest.fail("nobody answers")
