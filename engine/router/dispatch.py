@@ -66,6 +66,14 @@ class Placed(Struct):
     trial: bool
 
 
+def tell(told: Callable[..., None], *what: object) -> None:
+    """Tell a policy `what` came about; nothing else fails because a policy does."""
+    try:
+        told(*what)
+    except Exception:
+        log.exception("the policy failed; the router goes on without it")
+
+
 class Dispatcher:
     """The queue before all workers. `outside` are requests that other routers have at a worker, by its URL."""
 
@@ -125,9 +133,12 @@ class Dispatcher:
             views = [replace(view, running=view.running + outside.get(view.name, 0)) for view in views]
         try:
             choice = self.policy.choose(arrival, views)
-            if 0 <= choice.worker < len(views):
+            if 0 <= choice.worker < len(views) and choice.matched >= 0:
                 return choice
-            log.error("the policy chose worker %d of %d; the least busy one is taken", choice.worker, len(views))
+            log.error(
+                "the policy chose worker %d of %d and matched %d characters; the least busy one is taken",
+                choice.worker, len(views), choice.matched,
+            )  # fmt: skip
         except Exception:
             log.exception("the policy failed; the least busy worker is taken")
         least = min(range(len(views)), key=lambda index: views[index].running)
@@ -198,7 +209,7 @@ class Dispatcher:
         worker.counts.prompt_chars += len(arrival.text)
         worker.counts.matched_chars += choice.matched
         self._stays(arrival.program, worker.url)
-        self._tell(self.policy.sent, arrival, worker.url)
+        tell(self.policy.sent, arrival, worker.url)
         for told in self.on_sent:
             told(arrival, worker.url)
         return placed
@@ -206,19 +217,12 @@ class Dispatcher:
     def learn(self, arrival: Arrival, url: str) -> None:
         """Another router has sent it to the worker at `url`."""
         self._stays(arrival.program, url)
-        self._tell(self.policy.sent, arrival, url)
+        tell(self.policy.sent, arrival, url)
 
     def answered(self, arrival: Arrival, worker: Worker, cached: float | None) -> None:
         """The answer came whole, and says what share of the prompt was cached, or does not."""
         if arrival.text:
-            self._tell(self.policy.answered, arrival, worker.url, cached)
-
-    def _tell(self, told: Callable[..., None], *what: object) -> None:
-        """Tell the policy; no request fails because a policy does."""
-        try:
-            told(*what)
-        except Exception:
-            log.exception("the policy failed; the router goes on without it")
+            tell(self.policy.answered, arrival, worker.url, cached)
 
     def _stays(self, program: str, url: str) -> None:
         """The calls of `program` go to the worker at `url` from now on."""
@@ -245,15 +249,22 @@ class Dispatcher:
             self.pump()
 
     def pump(self) -> None:
-        """Send what waits and can be sent, the first first."""
+        """Send what waits and can be sent, the first first. Of tickets that may go to the same workers, one is tried in
+        vain and not all: many may wait for one model, while workers of others have room."""
         passed: list[tuple[int, int, Ticket]] = []  # those for workers that have no room, while others have some
+        full: set[tuple[str, str]] = set()  # what was tried in vain
         while self._queue and any(each.room > 0 and each.may_take for each in self.fleet.workers.values()):
             entry = heapq.heappop(self._queue)
             ticket = entry[2]
             if ticket.found is None or ticket.found.done():
                 continue
-            if (placed := self._take(ticket)) is None:
+            alike = ticket.bound, ticket.arrival.model
+            if alike in full and not ticket.tried:
                 passed.append(entry)
+            elif (placed := self._take(ticket)) is None:
+                passed.append(entry)
+                if not ticket.tried:
+                    full.add(alike)
             else:
                 ticket.found.set_result(placed)
         for entry in passed:
@@ -287,4 +298,4 @@ class Dispatcher:
 
     def _forget(self, url: str) -> None:
         self.outside.pop(url, None)
-        self._tell(self.policy.removed, url)
+        tell(self.policy.removed, url)
