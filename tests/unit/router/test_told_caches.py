@@ -7,7 +7,7 @@ from typing import Any
 import aiohttp
 import anyio
 import pytest
-from real_server import MODEL, over_http
+from real_server import over_http
 from routed import routing
 
 from engine.config import resolve
@@ -23,7 +23,7 @@ QUESTIONS = ("Name three rivers.", "Which of them is the longest?", "Where does 
 @asynccontextmanager
 async def fleet() -> AsyncIterator[tuple[str, Router]]:
     """A router of two engines that tell what they cache."""
-    config = resolve({"model": MODEL, "max_model_len": 1024, "port": 0, "threads": 1, "cache_events": True})
+    config = resolve({"model": "echo", "max_model_len": 1024, "port": 0, "threads": 1, "cache_events": True})
     async with AsyncExitStack() as stack:
         fronts = [await stack.enter_async_context(open_front(config)) for _ in range(2)]  # which start together
         urls = []
