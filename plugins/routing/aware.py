@@ -23,7 +23,7 @@ Left out: workers of different speed, which differ in their load alone.
 import time
 import weakref
 from array import array
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from math import inf
 
@@ -35,6 +35,7 @@ STICKS = 0.25  # what the worker of a program has ahead
 WRONG = 0.5  # of what a worker was thought to hold: having less than this share of it is a mistake
 PROGRAMS = 1 << 16  # that are remembered
 TIDY = 512  # blocks that one piece of `tidy` walks over
+LATE = 4  # calls of `tidy` by which a worker may tell later than it answers: twice what lies between two of its events
 
 
 class CacheAware(RoutingPolicy):
@@ -46,6 +47,8 @@ class CacheAware(RoutingPolicy):
         self._programs: OrderedDict[str, str] = OrderedDict()  # their workers, the least recently used first
         # Requests on their way, by identity and worker: their blocks, and how many of them were matched.
         self._open: dict[tuple[int, str], tuple[weakref.ref[Arrival], array[int], int]] = {}
+        # Blocks and workers of requests that were answered, by how many calls of `tidy` ago; the last ones are last.
+        self._answered: deque[list[tuple[array[int], str]]] = deque([[]], maxlen=LATE)
         # What `choose` found, so that `sent`, right after it, need not look again:
         self._last: tuple[Arrival, array[int], dict[str, int]] | None = None
 
@@ -96,7 +99,7 @@ class CacheAware(RoutingPolicy):
         if (known := self._open.pop((id(arrival), worker), None)) is None:
             return
         _, blocks, matched = known
-        self.index.computed(blocks, worker)
+        self._answered[-1].append((blocks, worker))  # the next turn may come before the event
         if cached is None or not matched:
             return
         if cached * len(arrival.text) < WRONG * matched * BLOCK:
@@ -126,4 +129,8 @@ class CacheAware(RoutingPolicy):
         while self.index.tidy(TIDY):
             if time.perf_counter() >= end:
                 return True
+        if len(self._answered) == LATE:
+            for blocks, worker in self._answered[0]:
+                self.index.computed(blocks, worker)
+        self._answered.append([])
         return False
