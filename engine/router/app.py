@@ -6,7 +6,7 @@ limits (`engine.http.connections`) as at an engine. Left out: what is done with 
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import anyio
 from aiohttp import web
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 CLOSE_SECONDS = 1.0  # what handlers still running at the end get; draining happens before
 ROUTES: Sequence[Route] = (*admin.ROUTES, *everywhere.ROUTES)
-OWN = {(route.method, route.path): route for route in ROUTES}
+OWN: Final[dict[tuple[str, str], Route]] = {(route.method, route.path): route for route in ROUTES}
 OPERATORS = frozenset((route.method, route.path) for route in admin.ROUTES)
 METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"})
 

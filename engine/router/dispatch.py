@@ -27,6 +27,7 @@ from engine.router.options import QueueOptions
 from engine.router.policy import Arrival, Choice, RoutingPolicy
 from engine.router.workers import Fleet, Worker
 
+PATIENCE: Final = "X-Queue-Seconds"  # by which a client may wait less than --queue-seconds
 MOST_SESSIONS: Final = 100_000
 LEANING: Final = 8  # requests that a session's worker may have beyond twice those of the least busy one
 MOST_RETRY_SECONDS: Final = 60
@@ -186,7 +187,8 @@ class Dispatcher:
                 raise
             self.timed_out += 1
             raise RequestError(
-                f"no worker took the request within {seconds:g} s (--queue-seconds); {self.state()}; try again in "
+                f"no worker took the request within {seconds:g} s "
+                f"({'--queue-seconds' if seconds < ticket.seconds else PATIENCE}); {self.state()}; try again in "
                 f"{self.retry_seconds()} s",
                 code="queue_timeout",
                 status=503,
@@ -285,9 +287,13 @@ class Dispatcher:
         """The workers in words."""
         workers = self.fleet.workers.values()
         able = [each for each in workers if each.may_take]
+        if not able:
+            why = "".join(f", as {each.url} is {each.why_not()}" for each in list(workers)[:1])
+            return f"none of {counted(len(workers), 'worker')} takes requests{why}"
         running = sum(each.view.running for each in able)
         room = sum(each.view.capacity for each in able)
-        return f"{len(able)} of {counted(len(workers), 'worker')} take requests, and have {running} of at most {room}"
+        take = counted(len(able), "worker takes", "workers take")
+        return f"{take} requests, of {len(workers)}, and {running} of at most {room} requests run there"
 
     def retry_seconds(self) -> int:
         """When the queue of now will be empty, at the rate of late."""
