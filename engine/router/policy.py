@@ -88,5 +88,5 @@ class RoutingPolicy(ABC):
 
     def tidy(self, budget_s: float) -> bool:
         """Forget what is beyond the policy's bounds, for about `budget_s` seconds; True while more is left. The router
-        calls it in the background."""
+        calls it in the background, about four times a second."""
         return False

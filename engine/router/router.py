@@ -30,7 +30,7 @@ from engine.router.places import Places
 from engine.router.policy import RoutingPolicy
 from engine.router.workers import Fleet, Worker
 
-TIDY_SECONDS: Final = 0.1  # between two looks for what the policy may forget
+TIDY_SECONDS: Final = 0.25  # between two looks for what the policy may forget: each wakes a router that idles
 TIDY_BUDGET: Final = 0.002
 log = logging.getLogger("engine.router")
 

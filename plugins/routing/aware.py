@@ -35,7 +35,7 @@ STICKS = 0.25  # what the worker of a program has ahead
 WRONG = 0.5  # of what a worker was thought to hold: having less than this share of it is a mistake
 PROGRAMS = 1 << 16  # that are remembered
 TIDY = 512  # blocks that one piece of `tidy` walks over
-LATE = 4  # calls of `tidy` by which a worker may tell later than it answers: twice what lies between two of its events
+LATE = 3  # calls of `tidy` by which a worker may tell later than it answers: some of its events lie between two calls
 
 
 class CacheAware(RoutingPolicy):

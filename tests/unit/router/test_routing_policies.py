@@ -177,7 +177,7 @@ def test_a_request_that_is_never_answered_leaves_nothing_behind() -> None:
     policy.sent(kept, "w1")
     assert policy.choose(ask("a", 40), views(0, 0)).matched == 40 * BLOCK
     policy.answered(kept, "w1", None)
-    for _ in range(3):  # it may tell a little later what it holds
+    for _ in range(2):  # it may tell a little later what it holds
         assert policy.choose(ask("a", 40), views(0, 0)).matched == 40 * BLOCK
         policy.tidy(0.0)
     policy.tidy(0.0)
