@@ -105,7 +105,8 @@ def speed(blocks: int, workers: Sequence[str]) -> None:
 
 
 def made(chars: int) -> RoutingPolicy:
-    policy: RoutingPolicy = resolve(Plugins.load(()).entries("routing")["cache_aware"].target)(chars)
+    policy: RoutingPolicy = resolve(Plugins.load(()).entries("routing")["cache_aware"].target)()
+    policy.bound(chars)
     return policy
 
 

@@ -3,6 +3,6 @@ holds which prefix. Torch-free."""
 
 from engine.conversation.canonical import BLOCK, chained
 from engine.router.index import PrefixIndex
-from engine.router.policy import Arrival, Choice, RoutingPolicy, View
+from engine.router.policy import INDEX_CHARS, Arrival, Choice, RoutingPolicy, View
 
-__all__ = ["BLOCK", "Arrival", "Choice", "PrefixIndex", "RoutingPolicy", "View", "chained"]
+__all__ = ["BLOCK", "INDEX_CHARS", "Arrival", "Choice", "PrefixIndex", "RoutingPolicy", "View", "chained"]

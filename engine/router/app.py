@@ -6,7 +6,7 @@ limits (`engine.http.connections`) as at an engine. Left out: what is done with 
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import anyio
 from aiohttp import web
@@ -23,7 +23,6 @@ from engine.http.request_id import name_request, send_id
 from engine.http.shaping import shaped
 from engine.router import admin, everywhere
 from engine.router.log import log_request
-from engine.router.peers import PATH as NOTES
 from engine.router.proxy import proxied
 from engine.router.router import ROUTER, Router
 
@@ -32,8 +31,8 @@ if TYPE_CHECKING:
 
 CLOSE_SECONDS = 1.0  # what handlers still running at the end get; draining happens before
 ROUTES: Sequence[Route] = (*admin.ROUTES, *everywhere.ROUTES)
-CHANGES = frozenset({"/workers", "/add_worker", "/remove_worker", NOTES})  # what needs the admin key needs no other
-OPERATORS = frozenset(route.path for route in admin.ROUTES)
+OWN: Final[dict[tuple[str, str], Route]] = {(route.method, route.path): route for route in ROUTES}
+OPERATORS = frozenset((route.method, route.path) for route in admin.ROUTES)
 METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"})
 
 
@@ -41,10 +40,8 @@ def create_app(router: Router) -> web.Application:
     """Raises ConfigError for options that say nothing of who may call."""
     options = router.config.server
     open_paths = frozenset(route.path for route in ROUTES if route.open)
-    gate, keys = Gate(Access.of(options), pages=frozenset(), methods=METHODS), Keys(options)
-    checks = [shape_errors, name_request, gate.middleware()]
-    if keys.asked:
-        checks.append(_unless_admins(key_check(keys, open_paths)))
+    gate = Gate(Access.of(options), pages=frozenset(), methods=METHODS)
+    checks = [shape_errors, name_request, gate.middleware(), _by_route(key_check(Keys(options), frozenset()))]
     if options.log_requests or router.config.router.log_level == "debug":
         checks.insert(0, log_request(open_paths))
     app = web.Application(middlewares=checks)
@@ -54,7 +51,7 @@ def create_app(router: Router) -> web.Application:
     app[INTAKE] = Intake(options)
     gate.join(app)
     app.add_routes([route.served(strict=True) for route in ROUTES])
-    app.add_routes([web.route("*", "/{path:.*}", to_a_worker, expect_handler=without_expecting)])
+    app.add_routes([web.route("*", "/{path:(?s:.*)}", to_a_worker, expect_handler=without_expecting)])
     return app
 
 
@@ -63,16 +60,23 @@ async def to_a_worker(request: web.Request) -> web.StreamResponse:
     return await proxied(request.app[ROUTER], request)
 
 
-def _unless_admins(check: "Middleware") -> "Middleware":
-    """`check`, but on the routes of operators an admin's key is as good, and where that alone will do, it is checked
-    there."""
+def _by_route(check: "Middleware") -> "Middleware":
+    """`check`, but not on open routes. On those of operators an admin's key is as good, and those that change something
+    need it, and then no other.
+
+    The route that was found decides, as a path does not say whose a request is: another method of the path, or a path
+    that only reads alike once it is unquoted, is a worker's."""
 
     @web.middleware
     async def check_key(request: web.Request, handler: Handler) -> web.StreamResponse:
-        admins = request.app[ROUTER].admin_keys
-        if request.path in CHANGES and request.method != "GET" and admins.asked:
-            return await handler(request)
-        if request.path in OPERATORS and admins.have(keys_in(request)):
+        resource = request.match_info.route.resource
+        own = None if resource is None else OWN.get((request.method, resource.canonical))
+        if own is None:
+            return await check(request, handler)
+        admins, found = request.app[ROUTER].admin_keys, (own.method, own.path)
+        if found in admin.CHANGES:
+            admins.check(keys_in(request))
+        if own.open or (found in OPERATORS and admins.have(keys_in(request))):
             return await handler(request)
         return await check(request, handler)
 

@@ -81,7 +81,9 @@ class CacheFeed:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENT_SECONDS, sock_read=SILENT_SECONDS)
         url, query = self.worker.rstrip("/") + PATH, {"after": str(self._number)}
         try:
-            async with self._session.get(url, params=query, headers=self._headers, timeout=timeout) as response:
+            async with self._session.get(
+                url, params=query, headers=self._headers, timeout=timeout, allow_redirects=False
+            ) as response:
                 if response.status in NO_ROUTE or (response.status == 200 and not _is_stream(response)):
                     log.debug("%s does not tell what it caches (%d)", self.worker, response.status)
                     return False

@@ -27,6 +27,7 @@ from engine.router.options import QueueOptions
 from engine.router.policy import Arrival, Choice, RoutingPolicy
 from engine.router.workers import Fleet, Worker
 
+PATIENCE: Final = "X-Queue-Seconds"  # by which a client may wait less than --queue-seconds
 MOST_SESSIONS: Final = 100_000
 LEANING: Final = 8  # requests that a session's worker may have beyond twice those of the least busy one
 MOST_RETRY_SECONDS: Final = 60
@@ -64,6 +65,14 @@ class Placed(Struct):
     choice: Choice
     waiting: int
     trial: bool
+
+
+def tell(told: Callable[..., None], *what: object) -> None:
+    """Tell a policy `what` came about; nothing else fails because a policy does."""
+    try:
+        told(*what)
+    except Exception:
+        log.exception("the policy failed; the router goes on without it")
 
 
 class Dispatcher:
@@ -125,9 +134,12 @@ class Dispatcher:
             views = [replace(view, running=view.running + outside.get(view.name, 0)) for view in views]
         try:
             choice = self.policy.choose(arrival, views)
-            if 0 <= choice.worker < len(views):
+            if 0 <= choice.worker < len(views) and choice.matched >= 0:
                 return choice
-            log.error("the policy chose worker %d of %d; the least busy one is taken", choice.worker, len(views))
+            log.error(
+                "the policy chose worker %d of %d and matched %d characters; the least busy one is taken",
+                choice.worker, len(views), choice.matched,
+            )  # fmt: skip
         except Exception:
             log.exception("the policy failed; the least busy worker is taken")
         least = min(range(len(views)), key=lambda index: views[index].running)
@@ -175,7 +187,8 @@ class Dispatcher:
                 raise
             self.timed_out += 1
             raise RequestError(
-                f"no worker took the request within {seconds:g} s (--queue-seconds); {self.state()}; try again in "
+                f"no worker took the request within {seconds:g} s "
+                f"({'--queue-seconds' if seconds < ticket.seconds else PATIENCE}); {self.state()}; try again in "
                 f"{self.retry_seconds()} s",
                 code="queue_timeout",
                 status=503,
@@ -198,7 +211,7 @@ class Dispatcher:
         worker.counts.prompt_chars += len(arrival.text)
         worker.counts.matched_chars += choice.matched
         self._stays(arrival.program, worker.url)
-        self._tell(self.policy.sent, arrival, worker.url)
+        tell(self.policy.sent, arrival, worker.url)
         for told in self.on_sent:
             told(arrival, worker.url)
         return placed
@@ -206,19 +219,12 @@ class Dispatcher:
     def learn(self, arrival: Arrival, url: str) -> None:
         """Another router has sent it to the worker at `url`."""
         self._stays(arrival.program, url)
-        self._tell(self.policy.sent, arrival, url)
+        tell(self.policy.sent, arrival, url)
 
     def answered(self, arrival: Arrival, worker: Worker, cached: float | None) -> None:
         """The answer came whole, and says what share of the prompt was cached, or does not."""
         if arrival.text:
-            self._tell(self.policy.answered, arrival, worker.url, cached)
-
-    def _tell(self, told: Callable[..., None], *what: object) -> None:
-        """Tell the policy; no request fails because a policy does."""
-        try:
-            told(*what)
-        except Exception:
-            log.exception("the policy failed; the router goes on without it")
+            tell(self.policy.answered, arrival, worker.url, cached)
 
     def _stays(self, program: str, url: str) -> None:
         """The calls of `program` go to the worker at `url` from now on."""
@@ -245,15 +251,22 @@ class Dispatcher:
             self.pump()
 
     def pump(self) -> None:
-        """Send what waits and can be sent, the first first."""
+        """Send what waits and can be sent, the first first. Of tickets that may go to the same workers, one is tried in
+        vain and not all: many may wait for one model, while workers of others have room."""
         passed: list[tuple[int, int, Ticket]] = []  # those for workers that have no room, while others have some
+        full: set[tuple[str, str]] = set()  # what was tried in vain
         while self._queue and any(each.room > 0 and each.may_take for each in self.fleet.workers.values()):
             entry = heapq.heappop(self._queue)
             ticket = entry[2]
             if ticket.found is None or ticket.found.done():
                 continue
-            if (placed := self._take(ticket)) is None:
+            alike = ticket.bound, ticket.arrival.model
+            if alike in full and not ticket.tried:
                 passed.append(entry)
+            elif (placed := self._take(ticket)) is None:
+                passed.append(entry)
+                if not ticket.tried:
+                    full.add(alike)
             else:
                 ticket.found.set_result(placed)
         for entry in passed:
@@ -274,9 +287,13 @@ class Dispatcher:
         """The workers in words."""
         workers = self.fleet.workers.values()
         able = [each for each in workers if each.may_take]
+        if not able:
+            why = "".join(f", as {each.url} is {each.why_not()}" for each in list(workers)[:1])
+            return f"none of {counted(len(workers), 'worker')} takes requests{why}"
         running = sum(each.view.running for each in able)
         room = sum(each.view.capacity for each in able)
-        return f"{len(able)} of {counted(len(workers), 'worker')} take requests, and have {running} of at most {room}"
+        take = counted(len(able), "worker takes", "workers take")
+        return f"{take} requests, of {len(workers)}, and {running} of at most {room} requests run there"
 
     def retry_seconds(self) -> int:
         """When the queue of now will be empty, at the rate of late."""
@@ -287,4 +304,4 @@ class Dispatcher:
 
     def _forget(self, url: str) -> None:
         self.outside.pop(url, None)
-        self._tell(self.policy.removed, url)
+        tell(self.policy.removed, url)

@@ -7,25 +7,27 @@ its policy is told passes here, so that evictions are counted.
 import asyncio
 from collections.abc import Sequence
 from contextvars import Context
+from functools import partial
 
 from engine.router.cache_feed import CacheFeed
+from engine.router.dispatch import tell
 from engine.router.keys import WorkerKeys
 from engine.router.policy import RoutingPolicy
 from engine.router.workers import Fleet, Worker
 
 
 class Counting:
-    """The policy, with one worker's evictions counted."""
+    """The policy, with one worker's evictions counted. If it fails, the feed goes on."""
 
     def __init__(self, policy: RoutingPolicy, worker: Worker) -> None:
-        self.stored = policy.stored
-        self.reset = policy.reset
+        self.stored = partial(tell, policy.stored)
+        self.reset = partial(tell, policy.reset)
         self._policy = policy
         self._counts = worker.counts
 
     def evicted(self, worker: str, blocks: Sequence[int]) -> None:
         self._counts.evictions += len(blocks)
-        self._policy.evicted(worker, blocks)
+        tell(self._policy.evicted, worker, blocks)
 
 
 class Feeds:

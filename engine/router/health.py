@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Final
 
 import aiohttp
+from yarl import URL
 
 from engine.errors import WorkerError
 from engine.router.asked import object_in
@@ -132,7 +133,8 @@ class Health:
         said = dict(headers) | ({"Content-Type": "application/json"} if body else {})
         if (key := self._keys.of(worker.url)) is not None:
             said["Authorization"] = f"Bearer {key}"
+        url = URL(worker.url + path, encoded=True)  # which would take dots out of a path
         async with self._fleet.session.request(
-            method, worker.url + path, data=body or None, headers=said, timeout=timeout
+            method, url, data=body or None, headers=said, timeout=timeout, allow_redirects=False
         ) as answer:
             return answer.status, await answer.read()

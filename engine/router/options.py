@@ -11,6 +11,7 @@ from msgspec.structs import fields
 
 from engine.options.listening import ListenOptions
 from engine.options.resolving import refuse_unknown, said
+from engine.router.policy import INDEX_CHARS
 
 Positive = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0)]
@@ -24,6 +25,14 @@ class RouterOptions(Struct, frozen=True, kw_only=True):
     variables: ClassVar[str] = PREFIX
     workers: Annotated[tuple[str, ...], Meta(description="URLs of workers, http://a:8000,http://b:8000")] = ()
     policy: Annotated[str, Meta(description="who gets a request: a routing policy's name")] = "cache_aware"
+    index_chars: Annotated[
+        int,
+        Meta(
+            ge=2**13,
+            description="most characters of prompts that a policy remembers of one worker; what was used least lately "
+            "is forgotten first",
+        ),
+    ] = INDEX_CHARS
     plugins: Annotated[tuple[str, ...], Meta(description="plugins to load, by name: a,b")] = ()
     workers_file: Annotated[
         Words | None, Meta(description="a file of workers, one URL a line; it is read again when it changes")

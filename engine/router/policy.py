@@ -12,8 +12,11 @@ written. Left out: which workers may take a request (the proxy's), how a convers
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Final
 
 from msgspec import Struct
+
+INDEX_CHARS: Final = 1 << 24  # that a policy may know of one worker, unless --index-chars says otherwise
 
 
 class Arrival(Struct, frozen=True, weakref=True):
@@ -56,6 +59,9 @@ class Choice(Struct, frozen=True):
 class RoutingPolicy(ABC):
     """Chooses workers. It is made without arguments, once for each router."""
 
+    def bound(self, chars: int) -> None:
+        """Know at most `chars` characters of each worker's cache (--index-chars). Called once, before all else."""
+
     @abstractmethod
     def choose(self, arrival: Arrival, workers: Sequence[View]) -> Choice:
         """Where `arrival` goes. `workers` are those that may take it, at least one. Changes nothing: a dry run calls
@@ -82,5 +88,5 @@ class RoutingPolicy(ABC):
 
     def tidy(self, budget_s: float) -> bool:
         """Forget what is beyond the policy's bounds, for about `budget_s` seconds; True while more is left. The router
-        calls it in the background."""
+        calls it in the background, about four times a second."""
         return False

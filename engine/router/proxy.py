@@ -22,7 +22,7 @@ from msgspec import Struct
 from engine.errors import RequestError, WorkerError, counted, shut_down
 from engine.http.intake import read_body, release_body
 from engine.router.asked import RESPONSE_ID, Asked, cached_share, read_asked
-from engine.router.dispatch import Placed, Ticket
+from engine.router.dispatch import PATIENCE, Placed, Ticket
 from engine.router.relay import relay, request_head
 from engine.router.wire import BrokenConnection, Head, Upstream
 from engine.router.workers import Worker
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 ELSEWHERE: Final = frozenset({429, 502, 503, 504})  # statuses of a worker that another one may do without
 FAILURES: Final = frozenset({502, 504})
-PATIENCE: Final = "X-Queue-Seconds"
 CLIENT: Final = ("Authorization", "x-api-key", "anthropic-version")
 log = logging.getLogger("engine.router")
 

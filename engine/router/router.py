@@ -19,7 +19,7 @@ from engine.errors import ConfigError, RequestError, did_you_mean
 from engine.plugin.registry import Plugins, resolve
 from engine.router.asked import Asked
 from engine.router.discovery import discover
-from engine.router.dispatch import Dispatcher
+from engine.router.dispatch import Dispatcher, tell
 from engine.router.feeds import Feeds
 from engine.router.health import Health
 from engine.router.keys import WorkerKeys, admin_keys
@@ -30,7 +30,7 @@ from engine.router.places import Places
 from engine.router.policy import RoutingPolicy
 from engine.router.workers import Fleet, Worker
 
-TIDY_SECONDS: Final = 0.1  # between two looks for what the policy may forget
+TIDY_SECONDS: Final = 0.25  # between two looks for what the policy may forget: each wakes a router that idles
 TIDY_BUDGET: Final = 0.002
 log = logging.getLogger("engine.router")
 
@@ -50,8 +50,9 @@ class Router:
     def __init__(self, config: RouterConfig) -> None:
         self.config = config
         self.policy = policy_named(config.router.policy, config.router.plugins)
+        self.policy.bound(config.router.index_chars)
         self.fleet = Fleet(config)
-        self.fleet.on_reset.append(self.policy.reset)
+        self.fleet.on_reset.append(lambda url: tell(self.policy.reset, url))
         self.worker_keys = WorkerKeys(config.router.worker_key_file)
         self.admin_keys = admin_keys(config)
         self.health = Health(self.fleet, self.worker_keys)

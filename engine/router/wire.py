@@ -9,6 +9,7 @@ connection, which in turn stops the worker. Left out: several requests at once o
 """
 
 import asyncio
+import re
 import socket
 import ssl
 import struct
@@ -25,6 +26,8 @@ MOST_HEAD: Final = 64 * 2**10  # bytes
 MOST_GATHERED: Final = 256 * 2**10  # bytes that are held for a handler that has not come for them
 LAST: Final = 4  # reads of the socket of which the end of a body is remembered
 LAST_BYTES: Final = 4096
+FIRST_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([^\r\n\0]*))?")
+BROKEN_LINE: Final = re.compile(rb"[\r\n\0]")  # what is a line's end for some readers
 
 RawHeaders = Sequence[tuple[bytes, bytes]]
 
@@ -39,25 +42,36 @@ class BrokenConnection(WorkerError):
 
 
 class Head(Struct, frozen=True):
-    """The head of an answer. `names` are its headers, by names in lower case; of several of one name the last."""
+    """The head of an answer. `names` are its headers, by names in lower case; of several of one name the last.
+    `length` is that of the body; -1 where the head has none."""
 
     status: int
     reason: str
     headers: RawHeaders
     names: dict[bytes, bytes]
+    length: int = -1
+    closes: bool = False  # the worker ends the connection behind the body
 
     @classmethod
     def read(cls, data: bytes) -> "Head":
-        """Raises WorkerError for what is no head of HTTP."""
+        """Raises WorkerError for what is no head of HTTP, or may be read in two ways."""
         first, *lines = data.split(b"\r\n")
-        word, _, reason = first.partition(b" ")[2].partition(b" ")
-        if not first.startswith(b"HTTP/1.") or not word.isdigit():
+        found = FIRST_LINE.fullmatch(first)
+        if found is None:
             raise WorkerError(f"the worker answered {first[:40]!r}, which is not HTTP/1.1")
+        if (bad := next(filter(BROKEN_LINE.search, lines), None)) is not None:
+            raise WorkerError(f"the worker's reply has {bad[:40]!r} for a header")
         headers = [
-            (name.strip(), value.strip()) for name, found, value in (line.partition(b":") for line in lines) if found
+            (name.strip(), value.strip()) for name, colon, value in (line.partition(b":") for line in lines) if colon
         ]
         names = {name.lower(): value for name, value in headers}
-        return cls(int(word), reason.decode("latin-1"), headers, names)
+        said = names.get(b"connection", b"").lower()
+        closes = b"close" in said or (found[1] == b"0" and b"keep-alive" not in said)
+        lengths = [value for name, value in headers if name.lower() == b"content-length"]
+        if len(lengths) > 1 or not all(map(bytes.isdigit, lengths)):
+            raise WorkerError(f"the worker's reply has {b', '.join(lengths)[:40]!r} for its Content-Length")
+        length = int(lengths[0]) if lengths else -1
+        return cls(int(found[2]), (found[3] or b"").decode("latin-1"), headers, names, length, closes)
 
 
 class Chunks:
@@ -151,6 +165,8 @@ class Upstream(asyncio.Protocol):
 
     async def ask(self, head: bytes, body: bytes = b"") -> Head:
         """Send a request, and wait for the head of its answer. Raises WorkerError where none comes."""
+        if not self.open:
+            raise BrokenConnection("the worker closed the connection before it was asked", unused=self.asked > 0)
         self.asked += 1
         self.ended = self._closes = False
         self._size = 0
@@ -162,8 +178,6 @@ class Upstream(asyncio.Protocol):
         self._transport.write(head + body if len(body) < MOST_HEAD else head)
         if len(body) >= MOST_HEAD:
             self._transport.write(body)
-        if not self.open:
-            raise BrokenConnection("the worker closed the connection before it was asked", unused=self.asked > 1)
         return await wanted
 
     def close(self) -> None:
@@ -227,8 +241,8 @@ class Upstream(asyncio.Protocol):
 
     @property
     def whole(self) -> bool:
-        """Whether the connection may be asked again."""
-        return self.open and self.ended and not self._closes
+        """Whether the connection may be asked again: it is open, and nothing more comes or goes of what was asked."""
+        return self.open and self.ended and not self._closes and not self._transport.get_write_buffer_size()
 
     def seen(self) -> tuple[bytes, bytes]:
         """The beginning and the end of the body, as it came: what a reply says of itself stands there."""
@@ -304,40 +318,41 @@ class Upstream(asyncio.Protocol):
 
     def _take_head(self, data: bytes) -> None:
         assert self._head is not None
-        text, found, body = (self._begun + data).partition(HEAD_END)
-        if not found:
-            self._begun = text
-            if len(text) > MOST_HEAD:
-                self.fail(WorkerError(f"the head of the worker's reply is over {MOST_HEAD} bytes"))
-            return
-        try:
-            head = Head.read(text)
-        except WorkerError as error:
-            self.fail(error)
-            return
+        body, head = self._begun + data, None
+        while head is None or head.status < 200:  # after interim answers
+            text, found, body = body.partition(HEAD_END)
+            if not found:
+                self._begun = text
+                if len(text) > MOST_HEAD:
+                    self.fail(WorkerError(f"the head of the worker's reply is over {MOST_HEAD} bytes"))
+                return
+            try:
+                head = Head.read(text)
+            except WorkerError as error:
+                self.fail(error)
+                return
+            if head.status == 101:
+                self.fail(WorkerError("the worker answered 101, and was not asked to switch protocols"))
+                return
         self._begun = b""
-        if 100 <= head.status < 200:  # an interim answer
-            if body:
-                self._take_head(body)
-            return
         wanted, self._head = self._head, None
         self._frame(head)
         if not wanted.done():
             wanted.set_result(head)
-        if body and not self.ended:
+        if body and self.ended:
+            self._closes = True  # what comes behind an answer is none of the next
+        elif body:
             self.data_received(body)
 
     def _frame(self, head: Head) -> None:
-        """Find out how the body ends."""
-        names, self._framed = head.names, True
-        self._closes = b"close" in names.get(b"connection", b"").lower()
-        length = names.get(b"content-length", b"")
+        """Find out how the body ends (RFC 9112, 6.3)."""
+        self._framed, self._closes = True, head.closes
         if self._bodiless or head.status in (204, 304):
             self.ended = True
-        elif b"chunked" in names.get(b"transfer-encoding", b"").lower():
-            self._chunks = Chunks()
-        elif length.isdigit():
-            self._left = int(length)
+        elif (coding := head.names.get(b"transfer-encoding")) is None and head.length >= 0:
+            self._left = head.length
             self.ended = not self._left
+        elif coding is not None and coding.lower().endswith(b"chunked"):
+            self._chunks = Chunks()
         else:
             self._closes, self._framed = True, False

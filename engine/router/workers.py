@@ -9,6 +9,7 @@ Left out: where their URLs come from (`discovery`, `admin`), and who gets a requ
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Callable
 from contextvars import Context
@@ -24,6 +25,7 @@ from engine.router.options import RouterConfig
 from engine.router.policy import View
 from engine.router.wire import Upstream
 
+ADDRESS: Final = re.compile(r"(?:(?![?#@])[!-~])+")
 IDLE_SECONDS: Final = 30.0  # that a connection is kept which nobody uses
 State = Literal["starting", "ready", "unready", "hung", "gone"]
 log = logging.getLogger("engine.router")
@@ -113,7 +115,7 @@ class Worker:
         """`upstream` is used no more; it is kept if its answer has come whole."""
         self.unanswered.discard(upstream)
         self.streaming.discard(upstream)
-        if upstream.whole:
+        if upstream.whole and not self.left.is_set():
             upstream.idle_since = time.monotonic()
             self._idle.append(upstream)
         else:
@@ -211,7 +213,7 @@ class Fleet:
 def named(url: str) -> str:
     """`url` as a worker is named by it. Raises ConfigError for what is none."""
     url = url.strip().rstrip("/")
-    if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"a worker is {url!r}, but should be a URL like http://host:port")
+    if not url.startswith(("http://", "https://")) or not ADDRESS.fullmatch(url):
+        raise ConfigError(f"a worker is {url!r}, but should be a URL like http://host:port or http://host:port/path")
     Address.of(url, "a worker")
     return url

@@ -3,7 +3,7 @@
 engine up --replicas 2
 python examples/router/conversation.py
 
-ENGINE_URL says where the router is, if not at http://127.0.0.1:8080.
+ENGINE_URL says where the router is, if not at http://127.0.0.1:8000.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import sys
 
 import aiohttp
 
-URL = os.environ.get("ENGINE_URL", "http://127.0.0.1:8080")
+URL = os.environ.get("ENGINE_URL", "http://127.0.0.1:8000")
 SYSTEM = "You are a patient teacher of geography. Answer in one short sentence. " * 8
 QUESTIONS = ("Name three rivers.", "Which of them is the longest?", "Where does it end?")
 

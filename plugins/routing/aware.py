@@ -17,38 +17,43 @@ everybody asks for spreads by itself: its worker's load grows until the next one
 A worker that says how much of a prompt was cached corrects what is thought of it. One that tells what is in its cache
 is known to a block.
 A score of shares is how vLLM's production stack routes (its issue 1035); what waits and what runs are one there.
-Left out: workers of different speed, which differ in their load alone; a bound of characters as an option.
+Left out: workers of different speed, which differ in their load alone.
 """
 
 import time
 import weakref
 from array import array
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from math import inf
 
-from engine.plugin.routing import BLOCK, Arrival, Choice, PrefixIndex, RoutingPolicy, View, chained
+from engine.plugin.routing import BLOCK, INDEX_CHARS, Arrival, Choice, PrefixIndex, RoutingPolicy, View, chained
 
-CHARS = 1 << 24  # that may be known of one worker
 AGAINST_MATCH = 0.25  # what a wait counts where a match is to be lost
 FEW = 4.0  # requests a worker: where there are fewer, one more or less says little
 STICKS = 0.25  # what the worker of a program has ahead
 WRONG = 0.5  # of what a worker was thought to hold: having less than this share of it is a mistake
 PROGRAMS = 1 << 16  # that are remembered
 TIDY = 512  # blocks that one piece of `tidy` walks over
+LATE = 3  # calls of `tidy` by which a worker may tell later than it answers: some of its events lie between two calls
 
 
 class CacheAware(RoutingPolicy):
-    """See above. At most `chars` characters are known of one worker."""
+    """See above."""
 
-    def __init__(self, chars: int = CHARS) -> None:
-        self.index = PrefixIndex(chars // BLOCK)
+    def __init__(self) -> None:
+        self.bound(INDEX_CHARS)
         self._turn = 0
         self._programs: OrderedDict[str, str] = OrderedDict()  # their workers, the least recently used first
         # Requests on their way, by identity and worker: their blocks, and how many of them were matched.
         self._open: dict[tuple[int, str], tuple[weakref.ref[Arrival], array[int], int]] = {}
+        # Blocks and workers of requests that were answered, by how many calls of `tidy` ago; the last ones are last.
+        self._answered: deque[list[tuple[array[int], str]]] = deque([[]], maxlen=LATE)
         # What `choose` found, so that `sent`, right after it, need not look again:
         self._last: tuple[Arrival, array[int], dict[str, int]] | None = None
+
+    def bound(self, chars: int) -> None:
+        self.index = PrefixIndex(chars // BLOCK)
 
     def choose(self, arrival: Arrival, workers: Sequence[View]) -> Choice:
         """Where `arrival` goes; its text is hashed here, once for all methods."""
@@ -94,7 +99,7 @@ class CacheAware(RoutingPolicy):
         if (known := self._open.pop((id(arrival), worker), None)) is None:
             return
         _, blocks, matched = known
-        self.index.computed(blocks, worker)
+        self._answered[-1].append((blocks, worker))  # the next turn may come before the event
         if cached is None or not matched:
             return
         if cached * len(arrival.text) < WRONG * matched * BLOCK:
@@ -124,4 +129,8 @@ class CacheAware(RoutingPolicy):
         while self.index.tidy(TIDY):
             if time.perf_counter() >= end:
                 return True
+        if len(self._answered) == LATE:
+            for blocks, worker in self._answered[0]:
+                self.index.computed(blocks, worker)
+        self._answered.append([])
         return False

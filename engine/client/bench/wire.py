@@ -33,11 +33,15 @@ class Address(Struct, frozen=True):
     @classmethod
     def of(cls, url: str, option: str = "--url") -> "Address":
         """Raises ConfigError, which names `option`, for what is no such URL."""
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname, parts.port
+        except ValueError:  # brackets that do not close, a port that is none
+            host = port = None
+        if not host or parts.scheme not in ("http", "https"):
             raise ConfigError(f"{option} is {url!r}, but takes http://host:port or https://host:port")
         secure = parts.scheme == "https"
-        return cls(parts.hostname, parts.port or (443 if secure else 80), parts.path.rstrip("/"), secure)
+        return cls(host, port or (443 if secure else 80), parts.path.rstrip("/"), secure)
 
     def request(self, path: str, body: bytes, headers: dict[str, str]) -> bytes:
         """The bytes of a POST."""

@@ -213,7 +213,7 @@ async def test_the_queue_is_bounded_and_says_its_numbers() -> None:
         status, body, headers = await ask(url)
         assert (status, body["error"]["code"]) == (429, "queue_full") and int(headers["Retry-After"]) >= 1
         assert "2 requests wait for a worker, and at most 2 may (--max-queue)" in body["error"]["message"]
-        assert "1 of 1 worker take requests, and have 1 of at most 1" in body["error"]["message"]
+        assert "1 worker takes requests, of 1, and 1 of at most 1 requests run there" in body["error"]["message"]
         held.go.set()
         assert [(await task)[0] for task in tasks] == [200] * 3
         assert (running(router), router.dispatcher.waiting) == (0, 0)
@@ -230,6 +230,10 @@ async def test_a_request_waits_no_longer_than_its_deadline_or_its_client() -> No
         await until(lambda: bool(one.asked))
         status, body, headers = await ask(url, {"X-Queue-Seconds": "0.05"})
         assert (status, body["error"]["code"]) == (503, "queue_timeout") and "Retry-After" in headers
+        assert "within 0.05 s (X-Queue-Seconds); 1 worker takes requests, of 1" in body["error"]["message"]
+        next(iter(router.fleet.workers.values())).draining = True
+        assert router.dispatcher.state() == f"none of 1 worker takes requests, as {one.url} is draining"
+        next(iter(router.fleet.workers.values())).draining = False
         assert (await ask(url, {"X-Queue-Seconds": "soon"}))[0] == 400
         waiting = group.create_task(ask(url))
         await until(lambda: router.dispatcher.waiting == 1)

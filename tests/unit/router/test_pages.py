@@ -12,8 +12,8 @@ from routed import routing
 from engine.options.option import options_of
 from engine.router.app import ROUTES
 from engine.router.asked import SESSION_HEADERS
+from engine.router.dispatch import PATIENCE
 from engine.router.options import HealthOptions, QueueOptions, RouterOptions, resolve_router
-from engine.router.proxy import PATIENCE
 from engine.router.router import Router
 
 ROOT = Path(__file__).parents[3]

@@ -223,7 +223,9 @@ async def test_a_dry_run_says_where_and_why_and_sends_nothing() -> None:
         one.status = 503
         await until(lambda: router.fleet.workers[one.url].state == "unready")
         said = (await call(f"{url}/v1/route", body))[1]
-        assert said["worker"] is None and said["reason"].startswith("it would wait: 0 of 1 worker")
+        assert said["worker"] is None and said["reason"].startswith(
+            "it would wait: none of 1 worker takes requests, as"
+        )
         assert said["workers"][0]["why_not"] == "unready: 503" and not one.asked
 
 
