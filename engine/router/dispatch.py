@@ -137,7 +137,7 @@ class Dispatcher:
             if 0 <= choice.worker < len(views) and choice.matched >= 0:
                 return choice
             log.error(
-                "the policy chose worker %d of %d and matched %d characters; the least busy one is taken",
+                "the policy chose worker %d of %d and a match of %d; the least busy one is taken",
                 choice.worker, len(views), choice.matched,
             )  # fmt: skip
         except Exception:
