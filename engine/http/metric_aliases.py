@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
+from engine.http.exposition import Figures
 from engine.messages.control import Stats
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ ALIASES: Mapping[str, Mapping[str, str]] = MappingProxyType(
 )
 
 
-class WithAliases(Collector):
+class WithAliases(Figures):
     """All that `source` collects, and after it the aliases of `families`."""
 
     def __init__(self, source: CollectorRegistry, front: "Front", families: Sequence[Family], model: str) -> None:
@@ -78,10 +78,6 @@ class WithAliases(Collector):
         if now - self._began >= RATE_SECONDS:
             self._rate = max(total - self._total, 0) / (now - self._began)
             self._began, self._total = now, total
-
-    def describe(self) -> list[Metric]:
-        """Nothing, as in SchedulerFigures."""
-        return []
 
     def collect(self) -> Iterator[Metric]:
         """One family for each figure and each alias."""

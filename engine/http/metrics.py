@@ -21,11 +21,10 @@ from prometheus_client.core import (
     InfoMetricFamily,
     Metric,
 )
-from prometheus_client.exposition import choose_encoder
-from prometheus_client.registry import Collector
 
 from engine.errors import EngineError
 from engine.http.counters import TOTALS, Histogram, Row, Rows, TokenTimes
+from engine.http.exposition import Figures, page
 from engine.http.log import TALLY
 from engine.http.metric_aliases import Family, WithAliases
 from engine.http.tracing import ReplyTrace
@@ -101,12 +100,7 @@ class Metrics:
     def page(self, accept: str) -> tuple[bytes, str]:
         """All metrics in the format that an Accept header asks for, and its content type; with aliases, in plain text:
         the encoder of OpenMetrics writes the colon of their names as an underscore."""
-        accept = accept if self._shown is self.registry else ""
-        try:
-            encode, content_type = choose_encoder(accept)
-        except (TypeError, ValueError):  # a version that is no version
-            encode, content_type = choose_encoder("")
-        return encode(self._shown), content_type
+        return page(self._shown, accept if self._shown is self.registry else "")
 
 
 class ReplyWatch:
@@ -172,17 +166,13 @@ class ReplyWatch:
             self._trace.end(chunk, (self._first, self._last), self._prefill)
 
 
-class Counted(Collector):
+class Counted(Figures):
     """What the fronts have counted, of all of them together. What others hold back (`own` is this front's) is a
     heartbeat old at most."""
 
     def __init__(self, rows: Rows, own: TokenTimes) -> None:
         self._rows = rows
         self._own = own
-
-    def describe(self) -> list[Metric]:
-        """Nothing: the registry then does not scrape at start to learn the names."""
-        return []
 
     def collect(self) -> Iterator[Metric]:
         """One family for each counter and each histogram."""
@@ -214,15 +204,11 @@ class Counted(Collector):
             yield HistogramMetricFamily(name, text, *self._rows.histogram(key, max))
 
 
-class ExpertChoices(Collector):
+class ExpertChoices(Figures):
     """How often each expert was chosen, once that is counted. `counted` is what the worker last answered."""
 
     counted: ExpertCounts | None = None
     changes = 0  # of the counting, when that was
-
-    def describe(self) -> list[Metric]:
-        """Nothing: the registry then does not scrape at start to learn the names."""
-        return []
 
     def collect(self) -> Iterator[Metric]:
         """One family, or none."""
@@ -259,14 +245,10 @@ def copies_of(stats: Stats) -> Iterator[Metric]:
     yield CounterMetricFamily("engine_copy_most_tokens", text, value=stats.most_tokens_total)
 
 
-class MixtureFigures(Collector):
+class MixtureFigures(Figures):
     """How even the ranks of a mixture are. `found` is what the worker last answered."""
 
     found: ExpertMap | None = None
-
-    def describe(self) -> list[Metric]:
-        """Nothing, as ExpertChoices."""
-        return []
 
     def collect(self) -> Iterator[Metric]:
         """All families, or none."""
@@ -287,17 +269,13 @@ class MixtureFigures(Collector):
         yield CounterMetricFamily("engine_expert_layers_moved", "Layers whose experts were rearranged", found.moved)
 
 
-class SchedulerFigures(Collector):
+class SchedulerFigures(Figures):
     """Gauges and counters that the scheduler keeps, read from `front.stats` at scrape time."""
 
     def __init__(self, front: "Front", model: str, rows: Rows) -> None:
         self._front = front
         self._model = model
         self._rows = rows
-
-    def describe(self) -> list[Metric]:
-        """Nothing: the registry then does not scrape at start to learn the names."""
-        return []
 
     def collect(self) -> Iterator[Metric]:
         """One family for each figure."""

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
-from prometheus_client.registry import Collector
 
+from engine.http.exposition import Figures, page
 from engine.router.dispatch import Dispatcher
 from engine.router.workers import Fleet
 
@@ -38,23 +37,15 @@ class RouterMetrics:
 
     def page(self, accept: str) -> tuple[bytes, str]:
         """All metrics in the format that an Accept header asks for, and its content type."""
-        try:
-            encode, content_type = choose_encoder(accept)
-        except (TypeError, ValueError):  # a version that is no version
-            encode, content_type = choose_encoder("")
-        return encode(self.registry), content_type
+        return page(self.registry, accept)
 
 
-class FleetFigures(Collector):
+class FleetFigures(Figures):
     """The figures of the queue and of each worker, at scrape time."""
 
     def __init__(self, fleet: Fleet, dispatcher: Dispatcher) -> None:
         self._fleet = fleet
         self._dispatcher = dispatcher
-
-    def describe(self) -> list[Metric]:
-        """Nothing: the registry then does not scrape at start to learn the names."""
-        return []
 
     def collect(self) -> Iterator[Metric]:
         """One family for each figure."""
