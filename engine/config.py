@@ -20,14 +20,12 @@ from msgspec import Meta, Struct
 from engine.errors import ConfigError, did_you_mean
 from engine.options.launchers import said_by_launcher
 from engine.options.listening import ListenOptions
-from engine.options.option import options_of
+from engine.options.option import Positive, options_of
 from engine.options.page import options_page
 from engine.options.parallel import ParallelOptions
 from engine.options.resolving import refuse_unknown, said
 from engine.router.options import RegisterOptions, router_groups
 
-# A bound on a value that may also be None belongs inside the union, on the number.
-Positive = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 
 

@@ -9,8 +9,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from engine.config import Positive
-from engine.options.option import Option, options_of
+from engine.options.option import Option, Positive, options_of
 from engine.params.grammar import GrammarKeywords
 from engine.params.sampling import SamplingParams
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-Positive = Annotated[int, Meta(ge=1)]
+from engine.options.option import Positive
 
 
 class ListenOptions(Struct, frozen=True, kw_only=True):

@@ -14,6 +14,8 @@ from msgspec import Meta, Struct
 
 from engine.errors import ConfigError, did_you_mean
 
+Positive = Annotated[int, Meta(ge=1)]  # a bound on a value that may also be None belongs on the number
+
 
 class Option(Struct, frozen=True):
     """One field of an options struct, as people meet it.

@@ -5,9 +5,8 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 
 from engine.errors import ConfigError
+from engine.options.option import Positive
 from engine.parallel.mesh import Mesh
-
-Positive = Annotated[int, Meta(ge=1)]
 
 
 class ParallelOptions(Struct, frozen=True, kw_only=True):

@@ -10,10 +10,10 @@ from msgspec import Meta, Struct
 from msgspec.structs import fields
 
 from engine.options.listening import ListenOptions
+from engine.options.option import Positive
 from engine.options.resolving import refuse_unknown, said
 from engine.router.policy import INDEX_CHARS
 
-Positive = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0)]
 Words = Annotated[str, Meta(min_length=1)]
 PREFIX = "ENGINE_ROUTER_"  # of variables: one environment may be that of an engine and of a router
