@@ -73,7 +73,7 @@ class Keys:
         self._secret = secrets.token_bytes(32)
         self._given = [self._digest(key) for key in options.api_key or ()]
         self._path = options.api_key_file
-        self._stamp = None if self._path is None else _stamp(self._path)
+        self._stamp = None if self._path is None else stamp_of(self._path)
         self._filed = [] if self._path is None else [self._digest(key) for key in read_keys(self._path, option)]
         self._next = time.monotonic() + RELOAD_SECONDS
 
@@ -100,7 +100,7 @@ class Keys:
         if self._path is None or time.monotonic() < self._next:
             return
         self._next = time.monotonic() + RELOAD_SECONDS
-        stamp = _stamp(self._path)
+        stamp = stamp_of(self._path)
         if stamp == self._stamp:
             return
         self._stamp = stamp
@@ -113,7 +113,7 @@ class Keys:
         log.info("read %d API keys from %s", len(keys), self._path)
 
 
-def _stamp(path: str) -> Stamp | None:
+def stamp_of(path: str) -> Stamp | None:
     """What changes when the file at `path` does; always None for what can be read once only, like a pipe."""
     try:
         found = os.stat(path)

@@ -20,10 +20,9 @@ from engine.router.dispatch import Ticket
 from engine.router.peers import PATH as NOTES
 from engine.router.proxy import ticket_of
 from engine.router.router import ROUTER, Router
-from engine.router.workers import Worker, named
+from engine.router.workers import REGISTERED, Worker, named
 
 ADDED = "HTTP"  # the source of workers that were added so
-REGISTERED = "registration"  # of those that added themselves
 
 
 class WorkerBody(Body):

@@ -6,7 +6,6 @@ that cannot be read, and a name that is not known for a moment, change nothing.
 
 import asyncio
 import logging
-import os
 import socket
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from engine.errors import ConfigError
+from engine.http.keys import stamp_of
 from engine.router.workers import Fleet, named
 
 FILE_SECONDS: Final = 1.0
@@ -60,10 +60,10 @@ def read_workers(path: str) -> list[str]:
 
 async def follow_file(fleet: Fleet, path: str) -> None:
     """Read the file again whenever it has changed."""
-    before = _stamp(path)
+    before = stamp_of(path)
     while True:
         await asyncio.sleep(FILE_SECONDS)
-        if (stamp := _stamp(path)) == before:
+        if (stamp := stamp_of(path)) == before:
             continue
         before = stamp
         try:
@@ -72,14 +72,6 @@ async def follow_file(fleet: Fleet, path: str) -> None:
             log.error("%s; the workers stay as they are", error)
             continue
         become(fleet, "--workers-file", urls)
-
-
-def _stamp(path: str) -> tuple[int, int, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 async def follow_name(fleet: Fleet, name: str, port: int) -> None:

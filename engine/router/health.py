@@ -21,7 +21,7 @@ from yarl import URL
 from engine.errors import WorkerError
 from engine.router.asked import object_in
 from engine.router.keys import WorkerKeys
-from engine.router.workers import Fleet, State, Worker
+from engine.router.workers import REGISTERED, Fleet, State, Worker
 
 PATHS: Final = ("/readyz", "/health")
 MODELS_SECONDS: Final = 30.0  # how old what is known of the models may be
@@ -64,7 +64,7 @@ class Health:
             elif now - well_at > self._options.broken_seconds:
                 for upstream in list(worker.streaming):
                     upstream.fail(WorkerError(f"the worker {worker.url} is {state} and has been so for too long"))
-                if worker.source == "registration" and now - well_at > FORGET_SECONDS:
+                if worker.source == REGISTERED and now - well_at > FORGET_SECONDS:
                     log.warning("worker %s is %s for long, and forgotten", worker.url, state)
                     self._fleet.remove(worker)
             self._fleet.changed()  # a breaker may have come to its end

@@ -5,12 +5,11 @@ The first two are as an engine's (`engine.http.keys`). A worker gets the client'
 """
 
 import logging
-import os
 import time
 from pathlib import Path
 
 from engine.errors import ConfigError, RequestError
-from engine.http.keys import RELOAD_SECONDS, Keys
+from engine.http.keys import RELOAD_SECONDS, Keys, Stamp, stamp_of
 from engine.http.origins import binds_loopback
 from engine.options.listening import ListenOptions
 from engine.router.options import RouterConfig
@@ -30,10 +29,6 @@ class AdminKeys:
     def __init__(self, keys: Keys, *, local: bool) -> None:
         self._keys = keys
         self._local = local
-
-    @property
-    def asked(self) -> bool:
-        return self._keys.asked
 
     def have(self, given: list[str]) -> bool:
         """Whether one of the keys `given` is an admin's."""
@@ -63,7 +58,7 @@ class WorkerKeys:
 
     def __init__(self, path: str | None) -> None:
         self._path = path
-        self._stamp = 0.0
+        self._stamp: Stamp | None = None
         self._next = 0.0
         self._all: str | None = None
         self._each: dict[str, str] = {}
@@ -75,19 +70,17 @@ class WorkerKeys:
         if self._path is None:
             return None
         if time.monotonic() >= self._next:
+            self._next = time.monotonic() + RELOAD_SECONDS
             try:
-                self._read(self._path)
+                if stamp_of(self._path) != self._stamp:
+                    self._read(self._path)
             except ConfigError as error:
                 log.error("%s; the keys that it had before stay", error)
         return self._each.get(url, self._all)
 
     def _read(self, path: str) -> None:
-        self._next = time.monotonic() + RELOAD_SECONDS
+        self._stamp = stamp_of(path)
         try:
-            stamp = os.stat(path).st_mtime
-            if stamp == self._stamp:
-                return
-            self._stamp = stamp
             lines = Path(path).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--worker-key-file {path} cannot be read: {error}") from None

@@ -26,6 +26,7 @@ from engine.router.policy import View
 from engine.router.wire import Upstream
 
 ADDRESS: Final = re.compile(r"(?:(?![?#@])[!-~])+")
+REGISTERED: Final = "registration"  # the source of workers that added themselves
 IDLE_SECONDS: Final = 30.0  # that a connection is kept which nobody uses
 State = Literal["starting", "ready", "unready", "hung", "gone"]
 log = logging.getLogger("engine.router")
