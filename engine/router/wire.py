@@ -11,7 +11,6 @@ connection, which in turn stops the worker. Left out: several requests at once o
 import asyncio
 import re
 import socket
-import ssl
 import struct
 from collections import deque
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from typing import Final, cast
 
 from msgspec import Struct
 
-from engine.client.bench.wire import HEAD_END, Address
+from engine.client.bench.wire import HEAD_END, Address, connected
 from engine.errors import WorkerError
 
 MOST_HEAD: Final = 64 * 2**10  # bytes
@@ -149,15 +148,7 @@ class Upstream(asyncio.Protocol):
     @classmethod
     async def to(cls, address: Address, seconds: float) -> "Upstream":
         """Raises WorkerError where nobody listens, or nobody answers in so many seconds."""
-        secure = ssl.create_default_context() if address.secure else None
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(seconds):
-                _, made = await loop.create_connection(cls, address.host, address.port, ssl=secure)
-        except OSError as error:  # TimeoutError is one
-            said = error.strerror or type(error).__name__
-            raise WorkerError(f"{address.host}:{address.port} takes no connection: {said}") from None
-        return made
+        return await connected(cls, address, seconds)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)

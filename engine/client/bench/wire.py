@@ -8,9 +8,9 @@ measure itself. Left out: redirects, compressed answers, trailers, several reque
 
 import asyncio
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from time import perf_counter
-from typing import cast
+from typing import TypeVar, cast
 from urllib.parse import urlsplit
 
 from msgspec import Struct
@@ -19,6 +19,7 @@ from engine.errors import ConfigError, WorkerError
 
 HEAD_END = b"\r\n\r\n"
 CHUNKS_END = b"\r\n0\r\n\r\n"
+Made = TypeVar("Made", bound=asyncio.Protocol)
 Piece = tuple[float, bytes]  # when it came (perf_counter), and what
 
 
@@ -56,6 +57,19 @@ class Address(Struct, frozen=True):
         return "\r\n".join(lines).encode() + HEAD_END + body
 
 
+async def connected(make: Callable[[], Made], address: Address, seconds: float | None = None) -> Made:
+    """What `make` makes, with a connection. Raises WorkerError where nobody listens, or answers in so many seconds."""
+    secure = ssl.create_default_context() if address.secure else None
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(seconds):
+            _, made = await loop.create_connection(make, address.host, address.port, ssl=secure)
+    except OSError as error:  # TimeoutError is one
+        said = error.strerror or type(error).__name__
+        raise WorkerError(f"{address.host}:{address.port} takes no connection: {said}") from None
+    return made
+
+
 class Answer:
     """What a server answered. `status` is 0 until the head has come."""
 
@@ -88,14 +102,7 @@ class Connection(asyncio.Protocol):
     @classmethod
     async def to(cls, address: Address) -> "Connection":
         """Raises WorkerError where nobody listens."""
-        secure = ssl.create_default_context() if address.secure else None
-        loop = asyncio.get_running_loop()
-        try:
-            _, made = await loop.create_connection(cls, address.host, address.port, ssl=secure)
-        except OSError as error:
-            said = error.strerror or type(error).__name__
-            raise WorkerError(f"{address.host}:{address.port} takes no connection: {said}") from None
-        return made
+        return await connected(cls, address)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
