@@ -207,9 +207,9 @@ class Runner:
                 steps = self.shared_graphs
             hidden, on_device = steps.replay(rows, prefixes, entering)
             return Forward(hidden, np.arange(len(rows) + 1), steps=steps, on_device=on_device)
-        drafting = rows.drafting
+        drafts = rows.drafts.any()
         for graphs in self.prompt_graphs:
-            if not drafting and graphs.fits(rows):
+            if not drafts and graphs.fits(rows):
                 return Forward(*graphs.replay(rows, entering))
         hidden, batch = self.compute(rows, entering)
         return Forward(hidden, batch.offsets, batch)

@@ -23,7 +23,6 @@ class Among:
     tokens: tuple[int, ...]  # that each copy computes
     rows: int  # of the copy that has the most
     decode: bool  # each row, of any copy, computes one token and yields the next
-    drafts: bool  # some row, of any copy, has drafts
     idle: bool  # this copy has no rows
     first: int  # of the plan's rows, the first that is this copy's
     first_yielding: int  # the same, of those that yield tokens
@@ -59,7 +58,6 @@ class Copy:
             tokens=tuple(np.bincount(copies, lengths, self.copies).astype(int).tolist()),
             rows=int(np.bincount(copies, minlength=1).max()),
             decode=bool(((yields == TOKEN) & (lengths == 1)).all()),
-            drafts=bool((yields == DRAFTS).any()),
             idle=first == end,
             first=first,
             first_yielding=int(yielding[:first].sum()),

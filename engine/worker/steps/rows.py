@@ -47,11 +47,6 @@ class Rows:
         return self.yields == DRAFTS
 
     @property
-    def drafting(self) -> bool:
-        """Whether some row, of any copy, has drafts."""
-        return bool(self.drafts.any()) if self.among is None else self.among.drafts
-
-    @property
     def most_rows(self) -> int:
         """Of the copy that has the most."""
         return len(self) if self.among is None else self.among.rows
