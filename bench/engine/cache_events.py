@@ -18,6 +18,7 @@ from array import array
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.lib.figures import shown
 from engine.actors.tokenizer import Admission
 from engine.cache.blocks import HeldBlocks
 from engine.cache.log import CacheLog
@@ -124,8 +125,7 @@ def main() -> None:
     for name, values in figures.items():
         for kind, taken in values.items():
             ratio = statistics.median(one / off for one, off in zip(taken, values["off"], strict=True))
-            cell = f"{statistics.median(taken):10.1f} ({min(taken):.1f} - {max(taken):.1f})"
-            print(f"  {name:26s} {kind:5s} {cell:36s} to off {ratio:.3f}")
+            print(f"  {name:26s} {kind:5s} {shown(taken):32s} to off {ratio:.3f}")
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2))
 

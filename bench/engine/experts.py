@@ -151,24 +151,25 @@ def check(_: Model) -> None:
 def ways(model: Model) -> None:
     print(f"decode at {model.context:,} tokens of context, even loads: ms between GPUs by gathering / all-to-all")
     print("and tok/s a GPU by the cheaper")
-    line(["GPUs", *(f"{rows} rows" for rows in ROWS)])
-    for gpus in GPUS:
-        cells = []
-        for rows in ROWS:
-            gather, exchange = (1e3 * model.mixtures * way(rows, gpus) for way in (model.gathered, model.exchanged))
-            cells.append(f"{gather:.1f} / {exchange:.1f}: {rows / model.step(rows, gpus):,.0f}")
-        line([str(gpus), *cells])
+    by_size(model, ROWS, "rows", model.step, digits=1)
 
 
 def prefill(model: Model) -> None:
     print(f"prompts of {model.context:,} tokens, even loads: ms between GPUs by gathering / all-to-all, tok/s a GPU")
-    sizes = (512, 2048, 8192)
-    line(["GPUs", *(f"{tokens:,} tokens" for tokens in sizes)])
+    by_size(model, (512, 2048, 8192), "tokens", model.prompt, digits=0)
+
+
+def by_size(
+    model: Model, sizes: Sequence[int], what: str, seconds: Callable[[int, int], float], *, digits: int
+) -> None:
+    """A line for each number of GPUs: what lies between them, and what a step of each size a GPU comes to."""
+    line(["GPUs", *(f"{size:,} {what}" for size in sizes)])
     for gpus in GPUS:
         cells = []
-        for tokens in sizes:
-            gather, exchange = (1e3 * model.mixtures * way(tokens, gpus) for way in (model.gathered, model.exchanged))
-            cells.append(f"{gather:.0f} / {exchange:.0f}: {tokens / model.prompt(tokens, gpus):,.0f}")
+        for size in sizes:
+            gather, exchange = (1e3 * model.mixtures * way(size, gpus) for way in (model.gathered, model.exchanged))
+            speed = size / seconds(size, gpus)
+            cells.append(f"{gather:.{digits}f} / {exchange:.{digits}f}: {speed:,.0f}")
         line([str(gpus), *cells])
 
 

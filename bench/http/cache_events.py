@@ -23,6 +23,7 @@ from typing import NamedTuple
 import anyio
 
 from bench.http.cpu import HERE, REQUESTS, request, start, wait
+from bench.lib.figures import shown
 from bench.lib.processes import children, cpu_seconds, fronts
 from engine.client.bench.process import free_port
 
@@ -130,8 +131,7 @@ def main() -> None:
         for kind in KINDS:
             one = [spent[place] for spent in values[kind]]
             ratio = statistics.median(mine / other for mine, other in zip(one, off, strict=True))
-            cell = f"{statistics.median(one):8.1f} ({min(one):.1f} - {max(one):.1f})"
-            print(f"  {name:6s} {kind:5s} {cell:32s} to off {ratio:.3f}")
+            print(f"  {name:6s} {kind:5s} {shown(one):32s} to off {ratio:.3f}")
     if options.json:
         options.json.write_text(json.dumps(values, indent=2))
 

@@ -15,7 +15,6 @@ the request's own share in it. The load comes from this process over raw sockets
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from typing import IO
 import anyio
 
 from bench.http.cpu import BODIES, HERE, kept, load, request, start, wait
+from bench.lib.figures import shown
 from bench.lib.processes import cpu_seconds, fronts
 from engine.client.bench.process import free_port
 
@@ -70,10 +70,6 @@ async def latencies(port: int) -> list[float]:
                 data += await stream.receive(1 << 16)
             found.append(1e3 * (time.perf_counter() - began))
     return sorted(found)
-
-
-def shown(values: list[float], digits: int = 1) -> str:
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} - {max(values):.{digits}f})"
 
 
 def main() -> None:

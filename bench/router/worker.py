@@ -5,19 +5,19 @@ block of the router's index. Left out: steps in flight; the reply's blocks in wh
 """
 
 from array import array
-from typing import Any
+from collections.abc import Sequence
 
 from msgspec import Struct
 
 from bench.router.costs import step_seconds
-from engine.cache.pages import CachePages
+from engine.cache.blocks import HeldBlocks
+from engine.messages.cache import Blocks
 from engine.messages.request import Admit
 from engine.messages.step import StepDone, StepPlan
 from engine.params.sampling import Sampling
 from engine.plugin.registry import Plugins
 from engine.sched import Scheduler
 from engine.sched.policies import make_policy
-from engine.sched.request import Request
 from engine.testing.steps import rows_of
 
 PAGE = 32
@@ -46,35 +46,27 @@ class Step(Struct):
     evicted: list[int]
 
 
-class Publishing(Scheduler):
-    """Notes which blocks enter and leave the tree."""
+class Changes:
+    """Blocks that entered and left a cache since they were last taken."""
 
-    def __init__(self, calls: dict[str, Call], **options: Any) -> None:
-        self.calls = calls  # by rid
-        self.names: dict[int, int] = {}  # of the blocks in pages
-        self.stored: list[int] = []
-        self.evicted: list[int] = []
-        super().__init__(**options)
+    def __init__(self) -> None:
+        self.reset()
 
-    def _start_afresh(self, pages: CachePages) -> None:
-        super()._start_afresh(pages)
-        evict = self._tree.evict
+    def reset(self) -> None:
+        self._stored: list[int] = []
+        self._evicted: list[int] = []
 
-        def noted(count: int) -> list[int]:
-            freed = evict(count)
-            self.evicted += [self.names.pop(page) for page in freed if page in self.names]
-            return freed
+    def stored(self, space: bytes, hashes: Sequence[int]) -> None:
+        self._stored += hashes
 
-        self._tree.evict = noted  # type: ignore[method-assign]
+    def evicted(self, hashes: Sequence[int]) -> None:
+        self._evicted += hashes
 
-    def _share(self, request: Request, end: int) -> range:
-        first = request.shared
-        changed = super()._share(request, end)
-        blocks = self.calls[request.rid].blocks
-        for index in range(max(first, changed.stop), min(request.shared, len(blocks))):
-            self.names[request.pages[index]] = blocks[index]
-            self.stored.append(blocks[index])
-        return changed
+    def taken(self) -> tuple[list[int], list[int]]:
+        """What entered, and what left."""
+        found = self._stored, self._evicted
+        self.reset()
+        return found
 
 
 class Worker:
@@ -84,8 +76,8 @@ class Worker:
         self.prompt_tokens = self.cached_tokens = self.steps = 0
         self._calls: dict[str, Call] = {}
         self._in_slot: dict[int, Call] = {}
-        self._scheduler = Publishing(
-            self._calls,
+        self._changes = Changes()
+        self._scheduler = Scheduler(
             pages=kv_tokens // PAGE,
             page_size=PAGE,
             slots=ROWS,
@@ -94,12 +86,16 @@ class Worker:
             policy=make_policy(Plugins.load(()), "fcfs"),
             prefix_cache=True,
             max_waiting=1 << 30,
+            held=HeldBlocks(self._changes),
         )
 
     def admit(self, call: Call) -> None:
         self._calls[str(call.number)] = call
         sampling = Sampling(0.0, 0, 1.0, 0.0, call.number)  # the seed says to the device whose slot it is
-        self._scheduler.admit(Admit(str(call.number), call.prompt.tobytes(), sampling, (), len(call.reply)))
+        ends = array("i", range(PAGE, len(call.prompt) + 1, PAGE))[: len(call.blocks)]
+        blocks = Blocks(b"", call.blocks[: len(ends)].tobytes(), ends.tobytes())
+        admit = Admit(str(call.number), call.prompt.tobytes(), sampling, (), len(call.reply), blocks=blocks)
+        self._scheduler.admit(admit)
 
     def step(self) -> Step | None:
         """Plan, compute and commit a step; None if there is nothing to do."""
@@ -110,9 +106,7 @@ class Worker:
         seconds, tokens = self._run(plan)
         counts = array("i", [1]) * len(tokens)
         reply = scheduler.commit(StepDone(plan.step, counts.tobytes(), tokens.tobytes(), 0.0))
-        stored, scheduler.stored = scheduler.stored, []
-        evicted, scheduler.evicted = scheduler.evicted, []
-        step = Step(seconds, [], [], stored, evicted)
+        step = Step(seconds, [], [], *self._changes.taken())
         if reply is not None:
             for row, cached in reply.cached:
                 call = self._calls[reply.rids[row]]
