@@ -1,12 +1,14 @@
 """HTTP over a front, and over the real model, on a port that is free: files of tests run beside each other."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import anyio
 
+from engine import Engine
 from engine.config import ServerOptions, resolve
 from engine.http.app import serve
+from engine.lang import Server
 from engine.runtime.front import Front
 from engine.runtime.launch import open_front
 
@@ -31,6 +33,14 @@ async def over_http(front: Front, options: ServerOptions) -> AsyncIterator[str]:
         await listening.wait()
         yield urls[0]
         group.cancel_scope.cancel()
+
+
+@contextmanager
+def served(engine: Engine) -> Iterator[Server]:
+    """The server of `engine`, as programs see it, for the length of the context."""
+    serving = over_http(engine.inner.front, ServerOptions(port=0))
+    with engine.portal.wrap_async_context_manager(serving) as url, Server(url) as server:
+        yield server
 
 
 @asynccontextmanager

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from real_server import over_http
+from real_server import served
 from smollm2 import COUNTING, FRANCE
 
 from engine import Engine, SamplingParams
-from engine.config import ServerOptions
 from engine.lang import (
     Server,
     State,
@@ -40,8 +39,7 @@ def engine() -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def server(engine: Engine) -> Iterator[Server]:
-    served = over_http(engine.inner.front, ServerOptions(port=0))
-    with engine.portal.wrap_async_context_manager(served) as url, Server(url) as server:
+    with served(engine) as server:
         yield server
 
 

@@ -4,7 +4,6 @@ the death of a rank of any copy."""
 import gzip
 import json
 import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,10 @@ import anyio
 import numpy as np
 import pytest
 from oracle import tiny_model
-from restarts import restarted
 from smollm2 import COUNTING, COUNTING_IDS, LETTERS, LETTERS_IDS
 from smollm2 import GREEDY as GREEDY_TEXT
 from test_processes import children
-from test_served_pipeline import GREEDY, PROMPTS, STEM, said, workers
+from test_served_pipeline import GREEDY, PROMPTS, assert_it_goes_on, said
 from tiny_checkpoint import assert_same, save_checkpoint
 
 from engine import AsyncEngine, Engine, EngineError, Reply, SamplingParams
@@ -68,20 +66,8 @@ async def test_copies_go_on_after_clients_have_left_and_are_started_again(
     wanted = [reply.ids for reply in alone[: len(PROMPTS)]]
     before = set(children(os.getpid()))
     async with AsyncEngine(model=str(folder), dp_attention=2, **OPTIONS) as engine:
-        with anyio.fail_after(120):
-            for _ in range(2):  # a client leaves amidst its reply, and one amidst its prompt
-                stream = engine.stream(PROMPTS[2], GREEDY)
-                async for _ in stream:
-                    break
-                await stream.aclose()
-                with anyio.move_on_after(0.005):
-                    await engine.generate(STEM[::-1], GREEDY)
-                assert [reply.ids for reply in await engine.generate(PROMPTS, GREEDY)] == wanted
-            pids = workers(before)
-            assert len(pids) == 2
-            os.kill(pids[rank], signal.SIGKILL)
-            assert (await restarted(engine, PROMPTS[1], GREEDY)).ids == wanted[1]
-            assert [reply.ids for reply in await engine.generate(PROMPTS, GREEDY)] == wanted
+        await assert_it_goes_on(engine, rank, before, wanted)
+        with anyio.fail_after(30):
             assert (await engine.front.flush()).in_use == 0
     assert set(children(os.getpid())) == before
 

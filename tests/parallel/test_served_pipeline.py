@@ -55,6 +55,25 @@ def workers(before: set[int]) -> list[int]:
     return sorted(pid for pid, name in children(os.getpid()).items() if name == "engine.worker" and pid not in before)
 
 
+async def assert_it_goes_on(engine: AsyncEngine, rank: int, before: set[int], wanted: list[list[int]]) -> None:
+    """After clients have left, and after its worker `rank` of two, started since `before`, was killed: PROMPTS get the
+    ids that are `wanted`."""
+    with anyio.fail_after(120):
+        for _ in range(2):  # a client leaves amidst its reply, and one amidst its prompt
+            stream = engine.stream(PROMPTS[2], GREEDY)
+            async for _ in stream:
+                break
+            await stream.aclose()
+            with anyio.move_on_after(0.005):
+                await engine.generate(STEM[::-1], GREEDY)
+            assert [reply.ids for reply in await engine.generate(PROMPTS, GREEDY)] == wanted
+        pids = workers(before)
+        assert len(pids) == 2
+        os.kill(pids[rank], signal.SIGKILL)
+        assert (await restarted(engine, PROMPTS[1], GREEDY)).ids == wanted[1]
+        assert [reply.ids for reply in await engine.generate(PROMPTS, GREEDY)] == wanted
+
+
 def test_whatever_is_asked_two_stages_reply_as_one(folder: Path, alone: list[Reply]) -> None:
     assert len({tuple(reply.ids) for reply in alone}) > len(ASKED)
     with Engine(model=str(folder), pp=2, **OPTIONS) as engine:
@@ -91,20 +110,7 @@ async def test_two_stages_go_on_after_clients_have_left_and_are_started_again(
     wanted = [reply.ids for reply in alone[: len(PROMPTS)]]
     before = set(children(os.getpid()))
     async with AsyncEngine(model=str(folder), pp=2, **OPTIONS) as engine:
-        with anyio.fail_after(120):
-            for _ in range(2):  # a client leaves amidst its reply, and one amidst its prompt
-                stream = engine.stream(PROMPTS[2], GREEDY)
-                async for _ in stream:
-                    break
-                await stream.aclose()
-                with anyio.move_on_after(0.005):
-                    await engine.generate(STEM[::-1], GREEDY)
-                assert [reply.ids for reply in await engine.generate(PROMPTS, GREEDY)] == wanted
-            pids = workers(before)
-            assert len(pids) == 2
-            os.kill(pids[stage], signal.SIGKILL)
-            assert (await restarted(engine, PROMPTS[1], GREEDY)).ids == wanted[1]
-            assert [reply.ids for reply in await engine.generate(PROMPTS, GREEDY)] == wanted
+        await assert_it_goes_on(engine, stage, before, wanted)
     assert set(children(os.getpid())) == before
 
 

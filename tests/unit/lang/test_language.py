@@ -10,10 +10,9 @@ import anyio.lowlevel
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from real_server import over_http
+from real_server import served
 
 from engine import AsyncEngine, ConfigError, Engine, RequestError, SamplingParams
-from engine.config import ServerOptions
 from engine.errors import ProgramError
 from engine.lang import (
     Server,
@@ -235,8 +234,7 @@ def test_the_text_is_that_of_the_calls_one_by_one(engine: Engine, tree: Any) -> 
 
 @pytest.fixture(scope="module")
 def server(engine: Engine) -> Iterator[Server]:
-    served = over_http(engine.inner.front, ServerOptions(port=0))
-    with engine.portal.wrap_async_context_manager(served) as url, Server(url) as server:
+    with served(engine) as server:
         yield server
 
 
