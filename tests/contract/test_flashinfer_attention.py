@@ -3,6 +3,7 @@
 `Definition` stands for a compiled module. It computes attention in torch from the very lists that the kernels read.
 """
 
+import threading
 from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
@@ -237,6 +238,24 @@ def test_what_cannot_be_compiled_is_refused_before_it_is_tried(monkeypatch: pyte
     monkeypatch.setenv("FLASHINFER_DISABLE_JIT", "1")
     with pytest.raises(ConfigError, match="batch_prefill is not compiled, and FLASHINFER_DISABLE_JIT"):
         installed.compile_modules(specs)
+
+
+def test_modules_compile_at_the_same_time_where_their_loads_look_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    together, built = threading.Barrier(2, timeout=30), []
+
+    def spec(name: str) -> SimpleNamespace:
+        def build(verbose: bool) -> None:
+            together.wait()
+            built.append(name)
+
+        return SimpleNamespace(name=name, build=build)
+
+    monkeypatch.setattr(installed, "has_nvcc", lambda: True)
+    monkeypatch.setattr("shutil.which", lambda tool: tool)
+    monkeypatch.setattr(installed, "import_module", lambda _: SimpleNamespace(FLASHINFER_JIT_DIR="/cache"))
+    monkeypatch.delenv("FLASHINFER_DISABLE_JIT", raising=False)
+    installed.compile_modules({name: spec(name) for name in ("fa2", "fa3")})
+    assert sorted(built) == ["fa2", "fa3"]
 
 
 def test_modules_that_are_missing_are_compiled_together_before_all_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
