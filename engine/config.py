@@ -105,7 +105,7 @@ class ScheduleOptions(Struct, frozen=True, kw_only=True):
         Positive | None,
         Meta(
             description="most tokens computed in one step, which copies of attention divide: prompts are cut into "
-            "chunks of at most this; default: 8192 on a GPU, 2048 on a CPU"
+            "chunks of at most this; default: 8192 on a GPU, 2048 on a CPU, for each copy"
         ),
     ] = None
     policy: Annotated[

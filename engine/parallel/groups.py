@@ -121,8 +121,15 @@ def _moves(mesh: Mesh, device: torch.device) -> Group:
     for ranks in mesh.groups("ep"):
         made = distributed.new_group(list(ranks))
         own = made if mesh.rank in ranks else own
-    distributed.all_reduce(torch.zeros(1, device=device), group=own)  # NCCL joins all here: some may never send
-    return _group(mesh, "ep", own)
+    group = _group(mesh, "ep", own)
+    # NCCL connects two ranks when they first send to each other, which holds up whatever waits for that.
+    operations = []
+    for peer in (rank for rank in group.ranks if rank != mesh.rank):
+        operations.append(distributed.P2POp(distributed.isend, torch.zeros(1, device=device), peer, own))
+        operations.append(distributed.P2POp(distributed.irecv, torch.zeros(1, device=device), peer, own))
+    for work in distributed.batch_isend_irecv(operations):
+        work.wait()
+    return group
 
 
 def _store(rendezvous: str, mesh: Mesh, timeout: timedelta) -> "Store":

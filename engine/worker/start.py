@@ -347,11 +347,12 @@ def choose_device(options: ProcessOptions, *, rank: int = 0, ranks: int = 1, hos
 
 
 def choose_sizes(config: Config, device: torch.device) -> Sizes:
-    """Those that are given, or usual on `device`: copies of attention divide what is given, and usual tokens."""
+    """Those that are given, which copies of attention divide; or usual on `device`, for each copy. So a step of as many
+    copies as ranks takes a rank as long as one of its own would, and its launches hide behind its kernels."""
     usual, copies = GPU_SIZES if device.type == "cuda" else CPU_SIZES, config.parallel.dp_attention
     return Sizes(
         slots=(config.schedule.max_running or usual.slots * copies) // copies,
-        step_tokens=(config.schedule.max_step_tokens or usual.step_tokens) // copies,
+        step_tokens=(config.schedule.max_step_tokens or usual.step_tokens * copies) // copies,
     )
 
 
