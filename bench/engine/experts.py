@@ -10,7 +10,8 @@ A step is a sum over layers of what was measured on one or two H200s, at the siz
     between GPUs          NCCL's times between two GPUs of a host, by bytes that travel, and 2 us more for each doubling
                           of their number; over the network 50 GB/s a GPU, which is assumed
 
-`check` sets the same sums beside steps of V2-Lite that were measured on one GPU: their shares are the slice of V3's.
+`check` sets the same sums beside steps of V2-Lite that were measured on one GPU and on two: their shares are the slice
+of V3's.
 `ways` compares two: all tokens gathered and results scattered, in bfloat16; and all-to-all with counts, hidden states
 as FP8, the shared expert whole on each GPU. `prefill` does so for prompts. `balance` draws loads of experts from a
 log-normal distribution, arranges them with the engine's balancer, and tells the busiest GPU's load before and after,
@@ -49,6 +50,8 @@ PROMPT_RATE = RATE / 2  # of attention's products in prompts: half of what a lar
 LATENT_SHARE = 35.1 / 77.1
 LITE_MS: Times = ((8, 5.84), (32, 8.82), (64, 9.18), (128, 10.1), (256, 10.8))
 LITE_CONTEXT = 192  # tokens of a row, in the mean
+PAIR_ROWS, PAIR_CONTEXT, PAIR_MS = 256, 240, 8.4  # the same on each of two GPUs, attention in copies, experts divided
+PAIR_SENT_MS = 0.85  # of that between the two
 
 # Measured between two H200s of one host, in CUDA graphs: us of NCCL by KB that travel each way.
 GATHER: Times = ((8, 8.7), (64, 9.6), (256, 11.4), (512, 13.8), (1024, 19.7), (2048, 28.4), (8192, 57), (65536, 292))
@@ -146,6 +149,22 @@ def check(_: Model) -> None:
         latents = shape.step_seconds(int(rows * LITE_CONTEXT), int(rows)) - weights
         computed = 1e3 * (weights / share(rows) + latents / LATENT_SHARE)
         print(f"  {rows:4.0f}  {computed:6.2f}  {measured:6.2f}  {computed / measured:5.2f}")
+    sent, computed = pair(shape)
+    print("on two GPUs: rows of each, computed, measured; of that between them")
+    print(f"  {PAIR_ROWS:4}  {computed:6.2f}  {PAIR_MS:6.2f}  {computed / PAIR_MS:5.2f}")
+    print(f"        {sent:6.2f}  {PAIR_SENT_MS:6.2f}  {sent / PAIR_SENT_MS:5.2f}")
+
+
+def pair(shape: Shape) -> tuple[float, float]:
+    """Of a step of `PAIR_ROWS` rows on each of two GPUs: ms between them, and in all."""
+    chosen = shape.n_routed_experts * (1 - (1 - shape.num_experts_per_tok / shape.n_routed_experts) ** (2 * PAIR_ROWS))
+    own = shape.num_hidden_layers * shape.attention_weights
+    weights = own + (shape.layer_weights(chosen) - own) / 2 + shape.vocab_size * shape.hidden_size
+    read = shape.step_seconds(0, PAIR_ROWS)
+    latents = (shape.step_seconds(PAIR_ROWS * PAIR_CONTEXT, PAIR_ROWS) - read) / LATENT_SHARE
+    traveling = 2 * PAIR_ROWS * shape.hidden_size / 1024
+    sent = shape.num_hidden_layers * sum(between(times, traveling) for times in (GATHER, SCATTER)) / 1e6
+    return 1e3 * sent, 1e3 * (2 * weights / BANDWIDTH / share(PAIR_ROWS) + latents + sent)
 
 
 def ways(model: Model) -> None:
