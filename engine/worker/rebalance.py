@@ -8,7 +8,7 @@ Everything follows from counts, which the first rank of a stage gives to all, an
 decide and change the same at the same step, and nobody asks another. A step reads either the old arrangement or the new
 one. Where it is the new one, the same experts do the same for each token on another rank: replies differ by rounding at
 most. A layer that would gain little stays as it is. Left out: arrangements that weigh what moving costs against what it
-gains, or that keep groups of experts on a host, which would serve all-to-all alone.
+gains.
 """
 
 import logging
