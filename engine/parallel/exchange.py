@@ -88,9 +88,9 @@ class Exchange:
             place = lines.view(ranks, most).t()
         there = target[token] == rank[:, None]  # of a token's choices, those that go with this line
         numbers = torch.where(there, places[token] % self.held, -1).to(torch.int32)
-        states = [each[token] for each in self._packed(hidden)]
-        payload = [*states, numbers, torch.where(there, weights[token], 0.0)]
-        arrived = self._all_to_all(torch.cat([part.view(torch.uint8) for part in payload], 1), sent, came)
+        states = [each.view(torch.uint8)[token] for each in self._packed(hidden)]
+        chosen = [each.view(torch.uint8) for each in (numbers, torch.where(there, weights[token], 0.0))]
+        arrived = self._all_to_all(torch.cat([*states, *chosen], 1), sent, came)
         way = Way(_lines(goes, place, min(top_k, ranks), sum(sent)), sent, came)
         return self._unpacked(arrived, hidden, top_k, way)
 

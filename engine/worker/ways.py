@@ -63,9 +63,10 @@ def choose_ways(options: ParallelOptions, source: Source, build: Build, most: in
         return None
     each = -(-most // build.mesh.extent("attention_tp"))
     sizes = sorted({min(size, each) for size in (*SIZES, each)})
-    found, told = measured(shape, build, sizes)
+    times = measured(shape, build, sizes)
+    found = decided(sizes, times)
     if build.mesh.rank == 0:  # all have agreed on it
-        logger.info("tokens to experts of %d ranks: %s (%s)", build.mesh.ep, found or "gather", told)
+        logger.info("tokens to experts of %d ranks: %s (%s)", build.mesh.ep, found or "gather", _told(sizes, times))
     return found
 
 
@@ -79,15 +80,16 @@ def mixture_of(source: Source) -> DecoderShape | None:
 
 
 @torch.inference_mode()
-def measured(shape: DecoderShape, build: Build, sizes: list[int]) -> tuple[Ways | None, str]:
-    """The ways that are the fastest for steps of so many tokens of a rank, and what they took; None where gathering
-    alone is as good. All ranks call this."""
+def measured(shape: DecoderShape, build: Build, sizes: list[int]) -> list[list[float]]:
+    """Microseconds of a mixture in steps of each size, in tokens of a rank: by gathering, as it is without ways, then
+    by each of `WAYS`. All ranks call this, and get the same."""
     assert shape.mixture is not None and build.groups is not None
     layer = min(shape.mixture.layers)
-    without = made_up(shape.mlp(replace(build, deferred=False), layer), layer)
+    build = replace(build, deferred=False)
+    without = made_up(shape.mlp(build, layer), layer, build.device)
     columns = [_times(without.forward, sizes, shape, build)]
     del without
-    mlp = made_up(shape.mlp(replace(build, deferred=False, ways=Ways.always("gather")), layer), layer)
+    mlp = made_up(shape.mlp(replace(build, ways=Ways.always("gather")), layer), layer, build.device)
     assert isinstance(mlp.forward, Dispatch)
     for way in WAYS:
         mlp.forward.ways = Ways.always(way)
@@ -96,11 +98,11 @@ def measured(shape: DecoderShape, build: Build, sizes: list[int]) -> tuple[Ways 
     if build.device.type == "cuda":
         torch.cuda.empty_cache()
     agreed: list[list[float]] = build.groups.slowest(torch.tensor(columns, device=build.device)).t().tolist()
-    return decided(sizes, agreed), _told(sizes, agreed)
+    return agreed
 
 
 def _told(sizes: list[int], times: list[list[float]]) -> str:
-    names = ("gather", "gather with own shared experts", *WAYS[1:])
+    names = ("gather", "gather with the shared expert whole", *WAYS[1:])
     parts = []
     for size, line in zip(sizes, times, strict=True):
         took = (f"{name} {each:.0f}" for name, each in zip(names, line, strict=True))
@@ -109,7 +111,7 @@ def _told(sizes: list[int], times: list[list[float]]) -> str:
 
 
 def decided(sizes: list[int], times: list[list[float]]) -> Ways | None:
-    """The ways for what steps took: of each size, first as it is without ways, then by each of them."""
+    """The fastest way of each size by what was `measured`; None where gathering alone is as good."""
     captured = [min(line[1 : 1 + len(CAPTURED)]) / line[0] for line in times]
     others = [min(line[1:]) / line[0] for line in times]
     gains = [math.log(each) for each in captured + others]
@@ -118,13 +120,13 @@ def decided(sizes: list[int], times: list[list[float]]) -> Ways | None:
     return Ways.fastest(sizes, [line[1:] for line in times])
 
 
-def made_up(mlp: nn.Module, layer: int) -> nn.Module:
+def made_up(mlp: nn.Module, layer: int, device: torch.device) -> nn.Module:
     """`mlp` of that layer with weights at random, the same on all ranks where all hold them."""
+    generator = torch.Generator(device)
     named = [(path, each) for path, each in mlp.named_modules() if isinstance(each, Layer)]
     for number, (path, each) in enumerate(named):
         each.named(f"model.layers.{layer}.mlp.{path}")
-        generator = torch.Generator(next(each.parameters()).device).manual_seed(number)
-        each.fill_at_random(generator)
+        each.fill_at_random(generator.manual_seed(number))
     for _, each in named:
         each.loaded()
     return mlp

@@ -1,6 +1,7 @@
 """A model whose tokens are sent to the ranks of their experts, as a rank of several runs it. It imports little, because
 each rank does."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from plain_attention import PlainAttention, captured
 from rank_replies import replaying
 
 from engine.kernels.experts.reference import MoeOps
+from engine.layers.build import Build
+from engine.layers.dispatch import Dispatch
 from engine.layers.moe import SparseMLP
 from engine.options.parallel import ParallelOptions
 from engine.parallel.exchange import Exchange
@@ -22,10 +25,14 @@ from engine.testing.models import ModelHarness
 from engine.worker import rebalance
 from engine.worker.experts import ExpertWatch, experts_of, routers_of
 from engine.worker.steps import graphs
-from engine.worker.ways import made_up_step, measured
+from engine.worker.ways import exchange_of, made_up, made_up_step, measured
+from engine_plugins.models.deepseek import Deepseek
+from engine_plugins.quantization.fp8 import Fp8
 
 PROMPTS = [[(7 * i + 3 * j) % 89 for i in range(length)] for j, length in enumerate((21, 9, 14))]
 COUNT = 14
+LAYER = 1  # which has a mixture
+MIXED = Ways((1, 4, 9), ("places", "gather", "places"), ("gather", "counts", "places"))
 Said = tuple[list[list[int]], list[list[int]]]
 
 
@@ -95,9 +102,58 @@ def sent_as_fp8(groups: Groups, model: str, file: Path) -> tuple[float, list[lis
     return float((rounded - whole).norm() / whole.norm()), kinds
 
 
-def measured_here(groups: Groups, model: str, file: Path, sizes: list[int]) -> tuple[Ways | None, str]:
-    """The ways that the ranks find for the model of `file`, and what they took."""
+def measured_here(
+    groups: Groups, model: str, file: Path, sizes: list[int]
+) -> tuple[list[list[float]], tuple[str, str], list[str]]:
+    """What the ranks measure for the model of `file`; how it says that tokens travel, with ways and without; and what
+    was measured, in order."""
     config, tensors = torch.load(file, weights_only=False)
     family = resolve(model)
-    build = ModelHarness(family, config, tensors, groups=groups).runner.model.lm_head.build
-    return measured(family.decoder_shape(Terms(config)), build, sizes)
+    found = [ModelHarness(family, config, tensors, groups=groups, ways=way).runner.model for way in (None, MIXED)]
+    ran: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_by_gathering", "_by_sending"):
+            patch.setattr(Dispatch, name, noted(getattr(Dispatch, name), ran))
+        times = measured(family.decoder_shape(Terms(config)), found[0].lm_head.build, sizes)
+    return times, (exchange_of(found[0]), exchange_of(found[1])), ran
+
+
+def noted(method: Callable[..., Any], ran: list[str]) -> Callable[..., Any]:
+    def called(*arguments: Any, **named: Any) -> Any:
+        ran.append(f"{len(arguments[1])} {method.__name__} {named.get('fixed', '')}".strip())
+        return method(*arguments, **named)
+
+    return called
+
+
+@torch.inference_mode()
+def mixture_by(
+    groups: Groups, config: dict[str, Any], every: list[Ways], tokens: int, fp8: bool, captures: bool
+) -> list[torch.Tensor]:
+    """What a mixture of the DeepSeek of that `config` makes of this rank's tokens by each of the ways: in float32 on a
+    CPU, and in a CUDA graph that is replayed if it `captures`."""
+    shape, made = Deepseek.decoder_shape(Terms(config)), []
+    for ways in every:
+        build = Build(
+            dtype=torch.float32 if groups.device.type == "cpu" else torch.bfloat16,
+            device=groups.device,
+            page_size=4,
+            max_model_len=64,
+            attention_backend=PlainAttention,
+            quantization=Fp8({"quant_method": "fp8", "weight_block_size": [128, 128]}) if fp8 else None,
+            mesh=groups.mesh,
+            groups=groups,
+            ways=ways,
+        )
+        mlp = made_up(shape.mlp(build, LAYER), LAYER, groups.device)
+        hidden, batch = made_up_step(tokens, shape.hidden_size, build, captured=captures)
+        out = mlp(hidden, batch)
+        if captures:
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                out = mlp(hidden, batch)
+            out.zero_()
+            graph.replay()
+        made.append(out.to(torch.float32).cpu())
+    return made

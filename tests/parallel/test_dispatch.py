@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from dispatched import measured_here, replies, sent_as_fp8
+from dispatched import MIXED, measured_here, mixture_by, replies, sent_as_fp8
 from oracle import tiny
 
 from engine.errors import ConfigError
 from engine.options.parallel import ParallelOptions
-from engine.parallel.ways import Ways
+from engine.parallel.ways import WAYS, Ways
 from engine.plugin.testing import ModelHarness
 from engine.testing.ranks import Ranks, open_ranks
 from engine.worker.ways import decided
@@ -30,7 +30,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 SLOTS = ModelHarness.slots  # of each copy of attention
 PLACES = {"both": (1, SLOTS, SLOTS + 3), "one is idle": (SLOTS, SLOTS + 1, SLOTS + 2)}
-MIXED = Ways((1, 4, 9), ("places", "gather", "places"), ("gather", "counts", "places"))
 SENT = {"places": Ways.always("places"), "counts": Ways.always("counts"), "mixed": MIXED}
 
 
@@ -122,15 +121,33 @@ def test_hidden_states_travel_as_fp8_where_experts_would_round_them(ranks: Ranks
         assert 1e-3 < error < 0.05
 
 
+MIXTURE = {
+    **{"model_type": "deepseek_v3", "vocab_size": 256, "hidden_size": 128, "intermediate_size": 64},
+    **{"num_hidden_layers": 2, "num_attention_heads": 4, "rms_norm_eps": 1e-6, "max_position_embeddings": 64},
+    **{**LATENT, "moe_intermediate_size": 128, "norm_topk_prob": True, "hidden_act": "silu"},
+    **{"routed_scaling_factor": 2.5, "rope_theta": 10000.0},
+}
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["float32", "FP8"])
+def test_a_mixture_is_the_same_by_each_way(fp8: bool, ranks: Ranks) -> None:
+    for gathered, *others in ranks.run(mixture_by, MIXTURE, list(map(Ways.always, WAYS)), 7, fp8, False):
+        assert gathered.abs().mean() > 0
+        for sent in others:
+            torch.testing.assert_close(sent, gathered, atol=1e-6, rtol=1e-4)
+
+
 # ── which way ────────────────────────────────────────────────────────────────────────────────
 
 
 def test_ranks_measure_each_way_and_agree(ranks: Ranks, tmp_path: Path) -> None:
     found = ranks.run(measured_here, *saved("deepseek", tmp_path), [1, 8])
     assert found[0] == found[1]
-    for size in (1, 8):
-        assert f"us of {size} tokens a rank: gather " in found[0][1]
-    assert all(found[0][1].count(f"{way} ") == 2 for way in ("places", "counts"))
+    times, told, ran = found[0]
+    assert len(times) == 2 and all(len(line) == 4 and min(line) > 0 for line in times)
+    assert told == ("gather", str(MIXED))
+    ways = ("_by_gathering", "_by_sending True", "_by_sending False")
+    assert list(dict.fromkeys(ran)) == [f"{size} {way}" for way in ways for size in (1, 8)]
 
 
 GATHER = [10.0, 10.0, 20.0, 30.0]  # us by gathering, by gathering with the shared expert whole, places, counts
