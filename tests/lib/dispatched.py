@@ -32,7 +32,7 @@ from engine_plugins.quantization.fp8 import Fp8
 PROMPTS = [[(7 * i + 3 * j) % 89 for i in range(length)] for j, length in enumerate((21, 9, 14))]
 COUNT = 14
 LAYER = 1  # which has a mixture
-MIXED = Ways((1, 4, 9), ("places", "gather", "places"), ("gather", "counts", "places"))
+MIXED = Ways((4, 64), ("gather", "places"), ("gather", "counts"))  # decode steps, and steps with prompts
 Said = tuple[list[list[int]], list[list[int]]]
 
 

@@ -1,5 +1,6 @@
 """Tokens are sent to the ranks of their experts in a model's layers: greedy ids of one rank, in float32, by any way."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 SLOTS = ModelHarness.slots  # of each copy of attention
 PLACES = {"both": (1, SLOTS, SLOTS + 3), "one is idle": (SLOTS, SLOTS + 1, SLOTS + 2)}
 SENT = {"places": Ways.always("places"), "counts": Ways.always("counts"), "mixed": MIXED}
+ANY: dict[str, Ways | None] = {"gathered": None, **SENT}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def saved(case: str, folder: Path, skewed: bool = False) -> tuple[str, Path]:
     return model, folder / "model"
 
 
-def assert_as_one(case: str, opened: Ranks, folder: Path, ways: Ways, copies: int = 1, **options: Any) -> None:
+def assert_as_one(case: str, opened: Ranks, folder: Path, ways: Ways | None, copies: int = 1, **options: Any) -> None:
     """Ranks of `copies` of attention reply as one rank does, and know what all of them have chosen."""
     model, file = saved(case, folder, options.pop("skewed", False))
     said, counts = replies(None, model, file, None, {})
@@ -61,13 +63,6 @@ def assert_as_one(case: str, opened: Ranks, folder: Path, ways: Ways, copies: in
         copy = rank * copies // len(parts)
         assert own == [reply for slot, reply in zip(slots, said, strict=True) if copies == 1 or slot // SLOTS == copy]
         assert own_counts == counts
-
-
-@pytest.mark.parametrize(("case", "place"), [("qwen3", "both"), ("deepseek", "one is idle")])
-def test_copies_whose_steps_go_by_all_ways_reply_as_one_rank(
-    case: str, place: str, ranks: Ranks, tmp_path: Path
-) -> None:
-    assert_as_one(case, ranks, tmp_path, MIXED, 2, slots=PLACES[place])
 
 
 @pytest.mark.parametrize("place", [pytest.param("both", marks=pytest.mark.matrix), "one is idle"])
@@ -88,12 +83,16 @@ def test_experts_move_amid_replies(way: str, ranks: Ranks, tmp_path: Path) -> No
     assert_as_one("deepseek", ranks, tmp_path, SENT[way], 2, slots=PLACES["both"], redundant=4, moves=True)
 
 
-@pytest.mark.matrix
-@pytest.mark.parametrize("way", SENT)
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("case", CASES)
+QUICK = {("qwen3", "both", "mixed"), ("deepseek", "one is idle", "counts")}
+COMBINED = [
+    pytest.param(*each, marks=[pytest.mark.matrix] * (each not in QUICK and each[2] != "gathered"))
+    for each in itertools.product(CASES, PLACES, ANY)
+]
+
+
+@pytest.mark.parametrize(("case", "place", "way"), COMBINED)
 def test_copies_reply_as_one_rank(case: str, place: str, way: str, ranks: Ranks, tmp_path: Path) -> None:
-    assert_as_one(case, ranks, tmp_path, SENT[way], 2, slots=PLACES[place])
+    assert_as_one(case, ranks, tmp_path, ANY[way], 2, slots=PLACES[place])
 
 
 @pytest.mark.matrix
