@@ -10,6 +10,7 @@ run in copies, nothing is measured: then all-to-all only adds messages. Left out
 waits for the busiest rank.
 """
 
+import gc
 import logging
 import math
 import statistics
@@ -83,7 +84,8 @@ def mixture_of(source: Source) -> DecoderShape | None:
 def measured(shape: DecoderShape, build: Build, sizes: list[int]) -> list[list[float]]:
     """Microseconds of a mixture in steps of each size, in tokens of a rank: by gathering, as it is without ways, then
     by each of `WAYS`. All ranks call this, and get the same."""
-    assert shape.mixture is not None and build.groups is not None
+    groups = build.groups
+    assert shape.mixture is not None and groups is not None
     layer = min(shape.mixture.layers)
     build = replace(build, deferred=False)
     without = made_up(shape.mlp(build, layer), layer, build.device)
@@ -95,9 +97,10 @@ def measured(shape: DecoderShape, build: Build, sizes: list[int]) -> list[list[f
         mlp.forward.ways = Ways.always(way)
         columns.append(_times(mlp.forward, sizes, shape, build, captured=way in CAPTURED))
     del mlp
+    gc.collect()  # what is in the place of a `forward` holds the module, which holds it: their memory is for weights
     if build.device.type == "cuda":
         torch.cuda.empty_cache()
-    agreed: list[list[float]] = build.groups.slowest(torch.tensor(columns, device=build.device)).t().tolist()
+    agreed: list[list[float]] = groups.slowest(torch.tensor(columns, device=build.device)).t().tolist()
     return agreed
 
 
