@@ -42,6 +42,7 @@ logger = logging.getLogger("engine.worker")
 SIZES = (1, 16, 64, 256, 1024, 4096)  # tokens of a rank that are measured, and as many as its largest step has
 LEAST_GAIN = 0.05
 REPEATS = 5
+Call = Callable[[Tensor, Batch], Tensor]
 
 
 class Source(Protocol):
@@ -86,21 +87,23 @@ def measured(shape: DecoderShape, build: Build, sizes: list[int]) -> list[list[f
     by each of `WAYS`. All ranks call this, and get the same."""
     groups = build.groups
     assert shape.mixture is not None and groups is not None
-    layer = min(shape.mixture.layers)
-    build = replace(build, deferred=False)
-    without = made_up(shape.mlp(build, layer), layer, build.device)
-    columns = [_times(without.forward, sizes, shape, build)]
-    del without
-    mlp = made_up(shape.mlp(replace(build, ways=Ways.always("gather")), layer), layer, build.device)
-    assert isinstance(mlp.forward, Dispatch)
-    for way in WAYS:
-        mlp.forward.ways = Ways.always(way)
-        columns.append(_times(mlp.forward, sizes, shape, build, captured=way in CAPTURED))
-    del mlp
+    layer, sharers = min(shape.mixture.layers), build.mesh.extent("attention_tp")
+    own = replace(build, deferred=False)
+    without = made_up(shape.mlp(own, layer), layer, build.device)
+    mlp = made_up(shape.mlp(replace(own, ways=Ways.always("gather")), layer), layer, build.device)
+    assert isinstance(mlp, SparseMLP)
+    calls: list[Call] = [without.forward, *(Dispatch(mlp, own, Ways.always(way), summed=shape.summed) for way in WAYS)]
+    captured = [True, *(way in CAPTURED for way in WAYS)]
+    times = []
+    for size in (sizes[0], *sizes):  # once more at first, as what is run first takes longer
+        steps = [made_up_step(size * sharers, shape.hidden_size, own, captured=each) for each in captured]
+        runs = [partial(call, *step) for call, step in zip(calls, steps, strict=True)]
+        times.append([_microseconds(run, each) for run, each in zip(runs, captured, strict=True)])
+    del without, mlp, calls, runs
     gc.collect()  # what is in the place of a `forward` holds the module, which holds it: their memory is for weights
     if build.device.type == "cuda":
         torch.cuda.empty_cache()
-    agreed: list[list[float]] = groups.slowest(torch.tensor(columns, device=build.device)).t().tolist()
+    agreed: list[list[float]] = groups.slowest(torch.tensor(times[1:], device=build.device)).tolist()
     return agreed
 
 
@@ -145,15 +148,6 @@ def made_up_step(tokens: int, width: int, build: Build, *, captured: bool) -> tu
     names = ("ids", "positions", "places", "page_table", "slots", "row_starts", "row_offsets")
     parts: dict[str, Any] = dict.fromkeys(names, none) | {"starts": lengths, "lengths": lengths, "offsets": lengths}
     return hidden, Batch(**parts, caches=(), spread=Spread.of((tokens,) * build.mesh.dp, build.device))
-
-
-def _times(
-    mlp: Callable[[Tensor, Batch], Tensor], sizes: list[int], shape: DecoderShape, build: Build, captured: bool = True
-) -> list[float]:
-    """Microseconds of steps of each size."""
-    sharers, width = build.mesh.extent("attention_tp"), shape.hidden_size
-    steps = (made_up_step(size * sharers, width, build, captured=captured) for size in sizes)
-    return [_microseconds(partial(mlp, *step), captured) for step in steps]
 
 
 def _microseconds(call: Callable[[], Tensor], captured: bool) -> float:

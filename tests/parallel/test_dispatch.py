@@ -146,7 +146,7 @@ def test_ranks_measure_each_way_and_agree(ranks: Ranks, tmp_path: Path) -> None:
     assert len(times) == 2 and all(len(line) == 4 and min(line) > 0 for line in times)
     assert told == ("gather", str(MIXED))
     ways = ("_by_gathering", "_by_sending True", "_by_sending False")
-    assert list(dict.fromkeys(ran)) == [f"{size} {way}" for way in ways for size in (1, 8)]
+    assert list(dict.fromkeys(ran)) == [f"{size} {way}" for size in (1, 8) for way in ways]
 
 
 GATHER = [10.0, 10.0, 20.0, 30.0]  # us by gathering, by gathering with the shared expert whole, places, counts
