@@ -12,8 +12,9 @@ A step is a sum over layers of what was measured on one or two H200s, at the siz
 
 `check` sets the same sums beside steps of V2-Lite that were measured on one GPU and on two: their shares are the slice
 of V3's.
-`ways` compares two: all tokens gathered and results scattered, in bfloat16; and all-to-all with counts, hidden states
-as FP8, the shared expert whole on each GPU. `prefill` does so for prompts. `balance` draws loads of experts from a
+`ways` compares three: all tokens gathered and results scattered, in bfloat16; and all-to-all, hidden states as FP8, the
+shared expert whole on each GPU, to fixed places or with counts. A captured decode step cannot go by counts, so speeds
+are by the others. `prefill` does so for prompts, which may. `balance` draws loads of experts from a
 log-normal distribution, arranges them with the engine's balancer, and tells the busiest GPU's load before and after,
 and the step that follows. Left out: what overlaps (products with messages, two halves of a batch), the head, hosts that
 wait for each other, and that a token's experts lie on few hosts where routing is limited to groups.
@@ -94,18 +95,25 @@ class Model:
         inside, outside = (gpus - 1) * one, max(0, gpus - HOST) * one / min(HOST, gpus)
         return sum(self.message(times, inside, outside, gpus) for times in (GATHER, SCATTER))
 
-    def exchanged(self, tokens: int, gpus: int) -> float:
+    def placed(self, tokens: int, gpus: int) -> float:
+        """A place for each token on each GPU, and back."""
+        return self._exchanged(tokens * (gpus - 1), gpus)
+
+    def counted(self, tokens: int, gpus: int) -> float:
         """Each token once to each GPU that has some of its experts, and back."""
         others = (gpus - 1) * (1 - (1 - 1 / gpus) ** self.top_k)  # of the GPUs that a token goes to
+        return self.message(EXCHANGE, 8 * gpus, 0, gpus) + self._exchanged(tokens * others, gpus)
+
+    def _exchanged(self, lines: float, gpus: int) -> float:
+        """So many lines from each GPU to others, and their results back."""
         far = max(0, gpus - HOST) / max(gpus - 1, 1)
         sent = self.size + 4 * self.size / 128 + 8 * self.top_k, 2 * self.size
-        each = [tokens * others * size for size in sent]
-        counts = self.message(EXCHANGE, 8 * gpus, 0, gpus)
-        return counts + sum(self.message(EXCHANGE, size, size * far, gpus) for size in each)
+        return sum(self.message(EXCHANGE, lines * size, lines * size * far, gpus) for size in sent)
 
-    def cheaper(self, tokens: int, gpus: int) -> tuple[float, str]:
+    def cheaper(self, tokens: int, gpus: int, *, captured: bool) -> tuple[float, str]:
         """Seconds between GPUs for a layer, and by which way."""
-        return min((self.gathered(tokens, gpus), "gather"), (self.exchanged(tokens, gpus), "all-to-all"))
+        ways = [(self.gathered(tokens, gpus), "gather"), (self.placed(tokens, gpus), "places")]
+        return min(ways if captured else [*ways, (self.counted(tokens, gpus), "counts")])
 
     # ── steps ────────────────────────────────────────────────────────────────────────────────
 
@@ -117,8 +125,8 @@ class Model:
 
     def step(self, rows: int, gpus: int, load: float = 1.0) -> float:
         """Seconds of a decode step with so many rows a GPU."""
-        sent, way = self.cheaper(rows, gpus)
-        shared = self.expert if way == "all-to-all" else self.expert / gpus
+        sent, way = self.cheaper(rows, gpus, captured=True)
+        shared = self.expert / gpus if way == "gather" else self.expert
         weights = self.layers * self.attention + self.mixtures * shared + self.dense * self.wide / gpus
         latents = self.layers * rows * self.context * self.latent
         seconds = weights / BANDWIDTH / share(rows) + latents / BANDWIDTH / LATENT_SHARE
@@ -130,7 +138,9 @@ class Model:
         pairs = 2 * tokens * self.context / 2 * heads / PROMPT_RATE
         weights = self.layers * self.attention + self.mixtures * self.expert + self.dense * self.wide
         seconds = 2 * tokens * weights / FP8_RATE + self.layers * pairs
-        return seconds + self.mixtures * (self.products(tokens, gpus, load) + self.cheaper(tokens, gpus)[0])
+        return seconds + self.mixtures * (
+            self.products(tokens, gpus, load) + self.cheaper(tokens, gpus, captured=False)[0]
+        )
 
 
 def share(rows: float) -> float:
@@ -168,13 +178,13 @@ def pair(shape: Shape) -> tuple[float, float]:
 
 
 def ways(model: Model) -> None:
-    print(f"decode at {model.context:,} tokens of context, even loads: ms between GPUs by gathering / all-to-all")
-    print("and tok/s a GPU by the cheaper")
+    print(f"decode at {model.context:,} tokens of context, even loads: ms between GPUs by gathering / to fixed")
+    print("places / with counts, and tok/s a GPU by the cheaper of the first two")
     by_size(model, ROWS, "rows", model.step, digits=1)
 
 
 def prefill(model: Model) -> None:
-    print(f"prompts of {model.context:,} tokens, even loads: ms between GPUs by gathering / all-to-all, tok/s a GPU")
+    print(f"prompts of {model.context:,} tokens, even loads: the same ms, and tok/s a GPU by the cheapest")
     by_size(model, (512, 2048, 8192), "tokens", model.prompt, digits=0)
 
 
@@ -186,9 +196,8 @@ def by_size(
     for gpus in GPUS:
         cells = []
         for size in sizes:
-            gather, exchange = (1e3 * model.mixtures * way(size, gpus) for way in (model.gathered, model.exchanged))
-            speed = size / seconds(size, gpus)
-            cells.append(f"{gather:.{digits}f} / {exchange:.{digits}f}: {speed:,.0f}")
+            ways = (1e3 * model.mixtures * way(size, gpus) for way in (model.gathered, model.placed, model.counted))
+            cells.append(f"{' / '.join(f'{way:.{digits}f}' for way in ways)}: {size / seconds(size, gpus):,.0f}")
         line([str(gpus), *cells])
 
 

@@ -1,13 +1,16 @@
 """DeepSeek on two GPUs with experts and attention divided, beside one GPU and beside `--tp 2`: what the issue asks for.
 
-    python -m bench.engine.ranks bench/configs/dsv2-lite [--rows kv,throughput,long,rebalance,counting]
-        [--option NAME=VALUE ...] [--small] [--json FILE]
+    python -m bench.engine.ranks bench/configs/dsv2-lite
+        [--rows kv,throughput,long,exchange,head,rebalance,counting] [--option NAME=VALUE ...] [--small] [--json FILE]
 
     kv          tokens of cache that each engine finds room for, one engine after the other
     throughput  output tok/s of 512 requests of 1,024 in and 256 out, as many copies of attention and groups of experts
                 as ranks, against one rank, each with as many rows as is usual; engines are asked in turn
     long        the same of 64 requests of 8,192 and 256, against --tp alone, where both have the same little memory for
                 keys and values on each rank, which is the limit
+    exchange    a mixture by each way in which tokens reach experts, by how many a rank has; then throughput by
+                all-to-all against gathering, engines in turn
+    head        the head whole on each copy of attention, as it is, and divided over the copies (rank_layers.py)
     rebalance   a model whose busy experts all lie on one rank (skewed.py): prompts and decode steps before and after
                 experts move, the longest pause of a stream while they do and while they do not, and what moving takes
                 beside the time of its bytes on the link
@@ -37,10 +40,10 @@ import torch
 from msgspec import Struct, to_builtins
 from msgspec.structs import replace
 
-from bench.engine import skewed
+from bench.engine import rank_layers, skewed
 from bench.engine.gpu import Bench, Shape
 from bench.lib import workloads
-from bench.lib.floors import LINK
+from bench.lib.floors import BANDWIDTH, LINK
 from engine import AsyncEngine, SamplingParams
 from engine.kernels import choose
 from engine.kernels.experts.reference import Routing
@@ -60,6 +63,8 @@ class Sizes(Struct, frozen=True):
     kv_tokens: int | None = 400_000  # on each rank, where they are no limit and two engines lie beside each other
     few_kv_tokens: int | None = 150_000  # on each rank, in `long`: 17 requests' on one that caches all of them
     redundant: int = 8
+    rank_tokens: tuple[int, ...] = (1, 16, 64, 256, 1024, 4096)  # of a step of a mixture
+    head_rows: tuple[int, ...] = (1, 16, 64, 256)
     steps: tuple[int, int, int] = (64, 128, 128)  # that counting is compared with: rows, tokens in, how many steps
 
 
@@ -72,6 +77,8 @@ SMALL = Sizes(
     kv_tokens=None,
     few_kv_tokens=None,
     redundant=4,
+    rank_tokens=(1, 8),
+    head_rows=(1, 8),
     steps=(4, 8, 8),
 )
 
@@ -106,6 +113,10 @@ class Setting(Struct, frozen=True):
     @property
     def divided(self) -> dict[str, Any]:
         return {"dp_attention": self.ranks, "ep": self.ranks}
+
+    @property
+    def cuda(self) -> bool:
+        return self.options.get("device") != "cpu"
 
     @property
     def config(self) -> dict[str, Any]:
@@ -163,26 +174,39 @@ async def kv(setting: Setting) -> list[Figure]:
 
 
 async def compared(
-    row: str, setting: Setting, other: dict[str, Any], sizes: tuple[int, int, int], kv_tokens: int | None, wanted: str
+    row: str,
+    setting: Setting,
+    other: dict[str, Any],
+    sizes: tuple[int, int, int],
+    kv_tokens: int | None,
+    wanted: str = "",
+    ours: dict[str, Any] | None = None,
 ) -> list[Figure]:
-    """Output tokens a second of engines with `other` options and with all divided, in turn, and the ratio."""
+    """Output tokens a second of engines with `other` options and with `ours`, by default all divided, in turn, and the
+    ratio."""
     rates: list[list[float]] = []
     async with AsyncExitStack() as stack:
-        kinds = (other, setting.divided)
+        kinds = (other, ours or setting.divided)
         benches = [await stack.enter_async_context(setting.engine(kv_tokens=kv_tokens, **each)) for each in kinds]
         for turn in range(setting.sizes.turns):
             asked = work(sizes, benches[0].vocab, turn)
             rates.append([workloads.tokens_out(asked) / await bench.seconds(asked) for bench in benches])
         floor = workloads.tokens_out(asked) / benches[0].shape.floor(asked)
     rates = rates[1:]
-    theirs, ours = (statistics.median(each) for each in zip(*rates, strict=True))
+    speeds = [statistics.median(each) for each in zip(*rates, strict=True)]
     ratio = statistics.median(mine / their for their, mine in rates)
-    said = f"tp {other['tp']}" if other else "one rank"
-    return [
-        Figure(row, said, theirs, "tok/s", floor * other.get("tp", 1)),
-        Figure(row, "dp-attention and ep", ours, "tok/s", floor * setting.ranks),
-        Figure(row, "ratio", ratio, "x", wanted=wanted),
+    lines = [
+        Figure(row, named(each), speed, "tok/s", floor * each.get("tp", each.get("ep", 1)))
+        for each, speed in zip(kinds, speeds, strict=True)
     ]
+    return [*lines, Figure(row, "ratio", ratio, "x", wanted=wanted)]
+
+
+def named(options: dict[str, Any]) -> str:
+    """An engine, in a line."""
+    if "ep" in options:
+        return ", ".join(["dp-attention and ep", *filter(None, [options.get("ep_exchange")])])
+    return f"tp {options['tp']}" if options else "one rank"
 
 
 async def throughput(setting: Setting) -> list[Figure]:
@@ -193,6 +217,35 @@ async def throughput(setting: Setting) -> list[Figure]:
 async def long(setting: Setting) -> list[Figure]:
     sizes = setting.sizes
     return await compared("long", setting, {"tp": setting.ranks}, sizes.long, sizes.few_kv_tokens, ">= 1.25")
+
+
+# ── layers by themselves ─────────────────────────────────────────────────────────────────────
+
+
+async def exchange(setting: Setting) -> list[Figure]:
+    sizes, rows = setting.sizes, []
+    plugins = setting.options.get("plugins", "")
+    times = rank_layers.on_ranks(
+        setting.ranks, setting.cuda, rank_layers.mixture_times, setting.config, plugins, list(sizes.rank_tokens)
+    )
+    names = ("gather", "gather, shared expert whole", "places", "counts")
+    for tokens, line in zip(sizes.rank_tokens, times, strict=True):
+        rows += [Figure("exchange", f"{name}, {tokens} tokens", us, "us") for name, us in zip(names, line, strict=True)]
+    kinds = [{**setting.divided, "ep_exchange": each} for each in ("gather", "all-to-all")]
+    return rows + await compared("exchange", setting, kinds[0], sizes.throughput, sizes.kv_tokens, ours=kinds[1])
+
+
+async def head(setting: Setting) -> list[Figure]:
+    rows, shape = list(setting.sizes.head_rows), setting.shape()
+    sizes = shape.hidden_size, setting.config["vocab_size"]
+    times = rank_layers.on_ranks(setting.ranks, setting.cuda, rank_layers.head_times, *sizes, rows)
+    floor = 1e6 * 2 * sizes[0] * sizes[1] / BANDWIDTH
+    floors = floor, *[floor / setting.ranks] * 2
+    return [
+        Figure("head", f"{name}, {count} rows", us, "us", least)
+        for count, line in zip(rows, times, strict=True)
+        for name, us, least in zip(rank_layers.HEADS, line, floors, strict=True)
+    ]
 
 
 # ── experts that move ────────────────────────────────────────────────────────────────────────
@@ -323,13 +376,14 @@ async def counting(setting: Setting) -> list[Figure]:
         for turn in range(setting.sizes.turns):
             first = await bench.seconds(work((rows, tokens, 1), bench.vocab, 80 + turn))
             times.append((await bench.seconds(work((rows, tokens, 1 + count), bench.vocab, 90 + turn)) - first) / count)
-    cuda = setting.options.get("device") != "cpu"
-    device = torch.device("cuda" if cuda else "cpu")
-    ops = choose(device, torch.bfloat16 if cuda else torch.float32).experts
+    device = torch.device("cuda" if setting.cuda else "cpu")
+    ops = choose(device, torch.bfloat16 if setting.cuda else torch.float32).experts
     routing = Routing(experts=shape.n_routed_experts, top_k=shape.num_experts_per_tok)
     logits = torch.randn(rows, routing.experts, device=device)
     counts = torch.zeros(routing.experts, dtype=torch.int64, device=device)
-    without, counted = (seconds(partial(ops.route, logits, None, routing, given), cuda) for given in (None, counts))
+    without, counted = (
+        seconds(partial(ops.route, logits, None, routing, given), setting.cuda) for given in (None, counts)
+    )
     mixtures = shape.num_hidden_layers - shape.first_k_dense_replace
     step, more = statistics.median(times), mixtures * (counted - without)
     return [
@@ -355,6 +409,8 @@ ROWS: dict[str, Callable[[Setting], Awaitable[list[Figure]]]] = {
     "kv": kv,
     "throughput": throughput,
     "long": long,
+    "exchange": exchange,
+    "head": head,
     "rebalance": rebalance,
     "counting": counting,
 }

@@ -32,6 +32,7 @@ class Spread:
     most: int
     order: Tensor | None = None  # [N] int64, device
     back: Tensor | None = None  # [copies * most] int64, device
+    real: Tensor | None = None  # [copies] int64, device: tokens of each copy that are no padding, in a captured step
 
     @classmethod
     def of(cls, counts: Sequence[int], device: torch.device) -> "Spread":
@@ -45,7 +46,7 @@ class Spread:
     def captured(cls, counts: Tensor, most: int) -> "Spread":
         """Of a captured step, whose copies have `most` tokens each, of which `counts` [copies] on the device are no
         padding."""
-        return cls((), most, *_orders(counts, most, len(counts) * most))
+        return cls((), most, *_orders(counts, most, len(counts) * most), counts)
 
 
 def _orders(counts: Tensor, most: int, size: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from engine.layers.quantization import QuantizedExperts, QuantizedLinear, Shard
 from engine.parallel.collectives import Group
 from engine.parallel.groups import Groups
 from engine.parallel.mesh import ALONE, Axis, Mesh
+from engine.parallel.ways import Ways
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +38,7 @@ class Build:
     kv_dtype: torch.dtype | None = None  # of the KV cache; by default `dtype`
     quantization: "Scheme | None" = None  # how matrices are stored; by default in `dtype`
     redundant_experts: int = 0  # copies of experts that each mixture has beside them, over all ranks
+    ways: Ways | None = None  # by which tokens reach experts of other ranks; None where these are given all tokens
     deferred: bool = False  # weights take no memory, on the device `meta`, until `Model.load` or `Model.allocate`
     kernels: KernelSet = None  # type: ignore[assignment]  # by default the fastest for `dtype` on `device`
 

@@ -23,6 +23,7 @@ from engine.layers.activation import gated_activation
 from engine.layers.attention import Attention
 from engine.layers.batch import Batch
 from engine.layers.build import Build
+from engine.layers.dispatch import Dispatch
 from engine.layers.embedding import Embedding, LMHead
 from engine.layers.linear import ColumnLinear, QKVLinear, RowLinear
 from engine.layers.model import Elsewhere, Layer, Model
@@ -31,6 +32,7 @@ from engine.layers.norm import RMSNorm
 from engine.layers.rotary import Rotary
 from engine.layers.spread import over_copies
 from engine.parallel.collectives import all_reduce
+from engine.parallel.mesh import Axis
 from engine.plugin.specs import LazyTensor
 from engine.plugin.terms import MANY, Terms
 
@@ -117,10 +119,13 @@ class DecoderShape:
 
     def mlp(self, build: Build, layer: int) -> nn.Module:
         """What comes after the attention of that layer; copies of attention share it."""
-        if build.mesh.dp == 1:
+        if build.mesh.dp == 1 and build.ways is None:
             return self._mlp(build, layer)
         mlp = replace(self, summed=False)._mlp(build, layer)
-        mlp.forward = over_copies(mlp.forward, build, summed=self.summed)  # it stays at its path in checkpoints
+        if isinstance(mlp, SparseMLP) and build.ways is not None:
+            mlp.forward = Dispatch(mlp, build, build.ways, summed=self.summed)  # type: ignore[method-assign]
+        else:
+            mlp.forward = over_copies(mlp.forward, build, summed=self.summed)  # it stays at its path in checkpoints
         return mlp
 
     def _mlp(self, build: Build, layer: int) -> nn.Module:
@@ -130,7 +135,8 @@ class DecoderShape:
         if self.activation not in SILU:
             raise ConfigError(f"experts with the activation {self.activation!r} are not supported; known is silu")
         size, count = self.hidden_size, mixture.routing.experts
-        shared = GatedMLP(self, build, mixture.shared, summed=False) if mixture.shared else None
+        axis: Axis = "tp" if build.ways is None else "attention_tp"  # of all tokens, or those of a copy of attention
+        shared = GatedMLP(self, build, mixture.shared, summed=False, axis=axis) if mixture.shared else None
         router = Router(build, mixture.routing, size, mixture.corrected)
         experts = Experts(build, count, size, mixture.inner, mixture.parts, summed=self.summed)
         return SparseMLP(router, experts, shared)
@@ -234,13 +240,15 @@ class GatedMLP(nn.Module):
     """A gated MLP of the shape's intermediate size, or of `inner`. Where it is not `summed`, each rank returns its part
     of the sum."""
 
-    def __init__(self, shape: DecoderShape, build: Build, inner: int | None = None, *, summed: bool = True) -> None:
+    def __init__(
+        self, shape: DecoderShape, build: Build, inner: int | None = None, *, summed: bool = True, axis: Axis = "tp"
+    ) -> None:
         super().__init__()
         size, inner = shape.hidden_size, inner or shape.intermediate_size
-        self.gate_up_proj = ColumnLinear(build, size, {"gate_proj": inner, "up_proj": inner}, shape.mlp_bias)
+        self.gate_up_proj = ColumnLinear(build, size, {"gate_proj": inner, "up_proj": inner}, shape.mlp_bias, axis=axis)
         self.activation = gated_activation(build, shape.activation)
         self.silu = shape.activation in SILU
-        self.down_proj = RowLinear(build, inner, size, shape.mlp_bias, summed=summed)
+        self.down_proj = RowLinear(build, inner, size, shape.mlp_bias, summed=summed, axis=axis)
 
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
         if self.silu and self.gate_up_proj.dense and self.down_proj.dense:

@@ -24,7 +24,7 @@ from engine.layers.build import Build
 from engine.layers.model import Layer, copy_weight, empty_weight
 from engine.layers.quantization import QuantizedExperts
 from engine.parallel.collectives import all_reduce
-from engine.parallel.placement import Placement, first_placement, table_of
+from engine.parallel.placement import Placement, first_placement, table_of, whole_table
 from engine.plugin.specs import LazyTensor
 
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")  # as most checkpoints name them
@@ -54,20 +54,30 @@ class Router(Layer):
         super().__init__()
         self.kernels = build.kernels
         self.routing = routing
-        self.counts = torch.zeros(routing.experts, dtype=torch.int64, device=build.device)  # choices of each so far
+        # Choices of each so far; where tokens are sent to experts, of those tokens that this rank has routed for all.
+        self.counts = torch.zeros(routing.experts, dtype=torch.int64, device=build.device)
         self.places: Places | None = None  # of experts that lie on several ranks, as its Experts say
         self.divided = build.mesh.ep > 1
         self.weight = empty_weight(build, routing.experts, size)
         bias = empty_weight(build, routing.experts, dtype=torch.float32) if corrected else None
         self.e_score_correction_bias = bias
 
-    def forward(self, hidden: Tensor, batch: Batch) -> Routed:
+    def forward(self, hidden: Tensor, batch: Batch, counts: bool = True) -> Routed:
         """`hidden` [T, size] of the tokens of `batch` to (weights [T, k] float32, experts [T, k] int64, and what the
-        kernels know of them). Padding of a captured step chooses no expert, and so do choices of another rank's."""
+        kernels know of them). Padding of a captured step chooses no expert, and so do choices of another rank's. It
+        `counts` what is chosen, unless another rank does."""
         assert self.places is not None or not self.divided, "who has experts divided tells their router the places"
+        return self._route(hidden, batch.real, self.places, self.counts if counts else None)
+
+    def everywhere(self, hidden: Tensor, real: Tensor | None) -> Routed:
+        """As `forward`, of tokens that no other rank routes, wherever the experts lie: by the model's numbers of them.
+        Tokens from the number `real` [1] int64 on are padding."""
+        return self._route(hidden, real, None, self.counts)
+
+    def _route(self, hidden: Tensor, real: Tensor | None, places: Places | None, counts: Tensor | None) -> Routed:
         ops = self.kernels.experts
         logits, bias = ops.gate(hidden, self.weight), self.e_score_correction_bias
-        return ops.route(logits, bias, self.routing, self.counts, batch.real, self.places)
+        return ops.route(logits, bias, self.routing, counts, real, places)
 
 
 class Experts(Layer):
@@ -98,6 +108,9 @@ class Experts(Layer):
         self.places: Places | None = None
         if ranks > 1:
             self.places = Places(torch.from_numpy(self._table(self.placement)).to(build.device), self.held)
+        self.everywhere: Tensor | None = None  # the places of experts over all ranks, where tokens are sent to them
+        if build.ways is not None:
+            self.everywhere = torch.from_numpy(self._whole_table(self.placement)).to(build.device)
         self.share = build.share(inner, "expert_tp", "numbers of an expert's width")
         self.group = build.group("tp")
         self.sums = summed and self.group.size > 1
@@ -139,6 +152,11 @@ class Experts(Layer):
         assert self.places is not None and placement.shape == self.placement.shape
         self.placement = placement
         self.places.table.copy_(upload(self._table(placement), self.places.table.device))
+        if self.everywhere is not None:
+            self.everywhere.copy_(upload(self._whole_table(placement), self.everywhere.device))
+
+    def _whole_table(self, placement: Placement) -> NDArray[np.int32]:
+        return whole_table(placement, self.count, self.most_copies)
 
     def _table(self, placement: Placement) -> NDArray[np.int32]:
         return table_of(placement, self.build.mesh.coordinates["ep"], self.count, self.most_copies)

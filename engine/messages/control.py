@@ -15,7 +15,7 @@ class WorkerReady(Message, frozen=True):
     start imported, for a spare worker: the executor keeps them to itself. A `recurrent` model keeps states of requests,
     which no page holds: no cached prefix serves it, and no drafts. `attention_work` is what each token of context adds
     to the work that a token of a prompt takes, as a part of what that is without context. A `mixture` has experts, of
-    which questions tell.
+    which questions tell; `exchange` says how tokens reach those of other ranks, for people; "" if there are none.
     """
 
     pages: int
@@ -34,6 +34,7 @@ class WorkerReady(Message, frozen=True):
     attention_work: float = 0.0
     copies: int = 1
     mixture: bool = False
+    exchange: str = ""
 
 
 class WorkerLost(Message, frozen=True):

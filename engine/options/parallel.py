@@ -37,6 +37,14 @@ class ParallelOptions(Struct, frozen=True, kw_only=True):
         int,
         Meta(ge=0, description="copies of busy experts that each mixture has beside them, over all groups of --ep"),
     ] = 0
+    ep_exchange: Annotated[
+        Literal["auto", "gather", "all-to-all"],
+        Meta(
+            description="how tokens reach the experts of other devices: all devices get all tokens (gather), or each "
+            "token goes where its experts are (all-to-all, where --ep is --tp); auto measures both, and chooses by the "
+            "size of a step"
+        ),
+    ] = "auto"
     rebalance_threshold: Annotated[
         Annotated[float, Meta(ge=1)] | None,
         Meta(
@@ -77,6 +85,11 @@ class ParallelOptions(Struct, frozen=True, kw_only=True):
     ] = "none"
 
     @property
+    def whole_experts(self) -> bool:
+        """Whether each of several devices of a stage holds some experts alone, and these whole."""
+        return 1 < self.ep == self.tp
+
+    @property
     def node_ranks(self) -> int:
         """How many workers a host has."""
         return self.ranks // self.nnodes
@@ -91,6 +104,11 @@ class ParallelOptions(Struct, frozen=True, kw_only=True):
         for flag, size in (("--ep", self.ep), ("--dp-attention", self.dp_attention)):
             if self.tp % size:
                 raise ConfigError(f"{flag} {size} does not divide --tp {self.tp}; choose one that does")
+        if self.ep_exchange == "all-to-all" and not self.whole_experts:
+            raise ConfigError(
+                f"--ep-exchange all-to-all sends tokens to devices that hold whole experts, and --ep {self.ep} of "
+                f"--tp {self.tp} leaves none; say --ep {self.tp if self.tp > 1 else 2}, or --ep-exchange gather"
+            )
         return Mesh(rank, tp=self.tp, pp=self.pp, ep=self.ep, dp=self.dp_attention)
 
     @property

@@ -4,13 +4,13 @@
 
 The steps are those of DeepSeek's expert-parallel load balancer (github.com/deepseek-ai/EPLB; DeepSeek-V3,
 arXiv:2412.19437, section 3.4): the expert whose copies are busiest gets the next copy; copies are packed on ranks,
-largest first, on the rank that has the least so far (Graham's LPT with a number of slots for each rank). Where hosts
-divide groups of experts, of which a token chooses a few, groups are packed on hosts first, so that the experts of a
-token lie on few hosts; else all ranks are one. Unlike there, a rank never has two copies of an expert: the second would
-serve nothing. At last pairs of slots are exchanged as long as that lowers the largest load.
+largest first, on the rank that has the least so far (Graham's LPT with a number of slots for each rank). Unlike there,
+a rank never has two copies of an expert: the second would serve nothing. At last pairs of slots are exchanged as long
+as that lowers the largest load.
 
 All of it depends on its arguments alone, so that ranks that are given the same counts find the same arrangement. Left
-out: what it costs to move experts (placement.py arranges the lines so that little has to).
+out: what it costs to move experts (placement.py arranges the lines so that little has to); groups of experts that stay
+on a host, as no message between hosts becomes smaller by that here.
 """
 
 import numpy as np
@@ -22,26 +22,10 @@ Loads = NDArray[np.float64]  # [experts]
 EXCHANGES = 64  # of two slots, at most
 
 
-def balanced(counts: NDArray[np.int64], ranks: int, slots: int, *, hosts: int = 1, groups: int = 1) -> Placement:
-    """An arrangement of the experts whose choices `counts` [experts] are, on `ranks` of `slots` each, of which each of
-    the `hosts` has as many. Each expert lies somewhere, none twice on a rank.
-
-    Experts come in `groups` of which tokens choose some. Where these divide over the hosts, those of a group stay on
-    one."""
-    loads, experts = counts.astype(np.float64), len(counts)
-    together = hosts > 1 and ranks % hosts == 0 and groups % hosts == 0 and experts % groups == 0
-    if not together or ranks * slots // hosts > experts // hosts * (ranks // hosts):
-        return _arranged(loads, ranks, slots)
-    size, each = experts // groups, ranks // hosts
-    bins = pack(loads.reshape(groups, size).sum(axis=1), np.arange(groups), hosts, groups // hosts)
-    lines = []
-    for host in range(hosts):
-        own = np.concatenate([np.arange(group * size, (group + 1) * size) for group in sorted(bins[host])])
-        lines.append(own[_arranged(loads[own], each, slots)])
-    return np.concatenate(lines).astype(np.int32)
-
-
-def _arranged(loads: Loads, ranks: int, slots: int) -> Placement:
+def balanced(counts: NDArray[np.int64], ranks: int, slots: int) -> Placement:
+    """An arrangement of the experts whose choices `counts` [experts] are, on `ranks` of `slots` each. Each expert lies
+    somewhere, none twice on a rank."""
+    loads = counts.astype(np.float64)
     copies = replicate(loads, ranks * slots, ranks)
     experts = np.repeat(np.arange(len(loads)), copies)
     placement = np.array(pack((loads / copies)[experts], experts, ranks, slots), np.int32)

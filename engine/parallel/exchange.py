@@ -8,7 +8,8 @@
 Two forms, of the same results. With counts: ranks first tell each other how many tokens go where, and no more travels;
 the host learns the counts, so it waits. With fixed places: each rank has room for `most` tokens from each, whose places
 are those that they have at home; nothing waits, so it may be part of a CUDA graph, and what is not sent travels as
-padding that chooses no expert. That moves as many bytes as gathering all tokens does.
+padding that chooses no expert. All tokens of a rank may go to one other, so no token can lack a place. That moves as
+many lines as gathering all tokens does.
 
 Hidden states may travel as E4M3 with a scale for each 128 numbers, as the kernels for FP8 weights would round them
 anyway. Results travel in the type of the hidden states. Left out: ranks that share an expert's width; messages that go
@@ -87,18 +88,19 @@ class Exchange:
             place = lines.view(ranks, most).t()
         there = target[token] == rank[:, None]  # of a token's choices, those that go with this line
         numbers = torch.where(there, places[token] % self.held, -1).to(torch.int32)
-        payload = [*self._packed(hidden[token]), numbers, torch.where(there, weights[token], 0.0)]
-        arrived = self._all_to_all(torch.cat([part.view(torch.uint8) for part in payload], 1), sent, came)
+        states = [each.view(torch.uint8)[token] for each in self._packed(hidden)]
+        chosen = [each.view(torch.uint8) for each in (numbers, torch.where(there, weights[token], 0.0))]
+        arrived = self._all_to_all(torch.cat([*states, *chosen], 1), sent, came)
         way = Way(_lines(goes, place, min(top_k, ranks), sum(sent)), sent, came)
         return self._unpacked(arrived, hidden, top_k, way)
 
-    def combine(self, made: Tensor, way: Way, count: int) -> Tensor:
-        """What the ranks have made of this one's `count` tokens, summed in float32: of `made` [M, H], the result for
-        what has arrived here, [count, H]."""
+    def combine(self, made: Tensor, way: Way, count: int, base: Tensor | None = None) -> Tensor:
+        """What the ranks have made of this one's `count` tokens, and `base` [count, H], summed in float32: of `made`
+        [M, H], the result for what has arrived here, [count, H]."""
         back = self._all_to_all(made, way.came, way.sent)
         back = torch.cat((back, back.new_zeros(1, back.shape[1])))
         total = back[way.lines[:count]].to(torch.float32).sum(1)
-        return total.to(made.dtype)
+        return (total if base is None else total.add_(base)).to(made.dtype)
 
     def _counts(self, own: Tensor) -> tuple[list[int], list[int]]:
         """How many tokens go to each rank, and come from each. Waits for the device."""

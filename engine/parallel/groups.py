@@ -60,6 +60,14 @@ class Groups:
         distributed.all_reduce(found, op=distributed.ReduceOp.MIN)
         return int(found)
 
+    def slowest(self, times: torch.Tensor) -> torch.Tensor:
+        """The largest of each of `times` that any rank gives, in place. Called as `least`."""
+        if self.mesh.size > 1:
+            import torch.distributed as distributed
+
+            distributed.all_reduce(times, op=distributed.ReduceOp.MAX)
+        return times
+
     def started(self) -> None:
         """All that compiles has compiled: from now on a wait that is long is in vain."""
         for group in self.by_axis.values():

@@ -105,9 +105,7 @@ def imbalance(loads: NDArray[np.float64]) -> float:
 
 def arranged(old: Placement, new: Placement) -> Placement:
     """`new` with as much in place as in `old` as there can be cheaply: its lines go to the ranks that have most of
-    their experts already, the best pair first, and what a rank has stays in its slot.
-
-    All ranks are alike here; who cares on which host a line lies passes the ranks of one host alone."""
+    their experts already, the best pair first, and what a rank has stays in its slot. All ranks are alike here."""
     experts = 1 + int(old.max())
     shared = holds(old, experts).astype(np.int64) @ holds(new, experts).astype(np.int64).T
     lines = np.empty_like(new)

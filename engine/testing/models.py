@@ -19,6 +19,7 @@ from engine.messages.step import SlotAdmit, StepPlan
 from engine.parallel.groups import Groups
 from engine.parallel.mesh import ALONE
 from engine.parallel.pipeline import Pipeline
+from engine.parallel.ways import Ways
 from engine.params.sampling import Sampling
 from engine.plugin.registry import Plugins
 from engine.plugin.terms import Terms
@@ -61,6 +62,7 @@ class ModelHarness:
         groups: Groups | None = None,
         pipeline: Pipeline | None = None,
         redundant_experts: int = 0,
+        ways: Ways | None = None,
     ) -> None:
         build = Build(
             dtype=dtype,
@@ -72,6 +74,7 @@ class ModelHarness:
             groups=groups,
             quantization=quantization,
             redundant_experts=redundant_experts,
+            ways=ways,
             deferred=True,
         )
         built = model(Terms(config), build)

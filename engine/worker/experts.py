@@ -27,7 +27,7 @@ from engine.layers.moe import Experts, Router, SparseMLP
 from engine.messages.questions import CountAction, ExpertCounts, ExpertMap, ExpertWindow
 from engine.messages.step import STEPS_IN_FLIGHT
 from engine.options.parallel import ParallelOptions
-from engine.parallel.collectives import Group, broadcast
+from engine.parallel.collectives import Group, all_reduce, broadcast
 from engine.parallel.placement import Placement, imbalance, rank_loads
 from engine.worker.rebalance import Rebalancer
 
@@ -76,12 +76,12 @@ class Reading:
 
 
 @torch.inference_mode()
-def read(routers: Iterable[Router], step: int, group: Group | None = None) -> Reading:
+def read(routers: Iterable[Router], step: int, group: Group | None = None, *, parts: bool = False) -> Reading:
     """Begins to copy what `routers` have counted, behind what the device has been told to do; with a `group`, what
-    those of its first rank have."""
+    those of its first rank have, or what all of its ranks have together, where each counts `parts`."""
     counts = torch.stack([router.counts for router in routers])
     if group is not None:
-        broadcast(counts, group)
+        all_reduce(counts, group) if parts else broadcast(counts, group)
     if counts.device.type == "cpu":
         return Reading(step, counts, None)
     host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True).copy_(counts, non_blocking=True)
@@ -117,6 +117,7 @@ class ExpertWatch:
         self._experts = experts_of(model)
         self._gathered = gathered
         self._group = self._experts[0].group if self._experts else None
+        self._parts = any(layer.everywhere is not None for layer in self._experts)  # a rank counts its own tokens
         self.rebalancer = Rebalancer(self._experts, parallel)
         self._window = window
         self._steps = 0
@@ -145,9 +146,13 @@ class ExpertWatch:
         self.rebalancer.step()
 
     def _read(self) -> Reading:
-        """Where experts lie on several ranks, all read what the first has counted, and so decide alike."""
+        """Where experts lie on several ranks, all read the same, and so decide alike."""
         group = self._group if self.rebalancer.divided else None
-        return read(self._routers.values(), self._steps, group)
+        return read(self._routers.values(), self._steps, group, parts=self._parts)
+
+    def _now(self) -> Counts:
+        """What has been chosen so far. Where each rank counts its own tokens, all must ask at once."""
+        return (self._read() if self._parts else read(self._routers.values(), self._steps)).wait()
 
     def _close(self, reading: Reading) -> None:
         """The window that ended with `reading` becomes a figure of the past."""
@@ -175,7 +180,7 @@ class ExpertWatch:
 
     def _counted(self, action: CountAction) -> tuple[bool, tuple[int, ...], bytes]:
         """Whether this stage counts, its layers, and their counts between a start and a stop."""
-        now = read(self._routers.values(), self._steps).wait()
+        now = self._now()
         if action == "start":
             self._began, self._ended = now, None
         elif action == "stop" and self._ended is None:
@@ -191,7 +196,7 @@ class ExpertWatch:
         return joined(self._of_stages(self._map(now=now) if self._experts else None))
 
     def _map(self, *, now: bool) -> ExpertMap:
-        counts = read(self._routers.values(), self._steps).wait() if now else self._last
+        counts = self._now() if now else self._last
         placements = np.stack(self._placements())
         loads = [rank_loads(line, placement) for line, placement in zip(counts, placements, strict=True)]
         return ExpertMap(

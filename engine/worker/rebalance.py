@@ -4,11 +4,11 @@
     step n+1  the first: its new arrangement; weights leave for room beside the slots, on a stream of their own
     step n+3  they have come: copied into the slots, and the table of places says so; the next layer's leave
 
-Everything follows from counts, which the first rank of a stage gives to all, and from the number of steps. So all ranks
-decide and change the same at the same step, and nobody asks another. A step reads either the old arrangement or the new
-one. Where it is the new one, the same experts do the same for each token on another rank: replies differ by rounding at
+Everything follows from counts, which all ranks of a stage read alike, and from the number of steps. So all ranks decide
+and change the same at the same step, and nobody asks another. A step reads either the old arrangement or the new one.
+Where it is the new one, the same experts do the same for each token on another rank: replies differ by rounding at
 most. A layer that would gain little stays as it is. Left out: arrangements that weigh what moving costs against what it
-gains, or that keep groups of experts on a host, which would serve all-to-all alone.
+gains.
 """
 
 import logging

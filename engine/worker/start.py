@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -37,6 +37,7 @@ from engine.worker.sampling.grammars import begin_grammars
 from engine.worker.steps.copies import Copy
 from engine.worker.steps.graphs import most_prompt_tokens
 from engine.worker.steps.warmup import FILTERED, PENALIZED, PLAIN, everything
+from engine.worker.ways import choose_ways, exchange_of
 from engine.worker.weights import Tensors, checked_tensors, fill_at_random, load_weights, weight_bytes
 from engine.worker.work import attention_work
 
@@ -88,7 +89,7 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
     sizes = choose_sizes(config, device)
     groups, pipeline = gather_ranks(boot, device, source, sizes, phases)
     with _timed(phases, "weights"):
-        build = make_build(config, source, device, groups)
+        build = make_build(config, source, device, groups, sizes)
         model = make_model(source.plugins, source.terms, build)
         check_experts(model, groups)
         beginning = None
@@ -186,9 +187,9 @@ def join_memory(groups: Groups, config: Config, source: Source, sizes: Sizes) ->
     return groups.with_peers("attention_tp", peers)
 
 
-def make_build(config: Config, source: Source, device: torch.device, groups: Groups) -> Build:
+def make_build(config: Config, source: Source, device: torch.device, groups: Groups, sizes: Sizes) -> Build:
     """What the layers are built with."""
-    return Build(
+    build = Build(
         dtype=choose_dtype(config, device, source.terms),
         device=device,
         page_size=config.cache.page_size,
@@ -201,6 +202,7 @@ def make_build(config: Config, source: Source, device: torch.device, groups: Gro
         mesh=groups.mesh,
         groups=groups,
     )
+    return replace(build, ways=choose_ways(config.parallel, source, build, sizes.step_tokens))
 
 
 def fill(model: Model, config: Config, tensors: Tensors) -> None:
@@ -245,6 +247,7 @@ def readiness(runner: Runner, sizes: Sizes, *, pages: int, attention: str, phase
         attention_work=attention_work(model),
         copies=copies,
         mixture=bool(routers_of(model)),
+        exchange=exchange_of(model),
     )
 
 

@@ -72,18 +72,6 @@ def test_copies_reply_as_one_rank(case: str, place: str, ranks: Ranks, tmp_path:
     assert ranks.run(replies, model, file, slots) == of_copies(slots, said)
 
 
-@pytest.mark.parametrize("case", ["mixture", "latent attention, shared experts"])
-def test_copies_with_experts_divided_by_number_reply_as_one_rank(
-    case: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    folder = tmp_path_factory.mktemp("experts")
-    model, file = saved(case, folder)
-    said = replies(None, model, file, None)
-    with open_ranks(folder, tp=2, dp=2, ep=2) as opened:
-        for slots in PLACES.values():
-            assert opened.run(replies, model, file, slots) == of_copies(slots, said)
-
-
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("case", ["dense, biases", "mixture"])
 def test_captured_steps_have_one_size_on_all_copies(case: str, place: str, ranks: Ranks, tmp_path: Path) -> None:

@@ -30,5 +30,5 @@ def test_each_row_says_what_was_measured(tmp_path: Path) -> None:
     before, after = (values["rebalance", f"max over mean load of a rank, {when}"] for when in ("before", "after"))
     assert before > 1.15 > after >= 1
     speeds = [each for each in found if each.unit in ("tok/s", "s")]
-    assert len(speeds) == 6 and all(each.value > 0 for each in speeds)
+    assert len(speeds) == 8 and all(each.value > 0 for each in speeds)
     assert all(each.floor is not None and each.value < each.floor for each in speeds if each.unit == "tok/s")

@@ -38,10 +38,19 @@ def test_ep_alone_says_how_many_devices() -> None:
         resolve({"ep": 2, "tp": 3}).parallel.mesh()
 
 
+COPIES = {"ep": 2, "dp_attention": 2}
+SENT = {"ep_exchange": "all-to-all"}
+
+
 @pytest.mark.matrix
-def test_two_ranks_with_half_of_the_experts_reply_as_one(folder: Path) -> None:
+@pytest.mark.parametrize(
+    "divided",
+    [{"ep": 2, "redundant_experts": 2}, {"ep": 2, **SENT}, {**COPIES, **SENT, "redundant_experts": 2}, COPIES],
+    ids=["gathered", "sent", "copies, sent", "copies, as measured"],
+)
+def test_two_ranks_with_half_of_the_experts_reply_as_one(divided: dict[str, Any], folder: Path) -> None:
     said = []
-    for parts in ({}, {"ep": 2, "redundant_experts": 2}):
+    for parts in ({}, divided):
         with Engine(model=str(folder), **parts, **OPTIONS) as engine:
             said.append(engine.generate([PROMPTS[0]] * len(ASKED), list(ASKED.values())))
             said[-1] += engine.generate(PROMPTS, ASKED["scored"])
@@ -50,9 +59,10 @@ def test_two_ranks_with_half_of_the_experts_reply_as_one(folder: Path) -> None:
 
 
 @pytest.mark.matrix
-def test_stages_of_ranks_with_half_of_the_experts_reply_as_one(folder: Path) -> None:
+@pytest.mark.parametrize("divided", [{"ep": 2}, {**COPIES, **SENT}], ids=["gathered", "copies, sent"])
+def test_stages_of_ranks_with_half_of_the_experts_reply_as_one(divided: dict[str, Any], folder: Path) -> None:
     said = []
-    for parts in ({}, {"ep": 2, "pp": 2}):
+    for parts in ({}, {**divided, "pp": 2}):
         with Engine(model=str(folder), **parts, **OPTIONS) as engine:
             said.append(engine.generate(PROMPTS * 3, ASKED["greedy"]))
     assert_same(said[1], said[0])
@@ -76,15 +86,18 @@ def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.anyio
-async def test_experts_move_when_that_is_asked_for(folder: Path) -> None:
+@pytest.mark.parametrize("exchange", ["gather", pytest.param("all-to-all", marks=pytest.mark.matrix)])
+async def test_experts_move_when_that_is_asked_for(exchange: str, folder: Path) -> None:
     """Amid replies, between steps, on all ranks alike; those replies, and those after it, are those of one device."""
     greedy = SamplingParams(temperature=0, max_tokens=28, ignore_eos=True)
     async with AsyncEngine(model=str(folder), **OPTIONS) as engine:
         alone = [reply.ids for reply in await engine.generate(PROMPTS, greedy)]
         with pytest.raises(RequestError, match="start the server with --ep 2"):
             await engine.front.ask(RebalanceExperts())
-    async with AsyncEngine(model=str(folder), ep=2, redundant_experts=4, **OPTIONS) as engine:
+    options = {"ep": 2, "redundant_experts": 4, "ep_exchange": exchange, **OPTIONS}
+    async with AsyncEngine(model=str(folder), **options) as engine:
         front = engine.front
+        assert (await front.ready()).exchange == {"gather": "gather", "all-to-all": "places"}[exchange]
         with pytest.raises(RequestError, match="no token has chosen an expert"):
             await front.ask(RebalanceExperts())
         assert [reply.ids for reply in await engine.generate(PROMPTS, greedy)] == alone

@@ -135,6 +135,11 @@ class MoeOps:
             weights = weights.masked_fill(experts < 0, 0.0)
         return Routed(weights * routing.scale, experts)
 
+    def rounds(self, hidden: Tensor, weights: ExpertWeights) -> bool:
+        """Whether `experts` makes E4M3 of `hidden`, with a scale for each 128 numbers of a token, before it multiplies:
+        then it may be given what has been rounded so."""
+        return False
+
     def experts(
         self,
         hidden: Tensor,

@@ -69,12 +69,6 @@ def regime(tokens: int, top_k: int, experts: int) -> Regime:
     return next(each for each in REGIMES if tokens * top_k <= each.share * experts)
 
 
-def wants_fp8(hidden: Tensor, weights: ExpertWeights) -> bool:
-    """Whether activations become FP8: where weights are, in whole blocks, unless hidden states are float32."""
-    whole = not any(size % BLOCK for size in weights.down.shape[1:])
-    return weights.down.dtype == E4M3 and hidden.dtype != torch.float32 and whole
-
-
 class TritonMoeOps(MoeOps):
     """The operations on CUDA tensors. `dense` activates between torch's grouped products."""
 
@@ -101,6 +95,11 @@ class TritonMoeOps(MoeOps):
         rows = regime(tokens, routing.top_k, routing.experts).bfloat16[0].rows if tokens > VECTOR_TOKENS else 0
         return route(logits, bias, routing, rows, counts, real, places)
 
+    def rounds(self, hidden: Tensor, weights: ExpertWeights) -> bool:
+        """Where weights are FP8, in whole blocks, unless hidden states are float32."""
+        whole = not any(size % BLOCK for size in weights.down.shape[1:])
+        return weights.down.dtype == E4M3 and hidden.dtype != torch.float32 and whole
+
     def experts(
         self,
         hidden: Tensor,
@@ -115,7 +114,7 @@ class TritonMoeOps(MoeOps):
             return torch.empty_like(hidden)
         hidden, chosen = hidden.contiguous(), routed.experts.contiguous()
         routed = routed._replace(weights=routed.weights.contiguous(), experts=chosen)
-        if wants_fp8(hidden, weights):
+        if self.rounds(hidden, weights):
             return self.by_fp8(hidden, routed, weights, base, among)
         if tokens <= VECTOR_TOKENS:
             made = vector_up(hidden, weights.gate_up, weights.gate_up_scale, chosen)

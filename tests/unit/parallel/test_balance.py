@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -96,27 +96,6 @@ def test_packing_exchanges_where_only_bins_with_the_expert_have_room() -> None:
     bins = pack(loads, experts, 2, 3)
     assert sorted(expert for line in bins for expert in line) == [0, 1, 2, 3, 9, 9]
     assert all(9 in line for line in bins)
-
-
-@given(
-    st.lists(st.integers(0, 1000), min_size=16, max_size=16),
-    st.sampled_from([(2, 4), (4, 4), (2, 2)]),
-    st.integers(4, 6),
-)
-@settings(max_examples=40)
-def test_groups_stay_on_their_host(counts: list[int], sizes: tuple[int, int], slots: int) -> None:
-    hosts, groups = sizes
-    placement = balanced(np.array(counts), 4, slots, hosts=hosts, groups=groups)
-    check(placement, 16)
-    if slots * 4 // hosts <= 16 // hosts * (4 // hosts):
-        by_host = placement.reshape(hosts, -1) // (16 // groups)
-        for one, other in itertools.combinations(by_host.tolist(), 2):
-            assert not set(one) & set(other)
-
-
-def test_hosts_that_do_not_divide_groups_are_as_one() -> None:
-    counts = np.arange(12)
-    assert np.array_equal(balanced(counts, 4, 4, hosts=2, groups=3), balanced(counts, 4, 4))
 
 
 # ── placements ───────────────────────────────────────────────────────────────────────────────

@@ -23,6 +23,7 @@ class Layer:
     """Eight experts on two ranks."""
 
     path = "mlp.experts"
+    everywhere = None
 
     def __init__(self) -> None:
         self.placement = first_placement(8, 2)
