@@ -4,8 +4,10 @@
 
 - `paced`: a fake worker gives each stream an event of one token every 50 ms, so that no two events come in one read.
   The floor beside it is a bare relay in Python (`bare_relay`), which writes what it reads.
-- `front`: `engine serve` with the echo model and its core in another process; the front's CPU time in the same load,
-  the router before it, stands beside the router's, and the ratio is that of the two.
+- `paced front`: `engine serve` with a model whose steps take 50 ms (`paced_echo`) and its core in another process. So
+  the front, too, writes each event by itself. Its CPU time in the same load, the router before it, stands beside the
+  router's, and the ratio is that of the two.
+- `front`: the same with the echo model, which writes as fast as it can, so one read often has several events.
 - `requests`: answers that are not streamed, of the fake worker, one after another on connections that are kept.
 - `added`: p50 and p99 of such a request by one client, over the router and without it, in turn.
 
@@ -30,7 +32,7 @@ from bench.lib.figures import shown
 from bench.lib.processes import cpu_seconds, fronts
 from engine.client.bench.process import free_port
 
-PACE = 0.05
+PACE = 0.05  # seconds
 SAMPLES = 400  # requests of one client, for percentiles
 
 
@@ -94,23 +96,30 @@ def main() -> None:
             stack.callback(process.terminate)
             return process
 
+        def served(port: int, *more: str) -> int:
+            """The process id of the front of an engine on `port`."""
+            log = stack.enter_context(tempfile.TemporaryFile())
+            serving = start(HERE, 1, max(streams), port, log, max(512, 2 * options.tokens), *more)
+            stack.callback(serving.wait, 30)
+            stack.callback(serving.terminate)
+            wait(port, serving, log)
+            return fronts(serving.pid)[0]
+
         def routed(worker: int) -> "tuple[int, subprocess.Popen[bytes]]":
             port = free_port()
             words = ["engine.cli", "router", "--workers", f"http://127.0.0.1:{worker}", "--port", str(port)]
             return port, run([*words, "--policy", options.policy, "--log-level", "warning"])
 
-        fake, engine, bare = free_port(), free_port(), free_port()
+        fake, engine, slow, bare = (free_port() for _ in range(4))
         run(["bench.router.fake_worker", str(fake), str(PACE)])
         relay = run(["bench.router.bare_relay", str(bare), str(fake)])
-        log = stack.enter_context(tempfile.TemporaryFile())
-        serving = start(HERE, 1, max(streams), engine, log, max(512, 2 * options.tokens))
-        stack.callback(serving.wait, 30)
-        stack.callback(serving.terminate)
-        wait(engine, serving, log)
-        (paced, router), (before, other) = routed(fake), routed(engine)
-        ready(paced, router)
-        ready(before, other)
-        front = fronts(serving.pid)[0]
+        pairs = [
+            ("paced front", slow, served(slow, "--model", "paced-echo", "--plugins", "bench/router/paced_echo.py")),
+            ("front", engine, served(engine)),
+        ]
+        (paced, router), *before = routed(fake), *(routed(port) for _, port, _ in pairs)
+        for port, process in ((paced, router), *before):
+            ready(port, process)
         for turn in range(options.turns + 1):
             if turn == 1:
                 found.clear()  # the first warms up
@@ -120,10 +129,11 @@ def main() -> None:
                 (floor,) = spent([relay.pid], bare, "chat", count, options.tokens)
                 note(f"paced, {count} streams: bare relay, us an event", floor)
                 note(f"paced, {count} streams: router / bare relay", ours / floor)
-                ours, theirs = spent([other.pid, front], before, "chat", count, options.tokens)
-                note(f"front, {count} streams: router, us an event", ours)
-                note(f"front, {count} streams: front, us an event", theirs)
-                note(f"front, {count} streams: router / front", ours / theirs)
+                for (row, _, front), (port, other) in zip(pairs, before, strict=True):
+                    ours, theirs = spent([other.pid, front], port, "chat", count, options.tokens)
+                    note(f"{row}, {count} streams: router, us an event", ours)
+                    note(f"{row}, {count} streams: front, us an event", theirs)
+                    note(f"{row}, {count} streams: router / front", ours / theirs)
                 (ours,) = spent([router.pid], paced, "requests", count, 1)
                 note(f"requests, {count} connections: router, us a request", ours)
             direct, over = anyio.run(latencies, fake), anyio.run(latencies, paced)

@@ -5,17 +5,18 @@
 Prompts are of 16 to 128 blocks of 128 characters, 54 in the mean; most go on from one that came before, and 1 in 8 of
 these goes to another worker than the rest. Figures are CPU time of one core, the median of five times 2,000 prompts
 that are drawn from all, so that blocks come from memory, not from the processor's cache. An operation is to match a
-prompt, or to insert it.
+prompt, or to insert it. The table is in C where it can be; ENGINE_CPU_KERNELS=0 measures the one in Python.
 """
 
 import argparse
+import os
 import random
-import resource
 import statistics
 import time
 from array import array
 from collections.abc import Callable, Sequence
 
+from bench.lib.processes import resident
 from engine.conversation.canonical import BLOCK, chained
 from engine.plugin.registry import Plugins, resolve
 from engine.plugin.routing import Arrival, RoutingPolicy, View
@@ -60,12 +61,12 @@ def timed(name: str, run: Callable[[Prompt], object], prompts: list[Prompt], ope
 
 def speed(blocks: int, workers: Sequence[str]) -> None:
     rng = random.Random(0)
-    before = resident()
+    before = resident(os.getpid())
     index, prompts = filled(blocks, workers, rng)
     mean = statistics.mean(len(prompt) for prompt, _ in prompts)
     kept = sum(8 * len(prompt) for prompt, _ in prompts) / 2**20
     print(f"{len(index):,} blocks of {len(workers)} workers from {len(prompts):,} prompts of {mean:.0f} blocks; "
-          f"{(resident() - before - kept) * 2**20 / len(index):.0f} bytes a block")  # fmt: skip
+          f"{(resident(os.getpid()) - before - kept) * 2**20 / len(index):.0f} bytes a block")  # fmt: skip
     rng.shuffle(prompts)
     longer = {id(prompt): prompt + made_up(rng, 8) for prompt, _ in prompts[:10_000]}
     new = [(made_up(rng, round(mean)), worker) for _, worker in prompts[:10_000]]
@@ -110,11 +111,6 @@ def made(chars: int) -> RoutingPolicy:
     return policy
 
 
-def resident() -> float:
-    """MiB, at most so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def hour(rate: float, workers: Sequence[str], chars: int) -> None:
     """An hour of requests, each of 1,024 tokens, half of which one of 1,000 prefixes is; nothing is asked but where."""
     policy, rng, views = made(chars), random.Random(0), [View(name, 1, 0, 256) for name in workers]
@@ -129,8 +125,9 @@ def hour(rate: float, workers: Sequence[str], chars: int) -> None:
         if number % 16 == 0:
             policy.tidy(0.0005)
         if number % int(rate * 300) == 0:
-            print(f"  minute {number / rate / 60:3.0f}: {len(index):9,} blocks in the table, {resident():6.0f} MiB in "
-                  f"all, {time.process_time():5.0f} s of CPU", flush=True)  # fmt: skip
+            print(f"  minute {number / rate / 60:3.0f}: {len(index):9,} blocks in the table, "
+                  f"{resident(os.getpid()):6d} MiB in all, {time.process_time():5.0f} s of CPU",
+                  flush=True)  # fmt: skip
 
 
 def main() -> None:

@@ -1,8 +1,10 @@
-"""`python -m engine.kernels` compiles the CPU kernels, so that the first start need not."""
+"""`python -m engine.kernels` compiles what is in C (kernels, the router's table), so that the first start need not."""
 
 import logging
 
 from engine.kernels.cpu.calls import kernels
+from engine.router.compiled_table import compiled
 
 logging.basicConfig(level=logging.INFO)
 kernels()
+compiled()

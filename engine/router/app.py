@@ -9,9 +9,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import anyio
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
+from engine.errors import RequestError
 from engine.http.connections import listen
 from engine.http.fields import IGNORED, Ignored
 from engine.http.intake import INTAKE, Intake, without_expecting
@@ -22,6 +23,7 @@ from engine.http.origins import Access, Gate, warn_of_any_origin
 from engine.http.request_id import name_request, send_id
 from engine.http.shaping import shaped
 from engine.router import admin, everywhere
+from engine.router.health import LOOP
 from engine.router.log import log_request
 from engine.router.proxy import proxied
 from engine.router.router import ROUTER, Router
@@ -41,7 +43,8 @@ def create_app(router: Router) -> web.Application:
     options = router.config.server
     open_paths = frozenset(route.path for route in ROUTES if route.open)
     gate = Gate(Access.of(options), pages=frozenset(), methods=METHODS)
-    checks = [shape_errors, name_request, gate.middleware(), _by_route(key_check(Keys(options), frozenset()))]
+    keys = _by_route(key_check(Keys(options), frozenset()))
+    checks = [shape_errors, name_request, refuse_loops, gate.middleware(), keys]
     if options.log_requests or router.config.router.log_level == "debug":
         checks.insert(0, log_request(open_paths))
     app = web.Application(middlewares=checks)
@@ -81,6 +84,20 @@ def _by_route(check: "Middleware") -> "Middleware":
         return await check(request, handler)
 
     return check_key
+
+
+@web.middleware
+async def refuse_loops(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuse what this router has sent itself: it, or another one, has it for a worker."""
+    via = request.app[ROUTER].via
+    if any(via in line for line in request.headers.getall(hdrs.VIA, ())):
+        raise RequestError(
+            f"the request came back to the router that it was sent by ({via}); remove the worker whose URL is that of "
+            "a router before it",
+            code="loop",
+            status=LOOP,
+        )
+    return await handler(request)
 
 
 @web.middleware

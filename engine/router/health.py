@@ -24,6 +24,7 @@ from engine.router.keys import WorkerKeys
 from engine.router.workers import REGISTERED, Fleet, State, Worker
 
 PATHS: Final = ("/readyz", "/health")
+LOOP: Final = 508  # the status of an answer to a request that has been here before
 MODELS_SECONDS: Final = 30.0  # how old what is known of the models may be
 FORGET_SECONDS: Final = 600.0  # after which a worker that registered itself and is gone is forgotten
 MOST_CAUSE: Final = 200
@@ -34,8 +35,9 @@ log = logging.getLogger("engine.router")
 class Health:
     """Watches the workers of a fleet, one task for each."""
 
-    def __init__(self, fleet: Fleet, keys: WorkerKeys) -> None:
+    def __init__(self, fleet: Fleet, keys: WorkerKeys, via: str) -> None:
         self._fleet = fleet
+        self._via = via
         self._options = fleet.config.health
         self._keys = keys
         fleet.on_added.append(self._begin)
@@ -85,6 +87,8 @@ class Health:
             return "hung", f"no answer within {self._options.health_timeout:g} s ({type(error).__name__})"
         if status == 200:
             return "ready", ""
+        if status == LOOP:
+            return "unready", "its URL leads back to this router"
         said = object_in(body).get("cause") if status != 404 else None
         return "unready", str(said)[:MOST_CAUSE] if said else str(status)
 
@@ -131,6 +135,7 @@ class Health:
         assert self._fleet.session is not None, "it is opened with the router"
         timeout = aiohttp.ClientTimeout(total=seconds or self._options.health_timeout)
         said = dict(headers) | ({"Content-Type": "application/json"} if body else {})
+        said["Via"] = f"{said['Via']}, {self._via}" if "Via" in said else self._via
         if (key := self._keys.of(worker.url)) is not None:
             said["Authorization"] = f"Bearer {key}"
         url = URL(worker.url + path, encoded=True)  # which would take dots out of a path

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 ELSEWHERE: Final = frozenset({429, 502, 503, 504})  # statuses of a worker that another one may do without
 FAILURES: Final = frozenset({502, 504})
-CLIENT: Final = ("Authorization", "x-api-key", "anthropic-version")
+CLIENT: Final = ("Authorization", "x-api-key", "anthropic-version", "Via")
 log = logging.getLogger("engine.router")
 
 
@@ -55,8 +55,9 @@ class Moved(WorkerError):
 
 
 def passed(request: web.Request) -> dict[str, str]:
-    """The headers of `request` by which a worker knows its client, for questions beside the request itself."""
-    return {name: request.headers[name] for name in CLIENT if name in request.headers}
+    """The headers of `request` by which a worker knows its client, and the way it came, for questions beside the
+    request itself."""
+    return {name: ", ".join(request.headers.getall(name)) for name in CLIENT if name in request.headers}
 
 
 async def ticket_of(router: "Router", request: web.Request, asked: Asked) -> Ticket:
@@ -157,7 +158,8 @@ class Journey:
     async def _begun(self, worker: Worker) -> tuple[Upstream, Head]:
         """The connection over which an answer has begun to come, and its head. Raises Moved if none does."""
         request = self._request
-        head = request_head(request, worker.address, len(self._body), self._router.worker_keys.of(worker.url))
+        router, body = self._router, self._body
+        head = request_head(request, worker.address, len(body), router.worker_keys.of(worker.url), router.via)
         fresh = False
         while True:
             try:
@@ -166,7 +168,7 @@ class Journey:
                 raise Moved(str(error)) from None
             worker.unanswered.add(upstream)
             try:
-                answer = await upstream.ask(head, self._body)
+                answer = await upstream.ask(head, body)
                 if not upstream.ended:
                     await upstream.woken()
                 worker.unanswered.discard(upstream)

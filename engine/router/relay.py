@@ -27,9 +27,9 @@ DROPPED: Final = OWN - KEPT
 SHARED: Final = b"access-control-"  # what a worker shares with origins is this router's to say
 
 
-def request_head(request: web.Request, address: Address, length: int, key: str | None) -> bytes:
+def request_head(request: web.Request, address: Address, length: int, key: str | None, via: str) -> bytes:
     """The head of `request` for the worker at `address`; its body has `length` bytes. With a `key`, that is sent in
-    place of the client's."""
+    place of the client's. `via` is what this router adds of itself."""
     version = "1.1" if request.version >= HttpVersion11 else "1.0"
     host = f"[{address.host}]" if ":" in address.host else address.host
     path = request.raw_path if request.raw_path.startswith("/") else request.rel_url.raw_path_qs
@@ -42,6 +42,7 @@ def request_head(request: web.Request, address: Address, length: int, key: str |
         low = name.lower()
         if low not in dropped and not low.startswith(FETCH):
             lines.append(b"%b: %b" % (name, value))
+    lines.append(b"Via: " + via.encode())
     if length or request.method not in ("GET", "HEAD", "DELETE", "OPTIONS"):
         lines.append(b"Content-Length: %d" % length)
     return b"\r\n".join(lines) + HEAD_END

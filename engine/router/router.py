@@ -6,6 +6,7 @@ discovery, admin ──> Fleet ──> Health (one task a worker)
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -49,13 +50,14 @@ class Router:
 
     def __init__(self, config: RouterConfig) -> None:
         self.config = config
+        self.via = f"1.1 engine-router-{secrets.token_hex(8)}"  # in all that it asks: what comes back with it is a loop
         self.policy = policy_named(config.router.policy, config.router.plugins)
         self.policy.bound(config.router.index_chars)
         self.fleet = Fleet(config)
         self.fleet.on_reset.append(lambda url: tell(self.policy.reset, url))
         self.worker_keys = WorkerKeys(config.router.worker_key_file)
         self.admin_keys = admin_keys(config)
-        self.health = Health(self.fleet, self.worker_keys)
+        self.health = Health(self.fleet, self.worker_keys, self.via)
         self.feeds = Feeds(self.fleet, self.policy, self.worker_keys)
         self.dispatcher = Dispatcher(self.fleet, self.policy, config.queue)
         self.places = Places()
@@ -112,7 +114,8 @@ class Router:
         )
 
     async def _who_has(self, id: str, headers: Mapping[str, str]) -> str:
-        """The URL of a worker that says that it has the response `id`; empty if none does."""
+        """The URL of a worker that says that it has the response `id`; empty if none does. Those that would not answer
+        are not asked."""
 
         async def has(worker: Worker) -> str:
             try:
@@ -121,7 +124,8 @@ class Router:
                 return ""
             return worker.url if status == 200 else ""
 
-        found = await asyncio.gather(*map(has, list(self.fleet.workers.values())))
+        asked = [worker for worker in self.fleet.workers.values() if worker.state not in ("hung", "gone")]
+        found = await asyncio.gather(*map(has, asked))
         return next(filter(None, found), "")
 
     @property

@@ -26,6 +26,7 @@ MOST_GATHERED: Final = 256 * 2**10  # bytes that are held for a handler that has
 LAST: Final = 4  # reads of the socket of which the end of a body is remembered
 LAST_BYTES: Final = 4096
 FIRST_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([^\r\n\0]*))?")
+DIGITS: Final = b"0123456789abcdefABCDEF"
 BROKEN_LINE: Final = re.compile(rb"[\r\n\0]")  # what is a line's end for some readers
 
 RawHeaders = Sequence[tuple[bytes, bytes]]
@@ -114,12 +115,10 @@ class Chunks:
 
 
 def _size(line: bytes) -> int:
-    """The size that begins a chunk."""
-    try:
-        if (size := int(line.partition(b";")[0] if b";" in line else line, 16)) >= 0:
-            return size
-    except ValueError:
-        pass
+    """The size that begins a chunk, hexadecimal digits and nothing else: `int` also takes `0x5`, `+5` and `1_0`."""
+    digits = (line.partition(b";")[0] if b";" in line else line).rstrip(b" \t\r")
+    if digits and not digits.translate(None, DIGITS):
+        return int(digits, 16)
     raise WorkerError(f"the worker's reply has {line[:40]!r} where the size of a chunk belongs")
 
 

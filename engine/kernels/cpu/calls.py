@@ -1,25 +1,17 @@
 """The CPU kernels of *.c: compiled on first use, called through ctypes.
 
-A compiler is asked for once; the library is kept in the user's cache, or in a temporary folder where that cannot be
-used, under a name that holds everything it depends on. Without a compiler, one that is in the cache serves. `kernels()`
-is None where there is neither, or ENGINE_CPU_KERNELS=0: layers then do the same in torch. All take and return float32
+The library is kept in a cache (engine/runtime/compiled.py). `kernels()` is None where there is neither a compiler nor a
+library that one has made before, or ENGINE_CPU_KERNELS=0: layers then do the same in torch. All take and return float32
 tensors on the CPU.
 """
 
 import ctypes
 import functools
-import hashlib
 import logging
 import os
 import platform
-import shutil
-import stat
 import subprocess
-import tempfile
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -29,15 +21,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.errors import counted
 from engine.kernels.dense.reference import HeadNorms, Heads, Ops, Rotation
 from engine.kernels.types import Packed, PackedMatrix
+from engine.runtime.compiled import Sources, said
 
 log = logging.getLogger("engine.kernels")
 
 FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
-SILENCE = 0.9  # seconds between two lines of the log while all wait for the compiler
 WIDE = "-mprefer-vector-width=512"  # compilers for x86 prefer 256 bits by themselves
 
 # GGUF's name of a block type to (number in blocks.h, weights in a block, bytes in a block).
@@ -86,12 +77,10 @@ def kernels() -> "Kernels | None":
     """The compiled kernels; None, with the reason in the log, where they cannot be had."""
     if os.environ.get("ENGINE_CPU_KERNELS") == "0":
         return None
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     try:
-        library = _library(compiler) if compiler else _compiled_before()
+        library = sources().load()
     except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        log.warning("the CPU kernels do not compile, so the CPU runs at a fraction of its speed: %s", said.strip())
+        log.warning("the CPU kernels do not compile, so the CPU runs at a fraction of its speed: %s", said(error))
         return None
     if library is None:
         log.warning(
@@ -106,103 +95,23 @@ def kernels() -> "Kernels | None":
     return Kernels(library)
 
 
-def _library(compiler: str) -> ctypes.CDLL:
-    """The library out of the user's cache, or where that cannot be used, out of a temporary folder."""
-    try:
-        return ctypes.CDLL(str(_build(compiler, _cache())))
-    except (OSError, RuntimeError) as error:  # it cannot be written or mapped, or there is no home
-        folder = _temporary_folder()
-        log.warning("the cache cannot be used (%s); the CPU kernels are kept in %s", error, folder)
-    return ctypes.CDLL(str(_build(compiler, folder)))
-
-
-def _compiled_before() -> ctypes.CDLL | None:
-    """A library in the user's cache, whatever compiled it: an image may have left its compiler behind."""
-    with suppress(RuntimeError):  # there is no home
-        for found in sorted(_cache().glob(f"{_stem()}-*.so")):
-            return ctypes.CDLL(str(found))
-    return None
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "engine"
-
-
-def _temporary_folder() -> Path:
-    """A folder for this user alone: the same one every time, unless somebody else has put something in its place."""
-    folder = Path(tempfile.gettempdir()) / f"engine-kernels-{os.getuid()}"
-    with suppress(OSError):
-        folder.mkdir(mode=0o700)
-    try:
-        found = folder.lstat()
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="engine-kernels-"))
-    ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
-    return folder if ours else Path(tempfile.mkdtemp(prefix="engine-kernels-"))
-
-
-def _build(compiler: str, cache: Path) -> Path:
-    """The library's path in `cache`; compiled unless it is there. Raises CalledProcessError, and OSError where `cache`
-    cannot be used."""
-    openmp = _openmp()
-    target = cache / f"{_stem()}-{_digest(compiler, 8)}.so"
-    if target.exists():
-        return target
-    cache.mkdir(parents=True, exist_ok=True)
+def sources() -> Sources:
+    """The C files, and how they are compiled."""
     wide = (WIDE,) if platform.machine() in ("x86_64", "AMD64") else ()
-    with tempfile.TemporaryDirectory(dir=cache) as folder, ThreadPoolExecutor() as pool:
-        log.info("compiling the CPU kernels, once and for some seconds, with %s", compiler)
-        linked = Path(folder, "cpu.so")
-        objects = {str(source): str(Path(folder, f"{source.stem}.o")) for source in sorted(FOLDER.glob("*.c"))}
-        commands = [(compiler, *FLAGS, *wide, "-c", source, "-o", compiled) for source, compiled in objects.items()]
-        _wait_for([pool.submit(_run, command) for command in commands])
-        runtime = str(openmp) if openmp else "-fopenmp"
-        _run((compiler, "-shared", *objects.values(), runtime, "-lm", "-o", str(linked)))
-        os.replace(linked, target)  # whole or not at all, whoever else is compiling
-    return target
-
-
-def _stem() -> str:
-    """The library's name without its compiler: the sources, the flags, the OpenMP runtime and the processor."""
-    sources = (source.read_text() for source in sorted(FOLDER.glob("*.[ch]")))
-    return "cpu-" + _digest("\0".join((*sources, *FLAGS, str(_openmp()), _processor())), 16)
-
-
-def _digest(text: str, length: int) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
-
-
-def _wait_for(compilations: Sequence["Future[None]"]) -> None:
-    """Returns when all have ended, and says meanwhile how many have. Raises what they raise."""
-    began, pending = time.monotonic(), set(compilations)
-    while pending:
-        ended, pending = wait(pending, timeout=SILENCE)
-        for each in ended:
-            each.result()
-        if pending:
-            ready, seconds = len(compilations) - len(pending), time.monotonic() - began
-            log.info("%d of %s compiled after %.0f s", ready, counted(len(compilations), "file"), seconds)
-
-
-def _run(command: Sequence[str]) -> None:
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
-    except OSError as error:  # of the compiler, not of the cache
-        raise subprocess.CalledProcessError(127, command, stderr=str(error)) from error
+    openmp = _openmp()
+    return Sources(
+        name="cpu",
+        title="the CPU kernels",
+        paths=tuple(sorted(FOLDER.glob("*.[ch]"))),
+        flags=(*FLAGS, *wide),
+        linked=(str(openmp) if openmp else "-fopenmp", "-lm"),
+        native=True,
+    )
 
 
 def _openmp() -> Path | None:
     """The OpenMP runtime that torch carries: with another one, two pools of threads would share the cores."""
     return next(iter(sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))), None)
-
-
-def _processor() -> str:
-    """What -march=native depends on: a cache may be shared by machines."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return platform.processor()
-    lines = info.read_text().splitlines()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
 # ── calling ──────────────────────────────────────────────────────────────────────────────────

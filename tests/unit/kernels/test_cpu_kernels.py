@@ -16,6 +16,7 @@ import torch
 from engine.kernels.cpu import calls as cpu
 from engine.kernels.dense.reference import HeadNorms, Heads, Ops
 from engine.layers import AttentionShape, Build, ColumnLinear, Embedding, LMHead, RMSNorm
+from engine.runtime import compiled
 from engine_plugins.attention.cpu import CpuAttention
 from engine_plugins.attention.torch.mha import TorchAttention
 
@@ -194,12 +195,12 @@ def test_the_log_is_not_silent_while_a_compiler_runs(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    monkeypatch.setattr(cpu, "SILENCE", 0.0)
+    monkeypatch.setattr(compiled, "SILENCE", 0.0)
     done, failing = Future(), Future()
     done.set_result(None)
     caplog.handler.addFilter(lambda record: failing.done() or failing.set_exception(OSError("no compiler")) or True)
     with pytest.raises(OSError, match="no compiler"):
-        cpu._wait_for([done, failing])
+        compiled.wait_for([done, failing])
     assert "1 of 2 files compiled after 0 s" in caplog.text
 
 
@@ -299,7 +300,7 @@ def test_a_cache_that_cannot_be_used_is_replaced_by_a_private_folder(
     UNUSABLE[why](monkeypatch)
     with caplog.at_level("INFO"):
         for _ in range(2):
-            assert cpu._library("cc").one() == 1
+            assert cpu.sources().library("cc").one() == 1
     (folder,) = (path for path in one_function.iterdir() if path.name.startswith("engine-kernels"))
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     levels = [record.levelname for record in caplog.records if str(folder) in record.getMessage()]
@@ -320,7 +321,7 @@ def test_no_library_is_loaded_from_a_folder_that_others_can_write(
     else:
         expected.mkdir()
         expected.chmod(0o777)
-    assert cpu._library("cc").one() == 1
+    assert cpu.sources().library("cc").one() == 1
     assert not any(elsewhere.iterdir())
     assert not any(expected.iterdir())
 
@@ -329,14 +330,14 @@ def test_without_a_compiler_what_was_compiled_before_serves(
     monkeypatch: pytest.MonkeyPatch, one_function: Path, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert cpu._compiled_before() is None
-    assert cpu._library("cc").one() == 1
-    found = cpu._compiled_before()
+    assert cpu.sources().compiled_before() is None
+    assert cpu.sources().library("cc").one() == 1
+    found = cpu.sources().compiled_before()
     assert found is not None and found.one() == 1
-    monkeypatch.setattr(cpu, "_processor", lambda: "another")
-    assert cpu._compiled_before() is None
+    monkeypatch.setattr(compiled, "processor", lambda: "another")
+    assert cpu.sources().compiled_before() is None
     no_home(monkeypatch)
-    assert cpu._compiled_before() is None
+    assert cpu.sources().compiled_before() is None
 
 
 def test_a_compiler_that_is_not_there_is_not_the_caches_fault(

@@ -12,6 +12,7 @@ from routed import RawWorker, raw_worker, routing, says, until, whole
 from engine.router.breaker import Breaker
 from engine.router.policy import Arrival, Choice, RoutingPolicy, View
 from engine.router.router import Router
+from engine.router.workers import Worker
 
 pytestmark = pytest.mark.anyio
 
@@ -144,6 +145,53 @@ async def test_what_a_hanging_worker_has_not_begun_is_answered_elsewhere() -> No
         assert [each.result()[:2] for each in asked] == [(200, "well")] * 6
         worker = router.fleet.workers[hung.url]
         assert (worker.state, worker.counts.moved, worker.view.running) == ("hung", 3, 0)
+
+
+async def test_a_router_that_is_its_own_worker_is_asked_nothing() -> None:
+    async with raw_worker(says(b'"well"')) as well, routing(well.url) as (url, router):
+        itself = router.fleet.add(url, "test")
+        await until(lambda: itself.state == "unready")
+        assert itself.cause == "its URL leads back to this router"
+        assert [(await ask(url))[:2] for _ in range(3)] == [(200, "well")] * 3
+        await ask(url, {"Via": "1.0 before"})
+        said = [line for line in well.asked[-1][0].split(b"\r\n") if line.startswith(b"Via: ")]
+        assert said == [b"Via: 1.0 before", b"Via: " + router.via.encode()]
+        status, body, _ = await ask(url, {"Via": f"1.0 before, {router.via}"})
+        assert (status, body["error"]["code"]) == (508, "loop") and "remove the worker" in body["error"]["message"]
+        assert len(well.asked) == 4
+
+
+async def test_two_routers_that_are_workers_of_each_other_send_a_request_round_once() -> None:
+    async with (
+        raw_worker(says(b'"well"')) as well,
+        routing(well.url) as (one, first), routing(one) as (two, second),
+    ):  # fmt: skip
+        await until(lambda: first.fleet.add(two, "test").may_take)
+        said = [await ask(one) for _ in range(4)]
+        assert {(status, body if status == 200 else body["error"]["code"]) for status, body, _ in said} == {
+            (200, "well"), (508, "loop"),
+        }  # fmt: skip
+        assert [each["id"] for each in (await call("GET", f"{two}/v1/models"))[1]["data"]] == ["fake"]
+        await until(lambda: not running(first) and not running(second))
+
+
+async def test_a_hung_worker_is_not_asked_for_a_response(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with (
+        raw_worker(says(b"{}", 404)) as hung, raw_worker(says(b"{}")) as well,
+        routing(hung.url, well.url, health_timeout=0.1) as (url, router),
+    ):  # fmt: skip
+        hung.hangs = True
+        await until(lambda: router.fleet.workers[hung.url].state == "hung")
+        asked, ask_worker = [], router.health.ask
+
+        async def noted(worker: Worker, path: str, **more: Any) -> tuple[int, bytes]:
+            if "responses" in path:
+                asked.append(worker.url)
+            return await ask_worker(worker, path, **more)
+
+        monkeypatch.setattr(router.health, "ask", noted)
+        assert (await call("GET", f"{url}/v1/responses/resp_1"))[0] == 200
+        assert asked == [well.url]
 
 
 async def test_a_breaker_opens_tries_one_request_and_closes() -> None:

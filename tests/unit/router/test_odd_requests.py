@@ -10,8 +10,9 @@ from http_raw import answer as answered
 from http_raw import dial, post, until_closed
 from routed import RawWorker, Script, chunk, raw_worker, routing, says, until, whole
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, WorkerError
 from engine.router.policy import Arrival, Choice, RoutingPolicy, View
+from engine.router.wire import Chunks
 from engine.router.workers import named
 
 pytestmark = pytest.mark.anyio
@@ -226,6 +227,15 @@ async def test_answers_that_can_be_read_in_two_ways_are_none(sent: bytes) -> Non
         session.get(f"{url}/a") as said,
     ):
         assert (said.status, (await said.json())["error"]["code"]) == (502, "worker_failed")
+
+
+@pytest.mark.parametrize("size", [b"0x5", b"+5", b"-5", b"0_5", b" 5", b"", b"5 5", b"\xd9\xa5", b"g", b"\r"])
+async def test_a_chunk_has_hexadecimal_digits_for_its_size_and_nothing_else(size: bytes) -> None:
+    with pytest.raises(WorkerError, match="where the size of a chunk belongs"):
+        Chunks().end(size + b"\r\nhello\r\n0\r\n\r\n")
+    for good in (b"5", b"05", b"5;x=y", b"5 ;x", b"5\t"):
+        assert Chunks().end(good + b"\r\nhello\r\n0\r\n\r\n")
+    assert Chunks().end(b"A\r\n" + b"x" * 10 + b"\r\n0\r\n\r\n")
 
 
 async def test_a_worker_may_answer_before_it_has_read_the_body() -> None:

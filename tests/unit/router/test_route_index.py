@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from engine.conversation.canonical import BLOCK, chained
-from engine.router.index import COMING, LEAST, MARKS, TOLD, PrefixIndex
+from engine.router.compiled_table import table
+from engine.router.index import COMING, LEAST, TOLD, PrefixIndex
+from engine.router.table import MARKS, Table
 
 Path = tuple[int, ...]
 
@@ -44,9 +46,11 @@ workers = st.sampled_from(["a", "b", "c"])
 
 
 class IndexMachine(RuleBasedStateMachine):
+    table = Table
+
     def __init__(self) -> None:
         super().__init__()
-        self.index = PrefixIndex(LEAST)
+        self.index = PrefixIndex(LEAST, self.table())
         self.plain: dict[str, Plain] = {}
 
     def of(self, worker: str) -> Plain:
@@ -55,7 +59,7 @@ class IndexMachine(RuleBasedStateMachine):
     def ages(self, worker: str) -> bool:
         """Begin a new generation if its mark is free; only the index knows how far its walk has come."""
         holder = self.index._holder(worker)
-        free = not self.index._retired & holder.bit((holder.young + 1) % MARKS)
+        free = not self.index._table.retired(holder.bit((holder.young + 1) % MARKS))
         if free:
             plain = self.of(worker)
             plain.young, plain.old = set(), plain.young
@@ -163,8 +167,12 @@ class IndexMachine(RuleBasedStateMachine):
             assert self.index.held(worker) == sum(map(len, parts))
 
 
-TestIndex = IndexMachine.TestCase
-TestIndex.settings = settings(
+class CompiledMachine(IndexMachine):
+    table = staticmethod(table)
+
+
+TestIndex, TestCompiledIndex = IndexMachine.TestCase, CompiledMachine.TestCase
+TestIndex.settings = TestCompiledIndex.settings = settings(
     max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
