@@ -15,3 +15,9 @@ def register_tiers(register: Callable[..., None]) -> None:
         kind="pool",
         description="the memory of the host, for --kv-host",
     )
+    register(
+        "disk",
+        "engine_plugins.tiers.disk:DiskStore",
+        kind="store",
+        description="files that outlive the engine, and that engines of one host share, for --kv-disk",
+    )
