@@ -1,8 +1,8 @@
 """python killed_writer.py FOLDER ROUNDS SEED: store pages on a disk, and be killed in the middle, again and again.
 
-Each round forks a process that reads all that the rounds before have left, tells how much of it was right, and then
-writes, evicts and drops pages until SIGKILL comes. The last line is what an undisturbed look finds, and the most pages
-that a round found. It needs no torch, so that a round takes milliseconds.
+Each round forks two processes that share the folder. Each reads all that the rounds before have left, tells how much of
+it was right, and then writes, evicts and drops pages until SIGKILL comes to both. The last line is what an undisturbed
+look finds, and the most pages that a process found. It needs no torch, so that a round takes milliseconds.
 """
 
 import os
@@ -50,9 +50,8 @@ def write_for_ever(store: DiskStore, choose: random.Random) -> None:
             store.drop([key_of(choose.randrange(KEYS))])
 
 
-def one_round(folder: str, seed: int) -> str:
-    """What a process says before it writes; it is killed then, at a moment at random."""
-    choose = random.Random(seed)
+def begun(folder: str, choose: random.Random) -> tuple[int, int]:
+    """A process that writes, and where it says first what it found."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -63,22 +62,30 @@ def one_round(folder: str, seed: int) -> str:
         finally:
             os._exit(1)
     os.close(writing)
-    said = b""
-    if select.select([reading], [], [], 60.0)[0]:
-        said = os.read(reading, 100)
-    time.sleep(choose.uniform(0.0, 0.02))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    os.close(reading)
-    return said.decode()
+    return child, reading
+
+
+def one_round(folder: str, seed: int) -> list[str]:
+    """What the processes say before they write; they are killed then, at moments at random."""
+    processes = [begun(folder, random.Random(2 * seed + number)) for number in range(2)]
+    said = [
+        os.read(reading, 100).decode() if select.select([reading], [], [], 60.0)[0] else "" for _, reading in processes
+    ]
+    for child, reading in processes:
+        time.sleep(random.Random(seed).uniform(0.0, 0.02))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(reading)
+    return said
 
 
 def main(folder: str, rounds: int, seed: int) -> None:
     most = 0
     for number in range(rounds):
-        found, wrong = map(int, one_round(folder, seed * rounds + number).split())
-        assert not wrong, f"round {number}: {wrong} of {found} pages are wrong"
-        most = max(most, found)
+        for said in one_round(folder, seed * rounds + number):
+            found, wrong = map(int, said.split())
+            assert not wrong, f"round {number}: {wrong} of {found} pages are wrong"
+            most = max(most, found)
     assert "torch" not in sys.modules
     store = opened(folder)
     found, wrong = checked(store)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from engine.plugin.tiers import Manifest
 from engine_plugins.tiers.disk.files import Files, Found, read_all, write_all
 from engine_plugins.tiers.disk.index import Segment
-from engine_plugins.tiers.disk.layout import BLOCK, ENTRY, Entry, Layout, entries_of, entry_of
+from engine_plugins.tiers.disk.layout import BLOCK, ENTRY, Entry, Layout, entries_of
 
 ENDING = ".kv"
 DIRECT = getattr(os, "O_DIRECT", 0)
@@ -81,7 +81,7 @@ class Folder:
         data = bytearray(ENTRY.size)
         with self.opened(self.path_of(segment), os.O_RDONLY) as descriptor:
             count = read_all(self._files, descriptor, memoryview(data), segment.layout.entry_at(number))
-        return entry_of(segment.id, number, bytes(data[:count]))
+        return next(entries_of(segment.id, bytes(data[:count]), number), None)
 
     def erase(self, segment: Segment, number: int) -> None:
         """Take one page out of the table, so that nobody else finds it."""

@@ -83,7 +83,7 @@ def digest_of(manifest: Manifest, page_bytes: int) -> bytes:
 
 def _place(id: bytes, number: int) -> int:
     """What checksums begin with, so that they fit one place only."""
-    return crc32(number.to_bytes(4, "little"), crc32(id))
+    return crc32(id) ^ number
 
 
 def page_checksum(id: bytes, number: int, key: bytes, page: memoryview) -> int:
@@ -97,18 +97,11 @@ def entry_bytes(id: bytes, entry: Entry) -> bytes:
     return said + crc32(said, _place(id, entry.number)).to_bytes(4, "little")
 
 
-def entry_of(id: bytes, number: int, data: bytes) -> Entry | None:
-    """The entry that these bytes are; None where they are none."""
-    if len(data) < ENTRY.size:
-        return None
-    key, checksum, check = ENTRY.unpack(data)
-    fits = crc32(data[: ENTRY.size - 4], _place(id, number)) == check
-    return Entry(number, key, checksum) if fits else None
-
-
-def entries_of(id: bytes, table: bytes) -> Iterator[Entry]:
-    """All entries in a table, or in as much of it as there is."""
-    for number in range(len(table) // ENTRY.size):
-        data = table[number * ENTRY.size : (number + 1) * ENTRY.size]
-        if data.strip(b"\0") and (entry := entry_of(id, number, data)) is not None:
-            yield entry
+def entries_of(id: bytes, table: bytes, first: int = 0) -> Iterator[Entry]:
+    """All entries in a table, or in a part of it, which begins with number `first`."""
+    place = crc32(id)
+    whole = len(table) // ENTRY.size * ENTRY.size
+    for number, (key, checksum, check) in enumerate(ENTRY.iter_unpack(table[:whole]), first):
+        start = (number - first) * ENTRY.size
+        if check and crc32(table[start : start + ENTRY.size - 4], place ^ number) == check:
+            yield Entry(number, key, checksum)

@@ -69,6 +69,7 @@ class DiskStore:
         self._no_writes_until = 0.0
         size = self._layout.stride
         self._reading = Threads("kv-disk-read", READERS, size, pause)
+        self._looking = Threads("kv-disk-look", 1, 0, 0.0)
         self._writing = Threads("kv-disk-write", WRITERS, size, pause)
         self._look()
 
@@ -86,10 +87,10 @@ class DiskStore:
 
     def has(self, keys: Sequence[bytes], /) -> list[bool]:
         """As Store.has; what others did less than a second ago may not be seen."""
-        if time.monotonic() - self._refreshed >= self._refresh_seconds:
-            self._look()
         if self._reading.passed_over:
             return [False] * len(keys)
+        if time.monotonic() - self._refreshed >= self._refresh_seconds:
+            self._look()
         with self._lock:
             return [self._index.get(key) is not None for key in keys]
 
@@ -111,8 +112,8 @@ class DiskStore:
 
     def close(self) -> None:
         """As Store.close."""
-        self._reading.close()
-        self._writing.close()
+        for threads in (self._looking, self._reading, self._writing):
+            threads.close()
         if not self._writing.passed_over:
             self._writer.close()
 
@@ -147,6 +148,7 @@ class DiskStore:
                 self._count("errors")
                 if kind == "write":
                     self._no_writes_until = time.monotonic() + self._pause
+                    self._prepared = False  # somebody may have removed the folder
                 cause = error.strerror or type(error).__name__
                 self._say(f"{kind} {error.errno}", f"fails to {kind}: {cause}; pages are computed again")
                 return False
@@ -267,9 +269,10 @@ class DiskStore:
     # ── segments of others ───────────────────────────────────────────────────────────────────
 
     def _look(self) -> None:
-        """See what others have written, or a life before this one; if it takes long, it goes on after this returns."""
+        """See what others have written, or a life before this one. If it takes long, it goes on after this returns, and
+        nobody looks again meanwhile."""
         self._refreshed = time.monotonic()
-        self._run(self._reading, [self._guarded("read", self._refresh)])
+        self._looking.run([self._guarded("read", self._refresh)], self._patience)
 
     def _refresh(self, ticket: Ticket) -> bool:
         listed = self._folder.listed()

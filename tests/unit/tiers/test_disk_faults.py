@@ -3,6 +3,7 @@
 import errno
 import logging
 import random
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -158,6 +159,14 @@ def test_no_error_of_the_system_is_raised(opened: Open, call: str, number: int) 
     )
     files.faults.errors.clear()
     assert put(store, 4) == [True] == got(store, 4)
+
+
+def test_a_folder_that_is_removed_is_made_again(opened: Open, tmp_path: Path) -> None:
+    store = opened(FaultyFiles(), tmp_path / "pages")
+    put(store, 1)
+    shutil.rmtree(tmp_path / "pages")
+    assert got(store, 1) == [False] == put(store, 2)
+    assert put(store, 2) == [True] == got(store, 2)
 
 
 def test_a_folder_that_cannot_be_written_is_read(opened: Open, tmp_path: Path) -> None:
