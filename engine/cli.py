@@ -1,4 +1,4 @@
-"""The `engine` command: serve, chat, generate, bench, experts, plugins, completion; and those that plugins register.
+"""The `engine` command: serve, chat, generate, bench, experts, cache, plugins, completion; and those of plugins.
 
 No flag is declared here: those of the engine derive from `engine.config`, those of sampling from SamplingParams,
 those of chat and bench from `engine.client.options`.
@@ -22,6 +22,7 @@ from engine.client.options import (
     BatchOptions,
     ChatOptions,
     ExpertsOptions,
+    HeldOptions,
     LengthOptions,
     LoadOptions,
     RepeatOptions,
@@ -159,6 +160,14 @@ def experts(arguments: argparse.Namespace) -> int:
     return show(options, _config(arguments))
 
 
+def cache(arguments: argparse.Namespace) -> int:
+    """Show what a server's KV cache holds, by tier and by session, or clear it."""
+    options = _given(HeldOptions, arguments)
+    from engine.client import held
+
+    return (held.clear if arguments.action == "clear" else held.show)(options, _config(arguments))
+
+
 def plugins(arguments: argparse.Namespace) -> int:
     """List the plugins that are known here."""
     from engine.plugin.registry import Plugins
@@ -252,9 +261,7 @@ def _parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     _add_engine(command)
     _parse_bench(commands)
 
-    command = _command(commands, experts)
-    _add_group(command, ExpertsOptions)
-    _add(command, _option(ServerOptions, "api_key"))
+    _parse_views(commands)
 
     command = _command(commands, plugins)
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -300,6 +307,20 @@ def _add_registered(commands: Any, named: Sequence[str], wanted: str) -> None:
             made = imported(entry.target)()
             made.add_arguments(command)
             command.set_defaults(run=made.run)
+
+
+def _parse_views(commands: Any) -> None:
+    """The commands that show what a server has."""
+    command = _command(commands, experts)
+    _add_group(command, ExpertsOptions)
+    _add(command, _option(ServerOptions, "api_key"))
+
+    command = _command(commands, cache, " [clear]")
+    command.add_argument(
+        "action", metavar="clear", nargs="?", choices=("show", "clear"), default="show", help="forget all that it holds"
+    )
+    _add_group(command, HeldOptions)
+    _add(command, _option(ServerOptions, "api_key"))
 
 
 def _parse_bench(commands: Any) -> None:

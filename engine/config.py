@@ -85,6 +85,10 @@ class CacheOptions(Struct, frozen=True, kw_only=True):
     prefix_cache: Annotated[
         bool, Meta(description="keep finished requests' KV pages for prompts that share a prefix")
     ] = True
+    session_seconds: Annotated[
+        float,
+        Meta(gt=0, description="how long after its last request the KV pages of a session are preferred to others"),
+    ] = 3600.0
     cache_events: Annotated[
         bool, Meta(description="tell routers which texts' KV pages are cached, at /v1/cache/events")
     ] = False

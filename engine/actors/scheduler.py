@@ -39,6 +39,7 @@ from engine.messages.control import (
 from engine.messages.fronts import FrontLost
 from engine.messages.reply import Failed, Tokens
 from engine.messages.request import Abort, Admit, StopHit
+from engine.messages.sessions import EndSession, KeptSession, ListSessions
 from engine.messages.step import StepDone, steps_in_flight
 from engine.plugin.specs import Policy
 from engine.runtime.channel import Outbox, Receiver, received
@@ -47,6 +48,7 @@ from engine.sched.assets import Due, WaitingRoom
 from engine.sched.chunks import ChunkRule
 from engine.sched.copies import Copies
 from engine.sched.fronts import front_of
+from engine.sched.sessions import Sessions
 
 log = logging.getLogger("engine.scheduler")
 
@@ -159,6 +161,8 @@ class SchedulerActor:
                 await self._answer_pauses()
             case Ask():
                 await self._ask_worker(message)
+            case ListSessions() | EndSession():
+                await self._answer_about_sessions(message)
             case FollowCache():
                 self._following.append(message)
             case Answer():
@@ -217,6 +221,20 @@ class SchedulerActor:
                 await self.front.send(Answer(asked.number, changes))
             else:
                 self._following.append(asked)
+
+    async def _answer_about_sessions(self, message: ListSessions | EndSession) -> None:
+        """Sessions are none before there is a scheduler."""
+        sessions, salt, now = self._sessions, message.cache_salt.encode(), time.monotonic()
+        value: bool | list[KeptSession]
+        if isinstance(message, ListSessions):
+            value = sessions.of(message.owner, salt, now)
+        else:
+            value = sessions.end(message.owner, salt, message.id, now)
+        await self.front.send(Answer(message.number, msgspec.msgpack.encode(value)))
+
+    @property
+    def _sessions(self) -> Sessions:
+        return Sessions() if self.scheduler is None else self.scheduler.live.sessions
 
     async def _ask_worker(self, message: Ask) -> None:
         if self.worker not in RUNNING:
@@ -319,6 +337,7 @@ class SchedulerActor:
 
     async def _heartbeat(self) -> None:
         while True:
+            self._sessions.refresh(time.monotonic())
             await self._send_stats()
             if self._following:
                 await self._tell_followers(all=True)
@@ -344,6 +363,9 @@ class SchedulerActor:
             make_seconds={kind: each.tobytes() for kind, each in made.items()},
             restarts_total=self.restarts,
             restart_seconds=self.restart_seconds,
+            sessions=len(self._sessions),
+            session_pages=self._sessions.pages,
+            sessions_released_total=self._sessions.released,
             **counts,
         )
         await self.front.send(stats)

@@ -11,6 +11,7 @@ The idea of caching prefixes in a radix tree is SGLang's (Zheng et al. 2024, arX
 Left out: tiers below device memory; sharing of parts of pages.
 """
 
+from collections.abc import Iterable
 from heapq import heappop, heappush
 
 
@@ -128,6 +129,23 @@ class RadixTree:
                 if not node.children and not node.queued:
                     self._enqueue(node)
             node = node.parent
+
+    def touch(self, nodes: Iterable[Node]) -> list[int | None]:
+        """Count the prefixes that end at `nodes` as used just now, one after the other: of each the pages that none of
+        those before it has, or None where its end has been evicted."""
+        since, found = self._tick, list[int | None]()
+        for node in nodes:
+            if node.parent is None or node.parent.children.get(node.key[: self._stride]) is not node:
+                found.append(None)
+                continue
+            self._tick += 1
+            pages = 0
+            while node.parent is not None and node.tick <= since:
+                node.tick = self._tick  # a later one than its entry in the queue says: see there
+                pages += len(node.pages)
+                node = node.parent
+            found.append(pages)
+        return found
 
     def extend(self, node: Node, key: bytes, pages: list[int]) -> tuple[Node, list[int]]:
         """Add the prefix that goes on from `node` with `key`, held in `pages`. The caller has locked `node`;

@@ -3,7 +3,7 @@
 Speaks OpenAI's chat API to any server that has it. Left out: whole replies, retries, and load (engine/client/bench).
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -87,11 +87,18 @@ class Client:
         except aiohttp.ClientError as error:
             raise WorkerError(f"{self.url}{path} did not answer: {error or type(error).__name__}") from None
 
-    async def get(self, path: str) -> bytes:
+    async def get(self, path: str, query: Mapping[str, str] | None = None) -> bytes:
         """What the server answers at `path`. Raises RequestError for an error answer, ConfigError for none."""
+        return await self._answer("GET", path, query)
+
+    async def post(self, path: str) -> bytes:
+        """As `get`, of a POST without a body."""
+        return await self._answer("POST", path)
+
+    async def _answer(self, method: str, path: str, query: Mapping[str, str] | None = None) -> bytes:
         url = f"{self.url}{path}"
         try:
-            async with self._http.get(url) as response:
+            async with self._http.request(method, url, params=query) as response:
                 body = await response.read()
                 if response.status != 200:
                     raise RequestError(f"{url} answered {response.status}: {refusal(body)}", status=response.status)

@@ -33,6 +33,13 @@ class ExpertsOptions(Struct, frozen=True, kw_only=True):
     ] = None
 
 
+class HeldOptions(Struct, frozen=True, kw_only=True):
+    """Cache."""
+
+    url: Annotated[str, Meta(description="server to look at")] = "http://127.0.0.1:8000"
+    cache_salt: Annotated[str | None, Meta(description="salt of the sessions that are listed; default: none")] = None
+
+
 class LengthOptions(Struct, frozen=True, kw_only=True):
     """Prompts and replies."""
 

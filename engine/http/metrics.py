@@ -295,6 +295,8 @@ class SchedulerFigures(Figures):
                 "Share of all prompt tokens so far that the prefix cache held",
                 totals["cached_tokens_total"] / max(totals["prompt_tokens_total"], 1),
             ),
+            ("engine_sessions", "Sessions that live", stats.sessions),
+            ("engine_session_pages", "Pages that sessions have, each counted once", stats.session_pages),
             ("engine_worker_restart_seconds", "From the last death of the worker to ready", stats.restart_seconds),
         )
         counters = (
@@ -302,6 +304,11 @@ class SchedulerFigures(Figures):
             ("engine_cached_tokens", "Prompt tokens that the prefix cache held", totals["cached_tokens_total"]),
             ("engine_generated_tokens", "Tokens sampled", totals["generated_tokens_total"]),
             ("engine_retractions", "Requests put back into the queue for want of pages", totals["retractions_total"]),
+            (
+                "engine_sessions_released",
+                "Sessions that lost their pages before their time, to requests",
+                totals["sessions_released_total"],
+            ),
             ("engine_steps", "Steps of the device", totals["steps"]),
             (
                 "engine_device_idle_seconds",

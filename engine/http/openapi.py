@@ -45,7 +45,7 @@ class ErrorReply(Reply, frozen=True):
 
 
 class Route(Struct, frozen=True):
-    """One method of one path. `takes` is the handler's second argument: a body, or the query of a GET.
+    """One method of one path. `takes` is the handler's second argument: a body, or the query of a GET or a DELETE.
 
     It answers with `gives` (or, for clients of other APIs, with one of `others`), or with `unready` at status 503, or
     streams `events`, the last of which is "[DONE]" if `done`; `error` is the shape of its errors. `open` routes ask for
@@ -71,6 +71,11 @@ class Route(Struct, frozen=True):
     def public_path(self) -> str:
         """The path as OpenAPI writes it: without the patterns of its parameters."""
         return re.sub(r"\{(\w+):[^}]*\}", r"{\1}", self.path)
+
+    @property
+    def queried(self) -> bool:
+        """Whether `takes` is read from the query."""
+        return self.method in ("GET", "DELETE")
 
     def served(self, *, strict: bool = False) -> web.RouteDef:
         """The route for aiohttp; its handler gets what the request carries as `takes`. If `strict`, hints are
@@ -109,7 +114,7 @@ class Route(Struct, frozen=True):
             release_body(request)
             return await self.handler(request, body)
 
-        return with_query if self.method == "GET" else with_body
+        return with_query if self.queried else with_body
 
 
 # ── the document ─────────────────────────────────────────────────────────────────────────────
@@ -199,7 +204,7 @@ def _operation(route: Route, schemas: dict[str, Any], written: Written, *, keyed
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         for name in re.findall(r"\{(\w+)\}", route.public_path)
     ]
-    if route.takes is not None and route.method == "GET":
+    if route.takes is not None and route.queried:
         fields = schemas[route.takes.__name__]["properties"]
         parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in fields.items()]
     elif route.takes is not None:

@@ -16,8 +16,9 @@ from aiohttp import web
 
 from engine.config import ServerOptions
 from engine.errors import RequestError, Words, counted
+from engine.http.keys import OWNER
 from engine.http.metrics import Metrics, ReplyWatch
-from engine.http.request_id import called
+from engine.http.request_id import called, check_id
 from engine.http.sse import CALLED, WORDS
 from engine.http.streams import Events, send_replies
 from engine.http.tracing import TRACE
@@ -25,6 +26,7 @@ from engine.http.wire import json_response
 from engine.messages.peers import AbortRequests, ClaimIds
 from engine.messages.reply import Chunk
 from engine.messages.request import Generate, Job
+from engine.messages.sessions import SessionUse
 from engine.params.sampling import SamplingParams, check_sampling
 from engine.runtime.front import in_use
 from engine.runtime.mailbox import Mailbox, whole
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 MAX_SAMPLES = 128  # replies to one prompt
 MAX_CHOICES = 1024  # replies to one request
 MAX_SALT_LENGTH = 1024
+SESSION_HEADER = "X-Session-Id"
 STARTED = 64  # replies that are begun before others have their turn
 
 
@@ -212,6 +215,25 @@ def salt_of(salt: str | None) -> str:
             f"cache_salt has {len(salt)} characters; send 1 to {MAX_SALT_LENGTH}, or leave it out", param="cache_salt"
         )
     return salt or ""
+
+
+def session_of(request: web.Request, given: str | None) -> SessionUse | None:
+    """The session that `request` is of: `session_id` of its body, else of its header. Raises RequestError for an id
+    that is none, and where both say something else."""
+    named = request.headers.get(SESSION_HEADER)
+    id, field = (named, SESSION_HEADER) if given is None else (given, "session_id")
+    if id is None:
+        return None
+    check_id(id, field)
+    if named not in (None, id):
+        message = f"session_id is {id!r}, and the header {SESSION_HEADER} {named[:80]!r}; send one of them"
+        raise RequestError(message, param="session_id")
+    return SessionUse(owner_of(request), id, request.app[SERVICE].front.config.cache.session_seconds)
+
+
+def owner_of(request: web.Request) -> bytes:
+    """Whose sessions `request` may see."""
+    return request.get(OWNER, b"")
 
 
 def check_choices(prompts: int, samples: int, name: str = "prompt") -> None:

@@ -180,7 +180,8 @@ class Stats(Message, frozen=True):
     are those of the needs that makers have answered since then. `worker` is the state of the device process; `paused`
     is as the last Pause said. `restarts_total` counts workers that took the place of one that died, the last of them
     after `restart_seconds`. Where attention runs in `copies`, `most_tokens_total` adds up, over all steps, the tokens
-    of the copy that had the most.
+    of the copy that had the most. `sessions` live and have `session_pages`; so many lost their pages before their time
+    (`sessions_released_total`).
     """
 
     worker: Literal["starting", "ready", "restarting", "stalled", "failed"]
@@ -203,3 +204,6 @@ class Stats(Message, frozen=True):
     restart_seconds: float = 0.0
     copies: tuple[CopyStats, ...] = ()
     most_tokens_total: int = 0
+    sessions: int = 0
+    session_pages: int = 0
+    sessions_released_total: int = 0

@@ -6,6 +6,7 @@ from engine.conversation.parts import Message as ChatMessage
 from engine.messages.assets import Need
 from engine.messages.base import Message
 from engine.messages.cache import Blocks
+from engine.messages.sessions import SessionUse
 from engine.params.grammar import Grammar
 from engine.params.sampling import Sampling, SamplingParams
 
@@ -42,6 +43,7 @@ class Generate(Message, frozen=True):
     # Log-probabilities of the prompt are those of the tokens after this position, told as if the prompt began there.
     # What comes before may be cached.
     scored_after: int = 0
+    session: SessionUse | None = None
 
     @property
     def grammar(self) -> Grammar | None:
@@ -104,6 +106,7 @@ class Admit(Message, frozen=True):
     keys: bytes = b""
     scored_after: int = 0
     blocks: Blocks | None = None
+    session: SessionUse | None = None
 
 
 class Abort(Message, frozen=True):

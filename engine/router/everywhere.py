@@ -38,10 +38,12 @@ class Said(Struct):
     body: Any
 
 
-async def _of_each(request: web.Request, workers: list[Worker], path: str, body: bytes | None = None) -> list[Said]:
-    """What `workers` answer to a GET, or to a POST of `body`."""
+async def _of_each(
+    request: web.Request, workers: list[Worker], path: str, body: bytes | None = None, method: str = "POST"
+) -> list[Said]:
+    """What `workers` answer to a GET, or where there is a `body`, to that `method`."""
     health, sent = request.app[ROUTER].health, passed(request)
-    method, seconds = ("GET", None) if body is None else ("POST", SECONDS)
+    method, seconds = ("GET", None) if body is None else (method, SECONDS)
 
     async def ask(worker: Worker) -> Said:
         try:
@@ -104,6 +106,20 @@ async def abort(request: web.Request) -> web.Response:
     return json_response(whole | {"aborted": here + int(whole.get("aborted", 0))})
 
 
+async def sessions(request: web.Request) -> web.Response:
+    """The sessions of all workers, which of one id may be several; or end those of one id at each worker."""
+    workers = [worker for worker in request.app[ROUTER].fleet.workers.values() if worker.state != "gone"]
+    ends = b"" if request.method == "DELETE" else None
+    answers = await _of_each(request, workers, request.rel_url.raw_path_qs, ends, request.method)
+    good = [each.body for each in answers if each.status == 200 and isinstance(each.body, dict)]
+    if not good:
+        status, body = next(((each.status, each.body) for each in answers if each.status), (502, joined(answers)))
+        return json_response(body, status=status)
+    if ends is not None:
+        return json_response(good[0])
+    return json_response(good[0] | {"data": [each for body in good for each in body.get("data", ())]})
+
+
 async def models(request: web.Request) -> web.Response:
     """The models of all workers, each once."""
     workers = [
@@ -126,6 +142,8 @@ async def models(request: web.Request) -> web.Response:
 ROUTES = (
     *(Route("POST", path, everywhere) for path in PATHS),
     Route("POST", "/abort_request", abort),
+    Route("GET", "/v1/sessions", sessions),
+    Route("DELETE", "/v1/sessions/{session_id:.+}", sessions),
     Route("GET", "/v1/models", models),
     Route("GET", "/v1/models/", models),
 )

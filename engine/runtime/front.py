@@ -23,6 +23,7 @@ from engine.messages.control import Answer, Ask, Fatal, Flush, Flushed, Pause, S
 from engine.messages.questions import Question, Value
 from engine.messages.reply import Chunk
 from engine.messages.request import Abort, Generate, Job
+from engine.messages.sessions import EndSession, KeptSession, ListSessions
 from engine.runtime.board import Board, Counter
 from engine.runtime.channel import Outbox, Receiver, Sender
 from engine.runtime.mailbox import Mailbox
@@ -241,7 +242,17 @@ class Front(Readiness):
         value = await self._answer(FollowCache(next(self._numbers), after))
         return msgspec.msgpack.decode(value, type=CacheChanges)
 
-    async def _answer(self, asked: Flush | Pause | Ask | FollowCache) -> bytes:
+    async def sessions(self, owner: bytes, cache_salt: str) -> list[KeptSession]:
+        """The sessions of `owner` under `cache_salt`, the one used last first."""
+        value = await self._answer(ListSessions(next(self._numbers), owner, cache_salt))
+        return msgspec.msgpack.decode(value, type=list[KeptSession])
+
+    async def end_session(self, owner: bytes, cache_salt: str, id: str) -> bool:
+        """End a session; whether there was one."""
+        value = await self._answer(EndSession(next(self._numbers), owner, cache_salt, id))
+        return msgspec.msgpack.decode(value, type=bool)
+
+    async def _answer(self, asked: Flush | Pause | Ask | FollowCache | ListSessions | EndSession) -> bytes:
         """The value of the Answer to `asked`."""
         if self.failure:
             raise WorkerError(self.failure)

@@ -167,6 +167,7 @@ class Scheduler:
         lost = [request.rid for request in self.running_requests()]
         for rid in lost:
             del self.live.by_rid[rid]
+        self.live.sessions.lose()
         self._start_afresh(self._pages.afresh())
         return lost
 
@@ -296,6 +297,8 @@ class Scheduler:
             self._prompt_tokens += request.prompt_len
         request.slot = self._free_slots.pop()
         request.since = self.steps + 1
+        if request.use is not None:
+            request.session = self.live.sessions.begin(request.use, request.salt, self._now)
         self._stop_ids.update(request.stop_ids)
         self._prefilling[request.rid] = request
         return True
@@ -416,6 +419,8 @@ class Scheduler:
             if not self._stop_ids[stop_id]:
                 del self._stop_ids[stop_id]
         self._departures += 1
+        if request.session is not None:
+            self.live.sessions.leave(request.session, self._tree, request.node, self._now)
         request.leave()
 
     # ── looking ──────────────────────────────────────────────────────────────────────────────

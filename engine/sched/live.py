@@ -10,17 +10,19 @@ from engine.plugin.specs import Policy
 from engine.sched.fronts import front_of
 from engine.sched.limits import rid_in_use
 from engine.sched.request import Request
+from engine.sched.sessions import Sessions
 from engine.sched.waiting import WaitingQueue
 
 
 class LiveRequests:
-    """All requests `by_rid`, and the `queue` of those without a slot, of which `max_waiting` may wait.
+    """All requests `by_rid`, the `queue` of those without a slot, of which `max_waiting` may wait, and `sessions`.
 
     `policy` orders it; `matched` says how many tokens of a request a cache holds."""
 
     def __init__(self, policy: Policy, matched: Callable[[Request], int], max_waiting: int, fronts: int) -> None:
         self.by_rid: dict[str, Request] = {}
         self.queue = WaitingQueue(policy, matched)
+        self.sessions = Sessions()
         self._max_waiting = max_waiting
         self._fronts = fronts  # that requests come from
         self._arrivals = 0

@@ -17,8 +17,10 @@ from engine.cache.blocks import Named
 from engine.cache.radix import Node
 from engine.messages.assets import Bound
 from engine.messages.request import Admit
+from engine.messages.sessions import SessionUse
 from engine.messages.step import Logprobs, SlotAdmit
 from engine.params.sampling import Sampling
+from engine.sched.sessions import Session
 
 NEVER = 1 << 62
 
@@ -39,6 +41,8 @@ class Request:
     salt: bytes  # its prefix is shared with requests of the same salt alone
     bound: tuple[Bound, ...]  # its needs, met
     front: int = 0  # that has sent it
+    use: SessionUse | None = None  # the session that it is of,
+    session: Session | None = None  # which lives while it runs
     named: Named | None = None  # the blocks of its text, where somebody is told of them
 
     computed: int = 0  # positions; of a request that decodes, rows.py says it
@@ -80,6 +84,7 @@ class Request:
             stop_ids=frozenset(admit.stop_ids),
             salt=admit.cache_salt.encode(),
             bound=bound,
+            use=admit.session,
             scored=admit.scored_after if asks else NEVER,
         )
 
@@ -128,6 +133,7 @@ class Request:
         self.slot, self.since = -1, NEVER
         self.node, self.shared, self.pages = None, 0, []
         self.computed = 0
+        self.session = None
 
 
 def rank(request: Request) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from engine.http.app import serve
 from engine.messages.control import Flushed, Stats, WorkerReady
 from engine.messages.reply import Chunk
 from engine.messages.request import Generate
+from engine.messages.sessions import KeptSession
 from engine.messages.text import TextAnswer, TextJob
 from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins, resolve
@@ -148,6 +149,12 @@ class FakeFront:
 
     def end(self) -> int:
         return len(self.open)
+
+    async def sessions(self, owner: bytes, cache_salt: str) -> list[KeptSession]:
+        return []
+
+    async def end_session(self, owner: bytes, cache_salt: str, id: str) -> bool:
+        return False
 
     async def flush(self) -> Flushed:
         return Flushed(12, 3)

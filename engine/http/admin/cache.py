@@ -1,4 +1,5 @@
-"""/v1/cache/events: which blocks of texts the cache holds, told as it changes, for routers.
+"""What the cache holds: how much in each tier (/v1/cache), and which blocks of texts, told as it changes, for routers
+(/v1/cache/events).
 
 A block is named by the hash that a router makes of the same text (engine/conversation/canonical.py). Changes are
 numbered. A reader says which number it has; if the changes after that are not known any more, it is told all that is
@@ -16,7 +17,7 @@ from engine.errors import RequestError
 from engine.http.openapi import Route
 from engine.http.service import SERVICE
 from engine.http.sse import data_event, send_events
-from engine.http.wire import Body, Reply, to_json
+from engine.http.wire import Body, Reply, json_response, to_json
 from engine.messages.cache import CacheChanges, Kind
 from engine.runtime.front import Front
 
@@ -48,6 +49,37 @@ class CacheEvent(Reply, frozen=True):
     changes: list[CacheChangeReply]
 
 
+class TierReply(Reply, frozen=True):
+    """A place for pages: so many lie there, of `bytes` together, of which it holds at most `bound` bytes. Running
+    requests use `in_use` of them."""
+
+    name: str
+    pages: int
+    in_use: int
+    bytes: int
+    bound: int
+
+
+class CacheReply(Reply, frozen=True):
+    """Of each tier from the device on down; a page holds `page_size` tokens. `session_pages` of them are those of
+    `sessions`."""
+
+    page_size: int
+    tiers: list[TierReply]
+    sessions: int
+    session_pages: int
+
+
+async def cache(request: web.Request) -> web.Response:
+    """Tell how much of the KV cache is held, by tier and by sessions. POST /flush_cache forgets it."""
+    front = request.app[SERVICE].front
+    stats, info = front.stats, front.info
+    size, page_bytes = (0, 0) if info is None else (info.page_size, info.page_size * info.kv_bytes_per_token)
+    held, in_use = stats.pages - stats.pages_free, stats.pages - stats.pages_free - stats.pages_cached
+    device = TierReply("device", held, in_use, held * page_bytes, stats.pages * page_bytes)
+    return json_response(CacheReply(size, [device], stats.sessions, stats.session_pages))
+
+
 async def cache_events(request: web.Request, query: CacheQuery) -> web.StreamResponse:
     """Tell which blocks of texts come into the cache and leave it; the server needs --cache-events for it."""
     front = request.app[SERVICE].front
@@ -73,4 +105,7 @@ class _CacheEvents:
         return data_event(to_json(CacheEvent(told.after, told.number, changes)))
 
 
-ROUTES = (Route("GET", "/v1/cache/events", cache_events, takes=CacheQuery, events=(CacheEvent,), done=False),)
+ROUTES = (
+    Route("GET", "/v1/cache", cache, gives=CacheReply),
+    Route("GET", "/v1/cache/events", cache_events, takes=CacheQuery, events=(CacheEvent,), done=False),
+)

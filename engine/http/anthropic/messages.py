@@ -20,7 +20,7 @@ from engine.http.effort import with_effort
 from engine.http.fields import ECHO, LABEL, Only, Rule, hint, ignore, label, unserved
 from engine.http.native.tokenize import tokenized
 from engine.http.openapi import Route
-from engine.http.service import SERVICE, sampling_of
+from engine.http.service import SERVICE, sampling_of, session_of
 from engine.http.sse import WORDS
 from engine.http.streams import send_replies
 from engine.http.tools import CALLED_DIRECTLY, FEW_MESSAGES, FEW_TOOLS, Effort, ToolName, checked, tool_of
@@ -240,6 +240,7 @@ class CountBody(Body):
 @ANTHROPIC.fields
 class MessagesBody(CountBody, kw_only=True):
     max_tokens: Annotated[int, Meta(ge=1, le=INT32_MAX)]
+    session_id: str | None = None
     stop_sequences: list[str] | None = None
     stream: bool | None = None
     metadata: Any = None
@@ -285,7 +286,8 @@ async def messages(request: web.Request, body: MessagesBody) -> web.StreamRespon
     reading = reading_of(service.front.text, sampling, conversation, options, wanted)
     names |= reading.grammar_names(field)
     rid = f"msg_{uuid4().hex}"
-    job = Generate(rid, messages=conversation, **options, **reading.job)
+    session = session_of(request, body.session_id)
+    job = Generate(rid, messages=conversation, session=session, **options, **reading.job)
     reply = AnthropicReply(rid, service.model, reading)
     opened = service.replies(request, rid, [job], "messages")
     if body.stream:

@@ -17,7 +17,7 @@ from engine.http.fields import Rule, unserved
 from engine.http.grammars import OWN_FIELDS, OwnGrammar
 from engine.http.openapi import ErrorReply, Route
 from engine.http.request_id import check_id
-from engine.http.service import SERVICE, answer, check_choices, pack_ids, salt_of, sampled, told_apart
+from engine.http.service import SERVICE, answer, check_choices, pack_ids, salt_of, sampled, session_of, told_apart
 from engine.http.sse import DONE, WORDS
 from engine.http.wire import Body, Priority, Reply, TokenId, to_json
 from engine.messages.reply import Chunk, TokenLogprob
@@ -56,6 +56,7 @@ class GenerateBody(Body):
     top_logprobs_num: int | list[int] | None = None
     return_text_in_logprobs: bool | None = None
     cache_salt: str | None = None
+    session_id: str | None = None
     priority: Priority | None = None
     input_embeds: Any = None
     image_data: Any = None
@@ -157,6 +158,7 @@ async def generate(request: web.Request, body: GenerateBody) -> web.StreamRespon
         except RequestError as error:
             raise error.worded(words_of(body, index)) from None
         await anyio.lowlevel.checkpoint()  # a check may take milliseconds, and there may be a thousand
+    session = session_of(request, body.session_id)
     asked = [
         Generate(
             each,
@@ -167,6 +169,7 @@ async def generate(request: web.Request, body: GenerateBody) -> web.StreamRespon
             default_max_tokens=MAX_NEW_TOKENS,
             cache_salt=salt_of(body.cache_salt),
             scored_after=score.before,
+            session=session,
         )
         for each, prompt, sampling, score in zip(rids, prompts, checked, scores, strict=True)
     ]

@@ -1,5 +1,6 @@
 """The routes of SGLang's and vLLM's own APIs, joined; each module declares those that it serves."""
 
+from engine.http import sessions
 from engine.http.native import generate, tokenize
 
-ROUTES = (*generate.ROUTES, *tokenize.ROUTES)
+ROUTES = (*generate.ROUTES, *tokenize.ROUTES, *sessions.ROUTES)

@@ -15,7 +15,16 @@ from engine.http.grammars import OPENAI_FIELDS
 from engine.http.openai.bodies import SamplingBody
 from engine.http.openai.replies import TextCompletion, TextCompletionChunk, Wording, complete
 from engine.http.openapi import ErrorReply, Route
-from engine.http.service import SERVICE, check_choices, check_kept, pack_ids, salt_of, sampling_of, told_apart
+from engine.http.service import (
+    SERVICE,
+    check_choices,
+    check_kept,
+    pack_ids,
+    salt_of,
+    sampling_of,
+    session_of,
+    told_apart,
+)
 from engine.http.wire import TokenId
 from engine.messages.request import Generate
 from engine.params.sampling import COMPLETIONS
@@ -53,6 +62,7 @@ async def completions(request: web.Request, body: CompletionBody) -> web.StreamR
             fields["prompt_logprobs"] = 0  # the prompt is all of the reply, as where it is read for these
     sampling = sampling_of(request, COMPLETION_WORDS, fields, called=called, grammar=field)
     rid, salt = f"cmpl-{uuid4().hex}", salt_of(body.cache_salt)
+    session = session_of(request, body.session_id)
     prompts = prompts_of(body.prompt)
     check_choices(len(prompts), 1 if body.n is None else body.n)
     jobs = [
@@ -68,6 +78,7 @@ async def completions(request: web.Request, body: CompletionBody) -> web.StreamR
             special=body.add_special_tokens,
             last=check_kept(body.truncate_prompt_tokens),
             tell_prompt=bool(body.return_token_ids),
+            session=session,
         )
         for prompt in prompts
     ]

@@ -144,13 +144,14 @@ class ReasoningBody(Body):
 
 @RESPONSES.fields
 class ResponsesBody(Body):
-    """Null is the same as absent. `top_k`, `min_p`, `seed`, `stop` and `priority` are extensions."""
+    """Null is the same as absent. `top_k`, `min_p`, `seed`, `stop`, `priority` and `session_id` are extensions."""
 
     input: str | Annotated[list[InputItemBody], FEW_MESSAGES]
     model: str | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
     priority: Priority | None = None
+    session_id: str | None = None
     text: TextBody | None = None
     stream: bool | None = None
     store: bool | None = None

@@ -35,7 +35,7 @@ from engine.http.responses.objects import (
 )
 from engine.http.responses.store import STORE, Response, ResponseStore, Told
 from engine.http.responses.tools import wanted_tools
-from engine.http.service import SERVICE, Service, sampling_of
+from engine.http.service import SERVICE, Service, sampling_of, session_of
 from engine.http.sse import CALLED, send_events, words_of
 from engine.http.streams import send_replies
 from engine.http.wire import Reply, json_response
@@ -96,7 +96,14 @@ async def create(request: web.Request, body: ResponsesBody) -> web.StreamRespons
     asked = described(body, defaults.under(sampling), service.model, wanted)
     id = id_at(service.front.peers.number, "resp")
     response = Response(asked, conversation, reading, scored=sampling.logprobs is not None, id=id)
-    job = Generate(response.id, messages=messages, priority=body.priority or 0, **options, **reading.job)
+    job = Generate(
+        response.id,
+        messages=messages,
+        priority=body.priority or 0,
+        session=session_of(request, body.session_id),
+        **options,
+        **reading.job,
+    )
     if body.background:
         store.run(response, _generate(service, called(request, response.id), job), words_of(request))
         return await _follow(request, response) if body.stream else json_response(response.object())

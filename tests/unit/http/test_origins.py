@@ -259,6 +259,10 @@ class Watched(FakeFront):
         self.did.append("flush")
         return await super().flush()
 
+    async def end_session(self, owner: bytes, cache_salt: str, id: str) -> bool:
+        self.did.append("end")
+        return await super().end_session(owner, cache_salt, id)
+
     def abort(self, rid: str | None) -> int:
         self.did.append("abort")
         return super().abort(rid)

@@ -111,7 +111,7 @@ async def test_sessions_stay_and_move_when_their_worker_goes() -> None:
     ):
         for headers, field in (
             ({"X-Session-Id": "s"}, {}), ({"X-Program-Id": "p"}, {}), ({}, {"prompt_cache_key": "k"}),
-            ({}, {"session_params": {"id": "t"}}),
+            ({}, {"session_id": "u"}), ({}, {"session_params": {"id": "t"}}),
         ):  # fmt: skip
             said = [
                 (await call(f"{url}/v1/completions", {"prompt": "a"} | field, headers=headers))[1] for _ in range(5)
@@ -145,6 +145,30 @@ async def test_workers_see_the_clients_key_where_the_router_asks_them_all() -> N
         assert (await call(f"{url}/flush_cache"))[0] == 401
         assert (await call(f"{url}/flush_cache", headers=key))[1]["freed"] == 12
         assert (await call(f"{url}/v1/models", method="GET", headers=key))[1]["data"][0]["id"] == "fake"
+
+
+async def test_sessions_of_all_workers_are_listed_and_ended() -> None:
+    path, told = (
+        "/v1/sessions?cache_salt=s",
+        {name: f'{{"object": "list", "data": [{{"id": "{name}"}}]}}' for name in "ab"},
+    )
+    async with (
+        raw_worker(says(told["a"].encode())) as one, raw_worker(says(told["b"].encode())) as two,
+        routing(one.url, two.url) as (url, _),
+    ):  # fmt: skip
+        status, body = await call(f"{url}{path}", method="GET")
+        assert (status, sorted(each["id"] for each in body["data"])) == (200, ["a", "b"])
+        assert one.asked[0][0].startswith(b"GET /v1/sessions?cache_salt=s ")
+    unknown = says(b'{"error": {"code": "session_not_found"}}', 404)
+    async with (
+        raw_worker(says(b'{"id": "a/b", "deleted": true}')) as one, raw_worker(unknown) as two,
+        routing(one.url, two.url) as (url, router),
+    ):  # fmt: skip
+        assert await call(f"{url}/v1/sessions/a%2Fb", method="DELETE") == (200, {"id": "a/b", "deleted": True})
+        assert one.asked[0][0].startswith(b"DELETE /v1/sessions/a%2Fb ") and len(two.asked) == 1
+        router.fleet.remove(router.fleet.workers[one.url])
+        status, body = await call(f"{url}/v1/sessions/a%2Fb", method="DELETE")
+        assert (status, body["error"]["code"]) == (404, "session_not_found")
 
 
 async def test_a_worker_that_does_not_do_it_is_named() -> None:

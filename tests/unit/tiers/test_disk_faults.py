@@ -1,0 +1,264 @@
+"""The disk tier on a disk with faults: every answer is right or no, nothing is raised, and the log says it once."""
+
+import errno
+import logging
+import random
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from faulty_disk import CALLS, Faults, FaultyFiles, damage
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine.plugin.registry import Plugins, resolve
+from engine_plugins.tiers.disk.store import DiskStore
+from tests.unit.tiers.test_disk_store import PAGE, ROOM, got, key, page, put
+
+Open = Callable[..., DiskStore]
+SHARED = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Open]:
+    """Opens stores over faulty files, and closes them."""
+    stores: list[tuple[DiskStore, FaultyFiles]] = []
+    default = tmp_path_factory.mktemp("disk")
+
+    def open_store(files: FaultyFiles, path: Path = default, **more: object) -> DiskStore:
+        options = {"patience": 30.0, "refresh": 0.0, "pause": 0.0, **more}
+        terms = {"capacity_bytes": ROOM, "page_bytes": PAGE, "manifest": {"model": "m"}, "argument": str(path)}
+        stores.append((DiskStore(**terms, files=files, **options), files))
+        return stores[-1][0]
+
+    yield open_store
+    for store, files in stores:
+        files.faults.errors.clear()
+        files.faults.resumed.set()
+        store.close()
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@SHARED
+@given(seed=st.integers(0, 1 << 32), harms=st.integers(1, 8))
+def test_damaged_files_give_no_wrong_page(
+    opened: Open, tmp_path_factory: pytest.TempPathFactory, seed: int, harms: int
+) -> None:
+    path, choose = tmp_path_factory.mktemp("damaged"), random.Random(seed)
+    store = opened(FaultyFiles(), path)
+    put(store, *range(20))
+    store.close()
+    for _ in range(harms):
+        damage(path, choose)
+    again = opened(FaultyFiles(), path)
+    got(again, *range(20))
+    assert put(again, *range(20)) == [True] * 20
+    assert got(again, *range(20)) == [True] * 20  # those that were wrong are written anew
+    assert again.counts()["errors"] == 0
+
+
+@SHARED
+@given(seed=st.integers(0, 1 << 32))
+def test_a_power_failure_leaves_no_wrong_page(
+    opened: Open, tmp_path_factory: pytest.TempPathFactory, seed: int
+) -> None:
+    path = tmp_path_factory.mktemp("lost")
+    for life in range(3):
+        files = FaultyFiles(Faults(seed=seed + life))
+        store = opened(files, path)
+        got(store, *range(30))
+        assert all(put(store, *range(life, 30, 2)))
+        store.close()
+        files.lose()
+    last = opened(FaultyFiles(), path)
+    got(last, *range(30))
+    assert put(last, *range(30)) == [True] * 30 == got(last, *range(30))
+
+
+def test_a_corrupt_page_is_said_once_and_taken_out_for_all(
+    opened: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = opened(FaultyFiles(), tmp_path)
+    put(store, 1, 2, 3)
+    (path,) = tmp_path.rglob("*.kv")
+    data = bytearray(path.read_bytes())
+    for number in (1, 2):
+        data[data.index(page(number)[:64]) + PAGE // 2] ^= 16
+    path.write_bytes(data)
+    assert got(store, 1, 2, 3) == [False, False, True]
+    assert store.counts()["corrupt"] == 2
+    assert len(warnings(caplog)) == 1 and "checksum is wrong" in warnings(caplog)[0]
+    assert store.has([key(1), key(3)]) == [False, True]
+    other = opened(FaultyFiles(), tmp_path)
+    assert other.has([key(1), key(2), key(3)]) == [False, False, True]
+    assert put(other, 1) == [True] == got(other, 1)
+
+
+def test_bits_that_flip_on_the_way_are_noticed(opened: Open) -> None:
+    files = FaultyFiles(Faults(flips=0.5, seed=3))
+    store = opened(files)
+    put(store, *range(30))
+    found = got(store, *range(30))
+    assert 0 < sum(found) < 30 and store.counts()["corrupt"] > 0
+
+
+def test_calls_that_do_half_are_repeated(opened: Open) -> None:
+    store = opened(FaultyFiles(Faults(short=True)))
+    assert put(store, 1, 2) == [True, True] == got(store, 1, 2)
+
+
+def test_a_full_disk_keeps_what_it_has_and_is_tried_again(opened: Open, caplog: pytest.LogCaptureFixture) -> None:
+    files = FaultyFiles()
+    store = opened(files)
+    put(store, 1, 2)
+    files.faults.room = 3 * PAGE // 2
+    kept = put(store, 3, 4, 5)
+    assert kept.count(True) <= 1 and put(store, 6) == [False]
+    assert got(store, 1, 2, 3, 4, 5) == [True, True, *kept]
+    assert len(warnings(caplog)) == 1 and "No space left" in warnings(caplog)[0]
+    files.faults.room = None
+    assert put(store, 6) == [True] == got(store, 6)
+
+
+def test_a_full_disk_is_not_asked_for_each_page(opened: Open) -> None:
+    files = FaultyFiles(Faults(room=0))
+    store = opened(files, pause=600.0)
+    put(store, 1)
+    files.calls.clear()
+    assert put(store, 2) == [False] and files.calls == []
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EROFS, errno.EACCES, errno.EIO, errno.EINVAL, errno.ENOLCK], ids=errno.errorcode.get
+)
+@pytest.mark.parametrize("call", CALLS)
+def test_no_error_of_the_system_is_raised(opened: Open, call: str, number: int) -> None:
+    """At the start, in the middle, and after: what was there before is there again."""
+    files = FaultyFiles()
+    store = opened(files)
+    put(store, 1, 2)
+    files.faults.errors[call] = number
+    second = opened(files)
+    for each in (store, second):
+        put(each, 3)
+        got(each, 1, 2, 3)
+        each.has([key(9)])
+        each.drop([key(2)])
+        each.clear()
+        each.held()
+    assert store.counts()["errors"] + second.counts()["errors"] > 0 or call in (
+        "folders",
+        "make_folder",
+        "resize",
+        "lock",
+    )
+    files.faults.errors.clear()
+    assert put(store, 4) == [True] == got(store, 4)
+
+
+def test_a_folder_that_is_removed_is_made_again(opened: Open, tmp_path: Path) -> None:
+    store = opened(FaultyFiles(), tmp_path / "pages")
+    put(store, 1)
+    shutil.rmtree(tmp_path / "pages")
+    assert got(store, 1) == [False] == put(store, 2)
+    assert put(store, 2) == [True] == got(store, 2)
+
+
+def test_a_folder_that_cannot_be_written_is_read(opened: Open, tmp_path: Path) -> None:
+    put(opened(FaultyFiles(), tmp_path), 1)
+    files = FaultyFiles()
+    really = files.open
+
+    def read_only(path: str, flags: int) -> int:
+        if flags & 3:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return really(path, flags)
+
+    files.open = read_only  # type: ignore[method-assign]
+    store = opened(files, tmp_path)
+    assert got(store, 1) == [True] and put(store, 2) == [False] and put(store, 1) == [True]
+
+
+# ── a disk that stalls ───────────────────────────────────────────────────────────────────────
+
+
+def test_a_read_that_stalls_is_passed_over_and_touches_nothing_later(
+    opened: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = FaultyFiles()
+    store = opened(files, patience=0.1)
+    put(store, 1, 2)
+    files.faults.stall = frozenset(["read"])
+    into = [bytearray(PAGE), bytearray(PAGE)]
+    assert store.get([key(1), key(2)], [memoryview(each) for each in into]) == [False, False]
+    assert store.counts()["stalls"] == 1 and len(warnings(caplog)) == 1
+    for each in into:
+        each[:] = b"o" * PAGE  # the caller's own again
+    files.faults.stall = frozenset()
+    files.faults.resumed.set()
+    assert got(store, 1, 2) == [True, True]  # the threads that were stuck are back
+    assert into == [bytearray(b"o" * PAGE)] * 2
+
+
+def test_a_store_that_stalled_is_not_asked_for_a_while(opened: Open) -> None:
+    files = FaultyFiles()
+    store = opened(files, patience=0.1, pause=600.0)
+    put(store, 1)
+    files.faults.stall = frozenset(["read"])
+    assert got(store, 1) == [False]
+    files.faults.resumed.set()
+    files.calls.clear()
+    assert got(store, 1) == [False] and store.has([key(1)]) == [False] and files.calls == []
+
+
+def test_a_page_that_changes_after_a_stalled_write_is_never_found_wrong(opened: Open) -> None:
+    files = FaultyFiles()
+    store = opened(files, patience=0.1)
+    files.faults.stall = frozenset(["write"])
+    memory = bytearray(page(1))
+    assert store.put([key(1)], [memoryview(memory)]) == [False]
+    memory[:] = b"o" * PAGE
+    files.faults.resumed.set()
+    deadline = threading.Event()
+    for _ in range(100):
+        if store.has([key(1)]) == [True]:
+            break
+        deadline.wait(0.02)
+    assert got(store, 1) == [True]  # which says that it is right: it was copied in time
+
+
+def test_a_queue_that_is_full_refuses(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine_plugins.tiers.disk.threads.MOST_WAITING", 4)
+    files = FaultyFiles(Faults(stall=frozenset(["write"])))
+    store = opened(files, patience=0.05)
+    assert put(store, *range(20)) == [False] * 20
+    files.faults.resumed.set()
+    store._writing.close(30.0)
+    written = store.counts()["pages_written"]
+    assert written <= 2  # those that threads had begun with; the rest nobody waited for
+
+
+def test_a_disk_that_stalls_from_the_start_delays_it_no_longer_than_patience(opened: Open) -> None:
+    files = FaultyFiles(Faults(stall=frozenset(["files", "open", "make_folder"])))
+    store = opened(files, patience=0.05, pause=600.0)
+    assert put(store, 1) == [False] and got(store, 1) == [False] and store.held().pages == 0
+
+
+# ── for the tests of whole engines ───────────────────────────────────────────────────────────
+
+
+def test_the_faulty_tier_is_a_plugin(tmp_path: Path) -> None:
+    lib = Path(__file__).parents[2] / "lib" / "faulty_disk.py"
+    entry = Plugins.load([str(lib)]).entries("tiers")["faulty"]
+    argument = f"{tmp_path}?room=0&flips=0.5&errors=touch:EIO&stall=lock&seconds=0"
+    store = resolve(entry.target)(capacity_bytes=ROOM, page_bytes=PAGE, manifest={}, argument=argument)
+    assert put(store, 1) == [False]
+    faults = store._files.faults
+    assert (faults.room, faults.flips, faults.errors) == (0, 0.5, {"touch": errno.EIO})
+    assert (faults.stall, faults.seconds) == (frozenset(["lock"]), 0.0)
+    store.close()
