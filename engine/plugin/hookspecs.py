@@ -139,6 +139,19 @@ def register_grammars(register: Annotated[Register, GrammarEntry]) -> None:
     `specs.GrammarEngine` class."""
 
 
+class TierEntry(Entry, frozen=True, kw_only=True):
+    """A tier of KV pages below the device's memory. `kind` is "pool", what --kv-host asks for, or "store", what
+    --kv-disk asks for."""
+
+    kind: Literal["pool", "store"]
+
+
+@hookspec
+def register_tiers(register: Annotated[Register, TierEntry]) -> None:
+    """register(name, target, kind="store"): a `tiers.BuildTier`, a function or a class that makes a `tiers.Store`, or
+    with kind "pool" a `tiers.Pool`."""
+
+
 class RouteEntry(Entry, frozen=True, kw_only=True):
     """An HTTP route: its name is "METHOD /path", and `target` its handler. Imported in the front alone.
 
