@@ -115,12 +115,10 @@ class HostPages:
             self._forgotten.remove(place)
             self.pool.give([place.slot])
 
-    def clear(self) -> int:
-        """Forget all pages; how many those were."""
-        places = list(self._places.values())
-        for place in places:
+    def clear(self) -> None:
+        """Forget all pages."""
+        for place in list(self._places.values()):
             self.forget(place)
-        return len(places)
 
     def places(self) -> list[Place]:
         """All that are not free."""

@@ -67,9 +67,10 @@ class CachePages:
         return len(freed)
 
     def flush(self) -> tuple[int, int]:
-        """Free all cached pages that nobody uses, in all tiers: how many, and pages still in use."""
-        below = 0 if self.tiers is None else self.tiers.clear()
-        return below + self.evict(self.tree.evictable), self.pool.size - self.pool.free_pages
+        """Free all cached pages that nobody uses: how many, and pages still in use. Tiers below are emptied, too."""
+        if self.tiers is not None:
+            self.tiers.clear()
+        return self.evict(self.tree.evictable), self.pool.size - self.pool.free_pages
 
     def named(self, blocks: Blocks | None) -> Named | None:
         """What a prompt's `blocks` are here; None where nobody is told of them."""

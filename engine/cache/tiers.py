@@ -355,8 +355,8 @@ class Tiers:
             if not waits:
                 self.give_up(need)
 
-    def clear(self) -> int:
-        """Forget all that lies below the device, and what is on its way; how many pages there were."""
+    def clear(self) -> None:
+        """Forget all that lies below the device, and what is on its way."""
         self._names.clear()
         self._pending.clear()
         for ticket in [*self._tickets.values(), self._down]:
@@ -366,7 +366,7 @@ class Tiers:
             self._send(ticket, self._after)
         if self.options.stores:
             self._send(Ticket("clear"), self._after)
-        return self.host.clear()
+        self.host.clear()
 
     # ── looking ──────────────────────────────────────────────────────────────────────────────
 

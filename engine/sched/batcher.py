@@ -27,7 +27,7 @@ from itertools import chain
 
 from engine.cache.blocks import HeldBlocks
 from engine.cache.pages import CachePages
-from engine.cache.tiers import TierOptions
+from engine.cache.tiers import TierOptions, Tiers
 from engine.messages.assets import Bound
 from engine.messages.reply import Tokens
 from engine.messages.request import Admit
@@ -104,6 +104,11 @@ class Scheduler:
         self._stop_ids: Counter[int] = Counter()  # of all that run
         self._free_slots = list(reversed(self.slots))
         self._in_flight: deque[tuple[int, StepColumns]] = deque()
+
+    @property
+    def tiers(self) -> Tiers | None:
+        """What lies below its pages."""
+        return self._pages.tiers
 
     # ── figures ──────────────────────────────────────────────────────────────────────────────
 
