@@ -61,7 +61,7 @@ HEARTBEAT_SECONDS = 1.0
 # How long a request waits for a store, beside what it takes to read: as HiCache does.
 FETCH_SECONDS = 2.0
 FETCH_SECONDS_A_BYTE = 0.1 / 4096  # of ids, four a token
-LEAST_FETCHED = 256  # tokens: fewer are computed sooner than fetched
+LEAST_RISEN, LEAST_FETCHED = 64, 256  # tokens: fewer are computed sooner than they come from the host, or a store
 RUNNING = ("ready", "stalled")  # states of a worker that reads what it is sent
 LOST = "the device worker stopped while this request was running, and is being restarted; send the request again"
 
@@ -351,7 +351,11 @@ class SchedulerActor:
             options["chunks"] = ChunkRule(ready.max_step_tokens, stages, ready.attention_work)
         if ready.host_pages:
             options["tiers"] = TierOptions(
-                ready.host_pages, self.config.cache.kv_policy, ready.stores, -(-LEAST_FETCHED // ready.page_size)
+                ready.host_pages,
+                self.config.cache.kv_policy,
+                ready.stores,
+                least_risen=-(-LEAST_RISEN // ready.page_size),
+                least_fetched=-(-LEAST_FETCHED // ready.page_size),
             )
         scheduler = Copies(ready.copies, **options) if ready.copies > 1 else Scheduler(**options)
         if ready.host_pages:

@@ -4,8 +4,9 @@
     new        the rest: each page begins here           <── what gives way first, the least recently used
 
 A page that nobody asks for a second time passes through the new ones, so a scan of long texts, however long, pushes out
-nothing that was asked for twice. That is a segmented LRU (Karedla et al. 1994). Of one text the later pages give way
-before the earlier ones, which they are worth nothing without.
+nothing that was asked for twice. Of those the least recently used become new again where they are too many. That is a
+segmented LRU (Karedla et al. 1994). Of one text the later pages give way before the earlier ones, which they are worth
+nothing without.
 """
 
 from collections import OrderedDict
@@ -70,11 +71,7 @@ class HostPages:
         return places
 
     def _victim(self) -> Place | None:
-        for segment in (self._new, self._hit):
-            for place in segment.values():
-                if not place.pins:
-                    return place
-        return None
+        return next((place for place in self._new.values() if not place.pins), None)
 
     def touch(self, names: Iterable[bytes], *, hit: bool) -> None:
         """These pages, given from the last to the first, were used just now; `hit`: asked for again."""

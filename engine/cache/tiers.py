@@ -39,12 +39,14 @@ KEEPING = 2  # such moves under way
 @dataclass(frozen=True, slots=True)
 class TierOptions:
     """`host` pages in the pool of each rank; `stores`: and a store below it. Numbers of moves are those of copy `copy`
-    of so many. Fewer than `least` pages are not fetched from a store: to ask for them takes as long as to compute."""
+    of so many. Fewer pages than `least_risen` are not brought up, and fewer than `least_fetched` not asked for in a
+    store: they are computed sooner."""
 
     host: int
     policy: WritePolicy = "write-through"
     stores: bool = False
-    least: int = 16
+    least_risen: int = 4
+    least_fetched: int = 16
     copy: int = 0
     copies: int = 1
 
@@ -89,9 +91,9 @@ class Tiers:
         """`before` are those of a life of the device before this one: counts and numbers go on."""
         self.options = options
         self.host = HostPages(options.host)
-        self.counts = TierCounts() if before is None else before.counts
-        self.ceiling = Ceiling() if before is None else before.ceiling
-        self._numbers = _numbers(options) if before is None else before._numbers
+        self.counts: TierCounts = TierCounts() if before is None else before.counts
+        self.ceiling: Ceiling = Ceiling() if before is None else before.ceiling
+        self._numbers: itertools.count[int] = _numbers(options) if before is None else before._numbers
         self._tree, self._pool = tree, pool
         self._tickets: dict[int, Ticket] = {}
         self._before: list[Move] = []
@@ -290,7 +292,7 @@ class Tiers:
             elif place is None:
                 break
             first += 1
-        if len(names) - first >= self.options.least:
+        if len(names) - first >= self.options.least_fetched:
             asked = self._send(Ticket("find", names=names[first:]), self._after)
             self._coming.update(dict.fromkeys(names[first:], asked))
             waits.add(asked)
@@ -309,7 +311,7 @@ class Tiers:
             self._coming.pop(name, None)
         found = list(itertools.takewhile(lambda index: done[index], range(len(done))))
         names = [ticket.names[index] for index in found if self.host.get(ticket.names[index]) is None]
-        places = self.host.add(names) if len(names) >= self.options.least and not ticket.stale else []
+        places = self.host.add(names) if len(names) >= self.options.least_fetched and not ticket.stale else []
         if places:
             fetching = self._send(Ticket("fetch", places), self._after)
             self._coming.update((place.name, fetching) for place in places)
@@ -359,11 +361,11 @@ class Tiers:
         """Forget all that lies below the device, and what is on its way."""
         self._names.clear()
         self._pending.clear()
-        for ticket in [*self._tickets.values(), self._down]:
-            ticket.stale = True
         if self._down.places:
             ticket, self._down = self._down, Ticket("down")
             self._send(ticket, self._after)
+        for ticket in self._tickets.values():
+            ticket.stale = True
         if self.options.stores:
             self._send(Ticket("clear"), self._after)
         self.host.clear()

@@ -80,7 +80,7 @@ class Moves:
         tiers = self._copies[0].tiers
         assert tiers is not None
         pages = len(admit.ids) // 4 // self._copies[0].page_size
-        return tiers.options.stores and admit.max_new > 0 and pages >= tiers.options.least
+        return tiers.options.stores and admit.max_new > 0 and pages >= tiers.options.least_fetched
 
     def want(self, number: int, admit: Admit) -> None:
         """`settled` names `number` once what stores have of a prompt's pages is there, or does not come. They come to

@@ -18,17 +18,15 @@ from engine.sched.request import Request
 
 MOST_RISES = 3  # of one request's pages: where they have given way again and again, it computes them
 LOOKED_AT = 8  # requests of the queue whose pages may come up before their turn
-LEAST_RISEN = 64  # tokens for which it is worth to wait
 
 
 class Places:
     """Gives requests pages of `page_size` tokens out of `pages`; with `reuse`, those of the tree too."""
 
-    def __init__(self, pages: CachePages, page_size: int, reuse: bool, least: int = LEAST_RISEN) -> None:
+    def __init__(self, pages: CachePages, page_size: int, reuse: bool) -> None:
         self.pages, self.pool, self.tree, self.tiers = pages, pages.pool, pages.tree, pages.tiers
         self._page_size = page_size
         self._reuse = reuse
-        self._least = -(-least // page_size)
 
     def know(self, request: Request, admit: Admit) -> None:
         """What is to be remembered of a request that comes: the blocks of its text, and the names of its pages."""
@@ -82,7 +80,7 @@ class Places:
             request.rise = number
             return True
         count = self.tiers.host.run(names, held, last)
-        if count < self._least or not self._match(request, running):
+        if count < self.tiers.options.least_risen or not self._match(request, running):
             return False
         assert request.node is not None and len(request.pages) == held
         pages = self.pages.take(count)

@@ -258,7 +258,7 @@ def _bytes_of(layer: Tensor) -> Tensor:
     assert layer.storage_offset() == 0, "that is not the first layer"
     stride = layer.stride(0) * layer.element_size()
     flat = torch.empty(0, dtype=torch.uint8, device=layer.device)
-    return flat.set_(layer.untyped_storage(), 0, (len(layer), stride), (stride, 1))  # type: ignore[call-overload,no-any-return]
+    return flat.set_(layer.untyped_storage(), 0, (len(layer), stride), (stride, 1))
 
 
 def pin(host: Tensor) -> None:

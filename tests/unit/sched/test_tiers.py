@@ -2,12 +2,13 @@
 
 from typing import get_args
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 from msgspec.structs import replace
 from simulated_tiers import SimulatedTiers
-from test_batcher import POLICIES, AnythingHappens, Bench
+from test_batcher import POLICIES, AnythingHappens, Bench, request
 
 from engine.cache.tiers import TierOptions, WritePolicy
 from engine.messages.assets import Need
@@ -28,8 +29,7 @@ class TierBench(Bench):
     Moves end when they are told to. Then the pages fail for which `failing` has a byte."""
 
     def __init__(self, host, write="write-through", stores=True, **options):
-        super().__init__(**options, tiers=TierOptions(host, write, stores, least=1))
-        self.scheduler.places._least = 1
+        super().__init__(**options, tiers=TierOptions(host, write, stores, 1, 1))
         self.below = SimulatedTiers(self.device, host)
         self.moves = Moves([self.scheduler])
         self.room = WaitingRoom({})
@@ -178,3 +178,123 @@ class AnythingMoves(AnythingHappens):
 
 TestAnythingMoves = AnythingMoves.TestCase
 TestAnythingMoves.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+# ── what is promised, one by one ─────────────────────────────────────────────────────────────
+
+LONG = [index * index % 4 for index in range(33)]  # 8 pages of 4, and a token
+OTHER = [3] * 40
+
+
+def run(bench, rid, ids, **options):
+    """One request alone; how many of its tokens were cached, and how many positions were computed."""
+    before = bench.device.computed
+    bench.admit(request(rid, ids, max_new=1, **options))
+    while bench.live or bench.below.moving:
+        bench.step()
+    return bench.cached[rid], bench.device.computed - before
+
+
+@pytest.mark.parametrize("write", get_args(WritePolicy))
+def test_a_prefix_that_gave_way_comes_up_and_is_not_computed_again(write):
+    bench = TierBench(40, write=write, stores=False, pages=11)
+    assert run(bench, "a", LONG) == (0, 33)
+    assert run(bench, "b", LONG) == (32, 1)  # on the device; the second time that it is asked for
+    assert run(bench, "c", OTHER) == (0, 40)  # beside it there is room for one page
+    assert bench.scheduler.tiers.counts.from_host == 0
+    assert run(bench, "d", LONG) == (32, 1)
+    counts = bench.scheduler.tiers.counts
+    assert (counts.from_host, counts.from_store, counts.refused, counts.failed) == (7, 0, 0, 0)
+    bench.drain()
+
+
+def test_policies_say_when_pages_go_down():
+    down = {}
+    for write in get_args(WritePolicy):
+        bench = TierBench(40, write=write, stores=False, pages=11)
+        down[write] = []
+        for rid, ids in (("a", LONG), ("b", LONG), ("c", OTHER)):
+            run(bench, rid, ids)
+            down[write].append(bench.below.done["down"])
+        bench.drain()
+    assert down["write-through"] == [8, 8, 18]
+    assert down["second-hit"] == [0, 8, 8]
+    assert down["write-back"] == [0, 0, 7]  # of 11 pages the first is still there
+
+
+def test_after_a_flush_nothing_comes_up_and_pages_go_down_again():
+    bench = TierBench(40, pages=11)
+    run(bench, "a", LONG)
+    assert bench.below.store
+    bench.scheduler.flush()
+    bench.go_on()
+    assert run(bench, "b", LONG) == (0, 33)
+    assert bench.below.done["clear"] == 0 and len(bench.below.store) == 8
+    run(bench, "c", OTHER)
+    assert run(bench, "d", LONG) == (32, 1)
+    bench.drain()
+
+
+def test_what_is_on_its_way_at_a_flush_does_not_come():
+    bench = TierBench(40, pages=11, stores=False)
+    run(bench, "a", LONG)
+    run(bench, "b", OTHER)
+    bench.admit(request("c", LONG, max_new=1))
+    bench.plan()
+    assert [move.way for move in bench.below.moving] == ["up"]
+    bench.scheduler.flush()
+    bench.drain()
+    assert bench.cached["c"] == 4  # the page that what came up would have gone on from
+
+
+def test_a_restarted_engine_finds_in_the_store_what_it_had():
+    bench = TierBench(40, pages=11)
+    run(bench, "a", LONG)
+    bench.scheduler.reset()
+    bench.device.clear()
+    bench.below.lose()
+    assert run(bench, "b", LONG) == (32, 1)
+    assert run(bench, "c", LONG, salt="x") == (0, 33)
+    counts = bench.scheduler.tiers.counts
+    assert (counts.fetched, counts.from_store, counts.from_host) == (8, 8, 0)
+    bench.drain()
+
+
+def test_pages_that_a_store_has_lost_are_computed_from_the_first_of_them_on():
+    bench = TierBench(40, pages=11)
+    run(bench, "a", LONG)
+    bench.scheduler.reset()
+    bench.device.clear()
+    bench.below.lose()
+    names = bench.scheduler.places
+    request_of = Request.admitted(request("x", LONG, max_new=1), 0)
+    names.know(request_of, request("x", LONG, max_new=1))
+    del bench.below.store[request_of.names.upto(8)[5]]
+    assert run(bench, "b", LONG) == (20, 13)
+    bench.drain()
+
+
+def test_others_run_while_pages_come_up_and_who_shares_them_waits_for_the_same_move():
+    bench = TierBench(60, pages=24, stores=False)
+    run(bench, "a", LONG)
+    for number in range(3):
+        run(bench, f"o{number}", [number] * 40)
+    bench.admit(request("b", [*LONG, 1], max_new=1), request("c", [*LONG, 2], max_new=1))
+    bench.admit(request("d", [2, 2], max_new=1))
+    while "d" not in bench.ends:
+        bench.plan()
+        bench.commit()
+    assert [move.way for move in bench.below.moving if move.way == "up"] == ["up"] and len(bench.live) == 2
+    bench.drain()
+    assert bench.cached["b"] == bench.cached["c"] == 32
+    assert bench.scheduler.tiers.counts.from_host == 8
+
+
+def test_a_scan_leaves_what_is_asked_for_again_in_the_host():
+    bench = TierBench(16, pages=11, stores=False)
+    run(bench, "a", LONG)
+    run(bench, "b", LONG)
+    for number in range(12):
+        run(bench, f"scan{number}", [number % 4, number // 4, *OTHER[:30]])
+    assert run(bench, "c", LONG) == (32, 1)
+    bench.drain()
