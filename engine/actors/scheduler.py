@@ -146,16 +146,16 @@ class SchedulerActor:
             await self.executor.send(plan)
 
     async def _send_moves(self, moves: Moves) -> None:
-        """Once all plans are sent: what comes after them, and what needs wait for no longer."""
-        if self.worker in RUNNING:
-            for move in (*moves.before(), *moves.after()):
-                self._checked = False
-                await self.executor.send(move)
+        """Let those go on who wait for no page any longer; then send what comes after all plans that are sent."""
         while settled := moves.settled():
             for number in settled:
                 self._wanted.pop(number, None)
                 await self._pass_on(self.room.settle(number))
             await self._fill_credits()
+        if self.worker in RUNNING:
+            for move in (*moves.before(), *moves.after()):
+                self._checked = False
+                await self.executor.send(move)
 
     async def _handle(self, message: ToScheduler) -> None:
         match message:

@@ -57,9 +57,10 @@ class HostPages:
                 return index - first
         return max(0, end - first)
 
-    def add(self, names: Sequence[bytes]) -> list[Place]:
-        """Pinned places for as many of these new pages as there is room for, the first of them first."""
-        while self.pool.free_pages < len(names) and (victim := self._victim()) is not None:
+    def add(self, names: Sequence[bytes], *, hit: bool = False) -> list[Place]:
+        """Pinned places for as many of these pages as there is room for, the first of them first; `hit`: a store had
+        them, and they are asked for again."""
+        while self.pool.free_pages < len(names) and (victim := self._victim(hit)) is not None:
             self.forget(victim)
         slots = self.pool.take(min(len(names), self.pool.free_pages))
         assert slots is not None
@@ -68,10 +69,17 @@ class HostPages:
         for place in reversed(places):
             assert place.name not in self._places, "a page gets a second place"
             self._places[place.name] = self._new[place.name] = place
+        if hit:
+            self.touch([place.name for place in reversed(places)], hit=True)
         return places
 
-    def _victim(self) -> Place | None:
-        return next((place for place in self._new.values() if not place.pins), None)
+    def _victim(self, hit: bool) -> Place | None:
+        """What gives way: for a new page another new one, for one that is asked for again also such a one."""
+        for segment in (self._new, self._hit) if hit else (self._new,):
+            for place in segment.values():
+                if not place.pins:
+                    return place
+        return None
 
     def touch(self, names: Iterable[bytes], *, hit: bool) -> None:
         """These pages, given from the last to the first, were used just now; `hit`: asked for again."""

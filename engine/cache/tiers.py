@@ -311,7 +311,8 @@ class Tiers:
             self._coming.pop(name, None)
         found = list(itertools.takewhile(lambda index: done[index], range(len(done))))
         names = [ticket.names[index] for index in found if self.host.get(ticket.names[index]) is None]
-        places = self.host.add(names) if len(names) >= self.options.least_fetched and not ticket.stale else []
+        enough = len(names) >= self.options.least_fetched and not ticket.stale
+        places = self.host.add(names, hit=True) if enough else []
         if places:
             fetching = self._send(Ticket("fetch", places), self._after)
             self._coming.update((place.name, fetching) for place in places)

@@ -56,6 +56,16 @@ def test_what_was_asked_for_twice_gives_way_to_what_was_asked_for_twice_later():
     assert held(host, "abcdefuvxy") == "abcduvxy"
 
 
+def test_what_a_store_gives_back_takes_the_place_of_what_was_asked_for_longer_ago():
+    host = HostPages(8)
+    there(host, *"abcdef")
+    host.touch([b"f", b"e", b"d", b"c", b"b", b"a"], hit=True)
+    places = host.add([b"u", b"v", b"w", b"x", b"y"], hit=True)
+    assert [place.name for place in places] == [b"u", b"v", b"w", b"x", b"y"]
+    assert held(host, "abcdefuvwxy") == "abcuvwxy"
+    host.check_integrity()
+
+
 def test_pinned_places_stay_and_a_forgotten_one_is_free_with_its_last_pin():
     host = HostPages(2)
     (one, two) = host.add([b"a", b"b"])
