@@ -89,6 +89,27 @@ class CacheOptions(Struct, frozen=True, kw_only=True):
         float,
         Meta(gt=0, description="how long after its last request the KV pages of a session are preferred to others"),
     ] = 3600.0
+    kv_host: Annotated[
+        Annotated[str, Meta(min_length=1)] | None,
+        Meta(
+            description="memory of each host for KV pages that its devices have no room for, 64GiB; its ranks divide "
+            "it; default: none, or with --kv-disk 4GiB at most"
+        ),
+    ] = None
+    kv_disk: Annotated[
+        Annotated[str, Meta(min_length=1)] | None,
+        Meta(
+            description="where each host keeps KV pages that outlive the engine, and at most how much, /path:500GiB; "
+            "its ranks divide it; default: nowhere"
+        ),
+    ] = None
+    kv_policy: Annotated[
+        Literal["write-through", "second-hit", "write-back"],
+        Meta(
+            description="when KV pages go down to the host and the disk: once they are computed, once they are asked "
+            "for a second time, or when they have to give way on the device"
+        ),
+    ] = "write-through"
     cache_events: Annotated[
         bool, Meta(description="tell routers which texts' KV pages are cached, at /v1/cache/events")
     ] = False

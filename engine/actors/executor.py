@@ -23,6 +23,7 @@ from engine.runtime.group import WorkerGroup, meeting_place
 from engine.runtime.meeting import check_hosts
 from engine.runtime.nodes import LostNode, Nodes, RemoteChild, check_attached
 from engine.runtime.process import Child, Start, end_all, spawn
+from engine.runtime.tiers import check_tiers
 
 log = logging.getLogger("engine.executor")
 
@@ -48,6 +49,7 @@ class ExecutorActor:
         self.spare = Spare(config, self._start, spare_seconds)
         check_hosts(config.parallel)
         check_copies(config)
+        check_tiers(config)
         if config.parallel.node_rank:
             raise ConfigError(f"--node-rank {config.parallel.node_rank} is for `engine serve`; node 0 has the engine")
         self._nodes = Nodes(config) if config.parallel.nnodes > 1 else None

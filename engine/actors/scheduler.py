@@ -15,13 +15,15 @@ from typing import Any, Literal
 
 import anyio
 import msgspec
+from msgspec.structs import replace
 
 from engine.cache.blocks import HeldBlocks
 from engine.cache.log import CacheLog
+from engine.cache.tiers import TierOptions
 from engine.config import Config
 from engine.errors import RequestError
 from engine.messages import ToExecutor, ToFront, ToMaker, ToScheduler
-from engine.messages.assets import Loaded, Made
+from engine.messages.assets import Loaded, Made, Need
 from engine.messages.cache import FollowCache
 from engine.messages.control import (
     Answer,
@@ -41,6 +43,7 @@ from engine.messages.reply import Failed, Tokens
 from engine.messages.request import Abort, Admit, StopHit
 from engine.messages.sessions import EndSession, KeptSession, ListSessions
 from engine.messages.step import StepDone, steps_in_flight
+from engine.messages.tiers import PAGES, Moved
 from engine.plugin.specs import Policy
 from engine.runtime.channel import Outbox, Receiver, received
 from engine.sched import Scheduler
@@ -48,6 +51,7 @@ from engine.sched.assets import Due, WaitingRoom
 from engine.sched.chunks import ChunkRule
 from engine.sched.copies import Copies
 from engine.sched.fronts import front_of
+from engine.sched.moves import Moves
 from engine.sched.sessions import Sessions
 
 log = logging.getLogger("engine.scheduler")
@@ -56,6 +60,10 @@ log = logging.getLogger("engine.scheduler")
 # device already. One step in flight more costs a row that ends one more dropped token, and a new request a step's wait.
 SHORT_STEP_SECONDS = 0.002
 HEARTBEAT_SECONDS = 1.0
+# How long a request waits for a store, beside what it takes to read: as HiCache does.
+FETCH_SECONDS = 2.0
+FETCH_SECONDS_A_BYTE = 0.1 / 4096  # of ids, four a token
+LEAST_RISEN, LEAST_FETCHED = 64, 256  # tokens: fewer are computed sooner than they come from the host, or a store
 RUNNING = ("ready", "stalled")  # states of a worker that reads what it is sent
 LOST = "the device worker stopped while this request was running, and is being restarted; send the request again"
 
@@ -102,6 +110,8 @@ class SchedulerActor:
         self.log = CacheLog(time.time_ns() // 1000) if config.cache.cache_events else None
         self.held = None if self.log is None else HeldBlocks(self.log)
         self._following: list[FollowCache] = []  # not answered yet
+        self.moves: Moves | None = None  # where there are tiers below the device
+        self._wanted: dict[int, float] = {}  # needs for pages, and until when they are waited for
         self.step_seconds = array("f")
         self.make_seconds: dict[str, array[float]] = {}  # by kind
         self.idle_seconds = 0.0
@@ -109,6 +119,7 @@ class SchedulerActor:
         self.restart_seconds = 0.0  # of the last one
         self._lost_at = 0.0  # when the worker died that is being replaced
         self._checked = True
+        self._told = False  # that a tier fails
 
     async def run(self) -> None:
         async with anyio.create_task_group() as group:
@@ -117,6 +128,8 @@ class SchedulerActor:
                 for message in received(self.inbox, first):
                     await self._handle(message)
                 await self._fill_credits()
+                if self.moves is not None:
+                    await self._send_moves(self.moves)
                 if self._following:
                     await self._tell_followers()
             group.cancel_scope.cancel()
@@ -128,14 +141,30 @@ class SchedulerActor:
         while self.in_flight < self.credits and (plan := scheduler.plan(time.monotonic())) is not None:
             self.in_flight += 1
             self._checked = False
+            if self.moves is not None:
+                self.moves.cost.planned(plan)
+                for move in self.moves.before():
+                    await self.executor.send(move)
             await self.executor.send(plan)
+
+    async def _send_moves(self, moves: Moves) -> None:
+        """Let those go on who wait for no page any longer; then send what comes after all plans that are sent."""
+        while settled := moves.settled():
+            for number in settled:
+                self._wanted.pop(number, None)
+                await self._pass_on(self.room.settle(number))
+            await self._fill_credits()
+        if self.worker in RUNNING:
+            for move in (*moves.before(), *moves.after()):
+                self._checked = False
+                await self.executor.send(move)
 
     async def _handle(self, message: ToScheduler) -> None:
         match message:
             case StepDone():
                 await self._commit(message)
             case Admit():
-                await self._pass_on(self.room.admit(message))
+                await self._admit(message)
             case Abort():
                 await self._abort(message.rid)
             case FrontLost():
@@ -148,6 +177,8 @@ class SchedulerActor:
             case Loaded():
                 await self._pass_on(self.room.loaded(message))
                 await self._evict()
+            case Moved():
+                self._moved(message)
             case StopHit():
                 if self.scheduler:
                     self.scheduler.stop(message.rid, message.keep)
@@ -181,10 +212,31 @@ class SchedulerActor:
                 await self._send_stats()
                 await self.front.send(message)
 
+    async def _admit(self, admit: Admit) -> None:
+        """Let a request in. What a store may have of its prompt is a need as others are, but is waited for a while."""
+        if self.moves is None or not self.moves.seeks(admit):
+            return await self._pass_on(self.room.admit(admit))
+        due = self.room.admit(replace(admit, needs=(*admit.needs, Need(PAGES, admit.rid.encode()))))
+        for make in due.makes:
+            if make.kind == PAGES:
+                self._wanted[make.number] = time.monotonic() + FETCH_SECONDS + len(admit.ids) * FETCH_SECONDS_A_BYTE
+                self.moves.want(make.number, admit)
+        due.makes = [make for make in due.makes if make.kind != PAGES]
+        return await self._pass_on(due)
+
+    def _moved(self, message: Moved) -> None:
+        assert self.moves is not None, "a page moved, but there are no tiers"
+        self._checked = False
+        if (cause := self.moves.moved(message)) and not self._told:
+            self._told = True
+            log.warning("pages of lower tiers are computed again, as here: %s; /metrics counts them", cause)
+
     async def _commit(self, done: StepDone) -> None:
         assert self.scheduler is not None
         self.in_flight -= 1
         self.step_seconds.append(done.seconds)
+        if self.moves is not None:
+            self.moves.cost.done(done.seconds)
         self.credits = self.most_credits - (done.seconds >= SHORT_STEP_SECONDS)
         self.idle_seconds += done.idle
         stuck = self.scheduler.stuck(done) if done.stuck else []
@@ -315,7 +367,18 @@ class SchedulerActor:
         }
         if stages > 1:
             options["chunks"] = ChunkRule(ready.max_step_tokens, stages, ready.attention_work)
-        return Copies(ready.copies, **options) if ready.copies > 1 else Scheduler(**options)
+        if ready.host_pages:
+            options["tiers"] = TierOptions(
+                ready.host_pages,
+                self.config.cache.kv_policy,
+                ready.stores,
+                least_risen=-(-LEAST_RISEN // ready.page_size),
+                least_fetched=-(-LEAST_FETCHED // ready.page_size),
+            )
+        scheduler = Copies(ready.copies, **options) if ready.copies > 1 else Scheduler(**options)
+        if ready.host_pages:
+            self.moves = Moves(scheduler.copies if isinstance(scheduler, Copies) else (scheduler,))
+        return scheduler
 
     async def _lost(self, cause: str) -> None:
         """Everything on the device is gone: end what ran there, keep what waits, start afresh."""
@@ -325,6 +388,9 @@ class SchedulerActor:
         self.worker, self.cause = "restarting", cause
         self.in_flight = 0
         await self._send_stats()
+        self._wanted.clear()
+        if self.moves is not None:
+            self.moves.cost.lost()
         for rid in self.scheduler.reset():
             await self.front.send(Failed(rid, 503, "worker_lost", f"{LOST} (cause: {cause})"))
         await self._pass_on(self.room.lost())
@@ -341,11 +407,20 @@ class SchedulerActor:
             await self._send_stats()
             if self._following:
                 await self._tell_followers(all=True)
+            if self._wanted:
+                await self._give_up_waiting()
             if self.scheduler is not None and not self.in_flight and not self._checked:
                 self.scheduler.check_integrity()
                 self.room.check_integrity()
                 self._checked = True
             await anyio.sleep(HEARTBEAT_SECONDS)
+
+    async def _give_up_waiting(self) -> None:
+        """Who has waited long for a store computes."""
+        assert self.moves is not None
+        for number in [number for number, until in self._wanted.items() if until < time.monotonic()]:
+            self.moves.give_up(number)
+        await self._send_moves(self.moves)
 
     async def _send_stats(self) -> None:
         seconds, self.step_seconds = self.step_seconds.tobytes(), array("f")
@@ -366,6 +441,7 @@ class SchedulerActor:
             sessions=len(self._sessions),
             session_pages=self._sessions.pages,
             sessions_released_total=self._sessions.released,
+            tiers=None if self.moves is None else self.moves.stats(),
             **counts,
         )
         await self.front.send(stats)

@@ -2,7 +2,7 @@
 
 Pages leave the tree in one place, `evict`, so the blocks of texts that lie in them (blocks.py) are never out of date.
 Nobody is told of anything unless there is a `held`. Several caches may share one: it knows the pages of each by numbers
-of their own, from `first` on.
+of their own, from `first` on. Pages that other requests wait for may come up from `tiers` below.
 """
 
 from collections.abc import Sequence
@@ -11,15 +11,24 @@ from typing import Self
 from engine.cache.blocks import HeldBlocks, Named
 from engine.cache.pool import PagePool
 from engine.cache.radix import RadixTree
+from engine.cache.tiers import TierOptions, Tiers
 from engine.messages.cache import Blocks
 
 
 class CachePages:
     """`size` pages of `page_size` tokens, all free; `held` is emptied."""
 
-    def __init__(self, size: int, page_size: int, held: HeldBlocks | None = None, first: int = 0) -> None:
+    def __init__(
+        self,
+        size: int,
+        page_size: int,
+        held: HeldBlocks | None = None,
+        first: int = 0,
+        tiers: TierOptions | None = None,
+    ) -> None:
         self.pool = PagePool(size)
         self.tree = RadixTree(page_size)
+        self.tiers = None if tiers is None else Tiers(tiers, self.tree, self.pool)
         self._page_size = page_size
         self._held = held
         self._first = first
@@ -28,7 +37,10 @@ class CachePages:
 
     def afresh(self) -> Self:
         """As many pages, all of them free."""
-        return type(self)(self.pool.size, self._page_size, self._held, self._first)
+        fresh = type(self)(self.pool.size, self._page_size, self._held, self._first)
+        if self.tiers is not None:
+            fresh.tiers = Tiers(self.tiers.options, fresh.tree, fresh.pool, before=self.tiers)
+        return fresh
 
     @property
     def available(self) -> int:
@@ -49,11 +61,15 @@ class CachePages:
         freed = self.tree.evict(count)
         if self._held is not None:
             self._held.forget(self._first + page for page in freed)
+        if self.tiers is not None:
+            self.tiers.evicted(freed)
         self.pool.give(freed)
         return len(freed)
 
     def flush(self) -> tuple[int, int]:
-        """Free all cached pages that nobody uses: how many, and pages still in use."""
+        """Free all cached pages that nobody uses: how many, and pages still in use. Tiers below are emptied, too."""
+        if self.tiers is not None:
+            self.tiers.clear()
         return self.evict(self.tree.evictable), self.pool.size - self.pool.free_pages
 
     def named(self, blocks: Blocks | None) -> Named | None:
@@ -66,7 +82,9 @@ class CachePages:
         self._held.name(named, [self._first + page for page in pages] if self._first else pages, shared)
 
     def check_integrity(self) -> None:
-        """Assert that what is told of is in the tree."""
+        """Assert that what is told of is in the tree, and that what lies below fits together."""
+        if self.tiers is not None:
+            self.tiers.check_integrity(page for node in self.tree.nodes() for page in node.pages)
         if self._held is not None:
             pages = (self._first + page for node in self.tree.nodes() for page in node.pages)
             self._held.check_integrity(pages, range(self._first, self._first + self.pool.size))

@@ -8,7 +8,7 @@ that finding a prefix is one dictionary look-up and one memcmp a node; nodes spl
 
 Each salt has a root of its own, so that requests of different salts never share a page.
 The idea of caching prefixes in a radix tree is SGLang's (Zheng et al. 2024, arXiv:2312.07104).
-Left out: tiers below device memory; sharing of parts of pages.
+Left out: what lies below device memory (tiers.py); sharing of parts of pages.
 """
 
 from collections.abc import Iterable

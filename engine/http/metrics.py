@@ -27,6 +27,7 @@ from engine.http.counters import TOTALS, Histogram, Row, Rows, TokenTimes
 from engine.http.exposition import Figures, page
 from engine.http.log import TALLY
 from engine.http.metric_aliases import Family, WithAliases
+from engine.http.tier_metrics import tiers_of
 from engine.http.tracing import ReplyTrace
 from engine.messages.control import Stats
 from engine.messages.grammars import GRAMMAR
@@ -319,6 +320,7 @@ class SchedulerFigures(Figures):
         )
         yield from (GaugeMetricFamily(name, text, value=value) for name, text, value in gauges)
         yield from copies_of(stats)
+        yield from tiers_of(stats, info)
         yield from (CounterMetricFamily(name, text, value=value) for name, text, value in counters)
         labels = {"model": self._model}
         if info is not None:

@@ -14,7 +14,8 @@ travel as the bytes of little-endian int32 (`ids`) or float32 arrays: one copy, 
 
 A long text goes from the tokenizer, and from http, to a text process (TextWork; Prepared, Tokenized, Detokenized).
 A request may need things on the device, such as a grammar. They go from the scheduler to their maker (Make, Made), then
-to the worker (Load, Loaded), and then the request runs. The maker of grammars asks its process (Compile, Compiled).
+to the worker (Load, Loaded), and then the request runs. Where there are tiers below the device, pages of its prompt may
+have to come up first (Move, Moved). The maker of grammars asks its process (Compile, Compiled).
 A question (Flush, Pause, FollowCache, ListSessions, EndSession, or an Ask, which the worker answers) goes from http to
 the scheduler and comes back as the Answer of its number. Where there are several front processes, a hub stands between
 them and the scheduler, and carries what they ask each other (PeerAsk, PeerAnswer, PeerAnswers).
@@ -58,16 +59,17 @@ from engine.messages.request import Abort, Admit, Job, Open, StopHit
 from engine.messages.sessions import EndSession, ListSessions
 from engine.messages.step import StepDone, StepPlan
 from engine.messages.text import Retired, TextAnswer, TextBoot, TextWork
+from engine.messages.tiers import Move, Moved
 
 ToTextProcess = TextBoot | TextWork
 FromTextProcess = TextAnswer | Failed | Retired | Fatal
 ToTokenizer = Job | Abort | WorkerReady
-ToWorker = Boot | Preload | Agreed | StepPlan | Load | Drop | Ask | Ping
-FromWorker = Proposed | WorkerReady | StepDone | Loaded | Answer | Pong | Beat | Fatal
+ToWorker = Boot | Preload | Agreed | StepPlan | Load | Drop | Move | Ask | Ping
+FromWorker = Proposed | WorkerReady | StepDone | Loaded | Moved | Answer | Pong | Beat | Fatal
 FromFront = Admit | Abort | StopHit | Flush | Pause | Ask | FollowCache | ListSessions | EndSession
-FromExecutor = StepDone | Loaded | Answer | WorkerReady | WorkerLost | WorkerSilent | Fatal
+FromExecutor = StepDone | Loaded | Moved | Answer | WorkerReady | WorkerLost | WorkerSilent | Fatal
 ToScheduler = FromFront | FrontLost | FromExecutor | Made
-ToExecutor = StepPlan | Load | Drop | Ask | Reset
+ToExecutor = StepPlan | Load | Drop | Move | Ask | Reset
 ToMaker = Make | WorkerReady
 ToDetokenizer = Open | Tokens | Failed
 ToFront = Tokens | Failed | Stats | Answer | WorkerReady | Fatal

@@ -15,7 +15,8 @@ class WorkerReady(Message, frozen=True):
     start imported, for a spare worker: the executor keeps them to itself. A `recurrent` model keeps states of requests,
     which no page holds: no cached prefix serves it, and no drafts. `attention_work` is what each token of context adds
     to the work that a token of a prompt takes, as a part of what that is without context. A `mixture` has experts, of
-    which questions tell; `exchange` says how tokens reach those of other ranks, for people; "" if there are none.
+    which questions tell; `exchange` says how tokens reach those of other ranks, for people; "" if there are none. Below
+    the device are `host_pages`, and if it `stores`, what keeps pages by their names.
     """
 
     pages: int
@@ -35,6 +36,8 @@ class WorkerReady(Message, frozen=True):
     copies: int = 1
     mixture: bool = False
     exchange: str = ""
+    host_pages: int = 0
+    stores: bool = False
 
 
 class WorkerLost(Message, frozen=True):
@@ -172,6 +175,31 @@ class CopyStats(Part, frozen=True):
     tokens_total: int
 
 
+class TierStats(Part, frozen=True):
+    """Figures of the tiers below the device, of all copies of attention together; pages are numbers of pages.
+
+    Pages that went `down` to the host, were `kept` in a store, `fetched` from it, and came up to the device, of which
+    some were `from_host` and others `from_store`; `refused` found no room below, and `failed` were computed again. To
+    fetch and to bring up took `seconds_up`. Of the `asked_total` pages of prompts that came, a cache without end would
+    have had the share `ceiling`. All that the tiers gave would have taken about `seconds_saved` to compute."""
+
+    host_pages: int
+    host_used: int
+    store_pages: int = 0
+    store_bytes: int = 0
+    down: int = 0
+    kept: int = 0
+    fetched: int = 0
+    from_host: int = 0
+    from_store: int = 0
+    refused: int = 0
+    failed: int = 0
+    seconds_up: float = 0.0
+    asked_total: int = 0
+    ceiling: float = 0.0
+    seconds_saved: float = 0.0
+
+
 class Stats(Message, frozen=True):
     """scheduler → http: the heartbeat of the core, every second and when work ends.
 
@@ -179,9 +207,9 @@ class Stats(Message, frozen=True):
     Stats; `idle_seconds_total` sums what the device waited for the host between them; `make_seconds` (float32, by kind)
     are those of the needs that makers have answered since then. `worker` is the state of the device process; `paused`
     is as the last Pause said. `restarts_total` counts workers that took the place of one that died, the last of them
-    after `restart_seconds`. Where attention runs in `copies`, `most_tokens_total` adds up, over all steps, the tokens
-    of the copy that had the most. `sessions` live and have `session_pages`; so many lost their pages before their time
-    (`sessions_released_total`).
+    after `restart_seconds`. There are `tiers` where an option asks for them. Where attention runs in `copies`,
+    `most_tokens_total` adds up, over all steps, the tokens of the copy that had the most. `sessions` live and have
+    `session_pages`; so many lost their pages before their time (`sessions_released_total`).
     """
 
     worker: Literal["starting", "ready", "restarting", "stalled", "failed"]
@@ -207,3 +235,4 @@ class Stats(Message, frozen=True):
     sessions: int = 0
     session_pages: int = 0
     sessions_released_total: int = 0
+    tiers: TierStats | None = None

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import reduce
 from typing import Any
 
 import anyio
@@ -40,6 +41,7 @@ from engine.messages.control import (
     WorkerSilent,
 )
 from engine.messages.step import StepDone, StepPlan
+from engine.messages.tiers import Moved, both
 from engine.runtime.channel import Frames, Outbox, pack
 from engine.runtime.process import Child
 from engine.runtime.stalls import SILENT_SECONDS, stalled
@@ -105,6 +107,7 @@ class WorkerGroup:
         self._ranks = [Rank(number, child) for number, child in enumerate(children)]
         self._reporters = [self._ranks[number] for number in config.parallel.reporters]
         self._parts: dict[int, dict[int, StepDone]] = {}  # of steps that not all reporters have told of, by rank
+        self._moves: dict[int, list[Moved]] = {}  # that not all ranks have told of
         self._scheduler = scheduler
         self._on_ready = on_ready
         self._meeting = meeting
@@ -163,6 +166,8 @@ class WorkerGroup:
                 await self._step_done(rank, message)
             case Answer() | Loaded():
                 await self._collect(rank, message)
+            case Moved():
+                await self._moved(message)
             case Proposed():
                 rank.proposed = message.pages
                 await self._agree()
@@ -184,6 +189,13 @@ class WorkerGroup:
             del self._parts[part.step]
             part = gathered([parts[reporter.number] for reporter in self._reporters])
         await self._scheduler.send(part)
+
+    async def _moved(self, part: Moved) -> None:
+        """Pass on what came of a move, once all ranks have told of it: the pages that all of them have moved."""
+        parts = self._moves.setdefault(part.number, [])
+        parts.append(part)
+        if len(parts) == len(self._ranks):
+            await self._scheduler.send(reduce(both, self._moves.pop(part.number)))
 
     async def _agree(self) -> None:
         """Once all ranks have proposed, tell them how many pages there will be."""
@@ -333,7 +345,7 @@ def least_of(ranks: Sequence[WorkerReady]) -> WorkerReady:
     phases = {name: max(ready.phases.get(name, 0.0) for ready in ranks) for name in names}
     fewest: Mapping[str, int] = {
         name: min(getattr(ready, name) for ready in ranks)
-        for name in ("pages", "slots", "max_step_tokens", "max_model_len")
+        for name in ("pages", "slots", "max_step_tokens", "max_model_len", "host_pages")
     }
     return msgspec.structs.replace(
         ranks[0],

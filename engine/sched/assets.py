@@ -10,6 +10,9 @@ A request here holds no slot and no page. Things are told apart by kind and cont
 again. A lost device takes what it was loading for the first time with it, because that may be what it died of; the next
 device loads all else. The oldest of a kind that no live request has is forgotten when there are too many. Left out: a
 bound on what is in use, and sizes.
+
+A need for pages (messages/tiers.py) only shortens what a request computes. Nothing is made or loaded for it: once what
+there is has come, or is not waited for any more, it is `settled`, and the request runs.
 """
 
 import itertools
@@ -21,6 +24,7 @@ from typing import Literal
 from engine.errors import RequestError
 from engine.messages.assets import Bound, Drop, Load, Loaded, Made, Make, Need
 from engine.messages.request import Admit
+from engine.messages.tiers import PAGES
 from engine.sched.limits import rid_in_use
 
 Key = tuple[str, bytes]  # kind and content
@@ -63,7 +67,7 @@ class Waiting:
 
     def bound(self) -> tuple[Bound, ...]:
         pairs = zip(self.admit.needs, self.assets, strict=True)
-        return tuple(Bound(need.kind, asset.number, need.use) for need, asset in pairs)
+        return tuple(Bound(need.kind, asset.number, need.use) for need, asset in pairs if need.kind != PAGES)
 
 
 @dataclass(slots=True)
@@ -161,6 +165,13 @@ class WaitingRoom:
         self._release(asset.waiting.values(), due)
         return due
 
+    def settle(self, number: int) -> Due:
+        """Those that waited for pages wait no longer."""
+        due = Due()
+        if (asset := self._by_number.get(number)) is not None:
+            self._settle(asset, due)
+        return due
+
     def abort(self, rid: str) -> bool:
         """Whether `rid` waited here. Its things are made ready all the same."""
         return self._leave(rid) is not None
@@ -178,6 +189,8 @@ class WaitingRoom:
                     status=503,
                 )
                 self._refuse(asset, refusal, due)
+            elif asset.kind == PAGES:
+                self._settle(asset, due)
             elif asset.state in ("loading", "ready"):
                 asset.state = "made"
         return due
@@ -203,7 +216,7 @@ class WaitingRoom:
         for asset in idle:
             if excess[asset.kind] > 0:
                 excess[asset.kind] -= 1
-                if asset.state == "ready":
+                if asset.state == "ready" and asset.kind != PAGES:
                     drops.append(Drop(asset.kind, asset.number))
                 self._forget(asset)
         return drops
@@ -222,6 +235,12 @@ class WaitingRoom:
         for request in sorted((each for each in requests if each.complete), key=lambda request: request.rank):
             self._leave(request.admit.rid)
             due.ready.append((request.admit, request.bound()))
+
+    def _settle(self, asset: Asset, due: Due) -> None:
+        asset.state = "ready"
+        self._release(asset.waiting.values(), due)
+        if not asset.waiting:  # else by `evict`, once the request has all else that it waits for
+            self._forget(asset)
 
     def _refuse(self, asset: Asset, refusal: RequestError, due: Due, *, lasting: bool = False) -> None:
         """Tell all that wait for `asset`. A refusal that is `lasting` is kept for those to come."""

@@ -16,7 +16,8 @@ until its last chunk is planned: thus whoever shares its prefix stays in the que
 it, and a prefix is computed once under every policy. A request for a vector has no such life: its prompt is computed
 whole, in the one step that places it, without pages.
 
-Left out: preemption by priority while slots and pages last; tiers; which copy of attention has a request (copies.py).
+Left out: preemption by priority while slots and pages last; which pages a request has (places.py); which copy of
+attention has it (copies.py).
 """
 
 from array import array
@@ -26,6 +27,7 @@ from itertools import chain
 
 from engine.cache.blocks import HeldBlocks
 from engine.cache.pages import CachePages
+from engine.cache.tiers import TierOptions, Tiers
 from engine.messages.assets import Bound
 from engine.messages.reply import Tokens
 from engine.messages.request import Admit
@@ -38,6 +40,7 @@ from engine.sched.lanes import Lanes
 from engine.sched.limits import check_fits, check_whole, pages_for
 from engine.sched.live import LiveRequests
 from engine.sched.parts import Parts
+from engine.sched.places import Places
 from engine.sched.reply import Reply
 from engine.sched.request import Request, rank
 
@@ -49,7 +52,7 @@ class Scheduler:
     shows, in seconds. `policy` orders the queue. The device proposes up to `drafts` tokens a row. With `chunks` it is a
     pipeline, whose stages need a lane of rows each. `held` is told of the blocks of prompts that the cache holds. Of
     copies of attention it schedules number `copy`, whose slots come after those of the copies before it, and `live` are
-    the requests of all. Nothing but `admit` refuses.
+    the requests of all. Pages may lie in `tiers` below the device. Nothing but `admit` refuses.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Scheduler:
         held: HeldBlocks | None = None,
         copy: int = 0,
         live: LiveRequests | None = None,
+        tiers: TierOptions | None = None,
     ) -> None:
         assert chunks is None or not drafts, "stages of a pipeline do not know where rows of drafts begin"
         self.page_size = page_size
@@ -87,10 +91,11 @@ class Scheduler:
         self._departures = 0  # of requests from the device
         self.live = live or LiveRequests(policy, self.cached, max_waiting, fronts)
         self._queue = self.live.queue
-        self._start_afresh(CachePages(pages, page_size, held, copy * pages))
+        self._start_afresh(CachePages(pages, page_size, held, copy * pages, tiers))
 
     def _start_afresh(self, pages: CachePages) -> None:
         self._pages, self._pool, self._tree = pages, pages.pool, pages.tree
+        self.places = Places(pages, self.page_size, self.prefix_cache)
         # All that run, by how far the plans have got:
         self._prefilling: dict[str, Request] = {}  # not to the end of the prompt
         self._lanes = Lanes.empty(1 if self.chunks is None else self.chunks.stages, self.drafts, self.fronts)
@@ -99,6 +104,11 @@ class Scheduler:
         self._stop_ids: Counter[int] = Counter()  # of all that run
         self._free_slots = list(reversed(self.slots))
         self._in_flight: deque[tuple[int, StepColumns]] = deque()
+
+    @property
+    def tiers(self) -> Tiers | None:
+        """What lies below its pages."""
+        return self._pages.tiers
 
     # ── figures ──────────────────────────────────────────────────────────────────────────────
 
@@ -140,8 +150,8 @@ class Scheduler:
         self.live.admit(admit, bound, self.accept, self.free_slots)
 
     def accept(self, request: Request, admit: Admit) -> None:
-        """Name the blocks of a request as `admit` says. Raises RequestError (400) if it can never fit."""
-        request.named = self._pages.named(admit.blocks)
+        """Raises RequestError (400) if a request can never fit."""
+        self.places.know(request, admit)
         if request.pools:
             check_whole(request, self.max_model_len, self.max_step_tokens)
         else:
@@ -219,6 +229,8 @@ class Scheduler:
     def _complete(self, step: StepColumns) -> StepPlan | None:
         if self._free_slots and step.budget and self._queue:
             self._plan_admissions(step)
+        if self._pages.tiers is not None:
+            self.places.look_ahead(self._queue, self.running)
         return self.finish(step)
 
     def finish(self, step: StepColumns) -> StepPlan | None:
@@ -254,7 +266,7 @@ class Scheduler:
             end = self.chunks.cut(step, start, end, self.page_size)
         step.add_chunk(request, start, end - start, last=end == length)
         request.computed = end
-        step.set_pages(request, self._share(request, end))
+        step.set_pages(request, self.places.share(request, end))
         if end < length:
             return
         del self._prefilling[request.rid]
@@ -265,7 +277,9 @@ class Scheduler:
 
     def _plan_admissions(self, step: StepColumns) -> None:
         for request in self._queue.ordered():
-            if not step.budget or not self._free_slots or not self.enter(step, request):
+            if not step.budget or not self._free_slots:
+                return
+            if not self.places.waits(request, self.running) and not self.enter(step, request):
                 return
 
     def enter(self, step: StepColumns, request: Request) -> bool:
@@ -289,7 +303,7 @@ class Scheduler:
 
     def _place(self, request: Request, budget: int) -> bool:
         """Give a waiting request a slot, and either pages for its tokens or, if it asks for a vector, the step."""
-        if not (len(request.ids) <= budget if request.pools else self._place_pages(request)):
+        if not (len(request.ids) <= budget if request.pools else self.places.place(request, self.running)):
             return False
         if request.cached < 0:
             request.cached, request.began = request.computed, self._now
@@ -301,25 +315,6 @@ class Scheduler:
             request.session = self.live.sessions.begin(request.use, request.salt, self._now)
         self._stop_ids.update(request.stop_ids)
         self._prefilling[request.rid] = request
-        return True
-
-    def _place_pages(self, request: Request) -> bool:
-        """Give a waiting request pages for all its tokens, if as many are left as running rows: each of those
-        soon needs its next page, and none should be retracted for a newcomer."""
-        if self.prefix_cache:
-            request.node, request.pages = self._tree.match(request.reusable(self.page_size), request.salt)
-            self._tree.lock(request.node)  # before looking at what is available: these pages no longer are
-        missing = pages_for(len(request.ids), self.page_size) - len(request.pages)
-        if missing + self.running > self._pages.available:
-            if request.node is not None:
-                self._tree.unlock(request.node)
-            request.leave()
-            return False
-        request.shared = len(request.pages)
-        request.computed = request.shared * self.page_size
-        request.pages += self._pages.take(missing)
-        if request.named is not None:
-            self._pages.name(request.named, request.pages, request.shared)
         return True
 
     # ── a step's result ──────────────────────────────────────────────────────────────────────
@@ -363,23 +358,7 @@ class Scheduler:
         self._generated_tokens += len(reply.tokens)
         return reply
 
-    # ── pages ────────────────────────────────────────────────────────────────────────────────
-
-    def _share(self, request: Request, end: int) -> range:
-        """Hand the tree the whole pages before position `end`. Where it has the same already, `request` takes
-        the tree's and frees its own: the indices of pages so changed."""
-        first, last = request.shared, end // self.page_size
-        if request.node is None or last <= first:
-            return range(0)
-        key = request.key(first * self.page_size, last * self.page_size)
-        request.node, held = self._tree.extend(request.node, key, request.pages[first:last])
-        changed = slice(first, first + len(held))
-        self._pool.give(request.pages[changed])
-        request.pages[changed] = held
-        request.shared = last
-        if request.named is not None:
-            self._pages.name(request.named, request.pages, last)
-        return range(changed.start, changed.stop)
+    # ── giving way ───────────────────────────────────────────────────────────────────────────
 
     def _retract(self, request: Request) -> None:
         """Send a running request back to its place in the queue, its prefix left in the cache."""
@@ -397,7 +376,11 @@ class Scheduler:
         """Whom to retract: lowest priority, then least computed; never the one that must make progress."""
         kept = min(self.running_requests(), key=rank)
         others = (request for request in self.running_requests() if request is not kept)
-        return min(others, key=lambda request: (request.priority, self._lanes.computed(request), -request.arrival))
+        return min(
+            others,
+            key=lambda request: (request.priority, self._lanes.computed(request), -request.arrival),
+            default=kept,  # alone beside moves under way, whose pages it may have soon
+        )
 
     def _release(self, request: Request, end: int | None = None) -> None:
         """The one place where a running request gives back its pages, its locks and its slot. Pages of known
@@ -407,10 +390,7 @@ class Scheduler:
         if request.row >= 0:
             self._lanes.of(request).leave(request)
         known = min(request.computed, len(request.ids))
-        self._share(request, known if end is None else min(known, end))
-        self._pool.give(request.pages[request.shared :])
-        if request.node is not None:
-            self._tree.unlock(request.node)
+        self.places.free(request, known if end is None else min(known, end))
         self._free_slots.append(request.slot)
         self._prefilling.pop(request.rid, None)
         self._ending.pop(request.rid, None)
@@ -431,9 +411,7 @@ class Scheduler:
 
     def cached(self, request: Request) -> int:
         """How many tokens of a waiting request the cache holds."""
-        if not self.prefix_cache:
-            return 0
-        return self._tree.match_length(request.reusable(self.page_size), request.salt) * self.page_size
+        return self.places.cached(request)
 
     def check_integrity(self) -> None:
         """Assert that pages, locks, slots and requests fit together. For tests, and when idle."""
@@ -444,7 +422,7 @@ class Scheduler:
         """As check_integrity, of what runs here alone."""
         running = list(self.running_requests())
         self._pages.check_integrity()
-        check_pages(self._tree, self._pool, running)
+        check_pages(self._tree, self._pool, running, self._pages.tiers)
         check_slots(self.slots, self._free_slots, self._stop_ids, running)
         assert all(request.computed < len(request.ids) for request in self._prefilling.values())
         self._lanes.check_integrity(self.page_size, idle=not self._in_flight)

@@ -17,9 +17,11 @@ numbers come from. Left out: moving a request that runs to another copy.
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from engine.cache.blocks import HeldBlocks
+from engine.cache.tiers import TierOptions
 from engine.messages.assets import Bound
 from engine.messages.control import CopyStats
 from engine.messages.reply import Tokens
@@ -57,6 +59,7 @@ class Copies:
         fronts: int = 1,
         chunks: ChunkRule | None = None,
         held: HeldBlocks | None = None,
+        tiers: TierOptions | None = None,
         held_steps: int = HELD_STEPS,
         busy_rows: int = BUSY_ROWS,
     ) -> None:
@@ -77,6 +80,7 @@ class Copies:
                 held=held,
                 copy=copy,
                 live=self.live,
+                tiers=None if tiers is None else replace(tiers, copy=copy, copies=copies),
             )
             for copy in range(copies)
         )
@@ -186,6 +190,8 @@ class Copies:
                 for index, (copy, step) in enumerate(zip(self.copies, steps, strict=True))
                 if step.budget and copy.free_slots
             ]
+            if self._waits(request, min(costs, default=(0, -1))[1]):
+                continue
             chosen = next(
                 (index for _, index in sorted(costs) if self.copies[index].enter(steps[index], request)), None
             )
@@ -193,6 +199,13 @@ class Copies:
                 return
             loads[chosen] += len(request.ids)
             self._held = 0
+
+    def _waits(self, request: Request, best: int) -> bool:
+        """Whether pages of `request` come up in some copy, or begin to now in the `best` one."""
+        if best < 0 or self.copies[0].tiers is None:
+            return False
+        under_way = any(copy.tiers is not None and copy.tiers.under_way(request.rise) for copy in self.copies)
+        return under_way or self.copies[best].places.waits(request, self.copies[best].running)
 
     def _cost(self, copy: Scheduler, request: Request) -> int:
         """What `request` costs in `copy`, in tokens that are read."""

@@ -14,6 +14,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from engine.cache.blocks import Named
+from engine.cache.names import PageNames
 from engine.cache.radix import Node
 from engine.messages.assets import Bound
 from engine.messages.request import Admit
@@ -44,11 +45,14 @@ class Request:
     use: SessionUse | None = None  # the session that it is of,
     session: Session | None = None  # which lives while it runs
     named: Named | None = None  # the blocks of its text, where somebody is told of them
+    names: PageNames | None = None  # of its pages, where there are tiers
 
     computed: int = 0  # positions; of a request that decodes, rows.py says it
     cached: int = -1  # prompt tokens the cache held when it first ran; -1 before
     began: float = 0.0  # when it first ran, in the seconds of the caller's clock
     first: bool = True  # its first token is still to come
+    rise: int = 0  # the move that brings its pages up, while it waits
+    rises: int = 0  # such moves so far
     scored: int = NEVER  # prompt positions whose log-probabilities have come; NEVER when no more are wanted
     scores: list[Logprobs] = field(default_factory=list)  # those that have come and were not passed on
 

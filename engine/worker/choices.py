@@ -6,7 +6,7 @@ Needs no torch, as no code of a plugin is imported here. What is named in --plug
 from collections.abc import Mapping, Sequence
 
 from engine.errors import PluginError
-from engine.plugin.hookspecs import AttentionEntry, ModelEntry, QuantizationEntry
+from engine.plugin.hookspecs import AttentionEntry, ModelEntry, QuantizationEntry, TierEntry
 from engine.plugin.registry import Plugins
 
 
@@ -99,3 +99,16 @@ def quantization_for(plugins: Plugins, method: str | None) -> tuple[Quantization
         both = " and ".join(entry.name for entry in chosen)
         raise PluginError(f"{both} all read the checkpoint's quant_method {method!r}; name one of them in --plugins")
     return chosen[0], f"the checkpoint's quant_method is {method}"
+
+
+def tier_for(plugins: Plugins, kind: str, option: str) -> TierEntry:
+    """The tier of `kind` ("pool" or "store"), which `option` asks for."""
+    fitting = [entry for entry in plugins.entries("tiers").values() if entry.kind == kind]
+    named = [entry for entry in fitting if ("tiers", entry.name) in plugins.named]
+    chosen = named or fitting
+    if not chosen:
+        raise PluginError(f"no plugin provides a {kind} of KV pages, which {option} asks for; name one in --plugins")
+    if len(chosen) > 1:
+        names = " and ".join(entry.name for entry in chosen)
+        raise PluginError(f"{names} all provide a {kind} of KV pages for {option}; name one of them in --plugins")
+    return chosen[0]

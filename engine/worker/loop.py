@@ -11,6 +11,7 @@ from engine.messages import ToWorker
 from engine.messages.assets import Drop, Load
 from engine.messages.control import Ask, Ping, Pong
 from engine.messages.step import STEPS_IN_FLIGHT, StepPlan
+from engine.messages.tiers import Move
 from engine.options.parallel import ParallelOptions
 from engine.parallel.progress import PROGRESS
 from engine.runtime.channel import BlockingFrames
@@ -79,6 +80,9 @@ class Loop:
                 runner.loaders[message.kind].load(message, self._frames.send)
             case Drop():
                 runner.loaders[message.kind].drop(message.number)
+            case Move():
+                assert runner.transfers is not None, "a worker without tiers is told to move pages"
+                runner.transfers.begin(message, self._frames.send)
             case Ask():
                 self._frames.send(self._questions.answer(message))
             case Ping():

@@ -9,7 +9,7 @@ known, and a row of drafts begins where its slot stands by then. On a GPU `launc
 and most steps replay a CUDA graph (steps/graphs.py); on a CPU the step is over by then. Rows that follow a grammar need
 the tokens of all steps before on the host: `choose` asks for them when the model is on its way, and makes the masks
 meanwhile (sampling/grammars.py).
-Left out: copies on a side stream; who proposes drafts.
+Left out: copies on a side stream (transfers.py); who proposes drafts.
 """
 
 import dataclasses
@@ -44,6 +44,7 @@ from engine.worker.steps.results import Block, Forward, Head, Result, Step
 from engine.worker.steps.rows import Rows
 from engine.worker.steps.stage import Stage
 from engine.worker.steps.warmup import PLAIN
+from engine.worker.transfers import Transfers
 
 
 def _nothing() -> None:
@@ -85,6 +86,7 @@ class Runner:
         self.adjustments = Adjustments(slots, model.vocab_size, device, self._logits)
         self.grammars = grammars
         self._check, self.copy = check, copy
+        self.transfers: Transfers | None = None  # where there are tiers below the caches
         if copy is not None and caches:
             self.page_table[-1] = len(caches[0][0]) - 1
         self.stage = None if pipeline is None else Stage(pipeline, model, self.tokens, self.lengths)

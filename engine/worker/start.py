@@ -37,6 +37,7 @@ from engine.worker.sampling.grammars import begin_grammars
 from engine.worker.steps.copies import Copy
 from engine.worker.steps.graphs import most_prompt_tokens
 from engine.worker.steps.warmup import FILTERED, PENALIZED, PLAIN, everything
+from engine.worker.tiers import begin_transfers
 from engine.worker.ways import choose_ways, exchange_of
 from engine.worker.weights import Tensors, checked_tensors, fill_at_random, load_weights, weight_bytes
 from engine.worker.work import attention_work
@@ -119,6 +120,11 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
             pipeline=pipeline,
             copy=place_of(groups.mesh, sizes),
             check=groups.check,
+        )
+    with _timed(phases, "tiers"):
+        about = {"mesh": groups.mesh, "attention": source.backends.chosen, "dtype": build.dtype}
+        runner.transfers = begin_transfers(
+            config, source.plugins, runner, here, max_model_len=build.max_model_len, **about
         )
     if spec.states:
         tell_of_states(state_bytes(spec, sizes.slots))
@@ -248,6 +254,8 @@ def readiness(runner: Runner, sizes: Sizes, *, pages: int, attention: str, phase
         copies=copies,
         mixture=bool(routers_of(model)),
         exchange=exchange_of(model),
+        host_pages=0 if runner.transfers is None else runner.transfers.pages,
+        stores=runner.transfers is not None and runner.transfers.stores,
     )
 
 

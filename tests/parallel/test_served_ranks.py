@@ -90,3 +90,21 @@ def test_whatever_is_asked_two_ranks_reply_as_one(folder: Path) -> None:
             said[-1] += [engine.generate(PROMPTS[1], params) for params in ASKED.values()]
     assert_same(said[1], said[0])
     assert len({tuple(reply.ids) for reply in said[0]}) > len(ASKED)
+
+
+def test_two_ranks_move_their_parts_of_pages_between_tiers_and_reply_as_one(tmp_path: Path) -> None:
+    """The device has room for one of the prompts."""
+    changes = {"num_attention_heads": 4, "vocab_size": 128, "eos_token_id": 127, "max_position_embeddings": 160}
+    save_checkpoint(tiny_model("Llama", **changes), tmp_path)
+    long = [[*range(start, start + 60)] * 2 for start in (1, 11, 21)]
+    options = {**OPTIONS, "model": str(tmp_path), "kv_tokens": 144, "max_model_len": 140}
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    with Engine(**options) as engine:
+        alone = [engine.generate(prompt, params).ids for prompt in long]
+    with Engine(tp=2, kv_host="1MiB", **options) as engine:
+        for _ in range(2):
+            assert [engine.generate(prompt, params).ids for prompt in long] == alone
+        again = engine.generate(long[0], params)
+        assert (again.ids, again.cached_tokens) == (alone[0], 116)
+        tiers = engine.stats().tiers
+    assert tiers is not None and tiers.from_host >= 3 * 20 and tiers.failed == 0

@@ -16,6 +16,7 @@ from engine.messages.cache import Blocks
 from engine.messages.request import Admit
 from engine.sched import Scheduler
 from engine.sched.chunks import ChunkRule
+from engine.sched.places import Places
 from engine.sched.request import Request
 from engine.testing.fake import FakeDevice
 from engine_plugins.policies.order import LongestPrefixMatch
@@ -35,6 +36,22 @@ def blocks_of(ids: list[int], salt: str) -> Blocks:
     return Blocks(salt.encode(), hashes.tobytes(), ends.tobytes())
 
 
+class WatchedPlaces(Places):
+    """Takes down who has shared how many pages."""
+
+    taken_down: list[tuple[str, int, list[int]]]
+
+    def share(self, request: Request, end: int) -> range:
+        changed = super().share(request, end)
+        self.taken_down.append((request.rid, request.shared, request.ids.tolist()))
+        return changed
+
+    def place(self, request: Request, running: int) -> bool:
+        placed = super().place(request, running)
+        self.taken_down.append((request.rid, request.shared, request.ids.tolist()))
+        return placed
+
+
 class Watched(Scheduler):
     """Takes down who has shared how many pages."""
 
@@ -42,15 +59,10 @@ class Watched(Scheduler):
         self.shared: list[tuple[str, int, list[int]]] = []
         super().__init__(*args, **options)
 
-    def _share(self, request: Request, end: int) -> range:
-        changed = super()._share(request, end)
-        self.shared.append((request.rid, request.shared, request.ids.tolist()))
-        return changed
-
-    def _place_pages(self, request: Request) -> bool:
-        placed = super()._place_pages(request)
-        self.shared.append((request.rid, request.shared, request.ids.tolist()))
-        return placed
+    def _start_afresh(self, pages: CachePages) -> None:
+        super()._start_afresh(pages)
+        self.places = WatchedPlaces(pages, self.page_size, self.prefix_cache)
+        self.places.taken_down = self.shared
 
     def keys(self) -> set[tuple[str, bytes]]:
         """The salt and the key of each prefix in whole pages that the tree has, from its nodes."""

@@ -1,0 +1,409 @@
+"""KV tiers beside no tiers, in turn, on the same traffic.
+
+    python -m bench.engine.tiers [bench/configs/llama3.1-8b] [--rows check,agents,prompt,fits,disk,restart] [--tiny]
+        [--host 32GiB] [--disk DIR:SIZE] [--no-store] [--policy write-through] [--json FILE]
+
+Two engines with dummy weights and a device cache of 12 GiB (--cache-tokens), one of which has tiers:
+
+    check    first of all: a reply is the same, id by id, where its pages are on the device and where they come up
+    agents   conversations of four times the device cache; whose turn is next is drawn at random. Each turn brings a
+             few new tokens and gets a short reply. What is timed begins once each has been there, and the disk has
+             what it is to have. Output: turns a second, and the time to the first token
+    prompt   one prompt alone: computed, and from the host; beside that, what the bus takes for as many bytes
+    fits     conversations that the device has room for: the engines in turn, five times
+    disk     one prompt alone from the disk, host and page cache having forgotten it; beside that, what the disk takes
+    restart  seconds from ready to the first reply from the disk, of an engine that was started again
+
+`--tiny` is the same on a CPU and the default model, in seconds, to see that it runs: no figure of it says anything.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+from msgspec import Struct, to_builtins
+
+from bench.lib.copying import drop_page_cache, from_disk_rate, from_host_rate
+from bench.lib.figures import shown
+from engine import AsyncEngine, SamplingParams
+from engine.messages.control import TierStats
+from engine.options.sizes import read_size
+
+GIB = 1 << 30
+
+
+class Scale(Struct):
+    """Tokens of the device's cache and of what is asked, and the host's memory."""
+
+    cache: int = 98_304  # 12 GiB of Llama-3.1-8B
+    host: str = "32GiB"
+    small_host: str = "3GiB"  # of the row `disk`
+    conversations: int = 48
+    first: int = 7_680
+    new: int = 128
+    reply: int = 32
+    turns: int = 144
+    together: int = 8
+    prompt: int = 16_384
+    fitting: int = 8  # conversations
+    fitting_turns: int = 64
+
+
+TINY = Scale(1_024, "128MiB", "40MiB", 8, 448, 16, 4, 12, 2, 512, 1, 4)
+
+
+class Turns(Struct):
+    """What some turns took: seconds in all, and each one's to its first token; tokens that came from a cache."""
+
+    seconds: float
+    first: list[float]
+    cached: int
+    prompt: int
+
+    @property
+    def rate(self) -> float:
+        return len(self.first) / self.seconds
+
+
+class Figure(Struct):
+    """A line of the table: what is held to `bound`, which `ours` is to reach or to stay under."""
+
+    row: str
+    what: str
+    ours: float
+    unit: str = ""
+    bound: str = ""
+    detail: str = ""
+
+
+class Conversations:
+    """`count` of them on one engine, each with its own history, which real replies go into."""
+
+    def __init__(self, engine: AsyncEngine, scale: Scale, count: int, vocabulary: int, seed: int = 0) -> None:
+        self.engine, self.scale, self.random = engine, scale, random.Random(seed)
+        self.vocabulary = vocabulary
+        self.histories = [self.text(scale.first) for _ in range(count)]
+
+    def text(self, tokens: int) -> list[int]:
+        return [self.random.randrange(256, self.vocabulary) for _ in range(tokens)]
+
+    async def begin(self, after: Callable[[], Awaitable[None]] | None = None) -> Turns:
+        """The first turn of each."""
+        return await self._run(list(range(len(self.histories))), after)
+
+    async def go_on(self, turns: int) -> Turns:
+        """So many more turns, of conversations drawn at random among those that nobody waits for."""
+        return await self._run([-1] * turns)
+
+    async def _run(self, whose: list[int], after: Callable[[], Awaitable[None]] | None = None) -> Turns:
+        done = Turns(0.0, [], 0, 0)
+        idle, began = set(range(len(self.histories))), time.perf_counter()
+
+        async def client() -> None:
+            while whose:
+                number = whose.pop(0)
+                number = self.random.choice(sorted(idle)) if number < 0 else number
+                idle.discard(number)
+                await self._turn(number, done)
+                idle.add(number)
+                if after is not None:
+                    await after()
+
+        async with anyio.create_task_group() as group:
+            for _ in range(min(self.scale.together, len(self.histories))):
+                group.start_soon(client)
+        done.seconds = time.perf_counter() - began
+        return done
+
+    async def _turn(self, number: int, done: Turns) -> None:
+        history = self.histories[number] = self.histories[number] + self.text(self.scale.new)
+        first, cached, ids = await asked(self.engine, history, self.scale.reply)
+        done.first.append(first)
+        done.cached += cached
+        done.prompt += len(history)
+        self.histories[number] = history + ids
+
+
+async def asked(engine: AsyncEngine, ids: list[int], count: int) -> tuple[float, int, list[int]]:
+    """Seconds to the first token of a greedy reply, prompt tokens that a cache held, and the reply."""
+    params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
+    began, first, cached, reply = time.perf_counter(), 0.0, 0, []
+    async for chunk in engine.stream(ids, params):
+        if chunk.ids and not first:
+            first, cached = time.perf_counter() - began, chunk.cached_tokens
+        reply += chunk.ids
+    return first, cached, reply
+
+
+class Bench:
+    """The engines, started when a row needs them, and the figures so far."""
+
+    def __init__(self, given: argparse.Namespace, folder: Path, stack: AsyncExitStack) -> None:
+        self.given, self.folder, self.stack = given, folder, stack
+        self.scale: Scale = TINY if given.tiny else Scale()
+        self.scale.host = given.host or self.scale.host
+        self.scale.cache = given.cache_tokens or self.scale.cache
+        self.figures: list[Figure] = []
+        self.vocabulary = self.page = 0  # of the model: tokens, and bytes a token
+        self._engines: dict[str, AsyncEngine] = {}
+        self._bus = 0.0
+
+    def say(self, *arguments: Any, **options: Any) -> None:
+        figure = Figure(*arguments, **options)
+        self.figures.append(figure)
+        print(line(figure), flush=True)
+
+    async def engine(self, name: str) -> AsyncEngine:
+        """ "none" has no tiers."""
+        if name not in self._engines:
+            options = {} if name == "none" else {"kv_host": self.scale.host, "kv_policy": self.given.policy}
+            if name == "tiers" and self.store is not None:
+                options["kv_disk"] = self.store
+            self._engines[name] = await self.stack.enter_async_context(self.started(**options))
+        return self._engines[name]
+
+    @property
+    def store(self) -> str | None:
+        """What --kv-disk says."""
+        if self.given.no_store:
+            return None
+        return str(self.given.disk or f"{self.folder}/kv:{'1GiB' if self.given.tiny else '40GiB'}")
+
+    @asynccontextmanager
+    async def started(self, **options: Any) -> AsyncIterator[AsyncEngine]:
+        began = time.perf_counter()
+        if not self.given.tiny:
+            options = {"model": str(self.given.model), "load": "dummy", "max_model_len": 32_768, **options}
+        async with AsyncEngine(kv_tokens=self.scale.cache, spare_worker=False, **options) as engine:
+            info = await engine.front.ready()
+            self.vocabulary = info.vocab_size - 512
+            self.page = info.kv_bytes_per_token
+            print(
+                f"an engine with {options or 'no tiers'} is ready after {time.perf_counter() - began:.1f} s", flush=True
+            )
+            yield engine
+
+    async def crowd_out(self, engine: AsyncEngine, tokens: int, seed: int) -> None:
+        """Texts that nobody asks for again, so many tokens of them, push out what was there."""
+        texts = random.Random(seed)
+        for _ in range(-(-tokens // self.scale.prompt)):
+            await asked(engine, [texts.randrange(256, self.vocabulary) for _ in range(self.scale.prompt)], 1)
+
+    # ── rows ─────────────────────────────────────────────────────────────────────────────────
+
+    async def check(self) -> None:
+        engine = await self.engine("tiers")
+        await engine.front.flush()
+        texts = random.Random(1)
+        prompts = [[texts.randrange(256, self.vocabulary) for _ in range(self.scale.first)] for _ in range(4)]
+        for ids in prompts:
+            await asked(engine, ids, 16)
+        known = [await asked(engine, ids, 16) for ids in prompts[-1:]]  # from the device
+        for ids in prompts[:-1]:
+            await asked(engine, ids, 16)
+            known.insert(-1, await asked(engine, ids, 16))
+        await self.crowd_out(engine, 2 * self.scale.cache, 2)
+        before = await stats_of(engine)
+        for (_, cached, reply), ids in zip([known[-1], *known[:-1]], [prompts[-1], *prompts[:-1]], strict=True):
+            _, again, same = await asked(engine, ids, 16)
+            if (again, same) != (cached, reply):
+                raise SystemExit(f"a reply differs: {reply} with {cached} tokens of the device, {same} with {again}")
+        after = await stats_of(engine)
+        up = after.from_host + after.from_store - before.from_host - before.from_store
+        if not up:
+            raise SystemExit("nothing came up: what was checked says nothing")
+        self.say("check", "replies that differ", 0.0, bound="0", detail=f"{up} pages came up")
+
+    async def agents(self) -> None:
+        scale, turns = self.scale, {}
+        for name in ("none", "tiers"):
+            engine = await self.engine(name)
+            await engine.front.flush()
+            talk = Conversations(engine, scale, scale.conversations, self.vocabulary)
+            first = await talk.begin(lambda engine=engine: caught_up(engine, self.store is not None))  # type: ignore[misc]
+            before = await stats_of(engine)
+            turns[name] = found = await talk.go_on(scale.turns)
+            after = await stats_of(engine)
+            told = {each: getattr(after, each) - getattr(before, each) for each in SHOWN}
+            print(
+                f"agents, {name}: first turns {first.seconds:.1f} s, then {found.rate:.2f} turns/s, first token "
+                f"{1e3 * statistics.median(found.first):.0f} ms, {found.cached / found.prompt:.0%} cached; {told}",
+                flush=True,
+            )
+        none, tiers = turns["none"], turns["tiers"]
+        detail = f"{tiers.rate:.2f} to {none.rate:.2f} turns/s"
+        self.say("agents", "throughput with tiers to none", tiers.rate / none.rate, "x", ">= 4", detail)
+        ours, theirs = statistics.median(tiers.first), statistics.median(none.first)
+        detail = f"{1e3 * ours:.0f} to {1e3 * theirs:.0f} ms"
+        self.say("agents", "median time to the first token", ours / theirs, "x", "<= 0.2", detail)
+
+    async def fits(self) -> None:
+        scale, rates = self.scale, []
+        talks = {}
+        for name in ("none", "tiers"):
+            engine = await self.engine(name)
+            await engine.front.flush()
+            talks[name] = Conversations(engine, scale, scale.fitting, self.vocabulary)
+            await talks[name].begin()
+        for turn in range(5):
+            order = ("none", "tiers") if turn % 2 else ("tiers", "none")
+            rate = {name: (await talks[name].go_on(scale.fitting_turns)).rate for name in order}
+            rates.append(rate["tiers"] / rate["none"])
+        detail = f"{shown(rates, 3)}, in turn"
+        self.say("fits", "throughput with tiers to none", statistics.median(rates), "x", ">= 0.99", detail)
+
+    async def prompt(self) -> None:
+        computed, risen, copied = [], [], []
+        none, tiers = await self.engine("none"), await self.engine("tiers")
+        size = self.scale.prompt * self.page
+        texts = random.Random(3)
+        for turn in range(4):
+            ids = [texts.randrange(256, self.vocabulary) for _ in range(self.scale.prompt)]
+            for engine in (none, tiers):
+                await engine.front.flush()
+            computed.append((await asked(none, ids, 1))[0])
+            await asked(tiers, ids, 1)
+            await self.crowd_out(tiers, self.scale.cache + self.scale.prompt, 10 + turn)
+            before = await stats_of(tiers)
+            first, cached, _ = await asked(tiers, ids, 1)
+            after = await stats_of(tiers)
+            if turn and cached:  # the first time, memory is used that was not before
+                risen.append(first)
+                copied.append((after.seconds_up - before.seconds_up) * size / (cached * self.page))
+        if not risen:
+            raise SystemExit("the prompt did not come from the host; is --host large enough?")
+        ours, theirs = statistics.median(risen), statistics.median(computed[1:])
+        detail = f"{1e3 * ours:.1f} to {1e3 * theirs:.1f} ms"
+        self.say("prompt", "first token from the host to computed", ours / theirs, "x", "<= 0.13", detail)
+        floor, copy = size / self.bus(), statistics.median(copied)
+        detail = f"{1e3 * copy:.1f} to {1e3 * floor:.1f} ms, {self.bus() / 1e9:.1f} GB/s"
+        self.say("prompt", "copy from the host to the bus alone", copy / floor, "x", "<= 1.25", detail)
+
+    def bus(self) -> float:
+        """Bytes a second, measured once."""
+        self._bus = self._bus or from_host_rate(min(2 * GIB, self.scale.prompt * self.page))
+        return self._bus
+
+    async def disk(self) -> None:
+        """The two rows of a disk: an engine with little host memory fills it, and another one finds it."""
+        if self.store is None:
+            print("disk, restart: left out, as there is no store", flush=True)
+            return
+        scale, texts = self.scale, random.Random(4)
+        place, _, _ = self.store.rpartition(":")
+        options = {"kv_host": scale.small_host, "kv_disk": f"{place}-alone:{'1GiB' if self.given.tiny else '24GiB'}"}
+        async with self.started(**options) as engine:
+            ids = [[texts.randrange(256, self.vocabulary) for _ in range(scale.prompt)] for _ in range(3)]
+            for each in ids:
+                await asked(engine, each, 1)
+                await caught_up(engine, True)
+            host = read_size(scale.small_host, "small host") // self.page
+            await self.crowd_out(engine, max(host, scale.cache) + scale.prompt, 5)
+            await caught_up(engine, True)
+            await self.from_disk(engine, ids, Path(place).parent)
+        began = time.perf_counter()
+        async with self.started(**options) as engine:
+            ready = time.perf_counter()
+            first, cached, _ = await asked(engine, ids[0], 1)
+            detail = f"{cached} of {scale.prompt} tokens cached; the engine itself took {ready - began:.1f} s"
+            self.say("restart", "from ready to the first reply from the disk", first, "s", "<= 1", detail)
+
+    async def from_disk(self, engine: AsyncEngine, prompts: list[list[int]], folder: Path) -> None:
+        size, ratios, seconds = self.scale.prompt * self.page, [], []
+        rate, how = from_disk_rate(folder, min(4 * GIB, 2 * size))
+        for ids in prompts:
+            dropped = drop_page_cache()
+            before = await stats_of(engine)
+            first, cached, _ = await asked(engine, ids, 1)
+            fetched = ((await stats_of(engine)).fetched - before.fetched) * size // self.scale.prompt * 16
+            print(f"from the disk: {cached} tokens in {1e3 * first:.0f} ms, {fetched >> 20} MiB fetched", flush=True)
+            if fetched and cached >= 0.8 * self.scale.prompt:
+                ratios.append(first / (cached * self.page / rate))
+                seconds.append(first)
+        if not ratios:
+            raise SystemExit(f"nothing came from the disk: {await stats_of(engine)}")
+        how = how if dropped else f"{how}; the page cache could not be dropped"
+        ours, floor = statistics.median(seconds), size / rate
+        detail = f"{1e3 * ours:.0f} to {1e3 * floor:.0f} ms, {rate / 1e9:.2f} GB/s, {how}"
+        self.say(
+            "disk", "first token from the disk to the disk alone", statistics.median(ratios), "x", "<= 1.5", detail
+        )
+
+
+SHOWN = ("down", "kept", "fetched", "from_host", "from_store", "refused", "failed")
+
+
+async def stats_of(engine: AsyncEngine) -> TierStats:
+    """The figures by now: the next heartbeat has them."""
+    came = anyio.Event()
+    engine.front.on_stats.append(lambda stats: came.set())
+    await came.wait()
+    engine.front.on_stats.pop()
+    return engine.front.stats.tiers or TierStats(0, 0)
+
+
+async def caught_up(engine: AsyncEngine, stores: bool) -> None:
+    """Until a store has all that came down, or takes no more: conversations come over hours, not at once."""
+    if engine.front.stats.tiers is None or not stores:
+        return
+    last = -1
+    for _ in range(20):
+        stats = await stats_of(engine)
+        if stats.kept + stats.refused >= stats.down or stats.kept == last:
+            return
+        last = stats.kept
+
+
+def line(figure: Figure) -> str:
+    return f"{figure.row:8s} {figure.what:46s} {figure.ours:8.3f} {figure.unit:2s} {figure.bound:8s} {figure.detail}"
+
+
+ROWS = ("check", "agents", "prompt", "fits", "disk")
+
+
+async def run(given: argparse.Namespace) -> list[Figure]:
+    names = [name for name in given.rows.split(",") if name != "restart"]
+    if "restart" in given.rows and "disk" not in names:
+        names.append("disk")
+    if unknown := set(names) - set(ROWS):
+        raise SystemExit(f"no row is called {', '.join(unknown)}; there are {', '.join(ROWS)}, restart")
+    parent = given.disk.rpartition(":")[0] if given.disk else None
+    with tempfile.TemporaryDirectory(prefix="kv-bench-", dir=parent and Path(parent).parent) as folder:
+        async with AsyncExitStack() as stack:
+            bench = Bench(given, Path(folder), stack)
+            for name in names:
+                began = time.perf_counter()
+                await getattr(bench, name)()
+                print(f"  row {name}: {time.perf_counter() - began:.1f} s", flush=True)
+    return bench.figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, nargs="?", default=Path("bench/configs/llama3.1-8b"))
+    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--tiny", action="store_true", help="on a CPU, in seconds")
+    parser.add_argument("--host", help="memory of the host tier")
+    parser.add_argument("--cache-tokens", type=int, help="of the device")
+    parser.add_argument("--disk", help="PATH:SIZE of the disk tier; default: a temporary folder")
+    parser.add_argument("--no-store", action="store_true", help="the host tier alone")
+    parser.add_argument("--policy", default="write-through")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    given = parser.parse_args()
+    figures = anyio.run(run, given, backend_options={"use_uvloop": True})
+    print("\nrow      what                                               ours      bound")
+    print("\n".join(map(line, figures)))
+    if given.json:
+        given.json.write_text(json.dumps(to_builtins(figures), indent=1))
+
+
+if __name__ == "__main__":
+    main()

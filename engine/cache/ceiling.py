@@ -1,0 +1,47 @@
+"""How many of the pages that prompts asked for were asked for before: the share that no cache could exceed.
+
+    ceiling = (asked - distinct) / asked
+
+Distinct pages are counted by HyperLogLog (Flajolet et al. 2007), in 16 KiB however many there are, within 1 %: the name
+of a page is a hash already. Left out: a window of time, as what was asked long ago counts for ever.
+"""
+
+from collections.abc import Iterable
+from math import log
+
+BITS = 14
+REGISTERS = 1 << BITS
+WIDE = 64 - BITS  # bits of a hash whose leading zeros count
+
+
+class Ceiling:
+    """Of the pages whose names are `asked` for."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self._registers = bytearray(REGISTERS)
+
+    def ask(self, names: Iterable[bytes]) -> None:
+        registers = self._registers
+        for name in names:
+            number = int.from_bytes(name[:8], "little")
+            rank = WIDE + 1 - (number >> BITS).bit_length()
+            register = number & (REGISTERS - 1)
+            if rank > registers[register]:
+                registers[register] = rank
+            self.asked += 1
+
+    @property
+    def distinct(self) -> float:
+        """How many different ones that were, about."""
+        registers = self._registers
+        estimate = 0.7213 / (1 + 1.079 / REGISTERS) * REGISTERS**2 / sum(2.0**-rank for rank in registers)
+        empty = registers.count(0)
+        if estimate <= 2.5 * REGISTERS and empty:
+            return REGISTERS * log(REGISTERS / empty)
+        return estimate
+
+    @property
+    def ratio(self) -> float:
+        """The share of pages asked for that an endless cache would have held."""
+        return max(0.0, 1.0 - self.distinct / self.asked) if self.asked else 0.0

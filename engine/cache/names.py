@@ -1,0 +1,37 @@
+"""Names of pages: what tells a page apart wherever it lies, on the device, in the host's memory or on a disk.
+
+    salt ──> root ── page 0 ──> name 0 ── page 1 ──> name 1 …      a hash over the one before and the page's keys
+
+So a name stands for all tokens up to the page's end, and equal names mean equal keys and values, as far as the model is
+the same: a worker adds its manifest before a store sees them. One page takes about a microsecond, so a text is named
+once, and only where there are tiers.
+"""
+
+from collections.abc import Callable
+from hashlib import blake2b
+
+from engine.messages.tiers import NAME_BYTES
+
+
+class PageNames:
+    """The names of the leading pages of one text, which grows. `key` gives what the tree knows its tokens by."""
+
+    __slots__ = ("_key", "_page_size", "_root", "names")
+
+    def __init__(self, salt: bytes, page_size: int, key: Callable[[int, int], bytes]) -> None:
+        self.names: list[bytes] = []
+        self._root = blake2b(salt, digest_size=NAME_BYTES, person=b"pages").digest()
+        self._page_size = page_size
+        self._key = key
+
+    def upto(self, pages: int) -> list[bytes]:
+        """The names of all pages known so far: of the first `pages` at least, whose tokens are known."""
+        names = self.names
+        if pages > (known := len(names)):
+            key = self._key(known * self._page_size, pages * self._page_size)
+            stride = 4 * self._page_size
+            name = names[-1] if names else self._root
+            for at in range(0, len(key), stride):
+                name = blake2b(name + key[at : at + stride], digest_size=NAME_BYTES).digest()
+                names.append(name)
+        return names

@@ -1,0 +1,401 @@
+"""Where pages lie below the device, and which of them move: decided in integers. Pure.
+
+    device   the radix tree and its pool              what requests compute with
+      │ down: as soon as it is computed (write-through), once it is asked for again (second-hit), or when it has
+      │       to give way (write-back)
+      │ up:   what the tree has no more of a waiting request's prompt
+    host     HostPages: numbers here, memory in each rank's worker
+      │ keep: what has come down, while the store keeps up
+      │ fetch: what a request that arrives lacks, once the store says that it has it (find)
+    store    knows pages by name; may lose them
+
+The tree says what lies on the device, names say what lies below: a node has no field for either, so a tree without
+tiers costs nothing more. A move is under way from when it is due until all ranks have answered. Meanwhile its pages on
+the device are locked in the tree, or its own, and its places in the pool are pinned, so that nothing else writes there.
+Only what has to give way to be written back is free at once: that move is sent before the step that takes the page, and
+holds it. A move that fails leaves nothing behind: who waited for it computes.
+
+Left out: which requests wait (sched/promotions.py), and copying (worker/transfers.py).
+"""
+
+import itertools
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from engine.cache.ceiling import Ceiling
+from engine.cache.host import HostPages, Place
+from engine.cache.pool import PagePool
+from engine.cache.radix import Node, RadixTree
+from engine.messages.tiers import NAME_BYTES, Move, Moved, Way
+
+WritePolicy = Literal["write-through", "second-hit", "write-back"]
+KEPT_AT_ONCE = 32  # pages in one move to a store
+KEEPING = 2  # such moves under way
+
+
+@dataclass(frozen=True, slots=True)
+class TierOptions:
+    """`host` pages in the pool of each rank; `stores`: and a store below it. Numbers of moves are those of copy `copy`
+    of so many. Fewer pages than `least_risen` are not brought up, and fewer than `least_fetched` not asked for in a
+    store: they are computed sooner."""
+
+    host: int
+    policy: WritePolicy = "write-through"
+    stores: bool = False
+    least_risen: int = 4
+    least_fetched: int = 16
+    copy: int = 0
+    copies: int = 1
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A move under way. `nodes` are locked. `pages` of "up" are its own, and go on from the one node by `key`; they are
+    those of `names` from index `first` on."""
+
+    way: Way
+    places: list[Place] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    names: Sequence[bytes] = ()
+    first: int = 0
+    key: bytes = b""
+    stale: bool = False  # the tiers were cleared since
+
+
+@dataclass(slots=True)
+class TierCounts:
+    """Pages that moved, and that were not moved because there was no room (`refused`) or something `failed`.
+
+    Those that went up are told apart by where they had come `from`."""
+
+    down: int = 0
+    from_host: int = 0
+    from_store: int = 0
+    kept: int = 0
+    fetched: int = 0
+    refused: int = 0
+    failed: int = 0
+    store_pages: int = 0
+    store_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)  # by way
+
+
+class Tiers:
+    """What lies below the pages of `pool`, whose cached ones are in `tree`."""
+
+    def __init__(self, options: TierOptions, tree: RadixTree, pool: PagePool, before: "Tiers | None" = None) -> None:
+        """`before` are those of a life of the device before this one: counts and numbers go on."""
+        self.options = options
+        self.host = HostPages(options.host)
+        self.counts: TierCounts = TierCounts() if before is None else before.counts
+        self.ceiling: Ceiling = Ceiling() if before is None else before.ceiling
+        self._numbers: itertools.count[int] = _numbers(options) if before is None else before._numbers
+        self._tree, self._pool = tree, pool
+        self._tickets: dict[int, Ticket] = {}
+        self._before: list[Move] = []
+        self._after: list[Move] = []
+        self._down = Ticket("down")  # not sent yet
+        self._rising: dict[bytes, int] = {}  # names that go up, to the number of the move
+        self._coming: dict[bytes, int] = {}  # the same, of names that are looked for or fetched
+        # Of the tree's pages, where what gives way is written back: the place in its text, and the name.
+        self._names: dict[int, tuple[int, bytes]] = {}
+        self._pending: OrderedDict[bytes, Place] = OrderedDict()  # there, and to be kept in the store
+        self._keeping = 0
+        self._waits: dict[int, set[int]] = {}  # of needs for pages: the moves that each waits for
+        self._settled: list[int] = []
+        self.cause = ""  # why something failed, for people; not told yet
+
+    # ── what is due ──────────────────────────────────────────────────────────────────────────
+
+    def before(self) -> list[Move]:
+        """Moves to be sent before the next plan."""
+        found, self._before = self._before, []
+        return found
+
+    def after(self) -> list[Move]:
+        """Moves to be sent once all plans are."""
+        if self._down.places:
+            ticket, self._down = self._down, Ticket("down")
+            self._send(ticket, self._after)
+        if self._pending:
+            self._keep()
+        found, self._after = self._after, []
+        return found
+
+    def settled(self) -> list[int]:
+        """Needs for pages that have nothing to wait for any more, by the numbers that `want` got."""
+        found, self._settled = self._settled, []
+        return found
+
+    def under_way(self, number: int) -> bool:
+        """Whether the move of this number is; 0 is none."""
+        return number in self._tickets
+
+    def _send(self, ticket: Ticket, due: list[Move], *, holds: bool = False) -> int:
+        number = next(self._numbers)
+        self._tickets[number] = ticket
+        slots = array("i", [place.slot for place in ticket.places]).tobytes()
+        names = b""
+        if ticket.way in ("find", "fetch", "keep"):
+            names = b"".join(ticket.names or [place.name for place in ticket.places])
+        pages = array("i", ticket.pages).tobytes()
+        due.append(Move(number, ticket.way, pages, slots, names, self.options.copy, holds))
+        return number
+
+    # ── down ─────────────────────────────────────────────────────────────────────────────────
+
+    def shared(self, node: Node, names: Sequence[bytes], first: int, pages: Sequence[int]) -> None:
+        """The tree now has `pages`, the ones from index `first` on of those that end at `node`, which is locked."""
+        if self.options.policy == "write-through":
+            self._lower(node, names, range(first, first + len(pages)), pages)
+        elif self.options.policy == "write-back":
+            self._remember(names, first, pages)
+
+    def _remember(self, names: Sequence[bytes], first: int, pages: Sequence[int]) -> None:
+        for index, page in enumerate(pages, first):
+            self._names[page] = index, names[index]
+
+    def hit(self, node: Node, names: Sequence[bytes], pages: Sequence[int]) -> None:
+        """A request begins with `pages`, which end at `node`, locked; they are all that it finds in the cache."""
+        if self.options.policy != "write-back":
+            self._lower(node, names, range(len(pages)), pages)
+        self.host.touch(reversed(names[: len(pages)]), hit=True)
+        if self.options.stores and self.options.policy == "second-hit":
+            for name in names[: len(pages)]:
+                self._want_kept(self.host.get(name))
+
+    def _lower(self, node: Node, names: Sequence[bytes], indices: range, pages: Sequence[int]) -> None:
+        """Move those of `pages` down that are not there; `indices` are theirs in `names`."""
+        get = self.host.get
+        new = [(names[index], page) for index, page in zip(indices, pages, strict=True) if get(names[index]) is None]
+        if not new:
+            return
+        places = self.host.add([name for name, _ in new])
+        self.host.touch(reversed(names[: indices.start]), hit=False)  # they outlive what is nothing without them
+        self.counts.refused += len(new) - len(places)
+        if places:
+            self._tree.lock(node)
+            self._down.nodes.append(node)
+            self._down.places += places
+            self._down.pages += [page for _, page in new[: len(places)]]
+
+    def evicted(self, pages: Sequence[int]) -> None:
+        """The tree has these pages no more, and the next step may write there."""
+        if self.options.policy != "write-back":
+            return
+        found = sorted((*self._names.pop(page), page) for page in pages if page in self._names)
+        new = [(name, page) for _, name, page in found if self.host.get(name) is None]
+        places = self.host.add([name for name, _ in new])
+        self.host.touch((name for _, name, _ in reversed(found)), hit=False)
+        self.counts.refused += len(new) - len(places)
+        if places:
+            ticket = Ticket("down", places, [page for _, page in new[: len(places)]])
+            self._send(ticket, self._before, holds=True)
+
+    def _lowered(self, ticket: Ticket, done: Sequence[bool]) -> None:
+        for node in ticket.nodes:
+            self._tree.unlock(node)
+        for place, is_done in zip(ticket.places, done, strict=True):
+            self._arrive(place, is_done and not ticket.stale)
+        self.counts.down += sum(done)
+
+    def _arrive(self, place: Place, is_there: bool) -> None:
+        """What was to come into a place is there, or never comes."""
+        if is_there:
+            place.there = place.known
+            if self.options.policy != "second-hit" or place.hit:
+                self._want_kept(place)
+        else:
+            self.host.forget(place)
+        self.host.unpin(place)
+
+    # ── up ───────────────────────────────────────────────────────────────────────────────────
+
+    def rising(self, name: bytes) -> int:
+        """The number of the move that brings the page of that name up; 0 where none does."""
+        return self._rising.get(name, 0)
+
+    def rise(self, node: Node, key: bytes, names: Sequence[bytes], first: int, pages: list[int]) -> int:
+        """Move the pages of `names` from index `first` on, which are there, up to `pages`, taken from the pool. They go
+        on from `node` by `key`; it is locked, and both are the move's from now on. The number of the move."""
+        rising = names[first : first + len(pages)]
+        places = [place for name in rising if (place := self.host.get(name)) is not None]
+        assert len(places) == len(pages) and all(place.there for place in places), "a page goes up that is not there"
+        for place in places:
+            place.pins += 1
+        number = self._send(Ticket("up", places, pages, [node], names, first, key), self._after)
+        self._rising.update(dict.fromkeys(rising, number))
+        return number
+
+    def _risen(self, ticket: Ticket, done: Sequence[bool]) -> None:
+        (node,), pages = ticket.nodes, ticket.pages
+        count = 0
+        while count < len(pages) and done[count] and not ticket.stale:
+            count += 1
+        for index, (place, is_done) in enumerate(zip(ticket.places, done, strict=True)):
+            del self._rising[place.name]
+            if not is_done:
+                self.host.forget(place)
+            self.host.unpin(place)
+            if index < count and place.fetched:
+                place.fetched = False
+                self.counts.from_store += 1
+            elif index < count:
+                self.counts.from_host += 1
+        if count:
+            key = ticket.key[: len(ticket.key) // len(pages) * count]
+            node, held = self._tree.extend(node, key, pages[:count])
+            self._pool.give(pages[: len(held)])
+            if self.options.policy == "write-back":
+                self._remember(ticket.names, ticket.first + len(held), pages[len(held) : count])
+        self._pool.give(pages[count:])
+        self._tree.unlock(node)
+
+    # ── store ────────────────────────────────────────────────────────────────────────────────
+
+    def _want_kept(self, place: Place | None) -> None:
+        if self.options.stores and place is not None and place.there and not place.stored:
+            self._pending[place.name] = place
+
+    def _keep(self) -> None:
+        """Give the store what has come down, as fast as it takes it."""
+        while self._pending and self._keeping < KEEPING:
+            ticket = Ticket("keep")
+            while self._pending and len(ticket.places) < KEPT_AT_ONCE:
+                _, place = self._pending.popitem(last=False)
+                if place.known and not place.stored:
+                    place.pins += 1
+                    place.stored = True
+                    ticket.places.append(place)
+            if ticket.places:
+                self._keeping += 1
+                self._send(ticket, self._after)
+
+    def _kept(self, ticket: Ticket, done: Sequence[bool]) -> None:
+        self._keeping -= 1
+        for place in ticket.places:
+            self.host.unpin(place)
+        self.counts.kept += sum(done)
+
+    def want(self, number: int, names: Sequence[bytes], held: int) -> None:
+        """A request needs the pages of `names`, of which the device has the first `held`. Once `settled` names this
+        `number`, what a store has of them is in the pool, or is waited for no more."""
+        first, waits = held, set()
+        while first < len(names):
+            place, coming = self.host.get(names[first]), self._coming.get(names[first])
+            if coming is not None:
+                waits.add(coming)
+            elif place is None:
+                break
+            first += 1
+        if len(names) - first >= self.options.least_fetched:
+            asked = self._send(Ticket("find", names=names[first:]), self._after)
+            self._coming.update(dict.fromkeys(names[first:], asked))
+            waits.add(asked)
+        if waits:
+            self._waits[number] = waits
+        else:
+            self._settled.append(number)
+
+    def give_up(self, number: int) -> None:
+        """Nobody waits for that need any more."""
+        if self._waits.pop(number, None) is not None:
+            self._settled.append(number)
+
+    def _found(self, number: int, ticket: Ticket, done: Sequence[bool]) -> None:
+        for name in ticket.names:
+            self._coming.pop(name, None)
+        found = list(itertools.takewhile(lambda index: done[index], range(len(done))))
+        names = [ticket.names[index] for index in found if self.host.get(ticket.names[index]) is None]
+        enough = len(names) >= self.options.least_fetched and not ticket.stale
+        places = self.host.add(names, hit=True) if enough else []
+        if places:
+            fetching = self._send(Ticket("fetch", places), self._after)
+            self._coming.update((place.name, fetching) for place in places)
+            for waits in self._waits.values():
+                if number in waits:
+                    waits.add(fetching)
+
+    def _fetched(self, ticket: Ticket, done: Sequence[bool]) -> None:
+        for place, is_done in zip(ticket.places, done, strict=True):
+            self._coming.pop(place.name, None)
+            place.fetched = place.stored = is_done
+            self._arrive(place, is_done and not ticket.stale)
+        self.counts.fetched += sum(done)
+
+    # ── answers ──────────────────────────────────────────────────────────────────────────────
+
+    def moved(self, message: Moved) -> None:
+        """All ranks have answered. Moves of tiers before `reset` are not known."""
+        ticket = self._tickets.pop(message.number, None)
+        if ticket is None:
+            return
+        done = [bool(each) for each in message.done]
+        counts = self.counts
+        counts.seconds[ticket.way] = counts.seconds.get(ticket.way, 0.0) + message.seconds
+        if message.held >= 0:
+            counts.store_pages, counts.store_bytes = message.held, max(0, message.held_bytes)
+        self.cause = self.cause or message.cause
+        if ticket.way not in ("find", "clear"):
+            counts.failed += len(done) - sum(done)
+        match ticket.way:
+            case "down":
+                self._lowered(ticket, done)
+            case "up":
+                self._risen(ticket, done)
+            case "keep":
+                self._kept(ticket, done)
+            case "find":
+                self._found(message.number, ticket, done)
+            case "fetch":
+                self._fetched(ticket, done)
+        for need, waits in list(self._waits.items()):
+            waits.discard(message.number)
+            if not waits:
+                self.give_up(need)
+
+    def clear(self) -> None:
+        """Forget all that lies below the device, and what is on its way."""
+        self._names.clear()
+        self._pending.clear()
+        if self._down.places:
+            ticket, self._down = self._down, Ticket("down")
+            self._send(ticket, self._after)
+        for ticket in self._tickets.values():
+            ticket.stale = True
+        if self.options.stores:
+            self._send(Ticket("clear"), self._after)
+        self.host.clear()
+
+    # ── looking ──────────────────────────────────────────────────────────────────────────────
+
+    def nodes(self) -> Iterable[Node]:
+        """The nodes that moves under way lock, each as often as it is."""
+        return [node for ticket in [*self._tickets.values(), self._down] for node in ticket.nodes]
+
+    def own_pages(self) -> list[list[int]]:
+        """Pages of the device that belong to moves under way."""
+        return [ticket.pages for ticket in self._tickets.values() if ticket.way == "up"]
+
+    def check_integrity(self, pages: Iterable[int]) -> None:
+        """Assert that places, pins and moves fit together; `pages` are the tree's."""
+        self.host.check_integrity()
+        pins: dict[Place, int] = {}
+        for ticket in [*self._tickets.values(), self._down]:
+            for place in ticket.places:
+                pins[place] = pins.get(place, 0) + 1
+        assert all(place.pins == pins.get(place, 0) for place in self.host.places()), "a pin outlives its move"
+        assert self._names.keys() <= set(pages), "a page has a name that is not in the tree"
+        assert all(number in self._tickets for number in [*self._rising.values(), *self._coming.values()])
+        assert all(waits <= self._tickets.keys() for waits in self._waits.values()), "a need waits for nothing"
+
+
+def _numbers(options: TierOptions) -> "itertools.count[int]":
+    return itertools.count(options.copy + options.copies, options.copies)
+
+
+__all__ = ["NAME_BYTES", "TierCounts", "TierOptions", "Tiers", "WritePolicy"]

@@ -1,0 +1,64 @@
+"""Pages of the KV cache on their way between the device and the tiers below it.
+
+    device ──down──> pool ──keep──> store         pages are numbers on the device and in the pool, and names in a store
+           <──up────      <──fetch──
+
+Every rank moves its own part of each page. A move counts for the pages that all ranks have moved.
+"""
+
+from typing import Literal
+
+from engine.messages.base import Message
+
+PAGES = "pages"  # the kind of a need that is met when a store has given its pages, or is waited for no more
+NAME_BYTES = 32
+
+Way = Literal["down", "up", "keep", "fetch", "find", "clear"]
+
+
+class Move(Message, frozen=True):
+    """scheduler → worker: move pages; the answer is the Moved of this `number`.
+
+    `pages` are those of the device and `slots` those of the pool (int32), `names` what a store knows them by, 32 bytes
+    each. "find" asks which of `names` a store has, "clear" empties it. Of copies of attention the ranks of one `copy`
+    move, and the others answer. A move sees what all steps sent before it have written. If it `holds` the steps sent
+    after it, these may write over `pages`, and begin once those are copied."""
+
+    number: int
+    way: Way
+    pages: bytes = b""
+    slots: bytes = b""
+    names: bytes = b""
+    copy: int = 0
+    holds: bool = False
+
+    @property
+    def count(self) -> int:
+        """How many pages it is about."""
+        return len(self.slots) // 4 or len(self.names) // NAME_BYTES
+
+
+class Moved(Message, frozen=True):
+    """worker → scheduler: what came of a Move: `done` has a byte for each page, which is 1 for one that is there now.
+
+    It took `seconds`. `held` are the pages that the rank's store holds, and `held_bytes` what they take; -1: nothing
+    new is known. `cause` says, for people, what went wrong."""
+
+    number: int
+    done: bytes
+    seconds: float = 0.0
+    held: int = -1
+    held_bytes: int = -1
+    cause: str = ""
+
+
+def both(first: Moved, second: Moved) -> Moved:
+    """What two ranks have moved."""
+    return Moved(
+        first.number,
+        bytes(map(min, first.done, second.done)),
+        max(first.seconds, second.seconds),
+        min(first.held, second.held),
+        -1 if min(first.held_bytes, second.held_bytes) < 0 else first.held_bytes + second.held_bytes,
+        first.cause or second.cause,
+    )

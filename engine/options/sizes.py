@@ -1,0 +1,26 @@
+"""Sizes in bytes, as people say them: 64GiB, 1.5TiB, 500MiB, 4096."""
+
+import re
+
+from engine.errors import ConfigError
+
+UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+def read_size(text: str, origin: str) -> int:
+    """The bytes that `text` says, one at least. Raises ConfigError that names `origin`, an option."""
+    found = SIZE.fullmatch(text)
+    unit = UNITS.get(found[2].upper()) if found else None
+    if found is None or unit is None or (size := int(float(found[1]) * unit)) < 1:
+        raise ConfigError(f"{origin} is {text!r}, but takes a size such as 64GiB, 500MiB or a number of bytes")
+    return size
+
+
+def show_size(count: int) -> str:
+    """`count` bytes, for people."""
+    for unit, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"

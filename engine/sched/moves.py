@@ -1,0 +1,128 @@
+"""The moves between tiers of all copies of attention: which are due, and what came of them.
+
+A move is the scheduler's to send, in this order: what is due before a plan, the plan, and what is due after it. So a
+worker knows which steps a page's bytes come from, and which step may write over them.
+"""
+
+from array import array
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+from engine.cache.names import PageNames
+from engine.cache.tiers import Tiers
+from engine.messages.control import TierStats
+from engine.messages.request import Admit
+from engine.messages.step import StepPlan
+from engine.messages.tiers import Move, Moved
+from engine.sched.batcher import Scheduler
+
+LONG_STEP = 256  # tokens, from which on a step's time is that of its prompts
+OLD = 0.9  # how much the times of steps before count
+
+
+class PromptCost:
+    """How many seconds a token of a prompt takes, as the last long steps did: 0 before there was one."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._tokens: deque[int] = deque()  # of the steps in flight
+
+    def planned(self, plan: StepPlan) -> None:
+        self._tokens.append(sum(array("i", plan.lengths)))
+
+    def done(self, seconds: float) -> None:
+        """The oldest step in flight has taken so long."""
+        if (tokens := self._tokens.popleft()) >= LONG_STEP:
+            cost = seconds / tokens
+            self.seconds = OLD * self.seconds + (1 - OLD) * cost if self.seconds else cost
+
+    def lost(self) -> None:
+        """All that was in flight is."""
+        self._tokens.clear()
+
+
+class Moves:
+    """Of `copies`, each of which has tiers; one alone is a copy, too."""
+
+    def __init__(self, copies: Sequence[Scheduler]) -> None:
+        self._copies = copies
+        self.cost = PromptCost()
+        self._saved = 0.0  # seconds
+
+    @property
+    def tiers(self) -> Iterator[Tiers]:
+        for copy in self._copies:
+            assert copy.tiers is not None, "there is nothing below the device"
+            yield copy.tiers
+
+    def before(self) -> list[Move]:
+        """Those to be sent before the next plan."""
+        return [move for tiers in self.tiers for move in tiers.before()]
+
+    def after(self) -> list[Move]:
+        """Those to be sent once all plans are."""
+        return [move for tiers in self.tiers for move in tiers.after()]
+
+    def moved(self, message: Moved) -> str:
+        """All ranks have answered. Why a page was not moved, for people, unless that was said before."""
+        tiers = list(self.tiers)[message.number % len(self._copies)]
+        before = tiers.counts.from_host + tiers.counts.from_store
+        tiers.moved(message)
+        risen = tiers.counts.from_host + tiers.counts.from_store - before
+        self._saved += risen * self._copies[0].page_size * self.cost.seconds
+        cause, tiers.cause = tiers.cause, ""
+        return cause
+
+    # ── what requests that arrive lack ───────────────────────────────────────────────────────
+
+    def seeks(self, admit: Admit) -> bool:
+        """Whether a store may have pages of a prompt that are worth to wait for."""
+        tiers = self._copies[0].tiers
+        assert tiers is not None
+        pages = len(admit.ids) // 4 // self._copies[0].page_size
+        return tiers.options.stores and admit.max_new > 0 and pages >= tiers.options.least_fetched
+
+    def want(self, number: int, admit: Admit) -> None:
+        """`settled` names `number` once what stores have of a prompt's pages is there, or does not come. They come to
+        the copy that has the most of them."""
+        page_size = self._copies[0].page_size
+        ids, keys = array("i", admit.ids), array("i", admit.keys or admit.ids)
+        names = PageNames(admit.cache_salt.encode(), page_size, lambda first, end: keys[first:end].tobytes())
+        reused = min(len(ids) - 1, admit.scored_after if admit.sampling.prompt_logprobs >= 0 else len(ids))
+        wanted = names.upto(reused // page_size)
+        salt, packed = admit.cache_salt.encode(), keys[: len(wanted) * page_size].tobytes()
+        held = [copy.places.tree.match_length(packed, salt) for copy in self._copies]
+        best = max(range(len(held)), key=lambda copy: (held[copy], -self._copies[copy].running))
+        tiers = self._copies[best].tiers
+        assert tiers is not None
+        tiers.want(number, wanted, held[best])
+
+    def give_up(self, number: int) -> None:
+        """Nobody waits for it any longer."""
+        for tiers in self.tiers:
+            tiers.give_up(number)
+
+    def settled(self) -> list[int]:
+        """Those that are."""
+        return [number for tiers in self.tiers for number in tiers.settled()]
+
+    def stats(self) -> TierStats:
+        """The figures of all copies."""
+        tiers = list(self.tiers)
+        counts = [each.counts for each in tiers]
+        asked = sum(each.ceiling.asked for each in tiers)
+        summed = {
+            name: sum(getattr(each, name) for each in counts)
+            for name in ("down", "kept", "fetched", "from_host", "from_store", "refused", "failed")
+        }
+        return TierStats(
+            host_pages=sum(each.options.host for each in tiers),
+            host_used=sum(len(each.host) for each in tiers),
+            store_pages=max(each.store_pages for each in counts),
+            store_bytes=max(each.store_bytes for each in counts),
+            seconds_up=sum(each.seconds.get("up", 0.0) + each.seconds.get("fetch", 0.0) for each in counts),
+            asked_total=asked,
+            ceiling=sum(each.ceiling.ratio * each.ceiling.asked for each in tiers) / max(asked, 1),
+            seconds_saved=self._saved,
+            **summed,
+        )

@@ -1,0 +1,137 @@
+"""Which pages a request has: those of its prefix that the cache holds, and pages of its own; and what it waits for.
+
+    waiting ──place──> running ──share, as it is computed──> in the tree ──free──> cached, or free
+
+Where there are tiers below the device, a waiting request whose next pages lie there does not run yet: they come up
+first, beside the steps of all that run, and it keeps its place in the queue. It waits only where the device has room
+for all of its prompt, so what comes up for it is not pushed out again. If they do not come, it computes them. A request
+that asks for a vector has no pages.
+"""
+
+from collections.abc import Iterable
+
+from engine.cache.names import PageNames
+from engine.cache.pages import CachePages
+from engine.messages.request import Admit
+from engine.sched.limits import pages_for
+from engine.sched.request import Request
+
+MOST_RISES = 3  # of one request's pages: where they have given way again and again, it computes them
+LOOKED_AT = 8  # requests of the queue whose pages may come up before their turn
+
+
+class Places:
+    """Gives requests pages of `page_size` tokens out of `pages`; with `reuse`, those of the tree too."""
+
+    def __init__(self, pages: CachePages, page_size: int, reuse: bool) -> None:
+        self.pages, self.pool, self.tree, self.tiers = pages, pages.pool, pages.tree, pages.tiers
+        self._page_size = page_size
+        self._reuse = reuse
+
+    def know(self, request: Request, admit: Admit) -> None:
+        """What is to be remembered of a request that comes: the blocks of its text, and the names of its pages."""
+        request.named = self.pages.named(admit.blocks)
+        if self.tiers is not None and self._reuse and not request.pools:
+            request.names = PageNames(request.salt, self._page_size, request.key)
+            self.tiers.ceiling.ask(request.names.upto(request.prompt_len // self._page_size))
+
+    # ── before it runs ───────────────────────────────────────────────────────────────────────
+
+    def place(self, request: Request, running: int) -> bool:
+        """Give a waiting request pages for all its tokens, if as many are left as there are `running` rows: each of
+        those soon needs its next page, and none should be retracted for a newcomer."""
+        if not self._match(request, running):
+            return False
+        request.shared = len(request.pages)
+        request.computed = request.shared * self._page_size
+        request.pages += self.pages.take(pages_for(len(request.ids), self._page_size) - request.shared)
+        if request.named is not None:
+            self.pages.name(request.named, request.pages, request.shared)
+        if self.tiers is not None and request.names is not None and request.node is not None:
+            self.tiers.hit(request.node, request.names.upto(request.shared), request.pages[: request.shared])
+        return True
+
+    def _match(self, request: Request, running: int) -> bool:
+        """Lock what the tree holds of a waiting request, unless it does not fit."""
+        if self._reuse:
+            request.node, request.pages = self.tree.match(request.reusable(self._page_size), request.salt)
+            self.tree.lock(request.node)  # before looking at what is available: these pages no longer are
+        missing = pages_for(len(request.ids), self._page_size) - len(request.pages)
+        if missing + running > self.pages.available:
+            if request.node is not None:
+                self.tree.unlock(request.node)
+            request.leave()
+            return False
+        return True
+
+    def waits(self, request: Request, running: int) -> bool:
+        """Whether pages of a waiting request come up, or begin to now: then it does not run yet."""
+        if self.tiers is None or request.names is None:
+            return False
+        if self.tiers.under_way(request.rise):
+            return True
+        if request.rises == MOST_RISES:
+            return False
+        key = request.reusable(self._page_size)
+        stride = 4 * self._page_size
+        last, held = len(key) // stride, self.tree.match_length(key, request.salt)
+        names = request.names.upto(last)
+        if held < last and (number := self.tiers.rising(names[held])):
+            request.rise = number
+            return True
+        count = self.tiers.host.run(names, held, last)
+        if count < self.tiers.options.least_risen or not self._match(request, running):
+            return False
+        assert request.node is not None and len(request.pages) == held
+        pages = self.pages.take(count)
+        request.rise = self.tiers.rise(request.node, key[held * stride : (held + count) * stride], names, held, pages)
+        request.rises += 1
+        request.leave()  # the lock is the move's now
+        return True
+
+    def look_ahead(self, queue: Iterable[Request], running: int) -> None:
+        """Let pages come up for those that wait, as long as there is room for all before them."""
+        for request, _ in zip(queue, range(LOOKED_AT), strict=False):
+            if not self.waits(request, running) and not self._fits(request, running):
+                return
+
+    def _fits(self, request: Request, running: int) -> bool:
+        return pages_for(len(request.ids), self._page_size) + running <= self.pages.available
+
+    def cached(self, request: Request) -> int:
+        """How many tokens of a waiting request need not be computed."""
+        if not self._reuse:
+            return 0
+        key = request.reusable(self._page_size)
+        held = self.tree.match_length(key, request.salt)
+        if self.tiers is not None and request.names is not None:
+            last = len(key) // (4 * self._page_size)
+            held += self.tiers.host.run(request.names.upto(last), held, last)
+        return held * self._page_size
+
+    # ── while it runs ────────────────────────────────────────────────────────────────────────
+
+    def share(self, request: Request, end: int) -> range:
+        """Hand the tree the whole pages before position `end`. Where it has the same already, `request` takes
+        the tree's and frees its own: the indices of pages so changed."""
+        first, last = request.shared, end // self._page_size
+        if request.node is None or last <= first:
+            return range(0)
+        key = request.key(first * self._page_size, last * self._page_size)
+        request.node, held = self.tree.extend(request.node, key, request.pages[first:last])
+        changed = slice(first, first + len(held))
+        self.pool.give(request.pages[changed])
+        request.pages[changed] = held
+        request.shared = last
+        if request.named is not None:
+            self.pages.name(request.named, request.pages, last)
+        if self.tiers is not None and request.names is not None:
+            self.tiers.shared(request.node, request.names.upto(last), changed.stop, request.pages[changed.stop : last])
+        return range(changed.start, changed.stop)
+
+    def free(self, request: Request, end: int) -> None:
+        """Take back all pages; those of tokens before position `end` stay in the cache."""
+        self.share(request, end)
+        self.pool.give(request.pages[request.shared :])
+        if request.node is not None:
+            self.tree.unlock(request.node)

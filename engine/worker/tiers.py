@@ -1,0 +1,48 @@
+"""The tiers of a rank: what the options ask for, built by the plugins that provide it."""
+
+import logging
+from typing import Any
+
+from engine.config import Config
+from engine.errors import ConfigError
+from engine.options.sizes import show_size
+from engine.plugin.registry import Plugins, resolve
+from engine.runtime.tiers import tier_sizes
+from engine.worker.choices import tier_for
+from engine.worker.manifest import manifest_of
+from engine.worker.runner import Runner
+from engine.worker.transfers import Transfers
+
+logger = logging.getLogger("engine.worker")
+
+
+def begin_transfers(config: Config, plugins: Plugins, runner: Runner, here: int, **about: Any) -> Transfers | None:
+    """What moves the pages of a rank, one of so many `here`; None where no option asks for tiers.
+
+    `about` is for its manifest. Raises ConfigError for a model whose requests have states, which are in no page, and
+    for a size that is less than a page."""
+    sizes, spec = tier_sizes(config.cache), runner.model.kv_spec()
+    if sizes is None:
+        return None
+    if spec.states or not spec.groups:
+        what = "keeps states of requests, which no page holds" if spec.states else "keeps no pages"
+        raise ConfigError(f"{type(runner.model).__name__} {what}; leave --kv-host and --kv-disk out")
+    pages = sizes.host // here // spec.page_bytes
+    if not pages:
+        raise ConfigError(
+            f"--kv-host {show_size(sizes.host)}, divided by {here} ranks, is less than one page of "
+            f"{show_size(spec.page_bytes)}; raise it"
+        )
+    stores = bool(sizes.store)
+    manifest = manifest_of(runner.model, **about) if stores else {}
+    size = {"page_bytes": spec.page_bytes, "manifest": manifest}
+    build = resolve(tier_for(plugins, "pool", "--kv-host").target)
+    pool = build(capacity_bytes=pages * spec.page_bytes, argument="", **size)
+    store = None
+    if stores:
+        build = resolve(tier_for(plugins, "store", "--kv-disk").target)
+        store = build(capacity_bytes=sizes.store // here, argument=sizes.place, **size)
+    told = f", and {show_size(sizes.store // here)} in {sizes.place}" if stores else ""
+    logger.info("%d KV pages in %s of host memory%s", pages, show_size(pages * spec.page_bytes), told)
+    copy = 0 if runner.copy is None else runner.copy.number
+    return Transfers(runner.caches, runner.device, pool, store, manifest, copy)

@@ -1,0 +1,272 @@
+"""Copies pages between the device, the host's memory and a store, beside the steps.
+
+    steps    ──n──┬──n+1──────────┬─ n+2 ──          a move that comes after the plan of step n
+    down          └─ copy ─┬─> told    ^             sees what n has written; n+1 runs meanwhile
+                           └───────────┘             one that holds: n+1 begins once it is copied
+
+On a GPU the copies are DMA on two streams of their own, one for each direction, so they take no multiprocessor from the
+steps. A move waits on the device for all steps launched before it. That is what a copy down needs, because these write
+its pages. A copy up needs it too, because a page that was freed may still be written by a step under way. Steps never
+wait for a copy, but for one that `holds`, whose pages they write over: the scheduler lets no step touch the pages of
+any other move before its answer. Whoever waits on the host for a copy, a disk or another process is a thread.
+
+A page of all layers of a KV group is one piece of memory (memory.py), so a page is a copy for each group, and where
+there is one group, neighbours that stay neighbours are copied at once. Heads, latents, windows and FP8 are all alike
+here: scales of FP8 belong to layers, not to pages. Left out: single layers of a page.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from hashlib import blake2b
+from itertools import pairwise
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.errors import ConfigError
+from engine.messages.tiers import NAME_BYTES, Move, Moved
+from engine.options.sizes import show_size
+from engine.plugin.tiers import Manifest, Pool, Store
+from engine.worker.memory import Caches
+
+logger = logging.getLogger("engine.worker")
+
+READERS = 8  # threads that read from a store
+READ_AT_ONCE = 8  # pages that one of them reads
+ASKERS = 4  # moves that wait for a store at a time
+
+Tell = Callable[[Moved], None]
+
+
+class Threads:
+    """Does one job after the other on `count` threads, which end with the process whatever they wait for."""
+
+    def __init__(self, count: int, name: str) -> None:
+        self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        for number in range(count):
+            Thread(target=self._work, name=f"{name} {number}", daemon=True).start()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """`job` raises nothing."""
+        self._jobs.put(job)
+
+    def map(self, work: Callable[[Any], Any], parts: Sequence[Any]) -> list[Any]:
+        """What `work` makes of each part, in order; the first error is raised once all are over."""
+        answers: SimpleQueue[tuple[int, Any, Exception | None]] = SimpleQueue()
+
+        def one(place: int) -> None:
+            try:
+                answers.put((place, work(parts[place]), None))
+            except Exception as error:  # raised below
+                answers.put((place, None, error))
+
+        for place in range(len(parts)):
+            self.submit(lambda place=place: one(place))  # type: ignore[misc]
+        found = sorted((answers.get() for _ in parts), key=lambda answer: answer[0])
+        for _, _, error in found:
+            if error is not None:
+                raise error
+        return [value for _, value, _ in found]
+
+    def _work(self) -> None:
+        while True:
+            self._jobs.get()()
+
+
+class Transfers:
+    """Moves of one rank, between its `caches` on `device`, its `pool`, and a `store` that may be there.
+
+    Of copies of attention it is of number `copy`. Raises ConfigError where a GPU cannot use the pool's memory."""
+
+    def __init__(
+        self,
+        caches: Caches,
+        device: torch.device,
+        pool: Pool,
+        store: Store | None,
+        manifest: Manifest,
+        copy: int = 0,
+    ) -> None:
+        self._device, self._store, self._copy = device, store, copy
+        self._groups = [_bytes_of(layers[0]) for layers in caches]
+        self._ends = np.cumsum([group.shape[1] for group in self._groups]).tolist()
+        self._pool = pool  # whose memory it stays
+        self._host = torch.frombuffer(pool.memory, dtype=torch.uint8).view(-1, self._ends[-1])
+        self._views = [pool.memory[at : at + self._ends[-1]] for at in range(0, self._host.numel(), self._ends[-1])]
+        self._scope = blake2b(msgspec.json.encode(manifest, order="deterministic")).digest()
+        if device.type == "cuda":
+            pin(self._host)
+            self._streams = {way: torch.cuda.Stream(device) for way in ("down", "up")}
+        self._copiers = {way: Threads(1, way) for way in ("down", "up")}
+        self._asking, self._reading, self._writing = (
+            Threads(count, name) for count, name in ((ASKERS, "ask"), (READERS, "read"), (1, "write"))
+        )
+
+    @property
+    def pages(self) -> int:
+        """Places in the pool."""
+        return len(self._host)
+
+    @property
+    def stores(self) -> bool:
+        return self._store is not None
+
+    def begin(self, move: Move, tell: Tell) -> None:
+        """Do `move` beside the steps that come, and `tell` of it from any thread. Steps launched before it come first;
+        if it `holds`, those launched after it come last."""
+        began = time.perf_counter()
+
+        def answer(done: Sequence[bool], cause: str = "") -> None:
+            seconds = time.perf_counter() - began
+            with suppress(ConnectionError):  # who asked is gone
+                tell(self._answer(move, done, seconds, cause))
+
+        if move.copy != self._copy:
+            return tell(Moved(move.number, b"\1" * move.count))
+        match move.way:
+            case "down" | "up":
+                self._copy_pages(move, answer)
+            case "keep" | "clear":
+                self._writing.submit(lambda: self._ask(move, answer))
+            case "find" | "fetch":
+                self._asking.submit(lambda: self._ask(move, answer))
+        return None
+
+    def _answer(self, move: Move, done: Sequence[bool], seconds: float, cause: str) -> Moved:
+        held, held_bytes = -1, -1
+        if self._store is not None and move.way in ("keep", "clear"):
+            known = self._store.held()
+            held, held_bytes = known.pages, known.bytes
+        return Moved(move.number, bytes(done), seconds, held, held_bytes, cause)
+
+    # ── device and host ──────────────────────────────────────────────────────────────────────
+
+    def _copy_pages(self, move: Move, answer: Callable[..., None]) -> None:
+        pages, slots = (np.frombuffer(each, "<i4") for each in (move.pages, move.slots))
+        count = len(pages)
+        if self._device.type != "cuda":
+            over: SimpleQueue[None] = SimpleQueue()
+
+            def copy() -> None:
+                self._copy_all(move.way, pages, slots)
+                over.put(None)
+                answer([True] * count)
+
+            self._copiers["down"].submit(copy)  # one after the other, whichever way
+            if move.holds:
+                over.get()
+            return
+        current, stream = torch.cuda.current_stream(self._device), self._streams[move.way]
+        ready, ended = torch.cuda.Event(), torch.cuda.Event(blocking=True)
+        ready.record(current)
+
+        def issue() -> None:
+            with torch.cuda.device(self._device), torch.cuda.stream(stream):
+                stream.wait_event(ready)
+                self._copy_all(move.way, pages, slots)
+                ended.record(stream)
+
+        def wait() -> None:
+            ended.synchronize()
+            answer([True] * count)
+
+        def both() -> None:
+            issue()
+            wait()
+
+        if move.holds:
+            issue()
+            current.wait_event(ended)
+        self._copiers[move.way].submit(wait if move.holds else both)
+
+    @torch.inference_mode()
+    def _copy_all(self, way: str, pages: np.ndarray, slots: np.ndarray) -> None:
+        """All that is on the device and at the host of these pages, the way of the move."""
+        for first_page, first_slot, count in runs(pages, slots, joined=len(self._groups) == 1):
+            begin = 0
+            for group, end in zip(self._groups, self._ends, strict=True):
+                device = group[first_page : first_page + count]
+                host = self._host[first_slot : first_slot + count, begin:end]
+                if way == "down":
+                    host.copy_(device, non_blocking=True)
+                else:
+                    device.copy_(host, non_blocking=True)
+                begin = end
+
+    # ── store ────────────────────────────────────────────────────────────────────────────────
+
+    def _ask(self, move: Move, answer: Callable[..., None]) -> None:
+        """What a store is asked. A store that raises has not done it, and who computes instead is told why."""
+        try:
+            done = self._asked(move)
+        except Exception as error:
+            logger.debug("the store fails", exc_info=True)
+            return answer([False] * move.count, f"the store of KV pages fails: {type(error).__name__}: {error}")
+        answer(done)
+        return None
+
+    def _asked(self, move: Move) -> list[bool]:
+        store = self._store
+        assert store is not None, "a rank without a store is asked for one"
+        names = [
+            blake2b(move.names[at : at + NAME_BYTES], key=self._scope, digest_size=NAME_BYTES).digest()
+            for at in range(0, len(move.names), NAME_BYTES)
+        ]
+        views = [self._views[slot] for slot in np.frombuffer(move.slots, "<i4").tolist()]
+        match move.way:
+            case "find":
+                return store.has(names)
+            case "fetch":
+                cuts = [*range(0, len(names), READ_AT_ONCE), len(names)]
+                parts = list(pairwise(cuts))
+                read = self._reading.map(lambda part: store.get(names[slice(*part)], views[slice(*part)]), parts)
+                return [found for each in read for found in each]
+            case "keep":
+                done = store.has(names)
+                new = [place for place, is_there in enumerate(done) if not is_there]
+                kept = store.put([names[place] for place in new], [views[place] for place in new])
+                for place, is_kept in zip(new, kept, strict=True):
+                    done[place] = is_kept
+                return done
+            case _:
+                store.clear()
+                return []
+
+
+def runs(pages: np.ndarray, slots: np.ndarray, *, joined: bool) -> Iterator[tuple[int, int, int]]:
+    """(first page, first slot, count) of pages that follow each other in both places, or if not `joined` of each."""
+    if not len(pages):
+        return
+    order = np.argsort(pages)
+    pages, slots = pages[order], slots[order]
+    breaks = np.flatnonzero((np.diff(pages) != 1) | (np.diff(slots) != 1)) + 1
+    if not joined:
+        breaks = np.arange(1, len(pages))
+    for first, end in pairwise([0, *breaks.tolist(), len(pages)]):
+        yield int(pages[first]), int(slots[first]), end - first
+
+
+def _bytes_of(layer: Tensor) -> Tensor:
+    """The cache that `layer` is the first layer of, as bytes [pages, bytes of a page in all layers]."""
+    assert layer.storage_offset() == 0, "that is not the first layer"
+    stride = layer.stride(0) * layer.element_size()
+    flat = torch.empty(0, dtype=torch.uint8, device=layer.device)
+    return flat.set_(layer.untyped_storage(), 0, (len(layer), stride), (stride, 1))
+
+
+def pin(host: Tensor) -> None:
+    """Registers memory with the GPU, which copies to and from it at full speed then. Raises ConfigError if it cannot
+    be."""
+    error = torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0)
+    if int(error) != 0:
+        raise ConfigError(
+            f"the GPU cannot use {show_size(host.nbytes)} of host memory (cudaHostRegister: error {int(error)}); lower "
+            "--kv-host, or raise the limit of locked memory"
+        )

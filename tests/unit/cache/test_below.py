@@ -1,0 +1,124 @@
+"""What lies below the device, in integers: which page gives way, how pages are named, what no cache could exceed."""
+
+import random
+from array import array
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.cache.ceiling import Ceiling
+from engine.cache.host import HostPages
+from engine.cache.names import PageNames
+
+
+def there(host, *names):
+    """Pages of one text that have come."""
+    places = host.add([name.encode() for name in names])
+    for place in places:
+        place.there = True
+        host.unpin(place)
+    return [place.name.decode() for place in places]
+
+
+def held(host, names):
+    return "".join(name for name in names if host.get(name.encode()) is not None)
+
+
+def test_the_end_of_the_text_that_was_used_least_recently_gives_way_first():
+    host = HostPages(6)
+    there(host, *"abc")
+    there(host, *"xyz")
+    there(host, *"p")
+    assert held(host, "abcxyzp") == "abxyzp"
+    host.touch([b"b", b"a"], hit=False)
+    there(host, *"qr")
+    assert held(host, "abxyzpqr") == "abxpqr"
+    host.check_integrity()
+
+
+def test_a_scan_pushes_out_nothing_that_was_asked_for_twice():
+    host = HostPages(8)
+    there(host, *"abcdef")
+    host.touch([b"f", b"e", b"d", b"c", b"b", b"a"], hit=True)
+    for number in range(200):
+        there(host, *(f"{number}.{page}" for page in range(3)))
+    assert held(host, "abcdef") == "abcdef"
+    host.check_integrity()
+
+
+def test_what_was_asked_for_twice_gives_way_to_what_was_asked_for_twice_later():
+    host = HostPages(8)
+    there(host, *"abcdef")
+    host.touch([b"f", b"e", b"d", b"c", b"b", b"a"], hit=True)
+    there(host, *"uv")
+    host.touch([b"v", b"u"], hit=True)  # more than three quarters: the ends of the first text are as good as new
+    there(host, *"xy")
+    assert held(host, "abcdefuvxy") == "abcduvxy"
+
+
+def test_what_a_store_gives_back_takes_the_place_of_what_was_asked_for_longer_ago():
+    host = HostPages(8)
+    there(host, *"abcdef")
+    host.touch([b"f", b"e", b"d", b"c", b"b", b"a"], hit=True)
+    places = host.add([b"u", b"v", b"w", b"x", b"y"], hit=True)
+    assert [place.name for place in places] == [b"u", b"v", b"w", b"x", b"y"]
+    assert held(host, "abcdefuvwxy") == "abcuvwxy"
+    host.check_integrity()
+
+
+def test_pinned_places_stay_and_a_forgotten_one_is_free_with_its_last_pin():
+    host = HostPages(2)
+    (one, two) = host.add([b"a", b"b"])
+    assert host.add([b"c"]) == []
+    host.forget(one)
+    assert host.get(b"a") is None and host.pool.free_pages == 0
+    host.check_integrity()
+    host.unpin(one)
+    assert host.pool.free_pages == 1
+    two.there = True
+    host.unpin(two)
+    assert [place.name for place in host.add([b"c", b"d", b"e"])] == [b"c", b"d"]
+    host.clear()
+    host.check_integrity()
+
+
+def test_a_run_ends_at_the_first_page_that_is_not_there():
+    host = HostPages(9)
+    there(host, *"ab")
+    (coming,) = host.add([b"c"])
+    names = [b"a", b"b", b"c", b"d"]
+    assert (host.run(names, 0, 4), host.run(names, 1, 4), host.run(names, 2, 4), host.run(names, 4, 4)) == (2, 1, 0, 0)
+    coming.there = True
+    assert host.run(names, 0, 4) == 3 and host.run(names, 0, 2) == 2
+
+
+@given(
+    texts=st.lists(st.lists(st.integers(0, 1), max_size=12), min_size=1, max_size=6),
+    salts=st.lists(st.sampled_from([b"", b"a"]), min_size=6, max_size=6),
+    page_size=st.integers(1, 3),
+)
+@settings(deadline=None, max_examples=50)
+def test_pages_have_one_name_exactly_where_all_up_to_their_end_is_equal(texts, salts, page_size):
+    known = {}
+    for text, salt in zip(texts, salts, strict=False):
+        ids = array("i", text)
+        names = PageNames(salt, page_size, lambda first, end, ids=ids: ids[first:end].tobytes())
+        pages = len(text) // page_size
+        names.upto(pages // 2)  # a text is named bit by bit
+        for page, name in enumerate(names.upto(pages)[:pages], 1):
+            assert known.setdefault(name, (salt, text[: page * page_size])) == (salt, text[: page * page_size])
+    assert len(set(map(repr, known.values()))) == len(known)
+
+
+def test_the_ceiling_is_the_share_of_pages_that_came_before():
+    draw, ceiling = random.Random(1), Ceiling()
+    assert ceiling.ratio == 0.0
+    pages = [draw.randbytes(32) for _ in range(20_000)]
+    ceiling.ask(pages)
+    assert abs(ceiling.distinct - 20_000) < 600 and ceiling.ratio < 0.03
+    for _ in range(3):
+        ceiling.ask(pages)
+    assert abs(ceiling.ratio - 0.75) < 0.01
+    few = Ceiling()
+    few.ask(pages[:10] * 2)
+    assert abs(few.distinct - 10) < 0.5 and abs(few.ratio - 0.5) < 0.03

@@ -1,0 +1,187 @@
+"""Moves of pages on a CPU: bytes arrive where they should, in order with the steps, and what a store does is told."""
+
+import time
+from array import array
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from odd_store import OddStore
+
+from engine.errors import ConfigError
+from engine.messages.tiers import NAME_BYTES, Move, Moved, both
+from engine.plugin.specs import KVGroup, KVSpec
+from engine.plugin.tiers import Store
+from engine.worker.memory import allocate
+from engine.worker.transfers import Threads, Transfers, runs
+from engine_plugins.tiers.host import HostMemory
+
+CPU = torch.device("cpu")
+HEADS = KVGroup(3, (2, 4, 2, 8), "bfloat16")
+LATENTS = KVGroup(2, (4, 24), "float8_e4m3fn")
+PAGES, PLACES = 6, 5
+
+
+class Mover:
+    """Transfers of caches whose bytes are all different, and what they tell."""
+
+    def __init__(self, *groups: KVGroup, argument: str = "plain", copy: int = 0) -> None:
+        spec = KVSpec(4, groups)
+        self.caches = allocate(spec, PAGES, CPU)
+        generator = np.random.default_rng(0)
+        for layers in self.caches:
+            for layer in layers:
+                numbers = generator.integers(0, 120, layer.view(torch.uint8).shape, np.uint8)
+                layer.view(torch.uint8).copy_(torch.from_numpy(numbers))
+        size: dict[str, Any] = {"page_bytes": spec.page_bytes, "manifest": {"rank": [0, 0]}}
+        pool = HostMemory(capacity_bytes=PLACES * spec.page_bytes, argument="", **size)
+        self.store: Store = OddStore(capacity_bytes=1 << 20, argument=argument, **size)
+        self.transfers = Transfers(self.caches, CPU, pool, self.store, size["manifest"], copy)
+        self.told: SimpleQueue[Moved] = SimpleQueue()
+        self.number = 0
+
+    def move(self, way: Any, *, pages: Any = (), slots: Any = (), names: Any = (), **more: Any) -> Moved:
+        self.number += 1
+        packed = array("i", pages).tobytes(), array("i", slots).tobytes(), b"".join(names)
+        self.transfers.begin(Move(self.number, way, *packed, **more), self.told.put)
+        moved = self.told.get(timeout=20)
+        assert moved.number == self.number
+        return moved
+
+    def page(self, number: int) -> list[bytes]:
+        return [bytes(layer[number].view(torch.uint8).numpy().tobytes()) for each in self.caches for layer in each]
+
+
+def names(*letters: str) -> list[bytes]:
+    return [letter.encode() * NAME_BYTES for letter in letters]
+
+
+@pytest.mark.parametrize("groups", [(HEADS,), (LATENTS,), (HEADS, LATENTS)])
+def test_pages_of_every_kind_come_back_as_they_were_in_other_places(groups: tuple[KVGroup, ...]) -> None:
+    mover = Mover(*groups)
+    before = [mover.page(page) for page in range(PAGES)]
+    assert mover.move("down", pages=[0, 1, 2, 5], slots=[1, 2, 3, 0]).done == b"\1\1\1\1"
+    assert mover.move("keep", slots=[1, 2, 3, 0], names=names("a", "b", "c", "d")).done == b"\1\1\1\1"
+    for each in mover.caches:
+        for layer in each:
+            layer.view(torch.uint8).fill_(7)
+    assert mover.move("up", pages=[3, 4], slots=[2, 3]).done == b"\1\1"
+    assert [mover.page(3), mover.page(4)] == [before[1], before[2]]
+    mover.transfers._host.fill_(0)
+    assert mover.move("fetch", slots=[4, 0], names=names("a", "d")).done == b"\1\1"
+    mover.move("up", pages=[1, 2], slots=[0, 4])
+    assert [mover.page(1), mover.page(2)] == [before[5], before[0]]
+    others = mover.page(0) + mover.page(5)
+    assert {number for layer in others for number in layer} == {7}, "another page was written"
+
+
+def test_what_a_store_has_not_is_told_page_by_page() -> None:
+    mover = Mover(HEADS, argument="odd")
+    keys = names(*"abcdefgh")
+    kept = [mover.move("keep", slots=[0], names=[key]).done == b"\1" for key in keys]
+    assert 0 < sum(kept) < len(keys)
+    assert [bool(each) for each in mover.move("find", names=keys).done] == kept
+    assert [bool(each) for each in mover.move("fetch", slots=[0] * 8, names=keys).done] == kept
+    last = mover.move("keep", slots=[0], names=[keys[kept.index(True)]])
+    assert (last.done, last.held) == (b"\1", sum(kept)) and last.held_bytes == sum(kept) * HEADS.page_bytes
+    assert mover.move("clear").held == 0
+    assert not any(mover.move("find", names=keys).done)
+
+
+def test_names_of_another_manifest_are_other_names() -> None:
+    mover = Mover(HEADS)
+    mover.move("keep", slots=[0], names=names("a"))
+    assert mover.move("find", names=names("a")).done == b"\1"
+    mover.transfers._scope = bytes(64)
+    assert mover.move("find", names=names("a")).done == b"\0"
+
+
+def test_a_store_that_raises_is_told_of_and_kills_no_thread() -> None:
+    mover = Mover(HEADS, argument="broken")
+    for _ in range(2):
+        moved = mover.move("keep", slots=[0, 1], names=names("a", "b"))
+        assert moved.done == b"\0\0" and "the disk is on fire" in moved.cause
+
+
+def test_ranks_of_another_copy_move_nothing() -> None:
+    mover = Mover(HEADS, copy=1)
+    before = mover.page(2)
+    assert mover.move("down", pages=[0], slots=[0], copy=1).done == b"\1"
+    assert mover.move("up", pages=[2], slots=[0], copy=0).done == b"\1"
+    assert mover.page(2) == before
+    assert mover.move("find", names=names("a", "b"), copy=0).done == b"\1\1"
+
+
+def test_a_move_that_holds_is_over_before_the_next_step() -> None:
+    mover = Mover(HEADS)
+    mover.transfers._copiers["down"].submit(lambda: time.sleep(0.05))
+    wanted = mover.page(0)
+    mover.transfers.begin(
+        Move(1, "down", array("i", [0]).tobytes(), array("i", [4]).tobytes(), holds=True), mover.told.put
+    )
+    for layer in mover.caches[0]:
+        layer.fill_(0)  # as a step that takes the page does
+    mover.number = 1
+    assert mover.told.get(timeout=20).done == b"\1"
+    mover.move("up", pages=[0], slots=[4])
+    assert mover.page(0) == wanted
+
+
+def test_neighbours_are_copied_at_once_where_there_is_one_group() -> None:
+    pages, slots = np.array([7, 3, 2, 4, 9, 8]), np.array([1, 11, 10, 12, 3, 2])
+    assert list(runs(pages, slots, joined=True)) == [(2, 10, 3), (7, 1, 3)]
+    assert list(runs(pages, slots, joined=False)) == [
+        (2, 10, 1),
+        (3, 11, 1),
+        (4, 12, 1),
+        (7, 1, 1),
+        (8, 2, 1),
+        (9, 3, 1),
+    ]
+    assert list(runs(pages[:0], slots[:0], joined=True)) == []
+
+
+def test_what_counts_is_what_all_ranks_have_moved() -> None:
+    one, two = Moved(4, b"\1\0\1", 0.5, 3, 30), Moved(4, b"\1\1\0", 0.2, 2, 20, "too slow")
+    assert both(one, two) == Moved(4, b"\1\0\0", 0.5, 2, 50, "too slow")
+
+
+def test_threads_tell_of_errors_once_all_are_over() -> None:
+    done: list[int] = []
+
+    def work(part: int) -> int:
+        if part == 1:
+            raise ValueError("one")
+        done.append(part)
+        return part
+
+    threads = Threads(2, "test")
+    with pytest.raises(ValueError, match="one"):
+        threads.map(work, [0, 1, 2, 3])
+    assert sorted(done) == [0, 2, 3]
+    assert threads.map(work, [5, 4]) == [5, 4]
+    assert threads.map(work, []) == []
+
+
+def test_sizes_that_do_not_go_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from engine.config import resolve
+    from engine.runtime import tiers
+
+    monkeypatch.setattr(tiers, "free_memory", lambda: 8 << 30)
+    assert tiers.tier_sizes(resolve({}).cache) is None
+    sizes = tiers.tier_sizes(resolve({"kv_host": "1.5GiB", "kv_disk": "/a:b/c:2TB"}).cache)
+    assert sizes == tiers.TierSizes(3 << 29, 2 * 10**12, "/a:b/c")
+    beside = tiers.tier_sizes(resolve({"kv_disk": "/kv:1GiB"}).cache)
+    assert beside is not None and beside.host == 1 << 30
+    tiers.check_tiers(resolve({"kv_host": "8GiB"}))
+    for options, said in (
+        ({"kv_host": "8.1GiB"}, r"--kv-host 8.10 GiB is more than the 8.00 GiB"),
+        ({"kv_host": "much"}, r"--kv-host is 'much', but takes a size such as 64GiB"),
+        ({"kv_disk": "/path"}, r"--kv-disk is '/path', but takes a path and a size"),
+        ({"kv_disk": "/path:1XB"}, r"the size in --kv-disk is '1XB'"),
+        ({"kv_host": "1GiB", "prefix_cache": False}, r"--no-prefix-cache"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            tiers.check_tiers(resolve(options))
