@@ -1,4 +1,4 @@
-"""What a program needs of a model: replies, token ids of a prompt, and log-probabilities of tokens.
+"""What a program needs of a model: replies, and log-probabilities of choices.
 
     program ── Prompt ──> Backend ──┬── an engine in this process (local.py)
                                     └── a server over HTTP (server.py)
@@ -15,6 +15,7 @@ from msgspec import Struct
 from engine.lang.transcript import Prompt
 from engine.lang.values import Meta
 from engine.params.sampling import SamplingParams
+from engine.runtime.choices import Scores
 
 
 class Piece(Struct, frozen=True):
@@ -23,13 +24,6 @@ class Piece(Struct, frozen=True):
     text: str
     reasoning: str = ""
     meta: Meta | None = None
-
-
-class Scored(Struct, frozen=True):
-    """Log-probabilities of the last tokens of a prompt; None is that of a prompt's first."""
-
-    logprobs: list[float | None]
-    meta: Meta
 
 
 class Backend(ABC):
@@ -46,13 +40,13 @@ class Backend(ABC):
         apart if `separate`; without `params`, a select."""
 
     @abstractmethod
-    def reply(self, prompt: Prompt, params: SamplingParams, *, separate: bool) -> AsyncGenerator[Piece, None]:
-        """The reply, piece by piece; closing the generator ends the request. Raises RequestError, WorkerError."""
+    def reply(
+        self, prompt: Prompt, params: SamplingParams, *, separate: bool, stream: bool
+    ) -> AsyncGenerator[Piece, None]:
+        """The reply, piece by piece, or with `stream` false in one if that costs less; closing the generator ends the
+        request. Raises RequestError, WorkerError."""
 
     @abstractmethod
-    async def ids(self, prompt: Prompt) -> list[int]:
-        """The token ids of a prompt."""
-
-    @abstractmethod
-    async def score(self, prompts: Sequence[list[int]], first: Sequence[int]) -> list[Scored]:
-        """Of each of `prompts`, token ids, the log-probabilities from position `first` on, computed together."""
+    async def scores(self, prompt: Prompt, choices: Sequence[str], *, alone: bool) -> tuple[list[Scores], Meta]:
+        """What each of `choices` gets behind `prompt`, all computed together; if `alone`, also what it gets without.
+        Raises as `reply`."""

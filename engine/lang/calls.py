@@ -1,25 +1,20 @@
 """One call of a program: a gen with its `n` replies, a select with its scores.
 
-A select scores the tokens of each choice behind the prompt. A token may lie across the two (" Par" + "is"): then the
-prompt's last token is not the one that the model saw in texts, so the tokens of `prompt + choice` are compared with
-the prompt's, and all from the first that differs are scored (token healing). Left out: in which order calls are made
-(state.py).
+Left out: in which order calls are made (state.py), how the tokens of a choice are found (engine/runtime/choices.py).
 """
 
 from collections.abc import Callable
 from contextlib import aclosing
-from itertools import takewhile
 
 import anyio
 import msgspec
 from msgspec import Struct
 
 from engine.errors import RequestError
-from engine.lang.backend import Backend, Scored
-from engine.lang.choices import Scores
+from engine.lang.backend import Backend
 from engine.lang.expressions import Gen, Select
 from engine.lang.transcript import Prompt
-from engine.lang.values import Meta
+from engine.lang.values import Meta, summed
 from engine.params.sampling import SamplingParams
 from engine.runtime.actor import first_failure
 
@@ -35,16 +30,18 @@ class Replies(Struct, frozen=True):
 
 
 async def generated(
-    backend: Backend, prompt: Prompt, gen: Gen, params: SamplingParams, tell: Callable[[str], None]
+    backend: Backend, prompt: Prompt, gen: Gen, params: SamplingParams, tell: Callable[[str], None], *, stream: bool
 ) -> Replies:
-    """The replies to `gen`, all at once; `tell` gets the first of them piece by piece. Raises what `backend` does."""
+    """The replies to `gen`, all at once; `tell` gets the first of them, with `stream` piece by piece as they come.
+    Raises what `backend` does."""
     backend.check(prompt, params, separate=gen.separate)
     texts, thoughts = [""] * gen.n, [""] * gen.n
     metas = [Meta()] * gen.n
 
     async def one(index: int) -> None:
-        stream = backend.reply(prompt, seeded(params, index), separate=gen.separate)
-        async with aclosing(stream) as pieces:
+        followed = stream and index == 0
+        reply = backend.reply(prompt, seeded(params, index), separate=gen.separate, stream=followed)
+        async with aclosing(reply) as pieces:
             async for piece in pieces:
                 if index == 0 and piece.text:
                     tell(piece.text)
@@ -74,42 +71,9 @@ def seeded(params: SamplingParams, index: int) -> SamplingParams:
     return msgspec.structs.replace(params, seed=seed)
 
 
-def summed(metas: list[Meta]) -> Meta:
-    """The first, with the tokens of all."""
-    totals = {name: sum(getattr(meta, name) for meta in metas) for name in COUNTS}
-    return msgspec.structs.replace(metas[0], **totals)
-
-
-COUNTS = ("prompt_tokens", "cached_tokens", "completion_tokens")
-
-
 async def chosen(backend: Backend, prompt: Prompt, select: Select) -> tuple[str, Meta]:
     """The best choice of `select` behind `prompt`. Its `meta` has the Scores of each."""
     backend.check(prompt, None)
-    before, whole = await backend.ids(prompt), [await backend.ids(prompt.with_(each)) for each in select.choices]
-    first = [common(before, ids) for ids in whole]
-    for choice, ids, at in zip(select.choices, whole, first, strict=True):
-        if at == len(ids):
-            raise RequestError(f"the choice {choice!r} adds no token to the prompt; offer another", param="choices")
-    scored = await backend.score(whole, first)
-    behind = [ids[at:] for ids, at in zip(whole, first, strict=True)]
-    alone: list[Scored] = []
-    if select.method.needs_alone:
-        alone = await backend.score(behind, [0] * len(behind))
-    scores = [
-        Scores(ids, known(with_), known(alone[index]) if alone else None)
-        for index, (ids, with_) in enumerate(zip(behind, scored, strict=True))
-    ]
-    meta = summed([each.meta for each in (*scored, *alone)])
+    scores, meta = await backend.scores(prompt, select.choices, alone=select.method.needs_alone)
     best = select.method.best(scores)
     return select.choices[best], msgspec.structs.replace(meta, finish="", matched=None, scores=tuple(scores))
-
-
-def common(one: list[int], other: list[int]) -> int:
-    """How many ids both begin with."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-
-
-def known(scored: Scored) -> list[float]:
-    """Its log-probabilities; the first of a prompt, which has none, counts as 0."""
-    return [logprob or 0.0 for logprob in scored.logprobs]

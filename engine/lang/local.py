@@ -1,7 +1,6 @@
 """Programs call an engine in this process, without HTTP."""
 
 import uuid
-from array import array
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -10,19 +9,18 @@ from anyio.from_thread import BlockingPortal
 
 from engine.conversation.parts import read_messages
 from engine.conversation.reading import Reader, Wanted, reading_of
-from engine.errors import RequestError, WorkerError
-from engine.lang.backend import Backend, Piece, Scored
+from engine.errors import RequestError
+from engine.lang.backend import Backend, Piece
 from engine.lang.transcript import Prompt
-from engine.lang.values import Meta
+from engine.lang.values import Meta, summed
 from engine.messages.reply import Chunk
 from engine.messages.request import Generate
 from engine.messages.text import Tokenize, Tokenized
 from engine.params.sampling import SamplingParams
 from engine.plugin.parsing import Reasoning
+from engine.runtime.choices import Scores, planned
 from engine.runtime.front import joined
-from engine.runtime.offline import AsyncEngine, packed, together
-
-SCORES = SamplingParams(max_tokens=0, prompt_logprobs=0)
+from engine.runtime.offline import AsyncEngine, together
 
 
 class Local(Backend):
@@ -45,7 +43,9 @@ class Local(Backend):
         elif not self._engine.has_chat_template:
             raise RequestError("the model has no chat template; write the program without roles, or pass one")
 
-    async def reply(self, prompt: Prompt, params: SamplingParams, *, separate: bool) -> AsyncGenerator[Piece, None]:
+    async def reply(
+        self, prompt: Prompt, params: SamplingParams, *, separate: bool, stream: bool
+    ) -> AsyncGenerator[Piece, None]:
         rid = uuid.uuid4().hex
         if prompt.text is not None:
             request, reader = Generate(rid, params, text=prompt.text), None
@@ -63,28 +63,23 @@ class Local(Backend):
         reading = reading_of(self._engine.front.text, params, messages, options, Wanted(), separate=separate)
         return Generate(rid, messages=messages, **options, **reading.job), reading.reader()
 
-    async def ids(self, prompt: Prompt) -> list[int]:
-        texts = self._engine.front.texts
-        assert texts is not None, "the engine is ready"
+    async def scores(self, prompt: Prompt, choices: Sequence[str], *, alone: bool) -> tuple[list[Scores], Meta]:
+        front = self._engine.front
+        assert front.texts is not None, "the engine is ready"
         if prompt.text is not None:
-            job = Tokenize(prompt.text, special=True)
+            job = Tokenize(prompt.text, special=True, endings=tuple(choices))
         else:
-            job = Tokenize(None, read_messages(prompt.messages), written(prompt))
-        answer = await texts.ask(job)
+            job = Tokenize(None, read_messages(prompt.messages), written(prompt), endings=tuple(choices))
+        answer = await front.texts.ask(job)
         assert isinstance(answer, Tokenized), f"a Tokenize was answered by {type(answer).__name__}"
-        return array("i", answer.ids).tolist()
+        plan = planned(answer, choices, uuid.uuid4().hex, alone=alone)
 
-    async def score(self, prompts: Sequence[list[int]], first: Sequence[int]) -> list[Scored]:
-        async def one(index: int) -> Scored:
-            start = first[index]
-            after = max(start - 1, 0)
-            request = Generate(uuid.uuid4().hex, SCORES, ids=packed(prompts[index]), scored_after=after)
-            whole = joined([chunk async for chunk in self._engine.front.generate(request)])
-            if whole.finish == "abort":
-                raise WorkerError("the request was aborted; send it again")
-            return Scored([token.logprob for token in whole.prompt_logprobs[start - after :]], meta_of(whole, ()))
+        async def one(job: Generate) -> Chunk:
+            return joined([chunk async for chunk in front.generate(job)])
 
-        return await together(one, range(len(prompts)))
+        replies = await together(one, plan.jobs)
+        metas = [meta_of(reply, ()) for reply in replies]
+        return plan.read(replies), summed(metas)
 
 
 def written(prompt: Prompt) -> dict[str, Any]:

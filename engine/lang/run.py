@@ -25,10 +25,14 @@ Body = Callable[[], Any]
 
 
 class Run:
-    """A run on `backend`; `defaults` are sampling fields of each gen. It lives in one event loop."""
+    """A run on `backend`; `defaults` are sampling fields of each gen. It lives in one event loop. `followed` says that
+    somebody outside of the program reads replies as they come."""
 
-    def __init__(self, backend: Backend, defaults: Mapping[str, Any], timeout: float | None) -> None:
+    def __init__(
+        self, backend: Backend, defaults: Mapping[str, Any], timeout: float | None, *, followed: bool = False
+    ) -> None:
         self.backend = backend
+        self.followed = followed
         self.defaults = defaults
         self.usage = Usage()
         self.ended: BaseException | None = None  # why nothing more is done

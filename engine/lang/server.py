@@ -1,8 +1,8 @@
 """Programs call a server over HTTP: ours, or any with OpenAI's API.
 
-Replies come from /v1/completions and /v1/chat/completions, so the server's own template writes roles. A select asks
-our server for token ids (/tokenize) and for log-probabilities behind a cached prefix (/generate). What another server
-has no field for is refused before anything is sent. Left out: log-probabilities of replies, retries.
+Replies come from /v1/completions and /v1/chat/completions, so the server's own template writes roles; they are streamed
+where somebody follows them. A select asks our server once (/v1/choices). What another server has no field for is
+refused before anything is sent. Left out: log-probabilities of replies, retries.
 """
 
 from collections.abc import AsyncGenerator, Sequence
@@ -14,19 +14,22 @@ import aiohttp
 import anyio.from_thread
 import msgspec
 from anyio.from_thread import BlockingPortal
+from msgspec import Struct
 
 from engine.client.client import Client, changed
 from engine.client.events import Reading, refusal
 from engine.errors import RequestError, WorkerError
-from engine.lang.backend import Backend, Piece, Scored
+from engine.lang.backend import Backend, Piece
 from engine.lang.local import written
 from engine.lang.transcript import Prompt
 from engine.lang.values import Meta
 from engine.params.sampling import CHAT, COMPLETIONS, SamplingParams
+from engine.runtime.choices import Scores
 
 OWNER = "engine"  # of the models that our server lists
 # What every server with OpenAI's API has a field for.
 COMMON = {"temperature", "top_p", "seed", "max_tokens", "stop", "presence_penalty", "frequency_penalty", "logit_bias"}
+STREAMED: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
 FORMATS = {"json_object", "json_schema", "strict_schema"}
 
 
@@ -96,10 +99,12 @@ class Server(Client, Backend):
 
     # ── calls ────────────────────────────────────────────────────────────────────────────────
 
-    async def reply(self, prompt: Prompt, params: SamplingParams, *, separate: bool) -> AsyncGenerator[Piece, None]:
+    async def reply(
+        self, prompt: Prompt, params: SamplingParams, *, separate: bool, stream: bool
+    ) -> AsyncGenerator[Piece, None]:
         path, body = self._request(prompt, params, separate)
         reading = Reading("openai")
-        async with aclosing(self._events(path, body)) as events:
+        async with aclosing(self._said(path, body, stream=stream)) as events:
             async for data in events:
                 text = reading.take(data)
                 thought = reading.reasoning if separate else ""
@@ -109,13 +114,22 @@ class Server(Client, Backend):
         counts = reading.prompt_tokens, reading.cached_tokens, reading.completion_tokens
         yield Piece("", "", Meta(reading.finish, None, *counts))
 
+    async def _said(self, path: str, body: dict[str, Any], *, stream: bool) -> AsyncGenerator[bytes, None]:
+        """The events of a reply, or the whole of it."""
+        if not stream:
+            yield await self._ask(path, body)
+            return
+        async with aclosing(self._events(path, {**body, **STREAMED})) as events:
+            async for data in events:
+                yield data
+
     def _request(self, prompt: Prompt, params: SamplingParams, separate: bool) -> tuple[str, dict[str, Any]]:
         """The path and the body of a request for one reply."""
         api = CHAT if prompt.messages else COMPLETIONS
         fields = {api.names.get(name, name): value for name, value in changed(params).items()}
         if not self._ours:
             fields = in_openai_words(fields)
-        body = {"model": self.model_name, "stream": True, "stream_options": {"include_usage": True}, **fields}
+        body: dict[str, Any] = {"model": self.model_name, **fields}
         if prompt.text is not None:
             return "/v1/completions", {**body, "prompt": prompt.text}
         body["messages"] = prompt.messages
@@ -123,28 +137,14 @@ class Server(Client, Backend):
             body |= {**written(prompt), "separate_reasoning": separate}
         return "/v1/chat/completions", body
 
-    async def ids(self, prompt: Prompt) -> list[int]:
+    async def scores(self, prompt: Prompt, choices: Sequence[str], *, alone: bool) -> tuple[list[Scores], Meta]:
         said = {"prompt": prompt.text} if prompt.text is not None else {"messages": prompt.messages, **written(prompt)}
-        found: list[int] = (await self._ask("/tokenize", said))["tokens"]
-        return found
+        body = {"model": self.model_name, **said, "choices": choices, "alone": alone}
+        answer = msgspec.json.decode(await self._ask("/v1/choices", body), type=Chosen)
+        usage = answer.usage
+        return answer.choices, Meta("length", None, usage.prompt_tokens, usage.cached_tokens)
 
-    async def score(self, prompts: Sequence[list[int]], first: Sequence[int]) -> list[Scored]:
-        body = {
-            "input_ids": prompts,
-            "sampling_params": {"max_new_tokens": 0},
-            "return_logprob": True,
-            "logprob_start_len": first,
-        }
-        metas = [reply["meta_info"] for reply in await self._ask("/generate", body)]
-        return [
-            Scored(
-                [token[0] for token in meta["input_token_logprobs"]],
-                Meta("length", None, meta["prompt_tokens"], meta["cached_tokens"]),
-            )
-            for meta in metas
-        ]
-
-    async def _ask(self, path: str, body: dict[str, Any]) -> Any:
+    async def _ask(self, path: str, body: dict[str, Any]) -> bytes:
         """The whole answer. Raises RequestError for an error answer."""
         headers = {"Content-Type": "application/json"}
         try:
@@ -154,7 +154,21 @@ class Server(Client, Backend):
             raise WorkerError(f"{self.url}{path} did not answer: {error or type(error).__name__}") from None
         if response.status != 200:
             raise RequestError(refusal(answer), status=response.status)
-        return msgspec.json.decode(answer)
+        return answer
+
+
+class Tokens(Struct, frozen=True):
+    """Of a usage, what is read."""
+
+    prompt_tokens: int
+    cached_tokens: int
+
+
+class Chosen(Struct, frozen=True):
+    """What /v1/choices answers."""
+
+    choices: list[Scores]
+    usage: Tokens
 
 
 def in_openai_words(fields: dict[str, Any]) -> dict[str, Any]:

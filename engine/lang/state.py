@@ -291,7 +291,8 @@ class Sequential:
                 makes[0].feed.put(piece)
 
         params = gen.params(self._run.defaults)
-        made = await generated(self._run.backend, self._transcript.prompt(), gen, params, tell)
+        stream = self._run.followed or self._feed.followed or any(each.feed.followed for each in makes)
+        made = await generated(self._run.backend, self._transcript.prompt(), gen, params, tell, stream=stream)
         self._run.usage.add(made.meta, gen.n)
         self._transcript.say(made.texts[0])
         for variable, values in zip(makes, (made.texts, made.thoughts), strict=False):

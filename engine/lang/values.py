@@ -5,12 +5,13 @@ what makes them (state.py).
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 from threading import Lock
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 
@@ -25,6 +26,15 @@ class Meta(Struct, frozen=True):
     completion_tokens: int = 0
     logprobs: tuple[Any, ...] = ()
     scores: tuple[Any, ...] = ()
+
+
+COUNTS = ("prompt_tokens", "cached_tokens", "completion_tokens")
+
+
+def summed(metas: Sequence[Meta]) -> Meta:
+    """The first, with the tokens of all."""
+    totals = {name: sum(getattr(meta, name) for meta in metas) for name in COUNTS}
+    return msgspec.structs.replace(metas[0], **totals)
 
 
 class Usage(Struct):
@@ -52,6 +62,11 @@ class Feed:
         self._ended = False
         self._readers: list[Callable[[str | None], None]] = []
         self._lock = Lock()
+
+    @property
+    def followed(self) -> bool:
+        """Whether anybody reads it as it comes."""
+        return bool(self._readers)
 
     def put(self, piece: str) -> None:
         """The next piece."""

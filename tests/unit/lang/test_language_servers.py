@@ -27,12 +27,17 @@ async def other(sent: list[dict[str, Any]]) -> AsyncIterator[str]:
         return web.json_response({"data": [{"id": "m", "owned_by": "others"}]})
 
     async def reply(request: web.Request) -> web.StreamResponse:
-        sent.append(await request.json())
+        sent.append(body := await request.json())
+        text = request.path == "/v1/completions"
+        if not body.get("stream"):
+            said = {"text": "yes"} if text else {"message": {"content": "yes", "reasoning_content": "hm"}}
+            usage = {"prompt_tokens": 5, "completion_tokens": 2}
+            return web.json_response({"choices": [{**said, "finish_reason": "stop"}], "usage": usage})
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         thought = b'{"choices":[{"delta":{"reasoning_content":"hm"}}]}'
         said = b'{"choices":[{"delta":{"content":"yes"},"finish_reason":"stop"}]}'
-        if request.path == "/v1/completions":
+        if text:
             thought, said = b'{"choices":[{"text":"y"}]}', b'{"choices":[{"text":"es","finish_reason":"stop"}]}'
         for event in (thought, said, b'{"choices":[],"usage":{"prompt_tokens":5,"completion_tokens":2}}', b"[DONE]"):
             await response.write(b"data: " + event + b"\n\n")
@@ -64,14 +69,19 @@ async def test_another_server_gets_fields_of_openais_alone() -> None:
             s += "Is it? " + gen("a")
 
         assert (await completes.run_async(backend=server))["a"] == "yes"
+        for each, pieces in ((program, ["Really?", "yes"]), (completes, ["Is it? ", "y", "es"])):  # followed as they come
+            async with each.stream_async(backend=server) as s:
+                assert [piece async for piece in s.text_async_iter()] == pieces
     assert sent[0] == {
-        "model": "m", "stream": True, "stream_options": {"include_usage": True}, "max_tokens": 9, "stop": ["!"],
+        "model": "m", "max_tokens": 9, "stop": ["!"],
         "messages": [{"role": "user", "content": "Really?"}],
         "response_format": {
             "type": "json_schema", "json_schema": {"name": "reply", "schema": {"const": 1}, "strict": True}
         },
     }  # fmt: skip
     assert (sent[1]["prompt"], sent[1]["max_tokens"]) == ("Is it? ", 128)
+    assert [body.get("stream") for body in sent] == [None, None, True, True]
+    assert sent[2]["stream_options"] == {"include_usage": True}
 
 
 @pytest.mark.anyio
