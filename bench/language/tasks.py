@@ -307,9 +307,9 @@ SIZES: dict[str, dict[str, Size]] = {
     "small": {
         "multi-turn": Size(4, 96, 16, 8),
         "tree-of-thought": Size(3, 192, 16, 6),
-        "json": Size(8, 256, 24, 64),
-        "few-shot": Size(16, 256, 16, 0),
-        "agents": Size(3, 160, 12, 6),
+        "json": Size(6, 256, 24, 64),
+        "few-shot": Size(8, 256, 16, 0),
+        "agents": Size(2, 160, 12, 6),
     },
     "full": {
         "multi-turn": Size(128, 1000, 100, 16),

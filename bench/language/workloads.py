@@ -206,7 +206,7 @@ async def main() -> None:
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--programs", type=float, default=1.0, help="so many times the programs of the size")
-    parser.add_argument("--concurrency", type=int, default=64, help="programs at once")
+    parser.add_argument("--concurrency", type=int, default=128, help="programs at once")
     parser.add_argument("--tasks", default="", help="names, with commas; default: all")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)

@@ -144,6 +144,7 @@ class Admission:
             keys=keys,
             scored_after=after,
             blocks=self._blocks(request, encoded, ids) if self.named and not keys else None,
+            program=request.program,
         )
         return opened, admitted
 

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Self
 
 from engine.cache.blocks import HeldBlocks, Named
+from engine.cache.pins import Pins
 from engine.cache.pool import PagePool
-from engine.cache.radix import RadixTree
+from engine.cache.radix import Node, RadixTree
 from engine.messages.cache import Blocks
 
 
@@ -20,6 +21,7 @@ class CachePages:
     def __init__(self, size: int, page_size: int, held: HeldBlocks | None = None, first: int = 0) -> None:
         self.pool = PagePool(size)
         self.tree = RadixTree(page_size)
+        self.pins = Pins(self.tree)
         self._page_size = page_size
         self._held = held
         self._first = first
@@ -35,6 +37,13 @@ class CachePages:
         """Pages that can be had without retracting anyone."""
         return self.pool.free_pages + self.tree.evictable
 
+    def has(self, count: int) -> bool:
+        """Whether `count` pages are available, once programs have given up as many pins as that needs."""
+        while count > self.available:
+            if not self.pins.drop():
+                return False
+        return True
+
     def take(self, count: int) -> list[int]:
         """`count` of the available pages."""
         shortage = count - self.pool.free_pages
@@ -43,6 +52,12 @@ class CachePages:
         pages = self.pool.take(count)
         assert pages is not None, "more pages are taken than are available"
         return pages
+
+    def leave(self, node: Node, program: str, now: float) -> None:
+        """Unlock `node`, where a request ends; its `program`, if it has one, may come back to it."""
+        if program:
+            self.pins.keep(program, node, now)
+        self.tree.unlock(node)
 
     def evict(self, count: int) -> int:
         """Free up to `count` cached pages that nobody uses; how many were freed."""
@@ -54,6 +69,8 @@ class CachePages:
 
     def flush(self) -> tuple[int, int]:
         """Free all cached pages that nobody uses: how many, and pages still in use."""
+        while self.pins.drop():
+            pass
         return self.evict(self.tree.evictable), self.pool.size - self.pool.free_pages
 
     def named(self, blocks: Blocks | None) -> Named | None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 MAX_SAMPLES = 128  # replies to one prompt
 MAX_CHOICES = 1024  # replies to one request
 MAX_SALT_LENGTH = 1024
+MAX_PROGRAM_LENGTH = 256  # characters of a program's id
 STARTED = 64  # replies that are begun before others have their turn
 
 
@@ -212,6 +213,15 @@ def salt_of(salt: str | None) -> str:
             f"cache_salt has {len(salt)} characters; send 1 to {MAX_SALT_LENGTH}, or leave it out", param="cache_salt"
         )
     return salt or ""
+
+
+def program_of(program: str | None, name: str = "program") -> str:
+    """`program`, by default none."""
+    if program is not None and not 1 <= len(program) <= MAX_PROGRAM_LENGTH:
+        raise RequestError(
+            f"{name} has {len(program)} characters; send 1 to {MAX_PROGRAM_LENGTH}, or leave it out", param=name
+        )
+    return program or ""
 
 
 def check_choices(prompts: int, samples: int, name: str = "prompt") -> None:

@@ -41,12 +41,17 @@ class Backend(ABC):
 
     @abstractmethod
     def reply(
-        self, prompt: Prompt, params: SamplingParams, *, separate: bool, stream: bool
+        self, prompt: Prompt, params: SamplingParams, *, separate: bool, stream: bool, program: str
     ) -> AsyncGenerator[Piece, None]:
         """The reply, piece by piece, or with `stream` false in one if that costs less; closing the generator ends the
-        request. Raises RequestError, WorkerError."""
+        request, which is a call of `program`. Raises RequestError, WorkerError."""
 
     @abstractmethod
-    async def scores(self, prompt: Prompt, choices: Sequence[str], *, alone: bool) -> tuple[list[Scores], Meta]:
+    async def scores(
+        self, prompt: Prompt, choices: Sequence[str], *, alone: bool, program: str
+    ) -> tuple[list[Scores], Meta]:
         """What each of `choices` gets behind `prompt`, all computed together; if `alone`, also what it gets without.
         Raises as `reply`."""
+
+    async def end(self, program: str) -> None:  # noqa: B027 - not every server knows programs
+        """No more calls of `program` will come. Does not wait for the server."""

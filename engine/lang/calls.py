@@ -30,7 +30,14 @@ class Replies(Struct, frozen=True):
 
 
 async def generated(
-    backend: Backend, prompt: Prompt, gen: Gen, params: SamplingParams, tell: Callable[[str], None], *, stream: bool
+    backend: Backend,
+    prompt: Prompt,
+    gen: Gen,
+    params: SamplingParams,
+    tell: Callable[[str], None],
+    *,
+    stream: bool,
+    program: str,
 ) -> Replies:
     """The replies to `gen`, all at once; `tell` gets the first of them, with `stream` piece by piece as they come.
     Raises what `backend` does."""
@@ -39,8 +46,8 @@ async def generated(
     metas = [Meta()] * gen.n
 
     async def one(index: int) -> None:
-        followed = stream and index == 0
-        reply = backend.reply(prompt, seeded(params, index), separate=gen.separate, stream=followed)
+        followed, own = stream and index == 0, seeded(params, index)
+        reply = backend.reply(prompt, own, separate=gen.separate, stream=followed, program=program)
         async with aclosing(reply) as pieces:
             async for piece in pieces:
                 if index == 0 and piece.text:
@@ -71,9 +78,9 @@ def seeded(params: SamplingParams, index: int) -> SamplingParams:
     return msgspec.structs.replace(params, seed=seed)
 
 
-async def chosen(backend: Backend, prompt: Prompt, select: Select) -> tuple[str, Meta]:
+async def chosen(backend: Backend, prompt: Prompt, select: Select, program: str) -> tuple[str, Meta]:
     """The best choice of `select` behind `prompt`. Its `meta` has the Scores of each."""
     backend.check(prompt, None)
-    scores, meta = await backend.scores(prompt, select.choices, alone=select.method.needs_alone)
+    scores, meta = await backend.scores(prompt, select.choices, alone=select.method.needs_alone, program=program)
     best = select.method.best(scores)
     return select.choices[best], msgspec.structs.replace(meta, finish="", matched=None, scores=tuple(scores))

@@ -44,13 +44,13 @@ class Local(Backend):
             raise RequestError("the model has no chat template; write the program without roles, or pass one")
 
     async def reply(
-        self, prompt: Prompt, params: SamplingParams, *, separate: bool, stream: bool
+        self, prompt: Prompt, params: SamplingParams, *, separate: bool, stream: bool, program: str
     ) -> AsyncGenerator[Piece, None]:
         rid = uuid.uuid4().hex
         if prompt.text is not None:
-            request, reader = Generate(rid, params, text=prompt.text), None
+            request, reader = Generate(rid, params, text=prompt.text, program=program), None
         else:
-            request, reader = self._chat(rid, prompt, params, separate)
+            request, reader = self._chat(rid, prompt, params, separate, program)
         async with aclosing(self._engine.front.generate(request)) as chunks:
             logprobs: tuple[Any, ...] = ()
             async for chunk in chunks:
@@ -58,12 +58,16 @@ class Local(Backend):
                 text, thought = (chunk.text, "") if reader is None else read(reader, chunk)
                 yield Piece(text, thought, None if chunk.finish is None else meta_of(chunk, logprobs))
 
-    def _chat(self, rid: str, prompt: Prompt, params: SamplingParams, separate: bool) -> tuple[Generate, Reader | None]:
+    def _chat(
+        self, rid: str, prompt: Prompt, params: SamplingParams, separate: bool, program: str
+    ) -> tuple[Generate, Reader | None]:
         messages, options = read_messages(prompt.messages), written(prompt)
         reading = reading_of(self._engine.front.text, params, messages, options, Wanted(), separate=separate)
-        return Generate(rid, messages=messages, **options, **reading.job), reading.reader()
+        return Generate(rid, messages=messages, program=program, **options, **reading.job), reading.reader()
 
-    async def scores(self, prompt: Prompt, choices: Sequence[str], *, alone: bool) -> tuple[list[Scores], Meta]:
+    async def scores(
+        self, prompt: Prompt, choices: Sequence[str], *, alone: bool, program: str
+    ) -> tuple[list[Scores], Meta]:
         front = self._engine.front
         assert front.texts is not None, "the engine is ready"
         if prompt.text is not None:
@@ -72,7 +76,7 @@ class Local(Backend):
             job = Tokenize(None, read_messages(prompt.messages), written(prompt), endings=tuple(choices))
         answer = await front.texts.ask(job)
         assert isinstance(answer, Tokenized), f"a Tokenize was answered by {type(answer).__name__}"
-        plan = planned(answer, choices, uuid.uuid4().hex, alone=alone)
+        plan = planned(answer, choices, uuid.uuid4().hex, alone=alone, program=program)
 
         async def one(job: Generate) -> Chunk:
             return joined([chunk async for chunk in front.generate(job)])
@@ -80,6 +84,9 @@ class Local(Backend):
         replies = await together(one, plan.jobs)
         metas = [meta_of(reply, ()) for reply in replies]
         return plan.read(replies), summed(metas)
+
+    async def end(self, program: str) -> None:
+        await self._engine.front.end_programs([program])
 
 
 def written(prompt: Prompt) -> dict[str, Any]:

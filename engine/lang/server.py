@@ -5,12 +5,14 @@ where somebody follows them. A select asks our server once (/v1/choices). What a
 refused before anything is sent. Left out: log-probabilities of replies, retries.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import ExitStack, aclosing
+from contextlib import ExitStack, aclosing, suppress
 from types import TracebackType
 from typing import Any, Self
 
 import aiohttp
+import anyio
 import anyio.from_thread
 import msgspec
 from anyio.from_thread import BlockingPortal
@@ -26,6 +28,7 @@ from engine.lang.values import Meta
 from engine.params.sampling import CHAT, COMPLETIONS, SamplingParams
 from engine.runtime.choices import Scores
 
+MOST_ENDED = 1024  # programs that the server is told of at once
 OWNER = "engine"  # of the models that our server lists
 # What every server with OpenAI's API has a field for.
 COMMON = {"temperature", "top_p", "seed", "max_tokens", "stop", "presence_penalty", "frequency_penalty", "logit_bias"}
@@ -41,6 +44,8 @@ class Server(Client, Backend):
         """Raises ConfigError for a URL without http:// or https://."""
         super().__init__(url, **options)
         self._owner = ""
+        self._ended: list[str] = []  # programs that the server has not been told of
+        self._telling: asyncio.Task[None] | None = None
         self._stack = ExitStack()
         self._portal: BlockingPortal | None = None
 
@@ -61,6 +66,14 @@ class Server(Client, Backend):
             raise
         self._owner = str(listed[0].get("owned_by", ""))
         return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._telling is not None:
+            with anyio.CancelScope(shield=True):
+                await self._telling
+        await super().__aexit__(kind, error, trace)
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -100,9 +113,11 @@ class Server(Client, Backend):
     # ── calls ────────────────────────────────────────────────────────────────────────────────
 
     async def reply(
-        self, prompt: Prompt, params: SamplingParams, *, separate: bool, stream: bool
+        self, prompt: Prompt, params: SamplingParams, *, separate: bool, stream: bool, program: str
     ) -> AsyncGenerator[Piece, None]:
         path, body = self._request(prompt, params, separate)
+        if self._ours:
+            body["program"] = program
         reading = Reading("openai")
         async with aclosing(self._said(path, body, stream=stream)) as events:
             async for data in events:
@@ -137,12 +152,28 @@ class Server(Client, Backend):
             body |= {**written(prompt), "separate_reasoning": separate}
         return "/v1/chat/completions", body
 
-    async def scores(self, prompt: Prompt, choices: Sequence[str], *, alone: bool) -> tuple[list[Scores], Meta]:
+    async def scores(
+        self, prompt: Prompt, choices: Sequence[str], *, alone: bool, program: str
+    ) -> tuple[list[Scores], Meta]:
         said = {"prompt": prompt.text} if prompt.text is not None else {"messages": prompt.messages, **written(prompt)}
-        body = {"model": self.model_name, **said, "choices": choices, "alone": alone}
+        body = {"model": self.model_name, **said, "choices": choices, "alone": alone, "program": program}
         answer = msgspec.json.decode(await self._ask("/v1/choices", body), type=Chosen)
         usage = answer.usage
         return answer.choices, Meta("length", None, usage.prompt_tokens, usage.cached_tokens)
+
+    async def end(self, program: str) -> None:
+        if not self._ours:
+            return
+        self._ended.append(program)
+        if self._telling is None or self._telling.done():
+            self._telling = asyncio.create_task(self._tell_ended())
+
+    async def _tell_ended(self) -> None:
+        """Tell the server of all programs that have ended; those that end meanwhile are told together."""
+        while self._ended:
+            ended, self._ended = self._ended[:MOST_ENDED], self._ended[MOST_ENDED:]
+            with suppress(RequestError, WorkerError):  # it forgets them by itself, later
+                await self._ask("/v1/programs/end", {"programs": ended})
 
     async def _ask(self, path: str, body: dict[str, Any]) -> bytes:
         """The whole answer. Raises RequestError for an error answer."""

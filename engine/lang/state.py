@@ -274,7 +274,7 @@ class Sequential:
             case Gen() as gen:
                 await self._generate(gen, step.makes)
             case Select() as select:
-                choice, meta = await chosen(self._run.backend, self._transcript.prompt(), select)
+                choice, meta = await chosen(self._run.backend, self._transcript.prompt(), select, self._run.program)
                 self._run.usage.add(meta, len(select.choices) * (2 if select.method.needs_alone else 1))
                 self._say(choice)
                 for variable in step.makes:
@@ -292,7 +292,9 @@ class Sequential:
 
         params = gen.params(self._run.defaults)
         stream = self._run.followed or self._feed.followed or any(each.feed.followed for each in makes)
-        made = await generated(self._run.backend, self._transcript.prompt(), gen, params, tell, stream=stream)
+        made = await generated(
+            self._run.backend, self._transcript.prompt(), gen, params, tell, stream=stream, program=self._run.program
+        )
         self._run.usage.add(made.meta, gen.n)
         self._transcript.say(made.texts[0])
         for variable, values in zip(makes, (made.texts, made.thoughts), strict=False):

@@ -8,8 +8,9 @@ from engine.cache.radix import Node, RadixTree
 from engine.sched.request import Request
 
 
-def check_pages(tree: RadixTree, pool: PagePool, running: Sequence[Request]) -> None:
-    """Assert that each page is free, in the tree or one of the `running` requests' own, and each lock one's of them."""
+def check_pages(tree: RadixTree, pool: PagePool, running: Sequence[Request], pinned: Sequence[Node]) -> None:
+    """Assert that each page is free, in the tree or one of the `running` requests' own, and each lock one's of them, or
+    of something `pinned`."""
     tree.check_integrity()
     pool.check_integrity(
         [node.pages for node in tree.nodes()] + [request.pages[request.shared :] for request in running]
@@ -18,7 +19,7 @@ def check_pages(tree: RadixTree, pool: PagePool, running: Sequence[Request]) -> 
     for request in running:
         shared = [] if request.node is None else tree.path(request.node)
         assert shared == request.pages[: request.shared], f"{request.rid} strays from the tree"
-        node = request.node
+    for node in (*(request.node for request in running), *pinned):
         while node is not None and node.parent is not None:
             locks[node] += 1
             node = node.parent

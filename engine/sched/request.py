@@ -38,6 +38,7 @@ class Request:
     stop_ids: frozenset[int]
     salt: bytes  # its prefix is shared with requests of the same salt alone
     bound: tuple[Bound, ...]  # its needs, met
+    program: str = ""  # whose call it is, if it is one's
     front: int = 0  # that has sent it
     named: Named | None = None  # the blocks of its text, where somebody is told of them
 
@@ -80,6 +81,7 @@ class Request:
             stop_ids=frozenset(admit.stop_ids),
             salt=admit.cache_salt.encode(),
             bound=bound,
+            program=admit.program,
             scored=admit.scored_after if asks else NEVER,
         )
 

@@ -16,7 +16,7 @@ from engine.errors import RequestError, Words
 from engine.http.native.tokenize import texts_of
 from engine.http.openai.chat import ChatMessage, messages_of, template_options
 from engine.http.openapi import Route
-from engine.http.service import SERVICE, Service, salt_of
+from engine.http.service import SERVICE, Service, program_of, salt_of
 from engine.http.sse import WORDS
 from engine.http.tools import FEW_MESSAGES
 from engine.http.wire import Body, Priority, Reply, json_response
@@ -41,6 +41,7 @@ class ChoicesBody(Body):
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     cache_salt: str | None = None
+    program: str | None = None
     priority: Priority | None = None
 
 
@@ -83,7 +84,7 @@ async def choices(request: web.Request, body: ChoicesBody) -> web.Response:
         job = Tokenize(None, messages, options, special=bool(body.add_special_tokens))
     plan = await planned_for(
         service, job, body.choices, f"choices-{uuid4().hex}", alone=bool(body.alone),
-        cache_salt=salt_of(body.cache_salt), priority=body.priority or 0,
+        cache_salt=salt_of(body.cache_salt), priority=body.priority or 0, program=program_of(body.program),
     )  # fmt: skip
     replies = await scored(request, [plan], "choices")
     return json_response(ChoicesReply(list(map(_told, plan.read(replies))), usage_of(replies)))

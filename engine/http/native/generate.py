@@ -17,7 +17,7 @@ from engine.http.fields import Rule, unserved
 from engine.http.grammars import OWN_FIELDS, OwnGrammar
 from engine.http.openapi import ErrorReply, Route
 from engine.http.request_id import check_id
-from engine.http.service import SERVICE, answer, check_choices, pack_ids, salt_of, sampled, told_apart
+from engine.http.service import SERVICE, answer, check_choices, pack_ids, program_of, salt_of, sampled, told_apart
 from engine.http.sse import DONE, WORDS
 from engine.http.wire import Body, Priority, Reply, TokenId, to_json
 from engine.messages.reply import Chunk, TokenLogprob
@@ -56,6 +56,7 @@ class GenerateBody(Body):
     top_logprobs_num: int | list[int] | None = None
     return_text_in_logprobs: bool | None = None
     cache_salt: str | None = None
+    program: str | None = None
     priority: Priority | None = None
     input_embeds: Any = None
     image_data: Any = None
@@ -166,6 +167,7 @@ async def generate(request: web.Request, body: GenerateBody) -> web.StreamRespon
             priority=body.priority or 0,
             default_max_tokens=MAX_NEW_TOKENS,
             cache_salt=salt_of(body.cache_salt),
+            program=program_of(body.program),
             scored_after=score.before,
         )
         for each, prompt, sampling, score in zip(rids, prompts, checked, scores, strict=True)

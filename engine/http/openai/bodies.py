@@ -29,6 +29,7 @@ class SamplingBody(GrammarBody, kw_only=True):
     model: str | None = None
     n: int | None = None
     cache_salt: str | None = None
+    program: str | None = None
     priority: Priority | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -15,7 +15,16 @@ from engine.http.grammars import OPENAI_FIELDS
 from engine.http.openai.bodies import SamplingBody
 from engine.http.openai.replies import TextCompletion, TextCompletionChunk, Wording, complete
 from engine.http.openapi import ErrorReply, Route
-from engine.http.service import SERVICE, check_choices, check_kept, pack_ids, salt_of, sampling_of, told_apart
+from engine.http.service import (
+    SERVICE,
+    check_choices,
+    check_kept,
+    pack_ids,
+    program_of,
+    salt_of,
+    sampling_of,
+    told_apart,
+)
 from engine.http.wire import TokenId
 from engine.messages.request import Generate
 from engine.params.sampling import COMPLETIONS
@@ -64,6 +73,7 @@ async def completions(request: web.Request, body: CompletionBody) -> web.StreamR
             priority=body.priority or 0,
             default_max_tokens=COMPLETION_MAX_TOKENS,
             cache_salt=salt,
+            program=program_of(body.program),
             echo=bool(body.echo),
             special=body.add_special_tokens,
             last=check_kept(body.truncate_prompt_tokens),
