@@ -27,7 +27,7 @@ import msgspec
 from msgspec import Struct
 from openai import AsyncOpenAI
 
-from bench.http.speed import OFFLINE_FRACTION, SERVER_FRACTION, prepared, serving
+from bench.http.speed import OFFLINE_FRACTION, SERVER_FRACTION, prepared, serving, until_ended
 from bench.language.tasks import EXACT, SIZES, TASKS, Naive, Task, resized
 from bench.lib.figures import shown
 from engine.client.bench.traffic import WORDS
@@ -201,7 +201,12 @@ async def started(given: Any) -> AsyncIterator[tuple[Servers, Sequence[str]]]:
             yield Servers(ours.url, bare.url, ours.model), words
 
 
-async def main() -> None:
+async def run(given: Any) -> list[Row]:
+    async with started(given) as (servers, words):
+        return await measure(given, servers, words)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--size", choices=list(SIZES), default="small")
@@ -215,11 +220,10 @@ async def main() -> None:
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the engine")
     parser.add_argument("--json", type=Path, help="write the figures of all turns there too")
     given = parser.parse_args()
-    async with started(given) as (servers, words):
-        rows = await measure(given, servers, words)
+    rows = anyio.run(until_ended, run, given, backend_options={"use_uvloop": True})
     if given.json:
         given.json.write_bytes(msgspec.json.format(msgspec.json.encode(rows)))
 
 
 if __name__ == "__main__":
-    anyio.run(main, backend_options={"use_uvloop": True})
+    main()

@@ -32,7 +32,7 @@ class Pins:
             return
         self._tree.lock(node)
         nodes[node] = None
-        above = node.parent
+        above: Node | None = node.parent
         while above is not None:  # a longer prefix takes the place of a shorter one
             if above in nodes:
                 del nodes[above]

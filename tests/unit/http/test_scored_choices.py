@@ -14,7 +14,7 @@ def scores_of(prompt: str, choice: str) -> list[float]:
 
 
 async def test_choices_are_scored_behind_a_prompt_that_is_computed_once() -> None:
-    async with served() as (url, house):
+    async with served() as (url, _):
         status, body = await post(f"{url}/v1/choices", {"prompt": PROMPT, "choices": ["yes", "no"], "program": "p"})
         assert status == 200
         assert [each["ids"] for each in body["choices"]] == [list(b"yes"), list(b"no")]

@@ -69,7 +69,7 @@ async def test_another_server_gets_fields_of_openais_alone() -> None:
             s += "Is it? " + gen("a")
 
         assert (await completes.run_async(backend=server))["a"] == "yes"
-        for each, pieces in ((program, ["Really?", "yes"]), (completes, ["Is it? ", "y", "es"])):  # followed as they come
+        for each, pieces in ((program, ["Really?", "yes"]), (completes, ["Is it? ", "y", "es"])):  # as they come
             async with each.stream_async(backend=server) as s:
                 assert [piece async for piece in s.text_async_iter()] == pieces
     assert sent[0] == {
