@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         assistant,
         assistant_begin,
         assistant_end,
+        decide,
         gen,
         gen_int,
         gen_string,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "choices": ("greedy_token_selection", "token_length_normalized", "unconditional_likelihood_normalized"),
     "expressions": (
-        *("assistant", "assistant_begin", "assistant_end", "gen", "gen_int", "gen_string", "select"),
+        *("assistant", "assistant_begin", "assistant_end", "decide", "gen", "gen_int", "gen_string", "select"),
         *("separate_reasoning", "system", "system_begin", "system_end", "user", "user_begin", "user_end"),
     ),
     "forks": ("State",),
@@ -48,6 +49,7 @@ __all__ = [
     "assistant",
     "assistant_begin",
     "assistant_end",
+    "decide",
     "function",
     "gen",
     "gen_int",

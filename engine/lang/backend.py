@@ -8,6 +8,7 @@ Left out: what is asked for; calls.py makes one gen or select of these.
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
+from typing import Any
 
 from anyio.from_thread import BlockingPortal
 from msgspec import Struct
@@ -16,6 +17,7 @@ from engine.lang.transcript import Prompt
 from engine.lang.values import Meta
 from engine.params.sampling import SamplingParams
 from engine.runtime.choices import Scores
+from engine.runtime.decisions import Question
 
 
 class Piece(Struct, frozen=True):
@@ -52,6 +54,12 @@ class Backend(ABC):
     ) -> tuple[list[Scores], Meta]:
         """What each of `choices` gets behind `prompt`, all computed together; if `alone`, also what it gets without.
         Raises as `reply`."""
+
+    @abstractmethod
+    async def decide(
+        self, messages: Sequence[dict[str, Any]], question: Question, *, program: str
+    ) -> tuple[list[float], Meta]:
+        """The probability of each option of `question` about `messages`. Raises as `reply`."""
 
     async def end(self, program: str) -> None:  # noqa: B027 - not every server knows programs
         """No more calls of `program` will come. Does not wait for the server."""

@@ -12,9 +12,9 @@ from msgspec import Struct
 
 from engine.errors import RequestError
 from engine.lang.backend import Backend
-from engine.lang.expressions import Gen, Select
+from engine.lang.expressions import Decide, Gen, Select
 from engine.lang.transcript import Prompt
-from engine.lang.values import Meta, summed
+from engine.lang.values import Decision, Meta, summed
 from engine.params.sampling import SamplingParams
 from engine.runtime.actor import first_failure
 
@@ -76,6 +76,16 @@ def seeded(params: SamplingParams, index: int) -> SamplingParams:
         return params
     seed = (params.seed + index + SEEDS // 2) % SEEDS - SEEDS // 2
     return msgspec.structs.replace(params, seed=seed)
+
+
+async def decided(backend: Backend, prompt: Prompt, decide: Decide, program: str) -> tuple[Decision, Meta]:
+    """The answer to `decide` about all that `prompt` says."""
+    messages = prompt.messages or ({"role": "user", "content": prompt.text},)
+    likely, meta = await backend.decide(messages, decide.question, program=program)
+    best = max(range(len(likely)), key=likely.__getitem__)
+    score = sum(place * share for place, share in enumerate(likely)) if decide.question.kind == "score" else None
+    shares = dict(zip(decide.values, likely, strict=True))
+    return Decision(decide.values[best], likely[best], shares, score), meta
 
 
 async def chosen(backend: Backend, prompt: Prompt, select: Select, program: str) -> tuple[str, Meta]:

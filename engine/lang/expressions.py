@@ -18,6 +18,7 @@ from engine.lang.choices import METHODS, ChoicesMethod, token_length_normalized
 from engine.params.fields import Texts
 from engine.params.grammar import KEYWORDS
 from engine.params.sampling import FIELDS, SamplingParams, check_sampling
+from engine.runtime.decisions import Option, Question, check_questions
 
 Role = Literal["system", "user", "assistant"]
 MAX_TOKENS = 128  # of a gen that says nothing else; as in SGLang
@@ -84,6 +85,14 @@ class Select(Appended, frozen=True):
     method: ChoicesMethod
 
 
+class Decide(Appended, frozen=True):
+    """A question about what has been said; nothing is appended. `values` are what its options stand for."""
+
+    name: str
+    question: Question
+    values: tuple[Any, ...]
+
+
 class RoleBegin(Appended, frozen=True):
     """What comes next is said by `role`."""
 
@@ -96,7 +105,7 @@ class RoleEnd(Appended, frozen=True):
     role: Role
 
 
-Expression: TypeAlias = str | Several | Gen | Select | RoleBegin | RoleEnd
+Expression: TypeAlias = str | Several | Gen | Select | Decide | RoleBegin | RoleEnd
 
 
 def several(*items: Any) -> Several:
@@ -208,6 +217,26 @@ def select(
         known = ", ".join(each.name for each in METHODS)
         raise ConfigError(f"choices_method is {shown(choices_method)}; it must be one of {known}")
     return Select(name, tuple(choices), choices_method)
+
+
+Options = Sequence[str | bool] | Mapping[str | bool, str]
+
+
+def decide(name: str, instructions: str, *, choices: Options | None = None, levels: Options | None = None) -> Decide:
+    """A question about what has been said so far, answered by probabilities; the variable `name` is a Decision.
+
+    It is whether `instructions` is true, or which of `choices`, or which of `levels`, from the lowest to the highest.
+    Either may be a dictionary of descriptions. Raises ConfigError for both, RequestError for too few."""
+    if choices is not None and levels is not None:
+        raise ConfigError("decide takes choices or levels, not both; ask two questions")
+    if (options := choices if choices is not None else levels) is None:
+        return Decide(name, Question("predicate", instructions), (True, False))
+    described = options if isinstance(options, Mapping) else dict.fromkeys(options, "")
+    texts = [value if isinstance(value, str) else str(value).lower() for value in described]
+    offered = tuple(Option(text, description) for text, description in zip(texts, described.values(), strict=True))
+    question = Question("choice" if choices is not None else "score", instructions, offered)
+    check_questions([question])
+    return Decide(name, question, tuple(described))
 
 
 def separate_reasoning(expression: Any) -> Several:

@@ -19,6 +19,7 @@ from engine.messages.text import Tokenize, Tokenized
 from engine.params.sampling import SamplingParams
 from engine.plugin.parsing import Reasoning
 from engine.runtime.choices import Scores, planned
+from engine.runtime.decisions import Question, job_of
 from engine.runtime.front import joined
 from engine.runtime.offline import AsyncEngine, together
 
@@ -68,12 +69,24 @@ class Local(Backend):
     async def scores(
         self, prompt: Prompt, choices: Sequence[str], *, alone: bool, program: str
     ) -> tuple[list[Scores], Meta]:
-        front = self._engine.front
-        assert front.texts is not None, "the engine is ready"
         if prompt.text is not None:
             job = Tokenize(prompt.text, special=True, endings=tuple(choices))
         else:
             job = Tokenize(None, read_messages(prompt.messages), written(prompt), endings=tuple(choices))
+        return await self._scored(job, choices, alone=alone, program=program)
+
+    async def decide(
+        self, messages: Sequence[dict[str, Any]], question: Question, *, program: str
+    ) -> tuple[list[float], Meta]:
+        job = job_of(read_messages(messages), question)
+        scores, meta = await self._scored(job, question.texts, alone=False, program=program)
+        return question.probabilities(scores), meta
+
+    async def _scored(
+        self, job: Tokenize, choices: Sequence[str], *, alone: bool, program: str
+    ) -> tuple[list[Scores], Meta]:
+        front = self._engine.front
+        assert front.texts is not None, "the engine is ready"
         answer = await front.texts.ask(job)
         assert isinstance(answer, Tokenized), f"a Tokenize was answered by {type(answer).__name__}"
         plan = planned(answer, choices, uuid.uuid4().hex, alone=alone, program=program)

@@ -27,6 +27,7 @@ from engine.lang.transcript import Prompt
 from engine.lang.values import Meta
 from engine.params.sampling import CHAT, COMPLETIONS, SamplingParams
 from engine.runtime.choices import Scores
+from engine.runtime.decisions import Question
 
 MOST_ENDED = 1024  # programs that the server is told of at once
 OWNER = "engine"  # of the models that our server lists
@@ -161,6 +162,17 @@ class Server(Client, Backend):
         usage = answer.usage
         return answer.choices, Meta("length", None, usage.prompt_tokens, usage.cached_tokens)
 
+    async def decide(
+        self, messages: Sequence[dict[str, Any]], question: Question, *, program: str
+    ) -> tuple[list[float], Meta]:
+        body = {"model": self.model_name, "input": messages, "questions": [in_openai_question(question)]}
+        if self._ours:
+            body["program"] = program
+        answer = msgspec.json.decode(await self._ask("/v1/decisions", body), type=Decided)
+        (found,), usage = answer.answers, answer.usage
+        meta = Meta("length", None, usage.input_tokens, usage.input_tokens_details.cached_tokens)
+        return [found.probability, 1 - found.probability] if found.probability is not None else found.shares, meta
+
     async def end(self, program: str) -> None:
         if not self._ours:
             return
@@ -200,6 +212,55 @@ class Chosen(Struct, frozen=True):
 
     choices: list[Scores]
     usage: Tokens
+
+
+class Share(Struct, frozen=True):
+    """Of an option's probability, what is read."""
+
+    probability: float
+
+
+class Answered(Struct, frozen=True):
+    """An answer of /v1/decisions: to a statement its `probability`, else those of all options."""
+
+    type: str
+    probability: float | None = None
+    probabilities: list[Share] = []
+
+    @property
+    def shares(self) -> list[float]:
+        """The probabilities. Raises RequestError where the model has declined to answer."""
+        if not self.probabilities:
+            raise RequestError(f"the answer to the question is a {self.type}, which has no probabilities")
+        return [share.probability for share in self.probabilities]
+
+
+class CachedTokens(Struct, frozen=True):
+    cached_tokens: int
+
+
+class DecidedUsage(Struct, frozen=True):
+    input_tokens: int
+    input_tokens_details: CachedTokens
+
+
+class Decided(Struct, frozen=True):
+    """What /v1/decisions answers."""
+
+    answers: list[Answered]
+    usage: DecidedUsage
+
+
+def in_openai_question(question: Question) -> dict[str, Any]:
+    """`question` as /v1/decisions takes it."""
+    said: dict[str, Any] = {"type": question.kind, "instructions": question.instructions}
+    if question.kind != "predicate":
+        name, key = ("choices", "value") if question.kind == "choice" else ("levels", "label")
+        said[name] = [
+            {key: option.text, **({"description": option.description} if option.description else {})}
+            for option in question.options
+        ]
+    return said
 
 
 def in_openai_words(fields: dict[str, Any]) -> dict[str, Any]:

@@ -19,10 +19,10 @@ from typing import Any, Self, TypeVar
 from msgspec import Struct
 
 from engine.errors import ProgramError, did_you_mean
-from engine.lang.calls import chosen, generated
-from engine.lang.expressions import Appended, Gen, Role, RoleBegin, RoleEnd, Select, several
+from engine.lang.calls import chosen, decided, generated
+from engine.lang.expressions import Appended, Decide, Gen, Role, RoleBegin, RoleEnd, Select, several
 from engine.lang.run import Run
-from engine.lang.transcript import Transcript
+from engine.lang.transcript import Prompt, Transcript
 from engine.lang.values import Feed, Meta, Usage, Variable
 
 Value = TypeVar("Value")
@@ -68,7 +68,7 @@ class Sequential:
         place = line()
         for part in several(expression).parts:
             makes: tuple[Variable, ...] = ()
-            if isinstance(part, Gen | Select) and part.name is not None:
+            if isinstance(part, Gen | Select | Decide) and part.name is not None:
                 makes = (self._declare(part.name, place),)
                 if isinstance(part, Gen) and part.separate:
                     makes += (self._declare(part.name + REASONING, place),)
@@ -273,12 +273,26 @@ class Sequential:
                 self._transcript.end(role)
             case Gen() as gen:
                 await self._generate(gen, step.makes)
+            case Decide() as decide:  # beside all others: nothing of it is in the text
+                prompt, (variable,) = self._transcript.so_far(), step.makes
+                self._run.start(lambda: self._decide(decide, prompt, variable))
             case Select() as select:
                 choice, meta = await chosen(self._run.backend, self._transcript.prompt(), select, self._run.program)
                 self._run.usage.add(meta, len(select.choices) * (2 if select.method.needs_alone else 1))
                 self._say(choice)
                 for variable in step.makes:
                     variable.set(choice, meta)
+
+    async def _decide(self, decide: Decide, prompt: Prompt, variable: Variable) -> None:
+        try:
+            decision, meta = await decided(self._run.backend, prompt, decide, self._run.program)
+        except Exception as error:
+            failure = ProgramError(f"{variable.place}: {error}")
+            failure.__cause__ = error
+            variable.fail(failure)
+            return
+        self._run.usage.add(meta)
+        variable.set(decision, meta)
 
     def _say(self, text: str) -> None:
         self._transcript.say(text)

@@ -88,6 +88,10 @@ class Transcript:
         """In OpenAI's shape; none of plain text."""
         return [{"role": role, "content": "".join(pieces)} for role, pieces in self._messages]
 
+    def so_far(self) -> Prompt:
+        """All that was said, whoever speaks next."""
+        return Prompt(None, tuple(self.messages)) if self._messages else Prompt("".join(self._plain))
+
     def prompt(self) -> Prompt:
         """What a reply goes on from here. Raises ProgramError where the assistant does not speak."""
         if not self._messages:

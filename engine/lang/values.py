@@ -53,6 +53,16 @@ class Usage(Struct):
         self.completion_tokens += meta.completion_tokens
 
 
+class Decision(Struct, frozen=True):
+    """The answer to a `decide`: the likeliest of what was offered (True or False of a statement), how likely it is, and
+    what each of them is. Of levels, `score` is the mean of their places, the lowest is 0."""
+
+    answer: Any
+    confidence: float
+    probabilities: dict[Any, float]
+    score: float | None = None
+
+
 class Feed:
     """Pieces of a text as they come, for any number of readers; each gets them from the first. The event loop alone
     puts them."""

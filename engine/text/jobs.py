@@ -35,7 +35,7 @@ def perform(admission: Admission, job: TextJob) -> TextAnswer:
 
 
 def _tokenized(text: Text, job: Tokenize) -> Tokenized:
-    prompts = [_prompt(text, job, ending) for ending in ("", *job.endings)]
+    prompts = _prompts(text, job)
     ids, *ended = text.encode_alike(prompts)
     if len(longest := max((ids, *ended), key=len)) > job.most:
         raise RequestError(
@@ -47,7 +47,22 @@ def _tokenized(text: Text, job: Tokenize) -> Tokenized:
     return Tokenized(array("i", ids).tobytes(), names, tuple(array("i", each).tobytes() for each in ended))
 
 
-def _prompt(text: Text, job: Tokenize, ending: str) -> Prompt:
+def _prompts(text: Text, job: Tokenize) -> list[Prompt]:
+    """What `job` asks for the tokens of, and the same with each ending. Where a chat template writes the first ending
+    as it is, others that neither begin nor end with a space are not written out again: there may be hundreds."""
+    before = _prompt(text, job)
+    made = [before]
+    as_it_is = False
+    for ending in job.endings:
+        if as_it_is and ending.strip() == ending:
+            made.append(msgspec.structs.replace(before, text=before.text + ending))
+        else:
+            made.append(_prompt(text, job, ending))
+            as_it_is = as_it_is or made[-1].text == before.text + ending
+    return made
+
+
+def _prompt(text: Text, job: Tokenize, ending: str = "") -> Prompt:
     """What `job` asks for the tokens of, with `ending` behind it."""
     if job.messages is None:
         return text.prompt((job.text or "") + ending, job.special, most=job.most)

@@ -14,7 +14,7 @@ from http_front import FakeFront, chunks, serving, text_of
 
 from engine import WorkerError
 from engine.errors import ConfigError, ProgramError
-from engine.lang import Server, State, assistant, function, gen, select, separate_reasoning, user
+from engine.lang import Server, State, assistant, decide, function, gen, select, separate_reasoning, user
 
 # ── another server ───────────────────────────────────────────────────────────────────────────
 
@@ -107,6 +107,19 @@ async def test_what_another_server_cannot_do_is_said_before_it_is_asked(append: 
         with pytest.raises(ProgramError, match=says):
             s["x"]
     assert not sent
+
+
+@pytest.mark.anyio
+async def test_a_decision_that_fails_is_told_where_it_is_read_and_ends_nothing_else() -> None:
+    @function
+    async def program(s: State) -> None:
+        s += "Is it? " + decide("lost", "It is.") + gen("a")
+
+    async with other([]) as url, Server(url) as server:  # which has no /v1/decisions
+        s = await program.run_async(backend=server)
+    assert s["a"] == "yes"
+    with pytest.raises(ProgramError, match=r"test_language_servers.py:\d+: .*404"):
+        s["lost"]
 
 
 # ── our server's errors and reasoning ────────────────────────────────────────────────────────
