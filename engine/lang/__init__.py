@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         gen,
         gen_int,
         gen_string,
+        image,
         select,
         separate_reasoning,
         system,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         user,
         user_begin,
         user_end,
+        video,
     )
     from engine.lang.forks import State
     from engine.lang.program import function
@@ -35,8 +37,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "choices": ("greedy_token_selection", "token_length_normalized", "unconditional_likelihood_normalized"),
     "expressions": (
-        *("assistant", "assistant_begin", "assistant_end", "decide", "gen", "gen_int", "gen_string", "select"),
-        *("separate_reasoning", "system", "system_begin", "system_end", "user", "user_begin", "user_end"),
+        *("assistant", "assistant_begin", "assistant_end", "decide", "gen", "gen_int", "gen_string", "image", "select"),
+        *("separate_reasoning", "system", "system_begin", "system_end", "user", "user_begin", "user_end", "video"),
     ),
     "forks": ("State",),
     "program": ("function",),
@@ -55,6 +57,7 @@ __all__ = [
     "gen_int",
     "gen_string",
     "greedy_token_selection",
+    "image",
     "select",
     "separate_reasoning",
     "system",
@@ -65,6 +68,7 @@ __all__ = [
     "user",
     "user_begin",
     "user_end",
+    "video",
 ]
 
 

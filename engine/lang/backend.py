@@ -13,6 +13,7 @@ from typing import Any
 from anyio.from_thread import BlockingPortal
 from msgspec import Struct
 
+from engine.lang.tools import Tool, ToolCall
 from engine.lang.transcript import Prompt
 from engine.lang.values import Meta
 from engine.params.sampling import SamplingParams
@@ -26,6 +27,22 @@ class Piece(Struct, frozen=True):
     text: str
     reasoning: str = ""
     meta: Meta | None = None
+
+
+class Offer(Struct, frozen=True):
+    """Tools that a model is told of; `choice` is auto, required or none."""
+
+    tools: Sequence[Tool]
+    choice: str
+
+
+class Spoken(Struct, frozen=True):
+    """A whole reply of a model that has tools: what it says, what it thinks, and what it calls."""
+
+    text: str
+    reasoning: str
+    calls: tuple[ToolCall, ...]
+    meta: Meta
 
 
 class Backend(ABC):
@@ -47,6 +64,12 @@ class Backend(ABC):
     ) -> AsyncGenerator[Piece, None]:
         """The reply, piece by piece, or with `stream` false in one if that costs less; closing the generator ends the
         request, which is a call of `program`. Raises RequestError, WorkerError."""
+
+    @abstractmethod
+    async def answer(
+        self, prompt: Prompt, params: SamplingParams, offer: Offer, *, separate: bool, program: str
+    ) -> Spoken:
+        """The reply to messages of a model that is told of the tools of `offer`. Raises as `reply`."""
 
     @abstractmethod
     async def scores(

@@ -10,15 +10,25 @@ import anyio
 import msgspec
 from msgspec import Struct
 
-from engine.errors import RequestError
-from engine.lang.backend import Backend
+from engine.errors import ProgramError, RequestError
+from engine.lang.backend import Backend, Offer
 from engine.lang.expressions import Decide, Gen, Select
-from engine.lang.transcript import Prompt
+from engine.lang.tools import Tool, ToolCall
+from engine.lang.transcript import Prompt, Transcript
 from engine.lang.values import Decision, Meta, summed
 from engine.params.sampling import SamplingParams
 from engine.runtime.actor import first_failure
+from engine.runtime.offline import together
 
 SEEDS = 1 << 64
+
+
+class Called(Struct, frozen=True):
+    """A tool that the model called: its arguments as JSON, and what it returned as text."""
+
+    name: str
+    arguments: str
+    result: str
 
 
 class Replies(Struct, frozen=True):
@@ -27,6 +37,7 @@ class Replies(Struct, frozen=True):
     texts: list[str]
     thoughts: list[str]
     meta: Meta
+    calls: list[Called] = []
 
 
 async def generated(
@@ -68,6 +79,37 @@ async def generated(
     except BaseExceptionGroup as failures:
         raise first_failure(failures) from None
     return Replies(texts, thoughts, summed(metas))
+
+
+async def with_tools(
+    backend: Backend, transcript: Transcript, gen: Gen, params: SamplingParams, program: str
+) -> Replies:
+    """The reply to `gen` after all calls of tools, which `transcript` then has as messages. Raises what `backend` does,
+    and ProgramError where the assistant has begun to speak."""
+    if (prompt := transcript.prompt()).begun or prompt.text is not None:
+        raise ProgramError("a gen with tools must be all of an assistant(...): the model calls before it speaks")
+    called: list[Called] = []
+    metas: list[Meta] = []
+    choice = gen.tool_choice
+    while True:
+        offer = Offer(tuple(gen.tools.values()), choice)
+        spoken = await backend.answer(prompt, params, offer, separate=gen.separate, program=program)
+        metas.append(spoken.meta)
+        if not spoken.calls or choice == "none":
+            last = msgspec.structs.replace(summed(metas), finish=spoken.meta.finish)
+            return Replies([spoken.text], [spoken.reasoning], last, called)
+        results = await together(lambda call: _result(gen.tools, call), spoken.calls)
+        transcript.called(spoken.text, spoken.calls, results)
+        called += [
+            Called(call.name, call.arguments, result) for call, result in zip(spoken.calls, results, strict=True)
+        ]
+        prompt, choice = transcript.prompt(), "auto" if len(metas) < gen.rounds else "none"
+
+
+async def _result(tools: dict[str, Tool], call: ToolCall) -> str:
+    if call.name not in tools:
+        return f"Error: there is no tool {call.name}; there is {', '.join(tools)}"
+    return await tools[call.name].call(call.arguments)
 
 
 def seeded(params: SamplingParams, index: int) -> SamplingParams:

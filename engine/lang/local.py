@@ -5,12 +5,15 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
+import msgspec
 from anyio.from_thread import BlockingPortal
 
+from engine.conversation.parsers import assembled
 from engine.conversation.parts import read_messages
 from engine.conversation.reading import Reader, Wanted, reading_of
 from engine.errors import RequestError
-from engine.lang.backend import Backend, Piece
+from engine.lang.backend import Backend, Offer, Piece, Spoken
+from engine.lang.tools import ToolCall
 from engine.lang.transcript import Prompt
 from engine.lang.values import Meta, summed
 from engine.messages.reply import Chunk
@@ -65,6 +68,21 @@ class Local(Backend):
         messages, options = read_messages(prompt.messages), written(prompt)
         reading = reading_of(self._engine.front.text, params, messages, options, Wanted(), separate=separate)
         return Generate(rid, messages=messages, program=program, **options, **reading.job), reading.reader()
+
+    async def answer(
+        self, prompt: Prompt, params: SamplingParams, offer: Offer, *, separate: bool, program: str
+    ) -> Spoken:
+        messages, options, text = read_messages(prompt.messages), written(prompt), self._engine.front.text
+        tools = [tool.described["function"] for tool in offer.tools]
+        wanted = msgspec.convert({"tools": tools, "mode": offer.choice}, Wanted)
+        reading = reading_of(text, params, messages, options, wanted, separate=separate)
+        request = Generate(uuid.uuid4().hex, messages=messages, program=program, **options, **reading.job)
+        whole = joined([chunk async for chunk in self._engine.front.generate(request)])
+        if (reader := reading.reader()) is None:
+            return Spoken(whole.text, "", (), meta_of(whole, whole.logprobs))
+        found = assembled(reader.read(whole))
+        calls = tuple(ToolCall(call.name, call.arguments, call.id) for call in found.calls)
+        return Spoken(found.content, found.reasoning, calls, meta_of(whole, whole.logprobs))
 
     async def scores(
         self, prompt: Prompt, choices: Sequence[str], *, alone: bool, program: str

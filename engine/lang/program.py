@@ -15,7 +15,7 @@ import inspect
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import anyio
 from anyio.from_thread import BlockingPortal
@@ -171,9 +171,14 @@ class Function:
         return waited(loop_of(found), partial(self.run_batch_async, batch, backend=found, **options))
 
 
-def function(program: Callable[..., Any]) -> Function:
-    """Makes a program of a function, or of a coroutine function, whose first argument is `s`."""
-    return Function(program)
+@overload
+def function(program: Callable[..., Any]) -> Function: ...
+@overload
+def function(program: None = None, *, num_api_spec_tokens: int | None = None) -> Callable[..., Function]: ...
+def function(program: Callable[..., Any] | None = None, *, num_api_spec_tokens: int | None = None) -> Any:
+    """Makes a program of a function, or of a coroutine function, whose first argument is `s`: `@function`, and
+    `@function()` with parentheses. `num_api_spec_tokens`, by which SGLang saves calls to paid APIs, changes nothing."""
+    return Function if program is None else Function(program)
 
 
 def shared_first(batch: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -16,12 +16,12 @@ import anyio
 import anyio.from_thread
 import msgspec
 from anyio.from_thread import BlockingPortal
-from msgspec import Struct
 
 from engine.client.client import Client, changed
 from engine.client.events import Reading, refusal
 from engine.errors import RequestError, WorkerError
-from engine.lang.backend import Backend, Piece
+from engine.lang.answers import Chosen, Decided, Whole
+from engine.lang.backend import Backend, Offer, Piece, Spoken
 from engine.lang.local import written
 from engine.lang.transcript import Prompt
 from engine.lang.values import Meta
@@ -139,6 +139,21 @@ class Server(Client, Backend):
             async for data in events:
                 yield data
 
+    async def answer(
+        self, prompt: Prompt, params: SamplingParams, offer: Offer, *, separate: bool, program: str
+    ) -> Spoken:
+        path, body = self._request(prompt, params, separate)
+        body |= {"tools": [tool.described for tool in offer.tools], "tool_choice": offer.choice}
+        if self._ours:
+            body["program"] = program
+        answer = await self._ask(path, body)
+        reading = Reading("openai")
+        text = reading.take(answer)
+        thought = reading.reasoning if separate else ""
+        calls = msgspec.json.decode(answer, type=Whole).calls
+        counts = reading.prompt_tokens, reading.cached_tokens, reading.completion_tokens
+        return Spoken(text[len(thought) :], thought, calls, Meta(reading.finish or "", None, *counts))
+
     def _request(self, prompt: Prompt, params: SamplingParams, separate: bool) -> tuple[str, dict[str, Any]]:
         """The path and the body of a request for one reply."""
         api = CHAT if prompt.messages else COMPLETIONS
@@ -198,57 +213,6 @@ class Server(Client, Backend):
         if response.status != 200:
             raise RequestError(refusal(answer), status=response.status)
         return answer
-
-
-class Tokens(Struct, frozen=True):
-    """Of a usage, what is read."""
-
-    prompt_tokens: int
-    cached_tokens: int
-
-
-class Chosen(Struct, frozen=True):
-    """What /v1/choices answers."""
-
-    choices: list[Scores]
-    usage: Tokens
-
-
-class Share(Struct, frozen=True):
-    """Of an option's probability, what is read."""
-
-    probability: float
-
-
-class Answered(Struct, frozen=True):
-    """An answer of /v1/decisions: to a statement its `probability`, else those of all options."""
-
-    type: str
-    probability: float | None = None
-    probabilities: list[Share] = []
-
-    @property
-    def shares(self) -> list[float]:
-        """The probabilities. Raises RequestError where the model has declined to answer."""
-        if not self.probabilities:
-            raise RequestError(f"the answer to the question is a {self.type}, which has no probabilities")
-        return [share.probability for share in self.probabilities]
-
-
-class CachedTokens(Struct, frozen=True):
-    cached_tokens: int
-
-
-class DecidedUsage(Struct, frozen=True):
-    input_tokens: int
-    input_tokens_details: CachedTokens
-
-
-class Decided(Struct, frozen=True):
-    """What /v1/decisions answers."""
-
-    answers: list[Answered]
-    usage: DecidedUsage
 
 
 def in_openai_question(question: Question) -> dict[str, Any]:
