@@ -6,6 +6,7 @@ The names below are the whole language; they are imported when first used.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engine.lang.anthropic import Anthropic
     from engine.lang.choices import (
         greedy_token_selection,
         token_length_normalized,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from engine.lang.server import Server
 
 _HOMES = {
+    "anthropic": ("Anthropic",),
     "choices": ("greedy_token_selection", "token_length_normalized", "unconditional_likelihood_normalized"),
     "expressions": (
         *("assistant", "assistant_begin", "assistant_end", "decide", "gen", "gen_int", "gen_string", "image", "select"),
@@ -46,6 +48,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Anthropic",
     "Server",
     "State",
     "assistant",

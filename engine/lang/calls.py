@@ -92,6 +92,7 @@ async def with_tools(
     metas: list[Meta] = []
     choice = gen.tool_choice
     while True:
+        backend.check(prompt, params, separate=gen.separate)
         offer = Offer(tuple(gen.tools.values()), choice)
         spoken = await backend.answer(prompt, params, offer, separate=gen.separate, program=program)
         metas.append(spoken.meta)

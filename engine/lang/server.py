@@ -7,22 +7,20 @@ refused before anything is sent. Left out: log-probabilities of replies, retries
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import ExitStack, aclosing, suppress
+from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Any, Self
 
-import aiohttp
 import anyio
-import anyio.from_thread
 import msgspec
-from anyio.from_thread import BlockingPortal
 
-from engine.client.client import Client, changed
-from engine.client.events import Reading, refusal
+from engine.client.client import changed
+from engine.client.events import Reading
 from engine.errors import RequestError, WorkerError
 from engine.lang.answers import Chosen, Decided, Whole
-from engine.lang.backend import Backend, Offer, Piece, Spoken
+from engine.lang.backend import Offer, Piece, Spoken
 from engine.lang.local import written
+from engine.lang.remote import Remote
 from engine.lang.transcript import Prompt
 from engine.lang.values import Meta
 from engine.params.sampling import CHAT, COMPLETIONS, SamplingParams
@@ -37,9 +35,8 @@ STREAMED: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": 
 FORMATS = {"json_object", "json_schema", "strict_schema"}
 
 
-class Server(Client, Backend):
-    """A server at `url`. Use it as a context manager: with `async with` it lives in the running event loop, with `with`
-    in one of its own. The arguments are those of Client."""
+class Server(Remote):
+    """A server at `url`, used as any Remote; the arguments are those of Client."""
 
     def __init__(self, url: str, **options: Any) -> None:
         """Raises ConfigError for a URL without http:// or https://."""
@@ -47,12 +44,6 @@ class Server(Client, Backend):
         self._owner = ""
         self._ended: list[str] = []  # programs that the server has not been told of
         self._telling: asyncio.Task[None] | None = None
-        self._stack = ExitStack()
-        self._portal: BlockingPortal | None = None
-
-    @property
-    def portal(self) -> BlockingPortal | None:
-        return self._portal
 
     @property
     def _ours(self) -> bool:
@@ -75,19 +66,6 @@ class Server(Client, Backend):
             with anyio.CancelScope(shield=True):
                 await self._telling
         await super().__aexit__(kind, error, trace)
-
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            portal = stack.enter_context(anyio.from_thread.start_blocking_portal("asyncio", {"use_uvloop": True}))
-            stack.enter_context(portal.wrap_async_context_manager(self))
-            self._portal, self._stack = portal, stack.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._portal = None
-        self._stack.close()
 
     # ── what it can do ───────────────────────────────────────────────────────────────────────
 
@@ -201,18 +179,6 @@ class Server(Client, Backend):
             ended, self._ended = self._ended[:MOST_ENDED], self._ended[MOST_ENDED:]
             with suppress(RequestError, WorkerError):  # it forgets them by itself, later
                 await self._ask("/v1/programs/end", {"programs": ended})
-
-    async def _ask(self, path: str, body: dict[str, Any]) -> bytes:
-        """The whole answer. Raises RequestError for an error answer."""
-        headers = {"Content-Type": "application/json"}
-        try:
-            async with self._http.post(self.url + path, data=msgspec.json.encode(body), headers=headers) as response:
-                answer = await response.read()
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise WorkerError(f"{self.url}{path} did not answer: {error or type(error).__name__}") from None
-        if response.status != 200:
-            raise RequestError(refusal(answer), status=response.status)
-        return answer
 
 
 def in_openai_question(question: Question) -> dict[str, Any]:

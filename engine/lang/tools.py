@@ -44,7 +44,10 @@ class Tool:
         parameters |= {"$defs": components} if components else {}
         about = {"description": text} if (text := inspect.getdoc(function)) else {}
         parameters.pop("title", None)
-        self.described = {"type": "function", "function": {"name": self.name, **about, "parameters": parameters}}
+        self.described: dict[str, Any] = {
+            "type": "function",
+            "function": {"name": self.name, **about, "parameters": parameters},
+        }
 
     async def call(self, arguments: str) -> str:
         """What the function returns, as text: a string as it is, all else as JSON. A coroutine function is awaited,
