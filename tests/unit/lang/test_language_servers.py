@@ -3,10 +3,15 @@
 That our server gives what the engine in the process gives is shown beside the engine, in test_language.py.
 """
 
+import base64
+import runpy
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
 from typing import Any
 
+import anyio.to_thread
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
@@ -307,3 +312,20 @@ async def test_pictures_and_clips_are_passed_on_in_their_places(tmp_path: Any) -
         image(tmp_path / "none.png")
     with pytest.raises(ConfigError, match="the server chooses the frames"):
         video("http://v", 8)
+
+
+@pytest.mark.anyio
+async def test_the_example_of_a_picture() -> None:
+    example = runpy.run_path(str(Path(__file__).parents[3] / "examples/language/picture.py"))
+    sent: list[dict[str, Any]] = []
+    async with other(sent) as url, Server(url) as server:
+        s = await example["look"].run_async(example["RED_SQUARE"], backend=server)
+    assert (s["what"], s["colour"]) == ("hmyes", "hmyes")
+    (shown,) = (part for part in sent[1]["messages"][0]["content"] if part["type"] == "image_url")
+    assert base64.b64decode(shown["image_url"]["url"].removeprefix("data:image/png;base64,")) == example["RED_SQUARE"]
+    front = FakeFront()
+    async with serving(front) as url:
+        with redirect_stdout(StringIO()) as told:
+            await anyio.to_thread.run_sync(example["main"], url)
+    assert told.getvalue().splitlines()[1].endswith("Hello, world")
+    assert front.asked[0].program and front.ended == [front.asked[1].program]
