@@ -217,10 +217,10 @@ WORDS_AS_TOKENS = tuple(f" {word}" for word in WORDS)
 
 @asynccontextmanager
 async def serving(name: str, options: dict[str, str], folder: Path = HERE) -> AsyncIterator[Server]:
-    """A server of ours, from the checkout `folder`, until the block ends."""
+    """A server of ours, from the checkout `folder`, until the block ends. An option of no value is a bare flag."""
     python = sys.executable if folder == HERE else str(folder / ".venv/bin/python")
     port = free_port()
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
+    flags = [f"--{key.replace('_', '-')}" + (f"={value}" if value else "") for key, value in options.items()]
     command = [python, "-m", "engine.cli", "serve", "--port", str(port), "--log-level", "warning", *flags]
     async with running(command, port, folder=folder) as found, Client(found.url) as client:
         yield Server(name, found.url, client.model_name, found.pid)

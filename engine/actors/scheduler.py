@@ -9,7 +9,7 @@ host. Paused, it plans nothing; what is in flight ends, and only then is the Pau
 import logging
 import time
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,7 +40,7 @@ from engine.messages.control import (
 )
 from engine.messages.fronts import FrontLost
 from engine.messages.reply import Failed, Tokens
-from engine.messages.request import Abort, Admit, StopHit
+from engine.messages.request import Abort, Admit, EndPrograms, StopHit
 from engine.messages.sessions import EndSession, KeptSession, ListSessions
 from engine.messages.step import StepDone, steps_in_flight
 from engine.messages.tiers import PAGES, Moved
@@ -182,6 +182,8 @@ class SchedulerActor:
             case StopHit():
                 if self.scheduler:
                     self.scheduler.stop(message.rid, message.keep)
+            case EndPrograms():
+                self._end_programs(message.programs)
             case Flush():
                 freed, in_use = self.scheduler.flush() if self.scheduler else (0, 0)
                 flushed = msgspec.msgpack.encode(Flushed(freed, in_use))
@@ -230,6 +232,11 @@ class SchedulerActor:
         if (cause := self.moves.moved(message)) and not self._told:
             self._told = True
             log.warning("pages of lower tiers are computed again, as here: %s; /metrics counts them", cause)
+
+    def _end_programs(self, programs: Sequence[str]) -> None:
+        if self.scheduler is not None:
+            for program in programs:
+                self.scheduler.end_program(program)
 
     async def _commit(self, done: StepDone) -> None:
         assert self.scheduler is not None

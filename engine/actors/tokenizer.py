@@ -145,6 +145,7 @@ class Admission:
             scored_after=after,
             blocks=self._blocks(request, encoded, ids) if self.named and not keys else None,
             session=request.session,
+            program=request.program,
         )
         return opened, admitted
 

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Self
 
 from engine.cache.blocks import HeldBlocks, Named
+from engine.cache.pins import Pins
 from engine.cache.pool import PagePool
-from engine.cache.radix import RadixTree
+from engine.cache.radix import Node, RadixTree
 from engine.cache.tiers import TierOptions, Tiers
 from engine.messages.cache import Blocks
 
@@ -29,6 +30,7 @@ class CachePages:
         self.pool = PagePool(size)
         self.tree = RadixTree(page_size)
         self.tiers = None if tiers is None else Tiers(tiers, self.tree, self.pool)
+        self.pins = Pins(self.tree)
         self._page_size = page_size
         self._held = held
         self._first = first
@@ -47,6 +49,13 @@ class CachePages:
         """Pages that can be had without retracting anyone."""
         return self.pool.free_pages + self.tree.evictable
 
+    def has(self, count: int) -> bool:
+        """Whether `count` pages are available, once programs have given up as many pins as that needs."""
+        while count > self.available:
+            if not self.pins.drop():
+                return False
+        return True
+
     def take(self, count: int) -> list[int]:
         """`count` of the available pages."""
         shortage = count - self.pool.free_pages
@@ -55,6 +64,12 @@ class CachePages:
         pages = self.pool.take(count)
         assert pages is not None, "more pages are taken than are available"
         return pages
+
+    def leave(self, node: Node, program: str, now: float) -> None:
+        """Unlock `node`, where a request ends; its `program`, if it has one, may come back to it."""
+        if program:
+            self.pins.keep(program, node, now)
+        self.tree.unlock(node)
 
     def evict(self, count: int) -> int:
         """Free up to `count` cached pages that nobody uses; how many were freed."""
@@ -70,6 +85,8 @@ class CachePages:
         """Free all cached pages that nobody uses: how many, and pages still in use. Tiers below are emptied, too."""
         if self.tiers is not None:
             self.tiers.clear()
+        while self.pins.drop():
+            pass
         return self.evict(self.tree.evictable), self.pool.size - self.pool.free_pages
 
     def named(self, blocks: Blocks | None) -> Named | None:

@@ -34,8 +34,11 @@ class _Delta(Struct):
 
 
 class _Choice(Struct):
+    """An event of a chat has a `delta`, a whole reply a `message`."""
+
     text: str | None = None
     delta: _Delta | None = None
+    message: _Delta | None = None
     finish_reason: str | None = None
 
 
@@ -50,7 +53,7 @@ class _Usage(Struct):
 
 
 class _Completion(Struct):
-    """An event of either kind of OpenAI stream."""
+    """An event of either kind of OpenAI stream, or a reply that is not streamed."""
 
     choices: list[_Choice] = []
     usage: _Usage | None = None
@@ -87,7 +90,7 @@ class Reading:
         self._so_far = 0
 
     def _openai(self, data: bytes) -> str:
-        """The text that an event adds. Raises WorkerError for an event that tells of an error."""
+        """The text that an event adds; a whole reply is one event. Raises WorkerError where it tells of an error."""
         event = _COMPLETION.decode(data)
         if event.error is not None:
             raise WorkerError(error_message(event.error))
@@ -96,8 +99,9 @@ class Reading:
             self.cached_tokens = (usage.prompt_tokens_details or _Details()).cached_tokens or 0
         text = thought = ""
         for choice in event.choices:
-            text += choice.delta.text if choice.delta else choice.text or ""
-            thought = choice.delta.thought if choice.delta else ""
+            said = choice.delta or choice.message
+            text += said.text if said else choice.text or ""
+            thought = said.thought if said else ""
             self._end(choice.finish_reason)
         self.reasoning = thought
         return text

@@ -39,6 +39,7 @@ MAX_SAMPLES = 128  # replies to one prompt
 MAX_CHOICES = 1024  # replies to one request
 MAX_SALT_LENGTH = 1024
 SESSION_HEADER = "X-Session-Id"
+MAX_PROGRAM_LENGTH = 256  # characters of a program's id
 STARTED = 64  # replies that are begun before others have their turn
 
 
@@ -234,6 +235,15 @@ def session_of(request: web.Request, given: str | None) -> SessionUse | None:
 def owner_of(request: web.Request) -> bytes:
     """Whose sessions `request` may see."""
     return request.get(OWNER, b"")
+
+
+def program_of(program: str | None, name: str = "program") -> str:
+    """`program`, by default none."""
+    if program is not None and not 1 <= len(program) <= MAX_PROGRAM_LENGTH:
+        raise RequestError(
+            f"{name} has {len(program)} characters; send 1 to {MAX_PROGRAM_LENGTH}, or leave it out", param=name
+        )
+    return program or ""
 
 
 def check_choices(prompts: int, samples: int, name: str = "prompt") -> None:

@@ -3,12 +3,13 @@
 What else APIs that take conversations share is here too: how many messages and tools a request may have.
 """
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
 from msgspec import Meta
 
 from engine.conversation.calls import Tool
+from engine.conversation.parts import Message, said, with_calls
 from engine.errors import RequestError
 from engine.http.fields import Only, hint
 from engine.params.grammar import check_nesting
@@ -22,7 +23,18 @@ FEW_TOOLS = Meta(max_length=1024)
 CALLED_DIRECTLY = hint(
     ["direct"], only=Only('a list with "direct"', lambda value: isinstance(value, list) and "direct" in value)
 )
+Item = TypeVar("Item")
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+def input_messages(input: str | Sequence[Item], message_of: Callable[[Item, str], Message]) -> list[Message]:
+    """`input`, a text or items that `message_of` reads each, as messages: calls and reasoning are part of what the
+    assistant said."""
+    if isinstance(input, str):
+        return [said("user", input)]
+    if not input:
+        raise RequestError("input is empty; send at least one message", param="input")
+    return with_calls(message_of(item, f"input[{index}]") for index, item in enumerate(input))
 
 
 def tool_of(

@@ -6,6 +6,7 @@ The names below are the whole language; they are imported when first used.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engine.lang.anthropic import Anthropic
     from engine.lang.choices import (
         greedy_token_selection,
         token_length_normalized,
@@ -15,9 +16,11 @@ if TYPE_CHECKING:
         assistant,
         assistant_begin,
         assistant_end,
+        decide,
         gen,
         gen_int,
         gen_string,
+        image,
         select,
         separate_reasoning,
         system,
@@ -26,16 +29,18 @@ if TYPE_CHECKING:
         user,
         user_begin,
         user_end,
+        video,
     )
     from engine.lang.forks import State
     from engine.lang.program import function
     from engine.lang.server import Server
 
 _HOMES = {
+    "anthropic": ("Anthropic",),
     "choices": ("greedy_token_selection", "token_length_normalized", "unconditional_likelihood_normalized"),
     "expressions": (
-        *("assistant", "assistant_begin", "assistant_end", "gen", "gen_int", "gen_string", "select"),
-        *("separate_reasoning", "system", "system_begin", "system_end", "user", "user_begin", "user_end"),
+        *("assistant", "assistant_begin", "assistant_end", "decide", "gen", "gen_int", "gen_string", "image", "select"),
+        *("separate_reasoning", "system", "system_begin", "system_end", "user", "user_begin", "user_end", "video"),
     ),
     "forks": ("State",),
     "program": ("function",),
@@ -43,16 +48,19 @@ _HOMES = {
 }
 
 __all__ = [
+    "Anthropic",
     "Server",
     "State",
     "assistant",
     "assistant_begin",
     "assistant_end",
+    "decide",
     "function",
     "gen",
     "gen_int",
     "gen_string",
     "greedy_token_selection",
+    "image",
     "select",
     "separate_reasoning",
     "system",
@@ -63,6 +71,7 @@ __all__ = [
     "user",
     "user_begin",
     "user_end",
+    "video",
 ]
 
 

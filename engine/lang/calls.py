@@ -1,29 +1,34 @@
 """One call of a program: a gen with its `n` replies, a select with its scores.
 
-A select scores the tokens of each choice behind the prompt. A token may lie across the two (" Par" + "is"): then the
-prompt's last token is not the one that the model saw in texts, so the tokens of `prompt + choice` are compared with
-the prompt's, and all from the first that differs are scored (token healing). Left out: in which order calls are made
-(state.py).
+Left out: in which order calls are made (state.py), how the tokens of a choice are found (engine/runtime/choices.py).
 """
 
 from collections.abc import Callable
 from contextlib import aclosing
-from itertools import takewhile
 
 import anyio
 import msgspec
 from msgspec import Struct
 
-from engine.errors import RequestError
-from engine.lang.backend import Backend, Scored
-from engine.lang.choices import Scores
-from engine.lang.expressions import Gen, Select
-from engine.lang.transcript import Prompt
-from engine.lang.values import Meta
+from engine.errors import ProgramError, RequestError
+from engine.lang.backend import Backend, Offer
+from engine.lang.expressions import Decide, Gen, Select
+from engine.lang.tools import Tool, ToolCall
+from engine.lang.transcript import Prompt, Transcript
+from engine.lang.values import Decision, Meta, summed
 from engine.params.sampling import SamplingParams
 from engine.runtime.actor import first_failure
+from engine.runtime.offline import together
 
 SEEDS = 1 << 64
+
+
+class Called(Struct, frozen=True):
+    """A tool that the model called: its arguments as JSON, and what it returned as text."""
+
+    name: str
+    arguments: str
+    result: str
 
 
 class Replies(Struct, frozen=True):
@@ -32,19 +37,29 @@ class Replies(Struct, frozen=True):
     texts: list[str]
     thoughts: list[str]
     meta: Meta
+    calls: list[Called] = []
 
 
 async def generated(
-    backend: Backend, prompt: Prompt, gen: Gen, params: SamplingParams, tell: Callable[[str], None]
+    backend: Backend,
+    prompt: Prompt,
+    gen: Gen,
+    params: SamplingParams,
+    tell: Callable[[str], None],
+    *,
+    stream: bool,
+    program: str,
 ) -> Replies:
-    """The replies to `gen`, all at once; `tell` gets the first of them piece by piece. Raises what `backend` does."""
+    """The replies to `gen`, all at once; `tell` gets the first of them, with `stream` piece by piece as they come.
+    Raises what `backend` does."""
     backend.check(prompt, params, separate=gen.separate)
     texts, thoughts = [""] * gen.n, [""] * gen.n
     metas = [Meta()] * gen.n
 
     async def one(index: int) -> None:
-        stream = backend.reply(prompt, seeded(params, index), separate=gen.separate)
-        async with aclosing(stream) as pieces:
+        followed, own = stream and index == 0, seeded(params, index)
+        reply = backend.reply(prompt, own, separate=gen.separate, stream=followed, program=program)
+        async with aclosing(reply) as pieces:
             async for piece in pieces:
                 if index == 0 and piece.text:
                     tell(piece.text)
@@ -66,6 +81,38 @@ async def generated(
     return Replies(texts, thoughts, summed(metas))
 
 
+async def with_tools(
+    backend: Backend, transcript: Transcript, gen: Gen, params: SamplingParams, program: str
+) -> Replies:
+    """The reply to `gen` after all calls of tools, which `transcript` then has as messages. Raises what `backend` does,
+    and ProgramError where the assistant has begun to speak."""
+    if (prompt := transcript.prompt()).begun or prompt.text is not None:
+        raise ProgramError("a gen with tools must be all of an assistant(...): the model calls before it speaks")
+    called: list[Called] = []
+    metas: list[Meta] = []
+    choice = gen.tool_choice
+    while True:
+        backend.check(prompt, params, separate=gen.separate)
+        offer = Offer(tuple(gen.tools.values()), choice)
+        spoken = await backend.answer(prompt, params, offer, separate=gen.separate, program=program)
+        metas.append(spoken.meta)
+        if not spoken.calls or choice == "none":
+            last = msgspec.structs.replace(summed(metas), finish=spoken.meta.finish)
+            return Replies([spoken.text], [spoken.reasoning], last, called)
+        results = await together(lambda call: _result(gen.tools, call), spoken.calls)
+        transcript.called(spoken.text, spoken.calls, results)
+        called += [
+            Called(call.name, call.arguments, result) for call, result in zip(spoken.calls, results, strict=True)
+        ]
+        prompt, choice = transcript.prompt(), "auto" if len(metas) < gen.rounds else "none"
+
+
+async def _result(tools: dict[str, Tool], call: ToolCall) -> str:
+    if call.name not in tools:
+        return f"Error: there is no tool {call.name}; there is {', '.join(tools)}"
+    return await tools[call.name].call(call.arguments)
+
+
 def seeded(params: SamplingParams, index: int) -> SamplingParams:
     """`params` for reply `index`: of a seeded gen, each has a seed of its own."""
     if params.seed is None or not index:
@@ -74,42 +121,19 @@ def seeded(params: SamplingParams, index: int) -> SamplingParams:
     return msgspec.structs.replace(params, seed=seed)
 
 
-def summed(metas: list[Meta]) -> Meta:
-    """The first, with the tokens of all."""
-    totals = {name: sum(getattr(meta, name) for meta in metas) for name in COUNTS}
-    return msgspec.structs.replace(metas[0], **totals)
+async def decided(backend: Backend, prompt: Prompt, decide: Decide, program: str) -> tuple[Decision, Meta]:
+    """The answer to `decide` about all that `prompt` says."""
+    messages = prompt.messages or ({"role": "user", "content": prompt.text},)
+    likely, meta = await backend.decide(messages, decide.question, program=program)
+    best = max(range(len(likely)), key=likely.__getitem__)
+    score = sum(place * share for place, share in enumerate(likely)) if decide.question.kind == "score" else None
+    shares = dict(zip(decide.values, likely, strict=True))
+    return Decision(decide.values[best], likely[best], shares, score), meta
 
 
-COUNTS = ("prompt_tokens", "cached_tokens", "completion_tokens")
-
-
-async def chosen(backend: Backend, prompt: Prompt, select: Select) -> tuple[str, Meta]:
+async def chosen(backend: Backend, prompt: Prompt, select: Select, program: str) -> tuple[str, Meta]:
     """The best choice of `select` behind `prompt`. Its `meta` has the Scores of each."""
     backend.check(prompt, None)
-    before, whole = await backend.ids(prompt), [await backend.ids(prompt.with_(each)) for each in select.choices]
-    first = [common(before, ids) for ids in whole]
-    for choice, ids, at in zip(select.choices, whole, first, strict=True):
-        if at == len(ids):
-            raise RequestError(f"the choice {choice!r} adds no token to the prompt; offer another", param="choices")
-    scored = await backend.score(whole, first)
-    behind = [ids[at:] for ids, at in zip(whole, first, strict=True)]
-    alone: list[Scored] = []
-    if select.method.needs_alone:
-        alone = await backend.score(behind, [0] * len(behind))
-    scores = [
-        Scores(ids, known(with_), known(alone[index]) if alone else None)
-        for index, (ids, with_) in enumerate(zip(behind, scored, strict=True))
-    ]
-    meta = summed([each.meta for each in (*scored, *alone)])
+    scores, meta = await backend.scores(prompt, select.choices, alone=select.method.needs_alone, program=program)
     best = select.method.best(scores)
     return select.choices[best], msgspec.structs.replace(meta, finish="", matched=None, scores=tuple(scores))
-
-
-def common(one: list[int], other: list[int]) -> int:
-    """How many ids both begin with."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-
-
-def known(scored: Scored) -> list[float]:
-    """Its log-probabilities; the first of a prompt, which has none, counts as 0."""
-    return [logprob or 0.0 for logprob in scored.logprobs]

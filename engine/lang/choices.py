@@ -1,6 +1,7 @@
 """How a choice is made: log-probabilities of the tokens of each text that it may be, and the index of the best.
 
-`select` of SGLang has the same three methods. Pure logic. Left out: how the log-probabilities are had (calls.py).
+`select` of SGLang has the same three methods. Pure logic. Left out: how the log-probabilities are had
+(engine/runtime/choices.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -8,19 +9,7 @@ from statistics import fmean
 
 from msgspec import Struct
 
-
-class Scores(Struct, frozen=True):
-    """What one choice of a select got: the ids and the log-probabilities of its tokens behind the prompt, and, where
-    the method asks for them, what these are without the prompt; the first of those has none, which counts as 0."""
-
-    ids: list[int]
-    logprobs: list[float]
-    alone: list[float] | None = None
-
-    @property
-    def mean(self) -> float:
-        """The mean log-probability of a token."""
-        return fmean(self.logprobs)
+from engine.runtime.choices import Scores
 
 
 class ChoicesMethod(Struct, frozen=True):

@@ -3,21 +3,25 @@
     s += system("Be brief.") + user(question) + assistant(gen("answer", max_tokens=64))
 
 `gen` takes every field of SamplingParams, as its one table has them (engine/params/sampling.py), and the keywords of
-grammars. A field that it leaves out has the value given to `run`, if any. Left out: images, tools; state.py does what
-these say.
+grammars. A field that it leaves out has the value given to `run`, if any. Left out: state.py does what these say.
 """
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import msgspec
 from msgspec import Struct
 
 from engine.errors import ConfigError, RequestError, did_you_mean, shown
 from engine.lang.choices import METHODS, ChoicesMethod, token_length_normalized
+from engine.lang.media import image_part, video_part
+from engine.lang.tools import Tool, tools_of
 from engine.params.fields import Texts
 from engine.params.grammar import KEYWORDS
 from engine.params.sampling import FIELDS, SamplingParams, check_sampling
+from engine.runtime.decisions import Option, Question, check_questions
 
 Role = Literal["system", "user", "assistant"]
 MAX_TOKENS = 128  # of a gen that says nothing else; as in SGLang
@@ -31,6 +35,9 @@ DTYPES: Mapping[type, str] = {
     bool: r"(True|False)",
     str: r"\"[\w\d\s]*\"",
 }
+
+
+TOOL_ROUNDS = 8  # times that a gen lets the model call tools; then it must answer
 
 
 class Several(Struct, frozen=True):
@@ -62,6 +69,9 @@ class Gen(Appended, frozen=True):
     fields: dict[str, Any]
     n: int = 1
     separate: bool = False
+    tools: dict[str, Tool] = {}
+    tool_choice: str = "auto"
+    rounds: int = TOOL_ROUNDS
 
     def params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """What is asked for; `defaults` are those of the run. Raises RequestError for a value out of bounds."""
@@ -84,6 +94,20 @@ class Select(Appended, frozen=True):
     method: ChoicesMethod
 
 
+class Shown(Appended, frozen=True):
+    """A picture or a clip, as OpenAI's messages have it."""
+
+    part: dict[str, Any]
+
+
+class Decide(Appended, frozen=True):
+    """A question about what has been said; nothing is appended. `values` are what its options stand for."""
+
+    name: str
+    question: Question
+    values: tuple[Any, ...]
+
+
 class RoleBegin(Appended, frozen=True):
     """What comes next is said by `role`."""
 
@@ -96,7 +120,7 @@ class RoleEnd(Appended, frozen=True):
     role: Role
 
 
-Expression: TypeAlias = str | Several | Gen | Select | RoleBegin | RoleEnd
+Expression: TypeAlias = str | Several | Gen | Select | Decide | Shown | RoleBegin | RoleEnd
 
 
 def several(*items: Any) -> Several:
@@ -130,6 +154,9 @@ def gen(
     dtype: type | None = None,
     choices: Sequence[str] | None = None,
     choices_method: ChoicesMethod = token_length_normalized,
+    tools: Sequence[Any] = (),
+    tool_choice: Literal["auto", "required", "none"] = "auto",
+    tool_rounds: int = TOOL_ROUNDS,
     **fields: Any,
 ) -> Gen | Select:
     """A reply of the model, kept as the variable `name`; without one it is only in the text.
@@ -137,17 +164,22 @@ def gen(
     `fields` are those of SamplingParams: `stop`, `temperature`, `regex` and so on; `json_schema` may be a dictionary or
     a class with `model_json_schema` (pydantic). `dtype` (int, float, bool, str) makes the reply the text of such a
     value. With `choices` it is a `select`. With `n` above 1 the variable is a list, and the text goes on with its
-    first. Raises ConfigError for a field that there is none of, RequestError for a value out of bounds.
+    first. `tools` are Python functions that the model may call before it answers, `tool_rounds` times at most; what it
+    called is the variable `name` followed by `_calls`. Raises ConfigError for a field that there is none of,
+    RequestError for a value out of bounds.
     """
     if max_tokens is not None:
         fields["max_tokens"] = max_tokens
     if choices is not None:
-        if wrong := fields.keys() - {"temperature"}:
+        if wrong := fields.keys() - {"temperature"} | ({"tools"} if tools else set()):
             raise ConfigError(f"a gen with choices is a select, which samples nothing; leave out {', '.join(wrong)}")
         return select(name, choices, choices_method=choices_method, **fields)
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise RequestError(f"n is {shown(n)}; it must be a whole number from 1", param="n")
-    found = Gen(name, {**_typed(dtype), **checked_fields(fields)}, n)
+    if tools and n > 1:
+        raise RequestError(f"n is {n} beside tools; let the model answer once, or fork", param="n")
+    given = {**_typed(dtype), **checked_fields(fields)}
+    found = Gen(name, given, n, tools=tools_of(tools), tool_choice=tool_choice, rounds=tool_rounds)
     if dtype in (int, float):
         found.fields["stop"] = (*found.fields.get("stop", ()), *NUMBER_ENDS)
     found.params({})
@@ -210,15 +242,52 @@ def select(
     return Select(name, tuple(choices), choices_method)
 
 
+Options = Sequence[str | bool] | Mapping[str | bool, str]
+
+
+def decide(name: str, instructions: str, *, choices: Options | None = None, levels: Options | None = None) -> Decide:
+    """A question about what has been said so far, answered by probabilities; the variable `name` is a Decision.
+
+    It is whether `instructions` is true, or which of `choices`, or which of `levels`, from the lowest to the highest.
+    Either may be a dictionary of descriptions. Raises ConfigError for both, RequestError for too few."""
+    if choices is not None and levels is not None:
+        raise ConfigError("decide takes choices or levels, not both; ask two questions")
+    if (options := choices if choices is not None else levels) is None:
+        return Decide(name, Question("predicate", instructions), (True, False))
+    described = options if isinstance(options, Mapping) else dict.fromkeys(options, "")
+    texts = [value if isinstance(value, str) else str(value).lower() for value in described]
+    offered = tuple(Option(text, description) for text, description in zip(texts, described.values(), strict=True))
+    question = Question("choice" if choices is not None else "score", instructions, offered)
+    check_questions([question])
+    return Decide(name, question, tuple(described))
+
+
 def separate_reasoning(expression: Any) -> Several:
     """`expression`, with what the model thinks in each `gen(name)` kept apart, as the variable `name` followed by
     `_reasoning_content`. The parser is that of the served model."""
     return Several(
         tuple(
-            Gen(part.name, part.fields, part.n, True) if isinstance(part, Gen) else part
+            msgspec.structs.replace(part, separate=True) if isinstance(part, Gen) else part
             for part in several(expression).parts
         )
     )
+
+
+# ── pictures and clips ───────────────────────────────────────────────────────────────────────
+
+
+def image(source: str | Path | bytes, detail: str | None = None) -> Shown:
+    """A picture in a message of the user's: a file, its bytes, or a URL. Any number of them. Raises ConfigError for a
+    file that cannot be read."""
+    return Shown(image_part(source, detail))
+
+
+def video(source: str | Path | bytes, num_frames: int | None = None) -> Shown:
+    """A clip in a message of the user's. Raises ConfigError for a file that cannot be read, and for `num_frames`: how
+    many frames are looked at, the server says."""
+    if num_frames is not None:
+        raise ConfigError(f"num_frames is {num_frames}; the server chooses the frames of a clip, so leave it out")
+    return Shown(video_part(source))
 
 
 # ── roles ────────────────────────────────────────────────────────────────────────────────────

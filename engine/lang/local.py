@@ -1,28 +1,30 @@
 """Programs call an engine in this process, without HTTP."""
 
 import uuid
-from array import array
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
+import msgspec
 from anyio.from_thread import BlockingPortal
 
+from engine.conversation.parsers import assembled
 from engine.conversation.parts import read_messages
 from engine.conversation.reading import Reader, Wanted, reading_of
-from engine.errors import RequestError, WorkerError
-from engine.lang.backend import Backend, Piece, Scored
+from engine.errors import RequestError
+from engine.lang.backend import Backend, Offer, Piece, Spoken
+from engine.lang.tools import ToolCall
 from engine.lang.transcript import Prompt
-from engine.lang.values import Meta
+from engine.lang.values import Meta, summed
 from engine.messages.reply import Chunk
 from engine.messages.request import Generate
 from engine.messages.text import Tokenize, Tokenized
 from engine.params.sampling import SamplingParams
 from engine.plugin.parsing import Reasoning
+from engine.runtime.choices import Scores, planned
+from engine.runtime.decisions import Question, job_of
 from engine.runtime.front import joined
-from engine.runtime.offline import AsyncEngine, packed, together
-
-SCORES = SamplingParams(max_tokens=0, prompt_logprobs=0)
+from engine.runtime.offline import AsyncEngine, together
 
 
 class Local(Backend):
@@ -45,12 +47,14 @@ class Local(Backend):
         elif not self._engine.has_chat_template:
             raise RequestError("the model has no chat template; write the program without roles, or pass one")
 
-    async def reply(self, prompt: Prompt, params: SamplingParams, *, separate: bool) -> AsyncGenerator[Piece, None]:
+    async def reply(
+        self, prompt: Prompt, params: SamplingParams, *, separate: bool, stream: bool, program: str
+    ) -> AsyncGenerator[Piece, None]:
         rid = uuid.uuid4().hex
         if prompt.text is not None:
-            request, reader = Generate(rid, params, text=prompt.text), None
+            request, reader = Generate(rid, params, text=prompt.text, program=program), None
         else:
-            request, reader = self._chat(rid, prompt, params, separate)
+            request, reader = self._chat(rid, prompt, params, separate, program)
         async with aclosing(self._engine.front.generate(request)) as chunks:
             logprobs: tuple[Any, ...] = ()
             async for chunk in chunks:
@@ -58,33 +62,62 @@ class Local(Backend):
                 text, thought = (chunk.text, "") if reader is None else read(reader, chunk)
                 yield Piece(text, thought, None if chunk.finish is None else meta_of(chunk, logprobs))
 
-    def _chat(self, rid: str, prompt: Prompt, params: SamplingParams, separate: bool) -> tuple[Generate, Reader | None]:
+    def _chat(
+        self, rid: str, prompt: Prompt, params: SamplingParams, separate: bool, program: str
+    ) -> tuple[Generate, Reader | None]:
         messages, options = read_messages(prompt.messages), written(prompt)
         reading = reading_of(self._engine.front.text, params, messages, options, Wanted(), separate=separate)
-        return Generate(rid, messages=messages, **options, **reading.job), reading.reader()
+        return Generate(rid, messages=messages, program=program, **options, **reading.job), reading.reader()
 
-    async def ids(self, prompt: Prompt) -> list[int]:
-        texts = self._engine.front.texts
-        assert texts is not None, "the engine is ready"
+    async def answer(
+        self, prompt: Prompt, params: SamplingParams, offer: Offer, *, separate: bool, program: str
+    ) -> Spoken:
+        messages, options, text = read_messages(prompt.messages), written(prompt), self._engine.front.text
+        tools = [tool.described["function"] for tool in offer.tools]
+        wanted = msgspec.convert({"tools": tools, "mode": offer.choice}, Wanted)
+        reading = reading_of(text, params, messages, options, wanted, separate=separate)
+        request = Generate(uuid.uuid4().hex, messages=messages, program=program, **options, **reading.job)
+        whole = joined([chunk async for chunk in self._engine.front.generate(request)])
+        if (reader := reading.reader()) is None:
+            return Spoken(whole.text, "", (), meta_of(whole, whole.logprobs))
+        found = assembled(reader.read(whole))
+        calls = tuple(ToolCall(call.name, call.arguments, call.id) for call in found.calls)
+        return Spoken(found.content, found.reasoning, calls, meta_of(whole, whole.logprobs))
+
+    async def scores(
+        self, prompt: Prompt, choices: Sequence[str], *, alone: bool, program: str
+    ) -> tuple[list[Scores], Meta]:
         if prompt.text is not None:
-            job = Tokenize(prompt.text, special=True)
+            job = Tokenize(prompt.text, special=True, endings=tuple(choices))
         else:
-            job = Tokenize(None, read_messages(prompt.messages), written(prompt))
-        answer = await texts.ask(job)
+            job = Tokenize(None, read_messages(prompt.messages), written(prompt), endings=tuple(choices))
+        return await self._scored(job, choices, alone=alone, program=program)
+
+    async def decide(
+        self, messages: Sequence[dict[str, Any]], question: Question, *, program: str
+    ) -> tuple[list[float], Meta]:
+        job = job_of(read_messages(messages), question)
+        scores, meta = await self._scored(job, question.texts, alone=False, program=program)
+        return question.probabilities(scores), meta
+
+    async def _scored(
+        self, job: Tokenize, choices: Sequence[str], *, alone: bool, program: str
+    ) -> tuple[list[Scores], Meta]:
+        front = self._engine.front
+        assert front.texts is not None, "the engine is ready"
+        answer = await front.texts.ask(job)
         assert isinstance(answer, Tokenized), f"a Tokenize was answered by {type(answer).__name__}"
-        return array("i", answer.ids).tolist()
+        plan = planned(answer, choices, uuid.uuid4().hex, alone=alone, program=program)
 
-    async def score(self, prompts: Sequence[list[int]], first: Sequence[int]) -> list[Scored]:
-        async def one(index: int) -> Scored:
-            start = first[index]
-            after = max(start - 1, 0)
-            request = Generate(uuid.uuid4().hex, SCORES, ids=packed(prompts[index]), scored_after=after)
-            whole = joined([chunk async for chunk in self._engine.front.generate(request)])
-            if whole.finish == "abort":
-                raise WorkerError("the request was aborted; send it again")
-            return Scored([token.logprob for token in whole.prompt_logprobs[start - after :]], meta_of(whole, ()))
+        async def one(job: Generate) -> Chunk:
+            return joined([chunk async for chunk in front.generate(job)])
 
-        return await together(one, range(len(prompts)))
+        replies = await together(one, plan.jobs)
+        metas = [meta_of(reply, ()) for reply in replies]
+        return plan.read(replies), summed(metas)
+
+    async def end(self, program: str) -> None:
+        await self._engine.front.end_programs([program])
 
 
 def written(prompt: Prompt) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import inspect
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import anyio
 from anyio.from_thread import BlockingPortal
@@ -90,7 +90,7 @@ class Function:
     async def stream_async(self, *arguments: Any, backend: Any, **named: Any) -> AsyncIterator[State]:
         """`async with program.stream_async(...) as s`: the state while the program runs, for `s.text_async_iter()`.
         Leaving the block cancels what is left of it."""
-        run, state, body = self._prepared(backend_of(backend), arguments, named)
+        run, state, body = self._prepared(backend_of(backend), arguments, named, followed=True)
         task = asyncio.create_task(run.live(body))
         try:
             yield state
@@ -110,7 +110,7 @@ class Function:
             yield state
 
     def _prepared(
-        self, backend: Backend, arguments: Sequence[Any], named: Mapping[str, Any]
+        self, backend: Backend, arguments: Sequence[Any], named: Mapping[str, Any], *, followed: bool = False
     ) -> tuple[Run, State, Callable[[], Any]]:
         timeout: float | None = None if "timeout" in self._names else named.get("timeout")
         own = {name: value for name, value in named.items() if name in self._names}
@@ -118,7 +118,7 @@ class Function:
         if wrong := [name for name in asked if name not in KNOWN]:
             hint = did_you_mean(wrong[0], {*self._names, *KNOWN})
             raise ConfigError(f"{self.__name__} has no argument {wrong[0]!r}{hint}, nor has gen such a field")
-        run = Run(backend, checked_fields(asked), timeout)
+        run = Run(backend, checked_fields(asked), timeout, followed=followed)
         state = State(run)
         return run, state, partial(self.__wrapped__, state, *arguments, **{**self._bound, **own})
 
@@ -171,9 +171,14 @@ class Function:
         return waited(loop_of(found), partial(self.run_batch_async, batch, backend=found, **options))
 
 
-def function(program: Callable[..., Any]) -> Function:
-    """Makes a program of a function, or of a coroutine function, whose first argument is `s`."""
-    return Function(program)
+@overload
+def function(program: Callable[..., Any]) -> Function: ...
+@overload
+def function(program: None = None, *, num_api_spec_tokens: int | None = None) -> Callable[..., Function]: ...
+def function(program: Callable[..., Any] | None = None, *, num_api_spec_tokens: int | None = None) -> Any:
+    """Makes a program of a function, or of a coroutine function, whose first argument is `s`: `@function`, and
+    `@function()` with parentheses. `num_api_spec_tokens`, by which SGLang saves calls to paid APIs, changes nothing."""
+    return Function if program is None else Function(program)
 
 
 def shared_first(batch: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -9,6 +9,7 @@ import asyncio
 import contextvars
 import inspect
 import threading
+import uuid
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any
@@ -25,10 +26,15 @@ Body = Callable[[], Any]
 
 
 class Run:
-    """A run on `backend`; `defaults` are sampling fields of each gen. It lives in one event loop."""
+    """A run on `backend`; `defaults` are sampling fields of each gen. It lives in one event loop. `followed` says that
+    somebody outside of the program reads replies as they come."""
 
-    def __init__(self, backend: Backend, defaults: Mapping[str, Any], timeout: float | None) -> None:
+    def __init__(
+        self, backend: Backend, defaults: Mapping[str, Any], timeout: float | None, *, followed: bool = False
+    ) -> None:
         self.backend = backend
+        self.program = uuid.uuid4().hex  # by which the backend knows that calls belong together
+        self.followed = followed
         self.defaults = defaults
         self.usage = Usage()
         self.ended: BaseException | None = None  # why nothing more is done
@@ -87,6 +93,8 @@ class Run:
             raise first_failure(failures) from None
         finally:
             self.ended = why
+            with anyio.CancelScope(shield=True):
+                await self.backend.end(self.program)
             for tell in self._at_end:
                 tell(why)
 

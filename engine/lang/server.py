@@ -1,49 +1,49 @@
 """Programs call a server over HTTP: ours, or any with OpenAI's API.
 
-Replies come from /v1/completions and /v1/chat/completions, so the server's own template writes roles. A select asks
-our server for token ids (/tokenize) and for log-probabilities behind a cached prefix (/generate). What another server
-has no field for is refused before anything is sent. Left out: log-probabilities of replies, retries.
+Replies come from /v1/completions and /v1/chat/completions, so the server's own template writes roles; they are streamed
+where somebody follows them. A select asks our server once (/v1/choices). What another server has no field for is
+refused before anything is sent. Left out: log-probabilities of replies, retries.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import ExitStack, aclosing
+from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Any, Self
 
-import aiohttp
-import anyio.from_thread
+import anyio
 import msgspec
-from anyio.from_thread import BlockingPortal
 
-from engine.client.client import Client, changed
-from engine.client.events import Reading, refusal
+from engine.client.client import changed
+from engine.client.events import Reading
 from engine.errors import RequestError, WorkerError
-from engine.lang.backend import Backend, Piece, Scored
+from engine.lang.answers import Chosen, Decided, Whole
+from engine.lang.backend import Offer, Piece, Spoken
 from engine.lang.local import written
+from engine.lang.remote import Remote
 from engine.lang.transcript import Prompt
 from engine.lang.values import Meta
 from engine.params.sampling import CHAT, COMPLETIONS, SamplingParams
+from engine.runtime.choices import Scores
+from engine.runtime.decisions import Question
 
+MOST_ENDED = 1024  # programs that the server is told of at once
 OWNER = "engine"  # of the models that our server lists
 # What every server with OpenAI's API has a field for.
 COMMON = {"temperature", "top_p", "seed", "max_tokens", "stop", "presence_penalty", "frequency_penalty", "logit_bias"}
+STREAMED: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
 FORMATS = {"json_object", "json_schema", "strict_schema"}
 
 
-class Server(Client, Backend):
-    """A server at `url`. Use it as a context manager: with `async with` it lives in the running event loop, with `with`
-    in one of its own. The arguments are those of Client."""
+class Server(Remote):
+    """A server at `url`, used as any Remote; the arguments are those of Client."""
 
     def __init__(self, url: str, **options: Any) -> None:
         """Raises ConfigError for a URL without http:// or https://."""
         super().__init__(url, **options)
         self._owner = ""
-        self._stack = ExitStack()
-        self._portal: BlockingPortal | None = None
-
-    @property
-    def portal(self) -> BlockingPortal | None:
-        return self._portal
+        self._ended: list[str] = []  # programs that the server has not been told of
+        self._telling: asyncio.Task[None] | None = None
 
     @property
     def _ours(self) -> bool:
@@ -59,18 +59,13 @@ class Server(Client, Backend):
         self._owner = str(listed[0].get("owned_by", ""))
         return self
 
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            portal = stack.enter_context(anyio.from_thread.start_blocking_portal("asyncio", {"use_uvloop": True}))
-            stack.enter_context(portal.wrap_async_context_manager(self))
-            self._portal, self._stack = portal, stack.pop_all()
-        return self
-
-    def __exit__(
+    async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._portal = None
-        self._stack.close()
+        if self._telling is not None:
+            with anyio.CancelScope(shield=True):
+                await self._telling
+        await super().__aexit__(kind, error, trace)
 
     # ── what it can do ───────────────────────────────────────────────────────────────────────
 
@@ -96,10 +91,14 @@ class Server(Client, Backend):
 
     # ── calls ────────────────────────────────────────────────────────────────────────────────
 
-    async def reply(self, prompt: Prompt, params: SamplingParams, *, separate: bool) -> AsyncGenerator[Piece, None]:
+    async def reply(
+        self, prompt: Prompt, params: SamplingParams, *, separate: bool, stream: bool, program: str
+    ) -> AsyncGenerator[Piece, None]:
         path, body = self._request(prompt, params, separate)
+        if self._ours:
+            body["program"] = program
         reading = Reading("openai")
-        async with aclosing(self._events(path, body)) as events:
+        async with aclosing(self._said(path, body, stream=stream)) as events:
             async for data in events:
                 text = reading.take(data)
                 thought = reading.reasoning if separate else ""
@@ -109,13 +108,37 @@ class Server(Client, Backend):
         counts = reading.prompt_tokens, reading.cached_tokens, reading.completion_tokens
         yield Piece("", "", Meta(reading.finish, None, *counts))
 
+    async def _said(self, path: str, body: dict[str, Any], *, stream: bool) -> AsyncGenerator[bytes, None]:
+        """The events of a reply, or the whole of it."""
+        if not stream:
+            yield await self._ask(path, body)
+            return
+        async with aclosing(self._events(path, {**body, **STREAMED})) as events:
+            async for data in events:
+                yield data
+
+    async def answer(
+        self, prompt: Prompt, params: SamplingParams, offer: Offer, *, separate: bool, program: str
+    ) -> Spoken:
+        path, body = self._request(prompt, params, separate)
+        body |= {"tools": [tool.described for tool in offer.tools], "tool_choice": offer.choice}
+        if self._ours:
+            body["program"] = program
+        answer = await self._ask(path, body)
+        reading = Reading("openai")
+        text = reading.take(answer)
+        thought = reading.reasoning if separate else ""
+        calls = msgspec.json.decode(answer, type=Whole).calls
+        counts = reading.prompt_tokens, reading.cached_tokens, reading.completion_tokens
+        return Spoken(text[len(thought) :], thought, calls, Meta(reading.finish or "", None, *counts))
+
     def _request(self, prompt: Prompt, params: SamplingParams, separate: bool) -> tuple[str, dict[str, Any]]:
         """The path and the body of a request for one reply."""
         api = CHAT if prompt.messages else COMPLETIONS
         fields = {api.names.get(name, name): value for name, value in changed(params).items()}
         if not self._ours:
             fields = in_openai_words(fields)
-        body = {"model": self.model_name, "stream": True, "stream_options": {"include_usage": True}, **fields}
+        body: dict[str, Any] = {"model": self.model_name, **fields}
         if prompt.text is not None:
             return "/v1/completions", {**body, "prompt": prompt.text}
         body["messages"] = prompt.messages
@@ -123,38 +146,51 @@ class Server(Client, Backend):
             body |= {**written(prompt), "separate_reasoning": separate}
         return "/v1/chat/completions", body
 
-    async def ids(self, prompt: Prompt) -> list[int]:
+    async def scores(
+        self, prompt: Prompt, choices: Sequence[str], *, alone: bool, program: str
+    ) -> tuple[list[Scores], Meta]:
         said = {"prompt": prompt.text} if prompt.text is not None else {"messages": prompt.messages, **written(prompt)}
-        found: list[int] = (await self._ask("/tokenize", said))["tokens"]
-        return found
+        body = {"model": self.model_name, **said, "choices": choices, "alone": alone, "program": program}
+        answer = msgspec.json.decode(await self._ask("/v1/choices", body), type=Chosen)
+        usage = answer.usage
+        return answer.choices, Meta("length", None, usage.prompt_tokens, usage.cached_tokens)
 
-    async def score(self, prompts: Sequence[list[int]], first: Sequence[int]) -> list[Scored]:
-        body = {
-            "input_ids": prompts,
-            "sampling_params": {"max_new_tokens": 0},
-            "return_logprob": True,
-            "logprob_start_len": first,
-        }
-        metas = [reply["meta_info"] for reply in await self._ask("/generate", body)]
-        return [
-            Scored(
-                [token[0] for token in meta["input_token_logprobs"]],
-                Meta("length", None, meta["prompt_tokens"], meta["cached_tokens"]),
-            )
-            for meta in metas
+    async def decide(
+        self, messages: Sequence[dict[str, Any]], question: Question, *, program: str
+    ) -> tuple[list[float], Meta]:
+        body = {"model": self.model_name, "input": messages, "questions": [in_openai_question(question)]}
+        if self._ours:
+            body["program"] = program
+        answer = msgspec.json.decode(await self._ask("/v1/decisions", body), type=Decided)
+        (found,), usage = answer.answers, answer.usage
+        meta = Meta("length", None, usage.input_tokens, usage.input_tokens_details.cached_tokens)
+        return [found.probability, 1 - found.probability] if found.probability is not None else found.shares, meta
+
+    async def end(self, program: str) -> None:
+        if not self._ours:
+            return
+        self._ended.append(program)
+        if self._telling is None or self._telling.done():
+            self._telling = asyncio.create_task(self._tell_ended())
+
+    async def _tell_ended(self) -> None:
+        """Tell the server of all programs that have ended; those that end meanwhile are told together."""
+        while self._ended:
+            ended, self._ended = self._ended[:MOST_ENDED], self._ended[MOST_ENDED:]
+            with suppress(RequestError, WorkerError):  # it forgets them by itself, later
+                await self._ask("/v1/programs/end", {"programs": ended})
+
+
+def in_openai_question(question: Question) -> dict[str, Any]:
+    """`question` as /v1/decisions takes it."""
+    said: dict[str, Any] = {"type": question.kind, "instructions": question.instructions}
+    if question.kind != "predicate":
+        name, key = ("choices", "value") if question.kind == "choice" else ("levels", "label")
+        said[name] = [
+            {key: option.text, **({"description": option.description} if option.description else {})}
+            for option in question.options
         ]
-
-    async def _ask(self, path: str, body: dict[str, Any]) -> Any:
-        """The whole answer. Raises RequestError for an error answer."""
-        headers = {"Content-Type": "application/json"}
-        try:
-            async with self._http.post(self.url + path, data=msgspec.json.encode(body), headers=headers) as response:
-                answer = await response.read()
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise WorkerError(f"{self.url}{path} did not answer: {error or type(error).__name__}") from None
-        if response.status != 200:
-            raise RequestError(refusal(answer), status=response.status)
-        return msgspec.json.decode(answer)
+    return said
 
 
 def in_openai_words(fields: dict[str, Any]) -> dict[str, Any]:

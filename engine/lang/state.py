@@ -5,7 +5,7 @@
 
 Appending returns at once, so a program goes on until it reads a value that has not come, and forks run at once. A step
 that fails ends the state: its variables, and those of steps behind it, raise the error where they are read, with the
-line of the program that made the step. Left out: the group of forks (forks.py), tools, images.
+line of the program that made the step. Left out: the group of forks (forks.py).
 """
 
 import asyncio
@@ -19,14 +19,15 @@ from typing import Any, Self, TypeVar
 from msgspec import Struct
 
 from engine.errors import ProgramError, did_you_mean
-from engine.lang.calls import chosen, generated
-from engine.lang.expressions import Appended, Gen, Role, RoleBegin, RoleEnd, Select, several
+from engine.lang.calls import Replies, chosen, decided, generated, with_tools
+from engine.lang.expressions import Appended, Decide, Gen, Role, RoleBegin, RoleEnd, Select, Shown, several
 from engine.lang.run import Run
-from engine.lang.transcript import Transcript
+from engine.lang.transcript import Prompt, Transcript
 from engine.lang.values import Feed, Meta, Usage, Variable
 
 Value = TypeVar("Value")
 REASONING = "_reasoning_content"
+CALLS = "_calls"
 OURS = ("engine.lang", "contextlib")  # modules whose lines are not the program's
 
 
@@ -68,10 +69,12 @@ class Sequential:
         place = line()
         for part in several(expression).parts:
             makes: tuple[Variable, ...] = ()
-            if isinstance(part, Gen | Select) and part.name is not None:
+            if isinstance(part, Gen | Select | Decide) and part.name is not None:
                 makes = (self._declare(part.name, place),)
                 if isinstance(part, Gen) and part.separate:
                     makes += (self._declare(part.name + REASONING, place),)
+                if isinstance(part, Gen) and part.tools:
+                    makes += (self._declare(part.name + CALLS, place),)
             self._do(part, place, makes)
         return self
 
@@ -269,16 +272,32 @@ class Sequential:
                 self._say(text)
             case RoleBegin(role):
                 self._transcript.begin(role)
+            case Shown(part):
+                self._transcript.show(part)
             case RoleEnd(role):
                 self._transcript.end(role)
             case Gen() as gen:
                 await self._generate(gen, step.makes)
+            case Decide() as decide:  # beside all others: nothing of it is in the text
+                prompt, (variable,) = self._transcript.so_far(), step.makes
+                self._run.start(lambda: self._decide(decide, prompt, variable))
             case Select() as select:
-                choice, meta = await chosen(self._run.backend, self._transcript.prompt(), select)
+                choice, meta = await chosen(self._run.backend, self._transcript.prompt(), select, self._run.program)
                 self._run.usage.add(meta, len(select.choices) * (2 if select.method.needs_alone else 1))
                 self._say(choice)
                 for variable in step.makes:
                     variable.set(choice, meta)
+
+    async def _decide(self, decide: Decide, prompt: Prompt, variable: Variable) -> None:
+        try:
+            decision, meta = await decided(self._run.backend, prompt, decide, self._run.program)
+        except Exception as error:
+            failure = ProgramError(f"{variable.place}: {error}")
+            failure.__cause__ = error
+            variable.fail(failure)
+            return
+        self._run.usage.add(meta)
+        variable.set(decision, meta)
 
     def _say(self, text: str) -> None:
         self._transcript.say(text)
@@ -291,10 +310,26 @@ class Sequential:
                 makes[0].feed.put(piece)
 
         params = gen.params(self._run.defaults)
-        made = await generated(self._run.backend, self._transcript.prompt(), gen, params, tell)
+        if gen.tools:
+            made = await with_tools(self._run.backend, self._transcript, gen, params, self._run.program)
+            tell(made.texts[0])
+            self._made(gen, makes, made)
+            return
+        stream = self._run.followed or self._feed.followed or any(each.feed.followed for each in makes)
+        made = await generated(
+            self._run.backend, self._transcript.prompt(), gen, params, tell, stream=stream, program=self._run.program
+        )
+        self._made(gen, makes, made)
+
+    def _made(self, gen: Gen, makes: tuple[Variable, ...], made: Replies) -> None:
+        """The replies to `gen` are there."""
         self._run.usage.add(made.meta, gen.n)
         self._transcript.say(made.texts[0])
-        for variable, values in zip(makes, (made.texts, made.thoughts), strict=False):
+        for variable in makes:
+            if gen.tools and variable.name == f"{gen.name}{CALLS}":
+                variable.set(made.calls, made.meta)
+                continue
+            values = made.thoughts if gen.separate and variable.name == f"{gen.name}{REASONING}" else made.texts
             variable.set(values if gen.n > 1 else values[0], made.meta)
 
     def _reached(self) -> Future[None]:

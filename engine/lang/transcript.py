@@ -1,15 +1,18 @@
 """What a program has said so far: plain text, or messages of a chat, and what of it is the next prompt.
 
 A program has one or the other. The chat template of the served model writes messages where the prompt is made
-(backend.py), so nothing here knows of tokens. Pure logic. Left out: images, tools.
+(backend.py), so nothing here knows of tokens. Pure logic.
 """
 
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NoReturn
 
 from msgspec import Struct
 
 from engine.errors import ProgramError
 from engine.lang.expressions import Role
+from engine.lang.tools import ToolCall
 
 
 class Prompt(Struct, frozen=True):
@@ -20,12 +23,22 @@ class Prompt(Struct, frozen=True):
     messages: tuple[dict[str, Any], ...] = ()
     begun: bool = False
 
-    def with_(self, more: str) -> "Prompt":
-        """The prompt with `more` said behind it."""
-        if self.text is not None:
-            return Prompt(self.text + more)
-        *before, last = self.messages if self.begun else (*self.messages, {"role": "assistant", "content": ""})
-        return Prompt(None, (*before, {**last, "content": last["content"] + more}), True)
+
+class Said(Struct):
+    """One message: texts and media in their order, and what OpenAI's messages have besides."""
+
+    role: str
+    pieces: list[str | dict[str, Any]]
+    extra: dict[str, Any] = {}
+
+    def written(self) -> dict[str, Any]:
+        """In OpenAI's shape; a content of text alone is one text."""
+        parts: list[Any] = []
+        for is_text, run in groupby(self.pieces, key=lambda piece: isinstance(piece, str)):
+            pieces = list(run)
+            parts += [{"type": "text", "text": "".join(map(str, pieces))}] if is_text else pieces
+        content = "".join(map(str, self.pieces)) if all(part["type"] == "text" for part in parts) else parts
+        return {"role": self.role, "content": content, **self.extra}
 
 
 class Transcript:
@@ -33,7 +46,7 @@ class Transcript:
 
     def __init__(self) -> None:
         self.role: Role | None = None
-        self._messages: list[tuple[Role, list[str]]] = []
+        self._messages: list[Said] = []
         self._plain: list[str] = []
         self.length = 0  # characters
 
@@ -41,7 +54,7 @@ class Transcript:
         """Another that goes on from here."""
         made = Transcript()
         made.role, made.length, made._plain = self.role, self.length, list(self._plain)
-        made._messages = [(role, list(pieces)) for role, pieces in self._messages]
+        made._messages = [Said(each.role, list(each.pieces), each.extra) for each in self._messages]
         return made
 
     # ── what is said ─────────────────────────────────────────────────────────────────────────
@@ -51,11 +64,30 @@ class Transcript:
         if not text:
             return
         if self.role is not None:
-            self._messages[-1][1].append(text)
+            self._messages[-1].pieces.append(text)
         elif self._messages:
             self._stray(f"the text {text[:40]!r}")
         else:
             self._plain.append(text)
+        self.length += len(text)
+
+    def show(self, part: dict[str, Any]) -> None:
+        """Show a picture or a clip. Raises ProgramError outside of a message of the user's."""
+        if self.role != "user":
+            where = "outside of any role" if self.role is None else f"in a message of the {self.role}"
+            raise ProgramError(f"a picture or a clip stands {where}; put it into user(...)")
+        self._messages[-1].pieces.append(part)
+
+    def called(self, text: str, calls: Sequence[ToolCall], results: Sequence[str]) -> None:
+        """The assistant has called tools, and these have returned `results`; then it speaks on, in a new message."""
+        spoken = self._messages[-1]
+        assert spoken.role == "assistant" and not spoken.pieces, "whoever calls tools has said nothing before"
+        spoken.pieces = [text] if text else []
+        spoken.extra = {"tool_calls": [call.written() for call in calls]}
+        self._messages += [
+            Said("tool", [result], {"tool_call_id": call.id}) for call, result in zip(calls, results, strict=True)
+        ]
+        self._messages.append(Said("assistant", []))
         self.length += len(text)
 
     def begin(self, role: Role) -> None:
@@ -67,7 +99,7 @@ class Transcript:
                 f"a message of the {role} comes behind text outside of any role; put the text into a role, too"
             )
         self.role = role
-        self._messages.append((role, []))
+        self._messages.append(Said(role, []))
 
     def end(self, role: Role) -> None:
         """The message ends. Raises ProgramError where it is none of `role`."""
@@ -81,12 +113,18 @@ class Transcript:
     @property
     def text(self) -> str:
         """All that was said, without what a template puts around messages."""
-        return "".join(self._plain) + "".join(piece for _, pieces in self._messages for piece in pieces)
+        said = (piece for each in self._messages if each.role != "tool" for piece in each.pieces)
+        return "".join(self._plain) + "".join(piece for piece in said if isinstance(piece, str))
 
     @property
     def messages(self) -> list[dict[str, Any]]:
         """In OpenAI's shape; none of plain text."""
-        return [{"role": role, "content": "".join(pieces)} for role, pieces in self._messages]
+        return [each.written() for each in self._messages]
+
+    def so_far(self) -> Prompt:
+        """All that was said, whoever speaks next."""
+        said = [each for each in self._messages if each.pieces or each.extra]
+        return Prompt(None, tuple(each.written() for each in said)) if said else Prompt("".join(self._plain))
 
     def prompt(self) -> Prompt:
         """What a reply goes on from here. Raises ProgramError where the assistant does not speak."""

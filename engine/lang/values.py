@@ -5,12 +5,13 @@ what makes them (state.py).
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 from threading import Lock
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 
@@ -25,6 +26,15 @@ class Meta(Struct, frozen=True):
     completion_tokens: int = 0
     logprobs: tuple[Any, ...] = ()
     scores: tuple[Any, ...] = ()
+
+
+COUNTS = ("prompt_tokens", "cached_tokens", "completion_tokens")
+
+
+def summed(metas: Sequence[Meta]) -> Meta:
+    """The first, with the tokens of all."""
+    totals = {name: sum(getattr(meta, name) for meta in metas) for name in COUNTS}
+    return msgspec.structs.replace(metas[0], **totals)
 
 
 class Usage(Struct):
@@ -43,6 +53,16 @@ class Usage(Struct):
         self.completion_tokens += meta.completion_tokens
 
 
+class Decision(Struct, frozen=True):
+    """The answer to a `decide`: the likeliest of what was offered (True or False of a statement), how likely it is, and
+    what each of them is. Of levels, `score` is the mean of their places, the lowest is 0."""
+
+    answer: Any
+    confidence: float
+    probabilities: dict[Any, float]
+    score: float | None = None
+
+
 class Feed:
     """Pieces of a text as they come, for any number of readers; each gets them from the first. The event loop alone
     puts them."""
@@ -52,6 +72,11 @@ class Feed:
         self._ended = False
         self._readers: list[Callable[[str | None], None]] = []
         self._lock = Lock()
+
+    @property
+    def followed(self) -> bool:
+        """Whether anybody reads it as it comes."""
+        return bool(self._readers)
 
     def put(self, piece: str) -> None:
         """The next piece."""

@@ -55,7 +55,7 @@ from engine.messages.fronts import (
 )
 from engine.messages.nodes import Attach, Bye, EndRanks, Join, RankEnded, StartRanks, TurnedAway, Welcome
 from engine.messages.reply import Failed, Tokens
-from engine.messages.request import Abort, Admit, Job, Open, StopHit
+from engine.messages.request import Abort, Admit, EndPrograms, Job, Open, StopHit
 from engine.messages.sessions import EndSession, ListSessions
 from engine.messages.step import StepDone, StepPlan
 from engine.messages.text import Retired, TextAnswer, TextBoot, TextWork
@@ -66,7 +66,7 @@ FromTextProcess = TextAnswer | Failed | Retired | Fatal
 ToTokenizer = Job | Abort | WorkerReady
 ToWorker = Boot | Preload | Agreed | StepPlan | Load | Drop | Move | Ask | Ping
 FromWorker = Proposed | WorkerReady | StepDone | Loaded | Moved | Answer | Pong | Beat | Fatal
-FromFront = Admit | Abort | StopHit | Flush | Pause | Ask | FollowCache | ListSessions | EndSession
+FromFront = Admit | Abort | StopHit | EndPrograms | Flush | Pause | Ask | FollowCache | ListSessions | EndSession
 FromExecutor = StepDone | Loaded | Moved | Answer | WorkerReady | WorkerLost | WorkerSilent | Fatal
 ToScheduler = FromFront | FrontLost | FromExecutor | Made
 ToExecutor = StepPlan | Load | Drop | Move | Ask | Reset

@@ -17,7 +17,7 @@ class Generate(Message, frozen=True):
     Where `sampling.max_tokens` is None, `default_max_tokens` bounds the reply if there is that much room; where that is
     None too, the model's own default does. Requests
     share cached prefixes with those of the same `cache_salt` alone. With `echo` the reply's text begins with the
-    prompt.
+    prompt. It is a call of `program`, if that is not empty.
     """
 
     rid: str
@@ -44,6 +44,7 @@ class Generate(Message, frozen=True):
     # What comes before may be cached.
     scored_after: int = 0
     session: SessionUse | None = None
+    program: str = ""
 
     @property
     def grammar(self) -> Grammar | None:
@@ -93,7 +94,9 @@ class Admit(Message, frozen=True):
     The prompt's log-probabilities, where asked for, are those of the tokens after the position `scored_after`.
 
     `keys` (int32, one an id) is what prefixes are shared by, where that is not the ids themselves (cache/keys.py).
-    `blocks` are what a router knows the prompt by, where routers are told of the cache."""
+    `blocks` are what a router knows the prompt by, where routers are told of the cache.
+
+    Calls of one `program` are admitted together, and what they have computed is kept for it."""
 
     rid: str
     ids: bytes
@@ -107,12 +110,19 @@ class Admit(Message, frozen=True):
     scored_after: int = 0
     blocks: Blocks | None = None
     session: SessionUse | None = None
+    program: str = ""
 
 
 class Abort(Message, frozen=True):
     """http → tokenizer → scheduler: end `rid` now, freeing its pages; unknown ids are ignored."""
 
     rid: str
+
+
+class EndPrograms(Message, frozen=True):
+    """http → scheduler: no more calls of these programs will come; unknown ones are ignored."""
+
+    programs: tuple[str, ...]
 
 
 class StopHit(Message, frozen=True):

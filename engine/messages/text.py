@@ -18,7 +18,8 @@ class Prepare(Message, frozen=True):
 
 class Tokenize(Message, frozen=True):
     """anyone → text process: the token ids of `text`, or of `messages` as the chat template writes them with `options`
-    (those of Text.render_chat). More than `most` tokens are refused; with `names` each token's text is told as well."""
+    (those of Text.render_chat). More than `most` tokens are refused; with `names` each token's text is told as well.
+    The ids are also told with each of `endings` behind the text, or behind the beginning of the assistant's message."""
 
     text: str | None = None
     messages: list[ChatMessage] | None = None
@@ -26,6 +27,7 @@ class Tokenize(Message, frozen=True):
     special: bool = False
     names: bool = False
     most: int = 1 << 20
+    endings: tuple[str, ...] = ()
 
 
 class Detokenize(Message, frozen=True):
@@ -51,10 +53,11 @@ class Prepared(Message, frozen=True):
 
 
 class Tokenized(Message, frozen=True):
-    """text process → whoever asked: the answer to a Tokenize; `ids` are int32."""
+    """text process → whoever asked: the answer to a Tokenize; `ids`, and those of each ending, are int32."""
 
     ids: bytes
     names: list[str] | None = None
+    ended: tuple[bytes, ...] = ()
 
 
 class Detokenized(Message, frozen=True):

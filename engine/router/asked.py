@@ -18,7 +18,7 @@ from engine.router.policy import Arrival
 
 MOST_READ: Final = 4 * 2**20  # bytes of a body: 10 to 20 ms
 SESSION_HEADERS: Final = ("X-Session-Id", "X-Program-Id")
-SESSION_FIELDS: Final = ("session_id", "prompt_cache_key")
+NAMES: Final = ("session_id", "program", "prompt_cache_key")  # fields that name one
 RESPONSE: Final = re.compile(r"/v1/responses/([^/]+)(?:/.*)?")
 INT32: Final = 2**31 - 1
 CACHED: Final = re.compile(rb'"(?:cached_tokens|cache_read_input_tokens)"\s*:\s*(\d+)')
@@ -46,7 +46,7 @@ def read_asked(request: web.Request, body: bytes, path: str = "") -> Asked:
     if fields:
         text = arrival_text(path, fields)
     session = next((request.headers[name] for name in SESSION_HEADERS if name in request.headers), "")
-    program = session or next(filter(None, (_text(fields, name) for name in SESSION_FIELDS)), "") or _session_of(fields)
+    program = session or next(filter(None, (_text(fields, name) for name in NAMES)), "") or _session_of(fields)
     priority = fields.get("priority")
     found = RESPONSE.fullmatch(path)
     named = found[1] if found is not None and found[1] != "input_tokens" else ""

@@ -27,6 +27,7 @@ PATHS = (
     *("/flush_cache", "/pause_generation", "/continue_generation", "/start_profile", "/stop_profile"),
     *("/expert_distribution/start", "/expert_distribution/stop", "/reset_prefix_cache", "/pause", "/resume", "/sleep"),
     *("/wake_up", "/release_memory_occupation", "/resume_memory_occupation", "/update_weights_from_disk"),
+    "/v1/programs/end",
 )
 
 

@@ -8,7 +8,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import anyio
@@ -22,7 +22,7 @@ from engine.messages.cache import CacheChanges, FollowCache
 from engine.messages.control import Answer, Ask, Fatal, Flush, Flushed, Pause, Stats, WorkerReady
 from engine.messages.questions import Question, Value
 from engine.messages.reply import Chunk
-from engine.messages.request import Abort, Generate, Job
+from engine.messages.request import Abort, EndPrograms, Generate, Job
 from engine.messages.sessions import EndSession, KeptSession, ListSessions
 from engine.runtime.board import Board, Counter
 from engine.runtime.channel import Outbox, Receiver, Sender
@@ -217,6 +217,10 @@ class Front(Readiness):
         for box in boxes:
             self._tokenizer.send_nowait(Abort(box.key))
         return len(boxes)
+
+    async def end_programs(self, programs: Sequence[str]) -> None:
+        """No more calls of these programs will come, so nothing is kept for them."""
+        await self._scheduler.send(EndPrograms(tuple(programs)))
 
     async def flush(self) -> Flushed:
         """Forget the cached prefixes that nothing uses."""

@@ -119,7 +119,7 @@ class Scheduler:
             "waiting": len(self._queue),
             "pages": self._pool.size,
             "pages_free": self._pool.free_pages,
-            "pages_cached": self._tree.evictable,
+            "pages_cached": self._tree.evictable + self._pages.pins.pages,
             "prompt_tokens_total": self._prompt_tokens,
             "cached_tokens_total": self._cached_tokens,
             "generated_tokens_total": self._generated_tokens,
@@ -185,6 +185,10 @@ class Scheduler:
         """Forget cached prefixes that no running request uses: pages freed, and pages still in use."""
         return self._pages.flush()
 
+    def end_program(self, program: str) -> None:
+        """No more calls of `program` will come: nothing is kept for it."""
+        self._pages.pins.end(program)
+
     # ── a step's plan ────────────────────────────────────────────────────────────────────────
 
     def plan(self, now: float = 0.0) -> StepPlan | None:
@@ -246,7 +250,7 @@ class Scheduler:
         """Find the pages that running rows need next. Who must give way does so before any row is planned."""
         while short := self._decoding.short():
             missing = [pages_for(tokens, self.page_size) - len(request.pages) for request, tokens in short]
-            if sum(missing) <= self._pages.available:
+            if self._pages.has(sum(missing)):
                 break
             self._retract(self._cheapest())
         else:
@@ -390,7 +394,7 @@ class Scheduler:
         if request.row >= 0:
             self._lanes.of(request).leave(request)
         known = min(request.computed, len(request.ids))
-        self.places.free(request, known if end is None else min(known, end))
+        self.places.free(request, known if end is None else min(known, end), self._now)
         self._free_slots.append(request.slot)
         self._prefilling.pop(request.rid, None)
         self._ending.pop(request.rid, None)
@@ -422,7 +426,7 @@ class Scheduler:
         """As check_integrity, of what runs here alone."""
         running = list(self.running_requests())
         self._pages.check_integrity()
-        check_pages(self._tree, self._pool, running, self._pages.tiers)
+        check_pages(self._pages, running)
         check_slots(self.slots, self._free_slots, self._stop_ids, running)
         assert all(request.computed < len(request.ids) for request in self._prefilling.values())
         self._lanes.check_integrity(self.page_size, idle=not self._in_flight)

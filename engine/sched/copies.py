@@ -145,6 +145,11 @@ class Copies:
         for copy in self.copies:
             copy.retract_all()
 
+    def end_program(self, program: str) -> None:
+        """As Scheduler.end_program."""
+        for copy in self.copies:
+            copy.end_program(program)
+
     # ── a step's plan ────────────────────────────────────────────────────────────────────────
 
     def plan(self, now: float = 0.0) -> StepPlan | None:

@@ -3,28 +3,29 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from engine.cache.pool import PagePool
-from engine.cache.radix import Node, RadixTree
-from engine.cache.tiers import Tiers
+from engine.cache.pages import CachePages
+from engine.cache.radix import Node
 from engine.sched.request import Request
 
 
-def check_pages(tree: RadixTree, pool: PagePool, running: Sequence[Request], tiers: Tiers | None = None) -> None:
-    """Assert that each page is free, in the tree or one of the `running` requests' own, and each lock one's of them.
-    Moves between `tiers` may have pages and locks as well."""
+def check_pages(pages: CachePages, running: Sequence[Request]) -> None:
+    """Assert that each of `pages` is free, in the tree or one of the `running` requests' own, and each lock one's of
+    them or of something pinned. Moves between tiers may have pages and locks as well."""
+    tree, pool, tiers = pages.tree, pages.pool, pages.tiers
     tree.check_integrity()
     moving = [] if tiers is None else tiers.own_pages()
     pool.check_integrity(
         [node.pages for node in tree.nodes()] + [request.pages[request.shared :] for request in running] + moving
     )
     locks: Counter[Node] = Counter()
-    ends = [] if tiers is None else list(tiers.nodes())
+    ends = [*pages.pins.nodes(), *([] if tiers is None else tiers.nodes())]
     for request in running:
         shared = [] if request.node is None else tree.path(request.node)
         assert shared == request.pages[: request.shared], f"{request.rid} strays from the tree"
         if request.node is not None:
             ends.append(request.node)
-    for node in ends:
+    for end in ends:
+        node: Node | None = end
         while node is not None and node.parent is not None:
             locks[node] += 1
             node = node.parent

@@ -41,6 +41,7 @@ class Request:
     stop_ids: frozenset[int]
     salt: bytes  # its prefix is shared with requests of the same salt alone
     bound: tuple[Bound, ...]  # its needs, met
+    program: str = ""  # whose call it is, if it is one's
     front: int = 0  # that has sent it
     use: SessionUse | None = None  # the session that it is of,
     session: Session | None = None  # which lives while it runs
@@ -89,6 +90,7 @@ class Request:
             salt=admit.cache_salt.encode(),
             bound=bound,
             use=admit.session,
+            program=admit.program,
             scored=admit.scored_after if asks else NEVER,
         )
 

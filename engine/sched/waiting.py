@@ -1,11 +1,11 @@
 """The waiting queue: kept by priority and arrival, offered in the order of a policy.
 
-Higher priority goes first under every policy; a policy orders within a priority. Only the head of the queue is
-offered, so that a step's cost does not grow with the queue.
+Higher priority goes first under every policy; a policy orders within a priority, and calls of one program that wait
+go together. Only the head of the queue is offered, so that a step's cost does not grow with the queue.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from engine.plugin.specs import Policy, Waiting
 from engine.sched.request import Request, rank
@@ -51,9 +51,19 @@ class WaitingQueue:
         else:
             matched = [0] * len(head)
         order = [head[index] for index in self._policy.order(self._views[:OFFERED], matched)]
+        if any(request.program for request in head):
+            order = together(order)
         if head[0].priority != head[-1].priority:
             order.sort(key=lambda request: -request.priority)
         return order
+
+
+def together(order: Sequence[Request]) -> list[Request]:
+    """`order`, with the calls of a program right behind its first."""
+    groups: dict[object, list[Request]] = {}
+    for request in order:
+        groups.setdefault(request.program or request, []).append(request)
+    return [request for group in groups.values() for request in group]
 
 
 def _view(request: Request) -> Waiting:

@@ -9,12 +9,13 @@ from typing import Any
 import msgspec
 
 from engine.actors.tokenizer import Admission
-from engine.conversation.parts import Message
+from engine.conversation.parts import Message, said
 from engine.conversation.parts import Text as TextPart
 from engine.errors import RequestError, counted
 from engine.messages.request import Embed, Generate
 from engine.messages.text import Detokenize, Detokenized, Prepare, Prepared, TextAnswer, TextJob, Tokenize, Tokenized
-from engine.text.tokenizer import Text
+from engine.text.endings import MARGIN
+from engine.text.tokenizer import Prompt, Text
 
 LARGE = 20_000  # characters: a larger job is not done in the event loop, where it would hold up others
 A_MESSAGE = 100  # characters that cost as much as rendering one message
@@ -34,17 +35,43 @@ def perform(admission: Admission, job: TextJob) -> TextAnswer:
 
 
 def _tokenized(text: Text, job: Tokenize) -> Tokenized:
-    if job.messages is None:
-        ids = text.encode(job.text or "", job.special, most=job.most)
-    else:
-        ids = text.encode_chat(job.messages, special=job.special, most=job.most, **job.options)
-    if len(ids) > job.most:
+    prompts = _prompts(text, job)
+    ids, *ended = text.encode_alike(prompts)
+    if len(longest := max((ids, *ended), key=len)) > job.most:
         raise RequestError(
-            f"the prompt has {counted(len(ids), 'token')}, and at most {job.most} are taken; send it in parts",
+            f"the prompt has {counted(len(longest), 'token')}, and at most {job.most} are taken; send it in parts",
             param="prompt",
             code="context_length_exceeded",
         )
-    return Tokenized(array("i", ids).tobytes(), [text.token(id) for id in ids] if job.names else None)
+    names = [text.token(id) for id in ids] if job.names else None
+    return Tokenized(array("i", ids).tobytes(), names, tuple(array("i", each).tobytes() for each in ended))
+
+
+def _prompts(text: Text, job: Tokenize) -> list[Prompt]:
+    """What `job` asks for the tokens of, and the same with each ending. Where a chat template writes the first ending
+    as it is, others that neither begin nor end with a space are not written out again: there may be hundreds."""
+    before = _prompt(text, job)
+    made = [before]
+    as_it_is = False
+    for ending in job.endings:
+        if as_it_is and ending.strip() == ending:
+            made.append(msgspec.structs.replace(before, text=before.text + ending))
+        else:
+            made.append(_prompt(text, job, ending))
+            as_it_is = as_it_is or made[-1].text == before.text + ending
+    return made
+
+
+def _prompt(text: Text, job: Tokenize, ending: str = "") -> Prompt:
+    """What `job` asks for the tokens of, with `ending` behind it."""
+    if job.messages is None:
+        return text.prompt((job.text or "") + ending, job.special, most=job.most)
+    messages, options = job.messages, job.options
+    if ending:
+        *before, last = messages if options.get("continue_final_message") else (*messages, said("assistant", ""))
+        messages = [*before, msgspec.structs.replace(last, parts=(*last.parts, TextPart(ending)))]
+        options = {**options, "add_generation_prompt": False, "continue_final_message": True}
+    return text.conversation(messages, special=job.special, most=job.most, **options)
 
 
 def _detokenized(text: Text, job: Detokenize) -> Detokenized:
@@ -69,9 +96,11 @@ def size_of(job: TextJob) -> int:
         case Prepare(Embed() as request):
             return len(request.text or "") + _ids(request.ids)
         case Tokenize():
+            endings = sum(map(len, job.endings)) + MARGIN * len(job.endings)
             if job.messages is not None:
-                return _conversation(job.messages, job.options.get("tools"), job.options.get("chat_template"))
-            return len(job.text or "")
+                size = _conversation(job.messages, job.options.get("tools"), job.options.get("chat_template"))
+                return size + endings + A_MESSAGE * len(job.messages) * len(job.endings)
+            return len(job.text or "") + endings
         case Detokenize():
             return len(job.ids) // 4
     raise AssertionError(f"{type(job).__name__} is no job")

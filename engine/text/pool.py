@@ -17,15 +17,16 @@ from contextlib import suppress
 
 import anyio
 import anyio.abc
+import anyio.to_thread
 import msgspec
 
-from engine.actors.tokenizer import Admission
+from engine.actors.tokenizer import AT_ONCE, Admission
 from engine.config import Config
 from engine.errors import RequestError
 from engine.messages import FromTextProcess
 from engine.messages.control import Fatal
 from engine.messages.reply import Failed
-from engine.messages.text import Retired, TextAnswer, TextBoot, TextJob, TextWork
+from engine.messages.text import Retired, TextAnswer, TextBoot, TextJob, TextWork, Tokenize
 from engine.runtime.actor import first_failure
 from engine.runtime.channel import Frames, Receiver, Sender, channel
 from engine.runtime.process import Child, Start, spawn
@@ -118,11 +119,14 @@ class TextPool:
         return size_of(job) > LARGE
 
     async def ask(self, job: TextJob) -> TextAnswer:
-        """The answer to `job`; a small one is done before this returns to the event loop.
+        """The answer to `job`; a small one is done before this returns to the event loop, or in a thread if it has
+        endings, whose programs send many.
 
         Raises RequestError if it cannot be done as requested (400), or not now (503)."""
         size = size_of(job)
         if size <= LARGE:
+            if isinstance(job, Tokenize) and job.endings and size > AT_ONCE:
+                return await anyio.to_thread.run_sync(perform, self.admission, job)
             return perform(self.admission, job)
         if len(self._queue) >= MOST_WAITING or self._held + size > MOST_HELD:
             raise RequestError(

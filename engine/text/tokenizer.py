@@ -32,6 +32,7 @@ from engine.text.decoding import (
     is_byte_level,
     special_ids,
 )
+from engine.text.endings import encoded
 
 OPENAI_DEFAULTS = SamplingDefaults()
 TOOL_USE = "tool_use"  # the name of the template for conversations with tools
@@ -187,6 +188,15 @@ class Text:
             encodings = self.spec.tokenizer.encode_batch_fast(texts, add_special_tokens=special) if texts else ()
             made |= {index: encoding.ids for index, encoding in zip(chosen, encodings, strict=True)}
         return [made[index] for index in range(len(prompts))]
+
+    def encode_alike(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of each; all but the first begin with nearly all of it, which is encoded once."""
+        first = prompts[0]
+        lossless = self._width is not None
+        made = encoded(
+            self.spec.tokenizer, [prompt.text for prompt in prompts], special=first.special, lossless=lossless
+        )
+        return [self.finished(prompt, ids)[0] for prompt, ids in zip(prompts, made, strict=True)]
 
     def finished(self, prompt: Prompt, ids: list[int]) -> tuple[list[int], Runs]:
         """`ids`, which the tokenizer has made of `prompt`, with what the tokenizer does not know of.

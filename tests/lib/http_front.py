@@ -92,6 +92,7 @@ class FakeFront:
         self.closed = anyio.Event()
         self.open: set[str] = set()
         self.aborted: list[str | None] = []
+        self.ended: list[str] = []  # programs
         self._pumps: dict[Mailbox, asyncio.Task[None]] = {}
 
     @property
@@ -142,6 +143,9 @@ class FakeFront:
         finally:
             self.open.discard(request.rid)
             self.closed.set()
+
+    async def end_programs(self, programs: Sequence[str]) -> None:
+        self.ended += programs
 
     def abort(self, rid: str | None) -> int:
         self.aborted.append(rid)

@@ -128,3 +128,37 @@ def test_the_extraction(engine: Engine) -> None:
     example = runpy.run_path(str(EXAMPLES / "extraction.py"))
     s = example["people"].run(example["TEXTS"][:2], backend=engine, temperature=0)
     assert [json.loads(text) for text in s["person"]] == [{"name": "Maria", "age": 34}, {"name": "Tom", "age": 52}]
+
+
+def test_the_tree_of_thought(engine: Engine) -> None:
+    example = runpy.run_path(str(EXAMPLES / "tree_of_thought.py"))
+    s = example["solve"].run(example["QUESTION"], 2, 1, backend=engine, temperature=0.7)
+    first, second = s["found"]
+    assert first[0] >= second[0] and first[2] != second[2]
+    assert all(answer in (" yes", " no") for _, answer, _, _ in s["found"])
+    assert s.usage.calls == 2 + 2 + 2 * 2 and s.usage.cached_tokens > 0.8 * s.usage.prompt_tokens
+
+
+def test_the_agent_and_its_tool(engine: Engine) -> None:
+    example = runpy.run_path(str(EXAMPLES / "react.py"))
+    assert [example["calculate"](text) for text in ("2 * 3 + 4", "7 / 2", "1 / 0")] == [
+        "10",
+        "3.5",
+        "Error: division by zero",
+    ]
+    s = example["solve"].run(example["QUESTIONS"][0], backend=engine, temperature=0)
+    assert s["observed"][0] == "12 * 34 = 408" and "408" in s["answer"]
+
+
+def test_the_retrieval(engine: Engine) -> None:
+    example = runpy.run_path(str(EXAMPLES / "retrieval.py"))
+    found = example["passages"](example["PAGES"])
+    assert len(found) > 10 and all(80 < len(each) <= 500 for each in found)
+    notes = [
+        "The night train to Vienna leaves at ten.",
+        "Roots take up water, which rises to the leaves.",
+        "Bread needs flour.",
+    ]
+    assert example["nearest"]("How do trees drink?", notes)[0] == notes[1]
+    s = example["answer"].run(notes[1:2], "What do roots take up?", backend=engine, temperature=0)
+    assert "water" in s["answer"] and s.get_meta_info("quote").cached_tokens >= 32

@@ -71,7 +71,9 @@ async def test_the_search(run: Any) -> None:
 
 def test_every_example_is_known_here_and_can_be_compiled() -> None:
     run_above = {"chat_openai.py", "tools_openai.py", "stream_aiohttp.py", "search.py"}
-    programs = {"conversation.py", "classification.py", "extraction.py"}  # run by test_programs.py and test_pages.py
+    # run by test_programs.py, test_pages.py and test_language_servers.py
+    programs = {"conversation.py", "classification.py", "extraction.py", "tree_of_thought.py", "react.py"}
+    programs |= {"retrieval.py", "picture.py"}
     assert {path.name for path in EXAMPLES} == {*run_above, *programs, "complete.py"}
     (offline,) = (path for path in EXAMPLES if path.name == "complete.py")
     assert "max_tokens" in offline.read_text() and runpy.run_path(str(offline))["main"]

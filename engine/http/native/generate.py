@@ -17,7 +17,17 @@ from engine.http.fields import Rule, unserved
 from engine.http.grammars import OWN_FIELDS, OwnGrammar
 from engine.http.openapi import ErrorReply, Route
 from engine.http.request_id import check_id
-from engine.http.service import SERVICE, answer, check_choices, pack_ids, salt_of, sampled, session_of, told_apart
+from engine.http.service import (
+    SERVICE,
+    answer,
+    check_choices,
+    pack_ids,
+    program_of,
+    salt_of,
+    sampled,
+    session_of,
+    told_apart,
+)
 from engine.http.sse import DONE, WORDS
 from engine.http.wire import Body, Priority, Reply, TokenId, to_json
 from engine.messages.reply import Chunk, TokenLogprob
@@ -57,6 +67,7 @@ class GenerateBody(Body):
     return_text_in_logprobs: bool | None = None
     cache_salt: str | None = None
     session_id: str | None = None
+    program: str | None = None
     priority: Priority | None = None
     input_embeds: Any = None
     image_data: Any = None
@@ -168,6 +179,7 @@ async def generate(request: web.Request, body: GenerateBody) -> web.StreamRespon
             priority=body.priority or 0,
             default_max_tokens=MAX_NEW_TOKENS,
             cache_salt=salt_of(body.cache_salt),
+            program=program_of(body.program),
             scored_after=score.before,
             session=session,
         )

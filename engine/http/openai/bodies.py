@@ -30,6 +30,7 @@ class SamplingBody(GrammarBody, kw_only=True):
     n: int | None = None
     cache_salt: str | None = None
     session_id: str | None = None
+    program: str | None = None
     priority: Priority | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

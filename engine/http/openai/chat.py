@@ -20,7 +20,7 @@ from engine.http.grammars import OPENAI_FIELDS
 from engine.http.openai.bodies import SamplingBody
 from engine.http.openai.replies import ChatCompletion, ChatCompletionChunk, Wording, complete
 from engine.http.openapi import ErrorReply, Route
-from engine.http.service import SERVICE, check_kept, salt_of, sampling_of, session_of
+from engine.http.service import SERVICE, check_kept, program_of, salt_of, sampling_of, session_of
 from engine.http.tools import FEW_MESSAGES, FEW_TOOLS, Effort, ToolName, among, checked, tool_of
 from engine.http.wire import Body, to_json
 from engine.messages.request import Generate
@@ -249,6 +249,7 @@ async def chat_completions(request: web.Request, body: ChatBody) -> web.StreamRe
         messages=messages,
         priority=body.priority or 0,
         cache_salt=salt_of(body.cache_salt),
+        program=program_of(body.program),
         special=body.add_special_tokens,
         last=check_kept(body.truncate_prompt_tokens),
         tell_prompt=bool(body.return_token_ids),

@@ -6,12 +6,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
-from engine.conversation.parts import Call, Image, Message, Result, Role, Shown, Text, said, with_calls
+from engine.conversation.parts import Call, Image, Message, Result, Role, Shown, Text
 from engine.errors import RequestError
 from engine.http.fields import ECHO, LABEL, Only, Rule, hint, unserved
 from engine.http.grammars import NamedSchema, ObjectFormat, PlainFormat
 from engine.http.responses.tools import ResponseTool, ResponseToolChoice, full_name
-from engine.http.tools import FEW_MESSAGES, FEW_TOOLS, Effort
+from engine.http.tools import FEW_MESSAGES, FEW_TOOLS, Effort, input_messages
 from engine.http.wire import Body, Priority
 from engine.params.grammar import Ask, GrammarFields
 from engine.params.sampling import RESPONSES
@@ -224,11 +224,7 @@ class ItemsQuery(Body):
 
 def messages_of(input: str | list[InputItemBody]) -> list[Message]:
     """`input` as messages: calls and reasoning are part of what the assistant said."""
-    if isinstance(input, str):
-        return [said("user", input)]
-    if not input:
-        raise RequestError("input is empty; send at least one message", param="input")
-    return with_calls(_message(item, f"input[{index}]") for index, item in enumerate(input))
+    return input_messages(input, _message)
 
 
 def _message(item: InputItemBody, path: str) -> Message:

@@ -18,6 +18,7 @@ from engine.lang import (
     Server,
     State,
     assistant,
+    decide,
     function,
     gen,
     gen_int,
@@ -482,3 +483,33 @@ async def stream_and_leave(here: AsyncEngine) -> None:
         async for _ in s.text_async_iter("b"):
             break
     assert here.front.open == 0
+
+
+# ── decisions ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_decisions_are_asked_beside_the_program_and_leave_nothing_in_its_text() -> None:
+    @function
+    def program(s: State) -> None:
+        s += "abc" + decide("statement", "It is so.") + gen("a", max_tokens=2)
+        s += decide("choice", "Which?", choices={"x": "the first", True: ""}) + decide("level", "?", levels=["l", "h"])
+        assert s["statement"].answer in (True, False)
+
+    plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    with Engine(model="echo", log_level="error", chat_template=plain) as templated, served(templated) as server:
+        found = [program.run(backend=backend, **GREEDY) for backend in (templated, server)]
+    for s in found:
+        assert s.text() == "abcde" and s.usage.calls == 4
+        for name, values in (("statement", [True, False]), ("choice", ["x", True]), ("level", ["l", "h"])):
+            shares = s[name].probabilities
+            assert list(shares) == values and sum(shares.values()) == pytest.approx(1)
+            assert s[name].confidence == max(shares.values()) == shares[s[name].answer]
+        assert s["level"].score == pytest.approx(s["level"].probabilities["h"]) and s["choice"].score is None
+        assert s["level"].probabilities == pytest.approx(found[0]["level"].probabilities)
+
+
+def test_decisions_of_too_few_options_or_of_two_kinds_are_refused() -> None:
+    with pytest.raises(ConfigError, match="not both"):
+        decide("a", "?", choices=["x", "y"], levels=["x", "y"])
+    with pytest.raises(RequestError, match="has 1 options"):
+        decide("a", "?", choices=["x"])

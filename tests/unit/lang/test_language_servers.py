@@ -3,18 +3,35 @@
 That our server gives what the engine in the process gives is shown beside the engine, in test_language.py.
 """
 
+import base64
+import runpy
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
 from typing import Any
 
+import anyio.to_thread
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from http_front import FakeFront, chunks, serving, text_of
 
 from engine import WorkerError
-from engine.errors import ConfigError, ProgramError
-from engine.lang import Server, State, assistant, function, gen, select, separate_reasoning, user
+from engine.errors import ConfigError, ProgramError, RequestError
+from engine.lang import (
+    Server,
+    State,
+    assistant,
+    decide,
+    function,
+    gen,
+    image,
+    select,
+    separate_reasoning,
+    user,
+    video,
+)
 
 # ── another server ───────────────────────────────────────────────────────────────────────────
 
@@ -27,12 +44,17 @@ async def other(sent: list[dict[str, Any]]) -> AsyncIterator[str]:
         return web.json_response({"data": [{"id": "m", "owned_by": "others"}]})
 
     async def reply(request: web.Request) -> web.StreamResponse:
-        sent.append(await request.json())
+        sent.append(body := await request.json())
+        text = request.path == "/v1/completions"
+        if not body.get("stream"):
+            said = {"text": "yes"} if text else {"message": {"content": "yes", "reasoning_content": "hm"}}
+            usage = {"prompt_tokens": 5, "completion_tokens": 2}
+            return web.json_response({"choices": [{**said, "finish_reason": "stop"}], "usage": usage})
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         thought = b'{"choices":[{"delta":{"reasoning_content":"hm"}}]}'
         said = b'{"choices":[{"delta":{"content":"yes"},"finish_reason":"stop"}]}'
-        if request.path == "/v1/completions":
+        if text:
             thought, said = b'{"choices":[{"text":"y"}]}', b'{"choices":[{"text":"es","finish_reason":"stop"}]}'
         for event in (thought, said, b'{"choices":[],"usage":{"prompt_tokens":5,"completion_tokens":2}}', b"[DONE]"):
             await response.write(b"data: " + event + b"\n\n")
@@ -64,14 +86,19 @@ async def test_another_server_gets_fields_of_openais_alone() -> None:
             s += "Is it? " + gen("a")
 
         assert (await completes.run_async(backend=server))["a"] == "yes"
+        for each, pieces in ((program, ["Really?", "yes"]), (completes, ["Is it? ", "y", "es"])):  # as they come
+            async with each.stream_async(backend=server) as s:
+                assert [piece async for piece in s.text_async_iter()] == pieces
     assert sent[0] == {
-        "model": "m", "stream": True, "stream_options": {"include_usage": True}, "max_tokens": 9, "stop": ["!"],
+        "model": "m", "max_tokens": 9, "stop": ["!"],
         "messages": [{"role": "user", "content": "Really?"}],
         "response_format": {
             "type": "json_schema", "json_schema": {"name": "reply", "schema": {"const": 1}, "strict": True}
         },
     }  # fmt: skip
     assert (sent[1]["prompt"], sent[1]["max_tokens"]) == ("Is it? ", 128)
+    assert [body.get("stream") for body in sent] == [None, None, True, True]
+    assert sent[2]["stream_options"] == {"include_usage": True}
 
 
 @pytest.mark.anyio
@@ -97,6 +124,19 @@ async def test_what_another_server_cannot_do_is_said_before_it_is_asked(append: 
         with pytest.raises(ProgramError, match=says):
             s["x"]
     assert not sent
+
+
+@pytest.mark.anyio
+async def test_a_decision_that_fails_is_told_where_it_is_read_and_ends_nothing_else() -> None:
+    @function
+    async def program(s: State) -> None:
+        s += "Is it? " + decide("lost", "It is.") + gen("a")
+
+    async with other([]) as url, Server(url) as server:  # which has no /v1/decisions
+        s = await program.run_async(backend=server)
+    assert s["a"] == "yes"
+    with pytest.raises(ProgramError, match=r"test_language_servers.py:\d+: .*404"):
+        s["lost"]
 
 
 # ── our server's errors and reasoning ────────────────────────────────────────────────────────
@@ -130,3 +170,162 @@ async def test_a_server_that_fails_or_is_not_there() -> None:
     with pytest.raises(ConfigError, match="no server answers"):
         async with Server(url):
             pytest.fail("nobody answers")
+
+
+# ── tools ────────────────────────────────────────────────────────────────────────────────────
+
+
+def call_of(name: str, arguments: str) -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+def add(a: int, b: int = 2) -> int:
+    """The sum of two numbers."""
+    return a + b
+
+
+async def fail(why: str) -> str:
+    raise ValueError(why)
+
+
+@function
+async def calculates(s: State) -> None:
+    s += user("What is 3 + 2?") + assistant(gen("sum", tools=[add]))
+    s += user("So?") + assistant(gen("end"))
+
+
+class Scripted(FakeFront):
+    """Says one text after the other."""
+
+    def __init__(self, *texts: str) -> None:
+        super().__init__()
+        self.text = text_of("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "hermes")
+        self._texts = list(texts)
+
+    async def generate(self, request: Any) -> Any:
+        self.script = chunks(self._texts.pop(0))
+        async for chunk in super().generate(request):
+            yield chunk
+
+
+@pytest.mark.anyio
+async def test_tools_are_called_and_their_results_are_in_the_state() -> None:
+    front = Scripted(
+        call_of("add", '{"a": "x"}'), call_of("sub", "{}") + call_of("add", '{"a": 3}'), "It is 5.", "Yes."
+    )
+    async with serving(front) as url, Server(url) as server:
+        s = await calculates.run_async(backend=server)
+    assert s["sum"] == "It is 5." and s["end"] == "Yes." and s.text() == "What is 3 + 2?It is 5.So?Yes."
+    wrong, unknown, right = s["sum_calls"]
+    assert "Expected `int`, got `str` - at `$.a`" in wrong.result
+    assert unknown.result == "Error: there is no tool sub; there is add"
+    assert (right.name, right.arguments, right.result) == ("add", '{"a": 3}', "5")
+    assert [m["role"] for m in s.messages()] == [
+        "user", "assistant", "tool", "assistant", "tool", "tool", "assistant", "user", "assistant"
+    ]  # fmt: skip
+    ids = [call["id"] for m in s.messages() for call in m.get("tool_calls", ())]
+    assert ids == [m["tool_call_id"] for m in s.messages() if m["role"] == "tool"] and all(ids)
+    assert s.get_meta_info("sum").completion_tokens == 3 * s.get_meta_info("end").completion_tokens
+    offered = front.asked[0].tools
+    assert offered is not None and offered[0]["function"] == {
+        "name": "add", "description": "The sum of two numbers.",
+        "parameters": {
+            "type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer", "default": 2}},
+            "required": ["a"], "additionalProperties": False,
+        },
+    }  # fmt: skip
+
+
+@pytest.mark.anyio
+async def test_a_tool_that_fails_ends_the_state_and_rounds_end() -> None:
+    @function
+    async def program(s: State, **more: Any) -> None:
+        s += user("?") + assistant(gen("a", tools=[fail], **more))
+
+    bad = call_of("fail", '{"why": "no"}')
+    async with serving(Scripted(bad)) as url, Server(url) as server:
+        s = await program.run_async(backend=server)
+        with pytest.raises(ProgramError, match=r"test_language_servers.py:\d+: no"):
+            s["a"]
+
+    @function
+    async def forever(s: State) -> None:
+        s += user("?") + assistant(gen("a", tools=[add], tool_rounds=2))
+
+    again = call_of("add", '{"a": 1}')
+    front = Scripted(again, again, "enough")
+    async with serving(front) as url, Server(url) as server:
+        assert (await forever.run_async(backend=server))["a"] == "enough"
+    assert [asked.tools is None for asked in front.asked] == [False, False, True]
+
+    @function
+    async def begun(s: State) -> None:
+        s += user("?") + assistant("It is " + gen("a", tools=[add]))
+
+    async with serving(Scripted("x")) as url, Server(url) as server:
+        s = await begun.run_async(backend=server)
+        with pytest.raises(ProgramError, match="must be all of an assistant"):
+            s["a"]
+
+
+def test_what_is_no_tool_is_refused() -> None:
+    for functions, says in (([lambda a: a], "no name"), ([print], "spell them out"), ([add, add], "two tools")):
+        with pytest.raises(ConfigError, match=says):
+            gen("a", tools=functions)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="n is 2 beside tools"):
+        gen("a", tools=[add], n=2)
+
+
+# ── pictures and clips ───────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.anyio
+async def test_pictures_and_clips_are_passed_on_in_their_places(tmp_path: Any) -> None:
+    (tmp_path / "a.png").write_bytes(b"\x89PNG!")
+
+    @function()
+    async def program(s: State) -> None:
+        s += user(
+            "Look: " + image(tmp_path / "a.png") + image(b"\xff\xd8\xff", detail="low") + " and " + video("http://v")
+        )
+        s += assistant(gen("a"))
+
+    @function(num_api_spec_tokens=4)
+    async def stray(s: State) -> None:
+        s += image("http://x") + gen("a")
+
+    sent: list[dict[str, Any]] = []
+    async with other(sent) as url, Server(url) as server:
+        s = await program.run_async(backend=server)
+        lost = await stray.run_async(backend=server)
+    assert s.text() == "Look:  and hmyes" and s["a"] == "hmyes"
+    assert sent[0]["messages"] == [{"role": "user", "content": [
+        {"type": "text", "text": "Look: "},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORyE="}},
+        {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,/9j/", "detail": "low"}},
+        {"type": "text", "text": " and "},
+        {"type": "video_url", "video_url": {"url": "http://v"}},
+    ]}]  # fmt: skip
+    with pytest.raises(ProgramError, match="stands outside of any role"):
+        lost["a"]
+    with pytest.raises(ConfigError, match="No such file"):
+        image(tmp_path / "none.png")
+    with pytest.raises(ConfigError, match="the server chooses the frames"):
+        video("http://v", 8)
+
+
+@pytest.mark.anyio
+async def test_the_example_of_a_picture() -> None:
+    example = runpy.run_path(str(Path(__file__).parents[3] / "examples/language/picture.py"))
+    sent: list[dict[str, Any]] = []
+    async with other(sent) as url, Server(url) as server:
+        s = await example["look"].run_async(example["RED_SQUARE"], backend=server)
+    assert (s["what"], s["colour"]) == ("hmyes", "hmyes")
+    (shown,) = (part for part in sent[1]["messages"][0]["content"] if part["type"] == "image_url")
+    assert base64.b64decode(shown["image_url"]["url"].removeprefix("data:image/png;base64,")) == example["RED_SQUARE"]
+    front = FakeFront()
+    async with serving(front) as url:
+        with redirect_stdout(StringIO()) as told:
+            await anyio.to_thread.run_sync(example["main"], url)
+    assert told.getvalue().splitlines()[1].endswith("Hello, world")
+    assert front.asked[0].program and front.ended == [front.asked[1].program]

@@ -26,12 +26,15 @@ POLICIES = {"fcfs": FirstComeFirstServed, "lpm": LongestPrefixMatch}
 
 
 def request(
-    rid, ids, max_new=4, *, stop_ids=(), priority=0, seed=0, salt="", logprobs=-1, prompt_logprobs=-1, keys=(), after=0
+    rid, ids, max_new=4, *, stop_ids=(), priority=0, seed=0, salt="", logprobs=-1, prompt_logprobs=-1, keys=(), after=0,
+    program="",
 ):  # fmt: skip
     keys = array("i", keys).tobytes()
     asked = sampling(seed, salt, logprobs, prompt_logprobs, keys)
     packed = array("i", ids).tobytes()
-    return Admit(rid, packed, asked, tuple(stop_ids), max_new, priority, salt, keys=keys, scored_after=after)
+    return Admit(
+        rid, packed, asked, tuple(stop_ids), max_new, priority, salt, keys=keys, scored_after=after, program=program
+    )
 
 
 class Bench:
@@ -50,6 +53,7 @@ class Bench:
         )  # fmt: skip
         self.device = SimulatedDevice(pages, page_size, slots, max_step_tokens, burst)
         self.depth = depth
+        self.now = 0.0
         self.flying = deque()
         self.admitted: dict[str, Admit] = {}
         self.tokens: dict[str, list[int]] = {}
@@ -67,7 +71,7 @@ class Bench:
             self.tokens[admit.rid] = []
 
     def plan(self):
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(self.now)
         if plan is not None:
             self.flying.append(self.device.run(plan))
         return plan
@@ -121,6 +125,11 @@ class Bench:
         if self.flying:
             self.commit()
         return bool(self.flying)
+
+    def drain_steps(self):
+        """Run until every request has ended."""
+        while self.live or self.flying:
+            self.step()
 
     def drain(self, steps=20_000):
         """Run until every request has ended, and check that nothing is left behind."""
@@ -182,6 +191,7 @@ class AnythingHappens(RuleBasedStateMachine):
         prompt_logprobs=st.sampled_from([-1, -1, -1, 0, 1]),
         after=st.sampled_from([0, 0, 3, 5, 9]),
         pictures=st.sampled_from([(), (), (0,), (1,), (1, 2)]),
+        program=st.sampled_from(["", "", "p", "q", "r"]),
     )
     def admit(self, stem, tail, max_new, pictures, **options):
         ids = [*STEM[:stem], *tail]
@@ -222,6 +232,10 @@ class AnythingHappens(RuleBasedStateMachine):
         rid = data.draw(st.sampled_from(self.bench.live))
         assert self.bench.scheduler.stop(rid, keep)
         self.bench.ends[rid] = "stopped"
+
+    @rule(program=st.sampled_from(["p", "q", "r", "unknown"]))
+    def end_program(self, program):
+        self.bench.scheduler.end_program(program)
 
     @rule()
     def flush(self):

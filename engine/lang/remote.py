@@ -1,0 +1,52 @@
+"""What backends over HTTP share: the event loop that one lives in, and a request with a whole answer."""
+
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
+import anyio.from_thread
+import msgspec
+from anyio.from_thread import BlockingPortal
+
+from engine.client.client import Client
+from engine.client.events import refusal
+from engine.errors import RequestError, WorkerError
+from engine.lang.backend import Backend
+
+
+class Remote(Client, Backend):
+    """A server at a URL. Use it as a context manager: with `async with` it lives in the running event loop, with `with`
+    in one of its own."""
+
+    _stack: ExitStack
+    _portal: BlockingPortal | None = None
+
+    @property
+    def portal(self) -> BlockingPortal | None:
+        return self._portal
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            portal = stack.enter_context(anyio.from_thread.start_blocking_portal("asyncio", {"use_uvloop": True}))
+            stack.enter_context(portal.wrap_async_context_manager(self))
+            self._portal, self._stack = portal, stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._portal = None
+        self._stack.close()
+
+    async def _ask(self, path: str, body: dict[str, Any]) -> bytes:
+        """The whole answer. Raises RequestError for an error answer."""
+        headers = {"Content-Type": "application/json"}
+        try:
+            async with self._http.post(self.url + path, data=msgspec.json.encode(body), headers=headers) as response:
+                answer = await response.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise WorkerError(f"{self.url}{path} did not answer: {error or type(error).__name__}") from None
+        if response.status != 200:
+            raise RequestError(refusal(answer), status=response.status)
+        return answer
