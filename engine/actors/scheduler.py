@@ -46,6 +46,7 @@ from engine.sched import Scheduler
 from engine.sched.assets import Due, WaitingRoom
 from engine.sched.chunks import ChunkRule
 from engine.sched.copies import Copies
+from engine.sched.encoder import Encoder
 from engine.sched.fronts import front_of
 
 log = logging.getLogger("engine.scheduler")
@@ -183,6 +184,8 @@ class SchedulerActor:
         self.step_seconds.append(done.seconds)
         self.credits = self.most_credits - (done.seconds >= SHORT_STEP_SECONDS)
         self.idle_seconds += done.idle
+        for number, cause in done.failed:
+            await self._end_users(number, cause)
         stuck = self.scheduler.stuck(done) if done.stuck else []
         replies = self.scheduler.commit_each(done, time.monotonic())
         for rid, cause in stuck:
@@ -195,6 +198,16 @@ class SchedulerActor:
         if not self.in_flight:
             await self._send_stats()
             await self._answer_pauses()
+
+    async def _end_users(self, number: int, cause: str) -> None:
+        """A medium could not be encoded: who runs with it ends, and what was computed of it is in no cache."""
+        assert isinstance(self.scheduler, Scheduler), "copies of attention run no model that sees"
+        users = [each.rid for each in self.scheduler.running_requests() if number in each.numbers]
+        for rid in users:
+            self.scheduler.stop(rid)
+            await self.front.send(Failed(rid, 500, "media_failed", f"an image or video cannot be encoded: {cause}"))
+        self.scheduler.encoder.forget(number)
+        self.scheduler.flush()
 
     async def _answer_pauses(self) -> None:
         """Answer what waits for an answer, in order, unless the device is still to become idle."""
@@ -295,6 +308,8 @@ class SchedulerActor:
             "fronts": self.fronts,
             "held": self.held,
         }
+        if ready.encoder_tokens:
+            options["encoder"] = Encoder(ready.encoder_tokens, ready.embeddings)
         if stages > 1:
             options["chunks"] = ChunkRule(ready.max_step_tokens, stages, ready.attention_work)
         return Copies(ready.copies, **options) if ready.copies > 1 else Scheduler(**options)

@@ -16,11 +16,31 @@ from dataclasses import dataclass, field
 from engine.cache.blocks import Named
 from engine.cache.radix import Node
 from engine.messages.assets import Bound
+from engine.messages.media import MEDIA, media_use
 from engine.messages.request import Admit
 from engine.messages.step import Logprobs, SlotAdmit
 from engine.params.sampling import Sampling
 
 NEVER = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """Where a prompt shows medium `number`, or a part of it: `count` positions from `begin` on. All of the medium is
+    `tokens` embeddings. The positions of a `whole` one see each other."""
+
+    begin: int
+    count: int
+    number: int
+    tokens: int
+    whole: bool
+
+
+def shown_by(bound: tuple[Bound, ...]) -> tuple[Shown, ...]:
+    """What a prompt shows that uses these things, in its order."""
+    uses = [(each.number, media_use(each)) for each in bound if each.kind == MEDIA]
+    found = [Shown(*span, number, use.tokens, use.whole) for number, use in uses for span in use.spans]
+    return tuple(sorted(found, key=lambda shown: shown.begin))
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +59,8 @@ class Request:
     salt: bytes  # its prefix is shared with requests of the same salt alone
     bound: tuple[Bound, ...]  # its needs, met
     front: int = 0  # that has sent it
+    shown: tuple[Shown, ...] = ()  # media, in order
+    positions: bytes = b""  # of its prompt, as in Admit
     named: Named | None = None  # the blocks of its text, where somebody is told of them
 
     computed: int = 0  # positions; of a request that decodes, rows.py says it
@@ -80,6 +102,8 @@ class Request:
             stop_ids=frozenset(admit.stop_ids),
             salt=admit.cache_salt.encode(),
             bound=bound,
+            shown=shown_by(bound) if bound else (),
+            positions=admit.positions,
             scored=admit.scored_after if asks else NEVER,
         )
 
@@ -100,6 +124,11 @@ class Request:
         the first on whose successor is to be scored."""
         return self.key(0, min(len(self.ids) - 1, self.scored) // page_size * page_size)
 
+    @property
+    def numbers(self) -> frozenset[int]:
+        """Of the media that it shows."""
+        return frozenset(shown.number for shown in self.shown)
+
     def slot_admit(self) -> SlotAdmit:
         """What the device is told of it when it gets its slot."""
         return SlotAdmit(
@@ -110,6 +139,7 @@ class Request:
             scored=min(self.scored, self.prompt_len),
             bound=self.bound,
             limit=self.limit,
+            positions=self.positions,
         )
 
     def scores_in(self, start: int, end: int) -> bool:

@@ -14,6 +14,12 @@ MODELS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
         "Llama 1 to 3, SmolLM2, Mistral and what else shares their shape",
     ),
     ("qwen", "qwen:Qwen", ("Qwen2ForCausalLM", "Qwen3ForCausalLM"), "Qwen2, Qwen2.5 and Qwen3, the dense ones"),
+    (
+        "qwen2_5_vl",
+        "qwen2_5_vl:Qwen25VL",
+        ("Qwen2_5_VLForConditionalGeneration",),
+        "Qwen2.5-VL: images and video of any resolution",
+    ),
     ("qwen3_moe", "qwen3_moe:Qwen3Moe", ("Qwen3MoeForCausalLM",), "Qwen3, the mixtures of experts"),
     ("mixtral", "mixtral:Mixtral", ("MixtralForCausalLM",), "Mixtral 8x7B and 8x22B"),
     (

@@ -1,0 +1,22 @@
+"""Manifest of the built-in processors of media. Each follows that of transformers."""
+
+from engine.plugin import hookimpl
+from engine.plugin.hookspecs import Register
+
+API = 1
+
+# name, target, architectures, description
+PROCESSORS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
+    (
+        "qwen2_5_vl",
+        "qwen:Qwen25VL",
+        ("Qwen2_5_VLForConditionalGeneration",),
+        "images and video of Qwen2.5-VL, of any resolution",
+    ),
+)
+
+
+@hookimpl
+def register_media(register: Register) -> None:
+    for name, target, architectures, description in PROCESSORS:
+        register(name, f"engine_plugins.media.{target}", architectures=architectures, description=description)

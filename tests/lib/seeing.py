@@ -1,0 +1,122 @@
+"""Tiny models of transformers that see, written as checkpoints, and how ours and theirs are asked the same."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hashlib
+import json
+import uuid
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from tiny_checkpoint import save_checkpoint
+
+from engine import Engine, Reply, SamplingParams
+from engine.media.frames import Frames
+from engine.messages.media import Prepared
+from engine.messages.request import Generate
+from engine.runtime.offline import packed
+
+IMAGE, VIDEO, START, END = 90, 91, 92, 93  # token ids
+TEXT: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+QWEN_IDS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": START,
+    "vision_end_token_id": END,
+}
+
+
+def filled(model: Any, gemma: bool = False) -> Any:
+    """`model` with seeded weights that are large enough for decided answers, norms and biases too."""
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        neutral = 0.0 if gemma and "language_model" in name else 1.0
+        mean = neutral if (parameter.ndim == 1 and "norm" in name) or "ln_q" in name else 0.0
+        parameter.data.normal_(mean=mean, std=0.15)
+    return model.eval()
+
+
+def qwen2_5_vl(**vision: Any) -> Any:
+    """A tower of windows of 4 x 4 patches, the last of whose blocks sees whole pictures."""
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={
+            **TEXT,
+            "rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [1, 1, 2]},
+        },
+        vision_config={
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 40,
+            "num_heads": 2,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 16,
+            "out_hidden_size": 48,
+            "fullatt_block_indexes": [2],
+            "tokens_per_second": 2,
+            **vision,
+        },
+        **QWEN_IDS,
+    )
+    return filled(transformers.Qwen2_5_VLForConditionalGeneration(config))
+
+
+def saved(model: Any, folder: Path, **processors: Any) -> Path:
+    """`model` as a checkpoint with the configurations of its `processors`."""
+    save_checkpoint(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": [type(model).__name__]}))
+    (folder / "processor_config.json").write_text(json.dumps(processors))
+    return folder
+
+
+def picture(seed: int, height: int, width: int, frames: int = 1, fps: float = 0.0) -> Frames:
+    """A made-up picture, or with `fps` a clip."""
+    rng = np.random.default_rng(seed)
+    rough = rng.integers(0, 256, (frames, 5, 7, 3), np.uint8)
+    rows, columns = np.arange(height) * 5 // height, np.arange(width) * 7 // width
+    pixels = rough[:, rows][:, :, columns] // 2 + rng.integers(0, 128, (frames, height, width, 3), np.uint8)
+    digest = hashlib.sha256(pixels.tobytes() + repr((frames, fps, height)).encode()).digest()
+    times = tuple(index / fps for index in range(frames)) if fps else ()
+    return Frames(pixels, times, digest, frames / fps if fps else 0.0)
+
+
+def prepared(engine: Engine, media: Sequence[Frames]) -> tuple[Prepared, ...]:
+    text = engine.inner.front.text
+    assert text is not None and text.media is not None
+    return tuple(text.media.prepare(each) for each in media)
+
+
+def ask(engine: Engine, ids: Sequence[int], media: Sequence[Frames], **params: Any) -> Reply:
+    return ask_all(engine, [(ids, media)], **params)[0]
+
+
+def ask_all(engine: Engine, prompts: Sequence[tuple[Sequence[int], Sequence[Frames]]], **params: Any) -> list[Reply]:
+    """The replies to prompts of ids, a placeholder for each medium among them, asked all at once."""
+    sampling = SamplingParams(**{"temperature": 0, "max_tokens": 12, "ignore_eos": True, **params})
+    requests = [
+        Generate(uuid.uuid4().hex, sampling, ids=packed(list(ids)), media=prepared(engine, media))
+        for ids, media in prompts
+    ]
+    futures = [engine.portal.start_task_soon(partial(engine.inner._whole, request)) for request in requests]
+    return [future.result() for future in futures]
