@@ -100,12 +100,10 @@ class Runner:
         self._no_tokens = torch.empty(0, dtype=torch.int64, device=device)
         self._ahead_of: torch.cuda.Event | None = None  # the end of the last step, while it is not known to be over
         draw = self._draw_plain if self.sampler.captures and self.draws else None
-        real = bool(routers_of(model))
-        states = self.states.layers
-        shape = page_size, real, draw, grammars is not None, states, enters, 0 if copy is None else copy.copies
-        tables = Tables(
-            model, caches, self.tokens, self.page_table, *shape, None if self.media is None else self.media.shifts
-        )
+        real, masks, copies = bool(routers_of(model)), grammars is not None, 0 if copy is None else copy.copies
+        shape = page_size, real, draw, masks, self.states.layers, enters, copies
+        shifts = None if self.media is None else self.media.shifts
+        tables = Tables(model, caches, self.tokens, self.page_table, *shape, shifts)
         self.decode_graphs = DecodeGraphs(tables) if device.type != "cpu" else RecordedSteps(tables)
         self.shared_graphs = DecodeGraphs(tables, shared=True)
         self.prompt_graphs = prompt_graphs(tables)
