@@ -234,8 +234,8 @@ async def check(options: argparse.Namespace, config: dict[str, Any], device: tor
     different = len({tuple(ids) for ids in said})
     print(
         f"check, {dtype}: of {short.numel()} ids ours drew, {int((short == 0).sum())} are transformers' first; the "
-        f"worst is {short.max():.4f} deviations of the logits below it, allowed {allowed}; {different} different replies of "
-        f"{len(said)}; asked again {'the same' if again == said else 'others'}",
+        f"worst is {short.max():.4f} deviations of the logits below it, allowed {allowed}; {different} replies of "
+        f"{len(said)} differ; asked again {'the same' if again == said else 'others'}",
         flush=True,
     )
     if short.max() > allowed or different < 2:

@@ -9,9 +9,15 @@ API = 1
 PROCESSORS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     (
         "qwen2_5_vl",
-        "qwen:Qwen25VL",
+        "qwen2_5_vl:Qwen25VL",
         ("Qwen2_5_VLForConditionalGeneration",),
         "images and video of Qwen2.5-VL, of any resolution",
+    ),
+    (
+        "qwen3_vl",
+        "qwen3_vl:Qwen3VL",
+        ("Qwen3VLForConditionalGeneration",),
+        "images and video of Qwen3-VL, with timestamps",
     ),
 )
 

@@ -20,6 +20,12 @@ MODELS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
         ("Qwen2_5_VLForConditionalGeneration",),
         "Qwen2.5-VL: images and video of any resolution",
     ),
+    (
+        "qwen3_vl",
+        "qwen3_vl:Qwen3VL",
+        ("Qwen3VLForConditionalGeneration",),
+        "Qwen3-VL, the dense ones: images and video of any resolution",
+    ),
     ("qwen3_moe", "qwen3_moe:Qwen3Moe", ("Qwen3MoeForCausalLM",), "Qwen3, the mixtures of experts"),
     ("mixtral", "mixtral:Mixtral", ("MixtralForCausalLM",), "Mixtral 8x7B and 8x22B"),
     (

@@ -5,22 +5,30 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hashlib
+import itertools
 import json
 import uuid
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from msgspec.structs import replace
 from tiny_checkpoint import save_checkpoint
+from transformers.core_model_loading import revert_weight_conversion
 
 from engine import Engine, Reply, SamplingParams
+from engine.conversation.media import MediaProcessor, Placed, needs_of
 from engine.media.frames import Frames
-from engine.messages.media import Prepared
+from engine.messages.assets import Bound, Load, Loaded
+from engine.messages.media import MEDIA, Prepared, unpacked
 from engine.messages.request import Generate
+from engine.plugin import Terms
+from engine.plugin.testing import ModelHarness
 from engine.runtime.offline import packed
 
 IMAGE, VIDEO, START, END = 90, 91, 92, 93  # token ids
@@ -51,7 +59,7 @@ def filled(model: Any, gemma: bool = False) -> Any:
     for name, parameter in model.named_parameters():
         neutral = 0.0 if gemma and "language_model" in name else 1.0
         mean = neutral if (parameter.ndim == 1 and "norm" in name) or "ln_q" in name else 0.0
-        parameter.data.normal_(mean=mean, std=0.15)
+        parameter.data.normal_(mean=mean, std=0.25)
     return model.eval()
 
 
@@ -81,6 +89,29 @@ def qwen2_5_vl(**vision: Any) -> Any:
     return filled(transformers.Qwen2_5_VLForConditionalGeneration(config))
 
 
+def qwen3_vl(**vision: Any) -> Any:
+    """Two of whose tower's three blocks speak to the decoder's first layers."""
+    rope = {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    config = transformers.Qwen3VLConfig(
+        text_config={**TEXT, "head_dim": 8, "rope_parameters": rope},
+        vision_config={
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 40,
+            "num_heads": 2,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "out_hidden_size": 48,
+            "num_position_embeddings": 36,
+            "deepstack_visual_indexes": [0, 2],
+            **vision,
+        },
+        **QWEN_IDS,
+    )
+    return filled(transformers.Qwen3VLForConditionalGeneration(config))
+
+
 def saved(model: Any, folder: Path, **processors: Any) -> Path:
     """`model` as a checkpoint with the configurations of its `processors`."""
     save_checkpoint(model, folder)
@@ -101,10 +132,14 @@ def picture(seed: int, height: int, width: int, frames: int = 1, fps: float = 0.
     return Frames(pixels, times, digest, frames / fps if fps else 0.0)
 
 
-def prepared(engine: Engine, media: Sequence[Frames]) -> tuple[Prepared, ...]:
+def processor_of(engine: Engine) -> MediaProcessor:
     text = engine.inner.front.text
     assert text is not None and text.media is not None
-    return tuple(text.media.prepare(each) for each in media)
+    return text.media
+
+
+def prepared(engine: Engine, media: Sequence[Frames]) -> tuple[Prepared, ...]:
+    return tuple(processor_of(engine).prepare(each) for each in media)
 
 
 def ask(engine: Engine, ids: Sequence[int], media: Sequence[Frames], **params: Any) -> Reply:
@@ -120,3 +155,54 @@ def ask_all(engine: Engine, prompts: Sequence[tuple[Sequence[int], Sequence[Fram
     ]
     futures = [engine.portal.start_task_soon(partial(engine.inner._whole, request)) for request in requests]
     return [future.result() for future in futures]
+
+
+# ── one model of ours, in this process ───────────────────────────────────────────────────────
+
+
+class Seen:
+    """A model of ours with the weights of `theirs`, driven as a worker drives it: prompts of ids and media, in chunks."""
+
+    def __init__(self, theirs: Any, ours: type[Any], processor: type[Any], **described: Any) -> None:
+        stored = revert_weight_conversion(theirs, theirs.state_dict())
+        tensors = {key: value.detach().contiguous() for key, value in stored.items()}
+        config = theirs.config.to_dict()
+        self.harness = ModelHarness(ours, config, tensors, max_model_len=256)
+        self.model = self.harness.runner.model
+        encode = lambda text: [ord(letter) % 80 for letter in text]  # noqa: E731
+        self.processor = processor(Terms(config), Terms(described), encode)
+        self.numbers = itertools.count(1)
+
+    def pixels(self, medium: Prepared) -> Any:
+        return unpacked(medium.payload)
+
+    @torch.inference_mode()
+    def embeddings(self, media: Sequence[Prepared]) -> list[torch.Tensor]:
+        return self.model.encode([self.pixels(medium) for medium in media])
+
+    @torch.inference_mode()
+    def admit(self, prompts: Sequence[tuple[Sequence[int], Sequence[Prepared]]], cached: Any = None) -> list[Placed]:
+        """Gives `prompts` the first slots, their media encoded."""
+        placed = [self.processor.placed(list(ids), media) for ids, media in prompts]
+        plan = self.harness.admit([list(each.ids) for each in placed], cached)
+        admits, numbers = [], []
+        for admit, each, (_, media) in zip(plan.admits, placed, prompts, strict=True):
+            bound = []
+            for need in needs_of(media, each):
+                numbers.append(next(self.numbers))
+                self.harness.runner.loaders[MEDIA].load(Load(MEDIA, numbers[-1], need.payload), self.loaded)
+                bound.append(Bound(MEDIA, numbers[-1], need.use))
+            known = {"prompt_len": len(each.ids), "positions": each.positions, "bound": tuple(bound)}
+            admits.append(replace(admit, **known))
+        encodes = np.array(numbers, "<i4").tobytes()
+        self.harness.runner.apply(replace(plan, admits=tuple(admits), encodes=encodes))
+        return placed
+
+    def loaded(self, message: Loaded) -> None:
+        assert not message.cause
+
+    def logits(self, prompt: tuple[Sequence[int], Sequence[Prepared]], cuts: Sequence[int] = ()) -> torch.Tensor:
+        """At all positions of one prompt, computed in chunks that end at `cuts`."""
+        (placed,) = self.admit([prompt])
+        bounds = [0, *cuts, len(placed.ids)]
+        return torch.cat([self.harness.logits([(0, first, last - first)])[0] for first, last in pairwise(bounds)])
