@@ -19,6 +19,7 @@ PROCESSORS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
         ("Qwen3VLForConditionalGeneration",),
         "images and video of Qwen3-VL, with timestamps",
     ),
+    ("gemma3", "gemma3:Gemma3", ("Gemma3ForConditionalGeneration",), "images of Gemma 3"),
 )
 
 

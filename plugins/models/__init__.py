@@ -35,6 +35,7 @@ MODELS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
         "DeepSeek-V2, V2-Lite, V3 and R1",
     ),
     ("gemma", "gemma:Gemma3", ("Gemma3ForCausalLM",), "Gemma 3, text"),
+    ("gemma3_vl", "gemma3_vl:Gemma3VL", ("Gemma3ForConditionalGeneration",), "Gemma 3, text and images"),
     ("phi", "phi:Phi3", ("Phi3ForCausalLM",), "Phi-3, Phi-3.5 and Phi-4, the dense ones"),
     (
         "bert",

@@ -112,6 +112,29 @@ def qwen3_vl(**vision: Any) -> Any:
     return filled(transformers.Qwen3VLForConditionalGeneration(config))
 
 
+def gemma3(**vision: Any) -> Any:
+    """A tower of 6 x 6 patches that become nine tokens; of four layers of the decoder the last sees everything."""
+    text = {**TEXT, "num_hidden_layers": 4, "head_dim": 8, "sliding_window": 12, "sliding_window_pattern": 4}
+    config = transformers.Gemma3Config(
+        text_config={**text, "query_pre_attn_scalar": 8, "rms_norm_eps": 1e-6},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 40,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 24,
+            "patch_size": 4,
+            "vision_use_head": False,
+            **vision,
+        },
+        mm_tokens_per_image=9,
+        image_token_id=IMAGE,
+        boi_token_id=START,
+        eoi_token_id=END,
+    )
+    return filled(transformers.Gemma3ForConditionalGeneration(config), gemma=True)
+
+
 def saved(model: Any, folder: Path, **processors: Any) -> Path:
     """`model` as a checkpoint with the configurations of its `processors`."""
     save_checkpoint(model, folder)
@@ -161,7 +184,7 @@ def ask_all(engine: Engine, prompts: Sequence[tuple[Sequence[int], Sequence[Fram
 
 
 class Seen:
-    """A model of ours with the weights of `theirs`, driven as a worker drives it: prompts of ids and media, in chunks."""
+    """A model of ours with the weights of `theirs`, driven as a worker drives it: prompts of ids and media, cut."""
 
     def __init__(self, theirs: Any, ours: type[Any], processor: type[Any], **described: Any) -> None:
         stored = revert_weight_conversion(theirs, theirs.state_dict())
@@ -201,8 +224,12 @@ class Seen:
     def loaded(self, message: Loaded) -> None:
         assert not message.cause
 
-    def logits(self, prompt: tuple[Sequence[int], Sequence[Prepared]], cuts: Sequence[int] = ()) -> torch.Tensor:
-        """At all positions of one prompt, computed in chunks that end at `cuts`."""
+    def logits(self, prompt: tuple[Sequence[int], Sequence[Prepared]]) -> torch.Tensor:
+        """At all positions of one prompt."""
         (placed,) = self.admit([prompt])
+        return self.cut(placed)
+
+    def cut(self, placed: Placed, cuts: Sequence[int] = ()) -> torch.Tensor:
+        """As `logits`, of what has the first slot, computed in chunks that end at `cuts`."""
         bounds = [0, *cuts, len(placed.ids)]
         return torch.cat([self.harness.logits([(0, first, last - first)])[0] for first, last in pairwise(bounds)])

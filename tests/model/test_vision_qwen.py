@@ -169,11 +169,11 @@ def test_positions_and_logits_are_transformers(family: Any, shown: str) -> None:
 
 
 def test_a_prompt_may_be_cut_anywhere(family: Any) -> None:
-    ids, media = prompt(family, ONE, CLIP)
-    wanted = their_logits(family, family.seen.processor.placed(ids, media).ids, media)
+    (placed,), media = family.seen.admit([shown := prompt(family, STRIP, CLIP)]), shown[1]
+    wanted = their_logits(family, placed.ids, media)
     for cut in range(1, len(wanted)):
-        assert_near(family.seen.logits((ids, media), [cut]), wanted)
-    assert_near(family.seen.logits((ids, media), range(1, len(wanted))), wanted)
+        assert_near(family.seen.cut(placed, [cut]), wanted)
+    assert_near(family.seen.cut(placed, range(1, len(wanted))), wanted)
 
 
 def test_rows_with_and_without_pictures_share_a_step(family: Any) -> None:
