@@ -19,6 +19,12 @@ PROCESSORS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
         ("Qwen3VLForConditionalGeneration",),
         "images and video of Qwen3-VL, with timestamps",
     ),
+    (
+        "llava_onevision",
+        "llava_onevision:LlavaOnevision",
+        ("LlavaOnevisionForConditionalGeneration",),
+        "images in tiles, and video, of LLaVA-OneVision",
+    ),
     ("gemma3", "gemma3:Gemma3", ("Gemma3ForConditionalGeneration",), "images of Gemma 3"),
 )
 

@@ -36,6 +36,12 @@ MODELS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ),
     ("gemma", "gemma:Gemma3", ("Gemma3ForCausalLM",), "Gemma 3, text"),
     ("gemma3_vl", "gemma3_vl:Gemma3VL", ("Gemma3ForConditionalGeneration",), "Gemma 3, text and images"),
+    (
+        "llava_onevision",
+        "llava_onevision:LlavaOnevision",
+        ("LlavaOnevisionForConditionalGeneration",),
+        "LLaVA-OneVision, with Qwen2: images in tiles, and video",
+    ),
     ("phi", "phi:Phi3", ("Phi3ForCausalLM",), "Phi-3, Phi-3.5 and Phi-4, the dense ones"),
     (
         "bert",

@@ -135,6 +135,28 @@ def gemma3(**vision: Any) -> Any:
     return filled(transformers.Gemma3ForConditionalGeneration(config), gemma=True)
 
 
+def llava_onevision(**changes: Any) -> Any:
+    """A tower of 5 x 5 patches; a picture has up to nine tiles, and the patches of up to two."""
+    config = transformers.LlavaOnevisionConfig(
+        text_config={**TEXT, "model_type": "qwen2"},
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 40,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 20,
+            "patch_size": 4,
+            "vision_use_head": False,
+        },
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=[[20 * high, 20 * wide] for high in (1, 2, 3) for wide in (1, 2, 3)],
+        **{"vision_aspect_ratio": "anyres_max_2", **changes},
+    )
+    return filled(transformers.LlavaOnevisionForConditionalGeneration(config))
+
+
 def saved(model: Any, folder: Path, **processors: Any) -> Path:
     """`model` as a checkpoint with the configurations of its `processors`."""
     save_checkpoint(model, folder)
