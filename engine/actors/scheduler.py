@@ -37,6 +37,7 @@ from engine.messages.control import (
     WorkerSilent,
 )
 from engine.messages.fronts import FrontLost
+from engine.messages.media import MEDIA
 from engine.messages.reply import Failed, Tokens
 from engine.messages.request import Abort, Admit, StopHit
 from engine.messages.step import StepDone, steps_in_flight
@@ -55,6 +56,8 @@ log = logging.getLogger("engine.scheduler")
 # device already. One step in flight more costs a row that ends one more dropped token, and a new request a step's wait.
 SHORT_STEP_SECONDS = 0.002
 HEARTBEAT_SECONDS = 1.0
+# Pictures and clips that no request shows now are known all the same, so that what is encoded of them is found again.
+MEDIA_KEPT, MEDIA_BYTES = 4096, 512 << 20
 RUNNING = ("ready", "stalled")  # states of a worker that reads what it is sent
 LOST = "the device worker stopped while this request was running, and is being restarted; send the request again"
 
@@ -88,7 +91,8 @@ class SchedulerActor:
         self.front = front
         self.fronts = fronts  # that `front` stands for
         self.scheduler: Scheduler | Copies | None = None
-        self.room = WaitingRoom({kind: maker.kept for kind, maker in makers.items()})
+        kept = {kind: maker.kept for kind, maker in makers.items()}
+        self.room = WaitingRoom({MEDIA: MEDIA_KEPT, **kept}, {MEDIA: MEDIA_BYTES})
         self.worker: Literal["starting", "ready", "restarting", "stalled", "failed"] = "starting"
         self.cause = ""
         self.in_flight = 0

@@ -8,14 +8,15 @@
 
 A request here holds no slot and no page. Things are told apart by kind and content: what is known already is not made
 again. A lost device takes what it was loading for the first time with it, because that may be what it died of; the next
-device loads all else. The oldest of a kind that no live request has is forgotten when there are too many. Left out: a
-bound on what is in use, and sizes.
+device loads all else. The oldest of a kind that no live request has is forgotten when there are too many, or they have
+too many bytes. Left out: a bound on what is in use.
 """
 
 import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 from engine.errors import RequestError
@@ -24,6 +25,7 @@ from engine.messages.request import Admit
 from engine.sched.limits import rid_in_use
 
 Key = tuple[str, bytes]  # kind and content
+NO_BOUNDS: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(slots=True, eq=False)
@@ -77,10 +79,11 @@ class Due:
 
 
 class WaitingRoom:
-    """Keeps at most `most[kind]` things that nobody uses. No device is there before `started`."""
+    """Keeps at most `most[kind]` things that nobody uses, whose payloads have up to `most_bytes[kind]` where there is
+    such a bound. No device is there before `started`."""
 
-    def __init__(self, most: Mapping[str, int]) -> None:
-        self._most = most
+    def __init__(self, most: Mapping[str, int], most_bytes: Mapping[str, int] = NO_BOUNDS) -> None:
+        self._most, self._most_bytes = most, most_bytes
         self._device = False
         self._numbers = itertools.count(1)
         self._arrivals = itertools.count()
@@ -201,12 +204,16 @@ class WaitingRoom:
     def evict(self, used: set[int]) -> list[Drop]:
         """Forget what is too much, but nothing that is `used` outside this room, waited for or under way."""
         idle = [asset for asset in self._assets.values() if asset.idle and asset.number not in used]
-        excess = Counter(asset.kind for asset in idle)
+        excess, surplus = Counter(asset.kind for asset in idle), Counter[str]()
+        for asset in idle:
+            surplus[asset.kind] += len(asset.payload)
         excess.subtract(self._most)
+        surplus.subtract({kind: self._most_bytes.get(kind, surplus[kind]) for kind in surplus})
         drops = []
         for asset in idle:
-            if excess[asset.kind] > 0:
+            if excess[asset.kind] > 0 or surplus[asset.kind] > 0:
                 excess[asset.kind] -= 1
+                surplus[asset.kind] -= len(asset.payload)
                 if asset.state == "ready":
                     drops.append(Drop(asset.kind, asset.number))
                 self._forget(asset)
