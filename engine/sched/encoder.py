@@ -75,9 +75,8 @@ class Encoder:
         else:
             if sum(self._held[each] for each in step.encodes) + tokens > self.budget:
                 return False
-            for old in [each for each in self._held if each not in step.media]:
-                if self._tokens + tokens <= self.room:
-                    break
+            while self._tokens + tokens > self.room:
+                old = next(iter(self._held))  # none of this step's: those were used last, and there is room for them
                 self.forget(old)
                 step.forgets += (old,)
             self._held[number] = tokens

@@ -9,6 +9,7 @@ import itertools
 import json
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import Future
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -193,13 +194,14 @@ def ask(engine: Engine, ids: Sequence[int], media: Sequence[Frames], **params: A
 
 def ask_all(engine: Engine, prompts: Sequence[tuple[Sequence[int], Sequence[Frames]]], **params: Any) -> list[Reply]:
     """The replies to prompts of ids, a placeholder for each medium among them, asked all at once."""
-    sampling = SamplingParams(**{"temperature": 0, "max_tokens": 12, "ignore_eos": True, **params})
-    requests = [
-        Generate(uuid.uuid4().hex, sampling, ids=packed(list(ids)), media=prepared(engine, media))
-        for ids, media in prompts
-    ]
-    futures = [engine.portal.start_task_soon(partial(engine.inner._whole, request)) for request in requests]
+    futures = [begin(engine, ids, prepared(engine, media), **params) for ids, media in prompts]
     return [future.result() for future in futures]
+
+
+def begin(engine: Engine, ids: Sequence[int], media: Sequence[Prepared], **params: Any) -> "Future[Reply]":
+    sampling = SamplingParams(**{"temperature": 0, "max_tokens": 12, "ignore_eos": True, **params})
+    request = Generate(uuid.uuid4().hex, sampling, ids=packed(list(ids)), media=tuple(media))
+    return engine.portal.start_task_soon(partial(engine.inner._whole, request))
 
 
 # ── one model of ours, in this process ───────────────────────────────────────────────────────

@@ -6,11 +6,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from seeing import END, IMAGE, START, VIDEO, Seen, ask_all, picture, prepared, processor_of, qwen2_5_vl, qwen3_vl, saved
+from msgspec.structs import replace
+from seeing import (
+    END,
+    IMAGE,
+    START,
+    VIDEO,
+    Seen,
+    ask_all,
+    begin,
+    picture,
+    prepared,
+    processor_of,
+    qwen2_5_vl,
+    qwen3_vl,
+    saved,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from engine import Engine, RequestError
 from engine.layers.vision import merged_patches, normalised
+from engine.messages.media import packed, unpacked
 from engine.plugin import Terms
 from engine_plugins.media.qwen2_5_vl import Qwen25VL as Processor25
 from engine_plugins.media.qwen3_vl import Qwen3VL as Processor3
@@ -233,3 +249,19 @@ def test_replies_are_transformers_whole_cut_cached_and_together(family: Any, tmp
         again = ask_all(engine, asked)
         assert [reply.ids for reply in again] == wanted
         assert all(reply.cached_tokens >= reply.prompt_tokens - 4 for reply in again)
+        # What cannot be encoded ends who shows it, each time, and nobody else.
+        bad = broken(processor_of(engine).prepare(picture(9, 40, 40)))
+        ids = asked[0][0]
+        for _ in range(2):
+            failing, other, beside = (begin(engine, ids, shown) for shown in ([bad], media[0], [bad]))
+            for future in (failing, beside):
+                with pytest.raises(RequestError, match="cannot be encoded: RuntimeError") as failed:
+                    future.result()
+                assert (failed.value.status, failed.value.code) == (500, "media_failed")
+            assert other.result().ids == wanted[0]
+
+
+def broken(medium: Any) -> Any:
+    """Pixels that do not lie as their grid says."""
+    pixels = replace(unpacked(medium.payload), shape=(1, 20, 80, 3))
+    return replace(medium, payload=packed(pixels))
