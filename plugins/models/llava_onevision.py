@@ -56,6 +56,8 @@ class LlavaOnevision(Qwen):
                 raise terms.wrong(name, f"{known}, which is all that this model class knows")
         activation = terms.word("projector_hidden_act", "gelu")
         parts: tuple[nn.Module, ...] = (Elsewhere(), Elsewhere(), Elsewhere())
+        if 0 not in self.held:
+            self.ignored = (*self.ignored, "image_newline")
         if 0 in self.held:
             tower = SiglipTower(terms.section("vision_config"), build)
             names = ("linear_1", "linear_2")

@@ -210,11 +210,13 @@ def begin(engine: Engine, ids: Sequence[int], media: Sequence[Prepared], **param
 class Seen:
     """A model of ours with the weights of `theirs`, driven as a worker drives it: prompts of ids and media, cut."""
 
-    def __init__(self, theirs: Any, ours: type[Any], processor: type[Any], **described: Any) -> None:
+    def __init__(
+        self, theirs: Any, ours: type[Any], processor: type[Any], attention: Any = None, **described: Any
+    ) -> None:
         stored = revert_weight_conversion(theirs, theirs.state_dict())
         tensors = {key: value.detach().contiguous() for key, value in stored.items()}
         config = theirs.config.to_dict()
-        self.harness = ModelHarness(ours, config, tensors, max_model_len=256)
+        self.harness = ModelHarness(ours, config, tensors, attention=attention, max_model_len=256)
         self.model = self.harness.runner.model
         encode = lambda text: [ord(letter) % 80 for letter in text]  # noqa: E731
         self.processor = processor(Terms(config), Terms(described), encode)

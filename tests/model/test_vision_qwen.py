@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
+from plain_attention import PlainAttention, captured
 from seeing import (
     END,
     IMAGE,
@@ -27,7 +28,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from engine import Engine, RequestError
 from engine.layers.vision import merged_patches, normalised
 from engine.messages.media import packed, unpacked
+from engine.messages.step import TOKEN
 from engine.plugin import Terms
+from engine.worker.steps import graphs
+from engine.worker.steps.graphs import DecodeGraphs, PromptGraphs
+from engine.worker.steps.rows import Rows
 from engine_plugins.media.qwen2_5_vl import Qwen25VL as Processor25
 from engine_plugins.media.qwen3_vl import Qwen3VL as Processor3
 from engine_plugins.models.qwen2_5_vl import Qwen25VL
@@ -206,6 +211,30 @@ def test_pages_that_end_within_a_picture_serve_another_prompt(family: Any) -> No
     family.seen.harness.logits([(0, 0, len(placed[0].ids))])
     (ours,) = family.seen.harness.logits([(1, 12, len(placed[1].ids) - 12)])
     assert_near(ours, their_logits(family, placed[1].ids, second[1])[12:])
+
+
+@torch.inference_mode()
+def test_captured_steps_turn_by_the_positions_behind_what_was_shown(
+    family: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stand-ins for graphs compute anew from what a replay put in place."""
+    monkeypatch.setattr(graphs, "captured", captured)
+    _, ours, processor = FAMILIES[family.name]
+    seen = Seen(family.theirs, ours, processor, PlainAttention, **PROCESSORS)
+    prompts = [prompt(family, ONE), prompt(family), prompt(family, CLIP, OTHER)]
+    placed, runner = seen.admit(prompts), seen.harness.runner
+    seen.harness.logits([(slot, 0, len(each.ids) - 1) for slot, each in enumerate(placed)])
+    tables = runner.shared_graphs._tables
+    decode, prompts_too = DecodeGraphs(tables), PromptGraphs(tables, 5, (32,))
+    assert decode.capture(4, None) and prompts_too.capture(32, None)
+    rows = Rows.of(np.array([[slot, len(each.ids) - 1, 1, TOKEN] for slot, each in enumerate(placed)]))
+    assert runner.media is not None and not runner.media.shows(rows)
+    wanted = torch.stack(
+        [their_logits(family, each.ids, media)[-1] for each, (_, media) in zip(placed, prompts, strict=True)]
+    )
+    for hidden in (decode.replay(rows)[0], prompts_too.replay(rows)[0], runner.compute(rows)[0]):
+        assert_near(seen.model.logits(hidden), wanted)
+    assert runner.media.shows(Rows.of(np.array([[0, 4, 1, TOKEN], [1, 0, 3, TOKEN]])))
 
 
 def test_times_of_a_clip_are_text_in_qwen3_vl() -> None:
