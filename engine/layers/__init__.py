@@ -2,7 +2,15 @@
 
 from engine.kernels.experts.reference import ExpertWeights, Routed, Routing
 from engine.layers.activation import gated_activation
-from engine.layers.attention import Attention, AttentionBackend, AttentionShape, Backend, PagedAttention, Prefix
+from engine.layers.attention import (
+    Attention,
+    AttentionBackend,
+    AttentionShape,
+    Backend,
+    PagedAttention,
+    Prefix,
+    check_layout,
+)
 from engine.layers.batch import Batch, Media, Mirror, WholeSpan
 from engine.layers.build import Build, Scheme
 from engine.layers.decoder import (
@@ -97,6 +105,7 @@ __all__ = [
     "VisionMLP",
     "WholeSpan",
     "block_places",
+    "check_layout",
     "check_shape",
     "empty_weight",
     "gated_activation",

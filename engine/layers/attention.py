@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.errors import ConfigError
 from engine.kernels import KernelSet, choose
 from engine.kernels.dense.reference import HeadNorms, Heads, Rotation
 from engine.kernels.types import Prefix
@@ -164,6 +165,17 @@ class PagedAttention(AttentionBackend):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, places: Tensor, plan: Any) -> Tensor:
         self.kernels.dense.write_pages(key, value, cache, places)
         return self.attend(query, cache, plan)
+
+
+def check_layout(backend: AttentionBackend) -> None:
+    """Raises ConfigError where tokens cannot see each other: what reads their keys and values knows one layout."""
+    shape = backend.shape
+    if tuple(backend.kv_group().shape) != (2, backend.page_size, shape.kv_heads, shape.head_dim):
+        raise ConfigError(
+            f"tokens of a picture see each other, and the attention backend {type(backend).__name__} has pages of "
+            f"{backend.kv_group().shape}, not keys and then values of {backend.page_size} tokens; name another one in "
+            "--plugins"
+        )
 
 
 class Attention(nn.Module):

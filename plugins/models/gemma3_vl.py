@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.plugin import Terms, language_terms
-from engine.plugin.layers import Build, Elsewhere, Layer, RMSNorm, empty_weight, normalised
+from engine.plugin.layers import Build, Elsewhere, Layer, RMSNorm, check_layout, empty_weight, normalised
 from engine.plugin.media import Pixels
 from engine_plugins.models.gemma import Gemma3
 from engine_plugins.models.siglip import SiglipTower
@@ -42,6 +42,8 @@ class Gemma3VL(Gemma3):
 
     in_copies = False
     sees = True
+    vision_tower: Any
+    multi_modal_projector: Any
     renamed = (
         ("model.language_model.", "model."),
         ("language_model.model.", "model."),
@@ -57,12 +59,13 @@ class Gemma3VL(Gemma3):
         super().__init__(language_terms(terms), build)
         vision = terms.section("vision_config")
         self.tokens = terms.integer("mm_tokens_per_image", 256)
-        tower: nn.Module = Elsewhere()
-        projector: nn.Module = Elsewhere()
+        parts: tuple[nn.Module, ...] = (Elsewhere(), Elsewhere())
         if 0 in self.held:
             tower = SiglipTower(vision, build)
-            projector = Projector(terms, vision, build, tower.side, self.width)
-        self.vision_tower, self.multi_modal_projector = tower, projector
+            parts = tower, Projector(terms, vision, build, tower.side, self.width)
+        self.vision_tower, self.multi_modal_projector = parts
+        for backend in self.backends:
+            check_layout(backend)
 
     def encode(self, media: Sequence[Pixels]) -> list[Tensor]:
         pictures = torch.cat([normalised(each, self.device) for each in media])

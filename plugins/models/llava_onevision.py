@@ -37,6 +37,9 @@ class LlavaOnevision(Qwen):
 
     in_copies = False
     sees = True
+    vision_tower: Any
+    multi_modal_projector: Any
+    image_newline: Any
     renamed = (
         ("model.language_model.", "model."),
         ("language_model.model.", "model."),
@@ -57,7 +60,7 @@ class LlavaOnevision(Qwen):
         activation = terms.word("projector_hidden_act", "gelu")
         parts: tuple[nn.Module, ...] = (Elsewhere(), Elsewhere(), Elsewhere())
         if 0 not in self.held:
-            self.ignored = (*self.ignored, "image_newline")
+            self.ignored = (*Qwen.ignored, "image_newline")
         if 0 in self.held:
             tower = SiglipTower(terms.section("vision_config"), build)
             names = ("linear_1", "linear_2")

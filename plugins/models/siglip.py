@@ -37,7 +37,7 @@ class SiglipTower(nn.Module):
         places = Embedding(build, self.side**2, size, divided=False)
         self.embeddings = nn.ModuleDict({"patch_embedding": patch, "position_embedding": places})
         inner, activation = vision.integer("intermediate_size"), vision.word("hidden_act", "gelu_pytorch_tanh")
-        layers = nn.ModuleList(
+        blocks = (
             VisionBlock(
                 (LayerNorm(build, size, epsilon), LayerNorm(build, size, epsilon)),
                 VisionAttention(build, size, heads, ("q_proj", "k_proj", "v_proj"), "out_proj"),
@@ -46,7 +46,7 @@ class SiglipTower(nn.Module):
             )
             for _ in range(vision.integer("num_hidden_layers", high=4096))
         )
-        self.encoder = nn.ModuleDict({"layers": layers})
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
         self.post_layernorm = LayerNorm(build, size, epsilon)
 
     def forward(self, pictures: Tensor, normed: bool = True) -> Tensor:
@@ -56,7 +56,7 @@ class SiglipTower(nn.Module):
         places = self.embeddings["position_embedding"].weight
         hidden = (hidden.unflatten(0, (-1, count)) + places).flatten(0, 1)
         segments = Segments([count] * len(pictures), self.device)
-        for block in self.encoder["layers"]:
+        for block in self.encoder["layers"].children():
             hidden = block(hidden, segments)
         hidden = self.post_layernorm(hidden) if normed else hidden
         return hidden.unflatten(0, (-1, count))
