@@ -210,5 +210,15 @@ def test_the_wheel_runs_where_there_is_no_checkout(wheel: Path, tmp_path: Path) 
     assert said("-c", "import engine; print(engine.__file__)").strip() == str(tmp_path / "site/engine/__init__.py")
     assert said("-m", "engine", "--version").split()[-1] == PROJECT["version"]
     kinds = {row["kind"] for row in json.loads(said("-m", "engine", "plugins", "--json"))}
-    assert {"models", "attention", "checkpoints", "grammars", "parsers", "policies", "quantization", "routing"} <= kinds
+    assert {
+        "models",
+        "attention",
+        "checkpoints",
+        "grammars",
+        "media",
+        "parsers",
+        "policies",
+        "quantization",
+        "routing",
+    } <= kinds
     assert "complete" in said("-m", "engine", "completion", "bash")
