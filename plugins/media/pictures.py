@@ -3,8 +3,8 @@
 Pictures are resized by Pillow, as transformers' processors without torchvision do ("slow", or backend "pil"), and clips
 by torch, as those with torchvision do ("fast"): transformers has no others for clips. Both give uint8. For seven
 pictures of scikit-image, the fast ones of transformers 5.24 differ from the slow ones by up to 0.2 levels of 255 on
-average and by up to 8 at a point; ours are the slow ones' exactly. The device divides by 255 and normalises, so a number
-travels as one byte.
+average and by up to 8 at a point; ours are the slow ones' exactly. The device divides by 255 and normalises, so a
+number travels as one byte.
 """
 
 import hashlib
