@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.errors import counted
 from engine.layers.batch import Batch, Media, WholeSpan, upload
 from engine.layers.model import Model
 from engine.messages.assets import Load, Loaded
@@ -72,7 +73,7 @@ class MediaTable:
             try:
                 pixels = unpacked(message.payload)
                 if len(pixels.data) != np.prod(pixels.shape):
-                    raise ValueError(f"{len(pixels.data)} bytes are no {pixels.shape} numbers")
+                    raise ValueError(f"{counted(len(pixels.data), 'byte')} for numbers of shape {pixels.shape}")
                 self._pixels[message.number] = pixels
             except ValueError as error:  # msgspec's are ValueErrors too
                 cause = f"the pixels of an image or video cannot be used: {error}"

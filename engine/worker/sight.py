@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.config import Config
-from engine.errors import ConfigError
+from engine.errors import ConfigError, counted
 from engine.layers.model import Model
 
 log = logging.getLogger("engine.worker")
@@ -61,7 +61,6 @@ def encoder_bytes(model: Model, sight: Sight) -> int:
     torch.cuda.synchronize(model.device)
     peak = torch.cuda.max_memory_allocated(model.device) - before
     held = sight.held * sight.token_bytes
-    log.info(
-        "encoding %d tokens of media takes %d MiB, and %d MiB are held", sight.step_tokens, peak // MIB, held // MIB
-    )
+    made = counted(sight.step_tokens, "token")
+    log.info("encoding %s of media takes %d MiB, and what is held %d MiB", made, peak // MIB, held // MIB)
     return peak + held
