@@ -7,8 +7,9 @@
 First a small seeded model is asked on both sides: each id that ours draws greedily must be one that transformers
 scores highest, or within rounding of it. Then `--requests` prompts, each with a picture of its own of `--side` x
 `--side` pixels between texts, are answered with `--tokens` tokens each: all at once by ours, as one batch by
-transformers (sdpa, no padding, as all prompts are equally long). Preparing the pixels is timed apart. At the end comes
+transformers (sdpa, no padding, as all prompts are equally long). Preparing the pixels is timed apart. Before that comes
 the time to a first token of a picture that is new, of the same prompt again, and of the same picture in another prompt.
+What each turn took is printed as it ends. `--only ours` leaves transformers out, `--only throughput` the check.
 """
 
 import argparse
@@ -176,15 +177,13 @@ def settle(device: torch.device) -> None:
 def made(config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
     """A model of made-up weights."""
     described = transformers.Qwen2_5_VLConfig(**copy.deepcopy(config))
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            torch.manual_seed(0)
-            model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(described, attn_implementation="sdpa")
-    finally:
-        torch.set_default_dtype(before)
-    return model.to(dtype).eval()
+    with torch.device(device):
+        torch.manual_seed(0)
+        model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(
+            described, dtype=dtype, attn_implementation="sdpa"
+        )
+    assert model.lm_head.weight.dtype == dtype and model.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
+    return model.eval()
 
 
 # ── whether both say the same ────────────────────────────────────────────────────────────────
@@ -269,8 +268,8 @@ async def throughput(options: argparse.Namespace, config: dict[str, Any], ours: 
         assert all(len(ids) == options.tokens for ids in said), "a reply ended early"
         found = {"ours": seconds}
         if theirs is not None:
-            tokens = options.tokens if turn else min(8, options.tokens)
-            found["transformers"] = theirs.generate(theirs.inputs(requests, config), tokens)
+            some, tokens = (requests, options.tokens) if turn else (requests[:2], min(8, options.tokens))
+            found["transformers"] = theirs.generate(theirs.inputs(some, config), tokens)
         if turn:
             for name, value in found.items():
                 times[name].append(value)
@@ -333,10 +332,9 @@ async def run(options: argparse.Namespace) -> None:
         engine_options = {"dtype": str(dtype).removeprefix("torch."), "load": "dummy", **limits(options)}
         async with AsyncEngine(model=str(folder), **engine_options) as engine:
             ours = Ours(engine)
+            await first_tokens(options, config, ours)
             theirs = Theirs(made(config, device, dtype), device) if options.only in ("all", "throughput") else None
             await throughput(options, config, ours, theirs)
-            del theirs
-            await first_tokens(options, config, ours)
 
 
 def device_name(device: torch.device) -> str:
@@ -350,7 +348,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int)
     parser.add_argument("--side", type=int)
     parser.add_argument("--tokens", type=int)
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=2, help="turns that are timed")
     parser.add_argument("--tiny", action="store_true", help="a small shape, few requests")
     parser.add_argument("--only", choices=("all", "check", "throughput", "ours"), default="all")
     parser.add_argument("--option", action="append", default=[], metavar="N=V", help="an option of the engine")
