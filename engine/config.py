@@ -118,8 +118,8 @@ class ScheduleOptions(Struct, frozen=True, kw_only=True):
     encoder_tokens: Annotated[
         Positive | None,
         Meta(
-            description="most tokens of images and video that are encoded in one step; one that takes more is refused; "
-            "default: 16384 on a GPU, 4096 on a CPU"
+            description="most tokens of images and video that are encoded at a time; an image that takes more is "
+            "refused, a video is encoded in pieces; default: 16384 on a GPU, 4096 on a CPU"
         ),
     ] = None
     policy: Annotated[

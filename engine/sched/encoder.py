@@ -5,9 +5,10 @@
 
 A chunk of a prompt needs the embeddings of the media that it shows. Those that are not held are made in the same step,
 before its tokens are computed, up to a budget of embeddings a step; the chunk ends before the first medium that is too
-much. So does it before one that it could only show a part of, if its tokens see each other. The first chunk of a step
-always gets what it needs, because no medium takes more than a step may make, nor that more than is held. A prompt whose
-media are in cached pages needs none of them. Every device holds the same, because it is told (StepPlan).
+much. So does it before one that it could only show a part of, if its tokens see each other. A medium of more than the
+budget, a long clip, has a step's encoder to itself, which takes it in pieces of up to the budget. So the first chunk of
+a step always gets what it needs. A prompt whose media are in cached pages needs none of them. Every device holds the
+same, because it is told (StepPlan). Left out: a clip that is made over several steps.
 """
 
 from collections import OrderedDict
@@ -31,10 +32,17 @@ class Encoder:
     def check(self, request: Request, max_step_tokens: int) -> None:
         """Raises RequestError (400) for a medium that no step could make, or whose tokens no step could compute."""
         for shown in request.shown:
-            if shown.tokens > self.budget:
+            if shown.together > self.budget:
                 raise RequestError(
-                    f"an image or video takes {counted(shown.tokens, 'token')}, and at most {self.budget} are made in "
-                    "a step; send it smaller, or start with a larger --encoder-tokens",
+                    f"an image, or a frame of a video, takes {counted(shown.together, 'token')}, and at most "
+                    f"{self.budget} are made in a step; send it smaller, or start with a larger --encoder-tokens",
+                    param="messages",
+                    code="media_too_large",
+                )
+            if shown.tokens > self.room:
+                raise RequestError(
+                    f"a video takes {counted(shown.tokens, 'token')}, and there is room for {self.room}; send it "
+                    "shorter or smaller, or start with a larger --encoder-cache",
                     param="messages",
                     code="media_too_large",
                 )
@@ -73,7 +81,7 @@ class Encoder:
         if number in self._held:
             self._held.move_to_end(number)
         else:
-            if sum(self._held[each] for each in step.encodes) + tokens > self.budget:
+            if step.encodes and sum(self._held[each] for each in step.encodes) + tokens > self.budget:
                 return False
             while self._tokens + tokens > self.room:
                 old = next(iter(self._held))  # none of this step's: those were used last, and there is room for them

@@ -114,7 +114,12 @@ class MediaTable:
 
     def _encode(self, numbers: list[int]) -> None:
         try:
-            made = self._model.encode([self._pixels[number] for number in numbers])
+            media = [self._pixels[number] for number in numbers]
+            parts = self._model.parts(media[0]) if len(media) == 1 else media
+            if len(parts) > len(media):
+                made = [torch.cat([self._model.encode([part])[0] for part in parts])]
+            else:
+                made = self._model.encode(media)
             self._held |= dict(zip(numbers, made, strict=True))
         except Exception as error:  # of a medium, which is to end who shows it and nobody else
             log.exception("media %s cannot be encoded together", numbers)

@@ -57,7 +57,9 @@ class LlavaOnevision:
             tokens = self.side**2 + high * (wide + 1)
         made = pixels_of(tiles, grid, terms, CLIP)
         said = digest_of(frames, type(self).__name__, grid, made.shape, made.scale, made.mean, made.std, self.tiles)
-        return Prepared(packed(made), grid, tokens, said, "video" if clip else "image")
+        if clip:
+            return Prepared(packed(made), grid, tokens, said, "video", together=math.ceil(self.side / 2) ** 2 + 1)
+        return Prepared(packed(made), grid, tokens, said)
 
     def cut(self, pixels: NDArray[np.uint8], height: int, width: int, resample: int) -> NDArray[np.uint8]:
         """The tiles [n, size, size, 3] of a picture that is resized into `height` x `width`, in the middle of black."""

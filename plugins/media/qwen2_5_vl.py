@@ -76,6 +76,7 @@ class Qwen25VL:
             "video" if clip else "image",
             self.times(frames) if clip else (),
             self.interval(frames) if clip else 0.0,
+            math.prod(grid[1:]) // self.merge**2,
         )
 
     def picture_size(self, height: int, width: int, terms: Terms) -> tuple[int, int]:

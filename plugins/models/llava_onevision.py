@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,6 +20,8 @@ from engine.plugin.layers import Build, Elsewhere, Layer, VisionMLP, empty_weigh
 from engine.plugin.media import Pixels
 from engine_plugins.models.qwen import Qwen
 from engine_plugins.models.siglip import SiglipTower
+
+GOES_ON = 0  # behind the frames of a piece of a clip, in its grid, if it is not the last one
 
 
 class Newline(Layer):
@@ -79,9 +82,9 @@ class LlavaOnevision(Qwen):
         """The embeddings [tokens, H] of one medium, from [tiles, patches, H]."""
         side, newline = self.vision_tower.side, self.image_newline.weight.to(tiles.dtype)
         squares = tiles.unflatten(1, (side, side))
-        if len(grid) == 1:
-            pooled = _resampled(squares, -(-side // 2), -(-side // 2))
-            return torch.cat((pooled.flatten(0, 2), newline[None]))
+        if len(grid) < 3:
+            frames = _resampled(squares, self.pooled, self.pooled).flatten(0, 2)
+            return frames if grid[1:] else torch.cat((frames, newline[None]))
         rows, columns, top, left, high, wide, *size = grid
         plane = squares[1:].unflatten(0, (rows, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
         plane = plane[top : top + high, left : left + wide]
@@ -90,10 +93,31 @@ class LlavaOnevision(Qwen):
         ended = torch.cat((plane, newline.expand(len(plane), 1, -1)), dim=1)
         return torch.cat((tiles[0], ended.flatten(0, 1)))
 
+    def parts(self, medium: Pixels) -> list[Pixels]:
+        fit = max(1, (self.most_encoded - 1) // self.pooled**2)
+        if len(medium.grid) > 1 or fit >= (count := medium.shape[0]):
+            return [medium]
+        size = len(medium.data) // count
+        cuts = [(at, min(at + fit, count)) for at in range(0, count, fit)]
+        return [
+            replace(
+                medium,
+                data=medium.data[at * size : end * size],
+                shape=(end - at, *medium.shape[1:]),
+                grid=(end - at,) if end == count else (end - at, GOES_ON),
+            )
+            for at, end in cuts
+        ]
+
+    @property
+    def pooled(self) -> int:
+        """Rows of the embeddings of a clip's frame."""
+        return -(-int(self.vision_tower.side) // 2)
+
     def largest_medium(self, tokens: int) -> Pixels:
         """A clip: its frames are more tiles for as many embeddings than those of any picture."""
-        size, pooled = self.vision_tower.image_size, -(-self.vision_tower.side // 2)
-        count = max(1, (tokens - 1) // pooled**2)
+        size = self.vision_tower.image_size
+        count = max(1, (tokens - 1) // self.pooled**2)
         shape = (count, size, size, 3)
         return Pixels(bytes(count * size * size * 3), shape, (count,), 1 / 255, (0.5,) * 3, (0.5,) * 3)
 

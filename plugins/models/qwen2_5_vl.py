@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from torch import Tensor, nn
 
 from engine.plugin import Terms, language_terms
@@ -147,6 +148,20 @@ class Qwen25VL(Qwen):
         merged = self.visual(media)
         sizes = [int(np.prod(each.grid)) // self.visual.merge**2 for each in media]
         return list(merged.split(sizes))
+
+    def parts(self, medium: Pixels) -> list[Pixels]:
+        steps, high, wide = medium.grid
+        fit = max(1, self.most_encoded * self.visual.merge**2 // (high * wide))
+        if fit >= steps:
+            return [medium]
+        frames = medium.shape[0] // steps
+        size = frames * fit * len(medium.data) // medium.shape[0]
+        pieces = [medium.data[at : at + size] for at in range(0, len(medium.data), size)]
+        return [
+            replace(medium, data=piece, shape=(count * frames, *medium.shape[1:]), grid=(count, high, wide))
+            for piece in pieces
+            if (count := len(piece) * steps // len(medium.data))
+        ]
 
     def largest_medium(self, tokens: int) -> Pixels:
         side = self.visual.merge * self.visual.patch

@@ -95,6 +95,17 @@ def test_logits_of_prompts_cut_anywhere(theirs: Any, seen: Seen) -> None:
     assert_near(seen.cut(placed, range(1, len(wanted), 3)), wanted)
 
 
+@torch.inference_mode()
+def test_a_long_clip_is_encoded_in_pieces(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    medium = seen.processor.prepare(picture(8, 30, 26, frames=5, fps=2.0))
+    (whole,) = seen.embeddings([medium])
+    assert (medium.together, medium.tokens) == (10, 46)
+    monkeypatch.setattr(seen.model, "most_encoded", 20)
+    parts = seen.model.parts(seen.pixels(medium))
+    assert [part.grid for part in parts] == [(2, 0), (2, 0), (1,)]
+    assert_near(torch.cat([seen.model.encode([part])[0] for part in parts]), whole)
+
+
 def test_frames_are_spread_evenly(seen: Seen) -> None:
     assert seen.processor.choose_frames(10, 24.0, 10 / 24) == list(range(10))
     assert seen.processor.choose_frames(100, 24.0, 100 / 24) == (np.arange(32) * 100 // 32).tolist()

@@ -167,6 +167,20 @@ def test_the_tower_sees_pictures_and_clips_together_as_transformers_does(family:
     assert_near(torch.cat(ours), torch.cat(wanted, dim=1))
 
 
+@torch.inference_mode()
+def test_a_long_clip_is_encoded_in_pieces(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    medium = family.seen.processor.prepare(picture(8, 30, 26, frames=9, fps=2.0))
+    (whole,) = family.seen.embeddings([medium])
+    assert medium.together == medium.tokens // 5
+    monkeypatch.setattr(family.seen.model, "most_encoded", 2 * medium.together + 1)
+    parts = family.seen.model.parts(family.seen.pixels(medium))
+    assert [part.grid[0] for part in parts] == [2, 2, 1]
+    ids = [1, VIDEO, 2]
+    (placed,) = family.seen.admit([(ids, [medium])])  # by the worker, in pieces
+    assert_near(torch.cat([family.seen.model.encode([part])[0] for part in parts]), whole)
+    assert_near(family.seen.cut(placed), their_logits(family, placed.ids, [medium]))
+
+
 # ── prompts ──────────────────────────────────────────────────────────────────────────────────
 
 SHOWN = {
