@@ -82,6 +82,13 @@ class CacheOptions(Struct, frozen=True, kw_only=True):
             "leaves"
         ),
     ] = None
+    encoder_cache: Annotated[
+        Positive | None,
+        Meta(
+            description="MiB of the device's memory for encoded images and video, which are kept for prompts that show "
+            "them again; default: 1024 on a GPU, 256 on a CPU"
+        ),
+    ] = None
     prefix_cache: Annotated[
         bool, Meta(description="keep finished requests' KV pages for prompts that share a prefix")
     ] = True
@@ -131,6 +138,13 @@ class ScheduleOptions(Struct, frozen=True, kw_only=True):
         Meta(
             description="most tokens computed in one step, which copies of attention divide: prompts are cut into "
             "chunks of at most this; default: 8192 on a GPU, 2048 on a CPU, for each copy"
+        ),
+    ] = None
+    encoder_tokens: Annotated[
+        Positive | None,
+        Meta(
+            description="most tokens of images and video that are encoded at a time; an image that takes more is "
+            "refused, a video is encoded in pieces; default: 16384 on a GPU, 4096 on a CPU"
         ),
     ] = None
     policy: Annotated[

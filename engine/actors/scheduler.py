@@ -39,6 +39,7 @@ from engine.messages.control import (
     WorkerSilent,
 )
 from engine.messages.fronts import FrontLost
+from engine.messages.media import MEDIA
 from engine.messages.reply import Failed, Tokens
 from engine.messages.request import Abort, Admit, EndPrograms, StopHit
 from engine.messages.sessions import EndSession, KeptSession, ListSessions
@@ -50,6 +51,7 @@ from engine.sched import Scheduler
 from engine.sched.assets import Due, WaitingRoom
 from engine.sched.chunks import ChunkRule
 from engine.sched.copies import Copies
+from engine.sched.encoder import Encoder
 from engine.sched.fronts import front_of
 from engine.sched.moves import Moves
 from engine.sched.sessions import Sessions
@@ -64,6 +66,8 @@ HEARTBEAT_SECONDS = 1.0
 FETCH_SECONDS = 2.0
 FETCH_SECONDS_A_BYTE = 0.1 / 4096  # of ids, four a token
 LEAST_RISEN, LEAST_FETCHED = 64, 256  # tokens: fewer are computed sooner than they come from the host, or a store
+# Pictures and clips that no request shows now are known all the same, so that what is encoded of them is found again.
+MEDIA_KEPT, MEDIA_BYTES = 4096, 512 << 20
 RUNNING = ("ready", "stalled")  # states of a worker that reads what it is sent
 LOST = "the device worker stopped while this request was running, and is being restarted; send the request again"
 
@@ -97,7 +101,8 @@ class SchedulerActor:
         self.front = front
         self.fronts = fronts  # that `front` stands for
         self.scheduler: Scheduler | Copies | None = None
-        self.room = WaitingRoom({kind: maker.kept for kind, maker in makers.items()})
+        kept = {kind: maker.kept for kind, maker in makers.items()}
+        self.room = WaitingRoom({MEDIA: MEDIA_KEPT, **kept}, {MEDIA: MEDIA_BYTES})
         self.worker: Literal["starting", "ready", "restarting", "stalled", "failed"] = "starting"
         self.cause = ""
         self.in_flight = 0
@@ -246,6 +251,8 @@ class SchedulerActor:
             self.moves.cost.done(done.seconds)
         self.credits = self.most_credits - (done.seconds >= SHORT_STEP_SECONDS)
         self.idle_seconds += done.idle
+        for number, cause in done.failed:
+            await self._end_users(number, cause)
         stuck = self.scheduler.stuck(done) if done.stuck else []
         replies = self.scheduler.commit_each(done, time.monotonic())
         for rid, cause in stuck:
@@ -258,6 +265,16 @@ class SchedulerActor:
         if not self.in_flight:
             await self._send_stats()
             await self._answer_pauses()
+
+    async def _end_users(self, number: int, cause: str) -> None:
+        """A medium could not be encoded: who runs with it ends, and what was computed of it is in no cache."""
+        assert isinstance(self.scheduler, Scheduler), "copies of attention run no model that sees"
+        users = [each.rid for each in self.scheduler.running_requests() if number in each.numbers]
+        for rid in users:
+            self.scheduler.stop(rid)
+            await self.front.send(Failed(rid, 500, "media_failed", f"an image or video cannot be encoded: {cause}"))
+        self.scheduler.encoder.forget(number)
+        self.scheduler.flush()
 
     async def _answer_pauses(self) -> None:
         """Answer what waits for an answer, in order, unless the device is still to become idle."""
@@ -372,6 +389,8 @@ class SchedulerActor:
             "fronts": self.fronts,
             "held": self.held,
         }
+        if ready.encoder_tokens:
+            options["encoder"] = Encoder(ready.encoder_tokens, ready.embeddings)
         if stages > 1:
             options["chunks"] = ChunkRule(ready.max_step_tokens, stages, ready.attention_work)
         if ready.host_pages:

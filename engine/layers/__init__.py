@@ -2,8 +2,16 @@
 
 from engine.kernels.experts.reference import ExpertWeights, Routed, Routing
 from engine.layers.activation import gated_activation
-from engine.layers.attention import Attention, AttentionBackend, AttentionShape, Backend, PagedAttention, Prefix
-from engine.layers.batch import Batch, Mirror
+from engine.layers.attention import (
+    Attention,
+    AttentionBackend,
+    AttentionShape,
+    Backend,
+    PagedAttention,
+    Prefix,
+    check_layout,
+)
+from engine.layers.batch import Batch, Media, Mirror, WholeSpan
 from engine.layers.build import Build, Scheme
 from engine.layers.decoder import (
     AttentionKind,
@@ -22,10 +30,24 @@ from engine.layers.linear import ColumnLinear, QKVLinear, ReplicatedLinear, RowL
 from engine.layers.mla import LatentAttention
 from engine.layers.model import Elsewhere, Layer, Model, check_shape, empty_weight, put
 from engine.layers.moe import Experts, Mixture, Router, SparseMLP
-from engine.layers.norm import RMSNorm
+from engine.layers.norm import LayerNorm, RMSNorm
 from engine.layers.quantization import Quantized, QuantizedExperts, QuantizedLinear, Shard
 from engine.layers.rotary import Rotary, rope_terms, rope_type, yarn_scale
 from engine.layers.spread import over_copies
+from engine.layers.vision import (
+    GatedVisionMLP,
+    PatchEmbedding,
+    Segments,
+    Turn,
+    VisionAttention,
+    VisionBlock,
+    VisionMLP,
+    block_places,
+    merged_patches,
+    normalised,
+    turned_by,
+    vision_activation,
+)
 
 __all__ = [
     "Attention",
@@ -46,15 +68,19 @@ __all__ = [
     "ExpertWeights",
     "Experts",
     "GatedMLP",
+    "GatedVisionMLP",
     "LMHead",
     "LatentAttention",
     "LatentBackend",
     "LatentShape",
     "Layer",
+    "LayerNorm",
+    "Media",
     "Mirror",
     "Mixture",
     "Model",
     "PagedAttention",
+    "PatchEmbedding",
     "Prefix",
     "QKVLinear",
     "Quantized",
@@ -69,15 +95,27 @@ __all__ = [
     "Routing",
     "RowLinear",
     "Scheme",
+    "Segments",
     "SelfAttention",
     "Shard",
     "SparseMLP",
+    "Turn",
+    "VisionAttention",
+    "VisionBlock",
+    "VisionMLP",
+    "WholeSpan",
+    "block_places",
+    "check_layout",
     "check_shape",
     "empty_weight",
     "gated_activation",
+    "merged_patches",
+    "normalised",
     "over_copies",
     "put",
     "rope_terms",
     "rope_type",
+    "turned_by",
+    "vision_activation",
     "yarn_scale",
 ]

@@ -1,8 +1,8 @@
 """The seam between a model and an attention backend: the cache layout is the backend's, the layer is thin.
 
 One backend object serves one KV group: layers that share a shape, so one plan a step serves them all.
-Latent attention (MLA) is a backend of another shape (latent.py). Left out: masks other than causal and windows; pages
-that all windows have passed stay with their request until it ends.
+Latent attention (MLA) is a backend of another shape (latent.py). Tokens that see each other attend once more, beside
+it (spans.py). Left out: other masks; pages that all windows have passed stay with their request until it ends.
 """
 
 from abc import ABC, abstractmethod
@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.errors import ConfigError
 from engine.kernels import KernelSet, choose
 from engine.kernels.dense.reference import HeadNorms, Heads, Rotation
 from engine.kernels.types import Prefix
 from engine.layers.batch import Batch, upload
 from engine.layers.kv_scales import FP8_TYPES, KVScales
+from engine.layers.spans import attend_whole
 from engine.messages.step import STEPS_IN_FLIGHT
 from engine.plugin.specs import KVGroup
 
@@ -165,6 +167,17 @@ class PagedAttention(AttentionBackend):
         return self.attend(query, cache, plan)
 
 
+def check_layout(backend: AttentionBackend) -> None:
+    """Raises ConfigError where tokens cannot see each other: what reads their keys and values knows one layout."""
+    shape = backend.shape
+    if tuple(backend.kv_group().shape) != (2, backend.page_size, shape.kv_heads, shape.head_dim):
+        raise ConfigError(
+            f"tokens of a picture see each other, and the attention backend {type(backend).__name__} has pages of "
+            f"{backend.kv_group().shape}, not keys and then values of {backend.page_size} tokens; name another one in "
+            "--plugins"
+        )
+
+
 class Attention(nn.Module):
     """Layer `layer` of KV group `group`, computed by that group's backend."""
 
@@ -201,4 +214,7 @@ class Attention(nn.Module):
         else:
             query, key, value = ops.rotate_heads(qkv, heads, norms, rotation)
             attended = self.backend.forward(query, key, value, cache, batch.places, plan)
+        if batch.whole:
+            shape = self.backend.shape
+            attended = attend_whole(attended, query, cache, batch, window=shape.window, scale=shape.scale)
         return attended if self.scales is None else self.scales.after(attended)

@@ -1,7 +1,7 @@
 """The inputs of one step, as a model and its attention backend see them, and how host numbers reach a device.
 
 R rows (one request's part of the step each) hold T tokens, laid end to end. Host arrays let a backend plan its work
-without asking the device. Left out: media embeddings.
+without asking the device.
 """
 
 from collections.abc import Mapping, Sequence
@@ -61,6 +61,33 @@ def _orders(counts: Tensor, most: int, size: int) -> tuple[Tensor, Tensor]:
     return order, back.flatten()
 
 
+@dataclass(frozen=True, slots=True)
+class Media:
+    """What media say to a step: the embeddings of M of its tokens, which take the place of those of their ids.
+
+    Those of `levels` are added to the stream behind the first layers, one behind each (DeepStack, arXiv:2406.04334)."""
+
+    places: Tensor  # [M] int64, device: which of the T tokens
+    embeddings: Tensor  # [M, H]
+    levels: tuple[Tensor, ...] = ()  # [M, H] each
+
+    def into(self, hidden: Tensor) -> Tensor:
+        """`hidden` [T, H] with the embeddings in their places; it is written over."""
+        return hidden.index_copy_(0, self.places, self.embeddings.to(hidden.dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class WholeSpan:
+    """Tokens of a step that see each other as well as all before them: `count` of the T, from `first` on, which are the
+    positions `position` and on of the slot `slot`. The span they are the rest of ends with them."""
+
+    first: int
+    count: int
+    position: int
+    slot: int
+    before: int = 0  # how many positions of their span are in the cache already
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """One step. Row r computes the positions starts[r] .. starts[r]+lengths[r]-1 of its request."""
@@ -81,6 +108,11 @@ class Batch:
     plans: tuple[Any, ...] = ()  # per KV group: what its attention backend's `prepare` returned
     # [1] int64, device: how many of the T tokens are no padding, where some may be; with `spread` of those together
     real: Tensor | None = None
+    # [T], or [3, T] for time, height and width, int64, device: where rotary embedding places the tokens, if not at
+    # their positions
+    turns: Tensor | None = None
+    media: Media | None = None  # of steps that are not captured
+    whole: tuple[WholeSpan, ...] = ()  # of steps that are not captured
     spread: Spread | None = None  # where attention runs in copies: this one's tokens are the T
 
     def pages(self, page_size: int) -> Tensor:

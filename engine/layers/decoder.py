@@ -161,14 +161,18 @@ class Decoder(nn.Module):
 
     def embed(self, batch: Batch) -> Tensor:
         hidden: Tensor = self.embed_tokens(batch.ids)
-        return hidden if self.embedding_scale == 1.0 else hidden * self.embedding_scale
+        hidden = hidden if self.embedding_scale == 1.0 else hidden * self.embedding_scale
+        return hidden if batch.media is None else batch.media.into(hidden)
 
     def run(self, hidden: Tensor, batch: Batch, rotations: Rotations, first: int, last: int) -> Tensor:
         """Blocks first .. last-1, and after the last of all the norm. Between ranges the stream and what is still to be
         added to it are their sum: one tensor [T, H]."""
         stream = None
-        for block in islice(self.layers, first, last):
+        levels = batch.media.levels if batch.media is not None else ()
+        for layer, block in enumerate(islice(self.layers, first, last), first):
             hidden, stream = block(hidden, stream, batch, rotations)
+            if layer < len(levels) and batch.media is not None:
+                stream.index_add_(0, batch.media.places, levels[layer].to(stream.dtype))
         if last == self.count:
             assert isinstance(self.norm, RMSNorm)
             return self.norm.add(hidden, stream)[0]
@@ -318,7 +322,8 @@ class CausalLM(Model):
         return self.model.embed(batch)
 
     def run(self, hidden: Tensor, batch: Batch, first: int, last: int) -> Tensor:
-        rotations = [rotary(batch.positions) for rotary in self.rotaries]
+        turns = batch.positions if batch.turns is None else batch.turns
+        rotations = [rotary(turns) for rotary in self.rotaries]
         return self.model.run(hidden, batch, rotations, first, last)
 
     def logits(self, hidden: Tensor) -> Tensor:

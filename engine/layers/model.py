@@ -9,7 +9,7 @@ is built `deferred` has none until then. Left out: weights that change shape on 
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from engine.errors import ConfigError
 from engine.layers.attention import Backend
 from engine.layers.batch import Batch
 from engine.layers.build import Build
+from engine.messages.media import Pixels
 from engine.messages.step import TOKEN
 from engine.parallel.collectives import Divided
 from engine.plugin.specs import KVSpec, LazyTensor, StateGroup
@@ -166,6 +167,11 @@ class Model(nn.Module, ABC):
     most_graph_tokens: float = float("inf")  # as of Backend; 0 where layers plan prompts on the host
     vocabulary: Divided | None = None  # whose logits a rank makes, where several divide them
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # ends of names in checkpoints that hold no weight
+    renamed: tuple[tuple[str, str], ...] = ()  # beginnings of names in some checkpoints, and what they are here
+    turns = False  # whether rotary embedding may place a token elsewhere than at its position (Batch.turns)
+    sees = False  # whether it `encode`s media
+    most_encoded: int = 1 << 30  # embeddings that are made at a time at most
+    levels: int = 0  # vectors of each embedding beside the first one, as of Media
 
     @abstractmethod
     def __init__(self, config: dict[str, Any], build: Build) -> None:
@@ -201,6 +207,20 @@ class Model(nn.Module, ABC):
         """Float32 vectors [R, embedding_size] of the rows whose hidden states are `hidden` [T, H], of a model that
         yields vectors."""
         raise NotImplementedError(f"{type(self).__name__} makes no vectors")
+
+    def encode(self, media: Sequence[Pixels]) -> list[Tensor]:
+        """The embeddings of pictures and clips, of a model that sees: [tokens, (1 + levels) * width] of each."""
+        raise NotImplementedError(f"{type(self).__name__} reads text alone")
+
+    def parts(self, medium: Pixels) -> list[Pixels]:
+        """`medium` in pieces of up to `most_encoded` embeddings, which may be encoded one after the other: a long clip.
+        Others are one piece."""
+        return [medium]
+
+    def largest_medium(self, tokens: int) -> Pixels:
+        """Made-up pixels that take as much memory to encode as any of up to `tokens` embeddings, and are as many or
+        nearly so."""
+        raise NotImplementedError(f"{type(self).__name__} reads text alone")
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
@@ -250,7 +270,7 @@ class Model(nn.Module, ABC):
         name may appear in the checkpoint and is passed over.
         """
         self.name_layers()
-        wanted, found = self._matched(tensors)
+        wanted, found = self._matched((self._own_name(name), tensor) for name, tensor in tensors)
         for name, tensor in found:
             layer, parameter, part = wanted[name]
             if (whole := layer.whole(parameter, part)) is not None:
@@ -262,6 +282,13 @@ class Model(nn.Module, ABC):
         for module in self.modules():
             if isinstance(module, Layer):
                 module.loaded()
+
+    def _own_name(self, name: str) -> str:
+        """What a weight of a checkpoint is called here."""
+        for beginning, own in self.renamed:
+            if name.startswith(beginning):
+                return own + name.removeprefix(beginning)
+        return name
 
     def _matched(self, tensors: Iterable[tuple[str, LazyTensor]]) -> tuple[Wanted, list[tuple[str, LazyTensor]]]:
         """What the layers want, by name, and those of `tensors` that are wanted. Raises ConfigError as `load` does."""

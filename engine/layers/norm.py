@@ -1,7 +1,8 @@
-"""Root-mean-square normalisation."""
+"""Root-mean-square normalisation, and the older one that subtracts the mean."""
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from engine.layers.build import Build
 from engine.layers.model import Layer, empty_weight
@@ -44,3 +45,16 @@ class RMSNorm(Layer):
         super().load(name, parameter, part, tensor)
         if self.offset:
             self.weight.add_(self.offset)
+
+
+class LayerNorm(Layer):
+    """Layer normalisation (arXiv:1607.06450) of [..., size]."""
+
+    def __init__(self, build: Build, size: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = empty_weight(build, size)
+        self.bias = empty_weight(build, size)
+        self.epsilon = epsilon
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return functional.layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.epsilon)

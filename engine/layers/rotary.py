@@ -1,7 +1,10 @@
 """Rotary position embedding (RoFormer, arXiv:2104.09864) and the scalings that stretch it.
 
-Angles are computed once a step, in float32, from positions: no table, so no length limit. Left out: multi-axis
-positions.
+Angles are computed once a step, in float32, from positions: no table, so no length limit.
+
+Tokens of a picture have three positions, in time, height and width (M-RoPE, arXiv:2409.12191), and each frequency turns
+by one of them: `mrope_section` [16, 24, 24] gives the first 16 to time, or, `mrope_interleaved`, every third of the
+first ones to height and to width. Where all three are the same, as those of text are, it is the usual rotation.
 """
 
 import math
@@ -34,7 +37,7 @@ class Rotary(nn.Module):
         scaling = rope_terms(config)
         kind = rope_type(scaling)
         known = {"default": _default, "linear": _linear, "llama3": _llama3, "longrope": _longrope, "su": _longrope}
-        known["yarn"] = _yarn
+        known |= {"yarn": _yarn, "mrope": _default}
         if kind not in known:
             raise ConfigError(f"rope type {kind!r} is not supported; this model class knows {', '.join(known)}")
         size = int(head_dim * scaling.number("partial_rotary_factor", 1.0, high=1.0))
@@ -47,10 +50,17 @@ class Rotary(nn.Module):
         frequencies = 1.0 / scaling.number("rope_theta", THETA) ** exponents
         frequencies, self.magnitude = known[kind](frequencies, scaling, build.max_model_len)
         self.frequencies = frequencies.to(build.device)  # [size / 2]
+        axes = _axes(scaling, len(frequencies))
+        self.axes = None if axes is None else torch.tensor(axes, device=build.device)  # [size / 2]: 0, 1 or 2
         self.dtype = build.dtype
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """`positions` [T] to (cosines, sines), each [T, 1, size / 2]: `size` of head_dim dimensions rotate."""
+        """`positions` [T], or [3, T], to (cosines, sines), each [T, 1, size / 2]: `size` of head_dim dimensions
+        rotate."""
+        if positions.dim() == 2:
+            assert self.axes is not None, "a model without mrope_section has one position a token"
+            angles = positions[self.axes].T[:, None].to(torch.float32).contiguous() * self.frequencies
+            return (angles.cos() * self.magnitude).to(self.dtype), (angles.sin() * self.magnitude).to(self.dtype)
         cosines, sines = self.kernels.dense.rotation(positions, self.frequencies, self.magnitude)
         return cosines.to(self.dtype), sines.to(self.dtype)
 
@@ -68,6 +78,19 @@ def rope_terms(config: Mapping[str, Any]) -> Terms:
 def rope_type(scaling: Terms) -> str:
     """The name of the scaling, which older configurations call `type`."""
     return scaling.word("rope_type", None) or scaling.word("type", "default")
+
+
+def _axes(scaling: Terms, pairs: int) -> list[int] | None:
+    """By which of its three positions each pair of a head's dimensions turns; None where a token has one position."""
+    sections = scaling.integers("mrope_section", 3)
+    if not sections:
+        return None
+    if sum(sections) != pairs:
+        raise scaling.wrong("mrope_section", f"three integers whose sum is {pairs}, half of what is rotated of a head")
+    if not scaling.flag("mrope_interleaved"):
+        return [axis for axis, count in enumerate(sections) for _ in range(count)]
+    ends = (0, 3 * sections[1], 3 * sections[2])
+    return [pair % 3 if pair < ends[pair % 3] else 0 for pair in range(pairs)]
 
 
 # ── rope types: frequencies, options and the longest sequence to frequencies and the size of the rotated ─────────────

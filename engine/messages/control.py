@@ -16,7 +16,8 @@ class WorkerReady(Message, frozen=True):
     which no page holds: no cached prefix serves it, and no drafts. `attention_work` is what each token of context adds
     to the work that a token of a prompt takes, as a part of what that is without context. A `mixture` has experts, of
     which questions tell; `exchange` says how tokens reach those of other ranks, for people; "" if there are none. Below
-    the device are `host_pages`, and if it `stores`, what keeps pages by their names.
+    the device are `host_pages`, and if it `stores`, what keeps pages by their names. A model that sees makes
+    `encoder_tokens` embeddings of media a step at most, and holds as many as `embeddings`; of others both are 0.
     """
 
     pages: int
@@ -38,6 +39,8 @@ class WorkerReady(Message, frozen=True):
     exchange: str = ""
     host_pages: int = 0
     stores: bool = False
+    encoder_tokens: int = 0
+    embeddings: int = 0
 
 
 class WorkerLost(Message, frozen=True):

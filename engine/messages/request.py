@@ -6,6 +6,7 @@ from engine.conversation.parts import Message as ChatMessage
 from engine.messages.assets import Need
 from engine.messages.base import Message
 from engine.messages.cache import Blocks
+from engine.messages.media import Prepared
 from engine.messages.sessions import SessionUse
 from engine.params.grammar import Grammar
 from engine.params.sampling import Sampling, SamplingParams
@@ -45,6 +46,7 @@ class Generate(Message, frozen=True):
     scored_after: int = 0
     session: SessionUse | None = None
     program: str = ""
+    media: tuple[Prepared, ...] = ()  # that `messages` or `ids` have places for, in order
 
     @property
     def grammar(self) -> Grammar | None:
@@ -94,6 +96,7 @@ class Admit(Message, frozen=True):
     The prompt's log-probabilities, where asked for, are those of the tokens after the position `scored_after`.
 
     `keys` (int32, one an id) is what prefixes are shared by, where that is not the ids themselves (cache/keys.py).
+    `positions` (int32 [3, ids]) are where rotary embedding places the ids, where that is not their index.
     `blocks` are what a router knows the prompt by, where routers are told of the cache.
 
     Calls of one `program` are admitted together, and what they have computed is kept for it."""
@@ -111,6 +114,7 @@ class Admit(Message, frozen=True):
     blocks: Blocks | None = None
     session: SessionUse | None = None
     program: str = ""
+    positions: bytes = b""
 
 
 class Abort(Message, frozen=True):

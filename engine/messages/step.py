@@ -26,7 +26,8 @@ class SlotAdmit(Part, frozen=True):
     """A request takes device row `slot`: its tokens so far (int32), of which `prompt_len` are its prompt, and how to
     sample it. If its prompt's log-probabilities are asked for, those of its first `scored` + 1 tokens are known.
     `bound` are the things on the device that it uses. It ends at `limit` tokens, which only rows that yield drafts look
-    at."""
+    at. `positions` (int32 [3, prompt_len]) are where rotary embedding places the prompt, where that is not its index;
+    what comes after goes on behind the largest."""
 
     slot: int
     ids: bytes
@@ -35,6 +36,7 @@ class SlotAdmit(Part, frozen=True):
     scored: int = 0
     bound: tuple[Bound, ...] = ()
     limit: int = 0
+    positions: bytes = b""
 
 
 class StepPlan(Message, frozen=True):
@@ -59,6 +61,9 @@ class StepPlan(Message, frozen=True):
     Where attention runs in copies, rows are in the order of these, and each copy has as many slots: they are numbered
     over all copies, and pages within each.
 
+    `forgets` are the numbers (int32) of media whose embeddings the device drops, `encodes` of those that it makes then,
+    before the forward pass.
+
     `lane` names the pipeline's micro-batch. Steps run on the device in the order sent, so a page freed by step n may be
     written by step n+1.
     """
@@ -71,6 +76,8 @@ class StepPlan(Message, frozen=True):
     admits: tuple[SlotAdmit, ...] = ()
     pages: bytes = b""
     lane: int = 0
+    encodes: bytes = b""
+    forgets: bytes = b""
 
 
 class Logprobs(Part, frozen=True):
@@ -94,7 +101,8 @@ class StepDone(Message, frozen=True):
     `row` counted among them. `prompt_logprobs` has one for each of all the plan's rows that computes prompt positions p
     not scored yet: it holds those of the tokens at p + 1. `vectors` (float32 [n, size]) are those of the rows that ask
     for one, in plan order. `stuck` names rows that cannot go on, counted as in `logprobs`, each with a sentence for its
-    client; their count is 0.
+    client; their count is 0. `failed` are the numbers of media that could not be encoded, each with the reason: what
+    the step has computed of them is wrong.
     """
 
     step: int
@@ -106,3 +114,4 @@ class StepDone(Message, frozen=True):
     idle: float = 0.0
     vectors: bytes = b""
     stuck: tuple[tuple[int, str], ...] = ()
+    failed: tuple[tuple[int, str], ...] = ()

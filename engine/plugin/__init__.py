@@ -18,7 +18,7 @@ from engine.plugin.specs import (
     Vocabulary,
     Waiting,
 )
-from engine.plugin.terms import LONGEST, MANY, MOST, Terms
+from engine.plugin.terms import LONGEST, MANY, MOST, Terms, language_terms
 
 __all__ = [
     "LONGEST",
@@ -43,4 +43,5 @@ __all__ = [
     "Vocabulary",
     "Waiting",
     "hookimpl",
+    "language_terms",
 ]

@@ -109,6 +109,17 @@ def register_routing(register: Annotated[Register, RoutingEntry]) -> None:
     """register(name, target): a `routing.RoutingPolicy` subclass, constructed without arguments."""
 
 
+class MediaEntry(Entry, frozen=True, kw_only=True):
+    """A processor of pictures and clips. `architectures` are the names of config.json whose models see by it."""
+
+    architectures: tuple[str, ...]
+
+
+@hookspec
+def register_media(register: Annotated[Register, MediaEntry]) -> None:
+    """register(name, target, architectures=(...,)): a `media.MediaProcessor` class, imported without torch."""
+
+
 class ParserEntry(Entry, frozen=True, kw_only=True):
     """A parser of replies. It is chosen for a model whose chat template holds all of `markers`, the one with the most
     of them first, else for a model of one of `architectures`."""

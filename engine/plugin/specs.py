@@ -129,7 +129,9 @@ class LazyTensor(Protocol):
 class Checkpoint(Protocol):
     """One opened model: its configuration, its text and its weights, under Hugging Face names.
 
-    Constructing it and calling `config()` and `text()` need no torch.
+    Constructing it and calling `config()` and `text()` need no torch. One whose models may see has a method
+    `processor()` too, which returns what it says of the processing of media, in the terms of processor_config.json:
+    `image_processor` and `video_processor`.
     """
 
     @classmethod

@@ -16,8 +16,19 @@ MOST = 1 << 24  # of a size: no model has a dimension, a vocabulary or a window 
 MANY = 4096  # of what is built one by one, layers and experts
 LONGEST = (1 << 31) - 1  # of a sequence: positions are 32-bit integers on some devices
 REQUIRED: Any = object()
+SHARED = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config", "architectures")  # with other parts
 
 Default = TypeVar("Default", bound=None)
+
+
+def language_terms(config: "Terms") -> "Terms":
+    """What `config` says of the language model, where that is a part of the model: an older configuration says it
+    without a section."""
+    text = config.section("text_config")
+    if not text:
+        return config
+    shared = {name: config[name] for name in SHARED if config.get(name) is not None}
+    return Terms({**text, **shared}, text.source, text.within)
 
 
 class Terms(dict[str, Any]):

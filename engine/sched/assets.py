@@ -4,12 +4,12 @@
                       └─ refused: all that wait are told; later ones are told at once if the refusal lasts
 
     making ──> made ──> loading ──> ready        a thing's life; a refusal that lasts is kept in its place
-                 ^─────────┴──────────┘          when the device is lost
+                 ^─────────┴──────────┘          when the device is lost; a need may bring what is made along
 
 A request here holds no slot and no page. Things are told apart by kind and content: what is known already is not made
 again. A lost device takes what it was loading for the first time with it, because that may be what it died of; the next
-device loads all else. The oldest of a kind that no live request has is forgotten when there are too many. Left out: a
-bound on what is in use, and sizes.
+device loads all else. The oldest of a kind that no live request has is forgotten when there are too many, or they have
+too many bytes. Left out: a bound on what is in use.
 
 A need for pages (messages/tiers.py) only shortens what a request computes. Nothing is made or loaded for it: once what
 there is has come, or is not waited for any more, it is `settled`, and the request runs.
@@ -19,6 +19,7 @@ import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 from engine.errors import RequestError
@@ -28,6 +29,7 @@ from engine.messages.tiers import PAGES
 from engine.sched.limits import rid_in_use
 
 Key = tuple[str, bytes]  # kind and content
+NO_BOUNDS: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(slots=True, eq=False)
@@ -81,10 +83,11 @@ class Due:
 
 
 class WaitingRoom:
-    """Keeps at most `most[kind]` things that nobody uses. No device is there before `started`."""
+    """Keeps at most `most[kind]` things that nobody uses, whose payloads have up to `most_bytes[kind]` where there is
+    such a bound. No device is there before `started`."""
 
-    def __init__(self, most: Mapping[str, int]) -> None:
-        self._most = most
+    def __init__(self, most: Mapping[str, int], most_bytes: Mapping[str, int] = NO_BOUNDS) -> None:
+        self._most, self._most_bytes = most, most_bytes
         self._device = False
         self._numbers = itertools.count(1)
         self._arrivals = itertools.count()
@@ -124,7 +127,7 @@ class WaitingRoom:
         return due
 
     def _asset(self, need: Need, due: Due) -> Asset:
-        """The thing that `need` asks for; one that is not known begins to be made."""
+        """The thing that `need` asks for; one that is not known begins to be made, or to be loaded if it is made."""
         key = need.kind, need.content
         known = self._assets.get(key)
         if known is not None:
@@ -132,7 +135,11 @@ class WaitingRoom:
             return known
         asset = self._assets[key] = Asset(need.kind, need.content, next(self._numbers))
         self._by_number[asset.number] = asset
-        due.makes.append(Make(need.kind, asset.number, need.content))
+        if need.payload:
+            asset.state, asset.payload = "made", need.payload
+            self._load(asset, due)
+        else:
+            due.makes.append(Make(need.kind, asset.number, need.content))
         return asset
 
     def made(self, message: Made) -> Due:
@@ -210,12 +217,16 @@ class WaitingRoom:
     def evict(self, used: set[int]) -> list[Drop]:
         """Forget what is too much, but nothing that is `used` outside this room, waited for or under way."""
         idle = [asset for asset in self._assets.values() if asset.idle and asset.number not in used]
-        excess = Counter(asset.kind for asset in idle)
+        excess, surplus = Counter(asset.kind for asset in idle), Counter[str]()
+        for asset in idle:
+            surplus[asset.kind] += len(asset.payload)
         excess.subtract(self._most)
+        surplus.subtract({kind: self._most_bytes.get(kind, surplus[kind]) for kind in surplus})
         drops = []
         for asset in idle:
-            if excess[asset.kind] > 0:
+            if excess[asset.kind] > 0 or surplus[asset.kind] > 0:
                 excess[asset.kind] -= 1
+                surplus[asset.kind] -= len(asset.payload)
                 if asset.state == "ready" and asset.kind != PAGES:
                     drops.append(Drop(asset.kind, asset.number))
                 self._forget(asset)

@@ -35,6 +35,7 @@ from engine.messages.step import StepDone, StepPlan
 from engine.plugin.specs import Policy
 from engine.sched.chunks import ChunkRule
 from engine.sched.columns import StepColumns
+from engine.sched.encoder import Encoder
 from engine.sched.integrity import check_pages, check_slots
 from engine.sched.lanes import Lanes
 from engine.sched.limits import check_fits, check_whole, pages_for
@@ -72,6 +73,7 @@ class Scheduler:
         copy: int = 0,
         live: LiveRequests | None = None,
         tiers: TierOptions | None = None,
+        encoder: Encoder | None = None,
     ) -> None:
         assert chunks is None or not drafts, "stages of a pipeline do not know where rows of drafts begin"
         self.page_size = page_size
@@ -82,6 +84,7 @@ class Scheduler:
         self.drafts = drafts
         self.fronts = fronts  # that requests come from
         self.chunks = chunks
+        self.encoder = encoder or Encoder()
         self._now = 0.0  # when the plan at hand is made
         self.steps = 0  # planned so far; of copies by any of them, so that a request may go from one to another
         self._prompt_tokens = 0  # of requests that came to run, as are the cached ones among them
@@ -104,6 +107,7 @@ class Scheduler:
         self._stop_ids: Counter[int] = Counter()  # of all that run
         self._free_slots = list(reversed(self.slots))
         self._in_flight: deque[tuple[int, StepColumns]] = deque()
+        self.encoder.clear()
 
     @property
     def tiers(self) -> Tiers | None:
@@ -151,6 +155,7 @@ class Scheduler:
 
     def accept(self, request: Request, admit: Admit) -> None:
         """Raises RequestError (400) if a request can never fit."""
+        self.encoder.check(request, self.max_step_tokens)
         self.places.know(request, admit)
         if request.pools:
             check_whole(request, self.max_model_len, self.max_step_tokens)
@@ -265,13 +270,17 @@ class Scheduler:
     def _plan_chunk(self, step: StepColumns, request: Request) -> None:
         """Compute as much of `request` as the budget allows; at its end, draw a token. Its tokens are all known."""
         start, length = request.computed, len(request.ids)
-        end = min(length, start + step.budget)
+        end = most = min(length, start + step.budget)
         if self.chunks is not None:
             end = self.chunks.cut(step, start, end, self.page_size)
-        step.add_chunk(request, start, end - start, last=end == length)
+        if request.shown:
+            end = self.encoder.reach(step, request, start, end, most)
+        if end > start:
+            step.add_chunk(request, start, end - start, last=end == length)
         request.computed = end
         step.set_pages(request, self.places.share(request, end))
         if end < length:
+            step.budget = 0  # nobody comes between its chunks, also where media have ended this one
             return
         del self._prefilling[request.rid]
         if length + 1 == request.limit:
@@ -293,17 +302,13 @@ class Scheduler:
         self._queue.remove(request)
         step.admits += (request.slot_admit(),)
         if request.pools:
-            self._plan_whole(step, request)
+            step.add_whole(request)
+            request.computed = len(request.ids)
+            self._ending[request.rid] = self._prefilling.pop(request.rid)
         else:
             step.set_pages(request, range(len(request.pages)))
             self._plan_chunk(step, request)
         return True
-
-    def _plan_whole(self, step: StepColumns, request: Request) -> None:
-        """Compute all of `request`, which asks for a vector."""
-        step.add_whole(request)
-        request.computed = len(request.ids)
-        self._ending[request.rid] = self._prefilling.pop(request.rid)
 
     def _place(self, request: Request, budget: int) -> bool:
         """Give a waiting request a slot, and either pages for its tokens or, if it asks for a vector, the step."""

@@ -24,6 +24,9 @@ class StepColumns:
     ending: Sequence[int] = ()  # rows whose token is surely the last of their request
     pooled: tuple[Request, ...] = ()  # whose vectors the step yields
     scoring: Mapping[int, Request] = MappingProxyType({})  # by row: whose prompt's log-probabilities the step yields
+    media: Mapping[int, int] = MappingProxyType({})  # embeddings by the number of a medium that its chunks show
+    encodes: tuple[int, ...] = ()  # of these, those that it makes
+    forgets: tuple[int, ...] = ()  # media whose embeddings make room
     lane = 0  # whose rows decode
     work = 0.0  # that its prompts may still take, in a pipeline (chunks.py)
 
@@ -91,4 +94,6 @@ class StepColumns:
             admits=self.admits,
             pages=pages,
             lane=self.lane,
+            encodes=array("i", self.encodes).tobytes() if self.encodes else b"",
+            forgets=array("i", self.forgets).tobytes() if self.forgets else b"",
         )

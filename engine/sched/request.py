@@ -17,6 +17,7 @@ from engine.cache.blocks import Named
 from engine.cache.names import PageNames
 from engine.cache.radix import Node
 from engine.messages.assets import Bound
+from engine.messages.media import MEDIA, media_use
 from engine.messages.request import Admit
 from engine.messages.sessions import SessionUse
 from engine.messages.step import Logprobs, SlotAdmit
@@ -24,6 +25,31 @@ from engine.params.sampling import Sampling
 from engine.sched.sessions import Session
 
 NEVER = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """Where a prompt shows medium `number`, or a part of it: `count` positions from `begin` on. All of the medium is
+    `tokens` embeddings, of which `together` have to be made at a time. The positions of a `whole` one see each other.
+    """
+
+    begin: int
+    count: int
+    number: int
+    tokens: int
+    whole: bool
+    together: int
+
+
+def shown_by(bound: tuple[Bound, ...]) -> tuple[Shown, ...]:
+    """What a prompt shows that uses these things, in its order."""
+    uses = [(each.number, media_use(each)) for each in bound if each.kind == MEDIA]
+    found = [
+        Shown(*span, number, use.tokens, use.whole, use.together or use.tokens)
+        for number, use in uses
+        for span in use.spans
+    ]
+    return tuple(sorted(found, key=lambda shown: shown.begin))
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +71,8 @@ class Request:
     front: int = 0  # that has sent it
     use: SessionUse | None = None  # the session that it is of,
     session: Session | None = None  # which lives while it runs
+    shown: tuple[Shown, ...] = ()  # media, in order
+    positions: bytes = b""  # of its prompt, as in Admit
     named: Named | None = None  # the blocks of its text, where somebody is told of them
     names: PageNames | None = None  # of its pages, where there are tiers
 
@@ -91,6 +119,8 @@ class Request:
             bound=bound,
             use=admit.session,
             program=admit.program,
+            shown=shown_by(bound) if bound else (),
+            positions=admit.positions,
             scored=admit.scored_after if asks else NEVER,
         )
 
@@ -111,6 +141,11 @@ class Request:
         the first on whose successor is to be scored."""
         return self.key(0, min(len(self.ids) - 1, self.scored) // page_size * page_size)
 
+    @property
+    def numbers(self) -> frozenset[int]:
+        """Of the media that it shows."""
+        return frozenset(shown.number for shown in self.shown)
+
     def slot_admit(self) -> SlotAdmit:
         """What the device is told of it when it gets its slot."""
         return SlotAdmit(
@@ -121,6 +156,7 @@ class Request:
             scored=min(self.scored, self.prompt_len),
             bound=self.bound,
             limit=self.limit,
+            positions=self.positions,
         )
 
     def scores_in(self, start: int, end: int) -> bool:

@@ -1,7 +1,9 @@
-"""The text of a checkpoint, with its templates, parsers and sampling defaults, in every process that needs them."""
+"""The text of a checkpoint, in every process that needs it: with templates, parsers, sampling defaults, and the
+processor of media."""
 
 from engine.config import Config
 from engine.conversation.parsers import choose_parsers
+from engine.conversation.processors import choose_processor
 from engine.params.defaults import model_defaults
 from engine.params.sampling import SamplingDefaults
 from engine.plugin.registry import Plugins
@@ -16,7 +18,10 @@ def text_of(plugins: Plugins, checkpoint: Checkpoint, config: Config, template: 
     architectures = checkpoint.config().get("architectures") or ()
     own = [source for source in (spec.chat_template, spec.named_templates.get(TOOL_USE)) if source is not None]
     parsers = choose_parsers(plugins, config.server, architectures, template or "\n".join(own) or None)
-    return Text(spec, template, parsers, sampling_defaults(spec, config)[0])
+    media = choose_processor(
+        plugins, checkpoint, lambda text: spec.tokenizer.encode(text, add_special_tokens=False).ids
+    )
+    return Text(spec, template, parsers, sampling_defaults(spec, config)[0], media)
 
 
 def sampling_defaults(spec: TextSpec, config: Config) -> tuple[SamplingDefaults, list[str]]:

@@ -23,11 +23,13 @@ from torch import Tensor
 from engine.layers.batch import Batch, upload
 from engine.layers.model import Model
 from engine.messages.grammars import GRAMMAR
+from engine.messages.media import MEDIA
 from engine.messages.step import NOTHING, VECTOR, SlotAdmit, StepDone, StepPlan
 from engine.parallel.pipeline import Pipeline
 from engine.params.sampling import Sampling
 from engine.worker.experts import routers_of
 from engine.worker.loaders import LoadedElsewhere, Loader
+from engine.worker.media import MediaTable
 from engine.worker.memory import Caches, States
 from engine.worker.sampling.adjustments import Adjustments
 from engine.worker.sampling.grammars import Grammars, Guided
@@ -40,7 +42,7 @@ from engine.worker.steps.drafts import Draws, Held, held, real_starts
 from engine.worker.steps.graphs import ALL_ROWS_TOKENS, DecodeGraphs, Tables, most_prompt_tokens, prompt_graphs
 from engine.worker.steps.prefixes import LEAST_ROWS, SharedPrefixes
 from engine.worker.steps.recorded import RecordedSteps
-from engine.worker.steps.results import Block, Forward, Head, Result, Step
+from engine.worker.steps.results import Block, Forward, Head, Result, Step, to_pinned
 from engine.worker.steps.rows import Rows
 from engine.worker.steps.stage import Stage
 from engine.worker.steps.warmup import PLAIN
@@ -93,16 +95,17 @@ class Runner:
         self.draws = self.stage is None or self.stage.last
         loader = grammars if self.draws else LoadedElsewhere()
         self.loaders: dict[str, Loader] = {} if loader is None else {GRAMMAR: loader}  # by kind of need
+        enters = pipeline is not None and not pipeline.first
+        self.media = MediaTable(model, slots, device, embeds=not enters) if model.sees else None
+        self.loaders |= {} if self.media is None else {MEDIA: self.media}
         self.unscored = np.zeros((slots, 2), np.int64)  # prompt positions to be scored: from, to
         self._no_tokens = torch.empty(0, dtype=torch.int64, device=device)
         self._ahead_of: torch.cuda.Event | None = None  # the end of the last step, while it is not known to be over
         draw = self._draw_plain if self.sampler.captures and self.draws else None
-        real = bool(routers_of(model))
-        masks = grammars is not None
-        states = self.states.layers
-        enters = pipeline is not None and not pipeline.first
-        shape = page_size, real, draw, masks, states, enters, 0 if copy is None else copy.copies
-        tables = Tables(model, caches, self.tokens, self.page_table, *shape)
+        real, masks, copies = bool(routers_of(model)), grammars is not None, 0 if copy is None else copy.copies
+        shape = page_size, real, draw, masks, self.states.layers, enters, copies
+        shifts = None if self.media is None else self.media.shifts
+        tables = Tables(model, caches, self.tokens, self.page_table, *shape, shifts)
         self.decode_graphs = DecodeGraphs(tables) if device.type != "cpu" else RecordedSteps(tables)
         self.shared_graphs = DecodeGraphs(tables, shared=True)
         self.prompt_graphs = prompt_graphs(tables)
@@ -120,7 +123,7 @@ class Runner:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         previous, self._ahead_of = self._ahead_of, end
-        result = self._run(plan, among, catch_up).moved(_to_pinned)
+        result = self._run(plan, among, catch_up).moved(to_pinned)
         end.record()
         return Step(plan.step, result, began=start, ended=end, previous=previous, among=among)
 
@@ -169,6 +172,8 @@ class Runner:
             self.stage.admit(plan.admits)
         if self.draws:
             self.adjustments.admit(plan.admits)
+        if self.media is not None:
+            self.media.apply(plan)
         if plan.admits:
             self.states.clear(write_ids(plan.admits, self.tokens, self.lengths))
         for admit in plan.admits:
@@ -202,7 +207,8 @@ class Runner:
 
     def forward(self, rows: Rows, entering: Tensor | None = None) -> Forward:
         """The hidden states of the step of `rows`, one or more; `entering` are from the stage before."""
-        if self.decode_graphs.fits(rows):
+        shows = self.media is not None and self.media.shows(rows)
+        if not shows and self.decode_graphs.fits(rows):
             steps = self.decode_graphs
             prefixes = self.prefixes.find(rows.slots, rows.starts) if self.prefixes is not None else ()
             if prefixes:
@@ -211,7 +217,7 @@ class Runner:
             return Forward(hidden, np.arange(len(rows) + 1), steps=steps, on_device=on_device)
         drafts = rows.drafts.any()
         for graphs in self.prompt_graphs:
-            if not drafts and graphs.fits(rows):
+            if not (drafts or shows) and graphs.fits(rows):
                 return Forward(*graphs.replay(rows, entering))
         hidden, batch = self.compute(rows, entering)
         return Forward(hidden, batch.offsets, batch)
@@ -222,6 +228,8 @@ class Runner:
         starts = real_starts(rows, self.lengths, self.limits) if guessed else None
         states = self.states.layers
         batch = build_batch(rows, self.tokens, self.page_table, self.page_size, self.caches, starts, states)
+        if self.media is not None:
+            batch = self.media.seen(batch, rows)
         batch = dataclasses.replace(batch, plans=self.model.prepare(batch))
         return self.model(batch, entering), batch
 
@@ -386,6 +394,7 @@ class Runner:
             idle=idle,
             vectors=b"" if result.vectors is None else result.vectors.numpy().astype("<f4").tobytes(),
             stuck=stuck,
+            failed=() if self.media is None else self.media.take_failed(),
         )
 
     # ── before there is any step ─────────────────────────────────────────────────────────────
@@ -434,9 +443,3 @@ class Runner:
         self.finish(self.launch(StepPlan(0, named, starts, lengths, yields, admits, pages)))
         if self.stage is not None:
             self.stage.settle()
-
-
-def _to_pinned(tensor: Tensor) -> Tensor:
-    """A copy on the host, which is there once the stream has come so far."""
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)

@@ -24,7 +24,7 @@ from engine.parallel.pipeline import Pipeline, join_stages
 from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins, resolve
 from engine.plugin.specs import Checkpoint
-from engine.plugin.terms import LONGEST, Terms
+from engine.plugin.terms import LONGEST, Terms, language_terms
 from engine.runtime.processors import cores
 from engine.worker.backends import Backends, quantization
 from engine.worker.choices import model_for
@@ -34,6 +34,7 @@ from engine.worker.memory import allocate, choose_max_model_len, count_pages, st
 from engine.worker.rebalance import most_moved
 from engine.worker.runner import Runner
 from engine.worker.sampling.grammars import begin_grammars
+from engine.worker.sight import Sight, encoder_bytes, sight_of
 from engine.worker.steps.copies import Copy
 from engine.worker.steps.graphs import most_prompt_tokens
 from engine.worker.steps.warmup import FILTERED, PENALIZED, PLAIN, everything
@@ -75,6 +76,11 @@ class Source:
     backends: Backends
     limit: int
 
+    @property
+    def language(self) -> Terms:
+        """What the terms say of the language model."""
+        return language_terms(self.terms)
+
 
 def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages) -> tuple[Runner, WorkerReady]:
     """Brings up the model that `boot` names. Raises ConfigError or PluginError for what cannot work.
@@ -100,10 +106,11 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
     logger.info("%.0f MiB of weights in %s on %s", weight_bytes(model) / 2**20, build.dtype, device)
     with _timed(phases, "grammars"):  # what is left of it
         grammars = None if beginning is None else beginning.ready(sizes.slots, device, build.kernels.logits)
-    activations = 0
+    sight, activations = sight_of(model, config, device), 0
     if device.type == "cuda":
         with _timed(phases, "largest step"):
             activations = peak_bytes(model, device, sizes, build.max_model_len, pipeline, groups.mesh)
+            activations += encoder_bytes(model, sight)
     spec = model.kv_spec()
     with _timed(phases, "kv cache"):
         needs = {"most_tokens": sizes.slots * build.max_model_len, "activation_bytes": activations, "ranks": here}
@@ -128,13 +135,12 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
         )
     if spec.states:
         tell_of_states(state_bytes(spec, sizes.slots))
-    attention = source.backends.chosen
     with _timed(phases, "warm-up"):
         # Graphs pay up to a size that depends on a rank's weights: all capture the same.
         most = groups.least(min(sizes.step_tokens, most_prompt_tokens(model)))
-        warm_up(runner, config, pages=pages, step_tokens=most, dtype=build.dtype, attention=attention)
+        warm_up(runner, config, pages=pages, step_tokens=most, dtype=build.dtype, attention=source.backends.chosen)
     groups.started()
-    return runner, readiness(runner, sizes, pages=pages, attention=attention, phases=phases)
+    return runner, readiness(runner, sizes, sight, pages=pages, attention=source.backends.chosen, phases=phases)
 
 
 def tell_of_states(size: int) -> None:
@@ -167,9 +173,9 @@ def open_source(config: Config, device: torch.device) -> Source:
     plugins = Plugins.load(config.model.plugins)
     checkpoint = open_checkpoint(plugins, config.model.model)
     terms = Terms(checkpoint.config())
-    tensors = checked_tensors(checkpoint, terms) if config.model.load == "auto" else []
+    tensors = checked_tensors(checkpoint, language_terms(terms)) if config.model.load == "auto" else []
     backends = Backends(plugins, device.type)
-    return Source(plugins, checkpoint, terms, tensors, backends, _model_limit(terms, config))
+    return Source(plugins, checkpoint, terms, tensors, backends, _model_limit(language_terms(terms), config))
 
 
 def meet(boot: Boot, device: torch.device) -> Groups:
@@ -183,7 +189,7 @@ def join_memory(groups: Groups, config: Config, source: Source, sizes: Sizes) ->
     """Lets the GPUs of a host write to each other's memory, for sums. It is taken before pages are counted."""
     from engine.parallel.peers import join_peers
 
-    width, dtype = source.terms.integer("hidden_size", None), choose_dtype(config, groups.device, source.terms)
+    width, dtype = source.language.integer("hidden_size", None), choose_dtype(config, groups.device, source.language)
     group, rows = groups.along("attention_tp"), sizes.step_tokens
     if width is None or (peers := join_peers(group, groups.device, width=width, rows=rows, dtype=dtype)) is None:
         return groups
@@ -196,7 +202,7 @@ def join_memory(groups: Groups, config: Config, source: Source, sizes: Sizes) ->
 def make_build(config: Config, source: Source, device: torch.device, groups: Groups, sizes: Sizes) -> Build:
     """What the layers are built with."""
     build = Build(
-        dtype=choose_dtype(config, device, source.terms),
+        dtype=choose_dtype(config, device, source.language),
         device=device,
         page_size=config.cache.page_size,
         max_model_len=min(source.limit, config.model.max_model_len or source.limit),
@@ -233,7 +239,9 @@ def warm_up(
     tell_of_compiles()
 
 
-def readiness(runner: Runner, sizes: Sizes, *, pages: int, attention: str, phases: dict[str, float]) -> WorkerReady:
+def readiness(
+    runner: Runner, sizes: Sizes, sight: Sight, *, pages: int, attention: str, phases: dict[str, float]
+) -> WorkerReady:
     """What this rank can do."""
     model, spec, device = runner.model, runner.model.kv_spec(), runner.device
     copies = 1 if runner.copy is None else runner.copy.copies
@@ -256,6 +264,8 @@ def readiness(runner: Runner, sizes: Sizes, *, pages: int, attention: str, phase
         exchange=exchange_of(model),
         host_pages=0 if runner.transfers is None else runner.transfers.pages,
         stores=runner.transfers is not None and runner.transfers.stores,
+        encoder_tokens=sight.step_tokens,
+        embeddings=sight.held,
     )
 
 

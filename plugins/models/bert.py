@@ -25,10 +25,9 @@ from engine.plugin.layers import (
     ColumnLinear,
     Embedding,
     Encoder,
-    Layer,
+    LayerNorm,
     QKVLinear,
     RowLinear,
-    empty_weight,
     over_copies,
 )
 
@@ -89,19 +88,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, groups: list[Group]) -> Te
 
 
 # ── the model ────────────────────────────────────────────────────────────────────────────────
-
-
-class LayerNorm(Layer):
-    """Layer normalisation (arXiv:1607.06450) of [..., size]."""
-
-    def __init__(self, build: Build, size: int, epsilon: float) -> None:
-        super().__init__()
-        self.weight = empty_weight(build, size)
-        self.bias = empty_weight(build, size)
-        self.epsilon = epsilon
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return functional.layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.epsilon)
 
 
 class Embeddings(nn.Module):

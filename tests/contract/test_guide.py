@@ -8,15 +8,19 @@ from typing import Any
 
 import aiohttp
 import anyio
+import numpy as np
 import pytest
 import torch
 from house import open_house
 
+from engine.cache.keys import media_keys
 from engine.cli import main
 from engine.config import ServerOptions
 from engine.http.app import ROUTES, serve
 from engine.http.plugins import with_plugins
-from engine.plugin import Waiting
+from engine.media.frames import Frames
+from engine.messages.media import unpacked
+from engine.plugin import Terms, Waiting
 from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.hookspecs import KINDS
 from engine.plugin.registry import Plugins, resolve
@@ -144,6 +148,16 @@ def test_the_quantization_takes_nothing(folder: Path) -> None:
 def test_the_checkpoint_format_opens_its_name(folder: Path) -> None:
     checkpoint = open_checkpoint(plugins_with(folder, "checkpoints"), "letters")
     assert (checkpoint.name(), checkpoint.text().tokenizer.encode("abc").ids) == ("letters", [0, 1, 2])
+
+
+def test_the_processor_of_media(folder: Path) -> None:
+    processor = target_of(folder, "media")(Terms(), Terms())
+    medium = processor.prepare(Frames(np.arange(48, dtype=np.uint8).reshape(1, 4, 4, 3), (), b"source"))
+    pixels = unpacked(medium.payload)
+    assert (pixels.shape, list(pixels.data[:6])) == ((1, 2, 2, 3), [0, 1, 2, 6, 7, 8])
+    placed = processor.placed([1, 7, 2], [medium])
+    assert (placed.ids, placed.spans) == ([1, 7, 7, 7, 7, 2], (((1, 4),),))
+    assert placed.runs == [(1, media_keys(medium.digest, 4))]
 
 
 def test_the_parser(folder: Path) -> None:

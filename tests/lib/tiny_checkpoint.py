@@ -25,7 +25,7 @@ ASKED = {  # every kind of wish that a row of logits is looked at for
 def save_checkpoint(model: Any, folder: Path) -> None:
     """Writes a `model` of transformers; token i is the character 0x100 + i."""
     model.save_pretrained(folder)
-    size = model.config.vocab_size
+    size = model.config.get_text_config().vocab_size
     words = Tokenizer(models.WordLevel({chr(0x100 + i): i for i in range(size)}, unk_token=chr(0x100)))
     words.save(str(folder / "tokenizer.json"))
 

@@ -15,7 +15,7 @@ FILES = sorted(
 )
 
 PLUGIN_FACE = {"engine.plugin", *(f"engine.plugin.{name}" for name in ("layers", "kernels", "http", "testing"))}
-PLUGIN_FACE |= {f"engine.plugin.{name}" for name in ("hookspecs", "specs", "parsing", "routing", "tiers")}
+PLUGIN_FACE |= {f"engine.plugin.{name}" for name in ("hookspecs", "specs", "parsing", "routing", "tiers", "media")}
 TORCH_ROOMS = ("worker", "layers", "kernels", "parallel", "testing")
 TORCH_FOLDERS = (*(f"engine/{room}/" for room in TORCH_ROOMS), "plugins/")
 TORCH_FILES = tuple(f"engine/plugin/{name}.py" for name in ("layers", "kernels", "collectives", "testing"))

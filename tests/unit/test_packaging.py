@@ -215,6 +215,7 @@ def test_the_wheel_runs_where_there_is_no_checkout(wheel: Path, tmp_path: Path) 
         "attention",
         "checkpoints",
         "grammars",
+        "media",
         "parsers",
         "policies",
         "quantization",

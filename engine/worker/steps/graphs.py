@@ -75,6 +75,7 @@ class Tables:
     states: Mapping[str, tuple[Tensor, ...]] = field(default_factory=lambda: NO_STATES)
     enters: bool = False  # whether hidden states come from the stage before
     copies: int = 0  # of attention, where there are several: a step ends with the tokens of each
+    shifts: Tensor | None = None  # [slots + 1] int64: by how much rotary embedding shifts the tokens of a slot
 
     def entering(self, size: int) -> Tensor | None:
         """Where the hidden states of a step of `size` tokens will come in, [size, H]; None where it embeds them."""
@@ -123,6 +124,7 @@ class Tables:
             states=self.states,
             plans=plans,
             real=real,
+            turns=None if self.shifts is None else positions + self.shifts[token_slots],
             spread=spread,
         )
 

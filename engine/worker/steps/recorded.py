@@ -2,7 +2,7 @@
 Python.
 
 The first step of so many rows runs as any other and is recorded on the way; later ones write their slots, ids,
-positions and places where it read them, and repeat its calls. A model that computes something in torch, one with
+positions, turns and places where it read them, and repeat its calls. A model that computes something in torch, one with
 recurrent layers, copies of attention, and an attention backend that cannot `capture`, are left to run as they are.
 Left out: steps of many rows, where Python is a small part and what a recording holds (the activations of all layers) is
 large; steps with prompts.
@@ -61,6 +61,9 @@ class RecordedStep:
         now = self._batch()
         self._static.ids.copy_(now.ids)
         self._static.places.copy_(now.places)
+        if self._static.turns is not None:
+            assert now.turns is not None
+            self._static.turns.copy_(now.turns)
         self._recording.replay()
         return self._hidden
 

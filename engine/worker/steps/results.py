@@ -99,3 +99,9 @@ class Step:
 
     def ready(self) -> bool:
         return self.ended is None or self.ended.query()
+
+
+def to_pinned(tensor: Tensor) -> Tensor:
+    """A copy on the host, which is there once the stream has come so far."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 OTHERS = ("adapter_", "consolidated")  # files that are no weights of transformers' models
+PROCESSORS = {"image_processor": "preprocessor_config.json", "video_processor": "video_preprocessor_config.json"}
 BLOCK = 32  # weights that the kernels take at a time
 # embedded name: package, folder in it, how to get it
 EMBEDDED = {
@@ -65,6 +66,7 @@ class Ends(Struct):
     """The tokens that end a reply, from config.json and generation_config.json."""
 
     eos_token_id: int | list[int] | None = None
+    text_config: "Ends | None" = None
 
 
 class WeightIndex(Struct):
@@ -141,7 +143,9 @@ class SafetensorsCheckpoint:
         ends = self._read("generation_config.json", Ends, optional=True).eos_token_id
         generation: dict[str, Any] = self._read("generation_config.json", dict, optional=True)
         if ends is None:
-            ends = self._read("config.json", Ends).eos_token_id
+            config_ends = self._read("config.json", Ends)
+            ends = (config_ends.text_config or config_ends).eos_token_id
+            ends = config_ends.eos_token_id if ends is None else ends
         eos_ids = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.token_to_id(eos) if eos else None}
         return TextSpec(
             tokenizer=tokenizer,
@@ -154,6 +158,15 @@ class SafetensorsCheckpoint:
             named_templates=templates,
             generation=generation,
         )
+
+    def processor(self) -> dict[str, Any]:
+        """processor_config.json, completed by the files that say the same apart. Raises ConfigError for a damaged
+        one."""
+        found = self._read("processor_config.json", dict, optional=True)
+        for part, name in PROCESSORS.items():
+            if own := self._read(name, dict, optional=True):
+                found = {**found, part: own}
+        return found
 
     def tensors(self) -> Iterator[tuple[str, LazyTensor]]:
         """Every weight, file by file. Raises ConfigError when there are none, or a file is missing or damaged."""

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from engine.errors import RequestError
 from engine.messages.assets import Bound, Drop, Load, Loaded, Made, Make, Need
 from engine.messages.grammars import GRAMMAR, grammar_need
+from engine.messages.media import MEDIA
 from engine.messages.request import Admit
 from engine.params.grammar import Grammar
 from engine.params.sampling import Sampling
@@ -162,6 +163,33 @@ def test_the_oldest_that_nobody_uses_are_forgotten() -> None:
     assert room.evict(used=set()) == [Drop(GRAMMAR, numbers[0])]  # a refusal is kept, and forgotten, as others are
     assert room.admit(admit("x", "e")).refused
     assert number_of(room, "c") == 0
+
+
+def test_what_a_need_brings_along_is_loaded_and_kept_within_its_bytes() -> None:
+    """2,000 pictures, each shown by a request of its own: what is kept of them stays the same."""
+    room = WaitingRoom({MEDIA: 100}, {MEDIA: 50})
+    room.started()
+    device: dict[int, bytes] = {}
+
+    def shown(index: int) -> None:
+        need = Need(MEDIA, index.to_bytes(4, "little"), payload=bytes(index % 10 + 1))
+        due = room.admit(needing(f"r{index}", need))
+        assert not due.makes
+        for message in due.device:
+            assert isinstance(message, Load)
+            device[message.number] = message.payload
+            room.loaded(Loaded(MEDIA, message.number))
+        for drop in room.evict(set()):
+            del device[drop.number]
+
+    for index in range(2000):
+        shown(index)
+        assert sum(map(len, device.values())) <= 50
+    assert len(device) >= 5 and sum(len(asset.payload) for asset in room._assets.values()) <= 50
+    known = set(device)
+    shown(1999)
+    assert set(device) == known
+    room.check_integrity()
 
 
 def test_a_request_runs_when_all_that_it_needs_is_there() -> None:

@@ -1,0 +1,216 @@
+"""What vision towers are built from: patches of pixels, attention within pictures or windows of them, and positions in
+the plane.
+
+    uint8 [n, height, width, 3] ─ normalise ─ cut ─ matrix ─> patches [N, size] ─ blocks ─ merge ─> embeddings
+
+All media of a batch go through a tower together, their patches end to end; `Segments` says which patches see each
+other. A tower is whole on every rank, because its pictures are small beside a prompt's other work. Left out: towers
+that divide themselves over ranks, CUDA graphs.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from engine.errors import ConfigError
+from engine.layers.batch import upload
+from engine.layers.build import Build
+from engine.layers.linear import ReplicatedLinear
+from engine.layers.model import Layer, check_shape, empty_weight, put
+from engine.messages.media import Pixels
+from engine.plugin.specs import LazyTensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": functional.gelu,
+    "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
+    "gelu_new": partial(functional.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": functional.silu,
+    "relu": functional.relu,
+}
+
+
+def vision_activation(name: str) -> Callable[[Tensor], Tensor]:
+    """By its name in config.json. Raises ConfigError for one that is not known."""
+    if name not in ACTIVATIONS:
+        raise ConfigError(f"the activation {name!r} is not supported; known are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+# ── pixels ───────────────────────────────────────────────────────────────────────────────────
+
+
+def normalised(pixels: Pixels, device: torch.device) -> Tensor:
+    """Float32 numbers of `pixels.shape`, as Pixels says. Does not wait for the device."""
+    numbers = np.frombuffer(pixels.data, np.uint8).reshape(pixels.shape)
+    mean, std = upload(np.array([pixels.mean, pixels.std], np.float32), device)
+    return (upload(numbers.copy(), device).to(torch.float32) * pixels.scale - mean) / std
+
+
+def merged_patches(frames: Tensor, patch: int, steps: int, merge: int) -> Tensor:
+    """[n / steps * h * w, 3 * steps * patch * patch] of `frames` [n, height, width, 3]; a single one is repeated.
+
+    Patches are in the order of squares of `merge` x `merge`, the numbers of a patch in that of a convolution's."""
+    if len(frames) < steps:
+        frames = frames.expand(steps, -1, -1, -1)
+    count, height, width, channels = frames.shape
+    high, wide = height // (patch * merge), width // (patch * merge)
+    cut = frames.reshape(count // steps, steps, high, merge, patch, wide, merge, patch, channels)
+    return cut.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, channels * steps * patch * patch)
+
+
+class PatchEmbedding(Layer):
+    """A convolution over patches that do not overlap: a matrix. Its weight is [size, channels, …] in checkpoints."""
+
+    def __init__(self, build: Build, size: int, shape: tuple[int, ...], bias: bool) -> None:
+        """`shape` is that of a patch, channels first."""
+        super().__init__()
+        self.shape = (size, *shape)
+        self.weight = empty_weight(build, size, int(np.prod(shape)))
+        self.bias = empty_weight(build, size) if bias else None
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[N, numbers of a patch] to [N, size]."""
+        return functional.linear(patches.to(self.weight.dtype), self.weight, self.bias)
+
+    def whole(self, parameter: str, part: str) -> tuple[int, ...] | None:
+        return self.shape if parameter == "weight" else super().whole(parameter, part)
+
+    def load(self, name: str, parameter: str, part: str, tensor: LazyTensor) -> None:
+        if parameter != "weight":
+            return super().load(name, parameter, part, tensor)
+        check_shape(name, tensor, self.shape)
+        put(tensor[tuple(slice(None) for _ in self.shape)].flatten(1), self.weight)
+
+
+# ── who sees whom ────────────────────────────────────────────────────────────────────────────
+
+
+class Segments:
+    """Runs of patches of which each sees its own run: pictures, or windows of them. Runs of one length attend
+    together."""
+
+    def __init__(self, lengths: Sequence[int] | np.ndarray, device: torch.device) -> None:
+        """`lengths` are those of the runs, which follow each other."""
+        sizes = np.asarray(lengths, np.int64)
+        starts = np.cumsum(sizes) - sizes
+        self.single = int(sizes[0]) if len(set(sizes.tolist())) == 1 else 0
+        self.groups = (
+            []
+            if self.single
+            else [upload(starts[sizes == size][:, None] + np.arange(size), device) for size in np.unique(sizes)]
+        )
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[T, heads, dim] each, to [T, heads * dim]."""
+        if self.single:
+            q, k, v = (each.unflatten(0, (-1, self.single)).transpose(1, 2) for each in (query, key, value))
+            mixed = functional.scaled_dot_product_attention(q, k, v)
+            return mixed.transpose(1, 2).flatten(2).flatten(0, 1)
+        out = torch.empty_like(query)
+        for group in self.groups:  # [runs, length]: patches
+            q, k, v = (each[group].transpose(1, 2) for each in (query, key, value))
+            mixed = functional.scaled_dot_product_attention(q, k, v)
+            out[group] = mixed.transpose(1, 2)
+        return out.flatten(1)
+
+
+Turn = tuple[Tensor, Tensor]  # cosines and sines [T, 1, head_dim / 2], float32
+
+
+def turned_by(places: np.ndarray, head_dim: int, theta: float, device: torch.device) -> Turn:
+    """The rotation of patches at `places` [T, 2], row and column: half of the pairs of dimensions turn by each."""
+    frequencies = 1.0 / theta ** (
+        torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=device) / (head_dim // 2)
+    )
+    angles = (upload(places, device)[:, :, None].to(torch.float32) * frequencies).flatten(1)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def turn(heads: Tensor, by: Turn) -> Tensor:
+    """`heads` [T, heads, dim], rotated in float32."""
+    first, second = heads.to(torch.float32).chunk(2, dim=-1)
+    cosines, sines = by
+    return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1).to(heads.dtype)
+
+
+def block_places(high: int, wide: int, merge: int) -> np.ndarray:
+    """int64 [high * wide, 2]: row and column of each patch of a grid, in the order of squares of `merge` x `merge`."""
+    grid = np.indices((high, wide)).reshape(2, high // merge, merge, wide // merge, merge)
+    return grid.transpose(1, 3, 2, 4, 0).reshape(-1, 2)
+
+
+# ── blocks ───────────────────────────────────────────────────────────────────────────────────
+
+
+class VisionAttention(nn.Module):
+    """Attention of `heads` heads between patches; `qkv` is one matrix, or three named by `parts`."""
+
+    def __init__(self, build: Build, size: int, heads: int, parts: tuple[str, ...] = (), out: str = "proj") -> None:
+        super().__init__()
+        self.heads = heads
+        outputs = dict.fromkeys(parts, size) if parts else 3 * size
+        self.qkv = ReplicatedLinear(build, size, outputs, bias=True)
+        self.out = out
+        setattr(self, out, ReplicatedLinear(build, size, size, bias=True))
+
+    def forward(self, hidden: Tensor, segments: Segments, by: Turn | None = None) -> Tensor:
+        query, key, value = self.qkv(hidden).unflatten(1, (3, self.heads, -1)).unbind(1)
+        if by is not None:
+            query, key = turn(query, by), turn(key, by)
+        mixed: Tensor = getattr(self, self.out)(segments.attend(query, key, value))
+        return mixed
+
+
+class GatedVisionMLP(nn.Module):
+    """down(act(gate) * up)."""
+
+    def __init__(self, build: Build, size: int, inner: int, activation: str) -> None:
+        super().__init__()
+        self.gate_up_proj = ReplicatedLinear(build, size, {"gate_proj": inner, "up_proj": inner}, bias=True)
+        self.activation = vision_activation(activation)
+        self.down_proj = ReplicatedLinear(build, inner, size, bias=True)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
+        return self.down_proj(self.activation(gate) * up)
+
+
+class VisionMLP(nn.Module):
+    """Two matrices with an activation between them; `names` are theirs in checkpoints."""
+
+    def __init__(
+        self, build: Build, size: int, inner: int, activation: str, names: tuple[str, str], outputs: int | None = None
+    ) -> None:
+        super().__init__()
+        self.names = names
+        self.activation = vision_activation(activation)
+        setattr(self, names[0], ReplicatedLinear(build, size, inner, bias=True))
+        setattr(self, names[1], ReplicatedLinear(build, inner, outputs or size, bias=True))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        first, second = (getattr(self, name) for name in self.names)
+        said: Tensor = second(self.activation(first(hidden)))
+        return said
+
+
+class VisionBlock(nn.Module):
+    """Attention, then an MLP; each reads a norm of the stream, and what it says is added. `names` are those of the two
+    norms, the attention and the MLP in checkpoints."""
+
+    def __init__(
+        self, norms: tuple[nn.Module, nn.Module], attention: nn.Module, mlp: nn.Module, names: tuple[str, str, str, str]
+    ) -> None:
+        super().__init__()
+        self.names = names
+        for name, module in zip(names, (*norms, attention, mlp), strict=True):
+            setattr(self, name, module)
+
+    def forward(self, hidden: Tensor, segments: Segments, by: Turn | None = None) -> Tensor:
+        first, second, attention, mlp = (getattr(self, name) for name in self.names)
+        hidden = hidden + attention(first(hidden), segments, by)
+        return hidden + mlp(second(hidden))

@@ -1,0 +1,103 @@
+"""The embeddings of media on the device: which are there, and how many a step makes. Pure.
+
+    step 1   make A, B                    held  A B
+    step 2   use B, make C, forget A      held  B C        the least recently used one goes where room is needed
+
+A chunk of a prompt needs the embeddings of the media that it shows. Those that are not held are made in the same step,
+before its tokens are computed, up to a budget of embeddings a step; the chunk ends before the first medium that is too
+much. So does it before one that it could only show a part of, if its tokens see each other. A medium of more than the
+budget, a long clip, has a step's encoder to itself, which takes it in pieces of up to the budget. So the first chunk of
+a step always gets what it needs. A prompt whose media are in cached pages needs none of them. Every device holds the
+same, because it is told (StepPlan). Left out: a clip that is made over several steps.
+"""
+
+from collections import OrderedDict
+
+from engine.errors import RequestError, counted
+from engine.sched.columns import StepColumns
+from engine.sched.request import Request, Shown
+
+
+class Encoder:
+    """Makes up to `budget` embeddings a step, and holds up to `room` of them. A model that sees nothing has neither."""
+
+    def __init__(self, budget: int = 0, room: int = 0) -> None:
+        assert budget <= room, f"a step makes {budget} embeddings, and {room} are held"
+        self.budget, self.room = budget, room
+        self._held: OrderedDict[int, int] = (
+            OrderedDict()
+        )  # embeddings by the medium's number; the last used is the last
+        self._tokens = 0
+
+    def check(self, request: Request, max_step_tokens: int) -> None:
+        """Raises RequestError (400) for a medium that no step could make, or whose tokens no step could compute."""
+        for shown in request.shown:
+            if shown.together > self.budget:
+                raise RequestError(
+                    f"an image, or a frame of a video, takes {counted(shown.together, 'token')}, and at most "
+                    f"{self.budget} are made in a step; send it smaller, or start with a larger --encoder-tokens",
+                    param="messages",
+                    code="media_too_large",
+                )
+            if shown.tokens > self.room:
+                raise RequestError(
+                    f"a video takes {counted(shown.tokens, 'token')}, and there is room for {self.room}; send it "
+                    "shorter or smaller, or start with a larger --encoder-cache",
+                    param="messages",
+                    code="media_too_large",
+                )
+            if shown.whole and shown.count > max_step_tokens:
+                raise RequestError(
+                    f"an image takes {counted(shown.count, 'token')} that see each other, and a step computes at most "
+                    f"{max_step_tokens}; start with a larger --max-step-tokens",
+                    param="messages",
+                    code="media_too_large",
+                )
+
+    def reach(self, step: StepColumns, request: Request, start: int, end: int, most: int) -> int:
+        """How far a chunk of `request` goes that would be the positions `start` .. `end` - 1 and may go to `most`, so
+        that no `whole` medium is cut; `step` makes what it needs. It is `start` where it has to wait for another
+        step."""
+        for shown in request.shown:
+            if shown.begin + shown.count <= start:
+                continue
+            if shown.begin >= end:
+                break
+            past = shown.begin + shown.count
+            if shown.whole and end < past <= most:
+                end, step.budget = past, max(step.budget, past - start)
+            if (shown.whole and end < past) or not self._take(step, shown):
+                end = max(start, shown.begin)
+                break
+        return end
+
+    def _take(self, step: StepColumns, shown: Shown) -> bool:
+        """Have the embeddings of a medium in `step`. False if they are too many."""
+        number, tokens = shown.number, shown.tokens
+        if number in step.media:
+            return True
+        if sum(step.media.values()) + tokens > self.room:
+            return False
+        if number in self._held:
+            self._held.move_to_end(number)
+        else:
+            if step.encodes and sum(self._held[each] for each in step.encodes) + tokens > self.budget:
+                return False
+            while self._tokens + tokens > self.room:
+                old = next(iter(self._held))  # none of this step's: those were used last, and there is room for them
+                self.forget(old)
+                step.forgets += (old,)
+            self._held[number] = tokens
+            self._tokens += tokens
+            step.encodes += (number,)
+        step.media = {**step.media, number: tokens}
+        return True
+
+    def forget(self, number: int) -> None:
+        """The device does not hold that medium; or will not from the step at hand on."""
+        self._tokens -= self._held.pop(number, 0)
+
+    def clear(self) -> None:
+        """The device is another one, which holds nothing."""
+        self._held.clear()
+        self._tokens = 0

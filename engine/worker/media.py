@@ -1,0 +1,195 @@
+"""The media of requests on this rank: pixels that have come, embeddings that are held, and what slots show of them.
+
+    Load ── pixels, on the host ── a plan's `encodes` ──> embeddings, on the device ── a step's rows ──> Batch.media
+                                        `forgets` drops them; they may be made again
+
+Which are made and dropped, the scheduler says (sched/encoder.py), so all ranks hold the same. Those of one plan are
+encoded together. A rank that embeds no tokens has positions and spans alone. A step whose rows compute a part of a
+prompt that shows something is not captured; all others are, and read how far the positions of a slot are shifted from a
+table on the device. Left out: encoding on a stream of its own; with a pipeline, that the last stage tells of what the
+first one could not encode.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.errors import counted
+from engine.layers.batch import Batch, Media, WholeSpan, upload
+from engine.layers.model import Model
+from engine.messages.assets import Load, Loaded
+from engine.messages.media import MEDIA, MediaUse, Pixels, media_use, unpacked
+from engine.messages.step import SlotAdmit, StepPlan
+from engine.worker.steps.rows import Rows
+
+log = logging.getLogger("engine.worker")
+
+
+class SlotMedia:
+    """What the prompt in a slot shows: each medium's number and use, and where rotary embedding places the tokens."""
+
+    def __init__(self, admit: SlotAdmit) -> None:
+        self.uses: list[tuple[int, MediaUse]] = [
+            (each.number, media_use(each)) for each in admit.bound if each.kind == MEDIA
+        ]
+        # from each position to where it is placed, [3, prompt]
+        placed = np.frombuffer(admit.positions, "<i4").reshape(3, -1).astype(np.int64)
+        self.shifts = placed - np.arange(placed.shape[1])
+        self.shift = int(placed.max()) + 1 - placed.shape[1] if placed.size else 0  # behind the prompt
+        shifted = np.flatnonzero((self.shifts != self.shift).any(0))
+        spans = [begin + count for _, use in self.uses for begin, count in use.spans]
+        self.until = max([*spans, int(shifted[-1]) + 1] if len(shifted) else spans, default=0)
+
+    def shifts_of(self, start: int, length: int) -> np.ndarray:
+        """[3, length]"""
+        known = self.shifts[:, start : start + length]
+        return np.pad(known, ((0, 0), (0, length - known.shape[1])), constant_values=self.shift)
+
+
+class MediaTable:
+    """The Loader of the kind MEDIA, and the encoder's side of a step."""
+
+    def __init__(self, model: Model, slots: int, device: torch.device, *, embeds: bool) -> None:
+        """`embeds`: this rank embeds tokens, and so encodes."""
+        self._model, self._device, self._embeds = model, device, embeds
+        self._pixels: dict[int, Pixels] = {}
+        self._held: dict[int, Tensor] = {}
+        self._slots: dict[int, SlotMedia] = {}
+        self._until = np.zeros(slots + 1, np.int64)  # positions from which on a slot's tokens are like text's
+        # by how much the positions of each slot's tokens are shifted, behind what its prompt shows
+        self.shifts = torch.zeros(slots + 1, dtype=torch.int64, device=device) if model.turns else None
+        self._shifted: set[int] = set()  # slots whose shift is not 0
+        self.failed: list[tuple[int, str]] = []
+
+    # ── media come and go ────────────────────────────────────────────────────────────────────
+
+    def load(self, message: Load, tell: Callable[[Loaded], None]) -> None:
+        cause = ""
+        if self._embeds:
+            try:
+                pixels = unpacked(message.payload)
+                if len(pixels.data) != np.prod(pixels.shape):
+                    raise ValueError(f"{counted(len(pixels.data), 'byte')} for numbers of shape {pixels.shape}")
+                self._pixels[message.number] = pixels
+            except ValueError as error:  # msgspec's are ValueErrors too
+                cause = f"the pixels of an image or video cannot be used: {error}"
+        tell(Loaded(message.kind, message.number, cause))
+
+    def drop(self, number: int) -> None:
+        self._pixels.pop(number, None)
+
+    # ── a step ───────────────────────────────────────────────────────────────────────────────
+
+    def apply(self, plan: StepPlan) -> None:
+        """Takes in whom the plan admits, and encodes what it says."""
+        if plan.admits:
+            self._admit(plan.admits)
+        for number in np.frombuffer(plan.forgets, "<i4").tolist():
+            self._held.pop(number, None)
+        if plan.encodes and self._embeds:
+            self._encode(np.frombuffer(plan.encodes, "<i4").tolist())
+
+    def _admit(self, admits: Sequence[SlotAdmit]) -> None:
+        shifts: dict[int, int] = {}
+        for admit in admits:
+            slot = admit.slot
+            self._slots.pop(slot, None)
+            self._until[slot] = 0
+            if slot in self._shifted:
+                self._shifted.remove(slot)
+                shifts[slot] = 0
+            if admit.positions or any(bound.kind == MEDIA for bound in admit.bound):
+                shown = self._slots[slot] = SlotMedia(admit)
+                self._until[slot] = shown.until
+                if shown.shift:
+                    self._shifted.add(slot)
+                    shifts[slot] = shown.shift
+        if shifts and self.shifts is not None:
+            slots, numbers = upload(np.array([[*shifts], [*shifts.values()]], np.int64), self._device)
+            self.shifts[slots] = numbers
+
+    def _encode(self, numbers: list[int]) -> None:
+        try:
+            media = [self._pixels[number] for number in numbers]
+            parts = self._model.parts(media[0]) if len(media) == 1 else media
+            if len(parts) > len(media):
+                made = [torch.cat([self._model.encode([part])[0] for part in parts])]
+            else:
+                made = self._model.encode(media)
+            self._held |= dict(zip(numbers, made, strict=True))
+        except Exception as error:  # of a medium, which is to end who shows it and nobody else
+            log.exception("media %s cannot be encoded together", numbers)
+            if len(numbers) > 1:
+                for number in numbers:
+                    self._encode([number])
+            else:
+                self.failed.append((numbers[0], f"{type(error).__name__}: {error}"))
+
+    def shows(self, rows: Rows) -> bool:
+        """Whether a row computes a part of what a prompt shows: then the step is not captured."""
+        return bool(self._slots) and bool((rows.starts < self._until[rows.slots]).any())
+
+    def seen(self, batch: Batch, rows: Rows) -> Batch:
+        """`batch`, which is of `rows`, with what it shows."""
+        if not self.shows(rows):
+            return batch if self.shifts is None else replace(batch, turns=self._plain_turns(batch))
+        turns = None
+        if self.shifts is not None:
+            zeros = np.zeros((3, 1), np.int64)
+            parts = [
+                self._slots[slot].shifts_of(start, length) if slot in self._slots else zeros.repeat(length, 1)
+                for slot, start, length in zip(
+                    rows.slots.tolist(), rows.starts.tolist(), rows.lengths.tolist(), strict=True
+                )
+            ]
+            turns = batch.positions + upload(np.concatenate(parts, axis=1), self._device)
+        media, whole = self._shown(rows, batch.offsets)
+        return replace(batch, turns=turns, media=media, whole=tuple(whole))
+
+    def _plain_turns(self, batch: Batch) -> Tensor:
+        assert self.shifts is not None
+        return batch.positions + self.shifts[batch.slots[batch.token_rows()]]
+
+    def _shown(self, rows: Rows, offsets: np.ndarray) -> tuple[Media | None, list[WholeSpan]]:
+        """The embeddings that `rows` take, and those of their spans that are whole."""
+        places: list[np.ndarray] = []
+        parts: list[Tensor] = []
+        whole: list[WholeSpan] = []
+        for row, slot in enumerate(rows.slots.tolist()):
+            if slot not in self._slots:
+                continue
+            start, end = int(rows.starts[row]), int(rows.starts[row] + rows.lengths[row])
+            for number, use in self._slots[slot].uses:
+                at = 0  # in the medium's embeddings
+                for begin, count in use.spans:
+                    first, last = max(begin, start), min(begin + count, end)
+                    if first < last:
+                        place = int(offsets[row]) + first - start
+                        places.append(np.arange(last - first) + place)
+                        parts.append(self._embeddings(number, use)[at + first - begin : at + last - begin])
+                        if use.whole:
+                            whole.append(WholeSpan(place, last - first, first, slot, first - begin))
+                    at += count
+        if not places or not self._embeds:
+            return None, whole
+        together = torch.cat(parts)
+        size = self._model.width
+        embeddings, *levels = together.split(size, dim=1)
+        return Media(upload(np.concatenate(places), self._device), embeddings, tuple(levels)), whole
+
+    def _embeddings(self, number: int, use: MediaUse) -> Tensor:
+        """Zeros where they could not be made: the step is told to have failed."""
+        held = self._held.get(number)
+        if held is not None:
+            return held
+        size = (1 + self._model.levels) * self._model.width
+        return torch.zeros(use.tokens, size, dtype=self._model.dtype, device=self._device)
+
+    def take_failed(self) -> tuple[tuple[int, str], ...]:
+        """What has failed since this was asked for last."""
+        failed, self.failed = tuple(self.failed), []
+        return failed

@@ -1,0 +1,136 @@
+"""Qwen3-VL, the dense ones: the Qwen3 decoder, and a tower whose middle layers speak to its first layers (DeepStack).
+
+    patches ─ matrix ─(+ learned positions, resampled)─ blocks ─────────────────────> merged ─> embeddings
+                                                          └ after some of them ──> merged ─> added behind a layer each
+
+Every block sees whole pictures. The learned positions are a square grid, resampled to each picture's. Left out: the
+mixtures of experts of this family.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.plugin import ConfigError, Terms, language_terms
+from engine.plugin.layers import (
+    Build,
+    Embedding,
+    LayerNorm,
+    PatchEmbedding,
+    ReplicatedLinear,
+    Segments,
+    VisionAttention,
+    VisionBlock,
+    VisionMLP,
+    block_places,
+    merged_patches,
+    normalised,
+    turned_by,
+)
+from engine.plugin.media import Pixels
+from engine_plugins.models.qwen2_5_vl import BLOCK_NAMES, THETA, Qwen25VL
+
+
+class Merger(nn.Module):
+    """Patches of a square become one embedding: normed apart, or `together`."""
+
+    def __init__(self, build: Build, size: int, squared: int, out: int, *, together: bool) -> None:
+        super().__init__()
+        self.inner = size * squared
+        self.together = together
+        self.norm = LayerNorm(build, self.inner if together else size, 1e-6)
+        self.linear_fc1 = ReplicatedLinear(build, self.inner, self.inner, bias=True)
+        self.linear_fc2 = ReplicatedLinear(build, self.inner, out, bias=True)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = self.norm(hidden.reshape(-1, self.inner) if self.together else hidden).reshape(-1, self.inner)
+        return self.linear_fc2(nn.functional.gelu(self.linear_fc1(hidden)))
+
+
+class Tower(nn.Module):
+    """`visual` of Qwen3-VL."""
+
+    def __init__(self, vision: Terms, build: Build, out: int) -> None:
+        super().__init__()
+        size, heads = vision.integer("hidden_size"), vision.integer("num_heads")
+        if size % heads or (size // heads) % 4:
+            raise vision.wrong("num_heads", f"a divisor of hidden_size, which is {size}, into heads of a multiple of 4")
+        self.patch, self.steps = vision.integer("patch_size", 16), vision.integer("temporal_patch_size", 2)
+        self.merge, self.head_dim = vision.integer("spatial_merge_size", 2), size // heads
+        depth, places = vision.integer("depth", high=4096), vision.integer("num_position_embeddings", 2304)
+        self.side = int(places**0.5)
+        self.tapped = vision.integers("deepstack_visual_indexes", high=depth - 1)
+        self.device, self.dtype = build.device, build.dtype
+        patch = PatchEmbedding(build, size, (3, self.steps, self.patch, self.patch), bias=True)
+        self.patch_embed = nn.ModuleDict({"proj": patch})
+        self.pos_embed = Embedding(build, places, size, divided=False)
+        inner, activation = vision.integer("intermediate_size"), vision.word("hidden_act", "gelu_pytorch_tanh")
+        self.blocks = nn.ModuleList(
+            VisionBlock(
+                (LayerNorm(build, size, 1e-6), LayerNorm(build, size, 1e-6)),
+                VisionAttention(build, size, heads),
+                VisionMLP(build, size, inner, activation, ("linear_fc1", "linear_fc2")),
+                BLOCK_NAMES,
+            )
+            for _ in range(depth)
+        )
+        merged = (build, size, self.merge**2, out)
+        self.merger = Merger(*merged, together=False)
+        self.deepstack_merger_list = nn.ModuleList(Merger(*merged, together=True) for _ in self.tapped)
+
+    def forward(self, media: Sequence[Pixels]) -> Tensor:
+        """The embeddings of all `media`, one after the other, those for later layers beside the first: [tokens, (1 +
+        levels) * out]."""
+        frames = [merged_patches(normalised(each, self.device), self.patch, self.steps, self.merge) for each in media]
+        grids = [each.grid for each in media]
+        hidden = self.patch_embed["proj"](torch.cat(frames))
+        hidden = hidden + torch.cat([self.positions(*grid) for grid in grids]).to(hidden.dtype)
+        places = [np.tile(block_places(high, wide, self.merge), (steps, 1)) for steps, high, wide in grids]
+        by = turned_by(np.concatenate(places), self.head_dim, THETA, self.device)
+        lengths = np.repeat([high * wide for _, high, wide in grids], [grid[0] for grid in grids])
+        segments = Segments(lengths, self.device)
+        levels: dict[int, Tensor] = {}
+        for index, block in enumerate(self.blocks):
+            hidden = block(hidden, segments, by)
+            if index in self.tapped:
+                level = self.tapped.index(index)
+                levels[level] = self.deepstack_merger_list[level](hidden)
+        return torch.cat([self.merger(hidden), *(levels[level] for level in sorted(levels))], dim=1)
+
+    def positions(self, steps: int, high: int, wide: int) -> Tensor:
+        """The learned positions of the patches of a grid, in its order: [steps * high * wide, size] float32."""
+        places = block_places(high, wide, self.merge)
+        index = np.zeros((2, len(places), 2), np.int64)  # by axis: the two nearest of the learned ones, and
+        weight = np.zeros((2, len(places), 2), np.float32)  # how much each counts
+        for axis, size in enumerate((high, wide)):
+            at = places[:, axis].astype(np.float32) * np.float32(self.side - 1) / np.float32(max(size - 1, 1))
+            floor = np.floor(at)
+            index[axis] = np.minimum(floor[:, None] + np.arange(2), self.side - 1)
+            weight[axis] = np.maximum(1 - np.abs(at[:, None] - floor[:, None] - np.arange(2)), 0)
+        four = torch.from_numpy(index[0][:, :, None] * self.side + index[1][:, None, :]).flatten(1).to(self.device)
+        shares = torch.from_numpy(weight[0][:, :, None] * weight[1][:, None, :]).flatten(1).to(self.device)
+        learned = self.pos_embed(four.flatten()).unflatten(0, four.shape)
+        return (learned * shares[:, :, None]).sum(1).repeat(steps, 1)
+
+
+class Qwen3VL(Qwen25VL):
+    """`Qwen3VLForConditionalGeneration` of Hugging Face."""
+
+    tower = Tower
+
+    def __init__(self, config: dict[str, Any], build: Build) -> None:
+        super().__init__(config, build)
+        self.levels = len(Terms.of(config).section("vision_config").integers("deepstack_visual_indexes"))
+        if 0 in self.held and self.held.stop < self.levels:
+            raise ConfigError(
+                f"the first stage of the pipeline has {self.held.stop} layers, and what is seen is added behind the "
+                f"first {self.levels}; say a smaller --pp"
+            )
+
+    @staticmethod
+    def language(terms: Terms) -> Terms:
+        text = language_terms(terms)
+        return Terms({**text, "model_type": "qwen3"}, text.source, text.within)

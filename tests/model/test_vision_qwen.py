@@ -1,0 +1,310 @@
+"""Qwen2.5-VL and Qwen3-VL against transformers on seeded tiny models, in float32: pixels, places, towers, replies."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from msgspec.structs import replace
+from plain_attention import PlainAttention, captured
+from seeing import (
+    END,
+    IMAGE,
+    START,
+    VIDEO,
+    Seen,
+    ask_all,
+    begin,
+    picture,
+    prepared,
+    processor_of,
+    qwen2_5_vl,
+    qwen3_vl,
+    saved,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from engine import Engine, RequestError
+from engine.layers.vision import merged_patches, normalised
+from engine.messages.media import packed, unpacked
+from engine.messages.step import TOKEN
+from engine.plugin import Terms
+from engine.worker.steps import graphs
+from engine.worker.steps.graphs import DecodeGraphs, PromptGraphs
+from engine.worker.steps.rows import Rows
+from engine_plugins.media.qwen2_5_vl import Qwen25VL as Processor25
+from engine_plugins.media.qwen3_vl import Qwen3VL as Processor3
+from engine_plugins.models.qwen2_5_vl import Qwen25VL
+from engine_plugins.models.qwen3_vl import Qwen3VL
+
+SIZE = {"size": {"shortest_edge": 64, "longest_edge": 2048}}
+PROCESSORS = {"image_processor": SIZE, "video_processor": {**SIZE, "cap_pixels_per_frame": False}}
+FAMILIES = {"2.5": (qwen2_5_vl, Qwen25VL, Processor25), "3": (qwen3_vl, Qwen3VL, Processor3)}
+ONE, OTHER, STRIP = picture(1, 40, 52), picture(2, 70, 33), picture(3, 9, 90)
+CLIP = picture(4, 30, 26, frames=5, fps=2.0)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Any:
+    make, ours, processor = FAMILIES[request.param]
+    theirs = make()
+    return SimpleNamespace(theirs=theirs, seen=Seen(theirs, ours, processor, **PROCESSORS), name=request.param)
+
+
+def prompt(family: Any, *shown: Any) -> tuple[list[int], list[Any]]:
+    """Text between pictures and clips, which are Frames."""
+    media = [family.seen.processor.prepare(each) for each in shown]
+    ids = [1, 2, 3]
+    for index, medium in enumerate(media):
+        ids += [START, IMAGE if medium.kind == "image" else VIDEO, END, 5 + index, 7, 11]
+    return ids, media
+
+
+def patches(family: Any, medium: Any) -> torch.Tensor:
+    return merged_patches(normalised(family.seen.pixels(medium), torch.device("cpu")), 4, 2, 2)
+
+
+def told(family: Any, ids: Any, media: Any) -> dict[str, Any]:
+    """What transformers takes of a prompt whose placeholders have grown."""
+    found: dict[str, Any] = {"input_ids": torch.tensor([list(ids)])}
+    found["mm_token_type_ids"] = (found["input_ids"] == IMAGE).int() + 2 * (found["input_ids"] == VIDEO).int()
+    for kind, pixels, grid in (
+        ("image", "pixel_values", "image_grid_thw"),
+        ("video", "pixel_values_videos", "video_grid_thw"),
+    ):
+        if own := [medium for medium in media if medium.kind == kind]:
+            found[pixels] = torch.cat([patches(family, medium) for medium in own])
+            found[grid] = torch.tensor([medium.grid for medium in own])
+            if kind == "video" and family.name == "2.5":
+                found["second_per_grid_ts"] = torch.tensor([medium.interval for medium in own])
+    return found
+
+
+@torch.inference_mode()
+def their_logits(family: Any, ids: Any, media: Any) -> torch.Tensor:
+    family.theirs.model.rope_deltas = None
+    return family.theirs(**told(family, ids, media)).logits[0]
+
+
+@torch.inference_mode()
+def their_reply(family: Any, ids: Any, media: Any, count: int = 12) -> list[int]:
+    family.theirs.model.rope_deltas = None
+    given = told(family, ids, media)
+    out = family.theirs.generate(**given, min_new_tokens=count, max_new_tokens=count, do_sample=False)
+    return out[0, len(ids) :].tolist()
+
+
+def assert_near(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
+    assert theirs.abs().max() > 1.0
+
+
+# ── pixels ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("shape", [(40, 52), (41, 53), (9, 90), (200, 310), (8, 8), (56, 8)])
+def test_pixels_are_those_of_transformers_slow_processor(family: Any, shape: tuple[int, int]) -> None:
+    image = picture(7, *shape)
+    medium = family.seen.processor.prepare(image)
+    mean, std = type(family.seen.processor).usual
+    usual = {"image_mean": list(mean), "image_std": list(std)}
+    theirs = Qwen2VLImageProcessorPil(patch_size=4, **SIZE, **usual)(images=[image.pixels[0]], return_tensors="pt")
+    assert list(medium.grid) == theirs["image_grid_thw"][0].tolist()
+    torch.testing.assert_close(patches(family, medium), theirs["pixel_values"], atol=1e-6, rtol=0)
+    assert medium.tokens == int(np.prod(medium.grid)) // 4
+
+
+def test_a_strip_that_is_too_narrow_is_refused(family: Any) -> None:
+    with pytest.raises(RequestError, match="900 x 4 pixels is more than 200 times"):
+        family.seen.processor.prepare(picture(7, 4, 900))
+
+
+# Count, height, width, and the grid of transformers 5.24.0 with torchvision 0.28.0, which the test environment lacks.
+SHAPES = [(8, 300, 200), (6, 700, 900), (5, 33, 60), (11, 480, 640)]
+GRIDS = {
+    ("2.5", True): [(28, 20), (48, 62), (18, 32), (34, 46)],
+    ("2.5", False): [(28, 20), (48, 62), (18, 32), (34, 46)],
+    ("3", True): [(18, 12), (20, 26), (8, 14), (20, 26)],
+    ("3", False): [(18, 12), (18, 24), (8, 14), (14, 18)],
+}
+
+
+@pytest.mark.parametrize(("name", "capped"), GRIDS)
+def test_clips_have_the_sizes_of_transformers(name: str, capped: bool) -> None:
+    patch = 14 if name == "2.5" else 16
+    terms = Terms({"cap_pixels_per_frame": capped})
+    processor = FAMILIES[name][2](Terms({"vision_config": {"patch_size": patch}}), Terms({"video_processor": terms}))
+    sizes = [processor.size(*shape, terms) for shape in SHAPES]
+    assert [(high // patch, wide // patch) for high, wide in sizes] == GRIDS[name, capped]
+
+
+def test_frames_are_chosen_as_transformers_does() -> None:
+    one, other = Processor25(Terms(), Terms()), Processor3(Terms(), Terms())
+    assert one.choose_frames(100, 25.0, 4.0) == [0, 12, 25, 37, 50, 62, 75, 87]
+    assert one.choose_frames(7, 30.0, 7 / 30) == [0, 1, 3, 5]
+    assert one.choose_frames(3, 1.0, 3.0) == [0, 1]
+    assert len(one.choose_frames(5000, 24.0, 5000 / 24)) == 416 and len(one.choose_frames(90_000, 24.0, 3750.0)) == 768
+    assert other.choose_frames(100, 25.0, 4.0) == [0, 14, 28, 42, 57, 71, 85, 99]
+    assert other.choose_frames(7, 30.0, 7 / 30) == [0, 2, 4, 6]
+    assert other.choose_frames(3, 1.0, 3.0) == [0, 1, 2]
+    for each in (one, other):
+        with pytest.raises(RequestError, match="the clip has 1 frames, and the model takes 2 at least"):
+            each.choose_frames(1, 24.0, 1 / 24)
+
+
+# ── the tower ────────────────────────────────────────────────────────────────────────────────
+
+
+@torch.inference_mode()
+def test_the_tower_sees_pictures_and_clips_together_as_transformers_does(family: Any) -> None:
+    shown = [family.seen.processor.prepare(each) for each in (ONE, CLIP, STRIP, OTHER)]
+    pixels, grids = torch.cat([patches(family, each) for each in shown]), torch.tensor([each.grid for each in shown])
+    theirs = family.theirs.model.visual(pixels, grid_thw=grids)
+    wanted = [theirs.pooler_output, *getattr(theirs, "deepstack_features", [])]
+    ours = family.seen.embeddings(shown)
+    assert [len(each) for each in ours] == [each.tokens for each in shown]
+    assert_near(torch.cat(ours), torch.cat(wanted, dim=1))
+
+
+@torch.inference_mode()
+def test_a_long_clip_is_encoded_in_pieces(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    medium = family.seen.processor.prepare(picture(8, 30, 26, frames=9, fps=2.0))
+    (whole,) = family.seen.embeddings([medium])
+    assert medium.together == medium.tokens // 5
+    monkeypatch.setattr(family.seen.model, "most_encoded", 2 * medium.together + 1)
+    parts = family.seen.model.parts(family.seen.pixels(medium))
+    assert [part.grid[0] for part in parts] == [2, 2, 1]
+    ids = [1, VIDEO, 2]
+    (placed,) = family.seen.admit([(ids, [medium])])  # by the worker, in pieces
+    assert_near(torch.cat([family.seen.model.encode([part])[0] for part in parts]), whole)
+    assert_near(family.seen.cut(placed), their_logits(family, placed.ids, [medium]))
+
+
+# ── prompts ──────────────────────────────────────────────────────────────────────────────────
+
+SHOWN = {
+    "one": (ONE,),
+    "two and a strip": (ONE, OTHER, STRIP),
+    "the same twice": (ONE, ONE),
+    "a clip": (OTHER, CLIP, ONE),
+}
+
+
+@pytest.mark.parametrize("shown", SHOWN)
+@torch.inference_mode()
+def test_positions_and_logits_are_transformers(family: Any, shown: str) -> None:
+    ids, media = prompt(family, *SHOWN[shown])
+    placed = family.seen.processor.placed(ids, media)
+    given = told(family, placed.ids, media)
+    given = {name: given[name] for name in given if not name.startswith("pixel")}
+    positions, _ = family.theirs.model.get_rope_index(**given)
+    assert np.array_equal(np.frombuffer(placed.positions, "<i4").reshape(3, -1), positions[:, 0])
+    assert_near(family.seen.logits((ids, media)), their_logits(family, placed.ids, media))
+
+
+def test_a_prompt_may_be_cut_anywhere(family: Any) -> None:
+    (placed,), media = family.seen.admit([shown := prompt(family, STRIP, CLIP)]), shown[1]
+    wanted = their_logits(family, placed.ids, media)
+    for cut in range(1, len(wanted)):
+        assert_near(family.seen.cut(placed, [cut]), wanted)
+    assert_near(family.seen.cut(placed, range(1, len(wanted))), wanted)
+
+
+def test_rows_with_and_without_pictures_share_a_step(family: Any) -> None:
+    prompts = [prompt(family, ONE), prompt(family), prompt(family, OTHER, STRIP)]
+    placed = family.seen.admit(prompts)
+    rows = [(slot, 0, len(each.ids)) for slot, each in enumerate(placed)]
+    for ours, each, (_, media) in zip(family.seen.harness.logits(rows[::-1])[::-1], placed, prompts, strict=True):
+        assert_near(ours, their_logits(family, each.ids, media))
+
+
+def test_pages_that_end_within_a_picture_serve_another_prompt(family: Any) -> None:
+    first, second = prompt(family, ONE, OTHER), prompt(family, ONE, STRIP)
+    placed = family.seen.admit([first, second], cached={1: (0, 3)})  # of four tokens each
+    family.seen.harness.logits([(0, 0, len(placed[0].ids))])
+    (ours,) = family.seen.harness.logits([(1, 12, len(placed[1].ids) - 12)])
+    assert_near(ours, their_logits(family, placed[1].ids, second[1])[12:])
+
+
+@torch.inference_mode()
+def test_captured_steps_turn_by_the_positions_behind_what_was_shown(
+    family: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stand-ins for graphs compute anew from what a replay put in place."""
+    monkeypatch.setattr(graphs, "captured", captured)
+    _, ours, processor = FAMILIES[family.name]
+    seen = Seen(family.theirs, ours, processor, PlainAttention, **PROCESSORS)
+    prompts = [prompt(family, ONE), prompt(family), prompt(family, CLIP, OTHER)]
+    placed, runner = seen.admit(prompts), seen.harness.runner
+    seen.harness.logits([(slot, 0, len(each.ids) - 1) for slot, each in enumerate(placed)])
+    tables = runner.shared_graphs._tables
+    decode, prompts_too = DecodeGraphs(tables), PromptGraphs(tables, 5, (32,))
+    assert decode.capture(4, None) and prompts_too.capture(32, None)
+    rows = Rows.of(np.array([[slot, len(each.ids) - 1, 1, TOKEN] for slot, each in enumerate(placed)]))
+    assert runner.media is not None and not runner.media.shows(rows)
+    wanted = torch.stack(
+        [their_logits(family, each.ids, media)[-1] for each, (_, media) in zip(placed, prompts, strict=True)]
+    )
+    for hidden in (decode.replay(rows)[0], prompts_too.replay(rows)[0], runner.compute(rows)[0]):
+        assert_near(seen.model.logits(hidden), wanted)
+    assert runner.media.shows(Rows.of(np.array([[0, 4, 1, TOKEN], [1, 0, 3, TOKEN]])))
+
+
+def test_times_of_a_clip_are_text_in_qwen3_vl() -> None:
+    encode = lambda text: [ord(letter) for letter in text]  # noqa: E731
+    processor = Processor3(Terms({"vision_config": {"patch_size": 4}}), Terms(PROCESSORS), encode)
+    medium = processor.prepare(picture(4, 16, 16, frames=5, fps=2.0))
+    assert medium.times == (0.25, 1.25, 2.0)
+    placed = processor.placed([1, processor.ids["video"], 2], [medium])
+    assert len(placed.spans[0]) == 3 and sum(count for _, count in placed.spans[0]) == medium.tokens
+    text = [id for id in placed.ids if id < 128]
+    assert "".join(map(chr, text[1:-1])) == "<0.2 seconds><1.2 seconds><2.0 seconds>"
+
+
+@pytest.mark.parametrize(
+    ("ids", "count", "said"),
+    [
+        ([1, 2], 1, r"0 places for media \(none\), and 1 medium came"),
+        ([1, IMAGE, IMAGE], 1, "2 places"),
+        ([1, VIDEO], 1, r"\(video\), and 1 medium came with it \(image\)"),
+    ],
+)
+def test_as_many_places_as_media(family: Any, ids: list[int], count: int, said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        family.seen.processor.placed(ids, [family.seen.processor.prepare(ONE)] * count)
+
+
+# ── through all rooms ────────────────────────────────────────────────────────────────────────
+
+
+def test_replies_are_transformers_whole_cut_cached_and_together(family: Any, tmp_path: Any) -> None:
+    shown = [(ONE,), (OTHER, STRIP), (), (ONE, OTHER), (CLIP, ONE)]
+    asked = [(prompt(family, *each)[0], each) for each in shown]
+    # Steps of few tokens, an encoder of less a step than all need, and pages that end anywhere.
+    options = {"max_step_tokens": 23, "encoder_tokens": 60, "page_size": 4, "device": "cpu"}
+    with Engine(model=str(saved(family.theirs, tmp_path, **PROCESSORS)), **options) as engine:
+        media = [prepared(engine, each) for each in shown]
+        placed = [processor_of(engine).placed(ids, each) for (ids, _), each in zip(asked, media, strict=True)]
+        wanted = [their_reply(family, each.ids, own) for each, own in zip(placed, media, strict=True)]
+        assert len({tuple(reply) for reply in wanted}) == len(wanted)
+        assert [reply.ids for reply in ask_all(engine, asked)] == wanted
+        again = ask_all(engine, asked)
+        assert [reply.ids for reply in again] == wanted
+        assert all(reply.cached_tokens >= reply.prompt_tokens - 4 for reply in again)
+        # What cannot be encoded ends who shows it, each time, and nobody else.
+        bad = broken(processor_of(engine).prepare(picture(9, 40, 40)))
+        ids = asked[0][0]
+        for _ in range(2):
+            failing, other, beside = (begin(engine, ids, shown) for shown in ([bad], media[0], [bad]))
+            for future in (failing, beside):
+                with pytest.raises(RequestError, match="cannot be encoded: RuntimeError") as failed:
+                    future.result()
+                assert (failed.value.status, failed.value.code) == (500, "media_failed")
+            assert other.result().ids == wanted[0]
+
+
+def broken(medium: Any) -> Any:
+    """Pixels that do not lie as their grid says."""
+    pixels = replace(unpacked(medium.payload), shape=(1, 20, 80, 3))
+    return replace(medium, payload=packed(pixels))

@@ -1,0 +1,26 @@
+"""Models that see on two ranks, through all rooms: towers are whole on each, or on the first stage alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from seeing import END, IMAGE, START, ask_all, gemma3, picture, qwen3_vl, saved
+from tiny_checkpoint import assert_same
+
+from engine import Engine
+
+SIZE = {"size": {"shortest_edge": 64, "longest_edge": 2048}}
+ONE, OTHER = picture(1, 40, 52), picture(2, 70, 33)
+
+
+@pytest.mark.parametrize(("make", "mark", "ranks"), [(qwen3_vl, IMAGE, "tp"), (gemma3, START, "pp")])
+def test_two_ranks_say_what_one_does(make: Any, mark: int, ranks: str, tmp_path: Path) -> None:
+    """What Qwen3-VL's tower adds to the stream is no part of a sum over ranks; Gemma's second stage has spans alone."""
+    folder = saved(make(), tmp_path, image_processor=SIZE if make is qwen3_vl else {})
+    asked = [([1, 2, mark, END, 5, 6], [ONE]), ([1, mark, 7, mark, 3], [OTHER, ONE]), ([4, 5, 6], [])]
+    told = []
+    for options in ({}, {ranks: 2}):
+        with Engine(model=str(folder), device="cpu", page_size=4, max_step_tokens=40, **options) as engine:
+            told.append(ask_all(engine, asked, logprobs=0))
+    assert_same(told[1], told[0], tolerance=1e-3)
+    assert len({str([step.logprob for step in reply.logprobs]) for reply in told[0]}) == 3

@@ -1,0 +1,179 @@
+"""Embeddings of media: made before they are needed, within the budget of a step and the room for them, in any order."""
+
+from array import array
+from collections import deque
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulated_device import SimulatedDevice, naive, sampling
+
+from engine.cache.keys import keys_with, media_keys
+from engine.errors import RequestError
+from engine.messages.assets import Bound
+from engine.messages.media import MEDIA, MediaUse, Prepared, media_need
+from engine.messages.request import Admit
+from engine.messages.step import StepDone, StepPlan
+from engine.sched import Scheduler
+from engine.sched.chunks import ChunkRule
+from engine.sched.encoder import Encoder
+from engine.sched.request import shown_by
+from engine.testing.steps import rows_of
+from engine_plugins.policies.order import FirstComeFirstServed
+
+SIZES = (1, 3, 4, 6)  # embeddings of each medium that there is
+LEAST = 3  # of the last one, which is a clip, that have to be made at a time
+
+
+class SeeingDevice(SimulatedDevice):
+    """One that holds embeddings as it is told, and looks whether its rows find what they show."""
+
+    def __init__(self, encoder: Encoder, **options: Any) -> None:
+        super().__init__(**options)
+        self.encoder = encoder
+        self.held: dict[int, int] = {}
+        self.encoded: list[int] = []
+
+    def run(self, plan: StepPlan) -> StepDone:
+        for number in array("i", plan.forgets):
+            del self.held[number]
+        made = array("i", plan.encodes).tolist()
+        assert not self.held.keys() & set(made), "what is held is made again"
+        self.held |= {number: SIZES[number - 1] for number in made}
+        self.encoded += made
+        assert len(made) < 2 or sum(SIZES[number - 1] for number in made) <= self.encoder.budget
+        assert sum(self.held.values()) <= self.encoder.room
+        done = super().run(plan)
+        for slot, start, length, _ in rows_of(plan):
+            for shown in shown_by(self.admits[slot].bound):
+                past, end = shown.begin + shown.count, start + length
+                if shown.begin < end and start < past:
+                    assert shown.number in self.held, f"a row shows {shown.number}, which is not there"
+                    assert not shown.whole or end >= past, "a step ends within a picture whose tokens see each other"
+        return done
+
+
+def admitted(
+    rid: str, pieces: list[int], whole: bool, seed: int = 0, max_new: int = 3
+) -> tuple[Admit, tuple[Bound, ...]]:
+    """A request: a piece below 4 is a token, others are media, 4 the first of SIZES."""
+    ids, runs, bound = array("i"), [], []
+    for piece in pieces:
+        if piece < 4:
+            ids.append(piece)
+            continue
+        number, size = piece - 3, SIZES[piece - 4]
+        runs.append((len(ids), media_keys(bytes([number]), size)))
+        use = MediaUse(((len(ids), size),), size, whole, LEAST if piece == 7 else size)
+        need = media_need(Prepared(b"", (), size, bytes([number])), use)
+        bound.append(Bound(MEDIA, number, need.use))
+        ids += array("i", [0] * size)
+    keys = keys_with(ids, runs).tobytes()
+    admit = Admit(rid, ids.tobytes(), sampling(seed, keys=keys), (), max_new, keys=keys)
+    return admit, tuple(bound)
+
+
+class Run:
+    """A scheduler and its device, with `depth` steps in flight."""
+
+    def __init__(self, encoder: Encoder, lanes: int = 1, depth: int = 2, **options: Any) -> None:
+        sizes = {"pages": 24, "page_size": 2, "slots": 3, "max_step_tokens": 8, **options}
+        self.scheduler = Scheduler(
+            **sizes, max_model_len=40, policy=FirstComeFirstServed(), prefix_cache=True, max_waiting=99,
+            chunks=ChunkRule(sizes["max_step_tokens"], lanes, 0.0, least=2) if lanes > 1 else None, encoder=encoder,
+        )  # fmt: skip
+        self.device = SeeingDevice(encoder, **sizes)
+        self.depth, self.flying = depth, deque[StepPlan]()
+        self.said: dict[str, list[int]] = {}
+
+    def step(self) -> None:
+        while len(self.flying) < self.depth and (plan := self.scheduler.plan()) is not None:
+            self.flying.append(plan)
+        assert self.flying, "requests wait, and nothing runs"
+        tokens = self.scheduler.commit(self.device.run(self.flying.popleft()))
+        if tokens is not None:
+            said, at = array("i", tokens.tokens), 0
+            for rid, count in zip(tokens.rids, array("i", tokens.counts), strict=True):
+                self.said.setdefault(rid, []).extend(said[at : at + count])
+                at += count
+
+    def drain(self) -> dict[str, list[int]]:
+        steps = 0
+        while self.scheduler.live.by_rid:
+            self.step()
+            steps += 1
+            assert steps < 500, "no progress"
+        self.scheduler.check_integrity()
+        return self.said
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=7), min_size=1, max_size=6),
+    budget=st.sampled_from([4, 6, 7, 12]),
+    more=st.sampled_from([2, 3, 20]),
+    tokens=st.sampled_from([6, 8, 30]),
+    whole=st.booleans(),
+    lanes=st.sampled_from([1, 1, 2, 3]),
+    depth=st.integers(1, 3),
+    pages=st.sampled_from([22, 40]),
+)
+def test_rows_find_what_they_show(
+    prompts: list[list[int]], budget: int, more: int, tokens: int, whole: bool, lanes: int, depth: int, pages: int
+) -> None:
+    run = Run(Encoder(budget, budget + more), lanes, depth, pages=pages, max_step_tokens=tokens)
+    requests = [admitted(str(index), pieces, whole, seed=index) for index, pieces in enumerate(prompts)]
+    requests = [(admit, bound) for admit, bound in requests if len(admit.ids) // 4 <= 36]
+    for admit, bound in requests:
+        run.scheduler.admit(admit, bound)
+    said = run.drain()
+    assert said == {admit.rid: naive(admit)[0] for admit, _ in requests}
+
+
+def test_a_medium_is_made_once_and_not_at_all_behind_cached_pages() -> None:
+    run = Run(Encoder(8, 20))
+    run.scheduler.admit(*admitted("a", [1, 7, 2, 6, 3], whole=False))
+    run.scheduler.admit(*admitted("b", [2, 7, 6, 1], whole=False))
+    run.drain()
+    assert sorted(run.device.encoded) == [3, 4]
+    run.scheduler.encoder.clear()
+    run.device.held.clear()
+    run.scheduler.admit(*admitted("c", [1, 7, 2, 6, 3], whole=False))
+    run.drain()
+    assert len(run.device.encoded) == 2
+
+
+def test_the_one_used_least_recently_makes_room_and_is_made_again() -> None:
+    run = Run(Encoder(6, 10))
+    for rid, piece in (("a", 6), ("b", 7), ("c", 6), ("d", 5), ("e", 7), ("f", 6)):
+        run.scheduler.admit(*admitted(rid, [ord(rid) % 4, len(run.said) % 4, piece, 1], whole=False))
+        run.drain()
+    assert run.device.encoded == [3, 4, 2, 4, 3]  # for d, of 3, b's makes room, and for e's of 6 a's and c's
+
+
+def test_who_asks_for_more_than_a_step_makes_is_refused_with_both_numbers() -> None:
+    scheduler = Run(Encoder(2, 5), max_step_tokens=8).scheduler
+    with pytest.raises(
+        RequestError, match="an image, or a frame of a video, takes 4 tokens, and at most 2 are made in"
+    ):
+        scheduler.admit(*admitted("a", [6], whole=False))
+    scheduler = Run(Encoder(3, 5), max_step_tokens=8).scheduler
+    with pytest.raises(RequestError, match="a video takes 6 tokens, and there is room for 5"):
+        scheduler.admit(*admitted("a", [7], whole=False))
+    scheduler = Run(Encoder(9, 9), max_step_tokens=5).scheduler
+    with pytest.raises(RequestError, match="6 tokens that see each other, and a step computes at most 5"):
+        scheduler.admit(*admitted("a", [7], whole=True))
+    scheduler.admit(*admitted("a", [7], whole=False))
+
+
+def test_another_device_holds_nothing() -> None:
+    run = Run(Encoder(6, 20), depth=1)
+    run.scheduler.admit(*admitted("a", [1, 7, 2], whole=False, max_new=9))
+    run.step()
+    assert run.scheduler.reset() == ["a"] and run.device.encoded == [4]
+    run.flying.clear()
+    run.device.held.clear()
+    run.scheduler.admit(*admitted("a", [1, 7, 2], whole=False))
+    run.drain()
+    assert run.device.encoded == [4, 4]
