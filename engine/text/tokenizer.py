@@ -202,7 +202,7 @@ class Text:
         made = encoded(
             self.spec.tokenizer, [prompt.text for prompt in prompts], special=first.special, lossless=lossless
         )
-        return [self.finished(prompt, ids).ids for prompt, ids in zip(prompts, made, strict=True)]
+        return [list(self.finished(prompt, ids).ids) for prompt, ids in zip(prompts, made, strict=True)]
 
     def finished(self, prompt: Prompt, ids: list[int]) -> Placed:
         """`ids`, which the tokenizer has made of `prompt`, with what the tokenizer does not know of.
