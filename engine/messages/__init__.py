@@ -36,6 +36,7 @@ from engine.messages.control import (
     Preload,
     Proposed,
     Reset,
+    Retired,
     Stats,
     WorkerLost,
     WorkerReady,
@@ -56,7 +57,7 @@ from engine.messages.nodes import Attach, Bye, EndRanks, Join, RankEnded, StartR
 from engine.messages.reply import Failed, Tokens
 from engine.messages.request import Abort, Admit, Job, Open, StopHit
 from engine.messages.step import StepDone, StepPlan
-from engine.messages.text import Retired, TextAnswer, TextBoot, TextWork
+from engine.messages.text import TextAnswer, TextBoot, TextWork
 
 ToTextProcess = TextBoot | TextWork
 FromTextProcess = TextAnswer | Failed | Retired | Fatal

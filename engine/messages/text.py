@@ -63,10 +63,6 @@ class Detokenized(Message, frozen=True):
     text: str
 
 
-class Retired(Message, frozen=True):
-    """text process → text pool: its last answer has grown it so that another process shall take its place."""
-
-
 class TextBoot(Message, frozen=True):
     """text pool → text process: the first frame; `template` takes the place of the model's own chat template."""
 
