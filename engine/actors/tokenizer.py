@@ -19,7 +19,7 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from engine.cache.keys import keys_with
-from engine.conversation.media import Runs
+from engine.conversation.media import Placed, cannot_be_cut, needs_of
 from engine.errors import RequestError, counted, let_go
 from engine.messages import FromFront, ToDetokenizer, ToTokenizer
 from engine.messages.assets import Need
@@ -76,6 +76,7 @@ class Admission:
         if request.messages is not None:
             return self.text.conversation(
                 request.messages,
+                media=request.media,
                 opening=request.opening,
                 special=bool(request.special),
                 most=most,
@@ -98,7 +99,7 @@ class Admission:
         )
 
     def _admit_text(self, request: Generate, encoded: Encoded | None) -> tuple[Open, Admit]:
-        ids, keys = self._ids_and_keys(request, encoded)
+        ids, keys = self._ids_and_keys(request, placed := self._placed(request, encoded))
         params = request.sampling
         default = request.default_max_tokens or self.text.defaults.max_new_tokens
         max_new = self._max_new(len(ids), params.max_tokens, default)
@@ -140,10 +141,11 @@ class Admission:
             max(max_new, 1),
             request.priority,
             request.cache_salt,
-            self._needs(request),
+            self._needs(request, placed),
             keys=keys,
             scored_after=after,
             blocks=self._blocks(request, encoded, ids) if self.named and not keys else None,
+            positions=placed.positions,
         )
         return opened, admitted
 
@@ -152,10 +154,11 @@ class Admission:
         prompt = None if encoded is None else encoded[0].text
         return blocks_of(request, prompt, ids, self._widths) if is_plain(request) else None
 
-    def _needs(self, request: Generate) -> tuple[Need, ...]:
+    def _needs(self, request: Generate, placed: Placed) -> tuple[Need, ...]:
         """What must be on the device before `request` runs; RequestError where that cannot be."""
         grammar = self._grammar(request)
-        return () if grammar is None else (grammar_need(grammar),)
+        media = needs_of(request.media, placed)
+        return media if grammar is None else (*media, grammar_need(grammar))
 
     def _grammar(self, request: Generate) -> Grammar | None:
         """The grammar that is asked for; RequestError where none can be followed."""
@@ -193,7 +196,7 @@ class Admission:
     def _encode_vector(self, request: Embed, encoded: Encoded | None, most: int) -> "array[int]":
         """The tokens that the vector is made of."""
         if encoded is not None:
-            return array("i", self.text.finished(*encoded)[0])
+            return array("i", self.text.finished(*encoded).ids)
         kept = most if request.first == -1 else request.first
         if request.text is not None and kept is not None:
             return array("i", self.text.encode_first(request.text, kept, most=MOST_CUT, name="input"))
@@ -248,18 +251,20 @@ class Admission:
                     facts={},
                 )
 
-    def _ids_and_keys(self, request: Generate, encoded: Encoded | None) -> tuple["array[int]", bytes]:
-        """The ids of the prompt and their keys, as Admit has these."""
-        runs: Runs = ()
+    def _placed(self, request: Generate, encoded: Encoded | None) -> Placed:
+        """The prompt, with its media in their places."""
         if encoded is not None:
-            whole, runs = self.text.finished(*encoded)
-            ids = array("i", whole)
-        else:
-            ids = array("i")
-            ids.frombytes(request.ids or b"")
+            return self.text.finished(*encoded)
+        return self.text.placed(array("i", request.ids or b""), request.media)
+
+    def _ids_and_keys(self, request: Generate, placed: Placed) -> tuple["array[int]", bytes]:
+        """The ids of the prompt and their keys, as Admit has these."""
+        ids = array("i", placed.ids)
         self._check_ids(ids, "prompt")
-        keys = keys_with(ids, runs)
+        keys = keys_with(ids, placed.runs)
         first = 0 if request.last is None else -self._kept(request.last, request.sampling.max_tokens)
+        if placed.spans and -len(ids) < first < 0:
+            raise cannot_be_cut(len(ids), -first)
         return ids[first:], b"" if keys is ids else keys[first:].tobytes()
 
     def _kept(self, last: int, new: int | None) -> int:

@@ -1,25 +1,63 @@
 """Where the media of a conversation meet a model: refused, or put in place by the model's processor.
 
-No model here has a processor yet, so `Text` has none and every picture is refused. What fetches, decodes and encodes
-media will stand behind this face.
+    Frames ─ prepare ─> Prepared: pixels for the tower, and how many tokens ─ placed ─> ids, keys, positions, spans
+
+A processor is a plugin of the kind `media`, chosen by the architecture. `prepare` may run in any process, `placed`
+where the prompt is encoded. What fetches and decodes media stands before this face (engine/media/).
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
+from msgspec import Struct
+
+from engine.cache.keys import media_keys
 from engine.conversation.parts import Image, Message, Video, media_of
-from engine.errors import RequestError
+from engine.errors import RequestError, counted
+from engine.media.frames import Frames
+from engine.messages.assets import Need
+from engine.messages.media import MediaUse, Prepared, media_need
+from engine.plugin.terms import Terms
 
 Runs = Sequence[tuple[int, "array[int]"]]  # keys by the index that they begin at, as keys_with has them
+Spans = tuple[tuple[int, int], ...]  # the first index, and how many
+Encode = Callable[[str], list[int]]  # a text to token ids, nothing added
+
+
+class Placed(Struct, frozen=True):
+    """A prompt whose placeholders have become as many ids as their media take.
+
+    `runs` are the keys of these (cache/keys.py); `spans` say where each medium's embeddings stand. `positions` (int32
+    [3, len(ids)]: time, height, width) are where rotary embedding places the tokens, if not at their index. No step may
+    compute a part of a span that is `whole`."""
+
+    ids: Sequence[int]
+    runs: Runs = ()
+    spans: tuple[Spans, ...] = ()
+    positions: bytes = b""
+    whole: bool = False
 
 
 class MediaProcessor(Protocol):
-    """What one model makes of media, up to their tokens."""
+    """What one model makes of media. Made of config.json and of what the checkpoint says of processors, both as Terms;
+    `encode` makes token ids of a text, where prompts are encoded. Picklable without it."""
 
-    def placed(self, ids: list[int], media: Sequence[Image | Video], /) -> tuple[list[int], Runs]:
-        """The ids of a prompt, in which each placeholder of the chat template's has become as many as its medium takes,
-        and the keys of those (cache/keys.py). `media` are in the order of the placeholders."""
+    def __init__(self, config: Terms, processor: Terms, encode: Encode | None = None) -> None: ...
+
+    def choose_frames(self, count: int, fps: float, duration: float, /) -> list[int]:
+        """Which of the `count` frames of a clip of `duration` seconds the model is to see, ascending.
+
+        Raises RequestError for a clip that it cannot take."""
+        ...
+
+    def prepare(self, frames: Frames, /) -> Prepared:
+        """Raises RequestError for a size that the model cannot take."""
+        ...
+
+    def placed(self, ids: list[int], media: Sequence[Prepared], /) -> Placed:
+        """The ids of a prompt, in which each placeholder has become as many as its medium takes. `media` are in the
+        order of the placeholders. Raises RequestError where there are not as many."""
         ...
 
 
@@ -35,3 +73,69 @@ def readable(messages: Sequence[Message], processor: MediaProcessor | None) -> l
             code="unsupported_parameter",
         )
     return media
+
+
+def needs_of(media: Sequence[Prepared], placed: Placed) -> tuple[Need, ...]:
+    """What a request that shows `media`, `placed` in its prompt, waits for."""
+    uses = (MediaUse(spans, medium.tokens, placed.whole) for medium, spans in zip(media, placed.spans, strict=True))
+    return tuple(media_need(medium, use) for medium, use in zip(media, uses, strict=True))
+
+
+def cannot_be_cut(tokens: int, kept: int) -> RequestError:
+    """For a prompt of which only the last tokens are asked for."""
+    return RequestError(
+        f"the prompt has {counted(tokens, 'token')}, of which {kept} are to be kept, and one that shows media cannot "
+        "be cut; shorten it",
+        param="prompt",
+    )
+
+
+# ── what processors share ────────────────────────────────────────────────────────────────────
+
+
+class Piece(Struct, frozen=True):
+    """A part of what takes the place of a placeholder: `ids` as they are, or `count` embeddings at as many `ids[0]`."""
+
+    ids: Sequence[int]
+    count: int = 0
+
+
+def grow(
+    ids: Sequence[int],
+    media: Sequence[Prepared],
+    placeholders: Mapping[int, str],
+    pieces: Callable[[Prepared], Iterable[Piece]],
+) -> Placed:
+    """`ids` with the `pieces` of each medium in the place of its placeholder; `placeholders` are the ids that stand for
+    a medium of some kind. Raises RequestError where these are not as many as `media`, or of another kind."""
+    found = [placeholders[id] for id in ids if id in placeholders]
+    sent = [medium.kind for medium in media]
+    if not sent:
+        return Placed(list(ids))
+    if found != sent:
+        raise RequestError(
+            f"the prompt has {counted(len(found), 'place')} for media ({', '.join(found) or 'none'}), and "
+            f"{counted(len(sent), 'medium', 'media')} came with it ({', '.join(sent)}); send one for each place, in "
+            "order",
+            param="messages",
+        )
+    whole: list[int] = []
+    runs, spans = [], []
+    left = iter(media)
+    for id in ids:
+        if id not in placeholders:
+            whole.append(id)
+            continue
+        medium = next(left)
+        keys, begun, own = media_keys(medium.digest, medium.tokens), 0, []
+        for piece in pieces(medium):
+            if not piece.count:
+                whole += piece.ids
+                continue
+            own.append((len(whole), piece.count))
+            runs.append((len(whole), keys[begun : begun + piece.count]))
+            whole += [piece.ids[0]] * piece.count
+            begun += piece.count
+        assert begun == medium.tokens, f"{begun} places for {medium.tokens} embeddings"
+        spans.append(tuple(own))
+    return Placed(whole, runs, tuple(spans))

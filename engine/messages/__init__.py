@@ -13,6 +13,7 @@ travel as the bytes of little-endian int32 (`ids`) or float32 arrays: one copy, 
                              executor <──frames──> worker, one a rank
 
 A long text goes from the tokenizer, and from http, to a text process (TextWork; Prepared, Tokenized, Detokenized).
+An image or a video goes from the tokenizer to a process that decodes it (DecodeMedia, MediaReady).
 A request may need things on the device, such as a grammar. They go from the scheduler to their maker (Make, Made), then
 to the worker (Load, Loaded), and then the request runs. The maker of grammars asks its process (Compile, Compiled).
 A question (Flush, Pause, FollowCache, or an Ask, which the worker answers) goes from http to the scheduler and comes
@@ -42,6 +43,7 @@ from engine.messages.control import (
     WorkerReady,
     WorkerSilent,
 )
+from engine.messages.decoding import DecodeMedia, MediaBoot, MediaReady
 from engine.messages.fronts import (
     Drain,
     Drained,
@@ -61,6 +63,8 @@ from engine.messages.text import TextAnswer, TextBoot, TextWork
 
 ToTextProcess = TextBoot | TextWork
 FromTextProcess = TextAnswer | Failed | Retired | Fatal
+ToMediaProcess = MediaBoot | DecodeMedia
+FromMediaProcess = MediaReady | Failed | Retired | Fatal
 ToTokenizer = Job | Abort | WorkerReady
 ToWorker = Boot | Preload | Agreed | StepPlan | Load | Drop | Ask | Ping
 FromWorker = Proposed | WorkerReady | StepDone | Loaded | Answer | Pong | Beat | Fatal

@@ -9,11 +9,12 @@ from engine.messages.base import Message, Part
 
 class Need(Part, frozen=True):
     """A thing that a request waits for. Needs of the same kind and `content` share one thing. `use` is this request's
-    alone: how its row uses the thing."""
+    alone: how its row uses the thing. `payload` is what a maker would make, where the request brings it along."""
 
     kind: str
     content: bytes
     use: bytes = b""
+    payload: bytes = b""
 
 
 class Bound(Part, frozen=True):

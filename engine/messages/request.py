@@ -6,6 +6,7 @@ from engine.conversation.parts import Message as ChatMessage
 from engine.messages.assets import Need
 from engine.messages.base import Message
 from engine.messages.cache import Blocks
+from engine.messages.media import Prepared
 from engine.params.grammar import Grammar
 from engine.params.sampling import Sampling, SamplingParams
 
@@ -42,6 +43,7 @@ class Generate(Message, frozen=True):
     # Log-probabilities of the prompt are those of the tokens after this position, told as if the prompt began there.
     # What comes before may be cached.
     scored_after: int = 0
+    media: tuple[Prepared, ...] = ()  # that `messages` or `ids` have places for, in order
 
     @property
     def grammar(self) -> Grammar | None:
@@ -91,6 +93,7 @@ class Admit(Message, frozen=True):
     The prompt's log-probabilities, where asked for, are those of the tokens after the position `scored_after`.
 
     `keys` (int32, one an id) is what prefixes are shared by, where that is not the ids themselves (cache/keys.py).
+    `positions` (int32 [3, ids]) are where rotary embedding places the ids, where that is not their index.
     `blocks` are what a router knows the prompt by, where routers are told of the cache."""
 
     rid: str
@@ -104,6 +107,7 @@ class Admit(Message, frozen=True):
     keys: bytes = b""
     scored_after: int = 0
     blocks: Blocks | None = None
+    positions: bytes = b""
 
 
 class Abort(Message, frozen=True):

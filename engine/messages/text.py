@@ -5,6 +5,7 @@ from typing import Any
 from engine.config import Config
 from engine.conversation.parts import Message as ChatMessage
 from engine.messages.base import Message
+from engine.messages.media import Prepared as Medium
 from engine.messages.request import Admit, Embed, Generate, Open
 
 
@@ -18,7 +19,8 @@ class Prepare(Message, frozen=True):
 
 class Tokenize(Message, frozen=True):
     """anyone → text process: the token ids of `text`, or of `messages` as the chat template writes them with `options`
-    (those of Text.render_chat). More than `most` tokens are refused; with `names` each token's text is told as well."""
+    (those of Text.render_chat) and with their `media`. More than `most` tokens are refused; with `names` each token's
+    text is told as well."""
 
     text: str | None = None
     messages: list[ChatMessage] | None = None
@@ -26,6 +28,7 @@ class Tokenize(Message, frozen=True):
     special: bool = False
     names: bool = False
     most: int = 1 << 20
+    media: tuple[Medium, ...] = ()
 
 
 class Detokenize(Message, frozen=True):

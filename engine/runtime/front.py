@@ -17,6 +17,7 @@ from msgspec import Struct
 
 from engine.config import Config
 from engine.errors import EngineError, RequestError, WorkerError, counted, shut_down
+from engine.media.store import MediaStore
 from engine.messages import FromFront, ToHttp, ToTokenizer
 from engine.messages.cache import CacheChanges, FollowCache
 from engine.messages.control import Answer, Ask, Fatal, Flush, Flushed, Pause, Stats, WorkerReady
@@ -80,6 +81,7 @@ class Front(Readiness):
         self.board = place.board
         self.text: Text | None = None  # once it is read
         self.texts: TextPool | None = None  # the same, for what needs no device: counting tokens
+        self.media: MediaStore | None = None  # where the model sees, once its text is read
         self.created = int(time.time())
         self.stats = Stats("starting")
         self.on_stats: list[Callable[[Stats], None]] = []

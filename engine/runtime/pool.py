@@ -96,6 +96,10 @@ class ProcessPool(Generic[Answer]):
         """The error of a job whose process was lost."""
         raise NotImplementedError
 
+    def _unstarted(self, cause: str) -> RequestError:
+        """The error of a job for which no process can be started."""
+        return self._lost(f"none can be started: {cause}")
+
     def _late(self, work: Work[Answer]) -> RequestError:
         """The error of a job that was ended at its deadline."""
         raise NotImplementedError
@@ -158,7 +162,7 @@ class ProcessPool(Generic[Answer]):
             child = await Child[Any].start(self._start, self._receives)
         except OSError as error:
             log.error("no process of the %s can be started: %s", self.name, error)
-            work.end(self._lost(f"none can be started: {error}"))
+            work.end(self._unstarted(str(error)))
             return None
         log.debug("a process of the %s is process %d", self.name, child.process.pid)
         helper.running = True

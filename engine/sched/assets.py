@@ -4,7 +4,7 @@
                       └─ refused: all that wait are told; later ones are told at once if the refusal lasts
 
     making ──> made ──> loading ──> ready        a thing's life; a refusal that lasts is kept in its place
-                 ^─────────┴──────────┘          when the device is lost
+                 ^─────────┴──────────┘          when the device is lost; a need may bring what is made along
 
 A request here holds no slot and no page. Things are told apart by kind and content: what is known already is not made
 again. A lost device takes what it was loading for the first time with it, because that may be what it died of; the next
@@ -120,7 +120,7 @@ class WaitingRoom:
         return due
 
     def _asset(self, need: Need, due: Due) -> Asset:
-        """The thing that `need` asks for; one that is not known begins to be made."""
+        """The thing that `need` asks for; one that is not known begins to be made, or to be loaded if it is made."""
         key = need.kind, need.content
         known = self._assets.get(key)
         if known is not None:
@@ -128,7 +128,11 @@ class WaitingRoom:
             return known
         asset = self._assets[key] = Asset(need.kind, need.content, next(self._numbers))
         self._by_number[asset.number] = asset
-        due.makes.append(Make(need.kind, asset.number, need.content))
+        if need.payload:
+            asset.state, asset.payload = "made", need.payload
+            self._load(asset, due)
+        else:
+            due.makes.append(Make(need.kind, asset.number, need.content))
         return asset
 
     def made(self, message: Made) -> Due:

@@ -37,7 +37,7 @@ def _tokenized(text: Text, job: Tokenize) -> Tokenized:
     if job.messages is None:
         ids = text.encode(job.text or "", job.special, most=job.most)
     else:
-        ids = text.encode_chat(job.messages, special=job.special, most=job.most, **job.options)
+        ids = text.encode_chat(job.messages, special=job.special, most=job.most, media=job.media, **job.options)
     if len(ids) > job.most:
         raise RequestError(
             f"the prompt has {counted(len(ids), 'token')}, and at most {job.most} are taken; send it in parts",

@@ -7,13 +7,18 @@
 How processes come and go is the business of any pool (engine/runtime/pool.py).
 """
 
+from collections.abc import Sequence
+
 import msgspec
 
 from engine.actors.tokenizer import Admission
 from engine.config import Config
 from engine.errors import RequestError
 from engine.messages import FromTextProcess
-from engine.messages.text import TextAnswer, TextBoot, TextJob, TextWork
+from engine.messages.media import MEDIA
+from engine.messages.media import Prepared as Medium
+from engine.messages.request import Generate
+from engine.messages.text import Prepare, Prepared, TextAnswer, TextBoot, TextJob, TextWork, Tokenize
 from engine.runtime.pool import ProcessPool, Work
 from engine.runtime.process import Start, spawn
 from engine.runtime.processors import processors
@@ -69,8 +74,9 @@ class TextPool(ProcessPool[TextAnswer]):
                 code="queue_full",
                 status=503,
             )
-        work = packed(job)
-        return await self.done(work, size, held=len(work.packed))  # a character is up to four bytes
+        work = packed(bare(job))
+        answer = await self.done(work, size, held=len(work.packed))  # a character is up to four bytes
+        return with_payloads(answer, job)
 
     def _lost(self, cause: str) -> RequestError:
         message = "the process that tokenizes long prompts stopped while it worked on this; send the request again"
@@ -81,6 +87,34 @@ class TextPool(ProcessPool[TextAnswer]):
             f"the prompt took over {self._seconds:.0f} s to render and tokenize, which is the limit; shorten it",
             code="text_timeout",
         )
+
+
+def bare(job: TextJob) -> TextJob:
+    """`job` without the pixels of its media, which no text process looks at."""
+    match job:
+        case Prepare(Generate(media=media) as request) if media:
+            return msgspec.structs.replace(job, job=msgspec.structs.replace(request, media=_counts(media)))
+        case Tokenize(media=media) if media:
+            return msgspec.structs.replace(job, media=_counts(media))
+    return job
+
+
+def _counts(media: Sequence[Medium]) -> tuple[Medium, ...]:
+    return tuple([msgspec.structs.replace(medium, payload=b"") for medium in media])
+
+
+def with_payloads(answer: TextAnswer, job: TextJob) -> TextAnswer:
+    """The answer to `bare(job)` as it would be to `job`: what the request needs on the device has its pixels."""
+    match job, answer:
+        case Prepare(Generate(media=media)), Prepared() if media:
+            payloads = {(MEDIA, medium.digest): medium.payload for medium in media}
+            needs = [
+                msgspec.structs.replace(need, payload=payloads.get((need.kind, need.content), need.payload))
+                for need in answer.admitted.needs
+            ]
+            admitted = msgspec.structs.replace(answer.admitted, needs=tuple(needs))
+            return msgspec.structs.replace(answer, admitted=admitted)
+    return answer
 
 
 def packed(job: TextJob) -> TextWork:

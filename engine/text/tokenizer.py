@@ -11,11 +11,12 @@ from typing import Any
 from msgspec import Struct
 from tokenizers import normalizers, pre_tokenizers
 
-from engine.conversation.media import MediaProcessor, Runs, readable
+from engine.conversation.media import MediaProcessor, Placed, readable
 from engine.conversation.parsers import Parsers
 from engine.conversation.parts import Message
 from engine.conversation.template import ChatTemplate, requested
 from engine.errors import RequestError, counted
+from engine.messages.media import Prepared
 from engine.params.lengths import THE_INPUT, check_unicode
 from engine.params.sampling import SamplingDefaults
 from engine.plugin.parsing import ToolParser
@@ -46,12 +47,14 @@ WORDS_KEPT = 4096  # words whose tokens the tokenizer remembers: of up to 255 by
 
 class Prompt(Struct, frozen=True):
     """A text on its way to token ids, checked. With `special` the tokenizer adds what it adds to a text, with `bos` the
-    model's first token is put before it where that is missing. A conversation has its `messages`."""
+    model's first token is put before it where that is missing. A conversation has its `messages`; `media` are what it
+    has places for, in order."""
 
     text: str
     special: bool
     bos: bool
     messages: Sequence[Message] | None = None
+    media: Sequence[Prepared] = ()
 
 
 class Text:
@@ -106,7 +109,7 @@ class Text:
 
         Raises RequestError when `text`, which the client calls `name`, holds half of a surrogate pair, or cannot have
         at most `most` tokens: a text that is sure to be too long is not encoded."""
-        return self.encode_prompt(self.prompt(text, add_special_tokens, most=most, name=name))[0]
+        return list(self.encode_prompt(self.prompt(text, add_special_tokens, most=most, name=name)).ids)
 
     def prompt(
         self, text: str, add_special_tokens: bool = True, *, most: int | None = None, name: str = "prompt"
@@ -138,28 +141,31 @@ class Text:
 
     def encode_chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
         """The token ids of `encode_conversation`."""
-        return self.encode_conversation(messages, **options)[0]
+        return list(self.encode_conversation(messages, **options).ids)
 
     def encode_conversation(
         self,
         messages: Sequence[Message],
         *,
+        media: Sequence[Prepared] = (),
         opening: str = "",
         special: bool = False,
         most: int | None = None,
         **options: Any,
-    ) -> tuple[list[int], Runs]:
+    ) -> Placed:
         """Token ids of a conversation as `render_chat` writes it, and of `opening` behind it; the options are its own.
-        With `special` the tokenizer adds what it adds to a text. With them come the keys of what is no text.
+        With `special` the tokenizer adds what it adds to a text. With them comes what is said of `media`.
 
         Raises RequestError when the model has no template, it refuses the messages, or these are too long, as in
         `encode`."""
-        return self.encode_prompt(self.conversation(messages, opening=opening, special=special, most=most, **options))
+        prompt = self.conversation(messages, media=media, opening=opening, special=special, most=most, **options)
+        return self.encode_prompt(prompt)
 
     def conversation(
         self,
         messages: Sequence[Message],
         *,
+        media: Sequence[Prepared] = (),
         opening: str = "",
         special: bool = False,
         most: int | None = None,
@@ -169,12 +175,12 @@ class Text:
         text = self.render_chat(messages, **options) + opening
         check_unicode(text, "messages")
         self._check_fits(text, most, "prompt")
-        return Prompt(text, special, special and self.spec.add_bos, messages)
+        return Prompt(text, special, special and self.spec.add_bos, messages, media)
 
     # ── from a prompt to its ids ─────────────────────────────────────────────────────────────
 
-    def encode_prompt(self, prompt: Prompt) -> tuple[list[int], Runs]:
-        """Token ids, and the keys of what is no text."""
+    def encode_prompt(self, prompt: Prompt) -> Placed:
+        """Token ids, and what is said of media among them."""
         return self.finished(prompt, self._encode(prompt.text, prompt.special))
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -188,19 +194,26 @@ class Text:
             made |= {index: encoding.ids for index, encoding in zip(chosen, encodings, strict=True)}
         return [made[index] for index in range(len(prompts))]
 
-    def finished(self, prompt: Prompt, ids: list[int]) -> tuple[list[int], Runs]:
+    def finished(self, prompt: Prompt, ids: list[int]) -> Placed:
         """`ids`, which the tokenizer has made of `prompt`, with what the tokenizer does not know of.
 
         Raises RequestError for a conversation of which nothing is left."""
         if prompt.bos and self.spec.bos_id is not None and ids[:1] != [self.spec.bos_id]:
             ids = [self.spec.bos_id, *ids]
-        if prompt.messages is None:
-            return ids, ()
-        if not ids:
+        if prompt.messages is not None and not ids:
             raise RequestError("the chat template makes an empty prompt of the messages; say more", param="messages")
-        if self.media is None or not (media := readable(prompt.messages, self.media)):
-            return ids, ()
-        return self.media.placed(ids, media)
+        return self.placed(ids, prompt.media)
+
+    def placed(self, ids: Sequence[int], media: Sequence[Prepared]) -> Placed:
+        """`ids` with `media` in their places. Raises RequestError where the model reads text alone, or there are not as
+        many places."""
+        if not media:
+            return Placed(ids)
+        if self.media is None:
+            raise RequestError(
+                "media came with the prompt, and the model reads text alone; send text", param="messages"
+            )
+        return self.media.placed(list(ids), media)
 
     def _check_fits(self, text: str, most: int | None, name: str) -> None:
         if most is None:

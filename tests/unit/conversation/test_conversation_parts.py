@@ -10,7 +10,7 @@ from http_front import text_of
 
 from engine.actors.tokenizer import Admission
 from engine.cache.keys import media_keys
-from engine.conversation.media import Runs
+from engine.conversation.media import Piece, Placed, grow
 from engine.conversation.parts import Call, Image, Message, Result, Text, Video, as_one, media_of, read_messages, said
 from engine.conversation.template import ChatTemplate
 from engine.errors import RequestError
@@ -20,6 +20,8 @@ from engine.http.responses.bodies import ResponsesBody
 from engine.http.responses.bodies import messages_of as messages_of_items
 from engine.http.responses.items import InputImage, InputText, MessageItem, OutputText, input_items
 from engine.http.wire import Body, BodyDecoder
+from engine.messages.assets import Bound
+from engine.messages.media import MEDIA, MediaUse, Prepared, media_use
 from engine.messages.request import Generate
 from engine.params.sampling import SamplingParams
 from engine.plugin.parsing import ToolParser
@@ -236,14 +238,9 @@ def test_media_are_refused_at_their_place_where_the_model_reads_text_alone() -> 
 class Sees:
     """A processor for whose template an image is a "*", and for which it takes three tokens."""
 
-    def placed(self, ids: list[int], media: Sequence[Image | Video], /) -> tuple[list[int], Runs]:
-        placeholder, left, runs, whole = ord("*"), list(media), [], list[int]()
-        for id in ids:
-            if id == placeholder:
-                runs.append((len(whole), media_keys(left.pop(0).source.encode(), 3)))
-            whole += [id] * (3 if id == placeholder else 1)
-        assert not left
-        return whole, runs
+    def placed(self, ids: list[int], media: Sequence[Prepared], /) -> Placed:
+        star = ord("*")
+        return grow(ids, media, {star: "image"}, lambda medium: [Piece([star], medium.tokens)])
 
 
 def test_the_tokenizer_gives_ids_and_keys() -> None:
@@ -254,14 +251,22 @@ def test_the_tokenizer_gives_ids_and_keys() -> None:
 
     def admitted(url: str, **options: Any) -> tuple[list[int], list[int]]:
         messages = [Message("user", (Text("a"), Image(url, "here"), Text("bc")))]
-        _, admit = sees.admit(Generate("r", SamplingParams(), messages=messages, **options))
+        media = (Prepared(b"pixels", (1,), 3, url.encode()),)
+        _, admit = sees.admit(Generate("r", SamplingParams(), messages=messages, media=media, **options))
+        (need,) = admit.needs
+        assert (need.kind, need.content, need.payload) == (MEDIA, url.encode(), b"pixels")
+        assert media_use(Bound(MEDIA, 1, need.use)) == MediaUse(((1, 3),), 3)
         return array("i", admit.ids).tolist(), array("i", admit.keys).tolist()
 
     ids, keys = admitted("one")
     assert ids == [*plain.encode("a", False), *star * 3, *plain.encode("bc", False)]
     assert keys == [ids[0], *media_keys(b"one", 3), *ids[4:]]
     assert admitted("other")[0] == ids and admitted("other")[1][1:4] == media_keys(b"other", 3).tolist()
-    assert admitted("one", last=4) == (ids[-4:], keys[-4:])
+    assert admitted("one", last=len(ids)) == (ids, keys)
+    with pytest.raises(
+        RequestError, match="6 tokens, of which 4 are to be kept, and one that shows media cannot be cut"
+    ):
+        admitted("one", last=4)
     _, text = sees.admit(Generate("r", SamplingParams(), messages=[said("user", "abc")]))
     assert text.keys == b""
 

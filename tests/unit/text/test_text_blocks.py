@@ -89,7 +89,7 @@ def test_ends_are_those_of_the_tokenizer(chat: Text) -> None:
     messages += [said("assistant", "Let us see: " + "6912. " * 40), said("user", "Thanks, and once more please. " * 9)]
     asked = Generate("r", SamplingParams(), messages=messages, cache_salt="mine")
     prompt = chat.conversation(messages)
-    ids, _ = chat.encode_prompt(prompt)
+    ids = chat.encode_prompt(prompt).ids
     blocks = blocks_of(asked, prompt.text, ids, Widths(chat.spelling))
     assert blocks is not None
     text = of_messages(messages)
@@ -140,7 +140,7 @@ def test_tools_count_with_the_message_of_the_system() -> None:
     system, user = "You are a careful helper. " * 20, "What can you do for me? " * 20
     messages = [said("system", system), said("user", user)]
     prompt = text.conversation(messages, tools=[TOOL])
-    ids, _ = text.encode_prompt(prompt)
+    ids = text.encode_prompt(prompt).ids
     asked = Generate("r", SamplingParams(), messages=messages, tools=[TOOL])
     blocks = blocks_of(asked, prompt.text, ids, Widths(text.spelling))
     plain = blocks_of(Generate("r", SamplingParams(), messages=messages), prompt.text, ids, Widths(text.spelling))

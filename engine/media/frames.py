@@ -1,0 +1,18 @@
+"""What is seen of a picture or a clip once it is decoded, and before a model's processor makes its pixels of it."""
+
+from msgspec import Struct
+from numpy.typing import NDArray
+
+
+class Frames(Struct, frozen=True):
+    """A picture, or the frames of a clip that a model is to see.
+
+    `pixels` are uint8 [n, height, width, 3], RGB, upright and without alpha; a picture has one frame. `times` are the
+    seconds of each frame of a clip, none of a picture. `digest` (32 bytes) is the hash of the source and of what was
+    done to it: what has the same digest is the same medium. `duration` are the seconds of the whole clip, 0 where
+    nobody knows them."""
+
+    pixels: NDArray
+    times: tuple[float, ...]
+    digest: bytes
+    duration: float = 0.0

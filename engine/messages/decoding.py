@@ -1,0 +1,32 @@
+"""Work for a process that decodes: bytes of an image or a video in, what the model's processor makes of them out."""
+
+from typing import Literal
+
+from engine.messages.base import Message
+from engine.messages.media import Prepared
+
+
+class MediaBoot(Message, frozen=True):
+    """media pool → process: the first frame. `processor` is the model's, pickled; the bounds are those of the options,
+    in pixels."""
+
+    processor: bytes
+    pixels: int
+    video_pixels: int
+
+
+class DecodeMedia(Message, frozen=True):
+    """media pool → process: decode `source` and have the processor prepare it. `content` is the SHA-256 of it."""
+
+    kind: Literal["image", "video"]
+    content: bytes
+    source: bytes
+
+
+class MediaReady(Message, frozen=True):
+    """process → media pool: the answer. `pixels` are those that were decoded; seconds are of the processor's time."""
+
+    prepared: Prepared
+    pixels: int
+    decode_seconds: float
+    prepare_seconds: float
