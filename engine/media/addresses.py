@@ -9,6 +9,7 @@ address a moment later gains nothing. `--media-hosts` holds names (a.example.com
 - where it is empty, any host with a public address is fetched from;
 - where it has names, only those hosts are, if their address is public;
 - an address in one of its networks is fetched from whatever the host is called;
+- `*` stands for all names, beside networks;
 - `none` stands for no host at all.
 
 Left out: ports, and what the fetched bytes are (sources.py).
@@ -49,6 +50,9 @@ class Hosts:
             return
         except ValueError:
             pass
+        if entry == "*":
+            self._below.append("")
+            return
         if not entry or any(mark in entry for mark in "/:@?# ") or "*" in entry.removeprefix("*."):
             raise ConfigError(
                 f"--media-hosts has {entry!r}; it takes names (cdn.example.com, *.example.com) and networks "

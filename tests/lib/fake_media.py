@@ -7,9 +7,11 @@ import hashlib
 import io
 import os
 import socket
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -91,6 +93,19 @@ def picture(width: int = 64, height: int = 48, shade: int = 0) -> Image.Image:
     rows = np.arange(height, dtype=np.uint8)
     red, green = np.meshgrid(columns, rows)
     return Image.fromarray(np.stack([red, green, np.full_like(red, shade)], -1))
+
+
+def png(width: int, height: int, depth: int, colours: int, rows: bytes) -> bytes:
+    """A PNG whose header says so, whatever its rows are."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+BOMB = png(30_000, 30_000, 8, 2, b"\0" * 100)
 
 
 def clip(

@@ -30,8 +30,16 @@ class OddWeb:
                 path = head.split(" ")[1]
                 self.asked[path] += 1
                 name, _, rest = path.strip("/").partition("/")
-                await getattr(self, f"on_{name}")(writer, unquote(rest))
-                await writer.drain()
+                answering = asyncio.ensure_future(getattr(self, f"on_{name}")(writer, unquote(rest)))
+                leaving = asyncio.ensure_future(reader.read())
+                try:
+                    await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+                    if answering.done():
+                        await answering
+                        await writer.drain()
+                finally:
+                    answering.cancel()
+                    leaving.cancel()
         finally:
             self.open -= 1
             writer.close()

@@ -4,7 +4,6 @@ import hashlib
 import io
 import struct
 import warnings
-import zlib
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from fake_media import clip, encoded, picture
+from fake_media import BOMB, clip, encoded, picture, png
 from PIL import Image, ImageOps
 from skimage import data
 from transformers.image_utils import load_image
@@ -44,16 +43,6 @@ def every(count: int, fps: float, duration: float) -> list[int]:
 def frames_of(source: bytes, choose: Callable[[int, float, float], list[int]] = every, **bounds: int) -> Any:
     bounds = {"most": MOST, "most_together": 10**8, **bounds}
     return video_frames(source, hashlib.sha256(source).digest(), choose, **bounds)
-
-
-def png(width: int, height: int, depth: int, colours: int, rows: bytes) -> bytes:
-    """A PNG whose header says so, whatever its rows are."""
-
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-    header = struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 # ── as the reference ─────────────────────────────────────────────────────────────────────────
@@ -173,7 +162,7 @@ BAD_IMAGES = {
     "truncated": (SOURCES["png"][:500], "cannot be read as an image"),
     "truncated jpeg": (SOURCES["jpeg"][:900], "cannot be read as an image (OSError"),
     "truncated gif": (SOURCES["animated gif"][:40], "is no image"),
-    "bomb": (png(30_000, 30_000, 8, 2, b"\0" * 100), "30000 × 30000 = 900000000 pixels, and at most 1000000 are taken"),
+    "bomb": (BOMB, "30000 × 30000 = 900000000 pixels, and at most 1000000 are taken"),
     "a header that lies": (png(900, 900, 8, 2, b"\0" * 100), "cannot be read as an image"),
     "no width": (png(0, 5, 8, 2, b"\0" * 5), "is no image"),
     "16 bits of grey": (DEEP, "has pixels of more than 8 bits (Pillow's mode I;16)"),

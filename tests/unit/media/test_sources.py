@@ -194,6 +194,8 @@ def test_hosts_are_names_and_networks() -> None:
     assert not named.allows("a.com", "192.168.0.1"), "a name does not make its address public"
     assert named.allows("what.ever", private) and not named.allows("what.ever", "10.2.0.1")
     assert named.allows("a.com", "::ffff:10.1.2.3") and not named.allows("a.com", "::ffff:10.2.0.1")
+    wide = Hosts(("*", "10.1.0.0/16"))
+    assert wide.allows("a.com", public) and wide.allows("a.com", private) and not wide.allows("a.com", "10.2.0.1")
     assert not Hosts(("none",)).allows("a.com", public)
     for wrong in (("http://a.com",), ("a.*",), ("a.com:80",), ("none", "a.com"), ("10.0.0.0/99",)):
         with pytest.raises(ConfigError, match="--media-hosts"):
