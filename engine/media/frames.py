@@ -1,5 +1,6 @@
 """What is seen of a picture or a clip once it is decoded, and before a model's processor makes its pixels of it."""
 
+import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
@@ -12,7 +13,7 @@ class Frames(Struct, frozen=True):
     done to it: what has the same digest is the same medium. `duration` are the seconds of the whole clip, 0 where
     nobody knows them."""
 
-    pixels: NDArray
+    pixels: NDArray[np.uint8]
     times: tuple[float, ...]
     digest: bytes
     duration: float = 0.0

@@ -4,7 +4,9 @@ How processes come and go is the business of any pool (engine/runtime/pool.py); 
 which media are asked for twice (store.py).
 """
 
+import copy
 import pickle
+from typing import Any
 
 from engine.conversation.media import MediaProcessor
 from engine.errors import RequestError
@@ -24,6 +26,14 @@ def processes(cores: int) -> int:
     return max(1, min(8, cores // 2))
 
 
+def alone(processor: MediaProcessor | None) -> bytes:
+    """`processor`, pickled, without what makes token ids of texts: that is for prompts, and stays where these are."""
+    copied: Any = copy.copy(processor)
+    if hasattr(copied, "encode"):
+        copied.encode = None
+    return pickle.dumps(copied)
+
+
 class MediaPool(ProcessPool[MediaReady]):
     """An actor that decodes for `processor`; `start` starts a process."""
 
@@ -36,7 +46,7 @@ class MediaPool(ProcessPool[MediaReady]):
         *,
         start: Start = lambda: spawn("engine.media.process"),
     ) -> None:
-        boot = MediaBoot(pickle.dumps(processor), options.media_pixels, options.media_video_pixels)
+        boot = MediaBoot(alone(processor), options.media_pixels, options.media_video_pixels)
         count = options.media_processes or processes(processors())
         super().__init__(boot, FromMediaProcess, start, count=count, seconds=options.media_seconds, huge=HUGE)
 

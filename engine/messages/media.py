@@ -4,8 +4,6 @@ The waiting room carries `Pixels` as the payload of a need of the kind MEDIA, an
 reads the use alone; the device reads both.
 """
 
-from collections.abc import Sequence
-
 import msgspec
 
 from engine.messages.assets import Bound, Need
@@ -68,9 +66,3 @@ def media_need(medium: Prepared, use: MediaUse) -> Need:
 
 def media_use(bound: Bound) -> MediaUse:
     return msgspec.msgpack.decode(bound.use, type=MediaUse)
-
-
-def tokens_of(media: Sequence[Prepared]) -> tuple[int, int]:
-    """How many tokens images among `media` take, and how many video does."""
-    images = sum([medium.tokens for medium in media if medium.kind == "image"])
-    return images, sum([medium.tokens for medium in media]) - images
