@@ -19,12 +19,13 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from engine.cache.keys import keys_with
-from engine.conversation.media import Placed, cannot_be_cut, needs_of, tokens_of
+from engine.conversation.media import Placed, cannot_be_cut, needs_of
 from engine.errors import RequestError, counted, let_go
 from engine.messages import FromFront, ToDetokenizer, ToTokenizer
 from engine.messages.assets import Need
 from engine.messages.cache import Blocks
 from engine.messages.control import WorkerReady
+from engine.messages.decoding import tokens_of
 from engine.messages.grammars import grammar_need
 from engine.messages.reply import Failed, Tokens
 from engine.messages.request import Abort, Admit, Embed, Generate, Job, Open

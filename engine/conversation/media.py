@@ -81,12 +81,6 @@ def needs_of(media: Sequence[Prepared], placed: Placed) -> tuple[Need, ...]:
     return tuple(media_need(medium, use) for medium, use in zip(media, uses, strict=True))
 
 
-def tokens_of(media: Sequence[Prepared]) -> tuple[int, int]:
-    """How many tokens images among `media` take, and how many video does."""
-    images = sum([medium.tokens for medium in media if medium.kind == "image"])
-    return images, sum([medium.tokens for medium in media]) - images
-
-
 def cannot_be_cut(tokens: int, kept: int) -> RequestError:
     """For a prompt of which only the last tokens are asked for."""
     return RequestError(

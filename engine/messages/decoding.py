@@ -1,5 +1,6 @@
 """Work for a process that decodes: bytes of an image or a video in, what the model's processor makes of them out."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from engine.messages.base import Message
@@ -30,3 +31,9 @@ class MediaReady(Message, frozen=True):
     pixels: int
     decode_seconds: float
     prepare_seconds: float
+
+
+def tokens_of(media: Sequence[Prepared]) -> tuple[int, int]:
+    """How many tokens images among `media` take, and how many video does."""
+    images = sum([medium.tokens for medium in media if medium.kind == "image"])
+    return images, sum([medium.tokens for medium in media]) - images
