@@ -49,6 +49,9 @@ class MediaActor:
                             group.start_soon(self._get, message, media, scope)
                         case Abort(rid) if rid in self._waiting:
                             self._waiting[rid].cancel()
+                        case Abort(rid):
+                            self.store.release(rid)  # which its front may have done before it was held
+                            await self.tokenizer.send(message)
                         case _:
                             await self.tokenizer.send(message)
                     del message  # not held while the next one is waited for
@@ -65,6 +68,7 @@ class MediaActor:
                 await self.detokenizer.send(Open(request.rid, 0, ()))
                 await self.detokenizer.send(Tokens.aborted(request.rid))
                 return
+            self.store.hold(request.rid, prepared)
             messages = [without_sources(message) for message in request.messages or ()]
             await self.tokenizer.send(msgspec.structs.replace(request, messages=messages, media=prepared))
         except RequestError as error:

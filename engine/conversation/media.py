@@ -100,18 +100,10 @@ class Piece(Struct, frozen=True):
     count: int = 0
 
 
-def grow(
-    ids: Sequence[int],
-    media: Sequence[Prepared],
-    placeholders: Mapping[int, str],
-    pieces: Callable[[Prepared], Iterable[Piece]],
-) -> Placed:
-    """`ids` with the `pieces` of each medium in the place of its placeholder; `placeholders` are the ids that stand for
-    a medium of some kind. Raises RequestError where these are not as many as `media`, or of another kind."""
+def check_places(ids: Sequence[int], media: Sequence[Prepared], placeholders: Mapping[int, str]) -> None:
+    """Raises RequestError where `placeholders` among `ids` are not as many as `media`, or of other kinds."""
     found = [placeholders[id] for id in ids if id in placeholders]
     sent = [medium.kind for medium in media]
-    if not sent:
-        return Placed(list(ids))
     if found != sent:
         raise RequestError(
             f"the prompt has {counted(len(found), 'place')} for media ({', '.join(found) or 'none'}), and "
@@ -119,6 +111,19 @@ def grow(
             "order",
             param="messages",
         )
+
+
+def grow(
+    ids: Sequence[int],
+    media: Sequence[Prepared],
+    placeholders: Mapping[int, str],
+    pieces: Callable[[Prepared], Iterable[Piece]],
+) -> Placed:
+    """`ids` with the `pieces` of each medium in the place of its placeholder; `placeholders` are the ids that stand for
+    a medium of some kind. Raises RequestError as `check_places`."""
+    if not media:
+        return Placed(list(ids))
+    check_places(ids, media, placeholders)
     whole: list[int] = []
     runs, spans = [], []
     left = iter(media)

@@ -19,13 +19,11 @@ from engine.conversation.media import MediaProcessor
 from engine.errors import RequestError
 from engine.messages import ToMediaProcess
 from engine.messages.control import Fatal, Retired
-from engine.messages.decoding import DecodeMedia, MediaBoot, MediaReady
+from engine.messages.decoding import MOST_PAYLOAD, DecodeMedia, MediaBoot, MediaReady
 from engine.messages.reply import Failed
-from engine.runtime.channel import MAX_FRAME, BlockingFrames
+from engine.runtime.channel import BlockingFrames
 
 GROWN = 1 << 30  # bytes of peak memory above which a process gives way to a new one
-ROOM = 1 << 20  # bytes of an answer beside its payload
-LARGEST = MAX_FRAME - ROOM  # payload
 BESIDE = 1 << 30  # bytes that a process may take beside the pixels
 COPIES = 4  # of all pixels, at the worst: as decoded, gathered, resized, and as the model takes them
 
@@ -79,9 +77,9 @@ def _made(processor: MediaProcessor, boot: MediaBoot, job: DecodeMedia) -> Media
         frames = video_frames(job.source, job.content, choose, boot.pixels, boot.video_pixels)
     decoded = time.perf_counter()
     prepared = processor.prepare(frames)
-    if len(prepared.payload) > LARGEST:
+    if len(prepared.payload) > MOST_PAYLOAD:
         raise RequestError(
-            f"takes {len(prepared.payload)} bytes as the model reads it, and at most {LARGEST} are taken; send it "
+            f"takes {len(prepared.payload)} bytes as the model reads it, and at most {MOST_PAYLOAD} are taken; send it "
             "smaller, or shorter",
             code="media_too_large",
         )

@@ -24,7 +24,7 @@ import anyio
 import anyio.to_thread
 from yarl import URL
 
-from engine.errors import RequestError, shown
+from engine.errors import ConfigError, RequestError, shown
 from engine.media.addresses import CheckedResolver, Hosts, check_literal
 from engine.options.media import MediaOptions
 
@@ -57,6 +57,8 @@ class Sources:
     """Where media may come from. Raises ConfigError for options that cannot work."""
 
     def __init__(self, options: MediaOptions) -> None:
+        if options.media_root is not None and not os.path.isdir(options.media_root):
+            raise ConfigError(f"--media-root is {options.media_root}, which is no directory; name one that is there")
         self.most = options.media_bytes
         self._seconds = options.media_seconds
         self._hosts = Hosts(options.media_hosts)

@@ -13,7 +13,7 @@ import asyncio
 import hashlib
 import importlib.util
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Generic, Literal, Protocol, TypeVar
 
@@ -23,7 +23,7 @@ import anyio.to_thread
 from engine.conversation.parts import Image, Video
 from engine.errors import RequestError, counted
 from engine.media.sources import Fetched, Kind, Sources
-from engine.messages.decoding import DecodeMedia, MediaReady
+from engine.messages.decoding import MOST_PAYLOAD, DecodeMedia, MediaReady
 from engine.messages.media import Prepared
 from engine.options.media import MediaOptions
 from engine.runtime.actor import first_failure
@@ -103,7 +103,7 @@ class MediaStore:
 
     def __init__(self, options: MediaOptions, ask: Callable[[DecodeMedia], Awaitable[MediaReady]]) -> None:
         self.figures: Figures = Nobody()
-        self.kept = 0  # bytes
+        self.kept = self.open = 0  # bytes: of what is kept for requests to come, and of what open ones show
         self._installed: set[Kind] = set()  # what can be decoded
         self._options = options
         self._ask = ask
@@ -112,6 +112,8 @@ class MediaStore:
         self._read_once: Once[Fetched] = Once()
         self._made_once: Once[Prepared] = Once()
         self._prepared: OrderedDict[tuple[Kind, bytes], Prepared] = OrderedDict()  # the last one asked for is the last
+        self._open: dict[str, dict[bytes, int]] = {}  # by rid: digests and bytes
+        self._uses: Counter[bytes] = Counter()  # of open requests, by digest
         self._urls: OrderedDict[tuple[Kind, str], tuple[bytes, float]] = OrderedDict()  # content, and until when
 
     async def resolved(self, media: Sequence[Image | Video]) -> tuple[Prepared, ...]:
@@ -141,15 +143,40 @@ class MediaStore:
         return whole
 
     def _check_together(self, prepared: Sequence[Prepared]) -> None:
-        """Raises RequestError where one request would hold more than all may."""
-        size, most = sum({each.digest: len(each.payload) for each in prepared}.values()), self._options.media_memory
-        if len(prepared) > 1 and size > most:
+        """Raises RequestError where one request has more than can be sent to the device together."""
+        size = sum([len(each.payload) for each in prepared])
+        if size > MOST_PAYLOAD:
             raise RequestError(
                 f"the messages have {counted(len(prepared), 'image or video', 'images and videos')} of {size} bytes "
-                f"as the model reads them, and at most {most} are taken (--media-memory); send fewer, or smaller ones",
+                f"as the model reads them, and at most {MOST_PAYLOAD} are taken; send fewer, or smaller ones",
                 param="messages",
                 code="media_too_large",
             )
+
+    def hold(self, rid: str, prepared: Sequence[Prepared]) -> None:
+        """Count what the request `rid` shows until `release`: the scheduler and the device hold it as long.
+
+        Raises RequestError (503) where open requests show too much."""
+        sizes = {each.digest: len(each.payload) for each in prepared}
+        new = sum([size for digest, size in sizes.items() if digest not in self._uses])
+        if self._uses and self.open + new > (most := self._options.media_open_memory):
+            raise RequestError(
+                f"open requests show images and videos of {self.open} bytes, this one has {new} more, and {most} is "
+                "the limit (--media-open-memory); try again in a moment",
+                code="queue_full",
+                status=503,
+            )
+        self.open += new
+        self._uses.update(sizes.keys())
+        self._open[rid] = sizes
+
+    def release(self, rid: str) -> None:
+        """The request `rid` has ended, if it held anything."""
+        for digest, size in self._open.pop(rid, {}).items():
+            self._uses[digest] -= 1
+            if not self._uses[digest]:
+                del self._uses[digest]
+                self.open -= size
 
     async def _one(self, part: Image | Video) -> Prepared:
         kind: Kind = "image" if isinstance(part, Image) else "video"

@@ -6,6 +6,8 @@ from typing import Literal
 from engine.messages.base import Message
 from engine.messages.media import Prepared
 
+MOST_PAYLOAD = (1 << 28) - (1 << 20)  # bytes of all media of a request: they travel in a frame (runtime/channel.py)
+
 
 class MediaBoot(Message, frozen=True):
     """media pool → process: the first frame. `processor` is the model's, pickled; the bounds are those of the options,

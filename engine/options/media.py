@@ -6,6 +6,8 @@ from msgspec import Meta, Struct
 
 from engine.options.option import Positive
 
+MOST_BYTES = 255 * 2**20  # of a source, which travels in a frame (runtime/channel.py)
+
 
 class MediaOptions(Struct, frozen=True, kw_only=True):
     """Images and video."""
@@ -23,9 +25,10 @@ class MediaOptions(Struct, frozen=True, kw_only=True):
         Meta(description="directory below which file: URLs may name images and video; default: they are refused"),
     ] = None
     media_items: Annotated[Positive, Meta(description="most images and videos of one request")] = 128
-    media_bytes: Annotated[Positive, Meta(description="most bytes of one image or video, as it is sent or fetched")] = (
-        64 * 2**20
-    )
+    media_bytes: Annotated[
+        int,
+        Meta(ge=1, le=MOST_BYTES, description="most bytes of one image or video, as it is sent or fetched"),
+    ] = 64 * 2**20
     media_pixels: Annotated[
         Positive, Meta(description="most pixels of an image, or of one frame of a video, before it is resized")
     ] = 64 * 10**6
@@ -44,7 +47,13 @@ class MediaOptions(Struct, frozen=True, kw_only=True):
         int,
         Meta(
             ge=0,
-            description="bytes of decoded images and video that are kept in main memory, by each front process; open "
-            "requests may hold as many",
+            description="bytes of decoded images and video that each front process keeps for requests to come",
         ),
     ] = 2**30
+    media_open_memory: Annotated[
+        Positive,
+        Meta(
+            description="most bytes of decoded images and video that the open requests of a front process show; beyond "
+            "it 503"
+        ),
+    ] = 4 * 2**30

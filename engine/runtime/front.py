@@ -187,6 +187,8 @@ class Front(Readiness):
         self._forget(box)
         if not box.ended and not box.failed:
             self._tokenizer.send_nowait(Abort(box.key))
+        if self.media is not None:
+            self.media.release(box.key)
         box.close()
         self._changes.tell()
 

@@ -20,6 +20,7 @@ from engine.conversation.parsers import check_parsers
 from engine.conversation.template import read_template
 from engine.grammars.engines import grammar_engines
 from engine.media.pool import MediaPool
+from engine.media.sources import Sources
 from engine.media.store import MediaStore
 from engine.messages import FromFront, ToDetokenizer, ToFront, ToHttp, ToTokenizer
 from engine.messages.reply import Failed, Tokens
@@ -103,6 +104,7 @@ async def open_front(
     if place is None:
         say_scheduling(plugins, config)
     check_parsers(plugins, config.server)
+    Sources(config.media)  # or an option of theirs cannot work
     # In a thread that a Ctrl-C may leave behind: the model may be on its way from the hub.
     checkpoint = await anyio.to_thread.run_sync(open_checkpoint, plugins, config.model.model, abandon_on_cancel=True)
     template = read_template(config.model.chat_template)

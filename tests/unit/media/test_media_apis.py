@@ -108,6 +108,7 @@ async def test_clients_of_three_apis_send_pictures(monkeypatch: pytest.MonkeyPat
         assert figures['engine_media_seconds_count{stage="decode"}'] == 2
         assert figures['engine_media_seconds_count{stage="read"}'] == 6
         await house.settled()
+        assert house.front.media is not None and house.front.media.open == 0
 
 
 async def test_the_same_picture_asked_by_64_requests_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +122,7 @@ async def test_the_same_picture_asked_by_64_requests_is_decoded_once(monkeypatch
         assert figures['engine_media_total{result="hit"}'] == 63
         assert len(set(house.executor.loaded)) == len(house.executor.loaded)
         await house.settled()
+        assert house.front.media is not None and house.front.media.open == 0
 
 
 async def test_what_cannot_be_got_is_a_400_at_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +157,7 @@ async def test_what_cannot_be_got_is_a_400_at_its_place(monkeypatch: pytest.Monk
         status, reply = await post(f"{url}/tokenize", {"messages": user("a", shown(data_url()), "b")})
         assert (status, reply["count"], reply["tokens"]) == (200, 6, [97, 1, 1, 1, 1, 98])
         await house.settled()
+        assert house.front.media is not None and house.front.media.open == 0
 
 
 async def test_requests_of_others_go_past_one_that_waits_for_its_picture(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +172,7 @@ async def test_requests_of_others_go_past_one_that_waits_for_its_picture(monkeyp
         status, reply = await waiting
         assert (status, reply["choices"][0]["message"]["content"]) == (200, "b")
         await house.settled()
+        assert house.front.media is not None and house.front.media.open == 0
 
 
 async def test_a_client_that_goes_away_cancels_its_fetches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +185,7 @@ async def test_a_client_that_goes_away_cancels_its_fetches(monkeypatch: pytest.M
         while web.open or house.front.open:
             await anyio.sleep(0.005)
         await house.settled()
+        assert house.front.media is not None and house.front.media.open == 0
 
 
 async def test_an_abort_ends_a_request_that_waits_for_its_picture(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +199,7 @@ async def test_an_abort_ends_a_request_that_waits_for_its_picture(monkeypatch: p
         while web.open:
             await anyio.sleep(0.005)
         await house.settled()
+        assert house.front.media is not None and house.front.media.open == 0
 
 
 async def test_long_prompts_go_to_a_text_process_without_their_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +224,7 @@ async def test_long_prompts_go_to_a_text_process_without_their_pixels(monkeypatc
         (asset,) = [asset for asset in house.scheduler.room._assets.values() if asset.kind == "media"]
         assert asset.payload == picture().tobytes()
         await house.settled()
+        assert house.front.media is not None and house.front.media.open == 0
     assert sent and max(sent) < 4000 < len(picture().tobytes())
 
 
@@ -231,6 +238,7 @@ async def test_the_offline_api_shows_pictures(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(RequestError, match=r"messages\[0\].content\[0\] is no image that can be read"):
             await engine.generate(user(shown(data_url(b"none")), "a"))
         await house.settled()
+        assert house.front.media is not None and house.front.media.open == 0
 
 
 def said_with(image: bytes) -> list[Message]:

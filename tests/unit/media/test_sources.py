@@ -315,6 +315,12 @@ async def test_nothing_else_is(tree: Path, path: str, code: str, says: str) -> N
     assert (await refused(f"file://{tree}/{path}"))[1].startswith("is a file: URL, and this server reads no files")
 
 
+def test_a_root_that_is_no_directory_stops_the_start(tree: Path) -> None:
+    for root in (tree / "secret", tree / "missing"):
+        with pytest.raises(ConfigError, match=r"--media-root is .*, which is no directory"):
+            Sources(MediaOptions(media_root=str(root)))
+
+
 async def test_a_file_has_a_size_and_a_host(tree: Path) -> None:
     root, path = str(tree / "root"), f"{tree}/root/in ner/a.png"
     assert (await refused(f"file://{path}", media_root=root, media_bytes=10))[0] == "media_too_large"

@@ -18,8 +18,9 @@ from engine.media.pool import MediaPool, processes
 from engine.media.store import MediaStore, Stage
 from engine.messages.decoding import DecodeMedia, MediaBoot, MediaReady
 from engine.messages.media import Prepared
-from engine.options.media import MediaOptions
+from engine.options.media import MOST_BYTES, MediaOptions
 from engine.runtime.actor import supervise
+from engine.runtime.channel import MAX_FRAME
 
 pytestmark = pytest.mark.anyio
 PLACE = "messages[0].content[1]"
@@ -227,13 +228,38 @@ async def test_a_request_has_so_many_and_reads_a_few_at_a_time(monkeypatch: pyte
     assert len(ask.asked) == 30
 
 
-async def test_one_request_holds_no_more_than_all_may() -> None:
-    store, _ = store_of(Scripted(), media_memory=(most := len(PICTURE) + 10))
-    says = rf"2 images and videos of \d+ bytes .* at most {most} are taken \(--media-memory\)"
+async def test_the_media_of_one_request_fit_in_a_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module.MOST_PAYLOAD < MAX_FRAME and MediaOptions().media_bytes < MOST_BYTES < MAX_FRAME
+    monkeypatch.setattr(module, "MOST_PAYLOAD", most := len(PICTURE) + 10)
+    store, _ = store_of(Scripted())
+    says = rf"2 images and videos of \d+ bytes .* at most {most} are taken; send fewer, or smaller ones"
     with pytest.raises(RequestError, match=says) as large:
         await store.resolved([image(), image(encoded(picture(shade=1)))])
     assert large.value.code == "media_too_large"
-    assert len(await store.resolved([image(), image()])) == 2  # it is one
+    assert len(await store.resolved([image()])) == 1
+
+
+async def test_open_requests_show_so_much_and_a_thing_counts_once() -> None:
+    one, other, third = (encoded(picture(shade=shade)) for shade in (1, 2, 3))
+    store, _ = store_of(Scripted(), media_open_memory=len(one) + len(other) + 5)
+    shown = [await store.resolved([image(data)]) for data in (one, other, third)]
+    for rid in ("a", "b", "c"):
+        store.hold(rid, shown[0] * 2)
+    store.hold("d", shown[1])
+    assert store.open == len(one) + len(other)
+    with pytest.raises(RequestError, match=rf"of {store.open} bytes, this one has {len(third)} more") as full:
+        store.hold("e", shown[2])
+    assert (full.value.status, full.value.code) == (503, "queue_full")
+    for rid in ("a", "b", "b", "e"):
+        store.release(rid)
+    assert store.open == len(one) + len(other)
+    store.release("c")
+    store.hold("e", shown[2])
+    for rid in ("d", "e"):
+        store.release(rid)
+    assert store.open == 0
+    alone, _ = store_of(Scripted(), media_open_memory=1)
+    alone.hold("a", shown[0])  # or it could never run
 
 
 async def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
