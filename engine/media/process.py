@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,10 +45,15 @@ def main(descriptor: int) -> None:
         except Exception as error:  # whatever its module does when it is imported
             frames.send(Fatal("media process", f"the model's processor cannot be loaded here: {error!r}"))
             return
-        _limit_memory(boot)
+        _confine(boot)
         while (job := frames.receive()) is not None:
             assert isinstance(job, DecodeMedia), f"a media process that runs got {type(job).__name__}"
-            answer = answered(processor, boot, job)
+            try:
+                answer = answered(processor, boot, job)
+            except Exception as error:  # of ours, or of the processor's
+                cause = f"{type(error).__name__}: {error}"
+                frames.send(Fatal("media process", cause, traceback.format_exc()))
+                return
             if grown := _peak() > GROWN:
                 frames.send(Retired())
             frames.send(answer)
@@ -87,8 +93,11 @@ def _made(processor: MediaProcessor, boot: MediaBoot, job: DecodeMedia) -> Media
     return MediaReady(prepared, pixels, decoded - began, time.perf_counter() - decoded)
 
 
-def _limit_memory(boot: MediaBoot) -> None:
-    """Let this process take no more than the bounds on pixels need, and write no file."""
+def _confine(boot: MediaBoot) -> None:
+    """Let this process take no more memory than the bounds on pixels need, and write neither a file nor, as decoders do
+    for each odd byte, to the server's log."""
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), sys.stderr.fileno())
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     status = Path("/proc/self/statm")
     if status.exists():  # elsewhere addresses that are taken cannot be told, and a limit might be below them

@@ -206,6 +206,8 @@ class ProcessPool(Generic[Answer]):
                         retired = True
                     case Fatal():
                         cause = answer.cause
+                        if answer.details:
+                            log.error("a process of the %s ends:\n%s", self.name, answer.details)
                     case Failed():
                         work.end(answer.error)
                         return not retired, None

@@ -34,7 +34,7 @@ TEMPLATE = (
     "{% endfor %}"
 )
 PLACES = {ord("*"): "image", ord("#"): "video"}
-DEADLY, SLOW, FAULTY, HUGE = 13, 17, 19, 23  # widths of pictures of which it dies, and so on
+DEADLY, SLOW, FAULTY, HUGE, WRONG = 13, 17, 19, 23, 29  # widths of pictures of which it dies, and so on
 
 
 class FakeMedia:
@@ -55,6 +55,8 @@ class FakeMedia:
                 time.sleep(60)
             case 19:  # FAULTY
                 np.zeros(1 << 45, np.uint8)
+            case 29:  # WRONG
+                raise ZeroDivisionError("a bug of its own")
         kind = "video" if frames.times else "image"
         tokens = 2 * count if frames.times else -(-height // 32) * -(-width // 32)
         digest = hashlib.sha256(b"fake" + frames.digest).digest()
@@ -71,13 +73,15 @@ def seeing_text() -> Text:
     return Text(open_checkpoint(Plugins.load(()), "echo").text(), TEMPLATE, media=FakeMedia())
 
 
-def start() -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
-    """A media process that can import this module."""
+def start(errors: int | None = None) -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
+    """A media process that can import this module; what it writes for people goes to the descriptor `errors`."""
     ours, theirs = socket.socketpair()
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "engine.media.process", str(theirs.fileno())]
     with theirs:
-        return ours, subprocess.Popen(command, pass_fds=[theirs.fileno()], env={**os.environ, "PYTHONPATH": path})
+        return ours, subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], env={**os.environ, "PYTHONPATH": path}, stderr=errors
+        )
 
 
 # ── pictures and clips ───────────────────────────────────────────────────────────────────────

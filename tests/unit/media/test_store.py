@@ -1,6 +1,7 @@
 """The store and its processes: once is enough, whoever leaves; and what ends one of them ends nothing else."""
 
 import base64
+import os
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -8,7 +9,7 @@ from typing import Any
 
 import anyio
 import pytest
-from fake_media import DEADLY, FAULTY, HUGE, SLOW, FakeMedia, clip, encoded, picture, start
+from fake_media import DEADLY, FAULTY, HUGE, SLOW, WRONG, FakeMedia, clip, encoded, picture, start
 from odd_web import PICTURE, odd_web
 
 from engine.conversation.parts import Image, Video
@@ -307,6 +308,7 @@ async def test_what_ends_a_process_ends_nothing_else() -> None:
         assert (await store.resolved([image()]))[0].tokens == 4
         for width, code, says in (
             (DEADLY, "invalid_media", "ended the process that was to decode it"),
+            (WRONG, "invalid_media", "ended the process that was to decode it"),
             (FAULTY, "media_too_large", "takes more memory to decode than there is for one"),
             (HUGE, "media_too_large", "takes 268435456 bytes as the model reads it, and at most 267386880 are taken"),
             (SLOW, "media_timeout", "took over 1 s to decode, which is the limit (--media-seconds)"),
@@ -316,6 +318,20 @@ async def test_what_ends_a_process_ends_nothing_else() -> None:
             assert (error.status, error.code) == (400, code) and says in error.message
             pool._seconds = 30.0
             assert (await store.resolved([image(encoded(picture(shade=width)))]))[0].tokens == 4
+
+
+async def test_decoders_write_nothing_into_the_log() -> None:
+    odd = bytearray(encoded(picture(), "TIFF", compression="tiff_lzw"))
+    odd[20:40] = bytes(range(200, 220))  # libtiff says a line for each such place
+    reading, writing = os.pipe()
+    pool = MediaPool(MediaOptions(), FakeMedia(), start=lambda: start(writing))
+    async with supervise(pool):
+        for data in (bytes(odd), clip()[:1000]):
+            with pytest.raises(RequestError):
+                await store_of(pool.ask)[0].resolved([image(data)])
+    os.close(writing)
+    with os.fdopen(reading, "rb") as log:
+        assert log.read() == b""
 
 
 async def test_bounds_of_options_are_those_of_the_processes() -> None:
