@@ -17,13 +17,11 @@ Left out: ports, and what the fetched bytes are (sources.py).
 
 import ipaddress
 import re
-import socket
 from collections.abc import Sequence
-
-from aiohttp.abc import AbstractResolver, ResolveResult
-from aiohttp.resolver import ThreadedResolver
+from pathlib import Path
 
 from engine.errors import ConfigError, RequestError
+from engine.options.media import MediaOptions
 
 NONE = "none"
 ODD_NUMBER = re.compile(r"(?:^|\.)(?:[0-9]+|0[xX][0-9a-fA-F]*)\.?$|:")  # the end of what is no name
@@ -91,26 +89,11 @@ def _is_public(address: Address) -> bool:
     return address.is_global and not unusual
 
 
-class CheckedResolver(AbstractResolver):
-    """Looks names up, and gives the connector only addresses that `hosts` allows. An address in the place of a name,
-    which no connector looks up, is for `check_literal`."""
-
-    def __init__(self, hosts: Hosts) -> None:
-        self._hosts = hosts
-        self._inner = ThreadedResolver()
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
-    ) -> list[ResolveResult]:
-        """The allowed addresses of `host`. Raises RequestError where it has none, OSError where it has no address."""
-        found = await self._inner.resolve(host, port, family)
-        allowed = [each for each in found if self._hosts.allows(host, each["host"])]
-        if not allowed:
-            raise not_allowed(host)
-        return allowed
-
-    async def close(self) -> None:
-        """Nothing is open."""
+def check_sources(options: MediaOptions) -> Hosts:
+    """The hosts of `options`. Raises ConfigError where they, or the root of files, cannot work."""
+    if options.media_root is not None and not Path(options.media_root).is_dir():
+        raise ConfigError(f"--media-root is {options.media_root}, which is no directory; name one that is there")
+    return Hosts(options.media_hosts)
 
 
 def check_literal(hosts: Hosts, host: str) -> None:

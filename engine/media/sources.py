@@ -14,6 +14,7 @@ place of the part. Left out: what the bytes are (decoding.py), and which are fet
 import binascii
 import os
 import re
+import socket
 import stat
 from contextlib import suppress
 from typing import Literal, NamedTuple
@@ -22,10 +23,12 @@ from urllib.parse import unquote_to_bytes
 import aiohttp
 import anyio
 import anyio.to_thread
+from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.resolver import ThreadedResolver
 from yarl import URL
 
-from engine.errors import ConfigError, RequestError, shown
-from engine.media.addresses import CheckedResolver, Hosts, check_literal
+from engine.errors import RequestError, shown
+from engine.media.addresses import Hosts, check_literal, check_sources, not_allowed
 from engine.options.media import MediaOptions
 
 Kind = Literal["image", "video"]
@@ -53,15 +56,35 @@ class Fetched(NamedTuple):
     fresh: float = 0.0
 
 
+class CheckedResolver(AbstractResolver):
+    """Looks names up, and gives the connector only addresses that `hosts` allows. An address in the place of a name,
+    which no connector looks up, is for `check_literal`."""
+
+    def __init__(self, hosts: Hosts) -> None:
+        self._hosts = hosts
+        self._inner = ThreadedResolver()
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        """The allowed addresses of `host`. Raises RequestError where it has none, OSError where it has no address."""
+        found = await self._inner.resolve(host, port, family)
+        allowed = [each for each in found if self._hosts.allows(host, each["host"])]
+        if not allowed:
+            raise not_allowed(host)
+        return allowed
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
 class Sources:
     """Where media may come from. Raises ConfigError for options that cannot work."""
 
     def __init__(self, options: MediaOptions) -> None:
-        if options.media_root is not None and not os.path.isdir(options.media_root):
-            raise ConfigError(f"--media-root is {options.media_root}, which is no directory; name one that is there")
         self.most = options.media_bytes
         self._seconds = options.media_seconds
-        self._hosts = Hosts(options.media_hosts)
+        self._hosts = check_sources(options)
         self._root = options.media_root
         self._held = 0  # bytes of answers that are being read
 

@@ -9,7 +9,7 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import anyio
 import msgspec
@@ -17,7 +17,6 @@ from msgspec import Struct
 
 from engine.config import Config
 from engine.errors import EngineError, RequestError, WorkerError, counted, shut_down
-from engine.media.store import MediaStore
 from engine.messages import FromFront, ToHttp, ToTokenizer
 from engine.messages.cache import CacheChanges, FollowCache
 from engine.messages.control import Answer, Ask, Fatal, Flush, Flushed, Pause, Stats, WorkerReady
@@ -32,6 +31,9 @@ from engine.runtime.peers import Peers
 from engine.runtime.readiness import Readiness
 from engine.text.pool import TextPool
 from engine.text.tokenizer import Text
+
+if TYPE_CHECKING:
+    from engine.media.store import MediaStore
 
 log = logging.getLogger("engine.runtime.front")
 

@@ -13,15 +13,12 @@ import anyio.to_thread
 from msgspec.structs import asdict
 
 from engine.actors.detokenizer import DetokenizerActor
-from engine.actors.media import MediaActor
 from engine.actors.tokenizer import Admission, TokenizerActor
 from engine.config import Config
 from engine.conversation.parsers import check_parsers
 from engine.conversation.template import read_template
 from engine.grammars.engines import grammar_engines
-from engine.media.pool import MediaPool
-from engine.media.sources import Sources
-from engine.media.store import MediaStore
+from engine.media.addresses import check_sources
 from engine.messages import FromFront, ToDetokenizer, ToFront, ToHttp, ToTokenizer
 from engine.messages.reply import Failed, Tokens
 from engine.params.sampling import SamplingDefaults
@@ -84,6 +81,10 @@ def seeing_actors(
     without them; and where it reads with them."""
     if text.media is None:
         return [], inbox
+    from engine.actors.media import MediaActor  # here, where there is use for all that they import
+    from engine.media.pool import MediaPool
+    from engine.media.store import MediaStore
+
     pool = MediaPool(front.config.media, text.media)
     front.media = store = MediaStore(front.config.media, pool.ask)
     to_tokenizer, tokenizer_inbox = open_channel()
@@ -104,7 +105,7 @@ async def open_front(
     if place is None:
         say_scheduling(plugins, config)
     check_parsers(plugins, config.server)
-    Sources(config.media)  # or an option of theirs cannot work
+    check_sources(config.media)
     # In a thread that a Ctrl-C may leave behind: the model may be on its way from the hub.
     checkpoint = await anyio.to_thread.run_sync(open_checkpoint, plugins, config.model.model, abandon_on_cancel=True)
     template = read_template(config.model.chat_template)

@@ -12,7 +12,7 @@ from odd_web import PICTURE, odd_web
 
 from engine.errors import ConfigError, RequestError
 from engine.media import sources as module
-from engine.media.addresses import Hosts
+from engine.media.addresses import Hosts, check_sources
 from engine.media.sources import Sources
 from engine.options.media import MediaOptions
 
@@ -318,7 +318,7 @@ async def test_nothing_else_is(tree: Path, path: str, code: str, says: str) -> N
 def test_a_root_that_is_no_directory_stops_the_start(tree: Path) -> None:
     for root in (tree / "secret", tree / "missing"):
         with pytest.raises(ConfigError, match=r"--media-root is .*, which is no directory"):
-            Sources(MediaOptions(media_root=str(root)))
+            check_sources(MediaOptions(media_root=str(root)))
 
 
 async def test_a_file_has_a_size_and_a_host(tree: Path) -> None:
