@@ -2,8 +2,10 @@
 
 import hashlib
 import io
+import random
 import struct
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -44,6 +46,8 @@ def frames_of(source: bytes, choose: Callable[[int, float, float], list[int]] = 
     bounds = {"most": MOST, "most_together": 10**8, **bounds}
     return video_frames(source, hashlib.sha256(source).digest(), choose, **bounds)
 
+
+CLIP = clip()
 
 # ── as the reference ─────────────────────────────────────────────────────────────────────────
 
@@ -150,9 +154,35 @@ def test_equal_digests_are_equal_media() -> None:
     assert both[0].digest != both[1].digest and len(both[0].digest) == 32
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_files_are_read_or_refused_and_nothing_else(seed: int) -> None:
+    """What a process that decodes may raise: all else would end it."""
+    chance = random.Random(seed)
+    images, videos = list(SOURCES.values()), [CLIP, SOURCES["animated gif"], clip(format="webm", codec="libvpx")]
+    ends: Counter[str] = Counter()
+    for number in range(150):
+        is_video = number % 5 == 0
+        damaged = bytearray(chance.choice(videos if is_video else images))
+        for _ in range(chance.choice([1, 3, 30])):
+            damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+        if chance.random() < 0.2:
+            del damaged[chance.randrange(len(damaged)) :]
+        try:
+            if is_video:
+                frames_of(bytes(damaged), lambda count, *_: sorted({0, count // 2, count - 1}))
+            else:
+                pixels(bytes(damaged))
+            ends["read"] += 1
+        except RequestError as error:
+            assert error.code in ("invalid_media", "media_too_large") and error.status == 400
+            ends[error.code] += 1
+        except MemoryError:
+            ends["memory"] += 1
+    assert ends["read"] > 20 and ends["invalid_media"] > 20
+
+
 # ── refused in words ─────────────────────────────────────────────────────────────────────────
 
-CLIP = clip()
 DEEP = encoded(Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8)))
 BAD_IMAGES = {
     "empty": (b"", "is no image that can be read; send one of PNG, JPEG"),

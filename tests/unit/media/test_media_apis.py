@@ -11,11 +11,12 @@ import aiohttp
 import anyio
 import pytest
 from anthropic import AsyncAnthropic
+from anthropic import BadRequestError as AnthropicBadRequest
 from fake_media import BOMB, clip, picture, seeing_text
 from house import House, open_house
 from http_front import serving
 from odd_web import PICTURE, OddWeb, odd_web
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, BadRequestError
 from test_http import post
 
 from engine.conversation.parts import Message, read_messages
@@ -98,6 +99,18 @@ async def test_clients_of_three_apis_send_pictures(monkeypatch: pytest.MonkeyPat
         assert said.content[0].text == "qr"  # type: ignore[union-attr]
         counted = await anthropic.messages.count_tokens(model="echo", messages=turns)
         assert counted.input_tokens == said.usage.input_tokens + (said.usage.cache_read_input_tokens or 0) == 5
+        async with odd_web() as web:  # whose address is not allowed
+            url_source = {"type": "url", "url": f"{web.url}/picture"}
+            with pytest.raises(AnthropicBadRequest, match=r"messages\[0\].content\[0\].content\[0\] is at the host"):
+                result: Any = {"type": "tool_result", "tool_use_id": "1"}
+                result["content"] = [{"type": "image", "source": url_source}]
+                await anthropic.messages.create(
+                    model="echo", messages=[{"role": "user", "content": [result]}], max_tokens=1
+                )
+            with pytest.raises(BadRequestError, match=r"input\[0\].content\[0\] is at the host '127.0.0.1'"):
+                video: Any = {"type": "input_video", "video_url": f"{web.url}/picture"}
+                await openai.responses.create(model="echo", input=[{"role": "user", "content": [video]}])
+            assert not web.asked
         await openai.close()
         await anthropic.close()
         figures = await metrics(url)
