@@ -8,6 +8,7 @@ What has no media goes through at once and may go past what waits; an Abort ends
 for that request alone. A model that reads text alone has no such actor.
 """
 
+import logging
 from collections.abc import Sequence
 
 import anyio
@@ -21,6 +22,8 @@ from engine.messages.reply import Failed, Tokens
 from engine.messages.request import Abort, Generate, Open
 from engine.runtime.actor import first_failure
 from engine.runtime.channel import Outbox, Receiver
+
+log = logging.getLogger("engine.media")
 
 
 class MediaActor:
@@ -74,6 +77,10 @@ class MediaActor:
         except RequestError as error:
             let_go(error)
             await self.detokenizer.send(Failed.of(request.rid, error))
+        except Exception as error:  # of a URL's many ways to go wrong, one that nothing foresaw
+            log.error("the media of a request cannot be got, for a reason that nothing foresaw", exc_info=error)
+            said = f"the server failed on this request ({type(error).__name__}); its log has the traceback"
+            await self.detokenizer.send(Failed(request.rid, 500, "internal_error", said))
         finally:
             del self._waiting[request.rid]
 

@@ -97,6 +97,8 @@ class Sources:
             return Fetched(self._inline(source, kind))
         if len(source) > MOST_URL:
             raise _not_allowed(f"is a URL of {len(source)} characters, and at most {MOST_URL} are taken")
+        if not source.isprintable():  # half of a surrogate pair is not
+            raise _not_allowed(f"is {shown(source)}, which has characters that no URL has")
         with anyio.move_on_after(self._seconds):
             if scheme in ("http", "https"):
                 return await self._fetched(source, kind)
@@ -129,10 +131,11 @@ class Sources:
                 f"is {shown(source)}; a data: URL has the form data:{kind}/...;base64,...", code="invalid_media"
             )
         _check_type(media_type, kind)
-        self._check_size(len(text) // 4 * 3 - 2 if len(text) > self.most else 1, "at least ")
-        packed = unquote_to_bytes(text) if "%" in text else text.encode("ascii", "replace")
+        self._check_size(max(1, len(text) // 4), "at least ")  # a character may be spelled with three
+        packed = text.encode("ascii", "replace")
+        packed = unquote_to_bytes(packed) if b"%" in packed else packed
         try:
-            data = binascii.a2b_base64(packed.translate(None, b" \t\r\n"), strict_mode=bool(packed.strip()))
+            data = binascii.a2b_base64(packed.translate(None, b" \t\r\n"), strict_mode=True)
         except binascii.Error as error:
             raise RequestError(
                 f"is not base64 after its comma ({error}); encode it anew", code="invalid_media"
@@ -240,7 +243,10 @@ def _path(source: str) -> str:
 
 def _url(source: str) -> URL:
     """`source` as a URL that may be fetched."""
-    url = URL(source)
+    try:
+        url = URL(source)
+    except (ValueError, IndexError) as error:  # yarl has both
+        raise _not_allowed(f"is {shown(source)}, which is no URL ({error})") from None
     if url.scheme not in ("http", "https"):
         raise _not_allowed(f"leads to a {url.scheme[:40]!r} URL, and only http and https are followed")
     if not url.raw_host:

@@ -22,7 +22,7 @@ import anyio.to_thread
 
 from engine.conversation.parts import Image, Video
 from engine.errors import RequestError, counted
-from engine.media.sources import Fetched, Kind, Sources
+from engine.media.sources import Kind, Sources
 from engine.messages.decoding import MOST_PAYLOAD, DecodeMedia, MediaReady
 from engine.messages.media import Prepared
 from engine.options.media import MediaOptions
@@ -109,7 +109,7 @@ class MediaStore:
         self._ask = ask
         self._sources = Sources(options)
         self._reading = asyncio.Semaphore(READ_AT_ONCE)
-        self._read_once: Once[Fetched] = Once()
+        self._read_once: Once[tuple[bytes, bytes]] = Once()
         self._made_once: Once[Prepared] = Once()
         self._prepared: OrderedDict[tuple[Kind, bytes], Prepared] = OrderedDict()  # the last one asked for is the last
         self._open: dict[str, dict[bytes, int]] = {}  # by rid: digests and bytes
@@ -193,9 +193,7 @@ class MediaStore:
         known = self._urls.get((kind, source))
         if known is not None and known[1] > time.monotonic() and (kept := self._here(kind, known[0])) is not None:
             return kept
-        data = await self._read(source, kind)
-        hashed = hashlib.sha256
-        content = (await anyio.to_thread.run_sync(hashed, data) if len(data) > LARGE else hashed(data)).digest()
+        data, content = await self._read(source, kind)
         if (kept := self._here(kind, content)) is not None:
             return kept
         by_us = False
@@ -216,25 +214,25 @@ class MediaStore:
             self.figures.ended("hit")
         return found
 
-    async def _read(self, source: str, kind: Kind) -> bytes:
-        async def read() -> Fetched:
+    async def _read(self, source: str, kind: Kind) -> tuple[bytes, bytes]:
+        """The bytes at `source`, and their SHA-256."""
+
+        async def read() -> tuple[bytes, bytes]:
             async with self._reading:
                 began = time.perf_counter()
-                fetched = await self._sources.read(source, kind)
+                data, fresh = await self._sources.read(source, kind)
             self.figures.took("read", time.perf_counter() - began)
-            self.figures.read(len(fetched.data))
-            return fetched
+            self.figures.read(len(data))
+            hashed = hashlib.sha256
+            content = (await anyio.to_thread.run_sync(hashed, data) if len(data) > LARGE else hashed(data)).digest()
+            if fresh:
+                self._urls[kind, source] = content, time.monotonic() + fresh
+                self._urls.move_to_end((kind, source))
+                if len(self._urls) > MOST_URLS:
+                    self._urls.popitem(last=False)
+            return data, content
 
-        if source.startswith("data:"):
-            return (await read()).data
-        fetched = await self._read_once((kind, source), read)
-        if fetched.fresh:
-            content = hashlib.sha256(fetched.data).digest()
-            self._urls[kind, source] = content, time.monotonic() + fetched.fresh
-            self._urls.move_to_end((kind, source))
-            if len(self._urls) > MOST_URLS:
-                self._urls.popitem(last=False)
-        return fetched.data
+        return await (read() if source.startswith("data:") else self._read_once((kind, source), read))
 
     async def _make(self, kind: Kind, content: bytes, data: bytes) -> Prepared:
         ready = await self._ask(DecodeMedia(kind, content, data))

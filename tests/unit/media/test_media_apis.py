@@ -173,6 +173,22 @@ async def test_what_cannot_be_got_is_a_400_at_its_place(monkeypatch: pytest.Monk
         assert house.front.media is not None and house.front.media.open == 0
 
 
+async def test_what_nothing_foresaw_ends_its_own_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with seeing(monkeypatch) as (house, url):
+        assert house.front.media is not None
+
+        async def fails(*_: Any) -> Any:
+            raise ZeroDivisionError("a bug")
+
+        chat, body = f"{url}/v1/chat/completions", {"messages": user(shown(data_url()), "a"), "max_tokens": 1}
+        with monkeypatch.context() as patched:
+            patched.setattr(house.front.media._sources, "read", fails)
+            status, reply = await post(chat, body)
+            assert (status, reply["error"]["code"]) == (500, "internal_error")
+        assert (await post(chat, body))[0] == 200
+        await house.settled()
+
+
 async def test_requests_of_others_go_past_one_that_waits_for_its_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     async with seeing(monkeypatch, media_hosts="127.0.0.1") as (house, url), odd_web() as web:
         chat = f"{url}/v1/chat/completions"

@@ -74,6 +74,7 @@ async def test_data_urls_hold_their_bytes(monkeypatch: pytest.MonkeyPatch) -> No
         ),
         ("data:video/mp4;base64,AAAA", "is of the type 'video/mp4', and an image is needed"),
         ("data:image/png;base64,é", "is not base64"),
+        ("data:image/png;base64,%zz\ud800", "is not base64"),
     ],
 )
 async def test_malformed_data_urls_are_refused(source: str, says: str) -> None:
@@ -249,6 +250,12 @@ async def test_what_many_fetch_together_has_a_bound(monkeypatch: pytest.MonkeyPa
         "http://user@a.com/",
         "http:///etc/passwd",
         "https://a.com/" + "x" * 9000,
+        "http://:-1 [::1]user@",  # of which the parser trips
+        "http://[",
+        "http://a.com:99999/",
+        "http://a.com/\ud800",
+        "file:\ud800",
+        "http://a.com/\r\nX: y",
     ],
 )
 async def test_other_urls_are_refused(source: str) -> None:
