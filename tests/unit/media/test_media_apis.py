@@ -42,7 +42,7 @@ async def seeing(monkeypatch: pytest.MonkeyPatch, **options: Any) -> AsyncIterat
     """A server whose model sees, and its URL."""
     monkeypatch.setattr(launch, "text_of", lambda *_: seeing_text())
     monkeypatch.setenv("PYTHONPATH", LIB)
-    async with open_house(media_processes=1, **options) as house, serving(house.front) as url:  # type: ignore[arg-type]
+    async with open_house(media_processes=1, encoder_tokens=1024, **options) as house, serving(house.front) as url:  # type: ignore[arg-type]
         with anyio.fail_after(60):
             yield house, url
 
