@@ -15,7 +15,8 @@ class WorkerReady(Message, frozen=True):
     start imported, for a spare worker: the executor keeps them to itself. A `recurrent` model keeps states of requests,
     which no page holds: no cached prefix serves it, and no drafts. `attention_work` is what each token of context adds
     to the work that a token of a prompt takes, as a part of what that is without context. A `mixture` has experts, of
-    which questions tell.
+    which questions tell. A model that sees makes `encoder_tokens` embeddings of media a step at most, and holds as many
+    as `embeddings`; of others both are 0.
     """
 
     pages: int
@@ -34,6 +35,8 @@ class WorkerReady(Message, frozen=True):
     attention_work: float = 0.0
     copies: int = 1
     mixture: bool = False
+    encoder_tokens: int = 0
+    embeddings: int = 0
 
 
 class WorkerLost(Message, frozen=True):
