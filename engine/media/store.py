@@ -1,5 +1,8 @@
 """The media of requests, each read, decoded and prepared once, however many ask for it.
 
+Sources (sources.py) give bytes. A process that can be killed (pool.py, process.py) decodes them (decoding.py) and has
+the model's processor prepare the pixels. Pillow and PyAV are loaded there and nowhere else.
+
     parts ──> source ──> bytes ──SHA-256──> is it here? ──> Prepared
                 │                             └─ no: a process decodes and prepares it, and it is kept
                 └─ a URL that is being fetched is not fetched again; nor one that its server said stays the same
