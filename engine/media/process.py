@@ -31,7 +31,6 @@ COPIES = 4  # of all pixels, at the worst: as decoded, gathered, resized, and as
 
 def main(descriptor: int) -> None:
     """Until the peer closes."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # several of these processes are what is parallel
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with socket.socket(fileno=descriptor) as sock, suppress(ConnectionError):
         sock.setblocking(True)
