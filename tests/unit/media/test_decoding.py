@@ -198,9 +198,11 @@ BAD_IMAGES = {
     "16 bits of grey": (DEEP, "has pixels of more than 8 bits (Pillow's mode I;16)"),
     "floats": (encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "more than 8 bits (Pillow's mode F)"),
 }
+Y4M = b"YUV4MPEG2 W16 H16 F25:1 Ip A1:1 C420\nFRAME\n" + bytes(16 * 16 * 3 // 2)  # which PyAV reads
 BAD_VIDEOS = {
     "empty": (b"", "cannot be read as a video"),
     "text": (b"<html>no</html>" * 9, "cannot be read as a video"),
+    "a container that is not taken": (Y4M, "cannot be read as a video"),
     "a list of other files": (b"ffconcat version 1.0\nfile /etc/hostname\n", "cannot be read as a video"),
     "a list of addresses": (b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1/a.ts\n", "cannot be read as a video"),
     "truncated": (CLIP[: len(CLIP) // 2], "cannot be read as a video"),
