@@ -19,12 +19,9 @@ import io
 import warnings
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import av
 import numpy as np
-from av.container import InputContainer
-from av.video.stream import VideoStream
 from PIL import (
     AvifImagePlugin,
     BmpImagePlugin,
@@ -40,6 +37,10 @@ from PIL import (
 
 from engine.errors import RequestError, counted, shortened
 from engine.media.frames import Frames
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
 
 READERS = (  # no others are asked: some of Pillow's start programs
     PngImagePlugin.PngImageFile,
@@ -165,8 +166,10 @@ def _decoded(source: bytes, chosen: frozenset[int], count: int, size: tuple[int,
     return found
 
 
-def _opened(source: bytes) -> InputContainer:
+def _opened(source: bytes) -> "InputContainer":
     """The container in `source`, which may not name other files or addresses."""
+    import av  # here: for images it need not be installed
+
     return av.open(
         io.BytesIO(source),
         "r",
@@ -180,7 +183,7 @@ def _refuse_to_open(url: str, *_: Any) -> Any:
     raise invalid(f"names another file, {shortened(url)!r}; send one file that holds all")
 
 
-def _stream(container: InputContainer) -> VideoStream:
+def _stream(container: "InputContainer") -> "VideoStream":
     if not container.streams.video:
         raise invalid("has no pictures in it; send a video")
     return container.streams.video[0]

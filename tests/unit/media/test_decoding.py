@@ -4,6 +4,8 @@ import hashlib
 import io
 import random
 import struct
+import subprocess
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -272,6 +274,12 @@ def test_a_header_that_says_more_frames_than_there_are_bytes_is_refused() -> Non
     struct.pack_into("<I", source, source.index(b"strh") + 8 + 32, 1 << 30)
     with pytest.raises(RequestError, match=r"has 1073741824 frames in \d+ bytes, as it says itself"):
         frames_of(bytes(source))
+
+
+def test_images_need_no_pyav() -> None:
+    program = "import sys; sys.modules['av'] = None; import engine.media.decoding"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_sound_alone_is_no_video() -> None:
