@@ -35,7 +35,8 @@ def alone(processor: MediaProcessor | None) -> bytes:
 
 
 class MediaPool(ProcessPool[MediaReady]):
-    """An actor that decodes for `processor`; `start` starts a process."""
+    """An actor that decodes for `processor`, which is one of `plugins`, if it is of none of ours; `start` starts a
+    process."""
 
     name = "media pool"
 
@@ -43,10 +44,11 @@ class MediaPool(ProcessPool[MediaReady]):
         self,
         options: MediaOptions,
         processor: MediaProcessor | None,
+        plugins: tuple[str, ...] = (),
         *,
         start: Start = lambda: spawn("engine.media.process"),
     ) -> None:
-        boot = MediaBoot(alone(processor), options.media_pixels, options.media_video_pixels)
+        boot = MediaBoot(alone(processor), options.media_pixels, options.media_video_pixels, plugins)
         count = options.media_processes or processes(processors())
         super().__init__(boot, FromMediaProcess, start, count=count, seconds=options.media_seconds, huge=HUGE)
 

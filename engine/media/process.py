@@ -22,6 +22,7 @@ from engine.messages import ToMediaProcess
 from engine.messages.control import Fatal, Retired
 from engine.messages.decoding import MOST_PAYLOAD, DecodeMedia, MediaBoot, MediaReady
 from engine.messages.reply import Failed
+from engine.plugin.registry import Plugins
 from engine.runtime.channel import BlockingFrames
 
 GROWN = 1 << 30  # bytes of peak memory above which a process gives way to a new one
@@ -40,6 +41,8 @@ def main(descriptor: int) -> None:
             return
         assert isinstance(boot, MediaBoot), f"the first frame is {type(boot).__name__}, not MediaBoot"
         try:
+            if boot.plugins:
+                Plugins.load(boot.plugins)  # one may be a file, which no import finds
             processor: MediaProcessor = pickle.loads(boot.processor)
         except Exception as error:  # whatever its module does when it is imported
             frames.send(Fatal("media process", f"the model's processor cannot be loaded here: {error!r}"))

@@ -11,11 +11,12 @@ MOST_PAYLOAD = (1 << 28) - (1 << 20)  # bytes of all media of a request: they tr
 
 class MediaBoot(Message, frozen=True):
     """media pool → process: the first frame. `processor` is the model's, pickled; the bounds are those of the options,
-    in pixels."""
+    in pixels. `plugins` are those of the engine's own option, one of which may have the processor."""
 
     processor: bytes
     pixels: int
     video_pixels: int
+    plugins: tuple[str, ...] = ()
 
 
 class DecodeMedia(Message, frozen=True):

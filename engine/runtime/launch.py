@@ -85,7 +85,7 @@ def seeing_actors(
     from engine.media.pool import MediaPool
     from engine.media.store import MediaStore
 
-    pool = MediaPool(front.config.media, text.media)
+    pool = MediaPool(front.config.media, text.media, front.config.model.plugins)
     front.media = store = MediaStore(front.config.media, pool.ask)
     to_tokenizer, tokenizer_inbox = open_channel()
     return [pool, MediaActor(store, inbox, to_tokenizer, detokenizer)], tokenizer_inbox

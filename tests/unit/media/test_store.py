@@ -2,9 +2,11 @@
 
 import base64
 import os
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -20,6 +22,7 @@ from engine.media.store import MediaStore, Stage
 from engine.messages.decoding import DecodeMedia, MediaBoot, MediaReady
 from engine.messages.media import Prepared
 from engine.options.media import MOST_BYTES, MediaOptions
+from engine.plugin.registry import Plugins
 from engine.runtime.actor import supervise
 from engine.runtime.channel import MAX_FRAME
 
@@ -348,6 +351,23 @@ async def test_a_processor_that_cannot_be_loaded_is_an_answer() -> None:
         pool._boot = MediaBoot(b"no pickle", 1, 1)
         error = await refusal(store, image())
     assert "the model's processor cannot be loaded here" in error.message
+
+
+async def test_a_processor_may_be_in_a_plugin_of_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine_sees.py"
+    path.write_text(
+        "from engine.messages.media import Prepared\n"
+        "API = 1\n"
+        "class Mine:\n"
+        "    def prepare(self, frames):\n"
+        "        return Prepared(b'mine', (1, 1, 1), 1, frames.digest)\n"
+    )
+    Plugins.load((str(path),))
+    pool = MediaPool(MediaOptions(), sys.modules["mine_sees"].Mine(), (str(path),))
+    del sys.modules["mine_sees"]
+    async with supervise(pool):
+        (prepared,) = await store_of(pool.ask)[0].resolved([image()])
+    assert prepared.payload == b"mine"
 
 
 async def test_no_process_at_all_is_an_answer() -> None:
