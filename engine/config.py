@@ -20,6 +20,7 @@ from msgspec import Meta, Struct
 from engine.errors import ConfigError, did_you_mean
 from engine.options.launchers import said_by_launcher
 from engine.options.listening import ListenOptions
+from engine.options.media import MediaOptions
 from engine.options.option import Positive, options_of
 from engine.options.page import options_page
 from engine.options.parallel import ParallelOptions
@@ -268,6 +269,7 @@ class Config(Struct, frozen=True, kw_only=True):
     parallel: ParallelOptions = ParallelOptions()
     process: ProcessOptions = ProcessOptions()
     grammar: GrammarOptions = GrammarOptions()
+    media: MediaOptions = MediaOptions()
     server: ServerOptions = ServerOptions()
     register: RegisterOptions = RegisterOptions()
 

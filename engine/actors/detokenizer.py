@@ -32,7 +32,7 @@ class Reply:
 
     __slots__ = (
         *("box", "cached_tokens", "completion_tokens", "decoder", "echo"),
-        *("include_stop", "plain", "plain_decoder", "prompt", "prompt_ids", "prompt_only", "prompt_tokens"),
+        *("include_stop", "plain", "plain_decoder", "prompt", "prompt_ids", "prompt_only", "prompt_tokens", "shown"),
     )
 
     def __init__(self, decoder: ReplyDecoder, opened: Open) -> None:
@@ -40,6 +40,7 @@ class Reply:
         self.plain_decoder = decoder.decoder
         self.box: Mailbox | None = None  # where plain tokens go, once the first chunk is there
         self.prompt_tokens = opened.prompt_tokens
+        self.shown = opened.shown
         self.cached_tokens = 0
         self.completion_tokens = 0
         self.echo = opened.echo  # until it is sent
@@ -170,9 +171,8 @@ class Replies:
             matched, reason = decoder.matched, "stop"
             reply.completion_tokens = decoder.used
             del ids[decoder.used - before :]
-        chunk = Chunk(
-            rid, text, ids, reason, matched, reply.prompt_tokens, reply.cached_tokens, reply.completion_tokens
-        )
+        counts = (reply.prompt_tokens, reply.cached_tokens, reply.completion_tokens)
+        chunk = Chunk(rid, text, ids, reason, matched, *counts, shown=reply.shown)
         return chunk, unknown
 
     def _completed(self, chunk: Chunk, reply: Reply, scores: Logprobs | None, prompt: Logprobs | None) -> Chunk:

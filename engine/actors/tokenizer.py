@@ -25,6 +25,7 @@ from engine.messages import FromFront, ToDetokenizer, ToTokenizer
 from engine.messages.assets import Need
 from engine.messages.cache import Blocks
 from engine.messages.control import WorkerReady
+from engine.messages.decoding import tokens_of
 from engine.messages.grammars import grammar_need
 from engine.messages.reply import Failed, Tokens
 from engine.messages.request import Abort, Admit, Embed, Generate, Job, Open
@@ -130,13 +131,13 @@ class Admission:
             detokenize=params.detokenize,
             show_marks=request.show_marks,
             prompt_ids=ids.tobytes() if request.tell_prompt else b"",
+            shown=tokens_of(request.media),
         )
-        sampling = self._sampling(params, stop_ids)
         check_unicode(request.cache_salt, "cache_salt")
         admitted = Admit(
             request.rid,
             ids.tobytes(),
-            sampling,
+            self._sampling(params, stop_ids),
             stop_ids,
             max(max_new, 1),
             request.priority,

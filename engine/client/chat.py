@@ -2,7 +2,7 @@
 
 The main thread reads lines and writes the reply; an event loop in another thread makes it. Ctrl-C therefore ends
 the reply alone: it cancels the stream, which aborts the request. Input that is no terminal is read line by line, so
-that a chat can be scripted. Left out: several lines in one message, images, tools.
+that a chat can be scripted. Left out: several lines in one message, tools.
 """
 
 import os
@@ -24,6 +24,7 @@ from rich.table import Column, Table
 
 from engine.client.client import Client, changed, settings_of
 from engine.client.options import ChatOptions, sampling_options
+from engine.client.pictures import part_of
 from engine.config import Config
 from engine.errors import ConfigError, EngineError, RequestError, counted, did_you_mean
 from engine.http.keys import own_key
@@ -75,12 +76,14 @@ def chat(config: Config, model: str | None, options: ChatOptions, params: Sampli
     """Chat until the user leaves; the exit code. `model` is what a server is asked for, if one is named."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
     interactive = sys.stdin.isatty() and console.is_terminal
+    shown = [part_of(where) for where in options.image]
     with anyio.from_thread.start_blocking_portal("asyncio", {"use_uvloop": True}) as portal:
         with Console(stderr=True).status("loading the model" if options.url is None else "connecting"):
             context = portal.wrap_async_context_manager(_source(config, model, options.url))
             source = context.__enter__()
         try:
             conversation = Conversation(portal, source, console, params, options.system)
+            conversation.shown = shown
             if not interactive:
                 return conversation.script(sys.stdin)
             with _line_editing(conversation.completions):
@@ -98,7 +101,7 @@ def _source(config: Config, model: str | None, url: str | None) -> AbstractAsync
 class Saved(Struct, forbid_unknown_fields=True):
     """What /save writes and /load reads."""
 
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     system: str | None = None
     settings: dict[str, Any] = {}
 
@@ -125,7 +128,8 @@ class Conversation:
     def __init__(
         self, portal: BlockingPortal, source: Source, console: Console, params: SamplingParams, system: str | None
     ) -> None:
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[dict[str, Any]] = []
+        self.shown: list[dict[str, Any]] = []  # images that the next message shows
         self.params = params
         self.system = system
         self.exchanges: list[Exchange] = []
@@ -138,6 +142,7 @@ class Conversation:
             "/help": ("", "this list", self._help),
             "/reset": ("", "forget the conversation; the system prompt and the settings stay", self._reset),
             "/system": ("TEXT", "set the system prompt; `off` removes it, without TEXT it is shown", self._system),
+            "/image": ("FILE", "show an image or a video with the next message, a file or a URL", self._image),
             "/set": ("NAME VALUE", "set a sampling parameter; `default` resets it, alone it lists them", self._set),
             "/stats": ("", "tokens and speed of the replies so far", self._stats),
             "/save": ("FILE", "write the conversation to FILE, as JSON", self._save),
@@ -193,7 +198,8 @@ class Conversation:
     def _say(self, text: str) -> None:
         """Send a message and show the reply as it comes. A message without a reply is not kept."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        message = {"role": "user", "content": text}
+        shown, self.shown = self.shown, []
+        message = {"role": "user", "content": [*shown, {"type": "text", "text": text}] if shown else text}
         reply = ""
         began = time.perf_counter()
         first = 0.0
@@ -215,7 +221,7 @@ class Conversation:
                 self.messages += [message, {"role": "assistant", "content": reply}]
             self._console.print()
 
-    def _chunks(self, messages: list[dict[str, str]]) -> Iterator[Chunk]:
+    def _chunks(self, messages: list[dict[str, Any]]) -> Iterator[Chunk]:
         """The reply; leaving the iterator, by Ctrl-C too, aborts it."""
         chunks: queue.SimpleQueue[Chunk | None] = queue.SimpleQueue()
 
@@ -235,7 +241,7 @@ class Conversation:
         finally:
             future.cancel()
 
-    async def _limited(self, messages: list[dict[str, str]]) -> AsyncGenerator[Chunk, None]:
+    async def _limited(self, messages: list[dict[str, Any]]) -> AsyncGenerator[Chunk, None]:
         """The reply, of at most MAX_TOKENS if no limit is set and the context has room for as many."""
         if self.params.max_tokens is None:
             params = msgspec.structs.replace(self.params, max_tokens=MAX_TOKENS)
@@ -267,6 +273,7 @@ class Conversation:
 
     def _reset(self, _: str) -> None:
         self.messages.clear()
+        self.shown.clear()
         self.exchanges.clear()
         self._note("the conversation is empty")
 
@@ -274,6 +281,11 @@ class Conversation:
         if text:
             self.system = None if text == "off" else text
         self._note(f"system prompt: {self.system or 'none'}")
+
+    def _image(self, where: str) -> None:
+        if where:
+            self.shown.append(part_of(where))
+        self._note(f"the next message shows {counted(len(self.shown), 'image or video', 'images and videos')}")
 
     def _set(self, words: str) -> None:
         options = {option.name: option for option in sampling_options()}

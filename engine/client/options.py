@@ -21,6 +21,9 @@ class ChatOptions(Struct, frozen=True, kw_only=True):
         str | None, Meta(description="server to talk to (http://host:port); default: the model runs in this process")
     ] = None
     system: Annotated[str | None, Meta(description="system prompt to begin with")] = None
+    image: Annotated[
+        tuple[str, ...], Meta(description="images or videos that the first message shows, a.png,b.mp4: files or URLs")
+    ] = ()
 
 
 class ExpertsOptions(Struct, frozen=True, kw_only=True):

@@ -101,7 +101,7 @@ def _part(part: Body) -> Shown | None:
             return Image(url, "", detail=_str(more.get("detail")) or None)
         case {"type": "image_url" | "input_image", "image_url": str(url)}:
             return Image(url, "", detail=_str(part.get("detail")) or None)
-        case {"type": "video_url", "video_url": {"url": str(url)}}:
+        case {"type": "video_url", "video_url": {"url": str(url)}} | {"type": "input_video", "video_url": str(url)}:
             return Video(url, "")
         case {"type": "image", "source": {"type": "url", "url": str(url)}}:
             return Image(url, "")

@@ -29,6 +29,7 @@ NAME_CELLS = 5
 ENDPOINT_CELLS = NAME_CELLS + len(REASONS)
 # Seconds. A step on a fast GPU takes 5 ms, one on a small CPU 100 ms.
 TOKEN_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)
+MEDIA_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 BUCKETS: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {
         "first_token": (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120),
@@ -36,16 +37,19 @@ BUCKETS: Mapping[str, tuple[float, ...]] = MappingProxyType(
         "request": (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600),
         "step": TOKEN_BUCKETS,
         "compile": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60),
+        **{f"media_{stage}": MEDIA_BUCKETS for stage in ("read", "decode", "prepare")},
     }
 )
 TOTALS = (
     "prompt_tokens_total", "cached_tokens_total", "generated_tokens_total", "retractions_total", "steps",
     "restarts_total", "idle_seconds_total", "sessions_released_total",
 )  # fmt: skip
+MEDIA = ("hit", "made", "refused", "bytes", "pixels")
 NAMES_AT = len(STATUSES)
 TOTALS_AT = NAMES_AT + ENDPOINTS * ENDPOINT_CELLS
 CHANGES_AT = TOTALS_AT + len(TOTALS)  # of the counting of experts
-HISTOGRAMS_AT = CHANGES_AT + 1
+MEDIA_AT = CHANGES_AT + 1
+HISTOGRAMS_AT = MEDIA_AT + len(MEDIA)
 PLACES: Mapping[str, int] = MappingProxyType(
     dict(
         zip(
@@ -97,6 +101,26 @@ class TokenTimes(Histogram):
             self.alike = 0
 
 
+class MediaCounts:
+    """What a front's store of media says (engine/media/store.py), in its row."""
+
+    def __init__(self, row: "Row") -> None:
+        self._row = row
+        self._seconds = {stage: Histogram(row, f"media_{stage}") for stage in ("read", "decode", "prepare")}
+
+    def ended(self, result: str) -> None:
+        self._row.count_media(result)
+
+    def took(self, stage: str, seconds: float) -> None:
+        self._seconds[stage].observe(seconds)
+
+    def read(self, size: int) -> None:
+        self._row.count_media("bytes", size)
+
+    def decoded(self, pixels: int) -> None:
+        self._row.count_media("pixels", pixels)
+
+
 class Row:
     """What one front has counted, in `memory` of ROW_BYTES."""
 
@@ -128,6 +152,10 @@ class Row:
     def note_experts(self) -> None:
         """The counting of experts has begun anew, or ended."""
         self.counts[CHANGES_AT] += 1
+
+    def count_media(self, name: str, by: int = 1) -> None:
+        """One of MEDIA has grown."""
+        self.counts[MEDIA_AT + MEDIA.index(name)] += by
 
     def _place_of(self, endpoint: str) -> int:
         """Where the counts of `endpoint` begin, which has a place from now on."""
@@ -190,6 +218,10 @@ class Rows:
     def expert_changes(self) -> int:
         """How often the counting of experts has begun anew or ended."""
         return sum(row.counts[CHANGES_AT] for row in self._rows)
+
+    def media(self, name: str) -> int:
+        """One of MEDIA, over all."""
+        return sum(row.counts[MEDIA_AT + MEDIA.index(name)] for row in self._rows)
 
     def histogram(self, name: str, combine: Callable[..., Any] = sum) -> tuple[list[tuple[str, float]], float]:
         """The buckets as the text format has them, and the sum. What every front observes is combined by `max`: each

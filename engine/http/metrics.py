@@ -23,7 +23,7 @@ from prometheus_client.core import (
 )
 
 from engine.errors import EngineError
-from engine.http.counters import TOTALS, Histogram, Row, Rows, TokenTimes
+from engine.http.counters import TOTALS, Histogram, MediaCounts, Row, Rows, TokenTimes
 from engine.http.exposition import Figures, page
 from engine.http.log import TALLY
 from engine.http.metric_aliases import Family, WithAliases
@@ -59,6 +59,9 @@ class Metrics:
         self.request = Histogram(row, "request")
         self._step, self._compile = Histogram(row, "step"), Histogram(row, "compile")
         self.registry.register(Counted(self.rows, self.inter_token))
+        self.registry.register(MediaFigures(self.rows))
+        if front.media is not None:
+            front.media.figures = MediaCounts(row)
 
     def watching(self, endpoint: str, trace: ReplyTrace | None = None) -> "ReplyWatch":
         """A watch over a reply that begins now; `trace` is told of it too."""
@@ -203,6 +206,31 @@ class Counted(Figures):
             ("engine_grammar_compile_seconds", "compile", "Time to compile one grammar, refused ones among them"),
         ):
             yield HistogramMetricFamily(name, text, *self._rows.histogram(key, max))
+
+
+class MediaFigures(Figures):
+    """What the fronts have counted of images and video, once there were any."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+
+    def collect(self) -> Iterator[Metric]:
+        """All families, or none."""
+        counts = {result: self._rows.media(result) for result in ("hit", "made", "refused")}
+        if not any(counts.values()):
+            return
+        text = "Images and videos of requests: known already, decoded (made), or refused"
+        family = CounterMetricFamily("engine_media", text, labels=["result"])
+        for result, count in counts.items():
+            family.add_metric([result], count)
+        yield family
+        yield CounterMetricFamily("engine_media_bytes", "Bytes of images and videos read", self._rows.media("bytes"))
+        yield CounterMetricFamily("engine_media_pixels", "Pixels of them decoded", self._rows.media("pixels"))
+        text = "Time to read an image or a video, to decode it, and to prepare its pixels for the model"
+        seconds = HistogramMetricFamily("engine_media_seconds", text, labels=["stage"])
+        for stage in ("read", "decode", "prepare"):
+            seconds.add_metric([stage], *self._rows.histogram(f"media_{stage}"))
+        yield seconds
 
 
 class ExpertChoices(Figures):

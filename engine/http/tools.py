@@ -1,6 +1,7 @@
 """What every API with tools says of them in its bodies, and the checks of it.
 
-What else APIs that take conversations share is here too: how many messages and tools a request may have.
+What else APIs that take conversations share is here too: how many messages and tools a request may have, and the
+`detail` of pictures.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ FEW_TOOLS = Meta(max_length=1024)
 CALLED_DIRECTLY = hint(
     ["direct"], only=Only('a list with "direct"', lambda value: isinstance(value, list) and "direct" in value)
 )
+DETAIL = hint("auto", "high", "original")  # of a picture: the model reads it as finely as it can
 Item = TypeVar("Item")
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 

@@ -13,6 +13,7 @@ travel as the bytes of little-endian int32 (`ids`) or float32 arrays: one copy, 
                              executor <──frames──> worker, one a rank
 
 A long text goes from the tokenizer, and from http, to a text process (TextWork; Prepared, Tokenized, Detokenized).
+An image or a video goes from the tokenizer to a process that decodes it (DecodeMedia, MediaReady).
 A request may need things on the device, such as a grammar. They go from the scheduler to their maker (Make, Made), then
 to the worker (Load, Loaded), and then the request runs. Where there are tiers below the device, pages of its prompt may
 have to come up first (Move, Moved). The maker of grammars asks its process (Compile, Compiled).
@@ -37,11 +38,13 @@ from engine.messages.control import (
     Preload,
     Proposed,
     Reset,
+    Retired,
     Stats,
     WorkerLost,
     WorkerReady,
     WorkerSilent,
 )
+from engine.messages.decoding import DecodeMedia, MediaBoot, MediaReady
 from engine.messages.fronts import (
     Drain,
     Drained,
@@ -58,11 +61,13 @@ from engine.messages.reply import Failed, Tokens
 from engine.messages.request import Abort, Admit, EndPrograms, Job, Open, StopHit
 from engine.messages.sessions import EndSession, ListSessions
 from engine.messages.step import StepDone, StepPlan
-from engine.messages.text import Retired, TextAnswer, TextBoot, TextWork
+from engine.messages.text import TextAnswer, TextBoot, TextWork
 from engine.messages.tiers import Move, Moved
 
 ToTextProcess = TextBoot | TextWork
 FromTextProcess = TextAnswer | Failed | Retired | Fatal
+ToMediaProcess = MediaBoot | DecodeMedia
+FromMediaProcess = MediaReady | Failed | Retired | Fatal
 ToTokenizer = Job | Abort | WorkerReady
 ToWorker = Boot | Preload | Agreed | StepPlan | Load | Drop | Move | Ask | Ping
 FromWorker = Proposed | WorkerReady | StepDone | Loaded | Moved | Answer | Pong | Beat | Fatal

@@ -168,6 +168,10 @@ class Fatal(Message, frozen=True):
     details: str = ""
 
 
+class Retired(Message, frozen=True):
+    """process → its pool: its next answer has grown it so that another process shall take its place."""
+
+
 class CopyStats(Part, frozen=True):
     """Figures of one copy of attention, as in Stats; `tokens_total` are those that its steps have computed."""
 

@@ -59,7 +59,7 @@ class Chunk(Part, frozen=True):
     the request so far. `ids` includes the stop token; `text` includes what stopped it only if that is asked for.
     `logprobs`, where asked for, go with `ids`; `prompt_logprobs` and `prompt_ids` (int32) come with the first token, as
     does `prefill_seconds`: from the request's first place in a step to that token.
-    The one chunk of an Embed holds its `vector` (float32), unless it was aborted.
+    The one chunk of an Embed holds its `vector` (float32), unless it was aborted. `shown` is Open's.
     """
 
     rid: str
@@ -75,6 +75,7 @@ class Chunk(Part, frozen=True):
     vector: bytes = b""
     prompt_ids: bytes = b""
     prefill_seconds: float | None = None
+    shown: tuple[int, int] = (0, 0)
 
 
 class Failed(Message, frozen=True):

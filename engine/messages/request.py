@@ -71,7 +71,8 @@ class Open(Message, frozen=True):
     Neither is looked for in the first `min_tokens` tokens. `echo` goes before the reply's text. `prompt` (int32) is
     there where the prompt's log-probabilities are asked for: its tokens from the position `scored_after` on.
     `prompt_only` says that no token of the reply is asked for. The next three fields are those of SamplingParams, and
-    `show_marks` is Generate's. `prompt_ids` (int32) are there where the prompt's ids are asked for.
+    `show_marks` is Generate's. `prompt_ids` (int32) are there where the prompt's ids are asked for. `shown` are
+    how many of the prompt's tokens stand for images, and how many for video.
     """
 
     rid: str
@@ -87,6 +88,7 @@ class Open(Message, frozen=True):
     detokenize: bool = True
     show_marks: bool = False
     prompt_ids: bytes = b""
+    shown: tuple[int, int] = (0, 0)
 
 
 class Admit(Message, frozen=True):

@@ -5,6 +5,7 @@ from typing import Any
 from engine.config import Config
 from engine.conversation.parts import Message as ChatMessage
 from engine.messages.base import Message
+from engine.messages.media import Prepared as Medium
 from engine.messages.request import Admit, Embed, Generate, Open
 
 
@@ -18,8 +19,9 @@ class Prepare(Message, frozen=True):
 
 class Tokenize(Message, frozen=True):
     """anyone → text process: the token ids of `text`, or of `messages` as the chat template writes them with `options`
-    (those of Text.render_chat). More than `most` tokens are refused; with `names` each token's text is told as well.
-    The ids are also told with each of `endings` behind the text, or behind the beginning of the assistant's message."""
+    (those of Text.render_chat) and with their `media`. More than `most` tokens are refused; with `names` each token's
+    text is told as well. The ids are also told with each of `endings` behind the text, or behind the beginning of the
+    assistant's message."""
 
     text: str | None = None
     messages: list[ChatMessage] | None = None
@@ -28,6 +30,7 @@ class Tokenize(Message, frozen=True):
     names: bool = False
     most: int = 1 << 20
     endings: tuple[str, ...] = ()
+    media: tuple[Medium, ...] = ()
 
 
 class Detokenize(Message, frozen=True):
@@ -64,10 +67,6 @@ class Detokenized(Message, frozen=True):
     """text process → whoever asked: the answer to a Detokenize."""
 
     text: str
-
-
-class Retired(Message, frozen=True):
-    """text process → text pool: its last answer has grown it so that another process shall take its place."""
 
 
 class TextBoot(Message, frozen=True):

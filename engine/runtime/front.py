@@ -9,7 +9,7 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import anyio
 import msgspec
@@ -32,6 +32,9 @@ from engine.runtime.peers import Peers
 from engine.runtime.readiness import Readiness
 from engine.text.pool import TextPool
 from engine.text.tokenizer import Text
+
+if TYPE_CHECKING:
+    from engine.media.store import MediaStore
 
 log = logging.getLogger("engine.runtime.front")
 
@@ -81,6 +84,7 @@ class Front(Readiness):
         self.board = place.board
         self.text: Text | None = None  # once it is read
         self.texts: TextPool | None = None  # the same, for what needs no device: counting tokens
+        self.media: MediaStore | None = None  # where the model sees, once its text is read
         self.created = int(time.time())
         self.stats = Stats("starting")
         self.on_stats: list[Callable[[Stats], None]] = []
@@ -186,6 +190,8 @@ class Front(Readiness):
         self._forget(box)
         if not box.ended and not box.failed:
             self._tokenizer.send_nowait(Abort(box.key))
+        if self.media is not None:
+            self.media.release(box.key)
         box.close()
         self._changes.tell()
 

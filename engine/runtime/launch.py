@@ -18,19 +18,21 @@ from engine.config import Config
 from engine.conversation.parsers import check_parsers
 from engine.conversation.template import read_template
 from engine.grammars.engines import grammar_engines
-from engine.messages import FromFront, ToDetokenizer, ToFront, ToHttp
+from engine.media.addresses import check_sources
+from engine.messages import FromFront, ToDetokenizer, ToFront, ToHttp, ToTokenizer
 from engine.messages.reply import Failed, Tokens
 from engine.params.sampling import SamplingDefaults
 from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins
 from engine.plugin.specs import TextSpec
 from engine.runtime.actor import Actor, supervise
-from engine.runtime.channel import Outbox, channel, open_channel
+from engine.runtime.channel import Outbox, Receiver, channel, open_channel
 from engine.runtime.core import CoreLink, core_actors, say_scheduling
 from engine.runtime.front import Front, Place
 from engine.runtime.process import placement
 from engine.text.fallback import sampling_defaults, text_of
 from engine.text.pool import TextPool
+from engine.text.tokenizer import Text
 
 log = logging.getLogger("engine")
 
@@ -72,6 +74,23 @@ def say_sampling_defaults(spec: TextSpec, config: Config) -> None:
         log.info("sampling defaults of the model: %s (--sampling-defaults openai leaves them out)", said)
 
 
+def seeing_actors(
+    front: Front, text: Text, inbox: Receiver[ToTokenizer], detokenizer: Outbox[ToDetokenizer]
+) -> tuple[list[Actor], Receiver[ToTokenizer]]:
+    """The actors that a model with a processor of media has before its tokenizer, which reads what comes to `inbox`
+    without them; and where it reads with them."""
+    if text.media is None:
+        return [], inbox
+    from engine.actors.media import MediaActor  # here, where there is use for all that they import
+    from engine.media.pool import MediaPool
+    from engine.media.store import MediaStore
+
+    pool = MediaPool(front.config.media, text.media, front.config.model.plugins)
+    front.media = store = MediaStore(front.config.media, pool.ask)
+    to_tokenizer, tokenizer_inbox = open_channel()
+    return [pool, MediaActor(store, inbox, to_tokenizer, detokenizer)], tokenizer_inbox
+
+
 @asynccontextmanager
 async def open_front(
     config: Config, core: Core | None = None, plugins: Plugins | None = None, place: Place | None = None
@@ -86,6 +105,7 @@ async def open_front(
     if place is None:
         say_scheduling(plugins, config)
     check_parsers(plugins, config.server)
+    check_sources(config.media)
     # In a thread that a Ctrl-C may leave behind: the model may be on its way from the hub.
     checkpoint = await anyio.to_thread.run_sync(open_checkpoint, plugins, config.model.model, abandon_on_cancel=True)
     template = read_template(config.model.chat_template)
@@ -104,9 +124,10 @@ async def open_front(
         say_sampling_defaults(text.spec, config)
         admission = Admission(text, bool(grammars), named=config.cache.cache_events)
         front.texts = pool = TextPool(config, template, admission)
+        seeing, tokenizer_inbox = seeing_actors(front, text, tokenizer_inbox, to_detokenizer)
         tokenizer = TokenizerActor(admission, tokenizer_inbox, to_detokenizer, to_scheduler, pool)
         detokenizer = DetokenizerActor(text, front.boxes, detokenizer_inbox, to_scheduler)
-        async with supervise(pool, tokenizer, detokenizer):
+        async with supervise(pool, *seeing, tokenizer, detokenizer):
             try:
                 yield front
             finally:

@@ -107,7 +107,8 @@ class Gathered:
         texts, ids, self._texts, self._ids = self._texts, self._ids, [], []
         text = texts[0] if len(texts) == 1 else "".join(texts)
         completed = last.completion_tokens + self._tokens
-        return Chunk(last.rid, text, ids, None, None, last.prompt_tokens, last.cached_tokens, completed)
+        counts = (last.prompt_tokens, last.cached_tokens, completed)
+        return Chunk(last.rid, text, ids, None, None, *counts, shown=last.shown)
 
 
 class Inbox(Gathered):

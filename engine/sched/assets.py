@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
+import msgspec
+
 from engine.errors import RequestError
 from engine.messages.assets import Bound, Drop, Load, Loaded, Made, Make, Need
 from engine.messages.request import Admit
@@ -72,6 +74,14 @@ class Waiting:
         return tuple(Bound(need.kind, asset.number, need.use) for need, asset in pairs if need.kind != PAGES)
 
 
+def without_payloads(admit: Admit) -> Admit:
+    """`admit`, whose things have what it brought along: with many requests for one thing, each brings it."""
+    if not any(need.payload for need in admit.needs):
+        return admit
+    needs = [msgspec.structs.replace(need, payload=b"") for need in admit.needs]
+    return msgspec.structs.replace(admit, needs=tuple(needs))
+
+
 @dataclass(slots=True)
 class Due:
     """What follows from an event. `ready` is in order: higher priority first, then earlier arrival."""
@@ -117,7 +127,8 @@ class WaitingRoom:
                 self._assets.move_to_end((need.kind, need.content))
                 due.refused.append((admit.rid, known.refusal))
                 return due
-        request = Waiting(admit, next(self._arrivals), [self._asset(need, due) for need in admit.needs])
+        assets = [self._asset(need, due) for need in admit.needs]
+        request = Waiting(without_payloads(admit), next(self._arrivals), assets)
         if request.complete:
             due.ready.append((admit, request.bound()))
             return due

@@ -71,7 +71,7 @@ def _prompt(text: Text, job: Tokenize, ending: str = "") -> Prompt:
         *before, last = messages if options.get("continue_final_message") else (*messages, said("assistant", ""))
         messages = [*before, msgspec.structs.replace(last, parts=(*last.parts, TextPart(ending)))]
         options = {**options, "add_generation_prompt": False, "continue_final_message": True}
-    return text.conversation(messages, special=job.special, most=job.most, **options)
+    return text.conversation(messages, special=job.special, most=job.most, media=job.media, **options)
 
 
 def _detokenized(text: Text, job: Detokenize) -> Detokenized:

@@ -20,9 +20,9 @@ from engine.errors import EngineError, RequestError
 from engine.grammars.engines import grammar_engines
 from engine.logs import set_up_logging
 from engine.messages import ToTextProcess
-from engine.messages.control import Fatal
+from engine.messages.control import Fatal, Retired
 from engine.messages.reply import Failed
-from engine.messages.text import Retired, TextAnswer, TextBoot, TextJob, TextWork
+from engine.messages.text import TextAnswer, TextBoot, TextJob, TextWork
 from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins
 from engine.runtime.channel import BlockingFrames

@@ -122,6 +122,7 @@ async def open_house(
     vocab_size: int = 257,
     embedding_size: int = 0,
     recurrent: bool = False,
+    encoder_tokens: int = 0,
     compiler: Start | None = None,
     **options: Any,
 ) -> AsyncIterator[House]:
@@ -139,7 +140,8 @@ async def open_house(
         slots, step_tokens = config.schedule.max_running, config.schedule.max_step_tokens
         held, longest = 0 if embedding_size else pages, pages * size
         sizes = (held, size, slots, step_tokens, longest, vocab_size)
-        ready = WorkerReady(*sizes, 4, "none", "none", {}, embedding_size, recurrent=recurrent)
+        sees = {"encoder_tokens": encoder_tokens, "embeddings": 4 * encoder_tokens}
+        ready = WorkerReady(*sizes, 4, "none", "none", {}, embedding_size, recurrent=recurrent, **sees)
         makers = {GRAMMAR: Maker(to_compiler, kept=config.grammar.grammar_cache)}
         house.scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, makers, front)
         house.executor = FakeExecutor(ready, executor_inbox, to_scheduler, seconds)

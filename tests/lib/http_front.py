@@ -75,6 +75,7 @@ class FakeFront:
     def __init__(self, script: Sequence[Chunk | Exception] = (), *, hangs: bool = False, pause: float = 0.0) -> None:
         self.config = Config()
         self.text: Text | None = None
+        self.media = None
         self.model_name = "fake"
         self.created = 1_700_000_000
         self.info: WorkerReady | None = READY

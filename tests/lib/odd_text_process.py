@@ -9,8 +9,8 @@ import time
 from array import array
 
 from engine.messages import ToTextProcess
-from engine.messages.control import Fatal
-from engine.messages.text import Retired, TextBoot, TextWork, Tokenize, Tokenized
+from engine.messages.control import Fatal, Retired
+from engine.messages.text import TextBoot, TextWork, Tokenize, Tokenized
 from engine.runtime.channel import BlockingFrames
 from engine.text.process import unpacked
 

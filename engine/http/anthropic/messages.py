@@ -71,8 +71,12 @@ class ImageBlock(Body, tag_field="type", tag="image"):
 
     source: Base64Source | URLSource
     cache_control: Any = None
+    transformations: Any = None
 
-    rules: ClassVar[Mapping[str, Rule]] = {"cache_control": LABEL}
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "cache_control": LABEL,
+        "transformations": unserved({}, {"oversized_image": "downsize"}),
+    }
 
 
 class ToolReferenceBlock(Body, tag_field="type", tag="tool_reference"):

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 from aiohttp import web
 
+from engine.actors.media import without_sources
+from engine.conversation.parts import media_of
 from engine.errors import RequestError, Words
 from engine.http.openai.chat import ChatMessage, ToolBody, messages_of, template_options, tools_of
 from engine.http.openapi import Route
@@ -123,9 +125,13 @@ async def detokenize(request: web.Request, body: DetokenizeBody) -> web.Response
 
 
 async def tokenized(service: Service, job: Tokenize) -> Tokenized:
-    """The answer to `job`. Raises RequestError where its text or its messages have more tokens than are counted."""
-    most = most_tokens(service)
-    answer = await texts_of(service).ask(msgspec.structs.replace(job, most=most))
+    """The answer to `job`, whose media are got first. Raises RequestError where its text or its messages have more
+    tokens than are counted, or a medium cannot be got."""
+    most, media = most_tokens(service), job.media
+    if service.front.media is not None and job.messages is not None:
+        media = await service.front.media.resolved(media_of(job.messages))
+        job = msgspec.structs.replace(job, messages=[without_sources(message) for message in job.messages])
+    answer = await texts_of(service).ask(msgspec.structs.replace(job, most=most, media=media))
     assert isinstance(answer, Tokenized), f"a Tokenize was answered by {type(answer).__name__}"
     return answer
 

@@ -21,7 +21,7 @@ from engine.http.openai.bodies import SamplingBody
 from engine.http.openai.replies import ChatCompletion, ChatCompletionChunk, Wording, complete
 from engine.http.openapi import ErrorReply, Route
 from engine.http.service import SERVICE, check_kept, program_of, salt_of, sampling_of, session_of
-from engine.http.tools import FEW_MESSAGES, FEW_TOOLS, Effort, ToolName, among, checked, tool_of
+from engine.http.tools import DETAIL, FEW_MESSAGES, FEW_TOOLS, Effort, ToolName, among, checked, tool_of
 from engine.http.wire import Body, to_json
 from engine.messages.request import Generate
 from engine.params.grammar import check_nesting
@@ -34,27 +34,35 @@ CHAT_WORDS = Words({**CHAT.names, "prompt": "messages", "grammar": "tools"})
 # ── bodies ───────────────────────────────────────────────────────────────────────────────────
 
 
+OF_PARTS = {"cache_control": LABEL, "prompt_cache_breakpoint": LABEL}
+
+
 class TextPart(Body, tag_field="type", tag="text"):
     text: str
     cache_control: Any = None
+    prompt_cache_breakpoint: Any = None
 
-    rules: ClassVar[Mapping[str, Rule]] = {"cache_control": LABEL}
+    rules: ClassVar[Mapping[str, Rule]] = OF_PARTS
 
 
 class ImageURL(Body):
-    """A data: or an http(s): URL, and how finely the picture is to be read."""
+    """A data:, http(s): or file: URL. The resolution is the model's own, whatever `detail` asks for."""
 
     url: str
-    detail: Literal["auto", "low", "high"] | None = None
+    detail: Literal["auto", "low", "high", "original"] | None = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {"detail": DETAIL}
 
 
 class ImagePart(Body, tag_field="type", tag="image_url"):
-    """A picture, for a model that sees."""
+    """A picture, for a model that sees. It is known by what it shows, not by its `uuid`, which vLLM's clients send."""
 
     image_url: ImageURL
     cache_control: Any = None
+    prompt_cache_breakpoint: Any = None
+    uuid: Any = None
 
-    rules: ClassVar[Mapping[str, Rule]] = {"cache_control": LABEL}
+    rules: ClassVar[Mapping[str, Rule]] = {**OF_PARTS, "uuid": LABEL}
 
 
 class VideoURL(Body):
@@ -66,8 +74,10 @@ class VideoPart(Body, tag_field="type", tag="video_url"):
 
     video_url: VideoURL
     cache_control: Any = None
+    prompt_cache_breakpoint: Any = None
+    uuid: Any = None
 
-    rules: ClassVar[Mapping[str, Rule]] = {"cache_control": LABEL}
+    rules: ClassVar[Mapping[str, Rule]] = {**OF_PARTS, "uuid": LABEL}
 
 
 ContentPart = TextPart | ImagePart | VideoPart

@@ -120,7 +120,11 @@ class TextChoice(Reply, frozen=True):
 
 
 class PromptTokensDetails(Reply, frozen=True):
+    """Tokens of images and of video are told where there are any."""
+
     cached_tokens: int
+    image_tokens: int | UnsetType = UNSET
+    video_tokens: int | UnsetType = UNSET
 
 
 class CompletionTokensDetails(Reply, frozen=True):
@@ -410,7 +414,8 @@ class OpenAIReply:
         details: CompletionTokensDetails | UnsetType = UNSET
         if self._reading.separate and self._reading.marks is not None:
             details = CompletionTokensDetails(sum(reader.reasoning_tokens for reader in self._readers if reader))
-        return Usage(asked, replied, asked + replied, PromptTokensDetails(cached), details)
+        shown = [sum(chunk.shown[kind] for chunk in prompts if chunk is not None) or UNSET for kind in (0, 1)]
+        return Usage(asked, replied, asked + replied, PromptTokensDetails(cached, *shown), details)
 
 
 def _delta(event: Event) -> Delta:

@@ -6,12 +6,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
-from engine.conversation.parts import Call, Image, Message, Result, Role, Shown, Text
+from engine.conversation.parts import Call, Image, Message, Result, Role, Shown, Text, Video
 from engine.errors import RequestError
 from engine.http.fields import ECHO, LABEL, Only, Rule, hint, unserved
 from engine.http.grammars import NamedSchema, ObjectFormat, PlainFormat
 from engine.http.responses.tools import ResponseTool, ResponseToolChoice, full_name
-from engine.http.tools import FEW_MESSAGES, FEW_TOOLS, Effort, input_messages
+from engine.http.tools import DETAIL, FEW_MESSAGES, FEW_TOOLS, Effort, input_messages
 from engine.http.wire import Body, Priority
 from engine.params.grammar import Ask, GrammarFields
 from engine.params.sampling import RESPONSES
@@ -57,17 +57,33 @@ class SummaryTextPart(InputTextPart, tag_field="type", tag="summary_text"):
 
 
 class InputImagePart(Body, tag_field="type", tag="input_image"):
-    """A picture, for a model that sees: a data: or an http(s): URL."""
+    """A picture, for a model that sees: a data:, http(s): or file: URL."""
 
     image_url: str
-    detail: Literal["auto", "low", "high"] | None = None
+    detail: Literal["auto", "low", "high", "original"] | None = None
+    file_id: Any = None
+    prompt_cache_breakpoint: Any = None
+    cache_control: Any = None
+
+    rules: ClassVar[Mapping[str, Rule]] = {
+        "detail": DETAIL,
+        "file_id": unserved(remedy="send image_url"),
+        "prompt_cache_breakpoint": LABEL,
+        "cache_control": LABEL,
+    }
+
+
+class InputVideoPart(Body, tag_field="type", tag="input_video"):
+    """A clip, for a model that sees, as OpenRouter's clients send it; OpenAI has none."""
+
+    video_url: str
     prompt_cache_breakpoint: Any = None
     cache_control: Any = None
 
     rules: ClassVar[Mapping[str, Rule]] = {"prompt_cache_breakpoint": LABEL, "cache_control": LABEL}
 
 
-InputPart = InputTextPart | OutputTextPart | ReasoningTextPart | SummaryTextPart | InputImagePart
+InputPart = InputTextPart | OutputTextPart | ReasoningTextPart | SummaryTextPart | InputImagePart | InputVideoPart
 
 
 class InputItemBody(Body):
@@ -257,9 +273,13 @@ def _message(item: InputItemBody, path: str) -> Message:
 def _parts(content: str | list[InputPart] | None, path: str) -> tuple[Shown, ...]:
     if isinstance(content, str):
         return (Text(content),) if content else ()
-    return tuple(
-        Image(part.image_url, f"{path}[{index}]", "input_image", part.detail)
-        if isinstance(part, InputImagePart)
-        else Text(part.text)
-        for index, part in enumerate(content or ())
-    )
+    return tuple([_part(part, f"{path}[{index}]") for index, part in enumerate(content or ())])
+
+
+def _part(part: InputPart, place: str) -> Shown:
+    match part:
+        case InputImagePart():
+            return Image(part.image_url, place, "input_image", part.detail)
+        case InputVideoPart():
+            return Video(part.video_url, place, "input_video")
+    return Text(part.text)

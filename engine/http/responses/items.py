@@ -13,7 +13,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from engine.conversation.parsers import merged
-from engine.conversation.parts import Image, Message, Text
+from engine.conversation.parts import Image, Message, Text, Video
 from engine.http.openai.logprobs import ChatToken, chat_token
 from engine.http.wire import Reply
 from engine.messages.reply import Chunk
@@ -44,6 +44,10 @@ class InputText(Reply, frozen=True, tag_field="type", tag="input_text"):
 class InputImage(Reply, frozen=True, tag_field="type", tag="input_image"):
     image_url: str
     detail: str = "auto"
+
+
+class InputVideo(Reply, frozen=True, tag_field="type", tag="input_video"):
+    video_url: str
 
 
 class ReasoningText(Reply, frozen=True, tag_field="type", tag="reasoning_text"):
@@ -87,7 +91,7 @@ class MessageItem(Reply, frozen=True, tag_field="type", tag="message"):
 
     id: str
     role: Literal["user", "assistant", "system"]
-    content: list[InputText | InputImage | OutputText]
+    content: list[InputText | InputImage | InputVideo | OutputText]
     status: Literal["completed"] = "completed"
 
 
@@ -245,15 +249,19 @@ def input_items(conversation: Sequence[Message], key: str, namespaces: Mapping[s
     return items
 
 
-def _content(message: Message) -> list[InputText | InputImage | OutputText]:
+def _content(message: Message) -> list[InputText | InputImage | InputVideo | OutputText]:
     """What `message` shows; successive texts are one."""
-    content: list[InputText | InputImage | OutputText] = []
+    content: list[InputText | InputImage | InputVideo | OutputText] = []
     for is_text, run in groupby(message.shown, lambda part: isinstance(part, Text)):
         if is_text:
             content.append(_said(message.role, "".join(part.text for part in run if isinstance(part, Text))))
         else:
-            content += [InputImage(part.source, part.detail or "auto") for part in run if isinstance(part, Image)]
+            content += [_medium(part) for part in run if isinstance(part, Image | Video)]
     return content
+
+
+def _medium(part: Image | Video) -> InputImage | InputVideo:
+    return InputVideo(part.source) if isinstance(part, Video) else InputImage(part.source, part.detail or "auto")
 
 
 def _said(role: str, text: str) -> InputText | OutputText:

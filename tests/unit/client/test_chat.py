@@ -423,3 +423,41 @@ def test_a_saved_file_is_json_for_people(talk: Talk, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "reply"}]
     assert json.loads(file.read_text()) == {"messages": messages, "system": None, "settings": {}}
     assert file.read_text().count("\n") > 5
+
+
+# ── pictures ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_pictures_go_with_the_next_message(talk: Talk, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.png").write_bytes(b"png")
+    (tmp_path / "b.mp4").write_bytes(b"mp4")
+    said = talk.take(f"/image {tmp_path / 'a.png'}", f"/image {tmp_path / 'b.mp4'}", "/image https://a/c.webp", "what?")
+    assert "the next message shows 3 images and videos" in said and talk.code == 0
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,cG5n"}}
+    video = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,bXA0"}}
+    other = {"type": "image_url", "image_url": {"url": "https://a/c.webp"}}
+    assert talk.source.asked[0][0] == [
+        {"role": "user", "content": [image, video, other, {"type": "text", "text": "what?"}]}
+    ]
+    talk.take("and now?")
+    assert talk.source.asked[1][0][-1] == {"role": "user", "content": "and now?"}
+    assert talk.source.asked[1][0][0]["content"][0] == image
+    assert "shows 0 images" in talk.take("/image")
+    talk.take(f"/image {tmp_path / 'none.png'}")
+    assert "none.png cannot be read: No such file" in capsys.readouterr().err and talk.code == 1
+
+
+def test_the_first_message_shows_the_pictures_of_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"png")
+    asked: list[Any] = []
+
+    async def serve() -> None:
+        front = FakeFront(chunks("seen"))
+        async with serving(front) as url:
+            command = [sys.executable, "-m", "engine", "chat", "--url", url, "--image", f"{tmp_path}/a.png"]
+            done = await anyio.run_process(command, input=b"what?\n", check=False)
+            assert (done.returncode, done.stdout) == (0, b"seen\n"), done.stderr
+        asked.extend(front.asked)
+
+    anyio.run(serve)
+    assert [type(part).__name__ for part in asked[0].messages[0].parts] == ["Image", "Text"]

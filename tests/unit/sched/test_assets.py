@@ -383,3 +383,14 @@ class Rooms(RuleBasedStateMachine):
 
 TestRooms = Rooms.TestCase
 TestRooms.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_what_many_requests_bring_along_is_kept_once() -> None:
+    room = opened()
+    bringing = [needing(rid, Need("media", b"hash", b"use", b"pixels")) for rid in ("a", "b", "c")]
+    (load,) = room.admit(bringing[0]).device
+    assert load == Load("media", 1, b"pixels")
+    assert room.admit(bringing[1]) == room.admit(bringing[2]) == Due()
+    ready = room.loaded(Loaded("media", 1)).ready
+    assert [admit.needs for admit, _ in ready] == [(Need("media", b"hash", b"use"),)] * 3
+    assert [bound for _, bound in ready] == [(Bound("media", 1, b"use"),)] * 3

@@ -33,6 +33,7 @@ from engine.messages.text import Detokenize, Prepare, Prepared, TextJob, Tokeniz
 from engine.params.sampling import Sampling, SamplingParams
 from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins
+from engine.runtime import pool as runtime_pool
 from engine.runtime.actor import supervise
 from engine.runtime.channel import open_channel
 from engine.text import pool as text_pool
@@ -247,7 +248,7 @@ async def test_no_process_at_all_is_an_answer() -> None:
 
 async def test_who_leaves_takes_the_job_along(monkeypatch: pytest.MonkeyPatch) -> None:
     """Out of the queue, and out of the process."""
-    monkeypatch.setattr(text_pool, "GRACE", 0.1)
+    monkeypatch.setattr(runtime_pool, "GRACE", 0.1)
     async with odd_pool() as pool:
         await told(pool, "work")
         async with anyio.create_task_group() as group:
