@@ -26,6 +26,7 @@ from engine.plugin.registry import Plugins, resolve
 from engine.plugin.specs import Checkpoint
 from engine.plugin.terms import LONGEST, Terms
 from engine.runtime.processors import cores
+from engine.runtime.tiers import tier_sizes
 from engine.worker.backends import Backends, quantization
 from engine.worker.choices import model_for
 from engine.worker.compiles import tell_of_compiles
@@ -120,11 +121,7 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
             copy=place_of(groups.mesh, sizes),
             check=groups.check,
         )
-    with _timed(phases, "tiers"):
-        about = {"mesh": groups.mesh, "attention": source.backends.chosen, "dtype": build.dtype}
-        runner.transfers = begin_transfers(
-            config, source.plugins, runner, here, max_model_len=build.max_model_len, **about
-        )
+    add_tiers(config, source, build, runner, here, phases)
     if spec.states:
         tell_of_states(state_bytes(spec, sizes.slots))
     attention = source.backends.chosen
@@ -134,6 +131,17 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
         warm_up(runner, config, pages=pages, step_tokens=most, dtype=build.dtype, attention=attention)
     groups.started()
     return runner, readiness(runner, sizes, pages=pages, attention=attention, phases=phases)
+
+
+def add_tiers(
+    config: Config, source: Source, build: Build, runner: Runner, here: int, phases: dict[str, float]
+) -> None:
+    """What lies below the caches of `runner`, one of so many ranks `here`, where an option asks for it."""
+    if tier_sizes(config.cache) is not None:
+        with _timed(phases, "tiers"):
+            about = {"mesh": build.mesh, "attention": source.backends.chosen, "dtype": build.dtype}
+            about["max_model_len"] = build.max_model_len
+            runner.transfers = begin_transfers(config, source.plugins, runner, here, **about)
 
 
 def tell_of_states(size: int) -> None:
