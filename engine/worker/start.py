@@ -23,7 +23,7 @@ from engine.parallel.mesh import ALONE, Mesh
 from engine.parallel.pipeline import Pipeline, join_stages
 from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins, resolve
-from engine.plugin.specs import Checkpoint
+from engine.plugin.specs import Checkpoint, KVSpec
 from engine.plugin.terms import LONGEST, Terms
 from engine.runtime.processors import cores
 from engine.runtime.tiers import tier_sizes
@@ -122,8 +122,7 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
             check=groups.check,
         )
     add_tiers(config, source, build, runner, here, phases)
-    if spec.states:
-        tell_of_states(state_bytes(spec, sizes.slots))
+    tell_of_states(spec, sizes.slots)
     attention = source.backends.chosen
     with _timed(phases, "warm-up"):
         # Graphs pay up to a size that depends on a rank's weights: all capture the same.
@@ -144,9 +143,11 @@ def add_tiers(
             runner.transfers = begin_transfers(config, source.plugins, runner, here, **about)
 
 
-def tell_of_states(size: int) -> None:
-    """Logs what a model of `size` bytes of states cannot do."""
-    logger.info("%.0f MiB of states, which no page holds: cached prefixes are not reused", size / 2**20)
+def tell_of_states(spec: KVSpec, slots: int) -> None:
+    """Logs what a model cannot do that has states of requests."""
+    if spec.states:
+        size = state_bytes(spec, slots) / 2**20
+        logger.info("%.0f MiB of states, which no page holds: cached prefixes are not reused", size)
 
 
 def place_of(mesh: Mesh, sizes: Sizes) -> Copy | None:
