@@ -23,9 +23,10 @@ from engine.parallel.mesh import ALONE, Mesh
 from engine.parallel.pipeline import Pipeline, join_stages
 from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins, resolve
-from engine.plugin.specs import Checkpoint
+from engine.plugin.specs import Checkpoint, KVSpec
 from engine.plugin.terms import LONGEST, Terms, language_terms
 from engine.runtime.processors import cores
+from engine.runtime.tiers import tier_sizes
 from engine.worker.backends import Backends, quantization
 from engine.worker.choices import model_for
 from engine.worker.compiles import tell_of_compiles
@@ -128,13 +129,8 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
             copy=place_of(groups.mesh, sizes),
             check=groups.check,
         )
-    with _timed(phases, "tiers"):
-        about = {"mesh": groups.mesh, "attention": source.backends.chosen, "dtype": build.dtype}
-        runner.transfers = begin_transfers(
-            config, source.plugins, runner, here, max_model_len=build.max_model_len, **about
-        )
-    if spec.states:
-        tell_of_states(state_bytes(spec, sizes.slots))
+    add_tiers(config, source, build, runner, here, phases)
+    tell_of_states(spec, sizes.slots)
     with _timed(phases, "warm-up"):
         # Graphs pay up to a size that depends on a rank's weights: all capture the same.
         most = groups.least(min(sizes.step_tokens, most_prompt_tokens(model)))
@@ -143,9 +139,22 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
     return runner, readiness(runner, sizes, sight, pages=pages, attention=source.backends.chosen, phases=phases)
 
 
-def tell_of_states(size: int) -> None:
-    """Logs what a model of `size` bytes of states cannot do."""
-    logger.info("%.0f MiB of states, which no page holds: cached prefixes are not reused", size / 2**20)
+def add_tiers(
+    config: Config, source: Source, build: Build, runner: Runner, here: int, phases: dict[str, float]
+) -> None:
+    """What lies below the caches of `runner`, one of so many ranks `here`, where an option asks for it."""
+    if tier_sizes(config.cache) is not None:
+        with _timed(phases, "tiers"):
+            about = {"mesh": build.mesh, "attention": source.backends.chosen, "dtype": build.dtype}
+            about["max_model_len"] = build.max_model_len
+            runner.transfers = begin_transfers(config, source.plugins, runner, here, **about)
+
+
+def tell_of_states(spec: KVSpec, slots: int) -> None:
+    """Logs what a model cannot do that has states of requests."""
+    if spec.states:
+        size = state_bytes(spec, slots) / 2**20
+        logger.info("%.0f MiB of states, which no page holds: cached prefixes are not reused", size)
 
 
 def place_of(mesh: Mesh, sizes: Sizes) -> Copy | None:

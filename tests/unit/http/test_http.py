@@ -22,7 +22,7 @@ from engine.http.app import ROUTES, serve
 from engine.http.native.generate import GenerateBody, NativeReply, NativeSampling, Scores
 from engine.http.openai.chat import ChatBody
 from engine.http.openai.completions import CompletionBody
-from engine.messages.control import CopyStats, Stats
+from engine.messages.control import CopyStats, Stats, TierStats
 from engine.params.sampling import SamplingParams
 from engine.runtime.front import Health, joined
 
@@ -314,6 +314,37 @@ async def test_metrics_of_copies_of_attention() -> None:
             assert await samples(url, name) == [({"copy": "0"}, zero), ({"copy": "1"}, one)], name
             assert f"`{name}`" in (Path(__file__).parents[3] / "docs" / "http.md").read_text()
         assert await samples(url, "engine_copy_most_tokens_total") == [({}, 800)]
+
+
+async def test_metrics_of_tiers() -> None:
+    front = FakeFront()
+    async with serving(front) as url:
+        assert await samples(url, "engine_tier_bytes") == []
+        assert front.info is not None
+        page = front.info.page_size * front.info.kv_bytes_per_token
+        tiers = TierStats(
+            host_pages=100, host_used=60, store_pages=7, store_bytes=900, down=50, kept=7, fetched=3, from_host=20,
+            from_store=2, refused=4, failed=1, asked_total=80, ceiling=0.5, seconds_saved=1.5,
+        )  # fmt: skip
+        front.stats = Stats("ready", cached_tokens_total=30 * front.info.page_size, tiers=tiers)
+        size = front.info.page_size
+        expected: dict[str, list[tuple[dict[str, str], float]]] = {
+            "engine_tier_bytes": [({"tier": "host"}, 60 * page), ({"tier": "store"}, 900)],
+            "engine_tier_host_limit_bytes": [({}, 100 * page)],
+            "engine_tier_hit_tokens_total": [
+                ({"tier": "device"}, 8 * size), ({"tier": "host"}, 20 * size), ({"tier": "store"}, 2 * size),
+            ],
+            "engine_tier_moved_bytes_total": [
+                ({"way": way}, pages * page) for way, pages in (("down", 50), ("up", 22), ("keep", 7), ("fetch", 3))
+            ],
+            "engine_tier_pages_refused_total": [({}, 4)],
+            "engine_tier_pages_failed_total": [({}, 1)],
+            "engine_tier_saved_seconds_total": [({}, 1.5)],
+            "engine_cache_hit_ceiling_ratio": [({}, 0.5)],
+        }  # fmt: skip
+        for name, wanted in expected.items():
+            assert await samples(url, name) == wanted, name
+            assert f"`{name}`" in (Path(__file__).parents[3] / "docs" / "http.md").read_text()
 
 
 async def test_abort_and_flush() -> None:

@@ -3,6 +3,7 @@
 import time
 from array import array
 from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,16 @@ import pytest
 import torch
 from odd_store import OddStore
 
+from engine.config import resolve
 from engine.errors import ConfigError
 from engine.messages.tiers import NAME_BYTES, Move, Moved, both
-from engine.plugin.specs import KVGroup, KVSpec
+from engine.plugin.registry import Plugins
+from engine.plugin.specs import KVGroup, KVSpec, StateGroup
 from engine.plugin.tiers import Store
+from engine.runtime import tiers
+from engine.worker.manifest import fingerprint
 from engine.worker.memory import allocate
+from engine.worker.tiers import begin_transfers
 from engine.worker.transfers import Threads, Transfers, runs
 from engine_plugins.tiers.host import HostMemory
 
@@ -166,9 +172,6 @@ def test_threads_tell_of_errors_once_all_are_over() -> None:
 
 
 def test_sizes_that_do_not_go_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from engine.config import resolve
-    from engine.runtime import tiers
-
     monkeypatch.setattr(tiers, "free_memory", lambda: 8 << 30)
     assert tiers.tier_sizes(resolve({}).cache) is None
     sizes = tiers.tier_sizes(resolve({"kv_host": "1.5GiB", "kv_disk": "/a:b/c:2TB"}).cache)
@@ -185,3 +188,35 @@ def test_sizes_that_do_not_go_together_are_refused(monkeypatch: pytest.MonkeyPat
     ):
         with pytest.raises(ConfigError, match=said):
             tiers.check_tiers(resolve(options))
+
+
+def test_a_model_with_states_or_without_pages_and_a_host_of_no_page_are_refused() -> None:
+    states = KVSpec(4, (HEADS,), (StateGroup("state", 1, (4,), "float32"),))
+    for spec, options, said in (
+        (
+            states,
+            {"kv_host": "1GiB"},
+            "keeps states of requests, which no page holds; leave --kv-host and --kv-disk out",
+        ),
+        (KVSpec(4, ()), {"kv_host": "1GiB"}, "keeps no pages"),
+        (KVSpec(4, (HEADS,)), {"kv_host": "700"}, "--kv-host 700 B, divided by 2 ranks, is less than one page"),
+    ):
+        runner: Any = SimpleNamespace(model=SimpleNamespace(kv_spec=lambda spec=spec: spec))
+        with pytest.raises(ConfigError, match=said):
+            begin_transfers(resolve(options), Plugins.load(), runner, 2)
+    assert begin_transfers(resolve({}), Plugins.load(), runner, 2) is None
+
+
+def test_weights_are_told_apart_by_what_they_are() -> None:
+    weights = {"b": torch.arange(12.0).view(3, 4), "a": torch.ones(5, dtype=torch.bfloat16)}
+
+    def model(**changes: torch.Tensor) -> Any:
+        named = {**weights, **changes}
+        return SimpleNamespace(named_parameters=lambda: list(named.items()), named_buffers=lambda: [])
+
+    swapped = weights["b"].clone()
+    swapped[0, 1], swapped[1, 0] = weights["b"][1, 0], weights["b"][0, 1]
+    others = [swapped, weights["b"].view(4, 3), weights["b"].to(torch.bfloat16), weights["b"] + 1e-6]
+    known = {fingerprint(model())} | {fingerprint(model(b=other)) for other in others}
+    assert len(known) == 5
+    assert fingerprint(model(b=weights["b"].clone(), a=torch.ones(5, dtype=torch.bfloat16))) in known
