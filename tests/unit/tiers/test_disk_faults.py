@@ -153,6 +153,7 @@ def test_no_error_of_the_system_is_raised(opened: Open, call: str, number: int) 
         each.held()
     assert store.counts()["errors"] + second.counts()["errors"] > 0 or call in (
         "folders",
+        "touch",
         "make_folder",
         "resize",
         "lock",
@@ -180,6 +181,7 @@ def test_a_folder_that_cannot_be_written_is_read(opened: Open, tmp_path: Path) -
         return really(path, flags)
 
     files.open = read_only  # type: ignore[method-assign]
+    files.faults.errors["touch"] = errno.EROFS
     store = opened(files, tmp_path)
     assert got(store, 1) == [True] and put(store, 2) == [False] and put(store, 1) == [True]
 
