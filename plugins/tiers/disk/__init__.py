@@ -22,8 +22,8 @@ lost or torn, a checksum does not fit, and there is no such page. So recovery is
   that has room and no writer is gone on with. All read all segments, and see new ones within a second.
 - The bound is that of PATH, whoever wrote there: ranks and engines that share it name the same. Whole segments leave,
   the least recently used first: the time of a file is that of its last use. None that is written leaves.
-- The disk is used from a few threads. A call that is not answered in time returns False, and for some seconds nothing
-  is asked again. Until then the threads work in memory of their own, never in that of a caller who has left.
+- A few threads use the disk. A call that is not answered in time returns False, and for some seconds nothing is asked
+  again. What the threads read and write is memory of their own, so a disk that answers later harms no caller.
 - Pages of 64 KiB and more bypass the page cache (O_DIRECT) where the file system lets them: that is as fast as the
   disk, or nearly, and takes no memory from the host's tier (`python -m bench.engine.disk_tier`).
 

@@ -126,9 +126,12 @@ class Folder:
         with self.opened(os.path.join(self._path, "manifest.json"), os.O_RDWR | os.O_CREAT | os.O_TRUNC) as descriptor:
             write_all(self._files, descriptor, memoryview(said.encode()), 0)
 
-    def unfinished(self) -> "tuple[Segment, list[Entry], int] | None":
-        """A segment that has room and no writer, what is in it, and its open file, whose lock is ours."""
+    def unfinished(self, full: Callable[[str], bool]) -> tuple[Segment, list[Entry], int] | None:
+        """A segment that has room and no writer, what is in it, and its open file, whose lock is ours. Those that are
+        known to be `full` are not opened."""
         for found in sorted(self.listed(), key=lambda found: -found.used):
+            if full(found.name):
+                continue
             descriptor = self._files.open(os.path.join(self._path, found.name), os.O_RDWR)
             taken = False
             try:

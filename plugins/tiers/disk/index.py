@@ -21,6 +21,12 @@ class Segment:
         self.keys: dict[int, bytes] = {}  # by the number of the entry
         self.gone: dict[int, bytes] = {}  # entries whose pages are not to be had, although a table said so
 
+    @property
+    def full(self) -> bool:
+        """Whether its last entry has been taken."""
+        last = self.layout.pages - 1
+        return last in self.keys or last in self.gone
+
 
 class Place(NamedTuple):
     """Where a page lies, and its checksum."""
@@ -50,8 +56,8 @@ class Index:
             before = segment.keys.get(entry.number)
             if entry.key in (before, segment.gone.get(entry.number)):
                 continue
-            if before is not None and self._places.get(before, (None,))[:2] == (segment, entry.number):
-                del self._places[before]
+            if before is not None:
+                self._displace(before, segment)
             segment.keys[entry.number] = entry.key
             self._places[entry.key] = Place(segment, entry.number, entry.checksum)
 
@@ -72,6 +78,11 @@ class Index:
     def forget_segment(self, name: str) -> None:
         """The file `name` is gone."""
         segment = self.segments.pop(name, None)
-        for key in () if segment is None else segment.keys.values():
-            if (place := self._places.get(key)) is not None and place.segment is segment:
-                del self._places[key]
+        if segment is not None:
+            for key in segment.keys.values():
+                self._displace(key, segment)
+
+    def _displace(self, key: bytes, segment: Segment) -> None:
+        """The page of `key` is not in `segment` any more; it may be in another."""
+        if (place := self._places.get(key)) is not None and place.segment is segment:
+            del self._places[key]

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 
 from engine.plugin import ConfigError
@@ -63,7 +64,7 @@ class DiskStore:
         self._folder = Folder(files, path, self._layout, capacity_bytes, self._removed, direct=direct)
         self._counts: Counter[str] = Counter()
         self._said: set[str] = set()
-        self._writer = Writer(files, self._folder, self._adopted)
+        self._writer = Writer(files, self._folder, self._is_full, self._adopted)
         self._prepared = False
         self._refreshed = -refresh
         self._no_writes_until = 0.0
@@ -77,13 +78,19 @@ class DiskStore:
 
     def put(self, keys: Sequence[bytes], pages: Sequence[memoryview], /) -> list[bool]:
         """As Store.put. A page that is there already is not written again."""
-        works = [self._guarded("write", partial(self._put, key, page)) for key, page in zip(keys, pages, strict=True)]
+        works = [self._guarded("write", partial(self._put, *each)) for each in self._checked(keys, pages)]
         return self._run(self._writing, works)
 
     def get(self, keys: Sequence[bytes], into: Sequence[memoryview], /) -> list[bool]:
         """As Store.get."""
-        works = [self._guarded("read", partial(self._get, key, page)) for key, page in zip(keys, into, strict=True)]
+        works = [self._guarded("read", partial(self._get, *each)) for each in self._checked(keys, into)]
         return self._run(self._reading, works)
+
+    def _checked(self, keys: Sequence[bytes], pages: Sequence[memoryview]) -> list[tuple[bytes, memoryview]]:
+        pairs = list(zip(keys, pages, strict=True))
+        for key, page in pairs:
+            assert len(key) == KEY_BYTES and page.nbytes == self._layout.page_bytes, "a page of another size or key"
+        return pairs
 
     def has(self, keys: Sequence[bytes], /) -> list[bool]:
         """As Store.has; what others did less than a second ago may not be seen."""
@@ -169,15 +176,13 @@ class DiskStore:
     # ── works ────────────────────────────────────────────────────────────────────────────────
 
     def _put(self, key: bytes, page: memoryview, ticket: Ticket) -> bool:
-        assert len(key) == KEY_BYTES and page.nbytes == self._layout.page_bytes, "a page of another size or key"
         with self._lock:
-            if (place := self._index.get(key)) is not None:
-                known = place.segment
-            elif time.monotonic() < self._no_writes_until:
-                return False
+            place = self._index.get(key)
         if place is not None:
-            self._touch(known)
+            self._touch(place.segment)
             return True
+        if time.monotonic() < self._no_writes_until:
+            return False
         if not ticket.copy(ticket.buffer[: page.nbytes], page):
             return False
         self._prepare()
@@ -200,7 +205,6 @@ class DiskStore:
 
     def _get(self, key: bytes, into: memoryview, ticket: Ticket) -> bool:
         size = self._layout.page_bytes
-        assert len(key) == KEY_BYTES and into.nbytes == size, "a page of another size or key"
         with self._lock:
             place = self._index.get(key)
         if place is None:
@@ -252,14 +256,13 @@ class DiskStore:
         return self._refresh(ticket)
 
     def _touch(self, segment: Segment) -> None:
-        """A segment is in use: it leaves later."""
+        """A segment is in use: it leaves later. Where that cannot be noted, as on a disk that is read only, the page is
+        no worse for it."""
         now = time.monotonic()
         if now - segment.touched > TOUCH_SECONDS:
             segment.touched = now
-            try:
+            with suppress(OSError):
                 self._files.touch(self._folder.path_of(segment))
-            except FileNotFoundError:
-                return
 
     def _prepare(self) -> None:
         if not self._prepared:
@@ -291,6 +294,11 @@ class DiskStore:
         """The segment `name` is gone."""
         with self._lock:
             self._index.forget_segment(name)
+
+    def _is_full(self, name: str) -> bool:
+        with self._lock:
+            segment = self._index.segments.get(name)
+            return segment is not None and segment.full
 
     def _adopted(self, segment: Segment, entries: list[Entry]) -> Segment:
         """The segment as it is known from now on, with what its table says."""

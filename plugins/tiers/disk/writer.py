@@ -30,11 +30,19 @@ class Active:
 
 
 class Writer:
-    """Hands out entries of one segment after the other; `adopt` is told what is in one that was begun before."""
+    """Hands out entries of one segment after the other. `full` says which are known to have none left, and `adopt` is
+    told what is in one that was begun before."""
 
-    def __init__(self, files: Files, folder: Folder, adopt: Callable[[Segment, list[Entry]], Segment]) -> None:
+    def __init__(
+        self,
+        files: Files,
+        folder: Folder,
+        full: Callable[[str], bool],
+        adopt: Callable[[Segment, list[Entry]], Segment],
+    ) -> None:
         self._files = files
         self._folder = folder
+        self._full = full
         self._adopt = adopt
         self._lock = threading.Lock()
         self._active: Active | None = None
@@ -69,7 +77,7 @@ class Writer:
         if active is not None and not active.full and self._files.has_name(active.descriptor):
             return active
         self._end()
-        found = self._folder.unfinished()
+        found = self._folder.unfinished(self._full)
         if found is not None:
             segment, entries, descriptor = found
             self._active = Active(self._adopt(segment, entries), descriptor, next_number(entries))

@@ -151,6 +151,19 @@ def test_a_restart_finds_all_and_goes_on_in_the_same_file(opened: Open, tmp_path
     assert len(list(tmp_path.rglob("*.kv"))) == 1
 
 
+def test_a_segment_that_is_full_is_not_opened_to_be_gone_on_with(opened: Open, tmp_path: Path) -> None:
+    store = opened(capacity=4 * ROOM)
+    fills = store._layout.pages
+    put(store, *range(3 * fills))
+    names = {path.name for path in tmp_path.rglob("*.kv")}
+    assert len(names) == 3 and all(map(store._is_full, names))
+    after = opened(capacity=4 * ROOM)
+    assert all(map(after._is_full, names))
+    put(after, 1000)
+    (new,) = {path.name for path in tmp_path.rglob("*.kv")} - names
+    assert not after._is_full(new) and not store._is_full("unknown.kv")
+
+
 def test_pages_of_another_manifest_are_never_read(opened: Open) -> None:
     ours = opened("m")
     put(ours, 1)
