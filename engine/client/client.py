@@ -124,11 +124,13 @@ class Client:
 
 def changed(params: SamplingParams) -> dict[str, Any]:
     """The keywords of `params` that are not at their default."""
-    default = settings_of(SamplingParams())
-    return {name: value for name, value in settings_of(params).items() if value != default[name]}
+    return {name: value for name, value in settings_of(params).items() if value != DEFAULTS[name]}
 
 
 def settings_of(params: SamplingParams) -> dict[str, Any]:
     """The keywords that make `params`, by name, those of its grammar among them."""
     fields = msgspec.structs.asdict(params)
     return fields | msgspec.structs.asdict(GrammarKeywords(**keywords_of(fields.pop("grammar"))))
+
+
+DEFAULTS = settings_of(SamplingParams())

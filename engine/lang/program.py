@@ -26,6 +26,7 @@ from engine.lang.expressions import KNOWN, checked_fields
 from engine.lang.forks import State
 from engine.lang.local import Local
 from engine.lang.run import Run
+from engine.lang.turns import Turn, Turns
 from engine.runtime.actor import first_failure
 from engine.runtime.offline import AsyncEngine, Engine
 
@@ -110,7 +111,7 @@ class Function:
             yield state
 
     def _prepared(
-        self, backend: Backend, arguments: Sequence[Any], named: Mapping[str, Any], *, followed: bool = False
+        self, backend: Backend, arguments: Sequence[Any], named: Mapping[str, Any], **more: Any
     ) -> tuple[Run, State, Callable[[], Any]]:
         timeout: float | None = None if "timeout" in self._names else named.get("timeout")
         own = {name: value for name, value in named.items() if name in self._names}
@@ -118,7 +119,7 @@ class Function:
         if wrong := [name for name in asked if name not in KNOWN]:
             hint = did_you_mean(wrong[0], {*self._names, *KNOWN})
             raise ConfigError(f"{self.__name__} has no argument {wrong[0]!r}{hint}, nor has gen such a field")
-        run = Run(backend, checked_fields(asked), timeout, followed=followed)
+        run = Run(backend, checked_fields(asked), timeout, **more)
         state = State(run)
         return run, state, partial(self.__wrapped__, state, *arguments, **{**self._bound, **own})
 
@@ -135,30 +136,31 @@ class Function:
     ) -> list[State]:
         """A state for each of `batch`, which are arguments; at most `concurrency` programs run at once.
 
-        Those whose arguments are alike run one after the other, so that the cache still holds what they share.
-        A program that fails does not end the others: its state raises where it is read."""
+        Those whose first prompts begin alike run one after the other, so that the cache still holds what they share.
+        For this, as many programs more are begun, as far as their first call. A program that fails does not end the
+        others: its state raises where it is read."""
         if concurrency < 1:
             raise ConfigError(f"concurrency is {concurrency}; it must be 1 or more")
-        found, turn = backend_of(backend), iter(shared_first(batch))
+        found, order, turns = backend_of(backend), iter(shared_first(batch)), Turns(concurrency)
         made: list[Any] = [None] * len(batch)
 
         async def work(advance: Callable[[], None]) -> None:
-            for index in turn:
-                made[index] = await self._kept(found, {**named, **batch[index]})
+            for index in order:
+                made[index] = await self._kept(found, {**named, **batch[index]}, turns.begin())
                 advance()
 
         try:
             with progress_bar(self.__name__, len(batch), shown=progress) as advance:
                 async with anyio.create_task_group() as group:
-                    for _ in range(min(concurrency, len(batch))):
+                    for _ in range(min(2 * concurrency, len(batch))):
                         group.start_soon(work, advance)
         except BaseExceptionGroup as failures:
             raise first_failure(failures) from None
         return made
 
-    async def _kept(self, backend: Backend, named: dict[str, Any]) -> State:
+    async def _kept(self, backend: Backend, named: dict[str, Any], turn: Turn) -> State:
         """The state of a run, whose failure it keeps."""
-        run, state, body = self._prepared(backend, (), named)
+        run, state, body = self._prepared(backend, (), named, turn=turn)
         try:
             await run.live(body)
         except Exception as error:

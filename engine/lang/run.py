@@ -8,6 +8,7 @@ thread, because it waits where it reads a value. Left out: what a state does (st
 import asyncio
 import contextvars
 import inspect
+import math
 import threading
 import uuid
 from collections.abc import Callable, Coroutine, Mapping
@@ -19,6 +20,8 @@ import anyio.to_thread
 
 from engine.errors import ProgramError
 from engine.lang.backend import Backend
+from engine.lang.transcript import Prompt
+from engine.lang.turns import Turn
 from engine.lang.values import Usage
 from engine.runtime.actor import first_failure
 
@@ -27,14 +30,22 @@ Body = Callable[[], Any]
 
 class Run:
     """A run on `backend`; `defaults` are sampling fields of each gen. It lives in one event loop. `followed` says that
-    somebody outside of the program reads replies as they come."""
+    somebody outside of the program reads replies as they come. One of a batch waits for its `turn` at its first call,
+    and its timeout begins there."""
 
     def __init__(
-        self, backend: Backend, defaults: Mapping[str, Any], timeout: float | None, *, followed: bool = False
+        self,
+        backend: Backend,
+        defaults: Mapping[str, Any],
+        timeout: float | None,
+        *,
+        followed: bool = False,
+        turn: Turn | None = None,
     ) -> None:
         self.backend = backend
         self.program = uuid.uuid4().hex  # by which the backend knows that calls belong together
         self.followed = followed
+        self._turn = turn  # of a batch
         self.defaults = defaults
         self.usage = Usage()
         self.ended: BaseException | None = None  # why nothing more is done
@@ -67,6 +78,16 @@ class Run:
         else:
             self._loop.call_soon_threadsafe(use, context=self._context)
 
+    async def comes(self, prompt: Prompt) -> None:
+        """Returns when the call with `prompt` may be made."""
+        if self._turn is not None:
+            await self._turn.come(prompt, self._held)
+
+    def _held(self, waiting: bool) -> None:
+        if self._timeout is not None:
+            later = math.inf if waiting else anyio.current_time() + self._timeout
+            self._group.cancel_scope.deadline = later
+
     async def live(self, body: Body) -> None:
         """Run `body`, the program with its arguments, and whatever it has begun, to their end.
 
@@ -93,6 +114,8 @@ class Run:
             raise first_failure(failures) from None
         finally:
             self.ended = why
+            if self._turn is not None:
+                self._turn.end()
             with anyio.CancelScope(shield=True):
                 await self.backend.end(self.program)
             for tell in self._at_end:

@@ -282,7 +282,8 @@ class Sequential:
                 prompt, (variable,) = self._transcript.so_far(), step.makes
                 self._run.start(lambda: self._decide(decide, prompt, variable))
             case Select() as select:
-                choice, meta = await chosen(self._run.backend, self._transcript.prompt(), select, self._run.program)
+                await self._run.comes(prompt := self._transcript.prompt())
+                choice, meta = await chosen(self._run.backend, prompt, select, self._run.program)
                 self._run.usage.add(meta, len(select.choices) * (2 if select.method.needs_alone else 1))
                 self._say(choice)
                 for variable in step.makes:
@@ -290,6 +291,7 @@ class Sequential:
 
     async def _decide(self, decide: Decide, prompt: Prompt, variable: Variable) -> None:
         try:
+            await self._run.comes(prompt)
             decision, meta = await decided(self._run.backend, prompt, decide, self._run.program)
         except Exception as error:
             failure = ProgramError(f"{variable.place}: {error}")
@@ -310,15 +312,14 @@ class Sequential:
                 makes[0].feed.put(piece)
 
         params = gen.params(self._run.defaults)
+        await self._run.comes(prompt := self._transcript.prompt())
         if gen.tools:
             made = await with_tools(self._run.backend, self._transcript, gen, params, self._run.program)
             tell(made.texts[0])
             self._made(gen, makes, made)
             return
         stream = self._run.followed or self._feed.followed or any(each.feed.followed for each in makes)
-        made = await generated(
-            self._run.backend, self._transcript.prompt(), gen, params, tell, stream=stream, program=self._run.program
-        )
+        made = await generated(self._run.backend, prompt, gen, params, tell, stream=stream, program=self._run.program)
         self._made(gen, makes, made)
 
     def _made(self, gen: Gen, makes: tuple[Variable, ...], made: Replies) -> None:

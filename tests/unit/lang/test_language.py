@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,8 @@ from engine.lang import (
     unconditional_likelihood_normalized,
     user,
 )
+from engine.lang.transcript import Prompt
+from engine.lang.turns import Turn, Turns
 
 GREEDY: dict[str, Any] = {"temperature": 0}
 
@@ -513,3 +516,67 @@ def test_decisions_of_too_few_options_or_of_two_kinds_are_refused() -> None:
         decide("a", "?", choices=["x", "y"], levels=["x", "y"])
     with pytest.raises(RequestError, match="has 1 options"):
         decide("a", "?", choices=["x"])
+
+
+# ── the order of a batch ─────────────────────────────────────────────────────────────────────
+
+
+def test_programs_of_a_batch_run_in_the_order_of_their_first_prompts(engine: Engine) -> None:
+    running: set[int] = set()
+    most, order = [0], []
+
+    def stem(number: int) -> str:  # of which the arguments say nothing
+        return "ba"[number % 2]
+
+    @function
+    async def program(s: State, number: int) -> None:
+        s += stem(number) * 20 + str(number) + gen("first", max_tokens=1)
+        await s.get("first")
+        running.add(number)
+        most[0] = max(most[0], len(running))
+        order.append(stem(number))
+        s += gen("second", max_tokens=1)
+        await s.get("second")
+        running.remove(number)
+
+    batch = [{"number": number} for number in range(40)]
+    states = program.run_batch(batch, backend=engine, concurrency=4, timeout=60, **GREEDY)
+    assert [s.text()[:20] for s in states] == [stem(number) * 20 for number in range(40)]
+    assert most[0] <= 4 and len(order) == 40
+    changes = sum(one != other for one, other in itertools.pairwise(order))
+    assert changes <= 10, "at random there are 20; programs of one step, and those begun later, may pass others"
+
+
+def test_a_program_that_fails_or_calls_nothing_gives_its_turn_to_others(engine: Engine) -> None:
+    @function
+    def program(s: State, number: int) -> None:
+        if number % 3 == 0:
+            raise ValueError(number)
+        s += f"a{number}"
+        if number % 3 == 1:
+            s += gen("x", max_tokens=1, stop=None if number % 2 else "")
+
+    states = program.run_batch([{"number": number} for number in range(24)], backend=engine, concurrency=2, **GREEDY)
+    assert len(states) == 24 and sum(s.error() is None for s in states) >= 8
+
+
+@pytest.mark.anyio
+async def test_a_turn_tells_who_waits_for_it_and_that_it_has_come() -> None:
+    turns, told = Turns(1), []
+    first, second, never = (turns.begin() for _ in range(3))
+
+    async def come(name: str, turn: Turn, text: str) -> None:
+        await turn.come(Prompt(text), lambda waiting: told.append((name, waiting)))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(come, "second", second, "b")
+        group.start_soon(come, "first", first, "a")
+        await anyio.wait_all_tasks_blocked()
+        assert told == [("second", True), ("first", True)]
+        while ("first", False) not in told:
+            await anyio.sleep(0.001)
+        assert ("second", False) not in told
+        await come("first", first, "a later call")  # does not wait
+        never.end()
+        first.end()
+    assert told[2:] == [("first", False), ("second", False)]
