@@ -57,7 +57,7 @@ log = logging.getLogger("engine.scheduler")
 SHORT_STEP_SECONDS = 0.002
 HEARTBEAT_SECONDS = 1.0
 # Pictures and clips that no request shows now are known all the same, so that what is encoded of them is found again.
-MEDIA_KEPT, MEDIA_BYTES = 4096, 512 << 20
+MEDIA_KEPT, MEDIA_BYTES = 1024, 512 << 20
 RUNNING = ("ready", "stalled")  # states of a worker that reads what it is sent
 LOST = "the device worker stopped while this request was running, and is being restarted; send the request again"
 
