@@ -67,7 +67,7 @@ FETCH_SECONDS = 2.0
 FETCH_SECONDS_A_BYTE = 0.1 / 4096  # of ids, four a token
 LEAST_RISEN, LEAST_FETCHED = 64, 256  # tokens: fewer are computed sooner than they come from the host, or a store
 # Pictures and clips that no request shows now are known all the same, so that what is encoded of them is found again.
-MEDIA_KEPT, MEDIA_BYTES = 4096, 512 << 20
+MEDIA_KEPT, MEDIA_BYTES = 1024, 512 << 20
 RUNNING = ("ready", "stalled")  # states of a worker that reads what it is sent
 LOST = "the device worker stopped while this request was running, and is being restarted; send the request again"
 

@@ -85,7 +85,6 @@ class WholeSpan:
     count: int
     position: int
     slot: int
-    before: int = 0  # how many positions of their span are in the cache already
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

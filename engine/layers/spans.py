@@ -22,6 +22,7 @@ def attend_whole(
 
     `query` [T, heads, dim] is rotated; `cache` [pages, 2, page_size, kv_heads, dim] holds all keys and values."""
     page_size = cache.shape[2]
+    stored = cache.view(torch.uint8) if cache.itemsize == 1 else cache  # floats of one byte are no type to index
     for span in batch.whole:
         rows = slice(span.first, span.first + span.count)
         end = span.position + span.count
@@ -30,7 +31,8 @@ def attend_whole(
         pages = batch.page_table[span.slot, first : -(-end // page_size)].to(torch.int64)
         known = slice(low - first * page_size, end - first * page_size)
         key, value = (
-            cache[pages, half].flatten(0, 1)[known].to(query.dtype).transpose(0, 1)[None] for half in range(2)
+            stored[pages, half].view(cache.dtype).flatten(0, 1)[known].to(query.dtype).transpose(0, 1)[None]
+            for half in range(2)
         )
         mask = None
         if window is not None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.errors import ConfigError
+from engine.kernels.dense.reference import Heads
 from engine.layers.batch import upload
 from engine.layers.build import Build
 from engine.layers.linear import ReplicatedLinear
@@ -131,13 +132,6 @@ def turned_by(places: np.ndarray, head_dim: int, theta: float, device: torch.dev
     return angles.cos(), angles.sin()
 
 
-def turn(heads: Tensor, by: Turn) -> Tensor:
-    """`heads` [T, heads, dim], rotated in float32."""
-    first, second = heads.to(torch.float32).chunk(2, dim=-1)
-    cosines, sines = by
-    return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1).to(heads.dtype)
-
-
 def block_places(high: int, wide: int, merge: int) -> np.ndarray:
     """int64 [high * wide, 2]: row and column of each patch of a grid, in the order of squares of `merge` x `merge`."""
     grid = np.indices((high, wide)).reshape(2, high // merge, merge, wide // merge, merge)
@@ -152,16 +146,15 @@ class VisionAttention(nn.Module):
 
     def __init__(self, build: Build, size: int, heads: int, parts: tuple[str, ...] = (), out: str = "proj") -> None:
         super().__init__()
-        self.heads = heads
+        self.kernels = build.kernels
+        self.heads = Heads(heads, heads, size // heads)
         outputs = dict.fromkeys(parts, size) if parts else 3 * size
         self.qkv = ReplicatedLinear(build, size, outputs, bias=True)
         self.out = out
         setattr(self, out, ReplicatedLinear(build, size, size, bias=True))
 
     def forward(self, hidden: Tensor, segments: Segments, by: Turn | None = None) -> Tensor:
-        query, key, value = self.qkv(hidden).unflatten(1, (3, self.heads, -1)).unbind(1)
-        if by is not None:
-            query, key = turn(query, by), turn(key, by)
+        query, key, value = self.kernels.dense.rotate_heads(self.qkv(hidden), self.heads, None, by)
         mixed: Tensor = getattr(self, self.out)(segments.attend(query, key, value))
         return mixed
 

@@ -24,9 +24,7 @@ class Encoder:
     def __init__(self, budget: int = 0, room: int = 0) -> None:
         assert budget <= room, f"a step makes {budget} embeddings, and {room} are held"
         self.budget, self.room = budget, room
-        self._held: OrderedDict[int, int] = (
-            OrderedDict()
-        )  # embeddings by the medium's number; the last used is the last
+        self._held: OrderedDict[int, int] = OrderedDict()  # embeddings by a medium's number, the last used at the end
         self._tokens = 0
 
     def check(self, request: Request, max_step_tokens: int) -> None:

@@ -75,7 +75,7 @@ class MediaTable:
                 if len(pixels.data) != np.prod(pixels.shape):
                     raise ValueError(f"{counted(len(pixels.data), 'byte')} for numbers of shape {pixels.shape}")
                 self._pixels[message.number] = pixels
-            except ValueError as error:  # msgspec's are ValueErrors too
+            except ValueError as error:  # as msgspec's are
                 cause = f"the pixels of an image or video cannot be used: {error}"
         tell(Loaded(message.kind, message.number, cause))
 
@@ -172,7 +172,7 @@ class MediaTable:
                         places.append(np.arange(last - first) + place)
                         parts.append(self._embeddings(number, use)[at + first - begin : at + last - begin])
                         if use.whole:
-                            whole.append(WholeSpan(place, last - first, first, slot, first - begin))
+                            whole.append(WholeSpan(place, last - first, first, slot))
                     at += count
         if not places or not self._embeds:
             return None, whole

@@ -27,7 +27,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from engine import Engine, RequestError
 from engine.layers.vision import merged_patches, normalised
-from engine.messages.media import packed, unpacked
+from engine.messages.assets import Load, Loaded
+from engine.messages.media import MEDIA, packed, unpacked
 from engine.messages.step import TOKEN
 from engine.plugin import Terms
 from engine.worker.steps import graphs
@@ -273,6 +274,17 @@ def test_times_of_a_clip_are_text_in_qwen3_vl() -> None:
 def test_as_many_places_as_media(family: Any, ids: list[int], count: int, said: str) -> None:
     with pytest.raises(RequestError, match=said):
         family.seen.processor.placed(ids, [family.seen.processor.prepare(ONE)] * count)
+
+
+def test_pixels_that_cannot_be_read_are_told_when_they_come(family: Any) -> None:
+    told: list[Loaded] = []
+    loader = family.seen.harness.runner.loaders[MEDIA]
+    medium = family.seen.processor.prepare(ONE)
+    loader.load(Load(MEDIA, 900, b"no pixels"), told.append)
+    loader.load(Load(MEDIA, 901, packed(replace(unpacked(medium.payload), data=b"short"))), told.append)
+    loader.load(Load(MEDIA, 902, medium.payload), told.append)
+    assert [bool(each.cause) for each in told] == [True, True, False]
+    assert "5 bytes for numbers of shape" in told[1].cause
 
 
 # ── through all rooms ────────────────────────────────────────────────────────────────────────
