@@ -6,10 +6,14 @@ One score decides, and the highest wins. None of its parts has a unit, so nothin
     - the prompts that wait there for their first token, in lengths of this one; a quarter of it counts against a match
     - how much its requests exceed the mean, as a share of the mean
     + a little, if it is the worker of the request's program
+    - a little, if it is not its turn: of n workers, it got one of the last n requests
 
 A match saves the fleet work, while a wait costs this request alone: therefore the quarter. Where nobody holds a part of
 the prompt, all of the wait counts, and what workers hold says nothing. So a worker that has just come gets no heap of
 prompts at once, and the one that holds the least gets no more than others.
+
+A worker has the least load when a step of it has ended requests, so it would get the next ones just as another step has
+begun, for whose end they wait. Turns spread them over the time between steps.
 
 One worker's load moves that worker's requests alone, and only those whose match is not worth it. A prefix that
 everybody asks for spreads by itself: its worker's load grows until the next one wins, which then holds it too.
@@ -32,6 +36,7 @@ from engine.plugin.routing import BLOCK, INDEX_CHARS, Arrival, Choice, PrefixInd
 AGAINST_MATCH = 0.25  # what a wait counts where a match is to be lost
 FEW = 4.0  # requests a worker: where there are fewer, one more or less says little
 STICKS = 0.25  # what the worker of a program has ahead
+TURN = 0.1  # what the worker that got the last request has against it; none is left n requests later, with n workers
 WRONG = 0.5  # of what a worker was thought to hold: having less than this share of it is a mistake
 PROGRAMS = 1 << 16  # that are remembered
 TIDY = 512  # blocks that one piece of `tidy` walks over
@@ -44,6 +49,7 @@ class CacheAware(RoutingPolicy):
     def __init__(self) -> None:
         self.bound(INDEX_CHARS)
         self._turn = 0
+        self._latest: dict[str, int] = {}  # the turn of the last request that each worker got
         self._programs: OrderedDict[str, str] = OrderedDict()  # their workers, the least recently used first
         # Requests on their way, by identity and worker: their blocks, and how many of them were matched.
         self._open: dict[tuple[int, str], tuple[weakref.ref[Arrival], array[int], int]] = {}
@@ -71,6 +77,9 @@ class CacheAware(RoutingPolicy):
             worker = workers[index]
             saved = held.get(worker.name, 0) * BLOCK - weight * worker.waiting_chars
             score = saved / size - (worker.running - mean) / scale + STICKS * (worker.name == home)
+            since = self._turn - self._latest.get(worker.name, -count)
+            if since < count:
+                score -= TURN * (count - since) / count
             if score > highest:
                 best, highest = index, score
         matched = held.get(workers[best].name, 0) * BLOCK
@@ -80,6 +89,7 @@ class CacheAware(RoutingPolicy):
 
     def sent(self, arrival: Arrival, worker: str) -> None:
         self._turn += 1
+        self._latest[worker] = self._turn
         if self._last is None or self._last[0] is not arrival:
             blocks = chained(arrival.text, arrival.space)
             self._last = arrival, blocks, self.index.lengths(blocks)
@@ -114,6 +124,7 @@ class CacheAware(RoutingPolicy):
 
     def removed(self, worker: str) -> None:
         self.index.removed(worker)
+        self._latest.pop(worker, None)
 
     def stored(self, worker: str, space: bytes, blocks: Sequence[int]) -> None:
         self.index.stored(blocks, worker)

@@ -35,25 +35,28 @@ class PowerOfTwo(Random):
 
     def choose(self, arrival: Arrival, workers: Sequence[View]) -> Choice:
         drawn = self._rng.sample(range(len(workers)), min(2, len(workers)))
-        best = min(drawn, key=lambda index: load(workers[index]))
+        best = min(drawn, key=loads(workers).__getitem__)
         return Choice(worker=best, matched=0, reason=f"the less loaded of {len(drawn)} drawn")
 
 
 class LeastLoad(RoutingPolicy):
-    """The worker with the fewest requests; among these, the one with the least of prompts to compute; then in turns."""
+    """The worker with the fewest requests and the least of prompts to compute; equals take turns."""
 
     def __init__(self) -> None:
         self._turn = 0
 
     def choose(self, arrival: Arrival, workers: Sequence[View]) -> Choice:
         count = len(workers)
-        best = min(range(count), key=lambda index: (load(workers[index]), (index - self._turn) % count))
+        load = loads(workers)
+        best = min(range(count), key=lambda index: (load[index], (index - self._turn) % count))
         return Choice(worker=best, matched=0, reason=f"the least load, {workers[best].running} requests")
 
     def sent(self, arrival: Arrival, worker: str) -> None:
         self._turn += 1
 
 
-def load(worker: View) -> tuple[int, int]:
-    """How loaded a worker is, to compare."""
-    return worker.running, worker.waiting_chars
+def loads(workers: Sequence[View]) -> list[float]:
+    """How loaded each worker is, to compare: its share of all requests, and of all prompts that wait."""
+    running = max(1, sum(worker.running for worker in workers))
+    waiting = max(1, sum(worker.waiting_chars for worker in workers))
+    return [worker.running / running + worker.waiting_chars / waiting for worker in workers]

@@ -98,6 +98,9 @@ def test_policies_that_look_at_workers_alone() -> None:
     assert sorted(send(least, ask("a", 1), views(1, 1, 1)).worker for _ in range(3)) == [0, 1, 2]
     busy = [View("a", 1, 900, 256), View("b", 1, 100, 256)]
     assert least.choose(ask("a", 1), busy).worker == 1
+    waits = [View("a", 2, 9000, 256), View("b", 3, 0, 256)]
+    assert least.choose(ask("a", 1), waits).worker == made("power_of_two").choose(ask("a", 1), waits).worker == 1
+    assert least.choose(ask("a", 1), [View("a", 9, 100, 256), View("b", 1, 120, 256)]).worker == 1
     anywhere, less = made("random"), made("power_of_two")
     chosen = Counter(anywhere.choose(ask("a", 1), views(0, 0, 0, 0)).worker for _ in range(400))
     assert set(chosen) == {0, 1, 2, 3}
@@ -203,6 +206,16 @@ def test_the_share_that_was_cached_corrects_what_was_thought() -> None:
                 pass
         assert (policy.choose(old, views(0, 0)).matched > 0) is kept
         assert policy.choose(arrival, views(0, 0)).matched == 40 * BLOCK, "it was sent there last"
+
+
+def test_each_worker_has_its_turn_where_little_else_tells_them_apart() -> None:
+    policy, arrival = made("cache_aware"), ask("a", 40)
+    for name in ("w1", "w2", "w0"):
+        policy.sent(arrival, name)
+    assert policy.choose(arrival, views(19, 20, 20)).worker == 1, "it got the last request longest ago"
+    assert policy.choose(arrival, views(14, 20, 20)).worker == 0, "a load that differs counts for more"
+    policy.sent(ask("b", 40), "w0")
+    assert policy.choose(ask("b", 40), views(20, 20, 20)).worker == 0, "and so does a match"
 
 
 # ── the seven complaints ─────────────────────────────────────────────────────────────────────
