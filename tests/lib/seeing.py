@@ -211,12 +211,18 @@ class Seen:
     """A model of ours with the weights of `theirs`, driven as a worker drives it: prompts of ids and media, cut."""
 
     def __init__(
-        self, theirs: Any, ours: type[Any], processor: type[Any], attention: Any = None, **described: Any
+        self,
+        theirs: Any,
+        ours: type[Any],
+        processor: type[Any],
+        attention: Any = None,
+        device: str = "cpu",
+        **described: Any,
     ) -> None:
         stored = revert_weight_conversion(theirs, theirs.state_dict())
         tensors = {key: value.detach().contiguous() for key, value in stored.items()}
         config = theirs.config.to_dict()
-        self.harness = ModelHarness(ours, config, tensors, attention=attention, max_model_len=256)
+        self.harness = ModelHarness(ours, config, tensors, attention=attention, device=device, max_model_len=256)
         self.model = self.harness.runner.model
         encode = lambda text: [ord(letter) % 80 for letter in text]  # noqa: E731
         self.processor = processor(Terms(config), Terms(described), encode)
