@@ -77,8 +77,10 @@ def readable(messages: Sequence[Message], processor: MediaProcessor | None) -> l
 
 def needs_of(media: Sequence[Prepared], placed: Placed) -> tuple[Need, ...]:
     """What a request that shows `media`, `placed` in its prompt, waits for."""
-    uses = (MediaUse(spans, medium.tokens, placed.whole) for medium, spans in zip(media, placed.spans, strict=True))
-    return tuple(media_need(medium, use) for medium, use in zip(media, uses, strict=True))
+    return tuple(
+        media_need(medium, MediaUse(spans, medium.tokens, placed.whole, medium.together or medium.tokens))
+        for medium, spans in zip(media, placed.spans, strict=True)
+    )
 
 
 def cannot_be_cut(tokens: int, kept: int) -> RequestError:

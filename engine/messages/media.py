@@ -28,18 +28,20 @@ class Pixels(Part, frozen=True):
 class MediaUse(Part, frozen=True):
     """Where a request's prompt shows a medium: `spans` of its `tokens` embeddings, in their order, each with the
     position of its first and how many it has. Of `whole` ones no step computes a part, because their tokens see each
-    other."""
+    other. At least `together` embeddings have to be made at a time: one step of a clip's grid."""
 
     spans: tuple[tuple[int, int], ...]
     tokens: int
     whole: bool = False
+    together: int = 0
 
 
 class Prepared(Part, frozen=True):
     """A medium as a model takes it: `tokens` embeddings will come of the `payload` (Pixels, packed).
 
     `digest` is the hash of the frames and of all that the processor did with them. `kind` is "image" or "video".
-    `times` are the seconds of each step of a clip's grid; steps lie `interval` seconds apart."""
+    `times` are the seconds of each step of a clip's grid; steps lie `interval` seconds apart. At least `together`
+    embeddings have to be made at a time; 0 are all."""
 
     payload: bytes
     grid: tuple[int, ...]
@@ -48,6 +50,7 @@ class Prepared(Part, frozen=True):
     kind: str = "image"
     times: tuple[float, ...] = ()
     interval: float = 0.0
+    together: int = 0
 
 
 def packed(pixels: Pixels) -> bytes:
