@@ -8,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 from msgspec.structs import replace
+from simulated_copies import SimulatedCopies
 from simulated_device import VOCABULARY
 from simulated_tiers import SimulatedTiers
 from test_batcher import POLICIES, AnythingHappens, Bench, request
@@ -16,6 +17,7 @@ from engine.cache.tiers import TierOptions, WritePolicy
 from engine.messages.assets import Need
 from engine.messages.tiers import PAGES
 from engine.sched.assets import WaitingRoom
+from engine.sched.copies import Copies
 from engine.sched.moves import Moves
 from engine.sched.request import Request
 
@@ -372,3 +374,35 @@ def test_a_scan_leaves_what_is_asked_for_again_in_the_host():
         run(bench, f"scan{number}", [number % 4, number // 4, *OTHER[:30]])
     assert run(bench, "c", LONG) == (32, 1)
     bench.drain()
+
+
+def test_each_copy_of_attention_has_tiers_of_its_own():
+    tiers = TierOptions(90, "write-through", False, 1, 1)
+    scheduler = Copies(2, 11, 4, 4, 1000, 64, POLICIES["fcfs"](), True, 100, tiers=tiers)
+    device = SimulatedCopies(2, 11, 4, 4, 64)
+    below = [SimulatedTiers(each, 90) for each in device.devices]
+    moves, cached = Moves(scheduler.copies), {}
+
+    def turn():
+        plan = scheduler.plan()
+        due = moves.before()
+        told = [] if plan is None else scheduler.commit_each(device.run(plan))
+        for move in [*due, *moves.after()]:
+            below[move.copy].begin(move)
+        for message in told:
+            cached.update({message.rids[row]: count for row, count in message.cached})
+        for each in below:
+            if plan is None and each.moving:
+                moves.moved(each.finish())
+
+    texts = [[*LONG[:32], number] for number in range(2)] + [[number] * 40 for number in range(4)]
+    texts[1][:4] = [3, 3, 3, 3]
+    for turns in range(3):
+        for number, ids in enumerate(texts):
+            scheduler.admit(request(f"{turns}.{number}", ids, max_new=1))
+        while scheduler.live.by_rid or any(each.moving for each in below):
+            turn()
+        scheduler.check_integrity()
+    assert sum(cached[f"2.{number}"] for number in range(6)) >= 4 * 32
+    assert moves.stats().from_host > 20
+    assert all(each.done["up"] for each in below) and moves.stats().host_pages == 180
