@@ -63,7 +63,7 @@ class Store(Protocol):
         ...
 
     def close(self) -> None:
-        """Called once, at the end; the process may also end without it."""
+        """Called once, when the engine stops; the process may also end without it."""
         ...
 
 
@@ -72,11 +72,7 @@ class Pool(Protocol):
 
     @property
     def memory(self) -> memoryview:
-        """Writable bytes, as many as were asked for, at one address for as long as the pool lives."""
-        ...
-
-    def close(self) -> None:
-        """Called once, at the end; nothing is copied any more."""
+        """Writable bytes, as many as were asked for, at one address until the process ends."""
         ...
 
 

@@ -84,7 +84,15 @@ class Places:
             return False
         assert request.node is not None and len(request.pages) == held
         pages = self.pages.take(count)
-        request.rise = self.tiers.rise(request.node, key[held * stride : (held + count) * stride], names, held, pages)
+        # What gave way for them may have gone down, and pushed out some of what was to come up.
+        count = self.tiers.host.run(names, held, held + count)
+        self.pool.give(pages[count:])
+        if not count:
+            self.tree.unlock(request.node)
+            request.leave()
+            return False
+        key = key[held * stride : (held + count) * stride]
+        request.rise = self.tiers.rise(request.node, key, names, held, pages[:count])
         request.rises += 1
         request.leave()  # the lock is the move's now
         return True

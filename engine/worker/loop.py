@@ -35,6 +35,8 @@ def serve(
     loop = Loop(frames, runner, reports, parallel)
     while (message := loop.next()) is not None:
         loop.handle(message)
+    if runner.transfers is not None:
+        runner.transfers.close()
 
 
 class Loop:

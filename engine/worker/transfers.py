@@ -118,6 +118,11 @@ class Transfers:
     def stores(self) -> bool:
         return self._store is not None
 
+    def close(self) -> None:
+        """No move will come again. What the store has taken in it may still write down."""
+        if self._store is not None:
+            self._store.close()
+
     def begin(self, move: Move, tell: Tell) -> None:
         """Do `move` beside the steps that come, and `tell` of it from any thread. Steps launched before it come first;
         if it `holds`, those launched after it come last."""

@@ -15,15 +15,15 @@ OPTIONS: dict[str, Any] = {"model": "smollm2-135m", "max_model_len": 400, "kv_to
 def prompts() -> list[list[int]]:
     """Together more than the device has room for; the last two share their beginning."""
     draw = np.random.default_rng(0)
-    texts = [draw.integers(1000, 40_000, 245).tolist() for _ in range(5)]
-    return [*texts, [*texts[-1][:200], *draw.integers(1000, 40_000, 10).tolist()]]
+    texts = [draw.integers(1000, 40_000, 262).tolist() for _ in range(5)]
+    return [*texts, [*texts[-1][:220], *draw.integers(1000, 40_000, 45).tolist()]]
 
 
 def test_whatever_moves_replies_are_the_same() -> None:
     """And half of the pages that the store is given it forgets."""
     with Engine(**OPTIONS) as engine:
         wanted = [reply.ids for reply in engine.generate(prompts(), [GREEDY] * 6)]
-    with Engine(**OPTIONS, kv_host="60MiB", kv_disk="odd:1GiB", plugins=(ODD_STORE,)) as engine:
+    with Engine(**OPTIONS, kv_host="68MiB", kv_disk="odd:1GiB", plugins=(ODD_STORE,)) as engine:
         for _ in range(2):
             replies: list[Reply] = engine.generate(prompts(), [GREEDY] * 6)
             assert [reply.ids for reply in replies] == wanted

@@ -30,10 +30,6 @@ class HostMemory:
     def memory(self) -> memoryview:
         return self._memory
 
-    def close(self) -> None:
-        self._memory.release()
-        self._map.close()
-
     def _fill(self) -> None:
         anchor = ctypes.c_char.from_buffer(self._map)
         address, size = ctypes.addressof(anchor), len(self._map)

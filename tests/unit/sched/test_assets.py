@@ -12,6 +12,7 @@ from engine.messages.assets import Bound, Drop, Load, Loaded, Made, Make, Need
 from engine.messages.grammars import GRAMMAR, grammar_need
 from engine.messages.media import MEDIA
 from engine.messages.request import Admit
+from engine.messages.tiers import PAGES
 from engine.params.grammar import Grammar
 from engine.params.sampling import Sampling
 from engine.sched.assets import Due, WaitingRoom
@@ -394,3 +395,35 @@ def test_what_many_requests_bring_along_is_kept_once() -> None:
     ready = room.loaded(Loaded("media", 1)).ready
     assert [admit.needs for admit, _ in ready] == [(Need("media", b"hash", b"use"),)] * 3
     assert [bound for _, bound in ready] == [(Bound("media", 1, b"use"),)] * 3
+
+
+def paged(rid: str, *needs: Need) -> Admit:
+    return needing(rid, *needs, Need(PAGES, rid.encode()))
+
+
+def test_pages_are_waited_for_until_they_are_settled_and_are_nothing_on_the_device() -> None:
+    room = opened()
+    (make,) = room.admit(paged("a")).makes
+    assert (make.kind, make.content) == (PAGES, b"a")
+    due = room.settle(make.number)
+    assert due == Due(ready=[(paged("a"), ())])
+    assert room.settle(make.number) == Due()
+    room.check_integrity()
+    both = paged("b", grammar_need(Grammar("regex", "a")))
+    grammar, pages = room.admit(both).makes
+    assert room.settle(pages.number) == Due() and room.waiting == 1
+    room.check_integrity()
+    room.made(done(grammar.number))
+    assert room.loaded(Loaded(GRAMMAR, grammar.number)).ready == [(both, (Bound(GRAMMAR, grammar.number),))]
+    assert room.evict({grammar.number}) == []
+    room.check_integrity()
+
+
+def test_who_waits_for_pages_goes_on_without_a_device_and_may_leave() -> None:
+    room = opened()
+    (first,) = room.admit(paged("a")).makes
+    (second,) = room.admit(paged("b")).makes
+    assert room.abort("b")
+    assert rids(room.lost()) == ["a"]
+    assert room.settle(first.number) == room.settle(second.number) == Due()
+    room.check_integrity()

@@ -1,5 +1,6 @@
 """Tiers below the device, simulated: every request gets the tokens it would get alone, wherever its pages have been."""
 
+import random
 from typing import get_args
 
 import pytest
@@ -7,6 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 from msgspec.structs import replace
+from simulated_copies import SimulatedCopies
+from simulated_device import VOCABULARY
 from simulated_tiers import SimulatedTiers
 from test_batcher import POLICIES, AnythingHappens, Bench, request
 
@@ -14,6 +17,7 @@ from engine.cache.tiers import TierOptions, WritePolicy
 from engine.messages.assets import Need
 from engine.messages.tiers import PAGES
 from engine.sched.assets import WaitingRoom
+from engine.sched.copies import Copies
 from engine.sched.moves import Moves
 from engine.sched.request import Request
 
@@ -100,6 +104,16 @@ class TierBench(Bench):
         assert self.scheduler.tiers.host.pool.free_pages == self.below.host, "a place leaked"
         assert not self.below.store
 
+    def lose(self):
+        """The device is gone, and another one comes."""
+        for rid in self.scheduler.reset():
+            self.ends[rid] = "lost"
+        self.flying.clear()
+        self.device.clear()
+        self.below.lose()
+        self.let_in(self.room.lost())
+        self.room.started()
+
     def end(self, rid, keep=None):
         """Abort `rid`, or stop it."""
         if not self.room.abort(rid):
@@ -108,17 +122,17 @@ class TierBench(Bench):
 
 class AnythingMoves(AnythingHappens):
     @initialize(
-        pages=st.integers(2, 12),
-        page_size=st.integers(1, 4),
+        pages=st.integers(4, 9),
+        page_size=st.integers(1, 3),
         slots=st.integers(1, 5),
         max_step_tokens=st.sampled_from([3, 7, 30]),
         policy=st.sampled_from(sorted(POLICIES)),
         depth=st.integers(1, 3),
         burst=st.sampled_from([1, 1, 3]),
         lanes=st.sampled_from([1, 1, 2]),
-        host=st.integers(1, 20),
+        host=st.sampled_from([2, 5, 12, 40]),
         write=st.sampled_from(get_args(WritePolicy)),
-        stores=st.booleans(),
+        stores=st.sampled_from([True, True, False]),
     )
     def start(self, burst, lanes, **options):
         burst = burst if lanes == 1 else 1
@@ -132,6 +146,16 @@ class AnythingMoves(AnythingHappens):
         self.bench.failing = failing
         self.bench.finish(data.draw(st.integers(0, len(self.bench.below.moving) - 1)))
         self.bench.failing = b""
+
+    @precondition(lambda self: self.bench.admitted)
+    @rule(data=st.data(), steps=st.sampled_from([0, 0, 3, 60]))
+    def ask_again(self, data, steps):
+        """As one that came before asked, so that its pages come up."""
+        before = data.draw(st.sampled_from(sorted(self.bench.admitted)))
+        self.next += 1
+        self.bench.admit(replace(self.bench.admitted[before], rid=f"r{self.next}", priority=1))
+        for _ in range(steps):
+            self.bench.step()
 
     @precondition(lambda self: self.bench.room.waiting)
     @rule()
@@ -158,13 +182,7 @@ class AnythingMoves(AnythingHappens):
 
     @rule()
     def lose_the_device(self):
-        for rid in self.bench.scheduler.reset():
-            self.bench.ends[rid] = "lost"
-        self.bench.flying.clear()
-        self.bench.device.clear()
-        self.bench.below.lose()
-        self.bench.let_in(self.bench.room.lost())
-        self.bench.room.started()
+        self.bench.lose()
         assert self.bench.scheduler.counts()["running"] == self.bench.room.waiting == 0
 
     @invariant()
@@ -177,7 +195,41 @@ class AnythingMoves(AnythingHappens):
 
 
 TestAnythingMoves = AnythingMoves.TestCase
-TestAnythingMoves.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestAnythingMoves.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+# ── conversations that come back, again and again ────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("write", get_args(WritePolicy))
+def test_conversations_come_back_right_whatever_fails(write):
+    """Half of the moves end late, some fail, some requests are aborted, and the device is lost now and then."""
+    draw = random.Random(write)
+    bench = TierBench(30, write=write, pages=12, page_size=2, slots=3, max_step_tokens=9)
+    histories = [[] for _ in range(6)]
+    for turn in range(400):
+        number = draw.randrange(6)
+        if len(histories[number]) > 14:
+            histories[number] = []
+        histories[number] = [*histories[number], *(draw.randrange(VOCABULARY) for _ in range(3))]
+        bench.admit(request(f"r{turn}", histories[number], max_new=draw.randint(1, 4), salt=draw.choice("aab")))
+        for _ in range(draw.randrange(10)):
+            bench.step()
+            if bench.below.moving and draw.random() < 0.5:
+                bench.failing = draw.choice([b"", b"", b"\0\1", b"\1"])
+                bench.finish(draw.randrange(len(bench.below.moving)))
+                bench.failing = b""
+        if bench.live and draw.random() < 0.1:
+            rid = draw.choice(bench.live)
+            bench.end(rid)
+            bench.ends[rid] = "abort"
+        if turn % 100 == 99:
+            bench.lose()
+        bench.scheduler.check_integrity()
+    bench.drain()
+    done, counts = bench.below.done, bench.scheduler.tiers.counts
+    assert done["up"] > 100 and done["down"] > 100 and done["keep"] > 20 and done["fetch"] > 5, done
+    assert counts.failed > 10 and counts.from_store > 0
 
 
 # ── what is promised, one by one ─────────────────────────────────────────────────────────────
@@ -250,9 +302,7 @@ def test_what_is_on_its_way_at_a_flush_does_not_come():
 def test_a_restarted_engine_finds_in_the_store_what_it_had():
     bench = TierBench(40, pages=11)
     run(bench, "a", LONG)
-    bench.scheduler.reset()
-    bench.device.clear()
-    bench.below.lose()
+    bench.lose()
     assert run(bench, "b", LONG) == (32, 1)
     assert run(bench, "c", LONG, salt="x") == (0, 33)
     counts = bench.scheduler.tiers.counts
@@ -263,9 +313,7 @@ def test_a_restarted_engine_finds_in_the_store_what_it_had():
 def test_pages_that_a_store_has_lost_are_computed_from_the_first_of_them_on():
     bench = TierBench(40, pages=11)
     run(bench, "a", LONG)
-    bench.scheduler.reset()
-    bench.device.clear()
-    bench.below.lose()
+    bench.lose()
     names = bench.scheduler.places
     request_of = Request.admitted(request("x", LONG, max_new=1), 0)
     names.know(request_of, request("x", LONG, max_new=1))
@@ -290,6 +338,34 @@ def test_others_run_while_pages_come_up_and_who_shares_them_waits_for_the_same_m
     assert bench.scheduler.tiers.counts.from_host == 8
 
 
+def test_pages_that_fail_to_come_up_are_computed_from_the_first_of_them_on():
+    bench = TierBench(40, stores=False, pages=11)
+    run(bench, "a", LONG)
+    run(bench, "b", OTHER)
+    bench.failing = b"\0\0\1"
+    assert run(bench, "c", LONG) == (12, 21)  # one page was on the device still, and two came
+    counts = bench.scheduler.tiers.counts
+    assert (counts.from_host, counts.failed) == (2, 1)
+    bench.failing = b""
+    bench.drain()
+
+
+def test_a_place_that_a_page_comes_up_from_is_given_to_no_other_meanwhile():
+    bench = TierBench(9, stores=False, pages=24)
+    run(bench, "a", LONG)
+    bench.scheduler._pages.evict(24)
+    bench.admit(request("b", LONG, max_new=1))
+    bench.plan()
+    assert [move.way for move in bench.below.moving] == ["up"]
+    bench.admit(request("c", OTHER, max_new=1))
+    bench.plan()
+    assert [move.way for move in bench.below.moving] == ["up", "down"]
+    bench.finish(1)  # which finds room for one page
+    assert bench.scheduler.tiers.counts.down == 9
+    bench.drain()
+    assert bench.cached["b"] == 32
+
+
 def test_a_scan_leaves_what_is_asked_for_again_in_the_host():
     bench = TierBench(16, pages=11, stores=False)
     run(bench, "a", LONG)
@@ -298,3 +374,35 @@ def test_a_scan_leaves_what_is_asked_for_again_in_the_host():
         run(bench, f"scan{number}", [number % 4, number // 4, *OTHER[:30]])
     assert run(bench, "c", LONG) == (32, 1)
     bench.drain()
+
+
+def test_each_copy_of_attention_has_tiers_of_its_own():
+    tiers = TierOptions(90, "write-through", False, 1, 1)
+    scheduler = Copies(2, 11, 4, 4, 1000, 64, POLICIES["fcfs"](), True, 100, tiers=tiers)
+    device = SimulatedCopies(2, 11, 4, 4, 64)
+    below = [SimulatedTiers(each, 90) for each in device.devices]
+    moves, cached = Moves(scheduler.copies), {}
+
+    def turn():
+        plan = scheduler.plan()
+        due = moves.before()
+        told = [] if plan is None else scheduler.commit_each(device.run(plan))
+        for move in [*due, *moves.after()]:
+            below[move.copy].begin(move)
+        for message in told:
+            cached.update({message.rids[row]: count for row, count in message.cached})
+        for each in below:
+            if plan is None and each.moving:
+                moves.moved(each.finish())
+
+    texts = [[*LONG[:32], number] for number in range(2)] + [[number] * 40 for number in range(4)]
+    texts[1][:4] = [3, 3, 3, 3]
+    for turns in range(3):
+        for number, ids in enumerate(texts):
+            scheduler.admit(request(f"{turns}.{number}", ids, max_new=1))
+        while scheduler.live.by_rid or any(each.moving for each in below):
+            turn()
+        scheduler.check_integrity()
+    assert sum(cached[f"2.{number}"] for number in range(6)) >= 4 * 32
+    assert moves.stats().from_host > 20
+    assert all(each.done["up"] for each in below) and moves.stats().host_pages == 180

@@ -111,6 +111,14 @@ def test_a_store_that_raises_is_told_of_and_kills_no_thread() -> None:
         assert moved.done == b"\0\0" and "the disk is on fire" in moved.cause
 
 
+def test_the_store_is_closed_at_the_end() -> None:
+    mover = Mover(HEADS)
+    mover.move("keep", slots=[0], names=names("a"))
+    assert mover.store.held().pages == 1
+    mover.transfers.close()
+    assert mover.store.held().pages == 0  # this one forgets all then
+
+
 def test_ranks_of_another_copy_move_nothing() -> None:
     mover = Mover(HEADS, copy=1)
     before = mover.page(2)
