@@ -14,6 +14,7 @@ from engine.cache.radix import Node, RadixTree
 
 SECONDS = 60.0  # after its last call a program is thought to be over
 MOST_BRANCHES = 64  # pins of a program: one for each of its forks
+MOST_PROGRAMS = 1024
 
 
 class Pins:
@@ -28,6 +29,8 @@ class Pins:
         self._expire(now)
         _, nodes = self._programs.pop(program, (0.0, {}))
         self._programs[program] = now, nodes
+        if len(self._programs) > MOST_PROGRAMS:
+            self.drop()
         if node.parent is None or node in nodes:
             return
         self._tree.lock(node)

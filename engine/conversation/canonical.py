@@ -154,7 +154,7 @@ def arrival_text(path: str, body: Mapping[str, Any]) -> str:
     Several prompts in one body are one text, in their order."""
     if not isinstance(body, Mapping):  # JSON that is no object comes as well
         return ""
-    if "/responses" in path:
+    if "/responses" in path or "/decisions" in path:
         return of_messages(response_messages(body), tools_of(body))
     if "messages" in body:
         read = anthropic_messages if "/messages" in path else chat_messages

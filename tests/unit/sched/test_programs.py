@@ -2,7 +2,7 @@
 
 from test_batcher import Bench, request
 
-from engine.cache.pins import MOST_BRANCHES, SECONDS, Pins
+from engine.cache.pins import MOST_BRANCHES, MOST_PROGRAMS, SECONDS, Pins
 from engine.cache.radix import RadixTree
 
 PREFIX = [index % 4 for index in range(16)]  # 4 pages of 4
@@ -116,6 +116,11 @@ def test_a_longer_prefix_takes_the_place_of_a_shorter_one_and_forks_have_one_eac
         pins.keep("q", fork, 2.0)
         tree.unlock(fork)
     assert len(pins.nodes()) == 1 + MOST_BRANCHES
+    for index in range(MOST_PROGRAMS - 1):
+        pins.keep(f"short {index}", RadixTree(1).match(b"")[0], 2.0)
+    assert len(pins.nodes()) == MOST_BRANCHES, "that of p is gone, of which was heard first"
     pins.end("q")
-    assert pins.drop() and not pins.drop() and tree.evictable == tree.size
+    while pins.drop():
+        pass
+    assert tree.evictable == tree.size
     tree.check_integrity()
