@@ -108,7 +108,7 @@ class CacheOptions(Struct, frozen=True, kw_only=True):
         Annotated[str, Meta(min_length=1)] | None,
         Meta(
             description="where each host keeps KV pages that outlive the engine, and at most how much, /path:500GiB; "
-            "its ranks divide it; default: nowhere"
+            "its ranks share it; default: nowhere"
         ),
     ] = None
     kv_policy: Annotated[

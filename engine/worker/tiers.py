@@ -41,8 +41,8 @@ def begin_transfers(config: Config, plugins: Plugins, runner: Runner, here: int,
     store = None
     if stores:
         build = resolve(tier_for(plugins, "store", "--kv-disk").target)
-        store = build(capacity_bytes=sizes.store // here, argument=sizes.place, **size)
-    told = f", and {show_size(sizes.store // here)} in {sizes.place}" if stores else ""
+        store = build(capacity_bytes=sizes.store, argument=sizes.place, **size)
+    told = f", and {show_size(sizes.store)} in {sizes.place} with all other ranks" if stores else ""
     logger.info("%d KV pages in %s of host memory%s", pages, show_size(pages * spec.page_bytes), told)
     copy = 0 if runner.copy is None else runner.copy.number
     return Transfers(runner.caches, runner.device, pool, store, manifest, copy)

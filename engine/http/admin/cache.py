@@ -13,13 +13,16 @@ import anyio
 from aiohttp import web
 from msgspec import Meta
 
+from engine.config import CacheOptions
 from engine.errors import RequestError
 from engine.http.openapi import Route
 from engine.http.service import SERVICE
 from engine.http.sse import data_event, send_events
 from engine.http.wire import Body, Reply, json_response, to_json
 from engine.messages.cache import CacheChanges, Kind
+from engine.messages.control import Stats
 from engine.runtime.front import Front
+from engine.runtime.tiers import tier_sizes
 
 PAUSE_SECONDS: Final = 0.1  # between two events
 
@@ -75,9 +78,19 @@ async def cache(request: web.Request) -> web.Response:
     front = request.app[SERVICE].front
     stats, info = front.stats, front.info
     size, page_bytes = (0, 0) if info is None else (info.page_size, info.page_size * info.kv_bytes_per_token)
+    tiers = tiers_held(stats, page_bytes, front.config.cache)
+    return json_response(CacheReply(size, tiers, stats.sessions, stats.session_pages))
+
+
+def tiers_held(stats: Stats, page_bytes: int, options: CacheOptions) -> list[TierReply]:
+    """What lies on the device, and below it as `options` say."""
     held, in_use = stats.pages - stats.pages_free, stats.pages - stats.pages_free - stats.pages_cached
-    device = TierReply("device", held, in_use, held * page_bytes, stats.pages * page_bytes)
-    return json_response(CacheReply(size, [device], stats.sessions, stats.session_pages))
+    tiers = [TierReply("device", held, in_use, held * page_bytes, stats.pages * page_bytes)]
+    if (below := stats.tiers) is not None and (sizes := tier_sizes(options)) is not None:
+        tiers.append(TierReply("host", below.host_used, 0, below.host_used * page_bytes, below.host_pages * page_bytes))
+        if sizes.store:
+            tiers.append(TierReply("disk", below.store_pages, 0, below.store_bytes, sizes.store))
+    return tiers
 
 
 async def cache_events(request: web.Request, query: CacheQuery) -> web.StreamResponse:

@@ -13,8 +13,10 @@ from real_server import over_http
 
 from engine.client import held
 from engine.client.options import HeldOptions
-from engine.config import resolve
+from engine.config import CacheOptions, resolve
+from engine.http.admin.cache import TierReply, tiers_held
 from engine.http.keys import digest_of
+from engine.messages.control import Stats, TierStats
 from engine.messages.sessions import SessionUse
 
 pytestmark = pytest.mark.anyio
@@ -164,3 +166,15 @@ async def test_what_is_held_is_shown_and_cleared() -> None:
         async with session.get("/metrics") as response:
             page = await response.text()
         assert "engine_sessions 1.0" in page and "engine_sessions_released_total" in page
+
+
+async def test_what_lies_below_the_device_is_shown() -> None:
+    options = CacheOptions(kv_host="1MiB", kv_disk="/pages:2MiB")
+    below = TierStats(host_pages=16, host_used=5, store_pages=7, store_bytes=7000)
+    stats = Stats("ready", pages=8, pages_free=2, pages_cached=5, tiers=below)
+    assert tiers_held(stats, 1000, options) == [
+        TierReply("device", 6, 1, 6000, 8000),
+        TierReply("host", 5, 0, 5000, 16_000),
+        TierReply("disk", 7, 0, 7000, 2 << 20),
+    ]
+    assert len(tiers_held(stats, 1000, CacheOptions(kv_host="1MiB"))) == 2
