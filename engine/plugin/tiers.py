@@ -80,8 +80,9 @@ class BuildTier(Protocol):
     """The target of a tier's entry: makes the pool or the store of one rank.
 
     It has at most `capacity_bytes` for pages of `page_bytes` each: a pool for those of its rank, a store together with
-    all others of the same `argument`, which is what the option says beside the size: a path, of a disk. Raises ConfigError for what the user must change. A store that finds its pages damaged starts
-    all the same, without them."""
+    all others of the same `argument`, which is what the option says beside the size: a path, of a disk. Raises
+    ConfigError for what the user must change. A store that finds its pages damaged starts all the same, without
+    them."""
 
     def __call__(
         self, *, capacity_bytes: int, page_bytes: int, manifest: Manifest, argument: str
