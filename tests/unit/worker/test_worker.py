@@ -116,7 +116,7 @@ class Script:
     """Frames and runner in one, that write down what `serve` does; a step is ready once no plan is left."""
 
     device = torch.device("cpu")
-    stage = None
+    stage = transfers = None
     model = torch.nn.Identity()
 
     def __init__(self, *messages):
