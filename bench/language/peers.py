@@ -3,10 +3,10 @@
     pip download sglang==0.5.23 --no-deps -d /tmp/sglang && unzip -q /tmp/sglang/*.whl -d /tmp/sglang
     python -m bench.language.peers /tmp/sglang/sglang [--programs 256] [--turns 5] [--json FILE]
 
-Each program makes three calls one after another, forks into two, and selects: the same source in both languages.
-`ours, async` is ours as a coroutine function. The model is `echo`, which computes next to nothing. Each way is a
-process of its own, which runs all programs once to warm up and then says its CPU time and its wall time; the ways take
-turns, and the texts of all programs must be equal. Left out: the server's time, which bench/language/workloads.py has.
+Each program makes three calls one after another, forks into two, and selects: the same source in both languages. `ours,
+async` is ours as a coroutine function. The model is `echo`, which computes next to nothing. Each way is a process of
+its own, which runs all programs once to warm up and then says its CPU time and its wall time; the ways take turns, and
+the texts of all programs must be equal. Left out: the server's time, which bench/language/workloads.py has.
 """
 
 import argparse
