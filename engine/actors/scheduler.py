@@ -9,7 +9,7 @@ host. Paused, it plans nothing; what is in flight ends, and only then is the Pau
 import logging
 import time
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from engine.cache.blocks import HeldBlocks
 from engine.cache.log import CacheLog
+from engine.cache.pins import Holder
 from engine.cache.tiers import TierOptions
 from engine.config import Config
 from engine.errors import RequestError
@@ -183,7 +184,7 @@ class SchedulerActor:
                 if self.scheduler:
                     self.scheduler.stop(message.rid, message.keep)
             case EndPrograms():
-                self._end_programs(message.programs)
+                self._end_programs(message)
             case Flush():
                 freed, in_use = self.scheduler.flush() if self.scheduler else (0, 0)
                 flushed = msgspec.msgpack.encode(Flushed(freed, in_use))
@@ -233,10 +234,10 @@ class SchedulerActor:
             self._told = True
             log.warning("pages of lower tiers are computed again, as here: %s; /metrics counts them", cause)
 
-    def _end_programs(self, programs: Sequence[str]) -> None:
+    def _end_programs(self, message: EndPrograms) -> None:
         if self.scheduler is not None:
-            for program in programs:
-                self.scheduler.end_program(program)
+            for id in message.programs:
+                self.scheduler.end_program(Holder("program", message.owner, message.cache_salt.encode(), id))
 
     async def _commit(self, done: StepDone) -> None:
         assert self.scheduler is not None
@@ -410,7 +411,7 @@ class SchedulerActor:
 
     async def _heartbeat(self) -> None:
         while True:
-            self._sessions.refresh(time.monotonic())
+            self._sessions.count(time.monotonic())
             await self._send_stats()
             if self._following:
                 await self._tell_followers(all=True)
@@ -447,7 +448,6 @@ class SchedulerActor:
             restart_seconds=self.restart_seconds,
             sessions=len(self._sessions),
             session_pages=self._sessions.pages,
-            sessions_released_total=self._sessions.released,
             tiers=None if self.moves is None else self.moves.stats(),
             **counts,
         )

@@ -40,7 +40,7 @@ BUCKETS: Mapping[str, tuple[float, ...]] = MappingProxyType(
 )
 TOTALS = (
     "prompt_tokens_total", "cached_tokens_total", "generated_tokens_total", "retractions_total", "steps",
-    "restarts_total", "idle_seconds_total", "sessions_released_total",
+    "restarts_total", "idle_seconds_total", "pins_released_total",
 )  # fmt: skip
 NAMES_AT = len(STATUSES)
 TOTALS_AT = NAMES_AT + ENDPOINTS * ENDPOINT_CELLS

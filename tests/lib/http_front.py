@@ -144,7 +144,7 @@ class FakeFront:
             self.open.discard(request.rid)
             self.closed.set()
 
-    async def end_programs(self, programs: Sequence[str]) -> None:
+    async def end_programs(self, owner: bytes, cache_salt: str, programs: Sequence[str]) -> None:
         self.ended += programs
 
     def abort(self, rid: str | None) -> int:
