@@ -4,7 +4,7 @@
     pages run short  ──drop──> the holder heard of longest ago loses its pins ("released"), and so on
 
 What is pinned is not evicted while anything else is left, but it is no less available: nothing ever waits for a pin to
-end. Pure: the caller says what time it is `now`. Left out: the list of sessions (sched/sessions.py); pages of lower tiers.
+end. Pure: the caller says what time it is `now`. Left out: the list of sessions (sched/sessions.py); lower tiers.
 """
 
 from collections import OrderedDict

@@ -92,7 +92,7 @@ class FakeFront:
         self.closed = anyio.Event()
         self.open: set[str] = set()
         self.aborted: list[str | None] = []
-        self.ended: list[str] = []  # programs
+        self.ended: list[tuple[bytes, str, str]] = []  # programs
         self._pumps: dict[Mailbox, asyncio.Task[None]] = {}
 
     @property
@@ -145,7 +145,7 @@ class FakeFront:
             self.closed.set()
 
     async def end_programs(self, owner: bytes, cache_salt: str, programs: Sequence[str]) -> None:
-        self.ended += programs
+        self.ended += ((owner, cache_salt, id) for id in programs)
 
     def abort(self, rid: str | None) -> int:
         self.aborted.append(rid)

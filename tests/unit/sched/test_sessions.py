@@ -6,6 +6,7 @@ from array import array
 import pytest
 from msgspec.structs import replace
 from test_batcher import Bench, request
+from test_copies import CopiesBench
 
 from engine.cache.pins import Pins
 from engine.cache.radix import RadixTree
@@ -178,6 +179,16 @@ def test_only_so_many_sessions_live() -> None:
         sessions.leave(sessions.begin(SessionUse(b"", str(number), 9.0), b"", number), pins, node, number)
     assert [each.id for each in sessions.of(b"", b"", 4.0)] == ["3", "2"]
     assert pins.released == 2 and len(pins.nodes()) == 2
+
+
+def test_a_session_has_pages_in_the_copy_where_its_last_request_ended() -> None:
+    bench = CopiesBench(pages=64)
+    bench.admit(*(request(f"r{number}", prompt(number), session="mine") for number in range(2)))
+    bench.drain_steps()
+    (told,) = bench.scheduler.live.sessions.of(b"", b"", bench.now)
+    assert told.pages == 10
+    assert sum(len(copy._pages.pins.nodes()) for copy in bench.scheduler.copies) == 1
+    assert bench.scheduler.counts()["pins_released_total"] == 0
 
 
 def test_a_device_that_lost_everything_has_no_sessions(bench: Clocked) -> None:
