@@ -42,7 +42,7 @@ from engine.messages.control import (
 from engine.messages.fronts import FrontLost
 from engine.messages.reply import Failed, Tokens
 from engine.messages.request import Abort, Admit, EndPrograms, StopHit
-from engine.messages.sessions import EndSession, KeptSession, ListSessions
+from engine.messages.sessions import EndSession, ListSessions
 from engine.messages.step import StepDone, steps_in_flight
 from engine.messages.tiers import PAGES, Moved
 from engine.plugin.specs import Policy
@@ -171,10 +171,7 @@ class SchedulerActor:
             case FrontLost():
                 self._abort_all_of(message.number)
             case Made():
-                self.make_seconds.setdefault(message.kind, array("f")).append(message.seconds)
-                await self._pass_on(self.room.made(message))
-                await self._evict()
-                await self._send_stats()
+                await self._made(message)
             case Loaded():
                 await self._pass_on(self.room.loaded(message))
                 await self._evict()
@@ -187,8 +184,7 @@ class SchedulerActor:
                 self._end_programs(message)
             case Flush():
                 freed, in_use = self.scheduler.flush() if self.scheduler else (0, 0)
-                flushed = msgspec.msgpack.encode(Flushed(freed, in_use))
-                await self.front.send(Answer(message.number, flushed))
+                await self._answer(message.number, Flushed(freed, in_use))
             case Pause():
                 self.paused = message.paused
                 self._pauses.append(message)
@@ -196,7 +192,7 @@ class SchedulerActor:
             case Ask():
                 await self._ask_worker(message)
             case ListSessions() | EndSession():
-                await self._answer_about_sessions(message)
+                await self._answer(message.number, self._sessions.answer(message, time.monotonic()))
             case FollowCache():
                 self._following.append(message)
             case Answer():
@@ -226,6 +222,12 @@ class SchedulerActor:
                 self.moves.want(make.number, admit)
         due.makes = [make for make in due.makes if make.kind != PAGES]
         return await self._pass_on(due)
+
+    async def _made(self, made: Made) -> None:
+        self.make_seconds.setdefault(made.kind, array("f")).append(made.seconds)
+        await self._pass_on(self.room.made(made))
+        await self._evict()
+        await self._send_stats()
 
     def _moved(self, message: Moved) -> None:
         assert self.moves is not None, "a page moved, but there are no tiers"
@@ -282,18 +284,12 @@ class SchedulerActor:
             else:
                 self._following.append(asked)
 
-    async def _answer_about_sessions(self, message: ListSessions | EndSession) -> None:
-        """Sessions are none before there is a scheduler."""
-        sessions, salt, now = self._sessions, message.cache_salt.encode(), time.monotonic()
-        value: bool | list[KeptSession]
-        if isinstance(message, ListSessions):
-            value = sessions.of(message.owner, salt, now)
-        else:
-            value = sessions.end(message.owner, salt, message.id, now)
-        await self.front.send(Answer(message.number, msgspec.msgpack.encode(value)))
+    async def _answer(self, number: int, value: object) -> None:
+        await self.front.send(Answer(number, msgspec.msgpack.encode(value)))
 
     @property
     def _sessions(self) -> Sessions:
+        """None live before there is a scheduler."""
         return Sessions() if self.scheduler is None else self.scheduler.live.sessions
 
     async def _ask_worker(self, message: Ask) -> None:

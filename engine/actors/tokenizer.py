@@ -130,12 +130,11 @@ class Admission:
             show_marks=request.show_marks,
             prompt_ids=ids.tobytes() if request.tell_prompt else b"",
         )
-        sampling = self._sampling(params, stop_ids)
         check_unicode(request.cache_salt, "cache_salt")
         admitted = Admit(
             request.rid,
             ids.tobytes(),
-            sampling,
+            self._sampling(params, stop_ids),
             stop_ids,
             max(max_new, 1),
             request.priority,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from engine.cache.pins import Holder, Pins
 from engine.cache.radix import Node
-from engine.messages.sessions import KeptSession, SessionUse
+from engine.messages.sessions import EndSession, KeptSession, ListSessions, SessionUse
 
 MOST_SESSIONS = 1024
 
@@ -98,6 +98,13 @@ class Sessions:
             if session.pins is not None:
                 holders.setdefault(session.pins, []).append(session.holder)
         self.pages = sum(pins.pages(its) for pins, its in holders.items())
+
+    def answer(self, message: ListSessions | EndSession, now: float) -> list[KeptSession] | bool:
+        """The value of the Answer to `message`."""
+        salt = message.cache_salt.encode()
+        if isinstance(message, ListSessions):
+            return self.of(message.owner, salt, now)
+        return self.end(message.owner, salt, message.id, now)
 
     def of(self, owner: bytes, salt: bytes, now: float) -> list[KeptSession]:
         """The sessions of `owner` under `salt`, the one used last first."""
