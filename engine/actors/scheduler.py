@@ -9,7 +9,7 @@ host. Paused, it plans nothing; what is in flight ends, and only then is the Pau
 import logging
 import time
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from engine.cache.blocks import HeldBlocks
 from engine.cache.log import CacheLog
+from engine.cache.pins import Holder
 from engine.cache.tiers import TierOptions
 from engine.config import Config
 from engine.errors import RequestError
@@ -42,7 +43,7 @@ from engine.messages.fronts import FrontLost
 from engine.messages.media import MEDIA
 from engine.messages.reply import Failed, Tokens
 from engine.messages.request import Abort, Admit, EndPrograms, StopHit
-from engine.messages.sessions import EndSession, KeptSession, ListSessions
+from engine.messages.sessions import EndSession, ListSessions
 from engine.messages.step import StepDone, steps_in_flight
 from engine.messages.tiers import PAGES, Moved
 from engine.plugin.specs import Policy
@@ -175,10 +176,7 @@ class SchedulerActor:
             case FrontLost():
                 self._abort_all_of(message.number)
             case Made():
-                self.make_seconds.setdefault(message.kind, array("f")).append(message.seconds)
-                await self._pass_on(self.room.made(message))
-                await self._evict()
-                await self._send_stats()
+                await self._made(message)
             case Loaded():
                 await self._pass_on(self.room.loaded(message))
                 await self._evict()
@@ -188,11 +186,10 @@ class SchedulerActor:
                 if self.scheduler:
                     self.scheduler.stop(message.rid, message.keep)
             case EndPrograms():
-                self._end_programs(message.programs)
+                self._end_programs(message)
             case Flush():
                 freed, in_use = self.scheduler.flush() if self.scheduler else (0, 0)
-                flushed = msgspec.msgpack.encode(Flushed(freed, in_use))
-                await self.front.send(Answer(message.number, flushed))
+                await self._answer(message.number, Flushed(freed, in_use))
             case Pause():
                 self.paused = message.paused
                 self._pauses.append(message)
@@ -200,7 +197,7 @@ class SchedulerActor:
             case Ask():
                 await self._ask_worker(message)
             case ListSessions() | EndSession():
-                await self._answer_about_sessions(message)
+                await self._answer(message.number, self._sessions.answer(message, time.monotonic()))
             case FollowCache():
                 self._following.append(message)
             case Answer():
@@ -231,6 +228,12 @@ class SchedulerActor:
         due.makes = [make for make in due.makes if make.kind != PAGES]
         return await self._pass_on(due)
 
+    async def _made(self, made: Made) -> None:
+        self.make_seconds.setdefault(made.kind, array("f")).append(made.seconds)
+        await self._pass_on(self.room.made(made))
+        await self._evict()
+        await self._send_stats()
+
     def _moved(self, message: Moved) -> None:
         assert self.moves is not None, "a page moved, but there are no tiers"
         self._checked = False
@@ -238,10 +241,10 @@ class SchedulerActor:
             self._told = True
             log.warning("pages of lower tiers are computed again, as here: %s; /metrics counts them", cause)
 
-    def _end_programs(self, programs: Sequence[str]) -> None:
+    def _end_programs(self, message: EndPrograms) -> None:
         if self.scheduler is not None:
-            for program in programs:
-                self.scheduler.end_program(program)
+            for id in message.programs:
+                self.scheduler.end_program(Holder("program", message.owner, message.cache_salt.encode(), id))
 
     async def _commit(self, done: StepDone) -> None:
         assert self.scheduler is not None
@@ -298,18 +301,12 @@ class SchedulerActor:
             else:
                 self._following.append(asked)
 
-    async def _answer_about_sessions(self, message: ListSessions | EndSession) -> None:
-        """Sessions are none before there is a scheduler."""
-        sessions, salt, now = self._sessions, message.cache_salt.encode(), time.monotonic()
-        value: bool | list[KeptSession]
-        if isinstance(message, ListSessions):
-            value = sessions.of(message.owner, salt, now)
-        else:
-            value = sessions.end(message.owner, salt, message.id, now)
-        await self.front.send(Answer(message.number, msgspec.msgpack.encode(value)))
+    async def _answer(self, number: int, value: object) -> None:
+        await self.front.send(Answer(number, msgspec.msgpack.encode(value)))
 
     @property
     def _sessions(self) -> Sessions:
+        """None live before there is a scheduler."""
         return Sessions() if self.scheduler is None else self.scheduler.live.sessions
 
     async def _ask_worker(self, message: Ask) -> None:
@@ -429,7 +426,7 @@ class SchedulerActor:
 
     async def _heartbeat(self) -> None:
         while True:
-            self._sessions.refresh(time.monotonic())
+            self._sessions.count(time.monotonic())
             await self._send_stats()
             if self._following:
                 await self._tell_followers(all=True)
@@ -466,7 +463,6 @@ class SchedulerActor:
             restart_seconds=self.restart_seconds,
             sessions=len(self._sessions),
             session_pages=self._sessions.pages,
-            sessions_released_total=self._sessions.released,
             tiers=None if self.moves is None else self.moves.stats(),
             **counts,
         )

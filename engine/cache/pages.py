@@ -11,7 +11,7 @@ from typing import Self
 from engine.cache.blocks import HeldBlocks, Named
 from engine.cache.pins import Pins
 from engine.cache.pool import PagePool
-from engine.cache.radix import Node, RadixTree
+from engine.cache.radix import RadixTree
 from engine.cache.tiers import TierOptions, Tiers
 from engine.messages.cache import Blocks
 
@@ -40,21 +40,15 @@ class CachePages:
     def afresh(self) -> Self:
         """As many pages, all of them free."""
         fresh = type(self)(self.pool.size, self._page_size, self._held, self._first)
+        fresh.pins = Pins(fresh.tree, self.pins.released)
         if self.tiers is not None:
             fresh.tiers = Tiers(self.tiers.options, fresh.tree, fresh.pool, before=self.tiers)
         return fresh
 
     @property
     def available(self) -> int:
-        """Pages that can be had without retracting anyone."""
+        """Pages that can be had without retracting anyone; some may be pinned until they are taken."""
         return self.pool.free_pages + self.tree.evictable
-
-    def has(self, count: int) -> bool:
-        """Whether `count` pages are available, once programs have given up as many pins as that needs."""
-        while count > self.available:
-            if not self.pins.drop():
-                return False
-        return True
 
     def take(self, count: int) -> list[int]:
         """`count` of the available pages."""
@@ -65,15 +59,12 @@ class CachePages:
         assert pages is not None, "more pages are taken than are available"
         return pages
 
-    def leave(self, node: Node, program: str, now: float) -> None:
-        """Unlock `node`, where a request ends; its `program`, if it has one, may come back to it."""
-        if program:
-            self.pins.keep(program, node, now)
-        self.tree.unlock(node)
-
     def evict(self, count: int) -> int:
-        """Free up to `count` cached pages that nobody uses; how many were freed."""
+        """Free `count` cached pages that nobody uses, or all there are; how many were freed. Pinned ones come last."""
         freed = self.tree.evict(count)
+        while len(freed) < count and self.tree.evictable:
+            self.pins.drop()
+            freed += self.tree.evict(count - len(freed))
         if self._held is not None:
             self._held.forget(self._first + page for page in freed)
         if self.tiers is not None:
@@ -85,8 +76,7 @@ class CachePages:
         """Free all cached pages that nobody uses: how many, and pages still in use. Tiers below are emptied, too."""
         if self.tiers is not None:
             self.tiers.clear()
-        while self.pins.drop():
-            pass
+        self.pins.clear()
         return self.evict(self.tree.evictable), self.pool.size - self.pool.free_pages
 
     def named(self, blocks: Blocks | None) -> Named | None:

@@ -4,14 +4,14 @@ Everything is whole pages. A key is the int32 bytes of whole pages of keys, one 
 that finding a prefix is one dictionary look-up and one memcmp a node; nodes split at page borders only.
 
     root ── A: 3 pages ──┬── B: 1 page        A request that uses B holds a lock on B and on A. What nobody
-                         └── C: 2 pages       locks may be evicted, leaves first, least recently used first.
+                         └── C: 2 pages       locks may be evicted, leaves first, least recently used first,
+                                              but for leaves that are pinned, until nobody pins them.
 
 Each salt has a root of its own, so that requests of different salts never share a page.
 The idea of caching prefixes in a radix tree is SGLang's (Zheng et al. 2024, arXiv:2312.07104).
 Left out: what lies below device memory (tiers.py); sharing of parts of pages.
 """
 
-from collections.abc import Iterable
 from heapq import heappop, heappush
 
 
@@ -20,7 +20,7 @@ class Node:
 
     A root has no parent and no pages; its key is its salt."""
 
-    __slots__ = ("children", "key", "locks", "pages", "parent", "queued", "tick")
+    __slots__ = ("children", "key", "locks", "pages", "parent", "pins", "queued", "tick")
 
     def __init__(self, key: bytes, pages: list[int], parent: "Node | None", locks: int = 0, tick: int = 0) -> None:
         self.key = key
@@ -28,6 +28,7 @@ class Node:
         self.parent = parent
         self.children: dict[bytes, Node] = {}  # by the bytes of their first page
         self.locks = locks  # requests that use this node or one below it
+        self.pins = 0  # that end here (pins.py)
         self.tick = tick  # when the last lock went
         self.queued = False  # has an entry in the tree's eviction queue
 
@@ -130,22 +131,16 @@ class RadixTree:
                     self._enqueue(node)
             node = node.parent
 
-    def touch(self, nodes: Iterable[Node]) -> list[int | None]:
-        """Count the prefixes that end at `nodes` as used just now, one after the other: of each the pages that none of
-        those before it has, or None where its end has been evicted."""
-        since, found = self._tick, list[int | None]()
-        for node in nodes:
-            if node.parent is None or node.parent.children.get(node.key[: self._stride]) is not node:
-                found.append(None)
-                continue
-            self._tick += 1
-            pages = 0
-            while node.parent is not None and node.tick <= since:
-                node.tick = self._tick  # a later one than its entry in the queue says: see there
-                pages += len(node.pages)
-                node = node.parent
-            found.append(pages)
-        return found
+    def pin(self, node: Node) -> None:
+        """Evict neither `node` nor what is above it before it is unpinned; it counts as evictable none the less."""
+        node.pins += 1
+
+    def unpin(self, node: Node) -> None:
+        """Undo one `pin`."""
+        node.pins -= 1
+        assert node.pins >= 0, "a node is unpinned more often than pinned"
+        if not (node.pins or node.locks or node.children or node.queued):
+            self._enqueue(node)
 
     def extend(self, node: Node, key: bytes, pages: list[int]) -> tuple[Node, list[int]]:
         """Add the prefix that goes on from `node` with `key`, held in `pages`. The caller has locked `node`;
@@ -171,7 +166,7 @@ class RadixTree:
             return end, held
         if end.parent is None:
             self._roots[end.key] = end
-        elif end is node and node.locks == 1 and not node.children:
+        elif end is node and node.locks == 1 and not node.pins and not node.children:
             node.key += key  # nobody but the caller stands here: a prompt that comes in chunks is one node
             node.pages += pages
             return node, held
@@ -181,13 +176,13 @@ class RadixTree:
     # ── giving back ──────────────────────────────────────────────────────────────────────────
 
     def evict(self, count: int) -> list[int]:
-        """Forget up to `count` pages that nobody locks: the ends of the least recently used leaves."""
+        """Forget up to `count` pages that nobody locks or pins: the ends of the least recently used leaves."""
         freed: list[int] = []
         while self._queue and len(freed) < count:
             tick, node = heappop(self._queue)
             node.queued = False
-            if node.locks or node.children:
-                continue  # is queued again when it becomes an unlocked leaf
+            if node.locks or node.pins or node.children:
+                continue  # is queued again when it becomes a leaf that nobody locks or pins
             if tick < node.tick:
                 self._enqueue(node)
                 continue
@@ -243,4 +238,4 @@ class RadixTree:
             assert node.parent is not None and node.parent.children[node.key[: self._stride]] is node
             assert node.locks >= sum(child.locks for child in node.children.values()), "a locked node is unprotected"
             assert node.queued == (node in queue)
-            assert node.locks or node.children or node.queued, "an unlocked leaf would never be evicted"
+            assert node.locks or node.pins or node.children or node.queued, "an unlocked leaf would never be evicted"

@@ -334,9 +334,9 @@ class SchedulerFigures(Figures):
             ("engine_generated_tokens", "Tokens sampled", totals["generated_tokens_total"]),
             ("engine_retractions", "Requests put back into the queue for want of pages", totals["retractions_total"]),
             (
-                "engine_sessions_released",
-                "Sessions that lost their pages before their time, to requests",
-                totals["sessions_released_total"],
+                "engine_pins_released",
+                "Sessions and programs that lost their pages before their time",
+                totals["pins_released_total"],
             ),
             ("engine_steps", "Steps of the device", totals["steps"]),
             (

@@ -26,7 +26,8 @@ from engine.http.wire import json_response
 from engine.messages.peers import AbortRequests, ClaimIds
 from engine.messages.reply import Chunk
 from engine.messages.request import Generate, Job
-from engine.messages.sessions import SessionUse
+from engine.messages.sessions import ProgramUse, SessionUse
+from engine.params.lengths import check_unicode
 from engine.params.sampling import SamplingParams, check_sampling
 from engine.runtime.front import in_use
 from engine.runtime.mailbox import Mailbox, whole
@@ -215,6 +216,7 @@ def salt_of(salt: str | None) -> str:
         raise RequestError(
             f"cache_salt has {len(salt)} characters; send 1 to {MAX_SALT_LENGTH}, or leave it out", param="cache_salt"
         )
+    check_unicode(salt or "", "cache_salt")
     return salt or ""
 
 
@@ -233,17 +235,23 @@ def session_of(request: web.Request, given: str | None) -> SessionUse | None:
 
 
 def owner_of(request: web.Request) -> bytes:
-    """Whose sessions `request` may see."""
+    """Whose sessions and programs `request` may name."""
     return request.get(OWNER, b"")
 
 
-def program_of(program: str | None, name: str = "program") -> str:
-    """`program`, by default none."""
-    if program is not None and not 1 <= len(program) <= MAX_PROGRAM_LENGTH:
+def program_of(request: web.Request, program: str | None) -> ProgramUse | None:
+    """The program that `request` is a call of, by default none."""
+    return None if program is None else ProgramUse(owner_of(request), checked_program(program))
+
+
+def checked_program(program: str, name: str = "program") -> str:
+    """The id of a program, which the client calls `name`."""
+    if not 1 <= len(program) <= MAX_PROGRAM_LENGTH:
         raise RequestError(
             f"{name} has {len(program)} characters; send 1 to {MAX_PROGRAM_LENGTH}, or leave it out", param=name
         )
-    return program or ""
+    check_unicode(program, name)
+    return program
 
 
 def check_choices(prompts: int, samples: int, name: str = "prompt") -> None:

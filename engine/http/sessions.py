@@ -13,7 +13,6 @@ from engine.http.openapi import Route
 from engine.http.request_id import check_id
 from engine.http.service import SERVICE, owner_of, salt_of
 from engine.http.wire import Body, Reply, json_response
-from engine.params.lengths import check_unicode
 
 
 class SessionQuery(Body):
@@ -49,7 +48,7 @@ async def sessions(request: web.Request, query: SessionQuery) -> web.Response:
     """List the sessions of the API key under `cache_salt`, the one used last first."""
     front = request.app[SERVICE].front
     size = 0 if front.info is None else front.info.page_size
-    kept = await front.sessions(owner_of(request), checked_salt(query.cache_salt))
+    kept = await front.sessions(owner_of(request), salt_of(query.cache_salt))
     data = [SessionReply(each.id, each.pages, each.pages * size, each.running, each.idle, each.left) for each in kept]
     return json_response(SessionsReply(data))
 
@@ -57,7 +56,7 @@ async def sessions(request: web.Request, query: SessionQuery) -> web.Response:
 async def end_session(request: web.Request, query: SessionQuery) -> web.Response:
     """End a session: its pages are kept no longer than those of others."""
     id = request.match_info["session_id"]
-    salt = checked_salt(query.cache_salt)
+    salt = salt_of(query.cache_salt)
     check_id(id, "session_id")
     if not await request.app[SERVICE].front.end_session(owner_of(request), salt, id):
         message = (
@@ -65,13 +64,6 @@ async def end_session(request: web.Request, query: SessionQuery) -> web.Response
         )
         raise RequestError(message, param="session_id", code="session_not_found", status=404)
     return json_response(EndedReply(id))
-
-
-def checked_salt(salt: str | None) -> str:
-    """`cache_salt` of a query."""
-    found = salt_of(salt)
-    check_unicode(found, "cache_salt")
-    return found
 
 
 ROUTES = (

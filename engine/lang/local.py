@@ -18,6 +18,7 @@ from engine.lang.transcript import Prompt
 from engine.lang.values import Meta, summed
 from engine.messages.reply import Chunk
 from engine.messages.request import Generate
+from engine.messages.sessions import ProgramUse
 from engine.messages.text import Tokenize, Tokenized
 from engine.params.sampling import SamplingParams
 from engine.plugin.parsing import Reasoning
@@ -52,7 +53,7 @@ class Local(Backend):
     ) -> AsyncGenerator[Piece, None]:
         rid = uuid.uuid4().hex
         if prompt.text is not None:
-            request, reader = Generate(rid, params, text=prompt.text, program=program), None
+            request, reader = Generate(rid, params, text=prompt.text, program=program_use(program)), None
         else:
             request, reader = self._chat(rid, prompt, params, separate, program)
         async with aclosing(self._engine.front.generate(request)) as chunks:
@@ -67,7 +68,9 @@ class Local(Backend):
     ) -> tuple[Generate, Reader | None]:
         messages, options = read_messages(prompt.messages), written(prompt)
         reading = reading_of(self._engine.front.text, params, messages, options, Wanted(), separate=separate)
-        return Generate(rid, messages=messages, program=program, **options, **reading.job), reading.reader()
+        return Generate(
+            rid, messages=messages, program=program_use(program), **options, **reading.job
+        ), reading.reader()
 
     async def answer(
         self, prompt: Prompt, params: SamplingParams, offer: Offer, *, separate: bool, program: str
@@ -76,7 +79,7 @@ class Local(Backend):
         tools = [tool.described["function"] for tool in offer.tools]
         wanted = msgspec.convert({"tools": tools, "mode": offer.choice}, Wanted)
         reading = reading_of(text, params, messages, options, wanted, separate=separate)
-        request = Generate(uuid.uuid4().hex, messages=messages, program=program, **options, **reading.job)
+        request = Generate(uuid.uuid4().hex, messages=messages, program=program_use(program), **options, **reading.job)
         whole = joined([chunk async for chunk in self._engine.front.generate(request)])
         if (reader := reading.reader()) is None:
             return Spoken(whole.text, "", (), meta_of(whole, whole.logprobs))
@@ -107,7 +110,7 @@ class Local(Backend):
         assert front.texts is not None, "the engine is ready"
         answer = await front.texts.ask(job)
         assert isinstance(answer, Tokenized), f"a Tokenize was answered by {type(answer).__name__}"
-        plan = planned(answer, choices, uuid.uuid4().hex, alone=alone, program=program)
+        plan = planned(answer, choices, uuid.uuid4().hex, alone=alone, program=program_use(program))
 
         async def one(job: Generate) -> Chunk:
             return joined([chunk async for chunk in front.generate(job)])
@@ -117,7 +120,12 @@ class Local(Backend):
         return plan.read(replies), summed(metas)
 
     async def end(self, program: str) -> None:
-        await self._engine.front.end_programs([program])
+        await self._engine.front.end_programs(b"", "", [program])
+
+
+def program_use(program: str) -> ProgramUse | None:
+    """What the engine knows a program by: it is nobody's, as where a server asks for no key."""
+    return ProgramUse(b"", program) if program else None
 
 
 def written(prompt: Prompt) -> dict[str, Any]:

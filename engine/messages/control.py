@@ -216,7 +216,7 @@ class Stats(Message, frozen=True):
     is as the last Pause said. `restarts_total` counts workers that took the place of one that died, the last of them
     after `restart_seconds`. There are `tiers` where an option asks for them. Where attention runs in `copies`,
     `most_tokens_total` adds up, over all steps, the tokens of the copy that had the most. `sessions` live and have
-    `session_pages`; so many lost their pages before their time (`sessions_released_total`).
+    `session_pages`; of sessions and programs so many lost their pages before their time (`pins_released_total`).
     """
 
     worker: Literal["starting", "ready", "restarting", "stalled", "failed"]
@@ -241,5 +241,5 @@ class Stats(Message, frozen=True):
     most_tokens_total: int = 0
     sessions: int = 0
     session_pages: int = 0
-    sessions_released_total: int = 0
+    pins_released_total: int = 0
     tiers: TierStats | None = None

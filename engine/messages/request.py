@@ -7,7 +7,7 @@ from engine.messages.assets import Need
 from engine.messages.base import Message
 from engine.messages.cache import Blocks
 from engine.messages.media import Prepared
-from engine.messages.sessions import SessionUse
+from engine.messages.sessions import ProgramUse, SessionUse
 from engine.params.grammar import Grammar
 from engine.params.sampling import Sampling, SamplingParams
 
@@ -45,7 +45,7 @@ class Generate(Message, frozen=True):
     # What comes before may be cached.
     scored_after: int = 0
     session: SessionUse | None = None
-    program: str = ""
+    program: ProgramUse | None = None
     media: tuple[Prepared, ...] = ()  # that `messages` or `ids` have places for, in order
 
     @property
@@ -115,7 +115,7 @@ class Admit(Message, frozen=True):
     scored_after: int = 0
     blocks: Blocks | None = None
     session: SessionUse | None = None
-    program: str = ""
+    program: ProgramUse | None = None
     positions: bytes = b""
 
 
@@ -126,8 +126,10 @@ class Abort(Message, frozen=True):
 
 
 class EndPrograms(Message, frozen=True):
-    """http → scheduler: no more calls of these programs will come; unknown ones are ignored."""
+    """http → scheduler: no more calls of these programs will come; unknown ones, and those of others, are ignored."""
 
+    owner: bytes
+    cache_salt: str
     programs: tuple[str, ...]
 
 

@@ -1,15 +1,22 @@
-"""Sessions: names that clients give to conversations, so that their pages stay cached for a while."""
+"""Sessions and programs: names that clients give to conversations, so that their pages stay cached for a while."""
 
 from engine.messages.base import Message, Part
 
 
 class SessionUse(Part, frozen=True):
     """A request is of the session `id` of `owner`, which is a digest of an API key, or nothing where none is asked for.
-    Its pages are preferred for `seconds` after its end. Sessions of unlike salts are not the same."""
+    Its pages are kept for `seconds` after its end. Sessions of unlike salts are not the same."""
 
     owner: bytes
     id: str
     seconds: float
+
+
+class ProgramUse(Part, frozen=True):
+    """A request is a call of the program `id` of `owner`. Programs of unlike salts are not the same."""
+
+    owner: bytes
+    id: str
 
 
 class KeptSession(Part, frozen=True):

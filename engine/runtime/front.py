@@ -224,9 +224,9 @@ class Front(Readiness):
             self._tokenizer.send_nowait(Abort(box.key))
         return len(boxes)
 
-    async def end_programs(self, programs: Sequence[str]) -> None:
-        """No more calls of these programs will come, so nothing is kept for them."""
-        await self._scheduler.send(EndPrograms(tuple(programs)))
+    async def end_programs(self, owner: bytes, cache_salt: str, programs: Sequence[str]) -> None:
+        """No more calls of these programs of `owner` will come, so nothing is kept for them."""
+        await self._scheduler.send(EndPrograms(owner, cache_salt, tuple(programs)))
 
     async def flush(self) -> Flushed:
         """Forget the cached prefixes that nothing uses."""

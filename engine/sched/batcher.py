@@ -27,6 +27,7 @@ from itertools import chain
 
 from engine.cache.blocks import HeldBlocks
 from engine.cache.pages import CachePages
+from engine.cache.pins import MOST_BRANCHES, PROGRAM_SECONDS, Holder
 from engine.cache.tiers import TierOptions, Tiers
 from engine.messages.assets import Bound
 from engine.messages.reply import Tokens
@@ -123,11 +124,12 @@ class Scheduler:
             "waiting": len(self._queue),
             "pages": self._pool.size,
             "pages_free": self._pool.free_pages,
-            "pages_cached": self._tree.evictable + self._pages.pins.pages,
+            "pages_cached": self._tree.evictable,
             "prompt_tokens_total": self._prompt_tokens,
             "cached_tokens_total": self._cached_tokens,
             "generated_tokens_total": self._generated_tokens,
             "retractions_total": self._retractions,
+            "pins_released_total": self._pages.pins.released,
             "steps": self.steps,
         }
 
@@ -190,7 +192,7 @@ class Scheduler:
         """Forget cached prefixes that no running request uses: pages freed, and pages still in use."""
         return self._pages.flush()
 
-    def end_program(self, program: str) -> None:
+    def end_program(self, program: Holder) -> None:
         """No more calls of `program` will come: nothing is kept for it."""
         self._pages.pins.end(program)
 
@@ -220,7 +222,7 @@ class Scheduler:
 
     def begin(self, now: float, lane: int = 0, work: float = 0.0) -> StepColumns:
         """A step with the rows of all that run. Who has several copies lets requests `enter`, and has it `finish`."""
-        self._now = now
+        self._now = self._pages.pins.now = now
         step = StepColumns(self.max_step_tokens, self._departures)
         if self.chunks is not None:
             step.lane, step.work, self._decoding = lane, work, self._lanes.rows[lane]
@@ -255,7 +257,7 @@ class Scheduler:
         """Find the pages that running rows need next. Who must give way does so before any row is planned."""
         while short := self._decoding.short():
             missing = [pages_for(tokens, self.page_size) - len(request.pages) for request, tokens in short]
-            if self._pages.has(sum(missing)):
+            if sum(missing) <= self._pages.available:
                 break
             self._retract(self._cheapest())
         else:
@@ -399,7 +401,7 @@ class Scheduler:
         if request.row >= 0:
             self._lanes.of(request).leave(request)
         known = min(request.computed, len(request.ids))
-        self.places.free(request, known if end is None else min(known, end), self._now)
+        self.places.free(request, known if end is None else min(known, end))
         self._free_slots.append(request.slot)
         self._prefilling.pop(request.rid, None)
         self._ending.pop(request.rid, None)
@@ -408,9 +410,15 @@ class Scheduler:
             if not self._stop_ids[stop_id]:
                 del self._stop_ids[stop_id]
         self._departures += 1
-        if request.session is not None:
-            self.live.sessions.leave(request.session, self._tree, request.node, self._now)
+        self._pin(request)
         request.leave()
+
+    def _pin(self, request: Request) -> None:
+        """Keep the pages where `request` ended for its program and its session."""
+        if request.program is not None and request.node is not None:
+            self._pages.pins.keep(request.program, request.node, PROGRAM_SECONDS, MOST_BRANCHES)
+        if request.session is not None:
+            self.live.sessions.leave(request.session, self._pages.pins, request.node, self._now)
 
     # ── looking ──────────────────────────────────────────────────────────────────────────────
 

@@ -21,6 +21,7 @@ from dataclasses import replace
 from typing import Any
 
 from engine.cache.blocks import HeldBlocks
+from engine.cache.pins import Holder
 from engine.cache.tiers import TierOptions
 from engine.messages.assets import Bound
 from engine.messages.control import CopyStats
@@ -145,7 +146,7 @@ class Copies:
         for copy in self.copies:
             copy.retract_all()
 
-    def end_program(self, program: str) -> None:
+    def end_program(self, program: Holder) -> None:
         """As Scheduler.end_program."""
         for copy in self.copies:
             copy.end_program(program)

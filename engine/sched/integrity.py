@@ -10,7 +10,7 @@ from engine.sched.request import Request
 
 def check_pages(pages: CachePages, running: Sequence[Request]) -> None:
     """Assert that each of `pages` is free, in the tree or one of the `running` requests' own, and each lock one's of
-    them or of something pinned. Moves between tiers may have pages and locks as well."""
+    them. Moves between tiers may have pages and locks as well."""
     tree, pool, tiers = pages.tree, pages.pool, pages.tiers
     tree.check_integrity()
     moving = [] if tiers is None else tiers.own_pages()
@@ -18,7 +18,7 @@ def check_pages(pages: CachePages, running: Sequence[Request]) -> None:
         [node.pages for node in tree.nodes()] + [request.pages[request.shared :] for request in running] + moving
     )
     locks: Counter[Node] = Counter()
-    ends = [*pages.pins.nodes(), *([] if tiers is None else tiers.nodes())]
+    ends = [] if tiers is None else list(tiers.nodes())
     for request in running:
         shared = [] if request.node is None else tree.path(request.node)
         assert shared == request.pages[: request.shared], f"{request.rid} strays from the tree"
@@ -30,6 +30,8 @@ def check_pages(pages: CachePages, running: Sequence[Request]) -> None:
             locks[node] += 1
             node = node.parent
     assert all(node.locks == locks[node] for node in tree.nodes()), "a lock outlives its request"
+    pins = Counter(pages.pins.nodes())
+    assert all(node.pins == pins.pop(node, 0) for node in tree.nodes()) and not pins, "a pin outlives its holder"
 
 
 def check_slots(slots: range, free: Sequence[int], stop_ids: Counter[int], running: Sequence[Request]) -> None:

@@ -57,7 +57,7 @@ class Places:
             request.node, request.pages = self.tree.match(request.reusable(self._page_size), request.salt)
             self.tree.lock(request.node)  # before looking at what is available: these pages no longer are
         missing = pages_for(len(request.ids), self._page_size) - len(request.pages)
-        if not self.pages.has(missing + running):
+        if missing + running > self.pages.available:
             if request.node is not None:
                 self.tree.unlock(request.node)
             request.leave()
@@ -137,9 +137,9 @@ class Places:
             self.tiers.shared(request.node, request.names.upto(last), changed.stop, request.pages[changed.stop : last])
         return range(changed.start, changed.stop)
 
-    def free(self, request: Request, end: int, now: float) -> None:
-        """Take back all pages; those of tokens before position `end` stay in the cache, pinned for its program."""
+    def free(self, request: Request, end: int) -> None:
+        """Take back all pages; those of tokens before position `end` stay in the cache."""
         self.share(request, end)
         self.pool.give(request.pages[request.shared :])
         if request.node is not None:
-            self.pages.leave(request.node, request.program, now)
+            self.tree.unlock(request.node)

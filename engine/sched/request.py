@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from engine.cache.blocks import Named
 from engine.cache.names import PageNames
+from engine.cache.pins import Holder
 from engine.cache.radix import Node
 from engine.messages.assets import Bound
 from engine.messages.media import MEDIA, media_use
@@ -67,7 +68,7 @@ class Request:
     stop_ids: frozenset[int]
     salt: bytes  # its prefix is shared with requests of the same salt alone
     bound: tuple[Bound, ...]  # its needs, met
-    program: str = ""  # whose call it is, if it is one's
+    program: Holder | None = None  # whose call it is, if it is one's
     front: int = 0  # that has sent it
     use: SessionUse | None = None  # the session that it is of,
     session: Session | None = None  # which lives while it runs
@@ -102,6 +103,7 @@ class Request:
         """A waiting request, from what the tokenizer says; its needs are met as `bound` says."""
         ids = array("i", admit.ids)
         keys = array("i", admit.keys)
+        salt = admit.cache_salt.encode()
         assert len(keys) in (0, len(ids)), f"{len(ids)} ids have {len(keys)} keys"
         # Nothing predicts a prompt's first token, nor that before those which are to be scored.
         asks = admit.sampling.prompt_logprobs >= 0 and len(ids) > admit.scored_after + 1
@@ -115,12 +117,12 @@ class Request:
             limit=len(ids) + admit.max_new,
             sampling=admit.sampling,
             stop_ids=frozenset(admit.stop_ids),
-            salt=admit.cache_salt.encode(),
+            salt=salt,
             bound=bound,
             use=admit.session,
-            program=admit.program,
             shown=shown_by(bound) if bound else (),
             positions=admit.positions,
+            program=None if admit.program is None else Holder("program", admit.program.owner, salt, admit.program.id),
             scored=admit.scored_after if asks else NEVER,
         )
 

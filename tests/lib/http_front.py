@@ -93,7 +93,7 @@ class FakeFront:
         self.closed = anyio.Event()
         self.open: set[str] = set()
         self.aborted: list[str | None] = []
-        self.ended: list[str] = []  # programs
+        self.ended: list[tuple[bytes, str, str]] = []  # programs
         self._pumps: dict[Mailbox, asyncio.Task[None]] = {}
 
     @property
@@ -145,8 +145,8 @@ class FakeFront:
             self.open.discard(request.rid)
             self.closed.set()
 
-    async def end_programs(self, programs: Sequence[str]) -> None:
-        self.ended += programs
+    async def end_programs(self, owner: bytes, cache_salt: str, programs: Sequence[str]) -> None:
+        self.ended += ((owner, cache_salt, id) for id in programs)
 
     def abort(self, rid: str | None) -> int:
         self.aborted.append(rid)

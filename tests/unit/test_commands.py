@@ -104,7 +104,8 @@ def check_curl(words: list[str]) -> None:
     method = words[words.index("-X") + 1] if "-X" in words else "GET" if body is None else "POST"
     (url,) = (word for word in words if word.startswith("http://"))
     path = "/" + url.split("/", 3)[3].partition("?")[0]
-    assert any((route.method, route.path) == (method, path) for route in ROUTES), f"{method} {path}"
+    patterns = [re.sub(r"\{[^}]*\}", ".+", route.path) for route in ROUTES if route.method == method]
+    assert any(re.fullmatch(pattern, path) for pattern in patterns), f"{method} {path}"
     if body is not None:
         json.loads(body)
 

@@ -39,8 +39,8 @@ def test_the_names_of_the_language_are_found() -> None:
     assert dir(engine.lang) == sorted(engine.lang.__all__)
     for name in engine.lang.__all__:
         assert getattr(engine.lang, name) is not None
-    with pytest.raises(AttributeError, match="no attribute 'trace'"):
-        engine.lang.trace  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'frame'"):
+        engine.lang.frame  # noqa: B018
 
 
 def test_the_version_is_the_distributions() -> None:

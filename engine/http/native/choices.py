@@ -84,7 +84,7 @@ async def choices(request: web.Request, body: ChoicesBody) -> web.Response:
         job = Tokenize(None, messages, options, special=bool(body.add_special_tokens))
     plan = await planned_for(
         service, job, body.choices, f"choices-{uuid4().hex}", alone=bool(body.alone),
-        cache_salt=salt_of(body.cache_salt), priority=body.priority or 0, program=program_of(body.program),
+        cache_salt=salt_of(body.cache_salt), priority=body.priority or 0, program=program_of(request, body.program),
     )  # fmt: skip
     replies = await scored(request, [plan], "choices")
     return json_response(ChoicesReply(list(map(_told, plan.read(replies))), usage_of(replies)))

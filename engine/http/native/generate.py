@@ -179,7 +179,7 @@ async def generate(request: web.Request, body: GenerateBody) -> web.StreamRespon
             priority=body.priority or 0,
             default_max_tokens=MAX_NEW_TOKENS,
             cache_salt=salt_of(body.cache_salt),
-            program=program_of(body.program),
+            program=program_of(request, body.program),
             scored_after=score.before,
             session=session,
         )

@@ -1,6 +1,7 @@
 """/v1/programs/end: programs that make no more calls, so that nothing of theirs is kept in the cache.
 
-Who says nothing loses what is kept a minute after the program's last call. Left out: what runs; it goes on.
+Whose a program is follows from the API key and from `cache_salt`: ids of somebody else's are unknown. Who says nothing
+loses what is kept a minute after the program's last call. Left out: what runs; it goes on.
 """
 
 from typing import Annotated
@@ -9,16 +10,17 @@ from aiohttp import web
 from msgspec import Meta
 
 from engine.http.openapi import Route
-from engine.http.service import SERVICE, program_of
+from engine.http.service import SERVICE, checked_program, owner_of, salt_of
 from engine.http.wire import Body, Reply, json_response
 
 MOST = 4096  # programs that end in one request
 
 
 class EndBody(Body):
-    """The ids that requests had as `program`."""
+    """The ids that requests had as `program`, and their `cache_salt`."""
 
     programs: Annotated[list[str], Meta(max_length=MOST)]
+    cache_salt: str | None = None
 
 
 class EndReply(Reply, frozen=True):
@@ -29,8 +31,8 @@ class EndReply(Reply, frozen=True):
 
 async def end(request: web.Request, body: EndBody) -> web.Response:
     """End programs; unknown ones are ignored."""
-    programs = [program_of(each, f"programs[{index}]") for index, each in enumerate(body.programs)]
-    await request.app[SERVICE].front.end_programs(programs)
+    programs = [checked_program(each, f"programs[{index}]") for index, each in enumerate(body.programs)]
+    await request.app[SERVICE].front.end_programs(owner_of(request), salt_of(body.cache_salt), programs)
     return json_response(EndReply(len(programs)))
 
 

@@ -259,7 +259,7 @@ async def chat_completions(request: web.Request, body: ChatBody) -> web.StreamRe
         messages=messages,
         priority=body.priority or 0,
         cache_salt=salt_of(body.cache_salt),
-        program=program_of(body.program),
+        program=program_of(request, body.program),
         special=body.add_special_tokens,
         last=check_kept(body.truncate_prompt_tokens),
         tell_prompt=bool(body.return_token_ids),

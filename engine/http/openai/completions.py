@@ -75,7 +75,7 @@ async def completions(request: web.Request, body: CompletionBody) -> web.StreamR
             priority=body.priority or 0,
             default_max_tokens=COMPLETION_MAX_TOKENS,
             cache_salt=salt,
-            program=program_of(body.program),
+            program=program_of(request, body.program),
             echo=bool(body.echo),
             special=body.add_special_tokens,
             last=check_kept(body.truncate_prompt_tokens),

@@ -231,7 +231,8 @@ async def decisions(request: web.Request, body: DecisionsBody) -> web.Response:
     check_questions(questions)
     messages, rid = messages_of(body.input), f"decision-{uuid4().hex}"
     fields: dict[str, Any] = {
-        "cache_salt": salt_of(body.cache_salt), "priority": body.priority or 0, "program": program_of(body.program),
+        "cache_salt": salt_of(body.cache_salt), "priority": body.priority or 0,
+        "program": program_of(request, body.program),
     }  # fmt: skip
     plans = []
     for number, question in enumerate(questions):

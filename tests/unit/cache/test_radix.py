@@ -4,7 +4,16 @@ from array import array
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
 
 from engine.cache.radix import RadixTree
 
@@ -25,7 +34,7 @@ class TreeAgainstDictionary(RuleBasedStateMachine):
     def start(self, page_size):
         self.page_size = page_size
         self.tree = RadixTree(page_size)
-        self.pages, self.used, self.held = {}, {}, {}
+        self.pages, self.used, self.held, self.pinned = {}, {}, {}, []
         self.next_page = self.next_reader = self.now = 0
 
     def key(self, path, tail=0):
@@ -74,9 +83,21 @@ class TreeAgainstDictionary(RuleBasedStateMachine):
         self.used |= {prefix: self.now for prefix in prefixes(path) if prefix not in locked}
         return multiple()
 
+    @rule(reader=readers)
+    def pin(self, reader):
+        node, path = self.held[reader]
+        if node.parent is not None:
+            self.tree.pin(node)
+            self.pinned.append((node, path))
+
+    @precondition(lambda self: self.pinned)
+    @rule(data=st.data())
+    def unpin(self, data):
+        self.tree.unpin(self.pinned.pop(data.draw(st.integers(0, len(self.pinned) - 1)))[0])
+
     @rule(count=st.integers(0, 8))
     def evict(self, count):
-        expected, locked = [], self.locked()
+        expected, locked = [], self.locked() | {path for _, path in self.pinned}
         while len(expected) < count:
             inner = {prefix[:-1] for prefix in self.pages}
             leaves = [prefix for prefix in self.pages if prefix not in inner and prefix not in locked]
@@ -95,7 +116,7 @@ class TreeAgainstDictionary(RuleBasedStateMachine):
         assert self.tree.size == len(self.pages)
         assert self.tree.evictable == len(self.pages.keys() - self.locked())
         assert sorted(page for node in self.tree.nodes() for page in node.pages) == sorted(self.pages.values())
-        for node, path in self.held.values():
+        for node, path in [*self.held.values(), *self.pinned]:
             assert self.tree.path(node) == [self.pages[prefix] for prefix in prefixes(path)]
 
 

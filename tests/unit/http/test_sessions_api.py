@@ -17,7 +17,7 @@ from engine.config import CacheOptions, resolve
 from engine.http.admin.cache import TierReply, tiers_held
 from engine.http.keys import digest_of
 from engine.messages.control import Stats, TierStats
-from engine.messages.sessions import SessionUse
+from engine.messages.sessions import ProgramUse, SessionUse
 
 pytestmark = pytest.mark.anyio
 HI = [{"role": "user", "content": "Hi."}]
@@ -107,6 +107,22 @@ async def test_the_owner_is_the_key_where_keys_are_asked_for() -> None:
     assert front.asked[0].session == SessionUse(b"", "s", 3600.0)
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/generate"])
+async def test_a_program_is_the_keys_that_named_it(path: str) -> None:
+    front = FakeFront()
+    async with serving(front, api_key=("one", "two")) as url, aiohttp.ClientSession(url) as session:
+        for key in ("one", "two"):
+            await asked(session, "POST", path, {**ROUTES[path], "program": "p"}, key=key)
+            said = await asked(session, "POST", "/v1/programs/end", {"programs": ["p", "q"]}, key=key)
+            assert said == (200, {"ended": 2})
+        await asked(session, "POST", "/v1/programs/end", {"programs": ["p"], "cache_salt": "x"}, key="two")
+        status, said = await asked(session, "POST", "/v1/programs/end", {"programs": ["p", ""]}, key="two")
+        assert status == 400 and said["error"]["param"] == "programs[1]"
+    one, two = digest_of("one"), digest_of("two")
+    assert [job.program for job in front.asked] == [ProgramUse(one, "p"), ProgramUse(two, "p")]
+    assert front.ended == [(one, "", "p"), (one, "", "q"), (two, "", "p"), (two, "", "q"), (two, "x", "p")]
+
+
 # ── on a whole engine ────────────────────────────────────────────────────────────────────────
 
 
@@ -147,6 +163,16 @@ async def test_nobody_sees_a_session_of_another_key_or_salt() -> None:
         assert (await asked(session, "GET", "/v1/sessions?cache_salt=", key="one"))[0] == 400
 
 
+async def test_a_program_is_ended_by_its_key_alone() -> None:
+    async with engine(api_key=("one", "two")) as (house, session):
+        await asked(session, "POST", "/v1/completions", {**TEXT, "program": "p", "cache_salt": "x"}, key="one")
+        for key, salt, left in (("two", "x", True), ("one", "y", True), ("one", "x", False)):
+            body = {"programs": ["p"], "cache_salt": salt}
+            assert (await asked(session, "POST", "/v1/programs/end", body, key=key))[0] == 200
+            await listed(session, key=key)  # which is answered after that
+            assert bool(house.scheduler.scheduler._pages.pins.nodes()) == left
+
+
 async def test_what_is_held_is_shown_and_cleared() -> None:
     async with engine() as (house, session):
         await asked(session, "POST", "/v1/completions", {**TEXT, "session_id": "mine"})
@@ -165,7 +191,7 @@ async def test_what_is_held_is_shown_and_cleared() -> None:
         assert (await held.fetch(HeldOptions(url=options.url, cache_salt="x"), None))[1] == []
         async with session.get("/metrics") as response:
             page = await response.text()
-        assert "engine_sessions 1.0" in page and "engine_sessions_released_total" in page
+        assert "engine_sessions 1.0" in page and "engine_pins_released_total" in page
 
 
 async def test_what_lies_below_the_device_is_shown() -> None:

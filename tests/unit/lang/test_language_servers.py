@@ -328,4 +328,5 @@ async def test_the_example_of_a_picture() -> None:
         with redirect_stdout(StringIO()) as told:
             await anyio.to_thread.run_sync(example["main"], url)
     assert told.getvalue().splitlines()[1].endswith("Hello, world")
-    assert front.asked[0].program and front.ended == [front.asked[1].program]
+    program = front.asked[0].program
+    assert program == front.asked[1].program and front.ended == [(b"", "", program.id)]

@@ -11,11 +11,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from simulated_device import VOCABULARY, SimulatedDevice, least_steps, naive, sampling, scores
 
 from engine.cache.keys import keys_with, media_keys
+from engine.cache.pins import Holder
 from engine.errors import RequestError
 from engine.messages.assets import Bound
 from engine.messages.grammars import GRAMMAR
 from engine.messages.reply import Tokens
 from engine.messages.request import Admit
+from engine.messages.sessions import ProgramUse, SessionUse
 from engine.messages.step import TOKEN as TOKEN_ROW
 from engine.sched import Scheduler
 from engine.sched.chunks import ChunkRule
@@ -27,13 +29,23 @@ POLICIES = {"fcfs": FirstComeFirstServed, "lpm": LongestPrefixMatch}
 
 def request(
     rid, ids, max_new=4, *, stop_ids=(), priority=0, seed=0, salt="", logprobs=-1, prompt_logprobs=-1, keys=(), after=0,
-    program="",
+    program="", session="", seconds=9.0,
 ):  # fmt: skip
     keys = array("i", keys).tobytes()
     asked = sampling(seed, salt, logprobs, prompt_logprobs, keys)
     packed = array("i", ids).tobytes()
     return Admit(
-        rid, packed, asked, tuple(stop_ids), max_new, priority, salt, keys=keys, scored_after=after, program=program
+        rid,
+        packed,
+        asked,
+        tuple(stop_ids),
+        max_new,
+        priority,
+        salt,
+        keys=keys,
+        scored_after=after,
+        program=ProgramUse(b"", program) if program else None,
+        session=SessionUse(b"", session, seconds) if session else None,
     )
 
 
@@ -77,7 +89,7 @@ class Bench:
         return plan
 
     def commit(self):
-        return self.told(self.scheduler.commit(self.flying.popleft()))
+        return self.told(self.scheduler.commit(self.flying.popleft(), self.now))
 
     def told(self, message: Tokens | None):
         if message is None:
@@ -192,6 +204,8 @@ class AnythingHappens(RuleBasedStateMachine):
         after=st.sampled_from([0, 0, 3, 5, 9]),
         pictures=st.sampled_from([(), (), (0,), (1,), (1, 2)]),
         program=st.sampled_from(["", "", "p", "q", "r"]),
+        session=st.sampled_from(["", "", "s", "t", "u"]),
+        seconds=st.sampled_from([3.0, 100.0]),
     )
     def admit(self, stem, tail, max_new, pictures, **options):
         ids = [*STEM[:stem], *tail]
@@ -235,7 +249,21 @@ class AnythingHappens(RuleBasedStateMachine):
 
     @rule(program=st.sampled_from(["p", "q", "r", "unknown"]))
     def end_program(self, program):
-        self.bench.scheduler.end_program(program)
+        self.bench.scheduler.end_program(Holder("program", b"", b"", program))
+
+    @rule(id=st.sampled_from(["s", "t", "u"]), salt=st.sampled_from([b"", b"a"]))
+    def end_session(self, id, salt):
+        sessions, now = self.bench.scheduler.live.sessions, self.bench.now
+        lives = id in {each.id for each in sessions.of(b"", salt, now)}
+        assert sessions.end(b"", salt, id, now) == lives
+
+    @rule(seconds=st.sampled_from([1, 5, 70]))
+    def time_passes(self, seconds):
+        self.bench.now += seconds
+        sessions = self.bench.scheduler.live.sessions
+        sessions.count(self.bench.now)
+        counts = self.bench.scheduler.counts()
+        assert sessions.pages <= counts["pages"] - counts["pages_free"]
 
     @rule()
     def flush(self):

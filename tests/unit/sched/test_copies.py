@@ -42,7 +42,7 @@ class CopiesBench(Bench):
         self.device = SimulatedCopies(copies, pages, page_size, slots, max_step_tokens)
 
     def commit(self):
-        for told in self.scheduler.commit_each(self.flying.popleft()):
+        for told in self.scheduler.commit_each(self.flying.popleft(), self.now):
             self.told(told)
 
 

@@ -2,13 +2,14 @@
 
 import random
 from array import array
-from collections.abc import Iterable
 
 import pytest
 from msgspec.structs import replace
 from test_batcher import Bench, request
+from test_copies import CopiesBench
 
-from engine.cache.radix import Node, RadixTree
+from engine.cache.pins import Pins
+from engine.cache.radix import RadixTree
 from engine.messages.sessions import SessionUse
 from engine.sched.sessions import Sessions
 
@@ -19,11 +20,6 @@ def prompt(number: int, tokens: int = 40) -> list[int]:
 
 class Clocked(Bench):
     """A bench with a clock, on which a second passes between two requests."""
-
-    def __init__(self, **options: object) -> None:
-        super().__init__(**options)
-        self.now = 0.0
-        self.scheduler.plan, plan = lambda: plan(self.now), self.scheduler.plan
 
     def drain(self, steps: int = 20_000) -> None:
         """Run until every request has ended. The cache stays."""
@@ -37,6 +33,10 @@ class Clocked(Bench):
     @property
     def sessions(self) -> Sessions:
         return self.scheduler.live.sessions
+
+    @property
+    def released(self) -> int:
+        return self.scheduler.counts()["pins_released_total"]
 
     def run(
         self, rid: str, ids: list[int], session: str | None = None, *, seconds: float = 600.0, **more: object
@@ -62,7 +62,7 @@ class Clocked(Bench):
 
     def pass_time(self, seconds: float = 1.0) -> None:
         self.now += seconds
-        self.sessions.refresh(self.now)
+        self.sessions.count(self.now)
 
     def kept(self, owner: bytes = b"", salt: bytes = b"") -> dict[str, int]:
         """The pages of each session."""
@@ -82,7 +82,7 @@ def test_a_session_outlives_what_was_used_later(bench: Clocked) -> None:
     assert bench.kept() == {"mine": 10}
     assert bench.run("b again", prompt(2)) == 0
     assert bench.run("a again", prompt(1)) == 36
-    assert bench.sessions.released == 0
+    assert bench.released == 0
 
 
 def test_a_conversation_grows(bench: Clocked) -> None:
@@ -103,7 +103,7 @@ def test_where_pages_run_short_the_session_used_longest_ago_loses_its_own(bench:
     bench.pass_time()
     kept = bench.kept()
     assert kept["second"] == 0 and kept["third"] == kept["first"] == 15
-    assert bench.sessions.released == 1 and bench.sessions.pages == 30
+    assert bench.released == 1 and bench.sessions.pages == 30
 
 
 def test_sessions_never_stand_in_the_way(bench: Clocked) -> None:
@@ -116,7 +116,7 @@ def test_sessions_never_stand_in_the_way(bench: Clocked) -> None:
     assert bench.scheduler.counts()["retractions_total"] == 0
     assert all(len(bench.tokens[f"r{number}"]) == 20 for number in range(3))
     bench.pass_time()
-    assert bench.sessions.released >= 4
+    assert bench.released >= 4
 
 
 def test_a_session_ends_with_its_time(bench: Clocked) -> None:
@@ -128,7 +128,7 @@ def test_a_session_ends_with_its_time(bench: Clocked) -> None:
     assert bench.kept() == {"mine": 10}
     bench.pass_time(2.0)
     assert bench.kept() == {} and bench.sessions.pages == 0 and len(bench.sessions) == 0
-    assert bench.sessions.released == 0
+    assert bench.released == 0
 
 
 def test_a_session_lives_while_its_request_runs(bench: Clocked) -> None:
@@ -171,11 +171,24 @@ def test_owner_and_salt_are_parts_of_the_name(bench: Clocked) -> None:
 
 def test_only_so_many_sessions_live() -> None:
     sessions, tree = Sessions(most=2), RadixTree(1)
+    pins = Pins(tree)
     for number in range(4):
-        node = leaf(tree, [number])
-        sessions.leave(sessions.begin(SessionUse(b"", str(number), 9.0), b"", number), tree, node, number)
+        root, _ = tree.match(b"")
+        node, _ = tree.extend(root, array("i", [number]).tobytes(), [number])
+        tree.unlock(node)
+        sessions.leave(sessions.begin(SessionUse(b"", str(number), 9.0), b"", number), pins, node, number)
     assert [each.id for each in sessions.of(b"", b"", 4.0)] == ["3", "2"]
-    assert sessions.released == 2
+    assert pins.released == 2 and len(pins.nodes()) == 2
+
+
+def test_a_session_has_pages_in_the_copy_where_its_last_request_ended() -> None:
+    bench = CopiesBench(pages=64)
+    bench.admit(*(request(f"r{number}", prompt(number), session="mine") for number in range(2)))
+    bench.drain_steps()
+    (told,) = bench.scheduler.live.sessions.of(b"", b"", bench.now)
+    assert told.pages == 10
+    assert sum(len(copy._pages.pins.nodes()) for copy in bench.scheduler.copies) == 1
+    assert bench.scheduler.counts()["pins_released_total"] == 0
 
 
 def test_a_device_that_lost_everything_has_no_sessions(bench: Clocked) -> None:
@@ -222,29 +235,3 @@ def test_random_sessions_change_no_reply(seed: int) -> None:
     bench.pass_time()
     assert all(each.running == 0 for each in bench.sessions.of(b"", b"", bench.now))
     Bench.drain(bench)
-
-
-# ── the tree ─────────────────────────────────────────────────────────────────────────────────
-
-
-def leaf(tree: RadixTree, pages: Iterable[int]) -> Node:
-    """The prefix of these pages, whose tokens are their numbers, unlocked."""
-    key = array("i", pages).tobytes()
-    node, held = tree.match(key)
-    tree.lock(node)
-    node, _ = tree.extend(node, key[4 * len(held) :], list(pages)[len(held) :])
-    tree.unlock(node)
-    return node
-
-
-def test_touching_counts_each_page_once_and_orders_eviction() -> None:
-    tree = RadixTree(1)
-    one, two, other = leaf(tree, [0, 1, 2]), leaf(tree, [0, 1, 3, 4]), leaf(tree, [7, 8])
-    assert tree.touch([one, two]) == [3, 2]
-    assert sorted(tree.evict(2)) == [7, 8]  # used later, and not touched
-    assert tree.evict(1) == [2]
-    assert tree.touch([one, two, other]) == [None, 4, None]
-    tree.check_integrity()
-    assert tree.touch([leaf(tree, [0, 1, 3, 4]).parent]) == [2]
-    assert sorted(tree.evict(9)) == [0, 1, 3, 4]
-    assert tree.touch([two]) == [None]

@@ -65,7 +65,7 @@ class TierBench(Bench):
             self.below.begin(move)
 
     def plan(self):
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(self.now)
         for move in self.moves.before():
             self.below.begin(move)
         if plan is not None:
