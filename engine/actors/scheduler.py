@@ -17,10 +17,10 @@ import anyio
 import msgspec
 from msgspec.structs import replace
 
+from engine.actors.opening import scheduler_for
 from engine.cache.blocks import HeldBlocks
 from engine.cache.log import CacheLog
 from engine.cache.pins import Holder
-from engine.cache.tiers import TierOptions
 from engine.config import Config
 from engine.errors import RequestError
 from engine.messages import ToExecutor, ToFront, ToMaker, ToScheduler
@@ -50,9 +50,7 @@ from engine.plugin.specs import Policy
 from engine.runtime.channel import Outbox, Receiver, received
 from engine.sched import Scheduler
 from engine.sched.assets import Due, WaitingRoom
-from engine.sched.chunks import ChunkRule
 from engine.sched.copies import Copies
-from engine.sched.encoder import Encoder
 from engine.sched.fronts import front_of
 from engine.sched.moves import Moves
 from engine.sched.sessions import Sessions
@@ -66,7 +64,6 @@ HEARTBEAT_SECONDS = 1.0
 # How long a request waits for a store, beside what it takes to read: as HiCache does.
 FETCH_SECONDS = 2.0
 FETCH_SECONDS_A_BYTE = 0.1 / 4096  # of ids, four a token
-LEAST_RISEN, LEAST_FETCHED = 64, 256  # tokens: fewer are computed sooner than they come from the host, or a store
 # Pictures and clips that no request shows now are known all the same, so that what is encoded of them is found again.
 MEDIA_KEPT, MEDIA_BYTES = 1024, 512 << 20
 RUNNING = ("ready", "stalled")  # states of a worker that reads what it is sent
@@ -359,7 +356,10 @@ class SchedulerActor:
 
     async def _ready(self, ready: WorkerReady) -> None:
         if self.scheduler is None:
-            self.scheduler = self._make_scheduler(ready)
+            self.scheduler = scheduler_for(ready, self.config, self.policy, self.fronts, self.held)
+            if ready.host_pages:
+                copies = self.scheduler.copies if isinstance(self.scheduler, Copies) else (self.scheduler,)
+                self.moves = Moves(copies)
         for maker in self.makers.values():
             await maker.inbox.send(ready)
         await self._pass_on(self.room.started())
@@ -370,38 +370,6 @@ class SchedulerActor:
         self.worker, self.cause = "ready", ""
         await self._send_stats()
         await self.front.send(ready)
-
-    def _make_scheduler(self, ready: WorkerReady) -> Scheduler | Copies:
-        """For what the device can hold."""
-        stages = self.config.parallel.pp
-        options: dict[str, Any] = {
-            "pages": ready.pages,
-            "page_size": ready.page_size,
-            "slots": ready.slots,
-            "max_model_len": ready.max_model_len,
-            "max_step_tokens": ready.max_step_tokens,
-            "policy": self.policy,
-            "prefix_cache": self.config.cache.prefix_cache and not ready.recurrent,
-            "max_waiting": self.config.schedule.max_waiting,
-            "fronts": self.fronts,
-            "held": self.held,
-        }
-        if ready.encoder_tokens:
-            options["encoder"] = Encoder(ready.encoder_tokens, ready.embeddings)
-        if stages > 1:
-            options["chunks"] = ChunkRule(ready.max_step_tokens, stages, ready.attention_work)
-        if ready.host_pages:
-            options["tiers"] = TierOptions(
-                ready.host_pages,
-                self.config.cache.kv_policy,
-                ready.stores,
-                least_risen=-(-LEAST_RISEN // ready.page_size),
-                least_fetched=-(-LEAST_FETCHED // ready.page_size),
-            )
-        scheduler = Copies(ready.copies, **options) if ready.copies > 1 else Scheduler(**options)
-        if ready.host_pages:
-            self.moves = Moves(scheduler.copies if isinstance(scheduler, Copies) else (scheduler,))
-        return scheduler
 
     async def _lost(self, cause: str) -> None:
         """Everything on the device is gone: end what ran there, keep what waits, start afresh."""

@@ -111,11 +111,6 @@ class Admission:
                 facts={"least": params.min_tokens, "most": counted(max_new, "token")},
             )
         stop_ids = self._stop_ids(params)
-        echo = ""
-        if request.echo:
-            if not params.detokenize:
-                raise RequestError("echo and detokenize: false exclude each other; send one", param="detokenize")
-            echo = self.text.decode(ids.tolist(), params.skip_special_tokens) if request.text is None else request.text
         after = min(request.scored_after, len(ids) - 1)
         opened = Open(
             request.rid,
@@ -123,7 +118,7 @@ class Admission:
             params.stop,
             params.stop_regex,
             params.min_tokens,
-            echo,
+            self._echo(request, ids) if request.echo else "",
             None if params.prompt_logprobs is None else ids[after:].tobytes(),
             prompt_only=max_new == 0,
             skip_special_tokens=params.skip_special_tokens,
@@ -152,10 +147,16 @@ class Admission:
         )
         return opened, admitted
 
+    def _echo(self, request: Generate, ids: "array[int]") -> str:
+        """What a reply begins with that echoes the prompt."""
+        if not request.sampling.detokenize:
+            raise RequestError("echo and detokenize: false exclude each other; send one", param="detokenize")
+        skips = request.sampling.skip_special_tokens
+        return self.text.decode(ids.tolist(), skips) if request.text is None else request.text
+
     def _blocks(self, request: Generate, encoded: Encoded | None, ids: "array[int]") -> Blocks | None:
         """What routers know the prompt `ids` by, where they can."""
-        prompt = None if encoded is None else encoded[0].text
-        return blocks_of(request, prompt, ids, self._widths) if is_plain(request) else None
+        return blocks_of(request, encoded and encoded[0].text, ids, self._widths) if is_plain(request) else None
 
     def _needs(self, request: Generate, placed: Placed) -> tuple[Need, ...]:
         """What must be on the device before `request` runs; RequestError where that cannot be."""

@@ -101,15 +101,20 @@ class Runner:
         self.unscored = np.zeros((slots, 2), np.int64)  # prompt positions to be scored: from, to
         self._no_tokens = torch.empty(0, dtype=torch.int64, device=device)
         self._ahead_of: torch.cuda.Event | None = None  # the end of the last step, while it is not known to be over
-        draw = self._draw_plain if self.sampler.captures and self.draws else None
-        real, masks, copies = bool(routers_of(model)), grammars is not None, 0 if copy is None else copy.copies
-        shape = page_size, real, draw, masks, self.states.layers, enters, copies
-        shifts = None if self.media is None else self.media.shifts
-        tables = Tables(model, caches, self.tokens, self.page_table, *shape, shifts)
+        tables = self._tables(caches, page_size, enters=enters)
         self.decode_graphs = DecodeGraphs(tables) if device.type != "cpu" else RecordedSteps(tables)
         self.shared_graphs = DecodeGraphs(tables, shared=True)
         self.prompt_graphs = prompt_graphs(tables)
         self.prefixes: SharedPrefixes | None = None  # where steps with shared prefixes have graphs
+
+    def _tables(self, caches: Caches, page_size: int, *, enters: bool) -> Tables:
+        """What graphs are captured over."""
+        draw = self._draw_plain if self.sampler.captures and self.draws else None
+        real, masks = bool(routers_of(self.model)), self.grammars is not None
+        copies = 0 if self.copy is None else self.copy.copies
+        shape = page_size, real, draw, masks, self.states.layers, enters, copies
+        shifts = None if self.media is None else self.media.shifts
+        return Tables(self.model, caches, self.tokens, self.page_table, *shape, shifts)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, catch_up: Callable[[], None] = _nothing) -> Step:
