@@ -126,7 +126,9 @@ def _video(source: bytes, content: bytes, choose: Choose, most: int, most_togeth
         count = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
         rate = stream.average_rate or stream.guessed_rate or stream.base_rate or Fraction(1)
     if not 0 < count <= len(source):
-        raise invalid(f"has {counted(count, 'frame')} in {len(source)} bytes, as it says itself; send another file")
+        raise invalid(
+            f"has {counted(count, 'frame')} in {counted(len(source), 'byte')}, as it says itself; send another file"
+        )
     fps = float(rate)
     chosen = choose(count, fps, count / fps)
     assert chosen and 0 <= min(chosen) <= max(chosen) < count, f"the processor chose frames {chosen} of {count}"

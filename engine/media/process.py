@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from engine.conversation.media import MediaProcessor
-from engine.errors import RequestError
+from engine.errors import RequestError, counted
 from engine.messages import ToMediaProcess
 from engine.messages.control import Fatal, Retired
 from engine.messages.decoding import MOST_PAYLOAD, DecodeMedia, MediaBoot, MediaReady
@@ -87,8 +87,8 @@ def _made(processor: MediaProcessor, boot: MediaBoot, job: DecodeMedia) -> Media
     prepared = processor.prepare(frames)
     if len(prepared.payload) > MOST_PAYLOAD:
         raise RequestError(
-            f"takes {len(prepared.payload)} bytes as the model reads it, and at most {MOST_PAYLOAD} are taken; send it "
-            "smaller, or shorter",
+            f"takes {counted(len(prepared.payload), 'byte')} as the model reads it, and at most {MOST_PAYLOAD} are "
+            "taken; send it smaller, or shorter",
             code="media_too_large",
         )
     pixels = frames.pixels.size // 3

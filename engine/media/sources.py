@@ -27,7 +27,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import ThreadedResolver
 from yarl import URL
 
-from engine.errors import RequestError, shown
+from engine.errors import RequestError, counted, shown
 from engine.media.addresses import Hosts, check_literal, check_sources, not_allowed
 from engine.options.media import MediaOptions
 
@@ -96,7 +96,7 @@ class Sources:
                 return Fetched(await anyio.to_thread.run_sync(self._inline, source, kind))
             return Fetched(self._inline(source, kind))
         if len(source) > MOST_URL:
-            raise _not_allowed(f"is a URL of {len(source)} characters, and at most {MOST_URL} are taken")
+            raise _not_allowed(f"is a URL of {counted(len(source), 'character')}, and at most {MOST_URL} are taken")
         if not source.isprintable():  # half of a surrogate pair is not
             raise _not_allowed(f"is {shown(source)}, which has characters that no URL has")
         with anyio.move_on_after(self._seconds):
