@@ -1,4 +1,4 @@
-"""The `engine` command: serve, chat, generate, bench, experts, plugins, completion; and those that plugins register.
+"""The `engine` command: serve, chat, generate, bench, experts, top, plugins, completion; and those of plugins.
 
 No flag is declared here: those of the engine derive from `engine.config`, those of sampling from SamplingParams,
 those of chat and bench from `engine.client.options`.
@@ -26,6 +26,7 @@ from engine.client.options import (
     LoadOptions,
     RepeatOptions,
     ReportOptions,
+    TopOptions,
     TrafficOptions,
     sampling_options,
 )
@@ -159,6 +160,14 @@ def experts(arguments: argparse.Namespace) -> int:
     return show(options, _config(arguments))
 
 
+def top(arguments: argparse.Namespace) -> int:
+    """Show what a server is doing: steps, requests, queue, pages of the cache, as its page does."""
+    options = _given(TopOptions, arguments)
+    from engine.client.top import show
+
+    return show(options, _config(arguments))
+
+
 def plugins(arguments: argparse.Namespace) -> int:
     """List the plugins that are known here."""
     from engine.plugin.registry import Plugins
@@ -251,10 +260,7 @@ def _parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     _add_sampling(command)
     _add_engine(command)
     _parse_bench(commands)
-
-    command = _command(commands, experts)
-    _add_group(command, ExpertsOptions)
-    _add(command, _option(ServerOptions, "api_key"))
+    _parse_looks(commands)
 
     command = _command(commands, plugins)
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -300,6 +306,14 @@ def _add_registered(commands: Any, named: Sequence[str], wanted: str) -> None:
             made = imported(entry.target)()
             made.add_arguments(command)
             command.set_defaults(run=made.run)
+
+
+def _parse_looks(commands: Any) -> None:
+    """The commands that look at a server."""
+    for look, options in ((experts, ExpertsOptions), (top, TopOptions)):
+        command = _command(commands, look)
+        _add_group(command, options)
+        _add(command, _option(ServerOptions, "api_key"))
 
 
 def _parse_bench(commands: Any) -> None:

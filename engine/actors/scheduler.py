@@ -16,6 +16,7 @@ from typing import Any, Literal
 import anyio
 import msgspec
 
+from engine.actors.looking import Looking
 from engine.cache.blocks import HeldBlocks
 from engine.cache.log import CacheLog
 from engine.config import Config
@@ -37,11 +38,12 @@ from engine.messages.control import (
     WorkerSilent,
 )
 from engine.messages.fronts import FrontLost
+from engine.messages.looking import ChannelLook, Look
 from engine.messages.reply import Failed, Tokens
 from engine.messages.request import Abort, Admit, StopHit
 from engine.messages.step import StepDone, steps_in_flight
 from engine.plugin.specs import Policy
-from engine.runtime.channel import Outbox, Receiver, received
+from engine.runtime.channel import Outbox, Receiver, Sender, received
 from engine.sched import Scheduler
 from engine.sched.assets import Due, WaitingRoom
 from engine.sched.chunks import ChunkRule
@@ -100,6 +102,7 @@ class SchedulerActor:
         self.log = CacheLog(time.time_ns() // 1000) if config.cache.cache_events else None
         self.held = None if self.log is None else HeldBlocks(self.log)
         self._following: list[FollowCache] = []  # not answered yet
+        self.looking = Looking()
         self.step_seconds = array("f")
         self.make_seconds: dict[str, array[float]] = {}  # by kind
         self.idle_seconds = 0.0
@@ -126,6 +129,8 @@ class SchedulerActor:
         while self.in_flight < self.credits and (plan := scheduler.plan(time.monotonic())) is not None:
             self.in_flight += 1
             self._checked = False
+            if self.looking.watched:
+                self.looking.planned(plan)
             await self.executor.send(plan)
 
     async def _handle(self, message: ToScheduler) -> None:
@@ -161,6 +166,8 @@ class SchedulerActor:
                 await self._ask_worker(message)
             case FollowCache():
                 self._following.append(message)
+            case Look():
+                await self.front.send(Answer(message.number, self._look()))
             case Answer():
                 self._asked.remove(message.number)
                 await self.front.send(message)
@@ -181,6 +188,8 @@ class SchedulerActor:
         assert self.scheduler is not None
         self.in_flight -= 1
         self.step_seconds.append(done.seconds)
+        if self.looking.watched:
+            self.looking.done(done)
         self.credits = self.most_credits - (done.seconds >= SHORT_STEP_SECONDS)
         self.idle_seconds += done.idle
         stuck = self.scheduler.stuck(done) if done.stuck else []
@@ -217,6 +226,23 @@ class SchedulerActor:
                 await self.front.send(Answer(asked.number, changes))
             else:
                 self._following.append(asked)
+
+    def _look(self) -> bytes:
+        """What is going on, packed."""
+        makers = [(kind, maker.inbox.fill) for kind, maker in self.makers.items() if isinstance(maker.inbox, Sender)]
+        channels = (
+            ChannelLook("scheduler", len(self.inbox), self.inbox.capacity),
+            ChannelLook("executor", self.in_flight, self.credits),
+            *(ChannelLook(f"maker of {kind}", *fill) for kind, fill in makers),
+        )
+        return self.looking.look(
+            self.scheduler,
+            self.worker,
+            self.cause,
+            paused=self.paused,
+            channels=channels,
+            assets=self.room.states(),
+        )
 
     async def _ask_worker(self, message: Ask) -> None:
         if self.worker not in RUNNING:

@@ -15,9 +15,9 @@ travel as the bytes of little-endian int32 (`ids`) or float32 arrays: one copy, 
 A long text goes from the tokenizer, and from http, to a text process (TextWork; Prepared, Tokenized, Detokenized).
 A request may need things on the device, such as a grammar. They go from the scheduler to their maker (Make, Made), then
 to the worker (Load, Loaded), and then the request runs. The maker of grammars asks its process (Compile, Compiled).
-A question (Flush, Pause, FollowCache, or an Ask, which the worker answers) goes from http to the scheduler and comes
-back as the Answer of its number. Where there are several front processes, a hub stands between them and the scheduler,
-and carries what they ask each other (PeerAsk, PeerAnswer, PeerAnswers).
+A question (Flush, Pause, FollowCache, Look, or an Ask, which the worker answers) goes from http to the scheduler, and
+comes back as the Answer of its number. Where there are several front processes, a hub stands between them and the
+scheduler, and carries what they ask each other (PeerAsk, PeerAnswer, PeerAnswers).
 """
 
 from engine.messages.assets import Drop, Load, Loaded, Made, Make
@@ -52,6 +52,7 @@ from engine.messages.fronts import (
     PeerAsk,
     Refused,
 )
+from engine.messages.looking import Look
 from engine.messages.nodes import Attach, Bye, EndRanks, Join, RankEnded, StartRanks, TurnedAway, Welcome
 from engine.messages.reply import Failed, Tokens
 from engine.messages.request import Abort, Admit, Job, Open, StopHit
@@ -63,7 +64,7 @@ FromTextProcess = TextAnswer | Failed | Retired | Fatal
 ToTokenizer = Job | Abort | WorkerReady
 ToWorker = Boot | Preload | Agreed | StepPlan | Load | Drop | Ask | Ping
 FromWorker = Proposed | WorkerReady | StepDone | Loaded | Answer | Pong | Beat | Fatal
-FromFront = Admit | Abort | StopHit | Flush | Pause | Ask | FollowCache
+FromFront = Admit | Abort | StopHit | Flush | Pause | Ask | FollowCache | Look
 FromExecutor = StepDone | Loaded | Answer | WorkerReady | WorkerLost | WorkerSilent | Fatal
 ToScheduler = FromFront | FrontLost | FromExecutor | Made
 ToExecutor = StepPlan | Load | Drop | Ask | Reset

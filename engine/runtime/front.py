@@ -20,6 +20,7 @@ from engine.errors import EngineError, RequestError, WorkerError, counted, shut_
 from engine.messages import FromFront, ToHttp, ToTokenizer
 from engine.messages.cache import CacheChanges, FollowCache
 from engine.messages.control import Answer, Ask, Fatal, Flush, Flushed, Pause, Stats, WorkerReady
+from engine.messages.looking import ChannelLook, Look, Snapshot
 from engine.messages.questions import Question, Value
 from engine.messages.reply import Chunk
 from engine.messages.request import Abort, Generate, Job
@@ -241,7 +242,17 @@ class Front(Readiness):
         value = await self._answer(FollowCache(next(self._numbers), after))
         return msgspec.msgpack.decode(value, type=CacheChanges)
 
-    async def _answer(self, asked: Flush | Pause | Ask | FollowCache) -> bytes:
+    async def look(self) -> Snapshot:
+        """What is going on in the core, for people. It is made for the first who asks in half a second."""
+        value = await self._answer(Look(next(self._numbers)))
+        return msgspec.msgpack.decode(value, type=Snapshot)
+
+    def channels(self) -> list[ChannelLook]:
+        """The fill of what leads to actors of this front."""
+        tokenizer = ChannelLook("tokenizer", *self._tokenizer.fill)
+        return [tokenizer, ChannelLook("front", len(self._inbox), self._inbox.capacity)]
+
+    async def _answer(self, asked: Flush | Pause | Ask | FollowCache | Look) -> bytes:
         """The value of the Answer to `asked`."""
         if self.failure:
             raise WorkerError(self.failure)
