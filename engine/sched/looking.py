@@ -40,14 +40,15 @@ def _row(request: Request) -> tuple[int, int, int, int, int, int, int]:
 
 def look_at_queue(parts: Sequence[Scheduler]) -> bytes:
     """The lengths of the prompts that wait, first to run first (int32)."""
-    return array("i", (len(request.ids) for request in islice(parts[0].live.queue, MOST_QUEUED))).tobytes()
+    queued = chain.from_iterable(part.live.queue for part in parts[:1])  # copies share it
+    return array("i", (len(request.ids) for request in islice(queued, MOST_QUEUED))).tobytes()
 
 
 def look_at_cache(parts: Sequence[Scheduler]) -> tuple[PagesLook, TreeLook]:
     tree = look_at_trees(part.cache.tree for part in parts)
     taken = b"".join(part.cache.pool.taken for part in parts)
     held = sum(len(request.pages) for part in parts for request in part.running_requests())
-    if max(len(taken), held) > MOST_PAGES:
+    if not parts or max(len(taken), held) > MOST_PAGES:
         return PagesLook(0, ""), tree
     owners = [
         look_at_pages(part.cache.pool.taken, ((each.pages, each.shared) for each in part.running_requests()))
