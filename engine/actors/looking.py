@@ -2,7 +2,7 @@
 
 A snapshot costs the scheduler some of its time, however cheap it is. So each is given to all who ask within half a
 second, and the next one comes no earlier than 200 times as long as the last one took: looking takes half a percent of
-the time at most. Steps are noted until nobody has asked for some seconds. Left out: what fronts know of themselves.
+the time at most. Steps are noted until nobody has asked for two seconds. Left out: what fronts know of themselves.
 """
 
 import time
@@ -22,7 +22,7 @@ from engine.sched.looking import look_at_cache, look_at_queue, look_at_rows, par
 
 LEAST_SECONDS = 0.45  # between two snapshots
 SPARE = 200.0  # times the seconds of a snapshot until the next one
-WATCHED_SECONDS = 5.0  # for which steps are noted after a snapshot
+WATCHED_SECONDS = 2.0  # for which steps are noted after a snapshot
 STRIP = 240  # steps that are told
 
 Worker = Literal["starting", "ready", "restarting", "stalled", "failed"]

@@ -14,7 +14,7 @@ from engine.messages.looking import HEAD, PagesLook, TreeLook
 MOST_NODES = 256
 MOST_CHILDREN = 48  # of a node
 MOST_PAGES = 1 << 16  # that a map is made of
-CELLS = 1024
+CELLS = 512
 FREE, CACHED, SHARED, OWN = b".csr"
 
 
@@ -30,8 +30,13 @@ def look_at_pages(taken: bytes, holders: Iterable[tuple[Sequence[int], int]]) ->
     each = -(-len(owners) // CELLS)
     if each <= 1:
         return PagesLook(1, owners.decode())
-    cells = (owners[first : first + each] for first in range(0, len(owners), each))
-    return PagesLook(each, "".join(chr(max(b".csr", key=cell.count)) for cell in cells))
+    return PagesLook(each, bytes(_most(owners[first : first + each]) for first in range(0, len(owners), each)).decode())
+
+
+def _most(cell: bytearray) -> int:
+    """The owner of most of its pages."""
+    first = cell[0]
+    return first if 2 * cell.count(first) >= len(cell) else max(b".csr", key=cell.count)
 
 
 def look_at_trees(trees: Iterable[RadixTree]) -> TreeLook:

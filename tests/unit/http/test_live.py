@@ -8,6 +8,7 @@ import aiohttp
 import anyio
 import pytest
 from http_front import FakeFront, serving
+from joined_fronts import joined_fronts
 from rich.console import Console
 from routed import routing
 from test_http_routes import Site, open_site
@@ -80,10 +81,42 @@ async def test_viewers_are_few_and_share_snapshots() -> None:
 
 
 async def test_viewers_of_all_fronts_count() -> None:
+    async with joined_fronts(FakeFront(), FakeFront()) as joined:
+        first, second = joined.sessions
+        answers = [await session.get(LIVE) for session in (first, second) for _ in range(MOST_VIEWERS // 2)]
+        assert {answer.status for answer in answers} == {200}
+        for session in (first, second):
+            async with session.get(LIVE) as refused:
+                assert refused.status == 503
+        answers[0].close()
+        with anyio.fail_after(5):
+            while joined.board.total(Counter.VIEWERS) == MOST_VIEWERS:
+                await anyio.sleep(0.01)
+        async with second.get(LIVE) as answer:
+            assert answer.status == 200
+        for answer in answers:
+            answer.close()
+
+
+async def test_a_server_that_drains_ends_the_stream() -> None:
     front = FakeFront()
-    front.board.add(Counter.VIEWERS, MOST_VIEWERS)  # as others have counted them
     async with serving(front) as url, aiohttp.ClientSession(url) as session, session.get(LIVE) as answer:
-        assert answer.status == 503
+        events = told(answer)
+        await anext(events)
+        front.draining = True
+        assert len([event async for event in events]) <= 1  # and then it ends
+    assert front.looks <= 2
+
+
+async def test_head_gets_the_head_alone() -> None:
+    async with open_site(cache_events=True) as site, aiohttp.TCPConnector(limit=1) as connector:
+        async with aiohttp.ClientSession(site.url, connector=connector) as session:
+            for path in (LIVE, "/v1/cache/events", "/version"):
+                async with session.head(path) as answer:
+                    assert answer.status == 200
+            async with session.get("/version") as answer:  # over the same connection
+                assert answer.status == 200 and "version" in await answer.json()
+        await nobody(site)
 
 
 @pytest.mark.parametrize("header", ["X-Forwarded-For", "Forwarded", "X-Real-IP"])

@@ -19,6 +19,7 @@ from chromium import Tab, installed, open_tab
 from http_front import FakeFront, chunks, serving, text_of
 from paging import WAIT, axe, say, violations
 from real_server import over_http
+from routed import routing
 
 from engine.config import resolve
 from engine.http.page.files import read
@@ -140,6 +141,24 @@ $("crumbs").querySelector("button").click();
 first.labels = [...document.querySelectorAll("canvas")].map(each => [each.id, each.ariaLabel]);
 return first;
 """
+EXPERTS = """
+info.device.mixture = true;
+layout();
+drawLive(told);
+mixture = {layers: [1, 3], ranks: 2, counts: [[40, 10, 10], [0, 0, 0]], loads: [[30, 10], [0, 0]], balance: [1.5, 1]};
+drawExperts();
+const pen = $("experts").getContext("2d"), shade = x => pen.getImageData(x, 2, 1, 1).data[3];
+const found = [$("experts").ariaLabel, shade(5) > shade($("experts").width - 5)];
+info.device.mixture = false;
+layout();
+drawLive(told);
+return found;
+"""
+WORKERS = """
+location.hash = "#live";
+await until(() => $("workers")?.querySelector("a"));
+return [$("workers-said").textContent, $("workers").querySelector("a").href, $("workers").innerText];
+"""
 PAUSE = """
 const press = async name => {
   $("pause").click();
@@ -239,8 +258,8 @@ async def chat(tab: Tab, front: Front, url: str, seen: dict[str, Any], audit: st
     await picture(tab, "chat", 1200, 760)
     if audit:
         seen["audit chat"] = await violations(tab, audit)
-    await picture(tab, "phone", 390, 760, dark=True)
     await tab.run("settings();")
+    await picture(tab, "phone", 390, 700, dark=True)
     await say(tab, "be hostile", more=choice(HOSTILE))
     seen["hostile"] = await tab.run(DOM)
     seen["picture"] = await tab.run(WAIT + PICTURE)
@@ -268,7 +287,7 @@ async def live(tab: Tab, front: Front, url: str, seen: dict[str, Any], audit: st
         group.start_soon(traffic, url, 48)
         seen["live"] = await tab.run(WAIT + LIVE)
         await picture(tab, "live", 1200, 980)
-        await picture(tab, "live-dark", 1200, 980, dark=True)
+        seen["experts"] = await tab.run(EXPERTS)
         seen["asked to pause"] = await tab.run(WAIT + PAUSE)
         seen["live width"] = await narrow(tab)
         if audit:
@@ -299,6 +318,15 @@ async def keyed(tab: Tab, seen: dict[str, Any], audit: str | None) -> None:
             seen["audit call"] = await violations(tab, audit)
 
 
+async def routed(tab: Tab, seen: dict[str, Any]) -> None:
+    async with serving(FakeFront()) as worker, routing(worker) as (url, _):
+        await tab.open(f"{url}/")
+        seen["worker"] = worker
+        seen["workers"] = await tab.run(WAIT + WORKERS)
+        await tab.run("location.hash = '#chat';")
+        seen["through a router"] = await say(tab, "hello")
+
+
 async def visit(path: str) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     finding = asyncio.get_running_loop().run_in_executor(None, axe)
@@ -310,6 +338,7 @@ async def visit(path: str) -> dict[str, Any]:
             seen["errors"], seen["origins"] = [*tab.errors], {urlsplit(each).netloc for each in tab.asked}
             seen["own"] = urlsplit(url).netloc
             await keyed(tab, seen, audit)
+            await routed(tab, seen)
             seen["keyed errors"] = [each for each in tab.errors[len(seen["errors"]) :] if "401" not in each]
     return seen
 
@@ -413,6 +442,17 @@ def test_the_live_view_shows_a_batch_and_a_tree_that_grows(seen: dict[str, Any])
         and "decode" in labels["rows"]
         and "in use of" in labels["map"]
     )
+
+
+def test_experts_are_a_heat_map(seen: dict[str, Any]) -> None:
+    label, hotter = seen["experts"]
+    assert "2 layers of 3 experts on 2 ranks; largest load of a rank over the mean 1.25" in label and hotter
+
+
+def test_a_router_shows_its_workers_and_passes_the_chat_on(seen: dict[str, Any]) -> None:
+    count, link, line = seen["workers"]
+    assert (count, link) == ("1 worker", f"{seen['worker']}/#live") and "0 of " in line
+    assert "Hello, world" in seen["through a router"]["shown"]
 
 
 def test_what_acts_asks_first(seen: dict[str, Any]) -> None:

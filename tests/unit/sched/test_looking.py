@@ -136,7 +136,7 @@ def test_steps_are_noted_while_somebody_looks(monkeypatch: pytest.MonkeyPatch) -
     assert (steps.last, numbers(steps.rows), numbers(steps.tokens)) == (1, [2], [6])
     assert (array("f", steps.seconds).tolist(), array("f", steps.idle).tolist()) == ([0.25], [0.5])
     assert (told.assets[0].kind, told.assets[0].state, told.assets[0].count) == ("grammar", "making", 2)
-    clock.now += 6  # nobody has asked since
+    clock.now += 3  # nobody has asked since
     one.done(StepDone(2, b"", b"", 0.25))
     assert not one.watched
     assert look(one).steps.seconds == b""
