@@ -64,7 +64,7 @@ def core(config: Config, front: Outbox[ToFront]) -> tuple[list[Actor], Outbox[Fr
     """A scheduler and a fake device."""
     to_scheduler, scheduler_inbox = open_channel()
     to_executor, executor_inbox = channel(4)
-    rows = config.schedule.max_running
+    rows = config.schedule.max_running or 256
     ready = WorkerReady(PAGES, PAGE_SIZE, rows, 8192, 4096, 257, 4, "fake", "none", {})
     policy = make_policy(Plugins.load(()), config.schedule.policy)
     scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, {}, front)

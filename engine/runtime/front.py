@@ -9,7 +9,7 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import anyio
 import msgspec
@@ -87,6 +87,7 @@ class Front(Readiness):
         self.draining = False
         self._inbox = inbox
         self._tokenizer = tokenizer
+        self.senders: dict[str, Sender[Any]] = {"tokenizer": tokenizer}  # to actors beside it, to look at
         self._scheduler = scheduler
         self._numbers = place.numbers
         self._open: dict[str, Mailbox] = {}
@@ -249,8 +250,8 @@ class Front(Readiness):
 
     def channels(self) -> list[ChannelLook]:
         """The fill of what leads to actors of this front."""
-        tokenizer = ChannelLook("tokenizer", *self._tokenizer.fill)
-        return [tokenizer, ChannelLook("front", len(self._inbox), self._inbox.capacity)]
+        beside = [ChannelLook(actor, *sender.fill) for actor, sender in self.senders.items()]
+        return [*beside, ChannelLook("front", len(self._inbox), self._inbox.capacity)]
 
     async def _answer(self, asked: Flush | Pause | Ask | FollowCache | Look) -> bytes:
         """The value of the Answer to `asked`."""

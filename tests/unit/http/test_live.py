@@ -60,7 +60,8 @@ async def test_an_event_tells_what_runs() -> None:
         assert steps["last"] <= second["counts"]["steps"] and steps["tokens"][-1] == steps["rows"][-1] == 1
         assert len(steps["seconds"]) == len(steps["idle"]) == len(steps["rows"])
         assert second["tree"]["heads"][0][:4] == [97, 98, 99, 100] and "s" in second["pages"]["owners"]
-        assert {"scheduler", "executor", "tokenizer", "front"} <= {each["actor"] for each in second["channels"]}
+        actors = {each["actor"] for each in second["channels"]}
+        assert actors == {"scheduler", "executor", "maker of grammar", "tokenizer", "detokenizer", "front"}
         assert (second["viewers"], second["open"], second["status"]) == (1, 1, "ready")
         group.cancel_scope.cancel()
 
