@@ -38,12 +38,16 @@ class Looking:
         self._due = 0.0  # when the next may be made
         self._until = 0.0  # when nobody watches any more
         self._planned: dict[int, tuple[int, int]] = {}  # rows and tokens of steps in flight
+        self._lengths = b""  # of the last step planned, and their sum
+        self._tokens = 0
         self._steps: deque[tuple[float, float, int, int]] = deque(maxlen=STRIP)
         self._last = 0
 
     def planned(self, plan: StepPlan) -> None:
         """Note a step that is sent, while it is watched."""
-        self._planned[plan.step] = len(plan.slots) // 4, sum(array("i", plan.lengths))
+        if plan.lengths is not self._lengths:  # steps that only decode the same rows have the very same column
+            self._lengths, self._tokens = plan.lengths, sum(array("i", plan.lengths))
+        self._planned[plan.step] = len(plan.lengths) // 4, self._tokens
 
     def done(self, done: StepDone) -> None:
         """Note its result; where nobody watches any more, forget all."""

@@ -1,7 +1,7 @@
 """What is shown of the cache: its pages by owner, and the top of its radix tree.
 
-Both are bounded, whatever the cache holds: so many nodes, and so many children of each, the newest first; and no map of
-more pages than can be looked at in a few milliseconds. Left out: which request has a page.
+Both are bounded, whatever the cache holds: so many nodes, and so many children of each, the newest first; and of the
+pages of running requests so many. Left out: which request has a page.
 """
 
 from array import array
@@ -13,30 +13,41 @@ from engine.messages.looking import HEAD, PagesLook, TreeLook
 
 MOST_NODES = 256
 MOST_CHILDREN = 48  # of a node
-MOST_PAGES = 1 << 16  # that a map is made of
+MOST_PAGES = 1 << 20  # that a map is made of
+MOST_MARKED = 4096  # pages of running requests that are looked at, of either kind
 CELLS = 512
 FREE, CACHED, SHARED, OWN = b".csr"
 
 
-def look_at_pages(taken: bytes, holders: Iterable[tuple[Sequence[int], int]]) -> PagesLook:
+def look_at_pages(taken: bytes, holders: Sequence[tuple[Sequence[int], int]]) -> PagesLook:
     """The map of pages. `taken` has a 1 for each that is not free; of each running request `holders` say its pages and
-    how many of them, the first ones, are in the tree."""
+    how many of them, the first ones, are in the tree.
+
+    Where these are many, only one of several is looked at, and stands for them."""
     owners = bytearray(taken.translate(bytes((FREE, CACHED)).ljust(256)))
-    for pages, shared in holders:
-        for page in islice(pages, shared):
+    shares, owns = sum(shared for _, shared in holders), sum(len(pages) - shared for pages, shared in holders)
+    share, own = -(-shares // MOST_MARKED) or 1, -(-owns // MOST_MARKED) or 1
+    for number, (pages, shared) in enumerate(holders):
+        first = number / len(holders)  # rows that share pages look at different ones of them
+        for page in pages[int(first * share) : shared : share]:
             owners[page] = SHARED
-        for page in islice(pages, shared, None):
+        for page in pages[shared + int(first * own) :: own]:
             owners[page] = OWN
     each = -(-len(owners) // CELLS)
     if each <= 1:
         return PagesLook(1, owners.decode())
-    return PagesLook(each, bytes(_most(owners[first : first + each]) for first in range(0, len(owners), each)).decode())
+    cells = (owners[first : first + each] for first in range(0, len(owners), each))
+    return PagesLook(each, bytes(_most(cell, share, own) for cell in cells).decode())
 
 
-def _most(cell: bytearray) -> int:
-    """The owner of most of its pages."""
-    first = cell[0]
-    return first if 2 * cell.count(first) >= len(cell) else max(b".csr", key=cell.count)
+def _most(cell: bytearray, share: int, own: int) -> int:
+    """The owner of most of its pages, where a shared one stands for so many, and one of a request's own for so many."""
+    free = cell.count(FREE)
+    taken = len(cell) - free
+    if not taken:
+        return FREE
+    shared, owned = min(taken, share * cell.count(SHARED)), min(taken, own * cell.count(OWN))
+    return max((free, FREE), (taken - shared - owned, CACHED), (shared, SHARED), (owned, OWN))[1]
 
 
 def look_at_trees(trees: Iterable[RadixTree]) -> TreeLook:

@@ -46,12 +46,10 @@ def look_at_queue(parts: Sequence[Scheduler]) -> bytes:
 
 def look_at_cache(parts: Sequence[Scheduler]) -> tuple[PagesLook, TreeLook]:
     tree = look_at_trees(part.cache.tree for part in parts)
-    taken = b"".join(part.cache.pool.taken for part in parts)
-    held = sum(len(request.pages) for part in parts for request in part.running_requests())
-    if not parts or max(len(taken), held) > MOST_PAGES:
+    if not parts or sum(part.cache.pool.size for part in parts) > MOST_PAGES:
         return PagesLook(0, ""), tree
     owners = [
-        look_at_pages(part.cache.pool.taken, ((each.pages, each.shared) for each in part.running_requests()))
+        look_at_pages(part.cache.pool.taken, [(each.pages, each.shared) for each in part.running_requests()])
         for part in parts
     ]
     return PagesLook(owners[0].each, "".join(each.owners for each in owners)), tree

@@ -63,6 +63,17 @@ def test_a_map_has_a_letter_for_each_page_or_for_most_of_several(runs: list[tupl
         assert part.count(letter) == max(map(part.count, ".csr"))
 
 
+def test_of_many_pages_one_stands_for_several() -> None:
+    rows = 100
+    shared = list(range(0, 10_000))  # of all rows
+    own = [list(range(10_000 + 200 * row, 10_200 + 200 * row)) for row in range(rows)]
+    taken = bytes([1] * 35_000 + [0] * 5_000)  # the last ones that are taken are cached alone
+    told = look_at_pages(taken, [(shared + pages, len(shared)) for pages in own])
+    cells = [told.owners[first // told.each] for first in (5_000, 15_000, 25_000, 32_000, 38_000)]
+    assert (cells, told.each) == (["s", "r", "r", "c", "."], 79)
+    assert [told.owners.count(letter) for letter in "src."] == pytest.approx([127, 253, 64, 63], abs=4)
+
+
 def test_a_tree_is_told_from_its_roots_and_bounded() -> None:
     tree = RadixTree(1)
     for branch in range(3):
@@ -127,16 +138,17 @@ def test_steps_are_noted_while_somebody_looks(monkeypatch: pytest.MonkeyPatch) -
     one = Looking()
     assert not one.watched
     look(one)
-    for number in (1, 2):
-        one.planned(StepPlan(number, slots=key(0, 1), lengths=key(1, 5 * number)))
-    one.done(StepDone(1, b"", b"", 0.25, idle=0.5))
+    for number, lengths in enumerate((key(1, 5), key(1, 10), plain := key(1, 1, 1), plain), start=1):
+        one.planned(StepPlan(number, slots=lengths, lengths=lengths))
+    for number in range(1, 5):
+        one.done(StepDone(number, b"", b"", 0.25, idle=0.5))
     clock.now += 1
     told = look(one)
     steps = told.steps
-    assert (steps.last, numbers(steps.rows), numbers(steps.tokens)) == (1, [2], [6])
-    assert (array("f", steps.seconds).tolist(), array("f", steps.idle).tolist()) == ([0.25], [0.5])
+    assert (steps.last, numbers(steps.rows), numbers(steps.tokens)) == (4, [2, 2, 3, 3], [6, 11, 3, 3])
+    assert (array("f", steps.seconds).tolist(), array("f", steps.idle).tolist()) == ([0.25] * 4, [0.5] * 4)
     assert (told.assets[0].kind, told.assets[0].state, told.assets[0].count) == ("grammar", "making", 2)
     clock.now += 3  # nobody has asked since
-    one.done(StepDone(2, b"", b"", 0.25))
+    one.done(StepDone(5, b"", b"", 0.25))
     assert not one.watched
     assert look(one).steps.seconds == b""
