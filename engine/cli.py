@@ -1,4 +1,4 @@
-"""The `engine` command: serve, chat, generate, bench, experts, cache, plugins, completion; and those of plugins.
+"""The `engine` command: serve, chat, generate, bench, experts, cache, top, plugins, completion; and those of plugins.
 
 No flag is declared here: those of the engine derive from `engine.config`, those of sampling from SamplingParams,
 those of chat and bench from `engine.client.options`.
@@ -27,6 +27,7 @@ from engine.client.options import (
     LoadOptions,
     RepeatOptions,
     ReportOptions,
+    TopOptions,
     TrafficOptions,
     sampling_options,
 )
@@ -168,6 +169,14 @@ def cache(arguments: argparse.Namespace) -> int:
     return (held.clear if arguments.action == "clear" else held.show)(options, _config(arguments))
 
 
+def top(arguments: argparse.Namespace) -> int:
+    """Show what a server is doing: steps, requests, queue, pages of the cache, as its page does."""
+    options = _given(TopOptions, arguments)
+    from engine.client.top import show
+
+    return show(options, _config(arguments))
+
+
 def plugins(arguments: argparse.Namespace) -> int:
     """List the plugins that are known here."""
     from engine.plugin.registry import Plugins
@@ -260,8 +269,7 @@ def _parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     _add_sampling(command)
     _add_engine(command)
     _parse_bench(commands)
-
-    _parse_views(commands)
+    _parse_looks(commands)
 
     command = _command(commands, plugins)
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -309,11 +317,12 @@ def _add_registered(commands: Any, named: Sequence[str], wanted: str) -> None:
             command.set_defaults(run=made.run)
 
 
-def _parse_views(commands: Any) -> None:
-    """The commands that show what a server has."""
-    command = _command(commands, experts)
-    _add_group(command, ExpertsOptions)
-    _add(command, _option(ServerOptions, "api_key"))
+def _parse_looks(commands: Any) -> None:
+    """The commands that look at a server."""
+    for look, options in ((experts, ExpertsOptions), (top, TopOptions)):
+        command = _command(commands, look)
+        _add_group(command, options)
+        _add(command, _option(ServerOptions, "api_key"))
 
     command = _command(commands, cache, " [clear]")
     command.add_argument(

@@ -17,6 +17,7 @@ import anyio
 import msgspec
 from msgspec.structs import replace
 
+from engine.actors.looking import Looking
 from engine.actors.opening import scheduler_for
 from engine.cache.blocks import HeldBlocks
 from engine.cache.log import CacheLog
@@ -40,6 +41,7 @@ from engine.messages.control import (
     WorkerSilent,
 )
 from engine.messages.fronts import FrontLost
+from engine.messages.looking import ChannelLook, Look
 from engine.messages.media import MEDIA
 from engine.messages.reply import Failed, Tokens
 from engine.messages.request import Abort, Admit, EndPrograms, StopHit
@@ -47,7 +49,7 @@ from engine.messages.sessions import EndSession, ListSessions
 from engine.messages.step import StepDone, steps_in_flight
 from engine.messages.tiers import PAGES, Moved
 from engine.plugin.specs import Policy
-from engine.runtime.channel import Outbox, Receiver, received
+from engine.runtime.channel import Outbox, Receiver, Sender, received
 from engine.sched import Scheduler
 from engine.sched.assets import Due, WaitingRoom
 from engine.sched.copies import Copies
@@ -115,6 +117,7 @@ class SchedulerActor:
         self._following: list[FollowCache] = []  # not answered yet
         self.moves: Moves | None = None  # where there are tiers below the device
         self._wanted: dict[int, float] = {}  # needs for pages, and until when they are waited for
+        self.looking = Looking()
         self.step_seconds = array("f")
         self.make_seconds: dict[str, array[float]] = {}  # by kind
         self.idle_seconds = 0.0
@@ -148,6 +151,8 @@ class SchedulerActor:
                 self.moves.cost.planned(plan)
                 for move in self.moves.before():
                     await self.executor.send(move)
+            if self.looking.watched:
+                self.looking.planned(plan)
             await self.executor.send(plan)
 
     async def _send_moves(self, moves: Moves) -> None:
@@ -197,6 +202,8 @@ class SchedulerActor:
                 await self._answer(message.number, self._sessions.answer(message, time.monotonic()))
             case FollowCache():
                 self._following.append(message)
+            case Look():
+                await self.front.send(Answer(message.number, self._look()))
             case Answer():
                 self._asked.remove(message.number)
                 await self.front.send(message)
@@ -249,6 +256,8 @@ class SchedulerActor:
         self.step_seconds.append(done.seconds)
         if self.moves is not None:
             self.moves.cost.done(done.seconds)
+        if self.looking.watched:
+            self.looking.done(done)
         self.credits = self.most_credits - (done.seconds >= SHORT_STEP_SECONDS)
         self.idle_seconds += done.idle
         for number, cause in done.failed:
@@ -305,6 +314,23 @@ class SchedulerActor:
     def _sessions(self) -> Sessions:
         """None live before there is a scheduler."""
         return Sessions() if self.scheduler is None else self.scheduler.live.sessions
+
+    def _look(self) -> bytes:
+        """What is going on, packed."""
+        makers = [(kind, maker.inbox.fill) for kind, maker in self.makers.items() if isinstance(maker.inbox, Sender)]
+        channels = (
+            ChannelLook("scheduler", len(self.inbox), self.inbox.capacity),
+            ChannelLook("executor", self.in_flight, self.credits),
+            *(ChannelLook(f"maker of {kind}", *fill) for kind, fill in makers),
+        )
+        return self.looking.look(
+            self.scheduler,
+            self.worker,
+            self.cause,
+            paused=self.paused,
+            channels=channels,
+            assets=self.room.states(),
+        )
 
     async def _ask_worker(self, message: Ask) -> None:
         if self.worker not in RUNNING:

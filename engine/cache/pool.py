@@ -19,6 +19,11 @@ class PagePool:
         self._taken = bytearray(size)
 
     @property
+    def taken(self) -> bytes:
+        """A 1 for each page that is taken, by number."""
+        return bytes(self._taken)
+
+    @property
     def free_pages(self) -> int:
         """How many pages can be taken."""
         return len(self._free)

@@ -217,6 +217,10 @@ class RadixTree:
             found += node.children.values()
         return found[len(self._roots) :]
 
+    def roots(self) -> list[Node]:
+        """The roots that have children."""
+        return list(self._roots.values())
+
     def path(self, node: Node) -> list[int]:
         """The pages from the root to the end of `node`."""
         parts = []

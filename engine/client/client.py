@@ -68,12 +68,16 @@ class Client:
 
     # ── the wire ─────────────────────────────────────────────────────────────────────────────
 
-    async def _events(self, path: str, body: dict[str, Any]) -> AsyncGenerator[bytes, None]:
+    def events(self, path: str) -> AsyncGenerator[bytes, None]:
+        """The data of each event of a stream that is there to be read. Raises as requests do."""
+        return self._events(path, None)
+
+    async def _events(self, path: str, body: dict[str, Any] | None) -> AsyncGenerator[bytes, None]:
         """The data of each server-sent event until `[DONE]`. Raises RequestError for an error answer."""
-        payload = msgspec.json.encode(body)
-        headers = {"Content-Type": "application/json"}
+        method, payload = ("GET", None) if body is None else ("POST", msgspec.json.encode(body))
+        headers = {} if body is None else {"Content-Type": "application/json"}
         try:
-            async with self._http.post(self.url + path, data=payload, headers=headers) as response:
+            async with self._http.request(method, self.url + path, data=payload, headers=headers) as response:
                 if response.status != 200:
                     raise RequestError(refusal(await response.read()), status=response.status)
                 rest = b""

@@ -43,6 +43,13 @@ class HeldOptions(Struct, frozen=True, kw_only=True):
     cache_salt: Annotated[str | None, Meta(description="salt of the sessions that are listed; default: none")] = None
 
 
+class TopOptions(Struct, frozen=True, kw_only=True):
+    """Top."""
+
+    url: Annotated[str, Meta(description="server to look at")] = "http://127.0.0.1:8000"
+    once: Annotated[bool, Meta(description="print one look and end")] = False
+
+
 class LengthOptions(Struct, frozen=True, kw_only=True):
     """Prompts and replies."""
 

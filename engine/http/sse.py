@@ -89,6 +89,9 @@ async def send_events(
     first = await anext(chunks)
     response = web.StreamResponse(headers=HEADERS)
     await response.prepare(request)
+    if request.method == "HEAD":  # is answered by the head alone
+        await response.write_eof()
+        return response
     try:
         if data := events.event(first):
             await response.write(data)

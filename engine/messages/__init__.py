@@ -17,9 +17,9 @@ An image or a video goes from the tokenizer to a process that decodes it (Decode
 A request may need things on the device, such as a grammar. They go from the scheduler to their maker (Make, Made), then
 to the worker (Load, Loaded), and then the request runs. Where there are tiers below the device, pages of its prompt may
 have to come up first (Move, Moved). The maker of grammars asks its process (Compile, Compiled).
-A question (Flush, Pause, FollowCache, ListSessions, EndSession, or an Ask, which the worker answers) goes from http to
-the scheduler and comes back as the Answer of its number. Where there are several front processes, a hub stands between
-them and the scheduler, and carries what they ask each other (PeerAsk, PeerAnswer, PeerAnswers).
+A question (Flush, Pause, FollowCache, Look, ListSessions, EndSession, or an Ask, which the worker answers) goes from
+http to the scheduler and comes back as the Answer of its number. Where there are several front processes, a hub stands
+between them and the scheduler, and carries what they ask each other (PeerAsk, PeerAnswer, PeerAnswers).
 """
 
 from engine.messages.assets import Drop, Load, Loaded, Made, Make
@@ -56,6 +56,7 @@ from engine.messages.fronts import (
     PeerAsk,
     Refused,
 )
+from engine.messages.looking import Look
 from engine.messages.nodes import Attach, Bye, EndRanks, Join, RankEnded, StartRanks, TurnedAway, Welcome
 from engine.messages.reply import Failed, Tokens
 from engine.messages.request import Abort, Admit, EndPrograms, Job, Open, StopHit
@@ -71,7 +72,7 @@ FromMediaProcess = MediaReady | Failed | Retired | Fatal
 ToTokenizer = Job | Abort | WorkerReady
 ToWorker = Boot | Preload | Agreed | StepPlan | Load | Drop | Move | Ask | Ping
 FromWorker = Proposed | WorkerReady | StepDone | Loaded | Moved | Answer | Pong | Beat | Fatal
-FromFront = Admit | Abort | StopHit | EndPrograms | Flush | Pause | Ask | FollowCache | ListSessions | EndSession
+FromFront = Admit | Abort | StopHit | EndPrograms | Flush | Pause | Ask | FollowCache | Look | ListSessions | EndSession
 FromExecutor = StepDone | Loaded | Moved | Answer | WorkerReady | WorkerLost | WorkerSilent | Fatal
 ToScheduler = FromFront | FrontLost | FromExecutor | Made
 ToExecutor = StepPlan | Load | Drop | Move | Ask | Reset

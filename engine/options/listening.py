@@ -67,3 +67,8 @@ class ListenOptions(Struct, frozen=True, kw_only=True):
         float,
         Meta(gt=0, description="seconds that a client may take nothing of an answer before it is disconnected (Linux)"),
     ] = 600.0
+
+    @property
+    def keyed(self) -> bool:
+        """Whether clients must send a key."""
+        return bool(self.api_key or self.api_key_file)

@@ -22,7 +22,7 @@ from engine.http.openapi import Route
 from engine.http.origins import Access, Gate, warn_of_any_origin
 from engine.http.request_id import name_request, send_id
 from engine.http.shaping import shaped
-from engine.router import admin, everywhere
+from engine.router import admin, everywhere, home
 from engine.router.health import LOOP
 from engine.router.log import log_request
 from engine.router.proxy import proxied
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from aiohttp.typedefs import Middleware
 
 CLOSE_SECONDS = 1.0  # what handlers still running at the end get; draining happens before
-ROUTES: Sequence[Route] = (*admin.ROUTES, *everywhere.ROUTES)
+ROUTES: Sequence[Route] = (*admin.ROUTES, *everywhere.ROUTES, *home.ROUTES)
 OWN: Final[dict[tuple[str, str], Route]] = {(route.method, route.path): route for route in ROUTES}
 OPERATORS = frozenset((route.method, route.path) for route in admin.ROUTES)
 METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"})
@@ -42,7 +42,7 @@ def create_app(router: Router) -> web.Application:
     """Raises ConfigError for options that say nothing of who may call."""
     options = router.config.server
     open_paths = frozenset(route.path for route in ROUTES if route.open)
-    gate = Gate(Access.of(options), pages=frozenset(), methods=METHODS)
+    gate = Gate(Access.of(options), pages=frozenset({"/"}), methods=METHODS)
     keys = _by_route(key_check(Keys(options), frozenset()))
     checks = [shape_errors, name_request, refuse_loops, gate.middleware(), keys]
     if options.log_requests or router.config.router.log_level == "debug":

@@ -32,6 +32,7 @@ class Counter(IntEnum):
     BACKGROUND = 6  # those of the kept responses that are still being made
     BACKGROUND_BYTES = 7
     OLDEST = 8  # when the first of the kept responses ended, by the monotonic clock in ns; 0 where none has
+    VIEWERS = 9  # of /live/events
 
 
 class Board:

@@ -62,6 +62,12 @@ class Sender(Generic[T]):
     def __init__(self, held: _Held[T]) -> None:
         self._held = held
 
+    @property
+    def fill(self) -> tuple[int, int]:
+        """How many messages are in the channel, and how many it holds; 0 if admission bounds them."""
+        held = self._held
+        return len(held.items), 0 if held.capacity == math.inf else int(held.capacity)
+
     async def send(self, item: T) -> None:
         """Put `item` in, once there is room."""
         held = self._held
@@ -98,6 +104,11 @@ class Receiver(Generic[T]):
     def __len__(self) -> int:
         """How many messages are waiting to be taken."""
         return len(self._held.items)
+
+    @property
+    def capacity(self) -> int:
+        """How many messages the channel holds; 0 if admission bounds them."""
+        return 0 if self._held.capacity == math.inf else int(self._held.capacity)
 
     def __aiter__(self) -> "Receiver[T]":
         return self

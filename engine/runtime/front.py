@@ -9,7 +9,7 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import anyio
 import msgspec
@@ -20,6 +20,7 @@ from engine.errors import EngineError, RequestError, WorkerError, counted, shut_
 from engine.messages import FromFront, ToHttp, ToTokenizer
 from engine.messages.cache import CacheChanges, FollowCache
 from engine.messages.control import Answer, Ask, Fatal, Flush, Flushed, Pause, Stats, WorkerReady
+from engine.messages.looking import ChannelLook, Look, Snapshot
 from engine.messages.questions import Question, Value
 from engine.messages.reply import Chunk
 from engine.messages.request import Abort, EndPrograms, Generate, Job
@@ -91,6 +92,7 @@ class Front(Readiness):
         self.draining = False
         self._inbox = inbox
         self._tokenizer = tokenizer
+        self.senders: dict[str, Sender[Any]] = {"tokenizer": tokenizer}  # to actors beside it, to look at
         self._scheduler = scheduler
         self._numbers = place.numbers
         self._open: dict[str, Mailbox] = {}
@@ -252,6 +254,16 @@ class Front(Readiness):
         value = await self._answer(FollowCache(next(self._numbers), after))
         return msgspec.msgpack.decode(value, type=CacheChanges)
 
+    async def look(self) -> Snapshot:
+        """What is going on in the core, for people. It is made for the first who asks in half a second."""
+        value = await self._answer(Look(next(self._numbers)))
+        return msgspec.msgpack.decode(value, type=Snapshot)
+
+    def channels(self) -> list[ChannelLook]:
+        """The fill of what leads to actors of this front."""
+        beside = [ChannelLook(actor, *sender.fill) for actor, sender in self.senders.items()]
+        return [*beside, ChannelLook("front", len(self._inbox), self._inbox.capacity)]
+
     async def sessions(self, owner: bytes, cache_salt: str) -> list[KeptSession]:
         """The sessions of `owner` under `cache_salt`, the one used last first."""
         value = await self._answer(ListSessions(next(self._numbers), owner, cache_salt))
@@ -262,7 +274,7 @@ class Front(Readiness):
         value = await self._answer(EndSession(next(self._numbers), owner, cache_salt, id))
         return msgspec.msgpack.decode(value, type=bool)
 
-    async def _answer(self, asked: Flush | Pause | Ask | FollowCache | ListSessions | EndSession) -> bytes:
+    async def _answer(self, asked: Flush | Pause | Ask | FollowCache | Look | ListSessions | EndSession) -> bytes:
         """The value of the Answer to `asked`."""
         if self.failure:
             raise WorkerError(self.failure)

@@ -118,6 +118,7 @@ async def open_front(
     actors, to_scheduler = core(config, from_core)
     name = (*config.server.served_model_name, checkpoint.name())[0]
     front = Front(config, name, front_inbox, to_tokenizer, to_scheduler, place)
+    front.senders["detokenizer"] = to_detokenizer
     # The device process starts first: it loads for seconds while the tokenizer is read here.
     async with supervise(*actors, front):
         front.text = text = await anyio.to_thread.run_sync(text_of, plugins, checkpoint, config, template)

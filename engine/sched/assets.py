@@ -111,6 +111,10 @@ class WaitingRoom:
         """Requests that wait."""
         return len(self._requests)
 
+    def states(self) -> Counter[tuple[str, str]]:
+        """How many things of each kind are in each state."""
+        return Counter((asset.kind, asset.state) for asset in self._assets.values())
+
     def rids(self) -> list[str]:
         """Those of the requests that wait."""
         return list(self._requests)

@@ -139,6 +139,11 @@ class Scheduler:
         return len(self._lanes) + len(self._prefilling) + len(self._ending)
 
     @property
+    def cache(self) -> CachePages:
+        """Its pages, to look at."""
+        return self._pages
+
+    @property
     def free_slots(self) -> int:
         """Slots that no request has."""
         return len(self._free_slots)

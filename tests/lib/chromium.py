@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+from base64 import b64decode
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -39,6 +40,7 @@ class Tab:
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self.asked: list[str] = []  # every URL that it has asked for
+        self.errors: list[str] = []  # what its console shows as an error
         self._socket = socket
         self._answers: dict[int, dict[str, Any]] = {}
         self._number = 0
@@ -72,6 +74,17 @@ class Tab:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
+    async def picture(self, path: Path, width: int, height: int, *, dark: bool = False) -> None:
+        """Write a PNG of the page in a window of that size."""
+        await self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+        )
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        await self.call("Emulation.setEmulatedMedia", features=[scheme])
+        await self.run("await new Promise(done => setTimeout(done, 700));")
+        taken = await self.call("Page.captureScreenshot", format="png")
+        path.write_bytes(b64decode(taken["data"]))  # noqa: ASYNC240
+
     async def _until(self, so: Any) -> None:
         while not so():
             self._news = anyio.Event()
@@ -91,7 +104,22 @@ class Tab:
                 self._loaded = True
             elif said["method"] == "Network.requestWillBeSent":
                 self.asked.append(said["params"]["request"]["url"])
+            elif (error := console_error(said)) is not None:
+                self.errors.append(error)
             self._news.set()
+
+
+def console_error(said: dict[str, Any]) -> str | None:
+    """What an event of the browser shows as an error in the console, if it does."""
+    params = said["params"]
+    match said["method"]:
+        case "Runtime.exceptionThrown":
+            return str(params["exceptionDetails"])
+        case "Runtime.consoleAPICalled" if params["type"] in ("error", "assert"):
+            return str(params["args"])
+        case "Log.entryAdded" if params["entry"]["level"] == "error":
+            return f"{params['entry']['text']} {params['entry'].get('url', '')}"
+    return None
 
 
 @asynccontextmanager
@@ -116,7 +144,7 @@ async def open_tab(path: str, *flags: str) -> AsyncIterator[Tab]:
                 ):
                     tab = Tab(socket)
                     group.start_soon(tab.listen)
-                    for domain in ("Page", "Runtime", "Network"):
+                    for domain in ("Page", "Runtime", "Network", "Log"):
                         await tab.call(f"{domain}.enable")
                     yield tab
                     group.cancel_scope.cancel()

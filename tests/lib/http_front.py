@@ -14,6 +14,7 @@ from engine.conversation.parsers import Parsers
 from engine.conversation.tools import as_written
 from engine.http.app import serve
 from engine.messages.control import Flushed, Stats, WorkerReady
+from engine.messages.looking import ChannelLook, PagesLook, RowsLook, Snapshot, StepsLook, TreeLook
 from engine.messages.reply import Chunk
 from engine.messages.request import Generate
 from engine.messages.sessions import KeptSession
@@ -94,6 +95,8 @@ class FakeFront:
         self.open: set[str] = set()
         self.aborted: list[str | None] = []
         self.ended: list[tuple[bytes, str, str]] = []  # programs
+        self.draining = False
+        self.looks = 0
         self._pumps: dict[Mailbox, asyncio.Task[None]] = {}
 
     @property
@@ -160,6 +163,16 @@ class FakeFront:
 
     async def end_session(self, owner: bytes, cache_salt: str, id: str) -> bool:
         return False
+
+    async def look(self) -> Snapshot:
+        """Nothing goes on, each time anew."""
+        self.looks += 1
+        rows, tree = RowsLook(*[b""] * 7), TreeLook(*[b""] * 5)
+        steps, pages = StepsLook(0, b"", b"", b"", b""), PagesLook(1, "")
+        return Snapshot(self.looks, 0.0, "ready", "", False, {}, (), rows, b"", steps, pages, tree, (), ())
+
+    def channels(self) -> list[ChannelLook]:
+        return []
 
     async def flush(self) -> Flushed:
         return Flushed(12, 3)

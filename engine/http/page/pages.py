@@ -1,46 +1,27 @@
-"""Pages for people: /docs, the OpenAPI document to read. A page is one file that asks no other server for anything.
+"""Pages for people: a chat and a live view at /, and /docs, the OpenAPI document to read.
 
-Its headers let the browser hold it to that: only its own script runs, it speaks to this server alone, and no other
-page can show it in a frame.
+Both are public, and ask for the API key themselves where there is one. Left out: what they show (live.py, and the API).
 """
-
-import hashlib
-import re
-from base64 import b64encode
-from functools import cache
-from pathlib import Path
 
 from aiohttp import web
 
 from engine.http.openapi import Route, openapi_document
+from engine.http.page.files import page
+from engine.http.service import SERVICE
+
+
+async def home(request: web.Request) -> web.Response:
+    """Chat with the model and see the engine at work: a page, which asks for the API key itself where there is one."""
+    return page("home.html", keyed=request.app[SERVICE].options.keyed)
 
 
 async def docs(request: web.Request) -> web.Response:
     """Show every route and object for people: a page, which asks for the API key itself where there is one."""
-    page, policy = _page("docs.html")
-    headers = {
-        "Content-Security-Policy": policy,
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-cache",
-    }
-    return web.Response(body=page, content_type="text/html", charset="utf-8", headers=headers)
-
-
-@cache
-def _page(name: str) -> tuple[bytes, str]:
-    """The file `name` beside this one, and the policy that fits it."""
-    page = Path(__file__).with_name(name).read_bytes()
-    scripts = re.findall(rb"<script>(.*?)</script>", page, re.DOTALL)
-    allowed = " ".join(f"'sha256-{b64encode(hashlib.sha256(script).digest()).decode()}'" for script in scripts)
-    policy = (
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    return page, policy
+    return page("docs.html")
 
 
 ROUTES = (
     Route("GET", "/openapi.json", openapi_document),
+    Route("GET", "/", home, open=True, content="text/html"),
     Route("GET", "/docs", docs, open=True, content="text/html"),
 )

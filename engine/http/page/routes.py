@@ -1,5 +1,5 @@
 """The routes of people who read, joined; each module declares those that it serves."""
 
-from engine.http.page import pages
+from engine.http.page import live, pages
 
-ROUTES = (*pages.ROUTES,)
+ROUTES = (*pages.ROUTES, *live.ROUTES)

@@ -546,5 +546,6 @@ def test_only_probes_are_open() -> None:
         "/ping",
         "/livez",
         "/metrics",
+        "/",
         "/docs",
     }

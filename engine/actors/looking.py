@@ -1,0 +1,107 @@
+"""Who looks at the scheduler: makes snapshots while somebody asks, and notes steps only for as long.
+
+A snapshot costs the scheduler some of its time, however cheap it is. So each is given to all who ask within half a
+second, and the next one comes no earlier than 200 times as long as the last one took: looking takes half a percent of
+the time at most. Steps are noted until nobody has asked for two seconds. Left out: what fronts know of themselves.
+"""
+
+import time
+from array import array
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from engine.messages.control import CopyStats
+from engine.messages.looking import AssetsLook, ChannelLook, Snapshot, StepsLook
+from engine.messages.step import StepDone, StepPlan
+from engine.sched import Scheduler
+from engine.sched.copies import Copies
+from engine.sched.looking import look_at_cache, look_at_queue, look_at_rows, parts_of
+
+LEAST_SECONDS = 0.45  # between two snapshots
+SPARE = 200.0  # times the seconds of a snapshot until the next one
+WATCHED_SECONDS = 2.0  # for which steps are noted after a snapshot
+STRIP = 240  # steps that are told
+
+Worker = Literal["starting", "ready", "restarting", "stalled", "failed"]
+
+
+class Looking:
+    """The snapshots of one scheduler, and the steps between them."""
+
+    def __init__(self) -> None:
+        self.watched = False
+        self._number = 0
+        self._packed = b""
+        self._due = 0.0  # when the next may be made
+        self._until = 0.0  # when nobody watches any more
+        self._planned: dict[int, tuple[int, int]] = {}  # rows and tokens of steps in flight
+        self._lengths = b""  # of the last step planned, and their sum
+        self._tokens = 0
+        self._steps: deque[tuple[float, float, int, int]] = deque(maxlen=STRIP)
+        self._last = 0
+
+    def planned(self, plan: StepPlan) -> None:
+        """Note a step that is sent, while it is watched."""
+        if plan.lengths is not self._lengths:  # steps that only decode the same rows have the very same column
+            self._lengths, self._tokens = plan.lengths, sum(array("i", plan.lengths))
+        self._planned[plan.step] = len(plan.lengths) // 4, self._tokens
+
+    def done(self, done: StepDone) -> None:
+        """Note its result; where nobody watches any more, forget all."""
+        rows, tokens = self._planned.pop(done.step, (0, 0))
+        self._steps.append((done.seconds, done.idle, rows, tokens))
+        self._last = done.step
+        if time.monotonic() > self._until:
+            self.watched = False
+            self._planned.clear()
+            self._steps.clear()
+
+    def look(
+        self,
+        scheduler: Scheduler | Copies | None,
+        worker: Worker,
+        cause: str,
+        *,
+        paused: bool,
+        channels: tuple[ChannelLook, ...],
+        assets: Mapping[tuple[str, str], int],
+    ) -> bytes:
+        """A packed Snapshot: the last one if that is young."""
+        now = time.monotonic()
+        self.watched, self._until = True, now + WATCHED_SECONDS
+        if now < self._due:
+            return self._packed
+        self._number += 1
+        figures: dict[str, Any] = {} if scheduler is None else dict(scheduler.counts())
+        copies: tuple[CopyStats, ...] = figures.pop("copies", ())
+        counts = {name: value for name, value in figures.items() if isinstance(value, int)}
+        parts = () if scheduler is None else parts_of(scheduler)
+        pages, tree = look_at_cache(parts)
+        made = Snapshot(
+            self._number,
+            time.monotonic() - now,
+            worker,
+            cause,
+            paused,
+            counts,
+            copies,
+            look_at_rows(parts),
+            look_at_queue(parts),
+            self._strip(),
+            pages,
+            tree,
+            channels,
+            tuple(AssetsLook(kind, state, count) for (kind, state), count in sorted(assets.items())),
+        )
+        self._packed = msgspec.msgpack.encode(made)
+        ended = time.monotonic()
+        self._due = now + max(LEAST_SECONDS, SPARE * (ended - now))
+        return self._packed
+
+    def _strip(self) -> StepsLook:
+        seconds, idle, rows, tokens = zip(*self._steps, strict=True) if self._steps else ((), (), (), ())
+        floats = [array("f", column).tobytes() for column in (seconds, idle)]
+        return StepsLook(self._last, *floats, *(array("i", column).tobytes() for column in (rows, tokens)))
