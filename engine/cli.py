@@ -319,17 +319,14 @@ def _add_registered(commands: Any, named: Sequence[str], wanted: str) -> None:
 
 def _parse_looks(commands: Any) -> None:
     """The commands that look at a server."""
-    for look, options in ((experts, ExpertsOptions), (top, TopOptions)):
-        command = _command(commands, look)
+    looks = (experts, ExpertsOptions, ""), (cache, HeldOptions, " [clear]"), (top, TopOptions, "")
+    for look, options, words in looks:
+        command = _command(commands, look, words)
+        if look is cache:
+            kinds: dict[str, Any] = {"choices": ("show", "clear"), "default": "show", "metavar": "clear", "nargs": "?"}
+            command.add_argument("action", help="forget all that it holds", **kinds)
         _add_group(command, options)
         _add(command, _option(ServerOptions, "api_key"))
-
-    command = _command(commands, cache, " [clear]")
-    command.add_argument(
-        "action", metavar="clear", nargs="?", choices=("show", "clear"), default="show", help="forget all that it holds"
-    )
-    _add_group(command, HeldOptions)
-    _add(command, _option(ServerOptions, "api_key"))
 
 
 def _parse_bench(commands: Any) -> None:

@@ -16,6 +16,7 @@ import msgspec
 from engine.messages.control import CopyStats
 from engine.messages.looking import AssetsLook, ChannelLook, Snapshot, StepsLook
 from engine.messages.step import StepDone, StepPlan
+from engine.runtime.channel import Outbox, Sender
 from engine.sched import Scheduler
 from engine.sched.copies import Copies
 from engine.sched.looking import look_at_cache, look_at_queue, look_at_rows, parts_of
@@ -26,6 +27,11 @@ WATCHED_SECONDS = 2.0  # for which steps are noted after a snapshot
 STRIP = 240  # steps that are told
 
 Worker = Literal["starting", "ready", "restarting", "stalled", "failed"]
+
+
+def channels_to(makers: Mapping[str, Outbox[Any]]) -> list[ChannelLook]:
+    """The fill of the channels to what makes things of each kind, where that is in this process."""
+    return [ChannelLook(f"maker of {kind}", *inbox.fill) for kind, inbox in makers.items() if isinstance(inbox, Sender)]
 
 
 class Looking:

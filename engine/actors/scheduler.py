@@ -17,7 +17,7 @@ import anyio
 import msgspec
 from msgspec.structs import replace
 
-from engine.actors.looking import Looking
+from engine.actors.looking import Looking, channels_to
 from engine.actors.opening import scheduler_for
 from engine.cache.blocks import HeldBlocks
 from engine.cache.log import CacheLog
@@ -49,12 +49,12 @@ from engine.messages.sessions import EndSession, ListSessions
 from engine.messages.step import StepDone, steps_in_flight
 from engine.messages.tiers import PAGES, Moved
 from engine.plugin.specs import Policy
-from engine.runtime.channel import Outbox, Receiver, Sender, received
+from engine.runtime.channel import Outbox, Receiver, received
 from engine.sched import Scheduler
 from engine.sched.assets import Due, WaitingRoom
 from engine.sched.copies import Copies
 from engine.sched.fronts import front_of
-from engine.sched.moves import Moves
+from engine.sched.moves import Moves, patience
 from engine.sched.sessions import Sessions
 
 log = logging.getLogger("engine.scheduler")
@@ -63,9 +63,6 @@ log = logging.getLogger("engine.scheduler")
 # device already. One step in flight more costs a row that ends one more dropped token, and a new request a step's wait.
 SHORT_STEP_SECONDS = 0.002
 HEARTBEAT_SECONDS = 1.0
-# How long a request waits for a store, beside what it takes to read: as HiCache does.
-FETCH_SECONDS = 2.0
-FETCH_SECONDS_A_BYTE = 0.1 / 4096  # of ids, four a token
 # Pictures and clips that no request shows now are known all the same, so that what is encoded of them is found again.
 MEDIA_KEPT, MEDIA_BYTES = 1024, 512 << 20
 RUNNING = ("ready", "stalled")  # states of a worker that reads what it is sent
@@ -191,7 +188,7 @@ class SchedulerActor:
                 self._end_programs(message)
             case Flush():
                 freed, in_use = self.scheduler.flush() if self.scheduler else (0, 0)
-                await self._answer(message.number, Flushed(freed, in_use))
+                await self.front.send(Answer(message.number, msgspec.msgpack.encode(Flushed(freed, in_use))))
             case Pause():
                 self.paused = message.paused
                 self._pauses.append(message)
@@ -199,7 +196,8 @@ class SchedulerActor:
             case Ask():
                 await self._ask_worker(message)
             case ListSessions() | EndSession():
-                await self._answer(message.number, self._sessions.answer(message, time.monotonic()))
+                found = msgspec.msgpack.encode(self._sessions.answer(message, time.monotonic()))
+                await self.front.send(Answer(message.number, found))
             case FollowCache():
                 self._following.append(message)
             case Look():
@@ -227,10 +225,10 @@ class SchedulerActor:
         due = self.room.admit(replace(admit, needs=(*admit.needs, Need(PAGES, admit.rid.encode()))))
         for make in due.makes:
             if make.kind == PAGES:
-                self._wanted[make.number] = time.monotonic() + FETCH_SECONDS + len(admit.ids) * FETCH_SECONDS_A_BYTE
+                self._wanted[make.number] = time.monotonic() + patience(admit)
                 self.moves.want(make.number, admit)
         due.makes = [make for make in due.makes if make.kind != PAGES]
-        return await self._pass_on(due)
+        await self._pass_on(due)
 
     async def _made(self, made: Made) -> None:
         self.make_seconds.setdefault(made.kind, array("f")).append(made.seconds)
@@ -307,9 +305,6 @@ class SchedulerActor:
             else:
                 self._following.append(asked)
 
-    async def _answer(self, number: int, value: object) -> None:
-        await self.front.send(Answer(number, msgspec.msgpack.encode(value)))
-
     @property
     def _sessions(self) -> Sessions:
         """None live before there is a scheduler."""
@@ -317,20 +312,11 @@ class SchedulerActor:
 
     def _look(self) -> bytes:
         """What is going on, packed."""
-        makers = [(kind, maker.inbox.fill) for kind, maker in self.makers.items() if isinstance(maker.inbox, Sender)]
-        channels = (
-            ChannelLook("scheduler", len(self.inbox), self.inbox.capacity),
-            ChannelLook("executor", self.in_flight, self.credits),
-            *(ChannelLook(f"maker of {kind}", *fill) for kind, fill in makers),
-        )
-        return self.looking.look(
-            self.scheduler,
-            self.worker,
-            self.cause,
-            paused=self.paused,
-            channels=channels,
-            assets=self.room.states(),
-        )
+        own = ChannelLook("scheduler", len(self.inbox), self.inbox.capacity)
+        ahead = ChannelLook("executor", self.in_flight, self.credits)
+        makers = channels_to({kind: maker.inbox for kind, maker in self.makers.items()})
+        about: dict[str, Any] = {"paused": self.paused, "channels": (own, ahead, *makers), "assets": self.room.states()}
+        return self.looking.look(self.scheduler, self.worker, self.cause, **about)
 
     async def _ask_worker(self, message: Ask) -> None:
         if self.worker not in RUNNING:

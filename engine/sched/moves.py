@@ -18,6 +18,14 @@ from engine.sched.batcher import Scheduler
 
 LONG_STEP = 256  # tokens, from which on a step's time is that of its prompts
 OLD = 0.9  # how much the times of steps before count
+# How long a request waits for a store, beside what it takes to read: as HiCache does.
+FETCH_SECONDS = 2.0
+FETCH_SECONDS_A_BYTE = 0.1 / 4096  # of ids, four a token
+
+
+def patience(admit: Admit) -> float:
+    """Seconds for which a request waits for what a store has of its prompt."""
+    return FETCH_SECONDS + len(admit.ids) * FETCH_SECONDS_A_BYTE
 
 
 class PromptCost:
