@@ -212,12 +212,14 @@ def check_kept(tokens: int | None) -> int | None:
 
 def salt_of(salt: str | None) -> str:
     """`cache_salt`, by default that of everybody."""
-    if salt is not None and not 1 <= len(salt) <= MAX_SALT_LENGTH:
+    if salt is None:
+        return ""
+    if not 1 <= len(salt) <= MAX_SALT_LENGTH:
         raise RequestError(
             f"cache_salt has {len(salt)} characters; send 1 to {MAX_SALT_LENGTH}, or leave it out", param="cache_salt"
         )
-    check_unicode(salt or "", "cache_salt")
-    return salt or ""
+    check_unicode(salt, "cache_salt")
+    return salt
 
 
 def session_of(request: web.Request, given: str | None) -> SessionUse | None:

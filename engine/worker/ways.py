@@ -54,14 +54,18 @@ class Source(Protocol):
     @property
     def terms(self) -> Terms: ...
 
+    @property
+    def language(self) -> Terms: ...
+
 
 def choose_ways(options: ParallelOptions, source: Source, build: Build, most: int) -> Ways | None:
     """The ways of a start with these `options`, whose largest step has `most` tokens of a copy of attention; None where
     all tokens are gathered, or all ranks have them."""
     if options.ep_exchange == "all-to-all":
         return Ways.always("places")
-    shape = mixture_of(source)
-    if options.ep_exchange == "gather" or not options.whole_experts or options.dp_attention == 1 or shape is None:
+    if options.ep_exchange == "gather" or not options.whole_experts or options.dp_attention == 1:
+        return None
+    if (shape := mixture_of(source)) is None:
         return None
     each = -(-most // build.mesh.extent("attention_tp"))
     sizes = sorted({min(size, each) for size in (*SIZES, each)})
@@ -77,7 +81,7 @@ def mixture_of(source: Source) -> DecoderShape | None:
     model = resolve(model_for(source.plugins, source.terms.words("architectures")).target)
     if not issubclass(model, CausalLM):
         return None
-    shape: DecoderShape = model.decoder_shape(source.terms)
+    shape: DecoderShape = model.decoder_shape(source.language)
     return shape if shape.mixture is not None and shape.mixture.layers else None
 
 
