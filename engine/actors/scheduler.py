@@ -186,22 +186,16 @@ class SchedulerActor:
                     self.scheduler.stop(message.rid, message.keep)
             case EndPrograms():
                 self._end_programs(message)
-            case Flush():
-                freed, in_use = self.scheduler.flush() if self.scheduler else (0, 0)
-                await self.front.send(Answer(message.number, msgspec.msgpack.encode(Flushed(freed, in_use))))
+            case Flush() | ListSessions() | EndSession() | Look():
+                await self.front.send(Answer(message.number, self._told(message)))
             case Pause():
                 self.paused = message.paused
                 self._pauses.append(message)
                 await self._answer_pauses()
             case Ask():
                 await self._ask_worker(message)
-            case ListSessions() | EndSession():
-                found = msgspec.msgpack.encode(self._sessions.answer(message, time.monotonic()))
-                await self.front.send(Answer(message.number, found))
             case FollowCache():
                 self._following.append(message)
-            case Look():
-                await self.front.send(Answer(message.number, self._look()))
             case Answer():
                 self._asked.remove(message.number)
                 await self.front.send(message)
@@ -310,13 +304,18 @@ class SchedulerActor:
         """None live before there is a scheduler."""
         return Sessions() if self.scheduler is None else self.scheduler.live.sessions
 
-    def _look(self) -> bytes:
-        """What is going on, packed."""
+    def _told(self, asked: Flush | ListSessions | EndSession | Look) -> bytes:
+        """The answer to what can be answered at once, packed."""
+        match asked:
+            case Flush():
+                return msgspec.msgpack.encode(Flushed(*(self.scheduler.flush() if self.scheduler else (0, 0))))
+            case ListSessions() | EndSession():
+                return msgspec.msgpack.encode(self._sessions.answer(asked, time.monotonic()))
         own = ChannelLook("scheduler", len(self.inbox), self.inbox.capacity)
         ahead = ChannelLook("executor", self.in_flight, self.credits)
         makers = channels_to({kind: maker.inbox for kind, maker in self.makers.items()})
-        about: dict[str, Any] = {"paused": self.paused, "channels": (own, ahead, *makers), "assets": self.room.states()}
-        return self.looking.look(self.scheduler, self.worker, self.cause, **about)
+        about: dict[str, Any] = {"channels": (own, ahead, *makers), "assets": self.room.states()}
+        return self.looking.look(self.scheduler, self.worker, self.cause, paused=self.paused, **about)
 
     async def _ask_worker(self, message: Ask) -> None:
         if self.worker not in RUNNING:
