@@ -36,6 +36,10 @@ class Source:
     plugins: Plugins
     terms: Terms
 
+    @property
+    def language(self) -> Terms:
+        return self.terms
+
 
 def on_ranks(ranks: int, gpus: bool, function: Callable[..., list[list[float]]], *arguments: Any) -> list[list[float]]:
     """What `function` finds on as many ranks, each with a copy of attention and experts of its own."""

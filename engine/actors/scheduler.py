@@ -187,7 +187,7 @@ class SchedulerActor:
             case EndPrograms():
                 self._end_programs(message)
             case Flush() | ListSessions() | EndSession() | Look():
-                await self.front.send(Answer(message.number, self._told(message)))
+                await self.front.send(Answer(message.number, self._said(message)))
             case Pause():
                 self.paused = message.paused
                 self._pauses.append(message)
@@ -304,7 +304,7 @@ class SchedulerActor:
         """None live before there is a scheduler."""
         return Sessions() if self.scheduler is None else self.scheduler.live.sessions
 
-    def _told(self, asked: Flush | ListSessions | EndSession | Look) -> bytes:
+    def _said(self, asked: Flush | ListSessions | EndSession | Look) -> bytes:
         """The answer to what can be answered at once, packed."""
         match asked:
             case Flush():
