@@ -41,7 +41,8 @@ class Placed(Struct, frozen=True):
 
 class MediaProcessor(Protocol):
     """What one model makes of media. Made of config.json and of what the checkpoint says of processors, both as Terms;
-    `encode` makes token ids of a text, where prompts are encoded. Picklable without it."""
+    `encode` makes token ids of a text, where prompts are encoded. Picklable without it. What `choose_frames` and
+    `prepare` raise goes on from the place of the medium: "… has too few frames"."""
 
     def __init__(self, config: Terms, processor: Terms, encode: Encode | None = None) -> None: ...
 

@@ -26,6 +26,7 @@ from engine.options.media import MediaOptions
 NONE = "none"
 ODD_NUMBER = re.compile(r"(?:^|\.)(?:[0-9]+|0[xX][0-9a-fA-F]*)\.?$|:")  # the end of what is no name
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: an IPv4 address in its last 32 bits
+ASSIGNED = ipaddress.ip_network("2000::/3")  # RFC 4291: all public IPv6 addresses are of it; fec0::1 was private
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
@@ -86,7 +87,7 @@ def _plain(address: Address) -> Address:
 
 def _is_public(address: Address) -> bool:
     unusual = address.is_multicast or address.is_reserved or address.is_unspecified or address.is_link_local
-    return address.is_global and not unusual
+    return address.is_global and not unusual and (address.version == 4 or address in ASSIGNED)
 
 
 def check_sources(options: MediaOptions) -> Hosts:

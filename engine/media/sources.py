@@ -205,8 +205,8 @@ class Sources:
         if self._root is None:
             raise _not_allowed("is a file: URL, and this server reads no files (--media-root)")
         root, path = os.path.realpath(self._root), os.fsdecode(unquote_to_bytes(_path(source)))
-        parts = os.path.relpath(path, root).split(os.sep) if path.startswith(root + os.sep) else [".."]
-        if ".." in path.split(os.sep) or ".." in parts or "\0" in path:
+        parts = _parts_below(path, root) or _parts_below(path, os.path.abspath(self._root))
+        if ".." in path.split(os.sep) or not parts or "\0" in path:
             raise _not_allowed(f"is the file {shown(path)}, which is not below --media-root")
         descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -228,6 +228,14 @@ class Sources:
         finally:
             with suppress(OSError):
                 os.close(descriptor)
+
+
+def _parts_below(path: str, root: str) -> list[str]:
+    """The names on the way from `root` to `path`; none where it is not below."""
+    begin = root.rstrip(os.sep) + os.sep
+    if not path.startswith(begin):
+        return []
+    return [name for name in path[len(begin) :].split(os.sep) if name not in ("", ".")]
 
 
 def _path(source: str) -> str:

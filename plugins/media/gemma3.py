@@ -36,7 +36,7 @@ class Gemma3:
         self._lines: Lines | None = None  # once they are asked for
 
     def choose_frames(self, count: int, fps: float, duration: float, /) -> list[int]:
-        raise RequestError("a clip came with the prompt, and the model takes pictures alone; send some of its frames")
+        raise RequestError("is a video, and the model takes images alone; send some of its frames")
 
     def prepare(self, frames: Frames, /) -> Prepared:
         if frames.times:

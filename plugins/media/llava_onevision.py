@@ -109,7 +109,7 @@ def best_grid(height: int, width: int, grids: Sequence[Grid]) -> Grid:
 
     best = max(grids, key=worth)
     if not worth(best)[0]:
-        raise RequestError(f"a picture of {width} x {height} pixels is too narrow for the model; cut it")
+        raise RequestError(f"is {width} × {height} pixels, which is too narrow for the model; cut it")
     return best
 
 

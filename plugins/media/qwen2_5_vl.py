@@ -51,9 +51,12 @@ class Qwen25VL:
         number = math.floor(min(max(count / fps * wanted, low), high, count) / self.step) * self.step
         if not number:
             raise RequestError(
-                f"the clip has {count} frames, and the model takes {self.step} at least; send a longer one"
+                f"has too few frames ({count}) for the model, which takes at least {self.step}; send a longer video"
             )
-        return [int(index) for index in np.arange(0, count, count / number, dtype=np.float32)]
+        import torch  # as in transformers: others round some frames otherwise
+
+        # rounding may add one that is just behind the last frame
+        return [index for index in torch.arange(0, count, count / number).int().tolist() if index < count]
 
     def prepare(self, frames: Frames, /) -> Prepared:
         clip = bool(frames.times)
@@ -97,7 +100,7 @@ class Qwen25VL:
         factor = self.patch * self.merge
         if max(height, width) > MOST_ASPECT * min(height, width):
             raise RequestError(
-                f"a picture of {width} x {height} pixels is more than {MOST_ASPECT} times as long as it is wide; cut it"
+                f"is {width} × {height} pixels, and its longer side may have {MOST_ASPECT} times its shorter; cut it"
             )
         high, wide = (round(side / factor) * factor for side in (height, width))
         steps = round(frames / self.step) * self.step if frames > 1 else 1

@@ -36,7 +36,7 @@ class Qwen3VL(Qwen25VL):
         number = min(max(int(count / fps * wanted), low), high, count)
         if number < self.step:
             raise RequestError(
-                f"the clip has {count} frames, and the model takes {self.step} at least; send a longer one"
+                f"has too few frames ({count}) for the model, which takes at least {self.step}; send a longer video"
             )
         return [int(index) for index in np.linspace(0, count - 1, number).round()]
 

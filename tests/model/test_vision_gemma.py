@@ -125,7 +125,7 @@ def test_line_ends_beside_a_picture_are_one_token(theirs: Any) -> None:
 
 
 def test_clips_are_refused(seen: Seen) -> None:
-    with pytest.raises(RequestError, match="the model takes pictures alone"):
+    with pytest.raises(RequestError, match=r"^is a video, and the model takes images alone"):
         seen.processor.prepare(picture(4, 30, 26, frames=5, fps=2.0))
 
 

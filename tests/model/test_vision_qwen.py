@@ -117,7 +117,7 @@ def test_pixels_are_those_of_transformers_slow_processor(family: Any, shape: tup
 
 
 def test_a_strip_that_is_too_narrow_is_refused(family: Any) -> None:
-    with pytest.raises(RequestError, match="900 x 4 pixels is more than 200 times"):
+    with pytest.raises(RequestError, match=r"^is 900 × 4 pixels, and its longer side may have 200 times its shorter"):
         family.seen.processor.prepare(picture(7, 4, 900))
 
 
@@ -149,8 +149,13 @@ def test_frames_are_chosen_as_transformers_does() -> None:
     assert other.choose_frames(100, 25.0, 4.0) == [0, 14, 28, 42, 57, 71, 85, 99]
     assert other.choose_frames(7, 30.0, 7 / 30) == [0, 2, 4, 6]
     assert other.choose_frames(3, 1.0, 3.0) == [0, 1, 2]
+    for count, fps in ((367, 24.0), (670, 24.0), (1313, 24.0), (17, 2.4)):  # where steps are rounded beyond the end
+        chosen = one.choose_frames(count, fps, count / fps)
+        assert len(chosen) == count / fps * 2 // 2 * 2 and chosen[-1] < count
     for each in (one, other):
-        with pytest.raises(RequestError, match="the clip has 1 frames, and the model takes 2 at least"):
+        with pytest.raises(
+            RequestError, match=r"^has too few frames \(1\) for the model, which takes at least 2; send"
+        ):
             each.choose_frames(1, 24.0, 1 / 24)
 
 

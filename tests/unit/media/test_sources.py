@@ -123,6 +123,7 @@ async def test_an_allowed_host_is_fetched_from_through_redirects() -> None:
         "169.254.169.254",
         "[fe80::1]",
         "[fd00::1]",
+        "[fec0::1]",
         "[64:ff9b::7f00:1]",
         "[2002:7f00:1::]",
         "224.0.0.1",
@@ -293,8 +294,13 @@ async def test_files_below_the_root_are_read(tree: Path) -> None:
         f"file://localhost{root}/in ner/a.png",
     ):
         assert await read(source, media_root=root) == PICTURE
-    (tree / "alias").symlink_to(root)
-    assert await read(f"file://{root}/in%20ner/a.png", media_root=str(tree / "alias")) == PICTURE
+    alias = tree / "alias"
+    alias.symlink_to(root)
+    for spelled in (root, alias):  # as it is, and as the option says
+        assert await read(f"file://{spelled}/in%20ner/a.png", media_root=str(alias)) == PICTURE
+        assert (await refused(f"file://{spelled}/link", media_root=str(alias)))[0] == "media_unreachable"
+    assert (await refused(f"file://{alias}/../secret", media_root=str(alias)))[0] == "media_not_allowed"
+    assert await read(f"file://{root}/in%20ner/a.png", media_root="/") == PICTURE
 
 
 @pytest.mark.parametrize(
