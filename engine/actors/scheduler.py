@@ -115,6 +115,9 @@ class SchedulerActor:
         self._following: list[FollowCache] = []  # not answered yet
         self.moves: Moves | None = None  # where there are tiers below the device
         self._wanted: dict[int, float] = {}  # needs for pages, and until when they are waited for
+        # Whose turn it is to plan and to send: plans and moves leave in the order in which they were made, also where
+        # the executor has no room for the next one.
+        self._turn = anyio.Lock(fast_acquire=True)
         self.step_seconds = array("f")
         self.make_seconds: dict[str, array[float]] = {}  # by kind
         self.idle_seconds = 0.0
@@ -128,11 +131,12 @@ class SchedulerActor:
         async with anyio.create_task_group() as group:
             group.start_soon(self._heartbeat)
             async for first in self.inbox:
-                for message in received(self.inbox, first):
-                    await self._handle(message)
-                await self._fill_credits()
-                if self.moves is not None:
-                    await self._send_moves(self.moves)
+                async with self._turn:
+                    for message in received(self.inbox, first):
+                        await self._handle(message)
+                    await self._fill_credits()
+                    if self.moves is not None:
+                        await self._send_moves(self.moves)
                 if self._following:
                     await self._tell_followers()
             group.cancel_scope.cancel()
@@ -399,7 +403,8 @@ class SchedulerActor:
             if self._following:
                 await self._tell_followers(all=True)
             if self._wanted:
-                await self._give_up_waiting()
+                async with self._turn:
+                    await self._give_up_waiting()
             if self.scheduler is not None and not self.in_flight and not self._checked:
                 self.scheduler.check_integrity()
                 self.room.check_integrity()
