@@ -108,6 +108,8 @@ class Tiers:
         self._waits: dict[int, set[int]] = {}  # of needs for pages: the moves that each waits for
         self._settled: list[int] = []
         self.cause = ""  # why something failed, for people; not told yet
+        if options.stores:
+            self._send(Ticket("find"), self._after)  # of no page: what a life before this one has left is told
 
     # ── what is due ──────────────────────────────────────────────────────────────────────────
 
