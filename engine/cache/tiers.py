@@ -137,6 +137,11 @@ class Tiers:
         """Whether the move of this number is; 0 is none."""
         return number in self._tickets
 
+    @property
+    def sweeping(self) -> bool:
+        """Whether moves under way hold pages in the tree that have been cleared."""
+        return any(ticket.stale and ticket.nodes for ticket in self._tickets.values())
+
     def _send(self, ticket: Ticket, due: list[Move], *, holds: bool = False) -> int:
         number = next(self._numbers)
         self._tickets[number] = ticket

@@ -192,6 +192,10 @@ class Scheduler:
         """Forget cached prefixes that no running request uses: pages freed, and pages still in use."""
         return self._pages.flush()
 
+    def sweep(self) -> None:
+        """Moves that held pages at a flush are over: forget these, too."""
+        self._pages.evict(self._tree.evictable)
+
     def end_program(self, program: Holder) -> None:
         """No more calls of `program` will come: nothing is kept for it."""
         self._pages.pins.end(program)

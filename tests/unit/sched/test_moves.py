@@ -296,7 +296,23 @@ def test_what_is_on_its_way_at_a_flush_does_not_come():
     assert [move.way for move in bench.below.moving] == ["up"]
     bench.scheduler.flush()
     bench.drain()
-    assert bench.cached["c"] == 4  # the page that what came up would have gone on from
+    assert bench.cached["c"] == 0  # nor is the page there that it would have gone on from
+
+
+def test_what_goes_down_at_a_flush_is_forgotten_and_nobody_finds_it_meanwhile():
+    bench = TierBench(40, pages=30, stores=False)
+    bench.admit(request("a", LONG, max_new=2))
+    while bench.live:
+        Bench.step(bench)
+    assert [move.way for move in bench.below.moving] == ["down"]
+    assert bench.scheduler.flush() == (0, 8)
+    bench.admit(request("b", LONG, max_new=2), request("c", OTHER, max_new=2))
+    for _ in range(3):
+        assert not Bench.step(bench)
+    bench.finish()
+    assert bench.scheduler.counts()["pages_free"] == 30
+    bench.drain()
+    assert bench.cached["b"] == bench.cached["c"] == 0
 
 
 def test_a_restarted_engine_finds_in_the_store_what_it_had():
