@@ -14,11 +14,12 @@ from odd_store import OddStore
 from engine.config import resolve
 from engine.errors import ConfigError
 from engine.messages.tiers import NAME_BYTES, Move, Moved, both
+from engine.parallel.mesh import Mesh
 from engine.plugin.registry import Plugins
 from engine.plugin.specs import KVGroup, KVSpec, StateGroup
-from engine.plugin.tiers import Store
+from engine.plugin.tiers import Manifest, Store
 from engine.runtime import tiers
-from engine.worker.manifest import fingerprint
+from engine.worker.manifest import fingerprint, manifest_of
 from engine.worker.memory import allocate
 from engine.worker.tiers import begin_transfers
 from engine.worker.transfers import Threads, Transfers, runs
@@ -256,3 +257,18 @@ def test_weights_are_told_apart_by_what_they_are() -> None:
     known = {fingerprint(model())} | {fingerprint(model(b=other)) for other in others}
     assert len(known) == 5
     assert fingerprint(model(b=weights["b"].clone(), a=torch.ones(5, dtype=torch.bfloat16))) in known
+
+
+def test_a_model_of_another_configuration_has_other_pages() -> None:
+    """Angles of positions are no weights, and follow from it."""
+    model: Any = SimpleNamespace(
+        kv_spec=lambda: KVSpec(4, (HEADS,)), named_parameters=lambda: [("w", torch.ones(3))], named_buffers=lambda: []
+    )
+
+    def manifest(**terms: Any) -> Manifest:
+        return manifest_of(model, Mesh(), terms=terms, attention="cpu", dtype=torch.float32, max_model_len=64)
+
+    plain = manifest(rope_theta=1e4, rope_scaling={"type": "yarn", "factor": 2.0})
+    assert manifest(rope_scaling={"factor": 2.0, "type": "yarn"}, rope_theta=1e4) == plain
+    assert manifest(rope_theta=1e4, rope_scaling={"type": "yarn", "factor": 4.0}) != plain
+    assert manifest(rope_theta=1e6, rope_scaling={"type": "yarn", "factor": 2.0}) != plain
