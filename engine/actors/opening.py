@@ -1,24 +1,47 @@
-"""The scheduler that a device needs: one, or one for each copy of attention, for what the device says it can hold."""
+"""What the scheduler actor opens: the waiting room for what is made, and the scheduler for what a device can hold."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from engine.cache.blocks import HeldBlocks
 from engine.cache.tiers import TierOptions
 from engine.config import Config
+from engine.messages import ToMaker
 from engine.messages.control import WorkerReady
+from engine.messages.media import MEDIA
 from engine.plugin.specs import Policy
+from engine.runtime.channel import Outbox
 from engine.sched import Scheduler
+from engine.sched.assets import WaitingRoom
 from engine.sched.chunks import ChunkRule
 from engine.sched.copies import Copies
 from engine.sched.encoder import Encoder
 
+# Pictures and clips that no request shows now are known all the same, so that what is encoded of them is found again.
+MEDIA_KEPT, MEDIA_BYTES = 1024, 512 << 20
 LEAST_RISEN, LEAST_FETCHED = 64, 256  # tokens: fewer are computed sooner than they come from the host, or a store
+
+
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """What makes one kind of need, and how many things of it are `kept` that no request uses."""
+
+    inbox: Outbox[ToMaker]
+    kept: int
+
+
+def room_for(makers: Mapping[str, Maker]) -> WaitingRoom:
+    """Where requests wait for what `makers` make, and for what they bring along."""
+    kept = {kind: maker.kept for kind, maker in makers.items()}
+    return WaitingRoom({MEDIA: MEDIA_KEPT, **kept}, {MEDIA: MEDIA_BYTES})
 
 
 def scheduler_for(
     ready: WorkerReady, config: Config, policy: Policy, fronts: int, held: HeldBlocks | None
 ) -> Scheduler | Copies:
-    """It orders its queue by `policy`, has requests of so many `fronts`, and tells `held` what the cache holds."""
+    """One, or one for each copy of attention. It orders its queue by `policy`, has requests of so many `fronts`, and
+    tells `held` what the cache holds."""
     stages = config.parallel.pp
     options: dict[str, Any] = {
         "pages": ready.pages,

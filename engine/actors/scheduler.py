@@ -10,7 +10,6 @@ import logging
 import time
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import anyio
@@ -18,13 +17,13 @@ import msgspec
 from msgspec.structs import replace
 
 from engine.actors.looking import Looking, channels_to
-from engine.actors.opening import scheduler_for
+from engine.actors.opening import Maker, room_for, scheduler_for
 from engine.cache.blocks import HeldBlocks
 from engine.cache.log import CacheLog
 from engine.cache.pins import Holder
 from engine.config import Config
 from engine.errors import RequestError
-from engine.messages import ToExecutor, ToFront, ToMaker, ToScheduler
+from engine.messages import ToExecutor, ToFront, ToScheduler
 from engine.messages.assets import Loaded, Made, Need
 from engine.messages.cache import FollowCache
 from engine.messages.control import (
@@ -42,7 +41,6 @@ from engine.messages.control import (
 )
 from engine.messages.fronts import FrontLost
 from engine.messages.looking import ChannelLook, Look
-from engine.messages.media import MEDIA
 from engine.messages.reply import Failed, Tokens
 from engine.messages.request import Abort, Admit, EndPrograms, StopHit
 from engine.messages.sessions import EndSession, ListSessions
@@ -51,7 +49,7 @@ from engine.messages.tiers import PAGES, Moved
 from engine.plugin.specs import Policy
 from engine.runtime.channel import Outbox, Receiver, received
 from engine.sched import Scheduler
-from engine.sched.assets import Due, WaitingRoom
+from engine.sched.assets import Due
 from engine.sched.copies import Copies
 from engine.sched.fronts import front_of
 from engine.sched.moves import Moves, patience
@@ -63,18 +61,8 @@ log = logging.getLogger("engine.scheduler")
 # device already. One step in flight more costs a row that ends one more dropped token, and a new request a step's wait.
 SHORT_STEP_SECONDS = 0.002
 HEARTBEAT_SECONDS = 1.0
-# Pictures and clips that no request shows now are known all the same, so that what is encoded of them is found again.
-MEDIA_KEPT, MEDIA_BYTES = 1024, 512 << 20
 RUNNING = ("ready", "stalled")  # states of a worker that reads what it is sent
 LOST = "the device worker stopped while this request was running, and is being restarted; send the request again"
-
-
-@dataclass(frozen=True, slots=True)
-class Maker:
-    """What makes one kind of need, and how many things of it are `kept` that no request uses."""
-
-    inbox: Outbox[ToMaker]
-    kept: int
 
 
 class SchedulerActor:
@@ -98,8 +86,7 @@ class SchedulerActor:
         self.front = front
         self.fronts = fronts  # that `front` stands for
         self.scheduler: Scheduler | Copies | None = None
-        kept = {kind: maker.kept for kind, maker in makers.items()}
-        self.room = WaitingRoom({MEDIA: MEDIA_KEPT, **kept}, {MEDIA: MEDIA_BYTES})
+        self.room = room_for(makers)
         self.worker: Literal["starting", "ready", "restarting", "stalled", "failed"] = "starting"
         self.cause = ""
         self.in_flight = 0
@@ -115,6 +102,9 @@ class SchedulerActor:
         self.moves: Moves | None = None  # where there are tiers below the device
         self._wanted: dict[int, float] = {}  # needs for pages, and until when they are waited for
         self.looking = Looking()
+        # Whose turn it is to plan and to send: plans and moves leave in the order in which they were made, also where
+        # the executor has no room for the next one.
+        self._turn = anyio.Lock(fast_acquire=True)
         self.step_seconds = array("f")
         self.make_seconds: dict[str, array[float]] = {}  # by kind
         self.idle_seconds = 0.0
@@ -128,11 +118,12 @@ class SchedulerActor:
         async with anyio.create_task_group() as group:
             group.start_soon(self._heartbeat)
             async for first in self.inbox:
-                for message in received(self.inbox, first):
-                    await self._handle(message)
-                await self._fill_credits()
-                if self.moves is not None:
-                    await self._send_moves(self.moves)
+                async with self._turn:
+                    for message in received(self.inbox, first):
+                        await self._handle(message)
+                    await self._fill_credits()
+                    if self.moves is not None:
+                        await self._send_moves(self.moves)
                 if self._following:
                     await self._tell_followers()
             group.cancel_scope.cancel()
@@ -410,7 +401,8 @@ class SchedulerActor:
             if self._following:
                 await self._tell_followers(all=True)
             if self._wanted:
-                await self._give_up_waiting()
+                async with self._turn:
+                    await self._give_up_waiting()
             if self.scheduler is not None and not self.in_flight and not self._checked:
                 self.scheduler.check_integrity()
                 self.room.check_integrity()

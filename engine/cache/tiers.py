@@ -108,6 +108,8 @@ class Tiers:
         self._waits: dict[int, set[int]] = {}  # of needs for pages: the moves that each waits for
         self._settled: list[int] = []
         self.cause = ""  # why something failed, for people; not told yet
+        if options.stores:
+            self._send(Ticket("find"), self._after)  # of no page: what a life before this one has left is told
 
     # ── what is due ──────────────────────────────────────────────────────────────────────────
 
@@ -134,6 +136,11 @@ class Tiers:
     def under_way(self, number: int) -> bool:
         """Whether the move of this number is; 0 is none."""
         return number in self._tickets
+
+    @property
+    def sweeping(self) -> bool:
+        """Whether moves under way hold pages in the tree that have been cleared."""
+        return any(ticket.stale and ticket.nodes for ticket in self._tickets.values())
 
     def _send(self, ticket: Ticket, due: list[Move], *, holds: bool = False) -> int:
         number = next(self._numbers)

@@ -53,12 +53,13 @@ class Moved(Message, frozen=True):
 
 
 def both(first: Moved, second: Moved) -> Moved:
-    """What two ranks have moved."""
+    """What two ranks have moved. Of what stores hold, those count that tell."""
+    telling = [each for each in (first, second) if each.held >= 0]
     return Moved(
         first.number,
         bytes(map(min, first.done, second.done)),
         max(first.seconds, second.seconds),
-        min(first.held, second.held),
-        -1 if min(first.held_bytes, second.held_bytes) < 0 else first.held_bytes + second.held_bytes,
+        min((each.held for each in telling), default=-1),
+        sum(each.held_bytes for each in telling) if telling else -1,
         first.cause or second.cause,
     )

@@ -9,8 +9,9 @@ A rank has one pool, and may have one store below it. Each lives in the rank's w
 rank keeps of some successive tokens, in all its layers, as bytes. Its key is 32 bytes. It follows from all tokens up
 to the page's end, from the salt of their requests, and from the manifest, so equal keys mean equal pages.
 
-The manifest says what the bytes of a page depend on: the model's weights, the types, the layout, the page size, the
-parallel shape, and this rank's place in it. A store that outlives the process keeps pages of unlike manifests apart.
+The manifest says what the bytes of a page depend on: the model's weights and config.json, the types, the layout, the
+page size, the parallel shape, and this rank's place in it. A store that outlives the process keeps pages of unlike
+manifests apart.
 """
 
 from collections.abc import Mapping, Sequence

@@ -14,7 +14,8 @@ import anyio.abc
 
 from engine.actors.compiler import CompilerActor
 from engine.actors.executor import ExecutorActor
-from engine.actors.scheduler import Maker, SchedulerActor
+from engine.actors.opening import Maker
+from engine.actors.scheduler import SchedulerActor
 from engine.config import Config
 from engine.errors import EngineError
 from engine.grammars.engines import grammar_engines

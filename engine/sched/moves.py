@@ -73,9 +73,12 @@ class Moves:
 
     def moved(self, message: Moved) -> str:
         """All ranks have answered. Why a page was not moved, for people, unless that was said before."""
-        tiers = list(self.tiers)[message.number % len(self._copies)]
-        before = tiers.counts.from_host + tiers.counts.from_store
+        copy = message.number % len(self._copies)
+        tiers = list(self.tiers)[copy]
+        before, sweeping = tiers.counts.from_host + tiers.counts.from_store, tiers.sweeping
         tiers.moved(message)
+        if sweeping and not tiers.sweeping:
+            self._copies[copy].places.sweep()
         risen = tiers.counts.from_host + tiers.counts.from_store - before
         self._saved += risen * self._copies[0].page_size * self.cost.seconds
         cause, tiers.cause = tiers.cause, ""

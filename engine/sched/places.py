@@ -65,10 +65,11 @@ class Places:
         return True
 
     def waits(self, request: Request, running: int) -> bool:
-        """Whether pages of a waiting request come up, or begin to now: then it does not run yet."""
+        """Whether pages of a waiting request come up, or begin to now: then it does not run yet. Nor does it where it
+        could find pages that are forgotten, and stay only until they are copied."""
         if self.tiers is None or request.names is None:
             return False
-        if self.tiers.under_way(request.rise):
+        if self.tiers.sweeping or self.tiers.under_way(request.rise):
             return True
         if request.rises == MOST_RISES:
             return False
@@ -143,3 +144,7 @@ class Places:
         self.pool.give(request.pages[request.shared :])
         if request.node is not None:
             self.tree.unlock(request.node)
+
+    def sweep(self) -> None:
+        """Moves that held pages at a flush are over: forget these, too."""
+        self.pages.evict(self.tree.evictable)

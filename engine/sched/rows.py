@@ -69,8 +69,9 @@ class DecodeRows:
                 column[row] = number
 
     def computed(self, request: Request) -> int:
-        """Positions of `request` that are sure to be computed once all plans sent have run."""
-        return self._clock + self._offsets[request.row] - 1
+        """Positions of `request` that are sure to be computed once all plans sent have run. Its last token never is,
+        however many plans more there are than it needs."""
+        return min(self._clock + self._offsets[request.row], request.limit) - 1
 
     def _attention(self) -> list[int]:
         """The rows that are due."""

@@ -1,11 +1,14 @@
 """What the bytes of a KV page depend on, beside its tokens: stores keep pages of unlike manifests apart.
 
 Weights are known by what they are, not by where they come from: two sums over all their bits, of which one weighs each
-by its place. So a checkpoint that was changed in its place is another model, and one that was moved is not.
+by its place. So a checkpoint that was changed in its place is another model, and one that was moved is not. What is
+computed with them follows from config.json too, such as the angles of positions, so all that it says counts.
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from hashlib import blake2b
+from typing import Any
 
 import msgspec
 import torch
@@ -19,14 +22,18 @@ FORMAT = 1  # of what pages hold; whoever changes a layout without another sign 
 PIECE = 1 << 24  # numbers that are summed at a time
 
 
-def manifest_of(model: Model, mesh: Mesh, *, attention: str, dtype: torch.dtype, max_model_len: int) -> Manifest:
-    """That of this rank. Reads all its weights."""
+def manifest_of(
+    model: Model, mesh: Mesh, *, terms: Mapping[str, Any], attention: str, dtype: torch.dtype, max_model_len: int
+) -> Manifest:
+    """That of this rank, whose model is made by the `terms` of config.json. Reads all its weights."""
+    said = json.dumps(terms, sort_keys=True, default=str)
     spec, place = model.kv_spec(), mesh.coordinates
     layout = [[group.layers, list(group.shape), group.dtype] for group in spec.groups]
     return {
         "format": FORMAT,
         "model": type(model).__name__,
         "weights": fingerprint(model),
+        "config": blake2b(said.encode(), digest_size=16).hexdigest(),
         "dtype": str(dtype).removeprefix("torch."),
         "attention": attention,
         "layout": msgspec.json.encode(layout).decode(),

@@ -146,7 +146,7 @@ def add_tiers(
     if tier_sizes(config.cache) is not None:
         with _timed(phases, "tiers"):
             about = {"mesh": build.mesh, "attention": source.backends.chosen, "dtype": build.dtype}
-            about["max_model_len"] = build.max_model_len
+            about |= {"terms": source.terms, "max_model_len": build.max_model_len}
             runner.transfers = begin_transfers(config, source.plugins, runner, here, **about)
 
 

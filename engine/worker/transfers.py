@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, counted
 from engine.messages.tiers import NAME_BYTES, Move, Moved
 from engine.options.sizes import show_size
 from engine.plugin.tiers import Manifest, Pool, Store
@@ -128,10 +128,10 @@ class Transfers:
         if it `holds`, those launched after it come last."""
         began = time.perf_counter()
 
-        def answer(done: Sequence[bool], cause: str = "") -> None:
+        def answer(done: Sequence[bool], **more: Any) -> None:
             seconds = time.perf_counter() - began
             with suppress(ConnectionError):  # who asked is gone
-                tell(self._answer(move, done, seconds, cause))
+                tell(Moved(move.number, bytes(done), seconds, **more))
 
         if move.copy != self._copy:
             return tell(Moved(move.number, b"\1" * move.count))
@@ -143,13 +143,6 @@ class Transfers:
             case "find" | "fetch":
                 self._asking.submit(lambda: self._ask(move, answer))
         return None
-
-    def _answer(self, move: Move, done: Sequence[bool], seconds: float, cause: str) -> Moved:
-        held, held_bytes = -1, -1
-        if self._store is not None and move.way in ("keep", "clear"):
-            known = self._store.held()
-            held, held_bytes = known.pages, known.bytes
-        return Moved(move.number, bytes(done), seconds, held, held_bytes, cause)
 
     # ── device and host ──────────────────────────────────────────────────────────────────────
 
@@ -208,18 +201,23 @@ class Transfers:
     # ── store ────────────────────────────────────────────────────────────────────────────────
 
     def _ask(self, move: Move, answer: Callable[..., None]) -> None:
-        """What a store is asked. A store that raises has not done it, and who computes instead is told why."""
-        try:
-            done = self._asked(move)
-        except Exception as error:
-            logger.debug("the store fails", exc_info=True)
-            return answer([False] * move.count, f"the store of KV pages fails: {type(error).__name__}: {error}")
-        answer(done)
-        return None
-
-    def _asked(self, move: Move) -> list[bool]:
+        """What a store is asked. A store that raises has not done it, nor has one that answers what it was not asked;
+        who computes instead is told why."""
         store = self._store
         assert store is not None, "a rank without a store is asked for one"
+        try:
+            done = [bool(each) for each in self._asked(store, move)]
+            if len(done) != move.count:
+                raise ValueError(f"{len(done)} answers for {counted(move.count, 'page')}")
+            held = store.held()
+        except Exception as error:
+            logger.debug("the store fails", exc_info=True)
+            cause = f"the store of KV pages fails: {type(error).__name__}: {error}"
+            return answer([False] * move.count, cause=cause)
+        answer(done, held=held.pages, held_bytes=held.bytes)
+        return None
+
+    def _asked(self, store: Store, move: Move) -> list[bool]:
         names = [
             blake2b(move.names[at : at + NAME_BYTES], key=self._scope, digest_size=NAME_BYTES).digest()
             for at in range(0, len(move.names), NAME_BYTES)

@@ -9,7 +9,8 @@ import anyio
 import msgspec
 
 from engine.actors.compiler import CompilerActor
-from engine.actors.scheduler import Maker, SchedulerActor
+from engine.actors.opening import Maker
+from engine.actors.scheduler import SchedulerActor
 from engine.config import Config, resolve
 from engine.messages import FromFront, ToFront
 from engine.messages.control import Answer, Ask, WorkerReady

@@ -13,7 +13,8 @@ def register_tiers(register):
 
 
 class OddStore:
-    """ "odd" forgets each page with an odd first byte of its key, and "broken" raises."""
+    """ "odd" forgets each page with an odd first byte of its key, and "broken" raises. "short" answers for a page less
+    than it is asked for, "vague" with numbers in the place of truth, and "lost" cannot say what it holds."""
 
     def __init__(self, *, capacity_bytes, page_bytes, manifest, argument):
         self.bound, self.argument, self.manifest = capacity_bytes, argument, manifest
@@ -33,13 +34,22 @@ class OddStore:
         return self.has(keys)
 
     def has(self, keys, /):
-        return [key in self.pages for key in keys]
+        answers = [key in self.pages for key in keys]
+        match self.argument:
+            case "short":
+                return answers[1:]
+            case "vague":
+                return [300 if each else None for each in answers]
+            case _:
+                return answers
 
     def drop(self, keys, /):
         for key in keys:
             self.pages.pop(key, None)
 
     def held(self):
+        if self.argument == "lost":
+            raise OSError("the index is gone")
         return Held(len(self.pages), sum(map(len, self.pages.values())), self.bound)
 
     def clear(self):

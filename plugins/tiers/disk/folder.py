@@ -53,8 +53,12 @@ class Folder:
 
     def listed(self) -> list[Found]:
         """The segments of this manifest; none before there is a folder."""
+        return [found for found in self._in(self._path) if _is_name(found.name)]
+
+    def _in(self, folder: str) -> list[Found]:
+        """The segments in a folder, if it is there."""
         try:
-            return [found for found in self._files.files(self._path, ENDING) if _is_name(found.name)]
+            return self._files.files(folder, ENDING)
         except FileNotFoundError:
             return []
 
@@ -77,10 +81,13 @@ class Folder:
         return segment, list(entries_of(segment.id, bytes(table[:count])))
 
     def entry(self, segment: Segment, number: int) -> Entry | None:
-        """What the table says of one page now."""
+        """What the table says of one page now; nothing where the segment is gone."""
         data = bytearray(ENTRY.size)
-        with self.opened(self.path_of(segment), os.O_RDONLY) as descriptor:
-            count = read_all(self._files, descriptor, memoryview(data), segment.layout.entry_at(number))
+        try:
+            with self.opened(self.path_of(segment), os.O_RDONLY) as descriptor:
+                count = read_all(self._files, descriptor, memoryview(data), segment.layout.entry_at(number))
+        except FileNotFoundError:
+            return None
         return next(entries_of(segment.id, bytes(data[:count]), number), None)
 
     def erase(self, segment: Segment, number: int) -> None:
@@ -132,7 +139,10 @@ class Folder:
         for found in sorted(self.listed(), key=lambda found: -found.used):
             if full(found.name):
                 continue
-            descriptor = self._files.open(os.path.join(self._path, found.name), os.O_RDWR)
+            try:
+                descriptor = self._files.open(os.path.join(self._path, found.name), os.O_RDWR)
+            except FileNotFoundError:  # evicted by somebody else
+                continue
             taken = False
             try:
                 if self._files.lock(descriptor, wait=False) and self._files.has_name(descriptor):
@@ -172,8 +182,7 @@ class Folder:
         for name in self._files.folders(self.root):
             if _is_digest(name):
                 folder = os.path.join(self.root, name)
-                files = self._files.files(folder, ENDING)
-                there += [(found.used, found.size, os.path.join(folder, found.name)) for found in files]
+                there += [(found.used, found.size, os.path.join(folder, found.name)) for found in self._in(folder)]
         excess = sum(size for _, size, _ in there) + self._layout.size - self._capacity
         for _, size, path in sorted(there):
             if excess <= 0:

@@ -525,6 +525,21 @@ def test_a_row_that_gets_several_tokens_wastes_no_step(depth, burst, ids, max_ne
     bench.drain()
 
 
+@pytest.mark.parametrize(("pages", "page_size"), [(5, 1), (2, 3), (8, 3), (8, 2)])
+def test_the_last_token_of_a_row_with_drafts_is_in_no_cached_page(pages, page_size):
+    """It is never computed, whatever is in flight when it is known: not where its pages are all that there are, nor
+    where a page would be whole with it, which the next turn would read."""
+    bench = Bench(pages=pages, page_size=page_size, slots=1, max_step_tokens=3, burst=4)
+    bench.admit(request("x", [0], max_new=5))
+    bench.drain_steps()
+    bench.scheduler.check_integrity()
+    assert bench.scheduler.counts()["pages_cached"] == 5 // page_size
+    if pages == 8:
+        bench.admit(request("next", [0, *bench.tokens["x"], 1], max_new=1))
+        bench.drain()  # the device checks what it reads
+        assert bench.cached["next"] == 5 // page_size * page_size
+
+
 def test_a_grammar_gets_one_token_a_step():
     """Its masks are for the token after those that are known."""
     bench = Bench(burst=4, depth=3)

@@ -15,7 +15,7 @@ from test_batcher import POLICIES, AnythingHappens, Bench, request
 
 from engine.cache.tiers import TierOptions, WritePolicy
 from engine.messages.assets import Need
-from engine.messages.tiers import PAGES
+from engine.messages.tiers import PAGES, Moved
 from engine.sched.assets import WaitingRoom
 from engine.sched.copies import Copies
 from engine.sched.moves import Moves
@@ -296,7 +296,23 @@ def test_what_is_on_its_way_at_a_flush_does_not_come():
     assert [move.way for move in bench.below.moving] == ["up"]
     bench.scheduler.flush()
     bench.drain()
-    assert bench.cached["c"] == 4  # the page that what came up would have gone on from
+    assert bench.cached["c"] == 0  # nor is the page there that it would have gone on from
+
+
+def test_what_goes_down_at_a_flush_is_forgotten_and_nobody_finds_it_meanwhile():
+    bench = TierBench(40, pages=30, stores=False)
+    bench.admit(request("a", LONG, max_new=2))
+    while bench.live:
+        Bench.step(bench)
+    assert [move.way for move in bench.below.moving] == ["down"]
+    assert bench.scheduler.flush() == (0, 8)
+    bench.admit(request("b", LONG, max_new=2), request("c", OTHER, max_new=2))
+    for _ in range(3):
+        assert not Bench.step(bench)
+    bench.finish()
+    assert bench.scheduler.counts()["pages_free"] == 30
+    bench.drain()
+    assert bench.cached["b"] == bench.cached["c"] == 0
 
 
 def test_a_restarted_engine_finds_in_the_store_what_it_had():
@@ -308,6 +324,17 @@ def test_a_restarted_engine_finds_in_the_store_what_it_had():
     counts = bench.scheduler.tiers.counts
     assert (counts.fetched, counts.from_store, counts.from_host) == (8, 8, 0)
     bench.drain()
+
+
+def test_what_a_store_holds_is_asked_for_at_the_start_of_each_life():
+    bench = TierBench(40, pages=11)
+    for _ in range(2):
+        bench.go_on()
+        assert [(move.way, move.count) for move in bench.below.moving] == [("find", 0)]
+        number = bench.below.moving[0].number
+        assert bench.moves.moved(Moved(number, b"", 0.1, 7, 700)) == ""
+        assert (bench.moves.stats().store_pages, bench.moves.stats().store_bytes) == (7, 700)
+        bench.lose()
 
 
 def test_pages_that_a_store_has_lost_are_computed_from_the_first_of_them_on():

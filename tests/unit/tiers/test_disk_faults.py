@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from test_disk_store import PAGE, ROOM, got, key, page, put
 
 from engine.plugin.registry import Plugins, resolve
+from engine_plugins.tiers.disk.files import Found
 from engine_plugins.tiers.disk.store import DiskStore
 
 Open = Callable[..., DiskStore]
@@ -176,6 +177,53 @@ def test_a_folder_that_is_removed_is_made_again(opened: Open, tmp_path: Path) ->
     shutil.rmtree(tmp_path / "pages")
     assert got(store, 1) == [False] == put(store, 2)
     assert put(store, 2) == [True] == got(store, 2)
+
+
+OTHER = "0" * 32  # a folder of another manifest
+
+
+class Vanishing(FaultyFiles):
+    """As if another engine took away at each `moment` what this one has just seen."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path, self.moment = path, ""
+
+    def folders(self, path: str) -> list[str]:
+        found = super().folders(path)
+        if self.moment == "folders":
+            shutil.rmtree(self._path / OTHER, ignore_errors=True)
+        return found
+
+    def files(self, path: str, ending: str) -> list[Found]:
+        found = super().files(path, ending)
+        if self.moment == "files":
+            for each in found:
+                (Path(path) / each.name).unlink()
+        return found
+
+    def read(self, descriptor: int, into: memoryview, at: int) -> int:
+        count = super().read(descriptor, into, at)
+        if self.moment == "page" and len(into) >= PAGE:
+            into[0] ^= 1
+            for each in self._path.rglob("*.kv"):
+                each.unlink()
+        return count
+
+
+@pytest.mark.parametrize("moment", ["folders", "files", "page"])
+def test_what_another_engine_takes_away_meanwhile_is_no_error(opened: Open, tmp_path: Path, moment: str) -> None:
+    (tmp_path / OTHER).mkdir()
+    if moment != "folders":  # else what is there would be gone on with
+        before = opened(FaultyFiles(), tmp_path)
+        put(before, 1, 2)
+        before.close()
+    files = Vanishing(tmp_path)
+    store = opened(files, tmp_path, pause=60.0)
+    files.moment = moment
+    assert got(store, 1) == [moment == "files"]
+    assert put(store, 3) == [True]
+    assert store.counts()["errors"] == 0
 
 
 def test_a_folder_that_cannot_be_written_is_read(opened: Open, tmp_path: Path) -> None:

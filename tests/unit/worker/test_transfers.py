@@ -14,11 +14,12 @@ from odd_store import OddStore
 from engine.config import resolve
 from engine.errors import ConfigError
 from engine.messages.tiers import NAME_BYTES, Move, Moved, both
+from engine.parallel.mesh import Mesh
 from engine.plugin.registry import Plugins
 from engine.plugin.specs import KVGroup, KVSpec, StateGroup
-from engine.plugin.tiers import Store
+from engine.plugin.tiers import Manifest, Store
 from engine.runtime import tiers
-from engine.worker.manifest import fingerprint
+from engine.worker.manifest import fingerprint, manifest_of
 from engine.worker.memory import allocate
 from engine.worker.tiers import begin_transfers
 from engine.worker.transfers import Threads, Transfers, runs
@@ -111,6 +112,30 @@ def test_a_store_that_raises_is_told_of_and_kills_no_thread() -> None:
         assert moved.done == b"\0\0" and "the disk is on fire" in moved.cause
 
 
+@pytest.mark.parametrize(("argument", "cause"), [("short", "1 answers for 2 pages"), ("lost", "the index is gone")])
+def test_a_store_that_answers_what_it_was_not_asked_has_not_done_it(argument: str, cause: str) -> None:
+    mover = Mover(HEADS, argument=argument)
+    for _ in range(5):  # more often than there are threads
+        moved = mover.move("find", names=names("a", "b"))
+        assert moved.done == b"\0\0" and cause in moved.cause
+
+
+def test_what_is_true_to_a_store_is_true() -> None:
+    mover = Mover(HEADS, argument="vague")
+    assert mover.move("keep", slots=[0], names=names("a")).done == b"\1"
+    assert mover.move("find", names=names("a", "b")).done == b"\1\0"
+
+
+@pytest.mark.parametrize("way", ["keep", "find", "fetch"])
+def test_each_answer_of_a_store_says_what_it_holds(way: str) -> None:
+    mover = Mover(HEADS)
+    mover.move("keep", slots=[0, 1], names=names("a", "b"))
+    moved = mover.move(way, slots=[0] if way != "find" else (), names=names("a"))
+    assert (moved.held, moved.held_bytes) == (2, 2 * HEADS.page_bytes)
+    moved = mover.move("find")
+    assert (moved.done, moved.held) == (b"", 2)
+
+
 def test_the_store_is_closed_at_the_end() -> None:
     mover = Mover(HEADS)
     mover.move("keep", slots=[0], names=names("a"))
@@ -160,6 +185,10 @@ def test_neighbours_are_copied_at_once_where_there_is_one_group() -> None:
 def test_what_counts_is_what_all_ranks_have_moved() -> None:
     one, two = Moved(4, b"\1\0\1", 0.5, 3, 30), Moved(4, b"\1\1\0", 0.2, 2, 20, "too slow")
     assert both(one, two) == Moved(4, b"\1\0\0", 0.5, 2, 50, "too slow")
+    other = Moved(4, b"\1\1\1")  # of another copy, whose store was asked for nothing
+    for first, second in ((one, other), (other, one)):
+        assert both(first, second) == Moved(4, b"\1\0\1", 0.5, 3, 30)
+    assert both(other, other) == other
 
 
 def test_threads_tell_of_errors_once_all_are_over() -> None:
@@ -228,3 +257,18 @@ def test_weights_are_told_apart_by_what_they_are() -> None:
     known = {fingerprint(model())} | {fingerprint(model(b=other)) for other in others}
     assert len(known) == 5
     assert fingerprint(model(b=weights["b"].clone(), a=torch.ones(5, dtype=torch.bfloat16))) in known
+
+
+def test_a_model_of_another_configuration_has_other_pages() -> None:
+    """Angles of positions are no weights, and follow from it."""
+    model: Any = SimpleNamespace(
+        kv_spec=lambda: KVSpec(4, (HEADS,)), named_parameters=lambda: [("w", torch.ones(3))], named_buffers=lambda: []
+    )
+
+    def manifest(**terms: Any) -> Manifest:
+        return manifest_of(model, Mesh(), terms=terms, attention="cpu", dtype=torch.float32, max_model_len=64)
+
+    plain = manifest(rope_theta=1e4, rope_scaling={"type": "yarn", "factor": 2.0})
+    assert manifest(rope_scaling={"factor": 2.0, "type": "yarn"}, rope_theta=1e4) == plain
+    assert manifest(rope_theta=1e4, rope_scaling={"type": "yarn", "factor": 4.0}) != plain
+    assert manifest(rope_theta=1e6, rope_scaling={"type": "yarn", "factor": 2.0}) != plain

@@ -1,0 +1,52 @@
+"""The scheduler decides and sends in one order, also where what it sends has to wait."""
+
+from array import array
+
+import anyio
+import pytest
+
+from engine.actors import scheduler as actors
+from engine.actors.scheduler import SchedulerActor
+from engine.config import resolve
+from engine.messages.control import WorkerReady
+from engine.messages.request import Admit
+from engine.messages.step import StepPlan
+from engine.messages.tiers import Move
+from engine.params.sampling import Sampling
+from engine.plugin.registry import Plugins
+from engine.runtime.channel import channel, open_channel
+from engine.sched.policies import make_policy
+
+pytestmark = pytest.mark.anyio
+
+GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
+
+
+async def test_a_store_that_is_given_up_on_does_not_overtake_what_waits_to_be_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A heartbeat lets those run who have waited long. Its plan leaves after the moves that were due before it."""
+    monkeypatch.setattr(actors, "FETCH_SECONDS", 0.0)
+    monkeypatch.setattr(actors, "HEARTBEAT_SECONDS", 0.01)
+    config = resolve({"model": "echo", "page_size": 4})
+    (to_scheduler, inbox), (front, _) = open_channel(), open_channel()
+    to_executor, executor = channel(1)
+    actor = SchedulerActor(config, make_policy(Plugins.load(()), "fcfs"), inbox, to_executor, {}, front)
+    await to_scheduler.send(
+        WorkerReady(512, 4, 16, 4096, 2048, 257, 4, "none", "none", {}, host_pages=256, stores=True)
+    )
+    for number in range(4):
+        ids = array("i", [number] * 300).tobytes()
+        await to_scheduler.send(Admit(f"r{number}", ids, GREEDY, (), 2))
+    async with anyio.create_task_group() as group:
+        group.start_soon(actor.run)
+        with anyio.fail_after(5):
+            while len(executor) < 1 or max(actor._wanted.values(), default=0.0) > anyio.current_time():
+                await anyio.sleep(0.01)
+            await anyio.sleep(0.1)  # for some heartbeats
+            sent = []
+            while not (sent and isinstance(sent[-1], StepPlan)):
+                sent.append(await executor.receive())
+        group.cancel_scope.cancel()
+    found = [(each.way, each.count) for each in sent if isinstance(each, Move)]
+    assert found == [("find", 0), *[("find", 299 // 4)] * 4]  # what the store holds, and what each request lacks
