@@ -301,6 +301,20 @@ async def test_a_tool_that_fails_ends_the_state_and_rounds_end() -> None:
             s["a"]
 
 
+@pytest.mark.anyio
+async def test_a_reply_with_tools_that_was_aborted_is_no_reply() -> None:
+    @function
+    async def program(s: State) -> None:
+        s += user("?") + assistant(gen("a", tools=[add]))
+
+    front = FakeFront(chunks("It i", finish="abort"))
+    front.text = text_of("{% for m in messages %}{{ m.content }}{% endfor %}", "hermes")
+    async with serving(front) as url, Server(url) as server:
+        s = await program.run_async(backend=server)
+        with pytest.raises(ProgramError, match="the request was aborted; send it again"):
+            s["a"]
+
+
 def test_what_is_no_tool_is_refused() -> None:
     for functions, says in (([lambda a: a], "no name"), ([print], "spell them out"), ([add, add], "two tools")):
         with pytest.raises(ConfigError, match=says):
