@@ -480,7 +480,7 @@ def test_the_page_names_every_option() -> None:
     from engine.options.option import options_of
 
     page = (ROOT / "docs/bench.md").read_text()
-    others = (tool_options.ChatOptions, tool_options.ExpertsOptions)
+    others = (tool_options.ChatOptions, tool_options.ExpertsOptions, tool_options.HeldOptions)
     for struct in vars(tool_options).values():
         if isinstance(struct, type) and struct.__name__.endswith("Options") and struct not in others:
             for option in options_of(struct):
