@@ -14,7 +14,7 @@ from engine.errors import WorkerError
 FinishReason = Literal["stop", "length", "abort"]
 DONE = b"[DONE]"
 # A reason of another server that is none of ours ended the reply without a stop of ours.
-FINISHES: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
+FINISHES: dict[str, FinishReason] = {"stop": "stop", "tool_calls": "stop", "length": "length"}
 
 
 class _Delta(Struct):

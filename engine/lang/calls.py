@@ -66,8 +66,7 @@ async def generated(
                 texts[index] += piece.text
                 thoughts[index] += piece.reasoning
                 metas[index] = piece.meta or metas[index]
-        if metas[index].finish == "abort":
-            raise RequestError("the request was aborted; send it again", code="aborted", status=409)
+        check_whole(metas[index])
 
     try:
         if gen.n == 1:
@@ -79,6 +78,12 @@ async def generated(
     except BaseExceptionGroup as failures:
         raise first_failure(failures) from None
     return Replies(texts, thoughts, summed(metas))
+
+
+def check_whole(meta: Meta) -> None:
+    """Raise RequestError for a reply that was aborted."""
+    if meta.finish == "abort":
+        raise RequestError("the request was aborted; send it again", code="aborted", status=409)
 
 
 async def with_tools(
@@ -95,6 +100,7 @@ async def with_tools(
         backend.check(prompt, params, separate=gen.separate)
         offer = Offer(tuple(gen.tools.values()), choice)
         spoken = await backend.answer(prompt, params, offer, separate=gen.separate, program=program)
+        check_whole(spoken.meta)
         metas.append(spoken.meta)
         if not spoken.calls or choice == "none":
             last = msgspec.structs.replace(summed(metas), finish=spoken.meta.finish)

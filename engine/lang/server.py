@@ -28,6 +28,7 @@ from engine.runtime.choices import Scores
 from engine.runtime.decisions import Question
 
 MOST_ENDED = 1024  # programs that the server is told of at once
+LAST_SECONDS = 5.0  # for which leaving waits until the server has been told
 OWNER = "engine"  # of the models that our server lists
 # What every server with OpenAI's API has a field for.
 COMMON = {"temperature", "top_p", "seed", "max_tokens", "stop", "presence_penalty", "frequency_penalty", "logit_bias"}
@@ -62,9 +63,11 @@ class Server(Remote):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._telling is not None:
+        if (telling := self._telling) is not None:
             with anyio.CancelScope(shield=True):
-                await self._telling
+                await asyncio.wait([telling], timeout=LAST_SECONDS)
+                telling.cancel()  # of a server that hangs
+                await asyncio.wait([telling])
         await super().__aexit__(kind, error, trace)
 
     # ── what it can do ───────────────────────────────────────────────────────────────────────

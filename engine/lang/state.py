@@ -108,12 +108,24 @@ class Sequential:
 
     @contextmanager
     def var_scope(self, name: str) -> Iterator[None]:
-        """The variable `name` becomes the text that is appended inside."""
+        """The variable `name` becomes the text that is appended inside; it fails where that does."""
         place, begins = line(), [0]
         variable = self._declare(name, place)
+
+        def end() -> None:
+            if self._failure is not None:
+                raise self._failure
+            variable.set(self._transcript.text[begins[0] :])
+
         self._do(lambda: begins.__setitem__(0, self._transcript.length), place)
-        yield
-        self._do(lambda: variable.set(self._transcript.text[begins[0] :]), place)
+        try:
+            yield
+        except Exception as error:
+            failure = ProgramError(f"{place}: {error}")
+            failure.__cause__ = error
+            self._run.call(lambda: variable.fail(failure))
+            raise
+        self._do(end, place, (variable,))
 
     def set_var(self, name: str, value: Any) -> None:
         """The variable `name` is `value` from now on."""

@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import itertools
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -150,6 +151,30 @@ def test_scopes_and_variables_of_the_programs_own(engine: Engine) -> None:
 
     s = program.run(backend=engine, **GREEDY)
     assert (s["own"], s["scope"], s["in"], s.text()) == (3, "kl", "l", "kl.kl")
+
+
+def test_a_scope_in_which_a_step_fails_has_no_text(engine: Engine) -> None:
+    @function
+    def program(s: State) -> None:
+        with s.var_scope("scope"):
+            s += "k" + gen("in", max_tokens=1) + user("no role may come here")
+
+    s = program.run(backend=engine, **GREEDY)
+    assert s["in"] == "l"
+    with pytest.raises(ProgramError, match="comes behind text outside of any role"):
+        s["scope"]
+
+
+def test_a_scope_that_is_left_by_an_exception_lets_nobody_wait(engine: Engine) -> None:
+    @function
+    def program(s: State) -> None:
+        with suppress(ZeroDivisionError), s.var_scope("scope"):
+            s += str(1 // 0)
+        with pytest.raises(ProgramError, match="division or modulo by zero"):
+            s["scope"]
+        s.set_var("after", 1)
+
+    assert program.run(backend=engine, timeout=5)["after"] == 1
 
 
 # ── forks ────────────────────────────────────────────────────────────────────────────────────

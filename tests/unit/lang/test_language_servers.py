@@ -11,6 +11,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import anyio
 import anyio.to_thread
 import pytest
 from aiohttp import web
@@ -175,6 +176,38 @@ async def test_a_server_that_fails_or_is_not_there() -> None:
 # ── tools ────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.anyio
+async def test_a_server_that_does_not_hear_of_ended_programs_keeps_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, forever = anyio.Event(), anyio.Event()
+
+    async def models(_: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "m", "owned_by": "engine"}]})
+
+    async def end(_: web.Request) -> web.Response:
+        asked.set()
+        await forever.wait()
+        return web.json_response({"ended": 1})
+
+    app = web.Application()
+    app.add_routes([web.get("/v1/models", models), web.post("/v1/programs/end", end)])
+    monkeypatch.setattr("engine.lang.server.LAST_SECONDS", 0.01)
+    left = anyio.Event()
+
+    async def uses(url: str) -> None:
+        async with Server(url) as server:
+            await server.end("p")
+            await asked.wait()
+        left.set()
+
+    async with TestServer(app) as there, anyio.create_task_group() as group:
+        group.start_soon(uses, str(there.make_url("/")))
+        with anyio.move_on_after(2):
+            await left.wait()
+        has_left = left.is_set()
+        forever.set()
+    assert has_left
+
+
 def call_of(name: str, arguments: str) -> str:
     return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
 
@@ -265,6 +298,20 @@ async def test_a_tool_that_fails_ends_the_state_and_rounds_end() -> None:
     async with serving(Scripted("x")) as url, Server(url) as server:
         s = await begun.run_async(backend=server)
         with pytest.raises(ProgramError, match="must be all of an assistant"):
+            s["a"]
+
+
+@pytest.mark.anyio
+async def test_a_reply_with_tools_that_was_aborted_is_no_reply() -> None:
+    @function
+    async def program(s: State) -> None:
+        s += user("?") + assistant(gen("a", tools=[add]))
+
+    front = FakeFront(chunks("It i", finish="abort"))
+    front.text = text_of("{% for m in messages %}{{ m.content }}{% endfor %}", "hermes")
+    async with serving(front) as url, Server(url) as server:
+        s = await program.run_async(backend=server)
+        with pytest.raises(ProgramError, match="the request was aborted; send it again"):
             s["a"]
 
 

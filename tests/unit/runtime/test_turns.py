@@ -15,6 +15,7 @@ from engine.messages.tiers import Move
 from engine.params.sampling import Sampling
 from engine.plugin.registry import Plugins
 from engine.runtime.channel import channel, open_channel
+from engine.sched import moves
 from engine.sched.policies import make_policy
 
 pytestmark = pytest.mark.anyio
@@ -26,7 +27,7 @@ async def test_a_store_that_is_given_up_on_does_not_overtake_what_waits_to_be_se
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A heartbeat lets those run who have waited long. Its plan leaves after the moves that were due before it."""
-    monkeypatch.setattr(actors, "FETCH_SECONDS", 0.0)
+    monkeypatch.setattr(moves, "FETCH_SECONDS", 0.0)
     monkeypatch.setattr(actors, "HEARTBEAT_SECONDS", 0.01)
     config = resolve({"model": "echo", "page_size": 4})
     (to_scheduler, inbox), (front, _) = open_channel(), open_channel()
