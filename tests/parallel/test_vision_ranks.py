@@ -13,7 +13,10 @@ SIZE = {"size": {"shortest_edge": 64, "longest_edge": 2048}}
 ONE, OTHER = picture(1, 40, 52), picture(2, 70, 33)
 
 
-@pytest.mark.parametrize(("make", "mark", "ranks"), [(qwen3_vl, IMAGE, "tp"), (gemma3, START, "pp")])
+@pytest.mark.parametrize(
+    ("make", "mark", "ranks"),
+    [(qwen3_vl, IMAGE, "tp"), pytest.param(gemma3, START, "pp", marks=pytest.mark.matrix)],
+)
 def test_two_ranks_say_what_one_does(make: Any, mark: int, ranks: str, tmp_path: Path) -> None:
     """What Qwen3-VL's tower adds to the stream is no part of a sum over ranks; Gemma's second stage has spans alone."""
     folder = saved(make(), tmp_path, image_processor=SIZE if make is qwen3_vl else {})
