@@ -1,8 +1,12 @@
 """What is seen of a picture or a clip once it is decoded, and before a model's processor makes its pixels of it."""
 
-import numpy as np
+from typing import TYPE_CHECKING
+
 from msgspec import Struct
-from numpy.typing import NDArray
+
+if TYPE_CHECKING:  # fronts import this, and have no other need of numpy
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Frames(Struct, frozen=True):
@@ -13,7 +17,7 @@ class Frames(Struct, frozen=True):
     done to it: what has the same digest is the same medium. `duration` are the seconds of the whole clip, 0 where
     nobody knows them."""
 
-    pixels: NDArray[np.uint8]
+    pixels: "NDArray[np.uint8]"
     times: tuple[float, ...]
     digest: bytes
     duration: float = 0.0

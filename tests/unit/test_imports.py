@@ -196,3 +196,11 @@ def test_importing_leaves_torch_out(module: str) -> None:
     program = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr or f"importing {module} imports torch"
+
+
+@pytest.mark.parametrize("module", ["engine.runtime.front_process", "engine.runtime.offline", "engine.router.serve"])
+def test_what_starts_with_a_front_leaves_numpy_out(module: str) -> None:
+    """Nothing there computes with it, and each front would import it."""
+    program = f"import sys, {module}; sys.exit('numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr or f"importing {module} imports numpy"
