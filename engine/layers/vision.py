@@ -10,6 +10,7 @@ that divide themselves over ranks, CUDA graphs.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Self
 
 import numpy as np
 import torch
@@ -106,6 +107,11 @@ class Segments:
             else [upload(starts[sizes == size][:, None] + np.arange(size), device) for size in np.unique(sizes)]
         )
 
+    @classmethod
+    def of_frames(cls, grids: Sequence[tuple[int, ...]], device: torch.device) -> Self:
+        """Each step of each grid (steps, high, wide) by itself."""
+        return cls(np.repeat([high * wide for _, high, wide in grids], [grid[0] for grid in grids]), device)
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[T, heads, dim] each, to [T, heads * dim]."""
         if self.single:
@@ -136,6 +142,11 @@ def block_places(high: int, wide: int, merge: int) -> np.ndarray:
     """int64 [high * wide, 2]: row and column of each patch of a grid, in the order of squares of `merge` x `merge`."""
     grid = np.indices((high, wide)).reshape(2, high // merge, merge, wide // merge, merge)
     return grid.transpose(1, 3, 2, 4, 0).reshape(-1, 2)
+
+
+def grid_places(grids: Sequence[tuple[int, ...]], merge: int) -> np.ndarray:
+    """As `block_places`, of all grids (steps, high, wide), one after the other."""
+    return np.concatenate([np.tile(block_places(high, wide, merge), (steps, 1)) for steps, high, wide in grids])
 
 
 # ── blocks ───────────────────────────────────────────────────────────────────────────────────

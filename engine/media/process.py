@@ -24,6 +24,7 @@ from engine.messages.decoding import MOST_PAYLOAD, DecodeMedia, MediaBoot, Media
 from engine.messages.reply import Failed
 from engine.plugin.registry import Plugins
 from engine.runtime.channel import BlockingFrames
+from engine.runtime.memory import peak_memory
 
 GROWN = 1 << 30  # bytes of peak memory above which a process gives way to a new one
 BESIDE = 1 << 30  # bytes that a process may take beside the pixels
@@ -56,7 +57,7 @@ def main(descriptor: int) -> None:
                 cause = f"{type(error).__name__}: {error}"
                 frames.send(Fatal("media process", cause, traceback.format_exc()))
                 return
-            if grown := _peak() > GROWN:
+            if grown := peak_memory() > GROWN:
                 frames.send(Retired())
             frames.send(answer)
             if grown:
@@ -106,11 +107,6 @@ def _confine(boot: MediaBoot) -> None:
         taken = int(status.read_text().split()[0]) * resource.getpagesize()
         most = taken + BESIDE + COPIES * 3 * max(boot.pixels, boot.video_pixels)
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
-
-
-def _peak() -> int:
-    """The peak memory of this process, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""How much of the machine's memory a process of ours may still take, without torch."""
+"""How much of the machine's memory a process of ours has taken, and may still take, without torch."""
 
 import os
+import resource
+import sys
 from pathlib import Path
 
 CGROUP = "/sys/fs/cgroup/memory."
@@ -11,6 +13,12 @@ def free_memory() -> int:
     free = _meminfo_available()
     limit, used = (_read_number(f"{CGROUP}{name}") for name in ("max", "current"))
     return free if limit is None or used is None else min(free, max(limit - used, 0))
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has taken so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _meminfo_available() -> int:

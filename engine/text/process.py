@@ -7,7 +7,6 @@ deadlines, which are the peer's; it ends this process.
 
 import logging
 import os
-import resource
 import signal
 import socket
 import sys
@@ -26,11 +25,11 @@ from engine.messages.text import TextAnswer, TextBoot, TextJob, TextWork
 from engine.plugin.checkpoints import open_checkpoint
 from engine.plugin.registry import Plugins
 from engine.runtime.channel import BlockingFrames
+from engine.runtime.memory import peak_memory
 from engine.text.fallback import text_of
 from engine.text.jobs import perform
 
 GROWN = 1 << 30  # bytes above which a process gives up its memory: the system gets it back no other way
-UNITS = 1 if sys.platform == "darwin" else 1024  # bytes in which a process's largest size is told
 UNPACK = msgspec.msgpack.Decoder(TextJob)
 READ = msgspec.json.Decoder(TextJob)
 
@@ -56,7 +55,7 @@ def main(descriptor: int) -> None:
         while (work := frames.receive()) is not None:
             assert isinstance(work, TextWork), f"a text process that runs got {type(work).__name__}"
             answer = answered(admission, work)
-            if grown := _largest() > GROWN:
+            if grown := peak_memory() > GROWN:
                 frames.send(Retired())
             frames.send(answer)
             if grown:
@@ -87,11 +86,6 @@ def answered(admission: Admission, work: TextWork) -> TextAnswer | Failed:
     except MemoryError:
         said = "the request takes more memory to render and tokenize than there is; send it in parts"
         return Failed("", 413, "out_of_memory", said)
-
-
-def _largest() -> int:
-    """The peak memory of this process, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNITS
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from engine.plugin import Terms, language_terms
 from engine.plugin.layers import Build, Elsewhere, Layer, RMSNorm, check_layout, empty_weight, normalised
 from engine.plugin.media import Pixels
 from engine_plugins.models.gemma import Gemma3
-from engine_plugins.models.siglip import SiglipTower
+from engine_plugins.models.siglip import SIGLIP_NAMES, SiglipTower
 
 
 class Projector(Layer):
@@ -44,15 +44,7 @@ class Gemma3VL(Gemma3):
     sees = True
     vision_tower: Any
     multi_modal_projector: Any
-    renamed = (
-        ("model.language_model.", "model."),
-        ("language_model.model.", "model."),
-        ("language_model.lm_head.", "lm_head."),
-        ("model.vision_tower.vision_model.", "vision_tower."),
-        ("model.vision_tower.", "vision_tower."),
-        ("vision_tower.vision_model.", "vision_tower."),
-        ("model.multi_modal_projector.", "multi_modal_projector."),
-    )
+    renamed = SIGLIP_NAMES
 
     def __init__(self, config: dict[str, Any], build: Build) -> None:
         terms = Terms.of(config)

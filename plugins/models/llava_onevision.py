@@ -19,7 +19,7 @@ from engine.plugin import Terms, language_terms
 from engine.plugin.layers import Build, Elsewhere, Layer, VisionMLP, empty_weight, normalised
 from engine.plugin.media import Pixels
 from engine_plugins.models.qwen import Qwen
-from engine_plugins.models.siglip import SiglipTower
+from engine_plugins.models.siglip import SIGLIP_NAMES, SiglipTower
 
 GOES_ON = 0  # behind the frames of a piece of a clip, in its grid, if it is not the last one
 
@@ -43,16 +43,7 @@ class LlavaOnevision(Qwen):
     vision_tower: Any
     multi_modal_projector: Any
     image_newline: Any
-    renamed = (
-        ("model.language_model.", "model."),
-        ("language_model.model.", "model."),
-        ("language_model.lm_head.", "lm_head."),
-        ("model.vision_tower.vision_model.", "vision_tower."),
-        ("model.vision_tower.", "vision_tower."),
-        ("vision_tower.vision_model.", "vision_tower."),
-        ("model.multi_modal_projector.", "multi_modal_projector."),
-        ("model.image_newline", "image_newline"),
-    )
+    renamed = (*SIGLIP_NAMES, ("model.image_newline", "image_newline"))
 
     def __init__(self, config: dict[str, Any], build: Build) -> None:
         terms = Terms.of(config)

@@ -25,7 +25,7 @@ from engine.plugin.layers import (
     Segments,
     VisionAttention,
     VisionBlock,
-    block_places,
+    grid_places,
     merged_patches,
     normalised,
     turned_by,
@@ -87,15 +87,12 @@ class Tower(nn.Module):
         order, windows = windowed(grids, self.merge, self.window)
         squares = torch.from_numpy(order).to(self.device, non_blocking=True)
         back = torch.from_numpy(np.argsort(order)).to(self.device, non_blocking=True)
-        places = np.concatenate(
-            [np.tile(block_places(high, wide, self.merge), (steps, 1)) for steps, high, wide in grids]
-        )
-        places = places.reshape(len(order), -1, 2)[order].reshape(-1, 2)
+        places = grid_places(grids, self.merge).reshape(len(order), -1, 2)[order].reshape(-1, 2)
         hidden = self.patch_embed["proj"](torch.cat(frames))
         hidden = hidden.unflatten(0, (len(order), -1))[squares].flatten(0, 1)
         by = turned_by(places, self.head_dim, THETA, self.device)
         # Windows do not cross pictures, so that the patches of a picture stay together.
-        whole = Segments(np.repeat([high * wide for _, high, wide in grids], [grid[0] for grid in grids]), self.device)
+        whole = Segments.of_frames(grids, self.device)
         parts = Segments(windows, self.device)
         for index, block in enumerate(self.blocks):
             hidden = block(hidden, whole if index in self.full else parts, by)

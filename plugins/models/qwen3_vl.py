@@ -26,6 +26,7 @@ from engine.plugin.layers import (
     VisionBlock,
     VisionMLP,
     block_places,
+    grid_places,
     merged_patches,
     normalised,
     turned_by,
@@ -88,10 +89,8 @@ class Tower(nn.Module):
         grids = [each.grid for each in media]
         hidden = self.patch_embed["proj"](torch.cat(frames))
         hidden = hidden + torch.cat([self.positions(*grid) for grid in grids]).to(hidden.dtype)
-        places = [np.tile(block_places(high, wide, self.merge), (steps, 1)) for steps, high, wide in grids]
-        by = turned_by(np.concatenate(places), self.head_dim, THETA, self.device)
-        lengths = np.repeat([high * wide for _, high, wide in grids], [grid[0] for grid in grids])
-        segments = Segments(lengths, self.device)
+        by = turned_by(grid_places(grids, self.merge), self.head_dim, THETA, self.device)
+        segments = Segments.of_frames(grids, self.device)
         levels: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks):
             hidden = block(hidden, segments, by)

@@ -20,6 +20,16 @@ from engine.plugin.layers import (
 )
 
 BLOCK_NAMES = ("layer_norm1", "layer_norm2", "self_attn", "mlp")
+# What checkpoints of language models with this tower call their parts, and what these are called here.
+SIGLIP_NAMES = (
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.vision_tower.vision_model.", "vision_tower."),
+    ("model.vision_tower.", "vision_tower."),
+    ("vision_tower.vision_model.", "vision_tower."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+)
 
 
 class SiglipTower(nn.Module):
