@@ -18,7 +18,7 @@ from engine.lang.transcript import Prompt, Transcript
 from engine.lang.values import Decision, Meta, summed
 from engine.params.sampling import SamplingParams
 from engine.runtime.actor import first_failure
-from engine.runtime.offline import together
+from engine.runtime.together import together
 
 SEEDS = 1 << 64
 

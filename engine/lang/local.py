@@ -25,7 +25,8 @@ from engine.plugin.parsing import Reasoning
 from engine.runtime.choices import Scores, planned
 from engine.runtime.decisions import Question, job_of
 from engine.runtime.front import joined
-from engine.runtime.offline import AsyncEngine, together
+from engine.runtime.offline import AsyncEngine
+from engine.runtime.together import together
 
 
 class Local(Backend):

@@ -20,7 +20,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Generic, Literal, Protocol, TypeVar
 
-import anyio
 import anyio.to_thread
 
 from engine.conversation.parts import Image, Video
@@ -29,7 +28,7 @@ from engine.media.sources import Kind, Sources
 from engine.messages.decoding import MOST_PAYLOAD, DecodeMedia, MediaReady
 from engine.messages.media import Prepared
 from engine.options.media import MediaOptions
-from engine.runtime.actor import first_failure
+from engine.runtime.together import together
 
 LARGE = 1 << 20  # bytes that are hashed in a thread
 READ_AT_ONCE, READ_OF_ONE = 256, 8  # sources of all requests, and of one
@@ -128,20 +127,7 @@ class MediaStore:
                 param="messages",
                 code="too_many_media",
             )
-        found: list[Prepared | None] = [None] * len(media)
-        few = anyio.Semaphore(READ_OF_ONE)
-
-        async def one(index: int) -> None:
-            async with few:
-                found[index] = await self._one(media[index])
-
-        try:
-            async with anyio.create_task_group() as group:
-                for index in range(len(media)):
-                    group.start_soon(one, index)
-        except BaseExceptionGroup as failures:
-            raise first_failure(failures) from None
-        whole = tuple([each for each in found if each is not None])
+        whole = tuple(await together(self._one, media, READ_OF_ONE))
         self._check_together(whole)
         return whole
 

@@ -31,13 +31,12 @@ from engine.messages.control import Stats
 from engine.messages.reply import Chunk, TokenLogprob
 from engine.messages.request import Embed, Generate
 from engine.params.sampling import SamplingParams, check_sampling
-from engine.runtime.actor import first_failure
 from engine.runtime.front import Front, joined
 from engine.runtime.launch import open_front
+from engine.runtime.together import together
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 Params = SamplingParams | Sequence[SamplingParams] | None
-Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -75,22 +74,6 @@ def to_request(prompt: Prompt, params: SamplingParams | None, priority: int = 0,
     if items and isinstance(items[0], dict):
         return Generate(rid, params, messages=read_messages(items), priority=priority, cache_salt=cache_salt)
     return Generate(rid, params, ids=packed(items), priority=priority, cache_salt=cache_salt)
-
-
-async def together(use: Callable[[Item], Awaitable[Result]], items: Sequence[Item]) -> list[Result]:
-    """What `use` makes of each item, all at once; the first failure ends them."""
-    results: list[Any] = [None] * len(items)
-
-    async def one(index: int) -> None:
-        results[index] = await use(items[index])
-
-    try:
-        async with anyio.create_task_group() as group:
-            for index in range(len(items)):
-                group.start_soon(one, index)
-    except BaseExceptionGroup as failures:
-        raise first_failure(failures) from None
-    return results
 
 
 def packed(ids: Sequence[Any]) -> bytes:
