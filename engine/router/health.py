@@ -60,9 +60,8 @@ class Health:
                 self._become(worker, state, cause)
             if state == "ready":
                 well_at = now
-                if now - models_at >= MODELS_SECONDS:
+                if now - models_at >= MODELS_SECONDS and await self._learn_models(worker):
                     models_at = now
-                    await self._learn_models(worker)
             elif now - well_at > self._options.broken_seconds:
                 for upstream in list(worker.streaming):
                     upstream.fail(WorkerError(f"the worker {worker.url} is {state} and has been so for too long"))
@@ -110,15 +109,17 @@ class Health:
             for upstream in list(worker.unanswered):
                 upstream.fail(WorkerError(f"the worker {worker.url} is {state}: {cause}"))
 
-    async def _learn_models(self, worker: Worker) -> None:
+    async def _learn_models(self, worker: Worker) -> bool:
+        """Whether the worker has said which models it has, or that it says no such thing. Else it is asked again."""
         try:
             status, body = await self.ask(worker, "/v1/models")
         except (aiohttp.ClientError, TimeoutError, OSError):
-            return
+            return False
         data = object_in(body).get("data") if status == 200 else None
         if isinstance(data, list):
             names = [each.get("id") for each in data if isinstance(each, dict)]
             worker.models = tuple(name for name in names if isinstance(name, str))
+        return status < 500
 
     async def ask(
         self,

@@ -24,6 +24,7 @@ class RawWorker:
         self.models = models
         self.status = 200  # of heartbeats
         self.hangs = False  # answers nothing at all
+        self.mute = 0  # how many questions for its models it answers with 503
         self.tells = False  # asks `script` for the events of its cache too
         self.asked: list[tuple[bytes, bytes]] = []
         self.left = 0  # requests whose client has closed the connection before the answer was whole
@@ -41,6 +42,9 @@ class RawWorker:
                     writer.write(whole(b"{}", status=self.status))
                 elif head.startswith(b"GET /v1/cache/events") and not self.tells:
                     writer.write(whole(b"{}", status=404))
+                elif head.startswith(b"GET /v1/models") and self.mute:
+                    self.mute -= 1
+                    writer.write(whole(b"{}", status=503))
                 elif head.startswith(b"GET /v1/models"):
                     writer.write(whole(b'{"data":[{"id":"%b"}]}' % self.models.encode()))
                 else:

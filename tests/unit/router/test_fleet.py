@@ -331,6 +331,14 @@ async def test_models_are_sent_where_they_are_served() -> None:
         assert [each["id"] for each in models] == ["model-a", "model-b"]
 
 
+async def test_models_that_were_not_told_are_asked_for_with_the_next_heartbeat() -> None:
+    async with raw_worker(says(b"{}")) as one:
+        one.mute = 2
+        async with routing(one.url) as (_, router):  # which waits 10 s for them
+            assert router.fleet.workers[one.url].models == ("fake",)
+            assert one.mute == 0
+
+
 async def test_a_policy_that_fails_costs_no_request(caplog: pytest.LogCaptureFixture) -> None:
     class Bad(RoutingPolicy):
         def choose(self, arrival: Arrival, workers: Sequence[View]) -> Choice:
