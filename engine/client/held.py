@@ -18,9 +18,9 @@ from engine.client.options import HeldOptions
 from engine.config import Config
 from engine.errors import counted
 from engine.http.keys import own_key
+from engine.options.sizes import show_size
 
 MOST_SHOWN = 50  # sessions
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 class Tier(Struct, frozen=True):
@@ -98,7 +98,7 @@ def drawn(cache: Cache, sessions: list[Session]) -> Group:
     """The tables, and a line between them."""
     tiers = _table("tier", "pages", "bytes", "of", "in use")
     for tier in cache.tiers:
-        tiers.add_row(tier.name, str(tier.pages), said(tier.bytes), said(tier.bound), str(tier.in_use))
+        tiers.add_row(tier.name, str(tier.pages), show_size(tier.bytes), show_size(tier.bound), str(tier.in_use))
     all_told, pages = counted(cache.sessions, "session"), counted(cache.session_pages, "page")
     about = f"{all_told} with {pages} of {cache.page_size} tokens; {len(sessions)} of this key and salt"
     listed = _table("session", "pages", "tokens", "running", "idle", "left")
@@ -119,9 +119,3 @@ def _table(first: str, *numbers: str) -> Table:
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
     return table
-
-
-def said(size: int) -> str:
-    """A number of bytes, for people."""
-    power = min(max(size.bit_length() - 1, 0) // 10, len(UNITS) - 1)
-    return f"{size / 1024**power:.4g} {UNITS[power]}"

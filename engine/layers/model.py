@@ -21,6 +21,7 @@ from engine.layers.batch import Batch
 from engine.layers.build import Build
 from engine.messages.media import Pixels
 from engine.messages.step import TOKEN
+from engine.options.sizes import show_size
 from engine.parallel.collectives import Divided
 from engine.plugin.specs import KVSpec, LazyTensor, StateGroup
 
@@ -258,7 +259,7 @@ class Model(nn.Module, ABC):
                     there = torch.empty(weight.shape, dtype=weight.dtype, device=self.device)
                 except RuntimeError as error:  # of an allocator
                     raise ConfigError(
-                        f"the model's weights take {size / 2**30:.2f} GiB, and {self.device} has too little memory free"
+                        f"the model's weights take {show_size(size)}, and {self.device} has too little memory free"
                     ) from error
                 torch.utils.swap_tensors(weight, nn.Parameter(there, requires_grad=False))  # shared ones stay shared
 

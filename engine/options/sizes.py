@@ -6,6 +6,7 @@ from engine.errors import ConfigError
 
 UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+SHOWN = ("B", "KiB", "MiB", "GiB", "TiB")
 SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
@@ -19,8 +20,6 @@ def read_size(text: str, origin: str) -> int:
 
 
 def show_size(count: int) -> str:
-    """`count` bytes, for people."""
-    for unit, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} B"
+    """`count` bytes, for people: four digits at most."""
+    power = min(max(count.bit_length() - 1, 0) // 10, len(SHOWN) - 1)
+    return f"{count / 1024**power:.4g} {SHOWN[power]}"

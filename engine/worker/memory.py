@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.config import CacheOptions
 from engine.errors import ConfigError, counted
+from engine.options.sizes import show_size
 from engine.plugin.specs import KVGroup, KVSpec, StateGroup
 from engine.runtime.memory import free_memory
 
@@ -60,7 +61,7 @@ def count_pages(
         fraction = options.memory_fraction or CPU_FRACTION
         total = free + weight_bytes
         budget = int(total * fraction) - weight_bytes
-    check_states(spec, slots, budget, f"--memory-fraction {fraction} of {_size(total)} on {device} leaves")
+    check_states(spec, slots, budget, f"--memory-fraction {fraction} of {show_size(total)} on {device} leaves")
     budget -= states
     most_pages = -(-most_tokens // spec.page_size)
     if not spec.groups:
@@ -68,11 +69,11 @@ def count_pages(
     if device.type == "cpu" and options.memory_fraction is None:
         budget = min(budget, CPU_CEILING, most_pages * spec.page_bytes)
     if budget < spec.page_bytes:
-        beside = f"{_size(weight_bytes)} of weights" + (f" and {_size(states)} of states" if states else "")
+        beside = f"{show_size(weight_bytes)} of weights" + (f" and {show_size(states)} of states" if states else "")
         raise ConfigError(
-            f"no memory for the KV cache: --memory-fraction {fraction} of {_size(total)} on {device} leaves "
-            f"{_size(max(budget, 0))} beside {beside}, and one page of {counted(spec.page_size, 'token')} "
-            f"takes {_size(spec.page_bytes)}; raise --memory-fraction, or say --kv-tokens"
+            f"no memory for the KV cache: --memory-fraction {fraction} of {show_size(total)} on {device} leaves "
+            f"{show_size(max(budget, 0))} beside {beside}, and one page of {counted(spec.page_size, 'token')} "
+            f"takes {show_size(spec.page_bytes)}; raise --memory-fraction, or say --kv-tokens"
         )
     return budget // spec.page_bytes
 
@@ -84,8 +85,8 @@ def _pages_for(kv_tokens: int, spec: KVSpec, free: int, device: torch.device) ->
         raise ConfigError(f"--kv-tokens {kv_tokens} is less than one page of {spec.page_size} tokens; raise it")
     if pages * spec.page_bytes > free:
         raise ConfigError(
-            f"--kv-tokens {kv_tokens} needs {_size(pages * spec.page_bytes)}, and {device} has "
-            f"{_size(free)} free; at most {free // spec.page_bytes * spec.page_size} fit"
+            f"--kv-tokens {kv_tokens} needs {show_size(pages * spec.page_bytes)}, and {device} has "
+            f"{show_size(free)} free; at most {free // spec.page_bytes * spec.page_size} fit"
         )
     return pages
 
@@ -102,7 +103,7 @@ def check_states(spec: KVSpec, slots: int, room: int, who: str) -> None:
         fit = room // spec.slot_bytes - 1
         remedy = f"say --max-running {fit} or less" if fit > 0 else "take a device with more memory"
         raise ConfigError(
-            f"the states of {slots} requests take {_size(needed)}, and {who} {_size(room)} for them; {remedy}"
+            f"the states of {slots} requests take {show_size(needed)}, and {who} {show_size(room)} for them; {remedy}"
         )
 
 
@@ -166,7 +167,3 @@ def available_memory(device: torch.device) -> int:
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     return free_memory()
-
-
-def _size(count: int) -> str:
-    return f"{count / (1 << 30):.2f} GiB" if count >= 1 << 28 else f"{count / (1 << 20):.2f} MiB"

@@ -14,6 +14,7 @@ import torch
 from engine.errors import ConfigError
 from engine.layers.model import Layer, Model
 from engine.layers.moe import Router
+from engine.options.sizes import show_size
 from engine.plugin.specs import Checkpoint, LazyTensor
 from engine.plugin.terms import Terms
 from engine.worker.memory import available_memory
@@ -105,8 +106,8 @@ def fill_at_random(model: Model, ties: bool = False) -> None:
     needed = sum(weight.nbytes for weight in model.parameters() if weight.is_meta)
     if needed > (free := available_memory(model.device)):  # a CPU's is only taken when it is written
         raise ConfigError(
-            f"the weights of the model's configuration take {needed / 2**30:.2f} GiB, and {model.device} has "
-            f"{free / 2**30:.2f} GiB free"
+            f"the weights of the model's configuration take {show_size(needed)}, and {model.device} has "
+            f"{show_size(free)} free"
         )
     model.allocate()
     generator = torch.Generator(next(model.parameters()).device)

@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 from engine import cli
-from engine.client.held import MOST_SHOWN, Cache, Session, Tier, drawn, said
+from engine.client.held import MOST_SHOWN, Cache, Session, Tier, drawn
+from engine.options.sizes import show_size
 
 CACHE = Cache(16, [Tier("device", 812, 31, 1 << 30, 4 << 30), Tier("disk", 9, 0, 5 << 40, 6 << 40)], 3, 40)
 
@@ -40,7 +41,7 @@ def test_sessions_beyond_a_screen_are_counted() -> None:
     [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (1536 << 20, "1.5 GiB"), (1 << 52, "4096 TiB")],
 )
 def test_bytes_are_said_in_the_unit_that_fits(size: int, words: str) -> None:
-    assert said(size) == words
+    assert show_size(size) == words
 
 
 def test_where_no_server_answers_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,10 +70,10 @@ def test_states_of_all_slots_are_taken_before_pages_are_counted() -> None:
 
 @pytest.mark.usefixtures("memory")
 def test_states_that_do_not_fit_are_refused_with_both_numbers() -> None:
-    needed = r"the states of 99 requests take 1.17 GiB, and "
+    needed = r"the states of 99 requests take 1.172 GiB, and "
     for options, said in (
-        (CacheOptions(memory_fraction=0.5), r"--memory-fraction 0.5 of 1.00 GiB on cpu leaves 0.50 GiB for them"),
-        (CacheOptions(kv_tokens=16), r"cpu has 1.00 GiB for them"),
+        (CacheOptions(memory_fraction=0.5), r"--memory-fraction 0.5 of 1 GiB on cpu leaves 512 MiB for them"),
+        (CacheOptions(kv_tokens=16), r"cpu has 1 GiB for them"),
     ):
         with pytest.raises(ConfigError, match=needed + said + r"; say --max-running \d+ or less") as caught:
             count_pages(SPEC, options, CPU, 0, most_tokens=16, slots=99)
@@ -81,10 +81,10 @@ def test_states_that_do_not_fit_are_refused_with_both_numbers() -> None:
         assert count_pages(SPEC, options, CPU, 0, most_tokens=16, slots=fit) > 0
         with pytest.raises(ConfigError):
             count_pages(SPEC, options, CPU, 0, most_tokens=16, slots=fit + 1)
-    with pytest.raises(ConfigError, match=needed + r"cpu has 1.00 GiB"):
+    with pytest.raises(ConfigError, match=needed + r"cpu has 1 GiB"):
         States(SPEC, 99, CPU)
     little = CacheOptions(memory_fraction=(state_bytes(SPEC, 41) + 100) / MEMORY)
-    with pytest.raises(ConfigError, match=r"0.49 GiB of states, and one page of 16 tokens"):
+    with pytest.raises(ConfigError, match=r"504 MiB of states, and one page of 16 tokens"):
         count_pages(SPEC, little, CPU, 0, most_tokens=16, slots=41)
     with pytest.raises(ConfigError, match="take a device with more memory"):
         count_pages(SPEC, CacheOptions(memory_fraction=0.001), CPU, 0, most_tokens=16, slots=1)
@@ -294,7 +294,7 @@ def test_a_worker_says_that_its_model_is_recurrent(checkpoint: Path, caplog: pyt
 
 def test_a_start_whose_states_do_not_fit_says_so(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.worker.memory.available_memory", lambda device: 1 << 20)
-    said = r"the states of 4096 requests take 1.13 MiB, and cpu has 1.00 MiB for them; say --max-running 3639 or less"
+    said = r"the states of 4096 requests take 1.125 MiB, and cpu has 1 MiB for them; say --max-running 3639 or less"
     with pytest.raises(ConfigError, match=said):
         started(checkpoint, max_running=4096)
 

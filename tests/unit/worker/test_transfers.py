@@ -217,7 +217,7 @@ def test_sizes_that_do_not_go_together_are_refused(monkeypatch: pytest.MonkeyPat
     assert beside is not None and beside.host == 1 << 30
     tiers.check_tiers(resolve({"kv_host": "8GiB"}))
     for options, said in (
-        ({"kv_host": "8.1GiB"}, r"--kv-host 8.10 GiB is more than the 8.00 GiB"),
+        ({"kv_host": "8.1GiB"}, r"--kv-host 8.1 GiB is more than the 8 GiB"),
         ({"kv_host": "much"}, r"--kv-host is 'much', but takes a size such as 64GiB"),
         ({"kv_disk": "/path"}, r"--kv-disk is '/path', but takes a path and a size"),
         ({"kv_disk": "/path:1XB"}, r"the size in --kv-disk is '1XB'"),

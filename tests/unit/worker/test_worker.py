@@ -237,7 +237,7 @@ def test_pages_fill_the_share_of_memory_but_no_more_than_can_be_used():
     [
         (CacheOptions(kv_tokens=15), 0, "--kv-tokens 15 is less than one page of 16 tokens"),
         (CacheOptions(kv_tokens=1 << 50), 0, "needs .* free; at most"),
-        (CacheOptions(memory_fraction=1e-9), 1 << 30, "--memory-fraction 1e-09 of .* 1.00 GiB of weights"),
+        (CacheOptions(memory_fraction=1e-9), 1 << 30, "--memory-fraction 1e-09 of .* 1 GiB of weights"),
     ],
 )
 def test_a_cache_that_does_not_fit_is_refused_with_the_numbers(options, weights, said):
