@@ -185,7 +185,7 @@ async def test_the_route(folder: Path) -> None:
             await serve(house.front, ServerOptions(port=0), routes, started=started)
 
         group.start_soon(run)
-        with anyio.fail_after(10):
+        with anyio.fail_after(60):
             await listening.wait()
         async with aiohttp.ClientSession(urls[0]) as session:
             async with session.post("/shout", json={"text": "a", "max_tokens": 3}) as response:

@@ -102,7 +102,7 @@ class House:
 
     async def settled(self) -> None:
         """Wait until nothing runs, waits or is in flight; then everything must add up."""
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             logic = self.scheduler.scheduler
             assert logic is not None
             while (counts := logic.counts())["running"] or counts["waiting"] or self.scheduler.in_flight:

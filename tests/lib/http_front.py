@@ -193,7 +193,7 @@ async def serving(front: FakeFront, **options: Any) -> AsyncIterator[str]:
 
     async with anyio.create_task_group() as group:
         group.start_soon(run)
-        with anyio.fail_after(10):
+        with anyio.fail_after(60):
             await listening.wait()
         yield urls[0]
         group.cancel_scope.cancel()

@@ -31,7 +31,7 @@ async def dial(url: str) -> AsyncIterator[ByteStream]:
     port = urlsplit(url).port
     assert port is not None
     async with await anyio.connect_tcp("127.0.0.1", port) as stream:
-        with anyio.fail_after(30):
+        with anyio.fail_after(60):
             yield stream
 
 
@@ -58,7 +58,7 @@ def bare_socket(url: str, data: bytes) -> socket.socket:
 
 
 async def readable(bare: socket.socket) -> None:
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         await anyio.wait_readable(bare)
 
 

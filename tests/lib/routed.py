@@ -106,7 +106,7 @@ async def routing(*urls: str, wait: bool = True, **options: Any) -> AsyncIterato
     urls_: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     async with anyio.create_task_group() as group:
         group.start_soon(partial(serve, router, started=urls_.set_result))
-        with anyio.fail_after(10):
+        with anyio.fail_after(60):
             url = await urls_
             while wait and not all(each.state == "ready" and each.models for each in router.fleet.workers.values()):
                 await anyio.sleep(0.005)
@@ -116,6 +116,6 @@ async def routing(*urls: str, wait: bool = True, **options: Any) -> AsyncIterato
 
 async def until(said: Callable[[], bool]) -> None:
     """Until it is so."""
-    with anyio.fail_after(10):
+    with anyio.fail_after(60):
         while not said():
             await anyio.sleep(0.005)

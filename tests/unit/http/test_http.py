@@ -219,7 +219,7 @@ async def test_a_disconnect_closes_the_generator(path: str, endpoint: str, strea
     front = FakeFront(chunks("a", "b")[:1], hangs=True)
     body = {"text" if endpoint == "generate" else "prompt": "x", "stream": streamed}
     async with serving(front) as url:
-        with anyio.fail_after(10):
+        with anyio.fail_after(60):
             async with anyio.create_task_group() as group, aiohttp.ClientSession() as session:
                 group.start_soon(post_and_read, session, url + path, body)
                 await front.began.wait()
@@ -241,7 +241,7 @@ async def test_the_end_of_the_server_ends_its_streams() -> None:
         async with serving(front) as url:
             response = await session.post(f"{url}/generate", json={"text": "x", "stream": True})
             await response.content.readuntil(b"\n\n")
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             await front.closed.wait()
         response.close()
     assert front.on_stats == []

@@ -92,7 +92,7 @@ async def test_one_prompt_that_is_refused_refuses_all_and_leaves_nothing() -> No
         for streamed in (False, True):
             with pytest.raises(openai.BadRequestError, match="token id 999"):
                 await api.completions.create(model="echo", prompt=[[1], [999], [2]], max_tokens=4000, stream=streamed)
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             while house.front._open:
                 await anyio.sleep(0.002)
 
@@ -106,7 +106,7 @@ async def test_abort_by_the_requests_own_id_ends_all_its_replies() -> None:
             answers.extend((await post(f"{url}/generate", body))[1])
 
         group.start_soon(ask)
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             while len(house.front._open) < 4:
                 await anyio.sleep(0.002)
             assert await post(f"{url}/abort_request", {"rid": "mine-"}) == (200, {"aborted": 0})
@@ -122,7 +122,7 @@ async def test_a_client_that_leaves_ends_all_its_replies() -> None:
     async with serving(front) as url:
         with anyio.move_on_after(0.2):
             await post(f"{url}/v1/completions", {"prompt": ["x", "y"], "n": 2})
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             while front.open or len(front.asked) < 4:
                 await anyio.sleep(0.002)
 

@@ -43,7 +43,7 @@ async def test_an_answer_below_500(raw: bytes, status: int, caplog: pytest.LogCa
         port = urlsplit(url).port
         assert port is not None
         async with await anyio.connect_tcp("127.0.0.1", port) as stream:
-            with anyio.fail_after(10):
+            with anyio.fail_after(60):
                 await stream.send(raw)
                 line = await stream.receive()
         assert line.split()[1] == b"%d" % status

@@ -402,7 +402,7 @@ async def test_pause_may_send_what_runs_back_to_the_queue() -> None:
 
         logic = site.house.scheduler
         group.start_soon(one)
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             while not logic.in_flight:
                 await anyio.sleep(0.001)
             assert await site.post("/pause_generation", {"mode": "retract"}) == (200, {"paused": True})
@@ -422,7 +422,7 @@ async def test_a_lost_worker_ends_a_pause_that_waits_for_it() -> None:
         while not site.house.scheduler.in_flight:
             await anyio.sleep(0.001)
         group.start_soon(site.house.executor.lose, "pulled the plug")
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             assert (await site.post("/pause_generation", {"mode": "retract"}))[0] == 200
             await site.post("/continue_generation")
             while (await site.get("/health_generate"))[0] != 200:

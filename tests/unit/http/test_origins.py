@@ -349,7 +349,7 @@ async def test_nothing_that_acts_answers_to_get_or_head() -> None:
 )
 async def test_requests_as_they_are_on_the_wire(lines: bytes, status: int) -> None:
     async with serving(FakeFront()) as url, await anyio.connect_tcp("127.0.0.1", urlsplit(url).port) as stream:  # type: ignore[arg-type]
-        with anyio.fail_after(10):
+        with anyio.fail_after(60):
             await stream.send(lines)
             assert (await stream.receive()).split()[1] == b"%d" % status
 

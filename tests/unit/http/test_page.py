@@ -242,7 +242,7 @@ async def chat(tab: Tab, front: Front, url: str, seen: dict[str, Any], audit: st
     seen["branches"] = await tab.run(WAIT + BRANCH)
     await tab.run("open();")
     seen["stopped"] = await tab.run(WAIT + STOP)
-    with anyio.fail_after(5):
+    with anyio.fail_after(60):
         while front.open:  # the engine ends it, too
             await anyio.sleep(0.02)
     await tab.run("open();")
@@ -303,7 +303,7 @@ async def live(tab: Tab, front: Front, url: str, seen: dict[str, Any], audit: st
             seen["audit live"] = await in_both_schemes(tab, audit)
         front.abort(None)
     await tab.run("location.hash = '#chat';")
-    with anyio.fail_after(10):
+    with anyio.fail_after(60):
         while front.board.total(Counter.VIEWERS) or front.open:
             await anyio.sleep(0.02)
 

@@ -176,7 +176,7 @@ async def test_a_program_is_ended_by_its_key_alone() -> None:
 async def test_what_is_held_is_shown_and_cleared() -> None:
     async with engine() as (house, session):
         await asked(session, "POST", "/v1/completions", {**TEXT, "session_id": "mine"})
-        with anyio.fail_after(10):
+        with anyio.fail_after(60):
             while house.front.stats.running or not house.front.stats.session_pages:
                 await anyio.sleep(0.01)
         options = HeldOptions(url=str(session._base_url))

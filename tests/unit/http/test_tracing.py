@@ -78,7 +78,7 @@ class Collector:
 
     async def servers(self, count: int = 1) -> list[Span]:
         """The spans of the first `count` requests, once they are there."""
-        with anyio.fail_after(10):
+        with anyio.fail_after(60):
             while len(found := [span for span in self.spans if span.kind == SERVER]) < count:
                 await anyio.sleep(0.005)
         return found
@@ -209,7 +209,7 @@ async def test_the_queue_ends_where_the_request_is_placed(collector: Collector) 
     async with traced(collector.url) as (house, session), anyio.create_task_group() as group:
         await post(session, "/pause_generation", {})
         group.start_soon(post, session, "/v1/completions", {"prompt": "abcd", "max_tokens": 2})
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             while house.scheduler.scheduler is None or not house.scheduler.scheduler.counts()["waiting"]:
                 await anyio.sleep(0.002)
         resumed = time.time_ns()
@@ -234,7 +234,7 @@ async def test_a_background_response_has_a_span_of_its_own(collector: Collector)
     async with traced(collector.url, seconds=0.01) as (_, session):
         await post(session, "/v1/responses", {"input": "a", "background": True, "max_output_tokens": 3}, **SAMPLED)
         (span,) = await collector.servers()
-        with anyio.fail_after(10):
+        with anyio.fail_after(60):
             while not (later := collector.children(span)):
                 await anyio.sleep(0.005)
     (child,) = later
@@ -319,7 +319,7 @@ async def test_an_aborted_request_is_no_error(collector: Collector) -> None:
     async with traced(collector.url, seconds=0.005) as (_, session), anyio.create_task_group() as group:
         body = {"prompt": "a", "max_tokens": 3000}
         group.start_soon(lambda: post(session, "/v1/completions", body, **{HEADER: "mine"}))
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             while b'"aborted":0' in (await post(session, "/abort_request", {"rid": "mine"}))[1].replace(b" ", b""):
                 await anyio.sleep(0.002)
         (span,) = await collector.servers()
@@ -357,14 +357,14 @@ async def test_what_does_not_arrive_is_said_once(
     body = {"prompt": "a", "max_tokens": 1}
     with caplog.at_level("INFO"):
         async with traced(collector.url) as (_, session):
-            with anyio.fail_after(10):
+            with anyio.fail_after(60):
                 while collector.asked < 5:
                     assert (await post(session, "/v1/completions", body))[0] == 200
                     await anyio.sleep(0.005)
             (warning,) = warnings(caplog)
             assert f"spans do not arrive at {collector.url}/v1/traces (" in warning and "400" in warning
             collector.status = 200
-            with anyio.fail_after(10):
+            with anyio.fail_after(60):
                 while len(warnings(caplog)) < 2:
                     assert (await post(session, "/v1/completions", body))[0] == 200
                     await anyio.sleep(0.005)
@@ -395,7 +395,7 @@ async def test_a_port_that_nobody_listens_on_disturbs_nobody(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
-        with anyio.fail_after(20):
+        with anyio.fail_after(60):
             async with traced(endpoint) as (_, session):
                 while not warnings(caplog):
                     assert (await post(session, "/v1/completions", {"prompt": "a", "max_tokens": 1}))[0] == 200

@@ -484,7 +484,7 @@ async def cancel_forks(here: AsyncEngine) -> None:
     assert len(states) > 6
     with pytest.raises(ProgramError, match="the run was cancelled"):
         states[-1]["long"]
-    with anyio.fail_after(10):
+    with anyio.fail_after(60):
         while here.front.stats.running or here.front.stats.waiting:
             await anyio.sleep(0.01)
     flushed = await here.front.flush()

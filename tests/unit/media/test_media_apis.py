@@ -275,6 +275,6 @@ def said_with(image: bytes) -> list[Message]:
 
 
 async def asked(web: OddWeb, path: str) -> None:
-    with anyio.fail_after(20):
+    with anyio.fail_after(60):
         while not web.asked[path]:
             await anyio.sleep(0.005)

@@ -24,7 +24,7 @@ def data_url(data: bytes = PICTURE, kind: str = "image/png") -> str:
 
 
 async def read(source: str, kind: Any = "image", **options: Any) -> bytes:
-    with anyio.fail_after(20):
+    with anyio.fail_after(60):
         return (await Sources(MediaOptions(**options)).read(source, kind)).data
 
 

@@ -124,7 +124,7 @@ async def test_64_requests_of_one_url_fetch_it_once() -> None:
         async with anyio.create_task_group() as group:
             for _ in range(64):
                 group.start_soon(store.resolved, [Image(f"{web.url}/wait", PLACE)])
-            with anyio.fail_after(10):
+            with anyio.fail_after(60):
                 while not web.open:
                     await anyio.sleep(0.005)
             await settled()
@@ -208,11 +208,11 @@ async def test_a_client_that_leaves_ends_its_fetch() -> None:
     store, _ = store_of(Scripted())
     async with odd_web() as web, anyio.create_task_group() as group:
         group.start_soon(store.resolved, [Image(f"{web.url}/wait", PLACE), Image(f"{web.url}/endless", PLACE)])
-        with anyio.fail_after(10):
+        with anyio.fail_after(60):
             while web.open < 2:
                 await anyio.sleep(0.005)
         group.cancel_scope.cancel()
-    with anyio.CancelScope(shield=True), anyio.fail_after(10):
+    with anyio.CancelScope(shield=True), anyio.fail_after(60):
         while "/endless" in web.asked and web.open > 1:  # /wait notices nobody before it writes
             await anyio.sleep(0.005)
 

@@ -99,7 +99,7 @@ async def test_a_route_is_served_described_and_checked_like_ours(write: Write) -
 
     async with anyio.create_task_group() as group:
         group.start_soon(run)
-        with anyio.fail_after(10):
+        with anyio.fail_after(60):
             await listening.wait()
         async with aiohttp.ClientSession(urls[0]) as session:
             keyed = {"Authorization": "Bearer k"}

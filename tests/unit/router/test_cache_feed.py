@@ -50,7 +50,7 @@ class Index:
         self.resets += 1
 
     async def holds(self, wanted: dict[int, bytes]) -> None:
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             while self.held != wanted:
                 await anyio.sleep(0.005)
 
@@ -92,7 +92,7 @@ async def test_it_ends_where_a_server_tells_nothing() -> None:
         over_http(house.front, resolve({"port": 0}).server) as url,
         aiohttp.ClientSession() as session,
     ):
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             await CacheFeed(url, Index(), session).run()
 
 
@@ -149,7 +149,7 @@ async def played(*answers: Any) -> tuple[Index, Played]:
     app = web.Application()
     app.router.add_get("/v1/cache/events", worker.handle)
     async with TestServer(app) as server, aiohttp.ClientSession() as session:
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             await CacheFeed(str(server.make_url("/")), index, session).run()
     return index, worker
 

@@ -257,7 +257,7 @@ async def test_one_command_starts_engines_and_a_router_and_ends_them(how: signal
         process.send_signal(how)
         code = await anyio.to_thread.run_sync(process.wait)
         assert code == (0 if how == signal.SIGTERM else -how)
-        with anyio.fail_after(20):
+        with anyio.fail_after(60):
             while any(map(alive, below)):
                 await anyio.sleep(0.05)
     finally:

@@ -147,7 +147,7 @@ async def test_a_front_that_does_not_answer_is_not_waited_for(monkeypatch: pytes
     hub, _, lines = joined(3)
     await hub.take(0, PeerAsk(0, 1, "Count", b""))
     await hub.take(1, PeerAnswer(0, 1, b"one"))
-    with anyio.fail_after(5):
+    with anyio.fail_after(60):
         while not lines[0].said:
             await anyio.sleep(0.005)
     assert lines[0].said == [PeerAnswers(1, (PeerValue(1, b"one"),))]
@@ -171,7 +171,7 @@ async def test_the_scheduler_ends_what_a_lost_front_has_sent_wherever_it_is() ->
             group.start_soon(one, rid, count)
         logic = house.scheduler.scheduler
         assert logic is not None
-        with anyio.fail_after(10):
+        with anyio.fail_after(60):
             while len(logic.live.by_rid) < 4:
                 await anyio.sleep(0.002)
         fronts = {rid: front_of(house.front._open[rid].key) for rid in "abcd"}
@@ -180,7 +180,7 @@ async def test_the_scheduler_ends_what_a_lost_front_has_sent_wherever_it_is() ->
         await house.front.pause(False)
         await begun["a"].wait()
         await house.front._scheduler.send(FrontLost(fronts["a"]))  # type: ignore[arg-type]
-        with anyio.fail_after(20):
+        with anyio.fail_after(60):
             while len(texts) < 2:
                 await anyio.sleep(0.002)
         assert texts == {"b": counted("a", 300), "d": counted("a", 5)}
@@ -200,7 +200,7 @@ def pair() -> Any:
 
 async def read_all(sock: socket.socket, count: int) -> bytes:
     data = b""
-    with anyio.fail_after(10):
+    with anyio.fail_after(60):
         while len(data) < count:
             try:
                 data += sock.recv(1 << 16)
@@ -247,13 +247,13 @@ async def test_the_core_waits_for_a_front_that_reads_and_not_for_one_that_does_n
         group.start_soon(send)
         await anyio.lowlevel.checkpoint()
         assert not sent.is_set()
-        with anyio.fail_after(10):
+        with anyio.fail_after(60):
             while not sent.is_set():
                 theirs.recv(1 << 20)
                 await anyio.sleep(0.001)
     while not line.holds_back:
         line.put(pack(msgspec.msgpack.Encoder(), message))
-    with anyio.fail_after(5):  # it reads nothing from here on
+    with anyio.fail_after(60):  # it reads nothing from here on
         for _ in range(50):
             await hub.send(message)
     assert line.kept > 50 * 5000

@@ -169,7 +169,7 @@ async def test_spares_that_never_live_are_given_up(caplog: pytest.LogCaptureFixt
     start = Starter(script="import sys; sys.exit(3)")
     spare = Spare(CONFIG, start, delay=0.0)
     spare.want(())
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         await spare.run()
     assert len(start.started) == MOST_LOST
     assert "it exited with code 3" in caplog.text and "no spare worker is kept any more" in caplog.text
@@ -186,7 +186,7 @@ async def test_a_system_that_starts_no_more_processes_is_no_failure_of_the_worke
 
     spare = Spare(CONFIG, start, delay=0.0)
     spare.want(())
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         await spare.run()
     assert "it cannot be started" in caplog.text and "Resource temporarily unavailable" in caplog.text
     assert await spare.take() is None
