@@ -109,18 +109,21 @@ def _check_alone(schema: dict[str, Any], keyword: str, said: set[str], path: str
     if "type" in schema and keyword == "$ref":
         raise _refuse("type", path, " beside $ref")
     if "type" in schema and keyword in ("enum", "const"):
-        _check_members(schema["type"], schema["enum"] if keyword == "enum" else [schema["const"]], path)
+        members = schema["enum"] if keyword == "enum" else [schema["const"]]
+        if not isinstance(members, list):
+            raise RequestError(f"enum at {path} is {str(members)[:80]}, not a list", code="invalid_grammar")
+        _check_members(schema["type"], members, path)
 
 
 def _check_members(kind: Any, members: list[Any], path: str) -> None:
     """XGrammar lets through every member, of whatever type."""
     kinds = kind if isinstance(kind, list) else [kind]
     for each in kinds:
-        if each not in BY_TYPE:
+        if not isinstance(each, str) or each not in BY_TYPE:
             raise RequestError(f"type at {path} is {str(each)[:80]!r}, which is not a type", code="invalid_grammar")
     for member in members:
         if not any(_is(member, each) for each in kinds):
-            raise _refuse("type", path, f" beside {str(member)[:80]!r}, which is of another type")
+            raise _refuse("type", path, f" beside {repr(member)[:80]}, which is of another type")
 
 
 def _is(value: Any, kind: str) -> bool:
