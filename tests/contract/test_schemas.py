@@ -46,6 +46,8 @@ BOTH: list[dict[str, Any]] = [
     {"type": "number", "minimum": 0, "maximum": 1},
     {"enum": ["a", 1, None, True, {"b": [1]}]},
     {"const": {"a": [1, "é"]}},
+    {"type": ["integer", "string", "null"], "enum": [2, -7, "a", None]},
+    {"type": "boolean", "enum": [True, False]},
     {"$ref": "#/$defs/tree", "$defs": {"tree": {"type": "object", "properties": {"t": {"$ref": "#/$defs/tree"}}}}},
     {"type": ["string", "null"]},
     {"type": "array", "prefixItems": [{"type": "integer"}, {"type": "string"}], "items": False},
@@ -64,6 +66,8 @@ LLGUIDANCE: list[dict[str, Any]] = [
     {"type": "string", "pattern": "b+", "maxLength": 5},
     {"minimum": 3, "maxLength": 2},
     {"type": "string", "format": "password"},
+    {"type": "string", "enum": ["a", "b", "c", "d", 1, None]},
+    {"type": "integer", "enum": [1, 2, 3, 4, True, 1.5]},
 ]
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"type": "string", "not": {"const": "a"}}, "not"),

@@ -6,7 +6,8 @@ are ignored, as everywhere.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from engine.plugin import RequestError
@@ -20,6 +21,10 @@ BY_TYPE: dict[str, frozenset[str]] = {
     "boolean": frozenset(),
     "null": frozenset(),
 }
+PYTHONS: Mapping[str, tuple[type, ...]] = MappingProxyType({
+    "object": (dict,), "array": (list,), "string": (str,), "integer": (int,), "number": (int, float),
+    "boolean": (bool,), "null": (type(None),),
+})  # fmt: skip
 ALONE = ("$ref", "enum", "const", "anyOf")  # each says all there is to say
 ASSERTIONS = frozenset({
     *ALONE, *(keyword for keywords in BY_TYPE.values() for keyword in keywords),
@@ -103,6 +108,30 @@ def _check_alone(schema: dict[str, Any], keyword: str, said: set[str], path: str
             check_schema(each, f"{path}/anyOf/{index}")
     if "type" in schema and keyword == "$ref":
         raise _refuse("type", path, " beside $ref")
+    if "type" in schema and keyword in ("enum", "const"):
+        members = schema["enum"] if keyword == "enum" else [schema["const"]]
+        if not isinstance(members, list):
+            raise RequestError(f"enum at {path} is {str(members)[:80]}, not a list", code="invalid_grammar")
+        _check_members(schema["type"], members, path)
+
+
+def _check_members(kind: Any, members: list[Any], path: str) -> None:
+    """XGrammar lets through every member, of whatever type."""
+    kinds = kind if isinstance(kind, list) else [kind]
+    for each in kinds:
+        if not isinstance(each, str) or each not in BY_TYPE:
+            raise RequestError(f"type at {path} is {str(each)[:80]!r}, which is not a type", code="invalid_grammar")
+    for member in members:
+        if not any(_is(member, each) for each in kinds):
+            raise _refuse("type", path, f" beside {repr(member)[:80]}, which is of another type")
+
+
+def _is(value: Any, kind: str) -> bool:
+    if isinstance(value, bool):
+        return kind == "boolean"
+    if isinstance(value, float) and value.is_integer():
+        return kind in ("integer", "number")
+    return isinstance(value, PYTHONS[kind])
 
 
 def _check_typed(schema: dict[str, Any], said: set[str], path: str) -> None:
