@@ -259,14 +259,14 @@ class SchedulerActor:
             await self._answer_pauses()
 
     async def _end_users(self, number: int, cause: str) -> None:
-        """A medium could not be encoded: who runs with it ends, and what was computed of it is in no cache."""
+        """A medium could not be encoded: who runs with it ends, and what was computed of it is in no cache. Whatever
+        else is cached stays."""
         assert isinstance(self.scheduler, Scheduler), "copies of attention run no model that sees"
         users = [each.rid for each in self.scheduler.running_requests() if number in each.numbers]
         for rid in users:
             self.scheduler.stop(rid)
             await self.front.send(Failed(rid, 500, "media_failed", f"an image or video cannot be encoded: {cause}"))
-        self.scheduler.encoder.forget(number)
-        self.scheduler.flush()
+        self.scheduler.places.spoiled(number)
 
     async def _answer_pauses(self) -> None:
         """Answer what waits for an answer, in order, unless the device is still to become idle."""

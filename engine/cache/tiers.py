@@ -203,6 +203,11 @@ class Tiers:
             ticket = Ticket("down", places, [page for _, page in new[: len(places)]])
             self._send(ticket, self._before, holds=True)
 
+    def forgotten(self, pages: Iterable[int]) -> None:
+        """The tree has these pages no more, and what they hold is nothing to write back."""
+        for page in pages:
+            self._names.pop(page, None)
+
     def _lowered(self, ticket: Ticket, done: Sequence[bool]) -> None:
         for node in ticket.nodes:
             self._tree.unlock(node)
