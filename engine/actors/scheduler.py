@@ -207,6 +207,7 @@ class SchedulerActor:
         """Let a request in. What a store may have of its prompt is a need as others are, but is waited for a while."""
         if self.moves is None or not self.moves.seeks(admit):
             return await self._pass_on(self.room.admit(admit))
+        admit = self.moves.named(admit)
         due = self.room.admit(replace(admit, needs=(*admit.needs, Need(PAGES, admit.rid.encode()))))
         for make in due.makes:
             if make.kind == PAGES:
@@ -400,21 +401,20 @@ class SchedulerActor:
             await self._send_stats()
             if self._following:
                 await self._tell_followers(all=True)
-            if self._wanted:
+            if self.moves is not None and (self.moves.tick(time.monotonic()) or self._wanted):
                 async with self._turn:
-                    await self._give_up_waiting()
+                    await self._give_up_waiting(self.moves)
             if self.scheduler is not None and not self.in_flight and not self._checked:
                 self.scheduler.check_integrity()
                 self.room.check_integrity()
                 self._checked = True
             await anyio.sleep(HEARTBEAT_SECONDS)
 
-    async def _give_up_waiting(self) -> None:
-        """Who has waited long for a store computes."""
-        assert self.moves is not None
+    async def _give_up_waiting(self, moves: Moves) -> None:
+        """Who has waited long for a store computes; and what the store has refused is offered to it again."""
         for number in [number for number, until in self._wanted.items() if until < time.monotonic()]:
-            self.moves.give_up(number)
-        await self._send_moves(self.moves)
+            moves.give_up(number)
+        await self._send_moves(moves)
 
     async def _send_stats(self) -> None:
         seconds, self.step_seconds = self.step_seconds.tobytes(), array("f")

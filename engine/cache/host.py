@@ -25,7 +25,8 @@ class Place:
     pins: int = 1
     there: bool = False  # its bytes are
     hit: bool = False
-    stored: bool = False  # a store has it, or is to be given it
+    stored: bool = False  # a store has it, or is given it now
+    offers: int = 0  # to a store, which has refused it
     fetched: bool = False  # a store has given it
     known: bool = True  # under its name; one that is not is freed with its last pin
 

@@ -5,7 +5,7 @@
       │       to give way (write-back)
       │ up:   what the tree has no more of a waiting request's prompt
     host     HostPages: numbers here, memory in each rank's worker
-      │ keep: what has come down, while the store keeps up
+      │ keep: what has come down, while the store keeps up (keeping.py)
       │ fetch: what a request that arrives lacks, once the store says that it has it (find)
     store    knows pages by name; may lose them
 
@@ -20,20 +20,18 @@ Left out: which requests wait (sched/promotions.py), and copying (worker/transfe
 
 import itertools
 from array import array
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from engine.cache.ceiling import Ceiling
 from engine.cache.host import HostPages, Place
+from engine.cache.keeping import Keeping
 from engine.cache.pool import PagePool
 from engine.cache.radix import Node, RadixTree
-from engine.messages.tiers import NAME_BYTES, Move, Moved, Way
+from engine.messages.tiers import NAME_BYTES, Move, Moved, Way, summed
 
 WritePolicy = Literal["write-through", "second-hit", "write-back"]
-KEPT_AT_ONCE = 32  # pages in one move to a store
-KEEPING = 2  # such moves under way
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +80,14 @@ class TierCounts:
     store_pages: int = 0
     store_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # by way
+    # What the stores count themselves, by their names for it: of this life of the device, and of those before.
+    store: dict[str, int] = field(default_factory=dict)
+    store_before: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def stores(self) -> dict[str, int]:
+        """What they have counted in all lives."""
+        return summed(self.store_before, self.store)
 
 
 class Tiers:
@@ -94,6 +100,7 @@ class Tiers:
         self.counts: TierCounts = TierCounts() if before is None else before.counts
         self.ceiling: Ceiling = Ceiling() if before is None else before.ceiling
         self._numbers: itertools.count[int] = _numbers(options) if before is None else before._numbers
+        self.counts.store_before, self.counts.store = self.counts.stores, {}
         self._tree, self._pool = tree, pool
         self._tickets: dict[int, Ticket] = {}
         self._before: list[Move] = []
@@ -103,8 +110,7 @@ class Tiers:
         self._coming: dict[bytes, int] = {}  # the same, of names that are looked for or fetched
         # Of the tree's pages, where what gives way is written back: the place in its text, and the name.
         self._names: dict[int, tuple[int, bytes]] = {}
-        self._pending: OrderedDict[bytes, Place] = OrderedDict()  # there, and to be kept in the store
-        self._keeping = 0
+        self.keeping = Keeping(options.host)
         self._waits: dict[int, set[int]] = {}  # of needs for pages: the moves that each waits for
         self._settled: list[int] = []
         self.cause = ""  # why something failed, for people; not told yet
@@ -123,8 +129,11 @@ class Tiers:
         if self._down.places:
             ticket, self._down = self._down, Ticket("down")
             self._send(ticket, self._after)
-        if self._pending:
-            self._keep()
+        if self.options.stores:
+            for places in self.keeping.due():
+                for place in places:
+                    place.pins += 1
+                self._send(Ticket("keep", places), self._after)
         found, self._after = self._after, []
         return found
 
@@ -270,25 +279,11 @@ class Tiers:
     # ── store ────────────────────────────────────────────────────────────────────────────────
 
     def _want_kept(self, place: Place | None) -> None:
-        if self.options.stores and place is not None and place.there and not place.stored:
-            self._pending[place.name] = place
-
-    def _keep(self) -> None:
-        """Give the store what has come down, as fast as it takes it."""
-        while self._pending and self._keeping < KEEPING:
-            ticket = Ticket("keep")
-            while self._pending and len(ticket.places) < KEPT_AT_ONCE:
-                _, place = self._pending.popitem(last=False)
-                if place.known and not place.stored:
-                    place.pins += 1
-                    place.stored = True
-                    ticket.places.append(place)
-            if ticket.places:
-                self._keeping += 1
-                self._send(ticket, self._after)
+        if self.options.stores and place is not None and place.there:
+            self.keeping.want(place)
 
     def _kept(self, ticket: Ticket, done: Sequence[bool]) -> None:
-        self._keeping -= 1
+        self.keeping.kept(ticket.places, done)
         for place in ticket.places:
             self.host.unpin(place)
         self.counts.kept += sum(done)
@@ -351,6 +346,7 @@ class Tiers:
         counts.seconds[ticket.way] = counts.seconds.get(ticket.way, 0.0) + message.seconds
         if message.held >= 0:
             counts.store_pages, counts.store_bytes = message.held, max(0, message.held_bytes)
+            counts.store = message.counts
         self.cause = self.cause or message.cause
         if ticket.way not in ("find", "clear"):
             counts.failed += len(done) - sum(done)
@@ -373,7 +369,7 @@ class Tiers:
     def clear(self) -> None:
         """Forget all that lies below the device, and what is on its way."""
         self._names.clear()
-        self._pending.clear()
+        self.keeping.clear()
         if self._down.places:
             ticket, self._down = self._down, Ticket("down")
             self._send(ticket, self._after)

@@ -38,7 +38,7 @@ class Places:
         """What is to be remembered of a request that comes: the blocks of its text, and the names of its pages."""
         request.named = self.pages.named(admit.blocks)
         if self.tiers is not None and self._reuse and not request.pools:
-            request.names = PageNames(request.salt, self._page_size, request.key)
+            request.names = PageNames(request.salt, self._page_size, request.key, admit.names)
             self.tiers.ceiling.ask(request.names.upto(request.prompt_len // self._page_size))
 
     # ── before it runs ───────────────────────────────────────────────────────────────────────

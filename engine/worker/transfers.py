@@ -210,11 +210,12 @@ class Transfers:
             if len(done) != move.count:
                 raise ValueError(f"{len(done)} answers for {counted(move.count, 'page')}")
             held = store.held()
+            counts = {str(name): int(count) for name, count in held.counts.items()}
         except Exception as error:
             logger.debug("the store fails", exc_info=True)
             cause = f"the store of KV pages fails: {type(error).__name__}: {error}"
             return answer([False] * move.count, cause=cause)
-        answer(done, held=held.pages, held_bytes=held.bytes)
+        answer(done, held=held.pages, held_bytes=held.bytes, counts=counts)
         return None
 
     def _asked(self, store: Store, move: Move) -> list[bool]:
