@@ -60,6 +60,11 @@ class RadixTree:
         path[-1] = self._cut(path[-1], part)
         return path[-1], [page for node in path for page in node.pages]
 
+    def pages(self, key: bytes, salt: bytes = b"") -> list[int]:
+        """The pages that `match` would give; changes nothing."""
+        path, at, _ = self._descend(self._root(salt), key)
+        return [page for node in path for page in node.pages][: at // self._stride]
+
     def match_length(self, key: bytes, salt: bytes = b"") -> int:
         """How many pages `match` would give; changes nothing."""
         return self._descend(self._root(salt), key)[1] // self._stride

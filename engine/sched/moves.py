@@ -104,9 +104,12 @@ class Moves:
 
     def named(self, admit: Admit) -> Admit:
         """`admit` with the names of its pages, so that nobody names them again."""
-        keys, stride = admit.keys or admit.ids, 4 * self._copies[0].page_size
-        names = PageNames(admit.cache_salt.encode(), stride // 4, lambda first, end: keys[4 * first : 4 * end])
-        return replace(admit, names=tuple(names.upto(len(keys) // stride)))
+        keys, page_size, salt = admit.keys or admit.ids, self._copies[0].page_size, admit.cache_salt.encode()
+        whole = len(keys) // (4 * page_size)
+        trees = (copy.places.tree.pages(keys[: 4 * page_size * whole], salt) for copy in self._copies)
+        known = max((tiers.named(pages) for tiers, pages in zip(self.tiers, trees, strict=True)), key=len)
+        names = PageNames(salt, page_size, lambda first, end: keys[4 * first : 4 * end], known)
+        return replace(admit, names=tuple(names.upto(whole)))
 
     def want(self, number: int, admit: Admit) -> None:
         """`settled` names `number` once what stores have of the pages of a prompt that is `named` is there, or does not

@@ -38,8 +38,11 @@ class Places:
         """What is to be remembered of a request that comes: the blocks of its text, and the names of its pages."""
         request.named = self.pages.named(admit.blocks)
         if self.tiers is not None and self._reuse and not request.pools:
-            request.names = PageNames(request.salt, self._page_size, request.key, admit.names)
-            self.tiers.ceiling.ask(request.names.upto(request.prompt_len // self._page_size))
+            whole = request.prompt_len // self._page_size
+            held = self.tree.pages(request.key(0, whole * self._page_size), request.salt)
+            names = admit.names or self.tiers.named(held)
+            request.names = PageNames(request.salt, self._page_size, request.key, names)
+            self.tiers.ceiling.ask(request.names.upto(whole), known=len(held))
 
     # ── before it runs ───────────────────────────────────────────────────────────────────────
 

@@ -17,7 +17,7 @@ def there(host, *names):
     places = host.add([name.encode() for name in names])
     for place in places:
         place.there = True
-        host.unpin(place)
+        host.unpin([place])
     return [place.name.decode() for place in places]
 
 
@@ -74,10 +74,10 @@ def test_pinned_places_stay_and_a_forgotten_one_is_free_with_its_last_pin():
     host.forget(one)
     assert host.get(b"a") is None and host.pool.free_pages == 0
     host.check_integrity()
-    host.unpin(one)
+    host.unpin([one])
     assert host.pool.free_pages == 1
     two.there = True
-    host.unpin(two)
+    host.unpin([two])
     assert [place.name for place in host.add([b"c", b"d", b"e"])] == [b"c", b"d"]
     host.clear()
     host.check_integrity()

@@ -365,6 +365,8 @@ def test_the_pages_of_a_prompt_are_named_once(monkeypatch):
     bench.lose()
     run(bench, "b", LONG)
     assert bench.below.done["fetch"] == 8 and len(hashed) == 2 * (1 + 8)
+    run(bench, "c", [*LONG, *OTHER[:7]])  # of whose 10 pages the cache knows 8
+    assert len(hashed) == 2 * (1 + 8) + 2
 
 
 def test_pages_that_a_store_has_lost_are_computed_from_the_first_of_them_on():
