@@ -182,6 +182,17 @@ class Places:
         self.pool.give(request.pages[request.shared :])
         if request.node is not None:
             self.tree.unlock(request.node)
+        if request.session is not None or request.program is not None:
+            self._keep_below(request)
+
+    def _keep_below(self, request: Request) -> None:
+        """Somebody may come back to its pages: in the host they are of those that are asked for again."""
+        if self.tiers is None or request.names is None:
+            return
+        names = request.names.upto(request.shared)[: request.shared]
+        self.tiers.host.touch(reversed(names), hit=True)
+        if request.session is not None:
+            request.session.host, request.session.names = self.tiers.host, names
 
     def sweep(self) -> None:
         """Moves that held pages at a flush are over: forget these, too."""

@@ -464,3 +464,53 @@ def test_each_copy_of_attention_has_tiers_of_its_own():
     assert sum(cached[f"2.{number}"] for number in range(6)) >= 4 * 32
     assert moves.stats().from_host > 20
     assert all(each.done["up"] for each in below) and moves.stats().host_pages == 180
+
+
+# ── sessions ─────────────────────────────────────────────────────────────────────────────────
+
+
+def told(bench, id="s"):
+    """Pages of a session on the device, and below."""
+    (session,) = [each for each in bench.scheduler.live.sessions.of(b"", b"", bench.now) if each.id == id]
+    return session.pages, session.below
+
+
+@pytest.mark.parametrize("write", get_args(WritePolicy))
+def test_a_session_whose_pages_gave_way_has_them_below_and_comes_back_to_them(write):
+    bench = TierBench(40, write=write, pages=11, stores=False)
+    for turn in range(2):
+        assert run(bench, f"a{turn}", LONG, session="s") == (32 * turn, 33 - 32 * turn)
+    assert told(bench) == (8, 0)
+    assert run(bench, "b", OTHER) == (0, 40)  # for which the session gives up its pins
+    assert bench.scheduler.counts()["pins_released_total"] == 1
+    pages, below = told(bench)
+    assert pages == 0 and below >= 7  # of the device the first may still be there, unpinned
+    assert run(bench, "c", [*LONG, 1, 2, 3], session="s") == (32, 4)
+    assert told(bench) == (9, 0)
+    bench.drain()
+
+
+def test_a_turn_that_waits_brings_the_pages_of_its_session_up():
+    bench = TierBench(40, pages=12, stores=False, slots=1)
+    run(bench, "a", LONG, session="s")
+    run(bench, "b", OTHER)
+    bench.admit(request("c", [1, 1], max_new=9), request("d", [*LONG, 1], max_new=1, session="s"))
+    bench.plan()
+    assert [move.way for move in bench.below.moving] == ["up"] and bench.scheduler.running == 1
+    bench.drain()
+    assert bench.cached["d"] == 32
+
+
+def test_a_scan_pushes_out_no_session_that_was_never_asked_for_again_and_an_ended_one_is_erased_nowhere():
+    bench = TierBench(16, pages=11, stores=False)
+    run(bench, "a", LONG, session="s")
+    run(bench, "plain", [2, *LONG[1:]])
+    for number in range(12):
+        run(bench, f"scan{number}", [number % 4, number // 4, *OTHER[:30]])
+    assert told(bench) == (0, 8)
+    assert run(bench, "plain again", [2, *LONG[1:]])[0] < 32
+    assert bench.scheduler.live.sessions.end(b"", b"", "s", bench.now)
+    assert bench.scheduler.live.sessions.of(b"", b"", bench.now) == []
+    assert run(bench, "again", LONG) == (32, 1)
+    bench.scheduler.flush()
+    bench.drain()
