@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from engine.cache.tiers import TierOptions
 from engine.messages.request import Admit
+from engine.messages.step import StepDone
 from engine.messages.tiers import Moved
 from engine.params.sampling import Sampling
 from engine.plugin.registry import Plugins
@@ -47,7 +48,7 @@ class Run:
 
     def ask(self, texts: Sequence[bytes], turn: int) -> float:
         """Seconds of CPU time for one request of each text, without what the device takes."""
-        seconds, flying = 0.0, deque()
+        seconds, flying = 0.0, deque[StepDone]()
         for number, ids in enumerate(texts):
             began = time.process_time()
             self.scheduler.admit(Admit(f"{turn}.{number}", ids, Sampling(0.0, 0, 1.0, 0.0, 0), (), 2))

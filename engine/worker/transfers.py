@@ -12,7 +12,7 @@ any other move before its answer. Whoever waits on the host for a copy, a disk o
 
 A page of all layers of a KV group is one piece of memory (memory.py), so a page is a copy for each group, and where
 there is one group, neighbours that stay neighbours are copied at once. Heads, latents, windows and FP8 are all alike
-here: scales of FP8 belong to layers, not to pages. Left out: single layers of a page.
+here: scales of FP8 belong to layers, not to pages. Left out: single layers of a page (docs/tiers.md says why).
 """
 
 import logging
