@@ -55,7 +55,8 @@ class Keeping:
         """Moves to begin now, and the pages of each, which count as stored from now on."""
         if not self.paused:
             for place in self._refused.values():
-                self.want(place)
+                if place.known:  # else another may have its name by now
+                    self.want(place)
             self._refused.clear()
         elif self._shut:
             return []

@@ -186,6 +186,12 @@ def test_what_left_the_host_meanwhile_is_offered_no_more_and_what_waits_is_bound
     places[5].known = False
     keeping.now = 20.0
     assert offered(keeping) == ["6780"]
+    keeping.kept([places[number] for number in (6, 7, 8, 0)], [False] * 4)
+    places[7].known = False
+    (again,) = pages_there(1, 7)  # came down anew
+    keeping.want(again)
+    keeping.now = 60.0
+    assert offered(keeping) == ["7680"] and again.stored
     keeping.clear()
     keeping.now = 99.0
     assert offered(keeping) == []
