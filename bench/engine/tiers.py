@@ -38,7 +38,7 @@ from msgspec import Struct, to_builtins
 from bench.lib.copying import drop_page_cache, from_disk_rate, from_host_rate
 from bench.lib.figures import shown
 from engine import AsyncEngine, SamplingParams
-from engine.messages.control import TierStats
+from engine.messages.control import Stats, TierStats
 from engine.options.sizes import read_size
 
 GIB = 1 << 30
@@ -72,7 +72,7 @@ FITS = 5  # turns of both engines
 SIZES = {
     "full": Scale(),
     "quick": Scale(49_152, "24GiB", "2GiB", "40GiB", 24, turns=36, together=4, fitting=4, fitting_turns=14, patience=4),
-    "tiny": Scale(1_024, "128MiB", "40MiB", "1GiB", 8, 320, 16, 4, 6, 2, 512, 1, 2),
+    "tiny": Scale(1_024, "128MiB", "40MiB", "1GiB", 8, 320, 16, 4, 6, 2, 512, 1, 2, patience=4),
 }
 
 
@@ -375,9 +375,13 @@ SHOWN = ("down", "kept", "fetched", "from_host", "from_store", "refused", "faile
 async def stats_of(engine: AsyncEngine) -> TierStats:
     """The figures by now: the next heartbeat has them."""
     came = anyio.Event()
-    engine.front.on_stats.append(lambda stats: came.set())
+
+    def tell(stats: Stats) -> None:
+        came.set()
+
+    engine.front.on_stats.append(tell)
     await came.wait()
-    engine.front.on_stats.pop()
+    engine.front.on_stats.remove(tell)  # that of nobody else who waits
     return engine.front.stats.tiers or TierStats(0, 0)
 
 
