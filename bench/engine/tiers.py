@@ -1,9 +1,10 @@
 """KV tiers beside no tiers, in turn, on the same traffic.
 
-    python -m bench.engine.tiers [bench/configs/llama3.1-8b] [--rows check,agents,prompt,fits,disk,restart] [--tiny]
-        [--host 32GiB] [--disk DIR:SIZE] [--no-store] [--policy write-through] [--json FILE]
+    python -m bench.engine.tiers [bench/configs/llama3.1-8b] [--rows check,agents,prompt,fits,disk,restart]
+        [--size full] [--host 32GiB] [--disk DIR:SIZE] [--no-store] [--policy write-through] [--seconds S] [--json FILE]
 
-Two engines with dummy weights and a device cache of 12 GiB (--cache-tokens), one of which has tiers:
+Two engines with dummy weights and a device cache of 12 GiB (--cache-tokens), one of which has tiers; each is started
+when the first row needs it, and kept:
 
     check    first of all: a reply is the same, id by id, where its pages are on the device and where they come up
     agents   conversations of four times the device cache; whose turn is next is drawn at random. Each turn brings a
@@ -12,13 +13,16 @@ Two engines with dummy weights and a device cache of 12 GiB (--cache-tokens), on
     prompt   one prompt alone: computed, and from the host; beside that, what the bus takes for as many bytes
     fits     conversations that the device has room for: the engines in turn, five times
     disk     one prompt alone from the disk, host and page cache having forgotten it; beside that, what the disk takes
-    restart  seconds from ready to the first reply from the disk, of an engine that was started again
+    restart  seconds from ready to the first reply from the disk, of an engine that was started again; after `disk`
 
-`--tiny` is the same on a CPU and the default model, in seconds, to see that it runs: no figure of it says anything.
+A row's lines are printed, and written to the file, as soon as it is done, and no row begins after `--seconds`. `--size
+quick` has half the cache and a quarter of the turns, so that each row alone takes about a minute on an H200, starts
+and all. `--size tiny` is the same on a CPU and the default model, to see that it runs: no figure of it says anything.
 """
 
 import argparse
 import json
+import math
 import random
 import statistics
 import tempfile
@@ -34,7 +38,7 @@ from msgspec import Struct, to_builtins
 from bench.lib.copying import drop_page_cache, from_disk_rate, from_host_rate
 from bench.lib.figures import shown
 from engine import AsyncEngine, SamplingParams
-from engine.messages.control import TierStats
+from engine.messages.control import Stats, TierStats
 from engine.options.sizes import read_size
 
 GIB = 1 << 30
@@ -46,6 +50,7 @@ class Scale(Struct):
     cache: int = 98_304  # 12 GiB of Llama-3.1-8B
     host: str = "32GiB"
     small_host: str = "3GiB"  # of the row `disk`
+    disk: str = "40GiB"
     conversations: int = 48
     first: int = 7_680
     new: int = 128
@@ -53,11 +58,22 @@ class Scale(Struct):
     turns: int = 144
     together: int = 8
     prompt: int = 16_384
-    fitting: int = 8  # conversations
-    fitting_turns: int = 64
+    fitting: int = 6  # conversations
+    fitting_turns: int = 48
+    patience: int = 20  # heartbeats for which the disk is waited for, each time
+
+    @property
+    def fitted(self) -> int:
+        """Tokens of the row `fits` at its end."""
+        return self.fitting * self.first + (self.fitting + FITS * self.fitting_turns) * (self.new + self.reply)
 
 
-TINY = Scale(1_024, "128MiB", "40MiB", 8, 448, 16, 4, 12, 2, 512, 1, 4)
+FITS = 5  # turns of both engines
+SIZES = {
+    "full": Scale(),
+    "quick": Scale(49_152, "24GiB", "2GiB", "40GiB", 24, turns=36, together=4, fitting=4, fitting_turns=14, patience=4),
+    "tiny": Scale(1_024, "128MiB", "40MiB", "1GiB", 8, 320, 16, 4, 6, 2, 512, 1, 2, patience=4),
+}
 
 
 class Turns(Struct):
@@ -148,7 +164,7 @@ class Bench:
 
     def __init__(self, given: argparse.Namespace, folder: Path, stack: AsyncExitStack) -> None:
         self.given, self.folder, self.stack = given, folder, stack
-        self.scale: Scale = TINY if given.tiny else Scale()
+        self.scale: Scale = SIZES[given.size]
         self.scale.host = given.host or self.scale.host
         self.scale.cache = given.cache_tokens or self.scale.cache
         self.figures: list[Figure] = []
@@ -160,6 +176,8 @@ class Bench:
         figure = Figure(*arguments, **options)
         self.figures.append(figure)
         print(line(figure), flush=True)
+        if self.given.json:
+            self.given.json.write_text(json.dumps(to_builtins(self.figures), indent=1))
 
     async def engine(self, name: str) -> AsyncEngine:
         """ "none" has no tiers."""
@@ -175,12 +193,12 @@ class Bench:
         """What --kv-disk says."""
         if self.given.no_store:
             return None
-        return str(self.given.disk or f"{self.folder}/kv:{'1GiB' if self.given.tiny else '40GiB'}")
+        return str(self.given.disk or f"{self.folder}/kv:{self.scale.disk}")
 
     @asynccontextmanager
     async def started(self, **options: Any) -> AsyncIterator[AsyncEngine]:
         began = time.perf_counter()
-        if not self.given.tiny:
+        if self.given.size != "tiny":
             options = {"model": str(self.given.model), "load": "dummy", "max_model_len": 32_768, **options}
         async with AsyncEngine(kv_tokens=self.scale.cache, spare_worker=False, **options) as engine:
             info = await engine.front.ready()
@@ -190,6 +208,17 @@ class Bench:
                 f"an engine with {options or 'no tiers'} is ready after {time.perf_counter() - began:.1f} s", flush=True
             )
             yield engine
+
+    async def caught_up(self, engine: AsyncEngine) -> None:
+        """Until a store has all that came down, or takes no more: conversations come over hours, not at once."""
+        if engine.front.stats.tiers is None or self.store is None:
+            return
+        last = -1
+        for _ in range(self.scale.patience):
+            stats = await stats_of(engine)
+            if stats.kept + stats.refused >= stats.down or stats.kept == last:
+                return
+            last = stats.kept
 
     async def crowd_out(self, engine: AsyncEngine, tokens: int, seed: int) -> None:
         """Texts that nobody asks for again, so many tokens of them, push out what was there."""
@@ -228,7 +257,7 @@ class Bench:
             engine = await self.engine(name)
             await engine.front.flush()
             talk = Conversations(engine, scale, scale.conversations, self.vocabulary)
-            first = await talk.begin(lambda engine=engine: caught_up(engine, self.store is not None))  # type: ignore[misc]
+            first = await talk.begin(lambda engine=engine: self.caught_up(engine))  # type: ignore[misc]
             before = await stats_of(engine)
             turns[name] = found = await talk.go_on(scale.turns)
             after = await stats_of(engine)
@@ -247,13 +276,15 @@ class Bench:
 
     async def fits(self) -> None:
         scale, rates = self.scale, []
+        if scale.fitted > scale.cache:
+            raise SystemExit(f"{scale.fitted} tokens do not fit the device's {scale.cache}; raise --cache-tokens")
         talks = {}
         for name in ("none", "tiers"):
             engine = await self.engine(name)
             await engine.front.flush()
             talks[name] = Conversations(engine, scale, scale.fitting, self.vocabulary)
             await talks[name].begin()
-        for turn in range(5):
+        for turn in range(FITS):
             order = ("none", "tiers") if turn % 2 else ("tiers", "none")
             rate = {name: (await talks[name].go_on(scale.fitting_turns)).rate for name in order}
             rates.append(rate["tiers"] / rate["none"])
@@ -299,15 +330,15 @@ class Bench:
             return
         scale, texts = self.scale, random.Random(4)
         place, _, _ = self.store.rpartition(":")
-        options = {"kv_host": scale.small_host, "kv_disk": f"{place}-alone:{'1GiB' if self.given.tiny else '24GiB'}"}
+        options = {"kv_host": scale.small_host, "kv_disk": f"{place}-alone:{scale.disk}"}
         async with self.started(**options) as engine:
             ids = [[texts.randrange(256, self.vocabulary) for _ in range(scale.prompt)] for _ in range(3)]
             for each in ids:
                 await asked(engine, each, 1)
-                await caught_up(engine, True)
+                await self.caught_up(engine)
             host = read_size(scale.small_host, "small host") // self.page
             await self.crowd_out(engine, max(host, scale.cache) + scale.prompt, 5)
-            await caught_up(engine, True)
+            await self.caught_up(engine)
             await self.from_disk(engine, ids, Path(place).parent)
         began = time.perf_counter()
         async with self.started(**options) as engine:
@@ -344,22 +375,14 @@ SHOWN = ("down", "kept", "fetched", "from_host", "from_store", "refused", "faile
 async def stats_of(engine: AsyncEngine) -> TierStats:
     """The figures by now: the next heartbeat has them."""
     came = anyio.Event()
-    engine.front.on_stats.append(lambda stats: came.set())
+
+    def tell(stats: Stats) -> None:
+        came.set()
+
+    engine.front.on_stats.append(tell)
     await came.wait()
-    engine.front.on_stats.pop()
+    engine.front.on_stats.remove(tell)  # that of nobody else who waits
     return engine.front.stats.tiers or TierStats(0, 0)
-
-
-async def caught_up(engine: AsyncEngine, stores: bool) -> None:
-    """Until a store has all that came down, or takes no more: conversations come over hours, not at once."""
-    if engine.front.stats.tiers is None or not stores:
-        return
-    last = -1
-    for _ in range(20):
-        stats = await stats_of(engine)
-        if stats.kept + stats.refused >= stats.down or stats.kept == last:
-            return
-        last = stats.kept
 
 
 def line(figure: Figure) -> str:
@@ -370,6 +393,7 @@ ROWS = ("check", "agents", "prompt", "fits", "disk")
 
 
 async def run(given: argparse.Namespace) -> list[Figure]:
+    began = time.perf_counter()
     names = [name for name in given.rows.split(",") if name != "restart"]
     if "restart" in given.rows and "disk" not in names:
         names.append("disk")
@@ -380,9 +404,11 @@ async def run(given: argparse.Namespace) -> list[Figure]:
         async with AsyncExitStack() as stack:
             bench = Bench(given, Path(folder), stack)
             for name in names:
-                began = time.perf_counter()
+                if (passed := time.perf_counter() - began) > given.seconds:
+                    print(f"  row {name}: left out, as {passed:.0f} s have passed", flush=True)
+                    continue
                 await getattr(bench, name)()
-                print(f"  row {name}: {time.perf_counter() - began:.1f} s", flush=True)
+                print(f"  row {name}: {time.perf_counter() - began - passed:.1f} s", flush=True)
     return bench.figures
 
 
@@ -390,7 +416,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?", default=Path("bench/configs/llama3.1-8b"))
     parser.add_argument("--rows", default=",".join(ROWS))
-    parser.add_argument("--tiny", action="store_true", help="on a CPU, in seconds")
+    parser.add_argument("--size", choices=SIZES, default="full")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no row begins")
     parser.add_argument("--host", help="memory of the host tier")
     parser.add_argument("--cache-tokens", type=int, help="of the device")
     parser.add_argument("--disk", help="PATH:SIZE of the disk tier; default: a temporary folder")
@@ -401,8 +428,6 @@ def main() -> None:
     figures = anyio.run(run, given, backend_options={"use_uvloop": True})
     print("\nrow      what                                               ours      bound")
     print("\n".join(map(line, figures)))
-    if given.json:
-        given.json.write_text(json.dumps(to_builtins(figures), indent=1))
 
 
 if __name__ == "__main__":

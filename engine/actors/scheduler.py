@@ -207,6 +207,7 @@ class SchedulerActor:
         """Let a request in. What a store may have of its prompt is a need as others are, but is waited for a while."""
         if self.moves is None or not self.moves.seeks(admit):
             return await self._pass_on(self.room.admit(admit))
+        admit = self.moves.named(admit)
         due = self.room.admit(replace(admit, needs=(*admit.needs, Need(PAGES, admit.rid.encode()))))
         for make in due.makes:
             if make.kind == PAGES:
@@ -259,14 +260,14 @@ class SchedulerActor:
             await self._answer_pauses()
 
     async def _end_users(self, number: int, cause: str) -> None:
-        """A medium could not be encoded: who runs with it ends, and what was computed of it is in no cache."""
+        """A medium could not be encoded: who runs with it ends, and what was computed of it is in no cache. Whatever
+        else is cached stays."""
         assert isinstance(self.scheduler, Scheduler), "copies of attention run no model that sees"
         users = [each.rid for each in self.scheduler.running_requests() if number in each.numbers]
         for rid in users:
             self.scheduler.stop(rid)
             await self.front.send(Failed(rid, 500, "media_failed", f"an image or video cannot be encoded: {cause}"))
-        self.scheduler.encoder.forget(number)
-        self.scheduler.flush()
+        self.scheduler.places.spoiled(number)
 
     async def _answer_pauses(self) -> None:
         """Answer what waits for an answer, in order, unless the device is still to become idle."""
@@ -400,21 +401,20 @@ class SchedulerActor:
             await self._send_stats()
             if self._following:
                 await self._tell_followers(all=True)
-            if self._wanted:
+            if self.moves is not None and (self.moves.tick(time.monotonic()) or self._wanted):
                 async with self._turn:
-                    await self._give_up_waiting()
+                    await self._give_up_waiting(self.moves)
             if self.scheduler is not None and not self.in_flight and not self._checked:
                 self.scheduler.check_integrity()
                 self.room.check_integrity()
                 self._checked = True
             await anyio.sleep(HEARTBEAT_SECONDS)
 
-    async def _give_up_waiting(self) -> None:
-        """Who has waited long for a store computes."""
-        assert self.moves is not None
+    async def _give_up_waiting(self, moves: Moves) -> None:
+        """Who has waited long for a store computes; and what the store has refused is offered to it again."""
         for number in [number for number, until in self._wanted.items() if until < time.monotonic()]:
-            self.moves.give_up(number)
-        await self._send_moves(self.moves)
+            moves.give_up(number)
+        await self._send_moves(moves)
 
     async def _send_stats(self) -> None:
         seconds, self.step_seconds = self.step_seconds.tobytes(), array("f")

@@ -6,8 +6,11 @@ Distinct pages are counted by HyperLogLog (Flajolet et al. 2007), in 16 KiB howe
 of a page is a hash already. Left out: a window of time, as what was asked long ago counts for ever.
 """
 
-from collections.abc import Iterable
+from array import array
+from collections.abc import Sequence
 from math import log
+
+from engine.messages.tiers import NAME_BYTES
 
 BITS = 14
 REGISTERS = 1 << BITS
@@ -21,15 +24,15 @@ class Ceiling:
         self.asked = 0
         self._registers = bytearray(REGISTERS)
 
-    def ask(self, names: Iterable[bytes]) -> None:
+    def ask(self, names: Sequence[bytes], known: int = 0) -> None:
+        """Of the first `known` a cache says that they were there before, so they are no new ones."""
         registers = self._registers
-        for name in names:
-            number = int.from_bytes(name[:8], "little")
+        self.asked += len(names)
+        for number in array("Q", b"".join(names[known:]))[:: NAME_BYTES // 8]:
             rank = WIDE + 1 - (number >> BITS).bit_length()
             register = number & (REGISTERS - 1)
             if rank > registers[register]:
                 registers[register] = rank
-            self.asked += 1
 
     @property
     def distinct(self) -> float:

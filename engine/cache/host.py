@@ -10,7 +10,7 @@ nothing without.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, KeysView, Sequence
 from dataclasses import dataclass
 
 from engine.cache.pool import PagePool
@@ -25,7 +25,8 @@ class Place:
     pins: int = 1
     there: bool = False  # its bytes are
     hit: bool = False
-    stored: bool = False  # a store has it, or is to be given it
+    stored: bool = False  # a store has it, or is given it now
+    offers: int = 0  # to a store, which has refused it
     fetched: bool = False  # a store has given it
     known: bool = True  # under its name; one that is not is freed with its last pin
 
@@ -43,6 +44,11 @@ class HostPages:
 
     def __len__(self) -> int:
         return len(self._places)
+
+    @property
+    def names(self) -> KeysView[bytes]:
+        """Those of all pages that have a place."""
+        return self._places.keys()
 
     def get(self, name: bytes) -> Place | None:
         """The place of a page, whether it is there yet or on its way."""
@@ -66,9 +72,10 @@ class HostPages:
         assert slots is not None
         slots.reverse()  # in the order of their numbers, where the pool is fresh: neighbours are copied at once
         places = [Place(name, slot) for name, slot in zip(names, slots, strict=False)]
-        for place in reversed(places):
-            assert place.name not in self._places, "a page gets a second place"
-            self._places[place.name] = self._new[place.name] = place
+        named = {place.name: place for place in reversed(places)}
+        assert self._places.keys().isdisjoint(named), "a page gets a second place"
+        self._places.update(named)
+        self._new.update(named)
         if hit:
             self.touch([place.name for place in reversed(places)], hit=True)
         return places
@@ -112,13 +119,14 @@ class HostPages:
         else:
             self.pool.give([place.slot])
 
-    def unpin(self, place: Place) -> None:
-        """One move there is over."""
-        place.pins -= 1
-        assert place.pins >= 0, "a place is unpinned more often than pinned"
-        if not place.known and not place.pins:
-            self._forgotten.remove(place)
-            self.pool.give([place.slot])
+    def unpin(self, places: Iterable[Place]) -> None:
+        """One move in these places is over."""
+        for place in places:
+            place.pins -= 1
+            assert place.pins >= 0, "a place is unpinned more often than pinned"
+            if not place.known and not place.pins:
+                self._forgotten.remove(place)
+                self.pool.give([place.slot])
 
     def clear(self) -> None:
         """Forget all pages."""

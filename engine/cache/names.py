@@ -7,20 +7,23 @@ the same: a worker adds its manifest before a store sees them. One page takes ab
 once, and only where there are tiers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
 from engine.messages.tiers import NAME_BYTES
 
 
 class PageNames:
-    """The names of the leading pages of one text, which grows. `key` gives what the tree knows its tokens by."""
+    """The names of the leading pages of one text, which grows; of some they are `known`. `key` gives what the tree
+    knows its tokens by."""
 
-    __slots__ = ("_key", "_page_size", "_root", "names")
+    __slots__ = ("_key", "_page_size", "_salt", "names")
 
-    def __init__(self, salt: bytes, page_size: int, key: Callable[[int, int], bytes]) -> None:
-        self.names: list[bytes] = []
-        self._root = blake2b(salt, digest_size=NAME_BYTES, person=b"pages").digest()
+    def __init__(
+        self, salt: bytes, page_size: int, key: Callable[[int, int], bytes], known: Sequence[bytes] = ()
+    ) -> None:
+        self.names = list(known)
+        self._salt = salt
         self._page_size = page_size
         self._key = key
 
@@ -30,7 +33,7 @@ class PageNames:
         if pages > (known := len(names)):
             key = self._key(known * self._page_size, pages * self._page_size)
             stride = 4 * self._page_size
-            name = names[-1] if names else self._root
+            name = names[-1] if names else blake2b(self._salt, digest_size=NAME_BYTES, person=b"pages").digest()
             for at in range(0, len(key), stride):
                 name = blake2b(name + key[at : at + stride], digest_size=NAME_BYTES).digest()
                 names.append(name)

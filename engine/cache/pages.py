@@ -1,6 +1,6 @@
 """The pages of one device's cache: free ones in the pool, cached ones in the tree, and what a router is told of these.
 
-Pages leave the tree in one place, `evict`, so the blocks of texts that lie in them (blocks.py) are never out of date.
+Pages leave the tree here only, so the blocks of texts that lie in them (blocks.py) are never out of date.
 Nobody is told of anything unless there is a `held`. Several caches may share one: it knows the pages of each by numbers
 of their own, from `first` on. Pages that other requests wait for may come up from `tiers` below.
 """
@@ -65,12 +65,29 @@ class CachePages:
         while len(freed) < count and self.tree.evictable:
             self.pins.drop()
             freed += self.tree.evict(count - len(freed))
-        if self._held is not None:
-            self._held.forget(self._first + page for page in freed)
         if self.tiers is not None:
             self.tiers.evicted(freed)
-        self.pool.give(freed)
+        self._free(freed)
         return len(freed)
+
+    def forget(self, key: bytes, salt: bytes) -> bool:
+        """Free all pages of texts that begin with `key`, which need not be whole pages, from the one on where it ends.
+        False where some of them are in use; then none is freed."""
+        nodes = self.tree.below(key, salt)
+        if any(node.locks for node in nodes):
+            return False
+        self.pins.let_go(nodes)
+        freed = self.tree.remove(nodes)
+        if self.tiers is not None:
+            self.tiers.forgotten(freed)
+        self._free(freed)
+        return True
+
+    def _free(self, pages: list[int]) -> None:
+        """The tree has these no more."""
+        if self._held is not None:
+            self._held.forget(self._first + page for page in pages)
+        self.pool.give(pages)
 
     def flush(self) -> tuple[int, int]:
         """Free all cached pages that nobody uses: how many, and pages still in use. Tiers below are emptied, too."""

@@ -105,6 +105,14 @@ class Pins:
         self._due = min((held.until for held in self._holders.values()), default=inf)
         return bool(over)
 
+    def let_go(self, nodes: Iterable[Node]) -> None:
+        """Nobody keeps what ends at these."""
+        gone = set(nodes)
+        for held in self._holders.values():
+            for node in held.nodes.keys() & gone:
+                del held.nodes[node]
+                self._tree.unpin(node)
+
     def clear(self) -> None:
         """End all."""
         for holder in list(self._holders):

@@ -12,7 +12,7 @@ The idea of caching prefixes in a radix tree is SGLang's (Zheng et al. 2024, arX
 Left out: what lies below device memory (tiers.py); sharing of parts of pages.
 """
 
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 
 class Node:
@@ -59,6 +59,11 @@ class RadixTree:
             return root, []
         path[-1] = self._cut(path[-1], part)
         return path[-1], [page for node in path for page in node.pages]
+
+    def pages(self, key: bytes, salt: bytes = b"") -> list[int]:
+        """The pages that `match` would give; changes nothing."""
+        path, at, _ = self._descend(self._root(salt), key)
+        return [page for node in path for page in node.pages][: at // self._stride]
 
     def match_length(self, key: bytes, salt: bytes = b"") -> int:
         """How many pages `match` would give; changes nothing."""
@@ -188,21 +193,53 @@ class RadixTree:
                 continue
             keep = max(0, len(node.pages) - (count - len(freed)))
             freed += node.pages[keep:]
-            parent = node.parent
-            assert parent is not None
             if keep:
                 node.key, node.pages = node.key[: keep * self._stride], node.pages[:keep]
                 self._enqueue(node)
             else:
-                del parent.children[node.key[: self._stride]]
-                if parent.parent is None:
-                    if not parent.children:
-                        del self._roots[parent.key]
-                elif not parent.locks and not parent.children:
-                    self._enqueue(parent)
+                self._drop(node)
         self.size -= len(freed)
         self.evictable -= len(freed)
         return freed
+
+    def below(self, key: bytes, salt: bytes = b"") -> list[Node]:
+        """The nodes of all that begins with `key`, a token at least, and of no more: parents first. `key` need not be
+        whole pages; a page that begins within it is of these, one that ends within it is not."""
+        whole = (len(key) - 4) // self._stride * self._stride
+        root = self._root(salt)
+        path, at, part = self._descend(root, key[:whole])
+        if at < whole:
+            return []
+        end = self._cut(path[-1], part) if path else root
+        found = [child for child in end.children.values() if child.key.startswith(key[whole:])]
+        for node in found:
+            found += node.children.values()
+        return found
+
+    def remove(self, nodes: list[Node]) -> list[int]:
+        """Forget `nodes`, which nobody locks or pins, with all that go on from them; their pages."""
+        gone = set(nodes)
+        self._queue = [entry for entry in self._queue if entry[1] not in gone]
+        heapify(self._queue)
+        for node in nodes:
+            assert node.parent is not None and not (node.locks or node.pins), "what is used is removed"
+            if node.parent not in gone:
+                self._drop(node)
+        freed = [page for node in nodes for page in node.pages]
+        self.size -= len(freed)
+        self.evictable -= len(freed)
+        return freed
+
+    def _drop(self, node: Node) -> None:
+        """Take a node from its parent, which may be a leaf then."""
+        parent = node.parent
+        assert parent is not None
+        del parent.children[node.key[: self._stride]]
+        if parent.parent is None:
+            if not parent.children:
+                del self._roots[parent.key]
+        elif not (parent.locks or parent.children or parent.queued):
+            self._enqueue(parent)
 
     def _enqueue(self, node: Node) -> None:
         node.queued = True

@@ -5,7 +5,7 @@
       │       to give way (write-back)
       │ up:   what the tree has no more of a waiting request's prompt
     host     HostPages: numbers here, memory in each rank's worker
-      │ keep: what has come down, while the store keeps up
+      │ keep: what has come down, while the store keeps up (keeping.py)
       │ fetch: what a request that arrives lacks, once the store says that it has it (find)
     store    knows pages by name; may lose them
 
@@ -20,20 +20,18 @@ Left out: which requests wait (sched/promotions.py), and copying (worker/transfe
 
 import itertools
 from array import array
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from engine.cache.ceiling import Ceiling
 from engine.cache.host import HostPages, Place
+from engine.cache.keeping import Keeping
 from engine.cache.pool import PagePool
 from engine.cache.radix import Node, RadixTree
-from engine.messages.tiers import NAME_BYTES, Move, Moved, Way
+from engine.messages.tiers import NAME_BYTES, Move, Moved, Way, summed
 
 WritePolicy = Literal["write-through", "second-hit", "write-back"]
-KEPT_AT_ONCE = 32  # pages in one move to a store
-KEEPING = 2  # such moves under way
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +80,14 @@ class TierCounts:
     store_pages: int = 0
     store_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # by way
+    # What the stores count themselves, by their names for it: of this life of the device, and of those before.
+    store: dict[str, int] = field(default_factory=dict)
+    store_before: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def stores(self) -> dict[str, int]:
+        """What they have counted in all lives."""
+        return summed(self.store_before, self.store)
 
 
 class Tiers:
@@ -94,6 +100,7 @@ class Tiers:
         self.counts: TierCounts = TierCounts() if before is None else before.counts
         self.ceiling: Ceiling = Ceiling() if before is None else before.ceiling
         self._numbers: itertools.count[int] = _numbers(options) if before is None else before._numbers
+        self.counts.store_before, self.counts.store = self.counts.stores, {}
         self._tree, self._pool = tree, pool
         self._tickets: dict[int, Ticket] = {}
         self._before: list[Move] = []
@@ -101,10 +108,9 @@ class Tiers:
         self._down = Ticket("down")  # not sent yet
         self._rising: dict[bytes, int] = {}  # names that go up, to the number of the move
         self._coming: dict[bytes, int] = {}  # the same, of names that are looked for or fetched
-        # Of the tree's pages, where what gives way is written back: the place in its text, and the name.
-        self._names: dict[int, tuple[int, bytes]] = {}
-        self._pending: OrderedDict[bytes, Place] = OrderedDict()  # there, and to be kept in the store
-        self._keeping = 0
+        self._names: dict[int, bytes] = {}  # of the tree's pages, as far as they are known
+        self._indices: dict[int, int] = {}  # of these pages in their texts, where what gives way is written back
+        self.keeping = Keeping(options.host)
         self._waits: dict[int, set[int]] = {}  # of needs for pages: the moves that each waits for
         self._settled: list[int] = []
         self.cause = ""  # why something failed, for people; not told yet
@@ -123,8 +129,11 @@ class Tiers:
         if self._down.places:
             ticket, self._down = self._down, Ticket("down")
             self._send(ticket, self._after)
-        if self._pending:
-            self._keep()
+        if self.options.stores:
+            for places in self.keeping.due():
+                for place in places:
+                    place.pins += 1
+                self._send(Ticket("keep", places), self._after)
         found, self._after = self._after, []
         return found
 
@@ -157,32 +166,39 @@ class Tiers:
 
     def shared(self, node: Node, names: Sequence[bytes], first: int, pages: Sequence[int]) -> None:
         """The tree now has `pages`, the ones from index `first` on of those that end at `node`, which is locked."""
+        self._remember(names, first, pages)
         if self.options.policy == "write-through":
-            self._lower(node, names, range(first, first + len(pages)), pages)
-        elif self.options.policy == "write-back":
-            self._remember(names, first, pages)
+            self._lower(node, names, first, pages)
 
     def _remember(self, names: Sequence[bytes], first: int, pages: Sequence[int]) -> None:
-        for index, page in enumerate(pages, first):
-            self._names[page] = index, names[index]
+        end = first + len(pages)
+        self._names.update(zip(pages, names[first:end], strict=True))
+        if self.options.policy == "write-back":
+            self._indices.update(zip(pages, range(first, end), strict=True))
+
+    def named(self, pages: Iterable[int]) -> list[bytes]:
+        """The names of pages that begin a text in the tree, up to the first whose name is not known."""
+        names = self._names
+        return [names[page] for page in itertools.takewhile(names.__contains__, pages)]
 
     def hit(self, node: Node, names: Sequence[bytes], pages: Sequence[int]) -> None:
         """A request begins with `pages`, which end at `node`, locked; they are all that it finds in the cache."""
         if self.options.policy != "write-back":
-            self._lower(node, names, range(len(pages)), pages)
+            self._lower(node, names, 0, pages)
         self.host.touch(reversed(names[: len(pages)]), hit=True)
         if self.options.stores and self.options.policy == "second-hit":
             for name in names[: len(pages)]:
                 self._want_kept(self.host.get(name))
 
-    def _lower(self, node: Node, names: Sequence[bytes], indices: range, pages: Sequence[int]) -> None:
-        """Move those of `pages` down that are not there; `indices` are theirs in `names`."""
-        get = self.host.get
-        new = [(names[index], page) for index, page in zip(indices, pages, strict=True) if get(names[index]) is None]
+    def _lower(self, node: Node, names: Sequence[bytes], first: int, pages: Sequence[int]) -> None:
+        """Move those of `pages` down that are not there; their names begin at index `first`."""
+        own = names[first : first + len(pages)]
+        held = self.host.names
+        new = [(name, page) for name, page in zip(own, pages, strict=True) if name not in held]
         if not new:
             return
         places = self.host.add([name for name, _ in new])
-        self.host.touch(reversed(names[: indices.start]), hit=False)  # they outlive what is nothing without them
+        self.host.touch(reversed(names[:first]), hit=False)  # they outlive what is nothing without them
         self.counts.refused += len(new) - len(places)
         if places:
             self._tree.lock(node)
@@ -193,32 +209,40 @@ class Tiers:
     def evicted(self, pages: Sequence[int]) -> None:
         """The tree has these pages no more, and the next step may write there."""
         if self.options.policy != "write-back":
-            return
-        found = sorted((*self._names.pop(page), page) for page in pages if page in self._names)
-        new = [(name, page) for _, name, page in found if self.host.get(name) is None]
+            return self.forgotten(pages)
+        found = sorted((self._indices.pop(page), self._names.pop(page), page) for page in pages if page in self._names)
+        new = [(name, page) for _, name, page in found if name not in self.host.names]
         places = self.host.add([name for name, _ in new])
         self.host.touch((name for _, name, _ in reversed(found)), hit=False)
         self.counts.refused += len(new) - len(places)
         if places:
             ticket = Ticket("down", places, [page for _, page in new[: len(places)]])
             self._send(ticket, self._before, holds=True)
+        return None
+
+    def forgotten(self, pages: Iterable[int]) -> None:
+        """The tree has these pages no more, and what they hold is nothing to write back."""
+        for page in pages:
+            self._names.pop(page, None)
+            self._indices.pop(page, None)
 
     def _lowered(self, ticket: Ticket, done: Sequence[bool]) -> None:
         for node in ticket.nodes:
             self._tree.unlock(node)
-        for place, is_done in zip(ticket.places, done, strict=True):
-            self._arrive(place, is_done and not ticket.stale)
+        self._arrive(ticket, done)
         self.counts.down += sum(done)
 
-    def _arrive(self, place: Place, is_there: bool) -> None:
-        """What was to come into a place is there, or never comes."""
-        if is_there:
-            place.there = place.known
-            if self.options.policy != "second-hit" or place.hit:
-                self._want_kept(place)
-        else:
-            self.host.forget(place)
-        self.host.unpin(place)
+    def _arrive(self, ticket: Ticket, done: Sequence[bool]) -> None:
+        """What was to come into these places is there, or never comes."""
+        always = self.options.policy != "second-hit"
+        for place, is_done in zip(ticket.places, done, strict=True):
+            if is_done and not ticket.stale:
+                place.there = place.known
+                if self.options.stores and (always or place.hit):
+                    self._want_kept(place)
+            else:
+                self.host.forget(place)
+        self.host.unpin(ticket.places)
 
     # ── up ───────────────────────────────────────────────────────────────────────────────────
 
@@ -243,11 +267,11 @@ class Tiers:
         count = 0
         while count < len(pages) and done[count] and not ticket.stale:
             count += 1
+        self.host.unpin(ticket.places)
         for index, (place, is_done) in enumerate(zip(ticket.places, done, strict=True)):
             del self._rising[place.name]
             if not is_done:
                 self.host.forget(place)
-            self.host.unpin(place)
             if index < count and place.fetched:
                 place.fetched = False
                 self.counts.from_store += 1
@@ -257,35 +281,19 @@ class Tiers:
             key = ticket.key[: len(ticket.key) // len(pages) * count]
             node, held = self._tree.extend(node, key, pages[:count])
             self._pool.give(pages[: len(held)])
-            if self.options.policy == "write-back":
-                self._remember(ticket.names, ticket.first + len(held), pages[len(held) : count])
+            self._remember(ticket.names, ticket.first + len(held), pages[len(held) : count])
         self._pool.give(pages[count:])
         self._tree.unlock(node)
 
     # ── store ────────────────────────────────────────────────────────────────────────────────
 
     def _want_kept(self, place: Place | None) -> None:
-        if self.options.stores and place is not None and place.there and not place.stored:
-            self._pending[place.name] = place
-
-    def _keep(self) -> None:
-        """Give the store what has come down, as fast as it takes it."""
-        while self._pending and self._keeping < KEEPING:
-            ticket = Ticket("keep")
-            while self._pending and len(ticket.places) < KEPT_AT_ONCE:
-                _, place = self._pending.popitem(last=False)
-                if place.known and not place.stored:
-                    place.pins += 1
-                    place.stored = True
-                    ticket.places.append(place)
-            if ticket.places:
-                self._keeping += 1
-                self._send(ticket, self._after)
+        if self.options.stores and place is not None and place.there:
+            self.keeping.want(place)
 
     def _kept(self, ticket: Ticket, done: Sequence[bool]) -> None:
-        self._keeping -= 1
-        for place in ticket.places:
-            self.host.unpin(place)
+        self.keeping.kept(ticket.places, done)
+        self.host.unpin(ticket.places)
         self.counts.kept += sum(done)
 
     def want(self, number: int, names: Sequence[bytes], held: int) -> None:
@@ -331,7 +339,7 @@ class Tiers:
         for place, is_done in zip(ticket.places, done, strict=True):
             self._coming.pop(place.name, None)
             place.fetched = place.stored = is_done
-            self._arrive(place, is_done and not ticket.stale)
+        self._arrive(ticket, done)
         self.counts.fetched += sum(done)
 
     # ── answers ──────────────────────────────────────────────────────────────────────────────
@@ -346,6 +354,7 @@ class Tiers:
         counts.seconds[ticket.way] = counts.seconds.get(ticket.way, 0.0) + message.seconds
         if message.held >= 0:
             counts.store_pages, counts.store_bytes = message.held, max(0, message.held_bytes)
+            counts.store = message.counts
         self.cause = self.cause or message.cause
         if ticket.way not in ("find", "clear"):
             counts.failed += len(done) - sum(done)
@@ -368,7 +377,8 @@ class Tiers:
     def clear(self) -> None:
         """Forget all that lies below the device, and what is on its way."""
         self._names.clear()
-        self._pending.clear()
+        self._indices.clear()
+        self.keeping.clear()
         if self._down.places:
             ticket, self._down = self._down, Ticket("down")
             self._send(ticket, self._after)

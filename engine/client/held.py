@@ -51,6 +51,7 @@ class Session(Struct, frozen=True):
     running: int
     idle_seconds: float
     seconds_left: float
+    below: int = 0
 
 
 class Sessions(Struct, frozen=True):
@@ -101,10 +102,11 @@ def drawn(cache: Cache, sessions: list[Session]) -> Group:
         tiers.add_row(tier.name, str(tier.pages), show_size(tier.bytes), show_size(tier.bound), str(tier.in_use))
     all_told, pages = counted(cache.sessions, "session"), counted(cache.session_pages, "page")
     about = f"{all_told} with {pages} of {cache.page_size} tokens; {len(sessions)} of this key and salt"
-    listed = _table("session", "pages", "tokens", "running", "idle", "left")
+    listed = _table("session", "pages", "below", "tokens", "running", "idle", "left")
     for session in sessions[:MOST_SHOWN]:
         times = f"{session.idle_seconds:.0f} s", f"{session.seconds_left:.0f} s"
-        listed.add_row(session.id, str(session.pages), str(session.tokens), str(session.running), *times)
+        numbers = session.pages, session.below, session.tokens, session.running
+        listed.add_row(session.id, *map(str, numbers), *times)
     parts: list[RenderableType] = [tiers, Text(about)]
     if sessions:
         parts.append(listed)

@@ -22,10 +22,12 @@ class SessionQuery(Body):
 
 
 class SessionReply(Reply, frozen=True):
-    """`pages` of the cache hold `tokens`; `running` requests are of it; it ends in `seconds_left` unless it is used."""
+    """`pages` of the device and others `below`, in the host, hold `tokens`; `running` requests are of it; it ends in
+    `seconds_left` unless it is used."""
 
     id: str
     pages: int
+    below: int
     tokens: int
     running: int
     idle_seconds: float
@@ -49,7 +51,11 @@ async def sessions(request: web.Request, query: SessionQuery) -> web.Response:
     front = request.app[SERVICE].front
     size = 0 if front.info is None else front.info.page_size
     kept = await front.sessions(owner_of(request), salt_of(query.cache_salt))
-    data = [SessionReply(each.id, each.pages, each.pages * size, each.running, each.idle, each.left) for each in kept]
+    data = [
+        SessionReply(each.id, each.pages, each.below, held, each.running, each.idle, each.left)
+        for each in kept
+        for held in [(each.pages + each.below) * size]
+    ]
     return json_response(SessionsReply(data))
 
 

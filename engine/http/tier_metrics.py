@@ -34,6 +34,10 @@ def tiers_of(stats: Stats, info: WorkerReady | None) -> Iterator[Metric]:
     yield CounterMetricFamily("engine_tier_pages_refused", text, tiers.refused)
     text = "Pages that a tier could not take or give, and that were computed again where they were needed"
     yield CounterMetricFamily("engine_tier_pages_failed", text, tiers.failed)
+    stores = CounterMetricFamily("engine_tier_store", "What the store of KV pages counts itself", labels=["what"])
+    for name, count in tiers.stores.items():
+        stores.add_metric([name], count)
+    yield stores
     text = "Seconds of computing that pages from the host and the store have saved, by the speed of prompts"
     yield CounterMetricFamily("engine_tier_saved_seconds", text, tiers.seconds_saved)
     text = "Share of the pages of all prompts so far that a cache without end would have held"

@@ -100,6 +100,7 @@ class Admit(Message, frozen=True):
     `keys` (int32, one an id) is what prefixes are shared by, where that is not the ids themselves (cache/keys.py).
     `positions` (int32 [3, ids]) are where rotary embedding places the ids, where that is not their index.
     `blocks` are what a router knows the prompt by, where routers are told of the cache.
+    `names` are those of its pages (cache/names.py), where the scheduler has named them before it knew the request.
 
     Calls of one `program` are admitted together, and what they have computed is kept for it."""
 
@@ -117,6 +118,7 @@ class Admit(Message, frozen=True):
     session: SessionUse | None = None
     program: ProgramUse | None = None
     positions: bytes = b""
+    names: tuple[bytes, ...] = ()
 
 
 class Abort(Message, frozen=True):

@@ -20,11 +20,13 @@ class ProgramUse(Part, frozen=True):
 
 
 class KeptSession(Part, frozen=True):
-    """A session that lives: how many `pages` hold its conversation, and how many of its requests run. It was last used
-    `idle` seconds ago, and lives `left` seconds more if it is not used."""
+    """A session that lives: how many `pages` of the device hold its conversation, how many more that lie `below` in the
+    host, and how many of its requests run. It was last used `idle` seconds ago, and lives `left` seconds more if it is
+    not used."""
 
     id: str
     pages: int
+    below: int
     running: int
     idle: float
     left: float

@@ -42,7 +42,7 @@ class Moved(Message, frozen=True):
     """worker → scheduler: what came of a Move: `done` has a byte for each page, which is 1 for one that is there now.
 
     It took `seconds`. `held` are the pages that the rank's store holds, and `held_bytes` what they take; -1: nothing
-    new is known. `cause` says, for people, what went wrong."""
+    new is known. `counts` are its own figures, by name. `cause` says, for people, what went wrong."""
 
     number: int
     done: bytes
@@ -50,6 +50,12 @@ class Moved(Message, frozen=True):
     held: int = -1
     held_bytes: int = -1
     cause: str = ""
+    counts: dict[str, int] = {}  # noqa: RUF012 - msgspec copies it
+
+
+def summed(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
+    """Figures of two, each under its name."""
+    return {name: first.get(name, 0) + second.get(name, 0) for name in {**first, **second}}
 
 
 def both(first: Moved, second: Moved) -> Moved:
@@ -62,4 +68,5 @@ def both(first: Moved, second: Moved) -> Moved:
         min((each.held for each in telling), default=-1),
         sum(each.held_bytes for each in telling) if telling else -1,
         first.cause or second.cause,
+        summed(first.counts, second.counts),
     )

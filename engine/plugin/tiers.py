@@ -25,11 +25,14 @@ Manifest = Mapping[str, str | int | list[int]]
 
 
 class Held(Struct, frozen=True):
-    """What a store holds now: `pages` of so many `bytes` together, of which it holds at most `bound`."""
+    """What a store holds now: `pages` of so many `bytes` together, of which it holds at most `bound`.
+
+    `counts` is what has happened so far, under names of its own, each of which only grows: /metrics tells them."""
 
     pages: int
     bytes: int
     bound: int
+    counts: dict[str, int] = {}
 
 
 class Store(Protocol):

@@ -88,10 +88,8 @@ class Scheduler:
         self.encoder = encoder or Encoder()
         self._now = 0.0  # when the plan at hand is made
         self.steps = 0  # planned so far; of copies by any of them, so that a request may go from one to another
-        self._prompt_tokens = 0  # of requests that came to run, as are the cached ones among them
-        self._cached_tokens = 0
-        self._generated_tokens = 0
-        self._retractions = 0
+        self._prompt_tokens = self._cached_tokens = 0  # of requests that came to run, the second among the first
+        self._generated_tokens = self._retractions = 0
         self._departures = 0  # of requests from the device
         self.live = live or LiveRequests(policy, self.cached, max_waiting, fronts)
         self._queue = self.live.queue
@@ -99,7 +97,7 @@ class Scheduler:
 
     def _start_afresh(self, pages: CachePages) -> None:
         self._pages, self._pool, self._tree = pages, pages.pool, pages.tree
-        self.places = Places(pages, self.page_size, self.prefix_cache)
+        self.places = Places(pages, self.page_size, self.prefix_cache, self.encoder)
         # All that run, by how far the plans have got:
         self._prefilling: dict[str, Request] = {}  # not to the end of the prompt
         self._lanes = Lanes.empty(1 if self.chunks is None else self.chunks.stages, self.drafts, self.fronts)
@@ -356,6 +354,8 @@ class Scheduler:
     def _take_in(self, done: StepDone, now: float) -> Reply:
         number, step = self._in_flight.popleft()
         assert done.step == number, f"step {done.step} is done, but step {number} is the oldest in flight"
+        if step.encodes:
+            self.places.made(step.encodes, self.running_requests())
         reply = Reply(number, step, now) if self.fronts == 1 else Parts(number, step, now, self.fronts)
         if done.prompt_logprobs:
             reply.add_prompt_scores(done.prompt_logprobs)

@@ -8,14 +8,28 @@ before its tokens are computed, up to a budget of embeddings a step; the chunk e
 much. So does it before one that it could only show a part of, if its tokens see each other. A medium of more than the
 budget, a long clip, has a step's encoder to itself, which takes it in pieces of up to the budget. So the first chunk of
 a step always gets what it needs. A prompt whose media are in cached pages needs none of them. Every device holds the
-same, because it is told (StepPlan). Left out: a clip that is made over several steps.
+same, because it is told (StepPlan).
+
+Whether a medium could be made is known with the result of its step. Until then it is remembered which texts show it:
+what they hold from there on is wrong if it could not. Left out: a clip that is made over several steps.
 """
 
 from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from engine.errors import RequestError, counted
 from engine.sched.columns import StepColumns
 from engine.sched.request import Request, Shown
+
+
+@dataclass(slots=True)
+class Making:
+    """A medium that so many `steps` in flight make, and the texts that show it meanwhile: their salts, and their keys
+    up to its first."""
+
+    steps: int = 0
+    texts: set[tuple[bytes, bytes]] = field(default_factory=set)
 
 
 class Encoder:
@@ -25,6 +39,7 @@ class Encoder:
         assert budget <= room, f"a step makes {budget} embeddings, and {room} are held"
         self.budget, self.room = budget, room
         self._held: OrderedDict[int, int] = OrderedDict()  # embeddings by a medium's number, the last used at the end
+        self._making: dict[int, Making] = {}  # by a medium's number
         self._tokens = 0
 
     def check(self, request: Request, max_step_tokens: int) -> None:
@@ -67,6 +82,8 @@ class Encoder:
             if (shown.whole and end < past) or not self._take(step, shown):
                 end = max(start, shown.begin)
                 break
+            if (making := self._making.get(shown.number)) is not None:
+                making.texts.add((request.salt, request.key(0, shown.begin + 1)))
         return end
 
     def _take(self, step: StepColumns, shown: Shown) -> bool:
@@ -88,8 +105,24 @@ class Encoder:
             self._held[number] = tokens
             self._tokens += tokens
             step.encodes += (number,)
+            self._making.setdefault(number, Making()).steps += 1
         step.media = {**step.media, number: tokens}
         return True
+
+    def made(self, numbers: Iterable[int]) -> None:
+        """A step that made these is over."""
+        for number in numbers:
+            self._making[number].steps -= 1
+            if not self._making[number].steps:
+                del self._making[number]
+
+    def makes(self, request: Request) -> bool:
+        """Whether steps in flight make what `request` shows."""
+        return bool(self._making) and any(shown.number in self._making for shown in request.shown)
+
+    def texts(self, number: int) -> set[tuple[bytes, bytes]]:
+        """Those that show a medium which a step in flight makes, as in Making."""
+        return self._making.get(number, Making()).texts
 
     def forget(self, number: int) -> None:
         """The device does not hold that medium; or will not from the step at hand on."""
@@ -98,4 +131,5 @@ class Encoder:
     def clear(self) -> None:
         """The device is another one, which holds nothing."""
         self._held.clear()
+        self._making.clear()
         self._tokens = 0

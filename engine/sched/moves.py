@@ -7,13 +7,16 @@ worker knows which steps a page's bytes come from, and which step may write over
 from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import reduce
+
+from msgspec.structs import replace
 
 from engine.cache.names import PageNames
 from engine.cache.tiers import Tiers
 from engine.messages.control import TierStats
 from engine.messages.request import Admit
 from engine.messages.step import StepPlan
-from engine.messages.tiers import Move, Moved
+from engine.messages.tiers import Move, Moved, summed
 from engine.sched.batcher import Scheduler
 
 LONG_STEP = 256  # tokens, from which on a step's time is that of its prompts
@@ -84,6 +87,12 @@ class Moves:
         cause, tiers.cause = tiers.cause, ""
         return cause
 
+    def tick(self, now: float) -> bool:
+        """It is so late, in seconds of the caller's clock. Whether a store is to be offered pages now."""
+        for tiers in self.tiers:
+            tiers.keeping.now = now
+        return any(tiers.keeping.waits for tiers in self.tiers)
+
     # ── what requests that arrive lack ───────────────────────────────────────────────────────
 
     def seeks(self, admit: Admit) -> bool:
@@ -93,15 +102,22 @@ class Moves:
         pages = len(admit.ids) // 4 // self._copies[0].page_size
         return tiers.options.stores and admit.max_new > 0 and pages >= tiers.options.least_fetched
 
+    def named(self, admit: Admit) -> Admit:
+        """`admit` with the names of its pages, so that nobody names them again."""
+        keys, page_size, salt = admit.keys or admit.ids, self._copies[0].page_size, admit.cache_salt.encode()
+        whole = len(keys) // (4 * page_size)
+        trees = (copy.places.tree.pages(keys[: 4 * page_size * whole], salt) for copy in self._copies)
+        known = max((tiers.named(pages) for tiers, pages in zip(self.tiers, trees, strict=True)), key=len)
+        names = PageNames(salt, page_size, lambda first, end: keys[4 * first : 4 * end], known)
+        return replace(admit, names=tuple(names.upto(whole)))
+
     def want(self, number: int, admit: Admit) -> None:
-        """`settled` names `number` once what stores have of a prompt's pages is there, or does not come. They come to
-        the copy that has the most of them."""
-        page_size = self._copies[0].page_size
-        ids, keys = array("i", admit.ids), array("i", admit.keys or admit.ids)
-        names = PageNames(admit.cache_salt.encode(), page_size, lambda first, end: keys[first:end].tobytes())
-        reused = min(len(ids) - 1, admit.scored_after if admit.sampling.prompt_logprobs >= 0 else len(ids))
-        wanted = names.upto(reused // page_size)
-        salt, packed = admit.cache_salt.encode(), keys[: len(wanted) * page_size].tobytes()
+        """`settled` names `number` once what stores have of the pages of a prompt that is `named` is there, or does not
+        come. They come to the copy that has the most of them."""
+        page_size, length = self._copies[0].page_size, len(admit.ids) // 4
+        reused = min(length - 1, admit.scored_after if admit.sampling.prompt_logprobs >= 0 else length)
+        wanted = admit.names[: reused // page_size]
+        salt, packed = admit.cache_salt.encode(), (admit.keys or admit.ids)[: 4 * page_size * len(wanted)]
         held = [copy.places.tree.match_length(packed, salt) for copy in self._copies]
         best = max(range(len(held)), key=lambda copy: (held[copy], -self._copies[copy].running))
         tiers = self._copies[best].tiers
@@ -122,7 +138,7 @@ class Moves:
         tiers = list(self.tiers)
         counts = [each.counts for each in tiers]
         asked = sum(each.ceiling.asked for each in tiers)
-        summed = {
+        total = {
             name: sum(getattr(each, name) for each in counts)
             for name in ("down", "kept", "fetched", "from_host", "from_store", "refused", "failed")
         }
@@ -135,5 +151,6 @@ class Moves:
             asked_total=asked,
             ceiling=sum(each.ceiling.ratio * each.ceiling.asked for each in tiers) / max(asked, 1),
             seconds_saved=self._saved,
-            **summed,
+            stores=reduce(summed, (each.stores for each in counts)),
+            **total,
         )

@@ -6,6 +6,9 @@ Where there are tiers below the device, a waiting request whose next pages lie t
 first, beside the steps of all that run, and it keeps its place in the queue. It waits only where the device has room
 for all of its prompt, so what comes up for it is not pushed out again. If they do not come, it computes them. A request
 that asks for a vector has no pages.
+
+Tiers are told of a page once it is sure to be right: of one that shows a medium, once the step that makes the medium is
+over. So what a medium spoils that cannot be made lies in the tree alone.
 """
 
 from collections.abc import Iterable
@@ -13,6 +16,7 @@ from collections.abc import Iterable
 from engine.cache.names import PageNames
 from engine.cache.pages import CachePages
 from engine.messages.request import Admit
+from engine.sched.encoder import Encoder
 from engine.sched.limits import pages_for
 from engine.sched.request import Request
 
@@ -21,19 +25,24 @@ LOOKED_AT = 8  # requests of the queue whose pages may come up before their turn
 
 
 class Places:
-    """Gives requests pages of `page_size` tokens out of `pages`; with `reuse`, those of the tree too."""
+    """Gives requests pages of `page_size` tokens out of `pages`; with `reuse`, those of the tree too. What they show
+    is made by `encoder`."""
 
-    def __init__(self, pages: CachePages, page_size: int, reuse: bool) -> None:
+    def __init__(self, pages: CachePages, page_size: int, reuse: bool, encoder: Encoder) -> None:
         self.pages, self.pool, self.tree, self.tiers = pages, pages.pool, pages.tree, pages.tiers
         self._page_size = page_size
         self._reuse = reuse
+        self._encoder = encoder
 
     def know(self, request: Request, admit: Admit) -> None:
         """What is to be remembered of a request that comes: the blocks of its text, and the names of its pages."""
         request.named = self.pages.named(admit.blocks)
         if self.tiers is not None and self._reuse and not request.pools:
-            request.names = PageNames(request.salt, self._page_size, request.key)
-            self.tiers.ceiling.ask(request.names.upto(request.prompt_len // self._page_size))
+            whole = request.prompt_len // self._page_size
+            held = self.tree.pages(request.key(0, whole * self._page_size), request.salt)
+            names = admit.names or self.tiers.named(held)
+            request.names = PageNames(request.salt, self._page_size, request.key, names)
+            self.tiers.ceiling.ask(request.names.upto(whole), known=len(held))
 
     # ── before it runs ───────────────────────────────────────────────────────────────────────
 
@@ -47,8 +56,10 @@ class Places:
         request.pages += self.pages.take(pages_for(len(request.ids), self._page_size) - request.shared)
         if request.named is not None:
             self.pages.name(request.named, request.pages, request.shared)
-        if self.tiers is not None and request.names is not None and request.node is not None:
+        if self._told(request):
+            assert self.tiers is not None and request.names is not None and request.node is not None
             self.tiers.hit(request.node, request.names.upto(request.shared), request.pages[: request.shared])
+            request.told = request.shared
         return True
 
     def _match(self, request: Request, running: int) -> bool:
@@ -134,9 +145,36 @@ class Places:
         request.shared = last
         if request.named is not None:
             self.pages.name(request.named, request.pages, last)
-        if self.tiers is not None and request.names is not None:
-            self.tiers.shared(request.node, request.names.upto(last), changed.stop, request.pages[changed.stop : last])
+        if request.told == first:
+            request.told = changed.stop  # the tree had them
+        self._lower(request)
         return range(changed.start, changed.stop)
+
+    def _told(self, request: Request) -> bool:
+        """Whether tiers are told of the pages of a running request, as things are."""
+        return request.names is not None and request.node is not None and not self._encoder.makes(request)
+
+    def _lower(self, request: Request) -> None:
+        """Tell the tiers of pages that the tree has by now."""
+        if request.told < request.shared and self._told(request):
+            assert self.tiers is not None and request.names is not None and request.node is not None
+            first, names = request.told, request.names.upto(request.shared)
+            self.tiers.shared(request.node, names, first, request.pages[first : request.shared])
+            request.told = request.shared
+
+    def made(self, numbers: Iterable[int], running: Iterable[Request]) -> None:
+        """A step that made these media is over: pages of those who show them are right."""
+        self._encoder.made(numbers)
+        for request in running:
+            if request.shown:
+                self._lower(request)
+
+    def spoiled(self, number: int) -> None:
+        """Medium `number` could not be made, and who shows it runs no more: forget what was computed behind it."""
+        forgotten = [self.pages.forget(key, salt) for salt, key in self._encoder.texts(number)]
+        self._encoder.forget(number)
+        if not (forgotten and all(forgotten)):  # a move holds some, of before the medium was made anew
+            self.pages.flush()
 
     def free(self, request: Request, end: int) -> None:
         """Take back all pages; those of tokens before position `end` stay in the cache."""
@@ -144,6 +182,17 @@ class Places:
         self.pool.give(request.pages[request.shared :])
         if request.node is not None:
             self.tree.unlock(request.node)
+        if request.session is not None or request.program is not None:
+            self._keep_below(request)
+
+    def _keep_below(self, request: Request) -> None:
+        """Somebody may come back to its pages: in the host they are of those that are asked for again."""
+        if self.tiers is None or request.names is None:
+            return
+        names = request.names.upto(request.shared)[: request.shared]
+        self.tiers.host.touch(reversed(names), hit=True)
+        if request.session is not None:
+            request.session.host, request.session.names = self.tiers.host, names
 
     def sweep(self) -> None:
         """Moves that held pages at a flush are over: forget these, too."""

@@ -96,6 +96,7 @@ class Request:
     since: int = NEVER  # first step of this stay on the device: results of earlier steps are dropped
     node: Node | None = None  # where its shared prefix ends in the tree; locked by this request
     shared: int = 0  # leading pages that the tree owns
+    told: int = 0  # of which lower tiers know so many
     pages: list[int] = field(default_factory=list)
 
     @classmethod
@@ -175,7 +176,7 @@ class Request:
     def leave(self) -> None:
         """Forget the place on the device; what was computed for it is to be found in the cache or done again."""
         self.slot, self.since = -1, NEVER
-        self.node, self.shared, self.pages = None, 0, []
+        self.node, self.shared, self.told, self.pages = None, 0, 0, []
         self.computed = 0
         self.session = None
 

@@ -3,13 +3,16 @@
     request begins ──> its session lives ── request ends ──> the node where its pages end is pinned for it,
                                                              until its time is over, or pages run short ("released")
 
-A session is known by its owner, its salt and its id together. One that lost its pages lives on. Left out: which owner
-asks (engine/http/keys.py); the tiers below the device, which pages of a session sink into as all others do.
+A session is known by its owner, its salt and its id together. One that lost its pages lives on. Where they lie in the
+host, they are of those that new ones push out last, and it is told how many these are; nothing pins them there. Left
+out: which owner asks (engine/http/keys.py); stores.
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from engine.cache.host import HostPages
 from engine.cache.pins import Holder, Pins
 from engine.cache.radix import Node
 from engine.messages.sessions import EndSession, KeptSession, ListSessions, SessionUse
@@ -26,10 +29,13 @@ class Session:
     seconds: float = 0.0
     running: int = 0
     pins: Pins | None = None  # of the copy of attention where its last request ended
+    host: HostPages | None = None  # below that, where there is one,
+    names: Sequence[bytes] = ()  # and the names of its pages
 
     def told(self, now: float) -> KeptSession:
         pages = 0 if self.pins is None else self.pins.pages([self.holder])
-        return KeptSession(self.holder.id, pages, self.running, now - self.used, max(0.0, self.until - now))
+        below = 0 if self.host is None else sum(map(self.host.names.__contains__, self.names[pages:]))
+        return KeptSession(self.holder.id, pages, below, self.running, now - self.used, max(0.0, self.until - now))
 
     @property
     def until(self) -> float:

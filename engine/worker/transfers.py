@@ -12,7 +12,7 @@ any other move before its answer. Whoever waits on the host for a copy, a disk o
 
 A page of all layers of a KV group is one piece of memory (memory.py), so a page is a copy for each group, and where
 there is one group, neighbours that stay neighbours are copied at once. Heads, latents, windows and FP8 are all alike
-here: scales of FP8 belong to layers, not to pages. Left out: single layers of a page.
+here: scales of FP8 belong to layers, not to pages. Left out: single layers of a page (docs/tiers.md says why).
 """
 
 import logging
@@ -210,11 +210,12 @@ class Transfers:
             if len(done) != move.count:
                 raise ValueError(f"{len(done)} answers for {counted(move.count, 'page')}")
             held = store.held()
+            counts = {str(name): int(count) for name, count in held.counts.items()}
         except Exception as error:
             logger.debug("the store fails", exc_info=True)
             cause = f"the store of KV pages fails: {type(error).__name__}: {error}"
             return answer([False] * move.count, cause=cause)
-        answer(done, held=held.pages, held_bytes=held.bytes)
+        answer(done, held=held.pages, held_bytes=held.bytes, counts=counts)
         return None
 
     def _asked(self, store: Store, move: Move) -> list[bool]:

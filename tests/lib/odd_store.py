@@ -18,7 +18,7 @@ class OddStore:
 
     def __init__(self, *, capacity_bytes, page_bytes, manifest, argument):
         self.bound, self.argument, self.manifest = capacity_bytes, argument, manifest
-        self.pages = {}
+        self.pages, self.written = {}, 0
 
     def put(self, keys, pages, /):
         if self.argument == "broken":
@@ -26,6 +26,7 @@ class OddStore:
         for key, page in zip(keys, pages, strict=True):
             if self.argument != "odd" or not key[0] % 2:
                 self.pages[key] = bytes(page)
+                self.written += 1
         return [key in self.pages for key in keys]
 
     def get(self, keys, into, /):
@@ -50,7 +51,8 @@ class OddStore:
     def held(self):
         if self.argument == "lost":
             raise OSError("the index is gone")
-        return Held(len(self.pages), sum(map(len, self.pages.values())), self.bound)
+        counts = {"pages_written": self.written}
+        return Held(len(self.pages), sum(map(len, self.pages.values())), self.bound, counts)
 
     def clear(self):
         self.pages.clear()

@@ -128,8 +128,7 @@ class SimulatedDevice:
                 scored = self.tokens[slot][first + 1 : last + 1]
                 prompt_logprobs.append(scores(row, first + 1, scored, admit.sampling.prompt_logprobs))
             for position in range(min(start + length, len(self.tokens[slot]) - (yields != NOTHING))):
-                place = self._place(slot, position)
-                assert self.store.get(place) == prefixes[slot][position], f"slot {slot} reads another's page at {place}"
+                self._read(slot, self._place(slot, position), prefixes[slot][position])
             if yields != NOTHING:
                 if admit.sampling.logprobs >= 0 and new[slot]:
                     logprobs.append(scores(len(counts), known[slot], new[slot], admit.sampling.logprobs))
@@ -141,6 +140,9 @@ class SimulatedDevice:
         """All that was in the cache is lost."""
         self.store.clear()
         self.table.clear()
+
+    def _read(self, slot: int, place: tuple[int, int], wanted: int) -> None:
+        assert self.store.get(place) == wanted, f"slot {slot} reads another's page at {place}"
 
     def _start(self, slot: int, start: int, length: int, yields: int) -> int:
         """Where a row really begins, as StepPlan says."""

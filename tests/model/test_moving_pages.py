@@ -32,3 +32,4 @@ def test_whatever_moves_replies_are_the_same() -> None:
         tiers = engine.stats().tiers
     assert tiers is not None and tiers.down >= 75 and tiers.kept > 10
     assert tiers.from_host > 30 and tiers.failed > 10
+    assert tiers.stores == {"pages_written": tiers.kept}

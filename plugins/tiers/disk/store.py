@@ -111,7 +111,7 @@ class DiskStore:
         """The pages of this manifest; the bound is that of all."""
         with self._lock:
             pages = len(self._index)
-        return Held(pages, pages * self._layout.page_bytes, self._capacity)
+        return Held(pages, pages * self._layout.page_bytes, self._capacity, self.counts())
 
     def clear(self) -> None:
         """As Store.clear: the pages of this manifest, for all who share the folder."""
@@ -125,8 +125,9 @@ class DiskStore:
             self._writer.close()
 
     def counts(self) -> dict[str, int]:
-        """What happened so far: `pages_read`, `bytes_read`, `pages_written`, `bytes_written`; pages that were `corrupt`
-        or `refused` for want of room; `errors` of the system; calls that came too late (`stalls`); segments evicted."""
+        """What this process did so far: `pages_read`, `bytes_read`, `pages_written`, `bytes_written`; pages that were
+        `corrupt` or `refused` for want of room; `errors` of the system; calls that came too late (`stalls`); segments
+        `evicted`."""
         with self._lock:
             counts = dict(self._counts)
         names = ("pages_read", "bytes_read", "pages_written", "bytes_written", "corrupt", "refused", "errors")

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.cache.ceiling import Ceiling
-from engine.cache.host import HostPages
+from engine.cache.host import HostPages, Place
+from engine.cache.keeping import Keeping
 from engine.cache.names import PageNames
 
 
@@ -16,7 +17,7 @@ def there(host, *names):
     places = host.add([name.encode() for name in names])
     for place in places:
         place.there = True
-        host.unpin(place)
+        host.unpin([place])
     return [place.name.decode() for place in places]
 
 
@@ -73,10 +74,10 @@ def test_pinned_places_stay_and_a_forgotten_one_is_free_with_its_last_pin():
     host.forget(one)
     assert host.get(b"a") is None and host.pool.free_pages == 0
     host.check_integrity()
-    host.unpin(one)
+    host.unpin([one])
     assert host.pool.free_pages == 1
     two.there = True
-    host.unpin(two)
+    host.unpin([two])
     assert [place.name for place in host.add([b"c", b"d", b"e"])] == [b"c", b"d"]
     host.clear()
     host.check_integrity()
@@ -122,3 +123,75 @@ def test_the_ceiling_is_the_share_of_pages_that_came_before():
     few = Ceiling()
     few.ask(pages[:10] * 2)
     assert abs(few.distinct - 10) < 0.5 and abs(few.ratio - 0.5) < 0.03
+
+
+# ── what a store is offered ──────────────────────────────────────────────────────────────────
+
+
+def pages_there(count, first=0):
+    places = [Place(bytes([first + number]) * 4, number) for number in range(count)]
+    for place in places:
+        place.there = True
+    return places
+
+
+def offered(keeping):
+    return ["".join(str(place.name[0]) for place in places) for places in keeping.due()]
+
+
+def test_what_a_store_refuses_is_offered_again_after_a_pause_which_doubles():
+    keeping, places, times = Keeping(100), pages_there(3), []
+    for place in places:
+        keeping.want(place)
+    for now in range(2_000):
+        keeping.now = now
+        assert keeping.waits == bool(keeping._pending or keeping._refused) or keeping.paused
+        if moves := keeping.due():
+            assert moves == [places] and keeping.due() == []
+            times.append(now)
+            keeping.kept(places, [False] * 3)
+    assert times == [0, 15, 45, 105, 225, 465, 765, 1065]  # MOST_OFFERS of them
+    keeping.want(places[0])
+    assert keeping.due() == []
+
+
+def test_a_store_that_takes_nothing_is_offered_nothing_new_and_one_that_takes_some_is():
+    keeping, (one, two, three, four) = Keeping(100), pages_there(4)
+    keeping.want(one)
+    keeping.want(two)
+    assert offered(keeping) == ["01"]
+    keeping.kept([one, two], [False, True])
+    keeping.want(three)
+    assert offered(keeping) == ["2"]
+    keeping.kept([three], [False])
+    keeping.want(four)
+    keeping.now = 14.0
+    assert offered(keeping) == [] and not keeping.waits
+    keeping.now = 15.0
+    assert keeping.waits and offered(keeping) == ["302"]
+    keeping.kept([four, one, three], [True, True, True])
+    keeping.want(four)
+    assert offered(keeping) == [] and not keeping.waits
+    assert [place.stored for place in (one, two, three, four)] == [True] * 4
+
+
+def test_what_left_the_host_meanwhile_is_offered_no_more_and_what_waits_is_bounded():
+    keeping, places = Keeping(5), pages_there(9)
+    keeping.want(places[0])
+    assert offered(keeping) == ["0"]
+    keeping.kept(places[:1], [False])
+    for place in places[1:]:
+        keeping.want(place)
+    assert len(keeping._pending) == 5
+    places[5].known = False
+    keeping.now = 20.0
+    assert offered(keeping) == ["6780"]
+    keeping.kept([places[number] for number in (6, 7, 8, 0)], [False] * 4)
+    places[7].known = False
+    (again,) = pages_there(1, 7)  # came down anew
+    keeping.want(again)
+    keeping.now = 60.0
+    assert offered(keeping) == ["7680"] and again.stored
+    keeping.clear()
+    keeping.now = 99.0
+    assert offered(keeping) == []

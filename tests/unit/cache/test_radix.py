@@ -108,6 +108,22 @@ class TreeAgainstDictionary(RuleBasedStateMachine):
             del self.used[oldest]
         assert sorted(self.tree.evict(count)) == sorted(expected)
 
+    @precondition(lambda self: self.pages)
+    @rule(path=PATH, count=st.integers(1, 9))
+    def remove(self, path, count):
+        """What begins with some tokens, unless it is used."""
+        tokens = self.key(path)[: 4 * count]
+        if not tokens:
+            return
+        doomed = {prefix for prefix in self.pages if prefix[0] == path[0] and self.key(prefix).startswith(tokens)}
+        nodes = self.tree.below(tokens, path[0])
+        assert sorted(page for node in nodes for page in node.pages) == sorted(self.pages[each] for each in doomed)
+        used = self.locked() | {prefix for _, pinned in self.pinned for prefix in prefixes(pinned)}
+        assert any(node.locks or node.pins for node in nodes) == bool(doomed & used)
+        if not doomed & used:
+            assert sorted(self.tree.remove(nodes)) == sorted(self.pages.pop(prefix) for prefix in doomed)
+            self.used = {prefix: tick for prefix, tick in self.used.items() if prefix not in doomed}
+
     @invariant()
     def tree_is_the_dictionary(self):
         if not hasattr(self, "tree"):

@@ -135,6 +135,7 @@ async def test_a_session_is_listed_and_ended() -> None:
         assert list(found) == ["second", "a/b"]
         one, size = found["a/b"], house.front.info.page_size
         assert one["pages"] == len(TEXT["prompt"]) // size and one["tokens"] == one["pages"] * size
+        assert one["below"] == 0  # there is no tier
         assert one["running"] == 0 and 0 <= one["idle_seconds"] < 60 and 3500 < one["seconds_left"] <= 3600
         cache = await asked(session, "GET", "/v1/cache")
         assert cache[1]["sessions"] == 2 and cache[1]["page_size"] == size

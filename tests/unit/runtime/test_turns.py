@@ -7,14 +7,16 @@ import pytest
 
 from engine.actors import scheduler as actors
 from engine.actors.scheduler import SchedulerActor
+from engine.cache import keeping
 from engine.config import resolve
+from engine.messages import ToExecutor, ToScheduler
 from engine.messages.control import WorkerReady
 from engine.messages.request import Admit
-from engine.messages.step import StepPlan
-from engine.messages.tiers import Move
+from engine.messages.step import StepDone, StepPlan
+from engine.messages.tiers import Move, Moved
 from engine.params.sampling import Sampling
 from engine.plugin.registry import Plugins
-from engine.runtime.channel import channel, open_channel
+from engine.runtime.channel import Outbox, channel, open_channel
 from engine.sched import moves
 from engine.sched.policies import make_policy
 
@@ -23,22 +25,31 @@ pytestmark = pytest.mark.anyio
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
 
 
+async def started(to_executor: Outbox[ToExecutor]) -> tuple[SchedulerActor, Outbox[ToScheduler]]:
+    """A scheduler whose worker is ready and has tiers, not running yet, and what leads to it."""
+    config = resolve({"model": "echo", "page_size": 4})
+    (to_scheduler, inbox), (front, _) = open_channel(), open_channel()
+    actor = SchedulerActor(config, make_policy(Plugins.load(()), "fcfs"), inbox, to_executor, {}, front)
+    await to_scheduler.send(
+        WorkerReady(512, 4, 16, 4096, 2048, 257, 4, "none", "none", {}, host_pages=256, stores=True)
+    )
+    return actor, to_scheduler
+
+
+def admit(number: int, length: int = 300) -> Admit:
+    return Admit(f"r{number}", array("i", [number] * length).tobytes(), GREEDY, (), 1)
+
+
 async def test_a_store_that_is_given_up_on_does_not_overtake_what_waits_to_be_sent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A heartbeat lets those run who have waited long. Its plan leaves after the moves that were due before it."""
     monkeypatch.setattr(moves, "FETCH_SECONDS", 0.0)
     monkeypatch.setattr(actors, "HEARTBEAT_SECONDS", 0.01)
-    config = resolve({"model": "echo", "page_size": 4})
-    (to_scheduler, inbox), (front, _) = open_channel(), open_channel()
     to_executor, executor = channel(1)
-    actor = SchedulerActor(config, make_policy(Plugins.load(()), "fcfs"), inbox, to_executor, {}, front)
-    await to_scheduler.send(
-        WorkerReady(512, 4, 16, 4096, 2048, 257, 4, "none", "none", {}, host_pages=256, stores=True)
-    )
+    actor, to_scheduler = await started(to_executor)
     for number in range(4):
-        ids = array("i", [number] * 300).tobytes()
-        await to_scheduler.send(Admit(f"r{number}", ids, GREEDY, (), 2))
+        await to_scheduler.send(admit(number))
     async with anyio.create_task_group() as group:
         group.start_soon(actor.run)
         with anyio.fail_after(60):
@@ -51,3 +62,27 @@ async def test_a_store_that_is_given_up_on_does_not_overtake_what_waits_to_be_se
         group.cancel_scope.cancel()
     found = [(each.way, each.count) for each in sent if isinstance(each, Move)]
     assert found == [("find", 0), *[("find", 299 // 4)] * 4]  # what the store holds, and what each request lacks
+
+
+async def test_a_heartbeat_offers_a_store_again_what_it_has_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody asks for anything meanwhile."""
+    monkeypatch.setattr(keeping, "LEAST_PAUSE", 0.05)
+    monkeypatch.setattr(actors, "HEARTBEAT_SECONDS", 0.01)
+    to_executor, executor = open_channel()
+    actor, to_scheduler = await started(to_executor)
+    await to_scheduler.send(admit(1, 100))
+    offers: list[int] = []
+    async with anyio.create_task_group() as group:
+        group.start_soon(actor.run)
+        with anyio.fail_after(10):
+            while len(offers) < 3:
+                match await executor.receive():
+                    case StepPlan(step=step):
+                        await to_scheduler.send(StepDone(step, *(array("i", [1]).tobytes() for _ in range(2)), 0.01))
+                    case Move(way="keep") as move:
+                        offers.append(move.count)
+                        await to_scheduler.send(Moved(move.number, bytes([len(offers) > 2] * move.count)))
+                    case Move(way=way) as move:
+                        await to_scheduler.send(Moved(move.number, bytes([way == "down"] * move.count)))
+        group.cancel_scope.cancel()
+    assert offers == [25, 25, 25]

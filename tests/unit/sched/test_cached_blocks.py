@@ -61,7 +61,7 @@ class Watched(Scheduler):
 
     def _start_afresh(self, pages: CachePages) -> None:
         super()._start_afresh(pages)
-        self.places = WatchedPlaces(pages, self.page_size, self.prefix_cache)
+        self.places = WatchedPlaces(pages, self.page_size, self.prefix_cache, self.encoder)
         self.places.taken_down = self.shared
 
     def keys(self) -> set[tuple[str, bytes]]:

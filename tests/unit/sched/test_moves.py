@@ -1,6 +1,7 @@
 """Tiers below the device, simulated: every request gets the tokens it would get alone, wherever its pages have been."""
 
 import random
+from hashlib import blake2b
 from typing import get_args
 
 import pytest
@@ -13,7 +14,8 @@ from simulated_device import VOCABULARY
 from simulated_tiers import SimulatedTiers
 from test_batcher import POLICIES, AnythingHappens, Bench, request
 
-from engine.cache.tiers import TierOptions, WritePolicy
+from engine.cache import names
+from engine.cache.tiers import Ticket, TierOptions, WritePolicy
 from engine.messages.assets import Need
 from engine.messages.tiers import PAGES, Moved
 from engine.sched.assets import WaitingRoom
@@ -39,12 +41,13 @@ class TierBench(Bench):
         self.room = WaitingRoom({})
         self.room.started()
         self.failing = b""
-        self.stepped = 0
+        self.stepped, self.pace = 0, 1.0  # seconds a step
 
     def admit(self, *admits):
         for admit in admits:
-            self.scheduler.accept(Request.admitted(admit, 0), admit)  # raises what it would, before it waits
             seeks = self.moves.seeks(admit)
+            admit = self.moves.named(admit) if seeks else admit
+            self.scheduler.accept(Request.admitted(admit, 0), admit)  # raises what it would, before it waits
             due = self.room.admit(wanting(admit) if seeks else admit)
             for make in due.makes:
                 self.moves.want(make.number, admit)
@@ -85,6 +88,7 @@ class TierBench(Bench):
     def step(self):
         """Steps overtake moves here: of these one ends in a while, and where nothing else can go on."""
         self.stepped += 1
+        self.moves.tick(self.stepped * self.pace)
         stepped = super().step()
         if self.below.moving and (not stepped or self.stepped % 32 == 0):
             self.finish()
@@ -337,13 +341,40 @@ def test_what_a_store_holds_is_asked_for_at_the_start_of_each_life():
         bench.lose()
 
 
+def test_what_stores_count_goes_on_over_the_lives_of_a_device():
+    bench = TierBench(40, pages=11)
+    bench.go_on()
+    for count, total in ((5, 5), (7, 7)):
+        bench.moves.moved(Moved(bench.below.moving[0].number, b"", counts={"corrupt": count}, held=0))
+        assert bench.moves.stats().stores == {"corrupt": total}
+        bench.scheduler.tiers._send(Ticket("find"), bench.scheduler.tiers._after)
+        del bench.below.moving[0]
+        bench.go_on()
+    bench.lose()
+    bench.go_on()
+    bench.moves.moved(Moved(bench.below.moving[0].number, b"", counts={"corrupt": 2, "read": 1}, held=0))
+    assert bench.moves.stats().stores == {"corrupt": 9, "read": 1}
+
+
+def test_the_pages_of_a_prompt_are_named_once(monkeypatch):
+    hashed = []
+    monkeypatch.setattr(names, "blake2b", lambda *given, **options: hashed.append(1) or blake2b(*given, **options))
+    bench = TierBench(40, pages=11)
+    run(bench, "a", LONG)
+    assert len(hashed) == 1 + 8  # what the salt gives, and the pages
+    bench.lose()
+    run(bench, "b", LONG)
+    assert bench.below.done["fetch"] == 8 and len(hashed) == 2 * (1 + 8)
+    run(bench, "c", [*LONG, *OTHER[:7]])  # of whose 10 pages the cache knows 8
+    assert len(hashed) == 2 * (1 + 8) + 2
+
+
 def test_pages_that_a_store_has_lost_are_computed_from_the_first_of_them_on():
     bench = TierBench(40, pages=11)
     run(bench, "a", LONG)
     bench.lose()
-    names = bench.scheduler.places
     request_of = Request.admitted(request("x", LONG, max_new=1), 0)
-    names.know(request_of, request("x", LONG, max_new=1))
+    bench.scheduler.places.know(request_of, request("x", LONG, max_new=1))
     del bench.below.store[request_of.names.upto(8)[5]]
     assert run(bench, "b", LONG) == (20, 13)
     bench.drain()
@@ -433,3 +464,53 @@ def test_each_copy_of_attention_has_tiers_of_its_own():
     assert sum(cached[f"2.{number}"] for number in range(6)) >= 4 * 32
     assert moves.stats().from_host > 20
     assert all(each.done["up"] for each in below) and moves.stats().host_pages == 180
+
+
+# ── sessions ─────────────────────────────────────────────────────────────────────────────────
+
+
+def told(bench, id="s"):
+    """Pages of a session on the device, and below."""
+    (session,) = [each for each in bench.scheduler.live.sessions.of(b"", b"", bench.now) if each.id == id]
+    return session.pages, session.below
+
+
+@pytest.mark.parametrize("write", get_args(WritePolicy))
+def test_a_session_whose_pages_gave_way_has_them_below_and_comes_back_to_them(write):
+    bench = TierBench(40, write=write, pages=11, stores=False)
+    for turn in range(2):
+        assert run(bench, f"a{turn}", LONG, session="s") == (32 * turn, 33 - 32 * turn)
+    assert told(bench) == (8, 0)
+    assert run(bench, "b", OTHER) == (0, 40)  # for which the session gives up its pins
+    assert bench.scheduler.counts()["pins_released_total"] == 1
+    pages, below = told(bench)
+    assert pages == 0 and below >= 7  # of the device the first may still be there, unpinned
+    assert run(bench, "c", [*LONG, 1, 2, 3], session="s") == (32, 4)
+    assert told(bench) == (9, 0)
+    bench.drain()
+
+
+def test_a_turn_that_waits_brings_the_pages_of_its_session_up():
+    bench = TierBench(40, pages=12, stores=False, slots=1)
+    run(bench, "a", LONG, session="s")
+    run(bench, "b", OTHER)
+    bench.admit(request("c", [1, 1], max_new=9), request("d", [*LONG, 1], max_new=1, session="s"))
+    bench.plan()
+    assert [move.way for move in bench.below.moving] == ["up"] and bench.scheduler.running == 1
+    bench.drain()
+    assert bench.cached["d"] == 32
+
+
+def test_a_scan_pushes_out_no_session_that_was_never_asked_for_again_and_an_ended_one_is_erased_nowhere():
+    bench = TierBench(16, pages=11, stores=False)
+    run(bench, "a", LONG, session="s")
+    run(bench, "plain", [2, *LONG[1:]])
+    for number in range(12):
+        run(bench, f"scan{number}", [number % 4, number // 4, *OTHER[:30]])
+    assert told(bench) == (0, 8)
+    assert run(bench, "plain again", [2, *LONG[1:]])[0] < 32
+    assert bench.scheduler.live.sessions.end(b"", b"", "s", bench.now)
+    assert bench.scheduler.live.sessions.of(b"", b"", bench.now) == []
+    assert run(bench, "again", LONG) == (32, 1)
+    bench.scheduler.flush()
+    bench.drain()

@@ -132,6 +132,7 @@ def test_each_answer_of_a_store_says_what_it_holds(way: str) -> None:
     mover.move("keep", slots=[0, 1], names=names("a", "b"))
     moved = mover.move(way, slots=[0] if way != "find" else (), names=names("a"))
     assert (moved.held, moved.held_bytes) == (2, 2 * HEADS.page_bytes)
+    assert moved.counts == {"pages_written": 2}
     moved = mover.move("find")
     assert (moved.done, moved.held) == (b"", 2)
 
@@ -185,6 +186,8 @@ def test_neighbours_are_copied_at_once_where_there_is_one_group() -> None:
 def test_what_counts_is_what_all_ranks_have_moved() -> None:
     one, two = Moved(4, b"\1\0\1", 0.5, 3, 30), Moved(4, b"\1\1\0", 0.2, 2, 20, "too slow")
     assert both(one, two) == Moved(4, b"\1\0\0", 0.5, 2, 50, "too slow")
+    counting = [Moved(4, b"\1", counts=counts) for counts in ({"read": 1, "stalls": 0}, {"read": 2, "corrupt": 3})]
+    assert both(*counting).counts == {"read": 3, "stalls": 0, "corrupt": 3}
     other = Moved(4, b"\1\1\1")  # of another copy, whose store was asked for nothing
     for first, second in ((one, other), (other, one)):
         assert both(first, second) == Moved(4, b"\1\0\1", 0.5, 3, 30)

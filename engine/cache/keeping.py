@@ -1,0 +1,94 @@
+"""Which pages a store is to be given, and when. Pure: the caller says what time it is `now`.
+
+    there ──want──> pending ──due──> under way ──kept──> stored
+                       ^                 │
+                       └── after a pause ┴── refused
+
+What a store refuses is offered again after a pause, so a page that came down while a disk was full or slow is kept once
+the disk is writable. A store that takes nothing of a move is offered nothing for that long, and the pause doubles each
+time: a disk that stays full costs two moves a pause. Other stores never take some pages: so a page is offered
+MOST_OFFERS times. Left out: pages that leave the host before the store has them.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from engine.cache.host import Place
+
+AT_ONCE = 32  # pages in one move
+MOVES = 2  # under way
+LEAST_PAUSE, MOST_PAUSE = 15.0, 300.0  # seconds
+MOST_OFFERS = 8
+
+
+class Keeping:
+    """Of at most `most` pages that wait."""
+
+    def __init__(self, most: int) -> None:
+        self.now = 0.0
+        self._most = most
+        self._pending: OrderedDict[bytes, Place] = OrderedDict()
+        self._refused: dict[bytes, Place] = {}
+        self._moves = 0  # under way
+        self._shut = False  # the last move was refused as a whole
+        self._pause = LEAST_PAUSE
+        self._until = 0.0
+
+    def want(self, place: Place) -> None:
+        """A page that is there is to be kept, unless it is already."""
+        if not place.stored and place.offers < MOST_OFFERS:
+            self._pending[place.name] = place
+            if len(self._pending) > self._most:  # those that wait for longest have left the host, if any has
+                self._pending.popitem(last=False)
+
+    @property
+    def paused(self) -> bool:
+        """Whether what was refused waits."""
+        return self.now < self._until
+
+    @property
+    def waits(self) -> bool:
+        """Whether `due` has something to give."""
+        return bool(self._refused or self._pending) and not self.paused
+
+    def due(self) -> list[list[Place]]:
+        """Moves to begin now, and the pages of each, which count as stored from now on."""
+        if not self.paused:
+            for place in self._refused.values():
+                if place.known:  # else another may have its name by now
+                    self.want(place)
+            self._refused.clear()
+        elif self._shut:
+            return []
+        moves = []
+        while self._pending and self._moves < MOVES:
+            places: list[Place] = []
+            while self._pending and len(places) < AT_ONCE:
+                _, place = self._pending.popitem(last=False)
+                if place.known and place.there and not place.stored:
+                    place.stored = True
+                    places.append(place)
+            if places:
+                self._moves += 1
+                moves.append(places)
+        return moves
+
+    def kept(self, places: Sequence[Place], done: Sequence[bool]) -> None:
+        """A move is over, of these pages; those are kept that are `done`."""
+        self._moves -= 1
+        for place, is_kept in zip(places, done, strict=True):
+            if not is_kept:
+                place.stored = False
+                place.offers += 1
+                self._refused[place.name] = place
+        self._shut = not any(done)
+        if not self._shut:
+            self._pause = LEAST_PAUSE
+        if not all(done) and not self.paused:
+            self._until = self.now + self._pause
+            self._pause = min(2 * self._pause, MOST_PAUSE)
+
+    def clear(self) -> None:
+        """Nothing is to be kept of what is there now."""
+        self._pending.clear()
+        self._refused.clear()
