@@ -312,7 +312,8 @@ class Agents(Task):
 
 
 TASKS: tuple[type[Task], ...] = (MultiTurn, TreeOfThought, JsonDecoding, FewShot, Agents)
-# A laptop's processor does not read a thousand tokens a second; a GPU reads some hundred thousand.
+# A laptop's processor does not read a thousand tokens a second; a GPU reads some hundred thousand. There the naive
+# selects take longest, tens of milliseconds of Python on both sides for the log-probabilities of each prompt.
 SIZES: dict[str, dict[str, Size]] = {
     "small": {
         "multi-turn": Size(4, 96, 16, 8),
@@ -325,8 +326,8 @@ SIZES: dict[str, dict[str, Size]] = {
         "multi-turn": Size(128, 1000, 100, 16),
         "tree-of-thought": Size(64, 1500, 60, 16),
         "json": Size(256, 1500, 100, 96),
-        "few-shot": Size(512, 1500, 80, 0),
-        "agents": Size(64, 1500, 50, 16),
+        "few-shot": Size(128, 1500, 80, 0),
+        "agents": Size(32, 1500, 50, 16),
     },
 }
 

@@ -3,7 +3,7 @@
     python -m bench.language.workloads smollm2-135m --size small               # on a laptop
     python -m bench.language.workloads bench/configs/qwen3-0.6b --size full    # on a GPU, dummy weights
     python -m bench.language.workloads --url http://127.0.0.1:8000 [--bare http://127.0.0.1:8001] --size small
-    ... [--tasks multi-turn,json] [--turns 3] [--seconds 480] [--json FILE]
+    ... [--tasks multi-turn,json] [--turns 3] [--seconds 480] [--reuse-only] [--json FILE]
 
 Three ways, in turn, on the same arguments, with as many programs at once: `engine.lang` (run_batch); `reuse`, the
 openai client on the same server; and `no reuse`, the openai client on a server with --no-prefix-cache (with --url and
@@ -92,6 +92,8 @@ class Row(Struct):
         """A line for each way, of the medians of its turns."""
         told = []
         for name, way in (("ours", self.ours), ("reuse", self.reuse), ("no reuse", self.bare)):
+            if not way.seconds:
+                continue
             seconds, cpu, server, steps, cached = (
                 statistics.median(values) for values in (way.seconds, way.cpu, way.server, way.steps, way.cached)
             )
@@ -118,10 +120,10 @@ class Place(Struct, frozen=True):
 
 
 class Servers(Struct, frozen=True):
-    """Where programs run, and where nothing is cached; the same if salts do that."""
+    """Where programs run, and where nothing is cached: the same if salts do that, and None with --reuse-only."""
 
     ours: Place
-    bare: Place
+    bare: Place | None
     model: str
 
     @property
@@ -186,15 +188,17 @@ async def by_client(task: Task, place: Place, model: str, concurrency: int, *, s
 
 
 async def turn(row: Row, task: Task, servers: Servers, server: Server, concurrency: int, number: int) -> None:
-    """The three ways, each turn another of them first; turn 0 is not counted."""
+    """The ways, each turn another of them first; turn 0 is not counted."""
     found: dict[str, Timed] = {}
     ways: dict[str, Callable[[], Awaitable[Timed]]] = {
         "ours": lambda: by_language(task, servers.ours, server, concurrency),
         "reuse": lambda: by_client(task, servers.ours, servers.model, concurrency, salted=False),
-        "bare": lambda: by_client(task, servers.bare, servers.model, concurrency, salted=servers.salted),
     }
+    if (bare := servers.bare) is not None:
+        ways["bare"] = lambda: by_client(task, bare, servers.model, concurrency, salted=servers.salted)
     names = list(ways)
-    for name in names[number % 3 :] + names[: number % 3]:
+    first = number % len(names)
+    for name in names[first:] + names[:first]:
         found[name] = await ways[name]()
     if not number:
         return
@@ -258,7 +262,8 @@ class Bench:
 
     def _summary(self) -> None:
         for name, values in (("reuse", "reuse"), ("no reuse", "bare")):
-            ratios = [statistics.median(row.over(getattr(row, values))) for row in self.rows]
+            ways = [(row, getattr(row, values)) for row in self.rows]
+            ratios = [statistics.median(row.over(way)) for row, way in ways if way.seconds]
             if ratios:
                 mean = statistics.geometric_mean(ratios)
                 print(f"over {name}: geometric mean {mean:.2f}, best {max(ratios):.2f}, worst {min(ratios):.2f}")
@@ -271,7 +276,8 @@ async def started(given: Any) -> AsyncIterator[tuple[Servers, Sequence[str]]]:
     if given.url:
         async with Server(given.url) as server:
             model = server.model_name
-        yield Servers(Place(given.url), Place(given.bare or given.url), model), [f" {word}" for word in WORDS]
+        bare = None if given.reuse_only else Place(given.bare or given.url)
+        yield Servers(Place(given.url), bare, model), [f" {word}" for word in WORDS]
         return
     with prepared(given.model, 256) as (options, words):
         if given.size == "small":
@@ -282,8 +288,11 @@ async def started(given: Any) -> AsyncIterator[tuple[Servers, Sequence[str]]]:
             both[0]["memory_fraction"], both[1]["memory_fraction"] = OFFLINE_FRACTION, SERVER_FRACTION
         async with AsyncExitStack() as stack:
             ours = await stack.enter_async_context(serving("ours", both[0]))
-            bare = await stack.enter_async_context(serving("bare", both[1] | {"no_prefix_cache": ""}))
-            yield Servers(Place(ours.url, ours.pid), Place(bare.url, bare.pid), ours.model), words
+            bare = None
+            if not given.reuse_only:
+                other = await stack.enter_async_context(serving("bare", both[1] | {"no_prefix_cache": ""}))
+                bare = Place(other.url, other.pid)
+            yield Servers(Place(ours.url, ours.pid), bare, ours.model), words
 
 
 async def run(given: Any) -> None:
@@ -305,6 +314,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--url", help="a server that runs")
     parser.add_argument("--bare", help="another that runs without a prefix cache")
+    parser.add_argument("--reuse-only", action="store_true", help="leave out the way without reuse, and its server")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the engine")
     parser.add_argument("--json", type=Path, help="write the figures of all turns there too")
     given = parser.parse_args()
