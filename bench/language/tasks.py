@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import msgspec
 from msgspec import Struct
 from openai import AsyncOpenAI
+from openai.types import CompletionUsage
 
 from engine.lang import State, assistant, function, gen, select, system, user
 
@@ -39,7 +40,7 @@ class Naive:
         self._model = model
         self._salted = salted
         self._salts = random.Random(0)
-        self.calls = 0
+        self.calls = self.prompt = self.cached = 0
 
     def _extra(self, **more: Any) -> dict[str, Any]:
         self.calls += 1
@@ -47,11 +48,18 @@ class Naive:
             more["cache_salt"] = f"{self._salts.getrandbits(64):x}"
         return {"ignore_eos": True, **more}
 
+    def _count(self, usage: CompletionUsage | None) -> None:
+        assert usage is not None, "a whole reply has its usage"
+        self.prompt += usage.prompt_tokens
+        details = usage.prompt_tokens_details
+        self.cached += (details and details.cached_tokens) or 0
+
     async def text(self, prompt: str, tokens: int, **more: Any) -> str:
         """What the model says behind `prompt`."""
         made = await self._client.completions.create(
             model=self._model, prompt=prompt, max_tokens=tokens, temperature=0, extra_body=self._extra(**more)
         )
+        self._count(made.usage)
         return made.choices[0].text
 
     async def chat(self, messages: Sequence[Any], tokens: int) -> str:
@@ -59,6 +67,7 @@ class Naive:
         made = await self._client.chat.completions.create(
             model=self._model, messages=list(messages), max_tokens=tokens, temperature=0, extra_body=self._extra()
         )
+        self._count(made.usage)
         return made.choices[0].message.content or ""
 
     async def select(self, prompt: str, choices: Sequence[str]) -> str:
@@ -73,6 +82,7 @@ class Naive:
                 logprobs=0,
                 extra_body=self._extra(),
             )
+            self._count(made.usage)
             told = made.choices[0].logprobs
             assert told is not None and told.text_offset is not None and told.token_logprobs is not None
             return fmean(
@@ -302,7 +312,8 @@ class Agents(Task):
 
 
 TASKS: tuple[type[Task], ...] = (MultiTurn, TreeOfThought, JsonDecoding, FewShot, Agents)
-# A laptop's processor does not read a thousand tokens a second; a GPU reads some hundred thousand.
+# A laptop's processor does not read a thousand tokens a second; a GPU reads some hundred thousand. There the naive
+# selects take longest, tens of milliseconds of Python on both sides for the log-probabilities of each prompt.
 SIZES: dict[str, dict[str, Size]] = {
     "small": {
         "multi-turn": Size(4, 96, 16, 8),
@@ -315,8 +326,8 @@ SIZES: dict[str, dict[str, Size]] = {
         "multi-turn": Size(128, 1000, 100, 16),
         "tree-of-thought": Size(64, 1500, 60, 16),
         "json": Size(256, 1500, 100, 96),
-        "few-shot": Size(512, 1500, 80, 0),
-        "agents": Size(64, 1500, 50, 16),
+        "few-shot": Size(128, 1500, 80, 0),
+        "agents": Size(32, 1500, 50, 16),
     },
 }
 

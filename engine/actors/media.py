@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import anyio
 import msgspec
 
-from engine.conversation.parts import Image, Message, Part, Result, Shown, Video, media_of
+from engine.conversation.parts import Image, Video, media_of, without_sources
 from engine.errors import RequestError, let_go
 from engine.media.store import MediaStore
 from engine.messages import ToDetokenizer, ToTokenizer
@@ -83,21 +83,3 @@ class MediaActor:
             await self.detokenizer.send(Failed(request.rid, 500, "internal_error", said))
         finally:
             del self._waiting[request.rid]
-
-
-def without_sources(message: Message) -> Message:
-    """`message` without the bytes of its media: from here on they are known by what was made of them."""
-    return msgspec.structs.replace(message, parts=tuple([_bare(part) for part in message.parts]))
-
-
-def _bare(part: Part) -> Part:
-    match part:
-        case Result(id, parts):
-            return Result(id, tuple([_shown(each) for each in parts]))
-        case Image() | Video():
-            return _shown(part)
-    return part
-
-
-def _shown(part: Shown) -> Shown:
-    return msgspec.structs.replace(part, source="") if isinstance(part, Image | Video) else part

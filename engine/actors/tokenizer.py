@@ -19,7 +19,7 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from engine.cache.keys import keys_with
-from engine.conversation.media import Placed, cannot_be_cut, needs_of
+from engine.conversation.media import Placed, cannot_be_cut, needs_of, scored_after
 from engine.errors import RequestError, counted, let_go
 from engine.messages import FromFront, ToDetokenizer, ToTokenizer
 from engine.messages.assets import Need
@@ -111,7 +111,7 @@ class Admission:
                 facts={"least": params.min_tokens, "most": counted(max_new, "token")},
             )
         stop_ids = self._stop_ids(params)
-        after = min(request.scored_after, len(ids) - 1)
+        after = scored_after(request.scored_after, len(ids), placed)
         opened = Open(
             request.rid,
             len(ids),

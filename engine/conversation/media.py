@@ -93,6 +93,21 @@ def cannot_be_cut(tokens: int, kept: int) -> RequestError:
     )
 
 
+def scored_after(asked: int, length: int, placed: Placed) -> int:
+    """The position in a prompt of that length after which tokens are scored, where Generate says `asked`. Raises
+    RequestError where a medium comes after one that is counted from the end: its tokens are no text."""
+    if asked >= 0:
+        return min(asked, length - 1)
+    after = max(0, length + asked)
+    if any(begin + count > after + 1 for spans in placed.spans for begin, count in spans):
+        raise RequestError(
+            "with a choice behind it the chat template writes something else before an image or a video, so that the "
+            "choice cannot be scored behind one prompt; use another chat_template",
+            param="messages",
+        )
+    return after
+
+
 # ── what processors share ────────────────────────────────────────────────────────────────────
 
 

@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
+import msgspec
 from msgspec import Struct
 
 from engine.errors import RequestError
@@ -167,6 +168,17 @@ def media_of(messages: Iterable[Message]) -> list[Image | Video]:
             elif not isinstance(part, Call):
                 media.append(part)
     return media
+
+
+def without_sources(message: Message) -> Message:
+    """`message` without the bytes of its media, once they are known by what was made of them."""
+    return msgspec.structs.replace(message, parts=tuple([_without_source(part) for part in message.parts]))
+
+
+def _without_source(part: Any) -> Any:
+    if isinstance(part, Result):
+        return Result(part.id, tuple([_without_source(each) for each in part.parts]))
+    return msgspec.structs.replace(part, source="") if isinstance(part, Image | Video) else part
 
 
 def has_tools(messages: Iterable[Message]) -> bool:

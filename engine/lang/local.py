@@ -16,6 +16,7 @@ from engine.lang.backend import Backend, Offer, Piece, Spoken
 from engine.lang.tools import ToolCall
 from engine.lang.transcript import Prompt
 from engine.lang.values import Meta, summed
+from engine.media.store import showing
 from engine.messages.reply import Chunk
 from engine.messages.request import Generate
 from engine.messages.sessions import ProgramUse
@@ -107,16 +108,17 @@ class Local(Backend):
     async def _scored(
         self, job: Tokenize, choices: Sequence[str], *, alone: bool, program: str
     ) -> tuple[list[Scores], Meta]:
-        front = self._engine.front
+        front, rid = self._engine.front, uuid.uuid4().hex
         assert front.texts is not None, "the engine is ready"
-        answer = await front.texts.ask(job)
-        assert isinstance(answer, Tokenized), f"a Tokenize was answered by {type(answer).__name__}"
-        plan = planned(answer, choices, uuid.uuid4().hex, alone=alone, program=program_use(program))
 
         async def one(job: Generate) -> Chunk:
             return joined([chunk async for chunk in front.generate(job)])
 
-        replies = await together(one, plan.jobs)
+        async with showing(front.media, rid, job.messages or ()) as (messages, media):
+            answer = await front.texts.ask(msgspec.structs.replace(job, messages=messages or None))
+            assert isinstance(answer, Tokenized), f"a Tokenize was answered by {type(answer).__name__}"
+            plan = planned(answer, choices, rid, alone=alone, media=media, program=program_use(program))
+            replies = await together(one, plan.jobs)
         metas = [meta_of(reply, ()) for reply in replies]
         return plan.read(replies), summed(metas)
 

@@ -161,7 +161,8 @@ class Server(Remote):
     async def decide(
         self, messages: Sequence[dict[str, Any]], question: Question, *, program: str
     ) -> tuple[list[float], Meta]:
-        body = {"model": self.model_name, "input": messages, "questions": [in_openai_question(question)]}
+        asked = [in_openai_question(question)]
+        body = {"model": self.model_name, "input": in_openai_items(messages), "questions": asked}
         if self._ours:
             body["program"] = program
         answer = msgspec.json.decode(await self._ask("/v1/decisions", body), type=Decided)
@@ -182,6 +183,32 @@ class Server(Remote):
             ended, self._ended = self._ended[:MOST_ENDED], self._ended[MOST_ENDED:]
             with suppress(RequestError, WorkerError):  # it forgets them by itself, later
                 await self._ask("/v1/programs/end", {"programs": ended})
+
+
+def in_openai_items(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages of a chat as /v1/decisions takes them: calls of tools and their results are items of their own."""
+    items: list[dict[str, Any]] = []
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if not isinstance(content, str):
+            content = [in_openai_part(part, role) for part in content]
+        if role == "tool":
+            items.append({"type": "function_call_output", "call_id": message["tool_call_id"], "output": content})
+        elif content:
+            items.append({"role": role, "content": content})
+        for call in message.get("tool_calls") or ():
+            items.append({"type": "function_call", "call_id": call["id"], **call["function"]})
+    return items
+
+
+def in_openai_part(part: dict[str, Any], role: str) -> dict[str, Any]:
+    """A part of a message's content as an item of /v1/decisions has it; our server alone reads clips."""
+    match part:
+        case {"type": "text", "text": text}:
+            return {"type": "output_text" if role == "assistant" else "input_text", "text": text}
+        case {"type": "video_url", "video_url": {"url": url}}:
+            return {"type": "input_video", "video_url": url}
+    return {"type": "input_image", "image_url": part["image_url"]["url"]}
 
 
 def in_openai_question(question: Question) -> dict[str, Any]:

@@ -17,12 +17,13 @@ import hashlib
 import importlib.util
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
+from contextlib import asynccontextmanager
 from typing import Generic, Literal, Protocol, TypeVar
 
 import anyio.to_thread
 
-from engine.conversation.parts import Image, Video
+from engine.conversation.parts import Image, Message, Video, media_of, without_sources
 from engine.errors import RequestError, counted
 from engine.media.sources import Kind, Sources
 from engine.messages.decoding import MOST_PAYLOAD, DecodeMedia, MediaReady
@@ -237,6 +238,25 @@ class MediaStore:
         while self.kept > self._options.media_memory and self._prepared:
             _, gone = self._prepared.popitem(last=False)
             self.kept -= len(gone.payload) + BESIDE
+
+
+@asynccontextmanager
+async def showing(
+    store: MediaStore | None, rid: str, messages: Sequence[Message]
+) -> AsyncIterator[tuple[list[Message], tuple[Prepared, ...]]]:
+    """`messages` without the bytes of their media, and what the model reads of these. Until the end they count as shown
+    by the request `rid`, which stands for several. Raises RequestError as `resolved` and `hold` do; where there is no
+    `store`, whoever renders the messages refuses them."""
+    media = media_of(messages)
+    if store is None or not media:
+        yield list(messages), ()
+        return
+    prepared = await store.resolved(media)
+    store.hold(rid, prepared)
+    try:
+        yield [without_sources(message) for message in messages], prepared
+    finally:
+        store.release(rid)
 
 
 def check_library(kind: Kind) -> None:

@@ -42,7 +42,7 @@ class Generate(Message, frozen=True):
     last: int | None = None  # keep only so many tokens of the prompt, its last; -1: as many as there is room for
     tell_prompt: bool = False  # the ids of the prompt's tokens
     # Log-probabilities of the prompt are those of the tokens after this position, told as if the prompt began there.
-    # What comes before may be cached.
+    # What comes before may be cached. A negative one counts from the end, and no medium comes after it.
     scored_after: int = 0
     session: SessionUse | None = None
     program: ProgramUse | None = None

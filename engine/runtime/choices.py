@@ -15,6 +15,7 @@ from typing import Any
 from msgspec import Struct
 
 from engine.errors import RequestError
+from engine.messages.media import Prepared
 from engine.messages.reply import Chunk
 from engine.messages.request import Generate
 from engine.messages.text import Tokenized
@@ -58,8 +59,17 @@ class Plan(Struct, frozen=True):
         ]
 
 
-def planned(found: Tokenized, choices: Sequence[str], rid: str, *, alone: bool = False, **fields: Any) -> Plan:
-    """How to score `choices`, whose prompt and texts behind it are `found`; `fields` go with each Generate.
+def planned(
+    found: Tokenized,
+    choices: Sequence[str],
+    rid: str,
+    *,
+    alone: bool = False,
+    media: tuple[Prepared, ...] = (),
+    **fields: Any,
+) -> Plan:
+    """How to score `choices`, whose prompt and texts behind it are `found`, with one place for each of `media`;
+    `fields` go with each Generate.
 
     Raises RequestError for a choice that adds no token."""
     before = array("i", found.ids)
@@ -70,7 +80,8 @@ def planned(found: Tokenized, choices: Sequence[str], rid: str, *, alone: bool =
         if start == len(ids):
             raise RequestError(f"the choice {choice!r} adds no token to the prompt; offer another", param="choices")
         behind.append(ids[start:])
-        jobs.append(Generate(f"{rid}-{number}", SCORES, ids=packed, scored_after=max(start - 1, 0), **fields))
+        after = start - 1 - len(ids)  # from the end: what stands for media will have more tokens than places
+        jobs.append(Generate(f"{rid}-{number}", SCORES, ids=packed, scored_after=after, media=media, **fields))
     if alone:
         jobs += [
             Generate(f"{rid}-{number}", SCORES, ids=ids.tobytes(), **fields)

@@ -7,7 +7,8 @@ Each copy is planned by a Scheduler as if it were alone, and they share the requ
 to the copy where it costs least: where few of its tokens are to be computed, because the cache has its prefix, and
 where what runs has few tokens, because all of them are read in each step. Pages that the cache alone holds cost
 nothing, or a copy that has served much would seem busy. A request that has to give way comes back to the queue, and its
-pages stay in the cache: so it goes where it was, unless that copy is much fuller than another.
+pages stay in the cache: so it goes where it was, unless that copy is much fuller than another. A prefix that a copy is
+computing is waited for (underway.py).
 
 All copies step together, so a step takes as long as the copy with the most to do. Prompts that come one by one would
 make many steps long, each for the sake of one copy, while the rows of all wait for their next tokens. So where many
@@ -35,6 +36,7 @@ from engine.sched.columns import StepColumns
 from engine.sched.live import LiveRequests
 from engine.sched.request import Request
 from engine.sched.shares import Share, parted
+from engine.sched.underway import Underway
 
 COMPUTED = 16  # how many tokens that are read in each step cost as much as one that is computed
 HELD_STEPS = 4  # for which requests are held at most
@@ -189,7 +191,7 @@ class Copies:
         """Let requests run, in the order of the queue, until one fits nowhere."""
         if not any(step.budget and copy.free_slots for copy, step in zip(self.copies, steps, strict=True)):
             return
-        loads = [copy.context_tokens for copy in self.copies]
+        loads, underway = [copy.context_tokens for copy in self.copies], Underway(self.copies, steps)
         for request in self.live.queue.ordered():
             costs = [
                 (loads[index] + self._cost(copy, request), index)
@@ -197,6 +199,8 @@ class Copies:
                 if step.budget and copy.free_slots
             ]
             if self._waits(request, min(costs, default=(0, -1))[1]):
+                continue
+            if costs and self._shares(request, costs, loads, underway):
                 continue
             chosen = next(
                 (index for _, index in sorted(costs) if self.copies[index].enter(steps[index], request)), None
@@ -212,6 +216,22 @@ class Copies:
             return False
         under_way = any(copy.tiers is not None and copy.tiers.under_way(request.rise) for copy in self.copies)
         return under_way or self.copies[best].places.waits(request, self.copies[best].running)
+
+    def _shares(self, request: Request, costs: Sequence[tuple[int, int]], loads: list[int], underway: Underway) -> bool:
+        """Whether `request` waits for a prefix that some copy computes: less is computed then, and it costs less than
+        any of `costs`."""
+        (cost, best), left = min(costs), underway.rests(request)
+        waits = [
+            (loads[index] + COMPUTED * tokens, index)
+            for index, tokens in left.items()
+            if COMPUTED * tokens < cost - loads[best]
+        ]
+        least, index = min(waits, default=(cost, -1))
+        if least >= cost:
+            return False
+        underway.waits(index)
+        loads[index] += len(request.ids)
+        return True
 
     def _cost(self, copy: Scheduler, request: Request) -> int:
         """What `request` costs in `copy`, in tokens that are read."""

@@ -1,12 +1,17 @@
-"""A picture's whole way: a file, base64, HTTP, a model that sees, and the ids that transformers answers."""
+"""A picture's whole way: a file, base64, HTTP, a model that sees, and what transformers makes of it: the ids that it
+answers, and the log-probabilities of what is chosen behind it."""
 
 import base64
 import io
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from msgspec import Struct
 from openai import OpenAI
 from PIL import Image
 from real_server import served
@@ -16,15 +21,19 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from engine import Engine
+from engine.conversation.parts import Image as Picture
+from engine.conversation.parts import Message, Text
+from engine.lang import Server, State, assistant, decide, function, image, select, user
+from engine.runtime.decisions import Option, Question, job_of
 
 COUNT = 12  # tokens of a reply
 SIZE = {"size": {"shortest_edge": 64, "longest_edge": 2048}}
 SPECIAL = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")  # from IMAGE on
 SEEN = "<|vision_start|><|image_pad|><|vision_end|>"
 TEMPLATE = (
-    "{% for m in messages %}{% for part in m.content %}"
+    "{% for m in messages %}{{ '=' if m.role == 'assistant' else '' }}{% for part in m.content %}"
     f"{{{{ part.text if part.type == 'text' else '{SEEN}' }}}}"
-    "{% endfor %}{% endfor %}="
+    "{% endfor %}{% endfor %}{{ '=' if add_generation_prompt else '' }}"
 )
 
 
@@ -42,17 +51,41 @@ def with_text(folder: Path) -> Path:
     return folder
 
 
-@torch.inference_mode()
-def their_reply(theirs: Any, processor: Any, words: Any, text: str, images: list[Any]) -> list[int]:
-    """The greedy ids of transformers for `text`, in which each image's place has grown as its processor says."""
-    shown = processor(images=images, return_tensors="pt")
-    pieces = text.split("<|image_pad|>")
-    sizes = shown["image_grid_thw"].prod(1) // 4
-    whole = pieces[0] + "".join("<|image_pad|>" * int(n) + rest for n, rest in zip(sizes, pieces[1:], strict=True))
-    ids = words(whole, return_tensors="pt")["input_ids"]
-    given = {**shown, "input_ids": ids, "mm_token_type_ids": (ids == IMAGE).int()}
-    made = theirs.generate(**given, min_new_tokens=COUNT, max_new_tokens=COUNT, do_sample=False)
-    return made[0, ids.shape[1] :].tolist()
+class Theirs(Struct, frozen=True):
+    """A model of transformers, with its processor and its tokenizer."""
+
+    model: Any
+    processor: Any
+    words: Any
+
+    def given(self, text: str, images: list[Any]) -> dict[str, Any]:
+        """What the model takes for `text`, in which each image's place has grown as the processor says."""
+        shown = self.processor(images=images, return_tensors="pt")
+        pieces = text.split("<|image_pad|>")
+        sizes = shown["image_grid_thw"].prod(1) // 4
+        whole = pieces[0] + "".join("<|image_pad|>" * int(n) + rest for n, rest in zip(sizes, pieces[1:], strict=True))
+        ids = self.words(whole, return_tensors="pt")["input_ids"]
+        return {**shown, "input_ids": ids, "mm_token_type_ids": (ids == IMAGE).int()}
+
+    @torch.inference_mode()
+    def reply(self, text: str, images: list[Any]) -> list[int]:
+        """The greedy ids behind `text`."""
+        given = self.given(text, images)
+        made = self.model.generate(**given, min_new_tokens=COUNT, max_new_tokens=COUNT, do_sample=False)
+        return made[0, given["input_ids"].shape[1] :].tolist()
+
+    @torch.inference_mode()
+    def scores(self, text: str, choice: str, images: list[Any]) -> list[float]:
+        """The log-probability of each letter of `choice` behind `text`."""
+        given = self.given(text + choice, images)
+        likely = self.model(**given).logits[0].log_softmax(-1)
+        ids = given["input_ids"][0]
+        return [likely[at - 1, ids[at]].item() for at in range(len(ids) - len(choice), len(ids))]
+
+    def shares(self, text: str, choices: list[str], images: list[Any]) -> list[float]:
+        """The probability of each of `choices`, one of which comes."""
+        weights = [math.exp(sum(self.scores(text, choice, images))) for choice in choices]
+        return [weight / sum(weights) for weight in weights]
 
 
 def part_of(image: Any) -> dict[str, Any]:
@@ -62,27 +95,98 @@ def part_of(image: Any) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
 
 
-def test_data_urls_over_http_are_answered_as_by_transformers(tmp_path: Path) -> None:
-    theirs, processor = qwen2_5_vl(), Qwen2VLImageProcessorPil(**SIZE, patch_size=4)
-    folder = with_text(saved(theirs, tmp_path, image_processor=processor.to_dict()))
+class Sight(Struct, frozen=True):
+    """The same model, theirs and ours, the latter in this process and over HTTP, and two pictures."""
+
+    theirs: Theirs
+    engine: Engine
+    server: Server
+    images: list[Any]
+
+
+@pytest.fixture(scope="module")
+def sight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sight]:
+    model, processor = qwen2_5_vl(), Qwen2VLImageProcessorPil(**SIZE, patch_size=4)
+    folder = with_text(saved(model, tmp_path_factory.mktemp("sight"), image_processor=processor.to_dict()))
     words = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     images = [Image.fromarray(picture(seed, *shape).pixels[0]) for seed, shape in ((1, (40, 52)), (2, (70, 33)))]
-    orders = [images, images[::-1]]
-    wanted = [their_reply(theirs, processor, words, f"see{SEEN}and{SEEN}=", each) for each in orders]
+    with Engine(model=str(folder), device="cpu", media_processes=1) as engine, served(engine) as server:
+        yield Sight(Theirs(model, processor, words), engine, server, images)
+
+
+@pytest.fixture
+def client(sight: Sight) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{sight.server.url}/v1", api_key="-", max_retries=0) as client:
+        yield client
+
+
+def test_data_urls_over_http_are_answered_as_by_transformers(sight: Sight, client: OpenAI) -> None:
+    orders = [sight.images, sight.images[::-1]]
+    wanted = [sight.theirs.reply(f"see{SEEN}and{SEEN}=", each) for each in orders]
     assert wanted[0] != wanted[1] and len(set(wanted[0])) > 3
-    with (
-        Engine(model=str(folder), device="cpu", media_processes=1) as engine,
-        served(engine) as server,
-        OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client,
-    ):
-        for (first, second), ids in zip(orders, wanted, strict=True):
-            see, also = ({"type": "text", "text": text} for text in ("see", "and"))
-            messages: Any = [{"role": "user", "content": [see, part_of(first), also, part_of(second)]}]
-            reply = client.chat.completions.create(
-                model=folder.name,
-                messages=messages,
-                temperature=0,
-                max_tokens=COUNT,
-                extra_body={"ignore_eos": True, "return_token_ids": True},
-            )
-            assert reply.choices[0].model_extra["token_ids"] == ids  # type: ignore[index]
+    for (first, second), ids in zip(orders, wanted, strict=True):
+        see, also = ({"type": "text", "text": text} for text in ("see", "and"))
+        messages: Any = [{"role": "user", "content": [see, part_of(first), also, part_of(second)]}]
+        reply = client.chat.completions.create(
+            model=sight.server.model_name,
+            messages=messages,
+            temperature=0,
+            max_tokens=COUNT,
+            extra_body={"ignore_eos": True, "return_token_ids": True},
+        )
+        assert reply.choices[0].model_extra["token_ids"] == ids  # type: ignore[index]
+
+
+QUESTIONS = (
+    Question("predicate", "Isitacat."),
+    Question("choice", "Whatisit.", (Option("dog"), Option("cat"), Option("fox"))),
+)
+
+
+def rendered(question: Question) -> str:
+    """The prompt of `question` about a picture, as the template writes it."""
+    said = Message("user", (Text("see"), Picture("", "")))
+    (whole,) = job_of([said], question).messages or []
+    return "".join(part.text if isinstance(part, Text) else SEEN for part in whole.parts) + "="  # type: ignore[union-attr]
+
+
+def test_decisions_about_a_picture_have_the_probabilities_of_transformers(sight: Sight, client: OpenAI) -> None:
+    for shown in sight.images:
+        url = part_of(shown)["image_url"]["url"]
+        content: Any = [{"type": "input_text", "text": "see"}, {"type": "input_image", "image_url": url}]
+        yes, choice = (sight.theirs.shares(rendered(question), list(question.texts), [shown]) for question in QUESTIONS)
+        answer = client.decisions.create(
+            model=sight.server.model_name,
+            input=[{"role": "user", "content": content}],
+            questions=[
+                {"type": "predicate", "instructions": "Isitacat."},
+                {
+                    "type": "choice",
+                    "instructions": "Whatisit.",
+                    "choices": [{"value": v} for v in ("dog", "cat", "fox")],
+                },
+            ],
+        )
+        first, second = answer.answers
+        assert first.type == "predicate" and first.probability == pytest.approx(yes[0], abs=1e-4)
+        assert second.type == "choice"
+        assert [each.probability for each in second.probabilities] == pytest.approx(choice, abs=1e-4)
+        assert answer.usage.input_tokens_details.cached_tokens >= 16, "the picture is read once, for both questions"
+
+
+def test_programs_decide_and_select_behind_a_picture(sight: Sight) -> None:
+    @function
+    def program(s: State, source: bytes) -> None:
+        s += user("see" + image(source)) + decide("cat", "Isitacat.")
+        s += assistant(select("kind", ["dog", "cat", "fox"]))
+
+    for backend in (sight.engine, sight.server):
+        for shown in sight.images:
+            held = io.BytesIO()
+            shown.save(held, "PNG")
+            s = program.run(held.getvalue(), backend=backend)
+            yes, _ = sight.theirs.shares(rendered(QUESTIONS[0]), ["Yes", "No"], [shown])
+            assert s["cat"].probabilities[True] == pytest.approx(yes, abs=1e-4)
+            for told, choice in zip(s.get_meta_info("kind").scores, ["dog", "cat", "fox"], strict=True):
+                assert told.logprobs == pytest.approx(sight.theirs.scores(f"see{SEEN}=", choice, [shown]), abs=1e-3)
+    assert sight.engine.inner.front.media is not None and sight.engine.inner.front.media.open == 0

@@ -20,6 +20,7 @@ from engine.http.service import SERVICE, Service, program_of, salt_of
 from engine.http.sse import WORDS
 from engine.http.tools import FEW_MESSAGES
 from engine.http.wire import Body, Priority, Reply, json_response
+from engine.media.store import showing
 from engine.messages.reply import Chunk
 from engine.messages.text import Tokenize, Tokenized
 from engine.runtime.choices import MOST_CHOICES, Plan, Scores, check_choices, planned
@@ -76,17 +77,19 @@ async def choices(request: web.Request, body: ChoicesBody) -> web.Response:
     if (body.prompt is None) == (body.messages is None):
         both = "neither prompt nor messages is" if body.prompt is None else "both prompt and messages are"
         raise RequestError(f"{both} given; send exactly one", param="prompt")
-    if body.prompt is not None:
-        job = Tokenize(body.prompt, special=body.add_special_tokens is not False)
-    else:
+    if body.messages is not None:
         request[WORDS] = Words({"prompt": "messages"})
-        messages, options = messages_of(body.messages or []), template_options(body)
-        job = Tokenize(None, messages, options, special=bool(body.add_special_tokens))
-    plan = await planned_for(
-        service, job, body.choices, f"choices-{uuid4().hex}", alone=bool(body.alone),
-        cache_salt=salt_of(body.cache_salt), priority=body.priority or 0, program=program_of(request, body.program),
-    )  # fmt: skip
-    replies = await scored(request, [plan], "choices")
+    rid, said = f"choices-{uuid4().hex}", [] if body.messages is None else messages_of(body.messages)
+    async with showing(service.front.media, rid, said) as (messages, media):
+        if body.prompt is not None:
+            job = Tokenize(body.prompt, special=body.add_special_tokens is not False)
+        else:
+            job = Tokenize(None, messages, template_options(body), special=bool(body.add_special_tokens))
+        plan = await planned_for(
+            service, job, body.choices, rid, alone=bool(body.alone), media=media,
+            cache_salt=salt_of(body.cache_salt), priority=body.priority or 0, program=program_of(request, body.program),
+        )  # fmt: skip
+        replies = await scored(request, [plan], "choices")
     return json_response(ChoicesReply(list(map(_told, plan.read(replies))), usage_of(replies)))
 
 

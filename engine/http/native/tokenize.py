@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 from aiohttp import web
 
-from engine.actors.media import without_sources
-from engine.conversation.parts import media_of
+from engine.conversation.parts import media_of, without_sources
 from engine.errors import RequestError, Words
 from engine.http.openai.chat import ChatMessage, ToolBody, messages_of, template_options, tools_of
 from engine.http.openapi import Route

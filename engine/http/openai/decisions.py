@@ -13,7 +13,7 @@ import anyio.lowlevel
 from aiohttp import web
 from msgspec import Meta
 
-from engine.conversation.parts import Call, Image, Message, Result, Shown, Text
+from engine.conversation.parts import Call, Image, Message, Result, Shown, Text, Video
 from engine.errors import RequestError, Words
 from engine.http.fields import ECHO, LABEL, Rule
 from engine.http.native.choices import planned_for, scored
@@ -22,6 +22,7 @@ from engine.http.service import SERVICE, program_of, salt_of
 from engine.http.sse import WORDS
 from engine.http.tools import FEW_MESSAGES, input_messages
 from engine.http.wire import Body, Priority, Reply, json_response
+from engine.media.store import showing
 from engine.messages.reply import Chunk
 from engine.params.grammar import check_nesting
 from engine.runtime.decisions import MOST_OPTIONS, MOST_QUESTIONS, Option, Question, check_questions, job_of
@@ -61,13 +62,19 @@ class DecisionImage(Body, tag_field="type", tag="input_image"):
     rules: ClassVar[Mapping[str, Rule]] = MARKED
 
 
+class DecisionVideo(Body, tag_field="type", tag="input_video"):
+    """A clip, as a picture: an extension."""
+
+    video_url: str
+
+
 class DecisionJson(Body, tag_field="type", tag="input_json"):
     """An object, or a list of these, which the model reads as text."""
 
     data: dict[str, Any] | list[dict[str, Any]]
 
 
-PartBody = DecisionText | DecisionSaid | DecisionRefused | DecisionImage | DecisionJson
+PartBody = DecisionText | DecisionSaid | DecisionRefused | DecisionImage | DecisionVideo | DecisionJson
 Content = str | list[PartBody]
 
 
@@ -229,17 +236,18 @@ async def decisions(request: web.Request, body: DecisionsBody) -> web.Response:
     request[WORDS] = Words({"prompt": "input", "messages": "input"})
     questions = [question_of(each, f"questions[{index}]") for index, each in enumerate(body.questions)]
     check_questions(questions)
-    messages, rid = messages_of(body.input), f"decision-{uuid4().hex}"
+    rid = f"decision-{uuid4().hex}"
     fields: dict[str, Any] = {
         "cache_salt": salt_of(body.cache_salt), "priority": body.priority or 0,
         "program": program_of(request, body.program),
     }  # fmt: skip
     plans = []
-    for number, question in enumerate(questions):
-        job = job_of(messages, question)
-        plans.append(await planned_for(service, job, question.texts, f"{rid}-{number}", **fields))
-        await anyio.lowlevel.checkpoint()  # each may take milliseconds, and there may be hundreds
-    replies = await scored(request, plans, "decisions")
+    async with showing(service.front.media, rid, messages_of(body.input)) as (messages, media):
+        for number, question in enumerate(questions):
+            job = job_of(messages, question)
+            plans.append(await planned_for(service, job, question.texts, f"{rid}-{number}", media=media, **fields))
+            await anyio.lowlevel.checkpoint()  # each may take milliseconds, and there may be hundreds
+        replies = await scored(request, plans, "decisions")
     answers, owns, at = [], [], 0
     for asked, question, plan in zip(body.questions, questions, plans, strict=True):
         own = replies[at : at + len(plan.jobs)]
@@ -279,7 +287,9 @@ def question_of(body: QuestionBody, path: str) -> Question:
     """What is asked. Raises RequestError for choices that are not told apart."""
     shown = parts_of(body.instructions, f"{path}.instructions")
     if any(not isinstance(part, Text) for part in shown):
-        raise RequestError(f"{path}.instructions has an image; put it into input", param=f"{path}.instructions")
+        raise RequestError(
+            f"{path}.instructions has an image or a video; put it into input", param=f"{path}.instructions"
+        )
     instructions = "".join(part.text for part in shown if isinstance(part, Text))
     match body:
         case PredicateQuestion():
@@ -346,6 +356,8 @@ def parts_of(content: Content | None, path: str) -> tuple[Shown, ...]:
             case DecisionImage():
                 detail = None if part.detail == "original" else part.detail
                 found.append(Image(part.image_url, f"{path}[{index}]", "input_image", detail))
+            case DecisionVideo(video_url=url):
+                found.append(Video(url, f"{path}[{index}]", "input_video"))
     return tuple(found)
 
 

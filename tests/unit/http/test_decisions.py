@@ -4,15 +4,18 @@ import math
 import typing
 from typing import Any
 
+import msgspec
 import openai
 import pytest
 from openai.types import decision_create_params
 from test_http import client
 from test_http_choices import logprob, served
 
-from engine.conversation.parts import Message, said
+from engine.conversation.media import Placed, scored_after
+from engine.conversation.parts import Call, Image, Message, Text, Video, said
 from engine.errors import RequestError
-from engine.http.openai.decisions import DecisionItem, DecisionsBody
+from engine.http.openai.decisions import DecisionItem, DecisionsBody, messages_of
+from engine.lang.server import in_openai_items
 from engine.runtime.choices import Scores
 from engine.runtime.decisions import MOST_SCORED, Option, Question, check_questions, job_of, probabilities
 
@@ -104,7 +107,7 @@ async def test_every_kind_of_item_of_an_input_is_read() -> None:
         ({"input": []}, "input is empty"),
         (
             {"questions": [{**PREDICATE, "instructions": [{"type": "input_image", "image_url": "data:,"}]}]},
-            "has an image; put it into input",
+            "has an image or a video; put it into input",
         ),
     ],
 )
@@ -141,6 +144,49 @@ def test_the_input_is_the_beginning_of_every_prompt() -> None:
     assert [text[0] for text in texts] == ["s", "s"] and all(text[1].startswith("input\n") for text in texts)
     answered = job_of([Message("user", ()), said("assistant", "x")], Question("predicate", "a"))
     assert [message.role for message in answered.messages or []] == ["user", "assistant", "user"]
+
+
+def test_a_chat_becomes_items_and_the_same_messages_again() -> None:
+    """What `decide` sends of a program that has shown media and called a tool."""
+    shown = [
+        {"type": "text", "text": "see"},
+        {"type": "image_url", "image_url": {"url": "data:,i"}},
+        {"type": "video_url", "video_url": {"url": "data:,v"}},
+    ]
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    chat = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": shown},
+        {"role": "assistant", "content": "wait", "tool_calls": [call]},
+        {"role": "tool", "content": "r", "tool_call_id": "1"},
+        {"role": "assistant", "content": [{"type": "text", "text": "so"}]},
+    ]
+    read = messages_of(msgspec.convert(in_openai_items(chat), list[DecisionItem]))
+    assert [message.role for message in read] == ["system", "user", "assistant", "tool", "assistant"]
+    assert [[*message.shown] for message in read] == [
+        [Text("s")],
+        [
+            Text("see"),
+            Image("data:,i", "input[1].content[1]", "input_image"),
+            Video("data:,v", "input[1].content[2]", "input_video"),
+        ],
+        [Text("wait")],
+        [Text("r")],
+        [Text("so")],
+    ]
+    assert (read[2].calls, read[3].answers) == ([Call("f", "{}", "1")], "1")
+
+
+@pytest.mark.parametrize(("asked", "after"), [(3, 3), (99, 11), (-3, 9), (-13, 0)])
+def test_what_is_scored_is_counted_from_the_beginning_or_from_the_end(asked: int, after: int) -> None:
+    assert scored_after(asked, 12, Placed([])) == after
+
+
+def test_a_choice_that_changes_what_comes_before_a_picture_is_refused() -> None:
+    placed = Placed([], spans=(((2, 3),), ((6, 2),)))
+    assert scored_after(-5, 12, placed) == 7
+    with pytest.raises(RequestError, match="something else before an image"):
+        scored_after(-6, 12, placed)
 
 
 def test_too_many_options_together_are_refused() -> None:

@@ -306,6 +306,20 @@ def test_a_select_scores_its_choices_over_one_cached_prefix(engine: Engine, serv
         )
 
 
+def test_eight_forks_compute_their_prefix_once(engine: Engine, server: Server) -> None:
+    @function
+    def program(s: State, first: str) -> None:
+        s += first * 100
+        forks = s.fork(8)
+        forks += str
+        forks += gen("reply", max_tokens=2)
+
+    for backend, first in ((engine, "m"), (server, "n")):
+        usage = program.run(first, backend=backend, **GREEDY).usage
+        assert (usage.calls, usage.prompt_tokens) == (8, 8 * 101)
+        assert usage.prompt_tokens - usage.cached_tokens == 101 + 7 * 5, "the others begin in its last page"
+
+
 # ── streams and batches ──────────────────────────────────────────────────────────────────────
 
 

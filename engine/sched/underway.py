@@ -1,0 +1,72 @@
+"""Prompts that a copy of attention computes over several steps: who shares the prefix of one may wait for it.
+
+    copy 0   shared prefix ▓▓▓▓▓▓▓▓▓░░░░ its own ░░     no budget for others until the prompt's last chunk
+    copy 1   has budget: a request with that prefix could begin here, and would compute all of it again
+
+To wait costs no time as far as the prefix goes: elsewhere it would take as long, or longer. What the prompt has behind
+the prefix does cost time. So a request waits where its own rest and that are cheaper than to begin in another copy
+(copies.py). It waits for a few steps: those of the prompts that are begun. Within one copy nobody has this choice.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from engine.sched.columns import StepColumns
+from engine.sched.request import Request
+
+if TYPE_CHECKING:
+    from engine.sched.batcher import Scheduler
+
+TOKEN = 4  # bytes of a key
+
+
+class Underway:
+    """Copies whose prompts have taken all budget of their step. As many requests may wait for one as it has slots."""
+
+    def __init__(self, copies: "Sequence[Scheduler]", steps: Sequence[StepColumns]) -> None:
+        self._places = tuple(zip(copies, steps, strict=True))
+        self._prompts: dict[int, list[Request]] = {}  # by copy, once it has no budget
+        self._room: dict[int, int] = {}
+
+    def rests(self, request: Request) -> dict[int, int]:
+        """By copy in which `request` can wait: the tokens that are computed until it has its first, those of the prefix
+        that it waits for apart."""
+        found = {}
+        for index, (copy, step) in enumerate(self._places):
+            if step.budget or not step.prompts or not copy.prefix_cache:
+                continue
+            if index not in self._prompts:
+                self._prompts[index] = [each for each in copy.running_requests() if is_cut(each)]
+                self._room[index] = copy.free_slots
+            if self._room[index]:
+                shared = [shared_tokens(request, prompt, copy.page_size) for prompt in self._prompts[index]]
+                behind = [
+                    len(prompt.ids) - max(held, prompt.computed)
+                    for prompt, held in zip(self._prompts[index], shared, strict=True)
+                ]
+                found[index] = len(request.ids) - max(copy.cached(request), *shared, 0) + sum(behind)
+        return found
+
+    def waits(self, index: int) -> None:
+        """A request waits for that copy."""
+        self._room[index] -= 1
+
+
+def is_cut(request: Request) -> bool:
+    """Whether a running request has computed a part of its prompt alone."""
+    return request.row < 0 and request.computed < len(request.ids)
+
+
+def shared_tokens(request: Request, prompt: Request, page_size: int) -> int:
+    """How many tokens `request` can take from the cache once `prompt` is computed."""
+    if request.salt != prompt.salt:
+        return 0
+    own, other, stride = request.reusable(page_size), prompt.key(0, len(prompt.ids)), TOKEN * page_size
+    low, high = 0, min(len(own), len(other)) // stride
+    while low < high:  # each half is compared once, so all that is compared is no longer than the keys
+        middle = (low + high + 1) // 2
+        if own[low * stride : middle * stride] == other[low * stride : middle * stride]:
+            low = middle
+        else:
+            high = middle - 1
+    return low * page_size
