@@ -194,7 +194,11 @@ async def test_a_new_key_of_a_worker_makes_new_clients_and_the_old_one_brings_th
         assert (await alice.sessions(), await bob.sessions()) == (["s"], [])
         # Who has the worker's key is another one still, and can be a client only by that client's key.
         assert await Client(one, "worker").sessions() == []
-        for name, found in (("alice", []), (client_name("bob", "worker"), []), (client_name("alice", "worker"), ["s"])):
-            direct = Client(one, "worker")
+        theirs = client_name("alice", "worker")
+        for key, name, found in (
+            ("worker", "alice", []), ("worker", client_name("bob", "worker"), []), ("worker", theirs, ["s"]),
+            ("new-worker", theirs, []),
+        ):  # fmt: skip
+            direct = Client(one, key)
             direct.headers[CLIENT] = name
             assert await direct.sessions() == found
