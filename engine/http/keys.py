@@ -4,10 +4,10 @@ Keys are kept as digests under a secret of this process and compared with all of
 neither how long a key is, nor how much of it was right, nor which one matched. A file of keys is read again when it
 has changed, so that a key can be given out or withdrawn without a restart.
 
-A key also says whose sessions, programs, stored responses and requests one may name. A router shows its own key in
-place of its client's, so it names that client in a header. The header is believed whoever sends it, keys or none: it
-chooses among the owners of the key that is shown with it, and which one is that of another client follows from that
-client's key alone, which one would have to know. Left out: what a router sends (`engine.router.keys`).
+A key is also the owner of sessions, programs, stored responses and running requests. A router shows its own key in
+place of its client's, so it names the client in a header, and then key and name together are the owner. The header is
+believed from anybody, also where no key is asked for. For a name can be made only from the key of its client, so to
+name another client one has to know that client's key. Left out: what a router sends (`engine.router.keys`).
 """
 
 import hashlib
@@ -148,10 +148,10 @@ def client_name(key: str, sent: str) -> str:
 
 
 def owner_of(request: web.Request) -> bytes:
-    """Whose sessions, programs, stored responses and requests `request` may name: those of the key that it has shown,
-    or if a router names its client beside that, those of that client alone. Empty where neither is there.
+    """Whose sessions, programs, stored responses and running requests `request` may name: the key's that it has shown,
+    or the client's that a router names beside it. Empty where neither is there.
 
-    A client whose own key was passed on is who it is without a router."""
+    A client that is named by the key that was shown is that key's owner, as without a router."""
     key, client = request.get(KEY, ""), ", ".join(request.headers.getall(CLIENT, ()))
     if key and (not client or client == client_name(key, key)):
         return digest_of(key)

@@ -383,7 +383,7 @@ class ResponseStore:
     async def _forget_oldest(self, asked: ForgetOldest) -> int:
         return self._forget_own()
 
-    def get(self, id: str, owner: bytes = b"") -> Response:
+    def get(self, id: str, owner: bytes) -> Response:
         """Raises RequestError (404) where `owner` has no such response, or no more."""
         if (response := self._stored(id, owner)) is None:
             message = f"there is no response {id[:200]!r}: it was never stored, was deleted, or is forgotten by now"
@@ -404,7 +404,7 @@ class ResponseStore:
             response.resized = None
             self._hold(-1, -response.size)
 
-    def conversation(self, id: str, owner: bytes = b"") -> list[Message]:
+    def conversation(self, id: str, owner: bytes) -> list[Message]:
         """What was said up to the end of the response `id` of `owner`. Raises RequestError where that cannot be gone on
         from."""
         if (response := self._stored(id, owner)) is None:
