@@ -3,6 +3,11 @@
 Keys are kept as digests under a secret of this process and compared with all of them, so the time of an answer tells
 neither how long a key is, nor how much of it was right, nor which one matched. A file of keys is read again when it
 has changed, so that a key can be given out or withdrawn without a restart.
+
+A key is also the owner of sessions, programs, stored responses and running requests. A router shows its own key in
+place of its client's, so it names the client in a header, and then key and name together are the owner. The header is
+believed from anybody, also where no key is asked for. For a name can be made only from the key of its client, so to
+name another client one has to know that client's key. Left out: what a router sends (`engine.router.keys`).
 """
 
 import hashlib
@@ -31,7 +36,8 @@ MOST_KEYS = 1000
 log = logging.getLogger(__name__)
 
 Stamp = tuple[int, int, int]
-OWNER = web.RequestKey("owner", bytes)  # a digest of the key that a request has shown
+KEY = web.RequestKey("key", str)  # that a request has shown, one of the server's
+CLIENT = "X-Engine-Client"  # by which a router tells its clients apart
 
 
 def read_keys(path: str, option: str = "--api-key-file") -> list[str]:
@@ -94,7 +100,7 @@ class Keys:
         return found
 
     def _digest(self, key: str) -> bytes:
-        return hashlib.blake2b(key.encode(errors="surrogateescape"), key=self._secret, digest_size=32).digest()
+        return hashlib.blake2b(_bytes_of(key), key=self._secret, digest_size=32).digest()
 
     def _reread(self) -> None:
         """Take the file's keys anew if it has changed. What cannot be read is logged, and the keys before it stay."""
@@ -132,7 +138,30 @@ def keys_in(request: web.Request) -> list[str]:
 
 def digest_of(key: str) -> bytes:
     """What stands for a key where fronts must agree on whose something is. It is never told to anyone."""
-    return hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=16, person=b"owner").digest()
+    return hashlib.blake2b(_bytes_of(key), digest_size=16, person=b"owner").digest()
+
+
+def client_name(key: str, sent: str) -> str:
+    """What a router calls its client with the API `key` towards a worker that is `sent` another one, or the same:
+    HMAC-SHA256 of the first under the second (RFC 2104), in hexadecimal digits."""
+    return hmac.digest(_bytes_of(sent), _bytes_of(key), "sha256").hex()
+
+
+def owner_of(request: web.Request) -> bytes:
+    """Whose sessions, programs, stored responses and running requests `request` may name: the key's that it has shown,
+    or the client's that a router names beside it. Empty where neither is there.
+
+    A client that is named by the key that was shown is that key's owner, as without a router."""
+    key, client = request.get(KEY, ""), ", ".join(request.headers.getall(CLIENT, ()))
+    if key and (not client or client == client_name(key, key)):
+        return digest_of(key)
+    if not client:
+        return b""
+    return hashlib.blake2b(_bytes_of(client), key=digest_of(key), digest_size=16, person=b"client").digest()
+
+
+def _bytes_of(key: str) -> bytes:
+    return key.encode(errors="surrogateescape")
 
 
 def key_check(keys: Keys, open_paths: frozenset[str]) -> "Middleware":
@@ -144,7 +173,7 @@ def key_check(keys: Keys, open_paths: frozenset[str]) -> "Middleware":
             return await handler(request)
         given = keys_in(request)
         if found := [key for key in given if keys.have([key])]:
-            request[OWNER] = digest_of(found[0])
+            request[KEY] = found[0]
             return await handler(request)
         said = "wrong" if given or "Authorization" in request.headers else "missing"
         message = f"the API key is {said}; send the server's key as `Authorization: Bearer KEY`"

@@ -16,7 +16,7 @@ from aiohttp import web
 
 from engine.config import ServerOptions
 from engine.errors import RequestError, Words, counted
-from engine.http.keys import OWNER
+from engine.http.keys import owner_of
 from engine.http.metrics import Metrics, ReplyWatch
 from engine.http.request_id import called, check_id
 from engine.http.sse import CALLED, WORDS
@@ -60,7 +60,9 @@ class Service:
         self.model = front.model_name
         self.models = options.served_model_name or (self.model,)
         self.metrics = Metrics(front, self.model, options.metrics_aliases)
-        self._named: dict[str, dict[object, list[str]]] = {}  # ids that stand for the rids of one request, or of more
+        # By owner and id: the rids of the request that it stands for, or of several.
+        self._named: dict[tuple[bytes, str], dict[object, list[str]]] = {}
+        self._owners: dict[str, bytes] = {}  # of rids; without those that are nobody's
         self._claims: dict[str, bool] = {}  # ids that clients gave their requests, and whether all fronts know
         front.peers.answers(AbortRequests, self._aborted)
         front.peers.answers(ClaimIds, self._claimed)
@@ -86,7 +88,7 @@ class Service:
                         await anyio.lowlevel.checkpoint()
             finally:
                 id = called(request, rid)
-            with self.known_as(id, rid, jobs):
+            with self.known_as(owner_of(request), {id, rid}, jobs):
                 yield boxes
         finally:
             for box in boxes:
@@ -109,18 +111,18 @@ class Service:
         trace = TRACE.get()
         return self.metrics.watching(endpoint, None if trace is None else trace.reply(job))
 
-    async def abort(self, rid: str | None) -> int:
-        """End what runs as `rid` at any front, all its replies, or everything with None; how many replies were open."""
-        return self._abort_here(rid) + sum(await self.front.peers.ask(AbortRequests(rid)))
-
-    def _abort_here(self, rid: str | None) -> int:
-        if rid is None:
-            return self.front.abort(None)
-        rids = {rid}.union(*self._named.get(rid, {}).values())
-        return sum(self.front.abort(one) for one in rids)
+    async def abort(self, rid: str | None, owner: bytes = b"") -> int:
+        """End what runs as `rid` of `owner` at any front, all its replies, or with None everything of everybody; how
+        many replies were open."""
+        asked = AbortRequests(rid, owner)
+        return await self._aborted(asked) + sum(await self.front.peers.ask(asked))
 
     async def _aborted(self, asked: AbortRequests) -> int:
-        return self._abort_here(asked.rid)
+        rid, owner = asked.rid, asked.owner
+        if rid is None:
+            return self.front.abort(None)
+        rids = {rid}.union(*self._named.get((owner, rid), {}).values())
+        return sum(self.front.abort(one) for one in rids if self._owners.get(one, b"") == owner)
 
     @asynccontextmanager
     async def claimed(self, rids: Sequence[str]) -> AsyncIterator[None]:
@@ -149,12 +151,15 @@ class Service:
         return next((rid for rid in asked.rids if rid in self._claims and (first or self._claims[rid])), None)
 
     @contextmanager
-    def known_as(self, id: str, rid: str, jobs: Sequence[Job]) -> Iterator[None]:
-        """While this lasts, `abort` ends all `jobs` by `rid`, which we made, and by `id`, which others may have too."""
+    def known_as(self, owner: bytes, ids: set[str], jobs: Sequence[Job]) -> Iterator[None]:
+        """While this lasts, `owner` alone can `abort` these jobs: all by each of `ids`, which other requests may have
+        too, and each by its rid."""
         key, rids = object(), [job.rid for job in jobs]
-        names = {id, rid} - ({rids[0]} if len(rids) == 1 else set())  # by its own rid it is known anyway
+        names = [(owner, id) for id in ids if rids != [id]]
         for name in names:
             self._named.setdefault(name, {})[key] = rids
+        owners = dict.fromkeys(rids, owner) if owner else {}
+        self._owners |= owners
         try:
             yield
         finally:
@@ -162,6 +167,8 @@ class Service:
                 del self._named[name][key]
                 if not self._named[name]:
                     del self._named[name]
+            for rid in owners:
+                del self._owners[rid]
 
     def check_model(self, name: str | None) -> None:
         """Raise RequestError (404) unless `name` is one of the served names or left out."""
@@ -234,11 +241,6 @@ def session_of(request: web.Request, given: str | None) -> SessionUse | None:
         message = f"session_id is {id!r}, and the header {SESSION_HEADER} {named[:80]!r}; send one of them"
         raise RequestError(message, param="session_id")
     return SessionUse(owner_of(request), id, request.app[SERVICE].front.config.cache.session_seconds)
-
-
-def owner_of(request: web.Request) -> bytes:
-    """Whose sessions and programs `request` may name."""
-    return request.get(OWNER, b"")
 
 
 def program_of(request: web.Request, program: str | None) -> ProgramUse | None:

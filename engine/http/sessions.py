@@ -9,9 +9,10 @@ from typing import Literal
 from aiohttp import web
 
 from engine.errors import RequestError
+from engine.http.keys import owner_of
 from engine.http.openapi import Route
 from engine.http.request_id import check_id
-from engine.http.service import SERVICE, owner_of, salt_of
+from engine.http.service import SERVICE, salt_of
 from engine.http.wire import Body, Reply, json_response
 
 

@@ -4,9 +4,11 @@ from engine.messages.questions import Question
 
 
 class AbortRequests(Question[int], frozen=True):
-    """End what runs at this front as `rid`, or everything with None. The value is how many replies were open."""
+    """End what runs at this front as `rid` of `owner`, or with None everything of everybody. The value is how many
+    replies were open."""
 
     rid: str | None
+    owner: bytes = b""
 
 
 class ClaimIds(Question[str | None], frozen=True):

@@ -46,9 +46,11 @@ class Ticket:
         bound: str = "",
         seconds: float = math.inf,
         rids: Sequence[str] = (),
+        key: str | None = None,
     ) -> None:
         self.arrival = arrival
         self.rids = rids  # by which it may be aborted
+        self.key = key  # that its client has shown
         self.priority = priority
         self.bound = bound  # the URL of the only worker that it may go to
         self.seconds = seconds  # that it may wait
@@ -272,9 +274,10 @@ class Dispatcher:
         for entry in passed:
             heapq.heappush(self._queue, entry)
 
-    def abort(self, rid: str | None) -> int:
-        """End those requests in the queue that have this id, or all; how many."""
-        found = [each[2] for each in self._queue if rid is None or rid in each[2].rids]
+    def abort(self, rid: str | None, key: str | None = None) -> int:
+        """End those requests in the queue that have this id and came with this `key`, or all; how many."""
+        queued = [each[2] for each in self._queue]
+        found = [each for each in queued if rid is None or (rid in each.rids and each.key == key)]
         for ticket in found:
             if ticket.found is not None and not ticket.found.done():
                 message = "the request was aborted while it waited for a worker"

@@ -14,6 +14,7 @@ from aiohttp import web
 from msgspec import Struct
 
 from engine.http.intake import read_body
+from engine.http.keys import KEY
 from engine.http.openapi import Route
 from engine.http.wire import json_response
 from engine.router.asked import object_in
@@ -43,13 +44,13 @@ async def _of_each(
     request: web.Request, workers: list[Worker], path: str, body: bytes | None = None, method: str = "POST"
 ) -> list[Said]:
     """What `workers` answer to a GET, or where there is a `body`, to that `method`."""
-    health, sent = request.app[ROUTER].health, passed(request)
+    health, caller = request.app[ROUTER].health, passed(request)
     method, seconds = ("GET", None) if body is None else (method, SECONDS)
 
     async def ask(worker: Worker) -> Said:
         try:
             status, data = await health.ask(
-                worker, path, method=method, body=body or b"", headers=sent, seconds=seconds
+                worker, path, method=method, body=body or b"", caller=caller, seconds=seconds
             )
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             return Said(worker.url, 0, f"no answer ({type(error).__name__})")
@@ -88,12 +89,14 @@ async def everywhere(request: web.Request) -> web.Response:
 
 
 async def abort(request: web.Request) -> web.Response:
-    """End a request wherever it runs or waits, or all of them."""
+    """End a request of the caller's wherever it runs or waits, or all of everybody's."""
     router, body = request.app[ROUTER], await read_body(request)
     fields = object_in(body)
     rid, everything = fields.get("rid"), fields.get("abort_all") is True
     known = router.places.running(rid) if isinstance(rid, str) and not everything else []
-    here = router.dispatcher.abort(None if everything else rid) if everything or isinstance(rid, str) else 0
+    here = 0
+    if everything or isinstance(rid, str):
+        here = router.dispatcher.abort(None if everything else rid, request.get(KEY))
     workers = [worker for worker in router.fleet.workers.values() if worker.state != "gone"]
     if known:
         workers = [worker for worker in workers if worker.url in known]

@@ -10,9 +10,7 @@ A worker that was gone has lost its cache, so policies are told.
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
 from contextvars import Context
-from types import MappingProxyType
 from typing import Final
 
 import aiohttp
@@ -20,7 +18,7 @@ from yarl import URL
 
 from engine.errors import WorkerError
 from engine.router.asked import object_in
-from engine.router.keys import WorkerKeys
+from engine.router.keys import NOBODY, Caller, WorkerKeys
 from engine.router.workers import REGISTERED, Fleet, State, Worker
 
 PATHS: Final = ("/readyz", "/health")
@@ -28,7 +26,6 @@ LOOP: Final = 508  # the status of an answer to a request that has been here bef
 MODELS_SECONDS: Final = 30.0  # how old what is known of the models may be
 FORGET_SECONDS: Final = 600.0  # after which a worker that registered itself and is gone is forgotten
 MOST_CAUSE: Final = 200
-NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
 log = logging.getLogger("engine.router")
 
 
@@ -128,17 +125,15 @@ class Health:
         *,
         method: str = "GET",
         body: bytes = b"",
-        headers: Mapping[str, str] = NOTHING,
+        caller: Caller = NOBODY,
         seconds: float | None = None,
     ) -> tuple[int, bytes]:
-        """A question of the router's own, or one with a client's `headers`: the status and the body of the answer.
+        """A question of the router's own, or one for `caller`: the status and the body of the answer.
         Raises aiohttp.ClientError, OSError, and TimeoutError after `seconds`, by default those of a heartbeat."""
         assert self._fleet.session is not None, "it is opened with the router"
         timeout = aiohttp.ClientTimeout(total=seconds or self._options.health_timeout)
-        said = dict(headers) | ({"Content-Type": "application/json"} if body else {})
+        said = caller.towards(self._keys.of(worker.url)) | ({"Content-Type": "application/json"} if body else {})
         said["Via"] = f"{said['Via']}, {self._via}" if "Via" in said else self._via
-        if (key := self._keys.of(worker.url)) is not None:
-            said["Authorization"] = f"Bearer {key}"
         url = URL(worker.url + path, encoded=True)  # which would take dots out of a path
         async with self._fleet.session.request(
             method, url, data=body or None, headers=said, timeout=timeout, allow_redirects=False

@@ -2,18 +2,29 @@
 
 The first two are as an engine's (`engine.http.keys`). A worker gets the client's own key, or the one that
 `--worker-key-file` has for it. Then clients need no key of a worker's, so the router asks for one of its own.
+
+Whoever has shown such a key is named to the worker in a header, so that a worker that asks for none, or gets the same
+one for all clients, tells them apart. The name says nothing of the key to those who do not have the one that goes with
+it. Routers with the same file agree on it, and when a key changes, its client or all are new ones to the worker.
 """
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+from msgspec import Struct
 
 from engine.errors import ConfigError, RequestError
-from engine.http.keys import RELOAD_SECONDS, Keys, Stamp, stamp_of
+from engine.http.keys import CLIENT, RELOAD_SECONDS, Keys, Stamp, client_name, stamp_of
 from engine.http.origins import binds_loopback
 from engine.options.listening import ListenOptions
 from engine.router.options import RouterConfig
 
+CREDENTIALS: Final = ("Authorization", "x-api-key")
+NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
 log = logging.getLogger("engine.router")
 
 
@@ -51,6 +62,31 @@ class AdminKeys:
                 code="admin_key_required",
                 status=401,
             )
+
+
+class Caller(Struct, frozen=True):
+    """Whom a worker is asked for: `headers` by which it knows its client, and the way the request came; and the `key`
+    that the client has shown, if it was asked for one."""
+
+    headers: Mapping[str, str] = NOTHING
+    key: str | None = None
+
+    def towards(self, worker_key: str | None) -> dict[str, str]:
+        """The headers for a worker that gets `worker_key`, if that is given, in place of the client's own."""
+        kept = {name: value for name, value in self.headers.items() if worker_key is None or name not in CREDENTIALS}
+        return kept | credentials(self.key, worker_key)
+
+
+NOBODY: Final = Caller()
+
+
+def credentials(key: str | None, worker_key: str | None) -> dict[str, str]:
+    """The headers that tell a worker who asks, beside those of the client: `worker_key` in place of its own, if there
+    is one, and a name for the client that has shown `key`, if it was asked for one."""
+    said = {} if worker_key is None else {"Authorization": f"Bearer {worker_key}"}
+    if key:
+        said[CLIENT] = client_name(key, worker_key or key)
+    return said
 
 
 class WorkerKeys:

@@ -21,8 +21,10 @@ from msgspec import Struct
 
 from engine.errors import RequestError, WorkerError, counted, shut_down
 from engine.http.intake import read_body, release_body
+from engine.http.keys import KEY
 from engine.router.asked import RESPONSE_ID, Asked, cached_share, read_asked
 from engine.router.dispatch import PATIENCE, Placed, Ticket
+from engine.router.keys import CREDENTIALS, Caller
 from engine.router.relay import relay, request_head
 from engine.router.wire import BrokenConnection, Head, Upstream
 from engine.router.workers import Worker
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 ELSEWHERE: Final = frozenset({429, 502, 503, 504})  # statuses of a worker that another one may do without
 FAILURES: Final = frozenset({502, 504})
-CLIENT: Final = ("Authorization", "x-api-key", "anthropic-version", "Via")
+PASSED: Final = (*CREDENTIALS, "anthropic-version", "Via")
 log = logging.getLogger("engine.router")
 
 
@@ -54,10 +56,10 @@ class Moved(WorkerError):
     """The worker has not answered, and nothing went to the client."""
 
 
-def passed(request: web.Request) -> dict[str, str]:
-    """The headers of `request` by which a worker knows its client, and the way it came, for questions beside the
-    request itself."""
-    return {name: ", ".join(request.headers.getall(name)) for name in CLIENT if name in request.headers}
+def passed(request: web.Request) -> Caller:
+    """Who has sent `request`, for questions beside the request itself."""
+    headers = {name: ", ".join(request.headers.getall(name)) for name in PASSED if name in request.headers}
+    return Caller(headers, request.get(KEY))
 
 
 async def ticket_of(router: "Router", request: web.Request, asked: Asked) -> Ticket:
@@ -73,7 +75,8 @@ async def ticket_of(router: "Router", request: web.Request, asked: Asked) -> Tic
             raise RequestError(
                 f"{PATIENCE} is {said[:80]!r}; send the seconds that the request may wait, above 0", param=PATIENCE
             )
-    return Ticket(asked.arrival, priority=asked.priority, bound=bound, seconds=seconds, rids=asked.rids)
+    key, rids = request.get(KEY), asked.rids
+    return Ticket(asked.arrival, priority=asked.priority, bound=bound, seconds=seconds, rids=rids, key=key)
 
 
 async def proxied(router: "Router", request: web.Request) -> web.StreamResponse:

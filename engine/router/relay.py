@@ -13,15 +13,18 @@ from multidict import CIMultiDict
 
 from engine.client.bench.wire import HEAD_END, Address
 from engine.http.half_closed import HalfClosed
+from engine.http.keys import CLIENT, KEY
 from engine.http.passing import OWN_HEADERS
 from engine.http.request_id import HEADER, rename
+from engine.router.keys import CREDENTIALS, credentials
 from engine.router.wire import Head, Upstream
 
 OWN: Final = frozenset(str(name).lower().encode() for name in OWN_HEADERS)
 # What this router has judged, or says anew, and what a worker would judge by other rules than it has.
-JUDGED: Final = OWN | {b"host", b"origin", b"access-control-request-method", b"access-control-request-headers"}
+PREFLIGHT: Final = frozenset({b"access-control-request-method", b"access-control-request-headers"})
+JUDGED: Final = OWN | PREFLIGHT | {b"host", b"origin", CLIENT.lower().encode()}
 FETCH: Final = b"sec-fetch-"
-CREDENTIALS: Final = frozenset({b"authorization", b"x-api-key"})
+SHOWN: Final = frozenset(name.lower().encode() for name in CREDENTIALS)
 KEPT: Final = frozenset({b"transfer-encoding", b"content-length", b"content-encoding"})  # what frames the same body
 DROPPED: Final = OWN - KEPT
 SHARED: Final = b"access-control-"  # what a worker shares with origins is this router's to say
@@ -29,15 +32,16 @@ SHARED: Final = b"access-control-"  # what a worker shares with origins is this 
 
 def request_head(request: web.Request, address: Address, length: int, key: str | None, via: str) -> bytes:
     """The head of `request` for the worker at `address`; its body has `length` bytes. With a `key`, that is sent in
-    place of the client's. `via` is what this router adds of itself."""
+    place of the client's, and the client is named beside it (`engine.router.keys`). `via` is what this router adds of
+    itself."""
     version = "1.1" if request.version >= HttpVersion11 else "1.0"
     host = f"[{address.host}]" if ":" in address.host else address.host
     path = request.raw_path if request.raw_path.startswith("/") else request.rel_url.raw_path_qs
     lines = [f"{request.method} {address.prefix}{path} HTTP/{version}\r\nHost: {host}:{address.port}".encode()]
     dropped = JUDGED | named_in(request.headers.get(hdrs.CONNECTION, ""))
     if key is not None:
-        dropped |= CREDENTIALS
-        lines.append(b"Authorization: Bearer " + key.encode())
+        dropped |= SHOWN
+    lines += [f"{name}: {value}".encode() for name, value in credentials(request.get(KEY), key).items()]
     for name, value in request.raw_headers:
         low = name.lower()
         if low not in dropped and not low.startswith(FETCH):

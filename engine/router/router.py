@@ -8,7 +8,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
 from urllib.parse import quote
@@ -23,7 +23,7 @@ from engine.router.discovery import discover
 from engine.router.dispatch import Dispatcher, tell
 from engine.router.feeds import Feeds
 from engine.router.health import Health
-from engine.router.keys import WorkerKeys, admin_keys
+from engine.router.keys import Caller, WorkerKeys, admin_keys
 from engine.router.metrics import FleetFigures, RouterMetrics
 from engine.router.options import RouterConfig
 from engine.router.peers import Peers
@@ -94,13 +94,13 @@ class Router:
             self.peers.outside()
             await asyncio.sleep(0.0 if more else TIDY_SECONDS)
 
-    async def holder(self, asked: Asked, headers: Mapping[str, str]) -> str:
-        """The URL of the worker that has the response that a request with these `headers` is about. Raises RequestError
-        (404) if none."""
+    async def holder(self, asked: Asked, caller: Caller) -> str:
+        """The URL of the worker that has the response that a request of `caller` is about. Raises RequestError (404) if
+        none."""
         id, workers = asked.response, self.fleet.workers
         url = self.places.response(id)
         if not url:
-            url = await self._who_has(id, headers)
+            url = await self._who_has(id, caller)
             if url:
                 self.places.learn(id, url)
         if url in workers:
@@ -113,13 +113,13 @@ class Router:
             status=404,
         )
 
-    async def _who_has(self, id: str, headers: Mapping[str, str]) -> str:
-        """The URL of a worker that says that it has the response `id`; empty if none does. Those that would not answer
-        are not asked."""
+    async def _who_has(self, id: str, caller: Caller) -> str:
+        """The URL of a worker that says that it has the response `id` of `caller`; empty if none does. Those that would
+        not answer are not asked."""
 
         async def has(worker: Worker) -> str:
             try:
-                status, _ = await self.health.ask(worker, f"/v1/responses/{quote(id, safe='')}", headers=headers)
+                status, _ = await self.health.ask(worker, f"/v1/responses/{quote(id, safe='')}", caller=caller)
             except (aiohttp.ClientError, TimeoutError, OSError):
                 return ""
             return worker.url if status == 200 else ""

@@ -14,6 +14,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final, cast
 
 from msgspec import Struct
@@ -25,6 +26,8 @@ MOST_HEAD: Final = 64 * 2**10  # bytes
 MOST_GATHERED: Final = 256 * 2**10  # bytes that are held for a handler that has not come for them
 LAST: Final = 4  # reads of the socket of which the end of a body is remembered
 LAST_BYTES: Final = 4096
+SIZES: Final = 1024  # that are remembered as they were written: events are of few sizes
+SHORT: Final = 16  # bytes of the line of one of those, at most
 FIRST_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([^\r\n\0]*))?")
 DIGITS: Final = b"0123456789abcdefABCDEF"
 BROKEN_LINE: Final = re.compile(rb"[\r\n\0]")  # what is a line's end for some readers
@@ -86,6 +89,10 @@ class Chunks:
 
     def end(self, data: bytes) -> bool:
         """Whether the body ends with `data`. Raises WorkerError for what are no chunks, or more than the body."""
+        if not (self._left or self._line or self._trailer):
+            stop = data.find(b"\n", 0, SHORT)
+            if stop > 0 and (length := _known_size(data[:stop])) and stop + length + 3 == len(data):
+                return False  # one whole chunk, as an event mostly comes
         if self._line:
             data = self._line + data
             self._line = b""
@@ -120,6 +127,9 @@ def _size(line: bytes) -> int:
     if digits and not digits.translate(None, DIGITS):
         return int(digits, 16)
     raise WorkerError(f"the worker's reply has {line[:40]!r} where the size of a chunk belongs")
+
+
+_known_size = lru_cache(SIZES)(_size)
 
 
 class Upstream(asyncio.Protocol):
@@ -279,7 +289,7 @@ class Upstream(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.open = False
-        if self.ended:
+        if self.ended or self._broken is not None:  # which says why already
             return
         if self._head is None and not self._framed and error is None:
             self.ended = True  # its end is that of the connection

@@ -15,6 +15,7 @@ from engine import __version__
 from engine.errors import RequestError
 from engine.http.admin import experts
 from engine.http.fields import Rule, unserved
+from engine.http.keys import owner_of
 from engine.http.openapi import Route
 from engine.http.service import SERVICE
 from engine.http.wire import Body, Reply, json_response
@@ -231,12 +232,12 @@ async def model_info(request: web.Request) -> web.Response:
 
 
 async def abort_request(request: web.Request, body: AbortBody) -> web.Response:
-    """End one request by its exact id, or all; unknown ids are no error."""
+    """End one request of the API key by its exact id, or all of everybody; unknown ids are no error."""
     if body.abort_all == (body.rid is not None):
         rid = None if body.rid is None else body.rid[:200]
         message = f"rid is {rid!r} and abort_all is {body.abort_all}; send a rid, or abort_all: true, not both"
         raise RequestError(message, param="rid")
-    return json_response(AbortReply(await request.app[SERVICE].abort(body.rid)))
+    return json_response(AbortReply(await request.app[SERVICE].abort(body.rid, owner_of(request))))
 
 
 async def flush_cache(request: web.Request) -> web.Response:

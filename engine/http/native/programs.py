@@ -9,8 +9,9 @@ from typing import Annotated
 from aiohttp import web
 from msgspec import Meta
 
+from engine.http.keys import owner_of
 from engine.http.openapi import Route
-from engine.http.service import SERVICE, checked_program, owner_of, salt_of
+from engine.http.service import SERVICE, checked_program, salt_of
 from engine.http.wire import Body, Reply, json_response
 
 MOST = 4096  # programs that end in one request

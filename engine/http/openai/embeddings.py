@@ -20,6 +20,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from engine.errors import RequestError, Words, counted
 from engine.http.fields import LABEL, Rule, unserved
+from engine.http.keys import owner_of
 from engine.http.openapi import Route
 from engine.http.request_id import called
 from engine.http.service import SERVICE, Service, check_kept, pack_ids, told_apart
@@ -260,7 +261,7 @@ async def vectors_of(
             message = "the request was ended by /abort_request; send it again"
             raise RequestError(message, code="aborted", status=409)
 
-    with service.known_as(called(request, rid), rid, jobs):
+    with service.known_as(owner_of(request), {called(request, rid), rid}, jobs):
         try:
             async with anyio.create_task_group() as group:
                 for name, job in zip(inputs, jobs, strict=True):

@@ -16,6 +16,7 @@ from engine.errors import RequestError, Words
 from engine.http.effort import with_effort
 from engine.http.fields import ignore
 from engine.http.grammars import ObjectFormat
+from engine.http.keys import owner_of
 from engine.http.openapi import Route
 from engine.http.passing import id_at
 from engine.http.request_id import called
@@ -84,7 +85,8 @@ async def create(request: web.Request, body: ResponsesBody) -> web.StreamRespons
     if body.background and not keep:
         raise RequestError("background is true and store is false; a background response is stored", param="store")
     sampling, field = asked_of(request, body)
-    earlier = [] if body.previous_response_id is None else store.conversation(body.previous_response_id)
+    owner = owner_of(request)
+    earlier = [] if body.previous_response_id is None else store.conversation(body.previous_response_id, owner)
     conversation = [*earlier, *messages_of(body.input)]
     wanted = wanted_of(body)
     spoken = [said("system", body.instructions)] if body.instructions else []
@@ -95,7 +97,7 @@ async def create(request: web.Request, body: ResponsesBody) -> web.StreamRespons
     defaults = SamplingDefaults() if service.front.text is None else service.front.text.defaults
     asked = described(body, defaults.under(sampling), service.model, wanted)
     id = id_at(service.front.peers.number, "resp")
-    response = Response(asked, conversation, reading, scored=sampling.logprobs is not None, id=id)
+    response = Response(asked, conversation, reading, scored=sampling.logprobs is not None, id=id, owner=owner)
     job = Generate(
         response.id,
         messages=messages,
@@ -105,7 +107,7 @@ async def create(request: web.Request, body: ResponsesBody) -> web.StreamRespons
         **reading.job,
     )
     if body.background:
-        store.run(response, _generate(service, called(request, response.id), job), words_of(request))
+        store.run(response, _generate(service, owner, called(request, response.id), job), words_of(request))
         return await _follow(request, response) if body.stream else json_response(response.object())
     recorded = Recorded(response, store if keep else None)
     opened = service.replies(request, response.id, [job], "responses")
@@ -121,7 +123,7 @@ async def create(request: web.Request, body: ResponsesBody) -> web.StreamRespons
 
 async def retrieve(request: web.Request, query: RetrieveQuery) -> web.StreamResponse:
     """Give a stored response as it is now, or stream a background one, from its beginning or later."""
-    response = request.app[STORE].get(request.match_info["response_id"])
+    response = _stored(request)
     if not query.stream:
         return json_response(response.object())
     if not response.background:
@@ -132,7 +134,7 @@ async def retrieve(request: web.Request, query: RetrieveQuery) -> web.StreamResp
 
 async def cancel(request: web.Request) -> web.Response:
     """End a background response that still runs; one that has ended stays as it is."""
-    response = request.app[STORE].get(request.match_info["response_id"])
+    response = _stored(request)
     if not response.background:
         raise RequestError(
             f"the response {response.id!r} was not made with background: true; only such responses can be cancelled",
@@ -144,7 +146,7 @@ async def cancel(request: web.Request) -> web.Response:
 
 async def delete(request: web.Request) -> web.Response:
     """Forget a stored response; one that still runs is cancelled."""
-    response = request.app[STORE].get(request.match_info["response_id"])
+    response = _stored(request)
     await response.cancel()
     request.app[STORE].forget(response.id)
     return json_response(DeletedReply(response.id, "response", True))
@@ -152,7 +154,7 @@ async def delete(request: web.Request) -> web.Response:
 
 async def input_items(request: web.Request, query: ItemsQuery) -> web.Response:
     """List the messages that a stored response answers, the last first."""
-    response = request.app[STORE].get(request.match_info["response_id"])
+    response = _stored(request)
     items = response.input_items()
     if query.order == "desc":
         items.reverse()
@@ -168,9 +170,14 @@ async def input_items(request: web.Request, query: ItemsQuery) -> web.Response:
     return json_response(ItemList(page, first, last, begin + len(page) < len(items)))
 
 
-async def _generate(service: Service, id: str, job: Generate) -> AsyncGenerator[Chunk]:
-    """The reply to `job`, which is known as `id` too."""
-    with service.known_as(id, job.rid, [job]):
+def _stored(request: web.Request) -> Response:
+    """The response that `request` names. Raises RequestError (404) where its owner has none such."""
+    return request.app[STORE].get(request.match_info["response_id"], owner_of(request))
+
+
+async def _generate(service: Service, owner: bytes, id: str, job: Generate) -> AsyncGenerator[Chunk]:
+    """The reply to `job` of `owner`, which is known as `id` too."""
+    with service.known_as(owner, {id, job.rid}, [job]):
         async with aclosing(service.generate(job, "responses")) as chunks:
             async for chunk in chunks:
                 yield chunk

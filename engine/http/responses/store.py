@@ -4,6 +4,8 @@ At most `MAX_RESPONSES` with `MAX_BYTES` between them, all counted that a respon
 ended first are forgotten, but none that still runs: where those that run leave no room, another one is refused. A
 restart forgets all.
 
+Each is its owner's alone (`engine.http.keys`): to others it is one that there is not.
+
 Each front stores the responses that it has made, and the limits are those of all fronts together: what they hold is on
 the board. The front that holds the one that ended first forgets it, so another one may have to ask for that, and for
 the time of a message there is one too many.
@@ -62,8 +64,8 @@ class Response:
     """One response: what was asked, and the reply as far as it is there.
 
     `asked` is what never changes; `conversation` the messages it answers; `reading` how replies are read; `scored`
-    says that log-probabilities are asked for. `size` is how many bytes it holds, at most; `resized` is told by how much
-    that changes."""
+    says that log-probabilities are asked for; `owner` is whose it is. `size` is how many bytes it holds, at most;
+    `resized` is told by how much that changes."""
 
     def __init__(
         self,
@@ -73,8 +75,10 @@ class Response:
         *,
         scored: bool = False,
         id: str = "",
+        owner: bytes = b"",
     ) -> None:
         self.id = id or id_at(0, "resp")
+        self.owner = owner
         self.key = uuid4().hex  # of its items
         self.background: bool = asked.background
         self.status: Status = "queued" if self.background else "in_progress"
@@ -379,15 +383,16 @@ class ResponseStore:
     async def _forget_oldest(self, asked: ForgetOldest) -> int:
         return self._forget_own()
 
-    def get(self, id: str) -> Response:
-        """Raises RequestError (404) where there is no such response, or no more."""
-        if (response := self._stored(id)) is None:
+    def get(self, id: str, owner: bytes) -> Response:
+        """Raises RequestError (404) where `owner` has no such response, or no more."""
+        if (response := self._stored(id, owner)) is None:
             message = f"there is no response {id[:200]!r}: it was never stored, was deleted, or is forgotten by now"
             raise RequestError(message, param="response_id", code="response_not_found", status=404)
         return response
 
-    def _stored(self, id: str) -> Response | None:
-        return self._ended.get(id) or self._running.get(id)
+    def _stored(self, id: str, owner: bytes = b"") -> Response | None:
+        found = self._ended.get(id) or self._running.get(id)
+        return found if found is not None and found.owner == owner else None
 
     def forget(self, id: str) -> None:
         """Hold the response `id` no longer, if it is stored."""
@@ -399,9 +404,10 @@ class ResponseStore:
             response.resized = None
             self._hold(-1, -response.size)
 
-    def conversation(self, id: str) -> list[Message]:
-        """What was said up to the end of the response `id`. Raises RequestError where that cannot be gone on from."""
-        if (response := self._stored(id)) is None:
+    def conversation(self, id: str, owner: bytes) -> list[Message]:
+        """What was said up to the end of the response `id` of `owner`. Raises RequestError where that cannot be gone on
+        from."""
+        if (response := self._stored(id, owner)) is None:
             raise RequestError(
                 f"previous_response_id is {id[:200]!r}, and no such response is stored; send its messages as input",
                 param="previous_response_id",

@@ -8,6 +8,7 @@ from aiohttp import web
 from engine.conversation.parts import said
 from engine.conversation.reading import reading_of
 from engine.http.fields import Rule
+from engine.http.keys import owner_of
 from engine.http.native.tokenize import tokenized
 from engine.http.openapi import Route
 from engine.http.responses.bodies import InputItemBody, ReasoningBody, ResponsesBody, TextBody, messages_of
@@ -52,7 +53,7 @@ async def input_tokens(request: web.Request, body: InputTokensBody) -> web.Respo
     (sampling, _), wanted = asked_of(request, asked), wanted_of(asked)
     earlier = []
     if body.previous_response_id is not None:
-        earlier = request.app[STORE].conversation(body.previous_response_id)
+        earlier = request.app[STORE].conversation(body.previous_response_id, owner_of(request))
     spoken = [said("system", body.instructions)] if body.instructions else []
     messages = [*spoken, *earlier, *messages_of(body.input)]
     how = options_of(request, asked, wanted)

@@ -11,6 +11,7 @@ import pytest
 from http_front import FakeFront, chunks
 from joined_fronts import Joined, get, hanging, join, joined_fronts, post, samples
 
+from engine.http.keys import CLIENT, client_name
 from engine.messages.control import Stats
 from engine.messages.questions import CountExperts, ExpertCounts
 from engine.runtime.board import Counter
@@ -137,6 +138,38 @@ async def test_abort_reaches_the_front_that_has_the_request() -> None:
             assert await post(session, "/abort_request", {"abort_all": True}) == (200, {"aborted": 3})
         engine.hub.gone.add(0)  # one that does not answer has nothing open
         assert await post(engine.sessions[1], "/abort_request", {"abort_all": True}) == (200, {"aborted": 1})
+        group.cancel_scope.cancel()
+
+
+async def test_a_request_and_a_response_are_those_of_who_asked_at_any_front() -> None:
+    """A key, or the client that a router names beside its key."""
+    whose = [{"Authorization": f"Bearer {key}"} for key in ("one", "two")]
+    whose += [whose[1] | {CLIENT: client_name(client, "two")} for client in ("alice", "bob")]
+    async with (
+        joined_fronts(hanging(), hanging(), api_key=("one", "two")) as engine,
+        anyio.create_task_group() as group,
+    ):
+        for own in whose:
+            _, made = await post(engine.sessions[0], "/v1/responses", BODY | {"background": True}, **own)
+            for other in sorted(whose, key=lambda other, own=own: other is own):
+                status, said = await post(engine.sessions[1], f"/v1/responses/{made['id']}/cancel", **other)
+                assert (status, said["error"] and said["error"]["code"]) == (
+                    (200, None) if other is own else (404, "response_not_found")
+                )
+        for own in whose:
+            sent = own | {"X-Request-Id": "shared"}
+            group.start_soon(lambda sent=sent: post(engine.sessions[0], "/v1/completions", {"prompt": "x"}, **sent))
+        while len(engine.fronts[0].open) < len(whose):
+            await anyio.lowlevel.checkpoint()
+        for own in whose:
+            assert await post(engine.sessions[1], "/abort_request", {"rid": "shared"}, **own) == (200, {"aborted": 1})
+        rid = next(iter(engine.fronts[0].open))  # whose it is as well as by its client's id
+        told = [(await post(engine.sessions[1], "/abort_request", {"rid": rid}, **own))[1]["aborted"] for own in whose]
+        assert sorted(told) == [0, 0, 0, 1]
+        assert await post(engine.sessions[1], "/abort_request", {"abort_all": True}, **whose[0]) == (
+            200,
+            {"aborted": 4},
+        )
         group.cancel_scope.cancel()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from routed import RawWorker, raw_worker, routing, says, until, whole
+from routed import STREAM, RawWorker, chunk, raw_worker, routing, says, until, whole
 
 from engine.router.breaker import Breaker
 from engine.router.policy import Arrival, Choice, RoutingPolicy, View
@@ -145,6 +145,24 @@ async def test_what_a_hanging_worker_has_not_begun_is_answered_elsewhere() -> No
         assert [each.result()[:2] for each in asked] == [(200, "well")] * 6
         worker = router.fleet.workers[hung.url]
         assert (worker.state, worker.counts.moved, worker.view.running) == ("hung", 3, 0)
+
+
+async def test_a_stream_of_a_worker_that_hangs_for_too_long_is_broken_off(caplog: pytest.LogCaptureFixture) -> None:
+    async def half(worker: RawWorker, writer: asyncio.StreamWriter, head: bytes, body: bytes) -> None:
+        writer.write(STREAM + chunk(b"data: half\n\n"))
+        worker.hangs = True
+        await asyncio.sleep(30)
+
+    async with (
+        raw_worker(half) as hung,
+        routing(hung.url, health_timeout=0.1, broken_seconds=0.2) as (url, router),
+        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(20)) as session,
+    ):
+        with pytest.raises(aiohttp.ClientPayloadError):
+            async with session.post(f"{url}/v1/completions", json={}) as answer:
+                await answer.read()
+        await until(lambda: bool(router.fleet.workers[hung.url].counts.failed))
+        assert f"the worker {hung.url} is hung and has been so for too long; its answer had begun" in caplog.text
 
 
 async def test_a_router_that_is_its_own_worker_is_asked_nothing() -> None:

@@ -13,6 +13,7 @@ from http_front import FakeFront, chunks, serving
 from http_raw import dial, post, until_closed
 from routed import STREAM, RawWorker, chunk, raw_worker, routing, says, until, whole
 
+from engine.errors import WorkerError
 from engine.router.wire import Chunks
 
 pytestmark = pytest.mark.anyio
@@ -57,6 +58,19 @@ def test_the_end_of_chunks_is_found_however_they_are_cut(size: int) -> None:
     chunks_ = Chunks()
     cuts = [body[at : at + size] for at in range(0, len(body), size)]
     assert [chunks_.end(cut) for cut in cuts] == [False] * (len(cuts) - 1) + [True]
+
+
+def test_the_end_of_chunks_is_found_where_each_comes_by_itself() -> None:
+    whole = [chunk(b"a"), chunk(b"0\r\n\r\n"), chunk(b"z" * 300), chunk(b"a"), b"5;n=1\r\nhello\r\n", b"005\nhello\r\n"]
+    end = b"0\r\n\r\n"
+    for pieces in ([*whole, end], [b"6\r\n", chunk(b"a"), b"\r\n", end], [b"0\r\n", chunk(b"a"), b"\r\n"]):
+        chunks_ = Chunks()
+        assert [chunks_.end(piece) for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    for broken in (b"0x5\r\nhello\r\n", b"-5\r\nhello\r\n", end + chunk(b"a"), b"\r\n\r\n"):
+        chunks_ = Chunks()
+        assert not any(map(chunks_.end, whole))
+        with pytest.raises(WorkerError):
+            chunks_.end(broken)
 
 
 async def test_answers_keep_status_reason_headers_and_bodies_of_any_kind() -> None:
