@@ -48,6 +48,7 @@ from engine.messages.step import StepDone, steps_in_flight
 from engine.messages.tiers import PAGES, Moved
 from engine.plugin.specs import Policy
 from engine.runtime.channel import Outbox, Receiver, received
+from engine.runtime.tiers import tier_sizes
 from engine.sched import Scheduler
 from engine.sched.assets import Due
 from engine.sched.copies import Copies
@@ -101,7 +102,7 @@ class SchedulerActor:
         self._following: list[FollowCache] = []  # not answered yet
         self.moves: Moves | None = None  # where there are tiers below the device
         self._wanted: dict[int, float] = {}  # needs for pages, and until when they are waited for
-        self.looking = Looking()
+        self.looking = Looking(0 if (sizes := tier_sizes(config.cache)) is None else sizes.store)
         # Whose turn it is to plan and to send: plans and moves leave in the order in which they were made, also where
         # the executor has no room for the next one.
         self._turn = anyio.Lock(fast_acquire=True)
@@ -302,6 +303,8 @@ class SchedulerActor:
                 return msgspec.msgpack.encode(Flushed(*(self.scheduler.flush() if self.scheduler else (0, 0))))
             case ListSessions() | EndSession():
                 return msgspec.msgpack.encode(self._sessions.answer(asked, time.monotonic()))
+        if packed := self.looking.last():
+            return packed
         own = ChannelLook("scheduler", len(self.inbox), self.inbox.capacity)
         ahead = ChannelLook("executor", self.in_flight, self.credits)
         makers = channels_to({kind: maker.inbox for kind, maker in self.makers.items()})

@@ -1,13 +1,20 @@
-"""A picture's whole way: a file, base64, HTTP, a model that sees, and the ids that transformers answers."""
+"""A picture's whole way: a file, base64 or the page, HTTP, a model that sees, and the ids that transformers answers."""
 
 import base64
 import io
 import json
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
+import anyio
+import pytest
 import torch
 from openai import OpenAI
+from paging import GIVE, WAIT, chromium, say
 from PIL import Image
 from real_server import served
 from seeing import IMAGE, picture, qwen2_5_vl, saved
@@ -15,6 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from bench.lib.chromium import open_tab
 from engine import Engine
 
 COUNT = 12  # tokens of a reply
@@ -26,6 +34,12 @@ TEMPLATE = (
     f"{{{{ part.text if part.type == 'text' else '{SEEN}' }}}}"
     "{% endfor %}{% endfor %}="
 )
+# Their sizes in the log of the page.
+PICTURES = """
+const images = [...$("log").querySelectorAll(".m.user img")];
+await Promise.all(images.map(each => each.decode()));
+return images.map(each => [each.naturalWidth, each.naturalHeight]);
+"""
 
 
 def with_text(folder: Path) -> Path:
@@ -55,34 +69,86 @@ def their_reply(theirs: Any, processor: Any, words: Any, text: str, images: list
     return made[0, ids.shape[1] :].tolist()
 
 
-def part_of(image: Any) -> dict[str, Any]:
+def url_of(image: Any) -> str:
     held = io.BytesIO()
     image.save(held, "PNG")
-    data = base64.b64encode(held.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+    return f"data:image/png;base64,{base64.b64encode(held.getvalue()).decode()}"
 
 
-def test_data_urls_over_http_are_answered_as_by_transformers(tmp_path: Path) -> None:
+def part_of(image: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url_of(image)}}
+
+
+class Seeing(NamedTuple):
+    """A server of a model that sees, and what transformers answers for it."""
+
+    url: str
+    model: str
+    words: Any
+    processor: Any
+    reply: Callable[[str, list[Any]], list[int]]
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seeing]:
     theirs, processor = qwen2_5_vl(), Qwen2VLImageProcessorPil(**SIZE, patch_size=4)
-    folder = with_text(saved(theirs, tmp_path, image_processor=processor.to_dict()))
+    folder = with_text(saved(theirs, tmp_path_factory.mktemp("seeing"), image_processor=processor.to_dict()))
     words = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    images = [Image.fromarray(picture(seed, *shape).pixels[0]) for seed, shape in ((1, (40, 52)), (2, (70, 33)))]
+    with Engine(model=str(folder), device="cpu", media_processes=1) as engine, served(engine) as server:
+        yield Seeing(server.url, folder.name, words, processor, partial(their_reply, theirs, processor, words))
+
+
+def pictures() -> list[Any]:
+    return [Image.fromarray(picture(seed, *shape).pixels[0]) for seed, shape in ((1, (40, 52)), (2, (70, 33)))]
+
+
+def test_data_urls_over_http_are_answered_as_by_transformers(seeing: Seeing) -> None:
+    images = pictures()
     orders = [images, images[::-1]]
-    wanted = [their_reply(theirs, processor, words, f"see{SEEN}and{SEEN}=", each) for each in orders]
+    wanted = [seeing.reply(f"see{SEEN}and{SEEN}=", each) for each in orders]
     assert wanted[0] != wanted[1] and len(set(wanted[0])) > 3
-    with (
-        Engine(model=str(folder), device="cpu", media_processes=1) as engine,
-        served(engine) as server,
-        OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client,
-    ):
+    with OpenAI(base_url=f"{seeing.url}/v1", api_key="-", max_retries=0) as client:
         for (first, second), ids in zip(orders, wanted, strict=True):
             see, also = ({"type": "text", "text": text} for text in ("see", "and"))
             messages: Any = [{"role": "user", "content": [see, part_of(first), also, part_of(second)]}]
             reply = client.chat.completions.create(
-                model=folder.name,
+                model=seeing.model,
                 messages=messages,
                 temperature=0,
                 max_tokens=COUNT,
                 extra_body={"ignore_eos": True, "return_token_ids": True},
             )
             assert reply.choices[0].model_extra["token_ids"] == ids  # type: ignore[index]
+
+
+async def shown_in_the_page(path: str, seeing: Seeing, images: list[Any]) -> dict[str, Any]:
+    """Drop the first of `images` into the page and paste the second; what the page says of the reply."""
+    settings = {"numbers": {"temperature": 0, "max_tokens": COUNT}, "more": '{"ignore_eos": true}'}
+    with anyio.fail_after(60):
+        async with open_tab(path) as tab:
+            await tab.open(f"{seeing.url}/")
+            await tab.run(WAIT + "await until(() => server.sees);")
+            for event, image in zip(("drop", "paste"), images, strict=True):
+                await tab.run(WAIT + GIVE.replace("EVENT", event).replace("DATA", url_of(image).split(",")[1]))
+            found = await say(tab, "see", **settings)
+            found["pictures"] = await tab.run(PICTURES)
+            found["errors"], found["hosts"] = tab.errors, {urlsplit(each).netloc for each in tab.asked}
+            if folder := os.environ.get("ENGINE_SCREENSHOTS"):
+                await tab.picture(Path(folder) / "picture.png", 900, 620)
+    return found
+
+
+def test_a_picture_dropped_into_the_page_is_seen(seeing: Seeing) -> None:
+    path = chromium()
+    images = pictures()
+    ids = seeing.reply(f"{SEEN}{SEEN}see=", images)
+    assert ids != seeing.reply(f"{SEEN}{SEEN}see=", images[::-1])
+    found = anyio.run(shown_in_the_page, path, seeing, images)
+    node = found["node"]
+    assert node["text"] == seeing.words.decode(ids) and node["usage"]["completion_tokens"] == COUNT
+    assert found["chunks"] > 3  # it streams
+    tokens = int(seeing.processor(images=images, return_tensors="pt")["image_grid_thw"].prod(1).sum()) // 4
+    assert node["usage"]["prompt_tokens_details"]["image_tokens"] == tokens
+    assert f"{COUNT} tokens · " in found["shown"] and f", {tokens} of pictures" in found["shown"]
+    assert found["pictures"] == [[52, 40], [33, 70]]
+    assert (found["errors"], found["hosts"] - {""}) == ([], {urlsplit(seeing.url).netloc})

@@ -15,12 +15,12 @@ from urllib.parse import urlsplit
 import aiohttp
 import anyio
 import pytest
-from chromium import Tab, installed, open_tab
 from http_front import FakeFront, chunks, serving, text_of
-from paging import WAIT, axe, say, violations
+from paging import GIVE, WAIT, axe, chromium, say, violations
 from real_server import over_http
 from routed import routing
 
+from bench.lib.chromium import Tab, open_tab
 from engine.config import resolve
 from engine.http.page.files import read
 from engine.messages.reply import Chunk
@@ -98,29 +98,9 @@ for (const each of $("box").querySelectorAll("p button")) {
 $("box").close();
 return texts;
 """
-PICTURE = """
-const bytes = Uint8Array.from(atob("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAA" +
-  "AABJRU5ErkJggg=="), each => each.charCodeAt(0));
-const dropped = () => {
-  const data = new DataTransfer();
-  data.items.add(new File([bytes], "dot.png", {type: "image/png"}));
-  document.body.dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true}));
-};
-server.sees = false;
-dropped();
-const blind = [shown.length, $("note").textContent];
-server.sees = true;
-dropped();
-await until(() => shown.length);
-$("text").value = "What is it?";
-const at = add({role: "user", parent: chat.leaf, text: "What is it?", pictures: shown});
-const sent = request(at).messages.at(-1).content;
-chat.nodes.pop();
-chat.leaf = chat.nodes.length - 1;
-shown = [];
-drawShown();
-return {blind, sent: sent.map(each => each.type), url: sent[0].image_url.url.slice(0, 22)};
-"""
+PIXEL = (  # a PNG of one
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
 LIVE = """
 location.hash = "#live";
 await until(() => told && told.counts.running > 3 && told.steps.seconds.length > 20 && told.tree.pages.length > 3);
@@ -138,6 +118,12 @@ first.later = sum(told.tree.pages);
 one.click();
 first.zoomed = [zoom !== "", $("crumbs").textContent];
 $("crumbs").querySelector("button").click();
+await until(() => told.tiers[1].used > 0);
+first.tiers = told.tiers.map(each => [each.tier, each.pages, each.used]);
+const corner = id => [...$(id).getContext("2d").getImageData(2, 2, 1, 1).data].slice(0, 3).join(", ");
+first.corners = [["map", told.pages], ...told.tiers.map(each => [each.tier, each.map])].map(([id, map]) =>
+  [paint(OWNERS[map.owners[0]]), `rgb(${corner(id)})`]);
+first.named = info.internal_states[0].tiers.host_pages;
 first.labels = [...document.querySelectorAll("canvas")].map(each => [each.id, each.ariaLabel]);
 return first;
 """
@@ -198,9 +184,9 @@ return {folded: !fold.open, thought: fold.textContent, said: reply.querySelector
 
 
 @asynccontextmanager
-async def engine() -> AsyncIterator[tuple[Front, str]]:
-    """A real engine of the echo model, and its URL."""
-    config = resolve({"model": "echo", "kv_tokens": 131072, "port": 0})
+async def engine(disk: Path) -> AsyncIterator[tuple[Front, str]]:
+    """A real engine of the echo model, whose pages are of 64 bytes, with tiers below the device; and its URL."""
+    config = resolve({"model": "echo", "kv_tokens": 131072, "kv_host": "64KiB", "kv_disk": f"{disk}:4MiB", "port": 0})
     async with open_front(config) as front:
         await front.ready()
         async with over_http(front, config.server) as url:
@@ -262,7 +248,7 @@ async def chat(tab: Tab, front: Front, url: str, seen: dict[str, Any], audit: st
     await picture(tab, "phone", 390, 700, dark=True)
     await say(tab, "be hostile", more=choice(HOSTILE))
     seen["hostile"] = await tab.run(DOM)
-    seen["picture"] = await tab.run(WAIT + PICTURE)
+    seen["pictures"] = [await tab.run(WAIT + give(event)) for event in ("drop", "paste")]
     seen["export"] = await tab.run(EXPORT)
     await tab.open(f"{url}/")
     seen["kept"] = await tab.run("return [chats.length, $('chats').innerText, $('log').innerText];")
@@ -274,11 +260,15 @@ def choice(text: str) -> str:
     return json.dumps({"choice": [text]})
 
 
+def give(event: str) -> str:
+    return GIVE.replace("EVENT", event).replace("DATA", PIXEL)
+
+
 async def narrow(tab: Tab) -> int:
     """By how much the page is wider than a phone."""
-    await tab.call("Emulation.setDeviceMetricsOverride", width=390, height=760, deviceScaleFactor=1, mobile=False)
+    await tab.resize(390, 760)
     wider: int = await tab.run("return document.documentElement.scrollWidth - innerWidth;")
-    await tab.call("Emulation.setDeviceMetricsOverride", width=1200, height=900, deviceScaleFactor=1, mobile=False)
+    await tab.resize(1200, 900)
     return wider
 
 
@@ -295,7 +285,7 @@ async def live(tab: Tab, front: Front, url: str, seen: dict[str, Any], audit: st
     async with anyio.create_task_group() as group:
         group.start_soon(traffic, url, 48)
         seen["live"] = await tab.run(WAIT + LIVE)
-        await picture(tab, "live", 1200, 980)
+        await picture(tab, "live", 1200, 1160)
         seen["experts"] = await tab.run(EXPERTS)
         seen["asked to pause"] = await tab.run(WAIT + PAUSE)
         seen["live width"] = await narrow(tab)
@@ -336,11 +326,11 @@ async def routed(tab: Tab, seen: dict[str, Any]) -> None:
         seen["through a router"] = await say(tab, "hello")
 
 
-async def visit(path: str) -> dict[str, Any]:
+async def visit(path: str, disk: Path) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     finding = asyncio.get_running_loop().run_in_executor(None, axe)
     with anyio.fail_after(SECONDS):
-        async with open_tab(path) as tab, engine() as (front, url):
+        async with open_tab(path) as tab, engine(disk) as (front, url):
             audit = await finding
             await chat(tab, front, url, seen, audit)
             await live(tab, front, url, seen, audit)
@@ -353,12 +343,8 @@ async def visit(path: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def seen() -> dict[str, Any]:
-    path = installed()
-    if path is None:
-        assert os.environ.get("CI", "") in ("", "false"), "no Chromium is installed, and CI is set"
-        pytest.skip("no Chromium is installed: apt-get install chromium")
-    return anyio.run(visit, path)
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return anyio.run(visit, chromium(), tmp_path_factory.mktemp("disk"))
 
 
 def test_the_page_is_small_and_names_nobody_else() -> None:
@@ -434,10 +420,8 @@ def test_conversations_stay_and_are_exported(seen: dict[str, Any]) -> None:
     compile(python, "conversation.py", "exec")
 
 
-def test_pictures_go_to_a_model_that_sees(seen: dict[str, Any]) -> None:
-    found = seen["picture"]
-    assert found["blind"] == [0, "echo does not see: it takes no pictures."]
-    assert (found["sent"], found["url"]) == (["image_url", "text"], "data:image/png;base64,")
+def test_a_model_that_reads_text_alone_is_shown_no_pictures(seen: dict[str, Any]) -> None:
+    assert seen["pictures"] == 2 * [[0, "echo reads text alone: it takes no pictures."]]
 
 
 def test_the_live_view_shows_a_batch_and_a_tree_that_grows(seen: dict[str, Any]) -> None:
@@ -447,10 +431,20 @@ def test_the_live_view_shows_a_batch_and_a_tree_that_grows(seen: dict[str, Any])
     assert live["zoomed"] == [True, "↑ the whole tree"]
     labels = dict(live["labels"])
     assert (
-        labels.keys() == {"strip", "rows", "map", "queue"}
+        labels.keys() == {"strip", "rows", "map", "queue", "host", "store"}
         and "decode" in labels["rows"]
         and "in use of" in labels["map"]
     )
+
+
+def test_tiers_are_maps_of_their_own(seen: dict[str, Any]) -> None:
+    live = seen["live"]
+    (host, room, used), (store, also, kept) = live["tiers"]
+    assert (host, room, live["named"], store) == ("host", 1024, 1024, "store")
+    assert 0 < kept <= used <= room and kept < also == (4 << 20) // 64
+    labels = dict(live["labels"])
+    assert labels["host"] == f"host memory: {used} of 1024 pages" and labels["store"].startswith(f"disk: {kept} of ")
+    assert all(wanted == drawn for wanted, drawn in live["corners"])
 
 
 def test_experts_are_a_heat_map(seen: dict[str, Any]) -> None:
