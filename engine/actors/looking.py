@@ -81,6 +81,7 @@ class Looking:
         paused: bool,
         channels: tuple[ChannelLook, ...],
         assets: Mapping[tuple[str, str], int],
+        ceiling: float = 0.0,
     ) -> bytes:
         """A new Snapshot, packed."""
         now = time.monotonic()
@@ -106,6 +107,7 @@ class Looking:
             channels,
             tuple(AssetsLook(kind, state, count) for (kind, state), count in sorted(assets.items())),
             tiers,
+            ceiling,
         )
         self._packed = msgspec.msgpack.encode(made)
         ended = time.monotonic()

@@ -35,6 +35,7 @@ from engine.messages.control import (
     Pause,
     Reset,
     Stats,
+    TierStats,
     WorkerLost,
     WorkerReady,
     WorkerSilent,
@@ -101,6 +102,7 @@ class SchedulerActor:
         self.held = None if self.log is None else HeldBlocks(self.log)
         self._following: list[FollowCache] = []  # not answered yet
         self.moves: Moves | None = None  # where there are tiers below the device
+        self.tiers: TierStats | None = None  # their figures, as they were told last
         self._wanted: dict[int, float] = {}  # needs for pages, and until when they are waited for
         self.looking = Looking(0 if (sizes := tier_sizes(config.cache)) is None else sizes.store)
         # Whose turn it is to plan and to send: plans and moves leave in the order in which they were made, also where
@@ -309,6 +311,7 @@ class SchedulerActor:
         ahead = ChannelLook("executor", self.in_flight, self.credits)
         makers = channels_to({kind: maker.inbox for kind, maker in self.makers.items()})
         about: dict[str, Any] = {"channels": (own, ahead, *makers), "assets": self.room.states()}
+        about["ceiling"] = 0.0 if self.tiers is None else self.tiers.ceiling
         return self.looking.look(self.scheduler, self.worker, self.cause, paused=self.paused, **about)
 
     async def _ask_worker(self, message: Ask) -> None:
@@ -423,6 +426,7 @@ class SchedulerActor:
         seconds, self.step_seconds = self.step_seconds.tobytes(), array("f")
         made, self.make_seconds = self.make_seconds, {}
         counts: dict[str, Any] = {}
+        self.tiers = None if self.moves is None else self.moves.stats()
         if self.scheduler is not None:
             counts = self.scheduler.counts()
             counts["waiting"] += self.room.waiting
@@ -437,7 +441,7 @@ class SchedulerActor:
             restart_seconds=self.restart_seconds,
             sessions=len(self._sessions),
             session_pages=self._sessions.pages,
-            tiers=None if self.moves is None else self.moves.stats(),
+            tiers=self.tiers,
             **counts,
         )
         await self.front.send(stats)

@@ -85,7 +85,7 @@ class AssetsLook(Part, frozen=True):
 class Snapshot(Part, frozen=True):
     """The `number`-th one, which took the scheduler so many `seconds`. `counts` are figures of Stats; `queue` (int32)
     are the lengths of the prompts that wait, the first ones. Of copies of attention, rows, pages, trees and tiers
-    follow each other."""
+    follow each other. Where there are tiers, `ceiling` is the share of prompts that a cache without end would have."""
 
     number: int
     seconds: float
@@ -102,3 +102,4 @@ class Snapshot(Part, frozen=True):
     channels: tuple[ChannelLook, ...]
     assets: tuple[AssetsLook, ...]
     tiers: tuple[TierLook, ...] = ()
+    ceiling: float = 0.0

@@ -102,7 +102,8 @@ class LiveAssets(Reply, frozen=True):
 
 class LiveEvent(Reply, frozen=True):
     """The `number`-th snapshot, which took the scheduler so many `seconds`. `counts` are those of /server_info, and
-    `queue` the lengths of the first prompts that wait."""
+    `queue` the lengths of the first prompts that wait. No cache hits more than the share `ceiling` of prompts, which is
+    known where there are tiers, else 0."""
 
     number: int
     seconds: float
@@ -118,6 +119,7 @@ class LiveEvent(Reply, frozen=True):
     channels: list[LiveChannel]
     assets: list[LiveAssets]
     tiers: list[LiveTier]
+    ceiling: float
     viewers: int
     open: int
 
@@ -201,6 +203,7 @@ class LiveEvents:
                 LiveTier(each.tier, each.pages, each.used, LivePages(each.map.each, each.map.owners))
                 for each in made.tiers
             ],
+            made.ceiling,
             front.board.total(Counter.VIEWERS),
             front.board.total(Counter.REQUESTS),
         )

@@ -200,7 +200,9 @@ async def test_top_draws_tiers_by_what_becomes_of_their_pages() -> None:
         LiveTier("host", 4096, 1204, LivePages(1, "aaic....")),
         LiveTier("store", 0, 7, LivePages(1, "cc")),
     ]
-    lines = text_of(Seen(replace(event, tiers=tiers), 0.0), None)
+    counts = {"prompt_tokens_total": 8, "cached_tokens_total": 2}
+    lines = text_of(Seen(replace(event, tiers=tiers, counts=counts, ceiling=0.5), 0.0), None)
+    assert "hits 25.0% of at most 50.0%" in lines[0]
     host, store = (next(line for line in lines if line.startswith(tier)) for tier in ("host", "store"))
     room = 100 - NAMES - 2 - len("1204 of 4096 ")
     assert [host.count(shade) for shade in "▓█▒░"] == [round(room * share / 8) for share in (2, 1, 1, 4)]

@@ -6,6 +6,7 @@ With ENGINE_SCREENSHOTS it writes the pictures of docs/page.md.
 import asyncio
 import json
 import os
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -88,7 +89,7 @@ for (const value of ["3", "0.5"]) {
 return [...results, $("set").querySelectorAll("input, textarea, select").length];
 """
 EXPORT = """
-given = {};
+given = {numbers: {max_tokens: 3}};
 exported();
 const texts = [];
 for (const each of $("box").querySelectorAll("p button")) {
@@ -101,6 +102,46 @@ return texts;
 PIXEL = (  # a PNG of one
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
+KEYS = """
+const press = (key, target = document.body, more = {}) => {
+  target.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true, cancelable: true, ...more}));
+};
+const text = $("text"), found = [];
+text.blur();
+press("/");
+found.push(document.activeElement.id);
+text.value = "a line";
+press("Enter", text, {shiftKey: true});
+found.push(text.value, chat.nodes.length);
+text.value = "";
+press("ArrowUp", text);
+found.push(document.activeElement.ariaLabel);
+press("Escape", document.activeElement);
+document.activeElement.blur();
+press("s");
+found.push($("set").hidden);
+document.activeElement.blur();
+press("s");
+found.push($("set").hidden);
+press("e");
+found.push($("title").textContent);
+$("box").close();
+press("?");
+found.push($("title").textContent);
+$("box").close();
+const before = chat;
+press("n");
+found.push(chat !== before && chat.nodes.length);
+open(before);
+return found;
+"""
+THEME = """
+const shown = () => [$("theme").ariaLabel, getComputedStyle(document.body).backgroundColor];
+const found = [shown()];
+for (let times = 0; times < 2; times++) { $("theme").click(); found.push(shown()); }
+$("theme").click();
+return found;
+"""
 LIVE = """
 location.hash = "#live";
 await until(() => told && told.counts.running > 3 && told.steps.seconds.length > 20 && told.tree.pages.length > 3);
@@ -123,7 +164,9 @@ first.tiers = told.tiers.map(each => [each.tier, each.pages, each.used]);
 const corner = id => [...$(id).getContext("2d").getImageData(2, 2, 1, 1).data].slice(0, 3).join(", ");
 first.corners = [["map", told.pages], ...told.tiers.map(each => [each.tier, each.map])].map(([id, map]) =>
   [paint(OWNERS[map.owners[0]]), `rgb(${corner(id)})`]);
+first.ceiling = told.ceiling;
 first.named = info.internal_states[0].tiers.host_pages;
+first.texts = Object.fromEntries(["figures", "actors", "assets", "ranks"].map(id => [id, $(id).innerText]));
 first.labels = [...document.querySelectorAll("canvas")].map(each => [each.id, each.ariaLabel]);
 return first;
 """
@@ -144,6 +187,23 @@ WORKERS = """
 location.hash = "#live";
 await until(() => $("workers")?.querySelector("a"));
 return [$("workers-said").textContent, $("workers").querySelector("a").href, $("workers").innerText];
+"""
+ACTS = """
+const named = () => [...$("acts").querySelectorAll("button")].map(each => each.textContent), found = [named()];
+info.options.server.profile_dir = "/traces";
+layout();
+found.push(named());
+info.options.server.profile_dir = null;
+layout();
+drawLive({...told, copies: [{pages: 9, pages_free: 2, pages_cached: 3, running: 5}, {...told.counts, running: 7}]});
+found.push($("ranks").innerText);
+drawLive(told);
+[...$("acts").querySelectorAll("button")].at(-1).click();
+await until(() => $("box").open);
+found.push($("box").innerText);
+[...$("box").querySelectorAll("button")].at(-1).click();
+await until(() => $("acted").textContent);
+return [...found, $("acted").textContent];
 """
 PAUSE = """
 const press = async name => {
@@ -250,6 +310,9 @@ async def chat(tab: Tab, front: Front, url: str, seen: dict[str, Any], audit: st
     seen["hostile"] = await tab.run(DOM)
     seen["pictures"] = [await tab.run(WAIT + give(event)) for event in ("drop", "paste")]
     seen["export"] = await tab.run(EXPORT)
+    seen["curl"] = await anyio.run_process(["sh", "-c", seen["export"][1]])
+    seen["keys"] = await tab.run(WAIT + KEYS)
+    seen["themes"] = await tab.run(THEME)
     await tab.open(f"{url}/")
     seen["kept"] = await tab.run("return [chats.length, $('chats').innerText, $('log').innerText];")
     seen["width"] = await narrow(tab)
@@ -287,6 +350,7 @@ async def live(tab: Tab, front: Front, url: str, seen: dict[str, Any], audit: st
         seen["live"] = await tab.run(WAIT + LIVE)
         await picture(tab, "live", 1200, 1160)
         seen["experts"] = await tab.run(EXPERTS)
+        seen["acts"] = await tab.run(WAIT + ACTS)
         seen["asked to pause"] = await tab.run(WAIT + PAUSE)
         seen["live width"] = await narrow(tab)
         if audit:
@@ -305,6 +369,8 @@ async def keyed(tab: Tab, seen: dict[str, Any], audit: str | None) -> None:
     async with serving(front, api_key=("sesame",)) as url:
         await tab.open(f"{url}/")
         seen["key"] = await tab.run(WAIT + KEYED)
+        await tab.run(WAIT + "location.hash = '#live'; await until(() => told && !$('live').hidden);")
+        seen["keyed view"] = await tab.run("location.hash = '#chat'; return $('figures').innerText;")
         seen["called"] = await say(tab, "what time is it?", tools=TOOLS)
         pieces = [THOUGHT[at : at + 9] for at in range(0, len(THOUGHT), 9)]
         front.script = [
@@ -418,10 +484,23 @@ def test_conversations_stay_and_are_exported(seen: dict[str, Any]) -> None:
         and "from openai import OpenAI" in python
     )
     compile(python, "conversation.py", "exec")
+    answered = json.loads(seen["curl"].stdout)  # the call that is exported is one that works
+    assert answered["usage"]["completion_tokens"] == 3 and answered["model"] == "echo"
 
 
 def test_a_model_that_reads_text_alone_is_shown_no_pictures(seen: dict[str, Any]) -> None:
     assert seen["pictures"] == 2 * [[0, "echo reads text alone: it takes no pictures."]]
+
+
+def test_the_keyboard_is_enough(seen: dict[str, Any]) -> None:
+    write, line, count, edited, opened, closed, export, help, new = seen["keys"]
+    assert (write, line, edited) == ("text", "a line", "Edited message") and count > 1  # Shift Enter sends nothing
+    assert (opened, closed, export, help, new) == (False, True, "Export", "Keys", 0)
+
+
+def test_a_theme_is_chosen(seen: dict[str, Any]) -> None:
+    assert [name for name, _ in seen["themes"]] == ["Theme: auto", "Theme: light", "Theme: dark"]
+    assert [colour for _, colour in seen["themes"][1:]] == ["rgb(252, 252, 250)", "rgb(19, 20, 22)"]
 
 
 def test_the_live_view_shows_a_batch_and_a_tree_that_grows(seen: dict[str, Any]) -> None:
@@ -434,7 +513,17 @@ def test_the_live_view_shows_a_batch_and_a_tree_that_grows(seen: dict[str, Any])
         labels.keys() == {"strip", "rows", "map", "queue", "host", "store"}
         and "decode" in labels["rows"]
         and "in use of" in labels["map"]
+        and " ms, " in labels["strip"]
+        and "in the queue" in labels["queue"]
     )
+
+
+def test_figures_actors_needs_and_devices_are_told_in_words(seen: dict[str, Any]) -> None:
+    texts = seen["live"]["texts"]
+    assert re.search(r"cache hits\s+[\d.]+%\s+(now \d+%, )?ceiling [\d.]+%", texts["figures"]), texts["figures"]
+    for actor in ("scheduler", "executor", "maker of grammar", "tokenizer", "detokenizer", "front"):
+        assert re.search(rf"^{actor}\s+\d+ (of \d+|wait)", texts["actors"], re.MULTILINE), texts["actors"]
+    assert "grammar, ready" in texts["assets"] and "one device" in texts["ranks"]
 
 
 def test_tiers_are_maps_of_their_own(seen: dict[str, Any]) -> None:
@@ -445,6 +534,7 @@ def test_tiers_are_maps_of_their_own(seen: dict[str, Any]) -> None:
     labels = dict(live["labels"])
     assert labels["host"] == f"host memory: {used} of 1024 pages" and labels["store"].startswith(f"disk: {kept} of ")
     assert all(wanted == drawn for wanted, drawn in live["corners"])
+    assert 0.3 < live["ceiling"] < 1  # most of these prompts begin alike
 
 
 def test_experts_are_a_heat_map(seen: dict[str, Any]) -> None:
@@ -459,12 +549,17 @@ def test_a_router_shows_its_workers_and_passes_the_chat_on(seen: dict[str, Any])
 
 
 def test_what_acts_asks_first(seen: dict[str, Any]) -> None:
+    plain, profiled, copies, asked, flushed = seen["acts"]
+    assert (plain, profiled) == (["Pause", "Flush cache"], ["Pause", "Flush cache", "Profile 20 steps"])
+    assert re.search(r"copy 0\s+5 running\s+copy 1\s+7 running", copies)
+    assert "computed anew" in asked and re.fullmatch(r"freed \d+, in_use \d+", flushed)
     assert "No step is planned until it is continued" in seen["asked to pause"]
 
 
 def test_a_key_is_asked_for_and_kept_for_the_tab(seen: dict[str, Any]) -> None:
     assert "asks for a key" in seen["key"]["asked"]
     assert (seen["key"]["tab"], seen["key"]["stored"]) == ("sesame", False)
+    assert "viewers\n1" in seen["keyed view"]  # the live view streams with it
 
 
 def test_calls_are_shown_and_answered_and_reasoning_is_folded(seen: dict[str, Any]) -> None:
