@@ -122,8 +122,10 @@ def figures(seen: Seen, before: Seen | None) -> list[str]:
             f"{unit} {(counts.get(name, 0) - before.event.counts.get(name, 0)) / seconds:.0f}" for name, unit in rates
         ]
     if prompt:
-        ceiling = f" of at most {100 * seen.event.ceiling:.1f}%" if seen.event.ceiling else ""
-        found.append(f"hits {100 * counts['cached_tokens_total'] / prompt:.1f}%{ceiling}")
+        hits = counts["cached_tokens_total"] / prompt
+        most = max(hits, seen.event.ceiling)  # that is told once a second, and lags behind
+        ceiling = f" of at most {100 * most:.1f}%" if seen.event.ceiling else ""
+        found.append(f"hits {100 * hits:.1f}%{ceiling}")
     if total:
         found.append(f"in use {100 * (total - counts['pages_free'] - counts['pages_cached']) / total:.1f}%")
     return found

@@ -29,7 +29,7 @@ from engine.runtime.board import Counter
 from engine.runtime.front import Front
 from engine.runtime.launch import open_front
 
-SECONDS = 100
+SECONDS = 200
 MOST_BYTES = 60_000
 PICTURES = os.environ.get("ENGINE_SCREENSHOTS")
 HOSTILE = (
