@@ -98,7 +98,7 @@ def account(scheduler: SchedulerActor) -> None:
     scheduler._said = timed(scheduler._said, less)  # type: ignore[method-assign]
     for name in ("planned", "done"):
         setattr(scheduler.looking, name, timed(getattr(scheduler.looking, name), less))
-    live._LiveEvents.event = timed(live._LiveEvents.event, less)  # type: ignore[method-assign]
+    live.LiveEvents.event = timed(live.LiveEvents.event, less)  # type: ignore[method-assign]
 
 
 async def engine(port: int, rows: int) -> None:

@@ -35,9 +35,10 @@ def channels_to(makers: Mapping[str, Outbox[Any]]) -> list[ChannelLook]:
 
 
 class Looking:
-    """The snapshots of one scheduler, and the steps between them."""
+    """The snapshots of one scheduler, and the steps between them. A store below the device may take so many bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, store_bytes: int = 0) -> None:
+        self._store_bytes = store_bytes
         self.watched = False
         self._number = 0
         self._packed = b""
@@ -65,6 +66,12 @@ class Looking:
             self._planned.clear()
             self._steps.clear()
 
+    def last(self) -> bytes:
+        """The last snapshot if it is young, else nothing. Who asks for it watches."""
+        now = time.monotonic()
+        self.watched, self._until = True, now + WATCHED_SECONDS
+        return self._packed if now < self._due else b""
+
     def look(
         self,
         scheduler: Scheduler | Copies | None,
@@ -74,18 +81,16 @@ class Looking:
         paused: bool,
         channels: tuple[ChannelLook, ...],
         assets: Mapping[tuple[str, str], int],
+        ceiling: float = 0.0,
     ) -> bytes:
-        """A packed Snapshot: the last one if that is young."""
+        """A new Snapshot, packed."""
         now = time.monotonic()
-        self.watched, self._until = True, now + WATCHED_SECONDS
-        if now < self._due:
-            return self._packed
         self._number += 1
         figures: dict[str, Any] = {} if scheduler is None else dict(scheduler.counts())
         copies: tuple[CopyStats, ...] = figures.pop("copies", ())
         counts = {name: value for name, value in figures.items() if isinstance(value, int)}
         parts = () if scheduler is None else parts_of(scheduler)
-        pages, tree = look_at_cache(parts)
+        pages, tree, tiers = look_at_cache(parts, self._store_bytes)
         made = Snapshot(
             self._number,
             time.monotonic() - now,
@@ -101,6 +106,8 @@ class Looking:
             tree,
             channels,
             tuple(AssetsLook(kind, state, count) for (kind, state), count in sorted(assets.items())),
+            tiers,
+            ceiling,
         )
         self._packed = msgspec.msgpack.encode(made)
         ended = time.monotonic()

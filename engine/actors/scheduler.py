@@ -35,6 +35,7 @@ from engine.messages.control import (
     Pause,
     Reset,
     Stats,
+    TierStats,
     WorkerLost,
     WorkerReady,
     WorkerSilent,
@@ -48,6 +49,7 @@ from engine.messages.step import StepDone, steps_in_flight
 from engine.messages.tiers import PAGES, Moved
 from engine.plugin.specs import Policy
 from engine.runtime.channel import Outbox, Receiver, received
+from engine.runtime.tiers import tier_sizes
 from engine.sched import Scheduler
 from engine.sched.assets import Due
 from engine.sched.copies import Copies
@@ -100,8 +102,9 @@ class SchedulerActor:
         self.held = None if self.log is None else HeldBlocks(self.log)
         self._following: list[FollowCache] = []  # not answered yet
         self.moves: Moves | None = None  # where there are tiers below the device
+        self.tiers: TierStats | None = None  # their figures, as they were told last
         self._wanted: dict[int, float] = {}  # needs for pages, and until when they are waited for
-        self.looking = Looking()
+        self.looking = Looking(0 if (sizes := tier_sizes(config.cache)) is None else sizes.store)
         # Whose turn it is to plan and to send: plans and moves leave in the order in which they were made, also where
         # the executor has no room for the next one.
         self._turn = anyio.Lock(fast_acquire=True)
@@ -303,10 +306,13 @@ class SchedulerActor:
                 return msgspec.msgpack.encode(Flushed(*(self.scheduler.flush() if self.scheduler else (0, 0))))
             case ListSessions() | EndSession():
                 return msgspec.msgpack.encode(self._sessions.answer(asked, time.monotonic()))
+        if packed := self.looking.last():
+            return packed
         own = ChannelLook("scheduler", len(self.inbox), self.inbox.capacity)
         ahead = ChannelLook("executor", self.in_flight, self.credits)
         makers = channels_to({kind: maker.inbox for kind, maker in self.makers.items()})
         about: dict[str, Any] = {"channels": (own, ahead, *makers), "assets": self.room.states()}
+        about["ceiling"] = 0.0 if self.tiers is None else self.tiers.ceiling
         return self.looking.look(self.scheduler, self.worker, self.cause, paused=self.paused, **about)
 
     async def _ask_worker(self, message: Ask) -> None:
@@ -420,6 +426,7 @@ class SchedulerActor:
         seconds, self.step_seconds = self.step_seconds.tobytes(), array("f")
         made, self.make_seconds = self.make_seconds, {}
         counts: dict[str, Any] = {}
+        self.tiers = None if self.moves is None else self.moves.stats()
         if self.scheduler is not None:
             counts = self.scheduler.counts()
             counts["waiting"] += self.room.waiting
@@ -434,7 +441,7 @@ class SchedulerActor:
             restart_seconds=self.restart_seconds,
             sessions=len(self._sessions),
             session_pages=self._sessions.pages,
-            tiers=None if self.moves is None else self.moves.stats(),
+            tiers=self.tiers,
             **counts,
         )
         await self.front.send(stats)

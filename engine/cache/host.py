@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 from engine.cache.pool import PagePool
 
+FREE, NEW, HIT = range(3)  # what a slot holds
+
 
 @dataclass(slots=True, eq=False)
 class Place:
@@ -36,6 +38,7 @@ class HostPages:
 
     def __init__(self, size: int) -> None:
         self.pool = PagePool(size)
+        self._kinds = bytearray(size)  # of the slots: free, new or hit
         self._most_hit = size - -(-size // 4)
         self._places: dict[bytes, Place] = {}
         self._new: OrderedDict[bytes, Place] = OrderedDict()  # least recently used first
@@ -49,6 +52,11 @@ class HostPages:
     def names(self) -> KeysView[bytes]:
         """Those of all pages that have a place."""
         return self._places.keys()
+
+    @property
+    def kinds(self) -> bytes:
+        """By slot: 0 free, 1 a new page, 2 one that was asked for again."""
+        return bytes(self._kinds)
 
     def get(self, name: bytes) -> Place | None:
         """The place of a page, whether it is there yet or on its way."""
@@ -76,6 +84,8 @@ class HostPages:
         assert self._places.keys().isdisjoint(named), "a page gets a second place"
         self._places.update(named)
         self._new.update(named)
+        for place in places:
+            self._kinds[place.slot] = NEW
         if hit:
             self.touch([place.name for place in reversed(places)], hit=True)
         return places
@@ -100,12 +110,14 @@ class HostPages:
                 del self._new[name]
                 self._hit[name] = place
                 place.hit = True
+                self._kinds[place.slot] = HIT
             else:
                 self._new.move_to_end(name)
         while len(self._hit) > self._most_hit:
             name, place = self._hit.popitem(last=False)
             self._new[name] = place
             place.hit = False
+            self._kinds[place.slot] = NEW
 
     def forget(self, place: Place) -> None:
         """Its name leads here no more; its slot is free as soon as nothing moves there."""
@@ -117,7 +129,7 @@ class HostPages:
         if place.pins:
             self._forgotten.add(place)
         else:
-            self.pool.give([place.slot])
+            self._free(place)
 
     def unpin(self, places: Iterable[Place]) -> None:
         """One move in these places is over."""
@@ -126,7 +138,11 @@ class HostPages:
             assert place.pins >= 0, "a place is unpinned more often than pinned"
             if not place.known and not place.pins:
                 self._forgotten.remove(place)
-                self.pool.give([place.slot])
+                self._free(place)
+
+    def _free(self, place: Place) -> None:
+        self._kinds[place.slot] = FREE
+        self.pool.give([place.slot])
 
     def clear(self) -> None:
         """Forget all pages."""
@@ -144,5 +160,7 @@ class HostPages:
         assert self._new.keys() | self._hit.keys() == self._places.keys()
         assert len(self._new) + len(self._hit) == len(self._places)
         assert all(place.hit == (name in self._hit) and place.known for name, place in self._places.items())
+        held = {place.slot: HIT if place.hit else NEW for place in places}
+        assert all(kind == held.get(slot, FREE) for slot, kind in enumerate(self._kinds)), "a slot is of another kind"
         assert all(place.pins and not place.known for place in self._forgotten), "a slot leaked"
         assert all(place.there or place.pins for place in self._places.values()), "nothing will ever come there"

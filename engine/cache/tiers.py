@@ -90,6 +90,19 @@ class TierCounts:
         return summed(self.store_before, self.store)
 
 
+@dataclass(slots=True)
+class Moving:
+    """Pages of the device on their way `down`, and those that come `up`; places of the host that are written (`into`),
+    and that are read (`out`); how many pages are being kept in a store, and fetched from it."""
+
+    down: list[list[int]] = field(default_factory=list)
+    up: list[list[int]] = field(default_factory=list)
+    into: list[list[int]] = field(default_factory=list)
+    out: list[list[int]] = field(default_factory=list)
+    kept: int = 0
+    fetched: int = 0
+
+
 class Tiers:
     """What lies below the pages of `pool`, whose cached ones are in `tree`."""
 
@@ -389,6 +402,26 @@ class Tiers:
         self.host.clear()
 
     # ── looking ──────────────────────────────────────────────────────────────────────────────
+
+    def moving(self) -> Moving:
+        """What the moves under way touch."""
+        found = Moving()
+        for ticket in [*self._tickets.values(), self._down]:
+            slots = [place.slot for place in ticket.places]
+            match ticket.way:
+                case "down":
+                    found.down.append(ticket.pages)
+                    found.into.append(slots)
+                case "up":
+                    found.up.append(ticket.pages)
+                    found.out.append(slots)
+                case "keep":
+                    found.out.append(slots)
+                    found.kept += len(slots)
+                case "fetch":
+                    found.into.append(slots)
+                    found.fetched += len(slots)
+        return found
 
     def nodes(self) -> Iterable[Node]:
         """The nodes that moves under way lock, each as often as it is."""

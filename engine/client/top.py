@@ -3,6 +3,7 @@
     tokens/s 2845   steps/s 336   running 7 of 64   waiting 0   hits 33.9%   in use 34.9%
     steps    ▂▂▃▅▂▂▂█▂  0.35 ms, 7 rows, 7 tokens
     pages    ██████▒▒▒▒▒▒▒▒░░░░
+    host     1204 of 4096 ▓▓▓▒▒▒▒▒░░░░░░░░
     tree     30 nodes, 1532 pages, 12 of them used by requests
 
 Left out: texts, experts (`engine experts`), and what /metrics keeps for later.
@@ -26,11 +27,21 @@ from engine.client.options import TopOptions
 from engine.config import Config
 from engine.errors import WorkerError, counted
 from engine.http.keys import own_key
-from engine.http.page.live import LiveEvent
+from engine.http.page.live import LiveEvent, LiveTier
 
 NAMES = 10  # columns of the names of lines
 PHASES = ("on their prompt", "decode", "end")
-OWNERS = (("r", "█", "blue"), ("s", "▓", "green"), ("c", "▒", "cyan"), (".", "░", "grey42"))
+# Letters of maps, in the order of the bars that they become.
+OWNERS = (
+    ("r", "█", "blue"),
+    ("s", "▓", "green"),
+    ("a", "▓", "green"),
+    ("k", "▓", "magenta"),
+    ("i", "█", "yellow"),
+    ("o", "█", "red"),
+    ("c", "▒", "cyan"),
+    (".", "░", "grey42"),
+)
 
 
 class Seen(Struct, frozen=True):
@@ -82,6 +93,7 @@ def drawn(seen: Seen, before: Seen | None, width: int) -> Group:
         ("batch", Text(batch(event))),
         ("queue", Text(f"{bars(event.queue[:room])} {counted(event.counts.get('waiting', 0), 'request')}".lstrip())),
         ("pages", pages(event, room)),
+        *((each.tier, tier(each, room)) for each in event.tiers),
         ("tree", Text(tree(event))),
         ("channels", Text(", ".join(fill(each.actor, each.waiting, each.capacity) for each in event.channels))),
         ("needs", Text(", ".join(f"{each.count} {each.kind} {each.state}" for each in event.assets) or "none")),
@@ -110,7 +122,10 @@ def figures(seen: Seen, before: Seen | None) -> list[str]:
             f"{unit} {(counts.get(name, 0) - before.event.counts.get(name, 0)) / seconds:.0f}" for name, unit in rates
         ]
     if prompt:
-        found.append(f"hits {100 * counts['cached_tokens_total'] / prompt:.1f}%")
+        hits = counts["cached_tokens_total"] / prompt
+        most = max(hits, seen.event.ceiling)  # that is told once a second, and lags behind
+        ceiling = f" of at most {100 * most:.1f}%" if seen.event.ceiling else ""
+        found.append(f"hits {100 * hits:.1f}%{ceiling}")
     if total:
         found.append(f"in use {100 * (total - counts['pages_free'] - counts['pages_cached']) / total:.1f}%")
     return found
@@ -135,12 +150,23 @@ def batch(event: LiveEvent) -> str:
 
 
 def pages(event: LiveEvent, room: int) -> Text:
-    """A bar of all pages by owner, in the order of `OWNERS`; of who holds them nothing where they are too many."""
-    owners, text = event.pages.owners, Text()
-    if not owners:
+    """A bar of all pages by owner; of who holds them nothing where they are too many."""
+    if not event.pages.owners:
         return Text(f"{event.counts.get('pages_free', 0)} of {event.counts.get('pages', 0)} free")
+    return bar(event.pages.owners, room)
+
+
+def tier(found: LiveTier, room: int) -> Text:
+    """What a tier holds, in words, and a bar of it by what becomes of the pages."""
+    said = f"{found.used} of {found.pages} " if found.pages else f"{counted(found.used, 'page')} "
+    return Text(said).append(bar(found.map.owners, room - len(said)))
+
+
+def bar(owners: str, room: int) -> Text:
+    """`owners`, in the order of `OWNERS`, so many columns wide."""
+    text = Text()
     for owner, shade, colour in OWNERS:
-        text.append(shade * round(room * owners.count(owner) / len(owners)), colour)
+        text.append(shade * round(room * owners.count(owner) / max(1, len(owners))), colour)
     return text
 
 

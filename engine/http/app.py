@@ -28,6 +28,7 @@ from engine.http.openai import routes as openai
 from engine.http.openapi import DOCUMENT, Route, describe
 from engine.http.origins import Access, Gate, warn_of_any_origin
 from engine.http.page import routes as page
+from engine.http.page.live import LIVE, LiveEvents
 from engine.http.passing import PASSAGE, Passage
 from engine.http.request_id import name_request, send_id
 from engine.http.responses import routes as responses
@@ -81,6 +82,7 @@ def create_app(front: "Front", options: ServerOptions, routes: Sequence[Route] =
     app[QUIET] = open_paths
     app[INTAKE] = Intake(options, front.board)
     app[PASSAGE] = Passage(front.peers)
+    app[LIVE] = LiveEvents(front)
     app[STORE] = store = ResponseStore(front.board, front.peers)
     app.on_cleanup.append(lambda app: store.close())
     app[DOCUMENT] = to_json(describe(routes, models=service.models, keyed=keys.asked))

@@ -38,12 +38,21 @@ class StepsLook(Part, frozen=True):
 
 
 class PagesLook(Part, frozen=True):
-    """The pages by number, a letter for `each` of them, of the owner that most have: `.` free, `c` cached and used by
-    nobody, `s` shared in the tree by requests that run, `r` of one request alone. No letters if there are too many
-    pages to look at."""
+    """The pages by number, a letter for `each` of them, of the owner that most have; cache/maps.py has the letters.
+    None if there are too many pages to look at."""
 
     each: int
     owners: str
+
+
+class TierLook(Part, frozen=True):
+    """A tier below the device, "host" or "store": it has room for so many pages, 0 if that is not known, and holds
+    `used`."""
+
+    tier: str
+    pages: int
+    used: int
+    map: PagesLook
 
 
 class TreeLook(Part, frozen=True):
@@ -75,8 +84,8 @@ class AssetsLook(Part, frozen=True):
 
 class Snapshot(Part, frozen=True):
     """The `number`-th one, which took the scheduler so many `seconds`. `counts` are figures of Stats; `queue` (int32)
-    are the lengths of the prompts that wait, the first ones. Of copies of attention, rows, pages and trees follow each
-    other."""
+    are the lengths of the prompts that wait, the first ones. Of copies of attention, rows, pages, trees and tiers
+    follow each other. Where there are tiers, `ceiling` is the share of prompts that a cache without end would have."""
 
     number: int
     seconds: float
@@ -92,3 +101,5 @@ class Snapshot(Part, frozen=True):
     tree: TreeLook
     channels: tuple[ChannelLook, ...]
     assets: tuple[AssetsLook, ...]
+    tiers: tuple[TierLook, ...] = ()
+    ceiling: float = 0.0

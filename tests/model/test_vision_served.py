@@ -1,18 +1,22 @@
-"""A picture's whole way: a file, base64, HTTP, a model that sees, and what transformers makes of it: the ids that it
-answers, and the log-probabilities of what is chosen behind it."""
+"""A picture's whole way: a file, base64 or the page, HTTP, a model that sees, and what transformers makes of it: the
+ids that it answers, and the log-probabilities of what is chosen behind it."""
 
 import base64
 import io
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import anyio
 import pytest
 import torch
 from msgspec import Struct
 from openai import OpenAI
+from paging import GIVE, WAIT, chromium, say
 from PIL import Image
 from real_server import served
 from seeing import IMAGE, picture, qwen2_5_vl, saved
@@ -20,6 +24,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from bench.lib.chromium import open_tab
 from engine import Engine
 from engine.conversation.parts import Image as Picture
 from engine.conversation.parts import Message, Text
@@ -35,6 +40,12 @@ TEMPLATE = (
     f"{{{{ part.text if part.type == 'text' else '{SEEN}' }}}}"
     "{% endfor %}{% endfor %}{{ '=' if add_generation_prompt else '' }}"
 )
+# Their sizes in the log of the page.
+PICTURES = """
+const images = [...$("log").querySelectorAll(".m.user img")];
+await Promise.all(images.map(each => each.decode()));
+return images.map(each => [each.naturalWidth, each.naturalHeight]);
+"""
 
 
 def with_text(folder: Path) -> Path:
@@ -88,11 +99,14 @@ class Theirs(Struct, frozen=True):
         return [weight / sum(weights) for weight in weights]
 
 
-def part_of(image: Any) -> dict[str, Any]:
+def url_of(image: Any) -> str:
     held = io.BytesIO()
     image.save(held, "PNG")
-    data = base64.b64encode(held.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+    return f"data:image/png;base64,{base64.b64encode(held.getvalue()).decode()}"
+
+
+def part_of(image: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url_of(image)}}
 
 
 class Sight(Struct, frozen=True):
@@ -190,3 +204,35 @@ def test_programs_decide_and_select_behind_a_picture(sight: Sight) -> None:
             for told, choice in zip(s.get_meta_info("kind").scores, ["dog", "cat", "fox"], strict=True):
                 assert told.logprobs == pytest.approx(sight.theirs.scores(f"see{SEEN}=", choice, [shown]), abs=1e-3)
     assert sight.engine.inner.front.media is not None and sight.engine.inner.front.media.open == 0
+
+
+async def shown_in_the_page(path: str, sight: Sight) -> dict[str, Any]:
+    """Drop the first of the pictures into the page and paste the second; what the page says of the reply."""
+    settings = {"numbers": {"temperature": 0, "max_tokens": COUNT}, "more": '{"ignore_eos": true}'}
+    with anyio.fail_after(60):
+        async with open_tab(path) as tab:
+            await tab.open(f"{sight.server.url}/")
+            await tab.run(WAIT + "await until(() => server.sees);")
+            for event, image in zip(("drop", "paste"), sight.images, strict=True):
+                await tab.run(WAIT + GIVE.replace("EVENT", event).replace("DATA", url_of(image).split(",")[1]))
+            found = await say(tab, "see", **settings)
+            found["pictures"] = await tab.run(PICTURES)
+            found["errors"], found["hosts"] = tab.errors, {urlsplit(each).netloc for each in tab.asked}
+            if folder := os.environ.get("ENGINE_SCREENSHOTS"):
+                await tab.picture(Path(folder) / "picture.png", 900, 620)
+    return found
+
+
+def test_a_picture_dropped_into_the_page_is_seen(sight: Sight) -> None:
+    path = chromium()
+    ids = sight.theirs.reply(f"{SEEN}{SEEN}see=", sight.images)
+    assert ids != sight.theirs.reply(f"{SEEN}{SEEN}see=", sight.images[::-1])
+    found = anyio.run(shown_in_the_page, path, sight)
+    node = found["node"]
+    assert node["text"] == sight.theirs.words.decode(ids) and node["usage"]["completion_tokens"] == COUNT
+    assert found["chunks"] > 3  # it streams
+    tokens = int(sight.theirs.processor(images=sight.images, return_tensors="pt")["image_grid_thw"].prod(1).sum()) // 4
+    assert node["usage"]["prompt_tokens_details"]["image_tokens"] == tokens
+    assert f"{COUNT} tokens · " in found["shown"] and f", {tokens} of pictures" in found["shown"]
+    assert found["pictures"] == [[52, 40], [33, 70]]
+    assert (found["errors"], found["hosts"] - {""}) == ([], {urlsplit(sight.server.url).netloc})

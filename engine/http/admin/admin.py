@@ -199,9 +199,9 @@ async def server_info(request: web.Request) -> web.Response:
     """Tell the version, the options as resolved, the device, the start and the scheduler's figures."""
     service = request.app[SERVICE]
     front = service.front
-    state, stats = front.health(), msgspec.structs.asdict(front.stats)
+    state, stats = front.health(), named(front.stats)
     del stats["step_seconds"], stats["make_seconds"]
-    device = None if front.info is None else msgspec.structs.asdict(front.info)
+    device = None if front.info is None else named(front.info)
     phases = None if device is None else device.pop("phases")
     options = {
         group: {name: value for name, value in fields.items() if name not in SECRET}
@@ -212,6 +212,13 @@ async def server_info(request: web.Request) -> web.Response:
             __version__, state.status, state.cause, front.created, service.models, options, device, phases, [stats]
         )
     )
+
+
+def named(value: Any) -> Any:
+    """Messages, which are arrays between processes, as objects that name their fields, and what is in them, too."""
+    if isinstance(value, msgspec.Struct):
+        return {name: named(getattr(value, name)) for name in value.__struct_fields__}
+    return [named(each) for each in value] if isinstance(value, tuple) else value
 
 
 async def model_info(request: web.Request) -> web.Response:

@@ -19,12 +19,12 @@ from msgspec.structs import asdict
 from engine.errors import RequestError
 from engine.http.openapi import Route
 from engine.http.origins import is_local
-from engine.http.service import SERVICE, Service
+from engine.http.service import SERVICE
 from engine.http.sse import data_event, send_events
 from engine.http.wire import Reply, to_json
 from engine.messages.looking import HEAD, Snapshot
 from engine.runtime.board import Counter
-from engine.runtime.front import Front
+from engine.runtime.front import Front, Health
 
 PAUSE_SECONDS: Final = 0.5  # between two events
 MOST_VIEWERS: Final = 8  # of all fronts
@@ -56,11 +56,23 @@ class LiveSteps(Reply, frozen=True):
 
 
 class LivePages(Reply, frozen=True):
-    """A letter for `each` pages, by number, of the owner that most of them have: `.` free, `c` cached alone, `s` shared
-    in the tree by requests that run, `r` of one request alone. No letters where there are too many pages."""
+    """A letter for `each` pages, by number, of the owner that most of them have: `.` free, `c` cached alone, `k` cached
+    for a session or a program, `s` in the tree and used by requests that run, `r` of one request alone, `i` on their
+    way there from a tier, `o` on their way to one. No letters where there are too many pages."""
 
     each: int
     owners: str
+
+
+class LiveTier(Reply, frozen=True):
+    """A tier below the device, `host` or `store`, which has room for so many pages, 0 if that is not known, and holds
+    `used`. The letters of its map: `.` free, `c` cached, `a` cached and asked for again, `i` on their way there, `o` on
+    their way out. A store tells no places, so its letters stand in order."""
+
+    tier: str
+    pages: int
+    used: int
+    map: LivePages
 
 
 class LiveTree(Reply, frozen=True):
@@ -90,7 +102,8 @@ class LiveAssets(Reply, frozen=True):
 
 class LiveEvent(Reply, frozen=True):
     """The `number`-th snapshot, which took the scheduler so many `seconds`. `counts` are those of /server_info, and
-    `queue` the lengths of the first prompts that wait."""
+    `queue` the lengths of the first prompts that wait. No cache hits more than the share `ceiling` of prompts, which is
+    known where there are tiers, else 0."""
 
     number: int
     seconds: float
@@ -105,6 +118,8 @@ class LiveEvent(Reply, frozen=True):
     tree: LiveTree
     channels: list[LiveChannel]
     assets: list[LiveAssets]
+    tiers: list[LiveTier]
+    ceiling: float
     viewers: int
     open: int
 
@@ -117,9 +132,10 @@ async def live_events(request: web.Request) -> web.StreamResponse:
     if (viewers := board.total(Counter.VIEWERS)) >= MOST_VIEWERS:
         message = f"{viewers} viewers look already, and at most {MOST_VIEWERS} may; close another page that looks"
         raise RequestError(message, code="too_many_viewers", status=503)
+    view = request.app[LIVE]
     board.add(Counter.VIEWERS)
     try:
-        return await send_events(request, _snapshots(service.front), _LiveEvents(service))
+        return await send_events(request, _snapshots(service.front), view)
     finally:
         board.add(Counter.VIEWERS, -1)
 
@@ -149,15 +165,23 @@ async def _snapshots(front: Front) -> AsyncIterator[Snapshot]:
         await anyio.sleep(PAUSE_SECONDS)
 
 
-class _LiveEvents:
-    def __init__(self, service: Service) -> None:
-        self._service = service
+class LiveEvents:
+    """The events of one front: each is made once, for all viewers."""
+
+    def __init__(self, front: Front) -> None:
+        self._front = front
+        self._made: tuple[int, str] = 0, ""  # the snapshot and the status of the last event
+        self._event = b""
 
     def event(self, made: Snapshot) -> bytes:
-        front = self._service.front
-        health, tree = front.health(), made.tree
-        heads = numbers(tree.heads)
-        event = LiveEvent(
+        health = self._front.health()
+        if self._made != (made.number, health.status):
+            self._made, self._event = (made.number, health.status), data_event(to_json(self._told(made, health)))
+        return self._event
+
+    def _told(self, made: Snapshot, health: Health) -> LiveEvent:
+        front, steps, tree = self._front, made.steps, made.tree
+        return LiveEvent(
             made.number,
             made.seconds,
             health.status,
@@ -167,26 +191,32 @@ class _LiveEvents:
             LiveRows(*(numbers(getattr(made.rows, name)) for name in made.rows.__struct_fields__)),
             numbers(made.queue),
             LiveSteps(
-                made.steps.last,
-                seconds(made.steps.seconds),
-                seconds(made.steps.idle),
-                numbers(made.steps.rows),
-                numbers(made.steps.tokens),
+                steps.last, seconds(steps.seconds), seconds(steps.idle), numbers(steps.rows), numbers(steps.tokens)
             ),
             LivePages(made.pages.each, made.pages.owners),
             LiveTree(
-                numbers(tree.parents),
-                numbers(tree.pages),
-                numbers(tree.locks),
-                numbers(tree.hidden),
-                [[id for id in heads[at : at + HEAD] if id >= 0] for at in range(0, len(heads), HEAD)],
+                numbers(tree.parents), numbers(tree.pages), numbers(tree.locks), numbers(tree.hidden), heads(tree.heads)
             ),
             [LiveChannel(each.actor, each.waiting, each.capacity) for each in (*made.channels, *front.channels())],
             [LiveAssets(each.kind, each.state, each.count) for each in made.assets],
+            [
+                LiveTier(each.tier, each.pages, each.used, LivePages(each.map.each, each.map.owners))
+                for each in made.tiers
+            ],
+            made.ceiling,
             front.board.total(Counter.VIEWERS),
             front.board.total(Counter.REQUESTS),
         )
-        return data_event(to_json(event))
+
+
+def heads(column: bytes) -> list[list[int]]:
+    """HEAD ids of each node, without the -1 that stand for none."""
+    ids = numbers(column)
+    found = [ids[at : at + HEAD] for at in range(0, len(ids), HEAD)]
+    return [head if head[-1] >= 0 else head[: head.index(-1)] for head in found]
+
+
+LIVE: Final = web.AppKey("live", LiveEvents)
 
 
 def numbers(column: bytes) -> list[int]:
@@ -196,7 +226,7 @@ def numbers(column: bytes) -> list[int]:
 
 def seconds(column: bytes) -> list[float]:
     """A float32 column, in whole microseconds."""
-    return [round(each, 6) for each in array("f", column)]
+    return [int(1e6 * each + 0.5) / 1e6 for each in array("f", column)]
 
 
 ROUTES = (Route("GET", "/live/events", live_events, events=(LiveEvent,), done=False),)

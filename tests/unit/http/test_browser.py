@@ -11,10 +11,10 @@ import aiohttp
 import anyio
 import pytest
 from aiohttp import web
-from chromium import installed, open_tab
 from http_front import serving
 from test_origins import Watched
 
+from bench.lib.chromium import installed, open_tab
 from engine.http.app import ROUTES
 
 SECONDS = 100

@@ -2,6 +2,7 @@
 
 import io
 import json
+from array import array
 from collections.abc import AsyncIterator
 
 import aiohttp
@@ -9,16 +10,19 @@ import anyio
 import pytest
 from http_front import FakeFront, serving
 from joined_fronts import joined_fronts
+from msgspec.structs import replace
 from rich.console import Console
 from routed import routing
 from test_http_routes import Site, open_site
 
 from engine.client.options import TopOptions
-from engine.client.top import Seen, drawn, read, show
+from engine.client.top import NAMES, Seen, drawn, read, show
 from engine.config import Config
 from engine.errors import RequestError
-from engine.http.page.live import MOST_VIEWERS, LiveEvent
+from engine.http.page.live import MOST_VIEWERS, LiveEvent, LiveEvents, LivePages, LiveTier, heads, seconds
+from engine.messages.looking import HEAD
 from engine.runtime.board import Counter
+from engine.runtime.front import Health
 
 pytestmark = pytest.mark.anyio
 LIVE = "/live/events"
@@ -79,6 +83,22 @@ async def test_viewers_are_few_and_share_snapshots() -> None:
             answer.close()
         await nobody(site)
         assert (await one(site))["viewers"] == 1
+
+
+async def test_an_event_is_made_once_for_all_viewers_of_a_front() -> None:
+    front = FakeFront()
+    events, made = LiveEvents(front), await front.look()  # type: ignore[arg-type]
+    first = events.event(made)
+    assert events.event(made) is first
+    front.state = Health("stalled", "it takes long")
+    assert b'"status":"stalled"' in (second := events.event(made)) and second is not first
+    assert events.event(await front.look()) is not second
+
+
+def test_columns_become_lists() -> None:
+    assert seconds(array("f", [0.0012345678, 0.0, 1.5]).tobytes()) == [0.001235, 0.0, 1.5]
+    ids = array("i", [*range(HEAD), 5, 6, *[-1] * (HEAD - 2), *[-1] * HEAD])
+    assert heads(ids.tobytes()) == [[*range(HEAD)], [5, 6], []]
 
 
 async def test_viewers_of_all_fronts_count() -> None:
@@ -170,6 +190,23 @@ def text_of(seen: Seen, before: Seen | None) -> list[str]:
     console = Console(file=io.StringIO(), width=100)
     console.print(drawn(seen, before, 100))
     return [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+
+
+async def test_top_draws_tiers_by_what_becomes_of_their_pages() -> None:
+    async with serving(FakeFront()) as url, aiohttp.ClientSession(url) as session, session.get(LIVE) as answer:
+        event = read(await anext(told(answer))).event
+    assert event.tiers == []
+    tiers = [
+        LiveTier("host", 4096, 1204, LivePages(1, "aaic....")),
+        LiveTier("store", 0, 7, LivePages(1, "cc")),
+    ]
+    counts = {"prompt_tokens_total": 8, "cached_tokens_total": 2}
+    lines = text_of(Seen(replace(event, tiers=tiers, counts=counts, ceiling=0.5), 0.0), None)
+    assert "hits 25.0% of at most 50.0%" in lines[0]
+    host, store = (next(line for line in lines if line.startswith(tier)) for tier in ("host", "store"))
+    room = 100 - NAMES - 2 - len("1204 of 4096 ")
+    assert [host.count(shade) for shade in "▓█▒░"] == [round(room * share / 8) for share in (2, 1, 1, 4)]
+    assert host.split()[1:4] == ["1204", "of", "4096"] and "7 pages ▒▒▒▒" in store and "░" not in store
 
 
 async def test_top_prints_one_look_and_says_why_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ With ENGINE_SCREENSHOTS it writes the pictures of docs/page.md.
 import asyncio
 import json
 import os
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,12 +16,12 @@ from urllib.parse import urlsplit
 import aiohttp
 import anyio
 import pytest
-from chromium import Tab, installed, open_tab
 from http_front import FakeFront, chunks, serving, text_of
-from paging import WAIT, axe, say, violations
+from paging import GIVE, WAIT, axe, chromium, say, violations
 from real_server import over_http
 from routed import routing
 
+from bench.lib.chromium import Tab, open_tab
 from engine.config import resolve
 from engine.http.page.files import read
 from engine.messages.reply import Chunk
@@ -28,7 +29,7 @@ from engine.runtime.board import Counter
 from engine.runtime.front import Front
 from engine.runtime.launch import open_front
 
-SECONDS = 100
+SECONDS = 200
 MOST_BYTES = 60_000
 PICTURES = os.environ.get("ENGINE_SCREENSHOTS")
 HOSTILE = (
@@ -88,7 +89,7 @@ for (const value of ["3", "0.5"]) {
 return [...results, $("set").querySelectorAll("input, textarea, select").length];
 """
 EXPORT = """
-given = {};
+given = {numbers: {max_tokens: 3}};
 exported();
 const texts = [];
 for (const each of $("box").querySelectorAll("p button")) {
@@ -98,28 +99,48 @@ for (const each of $("box").querySelectorAll("p button")) {
 $("box").close();
 return texts;
 """
-PICTURE = """
-const bytes = Uint8Array.from(atob("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAA" +
-  "AABJRU5ErkJggg=="), each => each.charCodeAt(0));
-const dropped = () => {
-  const data = new DataTransfer();
-  data.items.add(new File([bytes], "dot.png", {type: "image/png"}));
-  document.body.dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true}));
+PIXEL = (  # a PNG of one
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+KEYS = """
+const press = (key, target = document.body, more = {}) => {
+  target.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true, cancelable: true, ...more}));
 };
-server.sees = false;
-dropped();
-const blind = [shown.length, $("note").textContent];
-server.sees = true;
-dropped();
-await until(() => shown.length);
-$("text").value = "What is it?";
-const at = add({role: "user", parent: chat.leaf, text: "What is it?", pictures: shown});
-const sent = request(at).messages.at(-1).content;
-chat.nodes.pop();
-chat.leaf = chat.nodes.length - 1;
-shown = [];
-drawShown();
-return {blind, sent: sent.map(each => each.type), url: sent[0].image_url.url.slice(0, 22)};
+const text = $("text"), found = [];
+text.blur();
+press("/");
+found.push(document.activeElement.id);
+text.value = "a line";
+press("Enter", text, {shiftKey: true});
+found.push(text.value, chat.nodes.length);
+text.value = "";
+press("ArrowUp", text);
+found.push(document.activeElement.ariaLabel);
+press("Escape", document.activeElement);
+document.activeElement.blur();
+press("s");
+found.push($("set").hidden);
+document.activeElement.blur();
+press("s");
+found.push($("set").hidden);
+press("e");
+found.push($("title").textContent);
+$("box").close();
+press("?");
+found.push($("title").textContent);
+$("box").close();
+const before = chat;
+press("n");
+found.push(chat !== before && chat.nodes.length);
+open(before);
+return found;
+"""
+THEME = """
+const shown = () => [$("theme").ariaLabel, getComputedStyle(document.body).backgroundColor];
+const found = [shown()];
+for (let times = 0; times < 2; times++) { $("theme").click(); found.push(shown()); }
+$("theme").click();
+return found;
 """
 LIVE = """
 location.hash = "#live";
@@ -138,6 +159,14 @@ first.later = sum(told.tree.pages);
 one.click();
 first.zoomed = [zoom !== "", $("crumbs").textContent];
 $("crumbs").querySelector("button").click();
+await until(() => told.tiers[1].used > 0);
+first.tiers = told.tiers.map(each => [each.tier, each.pages, each.used]);
+const corner = id => [...$(id).getContext("2d").getImageData(2, 2, 1, 1).data].slice(0, 3).join(", ");
+first.corners = [["map", told.pages], ...told.tiers.map(each => [each.tier, each.map])].map(([id, map]) =>
+  [paint(OWNERS[map.owners[0]]), `rgb(${corner(id)})`]);
+first.ceiling = told.ceiling;
+first.named = info.internal_states[0].tiers.host_pages;
+first.texts = Object.fromEntries(["figures", "actors", "assets", "ranks"].map(id => [id, $(id).innerText]));
 first.labels = [...document.querySelectorAll("canvas")].map(each => [each.id, each.ariaLabel]);
 return first;
 """
@@ -158,6 +187,23 @@ WORKERS = """
 location.hash = "#live";
 await until(() => $("workers")?.querySelector("a"));
 return [$("workers-said").textContent, $("workers").querySelector("a").href, $("workers").innerText];
+"""
+ACTS = """
+const named = () => [...$("acts").querySelectorAll("button")].map(each => each.textContent), found = [named()];
+info.options.server.profile_dir = "/traces";
+layout();
+found.push(named());
+info.options.server.profile_dir = null;
+layout();
+drawLive({...told, copies: [{pages: 9, pages_free: 2, pages_cached: 3, running: 5}, {...told.counts, running: 7}]});
+found.push($("ranks").innerText);
+drawLive(told);
+[...$("acts").querySelectorAll("button")].at(-1).click();
+await until(() => $("box").open);
+found.push($("box").innerText);
+[...$("box").querySelectorAll("button")].at(-1).click();
+await until(() => $("acted").textContent);
+return [...found, $("acted").textContent];
 """
 PAUSE = """
 const press = async name => {
@@ -198,9 +244,9 @@ return {folded: !fold.open, thought: fold.textContent, said: reply.querySelector
 
 
 @asynccontextmanager
-async def engine() -> AsyncIterator[tuple[Front, str]]:
-    """A real engine of the echo model, and its URL."""
-    config = resolve({"model": "echo", "kv_tokens": 131072, "port": 0})
+async def engine(disk: Path) -> AsyncIterator[tuple[Front, str]]:
+    """A real engine of the echo model, whose pages are of 64 bytes, with tiers below the device; and its URL."""
+    config = resolve({"model": "echo", "kv_tokens": 131072, "kv_host": "64KiB", "kv_disk": f"{disk}:4MiB", "port": 0})
     async with open_front(config) as front:
         await front.ready()
         async with over_http(front, config.server) as url:
@@ -262,8 +308,11 @@ async def chat(tab: Tab, front: Front, url: str, seen: dict[str, Any], audit: st
     await picture(tab, "phone", 390, 700, dark=True)
     await say(tab, "be hostile", more=choice(HOSTILE))
     seen["hostile"] = await tab.run(DOM)
-    seen["picture"] = await tab.run(WAIT + PICTURE)
+    seen["pictures"] = [await tab.run(WAIT + give(event)) for event in ("drop", "paste")]
     seen["export"] = await tab.run(EXPORT)
+    seen["curl"] = await anyio.run_process(["sh", "-c", seen["export"][1]])
+    seen["keys"] = await tab.run(WAIT + KEYS)
+    seen["themes"] = await tab.run(THEME)
     await tab.open(f"{url}/")
     seen["kept"] = await tab.run("return [chats.length, $('chats').innerText, $('log').innerText];")
     seen["width"] = await narrow(tab)
@@ -274,11 +323,15 @@ def choice(text: str) -> str:
     return json.dumps({"choice": [text]})
 
 
+def give(event: str) -> str:
+    return GIVE.replace("EVENT", event).replace("DATA", PIXEL)
+
+
 async def narrow(tab: Tab) -> int:
     """By how much the page is wider than a phone."""
-    await tab.call("Emulation.setDeviceMetricsOverride", width=390, height=760, deviceScaleFactor=1, mobile=False)
+    await tab.resize(390, 760)
     wider: int = await tab.run("return document.documentElement.scrollWidth - innerWidth;")
-    await tab.call("Emulation.setDeviceMetricsOverride", width=1200, height=900, deviceScaleFactor=1, mobile=False)
+    await tab.resize(1200, 900)
     return wider
 
 
@@ -295,8 +348,9 @@ async def live(tab: Tab, front: Front, url: str, seen: dict[str, Any], audit: st
     async with anyio.create_task_group() as group:
         group.start_soon(traffic, url, 48)
         seen["live"] = await tab.run(WAIT + LIVE)
-        await picture(tab, "live", 1200, 980)
+        await picture(tab, "live", 1200, 1160)
         seen["experts"] = await tab.run(EXPERTS)
+        seen["acts"] = await tab.run(WAIT + ACTS)
         seen["asked to pause"] = await tab.run(WAIT + PAUSE)
         seen["live width"] = await narrow(tab)
         if audit:
@@ -315,6 +369,8 @@ async def keyed(tab: Tab, seen: dict[str, Any], audit: str | None) -> None:
     async with serving(front, api_key=("sesame",)) as url:
         await tab.open(f"{url}/")
         seen["key"] = await tab.run(WAIT + KEYED)
+        await tab.run(WAIT + "location.hash = '#live'; await until(() => told && !$('live').hidden);")
+        seen["keyed view"] = await tab.run("location.hash = '#chat'; return $('figures').innerText;")
         seen["called"] = await say(tab, "what time is it?", tools=TOOLS)
         pieces = [THOUGHT[at : at + 9] for at in range(0, len(THOUGHT), 9)]
         front.script = [
@@ -336,11 +392,11 @@ async def routed(tab: Tab, seen: dict[str, Any]) -> None:
         seen["through a router"] = await say(tab, "hello")
 
 
-async def visit(path: str) -> dict[str, Any]:
+async def visit(path: str, disk: Path) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     finding = asyncio.get_running_loop().run_in_executor(None, axe)
     with anyio.fail_after(SECONDS):
-        async with open_tab(path) as tab, engine() as (front, url):
+        async with open_tab(path) as tab, engine(disk) as (front, url):
             audit = await finding
             await chat(tab, front, url, seen, audit)
             await live(tab, front, url, seen, audit)
@@ -353,12 +409,8 @@ async def visit(path: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def seen() -> dict[str, Any]:
-    path = installed()
-    if path is None:
-        assert os.environ.get("CI", "") in ("", "false"), "no Chromium is installed, and CI is set"
-        pytest.skip("no Chromium is installed: apt-get install chromium")
-    return anyio.run(visit, path)
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return anyio.run(visit, chromium(), tmp_path_factory.mktemp("disk"))
 
 
 def test_the_page_is_small_and_names_nobody_else() -> None:
@@ -432,12 +484,23 @@ def test_conversations_stay_and_are_exported(seen: dict[str, Any]) -> None:
         and "from openai import OpenAI" in python
     )
     compile(python, "conversation.py", "exec")
+    answered = json.loads(seen["curl"].stdout)  # the call that is exported is one that works
+    assert answered["usage"]["completion_tokens"] == 3 and answered["model"] == "echo"
 
 
-def test_pictures_go_to_a_model_that_sees(seen: dict[str, Any]) -> None:
-    found = seen["picture"]
-    assert found["blind"] == [0, "echo does not see: it takes no pictures."]
-    assert (found["sent"], found["url"]) == (["image_url", "text"], "data:image/png;base64,")
+def test_a_model_that_reads_text_alone_is_shown_no_pictures(seen: dict[str, Any]) -> None:
+    assert seen["pictures"] == 2 * [[0, "echo reads text alone: it takes no pictures."]]
+
+
+def test_the_keyboard_is_enough(seen: dict[str, Any]) -> None:
+    write, line, count, edited, opened, closed, export, help, new = seen["keys"]
+    assert (write, line, edited) == ("text", "a line", "Edited message") and count > 1  # Shift Enter sends nothing
+    assert (opened, closed, export, help, new) == (False, True, "Export", "Keys", 0)
+
+
+def test_a_theme_is_chosen(seen: dict[str, Any]) -> None:
+    assert [name for name, _ in seen["themes"]] == ["Theme: auto", "Theme: light", "Theme: dark"]
+    assert [colour for _, colour in seen["themes"][1:]] == ["rgb(252, 252, 250)", "rgb(19, 20, 22)"]
 
 
 def test_the_live_view_shows_a_batch_and_a_tree_that_grows(seen: dict[str, Any]) -> None:
@@ -447,10 +510,31 @@ def test_the_live_view_shows_a_batch_and_a_tree_that_grows(seen: dict[str, Any])
     assert live["zoomed"] == [True, "↑ the whole tree"]
     labels = dict(live["labels"])
     assert (
-        labels.keys() == {"strip", "rows", "map", "queue"}
+        labels.keys() == {"strip", "rows", "map", "queue", "host", "store"}
         and "decode" in labels["rows"]
         and "in use of" in labels["map"]
+        and " ms, " in labels["strip"]
+        and "in the queue" in labels["queue"]
     )
+
+
+def test_figures_actors_needs_and_devices_are_told_in_words(seen: dict[str, Any]) -> None:
+    texts = seen["live"]["texts"]
+    assert re.search(r"cache hits\s+[\d.]+%\s+(now \d+%, )?ceiling [\d.]+%", texts["figures"]), texts["figures"]
+    for actor in ("scheduler", "executor", "maker of grammar", "tokenizer", "detokenizer", "front"):
+        assert re.search(rf"^{actor}\s+\d+ (of \d+|wait)", texts["actors"], re.MULTILINE), texts["actors"]
+    assert "grammar, ready" in texts["assets"] and "one device" in texts["ranks"]
+
+
+def test_tiers_are_maps_of_their_own(seen: dict[str, Any]) -> None:
+    live = seen["live"]
+    (host, room, used), (store, also, kept) = live["tiers"]
+    assert (host, room, live["named"], store) == ("host", 1024, 1024, "store")
+    assert 0 < kept <= used <= room and kept < also == (4 << 20) // 64
+    labels = dict(live["labels"])
+    assert labels["host"] == f"host memory: {used} of 1024 pages" and labels["store"].startswith(f"disk: {kept} of ")
+    assert all(wanted == drawn for wanted, drawn in live["corners"])
+    assert 0.3 < live["ceiling"] < 1  # most of these prompts begin alike
 
 
 def test_experts_are_a_heat_map(seen: dict[str, Any]) -> None:
@@ -465,12 +549,17 @@ def test_a_router_shows_its_workers_and_passes_the_chat_on(seen: dict[str, Any])
 
 
 def test_what_acts_asks_first(seen: dict[str, Any]) -> None:
+    plain, profiled, copies, asked, flushed = seen["acts"]
+    assert (plain, profiled) == (["Pause", "Flush cache"], ["Pause", "Flush cache", "Profile 20 steps"])
+    assert re.search(r"copy 0\s+5 running\s+copy 1\s+7 running", copies)
+    assert "computed anew" in asked and re.fullmatch(r"freed \d+, in_use \d+", flushed)
     assert "No step is planned until it is continued" in seen["asked to pause"]
 
 
 def test_a_key_is_asked_for_and_kept_for_the_tab(seen: dict[str, Any]) -> None:
     assert "asks for a key" in seen["key"]["asked"]
     assert (seen["key"]["tab"], seen["key"]["stored"]) == ("sesame", False)
+    assert "viewers\n1" in seen["keyed view"]  # the live view streams with it
 
 
 def test_calls_are_shown_and_answered_and_reasoning_is_folded(seen: dict[str, Any]) -> None:

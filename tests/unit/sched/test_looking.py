@@ -5,14 +5,12 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from simulated_device import sampling
 from test_batcher import Bench
 
 import engine.actors.looking as looking
 from engine.actors.looking import Looking
-from engine.cache.looking import CELLS, MOST_CHILDREN, MOST_NODES, look_at_pages, look_at_trees
+from engine.cache.looking import MOST_CHILDREN, MOST_NODES, look_at_trees
 from engine.cache.radix import RadixTree
 from engine.messages.looking import HEAD, Snapshot
 from engine.messages.request import Admit
@@ -42,36 +40,10 @@ def test_rows_and_pages_are_those_that_run() -> None:
     assert plan is not None and numbers(rows.slots) == [0] and numbers(rows.phases) == [0]
     assert (numbers(rows.prompts), numbers(rows.computed), numbers(rows.replies)) == ([10], [8], [0])
     assert numbers(rows.pages) == [3] and numbers(look_at_queue(parts)) == [10, 10]
-    pages, tree = look_at_cache(parts)
-    assert sorted(pages.owners) == sorted("ssr" + 13 * ".") and pages.each == 1
+    pages, tree, tiers = look_at_cache(parts)
+    assert sorted(pages.owners) == sorted("ssr" + 13 * ".") and pages.each == 1 and tiers == ()
     assert (numbers(tree.parents), numbers(tree.pages), numbers(tree.locks)) == ([-1], [2], [1])
     assert numbers(tree.heads) == [0, *range(1, 8), *[-1] * (HEAD - 8)]
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("csr."), st.integers(1, 900)), min_size=1, max_size=8))
-def test_a_map_has_a_letter_for_each_page_or_for_most_of_several(runs: list[tuple[str, int]]) -> None:
-    owners = "".join(letter * count for letter, count in runs)
-    places: dict[str, list[int]] = {letter: [at for at, each in enumerate(owners) if each == letter] for letter in "sr"}
-    taken = bytes(letter != "." for letter in owners)
-    told = look_at_pages(taken, [(places["s"] + places["r"], len(places["s"]))])
-    assert (
-        len(told.owners) <= CELLS and (len(told.owners) - 1) * told.each < len(owners) <= len(told.owners) * told.each
-    )
-    for cell, letter in enumerate(told.owners):
-        part = owners[cell * told.each : (cell + 1) * told.each]
-        assert part.count(letter) == max(map(part.count, ".csr"))
-
-
-def test_of_many_pages_one_stands_for_several() -> None:
-    rows = 100
-    shared = list(range(0, 10_000))  # of all rows
-    own = [list(range(10_000 + 200 * row, 10_200 + 200 * row)) for row in range(rows)]
-    taken = bytes([1] * 35_000 + [0] * 5_000)  # the last ones that are taken are cached alone
-    told = look_at_pages(taken, [(shared + pages, len(shared)) for pages in own])
-    cells = [told.owners[first // told.each] for first in (5_000, 15_000, 25_000, 32_000, 38_000)]
-    assert (cells, told.each) == (["s", "r", "r", "c", "."], 79)
-    assert [told.owners.count(letter) for letter in "src."] == pytest.approx([127, 253, 64, 63], abs=4)
 
 
 def test_a_tree_is_told_from_its_roots_and_bounded() -> None:
@@ -113,7 +85,8 @@ class Clock:
 
 
 def look(one: Looking, scheduler: Any = None) -> Snapshot:
-    packed = one.look(scheduler, "ready", "", paused=False, channels=(), assets={("grammar", "making"): 2})
+    about: dict[str, Any] = {"channels": (), "assets": {("grammar", "making"): 2}}
+    packed = one.last() or one.look(scheduler, "ready", "", paused=False, **about)
     return msgspec.msgpack.decode(packed, type=Snapshot)
 
 

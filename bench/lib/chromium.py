@@ -74,20 +74,27 @@ class Tab:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    async def picture(self, path: Path, width: int, height: int, *, dark: bool = False) -> None:
-        """Write a PNG of the page in a window of that size."""
+    async def resize(self, width: int, height: int) -> None:
+        """Show the page in a window of that size."""
         await self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
         )
+
+    async def shot(self) -> bytes:
+        """A PNG of what the window shows."""
+        taken = await self.call("Page.captureScreenshot", format="png")
+        return b64decode(taken["data"])
+
+    async def picture(self, path: Path, width: int, height: int, *, dark: bool = False) -> None:
+        """Write a PNG of the page in a window of that size."""
+        await self.resize(width, height)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         await self.call("Emulation.setEmulatedMedia", features=[scheme])
         await self.run("await new Promise(done => setTimeout(done, 700));")
-        taken = await self.call("Page.captureScreenshot", format="png")
-        path.write_bytes(b64decode(taken["data"]))  # noqa: ASYNC240
+        path.write_bytes(await self.shot())  # noqa: ASYNC240
 
     async def _until(self, so: Any) -> None:
         while not so():
-            self._news = anyio.Event()
             await self._news.wait()
 
     async def _send(self, method: str, params: dict[str, Any]) -> int:
@@ -106,7 +113,8 @@ class Tab:
                 self.asked.append(said["params"]["request"]["url"])
             elif (error := console_error(said)) is not None:
                 self.errors.append(error)
-            self._news.set()
+            self._news.set()  # all who wait look again
+            self._news = anyio.Event()
 
 
 def console_error(said: dict[str, Any]) -> str | None:
