@@ -92,25 +92,33 @@ def qwen2_5_vl(**vision: Any) -> Any:
 
 def qwen3_vl(**vision: Any) -> Any:
     """Two of whose tower's three blocks speak to the decoder's first layers."""
-    rope = {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True}
-    config = transformers.Qwen3VLConfig(
-        text_config={**TEXT, "head_dim": 8, "rope_parameters": rope},
-        vision_config={
-            "depth": 3,
-            "hidden_size": 32,
-            "intermediate_size": 40,
-            "num_heads": 2,
-            "patch_size": 4,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "out_hidden_size": 48,
-            "num_position_embeddings": 36,
-            "deepstack_visual_indexes": [0, 2],
-            **vision,
-        },
-        **QWEN_IDS,
-    )
+    config = transformers.Qwen3VLConfig(**qwen3_vl_terms({}, vision))
     return filled(transformers.Qwen3VLForConditionalGeneration(config))
+
+
+def qwen3_vl_moe(text: Any = (), **vision: Any) -> Any:
+    """As `qwen3_vl`, but the second of the decoder's layers is dense and the others are mixtures."""
+    mixture = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "mlp_only_layers": [1]}
+    config = transformers.Qwen3VLMoeConfig(**qwen3_vl_terms({**mixture, **dict(text)}, vision))
+    return filled(transformers.Qwen3VLMoeForConditionalGeneration(config))
+
+
+def qwen3_vl_terms(text: dict[str, Any], vision: dict[str, Any]) -> dict[str, Any]:
+    rope = {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    usual = {
+        "depth": 3,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_heads": 2,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 48,
+        "num_position_embeddings": 36,
+        "deepstack_visual_indexes": [0, 2],
+    }
+    terms = {"text_config": {**TEXT, "head_dim": 8, "rope_parameters": rope, **text}, **QWEN_IDS}
+    return {**terms, "vision_config": {**usual, **vision}}
 
 
 def gemma3(**vision: Any) -> Any:

@@ -21,6 +21,7 @@ from seeing import (
     processor_of,
     qwen2_5_vl,
     qwen3_vl,
+    qwen3_vl_moe,
     saved,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -37,11 +38,15 @@ from engine.worker.steps.rows import Rows
 from engine_plugins.media.qwen2_5_vl import Qwen25VL as Processor25
 from engine_plugins.media.qwen3_vl import Qwen3VL as Processor3
 from engine_plugins.models.qwen2_5_vl import Qwen25VL
-from engine_plugins.models.qwen3_vl import Qwen3VL
+from engine_plugins.models.qwen3_vl import Qwen3VL, Qwen3VLMoe
 
 SIZE = {"size": {"shortest_edge": 64, "longest_edge": 2048}}
 PROCESSORS = {"image_processor": SIZE, "video_processor": {**SIZE, "cap_pixels_per_frame": False}}
-FAMILIES = {"2.5": (qwen2_5_vl, Qwen25VL, Processor25), "3": (qwen3_vl, Qwen3VL, Processor3)}
+FAMILIES = {
+    "2.5": (qwen2_5_vl, Qwen25VL, Processor25),
+    "3": (qwen3_vl, Qwen3VL, Processor3),
+    "3, experts": (qwen3_vl_moe, Qwen3VLMoe, Processor3),
+}
 ONE, OTHER, STRIP = picture(1, 40, 52), picture(2, 70, 33), picture(3, 9, 90)
 CLIP = picture(4, 30, 26, frames=5, fps=2.0)
 

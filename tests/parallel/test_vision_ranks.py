@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from seeing import END, IMAGE, START, ask_all, gemma3, picture, qwen3_vl, saved
+from seeing import END, IMAGE, START, ask_all, gemma3, picture, qwen3_vl, qwen3_vl_moe, saved
 from tiny_checkpoint import assert_same
 
 from engine import Engine
@@ -15,14 +15,18 @@ ONE, OTHER = picture(1, 40, 52), picture(2, 70, 33)
 
 @pytest.mark.parametrize(
     ("make", "mark", "ranks"),
-    [(qwen3_vl, IMAGE, "tp"), pytest.param(gemma3, START, "pp", marks=pytest.mark.matrix)],
+    [
+        pytest.param(qwen3_vl, IMAGE, {"tp": 2}, marks=pytest.mark.matrix),
+        (qwen3_vl_moe, IMAGE, {"tp": 2, "ep": 2}),
+        pytest.param(gemma3, START, {"pp": 2}, marks=pytest.mark.matrix),
+    ],
 )
-def test_two_ranks_say_what_one_does(make: Any, mark: int, ranks: str, tmp_path: Path) -> None:
+def test_two_ranks_say_what_one_does(make: Any, mark: int, ranks: dict[str, int], tmp_path: Path) -> None:
     """What Qwen3-VL's tower adds to the stream is no part of a sum over ranks; Gemma's second stage has spans alone."""
-    folder = saved(make(), tmp_path, image_processor=SIZE if make is qwen3_vl else {})
+    folder = saved(make(), tmp_path, image_processor={} if make is gemma3 else SIZE)
     asked = [([1, 2, mark, END, 5, 6], [ONE]), ([1, mark, 7, mark, 3], [OTHER, ONE]), ([4, 5, 6], [])]
     told = []
-    for options in ({}, {ranks: 2}):
+    for options in ({}, ranks):
         with Engine(model=str(folder), device="cpu", page_size=4, max_step_tokens=40, **options) as engine:
             told.append(ask_all(engine, asked, logprobs=0))
     assert_same(told[1], told[0], tolerance=1e-3)
