@@ -64,13 +64,22 @@ class Encoder:
             past = shown.begin + shown.count
             if shown.whole and end < past <= most:
                 end, step.budget = past, max(step.budget, past - start)
-            if (shown.whole and end < past) or not self._take(step, shown):
+            if (shown.whole and end < past) or not self._take(step, shown, request.slot):
                 end = max(start, shown.begin)
                 break
         return end
 
-    def _take(self, step: StepColumns, shown: Shown) -> bool:
-        """Have the embeddings of a medium in `step`. False if they are too many."""
+    def missing(self, request: Request, start: int) -> int:
+        """How many embeddings would have to be made for the prompt of `request` from position `start` on."""
+        tokens = {
+            shown.number: shown.tokens
+            for shown in request.shown
+            if shown.begin + shown.count > start and shown.number not in self._held
+        }
+        return sum(tokens.values())
+
+    def _take(self, step: StepColumns, shown: Shown, slot: int) -> bool:
+        """Have the embeddings of a medium in `step`, which the request in `slot` shows. False if they are too many."""
         number, tokens = shown.number, shown.tokens
         if number in step.media:
             return True
@@ -79,15 +88,15 @@ class Encoder:
         if number in self._held:
             self._held.move_to_end(number)
         else:
-            if step.encodes and sum(self._held[each] for each in step.encodes) + tokens > self.budget:
+            if step.encodes and sum(self._held[each] for _, each in step.encodes) + tokens > self.budget:
                 return False
             while self._tokens + tokens > self.room:
                 old = next(iter(self._held))  # none of this step's: those were used last, and there is room for them
                 self.forget(old)
-                step.forgets += (old,)
+                step.forgets += ((slot, old),)
             self._held[number] = tokens
             self._tokens += tokens
-            step.encodes += (number,)
+            step.encodes += ((slot, number),)
         step.media = {**step.media, number: tokens}
         return True
 

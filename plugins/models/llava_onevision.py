@@ -38,7 +38,6 @@ class Newline(Layer):
 class LlavaOnevision(Qwen):
     """`LlavaOnevisionForConditionalGeneration` of Hugging Face."""
 
-    in_copies = False
     sees = True
     vision_tower: Any
     multi_modal_projector: Any

@@ -144,7 +144,7 @@ class Qwen3VLMoe(Qwen3VL):
 
     def __init__(self, config: dict[str, Any], build: Build) -> None:
         super().__init__(config, build)
-        self.shape = self.shape_of(self.language(Terms.of(config)))
+        self.shape = self.shape_of(Terms.of(config))
 
     @staticmethod
     def language(terms: Terms) -> Terms:
@@ -153,7 +153,7 @@ class Qwen3VLMoe(Qwen3VL):
 
     @staticmethod
     def shape_of(config: Terms) -> DecoderShape:
-        return Qwen3Moe.shape_of(config)
+        return Qwen3Moe.shape_of(Qwen3VLMoe.language(config))
 
     def load(self, tensors: Iterable[tuple[str, LazyTensor]]) -> None:
         assert self.shape.mixture is not None, "a mixture of experts"

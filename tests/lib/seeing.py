@@ -27,6 +27,7 @@ from engine.conversation.media import MediaProcessor, Placed, needs_of
 from engine.media.frames import Frames
 from engine.messages.assets import Bound, Load, Loaded
 from engine.messages.media import MEDIA, Prepared, unpacked
+from engine.messages.media import packed as packed_pixels
 from engine.messages.request import Generate
 from engine.plugin import Terms
 from engine.plugin.testing import ModelHarness
@@ -184,6 +185,12 @@ def picture(seed: int, height: int, width: int, frames: int = 1, fps: float = 0.
     digest = hashlib.sha256(pixels.tobytes() + repr((frames, fps, height)).encode()).digest()
     times = tuple(index / fps for index in range(frames)) if fps else ()
     return Frames(pixels, times, digest, frames / fps if fps else 0.0)
+
+
+def broken(medium: Prepared) -> Prepared:
+    """Pixels of 40 x 40 that do not lie as their grid says."""
+    pixels = replace(unpacked(medium.payload), shape=(1, 20, 80, 3))
+    return replace(medium, payload=packed_pixels(pixels))
 
 
 def processor_of(engine: Engine) -> MediaProcessor:

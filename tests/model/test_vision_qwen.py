@@ -16,6 +16,7 @@ from seeing import (
     Seen,
     ask_all,
     begin,
+    broken,
     picture,
     prepared,
     processor_of,
@@ -324,9 +325,3 @@ def test_replies_are_transformers_whole_cut_cached_and_together(family: Any, tmp
                     future.result()
                 assert (failed.value.status, failed.value.code) == (500, "media_failed")
             assert other.result().ids == wanted[0]
-
-
-def broken(medium: Any) -> Any:
-    """Pixels that do not lie as their grid says."""
-    pixels = replace(unpacked(medium.payload), shape=(1, 20, 80, 3))
-    return replace(medium, payload=packed(pixels))
