@@ -18,6 +18,7 @@ from torch.nn import functional
 from engine.plugin import Terms, language_terms
 from engine.plugin.layers import Build, Elsewhere, Layer, VisionMLP, empty_weight, normalised
 from engine.plugin.media import Pixels
+from engine_plugins.media.llava_onevision import ALONE
 from engine_plugins.models.qwen import Qwen
 from engine_plugins.models.siglip import SIGLIP_NAMES, SiglipTower
 
@@ -71,6 +72,8 @@ class LlavaOnevision(Qwen):
     def _joined(self, tiles: Tensor, grid: tuple[int, ...]) -> Tensor:
         """The embeddings [tokens, H] of one medium, from [tiles, patches, H]."""
         side, newline = self.vision_tower.side, self.image_newline.weight.to(tiles.dtype)
+        if grid[1:] == (ALONE,):
+            return torch.cat((tiles[0], newline[None]))
         squares = tiles.unflatten(1, (side, side))
         if len(grid) < 3:
             frames = _resampled(squares, self.pooled, self.pooled).flatten(0, 2)

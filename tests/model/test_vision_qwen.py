@@ -122,6 +122,25 @@ def test_pixels_are_those_of_transformers_slow_processor(family: Any, shape: tup
     assert medium.tokens == int(np.prod(medium.grid)) // 4
 
 
+def test_a_coarse_picture_is_one_of_256_tokens_at_most(family: Any) -> None:
+    def prepared_of(shape: tuple[int, int], fewest: int = 64) -> list[Any]:
+        size = {"size": {"shortest_edge": fewest, "longest_edge": 1 << 20}}
+        config, described = Terms(family.theirs.config.to_dict()), Terms({"image_processor": size})
+        processor = type(family.seen.processor)(config, described)
+        return [processor.prepare(replace(picture(7, *shape), coarse=coarse)) for coarse in (True, False)]
+
+    coarse, fine = prepared_of((200, 310))
+    assert (coarse.tokens, fine.tokens) == (228, 975) and coarse.digest != fine.digest
+    size = {"shortest_edge": 64, "longest_edge": 256 * 8 * 8}
+    mean, std = type(family.seen.processor).usual
+    usual = {"patch_size": 4, "image_mean": list(mean), "image_std": list(std)}
+    theirs = Qwen2VLImageProcessorPil(size=size, **usual)(images=[picture(7, 200, 310).pixels[0]], return_tensors="pt")
+    torch.testing.assert_close(patches(family, coarse), theirs["pixel_values"], atol=1e-6, rtol=0)
+    coarse, fine = prepared_of((40, 52))
+    assert coarse.digest == fine.digest and coarse.tokens == fine.tokens == 30
+    assert prepared_of((200, 310), 60_000)[0].tokens == 912  # not below what the checkpoint says
+
+
 def test_a_strip_that_is_too_narrow_is_refused(family: Any) -> None:
     with pytest.raises(RequestError, match=r"^is 900 × 4 pixels, and its longer side may have 200 times its shorter"):
         family.seen.processor.prepare(picture(7, 4, 900))

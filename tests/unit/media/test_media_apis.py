@@ -56,6 +56,22 @@ def shown(url: str, kind: str = "image_url", **more: Any) -> dict[str, Any]:
     return {"type": kind, kind: {"url": url, **more}}
 
 
+async def test_detail_low_is_fewer_tokens_and_no_part_of_what_is_cached_of_the_whole_picture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with seeing(monkeypatch) as (_, url):
+        told = []
+        for detail in ("low", "high", "low", "original", "auto"):
+            body = {"model": "echo", "messages": user(shown(data_url(), detail=detail), "abcdefgh"), "max_tokens": 1}
+            status, said = await post(f"{url}/v1/chat/completions", body)
+            assert status == 200, said
+            _, counted = await post(f"{url}/tokenize", {key: body[key] for key in ("model", "messages")})
+            assert counted["count"] == said["usage"]["prompt_tokens"]
+            about = said["usage"]["prompt_tokens_details"]
+            told.append((about["image_tokens"], said["usage"]["prompt_tokens"], about["cached_tokens"]))
+    assert told == [(1, 9, 0), (4, 12, 0), (1, 9, 8), (4, 12, 8), (4, 12, 8)]
+
+
 async def metrics(url: str) -> dict[str, float]:
     async with aiohttp.ClientSession() as session, session.get(f"{url}/metrics") as answer:
         lines = [line for line in (await answer.text()).splitlines() if line.startswith("engine_media")]
