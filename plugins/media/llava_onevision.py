@@ -20,7 +20,7 @@ from engine.plugin.media import Encode, Frames, Piece, Placed, Prepared, grow, p
 from engine_plugins.media.pictures import BICUBIC, CLIP, digest_of, pixels_of, resized
 
 FRAMES = 32  # of a clip, if the processor does not say how many
-ALONE = 1  # behind the one tile of a picture, in its grid
+ALONE = 1  # behind the one tile of a picture, in its grid, as the model knows it
 Grid = tuple[int, int]
 
 

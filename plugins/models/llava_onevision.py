@@ -18,11 +18,12 @@ from torch.nn import functional
 from engine.plugin import Terms, language_terms
 from engine.plugin.layers import Build, Elsewhere, Layer, VisionMLP, empty_weight, normalised
 from engine.plugin.media import Pixels
-from engine_plugins.media.llava_onevision import ALONE
 from engine_plugins.models.qwen import Qwen
 from engine_plugins.models.siglip import SIGLIP_NAMES, SiglipTower
 
-GOES_ON = 0  # behind the frames of a piece of a clip, in its grid, if it is not the last one
+# What stands second in the grid of what is no picture in tiles: of the piece of a clip that is not its last one, and of
+# a picture that is one tile alone.
+GOES_ON, ALONE = 0, 1
 
 
 class Newline(Layer):

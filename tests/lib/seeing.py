@@ -264,7 +264,7 @@ class Seen:
                 bound.append(Bound(MEDIA, numbers[-1], need.use))
             known = {"prompt_len": len(each.ids), "positions": each.positions, "bound": tuple(bound)}
             admits.append(replace(admit, **known))
-        encodes = np.array(numbers, "<i4").tobytes()
+        encodes = np.array([(0, number) for number in numbers], "<i4").tobytes()  # one copy of attention has all slots
         self.harness.runner.apply(replace(plan, admits=tuple(admits), encodes=encodes))
         return placed
 
