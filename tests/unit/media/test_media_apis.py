@@ -12,7 +12,7 @@ import anyio
 import pytest
 from anthropic import AsyncAnthropic
 from anthropic import BadRequestError as AnthropicBadRequest
-from fake_media import BOMB, clip, picture, seeing_text
+from fake_media import BOMB, clip, encoded, picture, seeing_text
 from house import House, open_house
 from http_front import serving
 from odd_web import PICTURE, OddWeb, odd_web
@@ -322,7 +322,7 @@ async def test_long_prompts_go_to_a_text_process_without_their_pixels(monkeypatc
 
 
 async def test_the_offline_api_shows_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with seeing(monkeypatch) as (house, _):
+    async with seeing(monkeypatch, media_items=2, media_pixels=64 * 48) as (house, _):
         engine = AsyncEngine(house.front.config)
         engine._front = house.front
         prompts = [user("a", shown(data_url()), "b"), user(shown(data_url(clip(), "video/mp4"), "video_url"), "c")]
@@ -330,6 +330,13 @@ async def test_the_offline_api_shows_pictures(monkeypatch: pytest.MonkeyPatch) -
         assert [(reply.text, reply.prompt_tokens) for reply in replies] == [("cd", 6), ("de", 11)]
         with pytest.raises(RequestError, match=r"messages\[0\].content\[0\] is no image that can be read"):
             await engine.generate(user(shown(data_url(b"none")), "a"))
+        for parts, code in (
+            ([shown(data_url())] * 3, "too_many_media"),
+            ([shown(data_url(encoded(picture(65, 48))))], "media_too_large"),
+        ):
+            with pytest.raises(RequestError) as refused:
+                await engine.generate(user(*parts, "a"))
+            assert refused.value.code == code
         await house.settled()
         assert house.front.media is not None and house.front.media.open == 0
 
