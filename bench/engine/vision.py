@@ -3,13 +3,16 @@
     python -m bench.engine.vision                                    # Qwen2.5-VL-3B's shape, dummy weights, one GPU
     python -m bench.engine.vision --tiny                             # a small shape, on a CPU
     python -m bench.engine.vision --only check                       # whether both say the same, on a small model
+    python -m bench.engine.vision --tiny --only memory               # of 2,000 different pictures
 
 First a small seeded model is asked on both sides: each id that ours draws greedily must be one that transformers
 scores highest, or within rounding of it. Then `--requests` prompts, each with a picture of its own of `--side` x
 `--side` pixels between texts, are answered with `--tokens` tokens each: all at once by ours, as one batch by
 transformers (sdpa, no padding, as all prompts are equally long). Preparing the pixels is timed apart. Before that comes
 the time to a first token of a picture that is new, of the same prompt again, and of the same picture in another prompt.
-What each turn took is printed as it ends. `--only ours` leaves transformers out, `--only throughput` the check.
+What each turn took is printed as it ends. `--only memory` shows `--pictures` different ones, eight at a time, and
+prints the resident memory of each process on the way: it grows until as much is kept as may be. `--only ours` leaves
+transformers out, `--only throughput` the check.
 """
 
 import argparse
@@ -37,6 +40,7 @@ import transformers
 
 from bench.lib import synthetic
 from bench.lib.figures import shown
+from bench.lib.processes import children, resident
 from engine import AsyncEngine, SamplingParams
 from engine.media.frames import Frames
 from engine.messages.media import Prepared, unpacked
@@ -314,6 +318,18 @@ async def first_tokens(options: argparse.Namespace, config: dict[str, Any], ours
     print(f"| the same prompt again, where the first includes preparing | | {again / (first + prepared):.2f} |")
 
 
+async def memory(options: argparse.Namespace, config: dict[str, Any], ours: Ours) -> None:
+    """Prints the resident memory of each process while it shows different pictures."""
+    processes = {os.getpid(): "front and core", **children(os.getpid())}
+    print(f"\n| pictures | {' | '.join(f'{name}, MiB' for name in processes.values())} |")
+    print("|---|" + "---|" * len(processes))
+    for begin in range(0, options.pictures + 8, 8):
+        if begin % (options.pictures // 8) < 8 or begin >= options.pictures:
+            print(f"| {begin} | {' | '.join(f'{resident(pid)}' for pid in processes)} |", flush=True)
+        media = [ours.processor.prepare(picture(index, options.side)) for index in range(begin, begin + 8)]
+        await ours.all_at_once([(prompt(index, config), each) for index, each in enumerate(media, begin)], 1)
+
+
 async def run(options: argparse.Namespace) -> None:
     config = json.loads((Path(options.model) / "config.json").read_text())
     device = torch.device(options.device)
@@ -332,6 +348,9 @@ async def run(options: argparse.Namespace) -> None:
         engine_options = {"dtype": str(dtype).removeprefix("torch."), "load": "dummy", **limits(options)}
         async with AsyncEngine(model=str(folder), **engine_options) as engine:
             ours = Ours(engine)
+            if options.only == "memory":
+                await memory(options, config, ours)
+                return
             await first_tokens(options, config, ours)
             theirs = Theirs(made(config, device, dtype), device) if options.only in ("all", "throughput") else None
             await throughput(options, config, ours, theirs)
@@ -349,8 +368,9 @@ def main() -> None:
     parser.add_argument("--side", type=int)
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--repeat", type=int, default=2, help="turns that are timed")
+    parser.add_argument("--pictures", type=int, default=2000, help="that memory is measured with")
     parser.add_argument("--tiny", action="store_true", help="a small shape, few requests")
-    parser.add_argument("--only", choices=("all", "check", "throughput", "ours"), default="all")
+    parser.add_argument("--only", choices=("all", "check", "throughput", "ours", "memory"), default="all")
     parser.add_argument("--option", action="append", default=[], metavar="N=V", help="an option of the engine")
     options = parser.parse_args()
     usual = {"requests": 4, "side": 112, "tokens": 16} if options.tiny else {"requests": 64, "side": 640, "tokens": 256}

@@ -47,7 +47,7 @@ class MediaActor:
             async with anyio.create_task_group() as group:
                 async for message in self.inbox:
                     match message:
-                        case Generate(messages=list() as messages, media=()) if media := media_of(messages):
+                        case Generate(media=()) if media := message.shown or media_of(message.messages or ()):
                             scope = self._waiting[message.rid] = anyio.CancelScope()
                             group.start_soon(self._get, message, media, scope)
                         case Abort(rid) if rid in self._waiting:
@@ -72,8 +72,8 @@ class MediaActor:
                 await self.detokenizer.send(Tokens.aborted(request.rid))
                 return
             self.store.hold(request.rid, prepared)
-            messages = [without_sources(message) for message in request.messages or ()]
-            await self.tokenizer.send(msgspec.structs.replace(request, messages=messages, media=prepared))
+            messages = [without_sources(message) for message in request.messages or ()] or None
+            await self.tokenizer.send(msgspec.structs.replace(request, messages=messages, shown=(), media=prepared))
         except RequestError as error:
             let_go(error)
             await self.detokenizer.send(Failed.of(request.rid, error))

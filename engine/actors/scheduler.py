@@ -54,6 +54,7 @@ from engine.sched import Scheduler
 from engine.sched.assets import Due
 from engine.sched.copies import Copies
 from engine.sched.fronts import front_of
+from engine.sched.looking import parts_of
 from engine.sched.moves import Moves, patience
 from engine.sched.sessions import Sessions
 
@@ -247,8 +248,8 @@ class SchedulerActor:
             self.looking.done(done)
         self.credits = self.most_credits - (done.seconds >= SHORT_STEP_SECONDS)
         self.idle_seconds += done.idle
-        for number, cause in done.failed:
-            await self._end_users(number, cause)
+        for failed in done.failed:
+            await self._end_users(*failed)
         stuck = self.scheduler.stuck(done) if done.stuck else []
         replies = self.scheduler.commit_each(done, time.monotonic())
         for rid, cause in stuck:
@@ -262,15 +263,16 @@ class SchedulerActor:
             await self._send_stats()
             await self._answer_pauses()
 
-    async def _end_users(self, number: int, cause: str) -> None:
-        """A medium could not be encoded: who runs with it ends, and what was computed of it is in no cache. Whatever
-        else is cached stays."""
-        assert isinstance(self.scheduler, Scheduler), "copies of attention run no model that sees"
-        users = [each.rid for each in self.scheduler.running_requests() if number in each.numbers]
+    async def _end_users(self, copy: int, number: int, cause: str) -> None:
+        """A copy of attention could not encode a medium: who runs there with it ends, and what was computed of it is in
+        no cache. Whatever else is cached stays."""
+        assert self.scheduler is not None
+        scheduler = parts_of(self.scheduler)[copy]
+        users = [each.rid for each in scheduler.running_requests() if number in each.numbers]
         for rid in users:
-            self.scheduler.stop(rid)
+            scheduler.stop(rid)
             await self.front.send(Failed(rid, 500, "media_failed", f"an image or video cannot be encoded: {cause}"))
-        self.scheduler.places.spoiled(number)
+        scheduler.places.spoiled(number)
 
     async def _answer_pauses(self) -> None:
         """Answer what waits for an answer, in order, unless the device is still to become idle."""
@@ -367,8 +369,7 @@ class SchedulerActor:
         if self.scheduler is None:
             self.scheduler = scheduler_for(ready, self.config, self.policy, self.fronts, self.held)
             if ready.host_pages:
-                copies = self.scheduler.copies if isinstance(self.scheduler, Copies) else (self.scheduler,)
-                self.moves = Moves(copies)
+                self.moves = Moves(parts_of(self.scheduler))
         for maker in self.makers.values():
             await maker.inbox.send(ready)
         await self._pass_on(self.room.started())

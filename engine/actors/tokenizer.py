@@ -258,7 +258,7 @@ class Admission:
     def _placed(self, request: Generate, encoded: Encoded | None) -> Placed:
         """The prompt, with its media in their places."""
         if encoded is not None:
-            return self.text.finished(*encoded)
+            return self.text.finished(*encoded, request.media)
         return self.text.placed(array("i", request.ids or b""), request.media)
 
     def _ids_and_keys(self, request: Generate, placed: Placed) -> tuple["array[int]", bytes]:

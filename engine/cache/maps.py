@@ -11,12 +11,13 @@ one of several stands for them. Left out: which request has a page.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, islice
 
 from engine.cache.host import HostPages
 from engine.cache.pages import CachePages
 from engine.cache.radix import Node
-from engine.cache.tiers import Moving
+from engine.cache.tiers import Tiers
 from engine.messages.looking import PagesLook
 
 MOST_PAGES = 1 << 20  # that a map is made of
@@ -25,6 +26,40 @@ CELLS = 512
 FREE, CACHED, KEPT, SHARED, OWN, AGAIN, INTO, OUT = b".cksraio"
 
 Held = tuple[Sequence[int], int]  # pages, from an index on
+
+
+@dataclass(slots=True)
+class Moving:
+    """Pages of the device on their way `down`, and those that come `up`; places of the host that are written (`into`),
+    and that are read (`out`); how many pages are being kept in a store, and fetched from it."""
+
+    down: list[list[int]] = field(default_factory=list)
+    up: list[list[int]] = field(default_factory=list)
+    into: list[list[int]] = field(default_factory=list)
+    out: list[list[int]] = field(default_factory=list)
+    kept: int = 0
+    fetched: int = 0
+
+
+def moving_of(tiers: Tiers) -> Moving:
+    """What the moves under way touch."""
+    found = Moving()
+    for ticket in tiers.tickets():
+        slots = [place.slot for place in ticket.places]
+        match ticket.way:
+            case "down":
+                found.down.append(ticket.pages)
+                found.into.append(slots)
+            case "up":
+                found.up.append(ticket.pages)
+                found.out.append(slots)
+            case "keep":
+                found.out.append(slots)
+                found.kept += len(slots)
+            case "fetch":
+                found.into.append(slots)
+                found.fetched += len(slots)
+    return found
 
 
 def map_of_device(

@@ -90,19 +90,6 @@ class TierCounts:
         return summed(self.store_before, self.store)
 
 
-@dataclass(slots=True)
-class Moving:
-    """Pages of the device on their way `down`, and those that come `up`; places of the host that are written (`into`),
-    and that are read (`out`); how many pages are being kept in a store, and fetched from it."""
-
-    down: list[list[int]] = field(default_factory=list)
-    up: list[list[int]] = field(default_factory=list)
-    into: list[list[int]] = field(default_factory=list)
-    out: list[list[int]] = field(default_factory=list)
-    kept: int = 0
-    fetched: int = 0
-
-
 class Tiers:
     """What lies below the pages of `pool`, whose cached ones are in `tree`."""
 
@@ -403,29 +390,13 @@ class Tiers:
 
     # ── looking ──────────────────────────────────────────────────────────────────────────────
 
-    def moving(self) -> Moving:
-        """What the moves under way touch."""
-        found = Moving()
-        for ticket in [*self._tickets.values(), self._down]:
-            slots = [place.slot for place in ticket.places]
-            match ticket.way:
-                case "down":
-                    found.down.append(ticket.pages)
-                    found.into.append(slots)
-                case "up":
-                    found.up.append(ticket.pages)
-                    found.out.append(slots)
-                case "keep":
-                    found.out.append(slots)
-                    found.kept += len(slots)
-                case "fetch":
-                    found.into.append(slots)
-                    found.fetched += len(slots)
-        return found
+    def tickets(self) -> list[Ticket]:
+        """The moves under way, and what the next one takes down."""
+        return [*self._tickets.values(), self._down]
 
     def nodes(self) -> Iterable[Node]:
         """The nodes that moves under way lock, each as often as it is."""
-        return [node for ticket in [*self._tickets.values(), self._down] for node in ticket.nodes]
+        return [node for ticket in self.tickets() for node in ticket.nodes]
 
     def own_pages(self) -> list[list[int]]:
         """Pages of the device that belong to moves under way."""
@@ -435,7 +406,7 @@ class Tiers:
         """Assert that places, pins and moves fit together; `pages` are the tree's."""
         self.host.check_integrity()
         pins: dict[Place, int] = {}
-        for ticket in [*self._tickets.values(), self._down]:
+        for ticket in self.tickets():
             for place in ticket.places:
                 pins[place] = pins.get(place, 0) + 1
         assert all(place.pins == pins.get(place, 0) for place in self.host.places()), "a pin outlives its move"

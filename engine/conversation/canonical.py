@@ -103,7 +103,7 @@ class Written:
                 self.texts.append((self.length, part.text))
                 self.add(part.text)
             else:
-                kind, detail = ("i", part.detail or "") if isinstance(part, Image) else ("v", "")
+                kind, detail = ("i" if isinstance(part, Image) else "v"), ("low" if part.coarse else "")
                 self.add(MARK, kind, _fingerprint(part.source), detail, MARK)
 
     def whole(self) -> str:

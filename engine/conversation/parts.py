@@ -13,7 +13,7 @@ refused, in one place (media.py). A router knows a conversation without its temp
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 import msgspec
 from msgspec import Struct
@@ -30,12 +30,17 @@ class Text(Struct, frozen=True, array_like=True, tag=True):
 
 class Image(Struct, frozen=True, array_like=True, tag=True):
     """A picture. `source` is a data: or http(s): URL; the client put it at `place` (messages[2].content[1]), as a part
-    of the type `kind`. `detail` is what it asked of the resolution."""
+    of the type `kind`. `detail` is what it asked of the resolution: "low" is few tokens, all else as many as the model
+    takes."""
 
     source: str
     place: str
     kind: str = "image_url"
     detail: str | None = None
+
+    @property
+    def coarse(self) -> bool:
+        return self.detail == "low"
 
 
 class Video(Struct, frozen=True, array_like=True, tag=True):
@@ -44,6 +49,7 @@ class Video(Struct, frozen=True, array_like=True, tag=True):
     source: str
     place: str
     kind: str = "video_url"
+    coarse: ClassVar[bool] = False
 
 
 class Call(Struct, frozen=True, array_like=True, tag=True):

@@ -24,7 +24,6 @@ FEW_TOOLS = Meta(max_length=1024)
 CALLED_DIRECTLY = hint(
     ["direct"], only=Only('a list with "direct"', lambda value: isinstance(value, list) and "direct" in value)
 )
-DETAIL = hint("auto", "high", "original")  # of a picture: the model reads it as finely as it can
 Item = TypeVar("Item")
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 

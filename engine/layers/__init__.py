@@ -2,6 +2,7 @@
 
 from engine.kernels.experts.reference import ExpertWeights, Routed, Routing
 from engine.layers.activation import gated_activation
+from engine.layers.apart import experts_apart
 from engine.layers.attention import (
     Attention,
     AttentionBackend,
@@ -109,6 +110,7 @@ __all__ = [
     "check_layout",
     "check_shape",
     "empty_weight",
+    "experts_apart",
     "gated_activation",
     "grid_places",
     "merged_patches",

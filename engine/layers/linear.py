@@ -119,7 +119,7 @@ class Linear(Layer):
         if scheme is None or not self.waits:
             return
         self.waits = False
-        paths = [checkpoint_path(path, part) for part in self.parts]
+        paths = [checkpoint_path(self.stored_as or path, part) for part in self.parts]
         taken = [each for each in paths if scheme.takes(each)]
         if not taken:
             self.weight = empty_weight(self.build, *self.weight.shape)

@@ -37,6 +37,7 @@ class Layer(nn.Module):
 
     parts: tuple[str, ...] = ("",)
     extras: tuple[str, ...] = ()
+    stored_as: str = ""  # its path in a checkpoint that names it otherwise than the model does
 
     def named(self, path: str) -> None:
         """Called once, before any weight is loaded: the layer's path in the model, which is its name in checkpoints."""
@@ -241,10 +242,20 @@ class Model(nn.Module, ABC):
         """What goes into `batch.plans` before `forward`."""
         return tuple(backend.prepare(batch) for backend in self.backends)
 
-    def name_layers(self) -> None:
-        """Tells each layer its name. `load` does, and so must who fills the weights otherwise."""
+    def name_layers(self, names: Iterable[str] | None = None) -> None:
+        """Tells each layer its name. `load` does, and so must who fills the weights otherwise; `names` are those of the
+        checkpoint's tensors."""
+        names = None if names is None else list(names)
+        used = [
+            (beginning, own)
+            for beginning, own in self.renamed
+            if names is None or any(name.startswith(beginning) for name in names)
+        ]
         for path, layer in self.named_modules():
             if isinstance(layer, Layer):
+                layer.stored_as = next(
+                    (old + path.removeprefix(own) for old, own in used if path.startswith(own)), path
+                )
                 layer.named(path)
 
     def allocate(self) -> None:
@@ -270,7 +281,8 @@ class Model(nn.Module, ABC):
         A parameter shared by two layers (tied embeddings) is loaded under its first name; the other
         name may appear in the checkpoint and is passed over.
         """
-        self.name_layers()
+        tensors = list(tensors)
+        self.name_layers(name for name, _ in tensors)
         wanted, found = self._matched((self._own_name(name), tensor) for name, tensor in tensors)
         for name, tensor in found:
             layer, parameter, part = wanted[name]

@@ -169,7 +169,7 @@ class Experts(Layer):
         if scheme is None or not self.waits:
             return
         self.waits = False
-        modules = [f"{path}.{expert}.{part}" for expert in range(self.count) for part in self._parts]
+        modules = [f"{self.stored_as or path}.{expert}.{part}" for expert in range(self.count) for part in self._parts]
         taken = sum(map(scheme.takes, modules))
         if not taken:
             self.gate_up, self.down = (empty_weight(self.build, *each.shape) for each in (self.gate_up, self.down))

@@ -15,9 +15,10 @@ class Frames(Struct, frozen=True):
     `pixels` are uint8 [n, height, width, 3], RGB, upright and without alpha; a picture has one frame. `times` are the
     seconds of each frame of a clip, none of a picture. `digest` (32 bytes) is the hash of the source and of what was
     done to it: what has the same digest is the same medium. `duration` are the seconds of the whole clip, 0 where
-    nobody knows them."""
+    nobody knows them. A picture that is `coarse` is to take few tokens: its client said `detail` "low"."""
 
     pixels: "NDArray[np.uint8]"
     times: tuple[float, ...]
     digest: bytes
     duration: float = 0.0
+    coarse: bool = False

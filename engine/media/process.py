@@ -16,6 +16,8 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from engine.conversation.media import MediaProcessor
 from engine.errors import RequestError, counted
 from engine.messages import ToMediaProcess
@@ -80,7 +82,7 @@ def _made(processor: MediaProcessor, boot: MediaBoot, job: DecodeMedia) -> Media
 
     began = time.perf_counter()
     if job.kind == "image":
-        frames = image_frames(job.source, job.content, boot.pixels)
+        frames = replace(image_frames(job.source, job.content, boot.pixels), coarse=job.coarse)
     else:
         choose = processor.choose_frames
         frames = video_frames(job.source, job.content, choose, boot.pixels, boot.video_pixels)

@@ -7,9 +7,9 @@ the model's processor prepare the pixels. Pillow and PyAV are loaded there and n
                 │                             └─ no: a process decodes and prepares it, and it is kept
                 └─ a URL that is being fetched is not fetched again; nor one that its server said stays the same
 
-What is here is known by its content, so the same picture under two URLs is one. The least recently asked for goes when
-the bytes are too many. If who does something for several leaves, one of the others does it anew. Left out: what goes to
-the device (engine/sched/assets.py), and the embeddings there.
+What is here is known by its content, and whether it is coarse, so the same picture under two URLs is one. The least
+recently asked for goes when the bytes are too many. If who does something for several leaves, one of the others does it
+anew. Left out: what goes to the device (engine/sched/assets.py), and the embeddings there.
 """
 
 import asyncio
@@ -38,6 +38,8 @@ MOST_URLS = 4096  # of which it is known what they lead to
 MODULES: dict[str, tuple[str, str]] = {"image": ("PIL", "Pillow"), "video": ("av", "PyAV")}
 Stage = Literal["read", "decode", "prepare"]
 Result = Literal["hit", "made", "refused"]
+
+Known = tuple[Kind, bytes, bool]  # by what a medium is known: its kind, its content, and whether it is coarse
 
 T = TypeVar("T")
 
@@ -114,7 +116,7 @@ class MediaStore:
         self._reading = asyncio.Semaphore(READ_AT_ONCE)
         self._read_once: Once[tuple[bytes, bytes]] = Once()
         self._made_once: Once[Prepared] = Once()
-        self._prepared: OrderedDict[tuple[Kind, bytes], Prepared] = OrderedDict()  # the last one asked for is the last
+        self._prepared: OrderedDict[Known, Prepared] = OrderedDict()  # the last one asked for is the last
         self._open: dict[str, dict[bytes, int]] = {}  # by rid: digests and bytes
         self._uses: Counter[bytes] = Counter()  # of open requests, by digest
         self._urls: OrderedDict[tuple[Kind, str], tuple[bytes, float]] = OrderedDict()  # content, and until when
@@ -174,33 +176,34 @@ class MediaStore:
             if kind not in self._installed:
                 check_library(kind)
                 self._installed.add(kind)
-            return await self._get(part.source, kind)
+            return await self._get(part.source, kind, part.coarse)
         except RequestError as error:
             self.figures.ended("refused")
             raise copied(error, part.place or f"the {kind}") from None
 
-    async def _get(self, source: str, kind: Kind) -> Prepared:
-        known = self._urls.get((kind, source))
-        if known is not None and known[1] > time.monotonic() and (kept := self._here(kind, known[0])) is not None:
+    async def _get(self, source: str, kind: Kind, coarse: bool) -> Prepared:
+        content, until = self._urls.get((kind, source), (b"", 0.0))
+        if until > time.monotonic() and (kept := self._here((kind, content, coarse))) is not None:
             return kept
         data, content = await self._read(source, kind)
-        if (kept := self._here(kind, content)) is not None:
+        key = kind, content, coarse
+        if (kept := self._here(key)) is not None:
             return kept
         by_us = False
 
         async def make() -> Prepared:
             nonlocal by_us
             by_us = True
-            return await self._make(kind, content, data)
+            return await self._make(key, data)
 
-        prepared = await self._made_once((kind, content), make)
+        prepared = await self._made_once(key, make)
         self.figures.ended("made" if by_us else "hit")
         return prepared
 
-    def _here(self, kind: Kind, content: bytes) -> Prepared | None:
+    def _here(self, key: Known) -> Prepared | None:
         """What is kept of that content."""
-        if (found := self._prepared.get((kind, content))) is not None:
-            self._prepared.move_to_end((kind, content))
+        if (found := self._prepared.get(key)) is not None:
+            self._prepared.move_to_end(key)
             self.figures.ended("hit")
         return found
 
@@ -224,15 +227,16 @@ class MediaStore:
 
         return await (read() if source.startswith("data:") else self._read_once((kind, source), read))
 
-    async def _make(self, kind: Kind, content: bytes, data: bytes) -> Prepared:
-        ready = await self._ask(DecodeMedia(kind, content, data))
+    async def _make(self, key: Known, data: bytes) -> Prepared:
+        kind, content, coarse = key
+        ready = await self._ask(DecodeMedia(kind, content, data, coarse))
         self.figures.took("decode", ready.decode_seconds)
         self.figures.took("prepare", ready.prepare_seconds)
         self.figures.decoded(ready.pixels)
-        self._keep((kind, content), ready.prepared)
+        self._keep(key, ready.prepared)
         return ready.prepared
 
-    def _keep(self, key: tuple[Kind, bytes], prepared: Prepared) -> None:
+    def _keep(self, key: Known, prepared: Prepared) -> None:
         self._prepared[key] = prepared
         self.kept += len(prepared.payload) + BESIDE
         while self.kept > self._options.media_memory and self._prepared:

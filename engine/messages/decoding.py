@@ -20,11 +20,13 @@ class MediaBoot(Message, frozen=True):
 
 
 class DecodeMedia(Message, frozen=True):
-    """media pool → process: decode `source` and have the processor prepare it. `content` is the SHA-256 of it."""
+    """media pool → process: decode `source` and have the processor prepare it. `content` is the SHA-256 of it; `coarse`
+    is as in Frames."""
 
     kind: Literal["image", "video"]
     content: bytes
     source: bytes
+    coarse: bool = False
 
 
 class MediaReady(Message, frozen=True):

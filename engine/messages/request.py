@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from engine.conversation.parts import Image, Video
 from engine.conversation.parts import Message as ChatMessage
 from engine.messages.assets import Need
 from engine.messages.base import Message
@@ -46,7 +47,8 @@ class Generate(Message, frozen=True):
     scored_after: int = 0
     session: SessionUse | None = None
     program: ProgramUse | None = None
-    media: tuple[Prepared, ...] = ()  # that `messages` or `ids` have places for, in order
+    shown: tuple[Image | Video, ...] = ()  # what `text` or `ids` have places for, in order, until it is `media`
+    media: tuple[Prepared, ...] = ()  # that the prompt has places for, in order
 
     @property
     def grammar(self) -> Grammar | None:

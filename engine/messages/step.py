@@ -61,8 +61,9 @@ class StepPlan(Message, frozen=True):
     Where attention runs in copies, rows are in the order of these, and each copy has as many slots: they are numbered
     over all copies, and pages within each.
 
-    `forgets` are the numbers (int32) of media whose embeddings the device drops, `encodes` of those that it makes then,
-    before the forward pass.
+    `forgets` names media whose embeddings the device drops, `encodes` those that it makes then, before the forward
+    pass: int32 [n, 2], the slot that shows a medium, or needs the room, and the medium's number. So of copies of
+    attention each has its own.
 
     `lane` names the pipeline's micro-batch. Steps run on the device in the order sent, so a page freed by step n may be
     written by step n+1.
@@ -101,8 +102,8 @@ class StepDone(Message, frozen=True):
     `row` counted among them. `prompt_logprobs` has one for each of all the plan's rows that computes prompt positions p
     not scored yet: it holds those of the tokens at p + 1. `vectors` (float32 [n, size]) are those of the rows that ask
     for one, in plan order. `stuck` names rows that cannot go on, counted as in `logprobs`, each with a sentence for its
-    client; their count is 0. `failed` are the numbers of media that could not be encoded, each with the reason: what
-    the step has computed of them is wrong.
+    client; their count is 0. `failed` are the copy of attention (0 where there is one), the number of a medium that it
+    could not encode, and the reason: what the step has computed of it is wrong.
     """
 
     step: int
@@ -114,4 +115,4 @@ class StepDone(Message, frozen=True):
     idle: float = 0.0
     vectors: bytes = b""
     stuck: tuple[tuple[int, str], ...] = ()
-    failed: tuple[tuple[int, str], ...] = ()
+    failed: tuple[tuple[int, int, str], ...] = ()

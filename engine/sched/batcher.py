@@ -355,7 +355,7 @@ class Scheduler:
         number, step = self._in_flight.popleft()
         assert done.step == number, f"step {done.step} is done, but step {number} is the oldest in flight"
         if step.encodes:
-            self.places.made(step.encodes, self.running_requests())
+            self.places.made((medium for _, medium in step.encodes), self.running_requests())
         reply = Reply(number, step, now) if self.fronts == 1 else Parts(number, step, now, self.fronts)
         if done.prompt_logprobs:
             reply.add_prompt_scores(done.prompt_logprobs)

@@ -25,8 +25,8 @@ class StepColumns:
     pooled: tuple[Request, ...] = ()  # whose vectors the step yields
     scoring: Mapping[int, Request] = MappingProxyType({})  # by row: whose prompt's log-probabilities the step yields
     media: Mapping[int, int] = MappingProxyType({})  # embeddings by the number of a medium that its chunks show
-    encodes: tuple[int, ...] = ()  # of these, those that it makes
-    forgets: tuple[int, ...] = ()  # media whose embeddings make room
+    encodes: tuple[tuple[int, int], ...] = ()  # those that it makes: the slot that shows it, and a medium's number
+    forgets: tuple[tuple[int, int], ...] = ()  # media whose embeddings make room, and for which slot
     lane = 0  # whose rows decode
     work = 0.0  # that its prompts may still take, in a pipeline (chunks.py)
 
@@ -94,6 +94,6 @@ class StepColumns:
             admits=self.admits,
             pages=pages,
             lane=self.lane,
-            encodes=array("i", self.encodes).tobytes() if self.encodes else b"",
-            forgets=array("i", self.forgets).tobytes() if self.forgets else b"",
+            encodes=array("i", chain.from_iterable(self.encodes)).tobytes() if self.encodes else b"",
+            forgets=array("i", chain.from_iterable(self.forgets)).tobytes() if self.forgets else b"",
         )

@@ -33,6 +33,7 @@ from engine.plugin.specs import Policy
 from engine.sched.batcher import Scheduler
 from engine.sched.chunks import ChunkRule
 from engine.sched.columns import StepColumns
+from engine.sched.encoder import Encoder
 from engine.sched.live import LiveRequests
 from engine.sched.request import Request
 from engine.sched.shares import Share, parted
@@ -46,7 +47,8 @@ BUSY_ROWS = 8  # that decode in a copy, on average, where requests are held
 class Copies:
     """`copies` schedulers of `pages` KV pages each, which divide `slots` evenly; used as one Scheduler is.
 
-    A step has up to `max_step_tokens` tokens of each copy. In a pipeline it is of the same lane in all copies."""
+    A step has up to `max_step_tokens` tokens of each copy. In a pipeline it is of the same lane in all copies. Each has
+    an encoder like `encoder`: it makes and holds the embeddings of media that its own requests show."""
 
     def __init__(
         self,
@@ -63,6 +65,7 @@ class Copies:
         chunks: ChunkRule | None = None,
         held: HeldBlocks | None = None,
         tiers: TierOptions | None = None,
+        encoder: Encoder | None = None,
         held_steps: int = HELD_STEPS,
         busy_rows: int = BUSY_ROWS,
     ) -> None:
@@ -84,6 +87,7 @@ class Copies:
                 copy=copy,
                 live=self.live,
                 tiers=None if tiers is None else replace(tiers, copy=copy, copies=copies),
+                encoder=None if encoder is None else Encoder(encoder.budget, encoder.room),
             )
             for copy in range(copies)
         )
@@ -234,8 +238,9 @@ class Copies:
         return True
 
     def _cost(self, copy: Scheduler, request: Request) -> int:
-        """What `request` costs in `copy`, in tokens that are read."""
-        return COMPUTED * (len(request.ids) - copy.cached(request))
+        """What `request` costs in `copy`, in tokens that are read: an embedding of media as much as a token."""
+        cached = copy.cached(request)
+        return COMPUTED * (len(request.ids) - cached + copy.encoder.missing(request, cached))
 
     def _holds(self, steps: Sequence[StepColumns]) -> bool:
         """Whether those that wait are held for a step, because some copy could not begin one of them now. Never where
@@ -276,6 +281,10 @@ class Copies:
 
 def joined(number: int, plans: Sequence[StepPlan]) -> StepPlan:
     """The plan of step `number`, of all that the `plans` of copies say."""
+    encodes = forgets = b""
+    for plan in plans:  # nearly always nothing
+        encodes += plan.encodes
+        forgets += plan.forgets
     return StepPlan(
         step=number,
         slots=b"".join(plan.slots for plan in plans),
@@ -285,4 +294,6 @@ def joined(number: int, plans: Sequence[StepPlan]) -> StepPlan:
         admits=tuple(admit for plan in plans for admit in plan.admits),
         pages=b"".join(plan.pages for plan in plans),
         lane=plans[0].lane,
+        encodes=encodes,
+        forgets=forgets,
     )

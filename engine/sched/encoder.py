@@ -79,15 +79,24 @@ class Encoder:
             past = shown.begin + shown.count
             if shown.whole and end < past <= most:
                 end, step.budget = past, max(step.budget, past - start)
-            if (shown.whole and end < past) or not self._take(step, shown):
+            if (shown.whole and end < past) or not self._take(step, shown, request.slot):
                 end = max(start, shown.begin)
                 break
             if (making := self._making.get(shown.number)) is not None:
                 making.texts.add((request.salt, request.key(0, shown.begin + 1)))
         return end
 
-    def _take(self, step: StepColumns, shown: Shown) -> bool:
-        """Have the embeddings of a medium in `step`. False if they are too many."""
+    def missing(self, request: Request, start: int) -> int:
+        """How many embeddings would have to be made for the prompt of `request` from position `start` on."""
+        tokens = {
+            shown.number: shown.tokens
+            for shown in request.shown
+            if shown.begin + shown.count > start and shown.number not in self._held
+        }
+        return sum(tokens.values())
+
+    def _take(self, step: StepColumns, shown: Shown, slot: int) -> bool:
+        """Have the embeddings of a medium in `step`, which the request in `slot` shows. False if they are too many."""
         number, tokens = shown.number, shown.tokens
         if number in step.media:
             return True
@@ -96,15 +105,15 @@ class Encoder:
         if number in self._held:
             self._held.move_to_end(number)
         else:
-            if step.encodes and sum(self._held[each] for each in step.encodes) + tokens > self.budget:
+            if step.encodes and sum(self._held[each] for _, each in step.encodes) + tokens > self.budget:
                 return False
             while self._tokens + tokens > self.room:
                 old = next(iter(self._held))  # none of this step's: those were used last, and there is room for them
                 self.forget(old)
-                step.forgets += (old,)
+                step.forgets += ((slot, old),)
             self._held[number] = tokens
             self._tokens += tokens
-            step.encodes += (number,)
+            step.encodes += ((slot, number),)
             self._making.setdefault(number, Making()).steps += 1
         step.media = {**step.media, number: tokens}
         return True

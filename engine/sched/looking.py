@@ -9,8 +9,8 @@ from itertools import chain, islice
 from operator import attrgetter
 
 from engine.cache.looking import look_at_trees
-from engine.cache.maps import MOST_PAGES, map_of_device, map_of_host, map_of_store
-from engine.cache.tiers import Moving, Tiers
+from engine.cache.maps import MOST_PAGES, Moving, map_of_device, map_of_host, map_of_store, moving_of
+from engine.cache.tiers import Tiers
 from engine.messages.looking import PagesLook, RowsLook, TierLook, TreeLook
 from engine.sched.batcher import Scheduler
 from engine.sched.copies import Copies
@@ -54,7 +54,7 @@ def look_at_cache(parts: Sequence[Scheduler], store_bytes: int = 0) -> tuple[Pag
     if that is known."""
     tree = look_at_trees(part.cache.tree for part in parts)
     below = [part.tiers for part in parts if part.tiers is not None]
-    moving = [tiers.moving() for tiers in below]
+    moving = [moving_of(tiers) for tiers in below]
     if not parts or sum(part.cache.pool.size for part in parts) > MOST_PAGES:
         device = PagesLook(0, "")
     else:

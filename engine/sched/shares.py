@@ -75,4 +75,5 @@ def gathered(parts: Sequence[StepDone]) -> StepDone:
         idle=max(part.idle for part in parts),
         vectors=b"".join(part.vectors for part in parts),
         stuck=tuple(each for part in parts for each in part.stuck),
+        failed=tuple(each for part in parts for each in part.failed),
     )

@@ -204,15 +204,16 @@ class Text:
         )
         return [list(self.finished(prompt, ids).ids) for prompt, ids in zip(prompts, made, strict=True)]
 
-    def finished(self, prompt: Prompt, ids: list[int]) -> Placed:
-        """`ids`, which the tokenizer has made of `prompt`, with what the tokenizer does not know of.
+    def finished(self, prompt: Prompt, ids: list[int], media: Sequence[Prepared] = ()) -> Placed:
+        """`ids`, which the tokenizer has made of `prompt`, with what the tokenizer does not know of; of a text, `media`
+        are what it has places for.
 
         Raises RequestError for a conversation of which nothing is left."""
         if prompt.bos and self.spec.bos_id is not None and ids[:1] != [self.spec.bos_id]:
             ids = [self.spec.bos_id, *ids]
         if prompt.messages is not None and not ids:
             raise RequestError("the chat template makes an empty prompt of the messages; say more", param="messages")
-        return self.placed(ids, prompt.media)
+        return self.placed(ids, prompt.media or media)
 
     def placed(self, ids: Sequence[int], media: Sequence[Prepared]) -> Placed:
         """`ids` with `media` in their places. Raises RequestError where the model reads text alone, or there are not as

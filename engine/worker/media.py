@@ -6,7 +6,8 @@
 Which are made and dropped, the scheduler says (sched/encoder.py), so all ranks hold the same. Those of one plan are
 encoded together. A rank that embeds no tokens has positions and spans alone. A step whose rows compute a part of a
 prompt that shows something is not captured; all others are, and read how far the positions of a slot are shifted from a
-table on the device. Left out: encoding on a stream of its own; with a pipeline, that the last stage tells of what the
+table on the device. Of copies of attention each holds what its own requests show, and all know whether a row of any
+copy shows something. Left out: encoding on a stream of its own; with a pipeline, that the last stage tells of what the
 first one could not encode.
 """
 
@@ -24,6 +25,7 @@ from engine.layers.model import Model
 from engine.messages.assets import Load, Loaded
 from engine.messages.media import MEDIA, MediaUse, Pixels, media_use, unpacked
 from engine.messages.step import SlotAdmit, StepPlan
+from engine.worker.steps.copies import Copy
 from engine.worker.steps.rows import Rows
 
 log = logging.getLogger("engine.worker")
@@ -53,17 +55,20 @@ class SlotMedia:
 class MediaTable:
     """The Loader of the kind MEDIA, and the encoder's side of a step."""
 
-    def __init__(self, model: Model, slots: int, device: torch.device, *, embeds: bool) -> None:
-        """`embeds`: this rank embeds tokens, and so encodes."""
-        self._model, self._device, self._embeds = model, device, embeds
+    def __init__(
+        self, model: Model, slots: int, device: torch.device, *, embeds: bool, copy: Copy | None = None
+    ) -> None:
+        """`embeds`: this rank embeds tokens, and so encodes. It has `slots`, those of its `copy` of attention."""
+        self._model, self._device, self._embeds, self._copy = model, device, embeds, copy
         self._pixels: dict[int, Pixels] = {}
         self._held: dict[int, Tensor] = {}
         self._slots: dict[int, SlotMedia] = {}
-        self._until = np.zeros(slots + 1, np.int64)  # positions from which on a slot's tokens are like text's
+        # positions from which on a slot's tokens are like text's, in all copies of attention
+        self._until = np.zeros((1 if copy is None else copy.copies) * slots + 1, np.int64)
         # by how much the positions of each slot's tokens are shifted, behind what its prompt shows
         self.shifts = torch.zeros(slots + 1, dtype=torch.int64, device=device) if model.turns else None
         self._shifted: set[int] = set()  # slots whose shift is not 0
-        self.failed: list[tuple[int, str]] = []
+        self.failed: list[tuple[int, int, str]] = []
 
     # ── media come and go ────────────────────────────────────────────────────────────────────
 
@@ -85,26 +90,35 @@ class MediaTable:
     # ── a step ───────────────────────────────────────────────────────────────────────────────
 
     def apply(self, plan: StepPlan) -> None:
-        """Takes in whom the plan admits, and encodes what it says."""
+        """Takes in whom the plan admits, and encodes what it says. Of copies of attention, it is this one's part of a
+        plan that all were `told`."""
         if plan.admits:
             self._admit(plan.admits)
-        for number in np.frombuffer(plan.forgets, "<i4").tolist():
+        for number in np.frombuffer(plan.forgets, "<i4")[1::2].tolist():
             self._held.pop(number, None)
         if plan.encodes and self._embeds:
-            self._encode(np.frombuffer(plan.encodes, "<i4").tolist())
+            self._encode(np.frombuffer(plan.encodes, "<i4")[1::2].tolist())
+
+    def told(self, plan: StepPlan) -> bool:
+        """Whether a row of a plan, of any copy of attention, computes a part of what a prompt shows."""
+        for admit in plan.admits:
+            self._until[admit.slot] = SlotMedia(admit).until
+        slots, starts = (np.frombuffer(each, "<i4") for each in (plan.slots, plan.starts))
+        return bool((starts < self._until[slots]).any())
 
     def _admit(self, admits: Sequence[SlotAdmit]) -> None:
         shifts: dict[int, int] = {}
         for admit in admits:
             slot = admit.slot
             self._slots.pop(slot, None)
-            self._until[slot] = 0
             if slot in self._shifted:
                 self._shifted.remove(slot)
                 shifts[slot] = 0
-            if admit.positions or any(bound.kind == MEDIA for bound in admit.bound):
-                shown = self._slots[slot] = SlotMedia(admit)
+            shown = SlotMedia(admit)
+            if self._copy is None:
                 self._until[slot] = shown.until
+            if admit.positions or shown.uses:
+                self._slots[slot] = shown
                 if shown.shift:
                     self._shifted.add(slot)
                     shifts[slot] = shown.shift
@@ -127,10 +141,13 @@ class MediaTable:
                 for number in numbers:
                     self._encode([number])
             else:
-                self.failed.append((numbers[0], f"{type(error).__name__}: {error}"))
+                copy = 0 if self._copy is None else self._copy.number
+                self.failed.append((copy, numbers[0], f"{type(error).__name__}: {error}"))
 
     def shows(self, rows: Rows) -> bool:
-        """Whether a row computes a part of what a prompt shows: then the step is not captured."""
+        """Whether a row, of any copy of attention, computes a part of what a prompt shows: the step is not captured."""
+        if rows.among is not None:
+            return rows.among.shows
         return bool(self._slots) and bool((rows.starts < self._until[rows.slots]).any())
 
     def seen(self, batch: Batch, rows: Rows) -> Batch:
@@ -189,7 +206,7 @@ class MediaTable:
         size = (1 + self._model.levels) * self._model.width
         return torch.zeros(use.tokens, size, dtype=self._model.dtype, device=self._device)
 
-    def take_failed(self) -> tuple[tuple[int, str], ...]:
+    def take_failed(self) -> tuple[tuple[int, int, str], ...]:
         """What has failed since this was asked for last."""
         failed, self.failed = tuple(self.failed), []
         return failed

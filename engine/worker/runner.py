@@ -96,7 +96,7 @@ class Runner:
         loader = grammars if self.draws else LoadedElsewhere()
         self.loaders: dict[str, Loader] = {} if loader is None else {GRAMMAR: loader}  # by kind of need
         enters = pipeline is not None and not pipeline.first
-        self.media = MediaTable(model, slots, device, embeds=not enters) if model.sees else None
+        self.media = MediaTable(model, slots, device, embeds=not enters, copy=copy) if model.sees else None
         self.loaders |= {} if self.media is None else {MEDIA: self.media}
         self.unscored = np.zeros((slots, 2), np.int64)  # prompt positions to be scored: from, to
         self._no_tokens = torch.empty(0, dtype=torch.int64, device=device)
@@ -120,7 +120,9 @@ class Runner:
     def launch(self, plan: StepPlan, catch_up: Callable[[], None] = _nothing) -> Step:
         """Starts a step. Steps run in the order launched. `catch_up` is to `finish` all that are under way; it is
         called if a row follows a grammar, once the model is on its way."""
-        plan, among = (plan, None) if self.copy is None else self.copy.own(plan)
+        among = None
+        if self.copy is not None:
+            plan, among = self.copy.own(plan, self.media is not None and self.media.told(plan))
         if self.device.type == "cpu":
             began = time.perf_counter()
             result = self._run(plan, among, catch_up)
@@ -214,10 +216,8 @@ class Runner:
         """The hidden states of the step of `rows`, one or more; `entering` are from the stage before."""
         shows = self.media is not None and self.media.shows(rows)
         if not shows and self.decode_graphs.fits(rows):
-            steps = self.decode_graphs
             prefixes = self.prefixes.find(rows.slots, rows.starts) if self.prefixes is not None else ()
-            if prefixes:
-                steps = self.shared_graphs
+            steps = self.shared_graphs if prefixes else self.decode_graphs
             hidden, on_device = steps.replay(rows, prefixes, entering)
             return Forward(hidden, np.arange(len(rows) + 1), steps=steps, on_device=on_device)
         drafts = rows.drafts.any()

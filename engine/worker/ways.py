@@ -79,7 +79,7 @@ def choose_ways(options: ParallelOptions, source: Source, build: Build, most: in
 def mixture_of(source: Source) -> DecoderShape | None:
     """What the model's decoder is like, if it has mixtures of experts and may have copies of attention."""
     model = resolve(model_for(source.plugins, source.terms.words("architectures")).target)
-    if not issubclass(model, CausalLM) or not model.in_copies:  # the terms of one that sees are not its decoder's
+    if not issubclass(model, CausalLM) or not model.in_copies:
         return None
     shape: DecoderShape = model.decoder_shape(source.language)
     return shape if shape.mixture is not None and shape.mixture.layers else None

@@ -16,7 +16,7 @@ PROCESSORS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     (
         "qwen3_vl",
         "qwen3_vl:Qwen3VL",
-        ("Qwen3VLForConditionalGeneration",),
+        ("Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"),
         "images and video of Qwen3-VL, with timestamps",
     ),
     (

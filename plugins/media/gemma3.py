@@ -2,7 +2,8 @@
 
     … \n\n [begin] 256 embeddings that see each other [end] \n\n …
 
-A long picture may be shown in crops as well (pan and scan), if the checkpoint's processor says so. Empty lines and
+A long picture may be shown in crops as well (pan and scan), if the checkpoint's processor says so and the client does
+not want it coarse. Empty lines and
 those of the text around them are one token, as they are where the whole text is tokenized at once. Left out: clips,
 which the family does not take.
 """
@@ -41,7 +42,8 @@ class Gemma3:
     def prepare(self, frames: Frames, /) -> Prepared:
         if frames.times:
             self.choose_frames(len(frames.times), 1.0, 1.0)
-        crops = [frames.pixels, *(self.crops(frames.pixels) if self.terms.flag("do_pan_and_scan") else [])]
+        scans = self.terms.flag("do_pan_and_scan") and not frames.coarse
+        crops = [frames.pixels, *(self.crops(frames.pixels) if scans else [])]
         resample = self.terms.integer("resample", BILINEAR, low=0)
         squares = np.concatenate([resized(crop, *self.size, resample) for crop in crops])
         made = pixels_of(squares, (len(crops),), self.terms, STANDARD)

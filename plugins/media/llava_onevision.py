@@ -4,8 +4,9 @@
              └─ resized into the grid of tiles that fits it best, padded ─ cut ─> rows of what is not padding,
                                                                                 each ended by one for a new line
 
-Of a large picture the rows are resampled, so that they are at most those of nine tiles (`anyres_max_9`). Left out: that
-a picture beside others in a prompt is one tile alone, as transformers does where images are given in nested lists.
+Of a large picture the rows are resampled, so that they are at most those of nine tiles (`anyres_max_9`). A coarse one
+is the square alone, ended by one embedding for a new line, as transformers has one of several where images are given in
+nested lists. Left out: to see others so.
 """
 
 import math
@@ -19,6 +20,7 @@ from engine.plugin.media import Encode, Frames, Piece, Placed, Prepared, grow, p
 from engine_plugins.media.pictures import BICUBIC, CLIP, digest_of, pixels_of, resized
 
 FRAMES = 32  # of a clip, if the processor does not say how many
+ALONE = 1  # behind the one tile of a picture, in its grid, as the model knows it
 Grid = tuple[int, int]
 
 
@@ -47,7 +49,9 @@ class LlavaOnevision:
         tiles = resized(frames.pixels, self.size, self.size, resample, clip=clip)
         grid: tuple[int, ...] = (len(tiles),)
         tokens = len(tiles) * math.ceil(self.side / 2) ** 2 + 1
-        if not clip:
+        if not clip and frames.coarse:
+            grid, tokens = (1, ALONE), self.side**2 + 1
+        elif not clip:
             rows, columns = best_grid(height, width, self.grids)
             tiles = np.concatenate((tiles, self.cut(frames.pixels, rows, columns, resample)))
             rows, columns = rows // self.size, columns // self.size

@@ -18,6 +18,7 @@ from engine.plugin import RequestError, Terms
 from engine.plugin.media import Encode, Frames, Piece, Placed, Prepared, grow, packed
 from engine_plugins.media.pictures import BICUBIC, CLIP, digest_of, pixels_of, resized
 
+COARSE = 256  # tokens of a picture of which the client wants few: 448 x 448 pixels, of Qwen3-VL 512 x 512
 MOST_ASPECT = 200  # of the longer side to the shorter
 FPS = 2.0
 
@@ -62,7 +63,9 @@ class Qwen25VL:
         clip = bool(frames.times)
         terms = self.video if clip else self.image
         count, height, width = frames.pixels.shape[:3]
-        sized = self.size(count, height, width, terms) if clip else self.picture_size(height, width, terms)
+        sized = (
+            self.size(count, height, width, terms) if clip else self.picture_size(height, width, terms, frames.coarse)
+        )
         pixels = frames.pixels
         if terms.flag("do_resize", True):
             pixels = resized(pixels, *sized, terms.integer("resample", BICUBIC, low=0), clip=clip)
@@ -82,8 +85,11 @@ class Qwen25VL:
             math.prod(grid[1:]) // self.merge**2,
         )
 
-    def picture_size(self, height: int, width: int, terms: Terms) -> tuple[int, int]:
-        return self.smart_size(height, width, *pixel_range(terms, self.image_pixels))
+    def picture_size(self, height: int, width: int, terms: Terms, coarse: bool = False) -> tuple[int, int]:
+        fewest, most = pixel_range(terms, self.image_pixels)
+        if coarse:
+            most = max(fewest, min(most, COARSE * (self.patch * self.merge) ** 2))
+        return self.smart_size(height, width, fewest, most)
 
     def size(self, count: int, height: int, width: int, terms: Terms) -> tuple[int, int]:
         """Height and width that each of `count` frames is resized to."""

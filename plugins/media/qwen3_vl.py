@@ -4,7 +4,7 @@ time as text.
     <0.3 seconds> [start] embeddings of a step [end] <0.8 seconds> [start] …
 
 Each step is placed as a picture is. Frames are spread evenly from the first to the last, two a second, and all frames
-of a clip together have a budget of pixels. Left out: the mixtures of experts of this family.
+of a clip together have a budget of pixels.
 """
 
 from collections.abc import Iterable

@@ -26,6 +26,12 @@ MODELS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
         ("Qwen3VLForConditionalGeneration",),
         "Qwen3-VL, the dense ones: images and video of any resolution",
     ),
+    (
+        "qwen3_vl_moe",
+        "qwen3_vl:Qwen3VLMoe",
+        ("Qwen3VLMoeForConditionalGeneration",),
+        "Qwen3-VL, the mixtures of experts",
+    ),
     ("qwen3_moe", "qwen3_moe:Qwen3Moe", ("Qwen3MoeForCausalLM",), "Qwen3, the mixtures of experts"),
     ("mixtral", "mixtral:Mixtral", ("MixtralForCausalLM",), "Mixtral 8x7B and 8x22B"),
     (

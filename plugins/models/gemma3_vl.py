@@ -40,7 +40,6 @@ class Projector(Layer):
 class Gemma3VL(Gemma3):
     """`Gemma3ForConditionalGeneration` of Hugging Face."""
 
-    in_copies = False
     sees = True
     vision_tower: Any
     multi_modal_projector: Any

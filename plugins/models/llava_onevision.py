@@ -21,7 +21,9 @@ from engine.plugin.media import Pixels
 from engine_plugins.models.qwen import Qwen
 from engine_plugins.models.siglip import SIGLIP_NAMES, SiglipTower
 
-GOES_ON = 0  # behind the frames of a piece of a clip, in its grid, if it is not the last one
+# What stands second in the grid of what is no picture in tiles: of the piece of a clip that is not its last one, and of
+# a picture that is one tile alone.
+GOES_ON, ALONE = 0, 1
 
 
 class Newline(Layer):
@@ -38,7 +40,6 @@ class Newline(Layer):
 class LlavaOnevision(Qwen):
     """`LlavaOnevisionForConditionalGeneration` of Hugging Face."""
 
-    in_copies = False
     sees = True
     vision_tower: Any
     multi_modal_projector: Any
@@ -72,6 +73,8 @@ class LlavaOnevision(Qwen):
     def _joined(self, tiles: Tensor, grid: tuple[int, ...]) -> Tensor:
         """The embeddings [tokens, H] of one medium, from [tiles, patches, H]."""
         side, newline = self.vision_tower.side, self.image_newline.weight.to(tiles.dtype)
+        if grid[1:] == (ALONE,):
+            return torch.cat((tiles[0], newline[None]))
         squares = tiles.unflatten(1, (side, side))
         if len(grid) < 3:
             frames = _resampled(squares, self.pooled, self.pooled).flatten(0, 2)

@@ -122,7 +122,6 @@ def windowed(grids: Sequence[tuple[int, ...]], merge: int, window: int) -> tuple
 class Qwen25VL(Qwen):
     """`Qwen2_5_VLForConditionalGeneration` of Hugging Face."""
 
-    in_copies = False
     turns = True
     sees = True
     tower: type[Any] = Tower

@@ -1,22 +1,24 @@
-"""Qwen3-VL, the dense ones: the Qwen3 decoder, and a tower whose middle layers speak to its first layers (DeepStack).
+"""Qwen3-VL: the Qwen3 decoder, dense or a mixture of experts, and a tower whose middle layers speak to its first layers
+(DeepStack).
 
     patches ─ matrix ─(+ learned positions, resampled)─ blocks ─────────────────────> merged ─> embeddings
                                                           └ after some of them ──> merged ─> added behind a layer each
 
-Every block sees whole pictures. The learned positions are a square grid, resampled to each picture's. Left out: the
-mixtures of experts of this family.
+Every block sees whole pictures. The learned positions are a square grid, resampled to each picture's. Checkpoints of
+the mixtures have the matrices of all experts of a layer in one tensor.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.plugin import ConfigError, Terms, language_terms
+from engine.plugin import ConfigError, LazyTensor, Terms, language_terms
 from engine.plugin.layers import (
     Build,
+    DecoderShape,
     Embedding,
     LayerNorm,
     PatchEmbedding,
@@ -26,6 +28,7 @@ from engine.plugin.layers import (
     VisionBlock,
     VisionMLP,
     block_places,
+    experts_apart,
     grid_places,
     merged_patches,
     normalised,
@@ -33,6 +36,7 @@ from engine.plugin.layers import (
 )
 from engine.plugin.media import Pixels
 from engine_plugins.models.qwen2_5_vl import BLOCK_NAMES, THETA, Qwen25VL
+from engine_plugins.models.qwen3_moe import Qwen3Moe
 
 
 class Merger(nn.Module):
@@ -133,3 +137,25 @@ class Qwen3VL(Qwen25VL):
     def language(terms: Terms) -> Terms:
         text = language_terms(terms)
         return Terms({**text, "model_type": "qwen3"}, text.source, text.within)
+
+
+class Qwen3VLMoe(Qwen3VL):
+    """`Qwen3VLMoeForConditionalGeneration` of Hugging Face, whose routers always weigh so that it sums to one."""
+
+    def __init__(self, config: dict[str, Any], build: Build) -> None:
+        super().__init__(config, build)
+        self.shape = self.shape_of(Terms.of(config))
+
+    @staticmethod
+    def language(terms: Terms) -> Terms:
+        text = language_terms(terms)
+        return Terms({**text, "model_type": "qwen3_moe", "norm_topk_prob": True}, text.source, text.within)
+
+    @staticmethod
+    def shape_of(config: Terms) -> DecoderShape:
+        return Qwen3Moe.shape_of(Qwen3VLMoe.language(config))
+
+    def load(self, tensors: Iterable[tuple[str, LazyTensor]]) -> None:
+        assert self.shape.mixture is not None, "a mixture of experts"
+        mixture = self.shape.mixture
+        super().load(experts_apart(tensors, mixture.routing.experts, self.shape.hidden_size, mixture.inner))

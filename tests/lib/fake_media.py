@@ -1,7 +1,7 @@
 """A model that sees, without a model: a processor of media over the echo model's text, and pictures to show it.
 
 For its chat template an image is a `*` and a clip a `#`. An image takes a token for each 32 × 32 pixels or part of
-them, a clip two for each frame."""
+them, or one if it is coarse, a clip two for each frame."""
 
 import hashlib
 import io
@@ -58,8 +58,8 @@ class FakeMedia:
             case 29:  # WRONG
                 raise ZeroDivisionError("a bug of its own")
         kind = "video" if frames.times else "image"
-        tokens = 2 * count if frames.times else -(-height // 32) * -(-width // 32)
-        digest = hashlib.sha256(b"fake" + frames.digest).digest()
+        tokens = 2 * count if frames.times else 1 if frames.coarse else -(-height // 32) * -(-width // 32)
+        digest = hashlib.sha256(b"fake %d" % tokens + frames.digest).digest()
         payload = bytes(1 << 28) if width == HUGE else frames.pixels.tobytes()
         return Prepared(payload, (count, height, width), tokens, digest, kind, frames.times)
 

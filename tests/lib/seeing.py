@@ -27,6 +27,7 @@ from engine.conversation.media import MediaProcessor, Placed, needs_of
 from engine.media.frames import Frames
 from engine.messages.assets import Bound, Load, Loaded
 from engine.messages.media import MEDIA, Prepared, unpacked
+from engine.messages.media import packed as packed_pixels
 from engine.messages.request import Generate
 from engine.plugin import Terms
 from engine.plugin.testing import ModelHarness
@@ -92,25 +93,33 @@ def qwen2_5_vl(**vision: Any) -> Any:
 
 def qwen3_vl(**vision: Any) -> Any:
     """Two of whose tower's three blocks speak to the decoder's first layers."""
-    rope = {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True}
-    config = transformers.Qwen3VLConfig(
-        text_config={**TEXT, "head_dim": 8, "rope_parameters": rope},
-        vision_config={
-            "depth": 3,
-            "hidden_size": 32,
-            "intermediate_size": 40,
-            "num_heads": 2,
-            "patch_size": 4,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "out_hidden_size": 48,
-            "num_position_embeddings": 36,
-            "deepstack_visual_indexes": [0, 2],
-            **vision,
-        },
-        **QWEN_IDS,
-    )
+    config = transformers.Qwen3VLConfig(**qwen3_vl_terms({}, vision))
     return filled(transformers.Qwen3VLForConditionalGeneration(config))
+
+
+def qwen3_vl_moe(text: Any = (), **vision: Any) -> Any:
+    """As `qwen3_vl`, but the second of the decoder's layers is dense and the others are mixtures."""
+    mixture = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "mlp_only_layers": [1]}
+    config = transformers.Qwen3VLMoeConfig(**qwen3_vl_terms({**mixture, **dict(text)}, vision))
+    return filled(transformers.Qwen3VLMoeForConditionalGeneration(config))
+
+
+def qwen3_vl_terms(text: dict[str, Any], vision: dict[str, Any]) -> dict[str, Any]:
+    rope = {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    usual = {
+        "depth": 3,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_heads": 2,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 48,
+        "num_position_embeddings": 36,
+        "deepstack_visual_indexes": [0, 2],
+    }
+    terms = {"text_config": {**TEXT, "head_dim": 8, "rope_parameters": rope, **text}, **QWEN_IDS}
+    return {**terms, "vision_config": {**usual, **vision}}
 
 
 def gemma3(**vision: Any) -> Any:
@@ -176,6 +185,12 @@ def picture(seed: int, height: int, width: int, frames: int = 1, fps: float = 0.
     digest = hashlib.sha256(pixels.tobytes() + repr((frames, fps, height)).encode()).digest()
     times = tuple(index / fps for index in range(frames)) if fps else ()
     return Frames(pixels, times, digest, frames / fps if fps else 0.0)
+
+
+def broken(medium: Prepared) -> Prepared:
+    """Pixels of 40 x 40 that do not lie as their grid says."""
+    pixels = replace(unpacked(medium.payload), shape=(1, 20, 80, 3))
+    return replace(medium, payload=packed_pixels(pixels))
 
 
 def processor_of(engine: Engine) -> MediaProcessor:
@@ -249,7 +264,7 @@ class Seen:
                 bound.append(Bound(MEDIA, numbers[-1], need.use))
             known = {"prompt_len": len(each.ids), "positions": each.positions, "bound": tuple(bound)}
             admits.append(replace(admit, **known))
-        encodes = np.array(numbers, "<i4").tobytes()
+        encodes = np.array([(0, number) for number in numbers], "<i4").tobytes()  # one copy of attention has all slots
         self.harness.runner.apply(replace(plan, admits=tuple(admits), encodes=encodes))
         return placed
 

@@ -1,5 +1,7 @@
 """A simulated device for each copy of attention, which get their parts of a plan and join their results as ranks do."""
 
+from collections.abc import Sequence
+
 from simulated_device import SimulatedDevice
 
 from engine.messages.step import NOTHING, StepDone, StepPlan
@@ -9,12 +11,20 @@ from engine.worker.steps.copies import Copy
 
 
 class SimulatedCopies:
-    """`copies` devices of `slots` / `copies` slots each."""
+    """`copies` devices of `slots` / `copies` slots each, or those that are given."""
 
-    def __init__(self, copies: int, pages: int, page_size: int, slots: int, max_step_tokens: int) -> None:
+    def __init__(
+        self,
+        copies: int,
+        pages: int,
+        page_size: int,
+        slots: int,
+        max_step_tokens: int,
+        devices: Sequence[SimulatedDevice] = (),
+    ) -> None:
         each = slots // copies
         self.copies = [Copy(number, copies, each) for number in range(copies)]
-        self.devices = [SimulatedDevice(pages, page_size, each, max_step_tokens) for _ in self.copies]
+        self.devices = devices or [SimulatedDevice(pages, page_size, each, max_step_tokens) for _ in self.copies]
         self.slots = each
         self.tokens: list[tuple[int, ...]] = []  # of each copy, in each step
 
@@ -24,6 +34,7 @@ class SimulatedCopies:
             own, among = copy.own(plan)
             if among.idle:
                 assert list(rows_of(own)) == [(self.slots, 0, 1, NOTHING)] and not (own.admits or own.pages)
+                assert not own.encodes and not own.forgets
                 done = StepDone(plan.step, b"", b"", 0.0)
             else:
                 done = device.run(own)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from seeing import END, IMAGE, START, Seen, ask_all, gemma3, picture, prepared, processor_of, saved
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
@@ -57,6 +58,7 @@ def test_pixels_are_those_of_transformers_slow_processor(theirs: Any, options: d
     said = {"image_processor": {"size": {"height": 24, "width": 24}, **options}}
     processor = Processor(Terms(theirs.config.to_dict()), Terms(said))
     reference = Gemma3ImageProcessorPil(size={"height": 24, "width": 24}, **options)
+    assert processor.prepare(replace(LONG, coarse=True)).grid == (1,)
     for shown in (ONE, LONG, picture(4, 90, 20), picture(5, 17, 90), picture(6, 24, 24)):
         medium = processor.prepare(shown)
         wanted = reference(images=[shown.pixels[0]], return_tensors="pt")

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from seeing import IMAGE, VIDEO, Seen, ask_all, llava_onevision, picture, prepared, processor_of, saved
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
@@ -80,6 +81,23 @@ def test_embeddings_of_pictures_and_clips(theirs: Any, seen: Seen) -> None:
     for one, other in zip(ours[:-1], wanted.pooler_output, strict=True):
         assert_near(one, other)
     assert_near(ours[-1], theirs.model.get_video_features(pixels(clip)[None]).pooler_output[0])
+
+
+@torch.inference_mode()
+def test_a_coarse_picture_is_one_tile_as_one_of_several_is_in_transformers(theirs: Any, seen: Seen) -> None:
+    media = [seen.processor.prepare(replace(each, coarse=True)) for each in SHOWN[:2]]
+    tiles = torch.stack([pixels(medium) for medium in media])  # [2, 1, 3, 20, 20]
+    for tile, each in zip(tiles, SHOWN, strict=False):
+        whole = reference(theirs)(images=[each.pixels[0]], return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close(tile, whole[:1], atol=1e-6, rtol=0)
+    wanted = theirs.model.get_image_features(
+        tiles, torch.tensor(SHAPES[:2]), vision_aspect_ratio="anyres_max_2", batch_num_images=torch.tensor([2])
+    )
+    ours = seen.embeddings(media)
+    assert [len(each) for each in ours] == [medium.tokens for medium in media] == [26, 26]
+    assert media[0].digest != seen.processor.prepare(SHOWN[0]).digest
+    for one, other in zip(ours, wanted.pooler_output, strict=True):
+        assert_near(one, other)
 
 
 @torch.inference_mode()

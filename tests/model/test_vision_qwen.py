@@ -16,11 +16,13 @@ from seeing import (
     Seen,
     ask_all,
     begin,
+    broken,
     picture,
     prepared,
     processor_of,
     qwen2_5_vl,
     qwen3_vl,
+    qwen3_vl_moe,
     saved,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -37,11 +39,15 @@ from engine.worker.steps.rows import Rows
 from engine_plugins.media.qwen2_5_vl import Qwen25VL as Processor25
 from engine_plugins.media.qwen3_vl import Qwen3VL as Processor3
 from engine_plugins.models.qwen2_5_vl import Qwen25VL
-from engine_plugins.models.qwen3_vl import Qwen3VL
+from engine_plugins.models.qwen3_vl import Qwen3VL, Qwen3VLMoe
 
 SIZE = {"size": {"shortest_edge": 64, "longest_edge": 2048}}
 PROCESSORS = {"image_processor": SIZE, "video_processor": {**SIZE, "cap_pixels_per_frame": False}}
-FAMILIES = {"2.5": (qwen2_5_vl, Qwen25VL, Processor25), "3": (qwen3_vl, Qwen3VL, Processor3)}
+FAMILIES = {
+    "2.5": (qwen2_5_vl, Qwen25VL, Processor25),
+    "3": (qwen3_vl, Qwen3VL, Processor3),
+    "3, experts": (qwen3_vl_moe, Qwen3VLMoe, Processor3),
+}
 ONE, OTHER, STRIP = picture(1, 40, 52), picture(2, 70, 33), picture(3, 9, 90)
 CLIP = picture(4, 30, 26, frames=5, fps=2.0)
 
@@ -114,6 +120,25 @@ def test_pixels_are_those_of_transformers_slow_processor(family: Any, shape: tup
     assert list(medium.grid) == theirs["image_grid_thw"][0].tolist()
     torch.testing.assert_close(patches(family, medium), theirs["pixel_values"], atol=1e-6, rtol=0)
     assert medium.tokens == int(np.prod(medium.grid)) // 4
+
+
+def test_a_coarse_picture_is_one_of_256_tokens_at_most(family: Any) -> None:
+    def prepared_of(shape: tuple[int, int], fewest: int = 64) -> list[Any]:
+        size = {"size": {"shortest_edge": fewest, "longest_edge": 1 << 20}}
+        config, described = Terms(family.theirs.config.to_dict()), Terms({"image_processor": size})
+        processor = type(family.seen.processor)(config, described)
+        return [processor.prepare(replace(picture(7, *shape), coarse=coarse)) for coarse in (True, False)]
+
+    coarse, fine = prepared_of((200, 310))
+    assert (coarse.tokens, fine.tokens) == (228, 975) and coarse.digest != fine.digest
+    size = {"shortest_edge": 64, "longest_edge": 256 * 8 * 8}
+    mean, std = type(family.seen.processor).usual
+    usual = {"patch_size": 4, "image_mean": list(mean), "image_std": list(std)}
+    theirs = Qwen2VLImageProcessorPil(size=size, **usual)(images=[picture(7, 200, 310).pixels[0]], return_tensors="pt")
+    torch.testing.assert_close(patches(family, coarse), theirs["pixel_values"], atol=1e-6, rtol=0)
+    coarse, fine = prepared_of((40, 52))
+    assert coarse.digest == fine.digest and coarse.tokens == fine.tokens == 30
+    assert prepared_of((200, 310), 60_000)[0].tokens == 912  # not below what the checkpoint says
 
 
 def test_a_strip_that_is_too_narrow_is_refused(family: Any) -> None:
@@ -319,9 +344,3 @@ def test_replies_are_transformers_whole_cut_cached_and_together(family: Any, tmp
                     future.result()
                 assert (failed.value.status, failed.value.code) == (500, "media_failed")
             assert other.result().ids == wanted[0]
-
-
-def broken(medium: Any) -> Any:
-    """Pixels that do not lie as their grid says."""
-    pixels = replace(unpacked(medium.payload), shape=(1, 20, 80, 3))
-    return replace(medium, payload=packed(pixels))

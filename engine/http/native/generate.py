@@ -1,7 +1,7 @@
 """/generate, shaped as SGLang's native endpoint: text or token ids in, text and token ids out.
 
 A streamed event holds the reply so far, not what is new: clients of SGLang print the difference. Several prompts in
-one request, or several replies to one, are answered with a list. Left out: media, token_ids_logprob.
+one request, or several replies to one, are answered with a list. Left out: audio, token_ids_logprob.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ from msgspec import UNSET, Struct, UnsetType
 from engine.errors import RequestError, Words, counted
 from engine.http.fields import Rule, unserved
 from engine.http.grammars import OWN_FIELDS, OwnGrammar
+from engine.http.native.media import Media, shown_by
 from engine.http.openapi import ErrorReply, Route
 from engine.http.request_id import check_id
 from engine.http.service import (
@@ -70,9 +71,9 @@ class GenerateBody(Body):
     program: str | None = None
     priority: Priority | None = None
     input_embeds: Any = None
-    image_data: Any = None
+    image_data: Media = None
     audio_data: Any = None
-    video_data: Any = None
+    video_data: Media = None
     token_ids_logprob: Any = None
     return_hidden_states: Any = None
     lora_path: Any = None
@@ -81,9 +82,7 @@ class GenerateBody(Body):
 
     rules: ClassVar[Mapping[str, Rule]] = {
         "input_embeds": unserved(),
-        "image_data": unserved([]),
         "audio_data": unserved([]),
-        "video_data": unserved([]),
         "token_ids_logprob": unserved([]),
         "return_hidden_states": unserved(False),
         "lora_path": unserved(""),
@@ -139,7 +138,9 @@ def words_of(body: GenerateBody, index: int | None = None) -> Words:
     names = {name: f"{place}.{own}" for name, own in {**NATIVE.names, "n": "n"}.items()}
     prompt = "text" if body.text is not None else "input_ids"
     top = "top_logprobs_num"
-    return Words({**names, "logprobs": top, "prompt_logprobs": top, "grammar": place, "prompt": prompt})
+    media = "video_data" if body.image_data is None else "image_data"
+    own = {"logprobs": top, "prompt_logprobs": top, "grammar": place, "prompt": prompt, "messages": media}
+    return Words({**names, **own})
 
 
 def sampling_place(body: GenerateBody, index: int) -> str:
@@ -170,6 +171,8 @@ async def generate(request: web.Request, body: GenerateBody) -> web.StreamRespon
             raise error.worded(words_of(body, index)) from None
         await anyio.lowlevel.checkpoint()  # a check may take milliseconds, and there may be a thousand
     session = session_of(request, body.session_id)
+    model = request.app[SERVICE].front.text
+    shown = shown_by(body.image_data, body.video_data, count, model, batch=batch)
     asked = [
         Generate(
             each,
@@ -182,8 +185,9 @@ async def generate(request: web.Request, body: GenerateBody) -> web.StreamRespon
             program=program_of(request, body.program),
             scored_after=score.before,
             session=session,
+            shown=seen,
         )
-        for each, prompt, sampling, score in zip(rids, prompts, checked, scores, strict=True)
+        for each, prompt, sampling, score, seen in zip(rids, prompts, checked, scores, shown, strict=True)
     ]
     jobs = sampled(asked, samples)
     whose = [score for score in scores for _ in range(len(jobs) // count)]

@@ -21,7 +21,7 @@ from engine.http.openai.bodies import SamplingBody
 from engine.http.openai.replies import ChatCompletion, ChatCompletionChunk, Wording, complete
 from engine.http.openapi import ErrorReply, Route
 from engine.http.service import SERVICE, check_kept, program_of, salt_of, sampling_of, session_of
-from engine.http.tools import DETAIL, FEW_MESSAGES, FEW_TOOLS, Effort, ToolName, among, checked, tool_of
+from engine.http.tools import FEW_MESSAGES, FEW_TOOLS, Effort, ToolName, among, checked, tool_of
 from engine.http.wire import Body, to_json
 from engine.messages.request import Generate
 from engine.params.grammar import check_nesting
@@ -50,8 +50,6 @@ class ImageURL(Body):
 
     url: str
     detail: Literal["auto", "low", "high", "original"] | None = None
-
-    rules: ClassVar[Mapping[str, Rule]] = {"detail": DETAIL}
 
 
 class ImagePart(Body, tag_field="type", tag="image_url"):

@@ -11,7 +11,7 @@ from engine.errors import RequestError
 from engine.http.fields import ECHO, LABEL, Only, Rule, hint, unserved
 from engine.http.grammars import NamedSchema, ObjectFormat, PlainFormat
 from engine.http.responses.tools import ResponseTool, ResponseToolChoice, full_name
-from engine.http.tools import DETAIL, FEW_MESSAGES, FEW_TOOLS, Effort, input_messages
+from engine.http.tools import FEW_MESSAGES, FEW_TOOLS, Effort, input_messages
 from engine.http.wire import Body, Priority
 from engine.params.grammar import Ask, GrammarFields
 from engine.params.sampling import RESPONSES
@@ -66,7 +66,6 @@ class InputImagePart(Body, tag_field="type", tag="input_image"):
     cache_control: Any = None
 
     rules: ClassVar[Mapping[str, Rule]] = {
-        "detail": DETAIL,
         "file_id": unserved(remedy="send image_url"),
         "prompt_cache_breakpoint": LABEL,
         "cache_control": LABEL,

@@ -24,6 +24,7 @@ class Among:
     rows: int  # of the copy that has the most
     decode: bool  # each row, of any copy, computes one token and yields the next
     idle: bool  # this copy has no rows
+    shows: bool  # a row, of any copy, computes a part of what its prompt shows
     first: int  # of the plan's rows, the first that is this copy's
     first_yielding: int  # the same, of those that yield tokens
 
@@ -47,8 +48,8 @@ class Copy:
     copies: int
     slots: int
 
-    def own(self, plan: StepPlan) -> tuple[StepPlan, Among]:
-        """This copy's part of `plan`, as if it were alone, and what is around it."""
+    def own(self, plan: StepPlan, shows: bool = False) -> tuple[StepPlan, Among]:
+        """This copy's part of `plan`, as if it were alone, and what is around it; `shows` as in Among."""
         slots, lengths, yields = (np.frombuffer(each, "<i4") for each in (plan.slots, plan.lengths, plan.yields))
         copies = slots // self.slots
         assert (np.diff(copies) >= 0).all(), "rows are in the order of their copies"
@@ -59,6 +60,7 @@ class Copy:
             rows=int(np.bincount(copies, minlength=1).max()),
             decode=bool(((yields == TOKEN) & (lengths == 1)).all()),
             idle=first == end,
+            shows=shows,
             first=first,
             first_yielding=int(yielding[:first].sum()),
         )
@@ -69,7 +71,9 @@ class Copy:
                 for admit in plan.admits
                 if admit.slot // self.slots == self.number
             ),
-            "pages": self._own_pages(plan.pages),
+            "pages": self._own_lines(plan.pages, 3),
+            "encodes": self._own_lines(plan.encodes, 2),
+            "forgets": self._own_lines(plan.forgets, 2),
         }
         if among.idle and len(slots):
             row = (self.slots, 0, 1, NOTHING)
@@ -80,9 +84,11 @@ class Copy:
         names = ("slots", "starts", "lengths", "yields")
         return replace(plan, **dict(zip(names, columns, strict=True)), **changed), among
 
-    def _own_pages(self, packed: bytes) -> bytes:
+    def _own_lines(self, packed: bytes, columns: int) -> bytes:
+        """Of lines that begin with a slot."""
         if not packed:
             return b""
-        pages = np.frombuffer(packed, "<i4").reshape(-1, 3)
-        own = pages[pages[:, 0] // self.slots == self.number]
-        return (own - np.array([self.number * self.slots, 0, 0], "<i4")).tobytes()
+        lines = np.frombuffer(packed, "<i4").reshape(-1, columns)
+        own = lines[lines[:, 0] // self.slots == self.number].copy()
+        own[:, 0] -= self.number * self.slots
+        return own.tobytes()

@@ -12,7 +12,7 @@ import anyio
 import pytest
 from anthropic import AsyncAnthropic
 from anthropic import BadRequestError as AnthropicBadRequest
-from fake_media import BOMB, clip, picture, seeing_text
+from fake_media import BOMB, clip, encoded, picture, seeing_text
 from house import House, open_house
 from http_front import serving
 from odd_web import PICTURE, OddWeb, odd_web
@@ -54,6 +54,70 @@ def user(*parts: Any) -> list[dict[str, Any]]:
 
 def shown(url: str, kind: str = "image_url", **more: Any) -> dict[str, Any]:
     return {"type": kind, kind: {"url": url, **more}}
+
+
+async def test_detail_low_is_fewer_tokens_and_no_part_of_what_is_cached_of_the_whole_picture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with seeing(monkeypatch) as (_, url):
+        told = []
+        for detail in ("low", "high", "low", "original", "auto"):
+            body = {"model": "echo", "messages": user(shown(data_url(), detail=detail), "abcdefgh"), "max_tokens": 1}
+            status, said = await post(f"{url}/v1/chat/completions", body)
+            assert status == 200, said
+            _, counted = await post(f"{url}/tokenize", {key: body[key] for key in ("model", "messages")})
+            assert counted["count"] == said["usage"]["prompt_tokens"]
+            about = said["usage"]["prompt_tokens_details"]
+            told.append((about["image_tokens"], said["usage"]["prompt_tokens"], about["cached_tokens"]))
+    assert told == [(1, 9, 0), (4, 12, 0), (1, 9, 8), (4, 12, 8), (4, 12, 8)]
+
+
+async def test_generate_takes_the_forms_of_sglangs_clients(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "a b.png").write_bytes(PICTURE)
+    bare, path = base64.b64encode(PICTURE).decode(), f"{tmp_path}/a b.png"
+    coarse = {"url": data_url(), "detail": "low"}
+    film = data_url(clip(), "video/mp4")
+    one, two = {"image_data": data_url()}, {"image_data": [bare, coarse]}
+    files = {"image_data": [path, f"file://{tmp_path}/a%20b.png"]}
+    cases: list[tuple[Any, dict[str, Any], list[tuple[str, int]]]] = [
+        ("see *a", one, [("bcd", 4 + 5)]),
+        ("* and *b", two, [("cde", 4 + 1 + 6)]),
+        ("**c", files, [("def", 4 + 4 + 1)]),
+        ("#x", {"video_data": [film]}, [("yz{", 10 + 1)]),
+        ("*#d", {**one, "video_data": film}, [("efg", 4 + 10 + 1)]),
+        (["*a", "*bb"], one, [("bcd", 4 + 1), ("cde", 4 + 2)]),
+        (
+            ["*a", "b", "**e"],
+            {"image_data": [bare, None, [coarse, path]]},
+            [("bcd", 5), ("cde", 1), ("fgh", 1 + 4 + 1)],
+        ),
+        ([list(b"*a")], {"image_data": [[bare]]}, [("bcd", 5)]),
+        ("x", {"image_data": []}, [("yz{", 1)]),
+    ]
+    wrong: list[tuple[Any, dict[str, Any], str, str]] = [
+        (["*a", "*b", "c"], {"image_data": [bare, bare]}, "image_data", "image_data has 2 entries for 3 prompts"),
+        ("*a", {"image_data": [[bare]]}, "image_data", r"image_data[0] is a list, and there is one prompt"),
+        ("*a", {"image_data": [bare, bare]}, "image_data", "has 1 place for media (image), and 2 media came"),
+        ("*#a", {"video_data": film}, "video_data", "has 2 places for media (image, video), and 1 medium came"),
+        (["*a", "*b"], {"image_data": [bare, ["AAAA"]]}, "image_data[1][0]", "image_data[1][0] is no image that can"),
+        ("*a", {"image_data": "not base64!"}, "image_data", "image_data"),
+        ("*a", {"image_data": "/etc/x.png"}, "image_data", "which is not below --media-root"),
+    ]
+    sampling = {"temperature": 0, "max_new_tokens": 3}
+    async with seeing(monkeypatch, media_root=str(tmp_path)) as (_, url):
+        for prompt, media, wanted in cases:
+            field = "input_ids" if isinstance(prompt[0], list) else "text"
+            status, said = await post(f"{url}/generate", {field: prompt, "sampling_params": sampling, **media})
+            assert status == 200, said
+            replies = said if isinstance(said, list) else [said]
+            assert [(each["text"], each["meta_info"]["prompt_tokens"]) for each in replies] == wanted
+        for prompt, media, param, text in wrong:
+            status, said = await post(f"{url}/generate", {"text": prompt, "sampling_params": sampling, **media})
+            assert status == 400 and said["error"]["param"] == param and text in said["error"]["message"], said
+    monkeypatch.undo()
+    async with open_house() as house, serving(house.front) as url:
+        status, said = await post(f"{url}/generate", {"text": "*a", **one})
+        assert status == 400 and "image_data is given, and the model reads text alone" in said["error"]["message"]
 
 
 async def metrics(url: str) -> dict[str, float]:
@@ -258,7 +322,7 @@ async def test_long_prompts_go_to_a_text_process_without_their_pixels(monkeypatc
 
 
 async def test_the_offline_api_shows_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with seeing(monkeypatch) as (house, _):
+    async with seeing(monkeypatch, media_items=2, media_pixels=64 * 48) as (house, _):
         engine = AsyncEngine(house.front.config)
         engine._front = house.front
         prompts = [user("a", shown(data_url()), "b"), user(shown(data_url(clip(), "video/mp4"), "video_url"), "c")]
@@ -266,6 +330,13 @@ async def test_the_offline_api_shows_pictures(monkeypatch: pytest.MonkeyPatch) -
         assert [(reply.text, reply.prompt_tokens) for reply in replies] == [("cd", 6), ("de", 11)]
         with pytest.raises(RequestError, match=r"messages\[0\].content\[0\] is no image that can be read"):
             await engine.generate(user(shown(data_url(b"none")), "a"))
+        for parts, code in (
+            ([shown(data_url())] * 3, "too_many_media"),
+            ([shown(data_url(encoded(picture(65, 48))))], "media_too_large"),
+        ):
+            with pytest.raises(RequestError) as refused:
+                await engine.generate(user(*parts, "a"))
+            assert refused.value.code == code
         await house.settled()
         assert house.front.media is not None and house.front.media.open == 0
 

@@ -65,6 +65,7 @@ class Scripted:
 
     def __init__(self, *, waits: bool = False, fails: bool = False) -> None:
         self.asked: list[bytes] = []
+        self.coarse: list[bool] = []
         self.left = 0
         self.go_on = anyio.Event()
         self.fails = fails
@@ -73,6 +74,7 @@ class Scripted:
 
     async def __call__(self, job: DecodeMedia) -> MediaReady:
         self.asked.append(job.source)
+        self.coarse.append(job.coarse)
         try:
             await self.go_on.wait()
         except BaseException:
@@ -115,6 +117,16 @@ async def test_64_requests_of_one_picture_decode_it_once() -> None:
     assert counts.results == {"made": 1, "hit": 63} and counts.stages["decode"] == 1 and counts.pixels == 10
     await store.resolved([image()])
     assert len(ask.asked) == 1 and counts.results["hit"] == 64
+
+
+async def test_a_coarse_picture_is_another_one_which_is_made_once_as_well() -> None:
+    ask = Scripted()
+    store, counts = store_of(ask)
+    kinds = ["low", None, "high", "low", "original", "auto"]
+    media = [Image(url_of(PICTURE), PLACE, detail=detail) for detail in kinds]
+    found = await store.resolved(media)
+    assert sorted(ask.coarse) == [False, True] and counts.results == {"made": 2, "hit": 4}
+    assert [each is found[0] for each in found] == [detail == "low" for detail in kinds]
 
 
 async def test_64_requests_of_one_url_fetch_it_once() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulated_copies import SimulatedCopies
 from simulated_device import SimulatedDevice, naive, sampling
 
 from engine.cache.keys import keys_with, media_keys
@@ -17,6 +18,7 @@ from engine.messages.request import Admit
 from engine.messages.step import StepDone, StepPlan
 from engine.sched import Scheduler
 from engine.sched.chunks import ChunkRule
+from engine.sched.copies import Copies
 from engine.sched.encoder import Encoder
 from engine.sched.request import shown_by
 from engine.testing.steps import rows_of
@@ -36,9 +38,9 @@ class SeeingDevice(SimulatedDevice):
         self.encoded: list[int] = []
 
     def run(self, plan: StepPlan) -> StepDone:
-        for number in array("i", plan.forgets):
+        for number in array("i", plan.forgets)[1::2]:
             del self.held[number]
-        made = array("i", plan.encodes).tolist()
+        made = array("i", plan.encodes)[1::2].tolist()
         assert not self.held.keys() & set(made), "what is held is made again"
         self.held |= {number: SIZES[number - 1] for number in made}
         self.encoded += made
@@ -75,15 +77,19 @@ def admitted(
 
 
 class Run:
-    """A scheduler and its device, with `depth` steps in flight."""
+    """A scheduler and its device, or several `copies` of attention, with `depth` steps in flight."""
 
-    def __init__(self, encoder: Encoder, lanes: int = 1, depth: int = 2, **options: Any) -> None:
-        sizes = {"pages": 24, "page_size": 2, "slots": 3, "max_step_tokens": 8, **options}
-        self.scheduler = Scheduler(
-            **sizes, max_model_len=40, policy=FirstComeFirstServed(), prefix_cache=True, max_waiting=99,
-            chunks=ChunkRule(sizes["max_step_tokens"], lanes, 0.0, least=2) if lanes > 1 else None, encoder=encoder,
-        )  # fmt: skip
-        self.device = SeeingDevice(encoder, **sizes)
+    def __init__(self, encoder: Encoder, lanes: int = 1, depth: int = 2, copies: int = 1, **options: Any) -> None:
+        sizes = {"pages": 24, "page_size": 2, "slots": 3 * copies, "max_step_tokens": 8, **options}
+        options = {
+            **sizes, "max_model_len": 40, "policy": FirstComeFirstServed(), "prefix_cache": True, "max_waiting": 99,
+            "chunks": ChunkRule(sizes["max_step_tokens"], lanes, 0.0, least=2) if lanes > 1 else None,
+            "encoder": encoder,
+        }  # fmt: skip
+        self.scheduler: Any = Scheduler(**options) if copies == 1 else Copies(copies, **options, held_steps=0)
+        parts = [self.scheduler] if copies == 1 else self.scheduler.copies
+        self.devices = [SeeingDevice(part.encoder, **{**sizes, "slots": 3}) for part in parts]
+        self.device = self.devices[0] if copies == 1 else SimulatedCopies(copies, **sizes, devices=self.devices)
         self.depth, self.flying = depth, deque[StepPlan]()
         self.said: dict[str, list[int]] = {}
 
@@ -91,8 +97,7 @@ class Run:
         while len(self.flying) < self.depth and (plan := self.scheduler.plan()) is not None:
             self.flying.append(plan)
         assert self.flying, "requests wait, and nothing runs"
-        tokens = self.scheduler.commit(self.device.run(self.flying.popleft()))
-        if tokens is not None:
+        for tokens in self.scheduler.commit_each(self.device.run(self.flying.popleft())):
             said, at = array("i", tokens.tokens), 0
             for rid, count in zip(tokens.rids, array("i", tokens.counts), strict=True):
                 self.said.setdefault(rid, []).extend(said[at : at + count])
@@ -118,11 +123,20 @@ class Run:
     lanes=st.sampled_from([1, 1, 2, 3]),
     depth=st.integers(1, 3),
     pages=st.sampled_from([22, 40]),
+    copies=st.sampled_from([1, 1, 2, 3]),
 )
 def test_rows_find_what_they_show(
-    prompts: list[list[int]], budget: int, more: int, tokens: int, whole: bool, lanes: int, depth: int, pages: int
+    prompts: list[list[int]],
+    budget: int,
+    more: int,
+    tokens: int,
+    whole: bool,
+    lanes: int,
+    depth: int,
+    pages: int,
+    copies: int,
 ) -> None:
-    run = Run(Encoder(budget, budget + more), lanes, depth, pages=pages, max_step_tokens=tokens)
+    run = Run(Encoder(budget, budget + more), lanes, depth, copies, pages=pages, max_step_tokens=tokens)
     requests = [admitted(str(index), pieces, whole, seed=index) for index, pieces in enumerate(prompts)]
     requests = [(admit, bound) for admit, bound in requests if len(admit.ids) // 4 <= 36]
     for admit, bound in requests:
@@ -142,6 +156,16 @@ def test_a_medium_is_made_once_and_not_at_all_behind_cached_pages() -> None:
     run.scheduler.admit(*admitted("c", [1, 7, 2, 6, 3], whole=False))
     run.drain()
     assert len(run.device.encoded) == 2
+
+
+def test_a_request_goes_to_the_copy_of_attention_that_has_what_it_shows() -> None:
+    run = Run(Encoder(8, 20), copies=2)
+    for rid, pieces in (("a", [1, 7]), ("b", [2, 6]), ("c", [3, 6, 1]), ("d", [0, 7, 2]), ("e", [0, 6, 7])):
+        run.scheduler.admit(*admitted(rid, pieces, whole=False))
+        if rid == "b":
+            assert run.drain().keys() == {"a", "b"}
+    run.drain()
+    assert [device.encoded for device in run.devices] == [[4], [3, 4]]
 
 
 def test_the_one_used_least_recently_makes_room_and_is_made_again() -> None:
