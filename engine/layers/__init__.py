@@ -23,6 +23,7 @@ from engine.layers.decoder import (
     Rotations,
     SelfAttention,
 )
+from engine.layers.delta import DeltaShape, GatedDeltaNet
 from engine.layers.embedding import Embedding, LMHead
 from engine.layers.encoder import Encoder
 from engine.layers.latent import LatentBackend, LatentShape
@@ -31,6 +32,7 @@ from engine.layers.mla import LatentAttention
 from engine.layers.model import Elsewhere, Layer, Model, check_shape, empty_weight, put
 from engine.layers.moe import Experts, Mixture, Router, SparseMLP
 from engine.layers.norm import LayerNorm, RMSNorm
+from engine.layers.pieces import OneOf, Rows, divided, one_after_the_other
 from engine.layers.quantization import Quantized, QuantizedExperts, QuantizedLinear, Shard
 from engine.layers.rotary import Rotary, rope_terms, rope_type, yarn_scale
 from engine.layers.spread import over_copies
@@ -63,11 +65,13 @@ __all__ = [
     "ColumnLinear",
     "Decoder",
     "DecoderShape",
+    "DeltaShape",
     "Elsewhere",
     "Embedding",
     "Encoder",
     "ExpertWeights",
     "Experts",
+    "GatedDeltaNet",
     "GatedMLP",
     "GatedVisionMLP",
     "LMHead",
@@ -80,6 +84,7 @@ __all__ = [
     "Mirror",
     "Mixture",
     "Model",
+    "OneOf",
     "PagedAttention",
     "PatchEmbedding",
     "Prefix",
@@ -95,6 +100,7 @@ __all__ = [
     "Router",
     "Routing",
     "RowLinear",
+    "Rows",
     "Scheme",
     "Segments",
     "SelfAttention",
@@ -108,11 +114,13 @@ __all__ = [
     "block_places",
     "check_layout",
     "check_shape",
+    "divided",
     "empty_weight",
     "gated_activation",
     "grid_places",
     "merged_patches",
     "normalised",
+    "one_after_the_other",
     "over_copies",
     "put",
     "rope_terms",
