@@ -6,8 +6,7 @@
 Norms multiply by 1 + weight. Attention rotates a quarter of a head, by three positions where the model sees. The tower
 is Qwen3-VL's without DeepStack. Checkpoints stack what heads divide: each head's queries and gates, the projections of
 the delta nets (Qwen3-Next stacks them head by head), and in some checkpoints all experts. Left out: the layer that
-predicts further tokens (`mtp`), whose weights are passed over; FP8 checkpoints of stacked projections; copies of
-attention.
+predicts further tokens (`mtp`), whose weights are passed over; quantized checkpoints; copies of attention.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from engine.plugin import MANY, LazyTensor, Terms
+from engine.plugin import MANY, ConfigError, LazyTensor, Terms
 from engine.plugin.layers import (
     AttentionKind,
     Build,
@@ -45,14 +44,14 @@ class Qwen35(CausalLM):
 
     in_copies = False
     most_graph_tokens = 0  # a prompt is cut into chunks by what the host knows of it
-    renamed = (("model.language_model.", "model."), ("language_model.", "model."))
+    renamed = (("model.language_model.", "model."),)
     unused: tuple[str, ...] = ("mtp.", "model.visual.")
 
     def __init__(self, config: dict[str, Any], build: Build) -> None:
         super().__init__(config, build)
-        self.terms = Terms.of(config)
-        self.shape = self.shape_of(self.terms)
-        self.stacked = stacked_parts(self.shape, delta_shape(self.terms))
+        terms = Terms.of(config)
+        self.shape = self.shape_of(terms)
+        self.stacked = stacked_parts(self.shape, delta_shape(terms))
 
     @staticmethod
     def shape_of(config: Terms) -> DecoderShape:
@@ -91,10 +90,16 @@ class Qwen35(CausalLM):
 
     def _parts(self, name: str, tensor: LazyTensor) -> Iterator[tuple[str, LazyTensor]]:
         """What checkpoints stack, as what the layers hold."""
-        module = name.rpartition(".")[0].rpartition(".")[2]
+        path, _, end = name.rpartition(".")
+        module = path.rpartition(".")[2]
         if module == "experts" and self.shape.mixture is not None:
             yield from self._experts(name, tensor, self.shape.mixture)
         elif module in self.stacked:
+            if end not in ("weight", "bias"):
+                raise ConfigError(
+                    f"the checkpoint is quantized, as it has {name}; of this family only checkpoints in bfloat16, "
+                    "float16 or float32 are supported"
+                )
             yield from divided(name, tensor, self.stacked[module])
         else:
             yield name, tensor

@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 from oracle import tiny
+from plain_attention import PlainAttention, captured
 
 from engine.errors import ConfigError
 from engine.layers.build import Build
+from engine.messages.step import TOKEN
 from engine.parallel.mesh import Mesh
 from engine.plugin import Terms
 from engine.plugin.testing import MODEL_SCENARIOS, ModelHarness, check_model
 from engine.worker.memory import States, allocate
+from engine.worker.steps import graphs
 from engine.worker.steps.rows import Rows
 from engine_plugins.attention.torch.mha import TorchAttention
 from engine_plugins.models.qwen3_5 import Qwen35
@@ -143,6 +146,25 @@ def test_each_weight_matters(name):
 
 
 @torch.inference_mode()
+def test_captured_decode_steps_go_on_from_the_states(dense, monkeypatch):
+    """Stand-ins for graphs compute anew from what a replay put in place, beside padding. Prompts are not captured."""
+    monkeypatch.setattr(graphs, "captured", captured)
+    config, tensors, reference = dense
+    harness = ModelHarness(Qwen35, config, tensors, attention=PlainAttention)
+    runner = harness.runner
+    decode = graphs.DecodeGraphs(runner.shared_graphs._tables)
+    assert decode.capture(4, None) and graphs.most_prompt_tokens(runner.model) == 0
+    prompts = [ids(12, 1), ids(9, 2), ids(11, 3)]
+    runner.apply(harness.admit(prompts))
+    harness.logits([(slot, 0, len(prompt) - 3) for slot, prompt in enumerate(prompts)])
+    for left in (3, 2, 1):
+        rows = Rows.of(np.array([(slot, len(prompt) - left, 1, TOKEN) for slot, prompt in enumerate(prompts)]))
+        got = runner.model.logits(decode.replay(rows)[0])
+        wanted = torch.stack([reference(prompt)[-left] for prompt in prompts])
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
 def test_two_stages_are_the_whole(dense):
     """The first has recurrent layers alone, the second one of them and the layer that attends."""
     config, tensors, _ = dense
@@ -188,6 +210,13 @@ def test_names_of_published_checkpoints():
     stored[f"{whole}.gate_up_proj"] = stored[f"{whole}.gate_up_proj"][:, :-1]
     with pytest.raises(ConfigError, match=r"experts.gate_up_proj has shape \(8, 47, 48\).*calls for \(8, 48, 48\)"):
         ModelHarness(Qwen35, config, stored)
+
+
+def test_a_quantized_checkpoint_is_refused_in_words(dense):
+    config, tensors, _ = dense
+    name = "model.layers.0.linear_attn.in_proj_qkv.weight_scale_inv"
+    with pytest.raises(ConfigError, match=r"the checkpoint is quantized, as it has .*in_proj_qkv.weight_scale_inv; of"):
+        ModelHarness(Qwen35, config, tensors | {name: torch.ones(1, 1)})
 
 
 @pytest.mark.parametrize(
