@@ -12,6 +12,7 @@ import torch
 
 from engine.errors import ConfigError
 from engine.kernels.cpu import calls as cpu
+from engine.kernels.delta.reference import DeltaOps
 from engine.kernels.dense.reference import Ops
 from engine.kernels.experts.reference import MoeOps
 from engine.kernels.fp8.reference import Fp8Ops
@@ -27,6 +28,7 @@ class KernelSet:
     experts: MoeOps = field(default_factory=MoeOps)
     fp8: Fp8Ops = field(default_factory=Fp8Ops)
     logits: LogitOps = field(default_factory=LogitOps)  # from logits to tokens
+    delta: DeltaOps = field(default_factory=DeltaOps)  # of layers with a memory in the place of keys and values
 
 
 def has_triton() -> bool:
@@ -50,6 +52,7 @@ def choose(device: torch.device, dtype: torch.dtype, *, invariant: bool = False)
         return KernelSet(dense=dense, fp8=Fp8Ops(dense), logits=HostLogitOps())
     if device.type != "cuda" or not has_triton():
         return KernelSet()
+    from engine.kernels.delta.triton import TritonDeltaOps
     from engine.kernels.dense.triton import TritonOps
     from engine.kernels.experts.triton import TritonMoeOps
     from engine.kernels.fp8.triton import TritonFp8Ops, multiplies_fp8
@@ -61,4 +64,5 @@ def choose(device: torch.device, dtype: torch.dtype, *, invariant: bool = False)
         experts=TritonMoeOps(dense),
         fp8=TritonFp8Ops(dense) if multiplies_fp8(device) else Fp8Ops(dense),
         logits=TritonLogitOps(),
+        delta=TritonDeltaOps(),
     )

@@ -24,6 +24,7 @@ from engine.layers.decoder import (
     Rotations,
     SelfAttention,
 )
+from engine.layers.delta import DeltaShape, GatedDeltaNet
 from engine.layers.embedding import Embedding, LMHead
 from engine.layers.encoder import Encoder
 from engine.layers.latent import LatentBackend, LatentShape
@@ -32,6 +33,7 @@ from engine.layers.mla import LatentAttention
 from engine.layers.model import Elsewhere, Layer, Model, check_shape, empty_weight, put
 from engine.layers.moe import Experts, Mixture, Router, SparseMLP
 from engine.layers.norm import LayerNorm, RMSNorm
+from engine.layers.pieces import divided, one_after_the_other
 from engine.layers.quantization import Quantized, QuantizedExperts, QuantizedLinear, Shard
 from engine.layers.rotary import Rotary, rope_terms, rope_type, yarn_scale
 from engine.layers.spread import over_copies
@@ -64,11 +66,13 @@ __all__ = [
     "ColumnLinear",
     "Decoder",
     "DecoderShape",
+    "DeltaShape",
     "Elsewhere",
     "Embedding",
     "Encoder",
     "ExpertWeights",
     "Experts",
+    "GatedDeltaNet",
     "GatedMLP",
     "GatedVisionMLP",
     "LMHead",
@@ -109,12 +113,14 @@ __all__ = [
     "block_places",
     "check_layout",
     "check_shape",
+    "divided",
     "empty_weight",
     "experts_apart",
     "gated_activation",
     "grid_places",
     "merged_patches",
     "normalised",
+    "one_after_the_other",
     "over_copies",
     "put",
     "rope_terms",

@@ -4,8 +4,9 @@
                  └─────────────────────────────────────────────┘  └─────────────────────────────────────┘
 
 A model family is a `CausalLM` that reads its config.json into a `DecoderShape`; one that wires its blocks otherwise
-sets `block`. Module paths are the weights' names in Hugging Face checkpoints. Left out: layers that do not attend,
-norms that are not RMS, layers that differ in more than their attention and whether they are a mixture of experts.
+sets `block`. Module paths are the weights' names in Hugging Face checkpoints. Layers may attend linearly (delta.py).
+Left out: norms that are not RMS, layers that differ in more than their attention and whether they are a mixture of
+experts.
 """
 
 from abc import abstractmethod
@@ -23,9 +24,10 @@ from engine.layers.activation import gated_activation
 from engine.layers.attention import Attention
 from engine.layers.batch import Batch
 from engine.layers.build import Build
+from engine.layers.delta import GatedDeltaNet
 from engine.layers.dispatch import Dispatch
 from engine.layers.embedding import Embedding, LMHead
-from engine.layers.linear import ColumnLinear, QKVLinear, RowLinear
+from engine.layers.linear import ColumnLinear, QKVLinear, ReplicatedLinear, RowLinear
 from engine.layers.model import Elsewhere, Layer, Model
 from engine.layers.moe import Experts, Mixture, Router, SparseMLP
 from engine.layers.norm import RMSNorm
@@ -50,7 +52,7 @@ class AttentionKind:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderShape:
-    """Sizes and options of a decoder; `layers[i]` says which of `kinds` layer i is."""
+    """Sizes and options of a decoder; `layers[i]` says which of `kinds` layer i is, None that it does not attend."""
 
     vocab_size: int
     hidden_size: int
@@ -60,13 +62,14 @@ class DecoderShape:
     head_dim: int
     epsilon: float
     kinds: tuple[AttentionKind, ...]
-    layers: tuple[int, ...]
+    layers: tuple[int | None, ...]
     activation: str = "silu"
     tied: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     head_norms: bool = False  # each query and key head passes an RMSNorm before it is rotated
+    gated: bool = False  # what a query head attends to is multiplied by the sigmoid of numbers of its token
     norm_offset: float = 0.0  # added to the weights of all norms
     scale: float | None = None  # of attention scores; by default head_dim ** -0.5
     embedding_scale: float = 1.0
@@ -137,9 +140,10 @@ class DecoderShape:
         size, count = self.hidden_size, mixture.routing.experts
         axis: Axis = "tp" if build.ways is None else "attention_tp"  # of all tokens, or those of a copy of attention
         shared = GatedMLP(self, build, mixture.shared, summed=False, axis=axis) if mixture.shared else None
+        weigher = ReplicatedLinear(build, size, 1) if shared is not None and mixture.shared_gate else None
         router = Router(build, mixture.routing, size, mixture.corrected)
         experts = Experts(build, count, size, mixture.inner, mixture.parts, summed=self.summed)
-        return SparseMLP(router, experts, shared)
+        return SparseMLP(router, experts, shared, weigher)
 
 
 class Decoder(nn.Module):
@@ -182,12 +186,21 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP; each reads a norm of the stream, and the next norm adds what it says to it."""
+    """Attention, then an MLP; each reads a norm of the stream, and the next norm adds what it says to it.
+
+    Linear attention goes by another name in checkpoints."""
+
+    self_attn: nn.Module
+    linear_attn: nn.Module
 
     def __init__(self, shape: DecoderShape, build: Build, attention: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
         self.input_layernorm = shape.stream_norm(build)
-        self.self_attn = attention
+        self.linear = isinstance(attention, GatedDeltaNet)
+        if self.linear:
+            self.linear_attn = attention
+        else:
+            self.self_attn = attention
         self.post_attention_layernorm = shape.stream_norm(build)
         self.mlp = mlp
 
@@ -196,12 +209,16 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """`hidden` [T, H] is still to be added to `stream`, None before the first block; so is what is returned."""
         hidden, stream = self.input_layernorm.add(hidden, stream)
-        hidden, stream = self.post_attention_layernorm.add(self.self_attn(hidden, batch, rotations), stream)
+        mixed = self.linear_attn(hidden, batch) if self.linear else self.self_attn(hidden, batch, rotations)
+        hidden, stream = self.post_attention_layernorm.add(mixed, stream)
         return self.mlp(hidden, batch), stream
 
 
 class SelfAttention(Layer):
-    """Projections, attention, and the scales of an FP8 cache, where the checkpoint has them."""
+    """Projections, attention, and the scales of an FP8 cache, where the checkpoint has them.
+
+    The gates of heads are `gate_proj`: checkpoints stack them with the queries, and a model divides them (pieces.py).
+    """
 
     extras = ("k_scale", "v_scale", "k_proj.k_scale", "v_proj.v_scale")
 
@@ -214,6 +231,8 @@ class SelfAttention(Layer):
         )
         self.q_norm = shape.norm(build, head_dim) if shape.head_norms else None
         self.k_norm = shape.norm(build, head_dim) if shape.head_norms else None
+        gates = {"gate_proj": heads * head_dim}
+        self.gates = ColumnLinear(build, size, gates, shape.qkv_bias, axis="attention_tp") if shape.gated else None
         self.attention = attention
         self._scales = {"k_scale": 1.0, "v_scale": 1.0}
         self._like = torch.empty(0, dtype=build.dtype, device=build.device)
@@ -237,6 +256,8 @@ class SelfAttention(Layer):
     def forward(self, hidden: Tensor, batch: Batch, rotations: Rotations) -> Tensor:
         rotation = rotations[self.attention.group]
         attended = self.attention(self.qkv_proj(hidden, batch), self.qkv_proj.heads, batch, rotation, self.norms)
+        if self.gates is not None:
+            attended = attended * self.gates(hidden, batch).sigmoid()
         return self.o_proj(attended, batch)
 
 
@@ -300,8 +321,11 @@ class CausalLM(Model):
         return replace(cls.shape_of(config), summed=cls.block.forward is not Block.forward)
 
     def attention(self, config: Terms, shape: DecoderShape, build: Build) -> dict[int, nn.Module]:
-        """The attention of each layer that is `held`, by the layer's number. Sets `backends` and `rotaries`."""
-        held = [shape.layers[layer] for layer in self.held]
+        """The attention of each layer that is `held`, by the layer's number. Sets `backends` and `rotaries`.
+
+        A model with layers that do not attend adds what these have in its place."""
+        attending = [(layer, kind) for layer in self.held if (kind := shape.layers[layer]) is not None]
+        held = [kind for _, kind in attending]
         groups = sorted(set(held))  # kinds that no layer is of get no KV group
         kinds = [shape.kinds[group] for group in groups]
         heads = (shape.query_heads, shape.kv_heads, shape.head_dim)
@@ -312,7 +336,7 @@ class CausalLM(Model):
         self.backends = backends
         self.rotaries = nn.ModuleList(Rotary(build, kind.rope, shape.head_dim) for kind in kinds)
         made: dict[int, nn.Module] = {}
-        for index, (layer, kind_of_layer) in enumerate(zip(self.held, held, strict=True)):
+        for index, (layer, kind_of_layer) in enumerate(attending):
             group = groups.index(kind_of_layer)
             place = held[:index].count(kind_of_layer)
             made[layer] = SelfAttention(shape, build, Attention(backends[group], place, group))

@@ -29,15 +29,15 @@ class Dispatch:
 
     def __init__(self, mlp: SparseMLP, build: Build, ways: Ways, *, summed: bool = True) -> None:
         assert not mlp.experts.sums
-        self.parts = mlp.gate, mlp.experts, mlp.shared_experts
+        self.parts = mlp.gate, mlp.experts
+        self.shared = mlp.shared
         self.ways, self.summed = ways, summed
         self.ops = build.kernels.experts
         self.ranks, self.copies, self.sharers = (build.group(axis) for axis in ("ep", "dp", "attention_tp"))
         assert self.ranks.size == build.mesh.tp, "each expert lies whole on a rank"
 
     def __call__(self, hidden: Tensor, batch: Batch) -> Tensor:
-        shared = self.parts[2]
-        base = None if shared is None else shared(hidden, batch)
+        base = self.shared(hidden, batch)
         most = len(hidden) if batch.spread is None else batch.spread.most
         each = -(-most // self.sharers.size)
         way = self.ways.choose(each, captured=not len(batch.lengths))
@@ -49,7 +49,7 @@ class Dispatch:
 
     def _by_gathering(self, hidden: Tensor, batch: Batch, base: Tensor | None) -> Tensor:
         """All ranks see all tokens, so one of them counts what these choose."""
-        gate, experts, _ = self.parts
+        gate, experts = self.parts
         counts = self.ranks.place == 0
         if self.copies.size == 1:
             made: Tensor = experts(hidden, *gate(hidden, batch, counts), base=base)
@@ -61,7 +61,7 @@ class Dispatch:
 
     def _by_sending(self, hidden: Tensor, batch: Batch, base: Tensor | None, each: int, *, fixed: bool) -> Tensor:
         """This rank sends up to `each` of the tokens, to places of their own if they are `fixed`."""
-        gate, experts, _ = self.parts
+        gate, experts = self.parts
         first = each * self.sharers.place
         count, real = self._own(hidden, batch)
         own = slice(min(first, count), min(first + each, count))

@@ -2,7 +2,7 @@
 
     hidden ─┬─ gate ─ route ─ weights, experts ─┐
             ├───────────────────────────────────┴─ experts ─(+)─
-            └─ shared expert, if there is one ───────────────┘
+            └─ shared expert, if there is one (· gate) ──────┘
 
 All experts' matrices of a kind are one tensor, so a kernel finds any expert by its number. Each of several ranks holds
 a share of every expert's width, or with `ep` some of the experts. It routes all tokens as the others do, computes what
@@ -21,6 +21,7 @@ from engine.errors import ConfigError
 from engine.kernels.experts.reference import ExpertWeights, Places, Routed, Routing
 from engine.layers.batch import Batch, upload
 from engine.layers.build import Build
+from engine.layers.linear import ReplicatedLinear
 from engine.layers.model import Layer, copy_weight, empty_weight
 from engine.layers.quantization import QuantizedExperts
 from engine.parallel.collectives import all_reduce
@@ -34,12 +35,14 @@ EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")  # as most checkpoints name
 class Mixture:
     """The mixtures of a decoder: `inner` is the size of an expert, `layers` are those that have one.
 
-    `shared` is the size of the expert that every token passes; 0 for none."""
+    `shared` is the size of the expert that every token passes; 0 for none. With `shared_gate` each token weighs what
+    that one makes, by the sigmoid of a number."""
 
     routing: Routing
     inner: int
     layers: frozenset[int]
     shared: int = 0
+    shared_gate: bool = False
     corrected: bool = False  # the router has a bias for choosing
     parts: tuple[str, str, str] = EXPERT_PARTS
 
@@ -241,17 +244,32 @@ class Experts(Layer):
 class SparseMLP(nn.Module):
     """A router and its experts in the place of an MLP, with a shared expert that every token passes, or without.
 
-    The names of the members are those of most checkpoints. What the shared expert makes is not summed over the ranks:
-    the experts do that, of both.
+    The names of the members are those of most checkpoints: a shared expert with a gate is called otherwise than one
+    without. What the shared expert makes is not summed over the ranks: the experts do that, of both.
     """
 
-    def __init__(self, gate: Router, experts: Experts, shared_experts: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        gate: Router,
+        experts: Experts,
+        shared_experts: nn.Module | None = None,
+        shared_gate: ReplicatedLinear | None = None,
+    ) -> None:
         super().__init__()
         gate.places = experts.places
         self.gate = gate
         self.experts = experts
-        self.shared_experts = shared_experts
+        self.shared_experts = shared_experts if shared_gate is None else None
+        self.shared_expert = None if shared_gate is None else shared_experts
+        self.shared_expert_gate = shared_gate
+
+    def shared(self, hidden: Tensor, batch: Batch) -> Tensor | None:
+        """What the shared expert makes of `hidden` [T, size], this rank's part of it; None where there is none."""
+        if self.shared_expert is not None and self.shared_expert_gate is not None:
+            weighed: Tensor = self.shared_expert_gate(hidden, batch).sigmoid() * self.shared_expert(hidden, batch)
+            return weighed
+        return None if self.shared_experts is None else self.shared_experts(hidden, batch)
 
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
-        base = None if self.shared_experts is None else self.shared_experts(hidden, batch)
+        base = self.shared(hidden, batch)
         return self.experts(hidden, *self.gate(hidden, batch), base=base)

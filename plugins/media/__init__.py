@@ -16,8 +16,13 @@ PROCESSORS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     (
         "qwen3_vl",
         "qwen3_vl:Qwen3VL",
-        ("Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"),
-        "images and video of Qwen3-VL, with timestamps",
+        (
+            "Qwen3VLForConditionalGeneration",
+            "Qwen3VLMoeForConditionalGeneration",
+            "Qwen3_5ForConditionalGeneration",
+            "Qwen3_5MoeForConditionalGeneration",
+        ),
+        "images and video of Qwen3-VL and Qwen3.5, with timestamps",
     ),
     (
         "llava_onevision",

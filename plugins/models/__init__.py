@@ -32,6 +32,18 @@ MODELS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
         ("Qwen3VLMoeForConditionalGeneration",),
         "Qwen3-VL, the mixtures of experts",
     ),
+    (
+        "qwen3_5",
+        "qwen3_5:Qwen35",
+        ("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM", "Qwen3NextForCausalLM"),
+        "Qwen3.5 and Qwen3-Next, text: gated delta nets and gated attention",
+    ),
+    (
+        "qwen3_5_vl",
+        "qwen3_5:Qwen35VL",
+        ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"),
+        "Qwen3.5: images and video of any resolution",
+    ),
     ("qwen3_moe", "qwen3_moe:Qwen3Moe", ("Qwen3MoeForCausalLM",), "Qwen3, the mixtures of experts"),
     ("mixtral", "mixtral:Mixtral", ("MixtralForCausalLM",), "Mixtral 8x7B and 8x22B"),
     (

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from engine.plugin import Terms, language_terms
 from engine.plugin.layers import (
     Build,
+    CausalLM,
     Elsewhere,
     GatedVisionMLP,
     PatchEmbedding,
@@ -119,12 +120,13 @@ def windowed(grids: Sequence[tuple[int, ...]], merge: int, window: int) -> tuple
     return np.concatenate(orders), lengths
 
 
-class Qwen25VL(Qwen):
-    """`Qwen2_5_VLForConditionalGeneration` of Hugging Face."""
+class SeesPatches(CausalLM):
+    """A decoder with a tower: `visual` in checkpoints. A family names its `tower`, and what says how the decoder's part
+    of config.json reads."""
 
     turns = True
     sees = True
-    tower: type[Any] = Tower
+    tower: type[Any]
     renamed = (("model.language_model.", "model."), ("model.visual.", "visual."))
 
     def __init__(self, config: dict[str, Any], build: Build) -> None:
@@ -137,8 +139,7 @@ class Qwen25VL(Qwen):
     @staticmethod
     def language(terms: Terms) -> Terms:
         """What it says of the decoder, as if there were nothing else."""
-        text = language_terms(terms)
-        return Terms({**text, "model_type": "qwen2"}, text.source, text.within)
+        return language_terms(terms)
 
     def encode(self, media: Sequence[Pixels]) -> list[Tensor]:
         merged = self.visual(media)
@@ -165,3 +166,14 @@ class Qwen25VL(Qwen):
         shape = (1, high * side, tokens // high * side, 3)
         grid = (1, high * self.visual.merge, tokens // high * self.visual.merge)
         return Pixels(bytes(int(np.prod(shape))), shape, grid, 1 / 255, (0.5,) * 3, (0.5,) * 3)
+
+
+class Qwen25VL(SeesPatches, Qwen):
+    """`Qwen2_5_VLForConditionalGeneration` of Hugging Face."""
+
+    tower = Tower
+
+    @staticmethod
+    def language(terms: Terms) -> Terms:
+        text = language_terms(terms)
+        return Terms({**text, "model_type": "qwen2"}, text.source, text.within)

@@ -13,6 +13,7 @@ FILES = (
     "interpreted_attention.py",
     "interpreted_latent.py",
     "triton_collectives.py",
+    "triton_delta.py",
     "triton_fp8.py",
     "triton_logits.py",
     "triton_mixtures.py",

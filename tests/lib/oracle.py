@@ -19,7 +19,7 @@ TINY = {
     "rms_norm_eps": 1e-5,
     "pad_token_id": None,
 }
-CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+CONFIGS = {family: f"{family}TextConfig" for family in ("Gemma3", "Qwen3_5", "Qwen3_5Moe")}
 
 
 def tiny_model(family, **changes):

@@ -122,6 +122,27 @@ def qwen3_vl_terms(text: dict[str, Any], vision: dict[str, Any]) -> dict[str, An
     return {**terms, "vision_config": {**usual, **vision}}
 
 
+def qwen3_5(**text: Any) -> Any:
+    """Two gated delta nets to a layer that attends, of a mixture if `text` names experts."""
+    rope = {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    kind = "Qwen3_5Moe" if "num_experts" in text else "Qwen3_5"
+    config = getattr(transformers, f"{kind}Config")(
+        text_config={
+            **TEXT,
+            **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "head_dim": 16},
+            **{"linear_key_head_dim": 8, "linear_value_head_dim": 12, "full_attention_interval": 3},
+            "rope_parameters": {**rope, "partial_rotary_factor": 0.5},
+            **text,
+        },
+        vision_config={
+            **{"depth": 2, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2, "patch_size": 4},
+            **{"spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 48, "num_position_embeddings": 36},
+        },
+        **QWEN_IDS,
+    )
+    return filled(getattr(transformers, f"{kind}ForConditionalGeneration")(config))
+
+
 def gemma3(**vision: Any) -> Any:
     """A tower of 6 x 6 patches that become nine tokens; of four layers of the decoder the last sees everything."""
     text = {**TEXT, "num_hidden_layers": 4, "head_dim": 8, "sliding_window": 12, "sliding_window_pattern": 4}

@@ -28,6 +28,10 @@ LATENT = {
     **{"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "n_shared_experts": 2},
     **{"first_k_dense_replace": 1, "n_group": 4, "topk_group": 2},
 }
+DELTA = {
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
+    **{"full_attention_interval": 3, "head_dim": 16, "shared_expert_intermediate_size": 20},
+}
 LARGE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 64}
 MODELS = "engine_plugins.models"
 CASES = {
@@ -46,6 +50,11 @@ CASES = {
     "two kinds of layers": (f"{MODELS}.gemma:Gemma3", "Gemma3", {"head_dim": 8, "sliding_window": 7}),
     "latent attention, shared experts": (f"{MODELS}.deepseek:Deepseek", "DeepseekV3", {**LATENT, "q_lora_rank": 20}),
     "latent attention of V2 Lite": (f"{MODELS}.deepseek:Deepseek", "DeepseekV2", {**LATENT, "q_lora_rank": None}),
+    "gated delta nets, a shared expert with a gate": (
+        f"{MODELS}.qwen3_5:Qwen35",
+        "Qwen3_5Moe",
+        {**EXPERTS, **DELTA},
+    ),
     "FP8": (f"{MODELS}.qwen3_moe:Qwen3Moe", "Qwen3Moe", {**EXPERTS, **LARGE, "moe_intermediate_size": 256}),
     "packed": (f"{MODELS}.llama:Llama", "Llama", {**LARGE, "tie_word_embeddings": True}),
 }

@@ -35,12 +35,14 @@ def test_each_folder_has_its_definitions(folder: str) -> None:
 def implementations() -> list[tuple[str, type]]:
     found: list[tuple[str, type]] = [("dense", Kernels), ("logits", HostLogitOps)]
     pytest.importorskip("triton")
+    from engine.kernels.delta.triton import TritonDeltaOps
     from engine.kernels.dense.triton import TritonOps
     from engine.kernels.experts.triton import TritonMoeOps
     from engine.kernels.fp8.triton import TritonFp8Ops
     from engine.kernels.logits.triton import TritonLogitOps
 
-    return [*found, ("dense", TritonOps), ("experts", TritonMoeOps), ("fp8", TritonFp8Ops), ("logits", TritonLogitOps)]
+    found += [("dense", TritonOps), ("experts", TritonMoeOps), ("fp8", TritonFp8Ops), ("logits", TritonLogitOps)]
+    return [*found, ("delta", TritonDeltaOps)]
 
 
 @pytest.mark.parametrize("member", MEMBERS)
