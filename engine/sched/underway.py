@@ -30,7 +30,7 @@ class Underway:
 
     def rests(self, request: Request) -> dict[int, int]:
         """By copy in which `request` can wait: the tokens that are computed until it has its first, those of the prefix
-        that it waits for apart."""
+        that it waits for apart. An embedding of media counts as a token."""
         found = {}
         for index, (copy, step) in enumerate(self._places):
             if step.budget or not step.prompts or not copy.prefix_cache:
@@ -44,7 +44,8 @@ class Underway:
                     len(prompt.ids) - max(held, prompt.computed)
                     for prompt, held in zip(self._prompts[index], shared, strict=True)
                 ]
-                found[index] = len(request.ids) - max(copy.cached(request), *shared, 0) + sum(behind)
+                held = max(copy.cached(request), *shared, 0)
+                found[index] = len(request.ids) - held + copy.encoder.missing(request, held) + sum(behind)
         return found
 
     def waits(self, index: int) -> None:

@@ -82,7 +82,9 @@ class Qwen35(CausalLM):
     # ── loading ──────────────────────────────────────────────────────────────────────────────
 
     def load(self, tensors: Iterable[tuple[str, LazyTensor]]) -> None:
-        used = ((name, tensor) for name, tensor in tensors if not name.startswith(self.unused))
+        used: Iterable[tuple[str, LazyTensor]] = (
+            (name, tensor) for name, tensor in tensors if not name.startswith(self.unused)
+        )
         if (mixture := self.shape.mixture) is not None:
             used = experts_apart(used, mixture.routing.experts, self.shape.hidden_size, mixture.inner)
         super().load(part for name, tensor in used for part in self._parts(name, tensor))

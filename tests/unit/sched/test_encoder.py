@@ -165,7 +165,7 @@ def test_a_request_goes_to_the_copy_of_attention_that_has_what_it_shows() -> Non
         if rid == "b":
             assert run.drain().keys() == {"a", "b"}
     run.drain()
-    assert [device.encoded for device in run.devices] == [[4], [3, 4]]
+    assert [device.encoded for device in run.devices] == [[4, 3], [3]]
 
 
 def test_the_one_used_least_recently_makes_room_and_is_made_again() -> None:

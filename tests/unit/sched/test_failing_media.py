@@ -31,7 +31,7 @@ class SpoilingDevice(SimulatedDevice):
         self.encoded: list[int] = []
 
     def run(self, plan: StepPlan) -> StepDone:
-        made = list(memoryview(plan.encodes).cast("i"))
+        made = list(memoryview(plan.encodes).cast("i"))[1::2]
         failed = self.failing.intersection(made)
         self.spoiled = (self.spoiled - set(made)) | failed
         self.doubtful |= failed
@@ -41,7 +41,7 @@ class SpoilingDevice(SimulatedDevice):
             begins = [shown.begin for shown in self._shown(slot) if shown.number in self.spoiled & self.doubtful]
             for position in range(max(start, min(begins, default=start + length)), start + length):
                 self.store[self._place(slot, position)] = WRONG
-        return replace(done, failed=tuple((number, "it is broken") for number in sorted(failed)))
+        return replace(done, failed=tuple((0, number, "it is broken") for number in sorted(failed)))
 
     def _shown(self, slot):
         return shown_by(self.admits[slot].bound)
@@ -72,7 +72,7 @@ class SpoiledBench(TierBench):
 
     def commit(self):
         done = self.flying[0]
-        for number, _ in done.failed:
+        for _, number, _ in done.failed:
             users = [each.rid for each in self.scheduler.running_requests() if number in each.numbers]
             for rid in users:
                 self.scheduler.stop(rid)
