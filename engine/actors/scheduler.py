@@ -263,8 +263,7 @@ class SchedulerActor:
         """A medium could not be encoded: who runs with it ends, and what was computed of it is in no cache. Whatever
         else is cached stays."""
         assert isinstance(self.scheduler, Scheduler), "copies of attention run no model that sees"
-        users = [each.rid for each in self.scheduler.running_requests() if number in each.numbers]
-        for rid in users:
+        for rid in self.scheduler.encoder.users(number, self.scheduler.running_requests()):
             self.scheduler.stop(rid)
             await self.front.send(Failed(rid, 500, "media_failed", f"an image or video cannot be encoded: {cause}"))
         self.scheduler.places.spoiled(number)

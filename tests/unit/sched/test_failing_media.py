@@ -73,8 +73,7 @@ class SpoiledBench(TierBench):
     def commit(self):
         done = self.flying[0]
         for number, _ in done.failed:
-            users = [each.rid for each in self.scheduler.running_requests() if number in each.numbers]
-            for rid in users:
+            for rid in self.scheduler.encoder.users(number, self.scheduler.running_requests()):
                 self.scheduler.stop(rid)
                 self.ends[rid] = "failed"
             self.scheduler.places.spoiled(number)
@@ -166,6 +165,28 @@ def test_who_left_before_it_was_told_has_left_nothing_wrong():
     bench.device.failing = set()
     assert bench.alone("b", PICTURE) == 2
     bench.drain()
+
+
+def test_who_knows_the_medium_by_another_number_ends_as_well():
+    """The waiting room has forgotten the medium of a request that left, and its pages are found all the same."""
+    bench = SpoiledBench()
+    scheduler = bench.scheduler
+    scheduler.admit(*admitted("a", PICTURE, whole=False))
+    assert scheduler.plan() is not None
+    scheduler.stop("a")
+    for rid, pieces in (("b", PICTURE), ("c", TEXT)):
+        admit, bound = admitted(rid, pieces, whole=False)
+        scheduler.admit(admit, tuple(replace(each, number=each.number + 9) for each in bound))
+    assert scheduler.plan() is not None and scheduler.running == 2
+    assert scheduler.encoder.users(NUMBER, scheduler.running_requests()) == ["b"]
+    scheduler.stop("b")
+    scheduler.places.spoiled(NUMBER)
+    bench.go_on()
+    while bench.below.moving:
+        bench.finish()
+    assert scheduler.cache.tree.size == 3  # of the text, so far
+    assert not scheduler.tiers.host.names
+    scheduler.check_integrity()
 
 
 @pytest.mark.parametrize("write", get_args(WritePolicy))
