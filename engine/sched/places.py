@@ -170,7 +170,7 @@ class Places:
                 self._lower(request)
 
     def spoiled(self, number: int) -> None:
-        """Medium `number` could not be made, and who shows it runs no more: forget what was computed behind it."""
+        """Medium `number` could not be made, and who uses it runs no more: forget what was computed behind it."""
         forgotten = [self.pages.forget(key, salt) for salt, key in self._encoder.texts(number)]
         self._encoder.forget(number)
         if not (forgotten and all(forgotten)):  # a move holds some, of before the medium was made anew
@@ -190,7 +190,7 @@ class Places:
         if self.tiers is None or request.names is None:
             return
         names = request.names.upto(request.shared)[: request.shared]
-        self.tiers.host.touch(reversed(names), hit=True)
+        self.tiers.again(names, request.pages[: request.shared])
         if request.session is not None:
             request.session.host, request.session.names = self.tiers.host, names
 
