@@ -135,7 +135,7 @@ class Places:
         """Hand the tree the whole pages before position `end`. Where it has the same already, `request` takes
         the tree's and frees its own: the indices of pages so changed."""
         first, last = request.shared, end // self._page_size
-        if request.node is None or last <= first:
+        if request.node is None or last <= first or self._writes_over(request, last):
             return range(0)
         key = request.key(first * self._page_size, last * self._page_size)
         request.node, held = self.tree.extend(request.node, key, request.pages[first:last])
@@ -149,6 +149,13 @@ class Places:
             request.told = changed.stop  # the tree had them
         self._lower(request)
         return range(changed.start, changed.stop)
+
+    def _writes_over(self, request: Request, last: int) -> bool:
+        """Whether to take the tree's pages, of `last` in all, would have a step write there what may be spoiled. They
+        may be right, of before the medium was made anew, and on their way down."""
+        if not self._encoder.makes(request):
+            return False
+        return self.tree.match_length(request.key(0, last * self._page_size), request.salt) > request.shared
 
     def _told(self, request: Request) -> bool:
         """Whether tiers are told of the pages of a running request, as things are."""

@@ -38,7 +38,9 @@ class SpoilingDevice(SimulatedDevice):
         self.encoded += made
         done = super().run(plan)
         for slot, start, length, _ in rows_of(plan):
-            begins = [shown.begin for shown in self._shown(slot) if shown.number in self.spoiled & self.doubtful]
+            spoiled = [shown for shown in self._shown(slot) if shown.number in self.spoiled & self.doubtful]
+            begins = [shown.begin for shown in spoiled if shown.begin + shown.count > start]
+            begins += [at for at in range(start) if self.store.get(self._place(slot, at)) == WRONG]
             for position in range(max(start, min(begins, default=start + length)), start + length):
                 self.store[self._place(slot, position)] = WRONG
         return replace(done, failed=tuple((number, "it is broken") for number in sorted(failed)))
@@ -89,7 +91,9 @@ class SpoiledBench(TierBench):
 
     def check(self) -> None:
         self.scheduler.check_integrity()
-        lower = [*self.below.pool.values(), *(value for page in self.below.store.values() for value in page)]
+        there = {place.slot for place in self.scheduler.tiers.host.places() if place.known and place.there}
+        lower = [value for (slot, _), value in self.below.pool.items() if slot in there]
+        lower += [value for page in self.below.store.values() for value in page]
         assert WRONG not in lower, "what was spoiled went down"
 
 
@@ -135,6 +139,28 @@ def test_what_was_made_before_stays_below_where_it_fails_later():
     assert bench.ends["fails"] == "failed"
     assert bench.alone("again", PICTURE) == 2 * ((len(PICTURE) - 1 + SIZES[2] - 1) // 2)
     assert bench.scheduler.tiers.counts.from_host > 0 and bench.below.done["down"] >= down
+    bench.drain()
+
+
+def test_what_is_right_in_the_tree_is_not_written_over_by_who_makes_the_picture_anew():
+    """Pages of a picture are on their way down while a prompt that ends with it is computed to its end again."""
+    bench = SpoiledBench()
+    bench.ask("right", [0, 0, 6], max_new=1)
+    bench.plan()
+    bench.commit()
+    bench.scheduler.encoder._held.clear()
+    bench.scheduler.encoder._tokens = 0
+    bench.device.failing = {NUMBER}
+    bench.ask("fails", [0, 0, 6])
+    bench.plan()
+    while bench.below.moving:
+        bench.finish()
+        bench.check()
+    bench.commit()
+    assert bench.ends == {"right": "length", "fails": "failed"} and bench.below.done["down"] == 3
+    bench.device.failing = set()
+    assert bench.alone("again", [0, 0, 6]) == 4
+    bench.check()
     bench.drain()
 
 
