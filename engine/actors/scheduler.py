@@ -268,8 +268,7 @@ class SchedulerActor:
         no cache. Whatever else is cached stays."""
         assert self.scheduler is not None
         scheduler = parts_of(self.scheduler)[copy]
-        users = [each.rid for each in scheduler.running_requests() if number in each.numbers]
-        for rid in users:
+        for rid in scheduler.encoder.users(number, scheduler.running_requests()):
             scheduler.stop(rid)
             await self.front.send(Failed(rid, 500, "media_failed", f"an image or video cannot be encoded: {cause}"))
         scheduler.places.spoiled(number)

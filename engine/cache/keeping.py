@@ -22,7 +22,7 @@ MOST_OFFERS = 8
 
 
 class Keeping:
-    """Of at most `most` pages that wait."""
+    """For a host that has room for `most` pages."""
 
     def __init__(self, most: int) -> None:
         self.now = 0.0
@@ -38,8 +38,8 @@ class Keeping:
         """A page that is there is to be kept, unless it is already."""
         if not place.stored and place.offers < MOST_OFFERS:
             self._pending[place.name] = place
-            if len(self._pending) > self._most:  # those that wait for longest have left the host, if any has
-                self._pending.popitem(last=False)
+            if len(self._pending) > 2 * self._most:  # half of them at least have left the host
+                self._pending = OrderedDict((name, place) for name, place in self._pending.items() if place.known)
 
     @property
     def paused(self) -> bool:

@@ -109,7 +109,9 @@ class Tiers:
         self._rising: dict[bytes, int] = {}  # names that go up, to the number of the move
         self._coming: dict[bytes, int] = {}  # the same, of names that are looked for or fetched
         self._names: dict[int, bytes] = {}  # of the tree's pages, as far as they are known
-        self._indices: dict[int, int] = {}  # of these pages in their texts, where what gives way is written back
+        # Where what gives way is written back: indices of these pages in their texts, and which were asked for again.
+        self._indices: dict[int, int] = {}
+        self._again: set[int] = set()
         self.keeping = Keeping(options.host)
         self._waits: dict[int, set[int]] = {}  # of needs for pages: the moves that each waits for
         self._settled: list[int] = []
@@ -185,10 +187,17 @@ class Tiers:
         """A request begins with `pages`, which end at `node`, locked; they are all that it finds in the cache."""
         if self.options.policy != "write-back":
             self._lower(node, names, 0, pages)
-        self.host.touch(reversed(names[: len(pages)]), hit=True)
+        self.again(names, pages)
         if self.options.stores and self.options.policy == "second-hit":
             for name in names[: len(pages)]:
                 self._want_kept(self.host.get(name))
+
+    def again(self, names: Sequence[bytes], pages: Sequence[int]) -> None:
+        """The tree's `pages`, which begin a text, are asked for again, or somebody may come back to them: in the host
+        they are of those that new ones push out last."""
+        self.host.touch(reversed(names[: len(pages)]), hit=True)
+        if self.options.policy == "write-back":
+            self._again.update(pages)
 
     def _lower(self, node: Node, names: Sequence[bytes], first: int, pages: Sequence[int]) -> None:
         """Move those of `pages` down that are not there; their names begin at index `first`."""
@@ -213,7 +222,9 @@ class Tiers:
         found = sorted((self._indices.pop(page), self._names.pop(page), page) for page in pages if page in self._names)
         new = [(name, page) for _, name, page in found if name not in self.host.names]
         places = self.host.add([name for name, _ in new])
-        self.host.touch((name for _, name, _ in reversed(found)), hit=False)
+        for _, name, page in reversed(found):
+            self.host.touch([name], hit=page in self._again)
+        self._again.difference_update(pages)
         self.counts.refused += len(new) - len(places)
         if places:
             ticket = Ticket("down", places, [page for _, page in new[: len(places)]])
@@ -225,6 +236,7 @@ class Tiers:
         for page in pages:
             self._names.pop(page, None)
             self._indices.pop(page, None)
+            self._again.discard(page)
 
     def _lowered(self, ticket: Ticket, done: Sequence[bool]) -> None:
         for node in ticket.nodes:
@@ -354,7 +366,9 @@ class Tiers:
         counts.seconds[ticket.way] = counts.seconds.get(ticket.way, 0.0) + message.seconds
         if message.held >= 0:
             counts.store_pages, counts.store_bytes = message.held, max(0, message.held_bytes)
-            counts.store = message.counts
+            # Answers may overtake each other, and ranks that fail tell nothing; but what is counted only grows.
+            known = counts.store
+            counts.store = {**known, **{name: max(at, known.get(name, 0)) for name, at in message.counts.items()}}
         self.cause = self.cause or message.cause
         if ticket.way not in ("find", "clear"):
             counts.failed += len(done) - sum(done)
@@ -378,6 +392,7 @@ class Tiers:
         """Forget all that lies below the device, and what is on its way."""
         self._names.clear()
         self._indices.clear()
+        self._again.clear()
         self.keeping.clear()
         if self._down.places:
             ticket, self._down = self._down, Ticket("down")
@@ -410,7 +425,9 @@ class Tiers:
             for place in ticket.places:
                 pins[place] = pins.get(place, 0) + 1
         assert all(place.pins == pins.get(place, 0) for place in self.host.places()), "a pin outlives its move"
-        assert self._names.keys() <= set(pages), "a page has a name that is not in the tree"
+        held = set(pages)
+        assert self._names.keys() <= held, "a page has a name that is not in the tree"
+        assert self._again <= held, "a page was asked for again that is not in the tree"
         assert all(number in self._tickets for number in [*self._rising.values(), *self._coming.values()])
         assert all(waits <= self._tickets.keys() for waits in self._waits.values()), "a need waits for nothing"
 

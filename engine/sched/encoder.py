@@ -129,6 +129,16 @@ class Encoder:
         """Whether steps in flight make what `request` shows."""
         return bool(self._making) and any(shown.number in self._making for shown in request.shown)
 
+    def users(self, number: int, running: Iterable[Request]) -> list[str]:
+        """Who of these shows that medium; also under another number, in pages that a step in flight makes."""
+        texts = self.texts(number)
+        return [
+            request.rid
+            for request in running
+            if number in request.numbers
+            or any((request.salt, request.key(0, len(key) // 4)) == (salt, key) for salt, key in texts)
+        ]
+
     def texts(self, number: int) -> set[tuple[bytes, bytes]]:
         """Those that show a medium which a step in flight makes, as in Making."""
         return self._making.get(number, Making()).texts

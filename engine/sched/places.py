@@ -135,7 +135,7 @@ class Places:
         """Hand the tree the whole pages before position `end`. Where it has the same already, `request` takes
         the tree's and frees its own: the indices of pages so changed."""
         first, last = request.shared, end // self._page_size
-        if request.node is None or last <= first:
+        if request.node is None or last <= first or self._writes_over(request, last):
             return range(0)
         key = request.key(first * self._page_size, last * self._page_size)
         request.node, held = self.tree.extend(request.node, key, request.pages[first:last])
@@ -149,6 +149,13 @@ class Places:
             request.told = changed.stop  # the tree had them
         self._lower(request)
         return range(changed.start, changed.stop)
+
+    def _writes_over(self, request: Request, last: int) -> bool:
+        """Whether to take the tree's pages, of `last` in all, would have a step write there what may be spoiled. They
+        may be right, of before the medium was made anew, and on their way down."""
+        if not self._encoder.makes(request):
+            return False
+        return self.tree.match_length(request.key(0, last * self._page_size), request.salt) > request.shared
 
     def _told(self, request: Request) -> bool:
         """Whether tiers are told of the pages of a running request, as things are."""
@@ -170,7 +177,7 @@ class Places:
                 self._lower(request)
 
     def spoiled(self, number: int) -> None:
-        """Medium `number` could not be made, and who shows it runs no more: forget what was computed behind it."""
+        """Medium `number` could not be made, and who uses it runs no more: forget what was computed behind it."""
         forgotten = [self.pages.forget(key, salt) for salt, key in self._encoder.texts(number)]
         self._encoder.forget(number)
         if not (forgotten and all(forgotten)):  # a move holds some, of before the medium was made anew
@@ -190,7 +197,7 @@ class Places:
         if self.tiers is None or request.names is None:
             return
         names = request.names.upto(request.shared)[: request.shared]
-        self.tiers.host.touch(reversed(names), hit=True)
+        self.tiers.again(names, request.pages[: request.shared])
         if request.session is not None:
             request.session.host, request.session.names = self.tiers.host, names
 

@@ -66,6 +66,7 @@ class DiskStore:
         self._said: set[str] = set()
         self._writer = Writer(files, self._folder, self._is_full, self._adopted)
         self._prepared = False
+        self._cleared = True  # else what was to be forgotten may be there still
         self._refreshed = -refresh
         self._no_writes_until = 0.0
         size = self._layout.stride
@@ -78,11 +79,15 @@ class DiskStore:
 
     def put(self, keys: Sequence[bytes], pages: Sequence[memoryview], /) -> list[bool]:
         """As Store.put. A page that is there already is not written again."""
+        if not self._is_cleared():
+            return [False] * len(keys)
         works = [self._guarded("write", partial(self._put, *each)) for each in self._checked(keys, pages)]
         return self._run(self._writing, works)
 
     def get(self, keys: Sequence[bytes], into: Sequence[memoryview], /) -> list[bool]:
         """As Store.get."""
+        if not self._is_cleared():
+            return [False] * len(keys)
         works = [self._guarded("read", partial(self._get, *each)) for each in self._checked(keys, into)]
         return self._run(self._reading, works)
 
@@ -94,7 +99,7 @@ class DiskStore:
 
     def has(self, keys: Sequence[bytes], /) -> list[bool]:
         """As Store.has; what others did less than a second ago may not be seen."""
-        if self._reading.passed_over:
+        if self._reading.passed_over or not self._is_cleared():
             return [False] * len(keys)
         if time.monotonic() - self._refreshed >= self._refresh_seconds:
             self._look()
@@ -114,8 +119,15 @@ class DiskStore:
         return Held(pages, pages * self._layout.page_bytes, self._capacity, self.counts())
 
     def clear(self) -> None:
-        """As Store.clear: the pages of this manifest, for all who share the folder."""
-        self._run(self._writing, [self._guarded("write", self._clear)])
+        """As Store.clear: the pages of this manifest, for all who share the folder. Until the disk has done it, nothing
+        is found here."""
+        self._cleared = all(self._run(self._writing, [self._guarded("write", self._clear)]))
+
+    def _is_cleared(self) -> bool:
+        """Whether all is gone that was to be; what the disk has refused to remove is tried again after its pause."""
+        if not self._cleared and time.monotonic() >= self._no_writes_until:
+            self.clear()
+        return self._cleared
 
     def close(self) -> None:
         """As Store.close."""

@@ -175,14 +175,24 @@ def test_a_store_that_takes_nothing_is_offered_nothing_new_and_one_that_takes_so
     assert [place.stored for place in (one, two, three, four)] == [True] * 4
 
 
-def test_what_left_the_host_meanwhile_is_offered_no_more_and_what_waits_is_bounded():
-    keeping, places = Keeping(5), pages_there(9)
+def test_what_waits_is_bounded_and_what_stays_in_the_host_is_never_left_out():
+    """A store takes nothing for long, and a scan passes through a host of 3 pages, of which one is a conversation's."""
+    keeping, (first, *scan) = Keeping(3), pages_there(99)
+    keeping.want(first)
+    for place in scan:
+        keeping.want(place)
+        assert len(keeping._pending) <= 6
+        place.known = place in scan[-2:]
+    assert offered(keeping) == ["09798"]
+
+
+def test_what_left_the_host_meanwhile_is_offered_no_more():
+    keeping, places = Keeping(9), pages_there(9)
     keeping.want(places[0])
     assert offered(keeping) == ["0"]
     keeping.kept(places[:1], [False])
-    for place in places[1:]:
+    for place in places[5:]:
         keeping.want(place)
-    assert len(keeping._pending) == 5
     places[5].known = False
     keeping.now = 20.0
     assert offered(keeping) == ["6780"]

@@ -38,7 +38,9 @@ class SpoilingDevice(SimulatedDevice):
         self.encoded += made
         done = super().run(plan)
         for slot, start, length, _ in rows_of(plan):
-            begins = [shown.begin for shown in self._shown(slot) if shown.number in self.spoiled & self.doubtful]
+            spoiled = [shown for shown in self._shown(slot) if shown.number in self.spoiled & self.doubtful]
+            begins = [shown.begin for shown in spoiled if shown.begin + shown.count > start]
+            begins += [at for at in range(start) if self.store.get(self._place(slot, at)) == WRONG]
             for position in range(max(start, min(begins, default=start + length)), start + length):
                 self.store[self._place(slot, position)] = WRONG
         return replace(done, failed=tuple((0, number, "it is broken") for number in sorted(failed)))
@@ -73,8 +75,7 @@ class SpoiledBench(TierBench):
     def commit(self):
         done = self.flying[0]
         for _, number, _ in done.failed:
-            users = [each.rid for each in self.scheduler.running_requests() if number in each.numbers]
-            for rid in users:
+            for rid in self.scheduler.encoder.users(number, self.scheduler.running_requests()):
                 self.scheduler.stop(rid)
                 self.ends[rid] = "failed"
             self.scheduler.places.spoiled(number)
@@ -90,7 +91,9 @@ class SpoiledBench(TierBench):
 
     def check(self) -> None:
         self.scheduler.check_integrity()
-        lower = [*self.below.pool.values(), *(value for page in self.below.store.values() for value in page)]
+        there = {place.slot for place in self.scheduler.tiers.host.places() if place.known and place.there}
+        lower = [value for (slot, _), value in self.below.pool.items() if slot in there]
+        lower += [value for page in self.below.store.values() for value in page]
         assert WRONG not in lower, "what was spoiled went down"
 
 
@@ -139,6 +142,28 @@ def test_what_was_made_before_stays_below_where_it_fails_later():
     bench.drain()
 
 
+def test_what_is_right_in_the_tree_is_not_written_over_by_who_makes_the_picture_anew():
+    """Pages of a picture are on their way down while a prompt that ends with it is computed to its end again."""
+    bench = SpoiledBench()
+    bench.ask("right", [0, 0, 6], max_new=1)
+    bench.plan()
+    bench.commit()
+    bench.scheduler.encoder._held.clear()
+    bench.scheduler.encoder._tokens = 0
+    bench.device.failing = {NUMBER}
+    bench.ask("fails", [0, 0, 6])
+    bench.plan()
+    while bench.below.moving:
+        bench.finish()
+        bench.check()
+    bench.commit()
+    assert bench.ends == {"right": "length", "fails": "failed"} and bench.below.done["down"] == 3
+    bench.device.failing = set()
+    assert bench.alone("again", [0, 0, 6]) == 4
+    bench.check()
+    bench.drain()
+
+
 def test_pages_that_show_a_picture_go_down_once_it_is_made():
     bench = SpoiledBench(depth=3)
     bench.ask("a", PICTURE, max_new=9)
@@ -166,6 +191,28 @@ def test_who_left_before_it_was_told_has_left_nothing_wrong():
     bench.device.failing = set()
     assert bench.alone("b", PICTURE) == 2
     bench.drain()
+
+
+def test_who_knows_the_medium_by_another_number_ends_as_well():
+    """The waiting room has forgotten the medium of a request that left, and its pages are found all the same."""
+    bench = SpoiledBench()
+    scheduler = bench.scheduler
+    scheduler.admit(*admitted("a", PICTURE, whole=False))
+    assert scheduler.plan() is not None
+    scheduler.stop("a")
+    for rid, pieces in (("b", PICTURE), ("c", TEXT)):
+        admit, bound = admitted(rid, pieces, whole=False)
+        scheduler.admit(admit, tuple(replace(each, number=each.number + 9) for each in bound))
+    assert scheduler.plan() is not None and scheduler.running == 2
+    assert scheduler.encoder.users(NUMBER, scheduler.running_requests()) == ["b"]
+    scheduler.stop("b")
+    scheduler.places.spoiled(NUMBER)
+    bench.go_on()
+    while bench.below.moving:
+        bench.finish()
+    assert scheduler.cache.tree.size == 3  # of the text, so far
+    assert not scheduler.tiers.host.names
+    scheduler.check_integrity()
 
 
 @pytest.mark.parametrize("write", get_args(WritePolicy))

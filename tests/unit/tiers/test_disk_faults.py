@@ -4,6 +4,7 @@ import errno
 import logging
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -169,6 +170,23 @@ def test_no_error_of_the_system_is_raised(opened: Open, call: str, number: int) 
     )
     files.faults.errors.clear()
     assert put(store, 4) == [True] == got(store, 4)
+
+
+@pytest.mark.parametrize("faults", [Faults(errors={"remove": errno.EROFS}), Faults(stall=frozenset(["remove"]))])
+def test_what_a_disk_could_not_clear_is_found_no_more(opened: Open, faults: Faults) -> None:
+    files = FaultyFiles()
+    store = opened(files)
+    assert put(store, 1, 2) == [True, True]
+    files.faults = faults
+    with impatient(store):
+        store.clear()
+        assert store.has([key(1), key(2)]) == [False, False] == got(store, 1, 2) == put(store, 3, 4)
+    faults.errors.clear()
+    faults.resumed.set()
+    while put(store, 3) == [False]:  # threads that were stuck go on by and by
+        time.sleep(0.01)
+    assert got(store, 3) == [True]
+    assert got(store, 1, 2) == [False, False] and got(opened(FaultyFiles()), 1, 2, 3) == [False, False, True]
 
 
 def test_a_folder_that_is_removed_is_made_again(opened: Open, tmp_path: Path) -> None:
