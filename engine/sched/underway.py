@@ -5,7 +5,8 @@
 
 To wait costs no time as far as the prefix goes: elsewhere it would take as long, or longer. What the prompt has behind
 the prefix does cost time. So a request waits where its own rest and that are cheaper than to begin in another copy
-(copies.py). It waits for a few steps: those of the prompts that are begun. Within one copy nobody has this choice.
+(copies.py). It waits for a few steps: those of the prompts that are begun. Once a later request has begun there before
+it, because that is more urgent, it waits no longer: others may come for ever. Within one copy nobody has this choice.
 """
 
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ class Underway:
             if index not in self._prompts:
                 self._prompts[index] = [each for each in copy.running_requests() if is_cut(each)]
                 self._room[index] = copy.free_slots
-            if self._room[index]:
+            if self._room[index] and not any(overtook(each, request) for each in self._prompts[index]):
                 shared = [shared_tokens(request, prompt, copy.page_size) for prompt in self._prompts[index]]
                 behind = [
                     len(prompt.ids) - max(held, prompt.computed)
@@ -50,6 +51,11 @@ class Underway:
     def waits(self, index: int) -> None:
         """A request waits for that copy."""
         self._room[index] -= 1
+
+
+def overtook(prompt: Request, request: Request) -> bool:
+    """Whether a running `prompt` has come later than `request`, and has begun since that waits for a prefix."""
+    return prompt.arrival > request.arrival and prompt.since > request.waits
 
 
 def is_cut(request: Request) -> bool:
