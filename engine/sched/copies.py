@@ -230,7 +230,7 @@ class Copies:
         if least >= cost:
             return False
         underway.waits(index)
-        request.waits = min(request.waits, self._steps + 1)
+        request.waited = min(request.waited, self._steps + 1)
         loads[index] += len(request.ids)
         return True
 

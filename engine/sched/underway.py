@@ -55,7 +55,7 @@ class Underway:
 
 def overtook(prompt: Request, request: Request) -> bool:
     """Whether a running `prompt` has come later than `request`, and has begun since that waits for a prefix."""
-    return prompt.arrival > request.arrival and prompt.since > request.waits
+    return prompt.arrival > request.arrival and prompt.since > request.waited
 
 
 def is_cut(request: Request) -> bool:
