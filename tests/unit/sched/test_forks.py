@@ -128,6 +128,19 @@ def test_nobody_waits_for_a_copy_alone_because_it_has_less_to_read():
     bench.drain()
 
 
+def test_nobody_waits_behind_others_for_longer_than_the_prefix_takes():
+    bench = CopiesBench(2, pages=400, slots=32, max_step_tokens=20, depth=1)
+    bench.admit(request("first", PREFIX, 1))
+    end_all(bench)
+    computed, steps = bench.device.computed, len(bench.device.tokens)
+    for index in range(8):
+        bench.admit(request(f"r{index}", [*PREFIX[:100], index % 4, index // 4, *[3] * 38], 1))
+    end_all(bench)
+    assert bench.device.computed - computed == 8 * 40 + 100, "the other copy computes the prefix as well"
+    assert len(bench.device.tokens) - steps < 8 * 40 // 20, "which takes less time than one after the other"
+    bench.drain()
+
+
 def test_no_more_wait_for_a_copy_than_find_a_slot_there():
     bench = begun(*(fork(index) for index in range(1, 6)))
     live = bench.scheduler.live.by_rid
