@@ -29,7 +29,7 @@ from engine.messages.request import Generate, Job
 from engine.messages.sessions import ProgramUse, SessionUse
 from engine.params.lengths import check_unicode
 from engine.params.sampling import SamplingParams, check_sampling
-from engine.runtime.front import in_use
+from engine.runtime.front import OWNER, in_use
 from engine.runtime.mailbox import Mailbox, whole
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Service:
         rid, owner = asked.rid, asked.owner
         if rid is None:
             return self.front.abort(None)
-        rids = {rid}.union(*self._named.get((owner, rid), {}).values())
+        rids = {rid, rid_of(owner, rid)}.union(*self._named.get((owner, rid), {}).values())
         return sum(self.front.abort(one) for one in rids if self._owners.get(one, b"") == owner)
 
     @asynccontextmanager
@@ -215,6 +215,11 @@ def check_kept(tokens: int | None) -> int | None:
         message = "truncate_prompt_tokens is 0; keep at least one token, or send -1 for as many as there is room for"
         raise RequestError(message, param="truncate_prompt_tokens")
     return tokens
+
+
+def rid_of(owner: bytes, rid: str) -> str:
+    """What a request runs as that a client of `owner` calls `rid`: those of others may have the same."""
+    return f"{rid}{OWNER}{owner.hex()}" if owner else rid
 
 
 def salt_of(salt: str | None) -> str:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("engine.runtime.front")
 
+OWNER = "\0"  # in a rid: what comes behind it says whose the request is, and is told to nobody
 HEARTBEAT_LIMIT = 10.0
 
 Status = Literal["starting", "ready", "restarting", "stalled", "failed", "draining", "paused"]
@@ -322,7 +323,7 @@ class Front(Readiness):
 
 def in_use(rid: str) -> RequestError:
     """The error of a request whose `rid` another one has."""
-    message = f"a request with rid {rid!r} is still running; use another rid"
+    message = f"a request with rid {rid.partition(OWNER)[0]!r} is still running; use another rid"
     return RequestError(message, param="rid", code="rid_in_use", status=409)
 
 

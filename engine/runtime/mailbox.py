@@ -177,7 +177,7 @@ class Mailbox:
     __slots__ = ("_inbox", "ended", "failed", "key", "rid", "taker", "watch")
 
     def __init__(self, rid: str, key: str) -> None:
-        self.rid = rid  # as its client calls it
+        self.rid = rid  # as its client calls it, and perhaps whose it is
         self.key = key
         self.failed = False
         self.ended = False  # the last chunk is here

@@ -226,14 +226,15 @@ class Copies:
         any of `costs`."""
         (cost, best), left = min(costs), underway.rests(request)
         waits = [
-            (loads[index] + COMPUTED * tokens, index)
-            for index, tokens in left.items()
-            if COMPUTED * tokens < cost - loads[best]
+            (loads[index] + COMPUTED * (own + before), index)
+            for index, (own, before) in left.items()
+            if COMPUTED * (own + before) < cost - loads[best]
         ]
         least, index = min(waits, default=(cost, -1))
         if least >= cost:
             return False
-        underway.waits(index)
+        underway.waits(index, left[index][0])
+        request.waited = min(request.waited, self._steps + 1)
         loads[index] += len(request.ids)
         return True
 

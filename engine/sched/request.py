@@ -83,6 +83,7 @@ class Request:
     first: bool = True  # its first token is still to come
     rise: int = 0  # the move that brings its pages up, while it waits
     rises: int = 0  # such moves so far
+    waited: int = NEVER  # the first step in which it waited for a prefix that a copy of attention computes
     scored: int = NEVER  # prompt positions whose log-probabilities have come; NEVER when no more are wanted
     scores: list[Logprobs] = field(default_factory=list)  # those that have come and were not passed on
 

@@ -4,12 +4,15 @@
     copy 1   has budget: a request with that prefix could begin here, and would compute all of it again
 
 To wait costs no time as far as the prefix goes: elsewhere it would take as long, or longer. What the prompt has behind
-the prefix does cost time. So a request waits where its own rest and that are cheaper than to begin in another copy
-(copies.py). It waits for a few steps: those of the prompts that are begun. Within one copy nobody has this choice.
+the prefix does cost time, and so do those that wait before it. So a request waits where its own rest and all that are
+cheaper than to begin in another copy (copies.py). Once a later request has begun there before it, because that is more
+urgent, it waits no longer: others may come for ever. Within one copy nobody has this choice.
 """
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from engine.sched.columns import StepColumns
 from engine.sched.request import Request
@@ -20,37 +23,53 @@ if TYPE_CHECKING:
 TOKEN = 4  # bytes of a key
 
 
+class Full(Struct):
+    """A copy whose prompts have taken all budget of its step: those that go on in the next one. `room` slots are for
+    requests that may wait for it, and these will compute `before` tokens."""
+
+    prompts: list[Request]
+    room: int
+    before: int = 0
+
+
 class Underway:
-    """Copies whose prompts have taken all budget of their step. As many requests may wait for one as it has slots."""
+    """Copies that have no budget, and who waits for them."""
 
     def __init__(self, copies: "Sequence[Scheduler]", steps: Sequence[StepColumns]) -> None:
         self._places = tuple(zip(copies, steps, strict=True))
-        self._prompts: dict[int, list[Request]] = {}  # by copy, once it has no budget
-        self._room: dict[int, int] = {}
+        self._full: dict[int, Full] = {}
 
-    def rests(self, request: Request) -> dict[int, int]:
-        """By copy in which `request` can wait: the tokens that are computed until it has its first, those of the prefix
-        that it waits for apart. An embedding of media counts as a token."""
+    def rests(self, request: Request) -> dict[int, tuple[int, int]]:
+        """By copy in which `request` can wait: its own tokens that are computed there, and those of others that come
+        before its first one, but for the prefix that it waits for. An embedding of media counts as a token."""
         found = {}
         for index, (copy, step) in enumerate(self._places):
             if step.budget or not step.prompts or not copy.prefix_cache:
                 continue
-            if index not in self._prompts:
-                self._prompts[index] = [each for each in copy.running_requests() if is_cut(each)]
-                self._room[index] = copy.free_slots
-            if self._room[index]:
-                shared = [shared_tokens(request, prompt, copy.page_size) for prompt in self._prompts[index]]
+            if index not in self._full:
+                prompts = [each for each in copy.running_requests() if is_cut(each)]
+                self._full[index] = Full(prompts, copy.free_slots)
+            full = self._full[index]
+            if full.room and not any(overtook(prompt, request) for prompt in full.prompts):
+                shared = [shared_tokens(request, prompt, copy.page_size) for prompt in full.prompts]
                 behind = [
                     len(prompt.ids) - max(held, prompt.computed)
-                    for prompt, held in zip(self._prompts[index], shared, strict=True)
+                    for prompt, held in zip(full.prompts, shared, strict=True)
                 ]
                 held = max(copy.cached(request), *shared, 0)
-                found[index] = len(request.ids) - held + copy.encoder.missing(request, held) + sum(behind)
+                own = len(request.ids) - held + copy.encoder.missing(request, held)
+                found[index] = own, sum(behind) + full.before
         return found
 
-    def waits(self, index: int) -> None:
-        """A request waits for that copy."""
-        self._room[index] -= 1
+    def waits(self, index: int, tokens: int) -> None:
+        """A request waits for that copy, with so many tokens of its own."""
+        self._full[index].room -= 1
+        self._full[index].before += tokens
+
+
+def overtook(prompt: Request, request: Request) -> bool:
+    """Whether a running `prompt` has come later than `request`, and has begun since that waits for a prefix."""
+    return prompt.arrival > request.arrival and prompt.since > request.waited
 
 
 def is_cut(request: Request) -> bool:

@@ -9,12 +9,14 @@ from typing import Any, ClassVar, TypeVar
 from uuid import uuid4
 
 import anyio.lowlevel
+import msgspec
 from aiohttp import web
 from msgspec import UNSET, Struct, UnsetType
 
 from engine.errors import RequestError, Words, counted
 from engine.http.fields import Rule, unserved
 from engine.http.grammars import OWN_FIELDS, OwnGrammar
+from engine.http.keys import owner_of
 from engine.http.native.media import Media, shown_by
 from engine.http.openapi import ErrorReply, Route
 from engine.http.request_id import check_id
@@ -24,6 +26,7 @@ from engine.http.service import (
     check_choices,
     pack_ids,
     program_of,
+    rid_of,
     salt_of,
     sampled,
     session_of,
@@ -189,9 +192,11 @@ async def generate(request: web.Request, body: GenerateBody) -> web.StreamRespon
         )
         for each, prompt, sampling, score, seen in zip(rids, prompts, checked, scores, shown, strict=True)
     ]
-    jobs = sampled(asked, samples)
-    whose = [score for score in scores for _ in range(len(jobs) // count)]
-    reply = NativeReply([job.rid for job in jobs], whose, listed=batch or len(jobs) > 1)
+    named = sampled(asked, samples)
+    whose = [score for score in scores for _ in range(len(named) // count)]
+    reply = NativeReply([job.rid for job in named], whose, listed=batch or len(named) > 1)
+    owner = owner_of(request)
+    jobs = [msgspec.structs.replace(job, rid=rid_of(owner, job.rid)) for job in named]
     rid = uuid4().hex if isinstance(body.rid, list) else rids[0]
     stream = bool(body.stream)
     async with request.app[SERVICE].claimed([job.rid for job in jobs] if body.rid is not None else ()):

@@ -122,6 +122,6 @@ async def test_log_lines_about_a_request_name_it(site: Site, caplog: pytest.LogC
 
     site.house.front.abort = broken  # type: ignore[method-assign]
     with caplog.at_level("ERROR"):
-        status, _, _ = await asked(site, "POST", "/abort_request", {"rid": "a"}, **{HEADER: "who"})
+        status, _, _ = await asked(site, "POST", "/abort_request", {"abort_all": True}, **{HEADER: "who"})
     assert status == 500
     assert [(line.levelname, line.request) for line in caplog.records] == [("ERROR", "[who] ")]  # type: ignore[attr-defined]

@@ -231,6 +231,29 @@ async def test_a_rid_belongs_to_one_request_of_the_whole_engine() -> None:
             assert (await post(session, "/generate", {"text": "x", "rid": "mine"}))[0] == 200
 
 
+async def test_each_owner_has_rids_of_its_own() -> None:
+    """What others call their requests is neither told nor in the way."""
+    one, two = ({"Authorization": f"Bearer {key}"} for key in ("one", "two"))
+    body = {"text": "x", "rid": "mine"}
+    async with (
+        joined_fronts(hanging(), FakeFront(), api_key=("one", "two")) as engine,
+        anyio.create_task_group() as group,
+    ):
+        group.start_soon(lambda: post(engine.sessions[0], "/generate", body, **one))
+        await engine.fronts[0].began.wait()
+        status, said = await post(engine.sessions[1], "/generate", body, **one)
+        assert (status, said["error"]["code"]) == (409, "rid_in_use")
+        assert said["error"]["message"] == "a request with rid 'mine' is still running; use another rid"
+        status, said = await post(engine.sessions[1], "/generate", body, **two)
+        assert (status, said["meta_info"]["id"]) == (200, "mine")
+        for key, aborted in ((two, 0), (one, 1)):
+            assert await post(engine.sessions[1], "/abort_request", {"rid": "mine"}, **key) == (
+                200,
+                {"aborted": aborted},
+            )
+        group.cancel_scope.cancel()
+
+
 async def test_of_two_that_claim_an_id_at_once_one_has_it() -> None:
     async with joined_fronts(hanging(), hanging()) as engine:
         statuses: list[int] = []

@@ -80,9 +80,9 @@ def test_whatever_pages_prompts_share_are_computed_once(stems, tails, max_step_t
 # ── copies of attention: who waits for a prefix, and who does not ────────────────────────────
 
 
-def begun(*others, **options):
+def begun(*others, slots=8, **options):
     """Two copies, of which the first has begun the prompt of r0, and `others` have come."""
-    bench = CopiesBench(2, pages=400, slots=8, max_step_tokens=20, depth=1, **options)
+    bench = CopiesBench(2, pages=400, slots=slots, max_step_tokens=20, depth=1, **options)
     bench.admit(fork(0))
     bench.step()
     assert copy_of(bench, "r0") == 0
@@ -128,6 +128,19 @@ def test_nobody_waits_for_a_copy_alone_because_it_has_less_to_read():
     bench.drain()
 
 
+def test_nobody_waits_behind_others_for_longer_than_the_prefix_takes():
+    bench = CopiesBench(2, pages=400, slots=32, max_step_tokens=20, depth=1)
+    bench.admit(request("first", PREFIX, 1))
+    end_all(bench)
+    computed, steps = bench.device.computed, len(bench.device.tokens)
+    for index in range(8):
+        bench.admit(request(f"r{index}", [*PREFIX[:100], index % 4, index // 4, *[3] * 38], 1))
+    end_all(bench)
+    assert bench.device.computed - computed == 8 * 40 + 100, "the other copy computes the prefix as well"
+    assert len(bench.device.tokens) - steps < 8 * 40 // 20, "which takes less time than one after the other"
+    bench.drain()
+
+
 def test_no_more_wait_for_a_copy_than_find_a_slot_there():
     bench = begun(*(fork(index) for index in range(1, 6)))
     live = bench.scheduler.live.by_rid
@@ -136,6 +149,27 @@ def test_no_more_wait_for_a_copy_than_find_a_slot_there():
     assert copy_of(bench, "r4") == 1
     end_all(bench)
     assert sorted(bench.cached.values()) == [0, 0, 100, 100, 100, 100]
+    bench.drain()
+
+
+def test_who_is_overtaken_again_and_again_begins_in_another_copy():
+    bench = begun(fork(1), slots=32)
+    live = bench.scheduler.live.by_rid
+    for index in range(30):  # each takes the budget of the copy that has the prefix for about a step
+        tail = [index % 4, index // 4 % 4, index // 16, *[1] * 17]
+        bench.admit(request(f"urgent{index}", [*PREFIX, *tail], 1, priority=1))
+        bench.step()
+        if live["r1"].slot >= 0:
+            break
+    assert copy_of(bench, "r1") == 1 and index < 10, "the rest of r0's prompt takes 5 steps"
+    bench.drain()
+
+
+def test_who_came_first_waits_for_the_prefix_of_a_more_urgent_request():
+    bench = CopiesBench(2, pages=400, slots=32, max_step_tokens=20, depth=1)
+    bench.admit(fork(0), fork(1, priority=1))
+    end_all(bench)
+    assert bench.cached == {"r0": 100, "r1": 0}
     bench.drain()
 
 
