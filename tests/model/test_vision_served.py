@@ -210,7 +210,7 @@ def test_two_streams_about_a_picture_have_the_likelihoods_of_transformers(sight:
             said[choice.index] += [(each.token, each.logprob) for each in content or []]
     assert said[0] != said[1]
     for told in said:
-        ids = sight.theirs.words.convert_tokens_to_ids([token for token, _ in told])
+        ids = sight.theirs.words("".join(token for token, _ in told))["input_ids"]
         assert len(ids) == COUNT and IMAGE not in ids
         likely = sight.theirs.likely(f"{SEEN}see=", ids, sight.images[:1])
         wanted = likely.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
