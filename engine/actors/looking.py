@@ -58,9 +58,9 @@ class Looking:
 
     def done(self, done: StepDone) -> None:
         """Note its result; where nobody watches any more, forget all."""
-        rows, tokens = self._planned.pop(done.step, (0, 0))
-        self._steps.append((done.seconds, done.idle, rows, tokens))
-        self._last = done.step
+        if (planned := self._planned.pop(done.step, None)) is not None:  # else it was sent before anybody looked
+            self._steps.append((done.seconds, done.idle, *planned))
+            self._last = done.step
         if time.monotonic() > self._until:
             self.watched = False
             self._planned.clear()

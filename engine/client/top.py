@@ -164,9 +164,10 @@ def tier(found: LiveTier, room: int) -> Text:
 
 def bar(owners: str, room: int) -> Text:
     """`owners`, in the order of `OWNERS`, so many columns wide."""
-    text = Text()
+    text, counted_yet = Text(), 0
     for owner, shade, colour in OWNERS:
-        text.append(shade * round(room * owners.count(owner) / max(1, len(owners))), colour)
+        counted_yet += owners.count(owner)
+        text.append(shade * (round(room * counted_yet / max(1, len(owners))) - len(text)), colour)
     return text
 
 

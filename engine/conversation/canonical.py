@@ -3,7 +3,7 @@
 A router and a worker make the same text of one request, so that they can speak of what is cached:
 
     a conversation   tools, then the messages in their order. A longer conversation begins with the text of a shorter
-    a text           itself
+    a text           itself, behind the first picture or clip that comes beside it (/generate)
     token ids        four characters a token: the bytes of its int32, little-endian
 
 A message is MESSAGE, its role (and MARK and its name), a line break, and what it says. Texts stand as they are. All
@@ -25,7 +25,15 @@ from typing import Any, Final
 import msgspec
 
 from engine.conversation.parts import Call, Image, Message, Result, Shown, Text
-from engine.conversation.raw import anthropic_messages, chat_messages, compact, prompts_of, response_messages, tools_of
+from engine.conversation.raw import (
+    anthropic_messages,
+    chat_messages,
+    compact,
+    first_shown,
+    prompts_of,
+    response_messages,
+    tools_of,
+)
 
 BLOCK: Final = 128  # characters
 MESSAGE: Final = "\x1e"
@@ -91,13 +99,13 @@ class Written:
             if isinstance(part, Call):
                 calls.append(part)
             elif isinstance(part, Result):
-                self._show(part.parts)
+                self.show(part.parts)
             else:
-                self._show((part,))
+                self.show((part,))
         for call in calls:
             self.add(MARK, "c", call.name, " ", _plain(call.arguments), MARK)
 
-    def _show(self, shown: Iterable[Shown]) -> None:
+    def show(self, shown: Iterable[Shown]) -> None:
         for part in shown:
             if isinstance(part, Text):
                 self.texts.append((self.length, part.text))
@@ -159,8 +167,10 @@ def arrival_text(path: str, body: Mapping[str, Any]) -> str:
     if "messages" in body:
         read = anthropic_messages if "/messages" in path else chat_messages
         return of_messages(read(body), tools_of(body))
-    prompts = prompts_of(body)
-    return "".join(prompt if isinstance(prompt, str) else of_ids(prompt) for prompt in prompts)
+    made = Written()
+    made.show(first_shown(body))
+    made.add(*(prompt if isinstance(prompt, str) else of_ids(prompt) for prompt in prompts_of(body)))
+    return made.whole()
 
 
 def arrival_space(body: Mapping[str, Any]) -> bytes:

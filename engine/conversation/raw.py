@@ -220,6 +220,18 @@ def prompts_of(body: Body) -> list[str | bytes]:
     return []
 
 
+def first_shown(body: Body) -> tuple[Shown, ...]:
+    """The first picture of a body without messages, or its first clip."""
+    for field in ("image_data", "video_data"):
+        each = body.get(field)
+        while isinstance(each, list):
+            each = next(filter(None, each), None)
+        source, detail = (each.get("url"), each.get("detail")) if isinstance(each, dict) else (each, None)
+        if source and isinstance(source, str):
+            return (Image(source, "", detail=_str(detail)) if field == "image_data" else Video(source, ""),)
+    return ()
+
+
 def _ids(ids: Any) -> bytes:
     try:
         return array("i", ids if isinstance(ids, list) else ()).tobytes()

@@ -125,10 +125,10 @@ class MediaStore:
         """What the model reads of each of `media`. Raises RequestError, with the place of the part that is at fault."""
         if len(media) > (most := self._options.media_items):
             raise RequestError(
-                f"the messages have {len(media)} images and videos, and at most {most} are taken (--media-items); send "
-                "fewer",
+                "{messages} has {count} images and videos, and at most {most} are taken (--media-items); send fewer",
                 param="messages",
                 code="too_many_media",
+                facts={"count": len(media), "most": most},
             )
         whole = tuple(await together(self._one, media, READ_OF_ONE))
         self._check_together(whole)
@@ -139,10 +139,15 @@ class MediaStore:
         size = sum([len(each.payload) for each in prepared])
         if size > MOST_PAYLOAD:
             raise RequestError(
-                f"the messages have {counted(len(prepared), 'image or video', 'images and videos')} of {size} bytes "
-                f"as the model reads them, and at most {MOST_PAYLOAD} are taken; send fewer, or smaller ones",
+                "{messages} has {media} of {size} bytes as the model reads them, and at most {most} are taken; send "
+                "fewer, or smaller ones",
                 param="messages",
                 code="media_too_large",
+                facts={
+                    "media": counted(len(prepared), "image or video", "images and videos"),
+                    "size": size,
+                    "most": MOST_PAYLOAD,
+                },
             )
 
     def hold(self, rid: str, prepared: Sequence[Prepared]) -> None:

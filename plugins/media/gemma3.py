@@ -3,9 +3,8 @@
     … \n\n [begin] 256 embeddings that see each other [end] \n\n …
 
 A long picture may be shown in crops as well (pan and scan), if the checkpoint's processor says so and the client does
-not want it coarse. Empty lines and
-those of the text around them are one token, as they are where the whole text is tokenized at once. Left out: clips,
-which the family does not take.
+not want it coarse. Empty lines and those of the text around them are one token, as they are where the whole text is
+tokenized at once. Left out: clips, which the family does not take.
 """
 
 import math

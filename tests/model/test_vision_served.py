@@ -36,6 +36,7 @@ SIZE = {"size": {"shortest_edge": 64, "longest_edge": 2048}}
 SPECIAL = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")  # from IMAGE on
 SEEN = "<|vision_start|><|image_pad|><|vision_end|>"
 TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
     "{% for m in messages %}{{ '=' if m.role == 'assistant' else '' }}{% for part in m.content %}"
     f"{{{{ part.text if part.type == 'text' else '{SEEN}' }}}}"
     "{% endfor %}{% endfor %}{{ '=' if add_generation_prompt else '' }}"
@@ -50,14 +51,16 @@ return images.map(each => [each.naturalWidth, each.naturalHeight]);
 
 def with_text(folder: Path) -> Path:
     """The checkpoint in `folder` with a tokenizer of a letter a token, and a chat template."""
-    vocabulary = {chr(0x21 + index): index for index in range(IMAGE)} | {
-        name: IMAGE + at for at, name in enumerate(SPECIAL)
-    }
+    letters = [chr(0x21 + index) for index in range(IMAGE)]
+    letters[0], letters[2] = "\u0120\u010a"  # a space and the end of a line, as byte-level tokenizers have them
+    vocabulary = {letter: index for index, letter in enumerate(letters)} | {"{": 94, "}": 95}
+    vocabulary |= {name: IMAGE + at for at, name in enumerate(SPECIAL)}
     words = Tokenizer(models.BPE(vocabulary, []))
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     words.decoder = decoders.ByteLevel()
     words.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
     words.save(str(folder / "tokenizer.json"))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": vocabulary["`"]}))
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     return folder
 
@@ -84,6 +87,14 @@ class Theirs(Struct, frozen=True):
         given = self.given(text, images)
         made = self.model.generate(**given, min_new_tokens=COUNT, max_new_tokens=COUNT, do_sample=False)
         return made[0, given["input_ids"].shape[1] :].tolist()
+
+    @torch.inference_mode()
+    def likely(self, text: str, ids: list[int], images: list[Any]) -> torch.Tensor:
+        """The log-probabilities [n, vocabulary] where each of n `ids` comes behind `text`."""
+        given = self.given(text, images)
+        given["input_ids"] = torch.cat((given["input_ids"], torch.tensor([ids])), 1)
+        given["mm_token_type_ids"] = (given["input_ids"] == IMAGE).int()
+        return self.model(**given).logits[0, -len(ids) - 1 : -1].log_softmax(-1)
 
     @torch.inference_mode()
     def scores(self, text: str, choice: str, images: list[Any]) -> list[float]:
@@ -149,6 +160,61 @@ def test_data_urls_over_http_are_answered_as_by_transformers(sight: Sight, clien
             extra_body={"ignore_eos": True, "return_token_ids": True},
         )
         assert reply.choices[0].model_extra["token_ids"] == ids  # type: ignore[index]
+
+
+ANIMALS = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen", "ibis", "jay")
+SHOWS: Any = {
+    "type": "object",
+    "properties": {"animal": {"enum": ANIMALS}},
+    "required": ["animal"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("tool", [False, True])
+def test_a_grammar_beside_a_picture_leaves_the_model_its_choice(sight: Sight, client: OpenAI, tool: bool) -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "shows", "schema": SHOWS, "strict": True}}
+    show = {"type": "function", "function": {"name": "show", "parameters": SHOWS}}
+    forced = {"tools": [show], "tool_choice": {"type": "function", "function": {"name": "show"}}}
+    asked: Any = forced if tool else {"response_format": schema}
+    said = set()
+    for shown in sight.images:
+        messages: Any = [{"role": "user", "content": [part_of(shown), {"type": "text", "text": "see"}]}]
+        (choice,) = client.chat.completions.create(
+            model=sight.server.model_name,
+            messages=messages,
+            temperature=0,
+            max_tokens=100,
+            extra_body={"return_token_ids": True},
+            **asked,
+        ).choices
+        (call,) = choice.message.tool_calls or [None]
+        assert choice.finish_reason == ("tool_calls" if tool else "stop") and (call is not None) == tool
+        animal = json.loads(choice.message.content or call.function.arguments)["animal"]  # type: ignore[union-attr]
+        ids = choice.model_extra["token_ids"]  # type: ignore[index]
+        at = sight.theirs.words.decode(ids).rindex(f'"{animal}"') + 1  # where it is chosen, by its first letter
+        likely = sight.theirs.likely(f"{'show' if tool else ''}{SEEN}see=", ids, [shown])[at]
+        assert animal == max(ANIMALS, key=lambda one: likely[sight.theirs.words.convert_tokens_to_ids(one[0])])
+        said.add(animal)
+    assert len(said) == 2  # it looks at the picture
+
+
+def test_two_streams_about_a_picture_have_the_likelihoods_of_transformers(sight: Sight, client: OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": [part_of(sight.images[0]), {"type": "text", "text": "see"}]}]
+    asked: Any = {"model": sight.server.model_name, "messages": messages, "n": 2, "seed": 3, "logprobs": True}
+    asked |= {"max_tokens": COUNT, "extra_body": {"ignore_eos": True}}
+    said: list[list[tuple[str, float]]] = [[], []]
+    for chunk in client.chat.completions.create(**asked, stream=True):
+        for choice in chunk.choices:
+            content = choice.logprobs and choice.logprobs.content
+            said[choice.index] += [(each.token, each.logprob) for each in content or []]
+    assert said[0] != said[1]
+    for told in said:
+        ids = sight.theirs.words("".join(token for token, _ in told))["input_ids"]
+        assert len(ids) == COUNT and IMAGE not in ids
+        likely = sight.theirs.likely(f"{SEEN}see=", ids, sight.images[:1])
+        wanted = likely.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
+        assert [own for _, own in told] == pytest.approx(wanted, abs=1e-3)
 
 
 QUESTIONS = (

@@ -17,7 +17,7 @@ from engine.errors import RequestError, Words, counted
 from engine.http.fields import Rule, unserved
 from engine.http.grammars import OWN_FIELDS, OwnGrammar
 from engine.http.keys import owner_of
-from engine.http.native.media import Media, shown_by
+from engine.http.native.media import Given, ImageObject, VideoObject, shown_by
 from engine.http.openapi import ErrorReply, Route
 from engine.http.request_id import check_id
 from engine.http.service import (
@@ -74,9 +74,9 @@ class GenerateBody(Body):
     program: str | None = None
     priority: Priority | None = None
     input_embeds: Any = None
-    image_data: Media = None
+    image_data: Given[ImageObject] = None
     audio_data: Any = None
-    video_data: Media = None
+    video_data: Given[VideoObject] = None
     token_ids_logprob: Any = None
     return_hidden_states: Any = None
     lora_path: Any = None
@@ -141,7 +141,7 @@ def words_of(body: GenerateBody, index: int | None = None) -> Words:
     names = {name: f"{place}.{own}" for name, own in {**NATIVE.names, "n": "n"}.items()}
     prompt = "text" if body.text is not None else "input_ids"
     top = "top_logprobs_num"
-    media = "video_data" if body.image_data is None else "image_data"
+    media = "image_data" if body.image_data or not body.video_data else "video_data"
     own = {"logprobs": top, "prompt_logprobs": top, "grammar": place, "prompt": prompt, "messages": media}
     return Words({**names, **own})
 

@@ -10,7 +10,8 @@ Left out: prompts whose video comes before an image, tensors, embeddings that ar
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 from urllib.parse import quote
 
 from engine.conversation.parts import Image, Video
@@ -24,18 +25,27 @@ SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")  # no base64 has a colon
 Shown = tuple[Image | Video, ...]
 
 
-class MediumObject(Body):
-    """A medium with what is asked of it. `detail` is of images."""
+class VideoObject(Body):
+    """A clip in an object, as clients have it."""
+
+    url: str
+
+
+class ImageObject(Body):
+    """A picture with what is asked of it."""
 
     url: str
     detail: Literal["auto", "low", "high", "original"] | None = None
 
 
-Medium = str | MediumObject | None
-Media = str | MediumObject | list[str | MediumObject | list[str | MediumObject] | None] | None
+Medium = str | ImageObject | VideoObject | None
+Of = TypeVar("Of", bound=Body)
+Given: TypeAlias = str | Of | list[str | Of | list[str | Of] | None] | None
 
 
-def shown_by(images: Media, video: Media, count: int, text: "Text | None", *, batch: bool) -> list[Shown]:
+def shown_by(
+    images: Given[ImageObject], video: Given[VideoObject], count: int, text: "Text | None", *, batch: bool
+) -> list[Shown]:
     """What each of `count` prompts shows, images first. Raises RequestError where the model of `text` reads text alone,
     or lists do not fit the prompts."""
     whole = [_each(given, count, name, batch) for name, given in (("image_data", images), ("video_data", video))]
@@ -51,38 +61,40 @@ def shown_by(images: Media, video: Media, count: int, text: "Text | None", *, ba
     return shown
 
 
-def _each(given: Media, count: int, name: str, batch: bool) -> list[Shown]:
+def _each(given: Any, count: int, name: str, batch: bool) -> list[Shown]:
+    """What each of `count` prompts shows of the field `name`."""
     if not isinstance(given, list):
-        return [_media([given], name, single=True)] * count
+        return [_at(given, name)] * count
     if not given:
         return [()] * count
     if not batch:
         for index, each in enumerate(given):
             if isinstance(each, list):
                 raise RequestError(f"{name}[{index}] is a list, and there is one prompt; send one list", param=name)
-        return [_media([each for each in given if not isinstance(each, list)], name)]
+        return [_all(given, name)]
     if len(given) != count:
         entries, prompts = counted(len(given), "entry", "entries"), counted(count, "prompt")
         raise RequestError(
             f"{name} has {entries} for {prompts}; send one for each, null or a list of several", param=name
         )
     return [
-        _media(each, f"{name}[{index}]") if isinstance(each, list) else _media([each], f"{name}[{index}]", single=True)
+        _all(each, f"{name}[{index}]") if isinstance(each, list) else _at(each, f"{name}[{index}]")
         for index, each in enumerate(given)
     ]
 
 
-def _media(given: Sequence[Medium], place: str, *, single: bool = False) -> Shown:
-    """Those at `place`, each with a place of its own unless there is a `single` one."""
-    found: list[Image | Video] = []
-    for index, each in enumerate(given):
-        if each is None:
-            continue
-        own = place if single else f"{place}[{index}]"
-        url, detail = (each, None) if isinstance(each, str) else (each.url, each.detail)
-        image = place.startswith("image")
-        found.append(Image(url_of(url), own, detail=detail) if image else Video(url_of(url), own))
-    return tuple(found)
+def _all(given: Sequence[Medium], place: str) -> Shown:
+    return tuple(chain.from_iterable(_at(each, f"{place}[{index}]") for index, each in enumerate(given)))
+
+
+def _at(given: Medium, place: str) -> Shown:
+    """What is at `place`, if anything is."""
+    if given is None:
+        return ()
+    url = url_of(given if isinstance(given, str) else given.url)
+    if place.startswith("video"):
+        return (Video(url, place),)
+    return (Image(url, place, detail=given.detail if isinstance(given, ImageObject) else None),)
 
 
 def url_of(said: str) -> str:

@@ -248,6 +248,22 @@ def test_texts_are_themselves_and_ids_have_four_characters() -> None:
     assert arrival_text("/v1/completions", {"prompt": [[1, 2, 300], [5]]}).startswith(ids)
 
 
+def test_a_text_beside_a_picture_begins_with_the_first_one() -> None:
+    def text(**media: Any) -> str:
+        return arrival_text("/generate", {"text": "once", **media})
+
+    one = text(image_data=PICTURE)
+    assert one.endswith("once") and one == of_messages([Message("user", (Image(PICTURE, ""),))])[6:] + "once"
+    for same in ([PICTURE], [None, PICTURE, "b"], [[PICTURE, "b"], ["c"]], {"url": PICTURE}, [{"url": PICTURE}]):
+        assert text(image_data=same) == one
+    others = {"image_data": "b"}, {"video_data": PICTURE}, {"image_data": [{"url": PICTURE, "detail": "low"}]}, {}
+    assert len({one, *(text(**media) for media in others)}) == 5
+    deep: Any = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert text(image_data=deep) == text(image_data=5) == text(image_data=[{"url": 5}]) == "once"
+
+
 # ── bodies that are wrong ────────────────────────────────────────────────────────────────────
 
 FIELDS = ("messages", "input", "prompt", "text", "input_ids", "system", "tools", "tool_choice", "instructions")

@@ -16,7 +16,7 @@ from routed import routing
 from test_http_routes import Site, open_site
 
 from engine.client.options import TopOptions
-from engine.client.top import NAMES, Seen, drawn, read, show
+from engine.client.top import NAMES, Seen, bar, drawn, read, show
 from engine.config import Config
 from engine.errors import RequestError
 from engine.http.page.live import MOST_VIEWERS, LiveEvent, LiveEvents, LivePages, LiveTier, heads, seconds
@@ -205,8 +205,15 @@ async def test_top_draws_tiers_by_what_becomes_of_their_pages() -> None:
     assert "hits 25.0% of at most 50.0%" in lines[0]
     host, store = (next(line for line in lines if line.startswith(tier)) for tier in ("host", "store"))
     room = 100 - NAMES - 2 - len("1204 of 4096 ")
-    assert [host.count(shade) for shade in "▓█▒░"] == [round(room * share / 8) for share in (2, 1, 1, 4)]
+    shades = [host.count(shade) for shade in "▓█▒░"]
+    assert shades == pytest.approx([room * share / 8 for share in (2, 1, 1, 4)], abs=1) and sum(shades) == room
     assert host.split()[1:4] == ["1204", "of", "4096"] and "7 pages ▒▒▒▒" in store and "░" not in store
+
+
+def test_a_bar_of_top_is_as_wide_as_there_is_room() -> None:
+    for room in range(100):
+        assert len(bar("raskioc.", room)) == len(bar("rrc.", room)) == room
+    assert bar("", 9).plain == ""
 
 
 async def test_top_prints_one_look_and_says_why_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,6 +93,7 @@ async def test_generate_takes_the_forms_of_sglangs_clients(monkeypatch: pytest.M
         ),
         ([list(b"*a")], {"image_data": [[bare]]}, [("bcd", 5)]),
         ("x", {"image_data": []}, [("yz{", 1)]),
+        ("*#d", {**one, "video_data": {"url": film}}, [("efg", 4 + 10 + 1)]),
     ]
     wrong: list[tuple[Any, dict[str, Any], str, str]] = [
         (["*a", "*b", "c"], {"image_data": [bare, bare]}, "image_data", "image_data has 2 entries for 3 prompts"),
@@ -102,9 +103,15 @@ async def test_generate_takes_the_forms_of_sglangs_clients(monkeypatch: pytest.M
         (["*a", "*b"], {"image_data": [bare, ["AAAA"]]}, "image_data[1][0]", "image_data[1][0] is no image that can"),
         ("*a", {"image_data": "not base64!"}, "image_data", "image_data"),
         ("*a", {"image_data": "/etc/x.png"}, "image_data", "which is not below --media-root"),
+        ("*a", {"image_data": f"{tmp_path}/../x.png"}, "image_data", "which is not below --media-root"),
+        ("*a", {"image_data": "//etc/x.png"}, "image_data", "which is not below --media-root"),
+        ("*a", {"image_data": "http://2130706433/x.png"}, "image_data", "which this server does not fetch from"),
+        ("*a", {"image_data": [bare] * 5}, "image_data", "image_data has 5 images and videos, and at most 4 are taken"),
+        ("#", {"image_data": [], "video_data": [film] * 5}, "video_data", "video_data has 5 images and videos"),
+        ("#", {"video_data": {"url": film, "detail": "low"}}, "video_data.detail", "the fields here are url"),
     ]
     sampling = {"temperature": 0, "max_new_tokens": 3}
-    async with seeing(monkeypatch, media_root=str(tmp_path)) as (_, url):
+    async with seeing(monkeypatch, media_root=str(tmp_path), media_items=4) as (house, url):
         for prompt, media, wanted in cases:
             field = "input_ids" if isinstance(prompt[0], list) else "text"
             status, said = await post(f"{url}/generate", {field: prompt, "sampling_params": sampling, **media})
@@ -114,6 +121,11 @@ async def test_generate_takes_the_forms_of_sglangs_clients(monkeypatch: pytest.M
         for prompt, media, param, text in wrong:
             status, said = await post(f"{url}/generate", {"text": prompt, "sampling_params": sampling, **media})
             assert status == 400 and said["error"]["param"] == param and text in said["error"]["message"], said
+        drawn = {"text": ["*a", "*b"], "sampling_params": {**sampling, "n": 2}, "image_data": [path, bare]}
+        _, said = await post(f"{url}/generate", drawn)
+        assert [each["text"] for each in said] == ["bcd", "bcd", "cde", "cde"]
+        await house.settled()
+        assert house.front.media is not None and house.front.media.open == 0
     monkeypatch.undo()
     async with open_house() as house, serving(house.front) as url:
         status, said = await post(f"{url}/generate", {"text": "*a", **one})
