@@ -62,6 +62,7 @@ def told(text: str) -> tuple[str, list[tuple[str, Any]]]:
         ("s", "12", "12"), ("s", "\n a \n", "\n a \n"), ("s", "", ""), ("s", '"a"\\\t', '"a"\\\t'),
         ("s", "null", "null"),
         ("s", "<b>x</b> <", "<b>x</b> <"), ("s", "a</parameter b", "a</parameter b"),
+        ("s", "a<parameter=b>", "a<parameter=b>"), ("s", "a<parameter=i>\n1", "a<parameter=i>\n1"),
         ("s", "x = '</parameter>'\n</function>\n<tool_call>\n", "x = '</parameter>'\n</function>\n<tool_call>\n"),
         ("s", "<parameter=i>\n<parameter=no>\n</tool_call>.", "<parameter=i>\n<parameter=no>\n</tool_call>."),
         ("i", " 12 ", 12), ("i", "twelve", "twelve"), ("i", "NaN", "NaN"), ("b", "true", True), ("b", "False", False),
@@ -74,7 +75,7 @@ def told(text: str) -> tuple[str, list[tuple[str, Any]]]:
     ],
 )  # fmt: skip
 def test_a_value_is_read_as_the_schema_says(key: str, text: str, is_read: Any) -> None:
-    if "<parameter=i>" in text:  # a parameter that has come begins nothing
+    if text.startswith("<parameter=i>"):  # a parameter that has come begins nothing
         found = told(call(value("i", "1") + value(key, text)))
         assert found == ("", [("f", {"i": 1, key: is_read})])
     else:
@@ -102,6 +103,7 @@ F = [("f", {"s": "a"})]
         (call("<parameter=s>\na\n" + value("i", "2")), "", [("f", {"s": "a", "i": 2})]),
         (call(A).replace("</function>\n", ""), "", F),
         (call("<parameter=s>\na\n").replace("</function>\n", ""), "", F),
+        (call("<parameter=s>\na\n").replace("</function>\n", "") + "\n" + call(A), "", F * 2),
         ("<tool_call>\n<function=f>\n" + A + "</function>\n" + call(A), "", F * 2),
         (call("oops "), "oops </function>\n</tool_call>", [("f", {})]),
         ('<tool_call>\n{"name": "f", "arguments": {"s": "a"}}\n</tool_call>\n' + call(A), "", F * 2),
@@ -153,7 +155,7 @@ VALUES = {
 CALLS = st.fixed_dictionaries({}, optional=VALUES)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(calls=st.lists(CALLS, min_size=1, max_size=2), cut=st.lists(st.integers(0, 400), max_size=8))
 def test_what_is_written_is_what_is_read_in_any_pieces(calls: list[dict[str, Any]], cut: list[int]) -> None:
     marked = PARSER.syntax.marked

@@ -204,7 +204,7 @@ def test_a_refusal_names_the_tool_whose_parameters_it_is_about() -> None:
     tools = [Tool("first", {"type": "object"}), Tool("second", bad, strict=True), Tool("third", bad)]
     plain = Grammar("json_schema", '{"type":"object","properties":{"a":{"type":"integer"}}}')
     asked = []
-    for name in ("hermes", "llama3_json", "mistral", "deepseek_v3", "pythonic", "qwen3_coder"):
+    for name in ("hermes", "llama3_json", "mistral", "deepseek_v3", "pythonic"):
         syntax = resolve(Plugins.load().entries("parsers")[name].target).syntax
         asked += [forced(tools, syntax, parallel=True), either(tools, syntax, plain, parallel=True)]
         asked += [allowed(tools, syntax)] if syntax.trigger else []

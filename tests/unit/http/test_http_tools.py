@@ -84,8 +84,7 @@ async def test_auto_with_calls(streamed: bool) -> None:
     assert asked.tools[0] == WEATHER
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("choice", ["auto", "required"])
+@pytest.mark.parametrize(("streamed", "choice"), [(True, "auto"), (False, "required")])
 async def test_a_family_that_marks_arguments_reads_them_by_the_schema(streamed: bool, choice: Any) -> None:
     """The prompt opens the reasoning, as Qwen3.5's does."""
     values = "<parameter=city>\n12\n</parameter>\n<parameter=days>\n2\n</parameter>\n"
