@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from engine.conversation.marked import marked_call, marked_freely
 from engine.errors import RequestError
 from engine.params.grammar import Grammar
 from engine.plugin.parsing import CallSyntax
@@ -75,13 +76,15 @@ def either(tools: Sequence[Tool], syntax: CallSyntax, other: Grammar, *, paralle
 
 
 def parameters_in(grammar: Grammar) -> Iterator[tuple[str, Any]]:
-    """The tools that `grammar` was made of, by name, with the JSON schemas of their arguments in it."""
+    """The tools that `grammar` was made of, by name, with the JSON schemas of their arguments in it; such a tool comes
+    once for each of its schemas."""
     value = msgspec.json.decode(grammar.source) if grammar.tools else {}
     if grammar.kind == "json_schema":
         calls = (list(call["properties"].values())[-1] for call in value.get("anyOf", ()))
-    else:
-        calls = (tag["content"]["json_schema"] for tag in _tags_in(value))
-    yield from zip(grammar.tools, calls, strict=False)  # a schema that goes with the calls may follow
+        yield from zip(grammar.tools, calls, strict=False)  # a schema that goes with the calls may follow
+        return
+    for name, tag in zip(grammar.tools, _tags_in(value), strict=False):
+        yield from ((name, schema) for schema in _schemas_in(tag))
 
 
 def _tags_in(format: Any) -> list[dict[str, Any]]:
@@ -92,6 +95,14 @@ def _tags_in(format: Any) -> list[dict[str, Any]]:
         return list(format["tags"])
     inner = [format.get("format"), *format.get("elements", ())]
     return next((tags for each in inner if (tags := _tags_in(each))), [])
+
+
+def _schemas_in(format: dict[str, Any]) -> Iterator[Any]:
+    """The JSON schemas in the tag of one call: of its arguments, or of those that are marked one by one."""
+    if format["type"] == "json_schema":
+        yield format["json_schema"]
+    for inner in (*filter(None, [format.get("content")]), *format.get("elements", ())):
+        yield from _schemas_in(inner)
 
 
 def _names(tools: Sequence[Tool]) -> tuple[str, ...]:
@@ -131,6 +142,10 @@ def _calls(tools: Sequence[Tool], syntax: CallSyntax, *, parallel: bool) -> dict
 
 
 def _tag(tool: Tool, syntax: CallSyntax, *, any_object: bool = False) -> dict[str, Any]:
+    if syntax.marked is not None and any_object:
+        return marked_freely(tool.name, syntax.marked)
+    if syntax.marked is not None and (call := marked_call(tool.name, _schema(tool), syntax.marked)):
+        return call
     return {
         "type": "tag",
         "begin": syntax.beginning(tool.name),

@@ -98,9 +98,10 @@ class Reading(Struct, frozen=True):
         tool, reasoning = self.parsers.tool, self.parsers.reasoning
         if tool is None and not self.separate:
             return None
+        offered = {each.name: each.parameters for each in self.wanted.offered}
         parser = ReplyParser(
             None if reasoning is None else reasoning(self.opened, marked=not self.separate),
-            None if tool is None else tool([tool.name for tool in self.wanted.offered]),
+            None if tool is None else tool(list(offered), offered),
             None if self.wanted.parallel else 1,
             separate=self.separate,
             forced=self.wanted.mode == "required",

@@ -5,12 +5,13 @@ are written. Torch-free. Left out: which parser a model gets (engine/conversatio
 """
 
 import json
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 from uuid import uuid4
 
 from msgspec import Struct
 
+from engine.plugin.kinds import ANY_KIND, kind_of, kinds_of
 from engine.plugin.stream import (
     MAX_NAME,
     SPACE,
@@ -19,6 +20,7 @@ from engine.plugin.stream import (
     CallEnd,
     Content,
     Event,
+    Marks,
     Reasoning,
     Steps,
     StreamParser,
@@ -26,6 +28,7 @@ from engine.plugin.stream import (
 )
 
 __all__ = [
+    "ANY_KIND",
     "JSON_LIST",
     "SPACE",
     "Call",
@@ -35,11 +38,15 @@ __all__ = [
     "CallSyntax",
     "Content",
     "Event",
+    "MarkedSyntax",
+    "Marks",
     "Reasoning",
     "ReasoningParser",
     "Steps",
     "StreamParser",
     "ToolParser",
+    "kind_of",
+    "kinds_of",
 ]
 
 
@@ -51,12 +58,39 @@ class Call(Struct, frozen=True):
     id: str = ""
 
 
+class MarkedSyntax(Struct, frozen=True, kw_only=True):
+    """How a family writes calls whose arguments are marked one by one: `begin`, for each argument `opening`, its value
+    and `closing`, then `end`. In `begin`, NAME stands for the tool's name, in `opening` KEY for the argument's.
+
+    A string is written as it stands, and any other value in JSON. `reserved` are the texts that may end a value as the
+    parser reads it, so a string that is forced holds none of them; each has one "<", its first character."""
+
+    begin: str
+    opening: str
+    closing: str
+    end: str
+    reserved: tuple[str, ...]
+
+    def written(self, name: str, arguments: Mapping[str, Any]) -> str:
+        """A call of `name`."""
+        values = (
+            self.opening.replace("KEY", key)
+            + (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+            + self.closing
+            for key, value in arguments.items()
+        )
+        return self.begin.replace("NAME", name) + "".join(values) + self.end
+
+
 class CallSyntax(Struct, frozen=True, kw_only=True):
     """How a family of models writes calls: `opening`, then each call as `begin`, its arguments in JSON and `end`, with
     `separator` between two, then `closing`. In `begin`, NAME stands for the tool's name.
 
     `trigger` is what `begin` begins with and other text does not hold, if there is such a thing: after it, a reply that
     is otherwise free must be a call.
+
+    `marked` is for a family that marks arguments one by one. Forced calls are written so where the tool's schema can be
+    kept exactly, and otherwise with their arguments in JSON, so the parser reads both.
 
     From it follow what a forced reply looks like, and what a model is told whose template knows no tools.
     """
@@ -67,15 +101,28 @@ class CallSyntax(Struct, frozen=True, kw_only=True):
     opening: str = ""
     closing: str = ""
     trigger: str = ""
+    marked: MarkedSyntax | None = None
 
     def beginning(self, name: str) -> str:
         """What comes before the arguments of a call of `name`."""
         return self.begin.replace("NAME", name)
 
+    def written(self, call: Call) -> str:
+        """`call` as such a model writes it; with its arguments in JSON where they are no object."""
+        if self.marked is not None and isinstance(arguments := _loaded(call.arguments), dict):
+            return self.marked.written(call.name, arguments)
+        return self.beginning(call.name) + call.arguments + self.end
+
     def write(self, calls: Sequence[Call]) -> str:
         """`calls` as such a model writes them."""
-        written = [self.beginning(call.name) + call.arguments + self.end for call in calls]
-        return self.opening + self.separator.join(written) + self.closing
+        return self.opening + self.separator.join(map(self.written, calls)) + self.closing
+
+
+def _loaded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 JSON_LIST = CallSyntax(
@@ -123,7 +170,8 @@ class ReasoningParser(StreamParser):
 
 
 class ToolParser(StreamParser):
-    """Finds calls of tools. `names` are those of the tools that the request offers.
+    """Finds calls of tools. `names` are those of the tools that the request offers, `parameters` the JSON schemas of
+    their arguments by name, None for a tool that takes none.
 
     `syntax` is how the family writes calls; `special` are the special tokens that `read` looks for, which are then
     left in the text."""
@@ -131,8 +179,11 @@ class ToolParser(StreamParser):
     syntax: ClassVar[CallSyntax] = JSON_LIST
     special: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, names: Sequence[str] = ()) -> None:
+    def __init__(
+        self, names: Sequence[str] = (), parameters: Mapping[str, dict[str, Any] | None] | None = None
+    ) -> None:
         self.names = frozenset(names)
+        self.parameters = parameters or {}
         self._calls = 0
         self._silent = False  # whether nothing is told of the arguments of the call that is open
         super().__init__()

@@ -5,11 +5,13 @@ def test_my_parser():
     check_any_split(lambda: MyParser(["f"]), "a reply such as the model writes it")
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 from engine.conversation.parsers import Parsed, ReplyParser, assembled
-from engine.plugin.parsing import Call, Event, ReasoningParser, StreamParser, ToolParser
+from engine.plugin.parsing import Call, Event, ReasoningParser, StreamParser, ToolParser, kind_of
 
 WRITTEN_CALLS: tuple[tuple[Call, ...], ...] = (
     (Call("f", "{}"),),
@@ -48,14 +50,30 @@ def check_any_split(make: Callable[[], StreamParser], text: str) -> Parsed:
     return whole
 
 
+def _schemas() -> dict[str, dict[str, Any] | None]:
+    """Of the tools that WRITTEN_CALLS call, which say the kind of each argument."""
+    schemas: dict[str, dict[str, Any] | None] = {}
+    for call in (call for calls in WRITTEN_CALLS for call in calls):
+        kinds = {key: {"type": kind_of(value)} for key, value in json.loads(call.arguments).items()}
+        before = schemas.get(call.name) or {"properties": {}}
+        schemas[call.name] = {"type": "object", "properties": before["properties"] | kinds}
+    return schemas
+
+
 def check_tool_parser(parser: type[ToolParser]) -> None:
     """It reads what its own `syntax` writes, alone and with text before it, in any pieces; of a reply that is cut off
     anywhere nothing is lost before the first call, no part of an end is content, and nothing at all where calls are
     forced; and text is text."""
-    names = sorted({call.name for calls in WRITTEN_CALLS for call in calls})
+    schemas = _schemas()
 
     def make() -> ToolParser:
-        return parser(names)
+        return parser(sorted(schemas), schemas)
+
+    def equal(found: Parsed, calls: Sequence[Call]) -> bool:
+        if parser.syntax.marked is None:  # its arguments are the model's own JSON
+            return found == Parsed("", "", list(calls))
+        told = [(call.name, json.loads(call.arguments)) for call in found.calls]
+        return not found.content and told == [(call.name, json.loads(call.arguments)) for call in calls]
 
     def told(reading: ReplyParser, pieces: Sequence[str]) -> Parsed:
         return assembled([event for piece in pieces for event in reading.feed(piece)] + reading.finish())
@@ -63,14 +81,14 @@ def check_tool_parser(parser: type[ToolParser]) -> None:
     for calls in WRITTEN_CALLS:
         written = parser.syntax.write(calls)
         found = check_any_split(make, written)
-        assert found == Parsed("", "", list(calls)), f"{written!r} is told as {found}"
+        assert equal(found, calls), f"{written!r} is told as {found}"
         for end in range(len(written)):
             cut = parsed(make(), [written[:end]])
             assert cut.calls or cut.content == written[:end], f"of {written[:end]!r} only {cut.content!r} is told"
             begun = [call.name for call in cut.calls]
             assert begun == [call.name for call in calls[: len(begun)]], f"{written[:end]!r} is told as {cut}"
             if begun and cut.content:  # of the call that was to come, and of no end
-                follows = [parser.syntax.separator + parser.syntax.beginning(call.name) for call in calls[len(begun) :]]
+                follows = [parser.syntax.separator + parser.syntax.written(call) for call in calls[len(begun) :]]
                 assert any(text.strip().startswith(cut.content.strip()) for text in follows[:1]), (
                     f"{written[:end]!r} has the content {cut.content!r}"
                 )

@@ -15,6 +15,17 @@ TOOLS: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...], str], ...] = (
     ),
     ("qwen", "hermes:Hermes", (), (), "another name for hermes"),
     (
+        "qwen3_coder",
+        "qwen3_coder:Qwen3Coder",
+        ("<tool_call>", "<function=", "<parameter="),
+        (
+            *("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"),
+            *("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"),
+        ),
+        "<tool_call> with <function=…> and <parameter=…>: Qwen3-Coder, Qwen3.5",
+    ),
+    ("qwen3_xml", "qwen3_coder:Qwen3Coder", (), (), "another name for qwen3_coder"),
+    (
         "llama3_json",
         "llama:Llama3Json",
         ('{"name": function name, "parameters":',),

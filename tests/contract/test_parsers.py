@@ -14,7 +14,7 @@ from engine.plugin.testing import check_any_split, check_reasoning_parser, check
 from engine.testing.parsers import parsed
 
 ENTRIES = Plugins.load().entries("parsers")
-TOOLS = [name for name, entry in ENTRIES.items() if entry.kind == "tool"]
+TOOLS = sorted({entry.target: name for name, entry in reversed(ENTRIES.items()) if entry.kind == "tool"}.values())
 REASONING = [name for name, entry in ENTRIES.items() if entry.kind == "reasoning"]
 NAMES = ["f", "get-weather"]
 # What tricky replies are made of: marks and halves of them, JSON and halves of it, names, space.
@@ -43,6 +43,14 @@ def marks_of(parser: type) -> list[str]:
         assert issubclass(parser, ToolParser)
         syntax = parser.syntax
         own = (syntax.opening, syntax.beginning("f"), syntax.end, syntax.separator, syntax.closing)
+        if (marked := syntax.marked) is not None:
+            own = (
+                *own,
+                marked.begin.replace("NAME", "f"),
+                marked.opening.replace("KEY", "a"),
+                marked.closing,
+                marked.end,
+            )
         marks = [mark for mark in (*parser.special, *getattr(parser, "sections", ()), *own) if mark]
     return [part for mark in marks for part in (mark, mark[: len(mark) // 2], mark[len(mark) // 2 :]) if part]
 

@@ -13,6 +13,7 @@ PLUGINS = Plugins.load()
 # What the templates of the families hold, by which they are known.
 QWEN3 = 'x {\\"name\\": <name>, \\"arguments\\": <args>} in <tool_call> … <think> {% if enable_thinking %}'
 THINKING = 'x {"name": <name>, "arguments": <args>} in <tool_call> … <think>'
+XML = "<tool_call>\\n<function=example_function_name>\\n<parameter=example_parameter_1> … '<think>\\n'"
 LLAMA = 'Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}'
 MISTRAL = "{{ '[TOOL_CALLS] [' }}"
 DEEPSEEK = "<｜Assistant｜><｜tool▁calls▁begin｜><｜tool▁call▁begin｜>"
@@ -24,6 +25,10 @@ PYTHONIC = "Respond in the format [func_name1(params_name1=params_value1)]"
     [
         (QWEN3, "Qwen3ForCausalLM", "hermes", "qwen3"),
         (THINKING, "Qwen3ForCausalLM", "hermes", "qwen3"),
+        (XML, "Qwen3_5ForConditionalGeneration", "qwen3_coder", "qwen3"),
+        (XML, "Qwen3NextForCausalLM", "qwen3_coder", "qwen3"),  # of Qwen3-Coder-Next; Qwen3-Next writes JSON
+        (QWEN3, "Qwen3NextForCausalLM", "hermes", "qwen3"),
+        ("", "Qwen3_5MoeForConditionalGeneration", "qwen3_coder", None),
         ("", "Qwen2ForCausalLM", "hermes", None),
         (LLAMA, "LlamaForCausalLM", "llama3_json", None),
         (PYTHONIC, "LlamaForCausalLM", "pythonic", None),
@@ -68,7 +73,9 @@ def test_a_parser_named_in_plugins_wins_over_the_automatic_choice() -> None:
 
 
 def test_another_name_for_the_same() -> None:
-    assert PLUGINS.entries("parsers")["qwen"].target == PLUGINS.entries("parsers")["hermes"].target
+    entries = PLUGINS.entries("parsers")
+    assert entries["qwen"].target == entries["hermes"].target
+    assert entries["qwen3_xml"].target == entries["qwen3_coder"].target
 
 
 @pytest.mark.parametrize(

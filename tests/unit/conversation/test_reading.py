@@ -103,7 +103,7 @@ def test_what_is_forced_is_what_is_read(name: str) -> None:
     from engine.conversation.parsers import assembled
 
     parser: type[ToolParser] = PARSERS[name]
-    made = parser(["f", "g-2"])
+    made = parser(["f", "g-2"], {"f": SCHEMA, "g-2": None})
     right, _ = right_and_wrong(parser.syntax)
     found = assembled([*made.feed(right[1]), *made.finish()])
     assert [(call.name, call.arguments) for call in found.calls] == [("g-2", "{}"), ("f", '{"a": 1}'), ("g-2", "{}")]

@@ -84,6 +84,26 @@ async def test_auto_with_calls(streamed: bool) -> None:
     assert asked.tools[0] == WEATHER
 
 
+@pytest.mark.parametrize(("streamed", "choice"), [(True, "auto"), (False, "required")])
+async def test_a_family_that_marks_arguments_reads_them_by_the_schema(streamed: bool, choice: Any) -> None:
+    """The prompt opens the reasoning, as Qwen3.5's does."""
+    values = "<parameter=city>\n12\n</parameter>\n<parameter=days>\n2\n</parameter>\n"
+    call = f"<tool_call>\n<function=get_weather>\n{values}</function>\n</tool_call>"
+    made = FakeFront(chunks(*pieces(f"Hm.\n</think>\n\n{call}")))
+    made.text = text_of(PLAIN + "<think>\n", "qwen3_coder", "qwen3")
+    message, finish = await talk(made, streamed, tools=TOOLS, tool_choice=choice)
+    assert said(message) == [("get_weather", '{"city": "12", "days": 2}')]
+    assert (message.content or None, finish) == (None, "tool_calls")
+    assert getattr(message, "reasoning_content", "Hm.") == "Hm."
+    (asked,) = made.asked
+    if choice == "required":
+        assert asked.grammar is not None and asked.grammar.after == "</think>"
+        assert [tag["begin"] for tag in grammar_of(asked)["tags"]] == [
+            "<tool_call>\n<function=get_weather>\n",
+            "<tool_call>\n<function=get_time>\n",
+        ]
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 async def test_auto_without_a_call(streamed: bool) -> None:
     for text in ("It is 5 < 6.", "<tool_call> is a mark", CALL.replace('"name"', '"nome"')):
