@@ -1,6 +1,7 @@
 """Qwen3.5 and Qwen3-Next against Hugging Face transformers on seeded tiny configurations, in float32."""
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -29,29 +30,28 @@ EXPERTS = {
     **{"num_experts": 8, "num_experts_per_tok": 3},
     **{"moe_intermediate_size": 24, "shared_expert_intermediate_size": 20},
 }
-CASES = {
-    "dense": ("Qwen3_5", {}),
-    "a mixture": ("Qwen3_5Moe", EXPERTS),
-    "Qwen3-Next, a mixture in some layers": (
-        "Qwen3Next",
-        {**EXPERTS, "decoder_sparse_step": 2, "norm_topk_prob": False},
-    ),
-}
 
 
 def tiny_delta(family, **changes):
-    return tiny(family, **{**DELTA, **changes})
-
-
-@pytest.fixture(scope="module", params=list(CASES)[1:])
-def case(request):
-    family, changes = CASES[request.param]
-    return tiny_delta(family, **changes)
+    config, tensors, reference = tiny(family, **{**DELTA, **changes})
+    known = cache(lambda ids: reference(list(ids)))
+    return config, tensors, lambda ids: known(tuple(ids))
 
 
 @pytest.fixture(scope="module")
 def dense():
     return tiny_delta("Qwen3_5")
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    return tiny_delta("Qwen3_5Moe", **EXPERTS)
+
+
+@pytest.fixture(scope="module")
+def qwen3_next():
+    """Mixtures in some layers."""
+    return tiny_delta("Qwen3Next", **EXPERTS, decoder_sparse_step=2, norm_topk_prob=False)
 
 
 def admitted(config, tensors, *prompts):
@@ -69,9 +69,11 @@ def test_qwen3_5_is_transformers(dense, scenario):
     check_model(Qwen35, *dense, scenario)
 
 
-@pytest.mark.parametrize("scenario", ["batched", "reused"])
-def test_mixtures_are_transformers(case, scenario):
-    check_model(Qwen35, *case, scenario, tolerance=5e-4)  # of up to 10
+@pytest.mark.parametrize("family", ["mixture", "qwen3_next"])
+def test_mixtures_are_transformers(request, family):
+    """Held against float64, transformers is off by 0.9e-4 and ours by 0.8e-4 for 14 tokens of the first, where all
+    logits are below 7; for 65 tokens by 1.2e-4 and 1.0e-4."""
+    check_model(Qwen35, *request.getfixturevalue(family), "batched", tolerance=3e-4)
 
 
 @pytest.mark.parametrize(
@@ -96,12 +98,15 @@ def test_other_configurations(changes):
     check_model(Qwen35, *tiny_delta("Qwen3_5", **changes), "batched")
 
 
-@pytest.mark.parametrize("length", [1, 3, 64, 65, 150])
-def test_prompts_of_any_length(dense, length):
+def test_prompts_of_any_length(dense):
+    """A row of one token by itself, as in decode steps, and then rows that end in a chunk, with it and behind it."""
     config, tensors, reference = dense
-    prompt = ids(length, seed=length)
-    (got,) = admitted(config, tensors, prompt).logits([(0, 0, length)])
-    torch.testing.assert_close(got, reference(prompt), atol=5e-4, rtol=0)  # of up to 5
+    prompts = [ids(length, seed=length) for length in (1, 3, 64, 65)]
+    harness = admitted(config, tensors, *prompts)
+    got = harness.logits([(0, 0, 1)])
+    got += harness.logits([(slot, 0, len(prompts[slot])) for slot in (3, 1, 2)])
+    for slot, logits in zip((0, 3, 1, 2), got, strict=True):
+        torch.testing.assert_close(logits, reference(prompts[slot]), atol=1e-4, rtol=0)  # of up to 9
 
 
 def test_a_prompt_may_be_cut_anywhere(dense):
@@ -120,8 +125,8 @@ def test_a_prompt_may_be_cut_anywhere(dense):
 
 def test_replies_are_transformers_and_not_all_alike(dense):
     config, tensors, reference = dense
-    prompts = [ids(5, 1), ids(70, 2), ids(1, 3)]
-    done = ModelHarness(Qwen35, config, tensors, max_model_len=256).greedy(prompts, 12)
+    prompts = [ids(5, 1), ids(130, 2), ids(1, 3)]
+    done = ModelHarness(Qwen35, config, tensors, max_model_len=256).greedy(prompts, 8)
     for prompt, reply in zip(prompts, done, strict=True):
         said = reference(prompt + reply)[len(prompt) - 1 : -1].argmax(-1).tolist()
         assert said == reply
@@ -137,12 +142,12 @@ def test_replies_are_transformers_and_not_all_alike(dense):
         *("1.mlp.shared_expert.up_proj.weight", "2.mlp.experts.7.down_proj.weight"),
     ],
 )
-def test_each_weight_matters(name):
-    config, tensors, reference = tiny_delta("Qwen3_5Moe", **EXPERTS)
+def test_each_weight_matters(mixture, name):
+    config, tensors, reference = mixture
     weight = tensors[f"model.layers.{name}"]
-    tensors[f"model.layers.{name}"] = weight + 0.3 * torch.randn_like(weight)
     with pytest.raises(AssertionError, match="off by"):
-        check_model(Qwen35, config, tensors, reference, "whole")
+        changed = {f"model.layers.{name}": weight + 0.3 * torch.randn_like(weight)}
+        check_model(Qwen35, config, tensors | changed, reference, "whole")
 
 
 @torch.inference_mode()
@@ -191,9 +196,9 @@ def test_two_stages_are_the_whole(dense):
 # ── checkpoints and configurations ───────────────────────────────────────────────────────────
 
 
-def test_names_of_published_checkpoints():
+def test_names_of_published_checkpoints(mixture):
     """Experts stacked, the language model within a model that sees, and a layer that predicts further tokens."""
-    config, tensors, reference = tiny_delta("Qwen3_5Moe", **EXPERTS)
+    config, tensors, reference = mixture
     stored = {"mtp.fc.weight": torch.zeros(1), "model.visual.patch_embed.proj.bias": torch.zeros(1)}
     for name, tensor in tensors.items():
         if ".experts." not in name:
