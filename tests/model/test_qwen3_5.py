@@ -11,6 +11,7 @@ from plain_attention import PlainAttention, captured
 
 from engine.errors import ConfigError
 from engine.layers.build import Build
+from engine.layers.delta import MEMORY, WINDOW
 from engine.messages.step import TOKEN
 from engine.parallel.mesh import Mesh
 from engine.plugin import Terms
@@ -169,6 +170,17 @@ def test_captured_decode_steps_go_on_from_the_states(dense, monkeypatch):
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
 
 
+def test_a_model_of_half_the_length_keeps_its_memory_in_float32(dense):
+    config, tensors, reference = dense
+    prompt = ids(20)
+    harness = ModelHarness(Qwen35, config, tensors, dtype=torch.bfloat16)
+    kept = harness.runner.states.layers
+    assert [kept[name][0].dtype for name in (WINDOW, MEMORY)] == [torch.bfloat16, torch.float32]
+    harness.runner.apply(harness.admit([prompt]))
+    got = torch.cat([*harness.logits([(0, 0, 18)]), *harness.logits([(0, 18, 1)]), *harness.logits([(0, 19, 1)])])
+    assert (got.float() - reference(prompt)).abs().mean() < 0.15  # of 2
+
+
 @torch.inference_mode()
 def test_two_stages_are_the_whole(dense):
     """The first has recurrent layers alone, the second one of them and the layer that attends."""
@@ -222,6 +234,13 @@ def test_a_quantized_checkpoint_is_refused_in_words(dense):
     name = "model.layers.0.linear_attn.in_proj_qkv.weight_scale_inv"
     with pytest.raises(ConfigError, match=r"the checkpoint is quantized, as it has .*in_proj_qkv.weight_scale_inv; of"):
         ModelHarness(Qwen35, config, tensors | {name: torch.ones(1, 1)})
+
+
+def test_copies_of_attention_are_refused(dense):
+    usual = {"dtype": torch.float32, "device": CPU, "page_size": 4, "max_model_len": 64}
+    build = Build(**usual, attention_backend=TorchAttention, mesh=Mesh(0, tp=2, dp=2))
+    with pytest.raises(ConfigError, match=r"Qwen35 runs with one copy of attention, and there are 2 \(--dp-attention"):
+        Qwen35(Terms(dense[0]), build)
 
 
 @pytest.mark.parametrize(
