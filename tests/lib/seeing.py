@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import transformers
 from msgspec.structs import replace
+from oracle import token_by_token
 from tiny_checkpoint import save_checkpoint
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -140,7 +141,7 @@ def qwen3_5(**text: Any) -> Any:
         },
         **QWEN_IDS,
     )
-    return filled(getattr(transformers, f"{kind}ForConditionalGeneration")(config))
+    return token_by_token(filled(getattr(transformers, f"{kind}ForConditionalGeneration")(config)))
 
 
 def gemma3(**vision: Any) -> Any:

@@ -1,6 +1,7 @@
 """Qwen3.5 and Qwen3-Next against Hugging Face transformers on seeded tiny configurations, in float32."""
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from plain_attention import PlainAttention, captured
 
 from engine.errors import ConfigError
 from engine.layers.build import Build
+from engine.layers.delta import MEMORY, WINDOW
 from engine.messages.step import TOKEN
 from engine.parallel.mesh import Mesh
 from engine.plugin import Terms
@@ -29,29 +31,28 @@ EXPERTS = {
     **{"num_experts": 8, "num_experts_per_tok": 3},
     **{"moe_intermediate_size": 24, "shared_expert_intermediate_size": 20},
 }
-CASES = {
-    "dense": ("Qwen3_5", {}),
-    "a mixture": ("Qwen3_5Moe", EXPERTS),
-    "Qwen3-Next, a mixture in some layers": (
-        "Qwen3Next",
-        {**EXPERTS, "decoder_sparse_step": 2, "norm_topk_prob": False},
-    ),
-}
 
 
 def tiny_delta(family, **changes):
-    return tiny(family, **{**DELTA, **changes})
-
-
-@pytest.fixture(scope="module", params=list(CASES)[1:])
-def case(request):
-    family, changes = CASES[request.param]
-    return tiny_delta(family, **changes)
+    config, tensors, reference = tiny(family, **{**DELTA, **changes})
+    known = cache(lambda ids: reference(list(ids)))
+    return config, tensors, lambda ids: known(tuple(ids))
 
 
 @pytest.fixture(scope="module")
 def dense():
     return tiny_delta("Qwen3_5")
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    return tiny_delta("Qwen3_5Moe", **EXPERTS)
+
+
+@pytest.fixture(scope="module")
+def qwen3_next():
+    """Mixtures in some layers."""
+    return tiny_delta("Qwen3Next", **EXPERTS, decoder_sparse_step=2, norm_topk_prob=False)
 
 
 def admitted(config, tensors, *prompts):
@@ -69,9 +70,11 @@ def test_qwen3_5_is_transformers(dense, scenario):
     check_model(Qwen35, *dense, scenario)
 
 
-@pytest.mark.parametrize("scenario", ["batched", "reused"])
-def test_mixtures_are_transformers(case, scenario):
-    check_model(Qwen35, *case, scenario, tolerance=5e-4)  # of up to 10
+@pytest.mark.parametrize("family", ["mixture", "qwen3_next"])
+def test_mixtures_are_transformers(request, family):
+    """Held against float64, transformers is off by 0.9e-4 and ours by 0.8e-4 for 14 tokens of the first, where all
+    logits are below 7; for 65 tokens by 1.2e-4 and 1.0e-4."""
+    check_model(Qwen35, *request.getfixturevalue(family), "batched", tolerance=3e-4)
 
 
 @pytest.mark.parametrize(
@@ -96,12 +99,15 @@ def test_other_configurations(changes):
     check_model(Qwen35, *tiny_delta("Qwen3_5", **changes), "batched")
 
 
-@pytest.mark.parametrize("length", [1, 3, 64, 65, 150])
-def test_prompts_of_any_length(dense, length):
+def test_prompts_of_any_length(dense):
+    """A row of one token by itself, as in decode steps, and then rows that end in a chunk, with it and behind it."""
     config, tensors, reference = dense
-    prompt = ids(length, seed=length)
-    (got,) = admitted(config, tensors, prompt).logits([(0, 0, length)])
-    torch.testing.assert_close(got, reference(prompt), atol=5e-4, rtol=0)  # of up to 5
+    prompts = [ids(length, seed=length) for length in (1, 3, 64, 65)]
+    harness = admitted(config, tensors, *prompts)
+    got = harness.logits([(0, 0, 1)])
+    got += harness.logits([(slot, 0, len(prompts[slot])) for slot in (3, 1, 2)])
+    for slot, logits in zip((0, 3, 1, 2), got, strict=True):
+        torch.testing.assert_close(logits, reference(prompts[slot]), atol=1e-4, rtol=0)  # of up to 9
 
 
 def test_a_prompt_may_be_cut_anywhere(dense):
@@ -120,8 +126,8 @@ def test_a_prompt_may_be_cut_anywhere(dense):
 
 def test_replies_are_transformers_and_not_all_alike(dense):
     config, tensors, reference = dense
-    prompts = [ids(5, 1), ids(70, 2), ids(1, 3)]
-    done = ModelHarness(Qwen35, config, tensors, max_model_len=256).greedy(prompts, 12)
+    prompts = [ids(5, 1), ids(130, 2), ids(1, 3)]
+    done = ModelHarness(Qwen35, config, tensors, max_model_len=256).greedy(prompts, 8)
     for prompt, reply in zip(prompts, done, strict=True):
         said = reference(prompt + reply)[len(prompt) - 1 : -1].argmax(-1).tolist()
         assert said == reply
@@ -137,12 +143,12 @@ def test_replies_are_transformers_and_not_all_alike(dense):
         *("1.mlp.shared_expert.up_proj.weight", "2.mlp.experts.7.down_proj.weight"),
     ],
 )
-def test_each_weight_matters(name):
-    config, tensors, reference = tiny_delta("Qwen3_5Moe", **EXPERTS)
+def test_each_weight_matters(mixture, name):
+    config, tensors, reference = mixture
     weight = tensors[f"model.layers.{name}"]
-    tensors[f"model.layers.{name}"] = weight + 0.3 * torch.randn_like(weight)
     with pytest.raises(AssertionError, match="off by"):
-        check_model(Qwen35, config, tensors, reference, "whole")
+        changed = {f"model.layers.{name}": weight + 0.3 * torch.randn_like(weight)}
+        check_model(Qwen35, config, tensors | changed, reference, "whole")
 
 
 @torch.inference_mode()
@@ -162,6 +168,17 @@ def test_captured_decode_steps_go_on_from_the_states(dense, monkeypatch):
         got = runner.model.logits(decode.replay(rows)[0])
         wanted = torch.stack([reference(prompt)[-left] for prompt in prompts])
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
+
+
+def test_a_model_of_half_the_length_keeps_its_memory_in_float32(dense):
+    config, tensors, reference = dense
+    prompt = ids(20)
+    harness = ModelHarness(Qwen35, config, tensors, dtype=torch.bfloat16)
+    kept = harness.runner.states.layers
+    assert [kept[name][0].dtype for name in (WINDOW, MEMORY)] == [torch.bfloat16, torch.float32]
+    harness.runner.apply(harness.admit([prompt]))
+    got = torch.cat([*harness.logits([(0, 0, 18)]), *harness.logits([(0, 18, 1)]), *harness.logits([(0, 19, 1)])])
+    assert (got.float() - reference(prompt)).abs().mean() < 0.15  # of 2
 
 
 @torch.inference_mode()
@@ -191,9 +208,9 @@ def test_two_stages_are_the_whole(dense):
 # ── checkpoints and configurations ───────────────────────────────────────────────────────────
 
 
-def test_names_of_published_checkpoints():
+def test_names_of_published_checkpoints(mixture):
     """Experts stacked, the language model within a model that sees, and a layer that predicts further tokens."""
-    config, tensors, reference = tiny_delta("Qwen3_5Moe", **EXPERTS)
+    config, tensors, reference = mixture
     stored = {"mtp.fc.weight": torch.zeros(1), "model.visual.patch_embed.proj.bias": torch.zeros(1)}
     for name, tensor in tensors.items():
         if ".experts." not in name:
@@ -217,6 +234,13 @@ def test_a_quantized_checkpoint_is_refused_in_words(dense):
     name = "model.layers.0.linear_attn.in_proj_qkv.weight_scale_inv"
     with pytest.raises(ConfigError, match=r"the checkpoint is quantized, as it has .*in_proj_qkv.weight_scale_inv; of"):
         ModelHarness(Qwen35, config, tensors | {name: torch.ones(1, 1)})
+
+
+def test_copies_of_attention_are_refused(dense):
+    usual = {"dtype": torch.float32, "device": CPU, "page_size": 4, "max_model_len": 64}
+    build = Build(**usual, attention_backend=TorchAttention, mesh=Mesh(0, tp=2, dp=2))
+    with pytest.raises(ConfigError, match=r"Qwen35 runs with one copy of attention, and there are 2 \(--dp-attention"):
+        Qwen35(Terms(dense[0]), build)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 """Qwen3.5 with its tower against transformers on seeded tiny models, and through all rooms: what a model that keeps
-states of requests does with prefixes, choices and requests that end early."""
+states of requests does with prefixes and requests that end early."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from seeing import Seen, ask_all, begin, prepared, processor_of, qwen3_5, saved
-from test_vision_qwen import CLIP, ONE, OTHER, PROCESSORS, STRIP, prompt, their_logits, their_reply
+from test_vision_qwen import CLIP, ONE, OTHER, PROCESSORS, STRIP, assert_near, prompt, their_logits
 
 from engine import Engine
 from engine.errors import ConfigError
@@ -19,13 +19,6 @@ EXPERTS = {
     **{"num_experts": 4, "num_experts_per_tok": 2},
     **{"moe_intermediate_size": 24, "shared_expert_intermediate_size": 20},
 }
-
-
-def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Keys are divided by their lengths, which makes more of a rounding than attention does: here 5e-4, and
-    transformers is 1.5e-4 away from its own numbers in float64."""
-    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
-    assert theirs.abs().max() > 8.0
 
 
 def made(**text: Any) -> Any:
@@ -45,9 +38,9 @@ def test_pictures_and_clips_are_transformers_whole_and_cut(text: Any) -> None:
     ids, media = prompt(family, OTHER, CLIP, STRIP)
     (placed,) = family.seen.admit([(ids, media)])
     wanted = their_logits(family, placed.ids, media)
-    assert_close(family.seen.cut(placed), wanted)
+    assert_near(family.seen.cut(placed), wanted)
     family.seen.admit([(ids, media)])
-    assert_close(family.seen.cut(placed, [1, 9, 30, 31]), wanted)
+    assert_near(family.seen.cut(placed, [1, 9, 30, 31]), wanted)
 
 
 def test_rows_with_and_without_pictures_share_a_step(family: Any) -> None:
@@ -55,32 +48,29 @@ def test_rows_with_and_without_pictures_share_a_step(family: Any) -> None:
     placed = family.seen.admit(prompts)
     rows = [(slot, 0, len(each.ids)) for slot, each in enumerate(placed)]
     for ours, each, (_, media) in zip(family.seen.harness.logits(rows[::-1])[::-1], placed, prompts, strict=True):
-        assert_close(ours, their_logits(family, each.ids, media))
+        assert_near(ours, their_logits(family, each.ids, media))
 
 
 def test_replies_through_all_rooms(family: Any, tmp_path: Any) -> None:
-    """Prompts in chunks and together, twice: no prefix is taken from the cache, as no page holds a state. Two choices
-    compute their prompt each; a request that ends early leaves nothing to who has its slot next."""
+    """Prompts in chunks and together, twice: no prefix is taken from the cache, as no page holds a state. Requests
+    that end early leave nothing to those that have their slots next."""
     shown = [(ONE,), (), (CLIP, ONE)]
     asked = [(prompt(family, *each)[0], each) for each in shown]
-    options = {"max_step_tokens": 23, "page_size": 4, "device": "cpu", "max_running": 4}
+    options = {"max_step_tokens": 23, "page_size": 4, "device": "cpu", "max_running": 3}
     with Engine(model=str(saved(family.theirs, tmp_path, **PROCESSORS)), **options) as engine:
         media = [prepared(engine, each) for each in shown]
         placed = [processor_of(engine).placed(ids, each) for (ids, _), each in zip(asked, media, strict=True)]
-        wanted = [their_reply(family, each.ids, own) for each, own in zip(placed, media, strict=True)]
-        assert len({tuple(reply) for reply in wanted}) == len(wanted)
-        for _ in range(2):
-            replies = ask_all(engine, asked)
-            assert [reply.ids for reply in replies] == wanted
-            assert [reply.cached_tokens for reply in replies] == [0, 0, 0]
-        leaving = [begin(engine, asked[2][0], media[2], max_tokens=150) for _ in range(4)]
-        leaving[0].cancel()
-        both = [begin(engine, asked[2][0], media[2], temperature=1.0, seed=seed) for seed in (1, 2)]
-        for future in leaving[1:]:
+        leaving = [begin(engine, asked[2][0], media[2], max_tokens=150) for _ in range(2)]
+        first = ask_all(engine, asked, max_tokens=6)
+        for future in leaving:
             future.cancel()
-        one, other = (future.result().ids for future in both)
-        assert one != other and len(one) == len(other) == 12
-        assert [reply.ids for reply in ask_all(engine, asked)] == wanted
+        second = ask_all(engine, asked, max_tokens=6)
+    assert [reply.cached_tokens for reply in first + second] == [0] * 6
+    assert [reply.ids for reply in first] == [reply.ids for reply in second]
+    assert len({tuple(reply.ids) for reply in first}) == len(first)
+    for reply, each, own in zip(first, placed, media, strict=True):
+        scores = their_logits(family, [*each.ids, *reply.ids], own)[len(each.ids) - 1 : -1]
+        assert reply.ids == scores.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize(

@@ -156,20 +156,22 @@ def _chunks(inputs: _Inputs, memory: Tensor, slots: Tensor, lengths: NDArray[np.
         return whole.unflatten(0, (-1, size)).transpose(1, 2)
 
     query, key, value, decay, beta = map(chunked, inputs)
-    gone = decay.cumsum(-1)  # the logarithm of what is left, of what was there before the chunk, at each token
+    # The logarithm of what is left, of what was there before the chunk, at each token. It adds up to hundreds, and its
+    # differences count: in float32 these would err more than all else together.
+    gone = decay.cumsum(-1, dtype=torch.float64)
     unseen = torch.ones(size, size, dtype=torch.bool, device=slots.device).triu(1)
-    between = (gone[..., :, None] - gone[..., None, :]).masked_fill(unseen, -torch.inf).exp()
+    between = (gone[..., :, None] - gone[..., None, :]).to(torch.float32).masked_fill_(unseen, -torch.inf).exp_()
+    left, ahead = gone.exp().to(torch.float32), (gone[..., -1:] - gone).exp().to(torch.float32)
     weighed = key * beta[..., None]
     system = (weighed @ key.mT) * between
-    known = torch.cat((value * beta[..., None], weighed * gone.exp()[..., None]), dim=-1)
+    known = torch.cat((value * beta[..., None], weighed * left[..., None]), dim=-1)
     # What each token adds, if the memory were empty, and what that falls short by what the memory knows of its key.
     added, forgotten = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True).split(
         [value.shape[-1], key.shape[-1]], dim=-1
     )
     within = (query @ key.mT) * between
-    query = query * gone.exp()[..., None]
-    key = key * (gone[..., -1:] - gone).exp()[..., None]
-    left = gone[..., -1].exp()[..., None, None]
+    query, key = query * left[..., None], key * ahead[..., None]
+    left = left[..., -1:, None]
 
     order = np.argsort(-counts, kind="stable")
     lines = slots[torch.from_numpy(order).to(slots.device)]

@@ -161,8 +161,10 @@ class TritonDeltaOps(DeltaOps):
         assert inputs.stride(1) == 1 and window.stride()[1:] == (window.shape[2], 1)
         total, channels = inputs.shape
         count = len(rows.slots)
-        tokens = torch.arange(total, device=inputs.device)
-        row_of = (torch.searchsorted(rows.offsets, tokens, right=True) - 1).clamp_(max=count - 1)
+        row_of = rows.offsets  # of one token a row they are the rows' numbers
+        if total != count:
+            tokens = torch.arange(total, device=inputs.device)
+            row_of = (torch.searchsorted(rows.offsets, tokens, right=True) - 1).clamp_(max=count - 1)
         out = inputs.new_empty(total, channels)
         blocks = triton.cdiv(channels, CHANNELS)
         sizes = channels, inputs.stride(0), window.stride(0)
