@@ -19,14 +19,14 @@ def text_of(sessions: list[Session]) -> list[list[str]]:
 
 
 def test_each_tier_and_each_session_is_a_line() -> None:
-    lines = text_of([Session("agent-7", 12, 192, 1, 0.4, 3599.6)])
+    lines = text_of([Session("agent-7", 12, 240, 1, 0.4, 3599.6, below=3)])
     assert lines == [
         ["tier", "pages", "bytes", "of", "in", "use"],
         ["device", "812", "1", "GiB", "4", "GiB", "31"],
         ["disk", "9", "5", "TiB", "6", "TiB", "0"],
         ["3", "sessions", "with", "40", "pages", "of", "16", "tokens;", "1", "of", "this", "key", "and", "salt"],
-        ["session", "pages", "tokens", "running", "idle", "left"],
-        ["agent-7", "12", "192", "1", "0", "s", "3600", "s"],
+        ["session", "pages", "below", "tokens", "running", "idle", "left"],
+        ["agent-7", "12", "3", "240", "1", "0", "s", "3600", "s"],
     ]
 
 
