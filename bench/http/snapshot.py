@@ -78,7 +78,7 @@ def measure(rows: int, times: int, pages: int, host: int) -> tuple[Costs, int]:
             raise SystemExit("the scheduler has nothing to do")
         costs.of("note", looking.planned, plan)
         done = device.step(plan)
-        costs.of("note of its end", looking.done, done)
+        costs.of("note of its end", looking.done, done, time.monotonic())
         scheduler.commit_each(done)
         if turn >= 50:
             looking.last()

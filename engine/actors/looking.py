@@ -1,8 +1,9 @@
 """Who looks at the scheduler: makes snapshots while somebody asks, and notes steps only for as long.
 
 A snapshot costs the scheduler some of its time, however cheap it is. So each is given to all who ask within half a
-second, and the next one comes no earlier than 200 times as long as the last one took: looking takes half a percent of
-the time at most. Steps are noted until nobody has asked for two seconds. Left out: what fronts know of themselves.
+second, and the next one comes no earlier than 500 times as long as the last one took: snapshots take a fifth of a
+percent of the time at most. Steps are noted until nobody has asked for two seconds. Left out: what fronts know of
+themselves.
 """
 
 import time
@@ -22,7 +23,7 @@ from engine.sched.copies import Copies
 from engine.sched.looking import look_at_cache, look_at_queue, look_at_rows, parts_of
 
 LEAST_SECONDS = 0.45  # between two snapshots
-SPARE = 200.0  # times the seconds of a snapshot until the next one
+SPARE = 500.0  # times the seconds of CPU time of a snapshot until the next one
 WATCHED_SECONDS = 2.0  # for which steps are noted after a snapshot
 STRIP = 240  # steps that are told
 
@@ -44,24 +45,20 @@ class Looking:
         self._packed = b""
         self._due = 0.0  # when the next may be made
         self._until = 0.0  # when nobody watches any more
-        self._planned: dict[int, tuple[int, int]] = {}  # rows and tokens of steps in flight
-        self._lengths = b""  # of the last step planned, and their sum
-        self._tokens = 0
-        self._steps: deque[tuple[float, float, int, int]] = deque(maxlen=STRIP)
+        self._planned: dict[int, bytes] = {}  # the lengths of rows of steps in flight
+        self._steps: deque[tuple[float, float, bytes]] = deque(maxlen=STRIP)
         self._last = 0
 
     def planned(self, plan: StepPlan) -> None:
         """Note a step that is sent, while it is watched."""
-        if plan.lengths is not self._lengths:  # steps that only decode the same rows have the very same column
-            self._lengths, self._tokens = plan.lengths, sum(array("i", plan.lengths))
-        self._planned[plan.step] = len(plan.lengths) // 4, self._tokens
+        self._planned[plan.step] = plan.lengths
 
-    def done(self, done: StepDone) -> None:
-        """Note its result; where nobody watches any more, forget all."""
-        if (planned := self._planned.pop(done.step, None)) is not None:  # else it was sent before anybody looked
-            self._steps.append((done.seconds, done.idle, *planned))
+    def done(self, done: StepDone, now: float) -> None:
+        """Note its result at the time `now`; where nobody watches any more, forget all."""
+        if (lengths := self._planned.pop(done.step, None)) is not None:  # else it was sent before anybody looked
+            self._steps.append((done.seconds, done.idle, lengths))
             self._last = done.step
-        if time.monotonic() > self._until:
+        if now > self._until:
             self.watched = False
             self._planned.clear()
             self._steps.clear()
@@ -84,7 +81,7 @@ class Looking:
         ceiling: float = 0.0,
     ) -> bytes:
         """A new Snapshot, packed."""
-        now = time.monotonic()
+        now, began = time.monotonic(), time.thread_time()
         self._number += 1
         figures: dict[str, Any] = {} if scheduler is None else dict(scheduler.counts())
         copies: tuple[CopyStats, ...] = figures.pop("copies", ())
@@ -110,11 +107,12 @@ class Looking:
             ceiling,
         )
         self._packed = msgspec.msgpack.encode(made)
-        ended = time.monotonic()
-        self._due = now + max(LEAST_SECONDS, SPARE * (ended - now))
+        self._due = now + max(LEAST_SECONDS, SPARE * (time.thread_time() - began))
         return self._packed
 
     def _strip(self) -> StepsLook:
-        seconds, idle, rows, tokens = zip(*self._steps, strict=True) if self._steps else ((), (), (), ())
+        seconds, idle, lengths = zip(*self._steps, strict=True) if self._steps else ((), (), ())
+        sums = {each: sum(array("i", each)) for each in set(lengths)}  # many steps decode the same rows
+        rows, tokens = [len(each) // 4 for each in lengths], [sums[each] for each in lengths]
         floats = [array("f", column).tobytes() for column in (seconds, idle)]
         return StepsLook(self._last, *floats, *(array("i", column).tobytes() for column in (rows, tokens)))

@@ -241,17 +241,18 @@ class SchedulerActor:
     async def _commit(self, done: StepDone) -> None:
         assert self.scheduler is not None
         self.in_flight -= 1
+        now = time.monotonic()
         self.step_seconds.append(done.seconds)
         if self.moves is not None:
             self.moves.cost.done(done.seconds)
         if self.looking.watched:
-            self.looking.done(done)
+            self.looking.done(done, now)
         self.credits = self.most_credits - (done.seconds >= SHORT_STEP_SECONDS)
         self.idle_seconds += done.idle
         for failed in done.failed:
             await self._end_users(*failed)
         stuck = self.scheduler.stuck(done) if done.stuck else []
-        replies = self.scheduler.commit_each(done, time.monotonic())
+        replies = self.scheduler.commit_each(done, now)
         for rid, cause in stuck:
             self.scheduler.stop(rid)
             await self.front.send(Failed(rid, 400, "no_token_left", cause, "grammar"))

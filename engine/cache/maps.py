@@ -21,7 +21,7 @@ from engine.cache.tiers import Tiers
 from engine.messages.looking import PagesLook
 
 MOST_PAGES = 1 << 20  # that a map is made of
-MOST_MARKED = 1024  # pages of a kind that are looked at
+MOST_MARKED = 512  # pages of a kind that are looked at
 CELLS = 512
 FREE, CACHED, KEPT, SHARED, OWN, AGAIN, INTO, OUT = b".cksraio"
 
