@@ -23,23 +23,26 @@ class Ceiling:
     def __init__(self) -> None:
         self.asked = 0
         self._registers = bytearray(REGISTERS)
+        self._ranks = [REGISTERS] + [0] * (WIDE + 1)  # how many registers have each
 
     def ask(self, names: Sequence[bytes], known: int = 0) -> None:
         """Of the first `known` a cache says that they were there before, so they are no new ones."""
-        registers = self._registers
+        registers, ranks = self._registers, self._ranks
         self.asked += len(names)
         for number in array("Q", b"".join(names[known:]))[:: NAME_BYTES // 8]:
             rank = WIDE + 1 - (number >> BITS).bit_length()
             register = number & (REGISTERS - 1)
             if rank > registers[register]:
+                ranks[registers[register]] -= 1
+                ranks[rank] += 1
                 registers[register] = rank
 
     @property
     def distinct(self) -> float:
         """How many different ones that were, about."""
-        registers = self._registers
-        estimate = 0.7213 / (1 + 1.079 / REGISTERS) * REGISTERS**2 / sum(2.0**-rank for rank in registers)
-        empty = registers.count(0)
+        harmonic = sum(count * 2.0**-rank for rank, count in enumerate(self._ranks))
+        estimate = 0.7213 / (1 + 1.079 / REGISTERS) * REGISTERS**2 / harmonic
+        empty = self._ranks[0]
         if estimate <= 2.5 * REGISTERS and empty:
             return REGISTERS * log(REGISTERS / empty)
         return estimate
