@@ -48,6 +48,7 @@ TEXT: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+TURNING = {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True}
 QWEN_IDS = {
     "image_token_id": IMAGE,
     "video_token_id": VIDEO,
@@ -106,7 +107,6 @@ def qwen3_vl_moe(text: Any = (), **vision: Any) -> Any:
 
 
 def qwen3_vl_terms(text: dict[str, Any], vision: dict[str, Any]) -> dict[str, Any]:
-    rope = {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True}
     usual = {
         "depth": 3,
         "hidden_size": 32,
@@ -119,28 +119,20 @@ def qwen3_vl_terms(text: dict[str, Any], vision: dict[str, Any]) -> dict[str, An
         "num_position_embeddings": 36,
         "deepstack_visual_indexes": [0, 2],
     }
-    terms = {"text_config": {**TEXT, "head_dim": 8, "rope_parameters": rope, **text}, **QWEN_IDS}
+    terms = {"text_config": {**TEXT, "head_dim": 8, "rope_parameters": {**TURNING}, **text}, **QWEN_IDS}
     return {**terms, "vision_config": {**usual, **vision}}
 
 
 def qwen3_5(**text: Any) -> Any:
     """Two gated delta nets to a layer that attends, of a mixture if `text` names experts."""
-    rope = {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True}
     kind = "Qwen3_5Moe" if "num_experts" in text else "Qwen3_5"
-    config = getattr(transformers, f"{kind}Config")(
-        text_config={
-            **TEXT,
-            **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "head_dim": 16},
-            **{"linear_key_head_dim": 8, "linear_value_head_dim": 12, "full_attention_interval": 3},
-            "rope_parameters": {**rope, "partial_rotary_factor": 0.5},
-            **text,
-        },
-        vision_config={
-            **{"depth": 2, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2, "patch_size": 4},
-            **{"spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 48, "num_position_embeddings": 36},
-        },
-        **QWEN_IDS,
-    )
+    delta = {
+        **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "head_dim": 16},
+        **{"linear_key_head_dim": 8, "linear_value_head_dim": 12, "full_attention_interval": 3},
+        "rope_parameters": {**TURNING, "partial_rotary_factor": 0.5},
+    }
+    terms = qwen3_vl_terms({**delta, **text}, {"depth": 2, "deepstack_visual_indexes": []})
+    config = getattr(transformers, f"{kind}Config")(**terms)
     return token_by_token(filled(getattr(transformers, f"{kind}ForConditionalGeneration")(config)))
 
 
