@@ -75,6 +75,27 @@ class Media:
         """`hidden` [T, H] with the embeddings in their places; it is written over."""
         return hidden.index_copy_(0, self.places, self.embeddings.to(hidden.dtype))
 
+    def behind(self, layer: int, stream: Tensor) -> None:
+        """Adds to `stream` [T, H] what is said behind that layer."""
+        if layer < len(self.levels):
+            stream.index_add_(0, self.places, self.levels[layer].to(stream.dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedMedia:
+    """As Media, in a captured step: there is a line for each of the T tokens, and `shown` says which lines count."""
+
+    shown: Tensor  # [T, 1] bool, device
+    embeddings: Tensor  # [T, H]
+    levels: tuple[Tensor, ...] = ()  # [T, H] each
+
+    def into(self, hidden: Tensor) -> Tensor:
+        return torch.where(self.shown, self.embeddings, hidden)
+
+    def behind(self, layer: int, stream: Tensor) -> None:
+        if layer < len(self.levels):
+            stream.add_(torch.where(self.shown, self.levels[layer], 0))
+
 
 @dataclass(frozen=True, slots=True)
 class WholeSpan:
@@ -110,7 +131,7 @@ class Batch:
     # [T], or [3, T] for time, height and width, int64, device: where rotary embedding places the tokens, if not at
     # their positions
     turns: Tensor | None = None
-    media: Media | None = None  # of steps that are not captured
+    media: Media | CapturedMedia | None = None
     whole: tuple[WholeSpan, ...] = ()  # of steps that are not captured
     spread: Spread | None = None  # where attention runs in copies: this one's tokens are the T
 

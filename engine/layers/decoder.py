@@ -172,11 +172,10 @@ class Decoder(nn.Module):
         """Blocks first .. last-1, and after the last of all the norm. Between ranges the stream and what is still to be
         added to it are their sum: one tensor [T, H]."""
         stream = None
-        levels = batch.media.levels if batch.media is not None else ()
         for layer, block in enumerate(islice(self.layers, first, last), first):
             hidden, stream = block(hidden, stream, batch, rotations)
-            if layer < len(levels) and batch.media is not None:
-                stream.index_add_(0, batch.media.places, levels[layer].to(stream.dtype))
+            if batch.media is not None:
+                batch.media.behind(layer, stream)
         if last == self.count:
             assert isinstance(self.norm, RMSNorm)
             return self.norm.add(hidden, stream)[0]

@@ -4,9 +4,9 @@
                                         `forgets` drops them; they may be made again
 
 Which are made and dropped, the scheduler says (sched/encoder.py), so all ranks hold the same. Those of one plan are
-encoded together. A rank that embeds no tokens has positions and spans alone. A step whose rows compute a part of a
-prompt that shows something is not captured; all others are, and read how far the positions of a slot are shifted from a
-table on the device. Of copies of attention each holds what its own requests show, and all know whether a row of any
+encoded together. A rank that embeds no tokens has positions and spans alone. Captured steps of one token a
+row read how far the positions of a slot are shifted from a table on the device; those with prompts are told what they
+show (steps/shown.py). Of copies of attention each holds what its own requests show, and all know whether a row of any
 copy shows something. Left out: encoding on a stream of its own; with a pipeline, that the last stage tells of what the
 first one could not encode.
 """
@@ -27,6 +27,7 @@ from engine.messages.media import MEDIA, MediaUse, Pixels, media_use, unpacked
 from engine.messages.step import SlotAdmit, StepPlan
 from engine.worker.steps.copies import Copy
 from engine.worker.steps.rows import Rows
+from engine.worker.steps.shown import NOTHING_SHOWN, Shown
 
 log = logging.getLogger("engine.worker")
 
@@ -65,6 +66,7 @@ class MediaTable:
         self._slots: dict[int, SlotMedia] = {}
         # positions from which on a slot's tokens are like text's, in all copies of attention
         self._until = np.zeros((1 if copy is None else copy.copies) * slots + 1, np.int64)
+        self.size = (1 + model.levels) * model.width if embeds else 0  # numbers of an embedding here, with all levels
         # by how much the positions of each slot's tokens are shifted, behind what its prompt shows
         self.shifts = torch.zeros(slots + 1, dtype=torch.int64, device=device) if model.turns else None
         self._shifted: set[int] = set()  # slots whose shift is not 0
@@ -145,66 +147,60 @@ class MediaTable:
                 self.failed.append((copy, numbers[0], f"{type(error).__name__}: {error}"))
 
     def shows(self, rows: Rows) -> bool:
-        """Whether a row, of any copy of attention, computes a part of what a prompt shows: the step is not captured."""
+        """Whether a row, of any copy of attention, computes a part of what a prompt shows."""
         if rows.among is not None:
             return rows.among.shows
         return bool(self._slots) and bool((rows.starts < self._until[rows.slots]).any())
+
+    def shown(self, rows: Rows) -> Shown:
+        """What the step of `rows` shows, and how each of its tokens is turned."""
+        places: list[np.ndarray] = []
+        parts: list[Tensor] = []
+        whole: list[WholeSpan] = []
+        shifts = None if self.shifts is None else np.zeros((3, int(rows.lengths.sum())), np.int64)
+        offset = 0  # of a row's first token in the step
+        for slot, start, length in zip(rows.slots.tolist(), rows.starts.tolist(), rows.lengths.tolist(), strict=True):
+            if (shown := self._slots.get(slot)) is not None:
+                if shifts is not None:
+                    shifts[:, offset : offset + length] = shown.shifts_of(start, length)
+                for number, use in shown.uses:
+                    at = 0  # in the medium's embeddings
+                    for begin, count in use.spans:
+                        first, last = max(begin, start), min(begin + count, start + length)
+                        if first < last:
+                            place = offset + first - start
+                            places.append(np.arange(last - first) + place)
+                            parts.append(self._embeddings(number, use)[at + first - begin : at + last - begin])
+                            if use.whole:
+                                whole.append(WholeSpan(place, last - first, first, slot))
+                        at += count
+            offset += length
+        if not places or not self._embeds:
+            return Shown(shifts, NOTHING_SHOWN.places, whole=tuple(whole))
+        return Shown(shifts, np.concatenate(places), torch.cat(parts), tuple(whole))
 
     def seen(self, batch: Batch, rows: Rows) -> Batch:
         """`batch`, which is of `rows`, with what it shows."""
         if not self.shows(rows):
             return batch if self.shifts is None else replace(batch, turns=self._plain_turns(batch))
-        turns = None
-        if self.shifts is not None:
-            zeros = np.zeros((3, 1), np.int64)
-            parts = [
-                self._slots[slot].shifts_of(start, length) if slot in self._slots else zeros.repeat(length, 1)
-                for slot, start, length in zip(
-                    rows.slots.tolist(), rows.starts.tolist(), rows.lengths.tolist(), strict=True
-                )
-            ]
-            turns = batch.positions + upload(np.concatenate(parts, axis=1), self._device)
-        media, whole = self._shown(rows, batch.offsets)
-        return replace(batch, turns=turns, media=media, whole=tuple(whole))
+        shown = self.shown(rows)
+        turns = None if shown.shifts is None else batch.positions + upload(shown.shifts, self._device)
+        media = None
+        if shown.embeddings is not None:
+            embeddings, *levels = shown.embeddings.split(self._model.width, dim=1)
+            media = Media(upload(shown.places, self._device), embeddings, tuple(levels))
+        return replace(batch, turns=turns, media=media, whole=shown.whole)
 
     def _plain_turns(self, batch: Batch) -> Tensor:
         assert self.shifts is not None
         return batch.positions + self.shifts[batch.slots[batch.token_rows()]]
-
-    def _shown(self, rows: Rows, offsets: np.ndarray) -> tuple[Media | None, list[WholeSpan]]:
-        """The embeddings that `rows` take, and those of their spans that are whole."""
-        places: list[np.ndarray] = []
-        parts: list[Tensor] = []
-        whole: list[WholeSpan] = []
-        for row, slot in enumerate(rows.slots.tolist()):
-            if slot not in self._slots:
-                continue
-            start, end = int(rows.starts[row]), int(rows.starts[row] + rows.lengths[row])
-            for number, use in self._slots[slot].uses:
-                at = 0  # in the medium's embeddings
-                for begin, count in use.spans:
-                    first, last = max(begin, start), min(begin + count, end)
-                    if first < last:
-                        place = int(offsets[row]) + first - start
-                        places.append(np.arange(last - first) + place)
-                        parts.append(self._embeddings(number, use)[at + first - begin : at + last - begin])
-                        if use.whole:
-                            whole.append(WholeSpan(place, last - first, first, slot))
-                    at += count
-        if not places or not self._embeds:
-            return None, whole
-        together = torch.cat(parts)
-        size = self._model.width
-        embeddings, *levels = together.split(size, dim=1)
-        return Media(upload(np.concatenate(places), self._device), embeddings, tuple(levels)), whole
 
     def _embeddings(self, number: int, use: MediaUse) -> Tensor:
         """Zeros where they could not be made: the step is told to have failed."""
         held = self._held.get(number)
         if held is not None:
             return held
-        size = (1 + self._model.levels) * self._model.width
-        return torch.zeros(use.tokens, size, dtype=self._model.dtype, device=self._device)
+        return torch.zeros(use.tokens, self.size, dtype=self._model.dtype, device=self._device)
 
     def take_failed(self) -> tuple[tuple[int, int, str], ...]:
         """What has failed since this was asked for last."""

@@ -44,6 +44,7 @@ from engine.worker.steps.prefixes import LEAST_ROWS, SharedPrefixes
 from engine.worker.steps.recorded import RecordedSteps
 from engine.worker.steps.results import Block, Forward, Head, Result, Step, to_pinned
 from engine.worker.steps.rows import Rows
+from engine.worker.steps.shown import NOTHING_SHOWN
 from engine.worker.steps.stage import Stage
 from engine.worker.steps.warmup import PLAIN
 from engine.worker.transfers import Transfers
@@ -111,10 +112,9 @@ class Runner:
         """What graphs are captured over."""
         draw = self._draw_plain if self.sampler.captures and self.draws else None
         real, masks = bool(routers_of(self.model)), self.grammars is not None
-        copies = 0 if self.copy is None else self.copy.copies
-        shape = page_size, real, draw, masks, self.states.layers, enters, copies
-        shifts = None if self.media is None else self.media.shifts
-        return Tables(self.model, caches, self.tokens, self.page_table, *shape, shifts)
+        shape = page_size, real, draw, masks, self.states.layers, enters, self.copy.copies if self.copy else 0
+        shown = (None, 0) if self.media is None else (self.media.shifts, self.media.size)
+        return Tables(self.model, caches, self.tokens, self.page_table, *shape, *shown)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, catch_up: Callable[[], None] = _nothing) -> Step:
@@ -220,10 +220,10 @@ class Runner:
             steps = self.shared_graphs if prefixes else self.decode_graphs
             hidden, on_device = steps.replay(rows, prefixes, entering)
             return Forward(hidden, np.arange(len(rows) + 1), steps=steps, on_device=on_device)
-        drafts = rows.drafts.any()
-        for graphs in self.prompt_graphs:
-            if not (drafts or shows) and graphs.fits(rows):
-                return Forward(*graphs.replay(rows, entering))
+        if (graphs := next((each for each in self.prompt_graphs if each.fits(rows)), None)) is not None:
+            shown = NOTHING_SHOWN if self.media is None else self.media.shown(rows)
+            if not shown.whole:
+                return Forward(*graphs.replay(rows, entering, shown))
         hidden, batch = self.compute(rows, entering)
         return Forward(hidden, batch.offsets, batch)
 

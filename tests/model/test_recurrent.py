@@ -184,7 +184,7 @@ def test_a_batch_says_which_rows_begin_and_whose_its_tokens_are(harness: ModelHa
     prompts = PromptGraphs(tables(runner), 5, (8,))
     numbers = np.zeros(2 * 8 + 3 * 5 + 1, np.int64)
     prompts._fill(numbers, 8, Rows.of(np.array([(2, 5, 2, 0), (0, 1, 3, 1)])))
-    padded = prompts._batch(torch.from_numpy(numbers), ())
+    padded = prompts._batch(torch.from_numpy(numbers), 8, ())
     assert padded.slots[padded.token_rows()].tolist() == [2, 2, 0, 0, 0, 4, 4, 4]
     assert padded.begins.tolist() == [False, False, True, True, True]
 

@@ -277,9 +277,32 @@ def test_captured_steps_turn_by_the_positions_behind_what_was_shown(
     wanted = torch.stack(
         [their_logits(family, each.ids, media)[-1] for each, (_, media) in zip(placed, prompts, strict=True)]
     )
-    for hidden in (decode.replay(rows)[0], prompts_too.replay(rows)[0], runner.compute(rows)[0]):
+    shown = runner.media.shown(rows)
+    assert shown.embeddings is None
+    for hidden in (decode.replay(rows)[0], prompts_too.replay(rows, shown=shown)[0], runner.compute(rows)[0]):
         assert_near(seen.model.logits(hidden), wanted)
     assert runner.media.shows(Rows.of(np.array([[0, 4, 1, TOKEN], [1, 0, 3, TOKEN]])))
+
+
+@torch.inference_mode()
+def test_captured_steps_show_what_prompts_show(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole prompts and parts of them, beside each other, after a step that left other embeddings behind."""
+    monkeypatch.setattr(graphs, "captured", captured)
+    _, ours, processor = FAMILIES[family.name]
+    seen = Seen(family.theirs, ours, processor, PlainAttention, **PROCESSORS)
+    prompts = [prompt(family, ONE), prompt(family), prompt(family, CLIP, OTHER)]
+    placed, runner = seen.admit(prompts), seen.harness.runner
+    some = PromptGraphs(runner.shared_graphs._tables, 5, (32, 256))
+    assert some.capture(256, None)
+    runner.prompt_graphs = some, some
+    whole = [(slot, 0, len(each.ids)) for slot, each in enumerate(placed)]
+    for cut in (whole, [whole[2], (1, 0, 3)], [(0, 0, 7), (2, 0, 30)], [(0, 7, whole[0][2] - 7), (2, 30, 5)]):
+        rows = Rows.of(np.array([[*row, TOKEN] for row in cut]))
+        forward = runner.forward(rows)
+        assert forward.batch is None, "it was replayed"
+        for (slot, start, length), ours_ in zip(cut, forward.hidden.split([row[2] for row in cut]), strict=True):
+            wanted = their_logits(family, placed[slot].ids, prompts[slot][1])[start : start + length]
+            assert_near(seen.model.logits(ours_), wanted)
 
 
 def test_times_of_a_clip_are_text_in_qwen3_vl() -> None:

@@ -14,14 +14,16 @@ Where attention runs in copies, all ranks replay the graph of the same size, whi
 they exchange has that size, and the counts of all copies are among the numbers.
 
 `DecodeGraphs` are for steps of one token a row; `PromptGraphs` for steps with prompts whose kernels would take longer
-to launch than to run: a thousand tokens of any model, and more of a small one. Left out: larger prompts.
+to launch than to run: a thousand tokens of any model, and more of a small one. What a prompt shows is put in place
+before the replay: embeddings in lines of their own, one a token, and a mark at those that count. Left out: larger
+prompts, spans whose tokens see each other, and what copies of attention show.
 """
 
 import bisect
 import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -30,11 +32,12 @@ import torch
 from torch import Tensor
 
 from engine.layers.attention import Prefix
-from engine.layers.batch import NO_STATES, Batch, Mirror, Spread
+from engine.layers.batch import NO_STATES, Batch, CapturedMedia, Mirror, Spread, upload
 from engine.layers.model import Model
 from engine.worker.memory import Caches
 from engine.worker.steps.prefixes import LEAST_ROWS
 from engine.worker.steps.rows import Rows
+from engine.worker.steps.shown import NOTHING_SHOWN, Shown
 from engine.worker.weights import weight_bytes
 
 NOTHING = np.empty(0, np.int64)
@@ -76,6 +79,7 @@ class Tables:
     enters: bool = False  # whether hidden states come from the stage before
     copies: int = 0  # of attention, where there are several: a step ends with the tokens of each
     shifts: Tensor | None = None  # [slots + 1] int64: by how much rotary embedding shifts the tokens of a slot
+    shown_size: int = 0  # numbers of an embedding of what prompts show, with all its levels; 0 where none come in
 
     def entering(self, size: int) -> Tensor | None:
         """Where the hidden states of a step of `size` tokens will come in, [size, H]; None where it embeds them."""
@@ -283,40 +287,59 @@ class PromptGraphs(StepGraphs):
         super().__init__(tables)
         self._rows = rows
         self._tokens = tokens
+        self._shown = torch.empty(0)  # [the most tokens, shown_size]: a line for each token of a step
 
     def capture(self, most: int, pool: Any) -> bool:
         """Captures steps of up to `most` tokens. False where none was."""
         most = min(most, self._tokens[-1])
         sizes = [size for size in self._tokens if size < most]
+        tables = self._tables
+        if tables.shown_size:
+            lines = most, tables.shown_size
+            self._shown = torch.zeros(lines, dtype=tables.model.dtype, device=tables.tokens.device)
         return self._capture([*sizes, most] if most >= self._tokens[0] else [], pool)
 
     def _captured(self, size: int, pool: Any) -> Captured | None:
         backends = self._tables.model.backends
-        numbers = Mirror(2 * size + 3 * self._rows + 1 + self._tables.copies, self._tables.tokens.device)
+        numbers = Mirror(sum(self._parts(size)), self._tables.tokens.device)
         self._fill(numbers.host(), size, Rows.of(np.zeros((0, 4), np.int64)))
         numbers.send()
-        plans = tuple(backend.capture_prompts(self._batch(numbers.device, ())) for backend in backends)
+        plans = tuple(backend.capture_prompts(self._batch(numbers.device, size, ())) for backend in backends)
         if not self._tables.captures(plans):
             return None
         for backend, plan in zip(backends, plans, strict=True):
             backend.refill_prompts(plan, NOTHING, NOTHING, np.zeros(1, np.int64))
         entering = self._tables.entering(size)
-        graph, hidden = captured(lambda: self._tables.model(self._batch(numbers.device, plans), entering), pool)
+        graph, hidden = captured(lambda: self._tables.model(self._batch(numbers.device, size, plans), entering), pool)
         return Captured(graph, numbers, plans, hidden, entering)
 
-    def _batch(self, numbers: Tensor, plans: tuple[Any, ...]) -> Batch:
-        rows, copies = self._rows, self._tables.copies
-        size = (len(numbers) - 3 * rows - 1 - copies) // 2
-        token_slots, positions, slots, starts, offsets, counts = numbers.split(
-            [size, size, rows, rows, rows + 1, copies]
-        )
-        return self._tables.batch(token_slots, positions, slots, starts, offsets, plans, counts)
+    def _parts(self, size: int) -> list[int]:
+        """How many numbers there are of each kind: slots and positions of tokens; slots, starts and offsets of rows;
+        the tokens of each copy of attention; by how much each token is turned; and whether it is shown."""
+        rows, tables = self._rows, self._tables
+        turned = 0 if tables.shifts is None else 3 * size
+        return [size, size, rows, rows, rows + 1, tables.copies, turned, size if tables.shown_size else 0]
 
-    def _fill(self, numbers: np.ndarray, size: int, rows: Rows) -> np.ndarray:
+    def _batch(self, numbers: Tensor, size: int, plans: tuple[Any, ...]) -> Batch:
+        token_slots, positions, slots, starts, offsets, counts, shifts, shown = numbers.split(self._parts(size))
+        batch = self._tables.batch(token_slots, positions, slots, starts, offsets, plans, counts)
+        if len(shifts):
+            batch = replace(batch, turns=positions + shifts.view(3, size))
+        if len(shown):
+            embeddings, *levels = self._shown[:size].split(self._tables.model.width, dim=1)
+            batch = replace(batch, media=CapturedMedia(shown[:, None] != 0, embeddings, tuple(levels)))
+        return batch
+
+    def _fill(self, numbers: np.ndarray, size: int, rows: Rows, what: Shown = NOTHING_SHOWN) -> np.ndarray:
         """Writes a step; returns its offsets [R + 1]."""
-        ends = np.cumsum([size, size, self._rows, self._rows, self._rows + 1])
-        token_slots, positions, slots, starts, offsets, counts = np.split(numbers, ends)
+        ends = np.cumsum(self._parts(size))[:-1]
+        token_slots, positions, slots, starts, offsets, counts, shifts, shown = np.split(numbers, ends)
         counts[:] = 0 if rows.among is None else rows.among.tokens
+        shifts[:], shown[:] = 0, 0
+        if what.shifts is not None:
+            shifts.reshape(3, size)[:, : what.shifts.shape[1]] = what.shifts
+        if len(shown):
+            shown[what.places] = 1
         row_slots, row_starts, lengths = rows.slots, rows.starts, rows.lengths
         count, total = len(rows), int(lengths.sum())
         token_slots[total:], positions[total:] = self._tables.scratch, 0
@@ -329,17 +352,22 @@ class PromptGraphs(StepGraphs):
         return filled
 
     def fits(self, rows: Rows) -> bool:
-        """Whether the step of `rows`, none of them of drafts, is one of these."""
-        return rows.most_rows < self._rows and rows.most_tokens <= self.most
+        """Whether the step of `rows` is one of these, unless spans are whole that it shows."""
+        fits = rows.most_rows < self._rows and rows.most_tokens <= self.most
+        return fits and not rows.drafts.any() and (rows.among is None or not rows.among.shows)
 
-    def replay(self, rows: Rows, entering: Tensor | None = None) -> tuple[Tensor, np.ndarray]:
+    def replay(
+        self, rows: Rows, entering: Tensor | None = None, shown: Shown = NOTHING_SHOWN
+    ) -> tuple[Tensor, np.ndarray]:
         """Runs the step: hidden states [T, H] of the rows' tokens, good until the next replay, and offsets [R + 1].
         `entering` are the hidden states that the stage before has passed on."""
         total = int(rows.lengths.sum())
         size = self._sizes[bisect.bisect_left(self._sizes, rows.most_tokens)]
         chosen = self._graphs[size]
-        offsets = self._fill(chosen.numbers.host(), size, rows)
+        offsets = self._fill(chosen.numbers.host(), size, rows, shown)
         chosen.numbers.send()
+        if shown.embeddings is not None:
+            self._shown.index_copy_(0, upload(shown.places, self._shown.device), shown.embeddings)
         for backend, plan in zip(self._tables.model.backends, chosen.plans, strict=True):
             backend.refill_prompts(plan, rows.starts, rows.lengths, offsets)
         chosen.enter(entering)
