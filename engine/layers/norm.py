@@ -58,3 +58,8 @@ class LayerNorm(Layer):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return functional.layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.epsilon)
+
+    def add(self, hidden: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As RMSNorm.add: the norm of `hidden` + `stream`, and that sum."""
+        stream = hidden if stream is None else stream.add_(hidden)
+        return self(stream), stream

@@ -48,8 +48,9 @@ class Merger(nn.Module):
         layers = [ReplicatedLinear(build, self.inner, self.inner, bias=True), nn.GELU()]
         self.mlp = nn.Sequential(*layers, ReplicatedLinear(build, self.inner, out, bias=True))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        merged: Tensor = self.mlp(self.ln_q(hidden).reshape(-1, self.inner))
+    def forward(self, hidden: Tensor, stream: Tensor | None) -> Tensor:
+        """Of the sum of both."""
+        merged: Tensor = self.mlp(self.ln_q.add(hidden, stream)[0].reshape(-1, self.inner))
         return merged
 
 
@@ -95,9 +96,10 @@ class Tower(nn.Module):
         # Windows do not cross pictures, so that the patches of a picture stay together.
         whole = Segments.of_frames(grids, self.device)
         parts = Segments(windows, self.device)
+        stream: Any = None
         for index, block in enumerate(self.blocks):
-            hidden = block(hidden, whole if index in self.full else parts, by)
-        merged: Tensor = self.merger(hidden)[back]
+            hidden, stream = block(hidden, stream, whole if index in self.full else parts, by)
+        merged: Tensor = self.merger(hidden, stream)[back]
         return merged
 
 

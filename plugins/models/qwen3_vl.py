@@ -96,12 +96,13 @@ class Tower(nn.Module):
         by = turned_by(grid_places(grids, self.merge), self.head_dim, THETA, self.device)
         segments = Segments.of_frames(grids, self.device)
         levels: dict[int, Tensor] = {}
+        stream: Any = None
         for index, block in enumerate(self.blocks):
-            hidden = block(hidden, segments, by)
+            hidden, stream = block(hidden, stream, segments, by)
             if index in self.tapped:
                 level = self.tapped.index(index)
-                levels[level] = self.deepstack_merger_list[level](hidden)
-        return torch.cat([self.merger(hidden), *(levels[level] for level in sorted(levels))], dim=1)
+                levels[level] = self.deepstack_merger_list[level](hidden + stream)
+        return torch.cat([self.merger(hidden + stream), *(levels[level] for level in sorted(levels))], dim=1)
 
     def positions(self, steps: int, high: int, wide: int) -> Tensor:
         """The learned positions of the patches of a grid, in its order: [steps * high * wide, size] float32."""

@@ -4,6 +4,8 @@ Module paths are the weights' names in checkpoints, below `vision_tower`. Left o
 one vector, other sizes than the one that it was trained on.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from engine.plugin import Terms
@@ -66,7 +68,8 @@ class SiglipTower(nn.Module):
         places = self.embeddings["position_embedding"].weight
         hidden = (hidden.unflatten(0, (-1, count)) + places).flatten(0, 1)
         segments = Segments([count] * len(pictures), self.device)
+        stream: Any = None
         for block in self.encoder["layers"].children():
-            hidden = block(hidden, segments)
-        hidden = self.post_layernorm(hidden) if normed else hidden
+            hidden, stream = block(hidden, stream, segments)
+        hidden = self.post_layernorm.add(hidden, stream)[0] if normed else hidden + stream
         return hidden.unflatten(0, (-1, count))

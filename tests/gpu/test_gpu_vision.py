@@ -6,6 +6,7 @@ import pytest
 import torch
 from seeing import END, IMAGE, START, VIDEO, Seen, gemma3, llava_onevision, picture, qwen2_5_vl, qwen3_vl
 
+from engine.layers.vision import Segments
 from engine_plugins.attention.torch.mha import TorchAttention
 from engine_plugins.media.gemma3 import Gemma3 as GemmaProcessor
 from engine_plugins.media.llava_onevision import LlavaOnevision as LlavaProcessor
@@ -47,3 +48,15 @@ def test_a_gpu_sees_what_a_cpu_sees(family: str) -> None:
     wanted, _ = logits(family, "cpu")
     for got in logits(family, DEVICE):
         torch.testing.assert_close(got, wanted, atol=2e-3, rtol=0)
+
+
+def test_runs_of_several_lengths_attend_as_each_alone() -> None:
+    torch.manual_seed(0)
+    lengths = [64, 48, 36, 64, 1, 200]
+    qkv = torch.randn(sum(lengths), 6, 80, device=DEVICE, dtype=torch.bfloat16)
+    query, key, value = qkv.split(2, dim=1)
+    got = Segments(lengths, torch.device(DEVICE)).attend(query, key, value)
+    parts = [Segments([length], torch.device(DEVICE)) for length in lengths]
+    split = [each.split(lengths) for each in (query, key, value)]
+    wanted = torch.cat([part.attend(*rows) for part, *rows in zip(parts, *split, strict=True)])
+    torch.testing.assert_close(got.float(), wanted.float(), atol=2e-2, rtol=0)

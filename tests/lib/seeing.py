@@ -68,7 +68,7 @@ def filled(model: Any, gemma: bool = False) -> Any:
 
 
 def qwen2_5_vl(**vision: Any) -> Any:
-    """A tower of windows of 4 x 4 patches, the last of whose blocks sees whole pictures."""
+    """A tower of windows of 4 x 4 patches, the last of whose blocks sees whole pictures; its inner size is padded."""
     config = transformers.Qwen2_5_VLConfig(
         text_config={
             **TEXT,
@@ -77,7 +77,7 @@ def qwen2_5_vl(**vision: Any) -> Any:
         vision_config={
             "depth": 3,
             "hidden_size": 32,
-            "intermediate_size": 40,
+            "intermediate_size": 42,
             "num_heads": 2,
             "patch_size": 4,
             "spatial_merge_size": 2,
