@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
+import msgspec
 from aiohttp import web
 from aiohttp.http import StreamWriter
 
@@ -89,20 +90,30 @@ class Choice(Gathered):
             watch.tokens(len(ids), now)
         self._tokens += len(ids)
         if text:
-            said = escaped(text)
-            if transport.is_closing():
-                stream.fail(ConnectionResetError("the client has left"))
-                return
-            transport.write(b"".join((heads[len(said)], said, self._tail)))
-            if transport.get_write_buffer_size() > stream.most:
-                stream.wake()
+            self._say(text, transport, heads)
+
+    def _say(self, text: str, transport: asyncio.Transport, heads: Heads) -> None:
+        """Write the event of a text."""
+        stream = self._stream
+        said = escaped(text)
+        if transport.is_closing():
+            stream.fail(ConnectionResetError("the client has left"))
+            return
+        transport.write(b"".join((heads[len(said)], said, self._tail)))
+        if transport.get_write_buffer_size() > stream.most:
+            stream.wake()
 
     def chunk(self, chunk: Chunk) -> None:
-        """Any other part."""
-        super().chunk(chunk)
+        """Any other part. The text of the last one is written as that of plain tokens is: the handler, which ends the
+        answer, waits for those of others that end in the same step."""
+        stream = self._stream
         if chunk.finish is not None:
-            self._stream.left -= 1
-        self._stream.told(self)
+            if chunk.text and (transport := stream.transport) is not None and (heads := self._heads) is not None:
+                self._say(chunk.text, transport, heads)
+                chunk = msgspec.structs.replace(chunk, text="")
+            stream.left -= 1
+        super().chunk(chunk)
+        stream.told(self)
 
     def fail(self, error: Exception) -> None:
         """The reply ends with `error`, and so does the stream."""
@@ -146,8 +157,8 @@ class Stream:
     # ── called by choices ────────────────────────────────────────────────────────────────────
 
     def told(self, choice: Choice) -> None:
-        """`choice` has gathered something: write it, or leave it to the handler. The last event is for the handler,
-        which ends the answer with it in one write."""
+        """`choice` has gathered something: write it, or leave it to the handler. What ends the reply is for the
+        handler, which ends the answer with it in one write."""
         if self.transport is None or not self.left:
             if not choice.waits:
                 choice.waits = True

@@ -205,8 +205,10 @@ async def test_a_plain_token_is_one_write_and_wakes_nobody(monkeypatch: pytest.M
     assert len(site.wire.written) == before + 100
     assert len(wakes) == woken and not events
     site.boxes[0].put(site.chunk(0, "c", [3], finish="stop"))
+    assert len(site.wire.written) == before + 101, "the text of the last token waits for no handler"
+    assert b'"content":"c"' in site.wire.written[-1]
     await site.done
-    assert len(site.wire.written) == before + 101, "the last events and the end of the answer are one write"
+    assert len(site.wire.written) == before + 102, "what ends the answer is one write"
 
 
 def calls_of(monkeypatch: pytest.MonkeyPatch, kind: type, name: str) -> list[object]:
