@@ -22,6 +22,7 @@ from aiohttp.http import StreamWriter
 
 from engine.errors import Words
 from engine.http.sse import HEADERS, failure_event, words_of
+from engine.http.turns import TURNS, Turns
 from engine.http.wire import ENCODER
 from engine.messages.reply import Chunk
 from engine.runtime.mailbox import Gathered, Mailbox
@@ -141,8 +142,9 @@ class Stream:
     """The way of several choices to one client. `transport` is there while they write to it themselves, and may hold
     `most` bytes; `left` is how many have not ended."""
 
-    def __init__(self, events: Events, boxes: Sequence[Mailbox]) -> None:
+    def __init__(self, events: Events, boxes: Sequence[Mailbox], turns: Turns) -> None:
         self.events = events
+        self._turns = turns
         self.transport: asyncio.Transport | None = None
         self.most = 0
         self.left = len(boxes)
@@ -190,8 +192,9 @@ class Stream:
     def wake(self) -> None:
         """From now on leave all to the handler."""
         self.transport = None
-        if (wanted := self._wanted) is not None and not wanted.done():
-            wanted.set_result(None)
+        if (wanted := self._wanted) is not None:
+            self._wanted = None
+            self._turns.wake(wanted)
 
     # ── called by the handler ────────────────────────────────────────────────────────────────
 
@@ -241,9 +244,8 @@ class Stream:
 
     async def _woken(self) -> None:
         if not self._waiting and self._error is None:
-            self._wanted = asyncio.get_running_loop().create_future()
-            await self._wanted
-            self._wanted = None
+            self._wanted = wanted = asyncio.get_running_loop().create_future()
+            await wanted
 
     def _raise(self) -> None:
         """Raise the error, which is held here no longer: its traceback leads to the whole request."""
@@ -262,7 +264,7 @@ async def send_replies(
     """Answer `request` with the replies that come into the mailboxes of `opened`, which are left before the last event
     is sent. What is raised before the first is raised here; `failure` makes the event of an error after that."""
     async with opened as boxes:
-        stream = Stream(events, boxes)
+        stream = Stream(events, boxes, request.app[TURNS])
         await stream.begun()
         response = EventStream()
         try:

@@ -12,6 +12,7 @@ import aiohttp
 import anyio
 import anyio.lowlevel
 import pytest
+from aiohttp import web
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http import HttpVersion10, HttpVersion11, StreamWriter
 from aiohttp.test_utils import make_mocked_request
@@ -30,6 +31,7 @@ from engine.http.anthropic.reply import AnthropicReply
 from engine.http.native.generate import NativeReply, Scores
 from engine.http.openai.replies import OpenAIReply, Wording
 from engine.http.streams import Choice, Events, Stream, send_replies
+from engine.http.turns import TURNS, Turns
 from engine.messages.reply import Chunk
 from engine.messages.request import Generate
 from engine.runtime.mailbox import Gathered, Mailbox, Nobody, joined, whole
@@ -90,16 +92,20 @@ class Line(BaseProtocol):
 class Site:
     """An answer that is streamed over a Wire; `done` is its task."""
 
-    def __init__(self, events: Events, choices: int = 1, *, http: Any = HttpVersion11) -> None:
+    def __init__(
+        self, events: Events, choices: int = 1, *, http: Any = HttpVersion11, turns: Turns | None = None
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.wire = Wire()
         self.protocol = Line(loop)
         self.protocol.connection_made(self.wire)
         self.boxes = [Mailbox(str(index), str(index)) for index in range(choices)]
         self.counts = [0] * choices
+        app = web.Application()
+        app[TURNS] = turns or Turns()
         writer = StreamWriter(self.protocol, loop)
         request = make_mocked_request(
-            "POST", "/", version=http, writer=writer, protocol=self.protocol, transport=self.wire
+            "POST", "/", version=http, writer=writer, protocol=self.protocol, transport=self.wire, app=app
         )  # type: ignore[arg-type]
 
         @asynccontextmanager
