@@ -4,10 +4,8 @@ OPTIONS are the engine's, as JSON. A line of JSON on standard input is a Job, a 
 Prompts are token ids and replies are not detokenized: what is left of HTTP's work is none of this engine's.
 """
 
-import itertools
 import json
 import random
-import statistics
 import subprocess
 import sys
 import time
@@ -22,7 +20,6 @@ from msgspec import Struct
 
 from bench.lib.workloads import same
 from engine import AsyncEngine, SamplingParams
-from engine.client.bench.spread import percentile
 
 READY = "ready"
 
@@ -38,42 +35,43 @@ class Job(Struct, frozen=True):
     seed: int
 
 
+class Reply(Struct):
+    """One request, in seconds since the first one: when it was sent, when each token came, and when it had ended."""
+
+    sent: float
+    pieces: list[float]
+    ended: float = 0.0
+
+
 class Result(Struct, frozen=True):
-    """Seconds of all; then milliseconds: until each request's first token, the median and the 99th percentile between
-    two tokens of a request, and for each token after a request's first one."""
+    """Seconds of all, and the requests."""
 
     seconds: float
-    first: list[float]
-    step: float
-    step_p99: float
-    each: float
+    replies: list[Reply]
 
 
 async def measure(engine: AsyncEngine, job: Job, vocab: int) -> Result:
     work = same(random.Random(job.seed), job.requests, job.prompt, job.reply, vocab)
     params = SamplingParams(temperature=job.temperature, max_tokens=job.reply, ignore_eos=True, detokenize=False)
-    times: list[list[float]] = [[] for _ in work]
-    left = iter(enumerate(work))
+    replies: list[Reply] = []
+    left = iter(work)
     began = time.perf_counter()
 
     async def one() -> None:
-        for index, (ids, _) in left:
-            asked = time.perf_counter()
+        for ids, _ in left:
+            replies.append(reply := Reply(time.perf_counter() - began, []))
             count = 0
             async for chunk in engine.stream(ids, params):
                 if chunk.ids:
                     count += len(chunk.ids)
-                    times[index].append(time.perf_counter() - asked)
+                    reply.pieces.append(time.perf_counter() - began)
+            reply.ended = time.perf_counter() - began
             assert count == job.reply, f"a reply has {count} tokens, not {job.reply}"
 
     async with anyio.create_task_group() as group:
         for _ in range(min(job.streams, job.requests)):
             group.start_soon(one)
-    seconds = time.perf_counter() - began
-    gaps = sorted(after - before for each in times for before, after in itertools.pairwise(each)) or [0.0]
-    each = statistics.median((one[-1] - one[0]) / max(1, job.reply - 1) for one in times)
-    figures = (statistics.median(gaps), percentile(gaps, 0.99), each)
-    return Result(seconds, [1e3 * one[0] for one in times], *(1e3 * figure for figure in figures))
+    return Result(time.perf_counter() - began, replies)
 
 
 async def serve(options: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ import random
 import signal
 import statistics
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import anyio.to_thread
 import msgspec
 from msgspec import Struct
 
+from bench.http.gaps import Gaps, figures_of, gaps_of, median_of
 from bench.http.offline import Job, Offline, Result, offline
 from bench.lib import synthetic
 from bench.lib.processes import children, cpu_seconds
@@ -43,7 +44,8 @@ from engine.client.client import Client
 HERE = Path(__file__).parents[2]
 APIS: dict[str, Api] = {"completions": "openai", "chat": "chat", "native": "native"}
 USUAL = "completions-256,chat-256,completions-1024,chat-1024,one"
-ONE = 4  # requests of the row `one`
+ONE = 16  # requests of the row `one`
+LONG = 1.2  # medians between two tokens offline, from which a gap is long
 # Of the device's memory: the server starts beside the offline engine, and --memory-fraction counts what others hold.
 OFFLINE_FRACTION, SERVER_FRACTION = "0.42", "0.84"
 # The shape of most templates: marks that are one token each around a role and a text.
@@ -89,8 +91,8 @@ class Turns(Struct):
     offline_rate: list[float] = []
     first: list[tuple[float, float]] = []  # TTFT, ms: median and 99th percentile
     offline_first: list[tuple[float, float]] = []
-    between: list[tuple[float, float]] = []  # ms between two events of a request, the same
-    offline_between: list[tuple[float, float]] = []
+    between: list[Gaps] = []  # two events of a request
+    offline_between: list[Gaps] = []  # two tokens of one
     each: list[float] = []  # ms a token
     offline_each: list[float] = []
     one_token: list[float] = []
@@ -142,7 +144,7 @@ def _answered(run: Run) -> Run:
 async def over_http(
     server: Server, row: Row, prompts: Prompts, clients: Clients, given: Any, seed: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """One run: its figures by the names of Turns."""
+    """One run: its figures by the names of Turns, but `between` is all gaps."""
     target = Target(server.url, server.model, row.api, given.api_key, extra_of(row.api, given.temperature))
     asked = prompts.conversations(row.api, row.requests, given.reply, seed)
     before = cpu_of(server.pid)
@@ -152,11 +154,10 @@ async def over_http(
     tokens = sum(record.output_tokens for record in records)
     events = sum(len(record.pieces) for record in records)
     assert tokens == row.requests * given.reply, f"{tokens} tokens came, not {row.requests * given.reply}"
-    gaps = [gap * 1e3 for record in records for gap in record.gaps] or [0.0]
     return {
         "rate": tokens / run.seconds,
         "first": ends([record.first * 1e3 for record in records]),
-        "between": ends(gaps),
+        "between": gaps_of(records),
         "each": statistics.median([(record.per_token or 0.0) * 1e3 for record in records]),
         "one_token": one_token_share(records),
         "client_cpu": max(load.cpu for load in loads),
@@ -166,11 +167,14 @@ async def over_http(
 
 
 def from_offline(result: Result, row: Row, reply: int) -> dict[str, Any]:
+    """The same of the offline engine."""
+    replies = result.replies
+    each = [(one.pieces[-1] - one.pieces[0]) / max(1, reply - 1) for one in replies]
     return {
         "offline_rate": row.requests * reply / result.seconds,
-        "offline_first": ends(result.first),
-        "offline_between": (result.step, result.step_p99),
-        "offline_each": result.each,
+        "offline_first": ends([(one.pieces[0] - one.sent) * 1e3 for one in replies]),
+        "offline_between": gaps_of(replies),
+        "offline_each": statistics.median(each) * 1e3,
     }
 
 
@@ -265,6 +269,9 @@ class Bench:
             else:
                 http, said = await over_http(server, row, prompts, clients, given, seed)
                 figures |= http
+        limit = LONG * median_of(figures["offline_between"])
+        for name in ("between", "offline_between"):
+            figures[name] = figures_of(figures[name], limit)
         if turn:  # the first warms up
             for name, value in figures.items():
                 getattr(into, name).append(value)
@@ -275,14 +282,15 @@ class Bench:
 
 HEAD = (
     f"{'server':12} {'row':16} {'tok/s':>8} {'offline':>8} {'ratio (min - max)':>21} {'ms/token':>9}"
-    f" {'TTFT ms p50 (more)':>19} {'p99 (more)':>14} {'ITL p99/step':>12} {'one-token':>9} {'client':>6}"
-    f" {'us/event':>8}"
+    f" {'TTFT ms p50 (more)':>19} {'p99 (more)':>14} {'ITL p99/step':>12} {'steady':>12}"
+    f" {'one-token':>9} {'client':>6} {'us/event':>8}"
 )
 
 
 def line(turns: Turns, server: Server | None = None) -> str:
-    """A row of the table. `ms/token` is HTTP's over offline's; `more` is beyond offline's; the inter-token p99 is over
-    offline's median step; `client` is the busiest client's share of a core; `us/event` the CPU time of all fronts."""
+    """A row of the table. `ms/token` is HTTP's over offline's; `more` is beyond offline's; the 99th percentile between
+    tokens is over offline's median, of all gaps and of those while nobody comes or goes, with offline's own beside it;
+    `client` is the busiest client's share of a core; `us/event` the CPU time of all fronts."""
     middle = statistics.median
     ratios = [ours / theirs for ours, theirs in zip(turns.rate, turns.offline_rate, strict=True)]
     each = middle(ours / max(theirs, 1e-9) for ours, theirs in zip(turns.each, turns.offline_each, strict=True))
@@ -291,16 +299,24 @@ def line(turns: Turns, server: Server | None = None) -> str:
         middle(ours[index] - theirs[index] for ours, theirs in zip(turns.first, turns.offline_first, strict=True))
         for index in (0, 1)
     ]
-    between = middle(
-        ours[1] / max(theirs[0], 1e-9) for ours, theirs in zip(turns.between, turns.offline_between, strict=True)
-    )
     ratio = f"{middle(ratios):.3f} ({min(ratios):.3f} - {max(ratios):.3f})"
     front = middle(sum(value for name, value in cpu.items() if _serves(name, cpu)) for cpu in turns.cpu)
     return (
         f"{turns.server:12} {turns.row:16} {middle(turns.rate):8.0f} {middle(turns.offline_rate):8.0f} {ratio:>21}"
         f" {each:9.3f} {f'{first[0]:.1f} ({more[0]:+.1f})':>19} {f'{first[1]:.1f} ({more[1]:+.1f})':>14}"
-        f" {between:12.2f} {min(turns.one_token):9.1%} {max(turns.client_cpu):6.0%} {front:8.1f}"
+        f" {over_step(turns, lambda gaps: gaps.p99):>12} {over_step(turns, lambda gaps: gaps.steady):>12}"
+        f" {min(turns.one_token):9.1%} {max(turns.client_cpu):6.0%} {front:8.1f}"
     )
+
+
+def over_step(turns: Turns, figure: Callable[[Gaps], float]) -> str:
+    """A figure of the gaps over offline's median gap, and (offline's own)."""
+    steps = [max(each.p50, 1e-9) for each in turns.offline_between]
+    ours, theirs = (
+        statistics.median(figure(each) / step for each, step in zip(found, steps, strict=True))
+        for found in (turns.between, turns.offline_between)
+    )
+    return f"{ours:.2f} ({theirs:.2f})"
 
 
 def _serves(name: str, cpu: dict[str, float]) -> bool:

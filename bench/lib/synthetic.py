@@ -3,7 +3,8 @@
 Its tokens are spread as a multilingual vocabulary's are: words with and without a space before them, capitals, digits,
 punctuation as JSON and code have it, runs of spaces, Chinese. What is decoded, and what a grammar lets through, costs
 what it would with a real one. A text is encoded byte by byte; with `whole_words` a word of the vocabulary is one token,
-and a text of such words costs the search for words and a look into the vocabulary for each.
+and a text of such words costs the search for words and a look into the vocabulary for each. All but MARKS of its added
+tokens have a text then: dummy weights draw each id as often as any other, and a token without a text is no event.
 """
 
 import json
@@ -25,6 +26,7 @@ JSON_TOKENS = (
     '{"', '":', '",', '"}', '["', '"]', '":"', '","', '": "', '", "', "],", "},", "[{", "}]", '"],"',
 )  # fmt: skip
 SPECIAL = 300  # ids at the end, the model's own ends among them
+MARKS = 4  # the last of these
 
 
 def tokens(size: int, seed: int = 0) -> list[bytes]:
@@ -76,7 +78,8 @@ def tokenizer(size: int, whole_words: bool = False) -> Tokenizer:
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=whole_words))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=whole_words)
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(f"<|{id}|>", special=True) for id in range(len(spelled), size)])
+    silent = range(size - MARKS if whole_words else len(spelled), size)
+    made.add_tokens([AddedToken(f"<|{id}|>", special=id in silent) for id in range(len(spelled), size)])
     return made
 
 

@@ -35,6 +35,7 @@ from engine.http.responses import routes as responses
 from engine.http.responses.store import STORE, ResponseStore
 from engine.http.service import SERVICE, Service
 from engine.http.shaping import shaped
+from engine.http.turns import TURNS, Turns
 from engine.http.wire import to_json
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def create_app(front: "Front", options: ServerOptions, routes: Sequence[Route] =
     app[INTAKE] = Intake(options, front.board)
     app[PASSAGE] = Passage(front.peers)
     app[LIVE] = LiveEvents(front)
+    app[TURNS] = Turns()
     app[STORE] = store = ResponseStore(front.board, front.peers)
     app.on_cleanup.append(lambda app: store.close())
     app[DOCUMENT] = to_json(describe(routes, models=service.models, keyed=keys.asked))

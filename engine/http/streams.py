@@ -16,11 +16,13 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
+import msgspec
 from aiohttp import web
 from aiohttp.http import StreamWriter
 
 from engine.errors import Words
 from engine.http.sse import HEADERS, failure_event, words_of
+from engine.http.turns import TURNS, Turns
 from engine.http.wire import ENCODER
 from engine.messages.reply import Chunk
 from engine.runtime.mailbox import Gathered, Mailbox
@@ -89,20 +91,30 @@ class Choice(Gathered):
             watch.tokens(len(ids), now)
         self._tokens += len(ids)
         if text:
-            said = escaped(text)
-            if transport.is_closing():
-                stream.fail(ConnectionResetError("the client has left"))
-                return
-            transport.write(b"".join((heads[len(said)], said, self._tail)))
-            if transport.get_write_buffer_size() > stream.most:
-                stream.wake()
+            self._say(text, transport, heads)
+
+    def _say(self, text: str, transport: asyncio.Transport, heads: Heads) -> None:
+        """Write the event of a text."""
+        stream = self._stream
+        said = escaped(text)
+        if transport.is_closing():
+            stream.fail(ConnectionResetError("the client has left"))
+            return
+        transport.write(b"".join((heads[len(said)], said, self._tail)))
+        if transport.get_write_buffer_size() > stream.most:
+            stream.wake()
 
     def chunk(self, chunk: Chunk) -> None:
-        """Any other part."""
-        super().chunk(chunk)
+        """Any other part. The text of the last one is written as that of plain tokens is: the handler, which ends the
+        answer, waits for those of others that end in the same step."""
+        stream = self._stream
         if chunk.finish is not None:
-            self._stream.left -= 1
-        self._stream.told(self)
+            if chunk.text and (transport := stream.transport) is not None and (heads := self._heads) is not None:
+                self._say(chunk.text, transport, heads)
+                chunk = msgspec.structs.replace(chunk, text="")
+            stream.left -= 1
+        super().chunk(chunk)
+        stream.told(self)
 
     def fail(self, error: Exception) -> None:
         """The reply ends with `error`, and so does the stream."""
@@ -130,8 +142,9 @@ class Stream:
     """The way of several choices to one client. `transport` is there while they write to it themselves, and may hold
     `most` bytes; `left` is how many have not ended."""
 
-    def __init__(self, events: Events, boxes: Sequence[Mailbox]) -> None:
+    def __init__(self, events: Events, boxes: Sequence[Mailbox], turns: Turns) -> None:
         self.events = events
+        self._turns = turns
         self.transport: asyncio.Transport | None = None
         self.most = 0
         self.left = len(boxes)
@@ -146,8 +159,8 @@ class Stream:
     # ── called by choices ────────────────────────────────────────────────────────────────────
 
     def told(self, choice: Choice) -> None:
-        """`choice` has gathered something: write it, or leave it to the handler. The last event is for the handler,
-        which ends the answer with it in one write."""
+        """`choice` has gathered something: write it, or leave it to the handler. What ends the reply is for the
+        handler, which ends the answer with it in one write."""
         if self.transport is None or not self.left:
             if not choice.waits:
                 choice.waits = True
@@ -179,8 +192,9 @@ class Stream:
     def wake(self) -> None:
         """From now on leave all to the handler."""
         self.transport = None
-        if (wanted := self._wanted) is not None and not wanted.done():
-            wanted.set_result(None)
+        if (wanted := self._wanted) is not None:
+            self._wanted = None
+            self._turns.wake(wanted)
 
     # ── called by the handler ────────────────────────────────────────────────────────────────
 
@@ -230,9 +244,8 @@ class Stream:
 
     async def _woken(self) -> None:
         if not self._waiting and self._error is None:
-            self._wanted = asyncio.get_running_loop().create_future()
-            await self._wanted
-            self._wanted = None
+            self._wanted = wanted = asyncio.get_running_loop().create_future()
+            await wanted
 
     def _raise(self) -> None:
         """Raise the error, which is held here no longer: its traceback leads to the whole request."""
@@ -251,7 +264,7 @@ async def send_replies(
     """Answer `request` with the replies that come into the mailboxes of `opened`, which are left before the last event
     is sent. What is raised before the first is raised here; `failure` makes the event of an error after that."""
     async with opened as boxes:
-        stream = Stream(events, boxes)
+        stream = Stream(events, boxes, request.app[TURNS])
         await stream.begun()
         response = EventStream()
         try:

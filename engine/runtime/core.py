@@ -21,13 +21,13 @@ from engine.errors import EngineError
 from engine.grammars.engines import grammar_engines
 from engine.logs import set_up_logging
 from engine.messages import FromFront, ToFront
-from engine.messages.control import Boot, Fatal
+from engine.messages.control import Boot, Fatal, WorkerReady
 from engine.messages.fronts import FrontLost
 from engine.messages.grammars import GRAMMAR
 from engine.messages.step import steps_in_flight
 from engine.plugin.registry import Plugins
 from engine.runtime.actor import Actor, supervise
-from engine.runtime.allocator import give_back_large_blocks
+from engine.runtime.allocator import give_back_large_blocks, keep_for_good
 from engine.runtime.channel import Frames, Outbox, channel, open_channel
 from engine.runtime.process import Child, Start, spawn
 from engine.sched.policies import make_policy, policy_name
@@ -101,6 +101,20 @@ class CoreLink:
             await child.leave()
 
 
+class ToServing:
+    """The way of a core to its front; all that the process has when the engine is ready, it keeps."""
+
+    def __init__(self, front: Outbox[ToFront]) -> None:
+        self._front = front
+        self._serves = False
+
+    async def send(self, message: ToFront) -> None:
+        await self._front.send(message)
+        if isinstance(message, WorkerReady) and not self._serves:
+            self._serves = True
+            keep_for_good()
+
+
 async def _run(descriptor: int) -> None:
     stream = await anyio.abc.UNIXSocketStream.from_socket(socket.socket(fileno=descriptor))
     frames: Frames[Boot | FromFront] = Frames(stream, Boot | FromFront)
@@ -110,7 +124,7 @@ async def _run(descriptor: int) -> None:
         return
     set_up_logging(boot.config.process.log_level)
     try:
-        actors, scheduler = core_actors(boot.config, frames)
+        actors, scheduler = core_actors(boot.config, ToServing(frames))
     except EngineError as error:
         await frames.send(Fatal("core process", str(error)))
         return

@@ -23,6 +23,7 @@ from engine.messages import ToWorker
 from engine.messages.control import Agreed, Boot, Fatal, Pong, Preload, Proposed
 from engine.options.parallel import ParallelOptions
 from engine.runtime.channel import BlockingFrames
+from engine.worker.sleeping import sleep_precisely
 from engine.worker.spare import expendable, import_all, import_worker, imported_since
 from engine.worker.watchdog import watch
 
@@ -85,6 +86,7 @@ def _run(frames: BlockingFrames[ToWorker], boot: Boot, import_seconds: float) ->
     ready = msgspec.structs.replace(ready, modules=imported_since(known))
     gc.collect()
     gc.freeze()  # a look at all that there is by now takes tens of milliseconds, in the middle of a step
+    sleep_precisely()
     try:
         frames.send(ready)
         parallel = boot.config.parallel

@@ -19,6 +19,7 @@ from engine.http.openapi import Route
 from engine.http.service import SERVICE, Service, program_of, salt_of
 from engine.http.sse import WORDS
 from engine.http.tools import FEW_MESSAGES
+from engine.http.turns import TURNS
 from engine.http.wire import Body, Priority, Reply, json_response
 from engine.media.store import showing
 from engine.messages.reply import Chunk
@@ -115,7 +116,9 @@ async def scored(request: web.Request, plans: Sequence[Plan], endpoint: str) -> 
     """The replies to all requests of `plans`, in their order, once all have come."""
     jobs = [job for plan in plans for job in plan.jobs]
     async with request.app[SERVICE].replies(request, jobs[0].rid, jobs, endpoint) as boxes:
-        return await whole(boxes)
+        replies = await whole(boxes)
+        await request.app[TURNS].next()
+    return replies
 
 
 ROUTES = (Route("POST", "/v1/choices", choices, takes=ChoicesBody, gives=ChoicesReply),)

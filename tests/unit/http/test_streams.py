@@ -12,6 +12,7 @@ import aiohttp
 import anyio
 import anyio.lowlevel
 import pytest
+from aiohttp import web
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http import HttpVersion10, HttpVersion11, StreamWriter
 from aiohttp.test_utils import make_mocked_request
@@ -30,6 +31,7 @@ from engine.http.anthropic.reply import AnthropicReply
 from engine.http.native.generate import NativeReply, Scores
 from engine.http.openai.replies import OpenAIReply, Wording
 from engine.http.streams import Choice, Events, Stream, send_replies
+from engine.http.turns import TURNS, Turns
 from engine.messages.reply import Chunk
 from engine.messages.request import Generate
 from engine.runtime.mailbox import Gathered, Mailbox, Nobody, joined, whole
@@ -90,16 +92,20 @@ class Line(BaseProtocol):
 class Site:
     """An answer that is streamed over a Wire; `done` is its task."""
 
-    def __init__(self, events: Events, choices: int = 1, *, http: Any = HttpVersion11) -> None:
+    def __init__(
+        self, events: Events, choices: int = 1, *, http: Any = HttpVersion11, turns: Turns | None = None
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.wire = Wire()
         self.protocol = Line(loop)
         self.protocol.connection_made(self.wire)
         self.boxes = [Mailbox(str(index), str(index)) for index in range(choices)]
         self.counts = [0] * choices
+        app = web.Application()
+        app[TURNS] = turns or Turns()
         writer = StreamWriter(self.protocol, loop)
         request = make_mocked_request(
-            "POST", "/", version=http, writer=writer, protocol=self.protocol, transport=self.wire
+            "POST", "/", version=http, writer=writer, protocol=self.protocol, transport=self.wire, app=app
         )  # type: ignore[arg-type]
 
         @asynccontextmanager
@@ -205,8 +211,10 @@ async def test_a_plain_token_is_one_write_and_wakes_nobody(monkeypatch: pytest.M
     assert len(site.wire.written) == before + 100
     assert len(wakes) == woken and not events
     site.boxes[0].put(site.chunk(0, "c", [3], finish="stop"))
+    assert len(site.wire.written) == before + 101, "the text of the last token waits for no handler"
+    assert b'"content":"c"' in site.wire.written[-1]
     await site.done
-    assert len(site.wire.written) == before + 101, "the last events and the end of the answer are one write"
+    assert len(site.wire.written) == before + 102, "what ends the answer is one write"
 
 
 def calls_of(monkeypatch: pytest.MonkeyPatch, kind: type, name: str) -> list[object]:

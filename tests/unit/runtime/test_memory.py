@@ -128,3 +128,28 @@ assert gc.get_freeze_count() > 1000
 assert not any(each is kept for each in gc.get_objects())
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_core_of_its_own_keeps_what_it_has_once_its_front_knows_that_the_worker_is_ready() -> None:
+    """And not again where another worker takes the place of one that died: requests are under way then."""
+    script = """
+import asyncio, gc
+from engine.messages.control import Stats, WorkerReady
+from engine.runtime.core import ToServing
+
+class Front:
+    async def send(self, message):
+        told.append((type(message).__name__, gc.get_freeze_count() > 1000))
+
+told = []
+front = ToServing(Front())
+ready = WorkerReady(100, 16, 8, 2048, 2048, 1000, 1024, "cpu", "torch", {})
+for message in (Stats("starting"), ready, Stats("ready")):
+    asyncio.run(front.send(message))
+assert told == [("Stats", False), ("WorkerReady", False), ("Stats", True)], told
+frozen = gc.get_freeze_count()
+kept = [[] for _ in range(1000)]
+asyncio.run(front.send(ready))
+assert gc.get_freeze_count() <= frozen
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
