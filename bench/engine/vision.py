@@ -272,8 +272,8 @@ async def throughput(options: argparse.Namespace, config: dict[str, Any], ours: 
         assert all(len(ids) == options.tokens for ids in said), "a reply ended early"
         found = {"ours": seconds}
         if theirs is not None:
-            some, tokens = (requests, options.tokens) if turn else (requests[:2], min(8, options.tokens))
-            found["transformers"] = theirs.generate(theirs.inputs(some, config), tokens)
+            tokens = options.tokens if turn else min(8, options.tokens)
+            found["transformers"] = theirs.generate(theirs.inputs(requests, config), tokens)
         if turn:
             for name, value in found.items():
                 times[name].append(value)
