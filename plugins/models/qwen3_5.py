@@ -42,7 +42,6 @@ SECTIONS = [11, 11, 10]  # of the rotated pairs of a head: by time, height and w
 class Qwen35(CausalLM):
     """`Qwen3_5ForCausalLM`, `Qwen3_5MoeForCausalLM` and `Qwen3NextForCausalLM` of Hugging Face."""
 
-    in_copies = False
     most_graph_tokens = 0  # a prompt is cut into chunks by what the host knows of it
     renamed = (("model.language_model.", "model."),)
     unused: tuple[str, ...] = ("mtp.", "model.visual.")
