@@ -33,7 +33,7 @@ from engine.layers.mla import LatentAttention
 from engine.layers.model import Elsewhere, Layer, Model, check_shape, empty_weight, put
 from engine.layers.moe import Experts, Mixture, Router, SparseMLP
 from engine.layers.norm import LayerNorm, RMSNorm
-from engine.layers.pieces import divided, one_after_the_other
+from engine.layers.pieces import Ranges, Rows, Stacks, beside, divided, one_after_the_other, rows_of
 from engine.layers.quantization import Quantized, QuantizedExperts, QuantizedLinear, Shard
 from engine.layers.rotary import Rotary, rope_terms, rope_type, yarn_scale
 from engine.layers.spread import over_copies
@@ -93,6 +93,7 @@ __all__ = [
     "QuantizedExperts",
     "QuantizedLinear",
     "RMSNorm",
+    "Ranges",
     "ReplicatedLinear",
     "Rotary",
     "Rotations",
@@ -100,16 +101,19 @@ __all__ = [
     "Router",
     "Routing",
     "RowLinear",
+    "Rows",
     "Scheme",
     "Segments",
     "SelfAttention",
     "Shard",
     "SparseMLP",
+    "Stacks",
     "Turn",
     "VisionAttention",
     "VisionBlock",
     "VisionMLP",
     "WholeSpan",
+    "beside",
     "block_places",
     "check_layout",
     "check_shape",
@@ -125,6 +129,7 @@ __all__ = [
     "put",
     "rope_terms",
     "rope_type",
+    "rows_of",
     "turned_by",
     "vision_activation",
     "yarn_scale",

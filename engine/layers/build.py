@@ -5,20 +5,23 @@ Layers ask it for their share of a dimension, so models never see a rank.
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from engine.errors import ConfigError
 from engine.kernels import KernelSet, choose
 from engine.layers.attention import AttentionBackend, AttentionShape, Backend
 from engine.layers.latent import LatentBackend, LatentShape
+from engine.layers.pieces import Ranges
 from engine.layers.quantization import QuantizedExperts, QuantizedLinear, Shard
 from engine.parallel.collectives import Group
 from engine.parallel.groups import Groups
 from engine.parallel.mesh import ALONE, Axis, Mesh
 from engine.parallel.ways import Ways
+from engine.plugin.specs import LazyTensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,3 +137,14 @@ class Scheme(ABC):
     def experts(self, build: Build, count: int, size: int, inner: int, share: slice) -> QuantizedExperts:
         """The storage of `count` gated MLPs between `size` and `inner`, of the latter's numbers `share` alone: rows of
         gate and up, columns of down. Raises ConfigError as `linear`."""
+
+    def divided(self, name: str, tensor: LazyTensor, parts: Mapping[str, Ranges]) -> Iterator[tuple[str, LazyTensor]]:
+        """`tensor`, called `name` in the checkpoint, as those of the modules `parts` beside its own, which are these
+        rows of the matrix that it belongs to: scales, or numbers that are packed. What is called `weight` or `bias`
+        divides by its own rows, and does not come here.
+
+        Raises ConfigError for one that cannot be divided so, and by default for all."""
+        raise ConfigError(
+            f"{name} belongs to a matrix that stacks {', '.join(parts)}, and the quantization {type(self).__name__} "
+            "does not divide such; take a checkpoint that leaves this module as it is"
+        )

@@ -216,7 +216,7 @@ class Block(nn.Module):
 class SelfAttention(Layer):
     """Projections, attention, and the scales of an FP8 cache, where the checkpoint has them.
 
-    The gates of heads are `gate_proj`: checkpoints stack them with the queries, and a model divides them (pieces.py).
+    The gates of heads are `gate_proj`: checkpoints stack them with the queries, and a model says so (`Model.stacked`).
     """
 
     extras = ("k_scale", "v_scale", "k_proj.k_scale", "v_proj.v_scale")

@@ -105,7 +105,7 @@ class GatedDeltaNet(Layer):
     """Layer `place` of those that keep these states. Checkpoints call it `linear_attn`.
 
     Its projections are `in_proj_q`, `in_proj_k`, `in_proj_v` and `in_proj_z`, and of the gates `in_proj_b` and
-    `in_proj_a`: a model whose checkpoints stack them otherwise divides them (pieces.py)."""
+    `in_proj_a`: a model whose checkpoints stack them otherwise says so (`Model.stacked`)."""
 
     def __init__(self, shape: DeltaShape, build: Build, place: int, *, summed: bool = True) -> None:
         super().__init__()

@@ -119,7 +119,8 @@ class Linear(Layer):
         if scheme is None or not self.waits:
             return
         self.waits = False
-        paths = [checkpoint_path(self.stored_as or path, part) for part in self.parts]
+        modules = dict.fromkeys(self.stored_in.get(part, part) for part in self.parts)
+        paths = [checkpoint_path(self.stored_as or path, module) for module in modules]
         taken = [each for each in paths if scheme.takes(each)]
         if not taken:
             self.weight = empty_weight(self.build, *self.weight.shape)

@@ -9,7 +9,8 @@ is built `deferred` has none until then. Left out: weights that change shape on 
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from engine.errors import ConfigError
 from engine.layers.attention import Backend
 from engine.layers.batch import Batch
 from engine.layers.build import Build
+from engine.layers.pieces import Stacks, divided
 from engine.messages.media import Pixels
 from engine.messages.step import TOKEN
 from engine.options.sizes import show_size
@@ -38,6 +40,7 @@ class Layer(nn.Module):
     parts: tuple[str, ...] = ("",)
     extras: tuple[str, ...] = ()
     stored_as: str = ""  # its path in a checkpoint that names it otherwise than the model does
+    stored_in: Mapping[str, str] = MappingProxyType({})  # by a part: the checkpoint's module that stacks it with others
 
     def named(self, path: str) -> None:
         """Called once, before any weight is loaded: the layer's path in the model, which is its name in checkpoints."""
@@ -170,6 +173,7 @@ class Model(nn.Module, ABC):
     vocabulary: Divided | None = None  # whose logits a rank makes, where several divide them
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # ends of names in checkpoints that hold no weight
     renamed: tuple[tuple[str, str], ...] = ()  # beginnings of names in some checkpoints, and what they are here
+    stacked: Stacks = MappingProxyType({})  # modules of its checkpoints that stack what layers hold apart
     turns = False  # whether rotary embedding may place a token elsewhere than at its position (Batch.turns)
     sees = False  # whether it `encode`s media
     most_encoded: int = 1 << 30  # embeddings that are made at a time at most
@@ -188,6 +192,7 @@ class Model(nn.Module, ABC):
             )
         self.device = build.device
         self.dtype = build.dtype
+        self.quantization = build.quantization
         self.page_size = build.page_size
         self.kernels = build.kernels
 
@@ -251,11 +256,18 @@ class Model(nn.Module, ABC):
             for beginning, own in self.renamed
             if names is None or any(name.startswith(beginning) for name in names)
         ]
+        modules = {  # by a module here (parent.module): the one of checkpoints that stacks it
+            f"{stack.rpartition('.')[0]}.{part}": stack.rpartition(".")[2]
+            for stack, parts in self.stacked.items()
+            for part in parts
+        }
         for path, layer in self.named_modules():
             if isinstance(layer, Layer):
                 layer.stored_as = next(
                     (old + path.removeprefix(own) for old, own in used if path.startswith(own)), path
                 )
+                ends = {part: _last_two(checkpoint_path(path, part)) for part in layer.parts}
+                layer.stored_in = {part: modules[end] for part, end in ends.items() if end in modules}
                 layer.named(path)
 
     def allocate(self) -> None:
@@ -281,7 +293,7 @@ class Model(nn.Module, ABC):
         A parameter shared by two layers (tied embeddings) is loaded under its first name; the other
         name may appear in the checkpoint and is passed over.
         """
-        tensors = list(tensors)
+        tensors = [part for name, tensor in tensors for part in self._apart(name, tensor)]
         self.name_layers(name for name, _ in tensors)
         wanted, found = self._matched((self._own_name(name), tensor) for name, tensor in tensors)
         for name, tensor in found:
@@ -295,6 +307,16 @@ class Model(nn.Module, ABC):
         for module in self.modules():
             if isinstance(module, Layer):
                 module.loaded()
+
+    def _apart(self, name: str, tensor: LazyTensor) -> Iterator[tuple[str, LazyTensor]]:
+        """What a checkpoint stacks as what the layers hold, and anything else as it is."""
+        module, _, end = name.rpartition(".")
+        parts = self.stacked.get(_last_two(module))
+        if parts is not None and end in ("weight", "bias"):
+            return divided(name, tensor, parts)
+        if parts is not None and self.quantization is not None:
+            return self.quantization.divided(name, tensor, parts)
+        return iter([(name, tensor)])
 
     def _own_name(self, name: str) -> str:
         """What a weight of a checkpoint is called here."""
@@ -350,6 +372,11 @@ class Model(nn.Module, ABC):
 def checkpoint_path(path: str, part: str) -> str:
     """The module path in the checkpoint of `part` of the layer at `path`: its sibling of that name."""
     return path if not part else ".".join([*path.split(".")[:-1], part])
+
+
+def _last_two(path: str) -> str:
+    """Of a module's path its own name, behind its parent's."""
+    return ".".join(path.split(".")[-2:])
 
 
 def _some(names: list[str]) -> str:

@@ -2,8 +2,8 @@
 
     q_proj  query 0 │ gate 0 │ query 1 │ gate 1      -> q_proj  query 0 │ query 1      gate_proj  gate 0 │ gate 1
 
-A model whose checkpoints do so gives `Model.load` the parts in the place of the whole. Left out: columns, and blocks of
-a matrix that share a scale.
+A model whose checkpoints do so says it in `stacked`, and loads the parts in the place of the whole. Scales of a
+quantization divide as it says (`Scheme.divided`). Left out: columns.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,22 +16,33 @@ from engine.errors import ConfigError
 from engine.plugin.specs import LazyTensor
 
 Ranges = Sequence[tuple[int, int]]  # of rows, one after the other: the first, and how many
+# By a module of checkpoints (parent.module): the modules that it stacks, which lie beside it here, and their rows in it
+Stacks = Mapping[str, Mapping[str, Ranges]]
 Index = slice | tuple[slice, ...]
 
 
 def divided(name: str, tensor: LazyTensor, parts: Mapping[str, Ranges]) -> Iterator[tuple[str, LazyTensor]]:
     """`tensor`, called `name` in the checkpoint (path.module.weight), as those of the modules `parts` in the place of
     its own, each of these rows. Raises ConfigError when it has other rows than they."""
-    path, _, end = name.rpartition(".")
-    path = path.rpartition(".")[0]
-    rows = sum(count for ranges in parts.values() for _, count in ranges)
+    rows = rows_of(parts)
     if tensor.shape[0] != rows:
         raise ConfigError(
             f"weight {name} has shape {tuple(tensor.shape)} in the checkpoint, but its configuration "
             f"calls for {rows} rows: the two do not belong together"
         )
     for part, ranges in parts.items():
-        yield f"{path}.{part}.{end}", Rows(tensor, ranges)
+        yield beside(name, part), Rows(tensor, ranges)
+
+
+def rows_of(parts: Mapping[str, Ranges]) -> int:
+    """How many rows all of them have together."""
+    return sum(count for ranges in parts.values() for _, count in ranges)
+
+
+def beside(name: str, part: str) -> str:
+    """What a tensor called `name` in the checkpoint (path.module.X) is called in the module `part` beside its own."""
+    path, _, end = name.rpartition(".")
+    return f"{path.rpartition('.')[0]}.{part}.{end}"
 
 
 def one_after_the_other(sizes: Mapping[str, int]) -> dict[str, Ranges]:

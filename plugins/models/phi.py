@@ -4,10 +4,8 @@ They are the shared decoder; query, key and value, and gate and up, are one tens
 mixtures of experts, images.
 """
 
-from collections.abc import Iterable, Iterator
-
-from engine.plugin import LazyTensor, Terms
-from engine.plugin.layers import AttentionKind, Build, CausalLM, DecoderShape, divided, one_after_the_other
+from engine.plugin import Terms
+from engine.plugin.layers import AttentionKind, Build, CausalLM, DecoderShape, one_after_the_other
 
 
 class Phi3(CausalLM):
@@ -17,9 +15,9 @@ class Phi3(CausalLM):
         super().__init__(config, build)
         shape = self.shape_of(Terms.of(config))
         query, key = shape.query_heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        self.fused = {
-            "qkv_proj": one_after_the_other({"q_proj": query, "k_proj": key, "v_proj": key}),
-            "gate_up_proj": one_after_the_other(dict.fromkeys(("gate_proj", "up_proj"), shape.intermediate_size)),
+        self.stacked = {
+            "self_attn.qkv_proj": one_after_the_other({"q_proj": query, "k_proj": key, "v_proj": key}),
+            "mlp.gate_up_proj": one_after_the_other(dict.fromkeys(("gate_proj", "up_proj"), shape.intermediate_size)),
         }
 
     @staticmethod
@@ -27,11 +25,3 @@ class Phi3(CausalLM):
         window = config.integer("sliding_window", None, low=0) or None
         rope = Terms({"original_max_position_embeddings": 4096, **config}, config.source)
         return DecoderShape.of(config, kinds=(AttentionKind(rope=rope, window=window),))
-
-    def load(self, tensors: Iterable[tuple[str, LazyTensor]]) -> None:
-        super().load(part for name, tensor in tensors for part in self._parts(name, tensor))
-
-    def _parts(self, name: str, tensor: LazyTensor) -> Iterator[tuple[str, LazyTensor]]:
-        """A fused tensor as its parts, another as it is. Raises ConfigError when it has other rows than they."""
-        last = name.rpartition(".")[0].rpartition(".")[2]
-        return divided(name, tensor, self.fused[last]) if last in self.fused else iter([(name, tensor)])

@@ -6,16 +6,16 @@
 Norms multiply by 1 + weight. Attention rotates a quarter of a head, by three positions where the model sees. The tower
 is Qwen3-VL's without DeepStack. Checkpoints stack what heads divide: each head's queries and gates, the projections of
 the delta nets (Qwen3-Next stacks them head by head), and in some checkpoints all experts. Left out: the layer that
-predicts further tokens (`mtp`), whose weights are passed over; quantized checkpoints; copies of attention.
+predicts further tokens (`mtp`), whose weights are passed over.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from engine.plugin import MANY, ConfigError, LazyTensor, Terms
+from engine.plugin import MANY, LazyTensor, Terms
 from engine.plugin.layers import (
     AttentionKind,
     Build,
@@ -24,8 +24,9 @@ from engine.plugin.layers import (
     DeltaShape,
     GatedDeltaNet,
     Mixture,
+    Ranges,
     Routing,
-    divided,
+    Stacks,
     experts_apart,
     one_after_the_other,
     rope_terms,
@@ -33,6 +34,7 @@ from engine.plugin.layers import (
 from engine_plugins.models.qwen2_5_vl import SeesPatches
 from engine_plugins.models.qwen3_vl import Tower
 
+NEXT = "qwen3_next"  # the model_type of Qwen3-Next
 LINEAR, FULL = "linear_attention", "full_attention"
 SECTIONS = [11, 11, 10]  # of the rotated pairs of a head: by time, height and width
 
@@ -40,7 +42,6 @@ SECTIONS = [11, 11, 10]  # of the rotated pairs of a head: by time, height and w
 class Qwen35(CausalLM):
     """`Qwen3_5ForCausalLM`, `Qwen3_5MoeForCausalLM` and `Qwen3NextForCausalLM` of Hugging Face."""
 
-    in_copies = False
     most_graph_tokens = 0  # a prompt is cut into chunks by what the host knows of it
     renamed = (("model.language_model.", "model."),)
     unused: tuple[str, ...] = ("mtp.", "model.visual.")
@@ -49,7 +50,7 @@ class Qwen35(CausalLM):
         super().__init__(config, build)
         terms = Terms.of(config)
         self.shape = self.shape_of(terms)
-        self.stacked = stacked_parts(self.shape, delta_shape(terms))
+        self.stacked = stacked_parts(terms, self.shape)
 
     @staticmethod
     def shape_of(config: Terms) -> DecoderShape:
@@ -87,21 +88,7 @@ class Qwen35(CausalLM):
         )
         if (mixture := self.shape.mixture) is not None:
             used = experts_apart(used, mixture.routing.experts, self.shape.hidden_size, mixture.inner)
-        super().load(part for name, tensor in used for part in self._parts(name, tensor))
-
-    def _parts(self, name: str, tensor: LazyTensor) -> Iterator[tuple[str, LazyTensor]]:
-        """What checkpoints stack, as what the layers hold."""
-        path, _, end = name.rpartition(".")
-        module = path.rpartition(".")[2]
-        if module in self.stacked:
-            if end not in ("weight", "bias"):
-                raise ConfigError(
-                    f"the checkpoint is quantized, as it has {name}; of this family only checkpoints in bfloat16, "
-                    "float16 or float32 are supported"
-                )
-            yield from divided(name, tensor, self.stacked[module])
-        else:
-            yield name, tensor
+        super().load(used)
 
 
 class Qwen35VL(SeesPatches, Qwen35):
@@ -171,7 +158,7 @@ def mixture_of(config: Terms) -> Mixture | None:
     every, dense = config.integer("decoder_sparse_step", 1), config.integers("mlp_only_layers")
     layers = range(config.integer("num_hidden_layers", high=MANY))
     # Only Qwen3-Next has a choice.
-    normalised = config.flag("norm_topk_prob", True) or config.word("model_type", "") != "qwen3_next"
+    normalised = config.flag("norm_topk_prob", True) or config.word("model_type", "") != NEXT
     return Mixture(
         routing=Routing(experts=experts, top_k=chosen, normalised=normalised),
         inner=config.integer("moe_intermediate_size"),
@@ -181,24 +168,25 @@ def mixture_of(config: Terms) -> Mixture | None:
     )
 
 
-def stacked_parts(shape: DecoderShape, delta: DeltaShape) -> dict[str, dict[str, Any]]:
-    """By a module of checkpoints: the modules here that it stacks, and the rows of each."""
-    dim, key, each = shape.head_dim, delta.key_dim, delta.value_heads // delta.key_heads
-    values = each * delta.value_dim
+def stacked_parts(config: Terms, shape: DecoderShape) -> Stacks:
+    """What checkpoints stack: each head's queries and gates, and the projections of the delta nets."""
+    delta, dim = delta_shape(config), shape.head_dim
     query = range(0, 2 * dim * shape.query_heads, 2 * dim)
+    gated = {"q_proj": [(first, dim) for first in query], "gate_proj": [(first + dim, dim) for first in query]}
+    if config.word("model_type", "") != NEXT:
+        sizes = {"in_proj_q": delta.keys, "in_proj_k": delta.keys, "in_proj_v": delta.values}
+        return {"self_attn.q_proj": gated, "linear_attn.in_proj_qkv": one_after_the_other(sizes)}
+    key, each = delta.key_dim, delta.value_heads // delta.key_heads
+    values = each * delta.value_dim
     mixed = {"in_proj_q": key, "in_proj_k": key, "in_proj_v": values, "in_proj_z": values}
-    gates = {"in_proj_b": each, "in_proj_a": each}
     return {
-        "q_proj": {"q_proj": [(first, dim) for first in query], "gate_proj": [(first + dim, dim) for first in query]},
-        "in_proj_qkv": one_after_the_other(
-            {"in_proj_q": delta.keys, "in_proj_k": delta.keys, "in_proj_v": delta.values}
-        ),
-        "in_proj_qkvz": by_head(mixed, delta.key_heads),
-        "in_proj_ba": by_head(gates, delta.key_heads),
+        "self_attn.q_proj": gated,
+        "linear_attn.in_proj_qkvz": by_head(mixed, delta.key_heads),
+        "linear_attn.in_proj_ba": by_head({"in_proj_b": each, "in_proj_a": each}, delta.key_heads),
     }
 
 
-def by_head(sizes: dict[str, int], heads: int) -> dict[str, list[tuple[int, int]]]:
+def by_head(sizes: dict[str, int], heads: int) -> dict[str, Ranges]:
     """The rows of modules that lie one below the other within each head, so many of each."""
     whole = sum(sizes.values())
     first = one_after_the_other(sizes)

@@ -11,8 +11,9 @@ refused, as the scales of a part begin where it does. Left out: blocks of other 
 """
 
 import logging
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,11 +34,16 @@ from engine.plugin.layers import (
     ExpertWeights,
     QuantizedExperts,
     QuantizedLinear,
+    Ranges,
+    Rows,
     Scheme,
     Shard,
+    beside,
     check_shape,
+    divided,
     empty_weight,
     put,
+    rows_of,
 )
 
 log = logging.getLogger("engine.quantization")
@@ -48,6 +54,8 @@ ALL = re.compile("")
 CLASSES = ("Linear",)
 LEFT = r"(?:{0})(?:(?<=\.)|(?=\.|\Z))|.*{1}\Z"  # as transformers has it: up to a dot, or the end of a name
 EXPERT = re.compile(r"\.experts\.\d+\..*\Z")
+# Of few rows, and what they gate lives on in a state or weighs all that an expert says: checkpoints leave them as well.
+GATES = re.compile(r".*\.(?:in_proj_(?:a|b|ba)|shared_expert_gate)\Z")
 SPREAD = 64.0  # of the numbers of dummy weights, which end at 448
 
 Granularity = Literal["blocks", "rows"]  # a tensor's one scale is kept as that of each row
@@ -130,7 +138,7 @@ def _granularity(block: tuple[int, ...]) -> Granularity:
 
 class Fp8(Scheme):
     def __init__(self, terms: Mapping[str, Any] | None) -> None:
-        self.stored = Stored("blocks", made=True) if terms is None else Stored.read(Terms.of(terms))
+        self.stored = Stored("blocks", left=(GATES,), made=True) if terms is None else Stored.read(Terms.of(terms))
 
     def takes(self, path: str) -> bool:
         stored = self.stored
@@ -149,6 +157,16 @@ class Fp8(Scheme):
         self._check_cut(inner, share)
         return Fp8Experts(build, count, size, inner, share, self.stored.granularity)
 
+    def divided(self, name: str, tensor: LazyTensor, parts: Mapping[str, Ranges]) -> Iterator[tuple[str, LazyTensor]]:
+        if math.prod(tensor.shape) == 1:  # the scale of the whole, or of its only block
+            yield from ((beside(name, part), tensor) for part in parts)
+        elif self.stored.granularity == "rows":
+            yield from divided(name, tensor, parts)
+        else:
+            check_shape(name, tensor, (blocks(rows_of(parts)), *tensor.shape[1:]))
+            for part, ranges in parts.items():
+                yield beside(name, part), Rows(tensor, _blocks_within(name, part, ranges))
+
     def _check_cut(self, size: int, share: slice) -> None:
         """Raises ConfigError where a rank's part of `size` numbers would share a block's scale in more than one block
         of its own. All ranks find the same."""
@@ -159,6 +177,24 @@ class Fp8(Scheme):
                 f"an FP8 matrix of {size} rows or columns divides into parts of {width}, which cut blocks of {BLOCK} "
                 f"numbers with one scale each; choose a tp for which parts are multiples of {BLOCK}"
             )
+
+
+def _blocks_within(name: str, part: str, ranges: Ranges) -> Ranges:
+    """Where the scales `name` of a checkpoint's matrix have those of each block of the rows `ranges`, end to end.
+
+    Raises ConfigError where a block of these takes rows of several of the matrix, which have a scale each."""
+    lie_in = [row // BLOCK for first, count in ranges for row in range(first, first + count)]
+    found = []
+    for begin in range(0, len(lie_in), BLOCK):
+        block = lie_in[begin : begin + BLOCK]
+        if min(block) != max(block):
+            raise ConfigError(
+                f"{name} has one scale for each {BLOCK} rows, and rows {begin} to {begin + len(block) - 1} of {part}, "
+                f"which are stacked there with others, lie in the blocks {min(block)} to {max(block)}; take a "
+                "checkpoint with scales of rows, or one that leaves this module as it is"
+            )
+        found.append((block[0], 1))
+    return found
 
 
 # ── what both kinds of layers do ─────────────────────────────────────────────────────────────

@@ -8,6 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from plain_attention import PlainAttention, captured
+from torch import Tensor
 
 from engine.messages.step import VECTOR
 from engine.parallel.groups import Groups
@@ -17,6 +18,7 @@ from engine.testing.steps import step_plan
 from engine.worker.experts import ExpertWatch
 from engine.worker.steps import graphs
 from engine.worker.steps.graphs import DecodeGraphs, PromptGraphs
+from engine.worker.steps.rows import Rows
 from engine_plugins.models.bert import Bert
 
 COUNT = 24
@@ -31,7 +33,7 @@ def replies(
     groups: Groups | None, model: str, file: Path, slots: tuple[int, ...] | None, captures: bool = False
 ) -> list[list[int]]:
     """What the model of `file` says to prompts that have `slots`; of several copies, to those of this rank's. If it
-    `captures`, no step is computed but by replaying a graph."""
+    `captures`, no step is computed but by replaying a graph, or of prompts where these have none."""
     config, tensors = torch.load(file, weights_only=False)
     attention = PlainAttention if captures else None
     with pytest.MonkeyPatch.context() as patch:
@@ -63,6 +65,20 @@ def written(groups: Groups, model: str, file: Path, slots: tuple[int, ...]) -> l
     return cache.flatten(1).any(dim=1).nonzero()[:, 0].tolist()
 
 
+def again(
+    groups: Groups | None, model: str, file: Path, slots: tuple[int, ...]
+) -> tuple[list[list[int]], dict[str, list[int]]]:
+    """What the model of `file` says to prompts whose `slots` had others before, and for each kind of states the lines
+    that hold something then."""
+    config, tensors = torch.load(file, weights_only=False)
+    harness = ModelHarness(resolve(model), config, tensors, groups=groups)
+    asked = prompts(config["vocab_size"])
+    harness.greedy(asked, 3, slots=slots)
+    said = harness.greedy(asked[::-1], COUNT, slots=slots)
+    states = harness.runner.states.layers
+    return said, {name: layers[0].flatten(1).any(dim=1).nonzero()[:, 0].tolist() for name, layers in states.items()}
+
+
 def choices(groups: Groups | None, model: str, file: Path, slots: tuple[int, ...] | None) -> list[int]:
     """How often each expert of each layer is chosen meanwhile, where no step is computed but by replaying a graph."""
     config, tensors = torch.load(file, weights_only=False)
@@ -81,10 +97,16 @@ def replaying(harness: ModelHarness) -> None:
     runner = harness.runner
     tables = runner.shared_graphs._tables
     decode, some = DecodeGraphs(tables), PromptGraphs(tables, 4, (16, 32, 64))
-    assert decode.capture(harness.slots, pool=None) and some.capture(64, pool=None)
-    runner.decode_graphs, runner.prompt_graphs = decode, (some, some)
-    runner.compute = not_captured  # type: ignore[method-assign]
+    assert decode.capture(harness.slots, pool=None)
+    runner.decode_graphs = decode
+    if prompts_too := graphs.most_prompt_tokens(runner.model) > 0:
+        assert some.capture(64, pool=None)
+        runner.prompt_graphs = (some, some)
+    as_it_is = runner.compute
 
+    def compute(rows: Rows, entering: Tensor | None = None) -> Any:
+        if prompts_too or rows.decode:
+            raise AssertionError("a step is computed as it is")
+        return as_it_is(rows, entering)
 
-def not_captured(*_: object) -> Any:
-    raise AssertionError("a step is computed as it is")
+    runner.compute = compute  # type: ignore[method-assign]

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from itertools import pairwise
@@ -246,12 +246,14 @@ class Seen:
         processor: type[Any],
         attention: Any = None,
         device: str = "cpu",
+        stored: Callable[[dict[str, Any]], tuple[dict[str, Any], Any]] = lambda tensors: (tensors, None),
         **described: Any,
     ) -> None:
-        stored = revert_weight_conversion(theirs, theirs.state_dict())
-        tensors = {key: value.detach().contiguous() for key, value in stored.items()}
-        config = theirs.config.to_dict()
-        self.harness = ModelHarness(ours, config, tensors, attention=attention, device=device, max_model_len=256)
+        """`stored` makes of the weights what the checkpoint has, and the quantization that reads it."""
+        reverted = revert_weight_conversion(theirs, theirs.state_dict())
+        tensors, scheme = stored({key: value.detach().contiguous() for key, value in reverted.items()})
+        config, built = theirs.config.to_dict(), {"attention": attention, "device": device, "quantization": scheme}
+        self.harness = ModelHarness(ours, config, tensors, max_model_len=256, **built)
         self.model = self.harness.runner.model
         encode = lambda text: [ord(letter) % 80 for letter in text]  # noqa: E731
         self.processor = processor(Terms(config), Terms(described), encode)

@@ -6,6 +6,7 @@ that a GPU would make are held against their definition in tests/lib/triton_fp8.
 """
 
 import json
+import re
 
 import pytest
 import torch
@@ -67,10 +68,12 @@ FAMILIES = {
 }
 
 
-def matrices(tensors):
-    """Those that FP8 checkpoints quantize."""
-    plain = ("embed_tokens.weight", "lm_head.weight", ".gate.weight")
-    return [name for name, tensor in tensors.items() if tensor.dim() == 2 and not name.endswith(plain)]
+PLAIN = r"(embed_tokens|lm_head|\.gate)\.weight"
+
+
+def matrices(tensors, plain=PLAIN):
+    """Those that FP8 checkpoints quantize: all but what is `plain`."""
+    return [name for name, tensor in tensors.items() if tensor.dim() == 2 and not re.search(plain, name)]
 
 
 def quantize_tensor(weight):
@@ -81,10 +84,10 @@ def quantize_tensor(weight):
 WAYS = {"blocks": quantize_blocks, "rows": quantize_rows, "tensors": quantize_tensor}
 
 
-def through_fp8(model, way):
+def through_fp8(model, way, plain=PLAIN):
     """`model` of transformers with its matrices as what FP8 makes of them."""
     for name, parameter in model.named_parameters():
-        if "embed_tokens" in name or "lm_head" in name or name.endswith(".gate.weight") or parameter.dim() == 1:
+        if re.search(plain, name) or parameter.dim() not in (2, 3):
             continue
         stack = parameter.data if parameter.dim() == 3 else parameter.data[None]
         for matrix in stack:
@@ -97,10 +100,10 @@ def back(numbers, scale):
     return numbers.float() * scale if scale.dim() == 0 else dequantize(numbers, scale)
 
 
-def quantized(tensors, way, end):
+def quantized(tensors, way, end, plain=PLAIN):
     """As an FP8 checkpoint has them, with names of scales that end so."""
     found = dict(tensors)
-    for name in matrices(tensors):
+    for name in matrices(tensors, plain):
         numbers, scale = WAYS[way](tensors[name])
         found[name] = numbers
         found[name.removesuffix("weight") + end] = scale[:, None] if way == "rows" else scale

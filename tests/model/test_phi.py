@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-from oracle import tiny
+from oracle import described, tiny, tiny_model
+from test_fp8 import BLOCKS, FORMS, quantized, through_fp8
 
 from engine.errors import ConfigError
 from engine.plugin.testing import MODEL_SCENARIOS, ModelHarness, check_model
 from engine_plugins.models.phi import Phi3
+from engine_plugins.quantization import fp8
+from engine_plugins.quantization.fp8 import Fp8
 
 LONG = {
     "rope_type": "longrope",
@@ -56,3 +59,19 @@ def test_a_fused_weight_that_is_missing_is_named_by_its_parts():
     del tensors["model.layers.1.self_attn.qkv_proj.weight"]
     with pytest.raises(ConfigError, match=r"3 missing \(model.layers.1.self_attn.q_proj.weight"):
         ModelHarness(Phi3, config, tensors)
+
+
+@pytest.mark.parametrize("form", ["deepseek", "one a tensor", "compressed-tensors, channels"])
+def test_fused_weights_in_fp8_are_what_they_stand_for(form, monkeypatch):
+    monkeypatch.setattr(fp8, "dense_instead", lambda build: False)
+    sizes = {"hidden_size": 144, "intermediate_size": 256, "head_dim": 64}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    way, end, terms = FORMS[form]
+    config, tensors, reference = described(through_fp8(tiny_model("Phi3", **sizes), way))
+    check_model(Phi3, config, quantized(tensors, way, end), reference, "whole", quantization=Fp8(terms))
+
+
+def test_a_fused_module_that_is_left_is_named_as_the_checkpoint_has_it():
+    config, tensors, reference = tiny("Phi3")
+    scheme = Fp8(BLOCKS | {"modules_to_not_convert": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]})
+    check_model(Phi3, config, tensors, reference, "whole", quantization=scheme)

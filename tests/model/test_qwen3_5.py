@@ -229,20 +229,6 @@ def test_names_of_published_checkpoints(mixture):
         ModelHarness(Qwen35, config, stored)
 
 
-def test_a_quantized_checkpoint_is_refused_in_words(dense):
-    config, tensors, _ = dense
-    name = "model.layers.0.linear_attn.in_proj_qkv.weight_scale_inv"
-    with pytest.raises(ConfigError, match=r"the checkpoint is quantized, as it has .*in_proj_qkv.weight_scale_inv; of"):
-        ModelHarness(Qwen35, config, tensors | {name: torch.ones(1, 1)})
-
-
-def test_copies_of_attention_are_refused(dense):
-    usual = {"dtype": torch.float32, "device": CPU, "page_size": 4, "max_model_len": 64}
-    build = Build(**usual, attention_backend=TorchAttention, mesh=Mesh(0, tp=2, dp=2))
-    with pytest.raises(ConfigError, match=r"Qwen35 runs with one copy of attention, and there are 2 \(--dp-attention"):
-        Qwen35(Terms(dense[0]), build)
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

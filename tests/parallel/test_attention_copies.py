@@ -10,13 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import tiny
-from rank_replies import choices, replies, vectors, written
-from test_tensor_parallel import EXPERTS, LATENT, MODELS, save_bert
+from rank_replies import again, choices, replies, vectors, written
+from test_tensor_parallel import DELTA, EXPERTS, LATENT, MODELS, save_bert
 from torch.nn import functional
 
 from engine.config import resolve as resolve_options
 from engine.errors import ConfigError
 from engine.layers.batch import Spread
+from engine.layers.delta import MEMORY, WINDOW
 from engine.parallel.groups import CPU, Groups
 from engine.parallel.mesh import Mesh
 from engine.plugin.testing import ModelHarness
@@ -30,6 +31,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mixture": (f"{MODELS}.qwen3_moe:Qwen3Moe", "Qwen3Moe", EXPERTS),
     "latent attention, shared experts": (f"{MODELS}.deepseek:Deepseek", "DeepseekV3", {**LATENT, "q_lora_rank": 20}),
     "norms after the MLP": (f"{MODELS}.gemma:Gemma3", "Gemma3", {"head_dim": 8, "sliding_window": 7}),
+    "states, a mixture": (f"{MODELS}.qwen3_5:Qwen35", "Qwen3_5Moe", {**EXPERTS, **DELTA}),
 }
 SLOTS = ModelHarness.slots  # of each copy
 PLACES = {"both": (1, SLOTS, SLOTS + 3), "one is idle": (SLOTS, SLOTS + 1, SLOTS + 2)}
@@ -73,7 +75,7 @@ def test_copies_reply_as_one_rank(case: str, place: str, ranks: Ranks, tmp_path:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("case", ["dense, biases", "mixture"])
+@pytest.mark.parametrize("case", ["dense, biases", "mixture", "states, a mixture"])
 def test_captured_steps_have_one_size_on_all_copies(case: str, place: str, ranks: Ranks, tmp_path: Path) -> None:
     model, file = saved(case, tmp_path)
     said, slots = replies(None, model, file, None), PLACES[place]
@@ -85,6 +87,17 @@ def test_an_idle_copy_writes_to_its_scratch_page_alone(ranks: Ranks, tmp_path: P
     scratch = 16 * SLOTS  # a sequence has up to 16 pages
     assert idle == [scratch]
     assert len(busy) > 10 and scratch not in busy
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_each_copy_keeps_states_of_its_own_requests(place: str, ranks: Ranks, tmp_path: Path) -> None:
+    """Slots that had other requests begin anew, and a copy without requests changes its scratch line alone."""
+    (model, file), slots = saved("states, a mixture", tmp_path), PLACES[place]
+    wanted = of_copies(slots, replies(None, model, file, None)[::-1])
+    for copy, (own, lines) in enumerate(ranks.run(again, model, file, slots)):
+        assert own == wanted[copy]
+        held = [slot % SLOTS for slot in slots if slot // SLOTS == copy]
+        assert lines == dict.fromkeys((WINDOW, MEMORY), held or [SLOTS])
 
 
 def test_padding_of_copies_chooses_no_expert(ranks: Ranks, tmp_path: Path) -> None:
@@ -104,9 +117,9 @@ def test_copies_embed_as_one_rank(slots: tuple[int, ...], ranks: Ranks, tmp_path
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("case", ["mixture", "norms after the MLP"])
+@pytest.mark.parametrize("case", ["mixture", "norms after the MLP", "states, a mixture"])
 def test_each_copy_may_have_several_ranks(case: str, four: Ranks, tmp_path: Path) -> None:
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2} if case == "mixture" else {}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2} if "mixture" in case else {}
     model, file = saved(case, tmp_path, **heads)
     said, slots = replies(None, model, file, None), PLACES["both"]
     first, second = of_copies(slots, said)

@@ -1,5 +1,6 @@
 """Two ranks, two processes: a model divided between them gives the greedy ids of the whole one, in float32."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,10 @@ DELTA = {
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
     **{"full_attention_interval": 3, "head_dim": 16, "shared_expert_intermediate_size": 20},
 }
+HEADS = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 128, "head_dim": 128}
+HEADS |= {"linear_value_head_dim": 128, "num_attention_heads": 2, "full_attention_interval": 3}
 LARGE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 64}
+WIDE = {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}
 MODELS = "engine_plugins.models"
 CASES = {
     "llama": (f"{MODELS}.llama:Llama", "Llama", {}),
@@ -55,7 +59,11 @@ CASES = {
         "Qwen3_5Moe",
         {**EXPERTS, **DELTA},
     ),
-    "FP8": (f"{MODELS}.qwen3_moe:Qwen3Moe", "Qwen3Moe", {**EXPERTS, **LARGE, "moe_intermediate_size": 256}),
+    "FP8": (f"{MODELS}.qwen3_moe:Qwen3Moe", "Qwen3Moe", {**EXPERTS, **LARGE, **WIDE}),
+    **{
+        f"FP8, {family}": (f"{MODELS}.qwen3_5:Qwen35", family, {**EXPERTS, **LARGE, **WIDE, **HEADS})
+        for family in ("Qwen3_5Moe", "Qwen3Next")
+    },
     "packed": (f"{MODELS}.llama:Llama", "Llama", {**LARGE, "tie_word_embeddings": True}),
 }
 BERT = {
@@ -63,6 +71,7 @@ BERT = {
     **{"max_position_embeddings": 63, "type_vocab_size": 1},
 }
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+BLOCKS |= {"modules_to_not_convert": ["in_proj_a", "in_proj_b", "in_proj_ba", "shared_expert_gate"]}
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +82,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 
 def stored(case: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The weights as the checkpoint of `case` has them."""
-    matrices = {name for name in tensors if name.endswith("_proj.weight")}
-    if case == "FP8":
+    matrices = {name for name in tensors if re.search(r"(_proj|in_proj_qkv|in_proj_z|in_proj_qkvz)\.weight\Z", name)}
+    if case.startswith("FP8"):
         config["quantization_config"] = BLOCKS
         for name in matrices:
             tensors[name], tensors[f"{name}_scale_inv"] = quantize_blocks(tensors[name])
