@@ -60,6 +60,20 @@ def from_disk_rate(folder: Path, size: int) -> tuple[float, str]:
     return rate, how
 
 
+def file_system(folder: Path) -> str:
+    """The kind and the device of the file system that `folder` is in, such as "ext4 on /dev/vda"; a "tmpfs" is memory.
+
+    "unknown" where the system does not say."""
+    try:
+        mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return "unknown"
+    path = folder.resolve()
+    above = [(len(place), kind, device) for device, place, kind, *_ in mounts if path.is_relative_to(place)]
+    _, kind, device = max(above, default=(0, "unknown", "nothing"), key=lambda each: each[0])
+    return f"{kind} on {device}"
+
+
 def drop_page_cache() -> bool:
     """Whether the system has forgotten what it knows of files; only root may ask for that."""
     os.sync()
