@@ -15,6 +15,7 @@ from simulated_tiers import SimulatedTiers
 from test_batcher import POLICIES, AnythingHappens, Bench, request
 
 from engine.cache import names
+from engine.cache.host import HostPages
 from engine.cache.tiers import Ticket, TierOptions, WritePolicy
 from engine.messages.assets import Need
 from engine.messages.tiers import PAGES, Moved
@@ -22,6 +23,7 @@ from engine.sched.assets import WaitingRoom
 from engine.sched.copies import Copies
 from engine.sched.moves import Moves
 from engine.sched.request import Request
+from engine.sched.sessions import Below
 
 
 def wanting(admit):
@@ -488,6 +490,27 @@ def test_a_session_whose_pages_gave_way_has_them_below_and_comes_back_to_them(wr
     assert run(bench, "c", [*LONG, 1, 2, 3], session="s") == (32, 4)
     assert told(bench) == (9, 0)
     bench.drain()
+
+
+@pytest.mark.parametrize(("count", "most"), [(0, 0), (1, 1), (256, 256), (257, 129), (1000, 250), (65_536, 256)])
+def test_a_session_remembers_few_names_and_how_much_lies_below(count, most):
+    host = HostPages(max(count, 1))
+    names = [number.to_bytes(32) for number in range(count)]
+    host.unpin(host.add(names))
+    below, each = Below(host, names), -(-count // 256)
+    assert len(below._names) == most
+    assert [below.after(pages) for pages in (0, 1, count // 3, count)] == [
+        count,
+        max(0, count - 1),
+        count - count // 3,
+        0,
+    ]
+    for left in (count // 2, count // 4, 0):
+        for name in names[left:]:
+            if place := host.get(name):
+                host.forget(place)
+        assert abs(below.after(0) - left) <= each // 2
+        assert abs(below.after(count // 8) - max(0, left - count // 8)) <= each // 2
 
 
 def test_a_turn_that_waits_brings_the_pages_of_its_session_up():
