@@ -16,6 +16,7 @@ import anyio
 import msgspec
 from msgspec.structs import replace
 
+from engine.actors.flushing import Flushes
 from engine.actors.looking import Looking, channels_to
 from engine.actors.opening import Maker, room_for, scheduler_for
 from engine.cache.blocks import HeldBlocks
@@ -31,7 +32,6 @@ from engine.messages.control import (
     Ask,
     Fatal,
     Flush,
-    Flushed,
     Pause,
     Reset,
     Stats,
@@ -104,6 +104,7 @@ class SchedulerActor:
         self._following: list[FollowCache] = []  # not answered yet
         self.moves: Moves | None = None  # where there are tiers below the device
         self.tiers: TierStats | None = None  # their figures, as they were told last
+        self._flushes = Flushes(front)
         self._wanted: dict[int, float] = {}  # needs for pages, and until when they are waited for
         self.looking = Looking(0 if (sizes := tier_sizes(config.cache)) is None else sizes.store)
         # Whose turn it is to plan and to send: plans and moves leave in the order in which they were made, also where
@@ -158,6 +159,8 @@ class SchedulerActor:
             for move in (*moves.before(), *moves.after()):
                 self._checked = False
                 await self.executor.send(move)
+        if self._flushes.waiting:
+            await self._flushes.answer(moves, time.monotonic())
 
     async def _handle(self, message: ToScheduler) -> None:
         match message:
@@ -181,7 +184,9 @@ class SchedulerActor:
                     self.scheduler.stop(message.rid, message.keep)
             case EndPrograms():
                 self._end_programs(message)
-            case Flush() | ListSessions() | EndSession() | Look():
+            case Flush():
+                await self._flushes.begin(message, self.scheduler, self.moves, time.monotonic())
+            case ListSessions() | EndSession() | Look():
                 await self.front.send(Answer(message.number, self._said(message)))
             case Pause():
                 self.paused = message.paused
@@ -301,13 +306,10 @@ class SchedulerActor:
         """None live before there is a scheduler."""
         return Sessions() if self.scheduler is None else self.scheduler.live.sessions
 
-    def _said(self, asked: Flush | ListSessions | EndSession | Look) -> bytes:
+    def _said(self, asked: ListSessions | EndSession | Look) -> bytes:
         """The answer to what can be answered at once, packed."""
-        match asked:
-            case Flush():
-                return msgspec.msgpack.encode(Flushed(*(self.scheduler.flush() if self.scheduler else (0, 0))))
-            case ListSessions() | EndSession():
-                return msgspec.msgpack.encode(self._sessions.answer(asked, time.monotonic()))
+        if not isinstance(asked, Look):
+            return msgspec.msgpack.encode(self._sessions.answer(asked, time.monotonic()))
         if packed := self.looking.last():
             return packed
         own = ChannelLook("scheduler", len(self.inbox), self.inbox.capacity)
@@ -408,7 +410,7 @@ class SchedulerActor:
             await self._send_stats()
             if self._following:
                 await self._tell_followers(all=True)
-            if self.moves is not None and (self.moves.tick(time.monotonic()) or self._wanted):
+            if self.moves is not None and (self.moves.tick(time.monotonic()) or self._wanted or self._flushes.waiting):
                 async with self._turn:
                     await self._give_up_waiting(self.moves)
             if self.scheduler is not None and not self.in_flight and not self._checked:

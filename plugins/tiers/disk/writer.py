@@ -74,7 +74,7 @@ class Writer:
     def _ready(self) -> Active | None:
         """A segment with a free entry; the lock is held."""
         active = self._active
-        if active is not None and not active.full and self._files.has_name(active.descriptor):
+        if active is not None and not active.full and self._files.is_there(active.descriptor):
             return active
         self._end()
         found = self._folder.unfinished(self._full)

@@ -287,10 +287,51 @@ def test_after_a_flush_nothing_comes_up_and_pages_go_down_again():
     bench.scheduler.flush()
     bench.go_on()
     assert run(bench, "b", LONG) == (0, 33)
-    assert bench.below.done["clear"] == 0 and len(bench.below.store) == 8
+    assert bench.below.done["clear"] == 1 and len(bench.below.store) == 8
     run(bench, "c", OTHER)
     assert run(bench, "d", LONG) == (32, 1)
     bench.drain()
+
+
+def test_a_store_that_refuses_to_forget_is_asked_for_nothing_until_it_has():
+    """Also by the next life of the device."""
+    bench = TierBench(40, pages=11)
+    bench.pace = 0.0
+    run(bench, "a", LONG)
+    before = dict(bench.below.done)
+    bench.scheduler.flush()
+    for life in range(2):
+        assert bench.moves.clearing
+        for now, due in ((0.0, True), (14.9, False), (15.0, True), (44.9, False), (45.0, True)):
+            bench.moves.tick(60.0 * life + now)
+            bench.go_on()
+            assert [move.way for move in bench.below.moving] == ["clear"] * due
+            if due:
+                bench.moves.moved(replace(bench.below.finish(0, b"\1"), cause="read-only"))
+            assert (bench.moves.clearing, bench.moves.uncleared) == (False, "read-only")
+        assert run(bench, f"b{life}", LONG) == (0, 33)  # which asks no store, and gives it nothing
+        bench.lose()
+    assert bench.moves.stats().uncleared and len(bench.below.store) == 8
+    for way in ("find", "fetch", "keep", "clear"):
+        assert bench.below.done[way] == before[way]
+    bench.go_on()
+    bench.finish()
+    assert not (bench.moves.clearing or bench.moves.uncleared or bench.moves.stats().uncleared or bench.below.store)
+    assert run(bench, "c", LONG) == (0, 33)
+    assert len(bench.below.store) == 8
+    bench.drain()
+
+
+def test_a_flush_while_a_store_forgets_is_one_more():
+    bench = TierBench(40, pages=11)
+    run(bench, "a", LONG)
+    for _ in range(2):
+        bench.scheduler.flush()
+        bench.go_on()
+    first, second = bench.below.moving
+    assert bench.moves.moved(Moved(first.number, b"\1")) == "" and bench.moves.clearing
+    assert bench.moves.moved(Moved(second.number, b"\0")) == "" and not bench.moves.clearing
+    assert bench.moves.uncleared == "it does not say why"
 
 
 def test_what_is_on_its_way_at_a_flush_does_not_come():
