@@ -3,7 +3,8 @@
     Flush ──> device and host forget at once ──> the store is told ──> answered: cleared, or why not
                                                       └── no answer in time ──> answered: not yet
 
-Left out: asking a store again (cache/clearing.py).
+One that comes before a store is open is not done, and its client is told so; it is done as soon as there is one. Left
+out: asking a store again (cache/clearing.py).
 """
 
 import msgspec
@@ -20,10 +21,12 @@ PATIENCE_SECONDS = 30.0  # for which a store is waited for
 
 
 class Flushes:
-    """Those that `front` has not been answered."""
+    """Those that `front` has not been answered. `stores`: there is one below, or will be."""
 
-    def __init__(self, front: Outbox[ToFront]) -> None:
+    def __init__(self, front: Outbox[ToFront], *, stores: bool = False) -> None:
         self._front = front
+        self._stores = stores
+        self._early = False  # one came before there was a scheduler
         self._waiting: list[tuple[int, float, Flushed]] = []  # number, until when, and what is forgotten already
 
     @property
@@ -32,11 +35,21 @@ class Flushes:
 
     async def begin(self, asked: Flush, scheduler: Scheduler | Copies | None, moves: Moves | None, now: float) -> None:
         """Forget what no running request uses."""
+        if scheduler is None and self._stores:
+            self._early = True
+            return await self._tell(asked.number, Flushed(0, 0, "the device worker, which opens it, is starting"))
         flushed = Flushed(*(scheduler.flush() if scheduler else (0, 0)))
         if moves is not None and moves.clearing:
             self._waiting.append((asked.number, now + PATIENCE_SECONDS, flushed))
         else:
             await self._tell(asked.number, flushed)
+        return None
+
+    def opened(self, scheduler: Scheduler | Copies) -> None:
+        """There is one from now on."""
+        if self._early:
+            scheduler.flush()
+        self._early = False
 
     async def answer(self, moves: Moves, now: float) -> None:
         """Answer those that wait for nothing any more."""

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import anyio
 import msgspec
-from msgspec.structs import replace
 
 from engine.actors.flushing import Flushes
 from engine.actors.looking import Looking, channels_to
@@ -104,7 +103,7 @@ class SchedulerActor:
         self._following: list[FollowCache] = []  # not answered yet
         self.moves: Moves | None = None  # where there are tiers below the device
         self.tiers: TierStats | None = None  # their figures, as they were told last
-        self._flushes = Flushes(front)
+        self._flushes = Flushes(front, stores=config.cache.kv_disk is not None)
         self._wanted: dict[int, float] = {}  # needs for pages, and until when they are waited for
         self.looking = Looking(0 if (sizes := tier_sizes(config.cache)) is None else sizes.store)
         # Whose turn it is to plan and to send: plans and moves leave in the order in which they were made, also where
@@ -217,7 +216,7 @@ class SchedulerActor:
         if self.moves is None or not self.moves.seeks(admit):
             return await self._pass_on(self.room.admit(admit))
         admit = self.moves.named(admit)
-        due = self.room.admit(replace(admit, needs=(*admit.needs, Need(PAGES, admit.rid.encode()))))
+        due = self.room.admit(msgspec.structs.replace(admit, needs=(*admit.needs, Need(PAGES, admit.rid.encode()))))
         for make in due.makes:
             if make.kind == PAGES:
                 self._wanted[make.number] = time.monotonic() + patience(admit)
@@ -372,6 +371,7 @@ class SchedulerActor:
             self.scheduler = scheduler_for(ready, self.config, self.policy, self.fronts, self.held)
             if ready.host_pages:
                 self.moves = Moves(parts_of(self.scheduler))
+            self._flushes.opened(self.scheduler)
         for maker in self.makers.values():
             await maker.inbox.send(ready)
         await self._pass_on(self.room.started())

@@ -23,6 +23,25 @@ async def cleared(executor: Receiver[ToExecutor]) -> int:
                 return move.number
 
 
+async def test_a_flush_before_the_store_is_open_is_refused_and_done_later() -> None:
+    to_executor, executor = open_channel()
+    actor, to_scheduler = await started(to_executor, kv_disk="/kv:1GiB")
+    (to_front, front), inbox = open_channel(), actor.inbox
+    actor.front = actor._flushes._front = to_front
+    ready = await inbox.receive()
+    async with anyio.create_task_group() as group:
+        group.start_soon(actor.run)
+        with anyio.fail_after(20):
+            for message in (Flush(7), ready):
+                await to_scheduler.send(message)
+            assert await cleared(executor)
+            while not isinstance(answer := await front.receive(), Answer):
+                pass
+        group.cancel_scope.cancel()
+    told = msgspec.msgpack.decode(answer.value, type=Flushed)
+    assert told == Flushed(0, 0, "the device worker, which opens it, is starting")
+
+
 @pytest.mark.parametrize("refusal", ["", "read-only", "lost", "silent"])
 async def test_a_flush_waits_for_the_store(monkeypatch: pytest.MonkeyPatch, refusal: str) -> None:
     monkeypatch.setattr(actors, "HEARTBEAT_SECONDS", 0.01)
