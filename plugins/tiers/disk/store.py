@@ -147,7 +147,8 @@ class DiskStore:
         for threads in (self._looking, self._reading, self._writing):
             threads.close()
         if not self._writing.passed_over:
-            self._writer.close()
+            with suppress(OSError):
+                self._writer.close()
 
     def counts(self) -> dict[str, int]:
         """What this process did so far: `pages_read`, `bytes_read`, `pages_written`, `bytes_written`; pages that were

@@ -88,10 +88,10 @@ class Writer:
 
     def _end(self) -> None:
         """Write no more into the segment; the lock is held."""
-        if self._active is not None:
-            self._active.ended = True
-            self._close_if_done(self._active)
-            self._active = None
+        active, self._active = self._active, None  # first: its number is another file's once it is closed, or fails to
+        if active is not None:
+            active.ended = True
+            self._close_if_done(active)
 
     def _close_if_done(self, active: Active) -> None:
         if active.ended and not active.writing:

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import random
 import shutil
 import time
@@ -239,6 +240,21 @@ def test_a_page_whose_write_began_before_a_flush_is_not_kept(opened: Open) -> No
     files.faults.resumed.set()
     store._writing.close(30.0)  # what was begun ends
     assert got(store, 1) == [False] == got(opened(FaultyFiles()), 1)
+
+
+def test_a_file_that_could_not_be_closed_is_left_alone(opened: Open, tmp_path: Path) -> None:
+    """Its number may be that of another file by then."""
+    files = FaultyFiles()
+    store = opened(files)
+    assert put(store, 1) == [True] and not store.clear()  # so the next page needs another segment
+    files.faults.errors["close"] = errno.EIO
+    assert put(store, 2) == [False]
+    files.faults.errors.clear()
+    others = [os.open(tmp_path / f"other{number}", os.O_RDWR | os.O_CREAT) for number in range(20)]
+    assert put(store, 3, 4) == [True, True] == got(store, 3, 4)
+    assert [os.fstat(other).st_size for other in others] == [0] * 20
+    for other in others:
+        os.close(other)
 
 
 def test_a_folder_that_is_removed_is_made_again(opened: Open, tmp_path: Path) -> None:
