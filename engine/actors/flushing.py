@@ -7,6 +7,8 @@ One that comes before a store is open is not done, and its client is told so; it
 out: asking a store again (cache/clearing.py).
 """
 
+import logging
+
 import msgspec
 from msgspec.structs import replace
 
@@ -16,6 +18,8 @@ from engine.runtime.channel import Outbox
 from engine.sched import Scheduler
 from engine.sched.copies import Copies
 from engine.sched.moves import Moves
+
+log = logging.getLogger("engine.scheduler")
 
 PATIENCE_SECONDS = 30.0  # for which a store is waited for
 
@@ -63,4 +67,6 @@ class Flushes:
             await self._tell(number, replace(flushed, uncleared=said))
 
     async def _tell(self, number: int, flushed: Flushed) -> None:
+        if flushed.uncleared:
+            log.warning("a flush has not cleared the store of KV pages: %s", flushed.uncleared)
         await self._front.send(Answer(number, msgspec.msgpack.encode(flushed)))

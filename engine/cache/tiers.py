@@ -373,7 +373,8 @@ class Tiers:
             # Answers may overtake each other, and ranks that fail tell nothing; but what is counted only grows.
             known = counts.store
             counts.store = {**known, **{name: max(at, known.get(name, 0)) for name, at in message.counts.items()}}
-        self.cause = self.cause or message.cause
+        if ticket.way != "clear":
+            self.cause = self.cause or message.cause
         if ticket.way not in ("find", "clear"):
             counts.failed += len(done) - sum(done)
         match ticket.way:

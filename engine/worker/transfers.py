@@ -206,7 +206,7 @@ class Transfers:
         store = self._store
         assert store is not None, "a rank without a store is asked for one"
         try:
-            cause = (store.clear() or "") if move.way == "clear" else ""
+            cause = str(store.clear() or "") if move.way == "clear" else ""
             done = [not cause] if move.way == "clear" else [bool(each) for each in self._asked(store, move)]
             if len(done) != move.count:
                 raise ValueError(f"{len(done)} answers for {counted(move.count, 'page')}")
