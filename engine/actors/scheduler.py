@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import anyio
 import msgspec
-from msgspec.structs import replace
 
+from engine.actors.flushing import Flushes
 from engine.actors.looking import Looking, channels_to
 from engine.actors.opening import Maker, room_for, scheduler_for
 from engine.cache.blocks import HeldBlocks
@@ -31,7 +31,6 @@ from engine.messages.control import (
     Ask,
     Fatal,
     Flush,
-    Flushed,
     Pause,
     Reset,
     Stats,
@@ -104,6 +103,7 @@ class SchedulerActor:
         self._following: list[FollowCache] = []  # not answered yet
         self.moves: Moves | None = None  # where there are tiers below the device
         self.tiers: TierStats | None = None  # their figures, as they were told last
+        self._flushes = Flushes(front, stores=config.cache.kv_disk is not None)
         self._wanted: dict[int, float] = {}  # needs for pages, and until when they are waited for
         self.looking = Looking(0 if (sizes := tier_sizes(config.cache)) is None else sizes.store)
         # Whose turn it is to plan and to send: plans and moves leave in the order in which they were made, also where
@@ -158,6 +158,8 @@ class SchedulerActor:
             for move in (*moves.before(), *moves.after()):
                 self._checked = False
                 await self.executor.send(move)
+        if self._flushes.waiting:
+            await self._flushes.answer(moves, time.monotonic())
 
     async def _handle(self, message: ToScheduler) -> None:
         match message:
@@ -181,7 +183,9 @@ class SchedulerActor:
                     self.scheduler.stop(message.rid, message.keep)
             case EndPrograms():
                 self._end_programs(message)
-            case Flush() | ListSessions() | EndSession() | Look():
+            case Flush():
+                await self._flushes.begin(message, self.scheduler, self.moves, time.monotonic())
+            case ListSessions() | EndSession() | Look():
                 await self.front.send(Answer(message.number, self._said(message)))
             case Pause():
                 self.paused = message.paused
@@ -212,7 +216,7 @@ class SchedulerActor:
         if self.moves is None or not self.moves.seeks(admit):
             return await self._pass_on(self.room.admit(admit))
         admit = self.moves.named(admit)
-        due = self.room.admit(replace(admit, needs=(*admit.needs, Need(PAGES, admit.rid.encode()))))
+        due = self.room.admit(msgspec.structs.replace(admit, needs=(*admit.needs, Need(PAGES, admit.rid.encode()))))
         for make in due.makes:
             if make.kind == PAGES:
                 self._wanted[make.number] = time.monotonic() + patience(admit)
@@ -301,13 +305,10 @@ class SchedulerActor:
         """None live before there is a scheduler."""
         return Sessions() if self.scheduler is None else self.scheduler.live.sessions
 
-    def _said(self, asked: Flush | ListSessions | EndSession | Look) -> bytes:
+    def _said(self, asked: ListSessions | EndSession | Look) -> bytes:
         """The answer to what can be answered at once, packed."""
-        match asked:
-            case Flush():
-                return msgspec.msgpack.encode(Flushed(*(self.scheduler.flush() if self.scheduler else (0, 0))))
-            case ListSessions() | EndSession():
-                return msgspec.msgpack.encode(self._sessions.answer(asked, time.monotonic()))
+        if not isinstance(asked, Look):
+            return msgspec.msgpack.encode(self._sessions.answer(asked, time.monotonic()))
         if packed := self.looking.last():
             return packed
         own = ChannelLook("scheduler", len(self.inbox), self.inbox.capacity)
@@ -370,6 +371,7 @@ class SchedulerActor:
             self.scheduler = scheduler_for(ready, self.config, self.policy, self.fronts, self.held)
             if ready.host_pages:
                 self.moves = Moves(parts_of(self.scheduler))
+            self._flushes.opened(self.scheduler)
         for maker in self.makers.values():
             await maker.inbox.send(ready)
         await self._pass_on(self.room.started())
@@ -408,7 +410,7 @@ class SchedulerActor:
             await self._send_stats()
             if self._following:
                 await self._tell_followers(all=True)
-            if self.moves is not None and (self.moves.tick(time.monotonic()) or self._wanted):
+            if self.moves is not None and (self.moves.tick(time.monotonic()) or self._wanted or self._flushes.waiting):
                 async with self._turn:
                     await self._give_up_waiting(self.moves)
             if self.scheduler is not None and not self.in_flight and not self._checked:

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from engine.cache.ceiling import Ceiling
+from engine.cache.clearing import Clearing
 from engine.cache.host import HostPages, Place
 from engine.cache.keeping import Keeping
 from engine.cache.pool import PagePool
@@ -116,7 +117,8 @@ class Tiers:
         self._waits: dict[int, set[int]] = {}  # of needs for pages: the moves that each waits for
         self._settled: list[int] = []
         self.cause = ""  # why something failed, for people; not told yet
-        if options.stores:
+        self.clearing: Clearing = Clearing(None if before is None else before.clearing)
+        if options.stores and not self.clearing.wanted:
             self._send(Ticket("find"), self._after)  # of no page: what a life before this one has left is told
 
     # ── what is due ──────────────────────────────────────────────────────────────────────────
@@ -131,7 +133,9 @@ class Tiers:
         if self._down.places:
             ticket, self._down = self._down, Ticket("down")
             self._send(ticket, self._after)
-        if self.options.stores:
+        if self.clearing.due:
+            self.clearing.sent(self._send(Ticket("clear"), self._after))
+        if self.options.stores and not self.clearing.wanted:
             for places in self.keeping.due():
                 for place in places:
                     place.pins += 1
@@ -319,7 +323,7 @@ class Tiers:
             elif place is None:
                 break
             first += 1
-        if len(names) - first >= self.options.least_fetched:
+        if len(names) - first >= self.options.least_fetched and not self.clearing.wanted:
             asked = self._send(Ticket("find", names=names[first:]), self._after)
             self._coming.update(dict.fromkeys(names[first:], asked))
             waits.add(asked)
@@ -369,7 +373,8 @@ class Tiers:
             # Answers may overtake each other, and ranks that fail tell nothing; but what is counted only grows.
             known = counts.store
             counts.store = {**known, **{name: max(at, known.get(name, 0)) for name, at in message.counts.items()}}
-        self.cause = self.cause or message.cause
+        if ticket.way != "clear":
+            self.cause = self.cause or message.cause
         if ticket.way not in ("find", "clear"):
             counts.failed += len(done) - sum(done)
         match ticket.way:
@@ -383,6 +388,8 @@ class Tiers:
                 self._found(message.number, ticket, done)
             case "fetch":
                 self._fetched(ticket, done)
+            case "clear":
+                self.clearing.answered(message.number, done=all(done), cause=message.cause)
         for need, waits in list(self._waits.items()):
             waits.discard(message.number)
             if not waits:
@@ -400,7 +407,7 @@ class Tiers:
         for ticket in self._tickets.values():
             ticket.stale = True
         if self.options.stores:
-            self._send(Ticket("clear"), self._after)
+            self.clearing.ask()
         self.host.clear()
 
     # ── looking ──────────────────────────────────────────────────────────────────────────────

@@ -38,6 +38,8 @@ def tiers_of(stats: Stats, info: WorkerReady | None) -> Iterator[Metric]:
     for name, count in tiers.stores.items():
         stores.add_metric([name], count)
     yield stores
+    text = "Whether a store has not forgotten yet what a flush was to clear, and gives nothing until then"
+    yield GaugeMetricFamily("engine_tier_uncleared", text, float(tiers.uncleared))
     text = "Seconds of computing that pages from the host and the store have saved, by the speed of prompts"
     yield CounterMetricFamily("engine_tier_saved_seconds", text, tiers.seconds_saved)
     text = "Share of the pages of all prompts so far that a cache without end would have held"

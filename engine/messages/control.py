@@ -90,10 +90,12 @@ class Flush(Message, frozen=True):
 
 
 class Flushed(Part, frozen=True):
-    """What a Flush did: pages freed, and pages still in use."""
+    """What a Flush did: pages freed, and pages still in use. Where a store below the device has not forgotten what it
+    had, `uncleared` says why."""
 
     freed: int
     in_use: int
+    uncleared: str = ""
 
 
 class Pause(Message, frozen=True):
@@ -189,7 +191,8 @@ class TierStats(Part, frozen=True):
     some were `from_host` and others `from_store`; `refused` found no room below, and `failed` were computed again. To
     fetch and to bring up took `seconds_up`. Of the `asked_total` pages of prompts that came, a cache without end would
     have had the share `ceiling`. All that the tiers gave would have taken about `seconds_saved` to compute. `stores` is
-    what the stores count, by their names for it."""
+    what the stores count, by their names for it. One that is `uncleared` has not forgotten yet what a flush was to
+    clear, and gives nothing until then."""
 
     host_pages: int
     host_used: int
@@ -207,6 +210,7 @@ class TierStats(Part, frozen=True):
     ceiling: float = 0.0
     seconds_saved: float = 0.0
     stores: dict[str, int] = {}  # noqa: RUF012 - msgspec copies it
+    uncleared: bool = False
 
 
 class Stats(Message, frozen=True):

@@ -34,7 +34,9 @@ class Move(Message, frozen=True):
 
     @property
     def count(self) -> int:
-        """How many pages it is about."""
+        """How many pages it is about; of "clear" 1, for all that a store has."""
+        if self.way == "clear":
+            return 1
         return len(self.slots) // 4 or len(self.names) // NAME_BYTES
 
 

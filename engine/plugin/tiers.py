@@ -62,8 +62,10 @@ class Store(Protocol):
         """What is held now."""
         ...
 
-    def clear(self) -> None:
-        """Forget all pages of this manifest."""
+    def clear(self) -> str | None:
+        """Forget all pages of this manifest, those of a life before this one among them. Where some might be given
+        again, by this store or by one that is opened later, say why, for people: a user is told that the cache is not
+        cleared. The engine then asks again later, and nothing else until that is done."""
         ...
 
     def close(self) -> None:

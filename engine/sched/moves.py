@@ -88,10 +88,21 @@ class Moves:
         return cause
 
     def tick(self, now: float) -> bool:
-        """It is so late, in seconds of the caller's clock. Whether a store is to be offered pages now."""
+        """It is so late, in seconds of the caller's clock. Whether a store is to be offered pages now, or told again
+        to forget them."""
         for tiers in self.tiers:
-            tiers.keeping.now = now
-        return any(tiers.keeping.waits for tiers in self.tiers)
+            tiers.keeping.now = tiers.clearing.now = now
+        return any(tiers.clearing.due or tiers.keeping.waits for tiers in self.tiers)
+
+    @property
+    def clearing(self) -> bool:
+        """Whether a store is still to say that it has forgotten what a flush was to clear."""
+        return any(tiers.clearing.waits for tiers in self.tiers)
+
+    @property
+    def uncleared(self) -> str:
+        """Why a store has not."""
+        return next((tiers.clearing.cause for tiers in self.tiers if tiers.clearing.cause), "")
 
     # ── what requests that arrive lack ───────────────────────────────────────────────────────
 
@@ -152,5 +163,6 @@ class Moves:
             ceiling=sum(each.ceiling.ratio * each.ceiling.asked for each in tiers) / max(asked, 1),
             seconds_saved=self._saved,
             stores=reduce(summed, (each.stores for each in counts)),
+            uncleared=any(each.clearing.wanted for each in tiers),
             **total,
         )

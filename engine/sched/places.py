@@ -19,6 +19,7 @@ from engine.messages.request import Admit
 from engine.sched.encoder import Encoder
 from engine.sched.limits import pages_for
 from engine.sched.request import Request
+from engine.sched.sessions import Below
 
 MOST_RISES = 3  # of one request's pages: where they have given way again and again, it computes them
 LOOKED_AT = 8  # requests of the queue whose pages may come up before their turn
@@ -199,7 +200,7 @@ class Places:
         names = request.names.upto(request.shared)[: request.shared]
         self.tiers.again(names, request.pages[: request.shared])
         if request.session is not None:
-            request.session.host, request.session.names = self.tiers.host, names
+            request.session.below = Below(self.tiers.host, names)
 
     def sweep(self) -> None:
         """Moves that held pages at a flush are over: forget these, too."""

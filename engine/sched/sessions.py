@@ -4,8 +4,9 @@
                                                              until its time is over, or pages run short ("released")
 
 A session is known by its owner, its salt and its id together. One that lost its pages lives on. Where they lie in the
-host, they are of those that new ones push out last, and it is told how many these are; nothing pins them there. Left
-out: which owner asks (engine/http/keys.py); stores.
+host, they are of those that new ones push out last, and it is told how many these are; nothing pins them there. What a
+session remembers for that has a bound, however long its conversation is. Left out: which owner asks
+(engine/http/keys.py); stores.
 """
 
 from collections import OrderedDict
@@ -18,6 +19,30 @@ from engine.cache.radix import Node
 from engine.messages.sessions import EndSession, KeptSession, ListSessions, SessionUse
 
 MOST_SESSIONS = 1024
+MOST_NAMES = 256  # of its pages that a session remembers, of about 73 bytes each
+
+
+class Below:
+    """How many pages of a text lie in `host`. Of its `names` so many are remembered at most: where it has more pages,
+    each stands for the same number of neighbours. Pages of a text leave from its end, so each end of what lies there is
+    known to half of that number."""
+
+    __slots__ = ("_count", "_each", "_host", "_names")
+
+    def __init__(self, host: HostPages, names: Sequence[bytes]) -> None:
+        self._host, self._count = host, len(names)
+        self._each = max(1, -(-len(names) // MOST_NAMES))
+        middles = range(self._each // 2, self._count + self._each // 2, self._each)
+        self._names = [names[min(middle, self._count - 1)] for middle in middles]
+
+    def after(self, pages: int) -> int:
+        """Those behind the first `pages` of the text."""
+        begins = range(0, self._count, self._each)
+        return sum(
+            max(0, min(begin + self._each, self._count) - max(begin, pages))
+            for begin, name in zip(begins, self._names, strict=True)
+            if name in self._host.names
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -29,12 +54,11 @@ class Session:
     seconds: float = 0.0
     running: int = 0
     pins: Pins | None = None  # of the copy of attention where its last request ended
-    host: HostPages | None = None  # below that, where there is one,
-    names: Sequence[bytes] = ()  # and the names of its pages
+    below: Below | None = None  # that copy, where something lies there
 
     def told(self, now: float) -> KeptSession:
         pages = 0 if self.pins is None else self.pins.pages([self.holder])
-        below = 0 if self.host is None else sum(map(self.host.names.__contains__, self.names[pages:]))
+        below = 0 if self.below is None else self.below.after(pages)
         return KeptSession(self.holder.id, pages, below, self.running, now - self.used, max(0.0, self.until - now))
 
     @property

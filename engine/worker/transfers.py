@@ -206,7 +206,8 @@ class Transfers:
         store = self._store
         assert store is not None, "a rank without a store is asked for one"
         try:
-            done = [bool(each) for each in self._asked(store, move)]
+            cause = str(store.clear() or "") if move.way == "clear" else ""
+            done = [not cause] if move.way == "clear" else [bool(each) for each in self._asked(store, move)]
             if len(done) != move.count:
                 raise ValueError(f"{len(done)} answers for {counted(move.count, 'page')}")
             held = store.held()
@@ -215,7 +216,7 @@ class Transfers:
             logger.debug("the store fails", exc_info=True)
             cause = f"the store of KV pages fails: {type(error).__name__}: {error}"
             return answer([False] * move.count, cause=cause)
-        answer(done, held=held.pages, held_bytes=held.bytes, counts=counts)
+        answer(done, held=held.pages, held_bytes=held.bytes, counts=counts, cause=cause)
         return None
 
     def _asked(self, store: Store, move: Move) -> list[bool]:
@@ -232,16 +233,13 @@ class Transfers:
                 parts = list(pairwise(cuts))
                 read = self._reading.map(lambda part: store.get(names[slice(*part)], views[slice(*part)]), parts)
                 return [found for each in read for found in each]
-            case "keep":
+            case _:
                 done = store.has(names)
                 new = [place for place, is_there in enumerate(done) if not is_there]
                 kept = store.put([names[place] for place in new], [views[place] for place in new])
                 for place, is_kept in zip(new, kept, strict=True):
                     done[place] = is_kept
                 return done
-            case _:
-                store.clear()
-                return []
 
 
 def runs(pages: np.ndarray, slots: np.ndarray, *, joined: bool) -> Iterator[tuple[int, int, int]]:

@@ -8,7 +8,7 @@ from faulty_disk import FaultyFiles
 from simulated_device import SimulatedDevice
 from simulated_tiers import SimulatedTiers
 
-from engine.messages.tiers import Move, Moved
+from engine.messages.tiers import Move
 from engine_plugins.tiers.disk.store import DiskStore
 
 
@@ -27,11 +27,6 @@ class DiskBelow(SimulatedTiers):
         options: dict[str, Any] = {"patience": 0.1, "pause": 0.0, "refresh": 0.0}
         self.disk = DiskStore(argument=str(self._folder), files=files, **terms, **options)
 
-    def finish(self, index: int = 0, failing: bytes = b"") -> Moved:
-        if self.moving[index].way == "clear":
-            self.disk.clear()
-        return super().finish(index, failing)
-
     def _do(self, move: Move, place: int, slots: list[int], pages: list[int], names: list[bytes]) -> bool:
         match move.way:
             case "keep":
@@ -45,4 +40,6 @@ class DiskBelow(SimulatedTiers):
                 return True
             case "find":
                 return self.disk.has([names[place]])[0]
+            case "clear":
+                return not self.disk.clear()
         return super()._do(move, place, slots, pages, names)

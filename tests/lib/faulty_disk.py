@@ -23,8 +23,8 @@ from engine_plugins.tiers.disk.store import DiskStore
 API = 1
 SECTOR = 512
 CALLS = (
-    *("make_folder", "folders", "files", "open", "close", "read", "write", "resize", "lock", "has_name", "touch"),
-    "remove",
+    *("make_folder", "folders", "files", "open", "close", "read", "write", "resize", "lock", "is_there", "touch"),
+    *("remove", "sync"),
 )
 
 
@@ -46,13 +46,14 @@ class Faults:
 
 
 class FaultyFiles(Files):
-    """The calls of the operating system, with `faults`; they remember what was written, as nothing is synced."""
+    """The calls of the operating system, with `faults`; they remember what was written and removed."""
 
     def __init__(self, faults: Faults | None = None) -> None:
         self.faults = faults or Faults()
         self.calls: list[str] = []
         self._paths: dict[int, str] = {}
         self._written: list[tuple[str, int, bytes]] = []  # path, place, and what was there before
+        self._removed: list[tuple[str, bytes]] = []  # path, and what was in it
         for call in CALLS:
             setattr(self, call, self._with_faults(call, getattr(self, call)))
 
@@ -97,10 +98,22 @@ class FaultyFiles(Files):
             self._written.append((path, at, file.read(len(whole)).ljust(len(whole), b"\0")))
         return super().write(descriptor, [whole], at)
 
+    def remove(self, path: str) -> None:
+        data = Path(path).read_bytes() if os.path.exists(path) else b""
+        super().remove(path)
+        self._removed.append((path, data))
+
+    def sync(self, descriptor: int) -> None:
+        super().sync(descriptor)
+        self._removed = [each for each in self._removed if os.path.dirname(each[0]) != self._paths[descriptor]]
+
     def lose(self) -> None:
         """The power fails: of what was ever written, each sector is on the disk or is as it was before. Files may be
-        shorter, or not there."""
+        shorter, or not there. What was removed is there again, unless its folder was synced."""
         choose = self.faults.random
+        for path, data in self._removed:
+            Path(path).write_bytes(data)
+        self._removed.clear()
         for path, at, before in reversed(self._written):
             if not os.path.exists(path):
                 continue

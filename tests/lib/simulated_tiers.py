@@ -14,6 +14,7 @@ from simulated_device import SimulatedDevice
 from engine.messages.tiers import NAME_BYTES, Move, Moved
 
 RUBBISH = "rubbish"
+WRITES = ("keep", "clear")
 
 
 class SimulatedTiers:
@@ -40,14 +41,14 @@ class SimulatedTiers:
 
     def finish(self, index: int = 0, failing: bytes = b"") -> Moved:
         """End a move of those under way; where `failing` has a byte, its pages have not come."""
+        if self.moving[index].way in WRITES:  # one after the other
+            index = next(place for place, move in enumerate(self.moving) if move.way in WRITES)
         move = self.moving.pop(index)
         slots, pages = list(array("i", move.slots)), list(array("i", move.pages))
         names = [move.names[at : at + NAME_BYTES] for at in range(0, len(move.names), NAME_BYTES)]
-        count = max(len(slots), len(names))
+        count = move.count
         fails = [page < len(failing) and bool(failing[page]) for page in range(count)]
         done = [self._do(move, place, slots, pages, names) for place in range(count) if not fails[place]]
-        if move.way == "clear":
-            self.store.clear()
         told = iter(done)
         self.done[move.way] += sum(done)
         return Moved(move.number, bytes(not each and next(told) for each in fails))
@@ -68,6 +69,8 @@ class SimulatedTiers:
                 self._write(self.pool, slots[place], self.store[names[place]])
             case "find":
                 return names[place] in self.store
+            case "clear":
+                self.store.clear()
         return True
 
     def lose(self) -> None:

@@ -12,7 +12,7 @@ from aiohttp import web
 from msgspec import Meta
 
 from engine import __version__
-from engine.errors import RequestError
+from engine.errors import RequestError, counted
 from engine.http.admin import experts
 from engine.http.fields import Rule, unserved
 from engine.http.keys import owner_of
@@ -248,8 +248,16 @@ async def abort_request(request: web.Request, body: AbortBody) -> web.Response:
 
 
 async def flush_cache(request: web.Request) -> web.Response:
-    """Forget every cached prefix that no running request uses."""
+    """Forget every cached prefix that no running request uses. A 503 where a disk below may still have what it had."""
     flushed = await request.app[SERVICE].front.flush()
+    if flushed.uncleared:
+        message = (
+            f"{counted(flushed.freed, 'page')} of the device are forgotten, and all of the host's, but the store below "
+            f"has not forgotten what it had: {flushed.uncleared}. It is asked again, and not read before it has. But "
+            "an engine that is started anew would read it: repair the store and send this again, or remove its files "
+            "while no engine runs"
+        )
+        raise RequestError(message, code="store_not_cleared", status=503)
     return json_response(FlushReply(flushed.freed, flushed.in_use))
 
 

@@ -15,8 +15,9 @@ A segment has its full size from the start, so the bound is kept by adding sizes
     entry    key, CRC-32 of page and place; CRC-32 of these and of the place
 
 The place is the segment's id and the number of the entry, so neither an old block of the file system nor a page that
-went elsewhere is ever taken for this one. A page is written before its entry. Nothing is synced: whatever a crash has
-lost or torn, a checksum does not fit, and there is no such page. So recovery is to read heads and tables.
+went elsewhere is ever taken for this one. A page is written before its entry. Neither is synced: whatever a crash has
+lost or torn, a checksum does not fit, and there is no such page. So recovery is to read heads and tables. That segments
+were removed for a user is synced.
 
 - One writer a segment: it holds the file's lock (flock), and the kernel takes that from a process that dies. A segment
   that has room and no writer is gone on with. All read all segments, and see new ones within a second.

@@ -70,9 +70,10 @@ class Files:
             return False
         return True
 
-    def has_name(self, descriptor: int) -> bool:
-        """Whether an open file has not been removed."""
-        return os.fstat(descriptor).st_nlink > 0
+    def is_there(self, descriptor: int) -> bool:
+        """Whether an open file has been neither removed nor emptied."""
+        about = os.fstat(descriptor)
+        return about.st_nlink > 0 and about.st_size > 0
 
     def touch(self, path: str) -> None:
         """`path` is used now."""
@@ -80,6 +81,10 @@ class Files:
 
     def remove(self, path: str) -> None:
         os.unlink(path)
+
+    def sync(self, descriptor: int) -> None:
+        """What was done to a file, or to the names in a folder, outlives a power failure."""
+        os.fsync(descriptor)
 
 
 def read_all(files: Files, descriptor: int, into: memoryview, at: int) -> int:

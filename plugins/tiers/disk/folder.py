@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from engine.plugin.tiers import Manifest
 from engine_plugins.tiers.disk.files import Files, Found, read_all, write_all
@@ -145,7 +145,7 @@ class Folder:
                 continue
             taken = False
             try:
-                if self._files.lock(descriptor, wait=False) and self._files.has_name(descriptor):
+                if self._files.lock(descriptor, wait=False) and self._files.is_there(descriptor):
                     read = self._read(found.name, descriptor)
                     if read is not None and next_number(read[1]) < read[0].layout.pages:
                         taken = True
@@ -205,12 +205,40 @@ class Folder:
         return True
 
     def clear(self) -> None:
-        """Remove all segments of this manifest. Who writes one notices, and begins another."""
+        """Remove all segments of this manifest, for good. Who writes one notices, and begins another. One that cannot
+        be removed is emptied. Where that fails as well, the others are removed all the same, and OSError is raised."""
+        refusal: OSError | None = None
         for found in self.listed():
             try:
-                self._files.remove(os.path.join(self._path, found.name))
-            except FileNotFoundError:
-                continue
+                self._remove(os.path.join(self._path, found.name))
+            except OSError as error:
+                refusal = refusal or error
+        with suppress(FileNotFoundError), self.opened(self._path, os.O_RDONLY) as descriptor:
+            self._sync(descriptor)
+        if refusal is not None:
+            raise refusal
+
+    def _remove(self, path: str) -> None:
+        """Remove a file, or all that is in it."""
+        try:
+            return self._files.remove(path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            try:
+                with self.opened(path, os.O_RDWR) as descriptor:
+                    self._files.resize(descriptor, 0)
+                    self._sync(descriptor)
+            except OSError:
+                raise error from None
+
+    def _sync(self, descriptor: int) -> None:
+        """Some file systems do not know this, of folders above all."""
+        try:
+            self._files.sync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
 
 
 def next_number(entries: list[Entry]) -> int:

@@ -32,6 +32,7 @@ PATIENCE_SECONDS = 1.0  # a call may take so long, and what its bytes take at th
 SLOWEST_BYTES = 100e6  # a second
 REFRESH_SECONDS = 1.0  # how old what is known of others' segments may be
 DIRECT_BYTES = 64 << 10  # a page of so many bypasses the page cache
+CLEAR_PATIENCE = 10.0  # times as long as for others: many files are removed
 TOUCH_SECONDS = 10.0  # how often a segment in use is said to be
 
 
@@ -66,7 +67,9 @@ class DiskStore:
         self._said: set[str] = set()
         self._writer = Writer(files, self._folder, self._is_full, self._adopted)
         self._prepared = False
-        self._cleared = True  # else what was to be forgotten may be there still
+        # What came to be put before the last flush is not kept, and until the disk has done it nothing is found.
+        self._flushes = self._flushes_done = 0
+        self._why = ""  # the disk does not take writes, as it was said last
         self._refreshed = -refresh
         self._no_writes_until = 0.0
         size = self._layout.stride
@@ -81,7 +84,8 @@ class DiskStore:
         """As Store.put. A page that is there already is not written again."""
         if not self._is_cleared():
             return [False] * len(keys)
-        works = [self._guarded("write", partial(self._put, *each)) for each in self._checked(keys, pages)]
+        flush = self._flushes
+        works = [self._guarded("write", partial(self._put, flush, *each)) for each in self._checked(keys, pages)]
         return self._run(self._writing, works)
 
     def get(self, keys: Sequence[bytes], into: Sequence[memoryview], /) -> list[bool]:
@@ -118,23 +122,33 @@ class DiskStore:
             pages = len(self._index)
         return Held(pages, pages * self._layout.page_bytes, self._capacity, self.counts())
 
-    def clear(self) -> None:
-        """As Store.clear: the pages of this manifest, for all who share the folder. Until the disk has done it, nothing
-        is found here."""
-        self._cleared = all(self._run(self._writing, [self._guarded("write", self._clear)]))
+    def clear(self) -> str:
+        """As Store.clear, for all who share the folder. Until the disk has done it, nothing is found here."""
+        with self._lock:
+            self._flushes += 1
+        return "" if self._clear_all() else f"the disk {self._folder.root} {self._why}"
+
+    def _clear_all(self) -> bool:
+        """Whether the disk has forgotten what it had at the last flush."""
+        flush, self._why = self._flushes, "does not answer"
+        if all(self._run(self._writing, [self._guarded("write", self._clear)], patience=CLEAR_PATIENCE)):
+            with self._lock:
+                self._flushes_done = max(self._flushes_done, flush)
+        return self._flushes_done == self._flushes
 
     def _is_cleared(self) -> bool:
         """Whether all is gone that was to be; what the disk has refused to remove is tried again after its pause."""
-        if not self._cleared and time.monotonic() >= self._no_writes_until:
-            self.clear()
-        return self._cleared
+        if self._flushes_done == self._flushes:
+            return True
+        return time.monotonic() >= self._no_writes_until and self._clear_all()
 
     def close(self) -> None:
         """As Store.close."""
         for threads in (self._looking, self._reading, self._writing):
             threads.close()
         if not self._writing.passed_over:
-            self._writer.close()
+            with suppress(OSError):
+                self._writer.close()
 
     def counts(self) -> dict[str, int]:
         """What this process did so far: `pages_read`, `bytes_read`, `pages_written`, `bytes_written`; pages that were
@@ -150,9 +164,10 @@ class DiskStore:
 
     # ── calls ────────────────────────────────────────────────────────────────────────────────
 
-    def _run(self, threads: Threads, works: Sequence[Work]) -> list[bool]:
+    def _run(self, threads: Threads, works: Sequence[Work], patience: float = 1.0) -> list[bool]:
+        """What the works return, in time; `patience` times as long as usual."""
         stalls = threads.stalls
-        seconds = self._patience + len(works) * self._layout.page_bytes / SLOWEST_BYTES
+        seconds = patience * self._patience + len(works) * self._layout.page_bytes / SLOWEST_BYTES
         results = threads.run(works, seconds)
         if threads.stalls > stalls:
             self._say("stall", f"does not answer within {seconds:.1f} s, and is passed over for {self._pause:.0f} s")
@@ -169,8 +184,10 @@ class DiskStore:
                 if kind == "write":
                     self._no_writes_until = time.monotonic() + self._pause
                     self._prepared = False  # somebody may have removed the folder
-                cause = error.strerror or type(error).__name__
-                self._say(f"{kind} {error.errno}", f"fails to {kind}: {cause}; pages are computed again")
+                cause = f"fails to {kind}: {error.strerror or type(error).__name__}"
+                if kind == "write":
+                    self._why = cause
+                self._say(f"{kind} {error.errno}", f"{cause}; pages are computed again")
                 return False
 
         return run
@@ -188,7 +205,7 @@ class DiskStore:
 
     # ── works ────────────────────────────────────────────────────────────────────────────────
 
-    def _put(self, key: bytes, page: memoryview, ticket: Ticket) -> bool:
+    def _put(self, flush: int, key: bytes, page: memoryview, ticket: Ticket) -> bool:
         with self._lock:
             place = self._index.get(key)
         if place is not None:
@@ -209,6 +226,8 @@ class DiskStore:
             segment = active.segment
             entry = Entry(number, key, page_checksum(segment.id, number, key, ticket.buffer[: page.nbytes]))
             self._folder.write_page(segment, number, ticket.buffer)
+            if flush != self._flushes:  # it took so long that the page was to be forgotten meanwhile
+                return False
             self._writer.write_entry(active, entry)
         with self._lock:
             self._counts["pages_written"] += 1
@@ -299,8 +318,12 @@ class DiskStore:
         with self._lock:
             known = {name: segment.seen for name, segment in self._index.segments.items()}
         for found in listed:
-            if known.get(found.name) != found.used and (read := self._folder.read(found.name)) is not None:
+            if known.get(found.name) == found.used:
+                continue
+            if (read := self._folder.read(found.name)) is not None:
                 self._adopted(*read).seen = found.used
+            else:
+                self._removed(found.name)  # emptied
         return True
 
     def _removed(self, name: str) -> None:

@@ -74,7 +74,7 @@ class Writer:
     def _ready(self) -> Active | None:
         """A segment with a free entry; the lock is held."""
         active = self._active
-        if active is not None and not active.full and self._files.has_name(active.descriptor):
+        if active is not None and not active.full and self._files.is_there(active.descriptor):
             return active
         self._end()
         found = self._folder.unfinished(self._full)
@@ -88,10 +88,10 @@ class Writer:
 
     def _end(self) -> None:
         """Write no more into the segment; the lock is held."""
-        if self._active is not None:
-            self._active.ended = True
-            self._close_if_done(self._active)
-            self._active = None
+        active, self._active = self._active, None  # first: its number is another file's once it is closed, or fails to
+        if active is not None:
+            active.ended = True
+            self._close_if_done(active)
 
     def _close_if_done(self, active: Active) -> None:
         if active.ended and not active.writing:

@@ -22,7 +22,7 @@ from engine.http.app import ROUTES, serve
 from engine.http.native.generate import GenerateBody, NativeReply, NativeSampling, Scores
 from engine.http.openai.chat import ChatBody
 from engine.http.openai.completions import CompletionBody
-from engine.messages.control import CopyStats, Stats, TierStats
+from engine.messages.control import CopyStats, Flushed, Stats, TierStats
 from engine.params.sampling import SamplingParams
 from engine.runtime.front import Health, joined
 
@@ -325,7 +325,7 @@ async def test_metrics_of_tiers() -> None:
         tiers = TierStats(
             host_pages=100, host_used=60, store_pages=7, store_bytes=900, down=50, kept=7, fetched=3, from_host=20,
             from_store=2, refused=4, failed=1, asked_total=80, ceiling=0.5, seconds_saved=1.5,
-            stores={"pages_written": 7, "corrupt": 1},
+            stores={"pages_written": 7, "corrupt": 1}, uncleared=True,
         )  # fmt: skip
         front.stats = Stats("ready", cached_tokens_total=30 * front.info.page_size, tiers=tiers)
         size = front.info.page_size
@@ -342,6 +342,7 @@ async def test_metrics_of_tiers() -> None:
             "engine_tier_pages_failed_total": [({}, 1)],
             "engine_tier_store_total": [({"what": "pages_written"}, 7), ({"what": "corrupt"}, 1)],
             "engine_tier_saved_seconds_total": [({}, 1.5)],
+            "engine_tier_uncleared": [({}, 1)],
             "engine_cache_hit_ceiling_ratio": [({}, 0.5)],
         }  # fmt: skip
         for name, wanted in expected.items():
@@ -358,6 +359,18 @@ async def test_abort_and_flush() -> None:
         assert await post(f"{url}/flush_cache", {}) == (200, {"freed": 12, "in_use": 3})
         async with session.get(f"{url}/flush_cache") as response:
             assert (response.status, response.headers["Allow"]) == (405, "POST")
+
+
+async def test_a_flush_that_a_disk_refuses_is_a_503_which_says_why() -> None:
+    class Refused(FakeFront):
+        async def flush(self) -> Flushed:
+            return Flushed(12, 3, "the disk /kv fails to write: Read-only file system")
+
+    async with serving(Refused()) as url:
+        status, answer = await post(f"{url}/flush_cache", {})
+    assert (status, answer["error"]["code"]) == (503, "store_not_cleared")
+    assert "12 pages of the device are forgotten" in answer["error"]["message"]
+    assert "the disk /kv fails to write: Read-only file system. It is asked again" in answer["error"]["message"]
 
 
 async def test_a_taken_port_or_a_bad_host_is_a_config_error() -> None:

@@ -25,9 +25,9 @@ pytestmark = pytest.mark.anyio
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
 
 
-async def started(to_executor: Outbox[ToExecutor]) -> tuple[SchedulerActor, Outbox[ToScheduler]]:
+async def started(to_executor: Outbox[ToExecutor], **options: str) -> tuple[SchedulerActor, Outbox[ToScheduler]]:
     """A scheduler whose worker is ready and has tiers, not running yet, and what leads to it."""
-    config = resolve({"model": "echo", "page_size": 4})
+    config = resolve({"model": "echo", "page_size": 4, **options})
     (to_scheduler, inbox), (front, _) = open_channel(), open_channel()
     actor = SchedulerActor(config, make_policy(Plugins.load(()), "fcfs"), inbox, to_executor, {}, front)
     await to_scheduler.send(

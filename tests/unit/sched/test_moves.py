@@ -15,6 +15,7 @@ from simulated_tiers import SimulatedTiers
 from test_batcher import POLICIES, AnythingHappens, Bench, request
 
 from engine.cache import names
+from engine.cache.host import HostPages
 from engine.cache.tiers import Ticket, TierOptions, WritePolicy
 from engine.messages.assets import Need
 from engine.messages.tiers import PAGES, Moved
@@ -22,6 +23,7 @@ from engine.sched.assets import WaitingRoom
 from engine.sched.copies import Copies
 from engine.sched.moves import Moves
 from engine.sched.request import Request
+from engine.sched.sessions import Below
 
 
 def wanting(admit):
@@ -285,10 +287,51 @@ def test_after_a_flush_nothing_comes_up_and_pages_go_down_again():
     bench.scheduler.flush()
     bench.go_on()
     assert run(bench, "b", LONG) == (0, 33)
-    assert bench.below.done["clear"] == 0 and len(bench.below.store) == 8
+    assert bench.below.done["clear"] == 1 and len(bench.below.store) == 8
     run(bench, "c", OTHER)
     assert run(bench, "d", LONG) == (32, 1)
     bench.drain()
+
+
+def test_a_store_that_refuses_to_forget_is_asked_for_nothing_until_it_has():
+    """Also by the next life of the device."""
+    bench = TierBench(40, pages=11)
+    bench.pace = 0.0
+    run(bench, "a", LONG)
+    before = dict(bench.below.done)
+    bench.scheduler.flush()
+    for life in range(2):
+        assert bench.moves.clearing
+        for now, due in ((0.0, True), (14.9, False), (15.0, True), (44.9, False), (45.0, True)):
+            bench.moves.tick(60.0 * life + now)
+            bench.go_on()
+            assert [move.way for move in bench.below.moving] == ["clear"] * due
+            if due:
+                bench.moves.moved(replace(bench.below.finish(0, b"\1"), cause="read-only"))
+            assert (bench.moves.clearing, bench.moves.uncleared) == (False, "read-only")
+        assert run(bench, f"b{life}", LONG) == (0, 33)  # which asks no store, and gives it nothing
+        bench.lose()
+    assert bench.moves.stats().uncleared and len(bench.below.store) == 8
+    for way in ("find", "fetch", "keep", "clear"):
+        assert bench.below.done[way] == before[way]
+    bench.go_on()
+    bench.finish()
+    assert not (bench.moves.clearing or bench.moves.uncleared or bench.moves.stats().uncleared or bench.below.store)
+    assert run(bench, "c", LONG) == (0, 33)
+    assert len(bench.below.store) == 8
+    bench.drain()
+
+
+def test_a_flush_while_a_store_forgets_is_one_more():
+    bench = TierBench(40, pages=11)
+    run(bench, "a", LONG)
+    for _ in range(2):
+        bench.scheduler.flush()
+        bench.go_on()
+    first, second = bench.below.moving
+    assert bench.moves.moved(Moved(first.number, b"\1")) == "" and bench.moves.clearing
+    assert bench.moves.moved(Moved(second.number, b"\0")) == "" and not bench.moves.clearing
+    assert bench.moves.uncleared == "it does not say why"
 
 
 def test_what_is_on_its_way_at_a_flush_does_not_come():
@@ -488,6 +531,27 @@ def test_a_session_whose_pages_gave_way_has_them_below_and_comes_back_to_them(wr
     assert run(bench, "c", [*LONG, 1, 2, 3], session="s") == (32, 4)
     assert told(bench) == (9, 0)
     bench.drain()
+
+
+@pytest.mark.parametrize(("count", "most"), [(0, 0), (1, 1), (256, 256), (257, 129), (1000, 250), (65_536, 256)])
+def test_a_session_remembers_few_names_and_how_much_lies_below(count, most):
+    host = HostPages(max(count, 1))
+    names = [number.to_bytes(32) for number in range(count)]
+    host.unpin(host.add(names))
+    below, each = Below(host, names), -(-count // 256)
+    assert len(below._names) == most
+    assert [below.after(pages) for pages in (0, 1, count // 3, count)] == [
+        count,
+        max(0, count - 1),
+        count - count // 3,
+        0,
+    ]
+    for left in (count // 2, count // 4, 0):
+        for name in names[left:]:
+            if place := host.get(name):
+                host.forget(place)
+        assert abs(below.after(0) - left) <= each // 2
+        assert abs(below.after(count // 8) - max(0, left - count // 8)) <= each // 2
 
 
 def test_a_turn_that_waits_brings_the_pages_of_its_session_up():

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import random
 import shutil
 import time
@@ -167,19 +168,25 @@ def test_no_error_of_the_system_is_raised(opened: Open, call: str, number: int) 
         "make_folder",
         "resize",
         "lock",
+        "sync",
+        "remove",
     )
     files.faults.errors.clear()
     assert put(store, 4) == [True] == got(store, 4)
 
 
-@pytest.mark.parametrize("faults", [Faults(errors={"remove": errno.EROFS}), Faults(stall=frozenset(["remove"]))])
+REFUSES = {"remove": errno.EROFS, "resize": errno.EROFS}
+
+
+@pytest.mark.parametrize("faults", [Faults(errors=dict(REFUSES)), Faults(stall=frozenset(["remove"]))])
 def test_what_a_disk_could_not_clear_is_found_no_more(opened: Open, faults: Faults) -> None:
     files = FaultyFiles()
     store = opened(files)
     assert put(store, 1, 2) == [True, True]
     files.faults = faults
+    said = "fails to write: Read-only file system" if faults.errors else "does not answer"
     with impatient(store):
-        store.clear()
+        assert store.clear().endswith(said)
         assert store.has([key(1), key(2)]) == [False, False] == got(store, 1, 2) == put(store, 3, 4)
     faults.errors.clear()
     faults.resumed.set()
@@ -187,6 +194,67 @@ def test_what_a_disk_could_not_clear_is_found_no_more(opened: Open, faults: Faul
         time.sleep(0.01)
     assert got(store, 3) == [True]
     assert got(store, 1, 2) == [False, False] and got(opened(FaultyFiles()), 1, 2, 3) == [False, False, True]
+
+
+def test_what_no_disk_takes_from_us_a_later_store_has_again(opened: Open) -> None:
+    """That is why a user is told."""
+    files = FaultyFiles()
+    store = opened(files)
+    put(store, 1)
+    files.faults.errors |= REFUSES
+    assert store.clear() and got(store, 1) == [False]
+    assert got(opened(FaultyFiles()), 1) == [True]
+    files.faults.errors.clear()
+    assert not store.clear() and got(opened(FaultyFiles()), 1) == [False]
+
+
+def test_segments_that_cannot_be_removed_are_emptied_for_all(opened: Open, tmp_path: Path) -> None:
+    files, others = FaultyFiles(), FaultyFiles()
+    store, other = opened(files, tmp_path), opened(others, tmp_path)
+    put(store, 1)
+    assert got(other, 1) == [False] and other.has([key(1)]) == [True] == put(other, 2)
+    files.faults.errors["remove"] = errno.EACCES  # of the folder; the files are ours
+    assert not store.clear() and all(path.stat().st_size == 0 for path in tmp_path.rglob("*.kv"))
+    assert other.has([key(1), key(2)]) == [False, False] == got(opened(FaultyFiles(), tmp_path), 1, 2)
+    assert put(store, 3) == [True] == put(other, 4)  # in segments that are begun anew
+    assert got(opened(FaultyFiles(), tmp_path), 1, 2, 3, 4) == [False, False, True, True]
+
+
+def test_what_is_cleared_stays_so_when_the_power_fails(opened: Open, tmp_path: Path) -> None:
+    files = FaultyFiles()
+    store = opened(files, tmp_path)
+    put(store, *range(30))
+    assert not store.clear()
+    store.close()
+    files.lose()
+    assert not any(got(opened(FaultyFiles(), tmp_path), *range(30)))
+
+
+def test_a_page_whose_write_began_before_a_flush_is_not_kept(opened: Open) -> None:
+    files = FaultyFiles(Faults(stall=frozenset(["make_folder"])))
+    store = opened(files)
+    with impatient(store):
+        assert put(store, 1) == [False]
+    files.faults.stall = frozenset()
+    assert not store.clear()
+    files.faults.resumed.set()
+    store._writing.close(30.0)  # what was begun ends
+    assert got(store, 1) == [False] == got(opened(FaultyFiles()), 1)
+
+
+def test_a_file_that_could_not_be_closed_is_left_alone(opened: Open, tmp_path: Path) -> None:
+    """Its number may be that of another file by then."""
+    files = FaultyFiles()
+    store = opened(files)
+    assert put(store, 1) == [True] and not store.clear()  # so the next page needs another segment
+    files.faults.errors["close"] = errno.EIO
+    assert put(store, 2) == [False]
+    files.faults.errors.clear()
+    others = [os.open(tmp_path / f"other{number}", os.O_RDWR | os.O_CREAT) for number in range(20)]
+    assert put(store, 3, 4) == [True, True] == got(store, 3, 4)
+    assert [os.fstat(other).st_size for other in others] == [0] * 20
+    for other in others:
+        os.close(other)
 
 
 def test_a_folder_that_is_removed_is_made_again(opened: Open, tmp_path: Path) -> None:

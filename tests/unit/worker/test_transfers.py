@@ -93,7 +93,8 @@ def test_what_a_store_has_not_is_told_page_by_page() -> None:
     assert [bool(each) for each in mover.move("fetch", slots=[0] * 8, names=keys).done] == kept
     last = mover.move("keep", slots=[0], names=[keys[kept.index(True)]])
     assert (last.done, last.held) == (b"\1", sum(kept)) and last.held_bytes == sum(kept) * HEADS.page_bytes
-    assert mover.move("clear").held == 0
+    assert (mover.move("clear").done, mover.told.empty()) == (b"\1", True)
+    assert mover.move("find").held == 0
     assert not any(mover.move("find", names=keys).done)
 
 
@@ -135,6 +136,20 @@ def test_each_answer_of_a_store_says_what_it_holds(way: str) -> None:
     assert moved.counts == {"pages_written": 2}
     moved = mover.move("find")
     assert (moved.done, moved.held) == (b"", 2)
+
+
+def test_what_a_store_does_not_clear_is_not_done_and_says_why() -> None:
+    mover = Mover(HEADS)
+    for refuses, done, cause in (
+        (lambda: "the disk is read-only", b"\0", "the disk is read-only"),
+        (lambda: 1 // 0, b"\0", "the store of KV pages fails: ZeroDivisionError"),
+        (lambda: "", b"\1", ""),
+    ):
+        mover.store.clear = refuses  # type: ignore[method-assign, assignment]
+        moved = mover.move("clear")
+        assert moved.done == done and moved.cause.startswith(cause)
+    assert both(Moved(1, b"\0", cause="why"), Moved(1, b"\1")) == Moved(1, b"\0", cause="why")
+    assert Mover(HEADS, copy=1).move("clear").done == b"\1"  # of another copy
 
 
 def test_the_store_is_closed_at_the_end() -> None:
