@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 import msgspec
 from msgspec import Struct
 
-from engine.errors import ConfigError, RequestError, did_you_mean, shown
+from engine.errors import ConfigError, RequestError, Words, did_you_mean, shown
 from engine.lang.choices import METHODS, ChoicesMethod, token_length_normalized
 from engine.lang.media import image_part, video_part
 from engine.lang.tools import Tool, tools_of
@@ -37,6 +37,8 @@ DTYPES: Mapping[type, str] = {
 }
 
 
+NO_WORDS = Words()
+TYPED_WORDS = Words({"regex": "dtype"})
 TOOL_ROUNDS = 8  # times that a gen lets the model call tools; then it must answer
 
 
@@ -63,7 +65,7 @@ class Appended(Struct, frozen=True):
 
 
 class Gen(Appended, frozen=True):
-    """A reply of the model. `fields` are keywords of SamplingParams."""
+    """A reply of the model. `fields` are keywords of SamplingParams, `words` what the program calls some of them."""
 
     name: str | None
     fields: dict[str, Any]
@@ -72,6 +74,7 @@ class Gen(Appended, frozen=True):
     tools: dict[str, Tool] = {}
     tool_choice: str = "auto"
     rounds: int = TOOL_ROUNDS
+    words: Words = NO_WORDS
 
     def params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """What is asked for; `defaults` are those of the run. Raises RequestError for a value out of bounds."""
@@ -179,7 +182,8 @@ def gen(
     if tools and n > 1:
         raise RequestError(f"n is {n} beside tools; let the model answer once, or fork", param="n")
     given = {**_typed(dtype), **checked_fields(fields)}
-    found = Gen(name, given, n, tools=tools_of(tools), tool_choice=tool_choice, rounds=tool_rounds)
+    words = NO_WORDS if dtype is None else TYPED_WORDS
+    found = Gen(name, given, n, tools=tools_of(tools), tool_choice=tool_choice, rounds=tool_rounds, words=words)
     if dtype in (int, float):
         found.fields["stop"] = (*found.fields.get("stop", ()), *NUMBER_ENDS)
     found.params({})
