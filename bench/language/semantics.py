@@ -198,7 +198,7 @@ def endpoint(url: str, template: str) -> Any:
     """SGLang's backend, which takes any number of pictures."""
     runtime = importlib.import_module("sglang.lang.backend.runtime_endpoint")
 
-    class Endpoint(runtime.RuntimeEndpoint):  # type: ignore[name-defined,misc]
+    class Endpoint(runtime.RuntimeEndpoint):  # type: ignore[name-defined]
         def _add_images(self, s: Any, data: dict[str, Any]) -> None:
             if len(s.images_) < 2:
                 super()._add_images(s, data)

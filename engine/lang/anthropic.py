@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from engine.client.client import changed
 from engine.client.events import error_message
 from engine.errors import ConfigError, WorkerError
 from engine.lang.backend import Offer, Piece, Spoken
@@ -50,7 +51,7 @@ class Anthropic(Remote):
             self._cannot("tells no log-probabilities, which select needs; let it answer with a gen of a JSON schema")
         if not prompt.messages:
             self._cannot("takes messages alone; write the program with user(...) and assistant(...)")
-        self._fields(params, HAS)
+        self._check(params, HAS)
         for message in prompt.messages:
             kinds = {part["type"] for part in message["content"]} if isinstance(message["content"], list) else set()
             if "video_url" in kinds:
@@ -109,7 +110,7 @@ class Anthropic(Remote):
         self._cannot("tells no log-probabilities, which decide needs; let it answer with a gen of a JSON schema")
 
     def _body(self, prompt: Prompt, params: SamplingParams) -> dict[str, Any]:
-        fields = self._fields(params)
+        fields = changed(params)
         body: dict[str, Any] = {"model": self.model_name, "max_tokens": params.max_tokens}
         body |= {NAMES[name]: value for name, value in fields.items() if name in NAMES}
         if (schema := fields.get("json_schema")) is not None:

@@ -141,7 +141,8 @@ class Function:
         others: its state raises where it is read."""
         if concurrency < 1:
             raise ConfigError(f"concurrency is {concurrency}; it must be 1 or more")
-        found, order, turns = backend_of(backend), iter(shared_first(batch)), Turns(concurrency)
+        found, order, begun = backend_of(backend), iter(shared_first(batch)), min(2 * concurrency, len(batch))
+        turns = Turns(concurrency, begun)
         made: list[Any] = [None] * len(batch)
 
         async def work(advance: Callable[[], None]) -> None:
@@ -152,7 +153,7 @@ class Function:
         try:
             with progress_bar(self.__name__, len(batch), shown=progress) as advance:
                 async with anyio.create_task_group() as group:
-                    for _ in range(min(2 * concurrency, len(batch))):
+                    for _ in range(begun):
                         group.start_soon(work, advance)
         except BaseExceptionGroup as failures:
             raise first_failure(failures) from None

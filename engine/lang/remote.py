@@ -53,17 +53,15 @@ class Remote(Client, Backend):
         """Raise RequestError: it `what`, a template in which fields stand in braces."""
         raise RequestError(f"{{who}} {what}", facts={"who": self._who})
 
-    def _fields(self, params: SamplingParams, has: Set[str] | None = None) -> dict[str, Any]:
-        """The keywords to send. Raises RequestError for one that it has no field for, if it `has` only some."""
+    def _check(self, params: SamplingParams, has: Set[str] | None = None) -> None:
+        """Raise RequestError for what no body says and, if it `has` only some fields, for others."""
         if (grammar := params.grammar) is not None and (grammar.after or grammar.beside or grammar.tools):
             self._cannot(
                 "takes no {grammar} of several parts; say it by a keyword, regex or json_schema, or use Engine"
             )
-        asked = changed(params)
-        if has is not None and (wrong := sorted(asked.keys() - has)):
+        if has is not None and (wrong := sorted(changed(params).keys() - has)):
             fields = ", ".join(f"{{{name}}}" for name in wrong)
             self._cannot(f"has no field for {fields}; leave it out, or use a server of ours")
-        return asked
 
     # ── requests ─────────────────────────────────────────────────────────────────────────────
 

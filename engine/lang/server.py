@@ -14,6 +14,7 @@ from typing import Any, Self
 import anyio
 import msgspec
 
+from engine.client.client import changed
 from engine.client.events import Reading
 from engine.errors import RequestError, WorkerError
 from engine.lang.answers import Chosen, Decided, Whole
@@ -82,7 +83,7 @@ class Server(Remote):
         if separate and not prompt.messages:
             raise RequestError("separate_reasoning needs roles: where reasoning ends, the server's template says")
         if params is not None:
-            self._fields(params, None if self._ours else HAS)
+            self._check(params, None if self._ours else HAS)
         if self._ours:
             return
         if params is None:
@@ -152,7 +153,7 @@ class Server(Remote):
     ) -> tuple[str, dict[str, Any]]:
         """The path and the body of a request for one reply."""
         api = CHAT if prompt.messages else COMPLETIONS
-        fields = {api.names.get(name, name): value for name, value in self._fields(params).items()}
+        fields = {api.names.get(name, name): value for name, value in changed(params).items()}
         if api is CHAT and params.logprobs is not None:
             fields["logprobs"] = True
         body: dict[str, Any] = {"model": self.model_name, **(fields if self._ours else in_openai_words(fields))}
