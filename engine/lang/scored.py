@@ -117,8 +117,8 @@ def place_of(text: str, data: bytes, top: Sequence[ScoredToken]) -> int | None:
 
 
 def prompt_token(likely: Mapping[int, PromptToken], most: int) -> ScoredToken:
-    """A token of a prompt: the last of `likely`, which has it once. Is it among the `most` likeliest, the others leave
-    its place there free."""
+    """A token of a prompt: the last of `likely`, which has it once. If it is one of the `most` likeliest, the
+    others leave its place among them free."""
     *others, own = (
         ScoredToken(each.decoded_token, bytes(each.bytes), each.logprob, id, each.rank) for id, each in likely.items()
     )

@@ -32,8 +32,8 @@ MOST_ENDED = 1024  # programs that the server is told of at once
 LAST_SECONDS = 5.0  # for which leaving waits until the server has been told
 OWNER = "engine"  # of the models that our server lists
 # What every server with OpenAI's API has a field for.
-COMMON = {"temperature", "top_p", "seed", "max_tokens", "stop", "presence_penalty", "frequency_penalty", "logit_bias"}
-COMMON |= {"logprobs"}
+COMMON = {"temperature", "top_p", "seed", "max_tokens", "stop", "logprobs"}
+COMMON |= {"presence_penalty", "frequency_penalty", "logit_bias"}
 STREAMED: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
 FORMATS = {"json_object", "json_schema", "strict_schema"}
 HAS = COMMON | FORMATS
