@@ -13,7 +13,8 @@ than fit. A row is printed, and written to --json, when it is known. Beside wall
 and of the server's, and steps of the device, which a machine's other work changes less. `equal` is the share of
 programs all of whose texts are the same in the three ways: on a GPU the kernels' rounding depends on who runs beside
 whom, and dummy weights choose among almost equal tokens, so there replies part now and then, and are as long as before.
-Linux alone.
+The fake model `echo` needs --option kv_tokens=400000: a share of the memory would have so many of its small pages that
+emptying them takes half a minute. Linux alone.
 """
 
 import argparse

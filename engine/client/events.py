@@ -40,6 +40,7 @@ class _Choice(Struct):
     delta: _Delta | None = None
     message: _Delta | None = None
     finish_reason: str | None = None
+    matched_stop: int | str | None = None
 
 
 class _Details(Struct):
@@ -85,6 +86,7 @@ class Reading:
     def __init__(self, api: str) -> None:
         self.take: Callable[[bytes], str] = self._native if api == "native" else self._openai
         self.finish: FinishReason | None = None
+        self.matched: int | str | None = None  # what stopped it, where the server says so
         self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
         self.reasoning = ""  # how the text that the last event added begins
         self._so_far = 0
@@ -102,6 +104,7 @@ class Reading:
             said = choice.delta or choice.message
             text += said.text if said else choice.text or ""
             thought = said.thought if said else ""
+            self.matched = choice.matched_stop
             self._end(choice.finish_reason)
         self.reasoning = thought
         return text

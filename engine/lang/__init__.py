@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         token_length_normalized,
         unconditional_likelihood_normalized,
     )
+    from engine.lang.default import RuntimeEndpoint, set_default_backend
     from engine.lang.expressions import (
         assistant,
         assistant_begin,
@@ -35,9 +36,16 @@ if TYPE_CHECKING:
     from engine.lang.program import function
     from engine.lang.server import Server
 
+# What SGLang has, and what is written in its place.
+_INSTEAD = {
+    "Engine": "engine.Engine(model=...)",
+    "OpenAI": 'Server("https://api.openai.com", api_key=..., model=...)',
+    "Runtime": "engine.Engine(model=...)",
+}
 _HOMES = {
     "anthropic": ("Anthropic",),
     "choices": ("greedy_token_selection", "token_length_normalized", "unconditional_likelihood_normalized"),
+    "default": ("RuntimeEndpoint", "set_default_backend"),
     "expressions": (
         *("assistant", "assistant_begin", "assistant_end", "decide", "gen", "gen_int", "gen_string", "image", "select"),
         *("separate_reasoning", "system", "system_begin", "system_end", "user", "user_begin", "user_end", "video"),
@@ -49,6 +57,7 @@ _HOMES = {
 
 __all__ = [
     "Anthropic",
+    "RuntimeEndpoint",
     "Server",
     "State",
     "assistant",
@@ -63,6 +72,7 @@ __all__ = [
     "image",
     "select",
     "separate_reasoning",
+    "set_default_backend",
     "system",
     "system_begin",
     "system_end",
@@ -81,7 +91,8 @@ def __getattr__(name: str) -> Any:
     for home, names in _HOMES.items():
         if name in names:
             return getattr(importlib.import_module(f"engine.lang.{home}"), name)
-    raise AttributeError(f"module 'engine.lang' has no attribute {name!r}")
+    instead = f"; write {_INSTEAD[name]}" if name in _INSTEAD else ""
+    raise AttributeError(f"module 'engine.lang' has no attribute {name!r}{instead}")
 
 
 def __dir__() -> list[str]:

@@ -8,14 +8,14 @@ for.
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from itertools import groupby
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 from msgspec import Struct
 
 from engine.client.client import changed
 from engine.client.events import error_message
-from engine.errors import ConfigError, RequestError, WorkerError
+from engine.errors import ConfigError, WorkerError
 from engine.lang.backend import Offer, Piece, Spoken
 from engine.lang.remote import Remote
 from engine.lang.tools import ToolCall
@@ -30,7 +30,7 @@ VERSION = "2023-06-01"
 PATH = "/v1/messages"
 NAMES = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "max_tokens": "max_tokens"}
 NAMES |= {"stop": "stop_sequences"}
-SCHEMAS = {"json_schema", "strict_schema"}
+HAS = {*NAMES, "json_schema"}  # which it always takes strictly
 ENDS = {"max_tokens": "length", "model_context_window_exceeded": "length"}
 
 
@@ -51,15 +51,15 @@ class Anthropic(Remote):
             self._cannot("tells no log-probabilities, which select needs; let it answer with a gen of a JSON schema")
         if not prompt.messages:
             self._cannot("takes messages alone; write the program with user(...) and assistant(...)")
-        if wrong := sorted(changed(params).keys() - NAMES.keys() - SCHEMAS):
-            self._cannot(f"has no field for {', '.join(wrong)}; leave it out, or use a server of ours")
+        self._check(params, HAS)
         for message in prompt.messages:
             kinds = {part["type"] for part in message["content"]} if isinstance(message["content"], list) else set()
             if "video_url" in kinds:
                 self._cannot("takes no video; show pictures")
 
-    def _cannot(self, what: str) -> NoReturn:
-        raise RequestError(f"the server at {self.url}, with Anthropic's API, {what}")
+    @property
+    def _who(self) -> str:
+        return f"the server at {self.url}, with Anthropic's API,"
 
     # ── calls ────────────────────────────────────────────────────────────────────────────────
 
@@ -71,19 +71,19 @@ class Anthropic(Remote):
             found = msgspec.json.decode(await self._ask(PATH, body), type=Said)
             yield Piece(found.told(separate), found.thought if separate else "", found.meta)
             return
-        usage, finish = Usage(), ""
+        usage, finish, matched = Usage(), "", None
         async with aclosing(self._events(PATH, {**body, "stream": True})) as events:
             async for data in events:
                 event = msgspec.json.decode(data, type=Event)
                 if event.error is not None:
                     raise WorkerError(error_message(event.error))
                 usage = usage.then(event.message.usage if event.message else event.usage)
-                finish = event.delta.stop_reason or finish
+                finish, matched = event.delta.stop_reason or finish, event.delta.stop_sequence or matched
                 thought = event.delta.thinking
                 yield Piece(event.delta.text if separate else thought + event.delta.text, thought if separate else "")
         if not finish:
             raise WorkerError(f"{self.url}{PATH} ended its reply without a stop reason")
-        yield Piece("", "", usage.meta(finish))
+        yield Piece("", "", usage.meta(finish, matched))
 
     async def answer(
         self, prompt: Prompt, params: SamplingParams, offer: Offer, *, separate: bool, program: str
@@ -167,10 +167,10 @@ class Usage(Struct, frozen=True):
         told = {} if later is None else {n: v for n, v in msgspec.structs.asdict(later).items() if v is not None}
         return msgspec.structs.replace(self, **told)
 
-    def meta(self, reason: str) -> Meta:
+    def meta(self, reason: str, matched: str | None) -> Meta:
         cached = self.cache_read_input_tokens or 0
         read = (self.input_tokens or 0) + cached + (self.cache_creation_input_tokens or 0)
-        return Meta(ENDS.get(reason, "stop"), None, read, cached, self.output_tokens or 0)
+        return Meta(ENDS.get(reason, "stop"), matched, read, cached, self.output_tokens or 0)
 
 
 class Block(Struct, frozen=True):
@@ -189,6 +189,7 @@ class Said(Struct, frozen=True):
 
     content: list[Block] = []
     stop_reason: str | None = None
+    stop_sequence: str | None = None
     usage: Usage = Usage()
 
     @property
@@ -206,7 +207,7 @@ class Said(Struct, frozen=True):
 
     @property
     def meta(self) -> Meta:
-        return self.usage.meta(self.stop_reason or "")
+        return self.usage.meta(self.stop_reason or "", self.stop_sequence)
 
 
 class Delta(Struct, frozen=True):
@@ -215,6 +216,7 @@ class Delta(Struct, frozen=True):
     text: str = ""
     thinking: str = ""
     stop_reason: str | None = None
+    stop_sequence: str | None = None
 
 
 class Event(Struct, frozen=True):

@@ -52,7 +52,7 @@ async def generated(
 ) -> Replies:
     """The replies to `gen`, all at once; `tell` gets the first of them, with `stream` piece by piece as they come.
     Raises what `backend` does."""
-    backend.check(prompt, params, separate=gen.separate)
+    check(backend, prompt, gen, params)
     texts, thoughts = [""] * gen.n, [""] * gen.n
     metas = [Meta()] * gen.n
 
@@ -80,6 +80,14 @@ async def generated(
     return Replies(texts, thoughts, summed(metas))
 
 
+def check(backend: Backend, prompt: Prompt, gen: Gen, params: SamplingParams) -> None:
+    """Raise RequestError, in the words of the program, for what `backend` cannot do."""
+    try:
+        backend.check(prompt, params, separate=gen.separate)
+    except RequestError as error:
+        raise error.worded(gen.words) from None
+
+
 def check_whole(meta: Meta) -> None:
     """Raise RequestError for a reply that was aborted."""
     if meta.finish == "abort":
@@ -97,14 +105,13 @@ async def with_tools(
     metas: list[Meta] = []
     choice = gen.tool_choice
     while True:
-        backend.check(prompt, params, separate=gen.separate)
+        check(backend, prompt, gen, params)
         offer = Offer(tuple(gen.tools.values()), choice)
         spoken = await backend.answer(prompt, params, offer, separate=gen.separate, program=program)
         check_whole(spoken.meta)
         metas.append(spoken.meta)
         if not spoken.calls or choice == "none":
-            last = msgspec.structs.replace(summed(metas), finish=spoken.meta.finish)
-            return Replies([spoken.text], [spoken.reasoning], last, called)
+            return Replies([spoken.text], [spoken.reasoning], summed(metas[::-1]), called)
         results = await together(lambda call: _result(gen.tools, call), spoken.calls)
         transcript.called(spoken.text, spoken.calls, results)
         called += [

@@ -14,18 +14,24 @@ from typing import Any, Literal, TypeAlias
 import msgspec
 from msgspec import Struct
 
-from engine.errors import ConfigError, RequestError, did_you_mean, shown
+from engine.errors import ConfigError, RequestError, Words, did_you_mean, shown
 from engine.lang.choices import METHODS, ChoicesMethod, token_length_normalized
 from engine.lang.media import image_part, video_part
 from engine.lang.tools import Tool, tools_of
 from engine.params.fields import Texts
 from engine.params.grammar import KEYWORDS
-from engine.params.sampling import FIELDS, SamplingParams, check_sampling
+from engine.params.sampling import FIELDS, NATIVE, SamplingParams, check_sampling
 from engine.runtime.decisions import Option, Question, check_questions
 
 Role = Literal["system", "user", "assistant"]
 MAX_TOKENS = 128  # of a gen that says nothing else; as in SGLang
 FIELDS_BY_NAME = {field.name: field for field in FIELDS}
+# SGLang's names of fields that have others here, and what takes the place of fields that there are none of.
+SGLANG_NAMES = {name: field.name for name, field in NATIVE.columns if name not in FIELDS_BY_NAME}
+INSTEAD = {
+    **dict.fromkeys(("return_logprob", "top_logprobs_num", "return_text_in_logprobs"), "logprobs=k"),
+    "logprob_start_len": "prompt_logprobs=k",
+}
 KNOWN = {*FIELDS_BY_NAME, *KEYWORDS, "grammar"}
 # What a value of a type looks like, and where a number ends.
 NUMBER_ENDS = (" ", "\n")
@@ -37,6 +43,8 @@ DTYPES: Mapping[type, str] = {
 }
 
 
+NO_WORDS = Words()
+TYPED_WORDS = Words({"regex": "dtype"})
 TOOL_ROUNDS = 8  # times that a gen lets the model call tools; then it must answer
 
 
@@ -63,7 +71,7 @@ class Appended(Struct, frozen=True):
 
 
 class Gen(Appended, frozen=True):
-    """A reply of the model. `fields` are keywords of SamplingParams."""
+    """A reply of the model. `fields` are keywords of SamplingParams, `words` what the program calls some of them."""
 
     name: str | None
     fields: dict[str, Any]
@@ -72,6 +80,7 @@ class Gen(Appended, frozen=True):
     tools: dict[str, Tool] = {}
     tool_choice: str = "auto"
     rounds: int = TOOL_ROUNDS
+    words: Words = NO_WORDS
 
     def params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """What is asked for; `defaults` are those of the run. Raises RequestError for a value out of bounds."""
@@ -151,7 +160,7 @@ def gen(
     max_tokens: int | None = None,
     *,
     n: int = 1,
-    dtype: type | None = None,
+    dtype: type | str | None = None,
     choices: Sequence[str] | None = None,
     choices_method: ChoicesMethod = token_length_normalized,
     tools: Sequence[Any] = (),
@@ -178,9 +187,11 @@ def gen(
         raise RequestError(f"n is {shown(n)}; it must be a whole number from 1", param="n")
     if tools and n > 1:
         raise RequestError(f"n is {n} beside tools; let the model answer once, or fork", param="n")
-    given = {**_typed(dtype), **checked_fields(fields)}
-    found = Gen(name, given, n, tools=tools_of(tools), tool_choice=tool_choice, rounds=tool_rounds)
-    if dtype in (int, float):
+    kind = _type_of(dtype)
+    given = {**({} if kind is None else {"regex": DTYPES[kind]}), **checked_fields(fields)}
+    words = NO_WORDS if dtype is None else TYPED_WORDS
+    found = Gen(name, given, n, tools=tools_of(tools), tool_choice=tool_choice, rounds=tool_rounds, words=words)
+    if kind in (int, float):
         found.fields["stop"] = (*found.fields.get("stop", ()), *NUMBER_ENDS)
     found.params({})
     return found
@@ -190,8 +201,10 @@ def checked_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Keywords of SamplingParams, as it has them. Raises ConfigError for others."""
     found: dict[str, Any] = {}
     for name, value in fields.items():
+        name = SGLANG_NAMES.get(name, name)
         if name not in KNOWN:
-            raise ConfigError(f"gen has no field {name!r}{did_you_mean(name, KNOWN)}; docs/fields.md lists them")
+            hint = f"; say {INSTEAD[name]}" if name in INSTEAD else did_you_mean(name, KNOWN)
+            raise ConfigError(f"gen has no field {name!r}{hint}; docs/fields.md lists them")
         if value is None:
             continue
         field = FIELDS_BY_NAME.get(name)
@@ -204,13 +217,13 @@ def checked_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _typed(dtype: type | None) -> dict[str, Any]:
-    if dtype is None:
-        return {}
-    if dtype not in DTYPES:
-        known = ", ".join(each.__name__ for each in DTYPES)
-        raise ConfigError(f"dtype is {shown(dtype)}; it must be one of {known}")
-    return {"regex": DTYPES[dtype]}
+def _type_of(dtype: type | str | None) -> type | None:
+    """A type of DTYPES, which may be named."""
+    named = {each.__name__: each for each in DTYPES} | {"string": str}
+    found = named.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in DTYPES:
+        raise ConfigError(f"dtype is {shown(dtype)}; it must be one of {', '.join(each.__name__ for each in DTYPES)}")
+    return found
 
 
 def gen_int(name: str | None = None, **fields: Any) -> Gen | Select:
@@ -262,9 +275,9 @@ def decide(name: str, instructions: str, *, choices: Options | None = None, leve
     return Decide(name, question, tuple(described))
 
 
-def separate_reasoning(expression: Any) -> Several:
+def separate_reasoning(expression: Any, model_type: str | None = None) -> Several:
     """`expression`, with what the model thinks in each `gen(name)` kept apart, as the variable `name` followed by
-    `_reasoning_content`. The parser is that of the served model."""
+    `_reasoning_content`. The parser is that of the served model, so `model_type`, as SGLang has it, changes nothing."""
     return Several(
         tuple(
             msgspec.structs.replace(part, separate=True) if isinstance(part, Gen) else part

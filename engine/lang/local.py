@@ -15,9 +15,9 @@ from engine.errors import RequestError
 from engine.lang.backend import Backend, Offer, Piece, Spoken
 from engine.lang.tools import ToolCall
 from engine.lang.transcript import Prompt
-from engine.lang.values import Meta, summed
+from engine.lang.values import Meta, ScoredToken, summed
 from engine.media.store import showing
-from engine.messages.reply import Chunk
+from engine.messages.reply import Chunk, TokenLogprob
 from engine.messages.request import Generate
 from engine.messages.sessions import ProgramUse
 from engine.messages.text import Tokenize, Tokenized
@@ -59,11 +59,13 @@ class Local(Backend):
         else:
             request, reader = self._chat(rid, prompt, params, separate, program)
         async with aclosing(self._engine.front.generate(request)) as chunks:
-            logprobs: tuple[Any, ...] = ()
+            scored: list[TokenLogprob] = []
+            about: tuple[TokenLogprob, ...] = ()
             async for chunk in chunks:
-                logprobs += chunk.logprobs
+                scored += chunk.logprobs
+                about = about or chunk.prompt_logprobs
                 text, thought = (chunk.text, "") if reader is None else read(reader, chunk)
-                yield Piece(text, thought, None if chunk.finish is None else meta_of(chunk, logprobs))
+                yield Piece(text, thought, None if chunk.finish is None else meta_of(chunk, scored, about))
 
     def _chat(
         self, rid: str, prompt: Prompt, params: SamplingParams, separate: bool, program: str
@@ -84,10 +86,11 @@ class Local(Backend):
         request = Generate(uuid.uuid4().hex, messages=messages, program=program_use(program), **options, **reading.job)
         whole = joined([chunk async for chunk in self._engine.front.generate(request)])
         if (reader := reading.reader()) is None:
-            return Spoken(whole.text, "", (), meta_of(whole, whole.logprobs))
+            return Spoken(whole.text, "", (), meta_of(whole, whole.logprobs, whole.prompt_logprobs))
         found = assembled(reader.read(whole))
         calls = tuple(ToolCall(call.name, call.arguments, call.id) for call in found.calls)
-        return Spoken(found.content, found.reasoning, calls, meta_of(whole, whole.logprobs))
+        meta = meta_of(whole, whole.logprobs, whole.prompt_logprobs)
+        return Spoken(found.content, found.reasoning, calls, meta)
 
     async def scores(
         self, prompt: Prompt, choices: Sequence[str], *, alone: bool, program: str
@@ -119,7 +122,7 @@ class Local(Backend):
             assert isinstance(answer, Tokenized), f"a Tokenize was answered by {type(answer).__name__}"
             plan = planned(answer, choices, rid, alone=alone, media=media, program=program_use(program))
             replies = await together(one, plan.jobs)
-        metas = [meta_of(reply, ()) for reply in replies]
+        metas = [meta_of(reply) for reply in replies]
         return plan.read(replies), summed(metas)
 
     async def end(self, program: str) -> None:
@@ -143,7 +146,17 @@ def read(reader: Reader, chunk: Chunk) -> tuple[str, str]:
     return "".join(getattr(event, "text", "") for event in events if not isinstance(event, Reasoning)), thought
 
 
-def meta_of(chunk: Chunk, logprobs: tuple[Any, ...]) -> Meta:
-    """What the last chunk says of its reply."""
+def meta_of(chunk: Chunk, scored: Sequence[TokenLogprob] = (), about_prompt: Sequence[TokenLogprob] = ()) -> Meta:
+    """What the last chunk says of its reply, whose tokens are `scored`."""
     counts = chunk.prompt_tokens, chunk.cached_tokens, chunk.completion_tokens
-    return Meta(chunk.finish or "", chunk.matched, *counts, logprobs)
+    both = (
+        tuple(scored_token(each) for each in tokens if each.logprob is not None) for tokens in (scored, about_prompt)
+    )
+    return Meta(chunk.finish or "", chunk.matched, *counts, *both)
+
+
+def scored_token(token: TokenLogprob) -> ScoredToken:
+    """`token` as programs see it."""
+    assert token.logprob is not None, "only a prompt's first token has no log-probability"
+    top = tuple(map(scored_token, token.top))
+    return ScoredToken(token.text, token.bytes, token.logprob, token.id, token.rank, top)

@@ -15,14 +15,15 @@ import inspect
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import anyio
 from anyio.from_thread import BlockingPortal
 
 from engine.errors import ConfigError, did_you_mean
 from engine.lang.backend import Backend
-from engine.lang.expressions import KNOWN, checked_fields
+from engine.lang.default import default_backend
+from engine.lang.expressions import INSTEAD, KNOWN, SGLANG_NAMES, checked_fields
 from engine.lang.forks import State
 from engine.lang.local import Local
 from engine.lang.run import Run
@@ -31,6 +32,7 @@ from engine.runtime.actor import first_failure
 from engine.runtime.offline import AsyncEngine, Engine
 
 CONCURRENCY = 96  # programs of a batch at once, as many as SGLang has threads on a small machine
+TAKEN = {*KNOWN, *SGLANG_NAMES, *INSTEAD}  # or told what to say in its place
 Result = TypeVar("Result")
 
 
@@ -43,14 +45,16 @@ def backend_of(given: Any) -> Backend:
             return Local(given.inner, given.portal)
         case AsyncEngine():
             return Local(given)
+        case None:
+            return backend_of(default_backend())
     raise ConfigError(f"backend is {given!r:.80}; give an Engine, an AsyncEngine or a Server")
 
 
 class Function:
-    """A program. Called with a state it appends to that; `run` and its kin make a state.
+    """A program. Called with a state it appends to that, else it runs; `run` and its kin make a state.
 
     Their keyword arguments are the program's own, then sampling fields for each gen that does not say them itself,
-    `backend`, and `timeout`, seconds for the whole run."""
+    `backend`, if it is not that of set_default_backend, and `timeout`, seconds for the whole run."""
 
     def __init__(self, program: Callable[..., Any], bound: Mapping[str, Any] | None = None) -> None:
         """Raises ConfigError for a program without a state."""
@@ -62,10 +66,10 @@ class Function:
         if first != "s":
             raise ConfigError(f"the first argument of {self.__name__} is {first!r}; a program's is the state, s")
 
-    def __call__(self, s: Any, *arguments: Any, **named: Any) -> Any:
-        if not isinstance(s, State):
-            raise TypeError(f"{self.__name__} takes a state first; to begin a program write {self.__name__}.run(...)")
-        return self.__wrapped__(s, *arguments, **{**self._bound, **named})
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        if arguments and isinstance(arguments[0], State):
+            return self.__wrapped__(*arguments, **{**self._bound, **named})
+        return self.run(*arguments, **named)
 
     def bind(self, **arguments: Any) -> "Function":
         """The program with these arguments given."""
@@ -73,7 +77,7 @@ class Function:
 
     # ── one run ──────────────────────────────────────────────────────────────────────────────
 
-    async def run_async(self, *arguments: Any, backend: Any, **named: Any) -> State:
+    async def run_async(self, *arguments: Any, backend: Any = None, **named: Any) -> State:
         """The state at the end of the program and of all calls that it began, in the running event loop.
 
         Raises what the program raises, and ProgramError at the deadline; a value that did not come raises where it is
@@ -82,13 +86,23 @@ class Function:
         await run.live(body)
         return state
 
-    def run(self, *arguments: Any, backend: Any, **named: Any) -> State:
-        """As `run_async`, for a program without an event loop."""
+    def run(self, *arguments: Any, backend: Any = None, stream: bool = False, **named: Any) -> State:
+        """As `run_async`, for a program without an event loop. With `stream` it returns at once, as SGLang's does: the
+        state while the program runs, and nothing ends that earlier."""
         found = backend_of(backend)
+        if stream:
+            return loop_of(found).call(partial(self._begun, found, arguments, named))
         return waited(loop_of(found), partial(self.run_async, *arguments, backend=found, **named))
 
+    async def _begun(self, backend: Backend, arguments: Sequence[Any], named: Mapping[str, Any]) -> State:
+        """The state of a run that goes on alone, and keeps its failure."""
+        run, state, body = self._prepared(backend, arguments, named, followed=True)
+        run.fail = state.fail
+        run.task = asyncio.create_task(self._lived(run, state, body))
+        return state
+
     @asynccontextmanager
-    async def stream_async(self, *arguments: Any, backend: Any, **named: Any) -> AsyncIterator[State]:
+    async def stream_async(self, *arguments: Any, backend: Any = None, **named: Any) -> AsyncIterator[State]:
         """`async with program.stream_async(...) as s`: the state while the program runs, for `s.text_async_iter()`.
         Leaving the block cancels what is left of it."""
         run, state, body = self._prepared(backend_of(backend), arguments, named, followed=True)
@@ -103,7 +117,7 @@ class Function:
             raise error
 
     @contextmanager
-    def stream(self, *arguments: Any, backend: Any, **named: Any) -> Iterator[State]:
+    def stream(self, *arguments: Any, backend: Any = None, **named: Any) -> Iterator[State]:
         """As `stream_async`, for a program without an event loop: `s.text_iter()`."""
         found = backend_of(backend)
         opened = self.stream_async(*arguments, backend=found, **named)
@@ -116,7 +130,7 @@ class Function:
         timeout: float | None = None if "timeout" in self._names else named.get("timeout")
         own = {name: value for name, value in named.items() if name in self._names}
         asked = {name: value for name, value in named.items() if name not in (*self._names, "timeout")}
-        if wrong := [name for name in asked if name not in KNOWN]:
+        if wrong := [name for name in asked if name not in TAKEN]:
             hint = did_you_mean(wrong[0], {*self._names, *KNOWN})
             raise ConfigError(f"{self.__name__} has no argument {wrong[0]!r}{hint}, nor has gen such a field")
         run = Run(backend, checked_fields(asked), timeout, **more)
@@ -129,19 +143,23 @@ class Function:
         self,
         batch: Sequence[Mapping[str, Any]],
         *,
-        backend: Any,
+        backend: Any = None,
         concurrency: int = CONCURRENCY,
         progress: bool = False,
+        num_threads: int | Literal["auto"] = "auto",
+        progress_bar: bool = False,
         **named: Any,
     ) -> list[State]:
         """A state for each of `batch`, which are arguments; at most `concurrency` programs run at once.
 
         Those whose first prompts begin alike run one after the other, so that the cache still holds what they share.
         For this, as many programs more are begun, as far as their first call. A program that fails does not end the
-        others: its state raises where it is read."""
+        others: its state raises where it is read. `num_threads` and `progress_bar` are SGLang's names of the two."""
+        concurrency = concurrency if num_threads == "auto" else num_threads
         if concurrency < 1:
             raise ConfigError(f"concurrency is {concurrency}; it must be 1 or more")
-        found, order, turns = backend_of(backend), iter(shared_first(batch)), Turns(concurrency)
+        found, order, begun = backend_of(backend), iter(shared_first(batch)), min(2 * concurrency, len(batch))
+        turns = Turns(concurrency, begun)
         made: list[Any] = [None] * len(batch)
 
         async def work(advance: Callable[[], None]) -> None:
@@ -150,9 +168,9 @@ class Function:
                 advance()
 
         try:
-            with progress_bar(self.__name__, len(batch), shown=progress) as advance:
+            with counting(self.__name__, len(batch), shown=progress or progress_bar) as advance:
                 async with anyio.create_task_group() as group:
-                    for _ in range(min(2 * concurrency, len(batch))):
+                    for _ in range(begun):
                         group.start_soon(work, advance)
         except BaseExceptionGroup as failures:
             raise first_failure(failures) from None
@@ -161,13 +179,16 @@ class Function:
     async def _kept(self, backend: Backend, named: dict[str, Any], turn: Turn) -> State:
         """The state of a run, whose failure it keeps."""
         run, state, body = self._prepared(backend, (), named, turn=turn)
+        await self._lived(run, state, body)
+        return state
+
+    async def _lived(self, run: Run, state: State, body: Callable[[], Any]) -> None:
         try:
             await run.live(body)
         except Exception as error:
             state.fail(error)
-        return state
 
-    def run_batch(self, batch: Sequence[Mapping[str, Any]], *, backend: Any, **options: Any) -> list[State]:
+    def run_batch(self, batch: Sequence[Mapping[str, Any]], *, backend: Any = None, **options: Any) -> list[State]:
         """As `run_batch_async`, for a program without an event loop."""
         found = backend_of(backend)
         return waited(loop_of(found), partial(self.run_batch_async, batch, backend=found, **options))
@@ -193,7 +214,7 @@ def shared_first(batch: Sequence[Mapping[str, Any]]) -> list[int]:
 
 
 @contextmanager
-def progress_bar(name: str, total: int, *, shown: bool) -> Iterator[Callable[[], None]]:
+def counting(name: str, total: int, *, shown: bool) -> Iterator[Callable[[], None]]:
     """Counts what is done, in the terminal if `shown`."""
     if not shown:
         yield lambda: None

@@ -1,18 +1,21 @@
 """What backends over HTTP share: the event loop that one lives in, and a request with a whole answer."""
 
+from abc import abstractmethod
+from collections.abc import Set
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import aiohttp
 import anyio.from_thread
 import msgspec
 from anyio.from_thread import BlockingPortal
 
-from engine.client.client import Client
+from engine.client.client import Client, changed
 from engine.client.events import refusal
 from engine.errors import RequestError, WorkerError
 from engine.lang.backend import Backend
+from engine.params.sampling import SamplingParams
 
 
 class Remote(Client, Backend):
@@ -38,6 +41,29 @@ class Remote(Client, Backend):
     ) -> None:
         self._portal = None
         self._stack.close()
+
+    # ── what it can do ───────────────────────────────────────────────────────────────────────
+
+    @property
+    @abstractmethod
+    def _who(self) -> str:
+        """What errors call it."""
+
+    def _cannot(self, what: str) -> NoReturn:
+        """Raise RequestError: it `what`, a template in which fields stand in braces."""
+        raise RequestError(f"{{who}} {what}", facts={"who": self._who})
+
+    def _check(self, params: SamplingParams, has: Set[str] | None = None) -> None:
+        """Raise RequestError for what no body says and, if it `has` only some fields, for others."""
+        if (grammar := params.grammar) is not None and (grammar.after or grammar.beside or grammar.tools):
+            self._cannot(
+                "takes no {grammar} of several parts; say it by a keyword, regex or json_schema, or use Engine"
+            )
+        if has is not None and (wrong := sorted(changed(params).keys() - has)):
+            fields = ", ".join(f"{{{name}}}" for name in wrong)
+            self._cannot(f"has no field for {fields}; leave it out, or use a server of ours")
+
+    # ── requests ─────────────────────────────────────────────────────────────────────────────
 
     async def _ask(self, path: str, body: dict[str, Any]) -> bytes:
         """The whole answer. Raises RequestError for an error answer."""

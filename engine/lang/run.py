@@ -49,6 +49,8 @@ class Run:
         self.defaults = defaults
         self.usage = Usage()
         self.ended: BaseException | None = None  # why nothing more is done
+        self.task: asyncio.Task[None] | None = None  # of a run that nobody waits for
+        self.fail: Callable[[BaseException], None] | None = None  # is told, before readers, why such a run failed
         self._timeout = timeout
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()  # that of the event loop, for what threads begin in it
@@ -93,6 +95,7 @@ class Run:
 
         Raises what the program raises, and ProgramError at the deadline."""
         failed: list[BaseException] = []
+        whole = False
         why: BaseException = ProgramError("the run was cancelled")
         try:
             async with self._group as group:
@@ -109,11 +112,13 @@ class Run:
             if self._timeout is not None and group.cancel_scope.cancelled_caught:
                 why = ProgramError(f"the program took longer than its timeout of {self._timeout:g} s; raise it")
                 raise why
-            why = ProgramError("the run has ended; a program appends to its state while it runs")
+            why, whole = ProgramError("the run has ended; a program appends to its state while it runs"), True
         except BaseExceptionGroup as failures:
             raise first_failure(failures) from None
         finally:
             self.ended = why
+            if self.fail is not None and not whole:
+                self.fail(why)
             if self._turn is not None:
                 self._turn.end()
             with anyio.CancelScope(shield=True):

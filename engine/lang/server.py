@@ -2,7 +2,7 @@
 
 Replies come from /v1/completions and /v1/chat/completions, so the server's own template writes roles; they are streamed
 where somebody follows them. A select asks our server once (/v1/choices). What another server has no field for is
-refused before anything is sent. Left out: log-probabilities of replies, retries.
+refused before anything is sent. Left out: retries.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ from engine.lang.answers import Chosen, Decided, Whole
 from engine.lang.backend import Offer, Piece, Spoken
 from engine.lang.local import written
 from engine.lang.remote import Remote
+from engine.lang.scored import Scored
 from engine.lang.transcript import Prompt
 from engine.lang.values import Meta
 from engine.params.sampling import CHAT, COMPLETIONS, SamplingParams
@@ -31,9 +32,11 @@ MOST_ENDED = 1024  # programs that the server is told of at once
 LAST_SECONDS = 5.0  # for which leaving waits until the server has been told
 OWNER = "engine"  # of the models that our server lists
 # What every server with OpenAI's API has a field for.
-COMMON = {"temperature", "top_p", "seed", "max_tokens", "stop", "presence_penalty", "frequency_penalty", "logit_bias"}
+COMMON = {"temperature", "top_p", "seed", "max_tokens", "stop", "logprobs"}
+COMMON |= {"presence_penalty", "frequency_penalty", "logit_bias"}
 STREAMED: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
 FORMATS = {"json_object", "json_schema", "strict_schema"}
+HAS = COMMON | FORMATS
 
 
 class Server(Remote):
@@ -72,44 +75,55 @@ class Server(Remote):
 
     # ── what it can do ───────────────────────────────────────────────────────────────────────
 
+    @property
+    def _who(self) -> str:
+        return f"the server at {self.url} ({self._owner or 'of unknown make'})"
+
     def check(self, prompt: Prompt, params: SamplingParams | None, *, separate: bool = False) -> None:
-        who = f"the server at {self.url} ({self._owner or 'of unknown make'})"
         if separate and not prompt.messages:
             raise RequestError("separate_reasoning needs roles: where reasoning ends, the server's template says")
-        asked = {} if params is None else changed(params)
-        if asked.keys() & {"logprobs", "prompt_logprobs"}:
-            raise RequestError("log-probabilities of a reply are not read over HTTP; leave out logprobs, or use Engine")
+        if params is not None:
+            self._check(params, None if self._ours else HAS)
         if self._ours:
             return
         if params is None:
-            raise RequestError(
-                f"{who} tells no log-probabilities of a prompt, which select needs; use a server of ours, or Engine"
-            )
+            self._cannot("tells no log-probabilities of a prompt, which select needs; use a server of ours, or Engine")
         if prompt.begun:
-            raise RequestError(
-                f"{who} cannot go on from the beginning of a message; let each assistant(...) begin with its gen"
-            )
-        if wrong := sorted(asked.keys() - COMMON - FORMATS):
-            raise RequestError(f"{who} has no field for {', '.join(wrong)}; leave it out, or use a server of ours")
+            self._cannot("cannot go on from the beginning of a message; let each assistant(...) begin with its gen")
 
     # ── calls ────────────────────────────────────────────────────────────────────────────────
 
     async def reply(
         self, prompt: Prompt, params: SamplingParams, *, separate: bool, stream: bool, program: str
     ) -> AsyncGenerator[Piece, None]:
-        path, body = self._request(prompt, params, separate)
-        if self._ours:
-            body["program"] = program
-        reading = Reading("openai")
+        path, body = self._request(prompt, params, separate, program)
+        reading, scored = Reading("openai"), self._scored(params)
         async with aclosing(self._said(path, body, stream=stream)) as events:
             async for data in events:
                 text = reading.take(data)
+                if scored is not None:
+                    scored.take(data)
                 thought = reading.reasoning if separate else ""
                 yield Piece(text[len(thought) :], thought)
         if reading.finish is None:
             raise WorkerError(f"{self.url}{path} ended its reply without a finish reason")
+        yield Piece("", "", self._meta(params, reading, scored))
+
+    def _scored(self, params: SamplingParams) -> Scored | None:
+        """What reads log-probabilities, if they are asked for."""
+        asked = params.logprobs is not None or params.prompt_logprobs is not None
+        return Scored(params.logprobs, params.prompt_logprobs) if asked else None
+
+    def _meta(self, params: SamplingParams, reading: Reading, scored: Scored | None) -> Meta:
+        """What is known of a whole reply. Raises RequestError where a server of another make has passed over what it
+        was asked for."""
         counts = reading.prompt_tokens, reading.cached_tokens, reading.completion_tokens
-        yield Piece("", "", Meta(reading.finish, None, *counts))
+        meta = Meta(reading.finish or "", reading.matched, *counts)
+        if scored is None:
+            return meta
+        if params.logprobs is not None and not scored.tokens and reading.completion_tokens:
+            self._cannot("has told no {logprobs}, which it was asked for; leave them out, or use a server of ours")
+        return msgspec.structs.replace(meta, logprobs=tuple(scored.tokens), prompt_logprobs=tuple(scored.prompt))
 
     async def _said(self, path: str, body: dict[str, Any], *, stream: bool) -> AsyncGenerator[bytes, None]:
         """The events of a reply, or the whole of it."""
@@ -123,25 +137,30 @@ class Server(Remote):
     async def answer(
         self, prompt: Prompt, params: SamplingParams, offer: Offer, *, separate: bool, program: str
     ) -> Spoken:
-        path, body = self._request(prompt, params, separate)
+        path, body = self._request(prompt, params, separate, program)
         body |= {"tools": [tool.described for tool in offer.tools], "tool_choice": offer.choice}
-        if self._ours:
-            body["program"] = program
         answer = await self._ask(path, body)
-        reading = Reading("openai")
+        reading, scored = Reading("openai"), self._scored(params)
         text = reading.take(answer)
+        if scored is not None:
+            scored.take(answer)
         thought = reading.reasoning if separate else ""
         calls = msgspec.json.decode(answer, type=Whole).calls
-        counts = reading.prompt_tokens, reading.cached_tokens, reading.completion_tokens
-        return Spoken(text[len(thought) :], thought, calls, Meta(reading.finish or "", None, *counts))
+        return Spoken(text[len(thought) :], thought, calls, self._meta(params, reading, scored))
 
-    def _request(self, prompt: Prompt, params: SamplingParams, separate: bool) -> tuple[str, dict[str, Any]]:
+    def _request(
+        self, prompt: Prompt, params: SamplingParams, separate: bool, program: str
+    ) -> tuple[str, dict[str, Any]]:
         """The path and the body of a request for one reply."""
         api = CHAT if prompt.messages else COMPLETIONS
         fields = {api.names.get(name, name): value for name, value in changed(params).items()}
-        if not self._ours:
-            fields = in_openai_words(fields)
-        body: dict[str, Any] = {"model": self.model_name, **fields}
+        if api is CHAT and params.logprobs is not None:
+            fields["logprobs"] = True
+        body: dict[str, Any] = {"model": self.model_name, **(fields if self._ours else in_openai_words(fields))}
+        if self._ours:
+            body["program"] = program
+            if not {"logprobs", "prompt_logprobs"}.isdisjoint(fields):
+                body["return_token_ids"] = True  # with which log-probabilities have ids and ranks
         if prompt.text is not None:
             return "/v1/completions", {**body, "prompt": prompt.text}
         body["messages"] = prompt.messages

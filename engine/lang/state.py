@@ -16,6 +16,7 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager, suppress
 from typing import Any, Self, TypeVar
 
+import anyio.to_thread
 from msgspec import Struct
 
 from engine.errors import ProgramError, did_you_mean
@@ -131,6 +132,8 @@ class Sequential:
         """The variable `name` is `value` from now on."""
         self._declare(name, line()).set(value)
 
+    __setitem__ = set_var
+
     # ── reading ──────────────────────────────────────────────────────────────────────────────
 
     def __getitem__(self, name: str) -> Any:
@@ -199,20 +202,23 @@ class Sequential:
         """What the whole run has used so far, forks included."""
         return self._run.usage
 
-    def text_iter(self, name: str | None = None) -> Iterator[str]:
-        """The pieces of the text, or of the variable `name`, as they come. Raises ProgramError behind the last."""
+    def text_iter(self, var_name: str | None = None) -> Iterator[str]:
+        """The pieces of the text, or of the variable, as they come. Raises ProgramError behind the last."""
         if self._run.here:
             raise RuntimeError("to wait here stops all; write: async for piece in s.text_async_iter()")
-        yield from self._followed(name)
-        self._raise_failure(name)
+        yield from self._followed(var_name)
+        self._raise_failure(var_name)
 
-    async def text_async_iter(self, name: str | None = None) -> AsyncIterator[str]:
-        """As `text_iter`, for programs that have an event loop."""
+    async def text_async_iter(self, var_name: str | None = None) -> AsyncIterator[str]:
+        """As `text_iter`, for programs that have an event loop, be it the state's or another."""
         if not self._run.here:
-            raise RuntimeError("the state lives in another thread; write: for piece in s.text_iter()")
-        async for piece in self._followed(name):
+            pieces = self.text_iter(var_name)
+            while (piece := await anyio.to_thread.run_sync(next, pieces, None, abandon_on_cancel=True)) is not None:
+                yield piece
+            return
+        async for piece in self._followed(var_name):
             yield piece
-        self._raise_failure(name)
+        self._raise_failure(var_name)
 
     def _followed(self, name: str | None) -> Feed:
         if name is None:

@@ -15,14 +15,15 @@ import msgspec
 
 from engine.lang.transcript import Prompt
 
-GRACE = 0.02  # seconds for the first programs to come to their first call
+GRACE = 0.02  # seconds at most for the first programs to come to their first call
 
 
 class Turns:
-    """Lets `most` programs run at once."""
+    """Lets `most` programs run at once. `first` are begun together; once all of these wait, nobody is waited for."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, first: int) -> None:
         self._free = most
+        self._first = first
         self._waiting: list[tuple[str, int]] = []  # by the prompts; the numbers are of their turns
         self._turns: dict[int, Turn] = {}
         self._last = ""  # the prompt that was let on last
@@ -40,6 +41,8 @@ class Turns:
         insort(self._waiting, (key, turn.number))
         if self._open:
             self._let_on()
+        elif len(self._waiting) == self._first:
+            self._begin()
         elif len(self._waiting) == 1:
             asyncio.get_running_loop().call_later(GRACE, self._begin)
 

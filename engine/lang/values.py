@@ -15,16 +15,32 @@ import msgspec
 from msgspec import Struct
 
 
+class ScoredToken(Struct, frozen=True):
+    """A token and its log-probability. `top` are the likeliest at its place. `id` and `rank`, from 1 for the likeliest
+    of the vocabulary, are None where a server of another make does not tell them."""
+
+    text: str
+    bytes: bytes
+    logprob: float
+    id: int | None = None
+    rank: int | None = None
+    top: "tuple[ScoredToken, ...]" = ()
+
+
 class Meta(Struct, frozen=True):
     """What is known of a call besides its text. Of a gen with `n` above 1 the counts are sums, the rest is the first's;
-    of a select, `scores` are the log-probabilities of each choice's tokens, and `finish` is empty."""
+    of one with tools, the last reply's. `matched` is the stop string or the token id that ended the reply, where the
+    backend says so. `logprobs` are of the reply's tokens, `prompt_logprobs` of the prompt's but the first, both where
+    they are asked for. Of a select, `scores` are the log-probabilities of each choice's tokens, and `finish` is empty.
+    """
 
     finish: str = ""
     matched: int | str | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
-    logprobs: tuple[Any, ...] = ()
+    logprobs: tuple[ScoredToken, ...] = ()
+    prompt_logprobs: tuple[ScoredToken, ...] = ()
     scores: tuple[Any, ...] = ()
 
 

@@ -3,13 +3,20 @@
 import codecs
 from collections.abc import Sequence
 
-from msgspec import UnsetType
+from msgspec import UNSET, UnsetType
 
 from engine.http.wire import Reply
 from engine.messages.reply import TokenLogprob
 
 
-class LikelyToken(Reply, frozen=True):
+class Place(Reply, frozen=True, kw_only=True):
+    """Which token it is, and its rank among all of the vocabulary: with return_token_ids; an extension."""
+
+    id: int | UnsetType = UNSET
+    rank: int | UnsetType = UNSET
+
+
+class LikelyToken(Place, frozen=True):
     token: str
     bytes: list[int]
     logprob: float
@@ -27,36 +34,49 @@ class ChatLogprobs(Reply, frozen=True):
 
 
 class TextLogprobs(Reply, frozen=True):
-    """Of each token its text, or its bytes where it is none; the likeliest with itself among them; where it begins."""
+    """Of each token its text, or its bytes where it is none; the likeliest with itself among them; where it begins.
+
+    With return_token_ids `content` has those of the reply as chats have them: two tokens may have one text."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+    content: list[ChatToken] | UnsetType = UNSET
 
 
 class PromptToken(Reply, frozen=True):
+    """Its bytes are told with return_token_ids."""
+
     logprob: float
     rank: int
     decoded_token: str
+    bytes: list[int] | UnsetType = UNSET
 
 
 # For each token of a prompt those at its place, by id, its own last; null for the first, which nothing predicts.
 PromptLogprobs = list[dict[str, PromptToken] | None] | UnsetType
 
 
-def chat_token(token: TokenLogprob) -> ChatToken:
-    """A token of a reply as chat completions word it."""
-    likeliest = [LikelyToken(one.text, list(one.bytes), _known(one)) for one in token.top]
-    return ChatToken(token.text, list(token.bytes), _known(token), likeliest)
+def chat_token(token: TokenLogprob, *, ids: bool = False) -> ChatToken:
+    """A token of a reply as chat completions word it, with `ids` its id and rank too."""
+
+    def place(one: TokenLogprob) -> dict[str, int]:
+        return {"id": one.id, "rank": one.rank} if ids else {}
+
+    likeliest = [LikelyToken(one.text, list(one.bytes), _known(one), **place(one)) for one in token.top]
+    return ChatToken(token.text, list(token.bytes), _known(token), likeliest, **place(token))
 
 
-def prompt_tokens(token: TokenLogprob) -> dict[str, PromptToken] | None:
-    """A token of the prompt as vLLM words it: the likeliest at its place and itself."""
+def prompt_tokens(token: TokenLogprob, *, ids: bool = False) -> dict[str, PromptToken] | None:
+    """A token of the prompt as vLLM words it: the likeliest at its place and itself; with `ids` their bytes too."""
     if token.logprob is None:
         return None
     others = (other for other in token.top if other.id != token.id)
-    return {str(one.id): PromptToken(_known(one), one.rank, one.text) for one in (*others, token)}
+    return {
+        str(one.id): PromptToken(_known(one), one.rank, one.text, list(one.bytes) if ids else UNSET)
+        for one in (*others, token)
+    }
 
 
 def _known(token: TokenLogprob) -> float:

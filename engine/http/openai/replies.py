@@ -20,6 +20,7 @@ from engine.errors import RequestError
 from engine.http.openai.bodies import SamplingBody, StreamOptions
 from engine.http.openai.logprobs import (
     ChatLogprobs,
+    ChatToken,
     PromptLogprobs,
     TextLogprobs,
     TextOffset,
@@ -381,19 +382,23 @@ class OpenAIReply:
         return ChatChoice(index, message, logprobs, reader.finish_reason(reply.finish), reply.matched, ids)
 
     def _chat_logprobs(self, chunk: Chunk) -> ChatLogprobs | None:
-        return ChatLogprobs([chat_token(token) for token in chunk.logprobs]) if self._wording.logprobs else None
+        return ChatLogprobs(self._tokens(chunk)) if self._wording.logprobs else None
+
+    def _tokens(self, chunk: Chunk) -> list[ChatToken]:
+        return [chat_token(token, ids=self._wording.token_ids) for token in chunk.logprobs]
 
     def _text_logprobs(self, index: int, chunk: Chunk) -> TextLogprobs | None:
         if not self._wording.logprobs:
             return None
         tokens = (*chunk.prompt_logprobs, *chunk.logprobs) if self._wording.echo else chunk.logprobs
-        return text_logprobs(tokens, self._offsets[index])
+        told = text_logprobs(tokens, self._offsets[index])
+        return msgspec.structs.replace(told, content=self._tokens(chunk)) if self._wording.token_ids else told
 
     def _prompt_logprobs(self, chunk: Chunk) -> PromptLogprobs:
         """Those in `chunk`, in the first one of a reply, if the client asked for them."""
         if not self._wording.prompt_logprobs or not chunk.prompt_logprobs:
             return UNSET
-        return [prompt_tokens(token) for token in chunk.prompt_logprobs]
+        return [prompt_tokens(token, ids=self._wording.token_ids) for token in chunk.prompt_logprobs]
 
     def _prompt_ids(self, chunk: Chunk) -> TokenIds:
         """Those in `chunk`, the first one of a reply, if the client asked for them."""

@@ -428,7 +428,7 @@ def test_what_is_refused_at_once(make: Any, says: str) -> None:
 def test_arguments_are_checked(engine: Engine) -> None:
     with pytest.raises(ConfigError, match=r"no argument 'frist'.*first"):
         letters.run(frist="a", backend=engine)
-    with pytest.raises(TypeError, match=r"write letters.run"):
+    with pytest.raises(ConfigError, match="the program has no backend"):
         letters("a")
     with pytest.raises(TypeError, match="not <object"):
         function(lambda s: s.append(object())).run(backend=engine)
@@ -601,7 +601,7 @@ def test_a_program_that_fails_or_calls_nothing_gives_its_turn_to_others(engine: 
 
 @pytest.mark.anyio
 async def test_a_turn_tells_who_waits_for_it_and_that_it_has_come() -> None:
-    turns, told = Turns(1), []
+    turns, told = Turns(1, 3), []
     first, second, never = (turns.begin() for _ in range(3))
 
     async def come(name: str, turn: Turn, text: str) -> None:
@@ -619,3 +619,18 @@ async def test_a_turn_tells_who_waits_for_it_and_that_it_has_come() -> None:
         never.end()
         first.end()
     assert told[2:] == [("first", False), ("second", False)]
+
+
+@pytest.mark.anyio
+async def test_nobody_is_waited_for_once_all_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.lang.turns.GRACE", 3600.0)
+    turns, told = Turns(2, 2), []
+
+    async def come(text: str) -> None:
+        await turns.begin().come(Prompt(text), lambda waiting: told.append((text, waiting)))
+
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as group:
+            group.start_soon(come, "b")
+            group.start_soon(come, "a")
+    assert told == [("b", True), ("a", True), ("a", False), ("b", False)]

@@ -13,6 +13,7 @@ from typing import Any
 
 import anyio
 import anyio.to_thread
+import msgspec
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
@@ -33,8 +34,13 @@ from engine.lang import (
     user,
     video,
 )
+from engine.messages.reply import TokenLogprob
+from engine.params.grammar import Grammar
 
 # ── another server ───────────────────────────────────────────────────────────────────────────
+
+NO: dict[str, Any] = {"token": "no", "logprob": -0.5}
+LEGACY = {"tokens": ["yes"], "token_logprobs": [-0.5], "top_logprobs": [{"yes": -0.5, "no": -1.5}]}
 
 
 @asynccontextmanager
@@ -48,9 +54,13 @@ async def other(sent: list[dict[str, Any]]) -> AsyncIterator[str]:
         sent.append(body := await request.json())
         text = request.path == "/v1/completions"
         if not body.get("stream"):
-            said = {"text": "yes"} if text else {"message": {"content": "yes", "reasoning_content": "hm"}}
+            choice: dict[str, Any] = (
+                {"text": "yes"} if text else {"message": {"content": "yes", "reasoning_content": "hm"}}
+            )
+            if body.get("logprobs") not in (None, False):
+                choice["logprobs"] = LEGACY if text else {"content": [{**NO, "token": "yes", "top_logprobs": [NO]}]}
             usage = {"prompt_tokens": 5, "completion_tokens": 2}
-            return web.json_response({"choices": [{**said, "finish_reason": "stop"}], "usage": usage})
+            return web.json_response({"choices": [{**choice, "finish_reason": "stop"}], "usage": usage})
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         thought = b'{"choices":[{"delta":{"reasoning_content":"hm"}}]}'
@@ -110,7 +120,8 @@ async def test_another_server_gets_fields_of_openais_alone() -> None:
         (lambda s: s.append("a" + gen("x", top_k=3)), "no field for top_k"),
         (lambda s: s.append("a" + select("x", ["a"])), "no log-probabilities of a prompt"),
         (lambda s: s.append(assistant("a" + gen("x"))), "cannot go on from the beginning of a message"),
-        (lambda s: s.append("a" + gen("x", logprobs=1)), "not read over HTTP"),
+        (lambda s: s.append("a" + gen("x", dtype=int)), "no field for dtype"),
+        (lambda s: s.append("a" + gen("x", grammar=Grammar("regex", "a", after="b"))), "grammar of several parts"),
         (lambda s: s.append(separate_reasoning("a" + gen("x"))), "needs roles"),
     ],
 )
@@ -234,9 +245,11 @@ class Scripted(FakeFront):
         super().__init__()
         self.text = text_of("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "hermes")
         self._texts = list(texts)
+        self.logprobs: list[tuple[TokenLogprob, ...]] = []
 
     async def generate(self, request: Any) -> Any:
-        self.script = chunks(self._texts.pop(0))
+        scored = self.logprobs.pop(0) if self.logprobs else ()
+        self.script = [msgspec.structs.replace(each, logprobs=scored) for each in chunks(self._texts.pop(0))]
         async for chunk in super().generate(request):
             yield chunk
 
