@@ -10,9 +10,9 @@ scores highest, or within rounding of it. Then `--requests` prompts, each with a
 `--side` pixels between texts, are answered with `--tokens` tokens each: all at once by ours, as one batch by
 transformers (sdpa, no padding, as all prompts are equally long). Preparing the pixels is timed apart. Before that comes
 the time to a first token of a picture that is new, of the same prompt again, and of the same picture in another prompt.
-What each turn took is printed as it ends. `--only memory` shows `--pictures` different ones, eight at a time, and
-prints the resident memory of each process on the way: it grows until as much is kept as may be. `--only ours` leaves
-transformers out, `--only throughput` the check.
+What each turn took is printed as it ends. `--only memory` shows a server `--pictures` different ones once its caches
+are full, and prints by how much the memory of each process grows (vision_memory.py). `--only ours` leaves transformers
+out, `--only throughput` the check.
 """
 
 import argparse
@@ -38,9 +38,9 @@ import numpy as np
 import torch
 import transformers
 
+from bench.engine.vision_memory import body, memory
 from bench.lib import synthetic
 from bench.lib.figures import shown
-from bench.lib.processes import children, resident
 from engine import AsyncEngine, SamplingParams
 from engine.media.frames import Frames
 from engine.messages.media import Prepared, unpacked
@@ -318,16 +318,20 @@ async def first_tokens(options: argparse.Namespace, config: dict[str, Any], ours
     print(f"| the same prompt again, where the first includes preparing | | {again / (first + prepared):.2f} |")
 
 
-async def memory(options: argparse.Namespace, config: dict[str, Any], ours: Ours) -> None:
-    """Prints the resident memory of each process while it shows different pictures."""
-    processes = {os.getpid(): "front and core", **children(os.getpid())}
-    print(f"\n| pictures | {' | '.join(f'{name}, MiB' for name in processes.values())} |")
-    print("|---|" + "---|" * len(processes))
-    for begin in range(0, options.pictures + 8, 8):
-        if begin % (options.pictures // 8) < 8 or begin >= options.pictures:
-            print(f"| {begin} | {' | '.join(f'{resident(pid)}' for pid in processes)} |", flush=True)
-        media = [ours.processor.prepare(picture(index, options.side)) for index in range(begin, begin + 8)]
-        await ours.all_at_once([(prompt(index, config), each) for index, each in enumerate(media, begin)], 1)
+def show_memory(options: argparse.Namespace, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Prints what different pictures do to the memory of each process of a server."""
+    vision = config["vision_config"]
+    square = vision["patch_size"] * vision["spatial_merge_size"]
+    about = {"text": len(prompt(0, config)) - 1, "pixels": square**2, "width": config["hidden_size"] * dtype.itemsize}
+    given = {name: str(value) for name, value in limits(options).items()} | {"dtype": str(dtype).removeprefix("torch.")}
+    with folder_of(config) as folder:
+        memory(
+            folder,
+            given,
+            options.pictures,
+            lambda index: body(prompt(index, config), picture(index, options.side).pixels[0]),
+            about,
+        )
 
 
 async def run(options: argparse.Namespace) -> None:
@@ -344,13 +348,13 @@ async def run(options: argparse.Namespace) -> None:
     if options.only == "check":
         return
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if options.only == "memory":
+        show_memory(options, config, dtype)
+        return
     with folder_of(config) as folder:
         engine_options = {"dtype": str(dtype).removeprefix("torch."), "load": "dummy", **limits(options)}
         async with AsyncEngine(model=str(folder), **engine_options) as engine:
             ours = Ours(engine)
-            if options.only == "memory":
-                await memory(options, config, ours)
-                return
             await first_tokens(options, config, ours)
             theirs = Theirs(made(config, device, dtype), device) if options.only in ("all", "throughput") else None
             await throughput(options, config, ours, theirs)
@@ -368,7 +372,7 @@ def main() -> None:
     parser.add_argument("--side", type=int)
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--repeat", type=int, default=2, help="turns that are timed")
-    parser.add_argument("--pictures", type=int, default=2000, help="that memory is measured with")
+    parser.add_argument("--pictures", type=int, default=2000, help="that memory is measured over")
     parser.add_argument("--tiny", action="store_true", help="a small shape, few requests")
     parser.add_argument("--only", choices=("all", "check", "throughput", "ours", "memory"), default="all")
     parser.add_argument("--option", action="append", default=[], metavar="N=V", help="an option of the engine")

@@ -38,13 +38,18 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICKS
 
 
-def resident(pid: int) -> int:
-    """MiB in memory; 0 for a process that has gone."""
+def resident_bytes(pid: int) -> int:
+    """Bytes in memory; 0 for a process that has gone."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     except OSError:
         return 0
-    return pages * os.sysconf("SC_PAGE_SIZE") >> 20
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def resident(pid: int) -> int:
+    """MiB in memory; 0 for a process that has gone."""
+    return resident_bytes(pid) >> 20
 
 
 def descriptors(pid: int) -> int:

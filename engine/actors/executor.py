@@ -137,6 +137,7 @@ class ExecutorActor:
         async for message in self.inbox:
             if not isinstance(message, Reset):
                 await group.send(message)
+            del message  # not held while the next one is waited for
 
 
 def _fixed(config: Config, ready: WorkerReady) -> Config:

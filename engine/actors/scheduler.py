@@ -265,6 +265,7 @@ class SchedulerActor:
         for tokens in replies:
             await self.front.send(tokens)
         if not self.in_flight:
+            await self._evict()  # of what was in use, there may be too much
             await self._send_stats()
             await self._answer_pauses()
 
@@ -344,6 +345,8 @@ class SchedulerActor:
     async def _evict(self) -> None:
         assert self.scheduler is not None
         for drop in self.room.evict(self.scheduler.live.used()):
+            for part in parts_of(self.scheduler):
+                part.encoder.forget(drop.number)  # and the device with it: nobody asks for that number again
             await self.executor.send(drop)
 
     async def _abort(self, rid: str) -> None:
@@ -359,11 +362,8 @@ class SchedulerActor:
         if self.scheduler is None:
             return
         self._checked = False
-        for rid in self.room.rids():
-            if front_of(rid) == front:
-                self.room.abort(rid)
-        for rid in list(self.scheduler.live.by_rid):
-            if front_of(rid) == front:
+        for rid in (*self.room.rids(), *self.scheduler.live.by_rid):
+            if front_of(rid) == front and not self.room.abort(rid):
                 self.scheduler.stop(rid)
 
     async def _ready(self, ready: WorkerReady) -> None:

@@ -64,6 +64,7 @@ def main(descriptor: int) -> None:
             frames.send(answer)
             if grown:
                 return
+            del job, answer  # not held while the next one is waited for
 
 
 def answered(processor: MediaProcessor, boot: MediaBoot, job: DecodeMedia) -> MediaReady | Failed:

@@ -117,12 +117,13 @@ class MediaStore:
         self._read_once: Once[tuple[bytes, bytes]] = Once()
         self._made_once: Once[Prepared] = Once()
         self._prepared: OrderedDict[Known, Prepared] = OrderedDict()  # the last one asked for is the last
-        self._open: dict[str, dict[bytes, int]] = {}  # by rid: digests and bytes
+        self._open: dict[Hashable, dict[bytes, int]] = {}  # by rid, or by who gathers its own: digests and bytes
         self._uses: Counter[bytes] = Counter()  # of open requests, by digest
         self._urls: OrderedDict[tuple[Kind, str], tuple[bytes, float]] = OrderedDict()  # content, and until when
 
     async def resolved(self, media: Sequence[Image | Video]) -> tuple[Prepared, ...]:
-        """What the model reads of each of `media`. Raises RequestError, with the place of the part that is at fault."""
+        """What the model reads of each of `media`. Raises RequestError, with the place of the part that is at fault, or
+        as `hold` does: what has come counts while the rest is waited for."""
         if len(media) > (most := self._options.media_items):
             raise RequestError(
                 "{messages} has {count} images and videos, and at most {most} are taken (--media-items); send fewer",
@@ -130,46 +131,53 @@ class MediaStore:
                 code="too_many_media",
                 facts={"count": len(media), "most": most},
             )
-        whole = tuple(await together(self._one, media, READ_OF_ONE))
-        self._check_together(whole)
-        return whole
+        size, waiting = 0, object()
 
-    def _check_together(self, prepared: Sequence[Prepared]) -> None:
-        """Raises RequestError where one request has more than can be sent to the device together."""
-        size = sum([len(each.payload) for each in prepared])
-        if size > MOST_PAYLOAD:
-            raise RequestError(
-                "{messages} has {media} of {size} bytes as the model reads them, and at most {most} are taken; send "
-                "fewer, or smaller ones",
-                param="messages",
-                code="media_too_large",
-                facts={
-                    "media": counted(len(prepared), "image or video", "images and videos"),
-                    "size": size,
-                    "most": MOST_PAYLOAD,
-                },
-            )
+        async def one(part: Image | Video) -> Prepared:
+            nonlocal size
+            prepared = await self._one(part)
+            size += len(prepared.payload)
+            check_together(size, len(media))
+            self._count(waiting, prepared)
+            return prepared
+
+        try:
+            return tuple(await together(one, media, READ_OF_ONE))
+        finally:
+            self.release(waiting)
 
     def hold(self, rid: str, prepared: Sequence[Prepared]) -> None:
         """Count what the request `rid` shows until `release`: the scheduler and the device hold it as long.
 
         Raises RequestError (503) where open requests show too much."""
-        sizes = {each.digest: len(each.payload) for each in prepared}
-        new = sum([size for digest, size in sizes.items() if digest not in self._uses])
-        if self._uses and self.open + new > (most := self._options.media_open_memory):
-            raise RequestError(
-                f"open requests show images and videos of {self.open} bytes, this one has {new} more, and {most} is "
-                "the limit (--media-open-memory); try again in a moment",
-                code="queue_full",
-                status=503,
-            )
-        self.open += new
-        self._uses.update(sizes.keys())
-        self._open[rid] = sizes
+        try:
+            for each in prepared:
+                self._count(rid, each)
+        except RequestError:
+            self.release(rid)
+            raise
 
-    def release(self, rid: str) -> None:
-        """The request `rid` has ended, if it held anything."""
-        for digest, size in self._open.pop(rid, {}).items():
+    def _count(self, holder: Hashable, medium: Prepared) -> None:
+        """`holder` shows that as well, or is going to. Raises RequestError where that is too much, unless nobody else
+        shows anything: then it could never run."""
+        own, size = self._open.setdefault(holder, {}), len(medium.payload)
+        if medium.digest in own:
+            return
+        if medium.digest not in self._uses:
+            if len(self._uses) > len(own) and self.open + size > (most := self._options.media_open_memory):
+                raise RequestError(
+                    f"open requests show images and videos of {self.open} bytes, this one has {size} more, and {most} "
+                    "is the limit (--media-open-memory); try again in a moment",
+                    code="queue_full",
+                    status=503,
+                )
+            self.open += size
+        self._uses[medium.digest] += 1
+        own[medium.digest] = size
+
+    def release(self, holder: Hashable) -> None:
+        """The request `holder` has ended, if it held anything."""
+        for digest, size in self._open.pop(holder, {}).items():
             self._uses[digest] -= 1
             if not self._uses[digest]:
                 del self._uses[digest]
@@ -266,6 +274,23 @@ async def showing(
         yield [without_sources(message) for message in messages], prepared
     finally:
         store.release(rid)
+
+
+def check_together(size: int, count: int) -> None:
+    """Raises RequestError where `size` bytes, which some or all of the `count` media of one request have, are more than
+    can be sent to the device together."""
+    if size > MOST_PAYLOAD:
+        raise RequestError(
+            "{messages} has {media} of at least {size} bytes as the model reads them, and at most {most} are taken; "
+            "send fewer, or smaller ones",
+            param="messages",
+            code="media_too_large",
+            facts={
+                "media": counted(count, "image or video", "images and videos"),
+                "size": size,
+                "most": MOST_PAYLOAD,
+            },
+        )
 
 
 def check_library(kind: Kind) -> None:

@@ -213,9 +213,7 @@ class Frames(Generic[T]):
         buffer = self._buffer
         while True:
             while len(buffer) >= HEADER and len(buffer) >= HEADER + (length := frame_length(buffer)):
-                message = self._decoder.decode(memoryview(buffer)[HEADER : HEADER + length].tobytes())
-                del buffer[: HEADER + length]
-                yield message
+                yield self._first(length)  # which nothing here holds after that
             try:
                 data = await self._receive()
             except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
@@ -223,6 +221,12 @@ class Frames(Generic[T]):
             if not data:
                 return
             buffer += data
+
+    def _first(self, length: int) -> T:
+        """The message of `length` bytes that the buffer begins with."""
+        frame = memoryview(self._buffer)[HEADER : HEADER + length].tobytes()
+        del self._buffer[: HEADER + length]
+        return self._decoder.decode(frame)
 
     async def _receive(self) -> bytes:
         """What has come; nothing at the end. A Unix socket is read here, because anyio's stream lets the event loop

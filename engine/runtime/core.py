@@ -132,6 +132,7 @@ async def _run(descriptor: int) -> None:
         async for message in messages:
             assert not isinstance(message, Boot)
             await scheduler.send(message)
+            del message  # not held while the next one is waited for
 
 
 def main() -> None:

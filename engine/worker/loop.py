@@ -35,6 +35,7 @@ def serve(
     loop = Loop(frames, runner, reports, parallel)
     while (message := loop.next()) is not None:
         loop.handle(message)
+        del message  # not held while the next one is waited for
     if runner.transfers is not None:
         runner.transfers.close()
 

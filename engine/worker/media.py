@@ -53,6 +53,12 @@ class SlotMedia:
         return np.pad(known, ((0, 0), (0, length - known.shape[1])), constant_values=self.shift)
 
 
+def alone(embeddings: Tensor) -> Tensor:
+    """`embeddings` in memory of their own: what is encoded together may be parts of one tensor, which is freed with the
+    last of them."""
+    return embeddings if embeddings.untyped_storage().nbytes() == embeddings.nbytes else embeddings.clone()
+
+
 class MediaTable:
     """The Loader of the kind MEDIA, and the encoder's side of a step."""
 
@@ -87,7 +93,9 @@ class MediaTable:
         tell(Loaded(message.kind, message.number, cause))
 
     def drop(self, number: int) -> None:
+        """Nobody shows that medium, or will under this number."""
         self._pixels.pop(number, None)
+        self._held.pop(number, None)
 
     # ── a step ───────────────────────────────────────────────────────────────────────────────
 
@@ -133,9 +141,9 @@ class MediaTable:
             media = [self._pixels[number] for number in numbers]
             parts = self._model.parts(media[0]) if len(media) == 1 else media
             if len(parts) > len(media):
-                made = [torch.cat([self._model.encode([part])[0] for part in parts])]
+                made = [self._in_parts(parts, self._tokens_of(numbers[0]))]
             else:
-                made = self._model.encode(media)
+                made = [alone(each) for each in self._model.encode(media)]
             self._held |= dict(zip(numbers, made, strict=True))
         except Exception as error:  # of a medium, which is to end who shows it and nobody else
             log.exception("media %s cannot be encoded together", numbers)
@@ -145,6 +153,25 @@ class MediaTable:
             else:
                 copy = 0 if self._copy is None else self._copy.number
                 self.failed.append((copy, numbers[0], f"{type(error).__name__}: {error}"))
+
+    def _in_parts(self, parts: Sequence[Pixels], tokens: int) -> Tensor:
+        """The `tokens` embeddings of `parts`, encoded one after the other into the memory where all are held: so they
+        take no more beside it than the largest step does."""
+        whole: Tensor | None = None
+        at = 0
+        for part in parts:
+            (made,) = self._model.encode([part])
+            if whole is None:
+                whole = made.new_empty((tokens, made.shape[1]))
+            whole[at : at + len(made)] = made
+            at += len(made)
+            del made  # before the next one takes its room
+        assert whole is not None and at == tokens, f"{at} embeddings were made of a medium that has {tokens}"
+        return whole
+
+    def _tokens_of(self, number: int) -> int:
+        """How many embeddings a medium has that a slot shows."""
+        return next(use.tokens for shown in self._slots.values() for each, use in shown.uses if each == number)
 
     def shows(self, rows: Rows) -> bool:
         """Whether a row, of any copy of attention, computes a part of what a prompt shows."""

@@ -1,7 +1,8 @@
 """How much of media a model may see at a time, and the memory that takes: for the plan of a device's memory.
 
 A step encodes before its forward pass. Their peaks are not at one time, but what one left in the allocator's blocks may
-not fit the other, so both are taken into the plan.
+not fit the other, so both are taken into the plan. The embeddings that a step's rows show are gathered for its forward
+pass, and are there beside the peak of that.
 """
 
 import logging
@@ -51,18 +52,23 @@ def sight_of(model: Model, config: Config, device: torch.device) -> Sight:
 
 
 @torch.inference_mode()
-def encoder_bytes(model: Model, sight: Sight) -> int:
-    """Bytes that encoding takes on a GPU beside the weights: at the peak of the largest step, which is run here, and
-    what is held. 0 on a CPU, where memory is taken when it is written."""
-    if not sight.step_tokens or model.device.type != "cuda" or 0 not in model.held:
+def encoder_bytes(model: Model, device: torch.device, sight: Sight, step_tokens: int) -> int:
+    """Bytes that media take on a GPU beside the weights and the largest step of `step_tokens`: the peak of the largest
+    encoding, which is run here, what one step shows, and what is held."""
+    if not sight.step_tokens or 0 not in model.held:
         return 0
-    torch.cuda.synchronize(model.device)
-    before = torch.cuda.memory_allocated(model.device)
-    torch.cuda.reset_peak_memory_stats(model.device)
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
     model.encode([model.largest_medium(sight.step_tokens)])
-    torch.cuda.synchronize(model.device)
-    peak = torch.cuda.max_memory_allocated(model.device) - before
-    held = sight.held * sight.token_bytes
-    made = counted(sight.step_tokens, "token")
-    log.info("encoding %s of media takes %d MiB, and what is held %d MiB", made, peak // MIB, held // MIB)
-    return peak + held
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    shown, held = (count * sight.token_bytes for count in (step_tokens, sight.held))
+    log.info(
+        "encoding %s of media takes %d MiB, a step that shows them %d MiB, and what is held %d MiB",
+        counted(sight.step_tokens, "token"),
+        peak // MIB,
+        shown // MIB,
+        held // MIB,
+    )
+    return peak + shown + held

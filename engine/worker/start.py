@@ -107,11 +107,8 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
     logger.info("%.0f MiB of weights in %s on %s", weight_bytes(model) / 2**20, build.dtype, device)
     with _timed(phases, "grammars"):  # what is left of it
         grammars = None if beginning is None else beginning.ready(sizes.slots, device, build.kernels.logits)
-    sight, activations = sight_of(model, config, device), 0
-    if device.type == "cuda":
-        with _timed(phases, "largest step"):
-            activations = peak_bytes(model, device, sizes, build.max_model_len, pipeline, groups.mesh)
-            activations += encoder_bytes(model, sight)
+    sight = sight_of(model, config, device)
+    activations = activation_bytes(model, device, sizes, sight, build.max_model_len, phases, pipeline, groups.mesh)
     spec = model.kv_spec()
     with _timed(phases, "kv cache"):
         needs = {"most_tokens": sizes.slots * build.max_model_len, "activation_bytes": activations, "ranks": here}
@@ -296,6 +293,25 @@ def check_experts(model: Model, groups: Groups) -> None:
             f"--ep {groups.mesh.ep} divides the experts of a mixture, and {type(model).__name__} has none; leave --ep "
             f"out, or say --tp {groups.mesh.tp}"
         )
+
+
+def activation_bytes(
+    model: Model,
+    device: torch.device,
+    sizes: Sizes,
+    sight: Sight,
+    max_model_len: int,
+    phases: dict[str, float],
+    pipeline: Pipeline | None = None,
+    mesh: Mesh = ALONE,
+) -> int:
+    """Bytes that steps take on a GPU beside weights, pages and states: the largest one, and media. 0 on a CPU, where
+    memory is taken when it is written."""
+    if device.type == "cpu":
+        return 0
+    with _timed(phases, "largest step"):
+        largest = peak_bytes(model, device, sizes, max_model_len, pipeline, mesh)
+        return largest + encoder_bytes(model, device, sight, sizes.step_tokens)
 
 
 def peak_bytes(

@@ -248,11 +248,48 @@ async def test_the_media_of_one_request_fit_in_a_frame(monkeypatch: pytest.Monke
     assert module.MOST_PAYLOAD < MAX_FRAME and MediaOptions().media_bytes < MOST_BYTES < MAX_FRAME
     monkeypatch.setattr(module, "MOST_PAYLOAD", most := len(PICTURE) + 10)
     store, _ = store_of(Scripted())
-    says = rf"2 images and videos of \d+ bytes .* at most {most} are taken; send fewer, or smaller ones"
+    says = rf"2 images and videos of at least \d+ bytes .* at most {most} are taken; send fewer, or smaller ones"
     with pytest.raises(RequestError, match=says) as large:
         await store.resolved([image(), image(encoded(picture(shade=1)))])
     assert large.value.code == "media_too_large"
     assert len(await store.resolved([image()])) == 1
+
+
+async def test_a_request_that_is_too_large_is_refused_before_the_rest_of_it_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pictures = [encoded(picture(shade=shade)) for shade in range(40)]
+    monkeypatch.setattr(module, "MOST_PAYLOAD", 3 * max(map(len, pictures)))
+    store, _ = store_of(ask := Scripted())
+    with pytest.raises(RequestError, match="40 images and videos of at least"):
+        await store.resolved([image(each) for each in pictures])
+    assert len(ask.asked) <= 2 * module.READ_OF_ONE and (store.open, store._open) == (0, {})
+
+
+async def test_what_has_come_counts_while_the_rest_is_waited_for() -> None:
+    """The same picture in two requests counts once, and nothing does when the requests that wait have gone."""
+    one, other, late = (encoded(picture(shade=shade)) for shade in (1, 2, 3))
+    store, _ = store_of(Scripted(), media_open_memory=len(one) + 5)
+    gate = anyio.Event()
+    real = store._one
+
+    async def waits(part: Image | Video) -> Prepared:
+        if part.place == "late":
+            await gate.wait()
+        return await real(part)
+
+    store._one = waits  # type: ignore[method-assign]
+    async with anyio.create_task_group() as group:
+        for _ in range(2):
+            group.start_soon(store.resolved, [image(one), image(late, "late")])
+        await settled()
+        assert store.open == len(one)
+        with pytest.raises(RequestError, match=rf"of {len(one)} bytes, this one has {len(other)} more") as full:
+            await store.resolved([image(other)])
+        assert (full.value.status, full.value.code) == (503, "queue_full")
+        group.cancel_scope.cancel()
+    assert (store.open, store._open) == (0, {})
+    assert len(await store.resolved([image(other)])) == 1
 
 
 async def test_open_requests_show_so_much_and_a_thing_counts_once() -> None:

@@ -1,6 +1,7 @@
 """Channels: any message crosses a socket whole, however the bytes are cut, blocking or not."""
 
 import socket
+import sys
 import threading
 from array import array
 
@@ -96,6 +97,21 @@ async def test_frames_and_blocking_frames_understand_each_other() -> None:
         assert await anext(answers) == message
     await frames.aclose()
     thread.join()
+
+
+@pytest.mark.anyio
+async def test_a_message_is_held_by_whoever_has_taken_it_and_nobody_else() -> None:
+    """It may be a clip of 255 MiB, and the next one may come tomorrow."""
+    ours, theirs = socket.socketpair()
+    theirs.sendall(pack(msgspec.msgpack.Encoder(), Abort("x" * 1000)))
+    frames: Frames[Abort] = Frames(await anyio.abc.UNIXSocketStream.from_socket(ours), Abort)
+    async for message in frames:
+        rid = message.rid
+        del message
+        assert sys.getrefcount(rid) == 2, "this function's, and that of the call"
+        break
+    await frames.aclose()
+    theirs.close()
 
 
 def test_waiting_tells_a_frame_from_silence_and_from_the_end() -> None:
