@@ -117,6 +117,7 @@ class SchedulerActor:
         self._lost_at = 0.0  # when the worker died that is being replaced
         self._checked = True
         self._told = False  # that a tier fails
+        self._grown = False  # something has come that requests need, so there may be too much
 
     async def run(self) -> None:
         async with anyio.create_task_group() as group:
@@ -125,6 +126,8 @@ class SchedulerActor:
                 async with self._turn:
                     for message in received(self.inbox, first):
                         await self._handle(message)
+                    if self._grown:
+                        await self._evict()
                     await self._fill_credits()
                     if self.moves is not None:
                         await self._send_moves(self.moves)
@@ -173,7 +176,7 @@ class SchedulerActor:
                 await self._made(message)
             case Loaded():
                 await self._pass_on(self.room.loaded(message))
-                await self._evict()
+                self._grown = True
             case Moved():
                 self._moved(message)
             case StopHit():
@@ -223,7 +226,7 @@ class SchedulerActor:
     async def _made(self, made: Made) -> None:
         self.make_seconds.setdefault(made.kind, array("f")).append(made.seconds)
         await self._pass_on(self.room.made(made))
-        await self._evict()
+        self._grown = True
         await self._send_stats()
 
     def _moved(self, message: Moved) -> None:
@@ -341,7 +344,9 @@ class SchedulerActor:
             await self.front.send(Failed.of(rid, refusal))
 
     async def _evict(self) -> None:
+        """Forget what is too much, once for all that has come: a clip comes in hundreds of slices."""
         assert self.scheduler is not None
+        self._grown = False
         for drop in self.room.evict(self.scheduler.live.used()):
             await self.executor.send(drop)
 

@@ -27,7 +27,7 @@ from engine.conversation.parts import Image, Message, Video, media_of, without_s
 from engine.errors import RequestError, counted
 from engine.media.sources import Kind, Sources
 from engine.messages.decoding import MOST_PAYLOAD, DecodeMedia, MediaReady
-from engine.messages.media import Prepared
+from engine.messages.media import Prepared, size_of, slices_of
 from engine.options.media import MediaOptions
 from engine.runtime.together import together
 
@@ -136,7 +136,7 @@ class MediaStore:
 
     def _check_together(self, prepared: Sequence[Prepared]) -> None:
         """Raises RequestError where one request has more than can be sent to the device together."""
-        size = sum([len(each.payload) for each in prepared])
+        size = sum([size_of(each) for each in prepared])
         if size > MOST_PAYLOAD:
             raise RequestError(
                 "{messages} has {media} of {size} bytes as the model reads them, and at most {most} are taken; send "
@@ -154,7 +154,7 @@ class MediaStore:
         """Count what the request `rid` shows until `release`: the scheduler and the device hold it as long.
 
         Raises RequestError (503) where open requests show too much."""
-        sizes = {each.digest: len(each.payload) for each in prepared}
+        sizes = {each.digest: len(each.payload) for medium in prepared for each in slices_of(medium)}
         new = sum([size for digest, size in sizes.items() if digest not in self._uses])
         if self._uses and self.open + new > (most := self._options.media_open_memory):
             raise RequestError(
@@ -243,10 +243,10 @@ class MediaStore:
 
     def _keep(self, key: Known, prepared: Prepared) -> None:
         self._prepared[key] = prepared
-        self.kept += len(prepared.payload) + BESIDE
+        self.kept += size_of(prepared) + BESIDE
         while self.kept > self._options.media_memory and self._prepared:
             _, gone = self._prepared.popitem(last=False)
-            self.kept -= len(gone.payload) + BESIDE
+            self.kept -= size_of(gone) + BESIDE
 
 
 @asynccontextmanager

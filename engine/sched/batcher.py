@@ -129,6 +129,8 @@ class Scheduler:
             "retractions_total": self._retractions,
             "pins_released_total": self._pages.pins.released,
             "steps": self.steps,
+            "slices_shown_total": self.encoder.shown_total,
+            "slices_made_total": self.encoder.made_total,
         }
 
     @property

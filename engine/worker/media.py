@@ -1,5 +1,7 @@
 """The media of requests on this rank: pixels that have come, embeddings that are held, and what slots show of them.
 
+A medium here is one that is encoded as a whole: a picture, or a slice of a clip (messages/media.py).
+
     Load ── pixels, on the host ── a plan's `encodes` ──> embeddings, on the device ── a step's rows ──> Batch.media
                                         `forgets` drops them; they may be made again
 
@@ -128,12 +130,7 @@ class MediaTable:
 
     def _encode(self, numbers: list[int]) -> None:
         try:
-            media = [self._pixels[number] for number in numbers]
-            parts = self._model.parts(media[0]) if len(media) == 1 else media
-            if len(parts) > len(media):
-                made = [torch.cat([self._model.encode([part])[0] for part in parts])]
-            else:
-                made = self._model.encode(media)
+            made = self._model.encode([self._pixels[number] for number in numbers])
             self._held |= dict(zip(numbers, made, strict=True))
         except Exception as error:  # of a medium, which is to end who shows it and nobody else
             log.exception("media %s cannot be encoded together", numbers)
@@ -183,6 +180,7 @@ class MediaTable:
             for number, use in self._slots[slot].uses:
                 at = 0  # in the medium's embeddings
                 for begin, count in use.spans:
+                    at %= use.tokens
                     first, last = max(begin, start), min(begin + count, end)
                     if first < last:
                         place = int(offsets[row]) + first - start
