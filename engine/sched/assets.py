@@ -67,7 +67,7 @@ class Waiting:
 
     @property
     def complete(self) -> bool:
-        return all(asset.state == "ready" for asset in self.assets)
+        return all(asset.state == "ready" for asset in reversed(self.assets))  # they are loaded in order
 
     def bound(self) -> tuple[Bound, ...]:
         pairs = zip(self.admit.needs, self.assets, strict=True)

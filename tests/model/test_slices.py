@@ -199,7 +199,7 @@ def placing(request: pytest.FixtureRequest) -> Placing:
     return Placing(request.param)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(common=PIECES, one=PIECES, other=PIECES)
 def test_equal_keys_are_equal_embeddings_at_equal_positions(
     placing: Placing, common: list[int], one: list[int], other: list[int]
@@ -250,8 +250,8 @@ class Counted:
         ids = [1, text, 2, *[id for each in shown for id in (VIDEO if each.times else IMAGE, 7)]]
         media = prepared(self.engine, shown)
         placed = processor_of(self.engine).placed(ids, media)
-        reply = ask(self.engine, ids, shown)
-        assert reply.ids == their_reply(self.family, placed.ids, media)
+        reply = ask(self.engine, ids, shown, max_tokens=4)
+        assert reply.ids == their_reply(self.family, placed.ids, media, 4)
         deadline = time.monotonic() + 20
         while (stats := self.engine.stats()).running or stats.slices_shown_total == self.shown:
             assert time.monotonic() < deadline, "the last figures have not come"
@@ -264,7 +264,7 @@ class Counted:
         return made, reply.cached_tokens
 
 
-@pytest.mark.parametrize("family", ["2.5", "3"], indirect=True)
+@pytest.mark.parametrize("family", ["2.5"], indirect=True)
 def test_each_slice_is_encoded_once_whatever_it_is_a_part_of(family: Any, tmp_path: Any) -> None:
     # Steps end within slices; a step encodes one, and there is room for some.
     tokens = 12
