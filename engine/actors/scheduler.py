@@ -117,7 +117,6 @@ class SchedulerActor:
         self._lost_at = 0.0  # when the worker died that is being replaced
         self._checked = True
         self._told = False  # that a tier fails
-        self._grown = False  # something has come that requests need, so there may be too much
 
     async def run(self) -> None:
         async with anyio.create_task_group() as group:
@@ -126,7 +125,7 @@ class SchedulerActor:
                 async with self._turn:
                     for message in received(self.inbox, first):
                         await self._handle(message)
-                    if self._grown:
+                    if self.room.grown:
                         await self._evict()
                     await self._fill_credits()
                     if self.moves is not None:
@@ -176,7 +175,6 @@ class SchedulerActor:
                 await self._made(message)
             case Loaded():
                 await self._pass_on(self.room.loaded(message))
-                self._grown = True
             case Moved():
                 self._moved(message)
             case StopHit():
@@ -226,7 +224,6 @@ class SchedulerActor:
     async def _made(self, made: Made) -> None:
         self.make_seconds.setdefault(made.kind, array("f")).append(made.seconds)
         await self._pass_on(self.room.made(made))
-        self._grown = True
         await self._send_stats()
 
     def _moved(self, message: Moved) -> None:
@@ -344,9 +341,7 @@ class SchedulerActor:
             await self.front.send(Failed.of(rid, refusal))
 
     async def _evict(self) -> None:
-        """Forget what is too much, once for all that has come: a clip comes in hundreds of slices."""
         assert self.scheduler is not None
-        self._grown = False
         for drop in self.room.evict(self.scheduler.live.used()):
             await self.executor.send(drop)
 

@@ -42,7 +42,7 @@ class Encoder:
         self._held: OrderedDict[int, int] = OrderedDict()  # embeddings by a medium's number, the last used at the end
         self._making: dict[int, Making] = {}  # by a medium's number
         self._tokens = 0
-        self.shown_total = self.made_total = 0  # media in chunks, once each time, and those that were made for it
+        self.counts = {"slices_shown_total": 0, "slices_made_total": 0}  # as messages.Stats has them
 
     def check(self, request: Request, max_step_tokens: int) -> None:
         """Raises RequestError (400) for a medium that no step could make, or whose tokens no step could compute."""
@@ -76,7 +76,7 @@ class Encoder:
             if (shown.whole and end < past) or not self._take(step, shown, request.slot):
                 end = max(start, shown.begin)
                 break
-            self.shown_total += shown.begin >= start
+            self.counts["slices_shown_total"] += shown.begin >= start
             if (making := self._making.get(shown.number)) is not None:
                 making.texts.add((request, shown.begin + 1))
         return end
@@ -112,7 +112,7 @@ class Encoder:
             self._tokens += tokens
             step.encodes += ((slot, number),)
             step.made += tokens
-            self.made_total += 1
+            self.counts["slices_made_total"] += 1
             self._making.setdefault(number, Making()).steps += 1
         step.media.add(number)
         step.shown += tokens

@@ -183,7 +183,7 @@ def test_slices_are_made_once_whatever_they_are_a_part_of() -> None:
         run.scheduler.admit(*admitted(rid, pieces, whole=False))
         run.drain()
         assert run.device.encoded == made, rid
-    assert (encoder.shown_total, encoder.made_total) == (3 + 1 + 7, 3)
+    assert encoder.counts == {"slices_shown_total": 3 + 1 + 7, "slices_made_total": 3}
     encoder.forget(2)  # one slice alone has to be made again
     del run.device.held[2]
     run.scheduler.admit(*admitted("again", [0, 8], whole=False))
