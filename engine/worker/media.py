@@ -131,6 +131,8 @@ class MediaTable:
     def _encode(self, numbers: list[int]) -> None:
         try:
             made = self._model.encode([self._pixels[number] for number in numbers])
+            if len(numbers) > 1:  # parts of one tensor, which would stay as long as any of them
+                made = [each.clone() for each in made]
             self._held |= dict(zip(numbers, made, strict=True))
         except Exception as error:  # of a medium, which is to end who shows it and nobody else
             log.exception("media %s cannot be encoded together", numbers)
