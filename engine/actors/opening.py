@@ -19,7 +19,7 @@ from engine.sched.copies import Copies
 from engine.sched.encoder import Encoder
 
 # Pictures and clips that no request shows now are known all the same, so that what is encoded of them is found again.
-MEDIA_KEPT, MEDIA_BYTES = 1024, 512 << 20
+MEDIA_KEPT, MEDIA_BYTES = 4096, 512 << 20
 LEAST_RISEN, LEAST_FETCHED = 64, 256  # tokens: fewer are computed sooner than they come from the host, or a store
 
 

@@ -125,6 +125,8 @@ class SchedulerActor:
                 async with self._turn:
                     for message in received(self.inbox, first):
                         await self._handle(message)
+                    if self.room.grown:
+                        await self._evict()
                     await self._fill_credits()
                     if self.moves is not None:
                         await self._send_moves(self.moves)
@@ -175,7 +177,6 @@ class SchedulerActor:
                 await self._made(message)
             case Loaded():
                 await self._pass_on(self.room.loaded(message))
-                await self._evict()
             case Moved():
                 self._moved(message)
             case StopHit():
@@ -227,7 +228,6 @@ class SchedulerActor:
     async def _made(self, made: Made) -> None:
         self.make_seconds.setdefault(made.kind, array("f")).append(made.seconds)
         await self._pass_on(self.room.made(made))
-        await self._evict()
         await self._send_stats()
 
     def _moved(self, message: Moved) -> None:

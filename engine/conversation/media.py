@@ -7,7 +7,7 @@ where the prompt is encoded. What fetches and decodes media stands before this f
 """
 
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from msgspec import Struct
@@ -17,7 +17,7 @@ from engine.conversation.parts import Image, Message, Video, media_of
 from engine.errors import RequestError, counted
 from engine.media.frames import Frames
 from engine.messages.assets import Need
-from engine.messages.media import MediaUse, Prepared, media_need
+from engine.messages.media import MediaUse, Prepared, Slice, media_need, slices_of
 from engine.plugin.terms import Terms
 
 Runs = Sequence[tuple[int, "array[int]"]]  # keys by the index that they begin at, as keys_with has them
@@ -77,11 +77,33 @@ def readable(messages: Sequence[Message], processor: MediaProcessor | None) -> l
 
 
 def needs_of(media: Sequence[Prepared], placed: Placed) -> tuple[Need, ...]:
-    """What a request that shows `media`, `placed` in its prompt, waits for."""
+    """What a request that shows `media`, `placed` in its prompt, waits for: each slice once, however often it is
+    shown."""
+    slices: dict[bytes, Slice] = {}
+    spans: dict[bytes, list[tuple[int, int]]] = {}
+    for medium, own in zip(media, placed.spans, strict=True):
+        parts = slices_of(medium)
+        for part, shown in zip(parts, cut_spans(own, [each.tokens for each in parts]), strict=True):
+            slices.setdefault(part.digest, part)
+            spans.setdefault(part.digest, []).extend(shown)
     return tuple(
-        media_need(medium, MediaUse(spans, medium.tokens, placed.whole, medium.together or medium.tokens))
-        for medium, spans in zip(media, placed.spans, strict=True)
+        media_need(part, MediaUse(tuple(spans[digest]), part.tokens, placed.whole)) for digest, part in slices.items()
     )
+
+
+def cut_spans(spans: Spans, sizes: Sequence[int]) -> Iterator[Spans]:
+    """`spans` of a medium's embeddings, cut into those of the first `sizes[0]`, of the next `sizes[1]`, …"""
+    left = iter(spans)
+    begin = count = 0
+    for size in sizes:
+        own = []
+        while size:
+            if not count:
+                begin, count = next(left)
+            taken = min(size, count)
+            own.append((begin, taken))
+            begin, count, size = begin + taken, count - taken, size - taken
+        yield tuple(own)
 
 
 def cannot_be_cut(tokens: int, kept: int) -> RequestError:
@@ -131,6 +153,14 @@ def check_places(ids: Sequence[int], media: Sequence[Prepared], placeholders: Ma
         )
 
 
+def keys_of(medium: Prepared) -> "array[int]":
+    """The keys of the tokens that show `medium`: slice by slice, so clips that begin alike have the same at first."""
+    keys = array("i")
+    for each in slices_of(medium):
+        keys += media_keys(each.key or each.digest, each.tokens)
+    return keys
+
+
 def grow(
     ids: Sequence[int],
     media: Sequence[Prepared],
@@ -150,7 +180,7 @@ def grow(
             whole.append(id)
             continue
         medium = next(left)
-        keys, begun, own = media_keys(medium.digest, medium.tokens), 0, []
+        keys, begun, own = keys_of(medium), 0, []
         for piece in pieces(medium):
             if not piece.count:
                 whole += piece.ids

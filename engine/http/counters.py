@@ -42,7 +42,7 @@ BUCKETS: Mapping[str, tuple[float, ...]] = MappingProxyType(
 )
 TOTALS = (
     "prompt_tokens_total", "cached_tokens_total", "generated_tokens_total", "retractions_total", "steps",
-    "restarts_total", "idle_seconds_total", "pins_released_total",
+    "restarts_total", "idle_seconds_total", "pins_released_total", "slices_shown_total", "slices_made_total",
 )  # fmt: skip
 MEDIA = ("hit", "made", "refused", "bytes", "pixels")
 NAMES_AT = len(STATUSES)

@@ -298,6 +298,16 @@ class MixtureFigures(Figures):
         yield CounterMetricFamily("engine_expert_layers_moved", "Layers whose experts were rearranged", found.moved)
 
 
+def slices_of(shown: float, made: float) -> Iterator[Metric]:
+    """What was encoded of media, once any were `shown`, and how often it was not, because it was there."""
+    if shown:
+        text = "Images, and slices of video, that prompts showed: encoded for it (made), or held already"
+        family = CounterMetricFamily("engine_media_slices", text, labels=["result"])
+        family.add_metric(["made"], made)
+        family.add_metric(["held"], shown - made)
+        yield family
+
+
 class SchedulerFigures(Figures):
     """Gauges and counters that the scheduler keeps, read from `front.stats` at scrape time."""
 
@@ -350,6 +360,7 @@ class SchedulerFigures(Figures):
         yield from copies_of(stats)
         yield from tiers_of(stats, info)
         yield from (CounterMetricFamily(name, text, value=value) for name, text, value in counters)
+        yield from slices_of(totals["slices_shown_total"], totals["slices_made_total"])
         labels = {"model": self._model}
         if info is not None:
             labels |= {"device": info.device, "attention": info.attention}

@@ -176,7 +176,6 @@ class Model(nn.Module, ABC):
     stacked: Stacks = MappingProxyType({})  # modules of its checkpoints that stack what layers hold apart
     turns = False  # whether rotary embedding may place a token elsewhere than at its position (Batch.turns)
     sees = False  # whether it `encode`s media
-    most_encoded: int = 1 << 30  # embeddings that are made at a time at most
     levels: int = 0  # vectors of each embedding beside the first one, as of Media
 
     @abstractmethod
@@ -218,11 +217,6 @@ class Model(nn.Module, ABC):
     def encode(self, media: Sequence[Pixels]) -> list[Tensor]:
         """The embeddings of pictures and clips, of a model that sees: [tokens, (1 + levels) * width] of each."""
         raise NotImplementedError(f"{type(self).__name__} reads text alone")
-
-    def parts(self, medium: Pixels) -> list[Pixels]:
-        """`medium` in pieces of up to `most_encoded` embeddings, which may be encoded one after the other: a long clip.
-        Others are one piece."""
-        return [medium]
 
     def largest_medium(self, tokens: int) -> Pixels:
         """Made-up pixels that take as much memory to encode as any of up to `tokens` embeddings, and are as many or

@@ -10,6 +10,8 @@ that divide themselves over ranks, CUDA graphs.
 
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, Self, cast
 
 import numpy as np
@@ -57,9 +59,41 @@ def vision_activation(name: str) -> Callable[[Tensor], Tensor]:
 
 def normalised(pixels: Pixels, device: torch.device) -> Tensor:
     """Float32 numbers of `pixels.shape`, as Pixels says. Does not wait for the device."""
-    numbers = np.frombuffer(pixels.data, np.uint8).reshape(pixels.shape)
-    mean, std = upload(np.array([pixels.mean, pixels.std], np.float32), device)
-    return (upload(numbers.copy(), device).to(torch.float32) * pixels.scale - mean) / std
+    return normalised_together([pixels], device)[0][0]
+
+
+def normalised_together(media: Sequence[Pixels], device: torch.device) -> list[Tensor]:
+    """As `normalised`, in groups [n, *shape] of n that are alike and follow each other, as the slices of a clip are."""
+    groups = []
+    for _, group in groupby(media, attrgetter("shape", "scale", "mean", "std")):
+        each = list(group)
+        first = each[0]
+        numbers = np.frombuffer(bytearray().join([one.data for one in each]), np.uint8)
+        mean, std = upload(np.array([first.mean, first.std], np.float32), device)
+        whole = upload(numbers.reshape(len(each), *first.shape), device).to(torch.float32)
+        groups.append((whole * first.scale - mean) / std)
+    return groups
+
+
+def pictures_of(media: Sequence[Pixels], device: torch.device) -> Tensor:
+    """The pictures [n, height, width, 3] of all `media`, which are of one size, normalised."""
+    return torch.cat([each.flatten(0, 1) for each in normalised_together(media, device)])
+
+
+def patches_of(media: Sequence[Pixels], patch: int, steps: int, merge: int, device: torch.device) -> Tensor:
+    """The `merged_patches` of all `media`, one after the other; one that has a single frame shows it in all `steps`."""
+    patches = []
+    for frames in normalised_together(media, device):
+        if frames.shape[1] == 1:
+            frames = frames.expand(-1, steps, -1, -1, -1)
+        patches.append(merged_patches(frames.flatten(0, 1), patch, steps, merge))
+    return torch.cat(patches)
+
+
+def runs_of(media: Sequence[Pixels]) -> list[tuple[int, int, int]]:
+    """The grids (steps, high, wide) of `media`, those of one size that follow each other as one."""
+    runs = groupby([each.grid for each in media], lambda grid: grid[1:])
+    return [(sum([grid[0] for grid in run]), high, wide) for (high, wide), run in runs]
 
 
 def merged_patches(frames: Tensor, patch: int, steps: int, merge: int) -> Tensor:

@@ -23,6 +23,7 @@ from engine.errors import RequestError, counted
 from engine.messages import ToMediaProcess
 from engine.messages.control import Fatal, Retired
 from engine.messages.decoding import MOST_PAYLOAD, DecodeMedia, MediaBoot, MediaReady
+from engine.messages.media import size_of
 from engine.messages.reply import Failed
 from engine.plugin.registry import Plugins
 from engine.runtime.channel import BlockingFrames
@@ -89,9 +90,9 @@ def _made(processor: MediaProcessor, boot: MediaBoot, job: DecodeMedia) -> Media
         frames = video_frames(job.source, job.content, choose, boot.pixels, boot.video_pixels)
     decoded = time.perf_counter()
     prepared = processor.prepare(frames)
-    if len(prepared.payload) > MOST_PAYLOAD:
+    if (size := size_of(prepared)) > MOST_PAYLOAD:
         raise RequestError(
-            f"takes {counted(len(prepared.payload), 'byte')} as the model reads it, and at most {MOST_PAYLOAD} are "
+            f"takes {counted(size, 'byte')} as the model reads it, and at most {MOST_PAYLOAD} are "
             "taken; send it smaller, or shorter",
             code="media_too_large",
         )

@@ -27,7 +27,7 @@ from engine.conversation.parts import Image, Message, Video, media_of, without_s
 from engine.errors import RequestError, counted
 from engine.media.sources import Kind, Sources
 from engine.messages.decoding import MOST_PAYLOAD, DecodeMedia, MediaReady
-from engine.messages.media import Prepared
+from engine.messages.media import Prepared, size_of, slices_of
 from engine.options.media import MediaOptions
 from engine.runtime.together import together
 
@@ -136,7 +136,7 @@ class MediaStore:
         async def one(part: Image | Video) -> Prepared:
             nonlocal size
             prepared = await self._one(part)
-            size += len(prepared.payload)
+            size += size_of(prepared)
             check_together(size, len(media))
             self._count(waiting, prepared)
             return prepared
@@ -160,20 +160,19 @@ class MediaStore:
     def _count(self, holder: Hashable, medium: Prepared) -> None:
         """`holder` shows that as well, or is going to. Raises RequestError where that is too much, unless nobody else
         shows anything: then it could never run."""
-        own, size = self._open.setdefault(holder, {}), len(medium.payload)
-        if medium.digest in own:
-            return
-        if medium.digest not in self._uses:
-            if len(self._uses) > len(own) and self.open + size > (most := self._options.media_open_memory):
-                raise RequestError(
-                    f"open requests show images and videos of {self.open} bytes, this one has {size} more, and {most} "
-                    "is the limit (--media-open-memory); try again in a moment",
-                    code="queue_full",
-                    status=503,
-                )
-            self.open += size
-        self._uses[medium.digest] += 1
-        own[medium.digest] = size
+        own = self._open.setdefault(holder, {})
+        sizes = {each.digest: len(each.payload) for each in slices_of(medium) if each.digest not in own}
+        new = sum([size for digest, size in sizes.items() if digest not in self._uses])
+        if new and len(self._uses) > len(own) and self.open + new > (most := self._options.media_open_memory):
+            raise RequestError(
+                f"open requests show images and videos of {self.open} bytes, this one has {new} more, and {most} is "
+                "the limit (--media-open-memory); try again in a moment",
+                code="queue_full",
+                status=503,
+            )
+        self.open += new
+        self._uses.update(sizes.keys())
+        own |= sizes
 
     def release(self, holder: Hashable) -> None:
         """The request `holder` has ended, if it held anything."""
@@ -251,10 +250,10 @@ class MediaStore:
 
     def _keep(self, key: Known, prepared: Prepared) -> None:
         self._prepared[key] = prepared
-        self.kept += len(prepared.payload) + BESIDE
+        self.kept += size_of(prepared) + BESIDE
         while self.kept > self._options.media_memory and self._prepared:
             _, gone = self._prepared.popitem(last=False)
-            self.kept -= len(gone.payload) + BESIDE
+            self.kept -= size_of(gone) + BESIDE
 
 
 @asynccontextmanager

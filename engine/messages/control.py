@@ -223,6 +223,8 @@ class Stats(Message, frozen=True):
     after `restart_seconds`. There are `tiers` where an option asks for them. Where attention runs in `copies`,
     `most_tokens_total` adds up, over all steps, the tokens of the copy that had the most. `sessions` live and have
     `session_pages`; of sessions and programs so many lost their pages before their time (`pins_released_total`).
+    Prompts showed slices of media (`slices_shown_total`, each time that they were computed), for which so many were
+    encoded (`slices_made_total`).
     """
 
     worker: Literal["starting", "ready", "restarting", "stalled", "failed"]
@@ -248,4 +250,6 @@ class Stats(Message, frozen=True):
     sessions: int = 0
     session_pages: int = 0
     pins_released_total: int = 0
+    slices_shown_total: int = 0
+    slices_made_total: int = 0
     tiers: TierStats | None = None

@@ -1,9 +1,9 @@
 """What processors of media are written with. Imports no torch."""
 
 from engine.cache.keys import media_keys
-from engine.conversation.media import Encode, MediaProcessor, Piece, Placed, check_places, grow
+from engine.conversation.media import Encode, MediaProcessor, Piece, Placed, check_places, grow, keys_of
 from engine.media.frames import Frames
-from engine.messages.media import Pixels, Prepared, packed
+from engine.messages.media import Pixels, Prepared, Slice, packed, slice_of, sliced
 
 __all__ = [
     "Encode",
@@ -13,8 +13,12 @@ __all__ = [
     "Pixels",
     "Placed",
     "Prepared",
+    "Slice",
     "check_places",
     "grow",
+    "keys_of",
     "media_keys",
     "packed",
+    "slice_of",
+    "sliced",
 ]

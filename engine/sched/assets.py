@@ -67,7 +67,7 @@ class Waiting:
 
     @property
     def complete(self) -> bool:
-        return all(asset.state == "ready" for asset in self.assets)
+        return all(asset.state == "ready" for asset in reversed(self.assets))  # they are loaded in order
 
     def bound(self) -> tuple[Bound, ...]:
         pairs = zip(self.admit.needs, self.assets, strict=True)
@@ -97,6 +97,7 @@ class WaitingRoom:
     such a bound. No device is there before `started`."""
 
     def __init__(self, most: Mapping[str, int], most_bytes: Mapping[str, int] = NO_BOUNDS) -> None:
+        self.grown = False  # something has come since `evict`, which is asked once for all slices of a clip
         self._most, self._most_bytes = most, most_bytes
         self._device = False
         self._numbers = itertools.count(1)
@@ -159,6 +160,7 @@ class WaitingRoom:
 
     def made(self, message: Made) -> Due:
         """A maker has answered."""
+        self.grown = True
         asset, due = self._by_number[message.number], Due()
         assert asset.state == "making", f"{asset.kind} {asset.number} is {asset.state}, and was made again"
         if message.status:
@@ -173,6 +175,7 @@ class WaitingRoom:
 
     def loaded(self, message: Loaded) -> Due:
         """A device has answered."""
+        self.grown = True
         asset, due = self._by_number.get(message.number), Due()
         if asset is None:  # forgotten while the device was started again
             return due
@@ -231,6 +234,7 @@ class WaitingRoom:
 
     def evict(self, used: set[int]) -> list[Drop]:
         """Forget what is too much, but nothing that is `used` outside this room, waited for or under way."""
+        self.grown = False
         idle = [asset for asset in self._assets.values() if asset.idle and asset.number not in used]
         excess, surplus = Counter(asset.kind for asset in idle), Counter[str]()
         for asset in idle:

@@ -10,14 +10,13 @@ order of the plans. A step is built in four parts:
     3. prefill rows: the next chunk of running prompts, while the step's token budget lasts
     4. admissions: waiting requests that find a slot and pages for their whole prompt
 
-The whole pages of a chunk go into the tree when the chunk is planned, because steps run in order and write
-the keys and values of all their rows before any row attends. A running prompt leaves no budget for admissions
-until its last chunk is planned: thus whoever shares its prefix stays in the queue until the tree offers all of
-it, and a prefix is computed once under every policy. A request for a vector has no such life: its prompt is computed
-whole, in the one step that places it, without pages.
+The whole pages of a chunk go into the tree when the chunk is planned, because steps run in order and write the keys and
+values of all their rows before any row attends. A running prompt leaves no budget for admissions until its last chunk
+is planned: thus whoever shares its prefix stays in the queue until the tree offers all of it, and a prefix is computed
+once under every policy. A request for a vector has no such life: its prompt is computed whole, in the one step that
+places it, without pages.
 
-Left out: preemption by priority while slots and pages last; which pages a request has (places.py); which copy of
-attention has it (copies.py).
+Left out: preemption by priority while slots and pages last; a request's pages (places.py), and its copy (copies.py).
 """
 
 from array import array
@@ -129,6 +128,7 @@ class Scheduler:
             "retractions_total": self._retractions,
             "pins_released_total": self._pages.pins.released,
             "steps": self.steps,
+            **self.encoder.counts,
         }
 
     @property

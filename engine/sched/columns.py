@@ -24,7 +24,8 @@ class StepColumns:
     ending: Sequence[int] = ()  # rows whose token is surely the last of their request
     pooled: tuple[Request, ...] = ()  # whose vectors the step yields
     scoring: Mapping[int, Request] = MappingProxyType({})  # by row: whose prompt's log-probabilities the step yields
-    media: Mapping[int, int] = MappingProxyType({})  # embeddings by the number of a medium that its chunks show
+    media: set[int] | None = None  # numbers of what its chunks show, if anything
+    shown = made = 0  # their embeddings, and how many of these it makes
     encodes: tuple[tuple[int, int], ...] = ()  # those that it makes: the slot that shows it, and a medium's number
     forgets: tuple[tuple[int, int], ...] = ()  # media whose embeddings make room, and for which slot
     lane = 0  # whose rows decode

@@ -3,17 +3,18 @@
     step 1   make A, B                    held  A B
     step 2   use B, make C, forget A      held  B C        the least recently used one goes where room is needed
 
-A chunk of a prompt needs the embeddings of the media that it shows. Those that are not held are made in the same step,
-before its tokens are computed, up to a budget of embeddings a step; the chunk ends before the first medium that is too
-much. So does it before one that it could only show a part of, if its tokens see each other. A medium of more than the
-budget, a long clip, has a step's encoder to itself, which takes it in pieces of up to the budget. So the first chunk of
-a step always gets what it needs. A prompt whose media are in cached pages needs none of them. Every device holds the
-same, because it is told (StepPlan).
+A medium here is a picture or a slice of a clip: what is encoded as a whole. A chunk of a prompt needs the embeddings of
+the media that it shows. Those that are not held are made in the same step, before its tokens are computed, up to a
+budget of embeddings a step; the chunk ends before the first medium that is too much. So a long clip is made over
+several steps, and need not be held as a whole. A chunk also ends before a medium that it could only show a part of, if
+its tokens see each other. None has more than the budget, so the first chunk of a step always gets what it needs. A
+prompt whose media are in cached pages needs none of them. Every device holds the same, because it is told (StepPlan).
 
 Whether a medium could be made is known with the result of its step. Until then it is remembered which texts show it:
-what they hold from there on is wrong if it could not. Left out: a clip that is made over several steps.
+what they hold from there on is wrong if it could not. Left out: to make more of a clip than the next chunk shows.
 """
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -25,11 +26,11 @@ from engine.sched.request import Request, Shown
 
 @dataclass(slots=True)
 class Making:
-    """A medium that so many `steps` in flight make, and the texts that show it meanwhile: their salts, and their keys
-    up to its first."""
+    """A medium that so many `steps` in flight make, and the texts that show it meanwhile: whose they are, and how far
+    they go, with its first token."""
 
     steps: int = 0
-    texts: set[tuple[bytes, bytes]] = field(default_factory=set)
+    texts: set[tuple[Request, int]] = field(default_factory=set)
 
 
 class Encoder:
@@ -41,21 +42,15 @@ class Encoder:
         self._held: OrderedDict[int, int] = OrderedDict()  # embeddings by a medium's number, the last used at the end
         self._making: dict[int, Making] = {}  # by a medium's number
         self._tokens = 0
+        self.counts = {"slices_shown_total": 0, "slices_made_total": 0}  # as messages.Stats has them
 
     def check(self, request: Request, max_step_tokens: int) -> None:
         """Raises RequestError (400) for a medium that no step could make, or whose tokens no step could compute."""
         for shown in request.shown:
-            if shown.together > self.budget:
+            if shown.tokens > self.budget:
                 raise RequestError(
-                    f"an image, or a frame of a video, takes {counted(shown.together, 'token')}, and at most "
+                    f"an image, or a frame of a video, takes {counted(shown.tokens, 'token')}, and at most "
                     f"{self.budget} are made in a step; send it smaller, or start with a larger --encoder-tokens",
-                    param="messages",
-                    code="media_too_large",
-                )
-            if shown.tokens > self.room:
-                raise RequestError(
-                    f"a video takes {counted(shown.tokens, 'token')}, and there is room for {self.room}; send it "
-                    "shorter or smaller, or start with a larger --encoder-cache",
                     param="messages",
                     code="media_too_large",
                 )
@@ -71,9 +66,8 @@ class Encoder:
         """How far a chunk of `request` goes that would be the positions `start` .. `end` - 1 and may go to `most`, so
         that no `whole` medium is cut; `step` makes what it needs. It is `start` where it has to wait for another
         step."""
-        for shown in request.shown:
-            if shown.begin + shown.count <= start:
-                continue
+        first = bisect_right(request.shown, start, key=lambda shown: shown.begin + shown.count)
+        for shown in request.shown[first:]:
             if shown.begin >= end:
                 break
             past = shown.begin + shown.count
@@ -82,8 +76,9 @@ class Encoder:
             if (shown.whole and end < past) or not self._take(step, shown, request.slot):
                 end = max(start, shown.begin)
                 break
+            self.counts["slices_shown_total"] += shown.begin >= start
             if (making := self._making.get(shown.number)) is not None:
-                making.texts.add((request.salt, request.key(0, shown.begin + 1)))
+                making.texts.add((request, shown.begin + 1))
         return end
 
     def missing(self, request: Request, start: int) -> int:
@@ -98,14 +93,16 @@ class Encoder:
     def _take(self, step: StepColumns, shown: Shown, slot: int) -> bool:
         """Have the embeddings of a medium in `step`, which the request in `slot` shows. False if they are too many."""
         number, tokens = shown.number, shown.tokens
+        if step.media is None:
+            step.media = set()
         if number in step.media:
             return True
-        if sum(step.media.values()) + tokens > self.room:
+        if step.shown + tokens > self.room:
             return False
         if number in self._held:
             self._held.move_to_end(number)
         else:
-            if step.encodes and sum(self._held[each] for _, each in step.encodes) + tokens > self.budget:
+            if step.made + tokens > self.budget:
                 return False
             while self._tokens + tokens > self.room:
                 old = next(iter(self._held))  # none of this step's: those were used last, and there is room for them
@@ -114,8 +111,11 @@ class Encoder:
             self._held[number] = tokens
             self._tokens += tokens
             step.encodes += ((slot, number),)
+            step.made += tokens
+            self.counts["slices_made_total"] += 1
             self._making.setdefault(number, Making()).steps += 1
-        step.media = {**step.media, number: tokens}
+        step.media.add(number)
+        step.shown += tokens
         return True
 
     def made(self, numbers: Iterable[int]) -> None:
@@ -140,8 +140,9 @@ class Encoder:
         ]
 
     def texts(self, number: int) -> set[tuple[bytes, bytes]]:
-        """Those that show a medium which a step in flight makes, as in Making."""
-        return self._making.get(number, Making()).texts
+        """Those that show a medium which a step in flight makes: their salts, and their keys up to its first."""
+        texts = self._making.get(number, Making()).texts
+        return {(request.salt, request.key(0, length)) for request, length in texts}
 
     def forget(self, number: int) -> None:
         """The device does not hold that medium; or will not from the step at hand on."""

@@ -31,25 +31,19 @@ NEVER = 1 << 62
 @dataclass(frozen=True, slots=True)
 class Shown:
     """Where a prompt shows medium `number`, or a part of it: `count` positions from `begin` on. All of the medium is
-    `tokens` embeddings, of which `together` have to be made at a time. The positions of a `whole` one see each other.
-    """
+    `tokens` embeddings. The positions of a `whole` one see each other. A slice of a clip is a medium here."""
 
     begin: int
     count: int
     number: int
     tokens: int
     whole: bool
-    together: int
 
 
 def shown_by(bound: tuple[Bound, ...]) -> tuple[Shown, ...]:
     """What a prompt shows that uses these things, in its order."""
     uses = [(each.number, media_use(each)) for each in bound if each.kind == MEDIA]
-    found = [
-        Shown(*span, number, use.tokens, use.whole, use.together or use.tokens)
-        for number, use in uses
-        for span in use.spans
-    ]
+    found = [Shown(*span, number, use.tokens, use.whole) for number, use in uses for span in use.spans]
     return tuple(sorted(found, key=lambda shown: shown.begin))
 
 

@@ -8,6 +8,7 @@ How processes come and go is the business of any pool (engine/runtime/pool.py).
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import anyio.to_thread
 import msgspec
@@ -16,7 +17,7 @@ from engine.actors.tokenizer import AT_ONCE, Admission
 from engine.config import Config
 from engine.errors import RequestError
 from engine.messages import FromTextProcess
-from engine.messages.media import MEDIA
+from engine.messages.media import MEDIA, slices_of
 from engine.messages.media import Prepared as Medium
 from engine.messages.request import Generate
 from engine.messages.text import Prepare, Prepared, TextAnswer, TextBoot, TextJob, TextWork, Tokenize
@@ -104,14 +105,15 @@ def bare(job: TextJob) -> TextJob:
 
 
 def _counts(media: Sequence[Medium]) -> tuple[Medium, ...]:
-    return tuple([msgspec.structs.replace(medium, payload=b"") for medium in media])
+    bare = partial(msgspec.structs.replace, payload=b"")
+    return tuple([bare(medium, slices=tuple([bare(each) for each in medium.slices])) for medium in media])
 
 
 def with_payloads(answer: TextAnswer, job: TextJob) -> TextAnswer:
     """The answer to `bare(job)` as it would be to `job`: what the request needs on the device has its pixels."""
     match job, answer:
         case Prepare(Generate(media=media)), Prepared() if media:
-            payloads = {(MEDIA, medium.digest): medium.payload for medium in media}
+            payloads = {(MEDIA, each.digest): each.payload for medium in media for each in slices_of(medium)}
             needs = [
                 msgspec.structs.replace(need, payload=payloads.get((need.kind, need.content), need.payload))
                 for need in answer.admitted.needs

@@ -1,5 +1,7 @@
 """The media of requests on this rank: pixels that have come, embeddings that are held, and what slots show of them.
 
+A medium here is one that is encoded as a whole: a picture, or a slice of a clip (messages/media.py).
+
     Load ── pixels, on the host ── a plan's `encodes` ──> embeddings, on the device ── a step's rows ──> Batch.media
                                         `forgets` drops them; they may be made again
 
@@ -138,12 +140,7 @@ class MediaTable:
 
     def _encode(self, numbers: list[int]) -> None:
         try:
-            media = [self._pixels[number] for number in numbers]
-            parts = self._model.parts(media[0]) if len(media) == 1 else media
-            if len(parts) > len(media):
-                made = [self._in_parts(parts, self._tokens_of(numbers[0]))]
-            else:
-                made = [alone(each) for each in self._model.encode(media)]
+            made = [alone(each) for each in self._model.encode([self._pixels[number] for number in numbers])]
             self._held |= dict(zip(numbers, made, strict=True))
         except Exception as error:  # of a medium, which is to end who shows it and nobody else
             log.exception("media %s cannot be encoded together", numbers)
@@ -153,25 +150,6 @@ class MediaTable:
             else:
                 copy = 0 if self._copy is None else self._copy.number
                 self.failed.append((copy, numbers[0], f"{type(error).__name__}: {error}"))
-
-    def _in_parts(self, parts: Sequence[Pixels], tokens: int) -> Tensor:
-        """The `tokens` embeddings of `parts`, encoded one after the other into the memory where all are held: so they
-        take no more beside it than the largest step does."""
-        whole: Tensor | None = None
-        at = 0
-        for part in parts:
-            (made,) = self._model.encode([part])
-            if whole is None:
-                whole = made.new_empty((tokens, made.shape[1]))
-            whole[at : at + len(made)] = made
-            at += len(made)
-            del made  # before the next one takes its room
-        assert whole is not None and at == tokens, f"{at} embeddings were made of a medium that has {tokens}"
-        return whole
-
-    def _tokens_of(self, number: int) -> int:
-        """How many embeddings a medium has that a slot shows."""
-        return next(use.tokens for shown in self._slots.values() for each, use in shown.uses if each == number)
 
     def shows(self, rows: Rows) -> bool:
         """Whether a row, of any copy of attention, computes a part of what a prompt shows."""
@@ -193,6 +171,7 @@ class MediaTable:
                 for number, use in shown.uses:
                     at = 0  # in the medium's embeddings
                     for begin, count in use.spans:
+                        at %= use.tokens
                         first, last = max(begin, start), min(begin + count, start + length)
                         if first < last:
                             place = offset + first - start

@@ -31,8 +31,7 @@ class Sight:
 
 
 def sight_of(model: Model, config: Config, device: torch.device) -> Sight:
-    """As options say, or as usual on `device`; the model is told too. Raises ConfigError where a step makes more than
-    are held."""
+    """As options say, or as usual on `device`. Raises ConfigError where a step makes more than are held."""
     if not model.sees:
         return Sight()
     gpu = device.type == "cuda"
@@ -47,7 +46,6 @@ def sight_of(model: Model, config: Config, device: torch.device) -> Sight:
             f"--encoder-cache {cache} holds {held} tokens of {token_bytes} bytes, and a step encodes up to {tokens} "
             "(--encoder-tokens); raise the former or lower the latter"
         )
-    model.most_encoded = tokens
     return Sight(tokens, held, token_bytes)
 
 

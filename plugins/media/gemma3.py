@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.plugin import RequestError, Terms
-from engine.plugin.media import Encode, Frames, Placed, Prepared, check_places, media_keys, packed
-from engine_plugins.media.pictures import BILINEAR, STANDARD, digest_of, pixels_of, resized
+from engine.plugin.media import Encode, Frames, Placed, Prepared, check_places, keys_of, slice_of, sliced
+from engine_plugins.media.pictures import BILINEAR, STANDARD, pixels_of, resized
 
 MOST_LINES = 32  # of a run of empty lines that may be one token
 
@@ -45,9 +45,8 @@ class Gemma3:
         crops = [frames.pixels, *(self.crops(frames.pixels) if scans else [])]
         resample = self.terms.integer("resample", BILINEAR, low=0)
         squares = np.concatenate([resized(crop, *self.size, resample) for crop in crops])
-        made = pixels_of(squares, (len(crops),), self.terms, STANDARD)
-        said = digest_of(frames, type(self).__name__, made.shape, made.scale, made.mean, made.std)
-        return Prepared(packed(made), made.grid, self.tokens * len(crops), said)
+        made = [pixels_of(square[None], (1,), self.terms, STANDARD) for square in squares]
+        return sliced([slice_of(each, self.tokens) for each in made], (len(made),))
 
     def crops(self, pixels: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
         """Parts of a long picture, in which it is shown once more; none of one that is nearly square."""
@@ -79,7 +78,7 @@ class Gemma3:
         starts = iter([at + 1 for at, id in enumerate(text.ids) if id == self.begin])
         runs, spans = [], []
         for medium in media:
-            keys = media_keys(medium.digest, medium.tokens)
+            keys = keys_of(medium)
             begins = [next(starts) for _ in range(medium.grid[0])]
             spans.append(tuple((begin, self.tokens) for begin in begins))
             runs += [(begin, keys[self.tokens * crop : self.tokens * (crop + 1)]) for crop, begin in enumerate(begins)]

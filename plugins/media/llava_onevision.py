@@ -6,7 +6,8 @@
 
 Of a large picture the rows are resampled, so that they are at most those of nine tiles (`anyres_max_9`). A coarse one
 is the square alone, ended by one embedding for a new line, as transformers has one of several where images are given in
-nested lists. Left out: to see others so.
+nested lists. A clip's frame is a slice, and so is the embedding that ends a clip; a picture, whose tiles are joined, is
+one. Left out: to see others so; to have the tower look once at a picture that is a frame, too, which is not pooled.
 """
 
 import math
@@ -16,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.plugin import ConfigError, RequestError, Terms
-from engine.plugin.media import Encode, Frames, Piece, Placed, Prepared, grow, packed
-from engine_plugins.media.pictures import BICUBIC, CLIP, digest_of, pixels_of, resized
+from engine.plugin.media import Encode, Frames, Piece, Placed, Prepared, grow, slice_of, sliced
+from engine_plugins.media.pictures import BICUBIC, CLIP, pixels_of, resized
 
 FRAMES = 32  # of a clip, if the processor does not say how many
-ALONE = 1  # behind the one tile of a picture, in its grid, as the model knows it
+# Grids of what is no picture in tiles, as the model knows them: a clip's frame, what ends a clip, one tile alone.
+FRAME, END, ALONE = (1, 0), (), (1, 1)
 Grid = tuple[int, int]
 
 
@@ -47,11 +49,14 @@ class LlavaOnevision:
         resample = terms.integer("resample", BICUBIC, low=0)
         height, width = frames.pixels.shape[1:3]
         tiles = resized(frames.pixels, self.size, self.size, resample, clip=clip)
-        grid: tuple[int, ...] = (len(tiles),)
-        tokens = len(tiles) * math.ceil(self.side / 2) ** 2 + 1
-        if not clip and frames.coarse:
-            grid, tokens = (1, ALONE), self.side**2 + 1
-        elif not clip:
+        if clip:
+            made = [pixels_of(tile[None], FRAME, terms, CLIP) for tile in tiles]
+            slices = [slice_of(each, math.ceil(self.side / 2) ** 2) for each in made]
+            end = slice_of(pixels_of(tiles[:0], END, terms, CLIP), 1)
+            return sliced([*slices, end], (len(tiles),), "video")
+        grid: tuple[int, ...] = ALONE
+        tokens = self.side**2 + 1
+        if not frames.coarse:
             rows, columns = best_grid(height, width, self.grids)
             tiles = np.concatenate((tiles, self.cut(frames.pixels, rows, columns, resample)))
             rows, columns = rows // self.size, columns // self.size
@@ -59,11 +64,7 @@ class LlavaOnevision:
             high, wide = fewer(*part[2:], self.side, self.tiles)
             grid = (rows, columns, *part, high, wide)
             tokens = self.side**2 + high * (wide + 1)
-        made = pixels_of(tiles, grid, terms, CLIP)
-        said = digest_of(frames, type(self).__name__, grid, made.shape, made.scale, made.mean, made.std, self.tiles)
-        if clip:
-            return Prepared(packed(made), grid, tokens, said, "video", together=math.ceil(self.side / 2) ** 2 + 1)
-        return Prepared(packed(made), grid, tokens, said)
+        return sliced([slice_of(pixels_of(tiles, grid, terms, CLIP), tokens)], grid)
 
     def cut(self, pixels: NDArray[np.uint8], height: int, width: int, resample: int) -> NDArray[np.uint8]:
         """The tiles [n, size, size, 3] of a picture that is resized into `height` x `width`, in the middle of black."""

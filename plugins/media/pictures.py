@@ -1,4 +1,4 @@
-"""What processors do to pictures alike: resizing as transformers does, and hashing what was done.
+"""What processors do to pictures alike: resizing as transformers does, and saying how to normalise.
 
 Pictures are resized by Pillow, as transformers' processors without torchvision do ("slow", or backend "pil"), and clips
 by torch, as those with torchvision do ("fast"): transformers has no others for clips. Both give uint8. For seven
@@ -7,13 +7,11 @@ average and by up to 8 at a point; ours are the slow ones' exactly. The device d
 number travels as one byte.
 """
 
-import hashlib
-
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.plugin import Terms
-from engine.plugin.media import Frames, Pixels
+from engine.plugin.media import Pixels
 
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # mean and deviation
 STANDARD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -55,8 +53,3 @@ def pixels_of(
         mean, std = (0.0,) * 3, (1.0,) * 3
     scale = terms.number("rescale_factor", 1 / 255) if terms.flag("do_rescale", True) else 1.0
     return Pixels(np.ascontiguousarray(frames).tobytes(), frames.shape, grid, scale, mean, std)
-
-
-def digest_of(frames: Frames, *said: object) -> bytes:
-    """The hash of what was shown and of all that was `said` of how to see it."""
-    return hashlib.sha256(frames.digest + repr(said).encode()).digest()

@@ -6,17 +6,19 @@
 
 Text after a medium goes on at one more than the largest position within. Frames of a clip are two a second, at least 4
 and at most 768, and each has its share of a budget of pixels (qwen-vl-utils, and transformers' processor with
-`cap_pixels_per_frame`, which it will have by default).
+`cap_pixels_per_frame`, which it will have by default). A pair of frames is a slice: the tower sees it apart from the
+others, as it sees a picture, which is a pair of the same frame.
 """
 
 import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.plugin import RequestError, Terms
-from engine.plugin.media import Encode, Frames, Piece, Placed, Prepared, grow, packed
-from engine_plugins.media.pictures import BICUBIC, CLIP, digest_of, pixels_of, resized
+from engine.plugin.media import Encode, Frames, Piece, Placed, Prepared, Slice, grow, slice_of, sliced
+from engine_plugins.media.pictures import BICUBIC, CLIP, pixels_of, resized
 
 COARSE = 256  # tokens of a picture of which the client wants few: 448 x 448 pixels, of Qwen3-VL 512 x 512
 MOST_ASPECT = 200  # of the longer side to the shorter
@@ -73,17 +75,18 @@ class Qwen25VL:
             pixels = np.concatenate((pixels, np.repeat(pixels[-1:], missing, axis=0)))
         steps = max(1, len(pixels) // self.step)
         grid = (steps, pixels.shape[1] // self.patch, pixels.shape[2] // self.patch)
-        made = pixels_of(pixels, grid, terms, self.usual)
-        return Prepared(
-            packed(made),
-            grid,
-            math.prod(grid) // self.merge**2,
-            digest_of(frames, type(self).__name__, grid, made.scale, made.mean, made.std, frames.times),
-            "video" if clip else "image",
-            self.times(frames) if clip else (),
-            self.interval(frames) if clip else 0.0,
-            math.prod(grid[1:]) // self.merge**2,
-        )
+        if not clip:
+            return sliced([self.slice(pixels, grid, terms)], grid)
+        interval, groups = self.interval(frames), np.split(pixels, steps)
+        slices = [self.slice(each, grid, terms, self.place(step, interval)) for step, each in enumerate(groups)]
+        return sliced(slices, grid, "video", self.times(frames), interval)
+
+    def slice(self, frames: NDArray[np.uint8], grid: tuple[int, ...], terms: Terms, place: bytes = b"") -> Slice:
+        """A step of `grid`. Where all of its frames are the same, it is that picture."""
+        if len(frames) > 1 and (frames[1:] == frames[0]).all():
+            frames = frames[:1]
+        made = pixels_of(frames, (1, *grid[1:]), terms, self.usual)
+        return slice_of(made, math.prod(grid[1:]) // self.merge**2, place)
 
     def picture_size(self, height: int, width: int, terms: Terms, coarse: bool = False) -> tuple[int, int]:
         fewest, most = pixel_range(terms, self.image_pixels)
@@ -144,7 +147,8 @@ class Qwen25VL:
             positions[:, at:begin] = np.arange(begin - at) + place
             place += begin - at
             within = np.indices((steps, high, wide)).reshape(3, -1)
-            within[0] = (within[0] * self.stride(medium)).astype(np.int64)
+            moments = np.array([self.moment(step, medium.interval) for step in range(steps)])
+            within[0] = moments[within[0]]
             positions[:, begin : begin + count] = within + place
             place = self.after(place, positions[:, begin : begin + count], (steps, high, wide))
             at = begin + count
@@ -160,9 +164,13 @@ class Qwen25VL:
         steps, high, wide = medium.grid
         return [(steps, high // self.merge, wide // self.merge)]
 
-    def stride(self, medium: Prepared) -> float:
-        """How far successive steps are apart, in positions."""
-        return self.per_second * medium.interval if medium.kind == "video" else 1.0
+    def place(self, step: int, interval: float) -> bytes:
+        """What the positions of a step follow from, beside what is before it. The first is placed as a picture is."""
+        return self.moment(step, interval).to_bytes(8, "little") if step else b""
+
+    def moment(self, step: int, interval: float) -> int:
+        """How far a step of a clip is from the first one, in positions."""
+        return int(step * (self.per_second * interval))
 
     def after(self, place: int, positions: np.ndarray, grid: tuple[int, int, int]) -> int:
         """The position of what comes after a span that begins at `place`."""

@@ -65,3 +65,6 @@ class Qwen3VL(Qwen25VL):
     def grids(self, medium: Prepared) -> list[tuple[int, int, int]]:
         steps, high, wide = medium.grid
         return [(1, high // self.merge, wide // self.merge)] * steps
+
+    def place(self, step: int, interval: float) -> bytes:
+        return b""  # each step is placed as a picture is

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.plugin import Terms, language_terms
-from engine.plugin.layers import Build, Elsewhere, Layer, RMSNorm, check_layout, empty_weight, normalised
+from engine.plugin.layers import Build, Elsewhere, Layer, RMSNorm, check_layout, empty_weight, pictures_of
 from engine.plugin.media import Pixels
 from engine_plugins.models.gemma import Gemma3
 from engine_plugins.models.siglip import SIGLIP_NAMES, SiglipTower
@@ -59,7 +59,7 @@ class Gemma3VL(Gemma3):
             check_layout(backend)
 
     def encode(self, media: Sequence[Pixels]) -> list[Tensor]:
-        pictures = torch.cat([normalised(each, self.device) for each in media])
+        pictures = pictures_of(media, self.device)
         made = self.multi_modal_projector(self.vision_tower(pictures))
         return [each.flatten(0, 1) for each in made.split([each.shape[0] for each in media])]
 

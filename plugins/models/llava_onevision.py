@@ -2,28 +2,27 @@
 
     tiles ─ tower ─> 27 x 27 patches each ─ two matrices ─┬─ the first one, the whole picture
                                                           └─ the others, joined, padding cut off, each row ended
-    frames ─ tower, two matrices ─> pooled to 14 x 14 ─> one after the other, ended once
+    frames ─ tower, two matrices ─> pooled to 14 x 14, each by itself; what ends a clip is a slice of its own
 
 Left out: decoders of other families, features of several layers of the tower.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from msgspec.structs import replace
 from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.plugin import Terms, language_terms
-from engine.plugin.layers import Build, Elsewhere, Layer, VisionMLP, empty_weight, normalised
+from engine.plugin.layers import Build, Elsewhere, Layer, VisionMLP, empty_weight, pictures_of
 from engine.plugin.media import Pixels
 from engine_plugins.models.qwen import Qwen
 from engine_plugins.models.siglip import SIGLIP_NAMES, SiglipTower
 
-# What stands second in the grid of what is no picture in tiles: of the piece of a clip that is not its last one, and of
-# a picture that is one tile alone.
-GOES_ON, ALONE = 0, 1
+# What stands second in the grid of what is no picture in tiles: of frames of a clip, and of a picture that is one tile
+# alone. What ends a clip has no grid.
+FRAMES, ALONE = 0, 1
 
 
 class Newline(Layer):
@@ -64,21 +63,28 @@ class LlavaOnevision(Qwen):
         self.vision_tower, self.multi_modal_projector, self.image_newline = parts
 
     def encode(self, media: Sequence[Pixels]) -> list[Tensor]:
-        tiles = torch.cat([normalised(each, self.device) for each in media])
-        patches = self.vision_tower(tiles, normed=False)
-        made = self.multi_modal_projector(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
-        parts = made.split([each.shape[0] for each in media])
-        return [self._joined(part, each.grid) for part, each in zip(parts, media, strict=True)]
+        seen = [each for each in media if each.grid]
+        parts: Iterator[Tensor] = iter(())
+        if seen:
+            patches = self.vision_tower(pictures_of(seen, self.device), normed=False)
+            made = self.multi_modal_projector(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
+            parts = iter(made.split([each.shape[0] for each in seen]))
+        return [self._joined(next(parts), each.grid) if each.grid else self._newline[None] for each in media]
+
+    @property
+    def _newline(self) -> Tensor:
+        """[H]"""
+        newline: Tensor = self.image_newline.weight.to(self.dtype)
+        return newline
 
     def _joined(self, tiles: Tensor, grid: tuple[int, ...]) -> Tensor:
         """The embeddings [tokens, H] of one medium, from [tiles, patches, H]."""
-        side, newline = self.vision_tower.side, self.image_newline.weight.to(tiles.dtype)
+        side, newline = self.vision_tower.side, self._newline
         if grid[1:] == (ALONE,):
             return torch.cat((tiles[0], newline[None]))
         squares = tiles.unflatten(1, (side, side))
-        if len(grid) < 3:
-            frames = _resampled(squares, self.pooled, self.pooled).flatten(0, 2)
-            return frames if grid[1:] else torch.cat((frames, newline[None]))
+        if grid[1:] == (FRAMES,):
+            return _resampled(squares, self.pooled, self.pooled).flatten(0, 2)
         rows, columns, top, left, high, wide, *size = grid
         plane = squares[1:].unflatten(0, (rows, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
         plane = plane[top : top + high, left : left + wide]
@@ -86,22 +92,6 @@ class LlavaOnevision(Qwen):
             plane = _resampled(plane[None], *size)[0]
         ended = torch.cat((plane, newline.expand(len(plane), 1, -1)), dim=1)
         return torch.cat((tiles[0], ended.flatten(0, 1)))
-
-    def parts(self, medium: Pixels) -> list[Pixels]:
-        fit = max(1, (self.most_encoded - 1) // self.pooled**2)
-        if len(medium.grid) > 1 or fit >= (count := medium.shape[0]):
-            return [medium]
-        size = len(medium.data) // count
-        cuts = [(at, min(at + fit, count)) for at in range(0, count, fit)]
-        return [
-            replace(
-                medium,
-                data=medium.data[at * size : end * size],
-                shape=(end - at, *medium.shape[1:]),
-                grid=(end - at,) if end == count else (end - at, GOES_ON),
-            )
-            for at, end in cuts
-        ]
 
     @property
     def pooled(self) -> int:
@@ -111,9 +101,9 @@ class LlavaOnevision(Qwen):
     def largest_medium(self, tokens: int) -> Pixels:
         """A clip: its frames are more tiles for as many embeddings than those of any picture."""
         size = self.vision_tower.image_size
-        count = max(1, (tokens - 1) // self.pooled**2)
+        count = max(1, tokens // self.pooled**2)
         shape = (count, size, size, 3)
-        return Pixels(bytes(count * size * size * 3), shape, (count,), 1 / 255, (0.5,) * 3, (0.5,) * 3)
+        return Pixels(bytes(count * size * size * 3), shape, (count, FRAMES), 1 / 255, (0.5,) * 3, (0.5,) * 3)
 
 
 def _resampled(planes: Tensor, high: int, wide: int) -> Tensor:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from msgspec.structs import replace
 from torch import Tensor, nn
 
 from engine.plugin import Terms, language_terms
@@ -27,8 +26,8 @@ from engine.plugin.layers import (
     VisionAttention,
     VisionBlock,
     grid_places,
-    merged_patches,
-    normalised,
+    patches_of,
+    runs_of,
     turned_by,
 )
 from engine.plugin.media import Pixels
@@ -84,13 +83,13 @@ class Tower(nn.Module):
 
     def forward(self, media: Sequence[Pixels]) -> Tensor:
         """The embeddings of all `media`, one after the other: [tokens, out]."""
-        frames = [merged_patches(normalised(each, self.device), self.patch, self.steps, self.merge) for each in media]
-        grids = [each.grid for each in media]
+        patches = patches_of(media, self.patch, self.steps, self.merge, self.device)
+        grids = runs_of(media)
         order, windows = windowed(grids, self.merge, self.window)
         squares = torch.from_numpy(order).to(self.device, non_blocking=True)
         back = torch.from_numpy(np.argsort(order)).to(self.device, non_blocking=True)
         places = grid_places(grids, self.merge).reshape(len(order), -1, 2)[order].reshape(-1, 2)
-        hidden = self.patch_embed["proj"](torch.cat(frames))
+        hidden = self.patch_embed["proj"](patches)
         hidden = hidden.unflatten(0, (len(order), -1))[squares].flatten(0, 1)
         by = turned_by(places, self.head_dim, THETA, self.device)
         # Windows do not cross pictures, so that the patches of a picture stay together.
@@ -148,24 +147,10 @@ class SeesPatches(CausalLM):
         sizes = [int(np.prod(each.grid)) // self.visual.merge**2 for each in media]
         return list(merged.split(sizes))
 
-    def parts(self, medium: Pixels) -> list[Pixels]:
-        steps, high, wide = medium.grid
-        fit = max(1, self.most_encoded * self.visual.merge**2 // (high * wide))
-        if fit >= steps:
-            return [medium]
-        frames = medium.shape[0] // steps
-        size = frames * fit * len(medium.data) // medium.shape[0]
-        pieces = [medium.data[at : at + size] for at in range(0, len(medium.data), size)]
-        return [
-            replace(medium, data=piece, shape=(count * frames, *medium.shape[1:]), grid=(count, high, wide))
-            for piece in pieces
-            if (count := len(piece) * steps // len(medium.data))
-        ]
-
     def largest_medium(self, tokens: int) -> Pixels:
         side = self.visual.merge * self.visual.patch
         high = max(1, int(tokens**0.5))
-        shape = (1, high * side, tokens // high * side, 3)
+        shape = (self.visual.steps, high * side, tokens // high * side, 3)
         grid = (1, high * self.visual.merge, tokens // high * self.visual.merge)
         return Pixels(bytes(int(np.prod(shape))), shape, grid, 1 / 255, (0.5,) * 3, (0.5,) * 3)
 

@@ -30,8 +30,8 @@ from engine.plugin.layers import (
     block_places,
     experts_apart,
     grid_places,
-    merged_patches,
-    normalised,
+    patches_of,
+    runs_of,
     turned_by,
 )
 from engine.plugin.media import Pixels
@@ -89,9 +89,9 @@ class Tower(nn.Module):
     def forward(self, media: Sequence[Pixels]) -> Tensor:
         """The embeddings of all `media`, one after the other, those for later layers beside the first: [tokens, (1 +
         levels) * out]."""
-        frames = [merged_patches(normalised(each, self.device), self.patch, self.steps, self.merge) for each in media]
-        grids = [each.grid for each in media]
-        hidden = self.patch_embed["proj"](torch.cat(frames))
+        patches = patches_of(media, self.patch, self.steps, self.merge, self.device)
+        grids = runs_of(media)
+        hidden = self.patch_embed["proj"](patches)
         hidden = hidden + torch.cat([self.positions(*grid) for grid in grids]).to(hidden.dtype)
         by = turned_by(grid_places(grids, self.merge), self.head_dim, THETA, self.device)
         segments = Segments.of_frames(grids, self.device)

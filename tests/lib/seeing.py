@@ -27,7 +27,7 @@ from engine import Engine, Reply, SamplingParams
 from engine.conversation.media import MediaProcessor, Placed, needs_of
 from engine.media.frames import Frames
 from engine.messages.assets import Bound, Load, Loaded
-from engine.messages.media import MEDIA, Prepared, unpacked
+from engine.messages.media import MEDIA, Pixels, Prepared, slices_of, unpacked
 from engine.messages.media import packed as packed_pixels
 from engine.messages.request import Generate
 from engine.plugin import Terms
@@ -207,6 +207,11 @@ def broken(medium: Prepared) -> Prepared:
     return replace(medium, payload=packed_pixels(pixels))
 
 
+def pixels_of(medium: Prepared) -> list[Pixels]:
+    """Of each slice."""
+    return [unpacked(each.payload) for each in slices_of(medium)]
+
+
 def processor_of(engine: Engine) -> MediaProcessor:
     text = engine.inner.front.text
     assert text is not None and text.media is not None
@@ -259,12 +264,11 @@ class Seen:
         self.processor = processor(Terms(config), Terms(described), encode)
         self.numbers = itertools.count(1)
 
-    def pixels(self, medium: Prepared) -> Any:
-        return unpacked(medium.payload)
-
     @torch.inference_mode()
     def embeddings(self, media: Sequence[Prepared]) -> list[torch.Tensor]:
-        return self.model.encode([self.pixels(medium) for medium in media])
+        """Those of each medium, all slices encoded together."""
+        made = iter(self.model.encode([each for medium in media for each in pixels_of(medium)]))
+        return [torch.cat([next(made) for _ in slices_of(medium)]) for medium in media]
 
     @torch.inference_mode()
     def admit(self, prompts: Sequence[tuple[Sequence[int], Sequence[Prepared]]], cached: Any = None) -> list[Placed]:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from msgspec.structs import replace
-from seeing import END, IMAGE, START, Seen, ask_all, gemma3, picture, prepared, processor_of, saved
+from seeing import END, IMAGE, START, Seen, ask_all, gemma3, picture, pixels_of, prepared, processor_of, saved
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from engine import Engine, RequestError
@@ -38,7 +38,7 @@ def prompt(seen: Seen, *shown: Any) -> tuple[list[int], list[Any]]:
 
 
 def pixels(media: Any) -> torch.Tensor:
-    every = [normalised(Seen.pixels(None, medium), torch.device("cpu")) for medium in media]  # type: ignore[arg-type]
+    every = [normalised(each, torch.device("cpu")) for medium in media for each in pixels_of(medium)]
     return torch.cat(every).permute(0, 3, 1, 2)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
-from seeing import IMAGE, VIDEO, Seen, ask_all, llava_onevision, picture, prepared, processor_of, saved
+from seeing import IMAGE, VIDEO, Seen, ask_all, llava_onevision, picture, pixels_of, prepared, processor_of, saved
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
@@ -36,7 +36,7 @@ def reference(theirs: Any) -> LlavaOnevisionImageProcessorPil:
 
 
 def pixels(medium: Any) -> torch.Tensor:
-    return normalised(Seen.pixels(None, medium), torch.device("cpu")).permute(0, 3, 1, 2)  # type: ignore[arg-type]
+    return torch.cat([normalised(each, torch.device("cpu")) for each in pixels_of(medium)]).permute(0, 3, 1, 2)
 
 
 def told(ids: Any, media: Any, shapes: Any) -> dict[str, Any]:
@@ -111,17 +111,6 @@ def test_logits_of_prompts_cut_anywhere(theirs: Any, seen: Seen) -> None:
     for cut in range(1, len(wanted), 7):
         assert_near(seen.cut(placed, [cut]), wanted)
     assert_near(seen.cut(placed, range(1, len(wanted), 3)), wanted)
-
-
-@torch.inference_mode()
-def test_a_long_clip_is_encoded_in_pieces(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
-    medium = seen.processor.prepare(picture(8, 30, 26, frames=5, fps=2.0))
-    (whole,) = seen.embeddings([medium])
-    assert (medium.together, medium.tokens) == (10, 46)
-    monkeypatch.setattr(seen.model, "most_encoded", 20)
-    parts = seen.model.parts(seen.pixels(medium))
-    assert [part.grid for part in parts] == [(2, 0), (2, 0), (1,)]
-    assert_near(torch.cat([seen.model.encode([part])[0] for part in parts]), whole)
 
 
 def test_frames_are_spread_evenly(seen: Seen) -> None:

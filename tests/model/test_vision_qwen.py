@@ -18,6 +18,7 @@ from seeing import (
     begin,
     broken,
     picture,
+    pixels_of,
     prepared,
     processor_of,
     qwen2_5_vl,
@@ -28,7 +29,7 @@ from seeing import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from engine import Engine, RequestError
-from engine.layers.vision import merged_patches, normalised
+from engine.layers.vision import patches_of
 from engine.messages.assets import Load, Loaded
 from engine.messages.media import MEDIA, packed, unpacked
 from engine.messages.step import TOKEN
@@ -69,7 +70,7 @@ def prompt(family: Any, *shown: Any) -> tuple[list[int], list[Any]]:
 
 
 def patches(family: Any, medium: Any) -> torch.Tensor:
-    return merged_patches(normalised(family.seen.pixels(medium), torch.device("cpu")), 4, 2, 2)
+    return patches_of(pixels_of(medium), 4, 2, 2, torch.device("cpu"))
 
 
 def told(family: Any, ids: Any, media: Any) -> dict[str, Any]:
@@ -196,20 +197,6 @@ def test_the_tower_sees_pictures_and_clips_together_as_transformers_does(family:
     ours = family.seen.embeddings(shown)
     assert [len(each) for each in ours] == [each.tokens for each in shown]
     assert_near(torch.cat(ours), torch.cat(wanted, dim=1))
-
-
-@torch.inference_mode()
-def test_a_long_clip_is_encoded_in_pieces(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    medium = family.seen.processor.prepare(picture(8, 30, 26, frames=9, fps=2.0))
-    (whole,) = family.seen.embeddings([medium])
-    assert medium.together == medium.tokens // 5
-    monkeypatch.setattr(family.seen.model, "most_encoded", 2 * medium.together + 1)
-    parts = family.seen.model.parts(family.seen.pixels(medium))
-    assert [part.grid[0] for part in parts] == [2, 2, 1]
-    ids = [1, VIDEO, 2]
-    (placed,) = family.seen.admit([(ids, [medium])])  # by the worker, in pieces
-    assert_near(torch.cat([family.seen.model.encode([part])[0] for part in parts]), whole)
-    assert_near(family.seen.cut(placed), their_logits(family, placed.ids, [medium]))
 
 
 # ── prompts ──────────────────────────────────────────────────────────────────────────────────

@@ -255,7 +255,7 @@ def test_the_tokenizer_gives_ids_and_keys() -> None:
         _, admit = sees.admit(Generate("r", SamplingParams(), messages=messages, media=media, **options))
         (need,) = admit.needs
         assert (need.kind, need.content, need.payload) == (MEDIA, url.encode(), b"pixels")
-        assert media_use(Bound(MEDIA, 1, need.use)) == MediaUse(((1, 3),), 3, together=3)
+        assert media_use(Bound(MEDIA, 1, need.use)) == MediaUse(((1, 3),), 3)
         return array("i", admit.ids).tolist(), array("i", admit.keys).tolist()
 
     ids, keys = admitted("one")

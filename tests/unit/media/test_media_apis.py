@@ -197,6 +197,9 @@ async def test_clients_of_three_apis_send_pictures(monkeypatch: pytest.MonkeyPat
         assert figures['engine_media_seconds_count{stage="decode"}'] == 2
         assert figures['engine_media_seconds_count{stage="read"}'] == 6
         await house.settled()
+        figures = await metrics(url)  # the prompt of two pictures, a clip, and pictures in two others
+        assert figures['engine_media_slices_total{result="made"}'] == 2
+        assert figures['engine_media_slices_total{result="held"}'] == 1 + 1 + 1
         assert house.front.media is not None and house.front.media.open == 0
 
 

@@ -18,9 +18,9 @@ from engine.conversation.parts import Image, Video
 from engine.errors import RequestError
 from engine.media import store as module
 from engine.media.pool import MediaPool, processes
-from engine.media.store import MediaStore, Stage
+from engine.media.store import BESIDE, MediaStore, Stage
 from engine.messages.decoding import DecodeMedia, MediaBoot, MediaReady
-from engine.messages.media import Prepared
+from engine.messages.media import Prepared, Slice, sliced
 from engine.options.media import MOST_BYTES, MediaOptions
 from engine.plugin.registry import Plugins
 from engine.runtime.actor import supervise
@@ -36,6 +36,10 @@ def url_of(data: bytes, kind: str = "image/png") -> str:
 
 def image(data: bytes = PICTURE, place: str = PLACE) -> Image:
     return Image(url_of(data), place)
+
+
+def video(data: bytes, place: str = PLACE) -> Video:
+    return Video(url_of(data, "video/mp4"), place)
 
 
 class Counts:
@@ -94,6 +98,24 @@ def store_of(ask: Any, **options: Any) -> tuple[MediaStore, Counts]:
 async def settled() -> None:
     for _ in range(20):
         await anyio.lowlevel.checkpoint()
+
+
+async def test_slices_that_open_requests_show_count_once() -> None:
+    async def ask(job: DecodeMedia) -> MediaReady:
+        parts = [Slice(bytes(100), 3, job.source[at : at + 1]) for at in range(len(job.source))]
+        return MediaReady(sliced(parts, (3,), "video"), 10, 0.1, 0.2)
+
+    store, _ = store_of(ask, media_open_memory=450)
+    (one,), (other,) = [await store.resolved([video(source)]) for source in (b"abc", b"bcd")]
+    store.hold("one", [one])
+    store.hold("other", [other, one])
+    assert store.open == 400 and store.kept == 2 * (300 + BESIDE)
+    with pytest.raises(RequestError, match="show images and videos of 400 bytes, this one has 100 more, and 450"):
+        store.hold("more", await store.resolved([video(b"dae")]))
+    store.release("one")
+    assert store.open == 400
+    store.release("other")
+    assert store.open == 0
 
 
 # ── once is enough ───────────────────────────────────────────────────────────────────────────

@@ -13,7 +13,7 @@ from simulated_device import SimulatedDevice, naive, sampling
 from engine.cache.keys import keys_with, media_keys
 from engine.errors import RequestError
 from engine.messages.assets import Bound
-from engine.messages.media import MEDIA, MediaUse, Prepared, media_need
+from engine.messages.media import MEDIA, MediaUse, Slice, media_need
 from engine.messages.request import Admit
 from engine.messages.step import StepDone, StepPlan
 from engine.sched import Scheduler
@@ -24,8 +24,8 @@ from engine.sched.request import shown_by
 from engine.testing.steps import rows_of
 from engine_plugins.policies.order import FirstComeFirstServed
 
-SIZES = (1, 3, 4, 6)  # embeddings of each medium that there is
-LEAST = 3  # of the last one, which is a clip, that have to be made at a time
+SIZES = (1, 3, 4, 6)  # embeddings of each picture that there is
+CLIP = (1, 2, 1)  # pictures that are its slices
 
 
 class SeeingDevice(SimulatedDevice):
@@ -44,7 +44,7 @@ class SeeingDevice(SimulatedDevice):
         assert not self.held.keys() & set(made), "what is held is made again"
         self.held |= {number: SIZES[number - 1] for number in made}
         self.encoded += made
-        assert len(made) < 2 or sum(SIZES[number - 1] for number in made) <= self.encoder.budget
+        assert len(set(made)) == len(made) and sum(SIZES[number - 1] for number in made) <= self.encoder.budget
         assert sum(self.held.values()) <= self.encoder.room
         done = super().run(plan)
         for slot, start, length, _ in rows_of(plan):
@@ -59,18 +59,21 @@ class SeeingDevice(SimulatedDevice):
 def admitted(
     rid: str, pieces: list[int], whole: bool, seed: int = 0, max_new: int = 3
 ) -> tuple[Admit, tuple[Bound, ...]]:
-    """A request: a piece below 4 is a token, others are media, 4 the first of SIZES."""
-    ids, runs, bound = array("i"), [], []
+    """A request: a piece below 4 is a token, others are pictures, 4 the first of SIZES, and 8 is CLIP."""
+    ids, runs, spans = array("i"), [], dict[int, list[tuple[int, int]]]()
     for piece in pieces:
         if piece < 4:
             ids.append(piece)
             continue
-        number, size = piece - 3, SIZES[piece - 4]
-        runs.append((len(ids), media_keys(bytes([number]), size)))
-        use = MediaUse(((len(ids), size),), size, whole, LEAST if piece == 7 else size)
-        need = media_need(Prepared(b"", (), size, bytes([number])), use)
+        for number in CLIP if piece == 8 else (piece - 3,):
+            size = SIZES[number - 1]
+            runs.append((len(ids), media_keys(bytes([number]), size)))
+            spans.setdefault(number, []).append((len(ids), size))
+            ids += array("i", [0] * size)
+    bound = []
+    for number, own in spans.items():
+        need = media_need(Slice(b"", own[0][1], bytes([number])), MediaUse(tuple(own), own[0][1], whole))
         bound.append(Bound(MEDIA, number, need.use))
-        ids += array("i", [0] * size)
     keys = keys_with(ids, runs).tobytes()
     admit = Admit(rid, ids.tobytes(), sampling(seed, keys=keys), (), max_new, keys=keys)
     return admit, tuple(bound)
@@ -115,9 +118,9 @@ class Run:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    prompts=st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=7), min_size=1, max_size=6),
-    budget=st.sampled_from([4, 6, 7, 12]),
-    more=st.sampled_from([2, 3, 20]),
+    prompts=st.lists(st.lists(st.integers(0, 8), min_size=1, max_size=7), min_size=1, max_size=6),
+    budget=st.sampled_from([6, 7, 12]),
+    more=st.sampled_from([0, 2, 3, 20]),
     tokens=st.sampled_from([6, 8, 30]),
     whole=st.booleans(),
     lanes=st.sampled_from([1, 1, 2, 3]),
@@ -168,6 +171,35 @@ def test_a_request_goes_to_the_copy_of_attention_that_has_what_it_shows() -> Non
     assert [device.encoded for device in run.devices] == [[4, 3], [3]]
 
 
+def test_slices_are_made_once_whatever_they_are_a_part_of() -> None:
+    run = Run(Encoder(8, 20))
+    encoder = run.scheduler.encoder
+    for rid, pieces, made in (
+        ("the clip, whose first slice is its last", [1, 8], [1, 2]),
+        ("a picture that is one of its slices", [2, 5, 1], []),
+        ("another picture, between both", [3, 8, 6, 8], [3]),
+    ):
+        run.device.encoded.clear()
+        run.scheduler.admit(*admitted(rid, pieces, whole=False))
+        run.drain()
+        assert run.device.encoded == made, rid
+    assert encoder.counts == {"slices_shown_total": 3 + 1 + 7, "slices_made_total": 3}
+    encoder.forget(2)  # one slice alone has to be made again
+    del run.device.held[2]
+    run.scheduler.admit(*admitted("again", [0, 8], whole=False))
+    run.drain()
+    assert run.device.encoded == [3, 2]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 30])
+def test_a_clip_of_more_than_a_step_makes_and_there_is_room_for_is_made_over_several(tokens: int) -> None:
+    """Wherever a step of so many tokens ends, within a slice or between two."""
+    run = Run(Encoder(3, 3), max_step_tokens=tokens)
+    run.scheduler.admit(*admitted("a", [2, 8, 1], whole=False))
+    assert run.drain() == {"a": naive(admitted("a", [2, 8, 1], whole=False)[0])[0]}
+    assert run.device.encoded == [1, 2, 1]  # for the second, of 3, the first makes room
+
+
 def test_the_one_used_least_recently_makes_room_and_is_made_again() -> None:
     run = Run(Encoder(6, 10))
     for rid, piece in (("a", 6), ("b", 7), ("c", 6), ("d", 5), ("e", 7), ("f", 6)):
@@ -182,9 +214,9 @@ def test_who_asks_for_more_than_a_step_makes_is_refused_with_both_numbers() -> N
         RequestError, match="an image, or a frame of a video, takes 4 tokens, and at most 2 are made in"
     ):
         scheduler.admit(*admitted("a", [6], whole=False))
-    scheduler = Run(Encoder(3, 5), max_step_tokens=8).scheduler
-    with pytest.raises(RequestError, match="a video takes 6 tokens, and there is room for 5"):
-        scheduler.admit(*admitted("a", [7], whole=False))
+    scheduler = Run(Encoder(3, 4), max_step_tokens=8).scheduler
+    with pytest.raises(RequestError, match="takes 4 tokens, and at most 3 are made in a step"):
+        scheduler.admit(*admitted("a", [8, 6], whole=False))
     scheduler = Run(Encoder(9, 9), max_step_tokens=5).scheduler
     with pytest.raises(RequestError, match="6 tokens that see each other, and a step computes at most 5"):
         scheduler.admit(*admitted("a", [7], whole=True))

@@ -16,6 +16,7 @@ from typing import Any
 
 import anyio
 import anyio.lowlevel
+import msgspec
 import pytest
 from house import counted, open_house, prompt
 from hypothesis import given, settings
@@ -23,10 +24,13 @@ from hypothesis import strategies as st
 
 from engine.actors.tokenizer import Admission, TokenizerActor
 from engine.config import Config, ModelOptions
+from engine.conversation.media import Placed, needs_of
 from engine.conversation.parts import Call, Message, said
 from engine.conversation.parts import said as said_by
 from engine.errors import RequestError
+from engine.messages.assets import Bound
 from engine.messages.control import WorkerReady
+from engine.messages.media import MEDIA, Slice, media_use, sliced
 from engine.messages.reply import Failed, Tokens
 from engine.messages.request import Abort, Admit, Embed, Generate, Open
 from engine.messages.text import Detokenize, Prepare, Prepared, TextJob, Tokenize, Tokenized
@@ -39,7 +43,7 @@ from engine.runtime.channel import open_channel
 from engine.text import pool as text_pool
 from engine.text.fallback import text_of
 from engine.text.jobs import LARGE, perform, size_of
-from engine.text.pool import HUGE, TextPool, processes
+from engine.text.pool import HUGE, TextPool, bare, processes, with_payloads
 from engine.text.tokenizer import Prompt, Text
 
 pytestmark = pytest.mark.anyio
@@ -156,6 +160,21 @@ async def test_a_process_answers_as_the_front_would(monkeypatch: pytest.MonkeyPa
                     assert await pool.ask(job) == expected
                     outcomes["answers"] += 1
     assert outcomes["answers"] > 12 and outcomes["errors"] > 8
+
+
+def test_slices_stay_behind_and_needs_have_their_pixels() -> None:
+    clip = sliced([Slice(b"pixels of 1", 2, b"1"), Slice(b"pixels of 2", 3, b"2")] * 2, (4,), "video")
+    job = Prepare(Generate("r", SEEDED, media=(clip,)), 99, 99)
+    told = bare(job)
+    assert isinstance(told, Prepare) and isinstance(told.job, Generate)
+    assert b"pixels" not in msgspec.msgpack.encode(told)
+    needs = needs_of(told.job.media, Placed([0] * 10, spans=(((0, 10),),)))
+    admit = Admit("r", bytes(40), Sampling(0.0, 0, 1.0, 0.0, 0), (), 1, needs=needs)
+    answer = with_payloads(Prepared(Open("r", 10, ()), admit), job)
+    assert isinstance(answer, Prepared)
+    whole = answer.admitted.needs
+    assert [(need.content, need.payload) for need in whole] == [(b"1", b"pixels of 1"), (b"2", b"pixels of 2")]
+    assert [media_use(Bound(MEDIA, 1, need.use)).spans for need in whole] == [((0, 2), (5, 2)), ((2, 3), (7, 3))]
 
 
 async def test_small_jobs_need_no_process() -> None:

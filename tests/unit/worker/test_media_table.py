@@ -1,4 +1,4 @@
-"""The worker's table of media: each thing has memory of its own, and a long clip is encoded within the plan."""
+"""The worker's table of media: each thing has memory of its own."""
 
 import weakref
 from collections.abc import Sequence
@@ -24,7 +24,6 @@ class Tower:
     """Encodes all together: each of `grid[0]` embeddings repeats a pixel of its medium."""
 
     turns, levels, width, dtype = False, 0, WIDTH, torch.float32
-    most_encoded = 5
 
     def __init__(self) -> None:
         self.made: list[weakref.ref[Tensor]] = []
@@ -35,11 +34,6 @@ class Tower:
         together = torch.cat([torch.full((each.grid[0], WIDTH), float(each.data[0])) for each in media])
         self.made.append(weakref.ref(together))
         return list(together.split([each.grid[0] for each in media]))
-
-    def parts(self, medium: Pixels) -> list[Pixels]:
-        count, most = medium.grid[0], self.most_encoded
-        sizes = [min(most, count - at) for at in range(0, count, most)]
-        return [replace(medium, data=medium.data[:size], shape=(size,), grid=(size,)) for size in sizes]
 
 
 class Table:
@@ -85,13 +79,6 @@ def test_what_stays_of_media_encoded_together_keeps_no_memory_of_the_others() ->
     assert together() is None
     table.show({4: 1}, forgets=[1, 3])
     assert table.held() == {2: own(2), 4: own(1)}
-
-
-def test_a_long_clip_is_encoded_where_it_is_held_one_piece_at_a_time() -> None:
-    table = Table()
-    table.show({7: 13})
-    assert len(table.tower.alive) == 3 and set(table.tower.alive) == {0}, "a piece is gone before the next one is made"
-    assert table.held() == {7: own(13)} and table.table._held[7].unique().tolist() == [7]
 
 
 def test_what_is_dropped_is_gone_whole() -> None:
