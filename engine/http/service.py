@@ -18,6 +18,7 @@ from engine.config import ServerOptions
 from engine.errors import RequestError, Words, counted
 from engine.http.keys import owner_of
 from engine.http.metrics import Metrics, ReplyWatch
+from engine.http.repeated import once
 from engine.http.request_id import called, check_id
 from engine.http.sse import CALLED, WORDS
 from engine.http.streams import Events, send_replies
@@ -236,8 +237,8 @@ def salt_of(salt: str | None) -> str:
 
 def session_of(request: web.Request, given: str | None) -> SessionUse | None:
     """The session that `request` is of: `session_id` of its body, else of its header. Raises RequestError for an id
-    that is none, and where both say something else."""
-    named = request.headers.get(SESSION_HEADER)
+    that is none, for several headers, and where both say something else."""
+    named = once(request.headers, SESSION_HEADER)
     id, field = (named, SESSION_HEADER) if given is None else (given, "session_id")
     if id is None:
         return None
