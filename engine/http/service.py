@@ -6,8 +6,9 @@ client included, leaves the requests' mailboxes, and that aborts the requests.
 """
 
 import struct
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio.lowlevel
@@ -75,16 +76,25 @@ class Service:
 
     @asynccontextmanager
     async def replies(
-        self, request: web.Request, rid: str, jobs: Sequence[Job], endpoint: str
+        self,
+        request: web.Request,
+        rid: str,
+        jobs: Sequence[Job],
+        *,
+        endpoint: str,
+        words: Callable[[int], Words] | None = None,
     ) -> AsyncIterator[list[Mailbox]]:
         """The mailboxes of the replies to `jobs`, by which `request`, known as `rid`, is answered. They are counted and
-        traced as by `generate`; leaving aborts what goes on."""
+        traced as by `generate`; leaving aborts what goes on. `words` are those in which errors of each job are told, by
+        its number."""
         boxes: list[Mailbox] = []
         watches: list[ReplyWatch] = []
         try:
             try:
-                for job in jobs:
+                for number, job in enumerate(jobs):
                     self._begin(job, endpoint, boxes, watches)
+                    if words is not None:
+                        boxes[-1].words = partial(words, number)
                     if len(boxes) % STARTED == 0:
                         await anyio.lowlevel.checkpoint()
             finally:
@@ -327,14 +337,17 @@ async def answer(
     endpoint: str,
     stream: bool,
     samples: int = 1,
+    words: Callable[[int], Words] | None = None,
 ) -> web.StreamResponse:
     """Run `jobs` together and answer `request`, known as `rid`, with them; what one raises ends all.
 
-    There are `samples` of them in a row to each prompt. Errors raised before the first chunk reach the caller."""
+    There are `samples` of them in a row to each prompt, and errors of a prompt are told in the `words` for its number.
+    Errors raised before the first chunk reach the caller."""
     if (trace := TRACE.get()) is not None:
         trace.samples = samples
     service = request.app[SERVICE]
-    opened = service.replies(request, rid, jobs, endpoint)
+    each = None if words is None else lambda number: words(number // samples)
+    opened = service.replies(request, rid, jobs, endpoint=endpoint, words=each)
     if stream:
         return await send_replies(request, opened, reply)
     async with opened as boxes:
