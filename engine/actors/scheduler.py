@@ -76,6 +76,7 @@ class SchedulerActor:
         config: Config,
         policy: Policy,
         inbox: Receiver[ToScheduler],
+        *,
         executor: Outbox[ToExecutor],
         makers: Mapping[str, Maker],
         front: Outbox[ToFront],

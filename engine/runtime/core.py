@@ -54,7 +54,9 @@ def core_actors(
     to_executor, executor_inbox = channel(PLANS + config.parallel.pp - 1)
     to_compiler, compiler_inbox = open_channel()
     makers = {GRAMMAR: Maker(to_compiler, kept=config.grammar.grammar_cache)}
-    scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, makers, front, fronts)
+    scheduler = SchedulerActor(
+        config, policy, scheduler_inbox, executor=to_executor, makers=makers, front=front, fronts=fronts
+    )
     executor = ExecutorActor(config, executor_inbox, to_scheduler, start)
     compiler = CompilerActor(config, compiler_inbox, to_scheduler)
     return [scheduler, executor, compiler], to_scheduler

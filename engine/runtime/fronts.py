@@ -77,6 +77,7 @@ class FrontProcesses:
         config: Config,
         hub: Hub,
         board: Board,
+        *,
         listening: Sequence[Sequence[socket]],
         start: StartFront,
         model_name: str,
