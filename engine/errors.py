@@ -63,23 +63,35 @@ class RequestError(EngineError):
             message = self.template.format_map(_Filled({**self.facts, **words.names}))
             if (phrase := words.phrases.get(self.template)) is not None:
                 message = phrase.format_map(_Filled({**self.facts, "message": message}))
+        if self.status == 400 and words.place not in message:
+            message = f"{words.place}: {message}"
         param = words.names.get(self.param or "", self.param)
         return RequestError(message, param=param, code=self.code, status=self.status)
 
 
 class Words:
     """How one API tells errors: `names` are its names of our fields, and `phrases` its own templates for some of ours,
-    in which {message} is what the others say."""
+    in which {message} is what the others say. `place` is the path of the one of several prompts that errors are about,
+    which a message that does not name it begins with."""
 
     def __init__(
-        self, names: Mapping[str, str] = MappingProxyType({}), phrases: Mapping[str, str] = MappingProxyType({})
+        self,
+        names: Mapping[str, str] = MappingProxyType({}),
+        phrases: Mapping[str, str] = MappingProxyType({}),
+        *,
+        place: str = "",
     ) -> None:
         self.names = names
         self.phrases = phrases
+        self.place = place
 
     def calling(self, names: Mapping[str, str]) -> "Words":
         """These words, for a client that calls some fields by other `names`."""
-        return Words({**self.names, **names}, self.phrases) if names else self
+        return Words({**self.names, **names}, self.phrases, place=self.place) if names else self
+
+    def at(self, place: str, *fields: str) -> "Words":
+        """These words, of the one of several prompts that is at `place`, which is what `fields` of ours are called."""
+        return Words({**self.names, **dict.fromkeys(fields, place)}, self.phrases, place=place)
 
 
 class _Filled(dict[str, str | int | float]):

@@ -64,7 +64,17 @@ def scheduler(requests: int, kind: str) -> float:
     held = None if kind == "off" else HeldBlocks(log)
     pages = CONVERSATIONS * TOKENS // PAGE // 4
     policy = make_policy(Plugins.load(()), "fcfs")
-    logic = Scheduler(pages, PAGE, 16, 4096, 2048, policy, True, requests, held=held)
+    logic = Scheduler(
+        pages,
+        PAGE,
+        16,
+        max_model_len=4096,
+        max_step_tokens=2048,
+        policy=policy,
+        prefix_cache=True,
+        max_waiting=requests,
+        held=held,
+    )
     device, told, steps, seconds = FakeDevice(), 0, 0, 0.0
     began = time.process_time()
     for admit in waiting:

@@ -152,8 +152,8 @@ class Run:
 
 def figures(load: Load, copies: int, requests: int, held: int, kind: type[Copies]) -> dict[str, float]:
     scheduler = kind(
-        copies, PAGES, PAGE, SLOTS * copies, 16384, 8192 // copies, make_policy(Plugins.load(()), "fcfs"), True,
-        requests, held_steps=held,
+        copies, PAGES, PAGE, slots=SLOTS * copies, max_model_len=16384, max_step_tokens=8192 // copies,
+        policy=make_policy(Plugins.load(()), "fcfs"), prefix_cache=True, max_waiting=requests, held_steps=held,
     )  # fmt: skip
     run = Run(scheduler, load, requests)
     run.run()

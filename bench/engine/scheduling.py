@@ -110,7 +110,7 @@ async def actors(running: int, steps: int, reading: bool) -> list[float]:
         executor = FakeExecutor(ready, executor_inbox, to_scheduler)
         executor.device = device
         return [
-            SchedulerActor(config, policy, scheduler_inbox, to_executor, {}, front),
+            SchedulerActor(config, policy, scheduler_inbox, executor=to_executor, makers={}, front=front),
             executor,
         ], to_scheduler
 

@@ -43,7 +43,17 @@ class Run:
     def of(cls, pages: int, tiers: bool) -> "Run":
         options = TierOptions(pages, "write-through") if tiers else None
         policy = make_policy(Plugins.load(()), "fcfs")
-        scheduler = Scheduler(pages, PAGE, 16, LONGEST, 8192, policy, True, 1000, tiers=options)
+        scheduler = Scheduler(
+            pages,
+            PAGE,
+            16,
+            max_model_len=LONGEST,
+            max_step_tokens=8192,
+            policy=policy,
+            prefix_cache=True,
+            max_waiting=1000,
+            tiers=options,
+        )
         return cls(scheduler, FakeDevice(), Moves([scheduler]) if tiers else None)
 
     def ask(self, texts: Sequence[bytes], turn: int) -> float:

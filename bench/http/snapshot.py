@@ -37,7 +37,17 @@ def scheduler_of(rows: int, pages: int, host: int) -> Scheduler:
     """It has `rows` requests, and nothing of them is computed."""
     policy = make_policy(Plugins.load(()), "fcfs")
     tiers = TierOptions(host) if host else None
-    made = Scheduler(pages, PAGE, rows, 8192, 8192, policy, True, rows, tiers=tiers)
+    made = Scheduler(
+        pages,
+        PAGE,
+        rows,
+        max_model_len=8192,
+        max_step_tokens=8192,
+        policy=policy,
+        prefix_cache=True,
+        max_waiting=rows,
+        tiers=tiers,
+    )
     for row in range(rows):
         ids = array("i", [*range(SHARED), *range(1000 * row, 1000 * row + OWN)])
         made.admit(Admit(str(row), ids.tobytes(), Sampling(0.0, 0, 1.0, 0.0, 0), (), 8192 - len(ids)))

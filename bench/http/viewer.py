@@ -67,7 +67,7 @@ def core(config: Config, front: Outbox[ToFront]) -> tuple[list[Actor], Outbox[Fr
     rows = config.schedule.max_running or 256
     ready = WorkerReady(PAGES, PAGE_SIZE, rows, 8192, 4096, 257, 4, "fake", "none", {})
     policy = make_policy(Plugins.load(()), config.schedule.policy)
-    scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, {}, front)
+    scheduler = SchedulerActor(config, policy, scheduler_inbox, executor=to_executor, makers={}, front=front)
     account(scheduler)
     return [scheduler, FakeExecutor(ready, executor_inbox, to_scheduler)], to_scheduler
 

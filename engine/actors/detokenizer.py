@@ -115,7 +115,7 @@ class Replies:
                 box.taker.tokens(decoder.push(ids) if text is None else text, ids, now)
                 continue
             try:
-                chunk = self._row(rid, reply, ids, row, beside, hits)
+                chunk = self._row(rid, reply, ids, row=row, beside=beside, hits=hits)
             except RequestError as error:
                 self.close(rid)
                 hits.append(StopHit(rid, reply.decoder.used))
@@ -128,7 +128,7 @@ class Replies:
         return chunks, hits, failures
 
     def _row(
-        self, rid: str, reply: Reply, ids: list[int], row: int, beside: Beside, hits: list[StopHit]
+        self, rid: str, reply: Reply, ids: list[int], *, row: int, beside: Beside, hits: list[StopHit]
     ) -> Chunk | None:
         """What a row says, None if that is nothing; to `hits` comes a stop in it that the scheduler does not know of.
 

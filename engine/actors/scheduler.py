@@ -75,6 +75,7 @@ class SchedulerActor:
         config: Config,
         policy: Policy,
         inbox: Receiver[ToScheduler],
+        *,
         executor: Outbox[ToExecutor],
         makers: Mapping[str, Maker],
         front: Outbox[ToFront],

@@ -27,6 +27,7 @@ from aiohttp.http import HttpVersion11
 
 from engine.errors import RequestError, shut_down
 from engine.http.half_closed import CONTINUE
+from engine.http.repeated import joined, members
 from engine.http.wire import MAX_BODY_BYTES
 from engine.options.listening import ListenOptions
 from engine.runtime.board import Board, Counter
@@ -258,7 +259,7 @@ async def without_expecting(request: web.Request) -> None:
 
 def _ask_for(request: web.Request) -> None:
     """Tell a client that waits with its body that it is wanted. Other expectations mean nothing here (RFC 9110)."""
-    expected = request.headers.get(hdrs.EXPECT, "").lower() == "100-continue"
+    expected = "100-continue" in members(request.headers, hdrs.EXPECT)
     waits = expected and not request.content.total_bytes
     if waits and request.version >= HttpVersion11 and request.transport is not None:
         request.transport.write(CONTINUE)
@@ -266,7 +267,7 @@ def _ask_for(request: web.Request) -> None:
 
 def _coding_of(request: web.Request) -> str | None:
     """How the body is packed, or None; RequestError (415) for what is not known here."""
-    given = ", ".join(request.headers.getall(hdrs.CONTENT_ENCODING, ()))
+    given = joined(request.headers, hdrs.CONTENT_ENCODING)
     coding = given.strip().lower().removeprefix("x-")  # x-gzip is an old name of gzip (RFC 9110)
     if coding in ("", "identity"):
         return None

@@ -25,6 +25,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from engine.errors import ConfigError, RequestError
+from engine.http.repeated import joined, once
 from engine.options.listening import ListenOptions
 
 if TYPE_CHECKING:
@@ -130,10 +131,13 @@ def stamp_of(path: str) -> Stamp | None:
 
 
 def keys_in(request: web.Request) -> list[str]:
-    """The keys that `request` carries, as a bearer token or as Anthropic's header."""
-    scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
+    """The keys that `request` carries, as a bearer token or as Anthropic's header.
+
+    Raises RequestError for several of one kind."""
+    scheme, _, bearer = (once(request.headers, "Authorization") or "").partition(" ")
     given = [bearer.strip()] if scheme.lower() == "bearer" else []
-    return given + [key.strip() for key in request.headers.getall("x-api-key", [])[:1]]
+    key = once(request.headers, "x-api-key")
+    return given if key is None else [*given, key.strip()]
 
 
 def digest_of(key: str) -> bytes:
@@ -152,7 +156,7 @@ def owner_of(request: web.Request) -> bytes:
     or the client's that a router names beside it. Empty where neither is there.
 
     A client that is named by the key that was shown is that key's owner, as without a router."""
-    key, client = request.get(KEY, ""), ", ".join(request.headers.getall(CLIENT, ()))
+    key, client = request.get(KEY, ""), joined(request.headers, CLIENT)
     if key and (not client or client == client_name(key, key)):
         return digest_of(key)
     if not client:

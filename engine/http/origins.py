@@ -15,15 +15,15 @@ import ipaddress
 import logging
 import re
 import socket
-from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 from msgspec import Struct
 
 from engine.errors import ConfigError, RequestError
+from engine.http.repeated import Headers, joined
 from engine.options.listening import ListenOptions
 
 if TYPE_CHECKING:
@@ -108,12 +108,6 @@ def binds_loopback(host: str) -> bool:
 # ── what the options allow ───────────────────────────────────────────────────────────────────
 
 
-class Headers(Protocol):
-    """Headers by name, in any case, each with any number of values."""
-
-    def getall(self, key: str, default: tuple[str, ...], /) -> list[str] | tuple[str, ...]: ...
-
-
 class Access(Struct, frozen=True):
     """Who may call. `hosts` None takes any Host; a name in it that begins with a dot is that of a whole domain."""
 
@@ -160,7 +154,7 @@ class Access(Struct, frozen=True):
             self._check_host(one)
         if self.any_origin:
             return
-        origin, site = ", ".join(headers.getall("Origin", ())), ", ".join(headers.getall("Sec-Fetch-Site", ()))
+        origin, site = joined(headers, "Origin"), joined(headers, "Sec-Fetch-Site")
         if origin:
             self._check_origin(origin, site, named[0] if named else "")
         elif site not in ("", "same-origin", "none") and not (page and _is_navigation(headers)):
@@ -266,12 +260,12 @@ class Gate:
 
         return check_origin
 
-    def _preflight(self, headers: Mapping[str, str]) -> dict[str, str]:
+    def _preflight(self, headers: Headers) -> dict[str, str]:
         """What may be sent: every method of the server, and whatever headers are asked for."""
         allowed = {"Access-Control-Allow-Methods": self._methods, "Access-Control-Max-Age": str(PREFLIGHT_SECONDS)}
-        if (asked := headers.get("Access-Control-Request-Headers")) is not None:
+        if asked := joined(headers, "Access-Control-Request-Headers"):
             allowed["Access-Control-Allow-Headers"] = asked
-        if headers.get("Access-Control-Request-Private-Network") == "true":
+        if joined(headers, "Access-Control-Request-Private-Network") == "true":
             allowed["Access-Control-Allow-Private-Network"] = "true"
         return allowed
 
@@ -282,7 +276,7 @@ class Gate:
             headers["Access-Control-Allow-Origin"] = "*"  # and so browsers send and accept no cookies
         else:
             headers["Vary"] = f"{headers['Vary']}, Origin" if "Vary" in headers else "Origin"
-            origin = request.headers.get("Origin", "")
+            origin = joined(request.headers, "Origin")
             if not origin or not self.access.shares_with(origin):
                 return
             headers["Access-Control-Allow-Origin"] = origin

@@ -88,10 +88,12 @@ def _resource() -> Resource:
 
 
 class Headers(Getter[CIMultiDictProxy[str]]):
-    """How the propagator reads the headers of a request: all of one name, as `tracestate` may come in several."""
+    """How the propagator reads the headers of a request: all of one name, as `tracestate` may come in several. Of
+    several `traceparent` none is the caller's."""
 
     def get(self, carrier: CIMultiDictProxy[str], key: str) -> list[str] | None:
-        return carrier.getall(key, None)
+        lines = carrier.getall(key, None)
+        return None if lines is not None and len(lines) > 1 and key == "traceparent" else lines
 
     def keys(self, carrier: CIMultiDictProxy[str]) -> list[str]:
         return list(carrier.keys())

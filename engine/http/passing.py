@@ -12,16 +12,16 @@ Left out: requests that name no front; they ask all of them (`Service.abort`).
 import errno
 import io
 import re
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 from uuid import uuid4
 
 import aiohttp
 from aiohttp import hdrs, web
-from multidict import CIMultiDict
+from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from engine.errors import WorkerError
+from engine.http.repeated import members
 from engine.http.request_id import HEADER, ID, PASSED
 
 if TYPE_CHECKING:
@@ -134,13 +134,14 @@ async def _relayed(request: web.Request, answer: aiohttp.ClientResponse) -> web.
     return response
 
 
-def _headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
-    """Those of `headers` that go from end to end."""
+def _headers(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
+    """Those of `headers` that go from end to end: not those that Connection names (RFC 9110, 7.6.1)."""
+    dropped = OWN | members(headers, hdrs.CONNECTION)
     return CIMultiDict(
         (name, value)
         for name, value in headers.items()
-        if name.title() not in OWN and value.isprintable()  # what is not UTF-8 means nothing to any route
+        if name.lower() not in dropped and value.isprintable()  # what is not UTF-8 means nothing to any route
     )
 
 
-OWN = frozenset(str(name).title() for name in OWN_HEADERS)
+OWN: Final = frozenset(str(name).lower() for name in OWN_HEADERS)

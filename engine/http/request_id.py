@@ -10,6 +10,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from engine.errors import RequestError, counted
+from engine.http.repeated import once
 from engine.http.tracing import TRACE
 from engine.logs import REQUEST_ID
 
@@ -39,7 +40,7 @@ def check_id(id: str, name: str) -> None:
 @web.middleware
 async def name_request(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Find or make the id of `request`. Raises RequestError for one that cannot be taken."""
-    given = request.headers.get(HEADER)
+    given = once(request.headers, HEADER)
     if given is None:
         rename(request, new_id())
     else:

@@ -6,8 +6,9 @@ client included, leaves the requests' mailboxes, and that aborts the requests.
 """
 
 import struct
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio.lowlevel
@@ -18,6 +19,7 @@ from engine.config import ServerOptions
 from engine.errors import RequestError, Words, counted
 from engine.http.keys import owner_of
 from engine.http.metrics import Metrics, ReplyWatch
+from engine.http.repeated import once
 from engine.http.request_id import called, check_id
 from engine.http.sse import CALLED, WORDS
 from engine.http.streams import Events, send_replies
@@ -75,16 +77,25 @@ class Service:
 
     @asynccontextmanager
     async def replies(
-        self, request: web.Request, rid: str, jobs: Sequence[Job], endpoint: str
+        self,
+        request: web.Request,
+        rid: str,
+        jobs: Sequence[Job],
+        *,
+        endpoint: str,
+        words: Callable[[int], Words] | None = None,
     ) -> AsyncIterator[list[Mailbox]]:
         """The mailboxes of the replies to `jobs`, by which `request`, known as `rid`, is answered. They are counted and
-        traced as by `generate`; leaving aborts what goes on."""
+        traced as by `generate`; leaving aborts what goes on. `words` are those in which errors of each job are told, by
+        its number."""
         boxes: list[Mailbox] = []
         watches: list[ReplyWatch] = []
         try:
             try:
-                for job in jobs:
+                for number, job in enumerate(jobs):
                     self._begin(job, endpoint, boxes, watches)
+                    if words is not None:
+                        boxes[-1].words = partial(words, number)
                     if len(boxes) % STARTED == 0:
                         await anyio.lowlevel.checkpoint()
             finally:
@@ -237,8 +248,8 @@ def salt_of(salt: str | None) -> str:
 
 def session_of(request: web.Request, given: str | None) -> SessionUse | None:
     """The session that `request` is of: `session_id` of its body, else of its header. Raises RequestError for an id
-    that is none, and where both say something else."""
-    named = request.headers.get(SESSION_HEADER)
+    that is none, for several headers, and where both say something else."""
+    named = once(request.headers, SESSION_HEADER)
     id, field = (named, SESSION_HEADER) if given is None else (given, "session_id")
     if id is None:
         return None
@@ -327,14 +338,17 @@ async def answer(
     endpoint: str,
     stream: bool,
     samples: int = 1,
+    words: Callable[[int], Words] | None = None,
 ) -> web.StreamResponse:
     """Run `jobs` together and answer `request`, known as `rid`, with them; what one raises ends all.
 
-    There are `samples` of them in a row to each prompt. Errors raised before the first chunk reach the caller."""
+    There are `samples` of them in a row to each prompt, and errors of a prompt are told in the `words` for its number.
+    Errors raised before the first chunk reach the caller."""
     if (trace := TRACE.get()) is not None:
         trace.samples = samples
     service = request.app[SERVICE]
-    opened = service.replies(request, rid, jobs, endpoint)
+    each = None if words is None else lambda number: words(number // samples)
+    opened = service.replies(request, rid, jobs, endpoint=endpoint, words=each)
     if stream:
         return await send_replies(request, opened, reply)
     async with opened as boxes:

@@ -16,6 +16,7 @@ import os
 import re
 import socket
 import stat
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Literal, NamedTuple
 from urllib.parse import unquote_to_bytes
@@ -169,13 +170,13 @@ class Sources:
                     continue
                 if answer.status != 200:
                     raise _unreachable(str(url), f"it answers {answer.status}")
-                return Fetched(await self._body(answer, kind), _fresh(answer.headers.get("Cache-Control", "")))
+                return Fetched(await self._body(answer, kind), _fresh(answer.headers.getall("Cache-Control", ())))
         raise _unreachable(str(url), f"there are more than {MOST_REDIRECTS} redirects on the way")
 
     async def _body(self, answer: aiohttp.ClientResponse, kind: Kind) -> bytes:
         """The bytes of an answer, none of which is read if its head says that they are too many, or of another kind."""
         _check_type(answer.content_type if "Content-Type" in answer.headers else "", kind)
-        if (coding := answer.headers.get("Content-Encoding", "identity").lower()) != "identity":
+        if (coding := ", ".join(answer.headers.getall("Content-Encoding", ("identity",))).lower()) != "identity":
             raise RequestError(f"comes packed ({coding[:40]}), unasked; send it as a data: URL", code="invalid_media")
         if (length := answer.content_length) is not None:
             self._check_size(length)
@@ -274,10 +275,11 @@ def _check_type(media_type: str, kind: Kind) -> None:
         )
 
 
-def _fresh(control: str) -> float:
-    """For how many seconds a Cache-Control header lets an answer be kept."""
-    said = MAX_AGE.search(control.lower())
-    return 0.0 if said is None or UNKEPT.search(control.lower()) else min(float(said[1]), MOST_FRESH)
+def _fresh(lines: Sequence[str]) -> float:
+    """For how many seconds the Cache-Control headers of an answer let it be kept."""
+    control = ", ".join(lines).lower()
+    said = MAX_AGE.search(control)
+    return 0.0 if said is None or UNKEPT.search(control) else min(float(said[1]), MOST_FRESH)
 
 
 def _refusal_in(error: BaseException | None) -> RequestError | None:

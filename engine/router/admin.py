@@ -14,6 +14,7 @@ from msgspec import Meta, to_builtins
 from engine.errors import ConfigError, RequestError
 from engine.http.intake import read_body
 from engine.http.openapi import Route
+from engine.http.repeated import joined
 from engine.http.wire import Body, Reply, json_response
 from engine.router.asked import read_asked
 from engine.router.dispatch import Ticket
@@ -312,7 +313,7 @@ async def live(request: web.Request) -> web.Response:
 
 async def metrics(request: web.Request) -> web.Response:
     """The router's metrics, for Prometheus."""
-    body, content_type = request.app[ROUTER].metrics.page(request.headers.get("Accept", ""))
+    body, content_type = request.app[ROUTER].metrics.page(joined(request.headers, "Accept"))
     return web.Response(body=body, headers={"Content-Type": content_type})
 
 

@@ -22,6 +22,7 @@ from msgspec import Struct
 from engine.errors import RequestError, WorkerError, counted, shut_down
 from engine.http.intake import read_body, release_body
 from engine.http.keys import KEY
+from engine.http.repeated import joined, once
 from engine.router.asked import RESPONSE_ID, Asked, cached_share, read_asked
 from engine.router.dispatch import PATIENCE, Placed, Ticket
 from engine.router.keys import CREDENTIALS, Caller
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 ELSEWHERE: Final = frozenset({429, 502, 503, 504})  # statuses of a worker that another one may do without
 FAILURES: Final = frozenset({502, 504})
-PASSED: Final = (*CREDENTIALS, "anthropic-version", "Via")
+PASSED: Final = ("anthropic-version", "Via")
 log = logging.getLogger("engine.router")
 
 
@@ -57,16 +58,18 @@ class Moved(WorkerError):
 
 
 def passed(request: web.Request) -> Caller:
-    """Who has sent `request`, for questions beside the request itself."""
-    headers = {name: ", ".join(request.headers.getall(name)) for name in PASSED if name in request.headers}
-    return Caller(headers, request.get(KEY))
+    """Who has sent `request`, for questions beside the request itself. Raises RequestError for several keys of one
+    kind."""
+    own = {name: once(request.headers, name) for name in CREDENTIALS}
+    own |= {name: joined(request.headers, name) or None for name in PASSED}
+    return Caller({name: value for name, value in own.items() if value is not None}, request.get(KEY))
 
 
 async def ticket_of(router: "Router", request: web.Request, asked: Asked) -> Ticket:
     """Where `request` may go, and how long it may wait. Raises RequestError, 404 if what it is about is gone."""
     bound = await router.holder(asked, passed(request)) if asked.response else ""
     seconds = math.inf
-    if (said := request.headers.get(PATIENCE)) is not None:
+    if (said := once(request.headers, PATIENCE)) is not None:
         try:
             seconds = float(said)
         except ValueError:

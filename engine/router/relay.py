@@ -15,6 +15,7 @@ from engine.client.bench.wire import HEAD_END, Address
 from engine.http.half_closed import HalfClosed
 from engine.http.keys import CLIENT, KEY
 from engine.http.passing import OWN_HEADERS
+from engine.http.repeated import members
 from engine.http.request_id import HEADER, rename
 from engine.router.keys import CREDENTIALS, credentials
 from engine.router.wire import Head, Upstream
@@ -38,7 +39,7 @@ def request_head(request: web.Request, address: Address, length: int, key: str |
     host = f"[{address.host}]" if ":" in address.host else address.host
     path = request.raw_path if request.raw_path.startswith("/") else request.rel_url.raw_path_qs
     lines = [f"{request.method} {address.prefix}{path} HTTP/{version}\r\nHost: {host}:{address.port}".encode()]
-    dropped = JUDGED | named_in(request.headers.get(hdrs.CONNECTION, ""))
+    dropped = JUDGED | _bytes_of(members(request.headers, hdrs.CONNECTION))
     if key is not None:
         dropped |= SHOWN
     lines += [f"{name}: {value}".encode() for name, value in credentials(request.get(KEY), key).items()]
@@ -52,9 +53,9 @@ def request_head(request: web.Request, address: Address, length: int, key: str |
     return b"\r\n".join(lines) + HEAD_END
 
 
-def named_in(connection: str) -> frozenset[bytes]:
-    """The headers that a Connection header calls those of this connection alone."""
-    return frozenset(word.strip().lower().encode() for word in connection.split(",")) if connection else frozenset()
+def _bytes_of(names: frozenset[str]) -> frozenset[bytes]:
+    """`names` as they came."""
+    return frozenset(name.encode(errors="surrogateescape") for name in names)
 
 
 class Relayed(web.StreamResponse):
@@ -66,7 +67,7 @@ class Relayed(web.StreamResponse):
     @classmethod
     def of(cls, head: Head) -> "Relayed":
         """The answer that begins with the worker's `head`."""
-        dropped = DROPPED | named_in(head.names.get(b"connection", b"").decode("latin-1"))
+        dropped = DROPPED | head.connection - KEPT
         if b"transfer-encoding" in head.names:  # which says alone where the body ends
             dropped |= {b"content-length"}
         headers = CIMultiDict(

@@ -19,7 +19,7 @@ from typing import Final, cast
 
 from msgspec import Struct
 
-from engine.client.bench.wire import HEAD_END, Address, connected
+from engine.client.bench.wire import HEAD_END, Address, connected, joined
 from engine.errors import WorkerError
 
 MOST_HEAD: Final = 64 * 2**10  # bytes
@@ -45,8 +45,9 @@ class BrokenConnection(WorkerError):
 
 
 class Head(Struct, frozen=True):
-    """The head of an answer. `names` are its headers, by names in lower case; of several of one name the last.
-    `length` is that of the body; -1 where the head has none."""
+    """The head of an answer. `names` are its headers, by names in lower case; those of one name are one list.
+    `connection` are the words of its Connection, in lower case, most of which name headers. `length` is that of the
+    body; -1 where the head has none."""
 
     status: int
     reason: str
@@ -54,6 +55,7 @@ class Head(Struct, frozen=True):
     names: dict[bytes, bytes]
     length: int = -1
     closes: bool = False  # the worker ends the connection behind the body
+    connection: frozenset[bytes] = frozenset()
 
     @classmethod
     def read(cls, data: bytes) -> "Head":
@@ -67,14 +69,14 @@ class Head(Struct, frozen=True):
         headers = [
             (name.strip(), value.strip()) for name, colon, value in (line.partition(b":") for line in lines) if colon
         ]
-        names = {name.lower(): value for name, value in headers}
-        said = names.get(b"connection", b"").lower()
+        names = joined(headers)
+        said = frozenset(word.strip() for word in names.get(b"connection", b"").lower().split(b","))
         closes = b"close" in said or (found[1] == b"0" and b"keep-alive" not in said)
         lengths = [value for name, value in headers if name.lower() == b"content-length"]
         if len(lengths) > 1 or not all(map(bytes.isdigit, lengths)):
             raise WorkerError(f"the worker's reply has {b', '.join(lengths)[:40]!r} for its Content-Length")
         length = int(lengths[0]) if lengths else -1
-        return cls(int(found[2]), (found[3] or b"").decode("latin-1"), headers, names, length, closes)
+        return cls(int(found[2]), (found[3] or b"").decode("latin-1"), headers, names, length, closes, said)
 
 
 class Chunks:

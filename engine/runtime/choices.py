@@ -41,10 +41,11 @@ class Scores(Struct, frozen=True):
 
 class Plan(Struct, frozen=True):
     """The requests that score some choices: one for each, then, if asked for, one for each without the prompt.
-    `behind` are the ids of each that are scored."""
+    `behind` are the ids of each that are scored, and `places` the paths of what the requests score."""
 
     behind: list["array[int]"]
     jobs: list[Generate]
+    places: Sequence[str]
 
     def read(self, replies: Sequence[Chunk]) -> list[Scores]:
         """The scores, from the replies to `jobs`, each joined into one chunk. Raises RequestError for one aborted."""
@@ -64,21 +65,25 @@ def planned(
     choices: Sequence[str],
     rid: str,
     *,
+    places: Sequence[str] = (),
     alone: bool = False,
     media: tuple[Prepared, ...] = (),
     **fields: Any,
 ) -> Plan:
     """How to score `choices`, whose prompt and texts behind it are `found`, with one place for each of `media`;
-    `fields` go with each Generate.
+    `fields` go with each Generate. `places` are the paths of the choices in a request, by default those in `choices`.
 
     Raises RequestError for a choice that adds no token."""
+    places = places or [f"choices[{number}]" for number in range(len(choices))]
     before = array("i", found.ids)
     behind, jobs = [], []
     for number, (choice, packed) in enumerate(zip(choices, found.ended, strict=True)):
         ids = array("i", packed)
         start = common(before, ids)
         if start == len(ids):
-            raise RequestError(f"the choice {choice!r} adds no token to the prompt; offer another", param="choices")
+            raise RequestError(
+                f"the choice {choice!r} adds no token to the prompt; offer another", param=places[number]
+            )
         behind.append(ids[start:])
         after = start - 1 - len(ids)  # from the end: what stands for media will have more tokens than places
         jobs.append(Generate(f"{rid}-{number}", SCORES, ids=packed, scored_after=after, media=media, **fields))
@@ -87,7 +92,7 @@ def planned(
             Generate(f"{rid}-{number}", SCORES, ids=ids.tobytes(), **fields)
             for number, ids in enumerate(behind, len(behind))
         ]
-    return Plan(behind, jobs)
+    return Plan(behind, jobs, [*places, *places] if alone else places)
 
 
 def common(one: "Sequence[int]", other: "Sequence[int]") -> int:

@@ -30,6 +30,7 @@ from engine.runtime.actor import Actor, supervise
 from engine.runtime.allocator import give_back_large_blocks, keep_for_good
 from engine.runtime.channel import Frames, Outbox, channel, open_channel
 from engine.runtime.process import Child, Start, spawn
+from engine.runtime.repeats import Restored, Spared
 from engine.sched.policies import make_policy, policy_name
 
 log = logging.getLogger("engine")
@@ -53,7 +54,9 @@ def core_actors(
     to_executor, executor_inbox = channel(PLANS + config.parallel.pp - 1)
     to_compiler, compiler_inbox = open_channel()
     makers = {GRAMMAR: Maker(to_compiler, kept=config.grammar.grammar_cache)}
-    scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, makers, front, fronts)
+    scheduler = SchedulerActor(
+        config, policy, scheduler_inbox, executor=to_executor, makers=makers, front=front, fronts=fronts
+    )
     executor = ExecutorActor(config, executor_inbox, to_scheduler, start)
     compiler = CompilerActor(config, compiler_inbox, to_scheduler)
     return [scheduler, executor, compiler], to_scheduler
@@ -80,13 +83,14 @@ class CoreLink:
         self._front = front
         self._frames: Frames[ToFront] | None = None
         self._open = anyio.Event()
+        self._spared = Spared()
 
     async def send(self, message: FromFront) -> None:
         if self._frames is None or not self._open.is_set():
             await self._open.wait()
         assert self._frames is not None
         with suppress(anyio.BrokenResourceError):  # `run` sees the end of the stream and says why
-            await self._frames.send(message)
+            await self._frames.send(self._spared(message))
 
     async def run(self) -> None:
         child = await Child[ToFront].start(lambda: spawn("engine.runtime.core"), ToFront)
@@ -128,10 +132,11 @@ async def _run(descriptor: int) -> None:
     except EngineError as error:
         await frames.send(Fatal("core process", str(error)))
         return
+    restored = Restored()
     async with supervise(*actors):
         async for message in messages:
             assert not isinstance(message, Boot)
-            await scheduler.send(message)
+            await scheduler.send(restored(message))
             del message  # not held while the next one is waited for
 
 

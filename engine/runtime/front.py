@@ -74,6 +74,7 @@ class Front(Readiness):
         config: Config,
         model_name: str,
         inbox: Receiver[ToHttp],
+        *,
         tokenizer: Sender[ToTokenizer],
         scheduler: Outbox[FromFront],
         place: Place | None = None,

@@ -30,6 +30,7 @@ from engine.runtime.channel import Frames, Outbox
 from engine.runtime.front import Front, Place
 from engine.runtime.launch import open_front
 from engine.runtime.peers import Peers
+from engine.runtime.repeats import Spared
 from engine.sched.fronts import numbers_of
 
 BEAT_SECONDS = 1.0
@@ -50,6 +51,7 @@ class HubLink:
         self._frames = frames
         self._messages = messages
         self._to_front: Outbox[ToFront] | None = None
+        self._spared = Spared()
 
     def core(self, config: Config, front: Outbox[ToFront]) -> tuple[list[Actor], Outbox[FromFront]]:
         """This link in the place of the actors of a core."""
@@ -59,7 +61,7 @@ class HubLink:
     async def send(self, message: FromFrontProcess) -> None:
         """To the hub. If that is gone, `run` ends the process."""
         try:
-            await self._frames.send(message)
+            await self._frames.send(self._spared(message))
         except anyio.BrokenResourceError:
             await anyio.sleep_forever()
 

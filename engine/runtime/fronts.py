@@ -29,6 +29,7 @@ from engine.runtime.board import Board, Counter
 from engine.runtime.changes import Changes
 from engine.runtime.hub import Hub, SocketLine
 from engine.runtime.process import Child, Process
+from engine.runtime.repeats import Restored
 
 log = logging.getLogger("engine.fronts")
 
@@ -48,6 +49,7 @@ class Life:
     def __init__(self, child: Child[FromFrontProcess], line: SocketLine) -> None:
         self.child = child
         self.line = line
+        self.restored = Restored()
         self.listening = False
         self.drained = False
         self.refusal: EngineError | None = None
@@ -75,6 +77,7 @@ class FrontProcesses:
         config: Config,
         hub: Hub,
         board: Board,
+        *,
         listening: Sequence[Sequence[socket]],
         start: StartFront,
         model_name: str,
@@ -207,7 +210,7 @@ class FrontProcesses:
                 kind = ConfigError if message.kind == "ConfigError" else PluginError
                 life.refusal = kind(message.message)
             case _:
-                await self._hub.take(number, message)
+                await self._hub.take(number, life.restored(message))
 
     async def _watch(self) -> None:
         """End a front that does not read, or stands still: its successor serves those who wait."""

@@ -117,7 +117,7 @@ async def open_front(
     core = core or (partial(core_actors, plugins=plugins) if placement(config) == "single" else linked_core)
     actors, to_scheduler = core(config, from_core)
     name = (*config.server.served_model_name, checkpoint.name())[0]
-    front = Front(config, name, front_inbox, to_tokenizer, to_scheduler, place)
+    front = Front(config, name, front_inbox, tokenizer=to_tokenizer, scheduler=to_scheduler, place=place)
     front.senders["detokenizer"] = to_detokenizer
     # The device process starts first: it loads for seconds while the tokenizer is read here.
     async with supervise(*actors, front):

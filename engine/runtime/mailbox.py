@@ -10,12 +10,13 @@ is bounded by the length of its own reply. Left out: which mailbox is whose (`fr
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Protocol
 
 import msgspec
 
+from engine.errors import RequestError, Words
 from engine.messages.reply import Chunk
 
 
@@ -174,7 +175,7 @@ class Nobody:
 class Mailbox:
     """What one request is told. The detokenizer gives plain tokens to `taker` itself, all else to `put` and `fail`."""
 
-    __slots__ = ("_inbox", "ended", "failed", "key", "rid", "taker", "watch")
+    __slots__ = ("_inbox", "ended", "failed", "key", "rid", "taker", "watch", "words")
 
     def __init__(self, rid: str, key: str) -> None:
         self.rid = rid  # as its client calls it, and perhaps whose it is
@@ -182,6 +183,7 @@ class Mailbox:
         self.failed = False
         self.ended = False  # the last chunk is here
         self.watch: Watch | None = None
+        self.words: Callable[[], Words] | None = None  # how errors are told, of one of several prompts
         self._inbox = Inbox()
         self.taker: Taker = self._inbox
 
@@ -197,6 +199,8 @@ class Mailbox:
         self.failed = True
         if (watch := self.watch) is not None:
             watch.fail(error)
+        if self.words is not None and isinstance(error, RequestError):
+            error = error.worded(self.words())
         self.taker.fail(error)
 
     def hand_to(self, taker: Taker) -> None:
@@ -210,7 +214,7 @@ class Mailbox:
 
     def close(self) -> None:
         """Its reader has left: nothing is kept, and nobody is told."""
-        self.taker, self.watch, self._inbox = Nobody(), None, Inbox()
+        self.taker, self.watch, self.words, self._inbox = Nobody(), None, None, Inbox()
 
     async def take(self) -> Chunk:
         """What has arrived, merged into one chunk; raises the request's error once all else is taken."""

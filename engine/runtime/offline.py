@@ -13,7 +13,7 @@ import uuid
 from array import array
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager, ExitStack
+from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
 from functools import partial
 from queue import SimpleQueue
 from types import TracebackType
@@ -26,7 +26,7 @@ from msgspec import Struct
 
 from engine.config import Config, resolve
 from engine.conversation.parts import read_messages
-from engine.errors import ConfigError, EngineError, RequestError, counted
+from engine.errors import ConfigError, EngineError, RequestError, Words, counted
 from engine.messages.control import Stats
 from engine.messages.reply import Chunk, TokenLogprob
 from engine.messages.request import Embed, Generate
@@ -83,6 +83,15 @@ def packed(ids: Sequence[Any]) -> bytes:
     except (TypeError, OverflowError) as error:
         message = f"a prompt is text, int32 token ids or chat messages, not {ids!r:.80} ({error})"
         raise RequestError(message, param="prompt") from None
+
+
+@contextmanager
+def naming(place: str) -> Iterator[None]:
+    """Tell errors as those of the prompt or the input at `place`, which is empty where there is one."""
+    try:
+        yield
+    except RequestError as error:
+        raise error.worded(Words().at(place, "prompt", "input") if place else Words()) from None
 
 
 class AsyncEngine:
@@ -148,8 +157,17 @@ class AsyncEngine:
             raise RequestError(
                 f"{counted(len(prompts), 'prompt')} and {len(each)} SamplingParams; give one for each, or one"
             )
-        requests = [to_request(*pair, priority, cache_salt) for pair in zip(prompts, each, strict=True)]
-        replies = await together(self._whole, requests)
+        places = [f"prompt[{index}]" for index in range(len(prompts))] if batch else [""]
+        requests = []
+        for place, given, own in zip(places, prompts, each, strict=True):
+            with naming(place):
+                requests.append((place, to_request(given, own, priority, cache_salt)))
+
+        async def one(asked: tuple[str, Generate]) -> Reply:
+            with naming(asked[0]):
+                return await self._whole(asked[1])
+
+        replies = await together(one, requests)
         return replies if batch else replies[0]
 
     async def embed(self, inputs: Sequence[str | Sequence[int]]) -> list[list[float]]:
@@ -160,14 +178,16 @@ class AsyncEngine:
         if isinstance(inputs, str):
             raise RequestError("embed takes a list of inputs, not one string; put it into a list", param="input")
 
-        async def one(given: str | Sequence[int]) -> list[float]:
-            text, ids = (given, None) if isinstance(given, str) else (None, packed(given))
-            (chunk,) = [chunk async for chunk in self.front.generate(Embed(uuid.uuid4().hex, text, ids))]
+        async def one(numbered: tuple[int, str | Sequence[int]]) -> list[float]:
+            index, given = numbered
+            with naming(f"input[{index}]"):
+                text, ids = (given, None) if isinstance(given, str) else (None, packed(given))
+                (chunk,) = [chunk async for chunk in self.front.generate(Embed(uuid.uuid4().hex, text, ids))]
             if chunk.finish == "abort":
                 raise RequestError("the request was aborted; send it again", code="aborted", status=409)
             return array("f", chunk.vector).tolist()
 
-        return await together(one, inputs)
+        return await together(one, list(enumerate(inputs)))
 
     async def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0, cache_salt: str = ""

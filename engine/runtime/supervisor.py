@@ -87,7 +87,9 @@ async def open_fronts(
     hub.on_stats.append(LoadLog().on_stats)
     actors, hub.scheduler = core_actors(config, hub, start, plugins, early.board.count)
     name = (*config.server.served_model_name, checkpoint.name())[0]
-    fronts = FrontProcesses(config, hub, early.board, early.sockets, early.start, name, early.folder)
+    fronts = FrontProcesses(
+        config, hub, early.board, listening=early.sockets, start=early.start, model_name=name, folder=early.folder
+    )
     log.info("%d front processes serve HTTP", early.board.count)
     async with supervise(*actors, fronts):
         yield fronts

@@ -61,6 +61,7 @@ class Scheduler:
         pages: int,
         page_size: int,
         slots: int,
+        *,
         max_model_len: int,
         max_step_tokens: int,
         policy: Policy,
@@ -88,8 +89,7 @@ class Scheduler:
         self._now = 0.0  # when the plan at hand is made
         self.steps = 0  # planned so far; of copies by any of them, so that a request may go from one to another
         self._prompt_tokens = self._cached_tokens = 0  # of requests that came to run, the second among the first
-        self._generated_tokens = self._retractions = 0
-        self._departures = 0  # of requests from the device
+        self._generated_tokens = self._retractions = self._departures = 0  # the last: of requests from the device
         self.live = live or LiveRequests(policy, self.cached, max_waiting, fronts)
         self._queue = self.live.queue
         self._start_afresh(CachePages(pages, page_size, held, copy * pages, tiers))

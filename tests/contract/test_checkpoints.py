@@ -426,6 +426,22 @@ def edit(path: Path, **changed: object) -> None:
     path.write_text(json.dumps(content | changed))
 
 
+@pytest.mark.parametrize(("kind", "size"), [("F4", 16), ("F6_E2M3", 24), ("F8_E4M3", 32)])
+def test_safetensors_says_that_numbers_of_under_a_byte_are_not_read(tmp_path, kind, size):
+    entry = {"a": {"dtype": kind, "shape": [4, 8], "data_offsets": [0, size]}}
+    head = json.dumps(entry).encode()
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + b"8" * size)
+    ((name, tensor),) = SafetensorsCheckpoint(tmp_path).tensors()
+    assert (name, tensor.shape) == ("a", (4, 8))
+    for index, shape in ((slice(None), (4, 8)), (slice(1, 2), (1, 8)), ((slice(None), slice(0, 4)), (4, 4))):
+        if kind == "F8_E4M3":
+            assert tensor[index].shape == shape and tensor[index].float().unique().tolist() == [1.0]
+        else:
+            with pytest.raises(ConfigError, match=rf"weight a has the type {kind}, .* use a checkpoint in BF16"):
+                tensor[index]
+
+
 def test_safetensors_text_settings(tmp_path, model, tokenizer):
     folder = write_safetensors(tmp_path, model, tokenizer)
     opened = SafetensorsCheckpoint.open(str(folder))

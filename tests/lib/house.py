@@ -144,7 +144,9 @@ async def open_house(
         sees = {"encoder_tokens": encoder_tokens, "embeddings": 4 * encoder_tokens}
         ready = WorkerReady(*sizes, 4, "none", "none", {}, embedding_size, recurrent=recurrent, **sees)
         makers = {GRAMMAR: Maker(to_compiler, kept=config.grammar.grammar_cache)}
-        house.scheduler = SchedulerActor(config, policy, scheduler_inbox, to_executor, makers, front)
+        house.scheduler = SchedulerActor(
+            config, policy, scheduler_inbox, executor=to_executor, makers=makers, front=front
+        )
         house.executor = FakeExecutor(ready, executor_inbox, to_scheduler, seconds)
         house.executor.answer = Answers(house.executor)
         started = {"start": compiler} if compiler else {}

@@ -58,6 +58,9 @@ class OddWeb:
     async def on_fresh(self, writer: asyncio.StreamWriter, rest: str) -> None:
         self._picture(writer, Cache_Control="public, max-age=60")
 
+    async def on_unkept(self, writer: asyncio.StreamWriter, rest: str) -> None:
+        self._picture(writer, Cache_Control="max-age=60\r\nCache-Control: no-store")
+
     async def on_wait(self, writer: asyncio.StreamWriter, rest: str) -> None:
         await self.go_on.wait()
         self._picture(writer)

@@ -33,6 +33,16 @@ def test_an_api_may_have_a_phrase_of_its_own() -> None:
     assert words.calling({}) is words
 
 
+def test_an_error_of_one_of_several_prompts_begins_with_its_place_unless_it_names_it() -> None:
+    words = Words({"max_tokens": "limit"}).at("text[3]", "prompt")
+    long = prompt_too_long(9, 4).worded(words)
+    assert long.param == "text[3]" and long.message.startswith("text[3]: the prompt has 9 tokens")
+    assert RequestError("{prompt} is empty", param="prompt", facts={}).worded(words).message == "text[3] is empty"
+    more = RequestError("{max_tokens} is 7", param="max_tokens", facts={}).worded(words.calling({"max_tokens": "cap"}))
+    assert (more.param, more.message) == ("cap", "text[3]: cap is 7")
+    assert RequestError("full; try again", status=503).worded(words).message == "full; try again"
+
+
 def test_a_name_of_the_client_takes_the_place_of_a_fact() -> None:
     error = RequestError("{input} is empty", param="input", facts={"input": "the input"})
     assert (error.message, error.worded(Words({"input": "documents[1]"})).message) == (

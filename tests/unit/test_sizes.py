@@ -1,4 +1,5 @@
-"""The house's measures: how long a function and a file may be, and that no function is written twice.
+"""The house's measures: how long a function and a file may be, that no function is written twice, and that arguments
+beyond a few are named.
 
 A function's lines are counted from its `def` to its end, without the docstring: what it does must fit a screen, what is
 said of it is prose. Decorators are not counted.
@@ -17,6 +18,11 @@ FILES = sorted(
 )
 FUNCTION, FILE = 50, 450  # lines, at most
 REPEATED = 3  # statements of a body, or more, that stand in one place only
+
+UNNAMED = 5  # arguments that a call may have without their names
+# Rooms whose functions compute with tensors: their arguments come in the order of a formula, or of a kernel.
+FORMULAS = tuple(f"engine/{room}/" for room in ("kernels", "layers", "worker", "parallel", "testing"))
+FORMULAS += tuple(f"plugins/{kind}/" for kind in ("attention", "models", "quantization"))
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -51,9 +57,20 @@ def repeats(sources: dict[str, str]) -> list[list[str]]:
     return [found for found in places.values() if len(found) > 1]
 
 
+def unnamed(source: str) -> list[str]:
+    """Functions that may be called with more than `UNNAMED` arguments without names, `self` not counted."""
+    found = []
+    for node, _ in functions(source):
+        names = [each.arg for each in (*node.args.posonlyargs, *node.args.args)]
+        if (count := len(names) - (names[:1] in (["self"], ["cls"]))) > UNNAMED:
+            found.append(f"{node.name} takes {count} arguments without names")
+    return found
+
+
 @pytest.mark.parametrize("path", FILES)
 def test_functions_and_files_are_short(path: str) -> None:
     source = (ROOT / path).read_text()
+    assert path.startswith(FORMULAS) or unnamed(source) == [], "put a * before those that are named"
     assert long_functions(source) == [], f"at most {FUNCTION}, without the docstring"
     assert len(source.splitlines()) <= FILE
 
@@ -68,6 +85,16 @@ def test_the_measures_find_what_is_too_long() -> None:
     assert long_functions(full + "    x = 1\n") == [f"f has {FUNCTION + 1} lines"]
     assert long_functions("async " + full + "\n    x = 1\n") == [f"f has {FUNCTION + 2} lines"]
     assert long_functions("@made(\n    1\n)\n" + full.replace("():", '():\n    """One.\n\n    Two."""')) == []
+
+
+def test_arguments_without_names_are_counted() -> None:
+    assert unnamed("class A:\n  def f(self, a, b, /, c, d, e, *more, g, h): pass") == []
+    found = ["f takes 6 arguments without names"]
+    assert (
+        unnamed("async def f(a, b, /, c, d, e, g): pass")
+        == unnamed("class A:\n  def f(cls, a, b, c, d, e, g): 1")
+        == found
+    )
 
 
 def test_repeats_are_found() -> None:

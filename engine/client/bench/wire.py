@@ -8,7 +8,7 @@ measure itself. Left out: redirects, compressed answers, trailers, several reque
 
 import asyncio
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter
 from typing import TypeVar, cast
 from urllib.parse import urlsplit
@@ -68,6 +68,15 @@ async def connected(make: Callable[[], Made], address: Address, seconds: float |
         said = error.strerror or type(error).__name__
         raise WorkerError(f"{address.host}:{address.port} takes no connection: {said}") from None
     return made
+
+
+def joined(headers: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """`headers` by names in lower case; the values of one name are one list (RFC 9110, 5.3)."""
+    found: dict[bytes, bytes] = {}
+    for name, value in headers:
+        low = name.lower()
+        found[low] = b"%b, %b" % (found[low], value) if low in found else value
+    return found
 
 
 class Answer:
@@ -151,15 +160,13 @@ class Connection(asyncio.Protocol):
         if not found:
             self._head = head
             return
-        first, *lines = head.decode("latin-1").split("\r\n")
-        fields = {
-            name.strip().lower(): value.strip().lower() for name, _, value in (line.partition(":") for line in lines)
-        }
-        answer.chunked = "chunked" in fields.get("transfer-encoding", "")
-        self._closes = "close" in fields.get("connection", "")
-        if not answer.chunked and (length := fields.get("content-length", "")).isdigit():
+        first, *lines = head.lower().split(b"\r\n")
+        fields = joined((name.strip(), value.strip()) for name, _, value in (line.partition(b":") for line in lines))
+        answer.chunked = b"chunked" in fields.get(b"transfer-encoding", b"")
+        self._closes = b"close" in fields.get(b"connection", b"")
+        if not answer.chunked and (length := fields.get(b"content-length", b"")).isdigit():
             self._left = int(length)
-        word = first.split(" ")[1:2]
+        word = first.split(b" ")[1:2]
         answer.status = int(word[0]) if word and word[0].isdigit() else 502
         if body or self._left == 0:
             self.data_received(body)

@@ -17,6 +17,7 @@ from engine.http.admin import experts
 from engine.http.fields import Rule, unserved
 from engine.http.keys import owner_of
 from engine.http.openapi import Route
+from engine.http.repeated import joined
 from engine.http.service import SERVICE
 from engine.http.wire import Body, Reply, json_response
 from engine.messages.questions import Profile
@@ -191,7 +192,7 @@ def probe_of(*, makes_vectors: bool) -> Job:
 async def metrics(request: web.Request) -> web.Response:
     """Give all figures in the format of Prometheus."""
     await experts.refresh(request.app[SERVICE])
-    body, content_type = request.app[SERVICE].metrics.page(request.headers.get("Accept", ""))
+    body, content_type = request.app[SERVICE].metrics.page(joined(request.headers, "Accept"))
     return web.Response(body=body, headers={"Content-Type": content_type})
 
 

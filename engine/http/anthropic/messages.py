@@ -294,7 +294,7 @@ async def messages(request: web.Request, body: MessagesBody) -> web.StreamRespon
     session = session_of(request, body.session_id)
     job = Generate(rid, messages=conversation, session=session, **options, **reading.job)
     reply = AnthropicReply(rid, service.model, reading)
-    opened = service.replies(request, rid, [job], "messages")
+    opened = service.replies(request, rid, [job], endpoint="messages")
     if body.stream:
         return await send_replies(request, opened, reply, failure=failure_event)
     async with opened as boxes:

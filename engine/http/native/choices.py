@@ -17,7 +17,7 @@ from engine.http.native.tokenize import texts_of
 from engine.http.openai.chat import ChatMessage, messages_of, template_options
 from engine.http.openapi import Route
 from engine.http.service import SERVICE, Service, program_of, salt_of
-from engine.http.sse import WORDS
+from engine.http.sse import WORDS, words_of
 from engine.http.tools import FEW_MESSAGES
 from engine.http.turns import TURNS
 from engine.http.wire import Body, Priority, Reply, json_response
@@ -115,7 +115,11 @@ async def planned_for(
 async def scored(request: web.Request, plans: Sequence[Plan], endpoint: str) -> list[Chunk]:
     """The replies to all requests of `plans`, in their order, once all have come."""
     jobs = [job for plan in plans for job in plan.jobs]
-    async with request.app[SERVICE].replies(request, jobs[0].rid, jobs, endpoint) as boxes:
+    places = [place for plan in plans for place in plan.places]
+    opened = request.app[SERVICE].replies(
+        request, jobs[0].rid, jobs, endpoint=endpoint, words=lambda number: words_of(request).at(places[number])
+    )
+    async with opened as boxes:
         replies = await whole(boxes)
         await request.app[TURNS].next()
     return replies

@@ -5,6 +5,7 @@ one request, or several replies to one, are answered with a list. Left out: audi
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 from uuid import uuid4
 
@@ -135,20 +136,27 @@ class GenerateReply(Reply, frozen=True):
 
 
 def words_of(body: GenerateBody, index: int | None = None) -> Words:
-    """How errors are told: by the path of a field in `body`, among the sampling_params of prompt `index` if there is a
-    list of them."""
-    place = "sampling_params" if index is None else sampling_place(body, index)
+    """How errors are told: by the path of a field in `body`, of prompt `index` where there is a list."""
+    place = "sampling_params" if index is None else path_of(body, "sampling_params", index)
     names = {name: f"{place}.{own}" for name, own in {**NATIVE.names, "n": "n"}.items()}
     prompt = "text" if body.text is not None else "input_ids"
     top = "top_logprobs_num"
     media = "image_data" if body.image_data or not body.video_data else "video_data"
+    if index is not None:
+        prompt, top, media = (path_of(body, name, index) for name in (prompt, top, media))
     own = {"logprobs": top, "prompt_logprobs": top, "grammar": place, "prompt": prompt, "messages": media}
     return Words({**names, **own})
 
 
-def sampling_place(body: GenerateBody, index: int) -> str:
-    """Where `body` has the sampling_params of prompt `index`."""
-    return f"sampling_params[{index}]" if isinstance(body.sampling_params, list) else "sampling_params"
+def prompt_words(body: GenerateBody, index: int) -> Words:
+    """How errors of prompt `index` of several are told: the prompt is named where its sampling_params do not."""
+    words = words_of(body, index)
+    return words.at(words.names["prompt"])
+
+
+def path_of(body: GenerateBody, name: str, index: int) -> str:
+    """Where `body` has the field `name` of prompt `index`, of a batch."""
+    return f"{name}[{index}]" if isinstance(getattr(body, name), list) else name
 
 
 async def generate(request: web.Request, body: GenerateBody) -> web.StreamResponse:
@@ -159,17 +167,16 @@ async def generate(request: web.Request, body: GenerateBody) -> web.StreamRespon
     params = spread(body.sampling_params, count, "sampling_params", NativeSampling())
     samples = samples_of(params)
     check_choices(count, samples, "text" if body.text is not None else "input_ids")
-    given = [NATIVE.given(each, f"{sampling_place(body, index)}.")[0] for index, each in enumerate(params)]
+    given = [NATIVE.given(each, f"{path_of(body, 'sampling_params', index)}.")[0] for index, each in enumerate(params)]
     check_expressions(given)
     scores = scores_of(body, count)
     rids = spread(body.rid, count, "rid", uuid4().hex)
-    for each in rids:
-        check_id(each, "rid")
+    for index, each in enumerate(rids):
+        check_id(each, path_of(body, "rid", index))
     checked = []
-    for index, (one, fields, score) in enumerate(zip(params, given, scores, strict=True)):
-        place = sampling_place(body, index)
+    for index, asks in enumerate(zip(params, given, scores, strict=True)):
         try:
-            checked.append(native_sampling(one, fields, score, place))
+            checked.append(native_sampling(*asks, path_of(body, "sampling_params", index)))
         except RequestError as error:
             raise error.worded(words_of(body, index)) from None
         await anyio.lowlevel.checkpoint()  # a check may take milliseconds, and there may be a thousand
@@ -181,7 +188,7 @@ async def generate(request: web.Request, body: GenerateBody) -> web.StreamRespon
             each,
             sampling,
             text=prompt if isinstance(prompt, str) else None,
-            ids=None if isinstance(prompt, str) else pack_ids(prompt, "input_ids"),
+            ids=None if isinstance(prompt, str) else pack_ids(prompt, f"input_ids[{index}]" if batch else "input_ids"),
             priority=body.priority or 0,
             default_max_tokens=MAX_NEW_TOKENS,
             cache_salt=salt_of(body.cache_salt),
@@ -190,7 +197,9 @@ async def generate(request: web.Request, body: GenerateBody) -> web.StreamRespon
             session=session,
             shown=seen,
         )
-        for each, prompt, sampling, score, seen in zip(rids, prompts, checked, scores, shown, strict=True)
+        for index, (each, prompt, sampling, score, seen) in enumerate(
+            zip(rids, prompts, checked, scores, shown, strict=True)
+        )
     ]
     named = sampled(asked, samples)
     whose = [score for score in scores for _ in range(len(named) // count)]
@@ -198,9 +207,9 @@ async def generate(request: web.Request, body: GenerateBody) -> web.StreamRespon
     owner = owner_of(request)
     jobs = [msgspec.structs.replace(job, rid=rid_of(owner, job.rid)) for job in named]
     rid = uuid4().hex if isinstance(body.rid, list) else rids[0]
-    stream = bool(body.stream)
+    stream, words = bool(body.stream), partial(prompt_words, body) if batch else None
     async with request.app[SERVICE].claimed([job.rid for job in jobs] if body.rid is not None else ()):
-        return await answer(request, rid, jobs, reply, endpoint="generate", stream=stream, samples=samples)
+        return await answer(request, rid, jobs, reply, endpoint="generate", stream=stream, samples=samples, words=words)
 
 
 def samples_of(params: Sequence[NativeSampling]) -> int:
@@ -243,11 +252,10 @@ def scores_of(body: GenerateBody, count: int) -> list[Scores]:
     wanted = spread(body.return_logprob, count, "return_logprob", False)
     starts = spread(body.logprob_start_len, count, "logprob_start_len", -1)
     tops = spread(body.top_logprobs_num, count, "top_logprobs_num", 0)
-    for start in starts:
+    for index, start in enumerate(starts):
         if start < -1:
-            raise RequestError(
-                f"logprob_start_len is {start}; it must be -1 (none of the prompt) or more", param="logprob_start_len"
-            )
+            name = path_of(body, "logprob_start_len", index)
+            raise RequestError(f"{name} is {start}; it must be -1 (none of the prompt) or more", param=name)
     text = bool(body.return_text_in_logprobs)
     return [Scores(*each, text) for each in zip(wanted, starts, tops, strict=True)]
 

@@ -26,6 +26,7 @@ from engine.http.service import (
     session_of,
     told_apart,
 )
+from engine.http.sse import words_of
 from engine.http.wire import TokenId
 from engine.messages.request import Generate
 from engine.params.sampling import COMPLETIONS
@@ -66,12 +67,13 @@ async def completions(request: web.Request, body: CompletionBody) -> web.StreamR
     session = session_of(request, body.session_id)
     prompts = prompts_of(body.prompt)
     check_choices(len(prompts), 1 if body.n is None else body.n)
+    places = [f"prompt[{index}]" for index in range(len(prompts))] if len(prompts) > 1 else ["prompt"]
     jobs = [
         Generate(
             rid,
             sampling,
             text=prompt if isinstance(prompt, str) else None,
-            ids=None if isinstance(prompt, str) else pack_ids(prompt, "prompt"),
+            ids=None if isinstance(prompt, str) else pack_ids(prompt, place),
             priority=body.priority or 0,
             default_max_tokens=COMPLETION_MAX_TOKENS,
             cache_salt=salt,
@@ -82,7 +84,7 @@ async def completions(request: web.Request, body: CompletionBody) -> web.StreamR
             tell_prompt=bool(body.return_token_ids),
             session=session,
         )
-        for prompt in prompts
+        for prompt, place in zip(prompts, places, strict=True)
     ]
     wording = Wording(
         chat=False,
@@ -90,7 +92,8 @@ async def completions(request: web.Request, body: CompletionBody) -> web.StreamR
         prompt_logprobs=about_prompt is not None,
         echo=bool(body.echo),
     )
-    return await complete(request, body, jobs, wording)
+    words = None if len(prompts) == 1 else lambda number: words_of(request).at(places[number], "prompt")
+    return await complete(request, body, jobs, wording, words=words)
 
 
 def prompts_of(prompt: str | list[int | str | list[int]]) -> list[str | list[int]]:

@@ -233,7 +233,7 @@ async def decisions(request: web.Request, body: DecisionsBody) -> web.Response:
     """Answer questions about an input."""
     service = request.app[SERVICE]
     service.check_model(body.model)
-    request[WORDS] = Words({"prompt": "input", "messages": "input"})
+    request[WORDS] = words = Words({"prompt": "input", "messages": "input"})
     questions = [question_of(each, f"questions[{index}]") for index, each in enumerate(body.questions)]
     check_questions(questions)
     rid = f"decision-{uuid4().hex}"
@@ -244,16 +244,19 @@ async def decisions(request: web.Request, body: DecisionsBody) -> web.Response:
     plans = []
     async with showing(service.front.media, rid, messages_of(body.input)) as (messages, media):
         for number, question in enumerate(questions):
-            job = job_of(messages, question)
-            plans.append(await planned_for(service, job, question.texts, f"{rid}-{number}", media=media, **fields))
+            job, texts, place = job_of(messages, question), question.texts, f"questions[{number}]"
+            own = fields | {"media": media, "places": [place] * len(texts)}
+            try:
+                plans.append(await planned_for(service, job, texts, f"{rid}-{number}", **own))
+            except RequestError as error:
+                raise error.worded(words.at(place)) from None
             await anyio.lowlevel.checkpoint()  # each may take milliseconds, and there may be hundreds
         replies = await scored(request, plans, "decisions")
     answers, owns, at = [], [], 0
     for asked, question, plan in zip(body.questions, questions, plans, strict=True):
-        own = replies[at : at + len(plan.jobs)]
-        at += len(own)
-        answers.append(answer_of(asked, question, question.probabilities(plan.read(own))))
-        owns.append(own)
+        owns.append(replies[at : at + len(plan.jobs)])
+        at += len(plan.jobs)
+        answers.append(answer_of(asked, question, question.probabilities(plan.read(owns[-1]))))
     return json_response(DecisionReply(answers, body.model or service.models[0], usage_of(owns)))
 
 

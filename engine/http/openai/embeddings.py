@@ -18,12 +18,13 @@ import anyio
 from aiohttp import web
 from msgspec import UNSET, Meta, UnsetType
 
-from engine.errors import RequestError, Words, counted
+from engine.errors import RequestError, counted
 from engine.http.fields import LABEL, Rule, unserved
 from engine.http.keys import owner_of
 from engine.http.openapi import Route
 from engine.http.request_id import called
 from engine.http.service import SERVICE, Service, check_kept, pack_ids, told_apart
+from engine.http.sse import OURS
 from engine.http.wire import Body, Priority, Reply, TokenId, json_response
 from engine.messages.reply import Chunk
 from engine.messages.request import Embed
@@ -256,7 +257,7 @@ async def vectors_of(
             try:
                 chunks[name] = await anext(stream)
             except RequestError as error:
-                raise error.worded(Words({"input": name, "prompt": name})) from None
+                raise error.worded(OURS.at(name, "input", "prompt")) from None
         if chunks[name].finish == "abort":
             message = "the request was ended by /abort_request; send it again"
             raise RequestError(message, code="aborted", status=409)

@@ -7,7 +7,7 @@ log-probabilities costs one string escape and one join.
 
 import time
 from array import array
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Literal
 
 import msgspec
@@ -16,7 +16,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from engine.conversation.parsers import Parsed, assembled
 from engine.conversation.reading import NOTHING, Reader, Reading
-from engine.errors import RequestError
+from engine.errors import RequestError, Words
 from engine.http.openai.bodies import SamplingBody, StreamOptions
 from engine.http.openai.logprobs import (
     ChatLogprobs,
@@ -206,8 +206,11 @@ async def complete(
     prompts: list[Generate],
     wording: Wording,
     reading: Reading = NOTHING,
+    *,
+    words: Callable[[int], Words] | None = None,
 ) -> web.StreamResponse:
-    """Answer with `body.n` replies to each of `prompts`, worded as `wording` and the stream's options say."""
+    """Answer with `body.n` replies to each of `prompts`, worded as `wording` and the stream's options say. Errors of a
+    prompt are told in the `words` for its number."""
     options = body.stream_options or StreamOptions()
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options needs stream: true", param="stream_options")
@@ -223,7 +226,9 @@ async def complete(
     )
     reply = OpenAIReply(rid, request.app[SERVICE].model, wording, reading)
     endpoint = "chat" if wording.chat else "completions"
-    return await answer(request, rid, jobs, reply, endpoint=endpoint, stream=bool(body.stream), samples=samples)
+    return await answer(
+        request, rid, jobs, reply, endpoint=endpoint, stream=bool(body.stream), samples=samples, words=words
+    )
 
 
 class OpenAIReply:

@@ -19,6 +19,7 @@ from msgspec.structs import asdict
 from engine.errors import RequestError
 from engine.http.openapi import Route
 from engine.http.origins import is_local
+from engine.http.repeated import joined
 from engine.http.service import SERVICE
 from engine.http.sse import data_event, send_events
 from engine.http.wire import Reply, to_json
@@ -143,7 +144,8 @@ async def live_events(request: web.Request) -> web.StreamResponse:
 def check_near(request: web.Request, *, keyed: bool) -> None:
     """Raise RequestError (403) for who is on another machine, unless the server asks for keys: then who comes here has
     sent one."""
-    if keyed or ((not request.remote or is_local(request.remote)) and not any(map(request.headers.get, FORWARDED))):
+    forwarded = any(joined(request.headers, name) for name in FORWARDED)
+    if keyed or (not forwarded and (not request.remote or is_local(request.remote))):
         return
     raise RequestError(
         "the live view shows what others have sent, so without API keys only this machine may see it; start the "

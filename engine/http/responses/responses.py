@@ -111,7 +111,7 @@ async def create(request: web.Request, body: ResponsesBody) -> web.StreamRespons
         store.run(response, _generate(service, owner, called(request, response.id), job), words_of(request))
         return await _follow(request, response) if body.stream else json_response(response.object())
     recorded = Recorded(response, store if keep else None)
-    opened = service.replies(request, response.id, [job], "responses")
+    opened = service.replies(request, response.id, [job], endpoint="responses")
     if body.stream:
         return await send_replies(request, opened, recorded, failure=recorded.events.failure)
     async with opened as (box,):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 OTHERS = ("adapter_", "consolidated")  # files that are no weights of transformers' models
 PROCESSORS = {"image_processor": "preprocessor_config.json", "video_processor": "video_preprocessor_config.json"}
+SHORT = ("F4", "F6")  # types whose numbers take less than a byte begin so
 BLOCK = 32  # weights that the kernels take at a time
 # embedded name: package, folder in it, how to get it
 EMBEDDED = {
@@ -291,8 +292,16 @@ class SafetensorsLazyTensor:
         return tuple(self._file.get_slice(self._name).get_shape())
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> "torch.Tensor":
+        """Raises ConfigError for a type that torch does not have, or whose numbers take less than a byte: two of F4 are
+        one of torch's, and the library cuts it as if they were one each."""
+        stored = self._file.get_slice(self._name)
+        if (kind := stored.get_dtype()).startswith(SHORT):
+            raise ConfigError(
+                f"weight {self._name} has the type {kind}, and numbers of under 8 bits cannot be read; use a "
+                "checkpoint in BF16, F16 or FP8, or convert it to one"
+            )
         try:
-            return self._file.get_slice(self._name)[index]
+            return stored[index]
         except SafetensorError as error:  # a type that torch does not have
             raise ConfigError(f"weight {self._name} cannot be read: {error}") from error
 

@@ -333,7 +333,16 @@ async def test_a_lost_worker_fails_what_ran_and_serves_what_waited() -> None:
 
 def scheduler(slots: int = 8, max_step_tokens: int = 16, max_model_len: int = 100) -> Scheduler:
     """With no pages at all, as an encoder has it."""
-    return Scheduler(0, 4, slots, max_model_len, max_step_tokens, FirstComeFirstServed(), True, 100)
+    return Scheduler(
+        0,
+        4,
+        slots,
+        max_model_len=max_model_len,
+        max_step_tokens=max_step_tokens,
+        policy=FirstComeFirstServed(),
+        prefix_cache=True,
+        max_waiting=100,
+    )
 
 
 def asking(rid: str, length: int, priority: int = 0) -> Admit:

@@ -80,7 +80,7 @@ REFUSED = [
     (TEXT, {"prompt": []}, "prompt", "at least one token id"),
     (TEXT, {"prompt": ["a", 1]}, "prompt", "mixes"),
     (TEXT, {"prompt": [["a"]]}, "prompt[0][0]", "got `str`"),
-    (TEXT, {"prompt": ["a", []]}, "prompt", "at least one token id"),
+    (TEXT, {"prompt": ["a", []]}, "prompt[1]", "at least one token id"),
     (TEXT, {"prompt": ["a"] * 9, "n": 128}, "n", "9 prompts with 128 replies each are over the 1024"),
     (TEXT, {"prompt": [1, -2]}, "prompt[1]", ">= 0"),
     (TEXT, {"prompt": "x", "top_p": 0}, "top_p", "above 0 and at most 1"),

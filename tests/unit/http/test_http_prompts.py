@@ -19,6 +19,7 @@ from engine.params.lengths import ANTHROPIC_PHRASES, prompt_too_long, reply_too_
 
 pytestmark = pytest.mark.anyio
 CHAT, TEXT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"
+DECISIONS = "/v1/decisions"
 GREEDY = {"temperature": 0}
 Counts = st.integers(1, 2**31)
 
@@ -130,6 +131,37 @@ async def test_words_that_other_software_looks_for() -> None:
             error = answer["error"]
             assert (status, error["param"], error["code"]) == (400, param, "context_length_exceeded"), (path, answer)
             assert says in error["message"], error["message"]
+        await site.house.settled()
+
+
+OWN = "sampling_params"
+SOME = ["a", "b"]
+SURE = {"type": "choice", "instructions": "Which?", "choices": [{"value": "a"}, {"value": "b"}]}
+OF_SEVERAL: list[tuple[str, dict[str, Any], str, str]] = [
+    (TEXT, {"prompt": ["a", LONG]}, "prompt[1]", "prompt[1]: the prompt has 5000 tokens"),
+    (TEXT, {"prompt": ["a", [1, 300]], "n": 2}, "prompt[1]", "prompt[1]: token id 300 is outside"),
+    (TEXT, {"prompt": ["a", ""]}, "prompt[1]", "the prompt[1] is empty"),
+    (TEXT, {"prompt": ["a", LONG[:100]], "max_tokens": 4090}, "max_tokens", "prompt[1]: the prompt has 100 tokens and"),
+    ("/generate", {"text": ["a", LONG]}, "text[1]", "text[1]: the prompt has 5000 tokens"),
+    ("/generate", {"input_ids": [[1], [1] * 5000], "stream": True}, "input_ids[1]", "input_ids[1]: the prompt has"),
+    ("/generate", {"input_ids": [[1], []]}, "input_ids[1]", "input_ids[1] is an empty list"),
+    ("/generate", {"text": SOME, OWN: [{}, {"max_new_tokens": 5000}]}, f"{OWN}[1].max_new_tokens", "text[1]: "),
+    ("/generate", {"text": SOME, OWN: [{}, {"logit_bias": {"300": 1}}]}, f"{OWN}[1].logit_bias", "text[1]: "),
+    ("/generate", {"text": SOME, "logprob_start_len": [0, -2]}, "logprob_start_len[1]", "logprob_start_len[1] is -2"),
+    ("/generate", {"text": SOME, "rid": ["a", "é"]}, "rid[1]", "rid[1] is 'é'"),
+    ("/v1/choices", {"choices": ["a", LONG], "prompt": "x"}, "prompt", "choices[1]: the prompt has"),
+    (DECISIONS, {"input": "x", "questions": [SURE, {**SURE, "instructions": LONG}]}, "input", "questions[1]: "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "fields", "param", "says"), OF_SEVERAL)
+async def test_an_error_names_which_of_several_prompts_it_is_of(
+    path: str, fields: dict[str, Any], param: str, says: str
+) -> None:
+    async with open_site() as site:
+        status, answer = await site.post(path, fields)
+        assert (status, answer["error"]["param"]) == (400, param), answer
+        assert answer["error"]["message"].startswith(says)
         await site.house.settled()
 
 

@@ -99,6 +99,8 @@ async def test_an_allowed_host_is_fetched_from_through_redirects() -> None:
         assert await read(f"{web.url}/to//picture", media_hosts=("127.0.0.0/8",)) == PICTURE
         fresh = await Sources(MediaOptions(media_hosts=LOOPBACK)).read(f"{web.url}/fresh", "image")
         assert (fresh.data, fresh.fresh) == (PICTURE, 60.0)
+        unkept = await Sources(MediaOptions(media_hosts=LOOPBACK)).read(f"{web.url}/unkept", "image")
+        assert (unkept.data, unkept.fresh) == (PICTURE, 0.0)
 
 
 @pytest.mark.parametrize(

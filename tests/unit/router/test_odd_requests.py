@@ -11,8 +11,9 @@ from http_raw import dial, post, until_closed
 from routed import RawWorker, Script, chunk, raw_worker, routing, says, until, whole
 
 from engine.errors import ConfigError, WorkerError
+from engine.router.dispatch import PATIENCE
 from engine.router.policy import Arrival, Choice, RoutingPolicy, View
-from engine.router.wire import Chunks
+from engine.router.wire import Chunks, Head
 from engine.router.workers import named
 
 pytestmark = pytest.mark.anyio
@@ -50,6 +51,30 @@ async def test_a_request_is_framed_anew_however_it_was_framed() -> None:
         for head, body in worker.asked:
             assert head.lower().count(b"content-length:") == 1 and b"Content-Length: %d\r\n" % len(body) in head
         assert not any(word in heads[0].lower() for word in (b"transfer-encoding", b"expect", b"x-mine", b"trailer"))
+
+
+async def test_each_connection_header_names_what_is_not_passed_on() -> None:
+    ours = b"Connection: \xff, x-a\r\nX-A: 1\r\nX-B: 1\r\nX-C: 1\r\nConnection: keep-alive\r\nconnection: X-B"
+    said = b"HTTP/1.1 200 OK\r\nX-A: 1\r\nX-B: 1\r\nX-C: 1\r\nConnection: x-a\r\nConnection: close, X-B"
+    framed = b"\r\nConnection: transfer-encoding\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"
+    async with raw_worker(raw(said + framed)) as worker, routing(worker.url) as (url, _), dial(url) as client:
+        await client.send(b"GET /a HTTP/1.1\r\nHost: localhost\r\n%b, close\r\n\r\n" % ours)
+        head, _, body = (await until_closed(client)).partition(b"\r\n\r\n")
+        for passed in (head, worker.asked[0][0]):
+            assert b"X-C: 1" in passed and b"X-A" not in passed and b"X-B" not in passed
+        assert body == b"2\r\nok\r\n0\r\n\r\n" and b"Transfer-Encoding: chunked" in head
+    assert Head.read(said).closes and not Head.read(said.replace(b"close", b"close-not")).closes
+
+
+@pytest.mark.parametrize("name", [b"Authorization", b"x-api-key", PATIENCE.encode()])
+async def test_what_is_no_list_is_refused_when_it_comes_twice(name: bytes) -> None:
+    twice = (name + b": Bearer 1", name + b": Bearer 2")
+    async with raw_worker(says(b"{}")) as worker, routing(worker.url) as (url, _), dial(url) as client:
+        path = "/v1/completions" if name == PATIENCE.encode() else "/flush_cache"
+        status, _, said = await answered(client, post(b"{}", *twice, path=path))
+        assert (status, said["error"]["param"]) == (400, name.decode()) and "comes 2 times" in said["error"]["message"]
+        assert not worker.asked
+        assert (await answered(client, post(b"{}", b"Authorization: Bearer 1", path="/flush_cache")))[0] == 200
 
 
 @pytest.mark.parametrize(

@@ -445,6 +445,12 @@ async def test_the_split_engine_leaves_no_process() -> None:
             with pytest.raises(RequestError, match="priority is"):
                 await anext(engine.stream("a", priority=priority))  # type: ignore[arg-type]
         assert (await engine.generate("a", SamplingParams(temperature=0, max_tokens=2))).text == "bc"
+        for wrong in (["a", [1, 1.5]], ["a", [1, 1 << 20]]):  # before it is sent, and by the tokenizer
+            with pytest.raises(RequestError, match=r"^prompt\[1\]: ") as refused:
+                await engine.generate(wrong)
+            assert refused.value.param == "prompt[1]"
+        with pytest.raises(RequestError, match=r"^token id 1048576"):
+            await engine.generate([1, 1 << 20])
     assert children(os.getpid()) == before
 
 

@@ -29,7 +29,9 @@ async def started(to_executor: Outbox[ToExecutor], **options: str) -> tuple[Sche
     """A scheduler whose worker is ready and has tiers, not running yet, and what leads to it."""
     config = resolve({"model": "echo", "page_size": 4, **options})
     (to_scheduler, inbox), (front, _) = open_channel(), open_channel()
-    actor = SchedulerActor(config, make_policy(Plugins.load(()), "fcfs"), inbox, to_executor, {}, front)
+    actor = SchedulerActor(
+        config, make_policy(Plugins.load(()), "fcfs"), inbox, executor=to_executor, makers={}, front=front
+    )
     await to_scheduler.send(
         WorkerReady(512, 4, 16, 4096, 2048, 257, 4, "none", "none", {}, host_pages=256, stores=True)
     )

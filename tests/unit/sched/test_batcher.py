@@ -58,7 +58,8 @@ class Bench:
         tiers=None,
     ):  # fmt: skip
         self.scheduler = Scheduler(
-            pages, page_size, slots, max_model_len, max_step_tokens, POLICIES[policy](), prefix_cache, max_waiting,
+            pages, page_size, slots, max_model_len=max_model_len, max_step_tokens=max_step_tokens,
+            policy=POLICIES[policy](), prefix_cache=prefix_cache, max_waiting=max_waiting,
             drafts=burst - 1, fronts=fronts,
             chunks=ChunkRule(max_step_tokens, lanes, attention, least=2) if lanes > 1 else None,
             tiers=tiers,

@@ -124,7 +124,8 @@ class AnythingHappens(RuleBasedStateMachine):
         self.most = most
         burst = min(burst, budget) if lanes == 1 else 1
         self.scheduler = Watched(
-            pages, page_size, slots, 24, budget, LongestPrefixMatch(), prefix_cache, 1000, drafts=burst - 1,
+            pages, page_size, slots, max_model_len=24, max_step_tokens=budget,
+            policy=LongestPrefixMatch(), prefix_cache=prefix_cache, max_waiting=1000, drafts=burst - 1,
             chunks=ChunkRule(budget, lanes, 0.0, least=2) if lanes > 1 else None, held=self.held,
         )  # fmt: skip
         self.device = SimulatedDevice(pages, page_size, slots, budget, burst)
@@ -226,7 +227,20 @@ TestAnything.settings = settings(max_examples=80, stateful_step_count=30, deadli
 def test_the_next_turn_names_what_a_reply_has_left() -> None:
     log = CacheLog()
     held = HeldBlocks(log)
-    scheduler, device = Scheduler(16, 4, 2, 100, 100, LongestPrefixMatch(), True, 10, held=held), FakeDevice()
+    scheduler, device = (
+        Scheduler(
+            16,
+            4,
+            2,
+            max_model_len=100,
+            max_step_tokens=100,
+            policy=LongestPrefixMatch(),
+            prefix_cache=True,
+            max_waiting=10,
+            held=held,
+        ),
+        FakeDevice(),
+    )
     first = list(range(10))
     scheduler.admit(Admit("first", array("i", first).tobytes(), sampling(0), (), 7, blocks=blocks_of(first, "")))
     while (plan := scheduler.plan()) is not None:

@@ -35,8 +35,9 @@ class CopiesBench(Bench):
     ):  # fmt: skip
         super().__init__(depth=depth)
         self.scheduler = Copies(
-            copies, pages, page_size, slots, max_model_len, max_step_tokens, POLICIES[policy](), prefix_cache,
-            max_waiting, fronts=fronts, held_steps=held_steps, busy_rows=busy_rows,
+            copies, pages, page_size, slots=slots, max_model_len=max_model_len, max_step_tokens=max_step_tokens,
+            policy=POLICIES[policy](), prefix_cache=prefix_cache,
+            max_waiting=max_waiting, fronts=fronts, held_steps=held_steps, busy_rows=busy_rows,
             chunks=ChunkRule(max_step_tokens, lanes, attention, least=2) if lanes > 1 else None,
         )  # fmt: skip
         self.device = SimulatedCopies(copies, pages, page_size, slots, max_step_tokens)
@@ -184,7 +185,17 @@ def test_each_front_is_told_of_all_its_requests_and_no_others(data, fronts, copi
 
 
 def test_vectors_come_from_the_copy_that_made_them():
-    scheduler = Copies(2, 0, 4, 4, 100, 20, FirstComeFirstServed(), True, 100)
+    scheduler = Copies(
+        2,
+        0,
+        4,
+        slots=4,
+        max_model_len=100,
+        max_step_tokens=20,
+        policy=FirstComeFirstServed(),
+        prefix_cache=True,
+        max_waiting=100,
+    )
     for index in range(4):
         ids = array("i", [index] * (index + 3)).tobytes()
         scheduler.admit(Admit(f"r{index}", ids, sampling(0), (), 0))
@@ -213,7 +224,17 @@ def test_who_cannot_go_on_is_found_in_its_copy():
 def test_a_decode_step_calls_no_more_for_many_rows_than_for_few():
     calls = []
     for rows in (2, 256):
-        scheduler = Copies(2, 64 * rows, 16, rows, 1000, 4096, FirstComeFirstServed(), True, rows)
+        scheduler = Copies(
+            2,
+            64 * rows,
+            16,
+            slots=rows,
+            max_model_len=1000,
+            max_step_tokens=4096,
+            policy=FirstComeFirstServed(),
+            prefix_cache=True,
+            max_waiting=rows,
+        )
         for index in range(rows):
             ids = array("i", [index, *range(2)]).tobytes()
             scheduler.admit(Admit(str(index), ids, sampling(0), (), 900))

@@ -479,7 +479,18 @@ def test_a_scan_leaves_what_is_asked_for_again_in_the_host():
 
 def test_each_copy_of_attention_has_tiers_of_its_own():
     tiers = TierOptions(90, "write-through", False, 1, 1)
-    scheduler = Copies(2, 11, 4, 4, 1000, 64, POLICIES["fcfs"](), True, 100, tiers=tiers)
+    scheduler = Copies(
+        2,
+        11,
+        4,
+        slots=4,
+        max_model_len=1000,
+        max_step_tokens=64,
+        policy=POLICIES["fcfs"](),
+        prefix_cache=True,
+        max_waiting=100,
+        tiers=tiers,
+    )
     device = SimulatedCopies(2, 11, 4, 4, 64)
     below = [SimulatedTiers(each, 90) for each in device.devices]
     moves, cached = Moves(scheduler.copies), {}

@@ -91,7 +91,16 @@ class Device:
     """A scheduler and its runner, two steps in flight."""
 
     def __init__(self) -> None:
-        self.scheduler = Scheduler(PAGES, PAGE, SLOTS, LONGEST, 7, FirstComeFirstServed(), True, 100)
+        self.scheduler = Scheduler(
+            PAGES,
+            PAGE,
+            SLOTS,
+            max_model_len=LONGEST,
+            max_step_tokens=7,
+            policy=FirstComeFirstServed(),
+            prefix_cache=True,
+            max_waiting=100,
+        )
         build = Build(
             dtype=torch.float32, device=CPU, page_size=PAGE, max_model_len=LONGEST, attention_backend=no_attention
         )

@@ -20,7 +20,7 @@ from engine.layers.batch import Mirror
 from engine.runtime.core import PLANS
 mirror = Mirror(2, torch.device("cpu"))
 hosts = {mirror.host().ctypes.data for _ in range(50)}
-actor = SchedulerActor(Config(model=ModelOptions(model="echo")), *[None] * 3, {}, None)
+actor = SchedulerActor(Config(model=ModelOptions(model="echo")), None, None, executor=None, makers={}, front=None)
 print(len(hosts), Backend.steps_in_flight, PLANS, actor.credits)
 """
 
@@ -32,9 +32,9 @@ def test_another_number_sizes_all_that_steps_take_turns_in() -> None:
 
 
 def test_each_stage_of_a_pipeline_has_a_step_more() -> None:
-    nothing: list[Any] = [None] * 3
+    nothing: Any = None
     for stages in (1, 2, 5):
         config = Config(model=ModelOptions(model="echo"), parallel=ParallelOptions(pp=stages))
-        actor = SchedulerActor(config, *nothing, {}, nothing[0])
+        actor = SchedulerActor(config, nothing, nothing, executor=nothing, makers={}, front=nothing)
         assert actor.most_credits == steps_in_flight(stages) == STEPS_IN_FLIGHT + stages - 1
         assert actor.credits == stages + 1
