@@ -225,10 +225,8 @@ async def complete(
         continuous_usage=bool(options.continuous_usage_stats),
     )
     reply = OpenAIReply(rid, request.app[SERVICE].model, wording, reading)
-    endpoint = "chat" if wording.chat else "completions"
-    return await answer(
-        request, rid, jobs, reply, endpoint=endpoint, stream=bool(body.stream), samples=samples, words=words
-    )
+    place, stream = "chat" if wording.chat else "completions", bool(body.stream)
+    return await answer(request, rid, jobs, reply, endpoint=place, stream=stream, samples=samples, words=words)
 
 
 class OpenAIReply:
