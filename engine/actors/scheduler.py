@@ -9,13 +9,14 @@ host. Paused, it plans nothing; what is in flight ends, and only then is the Pau
 import logging
 import time
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import anyio
 import msgspec
 from msgspec.structs import replace
 
+from engine.actors.deadlines import Deadlines
 from engine.actors.looking import Looking, channels_to
 from engine.actors.opening import Maker, room_for, scheduler_for
 from engine.cache.blocks import HeldBlocks
@@ -104,7 +105,7 @@ class SchedulerActor:
         self._following: list[FollowCache] = []  # not answered yet
         self.moves: Moves | None = None  # where there are tiers below the device
         self.tiers: TierStats | None = None  # their figures, as they were told last
-        self._wanted: dict[int, float] = {}  # needs for pages, and until when they are waited for
+        self._wanted = Deadlines()  # of needs for pages
         self.looking = Looking(0 if (sizes := tier_sizes(config.cache)) is None else sizes.store)
         # Whose turn it is to plan and to send: plans and moves leave in the order in which they were made, also where
         # the executor has no room for the next one.
@@ -112,22 +113,20 @@ class SchedulerActor:
         self.step_seconds = array("f")
         self.make_seconds: dict[str, array[float]] = {}  # by kind
         self.idle_seconds = 0.0
-        self.restarts = 0
-        self.restart_seconds = 0.0  # of the last one
+        self.restarts, self.restart_seconds = 0, 0.0  # of the last one
         self._lost_at = 0.0  # when the worker died that is being replaced
         self._checked = True
-        self._told = False  # that a tier fails
 
     async def run(self) -> None:
         async with anyio.create_task_group() as group:
             group.start_soon(self._heartbeat)
+            group.start_soon(self._give_up_waiting)
             async for first in self.inbox:
                 async with self._turn:
                     for message in received(self.inbox, first):
                         await self._handle(message)
                     await self._fill_credits()
-                    if self.moves is not None:
-                        await self._send_moves(self.moves)
+                    await self._send_moves()
                 if self._following:
                     await self._tell_followers()
             group.cancel_scope.cancel()
@@ -147,11 +146,16 @@ class SchedulerActor:
                 self.looking.planned(plan)
             await self.executor.send(plan)
 
-    async def _send_moves(self, moves: Moves) -> None:
-        """Let those go on who wait for no page any longer; then send what comes after all plans that are sent."""
+    async def _send_moves(self, late: Sequence[int] = ()) -> None:
+        """Let those go on who wait for no page any longer, as `late` needs do; then send what comes after all plans."""
+        if (moves := self.moves) is None:
+            return
+        if late:
+            moves.give_up(*late)
+            await self._fill_credits()
+        self._wanted.shorten(moves.patience())
         while settled := moves.settled():
             for number in settled:
-                self._wanted.pop(number, None)
                 await self._pass_on(self.room.settle(number))
             await self._fill_credits()
         if self.worker in RUNNING:
@@ -213,11 +217,10 @@ class SchedulerActor:
             return await self._pass_on(self.room.admit(admit))
         admit = self.moves.named(admit)
         due = self.room.admit(replace(admit, needs=(*admit.needs, Need(PAGES, admit.rid.encode()))))
-        for make in due.makes:
-            if make.kind == PAGES:
-                self._wanted[make.number] = time.monotonic() + patience(admit)
-                self.moves.want(make.number, admit)
-        due.makes = [make for make in due.makes if make.kind != PAGES]
+        for make in [make for make in due.makes if make.kind == PAGES]:
+            due.makes.remove(make)
+            self._wanted.set(make.number, patience(admit))
+            self.moves.want(make.number, admit)
         await self._pass_on(due)
 
     async def _made(self, made: Made) -> None:
@@ -229,8 +232,7 @@ class SchedulerActor:
     def _moved(self, message: Moved) -> None:
         assert self.moves is not None, "a page moved, but there are no tiers"
         self._checked = False
-        if (cause := self.moves.moved(message)) and not self._told:
-            self._told = True
+        if cause := self.moves.moved(message):
             log.warning("pages of lower tiers are computed again, as here: %s; /metrics counts them", cause)
 
     def _end_programs(self, message: EndPrograms) -> None:
@@ -408,20 +410,20 @@ class SchedulerActor:
             await self._send_stats()
             if self._following:
                 await self._tell_followers(all=True)
-            if self.moves is not None and (self.moves.tick(time.monotonic()) or self._wanted):
+            if self.moves is not None and self.moves.tick(time.monotonic()):  # a store is offered again what it refused
                 async with self._turn:
-                    await self._give_up_waiting(self.moves)
+                    await self._send_moves()
             if self.scheduler is not None and not self.in_flight and not self._checked:
                 self.scheduler.check_integrity()
                 self.room.check_integrity()
                 self._checked = True
             await anyio.sleep(HEARTBEAT_SECONDS)
 
-    async def _give_up_waiting(self, moves: Moves) -> None:
-        """Who has waited long for a store computes; and what the store has refused is offered to it again."""
-        for number in [number for number, until in self._wanted.items() if until < time.monotonic()]:
-            moves.give_up(number)
-        await self._send_moves(moves)
+    async def _give_up_waiting(self) -> None:
+        """Who has waited long for a store computes."""
+        while late := await self._wanted.passed():
+            async with self._turn:
+                await self._send_moves(late)
 
     async def _send_stats(self) -> None:
         seconds, self.step_seconds = self.step_seconds.tobytes(), array("f")

@@ -73,6 +73,7 @@ class DiskStore:
         self._reading = Threads("kv-disk-read", READERS, size, pause)
         self._looking = Threads("kv-disk-look", 1, 0, 0.0)
         self._writing = Threads("kv-disk-write", WRITERS, size, pause)
+        self._clearing = Threads("kv-disk-clear", 1, 0, 0.0)
         self._look()
 
     # ── the store ────────────────────────────────────────────────────────────────────────────
@@ -120,8 +121,9 @@ class DiskStore:
 
     def clear(self) -> None:
         """As Store.clear: the pages of this manifest, for all who share the folder. Until the disk has done it, nothing
-        is found here."""
-        self._cleared = all(self._run(self._writing, [self._guarded("write", self._clear)]))
+        is found here, and nothing is written. Many segments take it long, which is no stall."""
+        self._cleared = False
+        self._clearing.run([self._guarded("write", self._clear)], self._patience)
 
     def _is_cleared(self) -> bool:
         """Whether all is gone that was to be; what the disk has refused to remove is tried again after its pause."""
@@ -131,7 +133,7 @@ class DiskStore:
 
     def close(self) -> None:
         """As Store.close."""
-        for threads in (self._looking, self._reading, self._writing):
+        for threads in (self._looking, self._reading, self._writing, self._clearing):
             threads.close()
         if not self._writing.passed_over:
             self._writer.close()
@@ -266,7 +268,9 @@ class DiskStore:
 
     def _clear(self, ticket: Ticket) -> bool:
         self._folder.clear()
-        return self._refresh(ticket)
+        self._refresh(ticket)
+        self._cleared = True
+        return True
 
     def _touch(self, segment: Segment) -> None:
         """A segment is in use: it leaves later. Where that cannot be noted, as on a disk that is read only, the page is
