@@ -406,6 +406,10 @@ class SchedulerActor:
 
     async def _heartbeat(self) -> None:
         while True:
+            if self.scheduler is not None and not self.in_flight and not self._checked:
+                self.scheduler.check_integrity()
+                self.room.check_integrity()
+                self._checked = True  # before anybody is told, who may ask for something then
             self._sessions.count(time.monotonic())
             await self._send_stats()
             if self._following:
@@ -413,10 +417,6 @@ class SchedulerActor:
             if self.moves is not None and self.moves.tick(time.monotonic()):  # a store is offered again what it refused
                 async with self._turn:
                     await self._send_moves()
-            if self.scheduler is not None and not self.in_flight and not self._checked:
-                self.scheduler.check_integrity()
-                self.room.check_integrity()
-                self._checked = True
             await anyio.sleep(HEARTBEAT_SECONDS)
 
     async def _give_up_waiting(self) -> None:
