@@ -6,7 +6,7 @@
       │ up:   what the tree has no more of a waiting request's prompt
     host     HostPages: numbers here, memory in each rank's worker
       │ keep: what has come down, while the store keeps up (keeping.py)
-      │ fetch: what a request that arrives lacks, once the store says that it has it (find)
+      │ fetch: what a request lacks and the store says that it has (find), unless it is computed sooner (fetching.py)
     store    knows pages by name; may lose them
 
 The tree says what lies on the device, names say what lies below: a node has no field for either, so a tree without
@@ -58,9 +58,7 @@ class Tiers:
         self.fetching: Fetching = Fetching(options.always, None if before is None else before.fetching.pace)
         self._waits: dict[int, set[int]] = {}  # of needs for pages: the moves that say what a store has of them
         self._fetches: dict[int, set[int]] = {}  # and those that bring it
-        self.patience: list[
-            tuple[int, float]
-        ] = []  # for how many seconds needs are worth to wait; 0 if it is not known
+        self.patience: list[tuple[int, float]] = []  # seconds that needs may wait; 0: not known
         self._settled: list[int] = []
         self.cause = ""  # why something failed, for people; not told yet
         if options.stores:
