@@ -118,6 +118,13 @@ class CacheOptions(Struct, frozen=True, kw_only=True):
             "for a second time, or when they have to give way on the device"
         ),
     ] = "write-through"
+    kv_fetch: Annotated[
+        Literal["sooner", "always"],
+        Meta(
+            description="which KV pages that a disk has are fetched: those that are there sooner than the device "
+            "computes them, by the measured pace of both, or all"
+        ),
+    ] = "sooner"
     cache_events: Annotated[
         bool, Meta(description="tell routers which texts' KV pages are cached, at /v1/cache/events")
     ] = False

@@ -8,10 +8,12 @@ out: asking a store again (cache/clearing.py).
 """
 
 import logging
+from collections.abc import Sequence
 
 import msgspec
 from msgspec.structs import replace
 
+from engine.actors.deadlines import Deadlines
 from engine.messages import ToFront
 from engine.messages.control import Answer, Flush, Flushed
 from engine.runtime.channel import Outbox
@@ -31,20 +33,22 @@ class Flushes:
         self._front = front
         self._stores = stores
         self._early = False  # one came before there was a scheduler
-        self._waiting: list[tuple[int, float, Flushed]] = []  # number, until when, and what is forgotten already
+        self._waiting: dict[int, Flushed] = {}  # by their numbers, what is forgotten already
+        self._until = Deadlines()
 
     @property
     def waiting(self) -> bool:
         return bool(self._waiting)
 
-    async def begin(self, asked: Flush, scheduler: Scheduler | Copies | None, moves: Moves | None, now: float) -> None:
+    async def begin(self, asked: Flush, scheduler: Scheduler | Copies | None, moves: Moves | None) -> None:
         """Forget what no running request uses."""
         if scheduler is None and self._stores:
             self._early = True
             return await self._tell(asked.number, Flushed(0, 0, "the device worker, which opens it, is starting"))
         flushed = Flushed(*(scheduler.flush() if scheduler else (0, 0)))
         if moves is not None and moves.clearing:
-            self._waiting.append((asked.number, now + PATIENCE_SECONDS, flushed))
+            self._waiting[asked.number] = flushed
+            self._until.set(asked.number, PATIENCE_SECONDS)
         else:
             await self._tell(asked.number, flushed)
         return None
@@ -55,16 +59,17 @@ class Flushes:
             scheduler.flush()
         self._early = False
 
-    async def answer(self, moves: Moves, now: float) -> None:
-        """Answer those that wait for nothing any more."""
+    async def late(self) -> list[int]:
+        """The numbers of those that have waited long enough, as soon as there is one."""
+        return await self._until.passed()
+
+    async def answer(self, moves: Moves, late: Sequence[int] = ()) -> None:
+        """Answer those that wait for nothing any more, and those that are `late`."""
         clearing, cause = moves.clearing, moves.uncleared
-        waiting, self._waiting = self._waiting, []
-        for number, until, flushed in waiting:
-            if clearing and now < until:
-                self._waiting.append((number, until, flushed))
-                continue
-            said = f"it has not answered within {PATIENCE_SECONDS:.0f} s" if clearing else cause
-            await self._tell(number, replace(flushed, uncleared=said))
+        said = f"it has not answered within {PATIENCE_SECONDS:.0f} s" if clearing else cause
+        for number in [number for number in self._waiting if not clearing or number in late]:
+            self._until.end(number)
+            await self._tell(number, replace(self._waiting.pop(number), uncleared=said))
 
     async def _tell(self, number: int, flushed: Flushed) -> None:
         if flushed.uncleared:

@@ -66,5 +66,6 @@ def scheduler_for(
             ready.stores,
             least_risen=-(-LEAST_RISEN // ready.page_size),
             least_fetched=-(-LEAST_FETCHED // ready.page_size),
+            always=config.cache.kv_fetch == "always",
         )
     return Copies(ready.copies, **options) if ready.copies > 1 else Scheduler(**options)

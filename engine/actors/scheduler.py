@@ -9,17 +9,17 @@ host. Paused, it plans nothing; what is in flight ends, and only then is the Pau
 import logging
 import time
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import anyio
 import msgspec
 
+from engine.actors.deadlines import Deadlines
 from engine.actors.flushing import Flushes
+from engine.actors.following import Followers
 from engine.actors.looking import Looking, channels_to
 from engine.actors.opening import Maker, room_for, scheduler_for
-from engine.cache.blocks import HeldBlocks
-from engine.cache.log import CacheLog
 from engine.cache.pins import Holder
 from engine.config import Config
 from engine.errors import RequestError
@@ -98,14 +98,11 @@ class SchedulerActor:
         self.paused = False
         self._pauses: list[Pause] = []  # not answered yet
         self._asked: set[int] = set()  # numbers of what the worker is still to answer
-        # Numbers of changes grow over the lives of an engine: no life makes one a microsecond.
-        self.log = CacheLog(time.time_ns() // 1000) if config.cache.cache_events else None
-        self.held = None if self.log is None else HeldBlocks(self.log)
-        self._following: list[FollowCache] = []  # not answered yet
+        self._followers = Followers(front) if config.cache.cache_events else None
         self.moves: Moves | None = None  # where there are tiers below the device
         self.tiers: TierStats | None = None  # their figures, as they were told last
         self._flushes = Flushes(front, stores=config.cache.kv_disk is not None)
-        self._wanted: dict[int, float] = {}  # needs for pages, and until when they are waited for
+        self._wanted = Deadlines()  # of needs for pages
         self.looking = Looking(0 if (sizes := tier_sizes(config.cache)) is None else sizes.store)
         # Whose turn it is to plan and to send: plans and moves leave in the order in which they were made, also where
         # the executor has no room for the next one.
@@ -113,15 +110,15 @@ class SchedulerActor:
         self.step_seconds = array("f")
         self.make_seconds: dict[str, array[float]] = {}  # by kind
         self.idle_seconds = 0.0
-        self.restarts = 0
-        self.restart_seconds = 0.0  # of the last one
+        self.restarts, self.restart_seconds = 0, 0.0  # of the last one
         self._lost_at = 0.0  # when the worker died that is being replaced
         self._checked = True
-        self._told = False  # that a tier fails
 
     async def run(self) -> None:
         async with anyio.create_task_group() as group:
             group.start_soon(self._heartbeat)
+            group.start_soon(self._give_up_waiting)
+            group.start_soon(self._give_up_flushing)
             async for first in self.inbox:
                 async with self._turn:
                     for message in received(self.inbox, first):
@@ -129,10 +126,9 @@ class SchedulerActor:
                     if self.room.grown:
                         await self._evict()
                     await self._fill_credits()
-                    if self.moves is not None:
-                        await self._send_moves(self.moves)
-                if self._following:
-                    await self._tell_followers()
+                    await self._send_moves()
+                if self._followers is not None:
+                    await self._followers.tell()
             group.cancel_scope.cancel()
 
     async def _fill_credits(self) -> None:
@@ -150,11 +146,16 @@ class SchedulerActor:
                 self.looking.planned(plan)
             await self.executor.send(plan)
 
-    async def _send_moves(self, moves: Moves) -> None:
-        """Let those go on who wait for no page any longer; then send what comes after all plans that are sent."""
+    async def _send_moves(self, late: Sequence[int] = ()) -> None:
+        """Let those go on who wait for no page any longer, as `late` needs do; then send what comes after all plans."""
+        if (moves := self.moves) is None:
+            return
+        if late:
+            moves.give_up(*late)
+            await self._fill_credits()
+        self._wanted.shorten(moves.patience())
         while settled := moves.settled():
             for number in settled:
-                self._wanted.pop(number, None)
                 await self._pass_on(self.room.settle(number))
             await self._fill_credits()
         if self.worker in RUNNING:
@@ -162,7 +163,7 @@ class SchedulerActor:
                 self._checked = False
                 await self.executor.send(move)
         if self._flushes.waiting:
-            await self._flushes.answer(moves, time.monotonic())
+            await self._flushes.answer(moves)
 
     async def _handle(self, message: ToScheduler) -> None:
         match message:
@@ -186,7 +187,7 @@ class SchedulerActor:
             case EndPrograms():
                 self._end_programs(message)
             case Flush():
-                await self._flushes.begin(message, self.scheduler, self.moves, time.monotonic())
+                await self._flushes.begin(message, self.scheduler, self.moves)
             case ListSessions() | EndSession() | Look():
                 await self.front.send(Answer(message.number, self._said(message)))
             case Pause():
@@ -196,7 +197,8 @@ class SchedulerActor:
             case Ask():
                 await self._ask_worker(message)
             case FollowCache():
-                self._following.append(message)
+                assert self._followers is not None, "the front refuses those who follow nothing"
+                self._followers.add(message)
             case Answer():
                 self._asked.remove(message.number)
                 await self.front.send(message)
@@ -219,11 +221,10 @@ class SchedulerActor:
             return await self._pass_on(self.room.admit(admit))
         admit = self.moves.named(admit)
         due = self.room.admit(msgspec.structs.replace(admit, needs=(*admit.needs, Need(PAGES, admit.rid.encode()))))
-        for make in due.makes:
-            if make.kind == PAGES:
-                self._wanted[make.number] = time.monotonic() + patience(admit)
-                self.moves.want(make.number, admit)
-        due.makes = [make for make in due.makes if make.kind != PAGES]
+        for make in [make for make in due.makes if make.kind == PAGES]:
+            due.makes.remove(make)
+            self._wanted.set(make.number, patience(admit))
+            self.moves.want(make.number, admit)
         await self._pass_on(due)
 
     async def _made(self, made: Made) -> None:
@@ -234,8 +235,7 @@ class SchedulerActor:
     def _moved(self, message: Moved) -> None:
         assert self.moves is not None, "a page moved, but there are no tiers"
         self._checked = False
-        if (cause := self.moves.moved(message)) and not self._told:
-            self._told = True
+        if cause := self.moves.moved(message):
             log.warning("pages of lower tiers are computed again, as here: %s; /metrics counts them", cause)
 
     def _end_programs(self, message: EndPrograms) -> None:
@@ -290,17 +290,6 @@ class SchedulerActor:
         await self._send_stats()
         for pause in pauses:
             await self.front.send(Answer(pause.number))
-
-    async def _tell_followers(self, *, all: bool = False) -> None:
-        """Answer those who have missed changes of the cache, or all who have asked for any."""
-        assert self.log is not None and self.held is not None, "the front refuses those who follow nothing"
-        waiting, self._following = self._following, []
-        for asked in waiting:
-            if all or asked.after != self.log.last:
-                changes = msgspec.msgpack.encode(self.log.since(asked.after, self.held))
-                await self.front.send(Answer(asked.number, changes))
-            else:
-                self._following.append(asked)
 
     @property
     def _sessions(self) -> Sessions:
@@ -369,7 +358,8 @@ class SchedulerActor:
 
     async def _ready(self, ready: WorkerReady) -> None:
         if self.scheduler is None:
-            self.scheduler = scheduler_for(ready, self.config, self.policy, self.fronts, self.held)
+            held = None if self._followers is None else self._followers.held
+            self.scheduler = scheduler_for(ready, self.config, self.policy, self.fronts, held)
             if ready.host_pages:
                 self.moves = Moves(parts_of(self.scheduler))
             self._flushes.opened(self.scheduler)
@@ -407,24 +397,31 @@ class SchedulerActor:
 
     async def _heartbeat(self) -> None:
         while True:
-            self._sessions.count(time.monotonic())
-            await self._send_stats()
-            if self._following:
-                await self._tell_followers(all=True)
-            if self.moves is not None and (self.moves.tick(time.monotonic()) or self._wanted or self._flushes.waiting):
-                async with self._turn:
-                    await self._give_up_waiting(self.moves)
             if self.scheduler is not None and not self.in_flight and not self._checked:
                 self.scheduler.check_integrity()
                 self.room.check_integrity()
-                self._checked = True
+                self._checked = True  # before anybody is told, who may ask for something then
+            self._sessions.count(time.monotonic())
+            await self._send_stats()
+            if self._followers is not None:
+                await self._followers.tell(all=True)
+            if self.moves is not None and self.moves.tick(time.monotonic()):  # a store is offered again what it refused
+                async with self._turn:
+                    await self._send_moves()
             await anyio.sleep(HEARTBEAT_SECONDS)
 
-    async def _give_up_waiting(self, moves: Moves) -> None:
-        """Who has waited long for a store computes; and what the store has refused is offered to it again."""
-        for number in [number for number, until in self._wanted.items() if until < time.monotonic()]:
-            moves.give_up(number)
-        await self._send_moves(moves)
+    async def _give_up_waiting(self) -> None:
+        """Who has waited long for a store computes."""
+        while late := await self._wanted.passed():
+            async with self._turn:
+                await self._send_moves(late)
+
+    async def _give_up_flushing(self) -> None:
+        """Who has waited long for a store to forget is told so."""
+        while late := await self._flushes.late():
+            async with self._turn:
+                assert self.moves is not None, "a flush waits for a store, but there are no tiers"
+                await self._flushes.answer(self.moves, late)
 
     async def _send_stats(self) -> None:
         seconds, self.step_seconds = self.step_seconds.tobytes(), array("f")

@@ -6,7 +6,7 @@
       │ up:   what the tree has no more of a waiting request's prompt
     host     HostPages: numbers here, memory in each rank's worker
       │ keep: what has come down, while the store keeps up (keeping.py)
-      │ fetch: what a request that arrives lacks, once the store says that it has it (find)
+      │ fetch: what a request lacks and the store says that it has (find), unless it is computed sooner (fetching.py)
     store    knows pages by name; may lose them
 
 The tree says what lies on the device, names say what lies below: a node has no field for either, so a tree without
@@ -21,74 +21,17 @@ Left out: which requests wait (sched/promotions.py), and copying (worker/transfe
 import itertools
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
 
 from engine.cache.ceiling import Ceiling
 from engine.cache.clearing import Clearing
+from engine.cache.fetching import Fetching
 from engine.cache.host import HostPages, Place
 from engine.cache.keeping import Keeping
+from engine.cache.needs import Needs
 from engine.cache.pool import PagePool
 from engine.cache.radix import Node, RadixTree
-from engine.messages.tiers import NAME_BYTES, Move, Moved, Way, summed
-
-WritePolicy = Literal["write-through", "second-hit", "write-back"]
-
-
-@dataclass(frozen=True, slots=True)
-class TierOptions:
-    """`host` pages in the pool of each rank; `stores`: and a store below it. Numbers of moves are those of copy `copy`
-    of so many. Fewer pages than `least_risen` are not brought up, and fewer than `least_fetched` not asked for in a
-    store: they are computed sooner."""
-
-    host: int
-    policy: WritePolicy = "write-through"
-    stores: bool = False
-    least_risen: int = 4
-    least_fetched: int = 16
-    copy: int = 0
-    copies: int = 1
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """A move under way. `nodes` are locked. `pages` of "up" are its own, and go on from the one node by `key`; they are
-    those of `names` from index `first` on."""
-
-    way: Way
-    places: list[Place] = field(default_factory=list)
-    pages: list[int] = field(default_factory=list)
-    nodes: list[Node] = field(default_factory=list)
-    names: Sequence[bytes] = ()
-    first: int = 0
-    key: bytes = b""
-    stale: bool = False  # the tiers were cleared since
-
-
-@dataclass(slots=True)
-class TierCounts:
-    """Pages that moved, and that were not moved because there was no room (`refused`) or something `failed`.
-
-    Those that went up are told apart by where they had come `from`."""
-
-    down: int = 0
-    from_host: int = 0
-    from_store: int = 0
-    kept: int = 0
-    fetched: int = 0
-    refused: int = 0
-    failed: int = 0
-    store_pages: int = 0
-    store_bytes: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)  # by way
-    # What the stores count themselves, by their names for it: of this life of the device, and of those before.
-    store: dict[str, int] = field(default_factory=dict)
-    store_before: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def stores(self) -> dict[str, int]:
-        """What they have counted in all lives."""
-        return summed(self.store_before, self.store)
+from engine.cache.tickets import Ticket, TierCounts, TierOptions, WritePolicy
+from engine.messages.tiers import NAME_BYTES, Move, Moved
 
 
 class Tiers:
@@ -100,7 +43,7 @@ class Tiers:
         self.host = HostPages(options.host)
         self.counts: TierCounts = TierCounts() if before is None else before.counts
         self.ceiling: Ceiling = Ceiling() if before is None else before.ceiling
-        self._numbers: itertools.count[int] = _numbers(options) if before is None else before._numbers
+        self._numbers: itertools.count[int] = options.numbers() if before is None else before._numbers
         self.counts.store_before, self.counts.store = self.counts.stores, {}
         self._tree, self._pool = tree, pool
         self._tickets: dict[int, Ticket] = {}
@@ -114,8 +57,9 @@ class Tiers:
         self._indices: dict[int, int] = {}
         self._again: set[int] = set()
         self.keeping = Keeping(options.host)
-        self._waits: dict[int, set[int]] = {}  # of needs for pages: the moves that each waits for
-        self._settled: list[int] = []
+        self.fetching: Fetching = Fetching(options.always, None if before is None else before.fetching.pace)
+        self.needs = Needs()
+        self.patience: list[tuple[int, float]] = []  # seconds that needs may wait; 0: not known
         self.cause = ""  # why something failed, for people; not told yet
         self.clearing: Clearing = Clearing(None if before is None else before.clearing)
         if options.stores and not self.clearing.wanted:
@@ -140,25 +84,25 @@ class Tiers:
                 for place in places:
                     place.pins += 1
                 self._send(Ticket("keep", places), self._after)
+            self._fetch_more()
         found, self._after = self._after, []
-        return found
-
-    def settled(self) -> list[int]:
-        """Needs for pages that have nothing to wait for any more, by the numbers that `want` got."""
-        found, self._settled = self._settled, []
         return found
 
     def under_way(self, number: int) -> bool:
         """Whether the move of this number is; 0 is none."""
         return number in self._tickets
 
+    def chooses(self, number: int) -> bool:
+        """Whether the end of this move says what to fetch, and what to compute."""
+        return number in self._tickets and self._tickets[number].way in ("find", "fetch")
+
     @property
     def sweeping(self) -> bool:
         """Whether moves under way hold pages in the tree that have been cleared."""
         return any(ticket.stale and ticket.nodes for ticket in self._tickets.values())
 
-    def _send(self, ticket: Ticket, due: list[Move], *, holds: bool = False) -> int:
-        number = next(self._numbers)
+    def _send(self, ticket: Ticket, due: list[Move], *, holds: bool = False, number: int = 0) -> int:
+        number = number or next(self._numbers)
         self._tickets[number] = ticket
         slots = array("i", [place.slot for place in ticket.places]).tobytes()
         names = b""
@@ -313,50 +257,94 @@ class Tiers:
         self.counts.kept += sum(done)
 
     def want(self, number: int, names: Sequence[bytes], held: int) -> None:
-        """A request needs the pages of `names`, of which the device has the first `held`. Once `settled` names this
-        `number`, what a store has of them is in the pool, or is waited for no more."""
-        first, waits = held, set()
-        while first < len(names):
-            place, coming = self.host.get(names[first]), self._coming.get(names[first])
-            if coming is not None:
-                waits.add(coming)
-            elif place is None:
-                break
+        """A request needs the pages of `names`, of which the device has the first `held`. Once `needs.settled` names
+        this `number`, what a store has of them is in the pool or comes there; or that is not known in time."""
+        first, coming = held, set()
+        while first < len(names) and (names[first] in self._coming or self.host.get(names[first]) is not None):
+            coming.add(self._coming.get(names[first], 0))
             first += 1
+        fetches = {piece for piece in coming if self.fetching.rest(piece)}
+        waits = coming - fetches - {0}
         if len(names) - first >= self.options.least_fetched and not self.clearing.wanted:
             asked = self._send(Ticket("find", names=names[first:]), self._after)
             self._coming.update(dict.fromkeys(names[first:], asked))
             waits.add(asked)
-        if waits:
-            self._waits[number] = waits
-        else:
-            self._settled.append(number)
+        self.needs.add(number, waits, fetches)
 
     def give_up(self, number: int) -> None:
-        """Nobody waits for that need any more."""
-        if self._waits.pop(number, None) is not None:
-            self._settled.append(number)
+        """That need has been waited for long enough."""
+        self._abandon(self.needs.give_up(number))
 
     def _found(self, number: int, ticket: Ticket, done: Sequence[bool]) -> None:
-        for name in ticket.names:
-            self._coming.pop(name, None)
-        found = list(itertools.takewhile(lambda index: done[index], range(len(done))))
-        names = [ticket.names[index] for index in found if self.host.get(ticket.names[index]) is None]
-        enough = len(names) >= self.options.least_fetched and not ticket.stale
-        places = self.host.add(names, hit=True) if enough else []
-        if places:
-            fetching = self._send(Ticket("fetch", places), self._after)
-            self._coming.update((place.name, fetching) for place in places)
-            for waits in self._waits.values():
-                if number in waits:
-                    waits.add(fetching)
+        self._come_not(number, ticket.names)
+        there = itertools.compress(ticket.names, itertools.takewhile(bool, done))
+        names = [name for name in there if self.host.get(name) is None]
+        pieces: dict[int, Sequence[bytes]] = {}
+        if len(names) >= self.options.least_fetched and not ticket.stale:
+            for first in range(0, len(names), self.options.piece):
+                pieces[next(self._numbers)] = names[first : first + self.options.piece]
+            self.fetching.wait(pieces)
+            self._coming.update((name, piece) for piece, each in pieces.items() for name in each)
+        needs = self.needs.found(number, pieces)
+        if pieces:
+            self.patience += [(need, self.fetching.patience(len(names))) for need in needs]
 
-    def _fetched(self, ticket: Ticket, done: Sequence[bool]) -> None:
+    def _fetch_more(self) -> None:
+        """Send the pieces that are due, as far as the pool has room for them."""
+        while (found := self.fetching.next()) is not None:
+            number, piece = found
+            new = [name for name in piece.names if self.host.get(name) is None]
+            places = self.host.add(new, hit=True)
+            if len(places) < len(new):  # what comes behind it has no room either
+                self._abandon(other for other in self.fetching.rest(number) if other != number)
+            self._come_not(number, set(piece.names).difference(new[: len(places)]))
+            piece.names = new[: len(places)]
+            if places:
+                self._send(Ticket("fetch", places), self._after, number=number)
+            else:
+                self._fetch_over(number, 0, 0.0)
+
+    def _fetched(self, number: int, ticket: Ticket, done: Sequence[bool], seconds: float) -> None:
+        if not all(done):
+            self._abandon(self.fetching.rest(number))  # which is worth nothing without it
         for place, is_done in zip(ticket.places, done, strict=True):
-            self._coming.pop(place.name, None)
             place.fetched = place.stored = is_done
         self._arrive(ticket, done)
         self.counts.fetched += sum(done)
+        self._fetch_over(number, sum(done), seconds)
+
+    def _fetch_over(self, number: int, done: int, seconds: float) -> None:
+        self._come_not(number, self.fetching.over(number, done, seconds).names)
+        self.needs.over(number)
+
+    def awaits(self, name: bytes, running: int | None) -> bool:
+        """Whether a store gives the page of that name, which a request goes on with that could begin beside so many
+        `running` ones, and it waits for that. If not, nobody does any more, nor for what comes behind it. None: it
+        could not begin now."""
+        number = self._coming.get(name, 0)
+        if not (rest := self.fetching.rest(number)):
+            return False
+        if running is None or self.fetching.worth(number, running):
+            return True
+        self._abandon(rest)
+        return False
+
+    def _abandon(self, pieces: Iterable[int]) -> None:
+        """Nobody waits for these: they are computed. What is under way may be of use another time."""
+        for number in list(pieces):
+            if number in self.fetching.later:
+                names = self.fetching.drop(number).names
+                self.counts.computed += len(names)
+                self._come_not(number, names)
+            elif number in self._tickets:
+                self._come_not(number, [place.name for place in self._tickets[number].places])
+            self.needs.over(number)
+
+    def _come_not(self, number: int, names: Iterable[bytes]) -> None:
+        """Piece `number` does not bring these, or has done so."""
+        for name in names:
+            if self._coming.get(name) == number:
+                del self._coming[name]
 
     # ── answers ──────────────────────────────────────────────────────────────────────────────
 
@@ -367,12 +355,7 @@ class Tiers:
             return
         done = [bool(each) for each in message.done]
         counts = self.counts
-        counts.seconds[ticket.way] = counts.seconds.get(ticket.way, 0.0) + message.seconds
-        if message.held >= 0:
-            counts.store_pages, counts.store_bytes = message.held, max(0, message.held_bytes)
-            # Answers may overtake each other, and ranks that fail tell nothing; but what is counted only grows.
-            known = counts.store
-            counts.store = {**known, **{name: max(at, known.get(name, 0)) for name, at in message.counts.items()}}
+        counts.tell(ticket.way, message)
         if ticket.way != "clear":
             self.cause = self.cause or message.cause
         if ticket.way not in ("find", "clear"):
@@ -387,13 +370,9 @@ class Tiers:
             case "find":
                 self._found(message.number, ticket, done)
             case "fetch":
-                self._fetched(ticket, done)
+                self._fetched(message.number, ticket, done, message.seconds)
             case "clear":
                 self.clearing.answered(message.number, done=all(done), cause=message.cause)
-        for need, waits in list(self._waits.items()):
-            waits.discard(message.number)
-            if not waits:
-                self.give_up(need)
 
     def clear(self) -> None:
         """Forget all that lies below the device, and what is on its way."""
@@ -401,6 +380,10 @@ class Tiers:
         self._indices.clear()
         self._again.clear()
         self.keeping.clear()
+        for number in list(self.fetching.later):
+            self.fetching.drop(number)
+        self._coming.clear()  # nobody waits for what was asked before
+        self.needs.clear()
         if self._down.places:
             ticket, self._down = self._down, Ticket("down")
             self._send(ticket, self._after)
@@ -435,12 +418,10 @@ class Tiers:
         held = set(pages)
         assert self._names.keys() <= held, "a page has a name that is not in the tree"
         assert self._again <= held, "a page was asked for again that is not in the tree"
-        assert all(number in self._tickets for number in [*self._rising.values(), *self._coming.values()])
-        assert all(waits <= self._tickets.keys() for waits in self._waits.values()), "a need waits for nothing"
+        assert self._tickets.keys() >= set(self._rising.values())
+        come = self._tickets.keys() | self.fetching.later.keys()
+        assert come >= set(self._coming.values()), "a page is waited for that nothing brings"
+        self.needs.check_integrity(self._tickets.keys(), come)
 
 
-def _numbers(options: TierOptions) -> "itertools.count[int]":
-    return itertools.count(options.copy + options.copies, options.copies)
-
-
-__all__ = ["NAME_BYTES", "TierCounts", "TierOptions", "Tiers", "WritePolicy"]
+__all__ = ["NAME_BYTES", "Ticket", "TierCounts", "TierOptions", "Tiers", "WritePolicy"]

@@ -34,6 +34,8 @@ def tiers_of(stats: Stats, info: WorkerReady | None) -> Iterator[Metric]:
     yield CounterMetricFamily("engine_tier_pages_refused", text, tiers.refused)
     text = "Pages that a tier could not take or give, and that were computed again where they were needed"
     yield CounterMetricFamily("engine_tier_pages_failed", text, tiers.failed)
+    text = "Pages that a store had, and that were computed because that was sooner"
+    yield CounterMetricFamily("engine_tier_pages_computed", text, tiers.computed)
     stores = CounterMetricFamily("engine_tier_store", "What the store of KV pages counts itself", labels=["what"])
     for name, count in tiers.stores.items():
         stores.add_metric([name], count)

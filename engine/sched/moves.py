@@ -27,7 +27,7 @@ FETCH_SECONDS_A_BYTE = 0.1 / 4096  # of ids, four a token
 
 
 def patience(admit: Admit) -> float:
-    """Seconds for which a request waits for what a store has of its prompt."""
+    """Seconds for which a request waits for what a store has of its prompt, if nothing better is known."""
     return FETCH_SECONDS + len(admit.ids) * FETCH_SECONDS_A_BYTE
 
 
@@ -59,6 +59,7 @@ class Moves:
         self._copies = copies
         self.cost = PromptCost()
         self._saved = 0.0  # seconds
+        self._said = False  # that a tier fails
 
     @property
     def tiers(self) -> Iterator[Tiers]:
@@ -79,12 +80,15 @@ class Moves:
         copy = message.number % len(self._copies)
         tiers = list(self.tiers)[copy]
         before, sweeping = tiers.counts.from_host + tiers.counts.from_store, tiers.sweeping
+        if tiers.chooses(message.number):
+            tiers.fetching.compute = self._copies[0].page_size * self.cost.seconds
         tiers.moved(message)
         if sweeping and not tiers.sweeping:
             self._copies[copy].places.sweep()
         risen = tiers.counts.from_host + tiers.counts.from_store - before
         self._saved += risen * self._copies[0].page_size * self.cost.seconds
-        cause, tiers.cause = tiers.cause, ""
+        cause, tiers.cause = "" if self._said else tiers.cause, ""
+        self._said |= bool(cause)
         return cause
 
     def tick(self, now: float) -> bool:
@@ -135,14 +139,23 @@ class Moves:
         assert tiers is not None
         tiers.want(number, wanted, held[best])
 
-    def give_up(self, number: int) -> None:
-        """Nobody waits for it any longer."""
+    def give_up(self, *numbers: int) -> None:
+        """Nobody waits for these any longer."""
         for tiers in self.tiers:
-            tiers.give_up(number)
+            for number in numbers:
+                tiers.give_up(number)
+
+    def patience(self) -> list[tuple[int, float]]:
+        """Needs for pages of which more is known by now, and how many seconds from now on they are waited for."""
+        found = []
+        for tiers in self.tiers:
+            found += [each for each in tiers.patience if each[1]]
+            tiers.patience.clear()
+        return found
 
     def settled(self) -> list[int]:
         """Those that are."""
-        return [number for tiers in self.tiers for number in tiers.settled()]
+        return [number for tiers in self.tiers for number in tiers.needs.settled()]
 
     def stats(self) -> TierStats:
         """The figures of all copies."""
@@ -151,7 +164,7 @@ class Moves:
         asked = sum(each.ceiling.asked for each in tiers)
         total = {
             name: sum(getattr(each, name) for each in counts)
-            for name in ("down", "kept", "fetched", "from_host", "from_store", "refused", "failed")
+            for name in ("down", "kept", "fetched", "from_host", "from_store", "refused", "failed", "computed")
         }
         return TierStats(
             host_pages=sum(each.options.host for each in tiers),

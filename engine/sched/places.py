@@ -76,9 +76,10 @@ class Places:
             return False
         return True
 
-    def waits(self, request: Request, running: int) -> bool:
+    def waits(self, request: Request, running: int, *, turn: bool = True) -> bool:
         """Whether pages of a waiting request come up, or begin to now: then it does not run yet. Nor does it where it
-        could find pages that are forgotten, and stay only until they are copied."""
+        could find pages that are forgotten, and stay only until they are copied. At its `turn` it waits for a store
+        only if that is worth it; before, it waits for the device anyway."""
         if self.tiers is None or request.names is None:
             return False
         if self.tiers.sweeping or self.tiers.under_way(request.rise):
@@ -93,6 +94,8 @@ class Places:
             request.rise = number
             return True
         count = self.tiers.host.run(names, held, last)
+        if held + count < last and self.tiers.awaits(names[held + count], running if turn else None):
+            return True
         if count < self.tiers.options.least_risen or not self._match(request, running):
             return False
         assert request.node is not None and len(request.pages) == held
@@ -113,7 +116,7 @@ class Places:
     def look_ahead(self, queue: Iterable[Request], running: int) -> None:
         """Let pages come up for those that wait, as long as there is room for all before them."""
         for request, _ in zip(queue, range(LOOKED_AT), strict=False):
-            if not self.waits(request, running) and not self._fits(request, running):
+            if not self.waits(request, running, turn=False) and not self._fits(request, running):
                 return
 
     def _fits(self, request: Request, running: int) -> bool:

@@ -76,6 +76,7 @@ class DiskStore:
         self._reading = Threads("kv-disk-read", READERS, size, pause)
         self._looking = Threads("kv-disk-look", 1, 0, 0.0)
         self._writing = Threads("kv-disk-write", WRITERS, size, pause)
+        self._clearing = Threads("kv-disk-clear", 1, 0, 0.0)
         self._look()
 
     # ── the store ────────────────────────────────────────────────────────────────────────────
@@ -123,17 +124,16 @@ class DiskStore:
         return Held(pages, pages * self._layout.page_bytes, self._capacity, self.counts())
 
     def clear(self) -> str:
-        """As Store.clear, for all who share the folder. Until the disk has done it, nothing is found here."""
+        """As Store.clear, for all who share the folder. Until the disk has done it, nothing is found here, and nothing
+        is written. Many segments take it long, which is no stall."""
         with self._lock:
             self._flushes += 1
         return "" if self._clear_all() else f"the disk {self._folder.root} {self._why}"
 
     def _clear_all(self) -> bool:
         """Whether the disk has forgotten what it had at the last flush."""
-        flush, self._why = self._flushes, "does not answer"
-        if all(self._run(self._writing, [self._guarded("write", self._clear)], patience=CLEAR_PATIENCE)):
-            with self._lock:
-                self._flushes_done = max(self._flushes_done, flush)
+        self._why = "does not answer"
+        self._clearing.run([self._guarded("write", self._clear)], CLEAR_PATIENCE * self._patience)
         return self._flushes_done == self._flushes
 
     def _is_cleared(self) -> bool:
@@ -144,7 +144,7 @@ class DiskStore:
 
     def close(self) -> None:
         """As Store.close."""
-        for threads in (self._looking, self._reading, self._writing):
+        for threads in (self._looking, self._reading, self._writing, self._clearing):
             threads.close()
         if not self._writing.passed_over:
             with suppress(OSError):
@@ -164,10 +164,10 @@ class DiskStore:
 
     # ── calls ────────────────────────────────────────────────────────────────────────────────
 
-    def _run(self, threads: Threads, works: Sequence[Work], patience: float = 1.0) -> list[bool]:
-        """What the works return, in time; `patience` times as long as usual."""
+    def _run(self, threads: Threads, works: Sequence[Work]) -> list[bool]:
+        """What the works return, in time."""
         stalls = threads.stalls
-        seconds = patience * self._patience + len(works) * self._layout.page_bytes / SLOWEST_BYTES
+        seconds = self._patience + len(works) * self._layout.page_bytes / SLOWEST_BYTES
         results = threads.run(works, seconds)
         if threads.stalls > stalls:
             self._say("stall", f"does not answer within {seconds:.1f} s, and is passed over for {self._pause:.0f} s")
@@ -284,8 +284,12 @@ class DiskStore:
         return True
 
     def _clear(self, ticket: Ticket) -> bool:
+        flush = self._flushes  # what comes from now on may leave something behind
         self._folder.clear()
-        return self._refresh(ticket)
+        self._refresh(ticket)
+        with self._lock:
+            self._flushes_done = max(self._flushes_done, flush)
+        return True
 
     def _touch(self, segment: Segment) -> None:
         """A segment is in use: it leaves later. Where that cannot be noted, as on a disk that is read only, the page is

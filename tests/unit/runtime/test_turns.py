@@ -6,6 +6,7 @@ import anyio
 import pytest
 
 from engine.actors import scheduler as actors
+from engine.actors.deadlines import Deadlines
 from engine.actors.scheduler import SchedulerActor
 from engine.cache import keeping
 from engine.config import resolve
@@ -55,7 +56,7 @@ async def test_a_store_that_is_given_up_on_does_not_overtake_what_waits_to_be_se
     async with anyio.create_task_group() as group:
         group.start_soon(actor.run)
         with anyio.fail_after(60):
-            while len(executor) < 1 or max(actor._wanted.values(), default=0.0) > anyio.current_time():
+            while len(executor) < 1 or actor._wanted:
                 await anyio.sleep(0.01)
             await anyio.sleep(0.1)  # for some heartbeats
             sent = []
@@ -88,3 +89,50 @@ async def test_a_heartbeat_offers_a_store_again_what_it_has_refused(monkeypatch:
                         await to_scheduler.send(Moved(move.number, bytes([way == "down"] * move.count)))
         group.cancel_scope.cancel()
     assert offers == [25, 25, 25]
+
+
+async def test_who_hears_a_heartbeat_finds_a_scheduler_that_is_not_busy_checking_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The check goes through all pages, of the host too: who asks as soon as there are figures must not wait for it."""
+    monkeypatch.setattr(actors, "HEARTBEAT_SECONDS", 0.01)
+    actor, _ = await started(open_channel()[0])
+    told: list[str] = []
+
+    async def send_stats() -> None:
+        told.append("stats")
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(actor.run)
+        with anyio.fail_after(10):
+            while actor.scheduler is None:
+                await anyio.sleep(0.01)
+            monkeypatch.setattr(actor.room, "check_integrity", lambda: told.append("checked"))
+            monkeypatch.setattr(actor, "_send_stats", send_stats)
+            del told[:]
+            actor._checked = False
+            while len(told) < 2:
+                await anyio.sleep(0.01)
+        group.cancel_scope.cancel()
+    assert told[:2] == ["checked", "stats"]
+
+
+async def test_the_first_deadline_that_passes_is_told_of_and_a_sooner_one_wakes_who_sleeps() -> None:
+    deadlines, passed = Deadlines(), list[int]()
+
+    async def tell() -> None:
+        while len(passed) < 2:
+            passed.extend(await deadlines.passed())
+
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as group:
+            group.start_soon(tell)
+            deadlines.set(1, 3600.0)
+            deadlines.set(2, 3600.0)
+            await anyio.sleep(0.01)
+            deadlines.shorten([(2, 0.0), (3, 0.0)])  # nobody waits for the last
+            while not passed:
+                await anyio.sleep(0.01)
+            deadlines.shorten([(1, 7200.0)])
+            deadlines.set(4, 0.0)
+    assert passed == [2, 4] and len(deadlines) == 1

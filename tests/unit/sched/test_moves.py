@@ -34,12 +34,16 @@ def wanting(admit):
 class TierBench(Bench):
     """As Bench, with `host` pages below the device and a store; whoever arrives waits in the room for the latter.
 
-    Moves end when they are told to. Then the pages fail for which `failing` has a byte."""
+    Moves end when they are told to. Then the pages fail for which `failing` has a byte. The store takes `fetch` times
+    as long for a page as the device for a token, as far as that is known."""
 
-    def __init__(self, host, write="write-through", stores=True, **options):
-        super().__init__(**options, tiers=TierOptions(host, write, stores, 1, 1))
+    def __init__(self, host, write="write-through", stores=True, fetch=0.0, **options):
+        super().__init__(**options, tiers=TierOptions(host, write, stores, 1, 1, piece=2))
         self.below = SimulatedTiers(self.device, host)
         self.moves = Moves([self.scheduler])
+        if fetch:
+            self.moves.cost.seconds = 1.0
+            self.scheduler.tiers.fetching.pace.measure(1, fetch)
         self.room = WaitingRoom({})
         self.room.started()
         self.failing = b""
@@ -139,6 +143,7 @@ class AnythingMoves(AnythingHappens):
         host=st.sampled_from([2, 5, 12, 40]),
         write=st.sampled_from(get_args(WritePolicy)),
         stores=st.sampled_from([True, True, False]),
+        fetch=st.sampled_from([0.0, 1.0, 10.0]),
     )
     def start(self, burst, lanes, **options):
         burst = burst if lanes == 1 else 1

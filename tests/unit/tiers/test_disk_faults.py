@@ -257,6 +257,20 @@ def test_a_file_that_could_not_be_closed_is_left_alone(opened: Open, tmp_path: P
         os.close(other)
 
 
+def test_to_clear_many_segments_takes_long_and_is_no_stall(opened: Open) -> None:
+    files = FaultyFiles()
+    store = opened(files, pause=3600.0)
+    assert put(store, 1) == [True]
+    files.faults = Faults(stall=frozenset(["remove"]))
+    with impatient(store):
+        assert store.clear().endswith("does not answer")
+        assert put(store, 2) == [False] == got(store, 1)
+    files.faults.resumed.set()
+    while put(store, 2) == [False]:
+        time.sleep(0.01)
+    assert got(store, 1, 2) == [False, True] and store.counts()["stalls"] == 0
+
+
 def test_a_folder_that_is_removed_is_made_again(opened: Open, tmp_path: Path) -> None:
     store = opened(FaultyFiles(), tmp_path / "pages")
     put(store, 1)

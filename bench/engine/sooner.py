@@ -1,0 +1,295 @@
+"""What it is worth to compute pages that a disk has, where that is sooner: the engine's scheduler in simulated time.
+
+    python -m bench.engine.sooner [--disk 1.8] [--together 8] [--turns 144] [--conversations 48]
+
+The traffic is that of the row `agents` of bench/engine/tiers.py. Device, bus and disk take the time that they were
+measured to take on an H200 with Llama-3.1-8B's shape; each does one thing after the other. Nothing else takes any time:
+neither messages nor the scheduler itself, nor finding out what the disk has. So the figures are what a policy could
+reach. Policies:
+
+    none      no tiers
+    never     the host's memory alone
+    always    whatever the disk has is fetched
+    sooner    what is there sooner than it would be computed
+"""
+
+import argparse
+import heapq
+import itertools
+import random
+import statistics
+from array import array
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from msgspec.structs import replace
+
+from engine.cache.tiers import TierOptions
+from engine.messages.assets import Need
+from engine.messages.request import Admit
+from engine.messages.step import StepDone
+from engine.messages.tiers import NAME_BYTES, PAGES, Move, Moved
+from engine.params.sampling import Sampling
+from engine.plugin.registry import Plugins
+from engine.sched import Scheduler
+from engine.sched.assets import Due, WaitingRoom
+from engine.sched.moves import Moves, patience
+from engine.sched.policies import make_policy
+from engine.testing.fake import FakeDevice
+
+Policy = Literal["none", "never", "always", "sooner"]
+PAGE = 16
+IN_FLIGHT = 2  # steps
+GREEDY = Sampling(0.0, 0, 1.0, 0.0, 0)
+
+
+@dataclass
+class Shape:
+    """What is asked, in tokens, the room for it, in pages, and what each thing takes, in seconds."""
+
+    conversations: int = 48
+    first: int = 7_680
+    new: int = 128
+    reply: int = 32
+    turns: int = 144
+    together: int = 8
+    device_pages: int = 6_144
+    host_pages: int = 16_384
+    step_tokens: int = 8_192
+    piece: int = 32  # pages
+    token: float = 0.495 / 16_384  # of a prompt
+    step: float = 0.005  # at least
+    disk: float = (2 << 20) / 1.80e9  # of a page
+    bus: float = (2 << 20) / 55e9
+
+
+@dataclass
+class Outcome:
+    """Of the turns that count. `pages` that moved, by what the scheduler counts."""
+
+    turns: int = 0
+    seconds: float = 0.0
+    first: list[float] = field(default_factory=list)
+    computing: float = 0.0  # seconds
+    reading: float = 0.0
+    pages: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def rate(self) -> float:
+        return self.turns / self.seconds
+
+
+class Line:
+    """Does one thing after the other."""
+
+    def __init__(self) -> None:
+        self.free = self.busy = 0.0
+
+    def take(self, now: float, seconds: float) -> float:
+        """When a job is over that comes now."""
+        self.free = max(now, self.free) + seconds
+        self.busy += seconds
+        return self.free
+
+
+class Simulation:
+    """An engine with `policy`, and the clients of the traffic."""
+
+    def __init__(self, shape: Shape, policy: Policy, seed: int = 0) -> None:
+        self.shape, self.random = shape, random.Random(seed)
+        self.now, self._events, self._count = 0.0, list[tuple[float, int, Callable[[], None]]](), itertools.count()
+        stores = policy in ("always", "sooner")
+        options = TierOptions(shape.host_pages, stores=stores, always=policy == "always", piece=shape.piece)
+        longest = shape.first + (shape.turns + 1) * (shape.new + shape.reply)
+        self.scheduler = Scheduler(
+            shape.device_pages,
+            PAGE,
+            64,
+            max_model_len=longest,
+            max_step_tokens=shape.step_tokens,
+            policy=make_policy(Plugins.load(()), "fcfs"),
+            prefix_cache=True,
+            max_waiting=1000,
+            tiers=None if policy == "none" else options,
+        )
+        self.device, self.moves = FakeDevice(), None if policy == "none" else Moves([self.scheduler])
+        self.room = WaitingRoom({})
+        self.room.started()
+        self.computes, self.disk, self.ways = Line(), Line(), {"down": Line(), "up": Line()}
+        self.stored: set[bytes] = set()
+        self.flying: deque[StepDone] = deque()
+        self.wanted: dict[int, float] = {}
+        self.histories = [self.text(shape.first) for _ in range(shape.conversations)]
+        self.asked: dict[str, tuple[int, float]] = {}  # by rid: whose turn, and since when
+        self.idle, self.left = set(range(shape.conversations)), list[int]()
+        self.found, self.ended = Outcome(), 0.0
+
+    def text(self, tokens: int) -> list[int]:
+        return [self.random.randrange(128_000) for _ in range(tokens)]
+
+    # ── clients ──────────────────────────────────────────────────────────────────────────────
+
+    def run(self) -> Outcome:
+        """The first turn of each conversation, in turn, then the others."""
+        for number in range(self.shape.conversations):
+            self.left = [number]
+            self.ask()
+            self.drain()
+        before, began = self.counts(), self.now
+        busy = self.computes.busy, self.disk.busy
+        self.found, self.left = Outcome(), [-1] * self.shape.turns
+        for _ in range(self.shape.together):
+            self.ask()
+        self.drain()
+        self.scheduler.check_integrity()
+        found = self.found
+        found.seconds = self.ended - began
+        found.computing, found.reading = self.computes.busy - busy[0], self.disk.busy - busy[1]
+        found.pages = {name: count - before[name] for name, count in self.counts().items()}
+        return found
+
+    def counts(self) -> dict[str, int]:
+        names = ("from_host", "from_store", "fetched", "computed")
+        return {name: 0 if self.moves is None else getattr(self.moves.stats(), name) for name in names}
+
+    def ask(self) -> None:
+        if not self.left:
+            return
+        number = self.left.pop(0)
+        number = self.random.choice(sorted(self.idle)) if number < 0 else number
+        self.idle.discard(number)
+        self.histories[number] += self.text(self.shape.new)
+        rid = str(next(self._count))
+        self.asked[rid] = number, self.now
+        admit = Admit(rid, array("i", self.histories[number]).tobytes(), GREEDY, (), self.shape.reply)
+        if self.moves is None or not self.moves.seeks(admit):
+            return self.let_in(self.room.admit(admit))
+        admit = self.moves.named(admit)
+        due = self.room.admit(replace(admit, needs=(Need(PAGES, rid.encode()),)))
+        for make in due.makes:
+            self.wait(make.number, patience(admit))
+            self.moves.want(make.number, admit)
+        return self.let_in(due)
+
+    def let_in(self, due: Due) -> None:
+        for admit, bound in due.ready:
+            self.scheduler.admit(admit, bound)
+
+    # ── time ─────────────────────────────────────────────────────────────────────────────────
+
+    def at(self, when: float, what: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (when, next(self._count), what))
+
+    def drain(self) -> None:
+        """Until nothing happens any more."""
+        self.pump()
+        while self._events:
+            self.now, _, what = heapq.heappop(self._events)
+            what()
+            self.pump()
+
+    def wait(self, number: int, seconds: float) -> None:
+        """A need is given up on after so long."""
+        until = self.now + seconds
+        if until < self.wanted.get(number, 1e9):
+            self.wanted[number] = until
+            self.at(until, lambda: self.give_up(number, until))
+
+    def give_up(self, number: int, until: float) -> None:
+        if self.wanted.get(number) == until and self.moves is not None:
+            self.moves.give_up(number)
+
+    def pump(self) -> None:
+        """All that can begin now does, as in the scheduler's actor."""
+        self.plan()
+        if self.moves is None:
+            return
+        self.moves.tick(self.now)
+        for number, seconds in self.moves.patience():
+            if number in self.wanted:
+                self.wait(number, seconds)
+        while settled := self.moves.settled():
+            for number in settled:
+                self.let_in(self.room.settle(number))
+            self.plan()
+        for move in [*self.moves.before(), *self.moves.after()]:
+            self.begin(move)
+
+    def plan(self) -> None:
+        while len(self.flying) < IN_FLIGHT and (plan := self.scheduler.plan(self.now)) is not None:
+            tokens = sum(array("i", plan.lengths))
+            if self.moves is not None:
+                self.moves.cost.planned(plan)
+                for move in self.moves.before():
+                    self.begin(move)
+            seconds = max(self.shape.step, tokens * self.shape.token)
+            self.flying.append(replace(self.device.step(plan), seconds=seconds))
+            self.at(self.computes.take(self.now, seconds), self.commit)
+
+    def commit(self) -> None:
+        done = self.flying.popleft()
+        if self.moves is not None:
+            self.moves.cost.done(done.seconds)
+        for told in self.scheduler.commit_each(done, self.now):
+            for row, _ in told.cached:
+                self.found.first.append(self.now - self.asked[told.rids[row]][1])
+            for finish in told.finishes:
+                number, _ = self.asked.pop(told.rids[finish.row])
+                last = self.histories[number][-1]
+                self.histories[number] += [(last + 1 + index) % 256 for index in range(self.shape.reply)]
+                self.idle.add(number)
+                self.found.turns, self.ended = self.found.turns + 1, self.now
+                self.ask()
+
+    # ── moves ────────────────────────────────────────────────────────────────────────────────
+
+    def begin(self, move: Move) -> None:
+        began, end = self.now, self.now
+        names = [move.names[at : at + NAME_BYTES] for at in range(0, len(move.names), NAME_BYTES)]
+        done = b"\1" * move.count
+        match move.way:
+            case "down" | "up":
+                steps = self.computes.free if self.flying else self.now  # it waits for those that are launched
+                end = self.ways[move.way].take(max(self.now, steps), move.count * self.shape.bus)
+            case "find":
+                done = bytes(name in self.stored for name in names)
+            case "fetch" | "keep":
+                new = len(names) if move.way == "fetch" else sum(name not in self.stored for name in names)
+                end = self.disk.take(self.now, new * self.shape.disk)
+                self.stored.update(names)
+
+        def over() -> None:
+            assert self.moves is not None
+            self.moves.moved(Moved(move.number, done, self.now - began))
+
+        self.at(end, over)
+
+
+def line(policy: str, found: Outcome, none: Outcome) -> str:
+    first = 1e3 * statistics.median(found.first), 1e3 * statistics.quantiles(found.first, n=10)[-1]
+    return (
+        f"{policy:7} {found.rate:6.2f} turns/s, {found.rate / none.rate:5.2f} of none; first token {first[0]:5.0f} ms, "
+        f"{first[1]:5.0f} in the slowest tenth; device busy {found.computing / found.seconds:4.0%}, "
+        f"disk {found.reading / found.seconds:4.0%}; {found.pages}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--disk", type=float, default=1.8, help="GB/s")
+    parser.add_argument("--together", type=int, default=8)
+    parser.add_argument("--turns", type=int, default=144)
+    parser.add_argument("--conversations", type=int, default=48)
+    given = parser.parse_args()
+    shape = Shape(given.conversations, turns=given.turns, together=given.together, disk=(2 << 20) / given.disk / 1e9)
+    found: dict[str, Outcome] = {}
+    policies: tuple[Policy, ...] = ("none", "never", "always", "sooner")
+    for policy in policies:
+        found[policy] = Simulation(shape, policy).run()
+        print(line(policy, found[policy], found["none"]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What tiers below the device are told, keep of a move that is under way, and count.
+
+Left out: which pages move (tiers.py).
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from engine.cache.host import Place
+from engine.cache.radix import Node
+from engine.messages.tiers import Moved, Way, summed
+
+WritePolicy = Literal["write-through", "second-hit", "write-back"]
+
+
+@dataclass(frozen=True, slots=True)
+class TierOptions:
+    """`host` pages in the pool of each rank; `stores`: and a store below it. Numbers of moves are those of copy `copy`
+    of so many. Fewer pages than `least_risen` are not brought up, and fewer than `least_fetched` not asked for in a
+    store: they are computed sooner. `always`: all others are waited for, else those for which that is worth it;
+    `piece` of them are fetched at once."""
+
+    host: int
+    policy: WritePolicy = "write-through"
+    stores: bool = False
+    least_risen: int = 4
+    least_fetched: int = 16
+    copy: int = 0
+    copies: int = 1
+    always: bool = False
+    piece: int = 32
+
+    def numbers(self) -> "itertools.count[int]":
+        """Those of its moves."""
+        return itertools.count(self.copy + self.copies, self.copies)
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A move under way. `nodes` are locked. `pages` of "up" are its own, and go on from the one node by `key`; they are
+    those of `names` from index `first` on."""
+
+    way: Way
+    places: list[Place] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    names: Sequence[bytes] = ()
+    first: int = 0
+    key: bytes = b""
+    stale: bool = False  # the tiers were cleared since
+
+
+@dataclass(slots=True)
+class TierCounts:
+    """Pages that moved, and that were not moved because there was no room (`refused`), something `failed`, or they are
+    `computed` sooner than a store gives them.
+
+    Those that went up are told apart by where they had come `from`."""
+
+    down: int = 0
+    from_host: int = 0
+    from_store: int = 0
+    kept: int = 0
+    fetched: int = 0
+    refused: int = 0
+    failed: int = 0
+    computed: int = 0
+    store_pages: int = 0
+    store_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)  # by way
+    # What the stores count themselves, by their names for it: of this life of the device, and of those before.
+    store: dict[str, int] = field(default_factory=dict)
+    store_before: dict[str, int] = field(default_factory=dict)
+
+    def tell(self, way: Way, message: Moved) -> None:
+        """What a move took, and what a store says of itself."""
+        self.seconds[way] = self.seconds.get(way, 0.0) + message.seconds
+        if message.held >= 0:
+            self.store_pages, self.store_bytes = message.held, max(0, message.held_bytes)
+            # Answers may overtake each other, and ranks that fail tell nothing; but what is counted only grows.
+            known = self.store
+            self.store = {**known, **{name: max(at, known.get(name, 0)) for name, at in message.counts.items()}}
+
+    @property
+    def stores(self) -> dict[str, int]:
+        """What they have counted in all lives."""
+        return summed(self.store_before, self.store)
