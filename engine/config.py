@@ -203,6 +203,13 @@ class ProcessOptions(Struct, frozen=True, kw_only=True):
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="least severe log line shown")
     ] = "info"
+    check_integrity: Annotated[
+        bool,
+        Meta(
+            description="go through all KV pages whenever idle, and end if something does not fit together; a request "
+            "that comes meanwhile waits, with many pages 0.1 s; default: where they are 1024 at most"
+        ),
+    ] = False
 
 
 class GrammarOptions(Struct, frozen=True, kw_only=True):

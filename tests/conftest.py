@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 settings.register_profile("untimed", deadline=None)  # a loaded machine is slow, and nothing is wrong
 settings.load_profile("untimed")
 os.environ.setdefault("ENGINE_SPARE_WORKER", "false")  # a second of a core for each server; tests of spares ask for one
+os.environ.setdefault("ENGINE_CHECK_INTEGRITY", "true")  # also of many pages: a leak ends a server
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow a small machine badly
 
 

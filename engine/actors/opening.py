@@ -20,6 +20,7 @@ from engine.sched.encoder import Encoder
 
 # Pictures and clips that no request shows now are known all the same, so that what is encoded of them is found again.
 MEDIA_KEPT, MEDIA_BYTES = 4096, 512 << 20
+MOST_CHECKED = 1024  # pages of device and host: to go through them takes a few milliseconds
 LEAST_RISEN, LEAST_FETCHED = 64, 256  # tokens: fewer are computed sooner than they come from the host, or a store
 
 
@@ -35,6 +36,13 @@ def room_for(makers: Mapping[str, Maker]) -> WaitingRoom:
     """Where requests wait for what `makers` make, and for what they bring along."""
     kept = {kind: maker.kept for kind, maker in makers.items()}
     return WaitingRoom({MEDIA: MEDIA_KEPT, **kept}, {MEDIA: MEDIA_BYTES})
+
+
+def checks(ready: WorkerReady, config: Config) -> bool:
+    """Whether an idle scheduler goes through its pages: where these are few, as a request that comes meanwhile waits
+    for that, or where it is told to."""
+    pages = ready.copies * (ready.pages + ready.host_pages)
+    return config.process.check_integrity or pages <= MOST_CHECKED
 
 
 def scheduler_for(

@@ -19,7 +19,7 @@ from engine.actors.deadlines import Deadlines
 from engine.actors.flushing import Flushes
 from engine.actors.following import Followers
 from engine.actors.looking import Looking, channels_to
-from engine.actors.opening import Maker, room_for, scheduler_for
+from engine.actors.opening import Maker, checks, room_for, scheduler_for
 from engine.cache.pins import Holder
 from engine.config import Config
 from engine.errors import RequestError
@@ -112,7 +112,7 @@ class SchedulerActor:
         self.idle_seconds = 0.0
         self.restarts, self.restart_seconds = 0, 0.0  # of the last one
         self._lost_at = 0.0  # when the worker died that is being replaced
-        self._checked = True
+        self._checks, self._checked = False, True  # whether all is checked when idle, and was since it changed
 
     async def run(self) -> None:
         async with anyio.create_task_group() as group:
@@ -363,6 +363,7 @@ class SchedulerActor:
             if ready.host_pages:
                 self.moves = Moves(parts_of(self.scheduler))
             self._flushes.opened(self.scheduler)
+            self._checks = checks(ready, self.config)
         for maker in self.makers.values():
             await maker.inbox.send(ready)
         await self._pass_on(self.room.started())
@@ -397,7 +398,7 @@ class SchedulerActor:
 
     async def _heartbeat(self) -> None:
         while True:
-            if self.scheduler is not None and not self.in_flight and not self._checked:
+            if self._checks and self.scheduler is not None and not self.in_flight and not self._checked:
                 self.scheduler.check_integrity()
                 self.room.check_integrity()
                 self._checked = True  # before anybody is told, who may ask for something then

@@ -4,9 +4,12 @@ from array import array
 
 import anyio
 import pytest
+from msgspec.structs import replace
 
+from engine.actors import opening
 from engine.actors import scheduler as actors
 from engine.actors.deadlines import Deadlines
+from engine.actors.opening import checks
 from engine.actors.scheduler import SchedulerActor
 from engine.cache import keeping
 from engine.config import resolve
@@ -115,6 +118,29 @@ async def test_who_hears_a_heartbeat_finds_a_scheduler_that_is_not_busy_checking
                 await anyio.sleep(0.01)
         group.cancel_scope.cancel()
     assert told[:2] == ["checked", "stats"]
+
+
+async def test_an_idle_scheduler_does_not_go_through_many_pages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A request that comes meanwhile would wait, the longer the more pages there are, below the device too."""
+    monkeypatch.setattr(actors, "HEARTBEAT_SECONDS", 0.001)
+    monkeypatch.setattr(opening, "MOST_CHECKED", 512 + 255)
+    actor, _ = await started(open_channel()[0])
+    async with anyio.create_task_group() as group:
+        group.start_soon(actor.run)
+        with anyio.fail_after(10):
+            while actor.scheduler is None:
+                await anyio.sleep(0.01)
+            actor._checked = False
+            monkeypatch.setattr(actor.scheduler, "check_integrity", group.cancel_scope.cancel)
+            await anyio.sleep(0.05)
+        assert not group.cancel_scope.cancel_called and not actor._checked
+        ready = WorkerReady(512, 4, 16, 4096, 2048, 257, 4, "none", "none", {}, host_pages=256)
+        assert checks(ready, resolve({"model": "echo", "check_integrity": "true"}))
+        monkeypatch.setattr(opening, "MOST_CHECKED", 512 + 256)
+        assert checks(ready, actor.config) and not checks(replace(ready, copies=2), actor.config)
+        group.cancel_scope.cancel()
 
 
 async def test_the_first_deadline_that_passes_is_told_of_and_a_sooner_one_wakes_who_sleeps() -> None:
