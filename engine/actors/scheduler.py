@@ -98,7 +98,7 @@ class SchedulerActor:
         self.paused = False
         self._pauses: list[Pause] = []  # not answered yet
         self._asked: set[int] = set()  # numbers of what the worker is still to answer
-        self._followers = Followers(front) if config.cache.cache_events else None
+        self.followers = Followers(front) if config.cache.cache_events else None
         self.moves: Moves | None = None  # where there are tiers below the device
         self.tiers: TierStats | None = None  # their figures, as they were told last
         self._flushes = Flushes(front, stores=config.cache.kv_disk is not None)
@@ -127,8 +127,8 @@ class SchedulerActor:
                         await self._evict()
                     await self._fill_credits()
                     await self._send_moves()
-                if self._followers is not None:
-                    await self._followers.tell()
+                if self.followers is not None:
+                    await self.followers.tell()
             group.cancel_scope.cancel()
 
     async def _fill_credits(self) -> None:
@@ -197,8 +197,8 @@ class SchedulerActor:
             case Ask():
                 await self._ask_worker(message)
             case FollowCache():
-                assert self._followers is not None, "the front refuses those who follow nothing"
-                self._followers.add(message)
+                assert self.followers is not None, "the front refuses those who follow nothing"
+                self.followers.add(message)
             case Answer():
                 self._asked.remove(message.number)
                 await self.front.send(message)
@@ -358,7 +358,7 @@ class SchedulerActor:
 
     async def _ready(self, ready: WorkerReady) -> None:
         if self.scheduler is None:
-            held = None if self._followers is None else self._followers.held
+            held = None if self.followers is None else self.followers.held
             self.scheduler = scheduler_for(ready, self.config, self.policy, self.fronts, held)
             if ready.host_pages:
                 self.moves = Moves(parts_of(self.scheduler))
@@ -404,8 +404,8 @@ class SchedulerActor:
                 self._checked = True  # before anybody is told, who may ask for something then
             self._sessions.count(time.monotonic())
             await self._send_stats()
-            if self._followers is not None:
-                await self._followers.tell(all=True)
+            if self.followers is not None:
+                await self.followers.tell(all=True)
             if self.moves is not None and self.moves.tick(time.monotonic()):  # a store is offered again what it refused
                 async with self._turn:
                     await self._send_moves()

@@ -201,7 +201,7 @@ async def test_nothing_is_told_unless_it_is_asked_for() -> None:
         async with aiohttp.ClientSession(url) as session, session.get(PATH) as response:
             assert response.status == 404
             assert "--cache-events" in (await response.json())["error"]["message"]
-        assert house.scheduler.log is None
+        assert house.scheduler.followers is None
 
 
 async def test_the_stream_ends_where_the_server_does() -> None:

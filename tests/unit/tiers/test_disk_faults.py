@@ -271,6 +271,20 @@ def test_to_clear_many_segments_takes_long_and_is_no_stall(opened: Open) -> None
     assert got(store, 1, 2) == [False, True] and store.counts()["stalls"] == 0
 
 
+def test_a_flush_while_the_disk_still_clears_is_not_done_by_that(opened: Open, tmp_path: Path) -> None:
+    files = FaultyFiles()
+    store, other = opened(files, tmp_path), opened(FaultyFiles(), tmp_path)
+    assert put(store, 1) == [True]
+    files.faults = Faults(stall=frozenset(["remove"]))
+    with impatient(store):
+        assert store.clear()
+        assert put(other, 2) == [True] and store.clear()
+    files.faults.resumed.set()
+    while put(store, 3) == [False]:
+        time.sleep(0.01)
+    assert got(opened(FaultyFiles(), tmp_path), 1, 2, 3) == [False, False, True]
+
+
 def test_a_folder_that_is_removed_is_made_again(opened: Open, tmp_path: Path) -> None:
     store = opened(FaultyFiles(), tmp_path / "pages")
     put(store, 1)
