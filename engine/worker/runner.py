@@ -35,7 +35,7 @@ from engine.worker.sampling.adjustments import Adjustments
 from engine.worker.sampling.grammars import Grammars, Guided
 from engine.worker.sampling.logprobs import score, score_prompt
 from engine.worker.sampling.sampler import Sampler
-from engine.worker.steps.admits import write_ids
+from engine.worker.steps.admits import write_ids, write_pages
 from engine.worker.steps.batch import build_batch
 from engine.worker.steps.copies import Among, Copy
 from engine.worker.steps.drafts import Draws, Held, held, real_starts
@@ -190,14 +190,10 @@ class Runner:
             self.limits[admit.slot] = admit.limit
             self.unscored[admit.slot] = (admit.scored, admit.prompt_len - 1) if asks else (0, 0)
         if plan.pages:
-            slot, index, page = self._upload_columns(plan.pages, 3)
-            self.page_table[slot, index] = page.to(torch.int32)
+            pages = np.frombuffer(plan.pages, "<i4").reshape(-1, 3)
+            write_pages(pages, self.page_table)
             if self.prefixes is not None:
-                self.prefixes.apply(np.frombuffer(plan.pages, "<i4").reshape(-1, 3), admitted=bool(plan.admits))
-
-    def _upload_columns(self, packed: bytes, columns: int) -> Tensor:
-        """int32 bytes of n rows to int64 [columns, n]."""
-        return upload(np.frombuffer(packed, "<i4").reshape(-1, columns).T.astype(np.int64, order="C"), self.device)
+                self.prefixes.apply(pages, admitted=bool(plan.admits))
 
     # ── gather ───────────────────────────────────────────────────────────────────────────────
 

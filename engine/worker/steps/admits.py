@@ -1,4 +1,4 @@
-"""What a runner's tables are told of requests that take slots: their ids, and how many they are."""
+"""What a runner's tables are told of requests: their ids when they take slots, how many they are, and their pages."""
 
 from collections.abc import Sequence
 
@@ -10,6 +10,7 @@ from engine.layers.batch import upload
 from engine.messages.step import SlotAdmit
 
 SHORT_PROMPT = 1024  # tokens, up to which those of several requests are sent to the device together
+FEW_PAGES = 4
 
 
 def write_ids(admits: Sequence[SlotAdmit], tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -34,3 +35,16 @@ def write_ids(admits: Sequence[SlotAdmit], tokens: Tensor, lengths: Tensor) -> T
         slot, position, token = upload(np.stack((slots, positions, np.concatenate([*short.values()]))), device)
         tokens[slot, position] = token.to(torch.int32)
     return admitted
+
+
+def write_pages(pages: np.ndarray, table: Tensor) -> None:
+    """`pages` [n, 3] int32 are slot, index and page, which `table` [slots, P] int32 gets there.
+
+    Few are numbers of their launches, one each: a row's next page then costs the host one launch in place of a copy and
+    three."""
+    if len(pages) <= FEW_PAGES:
+        for slot, index, page in pages.tolist():
+            table[slot, index].fill_(page)
+    else:
+        slots, indices, numbers = upload(pages.T.astype(np.int64, order="C"), table.device)
+        table[slots, indices] = numbers.to(torch.int32)
