@@ -41,7 +41,7 @@ class Served:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self.log.append(line)
-            if found := re.search(r"device worker is process (\d+)", line):
+            if found := re.search(r"device workers are processes (\d+)", line):
                 self.workers.append(int(found[1]))
             if found := re.search(r"ready after .* on (http://\S+)", line):
                 self.url = found[1]

@@ -138,8 +138,8 @@ class PatchEmbedding(Layer):
 class Segments:
     """Runs of patches of which each sees its own run: pictures, or windows of them.
 
-    Runs of one length attend together. Of several lengths, those of each length do; on a GPU all do at once, by a
-    kernel that is told where runs begin (torch.nn.attention.varlen, of FlashAttention), which knows no float32."""
+    Runs of one length attend together. Of several lengths, those of each length do; on a GPU from Ampere on all do at
+    once, by a kernel that is told where runs begin (torch.nn.attention.varlen, of FlashAttention): in 16 bits."""
 
     def __init__(self, lengths: Sequence[int] | np.ndarray, device: torch.device) -> None:
         """`lengths` are those of the runs, which follow each other."""
@@ -169,7 +169,7 @@ class Segments:
             q, k, v = (each.unflatten(0, (-1, self.single)).transpose(1, 2) for each in (query, key, value))
             mixed = functional.scaled_dot_product_attention(q, k, v)
             return mixed.transpose(1, 2).flatten(2).flatten(0, 1)
-        if query.is_cuda and query.dtype != torch.float32 and query.shape[-1] % 8 == 0 and varlen is not None:
+        if varlen is not None and flash_takes(query):
             begins, longest = self.bounds
             ragged: Any = varlen.varlen_attn(query, key, value, begins, begins, longest, longest)
             return cast(Tensor, ragged.flatten(1))
@@ -179,6 +179,12 @@ class Segments:
             mixed = functional.scaled_dot_product_attention(q, k, v)
             out[group] = mixed.transpose(1, 2)
         return out.flatten(1)
+
+
+def flash_takes(query: Tensor) -> bool:
+    """Whether FlashAttention takes `query` [T, heads, dim]."""
+    half = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0
+    return half and query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 Turn = tuple[Tensor, Tensor]  # cosines and sines [T, 1, head_dim / 2], float32

@@ -6,11 +6,11 @@ A medium here is one that is encoded as a whole: a picture, or a slice of a clip
                                         `forgets` drops them; they may be made again
 
 Which are made and dropped, the scheduler says (sched/encoder.py), so all ranks hold the same. Those of one plan are
-encoded together. A rank that embeds no tokens has positions and spans alone. Captured steps of one token a
-row read how far the positions of a slot are shifted from a table on the device; those with prompts are told what they
-show (steps/shown.py). Of copies of attention each holds what its own requests show, and all know whether a row of any
-copy shows something. Left out: encoding on a stream of its own; with a pipeline, that the last stage tells of what the
-first one could not encode.
+encoded together. A rank that embeds no tokens has positions and spans alone. Captured steps of one token a row read how
+far the positions of a slot are shifted from a table on the device; those with prompts are told what they show
+(steps/shown.py). Of copies of attention each holds what its own requests show, and all know whether a row of any copy
+shows something. Left out: encoding on a stream of its own; with a pipeline, that the last stage tells of what the first
+one could not encode.
 """
 
 import logging

@@ -29,7 +29,7 @@ from seeing import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from engine import Engine, RequestError
-from engine.layers.vision import patches_of
+from engine.layers.vision import flash_takes, patches_of
 from engine.messages.assets import Load, Loaded
 from engine.messages.media import MEDIA, packed, unpacked
 from engine.messages.step import TOKEN
@@ -273,15 +273,17 @@ def test_captured_steps_turn_by_the_positions_behind_what_was_shown(
 
 @torch.inference_mode()
 def test_captured_steps_show_what_prompts_show(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole prompts and parts of them, beside each other, after a step that left other embeddings behind."""
+    """Whole prompts and parts of them, beside each other, after a step that left other embeddings behind; of whatever
+    type the tower's are."""
     monkeypatch.setattr(graphs, "captured", captured)
     _, ours, processor = FAMILIES[family.name]
     seen = Seen(family.theirs, ours, processor, PlainAttention, **PROCESSORS)
     prompts = [prompt(family, ONE), prompt(family), prompt(family, CLIP, OTHER)]
     placed, runner = seen.admit(prompts), seen.harness.runner
     some = PromptGraphs(runner.shared_graphs._tables, 5, (32, 256))
-    assert some.capture(256, None)
+    assert some.capture(256, None) and runner.media is not None
     runner.prompt_graphs = some, some
+    runner.media._held = {number: made.double() for number, made in runner.media._held.items()}
     whole = [(slot, 0, len(each.ids)) for slot, each in enumerate(placed)]
     for cut in (whole, [whole[2], (1, 0, 3)], [(0, 0, 7), (2, 0, 30)], [(0, 7, whole[0][2] - 7), (2, 30, 5)]):
         rows = Rows.of(np.array([[*row, TOKEN] for row in cut]))
@@ -290,6 +292,31 @@ def test_captured_steps_show_what_prompts_show(family: Any, monkeypatch: pytest.
         for (slot, start, length), ours_ in zip(cut, forward.hidden.split([row[2] for row in cut]), strict=True):
             wanted = their_logits(family, placed[slot].ids, prompts[slot][1])[start : start + length]
             assert_near(seen.model.logits(ours_), wanted)
+
+
+@torch.inference_mode()
+def test_steps_that_cannot_be_captured_have_no_lines_for_what_is_shown(family: Any) -> None:
+    some = PromptGraphs(family.seen.harness.runner.shared_graphs._tables, 5, (32,))
+    assert some._tables.shown_size and not some.capture(32, None)
+    assert not some._shown.numel()
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "dim", "taken"),
+    [
+        ((9, 0), torch.bfloat16, 80, True),
+        ((8, 0), torch.float16, 64, True),
+        ((7, 5), torch.float16, 64, False),
+        ((9, 0), torch.float32, 64, False),
+        ((9, 0), torch.bfloat16, 36, False),
+    ],
+)
+def test_runs_of_several_lengths_are_for_flash_attention_where_it_knows_gpu_type_and_heads(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, dim: int, taken: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    query: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=dtype, shape=(9, 2, dim))
+    assert flash_takes(query) == taken
 
 
 def test_times_of_a_clip_are_text_in_qwen3_vl() -> None:

@@ -105,13 +105,16 @@ class Tables:
         offsets: Tensor,
         plans: Any,
         counts: Tensor | None = None,
+        shifts: Tensor | None = None,
     ) -> Batch:
-        """A step of T tokens, in R rows, and of `counts` [copies] in all copies. Its host arrays are empty: they would
-        not hold at the next replay."""
+        """A step of T tokens, in R rows, and of `counts` [copies] in all copies. Rotary embedding shifts its tokens by
+        `shifts` [3, T], or as their slots say. Its host arrays are empty: they would not hold at the next replay."""
         spread = Spread.captured(counts, len(token_slots)) if self.copies and counts is not None else None
         real = None
         if self.counts_real:
             real = (counts if spread is not None and counts is not None else token_slots != self.scratch).sum().view(1)
+        if shifts is None and self.shifts is not None:
+            shifts = self.shifts[token_slots]
         page = self.page_table[token_slots, positions // self.page_size].to(torch.int64)
         return Batch(
             ids=self.tokens[token_slots, positions].to(torch.int64),
@@ -128,7 +131,7 @@ class Tables:
             states=self.states,
             plans=plans,
             real=real,
-            turns=None if self.shifts is None else positions + self.shifts[token_slots],
+            turns=None if shifts is None else positions + shifts,
             spread=spread,
         )
 
@@ -297,7 +300,10 @@ class PromptGraphs(StepGraphs):
         if tables.shown_size:
             lines = most, tables.shown_size
             self._shown = torch.zeros(lines, dtype=tables.model.dtype, device=tables.tokens.device)
-        return self._capture([*sizes, most] if most >= self._tokens[0] else [], pool)
+        made = self._capture([*sizes, most] if most >= self._tokens[0] else [], pool)
+        if not made:
+            self._shown = torch.empty(0)
+        return made
 
     def _captured(self, size: int, pool: Any) -> Captured | None:
         backends = self._tables.model.backends
@@ -322,13 +328,12 @@ class PromptGraphs(StepGraphs):
 
     def _batch(self, numbers: Tensor, size: int, plans: tuple[Any, ...]) -> Batch:
         token_slots, positions, slots, starts, offsets, counts, shifts, shown = numbers.split(self._parts(size))
-        batch = self._tables.batch(token_slots, positions, slots, starts, offsets, plans, counts)
-        if len(shifts):
-            batch = replace(batch, turns=positions + shifts.view(3, size))
-        if len(shown):
-            embeddings, *levels = self._shown[:size].split(self._tables.model.width, dim=1)
-            batch = replace(batch, media=CapturedMedia(shown[:, None] != 0, embeddings, tuple(levels)))
-        return batch
+        turned = shifts.view(3, size) if len(shifts) else None
+        batch = self._tables.batch(token_slots, positions, slots, starts, offsets, plans, counts, turned)
+        if not len(shown):
+            return batch
+        embeddings, *levels = self._shown[:size].split(self._tables.model.width, dim=1)
+        return replace(batch, media=CapturedMedia(shown[:, None] != 0, embeddings, tuple(levels)))
 
     def _fill(self, numbers: np.ndarray, size: int, rows: Rows, what: Shown = NOTHING_SHOWN) -> np.ndarray:
         """Writes a step; returns its offsets [R + 1]."""
@@ -367,7 +372,8 @@ class PromptGraphs(StepGraphs):
         offsets = self._fill(chosen.numbers.host(), size, rows, shown)
         chosen.numbers.send()
         if shown.embeddings is not None:
-            self._shown.index_copy_(0, upload(shown.places, self._shown.device), shown.embeddings)
+            places = upload(shown.places, self._shown.device)
+            self._shown.index_copy_(0, places, shown.embeddings.to(self._shown.dtype))
         for backend, plan in zip(self._tables.model.backends, chosen.plans, strict=True):
             backend.refill_prompts(plan, rows.starts, rows.lengths, offsets)
         chosen.enter(entering)

@@ -20,8 +20,6 @@ def test_nothing_leaks_from_connections_that_are_dropped(tmp_path: Path) -> None
     assert done.returncode == 0, done.stdout + done.stderr
     first, second = json.loads(found.read_text())["rounds"]
     for each in (first, second):
-        assert sum(each["outcomes"].values()) == 300
-        assert each["outcomes"]["whole"] >= 150
-        assert each["outcomes"]["dropped"] >= 100
+        assert each["outcomes"] == {"whole": 150, "dropped": 150}
     fronts = [name for name in second["processes"] if "front" in name]
     assert len(fronts) == 2
