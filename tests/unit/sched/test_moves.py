@@ -126,6 +126,7 @@ class TierBench(Bench):
 
     def end(self, rid, keep=None):
         """Abort `rid`, or stop it."""
+        self.moves.leave(rid)
         if not self.room.abort(rid):
             assert self.scheduler.stop(rid, keep)
 
