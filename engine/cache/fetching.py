@@ -91,7 +91,7 @@ class Fetching:
     def worth(self, number: int, running: int) -> bool:
         """Whether a request that could begin beside so many `running` ones waits for piece `number` and what is behind
         it. Never for one that is stuck: as long as others come that share it, nobody would give up on it."""
-        if number in self._sent and self._sent[number].stuck:
+        if self._is_stuck(number):
             return False
         if self._always:
             return True
@@ -102,6 +102,12 @@ class Fetching:
                 break
             most -= len(piece.names)
         return most >= 0
+
+    def _is_stuck(self, number: int) -> bool:
+        """Whether a piece has been under way for long, or is not sent because all that are have been."""
+        if number in self._sent:
+            return self._sent[number].stuck
+        return len(self._sent) >= MOVES and all(piece.stuck for piece in self._sent.values())
 
     def patience(self, wanted: int) -> float:
         """Seconds after which the last `wanted` pages that are to come are given up on: twice what is expected, and

@@ -5,7 +5,7 @@ from math import inf
 import pytest
 from msgspec.structs import replace
 from test_batcher import Bench, request
-from test_moves import LONG, TierBench, run
+from test_moves import LONG, OTHER, TierBench, run
 
 from bench.engine.sooner import Shape, Simulation
 from engine.cache.fetching import MOVES, STUCK_SECONDS, Fetching
@@ -80,10 +80,11 @@ def test_who_waits_gives_up_after_twice_what_is_expected_and_what_computing_take
 # ── the scheduler ────────────────────────────────────────────────────────────────────────────
 
 
-def restarted(fetch):
-    """A store that has the eight pages of LONG, a page of four tokens, which computing takes four for."""
+def restarted(fetch, *texts):
+    """A store that has `texts`, or the eight pages of LONG, of four tokens each, which computing takes four for."""
     bench = TierBench(40, pages=24, fetch=fetch)
-    run(bench, "a", LONG)
+    for number, text in enumerate(texts or [LONG]):
+        run(bench, f"a{number}", text)
     bench.lose()
     return bench
 
@@ -184,7 +185,7 @@ def test_nothing_more_is_fetched_for_a_request_that_is_gone_but_what_others_wait
 
 
 def test_a_piece_that_is_stuck_is_waited_for_by_nobody_however_many_come():
-    bench = restarted(fetch=0.1)
+    bench = restarted(0.1, LONG, OTHER)
     bench.admit(request("b", LONG, max_new=1))
     while not any(move.way == "fetch" for move in bench.below.moving):
         bench.finish()
@@ -196,6 +197,11 @@ def test_a_piece_that_is_stuck_is_waited_for_by_nobody_however_many_come():
         assert bench.plan() is not None
         bench.commit()
     assert bench.cached["b"] == 0
+    bench.admit(request("other", OTHER, max_new=1))  # whose pieces wait for those
+    while bench.room.waiting:
+        bench.finish(next(place for place, move in enumerate(bench.below.moving) if move.way == "find"))
+    assert bench.scheduler.tiers.fetching.later and bench.plan() is not None
+    assert not bench.scheduler.tiers.fetching.later
     bench.drain()
 
 
