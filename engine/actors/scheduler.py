@@ -342,6 +342,8 @@ class SchedulerActor:
     async def _abort(self, rid: str) -> None:
         if self.scheduler is None:
             return
+        if self.moves is not None:
+            self.moves.leave(rid)
         if self.room.abort(rid):
             await self.front.send(Tokens.aborted(rid))
         elif tokens_of_it := self.scheduler.abort(rid):
@@ -385,7 +387,7 @@ class SchedulerActor:
         await self._send_stats()
         self._wanted.clear()
         if self.moves is not None:
-            self.moves.cost.lost()
+            self.moves.lost()
         for rid in self.scheduler.reset():
             await self.front.send(Failed(rid, 503, "worker_lost", f"{LOST} (cause: {cause})"))
         await self._pass_on(self.room.lost())

@@ -12,10 +12,12 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from math import inf
 
 from engine.cache.sooner import Pace, most_ahead
 
 MOVES = 3  # under way
+STUCK_SECONDS = 10.0  # after which a piece that is under way is waited for no longer
 
 
 @dataclass(slots=True)
@@ -25,6 +27,8 @@ class Piece:
     span: int
     names: Sequence[bytes]
     ahead: int = 0
+    since: float = inf  # the first time that was told then
+    stuck: bool = False
 
 
 class Fetching:
@@ -54,6 +58,12 @@ class Fetching:
         self._sent[number] = piece
         return number, piece
 
+    def tick(self, now: float) -> None:
+        """It is so late, in seconds of the caller's clock."""
+        for piece in self._sent.values():
+            piece.since = min(piece.since, now)
+            piece.stuck = now - piece.since >= STUCK_SECONDS
+
     def over(self, number: int, done: int, seconds: float) -> Piece:
         """A piece is over, in so many seconds: `done` of its pages are there."""
         piece = self._sent.pop(number)
@@ -80,7 +90,9 @@ class Fetching:
 
     def worth(self, number: int, running: int) -> bool:
         """Whether a request that could begin beside so many `running` ones waits for piece `number` and what is behind
-        it."""
+        it. Never for one that is stuck: as long as others come that share it, nobody would give up on it."""
+        if self._is_stuck(number):
+            return False
         if self._always:
             return True
         rest = [self._sent.get(other) or self.later[other] for other in self.rest(number)]
@@ -90,6 +102,12 @@ class Fetching:
                 break
             most -= len(piece.names)
         return most >= 0
+
+    def _is_stuck(self, number: int) -> bool:
+        """Whether a piece has been under way for long, or is not sent because all that are have been."""
+        if number in self._sent:
+            return self._sent[number].stuck
+        return len(self._sent) >= MOVES and all(piece.stuck for piece in self._sent.values())
 
     def patience(self, wanted: int) -> float:
         """Seconds after which the last `wanted` pages that are to come are given up on: twice what is expected, and

@@ -33,6 +33,10 @@ class Needs:
         else:
             self._settled.append(need)
 
+    def sought(self, find: int) -> bool:
+        """Whether any need waits for what this move says."""
+        return any(find in finds for finds in self._finds.values())
+
     def found(self, find: int, fetches: Iterable[int]) -> list[int]:
         """Move `find` has said what there is, which `fetches` bring. The needs that waited for it."""
         needs = [need for need, finds in self._finds.items() if find in finds]
@@ -53,7 +57,7 @@ class Needs:
                 del self._fetches[need]
 
     def give_up(self, need: int) -> set[int]:
-        """It has been waited for long enough. The fetches that no other need waits for."""
+        """Nobody waits for it any more. The fetches that no other need waits for."""
         if self._finds.pop(need, None) is not None:
             self._settled.append(need)
         return self._fetches.pop(need, set()).difference(*self._fetches.values())

@@ -272,7 +272,7 @@ class Tiers:
         self.needs.add(number, waits, fetches)
 
     def give_up(self, number: int) -> None:
-        """That need has been waited for long enough."""
+        """That need has been waited for long enough, or who had it is gone."""
         self._abandon(self.needs.give_up(number))
 
     def _found(self, number: int, ticket: Ticket, done: Sequence[bool]) -> None:
@@ -280,7 +280,7 @@ class Tiers:
         there = itertools.compress(ticket.names, itertools.takewhile(bool, done))
         names = [name for name in there if self.host.get(name) is None]
         pieces: dict[int, Sequence[bytes]] = {}
-        if len(names) >= self.options.least_fetched and not ticket.stale:
+        if len(names) >= self.options.least_fetched and self.needs.sought(number):
             for first in range(0, len(names), self.options.piece):
                 pieces[next(self._numbers)] = names[first : first + self.options.piece]
             self.fetching.wait(pieces)
@@ -288,6 +288,7 @@ class Tiers:
         needs = self.needs.found(number, pieces)
         if pieces:
             self.patience += [(need, self.fetching.patience(len(names))) for need in needs]
+            self._fetch_more()  # at once, so that the pace is measured again also where they are computed sooner
 
     def _fetch_more(self) -> None:
         """Send the pieces that are due, as far as the pool has room for them."""

@@ -60,12 +60,18 @@ class Moves:
         self.cost = PromptCost()
         self._saved = 0.0  # seconds
         self._said = False  # that a tier fails
+        self._needs: dict[int, str] = {}  # that are waited for, and the rids of those who have them
 
     @property
     def tiers(self) -> Iterator[Tiers]:
         for copy in self._copies:
             assert copy.tiers is not None, "there is nothing below the device"
             yield copy.tiers
+
+    def lost(self) -> None:
+        """The device is, with all that was in flight, and nobody waits for a page any more."""
+        self.cost.lost()
+        self._needs.clear()
 
     def before(self) -> list[Move]:
         """Those to be sent before the next plan."""
@@ -96,6 +102,7 @@ class Moves:
         to forget them."""
         for tiers in self.tiers:
             tiers.keeping.now = tiers.clearing.now = now
+            tiers.fetching.tick(now)
         return any(tiers.clearing.due or tiers.keeping.waits for tiers in self.tiers)
 
     @property
@@ -138,12 +145,19 @@ class Moves:
         tiers = self._copies[best].tiers
         assert tiers is not None
         tiers.want(number, wanted, held[best])
+        self._needs[number] = admit.rid
+
+    def leave(self, rid: str) -> None:
+        """That request is gone: nothing is fetched for it any more."""
+        self.give_up(*[number for number, its in self._needs.items() if its == rid])
 
     def give_up(self, *numbers: int) -> None:
         """Nobody waits for these any longer."""
         for tiers in self.tiers:
             for number in numbers:
                 tiers.give_up(number)
+        for number in numbers:
+            self._needs.pop(number, None)
 
     def patience(self) -> list[tuple[int, float]]:
         """Needs for pages of which more is known by now, and how many seconds from now on they are waited for."""

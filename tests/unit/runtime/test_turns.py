@@ -15,13 +15,14 @@ from engine.cache import keeping
 from engine.config import resolve
 from engine.messages import ToExecutor, ToScheduler
 from engine.messages.control import WorkerReady
-from engine.messages.request import Admit
+from engine.messages.request import Abort, Admit
 from engine.messages.step import StepDone, StepPlan
 from engine.messages.tiers import Move, Moved
 from engine.params.sampling import Sampling
 from engine.plugin.registry import Plugins
 from engine.runtime.channel import Outbox, channel, open_channel
 from engine.sched import moves
+from engine.sched.looking import parts_of
 from engine.sched.policies import make_policy
 
 pytestmark = pytest.mark.anyio
@@ -68,6 +69,34 @@ async def test_a_store_that_is_given_up_on_does_not_overtake_what_waits_to_be_se
         group.cancel_scope.cancel()
     found = [(each.way, each.count) for each in sent if isinstance(each, Move)]
     assert found == [("find", 0), *[("find", 299 // 4)] * 4]  # what the store holds, and what each request lacks
+
+
+async def test_nothing_more_is_fetched_for_a_request_that_is_aborted() -> None:
+    to_executor, executor = open_channel()
+    actor, to_scheduler = await started(to_executor)
+    await to_scheduler.send(admit(1, 1000))
+    fetches: list[Move] = []
+    async with anyio.create_task_group() as group:
+        group.start_soon(actor.run)
+        with anyio.fail_after(10):
+            while len(fetches) < 3:
+                match await executor.receive():
+                    case Move(way="fetch") as move:
+                        fetches.append(move)
+                    case Move() as move:
+                        await to_scheduler.send(Moved(move.number, b"\1" * move.count))
+            assert actor.scheduler is not None
+            tiers = parts_of(actor.scheduler)[0].tiers
+            assert tiers is not None and tiers.fetching.later
+            await to_scheduler.send(Abort("r1"))
+            for move in fetches:
+                await to_scheduler.send(Moved(move.number, b"\1" * move.count))
+            await to_scheduler.send(admit(2, 10))
+            sent = []
+            while not (sent and isinstance(sent[-1], StepPlan)):
+                sent.append(await executor.receive())
+        group.cancel_scope.cancel()
+    assert len(sent) == 1 and not tiers.fetching.later
 
 
 async def test_a_heartbeat_offers_a_store_again_what_it_has_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,6 +126,7 @@ class TierBench(Bench):
 
     def end(self, rid, keep=None):
         """Abort `rid`, or stop it."""
+        self.moves.leave(rid)
         if not self.room.abort(rid):
             assert self.scheduler.stop(rid, keep)
 
@@ -442,6 +443,29 @@ def test_others_run_while_pages_come_up_and_who_shares_them_waits_for_the_same_m
     bench.drain()
     assert bench.cached["b"] == bench.cached["c"] == 32
     assert bench.scheduler.tiers.counts.from_host == 8
+
+
+@pytest.mark.parametrize(("end", "pages"), [("whole", 6), ("stopped", 4), ("retracted", 4)])
+def test_pages_of_a_reply_go_down_together_at_its_end(end, pages):
+    """While a request decodes nothing moves, however many of its pages are full."""
+    bench = TierBench(40, stores=False, pages=24)
+    bench.admit(request("a", LONG[:9], max_new=24))
+    bench.plan()
+    assert [(move.way, move.count) for move in bench.below.moving] == [("down", 2)]
+    bench.commit()
+    bench.finish()
+    while len(bench.tokens["a"]) < (24 if end == "whole" else 16):
+        assert not bench.below.moving
+        bench.plan()
+        bench.commit()
+    if end == "stopped":
+        bench.end("a")
+        bench.ends["a"] = "stopped"
+    elif end == "retracted":
+        bench.scheduler.retract_all()
+    bench.go_on()
+    assert [(move.way, move.count) for move in bench.below.moving] == [("down", pages)]
+    bench.drain()
 
 
 def test_pages_that_fail_to_come_up_are_computed_from_the_first_of_them_on():

@@ -3,11 +3,12 @@
 from math import inf
 
 import pytest
+from msgspec.structs import replace
 from test_batcher import Bench, request
-from test_moves import LONG, TierBench, run
+from test_moves import LONG, OTHER, TierBench, run
 
 from bench.engine.sooner import Shape, Simulation
-from engine.cache.fetching import MOVES, Fetching
+from engine.cache.fetching import MOVES, STUCK_SECONDS, Fetching
 from engine.cache.sooner import Pace, most_ahead
 
 NAMES = [bytes([number]) for number in range(100)]
@@ -79,10 +80,11 @@ def test_who_waits_gives_up_after_twice_what_is_expected_and_what_computing_take
 # ── the scheduler ────────────────────────────────────────────────────────────────────────────
 
 
-def restarted(fetch):
-    """A store that has the eight pages of LONG, a page of four tokens, which computing takes four for."""
+def restarted(fetch, *texts):
+    """A store that has `texts`, or the eight pages of LONG, of four tokens each, which computing takes four for."""
     bench = TierBench(40, pages=24, fetch=fetch)
-    run(bench, "a", LONG)
+    for number, text in enumerate(texts or [LONG]):
+        run(bench, f"a{number}", text)
     bench.lose()
     return bench
 
@@ -93,6 +95,37 @@ def test_a_device_that_is_idle_computes_what_a_slow_store_has():
     counts = bench.moves.stats()
     assert (counts.computed, counts.fetched) == (2, 6)  # of which some was under way when the device could begin
     bench.drain()
+
+
+def test_the_pace_of_a_store_that_was_slow_is_measured_again_where_the_device_is_idle():
+    """A plan that computes all of the prompt is made before any move is sent."""
+    bench = restarted(fetch=5.0)
+    bench.admit(request("b", LONG, max_new=1))
+    while bench.room.waiting:
+        bench.moves.moved(bench.below.finish())
+        for number in bench.moves.settled():
+            bench.let_in(bench.room.settle(number))
+    assert bench.plan() is not None
+    fetches = [move for move in bench.below.moving if move.way == "fetch"]
+    assert [move.count for move in fetches] == [2] * MOVES
+    for move in fetches:
+        place = bench.below.moving.index(move)
+        bench.moves.moved(replace(bench.below.finish(place), seconds=0.5))
+    assert bench.scheduler.tiers.fetching.pace.each < 1
+    bench.drain()
+
+
+def test_what_a_store_says_too_late_is_not_fetched():
+    bench = restarted(fetch=0.1)
+    bench.admit(request("b", LONG, max_new=1))
+    bench.moves.leave("b")
+    bench.go_on()
+    assert not bench.room.waiting
+    while bench.below.moving:
+        bench.finish()
+    assert bench.below.done["find"] == 8 and not bench.scheduler.tiers.fetching.later
+    bench.drain()
+    assert (bench.cached["b"], bench.below.done["fetch"]) == (0, 0)
 
 
 def test_what_a_faster_store_has_is_fetched():
@@ -131,6 +164,44 @@ def test_a_store_that_is_stuck_is_given_up_on_and_nothing_waits_for_it():
         bench.plan()
         bench.commit()
     assert bench.cached["b"] == 0 and sum(move.way == "fetch" for move in bench.below.moving) == MOVES
+    bench.drain()
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_nothing_more_is_fetched_for_a_request_that_is_gone_but_what_others_wait_for_is(beside):
+    bench = restarted(fetch=0.1)
+    bench.admit(request("b", LONG, max_new=1))
+    if beside:
+        bench.admit(request("c", LONG, max_new=1))
+    while not any(move.way == "fetch" for move in bench.below.moving):
+        bench.finish()
+    bench.end("b")
+    bench.ends["b"] = "abort"
+    assert len(bench.scheduler.tiers.fetching.later) == beside
+    bench.drain()
+    assert bench.below.done["fetch"] == 2 * (MOVES + beside)
+    if beside:
+        assert bench.cached["c"] == 32
+
+
+def test_a_piece_that_is_stuck_is_waited_for_by_nobody_however_many_come():
+    bench = restarted(0.1, LONG, OTHER)
+    bench.admit(request("b", LONG, max_new=1))
+    while not any(move.way == "fetch" for move in bench.below.moving):
+        bench.finish()
+    for second in range(100, 101 + int(STUCK_SECONDS)):
+        assert bench.plan() is None
+        bench.moves.tick(second)
+        bench.admit(request(f"more{second}", LONG, max_new=1))
+    while bench.live:
+        assert bench.plan() is not None
+        bench.commit()
+    assert bench.cached["b"] == 0
+    bench.admit(request("other", OTHER, max_new=1))  # whose pieces wait for those
+    while bench.room.waiting:
+        bench.finish(next(place for place, move in enumerate(bench.below.moving) if move.way == "find"))
+    assert bench.scheduler.tiers.fetching.later and bench.plan() is not None
+    assert not bench.scheduler.tiers.fetching.later
     bench.drain()
 
 
