@@ -110,8 +110,7 @@ class SchedulerActor:
         self.step_seconds = array("f")
         self.make_seconds: dict[str, array[float]] = {}  # by kind
         self.idle_seconds = 0.0
-        self.restarts, self.restart_seconds = 0, 0.0  # of the last one
-        self._lost_at = 0.0  # when the worker died that is being replaced
+        self.restarts, self.restart_seconds, self._lost_at = 0, 0.0, 0.0  # the last one took, and when it began
         self._checks, self._checked = False, True  # whether all is checked when idle, and was since it changed
 
     async def run(self) -> None:
@@ -360,7 +359,7 @@ class SchedulerActor:
 
     async def _ready(self, ready: WorkerReady) -> None:
         if self.scheduler is None:
-            held = None if self.followers is None else self.followers.held
+            held = self.followers and self.followers.held
             self.scheduler = scheduler_for(ready, self.config, self.policy, self.fronts, held)
             if ready.host_pages:
                 self.moves = Moves(parts_of(self.scheduler))
