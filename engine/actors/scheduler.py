@@ -359,7 +359,7 @@ class SchedulerActor:
 
     async def _ready(self, ready: WorkerReady) -> None:
         if self.scheduler is None:
-            held = self.followers and self.followers.held
+            held = self.followers.held if self.followers is not None else None
             self.scheduler = scheduler_for(ready, self.config, self.policy, self.fronts, held)
             if ready.host_pages:
                 self.moves = Moves(parts_of(self.scheduler))
