@@ -78,9 +78,18 @@ def readable(messages: Sequence[Message], processor: MediaProcessor | None) -> l
 
 def needs_of(media: Sequence[Prepared], placed: Placed) -> tuple[Need, ...]:
     """What a request that shows `media`, `placed` in its prompt, waits for: each slice once, however often it is
-    shown."""
+    shown. Raises RequestError (500) where a processor has placed other embeddings than it has made."""
     slices: dict[bytes, Slice] = {}
     spans: dict[bytes, list[tuple[int, int]]] = {}
+    made = [medium.tokens for medium in media]
+    places = [sum([count for _, count in own]) for own in placed.spans]
+    if made != places:
+        raise RequestError(
+            f"the model's processor of media has made {made} embeddings, and placed {places} in the prompt; its plugin "
+            "is at fault: what a medium's spans count has to be its tokens",
+            code="media_failed",
+            status=500,
+        )
     for medium, own in zip(media, placed.spans, strict=True):
         parts = slices_of(medium)
         for part, shown in zip(parts, cut_spans(own, [each.tokens for each in parts]), strict=True):

@@ -2,8 +2,8 @@
 
 Lines of one name are one list, in their order, where the header is a list; any other header may come once only
 (RFC 9110, 5.3). A reader of the first line alone would miss what a proxy added behind it, or believe another line than
-the next server does. Left out: headers that aiohttp refuses when they are repeated, such as Content-Length,
-Content-Type and Host.
+the next server does. Where all lines have one value, as behind proxies that each add it, that is no question. Left out:
+headers that aiohttp refuses when they are repeated, such as Content-Length, Content-Type and Host.
 """
 
 from typing import Protocol
@@ -28,8 +28,8 @@ def members(headers: Headers, name: str) -> frozenset[str]:
 
 
 def once(headers: Headers, name: str) -> str | None:
-    """The value of `name`, which is no list. Raises RequestError where it comes several times, be it with one value."""
-    lines = headers.getall(name, ())
-    if len(lines) > 1:
-        raise RequestError(f"the header {name} comes {len(lines)} times; send it once", param=name)
-    return lines[0] if lines else None
+    """The value of `name`, which is no list. Raises RequestError where it comes with several values."""
+    values = list(dict.fromkeys(value.strip() for value in headers.getall(name, ())))
+    if len(values) > 1:
+        raise RequestError(f"the header {name} comes with {len(values)} values; send one", param=name)
+    return values[0] if values else None

@@ -6,6 +6,7 @@
 Left out: what is asked for; calls.py makes one gen or select of these.
 """
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
@@ -52,6 +53,11 @@ class Backend(ABC):
     @abstractmethod
     def portal(self) -> BlockingPortal | None:
         """The event loop that it lives in, if that is in a thread of its own; None: the one that runs."""
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop that it lives in; None: any."""
+        return None
 
     @abstractmethod
     def check(self, prompt: Prompt, params: SamplingParams | None, *, separate: bool = False) -> None:

@@ -25,7 +25,10 @@ def set_default_backend(backend: Any) -> None:
 def default_backend() -> Any:
     """The one that was set. Raises ConfigError where none was."""
     if (backend := _BACKEND.get()) is None:
-        raise ConfigError("the program has no backend; give backend=..., or name one with set_default_backend(...)")
+        raise ConfigError(
+            "the program has no backend; give backend=..., or name one with set_default_backend(...), also "
+            "in each thread that you start: it does not have that of others"
+        )
     return backend
 
 

@@ -1,5 +1,6 @@
 """Programs call an engine in this process, without HTTP."""
 
+import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -40,6 +41,10 @@ class Local(Backend):
     @property
     def portal(self) -> BlockingPortal | None:
         return self._portal
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        return self._engine.loop
 
     def check(self, prompt: Prompt, params: SamplingParams | None, *, separate: bool = False) -> None:
         if not prompt.messages:

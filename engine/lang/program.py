@@ -127,6 +127,11 @@ class Function:
     def _prepared(
         self, backend: Backend, arguments: Sequence[Any], named: Mapping[str, Any], **more: Any
     ) -> tuple[Run, State, Callable[[], Any]]:
+        if backend.loop not in (None, asyncio.get_running_loop()):
+            raise ConfigError(
+                "this backend lives in another event loop; call run, run_batch or stream in a thread, or open an "
+                "AsyncEngine or a Server with async with where the program is awaited"
+            )
         timeout: float | None = None if "timeout" in self._names else named.get("timeout")
         own = {name: value for name, value in named.items() if name in self._names}
         asked = {name: value for name, value in named.items() if name not in (*self._names, "timeout")}

@@ -1,5 +1,6 @@
 """What backends over HTTP share: the event loop that one lives in, and a request with a whole answer."""
 
+import asyncio
 from abc import abstractmethod
 from collections.abc import Set
 from contextlib import ExitStack
@@ -24,10 +25,19 @@ class Remote(Client, Backend):
 
     _stack: ExitStack
     _portal: BlockingPortal | None = None
+    _loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def portal(self) -> BlockingPortal | None:
         return self._portal
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        return self._loop
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        return await super().__aenter__()
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:

@@ -78,7 +78,15 @@ class Run:
         if self.here:
             use()
         else:
-            self._loop.call_soon_threadsafe(use, context=self._context)
+            self._loop.call_soon_threadsafe(self._do, use, context=self._context)
+
+    def _do(self, use: Callable[[], None]) -> None:
+        """Do `use` in a task: outside of tasks anyio may not know whose event loop it is in."""
+
+        async def do() -> None:
+            use()
+
+        self._loop.create_task(do())
 
     async def comes(self, prompt: Prompt) -> None:
         """Returns when the call with `prompt` may be made."""

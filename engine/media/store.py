@@ -131,13 +131,13 @@ class MediaStore:
                 code="too_many_media",
                 facts={"count": len(media), "most": most},
             )
-        size, waiting = 0, object()
+        sizes: dict[bytes, int] = {}  # by digest: each slice travels once, however often the request shows it
+        waiting = object()
 
         async def one(part: Image | Video) -> Prepared:
-            nonlocal size
             prepared = await self._one(part)
-            size += size_of(prepared)
-            check_together(size, len(media))
+            sizes.update((each.digest, len(each.payload)) for each in slices_of(prepared))
+            check_together(sum(sizes.values()), len(media))
             self._count(waiting, prepared)
             return prepared
 

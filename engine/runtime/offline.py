@@ -9,6 +9,7 @@ With a model that makes vectors, `embed` takes a list of strings or token ids. `
 that has an event loop; `Engine` runs one in a thread.
 """
 
+import asyncio
 import uuid
 from array import array
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
@@ -107,6 +108,7 @@ class AsyncEngine:
         self.config = config or resolve(options)
         self._context: AbstractAsyncContextManager[Front] | None = None
         self._front: Front | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None  # that it lives in, once it was opened
 
     @property
     def front(self) -> Front:
@@ -120,6 +122,7 @@ class AsyncEngine:
         return self.front.text is not None and self.front.text.has_template
 
     async def __aenter__(self) -> Self:
+        self.loop = asyncio.get_running_loop()
         self._context = open_front(self.config)
         self._front = await self._context.__aenter__()
         try:

@@ -168,7 +168,8 @@ class MediaTable:
             if (shown := self._slots.get(slot)) is not None:
                 if shifts is not None:
                     shifts[:, offset : offset + length] = shown.shifts_of(start, length)
-                for number, use in shown.uses:
+                # a row behind all that it shows looks at none of it: a long clip has hundreds of slices
+                for number, use in shown.uses if start < shown.until else ():
                     at = 0  # in the medium's embeddings
                     for begin, count in use.spans:
                         at %= use.tokens

@@ -5,6 +5,7 @@ On the echo model, which counts on from the prompt's last byte. What a program i
 
 import asyncio
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -117,6 +118,29 @@ def test_forks_tools_loops_and_variables(endpoint: Any) -> None:
 
     s = grammar.run(name="x", temperature=0)
     assert s["date"].isdigit() and s["json"] == "1"
+
+
+def test_programs_run_in_a_plain_event_loop_and_say_where_they_cannot(endpoint: Any, url: str) -> None:
+    async def here() -> list[Any]:
+        async with sgl.Server(url) as server:
+            asked: dict[str, Any] = {"backend": server, "temperature": 0}
+            s = await text_qa.run_async("x", **asked)
+            (batched,) = await text_qa.run_batch_async([{"question": "y"}], **asked)
+            async with dialogue.stream_async("1", "2", **asked) as followed:
+                return [
+                    s["answer"],
+                    batched["answer"],
+                    "".join([piece async for piece in followed.text_async_iter("second")]),
+                ]
+
+    async def elsewhere() -> None:
+        with pytest.raises(ConfigError, match="lives in another event loop"):
+            await text_qa.run_async("x", timeout=5)
+
+    assert asyncio.run(here()) == ["BCD", "BCD", "BC"]
+    asyncio.run(elsewhere())
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ConfigError, match="in each thread that you start"):
+        pool.submit(text_qa.run, question="x").result()
 
 
 def test_reasoning_is_kept_apart_by_the_served_parser(endpoint: Any) -> None:

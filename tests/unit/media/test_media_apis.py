@@ -19,6 +19,7 @@ from odd_web import PICTURE, OddWeb, odd_web
 from openai import AsyncOpenAI, BadRequestError
 from test_http import post
 
+from engine.conversation.media import Placed
 from engine.conversation.parts import Message, read_messages
 from engine.errors import RequestError
 from engine.messages.request import Generate
@@ -266,6 +267,19 @@ async def test_what_nothing_foresaw_ends_its_own_request(monkeypatch: pytest.Mon
             assert (status, reply["error"]["code"]) == (500, "internal_error")
         assert (await post(chat, body))[0] == 200
         await house.settled()
+
+
+async def test_a_processor_that_misplaces_ends_its_own_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with seeing(monkeypatch) as (_, url):
+        body = {"model": "echo", "messages": user("a", shown(data_url())), "max_tokens": 1}
+        for spans in ((), (((1, 3),),), (((1, 4), (1, 1)),)):  # of no medium, too few, too many
+            with monkeypatch.context() as wrong:
+                placed = Placed([97, 1, 1, 1, 1], spans=spans)
+                wrong.setattr(seeing_text().media, "placed", lambda ids, media, placed=placed: placed)
+                status, said = await post(f"{url}/v1/chat/completions", body)
+            assert (status, said["error"]["code"]) == (500, "media_failed")
+            assert "has made [4] embeddings, and placed [" in said["error"]["message"]
+        assert (await post(f"{url}/v1/chat/completions", body))[0] == 200
 
 
 async def test_requests_of_others_go_past_one_that_waits_for_its_picture(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,12 +67,13 @@ async def test_each_connection_header_names_what_is_not_passed_on() -> None:
 
 
 @pytest.mark.parametrize("name", [b"Authorization", b"x-api-key", PATIENCE.encode()])
-async def test_what_is_no_list_is_refused_when_it_comes_twice(name: bytes) -> None:
+async def test_what_is_no_list_is_refused_when_it_has_two_values(name: bytes) -> None:
     twice = (name + b": Bearer 1", name + b": Bearer 2")
     async with raw_worker(says(b"{}")) as worker, routing(worker.url) as (url, _), dial(url) as client:
         path = "/v1/completions" if name == PATIENCE.encode() else "/flush_cache"
         status, _, said = await answered(client, post(b"{}", *twice, path=path))
-        assert (status, said["error"]["param"]) == (400, name.decode()) and "comes 2 times" in said["error"]["message"]
+        assert (status, said["error"]["param"]) == (400, name.decode())
+        assert "comes with 2 values" in said["error"]["message"]
         assert not worker.asked
         assert (await answered(client, post(b"{}", b"Authorization: Bearer 1", path="/flush_cache")))[0] == 200
 

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -86,6 +87,26 @@ def test_what_is_dropped_is_gone_whole() -> None:
     table.show({1: 3, 2: 2})
     table.table.drop(1)
     assert (table.held(), list(table.table._pixels)) == ({2: own(2)}, [2])
+
+
+def test_a_row_behind_all_that_it_shows_looks_at_none_of_it() -> None:
+    """In a step where another row shows something; it would once for each slice of a clip."""
+    table = Table()
+    table.show({1: 3, 2: 2}, slot=0)
+    table.show({3: 4}, slot=1)
+    looked: list[int] = []
+
+    class Looked(list[Any]):
+        def __iter__(self) -> Any:
+            looked.append(len(self))
+            return super().__iter__()
+
+    table.table._slots[0].uses = Looked(table.table._slots[0].uses)
+    for start, looks in ((5, []), (4, [2])):
+        rows: Any = SimpleNamespace(slots=np.array([0, 1]), starts=np.array([start, 1]), lengths=np.array([1, 2]))
+        shown = table.table.shown(rows)
+        assert looked == looks and shown.embeddings is not None
+        assert shown.embeddings[:, 0].tolist() == [2.0] * len(looks[:1]) + [3.0, 3.0]
 
 
 def test_many_media_leave_what_few_do() -> None:
