@@ -1,6 +1,7 @@
 """The id of a request: on its answer, in the log lines about it, and for /abort_request.
 
-A client gives it in the header X-Request-Id; other requests may have the same one. Without one it is the id of what was
+A client gives it in the header X-Request-Id; other requests may have the same one. Of several, as a proxy may add one,
+the first counts. Without one it is the id of what was
 asked for (`chatcmpl-…`), or one made here.
 """
 
@@ -10,7 +11,6 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from engine.errors import RequestError, counted
-from engine.http.repeated import once
 from engine.http.tracing import TRACE
 from engine.logs import REQUEST_ID
 
@@ -40,7 +40,7 @@ def check_id(id: str, name: str) -> None:
 @web.middleware
 async def name_request(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Find or make the id of `request`. Raises RequestError for one that cannot be taken."""
-    given = once(request.headers, HEADER)
+    given = request.headers.get(HEADER)
     if given is None:
         rename(request, new_id())
     else:

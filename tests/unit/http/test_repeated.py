@@ -31,7 +31,7 @@ def test_lines_of_a_list_are_one_list_and_others_come_once() -> None:
     assert fields_of([(b"Connection", b"close"), (b"X", b"1"), (b"connection", b"te")])[b"connection"] == b"close, te"
 
 
-@pytest.mark.parametrize("name", ["Authorization", "x-api-key", "X-Request-Id", "X-Session-Id"])
+@pytest.mark.parametrize("name", ["Authorization", "x-api-key", "X-Session-Id"])
 async def test_what_is_no_list_is_refused_when_it_has_two_values(name: str) -> None:
     twice = [name.encode() + b": " + word for word in (b"Bearer sesame", b"Bearer other")]
     keyed = [] if name == "Authorization" else [b"Authorization: Bearer sesame"]
@@ -41,6 +41,12 @@ async def test_what_is_no_list_is_refused_when_it_has_two_values(name: str) -> N
         assert (status, said["error"]["param"]) == (400, name) and "comes with 2 values" in said["error"]["message"]
         assert not front.asked
         assert (await answer(client, post(BODY, *keyed, twice[0], twice[0])))[0] == 200
+
+
+async def test_the_first_of_several_request_ids_counts() -> None:
+    async with serving(FakeFront()) as url, dial(url) as client:
+        status, headers, _ = await answer(client, post(BODY, b"X-Request-Id: mine", b"X-Request-Id: a-proxy's"))
+        assert (status, headers["X-Request-Id"]) == (200, "mine")
 
 
 @pytest.mark.parametrize("name", [b"Content-Type", b"Host"])
