@@ -249,7 +249,7 @@ def salt_of(salt: str | None) -> str:
 def session_of(request: web.Request, given: str | None) -> SessionUse | None:
     """The session that `request` is of: `session_id` of its body, else of its header. Raises RequestError for an id
     that is none, for several headers, and where both say something else."""
-    named = once(request.headers, SESSION_HEADER)
+    named = once(request.headers, SESSION_HEADER) if SESSION_HEADER in request.headers else None
     id, field = (named, SESSION_HEADER) if given is None else (given, "session_id")
     if id is None:
         return None

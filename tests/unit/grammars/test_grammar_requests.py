@@ -245,7 +245,7 @@ async def test_grammars_beyond_the_cache_are_forgotten_on_the_device_too() -> No
         for number in range(5):
             assert await house.text(with_regex(f"one {number}", f"r{number}")) == counted("a", 5)
         with anyio.fail_after(60):
-            while house.executor.dropped != [1, 2]:
+            while house.executor.dropped != [1, 2, 3]:  # two that nobody uses are kept
                 await anyio.sleep(0.01)
 
 

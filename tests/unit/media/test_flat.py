@@ -85,7 +85,7 @@ async def test_what_was_in_use_goes_once_it_is_not(monkeypatch: pytest.MonkeyPat
     """All are shown at the same time, so none may go before its request ends; and no other comes after them."""
     monkeypatch.setattr(opening, "MEDIA_BYTES", 2 * SIZE)
     async with seeing(monkeypatch, seconds=0.05) as (house, url):
-        showing = asyncio.ensure_future(show(house, url, 0, 8, max_tokens=8, ignore_eos=True))
+        showing = asyncio.ensure_future(show(house, url, 0, 8, max_tokens=40, ignore_eos=True))
         while held(house)["on the device"] < 8:
             await asyncio.sleep(0.01)
         assert held(house)["known bytes"] == 8 * SIZE
