@@ -26,6 +26,7 @@ from typing import Literal
 
 from msgspec.structs import replace
 
+from bench.engine.tiers import SIZES
 from engine.cache.tiers import TierOptions
 from engine.messages.assets import Need
 from engine.messages.request import Admit
@@ -41,6 +42,7 @@ from engine.testing.fake import FakeDevice
 
 Policy = Literal["none", "never", "always", "sooner"]
 PAGE = 16
+AGENTS = SIZES["full"]
 IN_FLIGHT = 2  # steps
 GREEDY = Sampling(0.0, 0, 1.0, 0.0, 0)
 
@@ -49,13 +51,13 @@ GREEDY = Sampling(0.0, 0, 1.0, 0.0, 0)
 class Shape:
     """What is asked, in tokens, the room for it, in pages, and what each thing takes, in seconds."""
 
-    conversations: int = 48
-    first: int = 7_680
-    new: int = 128
-    reply: int = 32
-    turns: int = 144
-    together: int = 8
-    device_pages: int = 6_144
+    conversations: int = AGENTS.conversations
+    first: int = AGENTS.first
+    new: int = AGENTS.new
+    reply: int = AGENTS.reply
+    turns: int = AGENTS.turns
+    together: int = AGENTS.together
+    device_pages: int = AGENTS.cache // PAGE
     host_pages: int = 16_384
     step_tokens: int = 8_192
     piece: int = 32  # pages
@@ -279,9 +281,9 @@ def line(policy: str, found: Outcome, none: Outcome) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--disk", type=float, default=1.8, help="GB/s")
-    parser.add_argument("--together", type=int, default=8)
-    parser.add_argument("--turns", type=int, default=144)
-    parser.add_argument("--conversations", type=int, default=48)
+    parser.add_argument("--together", type=int, default=Shape.together)
+    parser.add_argument("--turns", type=int, default=Shape.turns)
+    parser.add_argument("--conversations", type=int, default=Shape.conversations)
     given = parser.parse_args()
     shape = Shape(given.conversations, turns=given.turns, together=given.together, disk=(2 << 20) / given.disk / 1e9)
     found: dict[str, Outcome] = {}

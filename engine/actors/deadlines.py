@@ -1,6 +1,6 @@
-"""Until when needs are waited for: whoever waits for the first of these times sleeps until it comes.
+"""Until when answers are waited for: whoever waits for the first of these times sleeps until it comes.
 
-Left out: what happens then (scheduler.py).
+Left out: what happens then (scheduler.py, flushing.py).
 """
 
 import time
@@ -11,7 +11,7 @@ import anyio
 
 
 class Deadlines:
-    """By the numbers of needs, in seconds of time.monotonic."""
+    """By the numbers of who waits, in seconds of time.monotonic."""
 
     def __init__(self) -> None:
         self._until: dict[int, float] = {}

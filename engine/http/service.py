@@ -24,7 +24,7 @@ from engine.http.request_id import called, check_id
 from engine.http.sse import CALLED, WORDS
 from engine.http.streams import Events, send_replies
 from engine.http.tracing import TRACE
-from engine.http.turns import TURNS
+from engine.http.turns import in_turn
 from engine.http.wire import json_response
 from engine.messages.peers import AbortRequests, ClaimIds
 from engine.messages.reply import Chunk
@@ -352,6 +352,5 @@ async def answer(
     if stream:
         return await send_replies(request, opened, reply)
     async with opened as boxes:
-        replies = await whole(boxes)
-        await request.app[TURNS].next()
+        replies = await in_turn(request, whole(boxes))
     return json_response(reply.whole(replies))

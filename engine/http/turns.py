@@ -9,8 +9,12 @@ of all others. Left out: requests that come together (`STARTED` in service.py, a
 
 import asyncio
 from collections import deque
+from collections.abc import Awaitable
+from typing import TypeVar
 
 from aiohttp import web
+
+T = TypeVar("T")
 
 AT_ONCE = 8  # handlers in one turn of the loop
 
@@ -45,3 +49,10 @@ class Turns:
 
 
 TURNS = web.AppKey("turns", Turns)
+
+
+async def in_turn(request: web.Request, replies: Awaitable[T]) -> T:
+    """The whole `replies` to `request`, once they have come and its handler's turn has."""
+    found = await replies
+    await request.app[TURNS].next()
+    return found

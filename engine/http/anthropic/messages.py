@@ -24,7 +24,7 @@ from engine.http.service import SERVICE, sampling_of, session_of
 from engine.http.sse import WORDS
 from engine.http.streams import send_replies
 from engine.http.tools import CALLED_DIRECTLY, FEW_MESSAGES, FEW_TOOLS, Effort, ToolName, checked, tool_of
-from engine.http.turns import TURNS
+from engine.http.turns import in_turn
 from engine.http.wire import Body, Reply, json_response, to_json
 from engine.messages.request import Generate
 from engine.messages.text import Tokenize
@@ -298,8 +298,7 @@ async def messages(request: web.Request, body: MessagesBody) -> web.StreamRespon
     if body.stream:
         return await send_replies(request, opened, reply, failure=failure_event)
     async with opened as boxes:
-        (made,) = await whole(boxes)
-        await request.app[TURNS].next()
+        (made,) = await in_turn(request, whole(boxes))
     return json_response(reply.whole(made))
 
 

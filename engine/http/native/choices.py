@@ -19,7 +19,7 @@ from engine.http.openapi import Route
 from engine.http.service import SERVICE, Service, program_of, salt_of
 from engine.http.sse import WORDS, words_of
 from engine.http.tools import FEW_MESSAGES
-from engine.http.turns import TURNS
+from engine.http.turns import in_turn
 from engine.http.wire import Body, Priority, Reply, json_response
 from engine.media.store import showing
 from engine.messages.reply import Chunk
@@ -120,9 +120,7 @@ async def scored(request: web.Request, plans: Sequence[Plan], endpoint: str) -> 
         request, jobs[0].rid, jobs, endpoint=endpoint, words=lambda number: words_of(request).at(places[number])
     )
     async with opened as boxes:
-        replies = await whole(boxes)
-        await request.app[TURNS].next()
-    return replies
+        return await in_turn(request, whole(boxes))
 
 
 ROUTES = (Route("POST", "/v1/choices", choices, takes=ChoicesBody, gives=ChoicesReply),)

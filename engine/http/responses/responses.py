@@ -39,7 +39,7 @@ from engine.http.responses.tools import wanted_tools
 from engine.http.service import SERVICE, Service, sampling_of, session_of
 from engine.http.sse import CALLED, send_events, words_of
 from engine.http.streams import send_replies
-from engine.http.turns import TURNS
+from engine.http.turns import in_turn
 from engine.http.wire import Reply, json_response
 from engine.messages.reply import Chunk
 from engine.messages.request import Generate
@@ -115,8 +115,7 @@ async def create(request: web.Request, body: ResponsesBody) -> web.StreamRespons
     if body.stream:
         return await send_replies(request, opened, recorded, failure=recorded.events.failure)
     async with opened as (box,):
-        parts = await whole_parts(box)
-        await request.app[TURNS].next()
+        parts = await in_turn(request, whole_parts(box))
     # Log-probabilities are of what is said, which is told apart part by part.
     for part in parts if sampling.logprobs is not None else [joined(parts)]:
         recorded.add(part)
