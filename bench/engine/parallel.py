@@ -1,13 +1,14 @@
-"""One model on two GPUs beside the same on one, in turn on the same machine: what tensor parallelism saves.
+"""One model on two GPUs beside the same on one, in turn on the same machine: what tensor or pipeline parallelism saves.
 
     python -m bench.engine.parallel bench/configs/llama3.1-8b [--tp 2] [--rows checks,sums,latency,...] [--json FILE]
+    python -m bench.engine.parallel bench/configs/llama3.1-8b --tp 1 --pp 2 --rows checks,128k
 
 `checks` come first, and no figure is printed where one fails: sums of our kernel against NCCL's, and the ids of a small
 seeded model in float32. `sums` are microseconds of a sum over the ranks with residual and norm behind it, in a CUDA
 graph: by our two ways, by NCCL and the norm's own kernel, and that kernel alone, which one rank needs too; the floor is
 the time on the link. The other rows are of two engines that run at the same time and are asked in turn, with dummy
 weights (bench/engine/gpu.py has the workloads): medians, and the median of the ratios of the turns. The floor of tp
-ranks is a tp-th of that of one, and the time of its sums on the link.
+ranks is a tp-th of that of one, and the time of its sums on the link; that of stages is their share of one's.
 """
 
 import argparse
@@ -73,22 +74,39 @@ def small_checkpoint(folder: Path) -> None:
     synthetic.tokenizer(vocab).save(str(folder / "tokenizer.json"))
 
 
-async def same_ids(tp: int) -> str:
+class Split(Struct, frozen=True):
+    """How the layers are shared out: each over `tp` ranks, all over `pp` stages."""
+
+    tp: int
+    pp: int
+
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.pp
+
+    def __str__(self) -> str:
+        return f"tp {self.tp}" if self.pp == 1 else f"tp {self.tp} pp {self.pp}"
+
+
+ONE = Split(1, 1)
+
+
+async def same_ids(split: Split) -> str:
     """Whether a small model says the same on one rank and on several, in float32, alone and beside others."""
     prompts = [[(7 * place + 3 * length) % 1000 for place in range(length)] for length in (3, 17, 40, 200, 64, 9)]
     said = []
     with tempfile.TemporaryDirectory() as name:
         small_checkpoint(Path(name))
-        for ranks in (1, tp):
+        for each in (ONE, split):
             options: dict[str, Any] = {"model": name, "device": "cuda", "dtype": "float32", "kv_tokens": 8192}
-            async with AsyncEngine(**options, tp=ranks, max_running=32) as engine:
+            async with AsyncEngine(**options, tp=each.tp, pp=each.pp, max_running=32) as engine:
                 replies = await engine.generate(prompts, GREEDY)
                 alone = [(await engine.generate(prompt, GREEDY)).ids for prompt in prompts]
                 said.append(([reply.ids for reply in replies], alone))
     different = {token for ids in said[0][0] for token in ids}
     assert len(different) > 16, f"a model that says {different} tells nothing"
-    assert said[1] == said[0], f"tp {tp} says other ids than tp 1: {said[1]} and {said[0]}"
-    return f"ids of tp {tp} are those of tp 1: {len(prompts)} prompts of {GREEDY.max_tokens} ids, twice"
+    assert said[1] == said[0], f"{split} says other ids than {ONE}: {said[1]} and {said[0]}"
+    return f"ids of {split} are those of {ONE}: {len(prompts)} prompts of {GREEDY.max_tokens} ids, twice"
 
 
 class Sum(Struct, frozen=True):
@@ -171,8 +189,11 @@ async def throughput(bench: Bench, turn: int) -> float:
     return workloads.tokens_out(work) / await bench.seconds(work)
 
 
-async def prefill(bench: Bench, turn: int) -> float:
-    return await bench.seconds(workloads.prefill(bench.vocab, turn))
+def prompts(make: Callable[[int, int], workloads.Work]) -> Callable[[Bench, int], Awaitable[float]]:
+    async def timed(bench: Bench, turn: int) -> float:
+        return await bench.seconds(make(bench.vocab, turn))
+
+    return timed
 
 
 class Goal(Struct, frozen=True):
@@ -187,11 +208,14 @@ class Goal(Struct, frozen=True):
 GOALS = {
     "latency": Goal(latency, 6, "ms", 0.66),
     "step 64": Goal(step(64), 4, "ms", 0.66),
-    "prefill": Goal(prefill, 4, "s", 1.7),
+    "prefill": Goal(prompts(workloads.prefill), 4, "s", 1.7),
     "throughput": Goal(throughput, 3, "tok/s", 1.65),
     "step 8": Goal(step(8), 3, "ms", 0.66),
     "step 256": Goal(step(256), 3, "ms", 0.66),
+    "8 x 24k": Goal(prompts(workloads.long_prompts), 3, "s", 1.7),
+    "128k": Goal(prompts(workloads.longest_prompt), 3, "s", 1.8),
 }
+PROMPTS = {"prefill": workloads.prefill, "8 x 24k": workloads.long_prompts, "128k": workloads.longest_prompt}
 
 
 class Compared(Struct, frozen=True):
@@ -208,43 +232,44 @@ class Compared(Struct, frozen=True):
     values: list[tuple[float, float]]
 
 
-def floors(shape: Shape, name: str, tp: int, vocab: int, turn: int = 0) -> float:
-    """What no version can beat on `tp` ranks: a tp-th of one's, and the sums on the link."""
-    sum_bytes = 2 * shape.num_hidden_layers * 2 * shape.hidden_size * (tp - 1)  # of a token
+def floors(shape: Shape, name: str, split: Split, vocab: int, turn: int = 0) -> float:
+    """What no version can beat on several ranks: each one's share of one's, and the sums on the link. Stages are worth
+    nothing to a single step."""
+    sum_bytes = 2 * shape.num_hidden_layers // split.pp * 2 * shape.hidden_size * (split.tp - 1)  # of a token
     if name == "throughput":
         work = workloads.throughput(vocab, turn)
         tokens = sum(len(ids) + count for ids, count in work)
-        return workloads.tokens_out(work) / (shape.floor(work) / tp + tokens * sum_bytes / LINK)
-    if name == "prefill":
-        work = workloads.prefill(vocab, turn)
-        return shape.floor(work) / tp + sum(len(ids) for ids, _ in work) * sum_bytes / LINK
+        return workloads.tokens_out(work) / (shape.floor(work) / split.ranks + tokens * sum_bytes / LINK)
+    if name in PROMPTS:
+        work = PROMPTS[name](vocab, turn)
+        return shape.floor(work) / split.ranks + sum(len(ids) for ids, _ in work) * sum_bytes / LINK
     rows = 1 if name == "latency" else int(name.split()[1])
     short, long = workloads.latency(vocab, turn) if rows == 1 else workloads.decode_step(vocab, rows, turn)
     steps = long[0][1] - 1
-    return 1e3 * ((shape.floor(long) - shape.floor(short)) / steps / tp + rows * sum_bytes / LINK)
+    return 1e3 * ((shape.floor(long) - shape.floor(short)) / steps / split.tp + rows * sum_bytes / LINK)
 
 
-async def compare(benches: dict[int, Bench], name: str, goal: Goal, tp: int) -> Compared:
-    values: dict[int, list[float]] = {1: [], tp: []}
+async def compare(benches: dict[Split, Bench], name: str, goal: Goal, split: Split) -> Compared:
+    values: dict[Split, list[float]] = {ONE: [], split: []}
     for bench in benches.values():
         bench.begin_row()
     for turn in range(goal.turns):
-        for ranks, bench in benches.items():
-            values[ranks].append(await goal.measure(bench, turn))
-    pairs = list(zip(values[1], values[tp], strict=True))
+        for each, bench in benches.items():
+            values[each].append(await goal.measure(bench, turn))
+    pairs = list(zip(values[ONE], values[split], strict=True))
     warm = pairs[1:]  # the first turn meets what is new
     ratios = [one / several if goal.unit == "s" else several / one for one, several in warm]
     one, several = (statistics.median(each) for each in zip(*warm, strict=True))
-    bench = benches[tp]
-    rows = [benches[ranks].row(name, goal.unit, values[ranks], 1.0) for ranks in (1, tp)]
-    floor = floors(bench.shape, name, tp, bench.vocab)
+    bench = benches[split]
+    rows = [benches[each].row(name, goal.unit, values[each], 1.0) for each in (ONE, split)]
+    floor = floors(bench.shape, name, split, bench.vocab)
     idle = rows[0].idle, rows[1].idle
     return Compared(name, one, several, statistics.median(ratios), goal.wanted, floor, goal.unit, idle, pairs)
 
 
-def table(rows: list[Compared], tp: int) -> str:
-    head = f"{'row':12} {'tp 1':>9} {f'tp {tp}':>9} {'ratio':>6} {'wanted':>7} {'floor':>9}"
-    lines = [f"{head} {'idle 1':>7} {f'idle {tp}':>7}"]
+def table(rows: list[Compared], split: Split) -> str:
+    head = f"{'row':12} {ONE!s:>9} {split!s:>9} {'ratio':>6} {'wanted':>7} {'floor':>9}"
+    lines = [f"{head} {'idle 1':>7} {f'idle {split.ranks}':>7}"]
     for row in rows:
         sign = "<=" if row.unit == "ms" else ">="
         numbers = f"{row.one:>9.4g} {row.several:>9.4g} {row.ratio:>6.3f} {sign}{row.wanted:>5.2f} {row.floor:>9.4g}"
@@ -252,27 +277,27 @@ def table(rows: list[Compared], tp: int) -> str:
     return "\n".join(lines)
 
 
-async def engines(model: Path, names: list[str], tp: int, options: dict[str, str]) -> list[Compared]:
+async def engines(model: Path, names: list[str], split: Split, options: dict[str, str]) -> list[Compared]:
     config = json.loads((model / "config.json").read_text())
     known = {field: config[field] for field in Shape.__struct_fields__ if field in config}
     shape, vocab = Shape(**known, fp8="fp8" in options.get("plugins", "")), config["vocab_size"]
     given: dict[str, Any] = {"model": str(model), "load": "dummy", "device": "cuda", "kv_tokens": KV_TOKENS, **options}
     rows: list[Compared] = []
-    async with AsyncEngine(**given, tp=tp) as several, AsyncEngine(**given) as one:
+    async with AsyncEngine(**given, tp=split.tp, pp=split.pp) as several, AsyncEngine(**given) as one:
         benches = {}
-        for ranks, engine in ((1, one), (tp, several)):
+        for each, engine in ((ONE, one), (split, several)):
             info = await engine.front.ready()
             phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in info.phases.items())
             print(
-                f"tp {ranks}: {info.attention} on {info.device}, {info.pages * info.page_size} tokens; {phases}",
+                f"{each}: {info.attention} on {info.device}, {info.pages * info.page_size} tokens; {phases}",
                 flush=True,
             )
-            benches[ranks] = Bench(engine, shape, PEERS.get(model.name, {}), vocab)
+            benches[each] = Bench(engine, shape, PEERS.get(model.name, {}), vocab)
             for temperature in (0.6, 0.0):
-                await benches[ranks].seconds(workloads.warm_up(vocab), temperature)
+                await benches[each].seconds(workloads.warm_up(vocab), temperature)
         for name in names:
-            rows.append(await compare(benches, name, GOALS[name], tp))
-            print(*table(rows[-1:], tp).splitlines()[1:], flush=True)
+            rows.append(await compare(benches, name, GOALS[name], split))
+            print(*table(rows[-1:], split).splitlines()[1:], flush=True)
     return rows
 
 
@@ -296,25 +321,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a directory with a config.json")
     parser.add_argument("--tp", type=int, default=2)
+    parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--rows", help=f"of checks, sums, {', '.join(GOALS)}; default: all")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the engines")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     given = parser.parse_args()
-    if (seen := torch.cuda.device_count()) < given.tp:
-        parser.error(f"--tp {given.tp} needs {given.tp} GPUs, and torch sees {seen}")
+    split = Split(given.tp, given.pp)
+    if (seen := torch.cuda.device_count()) < split.ranks:
+        parser.error(f"{split} needs {split.ranks} GPUs, and torch sees {seen}")
     names = given.rows.split(",") if given.rows else ["checks", "sums", *GOALS]
     config = json.loads((given.model / "config.json").read_text())
     found: list[Sum] = []
-    with tempfile.TemporaryDirectory() as folder, open_ranks(Path(folder), given.tp, gpus=True) as ranks:
-        found = ranks.run(sums, config["hidden_size"], 20)[0]
-    print(f"sums of our kernel are NCCL's\n{sums_table(found)}", flush=True)
+    if given.tp > 1:
+        with tempfile.TemporaryDirectory() as folder, open_ranks(Path(folder), given.tp, gpus=True) as ranks:
+            found = ranks.run(sums, config["hidden_size"], 20)[0]
+        print(f"sums of our kernel are NCCL's\n{sums_table(found)}", flush=True)
     if "checks" in names:
-        print(anyio.run(same_ids, given.tp), flush=True)
+        print(anyio.run(same_ids, split), flush=True)
     rows: list[Compared] = []
     if wanted := [name for name in GOALS if name in names]:
         options = dict(option.split("=", 1) for option in given.option)
-        rows = anyio.run(engines, given.model, wanted, given.tp, options, backend_options={"use_uvloop": True})
-        print(f"{sums_table(found)}\n{table(rows, given.tp)}\n{shares(rows, found, config['num_hidden_layers'])}")
+        rows = anyio.run(engines, given.model, wanted, split, options, backend_options={"use_uvloop": True})
+        print(f"{table(rows, split)}\n{shares(rows, found, config['num_hidden_layers'])}")
     if given.json:
         given.json.write_text(json.dumps({"sums": to_builtins(found), "rows": to_builtins(rows)}, indent=1))
 

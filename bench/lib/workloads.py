@@ -38,6 +38,16 @@ def prefill(vocab: int, repetition: int) -> Work:
     return same(random.Random(200 + repetition), 128, 1024, 1, vocab)
 
 
+def long_prompts(vocab: int, repetition: int) -> Work:
+    """Eight prompts of 24,000 tokens."""
+    return same(random.Random(1000 + repetition), 8, 24_000, 1, vocab)
+
+
+def longest_prompt(vocab: int, repetition: int) -> Work:
+    """One of 128,000 tokens."""
+    return same(random.Random(1100 + repetition), 1, 128_000, 1, vocab)
+
+
 def latency(vocab: int, repetition: int) -> tuple[Work, Work]:
     """One request of one token, then another of 256: the second less the first is 255 steps."""
     rng = random.Random(300 + repetition)
