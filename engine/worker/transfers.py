@@ -11,8 +11,9 @@ wait for a copy, but for one that `holds`, whose pages they write over: the sche
 any other move before its answer. Whoever waits on the host for a copy, a disk or another process is a thread.
 
 A page of all layers of a KV group is one piece of memory (memory.py), so a page is a copy for each group, and where
-there is one group, neighbours that stay neighbours are copied at once. Heads, latents, windows and FP8 are all alike
-here: scales of FP8 belong to layers, not to pages. Left out: single layers of a page (docs/tiers.md says why).
+there is one group, neighbours that stay neighbours are copied at once. A copy has COPY_BYTES at most, because what a
+step sends to the device may wait behind it. Heads, latents, windows and FP8 are all alike here: scales of FP8 belong to
+layers, not to pages. Left out: single layers of a page (docs/tiers.md says why).
 """
 
 import logging
@@ -40,6 +41,7 @@ logger = logging.getLogger("engine.worker")
 
 READERS = 8  # threads that read from a store
 READ_AT_ONCE = 8  # pages that one of them reads
+COPY_BYTES = 16 << 20  # in one copy at most: 0.3 ms of a bus that moves 50 GB/s
 ASKERS = 4  # moves that wait for a store at a time
 
 Tell = Callable[[Moved], None]
@@ -97,6 +99,7 @@ class Transfers:
         self._device, self._store, self._copy = device, store, copy
         self._groups = [_bytes_of(layers[0]) for layers in caches]
         self._ends = np.cumsum([group.shape[1] for group in self._groups]).tolist()
+        self._joined = max(1, COPY_BYTES // self._ends[-1]) if len(self._groups) == 1 else 1  # pages in one copy
         self._pool = pool  # whose memory it stays
         self._host = torch.frombuffer(pool.memory, dtype=torch.uint8).view(-1, self._ends[-1])
         self._views = [pool.memory[at : at + self._ends[-1]] for at in range(0, self._host.numel(), self._ends[-1])]
@@ -187,7 +190,7 @@ class Transfers:
     @torch.inference_mode()
     def _copy_all(self, way: str, pages: np.ndarray, slots: np.ndarray) -> None:
         """All that is on the device and at the host of these pages, the way of the move."""
-        for first_page, first_slot, count in runs(pages, slots, joined=len(self._groups) == 1):
+        for first_page, first_slot, count in runs(pages, slots, self._joined):
             begin = 0
             for group, end in zip(self._groups, self._ends, strict=True):
                 device = group[first_page : first_page + count]
@@ -242,17 +245,16 @@ class Transfers:
                 return done
 
 
-def runs(pages: np.ndarray, slots: np.ndarray, *, joined: bool) -> Iterator[tuple[int, int, int]]:
-    """(first page, first slot, count) of pages that follow each other in both places, or if not `joined` of each."""
+def runs(pages: np.ndarray, slots: np.ndarray, most: int) -> Iterator[tuple[int, int, int]]:
+    """(first page, first slot, count) of pages that follow each other in both places, `most` of them at once."""
     if not len(pages):
         return
     order = np.argsort(pages)
     pages, slots = pages[order], slots[order]
     breaks = np.flatnonzero((np.diff(pages) != 1) | (np.diff(slots) != 1)) + 1
-    if not joined:
-        breaks = np.arange(1, len(pages))
     for first, end in pairwise([0, *breaks.tolist(), len(pages)]):
-        yield int(pages[first]), int(slots[first]), end - first
+        for at in range(first, end, most):
+            yield int(pages[at]), int(slots[at]), min(most, end - at)
 
 
 def _bytes_of(layer: Tensor) -> Tensor:

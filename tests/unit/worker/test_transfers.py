@@ -186,16 +186,10 @@ def test_a_move_that_holds_is_over_before_the_next_step() -> None:
 
 def test_neighbours_are_copied_at_once_where_there_is_one_group() -> None:
     pages, slots = np.array([7, 3, 2, 4, 9, 8]), np.array([1, 11, 10, 12, 3, 2])
-    assert list(runs(pages, slots, joined=True)) == [(2, 10, 3), (7, 1, 3)]
-    assert list(runs(pages, slots, joined=False)) == [
-        (2, 10, 1),
-        (3, 11, 1),
-        (4, 12, 1),
-        (7, 1, 1),
-        (8, 2, 1),
-        (9, 3, 1),
-    ]
-    assert list(runs(pages[:0], slots[:0], joined=True)) == []
+    assert list(runs(pages, slots, 4)) == [(2, 10, 3), (7, 1, 3)]
+    assert list(runs(pages, slots, 2)) == [(2, 10, 2), (4, 12, 1), (7, 1, 2), (9, 3, 1)]
+    assert list(runs(pages, slots, 1)) == [(2, 10, 1), (3, 11, 1), (4, 12, 1), (7, 1, 1), (8, 2, 1), (9, 3, 1)]
+    assert list(runs(pages[:0], slots[:0], 4)) == []
 
 
 def test_what_counts_is_what_all_ranks_have_moved() -> None:
