@@ -34,7 +34,7 @@ PAGES, PLACES = 6, 5
 class Mover:
     """Transfers of caches whose bytes are all different, and what they tell."""
 
-    def __init__(self, *groups: KVGroup, argument: str = "plain", copy: int = 0) -> None:
+    def __init__(self, *groups: KVGroup, argument: str = "plain", copy: int = 0, device: torch.device = CPU) -> None:
         spec = KVSpec(4, groups)
         self.caches = allocate(spec, PAGES, CPU)
         generator = np.random.default_rng(0)
@@ -45,7 +45,7 @@ class Mover:
         size: dict[str, Any] = {"page_bytes": spec.page_bytes, "manifest": {"rank": [0, 0]}}
         pool = HostMemory(capacity_bytes=PLACES * spec.page_bytes, argument="", **size)
         self.store: Store = OddStore(capacity_bytes=1 << 20, argument=argument, **size)
-        self.transfers = Transfers(self.caches, CPU, pool, self.store, size["manifest"], copy)
+        self.transfers = Transfers(self.caches, device, pool, self.store, size["manifest"], copy)
         self.told: SimpleQueue[Moved] = SimpleQueue()
         self.number = 0
 
