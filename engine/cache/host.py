@@ -78,7 +78,6 @@ class HostPages:
             self.forget(victim)
         slots = self.pool.take(min(len(names), self.pool.free_pages))
         assert slots is not None
-        slots.reverse()  # in the order of their numbers, where the pool is fresh: neighbours are copied at once
         places = [Place(name, slot) for name, slot in zip(names, slots, strict=False)]
         named = {place.name: place for place in reversed(places)}
         assert self._places.keys().isdisjoint(named), "a page gets a second place"

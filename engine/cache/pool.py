@@ -1,5 +1,8 @@
 """The free pages of the KV cache, as numbers. Owners keep track of the pages that are not free.
 
+Pages are taken in the order of their numbers as long as all are free, and in the order in which they were given back
+once they were. So the pages of a text are mostly neighbours, which one copy moves (worker/transfers.py).
+
 Each page belongs to exactly one of the free list, the radix tree and one request. A page may be freed while
 steps already sent still touch it: steps run on the device in the order sent, so the next owner writes the page only
 after them.
@@ -15,7 +18,7 @@ class PagePool:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._free = list(range(size - 1, -1, -1))  # a stack: the page freed last is taken first
+        self._free = list(range(size - 1, -1, -1))  # a stack: its end is taken first
         self._taken = bytearray(size)
 
     @property
@@ -29,22 +32,22 @@ class PagePool:
         return len(self._free)
 
     def take(self, count: int) -> list[int] | None:
-        """Take `count` pages; None, and nothing taken, when there are not so many."""
+        """Take `count` pages, in order; None, and nothing taken, when there are not so many."""
         if count > len(self._free):
             return None
         border = len(self._free) - count
-        pages = self._free[border:]
+        pages = self._free[: border - 1 if border else None : -1]
         del self._free[border:]
         for page in pages:
             self._taken[page] = 1
         return pages
 
     def give(self, pages: Sequence[int]) -> None:
-        """Take back pages that `take` gave out."""
+        """Take back pages that `take` gave out, to be taken again in this order."""
         for page in pages:
             assert self._taken[page], f"page {page} is freed twice"
             self._taken[page] = 0
-        self._free += pages
+        self._free += reversed(pages)
 
     def check_integrity(self, owners: Iterable[Sequence[int]]) -> None:
         """Assert that the `owners`' pages are the taken ones, each owned once."""

@@ -43,8 +43,9 @@ class Move(Message, frozen=True):
 class Moved(Message, frozen=True):
     """worker → scheduler: what came of a Move: `done` has a byte for each page, which is 1 for one that is there now.
 
-    It took `seconds`. `held` are the pages that the rank's store holds, and `held_bytes` what they take; -1: nothing
-    new is known. `counts` are its own figures, by name. `cause` says, for people, what went wrong."""
+    Steps that are sent once it has come find the pages there. It took `seconds`, or takes them at its pace so far.
+    `held` are the pages that the rank's store holds, and `held_bytes` what they take; -1: nothing new is known.
+    `counts` are its own figures, by name. `cause` says, for people, what went wrong."""
 
     number: int
     done: bytes

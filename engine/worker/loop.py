@@ -77,6 +77,8 @@ class Loop:
                 if len(self._in_flight) == STEPS_IN_FLIGHT:  # in a pipeline: others may be on other stages
                     self._finish_first()
                 with self._profiler.launching(message):
+                    if runner.transfers is not None:
+                        runner.transfers.follow()
                     self._in_flight.append(runner.launch(message, self._catch_up))
                 PROGRESS.device_at(self._in_flight[0].step)
             case Load():

@@ -6,18 +6,21 @@
 
 On a GPU the copies are DMA on two streams of their own, one for each direction, so they take no multiprocessor from the
 steps. A move waits on the device for all steps launched before it. That is what a copy down needs, because these write
-its pages. A copy up needs it too, because a page that was freed may still be written by a step under way. Steps never
-wait for a copy, but for one that `holds`, whose pages they write over: the scheduler lets no step touch the pages of
-any other move before its answer. Whoever waits on the host for a copy, a disk or another process is a thread.
+its pages. A copy up needs it too, because a page that was freed may still be written by a step under way. Steps wait
+for a copy in two cases, on the device. One is a copy that `holds`, whose pages they write over. The other is the rest
+of a copy up that is told of: it is told of a little before its end, as the way of the answer to the scheduler, and that
+of the plan back, take as long. The scheduler lets no step touch the pages of any other move before its answer. Whoever
+waits on the host for a copy, a disk or another process is a thread.
 
 A page of all layers of a KV group is one piece of memory (memory.py), so a page is a copy for each group, and where
-there is one group, neighbours that stay neighbours are copied at once. Heads, latents, windows and FP8 are all alike
-here: scales of FP8 belong to layers, not to pages. Left out: single layers of a page (docs/tiers.md says why).
+there is one group, neighbours that stay neighbours are copied at once. A copy has COPY_BYTES at most, because what a
+step sends to the device may wait behind it. Heads, latents, windows and FP8 are all alike here: scales of FP8 belong to
+layers, not to pages. Left out: single layers of a page (docs/tiers.md says why).
 """
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from itertools import pairwise
@@ -40,9 +43,12 @@ logger = logging.getLogger("engine.worker")
 
 READERS = 8  # threads that read from a store
 READ_AT_ONCE = 8  # pages that one of them reads
+COPY_BYTES = 16 << 20  # in one copy at most: 0.3 ms of a bus that moves 50 GB/s
+AHEAD_BYTES = 128 << 20  # of a copy up that is told of before its end: 2.7 ms, as what follows takes on the host
 ASKERS = 4  # moves that wait for a store at a time
 
 Tell = Callable[[Moved], None]
+Copy = tuple[int, int, int]  # its first page, its first place in the pool, and how many pages it is of
 
 
 class Threads:
@@ -97,6 +103,7 @@ class Transfers:
         self._device, self._store, self._copy = device, store, copy
         self._groups = [_bytes_of(layers[0]) for layers in caches]
         self._ends = np.cumsum([group.shape[1] for group in self._groups]).tolist()
+        self._joined = max(1, COPY_BYTES // self._ends[-1]) if len(self._groups) == 1 else 1  # pages in one copy
         self._pool = pool  # whose memory it stays
         self._host = torch.frombuffer(pool.memory, dtype=torch.uint8).view(-1, self._ends[-1])
         self._views = [pool.memory[at : at + self._ends[-1]] for at in range(0, self._host.numel(), self._ends[-1])]
@@ -104,6 +111,7 @@ class Transfers:
         if device.type == "cuda":
             pin(self._host)
             self._streams = {way: torch.cuda.Stream(device) for way in ("down", "up")}
+        self._told: torch.cuda.Event | None = None  # the end of the last copy up that was told of
         self._copiers = {way: Threads(1, way) for way in ("down", "up")}
         self._asking, self._reading, self._writing = (
             Threads(count, name) for count, name in ((ASKERS, "ask"), (READERS, "read"), (1, "write"))
@@ -128,8 +136,8 @@ class Transfers:
         if it `holds`, those launched after it come last."""
         began = time.perf_counter()
 
-        def answer(done: Sequence[bool], **more: Any) -> None:
-            seconds = time.perf_counter() - began
+        def answer(done: Sequence[bool], part: float = 1.0, **more: Any) -> None:
+            seconds = (time.perf_counter() - began) / part
             with suppress(ConnectionError):  # who asked is gone
                 tell(Moved(move.number, bytes(done), seconds, **more))
 
@@ -146,34 +154,48 @@ class Transfers:
 
     # ── device and host ──────────────────────────────────────────────────────────────────────
 
+    def follow(self) -> None:
+        """Let all that the device is given from now on come after the copies up that were told of."""
+        self._follow(torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None)
+
+    def _follow(self, stream: "torch.cuda.Stream | None") -> None:
+        told = self._told
+        if told is not None and stream is not None and not told.query():
+            stream.wait_event(told)
+
     def _copy_pages(self, move: Move, answer: Callable[..., None]) -> None:
         pages, slots = (np.frombuffer(each, "<i4") for each in (move.pages, move.slots))
-        count = len(pages)
+        copies = list(runs(pages, slots, self._joined))
         if self._device.type != "cuda":
             over: SimpleQueue[None] = SimpleQueue()
 
             def copy() -> None:
-                self._copy_all(move.way, pages, slots)
+                self._copy_all(move.way, copies)
                 over.put(None)
-                answer([True] * count)
+                answer([True] * move.count)
 
             self._copiers["down"].submit(copy)  # one after the other, whichever way
             if move.holds:
                 over.get()
             return
         current, stream = torch.cuda.current_stream(self._device), self._streams[move.way]
-        ready, ended = torch.cuda.Event(), torch.cuda.Event(blocking=True)
+        ready = torch.cuda.Event()
         ready.record(current)
+        if move.way == "up":
+            self._copiers["up"].submit(lambda: self._copy_up(move, copies, ready, answer))
+            return
+        ended = torch.cuda.Event(blocking=True)
 
         def issue() -> None:
             with torch.cuda.device(self._device), torch.cuda.stream(stream):
                 stream.wait_event(ready)
-                self._copy_all(move.way, pages, slots)
+                self._follow(stream)  # a copy up may still read the places
+                self._copy_all("down", copies)
                 ended.record(stream)
 
         def wait() -> None:
             ended.synchronize()
-            answer([True] * count)
+            answer([True] * move.count)
 
         def both() -> None:
             issue()
@@ -182,12 +204,29 @@ class Transfers:
         if move.holds:
             issue()
             current.wait_event(ended)
-        self._copiers[move.way].submit(wait if move.holds else both)
+        self._copiers["down"].submit(wait if move.holds else both)
+
+    def _copy_up(self, move: Move, copies: list[Copy], ready: "torch.cuda.Event", answer: Callable[..., None]) -> None:
+        """Copy up, and tell of it when no more than AHEAD_BYTES are left; `follow` does the rest."""
+        stream, (soon, ended) = self._streams["up"], (torch.cuda.Event(blocking=True) for _ in range(2))
+        left = max(1, AHEAD_BYTES // self._ends[-1])  # pages
+        before = len(copies)
+        while before and (left := left - copies[before - 1][2]) >= 0:
+            before -= 1
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            stream.wait_event(ready)
+            self._copy_all("up", copies[:before])
+            soon.record(stream)
+            self._copy_all("up", copies[before:])
+            ended.record(stream)
+        soon.synchronize()
+        self._told = ended  # of all copies up, which the stream does in order
+        answer([True] * move.count, part=sum(count for _, _, count in copies[:before]) / move.count or 1.0)
 
     @torch.inference_mode()
-    def _copy_all(self, way: str, pages: np.ndarray, slots: np.ndarray) -> None:
+    def _copy_all(self, way: str, copies: Sequence[Copy]) -> None:
         """All that is on the device and at the host of these pages, the way of the move."""
-        for first_page, first_slot, count in runs(pages, slots, joined=len(self._groups) == 1):
+        for first_page, first_slot, count in copies:
             begin = 0
             for group, end in zip(self._groups, self._ends, strict=True):
                 device = group[first_page : first_page + count]
@@ -220,15 +259,14 @@ class Transfers:
         return None
 
     def _asked(self, store: Store, move: Move) -> list[bool]:
-        names = [
-            blake2b(move.names[at : at + NAME_BYTES], key=self._scope, digest_size=NAME_BYTES).digest()
-            for at in range(0, len(move.names), NAME_BYTES)
-        ]
+        names = self._named([move.names[at : at + NAME_BYTES] for at in range(0, len(move.names), NAME_BYTES)])
         views = [self._views[slot] for slot in np.frombuffer(move.slots, "<i4").tolist()]
         match move.way:
             case "find":
                 return store.has(names)
             case "fetch":
+                if (told := self._told) is not None:
+                    told.synchronize()  # it may still read the places
                 cuts = [*range(0, len(names), READ_AT_ONCE), len(names)]
                 parts = list(pairwise(cuts))
                 read = self._reading.map(lambda part: store.get(names[slice(*part)], views[slice(*part)]), parts)
@@ -241,18 +279,21 @@ class Transfers:
                     done[place] = is_kept
                 return done
 
+    def _named(self, names: Iterable[bytes]) -> list[bytes]:
+        """What the store knows pages of these names by."""
+        return [blake2b(name, key=self._scope, digest_size=NAME_BYTES).digest() for name in names]
 
-def runs(pages: np.ndarray, slots: np.ndarray, *, joined: bool) -> Iterator[tuple[int, int, int]]:
-    """(first page, first slot, count) of pages that follow each other in both places, or if not `joined` of each."""
+
+def runs(pages: np.ndarray, slots: np.ndarray, most: int) -> Iterator[Copy]:
+    """Copies of pages that follow each other in both places, `most` of them at once."""
     if not len(pages):
         return
     order = np.argsort(pages)
     pages, slots = pages[order], slots[order]
     breaks = np.flatnonzero((np.diff(pages) != 1) | (np.diff(slots) != 1)) + 1
-    if not joined:
-        breaks = np.arange(1, len(pages))
     for first, end in pairwise([0, *breaks.tolist(), len(pages)]):
-        yield int(pages[first]), int(slots[first]), end - first
+        for at in range(first, end, most):
+            yield int(pages[at]), int(slots[at]), min(most, end - at)
 
 
 def _bytes_of(layer: Tensor) -> Tensor:

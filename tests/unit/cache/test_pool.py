@@ -43,3 +43,12 @@ def test_integrity_sees_shared_leaked_and_stolen_pages(owners):
     pool.check_integrity([[0], [1]])
     with pytest.raises(AssertionError):
         pool.check_integrity(owners)
+
+
+def test_pages_that_were_neighbours_are_taken_as_neighbours_again():
+    pool = PagePool(6)
+    first, second = pool.take(3), pool.take(2)
+    assert (first, second) == ([0, 1, 2], [3, 4])
+    pool.give(second)
+    pool.give(first)
+    assert (pool.take(2), pool.take(4), pool.take(0)) == ([0, 1], [2, 3, 4, 5], [])

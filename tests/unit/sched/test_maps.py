@@ -85,14 +85,14 @@ def test_pages_that_move_and_that_are_kept_are_told_apart() -> None:
     bench.finish()
     bench.plan()
     assert [move.way for move in bench.below.moving] == ["down"]
-    assert maps(bench) == ["roooooooo...", 8 * "i" + 16 * ".", ""]
+    assert maps(bench) == ["oooooooor...", 8 * "i" + 16 * ".", ""]
     bench.finish()
     assert [move.way for move in bench.below.moving] == ["keep"]
-    assert maps(bench) == ["rssssssss...", 8 * "o" + 16 * ".", "iiiiiiii"]
+    assert maps(bench) == ["ssssssssr...", 8 * "o" + 16 * ".", "iiiiiiii"]
     bench.finish()
     while bench.live:
         Bench.step(bench)
-    assert maps(bench) == [".kkkkkkkk...", 8 * "a" + 16 * ".", ""]
+    assert maps(bench) == ["kkkkkkkk....", 8 * "a" + 16 * ".", ""]
     bench.admit(request("b", OTHER, max_new=1))
     while bench.live or bench.below.moving:
         bench.step()

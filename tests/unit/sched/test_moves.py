@@ -1,7 +1,9 @@
 """Tiers below the device, simulated: every request gets the tokens it would get alone, wherever its pages have been."""
 
 import random
+from array import array
 from hashlib import blake2b
+from itertools import pairwise
 from typing import get_args
 
 import pytest
@@ -270,6 +272,19 @@ def test_a_prefix_that_gave_way_comes_up_and_is_not_computed_again(write):
     counts = bench.scheduler.tiers.counts
     assert (counts.from_host, counts.from_store, counts.refused, counts.failed) == (7, 0, 0, 0)
     bench.drain()
+
+
+def test_pages_of_a_text_stay_neighbours_so_that_one_copy_moves_them():
+    bench = TierBench(48, stores=False, pages=12)
+    moved, begin = [], bench.below.begin
+    bench.below.begin = lambda move: (moved.append(move), begin(move))
+    for turn, first in enumerate((0, 1, 2, 3, 0, 1)):
+        run(bench, str(turn), [first, *LONG[1:]])
+    assert [move.way for move in moved] == 4 * ["down"] + 2 * ["up"]
+    for move in moved:
+        places = list(zip(array("i", move.pages), array("i", move.slots), strict=True))
+        joined = sum(after == (page + 1, slot + 1) for (page, slot), after in pairwise(places))
+        assert joined >= 5, places  # of 7: pages of two other texts, not all, gave way for these
 
 
 def test_policies_say_when_pages_go_down():

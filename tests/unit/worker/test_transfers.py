@@ -34,7 +34,7 @@ PAGES, PLACES = 6, 5
 class Mover:
     """Transfers of caches whose bytes are all different, and what they tell."""
 
-    def __init__(self, *groups: KVGroup, argument: str = "plain", copy: int = 0) -> None:
+    def __init__(self, *groups: KVGroup, argument: str = "plain", copy: int = 0, device: torch.device = CPU) -> None:
         spec = KVSpec(4, groups)
         self.caches = allocate(spec, PAGES, CPU)
         generator = np.random.default_rng(0)
@@ -45,7 +45,7 @@ class Mover:
         size: dict[str, Any] = {"page_bytes": spec.page_bytes, "manifest": {"rank": [0, 0]}}
         pool = HostMemory(capacity_bytes=PLACES * spec.page_bytes, argument="", **size)
         self.store: Store = OddStore(capacity_bytes=1 << 20, argument=argument, **size)
-        self.transfers = Transfers(self.caches, CPU, pool, self.store, size["manifest"], copy)
+        self.transfers = Transfers(self.caches, device, pool, self.store, size["manifest"], copy)
         self.told: SimpleQueue[Moved] = SimpleQueue()
         self.number = 0
 
@@ -186,16 +186,10 @@ def test_a_move_that_holds_is_over_before_the_next_step() -> None:
 
 def test_neighbours_are_copied_at_once_where_there_is_one_group() -> None:
     pages, slots = np.array([7, 3, 2, 4, 9, 8]), np.array([1, 11, 10, 12, 3, 2])
-    assert list(runs(pages, slots, joined=True)) == [(2, 10, 3), (7, 1, 3)]
-    assert list(runs(pages, slots, joined=False)) == [
-        (2, 10, 1),
-        (3, 11, 1),
-        (4, 12, 1),
-        (7, 1, 1),
-        (8, 2, 1),
-        (9, 3, 1),
-    ]
-    assert list(runs(pages[:0], slots[:0], joined=True)) == []
+    assert list(runs(pages, slots, 4)) == [(2, 10, 3), (7, 1, 3)]
+    assert list(runs(pages, slots, 2)) == [(2, 10, 2), (4, 12, 1), (7, 1, 2), (9, 3, 1)]
+    assert list(runs(pages, slots, 1)) == [(2, 10, 1), (3, 11, 1), (4, 12, 1), (7, 1, 1), (8, 2, 1), (9, 3, 1)]
+    assert list(runs(pages[:0], slots[:0], 4)) == []
 
 
 def test_what_counts_is_what_all_ranks_have_moved() -> None:

@@ -1,0 +1,153 @@
+"""Copies on streams of a simulated GPU: what a step, and another move, may touch while a copy up has not ended."""
+
+import time
+from array import array
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from simulated_cuda import SimulatedCuda, Stream, until
+from test_transfers import HEADS, Mover, names
+
+from engine.messages.tiers import Move, Moved
+from engine.worker import transfers
+from engine.worker.transfers import Copy, Transfers
+
+
+class StreamMover(Mover):
+    """A Mover whose copies are put on streams, one page a copy; of a copy up the last two are told of ahead."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.cuda = SimulatedCuda()
+        copy_all = Transfers._copy_all
+
+        def put_copies(its: Transfers, way: str, copies: Sequence[Copy]) -> None:
+            for copy in copies:
+                self.cuda.current_stream().put(lambda copy=copy: copy_all(its, way, [copy]))  # type: ignore[misc]
+
+        seen = {name: getattr(torch, name) for name in dir(torch) if name != "cuda"}
+        monkeypatch.setattr(transfers, "torch", SimpleNamespace(**seen, cuda=self.cuda))
+        monkeypatch.setattr(transfers, "pin", lambda host: None)
+        monkeypatch.setattr(transfers, "COPY_BYTES", HEADS.page_bytes)
+        monkeypatch.setattr(transfers, "AHEAD_BYTES", 2 * HEADS.page_bytes)
+        monkeypatch.setattr(Transfers, "_copy_all", put_copies)
+        super().__init__(HEADS, device=torch.device("cuda"))
+        self.up, self.down = (self.transfers._streams[way] for way in ("up", "down"))
+        for slot in range(5):
+            self.transfers._host[slot].fill_(200 + slot)
+
+    def begin(self, way: Any, pages: Sequence[int], slots: Sequence[int], **more: Any) -> None:
+        self.number += 1
+        packed = array("i", pages).tobytes(), array("i", slots).tobytes()
+        self.transfers.begin(Move(self.number, way, *packed, **more), self.told.put)
+
+    def launch(self, seen: list[int]) -> None:
+        """A step, which sees the pages: those that have come are of one number."""
+        self.transfers.follow()
+        self.cuda.main.put(lambda: seen.extend(self.bytes_of(page) for page in range(4)))
+
+    def bytes_of(self, page: int) -> int:
+        """What all bytes of a page are; 0 if they differ."""
+        found = set(b"".join(self.page(page)))
+        return found.pop() if len(found) == 1 else 0
+
+    def issued(self, stream: Stream, jobs: int) -> None:
+        until(lambda: len(stream) >= jobs)
+
+    def answer(self) -> Moved:
+        return self.told.get(timeout=20)
+
+
+@pytest.fixture
+def mover(monkeypatch: pytest.MonkeyPatch) -> StreamMover:
+    return StreamMover(monkeypatch)
+
+
+def rise(mover: StreamMover) -> None:
+    """Of four pages two have come, and the move is told of."""
+    mover.begin("up", [0, 1, 2, 3], [0, 1, 2, 3])
+    mover.issued(mover.up, 7)  # a wait, four copies and two marks
+    mover.cuda.main.go_on()
+    mover.up.go_on(2)
+    assert mover.told.empty() and mover.transfers._told is None
+    mover.up.go_on(1)
+    assert mover.answer().done == b"\1\1\1\1"
+
+
+def test_steps_wait_for_the_rest_of_a_copy_up_once_it_is_told_of(mover: StreamMover) -> None:
+    before: list[int] = []
+    early: list[int] = []
+    seen: list[int] = []
+    later: list[int] = []
+    mover.launch(before)
+    mover.begin("up", [0, 1, 2, 3], [0, 1, 2, 3])
+    mover.issued(mover.up, 7)
+    mover.up.go_on()
+    assert len(mover.up) == 7  # a step under way may still write the pages
+    mover.launch(early)
+    mover.cuda.main.go_on()
+    assert (before, early) == ([0, 0, 0, 0], [0, 0, 0, 0])  # no step waits before the answer
+    mover.up.go_on(3)
+    assert mover.answer().done == b"\1\1\1\1"
+    mover.launch(seen)
+    mover.cuda.main.go_on()
+    assert (seen, [mover.bytes_of(page) for page in range(4)]) == ([], [200, 201, 0, 0])
+    mover.up.go_on()
+    mover.cuda.main.go_on()
+    assert seen == [200, 201, 202, 203]
+    mover.launch(later)
+    assert len(mover.cuda.main) == 1  # there is nothing to wait for
+    mover.cuda.main.go_on()
+    assert later == seen
+
+
+def test_a_page_that_goes_down_to_a_place_waits_for_the_copy_up_from_there(mover: StreamMover) -> None:
+    rise(mover)
+    mover.begin("down", [5], [3])
+    mover.issued(mover.down, 4)
+    mover.cuda.main.go_on()
+    mover.down.go_on()
+    assert mover.told.empty()
+    mover.up.go_on()
+    mover.down.go_on()
+    assert mover.answer().done == b"\1" and mover.bytes_of(3) == 203
+    assert bytes(mover.transfers._host[3].numpy().tobytes()) == b"".join(mover.page(5))
+
+
+def test_a_store_gives_no_page_to_a_place_that_a_copy_up_still_reads(mover: StreamMover) -> None:
+    key = mover.transfers._named(names("a"))
+    mover.store.put(key, [memoryview(bytes(mover.transfers._host[0].numpy().tobytes()))])
+    rise(mover)
+    mover.number += 1
+    fetch = Move(mover.number, "fetch", slots=array("i", [3]).tobytes(), names=names("a")[0])
+    mover.transfers.begin(fetch, mover.told.put)
+    time.sleep(0.02)  # in which it would be there
+    mover.up.go_on()
+    assert mover.answer().done == b"\1" and mover.bytes_of(3) == 203
+    assert set(mover.transfers._host[3].tolist()) == {200}
+
+
+def test_a_short_copy_up_is_told_of_as_it_begins_and_has_taken_what_it_took(mover: StreamMover) -> None:
+    mover.begin("up", [1, 0], [4, 2])
+    mover.issued(mover.up, 5)
+    mover.up.go_on()
+    assert mover.told.empty()  # the steps before it are under way
+    mover.cuda.main.go_on()
+    mover.up.go_on(1)
+    assert mover.answer().done == b"\1\1" and not mover.transfers._told.query()  # type: ignore[union-attr]
+    mover.up.go_on()
+    assert (mover.bytes_of(1), mover.bytes_of(0)) == (204, 202)
+
+
+def test_a_page_that_is_written_back_is_not_written_over_before(mover: StreamMover) -> None:
+    wanted = mover.page(5)
+    mover.begin("down", [5], [1], holds=True)
+    mover.cuda.main.put(lambda: [layer[5].fill_(0) for layer in mover.caches[0]])
+    mover.cuda.main.go_on()
+    assert mover.page(5) == wanted
+    mover.down.go_on()
+    mover.cuda.main.go_on()
+    assert mover.answer().done == b"\1" and mover.page(5) != wanted
+    assert bytes(mover.transfers._host[1].numpy().tobytes()) == b"".join(wanted)
