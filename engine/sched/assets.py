@@ -8,8 +8,8 @@
 
 A request here holds no slot and no page. Things are told apart by kind and content: what is known already is not made
 again. A lost device takes what it was loading for the first time with it, because that may be what it died of; the next
-device loads all else. The oldest of a kind that no live request has is forgotten when there are too many, or they have
-too many bytes. Left out: a bound on what is in use.
+device loads all else. The oldest of a kind that no live request has is forgotten when there are too many, or when they
+have too many bytes. Left out: a bound on what is in use.
 
 A need for pages (messages/tiers.py) only shortens what a request computes. Nothing is made or loaded for it: once what
 there is has come, or is not waited for any more, it is `settled`, and the request runs.
@@ -33,6 +33,7 @@ from engine.sched.limits import rid_in_use
 Key = tuple[str, bytes]  # kind and content
 State = Literal["making", "made", "loading", "ready", "refused"]
 NO_BOUNDS: Mapping[str, int] = MappingProxyType({})
+BESIDE = 1024  # bytes that a thing takes here and on the device beside its payload
 
 
 @dataclass(slots=True, eq=False)
@@ -94,8 +95,8 @@ class Due:
 
 
 class WaitingRoom:
-    """Keeps at most `most[kind]` things that nobody uses, whose payloads have up to `most_bytes[kind]` where there is
-    such a bound. No device is there before `started`."""
+    """Keeps at most `most[kind]` things that nobody uses, or of other kinds `most_bytes[kind]` bytes of them, each with
+    BESIDE; none of a kind without a bound. No device is there before `started`."""
 
     def __init__(self, most: Mapping[str, int], most_bytes: Mapping[str, int] = NO_BOUNDS) -> None:
         self.grown = False  # something has come since `evict`, which is asked once for all slices of a clip
@@ -105,8 +106,7 @@ class WaitingRoom:
         self._arrivals = itertools.count()
         self._assets: OrderedDict[Key, Asset] = OrderedDict()  # the last one asked for is the last
         self._by_number: dict[int, Asset] = {}
-        self._counts = Counter[str]()  # of all things, by kind
-        self._sizes = Counter[str]()  # of their payloads, in bytes, by kind
+        self._taken = Counter[str]()  # of a kind's bound, by all things of it
         self._underway: set[int] = set()  # numbers of what is being made or loaded
         self._requests: dict[str, Waiting] = {}  # by rid
         self._reloading: set[int] = set()  # numbers of what a device before this one had
@@ -155,7 +155,7 @@ class WaitingRoom:
             return known
         asset = self._assets[key] = Asset(need.kind, need.content, next(self._numbers))
         self._by_number[asset.number] = asset
-        self._counts[asset.kind] += 1
+        self._taken[asset.kind] += self._weight(asset)
         self._underway.add(asset.number)
         if need.payload:
             self._take(asset, need.payload, due)
@@ -240,31 +240,32 @@ class WaitingRoom:
     def evict(self, used: set[int]) -> list[Drop]:
         """Forget what is too much, but nothing that is `used` outside this room, waited for or under way."""
         self.grown = False
-        excess = {kind: count - self._most.get(kind, 0) for kind, count in self._counts.items()}
-        surplus = {kind: self._sizes[kind] - self._most_bytes.get(kind, self._sizes[kind]) for kind in excess}
-        if max((*excess.values(), *surplus.values()), default=0) <= 0:
+        bounds = {**self._most, **self._most_bytes}
+        excess = {kind: taken - bounds.get(kind, 0) for kind, taken in self._taken.items()}
+        if max(excess.values(), default=0) <= 0:
             return []
-        waited_for = {asset.number for request in self._requests.values() for asset in request.assets}
-        busy = waited_for | self._underway | used
-        for asset in [self._by_number[number] for number in busy if number in self._by_number]:
-            excess[asset.kind] -= 1
-            surplus[asset.kind] -= len(asset.payload)
-        over = {kind for kind in excess if max(excess[kind], surplus[kind]) > 0}
+        busy = {asset.number for request in self._requests.values() for asset in request.assets}
+        for number in busy | self._underway | used:
+            if (asset := self._by_number.get(number)) is not None:
+                excess[asset.kind] -= self._weight(asset)
+        over = {kind for kind, much in excess.items() if much > 0}
         gone: list[Asset] = []
         for asset in self._assets.values():  # the oldest first, so that few are looked at
             if not over:
                 break
-            if (kind := asset.kind) in over and asset.idle and asset.number not in used:
+            if asset.kind in over and asset.idle and asset.number not in used:
                 gone.append(asset)
-                excess[kind] -= 1
-                surplus[kind] -= len(asset.payload)
-                if max(excess[kind], surplus[kind]) <= 0:
-                    over.remove(kind)
+                excess[asset.kind] -= self._weight(asset)
+                if excess[asset.kind] <= 0:
+                    over.remove(asset.kind)
         for asset in gone:
             self._forget(asset)
         return [Drop(asset.kind, asset.number) for asset in gone if asset.state == "ready" and asset.kind != PAGES]
 
     # ── inside ───────────────────────────────────────────────────────────────────────────────
+
+    def _weight(self, asset: Asset) -> int:
+        return BESIDE + len(asset.payload) if asset.kind in self._most_bytes else 1
 
     def _become(self, asset: Asset, state: State) -> None:
         asset.state = state
@@ -272,8 +273,9 @@ class WaitingRoom:
 
     def _take(self, asset: Asset, payload: bytes, due: Due) -> None:
         """It is made."""
+        self._taken[asset.kind] -= self._weight(asset)
         asset.payload = payload
-        self._sizes[asset.kind] += len(payload)
+        self._taken[asset.kind] += self._weight(asset)
         self._become(asset, "made")
         self._load(asset, due)
 
@@ -317,8 +319,7 @@ class WaitingRoom:
         del self._by_number[asset.number], self._assets[asset.kind, asset.content]
         self._reloading.discard(asset.number)
         self._underway.discard(asset.number)
-        self._counts[asset.kind] -= 1
-        self._sizes[asset.kind] -= len(asset.payload)
+        self._taken[asset.kind] -= self._weight(asset)
 
     def check_integrity(self) -> None:
         """Assert that requests and things fit together. For tests, and when idle."""
@@ -332,8 +333,7 @@ class WaitingRoom:
             assert self._device or asset.state not in ("loading", "ready")
         underway = {asset.number for asset in self._assets.values() if asset.state in ("making", "loading")}
         assert underway == self._underway
-        assert +self._counts == Counter(asset.kind for asset in self._assets.values())
-        sizes = Counter[str]()
+        taken = Counter[str]()
         for asset in self._assets.values():
-            sizes[asset.kind] += len(asset.payload)
-        assert +self._sizes == +sizes
+            taken[asset.kind] += self._weight(asset)
+        assert taken == +self._taken, f"{dict(self._taken)} is said to be taken, and {dict(taken)} is"
