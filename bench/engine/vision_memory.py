@@ -22,7 +22,8 @@ from PIL import Image
 
 from bench.lib.processes import resident_bytes
 from bench.lib.served import Served
-from engine.actors.opening import MEDIA_BYTES, MEDIA_KEPT
+from engine.media import store
+from engine.sched import assets
 
 AT_ONCE = 8
 SAMPLES = 40  # looks at the memory, over the pictures that are measured
@@ -33,7 +34,8 @@ LEAKS = (
     0.05  # of what a picture takes: as much growth a picture is called one. A heap grows by steps of up to a few MiB
 )
 NAMES = {"engine.runtime.core": "core", "engine.worker": "worker", "engine.media.process": "decoder"}
-LOW = {"kv_tokens": "8192", "encoder_cache": "16", "encoder_tokens": "4096", "media_memory": str(32 * MIB)}
+LOW = {"kv_tokens": "8192", "encoder_cache": "16", "encoder_tokens": "4096"}
+LOW |= {"media_memory": str(8 * MIB), "media_known_memory": str(8 * MIB)}
 LOW |= {"media_processes": "2", "placement": "split", "spare_worker": "false"}
 
 
@@ -78,17 +80,16 @@ class Shower:
 def bounds(options: dict[str, str], prompt: int, tokens: int, payload: int, width: int) -> dict[str, int]:
     """By what is kept and where: how many pictures fill it. A prompt has so many tokens, `tokens` of them of the
     picture, which are embeddings of `width` bytes, and `payload` bytes of pixels."""
+    front, known, kv = (int(options[name]) for name in ("media_memory", "media_known_memory", "kv_tokens"))
+    most_known = known // (payload + assets.BESIDE)
+    embeddings = (int(options["encoder_cache"]) << 20) // (tokens * width)
     return {
-        f"front: {options['media_memory']} bytes of prepared pictures (--media-memory)": int(options["media_memory"])
-        // payload,
-        f"core and worker: {MEDIA_KEPT} pictures, or {MEDIA_BYTES >> 20} MiB of their pixels": min(
-            MEDIA_KEPT, MEDIA_BYTES // payload
-        ),
+        f"front: {front} bytes of prepared pictures (--media-memory)": front // (payload + store.BESIDE),
+        f"core and worker: {known} bytes of their pixels (--media-known-memory)": most_known,
         f"worker: {options['encoder_cache']} MiB of embeddings (--encoder-cache), of the pictures above": min(
-            MEDIA_KEPT, (int(options["encoder_cache"]) << 20) // (tokens * width)
+            most_known, embeddings
         ),
-        f"worker and core: {options['kv_tokens']} tokens of KV cache (--kv-tokens)": int(options["kv_tokens"])
-        // prompt,
+        f"worker and core: {kv} tokens of KV cache (--kv-tokens)": kv // prompt,
     }
 
 

@@ -18,8 +18,6 @@ from engine.sched.chunks import ChunkRule
 from engine.sched.copies import Copies
 from engine.sched.encoder import Encoder
 
-# Pictures and clips that no request shows now are known all the same, so that what is encoded of them is found again.
-MEDIA_KEPT, MEDIA_BYTES = 4096, 512 << 20
 MOST_CHECKED = 1024  # pages of device and host: to go through them takes a few milliseconds
 LEAST_RISEN, LEAST_FETCHED = 64, 256  # tokens: fewer are computed sooner than they come from the host, or a store
 
@@ -32,10 +30,11 @@ class Maker:
     kept: int
 
 
-def room_for(makers: Mapping[str, Maker]) -> WaitingRoom:
-    """Where requests wait for what `makers` make, and for what they bring along."""
+def room_for(makers: Mapping[str, Maker], config: Config) -> WaitingRoom:
+    """Where requests wait for what `makers` make, and for what they bring along. Pictures and clips that no request
+    shows now are known all the same, so that what is encoded of them is found again."""
     kept = {kind: maker.kept for kind, maker in makers.items()}
-    return WaitingRoom({MEDIA: MEDIA_KEPT, **kept}, {MEDIA: MEDIA_BYTES})
+    return WaitingRoom(kept, {MEDIA: config.media.media_known_memory})
 
 
 def checks(ready: WorkerReady, config: Config) -> bool:

@@ -89,7 +89,7 @@ class SchedulerActor:
         self.front = front
         self.fronts = fronts  # that `front` stands for
         self.scheduler: Scheduler | Copies | None = None
-        self.room = room_for(makers)
+        self.room = room_for(makers, config)
         self.worker: Literal["starting", "ready", "restarting", "stalled", "failed"] = "starting"
         self.cause = ""
         self.in_flight = 0

@@ -194,9 +194,10 @@ class MediaStore:
             raise copied(error, part.place or f"the {kind}") from None
 
     async def _get(self, source: str, kind: Kind, coarse: bool) -> Prepared:
-        content, until = self._urls.get((kind, source), (b"", 0.0))
-        if until > time.monotonic() and (kept := self._here((kind, content, coarse))) is not None:
-            return kept
+        if not source.startswith("data:"):  # which is looked up by its content alone: to hash a long text takes time
+            content, until = self._urls.get((kind, source), (b"", 0.0))
+            if until > time.monotonic() and (kept := self._here((kind, content, coarse))) is not None:
+                return kept
         data, content = await self._read(source, kind)
         key = kind, content, coarse
         if (kept := self._here(key)) is not None:

@@ -50,6 +50,14 @@ class MediaOptions(Struct, frozen=True, kw_only=True):
             description="bytes of decoded images and video that each front process keeps for requests to come",
         ),
     ] = 2**30
+    media_known_memory: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="bytes of images and video, as the model reads them, that the scheduler and each device "
+            "process keep for requests to come, so that their embeddings are found again",
+        ),
+    ] = 512 * 2**20
     media_open_memory: Annotated[
         Positive,
         Meta(

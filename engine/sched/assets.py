@@ -8,8 +8,8 @@
 
 A request here holds no slot and no page. Things are told apart by kind and content: what is known already is not made
 again. A lost device takes what it was loading for the first time with it, because that may be what it died of; the next
-device loads all else. The oldest of a kind that no live request has is forgotten when there are too many, or they have
-too many bytes. Left out: a bound on what is in use.
+device loads all else. The oldest of a kind that no live request has is forgotten when there are too many, or when they
+have too many bytes. Left out: a bound on what is in use.
 
 A need for pages (messages/tiers.py) only shortens what a request computes. Nothing is made or loaded for it: once what
 there is has come, or is not waited for any more, it is `settled`, and the request runs.
@@ -31,7 +31,9 @@ from engine.messages.tiers import PAGES
 from engine.sched.limits import rid_in_use
 
 Key = tuple[str, bytes]  # kind and content
+State = Literal["making", "made", "loading", "ready", "refused"]
 NO_BOUNDS: Mapping[str, int] = MappingProxyType({})
+BESIDE = 1024  # bytes that a thing takes here and on the device beside its payload
 
 
 @dataclass(slots=True, eq=False)
@@ -41,7 +43,7 @@ class Asset:
     kind: str
     content: bytes
     number: int
-    state: Literal["making", "made", "loading", "ready", "refused"] = "making"
+    state: State = "making"
     payload: bytes = b""
     proved: bool = False
     refusal: RequestError | None = None
@@ -93,8 +95,8 @@ class Due:
 
 
 class WaitingRoom:
-    """Keeps at most `most[kind]` things that nobody uses, whose payloads have up to `most_bytes[kind]` where there is
-    such a bound. No device is there before `started`."""
+    """Keeps at most `most[kind]` things that nobody uses, or of other kinds `most_bytes[kind]` bytes of them, each with
+    BESIDE; none of a kind without a bound. No device is there before `started`."""
 
     def __init__(self, most: Mapping[str, int], most_bytes: Mapping[str, int] = NO_BOUNDS) -> None:
         self.grown = False  # something has come since `evict`, which is asked once for all slices of a clip
@@ -104,6 +106,8 @@ class WaitingRoom:
         self._arrivals = itertools.count()
         self._assets: OrderedDict[Key, Asset] = OrderedDict()  # the last one asked for is the last
         self._by_number: dict[int, Asset] = {}
+        self._taken = Counter[str]()  # of a kind's bound, by all things of it
+        self._underway: set[int] = set()  # numbers of what is being made or loaded
         self._requests: dict[str, Waiting] = {}  # by rid
         self._reloading: set[int] = set()  # numbers of what a device before this one had
 
@@ -151,9 +155,10 @@ class WaitingRoom:
             return known
         asset = self._assets[key] = Asset(need.kind, need.content, next(self._numbers))
         self._by_number[asset.number] = asset
+        self._taken[asset.kind] += self._weight(asset)
+        self._underway.add(asset.number)
         if need.payload:
-            asset.state, asset.payload = "made", need.payload
-            self._load(asset, due)
+            self._take(asset, need.payload, due)
         else:
             due.makes.append(Make(need.kind, asset.number, need.content))
         return asset
@@ -169,8 +174,7 @@ class WaitingRoom:
             )
             self._refuse(asset, refusal, due, lasting=message.lasting)
             return due
-        asset.state, asset.payload = "made", message.payload
-        self._load(asset, due)
+        self._take(asset, message.payload, due)
         return due
 
     def loaded(self, message: Loaded) -> Due:
@@ -185,7 +189,8 @@ class WaitingRoom:
             code = f"{asset.kind}_failed"
             self._refuse(asset, RequestError(message.cause, param=asset.kind, code=code, status=500), due)
             return due
-        asset.state, asset.proved = "ready", True
+        self._become(asset, "ready")
+        asset.proved = True
         self._reloading.discard(asset.number)
         self._release(asset.waiting.values(), due)
         return due
@@ -217,7 +222,7 @@ class WaitingRoom:
             elif asset.kind == PAGES:
                 self._settle(asset, due)
             elif asset.state in ("loading", "ready"):
-                asset.state = "made"
+                self._become(asset, "made")
         return due
 
     def started(self) -> Due:
@@ -235,27 +240,48 @@ class WaitingRoom:
     def evict(self, used: set[int]) -> list[Drop]:
         """Forget what is too much, but nothing that is `used` outside this room, waited for or under way."""
         self.grown = False
-        idle = [asset for asset in self._assets.values() if asset.idle and asset.number not in used]
-        excess, surplus = Counter(asset.kind for asset in idle), Counter[str]()
-        for asset in idle:
-            surplus[asset.kind] += len(asset.payload)
-        excess.subtract(self._most)
-        surplus.subtract({kind: self._most_bytes.get(kind, surplus[kind]) for kind in surplus})
-        drops = []
-        for asset in idle:
-            if excess[asset.kind] > 0 or surplus[asset.kind] > 0:
-                excess[asset.kind] -= 1
-                surplus[asset.kind] -= len(asset.payload)
-                if asset.state == "ready" and asset.kind != PAGES:
-                    drops.append(Drop(asset.kind, asset.number))
-                self._forget(asset)
-        return drops
+        bounds = {**self._most, **self._most_bytes}
+        excess = {kind: taken - bounds.get(kind, 0) for kind, taken in self._taken.items()}
+        if max(excess.values(), default=0) <= 0:
+            return []
+        busy = {asset.number for request in self._requests.values() for asset in request.assets}
+        for number in busy | self._underway | used:
+            if (asset := self._by_number.get(number)) is not None:
+                excess[asset.kind] -= self._weight(asset)
+        over = {kind for kind, much in excess.items() if much > 0}
+        gone: list[Asset] = []
+        for asset in self._assets.values():  # the oldest first, so that few are looked at
+            if not over:
+                break
+            if asset.kind in over and asset.idle and asset.number not in used:
+                gone.append(asset)
+                excess[asset.kind] -= self._weight(asset)
+                if excess[asset.kind] <= 0:
+                    over.remove(asset.kind)
+        for asset in gone:
+            self._forget(asset)
+        return [Drop(asset.kind, asset.number) for asset in gone if asset.state == "ready" and asset.kind != PAGES]
 
     # ── inside ───────────────────────────────────────────────────────────────────────────────
 
+    def _weight(self, asset: Asset) -> int:
+        return BESIDE + len(asset.payload) if asset.kind in self._most_bytes else 1
+
+    def _become(self, asset: Asset, state: State) -> None:
+        asset.state = state
+        (self._underway.add if state in ("making", "loading") else self._underway.discard)(asset.number)
+
+    def _take(self, asset: Asset, payload: bytes, due: Due) -> None:
+        """It is made."""
+        self._taken[asset.kind] -= self._weight(asset)
+        asset.payload = payload
+        self._taken[asset.kind] += self._weight(asset)
+        self._become(asset, "made")
+        self._load(asset, due)
+
     def _load(self, asset: Asset, due: Due) -> None:
         if self._device and asset.state == "made":
-            asset.state = "loading"
+            self._become(asset, "loading")
             if asset.proved:
                 self._reloading.add(asset.number)
             due.device.append(Load(asset.kind, asset.number, asset.payload))
@@ -267,7 +293,7 @@ class WaitingRoom:
             due.ready.append((request.admit, request.bound()))
 
     def _settle(self, asset: Asset, due: Due) -> None:
-        asset.state = "ready"
+        self._become(asset, "ready")
         self._release(asset.waiting.values(), due)
         if not asset.waiting:  # else by `evict`, once the request has all else that it waits for
             self._forget(asset)
@@ -277,7 +303,8 @@ class WaitingRoom:
         for rid in list(asset.waiting):
             self._leave(rid)
             due.refused.append((rid, refusal))
-        asset.state, asset.refusal = "refused", refusal
+        self._become(asset, "refused")
+        asset.refusal = refusal
         if not lasting:
             self._forget(asset)
 
@@ -291,6 +318,8 @@ class WaitingRoom:
     def _forget(self, asset: Asset) -> None:
         del self._by_number[asset.number], self._assets[asset.kind, asset.content]
         self._reloading.discard(asset.number)
+        self._underway.discard(asset.number)
+        self._taken[asset.kind] -= self._weight(asset)
 
     def check_integrity(self) -> None:
         """Assert that requests and things fit together. For tests, and when idle."""
@@ -302,3 +331,9 @@ class WaitingRoom:
         for asset in self._assets.values():
             assert asset.waiting.keys() <= self._requests.keys(), f"{asset.kind} {asset.number} waits for who is gone"
             assert self._device or asset.state not in ("loading", "ready")
+        underway = {asset.number for asset in self._assets.values() if asset.state in ("making", "loading")}
+        assert underway == self._underway
+        taken = Counter[str]()
+        for asset in self._assets.values():
+            taken[asset.kind] += self._weight(asset)
+        assert taken == +self._taken, f"{dict(self._taken)} is said to be taken, and {dict(taken)} is"

@@ -9,8 +9,8 @@ from house import House
 from test_http import post
 from test_media_apis import data_url, seeing, shown, user
 
-from engine.actors import opening
 from engine.media import store as media_store
+from engine.sched import assets
 from engine.sched.looking import parts_of
 
 pytestmark = pytest.mark.anyio
@@ -56,9 +56,9 @@ async def show(house: House, url: str, first: int, count: int, **more: Any) -> N
 
 
 async def test_many_pictures_leave_what_few_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "MEDIA_KEPT", KNOWN)
     room_for_some = KEPT * (SIZE + media_store.BESIDE)
-    async with seeing(monkeypatch, media_memory=room_for_some, pages=32) as (house, url):
+    known = KNOWN * (SIZE + assets.BESIDE)
+    async with seeing(monkeypatch, media_memory=room_for_some, media_known_memory=known, pages=32) as (house, url):
         seen = []
         for first in range(0, 36, 6):
             await show(house, url, first, 6)
@@ -83,8 +83,7 @@ async def test_many_pictures_leave_what_few_do(monkeypatch: pytest.MonkeyPatch) 
 
 async def test_what_was_in_use_goes_once_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """All are shown at the same time, so none may go before its request ends; and no other comes after them."""
-    monkeypatch.setattr(opening, "MEDIA_BYTES", 2 * SIZE)
-    async with seeing(monkeypatch, seconds=0.05) as (house, url):
+    async with seeing(monkeypatch, seconds=0.05, media_known_memory=2 * (SIZE + assets.BESIDE)) as (house, url):
         showing = asyncio.ensure_future(show(house, url, 0, 8, max_tokens=40, ignore_eos=True))
         while held(house)["on the device"] < 8:
             await asyncio.sleep(0.01)

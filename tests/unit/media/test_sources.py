@@ -1,13 +1,17 @@
 """Where media come from: what is fetched, what is not, and how much of it."""
 
 import base64
+import binascii
 import os
 import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import anyio
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from odd_web import PICTURE, odd_web
 
 from engine.errors import ConfigError, RequestError
@@ -82,8 +86,25 @@ async def test_malformed_data_urls_are_refused(source: str, says: str) -> None:
     assert code == "invalid_media" and says in message
 
 
+@given(st.text("ABab09+/=\n %é", max_size=9) | st.binary(max_size=9).map(lambda data: base64.b64encode(data).decode()))
+def test_base64_is_what_binascii_takes_of_it(text: str) -> None:
+    try:
+        packed = unquote_to_bytes(text.encode("ascii", "replace")).translate(None, b" \n")
+        wanted = binascii.a2b_base64(packed, strict_mode=True)
+    except binascii.Error:
+        with pytest.raises(binascii.Error):
+            module.unpacked(text)
+    else:
+        assert module.unpacked(text) == wanted
+
+
+def test_plain_base64_takes_the_fast_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.binascii, "a2b_base64", lambda *_, **__: pytest.fail("it took the slow way"))
+    assert module.unpacked(base64.b64encode(PICTURE).decode()) == PICTURE
+
+
 async def test_size_is_checked_before_a_data_url_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.binascii, "a2b_base64", lambda *_, **__: pytest.fail("it was decoded"))
+    monkeypatch.setattr(module, "unpacked", lambda _: pytest.fail("it was decoded"))
     code, message = await refused(data_url(bytes(4000)), media_bytes=1000)
     assert code == "media_too_large" and "bytes, and at most 1000 are taken (--media-bytes); send it smaller" in message
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -15,7 +16,7 @@ from engine.messages.request import Admit
 from engine.messages.tiers import PAGES
 from engine.params.grammar import Grammar
 from engine.params.sampling import Sampling
-from engine.sched.assets import Due, WaitingRoom
+from engine.sched.assets import BESIDE, Asset, Due, WaitingRoom
 
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
 
@@ -168,7 +169,8 @@ def test_the_oldest_that_nobody_uses_are_forgotten() -> None:
 
 def test_what_a_need_brings_along_is_loaded_and_kept_within_its_bytes() -> None:
     """2,000 pictures, each shown by a request of its own: what is kept of them stays the same."""
-    room = WaitingRoom({MEDIA: 100}, {MEDIA: 50})
+    most = sum(range(2, 11)) + 9 * BESIDE  # any nine in a row are within, and no ten
+    room = WaitingRoom({}, {MEDIA: most})
     room.started()
     device: dict[int, bytes] = {}
 
@@ -185,12 +187,31 @@ def test_what_a_need_brings_along_is_loaded_and_kept_within_its_bytes() -> None:
 
     for index in range(2000):
         shown(index)
-        assert sum(map(len, device.values())) <= 50
-    assert len(device) >= 5 and sum(len(asset.payload) for asset in room._assets.values()) <= 50
+        assert list(device) == list(range(max(1, index - 7), index + 2))
+        assert len(room._assets) == len(device)
     known = set(device)
     shown(1999)
     assert set(device) == known
     room.check_integrity()
+
+
+def test_few_are_looked_at_however_many_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each new picture, and each moment without a step, asks what is too much."""
+    looked_at: list[int] = []
+
+    def idle(asset: Asset) -> bool:
+        looked_at.append(asset.number)
+        return not asset.waiting and asset.state == "ready"
+
+    monkeypatch.setattr(Asset, "idle", property(idle))
+    room = WaitingRoom({}, {MEDIA: 1000 * (len(b"pixels") + BESIDE)})
+    room.started()
+    for index in range(1002):
+        due = room.admit(needing(f"r{index}", Need(MEDIA, index.to_bytes(4, "little"), payload=b"pixels")))
+        assert rids(room.loaded(Loaded(MEDIA, index + 1))) == [f"r{index}"] and len(due.device) == 1
+        dropped = [drop.number for drop in room.evict({1})]
+        assert dropped == ([] if index < 1001 else [2])
+    assert looked_at == [1, 2]
 
 
 def test_a_request_runs_when_all_that_it_needs_is_there() -> None:
