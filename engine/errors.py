@@ -63,10 +63,16 @@ class RequestError(EngineError):
             message = self.template.format_map(_Filled({**self.facts, **words.names}))
             if (phrase := words.phrases.get(self.template)) is not None:
                 message = phrase.format_map(_Filled({**self.facts, "message": message}))
-        if self.status == 400 and words.place not in message:
+        if self.status == 400 and words.place not in message and not self._placed(words):
             message = f"{words.place}: {message}"
         param = words.names.get(self.param or "", self.param)
         return RequestError(message, param=param, code=self.code, status=self.status)
+
+    def _placed(self, words: "Words") -> bool:
+        """Whether it begins with the path of what is at fault in the client's body, as errors of media do."""
+        path = self.param or ""
+        known = path not in words.names and ("[" in path or path in words.names.values())
+        return known and self.message.startswith(path)
 
 
 class Words:

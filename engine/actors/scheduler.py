@@ -81,21 +81,17 @@ class SchedulerActor:
         front: Outbox[ToFront],
         fronts: int = 1,
     ) -> None:
-        self.config = config
-        self.policy = policy
-        self.inbox = inbox
-        self.executor = executor
+        self.config, self.policy = config, policy
+        self.inbox, self.executor = inbox, executor
         self.makers = makers  # by the kind of need
-        self.front = front
-        self.fronts = fronts  # that `front` stands for
+        self.front, self.fronts = front, fronts  # so many `front` stands for
         self.scheduler: Scheduler | Copies | None = None
         self.room = room_for(makers, config)
         self.worker: Literal["starting", "ready", "restarting", "stalled", "failed"] = "starting"
         self.cause = ""
-        self.in_flight = 0
+        self.in_flight, self.paused = 0, False
         self.most_credits = steps_in_flight(config.parallel.pp)
         self.credits = self.most_credits - 1
-        self.paused = False
         self._pauses: list[Pause] = []  # not answered yet
         self._asked: set[int] = set()  # numbers of what the worker is still to answer
         self.followers = Followers(front) if config.cache.cache_events else None
@@ -107,9 +103,8 @@ class SchedulerActor:
         # Whose turn it is to plan and to send: plans and moves leave in the order in which they were made, also where
         # the executor has no room for the next one.
         self._turn = anyio.Lock(fast_acquire=True)
-        self.step_seconds = array("f")
+        self.step_seconds, self.idle_seconds = array("f"), 0.0
         self.make_seconds: dict[str, array[float]] = {}  # by kind
-        self.idle_seconds = 0.0
         self.restarts, self.restart_seconds, self._lost_at = 0, 0.0, 0.0  # the last one took, and when it began
         self._checks, self._checked = False, True  # whether all is checked when idle, and was since it changed
 
@@ -309,12 +304,11 @@ class SchedulerActor:
         return self.looking.look(self.scheduler, self.worker, self.cause, paused=self.paused, **about)
 
     async def _ask_worker(self, message: Ask) -> None:
-        if self.worker not in RUNNING:
-            cause = f"the device worker is {self.worker}, and answers nothing; ask again when /health says ready"
-            await self.front.send(Answer(message.number, cause=cause))
-        else:
+        if self.worker in RUNNING:
             self._asked.add(message.number)
-            await self.executor.send(message)
+            return await self.executor.send(message)
+        cause = f"the device worker is {self.worker}, and answers nothing; ask again when /health says ready"
+        await self.front.send(Answer(message.number, cause=cause))
 
     async def _pass_on(self, due: Due) -> None:
         """Send what is due in the waiting room to makers and device; queue and refuse requests."""
@@ -328,6 +322,7 @@ class SchedulerActor:
                 self.scheduler.admit(admit, bound)
             except RequestError as error:
                 due.refused.append((admit.rid, error))
+        self._leave(*[rid for rid, _ in due.refused])
         for rid, refusal in due.refused:
             await self.front.send(Failed.of(rid, refusal))
 
@@ -341,8 +336,7 @@ class SchedulerActor:
     async def _abort(self, rid: str) -> None:
         if self.scheduler is None:
             return
-        if self.moves is not None:
-            self.moves.leave(rid)
+        self._leave(rid)
         if self.room.abort(rid):
             await self.front.send(Tokens.aborted(rid))
         elif tokens_of_it := self.scheduler.abort(rid):
@@ -353,9 +347,16 @@ class SchedulerActor:
         if self.scheduler is None:
             return
         self._checked = False
-        for rid in (*self.room.rids(), *self.scheduler.live.by_rid):
-            if front_of(rid) == front and not self.room.abort(rid):
+        gone = [rid for rid in (*self.room.rids(), *self.scheduler.live.by_rid) if front_of(rid) == front]
+        self._leave(*gone)
+        for rid in gone:
+            if not self.room.abort(rid):
                 self.scheduler.stop(rid)
+
+    def _leave(self, *rids: str) -> None:
+        """Those requests have ended: nothing is fetched for them any more."""
+        if self.moves is not None and rids:
+            self.moves.leave(*rids)
 
     async def _ready(self, ready: WorkerReady) -> None:
         if self.scheduler is None:
@@ -428,10 +429,9 @@ class SchedulerActor:
     async def _send_stats(self) -> None:
         seconds, self.step_seconds = self.step_seconds.tobytes(), array("f")
         made, self.make_seconds = self.make_seconds, {}
-        counts: dict[str, Any] = {}
         self.tiers = None if self.moves is None else self.moves.stats()
-        if self.scheduler is not None:
-            counts = self.scheduler.counts()
+        counts = {} if self.scheduler is None else self.scheduler.counts()
+        if counts:
             counts["waiting"] += self.room.waiting
         stats = Stats(
             self.worker,

@@ -94,7 +94,8 @@ class CachePages:
         if self.tiers is not None:
             self.tiers.clear()
         self.pins.clear()
-        return self.evict(self.tree.evictable), self.pool.size - self.pool.free_pages
+        self._free(freed := self.tree.clear())
+        return len(freed), self.pool.size - self.pool.free_pages
 
     def named(self, blocks: Blocks | None) -> Named | None:
         """What a prompt's `blocks` are here; None where nobody is told of them."""

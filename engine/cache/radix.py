@@ -202,6 +202,27 @@ class RadixTree:
         self.evictable -= len(freed)
         return freed
 
+    def clear(self) -> list[int]:
+        """Forget all pages that nobody locks; nobody may pin any. `evict` would look for the oldest leaf each time."""
+        gone: list[Node] = []
+        for salt, root in list(self._roots.items()):
+            stay = [root]
+            for node in stay:
+                stay += (children := [child for child in node.children.values() if child.locks])
+                gone += [child for child in node.children.values() if not child.locks]
+                node.children = {child.key[: self._stride]: child for child in children}
+            if not root.children:
+                del self._roots[salt]
+        for node in gone:
+            assert not node.pins, "what is pinned is cleared"
+            gone += node.children.values()
+        self._queue = [entry for entry in self._queue if entry[1].locks]
+        heapify(self._queue)
+        freed = [page for node in gone for page in node.pages]
+        self.size -= len(freed)
+        self.evictable -= len(freed)
+        return freed
+
     def below(self, key: bytes, salt: bytes = b"") -> list[Node]:
         """The nodes of all that begins with `key`, a token at least, and of no more: parents first. `key` need not be
         whole pages; a page that begins within it is of these, one that ends within it is not."""

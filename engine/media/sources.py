@@ -173,6 +173,7 @@ class Sources:
         for _ in range(MOST_REDIRECTS + 1):
             check_literal(self._hosts, url.raw_host or "")
             async with session.get(url, allow_redirects=False) as answer:
+                _check_once(answer, "Location")
                 if answer.status in REDIRECTS and (target := answer.headers.get("Location")):
                     url = _url(str(url.join(URL(target))))
                     continue
@@ -183,6 +184,7 @@ class Sources:
 
     async def _body(self, answer: aiohttp.ClientResponse, kind: Kind) -> bytes:
         """The bytes of an answer, none of which is read if its head says that they are too many, or of another kind."""
+        _check_once(answer, "Content-Type")
         _check_type(answer.content_type if "Content-Type" in answer.headers else "", kind)
         if (coding := ", ".join(answer.headers.getall("Content-Encoding", ("identity",))).lower()) != "identity":
             raise RequestError(f"comes packed ({coding[:40]}), unasked; send it as a data: URL", code="invalid_media")
@@ -271,6 +273,13 @@ def _url(source: str) -> URL:
     if url.raw_user is not None or url.raw_password is not None:
         raise _not_allowed("is a URL with a user or a password in it, which this server does not pass on")
     return url
+
+
+def _check_once(answer: aiohttp.ClientResponse, name: str) -> None:
+    """Raises RequestError where the header `name` comes with several values: others may read another one."""
+    if len(values := set(answer.headers.getall(name, ()))) > 1:
+        cause = f"it answers with {len(values)} values of {name}, where one is allowed"
+        raise _unreachable(str(answer.url), cause)
 
 
 def _check_type(media_type: str, kind: Kind) -> None:

@@ -147,9 +147,10 @@ class Moves:
         tiers.want(number, wanted, held[best])
         self._needs[number] = admit.rid
 
-    def leave(self, rid: str) -> None:
-        """That request is gone: nothing is fetched for it any more."""
-        self.give_up(*[number for number, its in self._needs.items() if its == rid])
+    def leave(self, *rids: str) -> None:
+        """Those requests are gone: nothing is fetched for them any more."""
+        gone = set(rids)
+        self.give_up(*[number for number, rid in self._needs.items() if rid in gone])
 
     def give_up(self, *numbers: int) -> None:
         """Nobody waits for these any longer."""

@@ -39,7 +39,7 @@ from engine.worker.steps.admits import write_ids, write_pages
 from engine.worker.steps.batch import build_batch
 from engine.worker.steps.copies import Among, Copy
 from engine.worker.steps.drafts import Draws, Held, held, real_starts
-from engine.worker.steps.graphs import ALL_ROWS_TOKENS, DecodeGraphs, Tables, most_prompt_tokens, prompt_graphs
+from engine.worker.steps.graphs import ALL_ROWS_TOKENS, DecodeGraphs, Tables, capture_prompts, prompt_graphs
 from engine.worker.steps.prefixes import LEAST_ROWS, SharedPrefixes
 from engine.worker.steps.recorded import RecordedSteps
 from engine.worker.steps.results import Block, Forward, Head, Result, Step, to_pinned
@@ -113,7 +113,7 @@ class Runner:
         draw = self._draw_plain if self.sampler.captures and self.draws else None
         real, masks = bool(routers_of(self.model)), self.grammars is not None
         shape = page_size, real, draw, masks, self.states.layers, enters, self.copy.copies if self.copy else 0
-        shown = (None, 0) if self.media is None else (self.media.shifts, self.media.size)
+        shown = (None, 0) if self.media is None else (self.media.shifts, self.media.size if self.copy is None else 0)
         return Tables(self.model, caches, self.tokens, self.page_table, *shape, *shown)
 
     @torch.inference_mode()
@@ -407,9 +407,7 @@ class Runner:
         self.page_table[-1] = scratch_page
         pool = torch.cuda.graph_pool_handle()
         slots, longest = len(self.tokens) - 1, self.tokens.shape[1] - 1
-        most = min(step_tokens, slots * longest, most_prompt_tokens(self.model))
-        for graphs in reversed(self.prompt_graphs):  # the largest steps first
-            graphs.capture(most, pool)
+        capture_prompts(self.prompt_graphs, min(step_tokens, slots * longest), pool)
         if shares and not self.states and self.copy is None and slots >= LEAST_ROWS:
             self.shared_graphs.capture(slots, pool)
             if self.shared_graphs.most == slots:

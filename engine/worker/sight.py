@@ -2,7 +2,8 @@
 
 A step encodes before its forward pass. Their peaks are not at one time, but what one left in the allocator's blocks may
 not fit the other, so both are taken into the plan. The embeddings that a step's rows show are gathered for its forward
-pass, and are there beside the peak of that.
+pass, and are there beside the peak of that. Captured steps have lines of their own for them, which stay. Left out: what
+CUDA graphs take besides, which is measured once they are captured (start.py).
 """
 
 import logging
@@ -23,15 +24,18 @@ GPU_CACHE, CPU_CACHE = 1024, 256  # MiB
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """Embeddings of media: `step_tokens` are made in a step at most, and `held` at a time, of `token_bytes` each."""
+    """Embeddings of media: `step_tokens` are made in a step at most, and `held` at a time, of `token_bytes` each.
+    Captured steps have `lines` for those that they show."""
 
     step_tokens: int = 0
     held: int = 0
     token_bytes: int = 0
+    lines: int = 0
 
 
-def sight_of(model: Model, config: Config, device: torch.device) -> Sight:
-    """As options say, or as usual on `device`. Raises ConfigError where a step makes more than are held."""
+def sight_of(model: Model, config: Config, device: torch.device, lines: int = 0) -> Sight:
+    """As options say, or as usual on `device`; captured steps have `lines`. Raises ConfigError where a step makes more
+    than are held."""
     if not model.sees:
         return Sight()
     gpu = device.type == "cuda"
@@ -46,13 +50,13 @@ def sight_of(model: Model, config: Config, device: torch.device) -> Sight:
             f"--encoder-cache {cache} holds {held} tokens of {token_bytes} bytes, and a step encodes up to {tokens} "
             "(--encoder-tokens); raise the former or lower the latter"
         )
-    return Sight(tokens, held, token_bytes)
+    return Sight(tokens, held, token_bytes, lines)
 
 
 @torch.inference_mode()
 def encoder_bytes(model: Model, device: torch.device, sight: Sight, step_tokens: int) -> int:
     """Bytes that media take on a GPU beside the weights and the largest step of `step_tokens`: the peak of the largest
-    encoding, which is run here, what one step shows, and what is held."""
+    encoding, which is run here, what one step shows, the lines of captured steps, and what is held."""
     if not sight.step_tokens or 0 not in model.held:
         return 0
     torch.cuda.synchronize(device)
@@ -61,12 +65,13 @@ def encoder_bytes(model: Model, device: torch.device, sight: Sight, step_tokens:
     model.encode([model.largest_medium(sight.step_tokens)])
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
-    shown, held = (count * sight.token_bytes for count in (step_tokens, sight.held))
+    shown, lines, held = (count * sight.token_bytes for count in (step_tokens, sight.lines, sight.held))
     log.info(
-        "encoding %s of media takes %d MiB, a step that shows them %d MiB, and what is held %d MiB",
+        "encoding %s of media takes %d MiB, a step that shows them %d MiB, its graphs %d MiB, and what is held %d MiB",
         counted(sight.step_tokens, "token"),
         peak // MIB,
         shown // MIB,
+        lines // MIB,
         held // MIB,
     )
-    return peak + shown + held
+    return peak + shown + lines + held

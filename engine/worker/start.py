@@ -31,13 +31,13 @@ from engine.worker.backends import Backends, quantization
 from engine.worker.choices import model_for
 from engine.worker.compiles import tell_of_compiles
 from engine.worker.experts import routers_of
-from engine.worker.memory import allocate, choose_max_model_len, count_pages, state_bytes
+from engine.worker.memory import allocate, available_memory, choose_max_model_len, count_pages, state_bytes
 from engine.worker.rebalance import most_moved
 from engine.worker.runner import Runner
 from engine.worker.sampling.grammars import begin_grammars
 from engine.worker.sight import Sight, encoder_bytes, sight_of
 from engine.worker.steps.copies import Copy
-from engine.worker.steps.graphs import most_prompt_tokens
+from engine.worker.steps.graphs import most_captured, most_prompt_tokens
 from engine.worker.steps.warmup import FILTERED, PENALIZED, PLAIN, everything
 from engine.worker.tiers import begin_transfers
 from engine.worker.ways import choose_ways, exchange_of
@@ -107,7 +107,8 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
     logger.info("%.0f MiB of weights in %s on %s", weight_bytes(model) / 2**20, build.dtype, device)
     with _timed(phases, "grammars"):  # what is left of it
         grammars = None if beginning is None else beginning.ready(sizes.slots, device, build.kernels.logits)
-    sight = sight_of(model, config, device)
+    most = groups.least(min(sizes.step_tokens, most_prompt_tokens(model)))  # as many pay on all ranks
+    sight = sight_of(model, config, device, shown_lines(config, sizes, most, build.max_model_len))
     activations = activation_bytes(model, device, sizes, sight, build.max_model_len, phases, pipeline, groups.mesh)
     spec = model.kv_spec()
     with _timed(phases, "kv cache"):
@@ -129,8 +130,6 @@ def start(boot: Boot, import_seconds: float, agree: Agree = lambda pages: pages)
     add_tiers(config, source, build, runner, here, phases)
     tell_of_states(spec, sizes.slots)
     with _timed(phases, "warm-up"):
-        # Graphs pay up to a size that depends on a rank's weights: all capture the same.
-        most = groups.least(min(sizes.step_tokens, most_prompt_tokens(model)))
         warm_up(runner, config, pages=pages, step_tokens=most, dtype=build.dtype, attention=source.backends.chosen)
     groups.started()
     return runner, readiness(runner, sizes, sight, pages=pages, attention=source.backends.chosen, phases=phases)
@@ -231,6 +230,14 @@ def fill(model: Model, config: Config, tensors: Tensors) -> None:
         load_weights(model, tensors)
 
 
+def shown_lines(config: Config, sizes: Sizes, most: int, max_model_len: int) -> int:
+    """For how many embeddings captured steps have a place, where `most` tokens of prompts are captured: those of copies
+    of attention show nothing."""
+    if not config.process.cuda_graphs or config.parallel.dp_attention > 1:
+        return 0
+    return most_captured(sizes.slots, min(most, sizes.slots * max_model_len))
+
+
 def warm_up(
     runner: Runner, config: Config, *, pages: int, step_tokens: int, dtype: torch.dtype, attention: str
 ) -> None:
@@ -238,8 +245,12 @@ def warm_up(
     if runner.device.type == "cpu":
         runner.warm_up(WARM_UP_TOKENS)
         return
-    if config.process.cuda_graphs and not runner.capture(pages, config.cache.prefix_cache, step_tokens):
-        logger.info("no CUDA graphs: attention backend %s cannot be captured", attention)
+    if config.process.cuda_graphs:
+        before = available_memory(runner.device)
+        if not runner.capture(pages, config.cache.prefix_cache, step_tokens):
+            logger.info("no CUDA graphs: attention backend %s cannot be captured", attention)
+        left = available_memory(runner.device)
+        logger.info("capturing took %d MiB of memory, and %d MiB are left", (before - left) >> 20, left >> 20)
     if runner.grammars is not None:
         runner.grammars.warm_up(dtype)
     tell_of_compiles()

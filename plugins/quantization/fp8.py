@@ -2,8 +2,9 @@
 
 It reads what DeepSeek, Qwen and others publish (`weight_scale_inv` of blocks) and what llm-compressor and vLLM write
 (`weight_scale` of rows or tensors); on a checkpoint that is not quantized, it makes blocks of every matrix as it is
-loaded. Embeddings, the head, routers and norms stay as they are. Activations become FP8 on the way, where a step has
-many tokens, each by its own largest; scales for them in a checkpoint are passed over.
+loaded, but for those of towers that encode media. Embeddings, the head, routers and norms stay as they are.
+Activations become FP8 on the way, where a step has many tokens, each by its own largest; scales for them in a
+checkpoint are passed over.
 
 A device without FP8 products gets the weights that these stand for, in the type of activations. A cut between ranks may
 fall within a checkpoint's block only if a rank's part lies in that one block: it then has the block's scale. Others are
@@ -56,6 +57,9 @@ LEFT = r"(?:{0})(?:(?<=\.)|(?=\.|\Z))|.*{1}\Z"  # as transformers has it: up to 
 EXPERT = re.compile(r"\.experts\.\d+\..*\Z")
 # Of few rows, and what they gate lives on in a state or weighs all that an expert says: checkpoints leave them as well.
 GATES = re.compile(r".*\.(?:in_proj_(?:a|b|ba)|shared_expert_gate)\Z")
+# What encodes pictures, and what brings that to the decoder's width: a small part of the weights and of the work, and
+# all that the decoder knows of a picture. Published checkpoints leave them, too.
+TOWERS = re.compile(r"(?:model\.)?(?:visual|vision_\w+|multi_modal_\w+)\.")
 SPREAD = 64.0  # of the numbers of dummy weights, which end at 448
 
 Granularity = Literal["blocks", "rows"]  # a tensor's one scale is kept as that of each row
@@ -138,7 +142,9 @@ def _granularity(block: tuple[int, ...]) -> Granularity:
 
 class Fp8(Scheme):
     def __init__(self, terms: Mapping[str, Any] | None) -> None:
-        self.stored = Stored("blocks", left=(GATES,), made=True) if terms is None else Stored.read(Terms.of(terms))
+        self.stored = (
+            Stored("blocks", left=(GATES, TOWERS), made=True) if terms is None else Stored.read(Terms.of(terms))
+        )
 
     def takes(self, path: str) -> bool:
         stored = self.stored

@@ -68,6 +68,15 @@ class OddWeb:
     async def on_to(self, writer: asyncio.StreamWriter, rest: str) -> None:
         self._head(writer, "302 Found", Location=rest)
 
+    async def on_twice(self, writer: asyncio.StreamWriter, rest: str) -> None:
+        """A redirect or a picture, a header of which comes twice; with the same value, if `rest` ends with "same"."""
+        name, _, same = rest.partition("/")
+        first, second = {"Location": ("/picture", "/fresh"), "Content-Type": ("image/png", "text/html")}[name]
+        status, data = ("302 Found", b"") if name == "Location" else ("200 OK", PICTURE)
+        both = f"{first}\r\n{name}: {first if same else second}"
+        self._head(writer, status, **{name: both, "Content-Length": len(data)})
+        writer.write(data)
+
     async def on_circle(self, writer: asyncio.StreamWriter, rest: str) -> None:
         self._head(writer, "302 Found", Location="/circle")
 

@@ -93,9 +93,9 @@ def qwen2_5_vl(**vision: Any) -> Any:
     return filled(transformers.Qwen2_5_VLForConditionalGeneration(config))
 
 
-def qwen3_vl(**vision: Any) -> Any:
+def qwen3_vl(text: Any = (), **vision: Any) -> Any:
     """Two of whose tower's three blocks speak to the decoder's first layers."""
-    config = transformers.Qwen3VLConfig(**qwen3_vl_terms({}, vision))
+    config = transformers.Qwen3VLConfig(**qwen3_vl_terms(dict(text), vision))
     return filled(transformers.Qwen3VLForConditionalGeneration(config))
 
 

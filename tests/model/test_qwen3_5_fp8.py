@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from oracle import described, tiny_model
-from seeing import TURNING, Seen, qwen3_5
+from seeing import TURNING, Seen, gemma3, llava_onevision, qwen2_5_vl, qwen3_5, qwen3_vl
 from test_fp8 import BLOCKS, PLAIN, TENSORS, groups, matrices, quantized, through_fp8
 from test_vision_qwen import ONE, PROCESSORS, assert_near, prompt, their_logits
 
@@ -20,8 +20,15 @@ from engine.parallel.mesh import Mesh
 from engine.plugin import Terms
 from engine.plugin.testing import ModelHarness, check_model
 from engine_plugins.attention.torch.mha import TorchAttention
+from engine_plugins.media.gemma3 import Gemma3
+from engine_plugins.media.llava_onevision import LlavaOnevision as Llava
+from engine_plugins.media.qwen2_5_vl import Qwen25VL as Qwen25
 from engine_plugins.media.qwen3_vl import Qwen3VL
+from engine_plugins.models.gemma3_vl import Gemma3VL
+from engine_plugins.models.llava_onevision import LlavaOnevision
+from engine_plugins.models.qwen2_5_vl import Qwen25VL
 from engine_plugins.models.qwen3_5 import Qwen35, Qwen35VL
+from engine_plugins.models.qwen3_vl import Qwen3VL as Qwen3
 from engine_plugins.quantization import fp8
 from engine_plugins.quantization.fp8 import Fp8
 
@@ -120,6 +127,29 @@ def test_towers_are_quantized_as_the_checkpoint_says(left, kept):
     asked = prompt(family, ONE)
     (placed,) = seen.admit([asked])
     assert_near(seen.cut(placed), their_logits(family, placed.ids, asked[1]))
+
+
+TOWERS = {
+    "qwen2.5": (qwen2_5_vl, Qwen25VL, Qwen25, {}),
+    "qwen3": (qwen3_vl, Qwen3, Qwen3VL, PROCESSORS),
+    "gemma3": (gemma3, Gemma3VL, Gemma3, {}),
+    "llava": (llava_onevision, LlavaOnevision, Llava, {}),
+}
+
+
+@pytest.mark.parametrize("family", TOWERS)
+def test_of_a_checkpoint_that_is_not_quantized_the_decoder_is_and_what_encodes_pictures_is_not(family):
+    make, ours, processor, described = TOWERS[family]
+    theirs = make()
+    plain, made = (
+        Seen(theirs, ours, processor, stored=lambda tensors, scheme=scheme: (tensors, scheme), **described).model
+        for scheme in (None, Fp8(None))
+    )
+    weights, its = plain.state_dict(), made.state_dict()
+    changed = {name for name, weight in weights.items() if not torch.equal(weight, its[name])}
+    projections = {name for name in weights if re.match(r"model\.layers\..*(?:proj|qkv)\.weight", name)}
+    assert changed == projections and projections
+    assert any(name.startswith(("visual.", "vision_tower.")) for name in weights.keys() - changed)
 
 
 # ── what is refused ──────────────────────────────────────────────────────────────────────────

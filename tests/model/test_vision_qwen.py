@@ -295,6 +295,24 @@ def test_captured_steps_show_what_prompts_show(family: Any, monkeypatch: pytest.
 
 
 @torch.inference_mode()
+def test_graphs_of_all_sizes_share_the_lines_that_the_plan_of_memory_counts(
+    family: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "captured", captured)
+    monkeypatch.setattr(graphs, "FEW_ROWS_TOKENS", (8, 16))
+    monkeypatch.setattr(graphs, "ALL_ROWS_TOKENS", (24, 32, 64))
+    _, ours, processor = FAMILIES[family.name]
+    seen = Seen(family.theirs, ours, processor, PlainAttention, **PROCESSORS)
+    tables, slots = seen.harness.runner.shared_graphs._tables, seen.harness.slots
+    for most, sizes, lines in ((40, (16, 40), 40), (20, (16, 0), 16), (12, (12, 0), 12)):
+        few, others = made = graphs.prompt_graphs(tables)
+        graphs.capture_prompts(made, most, None)
+        assert (few.most, others.most) == sizes
+        assert few._shown.shape == (lines, tables.shown_size) and lines == graphs.most_captured(slots, most)
+        assert others._shown is few._shown or not others.most
+
+
+@torch.inference_mode()
 def test_steps_that_cannot_be_captured_have_no_lines_for_what_is_shown(family: Any) -> None:
     some = PromptGraphs(family.seen.harness.runner.shared_graphs._tables, 5, (32,))
     assert some._tables.shown_size and not some.capture(32, None)

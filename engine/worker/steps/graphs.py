@@ -15,8 +15,8 @@ they exchange has that size, and the counts of all copies are among the numbers.
 
 `DecodeGraphs` are for steps of one token a row; `PromptGraphs` for steps with prompts whose kernels would take longer
 to launch than to run: a thousand tokens of any model, and more of a small one. What a prompt shows is put in place
-before the replay: embeddings in lines of their own, one a token, and a mark at those that count. Left out: larger
-prompts, spans whose tokens see each other, and what copies of attention show.
+before the replay: embeddings in lines, one a token, which all graphs share, and a mark at those that count. Left out:
+larger prompts, spans whose tokens see each other, and what copies of attention show.
 """
 
 import bisect
@@ -290,17 +290,26 @@ class PromptGraphs(StepGraphs):
         super().__init__(tables)
         self._rows = rows
         self._tokens = tokens
-        self._shown = torch.empty(0)  # [the most tokens, shown_size]: a line for each token of a step
+        self._shown = torch.empty(0)  # a line for each token of a step, and maybe more
 
-    def capture(self, most: int, pool: Any) -> bool:
-        """Captures steps of up to `most` tokens. False where none was."""
-        most = min(most, self._tokens[-1])
-        sizes = [size for size in self._tokens if size < most]
-        tables = self._tables
-        if tables.shown_size:
-            lines = most, tables.shown_size
-            self._shown = torch.zeros(lines, dtype=tables.model.dtype, device=tables.tokens.device)
-        made = self._capture([*sizes, most] if most >= self._tokens[0] else [], pool)
+    @property
+    def model(self) -> Model:
+        return self._tables.model
+
+    def sizes(self, most: int) -> list[int]:
+        """Tokens of the steps to capture where there are `most` at most."""
+        return captured_sizes(self._tokens, most)
+
+    def lines(self, most: int) -> Tensor:
+        """Where captured steps of up to `most` tokens find what prompts show: [tokens of the largest, shown_size]."""
+        tables, count = self._tables, max(self.sizes(most), default=0)
+        return torch.zeros(count, tables.shown_size, dtype=tables.model.dtype, device=tables.tokens.device)
+
+    def capture(self, most: int, pool: Any, lines: Tensor | None = None) -> bool:
+        """Captures steps of up to `most` tokens, over these or more `lines`, or some of their own. False where none
+        is."""
+        self._shown = self.lines(most) if lines is None else lines
+        made = self._capture(self.sizes(most), pool)
         if not made:
             self._shown = torch.empty(0)
         return made
@@ -386,11 +395,35 @@ def _split(numbers: Any, size: int) -> tuple[Any, Any, Any]:
     return numbers[:size], numbers[size : 2 * size], numbers[2 * size :]
 
 
-def prompt_graphs(tables: Tables) -> tuple[PromptGraphs, PromptGraphs]:
+def prompt_graphs(tables: Tables) -> tuple[PromptGraphs, ...]:
     """The graphs of steps with prompts, none of them captured: the first that fits is the one to take."""
-    slots = tables.scratch
+    return tuple(PromptGraphs(tables, rows, tokens) for rows, tokens in prompt_ladders(tables.scratch))
+
+
+def capture_prompts(graphs: Sequence[PromptGraphs], most: int, pool: Any) -> None:
+    """Captures steps of up to `most` tokens for which graphs pay, the largest first. All find what prompts show in the
+    same lines, as only one of them runs at a time."""
+    most = min(most, most_prompt_tokens(graphs[0].model))
+    lines = max(graphs, key=lambda each: each.sizes(most)[-1:]).lines(most)
+    for each in reversed(graphs):
+        each.capture(most, pool, lines)
+
+
+def prompt_ladders(slots: int) -> list[tuple[int, Sequence[int]]]:
+    """The graphs of steps with prompts where there are `slots`: of fewer rows than so many, for so many tokens."""
     others = [size for size in ALL_ROWS_TOKENS if slots >= FEW_ROWS or size > FEW_ROWS_TOKENS[-1]]
-    return PromptGraphs(tables, FEW_ROWS, FEW_ROWS_TOKENS), PromptGraphs(tables, slots + 1, others)
+    return [(FEW_ROWS, FEW_ROWS_TOKENS), (slots + 1, others)]
+
+
+def captured_sizes(tokens: Sequence[int], most: int) -> list[int]:
+    """Those of the ladder `tokens` that are captured where a step has `most` tokens, which is the last one then."""
+    most = min(most, tokens[-1])
+    return [*(size for size in tokens if size < most), most] if most >= tokens[0] else []
+
+
+def most_captured(slots: int, most: int) -> int:
+    """Tokens of the largest step with prompts that is captured, of `most` at most; 0 where none is."""
+    return max((size for _, tokens in prompt_ladders(slots) for size in captured_sizes(tokens, most)), default=0)
 
 
 def most_prompt_tokens(model: Model) -> int:

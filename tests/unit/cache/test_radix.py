@@ -108,6 +108,16 @@ class TreeAgainstDictionary(RuleBasedStateMachine):
             del self.used[oldest]
         assert sorted(self.tree.evict(count)) == sorted(expected)
 
+    @precondition(lambda self: len(self.pages) > 4)
+    @rule()
+    def clear(self):
+        for node, _ in self.pinned:
+            self.tree.unpin(node)
+        self.pinned.clear()
+        free = self.pages.keys() - self.locked()
+        assert sorted(self.tree.clear()) == sorted(self.pages.pop(prefix) for prefix in free)
+        self.used = {prefix: tick for prefix, tick in self.used.items() if prefix not in free}
+
     @precondition(lambda self: self.pages)
     @rule(path=PATH, count=st.integers(1, 9))
     def remove(self, path, count):

@@ -204,6 +204,20 @@ async def test_clients_of_three_apis_send_pictures(monkeypatch: pytest.MonkeyPat
         assert house.front.media is not None and house.front.media.open == 0
 
 
+@pytest.mark.parametrize("batch", [{"text": ["*a", "*b"]}, {"input_ids": [list(b"*a"), list(b"*b")]}])
+async def test_a_batch_tells_the_place_of_a_fault_once(monkeypatch: pytest.MonkeyPatch, batch: dict[str, Any]) -> None:
+    good, bad, (prompts,) = data_url(), "AAAA", batch
+    async with seeing(monkeypatch) as (_, url):
+        for media, says in (
+            ([bad, good], "image_data[0] is no image that can be read"),
+            ([[good], [bad]], "image_data[1][0] is no image that can be read"),
+            (bad, "image_data is no image that can be read"),  # which both show
+            ([good, [good, good]], f"{prompts}[1]: the prompt has 1 place for media"),
+        ):
+            status, said = await post(f"{url}/generate", {**batch, "image_data": media})
+            assert status == 400 and said["error"]["message"].startswith(says), said
+
+
 async def test_the_same_picture_asked_by_64_requests_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     async with seeing(monkeypatch, media_hosts="127.0.0.1") as (house, url), odd_web() as web:
         web.go_on.set()

@@ -253,6 +253,16 @@ async def test_servers_that_do_not_do_as_they_should(path: str, code: str, says:
         assert web.sent < 10_000_000
 
 
+@pytest.mark.parametrize("name", ["Location", "Content-Type"])
+async def test_a_header_with_several_values_is_refused_and_the_same_one_twice_is_no_question(name: str) -> None:
+    async with odd_web() as web:
+        code, message = await refused(f"{web.url}/twice/{name}", media_hosts=LOOPBACK)
+        assert code == "media_unreachable"
+        assert f"(it answers with 2 values of {name}, where one is allowed); check the URL" in message
+        assert await read(f"{web.url}/twice/{name}/same", media_hosts=LOOPBACK) == PICTURE
+        assert not web.asked["/fresh"]
+
+
 async def test_what_many_fetch_together_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_HELD", 50)
     async with odd_web() as web:

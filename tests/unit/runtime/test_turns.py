@@ -1,6 +1,7 @@
 """The scheduler decides and sends in one order, also where what it sends has to wait."""
 
 from array import array
+from collections.abc import Mapping
 
 import anyio
 import pytest
@@ -9,12 +10,14 @@ from msgspec.structs import replace
 from engine.actors import opening
 from engine.actors import scheduler as actors
 from engine.actors.deadlines import Deadlines
-from engine.actors.opening import checks
+from engine.actors.opening import Maker, checks
 from engine.actors.scheduler import SchedulerActor
 from engine.cache import keeping
 from engine.config import resolve
 from engine.messages import ToExecutor, ToScheduler
+from engine.messages.assets import Made, Need
 from engine.messages.control import WorkerReady
+from engine.messages.fronts import FrontLost
 from engine.messages.request import Abort, Admit
 from engine.messages.step import StepDone, StepPlan
 from engine.messages.tiers import Move, Moved
@@ -27,15 +30,18 @@ from engine.sched.policies import make_policy
 
 pytestmark = pytest.mark.anyio
 
+NO_MAKERS: Mapping[str, Maker] = {}
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
 
 
-async def started(to_executor: Outbox[ToExecutor], **options: str) -> tuple[SchedulerActor, Outbox[ToScheduler]]:
+async def started(
+    to_executor: Outbox[ToExecutor], *, makers: Mapping[str, Maker] = NO_MAKERS, **options: str
+) -> tuple[SchedulerActor, Outbox[ToScheduler]]:
     """A scheduler whose worker is ready and has tiers, not running yet, and what leads to it."""
     config = resolve({"model": "echo", "page_size": 4, **options})
     (to_scheduler, inbox), (front, _) = open_channel(), open_channel()
     actor = SchedulerActor(
-        config, make_policy(Plugins.load(()), "fcfs"), inbox, executor=to_executor, makers={}, front=front
+        config, make_policy(Plugins.load(()), "fcfs"), inbox, executor=to_executor, makers=makers, front=front
     )
     await to_scheduler.send(
         WorkerReady(512, 4, 16, 4096, 2048, 257, 4, "none", "none", {}, host_pages=256, stores=True)
@@ -71,10 +77,21 @@ async def test_a_store_that_is_given_up_on_does_not_overtake_what_waits_to_be_se
     assert found == [("find", 0), *[("find", 299 // 4)] * 4]  # what the store holds, and what each request lacks
 
 
-async def test_nothing_more_is_fetched_for_a_request_that_is_aborted() -> None:
+OPAQUE = Need("opaque", b"that cannot be made")  # the first number that is given is its
+ENDS = {
+    "aborted": Abort("r201"),
+    "front lost": FrontLost(1),
+    "refused": Made("opaque", 1, 0.0, status=400, cause="it cannot be made"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+async def test_nothing_more_is_fetched_for_a_request_that_has_ended(end: str) -> None:
     to_executor, executor = open_channel()
-    actor, to_scheduler = await started(to_executor)
-    await to_scheduler.send(admit(1, 1000))
+    made, _ = open_channel()
+    actor, to_scheduler = await started(to_executor, makers={"opaque": Maker(made, kept=1)})
+    needs = (OPAQUE,) if end == "refused" else ()
+    await to_scheduler.send(replace(admit(1, 1000), rid="r201", needs=needs))
     fetches: list[Move] = []
     async with anyio.create_task_group() as group:
         group.start_soon(actor.run)
@@ -88,7 +105,7 @@ async def test_nothing_more_is_fetched_for_a_request_that_is_aborted() -> None:
             assert actor.scheduler is not None
             tiers = parts_of(actor.scheduler)[0].tiers
             assert tiers is not None and tiers.fetching.later
-            await to_scheduler.send(Abort("r1"))
+            await to_scheduler.send(ENDS[end])
             for move in fetches:
                 await to_scheduler.send(Moved(move.number, b"\1" * move.count))
             await to_scheduler.send(admit(2, 10))

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from engine.messages.control import Boot
 from engine.messages.media import Pixels
 from engine.worker import memory, start
 from engine.worker.sight import Sight, encoder_bytes
-from engine.worker.start import Sizes, activation_bytes
+from engine.worker.start import Sizes, activation_bytes, shown_lines
 
 CPU = torch.device("cpu")
 BESIDE, WIDTH = 4000, 32  # bytes of a token while it is encoded, and of its embedding
@@ -68,10 +69,10 @@ def test_the_peak_of_encoding_is_measured_and_what_is_shown_and_held_added(
     memory.take(9 * MIB)  # a step before
     memory.take(-9 * MIB)
     tower: Any = Tower(memory)
-    found = encoder_bytes(tower, CPU, Sight(step_tokens=3000, held=100_000, token_bytes=WIDTH), step_tokens=70_000)
-    assert found == 3000 * (BESIDE + WIDTH) + 70_000 * WIDTH + 100_000 * WIDTH
-    said = "encoding 3000 tokens of media takes 11 MiB, a step that shows them 2 MiB, and what is held 3 MiB"
-    assert [record.getMessage() for record in caplog.records] == [said]
+    found = encoder_bytes(tower, CPU, Sight(3000, held=100_000, token_bytes=WIDTH, lines=40_000), step_tokens=70_000)
+    assert found == 3000 * (BESIDE + WIDTH) + (70_000 + 40_000 + 100_000) * WIDTH
+    taken = "takes 11 MiB, a step that shows them 2 MiB, its graphs 1 MiB, and what is held 3 MiB"
+    assert [record.getMessage() for record in caplog.records] == [f"encoding 3000 tokens of media {taken}"]
 
 
 def test_a_stage_that_encodes_nothing_takes_nothing() -> None:
@@ -80,6 +81,28 @@ def test_a_stage_that_encodes_nothing_takes_nothing() -> None:
     assert encoder_bytes(later, CPU, Sight(3000, 100_000, WIDTH), 70_000) == 0
     reads_text_alone: Any = None
     assert encoder_bytes(reads_text_alone, CPU, Sight(), 70_000) == 0
+
+
+def test_lines_of_captured_steps_are_counted_as_many_as_there_will_be() -> None:
+    def lines(slots: int, most: int, **options: Any) -> int:
+        return shown_lines(resolve({"model": "m", **options}, {}), Sizes(slots, 8192), most, 512)
+
+    assert lines(256, 8192) == 8192 and lines(256, 700) == 700
+    assert lines(32, 1100) == 1024, "of few rows, beyond which graphs begin at 1,280"
+    assert lines(2, 8192) == 1024, "two rows of 512 tokens"
+    assert lines(256, 20) == 0 and lines(256, 8192, cuda_graphs=False) == 0
+    assert lines(256, 8192, tp=2, dp_attention=2) == 0
+
+
+def test_the_log_says_what_capturing_took_and_what_is_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "engine.worker")
+    free = iter([900 * MIB, 600 * MIB])
+    monkeypatch.setattr(start, "available_memory", lambda device: next(free))
+    runner: Any = SimpleNamespace(device=torch.device("cuda"), grammars=None, capture=lambda *_: True)
+    start.warm_up(runner, resolve({"model": "m"}, {}), pages=1, step_tokens=1, dtype=torch.float32, attention="torch")
+    assert "capturing took 300 MiB of memory, and 600 MiB are left" in caplog.messages
 
 
 def test_what_steps_take_is_the_largest_one_and_media(monkeypatch: pytest.MonkeyPatch) -> None:
