@@ -76,6 +76,9 @@ class Outcome:
     first: list[float] = field(default_factory=list)
     computing: float = 0.0  # seconds
     reading: float = 0.0
+    held: float = 0.0  # steps, by moves that they wait for
+    cached: int = 0  # pages of prompts
+    prompt: int = 0
     pages: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -150,10 +153,12 @@ class Simulation:
         found.seconds = self.ended - began
         found.computing, found.reading = self.computes.busy - busy[0], self.disk.busy - busy[1]
         found.pages = {name: count - before[name] for name, count in self.counts().items()}
+        up = found.pages["from_host"] + found.pages["from_store"]
+        found.pages = {"device": found.cached - up, **found.pages, "missed": found.prompt - found.cached}
         return found
 
     def counts(self) -> dict[str, int]:
-        names = ("from_host", "from_store", "fetched", "computed")
+        names = ("from_host", "from_store", "fetched", "computed", "down", "refused")
         return {name: 0 if self.moves is None else getattr(self.moves.stats(), name) for name in names}
 
     def ask(self) -> None:
@@ -235,8 +240,11 @@ class Simulation:
         if self.moves is not None:
             self.moves.cost.done(done.seconds)
         for told in self.scheduler.commit_each(done, self.now):
-            for row, _ in told.cached:
-                self.found.first.append(self.now - self.asked[told.rids[row]][1])
+            for row, cached in told.cached:
+                number, since = self.asked[told.rids[row]]
+                self.found.first.append(self.now - since)
+                self.found.cached += cached // PAGE
+                self.found.prompt += len(self.histories[number]) // PAGE
             for finish in told.finishes:
                 number, _ = self.asked.pop(told.rids[finish.row])
                 last = self.histories[number][-1]
@@ -255,6 +263,9 @@ class Simulation:
             case "down" | "up":
                 steps = self.computes.free if self.flying else self.now  # it waits for those that are launched
                 end = self.ways[move.way].take(max(self.now, steps), move.count * self.shape.bus)
+                if move.holds:  # and the next one for it
+                    self.computes.free = end
+                    self.found.held += end - max(self.now, steps)
             case "find":
                 done = bytes(name in self.stored for name in names)
             case "fetch" | "keep":
@@ -274,7 +285,7 @@ def line(policy: str, found: Outcome, none: Outcome) -> str:
     return (
         f"{policy:7} {found.rate:6.2f} turns/s, {found.rate / none.rate:5.2f} of none; first token {first[0]:5.0f} ms, "
         f"{first[1]:5.0f} in the slowest tenth; device busy {found.computing / found.seconds:4.0%}, "
-        f"disk {found.reading / found.seconds:4.0%}; {found.pages}"
+        f"disk {found.reading / found.seconds:4.0%}, held {found.held / found.seconds:4.0%}; {found.pages}"
     )
 
 

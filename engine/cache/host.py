@@ -1,17 +1,23 @@
 """Which page lies where in the host's memory: a page pool, names, and what has to give way. Pure.
 
-    hit        pages that were asked for again; at most three quarters of all
-    new        the rest: each page begins here           <── what gives way first, the least recently used
+    doubles    pages that the device has too, and keeps a while   ── give way first, the one used last before others
+    new        the rest                                           ── after them, the least recently used before others
+    hit        of which those that were asked for again; at most three quarters of all
+
+A page begins as a double, as it was just computed or is used at once. So where there is room for it, a page lies in
+the host and on the device, and else in one of them: "exclusive" caching (Wong and Wilkes 2002). The double that was
+used last stays on the device for longest. One that a store is still to be given gives way after all other doubles.
 
 A page that nobody asks for a second time passes through the new ones, so a scan of long texts, however long, pushes out
-nothing that was asked for twice. Of those the least recently used become new again where they are too many. That is a
-segmented LRU (Karedla et al. 1994). Of one text the later pages give way before the earlier ones, which they are worth
-nothing without.
+nothing that was asked for twice. Of new pages the least recently used give way first. Of those asked for again the same
+become new again where they are too many. That is a segmented LRU (Karedla et al. 1994). Of one text the later pages
+give way before the earlier ones, which they are worth nothing without.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, KeysView, Sequence
+from collections.abc import Iterable, Iterator, KeysView, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from engine.cache.pool import PagePool
 
@@ -27,6 +33,8 @@ class Place:
     pins: int = 1
     there: bool = False  # its bytes are
     hit: bool = False
+    double: bool = False
+    awaited: bool = False  # by a store, which is to be given it
     stored: bool = False  # a store has it, or is given it now
     offers: int = 0  # to a store, which has refused it
     fetched: bool = False  # a store has given it
@@ -43,6 +51,9 @@ class HostPages:
         self._places: dict[bytes, Place] = {}
         self._new: OrderedDict[bytes, Place] = OrderedDict()  # least recently used first
         self._hit: OrderedDict[bytes, Place] = OrderedDict()
+        self._doubles: OrderedDict[bytes, Place] = OrderedDict()
+        # What the device has and keeps a while, and the places in which it was a double, where that gave way.
+        self._above: dict[bytes, Place | None] = {}
         self._forgotten: set[Place] = set()  # of those that are pinned
 
     def __len__(self) -> int:
@@ -71,31 +82,78 @@ class HostPages:
                 return index - first
         return max(0, end - first)
 
-    def add(self, names: Sequence[bytes], *, hit: bool = False) -> list[Place]:
-        """Pinned places for as many of these pages as there is room for, the first of them first; `hit`: a store had
-        them, and they are asked for again."""
-        while self.pool.free_pages < len(names) and (victim := self._victim(hit)) is not None:
+    # ── what the device has ──────────────────────────────────────────────────────────────────
+
+    @property
+    def above(self) -> KeysView[bytes]:
+        """The names of the pages that the device has, too, and keeps a while."""
+        return self._above.keys()
+
+    def gave_way(self, name: bytes) -> bool:
+        """Whether a page of the device was here, too, and had to give way as a double."""
+        return self._above.get(name) is not None
+
+    def held(self, names: Iterable[bytes]) -> None:
+        """The device has these, given from the last to the first, and keeps them a while."""
+        for name in names:
+            self._above.setdefault(name, None)
+            if (place := self._places.get(name)) is not None and not place.double:
+                del self._order(place)[name]
+                place.double = True
+                self._doubles[name] = place
+
+    def left(self, names: Iterable[bytes]) -> None:
+        """The device keeps these no more, which are given from the last to the first."""
+        for name in names:
+            self._above.pop(name, None)
+            if (place := self._places.get(name)) is not None and place.double:
+                del self._doubles[name]
+                place.double = False
+                self._order(place)[name] = place
+        self._bound()
+
+    def spare(self) -> bool:
+        """Whether there is room without any page leaving that the device has not."""
+        return bool(self.pool.free_pages or self._doubles)
+
+    # ── places ───────────────────────────────────────────────────────────────────────────────
+
+    def add(self, names: Sequence[bytes], *, hit: bool = False, spare: bool = False) -> list[Place]:
+        """Pinned places for as many of these pages as there is room for, the first of them first; `hit`: they are asked
+        for again. With `spare` nothing leaves for them that the device has not, or a store is to be given."""
+        for victim in list(islice(self._victims(hit, spare), max(0, len(names) - self.pool.free_pages))):
+            if victim.double:
+                self._above[victim.name] = victim
             self.forget(victim)
         slots = self.pool.take(min(len(names), self.pool.free_pages))
         assert slots is not None
-        places = [Place(name, slot) for name, slot in zip(names, slots, strict=False)]
+        places = [Place(name, slot, hit=hit) for name, slot in zip(names, slots, strict=False)]
         named = {place.name: place for place in reversed(places)}
         assert self._places.keys().isdisjoint(named), "a page gets a second place"
         self._places.update(named)
-        self._new.update(named)
-        for place in places:
-            self._kinds[place.slot] = NEW
-        if hit:
-            self.touch([place.name for place in reversed(places)], hit=True)
+        for place in named.values():
+            if place.name in self._above:
+                place.double = True
+                if (before := self._above[place.name]) is not None:
+                    place.stored, place.offers = before.stored, before.offers
+                self._above[place.name] = None
+            self._order(place)[place.name] = place
+            self._kinds[place.slot] = HIT if hit else NEW
+        self._bound()
         return places
 
-    def _victim(self, hit: bool) -> Place | None:
-        """What gives way: for a new page another new one, for one that is asked for again also such a one."""
+    def _order(self, place: Place) -> OrderedDict[bytes, Place]:
+        """Where it stands."""
+        return self._doubles if place.double else self._hit if place.hit else self._new
+
+    def _victims(self, hit: bool, spare: bool) -> Iterator[Place]:
+        """What gives way, in this order: for a page that is asked for again also such a one."""
+        yield from (place for place in reversed(self._doubles.values()) if not (place.pins or place.awaited))
+        if spare:
+            return
+        yield from (place for place in reversed(self._doubles.values()) if place.awaited and not place.pins)
         for segment in (self._new, self._hit) if hit else (self._new,):
-            for place in segment.values():
-                if not place.pins:
-                    return place
-        return None
+            yield from (place for place in segment.values() if not place.pins)
 
     def touch(self, names: Iterable[bytes], *, hit: bool) -> None:
         """These pages, given from the last to the first, were used just now; `hit`: asked for again."""
@@ -103,15 +161,15 @@ class HostPages:
             place = self._places.get(name)
             if place is None:
                 continue
-            if place.hit:
-                self._hit.move_to_end(name)
-            elif hit:
-                del self._new[name]
-                self._hit[name] = place
+            del self._order(place)[name]
+            if hit:
                 place.hit = True
                 self._kinds[place.slot] = HIT
-            else:
-                self._new.move_to_end(name)
+            self._order(place)[name] = place
+        self._bound()
+
+    def _bound(self) -> None:
+        """Those that were asked for again leave room for new ones."""
         while len(self._hit) > self._most_hit:
             name, place = self._hit.popitem(last=False)
             self._new[name] = place
@@ -124,7 +182,7 @@ class HostPages:
             return
         place.known = False
         del self._places[place.name]
-        del (self._hit if place.hit else self._new)[place.name]
+        del self._order(place)[place.name]
         if place.pins:
             self._forgotten.add(place)
         else:
@@ -144,9 +202,10 @@ class HostPages:
         self.pool.give([place.slot])
 
     def clear(self) -> None:
-        """Forget all pages."""
+        """Forget all pages, and what the device has."""
         for place in list(self._places.values()):
             self.forget(place)
+        self._above.clear()
 
     def places(self) -> list[Place]:
         """All that are not free."""
@@ -156,9 +215,11 @@ class HostPages:
         """Assert that each slot is free or one page's, and each page in one segment."""
         places = self.places()
         self.pool.check_integrity([[place.slot] for place in places])
-        assert self._new.keys() | self._hit.keys() == self._places.keys()
-        assert len(self._new) + len(self._hit) == len(self._places)
-        assert all(place.hit == (name in self._hit) and place.known for name, place in self._places.items())
+        orders = (self._new, self._hit, self._doubles)
+        assert sum(map(len, orders)) == len(self._places) and len(self._hit) <= self._most_hit
+        assert all(self._order(place).get(name) is place and place.known for name, place in self._places.items())
+        assert all(place.double == (name in self._above) for name, place in self._places.items()), "a double is not one"
+        assert all(not (name in self._places and self.gave_way(name)) for name in self._above), "a double came back"
         held = {place.slot: HIT if place.hit else NEW for place in places}
         assert all(kind == held.get(slot, FREE) for slot, kind in enumerate(self._kinds)), "a slot is of another kind"
         assert all(place.pins and not place.known for place in self._forgotten), "a slot leaked"

@@ -38,6 +38,7 @@ class Keeping:
         """A page that is there is to be kept, unless it is already."""
         if not place.stored and place.offers < MOST_OFFERS:
             self._pending[place.name] = place
+            place.awaited = True
             if len(self._pending) > 2 * self._most:  # half of them at least have left the host
                 self._pending = OrderedDict((name, place) for name, place in self._pending.items() if place.known)
 
@@ -65,6 +66,7 @@ class Keeping:
             places: list[Place] = []
             while self._pending and len(places) < AT_ONCE:
                 _, place = self._pending.popitem(last=False)
+                place.awaited = False
                 if place.known and place.there and not place.stored:
                     place.stored = True
                     places.append(place)
@@ -90,5 +92,7 @@ class Keeping:
 
     def clear(self) -> None:
         """Nothing is to be kept of what is there now."""
+        for place in self._pending.values():
+            place.awaited = False
         self._pending.clear()
         self._refused.clear()

@@ -29,7 +29,7 @@ class Node:
         self.children: dict[bytes, Node] = {}  # by the bytes of their first page
         self.locks = locks  # requests that use this node or one below it
         self.pins = 0  # that end here (pins.py)
-        self.tick = tick  # when the last lock went
+        self.tick = tick  # when it was used last: when a lock went
         self.queued = False  # has an entry in the tree's eviction queue
 
 
@@ -100,6 +100,10 @@ class RadixTree:
                 high = middle - 1
         return low * stride
 
+    def head(self, node: Node, count: int) -> Node:
+        """The node that ends with the first `count` pages of `node`, at least one of them."""
+        return self._cut(node, count * self._stride)
+
     def _cut(self, node: Node, length: int) -> Node:
         """The node that ends `length` bytes into `node`'s key. `node` stays the lower half, so that the
         requests that point at it still point at the end of their prefix."""
@@ -123,15 +127,16 @@ class RadixTree:
             node.locks += 1
             node = node.parent
 
-    def unlock(self, node: Node) -> None:
-        """Undo one `lock`. A prefix without locks counts as used just now."""
-        self._tick += 1
+    def unlock(self, node: Node, *, used: bool = True) -> None:
+        """Undo one `lock`. The prefix counts as `used` just now, or when it was used before."""
+        self._tick += used
         while node.parent is not None:
             node.locks -= 1
             assert node.locks >= 0, "a node is unlocked more often than locked"
+            if used:
+                node.tick = self._tick
             if not node.locks:
                 self.evictable += len(node.pages)
-                node.tick = self._tick
                 if not node.children and not node.queued:
                     self._enqueue(node)
             node = node.parent
@@ -222,6 +227,31 @@ class RadixTree:
         self.size -= len(freed)
         self.evictable -= len(freed)
         return freed
+
+    def coldest(self, count: int) -> list[tuple[Node, list[int]]]:
+        """The `count` pages that `evict` would forget, by the nodes that they are the ends of; changes nothing."""
+        queue, skipped, gone = self._queue.copy(), set[Node](), set[Node]()
+        found: list[tuple[Node, list[int]]] = []
+        while queue and count > 0:
+            tick, node = heappop(queue)
+            if node.locks or node.pins or not gone.issuperset(node.children.values()):
+                skipped.add(node)
+                continue
+            if tick < node.tick:
+                heappush(queue, (node.tick, node))
+                continue
+            found.append((node, node.pages[-count:]))
+            count -= len(found[-1][1])
+            gone.add(node)
+            above = node.parent
+            assert above is not None
+            if (
+                above.parent is not None
+                and (not above.queued or above in skipped)
+                and gone.issuperset(above.children.values())
+            ):
+                heappush(queue, (above.tick, above))
+        return found
 
     def below(self, key: bytes, salt: bytes = b"") -> list[Node]:
         """The nodes of all that begins with `key`, a token at least, and of no more: parents first. `key` need not be

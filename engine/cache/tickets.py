@@ -20,7 +20,8 @@ class TierOptions:
     """`host` pages in the pool of each rank; `stores`: and a store below it. Numbers of moves are those of copy `copy`
     of so many. Fewer pages than `least_risen` are not brought up, and fewer than `least_fetched` not asked for in a
     store: they are computed sooner. `always`: all others are waited for, else those for which that is worth it;
-    `piece` of them are fetched at once."""
+    `piece` of them are fetched at once. One in `cold` pages of the device, or of the host if that has fewer, is to be
+    ready to give way."""
 
     host: int
     policy: WritePolicy = "write-through"
@@ -31,6 +32,7 @@ class TierOptions:
     copies: int = 1
     always: bool = False
     piece: int = 32
+    cold: int = 6
 
     def numbers(self) -> "itertools.count[int]":
         """Those of its moves."""
@@ -50,6 +52,7 @@ class Ticket:
     first: int = 0
     key: bytes = b""
     stale: bool = False  # the tiers were cleared since
+    ahead: bool = False  # its nodes are not used, but the next to give way
 
 
 @dataclass(slots=True)

@@ -53,9 +53,13 @@ class Tiers:
         self._rising: dict[bytes, int] = {}  # names that go up, to the number of the move
         self._coming: dict[bytes, int] = {}  # the same, of names that are looked for or fetched
         self._names: dict[int, bytes] = {}  # of the tree's pages, as far as they are known
-        # Where what gives way is written back: indices of these pages in their texts, and which were asked for again.
-        self._indices: dict[int, int] = {}
-        self._again: set[int] = set()
+        self._indices: dict[int, int] = {}  # of these pages in their texts
+        self._again: set[int] = set()  # those that were asked for again
+        # Those that give way next, and have gone down for that where they had to; and how many these are to be.
+        self._cold: set[int] = set()
+        self._ahead = 0  # the number of the move that brings some of them down
+        self._most_cold = 0 if options.policy == "write-back" else min(pool.size, options.host) // options.cold
+        self._changed = False  # since it was looked for pages that could be such
         self.keeping = Keeping(options.host)
         self.fetching: Fetching = Fetching(options.always, None if before is None else before.fetching.pace)
         self.needs = Needs()
@@ -77,6 +81,7 @@ class Tiers:
         if self._down.places:
             ticket, self._down = self._down, Ticket("down")
             self._send(ticket, self._after)
+        self._go_ahead()
         if self.clearing.due:
             self.clearing.sent(self._send(Ticket("clear"), self._after))
         if self.options.stores and not self.clearing.wanted:
@@ -123,8 +128,8 @@ class Tiers:
     def _remember(self, names: Sequence[bytes], first: int, pages: Sequence[int]) -> None:
         end = first + len(pages)
         self._names.update(zip(pages, names[first:end], strict=True))
-        if self.options.policy == "write-back":
-            self._indices.update(zip(pages, range(first, end), strict=True))
+        self._indices.update(zip(pages, range(first, end), strict=True))
+        self.host.held(reversed(names[first:end]))
 
     def named(self, pages: Iterable[int]) -> list[bytes]:
         """The names of pages that begin a text in the tree, up to the first whose name is not known."""
@@ -133,6 +138,7 @@ class Tiers:
 
     def hit(self, node: Node, names: Sequence[bytes], pages: Sequence[int]) -> None:
         """A request begins with `pages`, which end at `node`, locked; they are all that it finds in the cache."""
+        self.used(names, pages)
         if self.options.policy != "write-back":
             self._lower(node, names, 0, pages)
         self.again(names, pages)
@@ -140,18 +146,23 @@ class Tiers:
             for name in names[: len(pages)]:
                 self._want_kept(self.host.get(name))
 
+    def used(self, names: Sequence[bytes], pages: Sequence[int]) -> None:
+        """The tree's `pages`, which begin a text, are about to be used: they do not give way next."""
+        if not self._cold.isdisjoint(pages):
+            self._cold.difference_update(pages)
+            self.host.held(reversed(names[: len(pages)]))
+
     def again(self, names: Sequence[bytes], pages: Sequence[int]) -> None:
         """The tree's `pages`, which begin a text, are asked for again, or somebody may come back to them: in the host
         they are of those that new ones push out last."""
         self.host.touch(reversed(names[: len(pages)]), hit=True)
-        if self.options.policy == "write-back":
-            self._again.update(pages)
+        self._again.update(pages)
 
     def _lower(self, node: Node, names: Sequence[bytes], first: int, pages: Sequence[int]) -> None:
-        """Move those of `pages` down that are not there; their names begin at index `first`."""
+        """Move those of `pages` down that are not there, and have not been; their names begin at index `first`."""
         own = names[first : first + len(pages)]
-        held = self.host.names
-        new = [(name, page) for name, page in zip(own, pages, strict=True) if name not in held]
+        held, gave_way = self.host.names, self.host.gave_way
+        new = [(name, page) for name, page in zip(own, pages, strict=True) if name not in held and not gave_way(name)]
         if not new:
             return
         places = self.host.add([name for name, _ in new])
@@ -165,30 +176,83 @@ class Tiers:
 
     def evicted(self, pages: Sequence[int]) -> None:
         """The tree has these pages no more, and the next step may write there."""
-        if self.options.policy != "write-back":
-            return self.forgotten(pages)
-        found = sorted((self._indices.pop(page), self._names.pop(page), page) for page in pages if page in self._names)
-        new = [(name, page) for _, name, page in found if name not in self.host.names]
-        places = self.host.add([name for name, _ in new])
-        for _, name, page in reversed(found):
-            self.host.touch([name], hit=page in self._again)
-        self._again.difference_update(pages)
-        self.counts.refused += len(new) - len(places)
-        if places:
-            ticket = Ticket("down", places, [page for _, page in new[: len(places)]])
+        self._changed = True
+        going = [page for page in pages if page in self._names and page not in self._cold]
+        if places := self._leave(going):
+            ticket = Ticket("down", [place for _, place in places], [page for page, _ in places])
             self._send(ticket, self._before, holds=True)
-        return None
+        self.forgotten(pages)
+
+    def make_room(self, count: int) -> int:
+        """So many pages of the device are about to be taken. The number of the move that has to be over before they can
+        be without a step that waits; 0 where there is none."""
+        return self._ahead or self._go_down(count - self._ready()) if self._ready() < count else 0
+
+    def _ready(self) -> int:
+        """Pages of the device that can be had now, and need not go down for it."""
+        going = self._tickets[self._ahead].pages if self._ahead else ()
+        return self._pool.free_pages + len(self._cold) - len(going)
+
+    def _go_ahead(self) -> None:
+        """Some of what gives way next goes down before it does, as far as only doubles give way for that."""
+        changed, self._changed = self._changed, False
+        if changed and not self._ahead and self.host.spare():
+            self._go_down(self._most_cold - self._ready(), spare=True)
+
+    def _go_down(self, count: int, *, spare: bool = False) -> int:
+        """So many more of the pages that give way next go down, where they are not there. The number of the move."""
+        if count <= 0:
+            return 0
+        ticket = Ticket("down", ahead=True)
+        for node, ends in self._tree.coldest(len(self._cold) + count):
+            going = [page for page in ends if page in self._names and page not in self._cold]
+            if places := self._leave(going, spare=spare):
+                node = self._tree.head(node, node.pages.index(going[-1]) + 1)  # so that what is down already can go
+                self._tree.lock(node)
+                ticket.nodes.append(node)
+                ticket.pages += [page for page, _ in places]
+                ticket.places += [place for _, place in places]
+            if not self._cold.issuperset(going):
+                break
+        if ticket.places:
+            self._ahead = self._send(ticket, self._after)
+        return self._ahead
+
+    def _leave(self, pages: Iterable[int], *, spare: bool = False) -> list[tuple[int, Place]]:
+        """The tree has these no more, or soon: those that go down for that, and their places. Of one text the first are
+        worth most. But where they are to be `spare`, what finds no place stays, so the last come first."""
+        found = sorted((self._indices[page], self._names[page], page) for page in pages)
+        lacking = {name: page for _, name, page in found if name not in self.host.names}
+        if self.options.policy == "second-hit":
+            lacking = {name: page for name, page in lacking.items() if page in self._again}
+        self.host.left(name for _, name, _ in reversed(found) if name in self.host.names)
+        placed: list[tuple[int, Place]] = []
+        for hit in (not spare, spare):
+            names = [name for name, page in lacking.items() if (page in self._again) == hit]
+            places = self.host.add(names[::-1] if spare else names, hit=hit, spare=spare)
+            placed += [(lacking[place.name], place) for place in places]
+        refused = set(lacking.values()).difference(page for page, _ in placed)
+        if not spare:
+            self.counts.refused += len(refused)
+            refused.clear()
+        self.host.left(name for _, name, page in reversed(found) if page not in refused)
+        self._cold.update(page for _, _, page in found if page not in refused)
+        return placed
 
     def forgotten(self, pages: Iterable[int]) -> None:
         """The tree has these pages no more, and what they hold is nothing to write back."""
         for page in pages:
-            self._names.pop(page, None)
-            self._indices.pop(page, None)
+            if (name := self._names.pop(page, None)) is not None:
+                self.host.left([name])
+                del self._indices[page]
             self._again.discard(page)
+            self._cold.discard(page)
 
     def _lowered(self, ticket: Ticket, done: Sequence[bool]) -> None:
         for node in ticket.nodes:
-            self._tree.unlock(node)
+            self._tree.unlock(node, used=not ticket.ahead)
+        if ticket.ahead:
+            self._ahead = 0
         self._arrive(ticket, done)
         self.counts.down += sum(done)
 
@@ -354,6 +418,7 @@ class Tiers:
         ticket = self._tickets.pop(message.number, None)
         if ticket is None:
             return
+        self._changed = True
         done = [bool(each) for each in message.done]
         counts = self.counts
         counts.tell(ticket.way, message)
@@ -380,6 +445,7 @@ class Tiers:
         self._names.clear()
         self._indices.clear()
         self._again.clear()
+        self._cold.clear()
         self.keeping.clear()
         for number in list(self.fetching.later):
             self.fetching.drop(number)
@@ -418,7 +484,11 @@ class Tiers:
         assert all(place.pins == pins.get(place, 0) for place in self.host.places()), "a pin outlives its move"
         held = set(pages)
         assert self._names.keys() <= held, "a page has a name that is not in the tree"
+        assert self._names.keys() == self._indices.keys()
         assert self._again <= held, "a page was asked for again that is not in the tree"
+        assert self._cold <= self._names.keys(), "a page gives way next that is not in the tree"
+        above = {name for page, name in self._names.items() if page not in self._cold}
+        assert self.host.above == above, "what the device has is not what the host thinks"
         assert self._tickets.keys() >= set(self._rising.values())
         come = self._tickets.keys() | self.fetching.later.keys()
         assert come >= set(self._coming.values()), "a page is waited for that nothing brings"

@@ -11,7 +11,7 @@ Tiers are told of a page once it is sure to be right: of one that shows a medium
 over. So what a medium spoils that cannot be made lies in the tree alone.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from engine.cache.names import PageNames
 from engine.cache.pages import CachePages
@@ -22,6 +22,7 @@ from engine.sched.request import Request
 from engine.sched.sessions import Below
 
 MOST_RISES = 3  # of one request's pages: where they have given way again and again, it computes them
+MOST_ROOMS = 16  # moves down that one of them waits for, to have room
 LOOKED_AT = 8  # requests of the queue whose pages may come up before their turn
 
 
@@ -52,6 +53,7 @@ class Places:
         those soon needs its next page, and none should be retracted for a newcomer."""
         if not self._match(request, running):
             return False
+        request.rooms = 0
         request.shared = len(request.pages)
         request.computed = request.shared * self._page_size
         request.pages += self.pages.take(pages_for(len(request.ids), self._page_size) - request.shared)
@@ -96,9 +98,13 @@ class Places:
         count = self.tiers.host.run(names, held, last)
         if held + count < last and self.tiers.awaits(names[held + count], running if turn else None):
             return True
-        if count < self.tiers.options.least_risen or not self._match(request, running):
+        rises = count >= self.tiers.options.least_risen
+        if (rises or turn) and self._makes_room(request, names[: held + count], held, running):
+            return True
+        if not rises or not self._match(request, running):
             return False
         assert request.node is not None and len(request.pages) == held
+        self.tiers.used(names, request.pages)
         pages = self.pages.take(count)
         # What gave way for them may have gone down, and pushed out some of what was to come up.
         count = self.tiers.host.run(names, held, held + count)
@@ -112,6 +118,18 @@ class Places:
         request.rises += 1
         request.leave()  # the lock is the move's now
         return True
+
+    def _makes_room(self, request: Request, names: Sequence[bytes], held: int, running: int) -> bool:
+        """Whether pages go down before a waiting request takes theirs, so that no step waits for that. It has `names`,
+        of which the device has the first `held`."""
+        missing = pages_for(len(request.ids), self._page_size) - held
+        if request.rooms == MOST_ROOMS or missing + running > self.pages.available:
+            return False
+        assert self.tiers is not None
+        self.tiers.host.touch(reversed(names), hit=True)
+        request.rise = self.tiers.make_room(missing)
+        request.rooms += request.rise > 0
+        return request.rise > 0
 
     def look_ahead(self, queue: Iterable[Request], running: int) -> None:
         """Let pages come up for those that wait, as long as there is room for all before them."""

@@ -75,7 +75,8 @@ class Request:
     cached: int = -1  # prompt tokens the cache held when it first ran; -1 before
     began: float = 0.0  # when it first ran, in the seconds of the caller's clock
     first: bool = True  # its first token is still to come
-    rise: int = 0  # the move that brings its pages up, while it waits
+    rise: int = 0  # the move that makes room for its pages or brings them up, while it waits
+    rooms: int = 0  # moves that made room for it, since it ran last
     rises: int = 0  # such moves so far
     waited: int = NEVER  # the first step in which it waited for a prefix that a copy of attention computes
     scored: int = NEVER  # prompt positions whose log-probabilities have come; NEVER when no more are wanted

@@ -34,15 +34,18 @@ class TreeAgainstDictionary(RuleBasedStateMachine):
     def start(self, page_size):
         self.page_size = page_size
         self.tree = RadixTree(page_size)
-        self.pages, self.used, self.held, self.pinned = {}, {}, {}, []
+        self.pages, self.used, self.held, self.pinned, self.moving = {}, {}, {}, [], []
         self.next_page = self.next_reader = self.now = 0
 
     def key(self, path, tail=0):
         tokens = [value for page in path if isinstance(page, int) for value in [*[7] * (self.page_size - 1), page]]
         return array("i", tokens + [7] * tail).tobytes()
 
-    def locked(self):
+    def read(self):
         return {prefix for _, path in self.held.values() for prefix in prefixes(path)}
+
+    def locked(self):
+        return self.read() | {prefix for _, path in self.moving for prefix in prefixes(path)}
 
     @rule(target=readers, path=PATH, tail=st.integers(0, 2))
     def match_and_lock(self, path, tail):
@@ -79,9 +82,28 @@ class TreeAgainstDictionary(RuleBasedStateMachine):
         node, path = self.held.pop(reader)
         self.tree.unlock(node)
         self.now += 1
-        locked = self.locked()
-        self.used |= {prefix: self.now for prefix in prefixes(path) if prefix not in locked}
+        read = self.read()
+        self.used |= {prefix: self.now for prefix in prefixes(path) if prefix not in read}
         return multiple()
+
+    @rule(count=st.integers(1, 8), data=st.data())
+    def lock_the_coldest(self, count, data):
+        """Ends of what gives way next are locked, which is not to use them."""
+        expected = self.coldest(count)
+        found = self.tree.coldest(count)
+        assert sorted(page for _, pages in found for page in pages) == sorted(map(self.pages.__getitem__, expected))
+        if found:
+            node, pages = found[data.draw(st.integers(0, len(found) - 1))]
+            last = data.draw(st.sampled_from(pages))
+            node = self.tree.head(node, node.pages.index(last) + 1)
+            self.tree.lock(node)
+            self.moving.append((node, next(prefix for prefix, page in self.pages.items() if page == last)))
+
+    @precondition(lambda self: self.moving)
+    @rule(data=st.data())
+    def unlock_as_it_was(self, data):
+        node, _ = self.moving.pop(data.draw(st.integers(0, len(self.moving) - 1)))
+        self.tree.unlock(node, used=False)
 
     @rule(reader=readers)
     def pin(self, reader):
@@ -95,17 +117,24 @@ class TreeAgainstDictionary(RuleBasedStateMachine):
     def unpin(self, data):
         self.tree.unpin(self.pinned.pop(data.draw(st.integers(0, len(self.pinned) - 1)))[0])
 
-    @rule(count=st.integers(0, 8))
-    def evict(self, count):
-        expected, locked = [], self.locked() | {path for _, path in self.pinned}
-        while len(expected) < count:
-            inner = {prefix[:-1] for prefix in self.pages}
-            leaves = [prefix for prefix in self.pages if prefix not in inner and prefix not in locked]
+    def coldest(self, count):
+        """What gives way next."""
+        left, found, locked = dict(self.pages), [], self.locked() | {path for _, path in self.pinned}
+        while len(found) < count:
+            inner = {prefix[:-1] for prefix in left}
+            leaves = [prefix for prefix in left if prefix not in inner and prefix not in locked]
             if not leaves:
                 break
-            oldest = min(leaves, key=self.used.__getitem__)
-            expected.append(self.pages.pop(oldest))
-            del self.used[oldest]
+            found.append(min(leaves, key=self.used.__getitem__))
+            del left[found[-1]]
+        return found
+
+    @rule(count=st.integers(0, 8))
+    def evict(self, count):
+        expected = []
+        for prefix in self.coldest(count):
+            expected.append(self.pages.pop(prefix))
+            del self.used[prefix]
         assert sorted(self.tree.evict(count)) == sorted(expected)
 
     @precondition(lambda self: len(self.pages) > 4)
@@ -142,7 +171,7 @@ class TreeAgainstDictionary(RuleBasedStateMachine):
         assert self.tree.size == len(self.pages)
         assert self.tree.evictable == len(self.pages.keys() - self.locked())
         assert sorted(page for node in self.tree.nodes() for page in node.pages) == sorted(self.pages.values())
-        for node, path in [*self.held.values(), *self.pinned]:
+        for node, path in [*self.held.values(), *self.pinned, *self.moving]:
             assert self.tree.path(node) == [self.pages[prefix] for prefix in prefixes(path)]
 
 
