@@ -25,6 +25,10 @@ class DevicePages:
         self._indices: dict[int, int] = {}  # of pages in their texts
         self._again: set[int] = set()  # those that were asked for again
 
+    def __len__(self) -> int:
+        """Those that have a name."""
+        return len(self._names)
+
     def remember(self, names: Sequence[bytes], first: int, pages: Sequence[int]) -> None:
         """The tree now has `pages`, the ones from index `first` on of a text whose pages have these names."""
         end = first + len(pages)

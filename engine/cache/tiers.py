@@ -1,8 +1,8 @@
 """Where pages lie below the device, and which of them move: decided in integers. Pure.
 
     device   the radix tree and its pool              what requests compute with
-      │ down: as soon as it is computed (write-through), once it is asked for again (second-hit), or when it has
-      │       to give way (write-back)
+      │ down: as soon as it is computed (write-through), once it is asked for again (second-hit); and before it has
+      │       to give way, where the host has it no more or not yet (write-back)
       │ up:   what the tree has no more of a waiting request's prompt
     host     HostPages: numbers here, memory in each rank's worker
       │ keep: what has come down, while the store keeps up (keeping.py)
@@ -12,10 +12,11 @@
 The tree says what lies on the device, names say what lies below: a node has no field for either, so a tree without
 tiers costs nothing more. A move is under way from when it is due until all ranks have answered. Meanwhile its pages on
 the device are locked in the tree, or its own, and its places in the pool are pinned, so that nothing else writes there.
-Only what has to give way to be written back is free at once: that move is sent before the step that takes the page, and
-holds it. A move that fails leaves nothing behind: who waited for it computes.
+Only what has to give way at once, and is to be written back, is free at once: that move is sent before the step that
+takes the page, and holds it. To spare steps this, what gives way next goes down ahead of need: one such move is under
+way at a time, so that what is ready is known. A move that fails leaves nothing behind: who waited for it computes.
 
-Left out: which requests wait (sched/promotions.py), and copying (worker/transfers.py).
+Left out: which requests wait (sched/places.py), and copying (worker/transfers.py).
 """
 
 import itertools
@@ -55,7 +56,7 @@ class Tiers:
         self._coming: dict[bytes, int] = {}  # the same, of names that are looked for or fetched
         self.device = DevicePages(self.host, options.policy)
         self._ahead = 0  # the number of the move that brings pages down which give way next
-        self._most_cold = 0 if options.policy == "write-back" else min(pool.size, options.host) // options.cold
+        self._most_cold = 0  # how many such pages there are to be; none before the device evicts any
         self._changed = False  # since it was looked for pages that give way next
         self.keeping = Keeping(options.host)
         self.fetching: Fetching = Fetching(options.always, None if before is None else before.fetching.pace)
@@ -151,6 +152,8 @@ class Tiers:
     def evicted(self, pages: Sequence[int]) -> None:
         """The tree has these pages no more, and the next step may write there."""
         self._changed = True
+        if self.device and self.options.policy != "write-back":
+            self._most_cold = min(self._pool.size, self.options.host) // self.options.cold
         places, refused = self.device.leave(pages)
         self.counts.refused += refused
         if places:
@@ -181,6 +184,8 @@ class Tiers:
             return 0
         ticket, device = Ticket("down", ahead=True), self.device
         for node, ends in self._tree.coldest(len(device.cold) + count):
+            if device.cold.issuperset(ends):
+                continue
             places, refused = device.leave(ends, spare=spare)
             if places:
                 behind = next(index for index, page in enumerate(reversed(ends)) if page in places)

@@ -4,8 +4,9 @@
 
 Where there are tiers below the device, a waiting request whose next pages lie there does not run yet: they come up
 first, beside the steps of all that run, and it keeps its place in the queue. It waits only where the device has room
-for all of its prompt, so what comes up for it is not pushed out again. If they do not come, it computes them. A request
-that asks for a vector has no pages.
+for all of its prompt, so what comes up for it is not pushed out again. If they do not come, it computes them. Where
+pages have to go down before it can have their room, it waits for that, too, so that no step does. A request that asks
+for a vector has no pages.
 
 Tiers are told of a page once it is sure to be right: of one that shows a medium, once the step that makes the medium is
 over. So what a medium spoils that cannot be made lies in the tree alone.
@@ -128,7 +129,8 @@ class Places:
             return False
         assert request.node is not None
         self.tiers.device.used(names, request.pages)
-        self.tiers.host.touch(reversed(names), hit=True)
+        if not request.rooms:
+            self.tiers.host.touch(reversed(names), hit=True)
         request.rise = self.tiers.make_room(needed - len(request.pages))
         request.rooms += request.rise > 0
         self.tree.unlock(request.node)

@@ -71,9 +71,9 @@ def test_no_step_waits_for_what_a_request_in_the_queue_needs():
 
 @pytest.mark.parametrize("write", ["write-through", "second-hit"])
 def test_where_all_fits_the_device_each_page_goes_down_once(write):
-    """However small the host is."""
-    for host in (100, 12):
-        bench = Counting(host, write=write, stores=False, pages=60)
+    """However small the host is, and even if it fits without room to spare."""
+    for host, pages in ((100, 60), (12, 60), (100, 33), (12, 33)):
+        bench = Counting(host, write=write, stores=False, pages=pages)
         for turn in range(5):
             for number in range(4):
                 assert run(bench, f"{turn}.{number}", text(number))[0] == 32 * (turn > 0)
