@@ -7,7 +7,9 @@
 What a store refuses is offered again after a pause, so a page that came down while a disk was full or slow is kept once
 the disk is writable. A store that takes nothing of a move is offered nothing for that long, and the pause doubles each
 time: a disk that stays full costs two moves a pause. Other stores never take some pages: so a page is offered
-MOST_OFFERS times. Left out: pages that leave the host before the store has them.
+MOST_OFFERS times. A page that waits for its offer is awaited, and gives way in the host after others that the device
+has too (host.py): if it does, it is offered when it comes down again. Left out: other pages that leave the host before
+the store has them.
 """
 
 from collections import OrderedDict

@@ -79,7 +79,7 @@ class CachePages:
         self.pins.let_go(nodes)
         freed = self.tree.remove(nodes)
         if self.tiers is not None:
-            self.tiers.forgotten(freed)
+            self.tiers.device.forget(freed)
         self._free(freed)
         return True
 

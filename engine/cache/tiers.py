@@ -1,8 +1,8 @@
 """Where pages lie below the device, and which of them move: decided in integers. Pure.
 
     device   the radix tree and its pool              what requests compute with
-      │ down: as soon as it is computed (write-through), once it is asked for again (second-hit), or when it has
-      │       to give way (write-back)
+      │ down: as soon as it is computed (write-through), once it is asked for again (second-hit); and before it has
+      │       to give way, where the host has it no more or not yet (write-back)
       │ up:   what the tree has no more of a waiting request's prompt
     host     HostPages: numbers here, memory in each rank's worker
       │ keep: what has come down, while the store keeps up (keeping.py)
@@ -12,10 +12,11 @@
 The tree says what lies on the device, names say what lies below: a node has no field for either, so a tree without
 tiers costs nothing more. A move is under way from when it is due until all ranks have answered. Meanwhile its pages on
 the device are locked in the tree, or its own, and its places in the pool are pinned, so that nothing else writes there.
-Only what has to give way to be written back is free at once: that move is sent before the step that takes the page, and
-holds it. A move that fails leaves nothing behind: who waited for it computes.
+Only what has to give way at once, and is to be written back, is free at once: that move is sent before the step that
+takes the page, and holds it. To spare steps this, what gives way next goes down ahead of need: one such move is under
+way at a time, so that what is ready is known. A move that fails leaves nothing behind: who waited for it computes.
 
-Left out: which requests wait (sched/promotions.py), and copying (worker/transfers.py).
+Left out: which requests wait (sched/places.py), and copying (worker/transfers.py).
 """
 
 import itertools
@@ -24,6 +25,7 @@ from collections.abc import Iterable, Sequence
 
 from engine.cache.ceiling import Ceiling
 from engine.cache.clearing import Clearing
+from engine.cache.device import DevicePages
 from engine.cache.fetching import Fetching
 from engine.cache.host import HostPages, Place
 from engine.cache.keeping import Keeping
@@ -52,14 +54,10 @@ class Tiers:
         self._down = Ticket("down")  # not sent yet
         self._rising: dict[bytes, int] = {}  # names that go up, to the number of the move
         self._coming: dict[bytes, int] = {}  # the same, of names that are looked for or fetched
-        self._names: dict[int, bytes] = {}  # of the tree's pages, as far as they are known
-        self._indices: dict[int, int] = {}  # of these pages in their texts
-        self._again: set[int] = set()  # those that were asked for again
-        # Those that give way next, and have gone down for that where they had to; and how many these are to be.
-        self._cold: set[int] = set()
-        self._ahead = 0  # the number of the move that brings some of them down
-        self._most_cold = 0 if options.policy == "write-back" else min(pool.size, options.host) // options.cold
-        self._changed = False  # since it was looked for pages that could be such
+        self.device = DevicePages(self.host, options.policy)
+        self._ahead = 0  # the number of the move that brings pages down which give way next
+        self._most_cold = 0  # how many such pages there are to be; none before the device evicts any
+        self._changed = False  # since it was looked for pages that give way next
         self.keeping = Keeping(options.host)
         self.fetching: Fetching = Fetching(options.always, None if before is None else before.fetching.pace)
         self.needs = Needs()
@@ -121,42 +119,19 @@ class Tiers:
 
     def shared(self, node: Node, names: Sequence[bytes], first: int, pages: Sequence[int]) -> None:
         """The tree now has `pages`, the ones from index `first` on of those that end at `node`, which is locked."""
-        self._remember(names, first, pages)
+        self.device.remember(names, first, pages)
         if self.options.policy == "write-through":
             self._lower(node, names, first, pages)
 
-    def _remember(self, names: Sequence[bytes], first: int, pages: Sequence[int]) -> None:
-        end = first + len(pages)
-        self._names.update(zip(pages, names[first:end], strict=True))
-        self._indices.update(zip(pages, range(first, end), strict=True))
-        self.host.held(reversed(names[first:end]))
-
-    def named(self, pages: Iterable[int]) -> list[bytes]:
-        """The names of pages that begin a text in the tree, up to the first whose name is not known."""
-        names = self._names
-        return [names[page] for page in itertools.takewhile(names.__contains__, pages)]
-
     def hit(self, node: Node, names: Sequence[bytes], pages: Sequence[int]) -> None:
         """A request begins with `pages`, which end at `node`, locked; they are all that it finds in the cache."""
-        self.used(names, pages)
+        self.device.used(names, pages)
         if self.options.policy != "write-back":
             self._lower(node, names, 0, pages)
-        self.again(names, pages)
+        self.device.again(names, pages)
         if self.options.stores and self.options.policy == "second-hit":
             for name in names[: len(pages)]:
                 self._want_kept(self.host.get(name))
-
-    def used(self, names: Sequence[bytes], pages: Sequence[int]) -> None:
-        """The tree's `pages`, which begin a text, are about to be used: they do not give way next."""
-        if not self._cold.isdisjoint(pages):
-            self._cold.difference_update(pages)
-            self.host.held(reversed(names[: len(pages)]))
-
-    def again(self, names: Sequence[bytes], pages: Sequence[int]) -> None:
-        """The tree's `pages`, which begin a text, are asked for again, or somebody may come back to them: in the host
-        they are of those that new ones push out last."""
-        self.host.touch(reversed(names[: len(pages)]), hit=True)
-        self._again.update(pages)
 
     def _lower(self, node: Node, names: Sequence[bytes], first: int, pages: Sequence[int]) -> None:
         """Move those of `pages` down that are not there, and have not been; their names begin at index `first`."""
@@ -177,76 +152,54 @@ class Tiers:
     def evicted(self, pages: Sequence[int]) -> None:
         """The tree has these pages no more, and the next step may write there."""
         self._changed = True
-        going = [page for page in pages if page in self._names and page not in self._cold]
-        if places := self._leave(going):
-            ticket = Ticket("down", [place for _, place in places], [page for page, _ in places])
-            self._send(ticket, self._before, holds=True)
-        self.forgotten(pages)
+        if self.device and self.options.policy != "write-back":
+            self._most_cold = min(self._pool.size, self.options.host) // self.options.cold
+        places, refused = self.device.leave(pages)
+        self.counts.refused += refused
+        if places:
+            self._send(Ticket("down", list(places.values()), list(places)), self._before, holds=True)
+        self.device.forget(pages)
 
     def make_room(self, count: int) -> int:
         """So many pages of the device are about to be taken. The number of the move that has to be over before they can
         be without a step that waits; 0 where there is none."""
-        return self._ahead or self._go_down(count - self._ready()) if self._ready() < count else 0
+        return 0 if self.ready >= count else self._ahead or self._go_down(count - self.ready)
 
-    def _ready(self) -> int:
+    @property
+    def ready(self) -> int:
         """Pages of the device that can be had now, and need not go down for it."""
         going = self._tickets[self._ahead].pages if self._ahead else ()
-        return self._pool.free_pages + len(self._cold) - len(going)
+        return self._pool.free_pages + len(self.device.cold) - len(going)
 
     def _go_ahead(self) -> None:
         """Some of what gives way next goes down before it does, as far as only doubles give way for that."""
         changed, self._changed = self._changed, False
         if changed and not self._ahead and self.host.spare():
-            self._go_down(self._most_cold - self._ready(), spare=True)
+            self._go_down(self._most_cold - self.ready, spare=True)
 
     def _go_down(self, count: int, *, spare: bool = False) -> int:
-        """So many more of the pages that give way next go down, where they are not there. The number of the move."""
+        """So many more of the pages that give way next go down, where they are not there. The number of the move; 0
+        where there is none."""
         if count <= 0:
             return 0
-        ticket = Ticket("down", ahead=True)
-        for node, ends in self._tree.coldest(len(self._cold) + count):
-            going = [page for page in ends if page in self._names and page not in self._cold]
-            if places := self._leave(going, spare=spare):
-                node = self._tree.head(node, node.pages.index(going[-1]) + 1)  # so that what is down already can go
+        ticket, device = Ticket("down", ahead=True), self.device
+        for node, ends in self._tree.coldest(len(device.cold) + count):
+            if device.cold.issuperset(ends):
+                continue
+            places, refused = device.leave(ends, spare=spare)
+            if places:
+                behind = next(index for index, page in enumerate(reversed(ends)) if page in places)
+                node = self._tree.head(node, len(node.pages) - behind)  # so that what is behind can go at once
                 self._tree.lock(node)
                 ticket.nodes.append(node)
-                ticket.pages += [page for page, _ in places]
-                ticket.places += [place for _, place in places]
-            if not self._cold.issuperset(going):
+                ticket.places += places.values()
+                ticket.pages += places
+            if spare and refused:
                 break
+            self.counts.refused += refused
         if ticket.places:
             self._ahead = self._send(ticket, self._after)
         return self._ahead
-
-    def _leave(self, pages: Iterable[int], *, spare: bool = False) -> list[tuple[int, Place]]:
-        """The tree has these no more, or soon: those that go down for that, and their places. Of one text the first are
-        worth most. But where they are to be `spare`, what finds no place stays, so the last come first."""
-        found = sorted((self._indices[page], self._names[page], page) for page in pages)
-        lacking = {name: page for _, name, page in found if name not in self.host.names}
-        if self.options.policy == "second-hit":
-            lacking = {name: page for name, page in lacking.items() if page in self._again}
-        self.host.left(name for _, name, _ in reversed(found) if name in self.host.names)
-        placed: list[tuple[int, Place]] = []
-        for hit in (not spare, spare):
-            names = [name for name, page in lacking.items() if (page in self._again) == hit]
-            places = self.host.add(names[::-1] if spare else names, hit=hit, spare=spare)
-            placed += [(lacking[place.name], place) for place in places]
-        refused = set(lacking.values()).difference(page for page, _ in placed)
-        if not spare:
-            self.counts.refused += len(refused)
-            refused.clear()
-        self.host.left(name for _, name, page in reversed(found) if page not in refused)
-        self._cold.update(page for _, _, page in found if page not in refused)
-        return placed
-
-    def forgotten(self, pages: Iterable[int]) -> None:
-        """The tree has these pages no more, and what they hold is nothing to write back."""
-        for page in pages:
-            if (name := self._names.pop(page, None)) is not None:
-                self.host.left([name])
-                del self._indices[page]
-            self._again.discard(page)
-            self._cold.discard(page)
 
     def _lowered(self, ticket: Ticket, done: Sequence[bool]) -> None:
         for node in ticket.nodes:
@@ -305,7 +258,7 @@ class Tiers:
             key = ticket.key[: len(ticket.key) // len(pages) * count]
             node, held = self._tree.extend(node, key, pages[:count])
             self._pool.give(pages[: len(held)])
-            self._remember(ticket.names, ticket.first + len(held), pages[len(held) : count])
+            self.device.remember(ticket.names, ticket.first + len(held), pages[len(held) : count])
         self._pool.give(pages[count:])
         self._tree.unlock(node)
 
@@ -442,10 +395,7 @@ class Tiers:
 
     def clear(self) -> None:
         """Forget all that lies below the device, and what is on its way."""
-        self._names.clear()
-        self._indices.clear()
-        self._again.clear()
-        self._cold.clear()
+        self.device.clear()
         self.keeping.clear()
         for number in list(self.fetching.later):
             self.fetching.drop(number)
@@ -482,13 +432,8 @@ class Tiers:
             for place in ticket.places:
                 pins[place] = pins.get(place, 0) + 1
         assert all(place.pins == pins.get(place, 0) for place in self.host.places()), "a pin outlives its move"
-        held = set(pages)
-        assert self._names.keys() <= held, "a page has a name that is not in the tree"
-        assert self._names.keys() == self._indices.keys()
-        assert self._again <= held, "a page was asked for again that is not in the tree"
-        assert self._cold <= self._names.keys(), "a page gives way next that is not in the tree"
-        above = {name for page, name in self._names.items() if page not in self._cold}
-        assert self.host.above == above, "what the device has is not what the host thinks"
+        self.device.check_integrity(pages)
+        assert not self._ahead or self._tickets[self._ahead].ahead, "room is made by no move"
         assert self._tickets.keys() >= set(self._rising.values())
         come = self._tickets.keys() | self.fetching.later.keys()
         assert come >= set(self._coming.values()), "a page is waited for that nothing brings"

@@ -129,7 +129,7 @@ class Moves:
         keys, page_size, salt = admit.keys or admit.ids, self._copies[0].page_size, admit.cache_salt.encode()
         whole = len(keys) // (4 * page_size)
         trees = (copy.places.tree.pages(keys[: 4 * page_size * whole], salt) for copy in self._copies)
-        known = max((tiers.named(pages) for tiers, pages in zip(self.tiers, trees, strict=True)), key=len)
+        known = max((tiers.device.named(pages) for tiers, pages in zip(self.tiers, trees, strict=True)), key=len)
         names = PageNames(salt, page_size, lambda first, end: keys[4 * first : 4 * end], known)
         return replace(admit, names=tuple(names.upto(whole)))
 

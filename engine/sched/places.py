@@ -4,8 +4,9 @@
 
 Where there are tiers below the device, a waiting request whose next pages lie there does not run yet: they come up
 first, beside the steps of all that run, and it keeps its place in the queue. It waits only where the device has room
-for all of its prompt, so what comes up for it is not pushed out again. If they do not come, it computes them. A request
-that asks for a vector has no pages.
+for all of its prompt, so what comes up for it is not pushed out again. If they do not come, it computes them. Where
+pages have to go down before it can have their room, it waits for that, too, so that no step does. A request that asks
+for a vector has no pages.
 
 Tiers are told of a page once it is sure to be right: of one that shows a medium, once the step that makes the medium is
 over. So what a medium spoils that cannot be made lies in the tree alone.
@@ -42,7 +43,7 @@ class Places:
         if self.tiers is not None and self._reuse and not request.pools:
             whole = request.prompt_len // self._page_size
             held = self.tree.pages(request.key(0, whole * self._page_size), request.salt)
-            names = admit.names or self.tiers.named(held)
+            names = admit.names or self.tiers.device.named(held)
             request.names = PageNames(request.salt, self._page_size, request.key, names)
             self.tiers.ceiling.ask(request.names.upto(whole), known=len(held))
 
@@ -99,12 +100,12 @@ class Places:
         if held + count < last and self.tiers.awaits(names[held + count], running if turn else None):
             return True
         rises = count >= self.tiers.options.least_risen
-        if (rises or turn) and self._makes_room(request, names[: held + count], held, running):
+        if (rises or turn) and self._makes_room(request, names[: held + count], running):
             return True
         if not rises or not self._match(request, running):
             return False
         assert request.node is not None and len(request.pages) == held
-        self.tiers.used(names, request.pages)
+        self.tiers.device.used(names, request.pages)
         pages = self.pages.take(count)
         # What gave way for them may have gone down, and pushed out some of what was to come up.
         count = self.tiers.host.run(names, held, held + count)
@@ -119,16 +120,21 @@ class Places:
         request.leave()  # the lock is the move's now
         return True
 
-    def _makes_room(self, request: Request, names: Sequence[bytes], held: int, running: int) -> bool:
-        """Whether pages go down before a waiting request takes theirs, so that no step waits for that. It has `names`,
-        of which the device has the first `held`."""
-        missing = pages_for(len(request.ids), self._page_size) - held
-        if request.rooms == MOST_ROOMS or missing + running > self.pages.available:
-            return False
+    def _makes_room(self, request: Request, names: Sequence[bytes], running: int) -> bool:
+        """Whether pages go down before a waiting request takes theirs, as else the next step would wait for that. It
+        has `names`, on the device and below. They are used by now, so they do not give way for that."""
         assert self.tiers is not None
-        self.tiers.host.touch(reversed(names), hit=True)
-        request.rise = self.tiers.make_room(missing)
+        needed = pages_for(len(request.ids), self._page_size)
+        if self.tiers.ready >= needed or request.rooms == MOST_ROOMS or not self._match(request, running):
+            return False
+        assert request.node is not None
+        self.tiers.device.used(names, request.pages)
+        if not request.rooms:
+            self.tiers.host.touch(reversed(names), hit=True)
+        request.rise = self.tiers.make_room(needed - len(request.pages))
         request.rooms += request.rise > 0
+        self.tree.unlock(request.node)
+        request.leave()
         return request.rise > 0
 
     def look_ahead(self, queue: Iterable[Request], running: int) -> None:
@@ -219,7 +225,7 @@ class Places:
         if self.tiers is None or request.names is None:
             return
         names = request.names.upto(request.shared)[: request.shared]
-        self.tiers.again(names, request.pages[: request.shared])
+        self.tiers.device.again(names, request.pages[: request.shared])
         if request.session is not None:
             request.session.below = Below(self.tiers.host, names)
 

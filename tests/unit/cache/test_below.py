@@ -67,6 +67,81 @@ def test_what_a_store_gives_back_takes_the_place_of_what_was_asked_for_longer_ag
     host.check_integrity()
 
 
+# ── what the device has, too ─────────────────────────────────────────────────────────────────
+
+
+def doubles(host, *names):
+    """As `there`, of pages that the device has."""
+    host.held([name.encode() for name in reversed(names)])
+    return there(host, *names)
+
+
+def test_doubles_give_way_first_and_of_these_the_ones_that_were_used_last():
+    host = HostPages(8)
+    there(host, *"ab")
+    doubles(host, *"pq")
+    doubles(host, *"rs")
+    there(host, *"cd")
+    there(host, "e")
+    assert held(host, "abpqrscde") == "abpqscde"  # the first of a text stay on the device for longest
+    host.touch([b"q", b"p"], hit=True)
+    there(host, *"fg")
+    assert held(host, "abpqscdefg") == "abscdefg"
+    assert [name for name in "pqrs" if host.gave_way(name.encode())] == [*"pqr"]
+    there(host, *"hi")
+    assert held(host, "abscdefghi") == "acdefghi"  # no double is left, and b is worth nothing without a
+    host.check_integrity()
+
+
+def test_a_double_that_a_store_is_to_be_given_outlives_other_doubles_but_no_other_page():
+    host, keeping = HostPages(6), Keeping(6)
+    doubles(host, *"pqrs")
+    there(host, *"ab")
+    for name in (b"p", b"q", b"r"):
+        keeping.want(host.get(name))
+    there(host, *"cd")
+    assert held(host, "abcdpqrs") == "abcdqr"  # s, which nobody wants, and the first that is wanted
+    assert host.add([b"x"], spare=True) == []
+    keeping.kept(keeping.due()[0], [True] * 2)
+    assert [place.name for place in host.add([b"x"], spare=True)] == [b"q"] or held(host, "qr") == "r"
+    host.check_integrity()
+
+
+def test_what_the_device_has_no_more_is_as_good_as_others_that_were_used_just_now():
+    host = HostPages(8)
+    doubles(host, *"pqrs")
+    host.touch([b"q", b"p"], hit=True)
+    there(host, *"abcd")
+    host.left([b"s", b"r", b"q", b"p"])
+    there(host, *(str(number) for number in range(6)))
+    assert held(host, "pqrsabcd") == "pq"  # which were asked for again
+    host.check_integrity()
+
+
+def test_what_is_known_of_a_double_is_not_lost_with_it():
+    host = HostPages(2)
+    doubles(host, *"pq")
+    host.get(b"p").stored, host.get(b"p").offers, host.get(b"q").offers = True, 1, 5
+    there(host, *"ab")
+    assert host.gave_way(b"p") and host.gave_way(b"q")
+    host.left([b"a", b"b"])
+    host.touch([b"b", b"a"], hit=False)
+    places = host.add([b"p", b"q"])
+    assert [(place.name, place.stored, place.offers) for place in places] == [(b"p", True, 1), (b"q", False, 5)]
+    assert not host.gave_way(b"p")
+    host.check_integrity()
+
+
+def test_with_room_to_spare_nothing_leaves_that_only_the_host_has():
+    host = HostPages(4)
+    there(host, *"ab")
+    doubles(host, *"pq")
+    assert host.spare()
+    assert [place.name for place in host.add([b"c", b"d", b"e"], spare=True)] == [b"c", b"d"]
+    assert held(host, "abcdpq") == "abcd" and not host.spare()
+    host.check_integrity()
+
+
 def test_pinned_places_stay_and_a_forgotten_one_is_free_with_its_last_pin():
     host = HostPages(2)
     (one, two) = host.add([b"a", b"b"])

@@ -39,8 +39,8 @@ class TierBench(Bench):
     Moves end when they are told to. Then the pages fail for which `failing` has a byte. The store takes `fetch` times
     as long for a page as the device for a token, as far as that is known."""
 
-    def __init__(self, host, write="write-through", stores=True, fetch=0.0, **options):
-        super().__init__(**options, tiers=TierOptions(host, write, stores, 1, 1, piece=2))
+    def __init__(self, host, write="write-through", stores=True, fetch=0.0, cold=6, **options):
+        super().__init__(**options, tiers=TierOptions(host, write, stores, 1, 1, piece=2, cold=cold))
         self.below = SimulatedTiers(self.device, host)
         self.moves = Moves([self.scheduler])
         if fetch:
@@ -147,6 +147,7 @@ class AnythingMoves(AnythingHappens):
         write=st.sampled_from(get_args(WritePolicy)),
         stores=st.sampled_from([True, True, False]),
         fetch=st.sampled_from([0.0, 1.0, 10.0]),
+        cold=st.sampled_from([1, 2, 6]),
     )
     def start(self, burst, lanes, **options):
         burst = burst if lanes == 1 else 1

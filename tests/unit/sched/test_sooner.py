@@ -1,6 +1,7 @@
 """Pages that a store has are fetched, or computed: whichever is sooner."""
 
 from math import inf
+from statistics import fmean
 
 import pytest
 from msgspec.structs import replace
@@ -247,13 +248,22 @@ def test_a_flush_takes_pages_that_come_from_a_store_and_nobody_waits_for_them(lo
 # ── in simulated time ────────────────────────────────────────────────────────────────────────
 
 
-def rate(policy, disk=1.8e9):
-    """Turns a second of the benchmark's traffic, with an eighth of the tokens and an eighth of the speed."""
+def simulated(policy, disk=1.8e9, seed=0):
+    """The benchmark's traffic, with an eighth of the tokens and an eighth of the speed."""
     slow = {"token": 0.495 / 2048, "bus": (16 << 20) / 55e9, "disk": (16 << 20) / disk}
-    return Simulation(Shape(48, 960, 16, 32, 72, 8, 768, 2048, 1024, 4, **slow), policy).run().rate
+    return Simulation(Shape(48, 960, 16, 32, 72, 8, 768, 2048, 1024, 4, **slow), policy, seed).run()
+
+
+def rate(policy):
+    """Turns a second."""
+    return fmean(simulated(policy, seed=seed).rate for seed in range(3))
 
 
 def test_a_disk_and_the_device_together_serve_more_than_each_of_them_alone():
-    never = rate("never")
-    assert rate("sooner") > max(1.1 * never, rate("always"))
-    assert rate("sooner", 7e9) > 1.5 * never
+    assert rate("sooner") > 1.05 * max(rate("never"), rate("always"))
+    assert simulated("sooner", 7e9).rate > 1.5 * simulated("never").rate
+
+
+def test_steps_wait_for_few_of_the_pages_that_the_host_takes_over():
+    found = simulated("never")
+    assert found.pages["down"] > 3_000 and found.held < 0.02 * found.seconds
