@@ -184,9 +184,7 @@ class Transfers:
         ready = torch.cuda.Event()
         ready.record(current)
         if move.way == "up":
-            self._copiers["up"].submit(
-                lambda: answer([True] * move.count, part=self._copy_up(copies, current, ready) or 1.0)
-            )
+            self._copiers["up"].submit(lambda: answer([True] * move.count, part=self._copy_up(copies, current, ready)))
             return
         ended = torch.cuda.Event(blocking=True)
 
@@ -211,8 +209,9 @@ class Transfers:
         self._copiers["down"].submit(wait if move.holds else both)
 
     def _copy_up(self, copies: list[Copy], steps: "torch.cuda.Stream", ready: "torch.cuda.Event") -> float:
-        """Copy up, and return when that is to be told of: the part of it that is over. `follow` does the rest. Where no
-        step is under way on the stream of the `steps`, that is sooner, because nobody who runs can be delayed."""
+        """Copy up, and return when that is to be told of; `follow` does the rest. Where no step is under way on the
+        stream of the `steps`, that is sooner, because nobody who runs can be delayed. The part that the time so far is
+        of all that it takes, about."""
         stream = self._streams["up"]
         idle, busy = (_before(copies, size // self._ends[-1]) for size in (IDLE_AHEAD_BYTES, AHEAD_BYTES))
         soon, sooner, ended = (torch.cuda.Event(blocking=True) for _ in range(3))
@@ -226,8 +225,9 @@ class Transfers:
         if not (is_idle := steps.query()):
             soon.synchronize()
         self._told = ended  # of all copies up, which the stream does in order
-        over = copies[: idle if is_idle else busy]
-        return sum(count for _, _, count in over) / sum(count for _, _, count in copies)
+        over = sum(count for _, _, count in copies[: idle if is_idle else busy])
+        share = over / sum(count for _, _, count in copies)
+        return share if share > 0.5 else 1.0  # of less, what it waited for would count as its pace
 
     @torch.inference_mode()
     def _copy_all(self, way: str, copies: Sequence[Copy]) -> None:

@@ -157,3 +157,21 @@ def test_a_page_that_is_written_back_is_not_written_over_before(mover: StreamMov
     mover.cuda.main.go_on()
     assert mover.answer().done == b"\1" and mover.page(5) != wanted
     assert bytes(mover.transfers._host[1].numpy().tobytes()) == b"".join(wanted)
+
+
+def test_the_time_of_a_copy_that_is_told_of_ahead_is_that_of_all_its_pages(
+    mover: StreamMover, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfers, "time", SimpleNamespace(perf_counter=iter([10.0, 16.0, 20.0, 26.0]).__next__))
+    for name in ("AHEAD_BYTES", "IDLE_AHEAD_BYTES"):
+        monkeypatch.setattr(transfers, name, HEADS.page_bytes)
+    mover.begin("up", [0, 1, 2, 3], [0, 1, 2, 3])
+    mover.issued(mover.up, 8)
+    mover.cuda.main.go_on()
+    mover.up.go_on()
+    assert mover.answer().seconds == 8.0  # three quarters took 6
+    mover.begin("up", [0], [0])
+    mover.issued(mover.up, 5)
+    mover.cuda.main.go_on()
+    mover.up.go_on()
+    assert mover.answer().seconds == 6.0  # it had only begun: that is what it waited for
