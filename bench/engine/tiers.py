@@ -11,7 +11,8 @@ when the first row needs it, and kept:
              few new tokens and gets a short reply. What is timed begins once each has been there, and the disk has
              what it is to have. Output: turns a second, and the time to the first token
     prompt   one prompt alone: computed, and from the host, of an engine without a disk, which would be written to
-             meanwhile; beside that, what the bus takes for as many bytes
+             meanwhile; beside that, what the bus takes for as many bytes. The worker tells how long the copy takes a
+             little before its end, at its pace so far
     fits     conversations that the device has room for: the engines in turn, five times
     disk     one prompt alone from the disk (--kv-fetch always), host and page cache having forgotten it; beside that,
              what the disk takes

@@ -126,6 +126,9 @@ class SchedulerActor:
             group.cancel_scope.cancel()
 
     async def _fill_credits(self) -> None:
+        """Let those go on who wait for no page any longer, and plan as far as the device may be ahead."""
+        for number in () if self.moves is None else self.moves.settled():
+            await self._pass_on(self.room.settle(number))
         scheduler = self.scheduler
         if scheduler is None or self.paused or self.worker not in RUNNING or self.room.reloading(scheduler.live.used):
             return
@@ -141,17 +144,13 @@ class SchedulerActor:
             await self.executor.send(plan)
 
     async def _send_moves(self, late: Sequence[int] = ()) -> None:
-        """Let those go on who wait for no page any longer, as `late` needs do; then send what comes after all plans."""
+        """Send what comes after all plans; before, `late` needs wait for no page any longer."""
         if (moves := self.moves) is None:
             return
         if late:
             moves.give_up(*late)
             await self._fill_credits()
         self._wanted.shorten(moves.patience())
-        while settled := moves.settled():
-            for number in settled:
-                await self._pass_on(self.room.settle(number))
-            await self._fill_credits()
         if self.worker in RUNNING:
             for move in (*moves.before(), *moves.after()):
                 self._checked = False

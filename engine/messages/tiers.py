@@ -43,7 +43,7 @@ class Move(Message, frozen=True):
 class Moved(Message, frozen=True):
     """worker → scheduler: what came of a Move: `done` has a byte for each page, which is 1 for one that is there now.
 
-    Steps that are sent once it has come find the pages there. It took `seconds`, or takes them at its pace so far.
+    Steps that are sent once it has come find the pages there. It took `seconds`, or takes about as many.
     `held` are the pages that the rank's store holds, and `held_bytes` what they take; -1: nothing new is known.
     `counts` are its own figures, by name. `cause` says, for people, what went wrong."""
 

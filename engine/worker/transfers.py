@@ -44,7 +44,9 @@ logger = logging.getLogger("engine.worker")
 READERS = 8  # threads that read from a store
 READ_AT_ONCE = 8  # pages that one of them reads
 COPY_BYTES = 16 << 20  # in one copy at most: 0.3 ms of a bus that moves 50 GB/s
-AHEAD_BYTES = 128 << 20  # of a copy up that is told of before its end: 2.7 ms, as what follows takes on the host
+# What is left of a copy up as it is told of: 2.7 ms of that bus, and twice as much where no step is under way. Until a
+# step begins that uses the pages, the host needs about as long.
+AHEAD_BYTES, IDLE_AHEAD_BYTES = 128 << 20, 256 << 20
 ASKERS = 4  # moves that wait for a store at a time
 
 Tell = Callable[[Moved], None]
@@ -182,7 +184,7 @@ class Transfers:
         ready = torch.cuda.Event()
         ready.record(current)
         if move.way == "up":
-            self._copiers["up"].submit(lambda: self._copy_up(move, copies, ready, answer))
+            self._copiers["up"].submit(lambda: answer([True] * move.count, part=self._copy_up(copies, current, ready)))
             return
         ended = torch.cuda.Event(blocking=True)
 
@@ -206,22 +208,26 @@ class Transfers:
             current.wait_event(ended)
         self._copiers["down"].submit(wait if move.holds else both)
 
-    def _copy_up(self, move: Move, copies: list[Copy], ready: "torch.cuda.Event", answer: Callable[..., None]) -> None:
-        """Copy up, and tell of it when no more than AHEAD_BYTES are left; `follow` does the rest."""
-        stream, (soon, ended) = self._streams["up"], (torch.cuda.Event(blocking=True) for _ in range(2))
-        left = max(1, AHEAD_BYTES // self._ends[-1])  # pages
-        before = len(copies)
-        while before and (left := left - copies[before - 1][2]) >= 0:
-            before -= 1
+    def _copy_up(self, copies: list[Copy], steps: "torch.cuda.Stream", ready: "torch.cuda.Event") -> float:
+        """Copy up, and return when that is to be told of; `follow` does the rest. Where no step is under way on the
+        stream of the `steps`, that is sooner, because nobody who runs can be delayed. The part that the time so far is
+        of all that it takes, about."""
+        stream = self._streams["up"]
+        idle, busy = (_before(copies, size // self._ends[-1]) for size in (IDLE_AHEAD_BYTES, AHEAD_BYTES))
+        soon, sooner, ended = (torch.cuda.Event(blocking=True) for _ in range(3))
+        parts = (copies[:idle], sooner), (copies[idle:busy], soon), (copies[busy:], ended)
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
             stream.wait_event(ready)
-            self._copy_all("up", copies[:before])
-            soon.record(stream)
-            self._copy_all("up", copies[before:])
-            ended.record(stream)
-        soon.synchronize()
+            for part, event in parts:
+                self._copy_all("up", part)
+                event.record(stream)
+        sooner.synchronize()
+        if not (is_idle := steps.query()):
+            soon.synchronize()
         self._told = ended  # of all copies up, which the stream does in order
-        answer([True] * move.count, part=sum(count for _, _, count in copies[:before]) / move.count or 1.0)
+        over = sum(count for _, _, count in copies[: idle if is_idle else busy])
+        share = over / sum(count for _, _, count in copies)
+        return share if share > 0.5 else 1.0  # of less, what it waited for would count as its pace
 
     @torch.inference_mode()
     def _copy_all(self, way: str, copies: Sequence[Copy]) -> None:
@@ -294,6 +300,14 @@ def runs(pages: np.ndarray, slots: np.ndarray, most: int) -> Iterator[Copy]:
     for first, end in pairwise([0, *breaks.tolist(), len(pages)]):
         for at in range(first, end, most):
             yield int(pages[at]), int(slots[at]), min(most, end - at)
+
+
+def _before(copies: Sequence[Copy], pages: int) -> int:
+    """How many of these copies come before the last ones, which are of so many `pages` at most."""
+    cut = len(copies)
+    while cut and (pages := pages - copies[cut - 1][2]) >= 0:
+        cut -= 1
+    return cut
 
 
 def _bytes_of(layer: Tensor) -> Tensor:

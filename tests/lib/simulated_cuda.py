@@ -34,6 +34,9 @@ class Stream:
     def __len__(self) -> int:
         return len(self._jobs)
 
+    def query(self) -> bool:
+        return not self._jobs
+
     def put(self, job: Callable[[], object]) -> None:
         self._jobs.append(job)
 

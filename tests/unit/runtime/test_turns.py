@@ -208,3 +208,31 @@ async def test_the_first_deadline_that_passes_is_told_of_and_a_sooner_one_wakes_
             deadlines.shorten([(1, 7200.0)])
             deadlines.set(4, 0.0)
     assert passed == [2, 4] and len(deadlines) == 1
+
+
+async def test_who_lacks_no_page_runs_in_the_next_step_also_if_one_ends_at_that_moment() -> None:
+    to_executor, executor = open_channel()
+    actor, to_scheduler = await started(to_executor)
+    first, second = (replace(admit(1), rid=rid, max_new=50) for rid in ("first", "second"))
+    await to_scheduler.send(first)
+    plans: list[StepPlan] = []
+
+    async def planned() -> StepPlan:
+        while True:
+            match await executor.receive():
+                case StepPlan() as plan:
+                    return plan
+                case Move() as move:  # a store has nothing, and gets all
+                    await to_scheduler.send(Moved(move.number, bytes([move.way != "find"] * move.count)))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(actor.run)
+        with anyio.fail_after(10):
+            plans = [await planned() for _ in range(2)]
+            await to_scheduler.send(second)  # whose pages the device has
+            await to_scheduler.send(
+                StepDone(plans[0].step, *(array("i", [1]).tobytes() for _ in range(2)), seconds=0.01)
+            )
+            plans.append(await planned())
+        group.cancel_scope.cancel()
+    assert [len(plan.admits) for plan in plans] == [1, 0, 1]

@@ -17,7 +17,8 @@ from engine.worker.transfers import Copy, Transfers
 
 
 class StreamMover(Mover):
-    """A Mover whose copies are put on streams, one page a copy; of a copy up the last two are told of ahead."""
+    """A Mover whose copies are put on streams, one page a copy. Of a copy up the last two are told of ahead, and the
+    last three where no step is under way."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.cuda = SimulatedCuda()
@@ -32,6 +33,7 @@ class StreamMover(Mover):
         monkeypatch.setattr(transfers, "pin", lambda host: None)
         monkeypatch.setattr(transfers, "COPY_BYTES", HEADS.page_bytes)
         monkeypatch.setattr(transfers, "AHEAD_BYTES", 2 * HEADS.page_bytes)
+        monkeypatch.setattr(transfers, "IDLE_AHEAD_BYTES", 3 * HEADS.page_bytes)
         monkeypatch.setattr(Transfers, "_copy_all", put_copies)
         super().__init__(HEADS, device=torch.device("cuda"))
         self.up, self.down = (self.transfers._streams[way] for way in ("up", "down"))
@@ -66,11 +68,11 @@ def mover(monkeypatch: pytest.MonkeyPatch) -> StreamMover:
 
 
 def rise(mover: StreamMover) -> None:
-    """Of four pages two have come, and the move is told of."""
+    """Of four pages one has come, and the move is told of, as no step is under way."""
     mover.begin("up", [0, 1, 2, 3], [0, 1, 2, 3])
-    mover.issued(mover.up, 7)  # a wait, four copies and two marks
+    mover.issued(mover.up, 8)  # a wait, four copies and three marks
     mover.cuda.main.go_on()
-    mover.up.go_on(2)
+    mover.up.go_on(1)
     assert mover.told.empty() and mover.transfers._told is None
     mover.up.go_on(1)
     assert mover.answer().done == b"\1\1\1\1"
@@ -83,13 +85,17 @@ def test_steps_wait_for_the_rest_of_a_copy_up_once_it_is_told_of(mover: StreamMo
     later: list[int] = []
     mover.launch(before)
     mover.begin("up", [0, 1, 2, 3], [0, 1, 2, 3])
-    mover.issued(mover.up, 7)
+    mover.issued(mover.up, 8)
     mover.up.go_on()
-    assert len(mover.up) == 7  # a step under way may still write the pages
+    assert len(mover.up) == 8  # a step under way may still write the pages
     mover.launch(early)
     mover.cuda.main.go_on()
     assert (before, early) == ([0, 0, 0, 0], [0, 0, 0, 0])  # no step waits before the answer
-    mover.up.go_on(3)
+    mover.cuda.main.put(lambda: None)  # one more, which runs
+    mover.up.go_on(2)
+    time.sleep(0.02)  # in which it would be told of
+    assert mover.told.empty()
+    mover.up.go_on(2)
     assert mover.answer().done == b"\1\1\1\1"
     mover.launch(seen)
     mover.cuda.main.go_on()
@@ -131,7 +137,7 @@ def test_a_store_gives_no_page_to_a_place_that_a_copy_up_still_reads(mover: Stre
 
 def test_a_short_copy_up_is_told_of_as_it_begins_and_has_taken_what_it_took(mover: StreamMover) -> None:
     mover.begin("up", [1, 0], [4, 2])
-    mover.issued(mover.up, 5)
+    mover.issued(mover.up, 6)
     mover.up.go_on()
     assert mover.told.empty()  # the steps before it are under way
     mover.cuda.main.go_on()
@@ -151,3 +157,21 @@ def test_a_page_that_is_written_back_is_not_written_over_before(mover: StreamMov
     mover.cuda.main.go_on()
     assert mover.answer().done == b"\1" and mover.page(5) != wanted
     assert bytes(mover.transfers._host[1].numpy().tobytes()) == b"".join(wanted)
+
+
+def test_the_time_of_a_copy_that_is_told_of_ahead_is_that_of_all_its_pages(
+    mover: StreamMover, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfers, "time", SimpleNamespace(perf_counter=iter([10.0, 16.0, 20.0, 26.0]).__next__))
+    for name in ("AHEAD_BYTES", "IDLE_AHEAD_BYTES"):
+        monkeypatch.setattr(transfers, name, HEADS.page_bytes)
+    mover.begin("up", [0, 1, 2, 3], [0, 1, 2, 3])
+    mover.issued(mover.up, 8)
+    mover.cuda.main.go_on()
+    mover.up.go_on()
+    assert mover.answer().seconds == 8.0  # three quarters took 6
+    mover.begin("up", [0], [0])
+    mover.issued(mover.up, 5)
+    mover.cuda.main.go_on()
+    mover.up.go_on()
+    assert mover.answer().seconds == 6.0  # it had only begun: that is what it waited for
