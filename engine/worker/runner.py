@@ -1,8 +1,8 @@
 """Runs steps on one device, in stages:
 
-    apply ──> gather ──> forward ──> head ──> choose ──> publish ──> report
-    tables    rows       hidden      logits   tokens     │           StepDone, once the device is there
-      ^──────────── tokens[slot, position], lengths[slot] ┘
+    apply ──> gather ──> forward ──> admit ──> head ──> choose ──> publish ──> report
+    tables    rows       hidden      fields    logits   tokens     │           StepDone, once the device is there
+      ^────────────────────── tokens[slot, position], lengths[slot] ┘
 
 The tokens drawn go back into the tables on the device, so a step may be launched before the result of the one before is
 known, and a row of drafts begins where its slot stands by then. On a GPU `launch` returns while the device computes,
@@ -14,7 +14,7 @@ Left out: copies on a side stream (transfers.py); who proposes drafts.
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -152,8 +152,10 @@ class Runner:
         self.apply(plan)
         rows = self.gather(plan, among)
         if not len(rows):
+            self.admit(plan.admits)
             return Result(self._no_tokens)
         forward = self.forward(rows, None if self.stage is None else self.stage.enter(rows))
+        self.admit(plan.admits)  # while the device computes
         if self.stage is not None and not self.stage.last:
             self.stage.leave(rows, forward.hidden, lent=forward.batch is None)
             return Result(self._no_tokens)
@@ -173,27 +175,29 @@ class Runner:
     # ── apply ────────────────────────────────────────────────────────────────────────────────
 
     def apply(self, plan: StepPlan) -> None:
-        """Brings the tables up to date: admits, then pages."""
-        self.sampler.admit(plan.admits)
+        """Brings the tables up to date that the forward pass reads: admits, then pages."""
         if self.stage is not None:
             self.stage.admit(plan.admits)
-        if self.draws:
-            self.adjustments.admit(plan.admits)
         if self.media is not None:
             self.media.apply(plan)
         if plan.admits:
             self.states.clear(write_ids(plan.admits, self.tokens, self.lengths))
-        for admit in plan.admits:
-            if self.grammars is not None:
-                self.grammars.admit(admit)
-            asks = admit.sampling.prompt_logprobs >= 0
-            self.limits[admit.slot] = admit.limit
-            self.unscored[admit.slot] = (admit.scored, admit.prompt_len - 1) if asks else (0, 0)
         if plan.pages:
             pages = np.frombuffer(plan.pages, "<i4").reshape(-1, 3)
             write_pages(pages, self.page_table)
             if self.prefixes is not None:
                 self.prefixes.apply(pages, admitted=bool(plan.admits))
+
+    def admit(self, admits: Sequence[SlotAdmit]) -> None:
+        """From now on these slots are drawn and scored as their requests ask; the forward pass does without."""
+        self.sampler.admit(admits)
+        if self.draws:
+            self.adjustments.admit(admits)
+        for admit in admits:
+            if self.grammars is not None:
+                self.grammars.admit(admit)
+            self.limits[admit.slot], asks = admit.limit, admit.sampling.prompt_logprobs >= 0
+            self.unscored[admit.slot] = (admit.scored, admit.prompt_len - 1) if asks else (0, 0)
 
     # ── gather ───────────────────────────────────────────────────────────────────────────────
 

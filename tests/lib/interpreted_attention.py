@@ -16,6 +16,7 @@ from engine.kernels.attention.reference import list_pages as list_pages_referenc
 from engine.layers import AttentionShape, Batch, Mirror, Prefix
 from engine.plugin.testing import ATTENTION_CASES, AttentionCase, check_attention
 from engine_plugins.attention import hybrid
+from engine_plugins.attention.triton import mha
 from engine_plugins.attention.triton.mha import TritonAttention
 
 PIECES = AttentionCase(page_size=16, heads=(2, 1), head_dim=16, rows=((300, 1), (3, 1), (127, 1), (128, 1)))
@@ -121,10 +122,13 @@ def test_blocks_cover_the_rows_of_several_tokens_and_the_longest_contexts_come_f
     assert ends.tolist() == sorted(ends.tolist(), reverse=True)
 
 
-@pytest.mark.parametrize("kind", ["triton", "hybrid"])
+@pytest.mark.parametrize("kind", ["triton", "few tokens behind many", "hybrid"])
 def test_one_prompt_plan_serves_steps_of_other_rows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a CUDA graph: rows of one token and of several, fewer than there is room for. With the hybrid, Triton's
     kernel has the leading rows of one token and a stand-in for FlashInfer's FA3 the others."""
+    if kind == "few tokens behind many":
+        monkeypatch.setattr(mha, "LONG", 2)
+        monkeypatch.setattr(mha, "FEW_TOKENS", 6)
     shape = AttentionShape(layers=1, query_heads=4, kv_heads=2, head_dim=16, scale=0.25)
     if kind == "hybrid":
         modules = stand_in(monkeypatch)
@@ -144,12 +148,16 @@ def test_one_prompt_plan_serves_steps_of_other_rows(kind: str, monkeypatch: pyte
     )  # fmt: skip
     plan = backend.capture_prompts(batch)
     backend.refill_prompts(plan, nothing, nothing, np.zeros(1, np.int64))
+    seen = []
     for rows in (
         [(2, 7, 5), (0, 30, 1), (1, 0, 3)],
         [(3, 17, 1)],
         [(1, 2, 11)],
         [(3, 12, 1), (0, 39, 1), (2, 20, 9)],
         [(0, 1, 1), (1, 3, 6), (2, 0, 1)],
+        [(3, 33, 3)],
+        [(1, 35, 2), (2, 20, 1)],
+        [(1, 35, 3), (2, 20, 1)],
     ):
         row_slots, row_starts, lengths = (np.array(column) for column in zip(*rows, strict=True))
         ends = np.concatenate(([0], np.cumsum(lengths)))
@@ -158,6 +166,8 @@ def test_one_prompt_plan_serves_steps_of_other_rows(kind: str, monkeypatch: pyte
         host[8 : 9 + count], host[9 + count :] = ends, ends[-1]
         numbers.send()
         backend.refill_prompts(plan, row_starts, lengths, ends)
+        decode = plan.decode.decode if kind == "hybrid" else plan.decode
+        seen.append(int((decode.positions >= 0).sum()))
         query = torch.randn(12, 4, 16)
         out = backend.attend(query, cache, plan).view(12, 4, 16)
         for row, (slot, start, length) in enumerate(rows):
@@ -168,9 +178,15 @@ def test_one_prompt_plan_serves_steps_of_other_rows(kind: str, monkeypatch: pyte
                 scores = torch.einsum("hd,khd->hk", query[at].double(), key) * 0.25
                 wanted = torch.einsum("hk,khd->hd", scores.softmax(-1), value)
                 assert (out[at] - wanted).abs().max() < 1e-5, (rows, row, offset)
+    cut = {
+        "triton": [1, 1, 0, 2, 2, 0, 1, 1],
+        "few tokens behind many": [1, 1, 0, 2, 2, 3, 3, 1],  # the last step has more than there are rows
+        "hybrid": [0, 1, 0, 2, 1, 0, 0, 0],
+    }
+    assert seen == cut[kind], "tokens that are rows of their own"
     if kind == "hybrid":
         ones = [int((terms["queries"].diff() > 0).sum()) for terms in modules["fa3"].plans]
-        assert ones == [0, 3, 0, 1, 1, 2], "rows that are FA3's"
+        assert ones == [0, 3, 0, 1, 1, 2, 1, 2, 2], "rows that are FA3's"
         assert all(terms["captured"] and terms["most"] == 12 for terms in modules["fa3"].plans)
 
 

@@ -2,10 +2,11 @@
 
 import dataclasses
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ from engine.layers.attention import Prefix
 from engine.layers.batch import Mirror
 from engine.messages.questions import CountAction
 from engine.messages.step import STEPS_IN_FLIGHT
+from engine.params.sampling import Sampling
 from engine.plugin.testing import ModelHarness
 from engine.worker.experts import ExpertWatch, routers_of
 from engine.worker.steps import graphs
@@ -218,6 +220,36 @@ def test_prompts_of_many_requests_are_written_at_once(harness: ModelHarness, mon
     runner.apply(harness.admit([[7, 8, 9], [], [5], [1, 2, 3, 4]]))
     before[0, :3], before[2, 0], before[3, :4] = torch.tensor([7, 8, 9]), 5, torch.tensor([1, 2, 3, 4])
     assert torch.equal(runner.tokens, before)
+
+
+@pytest.mark.parametrize("harness", ["dense"], indirect=True)
+@pytest.mark.parametrize("rows", [0, 1])
+def test_how_tokens_are_drawn_is_told_once_the_model_is_on_its_way(
+    harness: ModelHarness, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """Of a plan without rows too, and before anybody asks."""
+    runner, order = harness.runner, []
+
+    def watched(name: str) -> Callable[..., Any]:
+        inner = getattr(runner, name)
+
+        def call(*given: Any) -> Any:
+            order.append(name)
+            return inner(*given)
+
+        return call
+
+    for name in ("apply", "forward", "admit", "head"):
+        monkeypatch.setattr(runner, name, watched(name))
+    plan = harness.admit([[7, 8, 9]])
+    (admit,) = plan.admits
+    hot = msgspec.structs.replace(admit, sampling=Sampling(0.5, 3, 1.0, 0.0, 7))
+    numbers = (np.full(rows, number, "<i4").tobytes() for number in (0, 0, 3, 1))
+    columns = dict(zip(("slots", "starts", "lengths", "yields"), numbers, strict=True))
+    step = runner.launch(msgspec.structs.replace(plan, admits=(hot,), **columns))
+    assert order == (["apply", "forward", "admit", "head"] if rows else ["apply", "admit"])
+    assert len(step.result.tokens) == rows
+    assert (runner.sampler.columns.temperature[0], runner.sampler.columns.top_k[0]) == (0.5, 3)
 
 
 @torch.inference_mode()

@@ -42,7 +42,7 @@ from engine.worker.weights import weight_bytes
 
 NOTHING = np.empty(0, np.int64)
 FEW_ROWS = 64  # steps with prompts of fewer rows than that have a finer ladder of tokens
-FEW_ROWS_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
+FEW_ROWS_TOKENS = (32, 64, 128, 192, 256, 384, 512, 640, 768, 896, 1024)
 ALL_ROWS_TOKENS = (256, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192)
 SMALL_PROMPTS = 1024  # up to so many tokens steps with prompts have graphs in any model
 # Tokens times the bytes of a layer's weights, up to which kernels take less time than their launches: an H200 computes

@@ -101,6 +101,7 @@ def test_base64_is_what_binascii_takes_of_it(text: str) -> None:
 def test_plain_base64_takes_the_fast_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.binascii, "a2b_base64", lambda *_, **__: pytest.fail("it took the slow way"))
     assert module.unpacked(base64.b64encode(PICTURE).decode()) == PICTURE
+    assert module.unpacked(base64.encodebytes(PICTURE).decode().replace("+", "%2B")) == PICTURE
 
 
 async def test_size_is_checked_before_a_data_url_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
