@@ -8,7 +8,8 @@ for all of its prompt, so what comes up for it is not pushed out again. If they 
 that asks for a vector has no pages.
 
 Tiers are told of a page once it is sure to be right: of one that shows a medium, once the step that makes the medium is
-over. So what a medium spoils that cannot be made lies in the tree alone.
+over. So what a medium spoils that cannot be made lies in the tree alone, unless another request has found it there that
+knows the medium by another number.
 """
 
 from collections.abc import Iterable
@@ -184,7 +185,9 @@ class Places:
         """Medium `number` could not be made, and who uses it runs no more: forget what was computed behind it."""
         forgotten = [self.pages.forget(key, salt) for salt, key in self._encoder.texts(number)]
         self._encoder.forget(number)
-        if not (forgotten and all(forgotten)):  # a move holds some, of before the medium was made anew
+        # A move holds some: of before the medium was made anew, which are right, or of a request that knows it by another
+        # number, which are not. Nobody can tell them apart by now, so what lies below goes as well.
+        if not (forgotten and all(forgotten)):
             self.pages.flush()
 
     def free(self, request: Request, end: int) -> None:

@@ -211,7 +211,7 @@ def test_who_knows_the_medium_by_another_number_ends_as_well():
     while bench.below.moving:
         bench.finish()
     assert scheduler.cache.tree.size == 3  # of the text, so far
-    assert not scheduler.tiers.host.names
+    assert not scheduler.tiers.host.names, "what b has found was on its way down"
     scheduler.check_integrity()
 
 
