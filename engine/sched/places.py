@@ -8,8 +8,8 @@ for all of its prompt, so what comes up for it is not pushed out again. If they 
 that asks for a vector has no pages.
 
 Tiers are told of a page once it is sure to be right: of one that shows a medium, once the step that makes the medium is
-over. So what a medium spoils that cannot be made lies in the tree alone, unless another request has found it there that
-knows the medium by another number.
+over, whoever has it made. So what a medium spoils that cannot be made lies in the tree alone. Where a move holds pages
+there, of before the medium was made anew, all are forgotten once it is over, and until then no request begins.
 """
 
 from collections.abc import Iterable
@@ -35,6 +35,7 @@ class Places:
         self._page_size = page_size
         self._reuse = reuse
         self._encoder = encoder
+        self._spoiled: list[tuple[bytes, bytes]] = []  # salts and beginnings of texts that are to be forgotten
 
     def know(self, request: Request, admit: Admit) -> None:
         """What is to be remembered of a request that comes: the blocks of its text, and the names of its pages."""
@@ -83,7 +84,7 @@ class Places:
         only if that is worth it; before, it waits for the device anyway."""
         if self.tiers is None or request.names is None:
             return False
-        if self.tiers.sweeping or self.tiers.under_way(request.rise):
+        if self._spoiled or self.tiers.sweeping or self.tiers.under_way(request.rise):
             return True
         if request.rises == MOST_RISES:
             return False
@@ -183,12 +184,18 @@ class Places:
 
     def spoiled(self, number: int) -> None:
         """Medium `number` could not be made, and who uses it runs no more: forget what was computed behind it."""
-        forgotten = [self.pages.forget(key, salt) for salt, key in self._encoder.texts(number)]
+        texts = self._encoder.texts(number)
+        assert texts, f"medium {number} was made for nobody"
+        self._spoiled += texts
         self._encoder.forget(number)
-        # A move holds some: of before the medium was made anew, which are right, or of a request that knows it by another
-        # number, which are not. Nobody can tell them apart by now, so what lies below goes as well.
-        if not (forgotten and all(forgotten)):
-            self.pages.flush()
+        self.moved()
+
+    def moved(self) -> None:
+        """A move is over: forget what is spoiled, if none holds pages of it any longer."""
+        if self._spoiled:
+            self._spoiled = [(salt, key) for salt, key in self._spoiled if not self.pages.forget(key, salt)]
+            held = self.tiers is not None and any(self.tiers.nodes())
+            assert held or not self._spoiled, "only moves hold pages of requests that run no more"
 
     def free(self, request: Request, end: int) -> None:
         """Take back all pages; those of tokens before position `end` stay in the cache."""
